@@ -1,0 +1,109 @@
+"""From a user's call to flat functional programs of any length."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from rmtc.capture.arguments import show
+from rmtc.capture.probe import Plan, Sizes, probe
+from rmtc.capture.session import Session
+from rmtc.capture.tracer import RawTrace, trace
+from rmtc.ir.program import Program, from_graph
+from rmtc.passes.canonicalize import Canonicalize
+from rmtc.passes.remove_regions import Autocast, RemoveRegions
+
+__all__ = ["Capture", "Captured", "open_capture"]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One run at some sizes.
+
+    Attributes:
+        sizes: its sizes.
+        program: the canonical flat program.
+        plain: what the run left in Python, by name.
+    """
+
+    sizes: Sizes
+    program: Program
+    plain: dict[str, Any]
+
+
+@dataclass
+class Capture:
+    """A user's call, ready to be traced at any sizes.
+
+    Attributes:
+        session: the call.
+        plan: what grows, and how long a segment is.
+        watch: called after each graph pass with its name and the graph.
+        seconds: time spent, by stage.
+    """
+
+    session: Session
+    plan: Plan
+    watch: Callable[[str, str], None] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def growing(self) -> frozenset[str]:
+        """The names of the inputs that grow."""
+        paths = {path for path, _ in self.plan.growth.dims}
+        for path in self.session.arguments.tensors():
+            if any(path[: len(each)] == each for each in self.plan.growth.lists):
+                paths.add(path)
+        return frozenset(show(path) for path in paths)
+
+    def run(self, sizes: Sizes) -> Captured:
+        """Trace one run.
+
+        Raises:
+            RefusedError, CaptureError: as :func:`rmtc.capture.tracer.trace`.
+        """
+        start = time.perf_counter()
+        raw = trace(self.session, *self.plan.arguments(self.session, sizes))
+        program = self._passes(raw, sizes)
+        self.seconds["capture"] = self.seconds.get("capture", 0.0) + time.perf_counter() - start
+        return Captured(sizes, program, raw.plain)
+
+    def _passes(self, raw: RawTrace, sizes: Sizes) -> Program:
+        graph: fx.Graph = raw.module.graph
+        self._show("capture", sizes, graph)
+        for each in (RemoveRegions(Autocast.ambient()), Canonicalize()):
+            each.apply(graph)
+            self._show(each.name, sizes, graph)
+        return from_graph(raw.module, raw.outputs, raw.names)
+
+    def _show(self, name: str, sizes: Sizes, graph: fx.Graph) -> None:
+        if self.watch is not None:
+            self.watch(name, f"# {sizes.segments} segments, batch {sizes.batch}, last {sizes.tail}\n{graph}\n")
+
+
+def open_capture(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    segment_length: int | None = None,
+    watch: Callable[[str, str], None] | None = None,
+) -> Capture:
+    """Find what grows in a call.
+
+    Args:
+        function: a module or function.
+        args, kwargs: the call's arguments.
+        segment_length: the user's hint.
+        watch: see :class:`Capture`.
+
+    Raises:
+        CaptureError: if no loop over segments is found.
+    """
+    start = time.perf_counter()
+    session = Session(function, args, kwargs)
+    plan = probe(session, segment_length)
+    return Capture(session, plan, watch, {"probe": time.perf_counter() - start})

@@ -1,0 +1,126 @@
+"""The arguments of a call, as stand-ins of any length and batch size."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+__all__ = ["Arguments", "Growth", "argument_names"]
+
+Path = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What grows with the number of segments.
+
+    Attributes:
+        dims: ``(path, dim)`` of tensors whose dimension is the length, in positions.
+        lists: paths of lists with one item a segment.
+        batch: ``(path, 0)`` of tensors whose first dimension is the batch.
+    """
+
+    dims: frozenset[tuple[Path, int]] = frozenset()
+    lists: frozenset[Path] = frozenset()
+    batch: frozenset[Path] = frozenset()
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Arguments of a call.
+
+    Attributes:
+        args, kwargs: the user's values.
+        names: the parameter's name for each positional argument.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    names: tuple[str, ...] = field(default=())
+
+    def tensors(self) -> dict[Path, torch.Tensor]:
+        """Tensors by path, in order."""
+        found: dict[Path, torch.Tensor] = {}
+        self.map(lambda path, tensor: found.setdefault(path, tensor))
+        return found
+
+    def lists(self) -> dict[Path, int]:
+        """Lengths of the lists and tuples whose items all hold tensors of one structure."""
+        found: dict[Path, int] = {}
+
+        def visit(path: Path, value: Any) -> None:
+            if isinstance(value, (list, tuple)):
+                specs = {str(pytree.tree_map_only(torch.Tensor, lambda t: t.ndim, item)) for item in value}
+                if path and value and len(specs) == 1 and not hasattr(value, "_fields"):
+                    if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
+                        found[path] = len(value)
+                for index, item in enumerate(value):
+                    visit((*path, index), item)
+            elif isinstance(value, dict):
+                for key, item in value.items():
+                    visit((*path, key), item)
+
+        for name, value in self.named():
+            visit((name,), value)
+        return found
+
+    def named(self) -> list[tuple[str, Any]]:
+        return [*zip(self.names, self.args, strict=True), *self.kwargs.items()]
+
+    def map(
+        self,
+        function: Callable[[Path, torch.Tensor], Any],
+        lengths: dict[Path, int] | None = None,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with each tensor replaced, and the lists at the given paths cut or continued.
+
+        A list is continued by repeating its last item.
+        """
+        lengths = lengths or {}
+
+        def rebuild(path: Path, value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return function(path, value)
+            if isinstance(value, (list, tuple)):
+                items = list(value)
+                if path in lengths:
+                    items = (items + [items[-1]] * lengths[path])[: lengths[path]]
+                new = [rebuild((*path, index), item) for index, item in enumerate(items)]
+                if hasattr(value, "_fields"):
+                    return type(value)(*new)
+                return type(value)(new)
+            if isinstance(value, dict):
+                return type(value)((key, rebuild((*path, key), item)) for key, item in value.items())
+            leaves, spec = pytree.tree_flatten(value)
+            if len(leaves) == 1 and leaves[0] is value:
+                return value
+            return pytree.tree_unflatten(
+                [rebuild((*path, index), leaf) for index, leaf in enumerate(leaves)], spec
+            )
+
+        args = tuple(rebuild((name,), value) for name, value in zip(self.names, self.args, strict=True))
+        return args, {name: rebuild((name,), value) for name, value in self.kwargs.items()}
+
+
+def argument_names(function: Callable[..., Any], count: int) -> tuple[str, ...]:
+    """The names of the first ``count`` positional parameters, ``arg0`` ... where they have none."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a builtin has no signature
+        parameters = []
+    names: list[str] = []
+    for parameter in parameters:
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(parameter.name)
+    return tuple(names[i] if i < len(names) else f"arg{i}" for i in range(count))
+
+
+def show(path: Path) -> str:
+    """A path as the user would write it: ``memories[0].kv``."""
+    head, *rest = path
+    return str(head) + "".join(f"[{key!r}]" for key in rest)

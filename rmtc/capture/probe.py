@@ -1,0 +1,325 @@
+"""Which sizes grow with the number of segments, and how long a segment is: found by running under fake tensors.
+
+A run counts how often each parameter (or other tensor the code reaches) is used. A segment more is a use more.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rmtc.capture.arguments import Growth, Path, show
+from rmtc.capture.session import Session
+from rmtc.errors import CaptureError, RmtcError
+
+__all__ = ["Plan", "Sizes", "probe"]
+
+logger = logging.getLogger(__name__)
+
+_ENOUGH_USES = 3  # a run is cut short when every tensor used so far was used this often: that is some segments
+_FACTORS = (2, 8, 64, 1024)  # a call of less than two segments is probed at these multiples of its length
+
+
+class Sizes(NamedTuple):
+    """What varies between calls: number of segments, batch size, length of the last segment."""
+
+    segments: int
+    batch: int
+    tail: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What probing found.
+
+    Attributes:
+        growth: the arguments that grow, and those with a batch.
+        segment_length: positions of a segment; 1 for lists.
+        sizes: those of the user's call.
+        free_batch: whether another batch size runs.
+        free_tail: whether a shorter last segment runs.
+    """
+
+    growth: Growth
+    segment_length: int
+    sizes: Sizes
+    free_batch: bool
+    free_tail: bool
+
+    def length(self, sizes: Sizes) -> int:
+        """Positions in the growing dimensions."""
+        return (sizes.segments - 1) * self.segment_length + sizes.tail
+
+    def arguments(self, session: Session, sizes: Sizes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Stand-in arguments of the given sizes."""
+        return _arguments(session, self.growth, self.length(sizes), sizes.batch)
+
+    def growing(self, session: Session) -> tuple[str, ...]:
+        """The growing arguments, in words."""
+        tensors = session.arguments.tensors()
+        lines = [
+            f"{show(path)} {tuple(tensors[path].shape)}: dimension {dim}"
+            for path, dim in sorted(self.growth.dims, key=str)
+        ]
+        return (*lines, *(f"{show(path)}: a list, one item a segment" for path in sorted(self.growth.lists, key=str)))
+
+
+class _Enough(BaseException):
+    """Ends a probing run; no handler in the user's code catches it."""
+
+
+@dataclass
+class _Run:
+    uses: Counter[int] = field(default_factory=Counter)
+    cuts: list[int] = field(default_factory=list)
+    ended: bool = True
+
+    @property
+    def total(self) -> int:
+        return sum(self.uses.values())
+
+
+class _Count(TorchDispatchMode):
+    """Counts the uses of lifted tensors and notes the sizes to which a dimension of a given size is cut."""
+
+    def __init__(self, lifted: Iterable[torch.Tensor], size: int) -> None:
+        super().__init__()
+        self.run = _Run()
+        self._source = {id(tensor): index for index, tensor in enumerate(lifted)}
+        self._size = size
+        self._kept: list[torch.Tensor] = []  # ids stay unique while the tensors live
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = list(_tensors(args))
+        sources = [self._source.get(id(tensor)) for tensor in tensors]
+        if tensors and all(source is not None for source in sources):
+            for result in _tensors((out,)):  # a transposed weight is still that weight
+                self._source[id(result)] = sources[0]  # type: ignore[assignment]
+                self._kept.append(result)
+        elif tensors:
+            for source in sources:
+                if source is not None:
+                    self.run.uses[source] += 1
+            self._note_cut(tensors[0], out)
+            if self.run.uses and min(self.run.uses.values()) >= _ENOUGH_USES:
+                raise _Enough
+        return out
+
+    def _note_cut(self, tensor: torch.Tensor, out: Any) -> None:
+        result = next(iter(_tensors((out,))), None)
+        if result is None or self._size not in tensor.shape:
+            return
+        for dim, size in enumerate(tensor.shape):
+            if size != self._size:
+                continue
+            if result.ndim == tensor.ndim:
+                if result.shape[dim] < size:
+                    self.run.cuts.append(result.shape[dim])
+            elif result.ndim == tensor.ndim - 1:
+                self.run.cuts.append(1)
+            elif result.ndim == tensor.ndim + 1 and result.shape[dim] * result.shape[dim + 1] == size:
+                self.run.cuts += [result.shape[dim + 1], result.shape[dim]]
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _arguments(session: Session, growth: Growth, length: int, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    dims: dict[Path, list[int]] = {}
+    for path, dim in growth.dims:
+        dims.setdefault(path, []).append(dim)
+    template = {path: path for path in growth.batch}
+
+    def stand_in(path: Path, tensor: torch.Tensor) -> torch.Tensor:
+        shape = list(tensor.shape)
+        if path in template:
+            shape[0] = batch
+        for dim in dims.get(path, ()):
+            shape[dim] = length
+        return session.stand_in(tensor, shape)
+
+    return session.arguments.map(stand_in, dict.fromkeys(growth.lists, length))
+
+
+class _Prober:
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._runs: dict[tuple[Growth, int, int], _Run | None] = {}
+        self._taken = {size for lifted in session.lifted for size in lifted.tensor.shape}
+        self._taken |= {size for tensor in session.arguments.tensors().values() for size in tensor.shape}
+
+    def run(self, growth: Growth, length: int, batch: int) -> _Run:
+        """One run, cut short after a few segments."""
+        args, kwargs = _arguments(self.session, growth, length, batch)
+        count = _Count(self.session.stand_ins, length)
+        with self.session.installed(self.session.stand_ins), self.session.fake_mode, count:
+            try:
+                self.session.call(args, kwargs)
+            except _Enough:
+                count.run.ended = False
+        return count.run
+
+    def attempt(self, growth: Growth, length: int, batch: int) -> _Run | None:
+        """As :meth:`run`, remembered; None if the user's code does not take these sizes."""
+        key = (growth, length, batch)
+        if key not in self._runs:
+            try:
+                self._runs[key] = self.run(growth, length, batch)
+            except CaptureError as error:
+                logger.debug("length %d, batch %d does not run: %s", length, batch, error.reason)
+                self._runs[key] = None
+        return self._runs[key]
+
+    def grows(self, growth: Growth, segment: int, batch: int) -> bool:
+        """Whether twice this length uses the layers more often than once this length."""
+        one = self.attempt(growth, segment, batch)
+        if one is None or not one.ended or not one.total:
+            return False
+        two = self.attempt(growth, 2 * segment, batch)
+        return two is not None and one.total < two.total
+
+    def segment_length(self, growth: Growth, length: int, batch: int) -> int | None:
+        """The least length of a segment that a cut of this length suggests and two runs confirm."""
+        run = self.attempt(growth, length, batch)
+        if run is None and not growth.lists:
+            return None
+        sizes = {1} if growth.lists else {size for size in run.cuts if 0 < size < length} if run else set()
+        return next((size for size in sorted(sizes) if self.grows(growth, size, batch)), None)
+
+    def distinct(self, length: int) -> int:
+        """A length not below the given one that no other dimension in sight has."""
+        while length in self._taken:
+            length += 1
+        return length
+
+
+def _candidates(session: Session) -> list[tuple[Growth, int]]:
+    """Sets of arguments that may grow together, likeliest first, with their present length."""
+    tensors = session.arguments.tensors()
+    by_size: dict[int, list[tuple[Path, int]]] = {}
+    for path, tensor in tensors.items():
+        for dim, size in enumerate(tensor.shape):
+            by_size.setdefault(size, []).append((path, dim))
+    found: list[tuple[Growth, int]] = []
+    for size, places in by_size.items():
+        dims = sorted({dim for _, dim in places}, reverse=True)
+        if len({path for path, _ in places}) == len(places):
+            found.append((Growth(dims=frozenset(places)), size))
+        if len(dims) > 1:
+            found += [(Growth(dims=frozenset(p for p in places if p[1] == dim)), size) for dim in dims]
+    # Texts first: integers before floats, the second dimension before the first and the later ones.
+    def rank(candidate: tuple[Growth, int]) -> tuple[int, int, int]:
+        places = candidate[0].dims
+        integers = any(not tensors[path].is_floating_point() for path, _ in places)
+        best = min((1, 0, 2, 3).index(dim) if dim < 4 else 4 for _, dim in places)
+        return (0 if integers else 1, best, -len(places))
+
+    found.sort(key=rank)
+    lists = [(Growth(lists=frozenset({path})), length) for path, length in session.arguments.lists().items()]
+    return found + lists
+
+
+def _with_batch(session: Session, growth: Growth) -> tuple[Growth, int]:
+    """The growth with the arguments whose first dimension is the batch; 1 where there is none."""
+    tensors = session.arguments.tensors()
+    for path, dim in sorted(growth.dims, key=str):
+        if dim != 0 and tensors[path].ndim > 1:
+            batch = tensors[path].shape[0]
+            paths = frozenset(
+                other for other, tensor in tensors.items()
+                if tensor.ndim and tensor.shape[0] == batch and (other, 0) not in growth.dims
+            )
+            return Growth(growth.dims, growth.lists, paths), batch
+    return growth, 1
+
+
+def probe(session: Session, segment_length: int | None = None) -> Plan:
+    """Find what grows and how long a segment is.
+
+    Args:
+        session: the user's call.
+        segment_length: the user's hint; taken as true, and only what grows is looked for.
+
+    Raises:
+        CaptureError: if nothing grows, or more than one dimension could be the length.
+    """
+    prober = _Prober(session)
+    candidates = [(*_with_batch(session, growth), length) for growth, length in _candidates(session)]
+    sizes = [length for _, _, length in candidates]
+    found: list[tuple[Growth, int, int, int]] = []
+    for growth, batch, length in candidates:
+        if segment_length is not None:
+            segment = segment_length if prober.grows(growth, segment_length, batch) else None
+        else:
+            segment = prober.segment_length(growth, length, batch)
+        if segment is not None:
+            found.append((growth, length, batch, segment))
+            if sizes.count(length) == 1:
+                break
+    for factor in () if found or segment_length is not None else _FACTORS:  # shorter than two segments
+        for growth, batch, length in candidates:
+            segment = prober.segment_length(growth, prober.distinct(max(length, 1) * factor), batch)
+            if segment is not None:
+                found.append((growth, length, batch, segment))
+                break
+        if found:
+            break
+    if not found:
+        # The user's own sizes must run at all: if not, this raises the reason.
+        growth, batch, _ = candidates[0] if candidates else (Growth(), 1, 1)
+        prober.run(growth, candidates[0][2] if candidates else 1, batch)
+        raise CaptureError(
+            "no argument was found whose length makes the forward run its layers once more: this is no loop over "
+            "segments, or its number of segments is fixed",
+            remedy="pass a longer input, or segment_length=... if you know it",
+        )
+    if len(found) > 1:
+        names = " or ".join(
+            ", ".join(f"dimension {dim} of {show(path)}" for path, dim in sorted(each[0].dims, key=str))
+            for each in found
+        )
+        raise CaptureError(
+            f"the length of the text could be {names}",
+            remedy="call it with a batch size that differs from the length, or pass segment_length=...",
+        )
+    growth, length, batch, segment = found[0]
+    free_batch, free_tail = False, False
+    two = prober.attempt(growth, 2 * segment, batch)
+    ragged = segment + max(1, segment // 2)
+
+    def same(trial: Growth, length: int, batch: int) -> bool:
+        run = prober.attempt(trial, length, batch)
+        return run is not None and two is not None and run.uses == two.uses
+
+    own = Growth(growth.dims, growth.lists, frozenset(path for path, _ in growth.dims))
+    for trial in dict.fromkeys((growth, own)):
+        if not trial.batch or free_batch:
+            continue
+        if segment > 1 and same(trial, ragged, batch + 1):
+            free_batch, free_tail, growth = True, True, trial
+        elif same(trial, 2 * segment, batch + 1):
+            free_batch, growth = True, trial
+    if segment > 1 and not free_tail:
+        free_tail = same(growth, ragged, batch)
+    segments = -(-length // segment)
+    return Plan(
+        growth=growth,
+        segment_length=segment,
+        sizes=Sizes(segments, batch, length - (segments - 1) * segment),
+        free_batch=free_batch,
+        free_tail=free_tail,
+    )

@@ -1,0 +1,212 @@
+"""One capture of one call: stand-ins for every tensor in reach, the user's code run on them, everything put back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils import _pytree as pytree
+
+from rmtc.capture.arguments import Arguments, argument_names
+from rmtc.capture.frames import traceback_location
+from rmtc.capture.state import Slot, Snapshot, is_plain, replace_tensors, walk
+from rmtc.errors import CaptureError, RefusedError, RmtcError
+
+__all__ = ["Lifted", "Session"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """A tensor the user's code reaches other than through an argument.
+
+    Attributes:
+        names: every name it goes by, ``layers.3.A``; the first is the one shown.
+        kind: ``"parameter"``, ``"buffer"`` or ``"state"``.
+        tensor: the user's tensor.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    tensor: torch.Tensor
+
+
+class Session:
+    """The user's callable with its arguments and everything else a call can see.
+
+    Args:
+        function: a module or a function.
+        args, kwargs: the call's arguments; tensors may be on the meta device.
+    """
+
+    def __init__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        self.function = function
+        call = function.forward if isinstance(function, nn.Module) else function
+        self.arguments = Arguments(tuple(args), dict(kwargs), argument_names(call, len(args)))
+        self.name = (
+            type(function).__name__
+            if isinstance(function, nn.Module)
+            else getattr(function, "__qualname__", type(function).__name__)
+        )
+        self._roots: dict[str, Any] = {"": function}
+        for name, value in self.arguments.named():
+            for index, leaf in enumerate(pytree.tree_leaves(value)):
+                if isinstance(leaf, nn.Module) or (hasattr(leaf, "__dict__") and not isinstance(leaf, torch.Tensor)):
+                    self._roots[name if index == 0 else f"{name}.{index}"] = leaf
+        self.snapshot = Snapshot(walk(self._roots))
+        self.modules = {
+            id(slot.value): slot for slot in self.snapshot.slots if isinstance(slot.value, nn.Module)
+        }
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
+        self.lifted = self._lift(self.snapshot.slots)
+        self._index = {id(lifted.tensor): i for i, lifted in enumerate(self.lifted)}
+        self._stand_ins: list[torch.Tensor] | None = None
+
+    def _lift(self, slots: list[Slot]) -> list[Lifted]:
+        buffers = {id(slot.value._buffers) for slot in slots if isinstance(slot.value, nn.Module)}
+        if isinstance(self.function, nn.Module):
+            buffers.add(id(self.function._buffers))
+        names: dict[int, list[str]] = {}
+        kinds: dict[int, str] = {}
+        tensors: dict[int, torch.Tensor] = {}
+
+        def note(tensor: torch.Tensor, slot: Slot) -> torch.Tensor:
+            if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer) or tensor.layout != torch.strided:
+                raise CaptureError(
+                    f"{slot.name} is a {type(tensor).__name__} ({tensor.layout}); only plain strided tensors are known",
+                    remedy="run the model without quantised, sharded, offloaded or sparse weights",
+                )
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "state"
+            kinds.setdefault(id(tensor), "buffer" if id(slot.owner) in buffers else kind)
+            names.setdefault(id(tensor), []).append(slot.name)
+            tensors[id(tensor)] = tensor
+            return tensor
+
+        for slot in slots:
+            replace_tensors(slot.value, lambda tensor, slot=slot: note(tensor, slot))  # type: ignore[misc]
+        return [Lifted(tuple(dict.fromkeys(names[key])), kinds[key], tensors[key]) for key in tensors]
+
+    @property
+    def stand_ins(self) -> list[torch.Tensor]:
+        """Fake tensors for :attr:`lifted`, made once."""
+        if self._stand_ins is None:
+            self._stand_ins = [self.stand_in(lifted.tensor) for lifted in self.lifted]
+        return self._stand_ins
+
+    def stand_in(self, tensor: torch.Tensor, shape: Sequence[int] | None = None) -> torch.Tensor:
+        """A fake tensor of a tensor's dtype and device, of its own shape and strides or contiguous of another."""
+        device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+        with self.fake_mode:
+            if shape is None or tuple(shape) == tuple(tensor.shape):
+                return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            return torch.empty(tuple(shape), dtype=tensor.dtype, device=device)
+
+    @contextlib.contextmanager
+    def installed(self, values: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Every lifted tensor replaced by another, and on exit everything as it was before."""
+        mapping = {id(lifted.tensor): value for lifted, value in zip(self.lifted, values, strict=True)}
+        random_state = random.getstate()
+        generator_state = torch.random.get_rng_state()
+        grad_enabled = torch.is_grad_enabled()
+        try:
+            for slot in self.snapshot.slots:
+                if not is_plain(slot.value) and not isinstance(slot.owner, tuple):
+                    value = replace_tensors(slot.value, lambda tensor: mapping[id(tensor)])
+                    if value is not slot.value:
+                        slot.put(value)
+            yield
+        finally:
+            self.snapshot.restore()
+            torch.set_grad_enabled(grad_enabled)
+            torch.random.set_rng_state(generator_state)
+            random.setstate(random_state)
+
+    def state(self) -> list[Slot]:
+        """Every slot as it is now: to be read while stand-ins are installed, after the user's code ran."""
+        return walk(self._roots)
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the user's code under stand-ins.
+
+        Raises:
+            RmtcError: whatever the user's code raised, with the place and the reason.
+        """
+        try:
+            with _compiler_flags():
+                return self._call_user(args, kwargs)
+        except RmtcError:
+            raise
+        except Exception as error:
+            raise translate(error) from error
+
+    def _call_user(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _compiler_flags() -> Iterator[None]:
+    """What `torch.export` sets while it runs a forward, so that libraries take their traceable paths."""
+    compiler: Any = torch.compiler
+    before = compiler._is_compiling_flag, compiler._is_exporting_flag
+    compiler._is_compiling_flag = compiler._is_exporting_flag = True
+    try:
+        yield
+    finally:
+        compiler._is_compiling_flag, compiler._is_exporting_flag = before
+
+
+def translate(error: Exception) -> RmtcError:
+    """An exception of the user's code under stand-ins as one of ours."""
+    location = traceback_location(error.__traceback__)
+    text = f"{type(error).__name__}: {error}".strip()
+    if isinstance(error, DataDependentOutputException):
+        return RefusedError(
+            f"the forward reads a tensor's value into Python ({error.func}): what it does next depends on data, so no "
+            "schedule holds for every input",
+            location=location,
+            remedy="keep the value in a tensor (torch.where instead of if), or take .item() and the branch out of the "
+            "segment loop",
+        )
+    if isinstance(error, DynamicOutputShapeException):
+        return RefusedError(
+            f"the shape of a result depends on the data ({error.func}), as with boolean indexing or nonzero",
+            location=location,
+            remedy="use a mask of fixed shape (torch.where, masked_fill) instead of selecting elements",
+        )
+    message = str(error)
+    if "does not require grad" in message or "backward" in message.lower():
+        return RefusedError(
+            f"the forward calls backward: its gradients are part of the result, which rmtc does not reschedule ({text})",
+            location=location,
+            remedy="take the backward call out of the forward, or run this model without rmtc",
+        )
+    if "Please convert all Tensors to FakeTensors" in message or "non-Fake" in message:
+        return CaptureError(
+            "the forward uses a tensor that is in no parameter, buffer, attribute, container, closure or global that "
+            f"could be found: {message.splitlines()[0]}",
+            location=location,
+            remedy="register it as a buffer of the module, or pass it as an argument",
+        )
+    return CaptureError(
+        f"the forward raised {text.splitlines()[0] if text else type(error).__name__} under stand-in tensors",
+        location=location,
+        remedy="call the model as it is first: if that works, this operation cannot be traced",
+    )
+
+
+def is_fake(value: object) -> bool:
+    """Whether a value is a stand-in."""
+    return isinstance(value, FakeTensor)

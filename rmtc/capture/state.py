@@ -1,0 +1,240 @@
+"""The Python state a call can see or change: found, snapshotted, restored by identity and content.
+
+Tensors live in parameters, buffers, plain attributes, containers, closures and globals. A capture replaces all of
+them by stand-ins, lets the user's forward run, reads what it left behind, and puts everything back.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+__all__ = ["Slot", "Snapshot", "is_plain", "state_functions", "walk"]
+
+# Packages whose own globals and classes hold no state of the user's.
+_LIBRARIES = ("torch", "transformers", "numpy", "builtins", "typing", "collections", "functools", "einops", "rmtc.")
+# Objects of these modules are machinery, not state of a model.
+_OPAQUE = ("logging", "threading", "_thread", "re", "weakref", "ast", "inspect", "types", "enum", "abc", "random")
+_PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
+_MODULE_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+class Slot(NamedTuple):
+    """A place that holds a value: ``owner[key]`` for containers, ``owner.key`` for objects and cells."""
+
+    name: str
+    owner: Any
+    key: Any
+    value: Any
+
+    def put(self, value: object) -> None:
+        """Put another value here."""
+        owner = self.owner
+        if isinstance(owner, types.CellType):
+            owner.cell_contents = value
+        elif isinstance(owner, type):
+            setattr(owner, self.key, value)
+        elif isinstance(owner, (dict, list, deque)):
+            owner[self.key] = value
+        else:
+            object.__setattr__(owner, self.key, value)
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is data that can be compared with ``==`` and holds no tensor."""
+    if isinstance(value, (tuple, frozenset)):
+        return all(is_plain(item) for item in value)
+    return isinstance(value, _PLAIN)
+
+
+def _from_library(module: str | None) -> bool:
+    return module is None or any(
+        module == name.rstrip(".") or module.startswith(name.rstrip(".") + ".") for name in _LIBRARIES
+    ) and not module.startswith("rmtc.examples")
+
+
+def _unwrap(function: Any) -> Any:
+    while isinstance(function, types.MethodType):
+        function = function.__func__
+    return function
+
+
+def state_functions(function: Any, seen: set[int] | None = None) -> Iterator[types.FunctionType]:
+    """The user's functions that a function can reach by name: itself, those in its closure, those in its globals."""
+    seen = set() if seen is None else seen
+    function = _unwrap(function)
+    if not isinstance(function, types.FunctionType) or id(function) in seen:
+        return
+    seen.add(id(function))
+    if not _from_library(function.__module__):
+        yield function
+        for name in _names(function.__code__):
+            yield from state_functions(function.__globals__.get(name), seen)
+    for cell in function.__closure__ or ():
+        yield from state_functions(_contents(cell), seen)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty cell: a name that is not bound yet
+        return None
+
+
+def walk(roots: dict[str, Any]) -> list[Slot]:
+    """Every slot reachable from the roots, each container once, in a stable order.
+
+    Args:
+        roots: values by name: modules, functions, containers, objects. The name ``""`` gives module paths as
+            ``named_parameters`` spells them.
+    """
+    slots: list[Slot] = []
+    seen: set[int] = set()
+    functions: set[int] = set()
+    queue: deque[tuple[str, Any]] = deque(roots.items())
+
+    def add(name: str, owner: Any, key: Any, value: Any) -> None:
+        slots.append(Slot(name, owner, key, value))
+        if not is_plain(value) and not isinstance(value, torch.Tensor):
+            queue.append((name, value))
+
+    def add_function(function: types.FunctionType) -> None:
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            add(name, cell, "cell_contents", _contents(cell))
+        for name in dict.fromkeys(_names(function.__code__)):
+            if name in function.__globals__:
+                value = function.__globals__[name]
+                if not isinstance(value, (types.ModuleType, type, types.FunctionType, types.BuiltinFunctionType)):
+                    add(name, function.__globals__, name, value)
+
+    while queue:
+        name, value = queue.popleft()
+        if id(value) in seen or isinstance(value, (types.ModuleType, type)):
+            continue
+        seen.add(id(value))
+        dot = name + "." if name else ""
+        if isinstance(value, (types.FunctionType, types.MethodType)):
+            if isinstance(value, types.MethodType):
+                queue.append((name, value.__self__))
+            for function in state_functions(value, functions):
+                add_function(function)
+        elif isinstance(value, nn.Module):
+            for table in _MODULE_TABLES:
+                for key, item in value.__dict__[table].items():
+                    add(dot + key, value.__dict__[table], key, item)
+            for key, item in list(value.__dict__.items()):
+                if key not in _MODULE_TABLES:
+                    add(dot + key, value.__dict__, key, item)
+            for base in type(value).__mro__:
+                if not _from_library(base.__module__):
+                    for key, attribute in list(vars(base).items()):
+                        if is_plain(attribute) and not key.startswith("__"):
+                            slots.append(Slot(f"{base.__qualname__}.{key}", base, key, attribute))
+                        for function in state_functions(attribute, functions):
+                            add_function(function)
+        elif isinstance(value, dict):
+            for key, item in list(value.items()):
+                add(f"{name}[{key!r}]", value, key, item)
+        elif isinstance(value, (list, deque, tuple)):
+            for index, item in enumerate(value):
+                add(f"{name}[{index}]", value, index, item)
+        elif isinstance(value, (set, frozenset)):
+            queue.extend((f"{name}{{}}", item) for item in value if not is_plain(item))
+        elif isinstance(value, types.CellType):
+            add(name, value, "cell_contents", _contents(value))
+        elif _is_record(value):
+            for key, item in list(vars(value).items()):
+                add(dot + key, value.__dict__ if type(value.__dict__) is dict else value, key, item)
+    return slots
+
+
+def _is_record(value: object) -> bool:
+    """Whether an object's attributes are state: a config, a cache, a dataclass, an object of the user's."""
+    if isinstance(value, (torch.Tensor, Enum)) or not hasattr(value, "__dict__"):
+        return False
+    module = type(value).__module__
+    return not any(module == name or module.startswith(name + ".") for name in _OPAQUE)
+
+
+@dataclass
+class _Saved:
+    owner: Any
+    content: Any
+
+
+class Snapshot:
+    """Attributes and containers as they were, to be restored by identity and content.
+
+    Args:
+        slots: what :func:`walk` found.
+    """
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self.slots = slots
+        self.plain = {slot.name: slot.value for slot in slots if is_plain(slot.value)}
+        self._saved: list[_Saved] = []
+        seen: set[int] = set()
+        for slot in slots:
+            for owner in (slot.owner, slot.value):
+                if id(owner) not in seen and isinstance(owner, (dict, list, set, deque, types.CellType)):
+                    seen.add(id(owner))
+                    whole = not (isinstance(owner, dict) and "__builtins__" in owner)  # not a module's globals
+                    if whole:
+                        content = _contents(owner) if isinstance(owner, types.CellType) else owner.copy()
+                        self._saved.append(_Saved(owner, content))
+        self._shared = [
+            slot
+            for slot in slots
+            if isinstance(slot.owner, type) or (isinstance(slot.owner, dict) and "__builtins__" in slot.owner)
+        ]
+
+    def restore(self) -> None:
+        """Put every container and attribute back as it was."""
+        for saved in self._saved:
+            owner, content = saved.owner, saved.content
+            if isinstance(owner, types.CellType):
+                if owner.cell_contents is not content:
+                    owner.cell_contents = content
+            elif isinstance(owner, dict):
+                if len(owner) != len(content) or any(
+                    key not in owner or owner[key] is not value for key, value in content.items()
+                ):
+                    owner.clear()
+                    owner.update(content)
+            elif isinstance(owner, (list, deque)):
+                if len(owner) != len(content) or any(a is not b for a, b in zip(owner, content, strict=True)):
+                    owner.clear()
+                    owner.extend(content)
+            else:
+                owner.clear()
+                owner.update(content)
+        for slot in self._shared:
+            current = slot.owner.__dict__[slot.key] if isinstance(slot.owner, type) else slot.owner[slot.key]
+            if current is not slot.value:
+                slot.put(slot.value)
+
+
+def replace_tensors(value: Any, mapping: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A tuple (or named tuple) with its tensors replaced; the same object if it holds none."""
+    if isinstance(value, torch.Tensor):
+        return mapping(value)
+    if isinstance(value, tuple):
+        items = [replace_tensors(item, mapping) for item in value]
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value

@@ -1,0 +1,242 @@
+"""One run of the user's code as a functional pre-dispatch FX graph.
+
+The only file that uses torch's private tracing API. The route: stand-ins for all tensors, `FunctionalTensorMode` to
+turn writes into values, `make_fx` before dispatch so that linear, attention and einsum stay whole. Nothing is
+executed: every tensor is fake.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import PythonKeyTracer, _MakefxTracer
+from torch.utils import _pytree as pytree
+
+from rmtc.capture.arguments import Path, show
+from rmtc.capture.frames import current_location
+from rmtc.capture.session import Session
+from rmtc.capture.state import is_plain
+from rmtc.errors import CaptureError, RefusedError
+
+__all__ = ["RawTrace", "trace"]
+
+
+@dataclass
+class RawTrace:
+    """What one run of the user's code did.
+
+    Attributes:
+        module: the graph; a placeholder's ``meta["source"]`` is ``(kind, name)`` with kind ``parameter``, ``buffer``,
+            ``state`` or ``input``; an operation's ``meta["location"]`` is a :class:`Location` and
+            ``meta["module"]`` the path of the innermost submodule.
+        outputs: the names of the graph's outputs, ``output.logits``, ``state:layers.3.A``, ``write:cache``.
+        plain: values the run left in Python: returned non-tensors and attributes it changed, by name.
+        names: user-level names of values, ``layers.3.A`` by node name.
+    """
+
+    module: fx.GraphModule
+    outputs: tuple[str, ...]
+    plain: dict[str, Any] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+
+
+class _Tracer(PythonKeyTracer):
+    """Notes for every operation where the user's code is, and for every attribute tensor its name."""
+
+    def __init__(self, paths: dict[int, str]) -> None:
+        super().__init__()
+        self._paths = paths
+        self._stack: list[str] = []
+        self.attributes: list[tuple[str, torch.Tensor]] = []
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        if node.op == "call_function":
+            node.meta["location"] = current_location(2)
+            node.meta["module"] = self._stack[-1] if self._stack else ""
+        return node
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        path = self._paths.get(id(m))
+        if path is None:
+            return forward(*args, **kwargs)
+        self._stack.append(path)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._stack.pop()
+            for key, value in m.__dict__.items():
+                if isinstance(value, torch.Tensor):
+                    self.attributes.append((f"{path}.{key}" if path else key, value))
+
+
+class _Maker(_MakefxTracer):
+    """`make_fx` with our tracer."""
+
+    def __init__(self, paths: dict[int, str]) -> None:
+        options: dict[str, Any] = {
+            "decomposition_table": {},
+            "tracing_mode": "real",
+            "_allow_non_fake_inputs": False,
+            "pre_dispatch": True,
+            "record_module_stack": False,
+            "_allow_fake_constant": False,
+            "_error_on_data_dependent_ops": True,
+        }
+        if "_disable_torch_fn_metadata_mode" in inspect.signature(_MakefxTracer).parameters:
+            options["_disable_torch_fn_metadata_mode"] = True
+        super().__init__(**options)
+        self._tracer_paths = paths
+
+    @contextlib.contextmanager
+    def _init_modes_from_inputs(self, f: Callable[..., Any], args: tuple[object, ...]) -> Iterator[None]:
+        before = self._checkpoint_modes()
+        try:
+            self.fx_tracer = _Tracer(self._tracer_paths)
+            self._construct_modes_with_fx_tracer(self.fx_tracer)
+            yield
+        finally:
+            self._restore_modes(*before)
+
+
+def trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RawTrace:
+    """Trace one run.
+
+    Args:
+        session: the user's callable.
+        args, kwargs: arguments with stand-ins for tensors, of the wanted sizes.
+
+    Raises:
+        RefusedError: for what no graph can hold: values read into Python, shapes that depend on data, backward.
+        CaptureError: for anything else the user's code raised.
+    """
+    stand_ins = session.stand_ins
+    inputs: dict[Path, torch.Tensor] = {}
+    session_args = type(session.arguments)(args, kwargs, session.arguments.names)
+    session_args.map(lambda path, tensor: inputs.setdefault(path, tensor))
+    count = len(stand_ins)
+    raw = RawTrace(fx.GraphModule(nn.Module(), fx.Graph()), ())
+    outputs: list[str] = []
+    paths = {key: slot.name for key, slot in session.modules.items()}
+    paths[id(session.function)] = ""
+    maker = _Maker(paths)
+
+    def program(*flat: torch.Tensor) -> list[torch.Tensor]:
+        lifted, given = flat[:count], dict(zip(inputs, flat[count:], strict=True))
+        before = [_inner(tensor) for tensor in flat]
+        new_args, new_kwargs = session_args.map(lambda path, _: given[path])
+        with session.installed(lifted):
+            result = session.call(new_args, new_kwargs)
+            _refuse_changed_containers(session_args, given, new_args, new_kwargs)
+            found = _results(result)
+            known = {id(tensor) for tensor in flat}
+            for slot in session.state():
+                if isinstance(slot.value, torch.Tensor):
+                    if id(slot.value) not in known:
+                        found[f"state:{slot.name}"] = slot.value
+                elif is_plain(slot.value):
+                    missing = slot.name not in session.snapshot.plain
+                    if missing or session.snapshot.plain[slot.name] != slot.value:
+                        raw.plain[f"state:{slot.name}"] = slot.value
+        names = [*(lifted.names[0] for lifted in session.lifted), *(show(path) for path in inputs)]
+        for tensor, inner, name in zip(flat, before, names, strict=True):
+            if _inner(tensor) is not inner:
+                found[f"write:{name}"] = tensor
+        tensors = []
+        for name, value in found.items():
+            if isinstance(value, torch.Tensor):
+                outputs.append(name)
+                tensors.append(value)
+            else:
+                raw.plain[name] = value
+        tracker = maker.fx_tracer.tensor_tracker  # type: ignore[union-attr]
+        for name, tensor in [*maker.fx_tracer.attributes, *((n, v) for n, v in found.items())]:  # type: ignore[union-attr]
+            if isinstance(tensor, torch.Tensor) and torch._is_functional_tensor(getattr(tensor, "elem", tensor)):
+                entry = tracker.get(_inner(tensor))
+                if entry is not None:
+                    raw.names.setdefault(entry.proxy.node.name, name.removeprefix("state:"))
+        return tensors
+
+    flat = [*stand_ins, *inputs.values()]
+    with session.fake_mode, _quiet():
+        functional = dispatch_functionalize(program, FunctionalTensorMode(pre_dispatch=True, export=True))
+        module = maker.trace(functional, *flat)
+    sources = [(lifted.kind, lifted.names) for lifted in session.lifted]
+    sources += [("input", (show(path),)) for path in inputs]
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node, (kind, source_names) in zip(placeholders, sources, strict=True):
+        node.meta["source"], node.meta["names"] = (kind, source_names[0]), source_names
+    raw.module, raw.outputs = module, tuple(outputs)
+    refuse_mutation(module.graph)
+    return raw
+
+
+def refuse_mutation(graph: fx.Graph) -> None:
+    """Assert that a graph is functional.
+
+    Raises:
+        CaptureError: if an operation writes to one of its arguments.
+    """
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise CaptureError(
+                f"{node.target} writes to its argument and could not be turned into a value",
+                location=node.meta.get("location"),
+                remedy="use the operation that returns a new tensor",
+            )
+
+
+def _inner(tensor: torch.Tensor) -> torch.Tensor:
+    """The current value behind a functional wrapper."""
+    elem = getattr(tensor, "elem", None)
+    if elem is None:
+        return tensor
+    torch._sync(tensor)
+    return torch._from_functional_tensor(elem)
+
+
+def _results(result: Any) -> dict[str, Any]:
+    """The leaves of what the user's code returned, by name."""
+    found: dict[str, Any] = {}
+    for path, leaf in pytree.tree_flatten_with_path(result)[0]:
+        name = "output" + pytree.keystr(path)
+        if isinstance(leaf, torch.Tensor) or is_plain(leaf):
+            found[name] = leaf
+        else:
+            raise CaptureError(
+                f"the forward returns a {type(leaf).__name__}, whose tensors cannot be told",
+                remedy="return tensors, tuples, lists, dicts or dataclasses registered with torch.utils._pytree",
+            )
+    return found
+
+
+def _refuse_changed_containers(
+    before: Any, given: dict[Path, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """The caller's lists and dicts must hold the same tensors after the call."""
+    after: dict[Path, torch.Tensor] = {}
+    type(before)(args, kwargs, before.names).map(lambda path, tensor: after.setdefault(path, tensor))
+    if list(after) != list(given) or any(after[path] is not given[path] for path in given):
+        raise RefusedError(
+            "the call changes a list or dict that was passed as an argument",
+            remedy="return the new list instead of changing the caller's",
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Tracing warns about its own conversions, which mean nothing to the user."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,249 @@
+"""The commands of ``rmtc``.
+
+Whatever imports torch is imported inside a command, so that ``rmtc --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rmtc.cli.output import FAILED, check_output, emit, note, progress, reporting
+from rmtc.cli.target import load, parse_settings
+from rmtc.errors import RefusedError, RmtcError
+
+if TYPE_CHECKING:
+    from rmtc.ir.explanation import Explanation
+    from rmtc.ir.schedule import Schedule
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Finds out what in a segment-recurrent model can run in parallel, and proves it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Format(StrEnum):
+    """Forms in which a schedule is written."""
+
+    text = "text"
+    json = "json"
+    csv = "csv"
+    dot = "dot"
+    mermaid = "mermaid"
+
+
+class UsageError(RmtcError):
+    """Options that do not go together, or name what does not exist."""
+
+    title = "wrong usage"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="file.py:factory or package.module:factory, returning (callable, args) or (callable, args, kwargs).",
+        show_default=False,
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="A keyword argument of the factory; may be given again."),
+]
+LayersHint = Annotated[
+    str | None, typer.Option("--layers", metavar="PREFIX", help="Hint: where the layers are, such as model.layers.")
+]
+LengthHint = Annotated[
+    int | None, typer.Option("--segment-length", metavar="N", min=1, help="Hint: positions of a segment.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 if the model is refused.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the result to a file instead of stdout.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Log more, and show the traceback of an error.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            version = importlib.metadata.version("rmtc")
+        except importlib.metadata.PackageNotFoundError:
+            version = "(not installed)"
+        typer.echo(f"rmtc {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def schedule(
+    model: Model,
+    segments: Annotated[
+        int | None,
+        typer.Option(
+            "--segments", metavar="N", min=1, help="Number of segments; that of the factory's call by default."
+        ),
+    ] = None,
+    form: Annotated[Format | None, typer.Option("--format", help="Form of the result.", show_default="text")] = None,
+    settings: Settings = None,
+    layers: LayersHint = None,
+    segment_length: LengthHint = None,
+    json: Json = False,
+    strict: Strict = False,
+    output: Output = None,
+    debug: Debug = False,
+) -> None:
+    """Print the schedule: which layer of which segment runs at which step."""
+    with reporting(debug):
+        if json and form not in (None, Format.json):
+            raise UsageError(f"--json and --format {form} ask for different forms")
+        form = Format.json if json else form or Format.text
+        check_output(output)
+        answer = _explain(model, settings, layers, segment_length, debug)
+        found = None if isinstance(answer, RefusedError) else answer.schedule
+        if isinstance(answer, RefusedError) or found is None:
+            emit(_refused(answer, form), output)
+            if form in (Format.csv, Format.dot, Format.mermaid):
+                note(f"refused: {answer.reason}")
+            raise typer.Exit(FAILED if strict else 0)
+        emit(_written(answer, found, segments or answer.segments, form), output)
+
+
+@app.command()
+def explain(
+    model: Model,
+    settings: Settings = None,
+    layers: LayersHint = None,
+    segment_length: LengthHint = None,
+    json: Json = False,
+    strict: Strict = False,
+    output: Output = None,
+    debug: Debug = False,
+) -> None:
+    """Print what depends on what, the schedule and its proof, or the refusal and its reason."""
+    with reporting(debug):
+        check_output(output)
+        answer = _explain(model, settings, layers, segment_length, debug)
+        if json:
+            from rmtc.report import explanation_json, refusal_json
+
+            emit(refusal_json(answer) if isinstance(answer, RefusedError) else explanation_json(answer), output)
+        else:
+            emit(str(answer), output)
+        if strict and (isinstance(answer, RefusedError) or answer.schedule is None):
+            raise typer.Exit(FAILED)
+
+
+@app.command()
+def dump(
+    model: Model,
+    after: Annotated[str, typer.Option("--after", metavar="PASS", help="Name of a pass, see rmtc passes.")],
+    settings: Settings = None,
+    json: Json = False,
+    output: Output = None,
+    debug: Debug = False,
+) -> None:
+    """Print what the compiler holds after a pass."""
+    with reporting(debug):
+        check_output(output)
+        with progress(f"rmtc: {model} up to {after}"):
+            from rmtc.api import dump as dump_call
+            from rmtc.passes.pipeline import passes as all_passes
+
+            names = [item.name for item in all_passes()]
+            if after not in names:
+                raise UsageError(f"there is no pass {after!r}", remedy=f"the passes are {', '.join(names)}")
+            target = load(model, parse_settings(settings or ()))
+            text = dump_call(target.call, target.args, dict(target.kwargs), after=after)
+        if json:
+            from rmtc.report import to_json
+
+            text = to_json({"pass": after, "text": text})
+        emit(text, output)
+
+
+@app.command()
+def passes(json: Json = False, output: Output = None, debug: Debug = False) -> None:
+    """List the passes in the order in which they run."""
+    with reporting(debug):
+        check_output(output)
+        from rmtc.passes.pipeline import passes as all_passes
+
+        found = all_passes()
+        if json:
+            from rmtc.report import to_json
+
+            text = to_json([{"name": item.name, "summary": item.summary} for item in found])
+        else:
+            width = max((len(item.name) for item in found), default=0)
+            text = "\n".join(f"{item.name:<{width}}  {item.summary}" for item in found)
+        emit(text, output)
+
+
+def _explain(
+    model: str, settings: list[str] | None, layers: str | None, segment_length: int | None, debug: bool
+) -> Explanation | RefusedError:
+    with progress(f"rmtc: explaining {model}"):
+        target = load(model, parse_settings(settings or ()))
+        from rmtc.api import explain as explain_call
+
+        try:
+            answer = explain_call(target.call, layers=layers, segment_length=segment_length)(
+                *target.args, **target.kwargs
+            )
+        except RefusedError as refusal:
+            return refusal
+    if debug:
+        note("seconds: " + ", ".join(f"{stage} {spent:.2f}" for stage, spent in answer.seconds.items()))
+    return answer
+
+
+def _written(answer: Explanation, schedule: Schedule, segments: int, form: Format) -> str:
+    from rmtc import report
+    from rmtc.ir.text import schedule_text
+
+    writers: dict[Format, Callable[[], str]] = {
+        Format.text: lambda: schedule_text(schedule, segments),
+        Format.json: lambda: report.schedule_json(schedule, segments),
+        Format.csv: lambda: report.schedule_csv(schedule, segments),
+        Format.dot: lambda: report.schedule_dot(schedule, segments, answer.dependences),
+        Format.mermaid: lambda: report.schedule_mermaid(schedule, segments, answer.dependences),
+    }
+    return writers[form]()
+
+
+def _refused(answer: Explanation | RefusedError, form: Format) -> str:
+    """The refusal in the form asked for; a form that has no place for it stays empty but valid."""
+    from rmtc.ir.text import refusal_text
+    from rmtc.report import refusal_json
+    from rmtc.report.as_csv import HEADER
+
+    if form is Format.text:
+        return str(answer) if isinstance(answer, RefusedError) else refusal_text(answer)
+    if form is Format.json:
+        return refusal_json(answer)
+    return {Format.csv: HEADER, Format.dot: "digraph schedule {}", Format.mermaid: "flowchart LR"}[form]
+
+
+def main() -> None:
+    """Entry point of the ``rmtc`` script."""
+    app(prog_name="rmtc")

@@ -1,0 +1,120 @@
+"""Where a command's words go: results to stdout or a file, progress and errors to stderr, and the exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from rmtc.errors import RmtcError, VerifyError
+
+__all__ = ["ANSWERED", "FAILED", "NO_ANSWER", "check_output", "emit", "note", "progress", "reporting"]
+
+ANSWERED = 0
+"""There is an answer; a refusal is one."""
+
+FAILED = 1
+"""Refused under ``--strict``, or a check of rmtc's own result failed."""
+
+NO_ANSWER = 2
+"""Wrong usage, a target that cannot be used, no loop, or a result that could not be delivered."""
+
+
+class OutputError(RmtcError):
+    """The result could not be written."""
+
+    title = "cannot write the result"
+
+
+@contextlib.contextmanager
+def reporting(debug: bool) -> Iterator[None]:
+    """Turn what goes wrong inside into one line on stderr and an exit code; with ``debug`` after the traceback."""
+    if debug:
+        logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+        logging.getLogger("rmtc").setLevel(logging.DEBUG)
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except RmtcError as error:
+        _report(_line(error), debug)
+        raise typer.Exit(FAILED if isinstance(error, VerifyError) else NO_ANSWER) from error
+    except Exception as error:
+        text = " ".join(str(error).split())
+        _report(f"unexpected {type(error).__name__}: {text} (--debug shows where)", debug)
+        raise typer.Exit(NO_ANSWER) from error
+
+
+def _report(line: str, debug: bool) -> None:
+    if debug:
+        typer.echo(traceback.format_exc(), err=True)
+    typer.echo(f"error: {line}", err=True)
+
+
+def _line(error: RmtcError) -> str:
+    where = f", at {error.location}" if error.location else ""
+    remedy = f"; {error.remedy}" if error.remedy else ""
+    return " ".join(f"{error.title}{where}: {error.reason}{remedy}".split())
+
+
+@contextlib.contextmanager
+def progress(message: str) -> Iterator[None]:
+    """A spinner on stderr if that is a terminal; what the code inside prints goes to stderr, not among the results."""
+    console = Console(stderr=True)
+    with contextlib.redirect_stdout(sys.stderr):
+        if console.is_terminal:
+            with console.status(message):
+                yield
+        else:
+            yield
+
+
+def note(message: str) -> None:
+    """A remark on stderr."""
+    typer.echo(message, err=True)
+
+
+def check_output(path: Path | None) -> None:
+    """Find out before the work that a file cannot be written.
+
+    Raises:
+        OutputError: if its folder does not exist or it is a folder itself.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder", remedy="-o takes the name of a file")
+    if not path.parent.is_dir():
+        raise OutputError(f"there is no folder {path.parent}", remedy="make it, or name another file with -o")
+
+
+def emit(text: str, path: Path | None) -> None:
+    """Write a result to stdout, or to a file.
+
+    Raises:
+        OutputError: if it cannot be written, or the reader of a pipe has gone.
+    """
+    text = text.rstrip("\n") + "\n"
+    try:
+        if path is not None:
+            path.write_text(text, encoding="utf-8")
+        else:
+            typer.echo(text, nl=False)
+    except (OSError, UnicodeError) as error:
+        if path is None:
+            _silence_stdout()
+        reason = "the reader of the pipe has gone" if isinstance(error, BrokenPipeError) else str(error)
+        raise OutputError(reason) from error
+
+
+def _silence_stdout() -> None:
+    """Python flushes stdout once more at its exit and would complain again about what is left in the buffer."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,86 @@
+"""What rmtc raises: each message has a title, the place in the user's code, the reason and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = ["CaptureError", "Location", "RefusedError", "RmtcError", "VerifyError"]
+
+
+class Location(NamedTuple):
+    """A place in the user's source."""
+
+    file: str
+    line: int
+    function: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" + (f" in {self.function}" if self.function else "")
+
+
+class RmtcError(RuntimeError):
+    """Base of everything rmtc raises on purpose.
+
+    Args:
+        reason: why, in one or two sentences.
+        location: where in the user's code, when it is known.
+        remedy: what the user can do about it.
+    """
+
+    title = "rmtc failed"
+
+    def __init__(self, reason: str, *, location: Location | None = None, remedy: str | None = None) -> None:
+        self.reason = reason
+        self.location = location
+        self.remedy = remedy
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        lines = [self.title]
+        if self.location is not None:
+            lines.append(f"  where: {self.location}")
+        lines.append(f"  why:   {self.reason}")
+        if self.remedy:
+            lines.append(f"  do:    {self.remedy}")
+        return "\n".join(lines)
+
+
+class CaptureError(RmtcError):
+    """The call could not be captured as a loop over segments."""
+
+    title = "rmtc could not capture a segment loop"
+
+
+class RefusedError(RmtcError):
+    """The loop is understood, and no schedule other than the sequential one is legal or provable.
+
+    Attributes:
+        cycle: the dependences that force the sequential order, in order round the cycle; empty when the
+            refusal has another cause.
+    """
+
+    title = "rmtc refused to reschedule this loop"
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        location: Location | None = None,
+        remedy: str | None = None,
+        cycle: Sequence[object] = (),
+    ) -> None:
+        self.cycle = tuple(cycle)
+        super().__init__(reason, location=location, remedy=remedy)
+
+    def render(self) -> str:
+        text = super().render()
+        if self.cycle:
+            text += "\n  cycle: " + "\n         ".join(str(edge) for edge in self.cycle)
+        return text
+
+
+class VerifyError(RmtcError):
+    """A check of rmtc's own result failed: the result is not used."""
+
+    title = "rmtc's check of its own result failed"

@@ -1,0 +1,176 @@
+"""ARMT over GPT-2: every block keeps an associative memory from segment to segment; positions restart in each.
+
+Shapes: B batch, N tokens of the text, T tokens of a segment with memory, D width, M memory tokens, V vocabulary,
+K memory features.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2Model, GPT2PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from rmtc.examples.associative import AssociativeLayer, MemoryProjection
+from rmtc.examples.text import token_ids
+
+__all__ = ["ArmtGPT2Config", "ArmtGPT2ForCausalLM", "ArmtGPT2Model", "build"]
+
+
+class ArmtGPT2Config(GPT2Config):
+    """GPT-2's configuration and the memory's.
+
+    Attributes:
+        segment_size: tokens of the text a segment; with the memory tokens, at most ``n_positions``.
+        memory_tokens: M, at least 1.
+        memory_key_size: width of the memory's keys and queries.
+        memory_orders: rotations in the memory's features, K = 2 * memory_orders * memory_key_size.
+    """
+
+    model_type = "armt_gpt2"
+
+    segment_size: int = 896
+    memory_tokens: int = 128
+    memory_key_size: int = 64
+    memory_orders: int = 3
+
+
+class ArmtGPT2Model(GPT2Model):
+    """GPT-2 over one segment, its blocks wrapped with their memories."""
+
+    config: ArmtGPT2Config
+
+    def __init__(self, config: ArmtGPT2Config) -> None:
+        super().__init__(config)
+        self.h: nn.ModuleList = nn.ModuleList(
+            AssociativeLayer(
+                block, config.hidden_size, config.memory_tokens, config.memory_key_size, config.memory_orders
+            )
+            for block in self.h
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, MemoryProjection):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+
+class ArmtGPT2ForCausalLM(GPT2PreTrainedModel):
+    """Reads a text of any length in segments and predicts the next token everywhere.
+
+    The segments are ``[embed(ids) ; memory tokens]``, the last one as short as what is left of the text.
+    """
+
+    config: ArmtGPT2Config
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: ArmtGPT2Config) -> None:
+        super().__init__(config)
+        self.transformer = ArmtGPT2Model(config)
+        self.memory = nn.Parameter(torch.empty(config.memory_tokens, config.hidden_size))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            nn.init.normal_(self.memory, std=self.config.initializer_range)
+
+    def reset_memory(self) -> None:
+        """Forget the text, and let go of the memory's tensors (and of their graph, after a training step)."""
+        for module in self.modules():
+            if isinstance(module, AssociativeLayer):
+                module.reset()
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> CausalLMOutput:
+        """Read a text from its beginning. Afterwards the blocks hold the memory of all of it.
+
+        Args:
+            input_ids: ``(B, N)``, N at least 1.
+            attention_mask: ``(B, N)``, 0 where a row is padding; the memory tokens are always attended.
+            labels: ``(B, N)``, usually the ``input_ids``: they are shifted here; -100 is ignored.
+
+        Returns:
+            ``logits`` (B, N, V), and with labels their mean cross entropy as ``loss``.
+        """
+        self.reset_memory()
+        pieces = []
+        for start in range(0, input_ids.shape[1], self.config.segment_size):
+            segment = slice(start, start + self.config.segment_size)
+            mask = None if attention_mask is None else attention_mask[:, segment]
+            pieces.append(self.segment_logits(input_ids[:, segment], mask))
+        logits = torch.cat(pieces, dim=1)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def segment_logits(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Logits of one segment, ``(B, n, V)``, for its ids and mask, both ``(B, n)``."""
+        memory = self.memory.expand(ids.shape[0], -1, -1)
+        inputs = torch.cat([self.transformer.wte(ids), memory], dim=1)
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(memory.shape[:2])], dim=1)
+        hidden = self.transformer(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
+        logits: Tensor = self.lm_head(hidden[:, : ids.shape[1]])
+        return logits
+
+
+def build(
+    *,
+    layers: int = 4,
+    width: int = 64,
+    heads: int = 4,
+    intermediate: int | None = None,
+    vocabulary: int = 256,
+    segment: int = 16,
+    memory: int = 4,
+    key_size: int = 16,
+    orders: int = 3,
+    segments: int = 8,
+    batch: int = 1,
+    seed: int = 0,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+) -> tuple[ArmtGPT2ForCausalLM, tuple[Tensor]]:
+    """A model with random weights, in eval mode, and a text for it.
+
+    Args:
+        layers, width, heads: the sizes of the GPT-2; ``intermediate`` (the width of the MLP) defaults to ``4 * width``.
+        vocabulary: number of tokens, at least 256: the text's tokens are bytes.
+        segment, memory: tokens of the text and memory tokens in a segment.
+        key_size, orders: the memory has 2 * orders * key_size features.
+        segments, batch: size of the text, ``(batch, segments * segment)``.
+        seed: of the weights; the global random state is left as it was.
+        dtype: name of a floating-point torch dtype; the weights are drawn in float32 and then cast.
+        attention: ``"sdpa"`` or ``"eager"``.
+
+    Returns:
+        The model and its arguments, ``(input_ids,)``.
+    """
+    config = ArmtGPT2Config(
+        vocab_size=vocabulary,
+        n_embd=width,
+        n_inner=intermediate,
+        n_layer=layers,
+        n_head=heads,
+        n_positions=segment + memory,
+        initializer_range=0.16 * width**-0.5,  # 0.02 at width 64, and as gentle at any other
+        bos_token_id=None,
+        eos_token_id=None,
+        segment_size=segment,
+        memory_tokens=memory,
+        memory_key_size=key_size,
+        memory_orders=orders,
+        attn_implementation=attention,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        model = ArmtGPT2ForCausalLM(config)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms start at one and biases at zero
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.to(getattr(torch, dtype))
+    return model.eval(), (token_ids(segments * segment, batch),)

@@ -1,0 +1,150 @@
+"""The classic RMT (recurrent memory transformer) over Llama: the memory leaves at the top and enters at the bottom.
+
+Shapes: B batch, N tokens of the text, T tokens of a segment with both memories, D width, M memory tokens, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+
+from rmtc.examples.text import token_ids
+
+__all__ = ["RmtLlamaConfig", "RmtLlamaForCausalLM", "build"]
+
+
+class RmtLlamaConfig(LlamaConfig):
+    """Llama's configuration and the memory's.
+
+    Attributes:
+        segment_size: tokens of the text a segment, without the memory tokens.
+        memory_tokens: M, at least 1; a segment carries them twice, to read and to write.
+    """
+
+    model_type = "rmt_llama"
+
+    segment_size: int = 1024
+    memory_tokens: int = 16
+
+
+class RmtLlamaForCausalLM(LlamaPreTrainedModel):
+    """Reads a text of any length in segments and predicts the next token everywhere.
+
+    The segments are ``[m ; embed(ids) ; m]``. What Llama makes of the last M positions (its last hidden state, the
+    final norm included) is the next segment's m; the first segment's is learned.
+    """
+
+    config: RmtLlamaConfig
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: RmtLlamaConfig) -> None:
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.memory = nn.Parameter(torch.empty(config.memory_tokens, config.hidden_size))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            nn.init.normal_(self.memory, std=self.config.initializer_range)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> CausalLMOutput:
+        """Read a text from its beginning.
+
+        Args:
+            input_ids: ``(B, N)``, N at least 1.
+            attention_mask: ``(B, N)``, 0 where a row is padding; the memory tokens are always attended.
+            labels: ``(B, N)``, usually the ``input_ids``: they are shifted here; -100 is ignored.
+
+        Returns:
+            ``logits`` (B, N, V), and with labels their mean cross entropy as ``loss``.
+        """
+        memory = self.memory.expand(input_ids.shape[0], -1, -1)
+        pieces = []
+        for start in range(0, input_ids.shape[1], self.config.segment_size):
+            segment = slice(start, start + self.config.segment_size)
+            mask = None if attention_mask is None else attention_mask[:, segment]
+            hidden, memory = self.read_segment(input_ids[:, segment], mask, memory)
+            pieces.append(self.lm_head(hidden))
+        logits = torch.cat(pieces, dim=1)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def read_segment(self, ids: Tensor, mask: Tensor | None, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Run Llama over one segment.
+
+        Args:
+            ids: ``(B, n)``.
+            mask: ``(B, n)`` or None.
+            memory: ``(B, M, D)``.
+
+        Returns:
+            The hidden states of the text ``(B, n, D)`` and the new memory ``(B, M, D)``.
+        """
+        inputs = torch.cat([memory, self.model.embed_tokens(ids), memory], dim=1)
+        if mask is not None:
+            attended = mask.new_ones(memory.shape[:2])
+            mask = torch.cat([attended, mask, attended], dim=1)
+        hidden = self.model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
+        size = self.config.memory_tokens
+        return hidden[:, size:-size], hidden[:, -size:]
+
+
+def build(
+    *,
+    layers: int = 4,
+    width: int = 64,
+    heads: int = 4,
+    kv_heads: int | None = None,
+    intermediate: int | None = None,
+    vocabulary: int = 256,
+    segment: int = 16,
+    memory: int = 4,
+    segments: int = 8,
+    batch: int = 1,
+    seed: int = 0,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+) -> tuple[RmtLlamaForCausalLM, tuple[Tensor]]:
+    """A model with random weights, in eval mode, and a text for it.
+
+    Args:
+        layers, width, heads: the sizes of the Llama; ``kv_heads`` defaults to ``heads``, ``intermediate`` (the width of
+            the MLP) to ``4 * width``.
+        vocabulary: number of tokens, at least 256: the text's tokens are bytes.
+        segment, memory: tokens of the text and memory tokens in a segment.
+        segments, batch: size of the text, ``(batch, segments * segment)``.
+        seed: of the weights; the global random state is left as it was.
+        dtype: name of a floating-point torch dtype; the weights are drawn in float32 and then cast.
+        attention: ``"sdpa"`` or ``"eager"``.
+
+    Returns:
+        The model and its arguments, ``(input_ids,)``.
+    """
+    config = RmtLlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=intermediate or 4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads or heads,
+        max_position_embeddings=segment + 2 * memory,
+        initializer_range=0.16 * width**-0.5,  # 0.02 at width 64, and as gentle at any other
+        segment_size=segment,
+        memory_tokens=memory,
+        attn_implementation=attention,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        model = RmtLlamaForCausalLM(config)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms start at one and biases at zero
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.to(getattr(torch, dtype))
+    return model.eval(), (token_ids(segments * segment, batch),)

@@ -1,0 +1,26 @@
+"""Real text for the examples, from the standard library: Python's own help topics."""
+
+from __future__ import annotations
+
+from pydoc_data.topics import topics
+
+import torch
+from torch import Tensor
+
+__all__ = ["token_ids"]
+
+
+def token_ids(length: int, batch: int = 1) -> Tensor:
+    """The UTF-8 bytes of a long text as token ids: the rows are consecutive stretches of it, starting over at its end.
+
+    Args:
+        length: tokens a row, at least 1.
+        batch: number of rows.
+
+    Returns:
+        ``(batch, length)``, int64, values in 0..255.
+    """
+    text = "\n".join(topics[name] for name in sorted(topics)).encode()
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    positions = torch.arange(batch * length) % data.numel()
+    return data[positions].view(batch, length).long()

@@ -1,0 +1,150 @@
+"""A schedule as a grid of segments by layers, and as the list of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from rmtc.ir.formula import formula, time_formula
+from rmtc.ir.page import WIDTH, Page, elide
+from rmtc.ir.schedule import Cell, Group, L, S, Schedule, Step
+
+__all__ = ["grid", "schedule_text", "stages_text"]
+
+
+_STAGES = {
+    "prologue": "The prologue of a segment is what comes before its layer 0",
+    "epilogue": "its epilogue is what follows its last layer",
+}
+
+
+def grid(schedule: Schedule, segments: int, *, limit: int = 40, head: int = 20, tail: int = 10) -> list[str]:
+    """The step of each cell, segments down and layers across.
+
+    Args:
+        schedule: what is drawn.
+        segments: number of rows.
+        limit: rows up to which all are drawn; of more, the first ``head`` and the last ``tail``.
+        head: see ``limit``.
+        tail: see ``limit``.
+    """
+    last = Cell(segments - 1, schedule.layers - 1)
+    label = len(f"s{last.segment}")
+    width = max(len(str(schedule.time(last))), len(f"l{last.layer}"))
+    fits = (WIDTH - 8 - label) // (width + 2)
+    left, right = elide(schedule.layers, fits, fits - 2 - fits // 3, fits // 3)
+    above, below = elide(segments, limit, head, tail)
+
+    def row(name: str, cells: list[str], more: list[str]) -> str:
+        gap = ["..."] if more else []
+        return name.rjust(label) + "".join("  " + cell.rjust(width) for cell in cells + gap + more)
+
+    def of(segment: int) -> str:
+        numbers = [[str(schedule.time(Cell(segment, layer))) for layer in part] for part in (left, right)]
+        return row(f"s{segment}", *numbers)
+
+    lines = [row("", [f"l{layer}" for layer in left], [f"l{layer}" for layer in right])]
+    lines += [of(segment) for segment in above]
+    if below:
+        lines += ["...".rjust(label), *(of(segment) for segment in below)]
+    return lines
+
+
+def schedule_text(schedule: Schedule, segments: int | None = None) -> str:
+    """The grid of a schedule, then the groups of every step.
+
+    Args:
+        schedule: what is printed.
+        segments: number of segments; the schedule's own by default.
+
+    Raises:
+        ValueError: if ``segments`` is below 1.
+    """
+    segments = schedule.segments if segments is None else segments
+    steps = schedule.steps(segments)
+    page = Page()
+    many = "1 segment" if segments == 1 else f"{segments} segments"
+    page.heading(f"Schedule of {many} (S) through {schedule.layers} layers (L)")
+    page.text(
+        "A cell is one layer applied to one segment: s2.l1 is layer 1 on segment 2, both counted from 0. The grid "
+        "shows the step at which each cell runs; cells of the same step run at the same time."
+    )
+    page.blank()
+    page.raw(grid(schedule, segments), 4)
+    page.blank()
+    page.text(f"step of cell (s, l) = {time_formula(schedule.a, schedule.b)}", 4)
+    page.text(
+        f"steps in all = {formula(schedule.makespan)} = {len(steps)}; one cell after another it would be "
+        f"{formula(S * L)} = {segments * schedule.layers}",
+        4,
+        hang=2,
+    )
+    page.heading("Steps")
+    page.text(
+        "A letter is a class: cells with the same operations, which differ only in their weights and inputs. The cells "
+        "of one class in one step form a group and run as one batched call. " + stages_text(schedule.stage_classes)
+    )
+    page.blank()
+    width = len(str(steps[-1].time))
+    above, below = elide(len(steps), 64, 24, 24)
+    for index in above:
+        _step(page, steps[index], width)
+    if below:
+        _gap(page, steps[above[-1] + 1 : below[0]])
+    for index in below:
+        _step(page, steps[index], width)
+    return str(page)
+
+
+def stages_text(stages: Collection[str]) -> str:
+    """What the stages other than ``"layer"`` are, a sentence for those that occur."""
+    said = [text for stage, text in _STAGES.items() if stage in stages]
+    return f"{' and '.join(said)}." if said else ""
+
+
+def _step(page: Page, step: Step, width: int) -> None:
+    page.text(f"step {step.time:>{width}}: " + " | ".join(map(_group, step.groups)), 4, hang=width + 7)
+
+
+def _gap(page: Page, steps: list[Step]) -> None:
+    shapes = {tuple((_label(group), len(group.cells)) for group in step.groups) for step in steps}
+    text = f"... steps {steps[0].time} to {steps[-1].time}"
+    if len(shapes) == 1:
+        text += ", each " + " | ".join(f"{label}: {_count(number)}" for label, number in shapes.pop())
+    page.text(text, 4)
+
+
+def _group(group: Group) -> str:
+    count = f" ({_count(len(group.cells))})" if len(group.cells) > 1 else ""
+    return f"{_label(group)}: {' '.join(_runs(group))}{count}"
+
+
+def _label(group: Group) -> str:
+    return group.cell_class if group.stage == "layer" else f"{group.stage} {group.cell_class}"
+
+
+def _count(number: int) -> str:
+    return "1 cell" if number == 1 else f"{number} cells"
+
+
+def _runs(group: Group) -> list[str]:
+    """The cells, four or more on a line of the grid as ``first .. last``."""
+    cells, texts, start = group.cells, [], 0
+    while start < len(cells):
+        end = start + 1
+        while end + 1 < len(cells) and _between(cells[end], cells[end + 1]) == _between(cells[start], cells[start + 1]):
+            end += 1
+        if end - start >= 3:
+            texts.append(f"{_name(group, cells[start])} .. {_name(group, cells[end])}")
+            start = end + 1
+        else:
+            texts.append(_name(group, cells[start]))
+            start += 1
+    return texts
+
+
+def _between(first: Cell, second: Cell) -> tuple[int, int]:
+    return second.segment - first.segment, second.layer - first.layer
+
+
+def _name(group: Group, cell: Cell) -> str:
+    return str(cell) if group.stage == "layer" else f"s{cell.segment}"

@@ -1,0 +1,192 @@
+"""A flat functional program: one run of the user's code, as a list of operations over values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from rmtc.errors import CaptureError, Location
+
+__all__ = ["Op", "Program", "Source", "Src", "Val", "leaves", "map_leaves"]
+
+
+class Val(NamedTuple):
+    """The result of an operation, by its index in the program."""
+
+    index: int
+
+    def __str__(self) -> str:
+        return f"%{self.index}"
+
+
+class Src(NamedTuple):
+    """A tensor that exists before the program runs, by name."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parameter, buffer, state tensor, input or constant tensor.
+
+    Attributes:
+        kind: ``parameter``, ``buffer``, ``state``, ``input`` or ``constant``.
+        names: every name it goes by.
+        shape, dtype: of the tensor.
+        value: a constant's value.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    value: torch.Tensor | None = field(default=None, compare=False)
+
+
+@dataclass(slots=True)
+class Op:
+    """One operation.
+
+    Attributes:
+        target: the ATen overload or `operator.getitem`.
+        args: positional arguments and then ``(name, value)`` pairs of keyword arguments, nested tuples, with
+            :class:`Val` and :class:`Src` for tensors.
+        location: the place in the user's code.
+        module: path of the submodule that ran it.
+        name: the name a user knows the value by, such as ``layers.3.A``; empty if it has none.
+        shape, dtype: of the result; None where it is no tensor.
+    """
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    location: Location | None = None
+    module: str = ""
+    name: str = ""
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def label(self) -> str:
+        """``mul.Tensor``, ``getitem``."""
+        return target_name(self.target)
+
+
+@dataclass
+class Program:
+    """Operations in the order they were run, with the sources they read and the values they give back."""
+
+    ops: list[Op]
+    sources: dict[str, Source]
+    outputs: dict[str, Any]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{source.kind} {name}: {_dtype(source.dtype)}{list(source.shape)}" for name, source in self.sources.items()
+        ]
+        for index, op in enumerate(self.ops):
+            shape = f": {_dtype(op.dtype)}{list(op.shape)}" if op.shape is not None and op.dtype is not None else ""
+            lines.append(f"%{index}{shape} = {op.label}({', '.join(show(arg) for arg in op.args)})  # {op.location}")
+        lines += [f"return {name} = {show(value)}" for name, value in self.outputs.items()]
+        return "\n".join(lines)
+
+
+def target_name(target: Callable[..., Any]) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        overload = target._overloadname
+        name = target._schema.name.removeprefix("aten::")
+        return name if overload == "default" else f"{name}.{overload}"
+    return getattr(target, "__name__", str(target))
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def show(value: Any) -> str:
+    """An argument as text."""
+    if isinstance(value, (Val, Src)):
+        return str(value)
+    if isinstance(value, tuple):
+        if len(value) == 2 and isinstance(value[0], str):
+            return f"{value[0]}={show(value[1])}"
+        return f"[{', '.join(show(item) for item in value)}]"
+    if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
+        return str(value).removeprefix("torch.")
+    return repr(value)
+
+
+def leaves(args: tuple[Any, ...]) -> Iterator[Any]:
+    """The leaves of nested arguments, in order."""
+    for arg in args:
+        if type(arg) is tuple:
+            yield from leaves(arg)
+        else:
+            yield arg
+
+
+def map_leaves(args: tuple[Any, ...], function: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """Nested arguments with each leaf replaced."""
+    return tuple(map_leaves(arg, function) if type(arg) is tuple else function(arg) for arg in args)
+
+
+def from_graph(module: fx.GraphModule, outputs: tuple[str, ...], names: dict[str, str]) -> Program:
+    """A canonical FX graph as a flat program.
+
+    Args:
+        module: the graph; placeholders carry ``meta["source"]``.
+        outputs: the names of the graph's outputs.
+        names: user-level names of values by node name.
+    """
+    values: dict[fx.Node, Any] = {}
+    sources: dict[str, Source] = {}
+    ops: list[Op] = []
+    results: dict[str, Any] = {}
+
+    def convert(arg: Any) -> Any:
+        if isinstance(arg, fx.Node):
+            return values[arg]
+        if isinstance(arg, (list, tuple)):
+            return tuple(convert(item) for item in arg)
+        if isinstance(arg, slice):
+            raise CaptureError("a Python slice reached the graph")
+        return arg
+
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            kind, name = node.meta["source"]
+            val = node.meta["val"]
+            values[node] = Src(name)
+            sources[name] = Source(kind, node.meta.get("names", (name,)), tuple(val.shape), val.dtype)
+        elif node.op == "get_attr":
+            constant = getattr(module, node.target)
+            values[node] = Src(node.target)
+            sources[node.target] = Source("constant", (node.target,), tuple(constant.shape), constant.dtype, constant)
+        elif node.op == "call_function":
+            val = node.meta.get("val")
+            tensor = isinstance(val, torch.Tensor)
+            args = tuple(convert(arg) for arg in node.args)
+            if node.kwargs:
+                args += tuple((key, convert(node.kwargs[key])) for key in sorted(node.kwargs))
+            values[node] = Val(len(ops))
+            ops.append(
+                Op(
+                    node.target,
+                    args,
+                    node.meta.get("location"),
+                    node.meta.get("module", ""),
+                    names.get(node.name, ""),
+                    tuple(val.shape) if tensor else None,
+                    val.dtype if tensor else None,
+                )
+            )
+        elif node.op == "output":
+            for name, value in zip(outputs, node.args[0], strict=True):
+                results[name] = convert(value)
+    return Program(ops, sources, results)

@@ -1,0 +1,194 @@
+"""Cells, dependences between cells, and schedules: data that prints as mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+import sympy
+
+from rmtc.errors import Location
+
+__all__ = ["L", "S", "Cell", "Dependence", "Group", "Schedule", "Step", "layer_symbol"]
+
+S = sympy.Symbol("S", integer=True, positive=True)
+"""Number of segments."""
+
+L = sympy.Symbol("L", integer=True, positive=True)
+"""Number of layers."""
+
+layer_symbol = sympy.Symbol("l", integer=True, nonnegative=True)
+"""The consumer's layer, in a distance that is not uniform, such as ``(0, l)``."""
+
+Extent: TypeAlias = int | sympy.Expr
+
+
+class Cell(NamedTuple):
+    """Layer ``layer`` applied to segment ``segment``."""
+
+    segment: int
+    layer: int
+
+    def __str__(self) -> str:
+        return f"s{self.segment}.l{self.layer}"
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """Cell (s, l) needs a tensor that cell (s - ds, l - dl) makes.
+
+    Attributes:
+        distance: ``(ds, dl)``; an entry is an ``int``, or a sympy expression in ``L`` (the number of layers)
+            and ``l`` (the consumer's layer) where the distance is not uniform.
+        tensor: the tensor under the name its owner knows it by, such as ``layers.{l}.A``.
+        producer: what makes it, in words a user recognises.
+        consumer: what reads it.
+        location: where it is made, in the user's code.
+        consumer_location: where it is read.
+        layers: the consumer's layers ``(first, last)``, both inclusive, entries as in ``distance``; ``None``
+            means wherever the producer exists.
+    """
+
+    distance: tuple[Extent, Extent]
+    tensor: str = ""
+    producer: str = ""
+    consumer: str = ""
+    location: Location | None = None
+    consumer_location: Location | None = None
+    layers: tuple[Extent, Extent] | None = None
+
+    def producers(self, cell: Cell, layers: int) -> Cell | None:
+        """The cell that ``cell`` waits for through this dependence, or None at the edge of the grid."""
+        values = {L: layers, layer_symbol: cell.layer}
+        ds, dl = (_at(extent, values) for extent in self.distance)
+        if self.layers is not None:
+            first, last = (_at(extent, values) for extent in self.layers)
+            if not first <= cell.layer <= last:
+                return None
+        source = Cell(cell.segment - ds, cell.layer - dl)
+        return source if source.segment >= 0 and 0 <= source.layer < layers else None
+
+    def __str__(self) -> str:
+        ds, dl = self.distance
+        text = f"({_show(ds)}, {_show(dl)})"
+        return f"{text} {self.tensor}" if self.tensor else text
+
+
+class Group(NamedTuple):
+    """Cells of one class that run together in a step.
+
+    ``stage`` is ``"prologue"``, ``"layer"`` or ``"epilogue"``; the cells of a prologue have layer -1, those of an
+    epilogue layer L.
+    """
+
+    stage: str
+    cell_class: str
+    cells: tuple[Cell, ...]
+
+
+class Step(NamedTuple):
+    """One time of a schedule and what runs in it, groups in order."""
+
+    time: int
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Cell (s, l) runs at time ``a*s + b*l``.
+
+    Attributes:
+        a, b: coefficients; ``a`` may be an expression in ``L``.
+        layers: the number of layers of the captured model.
+        segments: the number of segments of the call that was explained: the default of :meth:`steps`.
+        classes: ``classes[row][l]`` names the class of layer ``l`` in segment ``row``; the last row stands for
+            every later segment.
+        stage_classes: the same for ``"prologue"`` and ``"epilogue"``, one name a row; a stage that has no
+            operations is absent.
+    """
+
+    a: Extent
+    b: Extent
+    layers: int
+    segments: int
+    classes: tuple[tuple[str, ...], ...] = ()
+    stage_classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def makespan(self) -> sympy.Expr:
+        """Number of steps, an expression in ``S`` and ``L``."""
+        return sympy.expand(sympy.sympify(self.a) * (S - 1) + sympy.sympify(self.b) * (L - 1) + 1)
+
+    def time(self, cell: Cell, layers: int | None = None) -> int:
+        """The step of a cell, 0 for the first."""
+        layers = self.layers if layers is None else layers
+        values = {L: layers}
+        return _at(self.a, values) * cell.segment + _at(self.b, values) * cell.layer
+
+    def class_of(self, cell: Cell) -> str:
+        """The class of a cell's body."""
+        if not self.classes:
+            return "A"
+        row = self.classes[min(cell.segment, len(self.classes) - 1)]
+        return row[min(cell.layer, len(row) - 1)]
+
+    def steps(self, segments: int, layers: int | None = None) -> list[Step]:
+        """The groups of every step.
+
+        Args:
+            segments: number of segments, at least 1.
+            layers: number of layers, the captured model's by default; another number is for reading the
+                schedule only, the captured program has its own.
+
+        Raises:
+            ValueError: if a number is below 1.
+        """
+        layers = self.layers if layers is None else layers
+        if segments < 1 or layers < 1:
+            raise ValueError(f"a schedule needs at least one segment and one layer, got {segments} and {layers}")
+        by_time: dict[int, dict[tuple[int, str, str], list[Cell]]] = {}
+
+        def put(time: int, order: int, stage: str, name: str, cell: Cell) -> None:
+            by_time.setdefault(time, {}).setdefault((order, stage, name), []).append(cell)
+
+        for s in range(segments):
+            for order, stage, at in ((0, "prologue", 0), (2, "epilogue", layers - 1)):
+                names = self.stage_classes.get(stage)
+                if names:
+                    name = names[min(s, len(names) - 1)]
+                    put(self.time(Cell(s, at), layers), order, stage, name, Cell(s, -1 if order == 0 else layers))
+            for layer in range(layers):
+                cell = Cell(s, layer)
+                put(self.time(cell, layers), 1, "layer", self.class_of(cell), cell)
+        return [
+            Step(
+                time,
+                tuple(
+                    Group(stage, name, tuple(cells)) for (_, stage, name), cells in sorted(by_time[time].items())
+                ),
+            )
+            for time in sorted(by_time)
+        ]
+
+    def __str__(self) -> str:
+        from rmtc.ir.text import schedule_text
+
+        return schedule_text(self, self.segments)
+
+
+def _at(extent: Extent, values: dict[sympy.Symbol, int]) -> int:
+    return extent if isinstance(extent, int) else int(sympy.sympify(extent).subs(values))
+
+
+def _show(extent: Extent) -> str:
+    if isinstance(extent, int):
+        return str(extent)
+    if sympy.simplify(extent - (1 - L)) == 0:
+        return "-(L-1)"
+    return str(extent)
+
+
+def distances(dependences: Sequence[Dependence]) -> set[tuple[Extent, Extent]]:
+    """The set of distance vectors."""
+    return {dependence.distance for dependence in dependences}

@@ -1,0 +1,292 @@
+"""The loop over segments as an IR: what one segment runs, what it reads from earlier ones, which cell each part is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from rmtc.errors import Location, VerifyError
+from rmtc.ir.program import Op, Program, Source, Src, Val, leaves, map_leaves, show, target_name
+from rmtc.ir.schedule import Cell, Dependence
+
+__all__ = ["BodyOp", "Environment", "Every", "Fit", "Key", "Layout", "Outer", "Row", "SegmentLoop", "Where"]
+
+
+class Environment(NamedTuple):
+    """The sizes a constant may depend on.
+
+    s: the segment; S: number of segments; B: batch; T: positions of this segment; N: positions of all.
+    """
+
+    s: int
+    S: int
+    B: int
+    T: int
+    N: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """An integer constant as a function of the sizes: ``constant + sum(coefficient * product of sizes)``."""
+
+    constant: int
+    terms: tuple[tuple[tuple[str, ...], int], ...]
+
+    def at(self, environment: Environment) -> int:
+        """The value for given sizes."""
+        total = self.constant
+        for names, coefficient in self.terms:
+            product = coefficient
+            for name in names:
+                product *= getattr(environment, name)
+            total += product
+        return total
+
+    def where(self, s: int, T: int) -> int | Fit:
+        """The function for one segment of a given length."""
+        constant = self.constant
+        terms: dict[tuple[str, ...], int] = {}
+        for names, coefficient in self.terms:
+            for name in names:
+                coefficient *= s if name == "s" else T if name == "T" else 1
+            rest = tuple(name for name in names if name not in ("s", "T"))
+            if rest:
+                terms[rest] = terms.get(rest, 0) + coefficient
+            else:
+                constant += coefficient
+        left = tuple(sorted((names, c) for names, c in terms.items() if c))
+        return Fit(constant, left) if left else constant
+
+    def __str__(self) -> str:
+        text = " + ".join(
+            "*".join(([str(c)] if c != 1 else []) + list(names)) for names, c in self.terms
+        )
+        return f"{text} + {self.constant}".replace("+ -", "- ") if self.constant else text
+
+
+class Row(NamedTuple):
+    """Operand: the value of operation ``index`` of the segment ``back`` before this one."""
+
+    back: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"%{self.index}" if self.back == 0 else f"s-{self.back}.%{self.index}"
+
+
+class Outer(NamedTuple):
+    """Operand: operation ``index`` of the part ``before`` or ``after`` the loop."""
+
+    part: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.part}.%{self.index}"
+
+
+class Where(NamedTuple):
+    """Operand of the part after the loop: a value of one segment, counted from the start or (negative) the end."""
+
+    segment: int
+    index: tuple[int, ...]  # in each row kind; -1 where that row does not make it
+
+    def __str__(self) -> str:
+        return f"s[{self.segment}].%{self.index[-1]}"
+
+
+class Every(NamedTuple):
+    """Items of a list in the part after the loop: one value from each segment, in order.
+
+    ``index`` holds the operation's index in each row kind: the explicit rows, then the steady one.
+    """
+
+    index: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"every s: s.%{self.index[-1]}"
+
+
+@dataclass(frozen=True)
+class BodyOp:
+    """An operation of a segment, or of the part before or after the loop."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    location: Location | None = None
+    module: str = ""
+    name: str = ""
+
+    def __str__(self) -> str:
+        name = f"  # {self.name}" if self.name else ""
+        return f"{target_name(self.target)}({', '.join(show_operand(arg) for arg in self.args)}){name}"
+
+
+class Layout(NamedTuple):
+    """Which operations of a segment are its prologue, its layers and its epilogue, as half-open ranges."""
+
+    prologue: tuple[int, int]
+    layers: tuple[tuple[int, int], ...]
+    epilogue: tuple[int, int]
+
+    def layer_of(self, index: int) -> int:
+        """The layer of an operation; -1 for the prologue, L for the epilogue."""
+        if index < self.prologue[1]:
+            return -1
+        for layer, (start, end) in enumerate(self.layers):
+            if start <= index < end:
+                return layer
+        return len(self.layers)
+
+
+class Key(NamedTuple):
+    """An operation of an unrolled loop: segment -1 is before the loop, segment S after it."""
+
+    segment: int
+    index: int
+
+
+@dataclass(frozen=True)
+class SegmentLoop:
+    """A loop over S segments, for every S.
+
+    Attributes:
+        before, after: operations outside the loop.
+        rows: the first segments, which differ from the later ones or read values from before the loop.
+        steady: every later segment.
+        outputs: the results, as operands of the part after the loop.
+        sources: the tensors that exist before the call.
+        layouts: where the layers are, one for each of ``rows`` and then for ``steady``.
+        segment_length: positions of a segment.
+        dependences: between cells.
+        classes: ``classes[row][layer]``, rows as in ``layouts``; names of equivalence classes of bodies.
+        stage_classes: the same for prologue and epilogue.
+        class_notes: for each class, how it differs from the one it resembles.
+        fixed: sizes the loop was captured for that another value needs a capture of its own, ``batch`` or ``tail``.
+    """
+
+    before: tuple[BodyOp, ...]
+    rows: tuple[tuple[BodyOp, ...], ...]
+    steady: tuple[BodyOp, ...]
+    after: tuple[BodyOp, ...]
+    outputs: dict[str, Any]
+    sources: dict[str, Source]
+    segment_length: int
+    layouts: tuple[Layout, ...] = ()
+    dependences: tuple[Dependence, ...] = ()
+    classes: tuple[tuple[str, ...], ...] = ()
+    stage_classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    class_notes: dict[str, str] = field(default_factory=dict)
+    fixed: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.layouts[-1].layers) if self.layouts else 1
+
+    def row(self, segment: int) -> tuple[BodyOp, ...]:
+        """The operations of a segment."""
+        return self.rows[segment] if segment < len(self.rows) else self.steady
+
+    def layout(self, segment: int) -> Layout:
+        """The layout of a segment."""
+        return self.layouts[min(segment, len(self.layouts) - 1)]
+
+    def cell(self, key: Key, segments: int) -> Cell | None:
+        """The cell an operation of the unrolled loop is in; None outside the loop."""
+        if not 0 <= key.segment < segments:
+            return None
+        return Cell(key.segment, self.layout(key.segment).layer_of(key.index))
+
+    def unroll(self, segments: int, batch: int, tail: int) -> tuple[Program, list[Key]]:
+        """The flat program for given sizes, in the order the segments run.
+
+        Args:
+            segments: number of segments, at least 1.
+            batch: batch size.
+            tail: positions of the last segment, 1 .. segment_length.
+
+        Returns:
+            The program, and for each of its operations what it is.
+        """
+        total = (segments - 1) * self.segment_length + tail
+        index: dict[Key, int] = {}
+        ops: list[Op] = []
+        keys: list[Key] = []
+
+        def environment(segment: int) -> Environment:
+            length = tail if segment >= segments - 1 else self.segment_length
+            return Environment(segment, segments, batch, length, total)
+
+        def value(operand: Where | Every, at: int) -> Val:
+            number = operand.index[min(at, len(operand.index) - 1)]
+            if number < 0:
+                raise VerifyError(f"what {segments} segment(s) return is not known: the first segment differs")
+            return Val(index[Key(at, number)])
+
+        def resolve(segment: int, arg: Any) -> Any:
+            if isinstance(arg, Row):
+                return Val(index[Key(segment - arg.back, arg.index)])
+            if isinstance(arg, Outer):
+                return Val(index[Key(-1 if arg.part == "before" else segments, arg.index)])
+            if isinstance(arg, Where):
+                return value(arg, arg.segment if arg.segment >= 0 else segments + arg.segment)
+            if isinstance(arg, Fit):
+                return arg.at(environment(segments if segment < 0 else segment))
+            return arg
+
+        def expand(segment: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            out: list[Any] = []
+            for arg in args:
+                if isinstance(arg, Every):
+                    out += [value(arg, at) for at in range(segments)]
+                elif type(arg) is tuple:
+                    out.append(expand(segment, arg))
+                else:
+                    out.append(resolve(segment, arg))
+            return tuple(out)
+
+        def run(segment: int, body: tuple[BodyOp, ...]) -> None:
+            for number, op in enumerate(body):
+                index[Key(segment, number)] = len(ops)
+                keys.append(Key(segment, number))
+                ops.append(Op(op.target, expand(segment, op.args), op.location, op.module, op.name))
+
+        run(-1, self.before)
+        for segment in range(segments):
+            run(segment, self.row(segment))
+        run(segments, self.after)
+        outputs = {name: resolve(segments, operand) for name, operand in self.outputs.items()}
+        return Program(ops, self.sources, outputs), keys
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+
+        def part(title: str, body: tuple[BodyOp, ...], layout: Layout | None = None) -> None:
+            lines.append(title)
+            for number, op in enumerate(body):
+                stage = ""
+                if layout is not None:
+                    layer = layout.layer_of(number)
+                    stage = "pro" if layer < 0 else "epi" if layer >= len(layout.layers) else f"l{layer}"
+                lines.append(f"  {stage:>4} %{number} = {op}")
+
+        part("before the loop:", self.before)
+        for number, row in enumerate(self.rows):
+            part(f"segment {number}:", row, self.layouts[number] if self.layouts else None)
+        part(f"segment s >= {len(self.rows)}:", self.steady, self.layouts[-1] if self.layouts else None)
+        part("after the loop:", self.after)
+        lines += [f"return {name} = {show_operand(value)}" for name, value in self.outputs.items()]
+        return "\n".join(lines)
+
+
+def show_operand(value: Any) -> str:
+    """An operand as text."""
+    if isinstance(value, (Row, Outer, Where, Every, Fit)):
+        return str(value)
+    if type(value) is tuple:
+        return f"[{', '.join(show_operand(item) for item in value)}]"
+    return show(value)
+
+
+__all__ += ["Src", "leaves", "map_leaves"]

@@ -1,0 +1,339 @@
+"""What ``rmtc explain`` and ``rmtc schedule`` print: plain text for a reader who knows neither rmtc nor compilers.
+
+Every term (cell, class, distance vector, step, makespan, critical path) is said in half a line where it comes first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import sympy
+
+from rmtc.errors import Location
+from rmtc.ir.cycle import Round, Turn, follow
+from rmtc.ir.explanation import CellClass, Certificate, Explanation
+from rmtc.ir.formula import at, distance_text, formula, layers_text, parse, place, time_formula, whence
+from rmtc.ir.grid import grid, schedule_text, stages_text
+from rmtc.ir.page import Page
+from rmtc.ir.schedule import Cell, Dependence, L, S, Schedule
+
+__all__ = ["certificate_text", "explanation_text", "refusal_text", "schedule_text"]
+
+_SHOWN = 4
+"""Tensors of one distance that are shown with their places; of the others only the names."""
+
+
+def certificate_text(certificate: Certificate) -> str:
+    """The certificate by itself, with formulas in S (segments) and L (layers) in place of a call's numbers."""
+    page = Page()
+    page.heading("Certificate")
+    page.text("Cell (s, l) is layer l applied to segment s, of S segments and L layers, both counted from 0.")
+    _legal(page, certificate, None)
+    _best(page, certificate, None)
+    _assumptions(page, certificate.assumptions)
+    return str(page)
+
+
+def explanation_text(explanation: Explanation) -> str:
+    """The whole answer: the loop, its classes and dependences, the schedule and its proof, or the refusal."""
+    page = Page()
+    page.heading(_title(explanation))
+    _loop(page, explanation)
+    _classes(page, explanation)
+    _dependences(page, explanation.dependences)
+    if explanation.schedule is None:
+        _refusal(page, explanation)
+    else:
+        _schedule(page, explanation.schedule, explanation.segments)
+        if explanation.certificate is not None:
+            _legal(page, explanation.certificate, explanation)
+            _best(page, explanation.certificate, explanation)
+    if explanation.certificate is not None:
+        _assumptions(page, explanation.certificate.assumptions)
+    return str(page)
+
+
+def refusal_text(explanation: Explanation) -> str:
+    """The refusal by itself: what ``rmtc schedule`` prints where there is no schedule."""
+    page = Page()
+    page.heading(_title(explanation))
+    _refusal(page, explanation)
+    return str(page)
+
+
+def _title(explanation: Explanation) -> str:
+    runs = explanation.segments * explanation.layers
+    if explanation.schedule is None:
+        once = follow(explanation.cycle, explanation.layers)
+        if (once and _sequential(once, explanation.layers)) or _optimal(explanation):
+            return f"{explanation.name}: refused, its {runs} layer runs can only run one after another"
+        return f"{explanation.name}: refused, nothing shorter than its {runs} layer runs in sequence could be proven"
+    steps = at(explanation.schedule.makespan, explanation.segments, explanation.layers)
+    proven = "legal and best possible" if _optimal(explanation) else "legal"
+    return f"{explanation.name}: {steps} steps instead of {runs}, proven {proven}"
+
+
+def _optimal(explanation: Explanation) -> bool:
+    return explanation.certificate is not None and explanation.certificate.optimal
+
+
+def _sequential(once: Round, layers: int) -> bool:
+    """Whether a round takes as many steps as there are cells in the segments it passes."""
+    return at(once.length, 1, layers) >= layers * once.advance
+
+
+def _loop(page: Page, explanation: Explanation) -> None:
+    segments, layers = explanation.segments, explanation.layers
+    page.heading("The loop")
+    page.text(
+        f"The call cuts its input into S = {segments} segments of {explanation.segment_length} positions (the last may "
+        f"be shorter) and takes them one by one through L = {layers} layers: {formula(S * L)} = {segments * layers} "
+        "layer runs, one after another. One such run is a cell: s2.l1 is layer 1 applied to segment 2, both counted "
+        "from 0."
+    )
+    _lines(page, "What grows with the number of segments:", explanation.growing)
+    _lines(page, "What may change and leaves the answer as it is:", explanation.free)
+
+
+def _lines(page: Page, head: str, lines: Sequence[str]) -> None:
+    if lines:
+        page.text(head)
+        for line in lines:
+            page.text(line, 4, hang=2)
+
+
+def _classes(page: Page, explanation: Explanation) -> None:
+    classes = explanation.classes
+    if not classes:
+        return
+    page.heading("The bodies")
+    batched = (
+        ", so those that do not wait for one another can run as one batched call (torch.bmm over stacked weights)"
+        if explanation.schedule
+        else ""
+    )
+    page.text(
+        "The operations of a cell are its body. Cells whose bodies have the same operations, shapes and wiring form a "
+        f"class: they differ only in their weights and inputs{batched}."
+    )
+    if legend := stages_text({item.stage for item in classes}):
+        page.text(legend)
+    page.table(
+        [(item.name, item.stage, f"{item.operations} operations", item.members + _differs(item)) for item in classes]
+    )
+
+
+def _differs(item: CellClass) -> str:
+    return f"; unlike the class above: {item.differs}" if item.differs else ""
+
+
+def _dependences(page: Page, dependences: Sequence[Dependence]) -> None:
+    page.heading("What depends on what")
+    if not dependences:
+        page.text("No cell reads anything that another cell makes: all of them can run at once.")
+        return
+    page.text(
+        "A cell that reads a tensor made by another cell has to wait for it: a dependence. Its distance vector (ds, "
+        "dl) says for which: cell (s, l), layer l on segment s, waits for cell (s - ds, l - dl), ds segments before "
+        "and dl layers below."
+    )
+    if any("{l}" in text for item in dependences for text in (item.tensor, item.producer, item.consumer)):
+        page.text("{l} in a name stands for the number of a layer.")
+    for distance, same in _by_distance(dependences).items():
+        page.blank()
+        page.text(f"{distance}  {whence(same[0].distance)}")
+        for item in same[:_SHOWN]:
+            _dependence(page, item)
+        if len(same) > _SHOWN:
+            page.text("and in the same way: " + ", ".join(item.tensor for item in same[_SHOWN:]), 6, hang=2)
+
+
+def _by_distance(dependences: Sequence[Dependence]) -> dict[str, list[Dependence]]:
+    groups: dict[str, list[Dependence]] = {}
+    for item in dependences:
+        groups.setdefault(distance_text(item.distance), []).append(item)
+    return groups
+
+
+def _dependence(page: Page, item: Dependence) -> None:
+    only = "" if item.layers is None else f", read by {layers_text(item.layers)} only"
+    page.text((item.tensor or "a tensor") + only, 6, hang=2)
+    rows = [
+        (label, *_known(words, location))
+        for label, words, location in (
+            ("made by", item.producer, item.location),
+            ("read by", item.consumer, item.consumer_location),
+        )
+        if words or location
+    ]
+    page.table(rows, 8)
+
+
+def _known(words: str, location: Location | None) -> list[str]:
+    return [text for text in (words, f"at {place(location)}" if location else "") if text]
+
+
+def _schedule(page: Page, schedule: Schedule, segments: int) -> None:
+    runs = segments * schedule.layers
+    steps = at(schedule.makespan, segments, schedule.layers)
+    page.heading("The schedule")
+    page.text(
+        "A schedule gives each cell a step. The cells of one step run at the same time, the steps one after another: "
+        f"cell (s, l) runs at step {time_formula(schedule.a, schedule.b)}." + _example(schedule, segments)
+    )
+    page.blank()
+    page.raw(grid(schedule, segments, limit=5, head=3, tail=1), 4)
+    page.blank()
+    page.text(
+        f"The number of steps, the makespan, is {formula(schedule.makespan)} = {steps}; one cell after another takes "
+        f"{formula(S * L)} = {runs}.{_width(schedule, segments)}"
+        + (" For so short a call that is no gain." if steps >= runs else "")
+    )
+
+
+def _apart(schedule: Schedule) -> tuple[int, int]:
+    """Neighbouring cells of one step lie so many segments and so many layers apart."""
+    a, b = at(schedule.a, 1, schedule.layers), at(schedule.b, 1, schedule.layers)
+    divisor = math.gcd(a, b) or 1
+    return b // divisor, a // divisor
+
+
+def _example(schedule: Schedule, segments: int) -> str:
+    later, below = _apart(schedule)
+    if later >= segments or below >= schedule.layers:
+        return ""
+    first, second = Cell(0, below), Cell(later, 0)
+    return f" Step {schedule.time(first)}, for example, runs {first} and {second} at once."
+
+
+def _width(schedule: Schedule, segments: int) -> str:
+    sides = [
+        math.ceil(extent / step)
+        for extent, step in zip((segments, schedule.layers), _apart(schedule), strict=True)
+        if step
+    ]
+    return f" No step holds more than {min(sides)} cells." if sides and min(sides) > 1 else ""
+
+
+def _legal(page: Page, certificate: Certificate, explanation: Explanation | None) -> None:
+    if certificate.inequalities:
+        page.heading("Why it is legal")
+        schedule = explanation.schedule if explanation else None
+        values = f", here with a = {formula(schedule.a)} and b = {formula(schedule.b)}" if schedule else ""
+        page.text(
+            "Each cell must run at a later step than the cells it reads from. Cell (s, l) runs at step a*s + b*l, so "
+            f"along (ds, dl) the step grows by a*ds + b*dl{values}. That is at least 1 for each dependence:"
+        )
+        rows: dict[tuple[str, str], list[str]] = {}
+        for item in certificate.inequalities:
+            key = distance_text(item.dependence.distance), item.slack
+            rows.setdefault(key, []).append(item.dependence.tensor)
+        page.table([(distance, slack, ", ".join(filter(None, names))) for (distance, slack), names in rows.items()])
+    _checked(page, certificate)
+
+
+def _checked(page: Page, certificate: Certificate) -> None:
+    if certificate.checked:
+        page.text(f"Checked by a second program that shares no code with the first: {certificate.checked}", 2, hang=2)
+
+
+def _best(page: Page, certificate: Certificate, explanation: Explanation | None) -> None:
+    if not certificate.bound:
+        return
+    page.heading("Why nothing is shorter" if certificate.optimal else "How far it is from the best")
+    _chain(page, certificate, explanation)
+    if certificate.optimal:
+        page.text(
+            "The schedule has exactly as many. So the chain is a longest one, the critical path, and the schedule is "
+            "optimal, as long as each cell runs as a whole."
+        )
+    else:
+        page.text("The schedule has more. Whether there is one in between is not known.")
+
+
+def _length(bound: str, explanation: Explanation | None) -> str:
+    expression = parse(bound)
+    if expression is None:
+        return bound
+    if explanation is None:
+        return formula(expression)
+    return f"{formula(expression)} = {at(expression, explanation.segments, explanation.layers)}"
+
+
+def _chain(page: Page, certificate: Certificate, explanation: Explanation | None) -> None:
+    length = _length(certificate.bound, explanation)
+    if certificate.critical_path:
+        page.text("In this chain each cell waits for the one before it, so no two of its cells can share a step:")
+        page.text(certificate.critical_path, 4, hang=2)
+        page.text(f"It has {length} cells, so no schedule has fewer steps than that.")
+    else:
+        page.text(f"No schedule has fewer than {length} steps.")
+
+
+def _assumptions(page: Page, assumptions: Sequence[str]) -> None:
+    if assumptions:
+        page.heading("What this takes for granted")
+        for assumption in assumptions:
+            page.text(f"- {assumption}", 2, hang=2)
+
+
+def _refusal(page: Page, explanation: Explanation) -> None:
+    page.heading("Why it is refused")
+    page.text("A refusal changes nothing: the model runs as it always did.")
+    if explanation.cycle:
+        _cycle(page, explanation)
+    rows = [("why", explanation.reason or "no schedule could be proven")]
+    if explanation.location is not None:
+        rows.append(("where", place(explanation.location)))
+    if explanation.remedy:
+        rows.append(("what to do", explanation.remedy))
+    page.table(rows, 2)
+    if explanation.certificate is not None:
+        _checked(page, explanation.certificate)
+
+
+def _cycle(page: Page, explanation: Explanation) -> None:
+    once = follow(explanation.cycle, explanation.layers)
+    if once is None:
+        page.text("These dependences are why:")
+        page.blank()
+        page.table([_edge(item) for item in dict.fromkeys(explanation.cycle)])
+        page.blank()
+        if explanation.certificate is not None and explanation.certificate.optimal:
+            _chain(page, explanation.certificate, explanation)
+            page.blank()
+        return
+    segments, layers = explanation.segments, explanation.layers
+    further = "one segment" if once.advance == 1 else f"{once.advance} segments"
+    page.text(f"The dependences close a cycle, which leads from a cell to the same layer {further} later:")
+    page.blank()
+    page.table([(_passed(turn), *_edge(turn.dependence)) for turn in once.turns])
+    page.blank()
+    conclusion = ""
+    if _sequential(once, layers):
+        conclusion = (
+            f" So S segments take {formula(S * L)} = {segments * layers} steps, as many as one cell after another: no "
+            "order of the cells is shorter."
+        )
+    steps = f"{_equals(once.length, layers)} {'step' if once.length == 1 else 'steps'}"
+    page.text(
+        f"Once round takes {steps}, since each cell waits for the one before it, and gets {further} further.{conclusion}"
+    )
+    page.blank()
+
+
+def _equals(expression: sympy.Expr, layers: int) -> str:
+    text, number = formula(expression), str(at(expression, 1, layers))
+    return text if text == number else f"{text} = {number}"
+
+
+def _passed(turn: Turn) -> str:
+    first, *between, last = (str(cell) for cell in turn.cells)
+    shown = [first, *between, last] if len(between) < 2 else [first, between[0], "...", last]
+    return " -> ".join(shown)
+
+
+def _edge(item: Dependence) -> list[str]:
+    made = f"made at {place(item.location)}" if item.location else ""
+    return [text for text in (distance_text(item.distance), item.tensor, made) if text]

@@ -1,0 +1,242 @@
+"""The independent checker: a flat trace against an unrolled loop and the places a schedule gives it.
+
+It shares no code with folding and proving. It knows only flat programs, and asks two things. Does the unrolled loop
+compute what the trace computes? Every node of the trace that a result needs must have a counterpart with the same
+operation, the same constants and, as operands, the counterparts of its operands; then values are equal by
+congruence. And is every edge of the trace respected: by the claimed dependences, and by the order of the places?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from rmtc.errors import VerifyError
+from rmtc.ir.program import Op, Program, Src, Val, show
+from rmtc.ir.schedule import Cell, Dependence
+
+__all__ = ["Checked", "Place", "check"]
+
+
+class Place(NamedTuple):
+    """When an operation of the unrolled loop runs.
+
+    ``phase`` is 0 before the loop, 1 in it, 2 after it; ``stage`` 0, 1, 2 in a step: prologues, layers, epilogues;
+    ``cell`` is None outside the loop, has layer -1 in a prologue and L in an epilogue; ``position`` counts within.
+    """
+
+    phase: int
+    step: int
+    stage: int
+    cell: Cell | None
+    position: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was checked: nodes and edges of the trace, and how many edges run between cells."""
+
+    nodes: int
+    edges: int
+    crossing: int
+
+    def __str__(self) -> str:
+        return f"{self.nodes} operations and {self.edges} edges of a run, {self.crossing} of them between cells"
+
+
+def check(
+    trace: Program,
+    claimed: Program,
+    places: Sequence[Place],
+    dependences: Sequence[Dependence],
+    layers: int,
+) -> Checked:
+    """Check an unrolled loop against a trace of the same sizes.
+
+    Args:
+        trace: what the user's code did.
+        claimed: the unrolled loop.
+        places: for each operation of ``claimed``, when it runs.
+        dependences: those that the schedule was proven for.
+        layers: number of layers.
+
+    Raises:
+        VerifyError: at the first node without a counterpart, the first edge that runs backwards in time, the first
+            edge between cells that no dependence covers.
+    """
+    counterpart = _correspond(trace, claimed)
+    dependent = _dependent_prologues(trace, counterpart, places)
+    crossing = edges = 0
+    covered: dict[tuple[Cell, Cell], bool] = {}
+    for node, image in counterpart.items():
+        later = places[image]
+        for operand in _values(trace.ops[node].args):
+            edges += 1
+            earlier = places[counterpart[operand]]
+            if counterpart[operand] != image and not _precedes(earlier, later):
+                raise VerifyError(
+                    f"{_node(trace, node)} at {_when(later)} needs {_node(trace, operand)}, which runs at "
+                    f"{_when(earlier)}",
+                    location=trace.ops[node].location,
+                )
+            pair = _cells(earlier, later, operand in dependent, layers)
+            if pair is None:
+                continue
+            crossing += 1
+            if pair not in covered:
+                covered[pair] = any(each.producers(pair[1], layers) == pair[0] for each in dependences)
+            if not covered[pair]:
+                raise VerifyError(
+                    f"cell {pair[1]} reads what cell {pair[0]} makes ({_node(trace, operand)}), and no dependence says so",
+                    location=trace.ops[node].location,
+                )
+    return Checked(len(counterpart), edges, crossing)
+
+
+def _precedes(earlier: Place, later: Place) -> bool:
+    if earlier.phase != later.phase:
+        return earlier.phase < later.phase
+    if earlier.cell == later.cell:
+        return earlier.position < later.position
+    if earlier.step != later.step:
+        return earlier.step < later.step
+    if earlier.stage != later.stage:
+        return earlier.stage < later.stage
+    # Prologues of a step run segment by segment, and so do epilogues; cells of a step run at once.
+    return earlier.stage != 1 and earlier.cell is not None and later.cell is not None and earlier.cell < later.cell
+
+
+def _cells(earlier: Place, later: Place, dependent: bool, layers: int) -> tuple[Cell, Cell] | None:
+    """The cells an edge runs between, None if it is none between cells."""
+    source, target = earlier.cell, later.cell
+    if source is None or target is None or source == target or later.stage == 2:
+        return None
+    if earlier.stage == 0:
+        if later.stage == 0 or not dependent:
+            return None
+        source = Cell(source.segment, 0)
+    elif earlier.stage == 2:
+        source = Cell(source.segment, layers - 1)
+    if later.stage == 0:
+        target = Cell(target.segment, 0)
+    return (source, target) if source != target else None
+
+
+def _dependent_prologues(trace: Program, counterpart: dict[int, int], places: Sequence[Place]) -> set[int]:
+    """The nodes of prologues that need a cell."""
+    found: set[int] = set()
+    for node in sorted(counterpart):
+        if places[counterpart[node]].stage == 0 and places[counterpart[node]].cell is not None:
+            for operand in _values(trace.ops[node].args):
+                place = places[counterpart[operand]]
+                if operand in found or (place.cell is not None and place.stage > 0):
+                    found.add(node)
+    return found
+
+
+def _correspond(trace: Program, claimed: Program) -> dict[int, int]:
+    """For every operation of the trace that a result needs, its counterpart."""
+    if set(trace.outputs) != set(claimed.outputs):
+        raise VerifyError(f"other results: {sorted(set(trace.outputs) ^ set(claimed.outputs))}")
+    counterpart: dict[int, int] = {}
+    work = [(trace.outputs[name], claimed.outputs[name], f"result {name}") for name in trace.outputs]
+    while work:
+        value, image, reader = work.pop()
+        image = _through(value, image, trace, claimed)
+        if type(value) is not Val or type(image) is not Val:
+            if type(value) is not type(image) or value != image:
+                raise VerifyError(f"{reader} reads {show(value)} in the run and {show(image)} in the loop")
+            continue
+        if value.index in counterpart:
+            if counterpart[value.index] != image.index:
+                first, second = counterpart[value.index], image.index
+                if not _same(claimed, first, second):
+                    raise VerifyError(f"{reader} reads {_node(trace, value.index)}, which has two counterparts")
+            continue
+        node, other = trace.ops[value.index], claimed.ops[image.index]
+        if node.target is not other.target:
+            raise VerifyError(
+                f"{_node(trace, value.index)} in the run is {_node(claimed, image.index)} in the loop",
+                location=node.location,
+            )
+        counterpart[value.index] = image.index
+        work += [(a, b, _node(trace, value.index)) for a, b in _pairs(node, other, trace, value.index)]
+    return counterpart
+
+
+def _pairs(node: Op, other: Op, trace: Program, number: int) -> list[tuple[Any, Any]]:
+    pairs: list[tuple[Any, Any]] = []
+
+    def compare(a: Any, b: Any) -> None:
+        if type(a) is tuple and type(b) is tuple and len(a) == len(b):
+            for x, y in zip(a, b, strict=True):
+                compare(x, y)
+        elif isinstance(a, (Val, Src)) or isinstance(b, (Val, Src)):
+            pairs.append((a, b))
+        elif type(a) is not type(b) or a != b:
+            raise VerifyError(
+                f"{_node(trace, number)} has {show(a)} in the run and {show(b)} in the loop", location=node.location
+            )
+
+    compare(node.args, other.args)
+    return pairs
+
+
+def _through(value: Any, image: Any, trace: Program, claimed: Program) -> Any:
+    """Skip expands of the loop that change nothing here: code that knows a batch of one leaves them out."""
+    expand = torch.ops.aten.expand.default
+    while type(image) is Val and claimed.ops[image.index].target is expand:
+        if type(value) is not Val or trace.ops[value.index].target is expand:
+            break
+        shape, sizes = trace.ops[value.index].shape, claimed.ops[image.index].args[1]
+        if shape is None or len(shape) != len(sizes) or any(n not in (-1, m) for n, m in zip(sizes, shape, strict=True)):
+            break
+        image = claimed.ops[image.index].args[0]
+    return image
+
+
+def _same(claimed: Program, first: int, second: int) -> bool:
+    """Whether two operations of the loop compute the same value, by their whole derivation."""
+    seen: set[tuple[int, int]] = set()
+    work = [(first, second)]
+    while work:
+        a, b = work.pop()
+        if a == b or (a, b) in seen:
+            continue
+        seen.add((a, b))
+        one, two = claimed.ops[a], claimed.ops[b]
+        if one.target is not two.target or _nameless(one.args) != _nameless(two.args):
+            return False
+        work += zip(_values(one.args), _values(two.args), strict=True)
+    return True
+
+
+def _nameless(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        _nameless(arg) if type(arg) is tuple else None if type(arg) is Val else (type(arg), arg) for arg in args
+    )
+
+
+def _values(args: tuple[Any, ...]) -> list[int]:
+    found: list[int] = []
+    for arg in args:
+        if type(arg) is tuple:
+            found += _values(arg)
+        elif type(arg) is Val:
+            found.append(arg.index)
+    return found
+
+
+def _node(program: Program, number: int) -> str:
+    op = program.ops[number]
+    text = f"%{number} = {op.label}({', '.join(show(arg) for arg in op.args)})"
+    return text if len(text) < 120 else text[:116] + " ..."
+
+
+def _when(place: Place) -> str:
+    if place.cell is None:
+        return "the start" if place.phase == 0 else "the end"
+    return f"step {place.step} ({place.cell})"

@@ -1,0 +1,116 @@
+"""Where one part of a repeated sequence of operations ends and the next begins."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+__all__ = ["choose_cut", "divide", "common_prefix", "common_subsequence", "common_suffix"]
+
+
+def common_prefix(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
+    """How many items two sequences share from the start."""
+    count = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def common_suffix(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
+    """How many items two sequences share at the end."""
+    return common_prefix(first[::-1], second[::-1])
+
+
+def choose_cut(
+    gap: Sequence[Hashable],
+    before_first: Sequence[Hashable],
+    after_last: Sequence[Hashable],
+    crossing: Sequence[int],
+    low: int,
+    high: int,
+) -> int:
+    """Divide what lies between the anchors of two parts into the tail of one and the head of the next.
+
+    Args:
+        gap: the operations between the last anchor of a part and the first of the next, as comparable tokens.
+        before_first: the tokens before the first part's first anchor: a head is repeated at their end.
+        after_last: the tokens after the last part's last anchor: a tail is repeated at their start.
+        crossing: ``crossing[c]`` is the number of tensors that cross a cut after c operations.
+        low, high: the least and the greatest cut allowed, inclusive.
+
+    Returns:
+        The number of operations of the gap in the tail: of those that leave the fewest operations without a
+        counterpart at the ends, one with the fewest crossing tensors, then the latest.
+    """
+
+    def cost(cut: int) -> tuple[int, int, int]:
+        head, tail = gap[cut:], gap[:cut]
+        lost = len(head) - common_suffix(head, before_first) + len(tail) - common_prefix(tail, after_last)
+        return lost, crossing[cut], -cut
+
+    return min(range(low, high + 1), key=cost)
+
+
+def divide(
+    tokens: Sequence[Hashable],
+    first: Sequence[int],
+    last: Sequence[int],
+    reach: Sequence[int],
+    anchors: dict[int, int],
+) -> tuple[list[int], Sequence[Hashable], Sequence[Hashable]]:
+    """Divide a sequence that repeats a part into its parts.
+
+    Args:
+        tokens: the operations.
+        first, last: first and last anchor of each part.
+        reach: for each operation, the last one that uses it.
+        anchors: operations whose part is known, besides those.
+
+    Returns:
+        Where parts 1, 2, ... start; what a part runs before its first anchor; what it runs after its last.
+    """
+    parts = len(first)
+    reference = min((parts - 1) // 2, parts - 2)
+    starts = [0] * (parts - 1)
+    head: Sequence[Hashable] = []
+    tail: Sequence[Hashable] = []
+    for part in [reference, *(p for p in range(parts - 1) if p != reference)] if parts > 1 else []:
+        begin, end = last[part] + 1, first[part + 1]
+        low, high = 0, end - begin
+        for i in range(begin, end):
+            if anchors.get(i) == part:
+                low = max(low, i - begin + 1)
+            elif anchors.get(i) == part + 1:
+                high = min(high, i - begin)
+        high = max(low, high)
+        if part == reference:
+            crossing = [
+                sum(1 for j in range(first[part], begin + c) if reach[j] >= begin + c) for c in range(end - begin + 1)
+            ]
+            cut = choose_cut(tokens[begin:end], tokens[: first[0]], tokens[last[-1] + 1 :], crossing, low, high)
+            head, tail = tokens[begin + cut : end], tokens[begin : begin + cut]
+        else:
+            cut = max(low, min(high, end - begin - common_suffix(tokens[begin:end], head)))
+        starts[part] = begin + cut
+    return starts, head, tail
+
+
+def common_subsequence(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> list[int]:
+    """The places in ``items`` of a longest common subsequence with ``pattern``, in order."""
+    best = [[0] * (len(pattern) + 1) for _ in range(len(items) + 1)]
+    for i in reversed(range(len(items))):
+        row, below, item = best[i], best[i + 1], items[i]
+        for j in reversed(range(len(pattern))):
+            row[j] = below[j + 1] + 1 if item == pattern[j] else max(below[j], row[j + 1])
+    places: list[int] = []
+    i = j = 0
+    while i < len(items) and j < len(pattern):
+        if items[i] == pattern[j] and best[i][j] == best[i + 1][j + 1] + 1:
+            places.append(i)
+            i, j = i + 1, j + 1
+        elif best[i + 1][j] >= best[i][j + 1]:
+            i += 1
+        else:
+            j += 1
+    return places

@@ -1,0 +1,395 @@
+"""Pass fold-segments: two runs of different lengths become one loop over segments, for every length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import Any
+
+from rmtc.errors import Location, RefusedError
+from rmtc.ir.program import Op, Source, Src, Val, show, target_name
+from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Outer, Row, SegmentLoop, Where
+from rmtc.passes.segments import Segmented
+
+__all__ = ["Run", "fold_segments"]
+
+# What an integer may be made of, simplest first: each is tried without a constant term, then with one.
+_SHAPES: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (("B",),),
+    (("T",),),
+    (("N",),),
+    (("S",),),
+    (("s",),),
+    (("B", "T"),),
+    (("B", "N"),),
+    (("B", "S"),),
+    (("B", "T"), ("B",)),
+    (("s",), ("T",)),
+    (("s",), ("B",)),
+    (("B",), ("T",)),
+)
+
+
+class Run:
+    """A run divided into segments, and the sizes it had.
+
+    Args:
+        segmented: the run.
+        batch, tail: its sizes.
+        segment_length: positions of a segment.
+    """
+
+    def __init__(self, segmented: Segmented, batch: int, tail: int, segment_length: int) -> None:
+        self.segmented = segmented
+        self.ops = segmented.program.ops
+        self.starts = segmented.starts
+        self.segments = len(self.starts) - 1
+        self.batch, self.tail, self.segment_length = batch, tail, segment_length
+        self._environments: dict[int, Environment] = {}
+        self._tokens: dict[int, list[Any]] = {}
+        self._segment = [-1] * len(self.ops)
+        for s in range(self.segments):
+            for i in range(self.starts[s], self.starts[s + 1]):
+                self._segment[i] = s
+        for i in range(self.starts[-1], len(self.ops)):
+            self._segment[i] = self.segments
+
+    def environment(self, segment: int) -> Environment:
+        """The sizes seen by a segment; segment S stands for the parts outside the loop."""
+        if segment not in self._environments:
+            total = (self.segments - 1) * self.segment_length + self.tail
+            length = self.tail if segment >= self.segments - 1 else self.segment_length
+            self._environments[segment] = Environment(segment, self.segments, self.batch, length, total)
+        return self._environments[segment]
+
+    def tokens(self, segment: int) -> list[Any]:
+        """What two segments must share to run the same operations."""
+        if segment not in self._tokens:
+            self._tokens[segment] = [(op.target, _structure(op.args)) for op in self.row(segment)]
+        return self._tokens[segment]
+
+    def row(self, segment: int) -> list[Op]:
+        return self.ops[self.starts[segment] : self.starts[segment + 1]]
+
+    @property
+    def before(self) -> list[Op]:
+        return self.ops[: self.starts[0]]
+
+    @property
+    def after(self) -> list[Op]:
+        return self.ops[self.starts[-1] :]
+
+    def place(self, value: Val) -> tuple[int, int]:
+        """Segment and number in it."""
+        segment = self._segment[value.index]
+        base = 0 if segment < 0 else self.starts[segment]
+        return segment, value.index - base
+
+
+def fold_segments(short: Run, long: Run, sources: dict[str, Source], steady_from: int) -> SegmentLoop:
+    """Fold two runs into a loop.
+
+    Needs: two runs of n and n + 1 segments.
+    Gives: the loop whose unrolling at both lengths is these runs, with the first ``steady_from`` segments as they
+    are and one body for all later ones; integers that differ are functions of the segment, the number of segments,
+    the batch and the lengths.
+    Checks: every later segment runs the same operations on the same operands, at both lengths, with constants that
+    are such functions; the parts before and after the loop are the same at both lengths but for lists with an item
+    a segment.
+
+        s1: f(s0.%4, [8:16])   s2: f(s1.%4, [16:24])   ->   s: f(s-1.%4, [8*s : 8*s + 8])
+
+    Raises:
+        RefusedError: with the first operation that does not fit.
+    """
+    if short.segments <= steady_from or long.segments != short.segments + 1:
+        raise ValueError("fold_segments needs runs of n and n + 1 segments with a steady one in each")
+    reference = long.tokens(steady_from)
+    for run in (short, long):
+        for s in range(steady_from, run.segments):
+            _same_operations(run, s, long, steady_from)
+    alike = [
+        (run, run.row(s), s) for run in (short, long) for s in range(run.segments) if run.tokens(s) == reference
+    ]
+    rows: list[tuple[BodyOp, ...]] = []
+    for s in range(steady_from):
+        _same_operations(long, s, short, s)
+        more = [sample for sample in alike if sample[2] != s] if long.tokens(s) == reference else []
+        rows.append(_fold_row([(run, run.row(s), s) for run in (short, long)], more))
+    steady = _fold_row(
+        [sample for sample in alike if sample[2] >= steady_from],
+        [sample for sample in alike if sample[2] < steady_from],
+    )
+    lengths = [len(row) for row in rows] + [len(steady)]
+    before = _fold_outer(short, long, short.before, long.before, lengths, "before")
+    after = _fold_outer(short, long, short.after, long.after, lengths, "after")
+    outputs: dict[str, Any] = {}
+    first, second = short.segmented.program.outputs, long.segmented.program.outputs
+    if list(first) != list(second):
+        raise RefusedError(
+            "the number of results and of tensors left in attributes changes with the number of segments: "
+            + ", ".join(sorted(set(first) ^ set(second)))[:200],
+            remedy="return one tensor for all segments, and keep a memory of fixed size",
+        )
+    for name in first:
+        outputs[name] = _outer_operand(short, long, first[name], second[name], len(rows), None)
+    return SegmentLoop(before, tuple(rows), steady, after, outputs, sources, short.segment_length)
+
+
+def _structure(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments without what may differ between segments: values and integers."""
+    out: list[Any] = []
+    for arg in args:
+        if type(arg) is tuple:
+            out.append(_structure(arg))
+        elif type(arg) is Val or type(arg) is Src:
+            out.append(Val)
+        elif type(arg) is int:
+            out.append(int)
+        else:
+            out.append(arg)
+    return tuple(out)
+
+
+def _same_operations(run: Run, segment: int, other: Run, reference: int) -> None:
+    """Segment ``segment`` of a run must run what segment ``reference`` of another run does."""
+    if run.tokens(segment) == other.tokens(reference):
+        return
+    what, than = f"segment {segment} of {run.segments}", f"segment {reference} of {other.segments}"
+    remedy = (
+        "every segment after the first must run the same operations: a branch on the segment's number must go, or be "
+        "a torch.where"
+    )
+    ops, expected_ops = run.row(segment), other.row(reference)
+    for op, expected in zip(ops, expected_ops, strict=False):
+        if op.target is not expected.target or _structure(op.args) != _structure(expected.args):
+            raise RefusedError(
+                f"{what} does not run what {than} runs: {_describe(op)} in place of {_describe(expected)}",
+                location=op.location or expected.location,
+                remedy=remedy,
+            )
+    longer = ops if len(ops) > len(expected_ops) else expected_ops
+    extra = longer[min(len(ops), len(expected_ops))]
+    raise RefusedError(
+        f"{what} runs {len(ops)} operations and {than} {len(expected_ops)}: one goes on with {_describe(extra)}",
+        location=extra.location,
+        remedy=remedy,
+    )
+
+
+def _describe(op: Op) -> str:
+    return f"{target_name(op.target)}({', '.join(show(arg) for arg in op.args)})"
+
+
+Sample = tuple[Run, list[Op], int]
+
+
+def _fold_row(samples: list[Sample], more: list[Sample]) -> tuple[BodyOp, ...]:
+    """One body from the rows it stands for; ``more`` are rows with the same operations that help to fit constants."""
+    body: list[BodyOp] = []
+    for number, op in enumerate(samples[0][1]):
+        try:
+            args = _fold_args([(run, run_ops[number].args, s) for run, run_ops, s in samples],
+                              [(run, run_ops[number].args, s) for run, run_ops, s in more])
+        except _Misfit as misfit:
+            raise RefusedError(
+                f"{target_name(op.target)} does not follow a pattern from segment to segment: {misfit}",
+                location=op.location,
+                remedy="operands and integers must be the same in every segment or advance evenly with it",
+            ) from None
+        names = {ops[number].name for _, ops, _ in samples if ops[number].name}
+        body.append(BodyOp(op.target, args, op.location, op.module, sorted(names)[0] if names else ""))
+    return tuple(body)
+
+
+class _Misfit(Exception):
+    """Why values do not fit one pattern."""
+
+
+def _fold_args(samples: list[tuple[Run, Any, int]], more: list[tuple[Run, Any, int]]) -> tuple[Any, ...]:
+    out: list[Any] = []
+    for position in range(len(samples[0][1])):
+        values = [(run, args[position], s) for run, args, s in samples]
+        extra = [(run, args[position], s) for run, args, s in more]
+        first = values[0][1]
+        if type(first) is tuple:
+            out.append(_fold_args(values, extra))
+        elif type(first) is Val or type(first) is Src:
+            operands = {_row_operand(run, value, s) for run, value, s in values}
+            if len(operands) > 1:
+                raise _Misfit(" or ".join(sorted(str(operand) for operand in operands)[:3]))
+            out.append(operands.pop())
+        elif type(first) is int:
+            out.append(_fit([(value, run.environment(s)) for run, value, s in values],
+                            [(value, run.environment(s)) for run, value, s in extra]))
+        else:
+            out.append(first)
+    return tuple(out)
+
+
+def _row_operand(run: Run, value: Any, segment: int) -> Any:
+    if type(value) is Src:
+        return value
+    at, number = run.place(value)
+    if at < 0:
+        return Outer("before", number)
+    return Row(segment - at, number)
+
+
+def _fit(samples: list[tuple[int, Environment]], more: list[tuple[int, Environment]]) -> int | Fit:
+    """The simplest function of the sizes through all samples; samples of ``more`` that do not fit are left out."""
+    for points in (samples + more, samples) if more else (samples,):
+        constant = points[0][0]
+        if all(value == constant for value, _ in points):
+            return constant
+        for constant_term in (False, True):
+            for shape in _SHAPES:
+                found = _solve(points, shape, constant_term)
+                if found is not None:
+                    return found
+    raise _Misfit("the integers " + ", ".join(str(value) for value, _ in samples[:6]))
+
+
+def _solve(
+    points: list[tuple[int, Environment]], terms: tuple[tuple[str, ...], ...], constant_term: bool
+) -> Fit | None:
+    def monomials(environment: Environment) -> list[int]:
+        values = []
+        for names in terms:
+            product = 1
+            for name in names:
+                product *= getattr(environment, name)
+            values.append(product)
+        return values
+
+    one = [1] if constant_term else []
+    rows = [(*monomials(environment), *one, value) for value, environment in points]
+    coefficients = _gauss([list(map(Fraction, row)) for row in rows], len(terms) + len(one))
+    if coefficients is None or any(c.denominator != 1 for c in coefficients):
+        return None
+    whole = [int(c) for c in coefficients]
+    return Fit(whole[-1] if constant_term else 0, tuple((names, c) for names, c in zip(terms, whole, strict=False) if c))
+
+
+def _gauss(rows: list[list[Fraction]], unknowns: int) -> list[Fraction] | None:
+    """The solution of an overdetermined linear system; None if there is none or more than one."""
+    rank = 0
+    for column in range(unknowns):
+        pivot = next((i for i in range(rank, len(rows)) if rows[i][column]), None)
+        if pivot is None:
+            return None
+        rows[rank], rows[pivot] = rows[pivot], rows[rank]
+        lead = rows[rank][column]
+        rows[rank] = [value / lead for value in rows[rank]]
+        for i, row in enumerate(rows):
+            if i != rank and row[column]:
+                factor = row[column]
+                rows[i] = [a - factor * b for a, b in zip(row, rows[rank], strict=True)]
+        rank += 1
+    if any(row[-1] for row in rows[rank:]):
+        return None
+    return [rows[i][-1] for i in range(unknowns)]
+
+
+def _fold_outer(
+    short: Run, long: Run, first: list[Op], second: list[Op], lengths: list[int], part: str
+) -> tuple[BodyOp, ...]:
+    """The part before or after the loop, from both runs."""
+    body: list[BodyOp] = []
+    for a, b in zip(first, second, strict=False):
+        if a.target is not b.target:
+            break
+        try:
+            args = _outer_args(short, long, a.args, b.args, len(lengths) - 1, a.location)
+        except _Misfit as misfit:
+            raise RefusedError(
+                f"{target_name(a.target)} {part} the loop does not follow a pattern: {misfit}",
+                location=a.location,
+                remedy="collect one value a segment in a list and combine them with one operation (torch.cat, stack)",
+            ) from None
+        body.append(BodyOp(a.target, args, a.location, a.module, a.name))
+    if len(body) != len(first) or len(body) != len(second):
+        longer = first if len(first) > len(second) else second
+        extra = longer[min(len(body), len(longer) - 1)]
+        raise RefusedError(
+            f"the part {part} the loop runs {len(first)} operations for {short.segments} segments and {len(second)} "
+            f"for {long.segments}, from {_describe(extra)} on",
+            location=extra.location,
+            remedy="combine the segments' results with one operation on a list, or inside the loop",
+        )
+    return tuple(body)
+
+
+def _outer_args(
+    short: Run, long: Run, first: tuple[Any, ...], second: tuple[Any, ...], explicit: int, location: Location | None
+) -> tuple[Any, ...]:
+    if len(second) == len(first) + 1:
+        return _every(short, long, first, second, explicit)
+    if len(first) != len(second):
+        raise _Misfit(f"{len(first)} and {len(second)} arguments")
+    out: list[Any] = []
+    for a, b in zip(first, second, strict=True):
+        if type(a) is tuple and type(b) is tuple:
+            out.append(_outer_args(short, long, a, b, explicit, location))
+        elif type(a) is int and type(b) is int:
+            out.append(_fit([(a, short.environment(short.segments)), (b, long.environment(long.segments))], []))
+        else:
+            out.append(_outer_operand(short, long, a, b, explicit, location))
+    return tuple(out)
+
+
+def _outer_operand(short: Run, long: Run, first: Any, second: Any, explicit: int, location: Location | None) -> Any:
+    if type(first) is Val and type(second) is Val:
+        (s, i), (t, j) = short.place(first), long.place(second)
+        if s < 0 and t < 0 and i == j:
+            return Outer("before", i)
+        if s == short.segments and t == long.segments and i == j:
+            return Outer("after", i)
+        if 0 <= s < short.segments and 0 <= t < long.segments and i == j:
+            if short.segments - s == long.segments - t:
+                return Where(s - short.segments, _indices(short, i, explicit))
+            if s == t and s < explicit:
+                return Where(s, _indices(short, i, explicit))
+        raise RefusedError(
+            f"a result after the loop comes from segment {s} of {short.segments} and from segment {t} of "
+            f"{long.segments}",
+            location=location or short.ops[first.index].location,
+            remedy="results must come from the first segments, the last, or all of them in a list",
+        )
+    if type(first) is type(second) and first == second:
+        return first
+    raise _Misfit(f"{show(first)} and {show(second)}")
+
+
+def _indices(run: Run, number: int, explicit: int) -> tuple[int, ...]:
+    """The same operation in every row kind; -1 in the first segments that run other operations."""
+    steady = run.tokens(run.segments - 1)
+    return (*(number if run.tokens(s) == steady else -1 for s in range(explicit)), number)
+
+
+def _every(
+    short: Run, long: Run, first: tuple[Any, ...], second: tuple[Any, ...], explicit: int
+) -> tuple[Any, ...]:
+    """A list with one item a segment, and perhaps other items at its ends."""
+
+    def spans(run: Run, items: Iterable[Any]) -> list[tuple[int, int]]:
+        return [run.place(item) if type(item) is Val else (-2, 0) for item in items]
+
+    a, b = spans(short, first), spans(long, second)
+    begin = next((k for k, (s, _) in enumerate(b) if s == 0), None)
+    if begin is None or [s for s, _ in b[begin : begin + long.segments]] != list(range(long.segments)):
+        raise _Misfit("a list grows, but not by one value of each segment")
+    if [s for s, _ in a[begin : begin + short.segments]] != list(range(short.segments)):
+        raise _Misfit("a list grows, but not by one value of each segment")
+    index = [i for _, i in b[begin : begin + long.segments]]
+    if [i for _, i in a[begin : begin + short.segments]] != index[: short.segments]:
+        raise _Misfit("a list takes different values of a segment at different lengths")
+    if any(i != index[explicit] for i in index[explicit:]):
+        raise _Misfit("a list takes different values of different segments")
+    left = _outer_args(short, long, first[:begin], second[:begin], explicit, None)
+    right = _outer_args(
+        short, long, first[begin + short.segments :], second[begin + long.segments :], explicit, None
+    )
+    return (*left, Every(tuple(index[: explicit + 1])), *right)
+
+

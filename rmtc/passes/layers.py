@@ -1,0 +1,344 @@
+"""Pass fold-layers: the cells of a segment, and which cells have equivalent bodies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rmtc.errors import CaptureError
+from rmtc.ir.program import Source, Src, leaves, target_name
+from rmtc.ir.segment_loop import BodyOp, Fit, Layout, Outer, Row, SegmentLoop
+from rmtc.passes.cuts import common_prefix, common_suffix, divide
+from rmtc.passes.streams import Family
+
+__all__ = ["fold_layers"]
+
+
+def fold_layers(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
+    """Divide the segments of a loop into cells and the cells into classes.
+
+    Needs: a loop without layouts.
+    Gives: the loop with the prologue, the layers and the epilogue of each row, and a class for each cell: cells of one
+    class run the same operations, constants and wiring on the same inputs, relative to their layer.
+    Checks: in every row the layers run one after another, and all rows have the same number of layers.
+
+        embed, norm(w0), lin(W0), norm(w1), lin(W1), head   ->   pro: embed | A: norm(w_l), lin(W_l) x 2 | epi: head
+
+    Args:
+        loop: the loop.
+        family: the parameters of the layers; None makes each segment one layer.
+
+    Raises:
+        CaptureError: if the layers interleave.
+    """
+    rows = [*loop.rows, loop.steady]
+    layouts = tuple(_layout(loop, row, family) for row in rows)
+    counts = {len(layout.layers) for layout in layouts}
+    if len(counts) > 1:
+        raise CaptureError(
+            f"the segments run different numbers of layers: {sorted(counts)}",
+            remedy="name the list of layers with layers=...",
+        )
+    loop = replace(loop, layouts=layouts)
+    namer = _Namer(loop, family)
+    classes: list[list[str]] = [[""] * len(layouts[-1].layers) for _ in rows]
+    middle = len(layouts[-1].layers) // 2
+    order = [middle, *(layer for layer in range(len(layouts[-1].layers)) if layer != middle)]
+    for row in reversed(range(len(rows))):
+        for layer in order:
+            classes[row][layer] = namer.classify("layer", row, layer)
+    stages: dict[str, tuple[str, ...]] = {}
+    for stage, layer in (("prologue", -1), ("epilogue", len(layouts[-1].layers))):
+        names = [namer.classify(stage, row, layer) for row in reversed(range(len(rows)))][::-1]
+        if any(names):
+            stages[stage] = tuple(names)
+    return replace(
+        loop,
+        classes=tuple(tuple(row) for row in classes),
+        stage_classes=stages,
+        class_notes={each.name: each.note for each in namer.classes if each.note},
+    )
+
+
+def _operand_names(loop: SegmentLoop, row: Sequence[BodyOp]) -> list[tuple[str, ...]]:
+    """For each operation, the names of the parameters its operands are, or are made of."""
+
+    def made(ops: Sequence[BodyOp], before: list[tuple[str, ...] | None]) -> tuple[list[Any], list[Any]]:
+        stands: list[tuple[str, ...] | None] = []  # None: the value depends on more than parameters
+        operands: list[tuple[str, ...]] = []
+        for op in ops:
+            found: list[str] = []
+            fixed = True
+            for leaf in leaves(op.args):
+                if type(leaf) is Src:
+                    if loop.sources[leaf.name].kind in ("input", "constant"):
+                        fixed = False
+                    found += loop.sources[leaf.name].names
+                elif isinstance(leaf, (Row, Outer)):
+                    known: tuple[str, ...] | None = None
+                    if isinstance(leaf, Outer) and leaf.index < len(before):
+                        known = before[leaf.index]
+                    elif isinstance(leaf, Row) and leaf.back == 0:
+                        known = stands[leaf.index]
+                    elif isinstance(leaf, Outer):
+                        known = stands[leaf.index]
+                    if known is None:
+                        fixed = False
+                    else:
+                        found += known
+            names = tuple(dict.fromkeys(found))
+            operands.append(names)
+            if target_name(op.target) == "select.int" and len(op.args) == 3 and op.args[1] == 0:
+                names = tuple(f"{name}[{op.args[2]}]" for name in names)
+            stands.append(names if fixed and names else None)
+        return stands, operands
+
+    before, _ = made(loop.before, [])
+    return made(row, before)[1]
+
+
+def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> Layout:
+    names = _operand_names(loop, row)
+    layer_at = {i: layer for i, each in enumerate(names) if family and (layer := family.layer(each)) is not None}
+    if family is None or not layer_at:
+        return Layout((0, 0), ((0, len(row)),), (len(row), len(row)))
+    order = [layer_at[i] for i in sorted(layer_at)]
+    layers = max(order) + 1
+    if order != sorted(order) or set(order) != set(range(layers)):
+        place = next(i for i in sorted(layer_at) if layer_at[i] != min(order[sorted(layer_at).index(i) :]))
+        raise CaptureError(
+            f"the layers of a segment do not run one after another: layer {layer_at[place]} runs before an earlier one",
+            location=row[place].location,
+            remedy="name the list of layers with layers=...",
+        )
+    first = [min(i for i in layer_at if layer_at[i] == layer) for layer in range(layers)]
+    last = [max(i for i in layer_at if layer_at[i] == layer) for layer in range(layers)]
+    reach = list(range(len(row)))
+    for i, op in enumerate(row):
+        for leaf in leaves(op.args):
+            if isinstance(leaf, Row) and leaf.back == 0:
+                reach[leaf.index] = i
+    templates = [tuple(sorted({family.template(name) for name in each})) for each in names]
+    tokens = [(op.target, len(op.args), templates[i]) for i, op in enumerate(row)]
+    starts, head, tail = divide(tokens, first, last, reach, {})
+    begin = first[0] - common_suffix(tokens[: first[0]], head)
+    end = last[-1] + 1 + common_prefix(tokens[last[-1] + 1 :], tail)
+    bounds = [begin, *starts, end]
+    return Layout((0, begin), tuple(zip(bounds, bounds[1:], strict=False)), (end, len(row)))
+
+
+@dataclass
+class _Class:
+    name: str
+    stage: str
+    ops: Sequence[BodyOp]
+    slots: list[Any]
+    note: str = ""
+
+
+class _Namer:
+    """Finds the class of each cell: an equivalent one seen before, or a new one."""
+
+    def __init__(self, loop: SegmentLoop, family: Family | None) -> None:
+        self._loop, self._family = loop, family
+        self._rows = [*loop.rows, loop.steady]
+        self.classes: list[_Class] = []
+
+    def classify(self, stage: str, row: int, layer: int) -> str:
+        layout = self._loop.layouts[row]
+        start, end = (
+            layout.prologue if layer < 0 else layout.epilogue if layer >= len(layout.layers) else layout.layers[layer]
+        )
+        ops = self._rows[row][start:end]
+        if not ops:
+            return ""
+        slots = [self._slots(op, row, layer, start) for op in ops]
+        differs = ""
+        for each in self.classes:
+            if each.stage != stage:
+                continue
+            merged, why = _merge(each, ops, slots)
+            if merged is not None:
+                each.slots = merged
+                return each.name
+            differs = f"unlike {each.name}: {why}"
+        count = sum(1 for each in self.classes if each.stage == stage)
+        letter = {"prologue": "P", "epilogue": "E"}.get(stage)
+        name = f"{letter}{count}" if letter else _letters(count)
+        self.classes.append(_Class(name, stage, ops, slots, differs))
+        return name
+
+    def _slots(self, op: BodyOp, row: int, layer: int, start: int) -> list[Any]:
+        out: list[Any] = []
+        for leaf in leaves(op.args):
+            if isinstance(leaf, Row):
+                out.append(self._operand(leaf, row, layer, start))
+            elif type(leaf) is Src:
+                source: Source = self._loop.sources[leaf.name]
+                names = {self._family.template(n) if self._family else n for n in source.names}
+                out.append(("source", frozenset(names), source.shape, source.dtype))
+            elif isinstance(leaf, Outer):
+                out.append(("before", self._outer(leaf)))
+            elif type(leaf) in (int, float) or isinstance(leaf, Fit):
+                out.append(_Number({(row, layer): leaf}, self._loop.segment_length, len(self._loop.rows)))
+            else:
+                out.append(leaf)
+        return out
+
+    def _outer(self, leaf: Outer) -> Any:
+        """A value from before the loop; one made of a single layer's parameters counts as such a parameter."""
+        op = self._loop.before[leaf.index]
+        named = [each for each in leaves(op.args) if type(each) is Src]
+        if len(named) == 1 and target_name(op.target) == "select.int" and self._family is not None:
+            name = f"{named[0].name}[{op.args[2]}]"
+            if self._family.layer_of(name) is not None:
+                return self._family.template(name)
+        return leaf.index
+
+    def _operand(self, leaf: Row, row: int, layer: int, start: int) -> Any:
+        made = max(0, row - leaf.back)
+        layout = self._loop.layout(made) if leaf.back else self._loop.layouts[row]
+        at = layout.layer_of(leaf.index)
+        if at == layer and leaf.back == 0:
+            return ("local", leaf.index - start)
+        base = 0 if at < 0 else layout.epilogue[0] if at >= len(layout.layers) else layout.layers[at][0]
+        # What makes it may have another number where its segment runs other operations.
+        number = {min(made, len(self._loop.rows)): leaf.index - base}
+        if at < 0 or at >= len(layout.layers):
+            # The first layer reads from the prologue what the others read from the layer below.
+            return _Outside(at, leaf.back, number, edge=layer == 0 and at < 0)
+        return _Cells(frozenset({("relative", layer - at), ("layer", at)}), leaf.back, number)
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Operand from another cell: the ways to say which, of which those stay that hold for all members.
+
+    ``number`` gives the operation in the producer's body for each row that the producer is in.
+    """
+
+    ways: frozenset[tuple[str, int]]
+    back: int
+    number: dict[int, int]
+
+
+@dataclass(frozen=True)
+class _Outside:
+    """Operand from the prologue or the epilogue."""
+
+    stage: int
+    back: int
+    number: dict[int, int]
+    edge: bool
+
+
+@dataclass(frozen=True)
+class _Number:
+    """A number: the same in all cells, a function of the segment, or given by the layer.
+
+    A class keeps the numbers of all its members. Floats may differ from layer to layer in any way; integers must
+    advance evenly, as the slices of a tensor that holds all layers do.
+    """
+
+    values: dict[tuple[int, int], int | float | Fit]
+    segment_length: int
+    steady: int
+
+    def merge(self, other: _Number) -> _Number | None:
+        values = {**self.values, **other.values}
+        by_layer: dict[int, set[Any]] = {}
+        functions = {layer: value for (row, layer), value in values.items() if row == self.steady}
+        for (row, layer), value in values.items():
+            function = functions.get(layer, value)
+            if row != self.steady:  # a steady segment's function must give this segment's number
+                function, value = (
+                    each.where(row, self.segment_length) if isinstance(each, Fit) else each
+                    for each in (function, value)
+                )
+                if function != value:
+                    return None
+            by_layer.setdefault(layer, set()).add(functions.get(layer, value))
+        if any(len(found) > 1 for found in by_layer.values()):
+            return None
+        by_number = {layer: found.copy().pop() for layer, found in by_layer.items()}
+        if len(set(by_number.values())) == 1 or all(type(value) is float for value in by_number.values()):
+            return _Number(values, self.segment_length, self.steady)
+        layers = sorted(by_number)
+        if len(layers) < 2 or any(type(value) is not int for value in by_number.values()):
+            return None
+        step = (by_number[layers[1]] - by_number[layers[0]]) / (layers[1] - layers[0])
+        even = all(by_number[at] == by_number[layers[0]] + step * (at - layers[0]) for at in layers)
+        return _Number(values, self.segment_length, self.steady) if even else None
+
+    def __str__(self) -> str:
+        return " or ".join(dict.fromkeys(str(value) for value in self.values.values()))
+
+
+def _union(first: dict[int, int], second: dict[int, int]) -> dict[int, int] | None:
+    if any(second.get(row, number) != number for row, number in first.items()):
+        return None
+    return {**first, **second}
+
+
+def _merge(known: _Class, ops: Sequence[BodyOp], slots: list[Any]) -> tuple[list[Any] | None, str]:
+    """The slots of a class with another member, or why it is none."""
+    for number, (op, other) in enumerate(zip(ops, known.ops, strict=False)):
+        if op.target is not other.target or _shape(op.args) != _shape(other.args):
+            return None, f"operation {number} is {target_name(op.target)}, not {target_name(other.target)}"
+    if len(ops) != len(known.ops):
+        return None, f"{len(ops)} operations, not {len(known.ops)}"
+    merged: list[Any] = []
+    for number, (mine, theirs) in enumerate(zip(slots, known.slots, strict=True)):
+        row: list[Any] = []
+        for a, b in zip(mine, theirs, strict=True):
+            slot = _merge_slot(a, b)
+            if slot is None:
+                place = ops[number]
+                return None, f"operation {number}, {target_name(place.target)}, reads {_say(a)}, not {_say(b)}"
+            row.append(slot[0])
+        merged.append(row)
+    return merged, ""
+
+
+def _merge_slot(a: Any, b: Any) -> tuple[Any] | None:
+    if isinstance(a, _Number) and isinstance(b, _Number):
+        merged = b.merge(a)
+        return (merged,) if merged is not None else None
+    if isinstance(a, _Cells) and isinstance(b, _Cells):
+        ways, number = a.ways & b.ways, _union(a.number, b.number)
+        return (_Cells(ways, b.back, number),) if a.back == b.back and number is not None and ways else None
+    if isinstance(a, _Outside) and isinstance(b, _Outside):
+        number = _union(a.number, b.number)
+        same = (a.stage, a.back) == (b.stage, b.back) and number is not None
+        return (_Outside(b.stage, b.back, number or {}, a.edge and b.edge),) if same else None
+    for mine, other in ((a, b), (b, a)):
+        if isinstance(mine, _Outside) and mine.edge and isinstance(other, _Cells) and mine.back == other.back:
+            return (other,) if any(way[0] == "relative" and way[1] > 0 for way in other.ways) else None
+        # A value from before the loop stands in for that of a segment before the first.
+        if isinstance(other, (_Cells, _Outside)) and other.back > 0 and type(mine) is tuple and mine[0] != "local":
+            return (other,)
+    return (b,) if type(a) is type(b) and a == b else None
+
+
+def _shape(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_shape(arg) if type(arg) is tuple else 0 for arg in args)
+
+
+def _say(slot: Any) -> str:
+    if isinstance(slot, _Cells):
+        return f"value {min(slot.number.values())} of a cell {slot.back} segments before"
+    if isinstance(slot, _Outside):
+        return f"value {min(slot.number.values())} of the {'prologue' if slot.stage < 0 else 'epilogue'}"
+    if type(slot) is tuple:
+        return f"{slot[0]} {', '.join(sorted(slot[1])) if isinstance(slot[1], frozenset) else slot[1]}"
+    return str(slot) if isinstance(slot, _Number) else repr(slot)
+
+
+def _letters(number: int) -> str:
+    name = ""
+    while True:
+        name = chr(ord("A") + number % 26) + name
+        number = number // 26 - 1
+        if number < 0:
+            return name

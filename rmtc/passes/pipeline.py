@@ -1,0 +1,168 @@
+"""The passes in order, from runs to a proven and checked schedule."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from rmtc.errors import CaptureError
+from rmtc.ir.program import Program
+from rmtc.ir.schedule import L, Schedule
+from rmtc.ir.segment_loop import SegmentLoop
+from rmtc.passes.check import Checked, check
+from rmtc.passes.dependences import find_dependences
+from rmtc.passes.fold import Run, fold_segments
+from rmtc.passes.layers import fold_layers
+from rmtc.passes.place import places
+from rmtc.passes.prove import Proof, prove
+from rmtc.passes.segments import find_segments
+from rmtc.passes.streams import Family, find_anchors, find_family, uses
+
+__all__ = ["PassInfo", "Proven", "check_against", "passes", "prove_loop", "reroll", "timed"]
+
+logger = logging.getLogger(__name__)
+
+
+class PassInfo(NamedTuple):
+    """A pass, for people."""
+
+    name: str
+    summary: str
+
+
+def passes() -> list[PassInfo]:
+    """The passes in the order they run."""
+    return [
+        PassInfo("capture", "the segment loop unrolled over a few segments, as a functional pre-dispatch FX graph"),
+        PassInfo("remove-regions", "autocast becomes explicit casts, grad mode goes"),
+        PassInfo("canonicalize", "one spelling for parts of tensors; reads see through writes"),
+        PassInfo("find-segments", "each operation filed in a segment, before the loop or after it"),
+        PassInfo("fold-segments", "two lengths folded into one loop, for every number of segments"),
+        PassInfo("fold-layers", "each segment divided into prologue, layers, epilogue; cells into classes"),
+        PassInfo("find-dependences", "what crosses from cell to cell, with distance vectors"),
+        PassInfo("prove", "a legal schedule with its certificate, or the cycle that forbids one"),
+        PassInfo("check", "schedule and loop held against a run of a third length"),
+    ]
+
+
+@dataclass
+class Proven:
+    """What the passes made.
+
+    Attributes:
+        loop: the loop.
+        family: the layers' parameters.
+        proof: what was proven.
+        schedule: the schedule, None when refused.
+        checked: what the checker went over.
+        seconds: time spent, by stage.
+    """
+
+    loop: SegmentLoop
+    family: Family | None
+    proof: Proof
+    schedule: Schedule | None
+    checked: Checked | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+Watch = Callable[[str, str], None]
+
+
+def reroll(
+    runs: Sequence[tuple[Program, int, int, int]],
+    growing: frozenset[str],
+    segment_length: int,
+    hint: str | None = None,
+    watch: Watch | None = None,
+) -> tuple[SegmentLoop, Family | None]:
+    """Two runs as a loop with cells, classes and dependences.
+
+    Args:
+        runs: two programs with their segments n and n + 1, batch sizes and lengths of the last segment.
+        growing: the names of the inputs that grow.
+        segment_length: positions of a segment.
+        hint: the user's name for the list of layers.
+        watch: called after each pass with its name and the IR's text.
+
+    Raises:
+        CaptureError: if no segments or layers can be told apart.
+        RefusedError: if the segments do not repeat.
+    """
+    found = [uses(program, growing) for program, *_ in runs]
+    anchors = find_anchors(found[0], found[1], (runs[0][1], runs[1][1]))
+    counts = Counter(name for names in found[0].names for name in names)
+    family = find_family(found[0], counts, hint)
+    if hint is not None and family is None:
+        raise CaptureError(
+            f"no parameters are named {hint}.0, {hint}.1, ...", remedy="name the list of layers as named_parameters does"
+        )
+    if not anchors[0]:
+        raise CaptureError(
+            "no parameter is used once a segment, so the segments cannot be told apart",
+            remedy="is this a loop over segments? pass layers=... to name the list of layers",
+        )
+    divided: list[Run] = []
+    for (program, segments, batch, tail), use, anchor in zip(runs, found, anchors, strict=True):
+        inner = {i for i in anchor if family is not None and family.layer(use.names[i]) is not None}
+        segmented = find_segments(program, use, anchor, inner, segments)
+        divided.append(Run(segmented, batch, tail, segment_length))
+        _show(watch, "find-segments", f"# {segments} segments start at {segmented.starts}\n{segmented.program}\n")
+    loop = fold_segments(divided[0], divided[1], runs[0][0].sources, runs[0][1] - 1)
+    _show(watch, "fold-segments", str(loop))
+    loop = fold_layers(loop, family)
+    _show(watch, "fold-layers", str(loop))
+    loop = find_dependences(loop, family)
+    _show(watch, "find-dependences", "\n".join(str(each) for each in loop.dependences) + "\n")
+    return loop, family
+
+
+def prove_loop(loop: SegmentLoop, family: Family | None, segments: int, watch: Watch | None = None) -> Proven:
+    """Prove a schedule for a loop.
+
+    Args:
+        loop: a loop with dependences.
+        family: the layers' parameters.
+        segments: number of segments of the user's call.
+        watch: as in :func:`reroll`.
+    """
+    proof = prove(loop.dependences, loop.layers)
+    schedule = None
+    if proof.reason is None and proof.a is not None and proof.b is not None:
+        schedule = Schedule(proof.a, proof.b, loop.layers, segments, loop.classes, loop.stage_classes)
+    _show(watch, "prove", f"{proof.certificate}\n" if schedule else f"refused: {proof.reason}\n")
+    return Proven(loop, family, proof, schedule)
+
+
+def check_against(proven: Proven, program: Program, segments: int, batch: int, tail: int) -> Checked:
+    """Hold a proven loop against a run that folding has not seen.
+
+    Raises:
+        VerifyError: if the loop does not compute what the run does, or the schedule breaks one of its edges.
+    """
+    loop = proven.loop
+    schedule = proven.schedule or Schedule(L, 1, loop.layers, segments)  # refused: the sequential order
+    claimed, keys = loop.unroll(segments, batch, tail)
+    return check(program, claimed, places(loop, keys, segments, schedule), loop.dependences, loop.layers)
+
+
+def _show(watch: Watch | None, name: str, text: str) -> None:
+    if watch is not None:
+        watch(name, text)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the time of a block to a stage."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+

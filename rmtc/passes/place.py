@@ -1,0 +1,36 @@
+"""Where a schedule puts every operation of an unrolled loop."""
+
+from __future__ import annotations
+
+from rmtc.ir.schedule import Cell, Schedule
+from rmtc.ir.segment_loop import Key, SegmentLoop
+from rmtc.passes.check import Place
+
+__all__ = ["places"]
+
+
+def places(loop: SegmentLoop, keys: list[Key], segments: int, schedule: Schedule) -> list[Place]:
+    """The place of each operation.
+
+    A prologue runs in the step of its segment's first layer, before it; an epilogue in that of the last, after it.
+
+    Args:
+        loop: the loop.
+        keys: the operations, as :meth:`SegmentLoop.unroll` gives them.
+        segments: number of segments.
+        schedule: the schedule.
+    """
+    layers = loop.layers
+    times = {cell: schedule.time(cell) for s in range(segments) for cell in (Cell(s, at) for at in range(layers))}
+    found: list[Place] = []
+    for key in keys:
+        if key.segment < 0:
+            found.append(Place(0, 0, 0, None, key.index))
+        elif key.segment >= segments:
+            found.append(Place(2, 0, 0, None, key.index))
+        else:
+            layer = loop.layout(key.segment).layer_of(key.index)
+            stage = 0 if layer < 0 else 2 if layer >= layers else 1
+            step = times[Cell(key.segment, min(max(layer, 0), layers - 1))]
+            found.append(Place(1, step, stage, Cell(key.segment, layer), key.index))
+    return found

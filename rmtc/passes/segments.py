@@ -1,0 +1,230 @@
+"""Pass find-segments: which segment each operation of a run belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from rmtc.errors import CaptureError
+from rmtc.ir.program import Op, Program, Val, leaves, map_leaves
+from rmtc.passes.cuts import common_subsequence, divide
+from rmtc.passes.streams import Uses
+
+__all__ = ["Segmented", "find_segments"]
+
+
+@dataclass
+class Segmented:
+    """A run with its operations in the order before, segment 0, 1, ..., after.
+
+    Attributes:
+        program: the run, reordered.
+        starts: where each segment starts; then where the last one ends.
+    """
+
+    program: Program
+    starts: list[int]
+
+    def segment(self, index: int) -> int:
+        """The segment of an operation: -1 before the loop, S after it."""
+        segments = len(self.starts) - 1
+        if index < self.starts[0]:
+            return -1
+        for segment in range(segments):
+            if index < self.starts[segment + 1]:
+                return segment
+        return segments
+
+
+def _key(value: Op) -> tuple[object, ...]:
+    return (value.target, *(len(arg) if type(arg) is tuple else 0 for arg in value.args))
+
+
+def find_segments(
+    program: Program, use: Uses, anchors: dict[int, int], inner: set[int], segments: int
+) -> Segmented:
+    """Divide a run into segments.
+
+    Needs: a canonical program, and its anchors: operations whose segment is known from the parameter they use.
+    Gives: the run with every operation filed in a segment, or before or after the loop. What was computed before the
+    loop for one segment (a slice of the text) moves to that segment, what was computed after it for one segment moves
+    back, what every segment shares moves before the loop.
+    Checks: the anchors of the layers come segment by segment.
+
+        slice0 slice1 | f(slice0) | f(slice1)   ->   | slice0 f(slice0) | slice1 f(slice1) |
+
+    Args:
+        program: the run.
+        use: its uses of parameters.
+        anchors: the segment of each anchor.
+        inner: the anchors that use a parameter of a layer.
+        segments: number of segments.
+
+    Raises:
+        CaptureError: if the layers of one segment run after those of the next have begun.
+    """
+    order = sorted(inner) if inner else sorted(anchors)
+    if any(anchors[a] > anchors[b] for a, b in zip(order, order[1:], strict=False)):
+        program, moved = _segment_major(program, use, anchors)
+        use = Uses(
+            [use.invariant[i] for i in moved], [use.names[i] for i in moved], {}
+        )
+        place = {old: new for new, old in enumerate(moved)}
+        anchors = {place[i]: s for i, s in anchors.items()}
+        inner = {place[i] for i in inner}
+    chosen = inner or set(anchors)
+    program, moved = _gather(program, use, anchors, chosen, segments)
+    place = {old: new for new, old in enumerate(moved)}
+    anchors = {place[i]: s for i, s in anchors.items()}
+    chosen = {place[i] for i in chosen}
+    names = [use.names[i] for i in moved]
+    first = [min(i for i in chosen if anchors[i] == s) for s in range(segments)]
+    last = [max(i for i in chosen if anchors[i] == s) for s in range(segments)]
+    if any(last[s] >= first[s + 1] for s in range(segments - 1)):
+        bad = program.ops[first[1]]
+        raise CaptureError(
+            "the segments do not run one after another: their layers interleave in a way that is not known",
+            location=bad.location,
+            remedy="run the layers of one segment before those of the next, or pass layers=... to name the layers",
+        )
+    tokens = [(_key(op), names[i]) for i, op in enumerate(program.ops)]
+    reach = list(range(len(program.ops)))
+    for i, op in enumerate(program.ops):
+        for j in _inputs(op):
+            reach[j] = i
+    starts, head, tail = divide(tokens, first, last, reach, anchors)
+    opening = _match_head(program, tokens, first[0], head)
+    closing = _match_tail(program, tokens, range(last[-1] + 1, len(program.ops)), tail)
+    before = [i for i in range(first[0]) if i not in opening]
+    bounds = [first[0], *starts, last[-1] + 1]
+    members = [list(range(bounds[s], bounds[s + 1])) for s in range(segments)]
+    members[0] = [*sorted(opening), *members[0]]
+    members[-1] += sorted(closing)
+    after = _hand_back(program, tokens, anchors, members, last[-1] + 1)
+    order = before + [i for row in members for i in row] + after
+    sizes = [len(before), *(len(row) for row in members)]
+    return Segmented(_reorder(program, order), [sum(sizes[: s + 1]) for s in range(segments + 1)])
+
+
+def _hand_back(
+    program: Program, tokens: list[Token], anchors: dict[int, int], members: list[list[int]], start: int
+) -> list[int]:
+    """Give each segment what was computed from it alone after the loop; what remains is the part after the loop."""
+    segments = len(members)
+    segment = {i: s for s, row in enumerate(members) for i in row}
+    rest = [i for i in range(start, len(program.ops)) if i not in segment]
+    extra: list[list[int]] = [[] for _ in members]
+    for i in rest:
+        found = [segment[j] for j in _inputs(program.ops[i]) if j in segment]
+        target = anchors.get(i, max(found, default=segments))
+        if target < segments - 1:
+            segment[i] = target
+            extra[target].append(i)
+    rest = [i for i in rest if i not in segment]
+    pattern = [tokens[i] for i in extra[-2]] if segments > 1 else []
+    extra[-1] = sorted(_match_tail(program, tokens, rest, pattern))
+    for row, more in zip(members, extra, strict=True):
+        row += more
+    return [i for i in rest if i not in set(extra[-1])]
+
+
+def _reorder(program: Program, order: list[int]) -> Program:
+    place = {old: new for new, old in enumerate(order)}
+    ops: list[Op] = []
+    for old in order:
+        op = program.ops[old]
+        if any(place[j] >= len(ops) for j in _inputs(op)):
+            raise CaptureError(
+                "the operations of a segment cannot be told from those before and after the loop",
+                location=op.location,
+                remedy="compute what all segments share before the loop, and pass layers=... to name the layers",
+            )
+        args = map_leaves(op.args, lambda leaf: Val(place[leaf.index]) if type(leaf) is Val else leaf)
+        ops.append(Op(op.target, args, op.location, op.module, op.name, op.shape, op.dtype))
+    outputs = {
+        name: Val(place[value.index]) if type(value) is Val else value for name, value in program.outputs.items()
+    }
+    return Program(ops, program.sources, outputs)
+
+
+def _inputs(op: Op) -> list[int]:
+    return [leaf.index for leaf in leaves(op.args) if type(leaf) is Val]
+
+
+def _segment_major(program: Program, use: Uses, anchors: dict[int, int]) -> tuple[Program, list[int]]:
+    """Layers outside, segments inside: order by the latest segment among the ancestors instead."""
+    label = [-1] * len(program.ops)
+    for i, op in enumerate(program.ops):
+        label[i] = max([anchors.get(i, -1), *(label[j] for j in _inputs(op))])
+    order = sorted(range(len(program.ops)), key=lambda i: (label[i], i))
+    return _reorder(program, order), order
+
+
+def _gather(
+    program: Program, use: Uses, anchors: dict[int, int], chosen: set[int], segments: int
+) -> tuple[Program, list[int]]:
+    """Move what was run before the loop for one segment into it, and what all segments share out of it."""
+    count = len(program.ops)
+    first, last = min(chosen), max(chosen)
+    users: list[list[int]] = [[] for _ in range(count)]
+    for i, op in enumerate(program.ops):
+        for j in _inputs(op):
+            users[j].append(i)
+    starts = [min(i for i in chosen if anchors[i] == s) for s in range(segments)]
+    ends = [max(i for i in chosen if anchors[i] == s) for s in range(segments)]
+
+    # Segment by position: sure between a segment's first and last anchor, else the segment that has just ended.
+    position = [-1] * count
+    segment = -1
+    for i in range(count):
+        while segment + 1 < segments and i >= starts[segment + 1]:
+            segment += 1
+        position[i] = segment if i <= last else segments
+    keys: list[tuple[int, int, int]] = [(i, 0, 0) for i in range(count)]
+    counter = 0
+    # What depends on no text and is used by several segments is computed once, before the loop. An operation between
+    # two segments is at home where it is used.
+    shared: set[int] = set()
+    home: list[int | None] = [None] * count
+    for i in reversed(range(count)):
+        homes = {-1 if j in shared else home[j] for j in users[i]} - {None}
+        between = i < first or not starts[position[i]] <= i <= ends[position[i]] if i <= last else False
+        if use.invariant[i] and i not in anchors and (len(homes) > 1 or homes == {-1}):
+            shared.add(i)
+        elif between and homes:
+            home[i] = min(each for each in homes if each is not None)
+        elif not between:
+            home[i] = position[i]
+    for rank, i in enumerate(sorted(shared)):
+        keys[i] = (-1, 0, rank)
+    for i in reversed(range(first)):
+        if i not in shared and (home[i] or 0) > 0:
+            counter += 1
+            keys[i] = (min(keys[j] for j in users[i])[0], -1, -counter)
+    order = sorted(range(count), key=lambda i: keys[i])
+    return _reorder(program, order), order
+
+
+Token = tuple[object, ...]
+
+
+def _match_head(program: Program, tokens: list[Token], first: int, head: Sequence[Hashable]) -> set[int]:
+    """What the first segment runs before its first anchor: the other segments' head, as far as it is there."""
+    start = max(0, first - 4 * len(head) - 16)
+    found = {start + i for i in common_subsequence(tokens[start:first], head)}
+    for i in range(first):
+        if i not in found and any(j in found for j in _inputs(program.ops[i])):
+            found.add(i)
+    return found
+
+
+def _match_tail(program: Program, tokens: list[Token], candidates: Sequence[int], tail: Sequence[Hashable]) -> set[int]:
+    """What the last segment runs after its last anchor: the other segments' tail, as far as it is there."""
+    candidates = candidates[: 4 * len(tail) + 16]
+    found = {candidates[i] for i in common_subsequence([tokens[i] for i in candidates], tail)}
+    outside = set(candidates) - found
+    for i in sorted(found):
+        if any(j in outside for j in _inputs(program.ops[i])):
+            found.remove(i)
+            outside.add(i)
+    return found

@@ -1,0 +1,175 @@
+"""Which operations use which parameters, how often, and which parameters belong to which layer.
+
+The k-th use of a parameter that every segment uses once is segment k's: such operations are the anchors by which the
+others are told apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from rmtc.ir.program import Program, Src, Val, leaves
+
+__all__ = ["Family", "Uses", "find_anchors", "find_family", "template", "uses"]
+
+_INTEGER = re.compile(r"(?:(?<=^)|(?<=[.\[]))\d+(?=[.\]]|$)")
+_select = torch.ops.aten.select.int
+
+UseKey = tuple[tuple[str, ...], str, int]
+
+
+@dataclass
+class Uses:
+    """What a program does with tensors that do not grow.
+
+    Attributes:
+        invariant: for each operation, whether it depends on no growing input.
+        names: for each operation, the names of the sources its invariant operands are made of.
+        streams: for each ``(names of the operand, operation, operand's position)`` the operations, in order.
+    """
+
+    invariant: list[bool]
+    names: list[tuple[str, ...]]
+    streams: dict[UseKey, list[int]]
+
+
+def uses(program: Program, growing: frozenset[str]) -> Uses:
+    """Find the uses of every tensor that does not grow.
+
+    Args:
+        program: one run.
+        growing: the names of the inputs that grow.
+    """
+    invariant: list[bool] = []
+    made_of: list[tuple[str, ...]] = []  # of an invariant value: the names it stands for
+    names: list[tuple[str, ...]] = []
+    streams: dict[UseKey, list[int]] = {}
+    for number, op in enumerate(program.ops):
+        fixed = True
+        operands: list[str] = []
+        for position, leaf in enumerate(leaves(op.args)):
+            if type(leaf) is Src:
+                if leaf.name in growing:
+                    fixed = False
+                    continue
+                source = program.sources[leaf.name]
+                stands_for = source.names if source.kind != "constant" else ()
+            elif type(leaf) is Val:
+                if not invariant[leaf.index]:
+                    fixed = False
+                    continue
+                stands_for = made_of[leaf.index]
+            else:
+                continue
+            if stands_for:
+                operands += stands_for
+                streams.setdefault((stands_for, op.label, position), []).append(number)
+        invariant.append(fixed)
+        unique = tuple(dict.fromkeys(operands))
+        names.append(unique)
+        if fixed and op.target is _select and len(op.args) == 3 and op.args[1] == 0 and type(op.args[0]) is Src:
+            unique = tuple(f"{name}[{op.args[2]}]" for name in unique)
+        made_of.append(unique if fixed else ())
+    return Uses(invariant, names, streams)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The parameters of the layers: names that differ in one integer.
+
+    Attributes:
+        prefixes: what stands before the integer; more than one when several lists run side by side.
+        layers: number of layers.
+    """
+
+    prefixes: tuple[str, ...]
+    layers: int
+
+    def layer(self, names: Iterable[str]) -> int | None:
+        """The one layer that names belong to, None if none or several."""
+        found = {layer for name in names if (layer := self.layer_of(name)) is not None}
+        return found.pop() if len(found) == 1 else None
+
+    def layer_of(self, name: str) -> int | None:
+        """The layer of a name."""
+        for prefix in self.prefixes:
+            if name.startswith(prefix):
+                match = _INTEGER.match(name, len(prefix))
+                if match:
+                    return int(match.group())
+        return None
+
+    def template(self, name: str) -> str:
+        """The name with ``{l}`` for the layer."""
+        for prefix in self.prefixes:
+            if name.startswith(prefix):
+                match = _INTEGER.match(name, len(prefix))
+                if match:
+                    return f"{prefix}{{l}}{name[match.end():]}"
+        return name
+
+
+def template(family: Family | None, name: str) -> str:
+    """The name with ``{l}`` for the layer, if it has one."""
+    return family.template(name) if family else name
+
+
+def find_family(use: Uses, counts: Counter[str], hint: str | None = None) -> Family | None:
+    """The list of layers: the outermost list of parameters that takes part in most operations.
+
+    Args:
+        use: the uses.
+        counts: how often each name is used.
+        hint: the user's name for the list, ``model.layers``.
+    """
+    members: dict[str, dict[int, int]] = {}
+    for name, count in counts.items():
+        for match in _INTEGER.finditer(name):
+            prefix = name[: match.start()]
+            if hint is None or prefix.rstrip(".[") == hint:
+                found = members.setdefault(prefix, {})
+                found[int(match.group())] = found.get(int(match.group()), 0) + count
+    whole = {prefix: found for prefix, found in members.items() if sorted(found) == list(range(len(found)))}
+    if not whole:
+        return None
+    # A list of one is a list only if there is no longer one.
+    best = max(whole, key=lambda prefix: (len(whole[prefix]) > 1, sum(whole[prefix].values()), -len(prefix)))
+    layers = len(whole[best])
+    prefixes = [best]
+    for prefix in sorted(whole, key=len):
+        nested = any(prefix.startswith(other) or other.startswith(prefix) for other in prefixes)
+        if not nested and len(whole[prefix]) == layers and layers > 1:
+            prefixes.append(prefix)
+    return Family(tuple(prefixes), layers)
+
+
+def find_anchors(first: Uses, second: Uses, segments: tuple[int, int]) -> tuple[dict[int, int], dict[int, int]]:
+    """The operations whose segment is known: a use that occurs m times a segment in both runs.
+
+    Args:
+        first, second: the uses of two runs.
+        segments: the number of segments of each.
+
+    Returns:
+        For each run, segment by operation.
+    """
+    anchors: tuple[dict[int, int], dict[int, int]] = ({}, {})
+    doubtful: tuple[set[int], set[int]] = (set(), set())
+    for key, ops in first.streams.items():
+        others = second.streams.get(key, [])
+        often, rest = divmod(len(ops), segments[0])
+        if rest or not often or len(others) != often * segments[1]:
+            continue
+        for run, numbers in enumerate((ops, others)):
+            for k, number in enumerate(numbers):
+                if anchors[run].setdefault(number, k // often) != k // often:
+                    doubtful[run].add(number)
+    for run in (0, 1):
+        for number in doubtful[run]:
+            del anchors[run][number]
+    return anchors

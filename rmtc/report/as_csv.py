@@ -1,0 +1,24 @@
+"""A schedule as CSV: a row for each cell, in the order in which they run."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from rmtc.ir.schedule import Schedule
+
+__all__ = ["HEADER", "schedule_csv"]
+
+HEADER = "step,stage,class,segment,layer\n"
+
+
+def schedule_csv(schedule: Schedule, segments: int) -> str:
+    """Step, stage, class, segment and layer of each cell; a prologue has layer -1, an epilogue layer L."""
+    buffer = io.StringIO()
+    buffer.write(HEADER)
+    writer = csv.writer(buffer, lineterminator="\n")
+    for step in schedule.steps(segments):
+        for group in step.groups:
+            for cell in group.cells:
+                writer.writerow([step.time, group.stage, group.cell_class, cell.segment, cell.layer])
+    return buffer.getvalue()

@@ -1,0 +1,26 @@
+"""A schedule as a Graphviz graph: a column for each step, an edge for each dependence between cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rmtc.ir.schedule import Dependence, Schedule
+from rmtc.report.graph import cells_by_step, edges
+
+__all__ = ["schedule_dot"]
+
+_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
+
+
+def schedule_dot(schedule: Schedule, segments: int, dependences: Sequence[Dependence] = ()) -> str:
+    """Text for ``dot -Tsvg``; the edges of one distance vector have one colour."""
+    lines = ["digraph schedule {", "  rankdir=LR;", '  node [shape=box, fontname="monospace"];']
+    for time, cells in cells_by_step(schedule, segments):
+        lines += [f"  subgraph step_{time} {{", "    rank=same;"]
+        lines += [f'    "{cell}" [label="{cell}\\nstep {time}, class {name}"];' for cell, name in cells]
+        lines.append("  }")
+    for index, (distance, pairs) in enumerate(edges(dependences, segments, schedule.layers)):
+        colour = _COLOURS[index % len(_COLOURS)]
+        lines.append(f"  // distance {distance}")
+        lines += [f'  "{source}" -> "{cell}" [color="{colour}", tooltip="{distance}"];' for source, cell in pairs]
+    return "\n".join([*lines, "}", ""])

@@ -1,0 +1,146 @@
+"""Schedules and explanations as JSON: an expression is text in S, L and l, a place is file, line and function."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+import sympy
+
+from rmtc.errors import Location, RefusedError
+from rmtc.ir.explanation import Certificate, Explanation
+from rmtc.ir.formula import at, formula, time_formula
+from rmtc.ir.schedule import Dependence, L, S, Schedule
+
+__all__ = ["explanation_json", "refusal_json", "schedule_json", "to_json"]
+
+Data = Mapping[str, object]
+
+_PAIR = re.compile(r"\[\n\s*(-?\d+),\n\s*(-?\d+)\n\s*\]")
+
+
+def to_json(data: Data | Sequence[Data]) -> str:
+    """The data as indented JSON, keys in the order given, a pair of numbers on one line."""
+    return _PAIR.sub(r"[\1, \2]", json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def schedule_json(schedule: Schedule, segments: int) -> str:
+    """The schedule of so many segments, with the cells of every group of every step as ``[segment, layer]``."""
+    steps = [
+        {
+            "time": step.time,
+            "groups": [
+                {
+                    "stage": group.stage,
+                    "class": group.cell_class,
+                    "cells": [[cell.segment, cell.layer] for cell in group.cells],
+                }
+                for group in step.groups
+            ],
+        }
+        for step in schedule.steps(segments)
+    ]
+    return to_json({"refused": False, **_schedule(schedule, segments), "steps": steps})
+
+
+def explanation_json(explanation: Explanation) -> str:
+    """All that an explanation holds; ``schedule`` is null when refused."""
+    schedule = explanation.schedule
+    return to_json(
+        {
+            "name": explanation.name,
+            "refused": schedule is None,
+            "segments": explanation.segments,
+            "layers": explanation.layers,
+            "segment_length": explanation.segment_length,
+            "growing": explanation.growing,
+            "free": explanation.free,
+            "classes": [
+                {
+                    "name": item.name,
+                    "stage": item.stage,
+                    "operations": item.operations,
+                    "members": item.members,
+                    "differs": item.differs,
+                }
+                for item in explanation.classes
+            ],
+            "dependences": [_dependence(item) for item in explanation.dependences],
+            "schedule": _schedule(schedule, explanation.segments) if schedule else None,
+            "certificate": _certificate(explanation.certificate) if explanation.certificate else None,
+            "reason": explanation.reason,
+            "cycle": [_dependence(item) for item in explanation.cycle],
+            "location": _location(explanation.location),
+            "remedy": explanation.remedy,
+            "seconds": explanation.seconds,
+        }
+    )
+
+
+def refusal_json(refusal: Explanation | RefusedError) -> str:
+    """A refusal where a schedule was asked for."""
+    return to_json(
+        {
+            "refused": True,
+            "reason": refusal.reason,
+            "cycle": [_dependence(item) if isinstance(item, Dependence) else str(item) for item in refusal.cycle],
+            "location": _location(refusal.location),
+            "remedy": refusal.remedy,
+        }
+    )
+
+
+def _schedule(schedule: Schedule, segments: int) -> Data:
+    return {
+        "segments": segments,
+        "layers": schedule.layers,
+        "a": _extent(schedule.a),
+        "b": _extent(schedule.b),
+        "time": time_formula(schedule.a, schedule.b),
+        "makespan": _length(schedule.makespan, segments, schedule.layers),
+        "sequential": _length(S * L, segments, schedule.layers),
+    }
+
+
+def _length(expression: sympy.Expr, segments: int, layers: int) -> Data:
+    return {"formula": formula(expression), "steps": at(expression, segments, layers)}
+
+
+def _certificate(certificate: Certificate) -> Data:
+    return {
+        "inequalities": [
+            {
+                "distance": [_extent(extent) for extent in item.dependence.distance],
+                "tensor": item.dependence.tensor,
+                "slack": item.slack,
+            }
+            for item in certificate.inequalities
+        ],
+        "critical_path": certificate.critical_path,
+        "bound": certificate.bound,
+        "optimal": certificate.optimal,
+        "assumptions": certificate.assumptions,
+        "checked": certificate.checked,
+    }
+
+
+def _dependence(item: Dependence) -> Data:
+    return {
+        "distance": [_extent(extent) for extent in item.distance],
+        "tensor": item.tensor,
+        "producer": item.producer,
+        "consumer": item.consumer,
+        "location": _location(item.location),
+        "consumer_location": _location(item.consumer_location),
+        "layers": None if item.layers is None else [_extent(extent) for extent in item.layers],
+    }
+
+
+def _extent(extent: int | sympy.Expr) -> int | str:
+    expression = sympy.sympify(extent)
+    return int(expression) if expression.is_Integer else formula(expression)
+
+
+def _location(location: Location | None) -> Data | None:
+    return None if location is None else location._asdict()
