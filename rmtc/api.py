@@ -101,6 +101,7 @@ class _Explainer:
         self.function, self.args, self.kwargs = function, args, kwargs
         self.layers, self.segment_length, self.watch = layers, segment_length, watch
         self.capture: Capture | None = None
+        self.runs: dict[Sizes, Captured] = {}
         self.seconds: dict[str, float] = {}
 
     def explain(self) -> Explanation:
@@ -137,17 +138,22 @@ class _Explainer:
         """Fold, prove and check; other probe sizes where the first do not fit one pattern."""
         plan = capture.plan
         segment = plan.segment_length
-        tails = (segment, max(1, segment // 2), max(1, segment // 3)) if plan.free_tail else (segment,) * 3
-        batches = _BATCHES if plan.free_batch else (plan.sizes.batch,) * 3
-        fixed = (plan.sizes.batch,) * 3
-        attempts = [(_SHORT, batches, tails), (_SHORT, fixed, tails), (_SHORT, fixed, (segment,) * 3)]
-        attempts.append((_LONGER, batches, tails))
-        first: RefusedError | VerifyError | None = None
+        full, own = (segment,) * 3, (plan.sizes.batch,) * 3
+        tails = (segment, max(1, segment // 2), max(1, segment // 3)) if plan.free_tail else full
+        batches = _BATCHES if plan.free_batch else own
+        attempts = [
+            (_SHORT, batches, tails),
+            (_SHORT, batches, full),
+            (_SHORT, own, tails),
+            (_SHORT, own, full),
+            (_LONGER, batches, tails),
+        ]
+        first: RefusedError | VerifyError | CaptureError | None = None
         for segments, batch, tail in dict.fromkeys(attempts):
             sizes = [Sizes(segments + i, batch[i], tail[i]) for i in range(3)]
             try:
                 return self._attempt(capture, sizes)
-            except (RefusedError, VerifyError) as error:
+            except (RefusedError, VerifyError, CaptureError) as error:
                 logger.debug("with %s: %s", sizes, error.reason)
                 first = first or error
         if isinstance(first, VerifyError):
@@ -158,9 +164,14 @@ class _Explainer:
             ) from first
         raise first or CaptureError("no probe ran")
 
+    def _run(self, sizes: Sizes) -> Captured:
+        if sizes not in self.runs and self.capture is not None:
+            self.runs[sizes] = self.capture.run(sizes)
+        return self.runs[sizes]
+
     def _attempt(self, capture: Capture, sizes: list[Sizes]) -> Proven:
         plan = capture.plan
-        runs: list[Captured] = [capture.run(each) for each in sizes[:2]]
+        runs: list[Captured] = [self._run(each) for each in sizes[:2]]
         with timed(self.seconds, "reroll"):
             loop, family = reroll(
                 [(run.program, *run.sizes) for run in runs],
@@ -177,7 +188,7 @@ class _Explainer:
         loop = replace(loop, fixed=fixed)
         with timed(self.seconds, "prove"):
             proven = prove_loop(loop, family, plan.sizes.segments, self.watch)
-        third = capture.run(sizes[2])
+        third = self._run(sizes[2])
         _refuse_drift([*runs, third])
         with timed(self.seconds, "check"):
             proven.checked = check_against(proven, third.program, *third.sizes)

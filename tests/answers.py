@@ -77,7 +77,7 @@ def armt(segments: int = 33, layers: int = 16) -> Explanation:
         dependences=(HIDDEN, MEMORY, NORMALISER),
         classes=(
             CellClass("A", "layer", 118, "s = 0, all l"),
-            CellClass("B", "layer", 131, "s >= 1, all l", "also reads the memory: aten.einsum at armt.py:119"),
+            CellClass("B", "layer", 131, "s >= 1, all l", "unlike A: also reads the memory, matmul at armt.py:119"),
             CellClass("P0", "prologue", 3, "all s"),
             CellClass("E0", "epilogue", 9, "all s"),
         ),

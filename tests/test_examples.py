@@ -6,7 +6,7 @@ import ast
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -29,6 +29,15 @@ EXAMPLES = [
     pytest.param(module, id=module.__name__.rpartition(".")[2]) for module in (armt_llama, armt_gpt2, rmt_llama)
 ]
 SMALL: dict[str, Any] = {"layers": 2, "width": 16, "heads": 2, "segment": 5, "memory": 2, "segments": 4}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On tensors as small as these a second thread only waits for its turn on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Float32CastsAsFloat64(TorchFunctionMode):
@@ -355,7 +364,7 @@ def test_save_and_load(example: ModuleType, tmp_path: Path) -> None:
     "kind, base", [(armt_llama.ArmtLlamaForCausalLM, armt_llama.ArmtLlamaConfig), (armt_gpt2.ArmtGPT2ForCausalLM, None)]
 )
 def test_a_new_model_has_a_memory_that_holds_something(kind: Any, base: Any) -> None:
-    sizes = {"vocab_size": 32, "segment_size": 4, "memory_tokens": 2}
+    sizes: dict[str, Any] = {"vocab_size": 32, "segment_size": 4, "memory_tokens": 2}
     if base is not None:
         config = base(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, **sizes)
     else:

@@ -5,16 +5,17 @@ A run counts how often each parameter (or other tensor the code reaches) is used
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rmtc.capture.arguments import Growth, Path, show
+from rmtc.capture.arguments import Arguments, Growth, Path, show
 from rmtc.capture.session import Session
 from rmtc.errors import CaptureError, RmtcError
 
@@ -22,7 +23,8 @@ __all__ = ["Plan", "Sizes", "probe"]
 
 logger = logging.getLogger(__name__)
 
-_ENOUGH_USES = 3  # a run is cut short when every tensor used so far was used this often: that is some segments
+_ENOUGH_USES = 3  # a first run is cut short when every tensor used so far was used this often: that is some segments
+_ENOUGH_OPERATIONS = 40_000  # and any run after this many operations
 _FACTORS = (2, 8, 64, 1024)  # a call of less than two segments is probed at these multiples of its length
 
 
@@ -88,29 +90,36 @@ class _Run:
 class _Count(TorchDispatchMode):
     """Counts the uses of lifted tensors and notes the sizes to which a dimension of a given size is cut."""
 
-    def __init__(self, lifted: Iterable[torch.Tensor], size: int) -> None:
+    def __init__(self, lifted: Iterable[torch.Tensor], size: int, short: bool) -> None:
         super().__init__()
         self.run = _Run()
         self._source = {id(tensor): index for index, tensor in enumerate(lifted)}
-        self._size = size
+        self._parts: dict[tuple[Any, ...], int] = {}
+        self._size, self._short, self._operations = size, short, 0
         self._kept: list[torch.Tensor] = []  # ids stay unique while the tensors live
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        self._operations += 1
+        if self._operations > _ENOUGH_OPERATIONS:
+            raise _Enough
         tensors = list(_tensors(args))
         sources = [self._source.get(id(tensor)) for tensor in tensors]
         if tensors and all(source is not None for source in sources):
-            for result in _tensors((out,)):  # a transposed weight is still that weight
-                self._source[id(result)] = sources[0]  # type: ignore[assignment]
+            # A transposed weight is a weight, and so is one layer's part of a stack.
+            part = (func, *sources, *(arg for arg in args if isinstance(arg, int)))
+            index = self._parts.setdefault(part, -1 - len(self._parts))
+            for result in _tensors((out,)):
+                self._source[id(result)] = index
                 self._kept.append(result)
         elif tensors:
             for source in sources:
                 if source is not None:
                     self.run.uses[source] += 1
             self._note_cut(tensors[0], out)
-            if self.run.uses and min(self.run.uses.values()) >= _ENOUGH_USES:
+            if self._short and self.run.uses and min(self.run.uses.values()) >= _ENOUGH_USES:
                 raise _Enough
         return out
 
@@ -155,30 +164,51 @@ def _arguments(session: Session, growth: Growth, length: int, batch: int) -> tup
     return session.arguments.map(stand_in, dict.fromkeys(growth.lists, length))
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Sizes that do not fit are tried on purpose: torch need not report each."""
+    fake_logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = fake_logger.disabled
+    fake_logger.disabled = True
+    try:
+        yield
+    finally:
+        fake_logger.disabled = before
+
+
 class _Prober:
     def __init__(self, session: Session) -> None:
         self.session = session
-        self._runs: dict[tuple[Growth, int, int], _Run | None] = {}
+        self._runs: dict[tuple[Growth, int, int, bool], _Run | None] = {}
         self._taken = {size for lifted in session.lifted for size in lifted.tensor.shape}
         self._taken |= {size for tensor in session.arguments.tensors().values() for size in tensor.shape}
 
-    def run(self, growth: Growth, length: int, batch: int) -> _Run:
-        """One run, cut short after a few segments."""
+    def run(self, growth: Growth, length: int, batch: int, short: bool = False) -> _Run:
+        """One run; a short one ends after a few segments."""
         args, kwargs = _arguments(self.session, growth, length, batch)
-        count = _Count(self.session.stand_ins, length)
-        with self.session.installed(self.session.stand_ins), self.session.fake_mode, count:
+        varying = {path for path, _ in growth.dims} | growth.batch
+        fixed: list[torch.Tensor] = []
+
+        def note(path: Path, tensor: torch.Tensor) -> torch.Tensor:
+            if path not in varying and not any(path[: len(each)] == each for each in growth.lists):
+                fixed.append(tensor)
+            return tensor
+
+        Arguments(args, kwargs, self.session.arguments.names).map(note)
+        count = _Count([*self.session.stand_ins, *fixed], length, short)
+        with self.session.installed(self.session.stand_ins), self.session.fake_mode, count, _quiet():
             try:
                 self.session.call(args, kwargs)
             except _Enough:
                 count.run.ended = False
         return count.run
 
-    def attempt(self, growth: Growth, length: int, batch: int) -> _Run | None:
+    def attempt(self, growth: Growth, length: int, batch: int, short: bool = False) -> _Run | None:
         """As :meth:`run`, remembered; None if the user's code does not take these sizes."""
-        key = (growth, length, batch)
+        key = (growth, length, batch, short)
         if key not in self._runs:
             try:
-                self._runs[key] = self.run(growth, length, batch)
+                self._runs[key] = self.run(growth, length, batch, short)
             except CaptureError as error:
                 logger.debug("length %d, batch %d does not run: %s", length, batch, error.reason)
                 self._runs[key] = None
@@ -194,7 +224,7 @@ class _Prober:
 
     def segment_length(self, growth: Growth, length: int, batch: int) -> int | None:
         """The least length of a segment that a cut of this length suggests and two runs confirm."""
-        run = self.attempt(growth, length, batch)
+        run = self.attempt(growth, length, batch, short=True)
         if run is None and not growth.lists:
             return None
         sizes = {1} if growth.lists else {size for size in run.cuts if 0 < size < length} if run else set()

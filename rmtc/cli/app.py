@@ -158,6 +158,8 @@ def dump(
     model: Model,
     after: Annotated[str, typer.Option("--after", metavar="PASS", help="Name of a pass, see rmtc passes.")],
     settings: Settings = None,
+    layers: LayersHint = None,
+    segment_length: LengthHint = None,
     json: Json = False,
     output: Output = None,
     debug: Debug = False,
@@ -173,7 +175,9 @@ def dump(
             if after not in names:
                 raise UsageError(f"there is no pass {after!r}", remedy=f"the passes are {', '.join(names)}")
             target = load(model, parse_settings(settings or ()))
-            text = dump_call(target.call, target.args, dict(target.kwargs), after=after)
+            text = dump_call(
+                target.call, target.args, dict(target.kwargs), after, layers=layers, segment_length=segment_length
+            )
         if json:
             from rmtc.report import to_json
 

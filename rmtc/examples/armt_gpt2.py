@@ -4,6 +4,8 @@ Shapes: B batch, N tokens of the text, T tokens of a segment with memory, D widt
 K memory features.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model, GPT2PreTrainedModel
@@ -62,7 +64,7 @@ class ArmtGPT2ForCausalLM(GPT2PreTrainedModel):
     """
 
     config: ArmtGPT2Config
-    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
 
     def __init__(self, config: ArmtGPT2Config) -> None:
         super().__init__(config)
@@ -171,6 +173,6 @@ def build(
         model = ArmtGPT2ForCausalLM(config)
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms start at one and biases at zero
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.to(getattr(torch, dtype))
     return model.eval(), (token_ids(segments * segment, batch),)

@@ -4,11 +4,12 @@ Shapes: B batch, N tokens of the text, T tokens of a segment with memory, D widt
 K memory features.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from rmtc.examples.associative import AssociativeLayer, MemoryProjection
 from rmtc.examples.text import token_ids
@@ -63,7 +64,7 @@ class ArmtLlamaForCausalLM(LlamaPreTrainedModel):
     """
 
     config: ArmtLlamaConfig
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: ArmtLlamaConfig) -> None:
         super().__init__(config)
@@ -173,6 +174,6 @@ def build(
         model = ArmtLlamaForCausalLM(config)
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms start at one and biases at zero
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.to(getattr(torch, dtype))
     return model.eval(), (token_ids(segments * segment, batch),)

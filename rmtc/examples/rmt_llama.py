@@ -3,11 +3,12 @@
 Shapes: B batch, N tokens of the text, T tokens of a segment with both memories, D width, M memory tokens, V vocabulary.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from rmtc.examples.text import token_ids
 
@@ -36,7 +37,7 @@ class RmtLlamaForCausalLM(LlamaPreTrainedModel):
     """
 
     config: RmtLlamaConfig
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: RmtLlamaConfig) -> None:
         super().__init__(config)
@@ -145,6 +146,6 @@ def build(
         model = RmtLlamaForCausalLM(config)
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms start at one and biases at zero
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.to(getattr(torch, dtype))
     return model.eval(), (token_ids(segments * segment, batch),)

@@ -158,6 +158,7 @@ class SegmentLoop:
         sources: the tensors that exist before the call.
         layouts: where the layers are, one for each of ``rows`` and then for ``steady``.
         segment_length: positions of a segment.
+        growing: the names of the inputs that grow with the number of segments.
         dependences: between cells.
         classes: ``classes[row][layer]``, rows as in ``layouts``; names of equivalence classes of bodies.
         stage_classes: the same for prologue and epilogue.
@@ -172,6 +173,7 @@ class SegmentLoop:
     outputs: dict[str, Any]
     sources: dict[str, Source]
     segment_length: int
+    growing: frozenset[str] = frozenset()
     layouts: tuple[Layout, ...] = ()
     dependences: tuple[Dependence, ...] = ()
     classes: tuple[tuple[str, ...], ...] = ()

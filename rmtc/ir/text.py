@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import sympy
 
-from rmtc.errors import Location
 from rmtc.ir.cycle import Round, Turn, follow
 from rmtc.ir.explanation import CellClass, Certificate, Explanation
 from rmtc.ir.formula import at, distance_text, formula, layers_text, parse, place, time_formula, whence
@@ -125,7 +124,7 @@ def _classes(page: Page, explanation: Explanation) -> None:
 
 
 def _differs(item: CellClass) -> str:
-    return f"; unlike the class above: {item.differs}" if item.differs else ""
+    return f"; {item.differs}" if item.differs else ""
 
 
 def _dependences(page: Page, dependences: Sequence[Dependence]) -> None:
@@ -160,18 +159,14 @@ def _dependence(page: Page, item: Dependence) -> None:
     only = "" if item.layers is None else f", read by {layers_text(item.layers)} only"
     page.text((item.tensor or "a tensor") + only, 6, hang=2)
     rows = [
-        (label, *_known(words, location))
-        for label, words, location in (
-            ("made by", item.producer, item.location),
-            ("read by", item.consumer, item.consumer_location),
+        (f"{verb} at", place(location), words) if location else (f"{verb} by", words)
+        for verb, words, location in (
+            ("made", item.producer, item.location),
+            ("read", item.consumer, item.consumer_location),
         )
         if words or location
     ]
     page.table(rows, 8)
-
-
-def _known(words: str, location: Location | None) -> list[str]:
-    return [text for text in (words, f"at {place(location)}" if location else "") if text]
 
 
 def _schedule(page: Page, schedule: Schedule, segments: int) -> None:
@@ -248,8 +243,16 @@ def _best(page: Page, certificate: Certificate, explanation: Explanation | None)
             "The schedule has exactly as many. So the chain is a longest one, the critical path, and the schedule is "
             "optimal, as long as each cell runs as a whole."
         )
+    elif explanation is not None and _meets(certificate.bound, explanation):
+        page.text("For this call the schedule has exactly as many; for another number of segments it may have more.")
     else:
         page.text("The schedule has more. Whether there is one in between is not known.")
+
+
+def _meets(bound: str, explanation: Explanation) -> bool:
+    size = explanation.segments, explanation.layers
+    least, schedule = parse(bound), explanation.schedule
+    return least is not None and schedule is not None and at(least, *size) == at(schedule.makespan, *size)
 
 
 def _length(bound: str, explanation: Explanation | None) -> str:
@@ -318,7 +321,8 @@ def _cycle(page: Page, explanation: Explanation) -> None:
         )
     steps = f"{_equals(once.length, layers)} {'step' if once.length == 1 else 'steps'}"
     page.text(
-        f"Once round takes {steps}, since each cell waits for the one before it, and gets {further} further.{conclusion}"
+        f"Once round takes {steps}, since each cell waits for the one before it, and gets {further} further."
+        + conclusion
     )
     page.blank()
 
@@ -335,5 +339,5 @@ def _passed(turn: Turn) -> str:
 
 
 def _edge(item: Dependence) -> list[str]:
-    made = f"made at {place(item.location)}" if item.location else ""
+    made = f"made at {place(item.location._replace(function=''))}" if item.location else ""
     return [text for text in (distance_text(item.distance), item.tensor, made) if text]

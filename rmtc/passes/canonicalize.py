@@ -31,8 +31,9 @@ class Canonicalize:
 
     Needs: a functional graph without regions.
     Gives: a graph in which a piece of `split`, `chunk` and `unbind` is a `slice` or `select`
-    of its source, checks of metadata are gone, and reading back what a `select_scatter` or `slice_scatter` wrote is the written value: one buffer
-    that holds the states of many layers makes no false chain between them.
+    of its source, checks of metadata are gone, and reading back a part that a `stack`, `cat`, `select_scatter` or
+    `slice_scatter` put there is that part: one tensor that holds the states of many layers makes no false chain
+    between them.
     Operations whose result is not used stay: the last segment then looks like the others, which use it.
     Checks: no operation draws random numbers.
 
@@ -40,6 +41,9 @@ class Canonicalize:
         %a = getitem(%p, 2)                     ->    %a = slice(%x, 1, 32, 48)
         %w = select_scatter(%buffer, %v, 0, 3)
         %b = select(%w, 0, 3)                   ->    uses of %b become %v
+
+    A tensor that is written part by part and read as a whole is put together where it is read, from what was written
+    last: writes that a later one covers make no dependence.
     """
 
     name = "canonicalize"
@@ -51,10 +55,18 @@ class Canonicalize:
                 continue
             if node.target is operator.getitem:
                 _piece(graph, node)
+            elif node.target is aten.slice_scatter.default and _interval(node, _size(node, _dim(node, 2)), 2) == (
+                0,
+                _size(node, _dim(node, 2)),
+            ):
+                node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
             elif node.target in (aten.select.int, aten.slice.Tensor):
                 _forward(node)
+            elif node.target is aten.copy.default:
+                _copied(node)
             elif node.target is aten.dropout.default:
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        _assemble(graph)
         for node in reversed(list(graph.nodes)):
             if not node.users and (node.target in _NO_RESULT or node.target in _SPLITS or node.op == "get_attr"):
                 graph.erase_node(node)
@@ -127,40 +139,119 @@ def _interval(node: fx.Node, size: int, dim_at: int) -> tuple[int, int] | None:
     return resolved[0], max(resolved)
 
 
+def _copied(node: fx.Node) -> None:
+    """copy(x, y) is y where shapes and dtypes are the same: x's values do not matter."""
+    target, value = node.args[0], node.args[1]
+    if isinstance(target, fx.Node) and isinstance(value, fx.Node):
+        old, new = target.meta["val"], value.meta["val"]
+        if old.shape == new.shape and old.dtype == new.dtype and old.device == new.device:
+            node.replace_all_uses_with(value)
+
+
+def _dim(node: fx.Node, index: int) -> int:
+    return int(_argument(node, index, "dim", 0)) % node.meta["val"].ndim
+
+
 def _forward(node: fx.Node) -> None:
-    """Read through scatters: a written part is the value, another part is the buffer's before the write."""
+    """Read through what put a tensor together: a part that was put there is that part, whatever was put elsewhere."""
     while True:
         source: Any = node.args[0]
-        if not isinstance(source, fx.Node) or source.op != "call_function":
+        if not isinstance(source, fx.Node):
             return
-        ndim = node.args[0].meta["val"].ndim  # type: ignore[union-attr]
-        dim = _argument(node, 1, "dim", 0) % ndim
+        dim = int(_argument(node, 1, "dim", 0)) % source.meta["val"].ndim
         size = _size(source, dim)
-        if source.target not in (aten.select_scatter.default, aten.slice_scatter.default):
-            return
-        base, value = source.args[0], source.args[1]
-        if _argument(source, 2, "dim", 0) % ndim != dim:
-            return
-        if source.target is aten.select_scatter.default:
-            index: Any = source.args[3]
-            written = (index % size, index % size + 1)
-        else:
-            interval = _interval(source, size, 2)
-            if interval is None:
-                return
-            written = interval
-        if node.target is aten.select.int:
-            index = node.args[2]
+        whole_row = node.target is aten.select.int
+        if whole_row:
+            index: Any = node.args[2]
             read = (index % size, index % size + 1)
         else:
             interval = _interval(node, size, 1)
             if interval is None:
                 return
             read = interval
-        if read[1] <= written[0] or written[1] <= read[0]:
-            node.replace_input_with(source, base)  # type: ignore[arg-type]
-        elif read == written and (node.target is aten.select.int) == (source.target is aten.select_scatter.default):
-            node.replace_all_uses_with(value)  # type: ignore[arg-type]
+            if read == (0, size):
+                node.replace_all_uses_with(source)
+                return
+        if source.op != "call_function":
             return
+        if source.target in (aten.select_scatter.default, aten.slice_scatter.default) and _dim(source, 2) == dim:
+            if source.target is aten.select_scatter.default:
+                written = (source.args[3] % size, source.args[3] % size + 1)  # type: ignore[operator]
+            else:
+                interval = _interval(source, size, 2)
+                if interval is None:
+                    return
+                written = interval
+            if read[1] <= written[0] or written[1] <= read[0]:
+                node.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
+                continue
+            if read == written and whole_row == (source.target is aten.select_scatter.default):
+                node.replace_all_uses_with(source.args[1])  # type: ignore[arg-type]
+            return
+        if source.target is aten.stack.default and _dim(source, 1) == dim and whole_row:
+            node.replace_all_uses_with(source.args[0][read[0]])  # type: ignore[index, arg-type]
+            return
+        if source.target is aten.cat.default and _dim(source, 1) == dim and not whole_row:
+            start = 0
+            for piece in source.args[0]:  # type: ignore[union-attr]
+                end = start + (_size(piece, dim) if piece.meta["val"].ndim > dim else 0)  # type: ignore[union-attr, arg-type]
+                if (start, end) == read:
+                    node.replace_all_uses_with(piece)  # type: ignore[arg-type]
+                    return
+                start = end
+        return
+
+
+_SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
+
+
+def _assemble(graph: fx.Graph) -> None:
+    """scatter(scatter(scatter(x, a, 0), b, 1), c, 0), read as a whole -> stack([c, b]), or scatters of b and c alone."""
+    written: dict[fx.Node, tuple[Any, int, dict[tuple[int, int], fx.Node], int]] = {}
+    for node in list(graph.nodes):
+        if node.target not in _SCATTERS:
+            continue
+        base, value, dim = node.args[0], node.args[1], _dim(node, 2)
+        size = _size(node, dim)
+        if node.target is aten.select_scatter.default:
+            interval: tuple[int, int] | None = (node.args[3] % size, node.args[3] % size + 1)
         else:
-            return
+            interval = _interval(node, size, 2)
+        if interval is None or not isinstance(value, fx.Node) or not isinstance(base, fx.Node):
+            continue
+        first, before, parts, count = written.get(base, (base, dim, {}, 0))
+        fits = all(interval == other or interval[1] <= other[0] or other[1] <= interval[0] for other in parts)
+        if before != dim or not fits or first.meta["val"].dtype != value.meta["val"].dtype:
+            first, parts, count = base, {}, 0
+        parts = {other: each for other, each in parts.items() if other != interval}
+        written[node] = (first, dim, {**parts, interval: node}, count + 1)
+    for node, (first, dim, parts, count) in written.items():
+        readers = [user for user in node.users if not (user in written and user.args[0] is node)]
+        if not readers:
+            continue
+        writers = [parts[interval] for interval in sorted(parts)]
+        bounds = sorted(parts)
+        covered = bounds[0][0] == 0 and bounds[-1][1] == _size(node, dim)
+        covered = covered and all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+        kinds = {writer.target for writer in writers}
+        values = [writer.args[1] for writer in writers]
+        with graph.inserting_after(node):
+            if covered and len(kinds) == 1:
+                target = aten.stack.default if kinds == {aten.select_scatter.default} else aten.cat.default
+                whole = graph.call_function(target, (values, dim))
+                whole.meta.update(node.meta)
+            elif count > len(parts):
+                whole = first
+                after = node
+                for writer in parts.values():
+                    with graph.inserting_after(after):
+                        whole = graph.call_function(writer.target, (whole, *writer.args[1:]), dict(writer.kwargs))
+                    whole.meta.update(writer.meta)
+                    after = whole
+            else:
+                continue
+        for user in readers:
+            user.replace_input_with(node, whole)
+    for node in reversed(list(written)):
+        if not node.users:
+            graph.erase_node(node)

@@ -7,9 +7,9 @@ from fractions import Fraction
 from typing import Any
 
 from rmtc.errors import Location, RefusedError
-from rmtc.ir.program import Op, Source, Src, Val, show, target_name
+from rmtc.ir.program import Op, Source, Src, Val, leaves, show, target_name
 from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Outer, Row, SegmentLoop, Where
-from rmtc.passes.segments import Segmented
+from rmtc.passes.segments import Segmented, reorder
 
 __all__ = ["Run", "fold_segments"]
 
@@ -53,6 +53,25 @@ class Run:
                 self._segment[i] = s
         for i in range(self.starts[-1], len(self.ops)):
             self._segment[i] = self.segments
+
+    def live(self) -> list[bool]:
+        """For each operation, whether a result needs it."""
+        live = [False] * len(self.ops)
+        work = [value.index for value in self.segmented.program.outputs.values() if type(value) is Val]
+        while work:
+            index = work.pop()
+            if not live[index]:
+                live[index] = True
+                work += [leaf.index for leaf in leaves(self.ops[index].args) if type(leaf) is Val]
+        return live
+
+    def without(self, dropped: set[int]) -> Run:
+        """The run without some operations that nothing else uses."""
+        kept = [i for i in range(len(self.ops)) if i not in dropped]
+        counts = [sum(1 for i in dropped if i < start) for start in self.starts]
+        starts = [start - count for start, count in zip(self.starts, counts, strict=True)]
+        program = reorder(self.segmented.program, kept)
+        return Run(Segmented(program, starts), self.batch, self.tail, self.segment_length)
 
     def environment(self, segment: int) -> Environment:
         """The sizes seen by a segment; segment S stands for the parts outside the loop."""
@@ -104,6 +123,7 @@ def fold_segments(short: Run, long: Run, sources: dict[str, Source], steady_from
     """
     if short.segments <= steady_from or long.segments != short.segments + 1:
         raise ValueError("fold_segments needs runs of n and n + 1 segments with a steady one in each")
+    short, long = _drop_unused(short, long)
     reference = long.tokens(steady_from)
     for run in (short, long):
         for s in range(steady_from, run.segments):
@@ -134,6 +154,39 @@ def fold_segments(short: Run, long: Run, sources: dict[str, Source], steady_from
     for name in first:
         outputs[name] = _outer_operand(short, long, first[name], second[name], len(rows), None)
     return SegmentLoop(before, tuple(rows), steady, after, outputs, sources, short.segment_length)
+
+
+def _drop_unused(short: Run, long: Run) -> tuple[Run, Run]:
+    """Drop what no segment but perhaps the last needs: views that were made anew after a write and never read.
+
+    What the last segment does not need, but the others do, stays.
+    """
+    runs = (short, long)
+    live = [run.live() for run in runs]
+    groups: dict[int, list[tuple[int, int]]] = {}  # rows that run the same operations, by the first of them
+    firsts: list[list[Any]] = []
+    for number, run in enumerate(runs):
+        for s in range(run.segments):
+            tokens = run.tokens(s)
+            found = next((i for i, first in enumerate(firsts) if first == tokens), len(firsts))
+            if found == len(firsts):
+                firsts.append(tokens)
+            groups.setdefault(found, []).append((number, s))
+    dropped: list[set[int]] = [set(), set()]
+    for members in groups.values():
+        if all(s == runs[number].segments - 1 for number, s in members):
+            continue
+        for k in range(len(runs[members[0][0]].row(members[0][1]))):
+            if not any(live[number][runs[number].starts[s] + k] for number, s in members):
+                for number, s in members:
+                    dropped[number].add(runs[number].starts[s] + k)
+    for number, run in enumerate(runs):
+        outside = [*range(run.starts[0]), *range(run.starts[-1], len(run.ops))]
+        dropped[number].update(i for i in outside if not live[number][i])
+        for i, op in enumerate(run.ops):  # and what only they led to
+            if any(type(leaf) is Val and leaf.index in dropped[number] for leaf in leaves(op.args)):
+                dropped[number].add(i)
+    return short.without(dropped[0]), long.without(dropped[1])
 
 
 def _structure(args: tuple[Any, ...]) -> tuple[Any, ...]:

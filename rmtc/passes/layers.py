@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rmtc.errors import CaptureError
-from rmtc.ir.program import Source, Src, leaves, target_name
-from rmtc.ir.segment_loop import BodyOp, Fit, Layout, Outer, Row, SegmentLoop
-from rmtc.passes.cuts import common_prefix, common_suffix, divide
-from rmtc.passes.streams import Family
+from rmtc.ir.program import Source, Src, leaves, map_leaves, target_name
+from rmtc.ir.segment_loop import BodyOp, Every, Fit, Layout, Outer, Row, SegmentLoop, Where
+from rmtc.passes.cuts import common_prefix, common_subsequence, common_suffix, divide
+from rmtc.passes.streams import Family, template
 
 __all__ = ["fold_layers"]
 
@@ -32,8 +32,8 @@ def fold_layers(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
     Raises:
         CaptureError: if the layers interleave.
     """
+    loop, layouts = _file(loop, family)
     rows = [*loop.rows, loop.steady]
-    layouts = tuple(_layout(loop, row, family) for row in rows)
     counts = {len(layout.layers) for layout in layouts}
     if len(counts) > 1:
         raise CaptureError(
@@ -72,8 +72,9 @@ def _operand_names(loop: SegmentLoop, row: Sequence[BodyOp]) -> list[tuple[str, 
             fixed = True
             for leaf in leaves(op.args):
                 if type(leaf) is Src:
-                    if loop.sources[leaf.name].kind in ("input", "constant"):
+                    if leaf.name in loop.growing or loop.sources[leaf.name].kind == "constant":
                         fixed = False
+                        continue
                     found += loop.sources[leaf.name].names
                 elif isinstance(leaf, (Row, Outer)):
                     known: tuple[str, ...] | None = None
@@ -128,6 +129,92 @@ def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> 
     return Layout((0, begin), tuple(zip(bounds, bounds[1:], strict=False)), (end, len(row)))
 
 
+def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[Layout, ...]]:
+    """Lay out every row, with what the epilogue does for one layer filed in that layer."""
+    rows = [*loop.rows, loop.steady]
+    steady = _refile(loop, loop.steady, _layout(loop, loop.steady, family), family)
+    kinds = [op.target for op in loop.steady]
+    laid = [
+        # A segment that runs what the steady ones do is laid out as they are.
+        steady if [op.target for op in row] == kinds else _refile(loop, row, _layout(loop, row, family), family)
+        for row in rows
+    ]
+    place = [{old: new for new, old in enumerate(order)} for order, _ in laid]
+    last = len(rows) - 1
+
+    def move(row: int) -> tuple[BodyOp, ...]:
+        def operand(leaf: Any) -> Any:
+            if isinstance(leaf, Row):
+                return Row(leaf.back, place[max(0, row - leaf.back) if row < last else last][leaf.index])
+            return leaf
+
+        return tuple(replace(rows[row][i], args=map_leaves(rows[row][i].args, operand)) for i in laid[row][0])
+
+    def outer(leaf: Any) -> Any:
+        if isinstance(leaf, (Where, Every)):
+            index = tuple(place[min(row, last)].get(i, -1) for row, i in enumerate(leaf.index))
+            return leaf._replace(index=index)
+        return leaf
+
+    moved = [move(row) for row in range(len(rows))]
+    after = tuple(replace(op, args=map_leaves(op.args, outer)) for op in loop.after)
+    outputs = {name: outer(value) for name, value in loop.outputs.items()}
+    loop = replace(loop, rows=tuple(moved[:-1]), steady=moved[-1], after=after, outputs=outputs)
+    return loop, tuple(layout for _, layout in laid)
+
+
+def _refile(
+    loop: SegmentLoop, row: Sequence[BodyOp], layout: Layout, family: Family | None
+) -> tuple[list[int], Layout]:
+    """File what follows the last layer, but works on one earlier layer's values alone, in that layer.
+
+        l0: k0 | l1: k1 | epi: m0 = cat(s-1.m0, k0), m1 = cat(s-1.m1, k1)   ->   l0: k0, m0 | l1: k1, m1 |
+    """
+    layers, start = len(layout.layers), layout.epilogue[0]
+    label: dict[int, int | None] = {}
+    users: dict[int, list[int]] = {}
+
+    def at(index: int) -> int | None:
+        return label[index] if index in label else layout.layer_of(index)
+
+    for i in range(start, len(row)):
+        found = [leaf.index for leaf in leaves(row[i].args) if isinstance(leaf, Row) and leaf.back == 0]
+        known = [layer for j in found if (layer := at(j)) is not None and layer >= 0]
+        label[i] = max(known, default=None)
+        for j in found:
+            users.setdefault(j, []).append(i)
+    for i in reversed(range(start, len(row))):  # what reads only earlier segments goes with what uses it
+        if label[i] is None:
+            above = [layer for j in users.get(i, []) if (layer := label[j]) is not None]
+            earlier = [at(leaf.index) for leaf in leaves(row[i].args) if isinstance(leaf, Row) and leaf.back > 0]
+            label[i] = min(above) if above else next((layer for layer in earlier if layer is not None), layers - 1)
+    extra = [[i for i in range(start, len(row)) if label[i] == layer] for layer in range(layers)]
+    if layers < 2 or not any(extra[:-1]):
+        return list(range(len(row))), layout
+    names = _operand_names(loop, row)
+
+    def token(i: int) -> tuple[Any, ...]:
+        return row[i].target, len(row[i].args), tuple(sorted({template(family, name) for name in names[i]}))
+
+    rest = [i for i in range(start, len(row)) if (label[i] or 0) >= layers - 1]
+    pattern = [token(i) for i in extra[-2]]
+    matched = {rest[k] for k in common_subsequence([token(i) for i in rest], pattern)}
+    outside = set(rest) - matched
+    for i in sorted(matched):
+        if any(isinstance(leaf, Row) and leaf.back == 0 and leaf.index in outside for leaf in leaves(row[i].args)):
+            matched.discard(i)
+            outside.add(i)
+    extra[-1] = sorted(matched)
+    order = list(range(layout.prologue[1]))
+    bounds: list[tuple[int, int]] = []
+    for layer, (begin, end) in enumerate(layout.layers):
+        bounds.append((len(order), len(order) + end - begin + len(extra[layer])))
+        order += [*range(begin, end), *extra[layer]]
+    first = len(order)
+    order += [i for i in range(start, len(row)) if i not in {j for found in extra for j in found}]
+    return order, Layout(layout.prologue, tuple(bounds), (first, len(row)))
+
+
 @dataclass
 class _Class:
     name: str
@@ -144,6 +231,8 @@ class _Namer:
         self._loop, self._family = loop, family
         self._rows = [*loop.rows, loop.steady]
         self.classes: list[_Class] = []
+        self._made: dict[int, int] = {}
+        self._known: dict[Any, int] = {}
 
     def classify(self, stage: str, row: int, layer: int) -> str:
         layout = self._loop.layouts[row]
@@ -187,14 +276,27 @@ class _Namer:
         return out
 
     def _outer(self, leaf: Outer) -> Any:
-        """A value from before the loop; one made of a single layer's parameters counts as such a parameter."""
-        op = self._loop.before[leaf.index]
-        named = [each for each in leaves(op.args) if type(each) is Src]
-        if len(named) == 1 and target_name(op.target) == "select.int" and self._family is not None:
-            name = f"{named[0].name}[{op.args[2]}]"
-            if self._family.layer_of(name) is not None:
-                return self._family.template(name)
-        return leaf.index
+        """What a value from before the loop is made of, the same for values that differ only in the layer's number."""
+        if leaf.part != "before":
+            return leaf
+        if leaf.index not in self._made:
+            op = self._loop.before[leaf.index]
+
+            def part(arg: Any) -> Any:
+                if isinstance(arg, Outer):
+                    return self._outer(arg)
+                if type(arg) is Src and self._family is not None:
+                    return self._family.template(arg.name)
+                return str(arg)
+
+            args = map_leaves(op.args, part)
+            if target_name(op.target) == "select.int" and type(op.args[0]) is Src and self._family is not None:
+                name = f"{op.args[0].name}[{op.args[2]}]"
+                if self._family.layer_of(name) is not None:
+                    args = (self._family.template(name),)
+            key = (op.target, args)
+            self._made[leaf.index] = self._known.setdefault(key, len(self._known))
+        return self._made[leaf.index]
 
     def _operand(self, leaf: Row, row: int, layer: int, start: int) -> Any:
         made = max(0, row - leaf.back)

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from rmtc.errors import CaptureError
@@ -114,6 +114,7 @@ def reroll(
         divided.append(Run(segmented, batch, tail, segment_length))
         _show(watch, "find-segments", f"# {segments} segments start at {segmented.starts}\n{segmented.program}\n")
     loop = fold_segments(divided[0], divided[1], runs[0][0].sources, runs[0][1] - 1)
+    loop = replace(loop, growing=growing)
     _show(watch, "fold-segments", str(loop))
     loop = fold_layers(loop, family)
     _show(watch, "fold-layers", str(loop))

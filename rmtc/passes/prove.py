@@ -10,10 +10,10 @@ Legality. Write D for the set of instances of the dependences: (d, l) with l in 
 
     for all S, L and all (d, l) in D:    a * ds(l) + b * dl(l) >= 1.                                            (1)
 
-The left side is affine in l, so it is least at an end of d's domain: (1) holds iff it holds there, and is decided with
-``L`` left symbolic, for every L that has instances (L >= 2 where the model has more layers than one, since distances in L
-may coincide at L = 1). The program itself runs the cells segment after segment, so a dependence with ds < 0, or with
-ds = 0 and dl <= 0, cannot have come from it and is refused.
+The left side is affine in l, so it is least at an end of d's domain: (1) holds iff it holds there. That is decided with
+``L`` left symbolic, for the model's own L and every larger one (and every smaller one from 2 on at which the distances
+still lead from an existing layer to one that the program ran before). The program itself runs the cells segment after
+segment, so a dependence with ds < 0, or with ds = 0 and dl <= 0, cannot have come from it and is refused.
 
 Makespan. ``a*(S-1) + b*(L-1) + 1`` steps. Of the distances that pass, those with ds = 0 ask for b >= 1 and no more, and
 a larger b relaxes none of the others below the a that b = 1 leaves: b is 0 or 1, a the least integer that (1) then
@@ -21,9 +21,9 @@ leaves. Where a and b trade, as for (1, 1) alone, the least a is taken: S grows,
 
 Lower bound. Let a chain of cells, each waiting for the one before, use n_d instances of each d. It stays inside the
 grid, so sum n_d*ds <= S-1 and sum n_d*dl <= L-1: it is a feasible point of the dual of the linear program
-``min a*(S-1) + b*(L-1)`` under (1), and its ``sum n_d + 1`` cells need as many steps under *any* schedule. Where it is as
-long as the makespan for every S and L (from the least L that has such a chain on), both are optimal. It need not be the
-longest where the makespan does not meet it, as for (2, 0), where an integer a loses.
+``min a*(S-1) + b*(L-1)`` under (1), and its ``sum n_d + 1`` cells need as many steps under *any* schedule. Where it is
+as long as the makespan for every S and L (from the least L that has such a chain on), both are optimal. It need not be
+the longest where the makespan does not meet it, as for (2, 0), where an integer a loses.
 
     (0, 1) x, (1, 0) A          ->  t = s + l,  S + L - 1 steps, optimal: s0.l0 -> s1.l0 -> ... -> s(S-1).l(L-1)
     (0, 1) x, (1, -2) M         ->  t = 3*s + l,  3*S + L - 3 steps, optimal
@@ -339,7 +339,10 @@ def _vectors(dependence: Dependence, layers: int) -> list[_Vector]:
             return _list(dependence, layers)
         reach = dl.rest if dl.rest.at(layers) >= 0 else dl.rest.times(-1)
         beyond = _Affine() if dl.rest.integer is not None else _ONE  # an epilogue is named by L, not by a number
-        least = (_TOP + beyond - reach).nonnegative_from() or layers
+        holds = [(_TOP + beyond - reach).nonnegative_from()]
+        if dependence.layers:
+            holds.append((last.rest - first.rest).nonnegative_from())
+        least = max(since or layers for since in holds)
         layer = first.rest if dependence.layers else None
         return [_Vector(dependence, ds.rest.integer, dl.rest, layer, least, uniform=True)]
     ends = []
@@ -391,10 +394,13 @@ def _solve(vectors: Sequence[_Vector], layers: int) -> tuple[Extent, int, _Vecto
     if not vectors:
         return 0, 0, None
     crossing = [vector for vector in vectors if vector.ds > 0]
-    bounds = [(_Affine(), min(layers, 2))]
+    lowest = min(layers, 2)
+    bounds = [(_Affine(), lowest)]
     for vector in crossing:
         bound = (_ONE - vector.dl).times(Fraction(1, vector.ds))
-        bounds.append((_Affine(Fraction(math.ceil(bound.const))) if not bound.slope else bound, max(min(layers, 2), vector.least)))
+        if not bound.slope:
+            bound = _Affine(Fraction(math.ceil(bound.const)))
+        bounds.append((bound, max(lowest, vector.least)))
     kept: list[tuple[_Affine, int]] = []
     for bound, least in sorted(bounds, key=lambda item: -item[0].at(layers)):
         if not any(_covers(other, bound, least) for other, _ in kept):

@@ -10,7 +10,7 @@ from rmtc.ir.program import Op, Program, Val, leaves, map_leaves
 from rmtc.passes.cuts import common_subsequence, divide
 from rmtc.passes.streams import Uses
 
-__all__ = ["Segmented", "find_segments"]
+__all__ = ["Segmented", "find_segments", "reorder"]
 
 
 @dataclass
@@ -73,10 +73,15 @@ def find_segments(
         anchors = {place[i]: s for i, s in anchors.items()}
         inner = {place[i] for i in inner}
     chosen = inner or set(anchors)
-    program, moved = _gather(program, use, anchors, chosen, segments)
+    program, moved, shared = _gather(program, use, anchors, chosen, segments)
     place = {old: new for new, old in enumerate(moved)}
-    anchors = {place[i]: s for i, s in anchors.items()}
-    chosen = {place[i] for i in chosen}
+    anchors = {place[i]: s for i, s in anchors.items() if i not in shared}
+    chosen = {place[i] for i in chosen if i not in shared}
+    if {anchors[i] for i in chosen} != set(range(segments)):
+        raise CaptureError(
+            "some segments use no parameter of their own, so they cannot be told apart",
+            remedy="is this a loop over segments? pass layers=... to name the list of layers",
+        )
     names = [use.names[i] for i in moved]
     first = [min(i for i in chosen if anchors[i] == s) for s in range(segments)]
     last = [max(i for i in chosen if anchors[i] == s) for s in range(segments)]
@@ -103,7 +108,7 @@ def find_segments(
     after = _hand_back(program, tokens, anchors, members, last[-1] + 1)
     order = before + [i for row in members for i in row] + after
     sizes = [len(before), *(len(row) for row in members)]
-    return Segmented(_reorder(program, order), [sum(sizes[: s + 1]) for s in range(segments + 1)])
+    return Segmented(reorder(program, order), [sum(sizes[: s + 1]) for s in range(segments + 1)])
 
 
 def _hand_back(
@@ -128,12 +133,17 @@ def _hand_back(
     return [i for i in rest if i not in set(extra[-1])]
 
 
-def _reorder(program: Program, order: list[int]) -> Program:
+def reorder(program: Program, order: list[int]) -> Program:
+    """A program with its operations in another order; those left out must not be used.
+
+    Raises:
+        CaptureError: if an operation would run before one of its operands.
+    """
     place = {old: new for new, old in enumerate(order)}
     ops: list[Op] = []
     for old in order:
         op = program.ops[old]
-        if any(place[j] >= len(ops) for j in _inputs(op)):
+        if any(place.get(j, len(ops)) >= len(ops) for j in _inputs(op)):
             raise CaptureError(
                 "the operations of a segment cannot be told from those before and after the loop",
                 location=op.location,
@@ -157,12 +167,12 @@ def _segment_major(program: Program, use: Uses, anchors: dict[int, int]) -> tupl
     for i, op in enumerate(program.ops):
         label[i] = max([anchors.get(i, -1), *(label[j] for j in _inputs(op))])
     order = sorted(range(len(program.ops)), key=lambda i: (label[i], i))
-    return _reorder(program, order), order
+    return reorder(program, order), order
 
 
 def _gather(
     program: Program, use: Uses, anchors: dict[int, int], chosen: set[int], segments: int
-) -> tuple[Program, list[int]]:
+) -> tuple[Program, list[int], set[int]]:
     """Move what was run before the loop for one segment into it, and what all segments share out of it."""
     count = len(program.ops)
     first, last = min(chosen), max(chosen)
@@ -195,6 +205,12 @@ def _gather(
             home[i] = min(each for each in homes if each is not None)
         elif not between:
             home[i] = position[i]
+    work = list(shared)
+    while work:  # an anchor that they need is no anchor
+        for j in _inputs(program.ops[work.pop()]):
+            if j not in shared:
+                shared.add(j)
+                work.append(j)
     for rank, i in enumerate(sorted(shared)):
         keys[i] = (-1, 0, rank)
     for i in reversed(range(first)):
@@ -202,7 +218,7 @@ def _gather(
             counter += 1
             keys[i] = (min(keys[j] for j in users[i])[0], -1, -counter)
     order = sorted(range(count), key=lambda i: keys[i])
-    return _reorder(program, order), order
+    return reorder(program, order), order
 
 
 Token = tuple[object, ...]
