@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from rmtc.capture import Capture, Captured, open_capture
-from rmtc.capture.probe import Sizes
-from rmtc.errors import CaptureError, RefusedError, VerifyError
-from rmtc.ir.explanation import Certificate, Explanation
-from rmtc.passes.pipeline import Proven, check_against, passes, prove_loop, reroll, timed
+from rmtc.analysis import Analysis, analyze
+from rmtc.errors import RefusedError
+from rmtc.ir.explanation import Explanation
+from rmtc.ir.schedule import Dependence
+from rmtc.passes.pipeline import passes
 from rmtc.passes.summary import class_summaries
 
 __all__ = ["dump", "explain"]
-
-logger = logging.getLogger(__name__)
-
-_SHORT = 3  # segments of the shorter probe
-_LONGER = 5  # and where a value is read from two or more segments back
-_BATCHES = (2, 5, 1)  # no two of them, and none with a number of segments, in a ratio that an integer could mimic
 
 Watch = Callable[[str, str], None]
 
@@ -51,7 +44,7 @@ def explain(
     """
 
     def call(*args: Any, **kwargs: Any) -> Explanation:
-        return _Explainer(function, args, kwargs, layers, segment_length).explain()
+        return _explanation(function, args, kwargs, layers, segment_length)
 
     return call
 
@@ -84,135 +77,67 @@ def dump(
         if name == after:
             texts.append(text)
 
-    _Explainer(function, args, kwargs, layers, segment_length, watch).explain()
+    _explanation(function, args, kwargs, layers, segment_length, watch)
     return "\n".join(texts)
 
 
-class _Explainer:
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        layers: str | None,
-        segment_length: int | None,
-        watch: Watch | None = None,
-    ) -> None:
-        self.function, self.args, self.kwargs = function, args, kwargs
-        self.layers, self.segment_length, self.watch = layers, segment_length, watch
-        self.capture: Capture | None = None
-        self.runs: dict[Sizes, Captured] = {}
-        self.seconds: dict[str, float] = {}
-
-    def explain(self) -> Explanation:
-        name = getattr(self.function, "__qualname__", type(self.function).__name__)
-        blank = Explanation(name, 0, 0, 0)
-        proven: Proven | None = None
-        try:
-            self.capture = open_capture(self.function, self.args, self.kwargs, self.segment_length, self.watch)
-            self.seconds = self.capture.seconds
-            blank = self._blank(self.capture)
-            proven = self._prove(self.capture)
-            return self._answer(blank, proven)
-        except RefusedError as refusal:
-            return replace(
-                blank,
-                reason=refusal.reason,
-                location=refusal.location,
-                remedy=refusal.remedy,
-                cycle=tuple(refusal.cycle),  # type: ignore[arg-type]
-                seconds=self.seconds,
-            )
-
-    def _blank(self, capture: Capture) -> Explanation:
-        plan = capture.plan
-        return Explanation(
-            capture.session.name,
-            plan.sizes.segments,
-            0,
-            plan.segment_length,
-            growing=plan.growing(capture.session),
+def _explanation(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    layers: str | None,
+    segment_length: int | None,
+    watch: Watch | None = None,
+) -> Explanation:
+    opened: list[Analysis] = []
+    try:
+        analysis = analyze(
+            function, args, kwargs, layers=layers, segment_length=segment_length, watch=watch, on_open=opened.append
         )
-
-    def _prove(self, capture: Capture) -> Proven:
-        """Fold, prove and check; other probe sizes where the first do not fit one pattern."""
-        plan = capture.plan
-        segment = plan.segment_length
-        full, own = (segment,) * 3, (plan.sizes.batch,) * 3
-        tails = (segment, max(1, segment // 2), max(1, segment // 3)) if plan.free_tail else full
-        batches = _BATCHES if plan.free_batch else own
-        attempts = [
-            (_SHORT, batches, tails),
-            (_SHORT, batches, full),
-            (_SHORT, own, tails),
-            (_SHORT, own, full),
-            (_LONGER, batches, tails),
-        ]
-        first: RefusedError | VerifyError | CaptureError | None = None
-        for segments, batch, tail in dict.fromkeys(attempts):
-            sizes = [Sizes(segments + i, batch[i], tail[i]) for i in range(3)]
-            try:
-                return self._attempt(capture, sizes)
-            except (RefusedError, VerifyError, CaptureError) as error:
-                logger.debug("with %s: %s", sizes, error.reason)
-                first = first or error
-        if isinstance(first, VerifyError):
-            raise RefusedError(
-                f"what holds for a few segments does not hold for more: {first.reason}",
-                location=first.location,
-                remedy="every segment after the first must run the same operations on the same kind of operands",
-            ) from first
-        raise first or CaptureError("no probe ran")
-
-    def _run(self, sizes: Sizes) -> Captured:
-        if sizes not in self.runs and self.capture is not None:
-            self.runs[sizes] = self.capture.run(sizes)
-        return self.runs[sizes]
-
-    def _attempt(self, capture: Capture, sizes: list[Sizes]) -> Proven:
-        plan = capture.plan
-        runs: list[Captured] = [self._run(each) for each in sizes[:2]]
-        with timed(self.seconds, "reroll"):
-            loop, family = reroll(
-                [(run.program, *run.sizes) for run in runs],
-                capture.growing,
-                plan.segment_length,
-                self.layers,
-                self.watch,
-            )
-        fixed = {}
-        if len({each.batch for each in sizes}) == 1:
-            fixed["batch"] = sizes[0].batch
-        if len({each.tail for each in sizes}) == 1:
-            fixed["tail"] = sizes[0].tail
-        loop = replace(loop, fixed=fixed)
-        with timed(self.seconds, "prove"):
-            proven = prove_loop(loop, family, plan.sizes.segments, self.watch)
-        third = self._run(sizes[2])
-        _refuse_drift([*runs, third])
-        with timed(self.seconds, "check"):
-            proven.checked = check_against(proven, third.program, *third.sizes)
-        if self.watch is not None:
-            self.watch("check", f"{proven.checked}\n")
-        return proven
-
-    def _answer(self, blank: Explanation, proven: Proven) -> Explanation:
-        loop, proof = proven.loop, proven.proof
-        certificate = replace(proof.certificate, assumptions=_assumptions(loop.fixed), checked=str(proven.checked))
+    except RefusedError as refusal:
         return replace(
-            blank,
-            layers=loop.layers,
-            free=_free(loop.fixed, loop.segment_length),
-            dependences=loop.dependences,
-            classes=class_summaries(loop),
-            schedule=proven.schedule,
-            certificate=certificate,
-            reason=proof.reason,
-            cycle=proof.cycle,
-            location=proof.cycle[-1].location if proof.cycle else None,
-            remedy=_REMEDY if proof.cycle else None,
-            seconds=self.seconds,
+            _blank(function, opened[0] if opened else None),
+            reason=refusal.reason,
+            location=refusal.location,
+            remedy=refusal.remedy,
+            cycle=tuple(each for each in refusal.cycle if isinstance(each, Dependence)),
         )
+    return _answer(_blank(function, analysis), analysis)
+
+
+def _blank(function: Callable[..., Any], analysis: Analysis | None) -> Explanation:
+    if analysis is None:
+        return Explanation(getattr(function, "__qualname__", type(function).__name__), 0, 0, 0)
+    session, plan = analysis.capture.session, analysis.capture.plan
+    return Explanation(
+        session.name,
+        plan.sizes.segments,
+        0,
+        plan.segment_length,
+        growing=plan.growing(session),
+        seconds=analysis.seconds,
+    )
+
+
+def _answer(blank: Explanation, analysis: Analysis) -> Explanation:
+    proven = analysis.proven
+    if proven is None:
+        return blank
+    loop, proof = proven.loop, proven.proof
+    certificate = replace(proof.certificate, assumptions=_assumptions(loop.fixed), checked=str(proven.checked))
+    return replace(
+        blank,
+        layers=loop.layers,
+        free=_free(loop.fixed, loop.segment_length),
+        dependences=loop.dependences,
+        classes=class_summaries(loop),
+        schedule=proven.schedule,
+        certificate=certificate,
+        reason=proof.reason,
+        cycle=proof.cycle,
+        location=proof.cycle[-1].location if proof.cycle else None,
+        remedy=_REMEDY if proof.cycle else None,
+    )
 
 
 _REMEDY = (
@@ -240,25 +165,3 @@ def _assumptions(fixed: dict[str, int]) -> tuple[str, ...]:
     if "batch" in fixed:
         lines.append(f"the batch size is {fixed['batch']}")
     return tuple(lines)
-
-
-def _refuse_drift(runs: list[Captured]) -> None:
-    """What a call leaves in Python must be the same for every length, or advance evenly with it.
-
-    Raises:
-        RefusedError: otherwise.
-    """
-    for name in dict.fromkeys(name for run in runs for name in run.plain):
-        values = [run.plain.get(name) for run in runs]
-        if all(type(value) is type(values[0]) and value == values[0] for value in values):
-            continue
-        steps = [run.sizes.segments for run in runs]
-        if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-            first, second, third = (float(value) for value in values)  # type: ignore[arg-type]
-            if (second - first) * (steps[2] - steps[1]) == (third - second) * (steps[1] - steps[0]):
-                continue
-        raise RefusedError(
-            f"{name.removeprefix('state:')} is {values[0]!r}, {values[1]!r}, {values[2]!r} after {steps} segments: what "
-            "a call leaves in it follows no pattern",
-            remedy="keep only tensors, constants and counters in attributes",
-        )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import linecache
 import os
 import sys
 from types import CodeType, FrameType, TracebackType
@@ -22,7 +25,7 @@ _kinds: dict[str, int] = {}
 def _kind(filename: str) -> int:
     kind = _kinds.get(filename)
     if kind is None:
-        if filename.startswith("<") or filename.startswith(_TORCH):
+        if filename.startswith("<") or filename.startswith(_TORCH) or f"{os.sep}einops{os.sep}" in filename:
             kind = _INTERNAL
         elif filename.startswith(_RMTC) and not filename.startswith(_EXAMPLES):
             kind = _INTERNAL
@@ -54,21 +57,51 @@ def _choose(frames: list[tuple[str, int, str]]) -> Location | None:
     return None
 
 
-def current_location(depth: int = 1) -> Location | None:
-    """Where the user's code is now, seen from inside a capture."""
+def current_location(depth: int = 1) -> tuple[Location | None, str]:
+    """Where the user's code is now, seen from inside a capture, and the name it gives to what it computes.
+
+    The place is the innermost frame of the user's own code; of a library's code where the user's is only the outermost
+    call, a loop around a library's model. The name is what the source line assigns to, or the function it returns from.
+    """
     frame: FrameType | None = sys._getframe(depth)
+    user: FrameType | None = None
     library: FrameType | None = None
+    outermost: FrameType | None = None
+    variable = ""
     while frame is not None and not _is_marker(frame.f_code):
         kind = _kind(frame.f_code.co_filename)
-        if kind == _USER:
-            library = frame
-            break
-        if kind == _LIBRARY and library is None:
-            library = frame
+        if kind != _INTERNAL:
+            outermost = frame
+            if kind == _USER and user is None:
+                user = frame
+            elif kind == _LIBRARY and library is None and user is None:
+                library = frame
+            if not variable and (user is None or user is frame):
+                variable = _variable(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
         frame = frame.f_back
-    if library is None:
-        return None
-    return Location(_short(library.f_code.co_filename), library.f_lineno, library.f_code.co_name)
+    chosen = library if library is not None and (user is None or user is outermost) else user
+    if chosen is None:
+        return None, variable
+    return Location(_short(chosen.f_code.co_filename), chosen.f_lineno, chosen.f_code.co_name), variable
+
+
+@functools.cache
+def _variable(filename: str, line: int, function: str) -> str:
+    text = linecache.getline(filename, line).strip()
+    if text.startswith("return "):
+        return "" if function.startswith("<") else f"{function}()"
+    try:
+        (statement,) = ast.parse(text).body
+    except (SyntaxError, ValueError):  # a line of a longer statement
+        return ""
+    targets: list[ast.expr] = []
+    if isinstance(statement, ast.Assign):
+        targets = statement.targets
+    elif isinstance(statement, (ast.AugAssign, ast.AnnAssign)):
+        targets = [statement.target]
+    if len(targets) == 1 and isinstance(targets[0], (ast.Name, ast.Attribute, ast.Subscript)):
+        return ast.unparse(targets[0])
+    return ""
 
 
 def _is_marker(code: CodeType) -> bool:

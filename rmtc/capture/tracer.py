@@ -59,7 +59,7 @@ class _Tracer(PythonKeyTracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         if node.op == "call_function":
-            node.meta["location"] = current_location(2)
+            node.meta["location"], node.meta["variable"] = current_location(2)
             node.meta["module"] = self._stack[-1] if self._stack else ""
         return node
 

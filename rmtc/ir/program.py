@@ -60,7 +60,8 @@ class Op:
             :class:`Val` and :class:`Src` for tensors.
         location: the place in the user's code.
         module: path of the submodule that ran it.
-        name: the name a user knows the value by, such as ``layers.3.A``; empty if it has none.
+        name: the attribute or result the value ends up in, such as ``layers.3.A``; empty if none.
+        variable: the variable the user's code calls it; empty if none.
         shape, dtype: of the result; None where it is no tensor.
     """
 
@@ -69,6 +70,7 @@ class Op:
     location: Location | None = None
     module: str = ""
     name: str = ""
+    variable: str = ""
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
 
@@ -182,6 +184,7 @@ def from_graph(module: fx.GraphModule, outputs: tuple[str, ...], names: dict[str
                     node.meta.get("location"),
                     node.meta.get("module", ""),
                     names.get(node.name, ""),
+                    node.meta.get("variable", ""),
                     tuple(val.shape) if tensor else None,
                     val.dtype if tensor else None,
                 )

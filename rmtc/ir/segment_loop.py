@@ -116,6 +116,7 @@ class BodyOp:
     location: Location | None = None
     module: str = ""
     name: str = ""
+    variable: str = ""
 
     def __str__(self) -> str:
         name = f"  # {self.name}" if self.name else ""
@@ -252,7 +253,7 @@ class SegmentLoop:
             for number, op in enumerate(body):
                 index[Key(segment, number)] = len(ops)
                 keys.append(Key(segment, number))
-                ops.append(Op(op.target, expand(segment, op.args), op.location, op.module, op.name))
+                ops.append(Op(op.target, expand(segment, op.args), op.location, op.module, op.name, op.variable))
 
         run(-1, self.before)
         for segment in range(segments):

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-import linecache
-import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import networkx as nx
 
-from rmtc.errors import Location
 from rmtc.ir.program import Op, Val, leaves
 from rmtc.ir.schedule import Cell, Dependence, Extent, L, layer_symbol
 from rmtc.ir.segment_loop import SegmentLoop
@@ -141,35 +136,10 @@ def _distances(
     return [((ds, offset), (layer, layer)) for offset, found in by_offset.items() for layer in sorted(found)]
 
 
-_NAME = re.compile(r"[A-Za-z_][\w.]*")
-
-
 def _tensor_name(op: Op, family: Family | None) -> str:
     if op.name and not op.name.startswith(("output", "write:")):
         return template(family, op.name)
-    return _assigned(op.location) or op.label
-
-
-def _assigned(location: Location | None) -> str:
-    """The name a user knows a value by: what the source line at a place assigns to, or the function it returns from."""
-    if location is None:
-        return ""
-    path = location.file if os.path.isabs(location.file) else os.path.abspath(location.file)
-    line = linecache.getline(path, location.line).strip()
-    if line.startswith("return "):
-        return f"{location.function}()"
-    try:
-        (statement,) = ast.parse(line).body
-    except (SyntaxError, ValueError):
-        return ""
-    targets: list[ast.expr] = []
-    if isinstance(statement, ast.Assign):
-        targets = statement.targets
-    elif isinstance(statement, (ast.AugAssign, ast.AnnAssign)):
-        targets = [statement.target]
-    if len(targets) == 1 and _NAME.fullmatch(ast.unparse(targets[0])):
-        return ast.unparse(targets[0])
-    return ""
+    return op.variable or op.label
 
 
 def _who(op: Op, family: Family | None) -> str:

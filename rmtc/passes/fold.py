@@ -251,7 +251,8 @@ def _fold_row(samples: list[Sample], more: list[Sample]) -> tuple[BodyOp, ...]:
                 remedy="operands and integers must be the same in every segment or advance evenly with it",
             ) from None
         names = {ops[number].name for _, ops, _ in samples if ops[number].name}
-        body.append(BodyOp(op.target, args, op.location, op.module, sorted(names)[0] if names else ""))
+        name = sorted(names)[0] if names else ""
+        body.append(BodyOp(op.target, args, op.location, op.module, name, op.variable))
     return tuple(body)
 
 
@@ -360,7 +361,7 @@ def _fold_outer(
                 location=a.location,
                 remedy="collect one value a segment in a list and combine them with one operation (torch.cat, stack)",
             ) from None
-        body.append(BodyOp(a.target, args, a.location, a.module, a.name))
+        body.append(BodyOp(a.target, args, a.location, a.module, a.name, a.variable))
     if len(body) != len(first) or len(body) != len(second):
         longer = first if len(first) > len(second) else second
         extra = longer[min(len(body), len(longer) - 1)]

@@ -193,12 +193,18 @@ def _refile(
         return list(range(len(row))), layout
     names = _operand_names(loop, row)
 
-    def token(i: int) -> tuple[Any, ...]:
-        return row[i].target, len(row[i].args), tuple(sorted({template(family, name) for name in names[i]}))
+    def token(i: int, layer: int) -> tuple[Any, ...]:
+        begin, end = layout.layers[layer]
+        inside = tuple(
+            leaf.index - begin
+            for leaf in leaves(row[i].args)
+            if isinstance(leaf, Row) and leaf.back == 0 and begin <= leaf.index < end
+        )
+        return row[i].target, inside, tuple(sorted({template(family, name) for name in names[i]}))
 
     rest = [i for i in range(start, len(row)) if (label[i] or 0) >= layers - 1]
-    pattern = [token(i) for i in extra[-2]]
-    matched = {rest[k] for k in common_subsequence([token(i) for i in rest], pattern)}
+    pattern = [token(i, layers - 2) for i in extra[-2]]
+    matched = {rest[k] for k in common_subsequence([token(i, layers - 1) for i in rest], pattern)}
     outside = set(rest) - matched
     for i in sorted(matched):
         if any(isinstance(leaf, Row) and leaf.back == 0 and leaf.index in outside for leaf in leaves(row[i].args)):
@@ -243,15 +249,16 @@ class _Namer:
         if not ops:
             return ""
         slots = [self._slots(op, row, layer, start) for op in ops]
-        differs = ""
+        differs, shared = "", -1
         for each in self.classes:
             if each.stage != stage:
                 continue
-            merged, why = _merge(each, ops, slots)
+            merged, same, why = _merge(each, ops, slots)
             if merged is not None:
                 each.slots = merged
                 return each.name
-            differs = f"unlike {each.name}: {why}"
+            if same > shared:
+                differs, shared = f"unlike {each.name}: {why}", same
         count = sum(1 for each in self.classes if each.stage == stage)
         letter = {"prologue": "P", "epilogue": "E"}.get(stage)
         name = f"{letter}{count}" if letter else _letters(count)
@@ -305,8 +312,8 @@ class _Namer:
         if at == layer and leaf.back == 0:
             return ("local", leaf.index - start)
         base = 0 if at < 0 else layout.epilogue[0] if at >= len(layout.layers) else layout.layers[at][0]
-        # What makes it may have another number where its segment runs other operations.
-        number = {min(made, len(self._loop.rows)): leaf.index - base}
+        # What makes it has another number in another class of cells.
+        number = {(min(made, len(self._loop.rows)), at): leaf.index - base}
         if at < 0 or at >= len(layout.layers):
             # The first layer reads from the prologue what the others read from the layer below.
             return _Outside(at, leaf.back, number, edge=layer == 0 and at < 0)
@@ -317,12 +324,12 @@ class _Namer:
 class _Cells:
     """Operand from another cell: the ways to say which, of which those stay that hold for all members.
 
-    ``number`` gives the operation in the producer's body for each row that the producer is in.
+    ``number`` gives the operation in the producer's body, for each row and layer of a producer.
     """
 
     ways: frozenset[tuple[str, int]]
     back: int
-    number: dict[int, int]
+    number: dict[tuple[int, int], int]
 
 
 @dataclass(frozen=True)
@@ -331,7 +338,7 @@ class _Outside:
 
     stage: int
     back: int
-    number: dict[int, int]
+    number: dict[tuple[int, int], int]
     edge: bool
 
 
@@ -377,30 +384,30 @@ class _Number:
         return " or ".join(dict.fromkeys(str(value) for value in self.values.values()))
 
 
-def _union(first: dict[int, int], second: dict[int, int]) -> dict[int, int] | None:
-    if any(second.get(row, number) != number for row, number in first.items()):
+def _union(
+    first: dict[tuple[int, int], int], second: dict[tuple[int, int], int]
+) -> dict[tuple[int, int], int] | None:
+    if any(second.get(producer, number) != number for producer, number in first.items()):
         return None
     return {**first, **second}
 
 
-def _merge(known: _Class, ops: Sequence[BodyOp], slots: list[Any]) -> tuple[list[Any] | None, str]:
-    """The slots of a class with another member, or why it is none."""
+def _merge(known: _Class, ops: Sequence[BodyOp], slots: list[Any]) -> tuple[list[Any] | None, int, str]:
+    """The slots of a class with another member; or how many operations fit, and why the next does not."""
+    merged: list[Any] = []
     for number, (op, other) in enumerate(zip(ops, known.ops, strict=False)):
         if op.target is not other.target or _shape(op.args) != _shape(other.args):
-            return None, f"operation {number} is {target_name(op.target)}, not {target_name(other.target)}"
-    if len(ops) != len(known.ops):
-        return None, f"{len(ops)} operations, not {len(known.ops)}"
-    merged: list[Any] = []
-    for number, (mine, theirs) in enumerate(zip(slots, known.slots, strict=True)):
+            return None, number, f"operation {number} is {target_name(op.target)}, not {target_name(other.target)}"
         row: list[Any] = []
-        for a, b in zip(mine, theirs, strict=True):
+        for a, b in zip(slots[number], known.slots[number], strict=True):
             slot = _merge_slot(a, b)
             if slot is None:
-                place = ops[number]
-                return None, f"operation {number}, {target_name(place.target)}, reads {_say(a)}, not {_say(b)}"
+                return None, number, f"operation {number}, {target_name(op.target)}, reads {_say(a)}, not {_say(b)}"
             row.append(slot[0])
         merged.append(row)
-    return merged, ""
+    if len(ops) != len(known.ops):
+        return None, len(merged), f"{len(ops)} operations, not {len(known.ops)}"
+    return merged, len(merged), ""
 
 
 def _merge_slot(a: Any, b: Any) -> tuple[Any] | None:

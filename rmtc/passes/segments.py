@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rmtc.errors import CaptureError
 from rmtc.ir.program import Op, Program, Val, leaves, map_leaves
@@ -150,7 +150,7 @@ def reorder(program: Program, order: list[int]) -> Program:
                 remedy="compute what all segments share before the loop, and pass layers=... to name the layers",
             )
         args = map_leaves(op.args, lambda leaf: Val(place[leaf.index]) if type(leaf) is Val else leaf)
-        ops.append(Op(op.target, args, op.location, op.module, op.name, op.shape, op.dtype))
+        ops.append(replace(op, args=args))
     outputs = {
         name: Val(place[value.index]) if type(value) is Val else value for name, value in program.outputs.items()
     }
@@ -218,7 +218,7 @@ def _gather(
             counter += 1
             keys[i] = (min(keys[j] for j in users[i])[0], -1, -counter)
     order = sorted(range(count), key=lambda i: keys[i])
-    return reorder(program, order), order
+    return reorder(program, order), order, shared
 
 
 Token = tuple[object, ...]

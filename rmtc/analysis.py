@@ -1,0 +1,149 @@
+"""One call analysed: captured, folded, proven and checked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rmtc.capture import Capture, Captured, open_capture
+from rmtc.capture.probe import Sizes
+from rmtc.errors import CaptureError, RefusedError, VerifyError
+from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, timed
+
+__all__ = ["Analysis", "analyze"]
+
+logger = logging.getLogger(__name__)
+
+_SHORT = 3  # segments of the shorter probe
+_LONGER = 5  # and where a value is read from two or more segments back
+_BATCHES = (2, 5, 1)  # no two of them, and none with a number of segments, in a ratio that an integer could mimic
+
+Watch = Callable[[str, str], None]
+
+
+@dataclass
+class Analysis:
+    """A call and what was found out about it, as far as the analysis came.
+
+    Attributes:
+        capture: the call, ready to be traced at any sizes.
+        proven: the loop with its schedule or the proof that there is none; None until folding succeeds.
+        runs: the runs that were captured, by sizes.
+        seconds: time spent, by stage.
+    """
+
+    capture: Capture
+    proven: Proven | None = None
+    runs: dict[Sizes, Captured] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return self.capture.seconds
+
+    def run(self, sizes: Sizes) -> Captured:
+        """A run, captured once."""
+        if sizes not in self.runs:
+            self.runs[sizes] = self.capture.run(sizes)
+        return self.runs[sizes]
+
+
+def analyze(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    layers: str | None = None,
+    segment_length: int | None = None,
+    watch: Watch | None = None,
+    on_open: Callable[[Analysis], None] | None = None,
+) -> Analysis:
+    """Capture a call, fold it into a loop, prove a schedule and check both.
+
+    Args:
+        function, args, kwargs: the call.
+        layers, segment_length: hints, see :func:`rmtc.explain`.
+        watch: called after each pass with its name and the IR's text.
+        on_open: called as soon as it is known what grows.
+
+    Raises:
+        CaptureError: if the call is no loop over segments or cannot be traced.
+        RefusedError: if its segments do not repeat, or its code does what no graph can hold.
+    """
+    analysis = Analysis(open_capture(function, args, kwargs, segment_length, watch))
+    if on_open is not None:
+        on_open(analysis)
+    plan = analysis.capture.plan
+    segment = plan.segment_length
+    full, own = (segment,) * 3, (plan.sizes.batch,) * 3
+    tails = (segment, max(1, segment // 2), max(1, segment // 3)) if plan.free_tail else full
+    batches = _BATCHES if plan.free_batch else own
+    attempts = [
+        (_SHORT, batches, tails),
+        (_SHORT, batches, full),
+        (_SHORT, own, tails),
+        (_SHORT, own, full),
+        (_LONGER, batches, tails),
+    ]
+    first: RefusedError | VerifyError | CaptureError | None = None
+    for segments, batch, tail in dict.fromkeys(attempts):
+        sizes = [Sizes(segments + i, batch[i], tail[i]) for i in range(3)]
+        try:
+            analysis.proven = _attempt(analysis, sizes, layers, watch)
+            return analysis
+        except (RefusedError, VerifyError, CaptureError) as error:
+            logger.debug("with %s: %s", sizes, error.reason)
+            first = first or error
+    if isinstance(first, VerifyError):
+        raise RefusedError(
+            f"what holds for a few segments does not hold for more: {first.reason}",
+            location=first.location,
+            remedy="every segment after the first must run the same operations on the same kind of operands",
+        ) from first
+    raise first or CaptureError("no probe ran")
+
+
+def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, watch: Watch | None) -> Proven:
+    plan, seconds = analysis.capture.plan, analysis.seconds
+    runs = [analysis.run(each) for each in sizes[:2]]
+    with timed(seconds, "reroll"):
+        loop, family = reroll(
+            [(run.program, *run.sizes) for run in runs], analysis.capture.growing, plan.segment_length, layers, watch
+        )
+    fixed = {}
+    if len({each.batch for each in sizes}) == 1:
+        fixed["batch"] = sizes[0].batch
+    if len({each.tail for each in sizes}) == 1:
+        fixed["tail"] = sizes[0].tail
+    with timed(seconds, "prove"):
+        proven = prove_loop(replace(loop, fixed=fixed), family, plan.sizes.segments, watch)
+    third = analysis.run(sizes[2])
+    _refuse_drift([*runs, third])
+    with timed(seconds, "check"):
+        proven.checked = check_against(proven, third.program, *third.sizes)
+    if watch is not None:
+        watch("check", f"{proven.checked}\n")
+    return proven
+
+
+def _refuse_drift(runs: list[Captured]) -> None:
+    """What a call leaves in Python must be the same for every length, or advance evenly with it.
+
+    Raises:
+        RefusedError: otherwise.
+    """
+    for name in dict.fromkeys(name for run in runs for name in run.plain):
+        values = [run.plain.get(name) for run in runs]
+        if all(type(value) is type(values[0]) and value == values[0] for value in values):
+            continue
+        steps = [run.sizes.segments for run in runs]
+        if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+            first, second, third = (float(value) for value in values)  # type: ignore[arg-type]
+            if (second - first) * (steps[2] - steps[1]) == (third - second) * (steps[1] - steps[0]):
+                continue
+        raise RefusedError(
+            f"{name.removeprefix('state:')} is {values[0]!r}, {values[1]!r}, {values[2]!r} after {steps} segments: what "
+            "a call leaves in it follows no pattern",
+            remedy="keep only tensors, constants and counters in attributes",
+        )
