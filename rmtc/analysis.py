@@ -9,6 +9,7 @@ from typing import Any
 
 from rmtc.capture import Capture, Captured, open_capture
 from rmtc.capture.probe import Sizes
+from rmtc.capture.replay import Replayer
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, timed
 
@@ -31,12 +32,47 @@ class Analysis:
         capture: the call, ready to be traced at any sizes.
         proven: the loop with its schedule or the proof that there is none; None until folding succeeds.
         runs: the runs that were captured, by sizes.
+        replayer: what replays calls; made when it is first needed.
+        admitted: the sizes that were replayed and found to follow the loop.
         seconds: time spent, by stage.
     """
 
     capture: Capture
     proven: Proven | None = None
     runs: dict[Sizes, Captured] = field(default_factory=dict)
+    replayer: Replayer | None = None
+    admitted: set[Sizes] = field(default_factory=set)
+
+    def admit(self, sizes: Sizes) -> None:
+        """See that a call of some sizes does in every segment what the loop says, by replaying its Python.
+
+        Args:
+            sizes: those of the call.
+
+        Raises:
+            RefusedError: with the first place where a segment does something else, or if the loop needs other sizes.
+        """
+        if self.proven is None:
+            raise RefusedError("there is no loop to hold the call against")
+        loop, family = self.proven.loop, self.proven.family
+        for name, value in (("batch", sizes.batch), ("tail", sizes.tail)):
+            if loop.fixed.get(name, value) != value:
+                raise RefusedError(
+                    f"the loop was captured for {name} = {loop.fixed[name]}, and this call has {value}",
+                    remedy="other operations run then: it needs a capture of its own",
+                )
+        if sizes.segments < 2 or sizes in self.admitted:
+            return
+        if self.replayer is None:
+            containers = family.prefixes if family is not None else ()
+
+            def contains_layers(path: str) -> bool:
+                return any(f"{prefix.rstrip('.[')}.".startswith(f"{path}.") for prefix in containers) or not path
+
+            self.replayer = Replayer(self.capture.session, self.capture.plan, contains_layers, len(loop.rows) + 2)
+        with timed(self.seconds, "replay"):
+            self.replayer.check(sizes)
+        self.admitted.add(sizes)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -91,10 +127,12 @@ def analyze(
         sizes = [Sizes(segments + i, batch[i], tail[i]) for i in range(3)]
         try:
             analysis.proven = _attempt(analysis, sizes, layers, watch)
-            return analysis
         except (RefusedError, VerifyError, CaptureError) as error:
             logger.debug("with %s: %s", sizes, error.reason)
             first = first or error
+        else:
+            analysis.admit(plan.sizes)
+            return analysis
     if isinstance(first, VerifyError):
         raise RefusedError(
             f"what holds for a few segments does not hold for more: {first.reason}",

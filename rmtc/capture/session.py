@@ -63,9 +63,9 @@ class Session:
         )
         self._roots: dict[str, Any] = {"": function}
         for name, value in self.arguments.named():
-            for index, leaf in enumerate(pytree.tree_leaves(value)):
+            for path, leaf in pytree.tree_flatten_with_path(value)[0]:
                 if isinstance(leaf, nn.Module) or (hasattr(leaf, "__dict__") and not isinstance(leaf, torch.Tensor)):
-                    self._roots[name if index == 0 else f"{name}.{index}"] = leaf
+                    self._roots[name + pytree.keystr(path)] = leaf
         self.snapshot = Snapshot(walk(self._roots))
         self.modules = {
             id(slot.value): slot for slot in self.snapshot.slots if isinstance(slot.value, nn.Module)

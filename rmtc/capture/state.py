@@ -6,6 +6,8 @@ them by stand-ins, lets the user's forward run, reads what it left behind, and p
 
 from __future__ import annotations
 
+import functools
+import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,6 +26,15 @@ _LIBRARIES = ("torch", "transformers", "numpy", "builtins", "typing", "collectio
 _OPAQUE = ("logging", "threading", "_thread", "re", "weakref", "ast", "inspect", "types", "enum", "abc", "random")
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 _MODULE_TABLES = ("_parameters", "_buffers", "_modules")
+_Cached = functools._lru_cache_wrapper
+_DESCRIPTORS = (
+    types.FunctionType,
+    staticmethod,
+    classmethod,
+    property,
+    types.MemberDescriptorType,
+    types.GetSetDescriptorType,
+)
 
 
 class Slot(NamedTuple):
@@ -55,15 +66,25 @@ def is_plain(value: object) -> bool:
 
 
 def _from_library(module: str | None) -> bool:
-    return module is None or any(
-        module == name.rstrip(".") or module.startswith(name.rstrip(".") + ".") for name in _LIBRARIES
-    ) and not module.startswith("rmtc.examples")
+    if module is None or module.partition(".")[0] in sys.stdlib_module_names:
+        return True
+    named = any(module == name.rstrip(".") or module.startswith(name.rstrip(".") + ".") for name in _LIBRARIES)
+    return named and not module.startswith("rmtc.examples")
 
 
 def _unwrap(function: Any) -> Any:
-    while isinstance(function, types.MethodType):
-        function = function.__func__
-    return function
+    """What runs behind a method, property, partial or cached function."""
+    while True:
+        if isinstance(function, (types.MethodType, staticmethod, classmethod)):
+            function = function.__func__
+        elif isinstance(function, property):
+            function = function.fget
+        elif isinstance(function, (functools.partial, functools.cached_property)):
+            function = function.func
+        elif isinstance(function, _Cached):
+            function = function.__wrapped__
+        else:
+            return function
 
 
 def state_functions(function: Any, seen: set[int] | None = None) -> Iterator[types.FunctionType]:
@@ -75,8 +96,8 @@ def state_functions(function: Any, seen: set[int] | None = None) -> Iterator[typ
     seen.add(id(function))
     if not _from_library(function.__module__):
         yield function
-        for name in _names(function.__code__):
-            yield from state_functions(function.__globals__.get(name), seen)
+        for _, _, value in _globals(function):
+            yield from state_functions(value, seen)
     for cell in function.__closure__ or ():
         yield from state_functions(_contents(cell), seen)
 
@@ -86,6 +107,21 @@ def _names(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names(constant)
+
+
+def _globals(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """The globals a function names, of its own file and of the user's modules: name, where it is, value."""
+    names = tuple(dict.fromkeys(_names(function.__code__)))
+    spaces, seen = [function.__globals__], {id(function.__globals__)}
+    for space in spaces:
+        for name in names:
+            value = space.get(name)
+            if not isinstance(value, types.ModuleType):
+                if name in space:
+                    yield name, space, value
+            elif not _from_library(value.__name__) and id(vars(value)) not in seen:
+                seen.add(id(vars(value)))
+                spaces.append(vars(value))
 
 
 def _contents(cell: types.CellType) -> Any:
@@ -115,11 +151,25 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
     def add_function(function: types.FunctionType) -> None:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             add(name, cell, "cell_contents", _contents(cell))
-        for name in dict.fromkeys(_names(function.__code__)):
-            if name in function.__globals__:
-                value = function.__globals__[name]
-                if not isinstance(value, (types.ModuleType, type, types.FunctionType, types.BuiltinFunctionType)):
-                    add(name, function.__globals__, name, value)
+        for name, space, value in _globals(function):
+            if not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+                add(name, space, name, value)
+        for key in ("__defaults__", "__kwdefaults__"):
+            if not is_plain(getattr(function, key)):
+                add(f"{function.__qualname__}.{key}", function, key, getattr(function, key))
+        for key, value in list(vars(function).items()):
+            add(f"{function.__qualname__}.{key}", vars(function), key, value)
+
+    def add_class(kind: type) -> None:
+        for base in kind.__mro__:
+            if _from_library(base.__module__) or id(base) in seen:
+                continue
+            seen.add(id(base))
+            for key, attribute in list(vars(base).items()):
+                for function in state_functions(attribute, functions):
+                    add_function(function)
+                if not key.startswith("__") and not isinstance(attribute, (type, *_DESCRIPTORS)):
+                    add(f"{base.__qualname__}.{key}", base, key, attribute)
 
     while queue:
         name, value = queue.popleft()
@@ -139,13 +189,7 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
             for key, item in list(value.__dict__.items()):
                 if key not in _MODULE_TABLES:
                     add(dot + key, value.__dict__, key, item)
-            for base in type(value).__mro__:
-                if not _from_library(base.__module__):
-                    for key, attribute in list(vars(base).items()):
-                        if is_plain(attribute) and not key.startswith("__"):
-                            slots.append(Slot(f"{base.__qualname__}.{key}", base, key, attribute))
-                        for function in state_functions(attribute, functions):
-                            add_function(function)
+            add_class(type(value))
         elif isinstance(value, dict):
             for key, item in list(value.items()):
                 add(f"{name}[{key!r}]", value, key, item)
@@ -157,14 +201,28 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
         elif isinstance(value, types.CellType):
             add(name, value, "cell_contents", _contents(value))
         elif _is_record(value):
-            for key, item in list(vars(value).items()):
+            for key, item in list(getattr(value, "__dict__", {}).items()):
                 add(dot + key, value.__dict__ if type(value.__dict__) is dict else value, key, item)
+            for key in _slot_names(value):
+                add(dot + key, value, key, getattr(value, key))
+            add_class(type(value))
     return slots
+
+
+def _slot_names(value: object) -> list[str]:
+    """The attributes of an object that are in ``__slots__``, not in ``__dict__``."""
+    names = [
+        key
+        for base in type(value).__mro__
+        for key, member in vars(base).items()
+        if isinstance(member, types.MemberDescriptorType) and base.__module__ != "builtins"
+    ]
+    return [key for key in names if hasattr(value, key)]
 
 
 def _is_record(value: object) -> bool:
     """Whether an object's attributes are state: a config, a cache, a dataclass, an object of the user's."""
-    if isinstance(value, (torch.Tensor, Enum)) or not hasattr(value, "__dict__"):
+    if isinstance(value, (torch.Tensor, Enum)) or not (hasattr(value, "__dict__") or _slot_names(value)):
         return False
     module = type(value).__module__
     return not any(module == name or module.startswith(name + ".") for name in _OPAQUE)

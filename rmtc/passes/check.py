@@ -9,7 +9,7 @@ congruence. And is every edge of the trace respected: by the claimed dependences
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -37,11 +37,15 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Checked:
-    """What was checked: nodes and edges of the trace, and how many edges run between cells."""
+    """What was checked: nodes and edges of the trace, and how many edges run between cells.
+
+    ``counterpart`` gives, for each operation of the trace that a result needs, that of the unrolled loop.
+    """
 
     nodes: int
     edges: int
     crossing: int
+    counterpart: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.nodes} operations and {self.edges} edges of a run, {self.crossing} of them between cells"
@@ -93,7 +97,7 @@ def check(
                     f"cell {pair[1]} reads what cell {pair[0]} makes ({_node(trace, operand)}), and no dependence says so",
                     location=trace.ops[node].location,
                 )
-    return Checked(len(counterpart), edges, crossing)
+    return Checked(len(counterpart), edges, crossing, counterpart)
 
 
 def _precedes(earlier: Place, later: Place) -> bool:

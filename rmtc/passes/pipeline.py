@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from rmtc.errors import CaptureError
+from rmtc.errors import CaptureError, RefusedError
 from rmtc.ir.program import Program
 from rmtc.ir.schedule import L, Schedule
-from rmtc.ir.segment_loop import SegmentLoop
+from rmtc.ir.segment_loop import Key, SegmentLoop
 from rmtc.passes.check import Checked, check
 from rmtc.passes.dependences import find_dependences
 from rmtc.passes.fold import Run, fold_segments
@@ -145,11 +145,24 @@ def check_against(proven: Proven, program: Program, segments: int, batch: int, t
 
     Raises:
         VerifyError: if the loop does not compute what the run does, or the schedule breaks one of its edges.
+        RefusedError: if the tensors of a segment grow from segment to segment.
     """
     loop = proven.loop
     schedule = proven.schedule or Schedule(L, 1, loop.layers, segments)  # refused: the sequential order
     claimed, keys = loop.unroll(segments, batch, tail)
-    return check(program, claimed, places(loop, keys, segments, schedule), loop.dependences, loop.layers)
+    checked = check(program, claimed, places(loop, keys, segments, schedule), loop.dependences, loop.layers)
+    shapes = {keys[image]: program.ops[node] for node, image in checked.counterpart.items()}
+    full = segments if tail == loop.segment_length else segments - 1
+    for key, op in shapes.items():
+        later = shapes.get(Key(key.segment + 1, key.index))
+        if len(loop.rows) <= key.segment < full - 1 and later is not None and op.shape != later.shape:
+            raise RefusedError(
+                f"{op.label} gives {op.shape} in segment {key.segment} and {later.shape} in the next: what a segment "
+                "works on grows",
+                location=op.location,
+                remedy="keep a memory of fixed size",
+            )
+    return checked
 
 
 def _show(watch: Watch | None, name: str, text: str) -> None:

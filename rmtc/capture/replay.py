@@ -1,0 +1,658 @@
+"""The loop's Python run again for a given number of segments, to see that every segment does what the pattern says.
+
+Probes see a few segments; what Python does at the seventh, or at the middle one, they cannot see. A replay runs the
+user's code under fake tensors for the number of segments of the call. Calls of layers are remembered: a call with the
+same arguments up to the values in tensors, and the same attributes, is answered from the first one, so that a segment
+costs what its loop costs and not what its layers cost. The events of the replay are then held against those of two
+short ones: what the loop does must repeat with a period, and integers and references must advance evenly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import CellType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rmtc.capture.arguments import Arguments, Path, show
+from rmtc.capture.frames import current_location
+from rmtc.capture.probe import Plan, Sizes
+from rmtc.capture.session import Session
+from rmtc.capture.state import Slot, is_plain, walk
+from rmtc.errors import Location, RefusedError
+
+__all__ = ["Replayer"]
+
+logger = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+_VIEWS = frozenset(
+    {
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.view.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.expand.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.t.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten._unsafe_view.default,
+    }
+)
+_SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default})
+
+
+class Made(NamedTuple):
+    """A tensor made by an event."""
+
+    event: int
+    output: int
+
+
+class Named(NamedTuple):
+    """A tensor that was there before."""
+
+    name: str
+
+
+class Viewed(NamedTuple):
+    """A view of another tensor; views are no events, since they may be taken anywhere."""
+
+    function: Any
+    numbers: tuple[int, ...]
+    base: Any
+
+
+class Beyond(NamedTuple):
+    """A tensor that a call reads though it is neither an argument nor an attribute: its reference outside."""
+
+    reference: Any
+
+
+@dataclass(slots=True)
+class Event:
+    """An operation, or the call of a layer.
+
+    Attributes:
+        token: what must be the same in every segment.
+        numbers: integers, which may advance evenly.
+        operands: references to tensors; nested tuples for lists of them.
+        inner: the events of a layer's call.
+        location: the place in the user's code.
+    """
+
+    token: Any
+    numbers: tuple[int, ...]
+    operands: tuple[Any, ...]
+    inner: list[Event] | None
+    location: Location | None
+
+
+@dataclass
+class _Remembered:
+    """What a call of a module did."""
+
+    events: list[Event]
+    outputs: Any
+    spec: Any
+    tensors: list[tuple[Slot, Any]]
+    plain: list[Slot]
+    written: list[int]
+    makes: list[torch.Tensor] = field(default_factory=list)
+
+
+class _Pattern(NamedTuple):
+    """Two short replays."""
+
+    short: list[Event]
+    long: list[Event]
+    segments: int
+    shared: int  # segments that the two run alike from the start
+
+
+class Replayer:
+    """Replays a call for any number of segments.
+
+    Args:
+        session: the call.
+        plan: its sizes.
+        contains_layers: whether the module at a path contains layers, and the loop perhaps.
+        probe: number of segments of the shorter pattern.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        plan: Plan,
+        contains_layers: Callable[[str], bool],
+        probe: int,
+    ) -> None:
+        self._session, self._plan, self._probe = session, plan, probe
+        self._memory: dict[Any, _Remembered] = {}
+        self._states: dict[int, _State] = {}
+        self._patterns: dict[tuple[int, int], _Pattern] = {}
+        self._remembered = {
+            key for key, slot in session.modules.items() if not contains_layers(slot.name)
+        } - {id(session.function)}
+
+    def check(self, sizes: Sizes) -> None:
+        """Hold every segment of a call against the pattern.
+
+        Args:
+            sizes: those of the call.
+
+        Raises:
+            RefusedError: with the first place where a segment does something else.
+        """
+        key = sizes.batch, sizes.tail
+        if key not in self._patterns:
+            short, long = (self._run(Sizes(self._probe + i, *key)) for i in (0, 1))
+            whole = sizes.tail == self._plan.segment_length
+            self._patterns[key] = _Pattern(short, long, self._probe, self._probe if whole else self._probe - 1)
+        pattern = self._patterns[key]
+        if sizes.segments > pattern.segments:
+            _hold(self._run(sizes), pattern, sizes.segments)
+
+    def _run(self, sizes: Sizes) -> list[Event]:
+        session = self._session
+        args, kwargs = self._plan.arguments(session, sizes)
+        recorder = _Recorder()
+        for lifted, stand_in in zip(session.lifted, session.stand_ins, strict=True):
+            recorder.name(stand_in, Named(lifted.names[0]))
+
+        def note(path: Path, tensor: torch.Tensor) -> torch.Tensor:
+            recorder.name(tensor, Named(show(path)))
+            return tensor
+
+        Arguments(args, kwargs, session.arguments.names).map(note)
+        with session.installed(session.stand_ins), session.fake_mode, recorder, self._patched(recorder):
+            result = session.call(args, kwargs)
+            final = tuple(
+                recorder.reference(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)
+            )
+        recorder.events.append(Event("return", (), (final,), None, None))
+        return recorder.events
+
+    @contextlib.contextmanager
+    def _patched(self, recorder: _Recorder) -> Iterator[None]:
+        original = nn.Module.__call__
+        remembered = self._remembered
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if id(module) not in remembered or recorder.depth:
+                return original(module, *args, **kwargs)
+            return self._call(recorder, original, module, args, kwargs)
+
+        nn.Module.__call__ = call  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+
+    def _call(
+        self, recorder: _Recorder, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any
+    ) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if any(not isinstance(leaf, torch.Tensor) and not is_plain(leaf) for leaf in leaves):
+            return original(module, *args, **kwargs)
+        state = self._states.get(id(module))
+        if state is None or not state.whole():
+            state = self._states[id(module)] = _State(module, self._session.snapshot.slots)
+        plain, held = state.values()
+        given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        operands = [*given, *held]
+        key = (
+            id(module),
+            spec,
+            tuple(leaf if not isinstance(leaf, torch.Tensor) else None for leaf in leaves),
+            tuple((t.shape, t.dtype, t.device, t.stride()) for t in operands),
+            tuple(_first(operands)),
+            plain,
+            torch.is_grad_enabled(),
+        )
+        known = self._memory.get(key)
+        references = tuple(recorder.reference(tensor) for tensor in operands)
+        location, _ = current_location(2)
+        if known is None:
+            inner = _Recorder()
+            inner.depth = 1
+            for number, tensor in enumerate(operands):
+                inner.name(tensor, Named(f"operand {number}"))
+            for tensor, name in recorder.named.items():
+                inner.named.setdefault(tensor, name if isinstance(name, Named) else Beyond(name))
+            with recorder.paused(), inner:
+                recorder.depth += 1
+                try:
+                    result = original(module, *args, **kwargs)
+                finally:
+                    recorder.depth -= 1
+            known = self._remember(inner, state, result, operands, held, plain)
+            if known is None:  # it returns what cannot be remembered
+                recorder.splice(inner, references, location, result)
+                return result
+            self._memory[key] = known
+            makes = known.makes
+        else:
+            makes = recorder.make(known.makes)
+            result = known_result(known, makes, operands)
+            state.apply(known, makes, operands)
+        event = len(recorder.events)
+        for number, tensor in enumerate(makes):
+            recorder.name(tensor, Made(event, number))
+        for number in known.written:
+            recorder.name(operands[number], Made(event, len(makes) + number))
+        numbers = tuple(leaf for leaf in leaves if type(leaf) is int)
+        rest = tuple(leaf for leaf in leaves if type(leaf) is not int and not isinstance(leaf, torch.Tensor))
+        recorder.events.append(Event((id(module), spec, rest), numbers, references, known.events, location))
+        return result
+
+    def _remember(
+        self,
+        inner: _Recorder,
+        state: _State,
+        result: Any,
+        operands: list[torch.Tensor],
+        held: list[torch.Tensor],
+        plain: tuple[Any, ...],
+    ) -> _Remembered | None:
+        index = {id(tensor): number for number, tensor in enumerate(operands)}
+        makes: list[torch.Tensor] = []
+        made: dict[int, int] = {}
+
+        def describe(tensor: torch.Tensor) -> tuple[str, int]:
+            if id(tensor) in index:
+                return "operand", index[id(tensor)]
+            if id(tensor) not in made:
+                made[id(tensor)] = len(makes)
+                makes.append(tensor)
+            return "made", made[id(tensor)]
+
+        leaves, spec = pytree.tree_flatten(result)
+        if any(not isinstance(leaf, torch.Tensor) and not is_plain(leaf) for leaf in leaves):
+            return None
+        outputs = [describe(leaf) if isinstance(leaf, torch.Tensor) else ("plain", leaf) for leaf in leaves]
+        changed = state.changes()
+        tensors = [(slot, describe(slot.value)) for slot in changed if isinstance(slot.value, torch.Tensor)]
+        if any(not isinstance(slot.value, torch.Tensor) and not is_plain(slot.value) for slot in changed):
+            return None
+        if any(_reads_beyond(event.operands) for event in inner.events):
+            return None
+        values = [slot for slot in changed if is_plain(slot.value)]
+        written = [number for number, tensor in enumerate(operands) if id(tensor) in inner.written]
+        for number, tensor in enumerate(makes):
+            inner.events.append(Event(("output", number), (), (inner.reference(tensor),), None, None))
+        return _Remembered(inner.events, outputs, spec, tensors, values, written, makes)
+
+
+def known_result(known: _Remembered, makes: list[torch.Tensor], operands: list[torch.Tensor]) -> Any:
+    """What a remembered call returns."""
+    leaves = [
+        value if kind == "plain" else makes[value] if kind == "made" else operands[value]
+        for kind, value in known.outputs
+    ]
+    return pytree.tree_unflatten(leaves, known.spec)
+
+
+def _reads_beyond(operands: tuple[Any, ...]) -> bool:
+    for operand in operands:
+        while isinstance(operand, Viewed):
+            operand = operand.base
+        if isinstance(operand, Beyond) or (type(operand) is tuple and _reads_beyond(operand)):
+            return True
+    return False
+
+
+def _first(tensors: Sequence[torch.Tensor]) -> Iterator[int]:
+    """For each tensor, the first place where the same one stands."""
+    seen: dict[int, int] = {}
+    for number, tensor in enumerate(tensors):
+        yield seen.setdefault(id(tensor), number)
+
+
+class _State:
+    """The attributes of a module and all below it, and the globals and closures the user's code names."""
+
+    def __init__(self, module: nn.Module, everything: Iterable[Slot]) -> None:
+        self._module = module
+        shared = [
+            slot
+            for slot in everything
+            if isinstance(slot.owner, (type, CellType)) or (isinstance(slot.owner, dict) and "__builtins__" in slot.owner)
+        ]
+        found = [slot for slot in walk({"": module}) if not isinstance(slot.owner, tuple)]
+        self._slots = [
+            slot
+            for slot in [*found, *shared]
+            if not isinstance(slot.value, (nn.Parameter, nn.Module, tuple)) or is_plain(slot.value)
+        ]
+        self._owners = list({id(s.owner): s.owner for s in self._slots if isinstance(s.owner, (dict, list))}.values())
+        self._sizes = [len(owner) for owner in self._owners]
+        self._before: list[Any] = []
+        self._plain: tuple[Any, ...] = ()
+
+    def whole(self) -> bool:
+        """Whether no attribute came or went."""
+        return self._sizes == [len(owner) for owner in self._owners]
+
+    def _current(self) -> list[Any]:
+        values: list[Any] = []
+        for slot in self._slots:
+            owner = slot.owner
+            if isinstance(owner, (dict, list, deque)):
+                values.append(owner[slot.key])
+            elif isinstance(owner, type):
+                values.append(owner.__dict__[slot.key])
+            else:
+                values.append(getattr(owner, str(slot.key)))
+        return values
+
+    def values(self) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
+        """The plain values, with the identity of what is neither plain nor a tensor; and the tensors."""
+        now = self._current()
+        held = [value for value in now if isinstance(value, torch.Tensor)]
+        known = len(self._before) == len(now) and all(
+            a is b or (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor))
+            for a, b in zip(now, self._before, strict=True)
+        )
+        self._before = now
+        if not known:
+            self._plain = tuple(
+                None if isinstance(value, torch.Tensor) else (type(value), value) if is_plain(value) else id(value)
+                for value in now
+            )
+        return self._plain, held
+
+    def changes(self) -> list[Slot]:
+        """The slots that hold something else since :meth:`values`."""
+        after = self._current()
+        return [
+            slot._replace(value=new)
+            for slot, old, new in zip(self._slots, self._before, after, strict=True)
+            if new is not old
+        ]
+
+    def apply(self, known: _Remembered, makes: list[torch.Tensor], operands: list[torch.Tensor]) -> None:
+        """Leave in the attributes what a remembered call left there."""
+        for slot, (kind, number) in known.tensors:
+            slot.put(makes[number] if kind == "made" else operands[number])
+        for slot in known.plain:
+            slot.put(slot.value)
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down operations as events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[Event] = []
+        self.named: dict[int, Any] = {}
+        self.written: set[int] = set()
+        self.depth = 0
+        self._paused = 0
+        self._kept: list[torch.Tensor] = []
+
+    def name(self, tensor: torch.Tensor, reference: Any) -> None:
+        self.named[id(tensor)] = reference
+        self._kept.append(tensor)
+
+    def reference(self, tensor: torch.Tensor) -> Any:
+        return self.named.get(id(tensor), Named("unknown"))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def make(self, like: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Fresh tensors with the metadata of others."""
+        with self.paused():
+            return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in like]
+
+    def splice(self, inner: _Recorder, references: tuple[Any, ...], location: Location | None, result: Any) -> None:
+        """One event for a call that cannot be remembered, whose results are new tensors."""
+        event = len(self.events)
+        self.events.append(Event("call", (), references, inner.events, location))
+        tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        for number, tensor in enumerate(tensors):
+            self.name(tensor, Made(event, number))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if self._paused:
+            return out
+        numbers: list[int] = []
+        rest: list[Any] = []
+        operands: list[Any] = []
+
+        def visit(value: Any, into: list[Any]) -> None:
+            if isinstance(value, torch.Tensor):
+                into.append(self.reference(value))
+            elif isinstance(value, (list, tuple)):
+                if any(isinstance(item, torch.Tensor) for item in value):
+                    items: list[Any] = []
+                    for item in value:
+                        visit(item, items)
+                    into.append(tuple(items))
+                else:
+                    for item in value:
+                        visit(item, into)
+            elif type(value) is int:
+                numbers.append(value)
+            else:
+                rest.append(value if is_plain(value) else str(value))
+
+        for value in (*args, *kwargs.values()):
+            visit(value, operands)
+        if func.namespace == "prim":  # asks for metadata
+            return out
+        if len(operands) == 1 and (func in _VIEWS or func in _SPLITS):
+            pieces = out if isinstance(out, (list, tuple)) else (out,)
+            for number, piece in enumerate(pieces):
+                place = (number,) if func in _SPLITS else ()
+                self.name(piece, Viewed(func, (*numbers, *place), operands[0]))
+            return out
+        event = len(self.events)
+        location, _ = current_location(2) if not self.depth else (None, "")
+        self.events.append(Event((func, tuple(rest)), tuple(numbers), tuple(operands), None, location))
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self.written.add(id(value))
+                    self.name(value, Made(event, -1))
+        for number, tensor in enumerate(out if isinstance(out, (list, tuple)) else (out,)):
+            if isinstance(tensor, torch.Tensor) and not (func._schema.is_mutable and id(tensor) in self.written):
+                self.name(tensor, Made(event, number))
+        return out
+
+
+def _differs(what: str, event: Event | None, segment: int | None = None) -> RefusedError:
+    where = f"segment {segment}" if segment is not None else "the code after the loop"
+    return RefusedError(
+        f"{where} does not follow the pattern of the segments before: {what}",
+        location=event.location if event is not None else None,
+        remedy="every segment must run the same operations, with numbers that advance evenly; without that, the call "
+        "runs as it always did",
+    )
+
+
+def _hold(events: list[Event], pattern: _Pattern, segments: int) -> None:
+    """Hold the events of a replay against the two of the pattern.
+
+    With p the number of events of a segment and c the events that the two share from the start: the first c must be
+    the same again, from there on each event must be the one p before it moved on by a segment, and what is left must be
+    what is left in the pattern.
+    """
+    short, long = pattern.short, pattern.long
+    period = len(long) - len(short)
+    more = segments - pattern.segments
+    if period <= 0:
+        raise _differs("a segment more runs no operation more", short[-1] if short else None)
+    common = 0
+    while common < len(short) and _alike(short[common], long[common]):
+        common += 1
+    begin = common - (pattern.shared - 1) * period  # of the second segment
+    expected = len(short) + more * period
+
+    def segment_of(number: int) -> int:
+        return pattern.shared + max(0, number - common) // period
+
+    for number in range(common, min(common + more * period, len(events))):
+        before = events[number - period]
+        earlier = events[number - 2 * period] if number - 2 * period >= max(begin, 0) else None
+        why = _advanced(before, events[number], earlier, period, 0)
+        if why:
+            raise _differs(why, events[number], segment_of(number))
+    for number in range(common):
+        if number >= len(events) or not _alike(events[number], short[number]):
+            raise _differs(
+                "the first segments run other operations than in a shorter call",
+                events[min(number, len(events) - 1)],
+                max(0, number - max(begin, 0)) // period,
+            )
+    if len(events) != expected:
+        place = events[min(len(events), expected) - 1]
+        raise _differs(f"{len(events)} events instead of {expected}", place)
+    left = len(short) - common
+    for k in range(left):
+        a, b, c = short[common + k], long[common + period + k], events[len(events) - left + k]
+        why = _continued(a, b, c, more, period)
+        if why:
+            raise _differs(why, c)
+
+
+def _alike(first: Event, second: Event) -> bool:
+    return (
+        first.token == second.token
+        and first.numbers == second.numbers
+        and first.operands == second.operands
+        and _same_inner(first.inner, second.inner)
+    )
+
+
+def _same_inner(first: list[Event] | None, second: list[Event] | None) -> bool:
+    if first is second:
+        return True
+    if first is None or second is None or len(first) != len(second):
+        return False
+    return all(_alike(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _advanced(before: Event, event: Event, earlier: Event | None, by: int, beyond: int) -> str:
+    """Why an event is not the one a segment before moved on by a segment; empty if it is.
+
+    References move on by ``by`` events, inside a call those to what is outside by ``beyond``.
+    """
+    if event.token != before.token or len(event.numbers) != len(before.numbers):
+        return f"{_name(event)} in place of {_name(before)}"
+    if earlier is not None and len(earlier.numbers) == len(event.numbers):
+        for a, b, c in zip(earlier.numbers, before.numbers, event.numbers, strict=True):
+            if c - b != b - a:
+                return f"{_name(event)} has {c} after {a} and {b}"
+    if not _moved(before.operands, event.operands, earlier.operands if earlier else None, by, beyond):
+        return f"{_name(event)} reads another tensor than {_name(before)} does"
+    if event.inner is not before.inner:
+        if event.inner is None or before.inner is None or len(event.inner) != len(before.inner):
+            return f"{_name(event)} runs other operations than a segment before"
+        third = earlier.inner if earlier is not None and earlier.inner is not None else before.inner
+        if len(third) != len(before.inner):
+            third = before.inner
+        for a, b, c in zip(third, before.inner, event.inner, strict=True):
+            why = _advanced(b, c, a if third is not before.inner else None, 0, by)
+            if why:
+                return f"{_name(event)}: {why}"
+    return ""
+
+
+def _moved(before: Any, after: Any, earlier: Any, by: int, beyond: int) -> bool:
+    """Whether references name the same tensors, or those a segment later; ``earlier`` is from two segments before."""
+    if type(before) is not type(after):
+        return False
+    if type(earlier) is not type(before):
+        earlier = None
+    if isinstance(before, Made):
+        return bool(before.output == after.output and after.event - before.event in (by, 0))
+    if isinstance(before, Beyond):
+        return _moved(before.reference, after.reference, earlier and earlier.reference, beyond, 0)
+    if isinstance(before, Viewed):
+        if before.function != after.function or len(before.numbers) != len(after.numbers):
+            return False
+        if earlier is not None and len(earlier.numbers) == len(before.numbers):
+            if any(c - b != b - a for a, b, c in zip(earlier.numbers, before.numbers, after.numbers, strict=True)):
+                return False
+        return _moved(before.base, after.base, earlier and earlier.base, by, beyond)
+    if type(before) is tuple:
+        past = earlier if earlier is not None and len(earlier) == len(before) else (None,) * len(before)
+        return len(before) == len(after) and all(
+            _moved(a, b, c, by, beyond) for a, b, c in zip(before, after, past, strict=True)
+        )
+    return bool(before == after)
+
+
+def _continued(a: Event, b: Event, c: Event, more: int, period: int) -> str:
+    """Why an event after the loop is not what two shorter runs lead to; empty if it is."""
+    if not a.token == b.token == c.token or not len(a.numbers) == len(b.numbers) == len(c.numbers):
+        return f"{_name(c)} in place of {_name(a)}"
+    for x, y, z in zip(a.numbers, b.numbers, c.numbers, strict=True):
+        if z != x + more * (y - x):
+            return f"{_name(c)} has {z} after {x} and {y}"
+    expected = _extend(a.operands, b.operands, more, period)
+    if expected != c.operands:
+        return f"{_name(c)} reads other tensors than in shorter calls"
+    if not (_same_inner(a.inner, b.inner) and _same_inner(b.inner, c.inner)):
+        return f"{_name(c)} runs other operations than in shorter calls"
+    return ""
+
+
+def _extend(a: Any, b: Any, more: int, period: int) -> Any:
+    """The references to which those of two lengths, one apart, lead."""
+    if isinstance(a, Made) and isinstance(b, Made):
+        return Made(a.event + more * (b.event - a.event), b.output)
+    if isinstance(a, Viewed) and isinstance(b, Viewed) and len(a.numbers) == len(b.numbers):
+        numbers = tuple(x + more * (y - x) for x, y in zip(a.numbers, b.numbers, strict=True))
+        return Viewed(b.function, numbers, _extend(a.base, b.base, more, period))
+    if type(a) is tuple and type(b) is tuple:
+        if len(a) == len(b):
+            return tuple(_extend(x, y, more, period) for x, y in zip(a, b, strict=True))
+        grown = len(b) - len(a)
+        if grown < 0:
+            return b
+        place = 0
+        while place < len(a) and a[place] == b[place]:
+            place += 1
+        inserted = [
+            _extend(b[place - grown : place], b[place : place + grown], turn + 1, period)
+            if place >= grown
+            else b[place : place + grown]
+            for turn in range(more)
+        ]
+        tail = tuple(_extend(x, y, more, period) for x, y in zip(a[place:], b[place + grown :], strict=True))
+        return (*b[:place], *(item for items in inserted for item in items), *tail)
+    return b
+
+
+def _name(event: Event) -> str:
+    if event.inner is not None:
+        return "a module's call"
+    token = event.token
+    if isinstance(token, tuple) and token:
+        values = [*event.numbers, *token[1]] if isinstance(token[1], tuple) else []
+        text = str(token[0]).removeprefix("aten.").removesuffix(".default")
+        return f"{text}({', '.join(str(value) for value in values if value is not None)})"
+    return str(token)
