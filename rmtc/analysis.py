@@ -21,6 +21,8 @@ _SHORT = 3  # segments of the shorter probe
 _LONGER = 5  # and where a value is read from two or more segments back
 _BATCHES = (2, 5, 1)  # no two of them, and none with a number of segments, in a ratio that an integer could mimic
 
+_WHOLE_TRACE = 20_000  # operations of a call that is traced whole when a replay cannot tell
+
 Watch = Callable[[str, str], None]
 
 
@@ -71,7 +73,17 @@ class Analysis:
 
             self.replayer = Replayer(self.capture.session, self.capture.plan, contains_layers, len(loop.rows) + 2)
         with timed(self.seconds, "replay"):
-            self.replayer.check(sizes)
+            try:
+                self.replayer.check(sizes)
+            except RefusedError as refusal:
+                # A loop after the loop, or layers outside of segments, repeats in more places than one: a whole trace
+                # tells, if it is small.
+                if sizes.segments * len(loop.steady) > _WHOLE_TRACE:
+                    raise
+                try:
+                    check_against(self.proven, self.run(sizes).program, *sizes)
+                except VerifyError as error:
+                    raise refusal from error
         self.admitted.add(sizes)
 
     @property
@@ -147,7 +159,12 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, watch: 
     runs = [analysis.run(each) for each in sizes[:2]]
     with timed(seconds, "reroll"):
         loop, family = reroll(
-            [(run.program, *run.sizes) for run in runs], analysis.capture.growing, plan.segment_length, layers, watch
+            [(run.program, *run.sizes) for run in runs],
+            analysis.capture.growing,
+            analysis.capture.lists,
+            plan.segment_length,
+            layers,
+            watch,
         )
     fixed = {}
     if len({each.batch for each in sizes}) == 1:
@@ -181,7 +198,7 @@ def _refuse_drift(runs: list[Captured]) -> None:
             if (second - first) * (steps[2] - steps[1]) == (third - second) * (steps[1] - steps[0]):
                 continue
         raise RefusedError(
-            f"{name.removeprefix('state:')} is {values[0]!r}, {values[1]!r}, {values[2]!r} after {steps} segments: what "
-            "a call leaves in it follows no pattern",
+            f"{name.removeprefix('state:')} is {values[0]!r}, {values[1]!r}, {values[2]!r} after {steps} segments: "
+            "what a call leaves in it follows no pattern",
             remedy="keep only tensors, constants and counters in attributes",
         )

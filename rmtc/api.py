@@ -156,9 +156,10 @@ def _free(fixed: dict[str, int], segment_length: int) -> tuple[str, ...]:
 
 def _assumptions(fixed: dict[str, int]) -> tuple[str, ...]:
     lines = [
-        "the code's Python depends on nothing but its arguments' sizes and the attributes, globals and closures it names",
-        "from the third segment on, every segment runs what the third does: seen at three lengths, and replayed for the "
-        "number of segments of this call",
+        "the code's Python depends on nothing but its arguments' sizes and the attributes, globals and closures it "
+        "names",
+        "from the third segment on, every segment runs what the third does: seen at three lengths, and replayed for "
+        "the number of segments of this call",
         "operations are ATen operators without side effects, and equal operators on equal values give equal results",
         "dtype, device, train/eval, grad mode and autocast are as in this call",
     ]

@@ -17,7 +17,6 @@ __all__ = [
     "BATCH",
     "LAYERS",
     "LAYER_CALLS",
-    "MARKS",
     "SEGMENT",
     "SEGMENTS",
     "WIDTH",
@@ -26,7 +25,6 @@ __all__ = [
     "Attending",
     "BackwardInside",
     "BooleanIndexing",
-    "Branching",
     "Buffered",
     "Counted",
     "Dropping",
@@ -37,7 +35,7 @@ __all__ = [
     "MixedPrecision",
     "NoLoop",
     "OneTensor",
-    "SharedModule",
+    "SharedPart",
     "Stack",
     "TopToBottom",
     "TwoWays",
@@ -381,13 +379,6 @@ class GrowingList(Loop):
         return piece
 
 
-class Branching(Loop):
-    """Does something else at one segment that no short run reaches."""
-
-    def step(self, number: int, piece: Tensor) -> Tensor:
-        return piece * 2 if number == 7 else piece
-
-
 class Item(Loop):
     """Decides in Python what a tensor holds."""
 
@@ -441,13 +432,14 @@ class TwoWays(Stack):
         return total
 
 
-class SharedModule(nn.Module):
-    """Layers 1 and 3 are one module."""
+class SharedPart(nn.Module):
+    """Layers 1 and 3 have one module in common."""
 
     def __init__(self) -> None:
         super().__init__()
-        one, two, three = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.layers = nn.ModuleList([one, two, three, two])
+        parts = [nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]
+        parts[3] = parts[1]
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), part) for part in parts)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return loop_over_argument(list(self.layers), hidden)
@@ -470,7 +462,7 @@ class MixedPrecision(Stack):
                     with torch.autocast("cpu", dtype=torch.float16):
                         scores = piece @ piece.transpose(1, 2)
                 piece = layer(piece) + memories[number][:, None]
-                piece = torch.tanh(piece) + scores.softmax(-1) @ piece
+                piece = torch.tanh(piece) + scores.float().softmax(-1) @ piece.float()
                 with torch.no_grad():
                     memories[number] = piece.mean(1)
             pieces.append(piece)

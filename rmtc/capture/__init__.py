@@ -60,6 +60,11 @@ class Capture:
                 paths.add(path)
         return frozenset(show(path) for path in paths)
 
+    @property
+    def lists(self) -> frozenset[str]:
+        """The names of the inputs that are lists with one item a segment."""
+        return frozenset(show(path) for path in self.plan.growth.lists)
+
     def run(self, sizes: Sizes) -> Captured:
         """Trace one run.
 

@@ -99,9 +99,7 @@ class Arguments:
             leaves, spec = pytree.tree_flatten(value)
             if len(leaves) == 1 and leaves[0] is value:
                 return value
-            return pytree.tree_unflatten(
-                [rebuild((*path, index), leaf) for index, leaf in enumerate(leaves)], spec
-            )
+            return pytree.tree_unflatten([rebuild((*path, index), leaf) for index, leaf in enumerate(leaves)], spec)
 
         args = tuple(rebuild((name,), value) for name, value in zip(self.names, self.args, strict=True))
         return args, {name: rebuild((name,), value) for name, value in self.kwargs.items()}

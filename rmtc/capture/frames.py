@@ -25,7 +25,7 @@ _kinds: dict[str, int] = {}
 def _kind(filename: str) -> int:
     kind = _kinds.get(filename)
     if kind is None:
-        if filename.startswith("<") or filename.startswith(_TORCH) or f"{os.sep}einops{os.sep}" in filename:
+        if filename.startswith(("<", _TORCH)) or f"{os.sep}einops{os.sep}" in filename:
             kind = _INTERNAL
         elif filename.startswith(_RMTC) and not filename.startswith(_EXAMPLES):
             kind = _INTERNAL

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmtc.capture.arguments import Arguments, Growth, Path, show
 from rmtc.capture.session import Session
-from rmtc.errors import CaptureError, RmtcError
+from rmtc.errors import CaptureError
 
 __all__ = ["Plan", "Sizes", "probe"]
 
@@ -91,7 +91,7 @@ class _Count(TorchDispatchMode):
     """Counts the uses of lifted tensors and notes the sizes to which a dimension of a given size is cut."""
 
     def __init__(self, lifted: Iterable[torch.Tensor], size: int, short: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.run = _Run()
         self._source = {id(tensor): index for index, tensor in enumerate(lifted)}
         self._parts: dict[tuple[Any, ...], int] = {}
@@ -251,6 +251,7 @@ def _candidates(session: Session) -> list[tuple[Growth, int]]:
             found.append((Growth(dims=frozenset(places)), size))
         if len(dims) > 1:
             found += [(Growth(dims=frozenset(p for p in places if p[1] == dim)), size) for dim in dims]
+
     # Texts first: integers before floats, the second dimension before the first and the later ones.
     def rank(candidate: tuple[Growth, int]) -> tuple[int, int, int]:
         places = candidate[0].dims
@@ -270,7 +271,8 @@ def _with_batch(session: Session, growth: Growth) -> tuple[Growth, int]:
         if dim != 0 and tensors[path].ndim > 1:
             batch = tensors[path].shape[0]
             paths = frozenset(
-                other for other, tensor in tensors.items()
+                other
+                for other, tensor in tensors.items()
                 if tensor.ndim and tensor.shape[0] == batch and (other, 0) not in growth.dims
             )
             return Growth(growth.dims, growth.lists, paths), batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from rmtc.capture.arguments import Arguments, argument_names
 from rmtc.capture.frames import traceback_location
-from rmtc.capture.state import Slot, Snapshot, is_plain, replace_tensors, walk
+from rmtc.capture.state import Slot, Snapshot, is_plain, replace_tensors, uncached, walk
 from rmtc.errors import CaptureError, RefusedError, RmtcError
 
 __all__ = ["Lifted", "Session"]
@@ -53,6 +54,8 @@ class Session:
     """
 
     def __init__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        while isinstance(function, functools.partial):
+            args, kwargs, function = (*function.args, *args), {**function.keywords, **kwargs}, function.func
         self.function = function
         call = function.forward if isinstance(function, nn.Module) else function
         self.arguments = Arguments(tuple(args), dict(kwargs), argument_names(call, len(args)))
@@ -67,9 +70,10 @@ class Session:
                 if isinstance(leaf, nn.Module) or (hasattr(leaf, "__dict__") and not isinstance(leaf, torch.Tensor)):
                     self._roots[name + pytree.keystr(path)] = leaf
         self.snapshot = Snapshot(walk(self._roots))
-        self.modules = {
-            id(slot.value): slot for slot in self.snapshot.slots if isinstance(slot.value, nn.Module)
-        }
+        self.modules: dict[int, Slot] = {}
+        for slot in self.snapshot.slots:
+            if isinstance(slot.value, nn.Module):
+                self.modules.setdefault(id(slot.value), slot)
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
         self.lifted = self._lift(self.snapshot.slots)
         self._index = {id(lifted.tensor): i for i, lifted in enumerate(self.lifted)}
@@ -97,6 +101,14 @@ class Session:
 
         for slot in slots:
             replace_tensors(slot.value, lambda tensor, slot=slot: note(tensor, slot))  # type: ignore[misc]
+        tables = {id(slot.value._modules) for slot in slots if isinstance(slot.value, nn.Module)}
+        if isinstance(self.function, nn.Module):
+            tables.add(id(self.function._modules))
+        for slot in slots:
+            if id(slot.owner) in tables and slot is not self.modules.get(id(slot.value)):  # a module's second name
+                for named in (slot.value.named_parameters, slot.value.named_buffers):
+                    for name, tensor in named(prefix=slot.name, remove_duplicate=False):
+                        names[id(tensor)].append(name)
         return [Lifted(tuple(dict.fromkeys(names[key])), kinds[key], tensors[key]) for key in tensors]
 
     @property
@@ -124,7 +136,7 @@ class Session:
         try:
             for slot in self.snapshot.slots:
                 if not is_plain(slot.value) and not isinstance(slot.owner, tuple):
-                    value = replace_tensors(slot.value, lambda tensor: mapping[id(tensor)])
+                    value = uncached(replace_tensors(slot.value, lambda tensor: mapping[id(tensor)]))
                     if value is not slot.value:
                         slot.put(value)
             yield
@@ -189,7 +201,8 @@ def translate(error: Exception) -> RmtcError:
     message = str(error)
     if "does not require grad" in message or "backward" in message.lower():
         return RefusedError(
-            f"the forward calls backward: its gradients are part of the result, which rmtc does not reschedule ({text})",
+            "the forward calls backward: its gradients are part of the result, which rmtc does not reschedule "
+            f"({text})",
             location=location,
             remedy="take the backward call out of the forward, or run this model without rmtc",
         )

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-__all__ = ["Slot", "Snapshot", "is_plain", "state_functions", "walk"]
+__all__ = ["Slot", "Snapshot", "is_plain", "replace_tensors", "state_functions", "uncached", "walk"]
 
 # Packages whose own globals and classes hold no state of the user's.
 _LIBRARIES = ("torch", "transformers", "numpy", "builtins", "typing", "collections", "functools", "einops", "rmtc.")
@@ -198,8 +198,8 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
                 add(f"{name}[{index}]", value, index, item)
         elif isinstance(value, (set, frozenset)):
             queue.extend((f"{name}{{}}", item) for item in value if not is_plain(item))
-        elif isinstance(value, types.CellType):
-            add(name, value, "cell_contents", _contents(value))
+        elif isinstance(value, functools.partial):
+            queue.extend((f"{dot}{key}", getattr(value, key)) for key in ("func", "args", "keywords"))
         elif _is_record(value):
             for key, item in list(getattr(value, "__dict__", {}).items()):
                 add(dot + key, value.__dict__ if type(value.__dict__) is dict else value, key, item)
@@ -215,7 +215,7 @@ def _slot_names(value: object) -> list[str]:
         key
         for base in type(value).__mro__
         for key, member in vars(base).items()
-        if isinstance(member, types.MemberDescriptorType) and base.__module__ != "builtins"
+        if isinstance(member, types.MemberDescriptorType) and "__slots__" in vars(base)
     ]
     return [key for key in names if hasattr(value, key)]
 
@@ -228,10 +228,31 @@ def _is_record(value: object) -> bool:
     return not any(module == name or module.startswith(name + ".") for name in _OPAQUE)
 
 
+_EMPTY = object()  # stands for what a cell or attribute that is not bound holds
+
+
 @dataclass
 class _Saved:
     owner: Any
     content: Any
+
+
+def _content(owner: Any) -> Any:
+    """What is in a container; None if its content is put back place by place."""
+    if isinstance(owner, types.CellType):
+        return owner.cell_contents if _is_bound(owner) else _EMPTY
+    if isinstance(owner, dict):
+        return None if "__builtins__" in owner else dict(owner)  # not a file's globals
+    if isinstance(owner, (list, deque)):
+        return list(owner)
+    return set(owner) if isinstance(owner, set) else None
+
+
+def _is_bound(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not _EMPTY
+    except ValueError:
+        return False
 
 
 class Snapshot:
@@ -245,45 +266,59 @@ class Snapshot:
         self.slots = slots
         self.plain = {slot.name: slot.value for slot in slots if is_plain(slot.value)}
         self._saved: list[_Saved] = []
+        self._places: list[Slot] = []
+        whole: set[int] = set()
         seen: set[int] = set()
         for slot in slots:
             for owner in (slot.owner, slot.value):
-                if id(owner) not in seen and isinstance(owner, (dict, list, set, deque, types.CellType)):
+                if id(owner) not in seen:
                     seen.add(id(owner))
-                    whole = not (isinstance(owner, dict) and "__builtins__" in owner)  # not a module's globals
-                    if whole:
-                        content = _contents(owner) if isinstance(owner, types.CellType) else owner.copy()
+                    content = _content(owner)
+                    if content is not None:
+                        whole.add(id(owner))
                         self._saved.append(_Saved(owner, content))
-        self._shared = [
-            slot
-            for slot in slots
-            if isinstance(slot.owner, type) or (isinstance(slot.owner, dict) and "__builtins__" in slot.owner)
-        ]
+            if id(slot.owner) not in whole and not isinstance(slot.owner, tuple):
+                self._places.append(slot)
 
     def restore(self) -> None:
         """Put every container and attribute back as it was."""
         for saved in self._saved:
             owner, content = saved.owner, saved.content
             if isinstance(owner, types.CellType):
-                if owner.cell_contents is not content:
+                if content is not _EMPTY:
                     owner.cell_contents = content
+                elif _is_bound(owner):
+                    del owner.cell_contents
             elif isinstance(owner, dict):
-                if len(owner) != len(content) or any(
-                    key not in owner or owner[key] is not value for key, value in content.items()
-                ):
+                same = len(owner) == len(content) and all(
+                    mine == key and owner[mine] is value
+                    for mine, (key, value) in zip(owner, content.items(), strict=True)
+                )
+                if not same:
                     owner.clear()
                     owner.update(content)
-            elif isinstance(owner, (list, deque)):
-                if len(owner) != len(content) or any(a is not b for a, b in zip(owner, content, strict=True)):
-                    owner.clear()
-                    owner.extend(content)
-            else:
+            elif isinstance(owner, set):
                 owner.clear()
                 owner.update(content)
-        for slot in self._shared:
-            current = slot.owner.__dict__[slot.key] if isinstance(slot.owner, type) else slot.owner[slot.key]
+            elif len(owner) != len(content) or any(a is not b for a, b in zip(owner, content, strict=True)):
+                owner.clear()
+                owner.extend(content)
+        for slot in self._places:
+            owner = slot.owner
+            if isinstance(owner, (type, dict)):
+                values = owner.__dict__ if isinstance(owner, type) else owner
+                current = values.get(slot.key, _EMPTY)
+            else:
+                current = getattr(owner, slot.key, _EMPTY)
             if current is not slot.value:
                 slot.put(slot.value)
+
+
+def uncached(value: Any) -> Any:
+    """A function without its cache: `functools` would keep what it makes from stand-ins."""
+    while isinstance(value, _Cached):
+        value = value.__wrapped__
+    return value
 
 
 def replace_tensors(value: Any, mapping: Callable[[torch.Tensor], torch.Tensor]) -> Any:

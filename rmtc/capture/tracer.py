@@ -200,7 +200,7 @@ def _inner(tensor: torch.Tensor) -> torch.Tensor:
     elem = getattr(tensor, "elem", None)
     if elem is None:
         return tensor
-    torch._sync(tensor)
+    torch._functionalize_sync(tensor)  # type: ignore[attr-defined, no-untyped-call]
     return torch._from_functional_tensor(elem)
 
 

@@ -11,7 +11,28 @@ from torch import fx
 
 from rmtc.errors import CaptureError, Location
 
-__all__ = ["Op", "Program", "Source", "Src", "Val", "leaves", "map_leaves"]
+__all__ = ["VIEWS", "Op", "Program", "Source", "Src", "Val", "leaves", "map_leaves"]
+
+
+aten = torch.ops.aten
+
+VIEWS = frozenset(
+    {
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.expand.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.t.default,
+        aten.alias.default,
+        aten.detach.default,
+    }
+)
+"""Operations that compute nothing: their result is their operand, seen in another way."""
 
 
 class Val(NamedTuple):

@@ -10,7 +10,7 @@ from rmtc.errors import Location, VerifyError
 from rmtc.ir.program import Op, Program, Source, Src, Val, leaves, map_leaves, show, target_name
 from rmtc.ir.schedule import Cell, Dependence
 
-__all__ = ["BodyOp", "Environment", "Every", "Fit", "Key", "Layout", "Outer", "Row", "SegmentLoop", "Where"]
+__all__ = ["BodyOp", "Environment", "Every", "Fit", "Item", "Key", "Layout", "Outer", "Row", "SegmentLoop", "Where"]
 
 
 class Environment(NamedTuple):
@@ -73,6 +73,17 @@ class Row(NamedTuple):
 
     def __str__(self) -> str:
         return f"%{self.index}" if self.back == 0 else f"s-{self.back}.%{self.index}"
+
+
+class Item(NamedTuple):
+    """Operand: an item of an input that is a list with one item a segment, ``list[index]rest``."""
+
+    list: str
+    index: int | Fit
+    rest: str
+
+    def __str__(self) -> str:
+        return f"{self.list}[{self.index}]{self.rest}"
 
 
 class Outer(NamedTuple):
@@ -234,6 +245,9 @@ class SegmentLoop:
                 return Val(index[Key(-1 if arg.part == "before" else segments, arg.index)])
             if isinstance(arg, Where):
                 return value(arg, arg.segment if arg.segment >= 0 else segments + arg.segment)
+            if isinstance(arg, Item):
+                at = arg.index.at(environment(segment)) if isinstance(arg.index, Fit) else arg.index
+                return Src(str(arg._replace(index=at)))
             if isinstance(arg, Fit):
                 return arg.at(environment(segments if segment < 0 else segment))
             return arg
@@ -285,7 +299,7 @@ class SegmentLoop:
 
 def show_operand(value: Any) -> str:
     """An operand as text."""
-    if isinstance(value, (Row, Outer, Where, Every, Fit)):
+    if isinstance(value, (Row, Outer, Item, Where, Every, Fit)):
         return str(value)
     if type(value) is tuple:
         return f"[{', '.join(show_operand(item) for item in value)}]"

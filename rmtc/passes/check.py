@@ -196,7 +196,11 @@ def _through(value: Any, image: Any, trace: Program, claimed: Program) -> Any:
         if type(value) is not Val or trace.ops[value.index].target is expand:
             break
         shape, sizes = trace.ops[value.index].shape, claimed.ops[image.index].args[1]
-        if shape is None or len(shape) != len(sizes) or any(n not in (-1, m) for n, m in zip(sizes, shape, strict=True)):
+        if (
+            shape is None
+            or len(shape) != len(sizes)
+            or any(n not in (-1, m) for n, m in zip(sizes, shape, strict=True))
+        ):
             break
         image = claimed.ops[image.index].args[0]
     return image

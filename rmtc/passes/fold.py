@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from fractions import Fraction
 from typing import Any
 
 from rmtc.errors import Location, RefusedError
 from rmtc.ir.program import Op, Source, Src, Val, leaves, show, target_name
-from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Outer, Row, SegmentLoop, Where
+from rmtc.ir.segment_loop import BodyOp, Environment, Every, Item, Outer, Row, SegmentLoop, Where
+from rmtc.passes.fit import Misfit, fit
 from rmtc.passes.segments import Segmented, reorder
 
 __all__ = ["Run", "fold_segments"]
-
-# What an integer may be made of, simplest first: each is tried without a constant term, then with one.
-_SHAPES: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (("B",),),
-    (("T",),),
-    (("N",),),
-    (("S",),),
-    (("s",),),
-    (("B", "T"),),
-    (("B", "N"),),
-    (("B", "S"),),
-    (("B", "T"), ("B",)),
-    (("s",), ("T",)),
-    (("s",), ("B",)),
-    (("B",), ("T",)),
-)
 
 
 class Run:
@@ -37,14 +22,17 @@ class Run:
         segmented: the run.
         batch, tail: its sizes.
         segment_length: positions of a segment.
+        lists: the names of the inputs that are lists with one item a segment.
     """
 
-    def __init__(self, segmented: Segmented, batch: int, tail: int, segment_length: int) -> None:
+    def __init__(
+        self, segmented: Segmented, batch: int, tail: int, segment_length: int, lists: frozenset[str] = frozenset()
+    ) -> None:
         self.segmented = segmented
         self.ops = segmented.program.ops
         self.starts = segmented.starts
         self.segments = len(self.starts) - 1
-        self.batch, self.tail, self.segment_length = batch, tail, segment_length
+        self.batch, self.tail, self.segment_length, self.lists = batch, tail, segment_length, lists
         self._environments: dict[int, Environment] = {}
         self._tokens: dict[int, list[Any]] = {}
         self._segment = [-1] * len(self.ops)
@@ -71,7 +59,7 @@ class Run:
         counts = [sum(1 for i in dropped if i < start) for start in self.starts]
         starts = [start - count for start, count in zip(self.starts, counts, strict=True)]
         program = reorder(self.segmented.program, kept)
-        return Run(Segmented(program, starts), self.batch, self.tail, self.segment_length)
+        return Run(Segmented(program, starts), self.batch, self.tail, self.segment_length, self.lists)
 
     def environment(self, segment: int) -> Environment:
         """The sizes seen by a segment; segment S stands for the parts outside the loop."""
@@ -128,9 +116,7 @@ def fold_segments(short: Run, long: Run, sources: dict[str, Source], steady_from
     for run in (short, long):
         for s in range(steady_from, run.segments):
             _same_operations(run, s, long, steady_from)
-    alike = [
-        (run, run.row(s), s) for run in (short, long) for s in range(run.segments) if run.tokens(s) == reference
-    ]
+    alike = [(run, run.row(s), s) for run in (short, long) for s in range(run.segments) if run.tokens(s) == reference]
     rows: list[tuple[BodyOp, ...]] = []
     for s in range(steady_from):
         _same_operations(long, s, short, s)
@@ -242,9 +228,11 @@ def _fold_row(samples: list[Sample], more: list[Sample]) -> tuple[BodyOp, ...]:
     body: list[BodyOp] = []
     for number, op in enumerate(samples[0][1]):
         try:
-            args = _fold_args([(run, run_ops[number].args, s) for run, run_ops, s in samples],
-                              [(run, run_ops[number].args, s) for run, run_ops, s in more])
-        except _Misfit as misfit:
+            args = _fold_args(
+                [(run, run_ops[number].args, s) for run, run_ops, s in samples],
+                [(run, run_ops[number].args, s) for run, run_ops, s in more],
+            )
+        except Misfit as misfit:
             raise RefusedError(
                 f"{target_name(op.target)} does not follow a pattern from segment to segment: {misfit}",
                 location=op.location,
@@ -254,10 +242,6 @@ def _fold_row(samples: list[Sample], more: list[Sample]) -> tuple[BodyOp, ...]:
         name = sorted(names)[0] if names else ""
         body.append(BodyOp(op.target, args, op.location, op.module, name, op.variable))
     return tuple(body)
-
-
-class _Misfit(Exception):
-    """Why values do not fit one pattern."""
 
 
 def _fold_args(samples: list[tuple[Run, Any, int]], more: list[tuple[Run, Any, int]]) -> tuple[Any, ...]:
@@ -270,79 +254,54 @@ def _fold_args(samples: list[tuple[Run, Any, int]], more: list[tuple[Run, Any, i
             out.append(_fold_args(values, extra))
         elif type(first) is Val or type(first) is Src:
             operands = {_row_operand(run, value, s) for run, value, s in values}
+            if len(operands) > 1 and len({(*each[:1], *each[2:]) for each in operands if type(each) is Item}) == 1:
+                out.append(_fold_items(values, extra))
+                continue
             if len(operands) > 1:
-                raise _Misfit(" or ".join(sorted(str(operand) for operand in operands)[:3]))
+                raise Misfit(" or ".join(sorted(str(operand) for operand in operands)[:3]))
             out.append(operands.pop())
         elif type(first) is int:
-            out.append(_fit([(value, run.environment(s)) for run, value, s in values],
-                            [(value, run.environment(s)) for run, value, s in extra]))
+            out.append(
+                fit(
+                    [(value, run.environment(s)) for run, value, s in values],
+                    [(value, run.environment(s)) for run, value, s in extra],
+                )
+            )
         else:
             out.append(first)
     return tuple(out)
 
 
+def _fold_items(values: list[tuple[Run, Any, int]], extra: list[tuple[Run, Any, int]]) -> Item:
+    """One item of a list for each segment."""
+
+    def points(samples: list[tuple[Run, Any, int]]) -> list[tuple[int, Environment]]:
+        found: list[tuple[int, Environment]] = []
+        for run, value, s in samples:
+            item = _row_operand(run, value, s)
+            if type(item) is not Item or not isinstance(item.index, int):
+                raise Misfit(f"an item of a list, or {show(value)}")
+            found.append((item.index, run.environment(s)))
+        return found
+
+    first = _row_operand(*values[0])
+    return Item(first.list, fit(points(values), points(extra)), first.rest)
+
+
+_ITEM = re.compile(r"(.*)\[(\d+)\](.*)")
+
+
 def _row_operand(run: Run, value: Any, segment: int) -> Any:
     if type(value) is Src:
+        for name in run.lists:
+            match = _ITEM.fullmatch(value.name) if value.name.startswith(f"{name}[") else None
+            if match is not None and match.group(1) == name:
+                return Item(name, int(match.group(2)), match.group(3))
         return value
     at, number = run.place(value)
     if at < 0:
         return Outer("before", number)
     return Row(segment - at, number)
-
-
-def _fit(samples: list[tuple[int, Environment]], more: list[tuple[int, Environment]]) -> int | Fit:
-    """The simplest function of the sizes through all samples; samples of ``more`` that do not fit are left out."""
-    for points in (samples + more, samples) if more else (samples,):
-        constant = points[0][0]
-        if all(value == constant for value, _ in points):
-            return constant
-        for constant_term in (False, True):
-            for shape in _SHAPES:
-                found = _solve(points, shape, constant_term)
-                if found is not None:
-                    return found
-    raise _Misfit("the integers " + ", ".join(str(value) for value, _ in samples[:6]))
-
-
-def _solve(
-    points: list[tuple[int, Environment]], terms: tuple[tuple[str, ...], ...], constant_term: bool
-) -> Fit | None:
-    def monomials(environment: Environment) -> list[int]:
-        values = []
-        for names in terms:
-            product = 1
-            for name in names:
-                product *= getattr(environment, name)
-            values.append(product)
-        return values
-
-    one = [1] if constant_term else []
-    rows = [(*monomials(environment), *one, value) for value, environment in points]
-    coefficients = _gauss([list(map(Fraction, row)) for row in rows], len(terms) + len(one))
-    if coefficients is None or any(c.denominator != 1 for c in coefficients):
-        return None
-    whole = [int(c) for c in coefficients]
-    return Fit(whole[-1] if constant_term else 0, tuple((names, c) for names, c in zip(terms, whole, strict=False) if c))
-
-
-def _gauss(rows: list[list[Fraction]], unknowns: int) -> list[Fraction] | None:
-    """The solution of an overdetermined linear system; None if there is none or more than one."""
-    rank = 0
-    for column in range(unknowns):
-        pivot = next((i for i in range(rank, len(rows)) if rows[i][column]), None)
-        if pivot is None:
-            return None
-        rows[rank], rows[pivot] = rows[pivot], rows[rank]
-        lead = rows[rank][column]
-        rows[rank] = [value / lead for value in rows[rank]]
-        for i, row in enumerate(rows):
-            if i != rank and row[column]:
-                factor = row[column]
-                rows[i] = [a - factor * b for a, b in zip(row, rows[rank], strict=True)]
-        rank += 1
-    if any(row[-1] for row in rows[rank:]):
-        return None
-    return [rows[i][-1] for i in range(unknowns)]
 
 
 def _fold_outer(
@@ -355,7 +314,7 @@ def _fold_outer(
             break
         try:
             args = _outer_args(short, long, a.args, b.args, len(lengths) - 1, a.location)
-        except _Misfit as misfit:
+        except Misfit as misfit:
             raise RefusedError(
                 f"{target_name(a.target)} {part} the loop does not follow a pattern: {misfit}",
                 location=a.location,
@@ -380,13 +339,13 @@ def _outer_args(
     if len(second) == len(first) + 1:
         return _every(short, long, first, second, explicit)
     if len(first) != len(second):
-        raise _Misfit(f"{len(first)} and {len(second)} arguments")
+        raise Misfit(f"{len(first)} and {len(second)} arguments")
     out: list[Any] = []
     for a, b in zip(first, second, strict=True):
         if type(a) is tuple and type(b) is tuple:
             out.append(_outer_args(short, long, a, b, explicit, location))
         elif type(a) is int and type(b) is int:
-            out.append(_fit([(a, short.environment(short.segments)), (b, long.environment(long.segments))], []))
+            out.append(fit([(a, short.environment(short.segments)), (b, long.environment(long.segments))], []))
         else:
             out.append(_outer_operand(short, long, a, b, explicit, location))
     return tuple(out)
@@ -412,7 +371,7 @@ def _outer_operand(short: Run, long: Run, first: Any, second: Any, explicit: int
         )
     if type(first) is type(second) and first == second:
         return first
-    raise _Misfit(f"{show(first)} and {show(second)}")
+    raise Misfit(f"{show(first)} and {show(second)}")
 
 
 def _indices(run: Run, number: int, explicit: int) -> tuple[int, ...]:
@@ -421,9 +380,7 @@ def _indices(run: Run, number: int, explicit: int) -> tuple[int, ...]:
     return (*(number if run.tokens(s) == steady else -1 for s in range(explicit)), number)
 
 
-def _every(
-    short: Run, long: Run, first: tuple[Any, ...], second: tuple[Any, ...], explicit: int
-) -> tuple[Any, ...]:
+def _every(short: Run, long: Run, first: tuple[Any, ...], second: tuple[Any, ...], explicit: int) -> tuple[Any, ...]:
     """A list with one item a segment, and perhaps other items at its ends."""
 
     def spans(run: Run, items: Iterable[Any]) -> list[tuple[int, int]]:
@@ -432,18 +389,14 @@ def _every(
     a, b = spans(short, first), spans(long, second)
     begin = next((k for k, (s, _) in enumerate(b) if s == 0), None)
     if begin is None or [s for s, _ in b[begin : begin + long.segments]] != list(range(long.segments)):
-        raise _Misfit("a list grows, but not by one value of each segment")
+        raise Misfit("a list grows, but not by one value of each segment")
     if [s for s, _ in a[begin : begin + short.segments]] != list(range(short.segments)):
-        raise _Misfit("a list grows, but not by one value of each segment")
+        raise Misfit("a list grows, but not by one value of each segment")
     index = [i for _, i in b[begin : begin + long.segments]]
     if [i for _, i in a[begin : begin + short.segments]] != index[: short.segments]:
-        raise _Misfit("a list takes different values of a segment at different lengths")
+        raise Misfit("a list takes different values of a segment at different lengths")
     if any(i != index[explicit] for i in index[explicit:]):
-        raise _Misfit("a list takes different values of different segments")
+        raise Misfit("a list takes different values of different segments")
     left = _outer_args(short, long, first[:begin], second[:begin], explicit, None)
-    right = _outer_args(
-        short, long, first[begin + short.segments :], second[begin + long.segments :], explicit, None
-    )
+    right = _outer_args(short, long, first[begin + short.segments :], second[begin + long.segments :], explicit, None)
     return (*left, Every(tuple(index[: explicit + 1])), *right)
-
-

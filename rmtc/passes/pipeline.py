@@ -77,6 +77,7 @@ Watch = Callable[[str, str], None]
 def reroll(
     runs: Sequence[tuple[Program, int, int, int]],
     growing: frozenset[str],
+    lists: frozenset[str],
     segment_length: int,
     hint: str | None = None,
     watch: Watch | None = None,
@@ -86,6 +87,7 @@ def reroll(
     Args:
         runs: two programs with their segments n and n + 1, batch sizes and lengths of the last segment.
         growing: the names of the inputs that grow.
+        lists: those of the inputs that are lists with one item a segment.
         segment_length: positions of a segment.
         hint: the user's name for the list of layers.
         watch: called after each pass with its name and the IR's text.
@@ -100,7 +102,8 @@ def reroll(
     family = find_family(found[0], counts, hint)
     if hint is not None and family is None:
         raise CaptureError(
-            f"no parameters are named {hint}.0, {hint}.1, ...", remedy="name the list of layers as named_parameters does"
+            f"no parameters are named {hint}.0, {hint}.1, ...",
+            remedy="name the list of layers as named_parameters does",
         )
     if not anchors[0]:
         raise CaptureError(
@@ -111,7 +114,7 @@ def reroll(
     for (program, segments, batch, tail), use, anchor in zip(runs, found, anchors, strict=True):
         inner = {i for i in anchor if family is not None and family.layer(use.names[i]) is not None}
         segmented = find_segments(program, use, anchor, inner, segments)
-        divided.append(Run(segmented, batch, tail, segment_length))
+        divided.append(Run(segmented, batch, tail, segment_length, lists))
         _show(watch, "find-segments", f"# {segments} segments start at {segmented.starts}\n{segmented.program}\n")
     loop = fold_segments(divided[0], divided[1], runs[0][0].sources, runs[0][1] - 1)
     loop = replace(loop, growing=growing)
@@ -178,5 +181,3 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         yield
     finally:
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,15 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rmtc.errors import CaptureError
 
 __all__ = ["Autocast", "RemoveRegions"]
+
+logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
@@ -41,7 +48,8 @@ class RemoveRegions:
 
     Needs: a functional pre-dispatch graph, with `_enter_autocast`, `_exit_autocast` and `_set_grad_enabled` nodes.
     Gives: the same graph without them; inside a region where autocast is on, the casts that autocast would make are
-    operations. The program is to run with autocast off.
+    operations; an operation that autocast changes inside is replaced by its parts. The program is to run with autocast
+    off.
     Checks: every region that is entered is left.
 
         %r = _enter_autocast(cpu, bfloat16)     %c = _to_copy(%x, dtype=bfloat16)
@@ -56,7 +64,7 @@ class RemoveRegions:
         enter, leave = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
         state = {each.device: each for each in self.ambient}
         stack: dict[fx.Node, Autocast | None] = {}
-        casts: dict[Any, list[torch.dtype | None]] = {}
+        memo: dict[Any, _Casts] = {}
         for node in list(graph.nodes):
             if node.target is enter:
                 device, dtype, enabled = _region(node)
@@ -72,7 +80,7 @@ class RemoveRegions:
             elif node.op == "call_function":
                 for region in state.values():
                     if region.enabled:
-                        _cast_inputs(graph, node, region, casts)
+                        _make_explicit(graph, node, region, memo)
         for node in reversed(list(graph.nodes)):
             if node.target is enter:
                 graph.erase_node(node)
@@ -83,18 +91,32 @@ def _region(node: fx.Node) -> tuple[str, torch.dtype | None, bool]:
     return str(device), dtype, True if enabled is None else bool(enabled)  # type: ignore[return-value]
 
 
-def _cast_inputs(graph: fx.Graph, node: fx.Node, region: Autocast, memo: dict[Any, list[torch.dtype | None]]) -> None:
+@dataclass(frozen=True)
+class _Casts:
+    """What autocast does to an operation: a dtype for each tensor it reads, or a body where casts are not all first."""
+
+    dtypes: tuple[torch.dtype | None, ...] = ()
+    body: fx.GraphModule | None = None
+
+
+def _make_explicit(graph: fx.Graph, node: fx.Node, region: Autocast, memo: dict[Any, _Casts]) -> None:
     """Insert before a node the casts of its floating inputs that autocast makes, found by asking autocast."""
     inputs = [each for each in node.all_input_nodes if isinstance(each.meta.get("val"), torch.Tensor)]
     if not isinstance(node.target, torch._ops.OpOverload) or not any(
         each.meta["val"].is_floating_point() and each.meta["val"].device.type == region.device for each in inputs
     ):
         return
-    key = (node.target, region, tuple((each.meta["val"].dtype, each.meta["val"].shape) for each in inputs))
+    places = {each: number for number, each in enumerate(inputs)}
+    structure = repr(fx.node.map_arg((node.args, node.kwargs), lambda each: places.get(each, each)))
+    key = (node.target, region, structure, tuple((each.meta["val"].dtype, each.meta["val"].shape) for each in inputs))
     if key not in memo:
-        memo[key] = _observe(node, inputs, region)
-    for each, dtype in zip(inputs, memo[key], strict=True):
-        if dtype is not None and dtype != each.meta["val"].dtype:
+        memo[key] = _ask(node, inputs, region)
+    casts = memo[key]
+    if casts.body is not None:
+        _inline(graph, node, inputs, casts.body)
+        return
+    for each, dtype in zip(inputs, casts.dtypes, strict=True):
+        if dtype is not None:
             with graph.inserting_before(node):
                 cast = graph.call_function(aten._to_copy.default, (each,), {"dtype": dtype})
             cast.meta.update(node.meta)
@@ -103,39 +125,105 @@ def _cast_inputs(graph: fx.Graph, node: fx.Node, region: Autocast, memo: dict[An
             node.replace_input_with(each, cast)
 
 
+def _inline(graph: fx.Graph, node: fx.Node, inputs: Sequence[fx.Node], body: fx.GraphModule) -> None:
+    placeholders = [each for each in body.graph.nodes if each.op == "placeholder"]
+    values = dict(zip(placeholders, inputs, strict=True))
+    with graph.inserting_before(node):
+        result = graph.graph_copy(body.graph, values)
+    for old, new in values.items():
+        if old.op != "placeholder":
+            new.meta.update({**node.meta, "val": old.meta.get("val")})
+    assert isinstance(result, fx.Node)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
 class _Watch(TorchDispatchMode):
-    """Notes to which dtype autocast casts each of some tensors."""
+    """Notes to which dtype each of some tensors, or a view of it, is cast first, and which operations run."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self._index = {id(tensor): i for i, tensor in enumerate(tensors)}
+        self._kept: list[torch.Tensor] = []  # ids stay unique while the tensors live
         self.casts: list[torch.dtype | None] = [None] * len(tensors)
+        self.ran: list[tuple[Any, ...]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is aten._to_copy.default and id(args[0]) in self._index:
-            self.casts[self._index[id(args[0])]] = (kwargs or {}).get("dtype")
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        source = self._index.get(id(args[0])) if args else None
+        if func is aten._to_copy.default:
+            if source is not None and self.casts[source] is None:
+                self.casts[source] = (kwargs or {}).get("dtype")
+        elif not func.is_view:
+            self.ran.append((func, *(leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))))
+        elif source is not None and isinstance(out, torch.Tensor):
+            self._index[id(out)] = source
+            self._kept.append(out)
+        return out
 
 
-def _observe(node: fx.Node, inputs: list[fx.Node], region: Autocast) -> list[torch.dtype | None]:
+def _ask(node: fx.Node, inputs: list[fx.Node], region: Autocast) -> _Casts:
+    """Find the casts.
+
+    An operation may cast for itself, autocast or not. Autocast's casts to its own dtype follow that dtype when it is
+    another; casts that are there without autocast are the operation's.
+    """
     mode: FakeTensorMode = inputs[0].meta["val"].fake_mode
-    with mode:
-        tensors = {
-            each: torch.empty(each.meta["val"].shape, dtype=each.meta["val"].dtype, device=each.meta["val"].device)
-            for each in inputs
-        }
-    watch = _Watch(list(tensors.values()))
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: tensors.get(each, each.meta.get("val")))
-    if node.target in (aten._to_copy.default, aten.to.dtype):
-        return [None] * len(inputs)
-    with _autocast(region), mode, watch, torch.no_grad():
-        node.target(*args, **kwargs)  # type: ignore[operator]
-    return watch.casts
+    other = torch.float16 if region.dtype is torch.bfloat16 else torch.bfloat16
+
+    def run(dtype: torch.dtype | None, given: Sequence[torch.dtype | None] = ()) -> _Watch | None:
+        with mode:
+            tensors = {
+                each: torch.empty(each.meta["val"].shape, dtype=new or each.meta["val"].dtype, device=region.device)
+                for each, new in zip(inputs, given or [None] * len(inputs), strict=True)
+            }
+        watch = _Watch(list(tensors.values()))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: tensors.get(each, each.meta.get("val")))
+        try:
+            with _autocast(region.device, dtype), mode, watch, torch.no_grad():
+                node.target(*args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, TypeError) as error:  # these dtypes do not go together
+            logger.debug("%s with autocast to %s: %s", node.target, dtype, error)
+            return None
+        return watch
+
+    asked = run(region.dtype)
+    if asked is None:
+        raise CaptureError(f"{node.target} does not run under autocast", location=node.meta.get("location"))
+    if not any(asked.casts):
+        casts: list[torch.dtype | None] = [None] * len(inputs)
+    else:
+        elsewhere, off = run(other), run(None)
+        casts = []
+        for number, dtype in enumerate(asked.casts):
+            own = off is not None and off.casts[number] == dtype
+            follows = elsewhere is not None and elsewhere.casts[number] == other
+            casts.append(None if own or (dtype != region.dtype and follows) else dtype)
+    explicit = run(None, casts)
+    if explicit is not None and explicit.ran == asked.ran:
+        return _Casts(tuple(casts))
+    print("DECOMP", node.format_node(), casts, "\n", asked.ran, "\n", explicit and explicit.ran)
+    d = _decompose(node, inputs, region, mode)
+    print(d.graph)
+    return _Casts(body=d)
+
+
+def _decompose(node: fx.Node, inputs: Sequence[fx.Node], region: Autocast, mode: FakeTensorMode) -> fx.GraphModule:
+    """The operation under autocast as smaller ones with the casts between them."""
+
+    def body(*tensors: torch.Tensor) -> Any:
+        values = dict(zip(inputs, tensors, strict=True))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: values.get(each, each.meta.get("val")))
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    with _autocast(region.device, region.dtype), mode, torch.no_grad():
+        module: fx.GraphModule = make_fx(body)(*(each.meta["val"] for each in inputs))
+    return module
 
 
 @contextlib.contextmanager
-def _autocast(region: Autocast) -> Iterator[None]:
-    with torch.autocast(region.device, dtype=region.dtype, cache_enabled=False):
+def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
+    with torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
         yield

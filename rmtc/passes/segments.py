@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from rmtc.errors import CaptureError
-from rmtc.ir.program import Op, Program, Val, leaves, map_leaves
+from rmtc.ir.program import VIEWS, Op, Program, Val, leaves, map_leaves
 from rmtc.passes.cuts import common_subsequence, divide
 from rmtc.passes.streams import Uses
 
@@ -40,9 +40,7 @@ def _key(value: Op) -> tuple[object, ...]:
     return (value.target, *(len(arg) if type(arg) is tuple else 0 for arg in value.args))
 
 
-def find_segments(
-    program: Program, use: Uses, anchors: dict[int, int], inner: set[int], segments: int
-) -> Segmented:
+def find_segments(program: Program, use: Uses, anchors: dict[int, int], inner: set[int], segments: int) -> Segmented:
     """Divide a run into segments.
 
     Needs: a canonical program, and its anchors: operations whose segment is known from the parameter they use.
@@ -66,9 +64,7 @@ def find_segments(
     order = sorted(inner) if inner else sorted(anchors)
     if any(anchors[a] > anchors[b] for a, b in zip(order, order[1:], strict=False)):
         program, moved = _segment_major(program, use, anchors)
-        use = Uses(
-            [use.invariant[i] for i in moved], [use.names[i] for i in moved], {}
-        )
+        use = Uses([use.invariant[i] for i in moved], [use.names[i] for i in moved], {})
         place = {old: new for new, old in enumerate(moved)}
         anchors = {place[i]: s for i, s in anchors.items()}
         inner = {place[i] for i in inner}
@@ -112,7 +108,7 @@ def find_segments(
 
 
 def _hand_back(
-    program: Program, tokens: list[Token], anchors: dict[int, int], members: list[list[int]], start: int
+    program: Program, tokens: Sequence[Token], anchors: dict[int, int], members: list[list[int]], start: int
 ) -> list[int]:
     """Give each segment what was computed from it alone after the loop; what remains is the part after the loop."""
     segments = len(members)
@@ -121,11 +117,10 @@ def _hand_back(
     extra: list[list[int]] = [[] for _ in members]
     for i in rest:
         found = [segment[j] for j in _inputs(program.ops[i]) if j in segment]
-        target = anchors.get(i, max(found, default=segments))
-        if target < segments - 1:
-            segment[i] = target
-            extra[target].append(i)
-    rest = [i for i in rest if i not in segment]
+        segment[i] = anchors.get(i, max(found, default=segments))
+        if segment[i] < segments - 1:
+            extra[segment[i]].append(i)
+    rest = [i for i in rest if segment[i] >= segments - 1]
     pattern = [tokens[i] for i in extra[-2]] if segments > 1 else []
     extra[-1] = sorted(_match_tail(program, tokens, rest, pattern))
     for row, more in zip(members, extra, strict=True):
@@ -166,6 +161,12 @@ def _segment_major(program: Program, use: Uses, anchors: dict[int, int]) -> tupl
     label = [-1] * len(program.ops)
     for i, op in enumerate(program.ops):
         label[i] = max([anchors.get(i, -1), *(label[j] for j in _inputs(op))])
+    first_user: dict[int, int] = {}
+    for i in reversed(range(len(program.ops))):  # a view taken for the next segment is that segment's
+        if program.ops[i].target in VIEWS and i not in anchors:
+            label[i] = max(label[i], first_user.get(i, -1))
+        for j in _inputs(program.ops[i]):
+            first_user[j] = min(label[i], first_user.get(j, label[i]))
     order = sorted(range(len(program.ops)), key=lambda i: (label[i], i))
     return reorder(program, order), order
 
@@ -224,7 +225,7 @@ def _gather(
 Token = tuple[object, ...]
 
 
-def _match_head(program: Program, tokens: list[Token], first: int, head: Sequence[Hashable]) -> set[int]:
+def _match_head(program: Program, tokens: Sequence[Token], first: int, head: Sequence[Hashable]) -> set[int]:
     """What the first segment runs before its first anchor: the other segments' head, as far as it is there."""
     start = max(0, first - 4 * len(head) - 16)
     found = {start + i for i in common_subsequence(tokens[start:first], head)}
@@ -234,7 +235,9 @@ def _match_head(program: Program, tokens: list[Token], first: int, head: Sequenc
     return found
 
 
-def _match_tail(program: Program, tokens: list[Token], candidates: Sequence[int], tail: Sequence[Hashable]) -> set[int]:
+def _match_tail(
+    program: Program, tokens: Sequence[Token], candidates: Sequence[int], tail: Sequence[Hashable]
+) -> set[int]:
     """What the last segment runs after its last anchor: the other segments' tail, as far as it is there."""
     candidates = candidates[: 4 * len(tail) + 16]
     found = {candidates[i] for i in common_subsequence([tokens[i] for i in candidates], tail)}

@@ -52,6 +52,8 @@ def uses(program: Program, growing: frozenset[str]) -> Uses:
     for number, op in enumerate(program.ops):
         fixed = True
         operands: list[str] = []
+        # Taking one layer's part of a stack is no use of it: what then uses the part is.
+        part = op.target is _select and len(op.args) == 3 and op.args[1] == 0 and type(op.args[0]) is Src
         for position, leaf in enumerate(leaves(op.args)):
             if type(leaf) is Src:
                 if leaf.name in growing:
@@ -68,11 +70,12 @@ def uses(program: Program, growing: frozenset[str]) -> Uses:
                 continue
             if stands_for:
                 operands += stands_for
+            if stands_for and not part:
                 streams.setdefault((stands_for, op.label, position), []).append(number)
         invariant.append(fixed)
         unique = tuple(dict.fromkeys(operands))
         names.append(unique)
-        if fixed and op.target is _select and len(op.args) == 3 and op.args[1] == 0 and type(op.args[0]) is Src:
+        if fixed and part:
             unique = tuple(f"{name}[{op.args[2]}]" for name in unique)
         made_of.append(unique if fixed else ())
     return Uses(invariant, names, streams)
@@ -110,7 +113,7 @@ class Family:
             if name.startswith(prefix):
                 match = _INTEGER.match(name, len(prefix))
                 if match:
-                    return f"{prefix}{{l}}{name[match.end():]}"
+                    return f"{prefix}{{l}}{name[match.end() :]}"
         return name
 
 

@@ -45,7 +45,7 @@ def _members(rows: dict[int, list[int]], last: int, layers: int | None) -> str:
     by_layers: dict[tuple[int, ...], list[int]] = {}
     for row, found in rows.items():
         by_layers.setdefault(tuple(found), []).append(row)
-    for found, which in by_layers.items():
+    for at, which in by_layers.items():
         if which == list(range(last + 1)):
             segments = "all s"
         elif which[-1] == last and which == list(range(which[0], last + 1)):
@@ -55,7 +55,7 @@ def _members(rows: dict[int, list[int]], last: int, layers: int | None) -> str:
         if layers is None:
             parts.append(segments)
         else:
-            where = "all l" if len(found) == layers else "l = " + _ranges(list(found))
+            where = "all l" if len(at) == layers else "l = " + _ranges(list(at))
             parts.append(f"{segments}, {where}")
     return "; ".join(parts)
 

@@ -1,0 +1,241 @@
+"""Events of a replay, and the pattern that those of a longer one must follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from rmtc.errors import Location, RefusedError
+
+__all__ = ["Beyond", "Event", "Made", "Named", "Pattern", "Viewed", "extend", "hold"]
+
+
+class Made(NamedTuple):
+    """A tensor made by an event."""
+
+    event: int
+    output: int
+
+
+class Named(NamedTuple):
+    """A tensor that was there before."""
+
+    name: str
+
+
+class Viewed(NamedTuple):
+    """A view of another tensor; views are no events, since they may be taken anywhere."""
+
+    function: Any
+    numbers: tuple[int, ...]
+    base: Any
+
+
+class Beyond(NamedTuple):
+    """A tensor that a call reads though it is neither an argument nor an attribute: its reference outside."""
+
+    reference: Any
+
+
+@dataclass(slots=True)
+class Event:
+    """An operation, or the call of a layer.
+
+    Attributes:
+        token: what must be the same in every segment.
+        numbers: integers, which may advance evenly.
+        operands: references to tensors; nested tuples for lists of them.
+        inner: the events of a layer's call.
+        location: the place in the user's code.
+    """
+
+    token: Any
+    numbers: tuple[int, ...]
+    operands: tuple[Any, ...]
+    inner: list[Event] | None
+    location: Location | None
+
+
+class Pattern(NamedTuple):
+    """Two short replays."""
+
+    short: list[Event]
+    long: list[Event]
+    segments: int
+    shared: int  # segments that the two run alike from the start
+
+
+def _differs(what: str, event: Event | None, segment: int | None = None) -> RefusedError:
+    where = f"segment {segment}" if segment is not None else "the code after the loop"
+    return RefusedError(
+        f"{where} does not follow the pattern of the segments before: {what}",
+        location=event.location if event is not None else None,
+        remedy="every segment must run the same operations, with numbers that advance evenly; without that, the call "
+        "runs as it always did",
+    )
+
+
+def hold(events: list[Event], pattern: Pattern, segments: int) -> None:
+    """Hold the events of a replay against the two of the pattern.
+
+    With p the number of events of a segment and c the events that the two share from the start: the first c must be
+    the same again, from there on each event must be the one p before it moved on by a segment, and what is left must be
+    what is left in the pattern.
+    """
+    short, long = pattern.short, pattern.long
+    period = len(long) - len(short)
+    more = segments - pattern.segments
+    if period <= 0:
+        raise _differs("a segment more runs no operation more", short[-1] if short else None)
+    common = 0
+    while common < len(short) and _alike(short[common], long[common]):
+        common += 1
+    begin = common - (pattern.shared - 1) * period  # of the second segment
+    expected = len(short) + more * period
+
+    def segment_of(number: int) -> int:
+        return pattern.shared + max(0, number - common) // period
+
+    for number in range(common, min(common + more * period, len(events))):
+        before = events[number - period]
+        earlier = events[number - 2 * period] if number - 2 * period >= max(begin, 0) else None
+        why = _advanced(before, events[number], earlier, period, 0)
+        if why:
+            raise _differs(why, events[number], segment_of(number))
+    for number in range(common):
+        if number >= len(events) or not _alike(events[number], short[number]):
+            raise _differs(
+                "the first segments run other operations than in a shorter call",
+                events[min(number, len(events) - 1)],
+                max(0, number - max(begin, 0)) // period,
+            )
+    if len(events) != expected:
+        place = events[min(len(events), expected) - 1]
+        raise _differs(f"{len(events)} events instead of {expected}", place)
+    left = len(short) - common
+    for k in range(left):
+        a, b, c = short[common + k], long[common + period + k], events[len(events) - left + k]
+        why = _continued(a, b, c, more, period)
+        if why:
+            raise _differs(why, c)
+
+
+def _alike(first: Event, second: Event) -> bool:
+    return (
+        first.token == second.token
+        and first.numbers == second.numbers
+        and first.operands == second.operands
+        and _same_inner(first.inner, second.inner)
+    )
+
+
+def _same_inner(first: list[Event] | None, second: list[Event] | None) -> bool:
+    if first is second:
+        return True
+    if first is None or second is None or len(first) != len(second):
+        return False
+    return all(_alike(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _advanced(before: Event, event: Event, earlier: Event | None, by: int, beyond: int) -> str:
+    """Why an event is not the one a segment before moved on by a segment; empty if it is.
+
+    References move on by ``by`` events, inside a call those to what is outside by ``beyond``.
+    """
+    if event.token != before.token or len(event.numbers) != len(before.numbers):
+        return f"{_name(event)} in place of {_name(before)}"
+    if earlier is not None and len(earlier.numbers) == len(event.numbers):
+        for a, b, c in zip(earlier.numbers, before.numbers, event.numbers, strict=True):
+            if c - b != b - a:
+                return f"{_name(event)} has {c} after {a} and {b}"
+    if not _moved(before.operands, event.operands, earlier.operands if earlier else None, by, beyond):
+        return f"{_name(event)} reads another tensor than {_name(before)} does"
+    if event.inner is not before.inner:
+        if event.inner is None or before.inner is None or len(event.inner) != len(before.inner):
+            return f"{_name(event)} runs other operations than a segment before"
+        third = earlier.inner if earlier is not None and earlier.inner is not None else before.inner
+        if len(third) != len(before.inner):
+            third = before.inner
+        for past, was, now in zip(third, before.inner, event.inner, strict=True):
+            why = _advanced(was, now, past if third is not before.inner else None, 0, by)
+            if why:
+                return f"{_name(event)}: {why}"
+    return ""
+
+
+def _moved(before: Any, after: Any, earlier: Any, by: int, beyond: int) -> bool:
+    """Whether references name the same tensors, or those a segment later; ``earlier`` is from two segments before."""
+    if type(before) is not type(after):
+        return False
+    if type(earlier) is not type(before):
+        earlier = None
+    if isinstance(before, Made):
+        return bool(before.output == after.output and after.event - before.event in (by, 0))
+    if isinstance(before, Beyond):
+        return _moved(before.reference, after.reference, earlier and earlier.reference, beyond, 0)
+    if isinstance(before, Viewed):
+        if before.function != after.function or len(before.numbers) != len(after.numbers):
+            return False
+        if earlier is not None and len(earlier.numbers) == len(before.numbers):
+            if any(c - b != b - a for a, b, c in zip(earlier.numbers, before.numbers, after.numbers, strict=True)):
+                return False
+        return _moved(before.base, after.base, earlier and earlier.base, by, beyond)
+    if type(before) is tuple:
+        past = earlier if earlier is not None and len(earlier) == len(before) else (None,) * len(before)
+        return len(before) == len(after) and all(
+            _moved(a, b, c, by, beyond) for a, b, c in zip(before, after, past, strict=True)
+        )
+    return bool(before == after)
+
+
+def _continued(a: Event, b: Event, c: Event, more: int, period: int) -> str:
+    """Why an event after the loop is not what two shorter runs lead to; empty if it is."""
+    if not a.token == b.token == c.token or not len(a.numbers) == len(b.numbers) == len(c.numbers):
+        return f"{_name(c)} in place of {_name(a)}"
+    for x, y, z in zip(a.numbers, b.numbers, c.numbers, strict=True):
+        if z != x + more * (y - x):
+            return f"{_name(c)} has {z} after {x} and {y}"
+    expected = extend(a.operands, b.operands, more, period)
+    if expected != c.operands:
+        return f"{_name(c)} reads other tensors than in shorter calls"
+    if not (_same_inner(a.inner, b.inner) and _same_inner(b.inner, c.inner)):
+        return f"{_name(c)} runs other operations than in shorter calls"
+    return ""
+
+
+def extend(a: Any, b: Any, more: int, period: int) -> Any:
+    """The references to which those of two lengths, one apart, lead."""
+    if isinstance(a, Made) and isinstance(b, Made):
+        return Made(a.event + more * (b.event - a.event), b.output)
+    if isinstance(a, Viewed) and isinstance(b, Viewed) and len(a.numbers) == len(b.numbers):
+        numbers = tuple(x + more * (y - x) for x, y in zip(a.numbers, b.numbers, strict=True))
+        return Viewed(b.function, numbers, extend(a.base, b.base, more, period))
+    if type(a) is tuple and type(b) is tuple:
+        if len(a) == len(b):
+            return tuple(extend(x, y, more, period) for x, y in zip(a, b, strict=True))
+        grown = len(b) - len(a)
+        if grown < 0:
+            return b
+        place = 0
+        while place < len(a) and a[place] == b[place]:
+            place += 1
+        inserted = [
+            extend(b[place - grown : place], b[place : place + grown], turn + 1, period)
+            if place >= grown
+            else b[place : place + grown]
+            for turn in range(more)
+        ]
+        tail = tuple(extend(x, y, more, period) for x, y in zip(a[place:], b[place + grown :], strict=True))
+        return (*b[:place], *(item for items in inserted for item in items), *tail)
+    return b
+
+
+def _name(event: Event) -> str:
+    if event.inner is not None:
+        return "a module's call"
+    token = event.token
+    if isinstance(token, tuple) and token:
+        values = [*event.numbers, *token[1]] if isinstance(token[1], tuple) else []
+        text = str(token[0]).removeprefix("aten.").removesuffix(".default")
+        return f"{text}({', '.join(str(value) for value in values if value is not None)})"
+    return str(token)

@@ -1,0 +1,245 @@
+"""Equivalence classes of cells: the same operations, constants and wiring, relative to the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rmtc.ir.program import Source, Src, leaves, map_leaves, target_name
+from rmtc.ir.segment_loop import BodyOp, Fit, Item, Outer, Row, SegmentLoop
+from rmtc.passes.streams import Family
+
+__all__ = ["Namer"]
+
+
+@dataclass
+class _Class:
+    name: str
+    stage: str
+    ops: Sequence[BodyOp]
+    slots: list[Any]
+    note: str = ""
+
+
+class Namer:
+    """Finds the class of each cell: an equivalent one seen before, or a new one."""
+
+    def __init__(self, loop: SegmentLoop, family: Family | None) -> None:
+        self._loop, self._family = loop, family
+        self._rows = [*loop.rows, loop.steady]
+        self.classes: list[_Class] = []
+        self._made: dict[int, int] = {}
+        self._known: dict[Any, int] = {}
+
+    def classify(self, stage: str, row: int, layer: int) -> str:
+        layout = self._loop.layouts[row]
+        start, end = (
+            layout.prologue if layer < 0 else layout.epilogue if layer >= len(layout.layers) else layout.layers[layer]
+        )
+        ops = self._rows[row][start:end]
+        if not ops:
+            return ""
+        slots = [self._slots(op, row, layer, start) for op in ops]
+        differs, shared = "", -1
+        for each in self.classes:
+            if each.stage != stage:
+                continue
+            merged, same, why = _merge(each, ops, slots)
+            if merged is not None:
+                each.slots = merged
+                return each.name
+            if same > shared:
+                differs, shared = f"unlike {each.name}: {why}", same
+        count = sum(1 for each in self.classes if each.stage == stage)
+        letter = {"prologue": "P", "epilogue": "E"}.get(stage)
+        name = f"{letter}{count}" if letter else _letters(count)
+        self.classes.append(_Class(name, stage, ops, slots, differs))
+        return name
+
+    def _slots(self, op: BodyOp, row: int, layer: int, start: int) -> list[Any]:
+        out: list[Any] = []
+        for leaf in leaves(op.args):
+            if isinstance(leaf, Row):
+                out.append(self._operand(leaf, row, layer, start))
+            elif type(leaf) is Src:
+                source: Source = self._loop.sources[leaf.name]
+                names = {self._family.template(n) if self._family else n for n in source.names}
+                out.append(("source", frozenset(names), source.shape, source.dtype))
+            elif isinstance(leaf, Item):
+                out.append(("item", leaf.list, leaf.rest))
+            elif isinstance(leaf, Outer):
+                out.append(("before", self._outer(leaf)))
+            elif type(leaf) in (int, float) or isinstance(leaf, Fit):
+                out.append(_Number({(row, layer): leaf}, self._loop.segment_length, len(self._loop.rows)))
+            else:
+                out.append(leaf)
+        return out
+
+    def _outer(self, leaf: Outer) -> Any:
+        """What a value from before the loop is made of, the same for values that differ only in the layer's number."""
+        if leaf.part != "before":
+            return leaf
+        if leaf.index not in self._made:
+            op = self._loop.before[leaf.index]
+
+            def part(arg: Any) -> Any:
+                if isinstance(arg, Outer):
+                    return self._outer(arg)
+                if type(arg) is Src and self._family is not None:
+                    return self._family.template(arg.name)
+                return str(arg)
+
+            args = map_leaves(op.args, part)
+            if target_name(op.target) == "select.int" and type(op.args[0]) is Src and self._family is not None:
+                name = f"{op.args[0].name}[{op.args[2]}]"
+                if self._family.layer_of(name) is not None:
+                    args = (self._family.template(name),)
+            key = (op.target, args)
+            self._made[leaf.index] = self._known.setdefault(key, len(self._known))
+        return self._made[leaf.index]
+
+    def _operand(self, leaf: Row, row: int, layer: int, start: int) -> Any:
+        made = max(0, row - leaf.back)
+        layout = self._loop.layout(made) if leaf.back else self._loop.layouts[row]
+        at = layout.layer_of(leaf.index)
+        if at == layer and leaf.back == 0:
+            return ("local", leaf.index - start)
+        base = 0 if at < 0 else layout.epilogue[0] if at >= len(layout.layers) else layout.layers[at][0]
+        # What makes it has another number in another class of cells.
+        number = {(min(made, len(self._loop.rows)), at): leaf.index - base}
+        if at < 0 or at >= len(layout.layers):
+            # The first layer reads from the prologue what the others read from the layer below.
+            return _Outside(at, leaf.back, number, edge=layer == 0 and at < 0)
+        return _Cells(frozenset({("relative", layer - at), ("layer", at)}), leaf.back, number)
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Operand from another cell: the ways to say which, of which those stay that hold for all members.
+
+    ``number`` gives the operation in the producer's body, for each row and layer of a producer.
+    """
+
+    ways: frozenset[tuple[str, int]]
+    back: int
+    number: dict[tuple[int, int], int]
+
+
+@dataclass(frozen=True)
+class _Outside:
+    """Operand from the prologue or the epilogue."""
+
+    stage: int
+    back: int
+    number: dict[tuple[int, int], int]
+    edge: bool
+
+
+@dataclass(frozen=True)
+class _Number:
+    """A number: the same in all cells, a function of the segment, or given by the layer.
+
+    A class keeps the numbers of all its members. Floats may differ from layer to layer in any way; integers must
+    advance evenly, as the slices of a tensor that holds all layers do.
+    """
+
+    values: dict[tuple[int, int], int | float | Fit]
+    segment_length: int
+    steady: int
+
+    def merge(self, other: _Number) -> _Number | None:
+        values = {**self.values, **other.values}
+        by_layer: dict[int, set[Any]] = {}
+        functions = {layer: value for (row, layer), value in values.items() if row == self.steady}
+        for (row, layer), value in values.items():
+            function = functions.get(layer, value)
+            if row != self.steady:  # a steady segment's function must give this segment's number
+                function, value = (
+                    each.where(row, self.segment_length) if isinstance(each, Fit) else each
+                    for each in (function, value)
+                )
+                if function != value:
+                    return None
+            by_layer.setdefault(layer, set()).add(functions.get(layer, value))
+        if any(len(found) > 1 for found in by_layer.values()):
+            return None
+        by_number = {layer: found.copy().pop() for layer, found in by_layer.items()}
+        if len(set(by_number.values())) == 1 or all(type(value) is float for value in by_number.values()):
+            return _Number(values, self.segment_length, self.steady)
+        layers = sorted(by_number)
+        if len(layers) < 2 or any(type(value) is not int for value in by_number.values()):
+            return None
+        step = (by_number[layers[1]] - by_number[layers[0]]) / (layers[1] - layers[0])
+        even = all(by_number[at] == by_number[layers[0]] + step * (at - layers[0]) for at in layers)
+        return _Number(values, self.segment_length, self.steady) if even else None
+
+    def __str__(self) -> str:
+        return " or ".join(dict.fromkeys(str(value) for value in self.values.values()))
+
+
+def _union(first: dict[tuple[int, int], int], second: dict[tuple[int, int], int]) -> dict[tuple[int, int], int] | None:
+    if any(second.get(producer, number) != number for producer, number in first.items()):
+        return None
+    return {**first, **second}
+
+
+def _merge(known: _Class, ops: Sequence[BodyOp], slots: list[Any]) -> tuple[list[Any] | None, int, str]:
+    """The slots of a class with another member; or how many operations fit, and why the next does not."""
+    merged: list[Any] = []
+    for number, (op, other) in enumerate(zip(ops, known.ops, strict=False)):
+        if op.target is not other.target or _shape(op.args) != _shape(other.args):
+            return None, number, f"operation {number} is {target_name(op.target)}, not {target_name(other.target)}"
+        row: list[Any] = []
+        for a, b in zip(slots[number], known.slots[number], strict=True):
+            slot = _merge_slot(a, b)
+            if slot is None:
+                return None, number, f"operation {number}, {target_name(op.target)}, reads {_say(a)}, not {_say(b)}"
+            row.append(slot[0])
+        merged.append(row)
+    if len(ops) != len(known.ops):
+        return None, len(merged), f"{len(ops)} operations, not {len(known.ops)}"
+    return merged, len(merged), ""
+
+
+def _merge_slot(a: Any, b: Any) -> tuple[Any] | None:
+    if isinstance(a, _Number) and isinstance(b, _Number):
+        merged = b.merge(a)
+        return (merged,) if merged is not None else None
+    if isinstance(a, _Cells) and isinstance(b, _Cells):
+        ways, number = a.ways & b.ways, _union(a.number, b.number)
+        return (_Cells(ways, b.back, number),) if a.back == b.back and number is not None and ways else None
+    if isinstance(a, _Outside) and isinstance(b, _Outside):
+        number = _union(a.number, b.number)
+        same = (a.stage, a.back) == (b.stage, b.back) and number is not None
+        return (_Outside(b.stage, b.back, number or {}, a.edge and b.edge),) if same else None
+    for mine, other in ((a, b), (b, a)):
+        if isinstance(mine, _Outside) and mine.edge and isinstance(other, _Cells) and mine.back == other.back:
+            return (other,) if any(way[0] == "relative" and way[1] > 0 for way in other.ways) else None
+        # A value from before the loop stands in for that of a segment before the first.
+        if isinstance(other, (_Cells, _Outside)) and other.back > 0 and type(mine) is tuple and mine[0] != "local":
+            return (other,)
+    return (b,) if type(a) is type(b) and a == b else None
+
+
+def _shape(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_shape(arg) if type(arg) is tuple else 0 for arg in args)
+
+
+def _say(slot: Any) -> str:
+    if isinstance(slot, _Cells):
+        return f"value {min(slot.number.values())} of a cell {slot.back} segments before"
+    if isinstance(slot, _Outside):
+        return f"value {min(slot.number.values())} of the {'prologue' if slot.stage < 0 else 'epilogue'}"
+    if type(slot) is tuple:
+        return f"{slot[0]} {', '.join(sorted(slot[1])) if isinstance(slot[1], frozenset) else slot[1]}"
+    return str(slot) if isinstance(slot, _Number) else repr(slot)
+
+
+def _letters(number: int) -> str:
+    name = ""
+    while True:
+        name = chr(ord("A") + number % 26) + name
+        number = number // 26 - 1
+        if number < 0:
+            return name

@@ -1,0 +1,238 @@
+"""What the loop's Python does at a later segment is noticed before it is believed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rmtc
+from rmtc.analysis import Analysis, analyze
+from rmtc.capture.events import Event, Made, Named, Pattern, extend, hold
+from rmtc.capture.probe import Sizes
+
+SEGMENT = 4
+BATCH = 1
+
+
+class Layer(nn.Module):
+    """A layer with a memory of its own; the tricks are those of a user who counts segments inside it."""
+
+    def __init__(self, width: int, trick: str) -> None:
+        super().__init__()
+        self.inner, self.write = nn.Linear(width, width), nn.Linear(width, width)
+        self.memory: torch.Tensor | None = None
+        self.trick, self.calls = trick, 0
+
+    def forward(self, hidden: torch.Tensor, segment: int = 0) -> torch.Tensor:
+        self.calls += 1
+        if (self.trick == "counter in the layer" and self.calls == 8) or (self.trick == "argument" and segment == 7):
+            hidden = hidden * 2
+        update = torch.tanh(self.inner(hidden) + (0 if self.memory is None else self.memory[:, None]))
+        self.memory = self.write(update).mean(1)
+        return hidden + update
+
+
+class Model(nn.Module):
+    """A loop over segments that does something else at one of them."""
+
+    def __init__(self, trick: str = "", layers: int = 3, width: int = 8) -> None:
+        super().__init__()
+        self.trick, self.counter = trick, 0
+        self.embedding = nn.Embedding(32, width)
+        self.layers = nn.ModuleList(Layer(width, trick) for _ in range(layers))
+        self.head = nn.Linear(width, width)
+        self.scales = [1.0] * 40
+        self.scales[9] = 3.0
+        self.shifts = nn.ParameterList(nn.Parameter(torch.randn(width)) for _ in range(40))
+
+    def tricked(self, s: int, segments: int) -> bool:
+        self.counter += 1
+        return {
+            "s == 7": s == 7,
+            "s == S - 1": s == segments - 1,
+            "s == S // 2": s == segments // 2,
+            "s % 4": s % 4 == 3,
+            "counter": self.counter == 8,
+        }.get(self.trick, False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.counter = 0
+        for layer in self.layers:
+            layer.memory, layer.calls = None, 0
+        pieces = ids.split(SEGMENT, dim=1)
+        outputs = []
+        for s, piece in enumerate(pieces):
+            hidden = self.embedding(piece)
+            if self.tricked(s, len(pieces)):
+                hidden = hidden * 2
+            if self.trick == "1 / (s + 1)":
+                hidden = hidden * (1 / (s + 1))
+            if self.trick == "list of numbers":
+                hidden = hidden * self.scales[s]
+            if self.trick == "list of parameters":
+                hidden = hidden + self.shifts[s]
+            if self.trick == "memory swapped" and s == 7:
+                self.layers[0].memory = self.layers[1].memory
+            for layer in self.layers:
+                hidden = layer(hidden, s) if self.trick == "argument" else layer(hidden)
+            outputs.append(hidden)
+        return torch.cat(outputs, dim=1)
+
+
+def ids(segments: int, batch: int = BATCH, tail: int = SEGMENT) -> torch.Tensor:
+    return torch.randint(0, 32, (batch, (segments - 1) * SEGMENT + tail))
+
+
+def analyzed(model: nn.Module, segments: int = 4) -> Analysis:
+    return analyze(model.eval(), (ids(segments),), {})
+
+
+@pytest.mark.parametrize(
+    "trick",
+    [
+        "s == 7",
+        "s == S - 1",
+        "s == S // 2",
+        "s % 4",
+        "counter",
+        "counter in the layer",
+        "argument",
+        "1 / (s + 1)",
+        "list of numbers",
+        "list of parameters",
+        "memory swapped",
+    ],
+)
+def test_captured_at_4_asked_at_33(trick: str) -> None:
+    model = Model(trick)
+    with pytest.raises(rmtc.RefusedError) as refused:
+        analyzed(model).admit(Sizes(33, BATCH, SEGMENT))
+    assert refused.value.location is not None
+    assert refused.value.location.file.endswith("test_replay.py")
+    explanation = rmtc.explain(model)(ids(33))
+    assert explanation.schedule is None
+    assert explanation.reason
+
+
+def test_the_segment_is_named() -> None:
+    with pytest.raises(rmtc.RefusedError, match="segment 7 "):
+        analyzed(Model("s == 7")).admit(Sizes(33, BATCH, SEGMENT))
+    with pytest.raises(rmtc.RefusedError, match=r"segment 9 .*3\.0"):
+        analyzed(Model("list of numbers")).admit(Sizes(33, BATCH, SEGMENT))
+
+
+def test_what_follows_the_pattern_is_admitted() -> None:
+    analysis = analyzed(Model())
+    for sizes in (Sizes(2, 1, 4), Sizes(33, 1, 4), Sizes(33, 3, 2), Sizes(200, 2, 1)):
+        analysis.admit(sizes)
+        assert sizes in analysis.admitted
+    assert len(analysis.runs) <= 3  # no length was traced for its own sake
+
+
+def test_layers_are_answered_from_memory() -> None:
+    """A replay of many segments runs a layer's forward a few times, not once a segment."""
+    model = Model()
+    analysis = analyzed(model)
+    calls = []
+    hook = model.layers[0].inner.register_forward_pre_hook(lambda module, args: calls.append(1))
+    try:
+        replayed = Analysis(analysis.capture, analysis.proven)
+        replayed.admit(Sizes(100, BATCH, SEGMENT))
+    finally:
+        hook.remove()
+    assert 0 < len(calls) < 15
+
+
+class Positions(Model):
+    """Positions count on across segments: integers that advance evenly are no deviation."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            layer.memory, layer.calls = None, 0
+        outputs = []
+        for start in range(0, ids.shape[1], SEGMENT):
+            piece = ids[:, start : start + SEGMENT]
+            hidden = self.embedding(piece) + torch.arange(start, start + piece.shape[1])[None, :, None]
+            for layer in self.layers:
+                hidden = layer(hidden, start)
+            outputs.append(hidden)
+        return torch.cat(outputs, dim=1)
+
+
+def test_even_integers_are_admitted() -> None:
+    analyzed(Positions()).admit(Sizes(33, 2, 3))
+
+
+class Heads(Model):
+    """A second loop after the loop: a replay cannot tell its two periods apart, a whole trace can."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            layer.memory, layer.calls = None, 0
+        outputs = []
+        for piece in ids.split(SEGMENT, dim=1):
+            hidden = self.embedding(piece)
+            for layer in self.layers:
+                hidden = layer(hidden)
+            outputs.append(hidden)
+        return torch.cat([self.head(output) for output in outputs], dim=1)
+
+
+def test_a_second_loop() -> None:
+    analyzed(Heads()).admit(Sizes(12, BATCH, SEGMENT))
+
+
+def test_replay_leaves_the_model_as_it_was() -> None:
+    model = Model().eval()
+    text = ids(6)
+    with torch.no_grad():
+        expected = model(text)
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    call = nn.Module.__call__
+    analyzed(model, 40)
+    assert nn.Module.__call__ is call
+    for name, module in model.named_modules():
+        assert module.__dict__.keys() == before[name].keys()
+        assert all(module.__dict__[key] is value for key, value in before[name].items())
+    with torch.no_grad():
+        assert torch.equal(model(text), expected)
+
+
+def event(token: str, number: int, *operands: Any) -> Event:
+    return Event((token, ()), (number,), operands, None, None)
+
+
+def events(segments: int) -> list[Event]:
+    """in; f(previous, s) for each s; out([all])"""
+    found = [event("in", 0, Named("x"))]
+    for s in range(segments):
+        found.append(event("f", 3 * s, Made(len(found) - 1, 0)))
+    return [*found, event("out", segments, tuple(Made(1 + s, 0) for s in range(segments)))]
+
+
+def test_hold_compares_every_event() -> None:
+    pattern = Pattern(events(4), events(5), 4, 4)
+    hold(events(30), pattern, 30)
+    for place in range(len(events(30))):
+        for change in ("token", "number", "operand"):
+            changed = events(30)
+            old = changed[place]
+            changed[place] = {
+                "token": Event(("g", ()), old.numbers, old.operands, None, None),
+                "number": Event(old.token, (old.numbers[0] + 1,), old.operands, None, None),
+                "operand": Event(old.token, old.numbers, (Named("y"),), None, None),
+            }[change]
+            with pytest.raises(rmtc.RefusedError):
+                hold(changed, pattern, 30)
+    for number in (29, 31):
+        with pytest.raises(rmtc.RefusedError):
+            hold(events(number), pattern, 30)
+
+
+def test_extend_continues_lists() -> None:
+    four, five, nine = (tuple(Made(10 + 3 * s, 0) for s in range(n)) for n in (4, 5, 9))
+    assert extend(four, five, 5, 3) == nine
+    assert extend(Made(7, 1), Made(10, 1), 4, 3) == Made(19, 1)
