@@ -5,52 +5,16 @@ Shapes: B batch, N positions of the text, T positions of a segment, D width, L l
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-__all__ = [
-    "BATCH",
-    "LAYERS",
-    "LAYER_CALLS",
-    "SEGMENT",
-    "SEGMENTS",
-    "WIDTH",
-    "Associative",
-    "AssociativeLayer",
-    "Attending",
-    "BackwardInside",
-    "BooleanIndexing",
-    "Buffered",
-    "Counted",
-    "Dropping",
-    "Feedback",
-    "GrowingList",
-    "Item",
-    "ListMemory",
-    "MixedPrecision",
-    "NoLoop",
-    "OneTensor",
-    "SharedPart",
-    "Stack",
-    "TopToBottom",
-    "TwoWays",
-    "global_loop",
-    "line_of",
-    "loop_over_argument",
-    "loop_over_closure",
-    "loop_over_segments",
-    "stacked",
-    "stacked_closure",
-    "stacked_weights",
-    "text",
-    "transformer_xl",
-    "xl_weights",
-]
 
 SEGMENT, LAYERS, WIDTH, BATCH, SEGMENTS = 5, 4, 8, 2, 4
 
@@ -102,6 +66,7 @@ class Associative(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         for layer in self.layers:
+            assert isinstance(layer, AssociativeLayer)
             layer.memory = None
         pieces = []
         for piece in hidden.split(self.segment, dim=1):
@@ -177,7 +142,7 @@ class OneTensor(Stack):
     """One tensor (L, B, D), whose slices are the layers' memories, is written in place slice by slice."""
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        memory = torch.zeros(LAYERS, hidden.shape[0], WIDTH)
+        memory = hidden.new_zeros(LAYERS, hidden.shape[0], WIDTH)
         pieces = []
         for start in range(0, hidden.shape[1], SEGMENT):
             piece = hidden[:, start : start + SEGMENT]
@@ -313,7 +278,7 @@ def stacked_weights() -> Tensor:
 
 def stacked(hidden: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """No module at all: the layers are slices of one tensor."""
-    memory = [torch.zeros(hidden.shape[0], WIDTH) for _ in range(LAYERS)]
+    memory = [hidden.new_zeros(hidden.shape[0], WIDTH) for _ in range(LAYERS)]
     pieces = []
     for start in range(0, hidden.shape[1], SEGMENT):
         piece = hidden[:, start : start + SEGMENT]
@@ -334,10 +299,10 @@ def stacked_closure() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     return loop
 
 
-def loop_over_segments(layers: Sequence[nn.Module], segments: list[Tensor]) -> list[Tensor]:
+def loop_over_segments(layers: Sequence[nn.Module], segments: list[Tensor]) -> Tensor:
     """The caller has cut the text: one item of the list a segment."""
     memories = [segments[0].new_zeros(segments[0].shape[0], WIDTH) for _ in layers]
-    return [_segment(layers, piece, memories) for piece in segments]
+    return torch.cat([_segment(layers, piece, memories) for piece in segments], dim=1)
 
 
 class Loop(Stack):
@@ -470,7 +435,117 @@ class MixedPrecision(Stack):
         return torch.cat(pieces, dim=1)
 
 
-def mutated_models() -> Iterator[tuple[str, nn.Module]]:
-    """Those whose forward changes what the model holds, by name."""
-    for kind in (Associative, Buffered, ListMemory, Counted, GrowingList, MixedPrecision):
-        yield kind.__name__, kind()
+class Counter:
+    """An object of the user's without ``__dict__``."""
+
+    __slots__ = ("last", "total")
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.last: Tensor | None = None
+
+
+@functools.lru_cache
+def causal_mask(length: int) -> Tensor:
+    """A mask that is made once a length."""
+    return torch.ones(length, length).tril()
+
+
+def smoothed(piece: Tensor, weights: dict[str, Tensor] = {}) -> Tensor:  # noqa: B006 (what users do)
+    """Keeps a tensor in a default argument, and counts its calls in an attribute of its own."""
+    weights["mean"] = piece.mean(1, keepdim=True)
+    smoothed.calls += 1  # type: ignore[attr-defined]
+    return piece + 0.1 * weights["mean"]
+
+
+smoothed.calls = 0  # type: ignore[attr-defined]
+
+TOTALS = {"segments": 0}
+
+
+class Hoarder(Loop):
+    """Keeps something everywhere Python lets it."""
+
+    instances: ClassVar[int] = 0
+    cache: ClassVar[dict[int, Tensor]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter = Counter()
+        self.recent: deque[Tensor] = deque(maxlen=2)
+        self.lengths: set[int] = set()
+        self.order = OrderedDict[str, int](first=1, second=2)
+        self.stale = "deleted by the first call"
+        self.seen: list[str] = []
+        for layer in self.layers:
+            layer.register_forward_hook(lambda *_: self.note())
+
+    def note(self) -> None:
+        """Called by a hook of every layer."""
+        self.seen[:] = ["called"]
+
+    def step(self, number: int, piece: Tensor) -> Tensor:
+        if hasattr(self, "stale"):
+            del self.stale
+        self.fresh, self.number = piece, number
+        type(self).instances += 1
+        TOTALS["segments"] += 1
+        self.counter.total += 1
+        self.counter.last = piece
+        self.recent.append(piece)
+        self.lengths.add(piece.shape[1])
+        self.order.move_to_end("first")
+        self.train()
+        self.cache[piece.shape[1]] = mask = causal_mask(piece.shape[1])
+        random.seed(0)
+        torch.manual_seed(0)
+        return smoothed(mask @ piece)
+
+
+class Raising(Loop):
+    """Does not run at all."""
+
+    def step(self, number: int, piece: Tensor) -> Tensor:
+        raise ValueError("no such thing")  # raises
+
+
+def _modules() -> list[nn.Linear]:
+    return [nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]
+
+
+LOOPS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
+    "attributes": lambda: (Associative(), (text(),)),
+    "buffers": lambda: (Buffered(), (text(),)),
+    "list in the wrapper": lambda: (ListMemory(), (text(),)),
+    "slices of one tensor": lambda: (OneTensor(), (text(),)),
+    "keys and values": lambda: (Attending(), (text(),)),
+    "shared part": lambda: (SharedPart(), (text(),)),
+    "counter": lambda: (Counted(), (text(),)),
+    "no dropout in eval": lambda: (Dropping().eval(), (text(),)),
+    "mixed precision": lambda: (MixedPrecision(), (text(),)),
+    "top to bottom": lambda: (TopToBottom(), (text(),)),
+    "feedback from 1 higher": lambda: (Feedback(1), (text(),)),
+    "feedback from 2 higher": lambda: (Feedback(2), (text(),)),
+    "transformer-xl": lambda: (transformer_xl, (_modules(), text())),
+    "loop over an argument": lambda: (loop_over_argument, (_modules(), text())),
+    "loop over a closure": lambda: (loop_over_closure(), (text(),)),
+    "loop over a global": lambda: (global_loop, (text(),)),
+    "loop in a partial": lambda: (functools.partial(loop_over_argument, _modules()), (text(),)),
+    "stacked weights": lambda: (stacked, (text(), stacked_weights())),
+    "stacked weights in a closure": lambda: (stacked_closure(), (text(),)),
+    "list of segments": lambda: (loop_over_segments, (_modules(), list(text().split(SEGMENT, dim=1)))),
+}
+"""Calls that are loops over segments, by what is special about them."""
+
+OTHERS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
+    "everywhere": lambda: (Hoarder(), (text(),)),
+    "growing list": lambda: (GrowingList(), (text(),)),
+    "item": lambda: (Item(), (text(),)),
+    "boolean indexing": lambda: (BooleanIndexing(), (text(),)),
+    "backward": lambda: (BackwardInside(), (text(),)),
+    "dropout": lambda: (Dropping(), (text(),)),
+    "no loop": lambda: (NoLoop(), (text(),)),
+    "two ways": lambda: (TwoWays(), (text(batch=SEGMENTS * SEGMENT),)),
+    "raising": lambda: (Raising(), (text(),)),
+}
+"""Calls that are refused, or are no such loops."""

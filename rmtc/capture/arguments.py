@@ -22,7 +22,7 @@ class Growth:
     Attributes:
         dims: ``(path, dim)`` of tensors whose dimension is the length, in positions.
         lists: paths of lists with one item a segment.
-        batch: ``(path, 0)`` of tensors whose first dimension is the batch.
+        batch: paths of tensors, and of lists of such, whose first dimension is the batch.
     """
 
     dims: frozenset[tuple[Path, int]] = frozenset()

@@ -151,11 +151,9 @@ def _arguments(session: Session, growth: Growth, length: int, batch: int) -> tup
     dims: dict[Path, list[int]] = {}
     for path, dim in growth.dims:
         dims.setdefault(path, []).append(dim)
-    template = {path: path for path in growth.batch}
-
     def stand_in(path: Path, tensor: torch.Tensor) -> torch.Tensor:
         shape = list(tensor.shape)
-        if path in template:
+        if any(path[: len(each)] == each for each in growth.batch):
             shape[0] = batch
         for dim in dims.get(path, ()):
             shape[dim] = length
@@ -267,16 +265,18 @@ def _candidates(session: Session) -> list[tuple[Growth, int]]:
 def _with_batch(session: Session, growth: Growth) -> tuple[Growth, int]:
     """The growth with the arguments whose first dimension is the batch; 1 where there is none."""
     tensors = session.arguments.tensors()
-    for path, dim in sorted(growth.dims, key=str):
-        if dim != 0 and tensors[path].ndim > 1:
-            batch = tensors[path].shape[0]
-            paths = frozenset(
-                other
-                for other, tensor in tensors.items()
-                if tensor.ndim and tensor.shape[0] == batch and (other, 0) not in growth.dims
-            )
-            return Growth(growth.dims, growth.lists, paths), batch
-    return growth, 1
+    texts = [path for path, dim in sorted(growth.dims, key=str) if dim != 0]
+    texts += [path for path in tensors if any(path[: len(each)] == each for each in growth.lists)]
+    batch = next((tensors[path].shape[0] for path in texts if tensors[path].ndim > 1), None)
+    if batch is None:
+        return growth, 1
+    paths = {
+        path
+        for path, tensor in tensors.items()
+        if tensor.ndim and tensor.shape[0] == batch and (path, 0) not in growth.dims
+    }
+    lists = {each for each in growth.lists if all(path in paths for path in tensors if path[: len(each)] == each)}
+    return Growth(growth.dims, growth.lists, frozenset(paths | lists)), batch
 
 
 def probe(session: Session, segment_length: int | None = None) -> Plan:
@@ -337,7 +337,7 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
         run = prober.attempt(trial, length, batch)
         return run is not None and two is not None and sorted(run.uses.values()) == sorted(two.uses.values())
 
-    own = Growth(growth.dims, growth.lists, frozenset(path for path, _ in growth.dims))
+    own = Growth(growth.dims, growth.lists, growth.lists | {path for path, _ in growth.dims})
     for trial in dict.fromkeys((growth, own)):
         if not trial.batch or free_batch:
             continue

@@ -78,6 +78,7 @@ class Session:
         self.lifted = self._lift(self.snapshot.slots)
         self._index = {id(lifted.tensor): i for i, lifted in enumerate(self.lifted)}
         self._stand_ins: list[torch.Tensor] | None = None
+        self.writes = False  # whether the code was seen to write to a tensor
 
     def _lift(self, slots: list[Slot]) -> list[Lifted]:
         buffers = {id(slot.value._buffers) for slot in slots if isinstance(slot.value, nn.Module)}

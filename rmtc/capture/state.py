@@ -6,6 +6,7 @@ them by stand-ins, lets the user's forward run, reads what it left behind, and p
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 import types
@@ -22,8 +23,6 @@ __all__ = ["Slot", "Snapshot", "is_plain", "replace_tensors", "state_functions",
 
 # Packages whose own globals and classes hold no state of the user's.
 _LIBRARIES = ("torch", "transformers", "numpy", "builtins", "typing", "collections", "functools", "einops", "rmtc.")
-# Objects of these modules are machinery, not state of a model.
-_OPAQUE = ("logging", "threading", "_thread", "re", "weakref", "ast", "inspect", "types", "enum", "abc", "random")
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 _MODULE_TABLES = ("_parameters", "_buffers", "_modules")
 _Cached = functools._lru_cache_wrapper
@@ -224,8 +223,9 @@ def _is_record(value: object) -> bool:
     """Whether an object's attributes are state: a config, a cache, a dataclass, an object of the user's."""
     if isinstance(value, (torch.Tensor, Enum)) or not (hasattr(value, "__dict__") or _slot_names(value)):
         return False
-    module = type(value).__module__
-    return not any(module == name or module.startswith(name + ".") for name in _OPAQUE)
+    if isinstance(value, (types.SimpleNamespace, argparse.Namespace)):
+        return True
+    return type(value).__module__.partition(".")[0] not in sys.stdlib_module_names
 
 
 _EMPTY = object()  # stands for what a cell or attribute that is not bound holds

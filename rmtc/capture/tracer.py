@@ -1,8 +1,8 @@
 """One run of the user's code as a functional pre-dispatch FX graph.
 
-The only file that uses torch's private tracing API. The route: stand-ins for all tensors, `FunctionalTensorMode` to
-turn writes into values, `make_fx` before dispatch so that linear, attention and einsum stay whole. Nothing is
-executed: every tensor is fake.
+The only file that uses torch's private tracing API. The route: stand-ins for all tensors, `make_fx` before
+dispatch so that linear, attention and einsum stay whole, and under it, for code that writes to tensors,
+`FunctionalTensorMode` to turn writes into values. Nothing is executed: every tensor is fake.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_f
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, _MakefxTracer
 from torch.utils import _pytree as pytree
 
-from rmtc.capture.arguments import Path, show
+from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.frames import current_location
 from rmtc.capture.session import Session
 from rmtc.capture.state import is_plain
@@ -111,6 +111,9 @@ class _Maker(_MakefxTracer):
 def trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RawTrace:
     """Trace one run.
 
+    Code that writes to no tensor is traced as it is, which takes three quarters of the time; the first write found
+    sends this and later runs through functionalization.
+
     Args:
         session: the user's callable.
         args, kwargs: arguments with stand-ins for tensors, of the wanted sizes.
@@ -119,13 +122,22 @@ def trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ra
         RefusedError: for what no graph can hold: values read into Python, shapes that depend on data, backward.
         CaptureError: for anything else the user's code raised.
     """
-    stand_ins = session.stand_ins
+    if not session.writes:
+        raw = _trace(session, args, kwargs, functionalize=False)
+        if _first_write(raw.module.graph) is None:
+            return raw
+        session.writes = True
+    raw = _trace(session, args, kwargs, functionalize=True)
+    refuse_mutation(raw.module.graph)
+    return raw
+
+
+def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], functionalize: bool) -> RawTrace:
     inputs: dict[Path, torch.Tensor] = {}
-    session_args = type(session.arguments)(args, kwargs, session.arguments.names)
-    session_args.map(lambda path, tensor: inputs.setdefault(path, tensor))
-    count = len(stand_ins)
+    arguments = Arguments(args, kwargs, session.arguments.names)
+    arguments.map(lambda path, tensor: inputs.setdefault(path, tensor))
+    count = len(session.lifted)
     raw = RawTrace(fx.GraphModule(nn.Module(), fx.Graph()), ())
-    outputs: list[str] = []
     paths = {key: slot.name for key, slot in session.modules.items()}
     paths[id(session.function)] = ""
     maker = _Maker(paths)
@@ -133,10 +145,10 @@ def trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ra
     def program(*flat: torch.Tensor) -> list[torch.Tensor]:
         lifted, given = flat[:count], dict(zip(inputs, flat[count:], strict=True))
         before = [_inner(tensor) for tensor in flat]
-        new_args, new_kwargs = session_args.map(lambda path, _: given[path])
+        new_args, new_kwargs = arguments.map(lambda path, _: given[path])
         with session.installed(lifted):
             result = session.call(new_args, new_kwargs)
-            _refuse_changed_containers(session_args, given, new_args, new_kwargs)
+            _refuse_changed_containers(arguments, given, new_args, new_kwargs)
             found = _results(result)
             known = {id(tensor) for tensor in flat}
             for slot in session.state():
@@ -151,33 +163,35 @@ def trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ra
         for tensor, inner, name in zip(flat, before, names, strict=True):
             if _inner(tensor) is not inner:
                 found[f"write:{name}"] = tensor
-        tensors = []
-        for name, value in found.items():
-            if isinstance(value, torch.Tensor):
-                outputs.append(name)
-                tensors.append(value)
-            else:
-                raw.plain[name] = value
-        tracker = maker.fx_tracer.tensor_tracker  # type: ignore[union-attr]
-        for name, tensor in [*maker.fx_tracer.attributes, *((n, v) for n, v in found.items())]:  # type: ignore[union-attr]
-            if isinstance(tensor, torch.Tensor) and torch._is_functional_tensor(getattr(tensor, "elem", tensor)):
-                entry = tracker.get(_inner(tensor))
+        tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+        raw.plain.update((name, value) for name, value in found.items() if name not in tensors)
+        raw.outputs = tuple(tensors)
+        tracer = maker.fx_tracer
+        if isinstance(tracer, _Tracer):
+            for name, tensor in [*tracer.attributes, *tensors.items()]:
+                entry = tracer.tensor_tracker.get(_inner(tensor))
                 if entry is not None:
                     raw.names.setdefault(entry.proxy.node.name, name.removeprefix("state:"))
-        return tensors
+        return list(tensors.values())
 
-    flat = [*stand_ins, *inputs.values()]
+    traced: Callable[..., Any] = program
+    if functionalize:
+        traced = dispatch_functionalize(program, FunctionalTensorMode(pre_dispatch=True, export=True))
     with session.fake_mode, _quiet():
-        functional = dispatch_functionalize(program, FunctionalTensorMode(pre_dispatch=True, export=True))
-        module = maker.trace(functional, *flat)
+        raw.module = maker.trace(traced, *session.stand_ins, *inputs.values())
     sources = [(lifted.kind, lifted.names) for lifted in session.lifted]
     sources += [("input", (show(path),)) for path in inputs]
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    placeholders = [node for node in raw.module.graph.nodes if node.op == "placeholder"]
     for node, (kind, source_names) in zip(placeholders, sources, strict=True):
         node.meta["source"], node.meta["names"] = (kind, source_names[0]), source_names
-    raw.module, raw.outputs = module, tuple(outputs)
-    refuse_mutation(module.graph)
     return raw
+
+
+def _first_write(graph: fx.Graph) -> fx.Node | None:
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            return node
+    return None
 
 
 def refuse_mutation(graph: fx.Graph) -> None:
@@ -186,13 +200,13 @@ def refuse_mutation(graph: fx.Graph) -> None:
     Raises:
         CaptureError: if an operation writes to one of its arguments.
     """
-    for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            raise CaptureError(
-                f"{node.target} writes to its argument and could not be turned into a value",
-                location=node.meta.get("location"),
-                remedy="use the operation that returns a new tensor",
-            )
+    node = _first_write(graph)
+    if node is not None:
+        raise CaptureError(
+            f"{node.target} writes to its argument and could not be turned into a value",
+            location=node.meta.get("location"),
+            remedy="use the operation that returns a new tensor",
+        )
 
 
 def _inner(tensor: torch.Tensor) -> torch.Tensor:
@@ -200,7 +214,7 @@ def _inner(tensor: torch.Tensor) -> torch.Tensor:
     elem = getattr(tensor, "elem", None)
     if elem is None:
         return tensor
-    torch._functionalize_sync(tensor)  # type: ignore[attr-defined, no-untyped-call]
+    torch._functionalize_sync(elem)  # type: ignore[attr-defined, no-untyped-call]
     return torch._from_functional_tensor(elem)
 
 

@@ -7,6 +7,7 @@ tensors, no groups, no stacked parameters, no buffers written in place.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -44,7 +45,9 @@ def execute(program: Program, order: Sequence[int], values: Mapping[str, torch.T
     results = tuple(program.outputs.values())
     read = [leaf for number in order for leaf in leaves(program.ops[number].args)]
     left = Counter(leaf.index for leaf in (*read, *leaves(results)) if type(leaf) is Val)
-    sources = {leaf.name: _source(program, leaf.name, values) for leaf in (*read, *leaves(results)) if type(leaf) is Src}
+    sources = {
+        leaf.name: _source(program, leaf.name, values) for leaf in (*read, *leaves(results)) if type(leaf) is Src
+    }
     made: dict[int, Any] = {}
     done: set[int] = set()
 
@@ -66,15 +69,15 @@ def execute(program: Program, order: Sequence[int], values: Mapping[str, torch.T
             if number in done:
                 raise VerifyError(f"{_text(program, number)} is to run twice")
             done.add(number)
-            op = program.ops[number]
-            positional, named = _arguments(map_leaves(op.args, lambda leaf, n=number: take(leaf, _text(program, n))))
+            op, reader = program.ops[number], _text(program, number)
+            positional, named = _arguments(map_leaves(op.args, functools.partial(take, reader=reader)))
             try:
-                result = op.target(*positional, **named)
+                made[number] = op.target(*positional, **named)
             except Exception as error:
-                error.add_note(f"in {_text(program, number)}, from {op.location}")
+                error.add_note(f"in {reader}, from {op.location}")
                 raise
-            if left[number]:
-                made[number] = result
+            if not left[number]:
+                del made[number]
     return {name: take(result, f"result {name}") for name, result in program.outputs.items()}
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -48,9 +47,8 @@ class RemoveRegions:
 
     Needs: a functional pre-dispatch graph, with `_enter_autocast`, `_exit_autocast` and `_set_grad_enabled` nodes.
     Gives: the same graph without them; inside a region where autocast is on, the casts that autocast would make are
-    operations; an operation that autocast changes inside is replaced by its parts. The program is to run with autocast
-    off.
-    Checks: every region that is entered is left.
+    operations. The program is to run with autocast off.
+    Checks: every region that is entered is left; with the casts, an operation runs inside what it runs under autocast.
 
         %r = _enter_autocast(cpu, bfloat16)     %c = _to_copy(%x, dtype=bfloat16)
         %y = linear(%x, %w)               ->    %d = _to_copy(%w, dtype=bfloat16)
@@ -64,7 +62,7 @@ class RemoveRegions:
         enter, leave = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
         state = {each.device: each for each in self.ambient}
         stack: dict[fx.Node, Autocast | None] = {}
-        memo: dict[Any, _Casts] = {}
+        memo: dict[Any, tuple[torch.dtype | None, ...]] = {}
         for node in list(graph.nodes):
             if node.target is enter:
                 device, dtype, enabled = _region(node)
@@ -91,15 +89,9 @@ def _region(node: fx.Node) -> tuple[str, torch.dtype | None, bool]:
     return str(device), dtype, True if enabled is None else bool(enabled)  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
-class _Casts:
-    """What autocast does to an operation: a dtype for each tensor it reads, or a body where casts are not all first."""
-
-    dtypes: tuple[torch.dtype | None, ...] = ()
-    body: fx.GraphModule | None = None
-
-
-def _make_explicit(graph: fx.Graph, node: fx.Node, region: Autocast, memo: dict[Any, _Casts]) -> None:
+def _make_explicit(
+    graph: fx.Graph, node: fx.Node, region: Autocast, memo: dict[Any, tuple[torch.dtype | None, ...]]
+) -> None:
     """Insert before a node the casts of its floating inputs that autocast makes, found by asking autocast."""
     inputs = [each for each in node.all_input_nodes if isinstance(each.meta.get("val"), torch.Tensor)]
     if not isinstance(node.target, torch._ops.OpOverload) or not any(
@@ -111,11 +103,7 @@ def _make_explicit(graph: fx.Graph, node: fx.Node, region: Autocast, memo: dict[
     key = (node.target, region, structure, tuple((each.meta["val"].dtype, each.meta["val"].shape) for each in inputs))
     if key not in memo:
         memo[key] = _ask(node, inputs, region)
-    casts = memo[key]
-    if casts.body is not None:
-        _inline(graph, node, inputs, casts.body)
-        return
-    for each, dtype in zip(inputs, casts.dtypes, strict=True):
+    for each, dtype in zip(inputs, memo[key], strict=True):
         if dtype is not None:
             with graph.inserting_before(node):
                 cast = graph.call_function(aten._to_copy.default, (each,), {"dtype": dtype})
@@ -123,19 +111,6 @@ def _make_explicit(graph: fx.Graph, node: fx.Node, region: Autocast, memo: dict[
             with each.meta["val"].fake_mode:
                 cast.meta["val"] = each.meta["val"].to(dtype)
             node.replace_input_with(each, cast)
-
-
-def _inline(graph: fx.Graph, node: fx.Node, inputs: Sequence[fx.Node], body: fx.GraphModule) -> None:
-    placeholders = [each for each in body.graph.nodes if each.op == "placeholder"]
-    values = dict(zip(placeholders, inputs, strict=True))
-    with graph.inserting_before(node):
-        result = graph.graph_copy(body.graph, values)
-    for old, new in values.items():
-        if old.op != "placeholder":
-            new.meta.update({**node.meta, "val": old.meta.get("val")})
-    assert isinstance(result, fx.Node)
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)
 
 
 class _Watch(TorchDispatchMode):
@@ -156,7 +131,7 @@ class _Watch(TorchDispatchMode):
         if func is aten._to_copy.default:
             if source is not None and self.casts[source] is None:
                 self.casts[source] = (kwargs or {}).get("dtype")
-        elif not func.is_view:
+        elif not func.is_view and func.namespace == "aten":
             self.ran.append((func, *(leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))))
         elif source is not None and isinstance(out, torch.Tensor):
             self._index[id(out)] = source
@@ -164,7 +139,7 @@ class _Watch(TorchDispatchMode):
         return out
 
 
-def _ask(node: fx.Node, inputs: list[fx.Node], region: Autocast) -> _Casts:
+def _ask(node: fx.Node, inputs: list[fx.Node], region: Autocast) -> tuple[torch.dtype | None, ...]:
     """Find the casts.
 
     An operation may cast for itself, autocast or not. Autocast's casts to its own dtype follow that dtype when it is
@@ -174,15 +149,16 @@ def _ask(node: fx.Node, inputs: list[fx.Node], region: Autocast) -> _Casts:
     other = torch.float16 if region.dtype is torch.bfloat16 else torch.bfloat16
 
     def run(dtype: torch.dtype | None, given: Sequence[torch.dtype | None] = ()) -> _Watch | None:
+        values = [each.meta["val"] for each in inputs]
         with mode:
             tensors = {
-                each: torch.empty(each.meta["val"].shape, dtype=new or each.meta["val"].dtype, device=region.device)
-                for each, new in zip(inputs, given or [None] * len(inputs), strict=True)
+                each: torch.empty(value.shape, dtype=new or value.dtype, device=value.device)
+                for each, value, new in zip(inputs, values, given or [None] * len(inputs), strict=True)
             }
         watch = _Watch(list(tensors.values()))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: tensors.get(each, each.meta.get("val")))
         try:
-            with _autocast(region.device, dtype), mode, watch, torch.no_grad():
+            with _autocast(region.device, dtype), mode, watch, torch.no_grad(), _quiet():
                 node.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, TypeError) as error:  # these dtypes do not go together
             logger.debug("%s with autocast to %s: %s", node.target, dtype, error)
@@ -202,28 +178,28 @@ def _ask(node: fx.Node, inputs: list[fx.Node], region: Autocast) -> _Casts:
             follows = elsewhere is not None and elsewhere.casts[number] == other
             casts.append(None if own or (dtype != region.dtype and follows) else dtype)
     explicit = run(None, casts)
-    if explicit is not None and explicit.ran == asked.ran:
-        return _Casts(tuple(casts))
-    print("DECOMP", node.format_node(), casts, "\n", asked.ran, "\n", explicit and explicit.ran)
-    d = _decompose(node, inputs, region, mode)
-    print(d.graph)
-    return _Casts(body=d)
-
-
-def _decompose(node: fx.Node, inputs: Sequence[fx.Node], region: Autocast, mode: FakeTensorMode) -> fx.GraphModule:
-    """The operation under autocast as smaller ones with the casts between them."""
-
-    def body(*tensors: torch.Tensor) -> Any:
-        values = dict(zip(inputs, tensors, strict=True))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: values.get(each, each.meta.get("val")))
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    with _autocast(region.device, region.dtype), mode, torch.no_grad():
-        module: fx.GraphModule = make_fx(body)(*(each.meta["val"] for each in inputs))
-    return module
+    if explicit is None or explicit.ran != asked.ran:
+        raise CaptureError(
+            f"autocast changes dtypes inside {node.target}, and casts of what it reads do not do the same",
+            location=node.meta.get("location"),
+            remedy="write it as smaller operations, or run it with autocast disabled",
+        )
+    return tuple(casts)
 
 
 @contextlib.contextmanager
 def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
     with torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
         yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Dtypes that do not go together are tried on purpose: torch need not report each."""
+    fake_logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = fake_logger.disabled
+    fake_logger.disabled = True
+    try:
+        yield
+    finally:
+        fake_logger.disabled = before

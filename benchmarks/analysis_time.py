@@ -1,0 +1,46 @@
+"""Time of each stage of an analysis, and of a replay a segment.
+
+    python benchmarks/analysis_time.py [--layers 16] [--width 256] [--segments 64]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+
+import torch
+
+from rmtc.analysis import Analysis, analyze
+from rmtc.capture.probe import Sizes
+from rmtc.examples.armt_llama import build
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--segments", type=int, default=64)
+    options = parser.parse_args()
+    build_small = {"layers": 1, "width": 16, "heads": 2, "segment": 4, "memory": 2, "segments": 3}
+    model, args = build(**build_small)
+    analyze(model, args, {})  # imports and first uses
+    model, args = build(layers=options.layers, width=options.width, segment=64, memory=8, segments=options.segments)
+    start = time.perf_counter()
+    analysis = analyze(model, args, {})
+    total = time.perf_counter() - start
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {platform.machine()}")
+    print(f"{options.layers} layers of width {options.width}, {options.segments} segments: {total:.1f} s")
+    for stage, seconds in analysis.seconds.items():
+        print(f"  {stage:8} {seconds:6.2f} s")
+    for segments in (options.segments, 4 * options.segments):
+        fresh = Analysis(analysis.capture, analysis.proven, replayer=analysis.replayer)
+        start = time.perf_counter()
+        fresh.admit(Sizes(segments, 1, 64))
+        seconds = time.perf_counter() - start
+        print(f"replay of {segments} segments: {seconds:.2f} s, {1000 * seconds / segments:.1f} ms a segment")
+
+
+if __name__ == "__main__":
+    main()
