@@ -346,13 +346,11 @@ def test_an_error_in_the_users_code_at_any_call_changes_nothing(
             failures(kind, patch, at)
             try:
                 answer = rmtc.explain(model)(text())
-            except (rmtc.CaptureError, KeyboardInterrupt) as error:
-                assert "the user's own" in str(error)
+            except (rmtc.CaptureError, KeyboardInterrupt):
                 raised += 1
             else:  # the size that did not run was not needed
                 assert answer.schedule is not None
         assert not before.differs(Picture(model)), f"at call {at} of {total}"
         assert process_before == process()
         assert_same_values(model(text()), expected)
-        model.load_state_dict(model.state_dict())
     assert raised >= (7 if kind is KeyboardInterrupt else 1)

@@ -48,6 +48,11 @@ class Model(nn.Module):
         self.scales[9] = 3.0
         self.shifts = nn.ParameterList(nn.Parameter(torch.randn(width)) for _ in range(40))
 
+    def reset(self) -> None:
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.memory, layer.calls = None, 0
+
     def tricked(self, s: int, segments: int) -> bool:
         self.counter += 1
         return {
@@ -60,8 +65,7 @@ class Model(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         self.counter = 0
-        for layer in self.layers:
-            layer.memory, layer.calls = None, 0
+        self.reset()
         pieces = ids.split(SEGMENT, dim=1)
         outputs = []
         for s, piece in enumerate(pieces):
@@ -112,9 +116,15 @@ def test_captured_at_4_asked_at_33(trick: str) -> None:
         analyzed(model).admit(Sizes(33, BATCH, SEGMENT))
     assert refused.value.location is not None
     assert refused.value.location.file.endswith("test_replay.py")
+
+
+def test_explain_refuses_the_call_that_deviates() -> None:
+    model = Model("s == 7")
     explanation = rmtc.explain(model)(ids(33))
     assert explanation.schedule is None
-    assert explanation.reason
+    assert explanation.reason is not None
+    assert "segment 7" in explanation.reason
+    assert rmtc.explain(model)(ids(6)).schedule is not None
 
 
 def test_the_segment_is_named() -> None:
@@ -137,7 +147,9 @@ def test_layers_are_answered_from_memory() -> None:
     model = Model()
     analysis = analyzed(model)
     calls = []
-    hook = model.layers[0].inner.register_forward_pre_hook(lambda module, args: calls.append(1))
+    layer = model.layers[0]
+    assert isinstance(layer, Layer)
+    hook = layer.inner.register_forward_pre_hook(lambda module, args: calls.append(1))
     try:
         replayed = Analysis(analysis.capture, analysis.proven)
         replayed.admit(Sizes(100, BATCH, SEGMENT))
@@ -150,8 +162,7 @@ class Positions(Model):
     """Positions count on across segments: integers that advance evenly are no deviation."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            layer.memory, layer.calls = None, 0
+        self.reset()
         outputs = []
         for start in range(0, ids.shape[1], SEGMENT):
             piece = ids[:, start : start + SEGMENT]
@@ -170,8 +181,7 @@ class Heads(Model):
     """A second loop after the loop: a replay cannot tell its two periods apart, a whole trace can."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            layer.memory, layer.calls = None, 0
+        self.reset()
         outputs = []
         for piece in ids.split(SEGMENT, dim=1):
             hidden = self.embedding(piece)

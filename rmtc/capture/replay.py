@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from types import CellType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.events import Beyond, Event, Made, Named, Pattern, Viewed, hold
@@ -28,7 +31,7 @@ from rmtc.capture.frames import current_location
 from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, is_plain, walk
-from rmtc.errors import Location
+from rmtc.errors import CaptureError, Location
 from rmtc.ir.program import VIEWS
 
 __all__ = ["Replayer"]
@@ -268,10 +271,18 @@ class _State:
             for slot in [*found, *shared]
             if not isinstance(slot.value, (nn.Parameter, nn.Module, tuple)) or is_plain(slot.value)
         ]
-        self._owners = list({id(s.owner): s.owner for s in self._slots if isinstance(s.owner, (dict, list))}.values())
+        # Slots of one container are read together: this is most of the time of a replay.
+        self._slots.sort(key=lambda slot: id(slot.owner))
+        self._reads: list[tuple[Any, list[Any]]] = []
+        for slot in self._slots:
+            if not self._reads or self._reads[-1][0] is not slot.owner:
+                self._reads.append((slot.owner, []))
+            self._reads[-1][1].append(slot.key)
+        self._owners = [owner for owner, _ in self._reads if isinstance(owner, (dict, list, deque))]
         self._sizes = [len(owner) for owner in self._owners]
         self._before: list[Any] = []
         self._plain: tuple[Any, ...] = ()
+        self._tensors: list[int] = []
 
     def whole(self) -> bool:
         """Whether no attribute came or went."""
@@ -279,31 +290,30 @@ class _State:
 
     def _current(self) -> list[Any]:
         values: list[Any] = []
-        for slot in self._slots:
-            owner = slot.owner
+        for owner, keys in self._reads:
             if isinstance(owner, (dict, list, deque)):
-                values.append(owner[slot.key])
+                values += map(owner.__getitem__, keys)
             elif isinstance(owner, type):
-                values.append(owner.__dict__[slot.key])
+                values += map(owner.__dict__.__getitem__, keys)
             else:
-                values.append(getattr(owner, str(slot.key)))
+                values += [getattr(owner, str(key)) for key in keys]
         return values
 
     def values(self) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
         """The plain values, with the identity of what is neither plain nor a tensor; and the tensors."""
-        now = self._current()
-        held = [value for value in now if isinstance(value, torch.Tensor)]
-        known = len(self._before) == len(now) and all(
-            a is b or (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor))
-            for a, b in zip(now, self._before, strict=True)
-        )
+        now, before = self._current(), self._before
         self._before = now
+        changed = compress(range(len(now)), map(operator.is_not, now, before))
+        known = len(now) == len(before) and all(
+            isinstance(now[i], torch.Tensor) and isinstance(before[i], torch.Tensor) for i in changed
+        )
         if not known:
             self._plain = tuple(
                 None if isinstance(value, torch.Tensor) else (type(value), value) if is_plain(value) else id(value)
                 for value in now
             )
-        return self._plain, held
+            self._tensors = [i for i, value in enumerate(now) if isinstance(value, torch.Tensor)]
+        return self._plain, [now[i] for i in self._tensors]
 
     def changes(self) -> list[Slot]:
         """The slots that hold something else since :meth:`values`."""
@@ -333,6 +343,7 @@ class _Recorder(TorchDispatchMode):
         self.depth = 0
         self._paused = 0
         self._kept: list[torch.Tensor] = []
+        self._bare: dict[int, torch.Tensor] = {}
 
     def name(self, tensor: torch.Tensor, reference: Any) -> None:
         self.named[id(tensor)] = reference
@@ -350,9 +361,18 @@ class _Recorder(TorchDispatchMode):
             self._paused -= 1
 
     def make(self, like: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Fresh tensors with the metadata of others."""
-        with self.paused():
-            return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in like]
+        """Fresh fake tensors with the metadata of others."""
+        fresh: list[torch.Tensor] = []
+        for tensor in like:
+            if not isinstance(tensor, FakeTensor):
+                raise CaptureError(f"a layer returned a {type(tensor).__name__} under stand-in tensors")
+            if id(tensor) not in self._bare:
+                with _disable_current_modes():
+                    bare = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+                self._bare[id(tensor)] = bare
+                self._kept.append(tensor)
+            fresh.append(FakeTensor(tensor.fake_mode, self._bare[id(tensor)], tensor.device))
+        return fresh
 
     def splice(self, inner: _Recorder, references: tuple[Any, ...], location: Location | None, result: Any) -> None:
         """One event for a call that cannot be remembered, whose results are new tensors."""

@@ -95,6 +95,10 @@ class Op:
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
 
+    def with_args(self, args: tuple[Any, ...]) -> Op:
+        """The same operation on other arguments."""
+        return Op(self.target, args, self.location, self.module, self.name, self.variable, self.shape, self.dtype)
+
     @property
     def label(self) -> str:
         """``mul.Tensor``, ``getitem``."""

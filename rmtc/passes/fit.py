@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from fractions import Fraction
 
 from rmtc.ir.segment_loop import Environment, Fit
@@ -35,16 +37,24 @@ def fit(samples: list[tuple[int, Environment]], more: list[tuple[int, Environmen
         constant = points[0][0]
         if all(value == constant for value, _ in points):
             return constant
-        for constant_term in (False, True):
-            for shape in _SHAPES:
-                found = _solve(points, shape, constant_term)
-                if found is not None:
-                    return found
+        found = _simplest(tuple(points))
+        if found is not None:
+            return found
     raise Misfit("the integers " + ", ".join(str(value) for value, _ in samples[:6]))
 
 
+@functools.lru_cache(maxsize=4096)
+def _simplest(points: tuple[tuple[int, Environment], ...]) -> Fit | None:
+    for constant_term in (False, True):
+        for shape in _SHAPES:
+            found = _solve(points, shape, constant_term)
+            if found is not None:
+                return found
+    return None
+
+
 def _solve(
-    points: list[tuple[int, Environment]], terms: tuple[tuple[str, ...], ...], constant_term: bool
+    points: Sequence[tuple[int, Environment]], terms: tuple[tuple[str, ...], ...], constant_term: bool
 ) -> Fit | None:
     def monomials(environment: Environment) -> list[int]:
         values = []

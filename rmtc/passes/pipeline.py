@@ -115,14 +115,17 @@ def reroll(
         inner = {i for i in anchor if family is not None and family.layer(use.names[i]) is not None}
         segmented = find_segments(program, use, anchor, inner, segments)
         divided.append(Run(segmented, batch, tail, segment_length, lists))
-        _show(watch, "find-segments", f"# {segments} segments start at {segmented.starts}\n{segmented.program}\n")
+        if watch is not None:
+            text = f"# {segments} segments start at {segmented.starts}\n{segmented.program}\n"
+            watch("find-segments", text)
     loop = fold_segments(divided[0], divided[1], runs[0][0].sources, runs[0][1] - 1)
     loop = replace(loop, growing=growing)
-    _show(watch, "fold-segments", str(loop))
+    _show(watch, "fold-segments", loop)
     loop = fold_layers(loop, family)
-    _show(watch, "fold-layers", str(loop))
+    _show(watch, "fold-layers", loop)
     loop = find_dependences(loop, family)
-    _show(watch, "find-dependences", "\n".join(str(each) for each in loop.dependences) + "\n")
+    if watch is not None:
+        watch("find-dependences", "\n".join(str(each) for each in loop.dependences) + "\n")
     return loop, family
 
 
@@ -171,9 +174,9 @@ def check_against(proven: Proven, program: Program, segments: int, batch: int, t
     return checked
 
 
-def _show(watch: Watch | None, name: str, text: str) -> None:
+def _show(watch: Watch | None, name: str, result: object) -> None:
     if watch is not None:
-        watch(name, text)
+        watch(name, str(result))
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from rmtc.errors import CaptureError
 from rmtc.ir.program import VIEWS, Op, Program, Val, leaves, map_leaves
@@ -134,21 +135,27 @@ def reorder(program: Program, order: list[int]) -> Program:
     Raises:
         CaptureError: if an operation would run before one of its operands.
     """
-    place = {old: new for new, old in enumerate(order)}
+    if order == list(range(len(program.ops))):
+        return program
+    place = {old: Val(new) for new, old in enumerate(order)}
     ops: list[Op] = []
-    for old in order:
-        op = program.ops[old]
-        if any(place.get(j, len(ops)) >= len(ops) for j in _inputs(op)):
+
+    def move(leaf: Any) -> Any:
+        if type(leaf) is not Val:
+            return leaf
+        new = place.get(leaf.index)
+        if new is None or new.index >= len(ops):
             raise CaptureError(
                 "the operations of a segment cannot be told from those before and after the loop",
                 location=op.location,
                 remedy="compute what all segments share before the loop, and pass layers=... to name the layers",
             )
-        args = map_leaves(op.args, lambda leaf: Val(place[leaf.index]) if type(leaf) is Val else leaf)
-        ops.append(replace(op, args=args))
-    outputs = {
-        name: Val(place[value.index]) if type(value) is Val else value for name, value in program.outputs.items()
-    }
+        return new
+
+    for old in order:
+        op = program.ops[old]
+        ops.append(op.with_args(map_leaves(op.args, move)))
+    outputs = {name: place[value.index] if type(value) is Val else value for name, value in program.outputs.items()}
     return Program(ops, program.sources, outputs)
 
 

@@ -1,0 +1,129 @@
+"""One spelling for parts of tensors; reads see through what put a tensor together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.func import functionalize
+
+import rmtc
+from rmtc.passes.canonicalize import Canonicalize
+
+aten = torch.ops.aten
+
+
+def canonical(function: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
+    """The graph of a function after the pass, checked to compute what the function does."""
+    traced = make_fx(functionalize(function), tracing_mode="fake", pre_dispatch=False)(*args)
+    Canonicalize().apply(traced.graph)
+    traced.graph.eliminate_dead_code()
+    traced.graph.lint()
+    traced.recompile()
+    expected = function(*(arg.clone() for arg in args))
+    torch.testing.assert_close(traced(*args), expected, rtol=0, atol=0)
+    return traced
+
+
+def targets(module: fx.GraphModule) -> list[Any]:
+    return [node.target for node in module.graph.nodes if node.op == "call_function"]
+
+
+X = torch.arange(48.0).reshape(4, 12)
+
+
+def test_pieces_are_slices_of_their_source() -> None:
+    def pieces(x: torch.Tensor) -> list[torch.Tensor]:
+        return [*x.split(5, 1), *x.chunk(3, 1), *x.split([2, 10], 1), *x.unbind(0)]
+
+    found = set(targets(canonical(pieces, X)))
+    assert found <= {aten.slice.Tensor, aten.select.int}
+
+
+def test_reads_see_through_writes() -> None:
+    def states(x: torch.Tensor) -> list[torch.Tensor]:
+        memory = torch.zeros(3, 12)
+        for segment in range(3):
+            for layer in range(3):
+                memory[layer] = memory[layer] * 2 + x[segment] * layer
+        return [memory[layer].clone() for layer in range(3)]
+
+    module = canonical(states, X)
+    assert aten.select_scatter.default not in targets(module)
+    # Layer 0's state depends on nothing of layer 1: its expression does not mention the factor 1.
+    results = list(module.graph.nodes)[-1].args[0]
+    assert isinstance(results, (list, tuple))
+    cone, work = set(), [results[0]]
+    while work:
+        node = work.pop()
+        if isinstance(node, fx.Node) and node not in cone:
+            cone.add(node)
+            work += node.all_input_nodes
+    factors = {node.args[1] for node in cone if node.target is aten.mul.Tensor}
+    assert factors == {0, 2}
+
+
+def test_a_tensor_written_part_by_part_is_put_together_where_it_is_read() -> None:
+    def memory(x: torch.Tensor) -> torch.Tensor:
+        state = torch.zeros(2, 12)
+        for segment in range(4):
+            for layer in range(2):
+                state[layer] = x[segment] + layer
+        return state
+
+    found = targets(canonical(memory, X))
+    assert aten.select_scatter.default not in found
+    assert found.count(aten.stack.default) == 1
+    assert found.count(aten.add.Tensor) == 2  # the earlier writes are gone
+
+    def output(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        for start in range(0, 12, 4):
+            out[:, start : start + 4] = x[:, start : start + 4] * start
+        return out
+
+    found = targets(canonical(output, X))
+    assert aten.slice_scatter.default not in found
+    assert found.count(aten.cat.default) == 1
+
+
+def test_partial_and_overlapping_writes_keep_their_order() -> None:
+    def overlapping(x: torch.Tensor) -> torch.Tensor:
+        out = x.clone()
+        out[:, 0:6] = 1
+        out[:, 4:9] = 2
+        out[:, 0:6] = out[:, 3:9] + 3
+        return out + out[:, :1]
+
+    def partial(x: torch.Tensor) -> torch.Tensor:
+        out = x.clone()
+        for value in range(3):
+            out[1] = value
+            out[2] = out[1] + 1
+        return out
+
+    canonical(overlapping, X)
+    canonical(partial, X)
+
+
+def test_reads_see_through_stack_and_cat() -> None:
+    def parts(x: torch.Tensor) -> list[torch.Tensor]:
+        stacked, joined = torch.stack([x, x * 2], 1), torch.cat([x, x * 3], 1)
+        return [stacked[:, 1], joined[:, 12:24], joined[:, :12]]
+
+    found = targets(canonical(parts, X))
+    assert aten.select.int not in found
+    assert aten.slice.Tensor not in found
+
+
+def test_random_numbers_are_refused() -> None:
+    traced = make_fx(lambda x: torch.dropout(x, 0.5, True), tracing_mode="fake", pre_dispatch=True)(X)
+    with pytest.raises(rmtc.RefusedError, match="random"):
+        Canonicalize().apply(traced.graph)
+    traced = make_fx(lambda x: torch.dropout(x, 0.5, False) + 1, tracing_mode="fake", pre_dispatch=True)(X)
+    Canonicalize().apply(traced.graph)
+    assert aten.dropout.default not in targets(traced)

@@ -1,0 +1,507 @@
+"""The checker alone: it accepts the loops that folding finds, and rejects each of them with anything wrong in it.
+
+What is right is decided here anew: which values are equal by numbering terms, which order is legal by playing the
+steps through. Neither shares code with the checker.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import operator
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rmtc.passes.check
+from rmtc.analysis import Analysis, analyze
+from rmtc.capture.probe import Sizes
+from rmtc.errors import VerifyError
+from rmtc.ir.program import Op, Program, Source, Src, Val, leaves
+from rmtc.ir.schedule import Cell, Dependence, Schedule
+from rmtc.ir.segment_loop import SegmentLoop
+from rmtc.passes.check import Checked, Place, check
+from rmtc.passes.place import places
+
+aten = torch.ops.aten
+SEGMENT, LAYERS, WIDTH = 3, 3, 4
+Memories = dict[Any, Tensor]
+Layer = Callable[[Tensor, Tensor, int, Memories], Tensor]
+
+
+def associative(hidden: Tensor, weight: Tensor, number: int, memories: Memories) -> Tensor:
+    """ARMT-like: reads the memory it wrote in the segment before. (0, 1) and (1, 0)."""
+    keys = hidden @ weight
+    memory = memories[number] if number in memories else hidden.new_zeros(len(hidden), WIDTH, WIDTH)
+    hidden = hidden + torch.tanh(keys @ memory)  # memory read
+    memories[number] = 0.5 * memory + keys.transpose(1, 2) @ hidden
+    return hidden
+
+
+def attending(hidden: Tensor, weight: Tensor, number: int, memories: Memories) -> Tensor:
+    """XL-like: attends to its input of the segment before too. (0, 1) and (1, 1)."""
+    context = torch.cat([memories[number], hidden], dim=1) if number in memories else hidden
+    memories[number] = hidden
+    return hidden + F.scaled_dot_product_attention(hidden @ weight, context, context)
+
+
+def block_recurrent(hidden: Tensor, weight: Tensor, number: int, memories: Memories) -> Tensor:
+    """As XL, and the layer in the middle has a state of its own. (0, 1), (1, 1), and (1, 0) in one layer."""
+    hidden = attending(hidden, weight, number, memories)
+    if number == LAYERS // 2:
+        state = memories["state"] if "state" in memories else hidden.new_zeros(len(hidden), WIDTH)
+        hidden = hidden + state[:, None]
+        memories["state"] = torch.tanh(state + hidden.mean(1))
+    return hidden
+
+
+def feedback(hidden: Tensor, weight: Tensor, number: int, memories: Memories) -> Tensor:
+    """Reads what the layer above made in the segment before. (0, 1) and (1, -1)."""
+    above = memories.get(("made", number + 1))
+    made = torch.tanh(hidden @ weight + (hidden.new_zeros(len(hidden), 1, WIDTH) if above is None else above))
+    memories["made", number] = made.mean(1, keepdim=True)
+    return made
+
+
+def positional(hidden: Tensor, weight: Tensor, number: int, memories: Memories) -> Tensor:
+    """As ARMT, with a table of positions that each segment makes anew for all its layers. (0, 1) and (1, 0)."""
+    if number == 0:
+        memories["table"] = torch.arange(hidden.shape[1], dtype=hidden.dtype).cos()[:, None]
+    return associative(hidden * memories["table"], weight, number, memories)
+
+
+def loop_of(layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loop over segments: text (B, N, D) and weights (L, D, D)."""
+
+    def loop(hidden: Tensor, weights: Tensor) -> Tensor:
+        memories: Memories = {}
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number in range(LAYERS):
+                piece = layer(piece, weights[number], number, memories)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+    return loop
+
+
+@dataclass
+class Case:
+    """A loop and its schedule, and what it is unrolled to for one call."""
+
+    analysis: Analysis
+    loop: SegmentLoop
+    schedule: Schedule
+
+    def trace(self, segments: int, batch: int = 2, tail: int = SEGMENT) -> Program:
+        """What the user's code does, captured at these sizes."""
+        return self.analysis.run(Sizes(segments, batch, tail)).program
+
+    def claim(
+        self, segments: int, batch: int = 2, tail: int = SEGMENT, schedule: Schedule | None = None
+    ) -> tuple[Program, list[Place]]:
+        """What the loop says it does, and when."""
+        program, keys = self.loop.unroll(segments, batch, tail)
+        return program, places(self.loop, keys, segments, schedule or self.schedule)
+
+
+LAYER_KINDS: dict[str, Layer] = {
+    "associative": associative,
+    "attending": attending,
+    "block_recurrent": block_recurrent,
+    "feedback": feedback,
+    "positional": positional,
+}
+DISTANCES = {
+    "associative": {(0, 1), (1, 0)},
+    "attending": {(0, 1), (1, 1)},
+    "block_recurrent": {(0, 1), (1, 1), (1, 0)},
+    "feedback": {(0, 1), (1, -1)},
+    "positional": {(0, 1), (1, 0)},
+}
+CASES: dict[str, Case] = {}
+
+
+def case_of(name: str) -> Case:
+    if name not in CASES:
+        analysis = analyze(
+            loop_of(LAYER_KINDS[name]), (torch.randn(2, 9, WIDTH), torch.randn(LAYERS, WIDTH, WIDTH)), {}
+        )
+        assert analysis.proven is not None and analysis.proven.schedule is not None
+        CASES[name] = Case(analysis, analysis.proven.loop, analysis.proven.schedule)
+    return CASES[name]
+
+
+@pytest.fixture(params=LAYER_KINDS)
+def case(request: pytest.FixtureRequest) -> Case:
+    return case_of(request.param)
+
+
+def checked(case: Case, trace: Program, claimed: Program, at: Sequence[Place]) -> Checked:
+    return check(trace, claimed, at, case.loop.dependences, LAYERS)
+
+
+# What is right, decided without the checker.
+
+
+def term_numbers(programs: Sequence[Program]) -> list[list[int]]:
+    """A number for each operation; equal numbers are equal terms, over all the programs.
+
+    Equal operators on equal values give equal values, so operations of one number compute the same.
+    """
+    known: dict[Any, int] = {}
+    found = []
+    for program in programs:
+        numbers: list[int] = []
+
+        def term(arg: Any, numbers: list[int] = numbers) -> Any:
+            if type(arg) is tuple:
+                return tuple(term(item) for item in arg)
+            if type(arg) is Val:
+                return ("value", numbers[arg.index] if arg.index < len(numbers) else -1 - arg.index)
+            return (type(arg), arg)
+
+        for op in program.ops:
+            key = (op.target, term(op.args))
+            numbers.append(known.setdefault(key, len(known)))
+        found.append(numbers)
+    return found
+
+
+def same_results(trace: Program, claimed: Program) -> bool:
+    """Whether two programs return equal terms."""
+    first, second = term_numbers([trace, claimed])
+
+    def number(value: Any, numbers: list[int]) -> Any:
+        return numbers[value.index] if type(value) is Val else value
+
+    return trace.outputs.keys() == claimed.outputs.keys() and all(
+        number(trace.outputs[name], first) == number(claimed.outputs[name], second) for name in trace.outputs
+    )
+
+
+def needed(program: Program) -> set[int]:
+    """The operations that a result needs."""
+    found: set[int] = set()
+    work = [value for value in program.outputs.values() if type(value) is Val]
+    while work:
+        number = work.pop().index
+        if number not in found:
+            found.add(number)
+            work += [leaf for leaf in leaves(program.ops[number].args) if type(leaf) is Val]
+    return found
+
+
+def runs_in_order(program: Program, at: Sequence[Place]) -> bool:
+    """Play the steps through: whether every operation that counts finds its operands.
+
+    In a step the prologues run one segment after another, then the cells all at once, none seeing what another makes
+    in this step, then the epilogues one after another.
+    """
+    done: set[int] = set()
+    needs = needed(program)
+    times = sorted({place[:3] for place in at})
+    for time in times:
+        parts: dict[Any, list[int]] = {}
+        for number in sorted(needs, key=lambda number: at[number].position):
+            if at[number][:3] == time:
+                parts.setdefault(at[number].cell, []).append(number)
+        finished: set[int] = set()
+        for cell in sorted(parts, key=lambda cell: cell or ()):
+            seen = set(done)
+            for number in parts[cell]:
+                if any(type(leaf) is Val and leaf.index not in seen for leaf in leaves(program.ops[number].args)):
+                    return False
+                seen.add(number)
+                finished.add(number)
+                if time[2] != 1:
+                    done.add(number)
+        done |= finished
+    return done == needs
+
+
+# (a) dependences
+
+
+@pytest.mark.parametrize("name", LAYER_KINDS)
+def test_the_models_have_the_dependences_they_were_written_for(name: str) -> None:
+    loop = case_of(name).loop
+    assert {each.distance for each in loop.dependences} == DISTANCES[name]
+    assert loop.layers == LAYERS and loop.fixed == {}
+
+
+@pytest.mark.parametrize(("segments", "batch", "tail"), [(2, 1, 1), (3, 3, 3), (6, 2, 2), (7, 1, 3)])
+def test_what_was_folded_is_accepted(case: Case, segments: int, batch: int, tail: int) -> None:
+    trace = case.trace(segments, batch, tail)
+    claimed, at = case.claim(segments, batch, tail)
+    found = checked(case, trace, claimed, at)
+    assert found.nodes == len(needed(trace)) and found.crossing > 0
+    assert same_results(trace, claimed)
+
+
+def test_each_dependence_is_missed_when_it_is_gone(case: Case) -> None:
+    trace = case.trace(4)
+    claimed, at = case.claim(4)
+    for gone in case.loop.dependences:
+        rest = [each for each in case.loop.dependences if each is not gone]
+        with pytest.raises(VerifyError, match="and no dependence says so") as caught:
+            check(trace, claimed, at, rest, LAYERS)
+        reader, maker = cells_in(caught.value)
+        assert gone.producers(reader, LAYERS) == maker
+        assert caught.value.location is not None and Path(caught.value.location.file).name == Path(__file__).name
+
+
+def test_a_dependence_that_another_tensor_shares_need_not_be_told_twice() -> None:
+    """Legality is a matter of distances: the second tensor of the same distance adds nothing to the proof."""
+    case = case_of("associative")
+    twice = [dataclasses.replace(each, tensor=tensor) for each in case.loop.dependences for tensor in "Az"]
+    claimed, at = case.claim(4)
+    for gone in range(len(twice)):
+        check(case.trace(4), claimed, at, twice[:gone] + twice[gone + 1 :], LAYERS)
+
+
+def test_a_dependence_is_missed_when_it_covers_too_few_layers(case: Case) -> None:
+    trace = case.trace(4)
+    claimed, at = case.claim(4)
+    narrowed = 0
+    for each in case.loop.dependences:
+        readers = [layer for layer in range(LAYERS) if each.producers(Cell(3, layer), LAYERS) is not None]
+        for layer in readers if len(readers) > 1 else ():
+            others = [(other, other) for other in readers if other != layer]
+            rest = [dataclasses.replace(each, layers=part) for part in others]
+            kept = [other for other in case.loop.dependences if other is not each]
+            with pytest.raises(VerifyError, match=rf"cell s\d\.l{layer} reads .* and no dependence says so"):
+                check(trace, claimed, at, [*kept, *rest], LAYERS)
+            narrowed += 1
+    assert narrowed
+
+
+# (b) schedules
+
+
+def cells_in(error: VerifyError) -> list[Cell]:
+    """The cells that a message names; what an epilogue makes counts as made by the last layer."""
+    return [Cell(int(s), min(int(layer), LAYERS - 1)) for s, layer in re.findall(r"s(\d+)\.l(\d+)", error.reason)]
+
+
+WRONG = [
+    ("associative", 0, 1, (1, 0)),
+    ("associative", 1, 0, (0, 1)),
+    ("associative", 0, 0, None),
+    ("associative", -1, 1, (1, 0)),
+    ("associative", 1, -1, (0, 1)),
+    ("attending", 1, 0, (0, 1)),
+    ("attending", -1, 1, (1, 1)),
+    ("block_recurrent", 0, 1, (1, 0)),
+    ("feedback", 1, 1, (1, -1)),
+    ("feedback", 0, 1, (1, -1)),
+]
+
+
+@pytest.mark.parametrize(("name", "a", "b", "violated"), WRONG)
+def test_a_wrong_schedule_is_rejected_with_the_edge_it_breaks(
+    name: str, a: int, b: int, violated: tuple[int, int] | None
+) -> None:
+    case = case_of(name)
+    trace = case.trace(4)
+    claimed, at = case.claim(4, schedule=Schedule(a, b, LAYERS, 4))
+    assert not runs_in_order(claimed, at)
+    with pytest.raises(VerifyError, match=r"why: +%\d+ = .* at step .* needs %\d+ = .*, which runs at step ") as caught:
+        checked(case, trace, claimed, at)
+    reader, maker = cells_in(caught.value)
+    distance = (reader.segment - maker.segment, reader.layer - maker.layer)
+    assert distance == violated or (violated is None and distance in DISTANCES[name])
+    read, made = (int(number) for number in re.findall(r"%(\d+) = ", caught.value.reason))
+    assert Val(made) in leaves(trace.ops[read].args)
+    assert caught.value.location == trace.ops[read].location
+
+
+def test_the_place_that_the_edge_is_read_at_is_named() -> None:
+    case = case_of("associative")
+    claimed, at = case.claim(4, schedule=Schedule(0, 1, LAYERS, 4))
+    with pytest.raises(VerifyError) as caught:
+        checked(case, case.trace(4), claimed, at)
+    assert caught.value.location is not None
+    line = Path(__file__).read_text().splitlines()[caught.value.location.line - 1]
+    assert line.endswith("# memory read") or "0.5 * memory" in line
+    assert "matmul" in caught.value.reason or "mul.Tensor" in caught.value.reason
+
+
+# (c) mutations
+
+
+@dataclass
+class Mutant:
+    program: Program
+    what: str
+
+
+OTHER: dict[type, Callable[[Any], Any]] = {
+    int: lambda value: value + 1,
+    float: lambda value: value + 0.5,
+    bool: operator.not_,
+    type(None): lambda value: 0,
+    torch.dtype: lambda value: torch.float64 if value is torch.float32 else torch.float32,
+}
+"""Another constant of the same kind."""
+
+
+def mutants(program: Program, count: int, seed: int) -> Iterator[Mutant]:
+    """Programs with one constant, operand, operation or result changed, in an operation that a result needs."""
+    choose = random.Random(seed)
+    numbers = sorted(needed(program))
+    targets = sorted({program.ops[number].target for number in numbers}, key=str)
+    for _ in range(count):
+        kind = choose.choice(["constant", "operand", "operand", "target", "result"])
+        if kind == "result":
+            name, other = choose.choice(list(program.outputs)), Val(choose.randrange(len(program.ops)))
+            if other != program.outputs[name]:
+                changed = dataclasses.replace(program, outputs={**program.outputs, name: other})
+                yield Mutant(changed, f"result {name}: {program.outputs[name]} -> {other}")
+            continue
+        number = choose.choice(numbers)
+        op = program.ops[number]
+        if kind == "target":
+            target = choose.choice([each for each in targets if each is not op.target])
+            yield Mutant(with_op(program, number, dataclasses.replace(op, target=target)), f"%{number}: {target}")
+            continue
+        flat = list(leaves(op.args))
+        fits = [
+            at
+            for at, leaf in enumerate(flat)
+            if (type(leaf) in (Val, Src) if kind == "operand" else type(leaf) in OTHER)
+        ]
+        if not fits:
+            continue
+        at = choose.choice(fits)
+        if kind == "constant":
+            new = OTHER[type(flat[at])](flat[at])
+        else:
+            # Mostly something that could stand there: a result of the same operation, in this segment or another.
+            alike = [Val(n) for n, other in enumerate(program.ops) if made_like(program, flat[at], other)]
+            anything = [Val(choose.randrange(len(program.ops))), Src(choose.choice(list(program.sources)))]
+            new = choose.choice(alike if alike and choose.random() < 0.7 else anything)
+        if new != flat[at]:
+            changed = with_op(program, number, dataclasses.replace(op, args=with_leaf(op.args, at, new)))
+            yield Mutant(changed, f"%{number} = {op.label}: {flat[at]} -> {new}")
+
+
+def made_like(program: Program, leaf: Any, op: Op) -> bool:
+    return type(leaf) is Val and program.ops[leaf.index].target is op.target
+
+
+def with_op(program: Program, number: int, op: Op) -> Program:
+    return dataclasses.replace(program, ops=[*program.ops[:number], op, *program.ops[number + 1 :]])
+
+
+def with_leaf(args: tuple[Any, ...], at: int, new: Any) -> tuple[Any, ...]:
+    """Arguments with the leaf of a number replaced."""
+    count = 0
+
+    def rebuild(arg: Any) -> Any:
+        nonlocal count
+        if type(arg) is tuple:
+            return tuple(rebuild(item) for item in arg)
+        count += 1
+        return new if count == at + 1 else arg
+
+    return tuple(rebuild(arg) for arg in args)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_program_with_one_thing_changed_is_rejected(case: Case, seed: int) -> None:
+    """All but those that compute the same: an operand replaced by another operation's equal result.
+
+    That the results are equal terms is what the checker promises, so such a mutant is no error of the loop. Whether
+    it also runs in order is another question, and the next test's.
+    """
+    trace = case.trace(4)
+    claimed, at = case.claim(4)
+    rejected = equal = 0
+    for mutant in mutants(claimed, 150, seed):
+        if same_results(trace, mutant.program):
+            equal += 1
+            continue
+        with pytest.raises(VerifyError):
+            checked(case, trace, mutant.program, at)
+            pytest.fail(f"accepted: {mutant.what}")
+        rejected += 1
+    assert rejected > 75 and equal < 25
+
+
+def redirected(program: Program) -> Iterator[Mutant]:
+    """Every program with one operand replaced by another operation's equal result."""
+    (numbers,) = term_numbers([program])
+    twins: dict[int, list[int]] = {}
+    for number, term in enumerate(numbers):
+        twins.setdefault(term, []).append(number)
+    for number in sorted(needed(program)):
+        op = program.ops[number]
+        for at, leaf in enumerate(leaves(op.args)):
+            for twin in twins[numbers[leaf.index]] if type(leaf) is Val else ():
+                if twin != leaf.index:
+                    changed = dataclasses.replace(op, args=with_leaf(op.args, at, Val(twin)))
+                    yield Mutant(with_op(program, number, changed), f"%{number} reads %{twin}, not {leaf}")
+
+
+def accepts(case: Case, trace: Program, claimed: Program, at: Sequence[Place]) -> bool:
+    try:
+        checked(case, trace, claimed, at)
+    except VerifyError:
+        return False
+    return True
+
+
+def test_an_equal_value_that_is_made_too_late_is_rejected(case: Case) -> None:
+    trace = case.trace(4)
+    claimed, at = case.claim(4)
+    found = [
+        (runs_in_order(mutant.program, at), accepts(case, trace, mutant.program, at), mutant.what)
+        for mutant in redirected(claimed)
+    ]
+    print(len(found), sum(not x for x,_,_ in found), sum(y and not x for x,y,_ in found), sum(x and not y for x,y,_ in found))
+    assert any(not legal for legal, _, _ in found)
+    assert [what for legal, accepted, what in found if accepted and not legal] == []
+
+
+# (d) places
+
+
+def moved(at: Sequence[Place], numbers: Sequence[int], choose: random.Random) -> tuple[list[Place], str]:
+    """Places with one operation, one cell, or a pair of operations moved."""
+    places = list(at)
+    kind = choose.choice(["operation", "cell", "swap"])
+    number = choose.choice([n for n in numbers if at[n].cell is not None])
+    step = max(0, at[number].step + choose.choice([-2, -1, 1, 2]))
+    if kind == "operation":
+        places[number] = at[number]._replace(step=step)
+    elif kind == "cell":
+        places = [place._replace(step=step) if place.cell == at[number].cell else place for place in at]
+    else:
+        other = choose.choice([n for n in numbers if at[n].cell == at[number].cell])
+        places[number], places[other] = at[other], at[number]
+    return places, f"{kind}: %{number} at {at[number]}"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_places_are_accepted_when_every_operation_finds_its_operands_and_only_then(case: Case, seed: int) -> None:
+    trace = case.trace(4)
+    claimed, at = case.claim(4)
+    choose = random.Random(seed)
+    numbers = sorted(needed(claimed))
+    verdicts = []
+    for _ in range(100):
+        places, what = moved(at, numbers, choose)
+        verdicts.append((runs_in_order(claimed, places), accepts(case, trace, claimed, places), what))
+    from collections import Counter
+    print(Counter((x,y,w.split(':')[0]) for x,y,w in verdicts))
+    assert [what for legal, accepted, what in verdicts if legal != accepted] == []
+    assert {legal for legal, _, _ in verdicts} == {True, False}
