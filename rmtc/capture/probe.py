@@ -212,13 +212,23 @@ class _Prober:
                 self._runs[key] = None
         return self._runs[key]
 
-    def grows(self, growth: Growth, segment: int, batch: int) -> bool:
-        """Whether twice this length uses the layers more often than once this length."""
-        one = self.attempt(growth, segment, batch)
+    def is_segment(self, growth: Growth, length: int, batch: int) -> bool:
+        """Whether a text of this length is one segment, or several whole ones, and twice the length uses the layers more.
+
+        One position more must begin another segment; or it is dropped, and one position less is no segment; or it does
+        not run.
+        """
+        one = self.attempt(growth, length, batch)
         if one is None or not one.ended or not one.total:
             return False
-        two = self.attempt(growth, 2 * segment, batch)
-        return two is not None and one.total < two.total
+        two = self.attempt(growth, 2 * length, batch)
+        if two is None or one.total >= two.total:
+            return False
+        more = None if growth.lists else self.attempt(growth, length + 1, batch)
+        if more is not None and more.total == one.total:
+            less = self.attempt(growth, length - 1, batch) if length > 1 else one
+            return less is None or not less.total
+        return True
 
     def segment_length(self, growth: Growth, length: int, batch: int) -> int | None:
         """The least length of a segment that a cut of this length suggests and two runs confirm."""
@@ -226,7 +236,7 @@ class _Prober:
         if run is None and not growth.lists:
             return None
         sizes = {1} if growth.lists else {size for size in run.cuts if 0 < size < length} if run else set()
-        return next((size for size in sorted(sizes) if self.grows(growth, size, batch)), None)
+        return next((size for size in sorted(sizes) if self.is_segment(growth, size, batch)), None)
 
     def distinct(self, length: int) -> int:
         """A length not below the given one that no other dimension in sight has."""
@@ -295,7 +305,7 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
     found: list[tuple[Growth, int, int, int]] = []
     for growth, batch, length in candidates:
         if segment_length is not None:
-            segment = segment_length if prober.grows(growth, segment_length, batch) else None
+            segment = segment_length if prober.is_segment(growth, segment_length, batch) else None
         else:
             segment = prober.segment_length(growth, length, batch)
         if segment is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -206,7 +207,7 @@ _SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
 
 
 def _assemble(graph: fx.Graph) -> None:
-    """scatter(scatter(scatter(x, a, 0), b, 1), c, 0), read as a whole -> stack([c, b]), or scatters of b and c alone."""
+    """scatter(scatter(scatter(x, a, 0), b, 1), c, 0), read as a whole -> stack([c, b]), or scatters of b and c."""
     written: dict[fx.Node, tuple[Any, int, dict[tuple[int, int], fx.Node], int]] = {}
     for node in list(graph.nodes):
         if node.target not in _SCATTERS:
@@ -232,7 +233,7 @@ def _assemble(graph: fx.Graph) -> None:
         writers = [parts[interval] for interval in sorted(parts)]
         bounds = sorted(parts)
         covered = bounds[0][0] == 0 and bounds[-1][1] == _size(node, dim)
-        covered = covered and all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+        covered = covered and all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
         kinds = {writer.target for writer in writers}
         values = [writer.args[1] for writer in writers]
         with graph.inserting_after(node):

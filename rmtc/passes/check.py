@@ -94,7 +94,8 @@ def check(
                 covered[pair] = any(each.producers(pair[1], layers) == pair[0] for each in dependences)
             if not covered[pair]:
                 raise VerifyError(
-                    f"cell {pair[1]} reads what cell {pair[0]} makes ({_node(trace, operand)}), and no dependence says so",
+                    f"cell {pair[1]} reads what cell {pair[0]} makes ({_node(trace, operand)}), and no dependence "
+                    "says so",
                     location=trace.ops[node].location,
                 )
     return Checked(len(counterpart), edges, crossing, counterpart)

@@ -111,7 +111,7 @@ def _crossing_edges(graph: nx.DiGraph, layers: int) -> Iterable[tuple[Cell, Cell
 def _distances(
     ds: int, pairs: set[tuple[int, int]], layers: int
 ) -> list[tuple[tuple[Extent, Extent], tuple[Extent, Extent] | None]]:
-    """The distances of the (producer's layer, consumer's layer) pairs, with the consumers' range where it is partial."""
+    """The distances of (producer's layer, consumer's layer) pairs, with the consumers' range where it is partial."""
     top = layers - 1
     if pairs == {(top, 0)} and top > 0 and ds > 0:
         return [((ds, 1 - L), (0, 0))]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from rmtc.errors import CaptureError
-from rmtc.ir.program import Source, Src, leaves, map_leaves, target_name
-from rmtc.ir.segment_loop import BodyOp, Every, Fit, Item, Layout, Outer, Row, SegmentLoop, Where
+from rmtc.ir.program import Src, leaves, map_leaves, target_name
+from rmtc.ir.segment_loop import BodyOp, Every, Layout, Outer, Row, SegmentLoop, Where
 from rmtc.passes.classes import Namer
 from rmtc.passes.cuts import common_prefix, common_subsequence, common_suffix, divide
 from rmtc.passes.streams import Family, template
@@ -127,7 +128,7 @@ def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> 
     begin = first[0] - common_suffix(tokens[: first[0]], head)
     end = last[-1] + 1 + common_prefix(tokens[last[-1] + 1 :], tail)
     bounds = [begin, *starts, end]
-    return Layout((0, begin), tuple(zip(bounds, bounds[1:], strict=False)), (end, len(row)))
+    return Layout((0, begin), tuple(itertools.pairwise(bounds)), (end, len(row)))
 
 
 def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[Layout, ...]]:

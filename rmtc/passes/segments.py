@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ def find_segments(program: Program, use: Uses, anchors: dict[int, int], inner: s
         CaptureError: if the layers of one segment run after those of the next have begun.
     """
     order = sorted(inner) if inner else sorted(anchors)
-    if any(anchors[a] > anchors[b] for a, b in zip(order, order[1:], strict=False)):
+    if any(anchors[a] > anchors[b] for a, b in itertools.pairwise(order)):
         program, moved = _segment_major(program, use, anchors)
         use = Uses([use.invariant[i] for i in moved], [use.names[i] for i in moved], {})
         place = {old: new for new, old in enumerate(moved)}
