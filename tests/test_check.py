@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
+import hashlib
+import itertools
 import operator
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +30,7 @@ from rmtc.analysis import Analysis, analyze
 from rmtc.capture.probe import Sizes
 from rmtc.errors import VerifyError
 from rmtc.ir.program import Op, Program, Source, Src, Val, leaves
-from rmtc.ir.schedule import Cell, Dependence, Schedule
+from rmtc.ir.schedule import Cell, Schedule
 from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.passes.check import Checked, Place, check
 from rmtc.passes.place import places
@@ -85,7 +89,7 @@ def loop_of(layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
         memories: Memories = {}
         pieces = []
         for piece in hidden.split(SEGMENT, dim=1):
-            for number in range(LAYERS):
+            for number in range(len(weights)):
                 piece = layer(piece, weights[number], number, memories)
             pieces.append(piece)
         return torch.cat(pieces, dim=1)
@@ -127,17 +131,14 @@ DISTANCES = {
     "feedback": {(0, 1), (1, -1)},
     "positional": {(0, 1), (1, 0)},
 }
-CASES: dict[str, Case] = {}
 
 
-def case_of(name: str) -> Case:
-    if name not in CASES:
-        analysis = analyze(
-            loop_of(LAYER_KINDS[name]), (torch.randn(2, 9, WIDTH), torch.randn(LAYERS, WIDTH, WIDTH)), {}
-        )
-        assert analysis.proven is not None and analysis.proven.schedule is not None
-        CASES[name] = Case(analysis, analysis.proven.loop, analysis.proven.schedule)
-    return CASES[name]
+@functools.cache
+def case_of(name: str, layers: int = LAYERS) -> Case:
+    args = torch.randn(2, 3 * SEGMENT, WIDTH), torch.randn(layers, WIDTH, WIDTH)
+    analysis = analyze(loop_of(LAYER_KINDS[name]), args, {})
+    assert analysis.proven is not None and analysis.proven.schedule is not None
+    return Case(analysis, analysis.proven.loop, analysis.proven.schedule)
 
 
 @pytest.fixture(params=LAYER_KINDS)
@@ -146,7 +147,15 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def checked(case: Case, trace: Program, claimed: Program, at: Sequence[Place]) -> Checked:
-    return check(trace, claimed, at, case.loop.dependences, LAYERS)
+    return check(trace, claimed, at, case.loop.dependences, case.loop.layers)
+
+
+def accepts(case: Case, trace: Program, claimed: Program, at: Sequence[Place]) -> bool:
+    try:
+        checked(case, trace, claimed, at)
+    except VerifyError:
+        return False
+    return True
 
 
 # What is right, decided without the checker.
@@ -268,20 +277,19 @@ def test_a_dependence_that_another_tensor_shares_need_not_be_told_twice() -> Non
         check(case.trace(4), claimed, at, twice[:gone] + twice[gone + 1 :], LAYERS)
 
 
-def test_a_dependence_is_missed_when_it_covers_too_few_layers(case: Case) -> None:
+@pytest.mark.parametrize("name", ["associative", "attending", "feedback"])
+def test_a_dependence_is_missed_when_it_covers_too_few_layers(name: str) -> None:
+    case = case_of(name)
     trace = case.trace(4)
     claimed, at = case.claim(4)
-    narrowed = 0
     for each in case.loop.dependences:
+        kept = [other for other in case.loop.dependences if other is not each]
         readers = [layer for layer in range(LAYERS) if each.producers(Cell(3, layer), LAYERS) is not None]
-        for layer in readers if len(readers) > 1 else ():
-            others = [(other, other) for other in readers if other != layer]
-            rest = [dataclasses.replace(each, layers=part) for part in others]
-            kept = [other for other in case.loop.dependences if other is not each]
+        assert len(readers) > 1
+        for layer in readers:
+            parts = [dataclasses.replace(each, layers=(other, other)) for other in readers if other != layer]
             with pytest.raises(VerifyError, match=rf"cell s\d\.l{layer} reads .* and no dependence says so"):
-                check(trace, claimed, at, [*kept, *rest], LAYERS)
-            narrowed += 1
-    assert narrowed
+                check(trace, claimed, at, [*kept, *parts], LAYERS)
 
 
 # (b) schedules
@@ -319,20 +327,20 @@ def test_a_wrong_schedule_is_rejected_with_the_edge_it_breaks(
     reader, maker = cells_in(caught.value)
     distance = (reader.segment - maker.segment, reader.layer - maker.layer)
     assert distance == violated or (violated is None and distance in DISTANCES[name])
-    read, made = (int(number) for number in re.findall(r"%(\d+) = ", caught.value.reason))
-    assert Val(made) in leaves(trace.ops[read].args)
-    assert caught.value.location == trace.ops[read].location
+    # The message shows both operations, the first with the second as its operand, and where the user wrote the first.
+    found = re.search(r"%\d+ = (\S+)\((.*)\) at step .* needs (%\d+) = ", caught.value.reason)
+    assert found is not None and found[3] in re.findall(r"%\d+", found[2])
+    location = caught.value.location
+    assert location is not None and Path(location.file).name == Path(__file__).name
+    assert location in {op.location for op in trace.ops if op.label == found[1]}
 
 
-def test_the_place_that_the_edge_is_read_at_is_named() -> None:
-    case = case_of("associative")
-    claimed, at = case.claim(4, schedule=Schedule(0, 1, LAYERS, 4))
-    with pytest.raises(VerifyError) as caught:
-        checked(case, case.trace(4), claimed, at)
-    assert caught.value.location is not None
-    line = Path(__file__).read_text().splitlines()[caught.value.location.line - 1]
-    assert line.endswith("# memory read") or "0.5 * memory" in line
-    assert "matmul" in caught.value.reason or "mul.Tensor" in caught.value.reason
+@pytest.mark.parametrize(("a", "b"), list(itertools.product(range(-1, 4), range(-1, 3))))
+def test_a_schedule_is_accepted_when_every_distance_is_in_its_future_and_only_then(case: Case, a: int, b: int) -> None:
+    trace = case.trace(4)
+    claimed, at = case.claim(4, schedule=Schedule(a, b, LAYERS, 4))
+    legal = all(a * each.distance[0] + b * each.distance[1] >= 1 for each in case.loop.dependences)
+    assert accepts(case, trace, claimed, at) == runs_in_order(claimed, at) == legal
 
 
 # (c) mutations
@@ -452,33 +460,74 @@ def redirected(program: Program) -> Iterator[Mutant]:
                     yield Mutant(with_op(program, number, changed), f"%{number} reads %{twin}, not {leaf}")
 
 
-def accepts(case: Case, trace: Program, claimed: Program, at: Sequence[Place]) -> bool:
-    try:
-        checked(case, trace, claimed, at)
-    except VerifyError:
-        return False
-    return True
+UNCHECKED_TWIN = pytest.mark.xfail(
+    reason="check() looks at the edges of one counterpart only, and a value may have several: its place goes unseen"
+)
 
 
-def test_an_equal_value_that_is_made_too_late_is_rejected(case: Case) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=UNCHECKED_TWIN if name == "positional" else ()) for name in LAYER_KINDS]
+)
+def test_an_equal_value_that_is_made_too_late_is_rejected(name: str) -> None:
+    case = case_of(name)
     trace = case.trace(4)
     claimed, at = case.claim(4)
-    found = [
-        (runs_in_order(mutant.program, at), accepts(case, trace, mutant.program, at), mutant.what)
-        for mutant in redirected(claimed)
-    ]
-    print(len(found), sum(not x for x,_,_ in found), sum(y and not x for x,y,_ in found), sum(x and not y for x,y,_ in found))
-    assert any(not legal for legal, _, _ in found)
-    assert [what for legal, accepted, what in found if accepted and not legal] == []
+    late = [mutant for mutant in redirected(claimed) if not runs_in_order(mutant.program, at)]
+    assert late and all(same_results(trace, mutant.program) for mutant in late)
+    assert [mutant.what for mutant in late if accepts(case, trace, mutant.program, at)] == []
+
+
+@pytest.mark.xfail(reason="check() compares constant tensors by name, and names only count them")
+def test_a_constant_tensor_of_another_value_is_rejected() -> None:
+    def program(value: float) -> Program:
+        constant = Source("constant", ("_tensor_constant0",), (), torch.float32, torch.tensor(value))
+        op = Op(aten.lift_fresh_copy.default, (Src("_tensor_constant0"),))
+        return Program([op], {"_tensor_constant0": constant}, {"output": Val(0)})
+
+    at = [Place(0, 0, 0, None, 0)]
+    check(program(3.0), program(3.0), at, [], 1)
+    with pytest.raises(VerifyError):
+        check(program(3.0), program(4.0), at, [], 1)
 
 
 # (d) places
 
 
-def moved(at: Sequence[Place], numbers: Sequence[int], choose: random.Random) -> tuple[list[Place], str]:
-    """Places with one operation, one cell, or a pair of operations moved."""
+@pytest.mark.parametrize("layers", [2, 3, 4])
+@pytest.mark.parametrize("segments", [2, 3, 4])
+@pytest.mark.parametrize("name", LAYER_KINDS)
+def test_the_places_respect_every_edge_of_the_flat_trace(name: str, segments: int, layers: int) -> None:
+    case = case_of(name, layers)
+    trace = case.trace(segments)
+    claimed, at = case.claim(segments)
+    assert edges_of(trace) == edges_of(claimed)
+    assert runs_in_order(claimed, at)
+
+
+def edges_of(program: Program) -> Counter[tuple[Any, Any]]:
+    """How often a value is an operand of another, values told by the expressions they are."""
+    terms: list[str] = []
+
+    def text(arg: Any) -> str:
+        if type(arg) is tuple:
+            return f"[{' '.join(text(item) for item in arg)}]"
+        return digests[arg.index] if type(arg) is Val else repr(arg)
+
+    digests: list[str] = []
+    for op in program.ops:
+        terms.append(f"{op.label}{text(op.args)}")
+        digests.append(hashlib.sha256(terms[-1].encode()).hexdigest()[:16])
+    return Counter(
+        (digests[leaf.index], digests[number])
+        for number in needed(program)
+        for leaf in leaves(program.ops[number].args)
+        if type(leaf) is Val
+    )
+
+
+def moved(at: Sequence[Place], numbers: Sequence[int], kind: str, choose: random.Random) -> tuple[list[Place], str]:
+    """Places with one operation or cell in another step, or two operations of a cell in each other's position."""
     places = list(at)
-    kind = choose.choice(["operation", "cell", "swap"])
     number = choose.choice([n for n in numbers if at[n].cell is not None])
     step = max(0, at[number].step + choose.choice([-2, -1, 1, 2]))
     if kind == "operation":
@@ -488,20 +537,47 @@ def moved(at: Sequence[Place], numbers: Sequence[int], choose: random.Random) ->
     else:
         other = choose.choice([n for n in numbers if at[n].cell == at[number].cell])
         places[number], places[other] = at[other], at[number]
-    return places, f"{kind}: %{number} at {at[number]}"
+    return places, f"%{number} from {at[number]}"
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_places_are_accepted_when_every_operation_finds_its_operands_and_only_then(case: Case, seed: int) -> None:
+UNCHECKED_STEP = pytest.mark.xfail(reason="check() compares operations of one cell by position, whatever their steps")
+
+
+@pytest.mark.parametrize("kind", [pytest.param("operation", marks=UNCHECKED_STEP), "cell", "swap"])
+def test_places_are_accepted_when_every_operation_finds_its_operands_and_only_then(case: Case, kind: str) -> None:
     trace = case.trace(4)
     claimed, at = case.claim(4)
-    choose = random.Random(seed)
-    numbers = sorted(needed(claimed))
+    choose = random.Random(0)
     verdicts = []
-    for _ in range(100):
-        places, what = moved(at, numbers, choose)
+    for _ in range(150):
+        places, what = moved(at, sorted(needed(claimed)), kind, choose)
         verdicts.append((runs_in_order(claimed, places), accepts(case, trace, claimed, places), what))
-    from collections import Counter
-    print(Counter((x,y,w.split(':')[0]) for x,y,w in verdicts))
-    assert [what for legal, accepted, what in verdicts if legal != accepted] == []
     assert {legal for legal, _, _ in verdicts} == {True, False}
+    assert [what for legal, accepted, what in verdicts if legal != accepted] == []
+
+
+# (e) independence
+
+
+def test_the_checker_shares_no_code_with_what_it_checks() -> None:
+    assert rmtc.passes.check.__file__ is not None
+    tree = ast.parse(Path(rmtc.passes.check.__file__).read_text())
+    imported = {
+        name
+        for node in ast.walk(tree)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [f"{node.module}.{alias.name}" for alias in node.names]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+        if name.startswith("rmtc")
+    }
+    assert imported
+    allowed = ("rmtc.errors.", "rmtc.ir.program.", "rmtc.ir.schedule.")
+    assert [name for name in imported if not name.startswith(allowed)] == []
+    called = {
+        node.func.attr for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
+    assert not called & {"__import__", "import_module"}

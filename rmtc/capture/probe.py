@@ -299,6 +299,11 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
     Raises:
         CaptureError: if nothing grows, or more than one dimension could be the length.
     """
+    if segment_length is not None and segment_length < 1:
+        raise CaptureError(
+            f"segment_length={segment_length} was given: a segment has at least one position",
+            remedy="pass the number of positions that the forward takes at a time, or leave segment_length out",
+        )
     prober = _Prober(session)
     candidates = [(*_with_batch(session, growth), length) for growth, length in _candidates(session)]
     sizes = [length for _, _, length in candidates]
@@ -324,6 +329,12 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
         # The user's own sizes must run at all: if not, this raises the reason.
         growth, batch, _ = candidates[0] if candidates else (Growth(), 1, 1)
         prober.run(growth, candidates[0][2] if candidates else 1, batch)
+        if segment_length is not None:
+            raise CaptureError(
+                f"segment_length={segment_length} was given, but in no argument do that many positions make one segment "
+                "and one more begin the next",
+                remedy="pass the number of positions that the forward takes at a time, or leave segment_length out",
+            )
         raise CaptureError(
             "no argument was found whose length makes the forward run its layers once more: this is no loop over "
             "segments, or its number of segments is fixed",

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-from rmtc.capture.arguments import Arguments, argument_names
+from rmtc.capture.arguments import Arguments, argument_names, show
 from rmtc.capture.frames import traceback_location
 from rmtc.capture.state import Slot, Snapshot, is_plain, replace_tensors, uncached, walk
 from rmtc.errors import CaptureError, RefusedError, RmtcError
@@ -64,6 +64,8 @@ class Session:
             if isinstance(function, nn.Module)
             else getattr(function, "__qualname__", type(function).__name__)
         )
+        for path, tensor in self.arguments.tensors().items():
+            _refuse_unknown(show(path), tensor)
         self._roots: dict[str, Any] = {"": function}
         for name, value in self.arguments.named():
             for path, leaf in pytree.tree_flatten_with_path(value)[0]:
@@ -89,11 +91,7 @@ class Session:
         tensors: dict[int, torch.Tensor] = {}
 
         def note(tensor: torch.Tensor, slot: Slot) -> torch.Tensor:
-            if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer) or tensor.layout != torch.strided:
-                raise CaptureError(
-                    f"{slot.name} is a {type(tensor).__name__} ({tensor.layout}); only plain strided tensors are known",
-                    remedy="run the model without quantised, sharded, offloaded or sparse weights",
-                )
+            _refuse_unknown(slot.name, tensor)
             kind = "parameter" if isinstance(tensor, nn.Parameter) else "state"
             kinds.setdefault(id(tensor), "buffer" if id(slot.owner) in buffers else kind)
             names.setdefault(id(tensor), []).append(slot.name)
@@ -167,6 +165,23 @@ class Session:
 
     def _call_user(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.function(*args, **kwargs)
+
+
+def _refuse_unknown(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor that is more than dtype, shape and strides.
+
+    Raises:
+        CaptureError: with the tensor's name and what it is.
+    """
+    what = type(tensor).__name__
+    if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer):
+        if tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested:
+            return
+        what = "nested tensor" if tensor.is_nested else f"tensor of dtype {tensor.dtype} and layout {tensor.layout}"
+    raise CaptureError(
+        f"{name} is a {what}; only plain strided tensors are known",
+        remedy="run the model without quantised, sharded, offloaded, nested or sparse tensors",
+    )
 
 
 @contextlib.contextmanager

@@ -94,7 +94,8 @@ class RmtLlamaForCausalLM(LlamaPreTrainedModel):
             mask = torch.cat([attended, mask, attended], dim=1)
         hidden = self.model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
         size = self.config.memory_tokens
-        return hidden[:, size:-size], hidden[:, -size:]
+        memory = hidden[:, -size:]
+        return hidden[:, size:-size], memory
 
 
 def build(

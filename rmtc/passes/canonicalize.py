@@ -16,6 +16,7 @@ __all__ = ["Canonicalize"]
 
 aten = torch.ops.aten
 _NO_RESULT = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.dropout.default, operator.getitem)
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default)
 _SPLITS = (
     aten.split.Tensor,
     aten.chunk.default,
@@ -65,11 +66,15 @@ class Canonicalize:
                 _forward(node)
             elif node.target is aten.copy.default:
                 _copied(node)
+            elif node.target in _CASTS:
+                _cast(node)
             elif node.target is aten.dropout.default:
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         _assemble(graph)
         for node in reversed(list(graph.nodes)):
-            if not node.users and (node.target in _NO_RESULT or node.target in _SPLITS or node.op == "get_attr"):
+            if not node.users and (
+                node.target in (*_NO_RESULT, *_SPLITS, *_CASTS) or node.op == "get_attr"
+            ):
                 graph.erase_node(node)
 
 
@@ -138,6 +143,16 @@ def _interval(node: fx.Node, size: int, dim_at: int) -> tuple[int, int] | None:
     start, end = 0 if start is None else start, _END if end is None else end
     resolved = [min(max(value + size if value < 0 else value, 0), size) for value in (start, end)]
     return resolved[0], max(resolved)
+
+
+def _cast(node: fx.Node) -> None:
+    """A cast to the dtype and device that a tensor has already is the tensor."""
+    source = node.args[0]
+    copies = node.kwargs.get("copy", False) or any(arg is True for arg in node.args[2:])
+    if isinstance(source, fx.Node) and not copies and node.kwargs.get("memory_format") is None:
+        before, after = source.meta["val"], node.meta["val"]
+        if before.dtype == after.dtype and before.device == after.device:
+            node.replace_all_uses_with(source)
 
 
 def _copied(node: fx.Node) -> None:

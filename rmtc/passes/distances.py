@@ -1,0 +1,173 @@
+"""Distance vectors whose entries are affine in the number of layers and the consumer's layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import sympy
+
+from rmtc.ir.schedule import Dependence, Extent, L, layer_symbol
+
+__all__ = ["Affine", "Distance", "ONE", "TOP", "Vector", "parse", "short", "text_of", "value_of", "vectors_of"]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """``const + slope * L``."""
+
+    const: Fraction = Fraction(0)
+    slope: Fraction = Fraction(0)
+
+    def at(self, layers: int) -> Fraction:
+        return self.const + self.slope * layers
+
+    def __add__(self, other: Affine) -> Affine:
+        return Affine(self.const + other.const, self.slope + other.slope)
+
+    def __sub__(self, other: Affine) -> Affine:
+        return self + other.times(-1)
+
+    def times(self, factor: Fraction | int) -> Affine:
+        return Affine(self.const * factor, self.slope * factor)
+
+    def nonnegative_from(self) -> int | None:
+        """The least L >= 1 from which on this is never below 0, or None."""
+        if self.slope < 0 or (self.slope == 0 and self.const < 0):
+            return None
+        return 1 if self.slope == 0 else max(1, math.ceil(-self.const / self.slope))
+
+    @property
+    def integer(self) -> int | None:
+        """The value, if it is one integer for every L."""
+        return int(self.const) if self.slope == 0 and self.const.denominator == 1 else None
+
+    def ceiling(self) -> Extent:
+        """The least integer not below it, an ``int`` where that does not depend on L."""
+        if self.slope == 0:
+            return math.ceil(self.const)
+        expression = sympy.Rational(*self.const.as_integer_ratio()) + sympy.Rational(*self.slope.as_integer_ratio()) * L
+        whole = self.const.denominator == self.slope.denominator == 1
+        return expression if whole else sympy.ceiling(expression)
+
+
+ONE = Affine(Fraction(1))
+
+
+TOP = Affine(Fraction(-1), Fraction(1))
+
+
+@dataclass(frozen=True)
+class Distance:
+    """``rest + layer * l``."""
+
+    rest: Affine
+    layer: Fraction
+
+    def at(self, layer: Affine) -> Affine:
+        return self.rest + layer.times(self.layer)
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A distance of a dependence at one end of its domain; those between the ends lie between.
+
+    ``layer`` is a consumer's layer that it is known for, None for every layer whose producer exists; ``least`` the
+    least L that has an instance; ``uniform`` says that all of the domain has this distance, ``listed`` that it is known
+    for the L of the model only.
+    """
+
+    dependence: Dependence
+    ds: int
+    dl: Affine
+    layer: Affine | None
+    least: int
+    uniform: bool = False
+    listed: bool = False
+
+
+def vectors_of(dependence: Dependence, layers: int) -> list[Vector]:
+    """The distances at the ends of the domain; all of them, for this L only, where that is not affine."""
+    domain = dependence.layers or (0, L - 1)
+    ds, dl, first, last = (parse(extent) for extent in (*dependence.distance, *domain))
+    if ds is None or dl is None or first is None or last is None or first.layer or last.layer:
+        return _list(dependence, layers)
+    if not ds.layer and not dl.layer:
+        if ds.rest.integer is None:
+            return _list(dependence, layers)
+        reach = dl.rest if dl.rest.at(layers) >= 0 else dl.rest.times(-1)
+        beyond = Affine() if dl.rest.integer is not None else ONE  # an epilogue is named by L, not by a number
+        holds = [(TOP + beyond - reach).nonnegative_from()]
+        if dependence.layers:
+            holds.append((last.rest - first.rest).nonnegative_from())
+        least = max(since or layers for since in holds)
+        layer = first.rest if dependence.layers else None
+        return [Vector(dependence, ds.rest.integer, dl.rest, layer, least, uniform=True)]
+    ends = []
+    for end, inwards in ((first.rest, ONE), (last.rest, ONE.times(-1))):
+        itself = ds.at(end) == dl.at(end) == Affine()
+        ends.append(end + inwards if itself else end)
+    least = (ends[1] - ends[0]).nonnegative_from() or layers
+    vectors = []
+    for end in ends:
+        whole, climb = ds.at(end).integer, dl.at(end)
+        if whole is None:
+            return _list(dependence, layers)
+        vectors.append(Vector(dependence, whole, climb, end, least))
+    return vectors
+
+
+def _list(dependence: Dependence, layers: int) -> list[Vector]:
+    vectors: dict[tuple[int, int], Vector] = {}
+    for layer in range(layers):
+        values = {L: layers, layer_symbol: layer}
+        extents = (*dependence.distance, *(dependence.layers or (0, L - 1)))
+        ds, dl, first, last = (sympy.sympify(extent).subs(values) for extent in extents)
+        if not (ds.is_Integer and dl.is_Integer):
+            raise ValueError(f"the distance of {dependence} is ({ds}, {dl}) at layer {layer} of {layers}, not whole")
+        if not first <= layer <= last or (dependence.layers is None and not -1 <= layer - dl <= layers):
+            continue
+        if ds == dl == 0:
+            continue
+        at, fall = Affine(Fraction(layer)), Affine(Fraction(int(dl)))
+        vectors.setdefault((int(ds), int(dl)), Vector(dependence, int(ds), fall, at, layers, listed=True))
+    return list(vectors.values())
+
+
+def parse(extent: Extent) -> Distance | None:
+    """An extent as ``const + slope*L + layer*l``, or None if it is not affine.
+
+    Raises:
+        ValueError: if it has other symbols.
+    """
+    if isinstance(extent, int):
+        return Distance(Affine(Fraction(extent)), Fraction(0))
+    expression = sympy.expand(extent)
+    foreign = expression.free_symbols - {L, layer_symbol}
+    if foreign:
+        names = ", ".join(sorted(str(symbol) for symbol in foreign))
+        raise ValueError(f"a distance may use the symbols L and l of rmtc.ir.schedule only; {extent} has {names}")
+    terms = dict(expression.as_coefficients_dict())
+    parts = [terms.pop(symbol, sympy.Integer(0)) for symbol in (sympy.Integer(1), L, layer_symbol)]
+    if any(terms.values()) or not all(part.is_Rational for part in parts):
+        return None
+    const, slope, layer = (Fraction(int(part.p), int(part.q)) for part in parts)
+    return Distance(Affine(const, slope), layer)
+
+
+def value_of(extent: Extent, layers: int) -> int:
+    return extent if isinstance(extent, int) else int(extent.subs(L, layers))
+
+
+def text_of(extent: Extent) -> str:
+    """The formula as text, a ``floor`` with one fraction in it."""
+
+    def floor(part: sympy.Expr) -> sympy.Symbol:
+        return sympy.Symbol(f"floor({sympy.together(part)})")
+
+    return str(extent) if isinstance(extent, int) else str(extent.replace(sympy.floor, floor))
+
+
+def short(extent: Extent) -> str:
+    return text_of(extent).replace(" ", "")
