@@ -208,7 +208,7 @@ def explained() -> Callable[[str], Explained]:
 def _tensors_of(function: Callable[..., Any]) -> dict[str, Any]:
     if not isinstance(function, nn.Module):
         return {}
-    found = {name: buffer for name, buffer in function.named_buffers()}
+    found: dict[str, Any] = dict(function.named_buffers())
     for path, module in function.named_modules():
         found |= {f"{path}.{key}": value for key, value in vars(module).items() if isinstance(value, Tensor)}
     return found
@@ -239,8 +239,8 @@ def test_a_picture_sees_what_changes() -> None:
         lambda model: model.counter.__setattr__("total", 1),
         lambda model: model.lengths.add(3),
         lambda model: model.order.move_to_end("first"),
-        lambda model: model.layers[0].weight.data.zero_(),  # type: ignore[union-attr, operator]
-        lambda model: model.layers[0].register_forward_hook(print),  # type: ignore[arg-type]
+        lambda model: next(model.parameters()).data.zero_(),
+        lambda model: model.layers[0].register_forward_hook(print),
         lambda model: models.Hoarder.cache.__setitem__(0, torch.zeros(1)),
         lambda model: setattr(models.Hoarder, "instances", 1),
         lambda model: models.smoothed.__setattr__("calls", -1),
@@ -340,7 +340,7 @@ def test_an_error_in_the_users_code_at_any_call_changes_nothing(
         total = calls()
     assert total > 50
     raised = 0
-    for at in (0, 1, 17, total // 3, total // 2, total * 3 // 4, total - 1):
+    for at in (0, 17, total // 2, total - 1):
         before, process_before = Picture(model), process()
         with monkeypatch.context() as patch:
             failures(kind, patch, at)
@@ -353,4 +353,449 @@ def test_an_error_in_the_users_code_at_any_call_changes_nothing(
         assert not before.differs(Picture(model)), f"at call {at} of {total}"
         assert process_before == process()
         assert_same_values(model(text()), expected)
-    assert raised >= (7 if kind is KeyboardInterrupt else 1)
+    assert raised >= (4 if kind is KeyboardInterrupt else 1)
+
+
+# What is captured.
+
+
+@dataclass
+class Traced:
+    """A call as a graph: as it was traced, and after the passes that make it canonical."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    capture: Capture
+    module: fx.GraphModule
+    outputs: tuple[str, ...]
+    targets: Counter[Any]
+
+    def run(self) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Execute the graph on copies of the user's tensors: its results by name, and the copies."""
+        session = self.capture.session
+        tensors = [lifted.tensor for lifted in session.lifted] + list(session.arguments.tensors().values())
+        copies = [tensor.detach().clone() for tensor in tensors]
+        return dict(zip(self.outputs, _DtypeChecking(self.module).run(*copies), strict=True)), copies
+
+
+class _DtypeChecking(fx.Interpreter):
+    """Executes a graph; every operation must give the dtype and shape that was noted when it was traced."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            assert (value.dtype, value.shape) == (n.meta["val"].dtype, n.meta["val"].shape), n.format_node()
+        return value
+
+
+def make_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Traced:
+    capture = open_capture(function, arguments, {})
+    raw = trace(capture.session, *capture.plan.arguments(capture.session, capture.plan.sizes))
+    targets = Counter(node.target for node in raw.module.graph.nodes if node.op == "call_function")
+    for each in (RemoveRegions(Autocast.ambient()), Canonicalize()):
+        each.apply(raw.module.graph)
+    raw.module.graph.lint()
+    raw.module.recompile()
+    return Traced(function, arguments, capture, raw.module, raw.outputs, targets)
+
+
+@pytest.fixture(scope="module")
+def traced() -> Callable[[str, torch.dtype | None], Traced]:
+    @functools.cache
+    def run(name: str, dtype: torch.dtype | None) -> Traced:
+        function, arguments = LOOPS[name]()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            return make_graph(function, arguments)
+
+    return run
+
+
+Graphs = Callable[[str, torch.dtype | None], Traced]
+
+DTYPES = [pytest.param(None, id="no autocast"), pytest.param(torch.bfloat16, id="autocast")]
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_nothing_is_written_to(name: str, traced: Graphs) -> None:
+    graph = traced(name, None)
+    for node in graph.module.graph.nodes:
+        assert node.op in ("placeholder", "get_attr", "call_function", "output")
+        if isinstance(node.target, torch._ops.OpOverload):
+            assert not any(
+                argument.alias_info is not None and argument.alias_info.is_write
+                for argument in node.target._schema.arguments
+            ), node.format_node()
+    _, copies = graph.run()
+    assert [copy._version for copy in copies] == [0] * len(copies)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_graph_computes_what_the_model_does(name: str, dtype: torch.dtype | None, traced: Graphs) -> None:
+    """With what it leaves in attributes and buffers; under autocast to the bit, up to sums in another order."""
+    graph = traced(name, dtype)
+    with torch.no_grad():
+        results, _ = graph.run()
+    eager = copy.deepcopy(graph.function) if isinstance(graph.function, nn.Module) else graph.function
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        outputs = flat(eager(*graph.arguments))
+    expected = {key: place_of(eager, key) for key in results if not key.startswith("output")}
+    expected |= dict(zip((key for key in results if key.startswith("output")), outputs, strict=True))
+    assert len(outputs) == len(results) - len([key for key in results if not key.startswith("output")]) > 0
+    for key, result in results.items():
+        assert result.dtype == expected[key].dtype, key
+        if dtype is None:
+            torch.testing.assert_close(result, expected[key], rtol=1e-5, atol=1e-5)
+        else:
+            torch.testing.assert_close(result, expected[key], rtol=0.02, atol=0.02)
+            assert (result == expected[key]).float().mean() > 0.9, key
+
+
+def place_of(model: Any, name: str) -> Tensor:
+    """The tensor at ``state:layers.0.memory``."""
+    value = model
+    for part in re.findall(r"[^.\[\]]+", name.partition(":")[2]):
+        value = value[int(part)] if part.isdigit() else getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value
+
+
+STATES = {
+    "attributes": {f"state:layers.{number}.memory" for number in range(LAYERS)},
+    "buffers": {f"write:layers.{number}.memory" for number in range(LAYERS)},
+    "list in the wrapper": {f"state:memories[{number}]" for number in range(LAYERS)},
+    "mixed precision": {"state:memory"},
+    "slices of one tensor": set[str](),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_what_a_call_leaves_in_tensors_is_a_result(name: str, traced: Graphs) -> None:
+    assert {key for key in traced(name, None).outputs if not key.startswith("output")} == STATES[name]
+
+
+def test_linear_attention_and_einsum_stay_whole(traced: Graphs) -> None:
+    graph = traced("keys and values", None)
+    targets = Counter(node.target for node in graph.module.graph.nodes)
+    for target in (aten.linear.default, aten.scaled_dot_product_attention.default, aten.einsum.default):
+        assert targets[target] == LAYERS * SEGMENTS
+    assert not targets.keys() & {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.t.default}
+    assert not targets.keys() & {aten._softmax.default, aten.matmul.default, aten.permute.default}
+
+
+def test_modes_are_no_operations(traced: Graphs) -> None:
+    graph = traced("mixed precision", None)
+    modes = {
+        torch.amp.autocast_mode._enter_autocast,
+        torch.amp.autocast_mode._exit_autocast,
+        torch._C._set_grad_enabled,
+    }
+    assert graph.targets.keys() & modes == modes, "the model does enter and leave them"
+    assert not {node.target for node in graph.module.graph.nodes} & modes
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            graph.run()
+            assert torch.is_grad_enabled() == enabled
+
+
+def test_casts_that_cannot_be_made_outside_an_operation_are_an_error() -> None:
+    """An operation whose parts autocast treats differently though they read the same tensor."""
+
+    def both(x: Tensor, w: Tensor) -> Tensor:
+        return x.exp() + x.mm(w)
+
+    library = torch.library.Library("rmtc_tests", "DEF")
+    library.define("both(Tensor x, Tensor w) -> Tensor")
+    library.impl("both", both, "CompositeImplicitAutograd")
+    graph = fx.Graph()
+    mode = torch._subclasses.FakeTensorMode()
+    inputs = [graph.placeholder(name) for name in "xw"]
+    for node in inputs:
+        node.meta["val"] = mode.from_tensor(torch.ones(WIDTH, WIDTH))
+    graph.output(graph.call_function(torch.ops.rmtc_tests.both.default, tuple(inputs)))
+    with pytest.raises(rmtc.CaptureError, match=r"autocast changes dtypes inside rmtc_tests\.both"):
+        RemoveRegions((Autocast("cpu", torch.bfloat16, True),)).apply(graph)
+
+
+# Nothing is computed.
+
+
+def allocated(run: Callable[[], object]) -> int:
+    """The most bytes that one operation allocated."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run()
+    return max(int(event.self_cpu_memory_usage) for event in record.events())
+
+
+def test_nothing_is_computed() -> None:
+    model, hidden = models.Associative(width=256), text(width=256)
+    smallest = BATCH * SEGMENT * 256 * 4
+    assert allocated(lambda: model(hidden)) >= smallest, "the profiler sees what eager allocates"
+    assert allocated(lambda: rmtc.explain(model)(hidden)) < smallest
+
+
+def test_a_model_that_fits_no_memory() -> None:
+    with torch.device("meta"):
+        model = models.Associative(width=65536)
+        hidden = torch.empty(1, 100 * SEGMENT, 65536)
+    assert sum(parameter.numel() * 4 for parameter in model.parameters()) > 200e9
+    answer: list[rmtc.Explanation] = []
+    assert allocated(lambda: answer.append(rmtc.explain(model)(hidden))) < 10_000
+    assert answer[0].schedule is not None and answer[0].segments == 100
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert all(layer.memory is None for layer in model.layers)
+
+
+def test_hundreds_of_segments_are_not_traced() -> None:
+    def layer_calls(segments: int) -> int:
+        before = next(models.LAYER_CALLS)
+        answer = rmtc.explain(model)(text(segments))
+        assert answer.segments == segments and answer.schedule is not None
+        return next(models.LAYER_CALLS) - before - 1
+
+    model = models.Associative()
+    many = layer_calls(512)
+    assert many == layer_calls(33)
+    assert many < LAYERS * 512 / 10
+    assert max(sizes.segments for sizes in analyze(model, (text(512),), {}).runs) < 10
+
+
+# How long a segment is, and what grows.
+
+
+@pytest.mark.parametrize("tail", range(1, SEGMENT + 1))
+@pytest.mark.parametrize("segments", [1, 2, 3])
+def test_the_segment_length_is_found(segments: int, tail: int) -> None:
+    """For every length of the text: whole segments or not, also as long as the model is wide."""
+    plan = open_capture(models.Associative(), (text(segments, tail=tail),), {}).plan
+    assert plan.segment_length == SEGMENT
+    assert plan.sizes == Sizes(segments, BATCH, tail)
+    assert plan.free_batch and plan.free_tail
+
+
+@pytest.mark.parametrize("segment", [1, 2, 3, 7, 8, 16])
+def test_any_segment_length_is_found(segment: int) -> None:
+    plan = open_capture(models.Associative(segment=segment), (torch.zeros(BATCH, 30, WIDTH),), {}).plan
+    assert plan.segment_length == segment
+    assert plan.sizes.segments == -(-30 // segment)
+
+
+@pytest.mark.parametrize("batch", [1, SEGMENT, SEGMENTS, WIDTH, SEGMENTS * SEGMENT])
+def test_a_batch_as_large_as_something_else(batch: int) -> None:
+    answer = rmtc.explain(models.Associative())(text(batch=batch))
+    assert answer.growing == (f"hidden ({batch}, {SEGMENTS * SEGMENT}, {WIDTH}): dimension 1",)
+    assert (answer.segments, answer.segment_length) == (SEGMENTS, SEGMENT)
+    assert answer.schedule is not None
+    assert "batch: any" in answer.free
+
+
+def test_loops_that_drop_a_short_tail() -> None:
+    def loop(layers: list[nn.Module], hidden: Tensor) -> Tensor:
+        pieces = [hidden[:, i * SEGMENT : (i + 1) * SEGMENT] for i in range(hidden.shape[1] // SEGMENT)]
+        return models.loop_over_segments(layers, pieces)
+
+    layers = [nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]
+    plan = open_capture(loop, (layers, text()), {}).plan
+    assert plan.segment_length == SEGMENT and not plan.free_tail
+
+
+def test_loops_that_take_only_whole_segments() -> None:
+    def loop(layers: list[nn.Module], hidden: Tensor) -> Tensor:
+        return models.loop_over_segments(layers, list(hidden.unflatten(1, (-1, SEGMENT)).unbind(1)))
+
+    layers = [nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]
+    answer = rmtc.explain(loop)(layers, text())
+    assert (answer.segments, answer.segment_length) == (SEGMENTS, SEGMENT)
+    assert f"last segment: {SEGMENT} positions only" in answer.free
+    assert answer.schedule is not None
+
+
+def test_an_ambiguous_length_is_refused_with_the_hint(explained: Callable[[str], Explained]) -> None:
+    answer = explained("two ways").answer
+    assert isinstance(answer, rmtc.CaptureError)
+    assert "dimension 0 of hidden" in answer.reason and "dimension 1 of hidden" in answer.reason
+    assert answer.remedy is not None and "segment_length=" in answer.remedy
+
+
+def test_hints_that_are_right_change_nothing(explained: Callable[[str], Explained]) -> None:
+    function, arguments = LOOPS["attributes"]()
+    assert rmtc.explain(function, segment_length=SEGMENT, layers="layers")(*arguments) == explained("attributes").answer
+
+
+@pytest.mark.parametrize("length", [-5, 0, 1, 3, 7])
+def test_a_wrong_segment_length_is_an_error(length: int) -> None:
+    with pytest.raises(rmtc.CaptureError, match=rf"segment_length={length} was given") as raised:
+        rmtc.explain(models.Associative(), segment_length=length)(text())
+    assert raised.value.remedy is not None and "leave segment_length out" in raised.value.remedy
+
+
+@pytest.mark.parametrize("name", ["nope", "head", "layers.0"])
+def test_wrong_layers_are_an_error(name: str) -> None:
+    with pytest.raises(rmtc.CaptureError, match=f"no parameters are named {re.escape(name)}.0"):
+        rmtc.explain(models.Associative(), layers=name)(text())
+
+
+# What is refused, with the place.
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("item", "reads a tensor's value into Python"),
+        ("boolean indexing", "depends on the data"),
+        ("backward", "calls backward"),
+        ("dropout", "draws random numbers"),
+    ],
+)
+def test_what_no_graph_can_hold_is_refused_with_the_users_line(
+    name: str, words: str, explained: Callable[[str], Explained]
+) -> None:
+    answer = explained(name).answer
+    assert isinstance(answer, rmtc.Explanation)
+    assert answer.schedule is None and answer.certificate is None
+    assert answer.reason is not None and words in answer.reason
+    assert answer.location is not None and answer.remedy
+    assert answer.location.file.endswith("tests/models.py")
+    assert answer.location.line == line_of(name)
+
+
+def test_dropout_is_refused_in_training_only() -> None:
+    model = models.Dropping()
+    assert rmtc.explain(model)(text()).schedule is None
+    assert rmtc.explain(model.eval())(text()).schedule is not None
+
+
+def test_no_loop_is_an_error(explained: Callable[[str], Explained]) -> None:
+    answer = explained("no loop").answer
+    assert isinstance(answer, rmtc.CaptureError)
+    assert "no loop over segments" in answer.reason
+
+
+def test_the_users_error_is_told_with_its_place(explained: Callable[[str], Explained]) -> None:
+    answer = explained("raising").answer
+    assert isinstance(answer, rmtc.CaptureError)
+    assert "ValueError: no such thing" in answer.reason
+    assert answer.location is not None and answer.location.line == line_of("raises")
+    assert isinstance(answer.__cause__, ValueError)
+
+
+def test_a_counter_is_accepted(explained: Callable[[str], Explained]) -> None:
+    answer = explained("counter").answer
+    assert isinstance(answer, rmtc.Explanation) and answer.schedule is not None
+
+
+def test_a_number_that_follows_no_line_is_refused() -> None:
+    class Doubling(models.Counted):
+        def step(self, number: int, piece: Tensor) -> Tensor:
+            self.count *= 2
+            return piece
+
+    answer = rmtc.explain(Doubling())(text())
+    assert answer.schedule is None
+    assert answer.reason is not None and "count" in answer.reason
+
+
+def test_a_list_that_grows_is_refused(explained: Callable[[str], Explained]) -> None:
+    answer = explained("growing list").answer
+    assert isinstance(answer, rmtc.Explanation)
+    assert answer.schedule is None
+    assert answer.reason is not None and "history" in answer.reason
+
+
+class Tagged(Tensor):
+    """A subclass of the user's."""
+
+
+STRANGE: dict[str, Callable[[], Tensor]] = {
+    "torch.sparse_coo": lambda: torch.eye(WIDTH).to_sparse(),
+    "torch.sparse_csr": lambda: torch.eye(WIDTH).to_sparse_csr(),
+    "torch.quint8": lambda: torch.quantize_per_tensor(torch.eye(WIDTH), 0.1, 0, torch.quint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.eye(2), torch.eye(3)]),
+    "Tagged": lambda: torch.eye(WIDTH).as_subclass(Tagged),
+    "UninitializedParameter": lambda: nn.UninitializedParameter(),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_tensor_that_is_more_than_strides_is_an_error_with_its_name(kind: str) -> None:
+    model = models.Associative()
+    model.layers[2].extra = STRANGE[kind]()
+    with pytest.raises(rmtc.CaptureError, match=rf"layers\.2\.extra is a .*{kind}"):
+        rmtc.explain(model)(text())
+    del model.layers[2].extra
+    with pytest.raises(rmtc.CaptureError, match=rf"extra is a .*{kind}"):
+        rmtc.explain(lambda hidden, extra: model(hidden))(text(), STRANGE[kind]())
+
+
+def test_an_argument_that_is_changed_is_refused() -> None:
+    def loop(layers: list[nn.Module], segments: list[Tensor]) -> Tensor:
+        result = models.loop_over_segments(layers, segments)
+        segments.append(result)
+        return result
+
+    layers = [nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]
+    segments = list(text().split(SEGMENT, dim=1))
+    answer = rmtc.explain(loop)(layers, segments)
+    assert answer.schedule is None
+    assert answer.reason is not None and "passed as an argument" in answer.reason
+    assert len(segments) == SEGMENTS
+
+
+# Where a call can reach its tensors.
+
+
+class Trainer:
+    """An object of the user's around a model; its class and its file name tensors too."""
+
+    scale: torch.Tensor = torch.ones(WIDTH)
+
+    def __init__(self) -> None:
+        self.layers = [nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]
+
+    @property
+    def doubled(self) -> Tensor:
+        return 2 * self.scale
+
+    @staticmethod
+    def through_a_file(hidden: Tensor) -> Tensor:
+        return models.global_loop(hidden)
+
+    def run(self, hidden: Tensor) -> Tensor:
+        return models.loop_over_argument(self.layers, hidden * self.doubled) + self.through_a_file(hidden)
+
+    __call__ = run
+
+
+@pytest.mark.parametrize("how", ["a bound method", "an object that is called", "a partial"])
+def test_tensors_are_found_wherever_python_reaches_them(how: str) -> None:
+    trainer = Trainer()
+    functions: dict[str, Callable[..., Any]] = {
+        "a bound method": trainer.run,
+        "an object that is called": trainer,
+        "a partial": functools.partial(trainer.run),
+    }
+    function = functions[how]
+    graph = make_graph(function, (text(),))
+    results, _ = graph.run()
+    torch.testing.assert_close(results["output"], trainer.run(text()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_tensor_that_no_name_leads_to_is_an_error() -> None:
+    hidden_away = iter([torch.ones(WIDTH)] * 1000)
+    layers = [nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]
+
+    def loop(hidden: Tensor) -> Tensor:
+        return models.loop_over_argument(layers, hidden * next(hidden_away))
+
+    with pytest.raises(rmtc.CaptureError, match="that could be found") as raised:
+        rmtc.explain(loop)(text())
+    assert raised.value.location is not None and raised.value.location.file.endswith("test_capture.py")
+
+
+def test_a_shared_module_goes_by_all_its_names() -> None:
+    session = Session(models.SharedPart(), (text(),), {})
+    names = {lifted.names for lifted in session.lifted}
+    assert ("layers.1.2.weight", "layers.3.2.weight") in names
+    assert ("layers.0.0.weight",) in names

@@ -109,13 +109,13 @@ def api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Api]:
     pipeline = types.ModuleType("rmtc.passes.pipeline")
     pipeline.__dict__["passes"] = lambda: [Info("capture", "trace a few segments"), Info("fold", "find the cells")]
     monkeypatch.setitem(sys.modules, "rmtc.passes.pipeline", pipeline)
-    (tmp_path / "models.py").write_text(FACTORY)
+    (tmp_path / "user_models.py").write_text(FACTORY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
     yield stand_in
     for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) == str(tmp_path / "models.py"):
+        if getattr(sys.modules[name], "__file__", None) == str(tmp_path / "user_models.py"):
             del sys.modules[name]
 
 
@@ -124,7 +124,7 @@ def rmtc(*arguments: str) -> Result:
     return Result(result.exit_code, result.stdout, result.stderr)
 
 
-@pytest.mark.parametrize("model", ["models.py:build", "./models.py:build", "models:build"])
+@pytest.mark.parametrize("model", ["user_models.py:build", "./user_models.py:build", "user_models:build"])
 def test_explain_prints_the_explanation_and_nothing_else_to_stdout(api: Api, model: str) -> None:
     result = rmtc("explain", model)
     assert result.code == 0
@@ -139,8 +139,8 @@ def test_explain_prints_the_explanation_and_nothing_else_to_stdout(api: Api, mod
 def test_schedule_prints_the_schedule_of_the_call_or_of_n_segments(api: Api) -> None:
     schedule = armt(4, 3).schedule
     assert schedule is not None
-    assert rmtc("schedule", "models.py:build").out == f"{schedule}\n"
-    assert rmtc("schedule", "models.py:build", "--segments", "9").out == f"{schedule_text(schedule, 9)}\n"
+    assert rmtc("schedule", "user_models.py:build").out == f"{schedule}\n"
+    assert rmtc("schedule", "user_models.py:build", "--segments", "9").out == f"{schedule_text(schedule, 9)}\n"
 
 
 @pytest.mark.parametrize(
@@ -154,18 +154,18 @@ def test_schedule_prints_the_schedule_of_the_call_or_of_n_segments(api: Api) -> 
     ],
 )
 def test_schedule_in_each_form(api: Api, form: str, start: str) -> None:
-    result = rmtc("schedule", "models.py:build", "--format", form)
+    result = rmtc("schedule", "user_models.py:build", "--format", form)
     assert result.code == 0
     assert result.out.startswith(start)
 
 
 def test_json_of_both_commands(api: Api) -> None:
-    assert json.loads(rmtc("explain", "models.py:build", "--json").out)["name"] == "ArmtLlama"
-    assert json.loads(rmtc("schedule", "models.py:build", "--json", "--segments", "2").out)["segments"] == 2
+    assert json.loads(rmtc("explain", "user_models.py:build", "--json").out)["name"] == "ArmtLlama"
+    assert json.loads(rmtc("schedule", "user_models.py:build", "--json", "--segments", "2").out)["segments"] == 2
 
 
 def test_hints_are_passed_on(api: Api) -> None:
-    assert rmtc("explain", "models.py:build", "--layers", "model.layers", "--segment-length", "64").code == 0
+    assert rmtc("explain", "user_models.py:build", "--layers", "model.layers", "--segment-length", "64").code == 0
     assert api.hints == {"layers": "model.layers", "segment_length": 64}
 
 
@@ -183,14 +183,14 @@ def test_hints_are_passed_on(api: Api) -> None:
     ],
 )
 def test_set_takes_literals_and_else_strings(api: Api, value: str, expected: object) -> None:
-    assert rmtc("explain", "models.py:build", "--set", f"width={value}", "--set", "layers=5").code == 0
+    assert rmtc("explain", "user_models.py:build", "--set", f"width={value}", "--set", "layers=5").code == 0
     assert api.args == (5, expected, "x")
 
 
 def test_a_factory_may_be_an_attribute_and_return_a_pair(api: Api) -> None:
-    assert rmtc("explain", "models.py:Models.build").code == 0
+    assert rmtc("explain", "user_models.py:Models.build").code == 0
     assert api.args == ("nested",)
-    assert rmtc("explain", "models.py:pair").code == 0
+    assert rmtc("explain", "user_models.py:pair").code == 0
     assert repr(api.args) == "(1,)"
     assert not api.kwargs
 
@@ -198,29 +198,29 @@ def test_a_factory_may_be_an_attribute_and_return_a_pair(api: Api) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["explain", "models.py"], ["names no factory", "file.py:factory"]),
-        (["explain", "models.py:"], ["names no factory"]),
+        (["explain", "user_models.py"], ["names no factory", "file.py:factory"]),
+        (["explain", "user_models.py:"], ["names no factory"]),
         (["explain", "missing.py:build"], ["no file missing.py"]),
         (["explain", "missing.module:build"], ["no module missing"]),
-        (["explain", "models.py:buidl"], ["no 'buidl'", "build, pair, broken"]),
-        (["explain", "models.py:number"], ["of type int", "cannot be called"]),
-        (["explain", "models.py:one"], ["of type int", "(callable, args)"]),
-        (["explain", "models.py:tensor_args"], ["of type str as its args"]),
-        (["explain", "models.py:wrong_kwargs"], ["of type int as its kwargs"]),
-        (["explain", "models.py:no_callable"], ["of type int as its callable"]),
-        (["explain", "models.py:broken"], ["models.py:12 in broken", "ValueError: no such"]),
-        (["explain", "models.py:leaves"], ["SystemExit: 3"]),
-        (["explain", "models.py:needs"], ["missing a required", "needs(what, /)"]),
-        (["explain", "models.py:needs_transformers"], ["needs transformers", "rmtc[examples]"]),
+        (["explain", "user_models.py:buidl"], ["no 'buidl'", "build, pair, broken"]),
+        (["explain", "user_models.py:number"], ["of type int", "cannot be called"]),
+        (["explain", "user_models.py:one"], ["of type int", "(callable, args)"]),
+        (["explain", "user_models.py:tensor_args"], ["of type str as its args"]),
+        (["explain", "user_models.py:wrong_kwargs"], ["of type int as its kwargs"]),
+        (["explain", "user_models.py:no_callable"], ["of type int as its callable"]),
+        (["explain", "user_models.py:broken"], ["user_models.py:12 in broken", "ValueError: no such"]),
+        (["explain", "user_models.py:leaves"], ["SystemExit: 3"]),
+        (["explain", "user_models.py:needs"], ["missing a required", "needs(what, /)"]),
+        (["explain", "user_models.py:needs_transformers"], ["needs transformers", "rmtc[examples]"]),
         (
-            ["explain", "models.py:build", "--set", "depth=3"],
+            ["explain", "user_models.py:build", "--set", "depth=3"],
             ["'depth'", "build(*, layers: int = 3, width=8, name='x')"],
         ),
-        (["explain", "models.py:build", "--set", "depth"], ["name=value", "'depth'"]),
-        (["explain", "models.py:build", "-o", "no/folder/x"], ["no folder no/folder"]),
-        (["explain", "models.py:build", "-o", "."], ["is a folder"]),
-        (["schedule", "models.py:build", "--json", "--format", "csv"], ["--json and --format csv"]),
-        (["dump", "models.py:build", "--after", "fuse"], ["no pass 'fuse'", "capture, fold"]),
+        (["explain", "user_models.py:build", "--set", "depth"], ["name=value", "'depth'"]),
+        (["explain", "user_models.py:build", "-o", "no/folder/x"], ["no folder no/folder"]),
+        (["explain", "user_models.py:build", "-o", "."], ["is a folder"]),
+        (["schedule", "user_models.py:build", "--json", "--format", "csv"], ["--json and --format csv"]),
+        (["dump", "user_models.py:build", "--after", "fuse"], ["no pass 'fuse'", "capture, fold"]),
     ],
 )
 def test_what_cannot_be_used_is_one_clear_line_and_code_2(api: Api, arguments: list[str], words: list[str]) -> None:
@@ -273,17 +273,17 @@ def test_what_lies_beside_the_file_can_be_imported(api: Api, tmp_path: Path) -> 
 @pytest.mark.parametrize("command", ["explain", "schedule"])
 def test_a_refusal_is_an_answer_unless_strict(api: Api, command: str) -> None:
     api.answer = rmt(5, 3)
-    result = rmtc(command, "models.py:build")
+    result = rmtc(command, "user_models.py:build")
     assert result.code == 0
     assert result.out == f"{api.answer if command == 'explain' else refusal_text(api.answer)}\n"
-    assert rmtc(command, "models.py:build", "--strict") == (1, result.out, result.err)
-    assert json.loads(rmtc(command, "models.py:build", "--json").out)["refused"] is True
+    assert rmtc(command, "user_models.py:build", "--strict") == (1, result.out, result.err)
+    assert json.loads(rmtc(command, "user_models.py:build", "--json").out)["refused"] is True
 
 
 @pytest.mark.parametrize("form", ["csv", "dot", "mermaid"])
 def test_a_refusal_has_no_cells_to_write(api: Api, form: str) -> None:
     api.answer = rmt(5, 3)
-    result = rmtc("schedule", "models.py:build", "--format", form)
+    result = rmtc("schedule", "user_models.py:build", "--format", form)
     assert result.code == 0
     assert "s0" not in result.out
     assert "refused: the memory that the last layer makes" in result.err
@@ -294,11 +294,11 @@ def test_a_raised_refusal_is_an_answer_too(api: Api, command: str) -> None:
     api.answer = RefusedError(
         ".item() reads a value", location=Location("m.py", 7, "forward"), remedy="keep it a tensor"
     )
-    result = rmtc(command, "models.py:build")
+    result = rmtc(command, "user_models.py:build")
     assert result.code == 0
     assert result.out == f"{api.answer}\n"
-    assert rmtc(command, "models.py:build", "--strict").code == 1
-    assert json.loads(rmtc(command, "models.py:build", "--json").out)["location"]["line"] == 7
+    assert rmtc(command, "user_models.py:build", "--strict").code == 1
+    assert json.loads(rmtc(command, "user_models.py:build", "--json").out)["location"]["line"] == 7
 
 
 @pytest.mark.parametrize(
@@ -312,28 +312,28 @@ def test_a_raised_refusal_is_an_answer_too(api: Api, command: str) -> None:
 )
 def test_what_goes_wrong_inside(api: Api, error: Exception, code: int, words: str) -> None:
     api.answer = error
-    result = rmtc("explain", "models.py:build")
+    result = rmtc("explain", "user_models.py:build")
     assert result.code == code
     assert result.out == ""
     assert words in result.err.splitlines()[-1]
     assert "Traceback" not in result.err
-    traced = rmtc("explain", "models.py:build", "--debug")
+    traced = rmtc("explain", "user_models.py:build", "--debug")
     assert traced.code == code
     assert "Traceback" in traced.err
     assert words in traced.err.splitlines()[-1]
 
 
 def test_debug_tells_the_time_of_each_stage(api: Api) -> None:
-    assert "seconds: capture 3.25, reroll 0.50, prove 0.12" in rmtc("explain", "models.py:build", "--debug").err
+    assert "seconds: capture 3.25, reroll 0.50, prove 0.12" in rmtc("explain", "user_models.py:build", "--debug").err
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["explain", "models.py:build"],
-        ["schedule", "models.py:build", "--format", "csv"],
+        ["explain", "user_models.py:build"],
+        ["schedule", "user_models.py:build", "--format", "csv"],
         ["passes"],
-        ["dump", "models.py:build", "--after", "fold"],
+        ["dump", "user_models.py:build", "--after", "fold"],
     ],
 )
 def test_output_goes_to_a_file(api: Api, tmp_path: Path, arguments: list[str]) -> None:
@@ -347,10 +347,10 @@ def test_output_goes_to_a_file(api: Api, tmp_path: Path, arguments: list[str]) -
 def test_dump_and_passes(api: Api) -> None:
     assert rmtc("passes").out == "capture  trace a few segments\nfold     find the cells\n"
     assert json.loads(rmtc("passes", "--json").out)[1] == {"name": "fold", "summary": "find the cells"}
-    assert rmtc("dump", "models.py:build", "--after", "fold").out == "graph after fold\n"
+    assert rmtc("dump", "user_models.py:build", "--after", "fold").out == "graph after fold\n"
     assert api.args == ((3, 8, "x"), {"flag": True})
     assert api.hints == {"layers": None, "segment_length": None}
-    dumped = json.loads(rmtc("dump", "models.py:build", "--after", "fold", "--json").out)
+    dumped = json.loads(rmtc("dump", "user_models.py:build", "--after", "fold", "--json").out)
     assert dumped == {"pass": "fold", "text": "graph after fold"}
 
 
@@ -381,7 +381,7 @@ main()
 def test_a_reader_that_goes_away_and_a_full_disk_are_told(api: Api, tmp_path: Path) -> None:
     root = Path(__file__).parent
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "script.py", "schedule", "models.py:build", "--format", "csv"]
+    command = [sys.executable, "script.py", "schedule", "user_models.py:build", "--format", "csv"]
     environment = {"PYTHONPATH": f"{root}:{root.parent}", "PATH": "/usr/bin:/bin"}
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -146,7 +146,8 @@ class Model:
         makespan: number of steps, in S and L.
         illegal: some (a, b) that break a dependence.
         state: names of the tensors the call leaves behind.
-        analysis: of one call with three segments.
+        batch: the batch size of the call that is analysed.
+        analysis: of that call, with three segments.
     """
 
     function: Callable[..., Any]
@@ -155,10 +156,11 @@ class Model:
     makespan: Any
     illegal: tuple[tuple[int, int], ...]
     state: tuple[str, ...] = ()
+    batch: int = 2
     analysis: Analysis = field(init=False)
 
     def __post_init__(self) -> None:
-        self.analysis = analyze(self.function, self.arguments(3, 2, SEGMENT), {})
+        self.analysis = analyze(self.function, self.arguments(3, self.batch, SEGMENT), {})
 
     @property
     def schedule(self) -> Schedule:
@@ -171,6 +173,7 @@ class Model:
         """The flat program for these sizes and the places of its operations."""
         assert self.analysis.proven is not None
         loop = self.analysis.proven.loop
+        assert loop.fixed.get("batch", batch) == batch and loop.fixed.get("tail", tail) == tail
         program, keys = loop.unroll(segments, batch, tail)
         return program, places(loop, keys, segments, self.schedule)
 
@@ -288,7 +291,7 @@ def test_the_order_is_the_one_that_theory_gives(model: Model, segments: int) -> 
     cells = {place.cell: place.step for place in at if place.stage == 1 and place.cell is not None}
     assert set(cells) == {(s, layer) for s in range(segments) for layer in range(LAYERS)}
     step = model.step or (lambda s, layer: s * LAYERS + layer)
-    assert all(at == step(*cell) for cell, at in cells.items())
+    assert all(time == step(*cell) for cell, time in cells.items())
     steps = {place.step for place in at if place.phase == 1}
     assert len(steps) == model.makespan.subs({S: segments, L: LAYERS})
     assert (len(steps) < segments * LAYERS) == (model.step is not None)
@@ -364,24 +367,22 @@ def test_nothing_that_is_given_is_written_to(model: Model) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", [armt_llama, armt_gpt2], ids=["llama", "gpt2"])
-def test_a_loop_folded_at_batch_one_holds_for_every_length(module: Any) -> None:
-    """Hugging Face's masks are made in another way for a batch of one: such a loop is folded for that batch alone."""
-    model, args = module.build(
-        layers=2, width=WIDTH, heads=2, segment=SEGMENT, memory=2, key_size=4, segments=3, dtype="float64"
-    )
-    found = Model(
-        with_random_biases(model),
-        lambda segments, batch, tail: (random_ids(segments, batch, tail),),
+def test_a_loop_folded_from_a_call_with_a_batch_of_one_holds_for_every_length(module: Any) -> None:
+    """The commonest call, and one for which Hugging Face makes its masks in another way."""
+    built, _ = module.build(layers=2, width=WIDTH, heads=2, segment=SEGMENT, memory=2, key_size=4, dtype="float64")
+    model = Model(
+        with_random_biases(built),
+        lambda *sizes: (random_ids(*sizes),),
         operator.add,
         S + L - 1,
         BUT_DIAGONAL,
+        batch=1,
     )
-    assert args[0].shape[0] == 1
     for segments, tail in ((2, 1), (5, SEGMENT), (13, 5)):
-        program, at = found.unroll(segments, 1, tail)
-        args = found.arguments(segments, 1, tail)
+        program, at = model.unroll(segments, 1, tail)
+        args = model.arguments(segments, 1, tail)
         logits = "output['logits']"
-        assert error(run(program, by_place(at), found.values(args))[logits], found.eager(args)[logits]) <= TOLERANCE
+        assert error(run(program, by_place(at), model.values(args))[logits], model.eager(args)[logits]) <= TOLERANCE
 
 
 # The executor by itself, on programs of a few operations.
@@ -440,6 +441,8 @@ def test_a_source_must_be_given_in_its_dtype() -> None:
     program = program_of((aten.neg.default, Src("x")), result=Val(0))
     with pytest.raises(ValueError, match="input x, and no value is given"):
         execute(program, [0], {})
+    with pytest.raises(VerifyError, match="reads y, which is none of its sources"):
+        execute(program_of((aten.neg.default, Src("y")), result=Val(0)), [0], {"x": X, "y": X})
     with pytest.raises(
         ValueError, match=r"input x is torch\.float32, and the program was captured with torch\.float64"
     ):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["Arguments", "Growth", "argument_names"]
+__all__ = ["Arguments", "Growth", "argument_names", "show"]
 
 Path = tuple[Any, ...]
 

@@ -151,6 +151,7 @@ def _arguments(session: Session, growth: Growth, length: int, batch: int) -> tup
     dims: dict[Path, list[int]] = {}
     for path, dim in growth.dims:
         dims.setdefault(path, []).append(dim)
+
     def stand_in(path: Path, tensor: torch.Tensor) -> torch.Tensor:
         shape = list(tensor.shape)
         if any(path[: len(each)] == each for each in growth.batch):
@@ -213,7 +214,7 @@ class _Prober:
         return self._runs[key]
 
     def is_segment(self, growth: Growth, length: int, batch: int) -> bool:
-        """Whether a text of this length is one segment, or several whole ones, and twice the length uses the layers more.
+        """Whether a text of this length is a segment, or several whole ones, and twice the length uses the layers more.
 
         One position more must begin another segment; or it is dropped, and one position less is no segment; or it does
         not run.
@@ -331,8 +332,8 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
         prober.run(growth, candidates[0][2] if candidates else 1, batch)
         if segment_length is not None:
             raise CaptureError(
-                f"segment_length={segment_length} was given, but in no argument do that many positions make one segment "
-                "and one more begin the next",
+                f"segment_length={segment_length} was given, but in no argument do that many positions make one "
+                "segment and one more begin the next",
                 remedy="pass the number of positions that the forward takes at a time, or leave segment_length out",
             )
         raise CaptureError(

@@ -15,7 +15,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
 )
 from torch.utils import _pytree as pytree
@@ -23,7 +22,7 @@ from torch.utils import _pytree as pytree
 from rmtc.capture.arguments import Arguments, argument_names, show
 from rmtc.capture.frames import traceback_location
 from rmtc.capture.state import Slot, Snapshot, is_plain, replace_tensors, uncached, walk
-from rmtc.errors import CaptureError, RefusedError, RmtcError
+from rmtc.errors import CaptureError, Location, RefusedError, RmtcError
 
 __all__ = ["Lifted", "Session"]
 
@@ -215,13 +214,8 @@ def translate(error: Exception) -> RmtcError:
             remedy="use a mask of fixed shape (torch.where, masked_fill) instead of selecting elements",
         )
     message = str(error)
-    if "does not require grad" in message or "backward" in message.lower():
-        return RefusedError(
-            "the forward calls backward: its gradients are part of the result, which rmtc does not reschedule "
-            f"({text})",
-            location=location,
-            remedy="take the backward call out of the forward, or run this model without rmtc",
-        )
+    if "does not require grad" in message or "backward through the graph" in message:
+        return backward_refusal(location)
     if "Please convert all Tensors to FakeTensors" in message or "non-Fake" in message:
         return CaptureError(
             "the forward uses a tensor that is in no parameter, buffer, attribute, container, closure or global that "
@@ -236,6 +230,10 @@ def translate(error: Exception) -> RmtcError:
     )
 
 
-def is_fake(value: object) -> bool:
-    """Whether a value is a stand-in."""
-    return isinstance(value, FakeTensor)
+def backward_refusal(location: Location | None) -> RefusedError:
+    """For a forward that asks for gradients."""
+    return RefusedError(
+        "the forward calls backward: its gradients are part of the result, which rmtc does not reschedule",
+        location=location,
+        remedy="take the backward call out of the forward, or run this model without rmtc",
+    )

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.frames import current_location
-from rmtc.capture.session import Session
+from rmtc.capture.session import Session, backward_refusal
 from rmtc.capture.state import is_plain
 from rmtc.errors import CaptureError, RefusedError
 
@@ -57,6 +57,8 @@ class _Tracer(PythonKeyTracer):
         self.attributes: list[tuple[str, torch.Tensor]] = []
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if torch._C._current_autograd_node() is not None:
+            raise backward_refusal(current_location(2)[0])
         node = super().create_node(*args, **kwargs)
         if node.op == "call_function":
             node.meta["location"], node.meta["variable"] = current_location(2)
@@ -188,6 +190,7 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
 
 
 def _first_write(graph: fx.Graph) -> fx.Node | None:
+    node: fx.Node
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             return node
@@ -214,7 +217,7 @@ def _inner(tensor: torch.Tensor) -> torch.Tensor:
     elem = getattr(tensor, "elem", None)
     if elem is None:
         return tensor
-    torch._functionalize_sync(elem)  # type: ignore[attr-defined, no-untyped-call]
+    torch._functionalize_sync(elem)
     return torch._from_functional_tensor(elem)
 
 

@@ -38,7 +38,8 @@ def execute(program: Program, order: Sequence[int], values: Mapping[str, torch.T
         The results, by the names of ``program.outputs``.
 
     Raises:
-        VerifyError: if an operation comes twice, or before one of its operands, or a result is never made.
+        VerifyError: if an operation comes twice, or before one of its operands, or a result is never made, or the
+            program reads a source that it does not declare.
         ValueError: if a source that is read is not in ``values``, or has another dtype there.
         Exception: whatever torch raises, with a note that says which operation raised it.
     """
@@ -89,7 +90,9 @@ def _arguments(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _source(program: Program, name: str, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    source = program.sources[name]
+    source = program.sources.get(name)
+    if source is None:
+        raise VerifyError(f"the program reads {name}, which is none of its sources")
     value = source.value if source.kind == "constant" else values.get(name)
     if value is None:
         raise ValueError(f"the program reads {source.kind} {name}, and no value is given for it")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rmtc.errors import CaptureError, Location
 
@@ -163,6 +165,18 @@ def map_leaves(args: tuple[Any, ...], function: Callable[[Any], Any]) -> tuple[A
     return tuple(map_leaves(arg, function) if type(arg) is tuple else function(arg) for arg in args)
 
 
+def _constant_name(constant: torch.Tensor) -> str:
+    """A name that tells a constant tensor by its content: every run numbers its constants anew."""
+    if isinstance(constant, FakeTensor):
+        raise CaptureError(
+            "a tensor made from Python numbers has no value under stand-in tensors",
+            remedy="register it as a buffer of the module",
+        )
+    content = bytes(constant.detach().cpu().contiguous().clone().untyped_storage())
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    return f"constant_{str(constant.dtype).removeprefix('torch.')}{list(constant.shape)}_{digest}"
+
+
 def from_graph(module: fx.GraphModule, outputs: tuple[str, ...], names: dict[str, str]) -> Program:
     """A canonical FX graph as a flat program.
 
@@ -193,8 +207,9 @@ def from_graph(module: fx.GraphModule, outputs: tuple[str, ...], names: dict[str
             sources[name] = Source(kind, node.meta.get("names", (name,)), tuple(val.shape), val.dtype)
         elif node.op == "get_attr":
             constant = getattr(module, node.target)
-            values[node] = Src(node.target)
-            sources[node.target] = Source("constant", (node.target,), tuple(constant.shape), constant.dtype, constant)
+            name = _constant_name(constant)
+            values[node] = Src(name)
+            sources[name] = Source("constant", (name,), tuple(constant.shape), constant.dtype, constant)
         elif node.op == "call_function":
             val = node.meta.get("val")
             tensor = isinstance(val, torch.Tensor)

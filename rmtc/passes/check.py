@@ -72,42 +72,66 @@ def check(
             edge between cells that no dependence covers.
     """
     counterpart = _correspond(trace, claimed)
-    dependent = _dependent_prologues(trace, counterpart, places)
-    crossing = edges = 0
+    # The edges of the trace, between counterparts; and those of the loop, where a value made twice has two places.
+    edges = [
+        (counterpart[operand], counterpart[node], trace.ops[node])
+        for node in counterpart
+        for operand in _values(trace.ops[node].args)
+    ]
+    own = [
+        (operand, number, claimed.ops[number])
+        for number in _needed(claimed)
+        for operand in _values_of(claimed, number)
+    ]
+    dependent = _dependent_prologues(claimed, places)
+    crossing = 0
     covered: dict[tuple[Cell, Cell], bool] = {}
-    for node, image in counterpart.items():
-        later = places[image]
-        for operand in _values(trace.ops[node].args):
-            edges += 1
-            earlier = places[counterpart[operand]]
-            if counterpart[operand] != image and not _precedes(earlier, later):
-                raise VerifyError(
-                    f"{_node(trace, node)} at {_when(later)} needs {_node(trace, operand)}, which runs at "
-                    f"{_when(earlier)}",
-                    location=trace.ops[node].location,
-                )
-            pair = _cells(earlier, later, operand in dependent, layers)
-            if pair is None:
-                continue
-            crossing += 1
-            if pair not in covered:
-                covered[pair] = any(each.producers(pair[1], layers) == pair[0] for each in dependences)
-            if not covered[pair]:
-                raise VerifyError(
-                    f"cell {pair[1]} reads what cell {pair[0]} makes ({_node(trace, operand)}), and no dependence "
-                    "says so",
-                    location=trace.ops[node].location,
-                )
-    return Checked(len(counterpart), edges, crossing, counterpart)
+    for count, (producer, consumer, op) in enumerate([*edges, *own]):
+        earlier, later = places[producer], places[consumer]
+        if producer != consumer and not _precedes(earlier, later):
+            raise VerifyError(
+                f"{_node(claimed, consumer)} at {_when(later)} needs {_node(claimed, producer)}, which runs at "
+                f"{_when(earlier)}",
+                location=op.location,
+            )
+        pair = _cells(earlier, later, producer in dependent, layers)
+        if pair is None:
+            continue
+        crossing += count < len(edges)
+        if pair not in covered:
+            covered[pair] = any(each.producers(pair[1], layers) == pair[0] for each in dependences)
+        if not covered[pair]:
+            raise VerifyError(
+                f"cell {pair[1]} reads what cell {pair[0]} makes ({_node(claimed, producer)}), and no dependence "
+                "says so",
+                location=op.location,
+            )
+    return Checked(len(counterpart), len(edges), crossing, counterpart)
+
+
+def _needed(program: Program) -> list[int]:
+    """The operations that a result needs."""
+    found: set[int] = set()
+    work = [value.index for value in program.outputs.values() if type(value) is Val]
+    while work:
+        number = work.pop()
+        if number not in found:
+            found.add(number)
+            work += _values_of(program, number)
+    return sorted(found)
+
+
+def _values_of(program: Program, number: int) -> list[int]:
+    return _values(program.ops[number].args)
 
 
 def _precedes(earlier: Place, later: Place) -> bool:
     if earlier.phase != later.phase:
         return earlier.phase < later.phase
-    if earlier.cell == later.cell:
-        return earlier.position < later.position
     if earlier.step != later.step:
         return earlier.step < later.step
+    if earlier.cell == later.cell:
+        return earlier.position < later.position
     if earlier.stage != later.stage:
         return earlier.stage < later.stage
     # Prologues of a step run segment by segment, and so do epilogues; cells of a step run at once.
@@ -130,15 +154,15 @@ def _cells(earlier: Place, later: Place, dependent: bool, layers: int) -> tuple[
     return (source, target) if source != target else None
 
 
-def _dependent_prologues(trace: Program, counterpart: dict[int, int], places: Sequence[Place]) -> set[int]:
-    """The nodes of prologues that need a cell."""
+def _dependent_prologues(claimed: Program, places: Sequence[Place]) -> set[int]:
+    """The operations of prologues that need a cell."""
     found: set[int] = set()
-    for node in sorted(counterpart):
-        if places[counterpart[node]].stage == 0 and places[counterpart[node]].cell is not None:
-            for operand in _values(trace.ops[node].args):
-                place = places[counterpart[operand]]
-                if operand in found or (place.cell is not None and place.stage > 0):
-                    found.add(node)
+    for number, place in enumerate(places):
+        if place.stage == 0 and place.cell is not None:
+            for operand in _values_of(claimed, number):
+                source = places[operand]
+                if operand in found or (source.cell is not None and source.stage > 0):
+                    found.add(number)
     return found
 
 
@@ -152,7 +176,7 @@ def _correspond(trace: Program, claimed: Program) -> dict[int, int]:
         value, image, reader = work.pop()
         image = _through(value, image, trace, claimed)
         if type(value) is not Val or type(image) is not Val:
-            if type(value) is not type(image) or value != image:
+            if type(value) is not type(image) or value != image or not _same_constant(value, trace, claimed):
                 raise VerifyError(f"{reader} reads {show(value)} in the run and {show(image)} in the loop")
             continue
         if value.index in counterpart:
@@ -170,6 +194,16 @@ def _correspond(trace: Program, claimed: Program) -> dict[int, int]:
         counterpart[value.index] = image.index
         work += [(a, b, _node(trace, value.index)) for a, b in _pairs(node, other, trace, value.index)]
     return counterpart
+
+
+def _same_constant(value: Any, trace: Program, claimed: Program) -> bool:
+    """Whether a name means the same tensor in both programs: all but constants are the caller's, by name."""
+    if type(value) is not Src:
+        return True
+    one, two = trace.sources[value.name], claimed.sources[value.name]
+    if one.value is None or two.value is None:
+        return one.value is two.value
+    return one.value.dtype == two.value.dtype and torch.equal(one.value, two.value)
 
 
 def _pairs(node: Op, other: Op, trace: Program, number: int) -> list[tuple[Any, Any]]:

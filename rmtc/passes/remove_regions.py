@@ -86,7 +86,7 @@ class RemoveRegions:
 
 def _region(node: fx.Node) -> tuple[str, torch.dtype | None, bool]:
     device, dtype, enabled, *_ = (*node.args, *(None,) * 4)
-    return str(device), dtype, True if enabled is None else bool(enabled)  # type: ignore[return-value]
+    return str(device), dtype, True if enabled is None else bool(enabled)
 
 
 def _make_explicit(
@@ -117,7 +117,7 @@ class _Watch(TorchDispatchMode):
     """Notes to which dtype each of some tensors, or a view of it, is cast first, and which operations run."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._index = {id(tensor): i for i, tensor in enumerate(tensors)}
         self._kept: list[torch.Tensor] = []  # ids stay unique while the tensors live
         self.casts: list[torch.dtype | None] = [None] * len(tensors)

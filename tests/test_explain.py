@@ -1,0 +1,385 @@
+"""`rmtc.explain`: dependences, schedules, classes and places, against what the models' source says."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import models
+import networkx as nx
+import pytest
+import sympy
+import torch
+from models import LAYERS, LOOPS, OTHERS, SEGMENT, SEGMENTS, line_of, text
+from torch import Tensor, nn
+
+import rmtc
+from rmtc import Cell, Explanation, Group, Step
+from rmtc.errors import Location
+from rmtc.examples import armt_gpt2, armt_llama, associative, rmt_llama
+from rmtc.ir.schedule import L, S, distances
+
+SIZES: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 5, "memory": 2, "segments": 4}
+
+MEMORY = {(0, 1), (1, 0)}
+DIAGONAL = S + L - 1
+
+# What the source says: distances, makespan.
+EXPECTED: dict[str, tuple[set[tuple[Any, Any]], Any]] = {
+    "attributes": (MEMORY, DIAGONAL),
+    "buffers": (MEMORY, DIAGONAL),
+    "list in the wrapper": (MEMORY, DIAGONAL),
+    "slices of one tensor": (MEMORY, DIAGONAL),
+    "keys and values": (MEMORY, DIAGONAL),
+    "shared part": (MEMORY, DIAGONAL),
+    "counter": (MEMORY, DIAGONAL),
+    "no dropout in eval": (MEMORY, DIAGONAL),
+    "mixed precision": (MEMORY, DIAGONAL),
+    "top to bottom": ({(0, 1), (1, 1 - L)}, None),
+    "feedback from 1 higher": ({(0, 1), (1, -1)}, 2 * (S - 1) + L),
+    "feedback from 2 higher": ({(0, 1), (1, -2)}, 3 * (S - 1) + L),
+    "transformer-xl": ({(0, 1), (1, 1)}, L),
+    "loop over an argument": (MEMORY, DIAGONAL),
+    "loop over a closure": (MEMORY, DIAGONAL),
+    "loop over a global": (MEMORY, DIAGONAL),
+    "loop in a partial": (MEMORY, DIAGONAL),
+    "stacked weights": (MEMORY, DIAGONAL),
+    "stacked weights in a closure": (MEMORY, DIAGONAL),
+    "list of segments": (MEMORY, DIAGONAL),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On tensors as small as these a second thread only waits for its turn on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def explained() -> Callable[[str | ModuleType], Explanation]:
+    @functools.cache
+    def run(what: str | ModuleType) -> Explanation:
+        function, arguments = what.build(**SIZES) if isinstance(what, ModuleType) else {**LOOPS, **OTHERS}[what]()
+        return rmtc.explain(function)(*arguments)
+
+    return run
+
+
+Explain = Callable[[str | ModuleType], Explanation]
+
+
+def line_with(module: Any, text: str) -> int:
+    """The number of the one line of a file that holds a text."""
+    lines = Path(inspect.getfile(module)).read_text().splitlines()
+    (found,) = (number for number, line in enumerate(lines, 1) if text in line)
+    return found
+
+
+def at(location: Location | None) -> tuple[str, int]:
+    assert location is not None
+    return Path(location.file).name, location.line
+
+
+# The models of tests/models.py.
+
+
+def test_every_loop_is_expected() -> None:
+    assert EXPECTED.keys() == LOOPS.keys()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_dependences_and_makespan(name: str, explained: Explain) -> None:
+    answer, (expected, makespan) = explained(name), EXPECTED[name]
+    assert distances(answer.dependences) == expected
+    assert (answer.segments, answer.layers) == (SEGMENTS, LAYERS)
+    if makespan is None:
+        assert answer.schedule is None
+        assert answer.reason is not None
+    else:
+        assert answer.schedule is not None
+        assert sympy.expand(answer.schedule.makespan - makespan) == 0
+        assert answer.certificate is not None and answer.certificate.optimal
+        assert sympy.expand(sympy.sympify(answer.certificate.bound, {"S": S, "L": L}) - makespan) == 0
+        assert answer.reason is None and answer.cycle == () and answer.location is None
+
+
+@pytest.mark.parametrize("name", [name for name, (_, makespan) in EXPECTED.items() if makespan is not None])
+def test_steps_respect_every_dependence(name: str, explained: Explain) -> None:
+    """Each cell once, and after every cell that the expected distances say it waits for; in as many steps as it says."""
+    schedule = explained(name).schedule
+    assert schedule is not None
+    segments = 6
+    steps = schedule.steps(segments)
+    assert all(isinstance(step, Step) and isinstance(group, Group) for step in steps for group in step.groups)
+    cells = {
+        cell: step.time for step in steps for group in step.groups if group.stage == "layer" for cell in group.cells
+    }
+    assert sorted(cells) == [Cell(s, layer) for s in range(segments) for layer in range(LAYERS)]
+    for ds, dl in EXPECTED[name][0]:
+        for cell, time in cells.items():
+            before = Cell(cell.segment - ds, cell.layer - dl)
+            assert before not in cells or cells[before] < time
+    assert 1 + max(cells.values()) - min(cells.values()) == schedule.makespan.subs({S: segments, L: LAYERS})
+
+
+CLASSES = {
+    "attributes": 2,  # the first segment reads no memory
+    "list in the wrapper": 2,
+    "keys and values": 2,
+    "transformer-xl": 2,
+    "buffers": 1,
+    "shared part": 1,
+    "counter": 1,
+    "no dropout in eval": 1,
+    "mixed precision": 1,
+    "loop over an argument": 1,
+    "loop over a closure": 1,
+    "loop over a global": 1,
+    "stacked weights": 1,
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_cells_that_run_the_same_operations_are_one_class(name: str, explained: Explain) -> None:
+    answer = explained(name)
+    layers = [each for each in answer.classes if each.stage == "layer"]
+    assert [each.members for each in layers] == (
+        ["all s, all l"] if CLASSES[name] == 1 else ["s >= 1, all l", "s = 0, all l"]
+    )
+    assert answer.schedule is not None
+    for segment in range(4):
+        names = {answer.schedule.class_of(Cell(segment, layer)) for layer in range(LAYERS)}
+        assert names == {layers[-1 if segment == 0 else 0].name}
+
+
+def test_names_and_places_of_a_memory_in_attributes(explained: Explain) -> None:
+    hidden, memory = sorted(explained("attributes").dependences, key=lambda each: str(each.distance))
+    assert hidden.distance == (0, 1) and hidden.tensor == "hidden"
+    assert memory.distance == (1, 0) and memory.tensor == "layers.{l}.memory"
+    assert at(memory.location) == ("models.py", line_of("memory write"))
+    assert at(memory.consumer_location) == ("models.py", line_of("memory read"))
+    assert "layers.{l}" in memory.producer and "layers.{l}" in memory.consumer
+    assert at(hidden.consumer_location) == ("models.py", line_of("memory read"))
+
+
+def test_names_of_a_memory_in_a_list(explained: Explain) -> None:
+    memories = [each for each in explained("list in the wrapper").dependences if each.distance == (1, 0)]
+    assert [each.tensor for each in memories] == ["memories[{l}]"]
+
+
+def test_names_of_a_memory_in_buffers(explained: Explain) -> None:
+    memories = [each for each in explained("buffers").dependences if each.distance == (1, 0)]
+    assert [each.tensor for each in memories] == ["layers.{l}.memory"]
+
+
+def test_the_cycle_of_the_classic_rmt(explained: Explain) -> None:
+    answer = explained("top to bottom")
+    assert [each.distance for each in answer.cycle] == [(0, 1), (1, 1 - L)]
+    assert at(answer.location) == ("models.py", line_of("memory leaves"))
+    assert at(answer.cycle[-1].consumer_location) == ("models.py", line_of("memory enters"))
+
+
+# What runs is what is said: a cell is disturbed, and the cells that change are those that wait for it.
+
+
+@pytest.mark.parametrize(
+    ("what", "path"),
+    [
+        ("attributes", "layers"),
+        ("buffers", "layers"),
+        (armt_llama, "model.layers"),
+        (armt_gpt2, "transformer.h"),
+        (rmt_llama, "model.layers"),
+    ],
+    ids=lambda value: value.__name__.rpartition(".")[2] if isinstance(value, ModuleType) else None,
+)
+def test_a_disturbed_cell_changes_the_cells_that_wait_for_it(
+    what: str | ModuleType, path: str, explained: Explain
+) -> None:
+    model, arguments = what.build(**SIZES, dtype="float64") if isinstance(what, ModuleType) else LOOPS[what]()
+    model = model.double()
+    arguments = tuple(each.double() if each.is_floating_point() else each for each in arguments)
+    layers = list(model.get_submodule(path))
+    answer = explained(what)
+    graph: nx.DiGraph = nx.DiGraph()
+    for segment in range(SEGMENTS):
+        for layer in range(len(layers)):
+            for dependence in answer.dependences:
+                before = dependence.producers(Cell(segment, layer), len(layers))
+                if before is not None:
+                    graph.add_edge(before, Cell(segment, layer))
+    calm = outputs_of_cells(model, layers, arguments)
+    for cell in (Cell(0, 0), Cell(0, len(layers) - 1), Cell(1, 1), Cell(2, 0), Cell(SEGMENTS - 1, 1)):
+        disturbed = outputs_of_cells(model, layers, arguments, cell)
+        changed = {each for each in calm if (calm[each] - disturbed[each]).abs().max() > 1e-10}
+        assert changed == nx.descendants(graph, cell) | {cell}
+
+
+def outputs_of_cells(
+    model: nn.Module, layers: list[nn.Module], arguments: tuple[Any, ...], disturb: Cell | None = None
+) -> dict[Cell, Tensor]:
+    """What each layer makes of each segment; one cell's output may be moved a little."""
+    outputs: dict[Cell, Tensor] = {}
+    calls = dict.fromkeys(range(len(layers)), 0)
+
+    def wrapped(layer: int, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        # Inside the layer's own forward, so that its memory is made from what is disturbed.
+        def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            cell = Cell(calls[layer], layer)
+            calls[layer] += 1
+            outputs[cell] = forward(hidden + 1e-3 if cell == disturb else hidden, *args, **kwargs)
+            return outputs[cell]
+
+        return run
+
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    for number, layer in enumerate(layers):
+        layer.forward = wrapped(number, layer.forward)
+    try:
+        with torch.no_grad():
+            model(*arguments)
+    finally:
+        for layer in layers:
+            del layer.forward
+        model.load_state_dict(state)
+    return outputs
+
+
+# The examples.
+
+
+@pytest.mark.parametrize(
+    ("example", "path"), [(armt_llama, "model.layers.{l}"), (armt_gpt2, "transformer.h.{l}")], ids=["llama", "gpt2"]
+)
+def test_armt(example: ModuleType, path: str, explained: Explain) -> None:
+    answer = explained(example)
+    assert distances(answer.dependences) == MEMORY
+    assert [each.tensor for each in answer.dependences] == ["hidden_states", f"{path}.A", f"{path}.z"]
+    assert answer.schedule is not None and answer.certificate is not None
+    assert sympy.expand(answer.schedule.makespan - DIAGONAL) == 0
+    assert sympy.expand(sympy.sympify(answer.certificate.bound, {"S": S, "L": L}) - DIAGONAL) == 0
+    assert answer.certificate.optimal
+    assert len(answer.schedule.steps(33, 16)) == 33 + 16 - 1
+    assert [(each.members, each.stage) for each in answer.classes] == [
+        ("s >= 1, all l", "layer"),
+        ("s = 0, all l", "layer"),
+        ("all s", "prologue"),
+        ("all s", "epilogue"),
+    ]
+    first, later = answer.schedule.class_of(Cell(0, 0)), answer.schedule.class_of(Cell(1, 0))
+    assert first != later
+    assert {answer.schedule.class_of(Cell(s, layer)) for s in range(1, 9) for layer in range(3)} == {later}
+
+
+@pytest.mark.parametrize("example", [armt_llama, armt_gpt2], ids=["llama", "gpt2"])
+def test_places_in_armt(example: ModuleType, explained: Explain) -> None:
+    hidden, associations, keys = explained(example).dependences
+    file = Path(inspect.getfile(associative)).name
+    assert at(associations.location) == (file, line_with(associative, "self.A = self.A + "))
+    assert at(keys.location) == (file, line_with(associative, "self.z = self.z + "))
+    assert at(associations.consumer_location) == (file, line_with(associative, "return keys @ A / overlap"))
+    assert at(keys.consumer_location) == (file, line_with(associative, "overlap = keys @ z"))
+    assert at(hidden.location) == (file, line_with(associative, "output: Tensor = self.layer("))
+    assert at(hidden.consumer_location) == (file, line_with(associative, "recalled, _ = recall("))
+
+
+def test_rmt(explained: Explain) -> None:
+    answer = explained(rmt_llama)
+    assert distances(answer.dependences) == {(0, 1), (1, 1 - L)}
+    assert answer.schedule is None
+    assert [each.distance for each in answer.cycle] == [(0, 1), (1, 1 - L)]
+    assert at(answer.location) == (
+        "rmt_llama.py",
+        line_with(rmt_llama, "return hidden[:, size:-size], hidden[:, -size:]"),
+    )
+    assert at(answer.cycle[-1].consumer_location) == (
+        "rmt_llama.py",
+        line_with(rmt_llama, "inputs = torch.cat([memory, self.model.embed_tokens(ids), memory]"),
+    )
+    assert answer.cycle[-1].tensor == "memory"
+    assert answer.reason is not None and "S*L" in answer.reason
+    assert answer.remedy
+
+
+def test_an_example_on_the_meta_device(explained: Explain) -> None:
+    """The same answer as with weights, for sizes that fit no memory."""
+    sizes = {**SIZES, "width": 16384, "heads": 128, "key_size": 64}
+    with torch.device("meta"):
+        model, (ids,) = armt_llama.build(**sizes)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert sum(parameter.numel() * 4 for parameter in model.parameters()) > 30e9
+    answer, small = rmtc.explain(model)(ids.to("meta")), explained(armt_llama)
+    assert answer.dependences == small.dependences
+    assert answer.schedule is not None and small.schedule is not None
+    assert (answer.schedule.makespan, answer.schedule.classes) == (small.schedule.makespan, small.schedule.classes)
+
+
+# The answer as a whole.
+
+
+def test_the_fields_of_an_answer(explained: Explain) -> None:
+    answer = explained(armt_llama)
+    assert answer.name == "ArmtLlamaForCausalLM"
+    assert (answer.segments, answer.layers, answer.segment_length) == (4, 3, 5)
+    assert answer.growing == ("input_ids (1, 20): dimension 1",)
+    assert answer.free == ("number of segments: any from 2 on", "batch: any", "last segment: 1 .. 5")
+    assert answer.reason is None and answer.cycle == () and answer.remedy is None
+    assert answer.seconds.keys() >= {"capture", "reroll", "prove"}
+    text = str(answer)
+    assert "S + L - 1 = 6" in text and "model.layers.{l}.A" in text
+    assert str(answer.schedule) and str(answer.certificate)
+
+
+def test_the_certificate_names_what_it_assumes(explained: Explain) -> None:
+    certificate = explained(armt_llama).certificate
+    assert certificate is not None
+    assumptions = " ".join(certificate.assumptions)
+    for word in ("Python", "third segment", "side effects", "autocast", "grad mode", "dtype"):
+        assert word in assumptions
+    assert all(
+        assumption in str(explained(armt_llama)).replace("\n    ", " ") for assumption in certificate.assumptions
+    )
+    assert "operations" in certificate.checked and "edges" in certificate.checked
+    inequalities = {each.dependence.distance: each.slack for each in certificate.inequalities}
+    assert inequalities == {(0, 1): "1*0 + 1*1 = 1", (1, 0): "1*1 + 1*0 = 1"}
+
+
+def test_what_is_fixed_is_assumed_too() -> None:
+    def one_text(layers: list[nn.Module], hidden: Tensor) -> Tensor:
+        return models.loop_over_argument(layers, hidden.reshape(1, -1, hidden.shape[-1]))
+
+    layers = [nn.Linear(models.WIDTH, models.WIDTH) for _ in range(LAYERS)]
+    answer = rmtc.explain(one_text)(layers, text(batch=1))
+    assert answer.certificate is not None
+    assert "batch: 1 only" in answer.free
+    assert "the batch size is 1" in answer.certificate.assumptions
+
+
+def test_a_refused_call_still_tells_what_is_known(explained: Explain) -> None:
+    answer = explained("growing list")
+    assert answer.name == "GrowingList"
+    assert (answer.segments, answer.segment_length) == (SEGMENTS, SEGMENT)
+    assert answer.growing == (f"hidden (2, {SEGMENTS * SEGMENT}, {models.WIDTH}): dimension 1",)
+    assert answer.schedule is None and answer.certificate is None and answer.reason is not None
+    assert answer.reason.split()[0] in str(answer)
+
+
+def test_the_answer_does_not_depend_on_how_long_the_call_is() -> None:
+    model = models.Associative()
+    short, long = (rmtc.explain(model)(text(segments)) for segments in (2, 40))
+    assert short.dependences == long.dependences and short.classes == long.classes
+    assert short.schedule is not None and long.schedule is not None
+    assert short.schedule.makespan == long.schedule.makespan
+    assert (short.schedule.segments, long.schedule.segments) == (2, 40)
+
+
+def test_a_call_with_named_arguments() -> None:
+    positional = rmtc.explain(models.Associative())(text())
+    assert rmtc.explain(models.Associative())(hidden=text()) == positional
