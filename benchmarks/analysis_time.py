@@ -1,6 +1,6 @@
 """Time of each stage of an analysis, and of a replay a segment.
 
-    python benchmarks/analysis_time.py [--layers 16] [--width 256] [--segments 64]
+python benchmarks/analysis_time.py [--layers 16] [--width 256] [--segments 64]
 """
 
 from __future__ import annotations

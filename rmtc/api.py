@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from rmtc.analysis import Analysis, analyze
 from rmtc.errors import RefusedError
 from rmtc.ir.explanation import Explanation
@@ -124,7 +126,11 @@ def _answer(blank: Explanation, analysis: Analysis) -> Explanation:
     if proven is None:
         return blank
     loop, proof = proven.loop, proven.proof
-    certificate = replace(proof.certificate, assumptions=_assumptions(loop.fixed), checked=str(proven.checked))
+    checked = ""
+    if proven.checked is not None and proven.checked_at is not None:
+        segments, batch, tail = proven.checked_at
+        checked = f"a run of {segments} segments, batch {batch}, the last of {tail} positions: {proven.checked}"
+    certificate = replace(proof.certificate, assumptions=_assumptions(analysis, loop.fixed), checked=checked)
     return replace(
         blank,
         layers=loop.layers,
@@ -141,8 +147,10 @@ def _answer(blank: Explanation, analysis: Analysis) -> Explanation:
 
 
 _REMEDY = (
-    "make each layer read only its own memory of the segment before (as ARMT does); with a memory that goes from the "
-    "top of one segment to the bottom of the next, only several texts at once (a larger batch) use the machine better"
+    "give each layer a memory of its own, which only that layer reads in the next segment, as associative recurrent "
+    "memory transformers (ARMT) do: that is another model, to be trained anew. This one, whose memory goes from the "
+    "top of a segment to the bottom of the next, uses the machine better only with several texts at once (a larger "
+    "batch)"
 )
 
 
@@ -150,18 +158,31 @@ def _free(fixed: dict[str, int], segment_length: int) -> tuple[str, ...]:
     lines = ["number of segments: any from 2 on"]
     lines.append(f"batch: {fixed['batch']} only" if "batch" in fixed else "batch: any")
     tail = fixed.get("tail")
-    lines.append(f"last segment: {tail} positions only" if tail is not None else f"last segment: 1 .. {segment_length}")
+    lines.append(
+        f"last segment: {tail} positions only" if tail is not None else f"last segment: 1 .. {segment_length} positions"
+    )
     return tuple(lines)
 
 
-def _assumptions(fixed: dict[str, int]) -> tuple[str, ...]:
+def _assumptions(analysis: Analysis, fixed: dict[str, int]) -> tuple[str, ...]:
+    session = analysis.capture.session
+    tensors = [*(lifted.tensor for lifted in session.lifted), *session.arguments.tensors().values()]
+    floats = sorted({str(each.dtype).removeprefix("torch.") for each in tensors if each.is_floating_point()})
+    devices = sorted({str(each.device) for each in tensors})
+    training = getattr(session.function, "training", None)
+    mode = "" if training is None else ", training mode" if training else ", eval mode"
+    lengths = ", ".join(str(sizes.segments) for sizes in sorted(analysis.runs))
     lines = [
-        "the code's Python depends on nothing but its arguments' sizes and the attributes, globals and closures it "
-        "names",
-        "from the third segment on, every segment runs what the third does: seen at three lengths, and replayed for "
-        "the number of segments of this call",
-        "operations are ATen operators without side effects, and equal operators on equal values give equal results",
-        "dtype, device, train/eval, grad mode and autocast are as in this call",
+        "the code's Python depends on nothing but its arguments' sizes and the attributes, globals and closures that "
+        "it uses by name",
+        f"every later segment runs what the third does: runs of {lengths} segments were compared operation by "
+        "operation, and for the number of segments of this call the Python of the loop was run without computing "
+        "anything",
+        "operations are ATen operators: equal operators on equal values give equal results, and random numbers "
+        "(dropout) are not drawn",
+        f"as in this call: {', '.join(floats) or 'no floats'}, {', '.join(devices)}{mode}, grad mode "
+        f"{'on' if torch.is_grad_enabled() else 'off'}, autocast "
+        f"{'on' if torch.is_autocast_enabled('cpu') or torch.is_autocast_enabled('cuda') else 'off'}",
     ]
     if "batch" in fixed:
         lines.append(f"the batch size is {fixed['batch']}")

@@ -57,7 +57,7 @@ def test_the_schedule_is_compared_with_the_sequential_order() -> None:
     text = " ".join(str(armt(33, 16)).split())
     assert text.startswith("ArmtLlama: 48 steps instead of 528, proven legal and best possible")
     assert "S + L - 1 = 48; one cell after another takes S * L = 528" in text
-    assert "Step 1, for example, runs s0.l1 and s1.l0 at once." in text
+    assert "Step 24, for example, runs s9.l15, s10.l14, s11.l13, ..., s24.l0 (class B) at once." in text
     assert "No step holds more than 16 cells." in text
 
 

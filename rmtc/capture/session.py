@@ -85,6 +85,7 @@ class Session:
         buffers = {id(slot.value._buffers) for slot in slots if isinstance(slot.value, nn.Module)}
         if isinstance(self.function, nn.Module):
             buffers.add(id(self.function._buffers))
+        given = {show(path) for path in self.arguments.tensors()}
         names: dict[int, list[str]] = {}
         kinds: dict[int, str] = {}
         tensors: dict[int, torch.Tensor] = {}
@@ -93,7 +94,7 @@ class Session:
             _refuse_unknown(slot.name, tensor)
             kind = "parameter" if isinstance(tensor, nn.Parameter) else "state"
             kinds.setdefault(id(tensor), "buffer" if id(slot.owner) in buffers else kind)
-            names.setdefault(id(tensor), []).append(slot.name)
+            names.setdefault(id(tensor), []).append(f"self.{slot.name}" if slot.name in given else slot.name)
             tensors[id(tensor)] = tensor
             return tensor
 
@@ -147,6 +148,18 @@ class Session:
     def state(self) -> list[Slot]:
         """Every slot as it is now: to be read while stand-ins are installed, after the user's code ran."""
         return walk(self._roots)
+
+    def held(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What each place that holds a tensor holds before the user's code runs, by name.
+
+        Args:
+            values: what is installed.
+        """
+        return {
+            slot.name: values[self._index[id(slot.value)]]
+            for slot in self.snapshot.slots
+            if isinstance(slot.value, torch.Tensor)
+        }
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the user's code under stand-ins.

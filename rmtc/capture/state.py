@@ -131,7 +131,7 @@ def _contents(cell: types.CellType) -> Any:
 
 
 def walk(roots: dict[str, Any]) -> list[Slot]:
-    """Every slot reachable from the roots, each container once, in a stable order.
+    """Every slot reachable from the roots, each place once, in a stable order; no two have the same name.
 
     Args:
         roots: values by name: modules, functions, containers, objects. The name ``""`` gives module paths as
@@ -140,9 +140,16 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
     slots: list[Slot] = []
     seen: set[int] = set()
     functions: set[int] = set()
+    places: set[tuple[int, Any]] = set()
+    names: dict[str, int] = {}
     queue: deque[tuple[str, Any]] = deque(roots.items())
 
     def add(name: str, owner: Any, key: Any, value: Any) -> None:
+        if (id(owner), key) in places:  # a global that several functions name
+            return
+        places.add((id(owner), key))
+        count = names[name] = names.get(name, 0) + 1
+        name = name if count == 1 else f"{name}#{count}"
         slots.append(Slot(name, owner, key, value))
         if not is_plain(value) and not isinstance(value, torch.Tensor):
             queue.append((name, value))

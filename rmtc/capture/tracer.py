@@ -76,9 +76,9 @@ class _Tracer(PythonKeyTracer):
             return forward(*args, **kwargs)
         finally:
             self._stack.pop()
-            for key, value in m.__dict__.items():
+            for key, value in (*m.__dict__.items(), *m._buffers.items()):
                 if isinstance(value, torch.Tensor):
-                    self.attributes.append((f"{path}.{key}" if path else key, value))
+                    self.attributes.append((f"{path}.{key}" if path else key, _inner(value)))
 
 
 class _Maker(_MakefxTracer):
@@ -152,10 +152,10 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
             result = session.call(new_args, new_kwargs)
             _refuse_changed_containers(arguments, given, new_args, new_kwargs)
             found = _results(result)
-            known = {id(tensor) for tensor in flat}
+            held = session.held(lifted)
             for slot in session.state():
                 if isinstance(slot.value, torch.Tensor):
-                    if id(slot.value) not in known:
+                    if held.get(slot.name) is not slot.value:
                         found[f"state:{slot.name}"] = slot.value
                 elif is_plain(slot.value):
                     missing = slot.name not in session.snapshot.plain

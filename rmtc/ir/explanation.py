@@ -15,7 +15,7 @@ class CellClass:
     """Cells with the same body: same operations, constants, shapes, wiring, parameters by relative name.
 
     Attributes:
-        name: ``A``, ``B``, ... for layers; ``P0``, ... for prologues and ``E0``, ... for epilogues.
+        name: ``C0``, ``C1``, ... for cells; ``P0``, ... for prologues and ``E0``, ... for epilogues.
         stage: ``"prologue"``, ``"layer"`` or ``"epilogue"``.
         operations: number of operations in the body.
         members: which cells, in words: ``s >= 1, all l``.

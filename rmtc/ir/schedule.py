@@ -164,9 +164,7 @@ class Schedule:
         return [
             Step(
                 time,
-                tuple(
-                    Group(stage, name, tuple(cells)) for (_, stage, name), cells in sorted(by_time[time].items())
-                ),
+                tuple(Group(stage, name, tuple(cells)) for (_, stage, name), cells in sorted(by_time[time].items())),
             )
             for time in sorted(by_time)
         ]

@@ -59,9 +59,7 @@ class Fit:
         return Fit(constant, left) if left else constant
 
     def __str__(self) -> str:
-        text = " + ".join(
-            "*".join(([str(c)] if c != 1 else []) + list(names)) for names, c in self.terms
-        )
+        text = " + ".join("*".join(([str(c)] if c != 1 else []) + list(names)) for names, c in self.terms)
         return f"{text} + {self.constant}".replace("+ -", "- ") if self.constant else text
 
 

@@ -89,7 +89,7 @@ def _loop(page: Page, explanation: Explanation) -> None:
         f"The call cuts its input into S = {segments} segments of {explanation.segment_length} positions (the last may "
         f"be shorter) and takes them one by one through L = {layers} layers: {formula(S * L)} = {segments * layers} "
         "layer runs, one after another. One such run is a cell: s2.l1 is layer 1 applied to segment 2, both counted "
-        "from 0."
+        "from 0. Nothing was computed to find this out, and the model is as it was."
     )
     _lines(page, "What grows with the number of segments:", explanation.growing)
     _lines(page, "What may change and leaves the answer as it is:", explanation.free)
@@ -135,8 +135,11 @@ def _dependences(page: Page, dependences: Sequence[Dependence]) -> None:
     page.text(
         "A cell that reads a tensor made by another cell has to wait for it: a dependence. Its distance vector (ds, "
         "dl) says for which: cell (s, l), layer l on segment s, waits for cell (s - ds, l - dl), ds segments before "
-        "and dl layers below."
+        "and dl layers below (above, where dl is negative). Operations go by their ATen names: slice.Tensor is x[a:b]."
     )
+    words = " ".join(f"{item.producer} {item.consumer}" for item in dependences)
+    if "(prologue)" in words or "(epilogue)" in words:
+        page.text("What a prologue does counts as layer 0's, what an epilogue does as the last layer's.")
     if any("{l}" in text for item in dependences for text in (item.tensor, item.producer, item.consumer)):
         page.text("{l} in a name stands for the number of a layer.")
     for distance, same in _by_distance(dependences).items():
@@ -175,14 +178,17 @@ def _schedule(page: Page, schedule: Schedule, segments: int) -> None:
     page.heading("The schedule")
     page.text(
         "A schedule gives each cell a step. The cells of one step run at the same time, the steps one after another: "
-        f"cell (s, l) runs at step {time_formula(schedule.a, schedule.b)}." + _example(schedule, segments)
+        f"cell (s, l) runs at step {time_formula(schedule.a, schedule.b)}." + _example(schedule, segments) + " A "
+        "prologue runs in the step of its segment's layer 0, before it, an epilogue in that of the last layer, after "
+        "it."
     )
     page.blank()
     page.raw(grid(schedule, segments, limit=5, head=3, tail=1), 4)
     page.blank()
     page.text(
         f"The number of steps, the makespan, is {formula(schedule.makespan)} = {steps}; one cell after another takes "
-        f"{formula(S * L)} = {runs}.{_width(schedule, segments)}"
+        f"{formula(S * L)} = {runs}.{_width(schedule, segments)} Steps are no seconds: a step of several cells takes "
+        "longer than one cell, but less than its cells one by one as long as one cell does not fill the machine."
         + (" For so short a call that is no gain." if steps >= runs else "")
     )
 
@@ -195,11 +201,19 @@ def _apart(schedule: Schedule) -> tuple[int, int]:
 
 
 def _example(schedule: Schedule, segments: int) -> str:
-    later, below = _apart(schedule)
-    if later >= segments or below >= schedule.layers:
+    """A step in the middle with its groups: by then the first segments' classes are past."""
+    steps = schedule.steps(segments)
+    step = max(steps[len(steps) // 2 :] or steps, key=lambda each: sum(len(group.cells) for group in each.groups))
+    groups = [group for group in step.groups if group.stage == "layer"]
+    if sum(len(group.cells) for group in groups) < 2:
         return ""
-    first, second = Cell(0, below), Cell(later, 0)
-    return f" Step {schedule.time(first)}, for example, runs {first} and {second} at once."
+    parts = [f"{_cells(group.cells)} (class {group.cell_class})" for group in groups]
+    return f" Step {step.time}, for example, runs {' and '.join(parts)} at once."
+
+
+def _cells(cells: Sequence[Cell]) -> str:
+    names = [str(cell) for cell in cells]
+    return ", ".join(names if len(names) < 5 else [*names[:3], "...", names[-1]])
 
 
 def _width(schedule: Schedule, segments: int) -> str:
@@ -218,7 +232,8 @@ def _legal(page: Page, certificate: Certificate, explanation: Explanation | None
         values = f", here with a = {formula(schedule.a)} and b = {formula(schedule.b)}" if schedule else ""
         page.text(
             "Each cell must run at a later step than the cells it reads from. Cell (s, l) runs at step a*s + b*l, so "
-            f"along (ds, dl) the step grows by a*ds + b*dl{values}. That is at least 1 for each dependence:"
+            f"from a cell to one that reads it along (ds, dl) the step grows by a*ds + b*dl{values}. That is at least "
+            "1 for each dependence:"
         )
         rows: dict[tuple[str, str], list[str]] = {}
         for item in certificate.inequalities:
@@ -230,7 +245,12 @@ def _legal(page: Page, certificate: Certificate, explanation: Explanation | None
 
 def _checked(page: Page, certificate: Certificate) -> None:
     if certificate.checked:
-        page.text(f"Checked by a second program that shares no code with the first: {certificate.checked}", 2, hang=2)
+        page.text(
+            "Checked by a second program, which shares no code with what found the dependences and the schedule, "
+            f"against {certificate.checked}",
+            2,
+            hang=2,
+        )
 
 
 def _best(page: Page, certificate: Certificate, explanation: Explanation | None) -> None:
@@ -241,7 +261,7 @@ def _best(page: Page, certificate: Certificate, explanation: Explanation | None)
     if certificate.optimal:
         page.text(
             "The schedule has exactly as many. So the chain is a longest one, the critical path, and the schedule is "
-            "optimal, as long as each cell runs as a whole."
+            "optimal, as long as no cell is split into parts."
         )
     elif explanation is not None and _meets(certificate.bound, explanation):
         page.text("For this call the schedule has exactly as many; for another number of segments it may have more.")
@@ -287,7 +307,15 @@ def _refusal(page: Page, explanation: Explanation) -> None:
     if explanation.cycle:
         _cycle(page, explanation)
     rows = [("why", explanation.reason or "no schedule could be proven")]
-    if explanation.location is not None:
+    if explanation.cycle and explanation.cycle[-1].consumer_location is not None and explanation.location is not None:
+        reads = place(explanation.cycle[-1].consumer_location)
+        rows.append(
+            (
+                "where",
+                f"{explanation.cycle[-1].tensor or 'made'}: made at {place(explanation.location)}, read at {reads}",
+            )
+        )
+    elif explanation.location is not None:
         rows.append(("where", place(explanation.location)))
     if explanation.remedy:
         rows.append(("what to do", explanation.remedy))

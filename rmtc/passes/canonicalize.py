@@ -72,9 +72,7 @@ class Canonicalize:
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         _assemble(graph)
         for node in reversed(list(graph.nodes)):
-            if not node.users and (
-                node.target in (*_NO_RESULT, *_SPLITS, *_CASTS) or node.op == "get_attr"
-            ):
+            if not node.users and (node.target in (*_NO_RESULT, *_SPLITS, *_CASTS) or node.op == "get_attr"):
                 graph.erase_node(node)
 
 

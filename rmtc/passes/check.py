@@ -48,7 +48,10 @@ class Checked:
     counterpart: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
-        return f"{self.nodes} operations and {self.edges} edges of a run, {self.crossing} of them between cells"
+        return (
+            f"{self.nodes} operations and {self.edges} edges (an operation that reads another's result), "
+            f"{self.crossing} of them between cells"
+        )
 
 
 def check(
@@ -79,9 +82,7 @@ def check(
         for operand in _values(trace.ops[node].args)
     ]
     own = [
-        (operand, number, claimed.ops[number])
-        for number in _needed(claimed)
-        for operand in _values_of(claimed, number)
+        (operand, number, claimed.ops[number]) for number in _needed(claimed) for operand in _values_of(claimed, number)
     ]
     dependent = _dependent_prologues(claimed, places)
     crossing = 0

@@ -12,6 +12,8 @@ from rmtc.passes.streams import Family
 
 __all__ = ["Namer"]
 
+_LETTERS = {"layer": "C", "prologue": "P", "epilogue": "E"}
+
 
 @dataclass
 class _Class:
@@ -52,8 +54,7 @@ class Namer:
             if same > shared:
                 differs, shared = f"unlike {each.name}: {why}", same
         count = sum(1 for each in self.classes if each.stage == stage)
-        letter = {"prologue": "P", "epilogue": "E"}.get(stage)
-        name = f"{letter}{count}" if letter else _letters(count)
+        name = f"{_LETTERS[stage]}{count}"
         self.classes.append(_Class(name, stage, ops, slots, differs))
         return name
 
@@ -189,17 +190,26 @@ def _merge(known: _Class, ops: Sequence[BodyOp], slots: list[Any]) -> tuple[list
     merged: list[Any] = []
     for number, (op, other) in enumerate(zip(ops, known.ops, strict=False)):
         if op.target is not other.target or _shape(op.args) != _shape(other.args):
-            return None, number, f"operation {number} is {target_name(op.target)}, not {target_name(other.target)}"
+            more = len(ops) - len(known.ops)
+            count = (
+                f"{abs(more)} operations {'more' if more > 0 else 'fewer'}, the first difference is " if more else ""
+            )
+            return None, number, f"{count}{_at(op)} in place of {_at(other)}"
         row: list[Any] = []
         for a, b in zip(slots[number], known.slots[number], strict=True):
             slot = _merge_slot(a, b)
             if slot is None:
-                return None, number, f"operation {number}, {target_name(op.target)}, reads {_say(a)}, not {_say(b)}"
+                return None, number, f"{_at(op)} reads {_say(a)}, not {_say(b)}"
             row.append(slot[0])
         merged.append(row)
     if len(ops) != len(known.ops):
         return None, len(merged), f"{len(ops)} operations, not {len(known.ops)}"
     return merged, len(merged), ""
+
+
+def _at(op: BodyOp) -> str:
+    place = op.location
+    return target_name(op.target) + (f" at {place.file}:{place.line}" if place is not None else "")
 
 
 def _merge_slot(a: Any, b: Any) -> tuple[Any] | None:
@@ -234,12 +244,3 @@ def _say(slot: Any) -> str:
     if type(slot) is tuple:
         return f"{slot[0]} {', '.join(sorted(slot[1])) if isinstance(slot[1], frozenset) else slot[1]}"
     return str(slot) if isinstance(slot, _Number) else repr(slot)
-
-
-def _letters(number: int) -> str:
-    name = ""
-    while True:
-        name = chr(ord("A") + number % 26) + name
-        number = number // 26 - 1
-        if number < 0:
-            return name

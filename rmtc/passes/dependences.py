@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import networkx as nx
 
@@ -31,8 +32,8 @@ def operation_graph(loop: SegmentLoop, segments: int) -> nx.DiGraph:
 
 @dataclass
 class _Crossing:
-    producer: Op
-    consumer: Op
+    producer: int
+    consumer: int
     pairs: set[tuple[int, int]] = field(default_factory=set)
 
 
@@ -52,20 +53,21 @@ def find_dependences(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
     edges = sorted(_crossing_edges(graph, loop.layers), key=lambda edge: -edge[1].segment)  # the steady ones first
     for producer, consumer, made, read in edges:
         found = crossings.setdefault(
-            (consumer.segment - producer.segment, _tensor_name(made, family)), _Crossing(made, read)
+            (consumer.segment - producer.segment, _tensor_name(graph.nodes[made]["op"], family)), _Crossing(made, read)
         )
         found.pairs.add((producer.layer, consumer.layer))
     dependences: list[Dependence] = []
     for (ds, name), found in crossings.items():
+        made, read = graph.nodes[found.producer], graph.nodes[found.consumer]
         for distance, layers in _distances(ds, found.pairs, loop.layers):
             dependences.append(
                 Dependence(
                     distance,
                     name,
-                    _who(found.producer, family),
-                    _who(found.consumer, family),
-                    found.producer.location,
-                    found.consumer.location,
+                    _who(made, loop.layers, family),
+                    _who(read, loop.layers, family),
+                    made["op"].location,
+                    read["op"].location,
                     layers,
                 )
             )
@@ -82,7 +84,7 @@ def cell_graph(loop: SegmentLoop, segments: int) -> nx.DiGraph:
     return graph
 
 
-def _crossing_edges(graph: nx.DiGraph, layers: int) -> Iterable[tuple[Cell, Cell, Op, Op]]:
+def _crossing_edges(graph: nx.DiGraph, layers: int) -> Iterable[tuple[Cell, Cell, int, int]]:
     reads_cells: set[int] = set()
     for node, data in graph.nodes(data=True):  # numbered in the order they run
         cell = data["cell"]
@@ -105,7 +107,7 @@ def _crossing_edges(graph: nx.DiGraph, layers: int) -> Iterable[tuple[Cell, Cell
         if target.layer == -1:
             target = Cell(target.segment, 0)
         if source != target:
-            yield source, target, graph.nodes[made]["op"], graph.nodes[read]["op"]
+            yield source, target, made, read
 
 
 def _distances(
@@ -142,5 +144,7 @@ def _tensor_name(op: Op, family: Family | None) -> str:
     return op.variable or op.label
 
 
-def _who(op: Op, family: Family | None) -> str:
-    return f"{op.label} in {template(family, op.module)}" if op.module else op.label
+def _who(node: dict[str, Any], layers: int, family: Family | None) -> str:
+    op, layer = node["op"], node["cell"].layer
+    stage = " (prologue)" if layer < 0 else " (epilogue)" if layer >= layers else ""
+    return (f"{op.label} in {template(family, op.module)}" if op.module else op.label) + stage

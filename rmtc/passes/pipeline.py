@@ -60,6 +60,7 @@ class Proven:
         proof: what was proven.
         schedule: the schedule, None when refused.
         checked: what the checker went over.
+        checked_at: number of segments, batch size and length of the last segment of the run it was held against.
         seconds: time spent, by stage.
     """
 
@@ -68,6 +69,7 @@ class Proven:
     proof: Proof
     schedule: Schedule | None
     checked: Checked | None = None
+    checked_at: tuple[int, int, int] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
