@@ -177,7 +177,7 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, watch: 
     _refuse_drift([*runs, third])
     with timed(seconds, "check"):
         proven.checked = check_against(proven, third.program, *third.sizes)
-        proven.checked_at = tuple(third.sizes)
+        proven.checked_at = third.sizes
     if watch is not None:
         watch("check", f"{proven.checked}\n")
     return proven

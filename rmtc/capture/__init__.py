@@ -83,7 +83,8 @@ class Capture:
         for each in (RemoveRegions(Autocast.ambient()), Canonicalize()):
             each.apply(graph)
             self._show(each.name, sizes, graph)
-        return from_graph(raw.module, raw.outputs, raw.names)
+        names = {node.name: node.meta["name"] for node in graph.nodes if "name" in node.meta}
+        return from_graph(raw.module, raw.outputs, names)
 
     def _show(self, name: str, sizes: Sizes, graph: fx.Graph) -> None:
         if self.watch is not None:

@@ -35,16 +35,15 @@ class RawTrace:
     Attributes:
         module: the graph; a placeholder's ``meta["source"]`` is ``(kind, name)`` with kind ``parameter``, ``buffer``,
             ``state`` or ``input``; an operation's ``meta["location"]`` is a :class:`Location` and
-            ``meta["module"]`` the path of the innermost submodule.
+            ``meta["module"]`` the path of the innermost submodule, and ``meta["name"]``, where there is one, the user's
+            name for what it gives, ``layers.3.A``.
         outputs: the names of the graph's outputs, ``output.logits``, ``state:layers.3.A``, ``write:cache``.
         plain: values the run left in Python: returned non-tensors and attributes it changed, by name.
-        names: user-level names of values, ``layers.3.A`` by node name.
     """
 
     module: fx.GraphModule
     outputs: tuple[str, ...]
     plain: dict[str, Any] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
 
 
 class _Tracer(PythonKeyTracer):
@@ -173,7 +172,7 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
             for name, tensor in [*tracer.attributes, *tensors.items()]:
                 entry = tracer.tensor_tracker.get(_inner(tensor))
                 if entry is not None:
-                    raw.names.setdefault(entry.proxy.node.name, name.removeprefix("state:"))
+                    entry.proxy.node.meta.setdefault("name", name.removeprefix("state:"))
         return list(tensors.values())
 
     traced: Callable[..., Any] = program

@@ -61,7 +61,7 @@ class Canonicalize:
                 0,
                 _size(node, _dim(node, 2)),
             ):
-                node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
+                _becomes(node, node.args[1])
             elif node.target in (aten.select.int, aten.slice.Tensor):
                 _forward(node)
             elif node.target is aten.copy.default:
@@ -69,7 +69,7 @@ class Canonicalize:
             elif node.target in _CASTS:
                 _cast(node)
             elif node.target is aten.dropout.default:
-                node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+                _becomes(node, node.args[0])
         _assemble(graph)
         for node in reversed(list(graph.nodes)):
             if not node.users and (node.target in (*_NO_RESULT, *_SPLITS, *_CASTS) or node.op == "get_attr"):
@@ -143,6 +143,13 @@ def _interval(node: fx.Node, size: int, dim_at: int) -> tuple[int, int] | None:
     return resolved[0], max(resolved)
 
 
+def _becomes(node: fx.Node, value: Any) -> None:
+    """Use a value for a node that is the same, also under the node's name."""
+    node.replace_all_uses_with(value)
+    if "name" in node.meta:
+        value.meta.setdefault("name", node.meta["name"])
+
+
 def _cast(node: fx.Node) -> None:
     """A cast to the dtype and device that a tensor has already is the tensor."""
     source = node.args[0]
@@ -150,7 +157,7 @@ def _cast(node: fx.Node) -> None:
     if isinstance(source, fx.Node) and not copies and node.kwargs.get("memory_format") is None:
         before, after = source.meta["val"], node.meta["val"]
         if before.dtype == after.dtype and before.device == after.device:
-            node.replace_all_uses_with(source)
+            _becomes(node, source)
 
 
 def _copied(node: fx.Node) -> None:
@@ -159,11 +166,11 @@ def _copied(node: fx.Node) -> None:
     if isinstance(target, fx.Node) and isinstance(value, fx.Node):
         old, new = target.meta["val"], value.meta["val"]
         if old.shape == new.shape and old.dtype == new.dtype and old.device == new.device:
-            node.replace_all_uses_with(value)
+            _becomes(node, value)
 
 
 def _dim(node: fx.Node, index: int) -> int:
-    return int(_argument(node, index, "dim", 0)) % node.meta["val"].ndim
+    return int(_argument(node, index, "dim", 0) % node.meta["val"].ndim)
 
 
 def _forward(node: fx.Node) -> None:
@@ -258,8 +265,9 @@ def _assemble(graph: fx.Graph) -> None:
                 whole = first
                 after = node
                 for writer in parts.values():
+                    scatter: Any = writer.target
                     with graph.inserting_after(after):
-                        whole = graph.call_function(writer.target, (whole, *writer.args[1:]), dict(writer.kwargs))
+                        whole = graph.call_function(scatter, (whole, *writer.args[1:]), dict(writer.kwargs))
                     whole.meta.update(writer.meta)
                     after = whole
             else:

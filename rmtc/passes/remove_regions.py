@@ -107,7 +107,7 @@ def _make_explicit(
         if dtype is not None:
             with graph.inserting_before(node):
                 cast = graph.call_function(aten._to_copy.default, (each,), {"dtype": dtype})
-            cast.meta.update(node.meta)
+            cast.meta.update({key: value for key, value in node.meta.items() if key != "name"})
             with each.meta["val"].fake_mode:
                 cast.meta["val"] = each.meta["val"].to(dtype)
             node.replace_input_with(each, cast)
