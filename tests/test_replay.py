@@ -246,3 +246,31 @@ def test_extend_continues_lists() -> None:
     four, five, nine = (tuple(Made(10 + 3 * s, 0) for s in range(n)) for n in (4, 5, 9))
     assert extend(four, five, 5, 3) == nine
     assert extend(Made(7, 1), Made(10, 1), 4, 3) == Made(19, 1)
+
+
+@pytest.mark.parametrize("where", ["before", "inside", "after", "nowhere"])
+def test_constant_tensors_are_told_by_their_values(where: str) -> None:
+    """A tensor made from Python numbers is an operation like any other; only its content tells that it changed."""
+    width, layers = 8, 3
+    weight = torch.randn(layers, width, width)
+
+    def model(hidden: torch.Tensor) -> torch.Tensor:
+        pieces = hidden.split(SEGMENT, dim=1)
+        many = len(pieces) >= 10
+        shift = torch.tensor(2.0 if many and where == "before" else 1.0)
+        memory = [torch.zeros(hidden.shape[0], width) + shift for _ in range(layers)]
+        outputs = []
+        for s, piece in enumerate(pieces):
+            piece = piece * torch.tensor(2.0 if s >= 10 and where == "inside" else 1.0)
+            for layer in range(layers):
+                piece = torch.tanh(piece @ weight[layer] + memory[layer][:, None])
+                memory[layer] = memory[layer] * 0.5 + piece.mean(1)
+            outputs.append(piece)
+        return torch.cat(outputs, dim=1) * torch.tensor(2.0 if many and where == "after" else 1.0)
+
+    analysis = analyze(model, (torch.randn(1, 4 * SEGMENT, width),), {})
+    if where == "nowhere":
+        analysis.admit(Sizes(20, 2, SEGMENT))
+    else:
+        with pytest.raises(rmtc.RefusedError):
+            analysis.admit(Sizes(20, 2, SEGMENT))

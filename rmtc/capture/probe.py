@@ -185,7 +185,7 @@ class _Prober:
     def run(self, growth: Growth, length: int, batch: int, short: bool = False) -> _Run:
         """One run; a short one ends after a few segments."""
         args, kwargs = _arguments(self.session, growth, length, batch)
-        varying = {path for path, _ in growth.dims} | growth.batch
+        varying = {path for path, _ in growth.dims}
         fixed: list[torch.Tensor] = []
 
         def note(path: Path, tensor: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, is_plain, walk
 from rmtc.errors import CaptureError, Location
-from rmtc.ir.program import VIEWS
+from rmtc.ir.program import VIEWS, constant_name
 
 __all__ = ["Replayer"]
 
@@ -394,8 +394,11 @@ class _Recorder(TorchDispatchMode):
         operands: list[Any] = []
 
         def visit(value: Any, into: list[Any]) -> None:
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, FakeTensor):
                 into.append(self.reference(value))
+            elif isinstance(value, torch.Tensor):  # made from Python numbers: told by its content
+                with _disable_current_modes():
+                    into.append(Named(constant_name(value)))
             elif isinstance(value, (list, tuple)):
                 if any(isinstance(item, torch.Tensor) for item in value):
                     items: list[Any] = []

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rmtc.errors import CaptureError, Location
 
-__all__ = ["VIEWS", "Op", "Program", "Source", "Src", "Val", "leaves", "map_leaves"]
+__all__ = ["VIEWS", "constant_name", "Op", "Program", "Source", "Src", "Val", "leaves", "map_leaves"]
 
 
 aten = torch.ops.aten
@@ -165,7 +165,7 @@ def map_leaves(args: tuple[Any, ...], function: Callable[[Any], Any]) -> tuple[A
     return tuple(map_leaves(arg, function) if type(arg) is tuple else function(arg) for arg in args)
 
 
-def _constant_name(constant: torch.Tensor) -> str:
+def constant_name(constant: torch.Tensor) -> str:
     """A name that tells a constant tensor by its content: every run numbers its constants anew."""
     if isinstance(constant, FakeTensor):
         raise CaptureError(
@@ -207,7 +207,7 @@ def from_graph(module: fx.GraphModule, outputs: tuple[str, ...], names: dict[str
             sources[name] = Source(kind, node.meta.get("names", (name,)), tuple(val.shape), val.dtype)
         elif node.op == "get_attr":
             constant = getattr(module, node.target)
-            name = _constant_name(constant)
+            name = constant_name(constant)
             values[node] = Src(name)
             sources[name] = Source("constant", (name,), tuple(constant.shape), constant.dtype, constant)
         elif node.op == "call_function":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from rmtc.errors import Location, VerifyError
@@ -223,6 +223,7 @@ class SegmentLoop:
         """
         total = (segments - 1) * self.segment_length + tail
         index: dict[Key, int] = {}
+        sources = dict(self.sources)
         ops: list[Op] = []
         keys: list[Key] = []
 
@@ -245,7 +246,10 @@ class SegmentLoop:
                 return value(arg, arg.segment if arg.segment >= 0 else segments + arg.segment)
             if isinstance(arg, Item):
                 at = arg.index.at(environment(segment)) if isinstance(arg.index, Fit) else arg.index
-                return Src(str(arg._replace(index=at)))
+                name = str(arg._replace(index=at))
+                if name not in sources:  # the runs that were folded had fewer items
+                    sources[name] = replace(sources[str(arg._replace(index=0))], names=(name,))
+                return Src(name)
             if isinstance(arg, Fit):
                 return arg.at(environment(segments if segment < 0 else segment))
             return arg
@@ -272,7 +276,7 @@ class SegmentLoop:
             run(segment, self.row(segment))
         run(segments, self.after)
         outputs = {name: resolve(segments, operand) for name, operand in self.outputs.items()}
-        return Program(ops, self.sources, outputs), keys
+        return Program(ops, sources, outputs), keys
 
     def __str__(self) -> str:
         lines: list[str] = []

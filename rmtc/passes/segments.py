@@ -90,7 +90,8 @@ def find_segments(program: Program, use: Uses, anchors: dict[int, int], inner: s
             location=bad.location,
             remedy="run the layers of one segment before those of the next, or pass layers=... to name the layers",
         )
-    tokens = [(_key(op), names[i]) for i, op in enumerate(program.ops)]
+    # The first segment may make of a parameter what later ones make of a memory: only anchors are told by names.
+    tokens = [(_key(op), names[i] if i in anchors else ()) for i, op in enumerate(program.ops)]
     reach = list(range(len(program.ops)))
     for i, op in enumerate(program.ops):
         for j in _inputs(op):
