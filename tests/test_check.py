@@ -178,7 +178,7 @@ def term_numbers(programs: Sequence[Program]) -> list[list[int]]:
     def term(program: Program, found: dict[int, int], arg: Any) -> Any:
         if type(arg) is tuple:
             return tuple(term(program, found, item) for item in arg)
-        return ("value", number(program, found, arg.index)) if type(arg) is Val else (type(arg), arg)
+        return ("value", number(program, found, arg.number)) if type(arg) is Val else (type(arg), arg)
 
     tables: list[dict[int, int]] = [{} for _ in programs]
     return [
@@ -192,7 +192,7 @@ def same_results(trace: Program, claimed: Program) -> bool:
     first, second = term_numbers([trace, claimed])
 
     def number(value: Any, numbers: list[int]) -> Any:
-        return numbers[value.index] if type(value) is Val else value
+        return numbers[value.number] if type(value) is Val else value
 
     return trace.outputs.keys() == claimed.outputs.keys() and all(
         number(trace.outputs[name], first) == number(claimed.outputs[name], second) for name in trace.outputs
@@ -204,7 +204,7 @@ def needed(program: Program) -> set[int]:
     found: set[int] = set()
     work = [value for value in program.outputs.values() if type(value) is Val]
     while work:
-        number = work.pop().index
+        number = work.pop().number
         if number not in found:
             found.add(number)
             work += [leaf for leaf in leaves(program.ops[number].args) if type(leaf) is Val]
@@ -228,7 +228,7 @@ def runs_in_order(program: Program, at: Sequence[Place]) -> bool:
         for cell in sorted(parts, key=lambda cell: cell or ()):
             seen = set(done)
             for number in parts[cell]:
-                if any(type(leaf) is Val and leaf.index not in seen for leaf in leaves(program.ops[number].args)):
+                if any(type(leaf) is Val and leaf.number not in seen for leaf in leaves(program.ops[number].args)):
                     return False
                 seen.add(number)
                 finished.add(number)
@@ -404,7 +404,7 @@ def mutants(program: Program, count: int, seed: int) -> Iterator[Mutant]:
 
 
 def made_like(program: Program, leaf: Any, op: Op) -> bool:
-    return type(leaf) is Val and program.ops[leaf.index].target is op.target
+    return type(leaf) is Val and program.ops[leaf.number].target is op.target
 
 
 def with_op(program: Program, number: int, op: Op) -> Program:
@@ -455,8 +455,8 @@ def redirected(program: Program) -> Iterator[Mutant]:
     for number in sorted(needed(program)):
         op = program.ops[number]
         for at, leaf in enumerate(leaves(op.args)):
-            for twin in twins[numbers[leaf.index]] if type(leaf) is Val else ():
-                if twin != leaf.index:
+            for twin in twins[numbers[leaf.number]] if type(leaf) is Val else ():
+                if twin != leaf.number:
                     changed = dataclasses.replace(op, args=with_leaf(op.args, at, Val(twin)))
                     yield Mutant(with_op(program, number, changed), f"%{number} reads %{twin}, not {leaf}")
 
@@ -502,7 +502,7 @@ def test_the_places_respect_every_edge_of_the_flat_trace(name: str, segments: in
 def edges_of(program: Program, numbers: list[int]) -> Counter[tuple[int, int]]:
     """How often a value is an operand of another, values told by the terms they are."""
     return Counter(
-        (numbers[leaf.index], numbers[number])
+        (numbers[leaf.number], numbers[number])
         for number in needed(program)
         for leaf in leaves(program.ops[number].args)
         if type(leaf) is Val

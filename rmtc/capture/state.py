@@ -142,6 +142,8 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
     functions: set[int] = set()
     places: set[tuple[int, Any]] = set()
     names: dict[str, int] = {}
+    tables: set[int] = set()
+    registered: deque[tuple[str, Any]] = deque()
     queue: deque[tuple[str, Any]] = deque(roots.items())
 
     def add(name: str, owner: Any, key: Any, value: Any) -> None:
@@ -151,7 +153,9 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
         count = names[name] = names.get(name, 0) + 1
         name = name if count == 1 else f"{name}#{count}"
         slots.append(Slot(name, owner, key, value))
-        if not is_plain(value) and not isinstance(value, torch.Tensor):
+        if isinstance(value, nn.Module) and id(owner) in tables:
+            registered.append((name, value))
+        elif not is_plain(value) and not isinstance(value, torch.Tensor):
             queue.append((name, value))
 
     def add_function(function: types.FunctionType) -> None:
@@ -177,8 +181,8 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
                 if not key.startswith("__") and not isinstance(attribute, (type, *_DESCRIPTORS)):
                     add(f"{base.__qualname__}.{key}", base, key, attribute)
 
-    while queue:
-        name, value = queue.popleft()
+    while queue or registered:  # a module goes by the name under which it is registered, if it is
+        name, value = (registered or queue).popleft()
         if id(value) in seen or isinstance(value, (types.ModuleType, type)):
             continue
         seen.add(id(value))
@@ -189,6 +193,7 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
             for function in state_functions(value, functions):
                 add_function(function)
         elif isinstance(value, nn.Module):
+            tables.add(id(value._modules))
             for table in _MODULE_TABLES:
                 for key, item in value.__dict__[table].items():
                     add(dot + key, value.__dict__[table], key, item)

@@ -45,7 +45,7 @@ def execute(program: Program, order: Sequence[int], values: Mapping[str, torch.T
     """
     results = tuple(program.outputs.values())
     read = [leaf for number in order for leaf in leaves(program.ops[number].args)]
-    left = Counter(leaf.index for leaf in (*read, *leaves(results)) if type(leaf) is Val)
+    left = Counter(leaf.number for leaf in (*read, *leaves(results)) if type(leaf) is Val)
     sources = {
         leaf.name: _source(program, leaf.name, values) for leaf in (*read, *leaves(results)) if type(leaf) is Src
     }
@@ -57,12 +57,12 @@ def execute(program: Program, order: Sequence[int], values: Mapping[str, torch.T
             return sources[leaf.name]
         if type(leaf) is not Val:
             return leaf
-        if leaf.index not in made:
-            raise VerifyError(f"{reader} is to run before {_text(program, leaf.index)}, which it needs")
-        value = made[leaf.index]
-        left[leaf.index] -= 1
-        if not left[leaf.index]:
-            del made[leaf.index]
+        if leaf.number not in made:
+            raise VerifyError(f"{reader} is to run before {_text(program, leaf.number)}, which it needs")
+        value = made[leaf.number]
+        left[leaf.number] -= 1
+        if not left[leaf.number]:
+            del made[leaf.number]
         return value
 
     with torch.no_grad(), _autocast_off({tensor.device.type for tensor in sources.values()}):

@@ -40,10 +40,10 @@ VIEWS = frozenset(
 class Val(NamedTuple):
     """The result of an operation, by its index in the program."""
 
-    index: int
+    number: int
 
     def __str__(self) -> str:
-        return f"%{self.index}"
+        return f"%{self.number}"
 
 
 class Src(NamedTuple):

@@ -64,56 +64,56 @@ class Fit:
 
 
 class Row(NamedTuple):
-    """Operand: the value of operation ``index`` of the segment ``back`` before this one."""
+    """Operand: the value of operation ``number`` of the segment ``back`` before this one."""
 
     back: int
-    index: int
+    number: int
 
     def __str__(self) -> str:
-        return f"%{self.index}" if self.back == 0 else f"s-{self.back}.%{self.index}"
+        return f"%{self.number}" if self.back == 0 else f"s-{self.back}.%{self.number}"
 
 
 class Item(NamedTuple):
-    """Operand: an item of an input that is a list with one item a segment, ``list[index]rest``."""
+    """Operand: an item of an input that is a list with one item a segment, ``list[number]rest``."""
 
     list: str
-    index: int | Fit
+    number: int | Fit
     rest: str
 
     def __str__(self) -> str:
-        return f"{self.list}[{self.index}]{self.rest}"
+        return f"{self.list}[{self.number}]{self.rest}"
 
 
 class Outer(NamedTuple):
-    """Operand: operation ``index`` of the part ``before`` or ``after`` the loop."""
+    """Operand: operation ``number`` of the part ``before`` or ``after`` the loop."""
 
     part: str
-    index: int
+    number: int
 
     def __str__(self) -> str:
-        return f"{self.part}.%{self.index}"
+        return f"{self.part}.%{self.number}"
 
 
 class Where(NamedTuple):
     """Operand of the part after the loop: a value of one segment, counted from the start or (negative) the end."""
 
     segment: int
-    index: tuple[int, ...]  # in each row kind; -1 where that row does not make it
+    number: tuple[int, ...]  # in each row kind; -1 where that row does not make it
 
     def __str__(self) -> str:
-        return f"s[{self.segment}].%{self.index[-1]}"
+        return f"s[{self.segment}].%{self.number[-1]}"
 
 
 class Every(NamedTuple):
     """Items of a list in the part after the loop: one value from each segment, in order.
 
-    ``index`` holds the operation's index in each row kind: the explicit rows, then the steady one.
+    ``number`` holds the operation's index in each row kind: the explicit rows, then the steady one.
     """
 
-    index: tuple[int, ...]
+    number: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"every s: s.%{self.index[-1]}"
+        return f"every s: s.%{self.number[-1]}"
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Key(NamedTuple):
     """An operation of an unrolled loop: segment -1 is before the loop, segment S after it."""
 
     segment: int
-    index: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class SegmentLoop:
         """The cell an operation of the unrolled loop is in; None outside the loop."""
         if not 0 <= key.segment < segments:
             return None
-        return Cell(key.segment, self.layout(key.segment).layer_of(key.index))
+        return Cell(key.segment, self.layout(key.segment).layer_of(key.number))
 
     def unroll(self, segments: int, batch: int, tail: int) -> tuple[Program, list[Key]]:
         """The flat program for given sizes, in the order the segments run.
@@ -232,23 +232,23 @@ class SegmentLoop:
             return Environment(segment, segments, batch, length, total)
 
         def value(operand: Where | Every, at: int) -> Val:
-            number = operand.index[min(at, len(operand.index) - 1)]
+            number = operand.number[min(at, len(operand.number) - 1)]
             if number < 0:
                 raise VerifyError(f"what {segments} segment(s) return is not known: the first segment differs")
             return Val(index[Key(at, number)])
 
         def resolve(segment: int, arg: Any) -> Any:
             if isinstance(arg, Row):
-                return Val(index[Key(segment - arg.back, arg.index)])
+                return Val(index[Key(segment - arg.back, arg.number)])
             if isinstance(arg, Outer):
-                return Val(index[Key(-1 if arg.part == "before" else segments, arg.index)])
+                return Val(index[Key(-1 if arg.part == "before" else segments, arg.number)])
             if isinstance(arg, Where):
                 return value(arg, arg.segment if arg.segment >= 0 else segments + arg.segment)
             if isinstance(arg, Item):
-                at = arg.index.at(environment(segment)) if isinstance(arg.index, Fit) else arg.index
-                name = str(arg._replace(index=at))
+                at = arg.number.at(environment(segment)) if isinstance(arg.number, Fit) else arg.number
+                name = str(arg._replace(number=at))
                 if name not in sources:  # the runs that were folded had fewer items
-                    sources[name] = replace(sources[str(arg._replace(index=0))], names=(name,))
+                    sources[name] = replace(sources[str(arg._replace(number=0))], names=(name,))
                 return Src(name)
             if isinstance(arg, Fit):
                 return arg.at(environment(segments if segment < 0 else segment))

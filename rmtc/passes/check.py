@@ -113,7 +113,7 @@ def check(
 def _needed(program: Program) -> list[int]:
     """The operations that a result needs."""
     found: set[int] = set()
-    work = [value.index for value in program.outputs.values() if type(value) is Val]
+    work = [value.number for value in program.outputs.values() if type(value) is Val]
     while work:
         number = work.pop()
         if number not in found:
@@ -180,20 +180,20 @@ def _correspond(trace: Program, claimed: Program) -> dict[int, int]:
             if type(value) is not type(image) or value != image or not _same_constant(value, trace, claimed):
                 raise VerifyError(f"{reader} reads {show(value)} in the run and {show(image)} in the loop")
             continue
-        if value.index in counterpart:
-            if counterpart[value.index] != image.index:
-                first, second = counterpart[value.index], image.index
+        if value.number in counterpart:
+            if counterpart[value.number] != image.number:
+                first, second = counterpart[value.number], image.number
                 if not _same(claimed, first, second):
-                    raise VerifyError(f"{reader} reads {_node(trace, value.index)}, which has two counterparts")
+                    raise VerifyError(f"{reader} reads {_node(trace, value.number)}, which has two counterparts")
             continue
-        node, other = trace.ops[value.index], claimed.ops[image.index]
+        node, other = trace.ops[value.number], claimed.ops[image.number]
         if node.target is not other.target:
             raise VerifyError(
-                f"{_node(trace, value.index)} in the run is {_node(claimed, image.index)} in the loop",
+                f"{_node(trace, value.number)} in the run is {_node(claimed, image.number)} in the loop",
                 location=node.location,
             )
-        counterpart[value.index] = image.index
-        work += [(a, b, _node(trace, value.index)) for a, b in _pairs(node, other, trace, value.index)]
+        counterpart[value.number] = image.number
+        work += [(a, b, _node(trace, value.number)) for a, b in _pairs(node, other, trace, value.number)]
     return counterpart
 
 
@@ -225,20 +225,24 @@ def _pairs(node: Op, other: Op, trace: Program, number: int) -> list[tuple[Any, 
     return pairs
 
 
+_COPIES = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default)
+
+
 def _through(value: Any, image: Any, trace: Program, claimed: Program) -> Any:
-    """Skip expands of the loop that change nothing here: code that knows a batch of one leaves them out."""
+    """Skip operations of the loop that change no value here: for a batch of one they need not be run."""
     expand = torch.ops.aten.expand.default
-    while type(image) is Val and claimed.ops[image.index].target is expand:
-        if type(value) is not Val or trace.ops[value.index].target is expand:
+    while type(image) is Val and claimed.ops[image.number].target in (expand, *_COPIES):
+        target, args = claimed.ops[image.number].target, claimed.ops[image.number].args
+        if type(value) is not Val or trace.ops[value.number].target is target:
             break
-        shape, sizes = trace.ops[value.index].shape, claimed.ops[image.index].args[1]
-        if (
+        shape = trace.ops[value.number].shape
+        if target is expand and (
             shape is None
-            or len(shape) != len(sizes)
-            or any(n not in (-1, m) for n, m in zip(sizes, shape, strict=True))
+            or len(shape) != len(args[1])
+            or any(n not in (-1, m) for n, m in zip(args[1], shape, strict=True))
         ):
             break
-        image = claimed.ops[image.index].args[0]
+        image = args[0]
     return image
 
 
@@ -270,7 +274,7 @@ def _values(args: tuple[Any, ...]) -> list[int]:
         if type(arg) is tuple:
             found += _values(arg)
         elif type(arg) is Val:
-            found.append(arg.index)
+            found.append(arg.number)
     return found
 
 

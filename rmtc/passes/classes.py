@@ -81,8 +81,8 @@ class Namer:
         """What a value from before the loop is made of, the same for values that differ only in the layer's number."""
         if leaf.part != "before":
             return leaf
-        if leaf.index not in self._made:
-            op = self._loop.before[leaf.index]
+        if leaf.number not in self._made:
+            op = self._loop.before[leaf.number]
 
             def part(arg: Any) -> Any:
                 if isinstance(arg, Outer):
@@ -97,18 +97,18 @@ class Namer:
                 if self._family.layer_of(name) is not None:
                     args = (self._family.template(name),)
             key = (op.target, args)
-            self._made[leaf.index] = self._known.setdefault(key, len(self._known))
-        return self._made[leaf.index]
+            self._made[leaf.number] = self._known.setdefault(key, len(self._known))
+        return self._made[leaf.number]
 
     def _operand(self, leaf: Row, row: int, layer: int, start: int) -> Any:
         made = max(0, row - leaf.back)
         layout = self._loop.layout(made) if leaf.back else self._loop.layouts[row]
-        at = layout.layer_of(leaf.index)
+        at = layout.layer_of(leaf.number)
         if at == layer and leaf.back == 0:
-            return ("local", leaf.index - start)
+            return ("local", leaf.number - start)
         base = 0 if at < 0 else layout.epilogue[0] if at >= len(layout.layers) else layout.layers[at][0]
         # What makes it has another number in another class of cells.
-        number = {(min(made, len(self._loop.rows)), at): leaf.index - base}
+        number = {(min(made, len(self._loop.rows)), at): leaf.number - base}
         if at < 0 or at >= len(layout.layers):
             # The first layer reads from the prologue what the others read from the layer below.
             return _Outside(at, leaf.back, number, edge=layer == 0 and at < 0)

@@ -26,7 +26,7 @@ def operation_graph(loop: SegmentLoop, segments: int) -> nx.DiGraph:
     graph: nx.DiGraph = nx.DiGraph(layers=loop.layers)
     for number, (op, key) in enumerate(zip(program.ops, keys, strict=True)):
         graph.add_node(number, op=op, cell=loop.cell(key, segments), key=key)
-        graph.add_edges_from((leaf.index, number) for leaf in leaves(op.args) if type(leaf) is Val)
+        graph.add_edges_from((leaf.number, number) for leaf in leaves(op.args) if type(leaf) is Val)
     return graph
 
 

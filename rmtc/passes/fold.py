@@ -45,12 +45,12 @@ class Run:
     def live(self) -> list[bool]:
         """For each operation, whether a result needs it."""
         live = [False] * len(self.ops)
-        work = [value.index for value in self.segmented.program.outputs.values() if type(value) is Val]
+        work = [value.number for value in self.segmented.program.outputs.values() if type(value) is Val]
         while work:
             index = work.pop()
             if not live[index]:
                 live[index] = True
-                work += [leaf.index for leaf in leaves(self.ops[index].args) if type(leaf) is Val]
+                work += [leaf.number for leaf in leaves(self.ops[index].args) if type(leaf) is Val]
         return live
 
     def without(self, dropped: set[int]) -> Run:
@@ -88,9 +88,9 @@ class Run:
 
     def place(self, value: Val) -> tuple[int, int]:
         """Segment and number in it."""
-        segment = self._segment[value.index]
+        segment = self._segment[value.number]
         base = 0 if segment < 0 else self.starts[segment]
-        return segment, value.index - base
+        return segment, value.number - base
 
 
 def fold_segments(short: Run, long: Run, sources: dict[str, Source], steady_from: int) -> SegmentLoop:
@@ -170,7 +170,7 @@ def _drop_unused(short: Run, long: Run) -> tuple[Run, Run]:
         outside = [*range(run.starts[0]), *range(run.starts[-1], len(run.ops))]
         dropped[number].update(i for i in outside if not live[number][i])
         for i, op in enumerate(run.ops):  # and what only they led to
-            if any(type(leaf) is Val and leaf.index in dropped[number] for leaf in leaves(op.args)):
+            if any(type(leaf) is Val and leaf.number in dropped[number] for leaf in leaves(op.args)):
                 dropped[number].add(i)
     return short.without(dropped[0]), long.without(dropped[1])
 
@@ -279,9 +279,9 @@ def _fold_items(values: list[tuple[Run, Any, int]], extra: list[tuple[Run, Any, 
         found: list[tuple[int, Environment]] = []
         for run, value, s in samples:
             item = _row_operand(run, value, s)
-            if type(item) is not Item or not isinstance(item.index, int):
+            if type(item) is not Item or not isinstance(item.number, int):
                 raise Misfit(f"an item of a list, or {show(value)}")
-            found.append((item.index, run.environment(s)))
+            found.append((item.number, run.environment(s)))
         return found
 
     first = _row_operand(*values[0])
@@ -366,7 +366,7 @@ def _outer_operand(short: Run, long: Run, first: Any, second: Any, explicit: int
         raise RefusedError(
             f"a result after the loop comes from segment {s} of {short.segments} and from segment {t} of "
             f"{long.segments}",
-            location=location or short.ops[first.index].location,
+            location=location or short.ops[first.number].location,
             remedy="results must come from the first segments, the last, or all of them in a list",
         )
     if type(first) is type(second) and first == second:

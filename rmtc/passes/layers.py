@@ -80,12 +80,12 @@ def _operand_names(loop: SegmentLoop, row: Sequence[BodyOp]) -> list[tuple[str, 
                     found += loop.sources[leaf.name].names
                 elif isinstance(leaf, (Row, Outer)):
                     known: tuple[str, ...] | None = None
-                    if isinstance(leaf, Outer) and leaf.index < len(before):
-                        known = before[leaf.index]
+                    if isinstance(leaf, Outer) and leaf.number < len(before):
+                        known = before[leaf.number]
                     elif isinstance(leaf, Row) and leaf.back == 0:
-                        known = stands[leaf.index]
+                        known = stands[leaf.number]
                     elif isinstance(leaf, Outer):
-                        known = stands[leaf.index]
+                        known = stands[leaf.number]
                     if known is None:
                         fixed = False
                     else:
@@ -121,7 +121,7 @@ def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> 
     for i, op in enumerate(row):
         for leaf in leaves(op.args):
             if isinstance(leaf, Row) and leaf.back == 0:
-                reach[leaf.index] = i
+                reach[leaf.number] = i
     templates = [tuple(sorted({family.template(name) for name in each})) for each in names]
     tokens = [(op.target, len(op.args), templates[i]) for i, op in enumerate(row)]
     starts, head, tail = divide(tokens, first, last, reach, {})
@@ -147,15 +147,15 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
     def move(row: int) -> tuple[BodyOp, ...]:
         def operand(leaf: Any) -> Any:
             if isinstance(leaf, Row):
-                return Row(leaf.back, place[max(0, row - leaf.back) if row < last else last][leaf.index])
+                return Row(leaf.back, place[max(0, row - leaf.back) if row < last else last][leaf.number])
             return leaf
 
         return tuple(replace(rows[row][i], args=map_leaves(rows[row][i].args, operand)) for i in laid[row][0])
 
     def outer(leaf: Any) -> Any:
         if isinstance(leaf, (Where, Every)):
-            index = tuple(place[min(row, last)].get(i, -1) for row, i in enumerate(leaf.index))
-            return leaf._replace(index=index)
+            index = tuple(place[min(row, last)].get(i, -1) for row, i in enumerate(leaf.number))
+            return leaf._replace(number=index)
         return leaf
 
     moved = [move(row) for row in range(len(rows))]
@@ -180,7 +180,7 @@ def _refile(
         return label[index] if index in label else layout.layer_of(index)
 
     for i in range(start, len(row)):
-        found = [leaf.index for leaf in leaves(row[i].args) if isinstance(leaf, Row) and leaf.back == 0]
+        found = [leaf.number for leaf in leaves(row[i].args) if isinstance(leaf, Row) and leaf.back == 0]
         known = [layer for j in found if (layer := at(j)) is not None and layer >= 0]
         label[i] = max(known, default=None)
         for j in found:
@@ -188,7 +188,7 @@ def _refile(
     for i in reversed(range(start, len(row))):  # what reads only earlier segments goes with what uses it
         if label[i] is None:
             above = [layer for j in users.get(i, []) if (layer := label[j]) is not None]
-            earlier = [at(leaf.index) for leaf in leaves(row[i].args) if isinstance(leaf, Row) and leaf.back > 0]
+            earlier = [at(leaf.number) for leaf in leaves(row[i].args) if isinstance(leaf, Row) and leaf.back > 0]
             label[i] = min(above) if above else next((layer for layer in earlier if layer is not None), layers - 1)
     extra = [[i for i in range(start, len(row)) if label[i] == layer] for layer in range(layers)]
     if layers < 2 or not any(extra[:-1]):
@@ -198,9 +198,9 @@ def _refile(
     def token(i: int, layer: int) -> tuple[Any, ...]:
         begin, end = layout.layers[layer]
         inside = tuple(
-            leaf.index - begin
+            leaf.number - begin
             for leaf in leaves(row[i].args)
-            if isinstance(leaf, Row) and leaf.back == 0 and begin <= leaf.index < end
+            if isinstance(leaf, Row) and leaf.back == 0 and begin <= leaf.number < end
         )
         return row[i].target, inside, tuple(sorted({template(family, name) for name in names[i]}))
 
@@ -209,7 +209,7 @@ def _refile(
     matched = {rest[k] for k in common_subsequence([token(i, layers - 1) for i in rest], pattern)}
     outside = set(rest) - matched
     for i in sorted(matched):
-        if any(isinstance(leaf, Row) and leaf.back == 0 and leaf.index in outside for leaf in leaves(row[i].args)):
+        if any(isinstance(leaf, Row) and leaf.back == 0 and leaf.number in outside for leaf in leaves(row[i].args)):
             matched.discard(i)
             outside.add(i)
     extra[-1] = sorted(matched)

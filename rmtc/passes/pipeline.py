@@ -162,8 +162,8 @@ def check_against(proven: Proven, program: Program, segments: int, batch: int, t
     shapes = {keys[image]: program.ops[node] for node, image in checked.counterpart.items()}
     full = segments if tail == loop.segment_length else segments - 1
     for key, op in shapes.items():
-        later = shapes.get(Key(key.segment + 1, key.index))
-        layer = loop.layout(key.segment).layer_of(key.index)
+        later = shapes.get(Key(key.segment + 1, key.number))
+        layer = loop.layout(key.segment).layer_of(key.number)
         if layer == loop.layers:  # outputs may be gathered there
             continue
         if len(loop.rows) <= key.segment < full - 1 and later is not None and op.shape != later.shape:

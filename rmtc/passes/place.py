@@ -25,12 +25,12 @@ def places(loop: SegmentLoop, keys: list[Key], segments: int, schedule: Schedule
     found: list[Place] = []
     for key in keys:
         if key.segment < 0:
-            found.append(Place(0, 0, 0, None, key.index))
+            found.append(Place(0, 0, 0, None, key.number))
         elif key.segment >= segments:
-            found.append(Place(2, 0, 0, None, key.index))
+            found.append(Place(2, 0, 0, None, key.number))
         else:
-            layer = loop.layout(key.segment).layer_of(key.index)
+            layer = loop.layout(key.segment).layer_of(key.number)
             stage = 0 if layer < 0 else 2 if layer >= layers else 1
             step = times[Cell(key.segment, min(max(layer, 0), layers - 1))]
-            found.append(Place(1, step, stage, Cell(key.segment, layer), key.index))
+            found.append(Place(1, step, stage, Cell(key.segment, layer), key.number))
     return found

@@ -145,8 +145,8 @@ def reorder(program: Program, order: list[int]) -> Program:
     def move(leaf: Any) -> Any:
         if type(leaf) is not Val:
             return leaf
-        new = place.get(leaf.index)
-        if new is None or new.index >= len(ops):
+        new = place.get(leaf.number)
+        if new is None or new.number >= len(ops):
             raise CaptureError(
                 "the operations of a segment cannot be told from those before and after the loop",
                 location=op.location,
@@ -157,12 +157,12 @@ def reorder(program: Program, order: list[int]) -> Program:
     for old in order:
         op = program.ops[old]
         ops.append(op.with_args(map_leaves(op.args, move)))
-    outputs = {name: place[value.index] if type(value) is Val else value for name, value in program.outputs.items()}
+    outputs = {name: place[value.number] if type(value) is Val else value for name, value in program.outputs.items()}
     return Program(ops, program.sources, outputs)
 
 
 def _inputs(op: Op) -> list[int]:
-    return [leaf.index for leaf in leaves(op.args) if type(leaf) is Val]
+    return [leaf.number for leaf in leaves(op.args) if type(leaf) is Val]
 
 
 def _segment_major(program: Program, use: Uses, anchors: dict[int, int]) -> tuple[Program, list[int]]:

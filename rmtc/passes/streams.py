@@ -62,10 +62,10 @@ def uses(program: Program, growing: frozenset[str]) -> Uses:
                 source = program.sources[leaf.name]
                 stands_for = source.names if source.kind != "constant" else ()
             elif type(leaf) is Val:
-                if not invariant[leaf.index]:
+                if not invariant[leaf.number]:
                     fixed = False
                     continue
-                stands_for = made_of[leaf.index]
+                stands_for = made_of[leaf.number]
             else:
                 continue
             if stands_for:
