@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import rmtc
 from rmtc.passes.canonicalize import Canonicalize

@@ -403,7 +403,7 @@ def test_lists_named_arguments_constants_and_pieces() -> None:
         (operator.getitem, Val(1), 1),
         (aten.sum.dim_IntList, Val(2), (0,), ("dtype", torch.float32)),
         (aten.einsum.default, "i,i->", (Src("x"), Src("x"))),
-        (aten.number.Tensor, Val(0), (Val(6),)),
+        (aten.index.Tensor, Val(0), (Val(6),)),
         (aten.arange.default, 2, ("device", torch.device("cpu"))),
         piece=Val(2),
         total=Val(3),

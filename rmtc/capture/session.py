@@ -104,7 +104,9 @@ class Session:
         if isinstance(self.function, nn.Module):
             tables.add(id(self.function._modules))
         for slot in slots:
-            if id(slot.owner) in tables and slot is not self.modules.get(id(slot.value)):  # a module's second name
+            first = self.modules.get(id(slot.value))
+            # A module that is registered twice has two names; one that a list holds too has the first it is met under.
+            if first is not None and first is not slot and {id(first.owner), id(slot.owner)} <= tables:
                 for named in (slot.value.named_parameters, slot.value.named_buffers):
                     for name, tensor in named(prefix=slot.name, remove_duplicate=False):
                         names[id(tensor)].append(name)

@@ -68,7 +68,15 @@ def _from_library(module: str | None) -> bool:
     if module is None or module.partition(".")[0] in sys.stdlib_module_names:
         return True
     named = any(module == name.rstrip(".") or module.startswith(name.rstrip(".") + ".") for name in _LIBRARIES)
-    return named and not module.startswith("rmtc.examples")
+    return (named or not _knows_torch(module.partition(".")[0])) and not module.startswith("rmtc.examples")
+
+
+@functools.cache
+def _knows_torch(package: str) -> bool:
+    """Whether a package may hold tensors: the user's own files, and installed packages that import torch."""
+    loaded = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == package]
+    installed = any("site-packages" in (getattr(module, "__file__", None) or "") for module in loaded)
+    return not installed or any("torch" in getattr(module, "__dict__", {}) for module in loaded)
 
 
 def _unwrap(function: Any) -> Any:
@@ -142,8 +150,6 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
     functions: set[int] = set()
     places: set[tuple[int, Any]] = set()
     names: dict[str, int] = {}
-    tables: set[int] = set()
-    registered: deque[tuple[str, Any]] = deque()
     queue: deque[tuple[str, Any]] = deque(roots.items())
 
     def add(name: str, owner: Any, key: Any, value: Any) -> None:
@@ -153,9 +159,7 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
         count = names[name] = names.get(name, 0) + 1
         name = name if count == 1 else f"{name}#{count}"
         slots.append(Slot(name, owner, key, value))
-        if isinstance(value, nn.Module) and id(owner) in tables:
-            registered.append((name, value))
-        elif not is_plain(value) and not isinstance(value, torch.Tensor):
+        if not is_plain(value) and not isinstance(value, torch.Tensor):
             queue.append((name, value))
 
     def add_function(function: types.FunctionType) -> None:
@@ -181,8 +185,8 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
                 if not key.startswith("__") and not isinstance(attribute, (type, *_DESCRIPTORS)):
                     add(f"{base.__qualname__}.{key}", base, key, attribute)
 
-    while queue or registered:  # a module goes by the name under which it is registered, if it is
-        name, value = (registered or queue).popleft()
+    while queue:
+        name, value = queue.popleft()
         if id(value) in seen or isinstance(value, (types.ModuleType, type)):
             continue
         seen.add(id(value))
@@ -193,7 +197,6 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
             for function in state_functions(value, functions):
                 add_function(function)
         elif isinstance(value, nn.Module):
-            tables.add(id(value._modules))
             for table in _MODULE_TABLES:
                 for key, item in value.__dict__[table].items():
                     add(dot + key, value.__dict__[table], key, item)
@@ -222,11 +225,13 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
 
 def _slot_names(value: object) -> list[str]:
     """The attributes of an object that are in ``__slots__``, not in ``__dict__``."""
+    kind = type(value)
     names = [
         key
-        for base in type(value).__mro__
+        for base in kind.__mro__
+        if "__slots__" in vars(base)
         for key, member in vars(base).items()
-        if isinstance(member, types.MemberDescriptorType) and "__slots__" in vars(base)
+        if isinstance(member, types.MemberDescriptorType) and getattr(kind, key, None) is member
     ]
     return [key for key in names if hasattr(value, key)]
 
@@ -237,7 +242,8 @@ def _is_record(value: object) -> bool:
         return False
     if isinstance(value, (types.SimpleNamespace, argparse.Namespace)):
         return True
-    return type(value).__module__.partition(".")[0] not in sys.stdlib_module_names
+    package = type(value).__module__.partition(".")[0]
+    return package not in sys.stdlib_module_names and _knows_torch(package)
 
 
 _EMPTY = object()  # stands for what a cell or attribute that is not bound holds

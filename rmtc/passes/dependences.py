@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -51,10 +52,14 @@ def find_dependences(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
     graph = operation_graph(loop, segments)
     crossings: dict[tuple[int, str], _Crossing] = {}
     edges = sorted(_crossing_edges(graph, loop.layers), key=lambda edge: -edge[1].segment)  # the steady ones first
+    known: set[tuple[int, int, int]] = set()
     for producer, consumer, made, read in edges:
-        found = crossings.setdefault(
-            (consumer.segment - producer.segment, _tensor_name(graph.nodes[made]["op"], family)), _Crossing(made, read)
-        )
+        op, ds = graph.nodes[made]["op"], consumer.segment - producer.segment
+        between = ds, producer.layer, consumer.layer
+        if consumer.segment <= len(loop.rows) and between in known and not op.name:
+            continue  # a first segment's value of a tensor that a steady one knows by name
+        known.add(between)
+        found = crossings.setdefault((ds, _tensor_name(op, producer.layer, family)), _Crossing(made, read))
         found.pairs.add((producer.layer, consumer.layer))
     dependences: list[Dependence] = []
     for (ds, name), found in crossings.items():
@@ -138,9 +143,11 @@ def _distances(
     return [((ds, offset), (layer, layer)) for offset, found in by_offset.items() for layer in sorted(found)]
 
 
-def _tensor_name(op: Op, family: Family | None) -> str:
+def _tensor_name(op: Op, layer: int, family: Family | None) -> str:
+    """The name of a tensor with ``{l}`` for the layer, as in ``memories[{l}]``."""
     if op.name and not op.name.startswith(("output", "write:")):
-        return template(family, op.name)
+        name = template(family, op.name)
+        return re.sub(rf"(?<=[.\[]){layer}(?=[.\]]|$)", "{l}", op.name, count=1) if name == op.name else name
     return op.variable or op.label
 
 

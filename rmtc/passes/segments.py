@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rmtc.errors import CaptureError
-from rmtc.ir.program import VIEWS, Op, Program, Val, leaves, map_leaves
+from rmtc.ir.program import VIEWS, Op, Program, Src, Val, leaves, map_leaves
 from rmtc.passes.cuts import common_subsequence, divide
 from rmtc.passes.streams import Uses
 
@@ -161,6 +161,15 @@ def reorder(program: Program, order: list[int]) -> Program:
     return Program(ops, program.sources, outputs)
 
 
+def _creates(op: Op) -> bool:
+    """Whether an operation makes a tensor without reading one: ``zeros``, ``x.new_zeros``, ``ones_like``."""
+    return (
+        op.label.partition(".")[0].endswith("_like")
+        or op.label.startswith("new_")
+        or (not _inputs(op) and not any(type(leaf) is Src for leaf in leaves(op.args)))
+    )
+
+
 def _inputs(op: Op) -> list[int]:
     return [leaf.number for leaf in leaves(op.args) if type(leaf) is Val]
 
@@ -224,7 +233,7 @@ def _gather(
     for rank, i in enumerate(sorted(shared)):
         keys[i] = (-1, 0, rank)
     for i in reversed(range(first)):
-        if i not in shared and (home[i] or 0) > 0:
+        if i not in shared and (home[i] or 0) > 0 and not _creates(program.ops[i]):
             counter += 1
             keys[i] = (min(keys[j] for j in users[i])[0], -1, -counter)
     order = sorted(range(count), key=lambda i: keys[i])
