@@ -20,8 +20,10 @@ from typing import Any
 import models
 import pytest
 import torch
+import torch.nn.functional as F
 from models import BATCH, LAYERS, LOOPS, OTHERS, SEGMENT, SEGMENTS, WIDTH, line_of, text
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -512,6 +514,57 @@ def test_modes_are_no_operations(traced: Graphs) -> None:
             assert torch.is_grad_enabled() == enabled
 
 
+# By what autocast does with them: casts down, casts up, casts to the widest, nothing; and casts that are their own.
+# x (2, 6, 8), w (8, 8) in float32, h (2, 6, 8) in bfloat16.
+OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "linear": lambda x, w, h: F.linear(x, w, w[0]),
+    "linear of mixed dtypes": lambda x, w, h: F.linear(h, w),
+    "matmul": lambda x, w, h: x @ x.mT,
+    "einsum": lambda x, w, h: torch.einsum("btd,de->bte", x, w),
+    "einsum of mixed dtypes": lambda x, w, h: torch.einsum("btd,de->bte", h, w),
+    "attention": lambda x, w, h: F.scaled_dot_product_attention(x, x, x),
+    "attention of mixed dtypes": lambda x, w, h: F.scaled_dot_product_attention(h, x, x),
+    "attention in bfloat16": lambda x, w, h: F.scaled_dot_product_attention(h, h, h),
+    "product": lambda x, w, h: h.prod(1),
+    "cross entropy": lambda x, w, h: F.cross_entropy(h.flatten(0, 1), torch.arange(12) % 8),
+    "sum": lambda x, w, h: h + x,
+    "softmax": lambda x, w, h: h.softmax(-1),
+    "layer norm": lambda x, w, h: F.layer_norm(h, (8,), w[0]),
+    "rms norm": lambda x, w, h: F.rms_norm(h, (8,), w[0]),
+    "double": lambda x, w, h: F.linear(x.double(), w.double()),
+}
+PROMOTING: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "cat": lambda x, w, h: torch.cat([h, x], dim=1),
+    "stack": lambda x, w, h: torch.stack([h, x]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *itertools.product(OPERATIONS, (torch.bfloat16, torch.float16)),
+        *itertools.product(PROMOTING, (torch.bfloat16,)),  # eager raises for bfloat16 under autocast to float16
+    ],
+)
+def test_casts_are_those_of_autocast(name: str, dtype: torch.dtype) -> None:
+    call = (OPERATIONS | PROMOTING)[name]
+    x = torch.linspace(-1, 1, 96).reshape(2, 6, 8)
+    tensors = x, torch.eye(8) + 0.3, (3 * x.flip(0)).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        expected = call(*tensors)
+        make = make_fx(call, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
+        module: fx.GraphModule = make(*tensors)
+        RemoveRegions(Autocast.ambient()).apply(module.graph)
+    module.graph.lint()
+    module.recompile()
+    with torch.no_grad():
+        result = module(*tensors)
+    assert result.dtype == expected.dtype
+    assert (result == expected).float().mean() > 0.9
+    torch.testing.assert_close(result, expected)
+
+
 def test_casts_that_cannot_be_made_outside_an_operation_are_an_error() -> None:
     """An operation whose parts autocast treats differently though they read the same tensor."""
 
@@ -814,3 +867,63 @@ def test_a_shared_module_goes_by_all_its_names() -> None:
     names = {lifted.names for lifted in session.lifted}
     assert ("layers.1.2.weight", "layers.3.2.weight") in names
     assert ("layers.0.0.weight",) in names
+
+
+class Swapping(models.Stack):
+    """Leaves in its attributes what was in others before, what it was given, and what it made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.before = torch.ones(BATCH, WIDTH), torch.zeros(BATCH, WIDTH)
+        self.given: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.before, self.given = self.now, hidden
+        output = models.loop_over_argument(list(self.layers), hidden)
+        self.now = output[:, -1]
+        return output
+
+
+def test_an_attribute_that_takes_over_another_tensor_is_a_result() -> None:
+    model = Swapping()
+    results, _ = make_graph(model, (text(),)).run()
+    copied = copy.deepcopy(model)
+    copied(text())
+    assert results.keys() == {"output", "state:now", "state:before", "state:given"}
+    for name in ("now", "before", "given"):
+        torch.testing.assert_close(results[f"state:{name}"], getattr(copied, name))
+
+
+def scaled(factor: float) -> Callable[[Tensor], Tensor]:
+    w = torch.full((WIDTH,), factor)
+    return lambda hidden: hidden * w
+
+
+class Initial(nn.Module):
+    """Its parameter has the name of an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.memory = nn.Parameter(torch.ones(BATCH, 1, WIDTH))
+
+    def forward(self, hidden: Tensor, memory: Tensor) -> Tensor:
+        return models.loop_over_argument(list(self.layers), hidden + memory - 3 * self.memory)
+
+
+def test_no_two_tensors_have_one_name() -> None:
+    """A program tells tensors by name: closures may use one twice, and an argument that of an attribute."""
+    twice, thrice = scaled(2), scaled(3)
+    layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def loop(hidden: Tensor) -> Tensor:
+        return thrice(models.loop_over_argument(list(layers), twice(hidden)))
+
+    memory = torch.zeros(BATCH, 1, WIDTH)
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [(loop, (text(),)), (Initial(), (text(), memory))]
+    for function, arguments in calls:
+        session = Session(function, arguments, {})
+        names = [lifted.names[0] for lifted in session.lifted] + [path[0] for path in session.arguments.tensors()]
+        assert len(names) == len(set(names)) == 2 * LAYERS + 3
+        captured = open_capture(function, arguments, {}).run(Sizes(3, BATCH, SEGMENT))
+        assert len(captured.program.sources) == len(names)
