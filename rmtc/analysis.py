@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 _SHORT = 3  # segments of the shorter probe
 _LONGER = 5  # and where a value is read from two or more segments back
-_BATCHES = (2, 5, 1)  # no two of them, and none with a number of segments, in a ratio that an integer could mimic
+_BATCHES = (2, 5)  # in no ratio to the numbers of segments that an integer could mimic; code may treat one apart
 
 _WHOLE_TRACE = 20_000  # operations of a call that is traced whole when a replay cannot tell
 
@@ -36,6 +36,8 @@ class Analysis:
         runs: the runs that were captured, by sizes.
         replayer: what replays calls; made when it is first needed.
         admitted: the sizes that were replayed and found to follow the loop.
+        held: batch sizes and lengths of the last segment at which the loop was held against a whole trace.
+        probes: two of the runs that the loop was folded from.
         seconds: time spent, by stage.
     """
 
@@ -44,6 +46,8 @@ class Analysis:
     runs: dict[Sizes, Captured] = field(default_factory=dict)
     replayer: Replayer | None = None
     admitted: set[Sizes] = field(default_factory=set)
+    held: set[tuple[int, ...]] = field(default_factory=set)
+    probes: list[Captured] = field(default_factory=list)
 
     def admit(self, sizes: Sizes) -> None:
         """See that a call of some sizes does in every segment what the loop says, by replaying its Python.
@@ -63,7 +67,7 @@ class Analysis:
                     f"the loop was captured for {name} = {loop.fixed[name]}, and this call has {value}",
                     remedy="other operations run then: it needs a capture of its own",
                 )
-        if sizes.segments < 2 or sizes in self.admitted:
+        if sizes in self.admitted:
             return
         if self.replayer is None:
             containers = family.prefixes if family is not None else ()
@@ -73,18 +77,44 @@ class Analysis:
 
             self.replayer = Replayer(self.capture.session, self.capture.plan, contains_layers, len(loop.rows) + 2)
         with timed(self.seconds, "replay"):
-            try:
-                self.replayer.check(sizes)
-            except RefusedError as refusal:
-                # A loop after the loop, or layers outside of segments, repeats in more places than one: a whole trace
-                # tells, if it is small.
-                if sizes.segments * len(loop.steady) > _WHOLE_TRACE:
-                    raise
-                try:
-                    check_against(self.proven, self.run(sizes).program, *sizes)
-                except VerifyError as error:
-                    raise refusal from error
+            self._admit(sizes, len(loop.rows) + 2, self.replayer)
         self.admitted.add(sizes)
+
+    def _admit(self, sizes: Sizes, few: int, replayer: Replayer) -> None:
+        if sizes.segments <= few:
+            self._hold_whole(sizes)
+            return
+        # A replay compares segments with each other: that they are the loop's is seen at a few of them.
+        if sizes[1:] not in self.held:
+            self._hold_whole(Sizes(few, *sizes[1:]))
+        try:
+            replayer.check(sizes)
+        except RefusedError as refusal:
+            # A loop after the loop, or layers outside of segments, repeats in more places than one: a whole trace
+            # tells, if it is small.
+            if self.proven is None or sizes.segments * len(self.proven.loop.steady) > _WHOLE_TRACE:
+                raise
+            try:
+                self._hold_whole(sizes)
+            except RefusedError as error:
+                raise refusal from error
+
+    def _hold_whole(self, sizes: Sizes) -> None:
+        """Hold the loop against a whole trace of some sizes."""
+        if self.proven is None:
+            return
+        run = self.run(sizes)
+        try:
+            _refuse_drift([*self.probes, run])
+            check_against(self.proven, run.program, *sizes)
+        except VerifyError as error:
+            raise RefusedError(
+                f"a call of {sizes.segments} segments, batch {sizes.batch}, the last of {sizes.tail} positions, does "
+                f"not do what the loop says: {error.reason}",
+                location=error.location,
+                remedy="other operations run for these sizes: the call needs a capture of its own",
+            ) from error
+        self.held.add(sizes[1:])
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -125,8 +155,9 @@ def analyze(
     plan = analysis.capture.plan
     segment = plan.segment_length
     full, own = (segment,) * 3, (plan.sizes.batch,) * 3
-    tails = (segment, max(1, segment // 2), max(1, segment // 3)) if plan.free_tail else full
-    batches = _BATCHES if plan.free_batch else own
+    # The third run has the sizes of the user's call.
+    tails = (segment, max(1, segment // 2), plan.sizes.tail) if plan.free_tail else full
+    batches = (*_BATCHES, plan.sizes.batch) if plan.free_batch else own
     attempts = [
         (_SHORT, batches, tails),
         (_SHORT, batches, full),
@@ -143,7 +174,8 @@ def analyze(
             logger.debug("with %s: %s", sizes, error.reason)
             first = first or error
         else:
-            analysis.admit(plan.sizes)
+            if plan.sizes.segments > 1:  # one segment needs no schedule
+                analysis.admit(plan.sizes)
             return analysis
     if isinstance(first, VerifyError):
         raise RefusedError(
@@ -178,6 +210,8 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, watch: 
     with timed(seconds, "check"):
         proven.checked = check_against(proven, third.program, *third.sizes)
         proven.checked_at = third.sizes
+    analysis.held.add(third.sizes[1:])
+    analysis.probes = [runs[0], third]
     if watch is not None:
         watch("check", f"{proven.checked}\n")
     return proven
@@ -189,17 +223,21 @@ def _refuse_drift(runs: list[Captured]) -> None:
     Raises:
         RefusedError: otherwise.
     """
+    runs = sorted(runs, key=lambda run: run.sizes.segments)
+    steps = [run.sizes.segments for run in runs]
     for name in dict.fromkeys(name for run in runs for name in run.plain):
         values = [run.plain.get(name) for run in runs]
-        if all(type(value) is type(values[0]) and value == values[0] for value in values):
+        if all(value is values[0] or (type(value) is type(values[0]) and value == values[0]) for value in values):
             continue
-        steps = [run.sizes.segments for run in runs]
         if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-            first, second, third = (float(value) for value in values)  # type: ignore[arg-type]
-            if (second - first) * (steps[2] - steps[1]) == (third - second) * (steps[1] - steps[0]):
+            numbers = [float(value) for value in values]  # type: ignore[arg-type]
+            if all(
+                (numbers[1] - numbers[0]) * (steps[i] - steps[0]) == (numbers[i] - numbers[0]) * (steps[1] - steps[0])
+                for i in range(2, len(runs))
+            ):
                 continue
         raise RefusedError(
-            f"{name.removeprefix('state:')} is {values[0]!r}, {values[1]!r}, {values[2]!r} after {steps} segments: "
+            f"{name.removeprefix('state:')} is {', '.join(map(repr, values))} after {steps} segments: "
             "what a call leaves in it follows no pattern",
             remedy="keep only tensors, constants and counters in attributes",
         )

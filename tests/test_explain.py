@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,6 +51,12 @@ EXPECTED: dict[str, tuple[set[tuple[Any, Any]], Any]] = {
     "stacked weights in a closure": (MEMORY, DIAGONAL),
     "list of segments": (MEMORY, DIAGONAL),
 }
+SLOW = {"mixed precision"}
+
+
+def some_slow(names: Iterable[str]) -> list[Any]:
+    """Names as parameters."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -94,7 +100,7 @@ def test_every_loop_is_expected() -> None:
     assert EXPECTED.keys() == LOOPS.keys()
 
 
-@pytest.mark.parametrize("name", list(EXPECTED))
+@pytest.mark.parametrize("name", some_slow(EXPECTED))
 def test_dependences_and_makespan(name: str, explained: Explain) -> None:
     answer, (expected, makespan) = explained(name), EXPECTED[name]
     assert distances(answer.dependences) == expected
@@ -110,10 +116,7 @@ def test_dependences_and_makespan(name: str, explained: Explain) -> None:
         assert answer.reason is None and answer.cycle == () and answer.location is None
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name for name, (_, makespan) in EXPECTED.items() if makespan is not None],
-)
+@pytest.mark.parametrize("name", some_slow(name for name, (_, makespan) in EXPECTED.items() if makespan is not None))
 def test_steps_respect_every_dependence(name: str, explained: Explain) -> None:
     """Each cell once, after every cell that the expected distances say it waits for, in as many steps as it says."""
     schedule = explained(name).schedule
@@ -145,14 +148,13 @@ CLASSES = {
     "loop over an argument": 1,
     "loop over a closure": 1,
     "loop over a global": 1,
+    "loop in a partial": 1,
     "stacked weights": 1,
+    "stacked weights in a closure": 1,
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    list(CLASSES),
-)
+@pytest.mark.parametrize("name", some_slow(CLASSES))
 def test_cells_that_run_the_same_operations_are_one_class(name: str, explained: Explain) -> None:
     answer = explained(name)
     layers = [each for each in answer.classes if each.stage == "layer"]

@@ -90,6 +90,8 @@ def hold(events: list[Event], pattern: Pattern, segments: int) -> None:
     common = 0
     while common < len(short) and _alike(short[common], long[common]):
         common += 1
+    if common < period:
+        raise _differs("runs of two lengths differ from the start", events[0] if events else None)
     begin = common - (pattern.shared - 1) * period  # of the second segment
     expected = len(short) + more * period
 
@@ -170,7 +172,9 @@ def _moved(before: Any, after: Any, earlier: Any, by: int, beyond: int) -> bool:
     if type(earlier) is not type(before):
         earlier = None
     if isinstance(before, Made):
-        return bool(before.output == after.output and after.event - before.event in (by, 0))
+        step = after.event - before.event
+        even = earlier is None or earlier.output != before.output or before.event - earlier.event == step
+        return bool(before.output == after.output and step in (by, 0) and even)
     if isinstance(before, Beyond):
         return _moved(before.reference, after.reference, earlier and earlier.reference, beyond, 0)
     if isinstance(before, Viewed):

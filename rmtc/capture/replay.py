@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from types import CellType
+from types import CellType, ModuleType
 from typing import Any
 
 import torch
@@ -29,8 +29,9 @@ from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.events import Beyond, Event, Made, Named, Pattern, Viewed, hold
 from rmtc.capture.frames import current_location
 from rmtc.capture.probe import Plan, Sizes
+from rmtc.capture.results import left_behind
 from rmtc.capture.session import Session
-from rmtc.capture.state import Slot, is_plain, walk
+from rmtc.capture.state import Slot, _is_record, is_plain, walk
 from rmtc.errors import CaptureError, Location
 from rmtc.ir.program import VIEWS, constant_name
 
@@ -105,17 +106,21 @@ class Replayer:
         for lifted, stand_in in zip(session.lifted, session.stand_ins, strict=True):
             recorder.name(stand_in, Named(lifted.names[0]))
 
+        given: set[int] = set()
+
         def note(path: Path, tensor: torch.Tensor) -> torch.Tensor:
             recorder.name(tensor, Named(show(path)))
+            given.add(id(tensor))
             return tensor
 
         Arguments(args, kwargs, session.arguments.names).map(note)
         with session.installed(session.stand_ins), session.fake_mode, recorder, self._patched(recorder):
             result = session.call(args, kwargs)
-            final = tuple(
-                recorder.reference(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)
-            )
-        recorder.events.append(Event("return", (), (final,), None, None))
+            found, plain = left_behind(session, result, {*map(id, session.stand_ins), *given})
+            final = tuple(recorder.reference(tensor) for tensor in found.values())
+        numbers = tuple(value for value in plain.values() if type(value) is int)
+        rest = tuple((name, None if type(value) is int else value) for name, value in plain.items())
+        recorder.events.append(Event(("return", (*found, *rest)), numbers, (final,), None, None))
         return recorder.events
 
     @contextlib.contextmanager
@@ -144,6 +149,8 @@ class Replayer:
         if state is None or not state.whole():
             state = self._states[id(module)] = _State(module, self._session.snapshot.slots)
         plain, held = state.values()
+        if not state.transparent:
+            return original(module, *args, **kwargs)
         given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         operands = [*given, *held]
         key = (
@@ -154,6 +161,7 @@ class Replayer:
             tuple(_first(operands)),
             plain,
             torch.is_grad_enabled(),
+            *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
         )
         known = self._memory.get(key)
         references = tuple(recorder.reference(tensor) for tensor in operands)
@@ -283,6 +291,7 @@ class _State:
         self._before: list[Any] = []
         self._plain: tuple[Any, ...] = ()
         self._tensors: list[int] = []
+        self.transparent = True  # whether all of it can be seen: no set, array or iterator
 
     def whole(self) -> bool:
         """Whether no attribute came or went."""
@@ -313,6 +322,7 @@ class _State:
                 for value in now
             )
             self._tensors = [i for i, value in enumerate(now) if isinstance(value, torch.Tensor)]
+            self.transparent = all(_transparent(value) for value in now)
         return self._plain, [now[i] for i in self._tensors]
 
     def changes(self) -> list[Slot]:
@@ -330,6 +340,16 @@ class _State:
             slot.put(makes[number] if kind == "made" else operands[number])
         for slot in known.plain:
             slot.put(slot.value)
+
+
+def _transparent(value: object) -> bool:
+    """Whether a value's content is in the slots, so that a change shows."""
+    return (
+        is_plain(value)
+        or isinstance(value, (torch.Tensor, nn.Module, dict, list, deque, tuple, type, ModuleType))
+        or callable(value)
+        or _is_record(value)
+    )
 
 
 class _Recorder(TorchDispatchMode):
@@ -350,7 +370,9 @@ class _Recorder(TorchDispatchMode):
         self._kept.append(tensor)
 
     def reference(self, tensor: torch.Tensor) -> Any:
-        return self.named.get(id(tensor), Named("unknown"))
+        if id(tensor) not in self.named:  # equal to no other
+            self.name(tensor, Named(f"unknown {id(self)} {len(self._kept)}"))
+        return self.named[id(tensor)]
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,7 @@ class Session:
             for path, leaf in pytree.tree_flatten_with_path(value)[0]:
                 if isinstance(leaf, nn.Module) or (hasattr(leaf, "__dict__") and not isinstance(leaf, torch.Tensor)):
                     self._roots[name + pytree.keystr(path)] = leaf
-        self.snapshot = Snapshot(walk(self._roots))
+        self.snapshot = Snapshot(self._roots)
         self.modules: dict[int, Slot] = {}
         for slot in self.snapshot.slots:
             if isinstance(slot.value, nn.Module):
@@ -132,6 +133,8 @@ class Session:
         """Every lifted tensor replaced by another, and on exit everything as it was before."""
         mapping = {id(lifted.tensor): value for lifted, value in zip(self.lifted, values, strict=True)}
         random_state = random.getstate()
+        numpy = sys.modules.get("numpy")
+        numpy_state = numpy.random.get_state() if numpy is not None else None
         generator_state = torch.random.get_rng_state()
         grad_enabled = torch.is_grad_enabled()
         try:
@@ -146,6 +149,8 @@ class Session:
             torch.set_grad_enabled(grad_enabled)
             torch.random.set_rng_state(generator_state)
             random.setstate(random_state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
 
     def state(self) -> list[Slot]:
         """Every slot as it is now: to be read while stand-ins are installed, after the user's code ran."""

@@ -277,18 +277,19 @@ class Snapshot:
     """Attributes and containers as they were, to be restored by identity and content.
 
     Args:
-        slots: what :func:`walk` found.
+        roots: see :func:`walk`.
     """
 
-    def __init__(self, slots: list[Slot]) -> None:
-        self.slots = slots
+    def __init__(self, roots: dict[str, Any]) -> None:
+        self._roots = roots
+        self.slots = slots = walk(roots)
         self.plain = {slot.name: slot.value for slot in slots if is_plain(slot.value)}
         self._saved: list[_Saved] = []
         self._places: list[Slot] = []
         whole: set[int] = set()
         seen: set[int] = set()
         for slot in slots:
-            for owner in (slot.owner, slot.value):
+            for owner in (slot.owner, slot.value, *_tables(slot.value)):
                 if id(owner) not in seen:
                     seen.add(id(owner))
                     content = _content(owner)
@@ -297,9 +298,20 @@ class Snapshot:
                         self._saved.append(_Saved(owner, content))
             if id(slot.owner) not in whole and not isinstance(slot.owner, tuple):
                 self._places.append(slot)
+        for root in roots.values():
+            for owner in _tables(root):
+                content = _content(owner)
+                if id(owner) not in seen and content is not None:
+                    seen.add(id(owner))
+                    self._saved.append(_Saved(owner, content))
+        self._known = {(id(slot.owner), slot.key) for slot in self._places}
+        arrays = [slot.value for slot in slots if type(slot.value).__name__ == "ndarray"]
+        self._arrays = [(array, array.copy()) for array in arrays]
 
     def restore(self) -> None:
         """Put every container and attribute back as it was."""
+        for array, content in self._arrays:
+            array[...] = content
         for saved in self._saved:
             owner, content = saved.owner, saved.content
             if isinstance(owner, types.CellType):
@@ -330,6 +342,21 @@ class Snapshot:
                 current = getattr(owner, slot.key, _EMPTY)
             if current is not slot.value:
                 slot.put(slot.value)
+        for slot in walk(self._roots):  # globals and class attributes that were not there before
+            if isinstance(slot.owner, (type, dict)) and (id(slot.owner), slot.key) not in self._known:
+                if isinstance(slot.owner, type):
+                    delattr(slot.owner, slot.key)
+                elif "__builtins__" in slot.owner:
+                    del slot.owner[slot.key]
+
+
+def _tables(value: Any) -> tuple[Any, ...]:
+    """The dictionaries in which an object's attributes are, also those that hold none yet."""
+    if isinstance(value, nn.Module):
+        return (value.__dict__, *(value.__dict__[table] for table in _MODULE_TABLES))
+    if isinstance(value, types.FunctionType) or _is_record(value):
+        return (vars(value),) if hasattr(value, "__dict__") else ()
+    return ()
 
 
 def uncached(value: Any) -> Any:

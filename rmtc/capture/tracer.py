@@ -17,12 +17,11 @@ import torch
 from torch import fx, nn
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, _MakefxTracer
-from torch.utils import _pytree as pytree
 
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.frames import current_location
+from rmtc.capture.results import left_behind
 from rmtc.capture.session import Session, backward_refusal
-from rmtc.capture.state import is_plain
 from rmtc.errors import CaptureError, RefusedError
 
 __all__ = ["RawTrace", "trace"]
@@ -150,30 +149,21 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
         with session.installed(lifted):
             result = session.call(new_args, new_kwargs)
             _refuse_changed_containers(arguments, given, new_args, new_kwargs)
-            found = _results(result)
-            held = session.held(lifted)
-            for slot in session.state():
-                if isinstance(slot.value, torch.Tensor):
-                    if held.get(slot.name) is not slot.value:
-                        found[f"state:{slot.name}"] = slot.value
-                elif is_plain(slot.value):
-                    missing = slot.name not in session.snapshot.plain
-                    if missing or session.snapshot.plain[slot.name] != slot.value:
-                        raw.plain[f"state:{slot.name}"] = slot.value
+            found, plain = left_behind(session, result, {id(tensor) for tensor in flat})
+        raw.plain.update(plain)
         names = [*(lifted.names[0] for lifted in session.lifted), *(show(path) for path in inputs)]
         for tensor, inner, name in zip(flat, before, names, strict=True):
             if _inner(tensor) is not inner:
                 found[f"write:{name}"] = tensor
-        tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-        raw.plain.update((name, value) for name, value in found.items() if name not in tensors)
-        raw.outputs = tuple(tensors)
+        raw.outputs = tuple(found)
+        _refuse_aliases(session, arguments, raw.outputs)
         tracer = maker.fx_tracer
         if isinstance(tracer, _Tracer):
-            for name, tensor in [*tracer.attributes, *tensors.items()]:
+            for name, tensor in [*tracer.attributes, *found.items()]:
                 entry = tracer.tensor_tracker.get(_inner(tensor))
                 if entry is not None:
                     entry.proxy.node.meta.setdefault("name", name.removeprefix("state:"))
-        return list(tensors.values())
+        return list(found.values())
 
     traced: Callable[..., Any] = program
     if functionalize:
@@ -220,19 +210,21 @@ def _inner(tensor: torch.Tensor) -> torch.Tensor:
     return torch._from_functional_tensor(elem)
 
 
-def _results(result: Any) -> dict[str, Any]:
-    """The leaves of what the user's code returned, by name."""
-    found: dict[str, Any] = {}
-    for path, leaf in pytree.tree_flatten_with_path(result)[0]:
-        name = "output" + pytree.keystr(path)
-        if isinstance(leaf, torch.Tensor) or is_plain(leaf):
-            found[name] = leaf
-        else:
-            raise CaptureError(
-                f"the forward returns a {type(leaf).__name__}, whose tensors cannot be told",
-                remedy="return tensors, tuples, lists, dicts or dataclasses registered with torch.utils._pytree",
-            )
-    return found
+def _refuse_aliases(session: Session, arguments: Arguments, outputs: tuple[str, ...]) -> None:
+    """A tensor that is written must share its memory with no other: stand-ins do not."""
+    own = {f"write:{lifted.names[0]}": lifted.tensor for lifted in session.lifted}
+    given = {f"write:{show(path)}": tensor for path, tensor in session.arguments.tensors().items()}
+    tensors = [*own.items(), *given.items()]
+    for name, tensor in tensors:
+        if name in outputs:
+            storage = tensor.untyped_storage()._cdata
+            for other, another in tensors:
+                if other != name and another.untyped_storage()._cdata == storage:
+                    raise RefusedError(
+                        f"the call writes to {name.removeprefix('write:')}, which shares its memory with "
+                        f"{other.removeprefix('write:')}",
+                        remedy="give each a tensor of its own (clone), or return the new value instead of writing it",
+                    )
 
 
 def _refuse_changed_containers(
