@@ -274,3 +274,80 @@ def test_constant_tensors_are_told_by_their_values(where: str) -> None:
     else:
         with pytest.raises(rmtc.RefusedError):
             analysis.admit(Sizes(20, 2, SEGMENT))
+
+
+class Ambient(Model):
+    """What depends on more than the segments seen so far: batch, length, modes, memories that fill up."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.reset()
+        outputs = []
+        pieces = ids.split(SEGMENT, dim=1)
+        for s, piece in enumerate(pieces):
+            hidden = self.embedding(piece)
+            if self.trick == "batch" and ids.shape[0] >= 8:
+                hidden = hidden * 2
+            if self.trick == "length" and piece.shape[1] == 1:
+                hidden = hidden * 2
+            if self.trick == "two segments" and len(pieces) == 2:
+                hidden = hidden * 2
+            memories = [layer.memory for layer in self.layers]
+            for layer in self.layers:
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.trick == "autocast" and s > 5):
+                    hidden = layer(hidden)
+            if self.trick == "frozen memory" and s > 5:
+                for layer, memory in zip(self.layers, memories, strict=True):
+                    layer.memory = memory
+            outputs.append(hidden)
+        if self.trick == "attribute" and len(pieces) < 6:
+            self.saved = outputs[-1]
+        return torch.cat(outputs, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("trick", "sizes"),
+    [
+        ("batch", Sizes(9, 8, SEGMENT)),
+        ("length", Sizes(9, 1, 1)),
+        ("two segments", Sizes(2, 1, SEGMENT)),
+        ("autocast", Sizes(9, 1, SEGMENT)),
+        ("frozen memory", Sizes(9, 1, SEGMENT)),
+        ("attribute", Sizes(9, 1, SEGMENT)),
+    ],
+)
+def test_what_only_some_calls_do_is_noticed(trick: str, sizes: Sizes) -> None:
+    with pytest.raises(rmtc.RefusedError):
+        analyzed(Ambient(trick)).admit(sizes)
+    analyzed(Ambient("")).admit(sizes)
+
+
+def test_a_written_tensor_that_is_seen_under_another_name_is_refused() -> None:
+    lin = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def model(hidden: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        outputs = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for layer in lin:
+                piece = torch.tanh(layer(piece)) + b
+            a.add_(piece.mean())
+            outputs.append(piece)
+        return torch.cat(outputs, dim=1)
+
+    hidden, one, two = torch.randn(2, 4 * SEGMENT, 8), torch.randn(8), torch.randn(8)
+    reason = rmtc.explain(model)(hidden, one, one).reason
+    assert reason is not None and "shares its memory" in reason
+    assert "shares its memory" not in str(rmtc.explain(model)(hidden, one, two).reason)
+
+
+def test_places_that_were_not_there_are_gone_again() -> None:
+    class Leaving(Model):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            result = super().forward(ids)
+            type(self).last = result  # type: ignore[attr-defined]
+            self.layers.register_buffer("left", result)
+            return result
+
+    model = Leaving().eval()
+    rmtc.explain(model)(ids(5))
+    assert not hasattr(Leaving, "last")
+    assert not list(model.layers._buffers)

@@ -351,6 +351,8 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
             remedy="call it with a batch size that differs from the length, or pass segment_length=...",
         )
     growth, length, batch, segment = found[0]
+    if length < 1:
+        raise CaptureError("the text is empty: there is no segment to run", remedy="pass a text of one position or more")
     free_batch, free_tail = False, False
     two = prober.attempt(growth, 2 * segment, batch)
     ragged = segment + max(1, segment // 2)
