@@ -300,11 +300,9 @@ class Injected(Exception):
     """No error that rmtc knows."""
 
 
-@pytest.mark.parametrize(
-    "late", [pytest.param(False, id="at once", marks=pytest.mark.slow), pytest.param(True, id="after its work")]
-)
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_fault_in_any_stage_changes_nothing(stage: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_in_any_stage_changes_nothing(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its work, when most is there to put back."""
     file, path = STAGES[stage]
     owner: Any = importlib.import_module(file)
     *outer, name = path.split(".")
@@ -313,8 +311,7 @@ def test_a_fault_in_any_stage_changes_nothing(stage: str, late: bool, monkeypatc
     original = getattr(owner, name)
 
     def failing(*args: Any, **kwargs: Any) -> Any:
-        if late:
-            original(*args, **kwargs)
+        original(*args, **kwargs)
         raise Injected(stage)
 
     model = models.Hoarder()
@@ -356,7 +353,7 @@ def test_an_error_in_the_users_code_at_any_call_changes_nothing(
         total = calls()
     assert total > 50
     raised = 0
-    for at in (0, 17, total // 2, total - 1):
+    for at in (0, total // 2, total - 1):
         before, process_before = Picture(model), process()
         with monkeypatch.context() as patch:
             failures(kind, patch, at)
@@ -369,7 +366,7 @@ def test_an_error_in_the_users_code_at_any_call_changes_nothing(
         assert not before.differs(Picture(model)), f"at call {at} of {total}"
         assert process_before == process()
         assert_same_values(model(text()), expected)
-    assert raised >= (4 if kind is KeyboardInterrupt else 1)
+    assert raised >= (3 if kind is KeyboardInterrupt else 1)
 
 
 # What is captured.
@@ -596,7 +593,7 @@ def allocated(run: Callable[[], object]) -> int:
 
 
 def test_nothing_is_computed() -> None:
-    model, hidden = models.Associative(width=256), text(width=256)
+    model, hidden = models.Associative(layers=2, width=256), text(width=256)
     smallest = BATCH * SEGMENT * 256 * 4
     assert allocated(lambda: model(hidden)) >= smallest, "the profiler sees what eager allocates"
     assert allocated(lambda: rmtc.explain(model)(hidden)) < smallest
@@ -643,14 +640,14 @@ def test_the_segment_length_is_found(segments: int, tail: int) -> None:
     assert plan.free_batch and plan.free_tail
 
 
-@pytest.mark.parametrize("segment", some_slow([1, 2, 3, 7, 8, 16], [1, 3, 8, 16]))
+@pytest.mark.parametrize("segment", some_slow([1, 2, 3, 7, 8, 16], [3, 8]))
 def test_any_segment_length_is_found(segment: int) -> None:
     plan = open_capture(models.Associative(segment=segment), (torch.zeros(BATCH, 30, WIDTH),), {}).plan
     assert plan.segment_length == segment
     assert plan.sizes.segments == -(-30 // segment)
 
 
-@pytest.mark.parametrize("batch", some_slow([1, SEGMENT, SEGMENTS, WIDTH, SEGMENTS * SEGMENT], [1, SEGMENTS * SEGMENT]))
+@pytest.mark.parametrize("batch", some_slow([1, SEGMENTS, SEGMENTS * SEGMENT], [SEGMENTS * SEGMENT]))
 def test_a_batch_as_large_as_something_else(batch: int) -> None:
     answer = rmtc.explain(models.Associative())(text(batch=batch))
     assert answer.growing == (f"hidden ({batch}, {SEGMENTS * SEGMENT}, {WIDTH}): dimension 1",)
@@ -699,7 +696,7 @@ def test_a_wrong_segment_length_is_an_error(length: int) -> None:
     assert raised.value.remedy is not None and "leave segment_length out" in raised.value.remedy
 
 
-@pytest.mark.parametrize("name", some_slow(["nope", "head", "layers.0"], ["nope"]))
+@pytest.mark.parametrize("name", some_slow(["nope", "layers.0"], ["nope"]))
 def test_wrong_layers_are_an_error(name: str) -> None:
     with pytest.raises(rmtc.CaptureError, match=f"no parameters are named {re.escape(name)}.0"):
         rmtc.explain(models.Associative(), layers=name)(text())

@@ -203,7 +203,6 @@ def test_the_cycle_of_the_classic_rmt(explained: Explain) -> None:
         ("attributes", "layers"),
         ("buffers", "layers"),
         (armt_llama, "model.layers"),
-        pytest.param(armt_gpt2, "transformer.h", marks=pytest.mark.slow),
         (rmt_llama, "model.layers"),
     ],
     ids=lambda value: value.__name__.rpartition(".")[2] if isinstance(value, ModuleType) else None,

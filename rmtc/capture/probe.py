@@ -352,7 +352,9 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
         )
     growth, length, batch, segment = found[0]
     if length < 1:
-        raise CaptureError("the text is empty: there is no segment to run", remedy="pass a text of one position or more")
+        raise CaptureError(
+            "the text is empty: there is no segment to run", remedy="pass a text of one position or more"
+        )
     free_batch, free_tail = False, False
     two = prober.attempt(growth, 2 * segment, batch)
     ragged = segment + max(1, segment // 2)
