@@ -92,7 +92,7 @@ def _loop(page: Page, explanation: Explanation) -> None:
         "from 0. Nothing was computed to find this out, and the model is as it was."
     )
     _lines(page, "What grows with the number of segments:", explanation.growing)
-    _lines(page, "What may change and leaves the answer as it is:", explanation.free)
+    _lines(page, "What may change without another capture:", explanation.free)
 
 
 def _lines(page: Page, head: str, lines: Sequence[str]) -> None:
@@ -113,7 +113,8 @@ def _classes(page: Page, explanation: Explanation) -> None:
         else ""
     )
     page.text(
-        "The operations of a cell are its body. Cells whose bodies have the same operations, shapes and wiring form a "
+        "The operations of a cell are its body. Cells whose bodies have the same operations, shapes (but for the length "
+        "of the last segment) and wiring (which operation feeds which) form a "
         f"class: they differ only in their weights and inputs{batched}."
     )
     if legend := stages_text({item.stage for item in classes}):
@@ -133,7 +134,8 @@ def _dependences(page: Page, dependences: Sequence[Dependence]) -> None:
         page.text("No cell reads anything that another cell makes: all of them can run at once.")
         return
     page.text(
-        "A cell that reads a tensor made by another cell has to wait for it: a dependence. Its distance vector (ds, "
+        "A cell that reads a tensor made by another cell has to wait for it: a dependence. No tensor is overwritten "
+        "(writes count as new tensors), so these are all. Its distance vector (ds, "
         "dl) says for which: cell (s, l), layer l on segment s, waits for cell (s - ds, l - dl), ds segments before "
         "and dl layers below (above, where dl is negative). Operations go by their ATen names: slice.Tensor is x[a:b]."
     )
@@ -337,7 +339,7 @@ def _cycle(page: Page, explanation: Explanation) -> None:
         return
     segments, layers = explanation.segments, explanation.layers
     further = "one segment" if once.advance == 1 else f"{once.advance} segments"
-    page.text(f"The dependences close a cycle, which leads from a cell to the same layer {further} later:")
+    page.text(f"Taken over the layers, the dependences close a cycle, from a cell to the same layer {further} later:")
     page.blank()
     page.table([(_passed(turn), *_edge(turn.dependence)) for turn in once.turns])
     page.blank()
@@ -345,7 +347,7 @@ def _cycle(page: Page, explanation: Explanation) -> None:
     if _sequential(once, layers):
         conclusion = (
             f" So S segments take {formula(S * L)} = {segments * layers} steps, as many as one cell after another: no "
-            "order of the cells is shorter."
+            "schedule of whole cells has fewer."
         )
     steps = f"{_equals(once.length, layers)} {'step' if once.length == 1 else 'steps'}"
     page.text(
