@@ -6,7 +6,6 @@ Shapes: B batch, N positions of the text, T positions of a segment, D width, L l
 from __future__ import annotations
 
 import functools
-import itertools
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
@@ -17,9 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SEGMENT, LAYERS, WIDTH, BATCH, SEGMENTS = 5, 4, 8, 2, 4
-
-LAYER_CALLS = itertools.count()
-"""Advances with every call of an :class:`AssociativeLayer`; no capture can set it back."""
 
 
 def text(segments: int = SEGMENTS, batch: int = BATCH, width: int = WIDTH, tail: int = SEGMENT) -> Tensor:
@@ -46,7 +42,6 @@ class AssociativeLayer(nn.Module):
         self.memory = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        next(LAYER_CALLS)
         if self.memory is not None:
             hidden = hidden + self.query(hidden) @ self.memory  # memory read
         hidden = torch.tanh(hidden)

@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
+import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from types import CellType, ModuleType
+from types import CellType
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from rmtc.capture.frames import current_location
 from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.results import left_behind
 from rmtc.capture.session import Session
-from rmtc.capture.state import Slot, _is_record, is_plain, walk
+from rmtc.capture.state import Slot, is_plain, walk
 from rmtc.errors import CaptureError, Location
 from rmtc.ir.program import VIEWS, constant_name
 
@@ -106,17 +107,14 @@ class Replayer:
         for lifted, stand_in in zip(session.lifted, session.stand_ins, strict=True):
             recorder.name(stand_in, Named(lifted.names[0]))
 
-        given: set[int] = set()
-
         def note(path: Path, tensor: torch.Tensor) -> torch.Tensor:
             recorder.name(tensor, Named(show(path)))
-            given.add(id(tensor))
             return tensor
 
         Arguments(args, kwargs, session.arguments.names).map(note)
         with session.installed(session.stand_ins), session.fake_mode, recorder, self._patched(recorder):
             result = session.call(args, kwargs)
-            found, plain = left_behind(session, result, {*map(id, session.stand_ins), *given})
+            found, plain = left_behind(session, result, session.held(session.stand_ins))
             final = tuple(recorder.reference(tensor) for tensor in found.values())
         numbers = tuple(value for value in plain.values() if type(value) is int)
         rest = tuple((name, None if type(value) is int else value) for name, value in plain.items())
@@ -277,7 +275,8 @@ class _State:
         self._slots = [
             slot
             for slot in [*found, *shared]
-            if not isinstance(slot.value, (nn.Parameter, nn.Module, tuple)) or is_plain(slot.value)
+            if (not isinstance(slot.value, (nn.Parameter, nn.Module, tuple)) or is_plain(slot.value))
+            and slot.key != "_non_persistent_buffers_set"  # a module's own record of its buffers' names
         ]
         # Slots of one container are read together: this is most of the time of a replay.
         self._slots.sort(key=lambda slot: id(slot.owner))
@@ -343,13 +342,11 @@ class _State:
 
 
 def _transparent(value: object) -> bool:
-    """Whether a value's content is in the slots, so that a change shows."""
-    return (
-        is_plain(value)
-        or isinstance(value, (torch.Tensor, nn.Module, dict, list, deque, tuple, type, ModuleType))
-        or callable(value)
-        or _is_record(value)
-    )
+    """Whether a change of a value shows in its identity or in the slots of what it holds."""
+    kind = type(value)
+    if isinstance(value, (set, bytearray, random.Random, torch.Generator)):
+        return False
+    return not hasattr(kind, "__next__") and kind.__module__.partition(".")[0] != "numpy"
 
 
 class _Recorder(TorchDispatchMode):

@@ -14,13 +14,15 @@ from rmtc.errors import CaptureError
 __all__ = ["left_behind"]
 
 
-def left_behind(session: Session, result: Any, known: set[int]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def left_behind(
+    session: Session, result: Any, held: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors and the plain values a run leaves, by name; to be called while stand-ins are installed.
 
     Args:
         session: the call.
         result: what the user's code returned.
-        known: the ids of the stand-ins it was given.
+        held: the stand-in that each slot was given, by name.
 
     Raises:
         CaptureError: if it returned an object whose tensors cannot be told.
@@ -30,7 +32,7 @@ def left_behind(session: Session, result: Any, known: set[int]) -> tuple[dict[st
     plain = {name: value for name, value in found.items() if name not in tensors}
     for slot in session.state():
         if isinstance(slot.value, torch.Tensor):
-            if id(slot.value) not in known:
+            if held.get(slot.name) is not slot.value:
                 tensors[f"state:{slot.name}"] = slot.value
         elif is_plain(slot.value):
             before = session.snapshot.plain

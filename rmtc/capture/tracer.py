@@ -149,7 +149,7 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
         with session.installed(lifted):
             result = session.call(new_args, new_kwargs)
             _refuse_changed_containers(arguments, given, new_args, new_kwargs)
-            found, plain = left_behind(session, result, {id(tensor) for tensor in flat})
+            found, plain = left_behind(session, result, session.held(lifted))
         raw.plain.update(plain)
         names = [*(lifted.names[0] for lifted in session.lifted), *(show(path) for path in inputs)]
         for tensor, inner, name in zip(flat, before, names, strict=True):

@@ -125,6 +125,8 @@ def schedule(
             if form in (Format.csv, Format.dot, Format.mermaid):
                 note(f"refused: {answer.reason}")
             raise typer.Exit(FAILED if strict else 0)
+        if segments is not None and segments > answer.segments:
+            note(f"the code was seen for the call's {answer.segments} segments, not for {segments}")
         emit(_written(answer, found, segments or answer.segments, form), output)
 
 

@@ -38,9 +38,10 @@ def explanation_text(explanation: Explanation) -> str:
     """The whole answer: the loop, its classes and dependences, the schedule and its proof, or the refusal."""
     page = Page()
     page.heading(_title(explanation))
-    _loop(page, explanation)
-    _classes(page, explanation)
-    _dependences(page, explanation.dependences)
+    if explanation.layers:  # else it was refused before anything was known of the loop
+        _loop(page, explanation)
+        _classes(page, explanation)
+        _dependences(page, explanation.dependences)
     if explanation.schedule is None:
         _refusal(page, explanation)
     else:
@@ -63,6 +64,8 @@ def refusal_text(explanation: Explanation) -> str:
 
 def _title(explanation: Explanation) -> str:
     runs = explanation.segments * explanation.layers
+    if explanation.schedule is None and not runs:
+        return f"{explanation.name}: refused"
     if explanation.schedule is None:
         once = follow(explanation.cycle, explanation.layers)
         if (once and _sequential(once, explanation.layers)) or _optimal(explanation):
@@ -113,8 +116,8 @@ def _classes(page: Page, explanation: Explanation) -> None:
         else ""
     )
     page.text(
-        "The operations of a cell are its body. Cells whose bodies have the same operations, shapes (but for the length "
-        "of the last segment) and wiring (which operation feeds which) form a "
+        "The operations of a cell are its body. Cells whose bodies have the same operations, shapes (but for the "
+        "length of the last segment) and wiring (which operation feeds which) form a "
         f"class: they differ only in their weights and inputs{batched}."
     )
     if legend := stages_text({item.stage for item in classes}):
