@@ -35,7 +35,13 @@ def main() -> None:
     for stage, seconds in analysis.seconds.items():
         print(f"  {stage:8} {seconds:6.2f} s")
     for segments in (options.segments, 4 * options.segments):
-        fresh = Analysis(analysis.capture, analysis.proven, replayer=analysis.replayer)
+        fresh = Analysis(
+            analysis.capture,
+            analysis.proven,
+            replayer=analysis.replayer,
+            held=analysis.held,
+            probes=analysis.probes,
+        )
         start = time.perf_counter()
         fresh.admit(Sizes(segments, 1, 64))
         seconds = time.perf_counter() - start
