@@ -244,8 +244,8 @@ def test_hold_compares_every_event() -> None:
 
 def test_extend_continues_lists() -> None:
     four, five, nine = (tuple(Made(10 + 3 * s, 0) for s in range(n)) for n in (4, 5, 9))
-    assert extend(four, five, 5, 3) == nine
-    assert extend(Made(7, 1), Made(10, 1), 4, 3) == Made(19, 1)
+    assert extend(four, five, 5) == nine
+    assert extend(Made(7, 1), Made(10, 1), 4) == Made(19, 1)
 
 
 @pytest.mark.parametrize("where", ["before", "inside", "after", "nowhere"])
@@ -351,3 +351,13 @@ def test_places_that_were_not_there_are_gone_again() -> None:
     rmtc.explain(model)(ids(5))
     assert not hasattr(Leaving, "last")
     assert not list(model.layers._buffers)
+
+
+def test_layers_that_are_one_module_are_an_error_of_ours() -> None:
+    class Shared(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers.append(self.layers[1])
+
+    with pytest.raises(rmtc.CaptureError, match="layer 1 uses no parameter"):
+        rmtc.explain(Shared().eval())(ids(4))

@@ -117,7 +117,7 @@ def hold(events: list[Event], pattern: Pattern, segments: int) -> None:
     left = len(short) - common
     for k in range(left):
         a, b, c = short[common + k], long[common + period + k], events[len(events) - left + k]
-        why = _continued(a, b, c, more, period)
+        why = _continued(a, b, c, more)
         if why:
             raise _differs(why, c)
 
@@ -192,14 +192,14 @@ def _moved(before: Any, after: Any, earlier: Any, by: int, beyond: int) -> bool:
     return bool(before == after)
 
 
-def _continued(a: Event, b: Event, c: Event, more: int, period: int) -> str:
+def _continued(a: Event, b: Event, c: Event, more: int) -> str:
     """Why an event after the loop is not what two shorter runs lead to; empty if it is."""
     if not a.token == b.token == c.token or not len(a.numbers) == len(b.numbers) == len(c.numbers):
         return f"{_name(c)} in place of {_name(a)}"
     for x, y, z in zip(a.numbers, b.numbers, c.numbers, strict=True):
         if z != x + more * (y - x):
             return f"{_name(c)} has {z} after {x} and {y}"
-    expected = extend(a.operands, b.operands, more, period)
+    expected = extend(a.operands, b.operands, more)
     if expected != c.operands:
         return f"{_name(c)} reads other tensors than in shorter calls"
     if not (_same_inner(a.inner, b.inner) and _same_inner(b.inner, c.inner)):
@@ -207,16 +207,16 @@ def _continued(a: Event, b: Event, c: Event, more: int, period: int) -> str:
     return ""
 
 
-def extend(a: Any, b: Any, more: int, period: int) -> Any:
+def extend(a: Any, b: Any, more: int) -> Any:
     """The references to which those of two lengths, one apart, lead."""
     if isinstance(a, Made) and isinstance(b, Made):
         return Made(a.event + more * (b.event - a.event), b.output)
     if isinstance(a, Viewed) and isinstance(b, Viewed) and len(a.numbers) == len(b.numbers):
         numbers = tuple(x + more * (y - x) for x, y in zip(a.numbers, b.numbers, strict=True))
-        return Viewed(b.function, numbers, extend(a.base, b.base, more, period))
+        return Viewed(b.function, numbers, extend(a.base, b.base, more))
     if type(a) is tuple and type(b) is tuple:
         if len(a) == len(b):
-            return tuple(extend(x, y, more, period) for x, y in zip(a, b, strict=True))
+            return tuple(extend(x, y, more) for x, y in zip(a, b, strict=True))
         grown = len(b) - len(a)
         if grown < 0:
             return b
@@ -224,12 +224,12 @@ def extend(a: Any, b: Any, more: int, period: int) -> Any:
         while place < len(a) and a[place] == b[place]:
             place += 1
         inserted = [
-            extend(b[place - grown : place], b[place : place + grown], turn + 1, period)
+            extend(b[place - grown : place], b[place : place + grown], turn + 1)
             if place >= grown
             else b[place : place + grown]
             for turn in range(more)
         ]
-        tail = tuple(extend(x, y, more, period) for x, y in zip(a[place:], b[place + grown :], strict=True))
+        tail = tuple(extend(x, y, more) for x, y in zip(a[place:], b[place + grown :], strict=True))
         return (*b[:place], *(item for items in inserted for item in items), *tail)
     return b
 

@@ -5,10 +5,9 @@ A run counts how often each parameter (or other tensor the code reaches) is used
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rmtc.capture.arguments import Arguments, Growth, Path, show
 from rmtc.capture.session import Session
 from rmtc.errors import CaptureError
+from rmtc.quiet import quiet_fakes
 
 __all__ = ["Plan", "Sizes", "probe"]
 
@@ -163,18 +163,6 @@ def _arguments(session: Session, growth: Growth, length: int, batch: int) -> tup
     return session.arguments.map(stand_in, dict.fromkeys(growth.lists, length))
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Sizes that do not fit are tried on purpose: torch need not report each."""
-    fake_logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = fake_logger.disabled
-    fake_logger.disabled = True
-    try:
-        yield
-    finally:
-        fake_logger.disabled = before
-
-
 class _Prober:
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -195,7 +183,7 @@ class _Prober:
 
         Arguments(args, kwargs, self.session.arguments.names).map(note)
         count = _Count([*self.session.stand_ins, *fixed], length, short)
-        with self.session.installed(self.session.stand_ins), self.session.fake_mode, count, _quiet():
+        with self.session.installed(self.session.stand_ins), self.session.fake_mode, count, quiet_fakes():
             try:
                 self.session.call(args, kwargs)
             except _Enough:

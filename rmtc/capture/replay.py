@@ -34,14 +34,11 @@ from rmtc.capture.results import left_behind
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, is_plain, walk
 from rmtc.errors import CaptureError, Location
-from rmtc.ir.program import VIEWS, constant_name
+from rmtc.ir.program import SPLITS, VIEWS, constant_name
 
 __all__ = ["Replayer"]
 
 logger = logging.getLogger(__name__)
-
-aten = torch.ops.aten
-_SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default})
 
 
 @dataclass
@@ -185,7 +182,7 @@ class Replayer:
             makes = known.makes
         else:
             makes = recorder.make(known.makes)
-            result = known_result(known, makes, operands)
+            result = _known_result(known, makes, operands)
             state.apply(known, makes, operands)
         event = len(recorder.events)
         for number, tensor in enumerate(makes):
@@ -235,7 +232,7 @@ class Replayer:
         return _Remembered(inner.events, outputs, spec, tensors, values, written, makes)
 
 
-def known_result(known: _Remembered, makes: list[torch.Tensor], operands: list[torch.Tensor]) -> Any:
+def _known_result(known: _Remembered, makes: list[torch.Tensor], operands: list[torch.Tensor]) -> Any:
     """What a remembered call returns."""
     leaves = [
         value if kind == "plain" else makes[value] if kind == "made" else operands[value]
@@ -264,7 +261,6 @@ class _State:
     """The attributes of a module and all below it, and the globals and closures the user's code names."""
 
     def __init__(self, module: nn.Module, everything: Iterable[Slot]) -> None:
-        self._module = module
         shared = [
             slot
             for slot in everything
@@ -436,10 +432,10 @@ class _Recorder(TorchDispatchMode):
             visit(value, operands)
         if func.namespace == "prim":  # asks for metadata
             return out
-        if len(operands) == 1 and (func in VIEWS or func in _SPLITS):
+        if len(operands) == 1 and (func in VIEWS or func in SPLITS):
             pieces = out if isinstance(out, (list, tuple)) else (out,)
             for number, piece in enumerate(pieces):
-                place = (number,) if func in _SPLITS else ()
+                place = (number,) if func in SPLITS else ()
                 self.name(piece, Viewed(func, (*numbers, *place), operands[0]))
             return out
         event = len(self.events)

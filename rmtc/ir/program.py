@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rmtc.errors import CaptureError, Location
 
-__all__ = ["VIEWS", "constant_name", "Op", "Program", "Source", "Src", "Val", "leaves", "map_leaves"]
+__all__ = ["SPLITS", "VIEWS", "constant_name", "Op", "Program", "Source", "Src", "Val", "leaves", "map_leaves"]
 
 
 aten = torch.ops.aten
@@ -35,6 +35,11 @@ VIEWS = frozenset(
     }
 )
 """Operations that compute nothing: their result is their operand, seen in another way."""
+
+SPLITS = frozenset(
+    {aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
+)
+"""Operations whose results are parts of their operand."""
 
 
 class Val(NamedTuple):

@@ -11,19 +11,13 @@ import torch
 from torch import fx
 
 from rmtc.errors import RefusedError
+from rmtc.ir.program import SPLITS
 
 __all__ = ["Canonicalize"]
 
 aten = torch.ops.aten
 _NO_RESULT = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.dropout.default, operator.getitem)
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default)
-_SPLITS = (
-    aten.split.Tensor,
-    aten.chunk.default,
-    aten.unbind.int,
-    aten.split_with_sizes.default,
-    aten.split.sizes,
-)
 _END = torch.iinfo(torch.int64).max
 
 
@@ -72,7 +66,7 @@ class Canonicalize:
                 _becomes(node, node.args[0])
         _assemble(graph)
         for node in reversed(list(graph.nodes)):
-            if not node.users and (node.target in (*_NO_RESULT, *_SPLITS, *_CASTS) or node.op == "get_attr"):
+            if not node.users and (node.target in (*_NO_RESULT, *SPLITS, *_CASTS) or node.op == "get_attr"):
                 graph.erase_node(node)
 
 

@@ -108,7 +108,13 @@ def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> 
         return Layout((0, 0), ((0, len(row)),), (len(row), len(row)))
     order = [layer_at[i] for i in sorted(layer_at)]
     layers = max(order) + 1
-    if order != sorted(order) or set(order) != set(range(layers)):
+    missing = sorted(set(range(layers)) - set(order))
+    if missing:
+        raise CaptureError(
+            f"layer {missing[0]} uses no parameter that is its alone, so its operations cannot be told from another's",
+            remedy="give each layer weights of its own, or name another list of layers with layers=...",
+        )
+    if order != sorted(order):
         place = next(i for i in sorted(layer_at) if layer_at[i] != min(order[sorted(layer_at).index(i) :]))
         raise CaptureError(
             f"the layers of a segment do not run one after another: layer {layer_at[place]} runs before an earlier one",

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rmtc.errors import CaptureError
+from rmtc.quiet import quiet_fakes
 
 __all__ = ["Autocast", "RemoveRegions"]
 
@@ -158,7 +159,7 @@ def _ask(node: fx.Node, inputs: list[fx.Node], region: Autocast) -> tuple[torch.
         watch = _Watch(list(tensors.values()))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: tensors.get(each, each.meta.get("val")))
         try:
-            with _autocast(region.device, dtype), mode, watch, torch.no_grad(), _quiet():
+            with _autocast(region.device, dtype), mode, watch, torch.no_grad(), quiet_fakes():
                 node.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, TypeError) as error:  # these dtypes do not go together
             logger.debug("%s with autocast to %s: %s", node.target, dtype, error)
@@ -191,15 +192,3 @@ def _ask(node: fx.Node, inputs: list[fx.Node], region: Autocast) -> tuple[torch.
 def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
     with torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
         yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Dtypes that do not go together are tried on purpose: torch need not report each."""
-    fake_logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = fake_logger.disabled
-    fake_logger.disabled = True
-    try:
-        yield
-    finally:
-        fake_logger.disabled = before
