@@ -3,9 +3,12 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from rmtc.api import explain
-from rmtc.errors import CaptureError, Location, RefusedError, RmtcError, VerifyError
+from rmtc.compiler import compile, disabled, restore, stats
+from rmtc.errors import CaptureError, FallbackWarning, Location, RefusedError, RmtcError, VerifyError
 from rmtc.ir.explanation import CellClass, Certificate, Explanation
 from rmtc.ir.schedule import Cell, Dependence, Group, Schedule, Step
+from rmtc.runtime.backends import list_backends
+from rmtc.runtime.stats import LastRun, Stats
 
 try:
     __version__ = version("rmtc")
@@ -19,13 +22,21 @@ __all__ = [
     "Certificate",
     "Dependence",
     "Explanation",
+    "FallbackWarning",
     "Group",
+    "LastRun",
     "Location",
     "RefusedError",
     "RmtcError",
     "Schedule",
+    "Stats",
     "Step",
     "VerifyError",
     "__version__",
+    "compile",
+    "disabled",
     "explain",
+    "list_backends",
+    "restore",
+    "stats",
 ]

@@ -13,7 +13,7 @@ from rmtc.capture.replay import Replayer
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, timed
 
-__all__ = ["Analysis", "analyze"]
+__all__ = ["Analysis", "analyze", "prove_analysis"]
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +152,16 @@ def analyze(
     analysis = Analysis(open_capture(function, args, kwargs, segment_length, watch))
     if on_open is not None:
         on_open(analysis)
+    prove_analysis(analysis, layers, watch)
+    return analysis
+
+
+def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch | None = None) -> None:
+    """Fold an open call into a loop, prove a schedule and check both.
+
+    Raises:
+        CaptureError, RefusedError: as :func:`analyze`.
+    """
     plan = analysis.capture.plan
     segment = plan.segment_length
     full, own = (segment,) * 3, (plan.sizes.batch,) * 3
@@ -176,7 +186,7 @@ def analyze(
         else:
             if plan.sizes.segments > 1:  # one segment needs no schedule
                 analysis.admit(plan.sizes)
-            return analysis
+            return
     if isinstance(first, VerifyError):
         raise RefusedError(
             f"what holds for a few segments does not hold for more: {first.reason}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["CaptureError", "Location", "RefusedError", "RmtcError", "VerifyError"]
+__all__ = ["CaptureError", "FallbackWarning", "Location", "RefusedError", "RmtcError", "VerifyError"]
 
 
 class Location(NamedTuple):
@@ -84,3 +84,7 @@ class VerifyError(RmtcError):
     """A check of rmtc's own result failed: the result is not used."""
 
     title = "rmtc's check of its own result failed"
+
+
+class FallbackWarning(UserWarning):
+    """A compiled model or function runs as it did before, for the reason given; said once a reason."""

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from rmtc.capture.arguments import show
+from rmtc.capture.effects import Effect
 from rmtc.capture.probe import Plan, Sizes, probe
 from rmtc.capture.session import Session
 from rmtc.capture.tracer import RawTrace, trace
@@ -28,11 +29,15 @@ class Captured:
         sizes: its sizes.
         program: the canonical flat program.
         plain: what the run left in Python, by name.
+        result: the names of the leaves of what it returned, and how they are put together.
+        effects: what it left in Python objects.
     """
 
     sizes: Sizes
     program: Program
     plain: dict[str, Any]
+    result: tuple[tuple[str, ...], Any] = ((), None)
+    effects: tuple[Effect, ...] = ()
 
 
 @dataclass
@@ -75,7 +80,7 @@ class Capture:
         raw = trace(self.session, *self.plan.arguments(self.session, sizes))
         program = self._passes(raw, sizes)
         self.seconds["capture"] = self.seconds.get("capture", 0.0) + time.perf_counter() - start
-        return Captured(sizes, program, raw.plain)
+        return Captured(sizes, program, raw.plain, raw.result, raw.effects)
 
     def _passes(self, raw: RawTrace, sizes: Sizes) -> Program:
         graph: fx.Graph = raw.module.graph

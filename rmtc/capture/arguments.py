@@ -49,6 +49,32 @@ class Arguments:
         self.map(lambda path, tensor: found.setdefault(path, tensor))
         return found
 
+    def leaves(self) -> dict[Path, Any]:
+        """What is given, by path, in order."""
+        found: dict[Path, Any] = {}
+
+        def visit(path: Path, value: Any) -> None:
+            if isinstance(value, (list, tuple)) and value:
+                for index, item in enumerate(value):
+                    visit((*path, index), item)
+            elif isinstance(value, dict) and value:
+                for key, item in value.items():
+                    visit((*path, key), item)
+            elif isinstance(value, torch.Tensor):
+                found[path] = value
+            else:
+                items, spec = pytree.tree_flatten(value)
+                if len(items) == 1 and items[0] is value:
+                    found[path] = value
+                else:
+                    found[path] = str(spec)
+                    for index, item in enumerate(items):
+                        visit((*path, index), item)
+
+        for name, value in self.named():
+            visit((name,), value)
+        return found
+
     def lists(self) -> dict[Path, int]:
         """Lengths of the lists and tuples whose items all hold tensors of one structure."""
         found: dict[Path, int] = {}

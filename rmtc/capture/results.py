@@ -11,7 +11,7 @@ from rmtc.capture.session import Session
 from rmtc.capture.state import is_plain
 from rmtc.errors import CaptureError
 
-__all__ = ["left_behind"]
+__all__ = ["left_behind", "structure"]
 
 
 def left_behind(
@@ -39,6 +39,12 @@ def left_behind(
             if slot.name not in before or (before[slot.name] is not slot.value and before[slot.name] != slot.value):
                 plain[f"state:{slot.name}"] = slot.value
     return tensors, plain
+
+
+def structure(result: Any) -> tuple[tuple[str, ...], pytree.TreeSpec]:
+    """The names of the leaves of what the user's code returned, in order, and how they are put together."""
+    paths, spec = pytree.tree_flatten_with_path(result)
+    return tuple("output" + pytree.keystr(path) for path, _ in paths), spec
 
 
 def _results(result: Any) -> dict[str, Any]:

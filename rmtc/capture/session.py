@@ -66,12 +66,12 @@ class Session:
         )
         for path, tensor in self.arguments.tensors().items():
             _refuse_unknown(show(path), tensor)
-        self._roots: dict[str, Any] = {"": function}
+        self.roots: dict[str, Any] = {"": function}
         for name, value in self.arguments.named():
             for path, leaf in pytree.tree_flatten_with_path(value)[0]:
                 if isinstance(leaf, nn.Module) or (hasattr(leaf, "__dict__") and not isinstance(leaf, torch.Tensor)):
-                    self._roots[name + pytree.keystr(path)] = leaf
-        self.snapshot = Snapshot(self._roots)
+                    self.roots[name + pytree.keystr(path)] = leaf
+        self.snapshot = Snapshot(self.roots)
         self.modules: dict[int, Slot] = {}
         for slot in self.snapshot.slots:
             if isinstance(slot.value, nn.Module):
@@ -154,7 +154,12 @@ class Session:
 
     def state(self) -> list[Slot]:
         """Every slot as it is now: to be read while stand-ins are installed, after the user's code ran."""
-        return walk(self._roots)
+        return walk(self.roots)
+
+    def all_modules(self) -> list[nn.Module]:
+        """Every module in reach, the function itself included."""
+        found = [slot.value for slot in self.modules.values()]
+        return [self.function, *found] if isinstance(self.function, nn.Module) else found
 
     def held(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """What each place that holds a tensor holds before the user's code runs, by name.

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-__all__ = ["Slot", "Snapshot", "is_plain", "replace_tensors", "state_functions", "uncached", "walk"]
+__all__ = ["Slot", "Snapshot", "is_plain", "named_functions", "replace_tensors", "state_functions", "uncached", "walk"]
 
 # Packages whose own globals and classes hold no state of the user's.
 _LIBRARIES = ("torch", "transformers", "numpy", "builtins", "typing", "collections", "functools", "einops", "rmtc.")
@@ -131,6 +131,19 @@ def _globals(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any]
                 spaces.append(vars(value))
 
 
+def named_functions(roots: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """The functions and classes that the user's functions name as globals: name, where it is, value."""
+    seen: set[int] = set()
+    kinds = {type(slot.value) for slot in walk(roots) if isinstance(slot.value, nn.Module)}
+    kinds |= {type(root) for root in roots.values()}
+    candidates = [attribute for kind in kinds for base in kind.__mro__ for attribute in vars(base).values()]
+    for candidate in (*roots.values(), *candidates):
+        for function in state_functions(candidate, seen):
+            for name, space, value in _globals(function):
+                if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+                    yield name, space, value
+
+
 def _contents(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
@@ -201,7 +214,7 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
                 for key, item in value.__dict__[table].items():
                     add(dot + key, value.__dict__[table], key, item)
             for key, item in list(value.__dict__.items()):
-                if key not in _MODULE_TABLES:
+                if key not in _MODULE_TABLES and key != "_compiled_call_impl":
                     add(dot + key, value.__dict__, key, item)
             add_class(type(value))
         elif isinstance(value, dict):
@@ -307,6 +320,10 @@ class Snapshot:
         self._known = {(id(slot.owner), slot.key) for slot in self._places}
         arrays = [slot.value for slot in slots if type(slot.value).__name__ == "ndarray"]
         self._arrays = [(array, array.copy()) for array in arrays]
+
+    def owners(self) -> list[Any]:
+        """The containers and objects that hold state."""
+        return [*(saved.owner for saved in self._saved), *(slot.owner for slot in self._places)]
 
     def restore(self) -> None:
         """Put every container and attribute back as it was."""

@@ -19,8 +19,9 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_f
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, _MakefxTracer
 
 from rmtc.capture.arguments import Arguments, Path, show
+from rmtc.capture.effects import Effect, find_effects
 from rmtc.capture.frames import current_location
-from rmtc.capture.results import left_behind
+from rmtc.capture.results import left_behind, structure
 from rmtc.capture.session import Session, backward_refusal
 from rmtc.errors import CaptureError, RefusedError
 
@@ -38,11 +39,15 @@ class RawTrace:
             name for what it gives, ``layers.3.A``.
         outputs: the names of the graph's outputs, ``output.logits``, ``state:layers.3.A``, ``write:cache``.
         plain: values the run left in Python: returned non-tensors and attributes it changed, by name.
+        result: the names of the leaves of what it returned, and how they are put together.
+        effects: what it left in Python objects.
     """
 
     module: fx.GraphModule
     outputs: tuple[str, ...]
     plain: dict[str, Any] = field(default_factory=dict)
+    result: tuple[tuple[str, ...], Any] = ((), None)
+    effects: tuple[Effect, ...] = ()
 
 
 class _Tracer(PythonKeyTracer):
@@ -147,9 +152,11 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
         before = [_inner(tensor) for tensor in flat]
         new_args, new_kwargs = arguments.map(lambda path, _: given[path])
         with session.installed(lifted):
+            slots = session.state()
             result = session.call(new_args, new_kwargs)
             _refuse_changed_containers(arguments, given, new_args, new_kwargs)
             found, plain = left_behind(session, result, session.held(lifted))
+            raw.result, raw.effects = structure(result), find_effects(session, slots, {**found, **plain})
         raw.plain.update(plain)
         names = [*(lifted.names[0] for lifted in session.lifted), *(show(path) for path in inputs)]
         for tensor, inner, name in zip(flat, before, names, strict=True):

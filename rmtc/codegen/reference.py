@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rmtc.errors import VerifyError
-from rmtc.ir.program import Op, Program, Src, Val, leaves, map_leaves, show
+from rmtc.ir.program import Op, Program, Src, Val, call_arguments, leaves, map_leaves, show
 
 __all__ = ["execute"]
 
@@ -71,7 +71,7 @@ def execute(program: Program, order: Sequence[int], values: Mapping[str, torch.T
                 raise VerifyError(f"{_text(program, number)} is to run twice")
             done.add(number)
             op, reader = program.ops[number], _text(program, number)
-            positional, named = _arguments(map_leaves(op.args, functools.partial(take, reader=reader)))
+            positional, named = call_arguments(map_leaves(op.args, functools.partial(take, reader=reader)))
             try:
                 made[number] = op.target(*positional, **named)
             except Exception as error:
@@ -80,13 +80,6 @@ def execute(program: Program, order: Sequence[int], values: Mapping[str, torch.T
             if not left[number]:
                 del made[number]
     return {name: take(result, f"result {name}") for name, result in program.outputs.items()}
-
-
-def _arguments(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments: the latter are ``(name, value)`` pairs at the end."""
-    pairs = [type(arg) is tuple and len(arg) == 2 and type(arg[0]) is str for arg in args]
-    count = pairs.index(True) if True in pairs else len(args)
-    return args[:count], dict(args[count:])
 
 
 def _source(program: Program, name: str, values: Mapping[str, torch.Tensor]) -> torch.Tensor:

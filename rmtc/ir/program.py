@@ -13,7 +13,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rmtc.errors import CaptureError, Location
 
-__all__ = ["SPLITS", "VIEWS", "constant_name", "Op", "Program", "Source", "Src", "Val", "leaves", "map_leaves"]
+__all__ = [
+    "SPLITS",
+    "VIEWS",
+    "Op",
+    "Program",
+    "Source",
+    "Src",
+    "Val",
+    "call_arguments",
+    "constant_name",
+    "leaves",
+    "map_leaves",
+]
 
 
 aten = torch.ops.aten
@@ -168,6 +180,13 @@ def leaves(args: tuple[Any, ...]) -> Iterator[Any]:
 def map_leaves(args: tuple[Any, ...], function: Callable[[Any], Any]) -> tuple[Any, ...]:
     """Nested arguments with each leaf replaced."""
     return tuple(map_leaves(arg, function) if type(arg) is tuple else function(arg) for arg in args)
+
+
+def call_arguments(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an :class:`Op` as positional and keyword arguments: the latter are the pairs at the end."""
+    pairs = [type(arg) is tuple and len(arg) == 2 and type(arg[0]) is str for arg in args]
+    count = pairs.index(True) if True in pairs else len(args)
+    return args[:count], dict(args[count:])
 
 
 def constant_name(constant: torch.Tensor) -> str:

@@ -301,7 +301,7 @@ class SegmentLoop:
 
 def show_operand(value: Any) -> str:
     """An operand as text."""
-    if isinstance(value, (Row, Outer, Item, Where, Every, Fit)):
+    if isinstance(value, Fit) or (isinstance(value, tuple) and type(value) is not tuple):
         return str(value)
     if type(value) is tuple:
         return f"[{', '.join(show_operand(item) for item in value)}]"

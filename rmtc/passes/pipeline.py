@@ -17,6 +17,7 @@ from rmtc.ir.segment_loop import Key, SegmentLoop
 from rmtc.passes.check import Checked, check
 from rmtc.passes.dependences import find_dependences
 from rmtc.passes.fold import Run, fold_segments
+from rmtc.passes.generalize import generalize_rows
 from rmtc.passes.layers import fold_layers
 from rmtc.passes.place import places
 from rmtc.passes.prove import Proof, prove
@@ -44,6 +45,7 @@ def passes() -> list[PassInfo]:
         PassInfo("find-segments", "each operation filed in a segment, before the loop or after it"),
         PassInfo("fold-segments", "two lengths folded into one loop, for every number of segments"),
         PassInfo("fold-layers", "each segment divided into prologue, layers, epilogue; cells into classes"),
+        PassInfo("generalize-rows", "sizes in the first segments as functions of batch and length"),
         PassInfo("find-dependences", "what crosses from cell to cell, with distance vectors"),
         PassInfo("prove", "a legal schedule with its certificate, or the cycle that forbids one"),
         PassInfo("check", "schedule and loop held against a run of a third length"),
@@ -125,6 +127,8 @@ def reroll(
     _show(watch, "fold-segments", loop)
     loop = fold_layers(loop, family)
     _show(watch, "fold-layers", loop)
+    loop = generalize_rows(loop)
+    _show(watch, "generalize-rows", loop)
     loop = find_dependences(loop, family)
     if watch is not None:
         watch("find-dependences", "\n".join(str(each) for each in loop.dependences) + "\n")

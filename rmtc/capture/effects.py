@@ -1,0 +1,164 @@
+"""What a run leaves in the Python objects that were there before it, so that it can be left there again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from rmtc.capture.session import Session
+from rmtc.capture.state import Slot, is_plain
+from rmtc.errors import CaptureError
+
+__all__ = ["Effect", "Ref", "find_effects", "fill"]
+
+
+class Ref(NamedTuple):
+    """Stands for the value of a result, by its name."""
+
+    name: str
+
+
+class _Gone:
+    """Stands for the value of a key that is no longer there."""
+
+
+GONE = _Gone()
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A place and what a run leaves there.
+
+    Attributes:
+        slot: the place, with what it held before the run.
+        content: the value, with :class:`Ref` for what the run makes; the items, where the place is a whole list.
+        whole: whether it is all of a list.
+    """
+
+    slot: Slot
+    content: Any
+    whole: bool = False
+
+    @property
+    def place(self) -> tuple[int, Any]:
+        """What tells the place from others."""
+        return id(self.slot.owner), None if self.whole else self.slot.key
+
+    def apply(self, values: Mapping[str, Any]) -> None:
+        """Leave the value in the place.
+
+        Args:
+            values: the results by name.
+        """
+        owner = self.slot.owner
+        if self.whole:
+            owner[:] = fill(self.content, values)
+        elif self.content is GONE:
+            del owner[self.slot.key]
+        else:
+            self.slot.put(fill(self.content, values))
+
+
+def fill(content: Any, values: Mapping[str, Any]) -> Any:
+    """A structure with the results in their places; new containers each time."""
+    if isinstance(content, Ref):
+        return values[content.name]
+    if isinstance(content, dict):
+        return type(content)((key, fill(item, values)) for key, item in content.items())
+    if isinstance(content, (list, tuple, deque)):
+        items = [fill(item, values) for item in content]
+        return type(content)(*items) if hasattr(content, "_fields") else type(content)(items)
+    return content
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def find_effects(session: Session, before: list[Slot], results: Mapping[str, Any]) -> tuple[Effect, ...]:
+    """Compare the places before and after a run; to be called while stand-ins are installed.
+
+    Args:
+        session: the call.
+        before: the slots as the run found them.
+        results: the names of what the run gives, ``state:layers.3.A``.
+
+    Raises:
+        CaptureError: if it leaves something that cannot be made again: a new object, a hook.
+    """
+    after = session.state()
+    persistent = {id(slot.owner) for slot in before} | {id(owner) for owner in session.snapshot.owners()}
+    persistent -= {id(slot.owner) for slot in before if isinstance(slot.owner, tuple)}
+    known = {id(slot.value) for slot in before} | persistent
+    names = {(id(slot.owner), slot.key): slot.name for slot in after}
+    old = {(id(slot.owner), slot.key): slot for slot in before}
+
+    def content(value: Any, name: str) -> Any:
+        if isinstance(value, torch.Tensor) or is_plain(value):
+            state = f"state:{name}"
+            return Ref(state) if state in results else _literal(value, name)
+        if isinstance(value, (list, tuple, deque)):
+            items = [content(item, names.get((id(value), at), "")) for at, item in enumerate(value)]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if type(value) is dict:
+            return {key: content(item, names.get((id(value), key), "")) for key, item in value.items()}
+        if id(value) in known:
+            return value
+        raise CaptureError(
+            f"the call leaves a new {type(value).__name__} in {name}, which could not be made again",
+            remedy="keep tensors, and lists, tuples and dicts of them, in attributes",
+        )
+
+    found: dict[tuple[int, Any], Effect] = {}
+    for slot in after:
+        if id(slot.owner) not in persistent:
+            continue
+        previous = old.get((id(slot.owner), slot.key))
+        if previous is not None and _same(previous.value, slot.value):
+            continue
+        if slot.name.rpartition(".")[2].partition("[")[0] in _HOOKS:
+            raise CaptureError(
+                f"the call registers a hook ({slot.name})", remedy="call the model once before it is compiled"
+            )
+        _add(found, slot if previous is None else previous, slot, content)
+    there = {(id(slot.owner), slot.key) for slot in after}
+    for slot in before:
+        if id(slot.owner) in persistent and (id(slot.owner), slot.key) not in there:
+            if isinstance(slot.owner, (list, deque)):
+                _add(found, slot, slot, content)
+            elif isinstance(slot.owner, dict):
+                effect = Effect(slot, GONE)
+                found[effect.place] = effect
+            else:
+                raise CaptureError(f"the call deletes {slot.name}", remedy="set it to None instead")
+    return tuple(found.values())
+
+
+def _add(found: dict[tuple[int, Any], Effect], place: Slot, slot: Slot, content: Callable[[Any, str], Any]) -> None:
+    if isinstance(slot.owner, (list, deque)):
+        name = slot.name.rpartition("[")[0]
+        items = [content(item, f"{name}[{at}]") for at, item in enumerate(slot.owner)]
+        effect = Effect(place, items, whole=True)
+    else:
+        effect = Effect(place, content(slot.value, slot.name))
+    found[effect.place] = effect
+
+
+def _literal(value: Any, name: str) -> Any:
+    if isinstance(value, torch.Tensor):
+        raise CaptureError(f"the call leaves a tensor in {name} that is none of its results")
+    return value
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor) or isinstance(one, nn.Module):
+        return False
+    if type(one) is tuple and type(other) is tuple and len(one) == len(other):
+        return all(map(_same, one, other))
+    return type(one) is type(other) and is_plain(one) and bool(one == other)

@@ -1,0 +1,281 @@
+"""A body as straight-line Python source: for one cell, or by the grouping rules for a group of them.
+
+Source is emitted while the body runs for the first time, so every shape is known that the text depends on.
+"""
+
+from __future__ import annotations
+
+import linecache
+import logging
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rmtc.codegen.torch.rules import UNGROUPED, Arguments, Raw, Value, function_name, rule_for
+from rmtc.ir.program import Src, call_arguments, leaves, map_leaves
+from rmtc.ir.segment_loop import BodyOp, Environment, Fit, Outer
+from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight
+
+__all__ = ["Kernel", "emit", "select_run"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Emitted source.
+
+    Attributes:
+        name: the function's name.
+        source: its text.
+        shared: the operands that all cells share, in the order in which the function takes them.
+        function: ``(G, inputs, weights, numbers, shared) -> results``; ``G`` is the number of cells, None for a body
+            that runs for one cell at a time.
+        fallbacks: the operations without a grouping rule, by name.
+    """
+
+    name: str
+    source: str
+    shared: tuple[Operand, ...]
+    function: Callable[..., tuple[Any, ...]]
+    fallbacks: tuple[str, ...]
+
+
+class _Emitter:
+    def __init__(self, size: int | None, environment: Environment) -> None:
+        self.size, self.environment = size, environment
+        self.lines: list[str] = []
+        self.space: dict[str, Any] = {"torch": torch, "vmap": torch.func.vmap, "G": size, "select_run": select_run}
+        self.space["stack"] = torch.stack
+        for helper in (torch.bmm, torch.baddbmm, torch.matmul, torch.einsum):
+            self.space[helper.__name__] = helper
+        self.fallbacks: dict[str, None] = {}
+
+    def bind(self, text: str, value: Any, is_grouped: bool) -> Any:
+        """What later operations know of a value: tensors as :class:`Value`, the parts of a tuple each by itself."""
+        self.space[text] = value
+        return self._describe(text, value, is_grouped)
+
+    def _describe(self, text: str, value: Any, is_grouped: bool) -> Any:
+        if isinstance(value, torch.Tensor):
+            return Value(text, tuple(value.shape[1:] if is_grouped else value.shape), value.dtype, is_grouped)
+        if isinstance(value, (tuple, list)):
+            return tuple(self._describe(f"{text}[{n}]", item, is_grouped) for n, item in enumerate(value))
+        return Raw(text)
+
+    def run(self, name: str, op: BodyOp, args: tuple[Any, ...]) -> Any:
+        """Emit and run one operation."""
+        if op.target is operator.getitem:
+            value = args[0][args[1]]
+            self._assign(name, f"{value.text}", op)
+            return self.bind(name, self.space[name], value.grouped)
+        if not isinstance(op.target, torch._ops.OpOverload):  # a shared value as a result
+            self._assign(name, args[0].text, op)
+            return self.bind(name, self.space[name], args[0].grouped)
+        positional, named = call_arguments(args)
+        arguments = Arguments(op.target, positional, named)
+        self.space[function_name(op.target)] = op.target
+        varying = any(isinstance(leaf, Number) for leaf in leaves(args))
+        if not varying and not any(each.grouped for each in arguments.tensors()):
+            self._assign(name, arguments.call(), op)
+            return self.bind(name, self.space[name], False)
+        if op.target in UNGROUPED and not varying:
+            first = arguments["self"]
+            self._assign(name, arguments.call(self=Raw(f"{first.text}[0]")), op)
+            return self.bind(name, self.space[name], False)
+        # What a rule does not know about some shapes, the next way does.
+        for text in self._candidates(op, arguments, varying):
+            try:
+                self._assign(name, text, op)
+            except (
+                RuntimeError,
+                TypeError,
+                ValueError,
+                IndexError,
+            ) as error:
+                logger.debug("%s as %s: %s", op, text, error)
+                continue
+            if self._as_expected(name, op, arguments):
+                return self.bind(name, self.space[name], True)
+            self.lines.pop()
+        raise NotImplementedError(f"no way to run {op} for a group of cells")
+
+    def _candidates(self, op: BodyOp, arguments: Arguments, varying: bool) -> list[str]:
+        if varying:
+            if op.target is torch.ops.aten.select.int and isinstance(arguments["index"], Number):
+                source, dim = arguments["self"], arguments["dim"]
+                if not source.grouped and isinstance(dim, int):
+                    return [f"select_run({source.text}, {dim}, {arguments['index']})"]
+            return [self._loop(arguments)]
+        rule = rule_for(op.target)
+        text = rule(arguments) if rule is not None else None
+        if text is None:
+            self.fallbacks[function_name(op.target)] = None
+        return [*([text] if text is not None else []), self._vmap(arguments), self._loop(arguments)]
+
+    def _vmap(self, arguments: Arguments) -> str:
+        """The single operation under `vmap`."""
+        tensors = list(dict.fromkeys(arguments.tensors()))
+        names = {value: f"x{number}" for number, value in enumerate(tensors)}
+
+        def rename(value: Any) -> Any:
+            if isinstance(value, Value):
+                return Raw(names[value])
+            return [rename(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+        call = arguments.call(**{name: rename(value) for name, value in arguments.values.items() if _holds(value)})
+        dims = "".join("0, " if value.grouped else "None, " for value in tensors)
+        given = ", ".join(value.text for value in tensors)
+        return f"vmap(lambda {', '.join(names.values())}: {call}, in_dims=({dims}))({given})"
+
+    def _loop(self, arguments: Arguments) -> str:
+        return f"stack([{self._cell(arguments, 'i')} for i in range(G)])"
+
+    def _cell(self, arguments: Arguments, index: str) -> str:
+        """The operation on one cell of the group."""
+
+        def pick(value: Any) -> Any:
+            if isinstance(value, Number) or (isinstance(value, Value) and value.grouped):
+                return Raw(f"{value.text if isinstance(value, Value) else value}[{index}]")
+            return [pick(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+        return arguments.call(**{name: pick(value) for name, value in arguments.values.items() if _holds(value)})
+
+    def _as_expected(self, name: str, op: BodyOp, arguments: Arguments) -> bool:
+        """Whether the grouped result looks like the operation's own on the first cell."""
+        expected: Any = eval(self._cell(arguments, "0"), self.space)
+        found = self.space[name]
+        pairs = [(expected, found)] if isinstance(expected, torch.Tensor) else list(zip(expected, found, strict=True))
+        return all(
+            tuple(group.shape) == (self.size, *cell.shape) and group.dtype == cell.dtype for cell, group in pairs
+        )
+
+    def _assign(self, name: str, text: str, op: BodyOp) -> None:
+        self.space[name] = eval(text, self.space)
+        place = f"  # {op.location.file}:{op.location.line}" if op.location is not None else ""
+        self.lines.append(" ".join(f"{name} = {text}{place}".splitlines()))
+
+
+def _holds(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_holds(item) for item in value)
+    return isinstance(value, (Value, Number))
+
+
+def select_run(source: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.Tensor:
+    """The selections of a tensor at several indices, behind a group axis; a view if the indices advance evenly."""
+    first, step = indices[0], indices[1] - indices[0] if len(indices) > 1 else 1
+    moved = source.movedim(dim, 0)
+    if first >= 0 and step > 0 and all(index == first + n * step for n, index in enumerate(indices)):
+        return moved[first : first + step * (len(indices) - 1) + 1 : step]
+    return torch.stack([moved[index] for index in indices])
+
+
+def emit(
+    name: str,
+    ops: Mapping[int, BodyOp],
+    results: Sequence[int],
+    environment: Environment,
+    *,
+    size: int | None = None,
+    inputs: Sequence[torch.Tensor] = (),
+    weights: Sequence[torch.Tensor] = (),
+    numbers: Sequence[Any] = (),
+    shared: Callable[[Operand], torch.Tensor],
+) -> tuple[Kernel, tuple[Any, ...]]:
+    """Emit a body and run it once.
+
+    Args:
+        name: of the function.
+        ops: operations by number, in order.
+        results: the numbers of those whose values are returned.
+        environment: the sizes for the functions of batch and length in the operations.
+        size: number of cells; None runs the body for one cell, and no operand has a group axis.
+        inputs, weights: operands with a group axis (with ``size``).
+        numbers: for each number that differs, the list of what it is in each cell; the number itself without ``size``.
+        shared: gives the tensor for an operand that all cells share.
+
+    Returns:
+        The kernel, and what it returned.
+
+    Raises:
+        NotImplementedError: if an operation cannot be run for a group.
+    """
+    group = size is not None
+    emitter = _Emitter(size, environment)
+    values: dict[int, Any] = {}
+    passed: dict[Operand, str] = {}
+    for prefix, tensors in (("in", inputs), ("w", weights)):
+        for number, tensor in enumerate(tensors):
+            emitter.space[f"{prefix}{number}"] = tensor
+    for number, each in enumerate(numbers):
+        emitter.space[f"n{number}"] = each
+
+    def operand(leaf: Any) -> Any:
+        if isinstance(leaf, Local):
+            return values[leaf.number]
+        if isinstance(leaf, (Input, Weight)):
+            return emitter.bind(str(leaf), emitter.space[str(leaf)], group)
+        if isinstance(leaf, Number):
+            return leaf if group else Raw(str(leaf))
+        if isinstance(leaf, Fit):
+            return leaf.at(environment)
+        if isinstance(leaf, (Src, Outer, Shared)):
+            text = passed.setdefault(leaf, f"u{len(passed)}")
+            return emitter.bind(text, shared(leaf), False)
+        return leaf
+
+    last = {leaf.number: number for number, op in ops.items() for leaf in leaves(op.args) if isinstance(leaf, Local)}
+    dying: dict[int, list[int]] = {}
+    for value, reader in last.items():
+        if value not in results:
+            dying.setdefault(reader, []).append(value)
+    for number, op in ops.items():
+        values[number] = emitter.run(f"v{number}", op, map_leaves(op.args, operand))
+        dead = [f"v{value}" for value in dying.get(number, ())]
+        if dead:
+            emitter.lines.append(f"del {', '.join(dead)}")
+            for each in dead:
+                emitter.space.pop(each, None)
+    if group:
+        for number in results:
+            _spread(emitter, values, number)
+    outputs = tuple(emitter.space[f"v{number}"] for number in results)
+    header = [f"def {name}(G, inputs, weights, numbers, shared):"]
+    for prefix, count, argument in (
+        ("in", len(inputs), "inputs"),
+        ("w", len(weights), "weights"),
+        ("n", len(numbers), "numbers"),
+        ("u", len(passed), "shared"),
+    ):
+        if count:
+            header.append(f"    {''.join(f'{prefix}{number}, ' for number in range(count))[:-1]} = {argument}")
+    body = [f"    {line}" for line in emitter.lines]
+    back = f"    return ({''.join(f'v{number}, ' for number in results)})"
+    source = "\n".join([*header, *body, back, ""])
+    return _compiled(name, source, emitter, tuple(passed)), outputs
+
+
+def _spread(emitter: _Emitter, values: dict[int, Any], number: int) -> None:
+    """A result that came out the same for all cells gets its group axis."""
+    value = values[number]
+    if isinstance(value, Value) and not value.grouped:
+        sizes = ", ".join(map(str, value.shape))
+        text = f"{value.text}.expand(G, {sizes})"
+        emitter.lines.append(f"{value.text} = {text}")
+        emitter.space[value.text] = eval(text, emitter.space)
+
+
+def _compiled(name: str, source: str, emitter: _Emitter, shared: tuple[Operand, ...]) -> Kernel:
+    constants = {
+        key: value
+        for key, value in emitter.space.items()
+        if (callable(value) and not isinstance(value, torch.Tensor)) or key == "torch"
+    }
+    file = f"<rmtc {name} {id(emitter):x}>"
+    exec(compile(source, file, "exec"), constants)
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
+    return Kernel(name, source, shared, constants[name], tuple(emitter.fallbacks))

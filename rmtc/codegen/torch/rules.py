@@ -1,0 +1,470 @@
+"""Grouping rules: one operation on one cell -> one expression for a group of cells.
+
+A grouped value has the cell's shape behind a leading group axis of size ``G``. A value that all cells share has no such
+axis. A rule gets the operation's arguments with :class:`Value` for tensors, at least one of them grouped, and gives the
+text of an expression whose value is grouped; or None, if it does not know the case: then the operation runs under
+`torch.vmap`, by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+__all__ = ["UNGROUPED", "Arguments", "Value", "function_name", "literal", "rule_for", "rules"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor operand.
+
+    Attributes:
+        text: the expression that gives it.
+        shape: of one cell.
+        dtype: of its elements.
+        grouped: whether it has a group axis.
+    """
+
+    text: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    grouped: bool
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+
+class Arguments:
+    """The arguments of an operation, by the names of its schema, with defaults filled in."""
+
+    def __init__(self, target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.target = target
+        self.schema = target._schema.arguments
+        self.values: dict[str, Any] = {}
+        for number, argument in enumerate(self.schema):
+            if number < len(args):
+                self.values[argument.name] = args[number]
+            elif argument.name in kwargs:
+                self.values[argument.name] = kwargs[argument.name]
+            elif argument.has_default_value():
+                self.values[argument.name] = argument.default_value
+        self.given = {argument.name for argument in self.schema[: len(args)]} | set(kwargs)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def tensors(self) -> Iterator[Value]:
+        for value in self.values.values():
+            if isinstance(value, Value):
+                yield value
+            elif isinstance(value, tuple):
+                yield from (item for item in value if isinstance(item, Value))
+
+    def call(self, /, **changed: Any) -> str:
+        """The call with some arguments changed."""
+        parts: list[str] = []
+        positional = True
+        for argument in self.schema:
+            name = argument.name
+            if name not in self.given and name not in changed:
+                positional = False
+                continue
+            value = changed.get(name, self.values.get(name))
+            named = argument.kwarg_only or not positional
+            parts.append(f"{name}={literal(value)}" if named else literal(value))
+        return f"{function_name(self.target)}({', '.join(parts)})"
+
+
+Rule: TypeAlias = Callable[[Arguments], "str | None"]
+
+
+def function_name(target: Callable[..., Any]) -> str:
+    """The name an operation has in emitted source."""
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, _, name = target._schema.name.partition("::")
+        overload = target._overloadname
+        prefix = "" if namespace == "aten" else f"{namespace}_"
+        return f"{prefix}{name}" if overload == "default" else f"{prefix}{name}_{overload}"
+    return str(getattr(target, "__name__", "function"))
+
+
+def literal(value: Any) -> str:
+    """An argument as source text. Strings are quoted: what a model holds never becomes code."""
+    if isinstance(value, Value):
+        return value.text
+    if isinstance(value, Raw):
+        return value.text
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(literal(item) for item in value)}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+        return str(value)
+    if isinstance(value, torch.device):
+        return f"torch.device({str(value)!r})"
+    if value is None or isinstance(value, (bool, int, float, complex, str)):
+        return repr(value)
+    raise TypeError(f"{type(value).__name__} is no constant of a program")
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Source text in place of an argument."""
+
+    text: str
+
+
+def ranked(value: Value, rank: int) -> str:
+    """A grouped value with its cell's shape padded with ones in front, so that cells broadcast with cells."""
+    missing = rank - value.rank
+    if not value.grouped or missing <= 0:
+        return value.text
+    if missing == 1:
+        return f"{value.text}.unsqueeze(1)"
+    return f"{value.text}.reshape(G, {', '.join(map(str, (1,) * missing + value.shape))})"
+
+
+def grouped(value: Value) -> str:
+    """A value with a group axis, made by expansion where it has none."""
+    return value.text if value.grouped else f"{value.text}.expand(G, {_sizes(value.shape)})"
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape)) if shape else ""
+
+
+def shifted(dim: int, rank: int) -> int:
+    """A dimension of a cell as one of the group."""
+    return dim if dim < 0 and rank else max(dim, 0) + 1
+
+
+def pointwise(arguments: Arguments) -> str | None:
+    tensors = list(arguments.tensors())
+    rank = max(value.rank for value in tensors)
+    # A cell's scalar does not take part in type promotion, a group of them would.
+    if any(value.grouped and not value.rank for value in tensors) and len({value.dtype for value in tensors}) > 1:
+        return None
+    changed = {
+        name: Raw(ranked(value, rank))
+        for name, value in arguments.values.items()
+        if isinstance(value, Value) and value.grouped and value.rank < rank
+    }
+    return arguments.call(**changed)
+
+
+def as_is(arguments: Arguments) -> str | None:
+    """For operations that treat leading dimensions as a batch."""
+    return arguments.call()
+
+
+def by_dims(*names: str) -> Rule:
+    """For operations on one tensor that name the dimensions they work along."""
+
+    def rule(arguments: Arguments) -> str | None:
+        value = next(iter(arguments.tensors()))
+        changed: dict[str, Any] = {}
+        for name in names:
+            dims = arguments[name]
+            if isinstance(dims, (list, tuple)) and dims:
+                changed[name] = [shifted(dim, value.rank) for dim in dims]
+            elif dims is None or isinstance(dims, (list, tuple)):
+                if name != "dim":
+                    return None
+                changed[name] = list(range(1, value.rank + 1))  # all dimensions
+                if not value.rank:
+                    return None
+            else:
+                changed[name] = shifted(dims, value.rank)
+        return arguments.call(**changed)
+
+    return rule
+
+
+def over_all(target: torch._ops.OpOverload) -> Rule:
+    """For reductions over all dimensions, by their form with dimensions."""
+
+    def rule(arguments: Arguments) -> str | None:
+        value = arguments["self"]
+        if not value.rank:
+            return None
+        dtype = arguments["dtype"]
+        tail = f", dtype={literal(dtype)}" if dtype is not None else ""
+        return f"{function_name(target)}({value.text}, {list(range(1, value.rank + 1))}{tail})"
+
+    return rule
+
+
+def reshape(arguments: Arguments) -> str | None:
+    value = arguments["self"]
+    size = arguments["size"] if "size" in arguments.values else arguments["shape"]
+    return f"{value.text}.reshape(G, {_sizes(tuple(size))})" if size else f"{value.text}.reshape(G)"
+
+
+def expand(arguments: Arguments) -> str | None:
+    value, size = arguments["self"], arguments["size"]
+    return f"{ranked(value, len(size))}.expand(G, {_sizes(tuple(size))})"
+
+
+def repeat(arguments: Arguments) -> str | None:
+    value, repeats = arguments["self"], arguments["repeats"]
+    return f"{ranked(value, len(repeats))}.repeat(1, {_sizes(tuple(repeats))})"
+
+
+def transpose_matrix(arguments: Arguments) -> str | None:
+    value = arguments["self"]
+    return f"{value.text}.transpose(1, 2)" if value.rank == 2 else value.text
+
+
+def permute(arguments: Arguments) -> str | None:
+    value = arguments["self"]
+    return f"{value.text}.permute(0, {_sizes(tuple(dim % value.rank + 1 for dim in arguments['dims']))})"
+
+
+def unsqueeze(arguments: Arguments) -> str | None:
+    dim = arguments["dim"]
+    return f"{arguments['self'].text}.unsqueeze({dim if dim < 0 else dim + 1})"
+
+
+def cat(arguments: Arguments) -> str | None:
+    tensors = arguments["tensors"]
+    if len({value.rank for value in tensors}) > 1 or not tensors[0].rank:
+        return None
+    dim = shifted(arguments["dim"], tensors[0].rank)
+    return f"{function_name(arguments.target)}([{', '.join(map(grouped, tensors))}], {dim})"
+
+
+def stack(arguments: Arguments) -> str | None:
+    tensors, dim = arguments["tensors"], arguments["dim"]
+    return f"stack([{', '.join(map(grouped, tensors))}], {dim if dim < 0 else dim + 1})"
+
+
+def linear(arguments: Arguments) -> str | None:
+    value, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
+    if not weight.grouped and (bias is None or not bias.grouped):
+        return arguments.call()
+    if weight.rank != 2 or not weight.grouped or not value.rank:
+        return None
+    rows = math.prod(value.shape[:-1])
+    flat = f"{grouped(value)}.reshape(G, {rows}, {value.shape[-1]})" if value.rank != 2 else grouped(value)
+    matrix = f"{weight.text}.transpose(1, 2)"
+    if bias is None:
+        product = f"bmm({flat}, {matrix})"
+    else:
+        product = f"baddbmm({ranked(bias, 2) if bias.grouped else bias.text}, {flat}, {matrix})"
+    shape = (*value.shape[:-1], weight.shape[0])
+    return product if value.rank == 2 else f"{product}.view(G, {_sizes(shape)})"
+
+
+def matmul(arguments: Arguments) -> str | None:
+    left, right = (value for value in arguments.values.values() if isinstance(value, Value))
+    if not left.rank or not right.rank:
+        return None
+    a, b = left.text, right.text
+    vector, row = right.rank == 1, left.rank == 1
+    rank = max(left.rank, right.rank, 2)
+    if vector:
+        b = f"{b}.unsqueeze(-1)"
+    if row:
+        a = f"{a}.unsqueeze(-2)"
+    a_rank, b_rank = max(left.rank, 2), max(right.rank, 2)
+    rank = max(a_rank, b_rank)
+    a = _batched(a, left, a_rank, rank, (1, *left.shape) if row else left.shape)
+    b = _batched(b, right, b_rank, rank, (*right.shape, 1) if vector else right.shape)
+    text = f"matmul({a}, {b})"
+    if vector:
+        text = f"{text}.squeeze(-1)"
+    return f"{text}.squeeze(-{1 if vector else 2})" if row else text
+
+
+def _batched(text: str, value: Value, have: int, rank: int, shape: tuple[int, ...]) -> str:
+    if not value.grouped or have == rank:
+        return text
+    return f"{text}.reshape(G, {_sizes((1,) * (rank - have) + tuple(shape))})"
+
+
+def addmm(arguments: Arguments) -> str | None:
+    bias, left, right = arguments["self"], arguments["mat1"], arguments["mat2"]
+    if arguments["beta"] != 1 or arguments["alpha"] != 1 or bias.rank > 2:
+        return None
+    bias_text = ranked(bias, 2) if bias.grouped else bias.text
+    return f"baddbmm({bias_text}, {grouped(left)}, {grouped(right)})"
+
+
+def einsum(arguments: Arguments) -> str | None:
+    equation, tensors = arguments["equation"].replace(" ", ""), arguments["tensors"]
+    if "->" not in equation or not isinstance(tensors, (list, tuple)):
+        return None
+    letter = next((c for c in "GZYXWVUTSRQPONMLKJIHFEDCBAgzyxwvutsrqponmlkjihfedcba" if c not in equation), None)
+    terms, result = equation.split("->")
+    if letter is None:
+        return None
+    spelled = [
+        f"{letter}{term}" if value.grouped else term for term, value in zip(terms.split(","), tensors, strict=True)
+    ]
+    return f"einsum({(','.join(spelled) + '->' + letter + result)!r}, {literal(tensors)})"
+
+
+def attention(arguments: Arguments) -> str | None:
+    """The group goes into the batch: with five dimensions the fast kernels are not used."""
+    query, key, value, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
+    if len({query.rank, key.rank, value.rank}) > 1 or query.rank not in (3, 4):
+        return None
+    if len({query.shape[0], key.shape[0], value.shape[0]}) > 1:
+        return None
+    batch = query.shape[0]
+
+    def folded(each: Value) -> str:
+        return f"{grouped(each)}.reshape(G * {batch}, {_sizes(each.shape[1:])})"
+
+    changed: dict[str, Any] = {name: Raw(folded(arguments[name])) for name in ("query", "key", "value")}
+    if isinstance(mask, Value):
+        text = _mask(mask, query.rank, batch)
+        if text is None:
+            return None
+        changed["attn_mask"] = Raw(text)
+    shape = (batch, *query.shape[1:-1], value.shape[-1])
+    return f"{arguments.call(**changed)}.view(G, {_sizes(shape)})"
+
+
+def _mask(mask: Value, rank: int, batch: int) -> str | None:
+    if mask.rank > rank:
+        return None
+    if not mask.grouped and (mask.rank < rank or mask.shape[0] == 1):
+        return mask.text
+    shape = (1,) * (rank - mask.rank) + mask.shape
+    text = f"{mask.text}.reshape(G, {_sizes(shape)})" if mask.grouped and mask.rank < rank else grouped(mask)
+    if shape[0] != batch:
+        text = f"{text}.expand(G, {_sizes((batch, *shape[1:]))})"
+    return f"{text}.reshape(G * {batch}, {_sizes(shape[1:])})"
+
+
+def layer_norm(arguments: Arguments) -> str | None:
+    value, weight, bias = arguments["input"], arguments["weight"], arguments.values.get("bias")
+    if not value.grouped or arguments.values.get("cudnn_enable") is False:
+        return None
+    affine = [each for each in (weight, bias) if each is not None]
+    if not any(each.grouped for each in affine):
+        return arguments.call()
+    if any(each.dtype != value.dtype for each in affine):
+        return None
+    text = f"{function_name(arguments.target)}({value.text}, {literal(arguments['normalized_shape'])}"
+    text += f", eps={literal(arguments['eps'])})"
+    if weight is not None:
+        text = f"{text} * {ranked(weight, value.rank)}"
+    return text if bias is None else f"{text} + {ranked(bias, value.rank)}"
+
+
+def embedding(arguments: Arguments) -> str | None:
+    return None if arguments["weight"].grouped else arguments.call()
+
+
+def along(arguments: Arguments) -> str | None:
+    """gather, scatter and the like: operands of one rank, all of them grouped."""
+    values = {name: value for name, value in arguments.values.items() if isinstance(value, Value)}
+    if len({value.rank for value in values.values()}) > 1 or not arguments["self"].rank:
+        return None
+    changed: dict[str, Any] = {name: Raw(grouped(value)) for name, value in values.items()}
+    return arguments.call(dim=shifted(arguments["dim"], arguments["self"].rank), **changed)
+
+
+def expanded_scatter(arguments: Arguments) -> str | None:
+    """slice_scatter, select_scatter: a part of a tensor replaced."""
+    changed: dict[str, Any] = {name: Raw(grouped(arguments[name])) for name in ("self", "src")}
+    return arguments.call(dim=shifted(arguments["dim"], arguments["self"].rank), **changed)
+
+
+def diff(arguments: Arguments) -> str | None:
+    value = arguments["self"]
+    ends = {name: arguments[name] for name in ("prepend", "append") if isinstance(arguments[name], Value)}
+    if any(each.rank != value.rank for each in ends.values()):
+        return None
+    changed: dict[str, Any] = {name: Raw(grouped(each)) for name, each in (("self", value), *ends.items())}
+    return arguments.call(dim=shifted(arguments["dim"], value.rank), **changed)
+
+
+_DIM = (
+    "amax.default amin.default any.dim all.dim argsort.default cumsum.default cumprod.default cummax.default "
+    "glu.default log_softmax.int logsumexp.default mean.dim prod.dim_int select.int slice.Tensor narrow.default "
+    "softmax.int sort.default sort.stable squeeze.dim std.dim std.correction sum.dim_IntList topk.default unbind.int "
+    "unflatten.int var.dim var.correction argmax.default argmin.default max.dim min.dim norm.ScalarOpt_dim "
+    "linalg_vector_norm.default split.Tensor split_with_sizes.default chunk.default _softmax.default "
+    "_log_softmax.default nansum.default repeat_interleave.self_int index_select.default"
+)
+_DIMS = "flip.default roll.default"
+_LIKE_POINTWISE = (
+    "to.dtype to.device to.dtype_layout to.other _to_copy.default detach.default contiguous.default alias.default "
+    "type_as.default __and__.Tensor __or__.Tensor __xor__.Tensor __and__.Scalar __or__.Scalar log_sigmoid.default "
+    "multiply.Tensor multiply.Scalar subtract.Tensor divide.Tensor floor_divide.default floor_divide.Scalar "
+    "lift_fresh.default lift_fresh_copy.default clone.default softsign.default copy.default greater.Tensor "
+    "greater.Scalar less.Tensor less.Scalar zeros_like.default ones_like.default full_like.default "
+    "empty_like.default logical_not.default"
+)
+_AS_IS = "tril.default triu.default constant_pad_nd.default"
+_MATMUL = "matmul.default mm.default bmm.default mv.default dot.default linalg_matmul.default"
+
+UNGROUPED = frozenset(
+    target for name in ("new_zeros", "new_ones", "new_full", "new_empty") for target in (getattr(aten, name).default,)
+)
+"""Operations that take from their operand only its dtype and device: their value is the same for all cells."""
+
+
+def _targets(names: str) -> Iterator[torch._ops.OpOverload]:
+    for name in names.split():
+        packet, _, overload = name.partition(".")
+        target = getattr(getattr(aten, packet, None), overload, None)
+        if target is not None:
+            yield target
+
+
+def _table() -> dict[Any, Rule]:
+    table: dict[Any, Rule] = {}
+    for names, rule in ((_LIKE_POINTWISE, pointwise), (_AS_IS, as_is), (_MATMUL, matmul), (_DIM, by_dims("dim"))):
+        table.update((target, rule) for target in _targets(names))
+    table.update((target, by_dims("dims")) for target in _targets(_DIMS))
+    table.update((target, by_dims("start_dim", "end_dim")) for target in _targets("flatten.using_ints"))
+    table.update((target, by_dims("dim0", "dim1")) for target in _targets("transpose.int"))
+    table.update((target, by_dims("source", "destination")) for target in _targets("movedim.int movedim.intlist"))
+    table.update((target, reshape) for target in _targets("view.default reshape.default _unsafe_view.default"))
+    table.update((target, along) for target in _targets("gather.default scatter.src scatter.value scatter_add.default"))
+    table.update((target, expanded_scatter) for target in _targets("slice_scatter.default select_scatter.default"))
+    table[aten.sum.default] = over_all(aten.sum.dim_IntList)
+    table[aten.mean.default] = over_all(aten.mean.dim)
+    table[aten.expand.default] = expand
+    table[aten.repeat.default] = repeat
+    table[aten.t.default] = transpose_matrix
+    table[aten.permute.default] = permute
+    table[aten.unsqueeze.default] = unsqueeze
+    table[aten.cat.default] = cat
+    table[aten.stack.default] = stack
+    table[aten.linear.default] = linear
+    table[aten.addmm.default] = addmm
+    table[aten.einsum.default] = einsum
+    table[aten.scaled_dot_product_attention.default] = attention
+    table[aten.layer_norm.default] = layer_norm
+    table[aten.rms_norm.default] = layer_norm
+    table[aten.embedding.default] = embedding
+    table[aten.diff.default] = diff
+    return table
+
+
+_TABLE = _table()
+
+
+def rule_for(target: Callable[..., Any]) -> Rule | None:
+    """The grouping rule of an operation, None if it has none."""
+    rule = _TABLE.get(target)
+    if rule is None and isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
+        return pointwise
+    return rule
+
+
+def rules() -> dict[Any, Rule]:
+    """The operations with a rule of their own; beside them, all pointwise ones have one."""
+    return dict(_TABLE)

@@ -1,0 +1,218 @@
+"""`rmtc.compile` and what belongs to it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast, overload
+
+from torch import nn
+
+from rmtc.runtime.backends import Backend, backend_named, nearest
+from rmtc.runtime.compiled import Compiled, Options
+from rmtc.runtime.stats import Stats
+
+__all__ = ["compile", "disabled", "restore", "stats"]
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+_KEY = "_compiled_call_impl"  # where `nn.Module.compile` keeps its call, too: copies and pickles go without it
+_OPTIONS = ("reorder_random",)
+
+
+@overload
+def compile(
+    model: T,
+    *,
+    backend: str | Backend = ...,
+    strict: bool = ...,
+    disable: bool = ...,
+    recompile_limit: int = ...,
+    layers: str | None = ...,
+    segment_length: int | None = ...,
+    options: dict[str, Any] | None = ...,
+) -> T: ...
+
+
+@overload
+def compile(
+    model: None = None,
+    *,
+    backend: str | Backend = ...,
+    strict: bool = ...,
+    disable: bool = ...,
+    recompile_limit: int = ...,
+    layers: str | None = ...,
+    segment_length: int | None = ...,
+    options: dict[str, Any] | None = ...,
+) -> Callable[[T], T]: ...
+
+
+def compile(
+    model: T | None = None,
+    *,
+    backend: str | Backend = "auto",
+    strict: bool = False,
+    disable: bool = False,
+    recompile_limit: int = 8,
+    layers: str | None = None,
+    segment_length: int | None = None,
+    options: dict[str, Any] | None = None,
+) -> T | Callable[[T], T]:
+    """Run a model's or function's loop over segments by its proven schedule.
+
+    A module is compiled in place, as `nn.Module.compile` does, and returned: ``rmtc.compile(model) is model``. Its
+    class, its parameters and their names stay; calling it runs the schedule, ``model.forward`` is what it was. A
+    function is wrapped. The first call captures the loop, which takes seconds; later calls of any number of segments
+    are checked to be the same loop and run. What cannot be captured or proven, or asks for gradients, runs as it did
+    before, with one :class:`FallbackWarning` a reason.
+
+    Args:
+        model: an ``nn.Module``, a function that loops over segments, or an ``nn.Module`` class, each instance of which
+            is then compiled on its first call. Without it, a decorator.
+        backend: one of :func:`list_backends`, ``"auto"``, or a callable that takes a
+            :class:`rmtc.ir.wavefront.WavefrontProgram` and its weights and returns a runner.
+        strict: raise :class:`RefusedError` or :class:`CaptureError` in place of running as before.
+        disable: return ``model`` as it is.
+        recompile_limit: how many captures may be made anew because a call differs from those before in what a capture
+            depends on; further ones run as before.
+        layers: the name of the list of layers as ``named_parameters`` spells it, where it is not found.
+        segment_length: positions of a segment, where it is not found.
+        options: ``{"reorder_random": True}`` allows dropout in training mode, whose random numbers are then drawn in
+            another order.
+
+    Returns:
+        ``model`` itself if it is a module or class, a wrapped function, or a decorator.
+
+    Raises:
+        ValueError: if there is no such backend or option.
+        TypeError: if ``model`` cannot be called.
+
+    Example:
+        >>> fast = rmtc.compile(model)
+        >>> with torch.no_grad():
+        ...     fast(input_ids)
+    """
+    backend_made = backend_named(backend)
+    for name in options or {}:
+        if name not in _OPTIONS:
+            raise ValueError(f"there is no option {name!r}{nearest(name, list(_OPTIONS))}")
+    made = Options(
+        strict=strict,
+        recompile_limit=recompile_limit,
+        layers=layers,
+        segment_length=segment_length,
+        backend=backend_made,
+        reorder_random=bool((options or {}).get("reorder_random", False)),
+    )
+
+    def apply(target: T) -> T:
+        if not callable(target):
+            raise TypeError(f"rmtc.compile takes a module, a function or a module class, not a {type(target).__name__}")
+        return target if disable else _compile(target, made)
+
+    return apply if model is None else apply(model)
+
+
+def _compile(target: T, options: Options) -> T:
+    if isinstance(target, nn.Module):
+        present = vars(target).get(_KEY)
+        if present is not None and not isinstance(present, Compiled):
+            raise ValueError(f"{type(target).__name__} is compiled by nn.Module.compile already")
+        if present is None or present.options != options:
+            setattr(target, _KEY, Compiled(target, options))
+        return target
+    if isinstance(target, type):
+        if not issubclass(target, nn.Module):
+            raise TypeError(f"{target.__name__} is no nn.Module class")
+        setattr(target, _KEY, _OfInstance(options))
+        return target
+    if compiled_of(target) is not None:
+        return target
+    compiled = Compiled(target, options)
+
+    @functools.wraps(target)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled(*args, **kwargs)
+
+    call._rmtc = compiled  # type: ignore[attr-defined]
+    return cast(T, call)
+
+
+class _OfInstance:
+    """Compiles an instance of a decorated class when it is first called."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def __get__(self, instance: nn.Module | None, owner: type) -> Any:
+        if instance is None:
+            return None
+        compiled = vars(instance).get(_KEY)
+        if compiled is None:
+            compiled = vars(instance)[_KEY] = Compiled(instance, self.options)
+        return compiled
+
+
+def compiled_of(target: Any) -> Compiled | None:
+    """What stands in for a compiled module's or function's call; None if it is not compiled."""
+    if isinstance(target, nn.Module):
+        found = getattr(target, _KEY, None)
+    else:
+        found = getattr(target, "_rmtc", None)
+    return found if isinstance(found, Compiled) else None
+
+
+def restore(target: T) -> T:
+    """Undo :func:`compile`.
+
+    Args:
+        target: what it returned.
+
+    Returns:
+        The module or class itself, or the function that was wrapped. What is not compiled comes back as it is.
+    """
+    if isinstance(target, type):
+        if isinstance(vars(target).get(_KEY), _OfInstance):
+            delattr(target, _KEY)
+        return target
+    if isinstance(target, nn.Module):
+        if isinstance(vars(target).get(_KEY), Compiled):
+            del vars(target)[_KEY]
+        return target
+    compiled = compiled_of(target)
+    return cast(T, compiled.function) if compiled is not None else target
+
+
+@contextlib.contextmanager
+def disabled(target: Callable[..., Any]) -> Iterator[None]:
+    """Within the block a compiled model or function runs as it did before.
+
+    Args:
+        target: what :func:`compile` returned.
+    """
+    compiled = compiled_of(target)
+    if compiled is None:
+        yield
+        return
+    compiled.disabled += 1
+    try:
+        yield
+    finally:
+        compiled.disabled -= 1
+
+
+def stats(target: Callable[..., Any]) -> Stats:
+    """What a compiled model or function has done so far.
+
+    Args:
+        target: what :func:`compile` returned.
+
+    Raises:
+        ValueError: if it is not compiled.
+    """
+    compiled = compiled_of(target)
+    if compiled is None:
+        raise ValueError(f"{getattr(target, '__qualname__', type(target).__name__)} is not compiled by rmtc.compile")
+    return compiled.stats

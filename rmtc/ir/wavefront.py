@@ -1,0 +1,155 @@
+"""The rewritten loop as an IR: the body of one cell of a class, told apart by where each operand comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from rmtc.ir.program import Src
+from rmtc.ir.schedule import Schedule
+from rmtc.ir.segment_loop import BodyOp, Fit, Item, Outer, Row, SegmentLoop
+
+__all__ = ["Body", "Input", "Local", "Member", "Number", "Operand", "Shared", "WavefrontProgram", "Weight"]
+
+Member: TypeAlias = tuple[int, int]
+"""A row kind (explicit rows, then the steady one) and a layer; -1 is the prologue, L the epilogue."""
+
+Operand: TypeAlias = "Row | Outer | Src | Item | Shared"
+"""What a cell reads from elsewhere, as the segment loop spells it, or a shared value."""
+
+
+class Local(NamedTuple):
+    """Operand: operation ``number`` of the same cell."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"%{self.number}"
+
+
+class Input(NamedTuple):
+    """Operand: a value that another cell makes; the cells of a group read different ones."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"in{self.number}"
+
+
+class Weight(NamedTuple):
+    """Operand: a tensor of the layer's own that exists before the call, such as a parameter."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"w{self.number}"
+
+
+class Shared(NamedTuple):
+    """Operand: a value that is the same for all segments of one length, computed once a call."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"shared{self.number}"
+
+
+class Number(NamedTuple):
+    """Operand: a number that differs from cell to cell."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"n{self.number}"
+
+
+@dataclass(frozen=True)
+class Body:
+    """What one cell of a class runs.
+
+    Attributes:
+        name: of the class.
+        stage: ``"prologue"``, ``"layer"`` or ``"epilogue"``.
+        members: the cells of the class, by row kind and layer.
+        ops: operations by their number in the cell, those only that a result needs. Operands are :class:`Local`,
+            :class:`Input`, :class:`Weight`, :class:`Shared`, :class:`Number`, a source or ``before`` value that all
+            cells share, a function of batch and length (:class:`Fit`), or a constant.
+        inputs: for each :class:`Input`, what it is in each member.
+        weights: for each :class:`Weight`, the tensor's name in each layer.
+        numbers: for each :class:`Number`, what it is in each member.
+        results: the numbers of the operations that others read.
+    """
+
+    name: str
+    stage: str
+    members: tuple[Member, ...]
+    ops: Mapping[int, BodyOp]
+    inputs: tuple[Mapping[Member, Operand], ...]
+    weights: tuple[Mapping[int, str], ...]
+    numbers: tuple[Mapping[Member, int | float | Fit], ...]
+    results: tuple[int, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name} ({self.stage} of {_members(self.members)}):"]
+        lines += [f"  in{n} = {_choices(choice)}" for n, choice in enumerate(self.inputs)]
+        lines += [f"  w{n} = {_choices(names)}" for n, names in enumerate(self.weights)]
+        lines += [f"  n{n} = {_choices(choice)}" for n, choice in enumerate(self.numbers)]
+        lines += [f"  %{number} = {op}" for number, op in self.ops.items()]
+        return "\n".join([*lines, f"  results {', '.join(f'%{number}' for number in self.results)}"])
+
+
+@dataclass(frozen=True)
+class WavefrontProgram:
+    """A segment loop rewritten for groups of cells.
+
+    Attributes:
+        loop: the loop it was made from; what runs before and after the segments is still there.
+        schedule: by which it is to run: no two cells of one layer share a step.
+        shared: operations whose values are the same for all segments of one length.
+        bodies: by the name of the class.
+        horizon: for how many steps what a cell makes may still be read by others.
+    """
+
+    loop: SegmentLoop
+    schedule: Schedule
+    shared: tuple[BodyOp, ...]
+    bodies: Mapping[str, Body]
+    horizon: int
+
+    def body(self, row: int, layer: int) -> Body | None:
+        """The body of a cell, None where it has no operations."""
+        loop = self.loop
+        if 0 <= layer < loop.layers:
+            return self.bodies.get(loop.classes[row][layer])
+        return self.bodies.get(_stage_name(loop, "prologue" if layer < 0 else "epilogue", row))
+
+    def __str__(self) -> str:
+        parts = ["shared by all segments of one length:"]
+        parts += [f"  shared{number} = {op}" for number, op in enumerate(self.shared)]
+        parts += [str(body) for body in self.bodies.values()]
+        return "\n".join(parts)
+
+
+def _stage_name(loop: SegmentLoop, stage: str, row: int) -> str:
+    names = loop.stage_classes.get(stage)
+    return names[row] if names else ""
+
+
+def _members(members: tuple[Member, ...]) -> str:
+    rows = sorted({row for row, _ in members})
+    layers = sorted({layer for _, layer in members})
+    return f"rows {rows}, layers {layers[0]}..{layers[-1]}" if len(layers) > 1 else f"rows {rows}, layer {layers[0]}"
+
+
+def _choices(choice: Mapping[Any, Any]) -> str:
+    by_value: dict[str, list[Any]] = {}
+    for key, value in choice.items():
+        by_value.setdefault(str(value), []).append(key)
+    if len(by_value) == 1:
+        return next(iter(by_value))
+    return ", ".join(f"{value} in {'/'.join(map(_key, keys))}" for value, keys in by_value.items())
+
+
+def _key(key: Any) -> str:
+    return f"l{key}" if isinstance(key, int) else f"r{key[0]}.l{key[1]}"

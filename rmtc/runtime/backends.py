@@ -1,0 +1,68 @@
+"""Backends: what makes a runner of a rewritten loop."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from rmtc.ir.wavefront import WavefrontProgram
+from rmtc.runtime.executor import Executor, Run
+from rmtc.runtime.weights import Weights
+
+__all__ = ["Backend", "Runner", "backend_named", "list_backends", "nearest"]
+
+
+class Runner(Protocol):
+    """Runs a program for calls of any sizes; calls may overlap."""
+
+    def run(
+        self, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
+    ) -> tuple[dict[str, Any], Run]:
+        """Run one call.
+
+        Args:
+            values: every tensor that the program reads, by the names of its sources. None may be written to.
+            segments: number of segments, at least 2.
+            batch: batch size.
+            tail: positions of the last segment.
+
+        Returns:
+            The results by the names of the loop's outputs, and what was done.
+        """
+
+
+Backend = Callable[[WavefrontProgram, Weights], Runner]
+"""Takes the program and its stacked weights."""
+
+_BACKENDS: dict[str, Backend] = {"torch": Executor}
+_AUTO = "torch"
+
+
+def list_backends() -> list[str]:
+    """The names that ``rmtc.compile(backend=...)`` takes, besides ``"auto"``."""
+    return sorted(_BACKENDS)
+
+
+def backend_named(backend: str | Backend) -> Backend:
+    """A backend by name, or the callable that was given.
+
+    Raises:
+        ValueError: if there is none of this name.
+    """
+    if callable(backend):
+        return backend
+    if backend == "auto":
+        return _BACKENDS[_AUTO]
+    if backend not in _BACKENDS:
+        raise ValueError(f"there is no backend {backend!r}{nearest(str(backend), ['auto', *_BACKENDS])}")
+    return _BACKENDS[backend]
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """``; did you mean ...?``, and what there is."""
+    close = difflib.get_close_matches(name, names, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} (there are {', '.join(map(repr, names))})"

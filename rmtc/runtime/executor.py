@@ -1,0 +1,254 @@
+"""The executor: walks a plan, launch by launch."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from rmtc.codegen.torch.emit import Kernel, emit
+from rmtc.ir.program import Src, call_arguments, map_leaves
+from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Key, Outer, Where
+from rmtc.ir.wavefront import Body, Shared, WavefrontProgram
+from rmtc.runtime.plan import Launch, Part, Plan, Whole, plan_run
+from rmtc.runtime.weights import Weights
+
+__all__ = ["Executor", "Run"]
+
+logger = logging.getLogger(__name__)
+
+_PLANS = 64  # plans are kept for this many different calls
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run did.
+
+    Attributes:
+        steps: number of steps.
+        groups: number of launches of layers' bodies.
+        widths: how many of them ran for how many cells.
+    """
+
+    steps: int
+    groups: int
+    widths: dict[int, int]
+
+
+@dataclass
+class Executor:
+    """Runs a program for any number of segments.
+
+    Nothing that a run makes is kept for the next one, and no tensor that it is given is written to: runs may overlap.
+
+    Attributes:
+        program: the program.
+        weights: the layers' tensors.
+        kernels: emitted bodies, by body, sizes and shapes.
+    """
+
+    program: WavefrontProgram
+    weights: Weights
+    kernels: dict[tuple[Any, ...], Kernel] = field(default_factory=dict)
+    _plans: OrderedDict[tuple[int, int, int], Plan] = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def plan(self, segments: int, batch: int, tail: int) -> Plan:
+        """The plan of a run, kept for the next one of these sizes."""
+        key = segments, batch, tail
+        with self._lock:
+            plan = self._plans.get(key)
+            if plan is None:
+                plan = self._plans[key] = plan_run(self.program, *key)
+                if len(self._plans) > _PLANS:
+                    self._plans.popitem(last=False)
+            self._plans.move_to_end(key)
+        return plan
+
+    def run(
+        self, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
+    ) -> tuple[dict[str, Any], Run]:
+        """Run the loop.
+
+        Args:
+            values: parameters, buffers, state and inputs by the names of the loop's sources.
+            segments: number of segments.
+            batch: batch size.
+            tail: length of the last segment.
+
+        Returns:
+            The results by the names of the loop's outputs, and what was done.
+        """
+        plan = self.plan(segments, batch, tail)
+        devices = {tensor.device.type for tensor in values.values()}
+        with torch.no_grad(), _autocast_off(devices):
+            outputs = _Walk(self, values, segments, batch, tail).outputs(plan)
+        return outputs, Run(plan.steps, sum(plan.widths.values()), dict(plan.widths))
+
+
+class _Walk:
+    """One run."""
+
+    def __init__(
+        self, executor: Executor, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
+    ) -> None:
+        self.executor, self.values = executor, values
+        self.loop = executor.program.loop
+        total = (segments - 1) * self.loop.segment_length + tail
+        self.ends = Environment(segments, segments, batch, tail, total)
+        self.middle = self.ends._replace(T=self.loop.segment_length)
+        self.before: list[Any] = []
+        self.shared: dict[int, dict[int, Any]] = {}  # by length
+        self.rows: dict[Any, Sequence[torch.Tensor]] = {}
+        self.passed: dict[Any, tuple[Any, ...]] = {}
+        self.kept: dict[Key, Any] = {}
+
+    def outputs(self, plan: Plan) -> dict[str, Any]:
+        self.before = self._outside(self.loop.before, "before")
+        made: dict[int, tuple[Any, ...]] = {}
+        for number, launch in enumerate(plan.launches):
+            results = made[number] = self._launch(launch, made)
+            for key, result, index in launch.kept:
+                # A view would keep the whole group alive.
+                self.kept[key] = results[result] if index < 0 else results[result][index].clone()
+            for done in launch.done:
+                del made[done]
+        self.after = self._outside(self.loop.after, "after")
+        return {name: self._operand(operand, self.after) for name, operand in self.loop.outputs.items()}
+
+    def _launch(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
+        body, grouped = launch.body, launch.body.stage == "layer"
+        environment = self.ends if launch.short else self.middle
+        inputs = [self._gather(pieces, made, grouped, environment) for pieces in launch.inputs]
+        weights = self._weights(body, launch.layers, grouped)
+        numbers: Sequence[Any] = launch.numbers if grouped else [each[0] for each in launch.numbers]
+        size = len(launch.cells) if grouped else None
+        kernels, key = (
+            self.executor.kernels,
+            (
+                body.name,
+                environment.T,
+                environment.B,
+                tuple([each.shape[grouped:] if isinstance(each, torch.Tensor) else None for each in inputs]),
+            ),
+        )
+        kernel = kernels.get(key)
+        if kernel is None:
+            kernel, results = emit(
+                body.name.lower(),
+                body.ops,
+                body.results,
+                environment,
+                size=size,
+                inputs=inputs,
+                weights=weights,
+                numbers=numbers,
+                shared=lambda operand: self._operand(operand, (), environment),
+            )
+            kernels[key] = kernel
+            logger.debug("emitted %s", kernel.source)
+            return results
+        passed = self.passed.get(key)
+        if passed is None:
+            passed = self.passed[key] = tuple(self._operand(each, (), environment) for each in kernel.shared)
+        return kernel.function(size, inputs, weights, numbers, passed)
+
+    def _gather(
+        self, pieces: tuple[Part | Whole, ...], made: Mapping[int, tuple[Any, ...]], grouped: bool, at: Environment
+    ) -> Any:
+        if not grouped:
+            (piece,) = pieces
+            if isinstance(piece, Whole):
+                return self._operand(piece.operand, (), at)
+            value = made[piece.launch][piece.result]
+            return value if piece.first < 0 else value[piece.first]
+        tensors: list[torch.Tensor] = []
+        for piece in pieces:
+            if isinstance(piece, Whole):
+                tensors.append(self._operand(piece.operand, (), at).unsqueeze(0))
+                continue
+            value = made[piece.launch][piece.result]
+            if piece.first < 0:
+                tensors.append(value.unsqueeze(0))
+            elif piece.first == 0 and piece.cells == value.shape[0]:
+                tensors.append(value)
+            else:
+                tensors.append(value[piece.first : piece.first + (piece.cells - 1) * piece.step + 1 : piece.step])
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    def _weights(self, body: Body, layers: tuple[int, ...], grouped: bool) -> Sequence[torch.Tensor]:
+        if not body.weights:
+            return ()
+        key = body.name, layers
+        rows = self.rows.get(key)
+        if rows is None:
+            get = self.executor.weights.rows
+            rows = [get(body, number, layers, self.values) for number in range(len(body.weights))]
+            self.rows[key] = rows if grouped else [each[0] for each in rows]
+        return self.rows[key]
+
+    def _operand(self, operand: Any, after: Sequence[Any], at: Environment | None = None) -> Any:
+        """What an operand that is no cell's stands for."""
+        if isinstance(operand, Src):
+            source = self.loop.sources.get(operand.name)
+            return source.value if source is not None and source.kind == "constant" else self.values[operand.name]
+        if isinstance(operand, Shared):
+            return self._shared(operand.number, at or self.ends)
+        if isinstance(operand, Outer):
+            return self.before[operand.number] if operand.part == "before" else after[operand.number]
+        if isinstance(operand, Where):
+            segment = operand.segment if operand.segment >= 0 else self.ends.S + operand.segment
+            return self.kept[Key(segment, operand.number[min(segment, len(operand.number) - 1)])]
+        if isinstance(operand, Fit):
+            return operand.at(at or self.ends)
+        return operand
+
+    def _shared(self, number: int, at: Environment) -> Any:
+        table = self.shared.setdefault(at.T, {})
+        if number not in table:
+            op = self.executor.program.shared[number]
+            table[number] = self._call(op, lambda leaf: self._operand(leaf, (), at))
+        return table[number]
+
+    def _outside(self, ops: tuple[BodyOp, ...], part: str) -> list[Any]:
+        """Run what is before or after the segments."""
+        values: list[Any] = []
+
+        def operand(leaf: Any) -> Any:
+            if isinstance(leaf, Outer) and leaf.part == part:
+                return values[leaf.number]
+            return self._operand(leaf, ())
+
+        for op in ops:
+            values.append(self._call(replace(op, args=self._every(op.args)), operand))
+        return values
+
+    def _every(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments with the values of each segment written out."""
+        found: list[Any] = []
+        for arg in args:
+            if isinstance(arg, Every):
+                found += [Where(segment, arg.number) for segment in range(self.ends.S)]
+            else:
+                found.append(self._every(arg) if type(arg) is tuple else arg)
+        return tuple(found)
+
+    @staticmethod
+    def _call(op: BodyOp, operand: Callable[[Any], Any]) -> Any:
+        positional, named = call_arguments(map_leaves(op.args, operand))
+        return op.target(*positional, **named)
+
+
+@contextlib.contextmanager
+def _autocast_off(devices: set[str]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for device in sorted(devices):
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield

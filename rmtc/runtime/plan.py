@@ -1,0 +1,230 @@
+"""The launches of one run: which body runs for which cells, and from which launches it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from rmtc.ir.program import Src, leaves
+from rmtc.ir.schedule import Cell, Group
+from rmtc.ir.segment_loop import Environment, Every, Fit, Item, Key, Row, Where
+from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
+
+__all__ = ["Launch", "Part", "Plan", "Whole", "plan_run"]
+
+
+class Part(NamedTuple):
+    """What some cells of a launch made: result ``result`` of cells ``first``, ``first + step``, ... ``cells`` of them.
+
+    ``first`` is -1 if the launch ran for one cell, without a group axis.
+    """
+
+    launch: int
+    result: int
+    first: int
+    cells: int
+    step: int
+
+
+class Whole(NamedTuple):
+    """A tensor that is there before the segments, or shared by them."""
+
+    operand: Operand
+
+
+Piece = Part | Whole
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A body and the cells it runs for at once.
+
+    Attributes:
+        body: the body.
+        step: the step it belongs to.
+        cells: the cells, by layer.
+        short: whether they are of a shorter last segment.
+        inputs: for each input of the body, what it is put together from.
+        numbers: for each number of the body, what it is in each cell.
+        kept: results that are read after the loop: the operation, which result, which cell (-1 for the only one).
+        done: launches that nothing reads any more after this one.
+    """
+
+    body: Body
+    step: int
+    cells: tuple[Cell, ...]
+    short: bool
+    inputs: tuple[tuple[Piece, ...], ...]
+    numbers: tuple[tuple[int | float, ...], ...]
+    kept: tuple[tuple[Key, int, int], ...]
+    done: tuple[int, ...] = field(default=())
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(cell.layer for cell in self.cells)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All launches of a run, in order.
+
+    Attributes:
+        launches: the launches.
+        steps: number of steps they belong to.
+        widths: for each number of cells, how many launches of layers have it.
+    """
+
+    launches: tuple[Launch, ...]
+    steps: int
+    widths: dict[int, int]
+
+
+class _Place(NamedTuple):
+    launch: int
+    cell: int  # among the launch's cells, -1 if it has no group axis
+
+
+def plan_run(program: WavefrontProgram, segments: int, batch: int, tail: int) -> Plan:
+    """Lay out a run.
+
+    Args:
+        program: the program.
+        segments: number of segments.
+        batch: batch size.
+        tail: length of the last segment.
+    """
+    return _Planner(program, segments, batch, tail).plan()
+
+
+class _Planner:
+    def __init__(self, program: WavefrontProgram, segments: int, batch: int, tail: int) -> None:
+        self.program, self.segments, self.batch, self.tail = program, segments, batch, tail
+        self.loop = program.loop
+        self.places: dict[Cell, _Place] = {}
+        self.launches: list[Launch] = []
+        self.last_read: dict[int, int] = {}
+        self.wanted = self._wanted()
+
+    def plan(self) -> Plan:
+        steps = self.program.schedule.steps(self.segments)
+        widths: dict[int, int] = {}
+        for step in steps:
+            for each in step.groups:
+                for body, cells in self._runs(each):
+                    self._launch(body, step.time, cells)
+                    if body.stage == "layer":
+                        widths[len(cells)] = widths.get(len(cells), 0) + 1
+        done: dict[int, list[int]] = {}
+        for number in range(len(self.launches)):
+            done.setdefault(self.last_read.get(number, number), []).append(number)
+        launches = tuple(replace(each, done=tuple(done.get(number, ()))) for number, each in enumerate(self.launches))
+        return Plan(launches, len(steps), widths)
+
+    def _wanted(self) -> set[Key]:
+        """The operations that are read after the loop."""
+        found: set[Key] = set()
+        after = [leaf for op in self.loop.after for leaf in leaves(op.args)]
+        for leaf in (*after, *leaves(tuple(self.loop.outputs.values()))):
+            if isinstance(leaf, Where):
+                at = leaf.segment if leaf.segment >= 0 else self.segments + leaf.segment
+                found.add(Key(at, leaf.number[min(at, len(leaf.number) - 1)]))
+            elif isinstance(leaf, Every):
+                found |= {Key(at, leaf.number[min(at, len(leaf.number) - 1)]) for at in range(self.segments)}
+        return found
+
+    def _row(self, segment: int) -> int:
+        return min(segment, len(self.loop.rows))
+
+    def _start(self, cell: Cell) -> int:
+        layout = self.loop.layout(cell.segment)
+        if cell.layer < 0:
+            return layout.prologue[0]
+        return layout.epilogue[0] if cell.layer >= self.loop.layers else layout.layers[cell.layer][0]
+
+    def _short(self, cell: Cell) -> bool:
+        return cell.segment == self.segments - 1 and self.tail != self.loop.segment_length
+
+    def _runs(self, group: Group) -> Iterator[tuple[Body, tuple[Cell, ...]]]:
+        """The cells of a group that can run at once: of one length, their layers evenly spaced among the members."""
+        body = self.program.bodies.get(group.cell_class)
+        if body is None or not body.ops:
+            return
+        if body.stage != "layer":
+            yield from ((body, (cell,)) for cell in sorted(group.cells))
+            return
+        order = {layer: n for n, layer in enumerate(sorted({layer for _, layer in body.members}))}
+        run: list[Cell] = []
+        for cell in sorted(group.cells, key=lambda cell: cell.layer):
+            if run:
+                gaps = [order[b.layer] - order[a.layer] for a, b in zip(run, [*run[1:], cell], strict=True)]
+                if self._short(cell) != self._short(run[0]) or len(set(gaps)) > 1:
+                    yield body, tuple(run)
+                    run = []
+            run.append(cell)
+        if run:
+            yield body, tuple(run)
+
+    def _environment(self, segment: int) -> Environment:
+        length = self.tail if segment == self.segments - 1 else self.loop.segment_length
+        total = (self.segments - 1) * self.loop.segment_length + self.tail
+        return Environment(segment, self.segments, self.batch, length, total)
+
+    def _launch(self, body: Body, step: int, cells: tuple[Cell, ...]) -> None:
+        number = len(self.launches)
+        members: list[Member] = [(self._row(cell.segment), cell.layer) for cell in cells]
+        inputs = tuple(
+            self._pieces([self._source(choice[m], cell) for m, cell in zip(members, cells, strict=True)], number)
+            for choice in body.inputs
+        )
+        numbers = tuple(
+            tuple(self._number(choice[m], cell) for m, cell in zip(members, cells, strict=True))
+            for choice in body.numbers
+        )
+        grouped = body.stage == "layer"
+        kept: list[tuple[Key, int, int]] = []
+        for index, cell in enumerate(cells):
+            start = self._start(cell)
+            self.places[cell] = _Place(number, index if grouped else -1)
+            for position, result in enumerate(body.results):
+                key = Key(cell.segment, start + result)
+                if key in self.wanted:
+                    kept.append((key, position, index if grouped else -1))
+        self.launches.append(Launch(body, step, cells, self._short(cells[0]), inputs, numbers, tuple(kept)))
+
+    def _number(self, number: int | float | Fit, cell: Cell) -> int | float:
+        return number.at(self._environment(cell.segment)) if isinstance(number, Fit) else number
+
+    def _source(self, operand: Operand, cell: Cell) -> Part | Whole:
+        """Where one cell's input comes from."""
+        if isinstance(operand, Row):
+            segment = cell.segment - operand.back
+            made = Cell(segment, self.loop.layout(segment).layer_of(operand.number))
+            place = self.places[made]
+            body = self.launches[place.launch].body
+            result = body.results.index(operand.number - self._start(made))
+            return Part(place.launch, result, place.cell, 1, 1)
+        if isinstance(operand, Item):
+            at = operand.number
+            at = at.at(self._environment(cell.segment)) if isinstance(at, Fit) else at
+            return Whole(Src(str(operand._replace(number=at))))
+        return Whole(operand)
+
+    def _pieces(self, sources: list[Part | Whole], reader: int) -> tuple[Piece, ...]:
+        """Neighbours joined."""
+        pieces: list[Piece] = []
+        for source in sources:
+            if isinstance(source, Part):
+                self.last_read[source.launch] = reader
+                last = pieces[-1] if pieces else None
+                if (
+                    isinstance(last, Part)
+                    and source.first >= 0
+                    and (last.launch, last.result) == (source.launch, source.result)
+                ):
+                    step = source.first - last.first - (last.cells - 1) * last.step
+                    if step > 0 and (last.cells == 1 or step == last.step):
+                        pieces[-1] = last._replace(cells=last.cells + 1, step=step)
+                        continue
+            pieces.append(source)
+        return tuple(pieces)

@@ -1,0 +1,56 @@
+"""What a compiled model or function has done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["LastRun", "Stats"]
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """The last call that ran by its schedule.
+
+    Attributes:
+        segments, layers, batch, tail: its sizes; ``tail`` is the length of the last segment in positions.
+        steps: number of steps it took.
+        sequential_steps: number of cells, which is the number of steps without a schedule.
+        makespan: number of steps of the schedule that was proven. More are run where it puts several segments of one
+            layer into a step.
+        groups: number of groups of layers that ran.
+        widths: for each number of cells, how many groups had it.
+        guard_seconds: time until it was clear that the call may run.
+    """
+
+    segments: int
+    layers: int
+    batch: int
+    tail: int
+    steps: int
+    sequential_steps: int
+    makespan: int
+    groups: int
+    widths: dict[int, int]
+    guard_seconds: float
+
+
+@dataclass
+class Stats:
+    """Counts since the model was compiled.
+
+    Attributes:
+        captures: how often the loop was captured.
+        recompiles: captures but for the first.
+        runs: calls that ran by their schedule.
+        eager: calls that are no loop over segments (shorter than two segments, with a cache, from inside ``generate``)
+            and ran as they are.
+        fallbacks: calls that ran as they are though they were meant to be scheduled, by reason.
+        last_run: what the last scheduled call did; None if there was none.
+    """
+
+    captures: int = 0
+    recompiles: int = 0
+    runs: int = 0
+    eager: int = 0
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    last_run: LastRun | None = None
