@@ -9,6 +9,7 @@ from rmtc.ir.explanation import CellClass, Certificate, Explanation
 from rmtc.ir.schedule import Cell, Dependence, Group, Schedule, Step
 from rmtc.runtime.backends import list_backends
 from rmtc.runtime.stats import LastRun, Stats
+from rmtc.verification import Verification, verify
 
 try:
     __version__ = version("rmtc")
@@ -31,6 +32,7 @@ __all__ = [
     "Schedule",
     "Stats",
     "Step",
+    "Verification",
     "VerifyError",
     "__version__",
     "compile",
@@ -39,4 +41,5 @@ __all__ = [
     "list_backends",
     "restore",
     "stats",
+    "verify",
 ]

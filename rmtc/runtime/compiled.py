@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import os
@@ -102,6 +103,13 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any], options: Options) -> None:
         self.function, self.options = function, options
+        self._given: tuple[Any, ...] = ()  # what a partial function brings
+        self._named: dict[str, Any] = {}
+        inner: Any = function
+        while isinstance(inner, functools.partial):
+            self._given, self._named = (*inner.args, *self._given), {**inner.keywords, **self._named}
+            inner = inner.func
+        self._inner: Callable[..., Any] = inner
         self.stats = Stats()
         self.disabled = 0
         self.lock = SharedLock()
@@ -109,7 +117,8 @@ class Compiled:
         self._known: dict[Any, _Known] = {}
         self._warned: set[str] = set()
         self._captures = 0
-        self._signature = _signature(function)
+        self._signature = _signature(self._inner)
+        self._name_cache: dict[int, tuple[str, ...]] = {}
         self._counts = threading.Lock()
         self._hooks: tuple[list[nn.Module], list[Mapping[int, Any]]] | None = None
 
@@ -173,9 +182,13 @@ class Compiled:
         start = time.perf_counter()
         inside = self.lock.held
         arguments = self._arguments(args, kwargs)
-        for _ in range(4):  # decided, captured, admitted, run
+        captured = False
+        while True:  # decided, captured, admitted, run
             with self.lock.shared():
                 decision = self._decide(arguments)
+                if isinstance(decision, _Capture) and captured:
+                    why = decision.differences[0] if decision.differences else "another thread changes the model"
+                    decision = _Eager(f"a capture of this very call is not its own: {why}")
                 if isinstance(decision, _Run):
                     try:
                         return self._run(decision, time.perf_counter() - start)
@@ -187,10 +200,9 @@ class Compiled:
                     decision = _Eager()  # called inside itself: the call around it holds the model
                 if isinstance(decision, _Eager):
                     return self._run_eager(decision, args, kwargs)
+            captured = captured or isinstance(decision, _Capture)
             with self.lock.alone():
-                self._work(decision, arguments, args, kwargs)
-        with self.lock.shared():
-            return self._run_eager(_Eager("the model changes while it is captured"), args, kwargs)
+                self._work(decision, arguments)
 
     def _after_failure(self, decision: _Run, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run as before. Nothing was written yet; what is wrong with the user's values is said by the user's code."""
@@ -204,8 +216,9 @@ class Compiled:
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The arguments by name, without those that only repeat a default."""
-        names = argument_names(self._function(), len(args)) if self._signature is None else self._names(len(args))
-        defaults = self._signature or {}
+        if self._given or self._named:
+            args, kwargs = (*self._given, *args), {**self._named, **kwargs}
+        names, defaults = self._names(len(args)), self._signature
         kept = {key: value for key, value in kwargs.items() if key not in defaults or value is not defaults[key]}
         count = len(args)
         while count and names[count - 1] in defaults and args[count - 1] is defaults[names[count - 1]]:
@@ -213,13 +226,10 @@ class Compiled:
         return Arguments(args[:count], kept, tuple(names[:count]))
 
     def _names(self, count: int) -> tuple[str, ...]:
-        cache: dict[int, tuple[str, ...]] = self.__dict__.setdefault("_name_cache", {})
-        if count not in cache:
-            cache[count] = argument_names(self._function(), count)
-        return cache[count]
-
-    def _function(self) -> Callable[..., Any]:
-        return self.function.forward if isinstance(self.function, nn.Module) else self.function
+        if count not in self._name_cache:
+            call = self._inner.forward if isinstance(self._inner, nn.Module) else self._inner
+            self._name_cache[count] = argument_names(call, count)
+        return self._name_cache[count]
 
     def _decide(self, arguments: Arguments) -> _Decision:
         given = dict(arguments.named())
@@ -337,9 +347,7 @@ class Compiled:
     def _name(self) -> str:
         return getattr(self.function, "__qualname__", type(self.function).__name__)
 
-    def _work(
-        self, decision: _Admit | _Capture, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _work(self, decision: _Admit | _Capture, arguments: Arguments) -> None:
         with _capturing():
             if isinstance(decision, _Admit):
                 variant, sizes = decision.variant, decision.sizes
@@ -352,7 +360,7 @@ class Compiled:
             self._capture(decision, arguments)
 
     def _session(self, arguments: Arguments) -> Session:
-        return Session(self.function, arguments.args, arguments.kwargs)
+        return Session(self._inner, arguments.args, arguments.kwargs)
 
     def _capture(self, decision: _Capture, arguments: Arguments) -> None:
         key = self._key(arguments)
@@ -363,7 +371,7 @@ class Compiled:
         known = self._known.setdefault(key, _Known())
         try:
             analysis = Analysis(
-                open_capture(self.function, arguments.args, arguments.kwargs, self.options.segment_length)
+                open_capture(self._inner, arguments.args, arguments.kwargs, self.options.segment_length)
             )
             plan = analysis.capture.plan
             if plan.sizes.segments < 2:
@@ -397,13 +405,13 @@ def _capturing() -> Iterator[None]:
         _thread.capturing -= 1
 
 
-def _signature(function: Callable[..., Any]) -> dict[str, Any] | None:
-    """The defaults of the parameters that have one; None if the signature cannot be read."""
+def _signature(function: Callable[..., Any]) -> dict[str, Any]:
+    """The defaults of the parameters that have one."""
     call = function.forward if isinstance(function, nn.Module) else function
     try:
         parameters = inspect.signature(call).parameters.values()
-    except (TypeError, ValueError):
-        return None
+    except (TypeError, ValueError):  # a builtin has no signature
+        return {}
     return {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rmtc.codegen.torch.rules import UNGROUPED, Arguments, Raw, Value, function_name, rule_for
+from rmtc.codegen.torch.rules import UNGROUPED, Arguments, Raw, Value, Varying, function_name, rule_for
 from rmtc.ir.program import Src, call_arguments, leaves, map_leaves
 from rmtc.ir.segment_loop import BodyOp, Environment, Fit, Outer
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight
@@ -78,7 +78,7 @@ class _Emitter:
         positional, named = call_arguments(args)
         arguments = Arguments(op.target, positional, named)
         self.space[function_name(op.target)] = op.target
-        varying = any(isinstance(leaf, Number) for leaf in leaves(args))
+        varying = any(isinstance(leaf, Varying) for leaf in leaves(args))
         if not varying and not any(each.grouped for each in arguments.tensors()):
             self._assign(name, arguments.call(), op)
             return self.bind(name, self.space[name], False)
@@ -105,10 +105,10 @@ class _Emitter:
 
     def _candidates(self, op: BodyOp, arguments: Arguments, varying: bool) -> list[str]:
         if varying:
-            if op.target is torch.ops.aten.select.int and isinstance(arguments["index"], Number):
+            if op.target is torch.ops.aten.select.int and isinstance(arguments["index"], Varying):
                 source, dim = arguments["self"], arguments["dim"]
                 if not source.grouped and isinstance(dim, int):
-                    return [f"select_run({source.text}, {dim}, {arguments['index']})"]
+                    return [f"select_run({source.text}, {dim}, {arguments['index'].text})"]
             return [self._loop(arguments)]
         rule = rule_for(op.target)
         text = rule(arguments) if rule is not None else None
@@ -138,8 +138,8 @@ class _Emitter:
         """The operation on one cell of the group."""
 
         def pick(value: Any) -> Any:
-            if isinstance(value, Number) or (isinstance(value, Value) and value.grouped):
-                return Raw(f"{value.text if isinstance(value, Value) else value}[{index}]")
+            if isinstance(value, Varying) or (isinstance(value, Value) and value.grouped):
+                return Raw(f"{value.text}[{index}]")
             return [pick(item) for item in value] if isinstance(value, (list, tuple)) else value
 
         return arguments.call(**{name: pick(value) for name, value in arguments.values.items() if _holds(value)})
@@ -162,7 +162,7 @@ class _Emitter:
 def _holds(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(_holds(item) for item in value)
-    return isinstance(value, (Value, Number))
+    return isinstance(value, (Value, Varying))
 
 
 def select_run(source: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.Tensor:
@@ -220,7 +220,7 @@ def emit(
         if isinstance(leaf, (Input, Weight)):
             return emitter.bind(str(leaf), emitter.space[str(leaf)], group)
         if isinstance(leaf, Number):
-            return leaf if group else Raw(str(leaf))
+            return Varying(str(leaf)) if group else Raw(str(leaf))
         if isinstance(leaf, Fit):
             return leaf.at(environment)
         if isinstance(leaf, (Src, Outer, Shared)):

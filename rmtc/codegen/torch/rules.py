@@ -99,7 +99,7 @@ def literal(value: Any) -> str:
     """An argument as source text. Strings are quoted: what a model holds never becomes code."""
     if isinstance(value, Value):
         return value.text
-    if isinstance(value, Raw):
+    if isinstance(value, (Raw, Varying)):
         return value.text
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(literal(item) for item in value)}]"
@@ -117,6 +117,13 @@ def literal(value: Any) -> str:
 @dataclass(frozen=True)
 class Raw:
     """Source text in place of an argument."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Varying:
+    """A number that differs from cell to cell: the list of what it is in each."""
 
     text: str
 

@@ -1,0 +1,197 @@
+"""`rmtc.verify`: a compiled call against the call as it was, numbers and memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from rmtc.capture.session import Session
+from rmtc.capture.state import Slot, Snapshot, walk
+from rmtc.compiler import compile, compiled_of, restore
+from rmtc.errors import CaptureError, RefusedError
+
+__all__ = ["Verification", "verify"]
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A compiled call held against the call as it was.
+
+    Attributes:
+        max_relative_error: of all results and all state left in attributes and buffers, the largest
+            ``max|compiled - eager| / max|eager|`` of a tensor; infinite if one is missing or no number where the
+            other is one.
+        worst_output: the name of that tensor, ``output['logits']`` or ``state:layers.3.A``.
+        steps: number of steps the compiled call ran in; 0 if it fell back.
+        sequential_steps: number of cells, the steps that it takes one after another.
+        ok: whether the error is within the tolerance and the call ran in fewer steps than cells.
+        tolerance: what the error was held against.
+        reason: why it is not ok; empty if it is.
+    """
+
+    max_relative_error: float
+    worst_output: str
+    steps: int
+    sequential_steps: int
+    ok: bool
+    tolerance: float
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.ok else f"not ok: {self.reason}"
+        return (
+            f"{verdict}\n"
+            f"  largest relative error  {self.max_relative_error:.1e} in {self.worst_output or 'nothing'} "
+            f"(allowed: {self.tolerance:.0e})\n"
+            f"  steps                   {self.steps}; one cell after another: {self.sequential_steps}"
+        )
+
+
+def verify(
+    function: Callable[..., Any],
+    *,
+    tolerance: float | None = None,
+    allow_refused: bool = False,
+    layers: str | None = None,
+    segment_length: int | None = None,
+) -> Callable[..., Verification]:
+    """Run a call as it is and compiled, and compare everything that it returns and leaves behind.
+
+    A module and its arguments are copied for both runs, and stay as they are. Of a plain function the Python state is
+    put back after each run.
+
+    Args:
+        function: a module or function, compiled or not.
+        tolerance: the largest relative error that is ok; by default 1e-9 in float64, 1e-3 in float32, 3e-2 in float16
+            and 6e-2 in bfloat16, by the narrowest dtype that comes out.
+        allow_refused: give a verification that is not ok, in place of an error, if the model is refused.
+        layers, segment_length: as in :func:`rmtc.compile`.
+
+    Returns:
+        A callable that takes the arguments of one call.
+
+    Raises:
+        RefusedError, CaptureError: (from the call) if there is no schedule to run.
+    """
+    target = _unwrapped(function)
+
+    def call(*args: Any, **kwargs: Any) -> Verification:
+        with torch.no_grad():
+            wanted, _ = _rehearse(target, args, kwargs, None)
+
+            def compiled(subject: Callable[..., Any]) -> Callable[..., Any]:
+                return compile(subject, strict=True, layers=layers, segment_length=segment_length)
+
+            try:
+                found, subject = _rehearse(target, args, kwargs, compiled)
+            except (RefusedError, CaptureError) as refusal:
+                if not allow_refused:
+                    raise
+                allowed = _tolerance(wanted) if tolerance is None else tolerance
+                return Verification(float("inf"), "", 0, 0, False, allowed, refusal.reason)
+        made = compiled_of(subject)
+        run = made.stats.last_run if made is not None else None
+        error, worst = _compare(wanted, found)
+        allowed = _tolerance(wanted) if tolerance is None else tolerance
+        steps, cells = (run.steps, run.sequential_steps) if run is not None else (0, 0)
+        reason = ""
+        if run is None:
+            reason = "the compiled call ran as it did before: it is shorter than two segments"
+        elif steps >= cells:
+            reason = "no step ran more than one cell"
+        elif not error <= allowed:
+            reason = f"the results differ in {worst}"
+        return Verification(error, worst, steps, cells, not reason, allowed, reason)
+
+    return call
+
+
+def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What was compiled, left compiled."""
+    compiled = compiled_of(function)
+    return function if compiled is None else compiled.function
+
+
+def _rehearse(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
+) -> tuple[dict[str, Any], Callable[..., Any]]:
+    """A call of a copy: what it returns and leaves behind by name, and what was called."""
+    subject = function
+    if isinstance(function, nn.Module):
+        subject, args, kwargs = copy.deepcopy((function, args, kwargs))
+    else:
+        args, kwargs = copy.deepcopy((args, kwargs))
+    roots = Session(subject, args, kwargs).roots
+    snapshot = Snapshot(roots)
+    contents = [(slot.value, slot.value.detach().clone()) for slot in _tensors(snapshot.slots)]
+    called = subject if wrap is None else wrap(subject)
+    try:
+        if wrap is None and isinstance(subject, nn.Module):
+            restore(subject)
+        result = called(*args, **kwargs)
+        found: dict[str, Any] = {
+            "output" + pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(result)[0]
+        }
+        for slot in _tensors(walk(roots)):
+            found[f"state:{slot.name}"] = slot.value
+        copies = {
+            name: value.detach().clone() if isinstance(value, torch.Tensor) else value for name, value in found.items()
+        }
+    finally:
+        if not isinstance(function, nn.Module):
+            snapshot.restore()
+            for tensor, content in contents:
+                tensor.detach().copy_(content)
+    return copies, called
+
+
+def _tensors(slots: list[Slot]) -> Iterator[Slot]:
+    """The slots of buffers and state."""
+    return (slot for slot in slots if isinstance(slot.value, torch.Tensor) and not isinstance(slot.value, nn.Parameter))
+
+
+def _tolerance(values: dict[str, Any]) -> float:
+    dtypes = {value.dtype for value in values.values() if isinstance(value, torch.Tensor)}
+    return max((_TOLERANCE[dtype] for dtype in dtypes if dtype in _TOLERANCE), default=1e-9)
+
+
+def _compare(wanted: dict[str, Any], found: dict[str, Any]) -> tuple[float, str]:
+    """The largest relative error, and where."""
+    worst, where = -1.0, ""
+    for name in dict.fromkeys((*wanted, *found)):
+        error = _error(wanted[name], found[name]) if name in wanted and name in found else float("inf")
+        if error > worst:
+            worst, where = error, name
+    return max(worst, 0.0), where
+
+
+def _error(wanted: Any, found: Any) -> float:
+    if not isinstance(wanted, torch.Tensor) or not isinstance(found, torch.Tensor):
+        return 0.0 if type(wanted) is type(found) and wanted == found else float("inf")
+    if wanted.shape != found.shape or wanted.dtype != found.dtype:
+        return float("inf")
+    if not wanted.numel():
+        return 0.0
+    one, other = (value.to(torch.complex128 if value.is_complex() else torch.float64) for value in (wanted, found))
+    finite = torch.isfinite(one)
+    same = (one == other) | (torch.isnan(one) & torch.isnan(other))
+    if not bool((finite | same).all()) or not bool(torch.isfinite(other[finite]).all()):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    difference, scale = (one[finite] - other[finite]).abs().max(), one[finite].abs().max()
+    return float(difference / scale) if scale else float("inf") if difference else 0.0
