@@ -187,6 +187,16 @@ def test_names_of_a_memory_in_buffers(explained: Explain) -> None:
     assert [each.tensor for each in memories] == ["layers.{l}.memory"]
 
 
+def test_each_distance_of_a_tensor_shows_its_own_reader() -> None:
+    answer = rmtc.explain(models.two_readers)(text(), models.stacked_weights())
+    below, own = (each for each in answer.dependences if each.tensor == "state")
+    assert (below.distance, below.layers, own.distance, own.layers) == ((1, -2), (0, 0), (1, 0), (2, 2))
+    assert at(below.consumer_location) == ("models.py", line_of("state read below"))
+    assert at(own.consumer_location) == ("models.py", line_of("state read by its owner"))
+    assert (below.consumer, own.consumer) == ("unsqueeze", "mul.Tensor")
+    assert at(below.location) == at(own.location) == ("models.py", line_of("state goes on"))
+
+
 def test_the_cycle_of_the_classic_rmt(explained: Explain) -> None:
     answer = explained("top to bottom")
     assert [each.distance for each in answer.cycle] == [(0, 1)] * (LAYERS - 1) + [(1, 1 - L)]

@@ -65,7 +65,7 @@ def find_dependences(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
     for (ds, name), pairs in tensors.items():
         for distance, layers, covered in _distances(ds, set(pairs), loop.layers):
             edges = [edge for pair in covered for edge in pairs[pair]]
-            shown = min(edge for found in pairs.values() for edge in found)
+            shown = min(edges)
             made, read = graph.nodes[shown.producer], graph.nodes[shown.consumer]
             makers: list[set[int]] = [set() for _ in range(rows + 1)]
             for edge in edges:
