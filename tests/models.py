@@ -284,6 +284,23 @@ def stacked(hidden: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(pieces, dim=1), torch.stack(memory)
 
 
+def two_readers(hidden: Tensor, weights: Tensor) -> Tensor:
+    """Layer 2 keeps a state, which it reads in two places and layer 0 in one."""
+    state = hidden.new_zeros(hidden.shape[0], WIDTH)
+    pieces = []
+    for piece in hidden.split(SEGMENT, dim=1):
+        for number in range(LAYERS):
+            piece = torch.tanh(piece @ weights[number])
+            if number == 0:
+                piece = piece + state[:, None]  # state read below
+            if number == 2:
+                kept = 0.5 * state  # state read by its owner
+                piece = piece - state[:, None]
+                state = kept + piece.mean(1)  # state goes on
+        pieces.append(piece)
+    return torch.cat(pieces, dim=1)
+
+
 def stacked_closure() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """As :func:`stacked`, its weights in the closure."""
     weights = stacked_weights()

@@ -22,22 +22,26 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from models import LOOPS
 from torch import Tensor
 
 import rmtc.passes.check
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture.probe import Sizes
 from rmtc.errors import VerifyError
+from rmtc.examples import armt_llama
 from rmtc.ir.program import Op, Program, Source, Src, Val, leaves
-from rmtc.ir.schedule import Cell, L, Schedule
+from rmtc.ir.schedule import Cell, Dependence, L, Schedule
 from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.passes.check import Checked, Place, check
+from rmtc.passes.pipeline import check_against
 from rmtc.passes.place import places
 
 aten = torch.ops.aten
 SEGMENT, LAYERS, WIDTH = 3, 3, 4
 Memories = dict[Any, Tensor]
 Layer = Callable[[Tensor, Tensor, int, Memories], Tensor]
+Carried = tuple[Dependence, frozenset[int]]
 
 
 def associative(hidden: Tensor, weight: Tensor, number: int, memories: Memories) -> Tensor:
@@ -96,7 +100,7 @@ def loop_of(layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
     return loop
 
 
-@dataclass
+@dataclass(eq=False)
 class Case:
     """A loop and its schedule: what was proven, or the sequential order."""
 
@@ -114,6 +118,12 @@ class Case:
         """What the loop says it does, and when."""
         program, keys = self.loop.unroll(segments, batch, tail)
         return program, places(self.loop, keys, segments, schedule or self.schedule)
+
+    @functools.cache  # noqa: B019 (there is one case a kind of layer)
+    def carried(self, segments: int) -> list[Carried]:
+        """The dependences, each with the operations of the claim that make its tensor."""
+        _, keys = self.loop.unroll(segments, 2, SEGMENT)
+        return self.loop.carried(keys, segments)
 
 
 LAYER_KINDS: dict[str, Layer] = {
@@ -146,7 +156,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def checked(case: Case, trace: Program, claimed: Program, at: Sequence[Place]) -> Checked:
-    return check(trace, claimed, at, case.loop.dependences, case.loop.layers)
+    segments = 1 + max(place.cell.segment for place in at if place.cell is not None)
+    return check(trace, claimed, at, case.carried(segments), case.loop.layers)
 
 
 def accepts(case: Case, trace: Program, claimed: Program, at: Sequence[Place]) -> bool:
@@ -260,22 +271,50 @@ def test_what_was_folded_is_accepted(case: Case, segments: int, batch: int, tail
 def test_each_dependence_is_missed_when_it_is_gone(case: Case) -> None:
     trace = case.trace(4)
     claimed, at = case.claim(4)
-    for gone in case.loop.dependences:
-        rest = [each for each in case.loop.dependences if each is not gone]
+    for gone in case.carried(4):
+        rest = [each for each in case.carried(4) if each is not gone]
         with pytest.raises(VerifyError, match="and no dependence says so") as caught:
             check(trace, claimed, at, rest, LAYERS)
         reader, maker = cells_in(caught.value)
-        assert gone.producers(reader, LAYERS) == maker
+        assert gone[0].producers(reader, LAYERS) == maker
         assert caught.value.location is not None and Path(caught.value.location.file).name == Path(__file__).name
 
 
-def test_a_dependence_that_another_tensor_shares_need_not_be_told_twice() -> None:
-    """Legality is a matter of distances: the second tensor of the same distance adds nothing to the proof."""
-    case = case_of("associative")
-    twice = [dataclasses.replace(each, tensor=tensor) for each in case.loop.dependences for tensor in "Az"]
+MODELS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
+    **LOOPS,
+    "ARMT": lambda: armt_llama.build(layers=3, width=16, heads=2, segment=5, memory=2, segments=4),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_loop_without_one_of_its_dependences_is_rejected(name: str) -> None:
+    """Also where another tensor goes the same way, as the normaliser of an ARMT goes with its associations."""
+    function, args = MODELS[name]()
+    analysis = analyze(function, args, {})
+    proven = analysis.proven
+    assert proven is not None and proven.checked_at is not None
+    sizes = Sizes(*proven.checked_at)
+    trace, found = analysis.run(sizes).program, proven.loop.dependences
+    assert len(found) == (3 if name in ("ARMT", "mixed precision") else 2)
+    for gone in found:
+        rest = tuple(each for each in found if each is not gone)
+        less = dataclasses.replace(proven, loop=dataclasses.replace(proven.loop, dependences=rest))
+        with pytest.raises(VerifyError, match=r"cell s\d\.l\d reads .* and no dependence says so"):
+            check_against(less, trace, *sizes)
+
+
+def test_a_dependence_is_missed_when_it_knows_too_few_of_what_makes_its_tensor(case: Case) -> None:
+    trace = case.trace(4)
     claimed, at = case.claim(4)
-    for gone in range(len(twice)):
-        check(case.trace(4), claimed, at, twice[:gone] + twice[gone + 1 :], LAYERS)
+    edges = [(a.number, b) for b in needed(claimed) for a in leaves(claimed.ops[b].args) if type(a) is Val]
+    crossing = [(made, at[made].cell, at[read].cell) for made, read in edges if at[made].stage == at[read].stage == 1]
+    for each, makers in case.carried(4):
+        kept = [other for other in case.carried(4) if other[0] is not each]
+        needs = {made for made, source, target in crossing if target and each.producers(target, LAYERS) == source}
+        assert needs and needs <= makers
+        for maker in needs:
+            with pytest.raises(VerifyError, match=rf"makes \(%{maker} = .* and no dependence says so"):
+                check(trace, claimed, at, [*kept, (each, makers - {maker})], LAYERS)
 
 
 @pytest.mark.parametrize("name", ["associative", "attending", "feedback"])
@@ -283,12 +322,12 @@ def test_a_dependence_is_missed_when_it_covers_too_few_layers(name: str) -> None
     case = case_of(name)
     trace = case.trace(4)
     claimed, at = case.claim(4)
-    for each in case.loop.dependences:
-        kept = [other for other in case.loop.dependences if other is not each]
+    for each, makers in case.carried(4):
+        kept = [other for other in case.carried(4) if other[0] is not each]
         readers = [layer for layer in range(LAYERS) if each.producers(Cell(3, layer), LAYERS) is not None]
         assert len(readers) > 1
         for layer in readers:
-            parts = [dataclasses.replace(each, layers=(other, other)) for other in readers if other != layer]
+            parts = [(dataclasses.replace(each, layers=(other, other)), makers) for other in readers if other != layer]
             with pytest.raises(VerifyError, match=rf"cell s\d\.l{layer} reads .* and no dependence says so"):
                 check(trace, claimed, at, [*kept, *parts], LAYERS)
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import random
 
-from rmtc.passes.cuts import choose_cut, common_prefix, common_subsequence, common_suffix, divide
+from rmtc.passes.cuts import choose_cut, common_prefix, common_subsequence, common_suffix, divide, prefix_within
 
 
 def test_common_ends() -> None:
     assert common_prefix("abcx", "abdx") == 2
     assert common_suffix("xbcd", "ybcd") == 3
     assert common_prefix("", "a") == common_suffix("a", "") == 0
+
+
+def test_a_prefix_within_a_pattern_leaves_out_but_does_not_add() -> None:
+    assert prefix_within("abcx", "abc") == 3
+    assert prefix_within("acx", "abc") == 2
+    assert prefix_within("axc", "abc") == 1
+    assert prefix_within("caa", "abca") == 2
+    assert prefix_within("", "a") == prefix_within("a", "") == 0
 
 
 def test_common_subsequence_is_longest() -> None:

@@ -167,6 +167,23 @@ def test_cells_that_run_the_same_operations_are_one_class(name: str, explained: 
         assert names == {layers[-1 if segment == 0 else 0].name}
 
 
+@pytest.mark.parametrize(
+    ("name", "alike"),
+    [("feedback from 1 higher", [{0}, {1, 2}, {3}]), ("feedback from 2 higher", [{0, 1}, {2, 3}])],
+)
+def test_what_the_last_layer_makes_for_lower_ones_is_its_own(
+    name: str, alike: list[set[int]], explained: Explain
+) -> None:
+    """Only layers that read or write less than others are of another class, and no epilogue is left."""
+    schedule = explained(name).schedule
+    assert schedule is not None and "epilogue" not in schedule.stage_classes
+    for segment in range(3):
+        names: dict[str, set[int]] = {}
+        for layer in range(LAYERS):
+            names.setdefault(schedule.class_of(Cell(segment, layer)), set()).add(layer)
+        assert list(names.values()) == alike
+
+
 def test_names_and_places_of_a_memory_in_attributes(explained: Explain) -> None:
     hidden, memory = sorted(explained("attributes").dependences, key=lambda each: str(each.distance))
     assert hidden.distance == (0, 1) and hidden.tensor == "hidden"
@@ -185,6 +202,16 @@ def test_names_of_a_memory_in_a_list(explained: Explain) -> None:
 def test_names_of_a_memory_in_buffers(explained: Explain) -> None:
     memories = [each for each in explained("buffers").dependences if each.distance == (1, 0)]
     assert [each.tensor for each in memories] == ["layers.{l}.memory"]
+
+
+def test_each_distance_of_a_tensor_shows_its_own_reader() -> None:
+    answer = rmtc.explain(models.two_readers)(text(), models.stacked_weights())
+    below, own = (each for each in answer.dependences if each.tensor == "state")
+    assert (below.distance, below.layers, own.distance, own.layers) == ((1, -2), (0, 0), (1, 0), (2, 2))
+    assert at(below.consumer_location) == ("models.py", line_of("state read below"))
+    assert at(own.consumer_location) == ("models.py", line_of("state read by its owner"))
+    assert (below.consumer, own.consumer) == ("unsqueeze", "mul.Tensor")
+    assert at(below.location) == at(own.location) == ("models.py", line_of("state goes on"))
 
 
 def test_the_cycle_of_the_classic_rmt(explained: Explain) -> None:

@@ -48,6 +48,8 @@ class Dependence:
         consumer_location: where it is read.
         layers: the consumer's layers ``(first, last)``, both inclusive, entries as in ``distance``; ``None``
             means wherever the producer exists.
+        makers: the operations that make the tensor, by their numbers in each of the loop's rows, the steady one last;
+            empty if the dependence was found in no loop.
     """
 
     distance: tuple[Extent, Extent]
@@ -57,6 +59,7 @@ class Dependence:
     location: Location | None = None
     consumer_location: Location | None = None
     layers: tuple[Extent, Extent] | None = None
+    makers: tuple[frozenset[int], ...] = field(default=(), compare=False, repr=False)
 
     def producers(self, cell: Cell, layers: int) -> Cell | None:
         """The cell that ``cell`` waits for through this dependence, or None at the edge of the grid."""
@@ -68,6 +71,10 @@ class Dependence:
                 return None
         source = Cell(cell.segment - ds, cell.layer - dl)
         return source if source.segment >= 0 and 0 <= source.layer < layers else None
+
+    def makes(self, segment: int, number: int) -> bool:
+        """Whether operation ``number`` of a segment makes the tensor."""
+        return bool(self.makers) and number in self.makers[min(segment, len(self.makers) - 1)]
 
     def __str__(self) -> str:
         ds, dl = self.distance

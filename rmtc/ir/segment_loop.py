@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -127,9 +127,14 @@ class BodyOp:
     name: str = ""
     variable: str = ""
 
+    @property
+    def label(self) -> str:
+        """As that of :class:`Op`."""
+        return target_name(self.target)
+
     def __str__(self) -> str:
         name = f"  # {self.name}" if self.name else ""
-        return f"{target_name(self.target)}({', '.join(show_operand(arg) for arg in self.args)}){name}"
+        return f"{self.label}({', '.join(show_operand(arg) for arg in self.args)}){name}"
 
 
 class Layout(NamedTuple):
@@ -277,6 +282,16 @@ class SegmentLoop:
         run(segments, self.after)
         outputs = {name: resolve(segments, operand) for name, operand in self.outputs.items()}
         return Program(ops, sources, outputs), keys
+
+    def carried(self, keys: Sequence[Key], segments: int) -> list[tuple[Dependence, frozenset[int]]]:
+        """Each dependence, with the operations of the unrolled program that make its tensor.
+
+        Args:
+            keys: the operations, as :meth:`unroll` gives them.
+            segments: number of segments.
+        """
+        inside = [(number, key) for number, key in enumerate(keys) if 0 <= key.segment < segments]
+        return [(each, frozenset(number for number, key in inside if each.makes(*key))) for each in self.dependences]
 
     def __str__(self) -> str:
         lines: list[str] = []

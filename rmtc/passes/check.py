@@ -3,12 +3,14 @@
 It shares no code with folding and proving. It knows only flat programs, and asks two things. Does the unrolled loop
 compute what the trace computes? Every node of the trace that a result needs must have a counterpart with the same
 operation, the same constants and, as operands, the counterparts of its operands; then values are equal by
-congruence. And is every edge of the trace respected: by the claimed dependences, and by the order of the places?
+congruence. And is every edge of the trace respected: by a claimed dependence of its tensor, and by the order of the
+places?
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -58,7 +60,7 @@ def check(
     trace: Program,
     claimed: Program,
     places: Sequence[Place],
-    dependences: Sequence[Dependence],
+    carried: Sequence[tuple[Dependence, Collection[int]]],
     layers: int,
 ) -> Checked:
     """Check an unrolled loop against a trace of the same sizes.
@@ -67,47 +69,43 @@ def check(
         trace: what the user's code did.
         claimed: the unrolled loop.
         places: for each operation of ``claimed``, when it runs.
-        dependences: those that the schedule was proven for.
+        carried: the dependences that the schedule was proven for, each with the operations of ``claimed`` that make
+            its tensor.
         layers: number of layers.
 
     Raises:
         VerifyError: at the first node without a counterpart, the first edge that runs backwards in time, the first
-            edge between cells that no dependence covers.
+            edge between cells that no dependence covers: none between these cells is of the tensor that the edge is.
     """
     counterpart = _correspond(trace, claimed)
-    # The edges of the trace, between counterparts; and those of the loop, where a value made twice has two places.
-    edges = [
-        (counterpart[operand], counterpart[node], trace.ops[node])
-        for node in counterpart
-        for operand in _values(trace.ops[node].args)
-    ]
-    own = [
-        (operand, number, claimed.ops[number]) for number in _needed(claimed) for operand in _values_of(claimed, number)
-    ]
     dependent = _dependent_prologues(claimed, places)
-    crossing = 0
-    covered: dict[tuple[Cell, Cell], bool] = {}
-    for count, (producer, consumer, op) in enumerate([*edges, *own]):
-        earlier, later = places[producer], places[consumer]
-        if producer != consumer and not _precedes(earlier, later):
-            raise VerifyError(
-                f"{_node(claimed, consumer)} at {_when(later)} needs {_node(claimed, producer)}, which runs at "
-                f"{_when(earlier)}",
-                location=op.location,
-            )
-        pair = _cells(earlier, later, producer in dependent, layers)
-        if pair is None:
-            continue
-        crossing += count < len(edges)
-        if pair not in covered:
-            covered[pair] = any(each.producers(pair[1], layers) == pair[0] for each in dependences)
-        if not covered[pair]:
-            raise VerifyError(
-                f"cell {pair[1]} reads what cell {pair[0]} makes ({_node(claimed, producer)}), and no dependence "
-                "says so",
-                location=op.location,
-            )
-    return Checked(len(counterpart), len(edges), crossing, counterpart)
+    covered: dict[tuple[Cell, Cell], set[int]] = {}
+    crossing: Counter[int] = Counter()
+    # Every edge of the trace is one of these, at the same operand of its node's counterpart.
+    for consumer in _needed(claimed):
+        for producer in _values_of(claimed, consumer):
+            earlier, later, location = places[producer], places[consumer], claimed.ops[consumer].location
+            if not _precedes(earlier, later):
+                raise VerifyError(
+                    f"{_node(claimed, consumer)} at {_when(later)} needs {_node(claimed, producer)}, which runs at "
+                    f"{_when(earlier)}",
+                    location=location,
+                )
+            pair = _cells(earlier, later, producer in dependent, layers)
+            if pair is None:
+                continue
+            crossing[consumer] += 1
+            if pair not in covered:
+                between = [makers for each, makers in carried if each.producers(pair[1], layers) == pair[0]]
+                covered[pair] = set().union(*between)
+            if producer not in covered[pair]:
+                raise VerifyError(
+                    f"cell {pair[1]} reads what cell {pair[0]} makes ({_node(claimed, producer)}), and no dependence "
+                    "says so",
+                    location=location,
+                )
+    edges = sum(len(_values_of(trace, node)) for node in counterpart)
+    return Checked(len(counterpart), edges, sum(crossing[image] for image in counterpart.values()), counterpart)
 
 
 def _needed(program: Program) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-__all__ = ["choose_cut", "divide", "common_prefix", "common_subsequence", "common_suffix"]
+__all__ = ["choose_cut", "divide", "common_prefix", "common_subsequence", "common_suffix", "prefix_within"]
 
 
 def common_prefix(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
@@ -20,6 +20,15 @@ def common_prefix(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
 def common_suffix(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
     """How many items two sequences share at the end."""
     return common_prefix(first[::-1], second[::-1])
+
+
+def prefix_within(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> int:
+    """How many items from the start are in a pattern, in its order and perhaps with others between."""
+    count = at = 0
+    while count < len(items) and items[count] in pattern[at:]:
+        at += pattern[at:].index(items[count]) + 1
+        count += 1
+    return count
 
 
 def choose_cut(

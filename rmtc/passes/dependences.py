@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import networkx as nx
 
 from rmtc.ir.program import Op, Val, leaves
 from rmtc.ir.schedule import Cell, Dependence, Extent, L, layer_symbol
-from rmtc.ir.segment_loop import SegmentLoop
+from rmtc.ir.segment_loop import BodyOp, Key, Row, SegmentLoop
 from rmtc.passes.streams import Family, template
 
 __all__ = ["cell_graph", "find_dependences", "operation_graph"]
@@ -31,40 +31,46 @@ def operation_graph(loop: SegmentLoop, segments: int) -> nx.DiGraph:
     return graph
 
 
-@dataclass
-class _Crossing:
-    producer: int
+class _Edge(NamedTuple):
+    """An operation that reads what another cell makes; the least of several shows best what is meant."""
+
+    first: bool  # made in a segment that may differ from the steady ones
     consumer: int
-    pairs: set[tuple[int, int]] = field(default_factory=set)
+    producer: int
 
 
 def find_dependences(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
     """Add to a loop the dependences between its cells.
 
     Needs: a loop with layouts.
-    Gives: one dependence for each tensor and distance, with the places that make and read it. A prologue that reads
-    cells counts as part of layer 0, an epilogue that later cells read as part of the last layer; what a prologue
-    makes from the text alone, and what epilogues hand on to each other, is no dependence between cells.
+    Gives: one dependence for each tensor and distance, with the operations that make it, and the places that make and
+    read it. A prologue that reads cells counts as part of layer 0, an epilogue that later cells read as part of the
+    last layer; what a prologue makes from the text alone, and what epilogues hand on to each other, is no dependence
+    between cells.
 
         s1.l0.%9 -> s2.l0.%4, s1.l1.%9 -> s2.l1.%4, ...   ->   (1, 0) layers.{l}.A
     """
-    segments = len(loop.rows) + 2
-    graph = operation_graph(loop, segments)
-    crossings: dict[tuple[int, str], _Crossing] = {}
-    edges = sorted(_crossing_edges(graph, loop.layers), key=lambda edge: -edge[1].segment)  # the steady ones first
-    known: set[tuple[int, int, int]] = set()
-    for producer, consumer, made, read in edges:
-        op, ds = graph.nodes[made]["op"], consumer.segment - producer.segment
-        between = ds, producer.layer, consumer.layer
-        if consumer.segment <= len(loop.rows) and between in known and not op.name:
-            continue  # a first segment's value of a tensor that a steady one knows by name
-        known.add(between)
-        found = crossings.setdefault((ds, _tensor_name(op, producer.layer, family)), _Crossing(made, read))
-        found.pairs.add((producer.layer, consumer.layer))
+    rows = len(loop.rows)
+    graph = operation_graph(loop, rows + _furthest_back(loop) + 1)  # so that a steady segment is read, too
+    keys: dict[int, Key] = dict(graph.nodes(data="key"))
+    steady = _steady_numbers(loop)
+    tensors: dict[tuple[int, str], dict[tuple[int, int], list[_Edge]]] = {}
+    for source, target, producer, consumer in _crossing_edges(graph, loop.layers):
+        segment, number = keys[producer]
+        same = steady.get((min(segment, rows), number))
+        op = graph.nodes[producer]["op"] if same is None else loop.steady[same]
+        pairs = tensors.setdefault((target.segment - source.segment, _tensor_name(op, source.layer, family)), {})
+        pairs.setdefault((source.layer, target.layer), []).append(_Edge(segment < rows, consumer, producer))
     dependences: list[Dependence] = []
-    for (ds, name), found in crossings.items():
-        made, read = graph.nodes[found.producer], graph.nodes[found.consumer]
-        for distance, layers in _distances(ds, found.pairs, loop.layers):
+    for (ds, name), pairs in tensors.items():
+        for distance, layers, covered in _distances(ds, set(pairs), loop.layers):
+            edges = [edge for pair in covered for edge in pairs[pair]]
+            shown = min(edges)
+            made, read = graph.nodes[shown.producer], graph.nodes[shown.consumer]
+            makers: list[set[int]] = [set() for _ in range(rows + 1)]
+            for edge in edges:
+                segment, number = keys[edge.producer]
+                makers[min(segment, rows)].add(number)
             dependences.append(
                 Dependence(
                     distance,
@@ -74,10 +80,35 @@ def find_dependences(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
                     made["op"].location,
                     read["op"].location,
                     layers,
+                    tuple(map(frozenset, makers)),
                 )
             )
     dependences.sort(key=lambda each: (str(each.distance[0]), str(each.distance[1]), each.tensor))
     return replace(loop, dependences=tuple(dependences))
+
+
+def _furthest_back(loop: SegmentLoop) -> int:
+    """How many segments back a segment reads at most."""
+    operands = (leaf for row in (*loop.rows, loop.steady) for op in row for leaf in leaves(op.args))
+    return max((leaf.back for leaf in operands if type(leaf) is Row), default=0)
+
+
+def _steady_numbers(loop: SegmentLoop) -> dict[tuple[int, int], int]:
+    """For (row, number) of operations: the number of that which makes the same tensor in a steady segment.
+
+    In a segment that runs what the steady ones run it is the same number; in another, that of what such a segment
+    reads in its place.
+    """
+    kinds = [op.target for op in loop.steady]
+    last = len(loop.rows)
+    alike = [s for s in range(last + _furthest_back(loop) + 1) if [op.target for op in loop.row(s)] == kinds]
+    numbers = {(min(s, last), number): number for s in alike for number in range(len(kinds))}
+    for s in alike:
+        for op, steady in zip(loop.row(s), loop.steady, strict=True):
+            for operand, same in zip(leaves(op.args), leaves(steady.args), strict=False):
+                if type(operand) is Row and type(same) is Row and operand.back == same.back:
+                    numbers.setdefault((min(s - operand.back, last), operand.number), same.number)
+    return numbers
 
 
 def cell_graph(loop: SegmentLoop, segments: int) -> nx.DiGraph:
@@ -117,11 +148,14 @@ def _crossing_edges(graph: nx.DiGraph, layers: int) -> Iterable[tuple[Cell, Cell
 
 def _distances(
     ds: int, pairs: set[tuple[int, int]], layers: int
-) -> list[tuple[tuple[Extent, Extent], tuple[Extent, Extent] | None]]:
-    """The distances of (producer's layer, consumer's layer) pairs, with the consumers' range where it is partial."""
+) -> list[tuple[tuple[Extent, Extent], tuple[Extent, Extent] | None, set[tuple[int, int]]]]:
+    """The distances of (producer's layer, consumer's layer) pairs, with the consumers' range where it is partial.
+
+    Each distance comes with its pairs.
+    """
     top = layers - 1
     if pairs == {(top, 0)} and top > 0 and ds > 0:
-        return [((ds, 1 - L), (0, 0))]
+        return [((ds, 1 - L), (0, 0), pairs)]
     offsets = {consumer - producer for producer, consumer in pairs}
     consumers = sorted(consumer for _, consumer in pairs)
     if len(offsets) == 1:
@@ -129,21 +163,21 @@ def _distances(
         full = len(pairs) == layers - abs(offset)
         contiguous = consumers == list(range(consumers[0], consumers[-1] + 1))
         if full:
-            return [((ds, offset), None)]
+            return [((ds, offset), None, pairs)]
         if contiguous:
-            return [((ds, offset), (consumers[0], consumers[-1]))]
+            return [((ds, offset), (consumers[0], consumers[-1]), pairs)]
     producers = {producer for producer, _ in pairs}
     if len(producers) == 1 and consumers == list(range(consumers[0], consumers[-1] + 1)):
         producer = producers.pop()
         dl = layer_symbol - (L - 1) if producer == top and top > 0 else layer_symbol - producer
-        return [((ds, dl), (consumers[0], L - 1 if consumers[-1] == top else consumers[-1]))]
-    by_offset: dict[int, list[int]] = {}
-    for producer, consumer in sorted(pairs):
-        by_offset.setdefault(consumer - producer, []).append(consumer)
-    return [((ds, offset), (layer, layer)) for offset, found in by_offset.items() for layer in sorted(found)]
+        return [((ds, dl), (consumers[0], L - 1 if consumers[-1] == top else consumers[-1]), pairs)]
+    return [
+        ((ds, consumer - producer), (consumer, consumer), {(producer, consumer)})
+        for producer, consumer in sorted(pairs)
+    ]
 
 
-def _tensor_name(op: Op, layer: int, family: Family | None) -> str:
+def _tensor_name(op: Op | BodyOp, layer: int, family: Family | None) -> str:
     """The name of a tensor with ``{l}`` for the layer, as in ``memories[{l}]``."""
     if op.name and not op.name.startswith(("output", "write:")):
         name = template(family, op.name)

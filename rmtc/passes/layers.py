@@ -11,7 +11,7 @@ from rmtc.errors import CaptureError
 from rmtc.ir.program import Src, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import BodyOp, Every, Layout, Outer, Row, SegmentLoop, Where
 from rmtc.passes.classes import Namer
-from rmtc.passes.cuts import common_prefix, common_subsequence, common_suffix, divide
+from rmtc.passes.cuts import common_subsequence, common_suffix, divide, prefix_within
 from rmtc.passes.streams import Family, template
 
 __all__ = ["fold_layers"]
@@ -130,9 +130,11 @@ def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> 
                 reach[leaf.number] = i
     templates = [tuple(sorted({family.template(name) for name in each})) for each in names]
     tokens = [(op.target, len(op.args), templates[i]) for i, op in enumerate(row)]
-    starts, head, tail = divide(tokens, first, last, reach, {})
+    starts, head, _ = divide(tokens, first, last, reach, {})
     begin = first[0] - common_suffix(tokens[: first[0]], head)
-    end = last[-1] + 1 + common_prefix(tokens[last[-1] + 1 :], tail)
+    # The last layer ends as another does, though it may leave out what it has no part in.
+    tails = [tokens[at + 1 : start] for at, start in zip(last, starts, strict=False)]
+    end = last[-1] + 1 + max((prefix_within(tokens[last[-1] + 1 :], tail) for tail in tails), default=0)
     bounds = [begin, *starts, end]
     return Layout((0, begin), tuple(itertools.pairwise(bounds)), (end, len(row)))
 

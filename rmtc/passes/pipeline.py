@@ -162,7 +162,8 @@ def check_against(proven: Proven, program: Program, segments: int, batch: int, t
     loop = proven.loop
     schedule = proven.schedule or Schedule(L, 1, loop.layers, segments)  # refused: the sequential order
     claimed, keys = loop.unroll(segments, batch, tail)
-    checked = check(program, claimed, places(loop, keys, segments, schedule), loop.dependences, loop.layers)
+    at, carried = places(loop, keys, segments, schedule), loop.carried(keys, segments)
+    checked = check(program, claimed, at, carried, loop.layers)
     shapes = {keys[image]: program.ops[node] for node, image in checked.counterpart.items()}
     full = segments if tail == loop.segment_length else segments - 1
     for key, op in shapes.items():
