@@ -300,6 +300,12 @@ def loop_over_segments(layers: Sequence[nn.Module], segments: list[Tensor]) -> T
     return torch.cat([_segment(layers, piece, memories) for piece in segments], dim=1)
 
 
+def a_result_a_segment(layers: Sequence[nn.Module], hidden: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """What the segments make stays in a list, as long as there are segments."""
+    memories = [hidden.new_zeros(hidden.shape[0], WIDTH) for _ in layers]
+    return [_segment(layers, piece, memories) for piece in hidden.split(SEGMENT, dim=1)], memories
+
+
 class Loop(Stack):
     """A memory (B, D) for each layer; subclasses do something more in a segment."""
 
@@ -529,6 +535,7 @@ LOOPS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
     "stacked weights": lambda: (stacked, (text(), stacked_weights())),
     "stacked weights in a closure": lambda: (stacked_closure(), (text(),)),
     "list of segments": lambda: (loop_over_segments, (_modules(), list(text().split(SEGMENT, dim=1)))),
+    "a result a segment": lambda: (a_result_a_segment, (_modules(), text())),
 }
 """Calls that are loops over segments, by what is special about them."""
 

@@ -50,6 +50,7 @@ EXPECTED: dict[str, tuple[set[tuple[Any, Any]], Any]] = {
     "stacked weights": (MEMORY, DIAGONAL),
     "stacked weights in a closure": (MEMORY, DIAGONAL),
     "list of segments": (MEMORY, DIAGONAL),
+    "a result a segment": (MEMORY, DIAGONAL),
 }
 SLOW = {"mixed precision"}
 
@@ -151,6 +152,7 @@ CLASSES = {
     "loop in a partial": 1,
     "stacked weights": 1,
     "stacked weights in a closure": 1,
+    "a result a segment": 1,
 }
 
 
@@ -192,6 +194,25 @@ def test_the_cycle_of_the_classic_rmt(explained: Explain) -> None:
     assert [each.distance for each in answer.cycle] == [(0, 1)] * (LAYERS - 1) + [(1, 1 - L)]
     assert at(answer.location) == ("models.py", line_of("memory leaves"))
     assert at(answer.cycle[-1].consumer_location) == ("models.py", line_of("memory enters"))
+
+
+@pytest.mark.parametrize(
+    ("results", "why"),
+    [
+        (lambda pieces: pieces[1:], "output[2] follows no pattern: a list grows, but not by one value of each segment"),
+        (lambda pieces: pieces[::-1], "a list grows, but not by one value of each segment"),
+        (lambda pieces: {f"{number:02}": piece for number, piece in enumerate(pieces)}, "output['03'] follows no"),
+    ],
+    ids=["but the first", "backwards", "padded names"],
+)
+def test_results_that_are_no_list_with_one_item_a_segment(results: Callable[[list[Tensor]], Any], why: str) -> None:
+    def function(layers: list[nn.Module], hidden: Tensor) -> Any:
+        return results(models.a_result_a_segment(layers, hidden)[0])
+
+    answer = rmtc.explain(function)([nn.Linear(models.WIDTH, models.WIDTH) for _ in range(LAYERS)], text())
+    assert answer.schedule is None
+    assert answer.reason is not None and why in answer.reason
+    assert answer.remedy is not None and "one item a segment" in answer.remedy
 
 
 # What runs is what is said: a cell is disturbed, and the cells that change are those that wait for it.
@@ -381,6 +402,7 @@ def test_a_refused_call_still_tells_what_is_known(explained: Explain) -> None:
     assert (answer.segments, answer.segment_length) == (SEGMENTS, SEGMENT)
     assert answer.growing == (f"hidden (2, {SEGMENTS * SEGMENT}, {models.WIDTH}): dimension 1",)
     assert answer.schedule is None and answer.certificate is None and answer.reason is not None
+    assert "history[3]" in answer.reason and "grows with the number of segments" in answer.reason
     assert answer.reason.split()[0] in str(answer)
 
 
