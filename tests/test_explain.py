@@ -51,6 +51,7 @@ EXPECTED: dict[str, tuple[set[tuple[Any, Any]], Any]] = {
     "stacked weights in a closure": (MEMORY, DIAGONAL),
     "list of segments": (MEMORY, DIAGONAL),
     "a result a segment": (MEMORY, DIAGONAL),
+    "first segment alone": (MEMORY, DIAGONAL),
 }
 SLOW = {"mixed precision"}
 

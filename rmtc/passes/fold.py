@@ -58,10 +58,10 @@ def fold_segments(short: Run, long: Run, sources: dict[str, Source], steady_from
 def _drop_unused(short: Run, long: Run) -> tuple[Run, Run]:
     """Drop what no segment but perhaps the last needs: views that were made anew after a write and never read.
 
-    What the last segment does not need, but the others do, stays.
+    What the last segment does not need, but the others do, stays, and so does what it is made of. Segments of which no
+    result needs anything stay as they are.
     """
     runs = (short, long)
-    live = [run.live() for run in runs]
     groups: dict[int, list[tuple[int, int]]] = {}  # rows that run the same operations, by the first of them
     firsts: list[list[Any]] = []
     for number, run in enumerate(runs):
@@ -71,17 +71,30 @@ def _drop_unused(short: Run, long: Run) -> tuple[Run, Run]:
             if found == len(firsts):
                 firsts.append(tokens)
             groups.setdefault(found, []).append((number, s))
-    dropped: list[set[int]] = [set(), set()]
+    alike = {member: members for members in groups.values() for member in members}
+    needed: tuple[set[int], set[int]] = (set(), set())
+
+    def need(work: list[tuple[int, int]]) -> None:
+        while work:
+            number, i = work.pop()
+            if i in needed[number]:
+                continue
+            needed[number].add(i)
+            run = runs[number]
+            work += [(number, leaf.number) for leaf in leaves(run.ops[i].args) if type(leaf) is Val]
+            s, k = run.place(Val(i))
+            work += [(other, runs[other].starts[t] + k) for other, t in alike.get((number, s), ())]
+
+    need([(number, i) for number, run in enumerate(runs) for i in run.results()])
+    for members in groups.values():
+        if not any(i in needed[number] for number, s in members for i in runs[number].numbers(s)):
+            need([(number, i) for number, s in members for i in runs[number].numbers(s)])
+    dropped = [set(range(len(run.ops))) - needed[number] for number, run in enumerate(runs)]
     for members in groups.values():
         if all(s == runs[number].segments - 1 for number, s in members):
-            continue
-        for k in range(len(runs[members[0][0]].row(members[0][1]))):
-            if not any(live[number][runs[number].starts[s] + k] for number, s in members):
-                for number, s in members:
-                    dropped[number].add(runs[number].starts[s] + k)
+            for number, s in members:
+                dropped[number].difference_update(runs[number].numbers(s))
     for number, run in enumerate(runs):
-        outside = [*range(run.starts[0]), *range(run.starts[-1], len(run.ops))]
-        dropped[number].update(i for i in outside if not live[number][i])
         for i, op in enumerate(run.ops):  # and what only they led to
             if any(type(leaf) is Val and leaf.number in dropped[number] for leaf in leaves(op.args)):
                 dropped[number].add(i)

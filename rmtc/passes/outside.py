@@ -73,7 +73,7 @@ def _outer_operand(short: Run, long: Run, first: Any, second: Any, explicit: int
             if short.segments - s == long.segments - t:
                 return Where(s - short.segments, _indices(short, i, explicit))
             if s == t and s < explicit:
-                return Where(s, _indices(short, i, explicit))
+                return Where(s, (i,) * (explicit + 1))
         raise RefusedError(
             f"a result after the loop comes from segment {s} of {short.segments} and from segment {t} of "
             f"{long.segments}",

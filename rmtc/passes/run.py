@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rmtc.ir.program import Op, Src, Val, leaves, show, target_name
+from rmtc.ir.program import Op, Src, Val, show, target_name
 from rmtc.ir.segment_loop import Environment
 from rmtc.passes.segments import Segmented, reorder
 
@@ -38,16 +38,9 @@ class Run:
         for i in range(self.starts[-1], len(self.ops)):
             self._segment[i] = self.segments
 
-    def live(self) -> list[bool]:
-        """For each operation, whether a result needs it."""
-        live = [False] * len(self.ops)
-        work = [value.number for value in self.segmented.program.outputs.values() if type(value) is Val]
-        while work:
-            index = work.pop()
-            if not live[index]:
-                live[index] = True
-                work += [leaf.number for leaf in leaves(self.ops[index].args) if type(leaf) is Val]
-        return live
+    def results(self) -> list[int]:
+        """The operations that make the results."""
+        return [value.number for value in self.segmented.program.outputs.values() if type(value) is Val]
 
     def without(self, dropped: set[int]) -> Run:
         """The run without some operations that nothing else uses."""
@@ -73,6 +66,10 @@ class Run:
 
     def row(self, segment: int) -> list[Op]:
         return self.ops[self.starts[segment] : self.starts[segment + 1]]
+
+    def numbers(self, segment: int) -> range:
+        """The operations of a segment, by number."""
+        return range(self.starts[segment], self.starts[segment + 1])
 
     @property
     def before(self) -> list[Op]:
