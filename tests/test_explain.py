@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import rmtc
 from rmtc import Cell, Explanation, Group, Step
-from rmtc.errors import Location
+from rmtc.api import dump
+from rmtc.errors import Location, RefusedError, RmtcError
 from rmtc.examples import armt_gpt2, armt_llama, associative, rmt_llama
 from rmtc.ir.schedule import L, S, distances
 
@@ -413,6 +414,38 @@ def test_the_answer_does_not_depend_on_how_long_the_call_is(explained: Explain) 
     assert short.schedule is not None and long.schedule is not None
     assert short.schedule.makespan == long.schedule.makespan
     assert (short.schedule.segments, long.schedule.segments) == (SEGMENTS, 40)
+
+
+class TenthSegmentApart(models.Loop):
+    """Branches on the segment's number, where no short call sees it."""
+
+    def step(self, number: int, piece: Tensor) -> Tensor:
+        return piece * 2 if number == 9 else piece
+
+
+def test_another_number_of_segments_than_the_call_s() -> None:
+    assert rmtc.explain(TenthSegmentApart(), segments=8)(text()).schedule is not None
+    answer = rmtc.explain(TenthSegmentApart(), segments=12)(text())
+    assert answer.schedule is None and answer.segments == SEGMENTS
+    assert answer.reason is not None and answer.reason.startswith("a call of 12 segments: segment 10 does not follow")
+    assert answer.location is not None and answer.location.function == "step"
+    certificate = rmtc.explain(models.Associative(), segments=9)(text()).certificate
+    assert certificate is not None
+    assert any(f"for {SEGMENTS} and 9 segments the Python" in line for line in certificate.assumptions)
+
+
+def test_what_cannot_be_called_is_told_at_once() -> None:
+    with pytest.raises(TypeError, match="takes a module or a function, not something of type int"):
+        rmtc.explain(3)  # type: ignore[arg-type]
+
+
+def test_what_a_refused_call_got_past_can_be_dumped() -> None:
+    failures: list[RmtcError] = []
+    dumped = functools.partial(dump, models.GrowingList(), (text(),), {}, on_failure=failures.append)
+    assert "return state:history[3]" in dumped("find-segments")
+    assert len(failures) == 1 and isinstance(failures[0], RefusedError)
+    with pytest.raises(RefusedError, match="grows with the number of segments"):
+        dumped("prove")
 
 
 def test_a_call_with_named_arguments(explained: Explain) -> None:
