@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rmtc.analysis import Analysis, analyze
-from rmtc.errors import RefusedError
+from rmtc.errors import CaptureError, RefusedError, RmtcError
 from rmtc.ir.explanation import Explanation
 from rmtc.ir.schedule import Dependence
 from rmtc.passes.pipeline import passes
@@ -17,11 +17,13 @@ from rmtc.passes.summary import class_summaries
 
 __all__ = ["dump", "explain"]
 
-Watch = Callable[[str, str], None]
-
 
 def explain(
-    function: Callable[..., Any], *, layers: str | None = None, segment_length: int | None = None
+    function: Callable[..., Any],
+    *,
+    layers: str | None = None,
+    segment_length: int | None = None,
+    segments: int | None = None,
 ) -> Callable[..., Explanation]:
     """Find the segment loop of a model or function, its dependences, and prove a schedule.
 
@@ -32,12 +34,15 @@ def explain(
         layers: the name of the list of layers as ``named_parameters`` spells it, ``"model.layers"``, where it is not
             found.
         segment_length: positions of a segment, where it is not found.
+        segments: another number of segments than the call's, for which the answer is to hold too: the loop's Python is
+            run for so many, some 15 ms each.
 
     Returns:
         A callable that takes the arguments of one call of ``function`` and returns an :class:`Explanation`. A
         refusal is an explanation too: its ``schedule`` is None and its ``reason`` says why.
 
     Raises:
+        TypeError: if ``function`` cannot be called.
         CaptureError: (from the call) if the call is no loop over segments, or its code cannot be traced.
         VerifyError: (from the call) if rmtc's own result fails its check.
 
@@ -45,8 +50,11 @@ def explain(
         >>> print(rmtc.explain(model)(input_ids))
     """
 
+    if not callable(function):
+        raise TypeError(f"rmtc.explain takes a module or a function, not something of type {type(function).__name__}")
+
     def call(*args: Any, **kwargs: Any) -> Explanation:
-        return _explanation(function, args, kwargs, layers, segment_length)
+        return _explanation(function, args, kwargs, layers, segment_length, segments)
 
     return call
 
@@ -59,16 +67,19 @@ def dump(
     *,
     layers: str | None = None,
     segment_length: int | None = None,
+    on_failure: Callable[[RmtcError], None] | None = None,
 ) -> str:
-    """The IR after a pass, as text.
+    """The IR after a pass, as text; where several attempts were needed, after each of them.
 
     Args:
         function, args, kwargs: a call.
         after: the name of a pass.
         layers, segment_length: as in :func:`explain`.
+        on_failure: told why the call is refused or cannot be captured, if it still got past the pass.
 
     Raises:
         ValueError: if there is no such pass.
+        RefusedError, CaptureError: if the call does not get past the pass.
     """
     names = [each.name for each in passes()]
     if after not in names:
@@ -79,7 +90,13 @@ def dump(
         if name == after:
             texts.append(text)
 
-    _explanation(function, args, kwargs, layers, segment_length, watch)
+    try:
+        analyze(function, args, kwargs, layers=layers, segment_length=segment_length, watch=watch)
+    except (RefusedError, CaptureError) as error:
+        if not texts:
+            raise
+        if on_failure is not None:
+            on_failure(error)
     return "\n".join(texts)
 
 
@@ -89,13 +106,13 @@ def _explanation(
     kwargs: dict[str, Any],
     layers: str | None,
     segment_length: int | None,
-    watch: Watch | None = None,
+    segments: int | None,
 ) -> Explanation:
     opened: list[Analysis] = []
     try:
-        analysis = analyze(
-            function, args, kwargs, layers=layers, segment_length=segment_length, watch=watch, on_open=opened.append
-        )
+        analysis = analyze(function, args, kwargs, layers=layers, segment_length=segment_length, on_open=opened.append)
+        if segments is not None and segments > 1 and analysis.proven is not None and analysis.proven.schedule:
+            _admit(analysis, segments)
     except RefusedError as refusal:
         return replace(
             _blank(function, opened[0] if opened else None),
@@ -105,6 +122,15 @@ def _explanation(
             cycle=tuple(each for each in refusal.cycle if isinstance(each, Dependence)),
         )
     return _answer(_blank(function, analysis), analysis)
+
+
+def _admit(analysis: Analysis, segments: int) -> None:
+    try:
+        analysis.admit(analysis.capture.plan.sizes._replace(segments=segments))
+    except RefusedError as refusal:
+        raise RefusedError(
+            f"a call of {segments} segments: {refusal.reason}", location=refusal.location, remedy=refusal.remedy
+        ) from refusal
 
 
 def _blank(function: Callable[..., Any], analysis: Analysis | None) -> Explanation:
@@ -171,13 +197,14 @@ def _assumptions(analysis: Analysis, fixed: dict[str, int]) -> tuple[str, ...]:
     devices = sorted({str(each.device) for each in tensors})
     training = getattr(session.function, "training", None)
     mode = "" if training is None else ", training mode" if training else ", eval mode"
-    lengths = ", ".join(str(sizes.segments) for sizes in sorted(analysis.runs))
+    lengths = ", ".join(str(number) for number in sorted({sizes.segments for sizes in analysis.runs}))
+    admitted = " and ".join(str(number) for number in sorted({sizes.segments for sizes in analysis.admitted}))
+    replayed = f", and for {admitted} segments the Python of the loop was run without computing anything"
     lines = [
         "the code's Python depends on nothing but its arguments' sizes and the attributes, globals and closures that "
         "it uses by name",
         f"every later segment runs what the third does: runs of {lengths} segments were compared operation by "
-        "operation, and for the number of segments of this call the Python of the loop was run without computing "
-        "anything",
+        f"operation{replayed if admitted else ''}",
         "operations are ATen operators: equal operators on equal values give equal results, and random numbers "
         "(dropout) are not drawn",
         f"as in this call: {', '.join(floats) or 'no floats'}, {', '.join(devices)}{mode}, grad mode "

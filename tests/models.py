@@ -317,6 +317,19 @@ def loop_over_segments(layers: Sequence[nn.Module], segments: list[Tensor]) -> T
     return torch.cat([_segment(layers, piece, memories) for piece in segments], dim=1)
 
 
+def a_result_a_segment(layers: Sequence[nn.Module], hidden: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """What the segments make stays in a list, as long as there are segments."""
+    memories = [hidden.new_zeros(hidden.shape[0], WIDTH) for _ in layers]
+    return [_segment(layers, piece, memories) for piece in hidden.split(SEGMENT, dim=1)], memories
+
+
+def first_segment_alone(layers: Sequence[nn.Module], segments: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Runs every segment, and hands back what the first one makes."""
+    memories = [segments[0].new_zeros(segments[0].shape[0], WIDTH) for _ in layers]
+    pieces = [_segment(layers, piece, memories) for piece in segments]
+    return pieces[0], pieces[0].sum(1)
+
+
 class Loop(Stack):
     """A memory (B, D) for each layer; subclasses do something more in a segment."""
 
@@ -546,6 +559,8 @@ LOOPS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
     "stacked weights": lambda: (stacked, (text(), stacked_weights())),
     "stacked weights in a closure": lambda: (stacked_closure(), (text(),)),
     "list of segments": lambda: (loop_over_segments, (_modules(), list(text().split(SEGMENT, dim=1)))),
+    "a result a segment": lambda: (a_result_a_segment, (_modules(), text())),
+    "first segment alone": lambda: (first_segment_alone, (_modules(), list(text().split(SEGMENT, dim=1)))),
 }
 """Calls that are loops over segments, by what is special about them."""
 

@@ -88,9 +88,19 @@ class Api:
 
         return call
 
-    def dump(self, fn: Callable[..., object], args: object, kwargs: object, after: str, **hints: object) -> str:
+    def dump(
+        self,
+        fn: Callable[..., object],
+        args: object,
+        kwargs: object,
+        after: str,
+        on_failure: Callable[[RmtcError], None],
+        **hints: object,
+    ) -> str:
         self.hints = hints
         self.args = (args, kwargs)
+        if isinstance(self.answer, RmtcError):
+            on_failure(self.answer)
         return f"graph after {after}"
 
 
@@ -133,7 +143,7 @@ def test_explain_prints_the_explanation_and_nothing_else_to_stdout(api: Api, mod
     assert "noise" in result.err
     assert api.args == (3, 8, "x")
     assert api.kwargs == {"flag": True}
-    assert api.hints == {"layers": None, "segment_length": None}
+    assert api.hints == {"layers": None, "segment_length": None, "segments": None}
 
 
 def test_schedule_prints_the_schedule_of_the_call_or_of_n_segments(api: Api) -> None:
@@ -141,6 +151,17 @@ def test_schedule_prints_the_schedule_of_the_call_or_of_n_segments(api: Api) -> 
     assert schedule is not None
     assert rmtc("schedule", "user_models.py:build").out == f"{schedule}\n"
     assert rmtc("schedule", "user_models.py:build", "--segments", "9").out == f"{schedule_text(schedule, 9)}\n"
+    assert api.hints["segments"] == 9
+
+
+def test_a_schedule_for_more_segments_than_are_replayed_says_so(api: Api) -> None:
+    result = rmtc("schedule", "user_models.py:build", "--segments", "513", "--format", "csv")
+    assert result.code == 0 and "\n514,epilogue,E0,512,3\n" in f"\n{result.out}"
+    assert "the loop's Python was run for 512 segments, not for 513" in result.err
+    assert api.hints["segments"] == 512
+    api.answer = armt(600, 3)
+    assert "was run for" not in rmtc("schedule", "user_models.py:build", "--segments", "513").err
+    assert "was run for" not in rmtc("schedule", "user_models.py:build", "--segments", "512").err
 
 
 @pytest.mark.parametrize(
@@ -166,7 +187,7 @@ def test_json_of_both_commands(api: Api) -> None:
 
 def test_hints_are_passed_on(api: Api) -> None:
     assert rmtc("explain", "user_models.py:build", "--layers", "model.layers", "--segment-length", "64").code == 0
-    assert api.hints == {"layers": "model.layers", "segment_length": 64}
+    assert api.hints == {"layers": "model.layers", "segment_length": 64, "segments": None}
 
 
 @pytest.mark.parametrize(
@@ -281,12 +302,15 @@ def test_a_refusal_is_an_answer_unless_strict(api: Api, command: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["csv", "dot", "mermaid"])
-def test_a_refusal_has_no_cells_to_write(api: Api, form: str) -> None:
+def test_a_refusal_has_no_cells_to_write(api: Api, tmp_path: Path, form: str) -> None:
     api.answer = rmt(5, 3)
     result = rmtc("schedule", "user_models.py:build", "--format", form)
-    assert result.code == 0
-    assert "s0" not in result.out
-    assert "refused: the memory that the last layer makes" in result.err
+    assert (result.code, result.out) == (0, "")
+    assert refusal_text(api.answer) in result.err
+    assert rmtc("schedule", "user_models.py:build", "--format", form, "--strict").code == 1
+    result = rmtc("schedule", "user_models.py:build", "--format", form, "-o", str(tmp_path / "file"))
+    assert result.code == 0 and not (tmp_path / "file").exists()
+    assert "file was not written" in result.err
 
 
 @pytest.mark.parametrize("command", ["explain", "schedule"])
@@ -350,6 +374,10 @@ def test_dump_and_passes(api: Api) -> None:
     assert rmtc("dump", "user_models.py:build", "--after", "fold").out == "graph after fold\n"
     assert api.args == ((3, 8, "x"), {"flag": True})
     assert api.hints == {"layers": None, "segment_length": None}
+    api.answer = RefusedError("the memory grows", remedy="keep it small")
+    result = rmtc("dump", "user_models.py:build", "--after", "fold")
+    assert (result.code, result.out) == (0, "graph after fold\n")
+    assert result.err.splitlines()[-1].endswith("the memory grows; keep it small")
     dumped = json.loads(rmtc("dump", "user_models.py:build", "--after", "fold", "--json").out)
     assert dumped == {"pass": "fold", "text": "graph after fold"}
 
@@ -358,6 +386,11 @@ def test_version() -> None:
     result = rmtc("--version")
     assert result.code == 0
     assert result.out.startswith("rmtc ")
+
+
+def test_the_layers_of_prologues_and_epilogues_are_said(api: Api) -> None:
+    text = " ".join(rmtc("schedule", "--help").out.split())
+    assert "that of a prologue is -1, that of an epilogue L" in text
 
 
 @pytest.mark.parametrize("command", [[], ["schedule"], ["explain"], ["dump"], ["passes"]])

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import rmtc
 from rmtc import Cell, Explanation, Group, Step
-from rmtc.errors import Location
+from rmtc.api import dump
+from rmtc.errors import Location, RefusedError, RmtcError
 from rmtc.examples import armt_gpt2, armt_llama, associative, rmt_llama
 from rmtc.ir.schedule import L, S, distances
 
@@ -50,6 +51,8 @@ EXPECTED: dict[str, tuple[set[tuple[Any, Any]], Any]] = {
     "stacked weights": (MEMORY, DIAGONAL),
     "stacked weights in a closure": (MEMORY, DIAGONAL),
     "list of segments": (MEMORY, DIAGONAL),
+    "a result a segment": (MEMORY, DIAGONAL),
+    "first segment alone": (MEMORY, DIAGONAL),
 }
 SLOW = {"mixed precision"}
 
@@ -151,6 +154,7 @@ CLASSES = {
     "loop in a partial": 1,
     "stacked weights": 1,
     "stacked weights in a closure": 1,
+    "a result a segment": 1,
 }
 
 
@@ -219,6 +223,25 @@ def test_the_cycle_of_the_classic_rmt(explained: Explain) -> None:
     assert [each.distance for each in answer.cycle] == [(0, 1)] * (LAYERS - 1) + [(1, 1 - L)]
     assert at(answer.location) == ("models.py", line_of("memory leaves"))
     assert at(answer.cycle[-1].consumer_location) == ("models.py", line_of("memory enters"))
+
+
+@pytest.mark.parametrize(
+    ("results", "why"),
+    [
+        (lambda pieces: pieces[1:], "output[2] follows no pattern: a list grows, but not by one value of each segment"),
+        (lambda pieces: pieces[::-1], "a list grows, but not by one value of each segment"),
+        (lambda pieces: {f"{number:02}": piece for number, piece in enumerate(pieces)}, "output['03'] follows no"),
+    ],
+    ids=["but the first", "backwards", "padded names"],
+)
+def test_results_that_are_no_list_with_one_item_a_segment(results: Callable[[list[Tensor]], Any], why: str) -> None:
+    def function(layers: list[nn.Module], hidden: Tensor) -> Any:
+        return results(models.a_result_a_segment(layers, hidden)[0])
+
+    answer = rmtc.explain(function)([nn.Linear(models.WIDTH, models.WIDTH) for _ in range(LAYERS)], text())
+    assert answer.schedule is None
+    assert answer.reason is not None and why in answer.reason
+    assert answer.remedy is not None and "one item a segment" in answer.remedy
 
 
 # What runs is what is said: a cell is disturbed, and the cells that change are those that wait for it.
@@ -408,6 +431,7 @@ def test_a_refused_call_still_tells_what_is_known(explained: Explain) -> None:
     assert (answer.segments, answer.segment_length) == (SEGMENTS, SEGMENT)
     assert answer.growing == (f"hidden (2, {SEGMENTS * SEGMENT}, {models.WIDTH}): dimension 1",)
     assert answer.schedule is None and answer.certificate is None and answer.reason is not None
+    assert "history[3]" in answer.reason and "grows with the number of segments" in answer.reason
     assert answer.reason.split()[0] in str(answer)
 
 
@@ -417,6 +441,38 @@ def test_the_answer_does_not_depend_on_how_long_the_call_is(explained: Explain) 
     assert short.schedule is not None and long.schedule is not None
     assert short.schedule.makespan == long.schedule.makespan
     assert (short.schedule.segments, long.schedule.segments) == (SEGMENTS, 40)
+
+
+class TenthSegmentApart(models.Loop):
+    """Branches on the segment's number, where no short call sees it."""
+
+    def step(self, number: int, piece: Tensor) -> Tensor:
+        return piece * 2 if number == 9 else piece
+
+
+def test_another_number_of_segments_than_the_call_s() -> None:
+    assert rmtc.explain(TenthSegmentApart(), segments=8)(text()).schedule is not None
+    answer = rmtc.explain(TenthSegmentApart(), segments=12)(text())
+    assert answer.schedule is None and answer.segments == SEGMENTS
+    assert answer.reason is not None and answer.reason.startswith("a call of 12 segments: segment 10 does not follow")
+    assert answer.location is not None and answer.location.function == "step"
+    certificate = rmtc.explain(models.Associative(), segments=9)(text()).certificate
+    assert certificate is not None
+    assert any(f"for {SEGMENTS} and 9 segments the Python" in line for line in certificate.assumptions)
+
+
+def test_what_cannot_be_called_is_told_at_once() -> None:
+    with pytest.raises(TypeError, match="takes a module or a function, not something of type int"):
+        rmtc.explain(3)  # type: ignore[arg-type]
+
+
+def test_what_a_refused_call_got_past_can_be_dumped() -> None:
+    failures: list[RmtcError] = []
+    dumped = functools.partial(dump, models.GrowingList(), (text(),), {}, on_failure=failures.append)
+    assert "return state:history[3]" in dumped("find-segments")
+    assert len(failures) == 1 and isinstance(failures[0], RefusedError)
+    with pytest.raises(RefusedError, match="grows with the number of segments"):
+        dumped("prove")
 
 
 def test_a_call_with_named_arguments(explained: Explain) -> None:

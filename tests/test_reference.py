@@ -385,6 +385,34 @@ def test_a_loop_folded_from_a_call_with_a_batch_of_one_holds_for_every_length(mo
         assert error(run(program, by_place(at), model.values(args))[logits], model.eager(args)[logits]) <= TOLERANCE
 
 
+def in_lists(layers: Sequence[nn.Module], segments: list[Tensor]) -> dict[str, Any]:
+    """Results in lists that are as long as there are segments, by themselves and between others."""
+    memory = segments[0].new_zeros(len(segments[0]), WIDTH)
+    pieces, history = [], [memory]
+    for piece in segments:
+        for layer in layers:
+            piece = piece + torch.tanh(layer(piece) + memory[:, None])
+        memory = memory + piece.mean(1)
+        pieces.append({"hidden": piece, "parts": (piece.sum(1), piece.amax(1))})
+        history.append(memory)
+    return {"pieces": pieces, "history": history, "sides": [*history, pieces[0]["hidden"], memory.exp()]}
+
+
+def test_results_in_lists_are_as_many_as_there_are_segments() -> None:
+    layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, dtype=torch.float64) for _ in range(LAYERS))
+
+    def arguments(segments: int, batch: int, tail: int) -> tuple[Any, ...]:
+        return layers, list(random_text(segments, batch, SEGMENT).split(SEGMENT, dim=1))
+
+    model = Model(in_lists, arguments, None, S * L, ())
+    for segments in (1, 2, 3, 7, 12):
+        program, at = model.unroll(segments, 2, 1)
+        args = arguments(segments, 2, SEGMENT)
+        found, expected = run(program, by_place(at), model.values(args)), model.eager(args)
+        assert set(found) == set(expected) and len(found) == 3 * segments + 2 * (segments + 1) + 2
+        assert max(error(found[name], expected[name]) for name in expected if expected[name].any()) <= TOLERANCE
+
+
 # The executor by itself, on programs of a few operations.
 
 SOURCE = {"x": Source("input", ("x",), (2,), torch.float64)}

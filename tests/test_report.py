@@ -110,6 +110,20 @@ def test_dot_has_the_cells_in_their_steps_and_the_edges_of_the_dependences() -> 
     assert text.count("{") == text.count("}")
 
 
+def test_dot_and_mermaid_have_the_prologues_and_epilogues_in_their_steps() -> None:
+    dot, mermaid = schedule_dot(DIAGONAL, 4, (HIDDEN,)), schedule_mermaid(DIAGONAL, 4, (HIDDEN,))
+    for s in range(4):
+        assert f'"s{s}.prologue" [label="s{s}.prologue\\nstep {s}, class P0"]' in dot
+        assert f'"s{s}.epilogue" [label="s{s}.epilogue\\nstep {s + 2}, class E0"]' in dot
+        assert f'"s{s}.prologue" -> "s{s}.l0" [style=dashed]' in dot
+        assert f'"s{s}.l2" -> "s{s}.epilogue" [style=dashed]' in dot
+        assert f"s{s}prologue -.-> s{s}l0\n" in mermaid and f"s{s}l2 -.-> s{s}epilogue\n" in mermaid
+        step = mermaid.split("  end\n")[s]
+        assert f'["step {s}"]' in step and f's{s}prologue["s{s}.prologue P0"]' in step
+    bare = Schedule(1, 1, layers=3, segments=4)
+    assert "prologue" not in schedule_dot(bare, 4) + schedule_mermaid(bare, 4)
+
+
 def test_mermaid_has_the_cells_and_the_edges() -> None:
     text = schedule_mermaid(DIAGONAL, 4, (HIDDEN, MEMORY))
     assert text.startswith("flowchart LR\n")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rmtc.cli.output import FAILED, check_output, emit, note, progress, reporting
+from rmtc.cli.output import FAILED, check_output, emit, note, one_line, progress, reporting
 from rmtc.cli.target import load, parse_settings
 from rmtc.errors import RefusedError, RmtcError
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from rmtc.ir.schedule import Schedule
 
 __all__ = ["app", "main"]
+
+_REPLAYED = 512
+"""Up to so many segments ``schedule --segments`` runs the loop's Python, to see that they do what the call's do."""
 
 app = typer.Typer(
     help="Finds out what in a segment-recurrent model can run in parallel, and proves it.",
@@ -100,10 +103,22 @@ def schedule(
     segments: Annotated[
         int | None,
         typer.Option(
-            "--segments", metavar="N", min=1, help="Number of segments; that of the factory's call by default."
+            "--segments",
+            metavar="N",
+            min=1,
+            help="Number of segments; that of the factory's call by default. The loop's Python is run for so many, "
+            f"up to {_REPLAYED}, without computing anything.",
         ),
     ] = None,
-    form: Annotated[Format | None, typer.Option("--format", help="Form of the result.", show_default="text")] = None,
+    form: Annotated[
+        Format | None,
+        typer.Option(
+            "--format",
+            help="Form of the result. In json and csv the layers are 0 .. L-1, that of a prologue is -1, that of an "
+            "epilogue L; prologue and epilogue are what a segment runs before its first and after its last layer.",
+            show_default="text",
+        ),
+    ] = None,
     settings: Settings = None,
     layers: LayersHint = None,
     segment_length: LengthHint = None,
@@ -118,15 +133,18 @@ def schedule(
             raise UsageError(f"--json and --format {form} ask for different forms")
         form = Format.json if json else form or Format.text
         check_output(output)
-        answer = _explain(model, settings, layers, segment_length, debug)
+        replayed = segments if segments is None else min(segments, _REPLAYED)
+        answer = _explain(model, settings, layers, segment_length, debug, replayed)
         found = None if isinstance(answer, RefusedError) else answer.schedule
         if isinstance(answer, RefusedError) or found is None:
-            emit(_refused(answer, form), output)
-            if form in (Format.csv, Format.dot, Format.mermaid):
-                note(f"refused: {answer.reason}")
+            if form in (Format.csv, Format.dot, Format.mermaid):  # these have no place for it
+                note(_refused(answer, Format.text) + (f"\n{output} was not written" if output else ""))
+            else:
+                emit(_refused(answer, form), output)
             raise typer.Exit(FAILED if strict else 0)
-        if segments is not None and segments > answer.segments:
-            note(f"the code was seen for the call's {answer.segments} segments, not for {segments}")
+        seen = max(answer.segments, _REPLAYED)
+        if segments is not None and segments > seen:
+            note(f"the loop's Python was run for {seen} segments, not for {segments}: more may run otherwise")
         emit(_written(answer, found, segments or answer.segments, form), output)
 
 
@@ -178,7 +196,13 @@ def dump(
                 raise UsageError(f"there is no pass {after!r}", remedy=f"the passes are {', '.join(names)}")
             target = load(model, parse_settings(settings or ()))
             text = dump_call(
-                target.call, target.args, dict(target.kwargs), after, layers=layers, segment_length=segment_length
+                target.call,
+                target.args,
+                dict(target.kwargs),
+                after,
+                layers=layers,
+                segment_length=segment_length,
+                on_failure=lambda error: note(f"after {after}: {one_line(error)}"),
             )
         if json:
             from rmtc.report import to_json
@@ -206,16 +230,20 @@ def passes(json: Json = False, output: Output = None, debug: Debug = False) -> N
 
 
 def _explain(
-    model: str, settings: list[str] | None, layers: str | None, segment_length: int | None, debug: bool
+    model: str,
+    settings: list[str] | None,
+    layers: str | None,
+    segment_length: int | None,
+    debug: bool,
+    segments: int | None = None,
 ) -> Explanation | RefusedError:
     with progress(f"rmtc: explaining {model}"):
         target = load(model, parse_settings(settings or ()))
         from rmtc.api import explain as explain_call
 
         try:
-            answer = explain_call(target.call, layers=layers, segment_length=segment_length)(
-                *target.args, **target.kwargs
-            )
+            explained = explain_call(target.call, layers=layers, segment_length=segment_length, segments=segments)
+            answer = explained(*target.args, **target.kwargs)
         except RefusedError as refusal:
             return refusal
     if debug:
@@ -238,16 +266,13 @@ def _written(answer: Explanation, schedule: Schedule, segments: int, form: Forma
 
 
 def _refused(answer: Explanation | RefusedError, form: Format) -> str:
-    """The refusal in the form asked for; a form that has no place for it stays empty but valid."""
+    """The refusal as text or JSON."""
     from rmtc.ir.text import refusal_text
     from rmtc.report import refusal_json
-    from rmtc.report.as_csv import HEADER
 
-    if form is Format.text:
-        return str(answer) if isinstance(answer, RefusedError) else refusal_text(answer)
     if form is Format.json:
         return refusal_json(answer)
-    return {Format.csv: HEADER, Format.dot: "digraph schedule {}", Format.mermaid: "flowchart LR"}[form]
+    return str(answer) if isinstance(answer, RefusedError) else refusal_text(answer)
 
 
 def main() -> None:

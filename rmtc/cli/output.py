@@ -15,7 +15,7 @@ from rich.console import Console
 
 from rmtc.errors import RmtcError, VerifyError
 
-__all__ = ["ANSWERED", "FAILED", "NO_ANSWER", "check_output", "emit", "note", "progress", "reporting"]
+__all__ = ["ANSWERED", "FAILED", "NO_ANSWER", "check_output", "emit", "note", "one_line", "progress", "reporting"]
 
 ANSWERED = 0
 """There is an answer; a refusal is one."""
@@ -44,7 +44,7 @@ def reporting(debug: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except RmtcError as error:
-        _report(_line(error), debug)
+        _report(one_line(error), debug)
         raise typer.Exit(FAILED if isinstance(error, VerifyError) else NO_ANSWER) from error
     except Exception as error:
         text = " ".join(str(error).split())
@@ -58,7 +58,8 @@ def _report(line: str, debug: bool) -> None:
     typer.echo(f"error: {line}", err=True)
 
 
-def _line(error: RmtcError) -> str:
+def one_line(error: RmtcError) -> str:
+    """What went wrong, where, why and what to do, in one line."""
     where = f", at {error.location}" if error.location else ""
     remedy = f"; {error.remedy}" if error.remedy else ""
     return " ".join(f"{error.title}{where}: {error.reason}{remedy}".split())

@@ -10,7 +10,20 @@ from rmtc.errors import Location, VerifyError
 from rmtc.ir.program import Op, Program, Source, Src, Val, leaves, map_leaves, show, target_name
 from rmtc.ir.schedule import Cell, Dependence
 
-__all__ = ["BodyOp", "Environment", "Every", "Fit", "Item", "Key", "Layout", "Outer", "Row", "SegmentLoop", "Where"]
+__all__ = [
+    "BodyOp",
+    "Environment",
+    "Every",
+    "Fit",
+    "Item",
+    "Key",
+    "Layout",
+    "Numbered",
+    "Outer",
+    "Row",
+    "SegmentLoop",
+    "Where",
+]
 
 
 class Environment(NamedTuple):
@@ -116,6 +129,21 @@ class Every(NamedTuple):
         return f"every s: s.%{self.number[-1]}"
 
 
+class Numbered(NamedTuple):
+    """The name of a result with a number in it that depends on the segment or on how many there are."""
+
+    before: str
+    number: Fit
+    after: str
+
+    def at(self, environment: Environment) -> str:
+        """The name for given sizes."""
+        return f"{self.before}{self.number.at(environment)}{self.after}"
+
+    def __str__(self) -> str:
+        return f"{self.before}{self.number}{self.after}"
+
+
 @dataclass(frozen=True)
 class BodyOp:
     """An operation of a segment, or of the part before or after the loop."""
@@ -169,7 +197,8 @@ class SegmentLoop:
         before, after: operations outside the loop.
         rows: the first segments, which differ from the later ones or read values from before the loop.
         steady: every later segment.
-        outputs: the results, as operands of the part after the loop.
+        outputs: the results by name, as operands of the part after the loop; an :class:`Every` under a
+            :class:`Numbered` name is one result a segment.
         sources: the tensors that exist before the call.
         layouts: where the layers are, one for each of ``rows`` and then for ``steady``.
         segment_length: positions of a segment.
@@ -185,7 +214,7 @@ class SegmentLoop:
     rows: tuple[tuple[BodyOp, ...], ...]
     steady: tuple[BodyOp, ...]
     after: tuple[BodyOp, ...]
-    outputs: dict[str, Any]
+    outputs: dict[str | Numbered, Any]
     sources: dict[str, Source]
     segment_length: int
     growing: frozenset[str] = frozenset()
@@ -237,7 +266,7 @@ class SegmentLoop:
             return Environment(segment, segments, batch, length, total)
 
         def value(operand: Where | Every, at: int) -> Val:
-            number = operand.number[min(at, len(operand.number) - 1)]
+            number = operand.number[min(at, len(operand.number) - 1)] if 0 <= at < segments else -1
             if number < 0:
                 raise VerifyError(f"what {segments} segment(s) return is not known: the first segment differs")
             return Val(index[Key(at, number)])
@@ -280,7 +309,13 @@ class SegmentLoop:
         for segment in range(segments):
             run(segment, self.row(segment))
         run(segments, self.after)
-        outputs = {name: resolve(segments, operand) for name, operand in self.outputs.items()}
+        outputs: dict[str, Any] = {}
+        for name, operand in self.outputs.items():
+            for at in range(segments) if isinstance(operand, Every) else (segments,):
+                known = name.at(environment(at)) if isinstance(name, Numbered) else name
+                if known in outputs:
+                    raise VerifyError(f"two results of {segments} segment(s) are {known}")
+                outputs[known] = value(operand, at) if isinstance(operand, Every) else resolve(segments, operand)
         return Program(ops, sources, outputs), keys
 
     def carried(self, keys: Sequence[Key], segments: int) -> list[tuple[Dependence, frozenset[int]]]:

@@ -16,11 +16,12 @@ from rmtc.ir.schedule import L, Schedule
 from rmtc.ir.segment_loop import Key, SegmentLoop
 from rmtc.passes.check import Checked, check
 from rmtc.passes.dependences import find_dependences
-from rmtc.passes.fold import Run, fold_segments
+from rmtc.passes.fold import fold_segments
 from rmtc.passes.generalize import generalize_rows
 from rmtc.passes.layers import fold_layers
 from rmtc.passes.place import places
 from rmtc.passes.prove import Proof, prove
+from rmtc.passes.run import Run
 from rmtc.passes.segments import find_segments
 from rmtc.passes.streams import Family, find_anchors, find_family, uses
 

@@ -7,16 +7,14 @@ import io
 
 from rmtc.ir.schedule import Schedule
 
-__all__ = ["HEADER", "schedule_csv"]
-
-HEADER = "step,stage,class,segment,layer\n"
+__all__ = ["schedule_csv"]
 
 
 def schedule_csv(schedule: Schedule, segments: int) -> str:
     """Step, stage, class, segment and layer of each cell; a prologue has layer -1, an epilogue layer L."""
     buffer = io.StringIO()
-    buffer.write(HEADER)
     writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["step", "stage", "class", "segment", "layer"])
     for step in schedule.steps(segments):
         for group in step.groups:
             for cell in group.cells:

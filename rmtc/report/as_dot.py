@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rmtc.ir.schedule import Dependence, Schedule
-from rmtc.report.graph import cells_by_step, edges
+from rmtc.report.graph import cells_by_step, edges, name, stage_edges
 
 __all__ = ["schedule_dot"]
 
@@ -13,14 +13,24 @@ _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 
 
 def schedule_dot(schedule: Schedule, segments: int, dependences: Sequence[Dependence] = ()) -> str:
-    """Text for ``dot -Tsvg``; the edges of one distance vector have one colour."""
+    """Text for ``dot -Tsvg``; the edges of one distance vector have one colour, those of a stage are dashed."""
     lines = ["digraph schedule {", "  rankdir=LR;", '  node [shape=box, fontname="monospace"];']
+    layers = schedule.layers
     for time, cells in cells_by_step(schedule, segments):
         lines += [f"  subgraph step_{time} {{", "    rank=same;"]
-        lines += [f'    "{cell}" [label="{cell}\\nstep {time}, class {name}"];' for cell, name in cells]
+        lines += [
+            f'    "{name(cell, layers)}" [label="{name(cell, layers)}\\nstep {time}, class {kind}"];'
+            for cell, kind in cells
+        ]
         lines.append("  }")
-    for index, (distance, pairs) in enumerate(edges(dependences, segments, schedule.layers)):
+    for index, (distance, pairs) in enumerate(edges(dependences, segments, layers)):
         colour = _COLOURS[index % len(_COLOURS)]
         lines.append(f"  // distance {distance}")
         lines += [f'  "{source}" -> "{cell}" [color="{colour}", tooltip="{distance}"];' for source, cell in pairs]
+    ends = [
+        f'  "{name(source, layers)}" -> "{name(cell, layers)}" [style=dashed];'
+        for source, cell in stage_edges(schedule, segments)
+    ]
+    if ends:
+        lines += ["  // prologue before the first layer, epilogue after the last", *ends]
     return "\n".join([*lines, "}", ""])

@@ -26,7 +26,10 @@ def to_json(data: Data | Sequence[Data]) -> str:
 
 
 def schedule_json(schedule: Schedule, segments: int) -> str:
-    """The schedule of so many segments, with the cells of every group of every step as ``[segment, layer]``."""
+    """The schedule of so many segments, with the cells of every group of every step as ``[segment, layer]``.
+
+    A prologue has layer -1, an epilogue layer L.
+    """
     steps = [
         {
             "time": step.time,

@@ -7,16 +7,31 @@ from collections.abc import Iterator, Sequence
 from rmtc.ir.formula import distance_text
 from rmtc.ir.schedule import Cell, Dependence, Schedule
 
-__all__ = ["cells_by_step", "edges"]
+__all__ = ["cells_by_step", "edges", "name", "stage_edges"]
 
 
 def cells_by_step(schedule: Schedule, segments: int) -> Iterator[tuple[int, list[tuple[Cell, str]]]]:
-    """Each step with the cells of its layers and their classes; prologues and epilogues are not drawn."""
+    """Each step with its cells and their classes, prologues first and epilogues last."""
     for step in schedule.steps(segments):
-        yield (
-            step.time,
-            [(cell, group.cell_class) for group in step.groups if group.stage == "layer" for cell in group.cells],
-        )
+        yield step.time, [(cell, group.cell_class) for group in step.groups for cell in group.cells]
+
+
+def name(cell: Cell, layers: int) -> str:
+    """``s2.l1``, ``s2.prologue``, ``s2.epilogue``."""
+    if 0 <= cell.layer < layers:
+        return str(cell)
+    return f"s{cell.segment}.{'prologue' if cell.layer < 0 else 'epilogue'}"
+
+
+def stage_edges(schedule: Schedule, segments: int) -> Iterator[tuple[Cell, Cell]]:
+    """From each prologue to its segment's first layer, from the last layer to the epilogue: what runs in this order."""
+    top = schedule.layers - 1
+    for _, cells in cells_by_step(schedule, segments):
+        for cell, _ in cells:
+            if cell.layer < 0:
+                yield cell, Cell(cell.segment, 0)
+            elif cell.layer > top:
+                yield Cell(cell.segment, top), cell
 
 
 def edges(
