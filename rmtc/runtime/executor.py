@@ -14,7 +14,7 @@ import torch
 
 from rmtc.codegen.torch.emit import Kernel, emit
 from rmtc.ir.program import Src, call_arguments, map_leaves
-from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Key, Outer, Where
+from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Key, Numbered, Outer, Where
 from rmtc.ir.wavefront import Body, Shared, WavefrontProgram
 from rmtc.runtime.plan import Launch, Part, Plan, Whole, plan_run
 from rmtc.runtime.weights import Weights
@@ -119,8 +119,15 @@ class _Walk:
                 self.kept[key] = results[result] if index < 0 else results[result][index].clone()
             for done in launch.done:
                 del made[done]
-        self.after = self._outside(self.loop.after, "after")
-        return {name: self._operand(operand, self.after) for name, operand in self.loop.outputs.items()}
+        after = self._outside(self.loop.after, "after")
+        found: dict[str, Any] = {}
+        for name, operand in self.loop.outputs.items():
+            for segment in range(self.ends.S) if isinstance(operand, Every) else (self.ends.S,):
+                at = (self.ends if segment >= self.ends.S - 1 else self.middle)._replace(s=segment)
+                known = name.at(at) if isinstance(name, Numbered) else name
+                each = Where(segment, operand.number) if isinstance(operand, Every) else operand
+                found[known] = self._operand(each, after)
+        return found
 
     def _launch(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
         body, grouped = launch.body, launch.body.stage == "layer"
