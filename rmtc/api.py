@@ -15,7 +15,7 @@ from rmtc.ir.schedule import Dependence
 from rmtc.passes.pipeline import passes
 from rmtc.passes.summary import class_summaries
 
-__all__ = ["dump", "explain"]
+__all__ = ["dump", "explain", "explanation_of"]
 
 
 def explain(
@@ -98,6 +98,11 @@ def dump(
         if on_failure is not None:
             on_failure(error)
     return "\n".join(texts)
+
+
+def explanation_of(function: Callable[..., Any], analysis: Analysis) -> Explanation:
+    """What an analysis found out, for people."""
+    return _answer(_blank(function, analysis), analysis)
 
 
 def _explanation(

@@ -16,7 +16,7 @@ from rmtc.capture.state import Slot, Snapshot, walk
 from rmtc.compiler import compile, compiled_of, restore
 from rmtc.errors import CaptureError, RefusedError
 
-__all__ = ["Verification", "verify"]
+__all__ = ["Rehearsal", "Verification", "rehearse", "verify"]
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
 
@@ -84,37 +84,70 @@ def verify(
     Raises:
         RefusedError, CaptureError: (from the call) if there is no schedule to run.
     """
-    target = _unwrapped(function)
 
     def call(*args: Any, **kwargs: Any) -> Verification:
-        with torch.no_grad():
-            wanted, _ = _rehearse(target, args, kwargs, None)
-
-            def compiled(subject: Callable[..., Any]) -> Callable[..., Any]:
-                return compile(subject, strict=True, layers=layers, segment_length=segment_length)
-
-            try:
-                found, subject = _rehearse(target, args, kwargs, compiled)
-            except (RefusedError, CaptureError) as refusal:
-                if not allow_refused:
-                    raise
-                allowed = _tolerance(wanted) if tolerance is None else tolerance
-                return Verification(float("inf"), "", 0, 0, False, allowed, refusal.reason)
-        made = compiled_of(subject)
-        run = made.stats.last_run if made is not None else None
-        error, worst = _compare(wanted, found)
-        allowed = _tolerance(wanted) if tolerance is None else tolerance
-        steps, cells = (run.steps, run.sequential_steps) if run is not None else (0, 0)
-        reason = ""
-        if run is None:
-            reason = "the compiled call ran as it did before: it is shorter than two segments"
-        elif steps >= cells:
-            reason = "no step ran more than one cell"
-        elif not error <= allowed:
-            reason = f"the results differ in {worst}"
-        return Verification(error, worst, steps, cells, not reason, allowed, reason)
+        try:
+            return rehearse(function, args, kwargs, tolerance, layers, segment_length).verification
+        except (RefusedError, CaptureError) as refusal:
+            if not allow_refused:
+                raise
+            allowed = 0.0 if tolerance is None else tolerance
+            return Verification(float("inf"), "", 0, 0, False, allowed, refusal.reason)
 
     return call
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A verification with what was verified.
+
+    Attributes:
+        verification: what came out.
+        call: the compiled copy.
+        args, kwargs: its arguments.
+    """
+
+    verification: Verification
+    call: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def rehearse(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tolerance: float | None = None,
+    layers: str | None = None,
+    segment_length: int | None = None,
+) -> Rehearsal:
+    """Verify a call, and keep the compiled copy for more.
+
+    Raises:
+        RefusedError, CaptureError: if there is no schedule to run.
+    """
+
+    def compiled_copy(subject: Callable[..., Any]) -> Callable[..., Any]:
+        return compile(subject, strict=True, layers=layers, segment_length=segment_length)
+
+    target = _unwrapped(function)
+    with torch.no_grad():
+        wanted, *_ = _rehearse(target, args, kwargs, None)
+        found, called, own_args, own_kwargs = _rehearse(target, args, kwargs, compiled_copy)
+    compiled = compiled_of(called)
+    run = compiled.stats.last_run if compiled is not None else None
+    error, worst = _compare(wanted, found)
+    allowed = _tolerance(wanted) if tolerance is None else tolerance
+    steps, cells = (run.steps, run.sequential_steps) if run is not None else (0, 0)
+    reason = ""
+    if run is None:
+        reason = "the compiled call ran as it did before: it is shorter than two segments"
+    elif steps >= cells:
+        reason = "no step ran more than one cell"
+    elif not error <= allowed:
+        reason = f"the results differ in {worst}"
+    verification = Verification(error, worst, steps, cells, not reason, allowed, reason)
+    return Rehearsal(verification, called, own_args, own_kwargs)
 
 
 def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,8 +161,8 @@ def _rehearse(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
-) -> tuple[dict[str, Any], Callable[..., Any]]:
-    """A call of a copy: what it returns and leaves behind by name, and what was called."""
+) -> tuple[dict[str, Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """A call of a copy: what it returns and leaves behind by name, and what was called with what."""
     subject = function
     if isinstance(function, nn.Module):
         subject, args, kwargs = copy.deepcopy((function, args, kwargs))
@@ -156,7 +189,7 @@ def _rehearse(
             snapshot.restore()
             for tensor, content in contents:
                 tensor.detach().copy_(content)
-    return copies, called
+    return copies, called, args, kwargs
 
 
 def _tensors(slots: list[Slot]) -> Iterator[Slot]:

@@ -49,12 +49,14 @@ class Capture:
         plan: what grows, and how long a segment is.
         watch: called after each graph pass with its name and the graph.
         seconds: time spent, by stage.
+        reorder_random: whether operations may draw random numbers, in any order.
     """
 
     session: Session
     plan: Plan
     watch: Callable[[str, str], None] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    reorder_random: bool = False
 
     @property
     def growing(self) -> frozenset[str]:
@@ -85,7 +87,7 @@ class Capture:
     def _passes(self, raw: RawTrace, sizes: Sizes) -> Program:
         graph: fx.Graph = raw.module.graph
         self._show("capture", sizes, graph)
-        for each in (RemoveRegions(Autocast.ambient()), Canonicalize()):
+        for each in (RemoveRegions(Autocast.ambient()), Canonicalize(self.reorder_random)):
             each.apply(graph)
             self._show(each.name, sizes, graph)
         names = {node.name: node.meta["name"] for node in graph.nodes if "name" in node.meta}

@@ -18,8 +18,10 @@ from rmtc.cli.target import load, parse_settings
 from rmtc.errors import RefusedError, RmtcError
 
 if TYPE_CHECKING:
+    from rmtc.benchmark import Benchmark
     from rmtc.ir.explanation import Explanation
     from rmtc.ir.schedule import Schedule
+    from rmtc.verification import Verification
 
 __all__ = ["app", "main"]
 
@@ -174,6 +176,90 @@ def explain(
 
 
 @app.command()
+def verify(
+    model: Model,
+    settings: Settings = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", metavar="ERROR", min=0.0, help="Largest relative error that is ok; by dtype."),
+    ] = None,
+    layers: LayersHint = None,
+    segment_length: LengthHint = None,
+    json: Json = False,
+    output: Output = None,
+    debug: Debug = False,
+) -> None:
+    """Run the call as it is and by its schedule, and compare what both return and leave in memory."""
+    with reporting(debug):
+        check_output(output)
+        with progress(f"rmtc: verifying {model}"):
+            target = load(model, parse_settings(settings or ()))
+            from rmtc.verification import verify as verify_call
+
+            verified = verify_call(target.call, tolerance=tolerance, layers=layers, segment_length=segment_length)
+            try:
+                answer = verified(*target.args, **target.kwargs)
+            except RefusedError as refusal:
+                note(f"refused: {one_line(refusal)}")
+                raise typer.Exit(FAILED) from refusal
+        emit(_as_json(answer) if json else str(answer), output)
+        if not answer:
+            raise typer.Exit(FAILED)
+
+
+@app.command()
+def bench(
+    model: Model,
+    settings: Settings = None,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Runs of each, in turns.")] = 7,
+    threads: Annotated[
+        int | None, typer.Option("--threads", metavar="N", min=1, help="Threads of torch; as torch chooses by default.")
+    ] = None,
+    layers: LayersHint = None,
+    segment_length: LengthHint = None,
+    json: Json = False,
+    output: Output = None,
+    debug: Debug = False,
+) -> None:
+    """Measure the call as it is and by its schedule, in one process, with the matrix products alone beside them."""
+    with reporting(debug):
+        check_output(output)
+        with progress(f"rmtc: measuring {model}"):
+            target = load(model, parse_settings(settings or ()))
+            import torch
+
+            from rmtc.benchmark import bench as bench_call
+
+            if threads is not None:
+                torch.set_num_threads(threads)
+            try:
+                answer = bench_call(
+                    target.call,
+                    target.args,
+                    dict(target.kwargs),
+                    repeats=repeats,
+                    layers=layers,
+                    segment_length=segment_length,
+                )
+            except RefusedError as refusal:
+                note(f"refused: {one_line(refusal)}")
+                raise typer.Exit(FAILED) from refusal
+        emit(_as_json(answer) if json else str(answer), output)
+
+
+@app.command()
+def demo(
+    segments: Annotated[int, typer.Option("--segments", metavar="N", min=2, help="Segments of text to read.")] = 256,
+    debug: Debug = False,
+) -> None:
+    """Show it all on a long text: an unmodified ARMT over a small Llama, explained, verified and measured."""
+    with reporting(debug):
+        from rmtc.cli.demo import run_demo
+
+        emit(run_demo(segments), None)
+
+
+@app.command()
 def dump(
     model: Model,
     after: Annotated[str, typer.Option("--after", metavar="PASS", help="Name of a pass, see rmtc passes.")],
@@ -273,6 +359,12 @@ def _refused(answer: Explanation | RefusedError, form: Format) -> str:
     if form is Format.json:
         return refusal_json(answer)
     return str(answer) if isinstance(answer, RefusedError) else refusal_text(answer)
+
+
+def _as_json(answer: Verification | Benchmark) -> str:
+    from rmtc.report import measured_json
+
+    return measured_json(answer)
 
 
 def main() -> None:

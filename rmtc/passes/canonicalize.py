@@ -31,7 +31,7 @@ class Canonicalize:
     `slice_scatter` put there is that part: one tensor that holds the states of many layers makes no false chain
     between them.
     Operations whose result is not used stay: the last segment then looks like the others, which use it.
-    Checks: no operation draws random numbers.
+    Checks: no operation draws random numbers, unless ``reorder_random`` allows that another order draws others.
 
         %p = split(%x, 16, 1)
         %a = getitem(%p, 2)                     ->    %a = slice(%x, 1, 32, 48)
@@ -42,10 +42,12 @@ class Canonicalize:
     last: writes that a later one covers make no dependence.
     """
 
+    reorder_random: bool = False
     name = "canonicalize"
 
     def apply(self, graph: fx.Graph) -> None:
-        _refuse_random(graph)
+        if not self.reorder_random:
+            _refuse_random(graph)
         for node in list(graph.nodes):
             if node.op != "call_function":
                 continue
@@ -62,7 +64,7 @@ class Canonicalize:
                 _copied(node)
             elif node.target in _CASTS:
                 _cast(node)
-            elif node.target is aten.dropout.default:
+            elif node.target is aten.dropout.default and not _drops(node):
                 _becomes(node, node.args[0])
         _assemble(graph)
         for node in reversed(list(graph.nodes)):
@@ -75,7 +77,7 @@ def _refuse_random(graph: fx.Graph) -> None:
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
             continue
-        if target is aten.dropout.default and (node.args[1] == 0 or not node.args[2]):
+        if target is aten.dropout.default and not _drops(node):
             continue
         if target is aten.scaled_dot_product_attention.default and _argument(node, 4, "dropout_p", 0.0) == 0.0:
             continue
@@ -84,6 +86,10 @@ def _refuse_random(graph: fx.Graph) -> None:
             location=node.meta.get("location"),
             remedy="call model.eval(), or set the dropout probabilities to 0",
         )
+
+
+def _drops(node: fx.Node) -> bool:
+    return node.args[1] != 0 and bool(node.args[2])
 
 
 def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:

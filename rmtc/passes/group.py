@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from rmtc.ir.program import Src, leaves, map_leaves
 from rmtc.ir.schedule import Cell, Schedule
 from rmtc.ir.segment_loop import BodyOp, Every, Fit, Item, Outer, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, Operand, Shared, WavefrontProgram, Weight
 
 __all__ = ["group", "run_schedule"]
+
+
+_RANDOM = torch.Tag.nondeterministic_seeded
 
 
 def run_schedule(schedule: Schedule) -> Schedule:
@@ -92,7 +97,7 @@ class _Shared:
 
     def _key(self, row: int, op: BodyOp) -> tuple[Any, tuple[Any, ...]] | None:
         """Target and arguments with shared values for operands; None if it may differ from segment to segment."""
-        fixed = True
+        fixed = not (isinstance(op.target, torch._ops.OpOverload) and _RANDOM in op.target.tags)
 
         def part(arg: Any) -> Any:
             nonlocal fixed

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from typing import TYPE_CHECKING
 
 import sympy
 
@@ -13,7 +16,11 @@ from rmtc.ir.explanation import Certificate, Explanation
 from rmtc.ir.formula import at, formula, time_formula
 from rmtc.ir.schedule import Dependence, L, S, Schedule
 
-__all__ = ["explanation_json", "refusal_json", "schedule_json", "to_json"]
+if TYPE_CHECKING:
+    from rmtc.benchmark import Benchmark
+    from rmtc.verification import Verification
+
+__all__ = ["explanation_json", "measured_json", "refusal_json", "schedule_json", "to_json"]
 
 Data = Mapping[str, object]
 
@@ -23,6 +30,24 @@ _PAIR = re.compile(r"\[\n\s*(-?\d+),\n\s*(-?\d+)\n\s*\]")
 def to_json(data: Data | Sequence[Data]) -> str:
     """The data as indented JSON, keys in the order given, a pair of numbers on one line."""
     return _PAIR.sub(r"[\1, \2]", json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def measured_json(answer: Verification | Benchmark) -> str:
+    """A verification, or a benchmark with the verification in it; times in seconds. What is infinite is null."""
+    data = {each.name: getattr(answer, each.name) for each in fields(answer) if each.repr}
+    data = {
+        name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        for name, value in data.items()
+    }
+    if hasattr(answer, "speedup"):
+        data["speedup"] = answer.speedup
+    return to_json({name: _finite(value) for name, value in data.items()})
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def schedule_json(schedule: Schedule, segments: int) -> str:

@@ -204,6 +204,21 @@ class Compiled:
             with self.lock.alone():
                 self._work(decision, arguments)
 
+    def run_once(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call that is ready by its schedule, whatever modes are on: for those who want to watch it.
+
+        Raises:
+            RefusedError: if it is not ready.
+        """
+        arguments = self._arguments(args, kwargs)
+        with self.lock.shared():
+            for variant in self.variants:
+                sizes = variant.match(arguments)
+                ready = None if isinstance(sizes, str) else variant.ready(arguments, sizes)
+                if ready is not None:
+                    return variant.run(ready)[0]
+        raise RefusedError("the call has not run by its schedule before")
+
     def _after_failure(self, decision: _Run, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run as before. Nothing was written yet; what is wrong with the user's values is said by the user's code."""
         logger.debug("a scheduled run failed", exc_info=error)
@@ -373,6 +388,7 @@ class Compiled:
             analysis = Analysis(
                 open_capture(self._inner, arguments.args, arguments.kwargs, self.options.segment_length)
             )
+            analysis.capture.reorder_random = self.options.reorder_random
             plan = analysis.capture.plan
             if plan.sizes.segments < 2:
                 known.short = ArgumentGuard(analysis.capture.session.arguments, plan)

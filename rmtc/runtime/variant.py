@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from rmtc.analysis import Analysis
-from rmtc.capture import Capture, Captured
+from rmtc.capture import Captured
 from rmtc.capture.arguments import Arguments, show
 from rmtc.capture.effects import Effect, Ref
 from rmtc.capture.probe import Sizes
@@ -223,7 +223,7 @@ class Variant:
         proven = self.analysis.proven
         if proven is None:
             return
-        capture = Capture(session, self.analysis.capture.plan)
+        capture = replace(self.analysis.capture, session=session)
         few = Sizes(len(proven.loop.rows) + 1, sizes.batch, sizes.tail)
         run = capture.run(few)
         try:
