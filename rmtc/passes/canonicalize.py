@@ -89,7 +89,7 @@ def _refuse_random(graph: fx.Graph) -> None:
 
 
 def _drops(node: fx.Node) -> bool:
-    return node.args[1] != 0 and bool(node.args[2])
+    return bool(node.args[1] != 0 and node.args[2])
 
 
 def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:

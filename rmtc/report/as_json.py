@@ -34,11 +34,11 @@ def to_json(data: Data | Sequence[Data]) -> str:
 
 def measured_json(answer: Verification | Benchmark) -> str:
     """A verification, or a benchmark with the verification in it; times in seconds. What is infinite is null."""
-    data = {each.name: getattr(answer, each.name) for each in fields(answer) if each.repr}
-    data = {
-        name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-        for name, value in data.items()
-    }
+    data: dict[str, object] = {}
+    for each in fields(answer):
+        value = getattr(answer, each.name)
+        if each.repr:
+            data[each.name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
     if hasattr(answer, "speedup"):
         data["speedup"] = answer.speedup
     return to_json({name: _finite(value) for name, value in data.items()})

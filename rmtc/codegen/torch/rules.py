@@ -413,7 +413,7 @@ _LIKE_POINTWISE = (
     "greater.Scalar less.Tensor less.Scalar zeros_like.default ones_like.default full_like.default "
     "empty_like.default logical_not.default"
 )
-_AS_IS = "tril.default triu.default constant_pad_nd.default"
+_AS_IS = "tril.default triu.default constant_pad_nd.default dropout.default"
 _MATMUL = "matmul.default mm.default bmm.default mv.default dot.default linalg_matmul.default"
 
 UNGROUPED = frozenset(
