@@ -160,7 +160,8 @@ def _answer(blank: Explanation, analysis: Analysis) -> Explanation:
     checked = ""
     if proven.checked is not None and proven.checked_at is not None:
         segments, batch, tail = proven.checked_at
-        checked = f"a run of {segments} segments, batch {batch}, the last of {tail} positions: {proven.checked}"
+        last = f", the last of {tail} positions" if proven.loop.segment_length > 1 else ""
+        checked = f"a trace of {segments} segments, batch {batch}{last}: {proven.checked}"
     certificate = replace(proof.certificate, assumptions=_assumptions(analysis, loop.fixed), checked=checked)
     return replace(
         blank,
@@ -189,9 +190,8 @@ def _free(fixed: dict[str, int], segment_length: int) -> tuple[str, ...]:
     lines = ["number of segments: any from 2 on"]
     lines.append(f"batch: {fixed['batch']} only" if "batch" in fixed else "batch: any")
     tail = fixed.get("tail")
-    lines.append(
-        f"last segment: {tail} positions only" if tail is not None else f"last segment: 1 .. {segment_length} positions"
-    )
+    if segment_length > 1:
+        lines.append(f"last segment: {f'{tail} positions only' if tail else f'1 .. {segment_length} positions'}")
     return tuple(lines)
 
 
@@ -207,12 +207,12 @@ def _assumptions(analysis: Analysis, fixed: dict[str, int]) -> tuple[str, ...]:
     replayed = f", and for {admitted} segments the Python of the loop was run without computing anything"
     lines = [
         "the code's Python depends on nothing but its arguments' sizes and the attributes, globals and closures that "
-        "it uses by name",
-        f"every later segment runs what the third does: runs of {lengths} segments were compared operation by "
+        "it uses by name: on no clock, file or environment",
+        f"every later segment runs what the third does: traces of {lengths} segments were compared operation by "
         f"operation{replayed if admitted else ''}",
-        "operations are ATen operators: equal operators on equal values give equal results, and random numbers "
-        "(dropout) are not drawn",
-        f"as in this call: {', '.join(floats) or 'no floats'}, {', '.join(devices)}{mode}, grad mode "
+        "PyTorch's operations are functions: the same values give the same result, and no random numbers (dropout) are "
+        "drawn; batched calls may round in another way",
+        f"all is as in this call: {', '.join(floats) or 'no floats'}, {', '.join(devices)}{mode}, grad mode "
         f"{'on' if torch.is_grad_enabled() else 'off'}, autocast "
         f"{'on' if torch.is_autocast_enabled('cpu') or torch.is_autocast_enabled('cuda') else 'off'}",
     ]

@@ -1,4 +1,4 @@
-"""The README's table of what comes out."""
+"""What the README says comes out: its table, and the explanations it links to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from models import LOOPS
 import rmtc
 from rmtc.ir.formula import distance_text
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 SIZES = {"layers": 3, "width": 16, "heads": 2, "segment": 6, "memory": 2, "segments": 4}
 
 
@@ -39,3 +40,17 @@ def test_what_comes_out(model: str, distances: str, steps: str) -> None:
     assert str(explanation.schedule.makespan if explanation.schedule else "refused") == steps.replace(
         "S + L - 1", "L + S - 1"
     )
+
+
+def without_counts(text: str) -> str:
+    """The text but for numbers of operations and edges, which another version of torch may change, and line breaks."""
+    return re.sub(r"\b\d+ (operations|edges|of them)", r"n \1", " ".join(text.split()))
+
+
+@pytest.mark.parametrize("name", ["armt_llama", "rmt_llama"])
+def test_an_explanation_that_is_linked_to_is_what_is_printed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    linked = f"docs/{name}.txt"
+    assert f"]({linked})" in README.read_text()
+    monkeypatch.chdir(ROOT)
+    function, args = importlib.import_module(f"rmtc.examples.{name}").build()
+    assert without_counts((ROOT / linked).read_text()) == without_counts(str(rmtc.explain(function)(*args)))

@@ -9,7 +9,7 @@ import pytest
 from answers import HIDDEN, MEMORY, TOP, armt, rmt
 
 from rmtc.errors import Location
-from rmtc.ir import Cell, Certificate, Dependence, Explanation, L, Schedule, refusal_text
+from rmtc.ir import Cell, CellClass, Certificate, Dependence, Explanation, L, Schedule, refusal_text
 from rmtc.ir.cycle import follow
 from rmtc.ir.formula import place
 from rmtc.ir.schedule import layer_symbol
@@ -43,7 +43,7 @@ def test_each_term_is_explained_before_it_is_used() -> None:
     for term, meaning in [
         ("cell", "One such run is a cell"),
         ("class", "form a class"),
-        ("distance vector", "Its distance vector (ds, dl) says for which"),
+        ("distance vector", "Each dependence has a distance vector (ds, dl)"),
         ("step ", "A schedule gives each cell a step"),
         ("makespan", "The number of steps, the makespan"),
         ("critical path", "the chain is a longest one, the critical path"),
@@ -65,6 +65,20 @@ def test_one_segment_gains_nothing() -> None:
     text = " ".join(str(armt(1, 16)).split())
     assert "For so short a call that is no gain." in text
     assert "for example" not in text
+
+
+def test_one_is_singular() -> None:
+    one = replace(armt(1, 1), dependences=(), classes=(CellClass("C0", "layer", 1, "all s, all l"),), segment_length=1)
+    certificate = Certificate(critical_path="s0.l0", bound="1", optimal=True)
+    schedule = Schedule(0, 0, 1, 1, stage_classes={"epilogue": ("E0",)})
+    text = " ".join(str(replace(one, certificate=certificate, schedule=schedule)).split())
+    assert "ArmtLlama: 1 step instead of 1," in text
+    assert "S = 1 segment through L = 1 layer each" in text and "S * L = 1 layer run." in text
+    assert "C0 layer 1 operation all s" in text
+    assert "the makespan, is 1; one cell" in text
+    assert "It has 1 cell, so no schedule" in text
+    assert "prologue" not in text and "at step 0. An epilogue runs in the step of its segment's last layer" in text
+    assert str(schedule).startswith("Schedule of 1 segment (S) through 1 layer (L)")
 
 
 def test_places_are_named_for_both_ends_of_a_dependence() -> None:

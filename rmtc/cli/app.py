@@ -146,7 +146,7 @@ def schedule(
             raise typer.Exit(FAILED if strict else 0)
         seen = max(answer.segments, _REPLAYED)
         if segments is not None and segments > seen:
-            note(f"the loop's Python was run for {seen} segments, not for {segments}: more may run otherwise")
+            note(f"the loop's Python was run for {seen} segments, not for {segments}: a longer call may differ")
         emit(_written(answer, found, segments or answer.segments, form), output)
 
 

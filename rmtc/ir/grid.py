@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from rmtc.ir.formula import formula, time_formula
-from rmtc.ir.page import WIDTH, Page, elide
+from rmtc.ir.page import WIDTH, Page, count, elide
 from rmtc.ir.schedule import Cell, Group, L, S, Schedule, Step
 
 __all__ = ["grid", "schedule_text", "stages_text"]
 
 
 _STAGES = {
-    "prologue": "The prologue of a segment is what comes before its layer 0",
-    "epilogue": "its epilogue is what follows its last layer",
+    "prologue": "prologue is what comes before its layer 0",
+    "epilogue": "epilogue is what follows its last layer",
 }
 
 
@@ -62,8 +62,7 @@ def schedule_text(schedule: Schedule, segments: int | None = None) -> str:
     segments = schedule.segments if segments is None else segments
     steps = schedule.steps(segments)
     page = Page()
-    many = "1 segment" if segments == 1 else f"{segments} segments"
-    page.heading(f"Schedule of {many} (S) through {schedule.layers} layers (L)")
+    page.heading(f"Schedule of {count(segments, 'segment')} (S) through {count(schedule.layers, 'layer')} (L)")
     page.text(
         "A cell is one layer applied to one segment: s2.l1 is layer 1 on segment 2, both counted from 0. The grid "
         "shows the step at which each cell runs; cells of the same step run at the same time."
@@ -80,8 +79,9 @@ def schedule_text(schedule: Schedule, segments: int | None = None) -> str:
     )
     page.heading("Steps")
     page.text(
-        "A letter is a class: cells with the same operations, which differ only in their weights and inputs. The cells "
-        "of one class in one step form a group and run as one batched call. " + stages_text(schedule.stage_classes)
+        "Before each colon stands a class: cells with the same operations, which differ only in their weights and "
+        "inputs. The cells of one class in one step form a group and can run as one batched call. "
+        + stages_text(schedule.stage_classes)
     )
     page.blank()
     width = len(str(steps[-1].time))
@@ -98,7 +98,7 @@ def schedule_text(schedule: Schedule, segments: int | None = None) -> str:
 def stages_text(stages: Collection[str]) -> str:
     """What the stages other than ``"layer"`` are, a sentence for those that occur."""
     said = [text for stage, text in _STAGES.items() if stage in stages]
-    return f"{' and '.join(said)}." if said else ""
+    return f"A segment's {' and its '.join(said)}." if said else ""
 
 
 def _step(page: Page, step: Step, width: int) -> None:
@@ -109,21 +109,17 @@ def _gap(page: Page, steps: list[Step]) -> None:
     shapes = {tuple((_label(group), len(group.cells)) for group in step.groups) for step in steps}
     text = f"... steps {steps[0].time} to {steps[-1].time}"
     if len(shapes) == 1:
-        text += ", each " + " | ".join(f"{label}: {_count(number)}" for label, number in shapes.pop())
+        text += ", each " + " | ".join(f"{label}: {count(number, 'cell')}" for label, number in shapes.pop())
     page.text(text, 4)
 
 
 def _group(group: Group) -> str:
-    count = f" ({_count(len(group.cells))})" if len(group.cells) > 1 else ""
-    return f"{_label(group)}: {' '.join(_runs(group))}{count}"
+    many = f" ({count(len(group.cells), 'cell')})" if len(group.cells) > 1 else ""
+    return f"{_label(group)}: {' '.join(_runs(group))}{many}"
 
 
 def _label(group: Group) -> str:
     return group.cell_class if group.stage == "layer" else f"{group.stage} {group.cell_class}"
-
-
-def _count(number: int) -> str:
-    return "1 cell" if number == 1 else f"{number} cells"
 
 
 def _runs(group: Group) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-__all__ = ["WIDTH", "Page", "elide"]
+__all__ = ["WIDTH", "Page", "count", "elide"]
 
 WIDTH = 110
 """Columns of every line rmtc prints."""
@@ -61,6 +61,11 @@ class Page:
 
     def __str__(self) -> str:
         return "\n".join(self._lines)
+
+
+def count(number: int, what: str) -> str:
+    """``1 cell``, ``2 cells``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def elide(count: int, limit: int, head: int, tail: int) -> tuple[list[int], list[int]]:

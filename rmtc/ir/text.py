@@ -14,7 +14,7 @@ from rmtc.ir.cycle import Round, Turn, follow
 from rmtc.ir.explanation import CellClass, Certificate, Explanation
 from rmtc.ir.formula import at, distance_text, formula, layers_text, parse, place, time_formula, whence
 from rmtc.ir.grid import grid, schedule_text, stages_text
-from rmtc.ir.page import Page
+from rmtc.ir.page import Page, count
 from rmtc.ir.schedule import Cell, Dependence, L, S, Schedule
 
 __all__ = ["certificate_text", "explanation_text", "refusal_text", "schedule_text"]
@@ -63,17 +63,18 @@ def refusal_text(explanation: Explanation) -> str:
 
 
 def _title(explanation: Explanation) -> str:
-    runs = explanation.segments * explanation.layers
-    if explanation.schedule is None and not runs:
+    number = explanation.segments * explanation.layers
+    runs = count(number, "layer run")
+    if explanation.schedule is None and not explanation.layers:
         return f"{explanation.name}: refused"
     if explanation.schedule is None:
         once = follow(explanation.cycle, explanation.layers)
         if (once and _sequential(once, explanation.layers)) or _optimal(explanation):
-            return f"{explanation.name}: refused, its {runs} layer runs can only run one after another"
-        return f"{explanation.name}: refused, nothing shorter than its {runs} layer runs in sequence could be proven"
+            return f"{explanation.name}: refused, its {runs} can only run one after another"
+        return f"{explanation.name}: refused, nothing shorter than its {runs} in sequence could be proven"
     steps = at(explanation.schedule.makespan, explanation.segments, explanation.layers)
     proven = "legal and best possible" if _optimal(explanation) else "legal"
-    return f"{explanation.name}: {steps} steps instead of {runs}, proven {proven}"
+    return f"{explanation.name}: {count(steps, 'step')} instead of {number}, proven {proven}"
 
 
 def _optimal(explanation: Explanation) -> bool:
@@ -86,23 +87,19 @@ def _sequential(once: Round, layers: int) -> bool:
 
 
 def _loop(page: Page, explanation: Explanation) -> None:
-    segments, layers = explanation.segments, explanation.layers
+    segments, layers, length = explanation.segments, explanation.layers, explanation.segment_length
     page.heading("The loop")
+    long = f" of up to {length} positions" if length > 1 else ""
     page.text(
-        f"The call cuts its input into S = {segments} segments of {explanation.segment_length} positions (the last may "
-        f"be shorter) and takes them one by one through L = {layers} layers: {formula(S * L)} = {segments * layers} "
-        "layer runs, one after another. One such run is a cell: s2.l1 is layer 1 applied to segment 2, both counted "
-        "from 0. Nothing was computed to find this out, and the model is as it was."
+        f"The call takes S = {count(segments, 'segment')}{long} through L = {count(layers, 'layer')} each, one after "
+        f"another: {formula(S * L)} = {count(segments * layers, 'layer run')}. One such run is a cell, layer l applied "
+        "to segment s: s2.l1 is layer 1 on segment 2, both counted from 0. No tensor was computed to find this out, "
+        "and the model is as it was."
     )
-    _lines(page, "What grows with the number of segments:", explanation.growing)
-    _lines(page, "What may change without another capture:", explanation.free)
-
-
-def _lines(page: Page, head: str, lines: Sequence[str]) -> None:
-    if lines:
-        page.text(head)
-        for line in lines:
-            page.text(line, 4, hang=2)
+    if explanation.growing:
+        page.text(f"Grows with the number of segments: {'; '.join(explanation.growing)}.", hang=2)
+    if explanation.free:
+        page.text(f"The answer holds for other calls too: {'; '.join(explanation.free)}.", hang=2)
 
 
 def _classes(page: Page, explanation: Explanation) -> None:
@@ -116,14 +113,17 @@ def _classes(page: Page, explanation: Explanation) -> None:
         else ""
     )
     page.text(
-        "The operations of a cell are its body. Cells whose bodies have the same operations, shapes (but for the "
-        "length of the last segment) and wiring (which operation feeds which) form a "
-        f"class: they differ only in their weights and inputs{batched}."
+        "What a cell computes is its body. Cells whose bodies have the same operations, shapes (but for the length of "
+        "the last segment) and wiring (which operation feeds which) form a class: they differ only in their weights "
+        f"and inputs{batched}."
     )
     if legend := stages_text({item.stage for item in classes}):
         page.text(legend)
     page.table(
-        [(item.name, item.stage, f"{item.operations} operations", item.members + _differs(item)) for item in classes]
+        [
+            (item.name, item.stage, count(item.operations, "operation"), item.members + _differs(item))
+            for item in classes
+        ]
     )
 
 
@@ -137,10 +137,11 @@ def _dependences(page: Page, dependences: Sequence[Dependence]) -> None:
         page.text("No cell reads anything that another cell makes: all of them can run at once.")
         return
     page.text(
-        "A cell that reads a tensor made by another cell has to wait for it: a dependence. No tensor is overwritten "
-        "(writes count as new tensors), so these are all. Its distance vector (ds, "
-        "dl) says for which: cell (s, l), layer l on segment s, waits for cell (s - ds, l - dl), ds segments before "
-        "and dl layers below (above, where dl is negative). Operations go by their ATen names: slice.Tensor is x[a:b]."
+        "A cell that reads a tensor made by another cell has to wait for it: a dependence. A write in place counts as "
+        "a new tensor, so there is nothing else to wait for. Each dependence has a distance vector (ds, dl): cell "
+        "(s, l), layer l on segment s, waits for cell (s - ds, l - dl), ds segments before and dl layers below (above, "
+        "where dl is negative). Each tensor is shown with one place that makes it and one that reads it; operations go "
+        "by PyTorch's own names for them (ATen): slice.Tensor is x[a:b]."
     )
     words = " ".join(f"{item.producer} {item.consumer}" for item in dependences)
     if "(prologue)" in words or "(epilogue)" in words:
@@ -183,19 +184,32 @@ def _schedule(page: Page, schedule: Schedule, segments: int) -> None:
     page.heading("The schedule")
     page.text(
         "A schedule gives each cell a step. The cells of one step run at the same time, the steps one after another: "
-        f"cell (s, l) runs at step {time_formula(schedule.a, schedule.b)}." + _example(schedule, segments) + " A "
-        "prologue runs in the step of its segment's layer 0, before it, an epilogue in that of the last layer, after "
-        "it."
+        f"cell (s, l) runs at step {time_formula(schedule.a, schedule.b)}."
+        + _example(schedule, segments)
+        + _stages(schedule)
+        + " The step of each cell, segments down and layers across:"
     )
     page.blank()
     page.raw(grid(schedule, segments, limit=5, head=3, tail=1), 4)
     page.blank()
     page.text(
-        f"The number of steps, the makespan, is {formula(schedule.makespan)} = {steps}; one cell after another takes "
-        f"{formula(S * L)} = {runs}.{_width(schedule, segments)} Steps are no seconds: a step of several cells takes "
-        "longer than one cell, but less than its cells one by one as long as one cell does not fill the machine."
+        f"The number of steps, the makespan, is {_equals(schedule.makespan, segments, schedule.layers)}; one cell "
+        f"after another takes {formula(S * L)} = {runs}.{_width(schedule, segments)} Steps are no seconds: a step of "
+        "several cells takes longer than one cell, but less than its cells one by one as long as one cell does not "
+        "fill the machine."
         + (" For so short a call that is no gain." if steps >= runs else "")
+        + " This version of rmtc proves the schedule and does not run it."
     )
+
+
+def _stages(schedule: Schedule) -> str:
+    """When prologues and epilogues run, of those there are."""
+    said = {
+        "prologue": "a prologue runs in the step of its segment's layer 0, before it",
+        "epilogue": "an epilogue runs in the step of its segment's last layer, after it",
+    }
+    text = "; ".join(words for stage, words in said.items() if schedule.stage_classes.get(stage))
+    return f" {text[0].upper()}{text[1:]}." if text else ""
 
 
 def _apart(schedule: Schedule) -> tuple[int, int]:
@@ -236,9 +250,9 @@ def _legal(page: Page, certificate: Certificate, explanation: Explanation | None
         schedule = explanation.schedule if explanation else None
         values = f", here with a = {formula(schedule.a)} and b = {formula(schedule.b)}" if schedule else ""
         page.text(
-            "Each cell must run at a later step than the cells it reads from. Cell (s, l) runs at step a*s + b*l, so "
-            f"from a cell to one that reads it along (ds, dl) the step grows by a*ds + b*dl{values}. That is at least "
-            "1 for each dependence:"
+            "Each cell must run at a later step than the cells it reads from: then it reads what it reads today, and "
+            "all results are the same. Cell (s, l) runs at step a*s + b*l, so from a cell to one that reads it along "
+            f"(ds, dl) the step grows by a*ds + b*dl{values}. That is at least 1 for each dependence:"
         )
         rows: dict[tuple[str, str], list[str]] = {}
         for item in certificate.inequalities:
@@ -251,8 +265,7 @@ def _legal(page: Page, certificate: Certificate, explanation: Explanation | None
 def _checked(page: Page, certificate: Certificate) -> None:
     if certificate.checked:
         page.text(
-            "Checked by a second program, which shares no code with what found the dependences and the schedule, "
-            f"against {certificate.checked}",
+            f"Checked by a second program, which shares no code with what found this, against {certificate.checked}",
             2,
             hang=2,
         )
@@ -286,17 +299,18 @@ def _length(bound: str, explanation: Explanation | None) -> str:
         return bound
     if explanation is None:
         return formula(expression)
-    return f"{formula(expression)} = {at(expression, explanation.segments, explanation.layers)}"
+    return _equals(expression, explanation.segments, explanation.layers)
 
 
 def _chain(page: Page, certificate: Certificate, explanation: Explanation | None) -> None:
     length = _length(certificate.bound, explanation)
+    few = length == "1"
     if certificate.critical_path:
         page.text("In this chain each cell waits for the one before it, so no two of its cells can share a step:")
         page.text(certificate.critical_path, 4, hang=2)
-        page.text(f"It has {length} cells, so no schedule has fewer steps than that.")
+        page.text(f"It has {length} {'cell' if few else 'cells'}, so no schedule has fewer steps than that.")
     else:
-        page.text(f"No schedule has fewer than {length} steps.")
+        page.text(f"No schedule has fewer than {length} {'step' if few else 'steps'}.")
 
 
 def _assumptions(page: Page, assumptions: Sequence[str]) -> None:
@@ -325,7 +339,8 @@ def _refusal(page: Page, explanation: Explanation) -> None:
     if explanation.remedy:
         rows.append(("what to do", explanation.remedy))
     page.table(rows, 2)
-    if explanation.certificate is not None:
+    if explanation.certificate is not None and explanation.certificate.checked:
+        page.blank()
         _checked(page, explanation.certificate)
 
 
@@ -342,7 +357,10 @@ def _cycle(page: Page, explanation: Explanation) -> None:
         return
     segments, layers = explanation.segments, explanation.layers
     further = "one segment" if once.advance == 1 else f"{once.advance} segments"
-    page.text(f"Taken over the layers, the dependences close a cycle, from a cell to the same layer {further} later:")
+    page.text(
+        "Each of these cells waits for the one before it, and the last is the same layer as the first, "
+        f"{further} later: a cycle, which goes on from there."
+    )
     page.blank()
     page.table([(_passed(turn), *_edge(turn.dependence)) for turn in once.turns])
     page.blank()
@@ -352,16 +370,14 @@ def _cycle(page: Page, explanation: Explanation) -> None:
             f" So S segments take {formula(S * L)} = {segments * layers} steps, as many as one cell after another: no "
             "schedule of whole cells has fewer."
         )
-    steps = f"{_equals(once.length, layers)} {'step' if once.length == 1 else 'steps'}"
-    page.text(
-        f"Once round takes {steps}, since each cell waits for the one before it, and gets {further} further."
-        + conclusion
-    )
+    steps = f"{_equals(once.length, 1, layers)} {'step' if once.length == 1 else 'steps'}"
+    page.text(f"Once round takes {steps} and gets {further} further." + conclusion)
     page.blank()
 
 
-def _equals(expression: sympy.Expr, layers: int) -> str:
-    text, number = formula(expression), str(at(expression, 1, layers))
+def _equals(expression: sympy.Expr, segments: int, layers: int) -> str:
+    """``S + L - 1 = 11``, and of a number the number alone."""
+    text, number = formula(expression), str(at(expression, segments, layers))
     return text if text == number else f"{text} = {number}"
 
 
