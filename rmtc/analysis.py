@@ -116,6 +116,24 @@ class Analysis:
             ) from error
         self.held.add(sizes[1:])
 
+    def result(self, sizes: Sizes) -> tuple[tuple[str, ...], Any]:
+        """How the result of a call of some sizes is put together: the names of its leaves, and their structure.
+
+        Args:
+            sizes: those of a call that was admitted.
+
+        Raises:
+            RefusedError: if no run of these sizes has shown it, and not all are put together in one way.
+        """
+        if sizes in self.runs:
+            return self.runs[sizes].result
+        if self.replayer is not None and sizes in self.replayer.results:
+            return self.replayer.results[sizes]
+        first, last = self.probes
+        if first.result != last.result:
+            raise RefusedError("the result is put together in another way for another number of segments")
+        return first.result
+
     @property
     def seconds(self) -> dict[str, float]:
         return self.capture.seconds

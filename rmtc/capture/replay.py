@@ -30,7 +30,7 @@ from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.events import Beyond, Event, Made, Named, Pattern, Viewed, hold
 from rmtc.capture.frames import current_location
 from rmtc.capture.probe import Plan, Sizes
-from rmtc.capture.results import left_behind
+from rmtc.capture.results import left_behind, structure
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, is_plain, walk
 from rmtc.errors import CaptureError, Location
@@ -72,6 +72,7 @@ class Replayer:
         probe: int,
     ) -> None:
         self._session, self._plan, self._probe = session, plan, probe
+        self.results: dict[Sizes, tuple[tuple[str, ...], Any]] = {}  # how a call's result is put together
         self._memory: dict[Any, _Remembered] = {}
         self._states: dict[int, _State] = {}
         self._patterns: dict[tuple[int, int], Pattern] = {}
@@ -111,6 +112,7 @@ class Replayer:
         Arguments(args, kwargs, session.arguments.names).map(note)
         with session.installed(session.stand_ins), session.fake_mode, recorder, self._patched(recorder):
             result = session.call(args, kwargs)
+            self.results[sizes] = structure(result)
             found, plain = left_behind(session, result, session.held(session.stand_ins))
             final = tuple(recorder.reference(tensor) for tensor in found.values())
         numbers = tuple(value for value in plain.values() if type(value) is int)
