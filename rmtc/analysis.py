@@ -11,7 +11,7 @@ from rmtc.capture import Capture, Captured, open_capture
 from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer
 from rmtc.errors import CaptureError, RefusedError, VerifyError
-from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, timed
+from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, rewrite, timed
 
 __all__ = ["Analysis", "analyze", "prove_analysis"]
 
@@ -242,6 +242,8 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, watch: 
     analysis.probes = [runs[0], third]
     if watch is not None:
         watch("check", f"{proven.checked}\n")
+        if proven.schedule is not None:
+            rewrite(proven, watch)
     return proven
 
 

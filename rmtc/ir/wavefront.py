@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
 
 from rmtc.ir.program import Src
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import BodyOp, Fit, Item, Outer, Row, SegmentLoop
 
-__all__ = ["Body", "Input", "Local", "Member", "Number", "Operand", "Shared", "WavefrontProgram", "Weight"]
+__all__ = ["Body", "Input", "Local", "Member", "Number", "Operand", "Shared", "WavefrontProgram", "Weight", "choose"]
+
+
+def choose(flags: Sequence[int], one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """For a group: the cells of ``one`` where the flag is set, those of ``other`` elsewhere.
+
+    Raises:
+        ValueError: if the cells are no tensors of one kind.
+    """
+    if one.shape != other.shape or one.dtype != other.dtype:
+        raise ValueError(f"cells of {tuple(one.shape[1:])} {one.dtype} and of {tuple(other.shape[1:])} {other.dtype}")
+    mask = torch.tensor(flags, dtype=torch.bool, device=one.device)
+    return torch.where(mask.view(-1, *(1,) * (one.dim() - 1)), one, other)
+
 
 Member: TypeAlias = tuple[int, int]
 """A row kind (explicit rows, then the steady one) and a layer; -1 is the prologue, L the epilogue."""
@@ -19,48 +34,53 @@ Operand: TypeAlias = "Row | Outer | Src | Item | Shared"
 """What a cell reads from elsewhere, as the segment loop spells it, or a shared value."""
 
 
-class Local(NamedTuple):
+@dataclass(frozen=True, repr=False)
+class Local:
     """Operand: operation ``number`` of the same cell."""
 
     number: int
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"%{self.number}"
 
 
-class Input(NamedTuple):
+@dataclass(frozen=True, repr=False)
+class Input:
     """Operand: a value that another cell makes; the cells of a group read different ones."""
 
     number: int
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"in{self.number}"
 
 
-class Weight(NamedTuple):
+@dataclass(frozen=True, repr=False)
+class Weight:
     """Operand: a tensor of the layer's own that exists before the call, such as a parameter."""
 
     number: int
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"w{self.number}"
 
 
-class Shared(NamedTuple):
+@dataclass(frozen=True, repr=False)
+class Shared:
     """Operand: a value that is the same for all segments of one length, computed once a call."""
 
     number: int
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"shared{self.number}"
 
 
-class Number(NamedTuple):
+@dataclass(frozen=True, repr=False)
+class Number:
     """Operand: a number that differs from cell to cell."""
 
     number: int
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"n{self.number}"
 
 
@@ -79,6 +99,7 @@ class Body:
         weights: for each :class:`Weight`, the tensor's name in each layer.
         numbers: for each :class:`Number`, what it is in each member.
         results: the numbers of the operations that others read.
+        positions: for each member, where among the results the value of an operation of its cell is.
     """
 
     name: str
@@ -89,6 +110,7 @@ class Body:
     weights: tuple[Mapping[int, str], ...]
     numbers: tuple[Mapping[Member, int | float | Fit], ...]
     results: tuple[int, ...]
+    positions: Mapping[Member, Mapping[int, int]]
 
     def __str__(self) -> str:
         lines = [f"{self.name} ({self.stage} of {_members(self.members)}):"]
@@ -108,14 +130,14 @@ class WavefrontProgram:
         schedule: by which it is to run: no two cells of one layer share a step.
         shared: operations whose values are the same for all segments of one length.
         bodies: by the name of the class.
-        horizon: for how many steps what a cell makes may still be read by others.
+        merged: bodies that run the cells of two classes at once, by their names, that of the first segments first.
     """
 
     loop: SegmentLoop
     schedule: Schedule
     shared: tuple[BodyOp, ...]
     bodies: Mapping[str, Body]
-    horizon: int
+    merged: Mapping[tuple[str, str], Body] = field(default_factory=dict)
 
     def body(self, row: int, layer: int) -> Body | None:
         """The body of a cell, None where it has no operations."""
@@ -127,7 +149,7 @@ class WavefrontProgram:
     def __str__(self) -> str:
         parts = ["shared by all segments of one length:"]
         parts += [f"  shared{number} = {op}" for number, op in enumerate(self.shared)]
-        parts += [str(body) for body in self.bodies.values()]
+        parts += [str(body) for body in (*self.bodies.values(), *self.merged.values())]
         return "\n".join(parts)
 
 

@@ -11,7 +11,7 @@ import torch
 from rmtc.ir.program import Src, leaves, map_leaves
 from rmtc.ir.schedule import Cell, Schedule
 from rmtc.ir.segment_loop import BodyOp, Every, Fit, Item, Outer, Row, SegmentLoop, Where
-from rmtc.ir.wavefront import Body, Input, Local, Member, Number, Operand, Shared, WavefrontProgram, Weight
+from rmtc.ir.wavefront import Body, Input, Local, Member, Number, Shared, WavefrontProgram, Weight
 
 __all__ = ["group", "run_schedule"]
 
@@ -50,8 +50,7 @@ def group(loop: SegmentLoop, schedule: Schedule) -> WavefrontProgram:
     bodies: dict[str, Body] = {}
     for name, of_class in members.items():
         bodies[name] = _body(loop, name, of_class, shared, needed)
-    horizon = max((_age(loop, schedule, member, each) for member, each in _reads(bodies)), default=1)
-    return WavefrontProgram(loop, schedule, tuple(shared.ops), bodies, max(1, horizon))
+    return WavefrontProgram(loop, schedule, tuple(shared.ops), bodies)
 
 
 def _class_name(loop: SegmentLoop, row: int, layer: int) -> str:
@@ -221,6 +220,7 @@ def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, 
         tuple({at: leaf.name for at, leaf in zip(layers, choices, strict=True)} for choices in weights),
         tuple(dict(zip(members, choices, strict=True)) for choices in numbers),
         tuple(results),
+        {member: {result: position for position, result in enumerate(results)} for member in members},
     )
 
 
@@ -234,20 +234,3 @@ def _zip_leaves(args: list[tuple[Any, ...]], function: Any) -> tuple[Any, ...]:
         _zip_leaves(list(each), function) if type(each[0]) is tuple else function(each)
         for each in zip(*args, strict=True)
     )
-
-
-def _reads(bodies: Mapping[str, Body]) -> list[tuple[Member, Operand]]:
-    return [(member, leaf) for body in bodies.values() for choice in body.inputs for member, leaf in choice.items()]
-
-
-def _age(loop: SegmentLoop, schedule: Schedule, member: Member, leaf: Operand) -> int:
-    """How many steps before its reader a value is made."""
-    if not isinstance(leaf, Row):
-        return 0
-    row, layer = member
-    made = loop.layouts[_producers(row, leaf.back, len(loop.rows))[-1]].layer_of(leaf.number)
-
-    def clamp(at: int) -> int:
-        return min(max(at, 0), loop.layers - 1)
-
-    return schedule.time(Cell(leaf.back, clamp(layer))) - schedule.time(Cell(0, clamp(made)))

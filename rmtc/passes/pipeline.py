@@ -14,10 +14,13 @@ from rmtc.errors import CaptureError, RefusedError
 from rmtc.ir.program import Program
 from rmtc.ir.schedule import L, Schedule
 from rmtc.ir.segment_loop import Key, SegmentLoop
+from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.check import Checked, check
 from rmtc.passes.dependences import find_dependences
 from rmtc.passes.fold import fold_segments
 from rmtc.passes.generalize import generalize_rows
+from rmtc.passes.group import group, run_schedule
+from rmtc.passes.if_convert import if_convert
 from rmtc.passes.layers import fold_layers
 from rmtc.passes.place import places
 from rmtc.passes.prove import Proof, prove
@@ -50,6 +53,8 @@ def passes() -> list[PassInfo]:
         PassInfo("find-dependences", "what crosses from cell to cell, with distance vectors"),
         PassInfo("prove", "a legal schedule with its certificate, or the cycle that forbids one"),
         PassInfo("check", "schedule and loop held against a run of a third length"),
+        PassInfo("group", "the body of a cell as that of a group of cells: local, shared, by layer, from another cell"),
+        PassInfo("if-convert", "cells of the first segment in one group with the others"),
     ]
 
 
@@ -151,6 +156,25 @@ def prove_loop(loop: SegmentLoop, family: Family | None, segments: int, watch: W
         schedule = Schedule(proof.a, proof.b, loop.layers, segments, loop.classes, loop.stage_classes)
     _show(watch, "prove", f"{proof.certificate}\n" if schedule else f"refused: {proof.reason}\n")
     return Proven(loop, family, proof, schedule)
+
+
+def rewrite(proven: Proven, watch: Watch | None = None) -> WavefrontProgram:
+    """A proven loop as a program for groups of cells.
+
+    Args:
+        proven: a loop with a schedule.
+        watch: as in :func:`reroll`.
+
+    Raises:
+        RefusedError: if there is no schedule.
+    """
+    if proven.schedule is None:
+        raise RefusedError(proven.proof.reason or "no schedule was found", cycle=proven.proof.cycle)
+    program = group(proven.loop, run_schedule(proven.schedule))
+    _show(watch, "group", program)
+    program = if_convert(program)
+    _show(watch, "if-convert", program)
+    return program
 
 
 def check_against(proven: Proven, program: Program, segments: int, batch: int, tail: int) -> Checked:

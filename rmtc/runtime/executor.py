@@ -71,6 +71,13 @@ class Executor:
             self._plans.move_to_end(key)
         return plan
 
+    def _separate(self, body: Body) -> None:
+        """Run the classes of a merged body by themselves from now on."""
+        with self._lock:
+            merged = {pair: each for pair, each in self.program.merged.items() if each is not body}
+            self.program = replace(self.program, merged=merged)
+            self._plans.clear()
+
     def run(
         self, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
     ) -> tuple[dict[str, Any], Run]:
@@ -85,11 +92,24 @@ class Executor:
         Returns:
             The results by the names of the loop's outputs, and what was done.
         """
-        plan = self.plan(segments, batch, tail)
         devices = {tensor.device.type for tensor in values.values()}
-        with torch.no_grad(), _autocast_off(devices):
-            outputs = _Walk(self, values, segments, batch, tail).outputs(plan)
+        while True:
+            plan = self.plan(segments, batch, tail)
+            try:
+                with torch.no_grad(), _autocast_off(devices):
+                    outputs = _Walk(self, values, segments, batch, tail).outputs(plan)
+                break
+            except _Unmergeable as error:
+                self._separate(error.body)
         return outputs, Run(plan.steps, sum(plan.widths.values()), dict(plan.widths))
+
+
+class _Unmergeable(Exception):
+    """The cells of two classes differ in more than operations, such as in shapes: they cannot share a body."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__(body.name)
+        self.body = body
 
 
 class _Walk:
@@ -130,6 +150,14 @@ class _Walk:
         return found
 
     def _launch(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
+        if launch.body.name in self.executor.program.bodies:
+            return self._results(launch, made)
+        try:
+            return self._results(launch, made)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+            raise _Unmergeable(launch.body) from error
+
+    def _results(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
         body, grouped = launch.body, launch.body.stage == "layer"
         environment = self.ends if launch.short else self.middle
         inputs = [self._gather(pieces, made, grouped, environment) for pieces in launch.inputs]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -110,11 +111,10 @@ class _Planner:
         steps = self.program.schedule.steps(self.segments)
         widths: dict[int, int] = {}
         for step in steps:
-            for each in step.groups:
-                for body, cells in self._runs(each):
-                    self._launch(body, step.time, cells)
-                    if body.stage == "layer":
-                        widths[len(cells)] = widths.get(len(cells), 0) + 1
+            for body, cells in self._runs(step.groups):
+                self._launch(body, step.time, cells)
+                if body.stage == "layer":
+                    widths[len(cells)] = widths.get(len(cells), 0) + 1
         done: dict[int, list[int]] = {}
         for number in range(len(self.launches)):
             done.setdefault(self.last_read.get(number, number), []).append(number)
@@ -145,25 +145,45 @@ class _Planner:
     def _short(self, cell: Cell) -> bool:
         return cell.segment == self.segments - 1 and self.tail != self.loop.segment_length
 
-    def _runs(self, group: Group) -> Iterator[tuple[Body, tuple[Cell, ...]]]:
-        """The cells of a group that can run at once: of one length, their layers evenly spaced among the members."""
-        body = self.program.bodies.get(group.cell_class)
-        if body is None or not body.ops:
-            return
-        if body.stage != "layer":
-            yield from ((body, (cell,)) for cell in sorted(group.cells))
-            return
+    def _runs(self, groups: tuple[Group, ...]) -> Iterator[tuple[Body, tuple[Cell, ...]]]:
+        """What runs at once in a step, in order: cells of one body and length, their layers evenly spaced."""
+        for stage in ("prologue", "layer", "epilogue"):
+            here = [each for each in groups if each.stage == stage and self._body(each.cell_class) is not None]
+            if stage != "layer":
+                for each in here:
+                    yield from ((self.program.bodies[each.cell_class], (cell,)) for cell in sorted(each.cells))
+                continue
+            classes = {cell: each.cell_class for each in here for cell in each.cells}
+            for pair, merged in self.program.merged.items():
+                if pair[0] in classes.values() and pair[1] in classes.values():
+                    full = {cell: name for cell, name in classes.items() if name in pair and not self._short(cell)}
+                    for run in self._even(merged, full):
+                        if len({classes[cell] for cell in run}) == 2:
+                            yield merged, run
+                            classes = {cell: name for cell, name in classes.items() if cell not in run}
+            for name in dict.fromkeys(classes.values()):
+                body = self.program.bodies[name]
+                for short in (False, True):
+                    own = [cell for cell, each in classes.items() if each == name and self._short(cell) == short]
+                    yield from ((body, run) for run in self._even(body, own))
+
+    def _body(self, name: str) -> Body | None:
+        body = self.program.bodies.get(name)
+        return body if body is not None and body.ops else None
+
+    @staticmethod
+    def _even(body: Body, cells: Iterable[Cell]) -> Iterator[tuple[Cell, ...]]:
+        """Cells by layer, divided where the layers are not evenly spaced among those of the body."""
         order = {layer: n for n, layer in enumerate(sorted({layer for _, layer in body.members}))}
         run: list[Cell] = []
-        for cell in sorted(group.cells, key=lambda cell: cell.layer):
-            if run:
-                gaps = [order[b.layer] - order[a.layer] for a, b in zip(run, [*run[1:], cell], strict=True)]
-                if self._short(cell) != self._short(run[0]) or len(set(gaps)) > 1:
-                    yield body, tuple(run)
-                    run = []
+        for cell in sorted(cells, key=lambda cell: cell.layer):
+            gaps = {order[b.layer] - order[a.layer] for a, b in itertools.pairwise([*run, cell])}
+            if len(gaps) > 1:
+                yield tuple(run)
+                run = []
             run.append(cell)
         if run:
-            yield body, tuple(run)
+            yield tuple(run)
 
     def _environment(self, segment: int) -> Environment:
         length = self.tail if segment == self.segments - 1 else self.loop.segment_length
@@ -174,7 +194,7 @@ class _Planner:
         number = len(self.launches)
         members: list[Member] = [(self._row(cell.segment), cell.layer) for cell in cells]
         inputs = tuple(
-            self._pieces([self._source(choice[m], cell) for m, cell in zip(members, cells, strict=True)], number)
+            self._pieces([self._source(choice.get(m), cell) for m, cell in zip(members, cells, strict=True)], number)
             for choice in body.inputs
         )
         numbers = tuple(
@@ -186,8 +206,8 @@ class _Planner:
         for index, cell in enumerate(cells):
             start = self._start(cell)
             self.places[cell] = _Place(number, index if grouped else -1)
-            for position, result in enumerate(body.results):
-                key = Key(cell.segment, start + result)
+            for offset, position in body.positions[self._row(cell.segment), cell.layer].items():
+                key = Key(cell.segment, start + offset)
                 if key in self.wanted:
                     kept.append((key, position, index if grouped else -1))
         self.launches.append(Launch(body, step, cells, self._short(cells[0]), inputs, numbers, tuple(kept)))
@@ -195,14 +215,16 @@ class _Planner:
     def _number(self, number: int | float | Fit, cell: Cell) -> int | float:
         return number.at(self._environment(cell.segment)) if isinstance(number, Fit) else number
 
-    def _source(self, operand: Operand, cell: Cell) -> Part | Whole:
-        """Where one cell's input comes from."""
+    def _source(self, operand: Operand | None, cell: Cell) -> Part | Whole | None:
+        """Where one cell's input comes from; None if the cell has none."""
+        if operand is None:
+            return None
         if isinstance(operand, Row):
             segment = cell.segment - operand.back
             made = Cell(segment, self.loop.layout(segment).layer_of(operand.number))
             place = self.places[made]
             body = self.launches[place.launch].body
-            result = body.results.index(operand.number - self._start(made))
+            result = body.positions[self._row(segment), made.layer][operand.number - self._start(made)]
             return Part(place.launch, result, place.cell, 1, 1)
         if isinstance(operand, Item):
             at = operand.number
@@ -210,10 +232,12 @@ class _Planner:
             return Whole(Src(str(operand._replace(number=at))))
         return Whole(operand)
 
-    def _pieces(self, sources: list[Part | Whole], reader: int) -> tuple[Piece, ...]:
-        """Neighbours joined."""
+    def _pieces(self, sources: list[Part | Whole | None], reader: int) -> tuple[Piece, ...]:
+        """Neighbours joined. A cell that has no such input, and computes in vain, is given another cell's."""
         pieces: list[Piece] = []
-        for source in sources:
+        spare = next(source for source in sources if source is not None)
+        for each in sources:
+            source = spare if each is None else each
             if isinstance(source, Part):
                 self.last_read[source.launch] = reader
                 last = pieces[-1] if pieces else None

@@ -21,8 +21,8 @@ from rmtc.capture.state import Slot, Snapshot, is_plain
 from rmtc.errors import RefusedError, VerifyError
 from rmtc.ir.program import Val
 from rmtc.ir.wavefront import WavefrontProgram
-from rmtc.passes.group import group, run_schedule
-from rmtc.passes.pipeline import check_against
+from rmtc.passes.group import run_schedule
+from rmtc.passes.pipeline import check_against, rewrite
 from rmtc.runtime.backends import Backend, Runner
 from rmtc.runtime.executor import Run
 from rmtc.runtime.guards import ArgumentGuard, StateGuard, modes
@@ -100,7 +100,7 @@ class Variant:
             (effect.place, effect.content) for effect in third.effects
         ]:
             raise RefusedError("what the call leaves in attributes has another structure for more segments")
-        program = group(proven.loop, schedule)
+        program = rewrite(proven)
         session = analysis.capture.session
         tensors = {lifted.names[0]: lifted.tensor for lifted in session.lifted}
         weights = Weights.plan(program, Weights.movable({**tensors, **_inputs(session.arguments)}))

@@ -53,7 +53,8 @@ class Weights:
             movable: the names of the parameters that may be moved into a stack.
         """
         weights = Weights()
-        wanted = [_names(body, number) for body in program.bodies.values() for number in range(len(body.weights))]
+        bodies = (*program.bodies.values(), *program.merged.values())
+        wanted = [_names(body, number) for body in bodies for number in range(len(body.weights))]
         for names in sorted(dict.fromkeys(wanted), key=len, reverse=True):
             free = all(name in movable and name not in weights.places for name in names)
             if free and len(set(names)) == len(names) and len({program.loop.sources[n].shape for n in names}) == 1:

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from rmtc.codegen.torch.rules import UNGROUPED, Arguments, Raw, Value, Varying, function_name, rule_for
+from rmtc.codegen.torch.rules import UNGROUPED, Arguments, Raw, Value, Varying, function_name, grouped, rule_for
 from rmtc.ir.program import Src, call_arguments, leaves, map_leaves
 from rmtc.ir.segment_loop import BodyOp, Environment, Fit, Outer
-from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight
+from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, choose
 
 __all__ = ["Kernel", "emit", "select_run"]
 
@@ -72,6 +72,11 @@ class _Emitter:
             value = args[0][args[1]]
             self._assign(name, f"{value.text}", op)
             return self.bind(name, self.space[name], value.grouped)
+        if op.target is choose:
+            flags, one, other = args
+            self.space["choose"] = choose
+            self._assign(name, f"choose({flags.text}, {grouped(one)}, {grouped(other)})", op)
+            return self.bind(name, self.space[name], True)
         if not isinstance(op.target, torch._ops.OpOverload):  # a shared value as a result
             self._assign(name, args[0].text, op)
             return self.bind(name, self.space[name], args[0].grouped)

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["UNGROUPED", "Arguments", "Value", "function_name", "literal", "rule_for", "rules"]
+__all__ = ["UNGROUPED", "Arguments", "Value", "function_name", "grouped", "literal", "rule_for", "rules"]
 
 aten = torch.ops.aten
 

@@ -1,0 +1,234 @@
+"""Pass if-convert: cells of the first segment run in one group with the others, though they differ a little."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from difflib import SequenceMatcher
+from typing import Any
+
+from rmtc.ir.program import map_leaves
+from rmtc.ir.segment_loop import BodyOp, Fit, Row, SegmentLoop
+from rmtc.ir.wavefront import Body, Input, Local, Member, Number, WavefrontProgram, Weight, choose
+
+__all__ = ["if_convert"]
+
+_ALIKE = 0.5  # bodies are merged if they share at least this part of the larger one's operations
+
+
+def if_convert(program: WavefrontProgram) -> WavefrontProgram:
+    """Merge bodies of different classes that run in the same steps.
+
+    Needs: a program with a body for each class.
+    Gives: the program with a merged body for each pair of an explicit row's class and the steady one of its layers. It
+    runs what both share once for all cells, what only one has for all cells too, and chooses by cell where the two meet
+    again. An operation never mixes cells, so what a cell computes in vain does not matter, and what it keeps is exactly
+    what its own body gives.
+    Checks: both bodies share most of their operations and all of their layers.
+
+        C1: %4 = f(in0)                         C1+C0: %0 = f(in0)
+            results %4                    ->           %1 = g(%0, in1)    in1 is any other cell's where a cell has none
+        C0: %3 = f(in0)  %5 = g(%3, in1)               %2 = choose(n0, %0, %1)
+            results %5                                 results %2
+    """
+    loop = program.loop
+    merged: dict[tuple[str, str], Body] = {}
+    for row in range(len(loop.rows)):
+        for layer in range(loop.layers):
+            names = loop.classes[row][layer], loop.classes[-1][layer]
+            first, steady = (program.bodies.get(name) for name in names)
+            if first is not None and steady is not None and first is not steady and names not in merged:
+                body = _merge(program, first, steady)
+                if body is not None:
+                    merged[names] = body
+    return replace(program, merged=merged)
+
+
+def _merge(program: WavefrontProgram, first: Body, steady: Body) -> Body | None:
+    layers = [{layer for _, layer in body.members} for body in (first, steady)]
+    if layers[0] != layers[1] or not first.ops or not steady.ops:
+        return None
+    length = program.loop.segment_length
+    numbers = [list(body.ops) for body in (first, steady)]
+    keys = [[_key(body, body.ops[number], length) for number in body.ops] for body in (first, steady)]
+    matcher: SequenceMatcher[Any] = SequenceMatcher(None, keys[0], keys[1], autojunk=False)
+    shared = sum(block.size for block in matcher.get_matching_blocks())
+    if shared < _ALIKE * max(map(len, keys)):
+        return None
+    merger = _Merger(first, steady)
+    for tag, i1, i2, j1, j2 in matcher.get_opcodes():
+        if tag == "equal":
+            for mine, other in zip(numbers[0][i1:i2], numbers[1][j1:j2], strict=True):
+                merger.add_both(mine, other)
+        else:
+            for mine in numbers[0][i1:i2]:
+                merger.add(0, mine)
+            for other in numbers[1][j1:j2]:
+                merger.add(1, other)
+    return merger.body(_partners(program, first, steady, merger))
+
+
+def _key(body: Body, op: BodyOp, length: int) -> Any:
+    """What two operations must have in common to be run as one; operands from the cell may differ."""
+
+    def part(leaf: Any) -> Any:
+        if isinstance(leaf, (Local, Input)):
+            return "value"
+        if isinstance(leaf, Weight):
+            return tuple(sorted(body.weights[leaf.number].items()))
+        if isinstance(leaf, Number):
+            return "number"
+        if isinstance(leaf, Fit):
+            leaf = leaf.where(0, length)  # merged groups are of full segments
+        return (type(leaf), leaf) if not isinstance(leaf, Fit) else leaf
+
+    return op.target, map_leaves(op.args, part)
+
+
+class _Merger:
+    """Builds a merged body operation by operation; side 0 is the first segments' body, side 1 the steady one."""
+
+    def __init__(self, first: Body, steady: Body) -> None:
+        self.sides = (first, steady)
+        self.ops: dict[int, BodyOp] = {}
+        self.inputs: dict[tuple[Any, ...], tuple[Input, Mapping[Member, Any]]] = {}
+        self.weights: dict[tuple[Any, ...], tuple[Weight, Mapping[int, str]]] = {}
+        flags = {member: int(member in first.members) for member in (*first.members, *steady.members)}
+        self.numbers: dict[tuple[Any, ...], tuple[Number, Mapping[Member, Any]]] = {("flag",): (Number(0), flags)}
+        self.known: tuple[dict[int, int], dict[int, int]] = ({}, {})
+        self.chosen: dict[tuple[Any, Any], Local] = {}
+
+    def add_both(self, mine: int, other: int) -> None:
+        """One operation for both sides."""
+        op, steady = self.sides[0].ops[mine], self.sides[1].ops[other]
+        args = _zip(op.args, steady.args, self._both)
+        number = self._append(replace(steady, args=args))
+        self.known[0][mine] = self.known[1][other] = number
+
+    def add(self, side: int, number: int) -> None:
+        """An operation that only one side has."""
+        op = self.sides[side].ops[number]
+        args = map_leaves(op.args, lambda leaf: self._one(side, leaf))
+        self.known[side][number] = self._append(replace(op, args=args))
+
+    def choice(self, mine: Any, other: Any) -> Local:
+        """The value of one side in its cells, that of the other in the others'."""
+        key = mine, other
+        if key not in self.chosen:
+            self.chosen[key] = Local(self._append(BodyOp(choose, (Number(0), mine, other))))
+        return self.chosen[key]
+
+    def _append(self, op: BodyOp) -> int:
+        self.ops[len(self.ops)] = op
+        return len(self.ops) - 1
+
+    def _both(self, mine: Any, other: Any) -> Any:
+        if isinstance(mine, Input) and isinstance(other, Input):
+            choices = {**self.sides[0].inputs[mine.number], **self.sides[1].inputs[other.number]}
+            return self._input(("both", mine, other), choices)
+        if isinstance(mine, Number) and isinstance(other, Number):
+            numbers = {**self.sides[0].numbers[mine.number], **self.sides[1].numbers[other.number]}
+            return self.numbers.setdefault(("both", mine, other), (Number(len(self.numbers)), numbers))[0]
+        one, two = self._one(0, mine), self._one(1, other)
+        if one == two or (not isinstance(mine, (Local, Input)) and not isinstance(other, (Local, Input))):
+            return two
+        return self.choice(one, two)
+
+    def _one(self, side: int, leaf: Any) -> Any:
+        body = self.sides[side]
+        if isinstance(leaf, Local):
+            return Local(self.known[side][leaf.number])
+        if isinstance(leaf, Input):
+            return self._input((side, leaf), body.inputs[leaf.number])
+        if isinstance(leaf, Weight):
+            names = body.weights[leaf.number]
+            key = tuple(sorted(names.items()))
+            return self.weights.setdefault(key, (Weight(len(self.weights)), names))[0]
+        if isinstance(leaf, Number):
+            numbers = dict(body.numbers[leaf.number])
+            filler = next(iter(numbers.values()))
+            numbers |= dict.fromkeys(self.sides[1 - side].members, filler)
+            return self.numbers.setdefault((side, leaf), (Number(len(self.numbers)), numbers))[0]
+        return leaf
+
+    def _input(self, key: tuple[Any, ...], choices: Mapping[Member, Any]) -> Input:
+        return self.inputs.setdefault(key, (Input(len(self.inputs)), choices))[0]
+
+    def body(self, partners: Mapping[int, int]) -> Body:
+        """The merged body.
+
+        Args:
+            partners: for results of the first segments' body, those of the steady one that the same readers read.
+        """
+        first, steady = self.sides
+        results: list[int] = []
+        positions: tuple[dict[int, int], dict[int, int]] = ({}, {})
+
+        def put(local: int) -> int:
+            if local not in results:
+                results.append(local)
+            return results.index(local)
+
+        for mine in first.results:
+            local, other = self.known[0][mine], partners.get(mine)
+            if other is not None and other not in positions[1]:
+                steady_local = self.known[1][other]
+                if steady_local != local:
+                    local = self.choice(Local(local), Local(steady_local)).number
+                positions[1][other] = put(local)
+            positions[0][mine] = put(local)
+        for other in steady.results:
+            if other not in positions[1]:
+                positions[1][other] = put(self.known[1][other])
+        return Body(
+            f"{first.name}_{steady.name}",
+            "layer",
+            (*first.members, *steady.members),
+            self.ops,
+            tuple(choices for _, choices in self.inputs.values()),
+            tuple(names for _, names in self.weights.values()),
+            tuple(numbers for _, numbers in self.numbers.values()),
+            tuple(results),
+            {
+                **dict.fromkeys(first.members, positions[0]),
+                **dict.fromkeys(steady.members, positions[1]),
+            },
+        )
+
+
+def _zip(args: tuple[Any, ...], others: tuple[Any, ...], function: Any) -> tuple[Any, ...]:
+    return tuple(
+        _zip(arg, other, function) if type(arg) is tuple else function(arg, other)
+        for arg, other in zip(args, others, strict=True)
+    )
+
+
+def _partners(program: WavefrontProgram, first: Body, steady: Body, merger: _Merger) -> dict[int, int]:
+    """The results of both bodies that one input reads, now from a cell of one and now from one of the other."""
+    loop = program.loop
+    found: dict[int, int] = {}
+    inputs = [choices for body in program.bodies.values() for choices in body.inputs]
+    for choices in (*inputs, *(choices for _, choices in merger.inputs.values())):
+        offsets: tuple[set[int], set[int]] = (set(), set())
+        for (row, _), operand in choices.items():
+            if isinstance(operand, Row):
+                for member, offset in _makers(loop, row, operand):
+                    for side, body in enumerate((first, steady)):
+                        if member in body.members and offset in body.results:
+                            offsets[side].add(offset)
+        if len(offsets[0]) == 1 and len(offsets[1]) == 1:
+            found.setdefault(offsets[0].pop(), offsets[1].pop())
+    return found
+
+
+def _makers(loop: SegmentLoop, row: int, operand: Row) -> Sequence[tuple[Member, int]]:
+    """The cells that make an operand of a row kind, with the operation's number in the cell."""
+    steady = len(loop.rows)
+    rows = [row - operand.back] if row < steady else range(steady - operand.back, steady + 1)
+    made: list[tuple[Member, int]] = []
+    for each in rows:
+        layout = loop.layouts[max(0, each)]
+        layer = layout.layer_of(operand.number)
+        if 0 <= layer < loop.layers:
+            made.append(((max(0, each), layer), operand.number - layout.layers[layer][0]))
+    return made
