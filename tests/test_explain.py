@@ -254,6 +254,28 @@ def test_each_distance_of_a_tensor_shows_its_own_reader() -> None:
     assert at(below.location) == at(own.location) == ("models.py", line_of("state goes on"))
 
 
+def test_what_the_first_segment_makes_otherwise_is_the_same_tensor() -> None:
+    def loop(hidden: Tensor, weights: Tensor) -> Tensor:
+        memories: dict[int, Tensor] = {}
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number in range(LAYERS):
+                if number in memories:
+                    later = torch.tanh(piece @ weights[number] + memories[number][:, None])
+                    memories[number] = memories[number] + later.mean(1)
+                    piece = later
+                else:
+                    first = torch.sigmoid(piece @ weights[number])
+                    memories[number] = first.sum(1)
+                    piece = first
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+    hidden, memory = rmtc.explain(loop)(text(), models.stacked_weights()).dependences
+    assert (hidden.distance, hidden.tensor) == ((0, 1), "later")
+    assert (memory.distance, memory.tensor, memory.producer) == ((1, 0), "memories[number]", "add.Tensor")
+
+
 def test_the_cycle_of_the_classic_rmt(explained: Explain) -> None:
     answer = explained("top to bottom")
     assert [each.distance for each in answer.cycle] == [(0, 1)] * (LAYERS - 1) + [(1, 1 - L)]
