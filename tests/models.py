@@ -213,6 +213,34 @@ class Attending(nn.Module):
         return torch.cat(pieces, dim=1)
 
 
+Parts = list[list[tuple[int, int]]]
+"""What runs at each position of a stack: part p of layer l, as ``(l, p)``."""
+
+OWN: Parts = [[(layer, 0), (layer, 1), (layer, 2)] for layer in range(LAYERS)]
+
+
+class Borrowing(nn.Module):
+    """Layers of three parts, each of which may use parts of others; a memory (B, D) at each position."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.parts = parts
+        self.layers = nn.ModuleList(nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3)) for _ in range(LAYERS))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        layers = [list(layer) for layer in self.layers if isinstance(layer, nn.ModuleList)]
+        memories = [hidden.new_zeros(hidden.shape[0], WIDTH) for _ in self.parts]
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, parts in enumerate(self.parts):
+                for layer, part in parts:
+                    piece = torch.tanh(layers[layer][part](piece))  # a part
+                piece = piece + memories[number][:, None]
+                memories[number] = piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
 def xl_weights() -> list[nn.Linear]:
     """Weights for :func:`transformer_xl`."""
     return [nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]

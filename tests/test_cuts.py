@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
 
-from rmtc.passes.cuts import choose_cut, common_prefix, common_subsequence, common_suffix, divide, prefix_within
+from rmtc.passes.cuts import (
+    choose_cut,
+    common_prefix,
+    common_subsequence,
+    common_suffix,
+    divide,
+    prefix_within,
+    rising_subsequence,
+)
 
 
 def test_common_ends() -> None:
@@ -37,6 +49,23 @@ def test_common_subsequence_is_longest() -> None:
         rest = iter(b)
         assert all(a[place] in rest for place in places)  # in b, in this order
         assert len(places) == length(a, b)
+
+
+def test_a_rising_subsequence_is_heaviest() -> None:
+    generator = random.Random(0)
+    for _ in range(60):
+        values = generator.choices(range(4), k=generator.randint(0, 9))
+        weights = [Fraction(1, generator.randint(1, 3)) for _ in values]
+        every = [places for n in range(len(values) + 1) for places in itertools.combinations(range(len(values)), n)]
+
+        def worth(places: Sequence[int], values: list[int] = values, weights: list[Fraction] = weights) -> Any:
+            return sum(weights[place] for place in places), len({values[place] for place in places})
+
+        found = rising_subsequence(values, weights)
+        assert found == sorted(set(found))
+        assert [values[place] for place in found] == sorted(values[place] for place in found)
+        rising = [p for p in every if all(values[a] <= values[b] for a, b in itertools.pairwise(p))]
+        assert worth(found) == max(map(worth, rising))
 
 
 def test_the_ends_decide_where_to_cut() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,9 +19,9 @@ from models import LAYERS, LOOPS, OTHERS, SEGMENT, SEGMENTS, line_of, text
 from torch import Tensor, nn
 
 import rmtc
-from rmtc import Cell, Explanation, Group, Step
+from rmtc import Cell, Explanation, Group, Schedule, Step
 from rmtc.api import dump
-from rmtc.errors import Location, RefusedError, RmtcError
+from rmtc.errors import CaptureError, Location, RefusedError, RmtcError
 from rmtc.examples import armt_gpt2, armt_llama, associative, rmt_llama
 from rmtc.ir.schedule import L, S, distances
 
@@ -181,11 +182,50 @@ def test_what_the_last_layer_makes_for_lower_ones_is_its_own(
     """Only layers that read or write less than others are of another class, and no epilogue is left."""
     schedule = explained(name).schedule
     assert schedule is not None and "epilogue" not in schedule.stage_classes
-    for segment in range(3):
-        names: dict[str, set[int]] = {}
-        for layer in range(LAYERS):
-            names.setdefault(schedule.class_of(Cell(segment, layer)), set()).add(layer)
-        assert list(names.values()) == alike
+    assert layers_by_class(schedule) == alike
+
+
+def layers_by_class(schedule: Schedule) -> list[set[int]]:
+    """The layers of each class, which are the same in every segment."""
+    found: list[dict[str, set[int]]] = [{} for _ in range(4)]
+    for segment, layer in itertools.product(range(4), range(LAYERS)):
+        found[segment].setdefault(schedule.class_of(Cell(segment, layer)), set()).add(layer)
+    assert all(names == found[0] for names in found)
+    return list(found[0].values())
+
+
+def borrowing(changes: dict[int, list[tuple[int, int]]]) -> models.Parts:
+    return [changes.get(layer, parts) for layer, parts in enumerate(models.OWN)]
+
+
+BORROWED: dict[str, tuple[models.Parts, list[set[int]]]] = {
+    "from a later layer": (borrowing({1: [(1, 0), (3, 1), (1, 1), (1, 2)]}), [{0, 2, 3}, {1}]),
+    "from an earlier layer": (borrowing({3: [(3, 0), (0, 1), (3, 1), (3, 2)]}), [{0, 1, 2}, {3}]),
+    "from the next layer": (borrowing({1: [(1, 0), (2, 1), (1, 1), (1, 2)]}), [{0, 2, 3}, {1}]),
+    "from the layer before": (borrowing({2: [(2, 0), (1, 1), (2, 1), (2, 2)]}), [{0, 1, 3}, {2}]),
+    "from each other": (borrowing({1: [(1, 0), (3, 1), (1, 2)], 3: [(3, 0), (1, 1), (3, 2)]}), [{0, 2}, {1}, {3}]),
+    "all from the first": ([[(layer, 0), (0, 1), (layer, 2)] for layer in range(LAYERS)], [set(range(LAYERS))]),
+    "one whole layer": ([[(layer, 0), *([(3, 0)] if layer == 1 else [])] for layer in range(LAYERS)], [{0, 2, 3}, {1}]),
+}
+
+
+@pytest.mark.parametrize("name", BORROWED)
+def test_a_layer_that_uses_a_parameter_of_another(name: str) -> None:
+    """It stays one layer, and is of another class unless all layers do the same."""
+    parts, alike = BORROWED[name]
+    answer = rmtc.explain(models.Borrowing(parts))(text())
+    assert answer.layers == LAYERS and distances(answer.dependences) == MEMORY
+    assert answer.schedule is not None
+    assert layers_by_class(answer.schedule) == alike
+
+
+@pytest.mark.parametrize(
+    "parts", [models.OWN * 2, [parts[p : p + 1] for p in range(3) for parts in models.OWN]], ids=["twice", "in turns"]
+)
+def test_layers_that_do_not_run_one_after_another(parts: models.Parts) -> None:
+    with pytest.raises(CaptureError, match=r"the layers of a segment do not run .* out of turn") as caught:
+        rmtc.explain(models.Borrowing(parts))(text())
+    assert at(caught.value.location) == ("models.py", line_of("a part"))
 
 
 def test_names_and_places_of_a_memory_in_attributes(explained: Explain) -> None:
@@ -216,6 +256,28 @@ def test_each_distance_of_a_tensor_shows_its_own_reader() -> None:
     assert at(own.consumer_location) == ("models.py", line_of("state read by its owner"))
     assert (below.consumer, own.consumer) == ("unsqueeze", "mul.Tensor")
     assert at(below.location) == at(own.location) == ("models.py", line_of("state goes on"))
+
+
+def test_what_the_first_segment_makes_otherwise_is_the_same_tensor() -> None:
+    def loop(hidden: Tensor, weights: Tensor) -> Tensor:
+        memories: dict[int, Tensor] = {}
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number in range(LAYERS):
+                if number in memories:
+                    later = torch.tanh(piece @ weights[number] + memories[number][:, None])
+                    memories[number] = memories[number] + later.mean(1)
+                    piece = later
+                else:
+                    first = torch.sigmoid(piece @ weights[number])
+                    memories[number] = first.sum(1)
+                    piece = first
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+    hidden, memory = rmtc.explain(loop)(text(), models.stacked_weights()).dependences
+    assert (hidden.distance, hidden.tensor) == ((0, 1), "later")
+    assert (memory.distance, memory.tensor, memory.producer) == ((1, 0), "memories[number]", "add.Tensor")
 
 
 def test_the_cycle_of_the_classic_rmt(explained: Explain) -> None:

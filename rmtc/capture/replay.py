@@ -13,6 +13,7 @@ import contextlib
 import logging
 import operator
 import random
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -105,8 +106,15 @@ class Replayer:
         for lifted, stand_in in zip(session.lifted, session.stand_ins, strict=True):
             recorder.name(stand_in, Named(lifted.names[0]))
 
+        lists = self._plan.growth.lists
+
         def note(path: Path, tensor: torch.Tensor) -> torch.Tensor:
-            recorder.name(tensor, Named(show(path)))
+            grown = next((each for each in lists if path[: len(each)] == each), None)
+            if grown is None:
+                recorder.name(tensor, Named(show(path)))
+            else:  # an item for each segment, as if it were cut from one tensor
+                rest = path[len(grown) + 1 :]
+                recorder.name(tensor, Viewed("item", (path[len(grown)],), Named(show((*grown, "s", *rest)))))
             return tensor
 
         Arguments(args, kwargs, session.arguments.names).map(note)
@@ -114,10 +122,10 @@ class Replayer:
             result = session.call(args, kwargs)
             self.results[sizes] = structure(result)
             found, plain = left_behind(session, result, session.held(session.stand_ins))
-            final = tuple(recorder.reference(tensor) for tensor in found.values())
+            final = tuple((_result(name), recorder.reference(tensor)) for name, tensor in found.items())
         numbers = tuple(value for value in plain.values() if type(value) is int)
         rest = tuple((name, None if type(value) is int else value) for name, value in plain.items())
-        recorder.events.append(Event(("return", (*found, *rest)), numbers, (final,), None, None))
+        recorder.events.append(Event(("return", rest), numbers, (final,), None, None))
         return recorder.events
 
     @contextlib.contextmanager
@@ -250,6 +258,12 @@ def _reads_beyond(operands: tuple[Any, ...]) -> bool:
         if isinstance(operand, Beyond) or (type(operand) is tuple and _reads_beyond(operand)):
             return True
     return False
+
+
+def _result(name: str) -> Viewed:
+    """The name of a result; its numbers may go on from segment to segment."""
+    parts = re.split(r"(?<!\d)(0|[1-9]\d*)(?!\d)", name)
+    return Viewed("result", tuple(map(int, parts[1::2])), Named("#".join(parts[::2])))
 
 
 def _first(tensors: Sequence[torch.Tensor]) -> Iterator[int]:

@@ -31,7 +31,7 @@ class Namer:
         self._loop, self._family = loop, family
         self._rows = [*loop.rows, loop.steady]
         self.classes: list[_Class] = []
-        self._made: dict[int, int] = {}
+        self._made: dict[tuple[int, int | None], int] = {}
         self._known: dict[Any, int] = {}
 
     def classify(self, stage: str, row: int, layer: int) -> str:
@@ -65,40 +65,43 @@ class Namer:
                 out.append(self._operand(leaf, row, layer, start))
             elif type(leaf) is Src:
                 source: Source = self._loop.sources[leaf.name]
-                names = {self._family.template(n) if self._family else n for n in source.names}
-                out.append(("source", frozenset(names), source.shape, source.dtype))
+                names = [self._name(name, at) for name in source.names for at in (None, layer)]
+                out.append(_Given(frozenset(names), "source", (source.shape, source.dtype)))
             elif isinstance(leaf, Item):
-                out.append(("item", leaf.list, leaf.rest))
-            elif isinstance(leaf, Outer):
-                out.append(("before", self._outer(leaf)))
+                out.append(_Given(frozenset([f"{leaf.list}[s]{leaf.rest}"]), "item"))
+            elif isinstance(leaf, Outer) and leaf.part == "before":
+                out.append(_Given(frozenset(self._outer(leaf.number, at) for at in (None, layer)), "before"))
             elif type(leaf) in (int, float) or isinstance(leaf, Fit):
                 out.append(_Number({(row, layer): leaf}, self._loop.segment_length, len(self._loop.rows)))
             else:
                 out.append(leaf)
         return out
 
-    def _outer(self, leaf: Outer) -> Any:
-        """What a value from before the loop is made of, the same for values that differ only in the layer's number."""
-        if leaf.part != "before":
-            return leaf
-        if leaf.number not in self._made:
-            op = self._loop.before[leaf.number]
+    def _name(self, name: str, layer: int | None) -> str:
+        """A name relative to a layer: ``layers.{l}.weight`` is its own, ``layers.{l+1}.weight`` the next one's."""
+        of = self._family.layer_of(name) if self._family is not None else None
+        if self._family is None or of is None or layer is None:
+            return name
+        own = self._family.template(name)
+        return own if of == layer else own.replace("{l}", f"{{l{of - layer:+}}}")
+
+    def _outer(self, number: int, layer: int | None) -> int:
+        """What a value from before the loop is made of, relative to a layer, as a number."""
+        if (number, layer) not in self._made:
+            op = self._loop.before[number]
 
             def part(arg: Any) -> Any:
                 if isinstance(arg, Outer):
-                    return self._outer(arg)
-                if type(arg) is Src and self._family is not None:
-                    return self._family.template(arg.name)
-                return str(arg)
+                    return self._outer(arg.number, layer)
+                return self._name(arg.name, layer) if type(arg) is Src else str(arg)
 
             args = map_leaves(op.args, part)
-            if target_name(op.target) == "select.int" and type(op.args[0]) is Src and self._family is not None:
+            if target_name(op.target) == "select.int" and type(op.args[0]) is Src and op.args[1] == 0:
                 name = f"{op.args[0].name}[{op.args[2]}]"
-                if self._family.layer_of(name) is not None:
-                    args = (self._family.template(name),)
-            key = (op.target, args)
-            self._made[leaf.number] = self._known.setdefault(key, len(self._known))
-        return self._made[leaf.number]
+                if self._family is not None and self._family.layer_of(name) is not None:
+                    args = (self._name(name, layer),)
+            self._made[number, layer] = self._known.setdefault((op.target, args), len(self._known))
+        return self._made[number, layer]
 
     def _operand(self, leaf: Row, row: int, layer: int, start: int) -> Any:
         made = max(0, row - leaf.back)
@@ -113,6 +116,15 @@ class Namer:
             # The first layer reads from the prologue what the others read from the layer below.
             return _Outside(at, leaf.back, number, edge=layer == 0 and at < 0)
         return _Cells(frozenset({("relative", layer - at), ("layer", at)}), leaf.back, number)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Operand that is there before the loop: the ways to say which, of which those stay that hold for all members."""
+
+    ways: frozenset[str | int]
+    kind: str
+    form: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -216,9 +228,12 @@ def _merge_slot(a: Any, b: Any) -> tuple[Any] | None:
     if isinstance(a, _Number) and isinstance(b, _Number):
         merged = b.merge(a)
         return (merged,) if merged is not None else None
+    if isinstance(a, _Given) and isinstance(b, _Given):
+        ways = a.ways & b.ways
+        return (_Given(ways, b.kind, b.form),) if ways and (a.kind, a.form) == (b.kind, b.form) else None
     if isinstance(a, _Cells) and isinstance(b, _Cells):
-        ways, number = a.ways & b.ways, _union(a.number, b.number)
-        return (_Cells(ways, b.back, number),) if a.back == b.back and number is not None and ways else None
+        alike, number = a.ways & b.ways, _union(a.number, b.number)
+        return (_Cells(alike, b.back, number),) if a.back == b.back and number is not None and alike else None
     if isinstance(a, _Outside) and isinstance(b, _Outside):
         number = _union(a.number, b.number)
         same = (a.stage, a.back) == (b.stage, b.back) and number is not None
@@ -227,7 +242,7 @@ def _merge_slot(a: Any, b: Any) -> tuple[Any] | None:
         if isinstance(mine, _Outside) and mine.edge and isinstance(other, _Cells) and mine.back == other.back:
             return (other,) if any(way[0] == "relative" and way[1] > 0 for way in other.ways) else None
         # A value from before the loop stands in for that of a segment before the first.
-        if isinstance(other, (_Cells, _Outside)) and other.back > 0 and type(mine) is tuple and mine[0] != "local":
+        if isinstance(other, (_Cells, _Outside)) and other.back > 0 and isinstance(mine, _Given):
             return (other,)
     return (b,) if type(a) is type(b) and a == b else None
 
@@ -241,6 +256,9 @@ def _say(slot: Any) -> str:
         return f"value {min(slot.number.values())} of a cell {slot.back} segments before"
     if isinstance(slot, _Outside):
         return f"value {min(slot.number.values())} of the {'prologue' if slot.stage < 0 else 'epilogue'}"
+    if isinstance(slot, _Given):
+        ways = sorted(map(str, slot.ways))
+        return f"{slot.kind} {', '.join([way for way in ways if '{l' in way] or ways)}"
     if type(slot) is tuple:
-        return f"{slot[0]} {', '.join(sorted(slot[1])) if isinstance(slot[1], frozenset) else slot[1]}"
+        return f"{slot[0]} {slot[1]}"
     return str(slot) if isinstance(slot, _Number) else repr(slot)

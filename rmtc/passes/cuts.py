@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from fractions import Fraction
 
-__all__ = ["choose_cut", "divide", "common_prefix", "common_subsequence", "common_suffix", "prefix_within"]
+__all__ = [
+    "choose_cut",
+    "divide",
+    "common_prefix",
+    "common_subsequence",
+    "common_suffix",
+    "prefix_within",
+    "rising_subsequence",
+]
 
 
 def common_prefix(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
@@ -123,3 +132,22 @@ def common_subsequence(items: Sequence[Hashable], pattern: Sequence[Hashable]) -
         else:
             j += 1
     return places
+
+
+def rising_subsequence(values: Sequence[int], weights: Sequence[Fraction]) -> list[int]:
+    """The places of a heaviest subsequence that never falls; of several, one with the most different values."""
+    best: dict[int, tuple[Fraction, int, int]] = {}  # by the value it ends with: weight, different values, last place
+    before: list[int] = []
+    for place, value in enumerate(values):
+        weight, different, last = max(
+            ((weight, different + (end < value), at) for end, (weight, different, at) in best.items() if end <= value),
+            default=(Fraction(0), 1, -1),
+        )
+        before.append(last)
+        best[value] = (weight + weights[place], different, place)
+    places: list[int] = []
+    place = max(best.values())[2] if best else -1
+    while place >= 0:
+        places.append(place)
+        place = before[place]
+    return places[::-1]

@@ -53,16 +53,8 @@ def find_dependences(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
     rows = len(loop.rows)
     graph = operation_graph(loop, rows + _furthest_back(loop) + 1)  # so that a steady segment is read, too
     keys: dict[int, Key] = dict(graph.nodes(data="key"))
-    steady = _steady_numbers(loop)
-    tensors: dict[tuple[int, str], dict[tuple[int, int], list[_Edge]]] = {}
-    for source, target, producer, consumer in _crossing_edges(graph, loop.layers):
-        segment, number = keys[producer]
-        same = steady.get((min(segment, rows), number))
-        op = graph.nodes[producer]["op"] if same is None else loop.steady[same]
-        pairs = tensors.setdefault((target.segment - source.segment, _tensor_name(op, source.layer, family)), {})
-        pairs.setdefault((source.layer, target.layer), []).append(_Edge(segment < rows, consumer, producer))
     dependences: list[Dependence] = []
-    for (ds, name), pairs in tensors.items():
+    for (ds, name), pairs in _tensors(graph, loop, family).items():
         for distance, layers, covered in _distances(ds, set(pairs), loop.layers):
             edges = [edge for pair in covered for edge in pairs[pair]]
             shown = min(edges)
@@ -85,6 +77,30 @@ def find_dependences(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
             )
     dependences.sort(key=lambda each: (str(each.distance[0]), str(each.distance[1]), each.tensor))
     return replace(loop, dependences=tuple(dependences))
+
+
+def _tensors(
+    graph: nx.DiGraph, loop: SegmentLoop, family: Family | None
+) -> dict[tuple[int, str], dict[tuple[int, int], list[_Edge]]]:
+    """What crosses between cells, by segments and name, then by the producer's and the consumer's layer."""
+    rows, steady = len(loop.rows), _steady_numbers(loop)
+    crossing = []
+    for source, target, producer, consumer in _crossing_edges(graph, loop.layers):
+        segment, number = graph.nodes[producer]["key"]
+        way = target.segment - source.segment, (source.layer, target.layer)
+        crossing.append((steady.get((min(segment, rows), number)), way, _Edge(segment < rows, consumer, producer)))
+    tensors: dict[tuple[int, str], dict[tuple[int, int], list[_Edge]]] = {}
+    names: dict[tuple[int, tuple[int, int]], set[str]] = {}
+    for same, (ds, pair), edge in sorted(crossing, key=lambda each: each[0] is None):
+        op = graph.nodes[edge.producer]["op"] if same is None else loop.steady[same]
+        name = _tensor_name(op, pair[0], family)
+        known = names.setdefault((ds, pair), set())
+        if same is not None:
+            known.add(name)
+        elif len(known) == 1 and not op.name:
+            (name,) = known  # the only one that it can stand for
+        tensors.setdefault((ds, name), {}).setdefault(pair, []).append(edge)
+    return tensors
 
 
 def _furthest_back(loop: SegmentLoop) -> int:

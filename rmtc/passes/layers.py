@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 from rmtc.errors import CaptureError
 from rmtc.ir.program import Src, leaves, map_leaves, target_name
-from rmtc.ir.segment_loop import BodyOp, Every, Layout, Outer, Row, SegmentLoop, Where
+from rmtc.ir.segment_loop import BodyOp, Every, Item, Layout, Outer, Row, SegmentLoop, Where
 from rmtc.passes.classes import Namer
-from rmtc.passes.cuts import common_subsequence, common_suffix, divide, prefix_within
+from rmtc.passes.cuts import common_subsequence, common_suffix, divide, prefix_within, rising_subsequence
 from rmtc.passes.streams import Family, template
 
 __all__ = ["fold_layers"]
@@ -23,7 +25,8 @@ def fold_layers(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
     Needs: a loop without layouts.
     Gives: the loop with the prologue, the layers and the epilogue of each row, and a class for each cell: cells of one
     class run the same operations, constants and wiring on the same inputs, relative to their layer.
-    Checks: in every row the layers run one after another, and all rows have the same number of layers.
+    Checks: in every row the layers run one after another, but for single parameters that others use, too; all rows have
+    the same number of layers.
 
         embed, norm(w0), lin(W0), norm(w1), lin(W1), head   ->   pro: embed | A: norm(w_l), lin(W_l) x 2 | epi: head
 
@@ -78,6 +81,8 @@ def _operand_names(loop: SegmentLoop, row: Sequence[BodyOp]) -> list[tuple[str, 
                         fixed = False
                         continue
                     found += loop.sources[leaf.name].names
+                elif isinstance(leaf, Item):
+                    fixed = False
                 elif isinstance(leaf, (Row, Outer)):
                     known: tuple[str, ...] | None = None
                     if isinstance(leaf, Outer) and leaf.number < len(before):
@@ -114,13 +119,8 @@ def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> 
             f"layer {missing[0]} uses no parameter that is its alone, so its operations cannot be told from another's",
             remedy="give each layer weights of its own, or name another list of layers with layers=...",
         )
-    if order != sorted(order):
-        place = next(i for i in sorted(layer_at) if layer_at[i] != min(order[sorted(layer_at).index(i) :]))
-        raise CaptureError(
-            f"the layers of a segment do not run one after another: layer {layer_at[place]} runs before an earlier one",
-            location=row[place].location,
-            remedy="name the list of layers with layers=...",
-        )
+    own = {i: tuple(name for name in names[i] if family.layer_of(name) is not None) for i in layer_at}
+    layer_at = _in_turn(own, layer_at, row)
     first = [min(i for i in layer_at if layer_at[i] == layer) for layer in range(layers)]
     last = [max(i for i in layer_at if layer_at[i] == layer) for layer in range(layers)]
     reach = list(range(len(row)))
@@ -137,6 +137,41 @@ def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> 
     end = last[-1] + 1 + max((prefix_within(tokens[last[-1] + 1 :], tail) for tail in tails), default=0)
     bounds = [begin, *starts, end]
     return Layout((0, begin), tuple(itertools.pairwise(bounds)), (end, len(row)))
+
+
+def _in_turn(names: dict[int, tuple[str, ...]], layer_at: dict[int, int], row: Sequence[BodyOp]) -> dict[int, int]:
+    """The anchors that come layer by layer, without those where a layer uses a parameter of another one.
+
+        l0: W0 | l1: W1, w3 | l2: W2 | l3: W3, w3   ->   l0: W0 | l1: W1 | l2: W2 | l3: W3, w3
+
+    Each parameter has one vote for where its layer is, divided among its uses.
+
+    Args:
+        names: for each anchor, the names of the parameters of its layer that it uses.
+        layer_at: the layer of each anchor.
+        row: the operations.
+
+    Raises:
+        CaptureError: if a layer has no anchor left, or half the layers or more use as many parameters out of turn as
+            in turn: such layers do not run one after another.
+    """
+    places = sorted(names)
+    votes = Counter(names.values())
+    rising = rising_subsequence([layer_at[i] for i in places], [Fraction(1, votes[names[i]]) for i in places])
+    kept = {places[k] for k in rising}
+    layers = set(layer_at.values())
+    used: dict[tuple[int, bool], set[str]] = {(layer, turn): set() for layer in layers for turn in (True, False)}
+    for i in places:
+        used[layer_at[i], i in kept].update(names[i])
+    astray = {layer for layer in layers if len(used[layer, False]) >= len(used[layer, True])}
+    if 2 * len(astray) >= len(layers) or not all(used[layer, True] for layer in layers):
+        place = next(i for i in places if i not in kept and layer_at[i] in astray)
+        raise CaptureError(
+            f"the layers of a segment do not run one after another: layer {layer_at[place]} runs here out of turn",
+            location=row[place].location,
+            remedy="name the list of layers with layers=...",
+        )
+    return {i: layer_at[i] for i in sorted(kept)}
 
 
 def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[Layout, ...]]:
