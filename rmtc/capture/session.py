@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import random
 import sys
@@ -13,14 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
 from rmtc.capture.arguments import Arguments, argument_names, show
+from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import traceback_location
 from rmtc.capture.state import Slot, Snapshot, is_plain, replace_tensors, uncached, walk
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError
@@ -76,7 +74,7 @@ class Session:
         for slot in self.snapshot.slots:
             if isinstance(slot.value, nn.Module):
                 self.modules.setdefault(id(slot.value), slot)
-        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
+        self.fake_mode = Fakes()
         self.lifted = self._lift(self.snapshot.slots)
         self._index = {id(lifted.tensor): i for i, lifted in enumerate(self.lifted)}
         self._stand_ins: list[torch.Tensor] | None = None
@@ -175,7 +173,7 @@ class Session:
             RmtcError: whatever the user's code raised, with the place and the reason.
         """
         try:
-            with _compiler_flags():
+            with _compiler_flags(), _uncollected():
                 return self._call_user(args, kwargs)
         except RmtcError:
             raise
@@ -213,6 +211,18 @@ def _compiler_flags() -> Iterator[None]:
         yield
     finally:
         compiler._is_compiling_flag, compiler._is_exporting_flag = before
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector: what a run makes stays, and to go over it again and again takes a sixth of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def translate(error: Exception) -> RmtcError:
