@@ -278,7 +278,7 @@ STAGES = {
     "walking the state": ("rmtc.capture.session", "walk"),
     "making stand-ins": ("rmtc.capture.session", "Session.stand_in"),
     "probing": ("rmtc.capture.probe", "_Prober.run"),
-    "counting operations": ("rmtc.capture.probe", "_Count.__torch_dispatch__"),
+    "counting operations": ("rmtc.capture.probe", "_Count.note"),
     "calling": ("rmtc.capture.session", "Session.call"),
     "tracing": ("rmtc.capture.tracer", "_Maker.trace"),
     "placing an operation": ("rmtc.capture.tracer", "current_location"),

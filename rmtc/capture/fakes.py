@@ -7,14 +7,18 @@ tensors have, for operations whose result is told by it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-__all__ = ["Fakes"]
+__all__ = ["Fakes", "Watcher"]
 
+_DEVICE = torch.ops.prim.device.default
+_INDEX = torch.ops.aten.index.Tensor
+_BITS = {torch.bool, torch.uint8, torch.int8}  # indices that select as many elements as are true
 _UNTOLD = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 _ATOMS = {
     *(int, float, complex, bool, str, type(None)),
@@ -40,6 +44,9 @@ class _Results(NamedTuple):
     tensors: list[_Result]
 
 
+Watcher = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], None]
+
+
 class Fakes(FakeTensorMode):
     """The mode under which tensors have metadata and no content."""
 
@@ -47,28 +54,67 @@ class Fakes(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=False)
         self._told: dict[int, bool] = {}
         self._known: dict[tuple[Any, ...], _Results | None] = {}
+        self._fresh: dict[torch.device, dict[str, Any]] = {}
+        self._watcher: Watcher | None = None
+
+    @contextlib.contextmanager
+    def watched(self, watcher: Watcher) -> Iterator[None]:
+        """Show every operation to a watcher: the operation, its arguments by place and by name, and what it gave.
+
+        A watcher set inside takes the place of that outside. Operations that torch makes of one to tell its result are
+        not shown.
+        """
+        before, self._watcher = self._watcher, watcher
+        try:
+            yield
+        finally:
+            self._watcher = before
 
     def dispatch(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE and type(args[0]) is FakeTensor:  # asked for more often than anything is computed
+            return args[0].device
+        kwargs = kwargs or {}
         told = self._told.get(id(func))
         if told is None:
             told = self._told[id(func)] = self.cache_enabled and _is_told(func)
-        key = self._key(func, args, kwargs or {}) if told else None
-        if key is not None:
-            known = self._known.get(key)
-            if known is not None:
-                made = [self._make(result, args) for result in known.tensors]
-                return made[0] if known.kind is None else known.kind(made)
-        out = super().dispatch(func, types, args, kwargs or {})
-        if key is not None and key not in self._known:
-            self._known[key] = _describe(out, args)
+        key = self._key(func, args, kwargs) if told else None
+        known = self._known.get(key) if key is not None else None
+        if known is not None:
+            made = [self._make(result, args) for result in known.tensors]
+            out = made[0] if known.kind is None else known.kind(made)
+        else:
+            watcher, self._watcher = self._watcher, None
+            try:
+                out = super().dispatch(func, types, args, kwargs)
+            finally:
+                self._watcher = watcher
+            if key is not None and key not in self._known:
+                self._known[key] = _describe(out, args)
+        if self._watcher is not None:
+            self._watcher(func, args, kwargs, out)
         return out
+
+    def fresh(self, bare: torch.Tensor, device: torch.device) -> FakeTensor:
+        """A stand-in on a device with the metadata of a tensor on the meta device, as `FakeTensor` makes it."""
+        if device not in self._fresh:
+            self._fresh[device] = dict(vars(FakeTensor(self, bare, device)))
+        made: FakeTensor = torch.Tensor._make_subclass(
+            FakeTensor, bare, False, dispatch_device=True, device_for_backend_keys=device
+        )
+        if self._allow_unsafe_data_ptr_access:
+            torch._C._set_warn_deprecated_on_mutable_data_ptr(made)
+        else:
+            torch._C._set_throw_on_mutable_data_ptr(made)
+        vars(made).update(self._fresh[device])
+        return made
 
     def _key(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """What tells an operation's result; None if something else may."""
-        key: list[Any] = [id(func), torch.get_default_dtype(), torch.is_inference_mode_enabled()]
-        if not self._extend(key, args):
+        default = torch.get_default_dtype(), torch._C._get_default_device()
+        key: list[Any] = [id(func), *default, torch.is_inference_mode_enabled()]
+        if not self._extend(key, args) or (func is _INDEX and not _BITS.isdisjoint(key)):
             return None
         for name, value in kwargs.items():
             key.append(name)
@@ -99,7 +145,7 @@ class Fakes(FakeTensorMode):
         bare = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         if source is not None:
             bare.set_(args[source].untyped_storage(), offset, shape, stride)
-        return FakeTensor(self, bare, device)
+        return self.fresh(bare, device)
 
 
 def _is_told(func: Any) -> bool:
@@ -108,7 +154,7 @@ def _is_told(func: Any) -> bool:
         isinstance(func, torch._ops.OpOverload)
         and func.namespace == "aten"
         and not func._schema.is_mutable
-        and not any(tag in func.tags for tag in _UNTOLD)
+        and (func is _INDEX or not any(tag in func.tags for tag in _UNTOLD))
         and func not in FakeTensorMode.lift_fns
     )
 
@@ -134,7 +180,7 @@ def _describe(out: Any, args: Sequence[Any]) -> _Results | None:
     for each in (out,) if kind is None else out:
         if type(each) is not FakeTensor or each.constant is not None or each.requires_grad or not _is_plain(each):
             return None
-        if not given or any(each is tensor for tensor in given):
+        if any(each is tensor for tensor in given):
             return None
         source = None
         if each.untyped_storage()._cdata in memory:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import logging
 import random
 import sys
@@ -173,7 +172,7 @@ class Session:
             RmtcError: whatever the user's code raised, with the place and the reason.
         """
         try:
-            with _compiler_flags(), _uncollected():
+            with _compiler_flags():
                 return self._call_user(args, kwargs)
         except RmtcError:
             raise
@@ -211,18 +210,6 @@ def _compiler_flags() -> Iterator[None]:
         yield
     finally:
         compiler._is_compiling_flag, compiler._is_exporting_flag = before
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the garbage collector: what a run makes stays, and to go over it again and again takes a sixth of it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def translate(error: Exception) -> RmtcError:
