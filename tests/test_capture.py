@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import importlib
 import itertools
 import random
@@ -160,6 +161,7 @@ def process() -> dict[str, Any]:
         "function modes": torch._C._len_torch_function_stack(),
         "module call": nn.Module.__call__,
         "warnings": list(warnings.filters),
+        "collector": gc.isenabled(),
         "modules": {name for name in sys.modules if name.startswith("models")},
     }
 
@@ -276,7 +278,7 @@ STAGES = {
     "walking the state": ("rmtc.capture.session", "walk"),
     "making stand-ins": ("rmtc.capture.session", "Session.stand_in"),
     "probing": ("rmtc.capture.probe", "_Prober.run"),
-    "counting operations": ("rmtc.capture.probe", "_Count.__torch_dispatch__"),
+    "counting operations": ("rmtc.capture.probe", "_Count.note"),
     "calling": ("rmtc.capture.session", "Session.call"),
     "tracing": ("rmtc.capture.tracer", "_Maker.trace"),
     "placing an operation": ("rmtc.capture.tracer", "current_location"),

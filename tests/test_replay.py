@@ -78,6 +78,9 @@ class Model(nn.Module):
                 hidden = hidden * self.scales[s]
             if self.trick == "list of parameters":
                 hidden = hidden + self.shifts[s]
+            if self.trick == "ends of a slice":
+                ends = (None, 2) if s == 7 else (2, None)
+                hidden = hidden + torch.ops.aten.slice(hidden, 1, *ends).mean(1, keepdim=True)
             if self.trick == "memory swapped" and s == 7:
                 self.layers[0].memory = self.layers[1].memory
             for layer in self.layers:
@@ -107,6 +110,7 @@ def analyzed(model: nn.Module, segments: int = 4) -> Analysis:
         "1 / (s + 1)",
         "list of numbers",
         "list of parameters",
+        "ends of a slice",
         "memory swapped",
     ],
 )

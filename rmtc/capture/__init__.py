@@ -17,6 +17,7 @@ from rmtc.capture.tracer import RawTrace, trace
 from rmtc.ir.program import Program, from_graph
 from rmtc.passes.canonicalize import Canonicalize
 from rmtc.passes.remove_regions import Autocast, RemoveRegions
+from rmtc.quiet import uncollected
 
 __all__ = ["Capture", "Captured", "open_capture"]
 
@@ -72,6 +73,7 @@ class Capture:
         """The names of the inputs that are lists with one item a segment."""
         return frozenset(show(path) for path in self.plan.growth.lists)
 
+    @uncollected()
     def run(self, sizes: Sizes) -> Captured:
         """Trace one run.
 
@@ -98,6 +100,7 @@ class Capture:
             self.watch(name, f"# {sizes.segments} segments, batch {sizes.batch}, last {sizes.tail}\n{graph}\n")
 
 
+@uncollected()
 def open_capture(
     function: Callable[..., Any],
     args: tuple[Any, ...],

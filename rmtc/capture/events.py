@@ -47,6 +47,7 @@ class Event:
         operands: references to tensors; nested tuples for lists of them.
         inner: the events of a layer's call.
         location: the place in the user's code.
+        shapes: those of its results, which may be others in every segment.
     """
 
     token: Any
@@ -54,6 +55,7 @@ class Event:
     operands: tuple[Any, ...]
     inner: list[Event] | None
     location: Location | None
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 class Pattern(NamedTuple):
@@ -238,8 +240,9 @@ def _name(event: Event) -> str:
     if event.inner is not None:
         return "a module's call"
     token = event.token
-    if isinstance(token, tuple) and token:
-        values = [*event.numbers, *token[1]] if isinstance(token[1], tuple) else []
-        text = str(token[0]).removeprefix("aten.").removesuffix(".default")
-        return f"{text}({', '.join(str(value) for value in values if value is not None)})"
-    return str(token)
+    if not isinstance(token, tuple) or len(token) != 2:
+        return str(token)
+    numbers = iter(event.numbers)
+    values = [next(numbers) if item is int else item[1] if type(item) is tuple else item for item in token[1]]
+    text = str(token[0]).removeprefix("aten.").removesuffix(".default")
+    return f"{text}({', '.join(str(value) for value in values if value is not None and not isinstance(value, type))})"

@@ -19,24 +19,17 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _RMTC = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _EXAMPLES = _RMTC + "examples" + os.sep
 _INTERNAL, _LIBRARY, _USER = 0, 1, 2
-_kinds: dict[str, int] = {}
 
 
+@functools.cache
 def _kind(filename: str) -> int:
-    kind = _kinds.get(filename)
-    if kind is None:
-        if filename.startswith(("<", _TORCH)) or f"{os.sep}einops{os.sep}" in filename:
-            kind = _INTERNAL
-        elif filename.startswith(_RMTC) and not filename.startswith(_EXAMPLES):
-            kind = _INTERNAL
-        elif f"{os.sep}site-packages{os.sep}" in filename or filename.startswith(sys.prefix + os.sep + "lib"):
-            kind = _LIBRARY
-        elif filename.startswith(os.path.dirname(os.__file__)):
-            kind = _INTERNAL
-        else:
-            kind = _USER
-        _kinds[filename] = kind
-    return kind
+    if filename.startswith(("<", _TORCH)) or f"{os.sep}einops{os.sep}" in filename:
+        return _INTERNAL
+    if filename.startswith(_RMTC) and not filename.startswith(_EXAMPLES):
+        return _INTERNAL
+    if f"{os.sep}site-packages{os.sep}" in filename or filename.startswith(sys.prefix + os.sep + "lib"):
+        return _LIBRARY
+    return _INTERNAL if filename.startswith(os.path.dirname(os.__file__)) else _USER
 
 
 def _short(filename: str) -> str:
@@ -68,16 +61,20 @@ def current_location(depth: int = 1) -> tuple[Location | None, str]:
     library: FrameType | None = None
     outermost: FrameType | None = None
     variable = ""
-    while frame is not None and not _is_marker(frame.f_code):
-        kind = _kind(frame.f_code.co_filename)
-        if kind != _INTERNAL:
+    while frame is not None:
+        code = frame.f_code
+        kind = _kind(code.co_filename)
+        if kind == _INTERNAL:
+            if _is_marker(code):
+                break
+        else:
             outermost = frame
             if kind == _USER and user is None:
                 user = frame
             elif kind == _LIBRARY and library is None and user is None:
                 library = frame
             if not variable and (user is None or user is frame):
-                variable = _variable(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+                variable = _variable(code.co_filename, frame.f_lineno, code.co_name)
         frame = frame.f_back
     chosen = library if library is not None and (user is None or user is outermost) else user
     if chosen is None:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmtc.capture.arguments import Arguments, Growth, Path, show
 from rmtc.capture.session import Session
@@ -87,21 +86,20 @@ class _Run:
         return sum(self.uses.values())
 
 
-class _Count(TorchDispatchMode):
-    """Counts the uses of lifted tensors and notes the sizes to which a dimension of a given size is cut."""
+class _Count:
+    """Counts the uses of lifted tensors and notes the sizes to which a dimension of a given size is cut.
+
+    :meth:`note` watches the stand-ins of a run.
+    """
 
     def __init__(self, lifted: Iterable[torch.Tensor], size: int, short: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.run = _Run()
         self._source = {id(tensor): index for index, tensor in enumerate(lifted)}
         self._parts: dict[tuple[Any, ...], int] = {}
         self._size, self._short, self._operations = size, short, 0
         self._kept: list[torch.Tensor] = []  # ids stay unique while the tensors live
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
+    def note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         self._operations += 1
         if self._operations > _ENOUGH_OPERATIONS:
             raise _Enough
@@ -121,7 +119,6 @@ class _Count(TorchDispatchMode):
             self._note_cut(tensors[0], out)
             if self._short and self.run.uses and min(self.run.uses.values()) >= _ENOUGH_USES:
                 raise _Enough
-        return out
 
     def _note_cut(self, tensor: torch.Tensor, out: Any) -> None:
         result = next(iter(_tensors((out,))), None)
@@ -183,7 +180,8 @@ class _Prober:
 
         Arguments(args, kwargs, self.session.arguments.names).map(note)
         count = _Count([*self.session.stand_ins, *fixed], length, short)
-        with self.session.installed(self.session.stand_ins), self.session.fake_mode, count, quiet_fakes():
+        fakes = self.session.fake_mode
+        with self.session.installed(self.session.stand_ins), fakes, fakes.watched(count.note), quiet_fakes():
             try:
                 self.session.call(args, kwargs)
             except _Enough:

@@ -23,19 +23,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.events import Beyond, Event, Made, Named, Pattern, Viewed, hold
 from rmtc.capture.frames import current_location
 from rmtc.capture.probe import Plan, Sizes
+from rmtc.capture.recorder import Recorder
 from rmtc.capture.results import left_behind, structure
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, is_plain, walk
-from rmtc.errors import CaptureError, Location
-from rmtc.ir.program import SPLITS, VIEWS, constant_name
+from rmtc.quiet import uncollected
 
 __all__ = ["Replayer"]
 
@@ -75,12 +73,15 @@ class Replayer:
         self._session, self._plan, self._probe = session, plan, probe
         self.results: dict[Sizes, tuple[tuple[str, ...], Any]] = {}  # how a call's result is put together
         self._memory: dict[Any, _Remembered] = {}
+        self._plains: dict[tuple[Any, ...], int] = {}
+        self._inside = False  # a call whose operations are written down to be remembered
         self._states: dict[int, _State] = {}
         self._patterns: dict[tuple[int, int], Pattern] = {}
         self._remembered = {key for key, slot in session.modules.items() if not contains_layers(slot.name)} - {
             id(session.function)
         }
 
+    @uncollected()
     def check(self, sizes: Sizes) -> None:
         """Hold every segment of a call against the pattern.
 
@@ -102,7 +103,7 @@ class Replayer:
     def _run(self, sizes: Sizes) -> list[Event]:
         session = self._session
         args, kwargs = self._plan.arguments(session, sizes)
-        recorder = _Recorder()
+        recorder = Recorder()
         for lifted, stand_in in zip(session.lifted, session.stand_ins, strict=True):
             recorder.name(stand_in, Named(lifted.names[0]))
 
@@ -118,23 +119,24 @@ class Replayer:
             return tensor
 
         Arguments(args, kwargs, session.arguments.names).map(note)
-        with session.installed(session.stand_ins), session.fake_mode, recorder, self._patched(recorder):
+        fakes = session.fake_mode
+        with session.installed(session.stand_ins), fakes, fakes.watched(recorder.note), self._patched(recorder):
             result = session.call(args, kwargs)
             self.results[sizes] = structure(result)
             found, plain = left_behind(session, result, session.held(session.stand_ins))
             final = tuple((_result(name), recorder.reference(tensor)) for name, tensor in found.items())
         numbers = tuple(value for value in plain.values() if type(value) is int)
-        rest = tuple((name, None if type(value) is int else value) for name, value in plain.items())
+        rest = tuple((name, int if type(value) is int else _told(value)) for name, value in plain.items())
         recorder.events.append(Event(("return", rest), numbers, (final,), None, None))
         return recorder.events
 
     @contextlib.contextmanager
-    def _patched(self, recorder: _Recorder) -> Iterator[None]:
+    def _patched(self, recorder: Recorder) -> Iterator[None]:
         original = nn.Module.__call__
         remembered = self._remembered
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if id(module) not in remembered or recorder.depth:
+            if id(module) not in remembered or self._inside:
                 return original(module, *args, **kwargs)
             return self._call(recorder, original, module, args, kwargs)
 
@@ -144,47 +146,46 @@ class Replayer:
         finally:
             nn.Module.__call__ = original  # type: ignore[method-assign]
 
-    def _call(
-        self, recorder: _Recorder, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any
-    ) -> Any:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if any(not isinstance(leaf, torch.Tensor) and not is_plain(leaf) for leaf in leaves):
-            return original(module, *args, **kwargs)
+    def _call(self, recorder: Recorder, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        leaves: list[Any] = []
+        structure = _flatten((args, kwargs), leaves)
         state = self._states.get(id(module))
         if state is None or not state.whole():
-            state = self._states[id(module)] = _State(module, self._session.snapshot.slots)
+            state = self._states[id(module)] = _State(module, self._session.snapshot.slots, self._plains)
         plain, held = state.values()
-        if not state.transparent:
+        if structure is _UNKNOWN or not state.transparent:
             return original(module, *args, **kwargs)
-        given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        operands = [*given, *held]
+        operands = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)] + held
+        numbers = tuple(leaf for leaf in leaves if type(leaf) is int)
+        rest = tuple(
+            int if type(leaf) is int else torch.Tensor if isinstance(leaf, torch.Tensor) else _told(leaf)
+            for leaf in leaves
+        )
+        token = (id(module), structure, rest)
         key = (
-            id(module),
-            spec,
-            tuple(leaf if not isinstance(leaf, torch.Tensor) else None for leaf in leaves),
+            token,
+            numbers,
             tuple((t.shape, t.dtype, t.device, t.stride()) for t in operands),
             tuple(_first(operands)),
             plain,
             torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
             *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
         )
         known = self._memory.get(key)
-        references = tuple(recorder.reference(tensor) for tensor in operands)
+        references = tuple(map(recorder.reference, operands))
         location, _ = current_location(2)
         if known is None:
-            inner = _Recorder()
-            inner.depth = 1
+            inner = Recorder(recorder)
             for number, tensor in enumerate(operands):
                 inner.name(tensor, Named(f"operand {number}"))
-            for identity, name in recorder.named.items():
-                inner.named.setdefault(identity, name if isinstance(name, Named) else Beyond(name))
-            with recorder.paused(), inner:
-                recorder.depth += 1
-                try:
+            self._inside = True
+            try:
+                with self._session.fake_mode.watched(inner.note):
                     result = original(module, *args, **kwargs)
-                finally:
-                    recorder.depth -= 1
-            known = self._remember(inner, state, result, operands, held, plain)
+            finally:
+                self._inside = False
+            known = self._remember(inner, state, result, operands)
             if known is None:  # it returns what cannot be remembered
                 recorder.splice(inner, references, location, result)
                 return result
@@ -199,19 +200,15 @@ class Replayer:
             recorder.name(tensor, Made(event, number))
         for number in known.written:
             recorder.name(operands[number], Made(event, len(makes) + number))
-        numbers = tuple(leaf for leaf in leaves if type(leaf) is int)
-        rest = tuple(leaf for leaf in leaves if type(leaf) is not int and not isinstance(leaf, torch.Tensor))
-        recorder.events.append(Event((id(module), spec, rest), numbers, references, known.events, location))
+        recorder.events.append(Event(token, numbers, references, known.events, location))
         return result
 
     def _remember(
         self,
-        inner: _Recorder,
+        inner: Recorder,
         state: _State,
         result: Any,
         operands: list[torch.Tensor],
-        held: list[torch.Tensor],
-        plain: tuple[Any, ...],
     ) -> _Remembered | None:
         index = {id(tensor): number for number, tensor in enumerate(operands)}
         makes: list[torch.Tensor] = []
@@ -251,6 +248,35 @@ def _known_result(known: _Remembered, makes: list[torch.Tensor], operands: list[
     return pytree.tree_unflatten(leaves, known.spec)
 
 
+_UNKNOWN = object()
+
+
+def _flatten(value: Any, leaves: list[Any]) -> Any:
+    """The structure of what a module is called with, its tensors and plain values put into a list."""
+    kind: Any = type(value)
+    if kind is tuple or kind is list:
+        parts = [_flatten(item, leaves) for item in value]
+    elif kind is dict:
+        parts = [tuple(value), *(_flatten(item, leaves) for item in value.values())]
+    elif isinstance(value, torch.Tensor) or is_plain(value):
+        leaves.append(value)
+        return None
+    else:
+        items, kind = pytree.tree_flatten(value)
+        if len(items) == 1 and items[0] is value:
+            return _UNKNOWN
+        parts = [_flatten(item, leaves) for item in items]
+    return _UNKNOWN if _UNKNOWN in parts else (kind, *parts)
+
+
+def _told(value: Any) -> Any:
+    """A plain value such that only the same are equal: 1, 1.0 and True are not, nor 0.0 and -0.0."""
+    kind = type(value)
+    if isinstance(value, tuple):
+        return (kind, *map(_told, value))
+    return kind, repr(value) if kind is float or kind is complex else value
+
+
 def _reads_beyond(operands: tuple[Any, ...]) -> bool:
     for operand in operands:
         while isinstance(operand, Viewed):
@@ -276,7 +302,7 @@ def _first(tensors: Sequence[torch.Tensor]) -> Iterator[int]:
 class _State:
     """The attributes of a module and all below it, and the globals and closures the user's code names."""
 
-    def __init__(self, module: nn.Module, everything: Iterable[Slot]) -> None:
+    def __init__(self, module: nn.Module, everything: Iterable[Slot], plains: dict[tuple[Any, ...], int]) -> None:
         shared = [
             slot
             for slot in everything
@@ -300,7 +326,8 @@ class _State:
         self._owners = [owner for owner, _ in self._reads if isinstance(owner, (dict, list, deque))]
         self._sizes = [len(owner) for owner in self._owners]
         self._before: list[Any] = []
-        self._plain: tuple[Any, ...] = ()
+        self._plains = plains
+        self._plain = 0
         self._tensors: list[int] = []
         self.transparent = True  # whether all of it can be seen: no set, array or iterator
 
@@ -319,8 +346,8 @@ class _State:
                 values += [getattr(owner, str(key)) for key in keys]
         return values
 
-    def values(self) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
-        """The plain values, with the identity of what is neither plain nor a tensor; and the tensors."""
+    def values(self) -> tuple[int, list[torch.Tensor]]:
+        """A number for the plain values and the identities of what is neither plain nor a tensor; and the tensors."""
         now, before = self._current(), self._before
         self._before = now
         changed = compress(range(len(now)), map(operator.is_not, now, before))
@@ -328,10 +355,11 @@ class _State:
             isinstance(now[i], torch.Tensor) and isinstance(before[i], torch.Tensor) for i in changed
         )
         if not known:
-            self._plain = tuple(
-                None if isinstance(value, torch.Tensor) else (type(value), value) if is_plain(value) else id(value)
+            plain = tuple(
+                None if isinstance(value, torch.Tensor) else _told(value) if is_plain(value) else id(value)
                 for value in now
             )
+            self._plain = self._plains.setdefault(plain, len(self._plains))
             self._tensors = [i for i, value in enumerate(now) if isinstance(value, torch.Tensor)]
             self.transparent = all(_transparent(value) for value in now)
         return self._plain, [now[i] for i in self._tensors]
@@ -359,110 +387,3 @@ def _transparent(value: object) -> bool:
     if isinstance(value, (set, bytearray, random.Random, torch.Generator)):
         return False
     return not hasattr(kind, "__next__") and kind.__module__.partition(".")[0] != "numpy"
-
-
-class _Recorder(TorchDispatchMode):
-    """Writes down operations as events."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.events: list[Event] = []
-        self.named: dict[int, Any] = {}
-        self.written: set[int] = set()
-        self.depth = 0
-        self._paused = 0
-        self._kept: list[torch.Tensor] = []
-        self._bare: dict[int, torch.Tensor] = {}
-
-    def name(self, tensor: torch.Tensor, reference: Any) -> None:
-        self.named[id(tensor)] = reference
-        self._kept.append(tensor)
-
-    def reference(self, tensor: torch.Tensor) -> Any:
-        if id(tensor) not in self.named:  # equal to no other
-            self.name(tensor, Named(f"unknown {id(self)} {len(self._kept)}"))
-        return self.named[id(tensor)]
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        self._paused += 1
-        try:
-            yield
-        finally:
-            self._paused -= 1
-
-    def make(self, like: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Fresh fake tensors with the metadata of others."""
-        fresh: list[torch.Tensor] = []
-        for tensor in like:
-            if not isinstance(tensor, FakeTensor):
-                raise CaptureError(f"a layer returned a {type(tensor).__name__} under stand-in tensors")
-            if id(tensor) not in self._bare:
-                with _disable_current_modes():
-                    bare = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-                self._bare[id(tensor)] = bare
-                self._kept.append(tensor)
-            fresh.append(FakeTensor(tensor.fake_mode, self._bare[id(tensor)], tensor.device))
-        return fresh
-
-    def splice(self, inner: _Recorder, references: tuple[Any, ...], location: Location | None, result: Any) -> None:
-        """One event for a call that cannot be remembered, whose results are new tensors."""
-        event = len(self.events)
-        self.events.append(Event("call", (), references, inner.events, location))
-        tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        for number, tensor in enumerate(tensors):
-            self.name(tensor, Made(event, number))
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if self._paused:
-            return out
-        numbers: list[int] = []
-        rest: list[Any] = []
-        operands: list[Any] = []
-
-        def visit(value: Any, into: list[Any]) -> None:
-            if isinstance(value, FakeTensor):
-                into.append(self.reference(value))
-            elif isinstance(value, torch.Tensor):  # made from Python numbers: told by its content
-                with _disable_current_modes():
-                    into.append(Named(constant_name(value)))
-            elif isinstance(value, (list, tuple)):
-                if any(isinstance(item, torch.Tensor) for item in value):
-                    items: list[Any] = []
-                    for item in value:
-                        visit(item, items)
-                    into.append(tuple(items))
-                else:
-                    for item in value:
-                        visit(item, into)
-            elif type(value) is int:
-                numbers.append(value)
-            else:
-                rest.append(value if is_plain(value) else str(value))
-
-        for value in (*args, *kwargs.values()):
-            visit(value, operands)
-        if func.namespace == "prim":  # asks for metadata
-            return out
-        if len(operands) == 1 and (func in VIEWS or func in SPLITS):
-            pieces = out if isinstance(out, (list, tuple)) else (out,)
-            for number, piece in enumerate(pieces):
-                place = (number,) if func in SPLITS else ()
-                self.name(piece, Viewed(func, (*numbers, *place), operands[0]))
-            return out
-        event = len(self.events)
-        location, _ = current_location(2) if not self.depth else (None, "")
-        self.events.append(Event((func, tuple(rest)), tuple(numbers), tuple(operands), None, location))
-        if func._schema.is_mutable:
-            for argument, value in zip(func._schema.arguments, args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    self.written.add(id(value))
-                    self.name(value, Made(event, -1))
-        for number, tensor in enumerate(out if isinstance(out, (list, tuple)) else (out,)):
-            if isinstance(tensor, torch.Tensor) and not (func._schema.is_mutable and id(tensor) in self.written):
-                self.name(tensor, Made(event, number))
-        return out

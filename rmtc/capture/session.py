@@ -13,14 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
 from rmtc.capture.arguments import Arguments, argument_names, show
+from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import traceback_location
 from rmtc.capture.state import Slot, Snapshot, is_plain, replace_tensors, uncached, walk
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError
@@ -76,7 +73,7 @@ class Session:
         for slot in self.snapshot.slots:
             if isinstance(slot.value, nn.Module):
                 self.modules.setdefault(id(slot.value), slot)
-        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
+        self.fake_mode = Fakes()
         self.lifted = self._lift(self.snapshot.slots)
         self._index = {id(lifted.tensor): i for i, lifted in enumerate(self.lifted)}
         self._stand_ins: list[torch.Tensor] | None = None

@@ -1,0 +1,194 @@
+"""Stand-in tensors whose operations are remembered: most of what a run does, some layer has done before.
+
+`FakeTensorMode` keeps results in a cache too, but to make a key takes most of an operation's time there, and a linear
+of three dimensions ends in an operation that it does not keep. Here a key is made of the metadata that plain strided
+tensors have, for operations whose result is told by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+__all__ = ["Fakes", "Watcher"]
+
+_DEVICE = torch.ops.prim.device.default
+_INDEX = torch.ops.aten.index.Tensor
+_BITS = {torch.bool, torch.uint8, torch.int8}  # indices that select as many elements as are true
+_UNTOLD = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
+_ATOMS = {
+    *(int, float, complex, bool, str, type(None)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+}
+
+
+class _Result(NamedTuple):
+    """A tensor that an operation gives; ``source`` is the argument whose memory it shares, None if it has its own."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    offset: int
+    source: int | None
+
+
+class _Results(NamedTuple):
+    """What an operation gives: one tensor, or several as a tuple or list."""
+
+    kind: type | None
+    tensors: list[_Result]
+
+
+Watcher = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], None]
+
+
+class Fakes(FakeTensorMode):
+    """The mode under which tensors have metadata and no content."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=False)
+        self._told: dict[int, bool] = {}
+        self._known: dict[tuple[Any, ...], _Results | None] = {}
+        self._fresh: dict[torch.device, dict[str, Any]] = {}
+        self._watcher: Watcher | None = None
+
+    @contextlib.contextmanager
+    def watched(self, watcher: Watcher) -> Iterator[None]:
+        """Show every operation to a watcher: the operation, its arguments by place and by name, and what it gave.
+
+        A watcher set inside takes the place of that outside. Operations that torch makes of one to tell its result are
+        not shown.
+        """
+        before, self._watcher = self._watcher, watcher
+        try:
+            yield
+        finally:
+            self._watcher = before
+
+    def dispatch(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is _DEVICE and type(args[0]) is FakeTensor:  # asked for more often than anything is computed
+            return args[0].device
+        kwargs = kwargs or {}
+        told = self._told.get(id(func))
+        if told is None:
+            told = self._told[id(func)] = self.cache_enabled and _is_told(func)
+        key = self._key(func, args, kwargs) if told else None
+        known = self._known.get(key) if key is not None else None
+        if known is not None:
+            made = [self._make(result, args) for result in known.tensors]
+            out = made[0] if known.kind is None else known.kind(made)
+        else:
+            watcher, self._watcher = self._watcher, None
+            try:
+                out = super().dispatch(func, types, args, kwargs)
+            finally:
+                self._watcher = watcher
+            if key is not None and key not in self._known:
+                self._known[key] = _describe(out, args)
+        if self._watcher is not None:
+            self._watcher(func, args, kwargs, out)
+        return out
+
+    def fresh(self, bare: torch.Tensor, device: torch.device) -> FakeTensor:
+        """A stand-in on a device with the metadata of a tensor on the meta device, as `FakeTensor` makes it."""
+        if device not in self._fresh:
+            self._fresh[device] = dict(vars(FakeTensor(self, bare, device)))
+        made: FakeTensor = torch.Tensor._make_subclass(
+            FakeTensor, bare, False, dispatch_device=True, device_for_backend_keys=device
+        )
+        if self._allow_unsafe_data_ptr_access:
+            torch._C._set_warn_deprecated_on_mutable_data_ptr(made)
+        else:
+            torch._C._set_throw_on_mutable_data_ptr(made)
+        vars(made).update(self._fresh[device])
+        return made
+
+    def _key(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """What tells an operation's result; None if something else may."""
+        default = torch.get_default_dtype(), torch._C._get_default_device()
+        key: list[Any] = [id(func), *default, torch.is_inference_mode_enabled()]
+        if not self._extend(key, args) or (func is _INDEX and not _BITS.isdisjoint(key)):
+            return None
+        for name, value in kwargs.items():
+            key.append(name)
+            if not self._extend(key, (value,)):
+                return None
+        return tuple(key)
+
+    def _extend(self, key: list[Any], values: Iterable[Any]) -> bool:
+        for value in values:
+            kind = type(value)
+            if kind is FakeTensor:
+                if value.fake_mode is not self or value.constant is not None or not _is_plain(value):
+                    return False
+                key += (value.shape, value.stride(), value.dtype, value.device, value.storage_offset())
+                key.append(value.is_inference())
+            elif kind is list or kind is tuple or kind is torch.Size:
+                key.append(len(value))
+                if not self._extend(key, value):
+                    return False
+            elif kind in _ATOMS:
+                key += (kind, value)  # 1, 1.0 and True are equal
+            else:
+                return False
+        return True
+
+    def _make(self, result: _Result, args: Sequence[Any]) -> FakeTensor:
+        shape, stride, dtype, device, offset, source = result
+        bare = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        if source is not None:
+            bare.set_(args[source].untyped_storage(), offset, shape, stride)
+        return self.fresh(bare, device)
+
+
+def _is_told(func: Any) -> bool:
+    """Whether what an operation gives depends on its arguments' metadata alone."""
+    return (
+        isinstance(func, torch._ops.OpOverload)
+        and func.namespace == "aten"
+        and not func._schema.is_mutable
+        and (func is _INDEX or not any(tag in func.tags for tag in _UNTOLD))
+        and func not in FakeTensorMode.lift_fns
+    )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _describe(out: Any, args: Sequence[Any]) -> _Results | None:
+    """What to make the next time; None if it is more than new tensors and views of the only tensor given."""
+    kind = type(out) if type(out) in (tuple, list) else None
+    given = list(_tensors(args))
+    memory = [tensor.untyped_storage()._cdata for tensor in given]
+    results: list[_Result] = []
+    for each in (out,) if kind is None else out:
+        if type(each) is not FakeTensor or each.constant is not None or each.requires_grad or not _is_plain(each):
+            return None
+        if any(each is tensor for tensor in given):
+            return None
+        source = None
+        if each.untyped_storage()._cdata in memory:
+            source = next((index for index, arg in enumerate(args) if arg is given[0]), None)
+            if source is None or len(given) > 1:
+                return None
+        elif each.storage_offset():  # of memory that nothing else has: torch itself tells it differently the next time
+            return None
+        offset = int(each.storage_offset())
+        results.append(_Result(each.shape, each.stride(), each.dtype, each.device, offset, source))
+    return _Results(kind, results)

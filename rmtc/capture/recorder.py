@@ -1,0 +1,152 @@
+"""Operations under stand-ins, written down as events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from rmtc.capture.events import Beyond, Event, Made, Named, Viewed
+from rmtc.capture.fakes import Fakes
+from rmtc.capture.frames import current_location
+from rmtc.capture.state import is_plain
+from rmtc.errors import CaptureError, Location
+from rmtc.ir.program import SPLITS, VIEWS, constant_name
+
+__all__ = ["Recorder"]
+
+aten = torch.ops.aten
+
+_NUMBERS = (float, complex, bool)
+
+
+class Recorder:
+    """Writes down operations as events: :meth:`note` watches the stand-ins of a run.
+
+    Args:
+        outer: for the operations inside of a layer's call, what writes down those around it.
+    """
+
+    def __init__(self, outer: Recorder | None = None) -> None:
+        self.events: list[Event] = []
+        self.named: dict[int, Any] = {}
+        self.written: set[int] = set()
+        self._outer = outer
+        self._kept: list[torch.Tensor] = []  # ids stay unique while the tensors live
+        self._bare: dict[int, torch.Tensor] = {}
+
+    def name(self, tensor: torch.Tensor, reference: Any) -> None:
+        self.named[id(tensor)] = reference
+        self._kept.append(tensor)
+
+    def reference(self, tensor: torch.Tensor) -> Any:
+        found = self.named.get(id(tensor))
+        if found is None:
+            around = self._outer.named.get(id(tensor)) if self._outer is not None else None
+            unknown = Named(f"unknown {id(self)} {len(self._kept)}")  # equal to no other
+            found = unknown if around is None else around if isinstance(around, Named) else Beyond(around)
+            self.name(tensor, found)
+        return found
+
+    def make(self, like: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Fresh fake tensors with the metadata of others."""
+        fresh: list[torch.Tensor] = []
+        for tensor in like:
+            mode = getattr(tensor, "fake_mode", None)
+            if not isinstance(mode, Fakes):
+                raise CaptureError(f"a layer returned a {type(tensor).__name__} under stand-in tensors")
+            if id(tensor) not in self._bare:
+                with _disable_current_modes():
+                    bare = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+                self._bare[id(tensor)] = bare
+                self._kept.append(tensor)
+            fresh.append(mode.fresh(self._bare[id(tensor)], tensor.device))
+        return fresh
+
+    def splice(self, inner: Recorder, references: tuple[Any, ...], location: Location | None, result: Any) -> None:
+        """One event for a call that cannot be remembered, whose results are new tensors."""
+        event = len(self.events)
+        self.events.append(Event("call", (), references, inner.events, location))
+        tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        for number, tensor in enumerate(tensors):
+            self.name(tensor, Made(event, number))
+
+    def note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Write down an operation; it is told by all but the integers and tensors it is given."""
+        if func.namespace == "prim":  # asks for metadata
+            return
+        rest: list[Any] = []
+        numbers: list[int] = []
+        operands: list[Any] = []
+        self._visit(args, rest, numbers, operands)
+        for key, value in kwargs.items():
+            rest.append(key)
+            self._visit((value,), rest, numbers, operands)
+        if len(operands) == 1 and func in VIEWS:
+            self.name(out, Viewed((func, tuple(rest)), tuple(numbers), operands[0]))
+            return
+        if len(operands) == 1 and func in SPLITS:
+            self._note_pieces(func, args, kwargs, out, operands[0])
+            return
+        event = len(self.events)
+        location = current_location(2)[0] if self._outer is None else None
+        given = out if isinstance(out, (list, tuple)) else (out,)
+        results = [each for each in given if isinstance(each, torch.Tensor)]
+        shapes = tuple(tuple(each.shape) for each in results)
+        self.events.append(Event((func, tuple(rest)), tuple(numbers), tuple(operands), None, location, shapes))
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self.written.add(id(value))
+                    self.name(value, Made(event, -1))
+        for number, tensor in enumerate(results):
+            if not (func._schema.is_mutable and id(tensor) in self.written):
+                self.name(tensor, Made(event, number))
+
+    def _note_pieces(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], pieces: Sequence[torch.Tensor], base: Any
+    ) -> None:
+        """A piece is told by where it lies, not by how the whole was divided."""
+        at = 1 if func is aten.unbind.int else 2
+        dim = (args[at] if len(args) > at else kwargs.get("dim", 0)) % args[0].ndim
+        start = 0
+        for number, piece in enumerate(pieces):
+            if func is aten.unbind.int:
+                self.name(piece, Viewed((aten.select.int, (torch.Tensor, int, int)), (dim, number), base))
+            else:
+                end = start + piece.shape[dim]
+                self.name(piece, Viewed(("piece", (torch.Tensor, int, int, int)), (dim, start, end), base))
+                start = end
+
+    def _visit(self, values: Iterable[Any], rest: list[Any], numbers: list[int], operands: list[Any]) -> None:
+        for value in values:
+            kind = type(value)
+            if kind is int:
+                rest.append(int)
+                numbers.append(value)
+            elif isinstance(value, torch.Tensor):
+                rest.append(torch.Tensor)
+                operands.append(self._operand(value))
+            elif isinstance(value, (list, tuple)):
+                if any(isinstance(item, torch.Tensor) for item in value):  # it may have a tensor of each segment
+                    rest.append(list)
+                    operands.append(tuple(map(self._operand, value)))
+                else:
+                    rest.append(len(value))
+                    self._visit(value, rest, numbers, operands)
+            elif kind in _NUMBERS:
+                rest.append((kind, repr(value)))  # 1.0 and True are equal, and so are 0.0 and -0.0
+            else:
+                rest.append(value if is_plain(value) else str(value))
+
+    def _operand(self, value: Any) -> Any:
+        if type(value) is FakeTensor:
+            return self.reference(value)
+        if isinstance(value, torch.Tensor):  # made from Python numbers: told by its content
+            with _disable_current_modes():
+                return Named(constant_name(value))
+        return value
