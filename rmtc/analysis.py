@@ -170,7 +170,17 @@ def analyze(
     analysis = Analysis(open_capture(function, args, kwargs, segment_length, watch))
     if on_open is not None:
         on_open(analysis)
-    prove_analysis(analysis, layers, watch)
+    try:
+        prove_analysis(analysis, layers, watch)
+    except (CaptureError, RefusedError) as error:
+        if segment_length is None:
+            raise
+        raise type(error)(
+            f"with segment_length={segment_length}, which was given, {error.reason}",
+            location=error.location,
+            remedy=f"{error.remedy or 'leave the hint out'}; if a segment has another length, such as a part of "
+            f"{segment_length}, pass that one",
+        ) from error
     return analysis
 
 

@@ -539,3 +539,14 @@ def test_what_a_refused_call_got_past_can_be_dumped() -> None:
 
 def test_a_call_with_named_arguments(explained: Explain) -> None:
     assert rmtc.explain(models.Associative())(hidden=text()) == explained("attributes")
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_hint_of_several_segments_is_named(times: int) -> None:
+    function, args = LOOPS["attributes"]()
+    length = times * SEGMENT
+    long = torch.cat([args[0]] * times, dim=1)
+    answer = rmtc.explain(function, segment_length=length)(long)
+    assert answer.schedule is None and answer.reason is not None and answer.remedy is not None
+    assert answer.reason.startswith(f"with segment_length={length}, which was given, ")
+    assert f"such as a part of {length}" in answer.remedy
