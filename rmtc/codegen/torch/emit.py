@@ -5,17 +5,19 @@ Source is emitted while the body runs for the first time, so every shape is know
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
-from rmtc.codegen.torch.rules import UNGROUPED, Arguments, Raw, Value, Varying, function_name, grouped, rule_for
-from rmtc.ir.program import Src, call_arguments, leaves, map_leaves
+from rmtc.codegen.torch.rules import UNGROUPED, Arguments, Raw, Value, Varying, grouped, rule_for
+from rmtc.ir.program import Src, call_arguments, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import BodyOp, Environment, Fit, Outer
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, choose
 
@@ -44,13 +46,21 @@ class Kernel:
     fallbacks: tuple[str, ...]
 
 
+_BUILTINS = {each.__name__: each for each in (range, float, complex)}
+"""All of Python's that emitted source names; a name that is missing is no other thing of the same name."""
+
+
 class _Emitter:
     def __init__(self, size: int | None, environment: Environment) -> None:
         self.size, self.environment = size, environment
         self.lines: list[str] = []
-        self.space: dict[str, Any] = {"torch": torch, "vmap": torch.func.vmap, "G": size, "select_run": select_run}
-        self.space["stack"] = torch.stack
-        for helper in (torch.bmm, torch.baddbmm, torch.matmul, torch.einsum):
+        self.space: dict[str, Any] = {
+            "__builtins__": _BUILTINS,
+            "torch": torch,
+            "vmap": torch.func.vmap,
+            "G": size,
+        }
+        for helper in (torch.stack, torch.bmm, torch.baddbmm, torch.matmul, torch.einsum, select_run, stacked):
             self.space[helper.__name__] = helper
         self.fallbacks: dict[str, None] = {}
 
@@ -82,44 +92,42 @@ class _Emitter:
             return self.bind(name, self.space[name], args[0].grouped)
         positional, named = call_arguments(args)
         arguments = Arguments(op.target, positional, named)
-        self.space[function_name(op.target)] = op.target
         varying = any(isinstance(leaf, Varying) for leaf in leaves(args))
         if not varying and not any(each.grouped for each in arguments.tensors()):
-            self._assign(name, arguments.call(), op)
+            self._assign(name, arguments.call(), op, arguments)
             return self.bind(name, self.space[name], False)
         if op.target in UNGROUPED and not varying:
             first = arguments["self"]
-            self._assign(name, arguments.call(self=Raw(f"{first.text}[0]")), op)
+            self._assign(name, arguments.call(self=Raw(f"{first.text}[0]")), op, arguments)
             return self.bind(name, self.space[name], False)
         # What a rule does not know about some shapes, the next way does.
-        for text in self._candidates(op, arguments, varying):
+        for text, by_rule in self._candidates(op, arguments, varying):
             try:
-                self._assign(name, text, op)
-            except (
-                RuntimeError,
-                TypeError,
-                ValueError,
-                IndexError,
-            ) as error:
+                self._assign(name, text, op, arguments)
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 logger.debug("%s as %s: %s", op, text, error)
                 continue
-            if self._as_expected(name, op, arguments):
+            if self._as_expected(name, arguments) and (not by_rule or self._for_any_number(text, name, arguments)):
                 return self.bind(name, self.space[name], True)
+            logger.debug("%s as %s: not the shape or dtype of its cells", op, text)
             self.lines.pop()
         raise NotImplementedError(f"no way to run {op} for a group of cells")
 
-    def _candidates(self, op: BodyOp, arguments: Arguments, varying: bool) -> list[str]:
+    def _candidates(self, op: BodyOp, arguments: Arguments, varying: bool) -> Iterator[tuple[str, bool]]:
+        """Texts to try, each with whether a rule has made it."""
         if varying:
             if op.target is torch.ops.aten.select.int and isinstance(arguments["index"], Varying):
                 source, dim = arguments["self"], arguments["dim"]
                 if not source.grouped and isinstance(dim, int):
-                    return [f"select_run({source.text}, {dim}, {arguments['index'].text})"]
-            return [self._loop(arguments)]
-        rule = rule_for(op.target)
-        text = rule(arguments) if rule is not None else None
-        if text is None:
-            self.fallbacks[function_name(op.target)] = None
-        return [*([text] if text is not None else []), self._vmap(arguments), self._loop(arguments)]
+                    yield f"select_run({source.text}, {dim}, {arguments['index'].text})", False
+        else:
+            rule = rule_for(op.target)
+            text = rule(arguments) if rule is not None else None
+            if text is not None:
+                yield text, True
+            self.fallbacks[target_name(op.target)] = None
+            yield self._vmap(arguments), False
+        yield self._loop(arguments), False
 
     def _vmap(self, arguments: Arguments) -> str:
         """The single operation under `vmap`."""
@@ -137,7 +145,7 @@ class _Emitter:
         return f"vmap(lambda {', '.join(names.values())}: {call}, in_dims=({dims}))({given})"
 
     def _loop(self, arguments: Arguments) -> str:
-        return f"stack([{self._cell(arguments, 'i')} for i in range(G)])"
+        return f"stacked([{self._cell(arguments, 'i')} for i in range(G)])"
 
     def _cell(self, arguments: Arguments, index: str) -> str:
         """The operation on one cell of the group."""
@@ -149,25 +157,71 @@ class _Emitter:
 
         return arguments.call(**{name: pick(value) for name, value in arguments.values.items() if _holds(value)})
 
-    def _as_expected(self, name: str, op: BodyOp, arguments: Arguments) -> bool:
+    def _as_expected(self, name: str, arguments: Arguments) -> bool:
         """Whether the grouped result looks like the operation's own on the first cell."""
-        expected: Any = eval(self._cell(arguments, "0"), self.space)
-        found = self.space[name]
-        pairs = [(expected, found)] if isinstance(expected, torch.Tensor) else list(zip(expected, found, strict=True))
-        return all(
-            tuple(group.shape) == (self.size, *cell.shape) and group.dtype == cell.dtype for cell, group in pairs
-        )
+        return _alike(self.space[name], self._value(self._cell(arguments, "0"), arguments), self.size)
 
-    def _assign(self, name: str, text: str, op: BodyOp) -> None:
-        self.space[name] = eval(text, self.space)
-        place = f"  # {op.location.file}:{op.location.line}" if op.location is not None else ""
-        self.lines.append(" ".join(f"{name} = {text}{place}".splitlines()))
+    def _for_any_number(self, text: str, name: str, arguments: Arguments) -> bool:
+        """Whether a rule's text holds for other numbers of cells too.
+
+        A single cell broadcasts with everything, and a number that is a batch size, too, hides one axis behind another:
+        it is tried with a number that is no size of an operand.
+        """
+        sizes = {size for value in arguments.tensors() for size in value.shape}
+        count = next(number for number in itertools.count(2) if number not in sizes)
+        space = {**self.space, "G": count}
+
+        def several(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to("meta")[:1].expand(count, *tensor.shape[1:])
+
+        for value in arguments.tensors():
+            known = value.text.partition("[")[0]
+            function = several if value.grouped else operator.methodcaller("to", "meta")
+            space[known] = pytree.tree_map_only(torch.Tensor, function, self.space[known])
+        try:
+            found = eval(text, space)
+        except NotImplementedError:  # an operation that cannot tell its shape without running
+            return True
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return False
+        first = pytree.tree_map_only(torch.Tensor, operator.itemgetter(0), self.space[name])
+        return _alike(found, first, count)
+
+    def _value(self, text: str, arguments: Arguments | None) -> Any:
+        if arguments is not None:
+            self.space.update(arguments.functions)
+        return eval(text, self.space)
+
+    def _assign(self, name: str, text: str, op: BodyOp, arguments: Arguments | None = None) -> None:
+        self.space[name] = self._value(text, arguments)
+        # A file may have any name: none ends the comment.
+        place = f"  # {repr(op.location.file)[1:-1]}:{op.location.line}" if op.location is not None else ""
+        self.lines.append(f"{name} = {text}{place}")
+
+
+def _alike(found: Any, cell: Any, count: int | None) -> bool:
+    """Whether a result looks like that of ``count`` cells, each with a result like ``cell``."""
+    if isinstance(cell, torch.Tensor):
+        shape = (count, *cell.shape)
+        return isinstance(found, torch.Tensor) and tuple(found.shape) == shape and found.dtype == cell.dtype
+    return (
+        isinstance(found, (list, tuple))
+        and len(found) == len(cell)
+        and all(_alike(one, other, count) for one, other in zip(found, cell, strict=True))
+    )
 
 
 def _holds(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(_holds(item) for item in value)
     return isinstance(value, (Value, Varying))
+
+
+def stacked(cells: Sequence[Any]) -> Any:
+    """The results of an operation on each cell behind a group axis, part by part where it has several."""
+    if isinstance(cells[0], torch.Tensor):
+        return torch.stack(list(cells))
+    return [torch.stack(parts) for parts in zip(*cells, strict=True)]
 
 
 def select_run(source: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.Tensor:
@@ -278,7 +332,7 @@ def _compiled(name: str, source: str, emitter: _Emitter, shared: tuple[Operand, 
     constants = {
         key: value
         for key, value in emitter.space.items()
-        if (callable(value) and not isinstance(value, torch.Tensor)) or key == "torch"
+        if (callable(value) and not isinstance(value, torch.Tensor)) or key in ("torch", "__builtins__")
     }
     file = f"<rmtc {name} {id(emitter):x}>"
     exec(compile(source, file, "exec"), constants)

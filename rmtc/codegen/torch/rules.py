@@ -8,7 +8,10 @@ text of an expression whose value is grouped; or None, if it does not know the c
 
 from __future__ import annotations
 
+import functools
+import keyword
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -42,7 +45,14 @@ class Value:
 
 
 class Arguments:
-    """The arguments of an operation, by the names of its schema, with defaults filled in."""
+    """The arguments of an operation, by the names of its schema, with defaults filled in.
+
+    Attributes:
+        target: the operation.
+        values: its arguments.
+        given: the names of those that are no defaults.
+        functions: the operations that texts made from it name.
+    """
 
     def __init__(self, target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.target = target
@@ -56,6 +66,7 @@ class Arguments:
             elif argument.has_default_value():
                 self.values[argument.name] = argument.default_value
         self.given = {argument.name for argument in self.schema[: len(args)]} | set(kwargs)
+        self.functions: dict[str, Callable[..., Any]] = {}
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -66,6 +77,13 @@ class Arguments:
                 yield value
             elif isinstance(value, tuple):
                 yield from (item for item in value if isinstance(item, Value))
+
+    def function(self, target: torch._ops.OpOverload | None = None) -> str:
+        """The name of an operation, by default of this one, in source text."""
+        target = target or self.target
+        name = function_name(target)
+        self.functions[name] = target
+        return name
 
     def call(self, /, **changed: Any) -> str:
         """The call with some arguments changed."""
@@ -79,20 +97,31 @@ class Arguments:
             value = changed.get(name, self.values.get(name))
             named = argument.kwarg_only or not positional
             parts.append(f"{name}={literal(value)}" if named else literal(value))
-        return f"{function_name(self.target)}({', '.join(parts)})"
+        return f"{self.function()}({', '.join(parts)})"
 
 
 Rule: TypeAlias = Callable[[Arguments], "str | None"]
 
 
+_NAMES: dict[str, Callable[..., Any]] = {}
+_TAKEN = re.compile(
+    r"(v|in|w|n|u|x)\d+|[Gi]|range|float|complex|torch|vmap|select_run|stacked|inputs|weights|numbers|shared"
+)
+
+
+@functools.cache
 def function_name(target: Callable[..., Any]) -> str:
-    """The name an operation has in emitted source."""
+    """The name that an operation, and no other one, has in emitted source."""
     if isinstance(target, torch._ops.OpOverload):
         namespace, _, name = target._schema.name.partition("::")
-        overload = target._overloadname
-        prefix = "" if namespace == "aten" else f"{namespace}_"
-        return f"{prefix}{name}" if overload == "default" else f"{prefix}{name}_{overload}"
-    return str(getattr(target, "__name__", "function"))
+        parts = (namespace if namespace != "aten" else "", name, target._overloadname)
+        name = "_".join(part for part in parts if part and part != "default")
+    else:
+        name = str(getattr(target, "__name__", "function"))
+    name = re.sub(r"\W", "_", name, flags=re.ASCII)
+    while keyword.iskeyword(name) or _TAKEN.fullmatch(name) or _NAMES.setdefault(name, target) is not target:
+        name += "_"
+    return name
 
 
 def literal(value: Any) -> str:
@@ -105,11 +134,13 @@ def literal(value: Any) -> str:
         return f"[{', '.join(literal(item) for item in value)}]"
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
+    if isinstance(value, complex):
+        return f"complex({literal(value.real)}, {literal(value.imag)})"
     if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
         return str(value)
     if isinstance(value, torch.device):
         return f"torch.device({str(value)!r})"
-    if value is None or isinstance(value, (bool, int, float, complex, str)):
+    if value is None or isinstance(value, (bool, int, float, str)):
         return repr(value)
     raise TypeError(f"{type(value).__name__} is no constant of a program")
 
@@ -203,7 +234,7 @@ def over_all(target: torch._ops.OpOverload) -> Rule:
             return None
         dtype = arguments["dtype"]
         tail = f", dtype={literal(dtype)}" if dtype is not None else ""
-        return f"{function_name(target)}({value.text}, {list(range(1, value.rank + 1))}{tail})"
+        return f"{arguments.function(target)}({value.text}, {list(range(1, value.rank + 1))}{tail})"
 
     return rule
 
@@ -244,7 +275,7 @@ def cat(arguments: Arguments) -> str | None:
     if len({value.rank for value in tensors}) > 1 or not tensors[0].rank:
         return None
     dim = shifted(arguments["dim"], tensors[0].rank)
-    return f"{function_name(arguments.target)}([{', '.join(map(grouped, tensors))}], {dim})"
+    return f"{arguments.function()}([{', '.join(map(grouped, tensors))}], {dim})"
 
 
 def stack(arguments: Arguments) -> str | None:
@@ -361,7 +392,7 @@ def layer_norm(arguments: Arguments) -> str | None:
         return arguments.call()
     if any(each.dtype != value.dtype for each in affine):
         return None
-    text = f"{function_name(arguments.target)}({value.text}, {literal(arguments['normalized_shape'])}"
+    text = f"{arguments.function()}({value.text}, {literal(arguments['normalized_shape'])}"
     text += f", eps={literal(arguments['eps'])})"
     if weight is not None:
         text = f"{text} * {ranked(weight, value.rank)}"
@@ -370,6 +401,11 @@ def layer_norm(arguments: Arguments) -> str | None:
 
 def embedding(arguments: Arguments) -> str | None:
     return None if arguments["weight"].grouped else arguments.call()
+
+
+def index_select(arguments: Arguments) -> str | None:
+    value, index = arguments["self"], arguments["index"]
+    return None if index.grouped else arguments.call(dim=shifted(arguments["dim"], value.rank))
 
 
 def along(arguments: Arguments) -> str | None:
@@ -402,7 +438,7 @@ _DIM = (
     "softmax.int sort.default sort.stable squeeze.dim std.dim std.correction sum.dim_IntList topk.default unbind.int "
     "unflatten.int var.dim var.correction argmax.default argmin.default max.dim min.dim norm.ScalarOpt_dim "
     "linalg_vector_norm.default split.Tensor split_with_sizes.default chunk.default _softmax.default "
-    "_log_softmax.default nansum.default repeat_interleave.self_int index_select.default"
+    "_log_softmax.default nansum.default repeat_interleave.self_int"
 )
 _DIMS = "flip.default roll.default"
 _LIKE_POINTWISE = (
@@ -411,7 +447,7 @@ _LIKE_POINTWISE = (
     "multiply.Tensor multiply.Scalar subtract.Tensor divide.Tensor floor_divide.default floor_divide.Scalar "
     "lift_fresh.default lift_fresh_copy.default clone.default softsign.default copy.default greater.Tensor "
     "greater.Scalar less.Tensor less.Scalar zeros_like.default ones_like.default full_like.default "
-    "empty_like.default logical_not.default"
+    "empty_like.default logical_not.default where.Scalar where.ScalarOther where.ScalarSelf"
 )
 _AS_IS = "tril.default triu.default constant_pad_nd.default dropout.default"
 _MATMUL = "matmul.default mm.default bmm.default mv.default dot.default linalg_matmul.default"
@@ -457,6 +493,7 @@ def _table() -> dict[Any, Rule]:
     table[aten.layer_norm.default] = layer_norm
     table[aten.rms_norm.default] = layer_norm
     table[aten.embedding.default] = embedding
+    table[aten.index_select.default] = index_select
     table[aten.diff.default] = diff
     return table
 
