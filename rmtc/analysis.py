@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rmtc.capture import Capture, Captured, open_capture
+from rmtc.capture.other_sizes import follows
 from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer
 from rmtc.errors import CaptureError, RefusedError, VerifyError
@@ -36,7 +37,7 @@ class Analysis:
         runs: the runs that were captured, by sizes.
         replayer: what replays calls; made when it is first needed.
         admitted: the sizes that were replayed and found to follow the loop.
-        held: batch sizes and lengths of the last segment at which the loop was held against a whole trace.
+        held: sizes for which the loop is known to hold, by a whole trace or because a replay follows those of such.
         probes: two of the runs that the loop was folded from.
         seconds: time spent, by stage.
     """
@@ -46,7 +47,7 @@ class Analysis:
     runs: dict[Sizes, Captured] = field(default_factory=dict)
     replayer: Replayer | None = None
     admitted: set[Sizes] = field(default_factory=set)
-    held: set[tuple[int, ...]] = field(default_factory=set)
+    held: set[Sizes] = field(default_factory=set)
     probes: list[Captured] = field(default_factory=list)
 
     def admit(self, sizes: Sizes) -> None:
@@ -77,16 +78,21 @@ class Analysis:
 
             self.replayer = Replayer(self.capture.session, self.capture.plan, contains_layers, len(loop.rows) + 2)
         with timed(self.seconds, "replay"):
-            self._admit(sizes, len(loop.rows) + 2, self.replayer)
+            self._admit(sizes, self.replayer)
         self.admitted.add(sizes)
 
-    def _admit(self, sizes: Sizes, few: int, replayer: Replayer) -> None:
-        if sizes.segments <= few:
-            self._hold_whole(sizes)
-            return
+    def _admit(self, sizes: Sizes, replayer: Replayer) -> None:
         # A replay compares segments with each other: that they are the loop's is seen at a few of them.
-        if sizes[1:] not in self.held:
-            self._hold_whole(Sizes(few, *sizes[1:]))
+        few = self._few(sizes)
+        if few not in self.held:
+            self._hold_folded()
+            known = self._held_at(few.segments, replayer)
+            if few in known or follows(few, replayer.short(few), [(at, replayer.short(at)) for at in known]):
+                self.held.add(few)
+            else:
+                self._hold_whole(few)
+        if sizes == few:
+            return
         try:
             replayer.check(sizes)
         except RefusedError as refusal:
@@ -114,7 +120,36 @@ class Analysis:
                 location=error.location,
                 remedy="other operations run for these sizes: the call needs a capture of its own",
             ) from error
-        self.held.add(sizes[1:])
+        self.held.add(sizes)
+
+    def _hold_folded(self) -> None:
+        """Hold the loop against the runs that it was folded from: what other sizes do is told from them, too."""
+        for at in sorted(self.runs.keys() - self.held):
+            try:
+                self._hold_whole(at)
+            except RefusedError as error:  # a run of another attempt to fold
+                logger.debug("the loop does not hold at %s: %s", at, error.reason)
+
+    def _few(self, sizes: Sizes) -> Sizes:
+        """The sizes of a call with no more segments than it takes to see all kinds of them."""
+        rows = len(self.proven.loop.rows) if self.proven is not None else 0
+        return sizes._replace(segments=min(sizes.segments, rows + 2))
+
+    def _held_at(self, segments: int, replayer: Replayer) -> set[Sizes]:
+        """The sizes of calls of so many segments for which the loop is known to hold.
+
+        Where it holds for more segments, and the Python repeats from these to those, it holds for these, too.
+        """
+        found = {at for at in self.held if at.segments == segments}
+        for at in sorted(self.held):
+            if at.segments > segments == self._few(at).segments and self._few(at) not in found:
+                try:
+                    replayer.check(at)
+                except RefusedError as error:
+                    logger.debug("%s tells nothing of fewer segments: %s", at, error.reason)
+                else:
+                    found.add(self._few(at))
+        return found
 
     def result(self, sizes: Sizes) -> tuple[tuple[str, ...], Any]:
         """How the result of a call of some sizes is put together: the names of its leaves, and their structure.
@@ -248,7 +283,7 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, watch: 
     with timed(seconds, "check"):
         proven.checked = check_against(proven, third.program, *third.sizes)
         proven.checked_at = third.sizes
-    analysis.held.add(third.sizes[1:])
+    analysis.held.add(third.sizes)
     analysis.probes = [runs[0], third]
     if watch is not None:
         watch("check", f"{proven.checked}\n")

@@ -329,7 +329,8 @@ def pointwise() -> dict[Any, list[Call]]:
     for packet in packets:
         for overload in packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else ():
             target = getattr(packet, overload)
-            if torch.Tag.pointwise in target.tags and not target._schema.is_mutable:
+            gives = {str(each.type) for each in target._schema.returns}  # `equal` gives a truth value
+            if torch.Tag.pointwise in target.tags and gives == {"Tensor"} and not target._schema.is_mutable:
                 found[target] = list(_of_ranks(target))
     return found
 

@@ -57,6 +57,7 @@ def described(tensor: Any, args: Any) -> Any:
 def test_every_result_is_what_torch_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "Fakes", Asking)
     Asking.asked.clear()
+    FakeTensorMode.cache_clear()  # what torch keeps from other modes has other offsets and types of tuples
     function, arguments = build(layers=2, segments=6) if name == "armt" else LOOPS[name]()
     assert rmtc.explain(function)(*arguments).schedule is not None
     assert sum(Asking.asked.values()) > 100 and len(Asking.asked) > 10

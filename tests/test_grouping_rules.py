@@ -328,7 +328,7 @@ def test_a_wrong_rule_for_an_operation_with_several_results_is_not_used(monkeypa
 
 
 def test_a_mistake_in_a_rule_is_no_reason_to_run_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    for text in ("sum(in0)", "print(in0)", "__import__('os').getcwd()", "in0.no_such_method()"):
+    for text in ("sum(in0)", "print(in0)", "open('file')", "in0.no_such_method()"):
         monkeypatch.setattr(emit_module, "rule_for", lambda target, text=text: lambda arguments: text)
         with pytest.raises((NameError, AttributeError)):
             Operands(call("neg", X((3,))), (True,), 2).emit()

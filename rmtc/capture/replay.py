@@ -77,6 +77,7 @@ class Replayer:
         self._inside = False  # a call whose operations are written down to be remembered
         self._states: dict[int, _State] = {}
         self._patterns: dict[tuple[int, int], Pattern] = {}
+        self._short: dict[Sizes, list[Event]] = {}
         self._remembered = {key for key, slot in session.modules.items() if not contains_layers(slot.name)} - {
             id(session.function)
         }
@@ -93,12 +94,19 @@ class Replayer:
         """
         key = sizes.batch, sizes.tail
         if key not in self._patterns:
-            short, long = (self._run(Sizes(self._probe + i, *key)) for i in (0, 1))
+            short, long = (self.short(Sizes(self._probe + i, *key)) for i in (0, 1))
             whole = sizes.tail == self._plan.segment_length
             self._patterns[key] = Pattern(short, long, self._probe, self._probe if whole else self._probe - 1)
         pattern = self._patterns[key]
         if sizes.segments > pattern.segments:
             hold(self._run(sizes), pattern, sizes.segments)
+
+    @uncollected()
+    def short(self, sizes: Sizes) -> list[Event]:
+        """The events of a replay of a few segments, run once."""
+        if sizes not in self._short:
+            self._short[sizes] = self._run(sizes)
+        return self._short[sizes]
 
     def _run(self, sizes: Sizes) -> list[Event]:
         session = self._session

@@ -46,8 +46,8 @@ class Kernel:
     fallbacks: tuple[str, ...]
 
 
-_BUILTINS = {each.__name__: each for each in (range, float, complex)}
-"""All of Python's that emitted source names; a name that is missing is no other thing of the same name."""
+_BUILTINS = {each.__name__: each for each in (range, float, complex, __import__)}
+"""All of Python's that emitted source names, or that torch asks its caller for; a missing name is no other thing."""
 
 
 class _Emitter:

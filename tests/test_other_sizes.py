@@ -1,0 +1,140 @@
+"""Which batch sizes and last lengths are told from those seen, and which take a trace of their own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rmtc
+from rmtc.analysis import Analysis, analyze
+from rmtc.capture import Capture, Captured
+from rmtc.capture.events import Event, Made, Named, Viewed
+from rmtc.capture.other_sizes import follows
+from rmtc.capture.probe import Sizes
+
+SEGMENT = 6
+FOUR = [Sizes(3, 2, 6), Sizes(3, 5, 3), Sizes(3, 1, 6), Sizes(3, 1, 5)]
+
+
+def product(batch: int, tail: int) -> int:
+    return batch * tail
+
+
+def events(sizes: Sizes, number: Callable[[int, int], int] = product, token: str = "view") -> list[Event]:
+    _, batch, tail = sizes
+    piece = Viewed("slice", (0, tail), Named("ids"))
+    inner = [Event("mul", (number(batch, tail),), (Named("operand 0"),), None, None, ((batch, tail),))]
+    return [Event(token, (2 * batch + tail + 1,), (piece,), None, None), Event("call", (), (Made(0, 0),), inner, None)]
+
+
+def known(number: Callable[[int, int], int] = product) -> list[tuple[Sizes, list[Event]]]:
+    return [(at, events(at, number)) for at in FOUR]
+
+
+@pytest.mark.parametrize("at", [Sizes(3, b, t) for b, t in itertools.product((1, 3, 7), (1, 4, 6))])
+def test_four_sizes_tell_every_other(at: Sizes) -> None:
+    assert follows(at, events(at), known())
+    assert not follows(at, events(at, token="reshape"), known())
+    assert not follows(at, events(at, number=lambda b, t: b * t + 1), known())
+
+
+def test_fewer_sizes_tell_what_lies_between_them() -> None:
+    assert not follows(Sizes(3, 4, 2), events(Sizes(3, 4, 2)), known()[:3])
+    assert follows(Sizes(3, 1, 2), events(Sizes(3, 1, 2)), known()[2:]), "two lengths tell the others of their batch"
+    assert not follows(Sizes(3, 1, 2), events(Sizes(3, 1, 2)), [])
+
+
+def test_sizes_at_which_something_else_runs_tell_nothing() -> None:
+    others = [(at, events(at, token="reshape" if at.batch == 1 else "view")) for at in FOUR]
+    at = Sizes(3, 4, 2)
+    assert not follows(at, events(at), others)
+
+
+def test_an_integer_that_bends_is_seen() -> None:
+    at = Sizes(3, 1, 2)
+    bent = known(number=lambda b, t: max(t, 3))
+    assert not follows(at, events(at, number=lambda b, t: max(t, 3)), bent)
+
+
+def test_what_stays_in_python_depends_on_no_size() -> None:
+    def left(at: Sizes) -> list[Event]:
+        return [Event(("return", ()), (at.batch,), (), None, None)]
+
+    at = Sizes(3, 4, 2)
+    assert not follows(at, left(at), [(each, left(each)) for each in FOUR])
+
+
+class Model(nn.Module):
+    """Memory in attributes; ``trick`` tells what it does at one size only."""
+
+    def __init__(self, trick: str = "") -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.trick = trick
+        self.memories = [torch.zeros(1)] * 2
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.memories = [torch.zeros(hidden.shape[0], 8) for _ in self.layers]
+        outputs = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            batch, length, _ = piece.shape
+            if (self.trick, batch) == ("batch", 7) or (self.trick, length) == ("length", 2):
+                piece = piece * 2
+            keep = 1 if (self.trick, length) == ("integer", 2) else length
+            for number, layer in enumerate(self.layers):
+                flat = torch.tanh(layer(piece.reshape(batch * length, 8))).reshape(batch, length, 8)
+                piece = flat + self.memories[number][:, None]
+                self.memories[number] = piece[:, -keep:].mean(1)
+            outputs.append(piece)
+        return torch.cat(outputs, 1)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Sizes]:
+    traced: list[Sizes] = []
+    run = Capture.run
+
+    def counting(capture: Capture, sizes: Sizes) -> Captured:
+        traced.append(sizes)
+        return run(capture, sizes)
+
+    monkeypatch.setattr(Capture, "run", counting)
+    return traced
+
+
+def analyzed(model: Model) -> Analysis:
+    return analyze(model, (torch.randn(2, 4 * SEGMENT, 8),), {})
+
+
+def test_most_sizes_need_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    analysis = analyzed(Model())
+    traced = counted(monkeypatch)
+    for batch, tail in itertools.product((3, 4, 6), (1, 2, 3, 4, 6)):
+        analysis.admit(Sizes(9, batch, tail))
+    assert len(traced) <= 4, traced
+    traced.clear()
+    analysis.admit(Sizes(33, 8, 5))
+    assert traced == []
+
+
+@pytest.mark.parametrize(
+    ("trick", "sizes"), [("batch", Sizes(9, 7, 4)), ("length", Sizes(9, 4, 2)), ("integer", Sizes(9, 4, 2))]
+)
+def test_the_size_at_which_something_else_runs_is_noticed(trick: str, sizes: Sizes) -> None:
+    analysis = analyzed(Model(trick))
+    for batch, tail in ((3, 4), (5, 5), (6, 3), (2, 4), (3, 6)):
+        analysis.admit(Sizes(9, batch, tail))
+    with pytest.raises(rmtc.RefusedError):
+        analysis.admit(sizes)
+    analysis.admit(Sizes(9, 8, 4))
+
+
+def test_calls_of_few_segments_are_told_from_calls_of_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    analysis = analyzed(Model())
+    traced = counted(monkeypatch)
+    for batch, tail in itertools.product((3, 4, 6), (2, 4, 6)):
+        analysis.admit(Sizes(2, batch, tail))
+    assert 0 < len(traced) <= 5 and {at.segments for at in traced} == {2}
