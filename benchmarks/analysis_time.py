@@ -39,7 +39,8 @@ def main() -> None:
             analysis.capture,
             analysis.proven,
             replayer=analysis.replayer,
-            held=analysis.held,
+            traced=analysis.traced,
+            told=analysis.told,
             probes=analysis.probes,
         )
         start = time.perf_counter()

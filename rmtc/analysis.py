@@ -37,7 +37,8 @@ class Analysis:
         runs: the runs that were captured, by sizes.
         replayer: what replays calls; made when it is first needed.
         admitted: the sizes that were replayed and found to follow the loop.
-        held: sizes for which the loop is known to hold, by a whole trace or because a replay follows those of such.
+        traced: sizes at which the loop was held against a whole trace.
+        told: sizes of few segments for which it holds because they follow those that were traced.
         probes: two of the runs that the loop was folded from.
         seconds: time spent, by stage.
     """
@@ -47,7 +48,8 @@ class Analysis:
     runs: dict[Sizes, Captured] = field(default_factory=dict)
     replayer: Replayer | None = None
     admitted: set[Sizes] = field(default_factory=set)
-    held: set[Sizes] = field(default_factory=set)
+    traced: set[Sizes] = field(default_factory=set)
+    told: set[Sizes] = field(default_factory=set)
     probes: list[Captured] = field(default_factory=list)
 
     def admit(self, sizes: Sizes) -> None:
@@ -84,11 +86,11 @@ class Analysis:
     def _admit(self, sizes: Sizes, replayer: Replayer) -> None:
         # A replay compares segments with each other: that they are the loop's is seen at a few of them.
         few = self._few(sizes)
-        if few not in self.held:
+        if few not in self.traced | self.told:
             self._hold_folded()
-            known = self._held_at(few.segments, replayer)
-            if few in known or follows(few, replayer.short(few), [(at, replayer.short(at)) for at in known]):
-                self.held.add(few)
+            known = self._traced_at(few.segments, replayer)
+            if few in known or follows(few, replayer.told(few), {at: replayer.told(at) for at in known}):
+                self.told.add(few)
             else:
                 self._hold_whole(few)
         if sizes == few:
@@ -120,11 +122,11 @@ class Analysis:
                 location=error.location,
                 remedy="other operations run for these sizes: the call needs a capture of its own",
             ) from error
-        self.held.add(sizes)
+        self.traced.add(sizes)
 
     def _hold_folded(self) -> None:
         """Hold the loop against the runs that it was folded from: what other sizes do is told from them, too."""
-        for at in sorted(self.runs.keys() - self.held):
+        for at in sorted(self.runs.keys() - self.traced):
             try:
                 self._hold_whole(at)
             except RefusedError as error:  # a run of another attempt to fold
@@ -135,13 +137,13 @@ class Analysis:
         rows = len(self.proven.loop.rows) if self.proven is not None else 0
         return sizes._replace(segments=min(sizes.segments, rows + 2))
 
-    def _held_at(self, segments: int, replayer: Replayer) -> set[Sizes]:
-        """The sizes of calls of so many segments for which the loop is known to hold.
+    def _traced_at(self, segments: int, replayer: Replayer) -> list[Sizes]:
+        """The sizes of calls of so many segments for which a whole trace tells that the loop holds.
 
         Where it holds for more segments, and the Python repeats from these to those, it holds for these, too.
         """
-        found = {at for at in self.held if at.segments == segments}
-        for at in sorted(self.held):
+        found = {at for at in self.traced if at.segments == segments}
+        for at in sorted(self.traced):
             if at.segments > segments == self._few(at).segments and self._few(at) not in found:
                 try:
                     replayer.check(at)
@@ -149,7 +151,7 @@ class Analysis:
                     logger.debug("%s tells nothing of fewer segments: %s", at, error.reason)
                 else:
                     found.add(self._few(at))
-        return found
+        return sorted(found)
 
     def result(self, sizes: Sizes) -> tuple[tuple[str, ...], Any]:
         """How the result of a call of some sizes is put together: the names of its leaves, and their structure.
@@ -283,7 +285,7 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, watch: 
     with timed(seconds, "check"):
         proven.checked = check_against(proven, third.program, *third.sizes)
         proven.checked_at = third.sizes
-    analysis.held.add(third.sizes)
+    analysis.traced.add(third.sizes)
     analysis.probes = [runs[0], third]
     if watch is not None:
         watch("check", f"{proven.checked}\n")

@@ -13,7 +13,7 @@ import rmtc
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture import Capture, Captured
 from rmtc.capture.events import Event, Made, Named, Viewed
-from rmtc.capture.other_sizes import follows
+from rmtc.capture.other_sizes import Told, follows, tell
 from rmtc.capture.probe import Sizes
 
 SEGMENT = 6
@@ -31,41 +31,47 @@ def events(sizes: Sizes, number: Callable[[int, int], int] = product, token: str
     return [Event(token, (2 * batch + tail + 1,), (piece,), None, None), Event("call", (), (Made(0, 0),), inner, None)]
 
 
-def known(number: Callable[[int, int], int] = product) -> list[tuple[Sizes, list[Event]]]:
-    return [(at, events(at, number)) for at in FOUR]
+def told(sizes: Sizes, number: Callable[[int, int], int] = product, token: str = "view") -> Told:
+    return tell(events(sizes, number, token))
+
+
+def known(number: Callable[[int, int], int] = product, among: slice = slice(None)) -> dict[Sizes, Told]:
+    return {at: told(at, number) for at in FOUR[among]}
 
 
 @pytest.mark.parametrize("at", [Sizes(3, b, t) for b, t in itertools.product((1, 3, 7), (1, 4, 6))])
 def test_four_sizes_tell_every_other(at: Sizes) -> None:
-    assert follows(at, events(at), known())
-    assert not follows(at, events(at, token="reshape"), known())
-    assert not follows(at, events(at, number=lambda b, t: b * t + 1), known())
+    assert follows(at, told(at), known())
+    assert not follows(at, told(at, token="reshape"), known())
+    assert not follows(at, told(at, number=lambda b, t: b * t + 1), known())
 
 
 def test_fewer_sizes_tell_what_lies_between_them() -> None:
-    assert not follows(Sizes(3, 4, 2), events(Sizes(3, 4, 2)), known()[:3])
-    assert follows(Sizes(3, 1, 2), events(Sizes(3, 1, 2)), known()[2:]), "two lengths tell the others of their batch"
-    assert not follows(Sizes(3, 1, 2), events(Sizes(3, 1, 2)), [])
+    assert not follows(Sizes(3, 4, 2), told(Sizes(3, 4, 2)), known(among=slice(3)))
+    assert follows(Sizes(3, 1, 2), told(Sizes(3, 1, 2)), known(among=slice(2, None))), (
+        "two lengths tell the others of their batch"
+    )
+    assert not follows(Sizes(3, 1, 2), told(Sizes(3, 1, 2)), {})
 
 
 def test_sizes_at_which_something_else_runs_tell_nothing() -> None:
-    others = [(at, events(at, token="reshape" if at.batch == 1 else "view")) for at in FOUR]
+    others = {at: told(at, token="reshape" if at.batch == 1 else "view") for at in FOUR}
     at = Sizes(3, 4, 2)
-    assert not follows(at, events(at), others)
+    assert not follows(at, told(at), others)
 
 
 def test_an_integer_that_bends_is_seen() -> None:
     at = Sizes(3, 1, 2)
     bent = known(number=lambda b, t: max(t, 3))
-    assert not follows(at, events(at, number=lambda b, t: max(t, 3)), bent)
+    assert not follows(at, told(at, number=lambda b, t: max(t, 3)), bent)
 
 
 def test_what_stays_in_python_depends_on_no_size() -> None:
-    def left(at: Sizes) -> list[Event]:
-        return [Event(("return", ()), (at.batch,), (), None, None)]
+    def left(at: Sizes) -> Told:
+        return tell([Event(("return", ()), (at.batch,), (), None, None)])
 
     at = Sizes(3, 4, 2)
-    assert not follows(at, left(at), [(each, left(each)) for each in FOUR])
+    assert not follows(at, left(at), {each: left(each) for each in FOUR})
 
 
 class Model(nn.Module):

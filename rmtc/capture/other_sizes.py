@@ -8,37 +8,37 @@ what the user's Python does with the new sizes, and everything else the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import sympy
 
 from rmtc.capture.events import Beyond, Event, Viewed
 from rmtc.capture.probe import Sizes
 
-__all__ = ["follows"]
+__all__ = ["Told", "follows", "tell"]
 
 
-def follows(sizes: Sizes, events: Sequence[Event], known: Sequence[tuple[Sizes, Sequence[Event]]]) -> bool:
+class Told(NamedTuple):
+    """What a replay did: its integers, and all the rest."""
+
+    numbers: list[int]
+    rest: list[Any]
+
+
+def follows(sizes: Sizes, told: Told, known: Mapping[Sizes, Told]) -> bool:
     """Whether a replay does what others lead to: the same operations on the same tensors, with integers that follow.
 
     Args:
         sizes: those of the replay.
-        events: its events.
+        told: what it did.
         known: replays of as many segments at other sizes, for which the loop is known to hold.
     """
-    pattern, numbers = _divided(events)
-    alike: list[Sizes] = []
-    samples: list[list[int]] = []
-    for at, each in known:
-        same, values = _divided(each)
-        if same == pattern:
-            alike.append(at)
-            samples.append(values)
+    alike = [at for at, each in known.items() if each.rest == told.rest]
     weights = _combination(sizes, alike)
     return weights is not None and all(
         sum(weight * value for weight, value in zip(weights, values, strict=True)) == number
-        for number, *values in set(zip(numbers, *samples, strict=True))
+        for number, *values in set(zip(told.numbers, *(known[at].numbers for at in alike), strict=True))
     )
 
 
@@ -55,8 +55,8 @@ def _combination(sizes: Sizes, known: Sequence[Sizes]) -> list[Any] | None:
     return list(solution.subs(dict.fromkeys(free, 0)))
 
 
-def _divided(events: Sequence[Event]) -> tuple[list[Any], list[int]]:
-    """The integers of events, and all the rest."""
+def tell(events: Sequence[Event]) -> Told:
+    """What the events of a replay say, integers apart."""
     rest: list[Any] = []
     numbers: list[int] = []
 
@@ -84,4 +84,4 @@ def _divided(events: Sequence[Event]) -> tuple[list[Any], list[int]]:
                 rest.append(None)
 
     visit(events)
-    return rest, numbers
+    return Told(numbers, rest)

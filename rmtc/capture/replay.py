@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.events import Beyond, Event, Made, Named, Pattern, Viewed, hold
 from rmtc.capture.frames import current_location
+from rmtc.capture.other_sizes import Told, tell
 from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.recorder import Recorder
 from rmtc.capture.results import left_behind, structure
@@ -78,6 +79,7 @@ class Replayer:
         self._states: dict[int, _State] = {}
         self._patterns: dict[tuple[int, int], Pattern] = {}
         self._short: dict[Sizes, list[Event]] = {}
+        self._told: dict[Sizes, Told] = {}
         self._remembered = {key for key, slot in session.modules.items() if not contains_layers(slot.name)} - {
             id(session.function)
         }
@@ -94,15 +96,21 @@ class Replayer:
         """
         key = sizes.batch, sizes.tail
         if key not in self._patterns:
-            short, long = (self.short(Sizes(self._probe + i, *key)) for i in (0, 1))
+            short, long = (self._few(Sizes(self._probe + i, *key)) for i in (0, 1))
             whole = sizes.tail == self._plan.segment_length
             self._patterns[key] = Pattern(short, long, self._probe, self._probe if whole else self._probe - 1)
         pattern = self._patterns[key]
         if sizes.segments > pattern.segments:
             hold(self._run(sizes), pattern, sizes.segments)
 
+    def told(self, sizes: Sizes) -> Told:
+        """What a replay of a few segments does, integers apart."""
+        if sizes not in self._told:
+            self._told[sizes] = tell(self._few(sizes))
+        return self._told[sizes]
+
     @uncollected()
-    def short(self, sizes: Sizes) -> list[Event]:
+    def _few(self, sizes: Sizes) -> list[Event]:
         """The events of a replay of a few segments, run once."""
         if sizes not in self._short:
             self._short[sizes] = self._run(sizes)
