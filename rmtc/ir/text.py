@@ -198,7 +198,13 @@ def _schedule(page: Page, schedule: Schedule, segments: int) -> None:
         "several cells takes longer than one cell, but less than its cells one by one as long as one cell does not "
         "fill the machine."
         + (" For so short a call that is no gain." if steps >= runs else "")
-        + " This version of rmtc proves the schedule and does not run it."
+        + " rmtc.compile runs the model by this schedule"
+        + (
+            "."
+            if schedule.a
+            else f", but for now no more than one cell of a layer in a step: cell (s, l) at step "
+            f"{time_formula(1, schedule.b)}."
+        )
     )
 
 
