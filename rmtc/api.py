@@ -181,8 +181,7 @@ def _answer(blank: Explanation, analysis: Analysis) -> Explanation:
 _REMEDY = (
     "give each layer a memory of its own, which only that layer reads in the next segment, as associative recurrent "
     "memory transformers (ARMT) do: that is another model, to be trained anew. This one, whose memory goes from the "
-    "top of a segment to the bottom of the next, uses the machine better only with several texts at once (a larger "
-    "batch)"
+    "top of a segment to the bottom of the next, uses the machine better with several texts at once (a larger batch)"
 )
 
 
@@ -204,15 +203,15 @@ def _assumptions(analysis: Analysis, fixed: dict[str, int]) -> tuple[str, ...]:
     mode = "" if training is None else ", training mode" if training else ", eval mode"
     lengths = ", ".join(str(number) for number in sorted({sizes.segments for sizes in analysis.runs}))
     admitted = " and ".join(str(number) for number in sorted({sizes.segments for sizes in analysis.admitted}))
-    replayed = f", and for {admitted} segments the Python of the loop was run without computing anything"
+    replayed = f", and the Python of the loop was run for {admitted} segments, with tensors that have no values"
     lines = [
         "the code's Python depends on nothing but its arguments' sizes and the attributes, globals and closures that "
         "it uses by name: on no clock, file or environment",
-        f"every later segment runs what the third does: traces of {lengths} segments were compared operation by "
+        f"every later segment runs what s2 does: traces of {lengths} segments were compared operation by "
         f"operation{replayed if admitted else ''}",
-        "PyTorch's operations are functions: the same values give the same result, and no random numbers (dropout) are "
-        "drawn; batched calls may round in another way",
-        f"all is as in this call: {', '.join(floats) or 'no floats'}, {', '.join(devices)}{mode}, grad mode "
+        "PyTorch's operations are functions: the same values give the same result, up to rounding, and no random "
+        "numbers (dropout) are drawn",
+        f"all else is as in this call: {', '.join(floats) or 'no floats'}, {', '.join(devices)}{mode}, grad mode "
         f"{'on' if torch.is_grad_enabled() else 'off'}, autocast "
         f"{'on' if torch.is_autocast_enabled('cpu') or torch.is_autocast_enabled('cuda') else 'off'}",
     ]

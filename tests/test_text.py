@@ -122,7 +122,7 @@ def test_a_refusal_alone_tells_the_cycle_the_place_and_the_remedy() -> None:
     text = " ".join(refusal_text(answer).split())
     assert "s0.l0 -> s0.l1 -> ... -> s0.l15 (0, 1)" in text
     assert "s0.l15 -> s1.l0 (1, -(L-1)) memory made at rmt.py:88" in text
-    assert "Once round takes L = 16 steps" in text
+    assert "Once through it takes L = 16 steps" in text
     assert "S segments take S * L = 528 steps" in text
     assert answer.reason is not None
     assert answer.remedy is not None

@@ -41,7 +41,7 @@ def explanation_text(explanation: Explanation) -> str:
     if explanation.layers:  # else it was refused before anything was known of the loop
         _loop(page, explanation)
         _classes(page, explanation)
-        _dependences(page, explanation.dependences)
+        _dependences(page, explanation.dependences, any(item.stage != "layer" for item in explanation.classes))
     if explanation.schedule is None:
         _refusal(page, explanation)
     else:
@@ -70,7 +70,7 @@ def _title(explanation: Explanation) -> str:
     if explanation.schedule is None:
         once = follow(explanation.cycle, explanation.layers)
         if (once and _sequential(once, explanation.layers)) or _optimal(explanation):
-            return f"{explanation.name}: refused, its {runs} can only run one after another"
+            return f"{explanation.name}: refused, its {runs} can only run one after another, as whole cells"
         return f"{explanation.name}: refused, nothing shorter than its {runs} in sequence could be proven"
     steps = at(explanation.schedule.makespan, explanation.segments, explanation.layers)
     proven = "legal and best possible" if _optimal(explanation) else "legal"
@@ -93,13 +93,14 @@ def _loop(page: Page, explanation: Explanation) -> None:
     page.text(
         f"The call takes S = {count(segments, 'segment')}{long} through L = {count(layers, 'layer')} each, one after "
         f"another: {formula(S * L)} = {count(segments * layers, 'layer run')}. One such run is a cell, layer l applied "
-        "to segment s: s2.l1 is layer 1 on segment 2, both counted from 0. No tensor was computed to find this out, "
-        "and the model is as it was."
+        "to segment s: s2.l1 is layer 1 on segment 2, both counted from 0. Nothing was computed to find this out "
+        "(tensors had shapes and no values), and the model is as it was."
     )
     if explanation.growing:
-        page.text(f"Grows with the number of segments: {'; '.join(explanation.growing)}.", hang=2)
+        page.text(f"Cut into segments: {'; '.join(explanation.growing)}.", hang=2)
     if explanation.free:
-        page.text(f"The answer holds for other calls too: {'; '.join(explanation.free)}.", hang=2)
+        condition = "if what it takes for granted (at the end) does"
+        page.text(f"The answer holds for other calls too, {condition}: {'; '.join(explanation.free)}.", hang=2)
 
 
 def _classes(page: Page, explanation: Explanation) -> None:
@@ -108,7 +109,8 @@ def _classes(page: Page, explanation: Explanation) -> None:
         return
     page.heading("The bodies")
     batched = (
-        ", so those that do not wait for one another can run as one batched call (torch.bmm over stacked weights)"
+        ", so those that do not wait for one another can run at once, each operation as one batched call (linear as "
+        "torch.bmm over stacked weights)"
         if explanation.schedule
         else ""
     )
@@ -131,20 +133,19 @@ def _differs(item: CellClass) -> str:
     return f"; {item.differs}" if item.differs else ""
 
 
-def _dependences(page: Page, dependences: Sequence[Dependence]) -> None:
+def _dependences(page: Page, dependences: Sequence[Dependence], staged: bool) -> None:
     page.heading("What depends on what")
     if not dependences:
         page.text("No cell reads anything that another cell makes: all of them can run at once.")
         return
     page.text(
-        "A cell that reads a tensor made by another cell has to wait for it: a dependence. A write in place counts as "
-        "a new tensor, so there is nothing else to wait for. Each dependence has a distance vector (ds, dl): cell "
-        "(s, l), layer l on segment s, waits for cell (s - ds, l - dl), ds segments before and dl layers below (above, "
-        "where dl is negative). Each tensor is shown with one place that makes it and one that reads it; operations go "
+        "A cell that reads a tensor made by another cell has to wait for it: a dependence. A write in place is "
+        "taken as making a new tensor, so only reads make a cell wait. Each dependence has a distance vector (ds, dl): "
+        "cell (s, l), layer l on segment s, waits for cell (s - ds, l - dl), ds segments earlier and dl layers below "
+        "(a negative dl: above). Each tensor is shown with one place that makes it and one that reads it; operations go "
         "by PyTorch's own names for them (ATen): slice.Tensor is x[a:b]."
     )
-    words = " ".join(f"{item.producer} {item.consumer}" for item in dependences)
-    if "(prologue)" in words or "(epilogue)" in words:
+    if staged:
         page.text("What a prologue does counts as layer 0's, what an epilogue does as the last layer's.")
     if any("{l}" in text for item in dependences for text in (item.tensor, item.producer, item.consumer)):
         page.text("{l} in a name stands for the number of a layer.")
@@ -170,7 +171,7 @@ def _dependence(page: Page, item: Dependence) -> None:
     rows = [
         (f"{verb} at", place(location), words) if location else (f"{verb} by", words)
         for verb, words, location in (
-            ("made", item.producer, item.location),
+            ("made", _from_reader(item), item.location),
             ("read", item.consumer, item.consumer_location),
         )
         if words or location
@@ -178,13 +179,20 @@ def _dependence(page: Page, item: Dependence) -> None:
     page.table(rows, 8)
 
 
+def _from_reader(item: Dependence) -> str:
+    """What makes a tensor, its layer seen from the one that reads it."""
+    dl = sympy.sympify(item.distance[1])
+    away = f"l{-int(dl):+}" if dl.is_Integer and dl else "L-1" if sympy.expand(dl + L - 1) == 0 else "l"
+    return item.producer.replace("{l}", f"{{{away}}}")
+
+
 def _schedule(page: Page, schedule: Schedule, segments: int) -> None:
     runs = segments * schedule.layers
     steps = at(schedule.makespan, segments, schedule.layers)
     page.heading("The schedule")
     page.text(
-        "A schedule gives each cell a step. The cells of one step run at the same time, the steps one after another: "
-        f"cell (s, l) runs at step {time_formula(schedule.a, schedule.b)}."
+        "A schedule gives each cell a step. The cells of one step may run at the same time, the steps one after "
+        f"another: cell (s, l) runs at step {time_formula(schedule.a, schedule.b)}."
         + _example(schedule, segments)
         + _stages(schedule)
         + " The step of each cell, segments down and layers across:"
@@ -194,13 +202,16 @@ def _schedule(page: Page, schedule: Schedule, segments: int) -> None:
     page.blank()
     page.text(
         f"The number of steps, the makespan, is {_equals(schedule.makespan, segments, schedule.layers)}; one cell "
-        f"after another takes {formula(S * L)} = {runs}.{_width(schedule, segments)} Steps are no seconds: a step of "
-        "several cells takes longer than one cell, but less than its cells one by one as long as one cell does not "
-        "fill the machine."
-        + (" For so short a call that is no gain." if steps >= runs else "")
+        f"after another takes {formula(S * L)} = {runs}.{_width(schedule, segments)}"
+        + (
+            f" Steps are no seconds: there are {runs / steps:.1f} times fewer, and the gain in time is the smaller the "
+            "more of the machine one cell fills already."
+            if steps < runs
+            else " For so short a call that is no gain."
+        )
         + " rmtc.compile runs the model by this schedule"
         + (
-            "."
+            ", and as it was written where a call turns out to do something else."
             if schedule.a
             else f", but for now no more than one cell of a layer in a step: cell (s, l) at step "
             f"{time_formula(1, schedule.b)}."
@@ -257,8 +268,8 @@ def _legal(page: Page, certificate: Certificate, explanation: Explanation | None
         values = f", here with a = {formula(schedule.a)} and b = {formula(schedule.b)}" if schedule else ""
         page.text(
             "Each cell must run at a later step than the cells it reads from: then it reads what it reads today, and "
-            "all results are the same. Cell (s, l) runs at step a*s + b*l, so from a cell to one that reads it along "
-            f"(ds, dl) the step grows by a*ds + b*dl{values}. That is at least 1 for each dependence:"
+            "all results are the same, up to the rounding of batched operations. Cell (s, l) runs at step a*s + b*l, so "
+            f"from a cell to one that reads it along (ds, dl) the step grows by a*ds + b*dl{values}. That is at least 1 for each dependence:"
         )
         rows: dict[tuple[str, str], list[str]] = {}
         for item in certificate.inequalities:
@@ -271,7 +282,8 @@ def _legal(page: Page, certificate: Certificate, explanation: Explanation | None
 def _checked(page: Page, certificate: Certificate) -> None:
     if certificate.checked:
         page.text(
-            f"Checked by a second program, which shares no code with what found this, against {certificate.checked}",
+            f"Checked by a second program, which shares no code with what found this: the bodies, what depends on what and "
+            f"the order of all of it, against {certificate.checked}",
             2,
             hang=2,
         )
@@ -285,7 +297,7 @@ def _best(page: Page, certificate: Certificate, explanation: Explanation | None)
     if certificate.optimal:
         page.text(
             "The schedule has exactly as many. So the chain is a longest one, the critical path, and the schedule is "
-            "optimal, as long as no cell is split into parts."
+            "optimal among those that run whole cells and compute what the model computes now, operation by operation."
         )
     elif explanation is not None and _meets(certificate.bound, explanation):
         page.text("For this call the schedule has exactly as many; for another number of segments it may have more.")
@@ -365,7 +377,7 @@ def _cycle(page: Page, explanation: Explanation) -> None:
     further = "one segment" if once.advance == 1 else f"{once.advance} segments"
     page.text(
         "Each of these cells waits for the one before it, and the last is the same layer as the first, "
-        f"{further} later: a cycle, which goes on from there."
+        f"{further} later: a cycle among the layers, which every segment goes through."
     )
     page.blank()
     page.table([(_passed(turn), *_edge(turn.dependence)) for turn in once.turns])
@@ -377,7 +389,7 @@ def _cycle(page: Page, explanation: Explanation) -> None:
             "schedule of whole cells has fewer."
         )
     steps = f"{_equals(once.length, 1, layers)} {'step' if once.length == 1 else 'steps'}"
-    page.text(f"Once round takes {steps} and gets {further} further." + conclusion)
+    page.text(f"Once through it takes {steps} and gets {further} further." + conclusion)
     page.blank()
 
 

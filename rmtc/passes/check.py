@@ -51,8 +51,8 @@ class Checked:
 
     def __str__(self) -> str:
         return (
-            f"{self.nodes} operations and {self.edges} edges (an operation that reads another's result), "
-            f"{self.crossing} of them between cells"
+            f"{self.nodes} operations that a result needs and {self.edges} edges (an operation that reads another's "
+            f"result), {self.crossing} of them between cells"
         )
 
 

@@ -115,8 +115,8 @@ def prove(dependences: Sequence[Dependence], layers: int) -> Proof:
         )
     elif forced:
         reason = (
-            f"nothing beats the sequential order: through {forcing.dependence} every cell waits for the one before it, "
-            f"S*L steps for {layers} layers"
+            f"nothing beats the sequential order: {forcing.dependence} closes a cycle through all {layers} layers, so "
+            "every cell waits for the one before it, S*L steps"
         )
     else:
         reason = (
