@@ -142,8 +142,8 @@ def _dependences(page: Page, dependences: Sequence[Dependence], staged: bool) ->
         "A cell that reads a tensor made by another cell has to wait for it: a dependence. A write in place is "
         "taken as making a new tensor, so only reads make a cell wait. Each dependence has a distance vector (ds, dl): "
         "cell (s, l), layer l on segment s, waits for cell (s - ds, l - dl), ds segments earlier and dl layers below "
-        "(a negative dl: above). Each tensor is shown with one place that makes it and one that reads it; operations go "
-        "by PyTorch's own names for them (ATen): slice.Tensor is x[a:b]."
+        "(a negative dl: above). Each tensor is shown with one place that makes it and one that reads it; operations "
+        "go by PyTorch's own names for them (ATen): slice.Tensor is x[a:b]."
     )
     if staged:
         page.text("What a prologue does counts as layer 0's, what an epilogue does as the last layer's.")
@@ -268,8 +268,9 @@ def _legal(page: Page, certificate: Certificate, explanation: Explanation | None
         values = f", here with a = {formula(schedule.a)} and b = {formula(schedule.b)}" if schedule else ""
         page.text(
             "Each cell must run at a later step than the cells it reads from: then it reads what it reads today, and "
-            "all results are the same, up to the rounding of batched operations. Cell (s, l) runs at step a*s + b*l, so "
-            f"from a cell to one that reads it along (ds, dl) the step grows by a*ds + b*dl{values}. That is at least 1 for each dependence:"
+            "all results are the same, up to the rounding of batched operations. Cell (s, l) runs at step a*s + b*l, "
+            f"so from a cell to one that reads it along (ds, dl) the step grows by a*ds + b*dl{values}. That is at least "
+            "1 for each dependence:"
         )
         rows: dict[tuple[str, str], list[str]] = {}
         for item in certificate.inequalities:
@@ -282,8 +283,8 @@ def _legal(page: Page, certificate: Certificate, explanation: Explanation | None
 def _checked(page: Page, certificate: Certificate) -> None:
     if certificate.checked:
         page.text(
-            f"Checked by a second program, which shares no code with what found this: the bodies, what depends on what and "
-            f"the order of all of it, against {certificate.checked}",
+            f"Checked by a second program, which shares no code with what found this: the bodies, what depends on what "
+            f"and the order of all of it, against {certificate.checked}",
             2,
             hang=2,
         )
