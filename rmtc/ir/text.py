@@ -269,8 +269,8 @@ def _legal(page: Page, certificate: Certificate, explanation: Explanation | None
         page.text(
             "Each cell must run at a later step than the cells it reads from: then it reads what it reads today, and "
             "all results are the same, up to the rounding of batched operations. Cell (s, l) runs at step a*s + b*l, "
-            f"so from a cell to one that reads it along (ds, dl) the step grows by a*ds + b*dl{values}. That is at least "
-            "1 for each dependence:"
+            f"so from a cell to one that reads it along (ds, dl) the step grows by a*ds + b*dl{values}. That is at "
+            "least 1 for each dependence:"
         )
         rows: dict[tuple[str, str], list[str]] = {}
         for item in certificate.inequalities:
