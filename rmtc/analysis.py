@@ -13,6 +13,7 @@ from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, rewrite, timed
+from rmtc.quiet import uncollected
 
 __all__ = ["Analysis", "analyze", "prove_analysis"]
 
@@ -52,6 +53,7 @@ class Analysis:
     told: set[Sizes] = field(default_factory=set)
     probes: list[Captured] = field(default_factory=list)
 
+    @uncollected()
     def admit(self, sizes: Sizes) -> None:
         """See that a call of some sizes does in every segment what the loop says, by replaying its Python.
 
@@ -221,6 +223,7 @@ def analyze(
     return analysis
 
 
+@uncollected()
 def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch | None = None) -> None:
     """Fold an open call into a loop, prove a schedule and check both.
 

@@ -24,8 +24,8 @@ def quiet_fakes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Without the garbage collector: what a run makes stays until its end, and to go over it again and again takes a
-    sixth of the time."""
+    """Without the garbage collector: what an analysis makes stays until its end, and to go over it again and again
+    takes as long as to fold it."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from models import LOOPS
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils import _pytree as pytree
 
 import rmtc
-from rmtc.capture import session
+from rmtc.capture import Capture, open_capture, session, tracer
 from rmtc.capture.fakes import Fakes
+from rmtc.capture.probe import Sizes
+from rmtc.capture.tracer import trace
 from rmtc.examples.armt_llama import build
 
 
@@ -36,7 +41,7 @@ class Asking(Fakes):
             type(self).asked[func] += 1
             expected: Any = FakeTensorMode._dispatch_impl(self, func, types, args, kwargs or {})
             several = isinstance(expected, (tuple, list))
-            assert type(expected) is type(out)
+            assert several == isinstance(out, (tuple, list))  # of which kind is as torch's own cache has it
             for one, two in zip(out if several else (out,), expected if several else (expected,), strict=True):
                 assert described(one, args) == described(two, args), func
         return out
@@ -122,3 +127,64 @@ def test_errors_are_raised_again() -> None:
         for _ in range(2):
             with pytest.raises(RuntimeError):
                 torch.empty(2, 3) + torch.empty(4, 5)
+
+
+def nodes(capture: Capture) -> list[Any]:
+    """All that a trace of three segments tells of its nodes."""
+    plan = capture.plan
+    session = capture.session
+    module = trace(session, *plan.arguments(session, Sizes(3, plan.sizes.batch, plan.segment_length))).module
+    found: list[Any] = []
+    for node in module.graph.nodes:
+        values = [
+            (value.shape, value.stride(), value.dtype, value.device)
+            for value in pytree.tree_leaves(node.meta.get("val"))
+            if isinstance(value, Tensor)
+        ]
+        place = [node.meta.get(each) for each in ("location", "variable", "module", "name")]
+        found.append((node.format_node(), values, place))
+    return found
+
+
+def under_modes(special: Callable[[Tensor], Tensor]) -> tuple[Any, tuple[Tensor]]:
+    """The same operations on the same kinds of tensors under several modes."""
+    weights = [nn.Parameter(torch.randn(8, 8)) for _ in range(3)]
+
+    def forward(text: Tensor) -> Tensor:
+        state, out = torch.zeros(8), []
+        for piece in text.split(4, dim=1):
+            for weight in weights:
+                wide = piece @ weight
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    narrow = (piece @ weight) + torch.ones(8, dtype=torch.bfloat16)
+                with torch.no_grad():
+                    left, right = (wide + narrow.float().contiguous()).chunk(2, -1)
+                with torch.enable_grad():
+                    traced = (wide * torch.ones(8, requires_grad=True) * 2).detach()
+                piece = torch.cat([right, left], -1).tanh() + state + traced + special(piece)
+            state = piece.mean((0, 1))
+            out.append(piece)
+        return torch.cat(out, 1)
+
+    return forward, (torch.randn(2, 24, 8),)
+
+
+TRACED: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
+    "armt": lambda: build(layers=2, segments=6),
+    "vmap": lambda: under_modes(lambda piece: torch.vmap(lambda row: row * 2 + torch.ones(8))(piece[0])),
+    "constants": lambda: under_modes(lambda piece: piece * torch.tensor(2.0) * (torch.tensor(1) + 1)),
+    **{name: LOOPS[name] for name in ("buffers", "slices of one tensor", "keys and values", "mixed precision")},
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_graphs_are_those_that_torch_writes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, arguments = TRACED[name]()
+    capture = open_capture(function, arguments, {})
+    with mock.patch.object(tracer._Tracer, "write", autospec=True, side_effect=tracer._Tracer.write) as write:
+        found = nodes(capture)
+        count = write.call_count
+        assert count > len(found) / 4
+        monkeypatch.setattr(tracer._Mode, "__torch_dispatch__", ProxyTorchDispatchMode.__torch_dispatch__)
+        assert nodes(capture) == found
+        assert write.call_count == count

@@ -38,10 +38,10 @@ class _Result(NamedTuple):
 
 
 class _Results(NamedTuple):
-    """What an operation gives: one tensor, or several as a tuple or list."""
+    """What an operation gives: one tensor, or several as a tuple or list; a number stands for the argument itself."""
 
     kind: type | None
-    tensors: list[_Result]
+    tensors: list[_Result | int]
 
 
 Watcher = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], None]
@@ -70,31 +70,55 @@ class Fakes(FakeTensorMode):
         finally:
             self._watcher = before
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # a wrapper around each operation, which nothing here compiles
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return self.dispatch(func, types, args, kwargs)
+
     def dispatch(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is _DEVICE and type(args[0]) is FakeTensor:  # asked for more often than anything is computed
             return args[0].device
         kwargs = kwargs or {}
-        told = self._told.get(id(func))
-        if told is None:
-            told = self._told[id(func)] = self.cache_enabled and _is_told(func)
-        key = self._key(func, args, kwargs) if told else None
-        known = self._known.get(key) if key is not None else None
-        if known is not None:
-            made = [self._make(result, args) for result in known.tensors]
-            out = made[0] if known.kind is None else known.kind(made)
-        else:
+        key = self.key(func, args, kwargs)
+        out = self.recall(key, args)
+        if out is None:
             watcher, self._watcher = self._watcher, None
             try:
                 out = super().dispatch(func, types, args, kwargs)
             finally:
                 self._watcher = watcher
-            if key is not None and key not in self._known:
-                self._known[key] = _describe(out, args)
+            self.learn(key, args, out)
         if self._watcher is not None:
             self._watcher(func, args, kwargs, out)
         return out
+
+    def key(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """What tells an operation's result; None if something else may."""
+        told = self._told.get(id(func))
+        if told is None:
+            told = self._told[id(func)] = self.cache_enabled and _is_told(func)
+        return self._key(func, args, kwargs) if told else None
+
+    def recall(self, key: tuple[Any, ...] | None, args: Sequence[Any]) -> Any:
+        """What an operation gives that was seen before; None if it was not."""
+        known = self._known.get(key) if key is not None else None
+        if known is None:
+            return None
+        with torch._C._DisableTorchDispatch():
+            made = [args[each] if isinstance(each, int) else self._make(each, args) for each in known.tensors]
+        return made[0] if known.kind is None else known.kind(made)
+
+    def learn(self, key: tuple[Any, ...] | None, args: Sequence[Any], out: Any) -> bool:
+        """Remember what an operation gives; False if that cannot be told."""
+        if key is not None and key not in self._known:
+            self._known[key] = _describe(out, args)
+        return key is not None and self._known[key] is not None
 
     def fresh(self, bare: torch.Tensor, device: torch.device) -> FakeTensor:
         """A stand-in on a device with the metadata of a tensor on the meta device, as `FakeTensor` makes it."""
@@ -111,9 +135,8 @@ class Fakes(FakeTensorMode):
         return made
 
     def _key(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
-        """What tells an operation's result; None if something else may."""
         default = torch.get_default_dtype(), torch._C._get_default_device()
-        key: list[Any] = [id(func), *default, torch.is_inference_mode_enabled()]
+        key: list[Any] = [id(func), *default, torch.is_inference_mode_enabled(), torch.is_grad_enabled()]
         if not self._extend(key, args) or (func is _INDEX and not _BITS.isdisjoint(key)):
             return None
         for name, value in kwargs.items():
@@ -129,7 +152,7 @@ class Fakes(FakeTensorMode):
                 if value.fake_mode is not self or value.constant is not None or not _is_plain(value):
                     return False
                 key += (value.shape, value.stride(), value.dtype, value.device, value.storage_offset())
-                key.append(value.is_inference())
+                key += (value.is_inference(), value.requires_grad)
             elif kind is list or kind is tuple or kind is torch.Size:
                 key.append(len(value))
                 if not self._extend(key, value):
@@ -176,10 +199,14 @@ def _describe(out: Any, args: Sequence[Any]) -> _Results | None:
     kind = type(out) if type(out) in (tuple, list) else None
     given = list(_tensors(args))
     memory = [tensor.untyped_storage()._cdata for tensor in given]
-    results: list[_Result] = []
+    results: list[_Result | int] = []
     for each in (out,) if kind is None else out:
         if type(each) is not FakeTensor or each.constant is not None or each.requires_grad or not _is_plain(each):
             return None
+        itself = next((number for number, arg in enumerate(args) if arg is each), None)
+        if itself is not None and sum(each is tensor for tensor in given) == 1:
+            results.append(itself)
+            continue
         if any(each is tensor for tensor in given):
             return None
         source = None

@@ -9,23 +9,34 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
-from torch.fx.experimental.proxy_tensor import PythonKeyTracer, _MakefxTracer
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.fx.experimental.proxy_tensor import (
+    ProxyTorchDispatchMode,
+    PythonKeyTracer,
+    _MakefxTracer,
+    _ProxyTensor,
+)
 
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.effects import Effect, find_effects
+from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import current_location
 from rmtc.capture.results import left_behind, structure
 from rmtc.capture.session import Session, backward_refusal
 from rmtc.errors import CaptureError, RefusedError
 
 __all__ = ["RawTrace", "trace"]
+
+aten = torch.ops.aten
 
 
 @dataclass
@@ -60,13 +71,57 @@ class _Tracer(PythonKeyTracer):
         self.attributes: list[tuple[str, torch.Tensor]] = []
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if torch._C._current_autograd_node() is not None:
-            raise backward_refusal(current_location(2)[0])
+        _refuse_backward()
         node = super().create_node(*args, **kwargs)
         if node.op == "call_function":
-            node.meta["location"], node.meta["variable"] = current_location(2)
-            node.meta["module"] = self._stack[-1] if self._stack else ""
+            self._place(node)
         return node
+
+    def _place(self, node: fx.Node) -> None:
+        node.meta["location"], node.meta["variable"] = current_location(3)
+        node.meta["module"] = self._stack[-1] if self._stack else ""
+
+    def node_of(self, arg: Any) -> Any:
+        """An argument with nodes for tensors.
+
+        Raises:
+            KeyError: if a tensor is not of this trace, or its value is known.
+        """
+        if type(arg) is FakeTensor:
+            tracked = self.tensor_tracker[arg]
+            if tracked.constant is not None:
+                raise KeyError(arg)
+            return tracked.proxy.node
+        if isinstance(arg, (tuple, list)):
+            return [self.node_of(item) for item in arg]
+        return arg
+
+    def value_of(self, out: Any) -> Any:
+        """What the nodes of an operation's results hold as their value."""
+        if isinstance(out, torch.Tensor):
+            return self.tensor_tracker[out].proxy.node.meta["val"]
+        return [self.value_of(each) for each in out]
+
+    def write(
+        self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, out: Any
+    ) -> None:
+        """Write an operation into the graph without asking what it gives.
+
+        Args:
+            target, args, kwargs: the operation on nodes.
+            value: what it gives, for the passes.
+            out: what it gives, for the user's code.
+        """
+        _refuse_backward()
+        name = self.graph._target_to_str(getattr(target, "overloadpacket", target).__name__)
+        node = self.graph.create_node("call_function", target, args, kwargs, name)
+        self._place(node)
+        node.meta["val"] = value
+        if isinstance(out, torch.Tensor):
+            self.tensor_tracker[out] = _ProxyTensor(fx.Proxy(node, self), None)
+        else:
+            for number, (each, its) in enumerate(zip(out, value, strict=True)):
+                self.write(operator.getitem, (node, number), {}, its, each)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -84,10 +139,62 @@ class _Tracer(PythonKeyTracer):
                     self.attributes.append((f"{path}.{key}" if path else key, _inner(value)))
 
 
-class _Maker(_MakefxTracer):
-    """`make_fx` with our tracer."""
+class _Mode(ProxyTorchDispatchMode):
+    """Answers from the memory of the stand-ins what was asked before: `ProxyTorchDispatchMode` takes most of a trace's
+    time for what tensors of fixed sizes do not need."""
 
-    def __init__(self, paths: dict[int, str]) -> None:
+    def __init__(self, fakes: Fakes, tracer: _Tracer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(tracer, *args, **kwargs)
+        self._fakes, self._tracer = fakes, tracer
+        self._values: dict[tuple[Any, ...], Any] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # a wrapper around each call
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Without a tensor it makes one, which torch copies where anything else holds it.
+        modes = _modes() if types and func not in _CHOOSING else None
+        key = self._fakes.key(func, args, kwargs) if modes is not None else None
+        if key is None:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        key = (modes, *key)
+        value = self._values.get(key)
+        if value is not None:
+            try:
+                nodes = tuple(map(self._tracer.node_of, args)), {k: self._tracer.node_of(v) for k, v in kwargs.items()}
+            except KeyError:
+                return super().__torch_dispatch__(func, types, args, kwargs)
+            out = self._fakes.recall(key, args)
+            self._tracer.write(func, *nodes, value, out)
+            return out
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if self._fakes.learn(key, args, out):
+            self._values[key] = self._tracer.value_of(out)
+        return out
+
+
+_CHOOSING = {aten.scaled_dot_product_attention.default}  # a kernel, by flags; their results have other strides
+_AUTOCASTS = ("cpu", "cuda")
+
+
+def _modes() -> tuple[Any, ...] | None:
+    """The modes that tell what an operation before dispatch gives, besides its arguments; None if there are others."""
+    if torch._C._len_torch_dispatch_stack() != 1 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
+    if not torch._C._is_any_autocast_enabled():
+        return ()
+    autocasts = tuple((kind, torch.get_autocast_dtype(kind)) for kind in _AUTOCASTS if torch.is_autocast_enabled(kind))
+    return autocasts or None
+
+
+class _Maker(_MakefxTracer):
+    """`make_fx` with our tracer and our mode."""
+
+    def __init__(self, fakes: Fakes, paths: dict[int, str]) -> None:
         options: dict[str, Any] = {
             "decomposition_table": {},
             "tracing_mode": "real",
@@ -100,7 +207,7 @@ class _Maker(_MakefxTracer):
         if "_disable_torch_fn_metadata_mode" in inspect.signature(_MakefxTracer).parameters:
             options["_disable_torch_fn_metadata_mode"] = True
         super().__init__(**options)
-        self._tracer_paths = paths
+        self._fakes, self._tracer_paths = fakes, paths
 
     @contextlib.contextmanager
     def _init_modes_from_inputs(self, f: Callable[..., Any], args: tuple[object, ...]) -> Iterator[None]:
@@ -108,6 +215,7 @@ class _Maker(_MakefxTracer):
         try:
             self.fx_tracer = _Tracer(self._tracer_paths)
             self._construct_modes_with_fx_tracer(self.fx_tracer)
+            self.proxy_mode = _Mode(self._fakes, self.fx_tracer, self.tracing_mode, pre_dispatch=True)
             yield
         finally:
             self._restore_modes(*before)
@@ -145,7 +253,7 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
     raw = RawTrace(fx.GraphModule(nn.Module(), fx.Graph()), ())
     paths = {key: slot.name for key, slot in session.modules.items()}
     paths[id(session.function)] = ""
-    maker = _Maker(paths)
+    maker = _Maker(session.fake_mode, paths)
 
     def program(*flat: torch.Tensor) -> list[torch.Tensor]:
         lifted, given = flat[:count], dict(zip(inputs, flat[count:], strict=True))
@@ -175,7 +283,7 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
     traced: Callable[..., Any] = program
     if functionalize:
         traced = dispatch_functionalize(program, FunctionalTensorMode(pre_dispatch=True, export=True))
-    with session.fake_mode, _quiet():
+    with session.fake_mode, _quiet(), _use_lazy_graph_module(True):
         raw.module = maker.trace(traced, *session.stand_ins, *inputs.values())
     sources = [(lifted.kind, lifted.names) for lifted in session.lifted]
     sources += [("input", (show(path),)) for path in inputs]
@@ -183,6 +291,11 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
     for node, (kind, source_names) in zip(placeholders, sources, strict=True):
         node.meta["source"], node.meta["names"] = (kind, source_names[0]), source_names
     return raw
+
+
+def _refuse_backward() -> None:
+    if torch._C._current_autograd_node() is not None:
+        raise backward_refusal(current_location(3)[0])
 
 
 def _first_write(graph: fx.Graph) -> fx.Node | None:
