@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -71,6 +73,8 @@ class Variant:
     effects: tuple[Effect, ...]
     entries: set[tuple[Any, ...]] = field(default_factory=set)
     _slots: dict[str, Slot] = field(default_factory=dict)
+    _tables: tuple[list[dict[Any, Any]], list[Any]] | None = None  # where all slots are those of dictionaries
+    _unmoved: list[str] = field(default_factory=list)
     _same: list[tuple[Slot, Slot]] = field(default_factory=list)
     _written: tuple[str, ...] = ()
     _shapes: dict[str, _Metadata | None] = field(default_factory=dict)
@@ -125,6 +129,10 @@ class Variant:
                 variant._same += [(place, places[0]) for place in places[1:]]
             if isinstance(lifted.tensor, nn.Parameter):
                 variant._parameters.append(lifted.tensor)
+        owners = [slot.owner for slot in variant._slots.values() if isinstance(slot.owner, dict)]
+        if len(owners) == len(variant._slots):
+            variant._tables = owners, [slot.key for slot in variant._slots.values()]
+        variant._unmoved = [name for name in variant._slots if name not in weights.places]
         written = [str(name) for name in proven.loop.outputs if str(name).startswith("write:")]
         variant._written = tuple(name.removeprefix("write:") for name in written)
         variant._shapes = {name: _metadata(slot.value) for name, slot in variant._slots.items()}
@@ -178,14 +186,14 @@ class Variant:
             arguments: those of the call.
             sizes: as :meth:`match` gave them.
         """
-        values = {name: _now(slot) for name, slot in self._slots.items()}
+        values = self._values()
         for place, other in self._same:
             if _now(place) is not _now(other):
                 return f"{place.name} and {other.name} were one tensor and are two"
         in_place = self.weights.in_place(values)
-        for name, shape in self._shapes.items():
-            if not (in_place and name in self.weights.places) and _metadata(values[name]) != shape:
-                return f"{name} was {_show(shape)} and is {_show(_metadata(values[name]))}"
+        for name in self._unmoved if in_place else self._shapes:
+            if _metadata(values[name]) != self._shapes[name]:
+                return f"{name} was {_show(self._shapes[name])} and is {_show(_metadata(values[name]))}"
         inputs = _inputs(arguments)
         if self._written and not _apart(self._written, {**values, **inputs}):
             return "a tensor that the call writes to shares its memory with another one"
@@ -196,6 +204,13 @@ class Variant:
         values.update(inputs)
         return Ready(sizes, values)
 
+    def _values(self) -> dict[str, Any]:
+        """What the program reads but for the call's arguments, by name."""
+        if self._tables is not None:
+            with contextlib.suppress(KeyError):
+                return dict(zip(self._slots, map(operator.getitem, *self._tables), strict=True))
+        return {name: _now(slot) for name, slot in self._slots.items()}
+
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor in reach of the call but its arguments."""
         slots = {slot.name: slot for slot in self.analysis.capture.session.snapshot.slots}
@@ -203,7 +218,7 @@ class Variant:
         first: dict[int, str] = {}  # a tensor in several places is one
         return {
             name: tensor
-            for name, tensor in {**{name: _now(slot) for name, slot in self._slots.items()}, **found}.items()
+            for name, tensor in {**self._values(), **found}.items()
             if isinstance(tensor, torch.Tensor) and first.setdefault(id(tensor), name) == name
         }
 
@@ -230,7 +245,7 @@ class Variant:
                 self.analysis.admit(sizes)
             finally:
                 now.restore()
-        values = {name: _now(slot) for name, slot in self._slots.items()}
+        values = self._values()
         if not self.weights.in_place(values):
             self.weights.move(values)
 

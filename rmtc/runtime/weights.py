@@ -132,7 +132,8 @@ class Weights:
             ids, rows = zip(*(place for place in places if place is not None), strict=True)
             step = rows[1] - rows[0] if len(rows) > 1 else 1
             even = step > 0 and all(row == rows[0] + step * n for n, row in enumerate(rows))
-            view = self.stacks[ids[0]].part(rows[0], rows[-1], step) if len(set(ids)) == 1 and even else None
+            stack: _Stack = self.stacks[ids[0]]
+            view = stack.part(rows[0], rows[-1], step) if len(set(ids)) == 1 and even else None
             if view is not None:
                 return view
         if len(set(names)) == 1:
