@@ -31,6 +31,7 @@ from rmtc.runtime.guards import ArgumentGuard, hook_tables, hooked, modes
 from rmtc.runtime.lock import SharedLock
 from rmtc.runtime.stats import LastRun, Stats
 from rmtc.runtime.variant import Ready, Variant
+from rmtc.runtime.weights import refuse_elsewhere
 
 __all__ = ["Compiled", "Options"]
 
@@ -295,7 +296,10 @@ class Compiled:
             (path, (leaf.dtype, leaf.ndim, leaf.device) if isinstance(leaf, torch.Tensor) else str(leaf))
             for path, leaf in arguments.leaves().items()
         )
-        return leaves, modes(), getattr(self.function, "training", None)
+        kinds: frozenset[Any] = frozenset()
+        if isinstance(self.function, nn.Module):  # weights that were not there may have been loaded since
+            kinds = frozenset((type(each), each.dtype, each.device) for each in self.function.parameters())
+        return leaves, modes(), getattr(self.function, "training", None), kinds
 
     def _watched(self) -> str | None:
         if self._hooks is None:
@@ -392,6 +396,7 @@ class Compiled:
         self.variants = kept
         known = self._known.setdefault(key, _Known())
         try:
+            refuse_elsewhere(self._session(arguments))
             analysis = Analysis(
                 open_capture(self._inner, arguments.args, arguments.kwargs, self.options.segment_length)
             )

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 from torch.utils.dlpack import from_dlpack
 
+from rmtc.capture.session import Session
+from rmtc.errors import CaptureError
 from rmtc.ir.wavefront import Body, WavefrontProgram
 
-__all__ = ["Weights"]
+__all__ = ["Weights", "refuse_elsewhere"]
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +160,38 @@ class Weights:
             and storages[tensor.untyped_storage()._cdata] == 1
             and tensor.dtype in _DLPACK
         }
+
+
+def refuse_elsewhere(session: Session) -> None:
+    """See that a model's weights are where its forward finds them, and are what it computes with.
+
+    Args:
+        session: the call.
+
+    Raises:
+        CaptureError: if they are quantised, or are brought and taken away by hooks, or are not there.
+    """
+    for module in session.all_modules():
+        if "_hf_hook" in vars(module):
+            hook = type(vars(module)["_hf_hook"]).__name__
+            slot = session.modules.get(id(module))
+            raise CaptureError(
+                f"{slot.name if slot is not None else type(module).__name__} is dispatched by accelerate ({hook}): its "
+                "weights come and go in each call",
+                remedy="load the model on one device without device_map, or call accelerate.hooks."
+                "remove_hook_from_submodules",
+            )
+    for slot in session.snapshot.slots:
+        if isinstance(slot.value, torch.ScriptObject):
+            raise CaptureError(
+                f"{slot.name} holds weights that are packed for quantised kernels", remedy="run the model unquantised"
+            )
+    for lifted in session.lifted:
+        if lifted.tensor.device.type == "meta" and lifted.kind != "state":
+            raise CaptureError(
+                f"{lifted.names[0]} is on the meta device: it is offloaded, or was not loaded yet",
+                remedy="load the weights first (to_empty and load_state_dict, or from_pretrained)",
+            )
 
 
 def _layout_of(tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
