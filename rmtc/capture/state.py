@@ -255,6 +255,8 @@ def _is_record(value: object) -> bool:
         return False
     if isinstance(value, (types.SimpleNamespace, argparse.Namespace)):
         return True
+    if type(value).__module__.startswith("rmtc.") and not type(value).__module__.startswith("rmtc.examples"):
+        return False  # what stands in for a compiled function's call
     package = type(value).__module__.partition(".")[0]
     return package not in sys.stdlib_module_names and _knows_torch(package)
 
