@@ -26,14 +26,6 @@ _LIBRARIES = ("torch", "transformers", "numpy", "builtins", "typing", "collectio
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 _MODULE_TABLES = ("_parameters", "_buffers", "_modules")
 _Cached = functools._lru_cache_wrapper
-_DESCRIPTORS = (
-    types.FunctionType,
-    staticmethod,
-    classmethod,
-    property,
-    types.MemberDescriptorType,
-    types.GetSetDescriptorType,
-)
 
 
 class Slot(NamedTuple):
@@ -195,7 +187,7 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
             for key, attribute in list(vars(base).items()):
                 for function in state_functions(attribute, functions):
                     add_function(function)
-                if not key.startswith("__") and not isinstance(attribute, (type, *_DESCRIPTORS)):
+                if not (key.startswith("__") or isinstance(attribute, type) or hasattr(type(attribute), "__get__")):
                     add(f"{base.__qualname__}.{key}", base, key, attribute)
 
     while queue:

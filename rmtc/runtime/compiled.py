@@ -286,8 +286,8 @@ class Compiled:
             if not isinstance(sizes, str) and sizes.segments < 2:
                 return _Eager()
         if self._captures > self.options.recompile_limit:
-            why = f": {differences[-1]}" if differences else ""
-            return _Eager(f"recompile_limit = {self.options.recompile_limit} is reached{why}")
+            logger.info("no more captures: %s", "; ".join(differences))
+            return _Eager(f"recompile_limit = {self.options.recompile_limit} is reached")
         return _Capture(tuple(differences))
 
     def _key(self, arguments: Arguments) -> Any:
