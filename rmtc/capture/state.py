@@ -187,7 +187,8 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
             for key, attribute in list(vars(base).items()):
                 for function in state_functions(attribute, functions):
                     add_function(function)
-                if not (key.startswith("__") or isinstance(attribute, type) or hasattr(type(attribute), "__get__")):
+                bound = hasattr(type(attribute), "__get__") and not isinstance(attribute, _Cached)
+                if not (key.startswith("__") or isinstance(attribute, type) or bound):
                     add(f"{base.__qualname__}.{key}", base, key, attribute)
 
     while queue:
