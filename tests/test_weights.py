@@ -170,6 +170,41 @@ def test_captures_share_the_stacks_and_replaced_weights_go() -> None:
     assert spans(live()) - before < spans(list(model.parameters())) / 10
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 2), (2, 0)])
+def test_models_that_share_layers(shared: Reader, order: tuple[int, int]) -> None:
+    """A part of a stack serves another model as it is; layers in another order are moved to and fro."""
+    other = reader()
+    other.layers = nn.ModuleList(shared.layer(number) for number in order)
+    rmtc.compile(other)
+    exact(shared)
+    places = [each.data_ptr() for each in shared.parameters()]
+    for _ in range(2):
+        exact(other)
+        moved = places != [each.data_ptr() for each in shared.parameters()]
+        assert moved == (order == (2, 0))
+        with torch.no_grad():
+            shared.layer(order[0]).key.weight.mul_(1.25)
+        exact(shared)
+    if order == (2, 0):
+        old = [StorageWeakRef(each.untyped_storage()) for each in other.layers.parameters()]
+        exact(other)
+        gc.collect()
+        assert all(reference.expired() for reference in old)
+        exact(shared)
+
+
+def test_weights_shared_with_another_process_stay_where_they_are() -> None:
+    model = reader()
+    model.share_memory()
+    places = [each.data_ptr() for each in model.parameters()]
+    rmtc.compile(model)
+    exact(model)
+    _merge(model)
+    exact(model)
+    assert rmtc.stats(model).captures == 1 and all(each.is_shared() for each in model.parameters())
+    assert places == [each.data_ptr() for each in model.parameters()]
+
+
 def _step(optimiser: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[Reader], None]:
     def step(model: Reader) -> None:
         chosen = optimiser(model.parameters(), lr=0.1, **options)

@@ -159,6 +159,7 @@ class Weights:
             and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
             and storages[tensor.untyped_storage()._cdata] == 1
             and tensor.dtype in _DLPACK
+            and not (tensor.device.type == "cpu" and tensor.is_shared())  # with another process
         }
 
 
