@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast, overload
 
@@ -19,6 +21,16 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 _KEY = "_compiled_call_impl"  # where `nn.Module.compile` keeps its call, too: copies and pickles go without it
 _OPTIONS = ("reorder_random",)
+_KEYWORDS = ["backend", "strict", "disable", "recompile_limit", "layers", "segment_length", "options"]
+_OF_TORCH = {
+    "fullgraph": "strict=True raises where a model would run as before",
+    "dynamic": "one capture serves any number of segments and batch size",
+    "mode": "a backend and options say how to run",
+}
+
+
+class _UnknownKeyword(TypeError, ValueError):
+    """As Python has it, and as for other names that there are not."""
 
 
 @overload
@@ -59,6 +71,7 @@ def compile(
     layers: str | None = None,
     segment_length: int | None = None,
     options: dict[str, Any] | None = None,
+    **unknown: Any,
 ) -> T | Callable[[T], T]:
     """Run a model's or function's loop over segments by its proven schedule.
 
@@ -86,7 +99,7 @@ def compile(
         ``model`` itself if it is a module or class, a wrapped function, or a decorator.
 
     Raises:
-        ValueError: if there is no such backend or option.
+        ValueError: if there is no such backend, option or keyword, or torch has compiled ``model`` already.
         TypeError: if ``model`` cannot be called.
 
     Example:
@@ -94,10 +107,15 @@ def compile(
         >>> with torch.no_grad():
         ...     fast(input_ids)
     """
+    for name in unknown:
+        hint = f": {_OF_TORCH[name]}" if name in _OF_TORCH else nearest(name, _KEYWORDS)
+        raise _UnknownKeyword(f"rmtc.compile has no argument {name!r}{hint}")
     backend_made = backend_named(backend)
-    for name in options or {}:
+    for name, value in (options or {}).items():
         if name not in _OPTIONS:
-            raise ValueError(f"there is no option {name!r}{nearest(name, list(_OPTIONS))}")
+            raise ValueError(f"there is no option {name!r}{nearest(str(name), list(_OPTIONS))}")
+        if not isinstance(value, bool):
+            raise ValueError(f"option {name!r} is True or False, not {value!r}")
     made = Options(
         strict=strict,
         recompile_limit=recompile_limit,
@@ -116,6 +134,11 @@ def compile(
 
 
 def _compile(target: T, options: Options) -> T:
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    optimised = dynamo is not None and isinstance(target, dynamo.OptimizedModule)
+    if optimised or hasattr(target, "_torchdynamo_orig_callable"):
+        name = getattr(target, "__qualname__", type(target).__name__)
+        raise ValueError(f"{name} is compiled by torch.compile already: hand over what it was made from")
     if isinstance(target, nn.Module):
         present = vars(target).get(_KEY)
         if present is not None and not isinstance(present, Compiled):
@@ -145,6 +168,8 @@ class _OfInstance:
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self.disabled = 0
+        self.instances: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __get__(self, instance: nn.Module | None, owner: type) -> Any:
         if instance is None:
@@ -152,7 +177,14 @@ class _OfInstance:
         compiled = vars(instance).get(_KEY)
         if compiled is None:
             compiled = vars(instance)[_KEY] = Compiled(instance, self.options)
+            compiled.disabled = self.disabled
+            self.instances.add(instance)
         return compiled
+
+    def made(self) -> list[Compiled]:
+        """What stands in for the calls of the instances."""
+        found = [vars(instance).get(_KEY) for instance in self.instances]
+        return [compiled for compiled in found if isinstance(compiled, Compiled)]
 
 
 def compiled_of(target: Any) -> Compiled | None:
@@ -168,18 +200,23 @@ def restore(target: T) -> T:
     """Undo :func:`compile`.
 
     Args:
-        target: what it returned.
+        target: what it returned; or an instance of a decorated class, which its class then leaves alone.
 
     Returns:
         The module or class itself, or the function that was wrapped. What is not compiled comes back as it is.
     """
     if isinstance(target, type):
-        if isinstance(vars(target).get(_KEY), _OfInstance):
+        of_instance = vars(target).get(_KEY)
+        if isinstance(of_instance, _OfInstance):
             delattr(target, _KEY)
+            for instance in list(of_instance.instances):
+                vars(instance).pop(_KEY, None)
         return target
     if isinstance(target, nn.Module):
         if isinstance(vars(target).get(_KEY), Compiled):
             del vars(target)[_KEY]
+        if _of_class(type(target)) is not None:
+            vars(target)[_KEY] = None  # or its class would compile it again
         return target
     compiled = compiled_of(target)
     return cast(T, compiled.function) if compiled is not None else target
@@ -192,15 +229,24 @@ def disabled(target: Callable[..., Any]) -> Iterator[None]:
     Args:
         target: what :func:`compile` returned.
     """
+    of_instance = _of_class(target)
     compiled = compiled_of(target)
-    if compiled is None:
-        yield
-        return
-    compiled.disabled += 1
+    counted: list[_OfInstance | Compiled] = [each for each in (of_instance, compiled) if each is not None]
+    counted += of_instance.made() if of_instance is not None else []
+    for each in counted:
+        each.disabled += 1
     try:
         yield
     finally:
-        compiled.disabled -= 1
+        for each in {id(each): each for each in (*counted, *(of_instance.made() if of_instance else ()))}.values():
+            each.disabled -= 1
+
+
+def _of_class(target: Any) -> _OfInstance | None:
+    """What compiles the instances of a decorated class."""
+    kinds = target.__mro__ if isinstance(target, type) else ()
+    found = next((vars(kind)[_KEY] for kind in kinds if _KEY in vars(kind)), None)
+    return found if isinstance(found, _OfInstance) else None
 
 
 def stats(target: Callable[..., Any]) -> Stats:
@@ -214,5 +260,7 @@ def stats(target: Callable[..., Any]) -> Stats:
     """
     compiled = compiled_of(target)
     if compiled is None:
-        raise ValueError(f"{getattr(target, '__qualname__', type(target).__name__)} is not compiled by rmtc.compile")
+        name = getattr(target, "__qualname__", type(target).__name__)
+        hint = ": each of its instances is, ask one" if _of_class(target) is not None else ""
+        raise ValueError(f"{name} is not compiled by rmtc.compile{hint}")
     return compiled.stats

@@ -26,14 +26,6 @@ _LIBRARIES = ("torch", "transformers", "numpy", "builtins", "typing", "collectio
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 _MODULE_TABLES = ("_parameters", "_buffers", "_modules")
 _Cached = functools._lru_cache_wrapper
-_DESCRIPTORS = (
-    types.FunctionType,
-    staticmethod,
-    classmethod,
-    property,
-    types.MemberDescriptorType,
-    types.GetSetDescriptorType,
-)
 
 
 class Slot(NamedTuple):
@@ -195,7 +187,8 @@ def walk(roots: dict[str, Any]) -> list[Slot]:
             for key, attribute in list(vars(base).items()):
                 for function in state_functions(attribute, functions):
                     add_function(function)
-                if not key.startswith("__") and not isinstance(attribute, (type, *_DESCRIPTORS)):
+                bound = hasattr(type(attribute), "__get__") and not isinstance(attribute, _Cached)
+                if not (key.startswith("__") or isinstance(attribute, type) or bound):
                     add(f"{base.__qualname__}.{key}", base, key, attribute)
 
     while queue:
@@ -255,6 +248,8 @@ def _is_record(value: object) -> bool:
         return False
     if isinstance(value, (types.SimpleNamespace, argparse.Namespace)):
         return True
+    if type(value).__module__.startswith("rmtc.") and not type(value).__module__.startswith("rmtc.examples"):
+        return False  # what stands in for a compiled function's call
     package = type(value).__module__.partition(".")[0]
     return package not in sys.stdlib_module_names and _knows_torch(package)
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from rmtc.ir.program import Src
+from rmtc.ir.program import Src, leaves
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import BodyOp, Fit, Item, Outer, Row, SegmentLoop
 
@@ -145,6 +145,17 @@ class WavefrontProgram:
         if 0 <= layer < loop.layers:
             return self.bodies.get(loop.classes[row][layer])
         return self.bodies.get(_stage_name(loop, "prologue" if layer < 0 else "epilogue", row))
+
+    def reads(self) -> frozenset[str]:
+        """The names of the tensors that a run reads or writes to and that exist before it."""
+        bodies = (*self.bodies.values(), *self.merged.values())
+        ops = [*self.shared, *self.loop.before, *self.loop.after, *(op for body in bodies for op in body.ops.values())]
+        operands = [leaf for op in ops for leaf in leaves(op.args)]
+        operands += leaves(tuple(self.loop.outputs.values()))
+        operands += [operand for body in bodies for choice in body.inputs for operand in choice.values()]
+        found = {operand.name for operand in operands if isinstance(operand, Src)}
+        found |= {name for body in bodies for names in body.weights for name in names.values()}
+        return frozenset(found | {name.removeprefix("write:") for name in map(str, self.loop.outputs)})
 
     def __str__(self) -> str:
         parts = ["shared by all segments of one length:"]

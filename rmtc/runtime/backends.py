@@ -56,7 +56,7 @@ def backend_named(backend: str | Backend) -> Backend:
         return backend
     if backend == "auto":
         return _BACKENDS[_AUTO]
-    if backend not in _BACKENDS:
+    if not isinstance(backend, str) or backend not in _BACKENDS:
         raise ValueError(f"there is no backend {backend!r}{nearest(str(backend), ['auto', *_BACKENDS])}")
     return _BACKENDS[backend]
 

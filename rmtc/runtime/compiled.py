@@ -31,10 +31,13 @@ from rmtc.runtime.guards import ArgumentGuard, hook_tables, hooked, modes
 from rmtc.runtime.lock import SharedLock
 from rmtc.runtime.stats import LastRun, Stats
 from rmtc.runtime.variant import Ready, Variant
+from rmtc.runtime.weights import refuse_elsewhere
 
 __all__ = ["Compiled", "Options"]
 
 logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 8  # at admitting a call that others interfere with
 
 _thread = threading.local()
 
@@ -129,7 +132,7 @@ class Compiled:
         return self.function(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._off() or (False):
+        if self._off():
             return self.eager(*args, **kwargs)
         if isinstance(self.function, nn.Module):
             return self._with_hooks(self.function, args, kwargs)
@@ -182,13 +185,15 @@ class Compiled:
         start = time.perf_counter()
         inside = self.lock.held
         arguments = self._arguments(args, kwargs)
-        captured = False
+        captured, admitted = False, 0
         while True:  # decided, captured, admitted, run
             with self.lock.shared():
                 decision = self._decide(arguments)
                 if isinstance(decision, _Capture) and captured:
                     why = decision.differences[0] if decision.differences else "another thread changes the model"
                     decision = _Eager(f"a capture of this very call is not its own: {why}")
+                if isinstance(decision, _Admit) and admitted == _ATTEMPTS:
+                    decision = _Eager("another thread moves or changes the model's weights meanwhile")
                 if isinstance(decision, _Run):
                     try:
                         return self._run(decision, time.perf_counter() - start)
@@ -201,6 +206,7 @@ class Compiled:
                 if isinstance(decision, _Eager):
                     return self._run_eager(decision, args, kwargs)
             captured = captured or isinstance(decision, _Capture)
+            admitted += isinstance(decision, _Admit)
             with self.lock.alone():
                 self._work(decision, arguments)
 
@@ -215,7 +221,7 @@ class Compiled:
             for variant in self.variants:
                 sizes = variant.match(arguments)
                 ready = None if isinstance(sizes, str) else variant.ready(arguments, sizes)
-                if ready is not None:
+                if isinstance(ready, Ready):
                     return variant.run(ready)[0]
         raise RefusedError("the call has not run by its schedule before")
 
@@ -269,7 +275,9 @@ class Compiled:
                 differences.append(variant.refused[sizes])
             else:
                 ready = variant.ready(arguments, sizes)
-                return _Run(variant, ready) if ready is not None else _Admit(variant, sizes)
+                if not isinstance(ready, str):
+                    return _Run(variant, ready) if ready is not None else _Admit(variant, sizes)
+                differences.append(ready)
         known = self._known.get(self._key(arguments))
         if known is not None and known.refusal is not None:
             return _Eager(known.refusal.reason, known.refusal)
@@ -278,8 +286,8 @@ class Compiled:
             if not isinstance(sizes, str) and sizes.segments < 2:
                 return _Eager()
         if self._captures > self.options.recompile_limit:
-            why = f": {differences[-1]}" if differences else ""
-            return _Eager(f"recompile_limit = {self.options.recompile_limit} is reached{why}")
+            logger.info("no more captures: %s", "; ".join(differences))
+            return _Eager(f"recompile_limit = {self.options.recompile_limit} is reached")
         return _Capture(tuple(differences))
 
     def _key(self, arguments: Arguments) -> Any:
@@ -288,7 +296,10 @@ class Compiled:
             (path, (leaf.dtype, leaf.ndim, leaf.device) if isinstance(leaf, torch.Tensor) else str(leaf))
             for path, leaf in arguments.leaves().items()
         )
-        return leaves, modes(), getattr(self.function, "training", None)
+        kinds: frozenset[Any] = frozenset()
+        if isinstance(self.function, nn.Module):  # weights that were not there may have been loaded since
+            kinds = frozenset((type(each), each.dtype, each.device) for each in self.function.parameters())
+        return leaves, modes(), getattr(self.function, "training", None), kinds
 
     def _watched(self) -> str | None:
         if self._hooks is None:
@@ -380,11 +391,12 @@ class Compiled:
     def _capture(self, decision: _Capture, arguments: Arguments) -> None:
         key = self._key(arguments)
         # A capture whose parameters were replaced serves nobody any more, and holds the old ones.
-        stale = [variant for variant in self.variants if variant.stale()]
-        self.variants = [variant for variant in self.variants if variant not in stale]
-        self._captures -= len(stale)
+        kept = [variant for variant in self.variants if not variant.stale()]
+        self._captures -= len(self.variants) - len(kept)
+        self.variants = kept
         known = self._known.setdefault(key, _Known())
         try:
+            refuse_elsewhere(self._session(arguments))
             analysis = Analysis(
                 open_capture(self._inner, arguments.args, arguments.kwargs, self.options.segment_length)
             )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -71,7 +73,11 @@ class Variant:
     effects: tuple[Effect, ...]
     entries: set[tuple[Any, ...]] = field(default_factory=set)
     _slots: dict[str, Slot] = field(default_factory=dict)
-    _shapes: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=dict)
+    _tables: tuple[list[dict[Any, Any]], list[Any]] | None = None  # where all slots are those of dictionaries
+    _unmoved: list[str] = field(default_factory=list)
+    _same: list[tuple[Slot, Slot]] = field(default_factory=list)
+    _written: tuple[str, ...] = ()
+    _shapes: dict[str, _Metadata | None] = field(default_factory=dict)
     _parameters: list[nn.Parameter] = field(default_factory=list)
     _varying: dict[int, frozenset[int]] = field(default_factory=dict)
     refused: dict[Sizes, str] = field(default_factory=dict)
@@ -115,12 +121,20 @@ class Variant:
             modes(),
             first.effects,
         )
+        read = program.reads()
         for lifted in session.lifted:
-            name = next((name for name in lifted.names if name in slots), None)
-            if name is not None and lifted.names[0] in proven.loop.sources:
-                variant._slots[lifted.names[0]] = slots[name]
+            places = [slots[name] for name in lifted.names if name in slots]
+            if places and lifted.names[0] in read:
+                variant._slots[lifted.names[0]] = places[0]
+                variant._same += [(place, places[0]) for place in places[1:]]
             if isinstance(lifted.tensor, nn.Parameter):
                 variant._parameters.append(lifted.tensor)
+        owners = [slot.owner for slot in variant._slots.values() if isinstance(slot.owner, dict)]
+        if len(owners) == len(variant._slots):
+            variant._tables = owners, [slot.key for slot in variant._slots.values()]
+        variant._unmoved = [name for name in variant._slots if name not in weights.places]
+        written = [str(name) for name in proven.loop.outputs if str(name).startswith("write:")]
+        variant._written = tuple(name.removeprefix("write:") for name in written)
         variant._shapes = {name: _metadata(slot.value) for name, slot in variant._slots.items()}
         for number, effect in enumerate(first.effects):
             if isinstance(effect.content, Ref):
@@ -165,23 +179,48 @@ class Variant:
             for number, effect in enumerate(self.effects)
         )
 
-    def ready(self, arguments: Arguments, sizes: Sizes) -> Ready | None:
-        """Everything a run needs; None if the call has yet to be admitted.
+    def ready(self, arguments: Arguments, sizes: Sizes) -> Ready | str | None:
+        """Everything a run needs; None if the call has yet to be admitted; or why this capture cannot serve it.
 
         Args:
             arguments: those of the call.
             sizes: as :meth:`match` gave them.
         """
-        if sizes not in self.analysis.admitted or self.entry(sizes.batch) not in self.entries:
+        values = self._values()
+        for place, other in self._same:
+            if _now(place) is not _now(other):
+                return f"{place.name} and {other.name} were one tensor and are two"
+        in_place = self.weights.in_place(values)
+        for name in self._unmoved if in_place else self._shapes:
+            if _metadata(values[name]) != self._shapes[name]:
+                return f"{name} was {_show(self._shapes[name])} and is {_show(_metadata(values[name]))}"
+        inputs = _inputs(arguments)
+        if self._written and not _apart(self._written, {**values, **inputs}):
+            return "a tensor that the call writes to shares its memory with another one"
+        if not in_place and not self.weights.places.keys() <= Weights.movable({**self._tensors(), **inputs}):
+            return "parameters share memory, or lie in it in another order"
+        if not in_place or sizes not in self.analysis.admitted or self.entry(sizes.batch) not in self.entries:
             return None
-        values = {name: _now(slot) for name, slot in self._slots.items()}
-        if not self.weights.in_place(values):
-            return None
-        for name, shape in self._shapes.items():
-            if name not in self.weights.places and _metadata(values[name]) != shape:
-                return None
-        values.update(_inputs(arguments))
+        values.update(inputs)
         return Ready(sizes, values)
+
+    def _values(self) -> dict[str, Any]:
+        """What the program reads but for the call's arguments, by name."""
+        if self._tables is not None:
+            with contextlib.suppress(KeyError):
+                return dict(zip(self._slots, map(operator.getitem, *self._tables), strict=True))
+        return {name: _now(slot) for name, slot in self._slots.items()}
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor in reach of the call but its arguments."""
+        slots = {slot.name: slot for slot in self.analysis.capture.session.snapshot.slots}
+        found = {name: _now(slot) for name, slot in slots.items() if isinstance(slot.value, torch.Tensor)}
+        first: dict[int, str] = {}  # a tensor in several places is one
+        return {
+            name: tensor
+            for name, tensor in {**self._values(), **found}.items()
+            if isinstance(tensor, torch.Tensor) and first.setdefault(id(tensor), name) == name
+        }
 
     def admit(self, sizes: Sizes, fresh: Callable[[], Session]) -> None:
         """See that a call of some sizes, in the model's present state, is the program's; and move the weights.
@@ -206,7 +245,7 @@ class Variant:
                 self.analysis.admit(sizes)
             finally:
                 now.restore()
-        values = {name: _now(slot) for name, slot in self._slots.items()}
+        values = self._values()
         if not self.weights.in_place(values):
             self.weights.move(values)
 
@@ -275,8 +314,26 @@ def _inputs(arguments: Arguments) -> dict[str, torch.Tensor]:
     return {show(path): tensor for path, tensor in arguments.tensors().items()}
 
 
-def _metadata(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return tensor.shape, tensor.dtype, tensor.device
+_Metadata: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
+
+
+def _metadata(tensor: Any) -> _Metadata | None:
+    """What a capture takes for granted of a tensor; None if there is none any more."""
+    return (tensor.shape, tensor.dtype, tensor.device) if isinstance(tensor, torch.Tensor) else None
+
+
+def _show(metadata: _Metadata | None) -> str:
+    if metadata is None:
+        return "no tensor"
+    shape, dtype, device = metadata
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)} on {device}"
+
+
+def _apart(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether some of the tensors share their memory with no other."""
+    storages = {name: tensor.untyped_storage()._cdata for name, tensor in tensors.items()}
+    owners = list(storages.values())
+    return all(owners.count(storages[name]) == 1 for name in names if name in storages)
 
 
 _MISSING = object()

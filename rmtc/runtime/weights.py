@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 import logging
+import operator
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.dlpack import from_dlpack
 
+from rmtc.capture.session import Session
+from rmtc.errors import CaptureError
 from rmtc.ir.wavefront import Body, WavefrontProgram
 
-__all__ = ["Weights"]
+__all__ = ["Weights", "refuse_elsewhere"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Memory:
+    """The memory in which parameters lie behind each other.
+
+    Attributes:
+        tensor: ``(rows, *shape)``; None once a parameter was moved elsewhere, so that nothing keeps it alive.
+        rows: the row at each address.
+    """
+
+    tensor: torch.Tensor | None
+    rows: dict[int, int]
+
+
+_memories: weakref.WeakSet[_Memory] = weakref.WeakSet()
+_moving = threading.Lock()
 
 
 @dataclass
@@ -23,11 +46,23 @@ class _Stack:
 
     Attributes:
         names: of the parameters, by row.
-        tensor: ``(rows, *shape)``; None until it is made.
+        memory: where they lie; None until they were moved.
+        first, step: the stack's rows are the memory's ``first``, ``first + step``, ...
     """
 
     names: tuple[str, ...]
-    tensor: torch.Tensor | None = None
+    memory: _Memory | None = None
+    first: int = 0
+    step: int = 1
+
+    def part(self, first: int, last: int, step: int) -> torch.Tensor | None:
+        """A view of some rows; None if the parameters lie elsewhere by now."""
+        tensor = self.memory.tensor if self.memory is not None else None
+        if tensor is None:
+            return None
+        at = [self.first + self.step * row for row in (first, last)]
+        view: torch.Tensor = tensor[at[0] : at[1] + 1 : self.step * step]
+        return view
 
 
 @dataclass
@@ -37,12 +72,15 @@ class Weights:
     A parameter lies in at most one stack, ``(L, out, in)`` row by row as the layers have it. It keeps a storage of its
     own over the same memory, so that writes on either side are seen by the other, and saving one layer saves one layer.
     What cannot be moved (buffers and state, parameters that share their memory) is stacked anew in each call.
+
+    All captures, of one model or of several that share modules, use the same stacks: a parameter is moved once, and no
+    capture holds on to memory that another one has moved it out of.
     """
 
     stacks: list[_Stack] = field(default_factory=list)
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
-    pointers: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    _layout: list[list[Any]] = field(default_factory=list)
 
     @staticmethod
     def plan(program: WavefrontProgram, movable: set[str]) -> Weights:
@@ -64,8 +102,8 @@ class Weights:
         return weights
 
     def in_place(self, values: Mapping[str, torch.Tensor]) -> bool:
-        """Whether every stacked parameter still lies in its stack."""
-        return [values[name].data_ptr() for name in self.names] == self.pointers
+        """Whether every stacked parameter still lies in its stack, with the same sizes, strides and dtype."""
+        return _layout_of([values[name] for name in self.names]) == self._layout
 
     def move(self, values: Mapping[str, torch.Tensor]) -> None:
         """Move the parameters into their stacks, one stack after another, so that little memory is held twice.
@@ -73,18 +111,13 @@ class Weights:
         Args:
             values: the parameters by name, all of a stack of one shape, dtype and device.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        # Inference mode must not leave its mark on what is trained later.
+        with _moving, torch.inference_mode(False), torch.no_grad():
             for stack in self.stacks:
                 parameters = [values[name] for name in stack.names]
-                first = parameters[0]
-                # Inference mode must not leave its mark on what is trained later.
-                tensor = torch.empty((len(parameters), *first.shape), dtype=first.dtype, device=first.device)
-                for row, parameter in enumerate(parameters):
-                    tensor[row].copy_(parameter.detach())
-                for row, parameter in enumerate(parameters):
-                    parameter.data = from_dlpack(tensor[row])
-                stack.tensor = tensor
-        self.pointers = [values[name].data_ptr() for name in self.names]
+                found = _lying(parameters)
+                stack.memory, stack.first, stack.step = found if found is not None else (_together(parameters), 0, 1)
+        self._layout = _layout_of([values[name] for name in self.names])
         logger.info("stacked %d parameters in %d stacks", len(self.names), len(self.stacks))
 
     def rows(self, body: Body, number: int, layers: Sequence[int], values: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -99,11 +132,11 @@ class Weights:
         places = [self.places.get(name) for name in names]
         if all(place is not None for place in places):
             ids, rows = zip(*(place for place in places if place is not None), strict=True)
-            tensor = self.stacks[ids[0]].tensor
             step = rows[1] - rows[0] if len(rows) > 1 else 1
             even = step > 0 and all(row == rows[0] + step * n for n, row in enumerate(rows))
-            if len(set(ids)) == 1 and even and tensor is not None:
-                view: torch.Tensor = tensor[slice(rows[0], rows[-1] + 1, step)]
+            stack: _Stack = self.stacks[ids[0]]
+            view = stack.part(rows[0], rows[-1], step) if len(set(ids)) == 1 and even else None
+            if view is not None:
                 return view
         if len(set(names)) == 1:
             return values[names[0]].detach().unsqueeze(0).expand(len(names), *values[names[0]].shape)
@@ -126,7 +159,81 @@ class Weights:
             and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
             and storages[tensor.untyped_storage()._cdata] == 1
             and tensor.dtype in _DLPACK
+            and not (tensor.device.type == "cpu" and tensor.is_shared())  # with another process
         }
+
+
+def refuse_elsewhere(session: Session) -> None:
+    """See that a model's weights are where its forward finds them, and are what it computes with.
+
+    Args:
+        session: the call.
+
+    Raises:
+        CaptureError: if they are quantised, or are brought and taken away by hooks, or are not there.
+    """
+    for module in session.all_modules():
+        if "_hf_hook" in vars(module):
+            hook = type(vars(module)["_hf_hook"]).__name__
+            slot = session.modules.get(id(module))
+            raise CaptureError(
+                f"{slot.name if slot is not None else type(module).__name__} is dispatched by accelerate ({hook}): its "
+                "weights come and go in each call",
+                remedy="load the model on one device without device_map, or call accelerate.hooks."
+                "remove_hook_from_submodules",
+            )
+    for slot in session.snapshot.slots:
+        if isinstance(slot.value, torch.ScriptObject):
+            raise CaptureError(
+                f"{slot.name} holds weights that are packed for quantised kernels", remedy="run the model unquantised"
+            )
+    for lifted in session.lifted:
+        if lifted.tensor.device.type == "meta" and lifted.kind != "state":
+            raise CaptureError(
+                f"{lifted.names[0]} is on the meta device: it is offloaded, or was not loaded yet",
+                remedy="load the weights first (to_empty and load_state_dict, or from_pretrained)",
+            )
+
+
+def _layout_of(tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
+    """What tells where tensors lie: strides and number of elements give the sizes of what is contiguous."""
+    get = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.numel, operator.attrgetter("dtype")
+    return [list(map(each, tensors)) for each in get]
+
+
+def _lying(parameters: Sequence[torch.Tensor]) -> tuple[_Memory, int, int] | None:
+    """The memory in which parameters lie evenly spaced, first row and step; None if there is none."""
+    pointers = [parameter.data_ptr() for parameter in parameters]
+    for memory in list(_memories):
+        tensor = memory.tensor
+        if tensor is None or not all(pointer in memory.rows for pointer in pointers):
+            continue
+        rows = [memory.rows[pointer] for pointer in pointers]
+        step = rows[1] - rows[0] if len(rows) > 1 else 1
+        even = step > 0 and all(row == rows[0] + step * n for n, row in enumerate(rows))
+        if even and all(
+            (each.shape, each.stride(), each.dtype) == (tensor.shape[1:], tensor.stride()[1:], tensor.dtype)
+            for each in parameters
+        ):
+            return memory, rows[0], step
+    return None
+
+
+def _together(parameters: Sequence[torch.Tensor]) -> _Memory:
+    """Move parameters into memory of their own."""
+    first = parameters[0]
+    tensor = torch.empty((len(parameters), *first.shape), dtype=first.dtype, device=first.device)
+    for row, parameter in enumerate(parameters):
+        tensor[row].copy_(parameter.detach())
+    left = {parameter.data_ptr() for parameter in parameters}
+    for memory in list(_memories):
+        if memory.tensor is not None and not left.isdisjoint(memory.rows):
+            memory.tensor = None
+    for row, parameter in enumerate(parameters):
+        parameter.data = from_dlpack(tensor[row])
+    made = _Memory(tensor, {parameter.data_ptr(): row for row, parameter in enumerate(parameters)})
+    _memories.add(made)
+    return made
 
 
 _DLPACK = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})

@@ -1,0 +1,481 @@
+"""What `rmtc.compile` takes, returns and promises, as its users meet it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from models import SEGMENT, WIDTH, Associative, Dropping, TopToBottom, transformer_xl, xl_weights
+from torch import Tensor, nn
+
+import rmtc
+from rmtc.compiler import compiled_of
+from rmtc.ir.wavefront import WavefrontProgram
+from rmtc.runtime.executor import Executor, Run
+from rmtc.runtime.weights import Weights
+
+LAYERS, SEGMENTS = 3, 4
+
+
+def associative(gradients: bool = False) -> Associative:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Associative(LAYERS).double().requires_grad_(gradients)
+
+
+def hidden(segments: int = SEGMENTS, batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(segments)
+    return torch.randn(batch, segments * SEGMENT, WIDTH, generator=generator, dtype=torch.float64)
+
+
+WANTED = associative()(hidden())
+
+
+def scheduled(call: Callable[..., Any], layers: int = LAYERS) -> None:
+    """The last call ran by its schedule, and none fell back."""
+    stats = rmtc.stats(call)
+    assert stats.last_run is not None and not stats.fallbacks
+    assert stats.last_run.steps == SEGMENTS + layers - 1 < stats.last_run.sequential_steps == SEGMENTS * layers
+
+
+def equal(found: Tensor, wanted: Tensor = WANTED) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.fixture(scope="module")
+def fast() -> Associative:
+    """A compiled model that was called."""
+    model = associative()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rmtc.compile(model) is model
+        equal(model(hidden()))
+    scheduled(model)
+    return model
+
+
+def test_a_module_is_compiled_in_place(fast: Associative) -> None:
+    assert type(fast) is Associative
+    assert fast.state_dict().keys() == associative().state_dict().keys()
+    assert "forward" not in vars(fast)
+    runs = rmtc.stats(fast).runs
+    equal(fast.forward(hidden()))
+    assert rmtc.stats(fast).runs == runs
+    equal(nn.Sequential(fast)(hidden()))
+    assert rmtc.stats(fast).runs == runs + 1
+    scheduled(fast)
+
+
+def test_its_own_hooks_fire(fast: Associative) -> None:
+    runs = rmtc.stats(fast).runs
+    handles = [
+        fast.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+        fast.register_forward_hook(lambda module, args, result: (result, args[0])),
+    ]
+    result, given = fast(hidden() / 2)
+    for handle in handles:
+        handle.remove()
+    equal(result)
+    equal(given, hidden())
+    assert rmtc.stats(fast).runs == runs + 1
+    scheduled(fast)
+
+
+def test_compiling_again_changes_nothing_unless_options_do(fast: Associative) -> None:
+    compiled = compiled_of(fast)
+    assert rmtc.compile(fast) is fast and compiled_of(fast) is compiled
+    model = rmtc.compile(associative())
+    first = compiled_of(model)
+    assert rmtc.compile(model, strict=True) is model
+    assert compiled_of(model) is not first
+
+
+def test_a_function_is_wrapped() -> None:
+    weights = [each.double().requires_grad_(False) for each in xl_weights()]
+
+    def reads(text: Tensor, factor: float = 1.0) -> Tensor:
+        """Reads a text."""
+        return transformer_xl(weights, text) * factor
+
+    call = rmtc.compile(reads)
+    assert call is not reads
+    assert (call.__name__, call.__doc__) == ("reads", "Reads a text.")
+    equal(call(hidden()), reads(hidden()))
+    equal(call(hidden(), factor=1.0), reads(hidden()))
+    stats = rmtc.stats(call)
+    assert stats.runs == 2 and stats.captures == 1 and not stats.fallbacks
+    assert rmtc.compile(call) is call
+    assert rmtc.restore(call) is reads
+
+
+def test_decorators_with_and_without_arguments() -> None:
+    weights = [each.double().requires_grad_(False) for each in xl_weights()]
+
+    @rmtc.compile
+    def plain(text: Tensor) -> Tensor:
+        return transformer_xl(weights, text)
+
+    @rmtc.compile(strict=True)
+    def strict(text: Tensor) -> Tensor:
+        return transformer_xl(weights, text)
+
+    class Holder:
+        @rmtc.compile()
+        def method(self, text: Tensor) -> Tensor:
+            return transformer_xl(weights, text)
+
+    holder = Holder()
+    for call in (plain, strict, holder.method):
+        equal(call(hidden()), transformer_xl(weights, hidden()))
+        assert rmtc.stats(call).runs == 1 and not rmtc.stats(call).fallbacks
+    bound = rmtc.compile(functools.partial(transformer_xl, weights))
+    equal(bound(hidden()), transformer_xl(weights, hidden()))
+    assert rmtc.stats(bound).runs == 1
+
+
+@rmtc.compile
+class Decorated(Associative):
+    """Each instance compiles on its first call."""
+
+
+class Derived(Decorated):
+    """Derived from a decorated class."""
+
+
+@pytest.mark.parametrize("kind", [Decorated, Derived])
+def test_a_decorated_class_stays_the_class(kind: type[Associative]) -> None:
+    assert isinstance(kind, type) and issubclass(kind, Associative)
+    model = kind(LAYERS).double().requires_grad_(False)
+    model.load_state_dict(associative().state_dict())
+    assert type(model) is kind
+    equal(model(hidden()))
+    scheduled(model)
+    other = pickle.loads(pickle.dumps(model))
+    assert type(other) is kind and other is not model
+    assert compiled_of(other) is not compiled_of(model)
+    with rmtc.disabled(Decorated):
+        equal(model(hidden()))
+        equal(other(hidden()))
+    assert rmtc.stats(model).runs == 1 and rmtc.stats(other).runs == 0
+    assert rmtc.restore(model) is model
+    equal(model(hidden()))
+    with pytest.raises(ValueError, match="is not compiled"):
+        rmtc.stats(model)
+    rmtc.compile(model)
+    equal(model(hidden()))
+    scheduled(model)
+
+
+def test_a_restored_class_leaves_its_instances() -> None:
+    class Once(Associative):
+        pass
+
+    assert rmtc.compile(Once) is Once
+    model = Once(LAYERS).double().requires_grad_(False)
+    model(hidden())
+    with pytest.raises(ValueError, match=r"Once is not compiled by rmtc\.compile: each of its instances is"):
+        rmtc.stats(Once)
+    scheduled(model)
+    assert rmtc.restore(Once) is Once
+    for each in (model, Once(LAYERS).double()):
+        each(hidden())
+        assert compiled_of(each) is None
+
+
+class Recording:
+    """A backend that notes what it is given and runs."""
+
+    def __init__(self, program: WavefrontProgram, weights: Weights) -> None:
+        self.inner = Executor(program, weights)
+        self.calls: list[tuple[int, int, int]] = []
+
+    def run(self, values: Mapping[str, Tensor], segments: int, batch: int, tail: int) -> tuple[dict[str, Any], Run]:
+        self.calls.append((segments, batch, tail))
+        outputs, run = self.inner.run(values, segments, batch, tail)
+        return {name: value * 2 if name == "output" else value for name, value in outputs.items()}, run
+
+
+def test_a_backend_is_a_name_or_a_callable() -> None:
+    assert "torch" in rmtc.list_backends()
+    made: list[Recording] = []
+
+    def backend(program: WavefrontProgram, weights: Weights) -> Recording:
+        made.append(Recording(program, weights))
+        return made[-1]
+
+    model = rmtc.compile(associative(), backend=backend)
+    equal(model(hidden()), 2 * WANTED)
+    (recording,) = made
+    assert recording.calls == [(SEGMENTS, 2, SEGMENT)]
+    scheduled(model)
+    rmtc.compile(model, backend="torch")
+    equal(model(hidden()))
+    scheduled(model)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"backend": "torhc"}, "there is no backend 'torhc'; did you mean 'torch'?"),
+        ({"backend": "inductor"}, "there is no backend 'inductor' (there are 'auto', 'torch')"),
+        ({"backend": ["torch"]}, "there is no backend ['torch']"),
+        (
+            {"options": {"reorder_randoms": True}},
+            "there is no option 'reorder_randoms'; did you mean 'reorder_random'?",
+        ),
+        ({"options": {"reorder_random": "no"}}, "option 'reorder_random' is True or False, not 'no'"),
+        ({"bakend": "torch"}, "rmtc.compile has no argument 'bakend'; did you mean 'backend'?"),
+        ({"fullgraph": True}, "rmtc.compile has no argument 'fullgraph': strict=True raises"),
+        ({"dynamic": True}, "rmtc.compile has no argument 'dynamic': one capture serves"),
+        ({"mode": "max-autotune"}, "rmtc.compile has no argument 'mode': a backend"),
+    ],
+)
+def test_unknown_names_are_errors_with_the_nearest_match(arguments: dict[str, Any], message: str) -> None:
+    compile: Callable[..., Any] = rmtc.compile
+    for given in ((associative(),), ()):
+        with pytest.raises(ValueError) as caught:
+            compile(*given, **arguments)
+        assert message in str(caught.value)
+
+
+def test_what_cannot_be_called_is_an_error() -> None:
+    compile: Callable[..., Any] = rmtc.compile
+    for target, message in ((3, "not a int"), ("model", "not a str"), (int, r"int is no nn\.Module class")):
+        with pytest.raises(TypeError, match=message):
+            compile(target)
+
+
+def test_copies_and_pickles_are_eager(fast: Associative) -> None:
+    holder = nn.ModuleDict({"inner": fast})
+    buffer = io.BytesIO()
+    torch.save(holder, buffer)
+    buffer.seek(0)
+    for copied in (copy.deepcopy(holder), pickle.loads(pickle.dumps(holder)), torch.load(buffer, weights_only=False)):
+        inner = copied["inner"]
+        assert type(inner) is Associative and compiled_of(inner) is None
+        equal(inner(hidden()))
+        with torch.no_grad():
+            inner.head.weight.zero_()
+    runs = rmtc.stats(fast).runs
+    equal(fast(hidden()))
+    assert rmtc.stats(fast).runs == runs + 1
+
+
+def test_a_copy_can_be_compiled_and_shares_nothing(fast: Associative) -> None:
+    other = rmtc.compile(copy.deepcopy(fast))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    equal(other(hidden()), copy.deepcopy(other)(hidden()))
+    scheduled(other)
+    runs = rmtc.stats(fast).runs
+    equal(fast(hidden()))
+    assert rmtc.stats(fast).runs == runs + 1
+
+
+def test_restore_takes_what_compile_returned() -> None:
+    model = rmtc.compile(associative())
+    equal(model(hidden()))
+    assert rmtc.restore(model) is model and compiled_of(model) is None
+    assert vars(model).keys() == vars(associative()).keys()
+    equal(model(hidden()))
+    assert rmtc.restore(model) is model
+    rmtc.compile(model)
+    equal(model(hidden()))
+    scheduled(model)
+
+
+def test_ways_to_run_as_before(fast: Associative, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, fallbacks = rmtc.stats(fast).runs, dict(rmtc.stats(fast).fallbacks)
+    with rmtc.disabled(fast):
+        with rmtc.disabled(fast):
+            equal(fast(hidden()))
+        equal(fast(hidden()))
+    with torch.compiler.set_stance("force_eager"):
+        equal(fast(hidden()))
+    with monkeypatch.context() as patch:
+        patch.setenv("RMTC_DISABLE", "1")
+        equal(fast(hidden()))
+    assert (rmtc.stats(fast).runs, rmtc.stats(fast).fallbacks) == (runs, fallbacks)
+    with monkeypatch.context() as patch:
+        patch.setenv("RMTC_DISABLE", "0")
+        equal(fast(hidden()))
+    assert rmtc.stats(fast).runs == runs + 1
+    model = associative()
+    assert rmtc.compile(model, disable=True) is model and compiled_of(model) is None
+    assert rmtc.compile(transformer_xl, disable=True) is transformer_xl
+    with rmtc.disabled(model):  # of what is not compiled: nothing happens
+        equal(model(hidden()))
+
+
+def test_disabled_ends_with_an_error(fast: Associative) -> None:
+    runs = rmtc.stats(fast).runs
+    with pytest.raises(RuntimeError, match="inside"), rmtc.disabled(fast):
+        raise RuntimeError("inside")
+    equal(fast(hidden()))
+    assert rmtc.stats(fast).runs == runs + 1
+
+
+def refused() -> nn.Module:
+    return TopToBottom().double().requires_grad_(False)
+
+
+def dropping() -> nn.Module:
+    return Dropping().double().requires_grad_(False)
+
+
+@pytest.mark.parametrize("make, reason", [(refused, r"S\*L|sequential"), (dropping, "random")])
+def test_refused_models_run_as_before_with_one_warning_or_raise(make: Callable[[], nn.Module], reason: str) -> None:
+    model = make()
+    rmtc.compile(model)
+    with pytest.warns(rmtc.FallbackWarning, match=reason) as caught:
+        for segments in (SEGMENTS, SEGMENTS, SEGMENTS + 1):
+            torch.manual_seed(0)
+            found = model(hidden(segments))
+            torch.manual_seed(0)
+            assert torch.equal(found, rmtc.restore(copy.deepcopy(model))(hidden(segments)))
+    assert len(caught) == 1
+    assert str(caught[0].filename) == __file__
+    stats = rmtc.stats(model)
+    assert stats.runs == 0 and list(stats.fallbacks.values()) == [3]
+    rmtc.compile(model, strict=True)
+    for _ in range(2):
+        with pytest.raises(rmtc.RefusedError, match=reason):
+            model(hidden())
+
+
+def test_strict_raises_where_gradients_are_asked_for() -> None:
+    model = rmtc.compile(associative(gradients=True), strict=True)
+    with pytest.raises(rmtc.RefusedError, match="gradients are asked for"):
+        model(hidden())
+    with torch.no_grad():
+        equal(model(hidden()))
+    run = rmtc.stats(model).last_run
+    assert run is not None and run.steps == SEGMENTS + LAYERS - 1
+
+
+class Casting(nn.Module):
+    """Takes a text of any dtype: each needs a capture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = associative()
+
+    def forward(self, text: Tensor) -> Tensor:
+        result: Tensor = self.inner(text.double())
+        return result
+
+
+def test_beyond_the_recompile_limit_calls_run_as_before_with_one_warning() -> None:
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    model = rmtc.compile(Casting(), recompile_limit=1)
+    twin = Casting()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for dtype in (*dtypes, *dtypes):
+            equal(model(hidden().to(dtype)), twin(hidden().to(dtype)))
+    stats = rmtc.stats(model)
+    assert [each.category for each in caught] == [rmtc.FallbackWarning]
+    assert "recompile_limit = 1 is reached" in str(caught[0].message)
+    assert (stats.captures, stats.recompiles, stats.runs) == (2, 1, 4)
+    assert sum(stats.fallbacks.values()) == 4
+
+
+def test_calls_that_are_no_loop_run_silently(fast: Associative) -> None:
+    eager = rmtc.stats(fast).eager
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        equal(fast(hidden(1)), associative()(hidden(1)))
+    assert rmtc.stats(fast).eager == eager + 1 and not rmtc.stats(fast).fallbacks
+
+
+def test_stats_tell_what_ran() -> None:
+    model = rmtc.compile(associative())
+    assert rmtc.stats(model) == rmtc.Stats()
+    model(torch.cat([hidden(2, batch=3), hidden(1, batch=3)[:, :2]], dim=1))
+    run = rmtc.stats(model).last_run
+    assert run is not None and rmtc.stats(model).captures == 1
+    assert (run.segments, run.layers, run.batch, run.tail) == (3, LAYERS, 3, 2)
+    assert run.makespan == run.steps == 3 + LAYERS - 1
+    assert sum(width * count for width, count in run.widths.items()) == run.sequential_steps
+    assert sum(run.widths.values()) == run.groups and run.guard_seconds > 0
+    with pytest.raises(ValueError, match=r"Associative is not compiled by rmtc\.compile"):
+        rmtc.stats(associative())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_verify_leaves_the_model_as_it_was(fast: Associative, compiled: bool) -> None:
+    model = fast if compiled else associative()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    memories = [layer.memory for layer in model.layers]
+    verification = rmtc.verify(model)(hidden())
+    assert verification and verification.ok is True and verification.reason == ""
+    assert 0 <= verification.max_relative_error <= 1e-10
+    assert verification.steps == SEGMENTS + LAYERS - 1 < verification.sequential_steps == SEGMENTS * LAYERS
+    assert all(layer.memory is memory for layer, memory in zip(model.layers, memories, strict=True))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert (compiled_of(model) is not None) is compiled
+
+
+@pytest.mark.parametrize("row", [0, 1, LAYERS - 1])
+def test_verify_sees_one_wrong_slice_of_a_weight(monkeypatch: pytest.MonkeyPatch, row: int) -> None:
+    move = Weights.move
+
+    def wrong(weights: Weights, values: Mapping[str, Tensor]) -> None:
+        move(weights, values)
+        memory = weights.stacks[0].memory
+        assert memory is not None and memory.tensor is not None
+        others = [
+            stack.memory.tensor for stack in weights.stacks[1:] if stack.memory and stack.memory.tensor is not None
+        ]
+        assert len(others) == 2 and memory.tensor.shape[0] == LAYERS
+        memory.tensor = memory.tensor.clone()  # what the model holds stays right
+        memory.tensor[row, 0, 0] += 0.125
+
+    monkeypatch.setattr(Weights, "move", wrong)
+    verification = rmtc.verify(associative())(hidden())
+    assert not verification and verification.max_relative_error > 1e-6
+    assert verification.worst_output and verification.worst_output in verification.reason
+
+
+def test_verify_of_calls_that_run_no_schedule() -> None:
+    short = rmtc.verify(associative())(hidden(1))
+    assert not short and short.steps == 0 and "shorter than two segments" in short.reason
+    with pytest.raises(rmtc.RefusedError):
+        rmtc.verify(refused())(hidden())
+    allowed = rmtc.verify(refused(), allow_refused=True)(hidden())
+    assert not allowed and allowed.steps == 0 and allowed.reason
+    one = rmtc.verify(Associative(1).double().requires_grad_(False), allow_refused=True)(hidden())
+    assert not one and one.steps in (0, SEGMENTS)
+
+
+def test_torchs_compilers_beside_ours() -> None:
+    model = associative()
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"compiled by nn\.Module\.compile already"):
+        rmtc.compile(model)
+    for made in (torch.compile(associative(), backend="eager"), torch.compile(transformer_xl, backend="eager")):
+        with pytest.raises(ValueError, match=r"compiled by torch\.compile already"):
+            rmtc.compile(made)
+    model = rmtc.compile(associative())
+    model.compile(backend="eager")  # has the last word
+    equal(model(hidden()))
+    with pytest.raises(ValueError, match="is not compiled"):
+        rmtc.stats(model)
+    assert rmtc.restore(model) is model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,706 @@
+"""The layers' weights: stacked once without a second copy, written from either side, saved as they were."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import SEGMENT, Associative, AssociativeLayer, transformer_xl, xl_weights
+from safetensors.torch import save_file, save_model
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rmtc
+from rmtc.compiler import compiled_of
+from rmtc.examples import armt_llama
+
+LAYERS, WIDTH, SEGMENTS, TOKENS = 3, 8, 4, 11
+
+
+class Reader(nn.Module):
+    """Reads token ids (B, N) in segments and returns the last segment's output (B, T, D)."""
+
+    scale: Tensor
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(TOKENS, width)
+        self.layers = nn.ModuleList(AssociativeLayer(width) for _ in range(LAYERS))
+        self.head = nn.Linear(width, width)
+        self.register_buffer("scale", torch.rand(width) + 0.5)
+
+    def layer(self, number: int) -> AssociativeLayer:
+        layer = self.layers[number]
+        assert isinstance(layer, AssociativeLayer)
+        return layer
+
+    def forget(self) -> None:
+        for number in range(len(self.layers)):
+            self.layer(number).memory = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.forget()
+        hidden = self.embed.weight
+        for piece in ids.split(SEGMENT, dim=1):
+            hidden = self.embed(piece) * self.scale
+            for layer in self.layers:
+                hidden = layer(hidden)
+        last: Tensor = self.head(hidden)
+        return last
+
+
+def reader(width: int = WIDTH, gradients: bool = False) -> Reader:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Reader(width).double().requires_grad_(gradients).eval()
+
+
+def tokens(segments: int = SEGMENTS, batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(segments)
+    return torch.randint(0, TOKENS, (batch, segments * SEGMENT), generator=generator)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def memories(model: Reader) -> list[Tensor]:
+    found = [model.layer(number).memory for number in range(len(model.layers))]
+    return [memory for memory in found if memory is not None]
+
+
+def exact(model: Reader, segments: int = SEGMENTS, tolerance: float = 1e-10) -> None:
+    """A call runs by its schedule and gives and leaves what a copy made now gives and leaves as it is."""
+    wanted_of, ids, layers = copy.deepcopy(model), tokens(segments), len(model.layers)
+    runs = rmtc.stats(model).runs
+    with torch.no_grad():
+        wanted, found = wanted_of(ids), model(ids)
+    stats = rmtc.stats(model)
+    assert not stats.fallbacks
+    assert stats.runs == runs + 1 and stats.last_run is not None
+    assert stats.last_run.steps == segments + layers - 1 < segments * layers
+    assert found.dtype == wanted.dtype
+    for one, other in zip((found, *memories(model)), (wanted, *memories(wanted_of)), strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def compiled(width: int = WIDTH, gradients: bool = False) -> Reader:
+    model = rmtc.compile(reader(width, gradients))
+    exact(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def shared() -> Reader:
+    """A compiled model whose weights tests write to in place."""
+    return compiled(gradients=True)
+
+
+def spans(tensors: list[Tensor]) -> int:
+    """Bytes of memory that tensors lie in, each counted once."""
+    total = end = 0
+    for start, size in sorted({(store.data_ptr(), store.nbytes()) for store in map(Tensor.untyped_storage, tensors)}):
+        total += max(0, start + size - max(start, end))
+        end = max(end, start + size)
+    return total
+
+
+def live() -> list[Tensor]:
+    """Every tensor that Python holds."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+    return [each for each in found if each.layout == torch.strided and type(each) in (Tensor, nn.Parameter)]
+
+
+def lie_behind_each_other(model: Reader) -> None:
+    for name, parameter in model.layer(0).named_parameters():
+        size = parameter.numel() * parameter.element_size()
+        for number in range(1, len(model.layers)):
+            other = model.layer(number).get_parameter(name)
+            assert other.data_ptr() == parameter.data_ptr() + number * size
+            assert other.untyped_storage().nbytes() == size and other.is_contiguous()
+
+
+def test_parameters_lie_in_the_stack_and_no_second_copy_stays() -> None:
+    model = reader(width=64)
+    own = spans(list(model.parameters()))
+    before = spans(live())
+    old = [StorageWeakRef(each.untyped_storage()) for each in model.layers.parameters()]
+    rmtc.compile(model)
+    exact(model)
+    model.forget()
+    lie_behind_each_other(model)
+    gc.collect()
+    assert all(reference.expired() for reference in old)
+    assert spans(list(model.parameters())) == own
+    assert spans(live()) - before < own / 10  # masks and the like, no weights
+
+
+def test_captures_share_the_stacks_and_replaced_weights_go() -> None:
+    model = compiled(width=64)
+    places = [each.data_ptr() for each in model.parameters()]
+    wrapper = nn.Sequential(model)
+    with torch.inference_mode():
+        model(tokens())
+    with torch.no_grad():
+        rmtc.compile(wrapper)(tokens())
+    assert rmtc.stats(model).captures == 2 and rmtc.stats(wrapper).runs == 1
+    exact(model)
+    assert places == [each.data_ptr() for each in model.parameters()]
+    rmtc.restore(wrapper)
+    del wrapper
+    old = [StorageWeakRef(each.untyped_storage()) for each in model.layers.parameters()]
+    before = spans(live())
+    model.load_state_dict({name: normal(*each.shape) for name, each in model.state_dict().items()}, assign=True)
+    exact(model)
+    exact(model)
+    gc.collect()
+    assert all(reference.expired() for reference in old)
+    assert spans(live()) - before < spans(list(model.parameters())) / 10
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 2), (2, 0)])
+def test_models_that_share_layers(shared: Reader, order: tuple[int, int]) -> None:
+    """A part of a stack serves another model as it is; layers in another order are moved to and fro."""
+    other = reader()
+    other.layers = nn.ModuleList(shared.layer(number) for number in order)
+    rmtc.compile(other)
+    exact(shared)
+    places = [each.data_ptr() for each in shared.parameters()]
+    for _ in range(2):
+        exact(other)
+        moved = places != [each.data_ptr() for each in shared.parameters()]
+        assert moved == (order == (2, 0))
+        with torch.no_grad():
+            shared.layer(order[0]).key.weight.mul_(1.25)
+        exact(shared)
+    if order == (2, 0):
+        old = [StorageWeakRef(each.untyped_storage()) for each in other.layers.parameters()]
+        exact(other)
+        gc.collect()
+        assert all(reference.expired() for reference in old)
+        exact(shared)
+
+
+def test_weights_shared_with_another_process_stay_where_they_are() -> None:
+    model = reader()
+    model.share_memory()
+    places = [each.data_ptr() for each in model.parameters()]
+    rmtc.compile(model)
+    exact(model)
+    _merge(model)
+    exact(model)
+    assert rmtc.stats(model).captures == 1 and all(each.is_shared() for each in model.parameters())
+    assert places == [each.data_ptr() for each in model.parameters()]
+
+
+def _step(optimiser: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[Reader], None]:
+    def step(model: Reader) -> None:
+        chosen = optimiser(model.parameters(), lr=0.1, **options)
+        for parameter in model.parameters():
+            parameter.grad = normal(*parameter.shape)
+        chosen.step()
+        chosen.zero_grad()
+
+    return step
+
+
+def _through_state_dict(model: Reader) -> None:
+    for tensor in model.state_dict().values():
+        tensor.mul_(1.25)
+
+
+def _merge(model: Reader) -> None:
+    for number in range(LAYERS):
+        model.layer(number).value.weight.data += normal(WIDTH, 2) @ normal(2, WIDTH)
+
+
+def _initialise(model: Reader) -> None:
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+
+
+def _copy(model: Reader) -> None:
+    model.layer(1).key.weight.data.copy_(normal(WIDTH, WIDTH))
+
+
+def _of_one_row(model: Reader) -> None:
+    with torch.no_grad():
+        model.layer(2).key.weight[3, 1:4] = 7.0
+
+
+WRITES: dict[str, Callable[[Reader], Any]] = {
+    "SGD": _step(torch.optim.SGD, momentum=0.9),
+    "SGD foreach": _step(torch.optim.SGD, foreach=True),
+    "AdamW": _step(torch.optim.AdamW),
+    "AdamW foreach": _step(torch.optim.AdamW, foreach=True),
+    "AdamW fused": _step(torch.optim.AdamW, fused=True),
+    "load_state_dict": lambda model: model.load_state_dict(
+        {name: normal(*each.shape) for name, each in model.state_dict().items()}
+    ),
+    "p.data.mul_": lambda model: [each.data.mul_(1.5) for each in model.parameters()],
+    "p.data.copy_": _copy,
+    "through state_dict": _through_state_dict,
+    "a LoRA is merged": _merge,
+    "nn.init": _initialise,
+    "a part of one row": _of_one_row,
+    "through numpy": lambda model: model.layer(0).key.weight.detach().numpy().fill(0.25),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writes_are_seen_without_a_new_capture(shared: Reader, name: str) -> None:
+    captures = rmtc.stats(shared).captures
+    places = [each.data_ptr() for each in shared.parameters()]
+    before = [each.detach().clone() for each in shared.parameters()]
+    WRITES[name](shared)
+    assert any(not torch.equal(one, other) for one, other in zip(before, shared.parameters(), strict=True))
+    exact(shared)
+    assert rmtc.stats(shared).captures == captures
+    assert places == [each.data_ptr() for each in shared.parameters()]
+    with torch.no_grad():
+        for parameter, content in zip(shared.parameters(), before, strict=True):
+            parameter.copy_(content)
+
+
+def _set_data(value: Callable[[Reader], Tensor]) -> Callable[[Reader], None]:
+    def change(model: Reader) -> None:
+        model.layer(1).key.weight.data = value(model)
+
+    return change
+
+
+def _swap_data(model: Reader) -> None:
+    one, other = model.layer(0).key.weight, model.layer(1).key.weight
+    one.data, other.data = other.data, one.data
+
+
+def _merge_anew(model: Reader) -> None:
+    weight = model.layer(1).key.weight
+    weight.data = weight.data + normal(WIDTH, 2) @ normal(2, WIDTH)
+
+
+def _assign(dtype: torch.dtype) -> Callable[[Reader], Any]:
+    return lambda model: model.load_state_dict(
+        {name: normal(*each.shape).to(dtype) for name, each in model.state_dict().items()}, assign=True
+    )
+
+
+def _replace(model: Reader) -> None:
+    model.layer(1).key.weight = nn.Parameter(normal(WIDTH, WIDTH), requires_grad=False)
+
+
+def _tie(model: Reader) -> None:
+    model.layer(1).key.weight = model.layer(0).key.weight
+
+
+def _tie_within(model: Reader) -> None:
+    model.layer(1).key.weight = model.layer(1).query.weight
+
+
+def _parametrise(model: Reader) -> None:
+    class Symmetric(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + weight.T
+
+    for number in range(LAYERS):
+        nn.utils.parametrize.register_parametrization(model.layer(number).key, "weight", Symmetric())
+
+
+def _normalise(model: Reader) -> None:
+    nn.utils.parametrizations.weight_norm(model.layer(1).key)
+
+
+def _embed_more(model: Reader) -> None:
+    model.embed.weight.data = normal(2 * TOKENS, WIDTH)
+
+
+def _another_layer(model: Reader) -> None:
+    model.layers.append(copy.deepcopy(model.layer(0)))
+
+
+MOVED: dict[str, Callable[[Reader], Any]] = {
+    "p.data = other": _set_data(lambda model: normal(WIDTH, WIDTH)),
+    "p.data swapped": _swap_data,
+    "a LoRA is merged into new tensors": _merge_anew,
+    "cast and cast back": lambda model: model.float().double(),
+}
+REPLACED: dict[str, Callable[[Reader], Any]] = {
+    "to(float32)": lambda model: model.to(torch.float32),
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "assign": _assign(torch.float64),
+    "assign another dtype": _assign(torch.float32),
+    "another parameter": _replace,
+    "tied across layers": _tie,
+    "tied within a layer": _tie_within,
+    "p.data shared": _set_data(lambda model: model.layer(0).key.weight.data),
+    "p.data transposed": _set_data(lambda model: normal(WIDTH, WIDTH).T),
+    "p.data its own, transposed": _set_data(lambda model: model.layer(1).key.weight.data.T),
+    "parametrised": _parametrise,
+    "weight_norm": _normalise,
+    "an embedding of another size": _embed_more,
+    "one more layer": _another_layer,
+}
+LOOSE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+FAST = {"half", "assign", "tied across layers", "p.data shared", "p.data its own, transposed"}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_moved_weights_are_stacked_again_without_a_new_capture(shared: Reader, name: str) -> None:
+    captures = rmtc.stats(shared).captures
+    before = [each.detach().clone() for each in shared.parameters()]
+    MOVED[name](shared)
+    exact(shared)
+    lie_behind_each_other(shared)
+    _copy(shared)
+    exact(shared)
+    assert rmtc.stats(shared).captures == captures
+    with torch.no_grad():
+        for parameter, content in zip(shared.parameters(), before, strict=True):
+            parameter.copy_(content)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in REPLACED]
+)
+def test_replaced_weights_are_captured_again(name: str) -> None:
+    model = compiled()
+    REPLACED[name](model)
+    tolerance = LOOSE.get(model.head.weight.dtype, 1e-10)
+    for _ in range(2):
+        exact(model, tolerance=tolerance)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.75)
+    exact(model, SEGMENTS + 1, tolerance=tolerance)
+    assert rmtc.stats(model).captures == 2
+
+
+@pytest.mark.parametrize("change", [lambda model: model.layer(1).float(), _set_data(lambda _: normal(8, 8).float())])
+def test_a_cast_that_eager_cannot_run_is_not_run_either(change: Callable[[Reader], Any]) -> None:
+    model = compiled()
+    change(model)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError) as wanted:
+            copy.deepcopy(model)(tokens())
+        with pytest.raises(RuntimeError) as found, warnings.catch_warnings():
+            warnings.simplefilter("ignore", rmtc.FallbackWarning)
+            model(tokens())
+    assert str(found.value) == str(wanted.value)
+
+
+def test_memory_of_another_batch_is_no_guard() -> None:
+    """A capture made when layers hold the memory of an earlier text serves other batches, and a fresh start."""
+    model = compiled()
+    _replace(model)
+    exact(model)
+    with torch.no_grad():
+        ids = tokens(batch=3)
+        torch.testing.assert_close(model(ids), copy.deepcopy(model)(ids), rtol=1e-10, atol=1e-10)
+    model.forget()
+    exact(model)
+    assert rmtc.stats(model).captures == 2
+
+
+class TwoNames(nn.Module):
+    """A buffer that an attribute names as well."""
+
+    shift: Tensor
+    alias: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Associative(LAYERS)
+        self.register_buffer("shift", normal(WIDTH))
+        self.alias = self.shift
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        result: Tensor = self.inner(hidden + self.shift * self.alias)
+        return result
+
+
+def test_two_names_of_one_tensor_may_come_apart() -> None:
+    model = rmtc.compile(TwoNames().double())
+    hidden = normal(2, SEGMENTS * SEGMENT, WIDTH)
+    with torch.no_grad():
+        model(hidden)
+        model.alias = normal(2 * WIDTH)[WIDTH:].clone()
+        wanted = copy.deepcopy(model)(hidden)
+        torch.testing.assert_close(model(hidden), wanted, rtol=1e-10, atol=1e-10)
+    assert not rmtc.stats(model).fallbacks and rmtc.stats(model).runs == 2
+
+
+def _share_parameters(model: Reader) -> Reader:
+    model.layer(2).value.weight = model.layer(1).value.weight
+    return model
+
+
+def _share_modules(model: Reader) -> Reader:
+    model.layer(2).key = model.layer(0).key
+    return model
+
+
+def _share_a_layer(model: Reader) -> Reader:
+    model.layers[2] = model.layer(0)
+    return model
+
+
+@pytest.mark.parametrize("share", [_share_parameters, _share_modules, _share_a_layer])
+def test_layers_that_share_modules_or_parameters(share: Callable[[Reader], Reader]) -> None:
+    model = rmtc.compile(share(reader()))
+    for _ in range(3):
+        wanted_of = copy.deepcopy(model)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", rmtc.FallbackWarning)
+            found, wanted = model(tokens()), wanted_of(tokens())
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+            for parameter in model.parameters():
+                parameter.mul_(0.75)
+    stats = rmtc.stats(model)
+    assert stats.captures == 1
+    assert stats.runs == (0 if share is _share_a_layer else 3)  # one layer in two positions is refused
+
+
+def saved(tmp_path: Path, model: Any, layer: nn.Module) -> dict[str, bytes]:
+    """What is written when a model is saved, in every way."""
+    found = {}
+    for name, value in (("model", model.state_dict()), ("layer", layer.state_dict()), ("whole", model)):
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        found[name] = buffer.getvalue()
+    save_file(model.state_dict(), tmp_path / "file.safetensors")
+    save_model(model, str(tmp_path / "model.safetensors"))
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(tmp_path / "pretrained")
+    for path in sorted(tmp_path.rglob("*")):
+        if path.is_file():
+            found[str(path.relative_to(tmp_path))] = path.read_bytes()
+            path.unlink()
+    return found
+
+
+def test_saved_files_are_the_same_bytes(tmp_path: Path) -> None:
+    model, (ids,) = armt_llama.build(layers=2, width=16, heads=2, segment=4, memory=1, segments=3)
+    layer = model.model.layers[1]
+    with torch.no_grad():
+        model(ids)
+    model.reset_memory()
+    saved(tmp_path, model, layer)  # the first time writes to the config
+    before = saved(tmp_path, model, layer)
+    assert {"model", "layer", "whole", "file.safetensors", "pretrained/model.safetensors"} <= before.keys()
+    rmtc.compile(model)
+    with torch.no_grad():
+        logits = model(ids).logits
+    model.reset_memory()
+    assert rmtc.stats(model).runs == 1
+    assert saved(tmp_path, model, layer) == before
+    loaded = torch.load(io.BytesIO(before["whole"]), weights_only=False)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, logits, rtol=1e-3, atol=1e-4)
+    assert compiled_of(loaded) is None
+
+
+def train(model: Reader) -> tuple[dict[str, Tensor], Tensor]:
+    """A training step: gradients and the loss after it."""
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimiser.zero_grad()
+    F.mse_loss(model(tokens()), torch.ones(())).backward()
+    gradients = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    optimiser.step()
+    with torch.no_grad():
+        return gradients, model(tokens())
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("restored", [False, True])
+def test_training_after_a_first_call_in_inference_mode(restored: bool) -> None:
+    model = reader(gradients=True)
+    wanted_gradients, wanted = train(copy.deepcopy(model))
+    rmtc.compile(model)
+    with torch.inference_mode():
+        model(tokens())
+    assert rmtc.stats(model).runs == 1 and not rmtc.stats(model).fallbacks
+    assert not any(each.is_inference() for each in model.parameters())
+    model.forget()
+    if restored:
+        rmtc.restore(model)
+        gradients, found = train(model)
+    else:
+        with pytest.warns(rmtc.FallbackWarning, match="gradients are asked for") as caught:
+            gradients, found = train(model)
+        assert len([each for each in caught if each.category is rmtc.FallbackWarning]) == 1
+        assert rmtc.stats(model).runs == 2  # the call without gradients sees the step
+    assert gradients.keys() == wanted_gradients.keys() and len(gradients) == len(list(model.parameters()))
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted_gradients[name], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_gradients_are_eagers_before_any_other_call() -> None:
+    model = reader(gradients=True)
+    wanted, _ = train(copy.deepcopy(model))
+    rmtc.compile(model)
+    with pytest.warns(rmtc.FallbackWarning, match="gradients are asked for") as caught:
+        for _ in range(2):
+            model(tokens()).sum().backward()
+        mine = torch.autograd.grad(F.mse_loss(model(tokens()), torch.ones(())), list(model.parameters()))
+    assert len([each for each in caught if each.category is rmtc.FallbackWarning]) == 1
+    for (name, gradient), own in zip(wanted.items(), mine, strict=True):
+        torch.testing.assert_close(own, gradient, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_a_graph_that_is_alive_while_weights_are_moved_gives_its_gradients() -> None:
+    model = reader(gradients=True)
+    twin = copy.deepcopy(model)
+    loss, wanted = model(tokens()).square().sum(), twin(tokens()).square().sum()
+    model.forget()
+    twin.forget()
+    rmtc.compile(model)
+    with torch.no_grad():
+        model(tokens())
+    assert rmtc.stats(model).runs == 1
+    for one, other in zip(
+        torch.autograd.grad(loss, list(model.parameters())),
+        torch.autograd.grad(wanted, list(twin.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that the results of operations hold at once, but for views of what was there before."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._given = {tensor.untyped_storage()._cdata for tensor in given}
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self._given:
+                self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._held = {key: each for key, each in self._held.items() if not each[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._held.values()))
+        return result
+
+
+def peak(model: Reader, segments: int) -> int:
+    compiled_call = compiled_of(model)
+    assert compiled_call is not None
+    ids = tokens(segments)
+    with torch.no_grad():
+        model(ids)
+        model(ids)  # from what a call leaves
+        watch = Live(ids, *model.parameters())
+        with watch:
+            compiled_call.run_once((ids,), {})
+    run = rmtc.stats(model).last_run
+    assert run is not None and run.steps == segments + LAYERS - 1
+    return watch.peak
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_segments(shared: Reader) -> None:
+    peaks = [peak(shared, segments) for segments in (8, 16, 64)]
+    assert peaks[0] == peaks[1] == peaks[2] > 0
+
+
+class HookOfAccelerate:
+    """Brings weights before a layer's forward and takes them away afterwards."""
+
+
+def _dispatched(model: Reader) -> Reader:
+    model.layer(1)._hf_hook = HookOfAccelerate()  # type: ignore[assignment]
+    return model
+
+
+class Params4bit(nn.Parameter):
+    """A parameter whose content is packed."""
+
+
+def _packed_parameter(model: Reader) -> Reader:
+    weight = model.layer(1).key.weight
+    model.layer(1).key.weight = Params4bit(weight.data, requires_grad=False)
+    return model
+
+
+def _packed_modules(model: Reader) -> Reader:
+    quantised: Reader = torch.ao.quantization.quantize_dynamic(model.float(), {nn.Linear})
+    return quantised
+
+
+REFUSED: dict[str, tuple[Callable[[Reader], Reader], str]] = {
+    "dispatched": (_dispatched, r"layers\.1 is dispatched by accelerate \(HookOfAccelerate\)"),
+    "a packed parameter": (_packed_parameter, r"layers\.1\.key\.weight is a Params4bit"),
+    "quantised modules": (_packed_modules, r"head\._packed_params\S* holds weights that are packed"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
+@pytest.mark.parametrize("name", REFUSED)
+def test_weights_of_other_kinds_are_refused_by_name(name: str) -> None:
+    make, reason = REFUSED[name]
+    model = make(reader())
+    with torch.no_grad():
+        wanted = model(tokens())
+        rmtc.compile(model)
+        for call in range(2):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", rmtc.FallbackWarning)
+                assert torch.equal(model(tokens()), wanted)
+            assert len([each for each in caught if each.category is rmtc.FallbackWarning]) == (call == 0)
+        rmtc.compile(model, strict=True)
+        with pytest.raises(rmtc.RmtcError, match=reason):
+            model(tokens())
+
+
+def test_weights_that_are_not_loaded_are_refused_and_loaded_ones_are_not() -> None:
+    model = reader()
+    content = model.state_dict()
+    rmtc.compile(model.to("meta"))
+    with torch.no_grad(), pytest.warns(rmtc.FallbackWarning, match=r"\S+ is on the meta device"):
+        assert model(tokens().to("meta")).is_meta
+    model.to_empty(device="cpu")
+    model.load_state_dict(content)
+    wanted_of = reader()
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens()), wanted_of(tokens()), rtol=1e-10, atol=1e-10)
+    assert rmtc.stats(model).runs == 1
+
+
+def test_weights_of_a_function_are_moved_too() -> None:
+    weights = [each.double().requires_grad_(False) for each in xl_weights()]
+    call = rmtc.compile(transformer_xl)
+    hidden = normal(2, SEGMENTS * SEGMENT, WIDTH)
+    for _ in range(2):
+        torch.testing.assert_close(call(weights, hidden), transformer_xl(weights, hidden), rtol=1e-10, atol=1e-10)
+        weights[1].weight.data = normal(WIDTH, WIDTH)
+    size = weights[0].weight.numel() * 8
+    assert weights[3].weight.data_ptr() - weights[2].weight.data_ptr() == size
+    stats = rmtc.stats(call)
+    assert stats.runs == 2 and stats.captures == 1 and not stats.fallbacks
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
