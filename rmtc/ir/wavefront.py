@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from rmtc.ir.program import Src
+from rmtc.ir.program import Src, leaves
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import BodyOp, Fit, Item, Outer, Row, SegmentLoop
 
@@ -145,6 +145,17 @@ class WavefrontProgram:
         if 0 <= layer < loop.layers:
             return self.bodies.get(loop.classes[row][layer])
         return self.bodies.get(_stage_name(loop, "prologue" if layer < 0 else "epilogue", row))
+
+    def reads(self) -> set[str]:
+        """The names of the tensors that a run reads, but for the items of lists that are as long as the text."""
+        found = [operand for op in (*self.loop.before, *self.shared, *self.loop.after) for operand in leaves(op.args)]
+        found += leaves(tuple(self.loop.outputs.values()))
+        names: set[str] = set()
+        for body in (*self.bodies.values(), *self.merged.values()):
+            found += [operand for op in body.ops.values() for operand in leaves(op.args)]
+            found += [operand for choice in body.inputs for operand in choice.values()]
+            names.update(name for choice in body.weights for name in choice.values())
+        return names | {operand.name for operand in found if isinstance(operand, Src)}
 
     def __str__(self) -> str:
         parts = ["shared by all segments of one length:"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import logging
 import os
 import sys
@@ -37,6 +38,7 @@ __all__ = ["Compiled", "Options"]
 logger = logging.getLogger(__name__)
 
 _thread = threading.local()
+_ATTEMPTS = 50  # other threads' calls may each undo what this one has seen to
 
 
 @dataclass(frozen=True)
@@ -183,12 +185,14 @@ class Compiled:
         inside = self.lock.held
         arguments = self._arguments(args, kwargs)
         captured = False
-        while True:  # decided, captured, admitted, run
+        for attempt in itertools.count():  # decided, captured, admitted, run
             with self.lock.shared():
                 decision = self._decide(arguments)
                 if isinstance(decision, _Capture) and captured:
                     why = decision.differences[0] if decision.differences else "another thread changes the model"
                     decision = _Eager(f"a capture of this very call is not its own: {why}")
+                elif attempt > _ATTEMPTS and not isinstance(decision, _Run):
+                    decision = _Eager("the model keeps changing while it is called")
                 if isinstance(decision, _Run):
                     try:
                         return self._run(decision, time.perf_counter() - start)

@@ -115,9 +115,10 @@ class Variant:
             modes(),
             first.effects,
         )
+        needed = program.reads() | {name.removeprefix("write:") for name in map(str, proven.loop.outputs)}
         for lifted in session.lifted:
             name = next((name for name in lifted.names if name in slots), None)
-            if name is not None and lifted.names[0] in proven.loop.sources:
+            if name is not None and lifted.names[0] in needed:
                 variant._slots[lifted.names[0]] = slots[name]
             if isinstance(lifted.tensor, nn.Parameter):
                 variant._parameters.append(lifted.tensor)
@@ -153,7 +154,16 @@ class Variant:
         for name, value in (("batch", sizes.batch), ("tail", sizes.tail)):
             if fixed.get(name, value) != value:
                 return f"it was captured for {name} = {fixed[name]}, and this call has {value}"
-        return self.state.differs() or sizes
+        return self.state.differs() or self._carried_differs() or sizes
+
+    def _carried_differs(self) -> str | None:
+        """The first tensor besides the stacked ones that is read and is of another kind than at the capture."""
+        for name, shape in self._shapes.items():
+            if name not in self.weights.places:
+                value = _now(self._slots[name])
+                if not isinstance(value, torch.Tensor) or _metadata(value) != shape:
+                    return f"{name} was {_say(*shape)} and is {_kind(value)}"
+        return None
 
     def entry(self, batch: int) -> tuple[Any, ...]:
         """What the places that a call writes hold now, as far as its Python can see without reading numbers.
@@ -177,9 +187,6 @@ class Variant:
         values = {name: _now(slot) for name, slot in self._slots.items()}
         if not self.weights.in_place(values):
             return None
-        for name, shape in self._shapes.items():
-            if name not in self.weights.places and _metadata(values[name]) != shape:
-                return None
         values.update(_inputs(arguments))
         return Ready(sizes, values)
 
@@ -208,6 +215,9 @@ class Variant:
                 now.restore()
         values = {name: _now(slot) for name, slot in self._slots.items()}
         if not self.weights.in_place(values):
+            for name in self.weights.names:
+                if _metadata(values[name]) != self._shapes[name]:
+                    raise RefusedError(f"{name} was {_say(*self._shapes[name])} and is {_kind(values[name])}")
             self.weights.move(values)
 
     def _hold_entry(self, sizes: Sizes, session: Session) -> None:
@@ -277,6 +287,14 @@ def _inputs(arguments: Arguments) -> dict[str, torch.Tensor]:
 
 def _metadata(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
     return tensor.shape, tensor.dtype, tensor.device
+
+
+def _say(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)} on {device}"
+
+
+def _kind(value: Any) -> str:
+    return _say(*_metadata(value)) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 _MISSING = object()
