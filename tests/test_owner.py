@@ -1,0 +1,285 @@
+"""What the owner of a checkpoint does with a compiled model: load, evaluate, adapt, save."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from test_compile_exact import KINDS, Pair, captured_once, left_in, relative
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+import rmtc
+from rmtc.errors import FallbackWarning
+from rmtc.examples import armt_gpt2, armt_llama
+
+LAYERS, SEGMENT = 2, 4
+SIZES: dict[str, Any] = {
+    "layers": LAYERS,
+    "width": 16,
+    "heads": 2,
+    "segment": SEGMENT,
+    "memory": 2,
+    "key_size": 4,
+    "segments": 5,
+    "batch": 3,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On tensors as small as these a second thread only waits for its turn on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_fallback() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        yield
+
+
+def pair_of(model: nn.Module, fast: Any = None, layers: int = LAYERS) -> Pair:
+    """A model held against a copy that is never compiled."""
+    eager = copy.deepcopy(model)
+    return Pair(eager, fast or rmtc.compile(model), layers, lambda segments: segments + layers - 1)
+
+
+class Texts(Dataset[dict[str, Tensor]]):
+    """Texts of several lengths, each padded to the longest."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        ids = self.ids[number]
+        mask = torch.ones_like(ids)
+        mask[len(ids) - 3 * number :] = 0
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def saved(model: Any, folder: Path) -> dict[str, bytes]:
+    model.save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
+def test_load_evaluate_save(attention: str, tmp_path: Path) -> None:
+    source, _ = armt_llama.build(**SIZES)
+    source.save_pretrained(tmp_path / "source")
+    kind = armt_llama.ArmtLlamaForCausalLM
+    model = kind.from_pretrained(tmp_path / "source", dtype=torch.bfloat16, attn_implementation=attention).eval()
+    before = saved(model, tmp_path / "before")
+    assert "model.safetensors" in before
+    eager = copy.deepcopy(model)
+    fast = rmtc.compile(model)
+    _, (ids,) = armt_llama.build(**{**SIZES, "batch": 5})
+    texts = Texts(ids[:, :-1])
+    settings = TrainingArguments(
+        output_dir=str(tmp_path / "trainer"), per_device_eval_batch_size=3, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    metrics = {
+        name: Trainer(model=each, args=settings, eval_dataset=texts).evaluate()
+        for name, each in (("eager", eager), ("fast", fast))
+    }
+    stats = rmtc.stats(fast)
+    assert stats.runs == 2 and captured_once(Pair(eager, fast, LAYERS, lambda s: s + LAYERS - 1))
+    assert stats.last_run is not None
+    assert (stats.last_run.segments, stats.last_run.batch, stats.last_run.tail) == (5, 2, 3)
+    assert stats.last_run.steps == 5 + LAYERS - 1
+    assert metrics["fast"]["eval_loss"] == pytest.approx(metrics["eager"]["eval_loss"], rel=1e-2)
+    after, expected = saved(fast, tmp_path / "after"), saved(eager, tmp_path / "expected")
+    assert after == expected, "the trainer changes the configuration of both"
+    assert after["model.safetensors"] == before["model.safetensors"]
+    wanted, found = left_in(eager), left_in(fast)
+    for name, value in wanted.items():
+        if isinstance(value, Tensor):
+            assert relative(found[name], value) < 3e-2, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_trainer_wraps_the_forward_in_autocast(kind: str, tmp_path: Path) -> None:
+    model, (ids,) = KINDS[kind].build(**SIZES)
+    pair = pair_of(model)
+    settings = TrainingArguments(
+        output_dir=str(tmp_path), per_device_eval_batch_size=3, report_to=[], use_cpu=True, disable_tqdm=True, bf16=True
+    )
+    metrics = [
+        Trainer(model=each, args=settings, eval_dataset=Texts(ids)).evaluate()["eval_loss"]
+        for each in (pair.eager, pair.fast)
+    ]
+    stats = rmtc.stats(pair.fast)
+    assert (stats.runs, stats.fallbacks) == (1, {})
+    assert stats.last_run is not None and stats.last_run.steps == 5 + LAYERS - 1
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-2)
+
+
+# Adapters
+
+
+def with_adapters(kind: str) -> tuple[Any, dict[str, Tensor]]:
+    """A model with LoRA adapters none of which is zero, in float64, and a call."""
+    model, (ids,) = KINDS[kind].build(**SIZES, dtype="float64")
+    targets = ["q_proj", "v_proj", "down_proj", "value"] if kind == "llama" else ["c_attn", "c_proj", "value"]
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, fan_in_fan_out=kind == "gpt2")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of fan_in_fan_out
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False).double().eval()
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter, std=0.1)
+    return adapted, {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1])}
+
+
+AT, TIGHT = (5, 3, 3), 1e-7  # Llama's norms round to float32
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)]
+)
+def test_adapters_are_merged(kind: str) -> None:
+    """The base model inside is compiled; merging writes to the stacked weights, and takes the adapters out of the way."""
+    adapted, given = with_adapters(kind)
+    pair = pair_of(adapted.base_model.model)
+    plain = pair.eager(**given).logits
+    pair.compare(AT, (), given, TIGHT)
+    adapted.merge_adapter()
+    with torch.no_grad():
+        assert relative(pair.fast(**given).logits, plain) < TIGHT, "merged adapters are the model with adapters"
+    adapted.unmerge_adapter()
+    pair.compare(AT, (), given, TIGHT)
+    with adapted.disable_adapter(), torch.no_grad():
+        base = pair.fast(**given).logits
+    assert relative(base, plain) > 1e3 * TIGHT
+    merged = adapted.merge_and_unload()
+    assert merged is pair.fast
+    with torch.no_grad():
+        assert relative(merged(**given).logits, plain) < TIGHT
+    stats = rmtc.stats(merged)
+    assert (stats.runs, stats.fallbacks) == (5, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_with_adapters(kind: str) -> None:
+    """The whole is compiled, and the adapters trained in between."""
+    adapted, given = with_adapters(kind)
+    pair = pair_of(adapted)
+    pair.compare(AT, (), given, TIGHT)
+    for model in (pair.eager, pair.fast):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.mul_(1.5)
+    pair.compare(AT, (), given, TIGHT)
+    pair.eager.merge_adapter()
+    pair.fast.merge_adapter()
+    pair.compare(AT, (), given, TIGHT)
+    assert rmtc.stats(pair.fast).fallbacks == {}
+
+
+# Calls that are no segment loops
+
+
+def test_generate_caches_and_short_calls_run_eager() -> None:
+    from transformers.generation.utils import GenerationMixin
+
+    class Generating(armt_llama.ArmtLlamaForCausalLM, GenerationMixin):
+        """An ARMT that generates without a cache."""
+
+        def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+            return {"input_ids": input_ids}
+
+    source, (ids,) = armt_llama.build(**{**SIZES, "layers": 1})
+    model = Generating(source.config).eval()
+    model.load_state_dict(source.state_dict())
+    pair = pair_of(model, layers=1)
+    with torch.no_grad():
+        for number, short in enumerate((ids[:, :1], ids[:1, :SEGMENT], ids[:, :SEGMENT]), 1):
+            assert torch.equal(pair.fast(short).logits, pair.eager(short).logits)
+            assert rmtc.stats(pair.fast).eager == number
+        settings = {"max_new_tokens": 3, "do_sample": False, "use_cache": False, "pad_token_id": 0}
+        found, expected = (each.generate(ids, **settings) for each in (pair.fast, pair.eager))
+    assert torch.equal(found, expected) and found.shape[1] > ids.shape[1]
+    stats = rmtc.stats(pair.fast)
+    assert (stats.runs, stats.captures, stats.fallbacks) == (0, 0, {})
+    assert stats.eager == 3 + found.shape[1] - ids.shape[1]
+
+
+def test_a_call_with_a_cache_runs_eager() -> None:
+    class Cached(nn.Module):
+        """Its caller may keep what it has read."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, hidden: Tensor, past_key_values: list[Tensor] | None = None) -> Tensor:
+            memories = [hidden.new_zeros(len(hidden), 4) for _ in self.layers]
+            memories = memories if past_key_values is None else past_key_values
+            pieces = []
+            for piece in hidden.split(2, dim=1):
+                for number, layer in enumerate(self.layers):
+                    piece = torch.tanh(layer(piece) + memories[number][:, None])
+                    memories[number] = piece.mean(1)
+                pieces.append(piece)
+            return torch.cat(pieces, dim=1)
+
+    model = Cached().double()
+    pair = Pair(copy.deepcopy(model), rmtc.compile(model), 3, lambda segments: segments + 2, 2)
+    text, caches = torch.randn(2, 8, 4, dtype=torch.float64), torch.randn(3, 2, 4, dtype=torch.float64)
+    pair.compare((4, 2, 2), (text,), {})
+    with torch.no_grad():
+        one, other = (each(text, past_key_values=list(caches)) for each in (pair.fast, pair.eager))
+    assert torch.equal(one, other)
+    stats = rmtc.stats(pair.fast)
+    assert (stats.runs, stats.eager, stats.fallbacks) == (1, 1, {})
+
+
+# Lower precision
+
+
+HALF = 3e-2
+
+
+def bfloat16() -> Any:
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_precision_is_another_capture(kind: str) -> None:
+    """Autocast around the call, and the model cast as a whole: both ways and back."""
+    model, (ids,) = KINDS[kind].build(**SIZES)
+    given = {"input_ids": ids[:, :-1], "labels": ids[:, :-1]}
+    pair = pair_of(model)
+    single = pair.compare(AT, (), given, 1e-4)
+    with bfloat16():
+        half = pair.compare(AT, (), given, HALF)
+    assert half > single, "rounded to float32 under autocast"
+    assert rmtc.stats(pair.fast).captures == 2
+    pair.compare(AT, (), given, 1e-4)
+    assert rmtc.stats(pair.fast).captures == 2
+    for each in (pair.eager, pair.fast):
+        each.to(torch.bfloat16)
+    pair.compare(AT, (), given, HALF)
+    assert rmtc.stats(pair.fast).captures == 3
+    for each in (pair.eager, pair.fast):
+        each.float()
+    pair.compare(AT, (), given, 1e-4)
+    assert rmtc.stats(pair.fast).fallbacks == {}
