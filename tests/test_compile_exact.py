@@ -13,7 +13,7 @@ import statistics
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import models
@@ -111,8 +111,8 @@ class Pair:
         segment: positions of a segment.
     """
 
-    eager: Callable[..., Any]
-    fast: Callable[..., Any]
+    eager: Any
+    fast: Any
     layers: int
     steps: Callable[[int], int]
     segment: int = SEGMENT
@@ -217,7 +217,7 @@ def captured_once(pair: Pair, captures: int = 1) -> bool:
     return (stats.captures, stats.recompiles, stats.fallbacks) == (captures, captures - 1, {})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_armt(kind: str, armts: Callable[[str, int], Pair]) -> None:
     """Logits, loss and memory, with padding and without, some sizes."""
     pair = armts(kind, 2)
@@ -362,9 +362,7 @@ FAST = {
     "buffers",
     "slices of one tensor",
     "stacked weights",
-    "transformer-xl",
     "feedback from 2 higher",
-    "a result a segment",
     "list of segments",
 }
 
