@@ -199,7 +199,7 @@ def test_the_casts_are_wide(wide_casts: None) -> None:
 
     model, _ = armt_llama.build(**SIZES, layers=1, dtype="float64")
     given = document(2, 1, TAIL, mask="right", labels=True)
-    with torch.no_grad(), Watch():
+    with torch.no_grad(), Watch():  # type: ignore[no-untyped-call]
         model(**given)
     assert not rounded
 
@@ -272,7 +272,8 @@ def test_one_layer_has_nothing_to_run_beside(kind: str, wide_casts: None) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_is_as_near_to_float64_as_eager(kind: str) -> None:
     """Median over eight models, whose weights are loaded into the one that is compiled."""
-    sizes, worst = (8, 2, TAIL), {"eager": [], "fast": []}
+    sizes = 8, 2, TAIL
+    worst: dict[str, list[float]] = {"eager": [], "fast": []}
     pair = armt(kind, 4, dtype="float32")
     given = document(*sizes, mask="right", labels=True)
     for seed in range(8):
