@@ -13,7 +13,7 @@ import statistics
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import models
@@ -111,8 +111,8 @@ class Pair:
         segment: positions of a segment.
     """
 
-    eager: Callable[..., Any]
-    fast: Callable[..., Any]
+    eager: Any
+    fast: Any
     layers: int
     steps: Callable[[int], int]
     segment: int = SEGMENT
@@ -199,7 +199,7 @@ def test_the_casts_are_wide(wide_casts: None) -> None:
 
     model, _ = armt_llama.build(**SIZES, layers=1, dtype="float64")
     given = document(2, 1, TAIL, mask="right", labels=True)
-    with torch.no_grad(), Watch():
+    with torch.no_grad(), Watch():  # type: ignore[no-untyped-call]
         model(**given)
     assert not rounded
 
@@ -217,7 +217,7 @@ def captured_once(pair: Pair, captures: int = 1) -> bool:
     return (stats.captures, stats.recompiles, stats.fallbacks) == (captures, captures - 1, {})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_armt(kind: str, armts: Callable[[str, int], Pair]) -> None:
     """Logits, loss and memory, with padding and without, some sizes."""
     pair = armts(kind, 2)
@@ -272,7 +272,8 @@ def test_one_layer_has_nothing_to_run_beside(kind: str, wide_casts: None) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_is_as_near_to_float64_as_eager(kind: str) -> None:
     """Median over eight models, whose weights are loaded into the one that is compiled."""
-    sizes, worst = (8, 2, TAIL), {"eager": [], "fast": []}
+    sizes = 8, 2, TAIL
+    worst: dict[str, list[float]] = {"eager": [], "fast": []}
     pair = armt(kind, 4, dtype="float32")
     given = document(*sizes, mask="right", labels=True)
     for seed in range(8):
@@ -362,9 +363,7 @@ FAST = {
     "buffers",
     "slices of one tensor",
     "stacked weights",
-    "transformer-xl",
     "feedback from 2 higher",
-    "a result a segment",
     "list of segments",
 }
 
