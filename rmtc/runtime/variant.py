@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,7 +29,7 @@ from rmtc.runtime.executor import Run
 from rmtc.runtime.guards import ArgumentGuard, StateGuard, modes
 from rmtc.runtime.weights import Weights
 
-__all__ = ["Ready", "Variant"]
+__all__ = ["Ready", "Variant", "brief"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ class Variant:
         modes: those of the capture.
         effects: what a call leaves in Python.
         entries: what the places that a call writes held before it, for all that is known not to matter.
-        refused: sizes that do not follow the program, and why.
+        refused: sizes that do not follow the program after what a call has found in the places that it writes, and why.
+        failed: sizes whose runs failed, how often, and why.
     """
 
     analysis: Analysis
@@ -74,7 +76,9 @@ class Variant:
     _shapes: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=dict)
     _parameters: list[nn.Parameter] = field(default_factory=list)
     _varying: dict[int, frozenset[int]] = field(default_factory=dict)
-    refused: dict[Sizes, str] = field(default_factory=dict)
+    _written: tuple[str, ...] = ()
+    refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
+    failed: dict[Sizes, tuple[int, str]] = field(default_factory=dict)
 
     @staticmethod
     def make(analysis: Analysis, backend: Backend) -> Variant:
@@ -117,11 +121,15 @@ class Variant:
         )
         for lifted in session.lifted:
             name = next((name for name in lifted.names if name in slots), None)
-            if name is not None and lifted.names[0] in proven.loop.sources:
-                variant._slots[lifted.names[0]] = slots[name]
+            first_name = lifted.names[0]
+            used = first_name in proven.loop.sources or f"write:{first_name}" in proven.loop.outputs
+            if name is not None and used:
+                variant._slots[first_name] = slots[name]
             if isinstance(lifted.tensor, nn.Parameter):
                 variant._parameters.append(lifted.tensor)
         variant._shapes = {name: _metadata(slot.value) for name, slot in variant._slots.items()}
+        names = [*variant._slots, *map(show, session.arguments.tensors())]
+        variant._written = tuple(name for name in names if f"write:{name}" in proven.loop.outputs)
         for number, effect in enumerate(first.effects):
             if isinstance(effect.content, Ref):
                 shapes = [_shape_of(run, effect.content.name) for run in (first, third)]
@@ -132,8 +140,12 @@ class Variant:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether a parameter wants a gradient."""
-        return any(parameter.requires_grad for parameter in self._parameters)
+        """Whether a parameter, or another tensor that the call reads, wants a gradient."""
+        return any(parameter.requires_grad for parameter in self._parameters) or any(
+            getattr(_now(slot), "requires_grad", False)
+            for slot in self._slots.values()
+            if not isinstance(slot.value, nn.Parameter)
+        )
 
     def stale(self) -> bool:
         """Whether a parameter was replaced or changed its dtype or device: no later call can be this one's again."""
@@ -181,7 +193,14 @@ class Variant:
             if name not in self.weights.places and _metadata(values[name]) != shape:
                 return None
         values.update(_inputs(arguments))
-        return Ready(sizes, values)
+        return None if self._written and self._overlap(values) else Ready(sizes, values)
+
+    def _overlap(self, values: Mapping[str, torch.Tensor]) -> bool:
+        """Whether a tensor that the call writes shares its memory with another one: programs know of no such writes."""
+        storages = Counter(
+            tensor.untyped_storage()._cdata for name, tensor in values.items() if name not in self.weights.places
+        )
+        return any(storages[values[name].untyped_storage()._cdata] > 1 for name in self._written)
 
     def admit(self, sizes: Sizes, fresh: Callable[[], Session]) -> None:
         """See that a call of some sizes, in the model's present state, is the program's; and move the weights.
@@ -196,6 +215,8 @@ class Variant:
             RefusedError, CaptureError: if it is not.
         """
         entry = self.entry(sizes.batch)
+        if len(self.refused) > _REFUSALS:
+            raise RefusedError("what calls find in the places that they write is another thing each time")
         if entry not in self.entries:
             self._hold_entry(sizes, fresh())
             self.entries.add(entry)
@@ -209,6 +230,11 @@ class Variant:
         values = {name: _now(slot) for name, slot in self._slots.items()}
         if not self.weights.in_place(values):
             self.weights.move(values)
+
+    def fail(self, sizes: Sizes, error: Exception) -> str:
+        """Remember that a call of some sizes failed; why, in brief."""
+        self.failed[sizes] = self.failed.get(sizes, (0, ""))[0] + 1, brief(error)
+        return self.failed[sizes][1]
 
     def _hold_entry(self, sizes: Sizes, session: Session) -> None:
         """Hold the program against a run that begins with what the last call left.
@@ -241,14 +267,28 @@ class Variant:
         """
         outputs, run = self.runner.run(ready.values, *ready.sizes)
         names, spec = self.analysis.result(ready.sizes)
-        made = _Results(outputs, lambda name: self._plain(name, ready.sizes.segments))
-        written = {name.removeprefix("write:"): value for name, value in outputs.items() if name.startswith("write:")}
+        written = {name: ready.values[name] for name in self._written}
+        made = _Results(_apart(outputs, written), lambda name: self._plain(name, ready.sizes.segments))
+        result = pytree.tree_unflatten([made[name] for name in names], spec)
+        self._leave(made, written)
+        return result, run
+
+    def _leave(self, made: _Results, written: Mapping[str, torch.Tensor]) -> None:
+        """Leave everything that a call leaves, or nothing."""
+        undo = [effect.saved() for effect in self.effects]
         with torch.no_grad():
-            for name, value in written.items():
-                ready.values[name].copy_(value)
-        for effect in self.effects:
-            effect.apply(made)
-        return pytree.tree_unflatten([made[name] for name in names], spec), run
+            before = {name: tensor.clone() for name, tensor in written.items()}
+            try:
+                for name, tensor in written.items():
+                    tensor.copy_(made[f"write:{name}"])
+                for effect in self.effects:
+                    effect.apply(made)
+            except BaseException:
+                for name, tensor in written.items():
+                    tensor.copy_(before[name])
+                for put_back in undo:
+                    put_back()
+                raise
 
     def _plain(self, name: str, segments: int) -> Any:
         """A value that a call leaves in Python: the same always, or advancing evenly with the segments."""
@@ -271,6 +311,22 @@ class _Results(dict[str, Any]):
         return self._plain(name)
 
 
+def _apart(outputs: Mapping[str, Any], written: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
+    """The results, none of which changes when a tensor is written to."""
+    storages = {tensor.untyped_storage()._cdata for tensor in written.values()}
+
+    def apart(value: Any) -> Any:
+        shared = isinstance(value, torch.Tensor) and value.untyped_storage()._cdata in storages
+        return value.clone() if shared else value
+
+    return {name: apart(value) for name, value in outputs.items()} if written else outputs
+
+
+def brief(error: Exception) -> str:
+    """An exception in a line."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
 def _inputs(arguments: Arguments) -> dict[str, torch.Tensor]:
     return {show(path): tensor for path, tensor in arguments.tensors().items()}
 
@@ -280,6 +336,7 @@ def _metadata(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.devi
 
 
 _MISSING = object()
+_REFUSALS = 16  # by a variant, for what its calls find
 
 
 def _now(slot: Slot, whole: bool = False) -> Any:
@@ -289,9 +346,12 @@ def _now(slot: Slot, whole: bool = False) -> Any:
         return list(owner)
     if isinstance(owner, dict):
         return owner.get(slot.key, _MISSING)
-    if isinstance(owner, (list, tuple)):
+    if isinstance(owner, (list, tuple, deque)):
         return owner[slot.key] if slot.key < len(owner) else _MISSING
-    return getattr(owner, str(slot.key), _MISSING)
+    try:
+        return getattr(owner, str(slot.key), _MISSING)
+    except ValueError:  # an empty cell
+        return _MISSING
 
 
 def _shape_of(run: Captured, name: str) -> tuple[int, ...]:
@@ -310,4 +370,17 @@ def _describe(value: Any, batch: int, varying: frozenset[int] = frozenset()) -> 
         return type(value), tuple(_describe(item, batch) for item in value)
     if isinstance(value, dict):
         return dict, tuple((key, _describe(item, batch)) for key, item in value.items())
-    return (type(value), value) if is_plain(value) else id(value)
+    return (type(value), repr(value)) if is_plain(value) else _Same(value)
+
+
+class _Same:
+    """Equal to what stands for the very same object."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
