@@ -84,6 +84,7 @@ class Session:
         self.lifted = self._lift(self.snapshot.slots)
         self._index = {id(lifted.tensor): i for i, lifted in enumerate(self.lifted)}
         self._stand_ins: list[torch.Tensor] | None = None
+        self.lost: str | None = None  # what the code was seen to do that no program does
         self.writes = False  # whether the code was seen to write to a tensor
 
     def _lift(self, slots: list[Slot]) -> list[Lifted]:
@@ -187,24 +188,17 @@ class Session:
             with _compiler_flags():
                 drawn = self.snapshot.random_state()
                 result = self._call_user(args, kwargs)
-                self._refuse_drawn(drawn)
+                self._note_drawn(drawn)
                 return result
         except RmtcError:
             raise
         except Exception as error:
             raise translate(error) from error
 
-    def _refuse_drawn(self, before: list[bytes]) -> None:
-        """A number that Python draws is another one in each call, and would stay the same in a captured one.
-
-        Raises:
-            RefusedError: if any was drawn.
-        """
+    def _note_drawn(self, before: list[bytes]) -> None:
+        """A number that Python draws is another one in each call, and would stay the same in a captured one."""
         if self.snapshot.random_state() != before:
-            raise RefusedError(
-                "the forward draws random numbers in Python (random or numpy.random), or seeds a generator",
-                remedy="draw them before the call and pass them as arguments",
-            )
+            self.lost = "the forward draws random numbers in Python (random or numpy.random), or seeds a generator"
 
     def _call_user(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.function(*args, **kwargs)

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _RUNS = 3  # a run that failed for some sizes is tried that often in all
 _CAPTURES = 2  # and a capture that an error inside rmtc ended
+_ROUNDS = 8  # other threads may change the model between what is decided and what is done
 _FAILED = "the run by the schedule failed; please report it"
 _PROBES = 32  # calls of other structures that turned out to be of one segment
 
@@ -271,7 +272,7 @@ class Compiled:
         """
         start = time.perf_counter()
         inside = id(self) in _thread.active  # a call inside a call: the one around it holds the model
-        captured = False
+        captured, rounds = False, 0
         broken: _Eager | None = None
         while True:  # decided, captured, admitted, run
             with LOCK.shared():
@@ -293,11 +294,12 @@ class Compiled:
                             )
                             raise
                         return self._after_failure(decision, error, before, args, kwargs)
-                if inside and not isinstance(decision, _Eager):
+                if (inside and not isinstance(decision, _Eager)) or (isinstance(decision, _Admit) and rounds > _ROUNDS):
                     decision = _Eager()
                 if isinstance(decision, _Eager):
                     return self._run_eager(decision, before, args, kwargs)
             captured = captured or isinstance(decision, _Capture)
+            rounds += 1
             with LOCK.alone() as alone:
                 if alone:
                     broken = self._work(decision, arguments)
@@ -524,7 +526,7 @@ class Compiled:
             variant, sizes = decision.variant, decision.sizes
             entry = variant.entry(sizes.batch)
             try:
-                variant.admit(sizes, lambda: self._session(arguments))
+                variant.admit(arguments, sizes, lambda: self._session(arguments))
             except RmtcError as error:
                 logger.info("%s does not follow the capture: %s", sizes, error.reason)
                 variant.refused[sizes, entry] = error.reason

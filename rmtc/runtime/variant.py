@@ -98,6 +98,7 @@ class Variant:
                 cycle=cycle,
             )
         schedule = run_schedule(proven.schedule)
+        _refuse_lost(analysis.capture.session)
         first, third = analysis.probes
         check_against(replace(proven, schedule=schedule), third.program, *third.sizes)
         if [(effect.place, effect.content) for effect in first.effects] != [
@@ -202,13 +203,14 @@ class Variant:
         )
         return any(storages[values[name].untyped_storage()._cdata] > 1 for name in self._written)
 
-    def admit(self, sizes: Sizes, fresh: Callable[[], Session]) -> None:
+    def admit(self, arguments: Arguments, sizes: Sizes, fresh: Callable[[], Session]) -> None:
         """See that a call of some sizes, in the model's present state, is the program's; and move the weights.
 
         To be called by one thread alone.
 
         Args:
-            sizes: those of the call.
+            arguments: those of the call.
+            sizes: theirs.
             fresh: makes a session of the call as it is now.
 
         Raises:
@@ -227,7 +229,10 @@ class Variant:
                 self.analysis.admit(sizes)
             finally:
                 now.restore()
+            _refuse_lost(self.analysis.capture.session)
         values = {name: _now(slot) for name, slot in self._slots.items()}
+        if self._written and self._overlap({**values, **_inputs(arguments)}):
+            raise RefusedError("a tensor that the call writes shares its memory with another one")
         if not self.weights.in_place(values):
             self.weights.move(values)
 
@@ -247,6 +252,7 @@ class Variant:
         capture = replace(self.analysis.capture, session=session)
         few = Sizes(len(proven.loop.rows) + 1, sizes.batch, sizes.tail)
         run = capture.run(few)
+        _refuse_lost(session)
         try:
             check_against(proven, run.program, *few)
         except VerifyError as error:
@@ -320,6 +326,14 @@ def _apart(outputs: Mapping[str, Any], written: Mapping[str, torch.Tensor]) -> M
         return value.clone() if shared else value
 
     return {name: apart(value) for name, value in outputs.items()} if written else outputs
+
+
+def _refuse_lost(session: Session) -> None:
+    if session.lost is not None:
+        raise RefusedError(
+            f"{session.lost}, which a run by the schedule would not do",
+            remedy="keep what a call leaves in tensors, constants and counters, and draw numbers before the call",
+        )
 
 
 def brief(error: Exception) -> str:
