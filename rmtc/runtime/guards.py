@@ -19,7 +19,7 @@ from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, is_plain, names_of, user_code
 
-__all__ = ["ArgumentGuard", "StateGuard", "global_hooks", "hook_tables", "hooked", "modes"]
+__all__ = ["ArgumentGuard", "StateGuard", "alike", "global_hooks", "hook_tables", "hooked", "modes"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
@@ -151,7 +151,7 @@ class ArgumentGuard:
 
     @staticmethod
     def _alike(one: Any, other: Any) -> bool:
-        return one is other or (one == other if isinstance(one, _Given) else _equal(one, other))
+        return one is other or (one == other if isinstance(one, _Given) else alike(one, other))
 
 
 def _getter(slot: Slot) -> tuple[Callable[[Any, Any], Any], Any, Any]:
@@ -295,10 +295,10 @@ def _stands_in(old: Any, new: Any) -> bool:
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
         # Its content is read anew in each call. A parameter is known by its identity.
         return not isinstance(old, nn.Parameter) and type(old) is type(new) and _like(old, new)
-    return _equal(old, new)
+    return alike(old, new)
 
 
-def _equal(one: Any, other: Any) -> bool:
+def alike(one: Any, other: Any) -> bool:
     """Whether two values are the same data: -0.0 is not 0.0, nor True 1."""
     return type(one) is type(other) and is_plain(one) and is_plain(other) and repr(one) == repr(other)
 

@@ -19,7 +19,7 @@ from rmtc.capture.effects import Effect, Ref
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, Snapshot, is_plain
-from rmtc.errors import RefusedError, VerifyError
+from rmtc.errors import RefusedError, RmtcError, VerifyError
 from rmtc.ir.program import Val
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.group import run_schedule
@@ -60,6 +60,7 @@ class Variant:
         effects: what a call leaves in Python.
         entries: what the places that a call writes held before it, for all that is known not to matter.
         refused: sizes that do not follow the program after what a call has found in the places that it writes, and why.
+        counter: why no later call is this capture's: each finds another number in a place where calls count.
         failed: sizes whose runs failed, how often, and why.
     """
 
@@ -78,6 +79,7 @@ class Variant:
     _varying: dict[int, frozenset[int]] = field(default_factory=dict)
     _written: tuple[str, ...] = ()
     refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
+    counter: str | None = None
     failed: dict[Sizes, tuple[int, str]] = field(default_factory=dict)
 
     @staticmethod
@@ -95,6 +97,7 @@ class Variant:
             raise RefusedError(
                 (proof.reason if proof is not None else None) or "no schedule was found",
                 location=cycle[-1].location if cycle else None,
+                remedy="rmtc.explain says what the model allows; compile another one, or leave this one as it is",
                 cycle=cycle,
             )
         schedule = run_schedule(proven.schedule)
@@ -262,8 +265,13 @@ class Variant:
         if len(run.effects) != len(self.effects):
             raise RefusedError("the call returns or leaves something else than the first one did")
         for name, value in run.plain.items():
-            if value != self._plain(name, few.segments):
-                raise RefusedError(f"{name.removeprefix('state:')} depends on what the call before has left in it")
+            expected = self._plain(name, few.segments)
+            if value != expected:
+                place = name.removeprefix("state:")
+                starts = [(each.slot.value, _now(each.slot)) for each in self.effects if each.content == Ref(name)]
+                if any(_advances(*each, expected, value) for each in starts):
+                    self.counter = f"{place} counts, and what a call does may depend on it"
+                raise RefusedError(f"{place} depends on what the call before has left in it")
 
     def run(self, ready: Ready) -> tuple[Any, Run]:
         """Run a call.
@@ -328,6 +336,11 @@ def _apart(outputs: Mapping[str, Any], written: Mapping[str, torch.Tensor]) -> M
     return {name: apart(value) for name, value in outputs.items()} if written else outputs
 
 
+def _advances(start: Any, now: Any, left: Any, leaves: Any) -> bool:
+    """Whether a number that a call leaves is further from what it found by the same amount."""
+    return all(type(each) in (int, float) for each in (start, now, left, leaves)) and left - start == leaves - now
+
+
 def _refuse_lost(session: Session) -> None:
     if session.lost is not None:
         raise RefusedError(
@@ -338,7 +351,8 @@ def _refuse_lost(session: Session) -> None:
 
 def brief(error: Exception) -> str:
     """An exception in a line."""
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    what = error.reason if isinstance(error, RmtcError) else str(error)
+    return f"{type(error).__name__}: {what}".strip().splitlines()[0]
 
 
 def _inputs(arguments: Arguments) -> dict[str, torch.Tensor]:
