@@ -145,7 +145,7 @@ KINDS: dict[str, Callable[[], Exception]] = {
 }
 
 
-QUICK = ("rewrite", "moving weights", "a later effect")
+QUICK = ("moving weights", "a later effect")
 KNOWN = ("capturing", "rewrite", "moved weights", "replay", "the first launch")
 CASES = [
     pytest.param(stage, kind, marks=[] if stage in QUICK and kind == "unknown" else pytest.mark.slow)
@@ -204,6 +204,7 @@ def test_a_fault_at_any_stage(stage: str, kind: str, monkeypatch: pytest.MonkeyP
     assert rmtc.stats(fast).runs == 1 and not rmtc.stats(fast).fallbacks
 
 
+@pytest.mark.slow
 def test_a_fault_that_stays_is_not_captured_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = Buffered().double()

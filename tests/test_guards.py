@@ -7,7 +7,7 @@ import copy
 import functools
 import types
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import numpy
@@ -489,20 +489,16 @@ def a_method_of_torch(model: Model) -> Generator[None, None, None]:
     nn.LayerNorm.forward = old  # type: ignore[method-assign]
 
 
-QUICK = (
-    *("rate, a little", "offset", "config.inner.bias", "a module replaced", "weights[0]", "an_attribute_added"),
-    *("a_closure_cell", "a_parameter_replaced", "a_global", "a_helper_of_a_class", "a_default_of_forward", "a_set"),
-)
+QUICK = ("a module replaced", "weights[0]", "an_attribute_added", "a_closure_cell", "a_global", "a_helper_of_a_class")
+
+
+def some_slow(names: Iterable[str], quick: Collection[str]) -> list[Any]:
+    """Names as parameters; those that are not among the quick ones are slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in (*OF_THE_MODEL, *OF_THE_PROCESS)
-    ],
-)
+@pytest.mark.parametrize("name", some_slow((*OF_THE_MODEL, *OF_THE_PROCESS), QUICK))
 def test_what_is_changed_is_never_stale(name: str, both: Pair) -> None:
     where = OF_THE_MODEL if name in OF_THE_MODEL else OF_THE_PROCESS
     hidden = text()
@@ -527,7 +523,9 @@ def test_what_is_changed_is_never_stale(name: str, both: Pair) -> None:
     assert counts(both.fast)[1] > runs and counts(both.fast)[2] <= others + 1  # by its schedule again
 
 
-# Arguments
+# Arguments and modes
+
+MODES = ["dtype", "default dtype", "inference mode", "autocast", "autocast to another", "determinism"]
 
 
 def arguments() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -548,6 +546,7 @@ def arguments() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
 def test_arguments_of_every_structure(both: Pair) -> None:
     with torch.no_grad():
@@ -561,9 +560,7 @@ def test_arguments_of_every_structure(both: Pair) -> None:
         assert counts(both.fast)[1] > before[1]
 
 
-@pytest.mark.parametrize(
-    "name", ["dtype", "default dtype", "inference mode", "autocast", "autocast to another", "determinism"]
-)
+@pytest.mark.parametrize("name", some_slow(MODES, ["autocast"]))
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
 def test_modes(name: str, both: Pair) -> None:
     @contextlib.contextmanager
@@ -598,7 +595,7 @@ def test_modes(name: str, both: Pair) -> None:
             for model in both:
                 model.float()
                 for layer in model.layers:
-                    layer.offset = layer.offset.float()  # type: ignore[union-attr,operator]
+                    layer.offset = layer.offset.float()
             hidden = hidden.float()
         with modes[name]:
             expected, result = both.plain(hidden), both.fast(hidden)
@@ -606,7 +603,7 @@ def test_modes(name: str, both: Pair) -> None:
             for model in both:
                 model.double()
                 for layer in model.layers:
-                    layer.offset = layer.offset.double()  # type: ignore[union-attr,operator]
+                    layer.offset = layer.offset.double()
         assert result.dtype == expected.dtype
         tolerance = (
             1e-10 if name in ("default dtype", "inference mode", "determinism") else 1e-4 if name == "dtype" else 5e-2
@@ -647,7 +644,8 @@ def test_a_kernel_of_attention_that_is_asked_for_is_no_guard() -> None:
     assert rmtc.stats(fast).runs == 2
 
 
-def test_modes_that_alternate_move_no_weights() -> None:
+@pytest.mark.slow
+def test_modes_that_alternate() -> None:
     pair = made()
     with torch.no_grad():
         pair.fast(text())
@@ -657,3 +655,10 @@ def test_modes_that_alternate_move_no_weights() -> None:
         pair.fast(text())
         assert rmtc.stats(pair.fast).captures == 2
         same(pair.fast(text()), pair.plain(text()))
+
+
+def test_a_list_is_no_tuple(both: Pair) -> None:
+    one = torch.ones(1, dtype=torch.float64)
+    with torch.no_grad():
+        for pair in ((one, 2 * one), [one, 2 * one]):
+            same(both.fast(text(), pair=pair), both.plain(text(), pair=pair))

@@ -78,6 +78,7 @@ class Variant:
     _parameters: list[nn.Parameter] = field(default_factory=list)
     _varying: dict[int, frozenset[int]] = field(default_factory=dict)
     _written: tuple[str, ...] = ()
+    _unmoved: tuple[str, ...] = ()
     refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
     failed: dict[Sizes, tuple[int, str]] = field(default_factory=dict)
@@ -132,6 +133,7 @@ class Variant:
             if isinstance(lifted.tensor, nn.Parameter):
                 variant._parameters.append(lifted.tensor)
         variant._shapes = {name: _metadata(slot.value) for name, slot in variant._slots.items()}
+        variant._unmoved = tuple(name for name in variant._slots if name not in weights.places)
         names = [*variant._slots, *map(show, session.arguments.tensors())]
         variant._written = tuple(name for name in names if f"write:{name}" in proven.loop.outputs)
         for number, effect in enumerate(first.effects):
@@ -193,8 +195,8 @@ class Variant:
         values = {name: _now(slot) for name, slot in self._slots.items()}
         if not self.weights.in_place(values):
             return None
-        for name, shape in self._shapes.items():
-            if name not in self.weights.places and _metadata(values[name]) != shape:
+        for name in self._unmoved:
+            if _metadata(values[name]) != self._shapes[name]:
                 return None
         values.update(_inputs(arguments))
         return None if self._written and self._overlap(values) else Ready(sizes, values)
