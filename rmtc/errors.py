@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["CaptureError", "FallbackWarning", "Location", "RefusedError", "RmtcError", "VerifyError"]
 
@@ -36,6 +36,9 @@ class RmtcError(RuntimeError):
         self.remedy = remedy
         super().__init__(self.render())
 
+    def __reduce__(self) -> Any:  # copies and pickles: the message is made already
+        return _again, (type(self), self.args, dict(vars(self)))
+
     def render(self) -> str:
         lines = [self.title]
         if self.location is not None:
@@ -44,6 +47,12 @@ class RmtcError(RuntimeError):
         if self.remedy:
             lines.append(f"  do:    {self.remedy}")
         return "\n".join(lines)
+
+
+def _again(kind: type[RmtcError], args: tuple[Any, ...], state: dict[str, Any]) -> RmtcError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(state)
+    return error
 
 
 class CaptureError(RmtcError):

@@ -107,6 +107,7 @@ def open_capture(
     kwargs: dict[str, Any],
     segment_length: int | None = None,
     watch: Callable[[str, str], None] | None = None,
+    own_hooks: bool = True,
 ) -> Capture:
     """Find what grows in a call.
 
@@ -115,11 +116,12 @@ def open_capture(
         args, kwargs: the call's arguments.
         segment_length: the user's hint.
         watch: see :class:`Capture`.
+        own_hooks: see :class:`rmtc.capture.session.Session`.
 
     Raises:
         CaptureError: if no loop over segments is found.
     """
     start = time.perf_counter()
-    session = Session(function, args, kwargs)
+    session = Session(function, args, kwargs, own_hooks)
     plan = probe(session, segment_length)
     return Capture(session, plan, watch, {"probe": time.perf_counter() - start})

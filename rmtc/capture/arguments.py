@@ -50,14 +50,16 @@ class Arguments:
         return found
 
     def leaves(self) -> dict[Path, Any]:
-        """What is given, by path, in order."""
+        """What is given, by path, in order; at the path of a container its type, and its keys."""
         found: dict[Path, Any] = {}
 
         def visit(path: Path, value: Any) -> None:
             if isinstance(value, (list, tuple)) and value:
+                found[path] = type(value)
                 for index, item in enumerate(value):
                     visit((*path, index), item)
             elif isinstance(value, dict) and value:
+                found[path] = f"{type(value).__qualname__} of {list(value)}"
                 for key, item in value.items():
                     visit((*path, key), item)
             elif isinstance(value, torch.Tensor):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import CellType
 from typing import Any, NamedTuple
 
 import torch
@@ -57,11 +59,52 @@ class Effect:
         """
         owner = self.slot.owner
         if self.whole:
-            owner[:] = fill(self.content, values)
+            items = fill(self.content, values)
+            owner.clear()
+            owner.extend(items)
         elif self.content is GONE:
             del owner[self.slot.key]
         else:
             self.slot.put(fill(self.content, values))
+
+    def saved(self) -> Callable[[], None]:
+        """What puts the place back as it is now."""
+        owner, key = self.slot.owner, self.slot.key
+        if self.whole or (isinstance(owner, dict) and (self.content is GONE or key not in owner)):
+            return _container_saved(owner)
+        held = _held(owner, key)
+        return functools.partial(self.slot.put, held) if held is not GONE else functools.partial(_delete, owner, key)
+
+
+def _held(owner: Any, key: Any) -> Any:
+    if isinstance(owner, dict):
+        return owner[key]
+    if isinstance(owner, type):
+        return vars(owner).get(key, GONE)
+    try:
+        return owner.cell_contents if isinstance(owner, CellType) else getattr(owner, key, GONE)
+    except ValueError:  # an empty cell
+        return GONE
+
+
+def _delete(owner: Any, key: Any) -> None:
+    if not isinstance(owner, CellType):
+        delattr(owner, key)
+    elif _held(owner, key) is not GONE:
+        del owner.cell_contents
+
+
+def _container_saved(owner: Any) -> Callable[[], None]:
+    content = dict(owner) if isinstance(owner, dict) else list(owner)
+
+    def put_back() -> None:
+        owner.clear()
+        if isinstance(owner, dict):
+            owner.update(content)
+        else:
+            owner.extend(content)
+
+    return put_back
 
 
 def fill(content: Any, values: Mapping[str, Any]) -> Any:
@@ -113,6 +156,10 @@ def find_effects(session: Session, before: list[Slot], results: Mapping[str, Any
             remedy="keep tensors, and lists, tuples and dicts of them, in attributes",
         )
 
+    if any(owner != held for owner, held in session.snapshot.sets()):
+        session.lost = "the call changes a set"
+    if any((array != held).any() for array, held in session.snapshot.arrays):
+        session.lost = "the call writes to a numpy array"
     found: dict[tuple[int, Any], Effect] = {}
     for slot in after:
         if id(slot.owner) not in persistent:

@@ -48,9 +48,12 @@ class Session:
     Args:
         function: a module or a function.
         args, kwargs: the call's arguments; tensors may be on the meta device.
+        own_hooks: whether the module's own hooks are part of its call.
     """
 
-    def __init__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], own_hooks: bool = True
+    ) -> None:
         while isinstance(function, functools.partial):
             args, kwargs, function = (*function.args, *args), {**function.keywords, **kwargs}, function.func
         self.function = function
@@ -68,7 +71,11 @@ class Session:
             for path, leaf in pytree.tree_flatten_with_path(value)[0]:
                 if isinstance(leaf, nn.Module) or (hasattr(leaf, "__dict__") and not isinstance(leaf, torch.Tensor)):
                     self.roots[name + pytree.keystr(path)] = leaf
-        self.snapshot = Snapshot(self.roots)
+        hidden: tuple[Any, ...] = ()
+        if isinstance(function, nn.Module) and not own_hooks:
+            hidden = function._forward_hooks, function._forward_pre_hooks
+        self.without = frozenset(map(id, hidden))
+        self.snapshot = Snapshot(self.roots, self.without)
         self.modules: dict[int, Slot] = {}
         for slot in self.snapshot.slots:
             if isinstance(slot.value, nn.Module):
@@ -77,6 +84,7 @@ class Session:
         self.lifted = self._lift(self.snapshot.slots)
         self._index = {id(lifted.tensor): i for i, lifted in enumerate(self.lifted)}
         self._stand_ins: list[torch.Tensor] | None = None
+        self.lost: str | None = None  # what the code was seen to do that no program does
         self.writes = False  # whether the code was seen to write to a tensor
 
     def _lift(self, slots: list[Slot]) -> list[Lifted]:
@@ -151,7 +159,7 @@ class Session:
 
     def state(self) -> list[Slot]:
         """Every slot as it is now: to be read while stand-ins are installed, after the user's code ran."""
-        return walk(self.roots)
+        return walk(self.roots, self.without)
 
     def all_modules(self) -> list[nn.Module]:
         """Every module in reach, the function itself included."""
@@ -178,11 +186,19 @@ class Session:
         """
         try:
             with _compiler_flags():
-                return self._call_user(args, kwargs)
+                drawn = self.snapshot.random_state()
+                result = self._call_user(args, kwargs)
+                self._note_drawn(drawn)
+                return result
         except RmtcError:
             raise
         except Exception as error:
             raise translate(error) from error
+
+    def _note_drawn(self, before: list[bytes]) -> None:
+        """A number that Python draws is another one in each call, and would stay the same in a captured one."""
+        if self.snapshot.random_state() != before:
+            self.lost = "the forward draws random numbers in Python (random or numpy.random), or seeds a generator"
 
     def _call_user(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.function(*args, **kwargs)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import pickle
+import random
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -19,7 +21,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-__all__ = ["Slot", "Snapshot", "is_plain", "named_functions", "replace_tensors", "state_functions", "uncached", "walk"]
+__all__ = [
+    "Code",
+    "Slot",
+    "Snapshot",
+    "is_plain",
+    "names_of",
+    "replace_tensors",
+    "state_functions",
+    "uncached",
+    "user_code",
+    "walk",
+]
 
 # Packages whose own globals and classes hold no state of the user's.
 _LIBRARIES = ("torch", "transformers", "numpy", "builtins", "typing", "collections", "functools", "einops", "rmtc.")
@@ -123,17 +136,46 @@ def _globals(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any]
                 spaces.append(vars(value))
 
 
-def named_functions(roots: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], Any]]:
-    """The functions and classes that the user's functions name as globals: name, where it is, value."""
+class Code(NamedTuple):
+    """What the user's code is made of, as far as a call may use it.
+
+    Attributes:
+        functions: every function of the user's.
+        named: the functions and classes that they name as globals: name, where it is, value.
+        classes: the user's classes whose objects are in reach.
+    """
+
+    functions: list[types.FunctionType]
+    named: list[tuple[str, dict[str, Any], Any]]
+    classes: list[type]
+
+
+def user_code(roots: dict[str, Any], slots: Sequence[Slot]) -> Code:
+    """The user's code that a call may run.
+
+    Args:
+        roots, slots: what was given to :func:`walk`, and what it found.
+    """
     seen: set[int] = set()
-    kinds = {type(slot.value) for slot in walk(roots) if isinstance(slot.value, nn.Module)}
-    kinds |= {type(root) for root in roots.values()}
-    candidates = [attribute for kind in kinds for base in kind.__mro__ for attribute in vars(base).values()]
-    for candidate in (*roots.values(), *candidates):
-        for function in state_functions(candidate, seen):
-            for name, space, value in _globals(function):
-                if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
-                    yield name, space, value
+    values = [*roots.values(), *(slot.value for slot in slots)]
+    kinds = {type(value): None for value in values if isinstance(value, nn.Module) or _is_record(value)}
+    kinds.update((value, None) for value in values if isinstance(value, type))
+    bases = {base: None for kind in kinds for base in kind.__mro__}
+    candidates = [attribute for base in bases for attribute in list(vars(base).values())]
+    functions = [each for value in (*values, *candidates) for each in state_functions(value, seen)]
+    named = [
+        (name, space, value)
+        for function in functions
+        for name, space, value in _globals(function)
+        if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType))
+    ]
+    named = list({(id(space), name): (name, space, value) for name, space, value in named}.values())
+    return Code(functions, named, [base for base in bases if not _from_library(base.__module__)])
+
+
+def names_of(function: types.FunctionType) -> Iterator[str]:
+    """The globals and attributes that a function's code names."""
+    return _names(function.__code__)
 
 
 def _contents(cell: types.CellType) -> Any:
@@ -143,15 +185,16 @@ def _contents(cell: types.CellType) -> Any:
         return None
 
 
-def walk(roots: dict[str, Any]) -> list[Slot]:
+def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
     """Every slot reachable from the roots, each place once, in a stable order; no two have the same name.
 
     Args:
         roots: values by name: modules, functions, containers, objects. The name ``""`` gives module paths as
             ``named_parameters`` spells them.
+        without: the ids of containers that are not looked into.
     """
     slots: list[Slot] = []
-    seen: set[int] = set()
+    seen: set[int] = set(without)
     functions: set[int] = set()
     places: set[tuple[int, Any]] = set()
     names: dict[str, int] = {}
@@ -285,12 +328,12 @@ class Snapshot:
     """Attributes and containers as they were, to be restored by identity and content.
 
     Args:
-        roots: see :func:`walk`.
+        roots, without: see :func:`walk`.
     """
 
-    def __init__(self, roots: dict[str, Any]) -> None:
-        self._roots = roots
-        self.slots = slots = walk(roots)
+    def __init__(self, roots: dict[str, Any], without: Set[int] = frozenset()) -> None:
+        self._roots, self._without = roots, without
+        self.slots = slots = walk(roots, without)
         self.plain = {slot.name: slot.value for slot in slots if is_plain(slot.value)}
         self._saved: list[_Saved] = []
         self._places: list[Slot] = []
@@ -314,16 +357,31 @@ class Snapshot:
                     self._saved.append(_Saved(owner, content))
         self._known = {(id(slot.owner), slot.key) for slot in self._places}
         arrays = [slot.value for slot in slots if type(slot.value).__name__ == "ndarray"]
-        self._arrays = [(array, array.copy()) for array in arrays]
+        self.arrays = [(array, array.copy()) for array in arrays]
+        self._generators = [slot.value for slot in slots if _is_generator(slot.value)]
+        self._drawn = [*map(_generator_state, self._generators)]
 
     def owners(self) -> list[Any]:
         """The containers and objects that hold state."""
         return [*(saved.owner for saved in self._saved), *(slot.owner for slot in self._places)]
 
+    def random_state(self) -> list[bytes]:
+        """Where random numbers are: Python's, numpy's, those of generators in reach; of torch's the seed."""
+        numpy = sys.modules.get("numpy")
+        common = [pickle.dumps(random.getstate()), pickle.dumps(torch.random.initial_seed())]
+        common += [pickle.dumps(numpy.random.get_state())] if numpy is not None else []
+        return [*common, *map(_generator_state, self._generators)]
+
+    def sets(self) -> Iterator[tuple[set[Any], set[Any]]]:
+        """Sets in reach, with what they held."""
+        return ((saved.owner, saved.content) for saved in self._saved if isinstance(saved.owner, set))
+
     def restore(self) -> None:
         """Put every container and attribute back as it was."""
-        for array, content in self._arrays:
+        for array, content in self.arrays:
             array[...] = content
+        for generator, state in zip(self._generators, self._drawn, strict=True):
+            _set_generator_state(generator, state)
         for saved in self._saved:
             owner, content = saved.owner, saved.content
             if isinstance(owner, types.CellType):
@@ -354,12 +412,37 @@ class Snapshot:
                 current = getattr(owner, slot.key, _EMPTY)
             if current is not slot.value:
                 slot.put(slot.value)
-        for slot in walk(self._roots):  # globals and class attributes that were not there before
+        for slot in walk(self._roots, self._without):  # globals and class attributes that were not there before
             if isinstance(slot.owner, (type, dict)) and (id(slot.owner), slot.key) not in self._known:
                 if isinstance(slot.owner, type):
                     delattr(slot.owner, slot.key)
                 elif "__builtins__" in slot.owner:
                     del slot.owner[slot.key]
+
+
+def _is_generator(value: object) -> bool:
+    if isinstance(value, random.Random):
+        return not isinstance(value, random.SystemRandom)
+    kind = type(value)
+    return kind.__name__ in ("Generator", "RandomState") and kind.__module__.partition(".")[0] == "numpy"
+
+
+def _generator_state(generator: Any) -> bytes:
+    if isinstance(generator, random.Random):
+        return pickle.dumps(generator.getstate())
+    return pickle.dumps(_bits(generator).state)
+
+
+def _set_generator_state(generator: Any, state: bytes) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(pickle.loads(state))
+    else:
+        _bits(generator).state = pickle.loads(state)
+
+
+def _bits(generator: Any) -> Any:
+    """The bit generator of one of numpy's generators, old or new."""
+    return generator._bit_generator if hasattr(generator, "_bit_generator") else generator.bit_generator
 
 
 def _tables(value: Any) -> tuple[Any, ...]:

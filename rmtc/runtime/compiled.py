@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import logging
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -23,23 +24,43 @@ from rmtc.capture import open_capture
 from rmtc.capture.arguments import Arguments, argument_names
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
-from rmtc.errors import FallbackWarning, Location, RefusedError, RmtcError
+from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError
 from rmtc.ir.schedule import L, S
 from rmtc.runtime.backends import Backend
 from rmtc.runtime.executor import Executor
-from rmtc.runtime.guards import ArgumentGuard, hook_tables, hooked, modes
-from rmtc.runtime.lock import SharedLock
+from rmtc.runtime.guards import ArgumentGuard, StateGuard, alike, global_hooks, hook_tables, hooked, modes
+from rmtc.runtime.lock import LOCK
 from rmtc.runtime.stats import LastRun, Stats
-from rmtc.runtime.variant import Ready, Variant
+from rmtc.runtime.variant import Ready, Variant, brief
 from rmtc.runtime.weights import refuse_elsewhere
 
 __all__ = ["Compiled", "Options"]
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 8  # at admitting a call that others interfere with
+_RUNS = 3  # a run that failed for some sizes is tried that often in all
+_CAPTURES = 2  # and a capture that an error inside rmtc ended
+_ROUNDS = 8  # other threads may change the model between what is decided and what is done
+_FAILED = "the run by the schedule failed; please report it"
+_PROBES = 32  # calls of other structures that turned out to be of one segment
 
-_thread = threading.local()
+
+class _Thread(threading.local):
+    """What a thread is about.
+
+    Attributes:
+        capturing: how many captures it is in.
+        root: what is captured, until its forward runs.
+        active: ids of those whose call it runs as it is.
+    """
+
+    def __init__(self) -> None:
+        self.capturing = 0
+        self.root: Compiled | None = None
+        self.active: list[int] = []
+
+
+_thread = _Thread()
 
 
 @dataclass(frozen=True)
@@ -62,12 +83,44 @@ class _Run:
     ready: Ready
 
 
+@dataclass
+class _Known:
+    """What is known of calls of one structure that are not scheduled, as long as the state they can see is the same."""
+
+    short: ArgumentGuard | None = None
+    refusal: RmtcError | None = None
+    state: StateGuard | None = None
+    tries: int = 0
+    errors: int = 0  # inside rmtc
+    broken: _Eager | None = None  # the last of them
+    settled: bool = False
+
+    def holds(self) -> bool:
+        """Whether what the refused call could see is still there."""
+        return self.state is not None and self.state.differs() is None
+
+    def settle(self) -> None:
+        """What the call itself changes does not count: to be called when it has run for the first time."""
+        if self.state is not None and not self.settled:
+            self.state.forget()
+            self.settled = True
+
+
 @dataclass(frozen=True)
 class _Eager:
-    """The call runs as it is: silently if it is no loop over segments, else for a reason."""
+    """The call runs as it is: silently if it is no loop over segments, else for a reason.
+
+    Attributes:
+        reason: why; what two calls have in common is said once.
+        error: what is raised in strict mode.
+        detail: what may be another in each call.
+        known: from an earlier call.
+    """
 
     reason: str | None = None
     error: RmtcError | None = None
+    detail: str = ""
+    known: _Known | None = None
 
 
 @dataclass(frozen=True)
@@ -86,14 +139,6 @@ class _Capture:
 
 
 _Decision: TypeAlias = _Run | _Eager | _Admit | _Capture
-
-
-@dataclass
-class _Known:
-    """What is known of calls of one structure that are not scheduled."""
-
-    short: ArgumentGuard | None = None
-    refusal: RmtcError | None = None
 
 
 class Compiled:
@@ -115,12 +160,11 @@ class Compiled:
         self._inner: Callable[..., Any] = inner
         self.stats = Stats()
         self.disabled = 0
-        self.lock = SharedLock()
         self.variants: list[Variant] = []
         self._known: dict[Any, _Known] = {}
         self._warned: set[str] = set()
-        self._captures = 0
-        self._signature = _signature(self._inner)
+        self._captures = self._probes = 0
+        self._default_values = _signature(self._inner)
         self._name_cache: dict[int, tuple[str, ...]] = {}
         self._counts = threading.Lock()
         self._hooks: tuple[list[nn.Module], list[Mapping[int, Any]]] | None = None
@@ -132,48 +176,83 @@ class Compiled:
         return self.function(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._off():
+        if _thread.capturing:
+            return self._captured_call(args, kwargs)
+        if torch.compiler.is_compiling() and (LOCK.free or not LOCK.elsewhere):
             return self.eager(*args, **kwargs)
+        if self._off():
+            with LOCK.shared():
+                return self.eager(*args, **kwargs)
         if isinstance(self.function, nn.Module):
             return self._with_hooks(self.function, args, kwargs)
-        return self._call(args, kwargs)
+        return self._call(args, kwargs, self.function)
 
     def _off(self) -> bool:
         return bool(
             self.disabled
-            or getattr(_thread, "capturing", 0)
             or os.environ.get("RMTC_DISABLE", "0") not in ("", "0")
-            or torch.compiler.is_compiling()
             or _stance() == "force_eager"
+            or torch._C._get_tracing_state()
         )
+
+    def _captured_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call under stand-ins: as it is, but for the hooks that fire around the compiled call."""
+        if _thread.root is not self or not isinstance(self.function, nn.Module):
+            if _thread.root is None and isinstance(self.function, nn.Module) and self.function._forward_hooks:
+                raise CaptureError("the model is called inside itself, and has hooks")
+            return self.eager(*args, **kwargs)
+        _thread.root = None
+        try:
+            return self.function.forward(*args, **kwargs)
+        finally:
+            _thread.root = self
 
     def _with_hooks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's own hooks fire around the call, as `nn.Module` has it."""
         if module._backward_hooks or module._backward_pre_hooks:
-            return self._run_eager(_Eager("there is a backward hook on the module"), args, kwargs)
+            return self._locked_eager(_Eager("there is a backward hook on the module"), args, kwargs)
+        if global_hooks():
+            return self._locked_eager(_Eager(global_hooks()), args, kwargs)
         if not module._forward_hooks and not module._forward_pre_hooks:
-            return self._call(args, kwargs)
-        for key, before in list(module._forward_pre_hooks.items()):
-            if key in module._forward_pre_hooks_with_kwargs:
-                changed = before(module, args, kwargs)
-                if changed is not None:
-                    args, kwargs = changed
-            else:
-                changed = before(module, args)
-                if changed is not None:
-                    args = changed if isinstance(changed, tuple) else (changed,)
+            return self._call(args, kwargs, module.forward)
         called: set[int] = set()
+        result = None
         try:
-            result = self._call(args, kwargs)
+            for key, before in list(module._forward_pre_hooks.items()):
+                args, kwargs = self._before(module, key, before, args, kwargs)
+            result = self._call(args, kwargs, module.forward)
             for key, after in list(module._forward_hooks.items()):
                 called.add(key)
                 result = self._after(module, key, after, args, kwargs, result)
         except Exception:
             for key, after in list(module._forward_hooks.items()):
                 if key in module._forward_hooks_always_called and key not in called:
-                    self._after(module, key, after, args, kwargs, None)
+                    try:
+                        result = self._after(module, key, after, args, kwargs, result)
+                    except Exception as error:  # noqa: BLE001 (as nn.Module does)
+                        warnings.warn(
+                            "module forward hook with ``always_call=True`` raised an exception that was silenced as "
+                            f"another error was raised in forward: {error}",
+                            stacklevel=_user_level(),
+                        )
             raise
         return result
+
+    @staticmethod
+    def _before(module: nn.Module, key: int, hook: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if key in module._forward_pre_hooks_with_kwargs:
+            changed = hook(module, args, kwargs)
+            if changed is None:
+                return args, kwargs
+            if isinstance(changed, tuple) and len(changed) == 2:
+                return changed
+            raise RuntimeError(
+                f"forward pre-hook must return None or a tuple of (new_args, new_kwargs), but got {changed}."
+            )
+        changed = hook(module, args)
+        if changed is None:
+            return args, kwargs
+        return changed if isinstance(changed, tuple) else (changed,), kwargs
 
     @staticmethod
     def _after(module: nn.Module, key: int, hook: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> Any:
@@ -181,34 +260,52 @@ class Compiled:
         changed = hook(module, *given, result)
         return result if changed is None else changed
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _locked_eager(self, decision: _Eager, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with LOCK.shared():
+            return self._run_eager(decision, self.eager, args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], before: Callable[..., Any]) -> Any:
+        """Run a call by its schedule, or as it was before.
+
+        Args:
+            args, kwargs: the call's.
+            before: what was called before.
+        """
         start = time.perf_counter()
-        inside = self.lock.held
-        arguments = self._arguments(args, kwargs)
-        captured, admitted = False, 0
+        inside = id(self) in _thread.active  # a call inside a call: the one around it holds the model
+        captured, rounds = False, 0
+        broken: _Eager | None = None
         while True:  # decided, captured, admitted, run
-            with self.lock.shared():
-                decision = self._decide(arguments)
+            with LOCK.shared():
+                try:
+                    arguments = self._arguments(args, kwargs)
+                    decision = broken or self._decide(arguments)
+                except Exception as error:  # noqa: BLE001 (logged there)
+                    decision = self._broken("a guard", error)
                 if isinstance(decision, _Capture) and captured:
                     why = decision.differences[0] if decision.differences else "another thread changes the model"
-                    decision = _Eager(f"a capture of this very call is not its own: {why}")
-                if isinstance(decision, _Admit) and admitted == _ATTEMPTS:
-                    decision = _Eager("another thread moves or changes the model's weights meanwhile")
+                    decision = _Eager("a capture of this very call is not its own", detail=why)
                 if isinstance(decision, _Run):
                     try:
                         return self._run(decision, time.perf_counter() - start)
                     except Exception as error:
                         if self.options.strict:
+                            error.add_note(
+                                "rmtc: the run by the schedule failed; under rmtc.disabled it runs as before"
+                            )
                             raise
-                        return self._after_failure(decision, error, args, kwargs)
-                if inside and not isinstance(decision, _Eager):
-                    decision = _Eager()  # called inside itself: the call around it holds the model
+                        return self._after_failure(decision, error, before, args, kwargs)
+                if (inside and not isinstance(decision, _Eager)) or (isinstance(decision, _Admit) and rounds > _ROUNDS):
+                    decision = _Eager()
                 if isinstance(decision, _Eager):
-                    return self._run_eager(decision, args, kwargs)
+                    return self._run_eager(decision, before, args, kwargs)
             captured = captured or isinstance(decision, _Capture)
-            admitted += isinstance(decision, _Admit)
-            with self.lock.alone():
-                self._work(decision, arguments)
+            rounds += 1
+            with LOCK.alone() as alone:
+                if alone:
+                    broken = self._work(decision, arguments)
+                else:
+                    inside = True
 
     def run_once(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that is ready by its schedule, whatever modes are on: for those who want to watch it.
@@ -217,7 +314,7 @@ class Compiled:
             RefusedError: if it is not ready.
         """
         arguments = self._arguments(args, kwargs)
-        with self.lock.shared():
+        with LOCK.shared():
             for variant in self.variants:
                 sizes = variant.match(arguments)
                 ready = None if isinstance(sizes, str) else variant.ready(arguments, sizes)
@@ -225,24 +322,57 @@ class Compiled:
                     return variant.run(ready)[0]
         raise RefusedError("the call has not run by its schedule before")
 
-    def _after_failure(self, decision: _Run, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _broken(self, stage: str, error: Exception) -> _Eager:
+        """An error inside rmtc breaks no call of the user's.
+
+        Raises:
+            RmtcError: in strict mode.
+        """
+        what = brief(error)
+        made = RmtcError(
+            f"an error inside rmtc, in {stage}: {what}",
+            remedy="report it, please, with the traceback that logging (rmtc, level DEBUG) shows",
+        )
+        logger.debug("an error inside rmtc, in %s", stage, exc_info=error)
+        if self.options.strict:
+            raise made from error
+        return _Eager(f"an error inside rmtc, in {stage}; please report it", made, what)
+
+    def _after_failure(
+        self,
+        decision: _Run,
+        error: Exception,
+        before: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """Run as before. Nothing was written yet; what is wrong with the user's values is said by the user's code."""
         logger.debug("a scheduled run failed", exc_info=error)
-        result = self.eager(*args, **kwargs)
-        reason = f"the scheduled run failed: {type(error).__name__}: {error}"
-        decision.variant.refused[decision.ready.sizes] = reason
-        self._count(reason)
-        self._warn(reason)
+        result = self._entered(before, args, kwargs)
+        why = decision.variant.fail(decision.ready.sizes, error)
+        self._count(_FAILED)
+        self._warn(_Eager(_FAILED, detail=why))
         return result
+
+    def _entered(self, before: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _thread.active.append(id(self))
+        try:
+            return before(*args, **kwargs)
+        finally:
+            _thread.active.pop()
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The arguments by name, without those that only repeat a default."""
         if self._given or self._named:
             args, kwargs = (*self._given, *args), {**self._named, **kwargs}
-        names, defaults = self._names(len(args)), self._signature
-        kept = {key: value for key, value in kwargs.items() if key not in defaults or value is not defaults[key]}
+        names, defaults = self._names(len(args)), self._default_values
+
+        def repeats(name: str, value: Any) -> bool:
+            return name in defaults and (value is defaults[name] or alike(value, defaults[name]))
+
+        kept = {key: value for key, value in kwargs.items() if not repeats(key, value)}
         count = len(args)
-        while count and names[count - 1] in defaults and args[count - 1] is defaults[names[count - 1]]:
+        while count and repeats(names[count - 1], args[count - 1]):
             count -= 1
         return Arguments(args[:count], kept, tuple(names[:count]))
 
@@ -271,23 +401,33 @@ class Compiled:
                 differences.append(sizes)
             elif sizes.segments < 2:
                 return _Eager()
-            elif sizes in variant.refused:
-                differences.append(variant.refused[sizes])
+            elif variant.failed.get(sizes, (0, ""))[0] >= _RUNS:
+                return _Eager(_FAILED, detail=variant.failed[sizes][1])
+            elif variant.counter is None and variant.refused and (sizes, variant.entry(sizes.batch)) in variant.refused:
+                differences.append(variant.refused[sizes, variant.entry(sizes.batch)])
             else:
                 ready = variant.ready(arguments, sizes)
-                if not isinstance(ready, str):
-                    return _Run(variant, ready) if ready is not None else _Admit(variant, sizes)
-                differences.append(ready)
+                if isinstance(ready, str):
+                    differences.append(ready)
+                    continue
+                if ready is None and variant.counter is not None and variant.entry(sizes.batch) not in variant.entries:
+                    return _Eager(variant.counter)
+                return _Run(variant, ready) if ready is not None else _Admit(variant, sizes)
         known = self._known.get(self._key(arguments))
-        if known is not None and known.refusal is not None:
-            return _Eager(known.refusal.reason, known.refusal)
-        if known is not None and known.short is not None:
-            sizes = known.short.sizes(arguments)
-            if not isinstance(sizes, str) and sizes.segments < 2:
-                return _Eager()
+        if known is not None and known.broken is not None and known.errors >= _CAPTURES:
+            return known.broken
+        if known is not None and (known.state is None or known.tries > self.options.recompile_limit or known.holds()):
+            if known.refusal is not None:
+                return _Eager(known.refusal.reason, known.refusal, known=known)
+            if known.short is not None:
+                sizes = known.short.sizes(arguments)
+                if not isinstance(sizes, str) and sizes.segments < 2:
+                    return _Eager(known=known)
         if self._captures > self.options.recompile_limit:
-            logger.info("no more captures: %s", "; ".join(differences))
-            return _Eager(f"recompile_limit = {self.options.recompile_limit} is reached")
+            why = differences[-1] if differences else "a call of another structure"
+            return _Eager(f"recompile_limit = {self.options.recompile_limit} is reached", detail=why)
+        if self._probes > _PROBES:
+            return _Eager(f"{_PROBES} calls of as many structures were of one segment", detail="no more are looked at")
         return _Capture(tuple(differences))
 
     def _key(self, arguments: Arguments) -> Any:
@@ -303,13 +443,15 @@ class Compiled:
 
     def _watched(self) -> str | None:
         if self._hooks is None:
-            modules = (
-                [m for m in self.function.modules() if m is not self.function]
-                if isinstance(self.function, nn.Module)
-                else []
-            )
-            self._hooks = modules, hook_tables(modules)
-        return hooked(*self._hooks)
+            self._watch()
+        return hooked(*self._hooks) if self._hooks is not None else None
+
+    def _watch(self, others: Sequence[nn.Module] = ()) -> None:
+        """Collect the tables of hooks of every module in reach."""
+        known = [*self.function.modules()] if isinstance(self.function, nn.Module) else []
+        known += [*others, *(each for variant in self.variants for each in variant.state.modules)]
+        modules = [*{id(module): module for module in known if module is not self.function}.values()]
+        self._hooks = modules, hook_tables(modules)
 
     def _wants_gradients(self, arguments: Arguments) -> bool:
         if any(tensor.requires_grad for tensor in arguments.tensors().values()):
@@ -344,13 +486,27 @@ class Compiled:
             )
         return result
 
-    def _run_eager(self, decision: _Eager, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_eager(
+        self, decision: _Eager, before: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         self._count(decision.reason)
         if decision.reason is not None:
             if self.options.strict:
-                raise decision.error or RefusedError(decision.reason)
-            self._warn(decision.reason, decision.error.location if decision.error is not None else None)
-        return self.eager(*args, **kwargs)
+                error = decision.error
+                if isinstance(error, CaptureError) and decision.known is not None:
+                    decision.known.refusal = None  # perhaps this very call fails
+                raise copy.copy(error) if error is not None else RefusedError(_sentence(decision))
+            self._warn(decision)
+        known = decision.known
+        try:
+            result = self._entered(before, args, kwargs)
+        except Exception:
+            if known is not None and known.tries <= self.options.recompile_limit:
+                known.refusal = None  # this very call fails: it says nothing of others
+            raise
+        if known is not None:
+            known.settle()
+        return result
 
     def _count(self, reason: str | None) -> None:
         with self._counts:
@@ -359,78 +515,128 @@ class Compiled:
             else:
                 self.stats.fallbacks[reason] = self.stats.fallbacks.get(reason, 0) + 1
 
-    def _warn(self, reason: str, location: Location | None = None) -> None:
-        if reason in self._warned:
+    def _warn(self, decision: _Eager) -> None:
+        if decision.reason is None:
             return
-        self._warned.add(reason)
+        with self._counts:
+            if decision.reason in self._warned:
+                return
+            self._warned.add(decision.reason)
         name = type(self.function).__name__ if isinstance(self.function, nn.Module) else self._name
+        location = decision.error.location if decision.error is not None else None
         place = f" ({location})" if location is not None else ""
         warnings.warn(
-            f"{name} runs as it did before it was compiled{place}: {reason}", FallbackWarning, stacklevel=_user_level()
+            f"{name} runs as it did before it was compiled{place}: {_sentence(decision)}",
+            FallbackWarning,
+            stacklevel=_user_level(),
         )
 
     @property
     def _name(self) -> str:
         return getattr(self.function, "__qualname__", type(self.function).__name__)
 
-    def _work(self, decision: _Admit | _Capture, arguments: Arguments) -> None:
-        with _capturing():
-            if isinstance(decision, _Admit):
-                variant, sizes = decision.variant, decision.sizes
-                try:
-                    variant.admit(sizes, lambda: self._session(arguments))
-                except RmtcError as error:
-                    logger.info("%s does not follow the capture: %s", sizes, error.reason)
-                    variant.refused[sizes] = error.reason
-                return
-            self._capture(decision, arguments)
+    def _work(self, decision: _Admit | _Capture, arguments: Arguments) -> _Eager | None:
+        """Capture or admit a call, or remember why not.
+
+        Returns:
+            What becomes of this call where an error inside rmtc ended it.
+        """
+        with _capturing(self):
+            if isinstance(decision, _Capture):
+                return self._capture(decision, arguments)
+            variant, sizes = decision.variant, decision.sizes
+            entry = variant.entry(sizes.batch)
+            try:
+                variant.admit(sizes, lambda: self._session(arguments))
+            except RmtcError as error:
+                logger.info("%s does not follow the capture: %s", sizes, error.reason)
+                variant.refused[sizes, entry] = error.reason
+            except Exception as error:  # noqa: BLE001 (logged there)
+                variant.fail(sizes, error)
+                return self._broken("a replay", error)
+        return None
 
     def _session(self, arguments: Arguments) -> Session:
-        return Session(self._inner, arguments.args, arguments.kwargs)
+        return Session(self._inner, arguments.args, arguments.kwargs, own_hooks=False)
 
-    def _capture(self, decision: _Capture, arguments: Arguments) -> None:
+    def _capture(self, decision: _Capture, arguments: Arguments) -> _Eager | None:
         key = self._key(arguments)
         # A capture whose parameters were replaced serves nobody any more, and holds the old ones.
         kept = [variant for variant in self.variants if not variant.stale()]
         self._captures -= len(self.variants) - len(kept)
         self.variants = kept
+        self._default_values = _signature(self._inner)
         known = self._known.setdefault(key, _Known())
+        known.refusal, known.short, known.settled, known.tries = None, None, False, known.tries + 1
         try:
-            refuse_elsewhere(self._session(arguments))
-            analysis = Analysis(
-                open_capture(self._inner, arguments.args, arguments.kwargs, self.options.segment_length)
-            )
-            analysis.capture.reorder_random = self.options.reorder_random
-            plan = analysis.capture.plan
-            if plan.sizes.segments < 2:
-                known.short = ArgumentGuard(analysis.capture.session.arguments, plan)
-                return
-            self._captures += 1
-            self.stats.captures += 1
-            if self.stats.captures > 1:
-                self.stats.recompiles += 1
-                logger.info("recompiling: %s", "; ".join(decision.differences) or "another structure of arguments")
-            prove_analysis(analysis, self.options.layers)
-            variant = Variant.make(analysis, self.options.backend)
-            values = {name: slot.value for name, slot in variant._slots.items()}
-            if not variant.weights.in_place(values):
-                variant.weights.move(values)
+            with contextlib.suppress(RmtcError):  # a session that cannot be opened: so it will be
+                known.state = StateGuard(self._session(arguments), ())
+            variant = self._captured(decision, arguments, known)
         except RmtcError as error:
-            known.refusal = error
+            known.refusal = _lean(error)
             logger.info("not scheduled: %s", error.reason)
-            return
-        self.variants.insert(0, variant)
-        self._hooks = None
+            return None
+        except Exception as error:  # noqa: BLE001 (logged there)
+            known.errors += 1
+            known.broken = self._broken("a capture", error)
+            return known.broken
+        if variant is not None:
+            del self._known[key]  # it would hold on to weights that are replaced later
+            self.variants.insert(0, variant)
+            self._watch()
+        return None
+
+    def _captured(self, decision: _Capture, arguments: Arguments, known: _Known) -> Variant | None:
+        """A capture of a call; None if it is of one segment, or watched."""
+        refuse_elsewhere(self._session(arguments))
+        given = self._inner, arguments.args, arguments.kwargs
+        analysis = Analysis(open_capture(*given, self.options.segment_length, own_hooks=False))
+        analysis.capture.reorder_random = self.options.reorder_random
+        plan, session = analysis.capture.plan, analysis.capture.session
+        self._watch(session.all_modules())
+        if self._watched() is not None:
+            return None
+        if plan.sizes.segments < 2:
+            self._probes += 1
+            known.short = ArgumentGuard(session.arguments, plan)
+            return None
+        self._captures += 1
+        self.stats.captures += 1
+        if self.stats.captures > 1:
+            self.stats.recompiles += 1
+            logger.info("recompiling: %s", "; ".join(decision.differences) or "another structure of arguments")
+        prove_analysis(analysis, self.options.layers)
+        variant = Variant.make(analysis, self.options.backend)
+        values = {name: slot.value for name, slot in variant._slots.items()}
+        if not variant.weights.in_place(values):
+            variant.weights.move(values)
+        return variant
+
+
+def _sentence(decision: _Eager) -> str:
+    return f"{decision.reason}: {decision.detail}" if decision.detail else str(decision.reason)
+
+
+def _lean(error: RmtcError) -> RmtcError:
+    """The error without the frames that it came through, which hold the capture."""
+    each: BaseException | None = error
+    while each is not None:
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__
+    return error
 
 
 @contextlib.contextmanager
-def _capturing() -> Iterator[None]:
+def _capturing(root: Compiled) -> Iterator[None]:
     """While stand-ins are in the model, every compiled call of this thread runs as it is."""
-    _thread.capturing = getattr(_thread, "capturing", 0) + 1
+    before = _thread.root
+    _thread.capturing += 1
+    _thread.root = root
     try:
         yield
     finally:
         _thread.capturing -= 1
+        _thread.root = before
 
 
 def _signature(function: Callable[..., Any]) -> dict[str, Any]:

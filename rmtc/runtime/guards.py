@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from types import CellType
+from collections.abc import Callable, Mapping, Sequence, Sized
+from types import CellType, FunctionType, MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,15 +14,16 @@ from torch import nn
 from torch.utils._device import DeviceContext
 
 from rmtc.capture.arguments import Arguments, Path, show
-from rmtc.capture.effects import Effect
+from rmtc.capture.effects import GONE, Effect
 from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.session import Session
-from rmtc.capture.state import Slot, is_plain, named_functions
+from rmtc.capture.state import Slot, is_plain, names_of, user_code
 
-__all__ = ["ArgumentGuard", "StateGuard", "hooked", "modes"]
+__all__ = ["ArgumentGuard", "StateGuard", "alike", "global_hooks", "hook_tables", "hooked", "modes"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
+_OF_CLASSES = frozenset(vars(type("", (), {}))) | {"__abstractmethods__", "_abc_impl"}
 _CAPTURING = "transformers.utils.output_capturing"  # hooks that do nothing unless the model's own code asks
 
 
@@ -44,21 +46,28 @@ def hooked(modules: Sequence[nn.Module], tables: Sequence[Mapping[int, Any]]) ->
         modules: the submodules, for the message.
         tables: their tables of hooks, four for each.
     """
-    general = torch.nn.modules.module
-    if general._global_forward_hooks or general._global_forward_pre_hooks:
-        return "there are global forward hooks (torch.nn.modules.module)"
+    if (general := global_hooks()) is not None:
+        return general
     if torch._C._len_torch_dispatch_stack():
         return "a dispatch mode is active (TorchDispatchMode)"
     if torch._C._len_torch_function_stack() and any(
         not isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack()
     ):
         return "a function mode is active (TorchFunctionMode)"
-    if any(map(len, tables)):
+    if any(tables):
         for number, table in enumerate(tables):
             for hook in table.values():
                 if getattr(hook, "__module__", None) != _CAPTURING:
                     name = type(modules[number // len(_HOOKS)]).__name__
                     return f"there is a hook on a submodule ({name}), which would not be called"
+    return None
+
+
+def global_hooks() -> str | None:
+    """Why a call must run as it is because hooks watch every module; None if none does."""
+    general = torch.nn.modules.module
+    if general._global_forward_hooks or general._global_forward_pre_hooks:
+        return "there are global forward hooks (torch.nn.modules.module)"
     return None
 
 
@@ -142,16 +151,24 @@ class ArgumentGuard:
 
     @staticmethod
     def _alike(one: Any, other: Any) -> bool:
-        if one is other:
-            return True
-        plain = isinstance(one, _Given) or is_plain(one)
-        return type(one) is type(other) and plain and bool(one == other)
+        return one is other or (one == other if isinstance(one, _Given) else alike(one, other))
 
 
 def _getter(slot: Slot) -> tuple[Callable[[Any, Any], Any], Any, Any]:
-    if isinstance(slot.owner, (dict, list, deque, tuple)):
+    if isinstance(slot.owner, (dict, list, deque, tuple, MappingProxyType)):
         return operator.getitem, slot.owner, slot.key
     return getattr, slot.owner, str(slot.key) if not isinstance(slot.owner, CellType) else "cell_contents"
+
+
+def _held(slot: Slot) -> Any:
+    get, owner, key = _getter(slot)
+    try:
+        return get(owner, key)
+    except (KeyError, IndexError, AttributeError, ValueError):
+        return _GONE
+
+
+_GONE = object()
 
 
 class StateGuard:
@@ -167,26 +184,73 @@ class StateGuard:
         written += [effect.slot.name.rpartition("[")[0] for effect in effects if effect.whole]
         slots = [slot for slot in session.snapshot.slots if not _below(slot.name, written)]
         self._slots = [slot for slot in slots if slot.key not in _BOOKKEEPING and not isinstance(slot.owner, tuple)]
-        for name, space, value in named_functions(session.roots):
+        places = {(id(effect.slot.owner), effect.slot.key) for effect in effects}
+        code = user_code(session.roots, session.snapshot.slots)
+        for name, space, value in code.named:
             self._slots.append(Slot(name, space, name, value))
+        for function in code.functions:
+            for key in ("__code__", "__defaults__", "__kwdefaults__"):
+                self._slots.append(Slot(f"{function.__qualname__}.{key}", function, key, getattr(function, key)))
+        for kind in code.classes:
+            for key, value in vars(kind).items():
+                if key not in _OF_CLASSES and (id(kind), key) not in places:
+                    self._slots.append(Slot(f"{kind.__qualname__}.{key}", vars(kind), key, value))
+        modules = session.all_modules()
+        for kind in {type(module): None for module in modules}:
+            self._slots.append(Slot(f"{kind.__qualname__}.forward", kind, "forward", kind.forward))
+        self._slots = list({(id(slot.owner), slot.key): slot for slot in self._slots}.values())
+        self.modules, self._kinds = modules, [*map(type, modules)]
+        self._environment = _environment() if any(map(_reads_environment, code.functions)) else None
+        self._sets = [(owner, frozenset(owner)) for owner in session.snapshot.owners() if isinstance(owner, set)]
+        self._arrays = [(array, content.tobytes()) for array, content in session.snapshot.arrays]
         getters = [_getter(slot) for slot in self._slots]
-        items = [number for number, (get, *_) in enumerate(getters) if get is operator.getitem]
-        rest = [number for number, (get, *_) in enumerate(getters) if get is not operator.getitem]
-        self._slots = [self._slots[number] for number in (*items, *rest)]
-        self._items = [getters[number][1] for number in items], [getters[number][2] for number in items]
-        self._rest = [getters[number][1] for number in rest], [getters[number][2] for number in rest]
+        # By kind: items of containers, then attributes.
+        order = sorted(range(len(getters)), key=lambda number: getters[number][0] is not operator.getitem)
+        self._slots = [self._slots[number] for number in order]
+        self._index()
         self._expected: list[Any] = [slot.value for slot in self._slots]
-        changing = {id(effect.slot.owner) for effect in effects}
+        # Keys that the call itself adds or removes, and lists that it writes as a whole.
+        own: dict[int, set[Any]] = {}
+        for effect in effects:
+            owner = effect.slot.owner
+            if effect.whole or effect.content is GONE or not isinstance(owner, dict) or effect.slot.key not in owner:
+                own.setdefault(id(owner), set()).add(effect.slot.key)
+        changing = set(own)
         # Tables of hooks have a check of their own.
-        changing |= {id(vars(module)[key]) for module in session.all_modules() for key in _BOOKKEEPING}
-        self._sized = [
+        changing |= {id(vars(module)[key]) for module in modules for key in _BOOKKEEPING}
+        self._sized: list[Sized] = [
             owner
             for owner in {id(owner): owner for owner in session.snapshot.owners()}.values()
             if isinstance(owner, (dict, list, deque)) and id(owner) not in changing and "__builtins__" not in owner
         ]
+        self._sized += [vars(kind) for kind in code.classes if id(kind) not in changing]
         self._sizes = [len(owner) for owner in self._sized]
-        classes = {type(module): None for module in session.all_modules()}
-        self._forwards = [(kind, kind.forward) for kind in classes]
+        self._keyed = [
+            (owner, own[key], owner.keys() - own[key])
+            for key, owner in {id(owner): owner for owner in session.snapshot.owners()}.items()
+            if key in own and isinstance(owner, dict) and "__builtins__" not in owner
+        ]
+
+    def _index(self) -> None:
+        getters = [_getter(slot) for slot in self._slots]
+        items = sum(get is operator.getitem for get, *_ in getters)
+        owners, keys = [owner for _, owner, _ in getters], [key for *_, key in getters]
+        self._items, self._rest = (owners[:items], keys[:items]), (owners[items:], keys[items:])
+
+    def forget(self) -> None:
+        """Leave out, from now on, every place that holds something else than at the capture."""
+        now = [_held(slot) for slot in self._slots]
+        kept = [
+            number
+            for number, (old, new) in enumerate(zip(self._expected, now, strict=True))
+            if old is new or _stands_in(old, new)
+        ]
+        self._slots, self._expected = [self._slots[n] for n in kept], [now[n] for n in kept]
+        self._index()
+        self._sized = [owner for owner, size in zip(self._sized, self._sizes, strict=True) if len(owner) == size]
+        self._sizes = [len(owner) for owner in self._sized]
+        self._sets = [(owner, content) for owner, content in self._sets if owner == content]
+        self._arrays = [(array, content) for array, content in self._arrays if array.tobytes() == content]
 
     def differs(self) -> str | None:
         """The first place that holds something else than at the capture; None if there is none."""
@@ -201,10 +265,25 @@ class StateGuard:
             self._expected = now
         if list(map(len, self._sized)) != self._sizes:
             return "an attribute or item was added or removed"
-        for kind, forward in self._forwards:
-            if kind.forward is not forward:
-                return f"{kind.__qualname__}.forward is another function"
+        if any(owner.keys() - written != keys for owner, written, keys in self._keyed):
+            return "an attribute or item was added or removed"
+        if [*map(type, self.modules)] != self._kinds:
+            return "a module is of another class"
+        if any(owner != content for owner, content in self._sets):
+            return "a set holds something else"
+        if any(array.tobytes() != content for array, content in self._arrays):
+            return "an array of numbers holds something else"
+        if self._environment is not None and self._environment != _environment():
+            return "an environment variable was changed, and the code reads some"
         return None
+
+
+def _environment() -> dict[Any, Any]:
+    return dict(getattr(os.environ, "_data", os.environ))
+
+
+def _reads_environment(function: FunctionType) -> bool:
+    return not {"environ", "getenv"}.isdisjoint(names_of(function))
 
 
 def _below(name: str, places: Sequence[str]) -> bool:
@@ -216,7 +295,12 @@ def _stands_in(old: Any, new: Any) -> bool:
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
         # Its content is read anew in each call. A parameter is known by its identity.
         return not isinstance(old, nn.Parameter) and type(old) is type(new) and _like(old, new)
-    return type(old) is type(new) and is_plain(old) and bool(old == new)
+    return alike(old, new)
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two values are the same data: -0.0 is not 0.0, nor True 1."""
+    return type(one) is type(other) and is_plain(one) and is_plain(other) and repr(one) == repr(other)
 
 
 def _like(old: torch.Tensor, new: torch.Tensor) -> bool:

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 
-__all__ = ["SharedLock"]
+__all__ = ["LOCK", "SharedLock"]
 
 
 class SharedLock:
-    """A lock that many threads hold to run, or one thread to capture. Threads may take it again while they hold it."""
+    """A lock that many threads hold to run, or one thread to capture.
+
+    A thread that holds it may take it again, and may ask to be alone: it waits for the others only.
+    """
 
     def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
         self._condition = threading.Condition()
         self._held: dict[int, int] = {}  # by thread: how often
         self._owner: int | None = None
 
     @property
-    def held(self) -> bool:
-        """Whether this thread holds it already."""
-        return threading.get_ident() in self._held
+    def free(self) -> bool:
+        """Whether no thread is alone."""
+        return self._owner is None
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether another thread is alone, or waits to be."""
+        return self._owner is not None and self._owner != threading.get_ident()
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
         """Hold it together with others."""
         me = threading.get_ident()
         with self._condition:
-            self._condition.wait_for(lambda: self._owner in (None, me))
+            while self._owner is not None and self._owner != me and me not in self._held:
+                self._condition.wait()
             self._held[me] = self._held.get(me, 0) + 1
         try:
             yield
@@ -35,26 +48,34 @@ class SharedLock:
             self._release(me)
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold it alone.
+    def alone(self) -> Iterator[bool]:
+        """Hold it alone; False, at once, where that would never be.
 
-        Raises:
-            RuntimeError: if this thread holds it already: it would wait for itself.
+        That is where this thread holds it already and another one waits to be alone: each would wait for the other.
         """
         me = threading.get_ident()
         with self._condition:
-            if me in self._held:
-                raise RuntimeError("this thread is running the model")
-            self._condition.wait_for(lambda: self._owner is None)
-            self._owner = me
-            self._condition.wait_for(lambda: not self._held)
-            self._held[me] = 1
+            while (self._owner is not None and self._owner != me) and me not in self._held:
+                self._condition.wait()
+            got = self._owner in (None, me)
+            outer = self._owner
+            if got:
+                self._owner = me
+                try:
+                    while self._held.keys() - {me}:
+                        self._condition.wait()
+                except BaseException:  # an interrupt while waiting
+                    self._owner = outer
+                    self._condition.notify_all()
+                    raise
+                self._held[me] = self._held.get(me, 0) + 1
         try:
-            yield
+            yield got
         finally:
-            with self._condition:
-                self._owner = None
-            self._release(me)
+            if got:
+                with self._condition:
+                    self._owner = outer
+                self._release(me)
 
     def _release(self, me: int) -> None:
         with self._condition:
@@ -62,3 +83,10 @@ class SharedLock:
             if not self._held[me]:
                 del self._held[me]
             self._condition.notify_all()
+
+
+LOCK = SharedLock()
+"""One for the process: models may share modules, and a capture sets flags of torch that every thread sees."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=LOCK._reset)  # the threads that held it are not there

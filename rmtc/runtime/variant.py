@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -20,7 +21,7 @@ from rmtc.capture.effects import Effect, Ref
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, Snapshot, is_plain
-from rmtc.errors import RefusedError, VerifyError
+from rmtc.errors import RefusedError, RmtcError, VerifyError
 from rmtc.ir.program import Val
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.group import run_schedule
@@ -30,7 +31,7 @@ from rmtc.runtime.executor import Run
 from rmtc.runtime.guards import ArgumentGuard, StateGuard, modes
 from rmtc.runtime.weights import Weights
 
-__all__ = ["Ready", "Variant"]
+__all__ = ["Ready", "Variant", "brief"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,9 @@ class Variant:
         modes: those of the capture.
         effects: what a call leaves in Python.
         entries: what the places that a call writes held before it, for all that is known not to matter.
-        refused: sizes that do not follow the program, and why.
+        refused: sizes that do not follow the program after what a call has found in the places that it writes, and why.
+        counter: why no later call is this capture's: each finds another number in a place where calls count.
+        failed: sizes whose runs failed, how often, and why.
     """
 
     analysis: Analysis
@@ -80,7 +83,9 @@ class Variant:
     _shapes: dict[str, _Metadata | None] = field(default_factory=dict)
     _parameters: list[nn.Parameter] = field(default_factory=list)
     _varying: dict[int, frozenset[int]] = field(default_factory=dict)
-    refused: dict[Sizes, str] = field(default_factory=dict)
+    refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
+    counter: str | None = None
+    failed: dict[Sizes, tuple[int, str]] = field(default_factory=dict)
 
     @staticmethod
     def make(analysis: Analysis, backend: Backend) -> Variant:
@@ -97,9 +102,11 @@ class Variant:
             raise RefusedError(
                 (proof.reason if proof is not None else None) or "no schedule was found",
                 location=cycle[-1].location if cycle else None,
+                remedy="rmtc.explain says what the model allows; compile another one, or leave this one as it is",
                 cycle=cycle,
             )
         schedule = run_schedule(proven.schedule)
+        _refuse_lost(analysis.capture.session)
         first, third = analysis.probes
         check_against(replace(proven, schedule=schedule), third.program, *third.sizes)
         if [(effect.place, effect.content) for effect in first.effects] != [
@@ -146,8 +153,12 @@ class Variant:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether a parameter wants a gradient."""
-        return any(parameter.requires_grad for parameter in self._parameters)
+        """Whether a parameter, or another tensor that the call reads, wants a gradient."""
+        return any(parameter.requires_grad for parameter in self._parameters) or any(
+            getattr(_now(slot), "requires_grad", False)
+            for slot in self._slots.values()
+            if not isinstance(slot.value, nn.Parameter)
+        )
 
     def stale(self) -> bool:
         """Whether a parameter was replaced or changed its dtype or device: no later call can be this one's again."""
@@ -195,7 +206,7 @@ class Variant:
             if _metadata(values[name]) != self._shapes[name]:
                 return f"{name} was {_show(self._shapes[name])} and is {_show(_metadata(values[name]))}"
         inputs = _inputs(arguments)
-        if self._written and not _apart(self._written, {**values, **inputs}):
+        if self._written and not _unshared(self._written, {**values, **inputs}):
             return "a tensor that the call writes to shares its memory with another one"
         if not in_place and not self.weights.places.keys() <= Weights.movable({**self._tensors(), **inputs}):
             return "parameters share memory, or lie in it in another order"
@@ -228,13 +239,16 @@ class Variant:
         To be called by one thread alone.
 
         Args:
-            sizes: those of the call.
+            arguments: those of the call.
+            sizes: theirs.
             fresh: makes a session of the call as it is now.
 
         Raises:
             RefusedError, CaptureError: if it is not.
         """
         entry = self.entry(sizes.batch)
+        if len(self.refused) > _REFUSALS:
+            raise RefusedError("what calls find in the places that they write is another thing each time")
         if entry not in self.entries:
             self._hold_entry(sizes, fresh())
             self.entries.add(entry)
@@ -245,9 +259,15 @@ class Variant:
                 self.analysis.admit(sizes)
             finally:
                 now.restore()
+            _refuse_lost(self.analysis.capture.session)
         values = self._values()
         if not self.weights.in_place(values):
             self.weights.move(values)
+
+    def fail(self, sizes: Sizes, error: Exception) -> str:
+        """Remember that a call of some sizes failed; why, in brief."""
+        self.failed[sizes] = self.failed.get(sizes, (0, ""))[0] + 1, brief(error)
+        return self.failed[sizes][1]
 
     def _hold_entry(self, sizes: Sizes, session: Session) -> None:
         """Hold the program against a run that begins with what the last call left.
@@ -260,6 +280,7 @@ class Variant:
         capture = replace(self.analysis.capture, session=session)
         few = Sizes(len(proven.loop.rows) + 1, sizes.batch, sizes.tail)
         run = capture.run(few)
+        _refuse_lost(session)
         try:
             check_against(proven, run.program, *few)
         except VerifyError as error:
@@ -269,8 +290,13 @@ class Variant:
         if len(run.effects) != len(self.effects):
             raise RefusedError("the call returns or leaves something else than the first one did")
         for name, value in run.plain.items():
-            if value != self._plain(name, few.segments):
-                raise RefusedError(f"{name.removeprefix('state:')} depends on what the call before has left in it")
+            expected = self._plain(name, few.segments)
+            if value != expected:
+                place = name.removeprefix("state:")
+                starts = [(each.slot.value, _now(each.slot)) for each in self.effects if each.content == Ref(name)]
+                if any(_advances(*each, expected, value) for each in starts):
+                    self.counter = f"{place} counts, and what a call does may depend on it"
+                raise RefusedError(f"{place} depends on what the call before has left in it")
 
     def run(self, ready: Ready) -> tuple[Any, Run]:
         """Run a call.
@@ -280,14 +306,28 @@ class Variant:
         """
         outputs, run = self.runner.run(ready.values, *ready.sizes)
         names, spec = self.analysis.result(ready.sizes)
-        made = _Results(outputs, lambda name: self._plain(name, ready.sizes.segments))
-        written = {name.removeprefix("write:"): value for name, value in outputs.items() if name.startswith("write:")}
+        written = {name: ready.values[name] for name in self._written}
+        made = _Results(_apart(outputs, written), lambda name: self._plain(name, ready.sizes.segments))
+        result = pytree.tree_unflatten([made[name] for name in names], spec)
+        self._leave(made, written)
+        return result, run
+
+    def _leave(self, made: _Results, written: Mapping[str, torch.Tensor]) -> None:
+        """Leave everything that a call leaves, or nothing."""
+        undo = [effect.saved() for effect in self.effects]
         with torch.no_grad():
-            for name, value in written.items():
-                ready.values[name].copy_(value)
-        for effect in self.effects:
-            effect.apply(made)
-        return pytree.tree_unflatten([made[name] for name in names], spec), run
+            before = {name: tensor.clone() for name, tensor in written.items()}
+            try:
+                for name, tensor in written.items():
+                    tensor.copy_(made[f"write:{name}"])
+                for effect in self.effects:
+                    effect.apply(made)
+            except BaseException:
+                for name, tensor in written.items():
+                    tensor.copy_(before[name])
+                for put_back in undo:
+                    put_back()
+                raise
 
     def _plain(self, name: str, segments: int) -> Any:
         """A value that a call leaves in Python: the same always, or advancing evenly with the segments."""
@@ -310,6 +350,36 @@ class _Results(dict[str, Any]):
         return self._plain(name)
 
 
+def _apart(outputs: Mapping[str, Any], written: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
+    """The results, none of which changes when a tensor is written to."""
+    storages = {tensor.untyped_storage()._cdata for tensor in written.values()}
+
+    def apart(value: Any) -> Any:
+        shared = isinstance(value, torch.Tensor) and value.untyped_storage()._cdata in storages
+        return value.clone() if shared else value
+
+    return {name: apart(value) for name, value in outputs.items()} if written else outputs
+
+
+def _advances(start: Any, now: Any, left: Any, leaves: Any) -> bool:
+    """Whether a number that a call leaves is further from what it found by the same amount."""
+    return all(type(each) in (int, float) for each in (start, now, left, leaves)) and left - start == leaves - now
+
+
+def _refuse_lost(session: Session) -> None:
+    if session.lost is not None:
+        raise RefusedError(
+            f"{session.lost}, which a run by the schedule would not do",
+            remedy="keep what a call leaves in tensors, constants and counters, and draw numbers before the call",
+        )
+
+
+def brief(error: Exception) -> str:
+    """An exception in a line."""
+    what = error.reason if isinstance(error, RmtcError) else str(error)
+    return f"{type(error).__name__}: {what}".strip().splitlines()[0]
+
+
 def _inputs(arguments: Arguments) -> dict[str, torch.Tensor]:
     return {show(path): tensor for path, tensor in arguments.tensors().items()}
 
@@ -329,7 +399,7 @@ def _show(metadata: _Metadata | None) -> str:
     return f"{str(dtype).removeprefix('torch.')}{list(shape)} on {device}"
 
 
-def _apart(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> bool:
+def _unshared(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether some of the tensors share their memory with no other."""
     storages = {name: tensor.untyped_storage()._cdata for name, tensor in tensors.items()}
     owners = list(storages.values())
@@ -337,6 +407,7 @@ def _apart(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 _MISSING = object()
+_REFUSALS = 16  # by a variant, for what its calls find
 
 
 def _now(slot: Slot, whole: bool = False) -> Any:
@@ -346,9 +417,12 @@ def _now(slot: Slot, whole: bool = False) -> Any:
         return list(owner)
     if isinstance(owner, dict):
         return owner.get(slot.key, _MISSING)
-    if isinstance(owner, (list, tuple)):
+    if isinstance(owner, (list, tuple, deque)):
         return owner[slot.key] if slot.key < len(owner) else _MISSING
-    return getattr(owner, str(slot.key), _MISSING)
+    try:
+        return getattr(owner, str(slot.key), _MISSING)
+    except ValueError:  # an empty cell
+        return _MISSING
 
 
 def _shape_of(run: Captured, name: str) -> tuple[int, ...]:
@@ -367,4 +441,17 @@ def _describe(value: Any, batch: int, varying: frozenset[int] = frozenset()) -> 
         return type(value), tuple(_describe(item, batch) for item in value)
     if isinstance(value, dict):
         return dict, tuple((key, _describe(item, batch)) for key, item in value.items())
-    return (type(value), value) if is_plain(value) else id(value)
+    return (type(value), repr(value)) if is_plain(value) else _Same(value)
+
+
+class _Same:
+    """Equal to what stands for the very same object."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)

@@ -1,0 +1,234 @@
+"""A fault at any stage of a compiled call: the model is as before, the call gives eager's result, a later one works."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import SEGMENTS, WIDTH, Associative, Buffered
+from models import text as text_of_floats
+from picture import Picture
+from torch import Tensor, nn
+
+import rmtc
+from rmtc.runtime.compiled import _RUNS
+
+FIRST = {
+    "probing": ("rmtc.runtime.compiled", "open_capture", 0),
+    "capturing": ("rmtc.capture", "Capture.run", 1),
+    "reroll": ("rmtc.analysis", "reroll", 0),
+    "prove": ("rmtc.analysis", "prove_loop", 0),
+    "check": ("rmtc.runtime.variant", "check_against", 0),
+    "rewrite": ("rmtc.runtime.variant", "rewrite", 0),
+    "planning weights": ("rmtc.runtime.weights", "_names", 1),
+    "guards of arguments": ("rmtc.runtime.variant", "ArgumentGuard", 0),
+    "guards of state": ("rmtc.runtime.variant", "StateGuard", 0),
+    "finding the user's code": ("rmtc.runtime.guards", "user_code", 0),
+    "moving weights": ("rmtc.runtime.weights", "from_dlpack", 2),
+    "moved weights": ("rmtc.runtime.weights", "Weights.move", 0),
+    "emitting": ("rmtc.runtime.executor", "emit", 1),
+}
+"""Stages of a first call, and at which call of a stage the fault comes."""
+
+LATER = {
+    "argument guard": ("rmtc.runtime.guards", "ArgumentGuard.sizes", 0),
+    "state guard": ("rmtc.runtime.guards", "StateGuard.differs", 0),
+    "arguments": ("rmtc.runtime.compiled", "Compiled._arguments", 0),
+    "hooks": ("rmtc.runtime.compiled", "hooked", 0),
+    "replay": ("rmtc.analysis", "Analysis.admit", 0),
+    "planning": ("rmtc.runtime.executor", "plan_run", 0),
+    "the first launch": ("rmtc.runtime.executor", "_Walk._launch", 0),
+    "a later launch": ("rmtc.runtime.executor", "_Walk._launch", 3),
+    "results": ("rmtc.analysis", "Analysis.result", 0),
+    "the first effect": ("rmtc.capture.effects", "Effect.apply", 0),
+    "a later effect": ("rmtc.capture.effects", "Effect.apply", 1),
+}
+"""Stages of a later call with another number of segments."""
+
+
+class Injected(Exception):
+    """No error that rmtc knows."""
+
+
+class Written(Associative):
+    """Keeps memories in attributes, in buffers that it writes, and in a list."""
+
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(2, WIDTH)
+        self.register_buffer("total", torch.randn(WIDTH))
+        self.register_buffer("count", torch.zeros(WIDTH))
+        self.recent: list[Any] = [None]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        result = super().forward(hidden)
+        self.total.copy_(0.5 * self.total + result.mean((0, 1)))
+        self.count.add_(1)  # type: ignore[operator]
+        self.recent[0] = result.sum(1)
+        return result
+
+
+def text(segments: int = SEGMENTS) -> Tensor:
+    return text_of_floats(segments).double()
+
+
+def seen(model: nn.Module) -> Picture:
+    """The model, but for what compiles it."""
+    return Picture(*(value for key, value in vars(model).items() if key != "_compiled_call_impl"))
+
+
+def changed(before: Picture, after: Picture) -> list[str]:
+    """The places that are not as they were: the version of a parameter, which moving it may advance, is none."""
+
+    def facts(picture: Picture) -> dict[str, Any]:
+        kept = {}
+        for path, fact in picture.facts.items():
+            tensor = isinstance(fact, tuple) and isinstance(fact[0], type) and issubclass(fact[0], Tensor)
+            kept[path] = (*fact[:7], *fact[8:]) if tensor else fact
+        return kept
+
+    one, other = facts(before), facts(after)
+    return [path for path in {**one, **other} if one.get(path) != other.get(path)]
+
+
+@contextlib.contextmanager
+def fault(stage: tuple[str, str, int], error: Exception, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """After its work, from its n-th call on, a stage raises; gives what counts the raises."""
+    file, path, at = stage
+    owner: Any = importlib.import_module(file)
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    original = getattr(owner, name)
+    calls, raised = itertools.count(), [0]
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if next(calls) >= at:
+            raised[0] += 1
+            raise error
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing)
+        yield raised
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+
+
+def same(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def state(model: nn.Module) -> list[Any]:
+    return [*model.buffers(), *(layer.memory for layer in model.layers), *getattr(model, "recent", [])]  # type: ignore[union-attr]
+
+
+KINDS: dict[str, Callable[[], Exception]] = {
+    "unknown": lambda: Injected("injected"),
+    "known": lambda: rmtc.RefusedError("injected"),
+}
+
+
+QUICK = ("moving weights", "a later effect")
+KNOWN = ("capturing", "rewrite", "moved weights", "replay", "the first launch")
+CASES = [
+    pytest.param(stage, kind, marks=[] if stage in QUICK and kind == "unknown" else pytest.mark.slow)
+    for stage in (*FIRST, *LATER)
+    for kind in KINDS
+    if kind == "unknown" or stage in KNOWN
+]
+
+
+@pytest.mark.parametrize(("stage", "kind"), CASES)
+def test_a_fault_at_any_stage(stage: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Written().double()
+    fast, strict = (copy.deepcopy(model) for _ in range(2))
+    rmtc.compile(fast)
+    rmtc.compile(strict, strict=True)
+    later = stage in LATER
+    if later:
+        for each in (model, fast, strict):
+            each(text(5))
+            each(text(5))  # with the memory that the first call left
+        assert rmtc.stats(fast).runs == 2
+    hidden = text(7 if later else SEGMENTS)
+    given = hidden.clone()
+
+    before, weights = seen(strict), [each.clone() for each in strict.parameters()]
+    broken = fault({**FIRST, **LATER}[stage], KINDS[kind](), monkeypatch)
+    with broken as raised, pytest.raises((Injected, rmtc.RmtcError), match="injected"):
+        strict(hidden)
+    assert raised[0]
+    assert not changed(before, seen(strict))
+    assert all(map(torch.equal, strict.parameters(), weights))
+
+    with fault({**FIRST, **LATER}[stage], KINDS[kind](), monkeypatch) as raised:
+        with pytest.warns(rmtc.FallbackWarning, match="injected"):
+            result = fast(hidden)
+        assert raised[0]
+        same(result, model(hidden))
+        same(state(fast), state(model))
+    assert torch.equal(hidden, given)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rmtc.FallbackWarning)
+        for segments in (7, SEGMENTS):  # the fault is gone
+            same(fast(text(segments)), model(text(segments)))
+            same(state(fast), state(model))
+    runs = rmtc.stats(fast).runs
+    if kind == "unknown" or later:
+        assert runs >= (3 if later else 1), rmtc.stats(fast)
+    if later:
+        return
+    rmtc.restore(fast)
+    rmtc.compile(fast)
+    same(fast(hidden), model(hidden))
+    same(state(fast), state(model))
+    assert rmtc.stats(fast).runs == 1 and not rmtc.stats(fast).fallbacks
+
+
+@pytest.mark.slow
+def test_a_fault_that_stays_is_not_captured_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Buffered().double()
+    fast = rmtc.compile(copy.deepcopy(model))
+    with (
+        fault(FIRST["emitting"], Injected("injected"), monkeypatch) as raised,
+        pytest.warns(rmtc.FallbackWarning) as caught,
+    ):
+        for _ in range(6):
+            same(fast(text()), model(text()))
+    assert raised[0] == _RUNS and rmtc.stats(fast).captures == 1 and len(caught) == 1
+    fast = rmtc.compile(copy.deepcopy(model))
+    with (
+        fault(FIRST["rewrite"], Injected("injected"), monkeypatch) as raised,
+        pytest.warns(rmtc.FallbackWarning) as caught,
+    ):
+        for _ in range(6):
+            fast(text())
+    assert rmtc.stats(fast).captures == 2 and len(caught) == 1
+
+
+def test_the_traceback_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = rmtc.compile(Associative(2, WIDTH).double())
+    caplog.set_level("DEBUG", "rmtc")
+    with fault(FIRST["rewrite"], Injected("injected"), monkeypatch), pytest.warns(match="report it"):
+        fast(text())
+    assert "Injected: injected" in caplog.text and "Traceback" in caplog.text
