@@ -12,7 +12,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,15 +52,6 @@ def some_slow(values: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
     """Values as parameters; those that are not among the quick ones are slow."""
     quick = list(quick)
     return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On tensors as small as these a second thread only waits for its turn on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # What there is to see of a model and of the process, written down without the help of rmtc.

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,6 @@ ARMT = ["rmtc.examples.armt_llama:build"]
 for setting in ("layers=3", "width=16", "heads=2", "segment=6", "memory=2", "segments=5"):
     ARMT += ["--set", setting]
 RMT = ["rmtc.examples.rmt_llama:build", *ARMT[1:]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(*arguments: str) -> Result:

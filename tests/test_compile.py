@@ -7,7 +7,7 @@ import functools
 import io
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -471,11 +471,3 @@ def test_torchs_compilers_beside_ours() -> None:
     with pytest.raises(ValueError, match="is not compiled"):
         rmtc.stats(model)
     assert rmtc.restore(model) is model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -6,7 +6,7 @@ import ast
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -29,15 +29,6 @@ EXAMPLES = [
     pytest.param(module, id=module.__name__.rpartition(".")[2]) for module in (armt_llama, armt_gpt2, rmt_llama)
 ]
 SMALL: dict[str, Any] = {"layers": 2, "width": 16, "heads": 2, "segment": 5, "memory": 2, "segments": 4}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On tensors as small as these a second thread only waits for its turn on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Float32CastsAsFloat64(TorchFunctionMode):

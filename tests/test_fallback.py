@@ -49,13 +49,10 @@ def text(segments: int = SEGMENTS, batch: int = 2, tail: int = SEGMENT) -> Tenso
 
 
 @pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    """One thread; gradients off, as they are for those who compile."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def no_grad() -> Iterator[None]:
+    """As it is for those who compile."""
     with torch.no_grad():
         yield
-    torch.set_num_threads(threads)
 
 
 def slow(*values: str) -> list[Any]:

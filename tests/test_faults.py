@@ -123,12 +123,10 @@ def fault(stage: tuple[str, str, int], error: Exception, monkeypatch: pytest.Mon
 
 
 @pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def no_grad() -> Iterator[None]:
+    """As it is for those who compile."""
     with torch.no_grad():
         yield
-    torch.set_num_threads(threads)
 
 
 def same(one: Any, other: Any) -> None:

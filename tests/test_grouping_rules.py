@@ -39,15 +39,6 @@ SIZES = [(1, 3, 4), (3, 2, 4)]  # B, T, D
 MORE_SIZES = [(1, 5, 4), (2, 3, 4), (3, 3, 3), (3, 5, 2), (4, 4, 4), (1, 1, 4), (3, 1, 3), (2, 4, 3)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On tensors as small as these a second thread only waits for its turn on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Operands:
     """Random operands of a call for some cells.
 

@@ -147,14 +147,6 @@ class Model(nn.Module):
         return {"out": out, "twice": out * 2} if extra else out
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def text(segments: int = SEGMENTS, batch: int = 2, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, segments * SEGMENT, WIDTH, generator=generator, dtype=torch.float64)

@@ -11,7 +11,7 @@ import math
 import operator
 import random
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,15 +41,6 @@ BUT_SEQUENTIAL = ((0, 1), (1, 0), (1, 1), (2, 1))
 BUT_AT_ONCE = ((1, 0), (1, -1), (-1, 1))
 SIZES = [(s, batch, tail) for s in (2, 3, 5, 8) for batch in (1, 3) for tail in (SEGMENT, 4)]
 Results = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On tensors as small as these a second thread only waits for its turn on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_text(segments: int, batch: int, tail: int) -> Tensor:

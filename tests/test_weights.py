@@ -6,7 +6,7 @@ import copy
 import gc
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -696,11 +696,3 @@ def test_weights_of_a_function_are_moved_too() -> None:
     assert weights[3].weight.data_ptr() - weights[2].weight.data_ptr() == size
     stats = rmtc.stats(call)
     assert stats.runs == 2 and stats.captures == 1 and not stats.fallbacks
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

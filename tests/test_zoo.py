@@ -6,7 +6,7 @@ w: the layer that writes a block-recurrent transformer's states; r: the layer th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import models
@@ -20,15 +20,6 @@ from rmtc import Explanation
 from rmtc.ir.schedule import L, S, distances, layer_symbol
 
 SEGMENTS, SEGMENT = 4, 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On tensors as small as these a second thread only waits for its turn on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def ids() -> Tensor:
