@@ -654,3 +654,16 @@ def test_a_list_is_no_tuple(both: Pair) -> None:
     with torch.no_grad():
         for pair in ((one, 2 * one), [one, 2 * one]):
             same(both.fast(text(), pair=pair), both.plain(text(), pair=pair))
+
+
+def test_a_layer_that_is_popped() -> None:
+    """`ModuleList.pop` makes a new table of modules: the old one, which a capture has seen, stays as it was."""
+    pair = made()
+    with torch.no_grad():
+        for model in pair:
+            model.layers.append(copy.deepcopy(model.layers[0]))
+        same(pair.fast(text()), pair.plain(text()))
+        for model in pair:
+            model.layers.pop(-1)
+        same(pair.fast(text()), pair.plain(text()))
+    scheduled(pair.fast, 2)

@@ -6,6 +6,7 @@ import operator
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Sized
+from itertools import chain
 from types import CellType, FunctionType, MappingProxyType
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ __all__ = ["ArgumentGuard", "StateGuard", "alike", "global_hooks", "hook_tables"
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
+_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _OF_CLASSES = frozenset(vars(type("", (), {}))) | {"__abstractmethods__", "_abc_impl"}
 _CAPTURING = "transformers.utils.output_capturing"  # hooks that do nothing unless the model's own code asks
 
@@ -192,10 +194,14 @@ class StateGuard:
             for key in ("__code__", "__defaults__", "__kwdefaults__"):
                 self._slots.append(Slot(f"{function.__qualname__}.{key}", function, key, getattr(function, key)))
         for kind in code.classes:
-            for key, value in vars(kind).items():
+            held = vars(kind)
+            for key, value in held.items():
                 if key not in _OF_CLASSES and (id(kind), key) not in places:
-                    self._slots.append(Slot(f"{kind.__qualname__}.{key}", vars(kind), key, value))
+                    self._slots.append(Slot(f"{kind.__qualname__}.{key}", held, key, value))
         modules = session.all_modules()
+        for module in modules:  # `ModuleList.pop` makes a new table
+            for key in _TABLES:
+                self._slots.append(Slot(f"{type(module).__qualname__}.{key}", vars(module), key, vars(module)[key]))
         for kind in {type(module): None for module in modules}:
             self._slots.append(Slot(f"{kind.__qualname__}.forward", kind, "forward", kind.forward))
         self._slots = list({(id(slot.owner), slot.key): slot for slot in self._slots}.values())
@@ -203,12 +209,7 @@ class StateGuard:
         self._environment = _environment() if any(map(_reads_environment, code.functions)) else None
         self._sets = [(owner, frozenset(owner)) for owner in session.snapshot.owners() if isinstance(owner, set)]
         self._arrays = [(array, content.tobytes()) for array, content in session.snapshot.arrays]
-        getters = [_getter(slot) for slot in self._slots]
-        # By kind: items of containers, then attributes.
-        order = sorted(range(len(getters)), key=lambda number: getters[number][0] is not operator.getitem)
-        self._slots = [self._slots[number] for number in order]
         self._index()
-        self._expected: list[Any] = [slot.value for slot in self._slots]
         # Keys that the call itself adds or removes, and lists that it writes as a whole.
         own: dict[int, set[Any]] = {}
         for effect in effects:
@@ -232,20 +233,30 @@ class StateGuard:
         ]
 
     def _index(self) -> None:
-        getters = [_getter(slot) for slot in self._slots]
-        items = sum(get is operator.getitem for get, *_ in getters)
-        owners, keys = [owner for _, owner, _ in getters], [key for *_, key in getters]
-        self._items, self._rest = (owners[:items], keys[:items]), (owners[items:], keys[items:])
+        """Order the places by what they are read with: many keys of a container at once, single items, attributes."""
+        groups: dict[int, list[Slot]] = {}
+        rest: list[Slot] = []
+        for slot in self._slots:
+            if _getter(slot)[0] is operator.getitem:
+                groups.setdefault(id(slot.owner), []).append(slot)
+            else:
+                rest.append(slot)
+        many = [group for group in groups.values() if len(group) > 1]
+        single = [group[0] for group in groups.values() if len(group) == 1]
+        self._slots = [*(slot for group in many for slot in group), *single, *rest]
+        self._many = (
+            [operator.itemgetter(*(slot.key for slot in group)) for group in many],
+            [group[0].owner for group in many],
+        )
+        self._items = [slot.owner for slot in single], [slot.key for slot in single]
+        self._rest = [_getter(slot)[1] for slot in rest], [_getter(slot)[2] for slot in rest]
+        self._expected: list[Any] = [slot.value for slot in self._slots]
 
     def forget(self) -> None:
         """Leave out, from now on, every place that holds something else than at the capture."""
-        now = [_held(slot) for slot in self._slots]
-        kept = [
-            number
-            for number, (old, new) in enumerate(zip(self._expected, now, strict=True))
-            if old is new or _stands_in(old, new)
-        ]
-        self._slots, self._expected = [self._slots[n] for n in kept], [now[n] for n in kept]
+        now = [slot._replace(value=_held(slot)) for slot in self._slots]
+        pairs = zip(self._expected, now, strict=True)
+        self._slots = [slot for old, slot in pairs if old is slot.value or _stands_in(old, slot.value)]
         self._index()
         self._sized = [owner for owner, size in zip(self._sized, self._sizes, strict=True) if len(owner) == size]
         self._sizes = [len(owner) for owner in self._sized]
@@ -255,7 +266,11 @@ class StateGuard:
     def differs(self) -> str | None:
         """The first place that holds something else than at the capture; None if there is none."""
         try:
-            now = [*map(operator.getitem, *self._items), *map(getattr, *self._rest)]
+            now = [
+                *chain.from_iterable(map(operator.call, *self._many)),
+                *map(operator.getitem, *self._items),
+                *map(getattr, *self._rest),
+            ]
         except (KeyError, IndexError, AttributeError, ValueError):
             return "an attribute is gone"
         if not all(map(operator.is_, now, self._expected)):
