@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import linecache
 import logging
 import threading
 from collections import OrderedDict
@@ -24,6 +25,7 @@ __all__ = ["Executor", "Run"]
 logger = logging.getLogger(__name__)
 
 _PLANS = 64  # plans are kept for this many different calls
+_KERNELS = 512  # and this many kernels, for bodies at different sizes
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,13 @@ class Executor:
                     self._plans.popitem(last=False)
             self._plans.move_to_end(key)
         return plan
+
+    def keep(self, key: tuple[Any, ...], kernel: Kernel) -> None:
+        """Keep a kernel for later runs, and forget the oldest if there are many."""
+        with self._lock:
+            self.kernels[key] = kernel
+            if len(self.kernels) > _KERNELS:
+                linecache.cache.pop(self.kernels.pop(next(iter(self.kernels))).file, None)
 
     def _separate(self, body: Body) -> None:
         """Run the classes of a merged body by themselves from now on."""
@@ -164,16 +173,9 @@ class _Walk:
         weights = self._weights(body, launch.layers, grouped)
         numbers: Sequence[Any] = launch.numbers if grouped else [each[0] for each in launch.numbers]
         size = len(launch.cells) if grouped else None
-        kernels, key = (
-            self.executor.kernels,
-            (
-                body.name,
-                environment.T,
-                environment.B,
-                tuple([each.shape[grouped:] if isinstance(each, torch.Tensor) else None for each in inputs]),
-            ),
-        )
-        kernel = kernels.get(key)
+        shapes = tuple([each.shape[grouped:] if isinstance(each, torch.Tensor) else None for each in inputs])
+        key = body.name, environment.T, environment.B, shapes
+        kernel = self.executor.kernels.get(key)
         if kernel is None:
             kernel, results = emit(
                 body.name.lower(),
@@ -186,7 +188,7 @@ class _Walk:
                 numbers=numbers,
                 shared=lambda operand: self._operand(operand, (), environment),
             )
-            kernels[key] = kernel
+            self.executor.keep(key, kernel)
             logger.debug("emitted %s", kernel.source)
             return results
         passed = self.passed.get(key)

@@ -37,6 +37,7 @@ class Kernel:
         function: ``(G, inputs, weights, numbers, shared) -> results``; ``G`` is the number of cells, None for a body
             that runs for one cell at a time.
         fallbacks: the operations without a grouping rule, by name.
+        file: where `linecache` has the source, for tracebacks.
     """
 
     name: str
@@ -44,8 +45,10 @@ class Kernel:
     shared: tuple[Operand, ...]
     function: Callable[..., tuple[Any, ...]]
     fallbacks: tuple[str, ...]
+    file: str
 
 
+_numbers = itertools.count()
 _BUILTINS = {each.__name__: each for each in (range, float, complex, __import__)}
 """All of Python's that emitted source names, or that torch asks its caller for; a missing name is no other thing."""
 
@@ -334,7 +337,7 @@ def _compiled(name: str, source: str, emitter: _Emitter, shared: tuple[Operand, 
         for key, value in emitter.space.items()
         if (callable(value) and not isinstance(value, torch.Tensor)) or key in ("torch", "__builtins__")
     }
-    file = f"<rmtc {name} {id(emitter):x}>"
+    file = f"<rmtc {name} {next(_numbers)}>"
     exec(compile(source, file, "exec"), constants)
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
-    return Kernel(name, source, shared, constants[name], tuple(emitter.fallbacks))
+    return Kernel(name, source, shared, constants[name], tuple(emitter.fallbacks), file)
