@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import fx
 
 from rmtc.errors import RefusedError
-from rmtc.ir.program import SPLITS
+from rmtc.ir.program import SPLITS, VIEWS
 
 __all__ = ["Canonicalize"]
 
@@ -48,6 +49,7 @@ class Canonicalize:
     def apply(self, graph: fx.Graph) -> None:
         if not self.reorder_random:
             _refuse_random(graph)
+        memory = _memories(graph)
         for node in list(graph.nodes):
             if node.op != "call_function":
                 continue
@@ -67,9 +69,47 @@ class Canonicalize:
             elif node.target is aten.dropout.default and not _drops(node):
                 _becomes(node, node.args[0])
         _assemble(graph)
+        _keep_apart(graph, memory)
         for node in reversed(list(graph.nodes)):
             if not node.users and (node.target in (*_NO_RESULT, *SPLITS, *_CASTS) or node.op == "get_attr"):
                 graph.erase_node(node)
+
+
+def _memories(graph: fx.Graph) -> list[Any]:
+    """For each result, what owns its memory, as far as single operations tell."""
+
+    def owner(value: Any) -> Any:
+        while isinstance(value, fx.Node) and value.op == "call_function":
+            source: Any = value.args[0] if value.args else None
+            if value.target is operator.getitem and source.target in SPLITS:
+                source = source.args[0]
+            elif value.target not in VIEWS:
+                break
+            value = source
+        return value
+
+    return [owner(result) for result in _results(graph)]
+
+
+def _results(graph: fx.Graph) -> list[Any]:
+    given: Any = graph.output_node().args[0]
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
+def _keep_apart(graph: fx.Graph, before: Sequence[Any]) -> None:
+    """A result that had memory of its own has it still: where it is now a part of something else it is a copy."""
+    results, now = _results(graph), _memories(graph)
+    shared: set[Any] = set()
+    for number, (result, old, new) in enumerate(zip(results, before, now, strict=True)):
+        if not isinstance(result, fx.Node) or old is new:
+            shared.add(new)
+            continue
+        if new in shared or new.op == "placeholder" or new in now[number + 1 :]:
+            with graph.inserting_before(graph.output_node()):
+                copied = graph.call_function(aten.clone.default, (result,))
+            copied.meta.update(result.meta)
+            results[number] = copied
+    graph.output_node().args = (results,)
 
 
 def _refuse_random(graph: fx.Graph) -> None:
@@ -207,20 +247,26 @@ def _forward(node: fx.Node) -> None:
                 node.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
                 continue
             if read == written and whole_row == (source.target is aten.select_scatter.default):
-                node.replace_all_uses_with(source.args[1])  # type: ignore[arg-type]
+                _is_part(node, source.args[1])
             return
         if source.target is aten.stack.default and _dim(source, 1) == dim and whole_row:
-            node.replace_all_uses_with(source.args[0][read[0]])  # type: ignore[index, arg-type]
+            _is_part(node, source.args[0][read[0]])  # type: ignore[index]
             return
         if source.target is aten.cat.default and _dim(source, 1) == dim and not whole_row:
             start = 0
             for piece in source.args[0]:  # type: ignore[union-attr]
                 end = start + (_size(piece, dim) if piece.meta["val"].ndim > dim else 0)  # type: ignore[union-attr, arg-type]
                 if (start, end) == read:
-                    node.replace_all_uses_with(piece)  # type: ignore[arg-type]
+                    _is_part(node, piece)
                     return
                 start = end
         return
+
+
+def _is_part(node: fx.Node, part: Any) -> None:
+    """A part that was put there is what is read, unless it was cast on the way."""
+    if isinstance(part, fx.Node) and part.meta["val"].dtype == node.meta["val"].dtype:
+        node.replace_all_uses_with(part)
 
 
 _SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
@@ -255,7 +301,8 @@ def _assemble(graph: fx.Graph) -> None:
         covered = bounds[0][0] == 0 and bounds[-1][1] == _size(node, dim)
         covered = covered and all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
         kinds = {writer.target for writer in writers}
-        values = [writer.args[1] for writer in writers]
+        values: list[Any] = [writer.args[1] for writer in writers]
+        covered = covered and all(value.meta["val"].dtype == node.meta["val"].dtype for value in values)
         with graph.inserting_after(node):
             if covered and len(kinds) == 1:
                 target = aten.stack.default if kinds == {aten.select_scatter.default} else aten.cat.default

@@ -349,6 +349,11 @@ class Compiled:
         """Run as before. Nothing was written yet; what is wrong with the user's values is said by the user's code."""
         logger.debug("a scheduled run failed", exc_info=error)
         result = self._entered(before, args, kwargs)
+        if isinstance(error, RefusedError):
+            decision.variant.unrunnable = error.reason
+            self._count(error.reason)
+            self._warn(_Eager(error.reason, _lean(error)))
+            return result
         why = decision.variant.fail(decision.ready.sizes, error)
         self._count(_FAILED)
         self._warn(_Eager(_FAILED, detail=why))
@@ -401,6 +406,8 @@ class Compiled:
                 differences.append(sizes)
             elif sizes.segments < 2:
                 return _Eager()
+            elif variant.unrunnable is not None:
+                return _Eager(variant.unrunnable)
             elif variant.failed.get(sizes, (0, ""))[0] >= _RUNS:
                 return _Eager(_FAILED, detail=variant.failed[sizes][1])
             elif variant.counter is None and variant.refused and (sizes, variant.entry(sizes.batch)) in variant.refused:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rmtc.codegen.torch.emit import Kernel, emit
+from rmtc.errors import RefusedError
 from rmtc.ir.program import Src, call_arguments, map_leaves
 from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Key, Numbered, Outer, Where
 from rmtc.ir.wavefront import Body, Shared, WavefrontProgram
@@ -150,12 +151,18 @@ class _Walk:
                 del made[done]
         after = self._outside(self.loop.after, "after")
         found: dict[str, Any] = {}
+        given: dict[
+            int, Any
+        ] = {}  # what each tensor was given as: a value that is computed once is one for each result
         for name, operand in self.loop.outputs.items():
             for segment in range(self.ends.S) if isinstance(operand, Every) else (self.ends.S,):
                 at = (self.ends if segment >= self.ends.S - 1 else self.middle)._replace(s=segment)
                 known = name.at(at) if isinstance(name, Numbered) else name
                 each = Where(segment, operand.number) if isinstance(operand, Every) else operand
-                found[known] = self._operand(each, after)
+                value = self._operand(each, after)
+                if isinstance(value, torch.Tensor) and given.setdefault(id(value), each) != each:
+                    value = value.clone()
+                found[known] = value
         return found
 
     def _launch(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
@@ -174,7 +181,8 @@ class _Walk:
         numbers: Sequence[Any] = launch.numbers if grouped else [each[0] for each in launch.numbers]
         size = len(launch.cells) if grouped else None
         shapes = tuple([each.shape[grouped:] if isinstance(each, torch.Tensor) else None for each in inputs])
-        key = body.name, environment.T, environment.B, shapes
+        dtypes = tuple([each.dtype if isinstance(each, torch.Tensor) else None for each in inputs])
+        key = body.name, environment.T, environment.B, shapes, dtypes
         kernel = self.executor.kernels.get(key)
         if kernel is None:
             kernel, results = emit(
@@ -217,6 +225,12 @@ class _Walk:
                 tensors.append(value)
             else:
                 tensors.append(value[piece.first : piece.first + (piece.cells - 1) * piece.step + 1 : piece.step])
+        if len({tensor.dtype for tensor in tensors}) > 1:
+            dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+            raise RefusedError(
+                f"cells that run at once read {dtypes}: a memory begins in another dtype than it goes on in",
+                remedy="make what the first segment reads in the dtype of what later ones read",
+            )
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def _weights(self, body: Body, layers: tuple[int, ...], grouped: bool) -> Sequence[torch.Tensor]:

@@ -63,6 +63,7 @@ class Variant:
         entries: what the places that a call writes held before it, for all that is known not to matter.
         refused: sizes that do not follow the program after what a call has found in the places that it writes, and why.
         counter: why no later call is this capture's: each finds another number in a place where calls count.
+        unrunnable: why no call runs by it, as a run has shown.
         failed: sizes whose runs failed, how often, and why.
     """
 
@@ -85,6 +86,7 @@ class Variant:
     _varying: dict[int, frozenset[int]] = field(default_factory=dict)
     refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
+    unrunnable: str | None = None
     failed: dict[Sizes, tuple[int, str]] = field(default_factory=dict)
 
     @staticmethod

@@ -95,7 +95,7 @@ class Weights:
         wanted = [_names(body, number) for body in bodies for number in range(len(body.weights))]
         for names in sorted(dict.fromkeys(wanted), key=len, reverse=True):
             free = all(name in movable and name not in weights.places for name in names)
-            if free and len(set(names)) == len(names) and len({program.loop.sources[n].shape for n in names}) == 1:
+            if free and len(set(names)) == len(names) and len({_kind(program, n) for n in names}) == 1:
                 weights.places.update({name: (len(weights.stacks), row) for row, name in enumerate(names)})
                 weights.stacks.append(_Stack(names))
         weights.names = list(weights.places)
@@ -237,6 +237,11 @@ def _together(parameters: Sequence[torch.Tensor]) -> _Memory:
 
 
 _DLPACK = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def _kind(program: WavefrontProgram, name: str) -> tuple[Any, ...]:
+    source = program.loop.sources[name]
+    return source.shape, source.dtype
 
 
 def _names(body: Body, number: int) -> tuple[str, ...]:

@@ -1,0 +1,110 @@
+"""Reads through what was put together, and results that must be apart: dtypes and memory are eager's."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import SEGMENT, text
+from torch import Tensor, nn
+
+import rmtc
+
+WIDTH = 8
+
+
+class Model(nn.Module):
+    """Memory in a list; ``kind`` says what is read through what, and what else is returned."""
+
+    def __init__(self, kind: str = "", layers: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(layers))
+        self.begin = nn.Parameter(torch.randn(WIDTH, dtype=torch.float32))
+        self.kind = kind
+
+    def read(self, hidden: Tensor, memory: Tensor) -> Tensor:
+        if self.kind == "slice of a cat":
+            return torch.cat([memory[:, None].float(), hidden], 1)[:, :1] * 1.1
+        if self.kind == "select of a stack":
+            return torch.stack([memory.float(), hidden.mean(1)], 1)[:, 0, None] * 3.3
+        if self.kind == "write into a buffer":
+            both = hidden.new_zeros(hidden.shape[0], 2, WIDTH)
+            both[:, 0], both[:, 1] = memory.float(), hidden.mean(1).float()
+            return both.sum(1, keepdim=True) * 1.1
+        return torch.sigmoid(memory * 1.1)[:, None]
+
+    def forward(self, hidden: Tensor) -> Any:
+        memories = [torch.zeros(hidden.shape[0], WIDTH, dtype=hidden.dtype) for _ in self.layers]
+        if self.kind == "begins in float32":
+            memories = [self.begin.expand(hidden.shape[0], -1) * 1.0 for _ in self.layers]
+        outputs, marks = [], []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + self.read(piece, memories[number]))
+                memories[number] = memories[number] * 0.5 + piece.mean(1)
+            outputs.append(piece)
+            marks.append(torch.zeros(piece.shape[0], 3, dtype=hidden.dtype))
+        result = torch.cat(outputs, dim=1)
+        if self.kind == "promoted result":
+            return result, torch.cat([hidden.float(), hidden], 1)[:, : hidden.shape[1]]
+        if self.kind == "parts of the caller's":
+            first = torch.stack([self.layers[0].weight, self.layers[1].weight])[0]  # type: ignore[list-item]
+            return result, torch.cat([hidden, hidden], 1)[:, : hidden.shape[1]], first
+        return (result, marks) if self.kind == "marks" else result
+
+
+def pair(kind: str) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model = Model(kind).double()
+    model.begin.data = model.begin.data.float()
+    eager = copy.deepcopy(model)
+    return rmtc.compile(model), eager
+
+
+def run(call: Any, hidden: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        leaves: list[Tensor] = torch.utils._pytree.tree_leaves(call(hidden))
+    return leaves
+
+
+@pytest.mark.parametrize("kind", ["slice of a cat", "select of a stack", "write into a buffer", "promoted result"])
+def test_what_was_cast_on_the_way_is_read_as_it_was_cast(kind: str) -> None:
+    fast, eager = pair(kind)
+    for segments in (4, 7):
+        hidden = text(segments, 2, width=WIDTH).double()
+        for found, expected in zip(run(fast, hidden), run(eager, hidden), strict=True):
+            assert found.dtype == expected.dtype
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    stats = rmtc.stats(fast)
+    assert not stats.fallbacks and stats.last_run is not None and stats.last_run.steps == 7 + 3 - 1
+
+
+def test_a_memory_that_begins_in_another_dtype_is_no_other_number() -> None:
+    fast, eager = pair("begins in float32")
+    hidden = text(5, 2, width=WIDTH).double()
+    with pytest.warns(rmtc.FallbackWarning, match="float32, float64"):
+        found = run(fast, hidden)
+    assert torch.equal(found[0], run(eager, hidden)[0])
+    run(fast, hidden)
+    assert list(rmtc.stats(fast).fallbacks.values()) == [2] and rmtc.stats(fast).captures == 1
+
+
+def test_results_do_not_share_the_callers_memory() -> None:
+    fast, eager = pair("parts of the caller's")
+    hidden = text(5, 2, width=WIDTH).double()
+    before, weight = hidden.clone(), fast.layers[0].weight.detach().clone()
+    for found, expected in zip(run(fast, hidden), run(eager, hidden), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        found.zero_()
+    assert torch.equal(hidden, before) and torch.equal(fast.layers[0].weight, weight)
+    assert rmtc.stats(fast).runs == 1
+
+
+def test_a_value_that_is_the_same_for_all_segments_is_a_result_for_each() -> None:
+    fast, _ = pair("marks")
+    _, *marks = run(fast, text(5, 2, width=WIDTH).double())
+    marks[0].add_(1)
+    assert [float(mark.sum()) for mark in marks] == [6, 0, 0, 0, 0]
+    assert rmtc.stats(fast).runs == 1
