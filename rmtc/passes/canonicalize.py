@@ -109,7 +109,8 @@ def _keep_apart(graph: fx.Graph, before: Sequence[Any]) -> None:
                 copied = graph.call_function(aten.clone.default, (result,))
             copied.meta.update(result.meta)
             results[number] = copied
-    graph.output_node().args = (results,)
+    several = isinstance(graph.output_node().args[0], (list, tuple))
+    graph.output_node().args = (results if several else results[0],)
 
 
 def _refuse_random(graph: fx.Graph) -> None:

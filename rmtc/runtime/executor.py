@@ -151,9 +151,7 @@ class _Walk:
                 del made[done]
         after = self._outside(self.loop.after, "after")
         found: dict[str, Any] = {}
-        given: dict[
-            int, Any
-        ] = {}  # what each tensor was given as: a value that is computed once is one for each result
+        given: dict[int, Any] = {}  # as what each tensor is given: one that is computed once may be several results
         for name, operand in self.loop.outputs.items():
             for segment in range(self.ends.S) if isinstance(operand, Every) else (self.ends.S,):
                 at = (self.ends if segment >= self.ends.S - 1 else self.middle)._replace(s=segment)
