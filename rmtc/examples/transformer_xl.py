@@ -37,8 +37,8 @@ class RelativeAttention(nn.Module):
         self.query, self.key, self.value, self.position, self.output = (
             nn.Linear(width, width, bias=False) for _ in range(5)
         )
-        self.content_bias = nn.Parameter(torch.empty(heads, 1, width // heads))
-        self.position_bias = nn.Parameter(torch.empty(heads, 1, width // heads))
+        self.content_bias = nn.Parameter(torch.zeros(heads, 1, width // heads))
+        self.position_bias = nn.Parameter(torch.zeros(heads, 1, width // heads))
 
     def forward(self, hidden: Tensor, context: Tensor, distances: Tensor) -> Tensor:
         """Attend from ``hidden`` (B, T, D) to ``context`` (B, K, D).
@@ -57,11 +57,13 @@ class RelativeAttention(nn.Module):
         positions = ((q + self.position_bias) @ r.transpose(-1, -2)).gather(-1, index)
         scores = ((q + self.content_bias) @ k.transpose(-1, -2) + positions) * q.shape[-1] ** -0.5
         weights = scores.masked_fill(back < 0, float("-inf")).softmax(dim=-1)
-        return self.output((weights @ v).transpose(1, 2).flatten(2))
+        output: Tensor = self.output((weights @ v).transpose(1, 2).flatten(2))
+        return output
 
     def split(self, x: Tensor) -> Tensor:
         """Heads apart: (B, T, D) to (B, H, T, E)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.heads, -1))
+        return heads.transpose(1, 2)
 
 
 class TransformerXLLayer(nn.Module):
@@ -78,7 +80,8 @@ class TransformerXLLayer(nn.Module):
         """Run on one segment (B, T, D), with the cache (B, M, D) if there is one."""
         context = hidden if memory is None else torch.cat([memory, hidden], dim=1)
         hidden = hidden + self.attention(self.attention_norm(hidden), self.attention_norm(context), distances)
-        return hidden + self.mlp(self.mlp_norm(hidden))
+        output: Tensor = hidden + self.mlp(self.mlp_norm(hidden))
+        return output
 
 
 class TransformerXL(nn.Module):
@@ -165,7 +168,7 @@ def build(
             vocabulary, width, heads, layers, intermediate or 4 * width, segment, segment if memory is None else memory
         )
         for parameter in model.parameters():
-            if parameter.dim() != 2:  # norms start at one, biases at zero, and those of attention at nothing
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
+            if parameter.dim() != 2:  # norms start at one and biases at zero
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.to(getattr(torch, dtype))
     return model.eval(), (token_ids(segments * segment, batch),)

@@ -40,9 +40,13 @@ class Canonicalize:
 
     A tensor that is written part by part and read as a whole is put together where it is read, from what was written
     last: writes that a later one covers make no dependence.
+
+    With ``whole_windows`` a read of a concatenation stays one: the window of the last positions is the segment itself
+    if it fills the window, and the end of the window before with it if it does not, as a shorter last one.
     """
 
     reorder_random: bool = False
+    whole_windows: bool = False
     name = "canonicalize"
 
     def apply(self, graph: fx.Graph) -> None:
@@ -59,7 +63,7 @@ class Canonicalize:
             ):
                 _becomes(node, node.args[1])
             elif node.target in (aten.select.int, aten.slice.Tensor):
-                _forward(node)
+                _forward(node, self.whole_windows)
             elif node.target is aten.copy.default:
                 _copied(node)
             elif node.target in _CASTS:
@@ -173,7 +177,7 @@ def _dim(node: fx.Node, index: int) -> int:
     return int(_argument(node, index, "dim", 0) % node.meta["val"].ndim)
 
 
-def _forward(node: fx.Node) -> None:
+def _forward(node: fx.Node, whole_windows: bool) -> None:
     """Read through what put a tensor together: a part that was put there is that part, whatever was put elsewhere."""
     while True:
         source: Any = node.args[0]
@@ -213,6 +217,8 @@ def _forward(node: fx.Node) -> None:
             node.replace_all_uses_with(source.args[0][read[0]])  # type: ignore[index, arg-type]
             return
         if source.target is aten.cat.default and _dim(source, 1) == dim and not whole_row:
+            if whole_windows and read[1] == size:
+                return
             start = 0
             for piece in source.args[0]:  # type: ignore[union-attr]
                 end = start + (_size(piece, dim) if piece.meta["val"].ndim > dim else 0)  # type: ignore[union-attr, arg-type]

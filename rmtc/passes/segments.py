@@ -233,14 +233,15 @@ def _gather(
     for rank, i in enumerate(sorted(shared)):
         keys[i] = (-1, 0, rank)
     early = [i for i in range(first) if i not in shared and (home[i] or 0) > 0 and not _creates(program.ops[i])]
-    homes: dict[tuple[object, ...], set[int | None]] = {}
+    kinds = {i: (_key(program.ops[i]), *(_key(program.ops[j]) for j in _inputs(program.ops[i]))) for i in early}
+    fellows: dict[object, set[int | None]] = {}
     for i in early:
-        homes.setdefault(_key(program.ops[i]), set()).add(home[i])
+        fellows.setdefault(kinds[i], set()).add(home[i])
     # What is made of a value for segment 1 alone is what segment 0 leaves to it before its own layers run.
     left: set[int] = set()
     for i in early:
         inputs = _inputs(program.ops[i])
-        if inputs and homes[_key(program.ops[i])] == {1} and not (set(inputs) & set(early)) - left:
+        if inputs and fellows[kinds[i]] == {1} and not (set(inputs) & set(early)) - left:
             left.add(i)
     for i in reversed(early):
         if i not in left:
