@@ -254,6 +254,14 @@ def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch |
             logger.debug("with %s: %s", sizes, error.reason)
             first = first or error
         else:
+            if first is not None and analysis.proven.loop.fixed.get("tail", plan.sizes.tail) != plan.sizes.tail:
+                raise RefusedError(
+                    f"a last segment of {plan.sizes.tail} positions runs other operations than one of {segment}: "
+                    f"{first.reason}",
+                    location=first.location,
+                    remedy="call it with whole segments (pad the text), or make no part of the segment's code depend on "
+                    "its length, such as tables that are cached or cut by length",
+                ) from first
             if plan.sizes.segments > 1:  # one segment needs no schedule
                 analysis.admit(plan.sizes)
             return

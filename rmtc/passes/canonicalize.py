@@ -39,7 +39,8 @@ class Canonicalize:
         %b = select(%w, 0, 3)                   ->    uses of %b become %v
 
     A tensor that is written part by part and read as a whole is put together where it is read, from what was written
-    last: writes that a later one covers make no dependence.
+    last: writes that a later one covers make no dependence. A tensor is detached where it is read: who waits for it
+    waits for what made it, not for the layer that kept it.
 
     With ``whole_windows`` a read of a concatenation stays one: the window of the last positions is the segment itself
     if it fills the window, and the end of the window before with it if it does not, as a shorter last one.
@@ -71,9 +72,21 @@ class Canonicalize:
             elif node.target is aten.dropout.default and not _drops(node):
                 _becomes(node, node.args[0])
         _assemble(graph)
+        _detach_at_readers(graph)
         for node in reversed(list(graph.nodes)):
             if not node.users and (node.target in (*_NO_RESULT, *SPLITS, *_CASTS) or node.op == "get_attr"):
                 graph.erase_node(node)
+
+
+def _detach_at_readers(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.target is not aten.detach.default or node.args[0].op != "call_function":  # type: ignore[union-attr]
+            continue
+        for user in list(node.users):
+            with graph.inserting_before(user):
+                copy = graph.node_copy(node)
+            user.replace_input_with(node, copy)
+        graph.erase_node(node)
 
 
 def _refuse_random(graph: fx.Graph) -> None:
