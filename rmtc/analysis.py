@@ -259,8 +259,8 @@ def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch |
                     f"a last segment of {plan.sizes.tail} positions runs other operations than one of {segment}: "
                     f"{first.reason}",
                     location=first.location,
-                    remedy="call it with whole segments (pad the text), or make no part of the segment's code depend on "
-                    "its length, such as tables that are cached or cut by length",
+                    remedy="call it with whole segments (pad the text), or let no part of a segment's code depend on "
+                    "its length: tables that are cached or cut by length do",
                 ) from first
             if plan.sizes.segments > 1:  # one segment needs no schedule
                 analysis.admit(plan.sizes)

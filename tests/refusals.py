@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -221,7 +222,7 @@ REFUSALS = (
         "Random numbers of Python",
         python_random,
         "random.random()",
-        "",
+        "in place of",
         "Draw them before the loop, into a tensor that is an argument.",
     ),
     Refusal(
@@ -236,7 +237,7 @@ REFUSALS = (
         "A constant that is not affine in the segment's number",
         constant_of_the_segment,
         "2**s",
-        "",
+        "does not follow the pattern",
         "Compute it with tensors: `decay = decay / 2` once a segment, or a tensor of powers made before the loop and "
         "indexed by `s`. Whole numbers `a * s + b` are fine.",
     ),
@@ -244,15 +245,14 @@ REFUSALS = (
         "A list of numbers indexed by the segment's number",
         list_indexed_by_the_segment,
         "scales[s % 4]",
-        "",
-        "Make it a tensor: `scales = torch.tensor([...])` as a buffer or argument, and `scales[s]`, which is a slice that "
-        "advances with the segment.",
+        "in place of",
+        "Make it a tensor, a buffer or an argument, and read `scales[s]`: an index that advances with the segment.",
     ),
     Refusal(
         "A last segment that is special",
         special_last_segment,
-        "F.normalize",
-        "",
+        "torch.cat(pieces",
+        "by one value of each segment",
         "Do it after the loop: take what the last segment made, and normalise that.",
     ),
     Refusal(
@@ -268,24 +268,25 @@ REFUSALS = (
         top_to_bottom,
         "piece.mean(1)",
         "closes a cycle",
-        "There is nothing to mend in the code: this is what the model computes. [designing.md](designing.md) says which "
-        "memories do better.",
+        "There is nothing to mend in the code: this is what the model computes. [designing.md](designing.md) says "
+        "which memories do better.",
     ),
     Refusal(
         "No loop over segments",
         no_loop,
         "",
         "no loop over segments",
-        "If the segments are folded into the batch, they run at once already. If the loop is in the code that calls this "
-        "module, compile the function with the loop.",
+        "If the segments are folded into the batch, they run at once already. If the loop is in the code that calls "
+        "this module, compile the function with the loop.",
     ),
 )
 
 _HEAD = """# Refusals
 
-What rmtc cannot run by a schedule, runs as it did before (`rmtc.compile` warns once, `strict=True` raises, `rmtc.explain`
-answers). The message names the place, the reason and what to do. Each kind with a small model, the message as it is
-printed, and what to write instead; `python tests/refusals.py` writes this page, and a test holds it true.
+What rmtc cannot run by a schedule, runs as it did before: `rmtc.compile` warns once, `strict=True` raises, and
+`rmtc.explain` answers with the reason. The message names the place, the reason and what to do. Each kind with a small
+model, the message as it is printed, and what to write instead; `python tests/refusals.py` writes this page, and a test
+holds it true.
 
 Every example is called with three layers and a text of six segments:
 
@@ -308,22 +309,17 @@ def message(refusal: Refusal) -> rmtc.RefusedError | rmtc.CaptureError:
     raise ValueError(f"{refusal.title} is not refused")
 
 
-def section(refusal: Refusal) -> str:
+def section(refusal: Refusal, error: rmtc.RefusedError | rmtc.CaptureError) -> str:
     """The part of docs/refusals.md for one refusal: lines are counted from the example's ``def``."""
     source, start = inspect.getsourcelines(refusal.example)
-    error = message(refusal)
-    text = str(error)
-    if error.location is not None:
-        text = text.replace(
-            str(error.location), f"example.py:{error.location.line - start + 1} in {error.location.function}"
-        )
+    text = re.sub(r"\S*\brefusals\.py:(\d+)", lambda found: f"example.py:{int(found[1]) - start + 1}", str(error))
     code = "".join(source).rstrip()
     return f"\n## {refusal.title}\n\n```python\n{code}\n```\n\n```text\n{text}\n```\n\n{refusal.instead}\n"
 
 
 def page() -> str:
     """docs/refusals.md."""
-    return _HEAD + "".join(map(section, REFUSALS))
+    return _HEAD + "".join(section(refusal, message(refusal)) for refusal in REFUSALS)
 
 
 if __name__ == "__main__":

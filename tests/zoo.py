@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rmtc.examples import transformer_xl
 from rmtc.examples.associative import AssociativeLayer
-from rmtc.ir.formula import distance_text
+from rmtc.ir.formula import distance_text, formula
 from rmtc.ir.schedule import L, S, layer_symbol
 
 SEGMENT, VOCABULARY, LAYERS = 6, 32, 3
@@ -66,7 +66,7 @@ class Entry:
     def row(self, name: str) -> tuple[str, str, str]:
         """The README's row."""
         found = " ".join(map(distance_text, sorted(self.distances, key=str))) or "-"
-        return f"`{name}`: {self.title}", found, str(self.makespan).replace("L + S", "S + L") if self.a else "refused"
+        return f"`{name}`: {self.title}", found, "refused" if self.makespan is None else formula(self.makespan)
 
 
 def text(segments: int, batch: int = 1, tail: int = SEGMENT) -> Tensor:

@@ -257,5 +257,5 @@ def backward_refusal(location: Location | None) -> RefusedError:
     return RefusedError(
         "the forward calls backward or grad: its gradients are part of the result, which rmtc does not reschedule",
         location=location,
-        remedy="take the call out of the forward, or write the gradient as a formula; without that, the model runs as it did",
+        remedy="take the call out of the forward, write the gradient as a formula, or run this model without rmtc",
     )
