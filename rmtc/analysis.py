@@ -237,14 +237,19 @@ def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch |
     tails = (segment, max(1, segment // 2), plan.sizes.tail) if plan.free_tail else full
     batches = (*_BATCHES, plan.sizes.batch) if plan.free_batch else own
     attempts = [
-        (_SHORT, batches, tails),
-        (_SHORT, batches, full),
-        (_SHORT, own, tails),
-        (_SHORT, own, full),
-        (_LONGER, batches, tails),
+        (_SHORT, batches, tails, False),
+        (_SHORT, batches, full, False),
+        (_SHORT, own, tails, False),
+        (_SHORT, own, full, False),
+        (_LONGER, batches, tails, False),
     ]
+    if plan.free_tail and plan.sizes.tail != segment:  # as in the first, but for a window that a segment may not fill
+        attempts.insert(1, (_SHORT, batches, tails, True))
     first: RefusedError | VerifyError | CaptureError | None = None
-    for segments, batch, tail in dict.fromkeys(attempts):
+    for segments, batch, tail, whole_windows in dict.fromkeys(attempts):
+        if whole_windows != analysis.capture.whole_windows:
+            analysis.capture.whole_windows = whole_windows
+            analysis.runs.clear()
         sizes = [Sizes(segments + i, batch[i], tail[i]) for i in range(3)]
         try:
             analysis.proven = _attempt(analysis, sizes, layers, watch)
@@ -252,6 +257,14 @@ def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch |
             logger.debug("with %s: %s", sizes, error.reason)
             first = first or error
         else:
+            if first is not None and analysis.proven.loop.fixed.get("tail", plan.sizes.tail) != plan.sizes.tail:
+                raise RefusedError(
+                    f"a last segment of {plan.sizes.tail} positions runs other operations than one of {segment}: "
+                    f"{first.reason}",
+                    location=first.location,
+                    remedy="call it with whole segments (pad the text), or let no part of a segment's code depend on "
+                    "its length: tables that are cached or cut by length do",
+                ) from first
             if plan.sizes.segments > 1:  # one segment needs no schedule
                 analysis.admit(plan.sizes)
             return

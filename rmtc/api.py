@@ -13,6 +13,7 @@ from rmtc.errors import CaptureError, RefusedError, RmtcError
 from rmtc.ir.explanation import Explanation
 from rmtc.ir.schedule import Dependence
 from rmtc.passes.pipeline import passes
+from rmtc.passes.prove import SEQUENTIAL_REMEDY
 from rmtc.passes.summary import class_summaries
 
 __all__ = ["dump", "explain", "explanation_of"]
@@ -174,15 +175,8 @@ def _answer(blank: Explanation, analysis: Analysis) -> Explanation:
         reason=proof.reason,
         cycle=proof.cycle,
         location=proof.cycle[-1].location if proof.cycle else None,
-        remedy=_REMEDY if proof.cycle else None,
+        remedy=SEQUENTIAL_REMEDY if proof.cycle else None,
     )
-
-
-_REMEDY = (
-    "give each layer a memory of its own, which only that layer reads in the next segment, as associative recurrent "
-    "memory transformers (ARMT) do: that is another model, to be trained anew. This one, whose memory goes from the "
-    "top of a segment to the bottom of the next, uses the machine better with several texts at once (a larger batch)"
-)
 
 
 def _free(fixed: dict[str, int], segment_length: int) -> tuple[str, ...]:

@@ -337,8 +337,8 @@ def test_a_dependence_is_missed_when_it_covers_too_few_layers(name: str) -> None
 
 
 def cells_in(error: VerifyError) -> list[Cell]:
-    """The cells that a message names; what an epilogue makes counts as made by the last layer."""
-    return [Cell(int(s), min(int(layer), LAYERS - 1)) for s, layer in re.findall(r"s(\d+)\.l(\d+)", error.reason)]
+    """The cells that a message names, layer -1 for a prologue; an epilogue counts as the last layer."""
+    return [Cell(int(s), min(int(layer), LAYERS - 1)) for s, layer in re.findall(r"s(\d+)\.l(-?\d+)", error.reason)]
 
 
 WRONG = [

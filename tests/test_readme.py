@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from models import LOOPS
+from zoo import NO_LOOP, ZOO, rows
 
 import rmtc
 from rmtc.ir.formula import distance_text
@@ -17,24 +18,37 @@ README = ROOT / "README.md"
 SIZES = {"layers": 3, "width": 16, "heads": 2, "segment": 6, "memory": 2, "segments": 4}
 
 
-def rows() -> list[tuple[str, str, str]]:
-    _, _, rest = README.read_text().partition("<!-- dependences -->\n")
+START = "<!-- dependences -->\n"
+
+
+def own_rows() -> dict[str, tuple[str, str, str]]:
+    """The table's rows for the models of this repository, written by hand: a test holds each true."""
+    _, _, rest = README.read_text().partition(START)
     lines = rest.partition("\n\n")[0].splitlines()[2:]
-    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    return [(str(re.match("`(.*?)`", model)[1]), distances, steps) for model, distances, steps in cells]  # type: ignore[index]
+    cells = [tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in lines]
+    found = {str(re.match("`(.*?)`", row[0])[1]): row for row in cells}  # type: ignore[index]
+    return {name: row for name, row in found.items() if name not in {**ZOO, **NO_LOOP}}  # type: ignore[misc]
 
 
-def test_the_table_is_there() -> None:
-    assert len(rows()) == 10
+def table() -> str:
+    """The README's table: its own rows as they are, those of the packages from the list of the zoo."""
+    found = [("model", "distances", "steps"), ("---",) * 3, *own_rows().values(), *rows()]
+    return "".join(f"| {' | '.join(row)} |\n" for row in found).replace("| --- | --- | --- |", "|---|---|---|")
 
 
-@pytest.mark.parametrize(("model", "distances", "steps"), rows())
-def test_what_comes_out(model: str, distances: str, steps: str) -> None:
+def test_the_table_has_the_rows_of_the_zoo() -> None:
+    assert len(own_rows()) == 10
+    assert START + table() + "\n" in README.read_text(), "run python tests/test_readme.py"
+
+
+@pytest.mark.parametrize(("model", "row"), own_rows().items())
+def test_what_comes_out(model: str, row: tuple[str, str, str]) -> None:
     if model in LOOPS:
         function, args = LOOPS[model]()
     else:
         function, args = importlib.import_module(f"rmtc.examples.{model}").build(**SIZES)
     explanation = rmtc.explain(function)(*args)
+    _, distances, steps = row
     found = {distance_text(each.distance) for each in explanation.dependences}
     assert found == set(re.split(r"(?<=\)) (?=\()", distances))
     assert str(explanation.schedule.makespan if explanation.schedule else "refused") == steps.replace(
@@ -54,3 +68,8 @@ def test_an_explanation_that_is_linked_to_is_what_is_printed(name: str, monkeypa
     monkeypatch.chdir(ROOT)
     function, args = importlib.import_module(f"rmtc.examples.{name}").build()
     assert without_counts((ROOT / linked).read_text()) == without_counts(str(rmtc.explain(function)(*args)))
+
+
+if __name__ == "__main__":
+    before, start, after = README.read_text().partition(START)
+    README.write_text(before + start + table() + "\n" + after.partition("\n\n")[2])

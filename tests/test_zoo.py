@@ -1,162 +1,161 @@
-"""Models as their packages ship them have the dependences that perturbing their cells has shown.
-
-w: the layer that writes a block-recurrent transformer's states; r: the layer that reads them; both counted from 0 here.
-"""
+"""Models as their packages ship them: the dependences that perturbing their cells has shown, and eager's results."""
 
 from __future__ import annotations
 
 import functools
+import linecache
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import sympy
 import torch
-from torch import Tensor
+from test_examples import Float32CastsAsFloat64
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from zoo import NO_LOOP, SEGMENT, ZOO, Call, text
 
 import rmtc
 from rmtc import Explanation
-from rmtc.ir.schedule import L, S, distances, layer_symbol
+from rmtc.api import explanation_of
+from rmtc.compiler import compiled_of
+from rmtc.ir.schedule import L, S
 
-SEGMENTS, SEGMENT = 4, 8
-
-
-def ids() -> Tensor:
-    return torch.arange(SEGMENTS * SEGMENT)[None] % 32
-
-
-def block_recurrent(depth: int, write: int, read: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    from block_recurrent_transformer_pytorch import BlockRecurrentTransformer
-
-    model = BlockRecurrentTransformer(
-        num_tokens=32,
-        dim=16,
-        depth=depth,
-        dim_head=8,
-        heads=2,
-        max_seq_len=512,
-        block_width=SEGMENT,
-        num_state_vectors=4,
-        recurrent_layers=(write + 1,),
-        read_recurrent_layers=(read + 1,),
-        use_flash_attn=False,
-    )
-    return model.eval(), (ids(),)
+FAST = {"ARMT over GPT-NeoX"}
+SIZES = [(4, 1, SEGMENT), (2, 2, SEGMENT), (7, 2, 2)]  # segments, batch, tail
 
 
-def infini() -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    from infini_transformer_pytorch import InfiniTransformer
-
-    model = InfiniTransformer(num_tokens=32, dim=16, depth=3, dim_head=8, heads=2, use_mem_delta_rule=True).eval()
-
-    def loop(text: Tensor) -> tuple[Tensor, Any]:
-        memories, pieces = None, []
-        for piece in text.split(SEGMENT, dim=1):
-            logits, _, memories = model(piece, past_memories=memories, return_new_memories=True)
-            pieces.append(logits)
-        return torch.cat(pieces, dim=1), memories
-
-    return loop, (ids(),)
+def built(name: str) -> Call:
+    """The model, with the same weights each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return {**ZOO, **NO_LOOP}[name].build()
 
 
-def recurrent_memory() -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
+@dataclass
+class Found:
+    """A compiled model, and the answer for it."""
 
-    model = RecurrentMemoryTransformer(
-        num_tokens=32,
-        dim=16,
-        depth=3,
-        num_memory_tokens=2,
-        seq_len=SEGMENT,
-        dim_head=8,
-        heads=2,
-        causal=True,
-        use_flash_attn=False,
-    )
-    return RecurrentMemoryTransformerWrapper(model).eval(), (ids(),)
+    call: Call
+    fast: Callable[..., Any]
+    answer: Explanation
+    first: Any
 
 
-ZOO: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
-    "block-recurrent, r = w": lambda: block_recurrent(3, write=1, read=1),
-    "block-recurrent, r < w": lambda: block_recurrent(4, write=3, read=1),
-    "infini": infini,
-    "recurrent memory": recurrent_memory,
-    "stacked weights": lambda: (models.stacked, (models.text(), models.stacked_weights())),
-}
+@functools.cache
+def found(name: str) -> Found:
+    """One capture serves the answer and the runs."""
+    call = built(name)
+    if ZOO[name].a is None:
+        return Found(call, call.function, rmtc.explain(call.function)(text(*SIZES[0])), None)
+    fast = rmtc.compile(call.function)
+    with torch.no_grad():
+        first = fast(text(*SIZES[0]))
+    compiled = compiled_of(fast)
+    assert compiled is not None
+    return Found(call, fast, explanation_of(call.function, compiled.variants[0].analysis), first)
 
 
-@pytest.fixture(scope="module")
-def explained() -> Callable[[str], Explanation]:
-    @functools.cache
-    def run(name: str) -> Explanation:
-        function, arguments = ZOO[name]()
-        return rmtc.explain(function)(*arguments)
-
-    return run
-
-
-Explain = Callable[[str], Explanation]
+def state(module: nn.Module) -> dict[str, Tensor]:
+    """Every tensor in an attribute or buffer."""
+    left = {}
+    for path, part in module.named_modules():
+        for key, value in {**vars(part), **part._buffers}.items():
+            for where, leaf in pytree.tree_flatten_with_path(value)[0] if not key.startswith("_") else []:
+                if isinstance(leaf, Tensor):
+                    left[f"{path}.{key}{pytree.keystr(where)}"] = leaf
+    return left
 
 
-def where(answer: Explanation) -> dict[tuple[Any, Any], set[Any]]:
-    """The layers that read over each distance; None is all of them."""
-    found: dict[tuple[Any, Any], set[Any]] = {}
-    for each in answer.dependences:
-        found.setdefault(each.distance, set()).add(each.layers)
-    return found
+def assert_close(one: Any, other: Any) -> None:
+    """Of the same structure, with tensors that differ by rounding alone."""
+    (leaves, shape), (others, other_shape) = pytree.tree_flatten(one), pytree.tree_flatten(other)
+    assert shape == other_shape
+    for a, b in zip(leaves, others, strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point():
+            assert a.dtype == b.dtype == torch.float64 and a.shape == b.shape
+            assert (a - b).norm() <= 1e-10 * b.norm()
+        elif isinstance(a, Tensor):
+            assert torch.equal(a, b)
+        else:
+            assert a == b
 
 
-def assert_makespan(answer: Explanation, makespan: sympy.Expr) -> None:
-    """Proven, and as short as the critical path of its cells."""
-    assert answer.schedule is not None and answer.certificate is not None
-    assert sympy.expand(answer.schedule.makespan - makespan) == 0
-    assert answer.certificate.optimal
+@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ZOO])
+def test_the_dependences_of_the_catalogue(name: str) -> None:
+    entry, answer = ZOO[name], found(name).answer
+    assert answer.reason is None or entry.why in answer.reason
+    assert {each.distance for each in answer.dependences} == entry.distances
+    if entry.distances:
+        assert (answer.segments, answer.layers, answer.segment_length) == (SIZES[0][0], entry.layers, SEGMENT)
+    if entry.a is not None:
+        assert answer.schedule is not None and answer.certificate is not None and answer.certificate.optimal
+        assert (answer.schedule.a, answer.schedule.b) == (entry.a, 1)
+        assert sympy.expand(answer.schedule.makespan - entry.makespan) == 0
+        return
+    assert answer.schedule is None and answer.reason is not None and answer.remedy
+    assert answer.location is not None and answer.location.file.endswith(entry.where[0])
+    assert entry.where[1] in source(answer.location.file, answer.location.line)
+    if entry.distances:  # the cycle has the tensor and the place, and so has the reason
+        assert answer.cycle and answer.cycle[-1].tensor in answer.reason
 
 
-@pytest.mark.slow
-def test_block_recurrent_with_states_at_one_layer(explained: Explain) -> None:
-    """Cached keys and values everywhere, and the states of layer w."""
-    answer = explained("block-recurrent, r = w")
-    assert (answer.segments, answer.layers, answer.segment_length) == (SEGMENTS, 3, SEGMENT)
-    assert where(answer) == {(0, 1): {None}, (1, 0): {None, (1, 1)}}
-    assert_makespan(answer, S + L - 1)
+def source(file: str, line: int) -> str:
+    """A line of a file of an installed package."""
+    places = (Path(__file__).parents[1] / file, Path(pytest.__file__).parents[1] / file)
+    return next(found for found in (linecache.getline(str(path), line) for path in places) if found)
 
 
-@pytest.mark.slow
-def test_block_recurrent_that_reads_below_where_it_writes(explained: Explain) -> None:
-    """Layer r reads what layer w wrote, and layer w goes on from what layer r read: a = w - r + 1."""
-    answer = explained("block-recurrent, r < w")
-    assert (answer.segments, answer.layers, answer.segment_length) == (SEGMENTS, 4, SEGMENT)
-    assert where(answer) == {(0, 1): {None}, (0, 2): {(3, 3)}, (1, 0): {None, (3, 3)}, (1, -2): {(1, 1)}}
-    assert answer.schedule is not None and (answer.schedule.a, answer.schedule.b) == (3, 1)
-    assert_makespan(answer, 3 * (S - 1) + L)
-
-
-@pytest.mark.slow
-def test_infini(explained: Explain) -> None:
-    """Under the delta rule, so that what is written depends on what is there."""
-    answer = explained("infini")
-    assert (answer.segments, answer.layers, answer.segment_length) == (SEGMENTS, 3, SEGMENT)
-    assert where(answer) == {(0, 1): {None}, (1, 0): {None}}
-    assert len([each for each in answer.dependences if each.distance == (1, 0)]) == 2, "the memory and its normaliser"
-    assert_makespan(answer, S + L - 1)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n, entry in ZOO.items() if entry.a is not None],
+)
+def test_results_and_state_are_those_of_eager(name: str) -> None:
+    it, entry = found(name), ZOO[name]
+    compiled = compiled_of(it.fast)
+    assert compiled is not None
+    for segments, batch, tail in [(s, b, SEGMENT if entry.whole else t) for s, b, t in SIZES]:
+        ids, eager = text(segments, batch, tail), built(name)
+        with torch.no_grad():
+            it.fast(ids)
+            run = rmtc.stats(it.fast).last_run
+            assert run is not None and (run.segments, run.batch, run.tail) == (segments, batch, tail)
+            assert run.steps == max(entry.a or 1, 1) * (segments - 1) + entry.layers < segments * entry.layers
+            with Float32CastsAsFloat64():
+                result = compiled.run_once((ids,), {})
+                assert_close(result, eager.function(ids))
+        assert_close(state(it.call.module), state(eager.module))
+    assert not rmtc.stats(it.fast).fallbacks
+    if entry.whole:  # as it was before, and it says why
+        ids = text(4, 2, 3)
+        with torch.no_grad(), pytest.warns(rmtc.FallbackWarning, match="runs other operations than one of"):
+            assert_close(it.fast(ids), built(name).function(ids))
 
 
 @pytest.mark.slow
-def test_recurrent_memory(explained: Explain) -> None:
-    """With the first layer's values mixed into every layer's."""
-    answer = explained("recurrent memory")
-    assert (answer.segments, answer.layers, answer.segment_length) == (SEGMENTS, 3, SEGMENT)
-    assert distances(answer.dependences) == {(0, 1), (0, layer_symbol), (1, 1 - L)}
-    assert answer.schedule is None
-    assert [each.distance for each in answer.cycle] == [(0, 1), (0, 1), (1, 1 - L)]
-    assert answer.location is not None
-    assert answer.location.file.endswith("recurrent_memory_transformer.py")
+def test_titans_has_no_loop_over_segments() -> None:
+    pytest.importorskip("titans_pytorch")
+    with pytest.raises(rmtc.CaptureError, match=NO_LOOP["titans"].why) as raised:
+        rmtc.explain(built("titans").function)(text(4))
+    assert raised.value.remedy and raised.value.location is not None
+    assert "titans_pytorch" in raised.value.location.file
 
 
-def test_stacked_weights(explained: Explain) -> None:
-    answer = explained("stacked weights")
+@pytest.mark.slow
+def test_the_memory_of_titans_takes_gradients() -> None:
+    pytest.importorskip("titans_pytorch")
+    entry = NO_LOOP["titans memory"]
+    answer = rmtc.explain(built("titans memory").function)(text(4))
+    assert answer.reason is not None and entry.why in answer.reason and answer.remedy
+    assert answer.location is not None and answer.location.file.endswith(entry.where[0])
+    assert entry.where[1] in source(answer.location.file, answer.location.line)
+
+
+def test_stacked_weights() -> None:
+    answer = rmtc.explain(models.stacked)(models.text(), models.stacked_weights())
     assert (answer.segments, answer.layers, answer.segment_length) == (models.SEGMENTS, models.LAYERS, models.SEGMENT)
-    assert where(answer) == {(0, 1): {None}, (1, 0): {None}}
-    assert_makespan(answer, S + L - 1)
+    assert {each.distance for each in answer.dependences} == {(0, 1), (1, 0)}
+    assert answer.schedule is not None and sympy.expand(answer.schedule.makespan - (S + L - 1)) == 0

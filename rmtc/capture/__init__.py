@@ -51,6 +51,7 @@ class Capture:
         watch: called after each graph pass with its name and the graph.
         seconds: time spent, by stage.
         reorder_random: whether operations may draw random numbers, in any order.
+        whole_windows: whether to read a window as what it is cut from, see :class:`Canonicalize`.
     """
 
     session: Session
@@ -58,6 +59,7 @@ class Capture:
     watch: Callable[[str, str], None] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     reorder_random: bool = False
+    whole_windows: bool = False
 
     @property
     def growing(self) -> frozenset[str]:
@@ -89,7 +91,7 @@ class Capture:
     def _passes(self, raw: RawTrace, sizes: Sizes) -> Program:
         graph: fx.Graph = raw.module.graph
         self._show("capture", sizes, graph)
-        for each in (RemoveRegions(Autocast.ambient()), Canonicalize(self.reorder_random)):
+        for each in (RemoveRegions(Autocast.ambient()), Canonicalize(self.reorder_random, self.whole_windows)):
             each.apply(graph)
             self._show(each.name, sizes, graph)
         names = {node.name: node.meta["name"] for node in graph.nodes if "name" in node.meta}

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 from rmtc.capture.arguments import Arguments, Growth, Path, show
+from rmtc.capture.frames import current_location
 from rmtc.capture.session import Session
-from rmtc.errors import CaptureError
+from rmtc.errors import CaptureError, Location
 from rmtc.quiet import quiet_fakes
 
 __all__ = ["Plan", "Sizes", "probe"]
@@ -78,7 +79,9 @@ class _Enough(BaseException):
 @dataclass
 class _Run:
     uses: Counter[int] = field(default_factory=Counter)
+    roots: Counter[int] = field(default_factory=Counter)  # uses of a tensor or of any part of it: parts vary with sizes
     cuts: list[int] = field(default_factory=list)
+    first_cut: Location | None = None
     ended: bool = True
 
     @property
@@ -96,6 +99,7 @@ class _Count:
         self.run = _Run()
         self._source = {id(tensor): index for index, tensor in enumerate(lifted)}
         self._parts: dict[tuple[Any, ...], int] = {}
+        self._roots = {index: frozenset((index,)) for index in self._source.values()}
         self._size, self._short, self._operations = size, short, 0
         self._kept: list[torch.Tensor] = []  # ids stay unique while the tensors live
 
@@ -109,6 +113,7 @@ class _Count:
             # A transposed weight is a weight, and so is one layer's part of a stack.
             part = (func, *sources, *(arg for arg in args if isinstance(arg, int)))
             index = self._parts.setdefault(part, -1 - len(self._parts))
+            self._roots[index] = frozenset().union(*(self._roots[each] for each in sources if each is not None))
             for result in _tensors((out,)):
                 self._source[id(result)] = index
                 self._kept.append(result)
@@ -116,6 +121,7 @@ class _Count:
             for source in sources:
                 if source is not None:
                     self.run.uses[source] += 1
+                    self.run.roots.update(self._roots[source])
             self._note_cut(tensors[0], out)
             if self._short and self.run.uses and min(self.run.uses.values()) >= _ENOUGH_USES:
                 raise _Enough
@@ -129,11 +135,16 @@ class _Count:
                 continue
             if result.ndim == tensor.ndim:
                 if result.shape[dim] < size:
-                    self.run.cuts.append(result.shape[dim])
+                    self._cut(result.shape[dim])
             elif result.ndim == tensor.ndim - 1:
                 self.run.cuts.append(1)
             elif result.ndim == tensor.ndim + 1 and result.shape[dim] * result.shape[dim + 1] == size:
-                self.run.cuts += [result.shape[dim + 1], result.shape[dim]]
+                self._cut(result.shape[dim + 1], result.shape[dim])
+
+    def _cut(self, *sizes: int) -> None:
+        self.run.cuts += sizes
+        if self.run.first_cut is None:
+            self.run.first_cut, _ = current_location()
 
 
 def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
@@ -315,16 +326,22 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
     if not found:
         # The user's own sizes must run at all: if not, this raises the reason.
         growth, batch, _ = candidates[0] if candidates else (Growth(), 1, 1)
-        prober.run(growth, candidates[0][2] if candidates else 1, batch)
+        own = prober.run(growth, candidates[0][2] if candidates else 1, batch)
         if segment_length is not None:
             raise CaptureError(
                 f"segment_length={segment_length} was given, but in no argument do that many positions make one "
                 "segment and one more begin the next",
                 remedy="pass the number of positions that the forward takes at a time, or leave segment_length out",
             )
+        pieces = (
+            ". The place is the first that cuts an argument; pieces that are folded into the batch run at once already"
+            if own.first_cut is not None
+            else ""
+        )
         raise CaptureError(
             "no argument was found whose length makes the forward run its layers once more: this is no loop over "
-            "segments, or its number of segments is fixed",
+            f"segments, or its number of segments is fixed{pieces}",
+            location=own.first_cut,
             remedy="pass a longer input, or segment_length=... if you know it",
         )
     if len(found) > 1:
@@ -347,10 +364,10 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
 
     def same(trial: Growth, length: int, batch: int) -> bool:
         run = prober.attempt(trial, length, batch)
-        return run is not None and two is not None and sorted(run.uses.values()) == sorted(two.uses.values())
+        return run is not None and two is not None and run.roots == two.roots
 
-    own = Growth(growth.dims, growth.lists, growth.lists | {path for path, _ in growth.dims})
-    for trial in dict.fromkeys((growth, own)):
+    alone = Growth(growth.dims, growth.lists, growth.lists | {path for path, _ in growth.dims})
+    for trial in dict.fromkeys((growth, alone)):
         if not trial.batch or free_batch:
             continue
         if segment > 1 and same(trial, ragged, batch + 1):

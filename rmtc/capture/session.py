@@ -271,7 +271,7 @@ def translate(error: Exception) -> RmtcError:
 def backward_refusal(location: Location | None) -> RefusedError:
     """For a forward that asks for gradients."""
     return RefusedError(
-        "the forward calls backward: its gradients are part of the result, which rmtc does not reschedule",
+        "the forward calls backward or grad: its gradients are part of the result, which rmtc does not reschedule",
         location=location,
-        remedy="take the backward call out of the forward, or run this model without rmtc",
+        remedy="take the call out of the forward, write the gradient as a formula, or run this model without rmtc",
     )

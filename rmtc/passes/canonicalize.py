@@ -40,10 +40,15 @@ class Canonicalize:
         %b = select(%w, 0, 3)                   ->    uses of %b become %v
 
     A tensor that is written part by part and read as a whole is put together where it is read, from what was written
-    last: writes that a later one covers make no dependence.
+    last: writes that a later one covers make no dependence. A tensor is detached where it is read: who waits for it
+    waits for what made it, not for the layer that kept it.
+
+    With ``whole_windows`` a read of a concatenation stays one: the window of the last positions is the segment itself
+    if it fills the window, and the end of the window before with it if it does not, as a shorter last one.
     """
 
     reorder_random: bool = False
+    whole_windows: bool = False
     name = "canonicalize"
 
     def apply(self, graph: fx.Graph) -> None:
@@ -61,7 +66,7 @@ class Canonicalize:
             ):
                 _becomes(node, node.args[1])
             elif node.target in (aten.select.int, aten.slice.Tensor):
-                _forward(node)
+                _forward(node, self.whole_windows)
             elif node.target is aten.copy.default:
                 _copied(node)
             elif node.target in _CASTS:
@@ -69,6 +74,7 @@ class Canonicalize:
             elif node.target is aten.dropout.default and not _drops(node):
                 _becomes(node, node.args[0])
         _assemble(graph)
+        _detach_at_readers(graph)
         _keep_apart(graph, memory)
         for node in reversed(list(graph.nodes)):
             if not node.users and (node.target in (*_NO_RESULT, *SPLITS, *_CASTS) or node.op == "get_attr"):
@@ -111,6 +117,17 @@ def _keep_apart(graph: fx.Graph, before: Sequence[Any]) -> None:
             results[number] = copied
     several = isinstance(graph.output_node().args[0], (list, tuple))
     graph.output_node().args = (results if several else results[0],)
+
+
+def _detach_at_readers(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.target is not aten.detach.default or node.args[0].op != "call_function":
+            continue
+        for user in list(node.users):
+            with graph.inserting_before(user):
+                copy = graph.node_copy(node)
+            user.replace_input_with(node, copy)
+        graph.erase_node(node)
 
 
 def _refuse_random(graph: fx.Graph) -> None:
@@ -214,7 +231,7 @@ def _dim(node: fx.Node, index: int) -> int:
     return int(_argument(node, index, "dim", 0) % node.meta["val"].ndim)
 
 
-def _forward(node: fx.Node) -> None:
+def _forward(node: fx.Node, whole_windows: bool) -> None:
     """Read through what put a tensor together: a part that was put there is that part, whatever was put elsewhere."""
     while True:
         source: Any = node.args[0]
@@ -254,6 +271,8 @@ def _forward(node: fx.Node) -> None:
             _is_part(node, source.args[0][read[0]])  # type: ignore[index]
             return
         if source.target is aten.cat.default and _dim(source, 1) == dim and not whole_row:
+            if whole_windows and read[1] == size:
+                return
             start = 0
             for piece in source.args[0]:  # type: ignore[union-attr]
                 end = start + (_size(piece, dim) if piece.meta["val"].ndim > dim else 0)  # type: ignore[union-attr, arg-type]

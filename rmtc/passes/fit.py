@@ -32,41 +32,50 @@ class Misfit(Exception):
 
 
 def fit(samples: list[tuple[int, Environment]], more: list[tuple[int, Environment]]) -> int | Fit:
-    """The simplest function of the sizes through all samples; samples of ``more`` that do not fit are left out."""
+    """The simplest function of the sizes through all samples; samples of ``more`` that do not fit are left out.
+
+    They are left out, too, where a function with fewer terms goes through the others and through as many points that it
+    did not need: three numbers always lie on some plane.
+    """
+    found: list[tuple[int, int, int | Fit]] = []
     for points in (samples + more, samples) if more else (samples,):
         constant = points[0][0]
         if all(value == constant for value, _ in points):
-            return constant
-        found = _simplest(tuple(points))
-        if found is not None:
-            return found
-    raise Misfit("the integers " + ", ".join(str(value) for value, _ in samples[:6]))
+            found.append((len(set(points)) - 1, 1, constant))
+        else:
+            simplest = _simplest(tuple(points))
+            if simplest is not None:
+                found.append(simplest)
+    if not found:
+        raise Misfit("the integers " + ", ".join(str(value) for value, _ in samples[:6]))
+    return max(found, key=lambda each: (each[0], -each[1]))[2]
 
 
 @functools.lru_cache(maxsize=4096)
-def _simplest(points: tuple[tuple[int, Environment], ...]) -> Fit | None:
+def _simplest(points: tuple[tuple[int, Environment], ...]) -> tuple[int, int, Fit] | None:
+    """How many points it did not need, how many terms it has, and the function."""
     for constant_term in (False, True):
         for shape in _SHAPES:
             found = _solve(points, shape, constant_term)
             if found is not None:
-                return found
+                terms = len(shape) + constant_term
+                different = {tuple(_product(names, environment) for names in shape) for _, environment in points}
+                return len(different) - terms, terms, found
     return None
+
+
+def _product(names: tuple[str, ...], environment: Environment) -> int:
+    product = 1
+    for name in names:
+        product *= getattr(environment, name)
+    return product
 
 
 def _solve(
     points: Sequence[tuple[int, Environment]], terms: tuple[tuple[str, ...], ...], constant_term: bool
 ) -> Fit | None:
-    def monomials(environment: Environment) -> list[int]:
-        values = []
-        for names in terms:
-            product = 1
-            for name in names:
-                product *= getattr(environment, name)
-            values.append(product)
-        return values
-
     one = [1] if constant_term else []
-    rows = [(*monomials(environment), *one, value) for value, environment in points]
+    rows = [(*(_product(names, at) for names in terms), *one, value) for value, at in points]
     coefficients = _gauss([list(map(Fraction, row)) for row in rows], len(terms) + len(one))
     if coefficients is None or any(c.denominator != 1 for c in coefficients):
         return None

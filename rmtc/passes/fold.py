@@ -101,6 +101,12 @@ def _drop_unused(short: Run, long: Run) -> tuple[Run, Run]:
     return short.without(dropped[0]), long.without(dropped[1])
 
 
+_NUMBERS = (
+    "a Python number that differs from segment to segment (a random one, an item of a list) must be part of a tensor "
+    "that is made before the loop; whole numbers may advance evenly"
+)
+
+
 def _same_operations(run: Run, segment: int, other: Run, reference: int) -> None:
     """Segment ``segment`` of a run must run what segment ``reference`` of another run does."""
     if run.tokens(segment) == other.tokens(reference):
@@ -116,7 +122,7 @@ def _same_operations(run: Run, segment: int, other: Run, reference: int) -> None
             raise RefusedError(
                 f"{what} does not run what {than} runs: {describe(op)} in place of {describe(expected)}",
                 location=op.location or expected.location,
-                remedy=remedy,
+                remedy=remedy if op.target is not expected.target else _NUMBERS,
             )
     longer = ops if len(ops) > len(expected_ops) else expected_ops
     extra = longer[min(len(ops), len(expected_ops))]

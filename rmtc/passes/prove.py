@@ -44,7 +44,13 @@ from rmtc.ir.schedule import Dependence, Extent, L, S
 from rmtc.passes.critical_path import Rounds, Straight, chains
 from rmtc.passes.distances import ONE, Affine, Vector, parse, text_of, value_of, vectors_of
 
-__all__ = ["Proof", "prove"]
+__all__ = ["SEQUENTIAL_REMEDY", "Proof", "prove"]
+
+SEQUENTIAL_REMEDY = (
+    "give each layer a memory of its own, which only that layer reads in the next segment, as associative recurrent "
+    "memory transformers (ARMT) do: that is another model, to be trained anew. This one, whose memory goes from the "
+    "top of a segment to the bottom of the next, uses the machine better with several texts at once (a larger batch)"
+)
 
 
 @dataclass(frozen=True)

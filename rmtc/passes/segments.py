@@ -232,8 +232,20 @@ def _gather(
                 work.append(j)
     for rank, i in enumerate(sorted(shared)):
         keys[i] = (-1, 0, rank)
-    for i in reversed(range(first)):
-        if i not in shared and (home[i] or 0) > 0 and not _creates(program.ops[i]):
+    early = [i for i in range(first) if i not in shared and home[i] is not None and not _creates(program.ops[i])]
+    kinds = {i: (_key(program.ops[i]), *(_key(program.ops[j]) for j in _inputs(program.ops[i]))) for i in early}
+    fellows: dict[object, set[int | None]] = {}
+    for i in early:
+        fellows.setdefault(kinds[i], set()).add(home[i])
+    early = [i for i in early if fellows[kinds[i]] != {0}]
+    # What is made of a value for segment 1 alone is what segment 0 leaves to it before its own layers run.
+    left: set[int] = set()
+    for i in early:
+        inputs = _inputs(program.ops[i])
+        if inputs and not fellows[kinds[i]] - {0, 1} and not (set(inputs) & set(early)) - left:
+            left.add(i)
+    for i in reversed(early):  # those of segment 0 as well: then they stand where the others do
+        if i not in left and users[i]:
             counter += 1
             keys[i] = (min(keys[j] for j in users[i])[0], -1, -counter)
     order = sorted(range(count), key=lambda i: keys[i])

@@ -26,6 +26,7 @@ from rmtc.ir.program import Val
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.group import run_schedule
 from rmtc.passes.pipeline import check_against, rewrite
+from rmtc.passes.prove import SEQUENTIAL_REMEDY
 from rmtc.runtime.backends import Backend, Runner
 from rmtc.runtime.executor import Run
 from rmtc.runtime.guards import ArgumentGuard, StateGuard, modes
@@ -104,7 +105,7 @@ class Variant:
             raise RefusedError(
                 (proof.reason if proof is not None else None) or "no schedule was found",
                 location=cycle[-1].location if cycle else None,
-                remedy="rmtc.explain says what the model allows; compile another one, or leave this one as it is",
+                remedy=SEQUENTIAL_REMEDY if cycle else None,
                 cycle=cycle,
             )
         schedule = run_schedule(proven.schedule)
