@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from rmtc.capture.arguments import Arguments, argument_names, show
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import traceback_location
-from rmtc.capture.state import Slot, Snapshot, is_plain, replace_tensors, uncached, walk
+from rmtc.capture.state import Slot, Snapshot, is_plain, replace_tensors, uncached, unmoved, walk
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError
 
 __all__ = ["Lifted", "Session"]
@@ -184,6 +184,7 @@ class Session:
         Raises:
             RmtcError: whatever the user's code raised, with the place and the reason.
         """
+        args, kwargs = pytree.tree_map_only(Iterator, unmoved, (args, kwargs))
         try:
             with _compiler_flags():
                 drawn = self.snapshot.random_state()

@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from rmtc.capture.frames import current_location
+from rmtc.errors import RefusedError
+
 __all__ = [
     "MISSING",
     "Code",
@@ -32,6 +35,7 @@ __all__ = [
     "replace_tensors",
     "state_functions",
     "uncached",
+    "unmoved",
     "user_code",
     "walk",
 ]
@@ -512,10 +516,32 @@ def uncached(value: Any) -> Any:
     return value
 
 
+class Unmoved:
+    """Stands in for an iterator: what is taken from it cannot be given back."""
+
+    def __iter__(self) -> Unmoved:
+        return self
+
+    def __next__(self) -> Any:
+        raise RefusedError(
+            "the forward takes an item from an iterator, which is another one in each call",
+            location=current_location(2)[0],
+            remedy="take the item before the call and pass it as an argument",
+        )
+
+
+def unmoved(value: Any) -> Any:
+    """A value itself; :class:`Unmoved` if it is a generator, or an iterator of Python's own."""
+    own = type(value).__module__ in ("builtins", "itertools", "collections")
+    return Unmoved() if own and isinstance(value, Iterator) and not isinstance(value, torch.Tensor) else value
+
+
 def replace_tensors(value: Any, mapping: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A tuple (or named tuple) with its tensors replaced; the same object if it holds none."""
+    """A tuple (or named tuple) with its tensors and iterators replaced; the same object if it holds none."""
     if isinstance(value, torch.Tensor):
         return mapping(value)
+    if isinstance(value, Iterator):
+        return unmoved(value)
     if isinstance(value, tuple):
         items = [replace_tensors(item, mapping) for item in value]
         if all(a is b for a, b in zip(items, value, strict=True)):

@@ -80,6 +80,7 @@ class Variant:
     _unmoved: list[str] = field(default_factory=list)
     _same: list[tuple[Slot, Slot]] = field(default_factory=list)
     _written: tuple[str, ...] = ()
+    _own: dict[str, str] = field(default_factory=dict)  # results that are written tensors themselves
     _shapes: dict[str, _Metadata | None] = field(default_factory=dict)
     _parameters: list[nn.Parameter] = field(default_factory=list)
     _varying: dict[int, frozenset[int]] = field(default_factory=dict)
@@ -113,6 +114,8 @@ class Variant:
             (effect.place, effect.content) for effect in third.effects
         ]:
             raise RefusedError("what the call leaves in attributes has another structure for more segments")
+        if first.same != third.same:
+            raise RefusedError("which results are the call's own tensors depends on the number of segments")
         program = rewrite(proven)
         session = analysis.capture.session
         tensors = {lifted.names[0]: lifted.tensor for lifted in session.lifted}
@@ -147,6 +150,7 @@ class Variant:
         variant._unmoved = [name for name in variant._slots if name not in weights.places]
         written = [str(name) for name in proven.loop.outputs if str(name).startswith("write:")]
         variant._written = tuple(name.removeprefix("write:") for name in written)
+        variant._own = {name: source for name, source in first.same.items() if source in variant._written}
         variant._shapes = {name: _metadata(slot.value) for name, slot in variant._slots.items()}
         for number, effect in enumerate(first.effects):
             if isinstance(effect.content, Ref):
@@ -327,7 +331,9 @@ class Variant:
         outputs, run = self.runner.run(ready.values, *ready.sizes)
         names, spec = self.analysis.result(ready.sizes)
         written = {name: ready.values[name] for name in self._written}
-        made = _Results(_apart(outputs, written), lambda name: self._plain(name, ready.sizes.segments))
+        own = {name: written[source] for name, source in self._own.items()}
+        outputs = {name: value for name, value in outputs.items() if name not in own}
+        made = _Results({**_apart(outputs, written), **own}, lambda name: self._plain(name, ready.sizes.segments))
         result = pytree.tree_unflatten([made[name] for name in names], spec)
         self._leave(made, written)
         return result, run
