@@ -6,7 +6,7 @@ import copy
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import rmtc
-from rmtc.compiler import compiled_of
+from rmtc.runtime.guards import StateGuard
 
 SEGMENT, WIDTH, LAYERS, SEGMENTS, BATCH = 4, 6, 3, 4, 2
 
@@ -301,3 +301,100 @@ def test_two_layers_that_come_to_share_a_list() -> None:
         warnings.simplefilter("ignore")
         for number in range(2):
             same(fast, eager, text(number))
+
+
+class InPlace(Reader):
+    """Writes to a buffer (L, B, D), and to a cache (B, D) that it is given; returns both, and keeps the cache."""
+
+    memory: Tensor
+
+    def start(self) -> None:
+        self.register_buffer("memory", torch.randn(LAYERS, BATCH, WIDTH))
+        self.last = torch.zeros(())
+
+    def forward(self, x: Tensor, cache: Tensor) -> Any:
+        result = super().forward(x)
+        cache.mul_(0.5).add_(result.mean(1))
+        self.last = cache
+        return result, cache, {"memory": self.memory}
+
+    def segment(self, hidden: Tensor) -> Tensor:
+        for number, layer in enumerate(cells(self)):
+            hidden, memory = layer.step(hidden, self.memory[number])
+            self.memory[number].copy_(memory)
+        return hidden
+
+
+def test_a_tensor_that_is_written_and_returned_is_the_same_tensor() -> None:
+    fast, eager = pair(InPlace)
+    for number in range(3):
+        caches = [torch.full((BATCH, WIDTH), number + 1.0, dtype=torch.float64) for _ in range(2)]
+        with torch.no_grad():
+            found, wanted = (model(text(number), cache) for model, cache in zip((fast, eager), caches, strict=True))
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        for model, result, cache in zip((fast, eager), (found, wanted), caches, strict=True):
+            assert result[1] is cache
+            assert result[2]["memory"] is model.memory
+            assert model.last is cache
+    ran(fast, 3)
+
+
+class Counting(OneTuple):
+    """Takes the scale of each call from an iterator."""
+
+    def forward(self, x: Tensor, given: Any = None) -> Any:
+        return super().forward(x * next(self.scales if given is None else given))
+
+
+ITERATORS = {
+    "count": lambda: itertools.count(1),
+    "list": lambda: iter([1.0, 2.0, 3.0]),
+    "generator": lambda: (1.0 + number for number in range(3)),
+    "map": lambda: map(float, iter([1, 2, 3])),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("count", "attribute"),
+        ("list", "tuple"),
+        ("generator", "attribute"),
+        ("generator", "argument"),
+        ("map", "tuple"),
+    ],
+)
+def test_an_iterator_is_taken_from_by_the_calls_alone(name: str, where: str) -> None:
+    fast, eager = pair(Counting)
+    arguments: list[tuple[Any, ...]] = [(), ()]
+    for number, model in enumerate((fast, eager)):
+        scales = ITERATORS[name]()
+        if where == "attribute":
+            model.scales = scales
+        elif where == "tuple":
+            model.scales = _Behind((scales, 1))
+        else:
+            arguments[number] = (scales,)
+    for number in range(3):
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found, wanted = (model(text(number), *given) for model, given in zip((fast, eager), arguments, strict=True))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    assert any("iterator" in reason for reason in rmtc.stats(fast).fallbacks)
+
+
+def test_verify_sees_a_second_call_that_reads_what_was_there_before_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, eager = pair(OfTuples)
+    assert rmtc.verify(eager)(text())
+    monkeypatch.setattr(StateGuard, "pinned", lambda self, slot: slot._replace(parent=None))
+    stale = rmtc.verify(eager)(text())
+    assert not stale
+    assert stale.worst_output.endswith("(second call)")
+
+
+class _Behind:
+    def __init__(self, held: tuple[Any, int]) -> None:
+        self.held = held
+
+    def __next__(self) -> Any:
+        return next(self.held[0])
