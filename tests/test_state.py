@@ -6,7 +6,7 @@ import copy
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,7 +79,7 @@ class OfTuples(Reader):
 
     def remember(self, memories: list[Tensor]) -> None:
         for layer, memory in zip(cells(self), memories, strict=True):
-            layer.state = self.make(memory)  # type: ignore[assignment]
+            layer.state = self.make(memory)
 
     def start(self) -> None:
         self.remember(initial())
@@ -156,7 +156,7 @@ class OneTuple(Reader):
 
 
 class OneList(OneTuple):
-    kind = list
+    kind: Any = list
 
 
 class OneDeque(OneTuple):
@@ -296,7 +296,7 @@ def test_two_layers_that_come_to_share_a_list() -> None:
     same(fast, eager, text())
     for model in (fast, eager):
         shared = [torch.ones(BATCH, WIDTH, dtype=torch.float64)]
-        cells(model)[0].memory = cells(model)[1].memory = shared
+        cells(model)[0].memory = cells(model)[1].memory = shared  # type: ignore[assignment]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for number in range(2):
@@ -312,7 +312,7 @@ class InPlace(Reader):
         self.register_buffer("memory", torch.randn(LAYERS, BATCH, WIDTH))
         self.last = torch.zeros(())
 
-    def forward(self, x: Tensor, cache: Tensor) -> Any:
+    def forward(self, x: Tensor, cache: Tensor) -> Any:  # type: ignore[override]
         result = super().forward(x)
         cache.mul_(0.5).add_(result.mean(1))
         self.last = cache
@@ -342,11 +342,13 @@ def test_a_tensor_that_is_written_and_returned_is_the_same_tensor() -> None:
 class Counting(OneTuple):
     """Takes the scale of each call from an iterator."""
 
+    scales: Any
+
     def forward(self, x: Tensor, given: Any = None) -> Any:
         return super().forward(x * next(self.scales if given is None else given))
 
 
-ITERATORS = {
+ITERATORS: dict[str, Callable[[], Any]] = {
     "count": lambda: itertools.count(1),
     "list": lambda: iter([1.0, 2.0, 3.0]),
     "generator": lambda: (1.0 + number for number in range(3)),
