@@ -32,6 +32,7 @@ class Captured:
         plain: what the run left in Python, by name.
         result: the names of the leaves of what it returned, and how they are put together.
         effects: what it left in Python objects.
+        same: for results that are tensors of its arguments or its state themselves, the names of these.
     """
 
     sizes: Sizes
@@ -39,6 +40,7 @@ class Captured:
     plain: dict[str, Any]
     result: tuple[tuple[str, ...], Any] = ((), None)
     effects: tuple[Effect, ...] = ()
+    same: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -86,7 +88,7 @@ class Capture:
         raw = trace(self.session, *self.plan.arguments(self.session, sizes))
         program = self._passes(raw, sizes)
         self.seconds["capture"] = self.seconds.get("capture", 0.0) + time.perf_counter() - start
-        return Captured(sizes, program, raw.plain, raw.result, raw.effects)
+        return Captured(sizes, program, raw.plain, raw.result, raw.effects, raw.same)
 
     def _passes(self, raw: RawTrace, sizes: Sizes) -> Program:
         graph: fx.Graph = raw.module.graph

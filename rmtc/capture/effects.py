@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CellType
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rmtc.capture.session import Session
-from rmtc.capture.state import Slot, is_plain
+from rmtc.capture.state import MISSING, Slot, is_plain, paths_of
 from rmtc.errors import CaptureError
 
 __all__ = ["Effect", "Ref", "find_effects", "fill"]
@@ -51,6 +51,15 @@ class Effect:
         """What tells the place from others."""
         return id(self.slot.owner), None if self.whole else self.slot.key
 
+    @property
+    def path(self) -> tuple[str, bool]:
+        """The name of the place, or of the list, where it is a whole one."""
+        return self.slot.name.rpartition("[")[0] if self.whole else self.slot.name, self.whole
+
+    def here(self) -> Effect:
+        """The same in the container or object that is in that place now."""
+        return replace(self, slot=self.slot._replace(owner=self.slot.home(), parent=None))
+
     def apply(self, values: Mapping[str, Any]) -> None:
         """Leave the value in the place.
 
@@ -72,26 +81,15 @@ class Effect:
         owner, key = self.slot.owner, self.slot.key
         if self.whole or (isinstance(owner, dict) and (self.content is GONE or key not in owner)):
             return _container_saved(owner)
-        held = _held(owner, key)
-        return functools.partial(self.slot.put, held) if held is not GONE else functools.partial(_delete, owner, key)
+        held = self.slot._replace(parent=None).get()
+        return functools.partial(self.slot.put, held) if held is not MISSING else functools.partial(_delete, self.slot)
 
 
-def _held(owner: Any, key: Any) -> Any:
-    if isinstance(owner, dict):
-        return owner[key]
-    if isinstance(owner, type):
-        return vars(owner).get(key, GONE)
-    try:
-        return owner.cell_contents if isinstance(owner, CellType) else getattr(owner, key, GONE)
-    except ValueError:  # an empty cell
-        return GONE
-
-
-def _delete(owner: Any, key: Any) -> None:
-    if not isinstance(owner, CellType):
-        delattr(owner, key)
-    elif _held(owner, key) is not GONE:
-        del owner.cell_contents
+def _delete(slot: Slot) -> None:
+    if not isinstance(slot.owner, CellType):
+        delattr(slot.owner, slot.key)
+    elif slot._replace(parent=None).get() is not MISSING:
+        del slot.owner.cell_contents
 
 
 def _container_saved(owner: Any) -> Callable[[], None]:
@@ -139,6 +137,7 @@ def find_effects(session: Session, before: list[Slot], results: Mapping[str, Any
     known = {id(slot.value) for slot in before} | persistent
     names = {(id(slot.owner), slot.key): slot.name for slot in after}
     old = {(id(slot.owner), slot.key): slot for slot in before}
+    paths = paths_of(before)
 
     def content(value: Any, name: str) -> Any:
         if isinstance(value, torch.Tensor) or is_plain(value):
@@ -171,7 +170,10 @@ def find_effects(session: Session, before: list[Slot], results: Mapping[str, Any
             raise CaptureError(
                 f"the call registers a hook ({slot.name})", remedy="call the model once before it is compiled"
             )
-        _add(found, slot if previous is None else previous, slot, content)
+        if previous is None:
+            parent, table = paths.get(id(slot.owner), (None, ""))
+            previous = slot._replace(parent=parent, table=table)
+        _add(found, previous, slot, content)
     there = {(id(slot.owner), slot.key) for slot in after}
     for slot in before:
         if id(slot.owner) in persistent and (id(slot.owner), slot.key) not in there:

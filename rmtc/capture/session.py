@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from rmtc.capture.arguments import Arguments, argument_names, show
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import traceback_location
-from rmtc.capture.state import Slot, Snapshot, is_plain, replace_tensors, uncached, walk
+from rmtc.capture.state import Slot, Snapshot, is_plain, replace_tensors, uncached, unmoved, walk
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError
 
 __all__ = ["Lifted", "Session"]
@@ -96,16 +96,16 @@ class Session:
         kinds: dict[int, str] = {}
         tensors: dict[int, torch.Tensor] = {}
 
-        def note(tensor: torch.Tensor, slot: Slot) -> torch.Tensor:
+        def note(tensor: torch.Tensor, slot: Slot) -> None:
             _refuse_unknown(slot.name, tensor)
             kind = "parameter" if isinstance(tensor, nn.Parameter) else "state"
             kinds.setdefault(id(tensor), "buffer" if id(slot.owner) in buffers else kind)
             names.setdefault(id(tensor), []).append(f"self.{slot.name}" if slot.name in given else slot.name)
             tensors[id(tensor)] = tensor
-            return tensor
 
-        for slot in slots:
-            replace_tensors(slot.value, lambda tensor, slot=slot: note(tensor, slot))  # type: ignore[misc]
+        for slot in slots:  # the items of a tuple have slots of their own
+            if isinstance(slot.value, torch.Tensor):
+                note(slot.value, slot)
         tables = {id(slot.value._modules) for slot in slots if isinstance(slot.value, nn.Module)}
         if isinstance(self.function, nn.Module):
             tables.add(id(self.function._modules))
@@ -184,6 +184,7 @@ class Session:
         Raises:
             RmtcError: whatever the user's code raised, with the place and the reason.
         """
+        args, kwargs = pytree.tree_map_only(Iterator, unmoved, (args, kwargs))
         try:
             with _compiler_flags():
                 drawn = self.snapshot.random_state()

@@ -21,15 +21,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from rmtc.capture.frames import current_location
+from rmtc.errors import RefusedError
+
 __all__ = [
+    "MISSING",
     "Code",
     "Slot",
     "Snapshot",
     "is_plain",
     "names_of",
+    "paths_of",
     "replace_tensors",
     "state_functions",
     "uncached",
+    "unmoved",
     "user_code",
     "walk",
 ]
@@ -41,13 +47,53 @@ _MODULE_TABLES = ("_parameters", "_buffers", "_modules")
 _Cached = functools._lru_cache_wrapper
 
 
+MISSING: Any = object()  # stands for what a place holds that is no longer there
+
+
 class Slot(NamedTuple):
-    """A place that holds a value: ``owner[key]`` for containers, ``owner.key`` for objects and cells."""
+    """A place that holds a value: ``owner[key]`` for containers, ``owner.key`` for objects and cells.
+
+    Attributes:
+        name: its path.
+        owner, key, value: as they were when it was found.
+        parent: the place through which its owner was reached; None if the owner is there for good.
+        table: the attribute of what is in the parent, ``__dict__``, that is the owner; empty if that itself is.
+    """
 
     name: str
     owner: Any
     key: Any
     value: Any
+    parent: Slot | None = None
+    table: str = ""
+
+    def home(self) -> Any:
+        """The container or object in which this place is now: a tuple or list may have been replaced by another."""
+        if self.parent is None:
+            return self.owner
+        held = self.parent.get()
+        return getattr(held, self.table, MISSING) if self.table else held
+
+    def get(self) -> Any:
+        """What is here now; :data:`MISSING` if nothing is."""
+        home = self.home()
+        if isinstance(home, (dict, types.MappingProxyType)):
+            return home.get(self.key, MISSING)
+        if isinstance(home, (list, deque, tuple)):
+            return home[self.key] if type(self.key) is int and self.key < len(home) else MISSING
+        if isinstance(home, type):
+            return vars(home).get(self.key, MISSING)
+        try:
+            return getattr(home, str(self.key), MISSING)
+        except ValueError:  # an empty cell
+            return MISSING
+
+    def path(self) -> Iterator[Slot]:
+        """The places through which this one is reached, the nearest first."""
+        slot = self.parent
+        while slot is not None:
+            yield slot
+            slot = slot.parent
 
     def put(self, value: object) -> None:
         """Put another value here."""
@@ -198,17 +244,17 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
     functions: set[int] = set()
     places: set[tuple[int, Any]] = set()
     names: dict[str, int] = {}
-    queue: deque[tuple[str, Any]] = deque(roots.items())
+    queue: deque[tuple[str, Any, Slot | None]] = deque((name, value, None) for name, value in roots.items())
 
-    def add(name: str, owner: Any, key: Any, value: Any) -> None:
+    def add(name: str, owner: Any, key: Any, value: Any, parent: Slot | None = None, table: str = "") -> None:
         if (id(owner), key) in places:  # a global that several functions name
             return
         places.add((id(owner), key))
         count = names[name] = names.get(name, 0) + 1
         name = name if count == 1 else f"{name}#{count}"
-        slots.append(Slot(name, owner, key, value))
+        slots.append(Slot(name, owner, key, value, parent, table if parent is not None else ""))
         if not is_plain(value) and not isinstance(value, torch.Tensor):
-            queue.append((name, value))
+            queue.append((name, value, slots[-1]))
 
     def add_function(function: types.FunctionType) -> None:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -235,39 +281,40 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
                     add(f"{base.__qualname__}.{key}", base, key, attribute)
 
     while queue:
-        name, value = queue.popleft()
+        name, value, at = queue.popleft()
         if id(value) in seen or isinstance(value, (types.ModuleType, type)):
             continue
         seen.add(id(value))
         dot = name + "." if name else ""
         if isinstance(value, (types.FunctionType, types.MethodType)):
             if isinstance(value, types.MethodType):
-                queue.append((name, value.__self__))
+                queue.append((name, value.__self__, None))
             for function in state_functions(value, functions):
                 add_function(function)
         elif isinstance(value, nn.Module):
             for table in _MODULE_TABLES:
                 for key, item in value.__dict__[table].items():
-                    add(dot + key, value.__dict__[table], key, item)
+                    add(dot + key, value.__dict__[table], key, item, at, table)
             for key, item in list(value.__dict__.items()):
                 if key not in _MODULE_TABLES and key != "_compiled_call_impl":
-                    add(dot + key, value.__dict__, key, item)
+                    add(dot + key, value.__dict__, key, item, at, "__dict__")
             add_class(type(value))
         elif isinstance(value, dict):
             for key, item in list(value.items()):
-                add(f"{name}[{key!r}]", value, key, item)
+                add(f"{name}[{key!r}]", value, key, item, at)
         elif isinstance(value, (list, deque, tuple)):
             for index, item in enumerate(value):
-                add(f"{name}[{index}]", value, index, item)
+                add(f"{name}[{index}]", value, index, item, at)
         elif isinstance(value, (set, frozenset)):
-            queue.extend((f"{name}{{}}", item) for item in value if not is_plain(item))
+            queue.extend((f"{name}{{}}", item, None) for item in value if not is_plain(item))
         elif isinstance(value, functools.partial):
-            queue.extend((f"{dot}{key}", getattr(value, key)) for key in ("func", "args", "keywords"))
+            queue.extend((f"{dot}{key}", getattr(value, key), None) for key in ("func", "args", "keywords"))
         elif _is_record(value):
             for key, item in list(getattr(value, "__dict__", {}).items()):
-                add(dot + key, value.__dict__ if type(value.__dict__) is dict else value, key, item)
+                table = "__dict__" if type(value.__dict__) is dict else ""
+                add(dot + key, value.__dict__ if table else value, key, item, at, table)
             for key in _slot_names(value):
-                add(dot + key, value, key, getattr(value, key))
+                add(dot + key, value, key, getattr(value, key), at)
             add_class(type(value))
     return slots
 
@@ -404,13 +451,7 @@ class Snapshot:
                 owner.clear()
                 owner.extend(content)
         for slot in self._places:
-            owner = slot.owner
-            if isinstance(owner, (type, dict)):
-                values = owner.__dict__ if isinstance(owner, type) else owner
-                current = values.get(slot.key, _EMPTY)
-            else:
-                current = getattr(owner, slot.key, _EMPTY)
-            if current is not slot.value:
+            if slot._replace(parent=None).get() is not slot.value:
                 slot.put(slot.value)
         for slot in walk(self._roots, self._without):  # globals and class attributes that were not there before
             if isinstance(slot.owner, (type, dict)) and (id(slot.owner), slot.key) not in self._known:
@@ -454,6 +495,20 @@ def _tables(value: Any) -> tuple[Any, ...]:
     return ()
 
 
+def paths_of(slots: Sequence[Slot]) -> dict[int, tuple[Slot, str]]:
+    """How each container and object in some places is reached, by its id: the first place, and the table in there."""
+    paths: dict[int, tuple[Slot, str]] = {}
+    for slot in slots:
+        if isinstance(slot.value, nn.Module):
+            tables: tuple[str, ...] = ("__dict__", *_MODULE_TABLES)
+        else:
+            tables = ("__dict__",) if _tables(slot.value) else ()
+        for table in ("", *tables):
+            owner = getattr(slot.value, table) if table else slot.value
+            paths.setdefault(id(owner), (slot, table))
+    return paths
+
+
 def uncached(value: Any) -> Any:
     """A function without its cache: `functools` would keep what it makes from stand-ins."""
     while isinstance(value, _Cached):
@@ -461,10 +516,32 @@ def uncached(value: Any) -> Any:
     return value
 
 
+class Unmoved:
+    """Stands in for an iterator: what is taken from it cannot be given back."""
+
+    def __iter__(self) -> Unmoved:
+        return self
+
+    def __next__(self) -> Any:
+        raise RefusedError(
+            "the forward takes an item from an iterator, which is another one in each call",
+            location=current_location(2)[0],
+            remedy="take the item before the call and pass it as an argument",
+        )
+
+
+def unmoved(value: Any) -> Any:
+    """A value itself; :class:`Unmoved` if it is a generator, or an iterator of Python's own."""
+    own = type(value).__module__ in ("builtins", "itertools", "collections")
+    return Unmoved() if own and isinstance(value, Iterator) and not isinstance(value, torch.Tensor) else value
+
+
 def replace_tensors(value: Any, mapping: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A tuple (or named tuple) with its tensors replaced; the same object if it holds none."""
+    """A tuple (or named tuple) with its tensors and iterators replaced; the same object if it holds none."""
     if isinstance(value, torch.Tensor):
         return mapping(value)
+    if isinstance(value, Iterator):
+        return unmoved(value)
     if isinstance(value, tuple):
         items = [replace_tensors(item, mapping) for item in value]
         if all(a is b for a, b in zip(items, value, strict=True)):

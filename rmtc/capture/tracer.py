@@ -52,6 +52,7 @@ class RawTrace:
         plain: values the run left in Python: returned non-tensors and attributes it changed, by name.
         result: the names of the leaves of what it returned, and how they are put together.
         effects: what it left in Python objects.
+        same: for results that are tensors of its arguments or its state themselves, the names of these.
     """
 
     module: fx.GraphModule
@@ -59,6 +60,7 @@ class RawTrace:
     plain: dict[str, Any] = field(default_factory=dict)
     result: tuple[tuple[str, ...], Any] = ((), None)
     effects: tuple[Effect, ...] = ()
+    same: dict[str, str] = field(default_factory=dict)
 
 
 class _Tracer(PythonKeyTracer):
@@ -267,6 +269,8 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
             raw.result, raw.effects = structure(result), find_effects(session, slots, {**found, **plain})
         raw.plain.update(plain)
         names = [*(lifted.names[0] for lifted in session.lifted), *(show(path) for path in inputs)]
+        sources = {id(tensor): name for tensor, name in zip(flat, names, strict=True)}
+        raw.same = {name: sources[id(tensor)] for name, tensor in found.items() if id(tensor) in sources}
         for tensor, inner, name in zip(flat, before, names, strict=True):
             if _inner(tensor) is not inner:
                 found[f"write:{name}"] = tensor

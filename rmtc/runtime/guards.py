@@ -162,15 +162,14 @@ def _getter(slot: Slot) -> tuple[Callable[[Any, Any], Any], Any, Any]:
     return getattr, slot.owner, str(slot.key) if not isinstance(slot.owner, CellType) else "cell_contents"
 
 
-def _held(slot: Slot) -> Any:
-    get, owner, key = _getter(slot)
-    try:
-        return get(owner, key)
-    except (KeyError, IndexError, AttributeError, ValueError):
-        return _GONE
-
-
-_GONE = object()
+def _whole_lists(slots: Sequence[Slot], effects: Sequence[Effect]) -> set[tuple[int, Any]]:
+    """The places of lists whose items the call writes: another list may be there, if it is in no second place."""
+    written = {id(effect.slot.owner) for effect in effects if effect.whole and effect.slot.parent is not None}
+    places: dict[int, list[Slot]] = {}
+    for slot in slots:
+        if id(slot.value) in written:
+            places.setdefault(id(slot.value), []).append(slot)
+    return {(id(slot.owner), slot.key) for slot, *more in places.values() if not more}
 
 
 class StateGuard:
@@ -182,11 +181,11 @@ class StateGuard:
     """
 
     def __init__(self, session: Session, effects: Sequence[Effect]) -> None:
-        written = [effect.slot.name for effect in effects if not effect.whole]
-        written += [effect.slot.name.rpartition("[")[0] for effect in effects if effect.whole]
-        slots = [slot for slot in session.snapshot.slots if not _below(slot.name, written)]
+        places = {(id(effect.slot.owner), effect.slot.key) for effect in effects if not effect.whole}
+        self._places = places | _whole_lists(session.snapshot.slots, effects)
+        self._lists = {id(effect.slot.owner) for effect in effects if effect.whole}
+        slots = [slot for slot in session.snapshot.slots if not self._written(slot)]
         self._slots = [slot for slot in slots if slot.key not in _BOOKKEEPING and not isinstance(slot.owner, tuple)]
-        places = {(id(effect.slot.owner), effect.slot.key) for effect in effects}
         code = user_code(session.roots, session.snapshot.slots)
         for name, space, value in code.named:
             self._slots.append(Slot(name, space, name, value))
@@ -232,6 +231,21 @@ class StateGuard:
             if key in own and isinstance(owner, dict) and "__builtins__" not in owner
         ]
 
+    def _written(self, slot: Slot) -> bool:
+        """Whether the call writes a place: it itself, or the container that it is in."""
+        at: Slot | None = slot
+        while at is not None:
+            if (id(at.owner), at.key) in self._places or id(at.owner) in self._lists:
+                return True
+            if at.table or not isinstance(at.owner, (dict, list, deque, tuple)):
+                return False
+            at = at.parent
+        return False
+
+    def pinned(self, slot: Slot) -> Slot:
+        """A place, without its path where all on the way there is held by this guard."""
+        return slot if any(map(self._written, slot.path())) else slot._replace(parent=None)
+
     def _index(self) -> None:
         """Order the places by what they are read with: many keys of a container at once, single items, attributes."""
         groups: dict[int, list[Slot]] = {}
@@ -254,7 +268,7 @@ class StateGuard:
 
     def forget(self) -> None:
         """Leave out, from now on, every place that holds something else than at the capture."""
-        now = [slot._replace(value=_held(slot)) for slot in self._slots]
+        now = [slot._replace(value=slot.get()) for slot in self._slots]
         pairs = zip(self._expected, now, strict=True)
         self._slots = [slot for old, slot in pairs if old is slot.value or _stands_in(old, slot.value)]
         self._index()
@@ -299,10 +313,6 @@ def _environment() -> dict[Any, Any]:
 
 def _reads_environment(function: FunctionType) -> bool:
     return not {"environ", "getenv"}.isdisjoint(names_of(function))
-
-
-def _below(name: str, places: Sequence[str]) -> bool:
-    return any(name == place or (name.startswith(place) and name[len(place)] in ".[") for place in places)
 
 
 def _stands_in(old: Any, new: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import operator
 from collections import deque
@@ -78,10 +77,12 @@ class Variant:
     effects: tuple[Effect, ...]
     entries: set[tuple[Any, ...]] = field(default_factory=set)
     _slots: dict[str, Slot] = field(default_factory=dict)
-    _tables: tuple[list[dict[Any, Any]], list[Any]] | None = None  # where all slots are those of dictionaries
+    _tables: tuple[list[str], list[dict[Any, Any]], list[Any]] = ([], [], [])  # slots of dictionaries that stay
+    _others: list[tuple[str, Slot]] = field(default_factory=list)
     _unmoved: list[str] = field(default_factory=list)
     _same: list[tuple[Slot, Slot]] = field(default_factory=list)
     _written: tuple[str, ...] = ()
+    _own: dict[str, str] = field(default_factory=dict)  # results that are written tensors themselves
     _shapes: dict[str, _Metadata | None] = field(default_factory=dict)
     _parameters: list[nn.Parameter] = field(default_factory=list)
     _varying: dict[int, frozenset[int]] = field(default_factory=dict)
@@ -116,20 +117,25 @@ class Variant:
             (effect.place, effect.content) for effect in third.effects
         ]:
             raise RefusedError("what the call leaves in attributes has another structure for more segments")
+        if first.same != third.same:
+            raise RefusedError("which results are the call's own tensors depends on the number of segments")
         program = rewrite(proven)
         session = analysis.capture.session
         tensors = {lifted.names[0]: lifted.tensor for lifted in session.lifted}
         weights = Weights.plan(program, Weights.movable({**tensors, **_inputs(session.arguments)}))
-        slots = {slot.name: slot for slot in session.snapshot.slots if isinstance(slot.value, torch.Tensor)}
+        state = StateGuard(session, first.effects)
+        slots = {
+            slot.name: state.pinned(slot) for slot in session.snapshot.slots if isinstance(slot.value, torch.Tensor)
+        }
         variant = Variant(
             analysis,
             program,
             weights,
             backend(program, weights),
             ArgumentGuard(session.arguments, analysis.capture.plan),
-            StateGuard(session, first.effects),
+            state,
             modes(),
-            first.effects,
+            tuple(replace(effect, slot=state.pinned(effect.slot)) for effect in first.effects),
         )
         read = program.reads()
         for lifted in session.lifted:
@@ -139,12 +145,15 @@ class Variant:
                 variant._same += [(place, places[0]) for place in places[1:]]
             if isinstance(lifted.tensor, nn.Parameter):
                 variant._parameters.append(lifted.tensor)
-        owners = [slot.owner for slot in variant._slots.values() if isinstance(slot.owner, dict)]
-        if len(owners) == len(variant._slots):
-            variant._tables = owners, [slot.key for slot in variant._slots.values()]
+        fixed = {name: slot for name, slot in variant._slots.items() if slot.parent is None}
+        tables = {name: slot for name, slot in fixed.items() if isinstance(slot.owner, dict)}
+        owners, keys = [slot.owner for slot in tables.values()], [slot.key for slot in tables.values()]
+        variant._tables = [*tables], owners, keys
+        variant._others = [(name, slot) for name, slot in variant._slots.items() if name not in tables]
         variant._unmoved = [name for name in variant._slots if name not in weights.places]
         written = [str(name) for name in proven.loop.outputs if str(name).startswith("write:")]
         variant._written = tuple(name.removeprefix("write:") for name in written)
+        variant._own = {name: source for name, source in first.same.items() if source in variant._written}
         variant._shapes = {name: _metadata(slot.value) for name, slot in variant._slots.items()}
         for number, effect in enumerate(first.effects):
             if isinstance(effect.content, Ref):
@@ -158,7 +167,7 @@ class Variant:
     def requires_grad(self) -> bool:
         """Whether a parameter, or another tensor that the call reads, wants a gradient."""
         return any(parameter.requires_grad for parameter in self._parameters) or any(
-            getattr(_now(slot), "requires_grad", False)
+            getattr(slot.get(), "requires_grad", False)
             for slot in self._slots.values()
             if not isinstance(slot.value, nn.Parameter)
         )
@@ -166,7 +175,7 @@ class Variant:
     def stale(self) -> bool:
         """Whether a parameter was replaced or changed its dtype or device: no later call can be this one's again."""
         return any(
-            isinstance(slot.value, nn.Parameter) and (_now(slot) is not slot.value or _metadata(slot.value) != shape)
+            isinstance(slot.value, nn.Parameter) and (slot.get() is not slot.value or _metadata(slot.value) != shape)
             for slot, shape in zip(self._slots.values(), self._shapes.values(), strict=True)
         )
 
@@ -188,10 +197,18 @@ class Variant:
 
         A size that varies from call to call counts as being the batch size or not.
         """
-        return tuple(
-            _describe(_now(effect.slot, effect.whole), batch, self._varying.get(number, frozenset()))
-            for number, effect in enumerate(self.effects)
-        )
+        first: dict[int, int] = {}
+        found: list[Any] = []
+        for number, effect in enumerate(self.effects):
+            slot = effect.slot
+            if slot.parent is not None:  # in what may be another container now, or the same one as another place's
+                home = slot.home()
+                found.append((type(home), first.setdefault(id(home), number)))
+                held = home if effect.whole else slot.get()
+            else:
+                held = slot.owner if effect.whole else slot.get()
+            found.append(_describe(held, batch, self._varying.get(number, frozenset())))
+        return tuple(found)
 
     def ready(self, arguments: Arguments, sizes: Sizes) -> Ready | str | None:
         """Everything a run needs; None if the call has yet to be admitted; or why this capture cannot serve it.
@@ -202,7 +219,7 @@ class Variant:
         """
         values = self._values()
         for place, other in self._same:
-            if _now(place) is not _now(other):
+            if place.get() is not other.get():
                 return f"{place.name} and {other.name} were one tensor and are two"
         in_place = self.weights.in_place(values)
         for name in self._unmoved if in_place else self._shapes:
@@ -220,15 +237,19 @@ class Variant:
 
     def _values(self) -> dict[str, Any]:
         """What the program reads but for the call's arguments, by name."""
-        if self._tables is not None:
-            with contextlib.suppress(KeyError):
-                return dict(zip(self._slots, map(operator.getitem, *self._tables), strict=True))
-        return {name: _now(slot) for name, slot in self._slots.items()}
+        names, owners, keys = self._tables
+        try:
+            values = dict(zip(names, map(operator.getitem, owners, keys), strict=True))
+        except KeyError:
+            values = {name: self._slots[name].get() for name in names}
+        for name, slot in self._others:
+            values[name] = slot.get()
+        return values
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor in reach of the call but its arguments."""
         slots = {slot.name: slot for slot in self.analysis.capture.session.snapshot.slots}
-        found = {name: _now(slot) for name, slot in slots.items() if isinstance(slot.value, torch.Tensor)}
+        found = {name: slot.get() for name, slot in slots.items() if isinstance(slot.value, torch.Tensor)}
         first: dict[int, str] = {}  # a tensor in several places is one
         return {
             name: tensor
@@ -256,7 +277,10 @@ class Variant:
             self._hold_entry(sizes, fresh())
             self.entries.add(entry)
         if sizes not in self.analysis.admitted:
-            now = Snapshot(self.analysis.capture.session.roots)
+            session = self.analysis.capture.session  # what it found may be in reach of the user alone now
+            held = [each for each in session.snapshot.owners() if isinstance(each, (list, deque, dict, set))]
+            held = [each for each in held if not isinstance(each, dict) or "__builtins__" not in each]
+            now = Snapshot({**session.roots, "capture": held})
             try:  # the capture's stand-ins go where they went at the capture
                 self.analysis.capture.session.snapshot.restore()
                 self.analysis.admit(sizes)
@@ -290,13 +314,13 @@ class Variant:
             raise RefusedError(
                 f"the call depends on what the one before has left: {error.reason}", location=error.location
             ) from error
-        if len(run.effects) != len(self.effects):
+        if {effect.path for effect in run.effects} != {effect.path for effect in self.effects}:
             raise RefusedError("the call returns or leaves something else than the first one did")
         for name, value in run.plain.items():
             expected = self._plain(name, few.segments)
             if value != expected:
                 place = name.removeprefix("state:")
-                starts = [(each.slot.value, _now(each.slot)) for each in self.effects if each.content == Ref(name)]
+                starts = [(each.slot.value, each.slot.get()) for each in self.effects if each.content == Ref(name)]
                 if any(_advances(*each, expected, value) for each in starts):
                     self.counter = f"{place} counts, and what a call does may depend on it"
                 raise RefusedError(f"{place} depends on what the call before has left in it")
@@ -310,20 +334,23 @@ class Variant:
         outputs, run = self.runner.run(ready.values, *ready.sizes)
         names, spec = self.analysis.result(ready.sizes)
         written = {name: ready.values[name] for name in self._written}
-        made = _Results(_apart(outputs, written), lambda name: self._plain(name, ready.sizes.segments))
+        own = {name: written[source] for name, source in self._own.items()}
+        outputs = {name: value for name, value in outputs.items() if name not in own}
+        made = _Results({**_apart(outputs, written), **own}, lambda name: self._plain(name, ready.sizes.segments))
         result = pytree.tree_unflatten([made[name] for name in names], spec)
         self._leave(made, written)
         return result, run
 
     def _leave(self, made: _Results, written: Mapping[str, torch.Tensor]) -> None:
         """Leave everything that a call leaves, or nothing."""
-        undo = [effect.saved() for effect in self.effects]
+        effects = [effect if effect.slot.parent is None else effect.here() for effect in self.effects]
+        undo = [effect.saved() for effect in effects]
         with torch.no_grad():
             before = {name: tensor.clone() for name, tensor in written.items()}
             try:
                 for name, tensor in written.items():
                     tensor.copy_(made[f"write:{name}"])
-                for effect in self.effects:
+                for effect in effects:
                     effect.apply(made)
             except BaseException:
                 for name, tensor in written.items():
@@ -409,23 +436,7 @@ def _unshared(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> bool
     return all(owners.count(storages[name]) == 1 for name in names if name in storages)
 
 
-_MISSING = object()
 _REFUSALS = 16  # by a variant, for what its calls find
-
-
-def _now(slot: Slot, whole: bool = False) -> Any:
-    """What a place holds now."""
-    owner = slot.owner
-    if whole:
-        return list(owner)
-    if isinstance(owner, dict):
-        return owner.get(slot.key, _MISSING)
-    if isinstance(owner, (list, tuple, deque)):
-        return owner[slot.key] if slot.key < len(owner) else _MISSING
-    try:
-        return getattr(owner, str(slot.key), _MISSING)
-    except ValueError:  # an empty cell
-        return _MISSING
 
 
 def _shape_of(run: Captured, name: str) -> tuple[int, ...]:
@@ -440,10 +451,10 @@ def _describe(value: Any, batch: int, varying: frozenset[int] = frozenset()) -> 
     if isinstance(value, torch.Tensor):
         sizes = tuple(size == batch if dim in varying else size for dim, size in enumerate(value.shape))
         return sizes, value.dtype, value.device
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, deque)):
         return type(value), tuple(_describe(item, batch) for item in value)
     if isinstance(value, dict):
-        return dict, tuple((key, _describe(item, batch)) for key, item in value.items())
+        return type(value), tuple((key, _describe(item, batch)) for key, item in value.items())
     return (type(value), repr(value)) if is_plain(value) else _Same(value)
 
 
