@@ -155,6 +155,33 @@ def test_evaluations_between_epochs(tmp_path: Path) -> None:
     assert (stats.runs, stats.captures, len(stats.fallbacks)) == (6, 2, 1)
 
 
+def test_a_list_may_be_replaced_by_one_that_holds_the_same() -> None:
+    """As `save_pretrained` does with the configuration's; the new one is watched from then on."""
+
+    class Tagged(models.ListMemory):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scales = {"one": [2.0, 3.0], "two": []}
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return super().forward(hidden) * self.scales["one"][0]
+
+    pair, text, at = small_pair(Tagged().double()), models.text(4, 2).double(), (4, 2, models.SEGMENT)
+    pair.compare(at, (text,), {})
+    for _ in range(2):
+        pair.fast.scales = copy.deepcopy(pair.fast.scales)
+        pair.compare(at, (text,), {})
+    assert captured_once(pair)
+    for each in (pair.eager, pair.fast):
+        each.scales["one"][0] = 5.0
+    pair.compare(at, (text,), {})
+    assert captured_once(pair, 2)
+    for each in (pair.eager, pair.fast):  # where the call writes to the list, its place matters
+        each.memories = list(each.memories)
+    pair.compare(at, (text,), {})
+    assert rmtc.stats(pair.fast).fallbacks == {}
+
+
 # Adapters
 
 
