@@ -209,6 +209,7 @@ class StateGuard:
         self._sets = [(owner, frozenset(owner)) for owner in session.snapshot.owners() if isinstance(owner, set)]
         self._arrays = [(array, content.tobytes()) for array, content in session.snapshot.arrays]
         self._index()
+        self._written = {id(effect.slot.owner) for effect in effects}
         # Keys that the call itself adds or removes, and lists that it writes as a whole.
         own: dict[int, set[Any]] = {}
         for effect in effects:
@@ -266,6 +267,13 @@ class StateGuard:
         self._rest = [_getter(slot)[1] for slot in rest], [_getter(slot)[2] for slot in rest]
         self._expected: list[Any] = [slot.value for slot in self._slots]
 
+    def _follow(self, copies: Mapping[int, Any]) -> None:
+        """Watch the containers that took the place of others with the same content."""
+        slots = [slot._replace(owner=copies.get(id(slot.owner), slot.owner)) for slot in self._slots]
+        self._slots = [slot._replace(value=_held(slot)) for slot in slots]
+        self._sized = [copies.get(id(owner), owner) for owner in self._sized]
+        self._index()
+
     def forget(self) -> None:
         """Leave out, from now on, every place that holds something else than at the capture."""
         now = [slot._replace(value=slot.get()) for slot in self._slots]
@@ -288,10 +296,16 @@ class StateGuard:
         except (KeyError, IndexError, AttributeError, ValueError):
             return "an attribute is gone"
         if not all(map(operator.is_, now, self._expected)):
+            copies: dict[int, Any] = {}
             for number, (old, new) in enumerate(zip(self._expected, now, strict=True)):
-                if old is not new and not _stands_in(old, new):
+                if old is not new and not _stands_in(old, new) and not _copied(old, new, copies):
                     return f"{self._slots[number].name} was {_say(old)} and is {_say(new)}"
-            self._expected = now
+            if not self._written.isdisjoint(copies):
+                return "a container that the call writes to was replaced"
+            if copies:
+                self._follow(copies)
+            else:
+                self._expected = now
         if list(map(len, self._sized)) != self._sizes:
             return "an attribute or item was added or removed"
         if any(owner.keys() - written != keys for owner, written, keys in self._keyed):
@@ -321,6 +335,25 @@ def _stands_in(old: Any, new: Any) -> bool:
         # Its content is read anew in each call. A parameter is known by its identity.
         return not isinstance(old, nn.Parameter) and type(old) is type(new) and _like(old, new)
     return alike(old, new)
+
+
+def _copied(old: Any, new: Any, copies: dict[int, Any]) -> bool:
+    """Whether a list or dictionary of plain values was replaced by another one that holds the same.
+
+    Args:
+        old, new: the two.
+        copies: takes up each container inside of ``old``, and itself, with what replaced it.
+    """
+    if type(old) is not type(new) or type(old) not in (list, dict):
+        return alike(old, new)
+    if old is new:
+        return True
+    if len(old) != len(new) or (isinstance(old, dict) and list(old) != list(new)):
+        return False
+    if copies.setdefault(id(old), new) is not new:  # two places shared what now are two
+        return False
+    pairs = zip(old.values(), new.values(), strict=True) if isinstance(old, dict) else zip(old, new, strict=True)
+    return all(_copied(one, other, copies) for one, other in pairs)
 
 
 def alike(one: Any, other: Any) -> bool:
