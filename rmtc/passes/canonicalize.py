@@ -80,7 +80,7 @@ class Canonicalize:
 
 def _detach_at_readers(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
-        if node.target is not aten.detach.default or node.args[0].op != "call_function":  # type: ignore[union-attr]
+        if node.target is not aten.detach.default or node.args[0].op != "call_function":
             continue
         for user in list(node.users):
             with graph.inserting_before(user):
