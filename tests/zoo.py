@@ -358,7 +358,7 @@ ZOO: dict[str, Entry] = {
         memformer,
         vectors(LOWER, FROM_TOP),
         why=CLOSES,
-        where=("tests/zoo.py", "return result"),
+        where=("tests/zoo.py", "model(piece"),
     ),
     "feedback": Entry(
         "`feedback-transformer-pytorch`",
@@ -377,7 +377,7 @@ ZOO: dict[str, Entry] = {
     "transformer_xl, long": Entry(
         "cached hidden states of more than a segment, a window that moves on",
         lambda: cached_hidden_states(SEGMENT + 3),
-        vectors(LOWER, OWN),
+        vectors(LOWER, OWN, (1, 1)),
         1,
     ),
 }
