@@ -93,7 +93,8 @@ def compile(
         layers: the name of the list of layers as ``named_parameters`` spells it, where it is not found.
         segment_length: positions of a segment, where it is not found.
         options: ``{"reorder_random": True}`` allows dropout in training mode, whose random numbers are then drawn in
-            another order.
+            another order, and code that draws random numbers in Python, which are then not drawn: only if what is
+            computed does not depend on them.
 
     Returns:
         ``model`` itself if it is a module or class, a wrapped function, or a decorator.

@@ -85,6 +85,7 @@ class Session:
         self._index = {id(lifted.tensor): i for i, lifted in enumerate(self.lifted)}
         self._stand_ins: list[torch.Tensor] | None = None
         self.lost: str | None = None  # what the code was seen to do that no program does
+        self.drawn = False  # whether it drew random numbers in Python
         self.writes = False  # whether the code was seen to write to a tensor
 
     def _lift(self, slots: list[Slot]) -> list[Lifted]:
@@ -199,7 +200,7 @@ class Session:
     def _note_drawn(self, before: list[bytes]) -> None:
         """A number that Python draws is another one in each call, and would stay the same in a captured one."""
         if self.snapshot.random_state() != before:
-            self.lost = "the forward draws random numbers in Python (random or numpy.random), or seeds a generator"
+            self.drawn = True
 
     def _call_user(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.function(*args, **kwargs)

@@ -209,7 +209,7 @@ class StateGuard:
         self._sets = [(owner, frozenset(owner)) for owner in session.snapshot.owners() if isinstance(owner, set)]
         self._arrays = [(array, content.tobytes()) for array, content in session.snapshot.arrays]
         self._index()
-        self._written = {id(effect.slot.owner) for effect in effects}
+        self._containers = {id(effect.slot.owner) for effect in effects}
         # Keys that the call itself adds or removes, and lists that it writes as a whole.
         own: dict[int, set[Any]] = {}
         for effect in effects:
@@ -270,7 +270,7 @@ class StateGuard:
     def _follow(self, copies: Mapping[int, Any]) -> None:
         """Watch the containers that took the place of others with the same content."""
         slots = [slot._replace(owner=copies.get(id(slot.owner), slot.owner)) for slot in self._slots]
-        self._slots = [slot._replace(value=_held(slot)) for slot in slots]
+        self._slots = [slot._replace(value=slot.get()) for slot in slots]
         self._sized = [copies.get(id(owner), owner) for owner in self._sized]
         self._index()
 
@@ -300,7 +300,7 @@ class StateGuard:
             for number, (old, new) in enumerate(zip(self._expected, now, strict=True)):
                 if old is not new and not _stands_in(old, new) and not _copied(old, new, copies):
                     return f"{self._slots[number].name} was {_say(old)} and is {_say(new)}"
-            if not self._written.isdisjoint(copies):
+            if not self._containers.isdisjoint(copies):
                 return "a container that the call writes to was replaced"
             if copies:
                 self._follow(copies)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from rmtc.analysis import Analysis
-from rmtc.capture import Captured
+from rmtc.capture import Capture, Captured
 from rmtc.capture.arguments import Arguments, show
 from rmtc.capture.effects import Effect, Ref
 from rmtc.capture.probe import Sizes
@@ -110,7 +110,7 @@ class Variant:
                 cycle=cycle,
             )
         schedule = run_schedule(proven.schedule)
-        _refuse_lost(analysis.capture.session)
+        _refuse_lost(analysis.capture)
         first, third = analysis.probes
         check_against(replace(proven, schedule=schedule), third.program, *third.sizes)
         if [(effect.place, effect.content) for effect in first.effects] != [
@@ -286,7 +286,7 @@ class Variant:
                 self.analysis.admit(sizes)
             finally:
                 now.restore()
-            _refuse_lost(self.analysis.capture.session)
+            _refuse_lost(self.analysis.capture)
         values = self._values()
         if not self.weights.in_place(values):
             self.weights.move(values)
@@ -307,7 +307,7 @@ class Variant:
         capture = replace(self.analysis.capture, session=session)
         few = Sizes(len(proven.loop.rows) + 1, sizes.batch, sizes.tail)
         run = capture.run(few)
-        _refuse_lost(session)
+        _refuse_lost(capture)
         try:
             check_against(proven, run.program, *few)
         except VerifyError as error:
@@ -396,11 +396,18 @@ def _advances(start: Any, now: Any, left: Any, leaves: Any) -> bool:
     return all(type(each) in (int, float) for each in (start, now, left, leaves)) and left - start == leaves - now
 
 
-def _refuse_lost(session: Session) -> None:
-    if session.lost is not None:
+def _refuse_lost(capture: Capture) -> None:
+    if capture.session.lost is not None:
         raise RefusedError(
-            f"{session.lost}, which a run by the schedule would not do",
-            remedy="keep what a call leaves in tensors, constants and counters, and draw numbers before the call",
+            f"{capture.session.lost}, which a run by the schedule would not do",
+            remedy="keep what a call leaves in tensors, constants and counters",
+        )
+    if capture.session.drawn and not capture.reorder_random:
+        raise RefusedError(
+            "the forward draws random numbers in Python (random or numpy.random), or seeds a generator, which a run by "
+            "the schedule would not do",
+            remedy="draw numbers before the call; if what is computed does not depend on them (type checks of samples), "
+            "pass options={'reorder_random': True}",
         )
 
 
