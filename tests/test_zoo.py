@@ -121,7 +121,8 @@ def test_results_and_state_are_those_of_eager(name: str) -> None:
     for segments, batch, tail in [(s, b, SEGMENT if entry.whole else t) for s, b, t in SIZES]:
         ids, eager = text(segments, batch, tail), built(name)
         with torch.no_grad():
-            it.fast(ids)
+            for _ in range(2):  # a table that the first call fills makes the second another one
+                it.fast(ids)
             run = rmtc.stats(it.fast).last_run
             assert run is not None and (run.segments, run.batch, run.tail) == (segments, batch, tail)
             assert run.steps == max(entry.a or 1, 1) * (segments - 1) + entry.layers < segments * entry.layers

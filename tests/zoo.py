@@ -320,12 +320,8 @@ ZOO: dict[str, Entry] = {
         layers=4,
         whole=True,
     ),
-    "infini": Entry(
-        "`infini-transformer-pytorch`, the caller's loop", lambda: infini(False), vectors(LOWER, OWN), 1, whole=True
-    ),
-    "infini, delta rule": Entry(
-        "the same under the delta rule", lambda: infini(True), vectors(LOWER, OWN), 1, whole=True
-    ),
+    "infini": Entry("`infini-transformer-pytorch`, the caller's loop", lambda: infini(False), vectors(LOWER, OWN), 1),
+    "infini, delta rule": Entry("the same under the delta rule", lambda: infini(True), vectors(LOWER, OWN), 1),
     "infini wrapper": Entry(
         "`.item()` in its forward",
         infini_wrapper,
