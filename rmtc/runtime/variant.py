@@ -406,7 +406,7 @@ def _refuse_lost(capture: Capture) -> None:
         raise RefusedError(
             "the forward draws random numbers in Python (random or numpy.random), or seeds a generator, which a run by "
             "the schedule would not do",
-            remedy="draw numbers before the call; if what is computed does not depend on them (type checks of samples), "
+            remedy="draw numbers before the call; if what is computed does not depend on them (checks of samples), "
             "pass options={'reorder_random': True}",
         )
 
