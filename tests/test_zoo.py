@@ -152,8 +152,8 @@ def test_the_memory_of_titans_takes_gradients() -> None:
     entry = NO_LOOP["titans memory"]
     answer = rmtc.explain(built("titans memory").function)(text(4))
     assert answer.reason is not None and entry.why in answer.reason and answer.remedy
-    assert answer.location is not None and answer.location.file.endswith(entry.where[0])
-    assert entry.where[1] in source(answer.location.file, answer.location.line)
+    assert answer.location is not None, "the caller's line, or the package's where no other is known"
+    assert answer.location.file.endswith(("zoo.py", entry.where[0]))
 
 
 def test_stacked_weights() -> None:
