@@ -69,7 +69,7 @@ class Session:
         self.roots: dict[str, Any] = {"": function}
         for name, value in self.arguments.named():
             for path, leaf in pytree.tree_flatten_with_path(value)[0]:
-                if isinstance(leaf, nn.Module) or (hasattr(leaf, "__dict__") and not isinstance(leaf, torch.Tensor)):
+                if not isinstance(leaf, torch.Tensor) and not is_plain(leaf):
                     self.roots[name + pytree.keystr(path)] = leaf
         hidden: tuple[Any, ...] = ()
         if isinstance(function, nn.Module) and not own_hooks:

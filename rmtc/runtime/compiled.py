@@ -24,6 +24,7 @@ from rmtc.capture import open_capture
 from rmtc.capture.arguments import Arguments, argument_names
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
+from rmtc.capture.state import unseen
 from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError
 from rmtc.ir.schedule import L, S
 from rmtc.runtime.backends import Backend
@@ -588,7 +589,14 @@ class Compiled:
 
     def _captured(self, decision: _Capture, arguments: Arguments, known: _Known) -> Variant | None:
         """A capture of a call; None if it is of one segment, or watched."""
-        refuse_elsewhere(self._session(arguments))
+        session = self._session(arguments)
+        refuse_elsewhere(session)
+        hidden = unseen(session.roots, session.snapshot.slots)
+        if hidden is not None:
+            raise RefusedError(
+                f"the code can read what rmtc cannot see: {hidden}",
+                remedy="hand it over as an argument, or keep it in an attribute, global or closure",
+            )
         given = self._inner, arguments.args, arguments.kwargs
         analysis = Analysis(open_capture(*given, self.options.segment_length, own_hooks=False))
         analysis.capture.reorder_random = self.options.reorder_random

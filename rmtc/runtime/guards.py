@@ -185,7 +185,8 @@ class StateGuard:
         written = [effect.slot.name for effect in effects if not effect.whole]
         written += [effect.slot.name.rpartition("[")[0] for effect in effects if effect.whole]
         slots = [slot for slot in session.snapshot.slots if not _below(slot.name, written)]
-        self._slots = [slot for slot in slots if slot.key not in _BOOKKEEPING and not isinstance(slot.owner, tuple)]
+        read = (tuple, type)  # a class is read at once, below
+        self._slots = [slot for slot in slots if slot.key not in _BOOKKEEPING and not isinstance(slot.owner, read)]
         places = {(id(effect.slot.owner), effect.slot.key) for effect in effects}
         code = user_code(session.roots, session.snapshot.slots)
         for name, space, value in code.named:
