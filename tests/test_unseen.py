@@ -9,7 +9,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import pytest
@@ -164,10 +164,11 @@ vars(SETTINGS).update(scale=1.0, factor=1.0, shift=0.0)
 @pytest.fixture(scope="module")
 def readers() -> Iterator[tuple[Any, Any]]:
     """A model that reads, and the same compiled and run."""
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "settings_of_a_test", SETTINGS)
         plain, fast = compiled(Reader)
-        same(fast(text()), plain(text()))
+        with torch.no_grad():
+            same(fast(text()), plain(text()))
         scheduled(fast)
         yield plain, fast
 
@@ -228,7 +229,8 @@ class Scaled(Layer):
         self.held = Slotted(1.0)
 
     def act(self, hidden: Tensor) -> Tensor:
-        return torch.tanh(hidden) * self.held.scale
+        factor: float = self.held.scale
+        return torch.tanh(hidden) * factor
 
 
 class Slotted:
@@ -251,7 +253,7 @@ class FreshObjects(Model):
     def forward(self, hidden: Tensor) -> Tensor:
         layers: list[Any] = list(self.layers)
         before = [layer.held for layer in layers]
-        result = super().forward(hidden)
+        result: Tensor = super().forward(hidden)
         for layer, held in zip(layers, before, strict=True):
             layer.held = held
         return result
@@ -266,7 +268,7 @@ class ClassOfTheLoop(Model):
     kind = ByClass
 
     def forward(self, hidden: Tensor) -> Tensor:
-        result = super().forward(hidden)
+        result: Tensor = super().forward(hidden)
         Config.scale = 1.0
         return result
 
@@ -285,3 +287,128 @@ def test_what_the_seventh_segment_finds_is_not_remembered_from_others(kind: type
         result = fast(text(10))
     same(result, plain(text(10)))
     assert rmtc.stats(fast).runs == 1
+
+
+class Asks(Model):
+    """Asks its arguments, and its parameters, what they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("own", text(seed=5))
+
+    def forward(self, hidden: Tensor, other: Tensor | None = None) -> Tensor:
+        if hidden is self.own:
+            hidden = hidden + 1
+        if other is not None:
+            hidden = hidden * (2 if other is hidden else 3) + other
+        if not hidden.is_contiguous():
+            hidden = hidden * 5
+        if hidden.requires_grad:
+            hidden = hidden * 7
+        return super().forward(hidden)
+
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        weight = self.layers[0].weight
+        assert isinstance(weight, nn.Parameter)
+        if torch.compiler.is_compiling():
+            piece = piece + 1
+        return piece * (0.5 if weight.requires_grad else 0.25)
+
+
+def transposed(hidden: Tensor) -> Tensor:
+    return hidden.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def cut(hidden: Tensor) -> Tensor:
+    return torch.cat([hidden, hidden], dim=1)[:, : hidden.shape[1]]
+
+
+OF_ARGUMENTS: dict[str, Callable[[Any], tuple[Tensor, ...]]] = {
+    "one": lambda model: (text(),),
+    "the same twice": lambda model: (text(),) * 2,
+    "two": lambda model: (text(), text(seed=1)),
+    "transposed": lambda model: (transposed(text()),),
+    "cut": lambda model: (cut(text()),),
+    "requiring": lambda model: (text().requires_grad_(),),
+}
+
+
+@pytest.fixture(scope="module")
+def askers() -> tuple[Any, Any]:
+    return compiled(Asks)
+
+
+@pytest.mark.parametrize("name", OF_ARGUMENTS)
+@torch.no_grad()
+def test_what_arguments_are_is_seen(askers: tuple[Any, Any], name: str) -> None:
+    """On the first call of its kind and on the next, whatever was called before."""
+    plain, fast = askers
+    captures = rmtc.stats(fast).captures
+    given = OF_ARGUMENTS[name](plain)
+    for _ in range(2):
+        same(fast(*given), plain(*given))
+    scheduled(fast)
+    assert rmtc.stats(fast).captures == captures + 1
+
+
+@torch.no_grad()
+def test_an_argument_that_is_state_too(askers: tuple[Any, Any]) -> None:
+    plain, fast = askers
+    same(fast(text()), plain(text()))
+    runs = rmtc.stats(fast).runs
+    with pytest.warns(rmtc.FallbackWarning, match="hidden is a tensor that an attribute, global or closure holds"):
+        result = fast(fast.own)
+    same(result, plain(plain.own))
+    same(fast(text()), plain(text()))
+    assert rmtc.stats(fast).runs == runs + 1
+
+
+@torch.no_grad()
+def test_parameters_are_asked_whether_they_require_gradients() -> None:
+    plain, fast = compiled(Asks)
+    for captures, requires in enumerate((True, False), start=1):
+        for model in (plain, fast):
+            model.layers[0].weight.requires_grad_(requires)
+        same(fast(text()), plain(text()))
+        scheduled(fast)
+        assert rmtc.stats(fast).captures == captures
+
+
+class Fixed(Model):
+    """A start that has a size of its own, and may be the model's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("start", torch.randn(WIDTH, dtype=torch.float64))
+
+    def forward(self, hidden: Tensor, start: Tensor | None = None) -> Tensor:
+        assert start is not None
+        return super().forward(hidden + start * (2 if start is self.start else 3))
+
+
+@torch.no_grad()
+def test_an_argument_of_fixed_size_that_is_state_too() -> None:
+    plain, fast = compiled(Fixed)
+    for captures, own in enumerate((True, False), start=1):
+        wanted = plain(text(), plain.start if own else plain.start.clone())
+        same(fast(text(), fast.start if own else fast.start.clone()), wanted)
+        scheduled(fast)
+        assert rmtc.stats(fast).captures == captures
+
+
+def test_a_function_that_is_compiled_again_has_the_new_options() -> None:
+    model = Model().eval()
+
+    def run(hidden: Tensor) -> Any:
+        return model(hidden)
+
+    fast = rmtc.compile(run)
+    assert rmtc.compile(fast) is fast
+    again = rmtc.compile(fast, strict=True)
+    for function in (fast, again):
+        with pytest.raises(rmtc.RefusedError, match="gradients"):
+            function(text())
+    assert rmtc.restore(again) is rmtc.restore(fast)
+    with torch.no_grad():
+        same(again(text()), model(text()))
+    assert rmtc.stats(again).runs == 1

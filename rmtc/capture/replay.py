@@ -329,7 +329,8 @@ class _State:
         self._slots = [
             slot
             for slot in [*found, *shared]
-            if (not isinstance(slot.value, (nn.Parameter, nn.Module, tuple)) or is_plain(slot.value))
+            if (not isinstance(slot.value, (nn.Module, tuple)) or is_plain(slot.value))
+            and type(slot.value) is not nn.Parameter  # but what stands in for one
             and slot.key != "_non_persistent_buffers_set"  # a module's own record of its buffers' names
         ]
         # Slots of one container are read together: this is most of the time of a replay.

@@ -35,6 +35,7 @@ __all__ = [
     "names_of",
     "replace_tensors",
     "state_functions",
+    "tells_identity",
     "uncached",
     "unseen",
     "user_code",
@@ -149,6 +150,17 @@ def _imports(code: types.CodeType) -> tuple[tuple[str, int], ...]:
     return tuple(dict.fromkeys(found))
 
 
+@functools.cache
+def tells_identity(code: types.CodeType) -> bool:
+    """Whether code asks whether two things are the same one, but for constants."""
+    before = ""
+    for step in dis.get_instructions(code):
+        if step.opname == "IS_OP" and before != "LOAD_CONST":
+            return True
+        before = step.opname
+    return any(isinstance(constant, types.CodeType) and tells_identity(constant) for constant in code.co_consts)
+
+
 def _imported(function: types.FunctionType) -> Iterator[types.ModuleType]:
     """The modules that a function imports when it runs, as far as they are there, and the packages they are in."""
     for name, level in _imports(function.__code__):
@@ -260,17 +272,18 @@ def is_opaque(value: object) -> bool:
     return any(base.__module__ in _FOREIGN for base in kind.__mro__) and not isinstance(value, type)
 
 
-def unseen(roots: dict[str, Any], slots: Sequence[Slot]) -> str | None:
+def unseen(roots: dict[str, Any], slots: Sequence[Slot], code: Code) -> str | None:
     """What the user's code can read and no guard can see; None if there is nothing.
 
     Args:
         roots, slots: what was given to :func:`walk`, and what it found.
+        code: what :func:`user_code` found.
     """
     for name, value in (*roots.items(), *((slot.name, slot.value) for slot in slots)):
         for each in (value, *_behind(value)):
             if is_opaque(each):
                 return f"{name or 'the function'} is a {type(each).__name__}, whose changes are not seen"
-    for function in user_code(roots, slots).functions:
+    for function in code.functions:
         if "globals" in function.__code__.co_names and "globals" not in function.__globals__:
             return f"{function.__qualname__} looks names up in globals()"
     return None
