@@ -10,8 +10,10 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,6 +127,14 @@ class Reader(Model):
         return F.gelu(piece + shift) + torch.nn.functional.silu(piece)
 
 
+class ImportsLate(Model):
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        import late_settings_of_a_test as late  # type: ignore[import-not-found]
+
+        factor: float = late.scale * late.Inner.scale
+        return piece * factor
+
+
 class Context(Model):
     def before(self, piece: Tensor, number: int) -> Tensor:
         return piece * CONTEXT.get()
@@ -208,6 +218,24 @@ def test_a_change_is_seen(
     same(fast(text()), first)
     scheduled(fast)
     assert rmtc.stats(fast).captures == captures + 1
+
+
+@torch.no_grad()
+def test_a_module_that_the_capture_is_the_first_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "late_settings_of_a_test.py").write_text("scale = 2.0\nclass Inner:\n    scale = 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    plain, fast = compiled(ImportsLate)
+    first = fast(text())
+    same(first, plain(text()))
+    scheduled(fast)
+    module = sys.modules.pop("late_settings_of_a_test")
+    monkeypatch.setitem(sys.modules, "late_settings_of_a_test", module)
+    for captures, (owner, name) in enumerate(((module, "scale"), (module.Inner, "scale")), start=2):
+        monkeypatch.setattr(owner, name, 3.0)
+        assert (plain(text()) - first).abs().max() > 1e-3
+        same(fast(text()), plain(text()))
+        scheduled(fast)
+        assert rmtc.stats(fast).captures == captures
 
 
 @pytest.mark.parametrize("kind", [Context, ContextBound, ThreadLocal, Array, Globals])
@@ -394,6 +422,25 @@ def test_an_argument_of_fixed_size_that_is_state_too() -> None:
         same(fast(text(), fast.start if own else fast.start.clone()), wanted)
         scheduled(fast)
         assert rmtc.stats(fast).captures == captures
+
+
+class TakesContainers(Model):
+    def forward(self, hidden: Tensor, flags: set[int], numbers: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden * (2 if 1 in flags else 1) * float(numbers[0]))
+
+
+@torch.no_grad()
+def test_a_set_and_an_array_that_are_arguments_are_changed() -> None:
+    plain, fast = compiled(TakesContainers)
+    flags: set[int] = set()
+    numbers = numpy.array([1.0])
+    same(fast(text(), flags, numbers), plain(text(), flags, numbers))
+    flags.add(1)
+    same(fast(text(), flags, numbers), plain(text(), flags, numbers))
+    numbers[0] = 3.0
+    same(fast(text(), flags, numbers), plain(text(), flags, numbers))
+    scheduled(fast)
+    assert rmtc.stats(fast).captures == 3
 
 
 def test_a_function_that_is_compiled_again_has_the_new_options() -> None:

@@ -13,6 +13,7 @@ from rmtc.capture.arguments import show
 from rmtc.capture.effects import Effect
 from rmtc.capture.probe import Plan, Sizes, probe
 from rmtc.capture.session import Session
+from rmtc.capture.state import imported
 from rmtc.capture.tracer import RawTrace, trace
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Program, from_graph
@@ -125,7 +126,12 @@ def open_capture(
     """
     start = time.perf_counter()
     session = Session(function, args, kwargs, own_hooks)
+    before = imported(session.code.functions)
     plan = probe(session, segment_length)
+    while imported(session.code.functions) != before:  # by the code, when it ran: now what they hold is seen
+        session = Session(function, args, kwargs, own_hooks)
+        before = imported(session.code.functions)
+        plan = probe(session, segment_length)
     _refuse_known(session, plan)
     return Capture(session, plan, watch, {"probe": time.perf_counter() - start})
 

@@ -31,6 +31,7 @@ __all__ = [
     "Slot",
     "Snapshot",
     "is_plain",
+    "imported",
     "is_opaque",
     "names_of",
     "replace_tensors",
@@ -159,6 +160,11 @@ def tells_identity(code: types.CodeType) -> bool:
             return True
         before = step.opname
     return any(isinstance(constant, types.CodeType) and tells_identity(constant) for constant in code.co_consts)
+
+
+def imported(functions: Sequence[types.FunctionType]) -> set[int]:
+    """The ids of the modules that functions import when they run, as far as they are there."""
+    return {id(module) for function in functions for module in _imported(function)}
 
 
 def _imported(function: types.FunctionType) -> Iterator[types.ModuleType]:
@@ -479,13 +485,15 @@ class Snapshot:
             if id(slot.owner) not in whole and not isinstance(slot.owner, tuple):
                 self._places.append(slot)
         for root in roots.values():
-            for owner in _tables(root):
+            for owner in (root, *_tables(root)):
                 content = _content(owner)
                 if id(owner) not in seen and content is not None:
                     seen.add(id(owner))
                     self._saved.append(_Saved(owner, content))
+        self._loaded = frozenset(sys.modules)
         self._known = {(id(slot.owner), slot.key) for slot in self._places}
-        arrays = [slot.value for slot in slots if type(slot.value).__name__ == "ndarray"]
+        values = {id(value): value for value in (*roots.values(), *(slot.value for slot in slots))}.values()
+        arrays = [value for value in values if type(value).__name__ == "ndarray"]
         self.arrays = [(array, array.copy()) for array in arrays]
         self._generators = [slot.value for slot in slots if _is_generator(slot.value)]
         self._drawn = [*map(_generator_state, self._generators)]
@@ -541,7 +549,11 @@ class Snapshot:
                 current = getattr(owner, slot.key, _EMPTY)
             if current is not slot.value:
                 slot.put(slot.value)
+        new = sys.modules.keys() - self._loaded
+        spaces = {id(getattr(sys.modules[name], "__dict__", None)) for name in new}
         for slot in walk(self._roots, self._without):  # globals and class attributes that were not there before
+            if id(slot.owner) in spaces or getattr(slot.owner, "__module__", None) in new:
+                continue
             if isinstance(slot.owner, (type, dict)) and (id(slot.owner), slot.key) not in self._known:
                 if isinstance(slot.owner, type):
                     delattr(slot.owner, slot.key)
