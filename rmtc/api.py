@@ -201,6 +201,8 @@ def _assumptions(analysis: Analysis, fixed: dict[str, int]) -> tuple[str, ...]:
     lines = [
         "the code's Python depends on nothing but its arguments' sizes and the attributes, globals and closures that "
         "it uses by name: on no clock, file or environment",
+        "the code does not ask a tensor for its type, address, version or attributes of the user's: what stands in "
+        "for it answers otherwise",
         f"every later segment runs what s2 does: traces of {lengths} segments were compared operation by "
         f"operation{replayed if admitted else ''}",
         "PyTorch's operations are functions: the same values give the same result, up to rounding, and no random "

@@ -152,15 +152,17 @@ def _compile(target: T, options: Options) -> T:
             raise TypeError(f"{target.__name__} is no nn.Module class")
         setattr(target, _KEY, _OfInstance(options))
         return target
-    if compiled_of(target) is not None:
+    before = compiled_of(target)
+    if before is not None:
+        if before.options != options:
+            target._rmtc = Compiled(before.function, options)  # type: ignore[attr-defined]
         return target
-    compiled = Compiled(target, options)
 
     @functools.wraps(target)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return compiled(*args, **kwargs)
+        return call._rmtc(*args, **kwargs)  # type: ignore[attr-defined]
 
-    call._rmtc = compiled  # type: ignore[attr-defined]
+    call._rmtc = Compiled(target, options)  # type: ignore[attr-defined]
     return cast(T, call)
 
 

@@ -13,7 +13,9 @@ from rmtc.capture.arguments import show
 from rmtc.capture.effects import Effect
 from rmtc.capture.probe import Plan, Sizes, probe
 from rmtc.capture.session import Session
+from rmtc.capture.state import imported
 from rmtc.capture.tracer import RawTrace, trace
+from rmtc.errors import RefusedError
 from rmtc.ir.program import Program, from_graph
 from rmtc.passes.canonicalize import Canonicalize
 from rmtc.passes.remove_regions import Autocast, RemoveRegions
@@ -124,8 +126,28 @@ def open_capture(
 
     Raises:
         CaptureError: if no loop over segments is found.
+        RefusedError: if an argument that grows is state too, and the code can tell.
     """
     start = time.perf_counter()
     session = Session(function, args, kwargs, own_hooks)
+    before = imported(session.code.functions)
     plan = probe(session, segment_length)
+    while imported(session.code.functions) != before:  # by the code, when it ran: now what they hold is seen
+        session = Session(function, args, kwargs, own_hooks)
+        before = imported(session.code.functions)
+        plan = probe(session, segment_length)
+    _refuse_known(session, plan)
     return Capture(session, plan, watch, {"probe": time.perf_counter() - start})
+
+
+def _refuse_known(session: Session, plan: Plan) -> None:
+    """An argument of another size than now cannot be a tensor that the state holds."""
+    growth = plan.growth
+    for path, tensor in session.arguments.tensors().items():
+        grows = any(path == each for each, _ in growth.dims)
+        grows = grows or any(path[: len(each)] == each for each in (*growth.lists, *growth.batch))
+        if grows and session.lifted_stand_in(tensor) is not None and session.tells_identity:
+            raise RefusedError(
+                f"{show(path)} is a tensor that an attribute, global or closure holds, and the code asks what is what",
+                remedy="pass a copy of it (clone), or compare values in place of objects",
+            )

@@ -46,6 +46,9 @@ class Arguments:
     def tensors(self) -> dict[Path, torch.Tensor]:
         """Tensors by path, in order."""
         found: dict[Path, torch.Tensor] = {}
+        named = self.named()
+        if all(value is None or isinstance(value, torch.Tensor) for _, value in named):  # asked in each call
+            return {(name,): value for name, value in named if value is not None}
         self.map(lambda path, tensor: found.setdefault(path, tensor))
         return found
 

@@ -160,13 +160,22 @@ def _arguments(session: Session, growth: Growth, length: int, batch: int) -> tup
     for path, dim in growth.dims:
         dims.setdefault(path, []).append(dim)
 
+    made: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+
     def stand_in(path: Path, tensor: torch.Tensor) -> torch.Tensor:
         shape = list(tensor.shape)
-        if any(path[: len(each)] == each for each in growth.batch):
+        free = any(path[: len(each)] == each for each in growth.batch)
+        if free:
             shape[0] = batch
         for dim in dims.get(path, ()):
             shape[dim] = length
-        return session.stand_in(tensor, shape)
+        if any(path[: len(each)] == each for each in growth.lists):
+            return session.stand_in(tensor, shape)  # its items may be one repeated
+        known = None if free or path in dims else session.lifted_stand_in(tensor)
+        key = id(tensor), tuple(shape)
+        if key not in made:
+            made[key] = session.stand_in(tensor, shape) if known is None else known
+        return made[key]
 
     return session.arguments.map(stand_in, dict.fromkeys(growth.lists, length))
 

@@ -33,7 +33,7 @@ from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.recorder import Recorder
 from rmtc.capture.results import left_behind, structure
 from rmtc.capture.session import Session
-from rmtc.capture.state import Slot, is_plain, walk
+from rmtc.capture.state import Slot, is_opaque, is_plain, walk
 from rmtc.quiet import uncollected
 
 __all__ = ["Replayer"]
@@ -329,7 +329,8 @@ class _State:
         self._slots = [
             slot
             for slot in [*found, *shared]
-            if not isinstance(slot.value, (nn.Parameter, nn.Module))
+            if not isinstance(slot.value, nn.Module)
+            and type(slot.value) is not nn.Parameter  # but what stands in for one
             and slot.key != "_non_persistent_buffers_set"  # a module's own record of its buffers' names
         ]
         # Slots of one container are read together: this is most of the time of a replay.
@@ -342,6 +343,7 @@ class _State:
         self._owners = [owner for owner, _ in self._reads if isinstance(owner, (dict, list, deque))]
         self._sizes = [len(owner) for owner in self._owners]
         self._before: list[Any] = []
+        self._seen = {id(slot.value): slot.value for slot in self._slots}
         self._plains = plains
         self._plain = 0
         self._tensors: list[int] = []
@@ -377,7 +379,11 @@ class _State:
             )
             self._plain = self._plains.setdefault(plain, len(self._plains))
             self._tensors = [i for i, value in enumerate(now) if isinstance(value, torch.Tensor)]
-            self.transparent = all(_transparent(value) for value in now)
+            # Of an object that was not there before neither the content is known, nor that its id stays its own.
+            self.transparent = all(
+                is_plain(value) or isinstance(value, torch.Tensor) or (id(value) in self._seen and _transparent(value))
+                for value in now
+            )
         return self._plain, [now[i] for i in self._tensors]
 
     def changes(self) -> list[Slot]:
@@ -400,6 +406,6 @@ class _State:
 def _transparent(value: object) -> bool:
     """Whether a change of a value shows in its identity or in the slots of what it holds."""
     kind = type(value)
-    if isinstance(value, (set, bytearray, random.Random, torch.Generator)):
+    if isinstance(value, (set, random.Random, torch.Generator)) or is_opaque(value):
         return False
     return not hasattr(kind, "__next__") and kind.__module__.partition(".")[0] != "numpy"

@@ -19,7 +19,19 @@ from torch.utils import _pytree as pytree
 from rmtc.capture.arguments import Arguments, argument_names, show
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import traceback_location
-from rmtc.capture.state import Slot, Snapshot, is_plain, replace_tensors, uncached, unmoved, walk
+from rmtc.capture.state import (
+    Code,
+    Slot,
+    Snapshot,
+    is_plain,
+    names_of,
+    replace_tensors,
+    tells_identity,
+    uncached,
+    unmoved,
+    user_code,
+    walk,
+)
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError
 
 __all__ = ["Lifted", "Session"]
@@ -69,7 +81,7 @@ class Session:
         self.roots: dict[str, Any] = {"": function}
         for name, value in self.arguments.named():
             for path, leaf in pytree.tree_flatten_with_path(value)[0]:
-                if isinstance(leaf, nn.Module) or (hasattr(leaf, "__dict__") and not isinstance(leaf, torch.Tensor)):
+                if not isinstance(leaf, torch.Tensor) and not is_plain(leaf):
                     self.roots[name + pytree.keystr(path)] = leaf
         hidden: tuple[Any, ...] = ()
         if isinstance(function, nn.Module) and not own_hooks:
@@ -119,6 +131,25 @@ class Session:
                         names[id(tensor)].append(name)
         return [Lifted(tuple(dict.fromkeys(names[key])), kinds[key], tensors[key]) for key in tensors]
 
+    @functools.cached_property
+    def code(self) -> Code:
+        """The user's code that the call may run."""
+        return user_code(self.roots, self.snapshot.slots)
+
+    @functools.cached_property
+    def _asked(self) -> frozenset[str]:
+        return frozenset(name for function in self.code.functions for name in names_of(function))
+
+    @property
+    def asks_for_gradients(self) -> bool:
+        """Whether the user's code asks tensors whether they require gradients."""
+        return "requires_grad" in self._asked
+
+    @property
+    def tells_identity(self) -> bool:
+        """Whether the user's code asks whether two things are the same one."""
+        return any(tells_identity(function.__code__) for function in self.code.functions)
+
     @property
     def stand_ins(self) -> list[torch.Tensor]:
         """Fake tensors for :attr:`lifted`, made once."""
@@ -127,17 +158,36 @@ class Session:
         return self._stand_ins
 
     def stand_in(self, tensor: torch.Tensor, shape: Sequence[int] | None = None) -> torch.Tensor:
-        """A fake tensor of a tensor's dtype and device, of its own shape and strides or contiguous of another."""
+        """A fake tensor of a tensor's dtype and device, of its own shape and strides or laid out alike in another."""
         device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+        shape = tuple(tensor.shape if shape is None else shape)
         with self.fake_mode:
-            if shape is None or tuple(shape) == tuple(tensor.shape):
-                return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-            return torch.empty(tuple(shape), dtype=tensor.dtype, device=device)
+            if shape == tuple(tensor.shape):
+                made = torch.empty_strided(shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            elif tensor.is_contiguous():
+                made = torch.empty(shape, dtype=tensor.dtype, device=device)
+            else:
+                made = torch.empty_strided(shape, _strides(tensor, shape), dtype=tensor.dtype, device=device)
+        return self._alike(made, tensor)
+
+    def _alike(self, stand_in: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """A stand-in that says of itself what the tensor would."""
+        if isinstance(tensor, nn.Parameter):
+            stand_in._is_param = True
+        if tensor.requires_grad and self.asks_for_gradients and not torch.is_grad_enabled():
+            stand_in.requires_grad_(True)
+        return stand_in
+
+    def lifted_stand_in(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """What stands in for a tensor that is in an attribute, global or closure; None for any other."""
+        number = self._index.get(id(tensor))
+        return None if number is None else self.stand_ins[number]
 
     @contextlib.contextmanager
     def installed(self, values: Sequence[torch.Tensor]) -> Iterator[None]:
         """Every lifted tensor replaced by another, and on exit everything as it was before."""
-        mapping = {id(lifted.tensor): value for lifted, value in zip(self.lifted, values, strict=True)}
+        pairs = zip(self.lifted, values, strict=True)
+        mapping = {id(lifted.tensor): self._alike(value, lifted.tensor) for lifted, value in pairs}
         random_state = random.getstate()
         numpy = sys.modules.get("numpy")
         numpy_state = numpy.random.get_state() if numpy is not None else None
@@ -187,7 +237,7 @@ class Session:
         """
         args, kwargs = pytree.tree_map_only(Iterator, unmoved, (args, kwargs))
         try:
-            with _compiler_flags():
+            with _compiler_flags() if self._asked.isdisjoint(_OF_COMPILERS) else contextlib.nullcontext():
                 drawn = self.snapshot.random_state()
                 result = self._call_user(args, kwargs)
                 self._note_drawn(drawn)
@@ -221,6 +271,23 @@ def _refuse_unknown(name: str, tensor: torch.Tensor) -> None:
         f"{name} is a {what}; only plain strided tensors are known",
         remedy="run the model without quantised, sharded, offloaded, nested or sparse tensors",
     )
+
+
+def _strides(tensor: torch.Tensor, shape: Sequence[int]) -> list[int]:
+    """Strides for another shape: in the same order, with gaps and repeats where the tensor has them."""
+    made = [0] * tensor.ndim
+    step = dense = 1
+    for dim in sorted(range(tensor.ndim), key=lambda dim: (tensor.stride(dim), -dim)):
+        stride, size = tensor.stride(dim), tensor.shape[dim]
+        if size > 1 and not stride:
+            continue
+        made[dim] = step + (max(0, stride - dense) if size > 1 else 0)
+        step = made[dim] * shape[dim]
+        dense = stride * size if size > 1 else dense
+    return made
+
+
+_OF_COMPILERS = ("is_compiling", "is_dynamo_compiling", "is_exporting")
 
 
 @contextlib.contextmanager

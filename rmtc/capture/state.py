@@ -7,11 +7,16 @@ them by stand-ins, lets the user's forward run, reads what it left behind, and p
 from __future__ import annotations
 
 import argparse
+import contextvars
+import dis
 import functools
+import gc
 import pickle
 import random
 import sys
+import threading
 import types
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -30,12 +35,16 @@ __all__ = [
     "Slot",
     "Snapshot",
     "is_plain",
+    "imported",
+    "is_opaque",
     "names_of",
     "paths_of",
     "replace_tensors",
     "state_functions",
+    "tells_identity",
     "uncached",
     "unmoved",
+    "unseen",
     "user_code",
     "walk",
 ]
@@ -154,32 +163,96 @@ def state_functions(function: Any, seen: set[int] | None = None) -> Iterator[typ
     seen.add(id(function))
     if not _from_library(function.__module__):
         yield function
-        for _, _, value in _globals(function):
+        for _, _, value in (*_globals(function), *_of_libraries(function)):
             yield from state_functions(value, seen)
     for cell in function.__closure__ or ():
         yield from state_functions(_contents(cell), seen)
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
+@functools.cache
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """The globals and attributes that code names, also in strings, as ``getattr`` takes them."""
+    names = list(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            names += _names(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            names.append(constant)
+    return tuple(dict.fromkeys(names))
+
+
+@functools.cache
+def _imports(code: types.CodeType) -> tuple[tuple[str, int], ...]:
+    """The modules that code itself imports: name and level."""
+    found: list[tuple[str, int]] = []
+    before: list[Any] = []
+    for step in dis.get_instructions(code):
+        if step.opname == "IMPORT_NAME":
+            level = before[-2].argval if len(before) > 1 else 0
+            found.append((step.argval, level if isinstance(level, int) else 0))
+        before.append(step)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found += _imports(constant)
+    return tuple(dict.fromkeys(found))
+
+
+@functools.cache
+def tells_identity(code: types.CodeType) -> bool:
+    """Whether code asks whether two things are the same one, but for constants."""
+    before = ""
+    for step in dis.get_instructions(code):
+        if step.opname == "IS_OP" and before != "LOAD_CONST":
+            return True
+        before = step.opname
+    return any(isinstance(constant, types.CodeType) and tells_identity(constant) for constant in code.co_consts)
+
+
+def imported(functions: Sequence[types.FunctionType]) -> set[int]:
+    """The ids of the modules that functions import when they run, as far as they are there."""
+    return {id(module) for function in functions for module in _imported(function)}
+
+
+def _imported(function: types.FunctionType) -> Iterator[types.ModuleType]:
+    """The modules that a function imports when it runs, as far as they are there, and the packages they are in."""
+    for name, level in _imports(function.__code__):
+        if level:
+            package = str(function.__globals__.get("__package__") or "").split(".")
+            name = ".".join([*package[: len(package) - level + 1], *filter(None, [name])])
+        parts = name.split(".")
+        for count in range(1, len(parts) + 1):
+            module = sys.modules.get(".".join(parts[:count]))
+            if isinstance(module, types.ModuleType):
+                yield module
+
+
+def _spaces(function: types.FunctionType) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Where the names of a function are looked up, its own file first: names and values, and whether a library's."""
+    names = _names(function.__code__)
+    modules: list[types.ModuleType | None] = [None, *_imported(function)]
+    seen: set[int] = set()
+    for module in modules:
+        space = function.__globals__ if module is None else vars(module)
+        if id(space) not in seen:
+            seen.add(id(space))
+            yield space, module is not None and _from_library(module.__name__)
+            modules += [value for value in map(space.get, names) if isinstance(value, types.ModuleType)]
 
 
 def _globals(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], Any]]:
     """The globals a function names, of its own file and of the user's modules: name, where it is, value."""
-    names = tuple(dict.fromkeys(_names(function.__code__)))
-    spaces, seen = [function.__globals__], {id(function.__globals__)}
-    for space in spaces:
-        for name in names:
-            value = space.get(name)
-            if not isinstance(value, types.ModuleType):
-                if name in space:
-                    yield name, space, value
-            elif not _from_library(value.__name__) and id(vars(value)) not in seen:
-                seen.add(id(vars(value)))
-                spaces.append(vars(value))
+    for space, library in _spaces(function):
+        for name in () if library else _names(function.__code__):
+            if name in space and not isinstance(space[name], types.ModuleType):
+                yield name, space, space[name]
+
+
+def _of_libraries(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """The functions, classes and constants of libraries' modules that a function names: name, where it is, value."""
+    for space, library in _spaces(function):
+        for name in _names(function.__code__) if library else ():
+            if name in space and (callable(space[name]) or is_plain(space[name])):
+                yield name, space, space[name]
 
 
 class Code(NamedTuple):
@@ -187,8 +260,9 @@ class Code(NamedTuple):
 
     Attributes:
         functions: every function of the user's.
-        named: the functions and classes that they name as globals: name, where it is, value.
-        classes: the user's classes whose objects are in reach.
+        named: the functions and classes that they name as globals, of libraries constants too: name, where it is,
+            value.
+        classes: the user's classes that they name, and those whose objects are in reach.
     """
 
     functions: list[types.FunctionType]
@@ -204,24 +278,78 @@ def user_code(roots: dict[str, Any], slots: Sequence[Slot]) -> Code:
     """
     seen: set[int] = set()
     values = [*roots.values(), *(slot.value for slot in slots)]
-    kinds = {type(value): None for value in values if isinstance(value, nn.Module) or _is_record(value)}
-    kinds.update((value, None) for value in values if isinstance(value, type))
-    bases = {base: None for kind in kinds for base in kind.__mro__}
-    candidates = [attribute for base in bases for attribute in list(vars(base).values())]
-    functions = [each for value in (*values, *candidates) for each in state_functions(value, seen)]
-    named = [
-        (name, space, value)
-        for function in functions
-        for name, space, value in _globals(function)
-        if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType))
-    ]
-    named = list({(id(space), name): (name, space, value) for name, space, value in named}.values())
-    return Code(functions, named, [base for base in bases if not _from_library(base.__module__)])
+    kinds = [type(value) for value in values if isinstance(value, nn.Module) or _is_record(value)]
+    kinds += [value for value in values if isinstance(value, type)]
+    functions = [each for value in values for each in state_functions(value, seen)]
+    named: dict[tuple[int, str], tuple[str, dict[str, Any], Any]] = {}
+    bases: dict[type, None] = {}
+    done = 0
+    while kinds or done < len(functions):
+        new = {base: None for kind in kinds for base in kind.__mro__ if base not in bases}
+        bases.update(new)
+        kinds = []
+        for base in new:
+            for attribute in list(vars(base).values()):
+                functions += state_functions(attribute, seen)
+        for function in functions[done:]:
+            for name, space, value in _globals(function):
+                if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+                    named[id(space), name] = name, space, value
+                if isinstance(value, type) and not _from_library(value.__module__):
+                    kinds.append(value)
+            named.update(((id(space), name), (name, space, value)) for name, space, value in _of_libraries(function))
+            done += 1
+    return Code(functions, list(named.values()), [base for base in bases if not _from_library(base.__module__)])
 
 
-def names_of(function: types.FunctionType) -> Iterator[str]:
+def names_of(function: types.FunctionType) -> tuple[str, ...]:
     """The globals and attributes that a function's code names."""
     return _names(function.__code__)
+
+
+_OPAQUE = (
+    *(contextvars.ContextVar, threading.local, memoryview, bytearray),
+    *(weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet, weakref.ProxyType),
+)
+_ITERATORS = ("itertools", "builtins")
+_VIEWS: tuple[type, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
+_FOREIGN = ("array", "ctypes", "_ctypes", "multiprocessing.sharedctypes")  # memory that has no slots
+
+
+def is_opaque(value: object) -> bool:
+    """Whether a value changes without a trace in what :func:`walk` finds."""
+    kind = type(value)
+    if issubclass(kind, _OPAQUE) or (hasattr(kind, "__next__") and kind.__module__ in _ITERATORS):
+        return True
+    return any(base.__module__ in _FOREIGN for base in kind.__mro__) and not isinstance(value, type)
+
+
+def unseen(roots: dict[str, Any], slots: Sequence[Slot], code: Code) -> str | None:
+    """What the user's code can read and no guard can see; None if there is nothing.
+
+    Args:
+        roots, slots: what was given to :func:`walk`, and what it found.
+        code: what :func:`user_code` found.
+    """
+    for name, value in (*roots.items(), *((slot.name, slot.value) for slot in slots)):
+        for each in (value, *_behind(value)):
+            if is_opaque(each):
+                return f"{name or 'the function'} is a {type(each).__name__}, whose changes are not seen"
+    for function in code.functions:
+        if "globals" in function.__code__.co_names and "globals" not in function.__globals__:
+            return f"{function.__qualname__} looks names up in globals()"
+    return None
+
+
+def _behind(value: object) -> Iterator[object]:
+    """What a builtin method is bound to, what a weak reference refers to, what a read-only view shows."""
+    if isinstance(value, (types.BuiltinMethodType, types.MethodWrapperType)):
+        if not isinstance(value.__self__, (types.ModuleType, type(None), type)) and not is_plain(value.__self__):
+            yield value.__self__
+    elif isinstance(value, weakref.ref):
+        yield value()
+    elif isinstance(value, _VIEWS):
+        yield from gc.get_referents(value)
 
 
 def _contents(cell: types.CellType) -> Any:
@@ -260,7 +388,9 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             add(name, cell, "cell_contents", _contents(cell))
         for name, space, value in _globals(function):
-            if not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+            if isinstance(value, type):
+                add_class(value)
+            elif not isinstance(value, (types.FunctionType, types.BuiltinFunctionType)) or [*_behind(value)]:
                 add(name, space, name, value)
         for key in ("__defaults__", "__kwdefaults__"):
             if not is_plain(getattr(function, key)):
@@ -282,7 +412,10 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
 
     while queue:
         name, value, at = queue.popleft()
-        if id(value) in seen or isinstance(value, (types.ModuleType, type)):
+        if id(value) in seen or isinstance(value, types.ModuleType):
+            continue
+        if isinstance(value, type):
+            add_class(value)
             continue
         seen.add(id(value))
         dot = name + "." if name else ""
@@ -309,6 +442,8 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
             queue.extend((f"{name}{{}}", item, None) for item in value if not is_plain(item))
         elif isinstance(value, functools.partial):
             queue.extend((f"{dot}{key}", getattr(value, key), None) for key in ("func", "args", "keywords"))
+        elif behind := [*_behind(value)]:
+            queue.extend((name, each, None) for each in behind)
         elif _is_record(value):
             for key, item in list(getattr(value, "__dict__", {}).items()):
                 table = "__dict__" if type(value.__dict__) is dict else ""
@@ -397,13 +532,15 @@ class Snapshot:
             if id(slot.owner) not in whole and not isinstance(slot.owner, tuple):
                 self._places.append(slot)
         for root in roots.values():
-            for owner in _tables(root):
+            for owner in (root, *_tables(root)):
                 content = _content(owner)
                 if id(owner) not in seen and content is not None:
                     seen.add(id(owner))
                     self._saved.append(_Saved(owner, content))
+        self._loaded = frozenset(sys.modules)
         self._known = {(id(slot.owner), slot.key) for slot in self._places}
-        arrays = [slot.value for slot in slots if type(slot.value).__name__ == "ndarray"]
+        values = {id(value): value for value in (*roots.values(), *(slot.value for slot in slots))}.values()
+        arrays = [value for value in values if type(value).__name__ == "ndarray"]
         self.arrays = [(array, array.copy()) for array in arrays]
         self._generators = [slot.value for slot in slots if _is_generator(slot.value)]
         self._drawn = [*map(_generator_state, self._generators)]
@@ -453,7 +590,11 @@ class Snapshot:
         for slot in self._places:
             if slot._replace(parent=None).get() is not slot.value:
                 slot.put(slot.value)
+        new = sys.modules.keys() - self._loaded
+        spaces = {id(getattr(sys.modules[name], "__dict__", None)) for name in new}
         for slot in walk(self._roots, self._without):  # globals and class attributes that were not there before
+            if id(slot.owner) in spaces or getattr(slot.owner, "__module__", None) in new:
+                continue
             if isinstance(slot.owner, (type, dict)) and (id(slot.owner), slot.key) not in self._known:
                 if isinstance(slot.owner, type):
                     delattr(slot.owner, slot.key)

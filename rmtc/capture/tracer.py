@@ -252,13 +252,23 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
     arguments = Arguments(args, kwargs, session.arguments.names)
     arguments.map(lambda path, tensor: inputs.setdefault(path, tensor))
     count = len(session.lifted)
+    # A tensor that is given twice, or is state too, is one for the code, and has a placeholder in each place.
+    first = {id(tensor): number for number, tensor in enumerate(session.stand_ins)}
+    order = [first.setdefault(id(tensor), count + number) for number, tensor in enumerate(inputs.values())]
+    distinct = [
+        tensor if place == count + number else session.stand_in(tensor)
+        for number, (tensor, place) in enumerate(zip(inputs.values(), order, strict=True))
+    ]
     raw = RawTrace(fx.GraphModule(nn.Module(), fx.Graph()), ())
     paths = {key: slot.name for key, slot in session.modules.items()}
     paths[id(session.function)] = ""
     maker = _Maker(session.fake_mode, paths)
 
     def program(*flat: torch.Tensor) -> list[torch.Tensor]:
-        lifted, given = flat[:count], dict(zip(inputs, flat[count:], strict=True))
+        lifted, given = flat[:count], dict(zip(inputs, (flat[place] for place in order), strict=True))
+        for tensor, value in zip(inputs.values(), given.values(), strict=True):
+            if tensor.requires_grad:
+                value.requires_grad_(True)
         before = [_inner(tensor) for tensor in flat]
         new_args, new_kwargs = arguments.map(lambda path, _: given[path])
         with session.installed(lifted):
@@ -288,7 +298,7 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
     if functionalize:
         traced = dispatch_functionalize(program, FunctionalTensorMode(pre_dispatch=True, export=True))
     with session.fake_mode, _quiet(), _use_lazy_graph_module(True):
-        raw.module = maker.trace(traced, *session.stand_ins, *inputs.values())
+        raw.module = maker.trace(traced, *session.stand_ins, *distinct)
     sources = [(lifted.kind, lifted.names) for lifted in session.lifted]
     sources += [("input", (show(path),)) for path in inputs]
     placeholders = [node for node in raw.module.graph.nodes if node.op == "placeholder"]

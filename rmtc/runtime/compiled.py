@@ -24,6 +24,7 @@ from rmtc.capture import open_capture
 from rmtc.capture.arguments import Arguments, argument_names
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
+from rmtc.capture.state import unseen
 from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError
 from rmtc.ir.schedule import L, S
 from rmtc.runtime.backends import Backend
@@ -95,9 +96,9 @@ class _Known:
     broken: _Eager | None = None  # the last of them
     settled: bool = False
 
-    def holds(self) -> bool:
+    def holds(self, arguments: Arguments) -> bool:
         """Whether what the refused call could see is still there."""
-        return self.state is not None and self.state.differs() is None
+        return self.state is not None and self.state.differs(arguments) is None
 
     def settle(self) -> None:
         """What the call itself changes does not count: to be called when it has run for the first time."""
@@ -423,7 +424,8 @@ class Compiled:
         known = self._known.get(self._key(arguments))
         if known is not None and known.broken is not None and known.errors >= _CAPTURES:
             return known.broken
-        if known is not None and (known.state is None or known.tries > self.options.recompile_limit or known.holds()):
+        tired = known is not None and known.tries > self.options.recompile_limit
+        if known is not None and (known.state is None or tired or known.holds(arguments)):
             if known.refusal is not None:
                 return _Eager(known.refusal.reason, known.refusal, known=known)
             if known.short is not None:
@@ -595,7 +597,14 @@ class Compiled:
 
     def _captured(self, decision: _Capture, arguments: Arguments, known: _Known) -> Variant | None:
         """A capture of a call; None if it is of one segment, or watched."""
-        refuse_elsewhere(self._session(arguments))
+        session = self._session(arguments)
+        refuse_elsewhere(session)
+        hidden = unseen(session.roots, session.snapshot.slots, session.code)
+        if hidden is not None:
+            raise RefusedError(
+                f"the code can read what rmtc cannot see: {hidden}",
+                remedy="hand it over as an argument, or keep it in an attribute, global or closure",
+            )
         given = self._inner, arguments.args, arguments.kwargs
         analysis = Analysis(open_capture(*given, self.options.segment_length, own_hooks=False))
         analysis.capture.reorder_random = self.options.reorder_random

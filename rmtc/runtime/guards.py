@@ -18,7 +18,7 @@ from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.effects import GONE, Effect
 from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.session import Session
-from rmtc.capture.state import Slot, is_plain, names_of, user_code
+from rmtc.capture.state import Slot, is_plain, names_of
 
 __all__ = ["ArgumentGuard", "StateGuard", "alike", "global_hooks", "hook_tables", "hooked", "modes"]
 
@@ -86,10 +86,14 @@ class _Given(NamedTuple):
     device: torch.device
     layout: torch.layout
     shape: tuple[int, ...]
+    strides: tuple[Any, ...] | None
+    requires_grad: bool
 
     def __str__(self) -> str:
         sizes = ["any" if size < 0 else str(size) for size in self.shape]
-        return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(sizes)}] on {self.device}"
+        kind = "" if self.strides is None else ", not contiguous"
+        kind += ", requires gradients" if self.requires_grad else ""
+        return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(sizes)}] on {self.device}{kind}"
 
 
 class ArgumentGuard:
@@ -100,7 +104,9 @@ class ArgumentGuard:
         self._dims: dict[Path, tuple[int, ...]] = {}
         for path, dim in plan.growth.dims:
             self._dims[path] = (*self._dims.get(path, ()), dim)
-        self._leaves = {path: self._describe(path, leaf) for path, leaf in self._given(arguments).items()}
+        given = self._given(arguments)
+        self._leaves = {path: self._describe(path, leaf) for path, leaf in given.items()}
+        self._pattern = _pattern(given)
 
     def sizes(self, arguments: Arguments) -> Sizes | str:
         """The sizes of a call; or in what it differs.
@@ -115,6 +121,8 @@ class ArgumentGuard:
         for path, leaf in given.items():
             if not self._alike(self._leaves[path], self._describe(path, leaf)):
                 return f"argument {show(path)} is another: {self._leaves[path]} before, {self._describe(path, leaf)}"
+        if _pattern(given) != self._pattern:
+            return "two arguments were one tensor and are two, or the other way round"
         lengths: set[int] = set()
         batches: set[int] = set()
         plan = self._plan
@@ -149,11 +157,26 @@ class ArgumentGuard:
         if any(path[: len(each)] == each for each in self._plan.growth.batch):
             free.add(0)
         shape = tuple(-1 if dim in free else size for dim, size in enumerate(leaf.shape))
-        return _Given(type(leaf), leaf.dtype, leaf.device, leaf.layout, shape)
+        strides = None if leaf.layout is not torch.strided or leaf.is_contiguous() else _kind_of_strides(leaf)
+        return _Given(type(leaf), leaf.dtype, leaf.device, leaf.layout, shape, strides, leaf.requires_grad)
 
     @staticmethod
     def _alike(one: Any, other: Any) -> bool:
         return one is other or (one == other if isinstance(one, _Given) else alike(one, other))
+
+
+def _pattern(given: Mapping[Path, Any]) -> list[int]:
+    """For each tensor, the first place where the same one is given."""
+    first: dict[int, int] = {}
+    return [first.setdefault(id(leaf), len(first)) for leaf in given.values() if isinstance(leaf, torch.Tensor)]
+
+
+def _kind_of_strides(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """In which order the dimensions of a tensor lie, and whether they are repeated or have gaps."""
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dim: (strides[dim], -dim))
+    dense = torch._prims_common.is_non_overlapping_and_dense_or_false(tensor)
+    return tuple(order), dense, tuple(not stride for stride in strides)
 
 
 def _getter(slot: Slot) -> tuple[Callable[[Any, Any], Any], Any, Any]:
@@ -185,8 +208,9 @@ class StateGuard:
         self._places = places | _whole_lists(session.snapshot.slots, effects)
         self._lists = {id(effect.slot.owner) for effect in effects if effect.whole}
         slots = [slot for slot in session.snapshot.slots if not self._written(slot)]
-        self._slots = [slot for slot in slots if slot.key not in _BOOKKEEPING and not isinstance(slot.owner, tuple)]
-        code = user_code(session.roots, session.snapshot.slots)
+        read = (tuple, type)  # a class is read at once, below
+        self._slots = [slot for slot in slots if slot.key not in _BOOKKEEPING and not isinstance(slot.owner, read)]
+        code = session.code
         for name, space, value in code.named:
             self._slots.append(Slot(name, space, name, value))
         for function in code.functions:
@@ -206,10 +230,17 @@ class StateGuard:
         self._slots = list({(id(slot.owner), slot.key): slot for slot in self._slots}.values())
         self.modules, self._kinds = modules, [*map(type, modules)]
         self._environment = _environment() if any(map(_reads_environment, code.functions)) else None
-        self._sets = [(owner, frozenset(owner)) for owner in session.snapshot.owners() if isinstance(owner, set)]
+        sets = [owner for owner in session.snapshot.owners() if isinstance(owner, set)]
+        self._sets = sets, [*map(frozenset, sets)]
         self._arrays = [(array, content.tobytes()) for array, content in session.snapshot.arrays]
+        self._requiring = (
+            [(lifted.tensor, lifted.tensor.requires_grad) for lifted in session.lifted]
+            if session.asks_for_gradients
+            else []
+        )
         self._index()
         self._containers = {id(effect.slot.owner) for effect in effects}
+        self._aliases = self._given(self._expected, session.arguments)
         # Keys that the call itself adds or removes, and lists that it writes as a whole.
         own: dict[int, set[Any]] = {}
         for effect in effects:
@@ -266,6 +297,21 @@ class StateGuard:
         self._items = [slot.owner for slot in single], [slot.key for slot in single]
         self._rest = [_getter(slot)[1] for slot in rest], [_getter(slot)[2] for slot in rest]
         self._expected: list[Any] = [slot.value for slot in self._slots]
+        self._tensors = [
+            number
+            for number, value in enumerate(self._expected)
+            if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
+        ]
+
+    def _given(self, now: Sequence[Any], arguments: Arguments) -> dict[Path, str]:
+        """The arguments that are tensors of the state too, and where they are in it."""
+        if not self._tensors:
+            return {}
+        given = arguments.tensors()
+        if {*map(id, map(now.__getitem__, self._tensors))}.isdisjoint(map(id, given.values())):
+            return {}
+        places = {id(now[number]): self._slots[number].name for number in self._tensors}
+        return {path: places[id(each)] for path, each in given.items() if id(each) in places}
 
     def _follow(self, copies: Mapping[int, Any]) -> None:
         """Watch the containers that took the place of others with the same content."""
@@ -282,11 +328,16 @@ class StateGuard:
         self._index()
         self._sized = [owner for owner, size in zip(self._sized, self._sizes, strict=True) if len(owner) == size]
         self._sizes = [len(owner) for owner in self._sized]
-        self._sets = [(owner, content) for owner, content in self._sets if owner == content]
+        kept = [(owner, content) for owner, content in zip(*self._sets, strict=True) if owner == content]
+        self._sets = [owner for owner, _ in kept], [content for _, content in kept]
         self._arrays = [(array, content) for array, content in self._arrays if array.tobytes() == content]
 
-    def differs(self) -> str | None:
-        """The first place that holds something else than at the capture; None if there is none."""
+    def differs(self, arguments: Arguments | None = None) -> str | None:
+        """The first place that holds something else than at the capture; None if there is none.
+
+        Args:
+            arguments: those of the call, of which some may be tensors of the state too.
+        """
         try:
             now = [
                 *chain.from_iterable(map(operator.call, *self._many)),
@@ -310,9 +361,13 @@ class StateGuard:
             return "an attribute or item was added or removed"
         if any(owner.keys() - written != keys for owner, written, keys in self._keyed):
             return "an attribute or item was added or removed"
+        if arguments is not None and self._given(now, arguments) != self._aliases:
+            return "an argument is a tensor that an attribute, global or closure holds, or was one"
+        if any(tensor.requires_grad is not required for tensor, required in self._requiring):
+            return "a tensor requires gradients or no longer does, and the code asks"
         if [*map(type, self.modules)] != self._kinds:
             return "a module is of another class"
-        if any(owner != content for owner, content in self._sets):
+        if any(map(operator.ne, *self._sets)):
             return "a set holds something else"
         if any(array.tobytes() != content for array, content in self._arrays):
             return "an array of numbers holds something else"

@@ -139,7 +139,8 @@ class Variant:
         )
         read = program.reads()
         for lifted in session.lifted:
-            places = [slots[name] for name in lifted.names if name in slots]
+            names = [name if name in slots else name.removeprefix("self.") for name in lifted.names]
+            places = [slots[name] for name in names if name in slots and slots[name].value is lifted.tensor]
             if places and lifted.names[0] in read:
                 variant._slots[lifted.names[0]] = places[0]
                 variant._same += [(place, places[0]) for place in places[1:]]
@@ -190,7 +191,7 @@ class Variant:
         for name, value in (("batch", sizes.batch), ("tail", sizes.tail)):
             if fixed.get(name, value) != value:
                 return f"it was captured for {name} = {fixed[name]}, and this call has {value}"
-        return self.state.differs() or sizes
+        return self.state.differs(arguments) or sizes
 
     def entry(self, batch: int) -> tuple[Any, ...]:
         """What the places that a call writes hold now, as far as its Python can see without reading numbers.

@@ -1,0 +1,461 @@
+"""State and facts of a call that are easy to overlook: changed after compiling, or asked for under stand-ins."""
+
+from __future__ import annotations
+
+import array
+import contextvars
+import copy
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rmtc
+
+SEGMENT, LAYERS, WIDTH, SEGMENTS = 4, 2, 8, 4
+
+
+class Layer(nn.Module):
+    """A memory (B, D) that goes from segment to segment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.3 * torch.randn(WIDTH, WIDTH, dtype=torch.float64))
+        self.update = nn.Parameter(0.3 * torch.randn(WIDTH, WIDTH, dtype=torch.float64))
+
+    def forward(self, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.act(hidden @ self.weight.t() + memory[:, None])
+        return hidden, torch.tanh(memory @ self.update.t() + hidden.mean(1))
+
+    def act(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(hidden)
+
+
+class Model(nn.Module):
+    """Reads something on its way into each segment."""
+
+    kind: ClassVar[type[Layer]] = Layer
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(self.kind() for _ in range(LAYERS))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        memories = [hidden.new_zeros(hidden.shape[0], WIDTH) for _ in self.layers]
+        pieces = []
+        for number, piece in enumerate(hidden.split(SEGMENT, dim=1)):
+            piece = self.before(piece, number)
+            for index, layer in enumerate(self.layers):
+                piece, memories[index] = layer(piece, memories[index])
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        return piece
+
+
+def text(segments: int = SEGMENTS, batch: int = 2, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, segments * SEGMENT, WIDTH, generator=generator, dtype=torch.float64)
+
+
+def same(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def scheduled(fast: Any, segments: int = SEGMENTS) -> None:
+    """The last call ran by its schedule, and none ran as before."""
+    stats = rmtc.stats(fast)
+    assert not stats.fallbacks and not stats.eager and stats.last_run is not None
+    assert stats.last_run.steps == segments + LAYERS - 1 < stats.last_run.sequential_steps
+
+
+def compiled(kind: type[nn.Module]) -> tuple[Any, Any]:
+    """A model and the same compiled."""
+    model = kind().eval()
+    return copy.deepcopy(model), rmtc.compile(model, recompile_limit=100)
+
+
+class Config:
+    """A class of settings that nobody makes an object of."""
+
+    scale = 1.0
+
+    @staticmethod
+    def bend(hidden: Tensor) -> Tensor:
+        return hidden * 0.5
+
+
+class Record:
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+
+
+TABLE = {"scale": 1.0, "other": 1.0}
+LOOKUP = TABLE.get
+RECORD = Record()
+REFERENCE = weakref.ref(RECORD)
+READONLY = types.MappingProxyType(TABLE)
+CONTEXT: contextvars.ContextVar[float] = contextvars.ContextVar("scale", default=1.0)
+LOCAL = threading.local()
+LOCAL.scale = 1.0
+NUMBERS = array.array("d", [1.0])
+NUMBER = 1.0
+
+
+class Reader(Model):
+    """Reads from all that can be seen."""
+
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        import settings_of_a_test as settings  # type: ignore[import-not-found]
+        from settings_of_a_test import shift
+
+        record = REFERENCE()
+        assert record is not None
+        scale = settings.scale * getattr(settings, "factor")  # noqa: B009 (the name is only in a string)
+        piece = Config.bend(piece * Config.scale) * LOOKUP("scale", 0.0) * record.scale * READONLY["other"] * scale
+        return F.gelu(piece + shift) + torch.nn.functional.silu(piece)
+
+
+class ImportsLate(Model):
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        import late_settings_of_a_test as late  # type: ignore[import-not-found]
+
+        factor: float = late.scale * late.Inner.scale
+        return piece * factor
+
+
+class Context(Model):
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        return piece * CONTEXT.get()
+
+
+class ContextBound(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ask = staticmethod(CONTEXT.get)
+
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        factor: float = self.ask()
+        return piece * factor
+
+
+class ThreadLocal(Model):
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        factor: float = LOCAL.scale
+        return piece * factor
+
+
+class Array(Model):
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        return piece * NUMBERS[0]
+
+
+class Globals(Model):
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        factor: float = globals()["NUMBER"]
+        return piece * factor
+
+
+SETTINGS = types.ModuleType("settings_of_a_test")
+vars(SETTINGS).update(scale=1.0, factor=1.0, shift=0.0)
+
+
+@pytest.fixture(scope="module")
+def readers() -> Iterator[tuple[Any, Any]]:
+    """A model that reads, and the same compiled and run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "settings_of_a_test", SETTINGS)
+        plain, fast = compiled(Reader)
+        with torch.no_grad():
+            same(fast(text()), plain(text()))
+        scheduled(fast)
+        yield plain, fast
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "new"),
+    [
+        (Config, "scale", 3.0),
+        (Config, "bend", staticmethod(torch.sin)),
+        (TABLE, "scale", 3.0),
+        (TABLE, "other", 3.0),
+        (RECORD, "scale", 3.0),
+        (F, "gelu", torch.sigmoid),
+        (F, "silu", torch.sigmoid),
+        (SETTINGS, "scale", 3.0),
+        (SETTINGS, "factor", 3.0),
+        (SETTINGS, "shift", 3.0),
+    ],
+    ids=["class", "method", "bound", "view", "weak", "function", "path", "import", "string", "from"],
+)
+@torch.no_grad()
+def test_a_change_is_seen(
+    readers: tuple[Any, Any], owner: Any, name: str, new: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, fast = readers
+    first, captures = plain(text()), rmtc.stats(fast).captures
+    if isinstance(owner, dict):
+        monkeypatch.setitem(owner, name, new)
+    else:
+        monkeypatch.setattr(owner, name, new)
+    second = plain(text())
+    assert (first - second).abs().max() > 1e-3  # it matters
+    same(fast(text()), second)
+    scheduled(fast)
+    assert rmtc.stats(fast).captures == captures + 1
+    monkeypatch.undo()
+    same(fast(text()), first)
+    scheduled(fast)
+    assert rmtc.stats(fast).captures == captures + 1
+
+
+@torch.no_grad()
+def test_a_module_that_the_capture_is_the_first_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "late_settings_of_a_test.py").write_text("scale = 2.0\nclass Inner:\n    scale = 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    plain, fast = compiled(ImportsLate)
+    first = fast(text())
+    same(first, plain(text()))
+    scheduled(fast)
+    module = sys.modules.pop("late_settings_of_a_test")
+    monkeypatch.setitem(sys.modules, "late_settings_of_a_test", module)
+    for captures, (owner, name) in enumerate(((module, "scale"), (module.Inner, "scale")), start=2):
+        monkeypatch.setattr(owner, name, 3.0)
+        assert (plain(text()) - first).abs().max() > 1e-3
+        same(fast(text()), plain(text()))
+        scheduled(fast)
+        assert rmtc.stats(fast).captures == captures
+
+
+@pytest.mark.parametrize("kind", [Context, ContextBound, ThreadLocal, Array, Globals])
+def test_what_cannot_be_seen_is_refused(kind: type[Model]) -> None:
+    model = kind().eval()
+    fast = rmtc.compile(copy.copy(model), strict=True)
+    with torch.no_grad(), pytest.raises(rmtc.RefusedError, match="what rmtc cannot see"):
+        fast(text())
+    assert rmtc.stats(fast).runs == 0
+
+
+class Scaled(Layer):
+    """Scales what it gives by what an object says that the loop makes for each segment."""
+
+    held: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = Slotted(1.0)
+
+    def act(self, hidden: Tensor) -> Tensor:
+        factor: float = self.held.scale
+        return torch.tanh(hidden) * factor
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+
+class FreshObjects(Model):
+    kind = Scaled
+
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        for layer in self.layers:
+            assert isinstance(layer, Scaled)
+            layer.held = None  # so that the next object may have the id of the last
+            layer.held = Slotted(3.0 if number == 7 else 1.0)
+        return piece
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        layers: list[Any] = list(self.layers)
+        before = [layer.held for layer in layers]
+        result: Tensor = super().forward(hidden)
+        for layer, held in zip(layers, before, strict=True):
+            layer.held = held
+        return result
+
+
+class ByClass(Layer):
+    def act(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(hidden) * Config.scale
+
+
+class ClassOfTheLoop(Model):
+    kind = ByClass
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        result: Tensor = super().forward(hidden)
+        Config.scale = 1.0
+        return result
+
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        Config.scale = 3.0 if number == 7 else 1.0
+        return piece
+
+
+@pytest.mark.parametrize("kind", [FreshObjects, ClassOfTheLoop])
+@torch.no_grad()
+def test_what_the_seventh_segment_finds_is_not_remembered_from_others(kind: type[Model]) -> None:
+    plain, fast = compiled(kind)
+    same(fast(text()), plain(text()))
+    scheduled(fast)
+    with pytest.warns(rmtc.FallbackWarning):
+        result = fast(text(10))
+    same(result, plain(text(10)))
+    assert rmtc.stats(fast).runs == 1
+
+
+class Asks(Model):
+    """Asks its arguments, and its parameters, what they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("own", text(seed=5))
+
+    def forward(self, hidden: Tensor, other: Tensor | None = None) -> Tensor:
+        if hidden is self.own:
+            hidden = hidden + 1
+        if other is not None:
+            hidden = hidden * (2 if other is hidden else 3) + other
+        if not hidden.is_contiguous():
+            hidden = hidden * 5
+        if hidden.requires_grad:
+            hidden = hidden * 7
+        return super().forward(hidden)
+
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        weight = self.layers[0].weight
+        assert isinstance(weight, nn.Parameter)
+        if torch.compiler.is_compiling():
+            piece = piece + 1
+        return piece * (0.5 if weight.requires_grad else 0.25)
+
+
+def transposed(hidden: Tensor) -> Tensor:
+    return hidden.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def cut(hidden: Tensor) -> Tensor:
+    return torch.cat([hidden, hidden], dim=1)[:, : hidden.shape[1]]
+
+
+OF_ARGUMENTS: dict[str, Callable[[Any], tuple[Tensor, ...]]] = {
+    "one": lambda model: (text(),),
+    "the same twice": lambda model: (text(),) * 2,
+    "two": lambda model: (text(), text(seed=1)),
+    "transposed": lambda model: (transposed(text()),),
+    "cut": lambda model: (cut(text()),),
+    "requiring": lambda model: (text().requires_grad_(),),
+}
+
+
+@pytest.fixture(scope="module")
+def askers() -> tuple[Any, Any]:
+    return compiled(Asks)
+
+
+@pytest.mark.parametrize("name", OF_ARGUMENTS)
+@torch.no_grad()
+def test_what_arguments_are_is_seen(askers: tuple[Any, Any], name: str) -> None:
+    """On the first call of its kind and on the next, whatever was called before."""
+    plain, fast = askers
+    captures = rmtc.stats(fast).captures
+    given = OF_ARGUMENTS[name](plain)
+    for _ in range(2):
+        same(fast(*given), plain(*given))
+    scheduled(fast)
+    assert rmtc.stats(fast).captures == captures + 1
+
+
+@torch.no_grad()
+def test_an_argument_that_is_state_too(askers: tuple[Any, Any]) -> None:
+    plain, fast = askers
+    same(fast(text()), plain(text()))
+    runs = rmtc.stats(fast).runs
+    with pytest.warns(rmtc.FallbackWarning, match="hidden is a tensor that an attribute, global or closure holds"):
+        result = fast(fast.own)
+    same(result, plain(plain.own))
+    same(fast(text()), plain(text()))
+    assert rmtc.stats(fast).runs == runs + 1
+
+
+@torch.no_grad()
+def test_parameters_are_asked_whether_they_require_gradients() -> None:
+    plain, fast = compiled(Asks)
+    for captures, requires in enumerate((True, False), start=1):
+        for model in (plain, fast):
+            model.layers[0].weight.requires_grad_(requires)
+        same(fast(text()), plain(text()))
+        scheduled(fast)
+        assert rmtc.stats(fast).captures == captures
+
+
+class Fixed(Model):
+    """A start that has a size of its own, and may be the model's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("start", torch.randn(WIDTH, dtype=torch.float64))
+
+    def forward(self, hidden: Tensor, start: Tensor | None = None) -> Tensor:
+        assert start is not None
+        return super().forward(hidden + start * (2 if start is self.start else 3))
+
+
+@torch.no_grad()
+def test_an_argument_of_fixed_size_that_is_state_too() -> None:
+    plain, fast = compiled(Fixed)
+    for captures, own in enumerate((True, False), start=1):
+        wanted = plain(text(), plain.start if own else plain.start.clone())
+        same(fast(text(), fast.start if own else fast.start.clone()), wanted)
+        scheduled(fast)
+        assert rmtc.stats(fast).captures == captures
+
+
+class TakesContainers(Model):
+    def forward(self, hidden: Tensor, flags: set[int], numbers: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden * (2 if 1 in flags else 1) * float(numbers[0]))
+
+
+@torch.no_grad()
+def test_a_set_and_an_array_that_are_arguments_are_changed() -> None:
+    plain, fast = compiled(TakesContainers)
+    flags: set[int] = set()
+    numbers = numpy.array([1.0])
+    same(fast(text(), flags, numbers), plain(text(), flags, numbers))
+    flags.add(1)
+    same(fast(text(), flags, numbers), plain(text(), flags, numbers))
+    numbers[0] = 3.0
+    same(fast(text(), flags, numbers), plain(text(), flags, numbers))
+    scheduled(fast)
+    assert rmtc.stats(fast).captures == 3
+
+
+def test_a_function_that_is_compiled_again_has_the_new_options() -> None:
+    model = Model().eval()
+
+    def run(hidden: Tensor) -> Any:
+        return model(hidden)
+
+    fast = rmtc.compile(run)
+    assert rmtc.compile(fast) is fast
+    again = rmtc.compile(fast, strict=True)
+    for function in (fast, again):
+        with pytest.raises(rmtc.RefusedError, match="gradients"):
+            function(text())
+    assert rmtc.restore(again) is rmtc.restore(fast)
+    with torch.no_grad():
+        same(again(text()), model(text()))
+    assert rmtc.stats(again).runs == 1
