@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 import rmtc
 
@@ -135,6 +136,12 @@ class ImportsLate(Model):
         return piece * factor
 
 
+class Activations(Model):
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        result: Tensor = ACT2FN["gelu_new"](piece)
+        return result
+
+
 class Context(Model):
     def before(self, piece: Tensor, number: int) -> Tensor:
         return piece * CONTEXT.get()
@@ -218,6 +225,17 @@ def test_a_change_is_seen(
     same(fast(text()), first)
     scheduled(fast)
     assert rmtc.stats(fast).captures == captures + 1
+
+
+@torch.no_grad()
+def test_a_table_that_makes_its_items_stays_as_it_is() -> None:
+    before = [dict.__getitem__(ACT2FN, key) for key in ACT2FN]
+    plain, fast = compiled(Activations)
+    for _ in range(2):
+        same(fast(text()), plain(text()))
+    scheduled(fast)
+    assert rmtc.stats(fast).captures == 1
+    assert all(dict.__getitem__(ACT2FN, key) is item for key, item in zip(ACT2FN, before, strict=True))
 
 
 @torch.no_grad()

@@ -135,8 +135,26 @@ def _from_library(module: str | None) -> bool:
 def _knows_torch(package: str) -> bool:
     """Whether a package may hold tensors: the user's own files, and installed packages that import torch."""
     loaded = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == package]
-    installed = any("site-packages" in (getattr(module, "__file__", None) or "") for module in loaded)
-    return not installed or any("torch" in getattr(module, "__dict__", {}) for module in loaded)
+    return not _is_installed(package) or any("torch" in getattr(module, "__dict__", {}) for module in loaded)
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    loaded = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == package]
+    return any("site-packages" in (getattr(module, "__file__", None) or "") for module in loaded)
+
+
+def _is_walked(kind: type) -> bool:
+    """Whether a class that a function names is looked into: one of the user's own, not of an installed package."""
+    return not _from_library(kind.__module__) and not _is_installed(kind.__module__.partition(".")[0])
+
+
+def _makes_items(table: dict[Any, Any]) -> bool:
+    """Whether a dictionary makes what it is asked for, as transformers' table of activations does."""
+    if type(table).__getitem__ is dict.__getitem__ or not table:
+        return False
+    key = next(iter(dict.keys(table)))
+    return table[key] is not dict.__getitem__(table, key)
 
 
 def _unwrap(function: Any) -> Any:
@@ -295,7 +313,7 @@ def user_code(roots: dict[str, Any], slots: Sequence[Slot]) -> Code:
             for name, space, value in _globals(function):
                 if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
                     named[id(space), name] = name, space, value
-                if isinstance(value, type) and not _from_library(value.__module__):
+                if isinstance(value, type) and _is_walked(value):
                     kinds.append(value)
             named.update(((id(space), name), (name, space, value)) for name, space, value in _of_libraries(function))
             done += 1
@@ -320,6 +338,8 @@ def is_opaque(value: object) -> bool:
     """Whether a value changes without a trace in what :func:`walk` finds."""
     kind = type(value)
     if issubclass(kind, _OPAQUE) or (hasattr(kind, "__next__") and kind.__module__ in _ITERATORS):
+        return True
+    if isinstance(value, dict) and _makes_items(value) and not _from_library(kind.__module__):
         return True
     return any(base.__module__ in _FOREIGN for base in kind.__mro__) and not isinstance(value, type)
 
@@ -389,7 +409,8 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
             add(name, cell, "cell_contents", _contents(cell))
         for name, space, value in _globals(function):
             if isinstance(value, type):
-                add_class(value)
+                if _is_walked(value):
+                    add_class(value)
             elif not isinstance(value, (types.FunctionType, types.BuiltinFunctionType)) or [*_behind(value)]:
                 add(name, space, name, value)
         for key in ("__defaults__", "__kwdefaults__"):
@@ -432,7 +453,7 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
                 if key not in _MODULE_TABLES and key != "_compiled_call_impl":
                     add(dot + key, value.__dict__, key, item, at, "__dict__")
             add_class(type(value))
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and not _makes_items(value):
             for key, item in list(value.items()):
                 add(f"{name}[{key!r}]", value, key, item, at)
         elif isinstance(value, (list, deque, tuple)):
@@ -493,7 +514,7 @@ def _content(owner: Any) -> Any:
     if isinstance(owner, types.CellType):
         return owner.cell_contents if _is_bound(owner) else _EMPTY
     if isinstance(owner, dict):
-        return None if "__builtins__" in owner else dict(owner)  # not a file's globals
+        return None if "__builtins__" in owner or _makes_items(owner) else dict(owner)  # not a file's globals
     if isinstance(owner, (list, deque)):
         return list(owner)
     return set(owner) if isinstance(owner, set) else None
