@@ -30,7 +30,7 @@ FIRST = {
     "planning weights": ("rmtc.runtime.weights", "_names", 1),
     "guards of arguments": ("rmtc.runtime.variant", "ArgumentGuard", 0),
     "guards of state": ("rmtc.runtime.variant", "StateGuard", 0),
-    "finding the user's code": ("rmtc.runtime.guards", "user_code", 0),
+    "finding the user's code": ("rmtc.capture.session", "user_code", 0),
     "moving weights": ("rmtc.runtime.weights", "from_dlpack", 2),
     "moved weights": ("rmtc.runtime.weights", "Weights.move", 0),
     "emitting": ("rmtc.runtime.executor", "emit", 1),

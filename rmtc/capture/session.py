@@ -146,6 +146,11 @@ class Session:
         return "requires_grad" in self._asked
 
     @property
+    def asks_for_strides(self) -> bool:
+        """Whether the user's code asks how tensors lie in memory."""
+        return not self._asked.isdisjoint(("is_contiguous", "stride", "storage_offset"))
+
+    @property
     def tells_identity(self) -> bool:
         """Whether the user's code asks whether two things are the same one."""
         return any(tells_identity(function.__code__) for function in self.code.functions)
@@ -235,7 +240,8 @@ class Session:
         Raises:
             RmtcError: whatever the user's code raised, with the place and the reason.
         """
-        args, kwargs = pytree.tree_map_only(Iterator, unmoved, (args, kwargs))
+        if any(isinstance(leaf, Iterator) for leaf in pytree.tree_leaves((args, kwargs))):
+            args, kwargs = pytree.tree_map_only(Iterator, unmoved, (args, kwargs))
         try:
             with _compiler_flags() if self._asked.isdisjoint(_OF_COMPILERS) else contextlib.nullcontext():
                 drawn = self.snapshot.random_state()

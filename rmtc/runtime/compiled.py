@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 _RUNS = 3  # a run that failed for some sizes is tried that often in all
 _CAPTURES = 2  # and a capture that an error inside rmtc ended
 _ROUNDS = 8  # other threads may change the model between what is decided and what is done
-_FAILED = "the run by the schedule failed; please report it"
 _PROBES = 32  # calls of other structures that turned out to be of one segment
 
 
@@ -350,14 +349,9 @@ class Compiled:
         """Run as before. Nothing was written yet; what is wrong with the user's values is said by the user's code."""
         logger.debug("a scheduled run failed", exc_info=error)
         result = self._entered(before, args, kwargs)
-        if isinstance(error, RefusedError):
-            decision.variant.unrunnable = error.reason
-            self._count(error.reason)
-            self._warn(_Eager(error.reason, _lean(error)))
-            return result
-        why = decision.variant.fail(decision.ready.sizes, error)
-        self._count(_FAILED)
-        self._warn(_Eager(_FAILED, detail=why))
+        failed = decision.variant.fail(decision.ready.sizes, error)
+        self._count(failed.reason)
+        self._warn(_Eager(failed.reason, detail=failed.detail))
         return result
 
     def _entered(self, before: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -407,10 +401,8 @@ class Compiled:
                 differences.append(sizes)
             elif sizes.segments < 2:
                 return _Eager()
-            elif variant.unrunnable is not None:
-                return _Eager(variant.unrunnable)
-            elif variant.failed.get(sizes, (0, ""))[0] >= _RUNS:
-                return _Eager(_FAILED, detail=variant.failed[sizes][1])
+            elif sizes in variant.failed and variant.failed[sizes].times >= _RUNS:
+                return _Eager(variant.failed[sizes].reason, detail=variant.failed[sizes].detail)
             elif variant.counter is None and variant.refused and (sizes, variant.entry(sizes.batch)) in variant.refused:
                 differences.append(variant.refused[sizes, variant.entry(sizes.batch)])
             else:
@@ -614,7 +606,7 @@ class Compiled:
             return None
         if plan.sizes.segments < 2:
             self._probes += 1
-            known.short = ArgumentGuard(session.arguments, plan)
+            known.short = ArgumentGuard(session, plan)
             return None
         self._captures += 1
         self.stats.captures += 1

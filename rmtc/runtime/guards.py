@@ -18,7 +18,7 @@ from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.effects import GONE, Effect
 from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.session import Session
-from rmtc.capture.state import Slot, is_plain, names_of
+from rmtc.capture.state import MISSING, Slot, is_plain, names_of
 
 __all__ = ["ArgumentGuard", "StateGuard", "alike", "global_hooks", "hook_tables", "hooked", "modes"]
 
@@ -97,10 +97,15 @@ class _Given(NamedTuple):
 
 
 class ArgumentGuard:
-    """The structure of a call's arguments, and the sizes of a later call with it."""
+    """The structure of a call's arguments, and the sizes of a later call with it.
 
-    def __init__(self, arguments: Arguments, plan: Plan) -> None:
-        self._plan = plan
+    Args:
+        session: the call.
+        plan: its sizes.
+    """
+
+    def __init__(self, session: Session, plan: Plan) -> None:
+        self._plan, self._strides, arguments = plan, session.asks_for_strides, session.arguments
         self._dims: dict[Path, tuple[int, ...]] = {}
         for path, dim in plan.growth.dims:
             self._dims[path] = (*self._dims.get(path, ()), dim)
@@ -157,7 +162,8 @@ class ArgumentGuard:
         if any(path[: len(each)] == each for each in self._plan.growth.batch):
             free.add(0)
         shape = tuple(-1 if dim in free else size for dim, size in enumerate(leaf.shape))
-        strides = None if leaf.layout is not torch.strided or leaf.is_contiguous() else _kind_of_strides(leaf)
+        told = self._strides and leaf.layout is torch.strided and not leaf.is_contiguous()
+        strides = _kind_of_strides(leaf) if told else None
         return _Given(type(leaf), leaf.dtype, leaf.device, leaf.layout, shape, strides, leaf.requires_grad)
 
     @staticmethod
@@ -193,6 +199,15 @@ def _whole_lists(slots: Sequence[Slot], effects: Sequence[Effect]) -> set[tuple[
         if id(slot.value) in written:
             places.setdefault(id(slot.value), []).append(slot)
     return {(id(slot.owner), slot.key) for slot, *more in places.values() if not more}
+
+
+def _held(slot: Slot) -> Any:
+    """What a place holds, as :meth:`StateGuard.differs` reads it; not itself if there is nothing."""
+    get, owner, key = _getter(slot)
+    try:
+        return get(owner, key)
+    except (KeyError, IndexError, AttributeError, ValueError):
+        return MISSING
 
 
 class StateGuard:
@@ -316,13 +331,13 @@ class StateGuard:
     def _follow(self, copies: Mapping[int, Any]) -> None:
         """Watch the containers that took the place of others with the same content."""
         slots = [slot._replace(owner=copies.get(id(slot.owner), slot.owner)) for slot in self._slots]
-        self._slots = [slot._replace(value=slot.get()) for slot in slots]
+        self._slots = [slot._replace(value=_held(slot)) for slot in slots]
         self._sized = [copies.get(id(owner), owner) for owner in self._sized]
         self._index()
 
     def forget(self) -> None:
         """Leave out, from now on, every place that holds something else than at the capture."""
-        now = [slot._replace(value=slot.get()) for slot in self._slots]
+        now = [slot._replace(value=_held(slot)) for slot in self._slots]
         pairs = zip(self._expected, now, strict=True)
         self._slots = [slot for old, slot in pairs if old is slot.value or _stands_in(old, slot.value)]
         self._index()

@@ -7,7 +7,7 @@ import operator
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -49,6 +49,14 @@ class Ready:
     values: dict[str, torch.Tensor]
 
 
+class Failed(NamedTuple):
+    """How often calls of some sizes failed, and why."""
+
+    times: int
+    reason: str
+    detail: str = ""
+
+
 @dataclass
 class Variant:
     """A capture that may serve many calls.
@@ -63,7 +71,6 @@ class Variant:
         entries: what the places that a call writes held before it, for all that is known not to matter.
         refused: sizes that do not follow the program after what a call has found in the places that it writes, and why.
         counter: why no later call is this capture's: each finds another number in a place where calls count.
-        unrunnable: why no call runs by it, as a run has shown.
         failed: sizes whose runs failed, how often, and why.
     """
 
@@ -88,8 +95,7 @@ class Variant:
     _varying: dict[int, frozenset[int]] = field(default_factory=dict)
     refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
-    unrunnable: str | None = None
-    failed: dict[Sizes, tuple[int, str]] = field(default_factory=dict)
+    failed: dict[Sizes, Failed] = field(default_factory=dict)
 
     @staticmethod
     def make(analysis: Analysis, backend: Backend) -> Variant:
@@ -132,7 +138,7 @@ class Variant:
             program,
             weights,
             backend(program, weights),
-            ArgumentGuard(session.arguments, analysis.capture.plan),
+            ArgumentGuard(session, analysis.capture.plan),
             state,
             modes(),
             tuple(replace(effect, slot=state.pinned(effect.slot)) for effect in first.effects),
@@ -292,10 +298,15 @@ class Variant:
         if not self.weights.in_place(values):
             self.weights.move(values)
 
-    def fail(self, sizes: Sizes, error: Exception) -> str:
-        """Remember that a call of some sizes failed; why, in brief."""
-        self.failed[sizes] = self.failed.get(sizes, (0, ""))[0] + 1, brief(error)
-        return self.failed[sizes][1]
+    def fail(self, sizes: Sizes, error: Exception) -> Failed:
+        """Remember that a call of some sizes failed."""
+        times = self.failed[sizes].times + 1 if sizes in self.failed else 1
+        if isinstance(error, RefusedError):
+            failed = Failed(times, error.reason)
+        else:
+            failed = Failed(times, "the run by the schedule failed; please report it", brief(error))
+        self.failed[sizes] = failed
+        return failed
 
     def _hold_entry(self, sizes: Sizes, session: Session) -> None:
         """Hold the program against a run that begins with what the last call left.
