@@ -13,7 +13,7 @@ import re
 import sys
 import warnings
 from collections import Counter, UserList
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
