@@ -92,7 +92,10 @@ def dump(
             texts.append(text)
 
     try:
-        analyze(function, args, kwargs, layers=layers, segment_length=segment_length, watch=watch)
+        analysis = analyze(function, args, kwargs, layers=layers, segment_length=segment_length, watch=watch)
+        if not texts and analysis.proven is not None:  # no schedule to rewrite anything by
+            proof = analysis.proven.proof
+            raise RefusedError(proof.reason or "no schedule was found", cycle=proof.cycle)
     except (RefusedError, CaptureError) as error:
         if not texts:
             raise

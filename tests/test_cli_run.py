@@ -95,3 +95,9 @@ def test_demo_without_transformers_names_the_extra(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "rmtc[examples]" in done.stderr
+
+
+def test_dump_after_a_pass_that_a_refused_model_does_not_reach() -> None:
+    result = run("dump", *RMT, "--after", "group")
+    assert result.exit_code == 2
+    assert result.stdout == "" and "cycle" in result.stderr

@@ -401,3 +401,40 @@ class _Behind:
 
     def __next__(self) -> Any:
         return next(self.held[0])
+
+
+class Rebinding(Reader):
+    """Binds a new list to an attribute in each call, and returns it."""
+
+    memories: Any = None
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Any:
+        memories = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers]
+        outputs = []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(cells(self)):
+                piece, memories[number] = layer.step(piece, memories[number])
+            outputs.append(piece)
+        self.memories = memories if self.kind is list else dict(enumerate(memories))
+        return torch.cat(outputs, dim=1), self.memories
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+def test_a_container_that_another_takes_the_place_of_is_the_callers(kind: type) -> None:
+    fast = Rebinding(kind).double()
+    rmtc.compile(fast)
+    with torch.no_grad(), rmtc.disabled(fast):
+        _, first = fast(text(0))
+    for number in (1, 2):
+        kept = copy.copy(first)
+        with torch.no_grad():
+            _, second = fast(text(number))
+        assert len(first) == LAYERS and all(first[at] is kept[at] for at in range(LAYERS))
+        first = fast.memories
+        assert all(torch.equal(first[at], second[at]) for at in range(LAYERS))
+    stats = rmtc.stats(fast)
+    assert (stats.runs, stats.fallbacks) == (2, {})

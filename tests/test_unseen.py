@@ -477,3 +477,34 @@ def test_a_function_that_is_compiled_again_has_the_new_options() -> None:
     with torch.no_grad():
         same(again(text()), model(text()))
     assert rmtc.stats(again).runs == 1
+
+
+step = 0  # a global with the name of a method
+
+
+class Stepping(nn.Module):
+    """Calls a method with the name of a global that a script counts with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def step(self, piece: Tensor, memories: list[Tensor]) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            piece = torch.tanh(layer(piece) + memories[number][:, None])
+            memories[number] = piece.mean(1)
+        return piece
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        memories = [hidden.new_zeros(hidden.shape[0], 8) for _ in self.layers]
+        return torch.cat([self.step(piece, memories) for piece in hidden.split(4, dim=1)], dim=1)
+
+
+def test_a_global_with_the_name_of_an_attribute_is_none_of_the_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = rmtc.compile(Stepping().double())
+    for number in range(3):
+        monkeypatch.setitem(globals(), "step", number)
+        with torch.no_grad():
+            model(torch.randn(2, 16, 8, dtype=torch.float64))
+    stats = rmtc.stats(model)
+    assert (stats.captures, stats.runs) == (1, 3)

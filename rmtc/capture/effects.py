@@ -177,6 +177,8 @@ def find_effects(session: Session, before: list[Slot], results: Mapping[str, Any
     there = {(id(slot.owner), slot.key) for slot in after}
     for slot in before:
         if id(slot.owner) in persistent and (id(slot.owner), slot.key) not in there:
+            if _same(slot._replace(parent=None).get(), slot.value):
+                continue  # another container took its place, and it is the caller's from now on
             if isinstance(slot.owner, (list, deque)):
                 _add(found, slot, slot, content)
             elif isinstance(slot.owner, dict):

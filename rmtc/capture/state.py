@@ -200,6 +200,17 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 
 
 @functools.cache
+def _loaded(code: types.CodeType) -> tuple[str, ...]:
+    """The globals that code names: attributes of the same name are none."""
+    steps = dis.get_instructions(code)
+    names = [step.argval for step in steps if step.opname.partition("_")[2] in ("GLOBAL", "NAME")]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names += _loaded(constant)
+    return tuple(dict.fromkeys(names))
+
+
+@functools.cache
 def _imports(code: types.CodeType) -> tuple[tuple[str, int], ...]:
     """The modules that code itself imports: name and level."""
     found: list[tuple[str, int]] = []
@@ -260,7 +271,8 @@ def _spaces(function: types.FunctionType) -> Iterator[tuple[dict[str, Any], bool
 def _globals(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], Any]]:
     """The globals a function names, of its own file and of the user's modules: name, where it is, value."""
     for space, library in _spaces(function):
-        for name in () if library else _names(function.__code__):
+        own = space is function.__globals__
+        for name in () if library else _loaded(function.__code__) if own else _names(function.__code__):
             if name in space and not isinstance(space[name], types.ModuleType):
                 yield name, space, space[name]
 
