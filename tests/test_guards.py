@@ -258,7 +258,7 @@ attribute("config.inner", lambda: types.SimpleNamespace(bias=2.0))
 attribute("norm", lambda: nn.LayerNorm(WIDTH, dtype=torch.float64), "a module replaced")
 attribute("mix", lambda: nn.Linear(WIDTH, WIDTH, bias=False).double(), "a module of another structure")
 attribute("__class__", lambda: Another, "the class of a module")
-item("weights", 0, 3.0)
+item("weights", 0, 4.0)  # not what a capture for another list has
 item("recent", 1, 3.0)
 item("table", "a", 3.0)
 item("numbers", 1, 5.0)
