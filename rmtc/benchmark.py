@@ -49,6 +49,7 @@ class Benchmark:
         eager: the call as it was.
         compiled: the call by its schedule.
         floor: the matrix products of the scheduled call alone, one after another.
+        guards: the part of the compiled call until it was clear that it may run.
         first_call: seconds that the first call took to capture, prove and check.
         run: what a compiled call did.
         verification: the compiled call held against the call as it was.
@@ -60,6 +61,7 @@ class Benchmark:
     eager: Timing
     compiled: Timing
     floor: Timing
+    guards: Timing
     first_call: float
     run: LastRun
     verification: Verification
@@ -94,7 +96,7 @@ class Benchmark:
                 "",
                 f"  {self.repeats} runs each, in turns, {self.threads} threads; "
                 f"guards take "
-                f"{1e6 * run.guard_seconds:.0f} us a call; capture and proof took {self.first_call:.1f} s",
+                f"{1e6 * self.guards.median:.0f} us a call; capture and proof took {self.first_call:.1f} s",
             ]
         )
 
@@ -147,13 +149,15 @@ def bench(
     watch("measure")
     eager: list[float] = []
     scheduled: list[float] = []
+    guards: list[float] = []
     with torch.no_grad():
         for run in range(repeats + 1):  # the first one warms up
             scheduled.append(_seconds(lambda: fast(*args, **kwargs)))
+            guards += [compiled.stats.last_run.guard_seconds] if compiled.stats.last_run is not None else []
             with disabled(fast):
                 eager.append(_seconds(lambda: fast(*args, **kwargs)))
             if run == 0:
-                scheduled, eager = [], []
+                scheduled, eager, guards = [], [], []
         floor = _floor(lambda: compiled.run_once(args, kwargs), repeats)
     if compiled.stats.last_run is None or compiled.stats.fallbacks:
         raise CaptureError(f"the call did not run by its schedule: {list(compiled.stats.fallbacks)}")
@@ -162,6 +166,7 @@ def bench(
         Timing.of(eager),
         Timing.of(scheduled),
         Timing.of(floor),
+        Timing.of(guards),
         sum(analysis.seconds.values()),
         compiled.stats.last_run,
         rehearsal.verification,

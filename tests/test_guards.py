@@ -515,6 +515,25 @@ def test_what_is_changed_is_never_stale(name: str, both: Pair) -> None:
     assert counts(both.fast)[1] > runs and counts(both.fast)[2] <= others + 1  # by its schedule again
 
 
+def test_a_tensor_that_takes_the_place_of_another_is_what_is_read(both: Pair) -> None:
+    """Buffers and plain attributes of one shape and kind are read by one capture, whichever they are."""
+    hidden = text()
+    with torch.no_grad():
+        same(both.fast(hidden), both.plain(hidden))
+        captures, runs, others = counts(both.fast)
+        before = both.plain(hidden)
+        for seed in (3, 4):
+            for model in both:
+                torch.manual_seed(seed)
+                layer: Any = model.layers[1]
+                layer.shift, layer.offset = torch.randn(2, WIDTH, dtype=torch.float64).unbind()
+            after = both.plain(hidden)
+            assert not torch.equal(after, before)
+            for _ in range(2):
+                same(both.fast(hidden), after)
+    assert counts(both.fast) == (captures, runs + 4, others)
+
+
 # Arguments and modes
 
 MODES = ["dtype", "default dtype", "inference mode", "autocast", "autocast to another", "determinism"]

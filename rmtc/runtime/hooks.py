@@ -1,0 +1,109 @@
+"""Hooks: a compiled module's own fire around its call; with others, which it would not call, it runs as before."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._device import DeviceContext
+
+from rmtc.errors import user_level
+
+__all__ = ["call_with_hooks", "global_hooks", "hook_tables", "hooked"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CAPTURING = "transformers.utils.output_capturing"  # hooks that do nothing unless the model's own code asks
+
+
+def hooked(modules: Sequence[nn.Module], tables: Sequence[Mapping[int, Any]]) -> str | None:
+    """Why a call must run as it is because someone watches it; None if nobody does.
+
+    Args:
+        modules: the submodules, for the message.
+        tables: their tables of hooks, four for each.
+    """
+    if (general := global_hooks()) is not None:
+        return general
+    if torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode is active (TorchDispatchMode)"
+    if torch._C._len_torch_function_stack() and any(
+        not isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack()
+    ):
+        return "a function mode is active (TorchFunctionMode)"
+    if any(tables):
+        for number, table in enumerate(tables):
+            for hook in table.values():
+                if getattr(hook, "__module__", None) != _CAPTURING:
+                    name = type(modules[number // len(_HOOKS)]).__name__
+                    return f"there is a hook on a submodule ({name}), which would not be called"
+    return None
+
+
+def global_hooks() -> str | None:
+    """Why a call must run as it is because hooks watch every module; None if none does."""
+    general = torch.nn.modules.module
+    if general._global_forward_hooks or general._global_forward_pre_hooks:
+        return "there are global forward hooks (torch.nn.modules.module)"
+    return None
+
+
+def hook_tables(modules: Sequence[nn.Module]) -> list[Mapping[int, Any]]:
+    """The tables of hooks of some modules, in the order :func:`hooked` expects."""
+    return [getattr(module, name) for module in modules for name in _HOOKS]
+
+
+def call_with_hooks(module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Fire a module's forward hooks around a call, as `nn.Module` does.
+
+    Args:
+        module: whose hooks they are.
+        call: what stands in for its forward.
+        args, kwargs: the call's.
+    """
+    called: set[int] = set()
+    result = None
+    try:
+        for key, before in list(module._forward_pre_hooks.items()):
+            args, kwargs = _before(module, key, before, args, kwargs)
+        result = call(*args, **kwargs)
+        for key, after in list(module._forward_hooks.items()):
+            called.add(key)
+            result = _after(module, key, after, args, kwargs, result)
+    except Exception:
+        for key, after in list(module._forward_hooks.items()):
+            if key in module._forward_hooks_always_called and key not in called:
+                try:
+                    result = _after(module, key, after, args, kwargs, result)
+                except Exception as error:  # noqa: BLE001 (as nn.Module does)
+                    warnings.warn(
+                        "module forward hook with ``always_call=True`` raised an exception that was silenced as "
+                        f"another error was raised in forward: {error}",
+                        stacklevel=user_level(),
+                    )
+        raise
+    return result
+
+
+def _before(module: nn.Module, key: int, hook: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    if key in module._forward_pre_hooks_with_kwargs:
+        changed = hook(module, args, kwargs)
+        if changed is None:
+            return args, kwargs
+        if isinstance(changed, tuple) and len(changed) == 2:
+            return changed
+        raise RuntimeError(
+            f"forward pre-hook must return None or a tuple of (new_args, new_kwargs), but got {changed}."
+        )
+    changed = hook(module, args)
+    if changed is None:
+        return args, kwargs
+    return changed if isinstance(changed, tuple) else (changed,), kwargs
+
+
+def _after(module: nn.Module, key: int, hook: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> Any:
+    given = (args, kwargs) if key in module._forward_hooks_with_kwargs else (args,)
+    changed = hook(module, *given, result)
+    return result if changed is None else changed

@@ -1,0 +1,173 @@
+"""The guard of the state: what it does not read again in each call, since a version tells, is seen when it changes."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rmtc.capture.effects import Effect
+from rmtc.capture.session import Session
+from rmtc.runtime.state_guard import StateGuard
+
+GAIN = 1.5
+
+
+class Cell(nn.Module):
+    """Plain attributes, containers, a buffer, parameters, and what its own file and a library's name."""
+
+    shift: Tensor
+    nothing: dict[str, float]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3, 3)
+        self.register_buffer("shift", torch.randn(3))
+        self.rate = 0.5
+        self.table: Any = {"a": 1.0, "b": [2.0]}
+        self.ordered = OrderedDict(a=1.0)
+        self.nothing = {}
+        self.weights = [1.0, 2.0]
+        self.config = types.SimpleNamespace(scale=1.0)
+        self.count = 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.gelu(self.mix(hidden) * GAIN + self.shift)
+
+
+def guarded(cell: Cell, *effects: Effect) -> StateGuard:
+    """A guard that has seen that nothing is another, and so what version it is as of."""
+    guard = StateGuard(Session(cell, (torch.randn(2, 3),), {}), effects)
+    assert guard.differs() is None and guard.differs() is None
+    return guard
+
+
+CHANGES: dict[str, Callable[[Cell], Any]] = {
+    "an attribute": lambda cell: setattr(cell, "rate", 0.75),
+    "an attribute, by its table": lambda cell: vars(cell).update(rate=0.75),
+    "an attribute added": lambda cell: setattr(cell, "more", 1.0),
+    "an attribute removed": lambda cell: delattr(cell, "rate"),
+    "another name for a value": lambda cell: vars(cell).update(other=vars(cell).pop("rate")),
+    "an item": lambda cell: cell.table.update(a=2.0),
+    "an item that is equal": lambda cell: cell.table.update(a=True),
+    "an item of an item": lambda cell: cell.table["b"].append(3.0),
+    "an item of a list": lambda cell: cell.weights.__setitem__(0, 3.0),
+    "an item of an ordered dictionary": lambda cell: cell.ordered.update(a=2.0),
+    "an ordered dictionary emptied": lambda cell: cell.ordered.clear(),
+    "a first item": lambda cell: cell.nothing.update(a=1.0),
+    "an attribute of an object": lambda cell: setattr(cell.config, "scale", 2.0),
+    "a parameter": lambda cell: setattr(cell.mix, "weight", nn.Parameter(torch.randn(3, 3))),
+    "a parameter removed": lambda cell: setattr(cell.mix, "bias", None),
+    "a parameter where none was": lambda cell: cell.register_parameter("late", nn.Parameter(torch.randn(3))),
+    "a buffer where none was": lambda cell: cell.mix.register_buffer("late", torch.randn(3)),
+    "a module where none was": lambda cell: cell.mix.add_module("late", nn.Identity()),
+    "a buffer of another shape": lambda cell: setattr(cell, "shift", torch.randn(1, 3)),
+    "a module": lambda cell: setattr(cell, "mix", nn.Linear(3, 3)),
+    "a module's class": lambda cell: setattr(cell.mix, "__class__", nn.Bilinear),
+    "a table of parameters": lambda cell: vars(cell.mix).update(_parameters=dict(cell.mix._parameters)),
+    "training": lambda cell: cell.mix.eval(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_each_change_is_seen(name: str) -> None:
+    cell = Cell()
+    guard = guarded(cell)
+    CHANGES[name](cell)
+    assert guard.differs() is not None
+    assert guard.differs() is not None  # and does not count as seen
+
+
+@pytest.mark.parametrize(
+    ("space", "name", "value"),
+    [(sys.modules[__name__], "GAIN", 3.0), (F, "gelu", torch.relu), (nn.Linear, "forward", nn.Bilinear.forward)],
+    ids=["of its file", "of a library", "of a class"],
+)
+def test_what_the_code_names_is_seen(space: Any, name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    guard = guarded(Cell())
+    monkeypatch.setattr(space, name, value)
+    assert guard.differs() is not None
+    monkeypatch.undo()
+    assert guard.differs() is None
+
+
+def test_a_script_may_write_globals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop in a script binds names all the time: of those only what the code names counts."""
+    module = types.ModuleType(__name__)
+    monkeypatch.setitem(sys.modules, "__main__", module)
+    script = vars(module)
+    exec("scale = 2.0\ndef call(x): return x * scale", script)
+    guard = StateGuard(Session(script["call"], (torch.randn(2),), {}), ())
+    assert guard.differs() is None
+    version = guard.version
+    script["result"] = 1
+    assert guard.differs() is None and guard.version == version
+    script["scale"] = 3.0
+    assert guard.differs() is not None
+
+
+def test_what_is_put_back_is_the_same() -> None:
+    cell = Cell()
+    guard = guarded(cell)
+    version = guard.version
+    cell.rate = 0.75
+    assert guard.differs() is not None
+    cell.rate = 0.5
+    assert guard.differs() is None and guard.version > version
+
+
+def test_a_tensor_that_stands_in_gives_another_version() -> None:
+    """Who holds values as of a version reads them anew."""
+    cell = Cell()
+    guard = guarded(cell)
+    version = guard.version
+    (slot,) = (slot for slot in guard._slots if slot.value is cell.shift)
+    assert guard.keeps(slot)
+    cell.shift = torch.randn(3)
+    assert guard.differs() is None and guard.version != version
+    cell.shift = torch.randn(4)
+    assert guard.differs() is not None
+
+
+def test_a_container_that_stands_in_is_watched() -> None:
+    cell = Cell()
+    guard = guarded(cell)
+    cell.table = {"a": 1.0, "b": [2.0]}
+    assert guard.differs() is None and guard.differs() is None
+    cell.table["b"][0] = 3.0
+    assert guard.differs() is not None
+    cell.table["b"][0] = 2.0
+    assert guard.differs() is None
+    cell.table["a"] = 3.0
+    assert guard.differs() is not None
+
+
+def test_a_container_that_stands_in_is_not_lost_where_something_else_differs() -> None:
+    cell = Cell()
+    guard = guarded(cell)
+    cell.weights, cell.mix.training = [1.0, 2.0], False
+    assert guard.differs() is not None
+    cell.mix.training = True
+    cell.weights[0] = 3.0
+    assert guard.differs() is not None
+
+
+def test_what_the_call_writes_is_read_and_is_no_guard() -> None:
+    """Its table has another version after each call; its other places are held all the same."""
+    cell = Cell()
+    session = Session(cell, (torch.randn(2, 3),), {})
+    (slot,) = (slot for slot in session.snapshot.slots if slot.name == "count")
+    guard = StateGuard(session, (Effect(slot, 1),))
+    assert guard.differs() is None and not guard.keeps(slot)
+    version = guard.version
+    cell.count = 1
+    assert guard.differs() is None and guard.version == version
+    cell.rate = 0.75
+    assert guard.differs() is not None
