@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rmtc.capture import Capture, Captured, open_capture
+from rmtc.capture.objects import Plain, parts_of
 from rmtc.capture.other_sizes import follows
 from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer
 from rmtc.errors import CaptureError, RefusedError, VerifyError
-from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, rewrite, timed
+from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, retime_loop, rewrite, timed
+from rmtc.passes.short_results import lacks_results, with_results
 from rmtc.quiet import uncollected
 
 __all__ = ["Analysis", "analyze", "prove_analysis"]
@@ -20,7 +22,8 @@ __all__ = ["Analysis", "analyze", "prove_analysis"]
 logger = logging.getLogger(__name__)
 
 _SHORT = 3  # segments of the shorter probe
-_LONGER = 5  # and where a value is read from two or more segments back
+_AGES = (2, 3)  # in segments, of values that are read: longer probes are run where the shorter ones do not repeat
+_PLAIN, _TABLES, _WINDOWS = (False, False), (True, False), (False, True)  # how slices are read
 _BATCHES = (2, 5)  # in no ratio to the numbers of segments that an integer could mimic; code may treat one apart
 
 _WHOLE_TRACE = 20_000  # operations of a call that is traced whole when a replay cannot tell
@@ -115,7 +118,7 @@ class Analysis:
             return
         run = self.run(sizes)
         try:
-            _refuse_drift([*self.probes, run])
+            _refuse_drift([*self.probes, run], self.capture.plan.segment_length)
             check_against(self.proven, run.program, *sizes)
         except VerifyError as error:
             raise RefusedError(
@@ -155,8 +158,8 @@ class Analysis:
                     found.add(self._few(at))
         return sorted(found)
 
-    def result(self, sizes: Sizes) -> tuple[tuple[str, ...], Any]:
-        """How the result of a call of some sizes is put together: the names of its leaves, and their structure.
+    def result(self, sizes: Sizes) -> Any:
+        """How the result of a call of some sizes is put together.
 
         Args:
             sizes: those of a call that was admitted.
@@ -237,18 +240,20 @@ def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch |
     tails = (segment, max(1, segment // 2), plan.sizes.tail) if plan.free_tail else full
     batches = (*_BATCHES, plan.sizes.batch) if plan.free_batch else own
     attempts = [
-        (_SHORT, batches, tails, False),
-        (_SHORT, batches, full, False),
-        (_SHORT, own, tails, False),
-        (_SHORT, own, full, False),
-        (_LONGER, batches, tails, False),
+        (_SHORT, batches, tails, _PLAIN),
+        (_SHORT, batches, full, _PLAIN),
+        (_SHORT, own, tails, _PLAIN),
+        (_SHORT, own, full, _PLAIN),
+        *((3 * age + 2, batches, tails, _PLAIN) for age in _AGES),
     ]
-    if plan.free_tail and plan.sizes.tail != segment:  # as in the first, but for a window that a segment may not fill
-        attempts.insert(1, (_SHORT, batches, tails, True))
+    if plan.free_tail:  # as in the first, but for a table that a segment may take a part of
+        attempts.insert(1, (_SHORT, batches, tails, _TABLES))
+    if plan.free_tail and plan.sizes.tail != segment:  # or for a window that a segment may not fill
+        attempts.insert(2, (_SHORT, batches, tails, _WINDOWS))
     first: RefusedError | VerifyError | CaptureError | None = None
-    for segments, batch, tail, whole_windows in dict.fromkeys(attempts):
-        if whole_windows != analysis.capture.whole_windows:
-            analysis.capture.whole_windows = whole_windows
+    for segments, batch, tail, (tables, windows) in dict.fromkeys(attempts):
+        if (tables, windows) != (analysis.capture.cut_tables, analysis.capture.whole_windows):
+            analysis.capture.cut_tables, analysis.capture.whole_windows = tables, windows
             analysis.runs.clear()
         sizes = [Sizes(segments + i, batch[i], tail[i]) for i in range(3)]
         try:
@@ -297,21 +302,28 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, watch: 
     with timed(seconds, "prove"):
         proven = prove_loop(replace(loop, fixed=fixed), family, plan.sizes.segments, watch)
     third = analysis.run(sizes[2])
-    _refuse_drift([*runs, third])
+    _refuse_drift([*runs, third], plan.segment_length)
     with timed(seconds, "check"):
         proven.checked = check_against(proven, third.program, *third.sizes)
         proven.checked_at = third.sizes
+    for few in range(2, len(proven.loop.rows) + 1):
+        if lacks_results(proven.loop, few):
+            run = analysis.run(Sizes(few, plan.sizes.batch, plan.segment_length))
+            proven.loop = with_results(proven.loop, run.program, *run.sizes)
     analysis.traced.add(third.sizes)
     analysis.probes = [runs[0], third]
     if watch is not None:
         watch("check", f"{proven.checked}\n")
+        retime_loop(proven, watch)
         if proven.schedule is not None:
             rewrite(proven, watch)
     return proven
 
 
-def _refuse_drift(runs: list[Captured]) -> None:
+def _refuse_drift(runs: list[Captured], segment_length: int) -> None:
     """What a call leaves in Python must be the same for every length, or advance evenly with it.
+
+    A number that it returns may also count positions, texts of a batch, or both: each call has its own told by a run.
 
     Raises:
         RefusedError: otherwise.
@@ -320,17 +332,37 @@ def _refuse_drift(runs: list[Captured]) -> None:
     steps = [run.sizes.segments for run in runs]
     for name in dict.fromkeys(name for run in runs for name in run.plain):
         values = [run.plain.get(name) for run in runs]
-        if all(value is values[0] or (type(value) is type(values[0]) and value == values[0]) for value in values):
-            continue
-        if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-            numbers = [float(value) for value in values]  # type: ignore[arg-type]
-            if all(
-                (numbers[1] - numbers[0]) * (steps[i] - steps[0]) == (numbers[i] - numbers[0]) * (steps[1] - steps[0])
-                for i in range(2, len(runs))
-            ):
-                continue
-        raise RefusedError(
-            f"{name.removeprefix('state:')} is {', '.join(map(repr, values))} after {steps} segments: "
-            "what a call leaves in it follows no pattern",
-            remedy="keep only tensors, constants and counters in attributes",
-        )
+        if not _even(values, steps):
+            raise _drift(name.removeprefix("state:"), values, steps)
+    returned = [{part.name: part.value for part in parts_of(run.result) if isinstance(part, Plain)} for run in runs]
+    for name in set.intersection(*(set(each) for each in returned)):
+        values = [each[name] for each in returned]
+        counts = [steps]
+        if all(type(value) is int for value in values):
+            positions = [(run.sizes.segments - 1) * segment_length + run.sizes.tail for run in runs]
+            batches = [run.sizes.batch for run in runs]
+            counts += [positions, batches]
+            counts += [[a * b for a, b in zip(each, batches, strict=True)] for each in (steps, positions)]
+        if not any(_even(values, count) for count in counts):
+            raise _drift(name, values, steps)
+
+
+def _even(values: list[Any], counts: list[int]) -> bool:
+    """Whether values are the same, or numbers that advance evenly with a count."""
+    if all(value is values[0] or (type(value) is type(values[0]) and value == values[0]) for value in values):
+        return True
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        return False
+    first, second = counts[0], next((at for at, count in enumerate(counts) if count != counts[0]), 0)
+    numbers = [float(value) for value in values]
+    return second > 0 and all(
+        (numbers[second] - numbers[0]) * (count - first) == (number - numbers[0]) * (counts[second] - first)
+        for number, count in zip(numbers, counts, strict=True)
+    )
+
+
+def _drift(name: str, values: list[Any], steps: list[int]) -> RefusedError:
+    return RefusedError(
+        f"{name} is {', '.join(map(repr, values))} after {steps} segments: what a call leaves in it follows no pattern",
+        remedy="keep only tensors, constants and counters in attributes",
+    )

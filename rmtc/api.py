@@ -12,8 +12,10 @@ from rmtc.analysis import Analysis, analyze
 from rmtc.errors import CaptureError, RefusedError, RmtcError
 from rmtc.ir.explanation import Explanation
 from rmtc.ir.schedule import Dependence
-from rmtc.passes.pipeline import passes
+from rmtc.passes.operations_view import operations_view
+from rmtc.passes.pipeline import passes, retime_loop
 from rmtc.passes.prove import SEQUENTIAL_REMEDY
+from rmtc.passes.strip_mine import strips
 from rmtc.passes.summary import class_summaries
 
 __all__ = ["dump", "explain", "explanation_of"]
@@ -166,6 +168,7 @@ def _answer(blank: Explanation, analysis: Analysis) -> Explanation:
         segments, batch, tail = proven.checked_at
         last = f", the last of {tail} positions" if proven.loop.segment_length > 1 else ""
         checked = f"a trace of {segments} segments, batch {batch}{last}: {proven.checked}"
+    folded, retimed = retime_loop(proven)
     certificate = replace(proof.certificate, assumptions=_assumptions(analysis, loop.fixed), checked=checked)
     return replace(
         blank,
@@ -179,6 +182,8 @@ def _answer(blank: Explanation, analysis: Analysis) -> Explanation:
         cycle=proof.cycle,
         location=proof.cycle[-1].location if proof.cycle else None,
         remedy=SEQUENTIAL_REMEDY if proof.cycle else None,
+        operations=operations_view(folded, retimed, blank.segments),
+        strips=strips(folded, blank.segments),
     )
 
 

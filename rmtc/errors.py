@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["CaptureError", "FallbackWarning", "Location", "RefusedError", "RmtcError", "VerifyError"]
+__all__ = ["CaptureError", "FallbackWarning", "Location", "RefusedError", "RmtcError", "VerifyError", "user_level"]
 
 
 class Location(NamedTuple):
@@ -97,3 +98,13 @@ class VerifyError(RmtcError):
 
 class FallbackWarning(UserWarning):
     """A compiled model or function runs as it did before, for the reason given; said once a reason."""
+
+
+def user_level() -> int:
+    """The number of frames up to the code that called the model."""
+    level, frame = 1, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("rmtc", "torch"):
+        if frame.f_globals.get("__name__", "").startswith("rmtc.examples"):
+            break
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    return level

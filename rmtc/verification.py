@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from rmtc.capture.objects import leaves_of
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, Snapshot, walk
 from rmtc.compiler import compile, compiled_of, restore
@@ -197,7 +197,7 @@ def _rehearse(
 
 def _found(result: Any, roots: dict[str, Any]) -> dict[str, Any]:
     """Copies of what a call has returned and left behind, by name."""
-    found = {"output" + pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(result)[0]}
+    found = dict(leaves_of(result, "output"))
     found |= {f"state:{slot.name}": slot.value for slot in _tensors(walk(roots))}
     return {name: value.detach().clone() if isinstance(value, torch.Tensor) else value for name, value in found.items()}
 

@@ -133,6 +133,30 @@ class ListMemory(Stack):
         return torch.cat(pieces, dim=1)
 
 
+class Tables(Stack):
+    """Positions and a mask as long as a segment are cut to what the last one has."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.linspace(-1, 1, SEGMENT * WIDTH).reshape(SEGMENT, WIDTH))
+        self.register_buffer("mask", torch.ones(SEGMENT, SEGMENT).tril())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        memories: list[Tensor] = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS
+        every = torch.arange(SEGMENT, dtype=hidden.dtype)[:, None] * 0.1
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            n = piece.shape[1]
+            piece = piece + self.positions[:n] + every[:n, :]
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(self.mask[:n, :n] @ piece[:, :n]) + memories[number][:, None])
+                memories[number] = piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
 class OneTensor(Stack):
     """One tensor (L, B, D), whose slices are the layers' memories, is written in place slice by slice."""
 
@@ -570,6 +594,7 @@ LOOPS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
     "attributes": lambda: (Associative(), (text(),)),
     "buffers": lambda: (Buffered(), (text(),)),
     "list in the wrapper": lambda: (ListMemory(), (text(),)),
+    "tables of a segment's length": lambda: (Tables(), (text(),)),
     "slices of one tensor": lambda: (OneTensor(), (text(),)),
     "keys and values": lambda: (Attending(), (text(),)),
     "shared part": lambda: (SharedPart(), (text(),)),

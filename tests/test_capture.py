@@ -200,7 +200,7 @@ STAGES = {
     "calling": ("rmtc.capture.session", "Session.call"),
     "tracing": ("rmtc.capture.tracer", "_Maker.trace"),
     "placing an operation": ("rmtc.capture.tracer", "current_location"),
-    "reading the results": ("rmtc.capture.results", "_results"),
+    "reading the results": ("rmtc.capture.objects", "Describer.describe"),
     "reading the state": ("rmtc.capture.session", "Session.state"),
     "remove-regions": ("rmtc.passes.remove_regions", "RemoveRegions.apply"),
     "canonicalize": ("rmtc.passes.canonicalize", "Canonicalize.apply"),

@@ -348,6 +348,7 @@ CASES = {name: Case() for name, (_, makespan) in EXPECTED.items() if makespan is
 }
 FAST = {
     "attributes",
+    "tables of a segment's length",
     "buffers",
     "slices of one tensor",
     "stacked weights",

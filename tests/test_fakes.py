@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -188,3 +189,39 @@ def test_graphs_are_those_that_torch_writes(name: str, monkeypatch: pytest.Monke
         monkeypatch.setattr(tracer._Mode, "__torch_dispatch__", ProxyTorchDispatchMode.__torch_dispatch__)
         assert nodes(capture) == found
         assert write.call_count == count
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        (slice(None, 4), slice(None, 5)),
+        (slice(0, 4), slice(None)),
+        (slice(None), slice(None, 5), None),
+        (..., slice(1, 5)),
+        (None, ..., slice(None, 5)),
+        (2, slice(None, 5)),
+        (slice(None, 4), -1),
+        (slice(None, 4), slice(-2, None)),
+        (slice(None, 4), ..., slice(None, 5)),
+    ],
+)
+def test_an_index_has_an_operation_for_every_slice_that_ends(index: Any) -> None:
+    tensor = torch.randn(4, 5)
+    with Fakes() as fakes:
+        stand_in = fakes.from_tensor(tensor)
+        seen: list[Any] = []
+        with fakes.watched(lambda func, args, kwargs, out: seen.append(func)):
+            found = stand_in[index]
+    assert (found.shape, found.stride(), found.storage_offset()) == (
+        tensor[index].shape,
+        tensor[index].stride(),
+        tensor[index].storage_offset(),
+    )
+    assert seen.count(torch.ops.aten.slice.Tensor) == sum(type(each) is slice and each != slice(None) for each in index)
+
+
+@pytest.mark.parametrize("index", [(slice(None, 4), 0, 0), (slice(None, 4), 7)])
+def test_a_wrong_index_is_one(index: Any) -> None:
+    for tensor in (torch.randn(4, 5), Fakes().from_tensor(torch.randn(4, 5))):
+        with getattr(tensor, "fake_mode", contextlib.nullcontext()), pytest.raises(IndexError):
+            tensor[index]

@@ -39,7 +39,7 @@ FIRST = {
 
 LATER = {
     "argument guard": ("rmtc.runtime.guards", "ArgumentGuard.sizes", 0),
-    "state guard": ("rmtc.runtime.guards", "StateGuard.differs", 0),
+    "state guard": ("rmtc.runtime.state_guard", "StateGuard.differs", 0),
     "arguments": ("rmtc.runtime.compiled", "Compiled._arguments", 0),
     "hooks": ("rmtc.runtime.compiled", "hooked", 0),
     "replay": ("rmtc.analysis", "Analysis.admit", 0),

@@ -31,8 +31,8 @@ class Captured:
     Attributes:
         sizes: its sizes.
         program: the canonical flat program.
-        plain: what the run left in Python, by name.
-        result: the names of the leaves of what it returned, and how they are put together.
+        plain: what is no tensor and was left in places, by name.
+        result: how what it returned is put together.
         effects: what it left in Python objects.
         same: for results that are tensors of its arguments or its state themselves, the names of these.
     """
@@ -40,7 +40,7 @@ class Captured:
     sizes: Sizes
     program: Program
     plain: dict[str, Any]
-    result: tuple[tuple[str, ...], Any] = ((), None)
+    result: Any = None
     effects: tuple[Effect, ...] = ()
     same: dict[str, str] = field(default_factory=dict)
 
@@ -55,6 +55,7 @@ class Capture:
         watch: called after each graph pass with its name and the graph.
         seconds: time spent, by stage.
         reorder_random: whether operations may draw random numbers, in any order.
+        cut_tables: whether a slice of all of a table is one, see :class:`Canonicalize`.
         whole_windows: whether to read a window as what it is cut from, see :class:`Canonicalize`.
     """
 
@@ -63,6 +64,7 @@ class Capture:
     watch: Callable[[str, str], None] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     reorder_random: bool = False
+    cut_tables: bool = False
     whole_windows: bool = False
 
     @property
@@ -95,11 +97,25 @@ class Capture:
     def _passes(self, raw: RawTrace, sizes: Sizes) -> Program:
         graph: fx.Graph = raw.module.graph
         self._show("capture", sizes, graph)
-        for each in (RemoveRegions(Autocast.ambient()), Canonicalize(self.reorder_random, self.whole_windows)):
+        for each in (
+            RemoveRegions(Autocast.ambient()),
+            Canonicalize(
+                self.reorder_random,
+                self.whole_windows,
+                sizes.segments,
+                self._fixed(raw) if self.cut_tables else frozenset(),
+            ),
+        ):
             each.apply(graph)
             self._show(each.name, sizes, graph)
         names = {node.name: node.meta["name"] for node in graph.nodes if "name" in node.meta}
         return from_graph(raw.module, raw.outputs, names)
+
+    def _fixed(self, raw: RawTrace) -> frozenset[str]:
+        """The names of the sources that neither grow nor are written."""
+        written = {name.partition(":")[2] for name in raw.outputs}
+        sources = (node.meta["names"] for node in raw.module.graph.nodes if node.op == "placeholder")
+        return frozenset(names[0] for names in sources if not written & set(names)) - self.growing
 
     def _show(self, name: str, sizes: Sizes, graph: fx.Graph) -> None:
         if self.watch is not None:

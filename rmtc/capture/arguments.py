@@ -23,11 +23,27 @@ class Growth:
         dims: ``(path, dim)`` of tensors whose dimension is the length, in positions.
         lists: paths of lists with one item a segment.
         batch: paths of tensors, and of lists of such, whose first dimension is the batch.
+        item_dims: ``(path in the item, dim)`` of the tensors in an item of a list whose dimension is the item's length.
+        item_length: positions of an item but for the last, which may have fewer; 1 if all are of one shape.
     """
 
     dims: frozenset[tuple[Path, int]] = frozenset()
     lists: frozenset[Path] = frozenset()
     batch: frozenset[Path] = frozenset()
+    item_dims: frozenset[tuple[Path, int]] = frozenset()
+    item_length: int = 1
+
+    def list_of(self, path: Path) -> Path | None:
+        """The list with one item a segment that a path leads into."""
+        return next((each for each in self.lists if path[: len(each)] == each and len(path) > len(each)), None)
+
+    def item_sizes(self, path: Path, items: int, last: int) -> dict[int, int]:
+        """The sizes of a tensor in a list of so many items that depend on the length of the last."""
+        of = self.list_of(path)
+        if of is None:
+            return {}
+        size = last if path[len(of)] == items - 1 else self.item_length
+        return {dim: size for place, dim in self.item_dims if place == path[len(of) + 1 :]}
 
 
 @dataclass(frozen=True)

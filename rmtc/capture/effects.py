@@ -7,22 +7,17 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import CellType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
+from rmtc.capture.objects import Describer, Ref, build
 from rmtc.capture.session import Session
 from rmtc.capture.state import MISSING, Slot, is_plain, paths_of
 from rmtc.errors import CaptureError
 
-__all__ = ["Effect", "Ref", "find_effects", "fill"]
-
-
-class Ref(NamedTuple):
-    """Stands for the value of a result, by its name."""
-
-    name: str
+__all__ = ["Effect", "find_effects"]
 
 
 class _Gone:
@@ -38,7 +33,7 @@ class Effect:
 
     Attributes:
         slot: the place, with what it held before the run.
-        content: the value, with :class:`Ref` for what the run makes; the items, where the place is a whole list.
+        content: how the value is put together of what the run makes; of the items, where the place is a whole list.
         whole: whether it is all of a list.
     """
 
@@ -60,21 +55,22 @@ class Effect:
         """The same in the container or object that is in that place now."""
         return replace(self, slot=self.slot._replace(owner=self.slot.home(), parent=None))
 
-    def apply(self, values: Mapping[str, Any]) -> None:
+    def apply(self, values: Mapping[str, Any], made: dict[str, Any]) -> None:
         """Leave the value in the place.
 
         Args:
             values: the results by name.
+            made: the containers and objects that were made already, by label.
         """
         owner = self.slot.owner
         if self.whole:
-            items = fill(self.content, values)
+            items = [build(each, values, made) for each in self.content]
             owner.clear()
             owner.extend(items)
         elif self.content is GONE:
             del owner[self.slot.key]
         else:
-            self.slot.put(fill(self.content, values))
+            self.slot.put(build(self.content, values, made))
 
     def saved(self) -> Callable[[], None]:
         """What puts the place back as it is now."""
@@ -105,28 +101,19 @@ def _container_saved(owner: Any) -> Callable[[], None]:
     return put_back
 
 
-def fill(content: Any, values: Mapping[str, Any]) -> Any:
-    """A structure with the results in their places; new containers each time."""
-    if isinstance(content, Ref):
-        return values[content.name]
-    if isinstance(content, dict):
-        return type(content)((key, fill(item, values)) for key, item in content.items())
-    if isinstance(content, (list, tuple, deque)):
-        items = [fill(item, values) for item in content]
-        return type(content)(*items) if hasattr(content, "_fields") else type(content)(items)
-    return content
-
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def find_effects(session: Session, before: list[Slot], results: Mapping[str, Any]) -> tuple[Effect, ...]:
+def find_effects(
+    session: Session, before: list[Slot], results: Mapping[str, Any], describer: Describer
+) -> tuple[Effect, ...]:
     """Compare the places before and after a run; to be called while stand-ins are installed.
 
     Args:
         session: the call.
         before: the slots as the run found them.
         results: the names of what the run gives, ``state:layers.3.A``.
+        describer: for what it leaves.
 
     Raises:
         CaptureError: if it leaves something that cannot be made again: a new object, a hook.
@@ -134,26 +121,20 @@ def find_effects(session: Session, before: list[Slot], results: Mapping[str, Any
     after = session.state()
     persistent = {id(slot.owner) for slot in before} | {id(owner) for owner in session.snapshot.owners()}
     persistent -= {id(slot.owner) for slot in before if isinstance(slot.owner, tuple)}
-    known = {id(slot.value) for slot in before} | persistent
     names = {(id(slot.owner), slot.key): slot.name for slot in after}
     old = {(id(slot.owner), slot.key): slot for slot in before}
     paths = paths_of(before)
 
+    def leaf(value: Any, name: str) -> Any:
+        state = f"state:{name}"
+        return Ref(state) if state in results else _literal(value, name)
+
+    def place(owner: Any, key: Any, name: str) -> str:
+        tables = (owner, getattr(owner, "__dict__", owner))
+        return next((names[id(each), key] for each in tables if (id(each), key) in names), name)
+
     def content(value: Any, name: str) -> Any:
-        if isinstance(value, torch.Tensor) or is_plain(value):
-            state = f"state:{name}"
-            return Ref(state) if state in results else _literal(value, name)
-        if isinstance(value, (list, tuple, deque)):
-            items = [content(item, names.get((id(value), at), "")) for at, item in enumerate(value)]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if type(value) is dict:
-            return {key: content(item, names.get((id(value), key), "")) for key, item in value.items()}
-        if id(value) in known:
-            return value
-        raise CaptureError(
-            f"the call leaves a new {type(value).__name__} in {name}, which could not be made again",
-            remedy="keep tensors, and lists, tuples and dicts of them, in attributes",
-        )
+        return describer.describe(value, name, leaf, _refused, place)
 
     if any(owner != held for owner, held in session.snapshot.sets()):
         session.lost = "the call changes a set"
@@ -197,6 +178,13 @@ def _add(found: dict[tuple[int, Any], Effect], place: Slot, slot: Slot, content:
     else:
         effect = Effect(place, content(slot.value, slot.name))
     found[effect.place] = effect
+
+
+def _refused(value: Any, name: str) -> CaptureError:
+    return CaptureError(
+        f"the call leaves a new {type(value).__name__} in {name}, which could not be made again",
+        remedy="keep tensors, containers of them, and objects that are no more than their attributes, in attributes",
+    )
 
 
 def _literal(value: Any, name: str) -> Any:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from rmtc.capture.indexing import EverySlice
+
 __all__ = ["Fakes", "Watcher"]
 
 _DEVICE = torch.ops.prim.device.default
@@ -56,6 +58,21 @@ class Fakes(FakeTensorMode):
         self._known: dict[tuple[Any, ...], _Results | None] = {}
         self._fresh: dict[torch.device, dict[str, Any]] = {}
         self._watcher: Watcher | None = None
+        self._depth = 0
+        self._indexing = EverySlice()
+
+    def __enter__(self) -> Fakes:
+        super().__enter__()
+        self._depth += 1
+        if self._depth == 1:  # torch enters it again inside operations
+            self._indexing.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._indexing.__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)
 
     @contextlib.contextmanager
     def watched(self, watcher: Watcher) -> Iterator[None]:

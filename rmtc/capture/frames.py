@@ -19,6 +19,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _RMTC = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _EXAMPLES = _RMTC + "examples" + os.sep
 _INTERNAL, _LIBRARY, _USER = 0, 1, 2
+_RETURNED = ("forward()", "__call__()")
 
 
 @functools.cache
@@ -54,13 +55,14 @@ def current_location(depth: int = 1) -> tuple[Location | None, str]:
     """Where the user's code is now, seen from inside a capture, and the name it gives to what it computes.
 
     The place is the innermost frame of the user's own code; of a library's code where the user's is only the outermost
-    call, a loop around a library's model. The name is what the source line assigns to, or the function it returns from.
+    call, a loop around a library's model. The name is what the source line assigns to, or the function it returns from;
+    what a module's forward returns is called what the line that calls the module assigns it to.
     """
     frame: FrameType | None = sys._getframe(depth)
     user: FrameType | None = None
     library: FrameType | None = None
     outermost: FrameType | None = None
-    variable = ""
+    variable, returned, returning = "", "", False
     while frame is not None:
         code = frame.f_code
         kind = _kind(code.co_filename)
@@ -73,9 +75,13 @@ def current_location(depth: int = 1) -> tuple[Location | None, str]:
                 user = frame
             elif kind == _LIBRARY and library is None and user is None:
                 library = frame
-            if not variable and (user is None or user is frame):
+            if not variable and (user is None or user is frame or returning):
                 variable = _variable(code.co_filename, frame.f_lineno, code.co_name)
+                returning = variable in _RETURNED
+                if returning:
+                    returned, variable = returned or variable, ""
         frame = frame.f_back
+    variable = variable or returned
     chosen = library if library is not None and (user is None or user is outermost) else user
     if chosen is None:
         return None, variable
@@ -96,8 +102,13 @@ def _variable(filename: str, line: int, function: str) -> str:
         targets = statement.targets
     elif isinstance(statement, (ast.AugAssign, ast.AnnAssign)):
         targets = [statement.target]
-    if len(targets) == 1 and isinstance(targets[0], (ast.Name, ast.Attribute, ast.Subscript)):
-        return ast.unparse(targets[0])
+    named = targets[0].elts if len(targets) == 1 and isinstance(targets[0], (ast.Tuple, ast.List)) else targets
+    if (
+        named
+        and len(targets) == 1
+        and all(isinstance(each, (ast.Name, ast.Attribute, ast.Subscript)) for each in named)
+    ):
+        return ", ".join(map(ast.unparse, named))
     return ""
 
 

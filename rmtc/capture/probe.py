@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ class Plan:
 
     Attributes:
         growth: the arguments that grow, and those with a batch.
-        segment_length: positions of a segment; 1 for lists.
+        segment_length: positions of a segment; 1 for lists whose items are of one shape.
         sizes: those of the user's call.
         free_batch: whether another batch size runs.
         free_tail: whether a shorter last segment runs.
@@ -159,6 +159,8 @@ def _arguments(session: Session, growth: Growth, length: int, batch: int) -> tup
     dims: dict[Path, list[int]] = {}
     for path, dim in growth.dims:
         dims.setdefault(path, []).append(dim)
+    items = -(-length // growth.item_length)
+    last = length - (items - 1) * growth.item_length
 
     made: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
 
@@ -169,6 +171,8 @@ def _arguments(session: Session, growth: Growth, length: int, batch: int) -> tup
             shape[0] = batch
         for dim in dims.get(path, ()):
             shape[dim] = length
+        for dim, size in growth.item_sizes(path, items, last).items():
+            shape[dim] = size
         if any(path[: len(each)] == each for each in growth.lists):
             return session.stand_in(tensor, shape)  # its items may be one repeated
         known = None if free or path in dims else session.lifted_stand_in(tensor)
@@ -177,7 +181,7 @@ def _arguments(session: Session, growth: Growth, length: int, batch: int) -> tup
             made[key] = session.stand_in(tensor, shape) if known is None else known
         return made[key]
 
-    return session.arguments.map(stand_in, dict.fromkeys(growth.lists, length))
+    return session.arguments.map(stand_in, dict.fromkeys(growth.lists, items))
 
 
 class _Prober:
@@ -296,6 +300,39 @@ def _with_batch(session: Session, growth: Growth) -> tuple[Growth, int]:
     return Growth(growth.dims, growth.lists, frozenset(paths | lists)), batch
 
 
+def _items(session: Session, growth: Growth, length: int) -> tuple[Growth, int, int]:
+    """The growth with the length of an item, the length of the text and that of a segment.
+
+    The last item of a list may be shorter than the others, in one dimension of each of its tensors, or of some.
+
+    Raises:
+        CaptureError: if the items differ in another way.
+    """
+    shapes: dict[int, dict[Path, tuple[int, ...]]] = {}
+    for path, tensor in session.arguments.tensors().items():
+        of = growth.list_of(path)
+        if of is not None:
+            shapes.setdefault(path[len(of)], {})[path[len(of) + 1 :]] = tuple(tensor.shape)
+    items = [shapes[number] for number in sorted(shapes)]
+    differing = {
+        (place, dim, size, last)
+        for place, shape in items[0].items()
+        for dim, (size, last) in enumerate(zip(shape, items[-1][place], strict=True))
+        if size != last
+    }
+    sizes = {(size, last) for *_, size, last in differing}
+    if any(item != items[0] for item in items[:-1]) or len(sizes) > 1 or any(last > size for size, last in sizes):
+        raise CaptureError(
+            f"the items of {show(next(iter(growth.lists)))} differ in shape, not only the last one in its length",
+            remedy="pass segments of one length, the last one of that length or shorter",
+        )
+    if not sizes:
+        return growth, length, 1
+    ((size, last),) = sizes
+    growth = replace(growth, item_dims=frozenset((place, dim) for place, dim, *_ in differing), item_length=size)
+    return growth, (length - 1) * size + last, size
+
+
 def probe(session: Session, segment_length: int | None = None) -> Plan:
     """Find what grows and how long a segment is.
 
@@ -363,6 +400,8 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
             remedy="call it with a batch size that differs from the length, or pass segment_length=...",
         )
     growth, length, batch, segment = found[0]
+    if growth.lists:
+        growth, length, segment = _items(session, growth, length)
     if length < 1:
         raise CaptureError(
             "the text is empty: there is no segment to run", remedy="pass a text of one position or more"
@@ -375,7 +414,7 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
         run = prober.attempt(trial, length, batch)
         return run is not None and two is not None and run.roots == two.roots
 
-    alone = Growth(growth.dims, growth.lists, growth.lists | {path for path, _ in growth.dims})
+    alone = replace(growth, batch=growth.lists | {path for path, _ in growth.dims})
     for trial in dict.fromkeys((growth, alone)):
         if not trial.batch or free_batch:
             continue

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rmtc.capture.events import Beyond, Event, Made, Named, Viewed
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import current_location
+from rmtc.capture.objects import leaves_of
 from rmtc.capture.state import is_plain
 from rmtc.errors import CaptureError, Location
 from rmtc.ir.program import SPLITS, VIEWS, constant_name
@@ -71,7 +71,7 @@ class Recorder:
         """One event for a call that cannot be remembered, whose results are new tensors."""
         event = len(self.events)
         self.events.append(Event("call", (), references, inner.events, location))
-        tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaf for _, leaf in leaves_of(result) if isinstance(leaf, torch.Tensor)]
         for number, tensor in enumerate(tensors):
             self.name(tensor, Made(event, number))
 

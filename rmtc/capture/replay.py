@@ -28,10 +28,11 @@ from torch.utils import _pytree as pytree
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.events import Beyond, Event, Made, Named, Pattern, Viewed, hold
 from rmtc.capture.frames import current_location
+from rmtc.capture.objects import Describer
 from rmtc.capture.other_sizes import Told, tell
 from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.recorder import Recorder
-from rmtc.capture.results import left_behind, structure
+from rmtc.capture.results import left_behind
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, is_opaque, is_plain, walk
 from rmtc.quiet import uncollected
@@ -72,7 +73,7 @@ class Replayer:
         probe: int,
     ) -> None:
         self._session, self._plan, self._probe = session, plan, probe
-        self.results: dict[Sizes, tuple[tuple[str, ...], Any]] = {}  # how a call's result is put together
+        self.results: dict[Sizes, Any] = {}  # how a call's result is put together
         self._memory: dict[Any, _Remembered] = {}
         self._plains: dict[tuple[Any, ...], int] = {}
         self._inside = False  # a call whose operations are written down to be remembered
@@ -138,8 +139,8 @@ class Replayer:
         fakes = session.fake_mode
         with session.installed(session.stand_ins), fakes, fakes.watched(recorder.note), self._patched(recorder):
             result = session.call(args, kwargs)
-            self.results[sizes] = structure(result)
-            found, plain = left_behind(session, result, session.held(session.stand_ins))
+            held, describer = session.held(session.stand_ins), Describer(session.known)
+            found, plain, self.results[sizes] = left_behind(session, result, held, describer)
             final = tuple((_result(name), recorder.reference(tensor)) for name, tensor in found.items())
         numbers = tuple(value for value in plain.values() if type(value) is int)
         rest = tuple((name, int if type(value) is int else _told(value)) for name, value in plain.items())

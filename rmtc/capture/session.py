@@ -137,6 +137,12 @@ class Session:
         return user_code(self.roots, self.snapshot.slots)
 
     @functools.cached_property
+    def known(self) -> frozenset[int]:
+        """The ids of what was there before the call."""
+        values = (*self.roots.values(), *(slot.value for slot in self.snapshot.slots), *self.snapshot.owners())
+        return frozenset(id(value) for value in values if not is_plain(value) and not isinstance(value, torch.Tensor))
+
+    @functools.cached_property
     def _asked(self) -> frozenset[str]:
         return frozenset(name for function in self.code.functions for name in names_of(function))
 

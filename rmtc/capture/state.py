@@ -17,7 +17,7 @@ import sys
 import threading
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
@@ -35,11 +35,13 @@ __all__ = [
     "Slot",
     "Snapshot",
     "is_plain",
+    "is_record",
     "imported",
     "is_opaque",
     "names_of",
     "paths_of",
     "replace_tensors",
+    "slot_names",
     "state_functions",
     "tells_identity",
     "uncached",
@@ -308,7 +310,7 @@ def user_code(roots: dict[str, Any], slots: Sequence[Slot]) -> Code:
     """
     seen: set[int] = set()
     values = [*roots.values(), *(slot.value for slot in slots)]
-    kinds = [type(value) for value in values if isinstance(value, nn.Module) or _is_record(value)]
+    kinds = [type(value) for value in values if isinstance(value, nn.Module) or is_record(value)]
     kinds += [value for value in values if isinstance(value, type)]
     functions = [each for value in values for each in state_functions(value, seen)]
     named: dict[tuple[int, str], tuple[str, dict[str, Any], Any]] = {}
@@ -477,17 +479,17 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
             queue.extend((f"{dot}{key}", getattr(value, key), None) for key in ("func", "args", "keywords"))
         elif behind := [*_behind(value)]:
             queue.extend((name, each, None) for each in behind)
-        elif _is_record(value):
+        elif is_record(value):
             for key, item in list(getattr(value, "__dict__", {}).items()):
                 table = "__dict__" if type(value.__dict__) is dict else ""
                 add(dot + key, value.__dict__ if table else value, key, item, at, table)
-            for key in _slot_names(value):
+            for key in slot_names(value):
                 add(dot + key, value, key, getattr(value, key), at)
             add_class(type(value))
     return slots
 
 
-def _slot_names(value: object) -> list[str]:
+def slot_names(value: object) -> list[str]:
     """The attributes of an object that are in ``__slots__``, not in ``__dict__``."""
     kind = type(value)
     names = [
@@ -500,9 +502,9 @@ def _slot_names(value: object) -> list[str]:
     return [key for key in names if hasattr(value, key)]
 
 
-def _is_record(value: object) -> bool:
+def is_record(value: object) -> bool:
     """Whether an object's attributes are state: a config, a cache, a dataclass, an object of the user's."""
-    if isinstance(value, (torch.Tensor, Enum)) or not (hasattr(value, "__dict__") or _slot_names(value)):
+    if isinstance(value, (torch.Tensor, Enum)) or not (hasattr(value, "__dict__") or slot_names(value)):
         return False
     if isinstance(value, (types.SimpleNamespace, argparse.Namespace)):
         return True
@@ -612,8 +614,9 @@ class Snapshot:
                     for mine, (key, value) in zip(owner, content.items(), strict=True)
                 )
                 if not same:
-                    owner.clear()
-                    owner.update(content)
+                    table = OrderedDict if isinstance(owner, OrderedDict) else dict  # a class of its own may forbid it
+                    table.clear(owner)
+                    table.update(owner, content)
             elif isinstance(owner, set):
                 owner.clear()
                 owner.update(content)
@@ -664,7 +667,7 @@ def _tables(value: Any) -> tuple[Any, ...]:
     """The dictionaries in which an object's attributes are, also those that hold none yet."""
     if isinstance(value, nn.Module):
         return (value.__dict__, *(value.__dict__[table] for table in _MODULE_TABLES))
-    if isinstance(value, types.FunctionType) or _is_record(value):
+    if isinstance(value, types.FunctionType) or is_record(value):
         return (vars(value),) if hasattr(value, "__dict__") else ()
     return ()
 

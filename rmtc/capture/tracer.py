@@ -30,7 +30,8 @@ from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.effects import Effect, find_effects
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import current_location
-from rmtc.capture.results import left_behind, structure
+from rmtc.capture.objects import Describer
+from rmtc.capture.results import left_behind
 from rmtc.capture.session import Session, backward_refusal
 from rmtc.errors import CaptureError, RefusedError
 
@@ -49,8 +50,8 @@ class RawTrace:
             ``meta["module"]`` the path of the innermost submodule, and ``meta["name"]``, where there is one, the user's
             name for what it gives, ``layers.3.A``.
         outputs: the names of the graph's outputs, ``output.logits``, ``state:layers.3.A``, ``write:cache``.
-        plain: values the run left in Python: returned non-tensors and attributes it changed, by name.
-        result: the names of the leaves of what it returned, and how they are put together.
+        plain: values that are no tensors and that the run left in places, by name.
+        result: how what it returned is put together.
         effects: what it left in Python objects.
         same: for results that are tensors of its arguments or its state themselves, the names of these.
     """
@@ -58,7 +59,7 @@ class RawTrace:
     module: fx.GraphModule
     outputs: tuple[str, ...]
     plain: dict[str, Any] = field(default_factory=dict)
-    result: tuple[tuple[str, ...], Any] = ((), None)
+    result: Any = None
     effects: tuple[Effect, ...] = ()
     same: dict[str, str] = field(default_factory=dict)
 
@@ -80,7 +81,11 @@ class _Tracer(PythonKeyTracer):
         return node
 
     def _place(self, node: fx.Node) -> None:
-        node.meta["location"], node.meta["variable"] = current_location(3)
+        node.meta["location"], variable = current_location(3)
+        if node.target is operator.getitem and ", " in variable and "[" not in variable:  # q, k, v = x.chunk(3)
+            number: Any = node.args[1]
+            variable = dict(enumerate(variable.split(", "))).get(number, variable)
+        node.meta["variable"] = variable
         node.meta["module"] = self._stack[-1] if self._stack else ""
 
     def node_of(self, arg: Any) -> Any:
@@ -275,8 +280,9 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
             slots = session.state()
             result = session.call(new_args, new_kwargs)
             _refuse_changed_containers(arguments, given, new_args, new_kwargs)
-            found, plain = left_behind(session, result, session.held(lifted))
-            raw.result, raw.effects = structure(result), find_effects(session, slots, {**found, **plain})
+            describer = Describer(session.known)
+            found, plain, raw.result = left_behind(session, result, session.held(lifted), describer)
+            raw.effects = find_effects(session, slots, {**found, **plain}, describer)
         raw.plain.update(plain)
         names = [*(lifted.names[0] for lifted in session.lifted), *(show(path) for path in inputs)]
         sources = {id(tensor): name for tensor, name in zip(flat, names, strict=True)}

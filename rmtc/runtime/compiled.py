@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, TypeAlias
 
 import torch
@@ -25,12 +26,14 @@ from rmtc.capture.arguments import Arguments, argument_names
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import unseen
-from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError
+from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError, user_level
 from rmtc.ir.schedule import L, S
 from rmtc.runtime.backends import Backend
 from rmtc.runtime.executor import Executor
-from rmtc.runtime.guards import ArgumentGuard, StateGuard, alike, global_hooks, hook_tables, hooked, modes
+from rmtc.runtime.guards import ArgumentGuard, alike, modes
+from rmtc.runtime.hooks import call_with_hooks, global_hooks, hook_tables, hooked
 from rmtc.runtime.lock import LOCK
+from rmtc.runtime.state_guard import StateGuard
 from rmtc.runtime.stats import LastRun, Stats
 from rmtc.runtime.variant import Ready, Variant, brief
 from rmtc.runtime.weights import refuse_elsewhere
@@ -215,50 +218,7 @@ class Compiled:
             return self._locked_eager(_Eager(global_hooks()), args, kwargs)
         if not module._forward_hooks and not module._forward_pre_hooks:
             return self._call(args, kwargs, module.forward)
-        called: set[int] = set()
-        result = None
-        try:
-            for key, before in list(module._forward_pre_hooks.items()):
-                args, kwargs = self._before(module, key, before, args, kwargs)
-            result = self._call(args, kwargs, module.forward)
-            for key, after in list(module._forward_hooks.items()):
-                called.add(key)
-                result = self._after(module, key, after, args, kwargs, result)
-        except Exception:
-            for key, after in list(module._forward_hooks.items()):
-                if key in module._forward_hooks_always_called and key not in called:
-                    try:
-                        result = self._after(module, key, after, args, kwargs, result)
-                    except Exception as error:  # noqa: BLE001 (as nn.Module does)
-                        warnings.warn(
-                            "module forward hook with ``always_call=True`` raised an exception that was silenced as "
-                            f"another error was raised in forward: {error}",
-                            stacklevel=_user_level(),
-                        )
-            raise
-        return result
-
-    @staticmethod
-    def _before(module: nn.Module, key: int, hook: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
-        if key in module._forward_pre_hooks_with_kwargs:
-            changed = hook(module, args, kwargs)
-            if changed is None:
-                return args, kwargs
-            if isinstance(changed, tuple) and len(changed) == 2:
-                return changed
-            raise RuntimeError(
-                f"forward pre-hook must return None or a tuple of (new_args, new_kwargs), but got {changed}."
-            )
-        changed = hook(module, args)
-        if changed is None:
-            return args, kwargs
-        return changed if isinstance(changed, tuple) else (changed,), kwargs
-
-    @staticmethod
-    def _after(module: nn.Module, key: int, hook: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> Any:
-        given = (args, kwargs) if key in module._forward_hooks_with_kwargs else (args,)
-        changed = hook(module, *given, result)
-        return result if changed is None else changed
+        return call_with_hooks(module, lambda *given, **named: self._call(given, named, module.forward), args, kwargs)
 
     def _locked_eager(self, decision: _Eager, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with LOCK.shared():
@@ -529,7 +489,7 @@ class Compiled:
         warnings.warn(
             f"{name} runs as it did before it was compiled{place}: {_sentence(decision)}",
             FallbackWarning,
-            stacklevel=_user_level(),
+            stacklevel=user_level(),
         )
 
     @property
@@ -665,8 +625,7 @@ def _generating(function: Callable[..., Any]) -> bool:
     """Whether the call comes from inside `generate` of transformers."""
     if "transformers.generation.utils" not in sys.modules or not hasattr(function, "generate"):
         return False
-    code = sys.modules["transformers.generation.utils"].GenerationMixin.generate
-    code = getattr(inspect.unwrap(code), "__code__", None)
+    code = _code(sys.modules["transformers.generation.utils"].GenerationMixin.generate)
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is code:
@@ -675,11 +634,6 @@ def _generating(function: Callable[..., Any]) -> bool:
     return False
 
 
-def _user_level() -> int:
-    """The number of frames up to the code that called the model."""
-    level, frame = 1, sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("rmtc", "torch"):
-        if frame.f_globals.get("__name__", "").startswith("rmtc.examples"):
-            break
-        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
-    return level
+@functools.cache
+def _code(function: Callable[..., Any]) -> CodeType | None:
+    return getattr(inspect.unwrap(function), "__code__", None)

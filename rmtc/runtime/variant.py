@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import operator
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from rmtc.analysis import Analysis
 from rmtc.capture import Capture, Captured
 from rmtc.capture.arguments import Arguments, show
-from rmtc.capture.effects import Effect, Ref
+from rmtc.capture.effects import Effect
+from rmtc.capture.objects import Kept, Ref, attributes, build, can_be_made, parts_of
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, Snapshot, is_plain
@@ -28,7 +30,8 @@ from rmtc.passes.pipeline import check_against, rewrite
 from rmtc.passes.prove import SEQUENTIAL_REMEDY
 from rmtc.runtime.backends import Backend, Runner
 from rmtc.runtime.executor import Run
-from rmtc.runtime.guards import ArgumentGuard, StateGuard, modes
+from rmtc.runtime.guards import ArgumentGuard, modes
+from rmtc.runtime.state_guard import StateGuard
 from rmtc.runtime.weights import Weights
 
 __all__ = ["Ready", "Variant", "brief"]
@@ -84,15 +87,19 @@ class Variant:
     effects: tuple[Effect, ...]
     entries: set[tuple[Any, ...]] = field(default_factory=set)
     _slots: dict[str, Slot] = field(default_factory=dict)
-    _tables: tuple[list[str], list[dict[Any, Any]], list[Any]] = ([], [], [])  # slots of dictionaries that stay
-    _others: list[tuple[str, Slot]] = field(default_factory=list)
+    _kept: tuple[int, dict[str, Any]] = (-1, {})  # what the state's guard holds, and the version it holds it as of
+    _keeping: dict[str, Slot] = field(default_factory=dict)
+    _others: dict[str, Slot] = field(default_factory=dict)
     _unmoved: list[str] = field(default_factory=list)
+    _places: tuple[list[dict[Any, Any]], list[Any]] | None = None  # those that a call writes, if all are there for good
+    _last_kinds: tuple[Any, ...] | None = None  # of what they held when the last call ran
     _same: list[tuple[Slot, Slot]] = field(default_factory=list)
     _written: tuple[str, ...] = ()
     _own: dict[str, str] = field(default_factory=dict)  # results that are written tensors themselves
     _shapes: dict[str, _Metadata | None] = field(default_factory=dict)
     _parameters: list[nn.Parameter] = field(default_factory=list)
     _varying: dict[int, frozenset[int]] = field(default_factory=dict)
+    _known: frozenset[int] = frozenset()
     refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
     failed: dict[Sizes, Failed] = field(default_factory=dict)
@@ -152,21 +159,25 @@ class Variant:
                 variant._same += [(place, places[0]) for place in places[1:]]
             if isinstance(lifted.tensor, nn.Parameter):
                 variant._parameters.append(lifted.tensor)
-        fixed = {name: slot for name, slot in variant._slots.items() if slot.parent is None}
-        tables = {name: slot for name, slot in fixed.items() if isinstance(slot.owner, dict)}
-        owners, keys = [slot.owner for slot in tables.values()], [slot.key for slot in tables.values()]
-        variant._tables = [*tables], owners, keys
-        variant._others = [(name, slot) for name, slot in variant._slots.items() if name not in tables]
+        for name, slot in variant._slots.items():
+            kept = slot.parent is None and state.keeps(slot)
+            (variant._keeping if kept else variant._others)[name] = slot
         variant._unmoved = [name for name in variant._slots if name not in weights.places]
         written = [str(name) for name in proven.loop.outputs if str(name).startswith("write:")]
         variant._written = tuple(name.removeprefix("write:") for name in written)
         variant._own = {name: source for name, source in first.same.items() if source in variant._written}
         variant._shapes = {name: _metadata(slot.value) for name, slot in variant._slots.items()}
+        places = [effect.slot for effect in variant.effects if not effect.whole]
+        if len(places) == len(variant.effects) and all(
+            place.parent is None and isinstance(place.owner, dict) for place in places
+        ):
+            variant._places = [place.owner for place in places], [place.key for place in places]
         for number, effect in enumerate(first.effects):
             if isinstance(effect.content, Ref):
                 shapes = [_shape_of(run, effect.content.name) for run in (first, third)]
                 pairs = enumerate(zip(*shapes, strict=True))
                 variant._varying[number] = frozenset(dim for dim, sizes in pairs if len(set(sizes)) > 1)
+        variant._known = session.known
         variant.entries.add(variant.entry(analysis.capture.plan.sizes.batch))
         return variant
 
@@ -214,8 +225,20 @@ class Variant:
                 held = home if effect.whole else slot.get()
             else:
                 held = slot.owner if effect.whole else slot.get()
-            found.append(_describe(held, batch, self._varying.get(number, frozenset())))
+            found.append(_describe(held, batch, self._known, self._varying.get(number, frozenset())))
         return tuple(found)
+
+    def _met(self, batch: int) -> bool:
+        """Whether the places that a call writes hold what is known not to matter, see :meth:`entry`."""
+        kinds: tuple[Any, ...] | None = None
+        if self._places is not None:
+            with contextlib.suppress(AttributeError, KeyError):  # no tensor is there
+                kinds = batch, *map(_KIND, map(operator.getitem, *self._places))
+                if kinds == self._last_kinds:
+                    return True
+        met = self.entry(batch) in self.entries
+        self._last_kinds = kinds if met else None
+        return met
 
     def ready(self, arguments: Arguments, sizes: Sizes) -> Ready | str | None:
         """Everything a run needs; None if the call has yet to be admitted; or why this capture cannot serve it.
@@ -237,21 +260,18 @@ class Variant:
             return "a tensor that the call writes to shares its memory with another one"
         if not in_place and not self.weights.places.keys() <= Weights.movable({**self._tensors(), **inputs}):
             return "parameters share memory, or lie in it in another order"
-        if not in_place or sizes not in self.analysis.admitted or self.entry(sizes.batch) not in self.entries:
+        if not in_place or sizes not in self.analysis.admitted or not self._met(sizes.batch):
             return None
         values.update(inputs)
         return Ready(sizes, values)
 
     def _values(self) -> dict[str, Any]:
-        """What the program reads but for the call's arguments, by name."""
-        names, owners, keys = self._tables
-        try:
-            values = dict(zip(names, map(operator.getitem, owners, keys), strict=True))
-        except KeyError:
-            values = {name: self._slots[name].get() for name in names}
-        for name, slot in self._others:
-            values[name] = slot.get()
-        return values
+        """What the program reads but for the call's arguments, by name, once :meth:`match` has seen the state."""
+        version, kept = self._kept
+        if version != self.state.version:
+            version, kept = self.state.version, {name: slot.get() for name, slot in self._keeping.items()}
+            self._kept = version, kept
+        return {**kept, **{name: slot.get() for name, slot in self._others.items()}}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor in reach of the call but its arguments."""
@@ -284,19 +304,33 @@ class Variant:
             self._hold_entry(sizes, fresh())
             self.entries.add(entry)
         if sizes not in self.analysis.admitted:
-            session = self.analysis.capture.session  # what it found may be in reach of the user alone now
-            held = [each for each in session.snapshot.owners() if isinstance(each, (list, deque, dict, set))]
-            held = [each for each in held if not isinstance(each, dict) or "__builtins__" not in each]
-            now = Snapshot({**session.roots, "capture": held})
-            try:  # the capture's stand-ins go where they went at the capture
-                self.analysis.capture.session.snapshot.restore()
+            with self._as_captured():
                 self.analysis.admit(sizes)
-            finally:
-                now.restore()
             _refuse_lost(self.analysis.capture)
-        values = self._values()
+        values = {name: slot.get() for name, slot in self._slots.items()}
         if not self.weights.in_place(values):
             self.weights.move(values)
+
+    @contextlib.contextmanager
+    def _as_captured(self) -> Iterator[None]:
+        """Everything in reach as the capture found it: its stand-ins go where they went then."""
+        session = self.analysis.capture.session  # what it found may be in reach of the user alone now
+        held = [each for each in session.snapshot.owners() if isinstance(each, (list, deque, dict, set))]
+        held = [each for each in held if not isinstance(each, dict) or "__builtins__" not in each]
+        now = Snapshot({**session.roots, "capture": held})
+        try:
+            session.snapshot.restore()
+            yield
+        finally:
+            now.restore()
+
+    def _result(self, sizes: Sizes) -> Any:
+        """How the result of a call of some sizes is put together, where it begins as the captured one."""
+        try:
+            return self.analysis.result(sizes)
+        except RefusedError:
+            with self._as_captured():
+                return self.analysis.run(sizes).result
 
     def fail(self, sizes: Sizes, error: Exception) -> Failed:
         """Remember that a call of some sizes failed."""
@@ -326,8 +360,9 @@ class Variant:
             raise RefusedError(
                 f"the call depends on what the one before has left: {error.reason}", location=error.location
             ) from error
-        if {effect.path for effect in run.effects} != {effect.path for effect in self.effects}:
-            raise RefusedError("the call returns or leaves something else than the first one did")
+        same = {effect.path for effect in run.effects} == {effect.path for effect in self.effects}
+        if not same or _kept(run) != _kept(self.analysis.probes[0]):
+            raise RefusedError(_OTHER)
         for name, value in run.plain.items():
             expected = self._plain(name, few.segments)
             if value != expected:
@@ -336,6 +371,8 @@ class Variant:
                 if any(_advances(*each, expected, value) for each in starts):
                     self.counter = f"{place} counts, and what a call does may depend on it"
                 raise RefusedError(f"{place} depends on what the call before has left in it")
+        if run.result != self._result(few):
+            raise RefusedError(_OTHER)
 
     def run(self, ready: Ready) -> tuple[Any, Run]:
         """Run a call.
@@ -344,16 +381,17 @@ class Variant:
             What the user's code would have returned, and what was done.
         """
         outputs, run = self.runner.run(ready.values, *ready.sizes)
-        names, spec = self.analysis.result(ready.sizes)
+        description = self.analysis.result(ready.sizes)
         written = {name: ready.values[name] for name in self._written}
         own = {name: written[source] for name, source in self._own.items()}
         outputs = {name: value for name, value in outputs.items() if name not in own}
-        made = _Results({**_apart(outputs, written), **own}, lambda name: self._plain(name, ready.sizes.segments))
-        result = pytree.tree_unflatten([made[name] for name in names], spec)
-        self._leave(made, written)
+        results = _Results({**_apart(outputs, written), **own}, lambda name: self._plain(name, ready.sizes.segments))
+        made: dict[str, Any] = {}
+        result = build(description, results, made)
+        self._leave(results, made, written)
         return result, run
 
-    def _leave(self, made: _Results, written: Mapping[str, torch.Tensor]) -> None:
+    def _leave(self, results: _Results, made: dict[str, Any], written: Mapping[str, torch.Tensor]) -> None:
         """Leave everything that a call leaves, or nothing."""
         effects = [effect if effect.slot.parent is None else effect.here() for effect in self.effects]
         undo = [effect.saved() for effect in effects]
@@ -361,9 +399,9 @@ class Variant:
             before = {name: tensor.clone() for name, tensor in written.items()}
             try:
                 for name, tensor in written.items():
-                    tensor.copy_(made[f"write:{name}"])
+                    tensor.copy_(results[f"write:{name}"])
                 for effect in effects:
-                    effect.apply(made)
+                    effect.apply(results, made)
             except BaseException:
                 for name, tensor in written.items():
                     tensor.copy_(before[name])
@@ -455,7 +493,16 @@ def _unshared(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> bool
     return all(owners.count(storages[name]) == 1 for name in names if name in storages)
 
 
+_OTHER = "the call returns or leaves something else than the first one did"
+_KIND = operator.attrgetter("__class__", "shape", "dtype", "device")
 _REFUSALS = 16  # by a variant, for what its calls find
+
+
+def _kept(run: Captured) -> set[int]:
+    """The ids of the objects that were there before a run and that it returns or leaves in places."""
+    whole, single = ([each.content for each in run.effects if each.whole is many] for many in (True, False))
+    contents = [run.result, *single, *itertools.chain.from_iterable(whole)]
+    return {id(part.value) for content in contents for part in parts_of(content) if isinstance(part, Kept)}
 
 
 def _shape_of(run: Captured, name: str) -> tuple[int, ...]:
@@ -465,16 +512,23 @@ def _shape_of(run: Captured, name: str) -> tuple[int, ...]:
     return shape or ()
 
 
-def _describe(value: Any, batch: int, varying: frozenset[int] = frozenset()) -> Any:
-    """A value as the user's Python sees it, a tensor by its shape."""
+def _describe(value: Any, batch: int, known: frozenset[int], varying: frozenset[int] = frozenset()) -> Any:
+    """A value as the user's Python sees it: a tensor by its shape, an object that a call has left by its attributes."""
     if isinstance(value, torch.Tensor):
+        if not varying:
+            return value.shape, value.dtype, value.device
         sizes = tuple(size == batch if dim in varying else size for dim, size in enumerate(value.shape))
         return sizes, value.dtype, value.device
     if isinstance(value, (list, tuple, deque)):
-        return type(value), tuple(_describe(item, batch) for item in value)
+        return type(value), tuple(_describe(item, batch, known) for item in value)
     if isinstance(value, dict):
-        return type(value), tuple((key, _describe(item, batch)) for key, item in value.items())
-    return (type(value), repr(value)) if is_plain(value) else _Same(value)
+        return type(value), tuple((key, _describe(item, batch, known)) for key, item in value.items())
+    if is_plain(value):
+        return type(value), repr(value)
+    if id(value) not in known and can_be_made(value):
+        known |= {id(value)}  # what holds itself ends there
+        return type(value), tuple((key, _describe(item, batch, known)) for key, item in attributes(value).items())
+    return _Same(value)
 
 
 class _Same:

@@ -6,7 +6,7 @@ import logging
 import operator
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,7 @@ class Weights:
     stacks: list[_Stack] = field(default_factory=list)
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
-    _layout: list[list[Any]] = field(default_factory=list)
+    _layout: list[list[Any]] | None = None
 
     @staticmethod
     def plan(program: WavefrontProgram, movable: set[str]) -> Weights:
@@ -103,7 +103,10 @@ class Weights:
 
     def in_place(self, values: Mapping[str, torch.Tensor]) -> bool:
         """Whether every stacked parameter still lies in its stack, with the same sizes, strides and dtype."""
-        return _layout_of([values[name] for name in self.names]) == self._layout
+        tensors = [values[name] for name in self.names]
+        return self._layout is not None and all(
+            all(map(operator.eq, map(get, tensors), held)) for get, held in zip(_LAYOUT, self._layout, strict=True)
+        )
 
     def move(self, values: Mapping[str, torch.Tensor]) -> None:
         """Move the parameters into their stacks, one stack after another, so that little memory is held twice.
@@ -117,7 +120,9 @@ class Weights:
                 parameters = [values[name] for name in stack.names]
                 found = _lying(parameters)
                 stack.memory, stack.first, stack.step = found if found is not None else (_together(parameters), 0, 1)
-        self._layout = _layout_of([values[name] for name in self.names])
+        one: dict[Any, Any] = {}  # equal strides are one object: fewer to read in each call
+        layout = [[get(values[name]) for name in self.names] for get in _LAYOUT]
+        self._layout = [[one.setdefault(each, each) for each in held] for held in layout]
         logger.info("stacked %d parameters in %d stacks", len(self.names), len(self.stacks))
 
     def rows(self, body: Body, number: int, layers: Sequence[int], values: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -195,12 +200,6 @@ def refuse_elsewhere(session: Session) -> None:
             )
 
 
-def _layout_of(tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
-    """What tells where tensors lie: strides and number of elements give the sizes of what is contiguous."""
-    get = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.numel, operator.attrgetter("dtype")
-    return [list(map(each, tensors)) for each in get]
-
-
 def _lying(parameters: Sequence[torch.Tensor]) -> tuple[_Memory, int, int] | None:
     """The memory in which parameters lie evenly spaced, first row and step; None if there is none."""
     pointers = [parameter.data_ptr() for parameter in parameters]
@@ -236,6 +235,13 @@ def _together(parameters: Sequence[torch.Tensor]) -> _Memory:
     return made
 
 
+# What tells where a tensor lies, and how: strides and number of elements give the sizes of what is contiguous.
+_LAYOUT: tuple[Callable[[torch.Tensor], Any], ...] = (
+    torch.Tensor.data_ptr,
+    torch.Tensor.stride,
+    torch.Tensor.numel,
+    operator.attrgetter("dtype"),
+)
 _DLPACK = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 

@@ -1,0 +1,70 @@
+"""Indices that keep every slice: `x[:n, :n]` takes nothing away where x has n rows and columns, and torch then leaves
+the slices out. A shorter segment of the same code has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["EverySlice"]
+
+_getitem = torch.Tensor.__getitem__
+_slice = torch.ops.aten.slice.Tensor
+_END = torch.iinfo(torch.int64).max
+
+
+class EverySlice(TorchFunctionMode):
+    """Under this mode an index of several slices is made of operations on one dimension each.
+
+    mask[:6, :6], of 6 by 6: alias(mask)   ->   slice(slice(mask, 0, 0, 6), 1, 0, 6)
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is _getitem and type(args[1]) is tuple and _takes_all(args[0], args[1]):
+            return _one_by_one(args[0], args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def _takes_all(tensor: torch.Tensor, index: tuple[Any, ...]) -> bool:
+    """Whether a slice ends where its dimension does, by a number, and nothing but slices and integers is there."""
+    if not all(each is None or each is Ellipsis or type(each) is int or _is_plain(each) for each in index):
+        return False
+    return any(type(each) is slice and each.stop in tensor.shape for each in index)
+
+
+def _is_plain(each: Any) -> bool:
+    return type(each) is slice and each.step in (None, 1) and all(type(end) in (int, type(None)) for end in _ends(each))
+
+
+def _ends(each: slice) -> tuple[Any, Any]:
+    return each.start, each.stop
+
+
+def _one_by_one(tensor: torch.Tensor, index: tuple[Any, ...]) -> torch.Tensor:
+    taken = sum(each is not None and each is not Ellipsis for each in index)
+    if taken > tensor.ndim or index.count(Ellipsis) > 1:
+        return _getitem(tensor, index)  # says what is wrong
+    dim, skipped = 0, tensor.ndim - taken
+    for each in index:
+        if each is Ellipsis:
+            dim += skipped
+        elif each is None:
+            tensor = tensor.unsqueeze(dim)
+            dim += 1
+        elif isinstance(each, int):
+            tensor = tensor.select(dim, each)
+        else:
+            if each != slice(None):
+                start, stop = _ends(each)
+                tensor = _slice(tensor, dim, start or 0, _END if stop is None else stop)
+            dim += 1
+    return tensor

@@ -1,0 +1,667 @@
+"""State and results in every kind of object: compiled gives and leaves what eager does."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import LAYERS, SEGMENT, SIZES, WIDTH, Twins, text
+from torch import Tensor, nn
+
+import rmtc
+from rmtc.ir.schedule import L, distances
+
+transformers = pytest.importorskip("transformers")
+from transformers.cache_utils import DynamicCache  # noqa: E402
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutput  # noqa: E402
+from transformers.utils import ModelOutput  # noqa: E402
+
+LOWER, OWN = (0, 1), (1, 0)
+
+
+def zeros(batch: int) -> list[Tensor]:
+    return [torch.zeros(batch, WIDTH, dtype=torch.float64) for _ in range(LAYERS)]
+
+
+class Stack(nn.Module):
+    """Linear layers with a memory (B, D) each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def cell(self, number: int, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.tanh(self.layers[number](x) + memory[:, None])
+        return x, 0.5 * memory + x.mean(1)
+
+    def segment(self, x: Tensor, memories: Any) -> Tensor:
+        for number in range(LAYERS):
+            x, memories[number] = self.cell(number, x, memories[number])
+        return x
+
+
+# State as an argument and a result
+
+
+@dataclass
+class State:
+    """Not known to pytree."""
+
+    memories: list[Tensor]
+    seen: int = 0
+
+
+@dataclass(frozen=True)
+class Frozen:
+    memories: tuple[Tensor, ...]
+    name: str = "frozen"
+
+
+class Named(NamedTuple):
+    memories: list[Tensor]
+    seen: int
+
+
+@dataclass
+class MemoryOutput(ModelOutput):  # type: ignore[misc]
+    """A class of the user's."""
+
+    last_hidden_state: Any = None
+    memories: Any = None
+    loss: Any = None
+
+
+class Cache:
+    """Keys and values (B, T, D) of the segment before, in lists that a method updates."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.seen = 0
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and values to attend to; those given are kept."""
+        if len(self.keys) <= layer:
+            self.keys.append(key)
+            self.values.append(value)
+            return key, value
+        keys, values = torch.cat([self.keys[layer], key], dim=1), torch.cat([self.values[layer], value], dim=1)
+        self.keys[layer], self.values[layer] = key, value
+        return keys, values
+
+
+class Attending(nn.Module):
+    """Attends to the segment before by a cache that it is given, or makes, and hands back."""
+
+    def __init__(self, cache: Callable[[], Any] = Cache) -> None:
+        super().__init__()
+        self.cache = cache
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(LAYERS))
+
+    def segment(self, x: Tensor, cache: Any) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            q, k, v = layer(x).chunk(3, dim=-1)
+            k, v = cache.update(k, v, number)
+            x = x + F.scaled_dot_product_attention(q, k, v)
+        return x
+
+    def forward(self, x: Tensor, cache: Any = None) -> Any:
+        cache = self.cache() if cache is None else cache
+        return torch.cat([self.segment(piece, cache) for piece in x.split(SEGMENT, dim=1)], dim=1), cache
+
+
+class Given(Stack):
+    """Takes its state and hands on another one of the same class."""
+
+    def __init__(self, pack: Callable[[list[Tensor], int], Any]) -> None:
+        super().__init__()
+        self.pack = pack
+
+    def forward(self, x: Tensor, state: Any) -> Any:
+        memories, pieces = list(state.memories), []
+        for piece in x.split(SEGMENT, dim=1):
+            pieces.append(self.segment(piece, memories))
+        return torch.cat(pieces, dim=1), self.pack(memories, len(pieces))
+
+
+PACKS: dict[str, Callable[[list[Tensor], int], Any]] = {
+    "dataclass": lambda memories, seen: State(memories, 7),
+    "dataclass with a count": State,
+    "frozen dataclass": lambda memories, seen: Frozen(tuple(memories)),
+    "named tuple": Named,
+    "ModelOutput": lambda memories, seen: MemoryOutput(memories=tuple(memories)),
+    "namespace of the user's": lambda memories, seen: Bag(memories),
+}
+
+
+class Bag:
+    """An object of no known kind."""
+
+    def __init__(self, memories: list[Tensor]) -> None:
+        self.memories = memories
+
+
+def some(names: Iterable[str], fast: Collection[str]) -> list[Any]:
+    """Names as parameters, of which some are for the fast tests."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", some(PACKS, {"dataclass with a count"}))
+def test_state_that_is_given_and_handed_back(name: str) -> None:
+    pack = PACKS[name]
+    twins = Twins(lambda: Given(pack))
+    states = pack(zeros(2), 3), pack(zeros(2), 3)
+    for segments, tail in ((4, SEGMENT), (7, 2), (3, SEGMENT)):
+        x = text(segments, 2, tail)
+        (_, mine), (_, its) = twins.call(x, states[0], twin_args=(x, states[1]))
+        twins.ran(segments)
+        assert type(mine) is type(its) is type(states[0])
+        states = mine, its
+    assert twins.distances == {LOWER, OWN}
+
+
+@pytest.mark.slow
+def test_a_cache_object_that_the_call_makes() -> None:
+    twins = Twins(Attending)
+    twins.compare({LOWER, OWN})
+
+
+def full_cache(batch: int) -> Cache:
+    cache = Cache()
+    generator = torch.Generator().manual_seed(batch)
+    for each in (cache.keys, cache.values):
+        for _ in range(LAYERS):
+            each.append(torch.randn(batch, SEGMENT, WIDTH, generator=generator, dtype=torch.float64))
+    return cache
+
+
+def test_a_cache_object_that_the_call_is_given_and_updates() -> None:
+    twins = Twins(Attending)
+    caches = full_cache(2), full_cache(2)
+    for segments in (4, 6, 3):
+        x = text(segments, 2)
+        (_, mine), (_, its) = twins.call(x, caches[0], twin_args=(x, caches[1]))
+        twins.ran(segments)
+        assert mine is caches[0] and its is caches[1]
+
+
+class Past(Attending):
+    """A `DynamicCache` of transformers, whose layers are cut to the last segment."""
+
+    def segment(self, x: Tensor, cache: Any) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            q, k, v = (each[:, None] for each in layer(x).chunk(3, dim=-1))
+            k, v = cache.update(k, v, number)
+            held = cache.layers[number]
+            held.keys, held.values = k[:, :, -SEGMENT:], v[:, :, -SEGMENT:]
+            x = x + F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x
+
+
+@pytest.mark.slow
+def test_a_dynamic_cache_that_the_call_makes() -> None:
+    Twins(lambda: Past(DynamicCache)).compare(sizes=((4, 2, SEGMENT), (6, 3, SEGMENT), (3, 1, SEGMENT)))
+
+
+def test_a_dynamic_cache_that_is_handed_in_and_out() -> None:
+    twins = Twins(lambda: Past(DynamicCache))
+    caches: tuple[Any, Any] = DynamicCache(), DynamicCache()
+    x = text(1, 2)
+    with torch.no_grad():
+        for cache in caches:
+            twins.eager(x, cache)
+    for segments in (4, 6, 3):
+        x = text(segments, 2)
+        (_, mine), (_, its) = twins.call(x, caches[0], twin_args=(x, caches[1]))
+        twins.ran(segments)
+        assert mine is caches[0] and its is caches[1]
+
+
+# State in attributes
+
+
+class Anew(Stack):
+    """Leaves a new object with its state in an attribute, segment by segment."""
+
+    def __init__(self, pack: Callable[[list[Tensor], int], Any]) -> None:
+        super().__init__()
+        self.pack = pack
+        self.state: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state = self.pack(zeros(x.shape[0]), 0)
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            memories = list(self.state.memories)
+            pieces.append(self.segment(piece, memories))
+            self.state = self.pack(memories, len(pieces))
+        return torch.cat(pieces, dim=1)
+
+
+class Kept(Anew):
+    """Goes on with what the call before left."""
+
+    def __init__(self, pack: Callable[[list[Tensor], int], Any]) -> None:
+        super().__init__(pack)
+        self.state = pack([torch.full((2, WIDTH), 0.1, dtype=torch.float64) for _ in range(LAYERS)], 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            memories = list(self.state.memories)
+            pieces.append(self.segment(piece, memories))
+            self.state = self.pack(memories, len(pieces))
+        return torch.cat(pieces, dim=1)
+
+
+@pytest.mark.parametrize("name", some(PACKS, {"dataclass", "ModelOutput"}))
+@pytest.mark.parametrize("kind", [Anew, Kept])
+def test_an_attribute_that_is_bound_to_a_new_object(kind: type[Anew], name: str) -> None:
+    twins = Twins(lambda: kind(PACKS[name]))
+    twins.compare({LOWER, OWN}, sizes=SIZES if kind is Anew else ((4, 2, SEGMENT), (7, 2, 2), (3, 2, SEGMENT)))
+    first = twins.fast.state
+    kept = copy.deepcopy(first)
+    twins.call(text(4, 2))
+    assert twins.fast.state is not first, "it is another object"
+    assert all(torch.equal(a, b) for a, b in zip(first.memories, kept.memories, strict=True)), "which the caller keeps"
+
+
+class CacheInAttribute(Attending):
+    """Makes a cache in each call and keeps it in an attribute."""
+
+    last: Any = None
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        self.last = self.cache()
+        return torch.cat([self.segment(piece, self.last) for piece in x.split(SEGMENT, dim=1)], dim=1)
+
+
+def test_a_new_cache_in_an_attribute() -> None:
+    twins = Twins(CacheInAttribute)
+    twins.compare({LOWER, OWN}, sizes=((4, 2, SEGMENT), (7, 3, SEGMENT), (3, 1, SEGMENT)))
+    assert isinstance(twins.fast.last, Cache) and isinstance(twins.fast.last.keys, list)
+
+
+class OutputInAttribute(Stack):
+    """Keeps its last output in an attribute."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, x: Tensor) -> Any:
+        memories = zeros(x.shape[0])
+        hidden = torch.cat([self.segment(piece, memories) for piece in x.split(SEGMENT, dim=1)], dim=1)
+        self.output = self.make(hidden, tuple(memories))
+        return self.output
+
+
+@dataclass
+class Plain:
+    """A dataclass of the user's."""
+
+    hidden: Tensor
+    memories: tuple[Tensor, ...]
+    unset: Any = None
+    label: str = "plain"
+    extra: dict[str, int] = field(default_factory=dict)
+
+
+OUTPUTS: dict[str, Callable[..., Any]] = {
+    "plain dataclass": Plain,
+    "ModelOutput": lambda hidden, memories: MemoryOutput(hidden, memories),
+    "ModelOutput of transformers": lambda hidden, memories: BaseModelOutputWithPast(
+        last_hidden_state=hidden, hidden_states=memories
+    ),
+}
+
+
+@pytest.mark.parametrize("name", some(OUTPUTS, {"plain dataclass"}))
+def test_an_output_that_an_attribute_keeps(name: str) -> None:
+    twins = Twins(lambda: OutputInAttribute(OUTPUTS[name]))
+    twins.compare({LOWER, OWN})
+    found, expected = twins.call(text(4, 2))
+    assert (found is twins.fast.output) is (expected is twins.eager.output) is True
+
+
+# State behind containers
+
+
+def full() -> list[Tensor]:
+    return [torch.full((2, WIDTH), 0.1, dtype=torch.float64) for _ in range(LAYERS)]
+
+
+@dataclass
+class Slot:
+    """What a layer keeps."""
+
+    memory: Any = None
+
+
+class Through(Stack):
+    """Reads and writes state through what attributes hold."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.table: dict[str, Any] = {"memories": full(), "slots": [Slot(each) for each in full()], "seen": 0}
+        self.rows: list[dict[str, Any]] = [
+            {"memory": a, "old": (b, c)} for a, b, c in zip(full(), full(), full(), strict=True)
+        ]
+        self.nested: Any = {"a": [[Slot(each)] for each in full()]}
+
+    def read(self, number: int) -> Tensor:
+        memory: Tensor
+        if self.kind == "a list in a dict":
+            memory = self.table["memories"][number]
+        elif self.kind == "objects in a list in a dict":
+            memory = self.table["slots"][number].memory
+        elif self.kind == "dicts in a list":
+            memory = self.rows[number]["memory"]
+        elif self.kind == "tuples in dicts in a list":
+            memory = self.rows[number]["old"][0] + 0.1 * self.rows[number]["old"][1]
+        else:
+            memory = self.nested["a"][number][0].memory
+        return memory
+
+    def write(self, number: int, memory: Tensor) -> None:
+        if self.kind == "a list in a dict":
+            self.table["memories"][number] = memory
+        elif self.kind == "objects in a list in a dict":
+            self.table["slots"][number].memory = memory
+        elif self.kind == "dicts in a list":
+            self.rows[number]["memory"] = memory
+        elif self.kind == "tuples in dicts in a list":
+            self.rows[number]["old"] = memory, self.rows[number]["old"][0]
+        else:
+            self.nested["a"][number][0].memory = memory
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            for number in range(LAYERS):
+                piece, memory = self.cell(number, piece, self.read(number))
+                self.write(number, memory)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+KINDS = ["a list in a dict", "objects in a list in a dict", "dicts in a list", "tuples in dicts in a list", "nested"]
+
+
+@pytest.mark.parametrize("kind", some(KINDS, {"objects in a list in a dict"}))
+def test_attributes_that_are_read_and_written_through_containers(kind: str) -> None:
+    older = {(2, 0)} if kind.startswith("tuples") else set()
+    Twins(lambda: Through(kind)).compare({LOWER, OWN, *older}, sizes=((5, 2, SEGMENT), (7, 2, 2), (4, 2, SEGMENT)))
+
+
+# Views
+
+
+class Overwritten(nn.Module):
+    """A layer hands on a view of the one tensor that all write: the next layer overwrites what the view shows.
+
+    So the memory that layer l reads in the next segment is what the last layer that wrote has left, not its own.
+    """
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.apart = apart
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = x.new_zeros(x.shape[0], WIDTH)
+        memories, pieces = [shared for _ in range(LAYERS)], []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number][:, None])
+                shared.copy_(piece.mean(1))
+                memories[number] = shared.clone() if self.apart else shared.view(-1, WIDTH)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+class Above(nn.Module):
+    """Layer l hands on a view of its row of a tensor, and layer l + 1 overwrites that row.
+
+    What layer l reads looks like its own of the segment before, and is what layer l + 1 wrote there.
+    """
+
+    def __init__(self, how: str, count: int = 5) -> None:
+        super().__init__()
+        self.how = how
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(count))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows = x.new_zeros(len(self.layers), x.shape[0], WIDTH)
+        memories, pieces = list(rows.unbind(0)), []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number][:, None])
+                self.write(rows, number, piece.mean(1))
+                memories[number] = rows[number].view(-1, WIDTH)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1), rows
+
+    def write(self, rows: Tensor, number: int, made: Tensor) -> None:
+        if self.how == "row by row":
+            rows[number].copy_(made)
+            if number > 0:
+                rows[number - 1].copy_(2 * made)
+        else:
+            rows[number] = made
+            if number > 0:
+                rows[number - 1].mul_(0.5).add_(made)
+
+
+class Slices(nn.Module):
+    """One registered buffer whose slices are the layers' states."""
+
+    memory: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.register_buffer("memory", torch.randn(LAYERS * WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                own = self.memory.narrow(0, number * WIDTH, WIDTH)
+                piece = torch.tanh(layer(piece) + own)
+                own.mul_(0.5).add_(piece.mean((0, 1)))
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def test_views_of_one_tensor_that_every_layer_overwrites() -> None:
+    """What every layer reads looks like its own, and is what the layer below has left: there is no schedule."""
+    answer = rmtc.explain(Overwritten(False).double())(text(4, 2))
+    assert answer.schedule is None and answer.cycle, "the last layer's memory is the next segment's first one"
+    assert (1, 1 - L) in distances(answer.dependences) and OWN not in distances(answer.dependences)
+    Twins(lambda: Overwritten(True)).compare({LOWER, OWN})
+
+
+@pytest.mark.parametrize("how", some(["row by row", "in place"], {"row by row"}))
+def test_a_memory_that_is_a_view_which_the_next_layer_overwrites(how: str) -> None:
+    twins = Twins(lambda: Above(how))
+    twins.compare({LOWER, OWN, (1, -1)}, layers=5, a=2)
+
+
+def test_one_buffer_whose_slices_are_layers() -> None:
+    Twins(Slices).compare({LOWER, OWN})
+
+
+# Results
+
+
+class Giving(Stack):
+    """Gives what a function makes of each segment's hidden states, and of all layers'."""
+
+    def __init__(self, result: Callable[..., Any]) -> None:
+        super().__init__()
+        self.result = result
+
+    def forward(self, x: Tensor, **options: Any) -> Any:
+        memories, pieces, hidden = zeros(x.shape[0]), [], []
+        for piece in x.split(SEGMENT, dim=1):
+            states = []
+            for number in range(LAYERS):
+                piece, memories[number] = self.cell(number, piece, memories[number])
+                states.append(piece)
+            pieces.append(piece)
+            hidden.append(tuple(states))
+        return self.result(pieces, hidden, memories, **options)
+
+
+def running(pieces: list[Tensor]) -> Any:
+    total: Any = 0.0
+    for piece in pieces:
+        total = total + piece.square().sum()
+    return total / len(pieces), total
+
+
+def loss(pieces: list[Tensor]) -> Any:
+    hidden = torch.cat(pieces, dim=1)
+    return F.mse_loss(hidden[:, :-1], hidden[:, 1:].detach())
+
+
+def losses(pieces: list[Tensor]) -> Any:
+    found = [piece.square().mean() for piece in pieces]
+    return sum(found) / len(found), torch.stack(found)
+
+
+def numbers(pieces: list[Tensor]) -> dict[str, Any]:
+    return {
+        "hidden": torch.cat(pieces, dim=1),
+        "segments": len(pieces),
+        "positions": sum(piece.shape[1] for piece in pieces),
+        "name": "stack",
+        "nothing": None,
+        "flags": (True, 0.5),
+        "dtype": pieces[0].dtype,
+    }
+
+
+RESULTS: dict[str, Callable[..., Any]] = {
+    "concatenated": lambda p, h, m: torch.cat(p, dim=1),
+    "stacked": lambda p, h, m: torch.stack([each.mean(1) for each in p]),
+    "stacked in the middle": lambda p, h, m: torch.stack([each.amax(1) for each in p], dim=1),
+    "last only": lambda p, h, m: (p[-1], m[-1]),
+    "a list": lambda p, h, m: p,
+    "a tuple": lambda p, h, m: tuple(p),
+    "a list of dicts": lambda p, h, m: [{"hidden": piece, "mean": piece.mean(1)} for piece in p],
+    "keys numbered by segment": lambda p, h, m: {f"segment {s}": piece for s, piece in enumerate(p)},
+    "keys that are numbers": lambda p, h, m: dict(enumerate(p)),
+    "keys from one, twice": lambda p, h, m: {f"{kind}.{s + 1}": x for s, x in enumerate(p) for kind in ("a", "b")},
+    "running sums": lambda p, h, m: running(p),
+    "a loss over the text": lambda p, h, m: loss(p),
+    "losses of the segments": lambda p, h, m: losses(p),
+    "hidden states of layers": lambda p, h, m: tuple(torch.cat(each, dim=1) for each in zip(*h, strict=True)),
+    "hidden states of segments": lambda p, h, m: [list(each) for each in h],
+    "hidden states by key": lambda p, h, m: {f"s{s}.l{i}": x for s, each in enumerate(h) for i, x in enumerate(each)},
+    "numbers and strings": lambda p, h, m: numbers(p),
+    "ModelOutput": lambda p, h, m: MemoryOutput(torch.cat(p, dim=1), tuple(m), loss(p)),
+    "ModelOutput of transformers": lambda p, h, m: CausalLMOutput(
+        logits=torch.cat(p, dim=1), hidden_states=tuple(torch.cat(each, dim=1) for each in zip(*h, strict=True))
+    ),
+    "ModelOutput with nothing in it": lambda p, h, m: CausalLMOutput(logits=torch.cat(p, dim=1)),
+    "plain dataclass": lambda p, h, m: Plain(torch.cat(p, dim=1), tuple(m)),
+    "dataclass in a list": lambda p, h, m: [Plain(piece, ()) for piece in p],
+    "object of the user's": lambda p, h, m: Bag([torch.cat(p, dim=1), *m]),
+}
+
+
+FAST = {"keys numbered by segment", "losses of the segments", "numbers and strings", "dataclass in a list"}
+
+
+@pytest.mark.parametrize("name", some(RESULTS, FAST))
+def test_results(name: str) -> None:
+    twins = Twins(lambda: Giving(RESULTS[name]))
+    twins.compare({LOWER, OWN})
+
+
+class InTheLoop(Stack):
+    """Running sums and counts that the loop itself keeps, in tensors and in numbers."""
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        memories, total, seen = zeros(x.shape[0]), x.new_zeros(()), 0
+        loss, count = x.new_zeros(()), torch.zeros((), dtype=torch.int64)
+        for piece in x.split(SEGMENT, dim=1):
+            hidden = self.segment(piece, memories)
+            loss += F.mse_loss(hidden, piece, reduction="sum")
+            total = total + hidden.amax()
+            count += 1
+            seen += piece.shape[1]
+        return {"loss": loss / seen, "total": total, "count": count, "seen": seen}
+
+
+@pytest.mark.slow
+def test_running_sums_in_the_loop() -> None:
+    Twins(InTheLoop).compare({LOWER, OWN})
+
+
+class Shared(Stack):
+    """What it returns and what it keeps are one object."""
+
+    def forward(self, x: Tensor) -> Any:
+        memories = zeros(x.shape[0])
+        pieces = [self.segment(piece, memories) for piece in x.split(SEGMENT, dim=1)]
+        self.bag = Bag(memories)
+        self.pair = (self.bag, memories)
+        return torch.cat(pieces, dim=1), self.bag, {"memories": memories}
+
+
+def test_one_object_in_several_places_stays_one() -> None:
+    twins = Twins(Shared)
+    for segments in (4, 5):
+        (_, bag, table), _ = twins.call(text(segments, 2))
+        twins.ran(segments)
+        assert bag is twins.fast.bag is twins.fast.pair[0]
+        assert bag.memories is table["memories"] is twins.fast.pair[1]
+
+
+class Swapping(Stack):
+    """Two objects change places in each call; the first is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Bag(full()), Bag([2 * each for each in full()])
+
+    def forward(self, x: Tensor) -> Any:
+        self.first, self.second = self.second, self.first
+        pieces = [self.segment(piece, self.first.memories) for piece in x.split(SEGMENT, dim=1)]
+        return torch.cat(pieces, dim=1), self.first
+
+
+@pytest.mark.slow
+def test_objects_that_change_places() -> None:
+    twins = Twins(Swapping)
+    fast, eager = (twins.fast.first, twins.fast.second), (twins.eager.first, twins.eager.second)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rmtc.compile(twins.fast)  # no longer strict: each call finds another of them
+        for number in range(5):
+            (_, found), (_, expected) = twins.call(text(4, 2, tail=1 + number % SEGMENT))
+            assert fast.index(found) == eager.index(expected) == (number + 1) % 2
+            assert (twins.fast.first is fast[0]) is (twins.eager.first is eager[0])
+
+
+def test_hidden_states_when_they_are_asked_for() -> None:
+    def result(pieces: list[Tensor], hidden: list[tuple[Tensor, ...]], memories: list[Tensor], states: bool) -> Any:
+        found = tuple(torch.cat(each, dim=1) for each in zip(*hidden, strict=True)) if states else None
+        return CausalLMOutput(logits=torch.cat(pieces, dim=1), hidden_states=found)
+
+    twins = Twins(lambda: Giving(result))
+    for segments, states in ((4, False), (4, True), (6, False), (7, True)):
+        found, _ = twins.call(text(segments, 2), states=states)
+        twins.ran(segments)
+        assert type(found) is CausalLMOutput and (found.hidden_states is not None) is states
+    assert rmtc.stats(twins.fast).captures == 2
