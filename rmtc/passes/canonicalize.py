@@ -19,6 +19,7 @@ __all__ = ["Canonicalize"]
 aten = torch.ops.aten
 _NO_RESULT = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.dropout.default, operator.getitem)
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default)
+_SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
 _END = torch.iinfo(torch.int64).max
 
 
@@ -43,18 +44,28 @@ class Canonicalize:
     last: writes that a later one covers make no dependence. A tensor is detached where it is read: who waits for it
     waits for what made it, not for the layer that kept it.
 
+    A slice of all there is is its source; but, given ``fixed`` sources, not of a table: what is made of them alone,
+    neither of the text nor of a memory, has one size, of which a shorter segment takes less.
+
+        %n = slice(%positions, 0, 0, 16)        stays: the last segment may take slice(%positions, 0, 0, 5)
+        %h = slice(%hidden, 1, 0, 16)     ->    %hidden
+
     With ``whole_windows`` a read of a concatenation stays one: the window of the last positions is the segment itself
     if it fills the window, and the end of the window before with it if it does not, as a shorter last one.
     """
 
     reorder_random: bool = False
     whole_windows: bool = False
+    segments: int = 1
+    fixed: frozenset[str] = frozenset()
     name = "canonicalize"
 
     def apply(self, graph: fx.Graph) -> None:
         if not self.reorder_random:
             _refuse_random(graph)
-        memory = _memories(graph)
+        memory, alike = _memories(graph), _alike(graph, ())
+        tables = _tables(graph, self.fixed) if self.fixed else set()
+        _drop_empty(graph)
         for node in list(graph.nodes):
             if node.op != "call_function":
                 continue
@@ -65,20 +76,68 @@ class Canonicalize:
                 _size(node, _dim(node, 2)),
             ):
                 _becomes(node, node.args[1])
+            elif node.target in _SCATTERS:
+                _unclone(node)
             elif node.target in (aten.select.int, aten.slice.Tensor):
-                _forward(node, self.whole_windows)
+                _forward(node, tables, self.whole_windows)
+            elif node.target is aten.alias.default:
+                _unalias(graph, node)
+            elif node.target is aten.cat.default:
+                _flatten(graph, node)
             elif node.target is aten.copy.default:
                 _copied(node)
             elif node.target in _CASTS:
                 _cast(node)
             elif node.target is aten.dropout.default and not _drops(node):
                 _becomes(node, node.args[0])
+        _drop_dead(graph, self.segments, alike)
         _assemble(graph)
+        for node in list(graph.nodes):  # what was put together is read part by part
+            if node.target in (aten.select.int, aten.slice.Tensor):
+                _forward(node, tables, self.whole_windows)
+        _drop_dead(graph, self.segments, [*alike, *_alike(graph, [node for nodes in alike for node in nodes])])
         _detach_at_readers(graph)
         _keep_apart(graph, memory)
         for node in reversed(list(graph.nodes)):
             if not node.users and (node.target in (*_NO_RESULT, *SPLITS, *_CASTS) or node.op == "get_attr"):
                 graph.erase_node(node)
+
+
+def _tables(graph: fx.Graph, fixed: frozenset[str]) -> set[fx.Node]:
+    """What is made of fixed sources alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if node.meta.get("source", ("", ""))[1] in fixed:
+                found.add(node)
+        elif node.op == "get_attr" or (node.op == "call_function" and found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def _drop_empty(graph: fx.Graph) -> None:
+    """Leave out of a concatenation what is empty each time a line of the user's code is run.
+
+    cat([memory[1:], %new], 0), with a memory of one   ->   cat([%new], 0)
+    """
+    alike: dict[Any, list[Any]] = {}
+    for node in graph.nodes:
+        if node.target is aten.cat.default:
+            alike.setdefault((node.meta.get("location"), len(node.args[0])), []).append(node)
+    for nodes in alike.values():
+        filled = [
+            number
+            for number in range(len(nodes[0].args[0]))
+            if not all(_is_empty(node.args[0][number], node) for node in nodes)
+        ]
+        for node in nodes:
+            if filled:
+                node.args = ([node.args[0][number] for number in filled], *node.args[1:])
+
+
+def _is_empty(piece: Any, whole: fx.Node) -> bool:
+    value, result = piece.meta["val"], whole.meta["val"]
+    return value.ndim == result.ndim and value.dtype == result.dtype and _size(piece, _dim(whole, 1)) == 0
 
 
 def _memories(graph: fx.Graph) -> list[Any]:
@@ -201,6 +260,14 @@ def _interval(node: fx.Node, size: int, dim_at: int) -> tuple[int, int] | None:
     return resolved[0], max(resolved)
 
 
+def _may_be_part(node: fx.Node, tables: set[fx.Node]) -> bool:
+    """Whether a slice of all there is may take a part in another segment: the last positions, or those of a table."""
+    start, end = _argument(node, 2, "start", None), _argument(node, 3, "end", None)
+    if start is not None and start < 0:
+        return True
+    return node in tables and end is not None and end != _END
+
+
 def _becomes(node: fx.Node, value: Any) -> None:
     """Use a value for a node that is the same, also under the node's name."""
     node.replace_all_uses_with(value)
@@ -231,7 +298,7 @@ def _dim(node: fx.Node, index: int) -> int:
     return int(_argument(node, index, "dim", 0) % node.meta["val"].ndim)
 
 
-def _forward(node: fx.Node, whole_windows: bool) -> None:
+def _forward(node: fx.Node, tables: set[fx.Node], whole_windows: bool) -> None:
     """Read through what put a tensor together: a part that was put there is that part, whatever was put elsewhere."""
     while True:
         source: Any = node.args[0]
@@ -248,11 +315,13 @@ def _forward(node: fx.Node, whole_windows: bool) -> None:
             if interval is None:
                 return
             read = interval
-            if read == (0, size):
+            if read == (0, size) and not _may_be_part(node, tables) and not _is_rest_of_rest(source):
                 node.replace_all_uses_with(source)
                 return
-        if source.op != "call_function":
+        if source.op != "call_function" or read[0] == read[1]:
             return
+        if _unclone(node):
+            continue
         if source.target in (aten.select_scatter.default, aten.slice_scatter.default) and _dim(source, 2) == dim:
             if source.target is aten.select_scatter.default:
                 written = (source.args[3] % size, source.args[3] % size + 1)  # type: ignore[operator]
@@ -266,21 +335,67 @@ def _forward(node: fx.Node, whole_windows: bool) -> None:
                 continue
             if read == written and whole_row == (source.target is aten.select_scatter.default):
                 _is_part(node, source.args[1])
-            return
+                return
+            part: Any = source.args[1]
+            if source.target is aten.select_scatter.default or not written[0] <= read[0] < read[1] <= written[1]:
+                return
+            if part.meta["val"].dtype != node.meta["val"].dtype or part.meta["val"].ndim <= dim:
+                return
+            node.args = (part, dim, *(place - written[0] for place in (read[:1] if whole_row else read)))
+            continue
         if source.target is aten.stack.default and _dim(source, 1) == dim and whole_row:
             _is_part(node, source.args[0][read[0]])  # type: ignore[index]
             return
-        if source.target is aten.cat.default and _dim(source, 1) == dim and not whole_row:
+        if source.target is aten.cat.default and _dim(source, 1) == dim:
             if whole_windows and read[1] == size:
                 return
             start = 0
             for piece in source.args[0]:  # type: ignore[union-attr]
                 end = start + (_size(piece, dim) if piece.meta["val"].ndim > dim else 0)  # type: ignore[union-attr, arg-type]
-                if (start, end) == read:
+                if (start, end) == read and not whole_row:
                     _is_part(node, piece)
                     return
+                if start <= read[0] and read[1] <= end and piece.meta["val"].dtype == node.meta["val"].dtype:  # type: ignore[union-attr]
+                    break
                 start = end
+            else:
+                return
+            node.args = (piece, dim, *(place - start for place in (read[:1] if whole_row else read)))
+            continue
+        if source.target is aten.slice.Tensor and _dim(source, 1) == dim and _is_cut_again(source):
+            interval = _interval(source, _size(source.args[0], dim), 1)  # type: ignore[arg-type]
+            if interval is None:
+                return
+            node.args = (source.args[0], dim, *(place + interval[0] for place in (read[:1] if whole_row else read)))
+            node.meta["rest"] = True
+            continue
         return
+
+
+def _unalias(graph: fx.Graph, node: fx.Node) -> None:
+    """alias(x) -> x, but for a result; where x is what a loop has left for its last segment, a slice of its own."""
+    source: Any = node.args[0]
+    if _is_rest_of_rest(source):
+        with graph.inserting_before(node):
+            source = graph.node_copy(source)
+        source.meta["location"] = node.meta.get("location")
+    node.replace_all_uses_with(source, lambda user: user.op != "output")
+
+
+def _flatten(graph: fx.Graph, node: fx.Node) -> None:
+    """cat([cat([a, b]), c]) -> cat([a, b, c]), where nothing else reads what is inside."""
+    given: Any = node.args[0]
+    pieces: list[Any] = []
+    for piece in given:
+        inside = piece.target is aten.cat.default and len(piece.users) == 1
+        alike = inside and piece.meta["val"].dtype == node.meta["val"].dtype and _dim(piece, 1) == _dim(node, 1)
+        pieces += piece.args[0] if alike else [piece]
+    if len(pieces) > len(given):
+        before = node.all_input_nodes
+        node.args = (pieces, *node.args[1:])
+        for piece in before:
+            if not piece.users:
+                graph.erase_node(piece)
 
 
 def _is_part(node: fx.Node, part: Any) -> None:
@@ -289,7 +404,96 @@ def _is_part(node: fx.Node, part: Any) -> None:
         node.replace_all_uses_with(part)
 
 
-_SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
+def _is_cut_again(node: fx.Node) -> bool:
+    """Whether a slice is read as a part of what it is cut from: of a state, or where a loop cuts the rest of the rest.
+
+    piece, x = x[:, :4], x[:, 4:]
+    """
+    source: Any = node.args[0]
+    return _put_together(source) or _is_rest_of_rest(node)
+
+
+def _is_rest_of_rest(node: fx.Node) -> bool:
+    """Whether a line that cuts a part off a tensor cuts the next one off what it leaves."""
+    place = node.meta.get("location")
+    again = any(_is_rest(user) and user.meta.get("location") == place for user in node.users)
+    return _is_rest(node) and (again or "rest" in node.meta)
+
+
+def _is_rest(node: fx.Node) -> bool:
+    """Whether a node is all of a tensor from some place on."""
+    if node.target is not aten.slice.Tensor or not isinstance(node.args[0], fx.Node):
+        return False
+    size = _size(node.args[0], _dim(node, 1))
+    interval = _interval(node, size, 1)
+    return interval is not None and interval[0] > 0 and interval[1] == size
+
+
+def _put_together(source: Any) -> bool:
+    """Whether a tensor was put together of others, or is a state that may have been at first."""
+    if source.op == "placeholder":
+        return bool(source.meta["source"][0] != "input")
+    return source.target in (aten.slice.Tensor, *_MOVES) or not source.all_input_nodes
+
+
+def _unclone(node: fx.Node) -> bool:
+    """select(clone(x)), scatter(clone(x), v) -> select(x), scatter(x, v): nothing writes to x any more."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source.target is not aten.clone.default or source.kwargs:
+        return False
+    node.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
+    return True
+
+
+_MOVES = (aten.clone.default, aten.copy.default, aten.stack.default, aten.cat.default, *_SCATTERS)
+
+
+def _alike(graph: fx.Graph, known: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """The operations but for known ones, by what one line of the user's code makes, in order."""
+    found: dict[Any, list[fx.Node]] = {}
+    others = set(known)
+    for node in graph.nodes:
+        if node.op == "call_function" and node not in others:
+            found.setdefault((node.target, node.meta.get("location"), len(node.args)), []).append(node)
+    return list(found.values())
+
+
+def _drop_dead(graph: fx.Graph, segments: int, alike: Sequence[list[fx.Node]]) -> None:
+    """Drop views, copies and what puts tensors together where no result needs it.
+
+    What an earlier segment but the first makes for a later one stays in the last ones, too, which make it in vain: of
+    what one line of the user's code makes, the nodes that are as many from the end belong together.
+    """
+    needed: set[fx.Node] = set()
+
+    def need(nodes: list[fx.Node]) -> None:
+        while nodes:
+            node = nodes.pop()
+            if node not in needed:
+                needed.add(node)
+                nodes += node.all_input_nodes
+
+    need([node for node in graph.nodes if node.op == "output"])
+    for nodes in alike:
+        often = -(-len(nodes) // segments)
+        for at, node in enumerate(nodes):
+            earlier = range(at - often, max(0, len(nodes) - often * (segments - 1)) - 1, -often)
+            if node not in needed and any(nodes[place] in needed for place in earlier):
+                need([node])
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node not in needed and (node.target in VIEWS or node.target in _MOVES):
+            graph.erase_node(node)
+
+
+def _part(graph: fx.Graph, writer: fx.Node, dim: int) -> Any:
+    """What a scatter writes, with the dimension along which it is written."""
+    value: Any = writer.args[1]
+    if writer.target is aten.slice_scatter.default:
+        return value
+    part = graph.call_function(aten.unsqueeze.default, (value, dim))
+    part.meta.update({key: each for key, each in writer.meta.items() if key != "name"})
+    part.meta["val"] = value.meta["val"].unsqueeze(dim)
+    return part
 
 
 def _assemble(graph: fx.Graph) -> None:
@@ -323,9 +527,11 @@ def _assemble(graph: fx.Graph) -> None:
         kinds = {writer.target for writer in writers}
         values: list[Any] = [writer.args[1] for writer in writers]
         covered = covered and all(value.meta["val"].dtype == node.meta["val"].dtype for value in values)
-        with graph.inserting_after(node):
-            if covered and len(kinds) == 1:
+        with graph.inserting_before(node.next):
+            if covered:
                 target = aten.stack.default if kinds == {aten.select_scatter.default} else aten.cat.default
+                if len(kinds) > 1:
+                    values = [_part(graph, writer, dim) for writer in writers]
                 whole = graph.call_function(target, (values, dim))
                 whole.meta.update(node.meta)
             elif count > len(parts):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Sequence, Set
 from fractions import Fraction
 
 __all__ = [
@@ -47,6 +47,7 @@ def choose_cut(
     crossing: Sequence[int],
     low: int,
     high: int,
+    reads: Sequence[int] = (),
 ) -> int:
     """Divide what lies between the anchors of two parts into the tail of one and the head of the next.
 
@@ -56,16 +57,18 @@ def choose_cut(
         after_last: the tokens after the last part's last anchor: a tail is repeated at their start.
         crossing: ``crossing[c]`` is the number of tensors that cross a cut after c operations.
         low, high: the least and the greatest cut allowed, inclusive.
+        reads: the operations of the gap that are better in the head.
 
     Returns:
         The number of operations of the gap in the tail: of those that leave the fewest operations without a
-        counterpart at the ends, one with the fewest crossing tensors, then the latest.
+        counterpart at the ends, one with the fewest crossing tensors, then with the most ``reads`` in the head, then
+        the latest.
     """
 
-    def cost(cut: int) -> tuple[int, int, int]:
+    def cost(cut: int) -> tuple[int, int, int, int]:
         head, tail = gap[cut:], gap[:cut]
         lost = len(head) - common_suffix(head, before_first) + len(tail) - common_prefix(tail, after_last)
-        return lost, crossing[cut], -cut
+        return lost, crossing[cut], sum(place < cut for place in reads), -cut
 
     return min(range(low, high + 1), key=cost)
 
@@ -76,6 +79,8 @@ def divide(
     last: Sequence[int],
     reach: Sequence[int],
     anchors: dict[int, int],
+    made: Set[int] = frozenset(),
+    reads: Set[int] = frozenset(),
 ) -> tuple[list[int], Sequence[Hashable], Sequence[Hashable]]:
     """Divide a sequence that repeats a part into its parts.
 
@@ -84,6 +89,9 @@ def divide(
         first, last: first and last anchor of each part.
         reach: for each operation, the last one that uses it.
         anchors: operations whose part is known, besides those.
+        made: operations that no later part needs: they belong to the part that has just ended.
+        reads: operations that are better at the start of a part than at the end of the one before, where that shows
+            by what it made.
 
     Returns:
         Where parts 1, 2, ... start; what a part runs before its first anchor; what it runs after its last.
@@ -101,15 +109,22 @@ def divide(
                 low = max(low, i - begin + 1)
             elif anchors.get(i) == part + 1:
                 high = min(high, i - begin)
+        low = max([low, *(i - begin + 1 for i in made if begin <= i < min(end, begin + high))])
         high = max(low, high)
+        ended = last[part] in made or any(begin <= i < end for i in made)
+        early = [i - begin for i in sorted(reads) if begin + low <= i < end and ended]
         if part == reference:
             crossing = [
                 sum(1 for j in range(first[part], begin + c) if reach[j] >= begin + c) for c in range(end - begin + 1)
             ]
-            cut = choose_cut(tokens[begin:end], tokens[: first[0]], tokens[last[-1] + 1 :], crossing, low, high)
+            cut = choose_cut(tokens[begin:end], tokens[: first[0]], tokens[last[-1] + 1 :], crossing, low, high, early)
             head, tail = tokens[begin + cut : end], tokens[begin : begin + cut]
         else:
-            cut = max(low, min(high, end - begin - common_suffix(tokens[begin:end], head)))
+            cut = end - begin - common_suffix(tokens[begin:end], head)
+            start = max(low, common_prefix(tokens[begin:end], tail))
+            if any(start <= place < cut for place in early):
+                cut = start
+            cut = max(low, min(high, cut))
         starts[part] = begin + cut
     return starts, head, tail
 

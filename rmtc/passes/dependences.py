@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import networkx as nx
 
@@ -14,7 +14,7 @@ from rmtc.ir.schedule import Cell, Dependence, Extent, L, layer_symbol
 from rmtc.ir.segment_loop import BodyOp, Key, Row, SegmentLoop
 from rmtc.passes.streams import Family, template
 
-__all__ = ["cell_graph", "find_dependences", "operation_graph"]
+__all__ = ["cell_graph", "find_dependences", "maker_name", "operation_graph", "tensor_name"]
 
 
 def operation_graph(loop: SegmentLoop, segments: int) -> nx.DiGraph:
@@ -67,8 +67,8 @@ def find_dependences(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
                 Dependence(
                     distance,
                     name,
-                    _who(made, loop.layers, family),
-                    _who(read, loop.layers, family),
+                    maker_name(made["op"], made["cell"].layer, loop.layers, family),
+                    maker_name(read["op"], read["cell"].layer, loop.layers, family),
                     made["op"].location,
                     read["op"].location,
                     layers,
@@ -93,7 +93,7 @@ def _tensors(
     names: dict[tuple[int, tuple[int, int]], set[str]] = {}
     for same, (ds, pair), edge in sorted(crossing, key=lambda each: each[0] is None):
         op = graph.nodes[edge.producer]["op"] if same is None else loop.steady[same]
-        name = _tensor_name(op, pair[0], family)
+        name = tensor_name(op, pair[0], family)
         known = names.setdefault((ds, pair), set())
         if same is not None:
             known.add(name)
@@ -193,7 +193,7 @@ def _distances(
     ]
 
 
-def _tensor_name(op: Op | BodyOp, layer: int, family: Family | None) -> str:
+def tensor_name(op: Op | BodyOp, layer: int, family: Family | None) -> str:
     """The name of a tensor with ``{l}`` for the layer, as in ``memories[{l}]``."""
     if op.name and not op.name.startswith(("output", "write:")):
         name = template(family, op.name)
@@ -201,7 +201,7 @@ def _tensor_name(op: Op | BodyOp, layer: int, family: Family | None) -> str:
     return op.variable or op.label
 
 
-def _who(node: dict[str, Any], layers: int, family: Family | None) -> str:
-    op, layer = node["op"], node["cell"].layer
+def maker_name(op: Op | BodyOp, layer: int, layers: int, family: Family | None) -> str:
+    """An operation in words a user recognises, as in ``linear in layers.{l}.query (prologue)``."""
     stage = " (prologue)" if layer < 0 else " (epilogue)" if layer >= layers else ""
     return (f"{op.label} in {template(family, op.module)}" if op.module else op.label) + stage

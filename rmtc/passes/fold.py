@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rmtc.errors import RefusedError
-from rmtc.ir.program import Op, Source, Src, Val, leaves, show, target_name
-from rmtc.ir.segment_loop import BodyOp, Environment, Item, Outer, Row, SegmentLoop
+from rmtc.ir.program import Op, Source, Src, Val, leaves, map_leaves, show, target_name
+from rmtc.ir.segment_loop import BodyOp, Environment, Every, Item, Outer, Row, SegmentLoop, Where
+from rmtc.passes.complete import complete_segments
+from rmtc.passes.cuts import common_subsequence
 from rmtc.passes.fit import Misfit, fit
 from rmtc.passes.outside import fold_outside, fold_results
 from rmtc.passes.run import Run, describe, structure
@@ -15,7 +20,9 @@ from rmtc.passes.run import Run, describe, structure
 __all__ = ["fold_segments"]
 
 
-def fold_segments(short: Run, long: Run, sources: dict[str, Source], steady_from: int) -> SegmentLoop:
+def fold_segments(
+    short: Run, long: Run, sources: dict[str, Source], steady_from: int, growing: frozenset[str] = frozenset()
+) -> SegmentLoop:
     """Fold two runs into a loop.
 
     Needs: two runs of n and n + 1 segments.
@@ -33,6 +40,13 @@ def fold_segments(short: Run, long: Run, sources: dict[str, Source], steady_from
     """
     if short.segments <= steady_from or long.segments != short.segments + 1:
         raise ValueError("fold_segments needs runs of n and n + 1 segments with a steady one in each")
+    with contextlib.suppress(RefusedError):
+        return _fold(*complete_segments(short, long, steady_from, growing), sources, steady_from)
+    return _fold(short, long, sources, steady_from)
+
+
+def _fold(short: Run, long: Run, sources: dict[str, Source], steady_from: int) -> SegmentLoop:
+    """The loop of two runs as they are."""
     short, long = _drop_unused(short, long)
     reference = long.tokens(steady_from)
     for run in (short, long):
@@ -52,7 +66,67 @@ def fold_segments(short: Run, long: Run, sources: dict[str, Source], steady_from
     before = fold_outside(short, long, short.before, long.before, lengths, "before")
     after = fold_outside(short, long, short.after, long.after, lengths, "after")
     outputs = fold_results(short, long, len(rows))
-    return SegmentLoop(before, tuple(rows), steady, after, outputs, sources, short.segment_length)
+    loop = _with_known_results(SegmentLoop(before, tuple(rows), steady, after, outputs, sources, short.segment_length))
+    while len(loop.rows) > _LEAST and _alike(loop.rows[-1], steady):
+        loop = _without_last_row(loop)
+    return loop
+
+
+_LEAST = 2
+
+
+def _with_known_results(loop: SegmentLoop) -> SegmentLoop:
+    """The loop with the results of a first segment that runs other operations: such a segment may be the last.
+
+    It leaves what later ones read in the place of what a steady one leaves; where none reads it, what is made by the
+    same operation in the same order, which a trace of so few segments has yet to confirm.
+
+        s0: %3, s: %5 = f(s-1.%5), s1 reads s0.%3 in its place   ->   s0 leaves %3 where a later one leaves %5
+    """
+    last = len(loop.rows)
+    stands: dict[tuple[int, int], int] = {}  # (row, number in a steady segment) -> number in the row
+    back = [leaf.back for op in loop.steady for leaf in leaves(op.args) if isinstance(leaf, Row)]
+    for s in range(last + max(back, default=0)):
+        row = loop.rows[s] if s < last else loop.steady
+        if [op.target for op in row] != [op.target for op in loop.steady]:
+            continue
+        for op, steady in zip(row, loop.steady, strict=True):
+            for one, other in zip(leaves(op.args), leaves(steady.args), strict=False):
+                if isinstance(one, Row) and isinstance(other, Row) and 0 < one.back == other.back <= s:
+                    stands.setdefault((s - one.back, other.number), one.number)
+
+    kinds = [(op.target, op.location) for op in loop.steady]
+    for s in range(last):
+        row_kinds = [(op.target, op.location) for op in loop.rows[s]]
+        places = common_subsequence(kinds, row_kinds)
+        for n, k in zip(places, common_subsequence(row_kinds, [kinds[n] for n in places]), strict=True):
+            stands.setdefault((s, n), k)
+
+    def known(leaf: Any) -> Any:
+        if not isinstance(leaf, (Where, Every)):
+            return leaf
+        numbers = [stands.get((row, leaf.number[-1]), -1) if n < 0 else n for row, n in enumerate(leaf.number)]
+        return leaf._replace(number=tuple(numbers))
+
+    after = tuple(replace(op, args=map_leaves(op.args, known)) for op in loop.after)
+    return replace(loop, after=after, outputs={name: known(value) for name, value in loop.outputs.items()})
+
+
+def _alike(row: Sequence[BodyOp], steady: Sequence[BodyOp]) -> bool:
+    return len(row) == len(steady) and all(
+        a.target is b.target and a.args == b.args for a, b in zip(row, steady, strict=True)
+    )
+
+
+def _without_last_row(loop: SegmentLoop) -> SegmentLoop:
+    """The loop with its last explicit segment, which is as the steady ones, as one of them."""
+
+    def shorter(leaf: Any) -> Any:
+        return leaf._replace(number=leaf.number[:-1]) if isinstance(leaf, (Where, Every)) else leaf
+
+    after = tuple(replace(op, args=map_leaves(op.args, shorter)) for op in loop.after)
+    outputs = {name: shorter(value) for name, value in loop.outputs.items()}
+    return replace(loop, rows=loop.rows[:-1], after=after, outputs=outputs)
 
 
 def _drop_unused(short: Run, long: Run) -> tuple[Run, Run]:
@@ -89,6 +163,9 @@ def _drop_unused(short: Run, long: Run) -> tuple[Run, Run]:
     for members in groups.values():
         if not any(i in needed[number] for number, s in members for i in runs[number].numbers(s)):
             need([(number, i) for number, s in members for i in runs[number].numbers(s)])
+    # Nor is what another segment needs of the same parameters dropped: a run of few segments may return it.
+    kinds = {_kind(runs[number].ops[i]) for number in (0, 1) for i in needed[number]} - {None}
+    need([(number, i) for number, run in enumerate(runs) for i, op in enumerate(run.ops) if _kind(op) in kinds])
     dropped = [set(range(len(run.ops))) - needed[number] for number, run in enumerate(runs)]
     for members in groups.values():
         if all(s == runs[number].segments - 1 for number, s in members):
@@ -99,6 +176,12 @@ def _drop_unused(short: Run, long: Run) -> tuple[Run, Run]:
             if any(type(leaf) is Val and leaf.number in dropped[number] for leaf in leaves(op.args)):
                 dropped[number].add(i)
     return short.without(dropped[0]), long.without(dropped[1])
+
+
+def _kind(op: Op) -> Any:
+    """What an operation does with which tensors from before the call; None if with none."""
+    names = tuple(leaf.name for leaf in leaves(op.args) if type(leaf) is Src)
+    return (op.target, op.location, names) if names else None
 
 
 _NUMBERS = (

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from rmtc.ir.segment_loop import Fit, SegmentLoop
+from rmtc.ir.segment_loop import Environment, Fit, SegmentLoop
 
 __all__ = ["generalize_rows"]
 
@@ -17,7 +17,8 @@ def generalize_rows(loop: SegmentLoop) -> SegmentLoop:
     Needs: a loop with classes.
     Gives: a loop in which a cell of an explicit row that is of the steady row's class has its functions of batch and
     length. The runs that were folded had their short segment last, so an explicit row knows only full segments.
-    Checks: the class says already that the functions give this row's numbers at full length.
+    Where a whole row runs what the steady one runs, so have its other cells those of the length.
+    Checks: the class says already that the functions give this row's numbers at full length, or they do.
 
         row 1:       %15 = arange(20)             row 1:       %15 = arange(T + 4)
         s >= 2:      %15 = arange(T + 4)     ->   s >= 2:      %15 = arange(T + 4)
@@ -29,6 +30,11 @@ def generalize_rows(loop: SegmentLoop) -> SegmentLoop:
             for offset in range(end - start):
                 op, steady = ops[start + offset], loop.steady[model + offset]
                 ops[start + offset] = replace(op, args=_merged(op.args, steady.args))
+        if [op.target for op in row] == [op.target for op in loop.steady]:
+            ops = [
+                replace(op, args=_merged(op.args, steady.args, loop.segment_length))
+                for op, steady in zip(ops, loop.steady, strict=True)
+            ]
         rows.append(tuple(ops))
     return replace(loop, rows=tuple(rows))
 
@@ -45,10 +51,18 @@ def _matching(loop: SegmentLoop, row: int) -> Iterator[tuple[tuple[int, int], tu
             yield getattr(mine, stage), getattr(steady, stage)
 
 
-def _merged(args: tuple[Any, ...], steady: tuple[Any, ...]) -> tuple[Any, ...]:
+def _merged(args: tuple[Any, ...], steady: tuple[Any, ...], length: int | None = None) -> tuple[Any, ...]:
+    """Arguments with the steady row's functions; given a length, only those of it that have the argument's value."""
+
     def merge(arg: Any, other: Any) -> Any:
         if type(arg) is tuple and type(other) is tuple:
-            return _merged(arg, other)
-        return other if type(arg) in (int, Fit) and isinstance(other, Fit) else arg
+            return _merged(arg, other, length)
+        if type(arg) not in (int, Fit) or not isinstance(other, Fit):
+            return arg
+        known = length is None or (
+            {name for names, _ in other.terms for name in names} == {"T"}
+            and other.at(Environment(0, 0, 0, length, 0)) == arg
+        )
+        return other if known else arg
 
-    return tuple(merge(arg, other) for arg, other in zip(args, steady, strict=True))
+    return tuple(merge(arg, other) for arg, other in zip(args, steady, strict=len(args) == len(steady)))

@@ -130,7 +130,24 @@ def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> 
                 reach[leaf.number] = i
     templates = [tuple(sorted({family.template(name) for name in each})) for each in names]
     tokens = [(op.target, len(op.args), templates[i]) for i, op in enumerate(row)]
-    starts, head, _ = divide(tokens, first, last, reach, {})
+    reads: set[int] = set()
+    rank = [layer_at.get(i, -1) for i in range(len(row))]  # the latest layer that it is made of
+    for i, op in enumerate(row):
+        for leaf in leaves(op.args):
+            if isinstance(leaf, Row) and leaf.back == 0:
+                rank[i] = max(rank[i], rank[leaf.number])
+            elif isinstance(leaf, Row) or (
+                isinstance(leaf, Src) and loop.sources[leaf.name].kind in ("buffer", "state")
+            ):
+                reads.add(i)
+    latest = list(rank)  # that something is made of which it has a part in
+    for i in reversed(range(len(row))):
+        for leaf in leaves(row[i].args):
+            if isinstance(leaf, Row) and leaf.back == 0:
+                latest[leaf.number] = max(latest[leaf.number], latest[i])
+    made = {i for i in range(len(row)) if latest[i] <= rank[i]}
+    reads -= made
+    starts, head, _ = divide(tokens, first, last, reach, {}, made, reads)
     begin = first[0] - common_suffix(tokens[: first[0]], head)
     # The last layer ends as another does, though it may leave out what it has no part in.
     tails = [tokens[at + 1 : start] for at, start in zip(last, starts, strict=False)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from rmtc.ir.folded import FoldedGraph, Times
 from rmtc.ir.schedule import Cell, Schedule
 from rmtc.ir.segment_loop import Key, SegmentLoop
 from rmtc.passes.check import Place
+from rmtc.passes.check_moments import Slot
 
-__all__ = ["places"]
+__all__ = ["places", "slots"]
 
 
 def places(loop: SegmentLoop, keys: list[Key], segments: int, schedule: Schedule) -> list[Place]:
@@ -33,4 +35,23 @@ def places(loop: SegmentLoop, keys: list[Key], segments: int, schedule: Schedule
             stage = 0 if layer < 0 else 2 if layer >= layers else 1
             step = times[Cell(key.segment, min(max(layer, 0), layers - 1))]
             found.append(Place(1, step, stage, Cell(key.segment, layer), key.number))
+    return found
+
+
+def slots(loop: SegmentLoop, keys: list[Key], segments: int, graph: FoldedGraph, times: Times) -> list[Slot]:
+    """The slot of each operation, by times of the loop's folded graph.
+
+    Args:
+        loop, keys, segments: as in :func:`places`.
+        graph: the folded graph of the loop.
+        times: when its vertices run.
+    """
+    found: list[Slot] = []
+    for key in keys:
+        cell = loop.cell(key, segments)
+        if cell is None:
+            found.append(Slot(0 if key.segment < 0 else 2, 0, 0))
+        else:
+            vertex = graph.operations[min(key.segment, len(loop.rows)), key.number]
+            found.append(Slot(1, *times.moment(vertex, cell)))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,10 @@ def find_segments(program: Program, use: Uses, anchors: dict[int, int], inner: s
         for j in _inputs(op):
             reach[j] = i
     starts, head, tail = divide(tokens, first, last, reach, anchors)
-    opening = _match_head(program, tokens, first[0], head)
+    own = range(first[0], starts[0] if starts else last[0] + 1)
+    opening = _match_head(program, tokens, own, head, [use.invariant[i] for i in moved])
+    if segments > 1:  # as the one before it ends: the first ones may end otherwise, while a memory fills
+        tail = tokens[last[-2] + 1 : starts[-1]]
     closing = _match_tail(program, tokens, range(last[-1] + 1, len(program.ops)), tail)
     before = [i for i in range(first[0]) if i not in opening]
     bounds = [first[0], *starts, last[-1] + 1]
@@ -105,6 +109,9 @@ def find_segments(program: Program, use: Uses, anchors: dict[int, int], inner: s
     members[0] = [*sorted(opening), *members[0]]
     members[-1] += sorted(closing)
     after = _hand_back(program, tokens, anchors, members, last[-1] + 1)
+    _leave_behind(program, members, anchors)
+    members = [_by_use(program, row, anchors) for row in members]
+    after = _results_only(program, tokens, members, anchors) + after
     order = before + [i for row in members for i in row] + after
     sizes = [len(before), *(len(row) for row in members)]
     return Segmented(reorder(program, order), [sum(sizes[: s + 1]) for s in range(segments + 1)])
@@ -129,6 +136,91 @@ def _hand_back(
     for row, more in zip(members, extra, strict=True):
         row += more
     return [i for i in rest if i not in set(extra[-1])]
+
+
+def _results_only(
+    program: Program, tokens: Sequence[Token], members: list[list[int]], anchors: dict[int, int]
+) -> list[int]:
+    """Take from the last segment what the one before does not run, and only results need."""
+    if len(members) < 3:
+        return []
+    last = members[-1]
+    alike = {last[k] for k in common_subsequence([tokens[i] for i in last], [tokens[i] for i in members[-2]])}
+    kept: set[int] = set()
+    for i in reversed(last):
+        if i in alike or i in anchors or i in kept:
+            kept.add(i)
+            kept.update(_inputs(program.ops[i]))
+    moved = [i for i in last if i not in kept]
+    members[-1] = [i for i in last if i in kept]
+    return moved
+
+
+def _leave_behind(program: Program, members: list[list[int]], anchors: dict[int, int]) -> None:
+    """What a segment runs first, of what the one before made, and has no use for, is the end of that one."""
+    segment = {i: s for s, row in enumerate(members) for i in row}
+    for s, row in enumerate(members):
+        start = min((i for i in row if i in anchors), default=0)
+        made: dict[int, int] = {}  # of earlier segments alone: by the latest of them
+        for i in row:
+            of = [made.get(j, segment.get(j, -1)) for j in _inputs(program.ops[i])]
+            if i < start and 0 <= max(of, default=-1) < s:
+                made[i] = max(of)
+        used = {j for i in row if i not in made for j in _inputs(program.ops[i])}
+        for i in reversed(made):
+            if i in used:
+                used.update(_inputs(program.ops[i]))
+        for i in made.keys() - used:
+            segment[i] = made[i]
+        row[:] = [i for i in row if segment[i] == s]
+        for i in sorted(made.keys() - used):
+            members[made[i]].append(i)
+
+
+def _by_use(program: Program, row: list[int], anchors: dict[int, int]) -> list[int]:
+    """The operations of a segment with what no later anchor has a part in as soon as what it is made of is there.
+
+    A memory that is written after all layers have run is then next to the layer that it belongs to.
+
+        l0, l1, write m0, write m1   ->   l0, write m0, l1, write m1
+    """
+    inside = set(row)
+    inputs = {i: [j for j in dict.fromkeys(_inputs(program.ops[i])) if j in inside] for i in row}
+    users: dict[int, list[int]] = {}
+    rank: dict[int, int] = {}  # the latest anchor that it is made of
+    for i in row:
+        rank[i] = i if i in anchors else max((rank[j] for j in inputs[i]), default=-1)
+        for j in inputs[i]:
+            users.setdefault(j, []).append(i)
+    latest = dict(rank)  # that something is made of which it has a part in
+    for i in reversed(row):
+        for j in inputs[i]:
+            latest[j] = max(latest[j], latest[i])
+    needed = {i for i in row if i in anchors or latest[i] > rank[i]}
+    loose = {i for i in row if latest[i] < 0}
+    waiting = {i: sum(j not in loose for j in inputs[i]) for i in row}
+    done: dict[int, None] = {}
+
+    def emit(goal: int) -> None:
+        work = [goal]
+        while work:
+            i = work[-1]
+            missing = [j for j in inputs[i] if j not in done]
+            if i in done or missing:
+                work.pop() if i in done else work.extend(reversed(missing))
+                continue
+            done[work.pop()] = None
+            ready = []
+            for user in users.get(i, ()) if i not in loose else ():
+                waiting[user] -= 1
+                if not waiting[user] and user not in needed:
+                    ready.append(user)
+            work.extend(reversed(ready))
+
+    start = min((i for i in row if i in anchors), default=0)
+    for i in (*(i for i in row if i in needed or (i in loose and i < start)), *row):
+        emit(i)
+    return list(done)
 
 
 def reorder(program: Program, order: list[int]) -> Program:
@@ -177,12 +269,16 @@ def _inputs(op: Op) -> list[int]:
 def _segment_major(program: Program, use: Uses, anchors: dict[int, int]) -> tuple[Program, list[int]]:
     """Layers outside, segments inside: order by the latest segment among the ancestors instead."""
     label = [-1] * len(program.ops)
+    position = [-1] * len(program.ops)  # the segment of the last anchor that has run
     for i, op in enumerate(program.ops):
+        position[i] = anchors.get(i, position[i - 1] if i else -1)
         label[i] = max([anchors.get(i, -1), *(label[j] for j in _inputs(op))])
     first_user: dict[int, int] = {}
-    for i in reversed(range(len(program.ops))):  # a view taken for the next segment is that segment's
-        if program.ops[i].target in VIEWS and i not in anchors:
-            label[i] = max(label[i], first_user.get(i, -1))
+    for i in reversed(range(len(program.ops))):
+        user = first_user.get(i, -1)
+        if i not in anchors:  # a view taken for the next segment is that segment's, and so is what is run in it
+            view = program.ops[i].target in VIEWS
+            label[i] = max(label[i], user if view else min(user, position[i]) if label[i] >= 0 else -1)
         for j in _inputs(program.ops[i]):
             first_user[j] = min(label[i], first_user.get(j, label[i]))
     order = sorted(range(len(program.ops)), key=lambda i: (label[i], i))
@@ -218,9 +314,10 @@ def _gather(
     for i in reversed(range(count)):
         homes = {-1 if j in shared else home[j] for j in users[i]} - {None}
         between = i < first or not starts[position[i]] <= i <= ends[position[i]] if i <= last else False
+        free = use.invariant[i] and i not in anchors and first <= i <= last and not between
         if use.invariant[i] and i not in anchors and (len(homes) > 1 or homes == {-1}):
             shared.add(i)
-        elif between and homes:
+        elif (between or free) and homes:
             home[i] = min(each for each in homes if each is not None)
         elif not between:
             home[i] = position[i]
@@ -232,7 +329,12 @@ def _gather(
                 work.append(j)
     for rank, i in enumerate(sorted(shared)):
         keys[i] = (-1, 0, rank)
-    early = [i for i in range(first) if i not in shared and home[i] is not None and not _creates(program.ops[i])]
+    early = [
+        i
+        for i in range(last)
+        if (i < first or (use.invariant[i] and i not in anchors and i <= ends[position[i]] and home[i] != position[i]))
+        and not (i in shared or home[i] is None or _creates(program.ops[i]))
+    ]
     kinds = {i: (_key(program.ops[i]), *(_key(program.ops[j]) for j in _inputs(program.ops[i]))) for i in early}
     fellows: dict[object, set[int | None]] = {}
     for i in early:
@@ -242,7 +344,7 @@ def _gather(
     left: set[int] = set()
     for i in early:
         inputs = _inputs(program.ops[i])
-        if inputs and not fellows[kinds[i]] - {0, 1} and not (set(inputs) & set(early)) - left:
+        if i < first and inputs and not fellows[kinds[i]] - {0, 1} and not (set(inputs) & set(early)) - left:
             left.add(i)
     for i in reversed(early):  # those of segment 0 as well: then they stand where the others do
         if i not in left and users[i]:
@@ -255,10 +357,24 @@ def _gather(
 Token = tuple[object, ...]
 
 
-def _match_head(program: Program, tokens: Sequence[Token], first: int, head: Sequence[Hashable]) -> set[int]:
-    """What the first segment runs before its first anchor: the other segments' head, as far as it is there."""
+def _match_head(
+    program: Program, tokens: Sequence[Token], own: range, head: Sequence[Hashable], invariant: Sequence[bool]
+) -> set[int]:
+    """What the first segment runs before its first anchor: the other segments' head, as far as it is there.
+
+    What is made of the text for that segment alone may come in another order there.
+    """
+    first, others = own.start, set[int]()  # what is used elsewhere
+    for i in range(own.stop, len(program.ops)):
+        others.update(_inputs(program.ops[i]))
     start = max(0, first - 4 * len(head) - 16)
     found = {start + i for i in common_subsequence(tokens[start:first], head)}
+    missing = Counter(head)
+    missing.subtract(tokens[i] for i in found)
+    for i in reversed(range(start, first)):
+        if i not in found and i not in others and not invariant[i] and missing[tokens[i]] > 0:
+            missing[tokens[i]] -= 1
+            found.add(i)
     for i in range(first):
         if i not in found and any(j in found for j in _inputs(program.ops[i])):
             found.add(i)

@@ -1,0 +1,190 @@
+"""Models drawn at random (tests/drawn.py): what theory says of them is found, and they run by it as eager does."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from drawn import OPTIONS, SEGMENT, Choices, build, features, least_a, memories_of, text_of
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import rmtc
+from rmtc.api import explanation_of
+from rmtc.compiler import compiled_of
+from rmtc.errors import CaptureError, RefusedError
+from rmtc.ir.schedule import Cell
+
+EXAMPLES = int(os.environ.get("RMTC_EXAMPLES", "60"))
+"""How many models are drawn: 60 always the same ones; another number draws anew each time."""
+
+SEGMENTS = 4
+"""Of the first call; 3 more where a memory is several segments old: shorter calls than that run as they are."""
+
+ASKED = ("layers", "kinds", "parameters", "state", "ds", "dl", "in_place", "branch", "kept", "batch", "tail")
+"""What models are drawn from that must run wherever theory has a schedule; the rest stays as it is."""
+
+
+def drawn(names: Iterable[str]) -> st.SearchStrategy[Choices]:
+    """Models that differ in some choices."""
+    options = {name: st.sampled_from(OPTIONS[name]) for name in names}
+    return st.builds(Choices, **options, seed=st.integers(0, 2**16)).map(Choices.possible)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On tensors as small as these a second thread only waits for its turn."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def compared(found: Any, expected: Any) -> None:
+    """Two results are the same: structure, and tensors up to rounding."""
+    assert pytree.tree_structure(found) == pytree.tree_structure(expected)
+    for one, other in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+        if isinstance(other, Tensor):
+            assert one.shape == other.shape and one.dtype == other.dtype
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+        else:
+            assert one is other or one == other
+
+
+class Pair:
+    """A model compiled, and one as it is, that are given the same calls."""
+
+    def __init__(self, choices: Choices) -> None:
+        self.choices = choices
+        call, self.owner = build(choices)
+        twin = copy.deepcopy(self.owner)
+        self.eager, self.twin = (twin.call if choices.parameters == "function" else twin), twin
+        self.fast: Callable[..., Any] = rmtc.compile(call, strict=True)
+        self.states: tuple[Any, Any] = (None, None)
+
+    def run(self, segments: int, batch: int, tail: int, fast: bool = True) -> None:
+        """A call of both, compared: results, what is left in the models and in the arguments."""
+        choices = self.choices
+        text = text_of(choices, segments, batch, tail)
+        given = copy.deepcopy(text)
+        results = []
+        for call, states in ((self.fast, self.states[0]), (self.eager, self.states[1])):
+            more = () if states is None else (states,)
+            if fast or call is self.eager:
+                results.append(call(text, *more))
+            else:
+                with rmtc.disabled(self.fast):
+                    results.append(call(text, *more))
+        compared(*results)
+        compared(memories_of(self.owner), memories_of(self.twin))
+        compared(text, given)
+        compared(*self.states)
+        if choices.state == "argument" and choices.kept:
+            self.states = results[0][1], results[1][1]
+
+
+@torch.no_grad()
+def examine(choices: Choices, must_run: bool = True) -> str:
+    """A model with a schedule runs by it, one without is refused with a cycle; what runs gives what eager gives.
+
+    Args:
+        choices: those of the model.
+        must_run: whether a model with a schedule may not be refused.
+
+    Returns:
+        What became of it, for counting.
+    """
+    must_run = must_run and choices.layers > 1  # one layer has nothing to run beside
+    layers, lowest, highest = choices.layers, least_a(choices, operations=True), least_a(choices)
+    pair = Pair(choices)
+    more = 3 if choices.ds > 1 else 0
+    try:
+        pair.run(SEGMENTS + more, choices.batch, choices.tail)
+    except (RefusedError, CaptureError) as refusal:
+        pair.run(SEGMENTS + more, choices.batch, choices.tail, fast=False)
+        if must_run:
+            assert highest >= layers, f"a = {highest} is legal, and it is refused: {refusal}"
+            assert isinstance(refusal, RefusedError)
+            assert refusal.cycle, f"there is no schedule, but that is not why it is refused: {refusal}"
+        return "refused" if highest >= layers else "refused though legal"
+    compiled = compiled_of(pair.fast)
+    assert compiled is not None
+    explanation = explanation_of(pair.fast, compiled.variants[0].analysis)
+    schedule = explanation.schedule
+    assert schedule is not None
+    a, b = schedule.time(Cell(1, 0)), schedule.time(Cell(0, 1))
+    if layers > 1:  # the parts of a single layer may be taken for layers
+        assert explanation.layers == layers
+        assert lowest < layers, f"there is no schedule, since a >= {lowest}, and one was found"
+        assert lowest <= a, f"a = {a} was found, it is at least {lowest}"
+        assert a <= highest or not must_run, f"a = {a} was found, {highest} is legal"
+    _ran(pair, SEGMENTS + more, explanation.layers, a, b)
+    other = choices.batch if choices.state == "argument" and choices.kept else 3 - choices.batch % 2
+    later = ((2 + more, choices.batch, choices.tail), (7 + more, choices.batch, 1), (3 + more, other, SEGMENT))
+    for segments, batch, tail in later:
+        try:
+            pair.run(segments, batch, tail)
+        except (RefusedError, CaptureError, RuntimeError):
+            if must_run:
+                raise
+            return "ran, but not for all sizes"
+        _ran(pair, segments, explanation.layers, a, b)
+    return "ran"
+
+
+def _ran(pair: Pair, segments: int, layers: int, a: int, b: int) -> None:
+    stats = rmtc.stats(pair.fast)
+    assert not stats.fallbacks and stats.last_run is not None
+    assert stats.last_run.segments == segments
+    assert stats.last_run.steps == max(a, 1) * (segments - 1) + b * (layers - 1) + 1
+    if layers > 1:
+        assert stats.last_run.steps < segments * layers
+
+
+def counted(choices: Choices, became: str) -> None:
+    """Shown by ``--hypothesis-show-statistics``: what was drawn, and what became of it."""
+    event(became)
+    for feature in features(choices):
+        event(feature)
+
+
+SETTINGS = settings(
+    derandomize=EXAMPLES == 60, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True
+)
+
+
+@pytest.mark.slow
+@settings(SETTINGS, max_examples=EXAMPLES)
+@given(drawn(ASKED))
+def test_a_drawn_model_runs_by_its_schedule_or_is_refused_with_its_cycle(choices: Choices) -> None:
+    counted(choices, examine(choices))
+
+
+@pytest.mark.slow
+@settings(SETTINGS, max_examples=EXAMPLES // 4)
+@given(drawn(OPTIONS))
+def test_what_runs_of_models_of_any_shape_is_right(choices: Choices) -> None:
+    counted(choices, examine(choices, must_run=False))
+
+
+FOUND: dict[str, Choices] = {
+    "in place, two segments old": Choices(ds=2, dl=1, in_place=True, kept=True, parameters="stacked", layers=4),
+    "a buffer, three segments old": Choices(ds=3, dl=-2, in_place=True, kept=True, state="buffer"),
+    "a buffer, from two higher": Choices(ds=2, dl=-2, in_place=True, state="buffer", layers=5),
+    "a buffer that nothing is kept in": Choices(dl=3, state="buffer", layers=4),
+    "one buffer, a new one each time": Choices(ds=2, kept=True, state="shared", layers=2),
+    "branches while it fills": Choices(ds=3, dl=-1, branch=True, kept=True, state="attribute"),
+}
+"""Models that were refused or given a longer schedule once."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOUND)
+def test_a_model_that_was_refused_runs(name: str) -> None:
+    assert examine(FOUND[name].possible()) == "ran"
