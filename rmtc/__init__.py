@@ -5,10 +5,11 @@ from importlib.metadata import PackageNotFoundError, version
 from rmtc.api import explain
 from rmtc.compiler import compile, disabled, restore, stats
 from rmtc.errors import CaptureError, FallbackWarning, Location, RefusedError, RmtcError, VerifyError
-from rmtc.ir.explanation import CellClass, Certificate, Explanation
+from rmtc.ir.explanation import CellClass, Certificate, Explanation, OperationsView
 from rmtc.ir.schedule import Cell, Dependence, Group, Schedule, Step
 from rmtc.runtime.backends import list_backends
 from rmtc.runtime.stats import LastRun, Stats
+from rmtc.study import study
 from rmtc.verification import Verification, verify
 
 try:
@@ -27,6 +28,7 @@ __all__ = [
     "Group",
     "LastRun",
     "Location",
+    "OperationsView",
     "RefusedError",
     "RmtcError",
     "Schedule",
@@ -41,5 +43,6 @@ __all__ = [
     "list_backends",
     "restore",
     "stats",
+    "study",
     "verify",
 ]

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from rmtc.cli import app
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError, VerifyError
-from rmtc.ir import Explanation, refusal_text, schedule_text
+from rmtc.ir import Cell, Explanation, refusal_text, schedule_text
+from rmtc.ir.why import why
 
 FACTORY = """
 import sys
@@ -144,6 +145,22 @@ def test_explain_prints_the_explanation_and_nothing_else_to_stdout(api: Api, mod
     assert api.args == (3, 8, "x")
     assert api.kwargs == {"flag": True}
     assert api.hints == {"layers": None, "segment_length": None, "segments": None}
+
+
+def test_explain_says_why_a_cell_runs_when_it_does(api: Api) -> None:
+    result = rmtc("explain", "user_models:build", "--why", "s2.l1")
+    assert (result.code, result.out) == (0, f"{why(armt(4, 3), Cell(2, 1))}\n")
+    assert json.loads(rmtc("explain", "user_models:build", "--why", "s2.l1", "--json").out)["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [("l1", "a cell such as s3.l2"), ("s4.l0", "there is no cell s4.l0: this call has s0.l0 to s3.l2")],
+)
+def test_a_cell_that_is_none_is_wrong_usage(api: Api, cell: str, reason: str) -> None:
+    result = rmtc("explain", "user_models:build", "--why", cell)
+    assert (result.code, result.out) == (2, "")
+    assert f"wrong usage: {reason}" in result.err or f"wrong usage: --why takes {reason}" in result.err
 
 
 def test_schedule_prints_the_schedule_of_the_call_or_of_n_segments(api: Api) -> None:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import rmtc.examples
-from rmtc.examples import armt_gpt2, armt_llama, rmt_llama
+from rmtc.examples import armt_gpt2, armt_llama, rmt_llama, transformer_xl
 from rmtc.examples.associative import AssociativeLayer
 from rmtc.examples.text import token_ids
 
@@ -231,6 +231,68 @@ def test_rmt_carries_the_top_of_one_segment_to_the_bottom_of_the_next() -> None:
             memory = output.hidden_states[-1][:, -2:]
             expected.append(output.logits[:, 2:-2])
     torch.testing.assert_close(logits_of(model, ids), torch.cat(expected, dim=1), rtol=1e-10, atol=1e-12)
+
+
+def naive_layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    centred = x - x.mean()
+    return norm.weight * centred / torch.sqrt(centred.square().mean() + norm.eps) + norm.bias
+
+
+class NaiveXLLayer:
+    """One row through a Transformer-XL layer, a token at a time (arXiv 1901.02860, section 3.3, with norms before)."""
+
+    def __init__(self, layer: transformer_xl.TransformerXLLayer, frequencies: Tensor, kept: int) -> None:
+        self.layer, self.frequencies, self.kept = layer, frequencies, kept
+        self.memory: list[Tensor] = []
+
+    def __call__(self, hidden: list[Tensor]) -> list[Tensor]:
+        attention, mlp = self.layer.attention, list[Any](self.layer.mlp)
+        context = [*self.memory, *hidden]
+        normed = [naive_layer_norm(x, self.layer.attention_norm) for x in context]
+        size = len(hidden[0]) // attention.heads
+        output = []
+        for i in range(len(self.memory), len(context)):
+            q = attention.query.weight @ normed[i]
+            values = []
+            for head in range(attention.heads):
+                part = slice(head * size, (head + 1) * size)
+                u, v = attention.content_bias[head, 0], attention.position_bias[head, 0]
+                scores = []
+                for j in range(i + 1):
+                    angles = (i - j) * self.frequencies
+                    k = attention.key.weight @ normed[j]
+                    r = attention.position.weight @ torch.cat([torch.sin(angles), torch.cos(angles)])
+                    scores.append(q[part] @ k[part] + q[part] @ r[part] + u @ k[part] + v @ r[part])
+                weights = torch.softmax(torch.stack(scores) / math.sqrt(size), dim=0)
+                seen = zip(weights, normed[: i + 1], strict=True)
+                values.append(sum((w * (attention.value.weight @ x)[part] for w, x in seen), torch.zeros(())))
+            h = context[i] + attention.output.weight @ torch.cat(values)
+            inner = mlp[0].weight @ naive_layer_norm(h, self.layer.mlp_norm) + mlp[0].bias
+            inner = 0.5 * inner * (1 + torch.erf(inner / math.sqrt(2)))
+            output.append(h + mlp[2].weight @ inner + mlp[2].bias)
+        self.memory = context[-self.kept :]
+        return output
+
+
+@pytest.mark.parametrize("memory", [3, 5, 12], ids=["less than a segment", "a segment", "two segments and more"])
+def test_transformer_xl_follows_the_equations(memory: int) -> None:
+    model, (ids,) = transformer_xl.build(**SMALL | {"memory": memory}, batch=2, dtype="float64")
+    text, more = ids[:, :13], ids[:, 13:]  # the last segment has 3 of 5 tokens, and another text goes on from there
+    with torch.no_grad():
+        first = model(text)
+        second = model(more, first.memories)
+        for row in range(2):
+            layers = [NaiveXLLayer(layer, model.frequencies, memory) for layer in model.layers]  # type: ignore[arg-type]
+            for found, given in ((first, text), (second, more)):
+                expected = []
+                for segment in given[row].split(SMALL["segment"]):
+                    hidden = list(model.embedding.weight[segment])
+                    for run in layers:
+                        hidden = run(hidden)
+                    expected += [model.head.weight @ naive_layer_norm(h, model.norm) for h in hidden]
+                torch.testing.assert_close(found.logits[row], torch.stack(expected), rtol=1e-10, atol=1e-12)
+                for kept, run in zip(found.memories, layers, strict=True):
+                    torch.testing.assert_close(kept[row], torch.stack(run.memory), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

@@ -35,6 +35,7 @@ EXPECTED: dict[str, tuple[set[tuple[Any, Any]], Any]] = {
     "attributes": (MEMORY, DIAGONAL),
     "buffers": (MEMORY, DIAGONAL),
     "list in the wrapper": (MEMORY, DIAGONAL),
+    "tables of a segment's length": (MEMORY, DIAGONAL),
     "slices of one tensor": (MEMORY, DIAGONAL),
     "keys and values": (MEMORY, DIAGONAL),
     "shared part": (MEMORY, DIAGONAL),

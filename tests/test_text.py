@@ -104,7 +104,7 @@ def test_a_bound_below_the_makespan_is_not_called_optimal() -> None:
     answer = replace(armt(6, 4), schedule=Schedule(2, 1, 4, 6), certificate=certificate)
     text = " ".join(str(answer).split())
     assert "14 steps instead of 24, proven legal " in text
-    assert "It has L * floor((S - 1)/2) + L = 12 cells, so no schedule has fewer steps than that." in text
+    assert "It has L * floor((S - 1)/2) + L = 12 cells, so no schedule of whole cells has fewer steps." in text
     assert "Whether there is one in between is not known" in text
     assert "optimal" not in text
     seven = replace(answer, segments=7)

@@ -102,6 +102,7 @@ def test_the_dependences_of_the_catalogue(name: str) -> None:
     assert entry.where[1] in source(answer.location.file, answer.location.line)
     if entry.distances:  # the cycle has the tensor and the place, and so has the reason
         assert answer.cycle and answer.cycle[-1].tensor in answer.reason
+        assert answer.cycle[-1].tensor == entry.tensor
 
 
 def source(file: str, line: int) -> str:

@@ -45,6 +45,7 @@ class Entry:
         a: the factor of s in the schedule's step of cell (s, l); None if it is refused.
         why: a part of the reason, if it is refused.
         where: the end of the name of the file with the line that the refusal names, and a part of that line.
+        tensor: what the package's code calls the tensor that closes the cycle.
         layers: L.
         whole: whether a short last segment runs other operations than a full one.
     """
@@ -55,6 +56,7 @@ class Entry:
     a: int | None = None
     why: str = ""
     where: tuple[str, str] = ("", "")
+    tensor: str = ""
     layers: int = LAYERS
     whole: bool = False
 
@@ -334,6 +336,7 @@ ZOO: dict[str, Entry] = {
         vectors(LOWER, (0, layer_symbol), TOP),
         why=CLOSES,
         where=("recurrent_memory_transformer.py", "unpack("),
+        tensor="read_memories, x, write_memories",
     ),
     "recurrent memory": Entry(
         "the same, the caller's loop",
@@ -341,6 +344,7 @@ ZOO: dict[str, Entry] = {
         vectors(LOWER, (0, layer_symbol), TOP),
         why=CLOSES,
         where=("tests/zoo.py", "model(piece"),
+        tensor="read_memories, x, write_memories",
     ),
     "recurrent memory, XL": Entry(
         "the same, with XL memories",
@@ -348,6 +352,7 @@ ZOO: dict[str, Entry] = {
         vectors(LOWER, (0, layer_symbol), OWN, TOP),
         why=CLOSES,
         where=("tests/zoo.py", "model(piece"),
+        tensor="read_memories, x, write_memories",
     ),
     "memformer": Entry(
         "`memformer`, encoder, the caller's loop",
@@ -355,6 +360,7 @@ ZOO: dict[str, Entry] = {
         vectors(LOWER, FROM_TOP),
         why=CLOSES,
         where=("tests/zoo.py", "model(piece"),
+        tensor="mems",
     ),
     "feedback": Entry(
         "`feedback-transformer-pytorch`",
@@ -362,6 +368,7 @@ ZOO: dict[str, Entry] = {
         vectors(LOWER, FROM_TOP),
         why=CLOSES,
         where=("feedback_transformer_pytorch.py", "chunk(2"),
+        tensor="mem_k",
     ),
     "ARMT over Llama": Entry("`transformers`", lambda: armt("Llama"), vectors(LOWER, OWN), 1),
     "ARMT over GPT-2": Entry("`transformers`", lambda: armt("GPT2"), vectors(LOWER, OWN), 1),

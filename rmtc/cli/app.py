@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,7 +21,7 @@ from rmtc.errors import RefusedError, RmtcError
 if TYPE_CHECKING:
     from rmtc.benchmark import Benchmark
     from rmtc.ir.explanation import Explanation
-    from rmtc.ir.schedule import Schedule
+    from rmtc.ir.schedule import Cell, Schedule
     from rmtc.verification import Verification
 
 __all__ = ["app", "main"]
@@ -46,6 +47,10 @@ class Format(StrEnum):
     csv = "csv"
     dot = "dot"
     mermaid = "mermaid"
+    svg = "svg"
+    html = "html"
+    trace = "trace"
+    notation = "notation"
 
 
 class UsageError(RmtcError):
@@ -117,7 +122,8 @@ def schedule(
         typer.Option(
             "--format",
             help="Form of the result. In json and csv the layers are 0 .. L-1, that of a prologue is -1, that of an "
-            "epilogue L; prologue and epilogue are what a segment runs before its first and after its last layer.",
+            "epilogue L; prologue and epilogue are what a segment runs before its first and after its last layer. "
+            "trace is for chrome://tracing and Perfetto; notation is read back by rmtc.Schedule.parse.",
             show_default="text",
         ),
     ] = None,
@@ -131,18 +137,16 @@ def schedule(
 ) -> None:
     """Print the schedule: which layer of which segment runs at which step."""
     with reporting(debug):
-        if json and form not in (None, Format.json):
-            raise UsageError(f"--json and --format {form} ask for different forms")
-        form = Format.json if json else form or Format.text
+        form = _form(form, json)
         check_output(output)
         replayed = segments if segments is None else min(segments, _REPLAYED)
         answer = _explain(model, settings, layers, segment_length, debug, replayed)
         found = None if isinstance(answer, RefusedError) else answer.schedule
         if isinstance(answer, RefusedError) or found is None:
-            if form in (Format.csv, Format.dot, Format.mermaid):  # these have no place for it
-                note(_refused(answer, Format.text) + (f"\n{output} was not written" if output else ""))
-            else:
+            if form in (Format.text, Format.json):
                 emit(_refused(answer, form), output)
+            else:  # these have no place for it
+                note(_refused(answer, Format.text) + (f"\n{output} was not written" if output else ""))
             raise typer.Exit(FAILED if strict else 0)
         seen = max(answer.segments, _REPLAYED)
         if segments is not None and segments > seen:
@@ -153,6 +157,10 @@ def schedule(
 @app.command()
 def explain(
     model: Model,
+    cell: Annotated[
+        str | None,
+        typer.Option("--why", metavar="CELL", help="Print only why a cell, such as s3.l2, runs at its step."),
+    ] = None,
     settings: Settings = None,
     layers: LayersHint = None,
     segment_length: LengthHint = None,
@@ -164,14 +172,64 @@ def explain(
     """Print what depends on what, the schedule and its proof, or the refusal and its reason."""
     with reporting(debug):
         check_output(output)
+        from rmtc.ir.why import read_cell
+
+        wanted = read_cell(cell) if cell is not None else None
+        if cell is not None and wanted is None:
+            raise UsageError(f"--why takes a cell such as s3.l2, layer 2 on segment 3, got {cell!r}")
         answer = _explain(model, settings, layers, segment_length, debug)
-        if json:
+        if wanted is not None and not isinstance(answer, RefusedError) and answer.layers:
+            emit(_why(answer, wanted, json), output)
+        elif json:
             from rmtc.report import explanation_json, refusal_json
 
             emit(refusal_json(answer) if isinstance(answer, RefusedError) else explanation_json(answer), output)
         else:
             emit(str(answer), output)
         if strict and (isinstance(answer, RefusedError) or answer.schedule is None):
+            raise typer.Exit(FAILED)
+
+
+@app.command()
+def study(
+    distances: Annotated[
+        str,
+        typer.Option(
+            "--distances",
+            metavar="VECTORS",
+            help='What a cell reads, as (segments back, layers down): "(0,1), (1,-(L-1)) memory"; between named '
+            'operations of a layer "x -> x (0,1), x -> m (0,0), m -> x (1,0)".',
+        ),
+    ],
+    layers: Annotated[int, typer.Option("--layers", metavar="N", min=1, help="Number of layers L.")] = 16,
+    segments: Annotated[int, typer.Option("--segments", metavar="N", min=1, help="Number of segments S.")] = 64,
+    form: Annotated[
+        Format | None,
+        typer.Option("--format", help="Form of the result; text and json hold all of it.", show_default="text"),
+    ] = None,
+    json: Json = False,
+    strict: Strict = False,
+    output: Output = None,
+    debug: Debug = False,
+) -> None:
+    """Print what schedules a set of dependences allows, without a model."""
+    with reporting(debug):
+        form = _form(form, json)
+        check_output(output)
+        from rmtc.study import study as study_call
+
+        answer = study_call(distances, layers=layers, segments=segments)
+        if form is Format.text:
+            emit(str(answer), output)
+        elif form is Format.json:
+            from rmtc.report import explanation_json
+
+            emit(explanation_json(answer), output)
+        elif answer.schedule is None:
+            note(_refused(answer, Format.text) + (f"\n{output} was not written" if output else ""))
+        else:
+            emit(_written(answer, answer.schedule, segments, form), output)
+        if strict and answer.schedule is None:
             raise typer.Exit(FAILED)
 
 
@@ -315,6 +373,13 @@ def passes(json: Json = False, output: Output = None, debug: Debug = False) -> N
         emit(text, output)
 
 
+def _form(form: Format | None, json: bool) -> Format:
+    """The form that ``--format`` and ``--json`` ask for."""
+    if json and form not in (None, Format.json):
+        raise UsageError(f"--json and --format {form} ask for different forms")
+    return Format.json if json else form or Format.text
+
+
 def _explain(
     model: str,
     settings: list[str] | None,
@@ -347,8 +412,23 @@ def _written(answer: Explanation, schedule: Schedule, segments: int, form: Forma
         Format.csv: lambda: report.schedule_csv(schedule, segments),
         Format.dot: lambda: report.schedule_dot(schedule, segments, answer.dependences),
         Format.mermaid: lambda: report.schedule_mermaid(schedule, segments, answer.dependences),
+        Format.svg: lambda: report.schedule_svg(schedule, segments, answer.dependences),
+        Format.html: lambda: report.schedule_html(schedule, segments, answer.dependences, answer.name),
+        Format.trace: lambda: report.schedule_trace(schedule, segments),
+        Format.notation: lambda: replace(schedule, segments=segments).notation,
     }
     return writers[form]()
+
+
+def _why(answer: Explanation, cell: Cell, json: bool) -> str:
+    from rmtc.ir.why import why
+    from rmtc.report import why_json
+
+    try:
+        found = why(answer, cell)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return why_json(found) if json else str(found)
 
 
 def _refused(answer: Explanation | RefusedError, form: Format) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from rmtc.errors import Location
 from rmtc.ir.schedule import Dependence, Schedule
 
-__all__ = ["CellClass", "Certificate", "Explanation", "Inequality"]
+__all__ = ["CellClass", "Certificate", "Explanation", "Inequality", "OperationsView", "Recurrence", "Strip"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,79 @@ class Certificate:
 
 
 @dataclass(frozen=True)
+class Strip:
+    """What several segments taken as one body take.
+
+    Attributes:
+        period: how many segments.
+        steps: number of steps of this call.
+        launches: operations in sequence (of a study that names none: cells), those of several cells at once as one.
+    """
+
+    period: int
+    steps: int
+    launches: int
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """Operations that wait, by way of one another, for themselves in an earlier segment.
+
+    Attributes:
+        operations: how many they are in one copy.
+        layers: the layers of each copy, first and last; -1 is the prologue, L the epilogue.
+        dependences: what leads from a segment to a later one.
+        affine: whether they are affine functions of their values in earlier segments: an associative scan would do.
+    """
+
+    operations: int
+    layers: tuple[tuple[int, int], ...]
+    dependences: tuple[Dependence, ...]
+    affine: bool
+
+
+@dataclass(frozen=True)
+class OperationsView:
+    """What is legal where a step runs operations one after another, each at once for all its cells, not whole cells.
+
+    Operation v of cell (s, l) runs in step ``a*s + b*l + c_v``.
+
+    Attributes:
+        a, b: coefficients.
+        shifts: the least and the largest c_v, with l = 0 in a prologue and l = L - 1 in an epilogue.
+        steps: number of steps of this call.
+        bound: no schedule that runs the operations of a step in the same order has fewer.
+        launches: operations in sequence, where the cells of one operation in one step count as one.
+        operations: operations of all cells of this call.
+        cycle: the dependences round the cycle that forces ``a``; empty if a = 0.
+        recurrences: what has to run one segment after another, whatever else does.
+        free: operations of a segment in no recurrence: they could run for all segments at once, ...
+        of: ... of so many.
+        apart: launches if they do, and recurrences run by themselves, a segment at a time.
+    """
+
+    a: int
+    b: int
+    shifts: tuple[int, int]
+    steps: int
+    bound: int
+    launches: int
+    operations: int
+    cycle: tuple[Dependence, ...] = ()
+    recurrences: tuple[Recurrence, ...] = ()
+    free: int = 0
+    of: int = 0
+    apart: int = 0
+
+    @property
+    def sequential(self) -> bool:
+        """Whether no two cells ever run at once."""
+        return self.launches == self.operations
+
+
+@dataclass(frozen=True)
 class Explanation:
-    """The answer of :func:`rmtc.explain`; ``str()`` of it is what ``rmtc explain`` prints.
+    """The answer of :func:`rmtc.explain` and :func:`rmtc.study`; ``str()`` of it is what the commands print.
 
     Attributes:
         name: the model or function.
@@ -86,6 +157,9 @@ class Explanation:
         location: the place in the user's code that the refusal is about.
         remedy: what could be done about it.
         seconds: time spent in each stage.
+        operations: what is legal operation by operation; None if that was not asked.
+        strips: what several segments in one body gain, where dependences reach over more than one.
+        studied: whether the dependences were given, and not found in a model.
     """
 
     name: str
@@ -103,6 +177,9 @@ class Explanation:
     location: Location | None = None
     remedy: str | None = None
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
+    operations: OperationsView | None = None
+    strips: tuple[Strip, ...] = ()
+    studied: bool = False
 
     def __str__(self) -> str:
         from rmtc.ir.text import explanation_text

@@ -10,15 +10,28 @@ import sympy
 from rmtc.errors import Location
 from rmtc.ir.schedule import L, S, layer_symbol
 
-__all__ = ["at", "distance_text", "formula", "layers_text", "parse", "place", "time_formula", "whence"]
+__all__ = [
+    "at",
+    "distance_text",
+    "formula",
+    "layers_text",
+    "parse",
+    "place",
+    "segment_symbol",
+    "time_formula",
+    "whence",
+]
 
-_SYMBOLS = {"S": S, "L": L, "l": layer_symbol}
+segment_symbol = sympy.Symbol("s", integer=True, nonnegative=True)
+"""The segment of a cell, in the formula of its step."""
+
+_SYMBOLS = {"S": S, "L": L, "s": segment_symbol, "l": layer_symbol}
 _ORDER = ("S", "s", "L", "l")
-_FORMULA = re.compile(r"(?:[0-9SLl+\-*/(), ]|floor|ceiling|Min|Max)+")
+_FORMULA = re.compile(r"(?:[0-9SLsl+\-*/(), ]|floor|ceiling|Min|Max)+")
 
 
 def parse(text: str) -> sympy.Expr | None:
-    """The formula in S, L and l that ``text`` says, or None if it is anything else."""
+    """The formula in S, L, s and l that ``text`` says, or None if it is anything else."""
     if not _FORMULA.fullmatch(text):
         return None
     try:

@@ -122,6 +122,24 @@ class Schedule:
     classes: tuple[tuple[str, ...], ...] = ()
     stage_classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """The schedule that :attr:`notation` wrote.
+
+        Raises:
+            ValueError: with the line that is no part of one.
+        """
+        from rmtc.ir.notation import read_schedule
+
+        return read_schedule(text)
+
+    @property
+    def notation(self) -> str:
+        """The schedule in a few lines, which :meth:`parse` reads back."""
+        from rmtc.ir.notation import write_schedule
+
+        return write_schedule(self)
+
     @property
     def makespan(self) -> sympy.Expr:
         """Number of steps, an expression in ``S`` and ``L``."""

@@ -14,6 +14,7 @@ from rmtc.ir.cycle import Round, Turn, follow
 from rmtc.ir.explanation import CellClass, Certificate, Explanation
 from rmtc.ir.formula import at, distance_text, formula, layers_text, parse, place, time_formula, whence
 from rmtc.ir.grid import grid, schedule_text, stages_text
+from rmtc.ir.operations_text import operations_text
 from rmtc.ir.page import Page, count
 from rmtc.ir.schedule import Cell, Dependence, L, S, Schedule
 
@@ -39,16 +40,20 @@ def explanation_text(explanation: Explanation) -> str:
     page = Page()
     page.heading(_title(explanation))
     if explanation.layers:  # else it was refused before anything was known of the loop
-        _loop(page, explanation)
+        if explanation.studied:
+            _grid_of(page, explanation)
+        else:
+            _loop(page, explanation)
         _classes(page, explanation)
         _dependences(page, explanation.dependences, any(item.stage != "layer" for item in explanation.classes))
     if explanation.schedule is None:
         _refusal(page, explanation)
     else:
-        _schedule(page, explanation.schedule, explanation.segments)
+        _schedule(page, explanation.schedule, explanation.segments, runs=not explanation.studied)
         if explanation.certificate is not None:
             _legal(page, explanation.certificate, explanation)
             _best(page, explanation.certificate, explanation)
+    operations_text(page, explanation)
     if explanation.certificate is not None:
         _assumptions(page, explanation.certificate.assumptions)
     return str(page)
@@ -84,6 +89,15 @@ def _optimal(explanation: Explanation) -> bool:
 def _sequential(once: Round, layers: int) -> bool:
     """Whether a round takes as many steps as there are cells in the segments it passes."""
     return at(once.length, 1, layers) >= layers * once.advance
+
+
+def _grid_of(page: Page, explanation: Explanation) -> None:
+    segments, layers = explanation.segments, explanation.layers
+    page.heading("The cells")
+    page.text(
+        f"S = {count(segments, 'segment')} through L = {count(layers, 'layer')} each: {formula(S * L)} = "
+        f"{count(segments * layers, 'cell')}. Cell s2.l1 is layer 1 applied to segment 2, both counted from 0."
+    )
 
 
 def _loop(page: Page, explanation: Explanation) -> None:
@@ -138,12 +152,19 @@ def _dependences(page: Page, dependences: Sequence[Dependence], staged: bool) ->
     if not dependences:
         page.text("No cell reads anything that another cell makes: all of them can run at once.")
         return
+    placed = any(item.location for item in dependences)
     page.text(
-        "A cell that reads a tensor made by another cell has to wait for it: a dependence. A write in place is "
-        "taken as making a new tensor, so only reads make a cell wait. Each dependence has a distance vector (ds, dl): "
+        "A cell that reads a tensor made by another cell has to wait for it: a dependence. "
+        + ("A write in place is taken as making a new tensor, so only reads make a cell wait. " if placed else "")
+        + "Each dependence has a distance vector (ds, dl): "
         "cell (s, l), layer l on segment s, waits for cell (s - ds, l - dl), ds segments earlier and dl layers below "
-        "(a negative dl: above). Each tensor is shown with one place that makes it and one that reads it; operations "
-        "go by PyTorch's own names for them (ATen): slice.Tensor is x[a:b]."
+        "(a negative dl: above)."
+        + (
+            " Each tensor is shown with one place that makes it and one that reads it; operations go by PyTorch's own "
+            "names for them (ATen): slice.Tensor is x[a:b]."
+            if placed
+            else ""
+        )
     )
     if staged:
         page.text("What a prologue does counts as layer 0's, what an epilogue does as the last layer's.")
@@ -167,7 +188,8 @@ def _by_distance(dependences: Sequence[Dependence]) -> dict[str, list[Dependence
 
 def _dependence(page: Page, item: Dependence) -> None:
     only = "" if item.layers is None else f", read by {layers_text(item.layers)} only"
-    page.text((item.tensor or "a tensor") + only, 6, hang=2)
+    if item.tensor or only or item.location:
+        page.text((item.tensor or "a tensor") + only, 6, hang=2)
     rows = [
         (f"{verb} at", place(location), words) if location else (f"{verb} by", words)
         for verb, words, location in (
@@ -186,8 +208,8 @@ def _from_reader(item: Dependence) -> str:
     return item.producer.replace("{l}", f"{{{away}}}")
 
 
-def _schedule(page: Page, schedule: Schedule, segments: int) -> None:
-    runs = segments * schedule.layers
+def _schedule(page: Page, schedule: Schedule, segments: int, *, runs: bool) -> None:
+    cells = segments * schedule.layers
     steps = at(schedule.makespan, segments, schedule.layers)
     page.heading("The schedule")
     page.text(
@@ -202,20 +224,23 @@ def _schedule(page: Page, schedule: Schedule, segments: int) -> None:
     page.blank()
     page.text(
         f"The number of steps, the makespan, is {_equals(schedule.makespan, segments, schedule.layers)}; one cell "
-        f"after another takes {formula(S * L)} = {runs}.{_width(schedule, segments)}"
+        f"after another takes {formula(S * L)} = {cells}.{_width(schedule, segments)}"
         + (
-            f" Steps are no seconds: there are {runs / steps:.1f} times fewer, and the gain in time is the smaller the "
-            "more of the machine one cell fills already."
-            if steps < runs
+            f" Steps are no seconds: there are {cells / steps:.1f} times fewer, and the gain in time is the smaller "
+            "the more of the machine one cell fills already."
+            if steps < cells
             else " For so short a call that is no gain."
         )
-        + " rmtc.compile runs the model by this schedule"
-        + (
-            ", and as it was written where a call turns out to do something else."
-            if schedule.a
-            else f", but for now no more than one cell of a layer in a step: cell (s, l) at step "
-            f"{time_formula(1, schedule.b)}."
-        )
+        + (_run(schedule) if runs else "")
+    )
+
+
+def _run(schedule: Schedule) -> str:
+    return " rmtc.compile runs the model by this schedule" + (
+        ", and as it was written where a call turns out to do something else."
+        if schedule.a
+        else f", but for now no more than one cell of a layer in a step: cell (s, l) at step "
+        f"{time_formula(1, schedule.b)}."
     )
 
 
@@ -327,9 +352,9 @@ def _chain(page: Page, certificate: Certificate, explanation: Explanation | None
     if certificate.critical_path:
         page.text("In this chain each cell waits for the one before it, so no two of its cells can share a step:")
         page.text(certificate.critical_path, 4, hang=2)
-        page.text(f"It has {length} {'cell' if few else 'cells'}, so no schedule has fewer steps than that.")
+        page.text(f"It has {length} {'cell' if few else 'cells'}, so no schedule of whole cells has fewer steps.")
     else:
-        page.text(f"No schedule has fewer than {length} {'step' if few else 'steps'}.")
+        page.text(f"No schedule of whole cells has fewer than {length} {'step' if few else 'steps'}.")
 
 
 def _assumptions(page: Page, assumptions: Sequence[str]) -> None:
@@ -341,7 +366,8 @@ def _assumptions(page: Page, assumptions: Sequence[str]) -> None:
 
 def _refusal(page: Page, explanation: Explanation) -> None:
     page.heading("Why it is refused")
-    page.text("A refusal changes nothing: the model runs as it always did.")
+    if not explanation.studied:
+        page.text("A refusal changes nothing: the model runs as it always did.")
     if explanation.cycle:
         _cycle(page, explanation)
     rows = [("why", explanation.reason or "no schedule could be proven")]

@@ -11,24 +11,28 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from rmtc.errors import CaptureError, RefusedError
+from rmtc.ir.folded import FoldedGraph
 from rmtc.ir.program import Program
 from rmtc.ir.schedule import L, Schedule
 from rmtc.ir.segment_loop import Key, SegmentLoop
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.check import Checked, check
+from rmtc.passes.check_moments import check_moments
 from rmtc.passes.dependences import find_dependences
 from rmtc.passes.fold import fold_segments
+from rmtc.passes.fold_operations import fold_operations
 from rmtc.passes.generalize import generalize_rows
 from rmtc.passes.group import group, run_schedule
 from rmtc.passes.if_convert import if_convert
 from rmtc.passes.layers import fold_layers
-from rmtc.passes.place import places
+from rmtc.passes.place import places, slots
 from rmtc.passes.prove import Proof, prove
+from rmtc.passes.retime import Retimed, retime
 from rmtc.passes.run import Run
 from rmtc.passes.segments import find_segments
 from rmtc.passes.streams import Family, find_anchors, find_family, uses
 
-__all__ = ["PassInfo", "Proven", "check_against", "passes", "prove_loop", "reroll", "timed"]
+__all__ = ["PassInfo", "Proven", "check_against", "passes", "prove_loop", "reroll", "retime_loop", "timed"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +57,8 @@ def passes() -> list[PassInfo]:
         PassInfo("find-dependences", "what crosses from cell to cell, with distance vectors"),
         PassInfo("prove", "a legal schedule with its certificate, or the cycle that forbids one"),
         PassInfo("check", "schedule and loop held against a run of a third length"),
+        PassInfo("fold-operations", "the operations of all cells as one graph, a vertex for each operation of a class"),
+        PassInfo("retime", "what is legal operation by operation, checked; nothing is run by it yet"),
         PassInfo("group", "the body of a cell as that of a group of cells: local, shared, by layer, from another cell"),
         PassInfo("if-convert", "cells of the first segment in one group with the others"),
     ]
@@ -128,7 +134,7 @@ def reroll(
         if watch is not None:
             text = f"# {segments} segments start at {segmented.starts}\n{segmented.program}\n"
             watch("find-segments", text)
-    loop = fold_segments(divided[0], divided[1], runs[0][0].sources, runs[0][1] - 1)
+    loop = fold_segments(divided[0], divided[1], runs[0][0].sources, _steady_from(runs[0][1]), growing)
     loop = replace(loop, growing=growing)
     _show(watch, "fold-segments", loop)
     loop = fold_layers(loop, family)
@@ -139,6 +145,14 @@ def reroll(
     if watch is not None:
         watch("find-dependences", "\n".join(str(each) for each in loop.dependences) + "\n")
     return loop, family
+
+
+def _steady_from(segments: int) -> int:
+    """The first segment that later ones are to be like: it reads none that have no full memory yet.
+
+    A memory of k segments is full after k of them, and what the last k write for later ones nothing reads.
+    """
+    return min(segments - 1, max(2, 2 * (segments // 3)))
 
 
 def prove_loop(loop: SegmentLoop, family: Family | None, segments: int, watch: Watch | None = None) -> Proven:
@@ -175,6 +189,27 @@ def rewrite(proven: Proven, watch: Watch | None = None) -> WavefrontProgram:
     program = if_convert(program)
     _show(watch, "if-convert", program)
     return program
+
+
+def retime_loop(proven: Proven, watch: Watch | None = None) -> tuple[FoldedGraph, Retimed]:
+    """What is legal for a loop operation by operation, checked on the loop that was checked against a run.
+
+    Args:
+        proven: a loop that was checked.
+        watch: as in :func:`reroll`.
+
+    Raises:
+        VerifyError: if an operation would read what is not there yet.
+    """
+    graph = fold_operations(proven.loop, proven.family)
+    _show(watch, "fold-operations", f"{graph}\n")
+    retimed = retime(graph)
+    _show(watch, "retime", f"{retimed.text(graph)}\n")
+    if retimed.times is not None and proven.checked_at is not None:
+        segments, batch, tail = proven.checked_at
+        program, keys = proven.loop.unroll(segments, batch, tail)
+        check_moments(program, slots(proven.loop, keys, segments, graph, retimed.times))
+    return graph, retimed
 
 
 def check_against(proven: Proven, program: Program, segments: int, batch: int, tail: int) -> Checked:

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 import sympy
 
 from rmtc.errors import Location, RefusedError
-from rmtc.ir.explanation import Certificate, Explanation
+from rmtc.ir.explanation import Certificate, Explanation, OperationsView
 from rmtc.ir.formula import at, formula, time_formula
 from rmtc.ir.schedule import Dependence, L, S, Schedule
+from rmtc.ir.why import Why
 
 if TYPE_CHECKING:
     from rmtc.benchmark import Benchmark
     from rmtc.verification import Verification
 
-__all__ = ["explanation_json", "measured_json", "refusal_json", "schedule_json", "to_json"]
+__all__ = ["explanation_json", "measured_json", "refusal_json", "schedule_json", "to_json", "why_json"]
 
 Data = Mapping[str, object]
 
@@ -101,7 +102,29 @@ def explanation_json(explanation: Explanation) -> str:
             "cycle": [_dependence(item) for item in explanation.cycle],
             "location": _location(explanation.location),
             "remedy": explanation.remedy,
+            "operations": _operations(explanation.operations) if explanation.operations else None,
+            "strips": [asdict(item) for item in explanation.strips],
             "seconds": explanation.seconds,
+        }
+    )
+
+
+def why_json(answer: Why) -> str:
+    """The chain that leads to a cell; each of its cells as ``[segment, layer]``."""
+    return to_json(
+        {
+            "cell": [answer.cell.segment, answer.cell.layer],
+            "step": answer.step,
+            "forced": answer.forced,
+            "refused": answer.refused,
+            "chain": [
+                {
+                    "cell": [link.cell.segment, link.cell.layer],
+                    "step": link.step,
+                    "dependence": _dependence(link.dependence) if link.dependence else None,
+                }
+                for link in answer.chain
+            ],
         }
     )
 
@@ -150,6 +173,32 @@ def _certificate(certificate: Certificate) -> Data:
         "optimal": certificate.optimal,
         "assumptions": certificate.assumptions,
         "checked": certificate.checked,
+    }
+
+
+def _operations(view: OperationsView) -> Data:
+    return {
+        "a": view.a,
+        "b": view.b,
+        "shifts": view.shifts,
+        "steps": view.steps,
+        "bound": view.bound,
+        "launches": view.launches,
+        "operations": view.operations,
+        "sequential": view.sequential,
+        "cycle": [_dependence(item) for item in view.cycle],
+        "recurrences": [
+            {
+                "operations": item.operations,
+                "layers": item.layers,
+                "dependences": [_dependence(each) for each in item.dependences],
+                "affine": item.affine,
+            }
+            for item in view.recurrences
+        ],
+        "free": view.free,
+        "of": view.of,
+        "apart": view.apart,
     }
 
 

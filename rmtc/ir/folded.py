@@ -1,0 +1,196 @@
+"""The folded graph of operations: a vertex for an operation of a class, an edge with its distance for a read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+from rmtc.ir.formula import distance_text, time_formula
+from rmtc.ir.schedule import Cell, Dependence
+
+__all__ = ["Edge", "FoldedGraph", "Instance", "Moment", "Times", "Vertex"]
+
+
+class Instance(NamedTuple):
+    """A vertex in one cell."""
+
+    vertex: int
+    cell: Cell
+
+
+class Moment(NamedTuple):
+    """When an instance runs: its step, and its place in the order in which every step runs the vertices."""
+
+    step: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Vertex:
+    """One operation of the body of a class, in every cell of that class.
+
+    Attributes:
+        name: such as ``C1.%9``, operation 9 of the bodies of class C1.
+        cell_class: the class.
+        members: the cells of the class as (row, layer): the first segments have rows of their own, the last row stands
+            for all later ones; layer -1 is a prologue, L an epilogue.
+        label: what it computes, such as ``linear``.
+    """
+
+    name: str
+    cell_class: str
+    members: frozenset[tuple[int, int]]
+    label: str = ""
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """Its layers, in order."""
+        return tuple(sorted({layer for _, layer in self.members}))
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Edge(NamedTuple):
+    """Vertex ``consumer`` at (s, l) reads what vertex ``producer`` made ``ds`` segments before.
+
+    Attributes:
+        producer, consumer: numbers of vertices.
+        ds: segments from the producer's to the consumer's.
+        pairs: the layers it leads from and to; where ds = 0 and they are the same it stays within a cell.
+        dependence: the same for people: the distance, constant or in l and L, the tensor, places in the user's code.
+        operands: which of the consumer's arguments it is, counted through nested ones; empty if that is not known.
+    """
+
+    producer: int
+    consumer: int
+    ds: int
+    pairs: tuple[tuple[int, int], ...]
+    dependence: Dependence
+    operands: tuple[int, ...] = ()
+
+    @property
+    def dl(self) -> int:
+        """The least distance in layers."""
+        return min(consumer - producer for producer, consumer in self.pairs)
+
+    @property
+    def within(self) -> bool:
+        """Whether producer and consumer are of one cell."""
+        return self.ds == 0 and all(producer == consumer for producer, consumer in self.pairs)
+
+
+@dataclass(frozen=True)
+class FoldedGraph:
+    """The operations of all cells, folded by class.
+
+    Attributes:
+        layers: L.
+        rows: how many first segments have rows of their own.
+        vertices: in the order of the bodies.
+        edges: what reads what.
+        operations: the vertex of each (row, number) of the loop that was folded.
+    """
+
+    layers: int
+    rows: int
+    vertices: tuple[Vertex, ...]
+    edges: tuple[Edge, ...]
+    operations: Mapping[tuple[int, int], int] = field(default_factory=dict, compare=False, repr=False)
+
+    def spans(self, vertex: int, segments: int) -> Iterator[tuple[range, int]]:
+        """The cells of a vertex in a call of so many segments, as segments and their layer."""
+        for row, layer in self.vertices[vertex].members:
+            if row < segments:
+                yield range(row, segments if row == self.rows else row + 1), layer
+
+    def cells(self, vertex: int, segments: int) -> Iterator[Cell]:
+        """The cells of a vertex in a call of so many segments."""
+        for of, layer in self.spans(vertex, segments):
+            yield from (Cell(s, layer) for s in of)
+
+    def operations_in(self, segments: int) -> int:
+        """The operations of all cells of a call."""
+        return sum(len(of) for vertex in range(len(self.vertices)) for of, _ in self.spans(vertex, segments))
+
+    def instances(self, edge: Edge, segments: int) -> Iterator[tuple[Cell, Cell]]:
+        """The producer's and the consumer's cell of each instance of an edge."""
+        made, read = self.vertices[edge.producer].members, self.vertices[edge.consumer].members
+        for producer, consumer in edge.pairs:
+            for s in range(max(edge.ds, 0), segments + min(edge.ds, 0)):
+                if (min(s, self.rows), consumer) in read and (min(s - edge.ds, self.rows), producer) in made:
+                    yield Cell(s - edge.ds, producer), Cell(s, consumer)
+
+    def __str__(self) -> str:
+        classes: dict[str, list[Vertex]] = {}
+        for vertex in self.vertices:
+            classes.setdefault(vertex.cell_class, []).append(vertex)
+        lines = [f"{name}: {_layers(each[0])}, {len(each)} operations" for name, each in classes.items()]
+        for edge in self.edges:
+            if not edge.within:
+                made, read = self.vertices[edge.producer], self.vertices[edge.consumer]
+                text = f"{made} {made.label} -> {read} {read.label}: {distance_text(edge.dependence.distance)}"
+                lines.append(f"{text} {edge.dependence.tensor}".rstrip())
+        return "\n".join(lines)
+
+
+def _layers(vertex: Vertex) -> str:
+    rows = sorted({row for row, _ in vertex.members})
+    first, last = vertex.layers[0], vertex.layers[-1]
+    return f"rows {', '.join(map(str, rows))}, layer{f's {first} to {last}' if first < last else f' {first}'}"
+
+
+@dataclass(frozen=True)
+class Times:
+    """Vertex v of cell (s, l) runs in step ``a*floor(s/block) + b*l + c_v``, in each step in one order.
+
+    Attributes:
+        a, b: coefficients, not negative.
+        shifts: c_v for each vertex.
+        order: the place of each vertex within a step; copies of a vertex with one place run at once.
+        block: how many segments count as one.
+    """
+
+    a: int
+    b: int
+    shifts: tuple[int, ...]
+    order: tuple[int, ...]
+    block: int = 1
+
+    def moment(self, vertex: int, cell: Cell) -> Moment:
+        """When an instance runs."""
+        step = self.a * (cell.segment // self.block) + self.b * cell.layer + self.shifts[vertex]
+        return Moment(step, self.order[vertex])
+
+    def gain(self, edge: Edge) -> int:
+        """Steps from the producer's cell to the consumer's, at the least."""
+        return self.a * (edge.ds // self.block) + self.b * edge.dl
+
+    def makespan(self, graph: FoldedGraph, segments: int) -> int:
+        """Number of steps from the first to the last, both included."""
+        steps = [
+            self.moment(vertex, Cell(s, layer)).step
+            for vertex in range(len(self.shifts))
+            for of, layer in graph.spans(vertex, segments)
+            for s in (of[0], of[-1])
+        ]
+        return max(steps) - min(steps) + 1 if steps else 0
+
+    def launches(self, graph: FoldedGraph, segments: int) -> int:
+        """How many operations run one after another, those of a vertex in one step counting as one.
+
+        Steps are no cost: of two schedules the one with fewer launches is the better, however a step divides them.
+        """
+        count: dict[frozenset[tuple[int, int]], int] = {}
+        for number, vertex in enumerate(graph.vertices):
+            if vertex.members not in count:
+                count[vertex.members] = len({self.moment(number, cell) for cell in graph.cells(number, segments)})
+        return sum(count[vertex.members] for vertex in graph.vertices)
+
+    def __str__(self) -> str:
+        time = time_formula(self.a, self.b)
+        if self.block > 1 and self.a:
+            time = time.replace("s", f"floor(s/{self.block})", 1)
+        return f"{time} + c_v, c_v from {min(self.shifts)} to {max(self.shifts)}"

@@ -1,0 +1,63 @@
+"""The independent checker of times: every operation of a flat program runs after those whose results it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rmtc.errors import VerifyError
+from rmtc.ir.program import Op, Program, Val
+
+__all__ = ["Slot", "check_moments"]
+
+
+class Slot(NamedTuple):
+    """When an operation runs.
+
+    ``phase`` is 0 before the loop, 1 in it, 2 after it; operations of one slot of the loop run at once.
+    """
+
+    phase: int
+    step: int
+    position: int
+
+
+def check_moments(program: Program, slots: Sequence[Slot]) -> int:
+    """Check the slots of the operations of an unrolled loop, which it goes over one by one.
+
+    It knows neither cells nor distances, and shares no code with what found the times.
+
+    Returns:
+        The number of reads it went over.
+
+    Raises:
+        VerifyError: at the first operation that reads a result that is not there yet, or that is to run at once with
+            an operation of another kind.
+    """
+    kinds: dict[Slot, Op] = {}
+    reads = 0
+    for number, (op, slot) in enumerate(zip(program.ops, slots, strict=True)):
+        if slot.phase == 1 and kinds.setdefault(slot, op).target is not op.target:
+            raise VerifyError(
+                f"%{number} = {op.label} is to run at once with a {kinds[slot].label}, in step {slot.step}",
+                location=op.location,
+            )
+        for made in _values(op.args):
+            reads += 1
+            if slots[made] >= slot and (slot.phase == 1 or slots[made].phase != slot.phase):
+                raise VerifyError(
+                    f"%{number} = {op.label} in step {slot.step}, place {slot.position} reads %{made} = "
+                    f"{program.ops[made].label}, which runs in step {slots[made].step}, place {slots[made].position}",
+                    location=op.location,
+                )
+    return reads
+
+
+def _values(args: tuple[Any, ...]) -> list[int]:
+    found: list[int] = []
+    for arg in args:
+        if type(arg) is tuple:
+            found += _values(arg)
+        elif type(arg) is Val:
+            found.append(arg.number)
+    return found

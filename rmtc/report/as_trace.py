@@ -1,0 +1,55 @@
+"""A schedule as a Chrome trace, for chrome://tracing and Perfetto: a track for each layer, a millisecond a step."""
+
+from __future__ import annotations
+
+import json
+
+from rmtc.ir.schedule import Cell, Schedule
+
+__all__ = ["schedule_trace"]
+
+_STEP = 1000
+"""Microseconds drawn for a step."""
+
+
+def schedule_trace(schedule: Schedule, segments: int) -> str:
+    """JSON text of the Trace Event Format; what a step runs of one layer is one event, with its cells in ``args``.
+
+    The track of a prologue comes before those of the layers, that of an epilogue after them.
+    """
+    layers = schedule.layers
+    tracks: set[int] = set()
+    events: list[dict[str, object]] = []
+    for step in schedule.steps(segments):
+        for group in step.groups:
+            by_layer: dict[int, list[Cell]] = {}
+            for cell in group.cells:
+                by_layer.setdefault(cell.layer, []).append(cell)
+            for layer, cells in by_layer.items():
+                tracks.add(layer)
+                names = [f"s{cell.segment}" for cell in cells]
+                events.append(
+                    {
+                        "name": names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]} ({len(names)})",
+                        "cat": group.cell_class,
+                        "ph": "X",
+                        "ts": step.time * _STEP,
+                        "dur": _STEP,
+                        "pid": 0,
+                        "tid": layer + 1,
+                        "args": {"step": step.time, "class": group.cell_class, "segments": names},
+                    }
+                )
+    named = [
+        {"name": name, "ph": "M", "pid": 0, "tid": layer + 1, "args": args}
+        for layer in sorted(tracks)
+        for name, args in (
+            ("thread_name", {"name": _track(layer, layers)}),
+            ("thread_sort_index", {"sort_index": layer + 1}),
+        )
+    ]
+    return json.dumps({"traceEvents": [*named, *events], "displayTimeUnit": "ms"}, indent=1)
+
+
+def _track(layer: int, layers: int) -> str:
+    return "prologue" if layer < 0 else "epilogue" if layer >= layers else f"l{layer}"

@@ -1,0 +1,96 @@
+"""Several segments as one body: the same operations written out run in the mined graph's order, in fewer steps."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from folded import Spelled, drawn, kind, spell
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rmtc
+from rmtc.ir.folded import FoldedGraph, Times
+from rmtc.ir.program import Op, Program, Val
+from rmtc.ir.schedule import Cell
+from rmtc.passes.check_moments import Slot, check_moments
+from rmtc.passes.retime import broken, retime
+from rmtc.passes.strip_mine import retime_strip, strip_mine, strips
+
+# distances besides (0, 1), period; steps and operations in sequence at S = 6, L = 4; None where nothing is gained
+NAMED = {
+    "two segments back": ([(2, 0)], 2, (6, 6)),
+    "two segments back, S uneven": ([(2, 0), (1, 1)], 2, (6, 6)),
+    "three segments back": ([(3, 0)], 3, (5, 5)),
+    "two back and one higher": ([(2, -1)], 2, (8, 8)),
+    "one and two back": ([(1, 0), (2, 0)], 2, None),
+    "two segments up": ([(2, 1)], 2, None),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_distances(name: str) -> None:
+    distances, period, gained = NAMED[name]
+    spelled = spell(4, [range(4)], (0, 0, 0, 1), *((0, 0, *each) for each in distances))
+    found = strips(spelled.graph(), 6)
+    assert [(each.period, each.steps, each.launches) for each in found] == ([(period, *gained)] if gained else [])
+    answer = rmtc.study([(0, 1), *distances], layers=4, segments=6)
+    assert answer.strips == found
+    assert ("Several segments in one body" in str(answer)) == bool(gained)
+    check(spelled, period, 7)
+
+
+def check(spelled: Spelled, period: int, segments: int) -> None:
+    """Run the operations one by one at the moments that the mined graph's times give them."""
+    times = retime_strip(spelled.graph(), period)
+    assert times is not None
+    cells, before = spelled.cells(segments), spelled.before(segments)
+    number = {cell: n for n, cell in enumerate(cells)}
+    ops = [Op(kind(cell[2]), tuple(Val(number[each]) for each in before[cell])) for cell in cells]
+    check_moments(Program(ops, {}, {}), [slot(times, period, *cell) for cell in cells])
+
+
+def slot(times: Times, period: int, segment: int, layer: int, vertex: int) -> Slot:
+    return Slot(1, *times.moment(vertex * period + segment % period, Cell(segment // period, layer)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(2, 4), st.integers(1, 7))
+def test_drawn_graphs(rng: random.Random, period: int, segments: int) -> None:
+    spelled = drawn(rng)
+    graph = spelled.graph()
+    plain = retime(graph).times
+    mined = strip_mine(graph, period)
+    times = retime_strip(graph, period)
+    assert (times is None) == (plain is None)
+    if times is None or plain is None:
+        return
+    assert broken(mined, times) is None
+    assert times.a <= period * plain.a
+    assert mined.operations_in(2) == graph.operations_in(2 * period)
+    check(spelled, period, segments)
+
+
+def test_first_segments_stay_what_they_are() -> None:
+    graph = with_rows()
+    for period in (1, 2, 3):
+        mined = strip_mine(graph, period)
+        for segments in (period, 3 * period):
+            cells = {
+                (vertex // period, cell.segment * period + vertex % period, cell.layer)
+                for vertex in range(len(mined.vertices))
+                for cell in mined.cells(vertex, segments // period)
+            }
+            plain = {(vertex, *cell) for vertex in range(len(graph.vertices)) for cell in graph.cells(vertex, segments)}
+            assert cells == plain
+
+
+def with_rows() -> FoldedGraph:
+    """Two rows of their own: a vertex in the first only, one in all, one from the second on."""
+    graph = spell(2, [range(2)] * 3).graph()
+    members = [{(0, 0), (0, 1)}, {(row, layer) for row in range(3) for layer in range(2)}, {(1, 1), (2, 1)}]
+    vertices = tuple(
+        replace(vertex, members=frozenset(each)) for vertex, each in zip(graph.vertices, members, strict=True)
+    )
+    return replace(graph, rows=2, vertices=vertices)

@@ -1,0 +1,36 @@
+"""What the packages' models allow operation by operation, held against what is known of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from zoo import ZOO, text
+
+import rmtc
+
+# a and b; for each recurrence its layers by copy, and whether it is affine; layer -1 is a prologue, L an epilogue
+EACH_LAYER, ALL = ((0, 0), (1, 1), (2, 2)), ((-1, 3),)
+FOUND: dict[str, tuple[int, int, list[tuple[tuple[tuple[int, int], ...], bool]]]] = {
+    "block-recurrent, r = w": (1, 1, [(((1, 1),), False)]),
+    "infini, delta rule": (1, 1, [(EACH_LAYER, True), (EACH_LAYER, True)]),
+    "recurrent memory": (1, 0, [(ALL, False)]),
+    "memformer": (3, 1, [(((0, 3),), False)]),
+    "transformer_xl": (0, 1, []),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOUND)
+def test_operations_of_a_package(name: str) -> None:
+    torch.manual_seed(0)
+    entry = ZOO[name]
+    with torch.no_grad():
+        explanation = rmtc.explain(entry.build().function)(text(5))
+    view = explanation.operations
+    assert view is not None
+    a, b, recurrences = FOUND[name]
+    assert (view.a, view.b) == (a, b)
+    assert [(each.layers, each.affine) for each in view.recurrences] == recurrences
+    assert view.sequential == (entry.makespan is None)
+    assert view.bound <= view.steps
+    assert min(view.launches, view.apart) <= view.operations
