@@ -110,6 +110,7 @@ def find_segments(program: Program, use: Uses, anchors: dict[int, int], inner: s
     members[-1] += sorted(closing)
     after = _hand_back(program, tokens, anchors, members, last[-1] + 1)
     _leave_behind(program, members, anchors)
+    _hand_on(program, members, anchors)
     members = [_by_use(program, row, anchors) for row in members]
     after = _results_only(program, tokens, members, anchors) + after
     order = before + [i for row in members for i in row] + after
@@ -175,6 +176,31 @@ def _leave_behind(program: Program, members: list[list[int]], anchors: dict[int,
         row[:] = [i for i in row if segment[i] == s]
         for i in sorted(made.keys() - used):
             members[made[i]].append(i)
+
+
+def _hand_on(program: Program, members: list[list[int]], anchors: dict[int, int]) -> None:
+    """What a segment runs last, of nothing that segments made, and has no use for, is the start of the next one."""
+    segment = {i: s for s, row in enumerate(members) for i in row}
+    returned = {value.number for value in program.outputs.values() if type(value) is Val}
+    loose: set[int] = set()
+    for row in members:
+        end = max((i for i in row if i in anchors), default=len(program.ops))
+        for i in row:
+            if i > end and all(j in loose or j not in segment for j in _inputs(program.ops[i])):
+                loose.add(i)
+    users: dict[int, int] = {}  # the first segment with a use for it
+    moved: dict[int, None] = {}
+    for i in reversed(range(len(program.ops))):
+        home = segment.get(i, len(members))
+        if i in loose and i not in returned and home < users.get(i, home) < len(members):
+            home = users[i]
+            moved[i] = None
+        for j in _inputs(program.ops[i]):
+            users[j] = min(users.get(j, home), home)
+    for s, row in enumerate(members):
+        members[s] = [i for i in row if i not in moved]
+    for i in moved:
+        members[users[i]].insert(0, i)
 
 
 def _by_use(program: Program, row: list[int], anchors: dict[int, int]) -> list[int]:
