@@ -14,7 +14,6 @@ from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, retime_loop, rewrite, timed
-from rmtc.passes.short_results import lacks_results, with_results
 from rmtc.quiet import uncollected
 
 __all__ = ["Analysis", "analyze", "prove_analysis"]
@@ -306,10 +305,6 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, watch: 
     with timed(seconds, "check"):
         proven.checked = check_against(proven, third.program, *third.sizes)
         proven.checked_at = third.sizes
-    for few in range(2, len(proven.loop.rows) + 1):
-        if lacks_results(proven.loop, few):
-            run = analysis.run(Sizes(few, plan.sizes.batch, plan.segment_length))
-            proven.loop = with_results(proven.loop, run.program, *run.sizes)
     analysis.traced.add(third.sizes)
     analysis.probes = [runs[0], third]
     if watch is not None:

@@ -119,6 +119,11 @@ class Op:
         return Op(self.target, args, self.location, self.module, self.name, self.variable, self.shape, self.dtype)
 
     @property
+    def form(self) -> tuple[tuple[int, ...], torch.dtype] | None:
+        """Shape and dtype of the result, if it is a tensor."""
+        return (self.shape, self.dtype) if self.shape is not None and self.dtype is not None else None
+
+    @property
     def label(self) -> str:
         """``mul.Tensor``, ``getitem``."""
         return target_name(self.target)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
+
 from rmtc.errors import Location, VerifyError
 from rmtc.ir.program import Op, Program, Source, Src, Val, leaves, map_leaves, show, target_name
 from rmtc.ir.schedule import Cell, Dependence
@@ -144,9 +146,18 @@ class Numbered(NamedTuple):
         return f"{self.before}{self.number}{self.after}"
 
 
+Form = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor."""
+
+
 @dataclass(frozen=True)
 class BodyOp:
-    """An operation of a segment, or of the part before or after the loop."""
+    """An operation of a segment, or of the part before or after the loop.
+
+    Attributes:
+        form: shape and dtype of the result in the shorter of the two runs, which ends with a full segment; None where
+            they are not known.
+    """
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
@@ -154,6 +165,7 @@ class BodyOp:
     module: str = ""
     name: str = ""
     variable: str = ""
+    form: Form | None = field(default=None, compare=False)
 
     @property
     def label(self) -> str:

@@ -19,6 +19,7 @@ __all__ = ["Canonicalize"]
 aten = torch.ops.aten
 _NO_RESULT = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.dropout.default, operator.getitem)
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default)
+_STRIDED = (aten.as_strided.default, aten.as_strided_scatter.default, aten.as_strided_copy.default)
 _SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
 _END = torch.iinfo(torch.int64).max
 
@@ -33,7 +34,8 @@ class Canonicalize:
     `slice_scatter` put there is that part: one tensor that holds the states of many layers makes no false chain
     between them.
     Operations whose result is not used stay: the last segment then looks like the others, which use it.
-    Checks: no operation draws random numbers, unless ``reorder_random`` allows that another order draws others.
+    Checks: no operation draws random numbers, unless ``reorder_random`` allows that another order draws others; none
+    reads memory by strides that the user's code gives.
 
         %p = split(%x, 16, 1)
         %a = getitem(%p, 2)                     ->    %a = slice(%x, 1, 32, 48)
@@ -63,38 +65,38 @@ class Canonicalize:
     def apply(self, graph: fx.Graph) -> None:
         if not self.reorder_random:
             _refuse_random(graph)
+        _refuse_strides(graph)
         memory, alike = _memories(graph), _alike(graph, ())
         tables = _tables(graph, self.fixed) if self.fixed else set()
         _drop_empty(graph)
+        short = _short_histories(graph)
         for node in list(graph.nodes):
             if node.op != "call_function":
                 continue
             if node.target is operator.getitem:
                 _piece(graph, node)
-            elif node.target is aten.slice_scatter.default and _interval(node, _size(node, _dim(node, 2)), 2) == (
-                0,
-                _size(node, _dim(node, 2)),
-            ):
-                _becomes(node, node.args[1])
+            elif node.target is aten.slice_scatter.default and _covers(node):
+                _replaced(graph, node, node.args[1])
             elif node.target in _SCATTERS:
                 _unclone(node)
             elif node.target in (aten.select.int, aten.slice.Tensor):
-                _forward(node, tables, self.whole_windows)
+                _forward(graph, node, tables, self.whole_windows)
+                _spread(graph, node, short)
             elif node.target is aten.alias.default:
                 _unalias(graph, node)
             elif node.target is aten.cat.default:
                 _flatten(graph, node)
             elif node.target is aten.copy.default:
-                _copied(node)
+                _replaced(graph, node, node.args[1])
             elif node.target in _CASTS:
-                _cast(node)
+                _cast(graph, node)
             elif node.target is aten.dropout.default and not _drops(node):
                 _becomes(node, node.args[0])
         _drop_dead(graph, self.segments, alike)
         _assemble(graph)
         for node in list(graph.nodes):  # what was put together is read part by part
             if node.target in (aten.select.int, aten.slice.Tensor):
-                _forward(node, tables, self.whole_windows)
+                _forward(graph, node, tables, self.whole_windows)
         _drop_dead(graph, self.segments, [*alike, *_alike(graph, [node for nodes in alike for node in nodes])])
         _detach_at_readers(graph)
         _keep_apart(graph, memory)
@@ -205,6 +207,16 @@ def _refuse_random(graph: fx.Graph) -> None:
         )
 
 
+def _refuse_strides(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.target in _STRIDED:
+            raise RefusedError(
+                f"{node.target} reads memory by its layout, which another order of the cells does not keep",
+                location=node.meta.get("location"),
+                remedy="use view, unfold, slices or transposes, which name what they read",
+            )
+
+
 def _drops(node: fx.Node) -> bool:
     return bool(node.args[1] != 0 and node.args[2])
 
@@ -275,30 +287,63 @@ def _becomes(node: fx.Node, value: Any) -> None:
         value.meta.setdefault("name", node.meta["name"])
 
 
-def _cast(node: fx.Node) -> None:
+def _replaced(graph: fx.Graph, node: fx.Node, value: Any) -> bool:
+    """Use a value for a node that holds what it holds, if it does not change on the way: copy(x, y) -> y.
+
+    Where the dimensions of the value do not lie in order, as those of a transposed or expanded tensor, and those of
+    the node do, a copy takes its place: a `view` may not fit the value.
+    """
+    if not isinstance(value, fx.Node):
+        return False
+    old, new = node.meta["val"], value.meta["val"]
+    if old.shape != new.shape or old.dtype != new.dtype or old.device != new.device:
+        return False
+    _becomes(node, _in_order(graph, node, value))
+    return True
+
+
+def _in_order(graph: fx.Graph, node: fx.Node, value: fx.Node) -> fx.Node:
+    """A value to be used for a node or in it, or a copy of it whose dimensions lie in order."""
+    held = value.meta["val"]
+    if held.stride() == node.meta["val"].stride() or _lies_in_order(held):
+        return value
+    with graph.inserting_before(node):
+        copied = graph.call_function(aten.clone.default, (value,), {"memory_format": torch.contiguous_format})
+    copied.meta.update({key: each for key, each in node.meta.items() if key != "name"})
+    copied.meta["val"] = held.clone(memory_format=torch.contiguous_format)
+    return copied
+
+
+def _lies_in_order(value: torch.Tensor) -> bool:
+    """Whether the elements lie in the order of their indices, each at a place of its own."""
+    reach = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if size > 1:
+            if stride < reach:
+                return False
+            reach = stride * size
+    return True
+
+
+def _covers(node: fx.Node) -> bool:
+    """Whether a slice_scatter writes all there is."""
+    size = _size(node, _dim(node, 2))
+    return _interval(node, size, 2) == (0, size)
+
+
+def _cast(graph: fx.Graph, node: fx.Node) -> None:
     """A cast to the dtype and device that a tensor has already is the tensor."""
     source = node.args[0]
     copies = node.kwargs.get("copy", False) or any(arg is True for arg in node.args[2:])
-    if isinstance(source, fx.Node) and not copies and node.kwargs.get("memory_format") is None:
-        before, after = source.meta["val"], node.meta["val"]
-        if before.dtype == after.dtype and before.device == after.device:
-            _becomes(node, source)
-
-
-def _copied(node: fx.Node) -> None:
-    """copy(x, y) is y where shapes and dtypes are the same: x's values do not matter."""
-    target, value = node.args[0], node.args[1]
-    if isinstance(target, fx.Node) and isinstance(value, fx.Node):
-        old, new = target.meta["val"], value.meta["val"]
-        if old.shape == new.shape and old.dtype == new.dtype and old.device == new.device:
-            _becomes(node, value)
+    if not copies and node.kwargs.get("memory_format") is None:
+        _replaced(graph, node, source)
 
 
 def _dim(node: fx.Node, index: int) -> int:
     return int(_argument(node, index, "dim", 0) % node.meta["val"].ndim)
 
 
-def _forward(node: fx.Node, tables: set[fx.Node], whole_windows: bool) -> None:
+def _forward(graph: fx.Graph, node: fx.Node, tables: set[fx.Node], whole_windows: bool) -> None:
     """Read through what put a tensor together: a part that was put there is that part, whatever was put elsewhere."""
     while True:
         source: Any = node.args[0]
@@ -334,17 +379,21 @@ def _forward(node: fx.Node, tables: set[fx.Node], whole_windows: bool) -> None:
                 node.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
                 continue
             if read == written and whole_row == (source.target is aten.select_scatter.default):
-                _is_part(node, source.args[1])
+                _replaced(graph, node, source.args[1])
                 return
             part: Any = source.args[1]
             if source.target is aten.select_scatter.default or not written[0] <= read[0] < read[1] <= written[1]:
                 return
             if part.meta["val"].dtype != node.meta["val"].dtype or part.meta["val"].ndim <= dim:
                 return
+            part = _in_order(graph, node, part)
             node.args = (part, dim, *(place - written[0] for place in (read[:1] if whole_row else read)))
             continue
+        if source.target is aten.unsqueeze.default and _dim(source, 1) == dim and whole_row:
+            _replaced(graph, node, source.args[0])
+            return
         if source.target is aten.stack.default and _dim(source, 1) == dim and whole_row:
-            _is_part(node, source.args[0][read[0]])  # type: ignore[index]
+            _replaced(graph, node, source.args[0][read[0]])  # type: ignore[index]
             return
         if source.target is aten.cat.default and _dim(source, 1) == dim:
             if whole_windows and read[1] == size:
@@ -353,13 +402,14 @@ def _forward(node: fx.Node, tables: set[fx.Node], whole_windows: bool) -> None:
             for piece in source.args[0]:  # type: ignore[union-attr]
                 end = start + (_size(piece, dim) if piece.meta["val"].ndim > dim else 0)  # type: ignore[union-attr, arg-type]
                 if (start, end) == read and not whole_row:
-                    _is_part(node, piece)
+                    _replaced(graph, node, piece)
                     return
                 if start <= read[0] and read[1] <= end and piece.meta["val"].dtype == node.meta["val"].dtype:  # type: ignore[union-attr]
                     break
                 start = end
             else:
                 return
+            piece = _in_order(graph, node, piece)  # type: ignore[arg-type]
             node.args = (piece, dim, *(place - start for place in (read[:1] if whole_row else read)))
             continue
         if source.target is aten.slice.Tensor and _dim(source, 1) == dim and _is_cut_again(source):
@@ -398,10 +448,62 @@ def _flatten(graph: fx.Graph, node: fx.Node) -> None:
                 graph.erase_node(piece)
 
 
-def _is_part(node: fx.Node, part: Any) -> None:
-    """A part that was put there is what is read, unless it was cast on the way."""
-    if isinstance(part, fx.Node) and part.meta["val"].dtype == node.meta["val"].dtype:
-        node.replace_all_uses_with(part)
+_FEW = 4
+"""Of a history that keeps so many parts, each reader reads the parts: it waits for those alone."""
+
+
+def _short_histories(graph: fx.Graph) -> set[Any]:
+    """The lines of the user's code that put a part to others of which few are kept."""
+    whole: dict[Any, int] = {}
+    part: dict[Any, int] = {}
+    for node in graph.nodes:
+        if node.target is aten.cat.default:
+            sizes = [_size(piece, _dim(node, 1)) for piece in node.args[0] if piece.meta["val"].ndim]
+            place = node.meta.get("location")
+            whole[place] = max(whole.get(place, 0), sum(sizes))
+            part[place] = max(part.get(place, 0), min(sizes, default=0))
+    return {place for place, size in whole.items() if size <= _FEW * part[place]}
+
+
+def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> None:
+    """slice(cat([a, b, c])) -> cat([slice(a), b]): what moves on in a history makes no chain of those before it."""
+    source: Any = node.args[0]
+    if not node.users or node.target is not aten.slice.Tensor or not isinstance(source, fx.Node):
+        return
+    if source.target is not aten.cat.default or source.meta.get("location") not in short:
+        return
+    dim, value = _dim(source, 1), node.meta["val"]
+    interval = _interval(node, _size(source, dim), 1)
+    pieces: Any = source.args[0]
+    if interval is None or _dim(node, 1) != dim:
+        return
+    if any(piece.meta["val"].ndim != value.ndim or piece.meta["val"].dtype != value.dtype for piece in pieces):
+        return
+    parts: list[Any] = []
+    cut: list[fx.Node] = []
+    start = 0
+    for piece in pieces:
+        size = _size(piece, dim)
+        first, last = max(interval[0] - start, 0), min(interval[1] - start, size)
+        if (first, last) == (0, size):
+            parts.append(piece)
+        elif first < last:
+            with graph.inserting_before(node):
+                part = graph.call_function(aten.slice.Tensor, (piece, dim, first, last))
+            part.meta.update({key: each for key, each in node.meta.items() if key != "name"})
+            part.meta["val"] = piece.meta["val"].narrow(dim, first, last - first)
+            parts.append(part)
+            cut.append(part)
+        start += size
+    if len(parts) > 1:
+        with graph.inserting_before(node):
+            whole = graph.call_function(aten.cat.default, (parts, dim))
+        whole.meta.update(node.meta)
+        node.replace_all_uses_with(whole)
+        for part in cut:
+            _forward(graph, part, set(), False)
+            _spread(graph, part, short)
+        _flatten(graph, whole)
 
 
 def _is_cut_again(node: fx.Node) -> bool:

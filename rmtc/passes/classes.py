@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rmtc.ir.program import Source, Src, leaves, map_leaves, target_name
-from rmtc.ir.segment_loop import BodyOp, Fit, Item, Outer, Row, SegmentLoop
+from rmtc.ir.segment_loop import BodyOp, Fit, Form, Item, Outer, Row, SegmentLoop
 from rmtc.passes.streams import Family
 
 __all__ = ["Namer"]
@@ -66,11 +66,13 @@ class Namer:
             elif type(leaf) is Src:
                 source: Source = self._loop.sources[leaf.name]
                 names = [self._name(name, at) for name in source.names for at in (None, layer)]
-                out.append(_Given(frozenset(names), "source", (source.shape, source.dtype)))
+                form = (tuple(source.shape), source.dtype)
+                out.append(_Given(frozenset(names), "source", form, form))
             elif isinstance(leaf, Item):
                 out.append(_Given(frozenset([f"{leaf.list}[s]{leaf.rest}"]), "item"))
             elif isinstance(leaf, Outer) and leaf.part == "before":
-                out.append(_Given(frozenset(self._outer(leaf.number, at) for at in (None, layer)), "before"))
+                made = frozenset(self._outer(leaf.number, at) for at in (None, layer))
+                out.append(_Given(made, "before", form=self._loop.before[leaf.number].form))
             elif type(leaf) in (int, float) or isinstance(leaf, Fit):
                 out.append(_Number({(row, layer): leaf}, self._loop.segment_length, len(self._loop.rows)))
             else:
@@ -111,11 +113,12 @@ class Namer:
             return ("local", leaf.number - start)
         base = 0 if at < 0 else layout.epilogue[0] if at >= len(layout.layers) else layout.layers[at][0]
         # What makes it has another number in another class of cells.
-        number = {(min(made, len(self._loop.rows)), at): leaf.number - base}
+        maker = min(made, len(self._loop.rows))
+        number, form = {(maker, at): leaf.number - base}, self._rows[maker][leaf.number].form
         if at < 0 or at >= len(layout.layers):
             # The first layer reads from the prologue what the others read from the layer below.
-            return _Outside(at, leaf.back, number, edge=layer == 0 and at < 0)
-        return _Cells(frozenset({("relative", layer - at), ("layer", at)}), leaf.back, number)
+            return _Outside(at, leaf.back, number, edge=layer == 0 and at < 0, form=form)
+        return _Cells(frozenset({("relative", layer - at), ("layer", at)}), leaf.back, number, form)
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ class _Given:
 
     ways: frozenset[str | int]
     kind: str
-    form: tuple[Any, ...] = ()
+    given: Form | None = None  # the same for all members
+    form: Form | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ class _Cells:
     ways: frozenset[tuple[str, int]]
     back: int
     number: dict[tuple[int, int], int]
+    form: Form | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,7 @@ class _Outside:
     back: int
     number: dict[tuple[int, int], int]
     edge: bool
+    form: Form | None = None
 
 
 @dataclass(frozen=True)
@@ -230,20 +236,21 @@ def _merge_slot(a: Any, b: Any) -> tuple[Any] | None:
         return (merged,) if merged is not None else None
     if isinstance(a, _Given) and isinstance(b, _Given):
         ways = a.ways & b.ways
-        return (_Given(ways, b.kind, b.form),) if ways and (a.kind, a.form) == (b.kind, b.form) else None
+        return (_Given(ways, b.kind, b.given, b.form),) if ways and (a.kind, a.given) == (b.kind, b.given) else None
     if isinstance(a, _Cells) and isinstance(b, _Cells):
         alike, number = a.ways & b.ways, _union(a.number, b.number)
-        return (_Cells(alike, b.back, number),) if a.back == b.back and number is not None and alike else None
+        return (_Cells(alike, b.back, number, b.form),) if a.back == b.back and number is not None and alike else None
     if isinstance(a, _Outside) and isinstance(b, _Outside):
         number = _union(a.number, b.number)
         same = (a.stage, a.back) == (b.stage, b.back) and number is not None
-        return (_Outside(b.stage, b.back, number or {}, a.edge and b.edge),) if same else None
+        return (_Outside(b.stage, b.back, number or {}, a.edge and b.edge, b.form),) if same else None
     for mine, other in ((a, b), (b, a)):
         if isinstance(mine, _Outside) and mine.edge and isinstance(other, _Cells) and mine.back == other.back:
             return (other,) if any(way[0] == "relative" and way[1] > 0 for way in other.ways) else None
         # A value from before the loop stands in for that of a segment before the first.
         if isinstance(other, (_Cells, _Outside)) and other.back > 0 and isinstance(mine, _Given):
-            return (other,)
+            known = mine.form is not None and other.form is not None
+            return (other,) if not known or mine.form == other.form else None
     return (b,) if type(a) is type(b) and a == b else None
 
 

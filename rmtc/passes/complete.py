@@ -123,7 +123,7 @@ class _Completion:
                 if args is None:
                     return
                 found = count + len(made)
-                made.append(replace(self._ops[reference[0]][i], args=args, name=""))
+                made.append(replace(self._ops[reference[0]][i], args=args, name="", shape=None, dtype=None))
             image[i] = found
             row.append(found)
         self._ops[number] += made

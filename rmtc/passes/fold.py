@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from rmtc.errors import RefusedError
-from rmtc.ir.program import Op, Source, Src, Val, leaves, map_leaves, show, target_name
-from rmtc.ir.segment_loop import BodyOp, Environment, Every, Item, Outer, Row, SegmentLoop, Where
+from rmtc.ir.program import VIEWS, Op, Source, Src, Val, leaves, map_leaves, show, target_name
+from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Item, Outer, Row, SegmentLoop, Where
 from rmtc.passes.complete import complete_segments
 from rmtc.passes.cuts import common_subsequence
 from rmtc.passes.fit import Misfit, fit
@@ -79,9 +79,11 @@ def _with_known_results(loop: SegmentLoop) -> SegmentLoop:
     """The loop with the results of a first segment that runs other operations: such a segment may be the last.
 
     It leaves what later ones read in the place of what a steady one leaves; where none reads it, what is made by the
-    same operation in the same order, which a trace of so few segments has yet to confirm.
+    same operation in the same order; where it lacks that, too, the result is made after the loop. A trace of so few
+    segments has yet to confirm it.
 
         s0: %3, s: %5 = f(s-1.%5), s1 reads s0.%3 in its place   ->   s0 leaves %3 where a later one leaves %5
+        s0: %3, s: %3, %4 = view(%3), result s[-1].%4            ->   after: %0 = view(s[-1].%3), result after.%0
     """
     last = len(loop.rows)
     stands: dict[tuple[int, int], int] = {}  # (row, number in a steady segment) -> number in the row
@@ -102,14 +104,45 @@ def _with_known_results(loop: SegmentLoop) -> SegmentLoop:
         for n, k in zip(places, common_subsequence(row_kinds, [kinds[n] for n in places]), strict=True):
             stands.setdefault((s, n), k)
 
-    def known(leaf: Any) -> Any:
-        if not isinstance(leaf, (Where, Every)):
-            return leaf
+    made: list[BodyOp] = []
+    beyond: dict[tuple[int, int], Outer] = {}
+
+    def left(segment: int, number: int) -> Where | Outer | None:
+        """What a segment from the end leaves in the place of an operation of a steady one, in any row."""
+        numbers = tuple(stands.get((s, number), -1) for s in range(last))
+        op = loop.steady[number]
+        if min(numbers, default=0) >= 0:
+            return Where(segment, (*numbers, number))
+        if (segment, number) not in beyond and op.target in VIEWS and not _varies(op):
+            read = {each: left(segment - each.back, each.number) for each in leaves(op.args) if isinstance(each, Row)}
+            if None not in read.values():
+                args = map_leaves(op.args, lambda leaf: read[leaf] if isinstance(leaf, Row) else leaf)
+                beyond[segment, number] = Outer("after", len(made))
+                made.append(replace(op, args=args))
+        return beyond.get((segment, number))
+
+    def known(leaf: Where | Every) -> Where | Every | Outer:
         numbers = [stands.get((row, leaf.number[-1]), -1) if n < 0 else n for row, n in enumerate(leaf.number)]
+        if isinstance(leaf, Where) and leaf.segment < 0 and min(numbers) < 0:
+            found = left(leaf.segment, leaf.number[-1])
+            if found is not None:
+                return found
         return leaf._replace(number=tuple(numbers))
 
-    after = tuple(replace(op, args=map_leaves(op.args, known)) for op in loop.after)
-    return replace(loop, after=after, outputs={name: known(value) for name, value in loop.outputs.items()})
+    given = [*loop.outputs.values(), *(leaf for op in loop.after for leaf in leaves(op.args))]
+    found = {leaf: known(leaf) for leaf in given if isinstance(leaf, (Where, Every))}
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, Outer) and leaf.part == "after":
+            return leaf._replace(number=leaf.number + len(made))
+        return found[leaf] if isinstance(leaf, (Where, Every)) else leaf
+
+    after = (*made, *(replace(op, args=map_leaves(op.args, move)) for op in loop.after))
+    return replace(loop, after=after, outputs={name: move(value) for name, value in loop.outputs.items()})
+
+
+def _varies(op: BodyOp) -> bool:
+    return any(isinstance(leaf, (Fit, Item)) for leaf in leaves(op.args))
 
 
 def _alike(row: Sequence[BodyOp], steady: Sequence[BodyOp]) -> bool:
@@ -236,7 +269,7 @@ def _fold_row(samples: list[Sample], more: list[Sample]) -> tuple[BodyOp, ...]:
             ) from None
         names = {ops[number].name for _, ops, _ in samples if ops[number].name}
         name = sorted(names)[0] if names else ""
-        body.append(BodyOp(op.target, args, op.location, op.module, name, op.variable))
+        body.append(BodyOp(op.target, args, op.location, op.module, name, op.variable, op.form))
     return tuple(body)
 
 

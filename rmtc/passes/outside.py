@@ -31,7 +31,7 @@ def fold_outside(
                 location=a.location,
                 remedy="collect one value a segment in a list and combine them with one operation (torch.cat, stack)",
             ) from None
-        body.append(BodyOp(a.target, args, a.location, a.module, a.name, a.variable))
+        body.append(BodyOp(a.target, args, a.location, a.module, a.name, a.variable, a.form))
     if len(body) != len(first) or len(body) != len(second):
         longer = first if len(first) > len(second) else second
         extra = longer[min(len(body), len(longer) - 1)]

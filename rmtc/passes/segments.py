@@ -244,9 +244,20 @@ def _by_use(program: Program, row: list[int], anchors: dict[int, int]) -> list[i
             work.extend(reversed(ready))
 
     start = min((i for i in row if i in anchors), default=0)
-    for i in (*(i for i in row if i in needed or (i in loose and i < start)), *row):
+    first = _part_in(program, row, start)
+    late = {i for i in row if i < start and i in needed and i not in first}  # till a later anchor has a use for it
+    for i in (*(i for i in row if (i in needed and i not in late) or (i in loose and i < start)), *row):
         emit(i)
     return list(done)
+
+
+def _part_in(program: Program, row: list[int], anchor: int) -> set[int]:
+    """The operations of a segment that have a part in one of them."""
+    found = {anchor}
+    for i in reversed(row):
+        if i in found:
+            found.update(_inputs(program.ops[i]))
+    return found
 
 
 def reorder(program: Program, order: list[int]) -> Program:

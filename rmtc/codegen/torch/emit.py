@@ -25,6 +25,8 @@ __all__ = ["Kernel", "emit", "select_run"]
 
 logger = logging.getLogger(__name__)
 
+_BATCHING = ("FuncTorchBatched", "FuncTorchBatchedDecomposition", "CompositeImplicitAutograd")
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -129,7 +131,8 @@ class _Emitter:
             if text is not None:
                 yield text, True
             self.fallbacks[target_name(op.target)] = None
-            yield self._vmap(arguments), False
+            if _has_batching(op.target):
+                yield self._vmap(arguments), False
         yield self._loop(arguments), False
 
     def _vmap(self, arguments: Arguments) -> str:
@@ -212,6 +215,14 @@ def _alike(found: Any, cell: Any, count: int | None) -> bool:
         and len(found) == len(cell)
         and all(_alike(one, other, count) for one, other in zip(found, cell, strict=True))
     )
+
+
+def _has_batching(target: Any) -> bool:
+    """Whether `vmap` does more for an operation than to run it for one cell after another, which it warns of."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    name = target.name()
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in _BATCHING)
 
 
 def _holds(value: Any) -> bool:
