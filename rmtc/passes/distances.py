@@ -88,37 +88,72 @@ class Vector:
 
 
 def vectors_of(dependence: Dependence, layers: int) -> list[Vector]:
-    """The distances at the ends of the domain; all of them, for this L only, where that is not affine."""
+    """The distances at the ends of the domain; all of them, for this L only, where that is not affine.
+
+    None if no layer of the model has a producer. A domain that only a part of has one is listed, too. What is made
+    after the last layer, or before layer 0, is meant only where the distance leads there from all of its domain.
+    """
     domain = dependence.layers or (0, L - 1)
     ds, dl, first, last = (parse(extent) for extent in (*dependence.distance, *domain))
     if ds is None or dl is None or first is None or last is None or first.layer or last.layer:
-        return _list(dependence, layers)
+        return _list(dependence, layers, sympy.expand(layer_symbol - dependence.distance[1]) in (-1, L))
+    ends = first.rest, last.rest
+    made = [end - dl.at(end) for end in ends]
+    named = made[0] == made[1] and made[0] in (ONE.times(-1), TOP + ONE)
     if not ds.layer and not dl.layer:
-        if ds.rest.integer is None:
-            return _list(dependence, layers)
-        reach = dl.rest if dl.rest.at(layers) >= 0 else dl.rest.times(-1)
-        beyond = Affine() if dl.rest.integer is not None else ONE  # an epilogue is named by L, not by a number
-        holds = [(TOP + beyond - reach).nonnegative_from()]
-        if dependence.layers:
-            holds.append((last.rest - first.rest).nonnegative_from())
-        least = max(since or layers for since in holds)
-        layer = first.rest if dependence.layers else None
-        return [Vector(dependence, ds.rest.integer, dl.rest, layer, least, uniform=True)]
-    ends = []
-    for end, inwards in ((first.rest, ONE), (last.rest, ONE.times(-1))):
-        itself = ds.at(end) == dl.at(end) == Affine()
-        ends.append(end + inwards if itself else end)
-    least = (ends[1] - ends[0]).nonnegative_from() or layers
-    vectors = []
-    for end in ends:
-        whole, climb = ds.at(end).integer, dl.at(end)
-        if whole is None:
-            return _list(dependence, layers)
-        vectors.append(Vector(dependence, whole, climb, end, least))
+        vectors = _uniform(dependence, ds.rest.integer, dl.rest, ends, named, layers)
+    else:
+        ranged = ends if named else (*ends, *made)
+        inside = all(0 <= layer.at(layers) < layers for layer in ranged)
+        vectors = _at_ends(dependence, ds, dl, ends, layers) if inside else None
+    if vectors is None or any(vector.ds == 0 and vector.dl.slope < 0 for vector in vectors):
+        return _list(dependence, layers, named)
     return vectors
 
 
-def _list(dependence: Dependence, layers: int) -> list[Vector]:
+def _uniform(
+    dependence: Dependence, ds: int | None, dl: Affine, ends: tuple[Affine, Affine], named: bool, layers: int
+) -> list[Vector] | None:
+    """The vector of a distance that is the same at every layer, if it has an instance; None where ds varies."""
+    if ds is None:
+        return None
+    first, last, climb = (each.at(layers) for each in (*ends, dl))
+    varies = dl.integer is None
+    free = layers == 1 and ds == 0 and not varies and climb > 0  # asks for b >= 1, which costs one layer nothing
+    if not (named or free) and max(first, 0, climb) > min(last, layers - 1, layers - 1 + climb):
+        return []
+    if ds == 0 and climb == 0 and varies:
+        return []  # the cell itself
+    holds = [(TOP + (ONE if named else Affine()) - (dl if climb >= 0 else dl.times(-1))).nonnegative_from()]
+    if dependence.layers:
+        holds.append((ends[1] - ends[0]).nonnegative_from())
+    if ds == 0 and varies:
+        holds.append((dl - ONE).nonnegative_from())
+    least = max(since or layers for since in holds)
+    return [Vector(dependence, ds, dl, ends[0] if dependence.layers else None, least, uniform=True)]
+
+
+def _at_ends(
+    dependence: Dependence, ds: Distance, dl: Distance, ends: tuple[Affine, Affine], layers: int
+) -> list[Vector] | None:
+    """The vectors at both ends; None where they are not whole for every L, or the domain is empty for this one."""
+    moved = []
+    for end, inwards in zip(ends, (ONE, ONE.times(-1)), strict=True):
+        itself = ds.at(end) == dl.at(end) == Affine()
+        moved.append(end + inwards if itself else end)
+    least = (moved[1] - moved[0]).nonnegative_from()
+    if least is None or least > layers:
+        return None
+    vectors = []
+    for end in moved:
+        whole = ds.at(end).integer
+        if whole is None:
+            return None
+        vectors.append(Vector(dependence, whole, dl.at(end), end, least))
+    return vectors
+
+
+def _list(dependence: Dependence, layers: int, named: bool) -> list[Vector]:
     vectors: dict[tuple[int, int], Vector] = {}
     for layer in range(layers):
         values = {L: layers, layer_symbol: layer}
@@ -126,7 +161,7 @@ def _list(dependence: Dependence, layers: int) -> list[Vector]:
         ds, dl, first, last = (sympy.sympify(extent).subs(values) for extent in extents)
         if not (ds.is_Integer and dl.is_Integer):
             raise ValueError(f"the distance of {dependence} is ({ds}, {dl}) at layer {layer} of {layers}, not whole")
-        if not first <= layer <= last or (dependence.layers is None and not -1 <= layer - dl <= layers):
+        if not first <= layer <= last or not (named or 0 <= layer - dl < layers):
             continue
         if ds == dl == 0:
             continue
