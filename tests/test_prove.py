@@ -89,7 +89,7 @@ REFUSED = {
     "one layer": ([MEMORY], 1, [MEMORY], "one layer"),
     "one layer, with (0, 1)": ([UP, MEMORY], 1, [MEMORY], "one layer"),
     "one layer, rmt": ([UP, TOP], 1, [TOP], "one layer"),
-    "reach 2, two layers": ([UP, dep(2, -L, (0, 0))], 2, None, "no schedule a*s + b*l with integer a, b"),
+    "reach 2, two layers": ([UP, dep(2, -L)], 2, None, "no schedule a*s + b*l with integer a, b"),
     "backwards": ([UP, dep(-1, 1)], 8, None, "a segment wait for a later one"),
     "backwards, alone": ([dep(-1, 1)], 8, None, "a segment wait for a later one"),
     "itself": ([UP, dep(0, 0)], 8, None, "a cell wait for itself"),
@@ -113,6 +113,7 @@ def edges(dependences: tuple[Dependence, ...], segments: int, layers: int) -> tu
         ds, dl, first, last = (number(entry, layers, layer) for entry in entries)
         varies = not all(isinstance(entry, int) for entry in dependence.distance)
         named = {each - number(dependence.distance[1], layers, each) for each in range(first, last + 1)} == {layers}
+        named |= dependence.distance[1] == -L
         source = Cell(s - ds, layer - dl)
         inside = 0 <= source.segment < segments and 0 <= source.layer < layers + (varies and named)
         if first <= layer <= last and inside and not (varies and source == (s, layer)):

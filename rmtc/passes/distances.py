@@ -10,7 +10,19 @@ import sympy
 
 from rmtc.ir.schedule import Dependence, Extent, L, layer_symbol
 
-__all__ = ["Affine", "Distance", "ONE", "TOP", "Vector", "parse", "short", "text_of", "value_of", "vectors_of"]
+__all__ = [
+    "Affine",
+    "Distance",
+    "ONE",
+    "TOP",
+    "Vector",
+    "names_a_stage",
+    "parse",
+    "short",
+    "text_of",
+    "value_of",
+    "vectors_of",
+]
 
 
 @dataclass(frozen=True)
@@ -90,25 +102,35 @@ class Vector:
 def vectors_of(dependence: Dependence, layers: int) -> list[Vector]:
     """The distances at the ends of the domain; all of them, for this L only, where that is not affine.
 
-    None if no layer of the model has a producer. A domain that only a part of has one is listed, too. What is made
-    after the last layer, or before layer 0, is meant only where the distance leads there from all of its domain.
+    None if no layer of the model has a producer. A domain that only a part of has one is listed, too.
     """
     domain = dependence.layers or (0, L - 1)
     ds, dl, first, last = (parse(extent) for extent in (*dependence.distance, *domain))
     if ds is None or dl is None or first is None or last is None or first.layer or last.layer:
-        return _list(dependence, layers, sympy.expand(layer_symbol - dependence.distance[1]) in (-1, L))
-    ends = first.rest, last.rest
-    made = [end - dl.at(end) for end in ends]
-    named = made[0] == made[1] and made[0] in (ONE.times(-1), TOP + ONE)
+        return _list(dependence, layers)
+    ends, named = (first.rest, last.rest), names_a_stage(dependence)
     if not ds.layer and not dl.layer:
         vectors = _uniform(dependence, ds.rest.integer, dl.rest, ends, named, layers)
     else:
-        ranged = ends if named else (*ends, *made)
+        ranged = ends if named else (*ends, *(end - dl.at(end) for end in ends))
         inside = all(0 <= layer.at(layers) < layers for layer in ranged)
         vectors = _at_ends(dependence, ds, dl, ends, layers) if inside else None
     if vectors is None or any(vector.ds == 0 and vector.dl.slope < 0 for vector in vectors):
-        return _list(dependence, layers, named)
+        return _list(dependence, layers)
     return vectors
+
+
+def names_a_stage(dependence: Dependence) -> bool:
+    """Whether what is meant is made in a prologue or an epilogue, and no layer that happens not to exist.
+
+    So it is where the distance leads to layer -1 or L from all of its domain, as (1, l - L) does; or is (1, -L).
+    """
+    dl, *ends = (parse(extent) for extent in (dependence.distance[1], *(dependence.layers or (0, L - 1))))
+    if dl is None:
+        return False
+    at = [end.rest if end is not None else Affine() for end in ends]
+    first, last = (end - dl.at(end) for end in at)
+    return (first == last and first in (ONE.times(-1), TOP + ONE)) or (not dl.layer and first == TOP + ONE)
 
 
 def _uniform(
@@ -118,9 +140,9 @@ def _uniform(
     if ds is None:
         return None
     first, last, climb = (each.at(layers) for each in (*ends, dl))
-    varies = dl.integer is None
+    top, varies = Fraction(layers - 1), dl.integer is None
     free = layers == 1 and ds == 0 and not varies and climb > 0  # asks for b >= 1, which costs one layer nothing
-    if not (named or free) and max(first, 0, climb) > min(last, layers - 1, layers - 1 + climb):
+    if not (named or free) and max(first, climb, Fraction(0)) > min(last, top, top + climb):
         return []
     if ds == 0 and climb == 0 and varies:
         return []  # the cell itself
@@ -153,7 +175,8 @@ def _at_ends(
     return vectors
 
 
-def _list(dependence: Dependence, layers: int, named: bool) -> list[Vector]:
+def _list(dependence: Dependence, layers: int) -> list[Vector]:
+    outside = int(names_a_stage(dependence))
     vectors: dict[tuple[int, int], Vector] = {}
     for layer in range(layers):
         values = {L: layers, layer_symbol: layer}
@@ -161,7 +184,7 @@ def _list(dependence: Dependence, layers: int, named: bool) -> list[Vector]:
         ds, dl, first, last = (sympy.sympify(extent).subs(values) for extent in extents)
         if not (ds.is_Integer and dl.is_Integer):
             raise ValueError(f"the distance of {dependence} is ({ds}, {dl}) at layer {layer} of {layers}, not whole")
-        if not first <= layer <= last or not (named or 0 <= layer - dl < layers):
+        if not first <= layer <= last or not -outside <= layer - dl < layers + outside:
             continue
         if ds == dl == 0:
             continue

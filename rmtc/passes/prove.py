@@ -82,9 +82,9 @@ def prove(dependences: Sequence[Dependence], layers: int) -> Proof:
 
     Args:
         dependences: every dependence between cells. A producer at layer -1 or ``L`` is the prologue or the epilogue of
-            its segment where a distance in ``l`` or ``L`` points there from all of its domain, as ``(1, l - L)`` does;
-            else layers without a producer read nothing. A distance that varies may become (0, 0) at a layer, which
-            is then not counted: inside a cell the body's own order holds.
+            its segment where the distance names it (:func:`names_a_stage`); else a layer without a producer reads
+            nothing. A distance that varies may become (0, 0) at a layer, which is then not counted: inside a cell the
+            body's own order holds.
         layers: number of layers of the captured model. A schedule is accepted if it beats the sequential order there.
 
     Returns:
