@@ -346,15 +346,14 @@ def random_varying(generator: random.Random, layers: int) -> Dependence:
         first, last = generator.choice([(0, L - 1), (1, L - 1), (2, 3), (0, 0), (L - 1, L - 1), (1, L - 2)])
         made = dep(generator.choice([0, 1, 1, 2, ell]), dl, (first, last))
         reads = [to.layer for _, to in edges((made,), 2 * layers, layers)]
-        domain = [value(end, 1, layers) for end in (first, last)]
-        if {*range(domain[0], domain[1] + 1)} == set(reads):
+        if reads:
             return made
 
 
 def test_random_distances_in_layers() -> None:
     """At the model's L: legal on every edge, refused only if no smaller a is, and never a smaller a accepted."""
     generator, layers, seen = random.Random(11), 6, {"accepted": 0, "order": 0, "sequential": 0}
-    for _ in range(120):
+    for _ in range(200):
         dependences = [UP, *(random_varying(generator, layers) for _ in range(generator.randint(1, 2)))]
         proof = prove(dependences, layers)
         text = ", ".join(f"{item} for {item.layers}" for item in dependences)

@@ -38,7 +38,7 @@ def parse(text: str) -> sympy.Expr | None:
         return None
     try:
         expression = sympy.sympify(text, locals=_SYMBOLS)
-    except (sympy.SympifyError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError):  # a SympifyError is a ValueError
         return None
     return expression if isinstance(expression, sympy.Expr) else None
 
