@@ -31,7 +31,8 @@ def study(
     """Find the best schedule for given dependences, or the cycle that forbids one.
 
     Args:
-        distances: distance vectors (ds, dl): layer l on segment s reads what layer l - dl made on segment s - ds.
+        distances: distance vectors (ds, dl): layer l on segment s reads what layer l - dl made on segment s - ds, where
+            there is such a layer; layer L, where ``(1, l - L)`` or ``(1, -L)`` names it, is what comes after the last.
             Entries are whole numbers, or formulas in ``L`` and ``l`` as in ``"(0, 1), (1, -(L-1)) memory"``. Between
             named operations of a layer, ``"x -> x (0, 1), x -> m (0, 0), m -> x (1, 0)"``, the answer also says what is
             legal operation by operation.
