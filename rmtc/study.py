@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import sympy
 
-from rmtc.ir.explanation import Explanation
+from rmtc.ir.explanation import Certificate, Explanation
 from rmtc.ir.folded import Edge, FoldedGraph, Vertex
 from rmtc.ir.formula import distance_text
 from rmtc.ir.schedule import Dependence, Extent, L, Schedule, layer_symbol
 from rmtc.ir.spelling import Spelled, SpellingError, read_dependences, read_extent
+from rmtc.passes.distances import names_a_stage
 from rmtc.passes.operations_view import operations_view
-from rmtc.passes.prove import SEQUENTIAL_REMEDY, prove
+from rmtc.passes.prove import SEQUENTIAL_REMEDY, Proof, prove
 from rmtc.passes.retime import retime
 from rmtc.passes.strip_mine import strips
 
 __all__ = ["study"]
+
+_ORDER_REMEDY = (
+    "read what an earlier segment made, as (1, 0) does, or a lower layer of the same segment, as (0, 1) does"
+)
 
 
 def study(
@@ -25,7 +31,8 @@ def study(
     """Find the best schedule for given dependences, or the cycle that forbids one.
 
     Args:
-        distances: distance vectors (ds, dl): layer l on segment s reads what layer l - dl made on segment s - ds.
+        distances: distance vectors (ds, dl): layer l on segment s reads what layer l - dl made on segment s - ds, where
+            there is such a layer; layer L, where ``(1, l - L)`` or ``(1, -L)`` names it, is what comes after the last.
             Entries are whole numbers, or formulas in ``L`` and ``l`` as in ``"(0, 1), (1, -(L-1)) memory"``. Between
             named operations of a layer, ``"x -> x (0, 1), x -> m (0, 0), m -> x (1, 0)"``, the answer also says what is
             legal operation by operation.
@@ -50,10 +57,16 @@ def study(
         _check_whole(each.dependence, layers)
     crossing = tuple(dict.fromkeys(each.dependence for each in spelled if not _within(each)))
     proof = prove(crossing, layers)
+    graph = _graph(spelled, layers)
+    retimed = retime(graph)
+    if proof.reason is None and retimed.times is None:
+        proof = _deadlock(proof, graph, retimed.cycle)
+        crossing = tuple(dict.fromkeys((*crossing, *proof.cycle)))
     schedule = None
     if proof.a is not None and proof.b is not None:
         schedule = Schedule(proof.a, proof.b, layers, segments)
-    graph = _graph(spelled, layers)
+    ordered = all(edge.ds >= 0 for edge in graph.edges)  # else no loop over segments runs it
+    named = bool(spelled and spelled[0].producer)
     vectors = dict.fromkeys(distance_text(each.distance) for each in crossing)
     return Explanation(
         " ".join(vectors) or "no dependences",
@@ -65,9 +78,9 @@ def study(
         certificate=proof.certificate,
         reason=proof.reason,
         cycle=proof.cycle,
-        remedy=SEQUENTIAL_REMEDY if proof.cycle else None,
-        operations=operations_view(graph, retime(graph), segments) if spelled and spelled[0].producer else None,
-        strips=strips(graph, segments),
+        remedy=None if not proof.cycle else SEQUENTIAL_REMEDY if proof.certificate.bound else _ORDER_REMEDY,
+        operations=operations_view(graph, retimed, segments) if named and ordered else None,
+        strips=strips(graph, segments) if ordered else (),
         studied=True,
     )
 
@@ -86,6 +99,15 @@ def _within(each: Spelled) -> bool:
     return each.dependence.distance == (0, 0) and each.producer != each.consumer
 
 
+def _deadlock(proof: Proof, graph: FoldedGraph, cycle: Sequence[Edge]) -> Proof:
+    """The refusal of cells that could run in that order, were it not for operations that wait for one another."""
+    names = [graph.vertices[edge.producer].name for edge in cycle]
+    reads = " -> ".join([*names, names[0]])
+    reason = f"no order of its operations is legal: round {reads} each waits for the one before it in its own segment"
+    dependences = tuple(edge.dependence for edge in cycle)
+    return replace(proof, a=None, b=None, certificate=Certificate(), reason=reason, cycle=dependences)
+
+
 def _check_whole(dependence: Dependence, layers: int) -> None:
     for layer in range(layers):
         for extent in dependence.distance:
@@ -95,16 +117,21 @@ def _check_whole(dependence: Dependence, layers: int) -> None:
 
 
 def _graph(spelled: Sequence[Spelled], layers: int) -> FoldedGraph:
-    """One vertex for each name, in every layer."""
+    """One vertex for each name, in every layer; a prologue counts as the first layer's, an epilogue as the last's.
+
+    As in :func:`prove`, a distance that varies and becomes (0, 0) at a layer does not make that cell read itself.
+    """
     names = list(dict.fromkeys(name for each in spelled for name in (each.producer, each.consumer)))
     members = frozenset((0, layer) for layer in range(layers))
     edges = []
     for producer, consumer, dependence in spelled:
         pairs: dict[int, list[tuple[int, int]]] = {}
+        outside = int(names_a_stage(dependence))
         for layer in range(layers):
             ds, dl = (int(sympy.sympify(e).subs({L: layers, layer_symbol: layer})) for e in dependence.distance)
-            if 0 <= layer - dl < layers:
-                pairs.setdefault(ds, []).append((layer - dl, layer))
+            itself = ds == dl == 0 and producer == consumer and dependence.distance != (0, 0)
+            if -outside <= layer - dl < layers + outside and not itself:
+                pairs.setdefault(ds, []).append((min(max(layer - dl, 0), layers - 1), layer))
         edges += [
             Edge(names.index(producer), names.index(consumer), ds, tuple(each), dependence)
             for ds, each in pairs.items()

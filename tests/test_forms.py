@@ -151,7 +151,7 @@ def test_notation_is_read_back(a: int | sympy.Expr, b: int) -> None:
         rows, layers = rng.randint(0, 3), rng.randint(1, 5)
         classes = tuple(tuple(rng.choice(["C0", "C1"]) for _ in range(layers)) for _ in range(rows))
         stages = {
-            stage: tuple(rng.choice([stage[0] + "0", stage[0] + "1"]) for _ in range(rows))
+            stage: tuple(rng.choice([stage[0] + "0", stage[0] + "1"]) for _ in range(rng.randint(0, rows)))
             for stage in ("prologue", "epilogue")
             if rows and rng.random() < 0.5
         }
@@ -171,11 +171,50 @@ def test_notation_is_read_back(a: int | sympy.Expr, b: int) -> None:
         ("step of cell (s, l) = s + l, S = 4, L = 3\ns >= 0: l0..l1 A", "2 layers, not 3"),
         ("step of cell (s, l) = s + l, S = 4, L = 3\ns >= 0: l1..l2 A", "'l1..l2 A'"),
         ("step of cell (s, l) = s + l, S = 4, L = 3\ns >= 1: l0..l2 A", "'s >= 1: l0..l2 A'"),
+        ("step of cell (s, l) = s + l, S = 4, L = 3\ns >= 0: l0..l1 A, l2..l1 B, l2 A", "'l2..l1 B'"),
+        ("step of cell (s, l) = s + l, S = 4, L = 3\ns >= 0: l0..l999999999999 A", "'l0..l999999999999 A'"),
+        ("step of cell (s, l) = s + l, S = 4, L = 3\ns >= 0: prologue P, l0..l2 A, prologue Q", "'prologue Q'"),
+        (
+            "step of cell (s, l) = s + l, S = 4, L = 3\ns = 0: prologue P, l0..l2 A\ns >= 1: l0..l2 A",
+            "'s >= 1: l0..l2 A' has other parts",
+        ),
+        (
+            "step of cell (s, l) = s + l, S = 4, L = 3\ns = 0: prologue P\ns >= 1: prologue P, l0..l2 A",
+            "'s >= 1: prologue P, l0..l2 A' has other parts",
+        ),
+        ("step of cell (s, l) = s + l, S = 0, L = 3", "S = 0"),
+        ("step of cell (s, l) = s + l, S = 4, L = 0", "L = 0"),
+        ("step of cell (s, l) = s + l, S = \u0664, L = 3", "does not give the step"),
+        *(
+            (f"step of cell (s, l) = {time}, S = 4, L = {layers}", f"'{time}' is not a*s + b*l")
+            for time, layers in [
+                *(("Max", 3), ("Max*s", 3), ("Max(1, (2, 3))*s", 3), ("Max()*s", 3), ("()", 3), ("s(l)", 3)),
+                *(("-s", 3), ("s - l", 3), ("s/2 + l", 3), ("L/2*s + l", 4), ("(L - 4)*s + l", 3), ("1/0*s", 3)),
+            ]
+        ),
     ],
 )
 def test_what_is_no_notation_is_named(text: str, named: str) -> None:
     with pytest.raises(NotationError, match=re.escape(named)):
         Schedule.parse(text)
+
+
+def test_rows_of_a_stage_repeat_its_last_class() -> None:
+    short = Schedule(1, 1, 2, 4, (("C0", "C1"), ("C1", "C1")), {"prologue": ("P0",), "epilogue": ()})
+    assert short == Schedule(1, 1, 2, 4, (("C0", "C1"), ("C1", "C1")), {"prologue": ("P0", "P0")})
+    assert Schedule.parse(short.notation) == short
+    long = Schedule(1, 1, 2, 4, (("C0", "C1"),), {"epilogue": ("E0", "E1", "E1")})
+    assert Schedule.parse(long.notation) == long
+    assert [long.class_of(Cell(s, 1)) for s in range(4)] == ["C1"] * 4
+
+
+@pytest.mark.parametrize("name", ["a b", "", "a\u00a0b", "a\nb"])
+def test_what_could_not_be_read_back_is_not_written(name: str) -> None:
+    for schedule in (Schedule(1, 1, 1, 4, ((name,),)), Schedule(1, 1, 1, 4, (), {"prologue": (name,)})):
+        with pytest.raises(NotationError, match="is no word"):
+            _ = schedule.notation
+    with pytest.raises(NotationError, match="for 2 layers, not 3"):
+        _ = Schedule(1, 1, 3, 4, (("A", "B"),)).notation
 
 
 def longest(dependences: list[Dependence], cell: Cell, layers: int) -> int:
@@ -224,7 +263,7 @@ def test_why_as_text_and_json() -> None:
 
 def test_cells_are_read_by_name() -> None:
     assert read_cell(" s3.l2") == Cell(3, 2)
-    assert [read_cell(text) for text in ("s3", "3.2", "s3.l-1", "s3.l2x")] == [None] * 4
+    assert [read_cell(text) for text in ("s3", "3.2", "s3.l-1", "s3.l2x", "s\u0663.l2")] == [None] * 5
     with pytest.raises(ValueError, match=re.escape("no cell s9.l0: this call has s0.l0 to s3.l2")):
         why(armt(4, 3), Cell(9, 0))
 

@@ -140,7 +140,9 @@ def test_formulas(expression: int | sympy.Expr, text: str) -> None:
     assert sympy.expand(parsed - expression) == 0
 
 
-@pytest.mark.parametrize("text", ["", "about S", "__import__('os')", "S + (", "().a"])
+@pytest.mark.parametrize(
+    "text", ["", "about S", "__import__('os')", "S + (", "().a", "Max", "(1, 2)", "Max(1, (2, 3))"]
+)
 def test_what_is_no_formula_is_not_evaluated(text: str) -> None:
     assert parse(text) is None
 
@@ -175,6 +177,9 @@ def test_times(a: int | sympy.Expr, b: int, text: str) -> None:
         ((1, layer_symbol - L), "(1, l - L)", "what comes after the last layer, one segment before"),
         ((1, layer_symbol - L + 1), "(1, l - L + 1)", "the last layer, one segment before"),
         ((1, layer_symbol - 3), "(1, l - 3)", "layer 3, one segment before"),
+        ((0, L - 1), "(0, L - 1)", "L - 1 layers below, same segment"),
+        ((-1, 2), "(-1, 2)", "2 layers below, one segment after"),
+        ((-2, 0), "(-2, 0)", "same layer, 2 segments after"),
     ],
 )
 def test_distances(distance: tuple[int | sympy.Expr, int | sympy.Expr], text: str, words: str) -> None:

@@ -28,6 +28,8 @@ segment_symbol = sympy.Symbol("s", integer=True, nonnegative=True)
 _SYMBOLS = {"S": S, "L": L, "s": segment_symbol, "l": layer_symbol}
 _ORDER = ("S", "s", "L", "l")
 _FORMULA = re.compile(r"(?:[0-9SLsl+\-*/(), ]|floor|ceiling|Min|Max)+")
+_MANY = 1000
+"""Of so many layers a distance in L leads the way that it leads of more."""
 
 
 def parse(text: str) -> sympy.Expr | None:
@@ -35,9 +37,10 @@ def parse(text: str) -> sympy.Expr | None:
     if not _FORMULA.fullmatch(text):
         return None
     try:
-        return sympy.sympify(text, locals=_SYMBOLS)
-    except (sympy.SympifyError, TypeError, AttributeError):
+        expression = sympy.sympify(text, locals=_SYMBOLS)
+    except (ValueError, TypeError, AttributeError):  # a SympifyError is a ValueError
         return None
+    return expression if isinstance(expression, sympy.Expr) else None
 
 
 def at(expression: int | sympy.Expr, segments: int, layers: int) -> int:
@@ -104,10 +107,10 @@ def whence(distance: tuple[int | sympy.Expr, int | sympy.Expr]) -> str:
     ds, dl = (sympy.sympify(extent) for extent in distance)
     if ds == 0:
         segment = "same segment"
-    elif ds == 1:
-        segment = "one segment before"
+    elif ds.is_negative:
+        segment = "one segment after" if ds == -1 else f"{formula(-ds)} segments after"
     else:
-        segment = f"{formula(ds)} segments before"
+        segment = "one segment before" if ds == 1 else f"{formula(ds)} segments before"
     producer = sympy.expand(layer_symbol - dl)
     if dl.is_Integer:
         layer = _layers_away(int(dl))
@@ -121,6 +124,8 @@ def whence(distance: tuple[int | sympy.Expr, int | sympy.Expr]) -> str:
         layer = "what comes after the last layer"
     elif dl.has(layer_symbol):
         layer = f"layer {formula(producer)}"
+    elif dl.subs(L, _MANY) > 0:
+        layer = f"{formula(dl)} layers below"
     else:
         layer = f"{formula(-dl)} layers above"
     return f"{layer}, {segment}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import sympy
 
@@ -22,6 +22,8 @@ layer_symbol = sympy.Symbol("l", integer=True, nonnegative=True)
 """The consumer's layer, in a distance that is not uniform, such as ``(0, l)``."""
 
 Extent: TypeAlias = int | sympy.Expr
+
+_Row = TypeVar("_Row")
 
 
 class Cell(NamedTuple):
@@ -112,7 +114,7 @@ class Schedule:
         classes: ``classes[row][l]`` names the class of layer ``l`` in segment ``row``; the last row stands for
             every later segment.
         stage_classes: the same for ``"prologue"`` and ``"epilogue"``, one name a row; a stage that has no
-            operations is absent.
+            operations is absent. Of layers and stages, those with fewer rows repeat their last one.
     """
 
     a: Extent
@@ -121,6 +123,12 @@ class Schedule:
     segments: int
     classes: tuple[tuple[str, ...], ...] = ()
     stage_classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        stages = {stage: names for stage, names in self.stage_classes.items() if names}
+        rows = max(map(len, (self.classes, *stages.values())))
+        object.__setattr__(self, "classes", _repeat_last(self.classes, rows))
+        object.__setattr__(self, "stage_classes", {stage: _repeat_last(each, rows) for stage, each in stages.items()})
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
@@ -198,6 +206,10 @@ class Schedule:
         from rmtc.ir.text import schedule_text
 
         return schedule_text(self, self.segments)
+
+
+def _repeat_last(rows: tuple[_Row, ...], number: int) -> tuple[_Row, ...]:
+    return rows + rows[-1:] * (number - len(rows))
 
 
 def _at(extent: Extent, values: dict[sympy.Symbol, int]) -> int:

@@ -72,6 +72,8 @@ def _title(explanation: Explanation) -> str:
     runs = count(number, "layer run")
     if explanation.schedule is None and not explanation.layers:
         return f"{explanation.name}: refused"
+    if explanation.schedule is None and explanation.certificate is not None and not explanation.certificate.bound:
+        return f"{explanation.name}: refused, no loop over segments and their layers runs it"
     if explanation.schedule is None:
         once = follow(explanation.cycle, explanation.layers)
         if (once and _sequential(once, explanation.layers)) or _optimal(explanation):

@@ -10,7 +10,19 @@ import sympy
 
 from rmtc.ir.schedule import Dependence, Extent, L, layer_symbol
 
-__all__ = ["Affine", "Distance", "ONE", "TOP", "Vector", "parse", "short", "text_of", "value_of", "vectors_of"]
+__all__ = [
+    "Affine",
+    "Distance",
+    "ONE",
+    "TOP",
+    "Vector",
+    "names_a_stage",
+    "parse",
+    "short",
+    "text_of",
+    "value_of",
+    "vectors_of",
+]
 
 
 @dataclass(frozen=True)
@@ -88,37 +100,83 @@ class Vector:
 
 
 def vectors_of(dependence: Dependence, layers: int) -> list[Vector]:
-    """The distances at the ends of the domain; all of them, for this L only, where that is not affine."""
+    """The distances at the ends of the domain; all of them, for this L only, where that is not affine.
+
+    None if no layer of the model has a producer. A domain that only a part of has one is listed, too.
+    """
     domain = dependence.layers or (0, L - 1)
     ds, dl, first, last = (parse(extent) for extent in (*dependence.distance, *domain))
     if ds is None or dl is None or first is None or last is None or first.layer or last.layer:
         return _list(dependence, layers)
+    ends, named = (first.rest, last.rest), names_a_stage(dependence)
     if not ds.layer and not dl.layer:
-        if ds.rest.integer is None:
-            return _list(dependence, layers)
-        reach = dl.rest if dl.rest.at(layers) >= 0 else dl.rest.times(-1)
-        beyond = Affine() if dl.rest.integer is not None else ONE  # an epilogue is named by L, not by a number
-        holds = [(TOP + beyond - reach).nonnegative_from()]
-        if dependence.layers:
-            holds.append((last.rest - first.rest).nonnegative_from())
-        least = max(since or layers for since in holds)
-        layer = first.rest if dependence.layers else None
-        return [Vector(dependence, ds.rest.integer, dl.rest, layer, least, uniform=True)]
-    ends = []
-    for end, inwards in ((first.rest, ONE), (last.rest, ONE.times(-1))):
+        vectors = _uniform(dependence, ds.rest.integer, dl.rest, ends, named, layers)
+    else:
+        ranged = ends if named else (*ends, *(end - dl.at(end) for end in ends))
+        inside = all(0 <= layer.at(layers) < layers for layer in ranged)
+        vectors = _at_ends(dependence, ds, dl, ends, layers) if inside else None
+    if vectors is None or any(vector.ds == 0 and vector.dl.slope < 0 for vector in vectors):
+        return _list(dependence, layers)
+    return vectors
+
+
+def names_a_stage(dependence: Dependence) -> bool:
+    """Whether what is meant is made in a prologue or an epilogue, and no layer that happens not to exist.
+
+    So it is where the distance leads to layer -1 or L from all of its domain, as (1, l - L) does; or is (1, -L).
+    """
+    dl, *ends = (parse(extent) for extent in (dependence.distance[1], *(dependence.layers or (0, L - 1))))
+    if dl is None:
+        return False
+    at = [end.rest if end is not None else Affine() for end in ends]
+    first, last = (end - dl.at(end) for end in at)
+    return (first == last and first in (ONE.times(-1), TOP + ONE)) or (not dl.layer and first == TOP + ONE)
+
+
+def _uniform(
+    dependence: Dependence, ds: int | None, dl: Affine, ends: tuple[Affine, Affine], named: bool, layers: int
+) -> list[Vector] | None:
+    """The vector of a distance that is the same at every layer, if it has an instance; None where ds varies."""
+    if ds is None:
+        return None
+    first, last, climb = (each.at(layers) for each in (*ends, dl))
+    top, varies = Fraction(layers - 1), dl.integer is None
+    free = layers == 1 and ds == 0 and not varies and climb > 0  # asks for b >= 1, which costs one layer nothing
+    if not (named or free) and max(first, climb, Fraction(0)) > min(last, top, top + climb):
+        return []
+    if ds == 0 and climb == 0 and varies:
+        return []  # the cell itself
+    holds = [(TOP + (ONE if named else Affine()) - (dl if climb >= 0 else dl.times(-1))).nonnegative_from()]
+    if dependence.layers:
+        holds.append((ends[1] - ends[0]).nonnegative_from())
+    if ds == 0 and varies:
+        holds.append((dl - ONE).nonnegative_from())
+    least = max(since or layers for since in holds)
+    return [Vector(dependence, ds, dl, ends[0] if dependence.layers else None, least, uniform=True)]
+
+
+def _at_ends(
+    dependence: Dependence, ds: Distance, dl: Distance, ends: tuple[Affine, Affine], layers: int
+) -> list[Vector] | None:
+    """The vectors at both ends; None where they are not whole for every L, or the domain is empty for this one."""
+    moved = []
+    for end, inwards in zip(ends, (ONE, ONE.times(-1)), strict=True):
         itself = ds.at(end) == dl.at(end) == Affine()
-        ends.append(end + inwards if itself else end)
-    least = (ends[1] - ends[0]).nonnegative_from() or layers
+        moved.append(end + inwards if itself else end)
+    least = (moved[1] - moved[0]).nonnegative_from()
+    if least is None or least > layers:
+        return None
     vectors = []
-    for end in ends:
-        whole, climb = ds.at(end).integer, dl.at(end)
+    for end in moved:
+        whole = ds.at(end).integer
         if whole is None:
-            return _list(dependence, layers)
-        vectors.append(Vector(dependence, whole, climb, end, least))
+            return None
+        vectors.append(Vector(dependence, whole, dl.at(end), end, least))
     return vectors
 
 
 def _list(dependence: Dependence, layers: int) -> list[Vector]:
+    outside = int(names_a_stage(dependence))
     vectors: dict[tuple[int, int], Vector] = {}
     for layer in range(layers):
         values = {L: layers, layer_symbol: layer}
@@ -126,7 +184,7 @@ def _list(dependence: Dependence, layers: int) -> list[Vector]:
         ds, dl, first, last = (sympy.sympify(extent).subs(values) for extent in extents)
         if not (ds.is_Integer and dl.is_Integer):
             raise ValueError(f"the distance of {dependence} is ({ds}, {dl}) at layer {layer} of {layers}, not whole")
-        if not first <= layer <= last or (dependence.layers is None and not -1 <= layer - dl <= layers):
+        if not first <= layer <= last or not -outside <= layer - dl < layers + outside:
             continue
         if ds == dl == 0:
             continue

@@ -12,8 +12,10 @@ Legality. Write D for the set of instances of the dependences: (d, l) with l in 
 
 The left side is affine in l, so it is least at an end of d's domain: (1) holds iff it holds there. That is decided with
 ``L`` left symbolic, for the model's own L and every larger one (and every smaller one from 2 on at which the distances
-still lead from an existing layer to one that the program ran before). The program itself runs the cells segment after
-segment, so a dependence with ds < 0, or with ds = 0 and dl <= 0, cannot have come from it and is refused.
+still lead from an existing layer to one that the program ran before). Where only some layers of the domain have a
+producer, those of the model's L are listed, and what is decided holds for that L only; a dependence with no instance
+there asks for nothing. The program itself runs the cells segment after segment, so a dependence with ds < 0, or with
+ds = 0 and dl <= 0, cannot have come from it and is refused.
 
 Makespan. ``a*(S-1) + b*(L-1) + 1`` steps. Of the distances that pass, those with ds = 0 ask for b >= 1 and no more, and
 a larger b relaxes none of the others below the a that b = 1 leaves: b is 0 or 1, a the least integer that (1) then
@@ -79,9 +81,10 @@ def prove(dependences: Sequence[Dependence], layers: int) -> Proof:
     """Find the best legal schedule ``a*s + b*l``, or the cycle that leaves only the sequential order.
 
     Args:
-        dependences: every dependence between cells. A producer at layer -1 or ``L``, where a distance in ``l`` or ``L``
-            points there, is the prologue or the epilogue of its segment. A distance that varies may become (0, 0) at an
-            end of its domain, which is then not counted: inside a cell the body's own order holds.
+        dependences: every dependence between cells. A producer at layer -1 or ``L`` is the prologue or the epilogue of
+            its segment where the distance names it (:func:`names_a_stage`); else a layer without a producer reads
+            nothing. A distance that varies may become (0, 0) at a layer, which is then not counted: inside a cell the
+            body's own order holds.
         layers: number of layers of the captured model. A schedule is accepted if it beats the sequential order there.
 
     Returns:
@@ -112,9 +115,7 @@ def prove(dependences: Sequence[Dependence], layers: int) -> Proof:
 
     forced = sympy.expand(path.length.subs(L, layers)) == layers * S
     certificate = Certificate(certificate.inequalities, certificate.critical_path, certificate.bound, optimal=forced)
-    if forcing.least > layers:
-        reason = f"{forcing.dependence} has no instance among {layers} layers: nothing can be said of this loop"
-    elif layers == 1:
+    if layers == 1:
         reason = (
             f"one layer: {forcing.dependence} makes a segment wait for an earlier one, and a schedule over (segment, "
             "layer) has nothing to run beside it"
@@ -137,7 +138,7 @@ def _executable(vector: Vector, layers: int) -> bool:
     if vector.ds != 0:
         return vector.ds > 0
     if vector.dl.slope > 0:
-        return vector.dl.at(max(layers, vector.least)) >= 0
+        return vector.dl.at(layers) >= 0
     return vector.dl.slope == 0 and vector.dl.const >= 1
 
 
