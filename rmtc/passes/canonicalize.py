@@ -576,12 +576,6 @@ def _drop_dead(graph: fx.Graph, segments: int, alike: Sequence[list[fx.Node]]) -
                 nodes += node.all_input_nodes
 
     need([node for node in graph.nodes if node.op == "output"])
-    for nodes in alike:
-        often = -(-len(nodes) // segments)
-        for at, node in enumerate(nodes):
-            earlier = range(at - often, max(0, len(nodes) - often * (segments - 1)) - 1, -often)
-            if node not in needed and any(nodes[place] in needed for place in earlier):
-                need([node])
     for node in reversed(list(graph.nodes)):
         if not node.users and node not in needed and (node.target in VIEWS or node.target in _MOVES):
             graph.erase_node(node)
