@@ -847,6 +847,11 @@ def test_the_order_of_a_dictionary_is_what_the_call_makes_it() -> None:
         twins.call(text(segments, 2))
         twins.ran(segments)
         assert list(twins.fast.table) == list(twins.eager.table)
+    for model in (twins.fast, twins.eager):
+        model.table["second"] = model.table.pop("second")
+    twins.call(text(4, 2))
+    twins.ran(4)
+    assert list(twins.fast.table) == list(twins.eager.table)
 
 
 def refused(twins: Twins, *args: Any) -> str:

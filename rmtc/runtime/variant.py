@@ -93,6 +93,7 @@ class Variant:
     _others: dict[str, Slot] = field(default_factory=dict)
     _unmoved: list[str] = field(default_factory=list)
     _places: tuple[list[dict[Any, Any]], list[Any]] | None = None  # those that a call writes, if all are there for good
+    _ordered: list[Slot] = field(default_factory=list)  # one in each dictionary whose keys have an order that counts
     _last_kinds: tuple[Any, ...] | None = None  # of what they held when the last call ran
     _same: list[tuple[Slot, Slot]] = field(default_factory=list)
     _written: tuple[str, ...] = ()
@@ -175,6 +176,10 @@ class Variant:
             place.parent is None and isinstance(place.owner, dict) for place in places
         ):
             variant._places = [place.owner for place in places], [place.key for place in places]
+        dicts = {id(slot.value) for slot in session.snapshot.slots if isinstance(slot.value, dict)}
+        dicts |= {id(effect.slot.owner) for effect in first.effects if effect.last}
+        ordered = {id(effect.slot.owner): effect.slot for effect in variant.effects}
+        variant._ordered = [slot for owner, slot in ordered.items() if owner in dicts]
         for number, effect in enumerate(first.effects):
             if isinstance(effect.content, Ref):
                 shapes = [_shape_of(run, effect.content.name) for run in (first, third)]
@@ -223,7 +228,7 @@ class Variant:
         A size that varies from call to call counts as being the batch size or not.
         """
         first: dict[int, int] = {}
-        found: list[Any] = []
+        found: list[Any] = [tuple(home) for slot in self._ordered if isinstance(home := slot.home(), dict)]
         for number, effect in enumerate(self.effects):
             slot = effect.slot
             if slot.parent is not None:  # in what may be another container now, or the same one as another place's
@@ -241,6 +246,7 @@ class Variant:
         if self._places is not None:
             with contextlib.suppress(AttributeError, KeyError):  # no tensor is there
                 kinds = batch, *map(_KIND, map(operator.getitem, *self._places))
+                kinds += tuple([tuple(slot.owner) for slot in self._ordered])
                 if kinds == self._last_kinds:
                     return True
         met = self.entry(batch) in self.entries
@@ -369,6 +375,8 @@ class Variant:
             ) from error
         same = {effect.path for effect in run.effects} == {effect.path for effect in self.effects}
         if not same or _kept(run) != _kept(self.analysis.probes[0]):
+            raise RefusedError(_OTHER)
+        if any(effect.last for effect in run.effects):  # keys that are where they belong stay there
             raise RefusedError(_OTHER)
         for name, value in run.plain.items():
             expected = self._plain(name, few.segments)
