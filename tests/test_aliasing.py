@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -106,3 +107,58 @@ def test_a_value_that_is_the_same_for_all_segments_is_a_result_for_each() -> Non
     marks[0].add_(1)
     assert [float(mark.sum()) for mark in marks] == [6, 0, 0, 0, 0]
     assert rmtc.stats(fast).runs == 1
+
+
+class Kept(nn.Module):
+    """Memories (B, D) that it keeps and returns, each made in a way that ends in what computes nothing."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.make = make
+        self.memories = [torch.zeros(2, WIDTH) for _ in self.layers]
+
+    def forward(self, hidden: Tensor) -> Any:
+        memories, outputs = list(self.memories), []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number][:, None])
+                memories[number] = self.make(memories[number] * 0.5 + piece.mean(1))
+            outputs.append(piece)
+        self.memories = memories
+        return torch.cat(outputs, dim=1), memories[0], memories[1]
+
+
+def copied(x: Tensor) -> Tensor:
+    return torch.empty_like(x).copy_(x)
+
+
+def assigned(x: Tensor) -> Tensor:
+    new = torch.empty_like(x)
+    new[:, :] = x
+    return new
+
+
+MADE: dict[str, Callable[[Tensor], Tensor]] = {
+    "copied": copied,
+    "assigned": assigned,
+    "an item of a stack": lambda x: torch.stack([x, 2 * x])[0],
+    "cast": lambda x: x.to(torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_memory_that_is_returned_is_the_one_that_is_kept(name: str) -> None:
+    eager = Kept(MADE[name]).double()
+    eager.memories = [memory.double() for memory in eager.memories]
+    fast = rmtc.compile(copy.deepcopy(eager), strict=True)
+    for segments in (4, 4, 6):
+        hidden = text(segments, 2, width=WIDTH).double()
+        for found, expected in zip(run(fast, hidden), run(eager, hidden), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        with torch.no_grad():
+            result, expected = fast(hidden), eager(hidden)
+        for model, returned in ((fast, result), (eager, expected)):
+            assert returned[1] is model.memories[0] and returned[2] is model.memories[1]
+            returned[1].fill_(3.0)  # the caller resets the memory that it was given
+    assert rmtc.stats(fast).runs == 6

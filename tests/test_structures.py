@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import LAYERS, SEGMENT, SIZES, WIDTH, Twins, text
+from compare import LAYERS, SEGMENT, SIZES, WIDTH, Twins, differences, text
 from torch import Tensor, nn
 
 import rmtc
@@ -665,3 +666,235 @@ def test_hidden_states_when_they_are_asked_for() -> None:
         twins.ran(segments)
         assert type(found) is CausalLMOutput and (found.hidden_states is not None) is states
     assert rmtc.stats(twins.fast).captures == 2
+
+
+# What a call returns and leaves beside its memories
+
+
+class Ending(Stack):
+    """Begins and ends a call as two functions of the model say: what is returned, what is left."""
+
+    def __init__(self, end: Callable[..., Any], begin: Callable[..., Any] | None = None, **held: Any) -> None:
+        super().__init__()
+        self.begin, self.end = begin, end
+        vars(self).update(copy.deepcopy(held))
+
+    def forward(self, x: Tensor, *given: Any) -> Any:
+        memories = zeros(x.shape[0]) if self.begin is None else self.begin(self, x)
+        pieces = [self.segment(piece, memories) for piece in x.split(SEGMENT, dim=1)]
+        return self.end(self, torch.cat(pieces, dim=1), memories, *given)
+
+
+def ending(end: Callable[..., Any], begin: Callable[..., Any] | None = None, **held: Any) -> Twins:
+    return Twins(lambda: Ending(end, begin, **held))
+
+
+class Growing(list[Any]):
+    """Puts an item of its own behind those it is made of, and says how many they were."""
+
+    def __init__(self, items: Iterable[Any] = ()) -> None:
+        super().__init__([*items, 0.5])
+        self.made_of = len(self) - 1
+
+
+class Padded(tuple[Any, ...]):
+    def __new__(cls, items: Iterable[Any]) -> Padded:
+        made = super().__new__(cls, [0.5, *items])
+        made.first = made[1]
+        return made
+
+    first: Any
+
+
+class Window(deque[Any]):
+    pass
+
+
+class Labelled(Named):
+    """A named tuple with attributes."""
+
+    def __new__(cls, memories: Any, seen: int) -> Labelled:
+        made = super().__new__(cls, memories, seen + 1)
+        made.label = "labelled"
+        return made
+
+    label: str
+
+
+def keep(model: Any, output: Any, *more: Any) -> Any:
+    """Keep some things, return what else is given."""
+    model.output, model.others = output, more
+    return lambda *returned: returned
+
+
+def bound(value: Any) -> list[int | None]:
+    return [each.maxlen for each in value if isinstance(each, deque)]
+
+
+ENDS: dict[str, Callable[..., Any]] = {
+    "a list named like the results": lambda model, x, m: keep(model, [m[0], m[1]])(x, m[2]),
+    "an object named like the results": lambda model, x, m: (keep(model, Bag([m[0]])), Bag([x, m[1]]))[1],
+    "nested lists named like the results": lambda model, x, m: keep(model, [[m[0]], [m[1]]])([x], [m[2]]),
+    "a list of the user's": lambda model, x, m: keep(model, None, Growing(m))(x, Growing(m)),
+    "a tuple of the user's": lambda model, x, m: keep(model, None, Padded([1.5, *m]))(x, Padded(m)),
+    "a named tuple with more": lambda model, x, m: keep(model, None, Labelled(m, 3))(x, Labelled([m[0]], 4)),
+    "windows": lambda model, x, m: keep(model, None, deque(m, 2), Window(m, 4))(x, deque(m, 1), Window(m, 2)),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_is_made_comes_back_as_it_was_made(name: str) -> None:
+    twins = ending(ENDS[name])
+    for segments, batch in ((4, 2), (6, 3)):
+        found, expected = twins.call(text(segments, batch))
+        twins.ran(segments)
+        if isinstance(found, tuple):
+            assert bound(found) == bound(expected)
+        assert bound(twins.fast.others) == bound(twins.eager.others)
+
+
+def test_keys_that_are_written_alike() -> None:
+    keys = Bag([]), Bag([])
+    for key in keys:
+        key.__class__ = type("Key", (Bag,), {"__repr__": lambda _: "key"})
+    twins = ending(lambda model, x, m: (x, {keys[0]: m[0], keys[1]: [m[1]]}))
+    for segments in (4, 5):
+        (_, found), (_, expected) = twins.call(text(segments, 2))
+        twins.ran(segments)
+        assert differences([found[key] for key in keys], [expected[key] for key in keys]) == []
+
+
+@pytest.mark.parametrize("pack", [tuple, list, Bag])
+def test_a_list_whose_items_are_new_containers(pack: Callable[..., Any]) -> None:
+    def end(model: Any, x: Tensor, memories: list[Tensor]) -> Tensor:
+        for number, memory in enumerate(memories):
+            model.cache[number] = pack([memory, 2 * memory])
+        return x
+
+    twins = ending(end, cache=[None] * LAYERS)
+    cache = twins.fast.cache
+    for segments in (4, 4, 6):
+        twins.call(text(segments, 2))
+        twins.ran(segments)
+    assert twins.fast.cache is cache
+
+
+def fill(held: Any, memories: list[Tensor]) -> Any:
+    for number, memory in enumerate(memories):
+        held[number] = memory
+    return held
+
+
+def mirror(model: Any, x: Tensor, memories: list[Tensor]) -> Tensor:
+    model.other = model.bag = Bag(fill(model.kept, memories))
+    return x
+
+
+@pytest.mark.parametrize("held", [[None] * LAYERS, dict.fromkeys(range(LAYERS)), deque([None] * LAYERS)])
+def test_a_container_that_was_there_is_returned_itself(held: Any) -> None:
+    twins = ending(lambda model, x, m: (x, fill(model.kept, m)), kept=held)
+    kept = twins.fast.kept
+    for segments in (4, 4, 6):
+        (_, found), _ = twins.call(text(segments, 2))
+        twins.ran(segments)
+        assert found is twins.fast.kept is kept
+    if isinstance(held, list):  # another list in that place is the one that is written and returned
+        for model in (twins.fast, twins.eager):
+            model.kept = [torch.zeros(2, WIDTH, dtype=torch.float64)] * LAYERS
+        before = list(kept)
+        (_, found), _ = twins.call(text(6, 2))
+        twins.ran(6)
+        assert found is twins.fast.kept is not kept and all(map(lambda a, b: a is b, kept, before))
+
+
+def test_a_container_that_was_there_is_left_itself() -> None:
+    twins = ending(mirror, kept=[None] * LAYERS)
+    for segments in (4, 4, 6):
+        twins.call(text(segments, 2))
+        twins.ran(segments)
+        assert twins.fast.bag is twins.fast.other and twins.fast.bag.memories is twins.fast.kept
+
+
+def test_a_list_that_is_only_read_is_returned_itself() -> None:
+    twins = ending(lambda model, x, m: (x * model.table[0], model.table, model.table), table=[1.5, 2.5])
+    for table in (None, None, [1.5, 2.5], [3.5, 2.5]):
+        if table is not None:
+            twins.fast.table, twins.eager.table = list(table), list(table)
+        (_, found, again), _ = twins.call(text(4, 2))
+        twins.ran(4)
+        assert found is again is twins.fast.table
+    assert rmtc.stats(twins.fast).captures == 2
+
+
+def test_containers_that_are_given_are_returned_themselves() -> None:
+    twins = ending(lambda model, x, m, options, states: (x, states, options, options["sizes"], m))
+    for segments in (4, 5):
+        options, states = {"sizes": [1, 2]}, [torch.ones(2, WIDTH, dtype=torch.float64)]
+        (_, *found, _), _ = twins.call(text(segments, 2), options, states)
+        twins.ran(segments)
+        assert found[0] is states and found[1] is options and found[2] is options["sizes"]
+
+
+def test_the_order_of_a_dictionary_is_what_the_call_makes_it() -> None:
+    def end(model: Any, x: Tensor, memories: list[Tensor]) -> Tensor:
+        model.table.pop("first")
+        model.table["first"], model.table["second"] = memories[:2]
+        model.table["third"] = model.table.pop("third")
+        return x
+
+    twins = ending(end, table={"first": None, "second": None, "third": 3, "fourth": 4})
+    for segments in (4, 4, 6):
+        twins.call(text(segments, 2))
+        twins.ran(segments)
+        assert list(twins.fast.table) == list(twins.eager.table)
+    for model in (twins.fast, twins.eager):
+        model.table["second"] = model.table.pop("second")
+    twins.call(text(4, 2))
+    twins.ran(4)
+    assert list(twins.fast.table) == list(twins.eager.table)
+
+
+def refused(twins: Twins, *args: Any) -> str:
+    with torch.no_grad(), pytest.raises(rmtc.RmtcError) as caught:
+        twins.fast(*args)
+    return str(caught.value)
+
+
+def with_more(hidden: Tensor, key: bool) -> MemoryOutput:
+    output = MemoryOutput(hidden)
+    if key:
+        output["more"] = hidden
+    else:
+        object.__setattr__(output, "more", hidden)
+    return output
+
+
+@pytest.mark.parametrize("key", [True, False])
+def test_an_output_with_more_than_its_class_makes_is_refused(key: bool) -> None:
+    assert "returns a MemoryOutput, whose tensors" in refused(ending(lambda model, x, m: with_more(x, key)), text(4, 2))
+
+
+def drained(model: Any, x: Tensor, memories: list[Tensor]) -> Any:
+    old, model.kept = model.kept, []
+    old.append(1)
+    return x, old
+
+
+def counted(model: Any, x: Tensor, memories: list[Tensor], options: dict[str, int]) -> Any:
+    options["calls"] = 1
+    return x, options
+
+
+def test_changes_of_containers_that_no_run_makes_are_refused() -> None:
+    assert "takes kept away, and adds items to it" in refused(ending(drained, kept=[0]), text(4, 2))
+    assert "changes a list or dict that was passed" in refused(ending(counted), text(4, 2), {})
+
+
+def test_a_view_of_a_buffer_that_is_written_is_refused() -> None:
+    def end(model: Any, x: Tensor, memories: list[Tensor]) -> Any:
+        for number, memory in enumerate(memories):
+            model.held[number].copy_(memory)
+        return x, model.held.view(-1)
+
+    twins = ending(end, held=torch.zeros(LAYERS, 2, WIDTH, dtype=torch.float64))
+    assert "output[1] is a view of held, which the call writes to" in refused(twins, text(4, 2))

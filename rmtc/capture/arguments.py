@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,26 @@ class Arguments:
                     found[path] = str(spec)
                     for index, item in enumerate(items):
                         visit((*path, index), item)
+
+        for name, value in self.named():
+            visit((name,), value)
+        return found
+
+    def containers(self) -> dict[Path, Any]:
+        """The containers that :meth:`map` makes anew, by path."""
+        found: dict[Path, Any] = {}
+
+        def visit(path: Path, value: Any) -> None:
+            items: Iterable[tuple[Any, Any]] = ()
+            if isinstance(value, (list, tuple)):
+                items = enumerate(value)
+            elif isinstance(value, dict):
+                items = value.items()
+            elif isinstance(value, torch.Tensor) or pytree.tree_is_leaf(value):
+                return
+            found[path] = value
+            for key, item in items:
+                visit((*path, key), item)
 
         for name, value in self.named():
             visit((name,), value)

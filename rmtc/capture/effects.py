@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import CellType
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmtc.capture.objects import Describer, Ref, build
+from rmtc.capture.objects import Describer, Label, Ref, build, parts_of
 from rmtc.capture.session import Session
 from rmtc.capture.state import MISSING, Slot, is_plain, paths_of
 from rmtc.errors import CaptureError
@@ -24,7 +26,11 @@ class _Gone:
     """Stands for the value of a key that is no longer there."""
 
 
-GONE = _Gone()
+class _Stays:
+    """Stands for the value that is there already."""
+
+
+GONE, STAYS = _Gone(), _Stays()
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,13 @@ class Effect:
         slot: the place, with what it held before the run.
         content: how the value is put together of what the run makes; of the items, where the place is a whole list.
         whole: whether it is all of a list.
+        last: whether the key, of a dictionary, becomes the last one.
     """
 
     slot: Slot
     content: Any
     whole: bool = False
+    last: bool = False
 
     @property
     def place(self) -> tuple[int, Any]:
@@ -55,27 +63,33 @@ class Effect:
         """The same in the container or object that is in that place now."""
         return replace(self, slot=self.slot._replace(owner=self.slot.home(), parent=None))
 
-    def apply(self, values: Mapping[str, Any], made: dict[str, Any]) -> None:
+    def apply(self, values: Mapping[Any, Any], made: dict[Label, Any]) -> None:
         """Leave the value in the place.
 
         Args:
-            values: the results by name.
+            values: the results by name, and what is in places that were there before.
             made: the containers and objects that were made already, by label.
         """
-        owner = self.slot.owner
+        owner, key = self.slot.owner, self.slot.key
         if self.whole:
-            items = [build(each, values, made) for each in self.content]
-            owner.clear()
-            owner.extend(items)
+            _refill(owner, [build(each, values, made) for each in self.content])
         elif self.content is GONE:
-            del owner[self.slot.key]
+            del owner[key]
         else:
-            self.slot.put(build(self.content, values, made))
+            value = owner[key] if self.content is STAYS else build(self.content, values, made)
+            if self.last:
+                owner.pop(key, None)
+            self.slot.put(value)
+
+    def parts(self) -> Iterator[Any]:
+        """What the content is made of, see :func:`rmtc.capture.objects.parts_of`."""
+        for each in self.content if self.whole else [self.content]:
+            yield from parts_of(each)
 
     def saved(self) -> Callable[[], None]:
         """What puts the place back as it is now."""
         owner, key = self.slot.owner, self.slot.key
-        if self.whole or (isinstance(owner, dict) and (self.content is GONE or key not in owner)):
+        if self.whole or (isinstance(owner, dict) and (self.last or self.content is GONE or key not in owner)):
             return _container_saved(owner)
         held = self.slot._replace(parent=None).get()
         return functools.partial(self.slot.put, held) if held is not MISSING else functools.partial(_delete, self.slot)
@@ -89,16 +103,23 @@ def _delete(slot: Slot) -> None:
 
 
 def _container_saved(owner: Any) -> Callable[[], None]:
-    content = dict(owner) if isinstance(owner, dict) else list(owner)
+    content: Any = dict(owner) if isinstance(owner, dict) else list(owner)
 
     def put_back() -> None:
-        owner.clear()
         if isinstance(owner, dict):
+            owner.clear()
             owner.update(content)
         else:
-            owner.extend(content)
+            _refill(owner, content)
 
     return put_back
+
+
+def _refill(owner: Any, items: Sequence[Any]) -> None:
+    """Give a list or deque other items; a class of the user's may do more where it is asked for that."""
+    base: Any = list if isinstance(owner, list) else deque
+    base.clear(owner)
+    base.extend(owner, items)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -133,19 +154,26 @@ def find_effects(
         tables = (owner, getattr(owner, "__dict__", owner))
         return next((names[id(each), key] for each in tables if (id(each), key) in names), name)
 
-    def content(value: Any, name: str) -> Any:
-        return describer.describe(value, name, leaf, _refused, place)
+    def content(slot: Slot) -> Any:
+        name = names.get((id(slot.owner), slot.key))
+        label = (slot.name, "before") if name is None else (name,)
+        return describer.describe(slot.value, name or slot.name, leaf, _refused, place, label)
 
     if any(owner != held for owner, held in session.snapshot.sets()):
         session.lost = "the call changes a set"
     if any((array != held).any() for array, held in session.snapshot.arrays):
         session.lost = "the call writes to a numpy array"
+    _refuse_taken(before, after)
+    moved = _moved(before, after)
     found: dict[tuple[int, Any], Effect] = {}
     for slot in after:
+        place_of = id(slot.owner), slot.key
         if id(slot.owner) not in persistent:
             continue
-        previous = old.get((id(slot.owner), slot.key))
+        previous = old.get(place_of)
         if previous is not None and _same(previous.value, slot.value):
+            if place_of in moved:
+                found[place_of] = Effect(previous, STAYS, last=True)
             continue
         if slot.name.rpartition(".")[2].partition("[")[0] in _HOOKS:
             raise CaptureError(
@@ -154,7 +182,7 @@ def find_effects(
         if previous is None:
             parent, table = paths.get(id(slot.owner), (None, ""))
             previous = slot._replace(parent=parent, table=table)
-        _add(found, previous, slot, content)
+        _add(found, previous, slot, content, place_of in moved)
     there = {(id(slot.owner), slot.key) for slot in after}
     for slot in before:
         if id(slot.owner) in persistent and (id(slot.owner), slot.key) not in there:
@@ -162,6 +190,8 @@ def find_effects(
                 continue  # another container took its place, and it is the caller's from now on
             if isinstance(slot.owner, (list, deque)):
                 _add(found, slot, slot, content)
+            elif isinstance(slot.owner, dict) and slot.key in slot.owner:
+                _add(found, slot, slot._replace(value=slot.owner[slot.key]), content)
             elif isinstance(slot.owner, dict):
                 effect = Effect(slot, GONE)
                 found[effect.place] = effect
@@ -170,14 +200,48 @@ def find_effects(
     return tuple(found.values())
 
 
-def _add(found: dict[tuple[int, Any], Effect], place: Slot, slot: Slot, content: Callable[[Any, str], Any]) -> None:
-    if isinstance(slot.owner, (list, deque)):
-        name = slot.name.rpartition("[")[0]
-        items = [content(item, f"{name}[{at}]") for at, item in enumerate(slot.owner)]
-        effect = Effect(place, items, whole=True)
+def _add(
+    found: dict[tuple[int, Any], Effect], place: Slot, slot: Slot, content: Callable[[Slot], Any], last: bool = False
+) -> None:
+    if not isinstance(slot.owner, (list, deque)):
+        effect = Effect(place, content(slot), last=last)
+    elif (id(slot.owner), None) in found:  # by another of its items
+        return
     else:
-        effect = Effect(place, content(slot.value, slot.name))
+        name = slot.name.rpartition("[")[0]
+        items = [Slot(f"{name}[{at}]", slot.owner, at, item) for at, item in enumerate(slot.owner)]
+        effect = Effect(place, [*map(content, items)], whole=True)
     found[effect.place] = effect
+
+
+def _moved(before: list[Slot], after: list[Slot]) -> set[tuple[int, Any]]:
+    """The keys of dictionaries, but for a file's names, that come after others which they came before."""
+    order = {(id(slot.owner), slot.key): at for at, slot in enumerate(before) if isinstance(slot.owner, dict)}
+    latest: dict[int, float] = {}
+    moved: set[tuple[int, Any]] = set()
+    for slot in after:
+        if isinstance(slot.owner, dict) and "__builtins__" not in slot.owner:
+            place, owner = (id(slot.owner), slot.key), id(slot.owner)
+            at = order.get(place, math.inf)
+            if at < latest.get(owner, -1):
+                moved.add(place)
+                at = math.inf
+            latest[owner] = at
+    return moved
+
+
+def _refuse_taken(before: list[Slot], after: list[Slot]) -> None:
+    """What was in reach and no longer is stays as it was, or its items tell what it has become."""
+    reached = {id(each) for slot in after for each in (slot.owner, slot.value)}
+    held = collections.Counter(id(slot.owner) for slot in before)
+    for slot in before:
+        container = slot.value
+        if isinstance(container, (list, deque, dict)) and id(container) not in reached:
+            if len(container) != held[id(container)]:
+                raise CaptureError(
+                    f"the call takes {slot.name} away, and adds items to it or removes some",
+                    remedy="make a new list or dict for what is not kept, and leave the old one as it is",
+                )
 
 
 def _refused(value: Any, name: str) -> CaptureError:

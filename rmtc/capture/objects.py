@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ __all__ = [
     "Built",
     "Describer",
     "Kept",
+    "Place",
     "Plain",
     "Ref",
     "attributes",
@@ -48,6 +49,16 @@ class Kept:
         return id(self.value)
 
 
+class Place(NamedTuple):
+    """Stands for a container that was there before the call: what is in that place when a call begins.
+
+    Attributes:
+        path: the name of a place of the state, or the path of an argument.
+    """
+
+    path: str | tuple[Any, ...]
+
+
 class Plain:
     """Stands for a value that is no tensor: itself, told from others by its type and how it is written."""
 
@@ -64,10 +75,13 @@ class Plain:
         return type(self.value), repr(self.value)
 
 
+Label = tuple[Any, ...]
+
+
 class Again(NamedTuple):
     """Stands for what is described in another place already, by its label."""
 
-    label: str
+    label: Label
 
 
 @dataclass(frozen=True)
@@ -75,16 +89,19 @@ class Built:
     """A container or an object that the call makes.
 
     Attributes:
-        label: the place where it is met first.
+        label: where it is met first: a place that the call leaves it in, none for what it returns, and the way from
+            there, by numbers of parts.
         kind: the class of an object or sequence, or how pytree puts a container together.
-        keys: the names of an object's attributes; None for a container.
-        parts: what is in it.
+        keys: the names of attributes; None for a container that pytree puts together.
+        parts: what is in it, its items before its attributes.
+        bound: of a deque, how many items it keeps.
     """
 
-    label: str
+    label: Label
     kind: Any
     keys: tuple[str, ...] | None
     parts: tuple[Any, ...]
+    bound: int | None = None
 
 
 class Describer:
@@ -92,11 +109,13 @@ class Describer:
 
     Args:
         known: the ids of what was there before the call.
+        places: where the containers among them are, by id.
     """
 
-    def __init__(self, known: Set[int]) -> None:
-        self._known = known
-        self._labels: dict[int, str] = {}
+    def __init__(self, known: Set[int], places: Mapping[int, Place]) -> None:
+        self._known, self._places = known, places
+        self._labels: dict[int, Label] = {}
+        self._open: set[Label] = set()  # what is there only when all that is in it is
         self._alive: list[Any] = []  # an id is one thing's as long as that is there
 
     def describe(
@@ -106,6 +125,7 @@ class Describer:
         leaf: Callable[[Any, str], Any],
         refuse: Callable[[Any, str], Exception],
         place: Callable[[Any, Any, str], str] = lambda owner, key, name: name,
+        label: Label = (),
     ) -> Any:
         """The description of a value.
 
@@ -114,22 +134,34 @@ class Describer:
             leaf: gives what stands for a tensor or a plain value in a place.
             refuse: makes the error for an object that cannot be made again.
             place: gives the name of a place from what holds it, its key there and its path.
+            label: of the place, see :class:`Built`.
         """
         if isinstance(value, torch.Tensor) or is_plain(value):
             return leaf(value, name)
-        if isinstance(value, type) or (id(value) in self._known and type(value) not in (list, tuple, dict, deque)):
+        if id(value) in self._places:
+            return self._places[id(value)]
+        if isinstance(value, type) or (id(value) in self._known and type(value) is not tuple):
             return Kept(value)
         if id(value) in self._labels:
+            if self._labels[id(value)] in self._open:
+                raise refuse(value, name)
             return Again(self._labels[id(value)])
         taken = _taken_apart(value)
         if taken is None:
             raise refuse(value, name)
-        self._labels[id(value)] = name
-        self._alive.append(value)
         kind, keys, parts = taken
-        owner = vars(value) if keys is not None and hasattr(value, "__dict__") else value
-        inside = [self.describe(part, place(owner, key, name + text), leaf, refuse, place) for key, text, part in parts]
-        return Built(name, kind, keys, tuple(inside))
+        if keys is None and not _is_made_again(value, kind, [part for _, _, part in parts]):
+            raise refuse(value, name)
+        self._labels[id(value)] = label
+        self._alive.append(value)
+        if keys is None or isinstance(value, tuple):
+            self._open.add(label)
+        inside = [
+            self.describe(part, place(value, key, name + text), leaf, refuse, place, (*label, number))
+            for number, (key, text, part) in enumerate(parts)
+        ]
+        self._open.discard(label)
+        return Built(label, kind, keys, tuple(inside), getattr(value, "maxlen", None) if keys is not None else None)
 
 
 def can_be_made(value: object) -> bool:
@@ -150,25 +182,50 @@ def _taken_apart(value: Any) -> tuple[Any, tuple[str, ...] | None, _Parts] | Non
     if can_be_made(value):
         held = attributes(value)
         return type(value), tuple(held), [(key, f".{key}", part) for key, part in held.items()]
+    if isinstance(value, (list, tuple, deque)) and not _is_registered(type(value)):
+        held = attributes(value)
+        texts = [f".{field}" for field in getattr(value, "_fields", ())] or [f"[{at}]" for at in range(len(value))]
+        parts = [*zip(range(len(value)), texts, value, strict=True), *((key, f".{key}", held[key]) for key in held)]
+        return type(value), tuple(held), parts
     paths, spec = pytree.tree_flatten_with_path(value, is_leaf=lambda each: each is not value)
-    if len(paths) != 1 or paths[0][1] is not value:
-        keys: Any = list(value) if isinstance(value, dict) and len(value) == len(paths) else range(len(paths))
-        return spec, None, [(key, pytree.keystr(at), part) for key, (at, part) in zip(keys, paths, strict=True)]
-    if isinstance(value, (list, tuple, deque)):  # of a class of the user's
-        return type(value), None, [(at, f"[{at}]", part) for at, part in enumerate(value)]
-    return None
+    if len(paths) == 1 and paths[0][1] is value:
+        return None
+    keys: Any = list(value) if isinstance(value, dict) and len(value) == len(paths) else range(len(paths))
+    return spec, None, [(key, pytree.keystr(at), part) for key, (at, part) in zip(keys, paths, strict=True)]
 
 
-def build(description: Any, values: Mapping[str, Any], made: dict[str, Any]) -> Any:
+def _is_registered(kind: type) -> bool:
+    """Whether pytree was told of a class itself, or it alone can make one: what torch's operations return."""
+    told = kind in pytree.SUPPORTED_NODES and kind not in (list, tuple, deque)
+    return told or (issubclass(kind, tuple) and hasattr(kind, "n_sequence_fields"))
+
+
+def _is_made_again(value: Any, spec: Any, parts: Sequence[Any]) -> bool:
+    """Whether what pytree puts together of the parts is what it took apart, attributes included."""
+    try:
+        new = pytree.tree_unflatten(parts, spec)
+    except Exception:  # noqa: BLE001 (a class may ask for what it likes)
+        return False
+    had, has = attributes(value), attributes(new)
+    return type(new) is type(value) and had.keys() == has.keys() and all(_alike(had[key], has[key]) for key in had)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    return one is other or (is_plain(one) and is_plain(other) and Plain(one, "") == Plain(other, ""))
+
+
+def build(description: Any, values: Mapping[Any, Any], made: dict[Label, Any]) -> Any:
     """A structure with the results in their places; new containers and objects each time.
 
     Args:
         description: what a :class:`Describer` gave.
-        values: the results by name.
+        values: the results by name, and what is in places that were there before.
         made: what was made already, by label.
     """
     if isinstance(description, Ref):
         return values[description.name]
+    if isinstance(description, Place):
+        return values[description]
     if isinstance(description, (Kept, Plain)):
         return description.value
     if isinstance(description, Again):
@@ -177,18 +234,28 @@ def build(description: Any, values: Mapping[str, Any], made: dict[str, Any]) -> 
         return description
     if description.label in made:
         return made[description.label]
-    kind = description.kind
-    if description.keys is not None:
-        new = made[description.label] = kind.__new__(kind)
-        for key, part in zip(description.keys, description.parts, strict=True):
-            item = build(part, values, made)
-            if isinstance(getattr(kind, key, None), types.MemberDescriptorType):
-                object.__setattr__(new, key, item)
-            else:
-                vars(new)[key] = item
+    kind, keys, parts = description.kind, description.keys, description.parts
+    new: Any
+    if keys is None:
+        made[description.label] = new = pytree.tree_unflatten([build(part, values, made) for part in parts], kind)
         return new
-    parts = [build(part, values, made) for part in description.parts]
-    made[description.label] = new = pytree.tree_unflatten(parts, kind) if not isinstance(kind, type) else kind(parts)
+    items = parts[: len(parts) - len(keys)]
+    if issubclass(kind, tuple):
+        new = tuple.__new__(kind, [build(part, values, made) for part in items])
+    else:
+        base = next((each for each in (list, deque) if issubclass(kind, each)), object)
+        new = base.__new__(kind)
+    made[description.label] = new
+    if issubclass(kind, list):
+        list.extend(new, [build(part, values, made) for part in items])
+    elif issubclass(kind, deque):
+        deque.__init__(new, [build(part, values, made) for part in items], description.bound)
+    for key, part in zip(keys, parts[len(items) :], strict=True):
+        item = build(part, values, made)
+        if isinstance(getattr(kind, key, None), types.MemberDescriptorType):
+            object.__setattr__(new, key, item)
+        else:
+            vars(new)[key] = item
     return new
 
 

@@ -28,11 +28,10 @@ from torch.utils import _pytree as pytree
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.events import Beyond, Event, Made, Named, Pattern, Viewed, hold
 from rmtc.capture.frames import current_location
-from rmtc.capture.objects import Describer
 from rmtc.capture.other_sizes import Told, tell
 from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.recorder import Recorder
-from rmtc.capture.results import left_behind
+from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, is_opaque, is_plain, walk
 from rmtc.quiet import uncollected
@@ -135,11 +134,12 @@ class Replayer:
                 recorder.name(tensor, Viewed("item", (path[len(grown)],), Named(show((*grown, "s", *rest)))))
             return tensor
 
-        Arguments(args, kwargs, session.arguments.names).map(note)
+        handed = Arguments(args, kwargs, session.arguments.names)
+        handed.map(note)
         fakes = session.fake_mode
         with session.installed(session.stand_ins), fakes, fakes.watched(recorder.note), self._patched(recorder):
             result = session.call(args, kwargs)
-            held, describer = session.held(session.stand_ins), Describer(session.known)
+            held, describer = session.held(session.stand_ins), describer_of(session, handed)
             found, plain, self.results[sizes] = left_behind(session, result, held, describer)
             final = tuple((_result(name), recorder.reference(tensor)) for name, tensor in found.items())
         numbers = tuple(value for value in plain.values() if type(value) is int)

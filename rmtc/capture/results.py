@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
 
-from rmtc.capture.objects import Describer, Plain, Ref
+from rmtc.capture.arguments import Arguments
+from rmtc.capture.objects import Describer, Place, Plain, Ref
 from rmtc.capture.session import Session
 from rmtc.capture.state import is_plain
 from rmtc.errors import CaptureError
 
-__all__ = ["left_behind"]
+__all__ = ["describer_of", "left_behind"]
+
+
+def describer_of(session: Session, arguments: Arguments) -> Describer:
+    """What describes the things that a run makes.
+
+    Args:
+        session: the call.
+        arguments: those that the run is given.
+    """
+    places: dict[int, Place] = {}
+    for slot in session.snapshot.slots:
+        if isinstance(slot.value, (list, deque, dict)):
+            places.setdefault(id(slot.value), Place(slot.name))
+    for path, container in arguments.containers().items():
+        places.setdefault(id(container), Place(path))
+    return Describer(session.known, places)
 
 
 def left_behind(
@@ -33,10 +51,13 @@ def left_behind(
     """
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, Any] = {}
+    names: dict[str, int] = {}
 
     def leaf(value: Any, name: str) -> Any:
         if not isinstance(value, torch.Tensor):
             return Plain(value, name)
+        count = names[name] = names.get(name, 0) + 1  # keys that are written alike
+        name = name if count == 1 else f"{name}#{count}"
         tensors[name] = value
         return Ref(name)
 

@@ -30,9 +30,9 @@ from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.effects import Effect, find_effects
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import current_location
-from rmtc.capture.objects import Describer
-from rmtc.capture.results import left_behind
+from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session, backward_refusal
+from rmtc.capture.state import is_plain
 from rmtc.errors import CaptureError, RefusedError
 
 __all__ = ["RawTrace", "trace"]
@@ -276,20 +276,24 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
                 value.requires_grad_(True)
         before = [_inner(tensor) for tensor in flat]
         new_args, new_kwargs = arguments.map(lambda path, _: given[path])
+        handed = Arguments(new_args, new_kwargs, arguments.names)
+        leaves = handed.leaves()
         with session.installed(lifted):
             slots = session.state()
             result = session.call(new_args, new_kwargs)
-            _refuse_changed_containers(arguments, given, new_args, new_kwargs)
-            describer = Describer(session.known)
+            _refuse_changed_containers(leaves, handed.leaves())
+            describer = describer_of(session, handed)
             found, plain, raw.result = left_behind(session, result, session.held(lifted), describer)
             raw.effects = find_effects(session, slots, {**found, **plain}, describer)
         raw.plain.update(plain)
         names = [*(lifted.names[0] for lifted in session.lifted), *(show(path) for path in inputs)]
         sources = {id(tensor): name for tensor, name in zip(flat, names, strict=True)}
         raw.same = {name: sources[id(tensor)] for name, tensor in found.items() if id(tensor) in sources}
-        for tensor, inner, name in zip(flat, before, names, strict=True):
-            if _inner(tensor) is not inner:
-                found[f"write:{name}"] = tensor
+        written = {
+            name: tensor for tensor, inner, name in zip(flat, before, names, strict=True) if _inner(tensor) is not inner
+        }
+        _refuse_views(written, {name: tensor for name, tensor in found.items() if id(tensor) not in sources})
+        found.update((f"write:{name}", tensor) for name, tensor in written.items())
         raw.outputs = tuple(found)
         _refuse_aliases(session, arguments, raw.outputs)
         tracer = maker.fx_tracer
@@ -367,13 +371,25 @@ def _refuse_aliases(session: Session, arguments: Arguments, outputs: tuple[str, 
                     )
 
 
-def _refuse_changed_containers(
-    before: Any, given: dict[Path, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """The caller's lists and dicts must hold the same tensors after the call."""
-    after: dict[Path, torch.Tensor] = {}
-    type(before)(args, kwargs, before.names).map(lambda path, tensor: after.setdefault(path, tensor))
-    if list(after) != list(given) or any(after[path] is not given[path] for path in given):
+def _refuse_views(written: dict[str, torch.Tensor], results: dict[str, torch.Tensor]) -> None:
+    """A result that shares the memory of a tensor that the call writes to would change with it."""
+    storages = {tensor.untyped_storage()._cdata: name for name, tensor in written.items()}
+    for name, tensor in results.items() if storages else ():
+        source = storages.get(tensor.untyped_storage()._cdata)
+        if source is not None:
+            raise RefusedError(
+                f"{name.removeprefix('state:')} is a view of {source}, which the call writes to",
+                remedy="return or keep a copy of it (clone), or the whole tensor",
+            )
+
+
+def _refuse_changed_containers(before: dict[Path, Any], after: dict[Path, Any]) -> None:
+    """The caller's lists and dicts must hold the same after the call."""
+
+    def same(one: Any, other: Any) -> bool:
+        return one is other or (is_plain(one) and is_plain(other) and repr(one) == repr(other))
+
+    if list(before) != list(after) or not all(same(before[path], after[path]) for path in before):
         raise RefusedError(
             "the call changes a list or dict that was passed as an argument",
             remedy="return the new list instead of changing the caller's",

@@ -164,18 +164,23 @@ def _results(graph: fx.Graph) -> list[Any]:
 
 
 def _keep_apart(graph: fx.Graph, before: Sequence[Any]) -> None:
-    """A result that had memory of its own has it still: where it is now a part of something else it is a copy."""
+    """Results that had memory of their own have it still: where they are now a part of something else they are copies.
+
+    What shared its memory shares it: of several results that are one tensor, one copy is made.
+    """
     results, now = _results(graph), _memories(graph)
-    shared: set[Any] = set()
+    kept = {new: old for old, new in zip(before, now, strict=True)}  # whose memory it stays
+    kept |= {new: new for old, new in zip(before, now, strict=True) if old is new}
+    copies: dict[Any, fx.Node] = {}
     for number, (result, old, new) in enumerate(zip(results, before, now, strict=True)):
-        if not isinstance(result, fx.Node) or old is new:
-            shared.add(new)
+        if not isinstance(result, fx.Node) or old is new or (kept[new] is old and new.op == "call_function"):
             continue
-        if new in shared or new.op == "placeholder" or new in now[number + 1 :]:
+        if (old, result) not in copies:
             with graph.inserting_before(graph.output_node()):
                 copied = graph.call_function(aten.clone.default, (result,))
             copied.meta.update(result.meta)
-            results[number] = copied
+            copies[old, result] = copied
+        results[number] = copies[old, result]
     several = isinstance(graph.output_node().args[0], (list, tuple))
     graph.output_node().args = (results if several else results[0],)
 

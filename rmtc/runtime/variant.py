@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import operator
 from collections import deque
@@ -18,10 +17,10 @@ from rmtc.analysis import Analysis
 from rmtc.capture import Capture, Captured
 from rmtc.capture.arguments import Arguments, show
 from rmtc.capture.effects import Effect
-from rmtc.capture.objects import Kept, Ref, attributes, build, can_be_made, parts_of
+from rmtc.capture.objects import Kept, Label, Place, Ref, attributes, build, can_be_made
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
-from rmtc.capture.state import Slot, Snapshot, is_plain
+from rmtc.capture.state import MISSING, Slot, Snapshot, is_plain
 from rmtc.errors import RefusedError, RmtcError, VerifyError
 from rmtc.ir.program import Val
 from rmtc.ir.wavefront import WavefrontProgram
@@ -46,10 +45,12 @@ class Ready:
     Attributes:
         sizes: its sizes.
         values: every tensor that the program reads, by name.
+        arguments: its arguments.
     """
 
     sizes: Sizes
     values: dict[str, torch.Tensor]
+    arguments: Arguments
 
 
 class Failed(NamedTuple):
@@ -92,6 +93,7 @@ class Variant:
     _others: dict[str, Slot] = field(default_factory=dict)
     _unmoved: list[str] = field(default_factory=list)
     _places: tuple[list[dict[Any, Any]], list[Any]] | None = None  # those that a call writes, if all are there for good
+    _ordered: list[Slot] = field(default_factory=list)  # one in each dictionary whose keys have an order that counts
     _last_kinds: tuple[Any, ...] | None = None  # of what they held when the last call ran
     _same: list[tuple[Slot, Slot]] = field(default_factory=list)
     _written: tuple[str, ...] = ()
@@ -100,6 +102,8 @@ class Variant:
     _parameters: list[nn.Parameter] = field(default_factory=list)
     _varying: dict[int, frozenset[int]] = field(default_factory=dict)
     _known: frozenset[int] = frozenset()
+    _containers: dict[str, Slot] = field(default_factory=dict)  # where the state has containers, by name
+    _left: tuple[Place, ...] = ()  # those of them that the call leaves in places
     refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
     failed: dict[Sizes, Failed] = field(default_factory=dict)
@@ -126,8 +130,8 @@ class Variant:
         _refuse_lost(analysis.capture)
         first, third = analysis.probes
         check_against(replace(proven, schedule=schedule), third.program, *third.sizes)
-        if [(effect.place, effect.content) for effect in first.effects] != [
-            (effect.place, effect.content) for effect in third.effects
+        if [(effect.place, effect.content, effect.last) for effect in first.effects] != [
+            (effect.place, effect.content, effect.last) for effect in third.effects
         ]:
             raise RefusedError("what the call leaves in attributes has another structure for more segments")
         if first.same != third.same:
@@ -172,12 +176,20 @@ class Variant:
             place.parent is None and isinstance(place.owner, dict) for place in places
         ):
             variant._places = [place.owner for place in places], [place.key for place in places]
+        dicts = {id(slot.value) for slot in session.snapshot.slots if isinstance(slot.value, dict)}
+        dicts |= {id(effect.slot.owner) for effect in first.effects if effect.last}
+        ordered = {id(effect.slot.owner): effect.slot for effect in variant.effects}
+        variant._ordered = [slot for owner, slot in ordered.items() if owner in dicts]
         for number, effect in enumerate(first.effects):
             if isinstance(effect.content, Ref):
                 shapes = [_shape_of(run, effect.content.name) for run in (first, third)]
                 pairs = enumerate(zip(*shapes, strict=True))
                 variant._varying[number] = frozenset(dim for dim, sizes in pairs if len(set(sizes)) > 1)
         variant._known = session.known
+        variant._containers = {
+            slot.name: slot for slot in session.snapshot.slots if isinstance(slot.value, (list, deque, dict))
+        }
+        variant._left = tuple(each for effect in first.effects for each in effect.parts() if isinstance(each, Place))
         variant.entries.add(variant.entry(analysis.capture.plan.sizes.batch))
         return variant
 
@@ -216,7 +228,7 @@ class Variant:
         A size that varies from call to call counts as being the batch size or not.
         """
         first: dict[int, int] = {}
-        found: list[Any] = []
+        found: list[Any] = [tuple(home) for slot in self._ordered if isinstance(home := slot.home(), dict)]
         for number, effect in enumerate(self.effects):
             slot = effect.slot
             if slot.parent is not None:  # in what may be another container now, or the same one as another place's
@@ -234,6 +246,7 @@ class Variant:
         if self._places is not None:
             with contextlib.suppress(AttributeError, KeyError):  # no tensor is there
                 kinds = batch, *map(_KIND, map(operator.getitem, *self._places))
+                kinds += tuple([tuple(slot.owner) for slot in self._ordered])
                 if kinds == self._last_kinds:
                     return True
         met = self.entry(batch) in self.entries
@@ -263,7 +276,7 @@ class Variant:
         if not in_place or sizes not in self.analysis.admitted or not self._met(sizes.batch):
             return None
         values.update(inputs)
-        return Ready(sizes, values)
+        return Ready(sizes, values, arguments)
 
     def _values(self) -> dict[str, Any]:
         """What the program reads but for the call's arguments, by name, once :meth:`match` has seen the state."""
@@ -363,6 +376,8 @@ class Variant:
         same = {effect.path for effect in run.effects} == {effect.path for effect in self.effects}
         if not same or _kept(run) != _kept(self.analysis.probes[0]):
             raise RefusedError(_OTHER)
+        if any(effect.last for effect in run.effects):  # keys that are where they belong stay there
+            raise RefusedError(_OTHER)
         for name, value in run.plain.items():
             expected = self._plain(name, few.segments)
             if value != expected:
@@ -385,13 +400,30 @@ class Variant:
         written = {name: ready.values[name] for name in self._written}
         own = {name: written[source] for name, source in self._own.items()}
         outputs = {name: value for name, value in outputs.items() if name not in own}
-        results = _Results({**_apart(outputs, written), **own}, lambda name: self._plain(name, ready.sizes.segments))
-        made: dict[str, Any] = {}
+
+        def other(asked: str | Place) -> Any:
+            if isinstance(asked, Place):
+                return self._container(asked, ready.arguments)
+            return self._plain(asked, ready.sizes.segments)
+
+        results = _Results({**_apart(outputs, written), **own}, other)
+        made: dict[Label, Any] = {}
         result = build(description, results, made)
+        for place in self._left:  # before anything is written
+            results[place] = results[place]
         self._leave(results, made, written)
         return result, run
 
-    def _leave(self, results: _Results, made: dict[str, Any], written: Mapping[str, torch.Tensor]) -> None:
+    def _container(self, place: Place, arguments: Arguments) -> Any:
+        """What is in the place of a container that was there before the call."""
+        if not isinstance(place.path, str):
+            return arguments.containers()[place.path]
+        found = self._containers[place.path].get()
+        if found is MISSING:
+            raise RefusedError(f"{place.path} is gone")
+        return found
+
+    def _leave(self, results: _Results, made: dict[Label, Any], written: Mapping[str, torch.Tensor]) -> None:
         """Leave everything that a call leaves, or nothing."""
         effects = [effect if effect.slot.parent is None else effect.here() for effect in self.effects]
         undo = [effect.saved() for effect in effects]
@@ -419,15 +451,15 @@ class Variant:
         return type(low)(low + slope * (segments - first.sizes.segments))
 
 
-class _Results(dict[str, Any]):
-    """Tensors by name, and what is no tensor when it is asked for."""
+class _Results(dict[Any, Any]):
+    """Tensors by name, and what is no tensor, or in a place, when it is asked for."""
 
-    def __init__(self, outputs: Mapping[str, Any], plain: Callable[[str], Any]) -> None:
+    def __init__(self, outputs: Mapping[str, Any], other: Callable[[Any], Any]) -> None:
         super().__init__(outputs)
-        self._plain = plain
+        self._other = other
 
-    def __missing__(self, name: str) -> Any:
-        return self._plain(name)
+    def __missing__(self, name: Any) -> Any:
+        return self._other(name)
 
 
 def _apart(outputs: Mapping[str, Any], written: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
@@ -498,11 +530,9 @@ _KIND = operator.attrgetter("__class__", "shape", "dtype", "device")
 _REFUSALS = 16  # by a variant, for what its calls find
 
 
-def _kept(run: Captured) -> set[int]:
-    """The ids of the objects that were there before a run and that it returns or leaves in places."""
-    whole, single = ([each.content for each in run.effects if each.whole is many] for many in (True, False))
-    contents = [run.result, *single, *itertools.chain.from_iterable(whole)]
-    return {id(part.value) for content in contents for part in parts_of(content) if isinstance(part, Kept)}
+def _kept(run: Captured) -> dict[Any, tuple[Any, ...]]:
+    """What was there before a run and it leaves in places."""
+    return {each.path: tuple(part for part in each.parts() if isinstance(part, (Kept, Place))) for each in run.effects}
 
 
 def _shape_of(run: Captured, name: str) -> tuple[int, ...]:
@@ -520,7 +550,11 @@ def _describe(value: Any, batch: int, known: frozenset[int], varying: frozenset[
         sizes = tuple(size == batch if dim in varying else size for dim, size in enumerate(value.shape))
         return sizes, value.dtype, value.device
     if isinstance(value, (list, tuple, deque)):
-        return type(value), tuple(_describe(item, batch, known) for item in value)
+        items = tuple(_describe(item, batch, known) for item in value)
+        if type(value) in (list, tuple):
+            return type(value), items
+        held = tuple((key, _describe(item, batch, known)) for key, item in attributes(value).items())
+        return type(value), items, held, getattr(value, "maxlen", None)
     if isinstance(value, dict):
         return type(value), tuple((key, _describe(item, batch, known)) for key, item in value.items())
     if is_plain(value):
