@@ -102,7 +102,6 @@ class Capture:
             Canonicalize(
                 self.reorder_random,
                 self.whole_windows,
-                sizes.segments,
                 self._fixed(raw) if self.cut_tables else frozenset(),
             ),
         ):

@@ -33,7 +33,7 @@ class Canonicalize:
     of its source, checks of metadata are gone, and reading back a part that a `stack`, `cat`, `select_scatter` or
     `slice_scatter` put there is that part: one tensor that holds the states of many layers makes no false chain
     between them.
-    Operations whose result is not used stay: the last segment then looks like the others, which use it.
+    Views and copies that nothing uses go; other operations stay: the last segment then looks like the others.
     Checks: no operation draws random numbers, unless ``reorder_random`` allows that another order draws others; none
     reads memory by strides that the user's code gives.
 
@@ -58,7 +58,6 @@ class Canonicalize:
 
     reorder_random: bool = False
     whole_windows: bool = False
-    segments: int = 1
     fixed: frozenset[str] = frozenset()
     name = "canonicalize"
 
@@ -66,7 +65,7 @@ class Canonicalize:
         if not self.reorder_random:
             _refuse_random(graph)
         _refuse_strides(graph)
-        memory, alike = _memories(graph), _alike(graph, ())
+        memory = _memories(graph)
         tables = _tables(graph, self.fixed) if self.fixed else set()
         _drop_empty(graph)
         short = _short_histories(graph)
@@ -92,12 +91,12 @@ class Canonicalize:
                 _cast(graph, node)
             elif node.target is aten.dropout.default and not _drops(node):
                 _becomes(node, node.args[0])
-        _drop_dead(graph, self.segments, alike)
+        _drop_dead(graph)
         _assemble(graph)
         for node in list(graph.nodes):  # what was put together is read part by part
             if node.target in (aten.select.int, aten.slice.Tensor):
                 _forward(graph, node, tables, self.whole_windows)
-        _drop_dead(graph, self.segments, [*alike, *_alike(graph, [node for nodes in alike for node in nodes])])
+        _drop_dead(graph)
         _detach_at_readers(graph)
         _keep_apart(graph, memory)
         for node in reversed(list(graph.nodes)):
@@ -555,34 +554,10 @@ def _unclone(node: fx.Node) -> bool:
 _MOVES = (aten.clone.default, aten.copy.default, aten.stack.default, aten.cat.default, *_SCATTERS)
 
 
-def _alike(graph: fx.Graph, known: Sequence[fx.Node]) -> list[list[fx.Node]]:
-    """The operations but for known ones, by what one line of the user's code makes, in order."""
-    found: dict[Any, list[fx.Node]] = {}
-    others = set(known)
-    for node in graph.nodes:
-        if node.op == "call_function" and node not in others:
-            found.setdefault((node.target, node.meta.get("location"), len(node.args)), []).append(node)
-    return list(found.values())
-
-
-def _drop_dead(graph: fx.Graph, segments: int, alike: Sequence[list[fx.Node]]) -> None:
-    """Drop views, copies and what puts tensors together where no result needs it.
-
-    What an earlier segment but the first makes for a later one stays in the last ones, too, which make it in vain: of
-    what one line of the user's code makes, the nodes that are as many from the end belong together.
-    """
-    needed: set[fx.Node] = set()
-
-    def need(nodes: list[fx.Node]) -> None:
-        while nodes:
-            node = nodes.pop()
-            if node not in needed:
-                needed.add(node)
-                nodes += node.all_input_nodes
-
-    need([node for node in graph.nodes if node.op == "output"])
+def _drop_dead(graph: fx.Graph) -> None:
+    """Drop views, copies and what puts tensors together where nothing uses it."""
     for node in reversed(list(graph.nodes)):
-        if not node.users and node not in needed and (node.target in VIEWS or node.target in _MOVES):
+        if not node.users and (node.target in VIEWS or node.target in _MOVES):
             graph.erase_node(node)
 
 

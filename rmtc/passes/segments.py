@@ -99,7 +99,8 @@ def find_segments(program: Program, use: Uses, anchors: dict[int, int], inner: s
             reach[j] = i
     starts, head, tail = divide(tokens, first, last, reach, anchors)
     own = range(first[0], starts[0] if starts else last[0] + 1)
-    opening = _match_head(program, tokens, own, head, [use.invariant[i] for i in moved])
+    invariant = [use.invariant[i] for i in moved]
+    opening = _match_head(program, tokens, own, head, invariant)
     if segments > 1:  # as the one before it ends: the first ones may end otherwise, while a memory fills
         tail = tokens[last[-2] + 1 : starts[-1]]
     closing = _match_tail(program, tokens, range(last[-1] + 1, len(program.ops)), tail)
@@ -110,7 +111,7 @@ def find_segments(program: Program, use: Uses, anchors: dict[int, int], inner: s
     members[-1] += sorted(closing)
     after = _hand_back(program, tokens, anchors, members, last[-1] + 1)
     _leave_behind(program, members, anchors)
-    _hand_on(program, members, anchors)
+    _hand_on(program, members, anchors, invariant)
     members = [_by_use(program, row, anchors) for row in members]
     after = _results_only(program, tokens, members, anchors) + after
     order = before + [i for row in members for i in row] + after
@@ -178,15 +179,16 @@ def _leave_behind(program: Program, members: list[list[int]], anchors: dict[int,
             members[made[i]].append(i)
 
 
-def _hand_on(program: Program, members: list[list[int]], anchors: dict[int, int]) -> None:
-    """What a segment runs last, of nothing that segments made, and has no use for, is the start of the next one."""
+def _hand_on(program: Program, members: list[list[int]], anchors: dict[int, int], invariant: Sequence[bool]) -> None:
+    """What a segment runs last, of the text alone, and has no use for, is the start of the next one."""
     segment = {i: s for s, row in enumerate(members) for i in row}
     returned = {value.number for value in program.outputs.values() if type(value) is Val}
     loose: set[int] = set()
     for row in members:
         end = max((i for i in row if i in anchors), default=len(program.ops))
         for i in row:
-            if i > end and all(j in loose or j not in segment for j in _inputs(program.ops[i])):
+            of_text = all(j in loose or j not in segment for j in _inputs(program.ops[i]))
+            if i > end and of_text and not invariant[i]:
                 loose.add(i)
     users: dict[int, int] = {}  # the first segment with a use for it
     moved: dict[int, None] = {}
