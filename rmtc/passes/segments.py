@@ -180,15 +180,15 @@ def _leave_behind(program: Program, members: list[list[int]], anchors: dict[int,
 
 
 def _hand_on(program: Program, members: list[list[int]], anchors: dict[int, int], invariant: Sequence[bool]) -> None:
-    """What a segment runs last, of the text alone, and has no use for, is the start of the next one."""
+    """What a segment makes last, of the text, or reads of what there was before, for the next one is that one's start."""
     segment = {i: s for s, row in enumerate(members) for i in row}
     returned = {value.number for value in program.outputs.values() if type(value) is Val}
     loose: set[int] = set()
     for row in members:
         end = max((i for i in row if i in anchors), default=len(program.ops))
         for i in row:
-            of_text = all(j in loose or j not in segment for j in _inputs(program.ops[i]))
-            if i > end and of_text and not invariant[i]:
+            given = all(j in loose or j not in segment for j in _inputs(program.ops[i]))
+            if i > end and given and (not invariant[i] or program.ops[i].target in VIEWS):
                 loose.add(i)
     users: dict[int, int] = {}  # the first segment with a use for it
     moved: dict[int, None] = {}
