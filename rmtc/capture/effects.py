@@ -14,7 +14,7 @@ from torch import nn
 
 from rmtc.capture.objects import Describer, Ref, build
 from rmtc.capture.session import Session
-from rmtc.capture.state import MISSING, Slot, is_plain, paths_of
+from rmtc.capture.state import MISSING, Slot, is_plain, paths_of, refill
 from rmtc.errors import CaptureError
 
 __all__ = ["Effect", "find_effects"]
@@ -65,8 +65,7 @@ class Effect:
         owner = self.slot.owner
         if self.whole:
             items = [build(each, values, made) for each in self.content]
-            owner.clear()
-            owner.extend(items)
+            refill(owner, items)
         elif self.content is GONE:
             del owner[self.slot.key]
         else:
@@ -92,11 +91,11 @@ def _container_saved(owner: Any) -> Callable[[], None]:
     content = dict(owner) if isinstance(owner, dict) else list(owner)
 
     def put_back() -> None:
-        owner.clear()
         if isinstance(owner, dict):
+            owner.clear()
             owner.update(content)
         else:
-            owner.extend(content)
+            refill(owner, content)
 
     return put_back
 

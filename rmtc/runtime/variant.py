@@ -21,7 +21,7 @@ from rmtc.capture.effects import Effect
 from rmtc.capture.objects import Kept, Ref, attributes, build, can_be_made, parts_of
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
-from rmtc.capture.state import Slot, Snapshot, is_plain
+from rmtc.capture.state import Slot, Snapshot, is_plain, told
 from rmtc.errors import RefusedError, RmtcError, VerifyError
 from rmtc.ir.program import Val
 from rmtc.ir.wavefront import WavefrontProgram
@@ -100,6 +100,9 @@ class Variant:
     _parameters: list[nn.Parameter] = field(default_factory=list)
     _varying: dict[int, frozenset[int]] = field(default_factory=dict)
     _known: frozenset[int] = frozenset()
+    _adding: dict[int, dict[Any, Any]] = field(
+        default_factory=dict
+    )  # those whose keys vary, by a place that is in each
     refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
     failed: dict[Sizes, Failed] = field(default_factory=dict)
@@ -178,6 +181,9 @@ class Variant:
                 pairs = enumerate(zip(*shapes, strict=True))
                 variant._varying[number] = frozenset(dim for dim, sizes in pairs if len(set(sizes)) > 1)
         variant._known = session.known
+        owners = {id(effect.slot.owner): number for number, effect in reversed([*enumerate(first.effects)])}
+        adding = ((number, first.effects[number].slot.owner) for number in owners.values())
+        variant._adding = {number: owner for number, owner in adding if state.adds_to(owner)}
         variant.entries.add(variant.entry(analysis.capture.plan.sizes.batch))
         return variant
 
@@ -219,12 +225,12 @@ class Variant:
         found: list[Any] = []
         for number, effect in enumerate(self.effects):
             slot = effect.slot
+            home = slot.home()
             if slot.parent is not None:  # in what may be another container now, or the same one as another place's
-                home = slot.home()
                 found.append((type(home), first.setdefault(id(home), number)))
-                held = home if effect.whole else slot.get()
-            else:
-                held = slot.owner if effect.whole else slot.get()
+            if number in self._adding and isinstance(home, dict):
+                found.append(_order(home))
+            held = home if effect.whole else slot.get()
             found.append(_describe(held, batch, self._known, self._varying.get(number, frozenset())))
         return tuple(found)
 
@@ -233,7 +239,7 @@ class Variant:
         kinds: tuple[Any, ...] | None = None
         if self._places is not None:
             with contextlib.suppress(AttributeError, KeyError):  # no tensor is there
-                kinds = batch, *map(_KIND, map(operator.getitem, *self._places))
+                kinds = batch, *map(_KIND, map(operator.getitem, *self._places)), *map(_order, self._adding.values())
                 if kinds == self._last_kinds:
                     return True
         met = self.entry(batch) in self.entries
@@ -364,8 +370,13 @@ class Variant:
         if not same or _kept(run) != _kept(self.analysis.probes[0]):
             raise RefusedError(_OTHER)
         for name, value in run.plain.items():
+            if name not in self.analysis.probes[0].plain:
+                lists = (each for each in run.effects if each.whole and len(each.content) > len(each.slot.owner))
+                if (longer := next(lists, None)) is not None:
+                    self.counter = f"{longer.path[0]} grows with each call, and what a call does may depend on it"
+                raise RefusedError(_OTHER)
             expected = self._plain(name, few.segments)
-            if value != expected:
+            if told(value) != told(expected):
                 place = name.removeprefix("state:")
                 starts = [(each.slot.value, each.slot.get()) for each in self.effects if each.content == Ref(name)]
                 if any(_advances(*each, expected, value) for each in starts):
@@ -415,8 +426,13 @@ class Variant:
         low, high = first.plain[name], third.plain[name]
         if type(low) not in (int, float) or low == high:
             return low
-        slope = (high - low) / (third.sizes.segments - first.sizes.segments)
-        return type(low)(low + slope * (segments - first.sizes.segments))
+        steps, more = third.sizes.segments - first.sizes.segments, segments - first.sizes.segments
+        if type(low) is float:
+            return low + (high - low) / steps * more
+        advance, rest = divmod((high - low) * more, steps)
+        if rest:
+            raise RefusedError(f"{name.removeprefix('state:')} is no whole number after {segments} segments")
+        return low + advance
 
 
 class _Results(dict[str, Any]):
@@ -524,11 +540,16 @@ def _describe(value: Any, batch: int, known: frozenset[int], varying: frozenset[
     if isinstance(value, dict):
         return type(value), tuple((key, _describe(item, batch, known)) for key, item in value.items())
     if is_plain(value):
-        return type(value), repr(value)
+        return told(value)
     if id(value) not in known and can_be_made(value):
         known |= {id(value)}  # what holds itself ends there
         return type(value), tuple((key, _describe(item, batch, known)) for key, item in attributes(value).items())
     return _Same(value)
+
+
+def _order(table: dict[Any, Any]) -> tuple[Any, ...]:
+    """The keys of a dictionary in their order: 1 is not True."""
+    return tuple(map(type, table)), tuple(table)
 
 
 class _Same:
