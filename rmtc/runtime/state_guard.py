@@ -6,7 +6,8 @@ import operator
 import os
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set, Sized
+from collections.abc import Callable, Mapping, Sequence, Set, Sized
+from dataclasses import replace
 from itertools import chain
 from types import CellType, FunctionType, MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
@@ -15,11 +16,12 @@ import torch
 from torch import nn
 from torch._C._dynamo.guards import dict_version
 
-from rmtc.capture.arguments import Arguments, Path, show
+from rmtc.capture.arguments import Arguments, Path
 from rmtc.capture.effects import GONE, Effect
 from rmtc.capture.session import Session
 from rmtc.capture.state import MISSING, Slot, is_plain, is_record, is_set, names_of, unset_slots
 from rmtc.runtime.guards import alike
+from rmtc.runtime.identities import Identities
 
 __all__ = ["StateGuard"]
 
@@ -84,18 +86,6 @@ def _same_keys(old: Sequence[Any], new: Sequence[Any]) -> bool:
 def _others(owner: dict[Any, Any], written: Set[Any]) -> list[Any]:
     """The keys of a dictionary but for those that the call itself adds or removes."""
     return [key for key in owner if key not in written]
-
-
-def _tensors_in(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in what a call leaves, with their paths; not those in objects."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, (list, tuple, deque)):
-        for at, item in enumerate(value):
-            yield from _tensors_in(item, f"{name}[{at}]")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _tensors_in(item, f"{name}[{key!r}]")
 
 
 class _Places:
@@ -268,9 +258,11 @@ class StateGuard:
         self._index()
         self._aliases = self._given(session.arguments)
         self._tells = session.tells_identity
-        self._left = [(effect, self.pinned(effect.slot)) for effect in effects]
         fixed = (slot for slot in slots if isinstance(slot.owner, tuple))
-        self._fixed = [(slot.name, slot.value) for slot in fixed if isinstance(slot.value, torch.Tensor)]
+        self._identities = Identities(
+            [replace(effect, slot=self.pinned(effect.slot)) for effect in effects],
+            [(slot.name, slot.value) for slot in fixed if isinstance(slot.value, torch.Tensor)],
+        )
         self._same = self._one(session.arguments) if self._tells else {}
 
     def _written(self, slot: Slot) -> bool:
@@ -326,18 +318,8 @@ class StateGuard:
         return {path: name for path, name in found if name is not None}
 
     def _one(self, arguments: Arguments) -> dict[str, str]:
-        """The places, and arguments, that hold a tensor that an earlier one holds, with that one."""
-        left = [
-            (slot.home() if effect.whole else slot.get(), f"left: {slot.name}{'[]' if effect.whole else ''}")
-            for effect, slot in self._left
-        ]
-        first: dict[int, str] = {}
-        places = chain(
-            *(self._kept.named, self._read.named, self._fixed),
-            *(_tensors_in(value, name) for value, name in left),
-            ((f"argument: {show(path)}", tensor) for path, tensor in arguments.tensors().items()),
-        )
-        return {name: one for name, each in places if (one := first.setdefault(id(each), name)) != name}
+        """Which places, and arguments, hold a tensor that another one holds."""
+        return self._identities.pattern((self._kept.named, self._read.named), arguments)
 
     def _follow(self, copies: Mapping[int, Any]) -> None:
         """Watch the containers that took the place of others with the same content."""
