@@ -223,3 +223,27 @@ def test_what_the_call_writes_is_read_and_is_no_guard() -> None:
     assert guard.differs() is None and guard.version == version
     cell.rate = 0.75
     assert guard.differs() is not None
+
+
+class Asking(Cell):
+    """Asks whether two lists are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = [1.0, 2.0]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden) * (2.0 if self.weights is self.more else 1.0)
+
+
+def test_two_lists_that_come_to_be_one_are_seen_where_the_code_asks() -> None:
+    cell = Asking()
+    guard = StateGuard(session := Session(cell, (torch.randn(2, 3),), {}), ())
+    assert guard.differs(session.arguments) is None
+    cell.more = [1.0, 2.0]
+    assert guard.differs(session.arguments) is None
+    cell.more = cell.weights
+    assert guard.differs(session.arguments) is not None
+    assert guard.differs(session.arguments) is not None
+    cell.more = [1.0, 2.0]
+    assert guard.differs(session.arguments) is None

@@ -1,4 +1,4 @@
-"""Which places hold one and the same tensor: a guard for code that asks what is what."""
+"""Which places hold one and the same tensor or container: a guard for code that asks what is what."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rmtc.capture.effects import Effect
 
 __all__ = ["Identities"]
 
-_Named: TypeAlias = list[tuple[str, torch.Tensor]]
+_Named: TypeAlias = list[tuple[str, Any]]
 _CONTAINERS = (list, tuple, dict, deque)
 
 
 class Identities:
-    """Tells places that hold one tensor.
+    """Tells places that hold one object.
 
     Args:
         effects: the places that the call writes.
@@ -41,10 +41,11 @@ class Identities:
         self._found: dict[str, str] = {}
 
     def pattern(self, held: Sequence[_Named], arguments: Arguments) -> dict[str, str]:
-        """The places, and arguments, that hold a tensor that an earlier one holds, with that one.
+        """The places, and arguments, that hold an object that an earlier one holds, with that one.
 
         Args:
-            held: the tensors in other places, with the names of the places: new lists where they are others.
+            held: the tensors and containers in other places, with the names of the places: new lists where they are
+                others.
             arguments: those of the call.
         """
         if len(held) != len(self._held) or not all(map(operator.is_, held, self._held)):
@@ -66,8 +67,8 @@ class Identities:
         return [effect.slot.home() if effect.whole else effect.slot.get() for effect in self._effects]
 
 
-def _repeated(places: Iterable[tuple[str, torch.Tensor]], first: dict[int, str]) -> dict[str, str]:
-    """The places that hold what an earlier one holds; takes up in ``first`` where each tensor is met first."""
+def _repeated(places: Iterable[tuple[str, Any]], first: dict[int, str]) -> dict[str, str]:
+    """The places that hold what an earlier one holds; takes up in ``first`` where each is met first."""
     return {name: one for name, each in places if (one := first.setdefault(id(each), name)) != name}
 
 

@@ -99,7 +99,7 @@ class _Places:
     Attributes:
         slots: the places, in the order in which they are read.
         held: what was there when they were last read.
-        named: the tensors in there, with the names of the places.
+        named: the tensors, lists and dictionaries in there, with the names of the places.
         tensors: the names of those that hold tensors that are no parameters, by the tensor's id.
     """
 
@@ -129,8 +129,9 @@ class _Places:
     def _hold(self, values: list[Any]) -> None:
         self.held = values
         pairs = zip(self.slots, values, strict=True)
-        self.named = [(slot.name, value) for slot, value in pairs if isinstance(value, torch.Tensor)]
-        self.tensors = {id(value): name for name, value in self.named if not isinstance(value, nn.Parameter)}
+        self.named = [(slot.name, value) for slot, value in pairs if isinstance(value, (torch.Tensor, list, dict))]
+        tensors = ((name, value) for name, value in self.named if isinstance(value, torch.Tensor))
+        self.tensors = {id(value): name for name, value in tensors if not isinstance(value, nn.Parameter)}
 
     def differs(self, copies: dict[int, Any]) -> str | None:
         """The first place that holds something else than before; None if there is none.
@@ -318,7 +319,7 @@ class StateGuard:
         return {path: name for path, name in found if name is not None}
 
     def _one(self, arguments: Arguments) -> dict[str, str]:
-        """Which places, and arguments, hold a tensor that another one holds."""
+        """Which places, and arguments, hold an object that another one holds."""
         return self._identities.pattern((self._kept.named, self._read.named), arguments)
 
     def _follow(self, copies: Mapping[int, Any]) -> None:
@@ -364,8 +365,6 @@ class StateGuard:
             return "the __dict__ of an object was replaced"
         if not self._containers.isdisjoint(copies):
             return "a container that the call writes to was replaced"
-        if copies and self._tells:
-            return "a container was replaced by another one, and the code asks what is the same object"
         if any(not _same_keys(keys, _others(owner, written)) for owner, written, keys in self._keyed):
             return _OTHER_KEYS
         if copies:
@@ -380,7 +379,7 @@ class StateGuard:
         if self._unset and any(is_set(value, member) for value, member in self._unset):
             return _OTHER_KEYS
         if self._tells and arguments is not None and self._one(arguments) != self._same:
-            return "two places hold one tensor where they held two, or the other way round, and the code asks"
+            return "two places hold one object where they held two, or the other way round, and the code asks"
         if any(map(operator.ne, *self._sets)):
             return "a set holds something else"
         if any(array.tobytes() != content for array, content in self._arrays):
