@@ -12,6 +12,7 @@ from rmtc.capture.objects import Plain, parts_of
 from rmtc.capture.other_sizes import follows
 from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer
+from rmtc.capture.state import told
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, retime_loop, rewrite, timed
 from rmtc.quiet import uncollected
@@ -344,15 +345,14 @@ def _refuse_drift(runs: list[Captured], segment_length: int) -> None:
 
 def _even(values: list[Any], counts: list[int]) -> bool:
     """Whether values are the same, or numbers that advance evenly with a count."""
-    if all(value is values[0] or (type(value) is type(values[0]) and value == values[0]) for value in values):
+    if all(told(value) == told(values[0]) for value in values):
         return True
-    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+    if {*map(type, values)} not in ({int}, {float}):
         return False
     first, second = counts[0], next((at for at, count in enumerate(counts) if count != counts[0]), 0)
-    numbers = [float(value) for value in values]
     return second > 0 and all(
-        (numbers[second] - numbers[0]) * (count - first) == (number - numbers[0]) * (counts[second] - first)
-        for number, count in zip(numbers, counts, strict=True)
+        (values[second] - values[0]) * (count - first) == (value - values[0]) * (counts[second] - first)
+        for value, count in zip(values, counts, strict=True)
     )
 
 

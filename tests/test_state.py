@@ -438,3 +438,79 @@ def test_a_container_that_another_takes_the_place_of_is_the_callers(kind: type) 
         assert all(torch.equal(first[at], second[at]) for at in range(LAYERS))
     stats = rmtc.stats(fast)
     assert (stats.runs, stats.fallbacks) == (2, {})
+
+
+class Many(OneTuple):
+    """Counts segments from a number on that no float holds."""
+
+    def forward(self, x: Tensor) -> Any:
+        self.segments = 2**60 + 1
+        for _ in x.split(SEGMENT, dim=1):
+            self.segments += 1
+        return super().forward(x)
+
+
+def test_a_count_is_exact() -> None:
+    fast, eager = pair(Many)
+    for number, segments in enumerate((SEGMENTS, SEGMENTS + 3)):
+        same(fast, eager, text(number, segments))
+        assert fast.segments == eager.segments == 2**60 + 1 + segments
+        ran(fast, number + 1, segments)
+
+
+class Noisy(list[Any]):
+    """A list that makes more of what comes in."""
+
+    def extend(self, items: Any) -> None:
+        super().extend(items)
+        self.append("more")
+
+
+class OfNoisy(OneTuple):
+    """Leaves its last hidden state in such a list."""
+
+    def start(self) -> None:
+        super().start()
+        self.last = Noisy([0.0])
+
+    def forward(self, x: Tensor) -> Any:
+        result = super().forward(x)
+        self.last[0] = result[:, -1]
+        return result
+
+
+def test_a_list_of_a_class_of_its_own_is_left_as_it_is() -> None:
+    fast, eager = pair(OfNoisy)
+    for number in range(3):
+        same(fast, eager, text(number))
+        assert len(fast.last) == len(eager.last) == 1
+        ran(fast, number + 1)
+
+
+@dataclass
+class Mark:
+    memory: Tensor
+    mark: str = "left"
+
+
+class Marked(OneTuple):
+    """Leaves an object with a tensor and the same mark each time."""
+
+    def start(self) -> None:
+        super().start()
+        self.held = Mark(torch.zeros(BATCH, WIDTH))
+
+    def forward(self, x: Tensor) -> Any:
+        result = super().forward(x)
+        self.held = Mark(result[:, -1])
+        return result
+
+
+def test_a_mark_that_calls_leave_and_find_another() -> None:
+    """What the first call left as it was, another one writes."""
+    fast, eager = pair(Marked)
+    for number, mark in enumerate(("left", "left", "other", "left")):
+        fast.held.mark = eager.held.mark = mark
+        same(fast, eager, text(number))
+        assert fast.held.mark == eager.held.mark == "left"
+        ran(fast, number + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import sys
 import types
 from collections import OrderedDict
@@ -20,6 +21,23 @@ from rmtc.runtime.state_guard import StateGuard
 GAIN = 1.5
 
 
+class Slotted:
+    __slots__ = ("late",)
+
+
+class Other:
+    __slots__ = ("late",)
+
+
+class Settings:
+    """An object without attributes."""
+
+
+def moved(table: dict[str, Any], key: str) -> None:
+    """Put an item behind all others."""
+    table[key] = table.pop(key)
+
+
 class Cell(nn.Module):
     """Plain attributes, containers, a buffer, parameters, and what its own file and a library's name."""
 
@@ -32,10 +50,12 @@ class Cell(nn.Module):
         self.register_buffer("shift", torch.randn(3))
         self.rate = 0.5
         self.table: Any = {"a": 1.0, "b": [2.0]}
-        self.ordered = OrderedDict(a=1.0)
+        self.ordered = OrderedDict(a=1.0, b=1.0)
+        self.numbered = {1: "a"}
         self.nothing = {}
         self.weights = [1.0, 2.0]
         self.config = types.SimpleNamespace(scale=1.0)
+        self.slotted, self.settings = Slotted(), Settings()
         self.count = 0
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -60,6 +80,10 @@ CHANGES: dict[str, Callable[[Cell], Any]] = {
     "an item of an item": lambda cell: cell.table["b"].append(3.0),
     "an item of a list": lambda cell: cell.weights.__setitem__(0, 3.0),
     "an item of an ordered dictionary": lambda cell: cell.ordered.update(a=2.0),
+    "an ordered dictionary in another order": lambda cell: cell.ordered.move_to_end("a"),
+    "a dictionary in another order": lambda cell: cell.table.update(a=cell.table.pop("a")),
+    "attributes in another order": lambda cell: moved(vars(cell), "rate"),
+    "a key of another type": lambda cell: cell.numbered.update({True: cell.numbered.pop(1)}),
     "an ordered dictionary emptied": lambda cell: cell.ordered.clear(),
     "a first item": lambda cell: cell.nothing.update(a=1.0),
     "an attribute of an object": lambda cell: setattr(cell.config, "scale", 2.0),
@@ -70,6 +94,10 @@ CHANGES: dict[str, Callable[[Cell], Any]] = {
     "a module where none was": lambda cell: cell.mix.add_module("late", nn.Identity()),
     "a buffer of another shape": lambda cell: setattr(cell, "shift", torch.randn(1, 3)),
     "a module": lambda cell: setattr(cell, "mix", nn.Linear(3, 3)),
+    "a table of attributes": lambda cell: setattr(cell.mix, "__dict__", dict(vars(cell.mix))),
+    "an object's table of attributes": lambda cell: setattr(cell.settings, "__dict__", {}),
+    "an object's class": lambda cell: setattr(cell.slotted, "__class__", Other),
+    "an attribute where none was set": lambda cell: setattr(cell.slotted, "late", 1.0),
     "a module's class": lambda cell: setattr(cell.mix, "__class__", nn.Bilinear),
     "a table of parameters": lambda cell: vars(cell.mix).update(_parameters=dict(cell.mix._parameters)),
     "training": lambda cell: cell.mix.eval(),
@@ -96,6 +124,30 @@ def test_what_the_code_names_is_seen(space: Any, name: str, value: Any, monkeypa
     assert guard.differs() is not None
     monkeypatch.undo()
     assert guard.differs() is None
+
+
+def test_a_name_that_was_not_there_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also over one of Python's own; of a script no more than what its code names."""
+    module = types.ModuleType(__name__)
+    space = vars(module)
+    exec("def call(x):\n try: return abs(x) * late\n except NameError: return abs(x)", space)
+    for script in (False, True):
+        if script:
+            monkeypatch.setitem(sys.modules, "__main__", module)
+        guard = StateGuard(Session(space["call"], (torch.randn(2),), {}), ())
+        for name in ("abs", "late"):
+            assert guard.differs() is None
+            monkeypatch.setitem(space, name, torch.sin)
+            assert guard.differs() is not None
+            monkeypatch.delitem(space, name)
+        space["unnamed"] = 1
+        assert guard.differs() is None
+        with monkeypatch.context() as patch:
+            patch.setattr(builtins, "late", 1.0, raising=False)
+            assert guard.differs() is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(builtins, "abs", torch.sin)
+            assert guard.differs() is not None
 
 
 def test_a_script_may_write_globals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,3 +223,27 @@ def test_what_the_call_writes_is_read_and_is_no_guard() -> None:
     assert guard.differs() is None and guard.version == version
     cell.rate = 0.75
     assert guard.differs() is not None
+
+
+class Asking(Cell):
+    """Asks whether two lists are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = [1.0, 2.0]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden) * (2.0 if self.weights is self.more else 1.0)
+
+
+def test_two_lists_that_come_to_be_one_are_seen_where_the_code_asks() -> None:
+    cell = Asking()
+    guard = StateGuard(session := Session(cell, (torch.randn(2, 3),), {}), ())
+    assert guard.differs(session.arguments) is None
+    cell.more = [1.0, 2.0]
+    assert guard.differs(session.arguments) is None
+    cell.more = cell.weights
+    assert guard.differs(session.arguments) is not None
+    assert guard.differs(session.arguments) is not None
+    cell.more = [1.0, 2.0]
+    assert guard.differs(session.arguments) is None

@@ -9,6 +9,7 @@ import sys
 import threading
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -225,6 +226,201 @@ def test_a_change_is_seen(
     same(fast(text()), first)
     scheduled(fast)
     assert rmtc.stats(fast).captures == captures + 1
+
+
+class Named(type):
+    """A class of classes with an attribute that its classes have too."""
+
+    gain = 1.0
+
+
+class Settings(metaclass=Named):
+    pass
+
+
+class Base:
+    bend = 1.0
+
+
+class Bent(Base):
+    """What it bends by is its base's."""
+
+
+class BentMore(Base):
+    bend = 3.0
+
+
+class Rebased(Base):
+    """What gets another base."""
+
+
+class Factor(float):
+    """A number that is more than its value."""
+
+    more = 1.0
+
+
+class Unset:
+    __slots__ = ("late",)
+
+
+class Orders(Model):
+    """Reads what has an order, a class, a table of attributes, or is not there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = {"scale": 1.5, "shift": 0.3}
+        self.ordered = OrderedDict(self.table)
+        self.record = types.SimpleNamespace(**self.table)
+        self.steps = nn.ModuleDict({"bend": nn.Tanh(), "cut": nn.Threshold(0.1, 0.2)})
+        self.bent, self.unset, self.factor, self.plain = Bent(), Unset(), Factor(1.5), Record(1.5)
+
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        for table in (self.table, self.ordered, vars(self.record)):
+            for key, value in table.items():
+                piece = piece * value if key == "scale" else piece + value
+        for step in self.steps.values():
+            piece = step(piece)
+        piece = (
+            piece * Settings.gain * self.bent.bend * Rebased.bend * getattr(self.unset, "late", 1.0) * self.plain.scale
+        )
+        piece = piece * self.factor * self.factor.more * abs(-1.5)
+        try:
+            return piece * LATE  # type: ignore[name-defined, no-any-return]
+        except NameError:
+            return piece
+
+
+def moved(table: Any, key: str) -> None:
+    """Put an item behind all others."""
+    table[key] = table.pop(key)
+
+
+def of_another_factor(model: Any) -> None:
+    model.factor = Factor(1.5)
+    model.factor.more = 3.0
+
+
+OF_EACH: dict[str, Callable[[Any], Any]] = {
+    "a dictionary": lambda model: moved(model.table, "scale"),
+    "an ordered dictionary": lambda model: model.ordered.move_to_end("scale"),
+    "attributes": lambda model: moved(vars(model.record), "scale"),
+    "modules": lambda model: moved(model.steps, "bend"),
+    "a class": lambda model: setattr(model.bent, "__class__", BentMore),
+    "a slot": lambda model: setattr(model.unset, "late", 3.0),
+    "a number": of_another_factor,
+    "an attribute of a number": lambda model: setattr(model.factor, "more", 5.0),
+    "a table": lambda model: setattr(model.plain, "__dict__", {"scale": 3.0}),
+    "bases": lambda model: setattr(Rebased, "__bases__", (BentMore,)),
+    "a table of a module": lambda model: setattr(model, "__dict__", {**vars(model), "factor": Factor(7.0)}),
+}
+OF_ALL: dict[str, tuple[Any, str, Any]] = {
+    "a class of classes": (Named, "gain", 3.0),
+    "a class over its class": (Settings, "gain", 5.0),
+    "a name": (sys.modules[__name__], "LATE", 3.0),
+    "a name of Python's own": (sys.modules[__name__], "abs", lambda number: 3.0),
+}
+
+
+@pytest.mark.parametrize("name", [*OF_EACH, *OF_ALL])
+@torch.no_grad()
+def test_what_has_an_order_a_class_or_is_not_there_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fast = compiled(Orders)
+    first = plain(text())
+    same(fast(text()), first)
+    if name in OF_EACH:
+        OF_EACH[name](plain)
+        OF_EACH[name](fast)
+    else:
+        monkeypatch.setattr(*OF_ALL[name], raising=False)
+    second = plain(text())
+    assert (first - second).abs().max() > 1e-3  # it matters
+    for _ in range(2):
+        same(fast(text()), second)
+        scheduled(fast)
+    assert rmtc.stats(fast).captures == 2
+
+
+class Turns(Model):
+    """Puts an item of a table behind the others in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = {"scale": 1.5, "shift": 0.3}
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        moved(self.table, next(iter(self.table)))
+        return super().forward(hidden)
+
+
+class Turned(Turns):
+    """Becomes another class in each call."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        RECORD.__class__ = Record
+        self.layers[0].__class__ = Layer
+        return Model.forward(self, hidden)
+
+
+class Replaces(Turns):
+    """Replaces its table of attributes in each call."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.__dict__ = dict(vars(self))
+        return Model.forward(self, hidden)
+
+
+class Subclass(Layer):
+    """Another class of layers."""
+
+
+@pytest.mark.parametrize("kind", [Turns, Turned, Replaces])
+@pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
+@torch.no_grad()
+def test_a_call_that_changes_an_order_or_a_class_runs_as_before(kind: type[Turns]) -> None:
+    plain, fast = compiled(kind)
+    for model in (plain, fast):
+        model.layers[0].__class__ = Subclass
+    same(fast(text()), plain(text()))
+    assert rmtc.stats(fast).fallbacks and not rmtc.stats(fast).runs
+    assert list(fast.table) == list(plain.table)
+    assert type(fast.layers[0]) is type(plain.layers[0])
+
+
+class Shared(Model):
+    """Asks whether tensors in two places are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = torch.ones(WIDTH).double(), torch.ones(WIDTH).double()
+        self.left = self.right = torch.ones(WIDTH).double()
+
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        return piece * (2.0 if self.one is self.other else 1.0) * (1.0 if self.left is self.right else 3.0)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        result = super().forward(hidden)
+        self.left, self.right = result[0, 0], result[0, -1]
+        return result
+
+
+@torch.no_grad()
+def test_two_places_that_come_to_hold_one_tensor() -> None:
+    plain, fast = compiled(Shared)
+    for number in range(3):  # the first finds one tensor in two places
+        same(fast(text(seed=number)), plain(text(seed=number)))
+        scheduled(fast)
+    assert rmtc.stats(fast).captures == 2
+    for places in (("one", "other"), ("left", "right")):
+        first = plain(text())
+        same(fast(text()), first)
+        captures = rmtc.stats(fast).captures
+        for model in (plain, fast):
+            setattr(model, places[0], getattr(model, places[1]))
+        assert (plain(text()) - first).abs().max() > 1e-3
+        same(fast(text()), plain(text())) if places[0] == "one" else fast(text())
+        scheduled(fast)
+        assert rmtc.stats(fast).captures == captures + 1
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import collections
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import CellType
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 
 from rmtc.capture.objects import Describer, Label, Ref, build, parts_of
 from rmtc.capture.session import Session
-from rmtc.capture.state import MISSING, Slot, is_plain, paths_of
+from rmtc.capture.state import MISSING, Slot, is_plain, paths_of, refill
 from rmtc.errors import CaptureError
 
 __all__ = ["Effect", "find_effects"]
@@ -72,7 +72,7 @@ class Effect:
         """
         owner, key = self.slot.owner, self.slot.key
         if self.whole:
-            _refill(owner, [build(each, values, made) for each in self.content])
+            refill(owner, [build(each, values, made) for each in self.content])
         elif self.content is GONE:
             del owner[key]
         else:
@@ -110,16 +110,9 @@ def _container_saved(owner: Any) -> Callable[[], None]:
             owner.clear()
             owner.update(content)
         else:
-            _refill(owner, content)
+            refill(owner, content)
 
     return put_back
-
-
-def _refill(owner: Any, items: Sequence[Any]) -> None:
-    """Give a list or deque other items; a class of the user's may do more where it is asked for that."""
-    base: Any = list if isinstance(owner, list) else deque
-    base.clear(owner)
-    base.extend(owner, items)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

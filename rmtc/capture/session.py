@@ -253,6 +253,7 @@ class Session:
                 drawn = self.snapshot.random_state()
                 result = self._call_user(args, kwargs)
                 self._note_drawn(drawn)
+                self.lost = self.snapshot.lost() or self.lost
                 return result
         except RmtcError:
             raise

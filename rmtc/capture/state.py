@@ -11,6 +11,7 @@ import contextvars
 import dis
 import functools
 import gc
+import operator
 import pickle
 import random
 import sys
@@ -18,7 +19,7 @@ import threading
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -36,17 +37,21 @@ __all__ = [
     "Snapshot",
     "is_plain",
     "is_record",
+    "is_set",
     "imported",
     "is_opaque",
     "names_of",
     "paths_of",
+    "refill",
     "replace_tensors",
     "slot_names",
     "state_functions",
     "tells_identity",
+    "told",
     "uncached",
     "unmoved",
     "unseen",
+    "unset_slots",
     "user_code",
     "walk",
 ]
@@ -55,6 +60,7 @@ __all__ = [
 _LIBRARIES = ("torch", "transformers", "numpy", "builtins", "typing", "collections", "functools", "einops", "rmtc.")
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 _MODULE_TABLES = ("_parameters", "_buffers", "_modules")
+_HEAP = 1 << 9  # of a type's flags: it was made by Python, so that its objects may be more than data, or change class
 _Cached = functools._lru_cache_wrapper
 
 
@@ -120,10 +126,28 @@ class Slot(NamedTuple):
 
 
 def is_plain(value: object) -> bool:
-    """Whether a value is data that can be compared with ``==`` and holds no tensor."""
-    if isinstance(value, (tuple, frozenset)):
-        return all(is_plain(item) for item in value)
-    return isinstance(value, _PLAIN)
+    """Whether a value is data and no more: what :func:`told` gives says all of it, and it holds no tensor."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return True
+    if kind is tuple or kind is frozenset or (isinstance(value, tuple) and _is_named(kind)):
+        return all(map(is_plain, value))  # type: ignore[call-overload]
+    return isinstance(value, Enum) or (isinstance(value, _PLAIN) and not kind.__flags__ & _HEAP)
+
+
+def _is_named(kind: type) -> bool:
+    """Whether a class of tuples is one of named tuples, without attributes of its own."""
+    return hasattr(kind, "_fields") and not kind.__dictoffset__
+
+
+def told(value: Any) -> Hashable:
+    """What tells a plain value from others: -0.0 is not 0.0, nor True 1."""
+    if isinstance(value, Enum):
+        return type(value), id(value)
+    if isinstance(value, (tuple, frozenset)) and type(value) is not torch.Size:
+        items = map(told, value)
+        return type(value), frozenset(items) if isinstance(value, frozenset) else tuple(items)
+    return type(value), repr(value)
 
 
 def _from_library(module: str | None) -> bool:
@@ -235,6 +259,8 @@ def tells_identity(code: types.CodeType) -> bool:
     for step in dis.get_instructions(code):
         if step.opname == "IS_OP" and before != "LOAD_CONST":
             return True
+        if step.opname == "LOAD_GLOBAL" and step.argval == "id":
+            return True
         before = step.opname
     return any(isinstance(constant, types.CodeType) and tells_identity(constant) for constant in code.co_consts)
 
@@ -279,6 +305,24 @@ def _globals(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any]
                 yield name, space, space[name]
 
 
+def _builtins(function: Any) -> dict[str, Any]:
+    """Where a function finds the names that are in no file."""
+    space: dict[str, Any] = function.__builtins__
+    return space
+
+
+def _absent(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The names that a function looks up, in its own file and in the user's modules, where there is none yet."""
+    builtin = _builtins(function)
+    for space, library in _spaces(function):
+        own = space is function.__globals__
+        for name in () if library else _loaded(function.__code__) if own else _names(function.__code__):
+            if name not in space:
+                yield name, space
+                if own and name not in builtin:
+                    yield name, builtin
+
+
 def _of_libraries(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], Any]]:
     """The functions, classes and constants of libraries' modules that a function names: name, where it is, value."""
     for space, library in _spaces(function):
@@ -292,13 +336,15 @@ class Code(NamedTuple):
 
     Attributes:
         functions: every function of the user's.
-        named: the functions and classes that they name as globals, of libraries constants too: name, where it is,
-            value.
+        named: the functions and classes that they name as globals, of libraries constants too, and what they name of
+            Python's own: name, where it is, value.
+        absent: the names that they look up where there is none yet: name, and where it would be.
         classes: the user's classes that they name, and those whose objects are in reach.
     """
 
     functions: list[types.FunctionType]
     named: list[tuple[str, dict[str, Any], Any]]
+    absent: list[tuple[str, dict[str, Any]]]
     classes: list[type]
 
 
@@ -314,10 +360,11 @@ def user_code(roots: dict[str, Any], slots: Sequence[Slot]) -> Code:
     kinds += [value for value in values if isinstance(value, type)]
     functions = [each for value in values for each in state_functions(value, seen)]
     named: dict[tuple[int, str], tuple[str, dict[str, Any], Any]] = {}
+    absent: dict[tuple[int, str], tuple[str, dict[str, Any]]] = {}
     bases: dict[type, None] = {}
     done = 0
     while kinds or done < len(functions):
-        new = {base: None for kind in kinds for base in kind.__mro__ if base not in bases}
+        new = {base: None for kind in kinds for base in _bases(kind) if base not in bases}
         bases.update(new)
         kinds = []
         for base in new:
@@ -329,9 +376,21 @@ def user_code(roots: dict[str, Any], slots: Sequence[Slot]) -> Code:
                     named[id(space), name] = name, space, value
                 if isinstance(value, type) and _is_walked(value):
                     kinds.append(value)
+            builtin = _builtins(function)
+            for name, space in _absent(function):
+                absent[id(space), name] = name, space
+                if name in builtin:
+                    named[id(builtin), name] = name, builtin, builtin[name]
             named.update(((id(space), name), (name, space, value)) for name, space, value in _of_libraries(function))
             done += 1
-    return Code(functions, list(named.values()), [base for base in bases if not _from_library(base.__module__)])
+    classes = [base for base in bases if not _from_library(base.__module__)]
+    return Code(functions, list(named.values()), list(absent.values()), classes)
+
+
+def _bases(kind: type) -> tuple[type, ...]:
+    """The classes in which a class looks up its attributes: its own, and those of its metaclass."""
+    of_class: type = type(kind)
+    return (*kind.__mro__, *of_class.__mro__)
 
 
 def names_of(function: types.FunctionType) -> tuple[str, ...]:
@@ -434,7 +493,7 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
             add(f"{function.__qualname__}.{key}", vars(function), key, value)
 
     def add_class(kind: type) -> None:
-        for base in kind.__mro__:
+        for base in _bases(kind):
             if _from_library(base.__module__) or id(base) in seen:
                 continue
             seen.add(id(base))
@@ -489,22 +548,45 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
     return slots
 
 
-def slot_names(value: object) -> list[str]:
-    """The attributes of an object that are in ``__slots__``, not in ``__dict__``."""
-    kind = type(value)
-    names = [
-        key
+@functools.cache
+def _members_of(kind: Any) -> list[tuple[str, types.MemberDescriptorType]]:
+    return [
+        (key, member)
         for base in kind.__mro__
         if "__slots__" in vars(base)
         for key, member in vars(base).items()
-        if isinstance(member, types.MemberDescriptorType) and getattr(kind, key, None) is member
+        if isinstance(member, types.MemberDescriptorType) and getattr(kind, key, MISSING) is member
     ]
-    return [key for key in names if hasattr(value, key)]
 
 
-def is_record(value: object) -> bool:
+def _members(value: object) -> list[tuple[str, types.MemberDescriptorType]]:
+    """The attributes that an object may have in ``__slots__``."""
+    kind: Any = type(value)
+    return _members_of(kind)
+
+
+def is_set(value: object, member: types.MemberDescriptorType) -> bool:
+    """Whether an object has the attribute of a place in ``__slots__``."""
+    try:
+        member.__get__(value)
+    except AttributeError:
+        return False
+    return True
+
+
+def slot_names(value: object) -> list[str]:
+    """The attributes of an object that are in ``__slots__``, not in ``__dict__``."""
+    return [key for key, member in _members(value) if is_set(value, member)]
+
+
+def unset_slots(value: object) -> list[tuple[str, types.MemberDescriptorType]]:
+    """The attributes that an object may have in ``__slots__`` and has not."""
+    return [(key, member) for key, member in _members(value) if not is_set(value, member)]
+
+
+def is_record(value: Any) -> bool:
     """Whether an object's attributes are state: a config, a cache, a dataclass, an object of the user's."""
-    if isinstance(value, (torch.Tensor, Enum)) or not (hasattr(value, "__dict__") or slot_names(value)):
+    if isinstance(value, (torch.Tensor, Enum)) or not (hasattr(value, "__dict__") or _members(value)):
         return False
     if isinstance(value, (types.SimpleNamespace, argparse.Namespace)):
         return True
@@ -515,6 +597,22 @@ def is_record(value: object) -> bool:
 
 
 _EMPTY = object()  # stands for what a cell or attribute that is not bound holds
+
+
+class Held(NamedTuple):
+    """An object with its class, and the dictionary of its attributes if it has one."""
+
+    value: Any
+    kind: type
+    table: dict[str, Any] | None
+
+    @staticmethod
+    def of(value: Any) -> Held | None:
+        """None for what can have no other class or dictionary."""
+        if isinstance(value, torch.Tensor) or is_plain(value):
+            return None
+        table = next((each for each in _tables(value) if type(each) is dict and each is vars(value)), None)
+        return Held(value, type(value), table) if table is not None or type(value).__flags__ & _HEAP else None
 
 
 @dataclass
@@ -546,6 +644,12 @@ class Snapshot:
 
     Args:
         roots, without: see :func:`walk`.
+
+    Attributes:
+        slots: every place.
+        plain: the plain values by name.
+        arrays: numpy arrays in reach, with what they held.
+        objects: all that may change its class or the dictionary of its attributes.
     """
 
     def __init__(self, roots: dict[str, Any], without: Set[int] = frozenset()) -> None:
@@ -575,6 +679,7 @@ class Snapshot:
         self._loaded = frozenset(sys.modules)
         self._known = {(id(slot.owner), slot.key) for slot in self._places}
         values = {id(value): value for value in (*roots.values(), *(slot.value for slot in slots))}.values()
+        self.objects = [each for each in map(Held.of, values) if each is not None]
         arrays = [value for value in values if type(value).__name__ == "ndarray"]
         self.arrays = [(array, array.copy()) for array in arrays]
         self._generators = [slot.value for slot in slots if _is_generator(slot.value)]
@@ -595,8 +700,28 @@ class Snapshot:
         """Sets in reach, with what they held."""
         return ((saved.owner, saved.content) for saved in self._saved if isinstance(saved.owner, set))
 
+    def lost(self) -> str | None:
+        """What was changed since that no place shows; None if nothing was."""
+        for value, kind, table in self.objects:
+            if type(value) is not kind:
+                return f"the call changes the class of an object ({kind.__qualname__})"
+            if table is not None and vars(value) is not table:
+                return f"the call replaces the __dict__ of an object ({kind.__qualname__})"
+        for saved in self._saved:
+            if isinstance(saved.owner, dict):
+                places = {key: number for number, key in enumerate(saved.content)}
+                now = [places[key] for key in saved.owner if key in places]
+                if any(map(operator.gt, now, now[1:])):
+                    return "the call changes the order of what is in a dictionary"
+        return None
+
     def restore(self) -> None:
         """Put every container and attribute back as it was."""
+        for value, kind, attributes in self.objects:
+            if type(value) is not kind:
+                (type if isinstance(value, type) else object).__setattr__(value, "__class__", kind)
+            if attributes is not None and vars(value) is not attributes:
+                object.__setattr__(value, "__dict__", attributes)
         for array, content in self.arrays:
             array[...] = content
         for generator, state in zip(self._generators, self._drawn, strict=True):
@@ -618,11 +743,10 @@ class Snapshot:
                     table.clear(owner)
                     table.update(owner, content)
             elif isinstance(owner, set):
-                owner.clear()
-                owner.update(content)
+                set.clear(owner)
+                set.update(owner, content)
             elif len(owner) != len(content) or any(a is not b for a, b in zip(owner, content, strict=True)):
-                owner.clear()
-                owner.extend(content)
+                refill(owner, content)
         for slot in self._places:
             if slot._replace(parent=None).get() is not slot.value:
                 slot.put(slot.value)
@@ -636,6 +760,13 @@ class Snapshot:
                     delattr(slot.owner, slot.key)
                 elif "__builtins__" in slot.owner:
                     del slot.owner[slot.key]
+
+
+def refill(owner: list[Any] | deque[Any], items: Iterable[Any]) -> None:
+    """Put other items into a list, past what a class of its own does when items come in."""
+    kind: Any = deque if isinstance(owner, deque) else list
+    kind.clear(owner)
+    kind.extend(owner, items)
 
 
 def _is_generator(value: object) -> bool:

@@ -180,7 +180,7 @@ def _leave_behind(program: Program, members: list[list[int]], anchors: dict[int,
 
 
 def _hand_on(program: Program, members: list[list[int]], anchors: dict[int, int], invariant: Sequence[bool]) -> None:
-    """What a segment makes last, of the text, or reads of what there was before, for the next one is that one's start."""
+    """What a segment makes last of the text, or reads of what was there before, for the next is the start of that."""
     segment = {i: s for s, row in enumerate(members) for i in row}
     returned = {value.number for value in program.outputs.values() if type(value) is Val}
     loose: set[int] = set()

@@ -10,7 +10,7 @@ import torch
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.session import Session
-from rmtc.capture.state import is_plain
+from rmtc.capture.state import is_plain, told
 
 __all__ = ["ArgumentGuard", "alike", "modes"]
 
@@ -156,4 +156,4 @@ def _kind_of_strides(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def alike(one: Any, other: Any) -> bool:
     """Whether two values are the same data: -0.0 is not 0.0, nor True 1."""
-    return type(one) is type(other) and is_plain(one) and is_plain(other) and repr(one) == repr(other)
+    return type(one) is type(other) and is_plain(one) and is_plain(other) and told(one) == told(other)

@@ -6,10 +6,11 @@ import operator
 import os
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Set, Sized
+from dataclasses import replace
 from itertools import chain
 from types import CellType, FunctionType, MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -18,14 +19,18 @@ from torch._C._dynamo.guards import dict_version
 from rmtc.capture.arguments import Arguments, Path
 from rmtc.capture.effects import GONE, Effect
 from rmtc.capture.session import Session
-from rmtc.capture.state import MISSING, Slot, is_plain, names_of
+from rmtc.capture.state import MISSING, Slot, is_plain, is_record, is_set, names_of, unset_slots
 from rmtc.runtime.guards import alike
+from rmtc.runtime.identities import Identities
 
 __all__ = ["StateGuard"]
 
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _OTHER_KEYS = "an attribute or item was added or removed"
+_OTHER_ORDER = "attributes or items are in another order"
+_KeysView: Any = type({}.keys())
+_TABLE_OF = operator.attrgetter("__dict__")
 _OF_CLASSES = frozenset(vars(type("", (), {}))) | {"__abstractmethods__", "_abc_impl"}
 
 
@@ -54,21 +59,55 @@ def _held(slot: Slot) -> Any:
         return MISSING
 
 
+_Absent: TypeAlias = tuple[dict[str, Any], Set[str]]  # a namespace, and names that are not in it
+
+
+class _Sized(NamedTuple):
+    """A container, with how many items are in it, and of a dictionary the keys in their order."""
+
+    owner: Any
+    size: int
+    keys: tuple[Any, ...] | None
+
+    @staticmethod
+    def of(owner: Any) -> _Sized:
+        own = isinstance(owner, dict) and type(owner).__iter__ not in (dict.__iter__, OrderedDict.__iter__)
+        return _Sized(owner, len(owner), tuple(owner) if isinstance(owner, dict) and not own else None)
+
+    def differs(self) -> bool:
+        return len(self.owner) != self.size or (self.keys is not None and not _same_keys(self.keys, [*self.owner]))
+
+
+def _same_keys(old: Sequence[Any], new: Sequence[Any]) -> bool:
+    """Whether the keys of dictionaries are the same, in the same order."""
+    return len(old) == len(new) and all(one is other or alike(one, other) for one, other in zip(old, new, strict=True))
+
+
+def _others(owner: dict[Any, Any], written: Set[Any]) -> list[Any]:
+    """The keys of a dictionary but for those that the call itself adds or removes."""
+    return [key for key in owner if key not in written]
+
+
 class _Places:
     """Places that are read together: many keys of a container at once, single items, attributes.
 
     Args:
         slots: the places.
-        sized: containers, and how many items are in each.
+        sized: the containers of which nothing else may be in them.
+        absent: namespaces, with the names that are in none of them.
 
     Attributes:
         slots: the places, in the order in which they are read.
         held: what was there when they were last read.
+        named: the tensors, lists and dictionaries in there, with the names of the places.
         tensors: the names of those that hold tensors that are no parameters, by the tensor's id.
     """
 
-    def __init__(self, slots: Sequence[Slot], sized: Sequence[tuple[Sized, int]]) -> None:
-        self._sized, self._sizes = [owner for owner, _ in sized], [size for _, size in sized]
+    def __init__(self, slots: Sequence[Slot], sized: Sequence[_Sized], absent: Sequence[_Absent]) -> None:
+        self._sized, self._sizes = [each.owner for each in sized], [each.size for each in sized]
+        self._ordered = [each.owner for each in sized if each.keys is not None]
+        self._keys = [key for each in sized for key in each.keys or ()]
+        self._absent = [space.keys() for space, _ in absent], [names for _, names in absent]
         groups: dict[int, list[Slot]] = {}
         rest: list[Slot] = []
         for slot in slots:
@@ -90,8 +129,9 @@ class _Places:
     def _hold(self, values: list[Any]) -> None:
         self.held = values
         pairs = zip(self.slots, values, strict=True)
-        tensors = ((slot, value) for slot, value in pairs if isinstance(value, torch.Tensor))
-        self.tensors = {id(value): slot.name for slot, value in tensors if not isinstance(value, nn.Parameter)}
+        self.named = [(slot.name, value) for slot, value in pairs if isinstance(value, (torch.Tensor, list, dict))]
+        tensors = ((name, value) for name, value in self.named if isinstance(value, torch.Tensor))
+        self.tensors = {id(value): name for name, value in tensors if not isinstance(value, nn.Parameter)}
 
     def differs(self, copies: dict[int, Any]) -> str | None:
         """The first place that holds something else than before; None if there is none.
@@ -109,6 +149,13 @@ class _Places:
             return "an attribute is gone"
         if list(map(len, self._sized)) != self._sizes:
             return _OTHER_KEYS
+        if not all(map(operator.is_, chain.from_iterable(self._ordered), self._keys)):
+            keys = [*chain.from_iterable(self._ordered)]
+            if not _same_keys(self._keys, keys):
+                return _OTHER_ORDER
+            self._keys = keys
+        if not all(map(_KeysView.isdisjoint, *self._absent)):
+            return "a name is there that was not"
         if all(map(operator.is_, now, self.held)):
             return None
         for slot, old, new in zip(self.slots, self.held, now, strict=True):
@@ -145,6 +192,7 @@ class StateGuard:
             for key in ("__code__", "__defaults__", "__kwdefaults__"):
                 self._slots.append(Slot(f"{function.__qualname__}.{key}", function, key, getattr(function, key)))
         for kind in code.classes:
+            self._slots.append(Slot(f"{kind.__qualname__}.__mro__", kind, "__mro__", kind.__mro__))
             held = vars(kind)
             for key, value in held.items():
                 if key not in _OF_CLASSES and (id(kind), key) not in places:
@@ -156,7 +204,27 @@ class StateGuard:
         for kind in {type(module): None for module in modules}:
             self._slots.append(Slot(f"{kind.__qualname__}.forward", kind, "forward", kind.forward))
         self._slots = list({(id(slot.owner), slot.key): slot for slot in self._slots}.values())
-        self.modules, self._kinds = modules, [*map(type, modules)]
+        self.modules = modules
+        objects = session.snapshot.objects
+        known = {id(each.value) for each in objects}
+        self._kinds = [each.value for each in objects], [each.kind for each in objects]
+        for kind in code.classes:
+            if id(kind) not in known:
+                self._kinds[0].append(kind)
+                self._kinds[1].append(type(kind))
+        owners = [each for each in objects if each.table is not None]
+        self._dicts = [each.value for each in owners], [each.table for each in owners]
+        self._unset = [
+            (each.value, member)
+            for each in filter(lambda each: is_record(each.value), objects)
+            for key, member in unset_slots(each.value)
+            if (id(each.value), key) not in self._places
+        ]
+        absent: dict[int, tuple[dict[str, Any], set[str]]] = {}
+        for name, space in code.absent:
+            if name not in space and (id(space), name) not in self._places:
+                absent.setdefault(id(space), (space, set()))[1].add(name)
+        self._absent = list(absent.values())
         self._environment = _environment() if any(map(_reads_environment, code.functions)) else None
         # Tables of hooks have a check of their own.
         bookkeeping = {id(vars(module)[key]) for module in modules for key in _BOOKKEEPING}
@@ -181,15 +249,22 @@ class StateGuard:
             if isinstance(owner, (dict, list, deque)) and id(owner) not in changing and "__builtins__" not in owner
         ]
         sized += [vars(kind) for kind in code.classes if id(kind) not in changing]
-        self._sized = [(owner, len(owner)) for owner in sized]
+        self._sized = [*map(_Sized.of, sized)]
         self._keyed = [
-            (owner, own[key], owner.keys() - own[key])
+            (owner, own[key], _others(owner, own[key]))
             for key, owner in {id(owner): owner for owner in session.snapshot.owners()}.items()
             if key in own and isinstance(owner, dict) and "__builtins__" not in owner
         ]
         self._containers = {id(effect.slot.owner) for effect in effects}
         self._index()
         self._aliases = self._given(session.arguments)
+        self._tells = session.tells_identity
+        fixed = (slot for slot in slots if isinstance(slot.owner, tuple))
+        self._identities = Identities(
+            [replace(effect, slot=self.pinned(effect.slot)) for effect in effects],
+            [(slot.name, slot.value) for slot in fixed if isinstance(slot.value, torch.Tensor)],
+        )
+        self._same = self._one(session.arguments) if self._tells else {}
 
     def _written(self, slot: Slot) -> bool:
         """Whether the call writes a place: it itself, or the container that it is in."""
@@ -209,12 +284,13 @@ class StateGuard:
     def _index(self) -> None:
         """Order the places by how a change is noticed: by their dictionary's version, or only by reading them."""
         script = vars(sys.modules["__main__"])  # whose own loop may write globals all the time
-        files = [slot.owner for slot in self._slots if type(slot.owner) is dict and "__builtins__" in slot.owner]
-        watched = [*(owner for owner, _ in self._sized), *(space for space in files if space is not script)]
+        spaces = [*(slot.owner for slot in self._slots), *(space for space, _ in self._absent)]
+        files = [space for space in spaces if type(space) is dict and "__builtins__" in space]
+        watched = [*(each.owner for each in self._sized), *(space for space in files if space is not script)]
         tables: dict[int, dict[Any, Any]] = {
             id(owner): owner
             for owner in watched
-            if isinstance(owner, dict) and type(owner) in (dict, OrderedDict) and id(owner) not in self._containers
+            if type(owner) is dict and id(owner) not in self._containers  # an ordered one hides a change of order
         }
         self._empty = [table for table in tables.values() if not table]
         self._tables = [table for table in tables.values() if table]
@@ -222,7 +298,8 @@ class StateGuard:
 
         def places(kept: bool) -> _Places:
             slots = [slot for slot in self._slots if (id(slot.owner) in tables) is kept]
-            return _Places(slots, [each for each in self._sized if (id(each[0]) in tables) is kept])
+            sized = [each for each in self._sized if (id(each.owner) in tables) is kept]
+            return _Places(slots, sized, [each for each in self._absent if (id(each[0]) in tables) is kept])
 
         self._kept, self._read = places(True), places(False)
         self.version = -1
@@ -237,11 +314,15 @@ class StateGuard:
         found = ((path, kept.get(id(each), read.get(id(each)))) for path, each in arguments.tensors().items())
         return {path: name for path, name in found if name is not None}
 
+    def _one(self, arguments: Arguments) -> dict[str, str]:
+        """Which places, and arguments, hold an object that another one holds."""
+        return self._identities.pattern((self._kept.named, self._read.named), arguments)
+
     def _follow(self, copies: Mapping[int, Any]) -> None:
         """Watch the containers that took the place of others with the same content."""
         slots = [slot._replace(owner=copies.get(id(slot.owner), slot.owner)) for slot in self._slots]
         self._slots = [slot._replace(value=_held(slot)) for slot in slots]
-        self._sized = [(copies.get(id(owner), owner), size) for owner, size in self._sized]
+        self._sized = [each._replace(owner=copies.get(id(each.owner), each.owner)) for each in self._sized]
         self._index()
 
     def forget(self) -> None:
@@ -249,10 +330,17 @@ class StateGuard:
         now = [slot._replace(value=_held(slot)) for slot in self._slots]
         pairs = zip(self._slots, now, strict=True)
         self._slots = [new for old, new in pairs if old.value is new.value or _stands_in(old.value, new.value)]
-        self._sized = [(owner, size) for owner, size in self._sized if len(owner) == size]
+        self._sized = [each for each in self._sized if not each.differs()]
         kept = [(owner, content) for owner, content in zip(*self._sets, strict=True) if owner == content]
         self._sets = [owner for owner, _ in kept], [content for _, content in kept]
         self._arrays = [(array, content) for array, content in self._arrays if array.tobytes() == content]
+        self._absent = [(space, names - space.keys()) for space, names in self._absent]
+        kinds = [(value, kind) for value, kind in zip(*self._kinds, strict=True) if type(value) is kind]
+        self._kinds = [value for value, _ in kinds], [kind for _, kind in kinds]
+        tables = [(value, table) for value, table in zip(*self._dicts, strict=True) if vars(value) is table]
+        self._dicts = [value for value, _ in tables], [table for _, table in tables]
+        self._unset = [(value, member) for value, member in self._unset if not is_set(value, member)]
+        self._tells = False
         self._index()
 
     def differs(self, arguments: Arguments | None = None) -> str | None:
@@ -269,9 +357,11 @@ class StateGuard:
         for places in (self._read,) if version == self.version else (self._read, self._kept):
             if (difference := places.differs(copies)) is not None:
                 return difference
+        if not all(map(operator.is_, map(_TABLE_OF, self._dicts[0]), self._dicts[1])):
+            return "the __dict__ of an object was replaced"
         if not self._containers.isdisjoint(copies):
             return "a container that the call writes to was replaced"
-        if any(owner.keys() - written != keys for owner, written, keys in self._keyed):
+        if any(not _same_keys(keys, _others(owner, written)) for owner, written, keys in self._keyed):
             return _OTHER_KEYS
         if copies:
             self._follow(copies)
@@ -280,8 +370,12 @@ class StateGuard:
             return "an argument is a tensor that an attribute, global or closure holds, or was one"
         if any(tensor.requires_grad is not required for tensor, required in self._requiring):
             return "a tensor requires gradients or no longer does, and the code asks"
-        if [*map(type, self.modules)] != self._kinds:
-            return "a module is of another class"
+        if not all(map(operator.is_, map(type, self._kinds[0]), self._kinds[1])):
+            return "an object is of another class"
+        if self._unset and any(is_set(value, member) for value, member in self._unset):
+            return _OTHER_KEYS
+        if self._tells and arguments is not None and self._one(arguments) != self._same:
+            return "two places hold one object where they held two, or the other way round, and the code asks"
         if any(map(operator.ne, *self._sets)):
             return "a set holds something else"
         if any(array.tobytes() != content for array, content in self._arrays):
@@ -318,7 +412,7 @@ def _copied(old: Any, new: Any, copies: dict[int, Any]) -> bool:
         return alike(old, new)
     if old is new:
         return True
-    if len(old) != len(new) or (isinstance(old, dict) and list(old) != list(new)):
+    if len(old) != len(new) or (isinstance(old, dict) and not _same_keys([*old], [*new])):
         return False
     if copies.setdefault(id(old), new) is not new:  # two places shared what now are two
         return False

@@ -20,7 +20,7 @@ from rmtc.capture.effects import Effect
 from rmtc.capture.objects import Kept, Label, Place, Ref, attributes, build, can_be_made
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
-from rmtc.capture.state import MISSING, Slot, Snapshot, is_plain
+from rmtc.capture.state import MISSING, Slot, Snapshot, is_plain, told
 from rmtc.errors import RefusedError, RmtcError, VerifyError
 from rmtc.ir.program import Val
 from rmtc.ir.wavefront import WavefrontProgram
@@ -228,15 +228,13 @@ class Variant:
         A size that varies from call to call counts as being the batch size or not.
         """
         first: dict[int, int] = {}
-        found: list[Any] = [tuple(home) for slot in self._ordered if isinstance(home := slot.home(), dict)]
+        found: list[Any] = [_order(home) for slot in self._ordered if isinstance(home := slot.home(), dict)]
         for number, effect in enumerate(self.effects):
             slot = effect.slot
+            home = slot.home()
             if slot.parent is not None:  # in what may be another container now, or the same one as another place's
-                home = slot.home()
                 found.append((type(home), first.setdefault(id(home), number)))
-                held = home if effect.whole else slot.get()
-            else:
-                held = slot.owner if effect.whole else slot.get()
+            held = home if effect.whole else slot.get()
             found.append(_describe(held, batch, self._known, self._varying.get(number, frozenset())))
         return tuple(found)
 
@@ -246,7 +244,7 @@ class Variant:
         if self._places is not None:
             with contextlib.suppress(AttributeError, KeyError):  # no tensor is there
                 kinds = batch, *map(_KIND, map(operator.getitem, *self._places))
-                kinds += tuple([tuple(slot.owner) for slot in self._ordered])
+                kinds += tuple([_order(slot.owner) for slot in self._ordered])
                 if kinds == self._last_kinds:
                     return True
         met = self.entry(batch) in self.entries
@@ -379,8 +377,13 @@ class Variant:
         if any(effect.last for effect in run.effects):  # keys that are where they belong stay there
             raise RefusedError(_OTHER)
         for name, value in run.plain.items():
+            if name not in self.analysis.probes[0].plain:
+                lists = (each for each in run.effects if each.whole and len(each.content) > len(each.slot.owner))
+                if (longer := next(lists, None)) is not None:
+                    self.counter = f"{longer.path[0]} grows with each call, and what a call does may depend on it"
+                raise RefusedError(_OTHER)
             expected = self._plain(name, few.segments)
-            if value != expected:
+            if told(value) != told(expected):
                 place = name.removeprefix("state:")
                 starts = [(each.slot.value, each.slot.get()) for each in self.effects if each.content == Ref(name)]
                 if any(_advances(*each, expected, value) for each in starts):
@@ -447,8 +450,13 @@ class Variant:
         low, high = first.plain[name], third.plain[name]
         if type(low) not in (int, float) or low == high:
             return low
-        slope = (high - low) / (third.sizes.segments - first.sizes.segments)
-        return type(low)(low + slope * (segments - first.sizes.segments))
+        steps, more = third.sizes.segments - first.sizes.segments, segments - first.sizes.segments
+        if type(low) is float:
+            return low + (high - low) / steps * more
+        advance, rest = divmod((high - low) * more, steps)
+        if rest:
+            raise RefusedError(f"{name.removeprefix('state:')} is no whole number after {segments} segments")
+        return low + advance
 
 
 class _Results(dict[Any, Any]):
@@ -558,11 +566,16 @@ def _describe(value: Any, batch: int, known: frozenset[int], varying: frozenset[
     if isinstance(value, dict):
         return type(value), tuple((key, _describe(item, batch, known)) for key, item in value.items())
     if is_plain(value):
-        return type(value), repr(value)
+        return told(value)
     if id(value) not in known and can_be_made(value):
         known |= {id(value)}  # what holds itself ends there
         return type(value), tuple((key, _describe(item, batch, known)) for key, item in attributes(value).items())
     return _Same(value)
+
+
+def _order(table: dict[Any, Any]) -> tuple[Any, ...]:
+    """The keys of a dictionary in their order: 1 is not True."""
+    return tuple(map(type, table)), tuple(table)
 
 
 class _Same:

@@ -1,0 +1,82 @@
+"""Which places hold one and the same tensor or container: a guard for code that asks what is what."""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, TypeAlias
+
+import torch
+
+from rmtc.capture.arguments import Arguments, show
+from rmtc.capture.effects import Effect
+
+__all__ = ["Identities"]
+
+_Named: TypeAlias = list[tuple[str, Any]]
+_CONTAINERS = (list, tuple, dict, deque)
+
+
+class Identities:
+    """Tells places that hold one object.
+
+    Args:
+        effects: the places that the call writes.
+        fixed: the tensors in places that always hold the same, with the names of the places.
+    """
+
+    def __init__(self, effects: Sequence[Effect], fixed: _Named) -> None:
+        self._effects, self._fixed = effects, fixed
+        self._names = [f"left: {effect.slot.name}{'[]' if effect.whole else ''}" for effect in effects]
+        slots = [effect.slot for effect in effects]
+        self._items: tuple[list[dict[Any, Any]], list[Any]] | None = None
+        if not any(effect.whole or effect.slot.parent for effect in effects) and all(
+            isinstance(slot.owner, dict) for slot in slots
+        ):
+            self._items = [slot.owner for slot in slots], [slot.key for slot in slots]
+        self._held: list[_Named] = []
+        self._first: dict[int, str] = {}
+        self._found: dict[str, str] = {}
+
+    def pattern(self, held: Sequence[_Named], arguments: Arguments) -> dict[str, str]:
+        """The places, and arguments, that hold an object that an earlier one holds, with that one.
+
+        Args:
+            held: the tensors and containers in other places, with the names of the places: new lists where they are
+                others.
+            arguments: those of the call.
+        """
+        if len(held) != len(self._held) or not all(map(operator.is_, held, self._held)):
+            self._held, self._first = list(held), {}
+            self._found = _repeated(chain(self._fixed, *held), self._first)
+        left, given = self._left(), arguments.tensors()
+        ids = [id(each) for each in (*left, *given.values()) if isinstance(each, torch.Tensor)]
+        apart = len({*ids}) == len(ids) and self._first.keys().isdisjoint(ids)
+        if apart and not any(isinstance(each, _CONTAINERS) for each in left):
+            return self._found
+        inside = (_tensors_in(value, name) for value, name in zip(left, self._names, strict=True))
+        named = ((f"argument: {show(path)}", tensor) for path, tensor in given.items())
+        return {**self._found, **_repeated(chain(*inside, named), dict(self._first))}
+
+    def _left(self) -> list[Any]:
+        """What is in the places that the call writes."""
+        if self._items is not None:
+            return [*map(dict.get, *self._items)]
+        return [effect.slot.home() if effect.whole else effect.slot.get() for effect in self._effects]
+
+
+def _repeated(places: Iterable[tuple[str, Any]], first: dict[int, str]) -> dict[str, str]:
+    """The places that hold what an earlier one holds; takes up in ``first`` where each is met first."""
+    return {name: one for name, each in places if (one := first.setdefault(id(each), name)) != name}
+
+
+def _tensors_in(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in a value and in containers in it, with their paths."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, _CONTAINERS):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _tensors_in(item, f"{name}[{key!r}]")
