@@ -162,3 +162,94 @@ def test_a_memory_that_is_returned_is_the_one_that_is_kept(name: str) -> None:
             assert returned[1] is model.memories[0] and returned[2] is model.memories[1]
             returned[1].fill_(3.0)  # the caller resets the memory that it was given
     assert rmtc.stats(fast).runs == 6
+
+
+def transposed(memory: Tensor, new: Tensor) -> Tensor:
+    return (memory * 0.5 + new[:, None]).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def in_place(memory: Tensor, new: Tensor) -> Tensor:
+    memory.copy_(transposed(memory, new))
+    return memory
+
+
+def expanded(memory: Tensor, new: Tensor) -> Tensor:
+    memory[:, :] = new[:, None]
+    memory.view(len(memory), -1)[:, 3:7] = 0.25
+    return memory
+
+
+def of_a_stack(memory: Tensor, new: Tensor) -> Tensor:
+    return torch.stack([transposed(memory, new), memory])[0]
+
+
+def in_float32(memory: Tensor, new: Tensor) -> Tensor:
+    return torch.slice_scatter(memory.float(), memory * 0.5 + new[:, None], 1, 0, 6)
+
+
+def of_other_parts(memory: Tensor, new: Tensor) -> Tensor:
+    return torch.cat([new[:, None].expand(-1, 5, -1), new[:, None]], dim=1)
+
+
+def through_views(memory: Tensor, new: Tensor) -> Tensor:
+    first, rest = memory.split([2, 4], dim=1)
+    first.copy_(rest[:, 1:3])
+    rest[:, 0] = first[:, 1]
+    memory[:, 3] = 0
+    memory[:, 3, 2:4] = new[:, 2:4]
+    return memory
+
+
+def moved_on(memory: Tensor, new: Tensor) -> Tensor:
+    return torch.cat([memory[:, 2:], new[:, None], new[:, None] * 2], dim=1)
+
+
+class Writing(nn.Module):
+    """Each layer keeps a memory (B, 6, WIDTH), of which it reads the first rows and then the last."""
+
+    def __init__(self, write: Callable[[Tensor, Tensor], Tensor], layers: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(layers))
+        self.updates = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(layers))
+        self.write = write
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+        dtype = torch.float32 if self.write is in_float32 else hidden.dtype
+        memories = [torch.zeros(len(hidden), 6, WIDTH, dtype=dtype) for _ in self.layers]
+        outputs = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, (layer, update) in enumerate(zip(self.layers, self.updates, strict=True)):
+                memory = memories[number]
+                piece = piece + torch.tanh(layer(piece) + memory[:, :1])
+                piece = piece + torch.tanh(layer(piece) + memory[:, -1:])
+                memories[number] = self.write(memory, torch.tanh(update(piece.mean(1))))
+            outputs.append(piece)
+        return torch.cat(outputs, dim=1), memories
+
+
+WRITES = [in_place, expanded, of_a_stack, in_float32, of_other_parts, through_views, moved_on]
+
+
+@pytest.mark.parametrize("write", WRITES, ids=[each.__name__ for each in WRITES])
+def test_what_is_written_keeps_values_layout_and_dtype(write: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model = Writing(write).double().requires_grad_(False)
+    twin = copy.deepcopy(model)
+    fast = rmtc.compile(model, strict=True)
+    for segments, batch in ((5, 2), (8, 3), (3, 1)):
+        hidden = text(segments, batch, width=WIDTH).double()
+        found, expected = fast(hidden), twin(hidden)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        assert [each.stride() for each in found[1]] == [each.stride() for each in expected[1]]
+        last = rmtc.stats(fast).last_run
+        assert last is not None and last.segments == segments and last.steps < segments * 3
+
+
+def test_memory_read_by_strides_is_refused() -> None:
+    def strided(memory: Tensor, new: Tensor) -> Tensor:
+        return (memory + new[:, None]).as_strided(memory.shape, (6 * WIDTH, WIDTH, 1))
+
+    with torch.no_grad():
+        explanation = rmtc.explain(Writing(strided).double())(text(4, 2, width=WIDTH).double())
+    assert explanation.schedule is None
+    assert explanation.reason is not None and "as_strided" in explanation.reason
+    assert explanation.location is not None and explanation.location.function == "strided"

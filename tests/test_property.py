@@ -184,6 +184,18 @@ FOUND: dict[str, Choices] = {
     "a buffer that nothing is kept in": Choices(dl=3, state="buffer", layers=4),
     "one buffer, a new one each time": Choices(ds=2, kept=True, state="shared", layers=2),
     "branches while it fills": Choices(ds=3, dl=-1, branch=True, kept=True, state="attribute"),
+    "attention to what is two segments old": Choices(kinds=("attention",), ds=2, dl=-2, branch=True, batch=1, tail=1),
+    "one buffer, from three higher": Choices(
+        layers=5, kinds=("attention", "mlp", "bare"), state="shared", ds=2, dl=-3, kept=True, batch=3, tail=2
+    ),
+    "one buffer in place, from one higher": Choices(parameters="stacked", state="shared", ds=2, dl=-1, in_place=True),
+    "a function's buffers in place": Choices(
+        layers=5, kinds=("attention", "mlp"), parameters="function", state="buffer", ds=2, dl=-2, in_place=True, batch=1
+    ),
+    "histories of four": Choices(layers=5, state="buffer", ds=3, dl=1, kept=True),
+    "histories that nothing reads": Choices(
+        layers=2, kinds=("attention", "mlp"), parameters="stacked", state="buffer", ds=3, dl=3, batch=3
+    ),
 }
 """Models that were refused or given a longer schedule once."""
 

@@ -11,7 +11,7 @@ import networkx as nx
 
 from rmtc.ir.program import Op, Val, leaves
 from rmtc.ir.schedule import Cell, Dependence, Extent, L, layer_symbol
-from rmtc.ir.segment_loop import BodyOp, Key, Row, SegmentLoop
+from rmtc.ir.segment_loop import BodyOp, Key, Row, SegmentLoop, Where
 from rmtc.passes.streams import Family, template
 
 __all__ = ["cell_graph", "find_dependences", "maker_name", "operation_graph", "tensor_name"]
@@ -51,7 +51,8 @@ def find_dependences(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
         s1.l0.%9 -> s2.l0.%4, s1.l1.%9 -> s2.l1.%4, ...   ->   (1, 0) layers.{l}.A
     """
     rows = len(loop.rows)
-    graph = operation_graph(loop, rows + _furthest_back(loop) + 1)  # so that a steady segment is read, too
+    segments = rows + max(_furthest_back(loop) + 1, _furthest_result(loop))  # so that a steady segment is read, too
+    graph = operation_graph(loop, segments)
     keys: dict[int, Key] = dict(graph.nodes(data="key"))
     dependences: list[Dependence] = []
     for (ds, name), pairs in _tensors(graph, loop, family).items():
@@ -101,6 +102,12 @@ def _tensors(
             (name,) = known  # the only one that it can stand for
         tensors.setdefault((ds, name), {}).setdefault(pair, []).append(edge)
     return tensors
+
+
+def _furthest_result(loop: SegmentLoop) -> int:
+    """How many segments before the last one, and it, results are made in."""
+    given = [*loop.outputs.values(), *(leaf for op in loop.after for leaf in leaves(op.args))]
+    return max((-each.segment for each in given if isinstance(each, Where)), default=0)
 
 
 def _furthest_back(loop: SegmentLoop) -> int:
