@@ -205,7 +205,7 @@ class _Completion:
         known = self._expressions[number]
         if i not in known:
             op = self._ops[number][i]
-            parts: list[Hashable] = [op.target, structure(op.args)]
+            parts: list[Hashable] = [op.target, structure(op.args), op.location]
             fixed = op.target is _select
             for leaf in leaves(op.args):
                 if type(leaf) is Src:

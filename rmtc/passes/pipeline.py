@@ -128,7 +128,8 @@ def reroll(
         )
     divided: list[Run] = []
     for (program, segments, batch, tail), use, anchor in zip(runs, found, anchors, strict=True):
-        inner = {i for i in anchor if family is not None and family.layer(use.names[i]) is not None}
+        layers = {i: family.layer(use.names[i]) for i in anchor} if family is not None else {}
+        inner = {i: layer for i, layer in layers.items() if layer is not None}
         segmented = find_segments(program, use, anchor, inner, segments)
         divided.append(Run(segmented, batch, tail, segment_length, lists))
         if watch is not None:

@@ -43,7 +43,9 @@ def _key(value: Op) -> tuple[object, ...]:
     return (value.target, *(len(arg) if type(arg) is tuple else 0 for arg in value.args))
 
 
-def find_segments(program: Program, use: Uses, anchors: dict[int, int], inner: set[int], segments: int) -> Segmented:
+def find_segments(
+    program: Program, use: Uses, anchors: dict[int, int], inner: dict[int, int], segments: int
+) -> Segmented:
     """Divide a run into segments.
 
     Needs: a canonical program, and its anchors: operations whose segment is known from the parameter they use.
@@ -58,7 +60,7 @@ def find_segments(program: Program, use: Uses, anchors: dict[int, int], inner: s
         program: the run.
         use: its uses of parameters.
         anchors: the segment of each anchor.
-        inner: the anchors that use a parameter of a layer.
+        inner: the anchors that use parameters of one layer, and which it is.
         segments: number of segments.
 
     Raises:
@@ -70,12 +72,13 @@ def find_segments(program: Program, use: Uses, anchors: dict[int, int], inner: s
         use = Uses([use.invariant[i] for i in moved], [use.names[i] for i in moved], {})
         place = {old: new for new, old in enumerate(moved)}
         anchors = {place[i]: s for i, s in anchors.items()}
-        inner = {place[i] for i in inner}
-    chosen = inner or set(anchors)
+        inner = {place[i]: layer for i, layer in inner.items()}
+    chosen = set(inner or anchors)
     program, moved, shared = _gather(program, use, anchors, chosen, segments)
     place = {old: new for new, old in enumerate(moved)}
     anchors = {place[i]: s for i, s in anchors.items() if i not in shared}
     chosen = {place[i] for i in chosen if i not in shared}
+    inner = {place[i]: layer for i, layer in inner.items() if i not in shared}
     if {anchors[i] for i in chosen} != set(range(segments)):
         raise CaptureError(
             "some segments use no parameter of their own, so they cannot be told apart",
@@ -112,7 +115,7 @@ def find_segments(program: Program, use: Uses, anchors: dict[int, int], inner: s
     after = _hand_back(program, tokens, anchors, members, last[-1] + 1)
     _leave_behind(program, members, anchors)
     _hand_on(program, members, anchors, invariant)
-    members = [_by_use(program, row, anchors) for row in members]
+    members = [_by_use(program, row, anchors, inner) for row in members]
     after = _results_only(program, tokens, members, anchors) + after
     order = before + [i for row in members for i in row] + after
     sizes = [len(before), *(len(row) for row in members)]
@@ -205,10 +208,11 @@ def _hand_on(program: Program, members: list[list[int]], anchors: dict[int, int]
         members[users[i]].insert(0, i)
 
 
-def _by_use(program: Program, row: list[int], anchors: dict[int, int]) -> list[int]:
+def _by_use(program: Program, row: list[int], anchors: dict[int, int], inner: dict[int, int]) -> list[int]:
     """The operations of a segment with what no later anchor has a part in as soon as what it is made of is there.
 
-    A memory that is written after all layers have run is then next to the layer that it belongs to.
+    A memory that is written after all layers have run is then next to the layer that it belongs to. What is run before
+    the first layer, but only later ones have a use for, waits for them.
 
         l0, l1, write m0, write m1   ->   l0, write m0, l1, write m1
     """
@@ -246,16 +250,18 @@ def _by_use(program: Program, row: list[int], anchors: dict[int, int]) -> list[i
             work.extend(reversed(ready))
 
     start = min((i for i in row if i in anchors), default=0)
-    first = _part_in(program, row, start)
-    late = {i for i in row if i < start and i in needed and i not in first}  # till a later anchor has a use for it
+    turns = [i for i in row if i in inner]
+    begun = next((k for k, i in enumerate(turns) if inner[i] != inner[turns[0]]), len(turns)) + 1
+    early = _part_in(program, row, {start, *turns[:begun]})  # of which the first layer may be the reader
+    late = {i for i in row if i < start and i in needed and i not in early}
     for i in (*(i for i in row if (i in needed and i not in late) or (i in loose and i < start)), *row):
         emit(i)
     return list(done)
 
 
-def _part_in(program: Program, row: list[int], anchor: int) -> set[int]:
-    """The operations of a segment that have a part in one of them."""
-    found = {anchor}
+def _part_in(program: Program, row: list[int], some: set[int]) -> set[int]:
+    """The operations of a segment that have a part in some of them."""
+    found = set(some)
     for i in reversed(row):
         if i in found:
             found.update(_inputs(program.ops[i]))
