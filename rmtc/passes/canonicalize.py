@@ -68,7 +68,7 @@ class Canonicalize:
         memory = _memories(graph)
         tables = _tables(graph, self.fixed) if self.fixed else set()
         _drop_empty(graph)
-        short = _short_histories(graph)
+        short = set() if self.whole_windows else _short_histories(graph)
         for node in list(graph.nodes):
             if node.op != "call_function":
                 continue
@@ -457,16 +457,28 @@ _FEW = 4
 
 
 def _short_histories(graph: fx.Graph) -> set[Any]:
-    """The lines of the user's code that put a part to others of which few are kept."""
+    """The lines of the user's code that put a part to a few others, of which each time most are those of before."""
     whole: dict[Any, int] = {}
     part: dict[Any, int] = {}
+    again: set[Any] = set()
     for node in graph.nodes:
         if node.target is aten.cat.default:
-            sizes = [_size(piece, _dim(node, 1)) for piece in node.args[0] if piece.meta["val"].ndim]
-            place = node.meta.get("location")
+            place, dim = node.meta.get("location"), _dim(node, 1)
+            pieces = [piece for piece in node.args[0] if piece.meta["val"].ndim == node.meta["val"].ndim]
+            sizes = [_size(piece, dim) for piece in pieces]
             whole[place] = max(whole.get(place, 0), sum(sizes))
             part[place] = max(part.get(place, 0), min(sizes, default=0))
-    return {place for place, size in whole.items() if size <= _FEW * part[place]}
+            if any(_source(piece).meta.get("location") == place for piece in pieces):
+                again.add(place)
+    return {place for place in again if whole[place] <= _FEW * part[place]}
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The concatenation that a node is a part of; or the node."""
+    found: Any = node
+    while found.target in (aten.slice.Tensor, aten.clone.default, aten.detach.default, aten.alias.default):
+        found = found.args[0]
+    return found if found.target is aten.cat.default else node
 
 
 def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> None:
