@@ -11,7 +11,6 @@ import contextvars
 import dis
 import functools
 import gc
-import operator
 import pickle
 import random
 import sys
@@ -707,12 +706,6 @@ class Snapshot:
                 return f"the call changes the class of an object ({kind.__qualname__})"
             if table is not None and vars(value) is not table:
                 return f"the call replaces the __dict__ of an object ({kind.__qualname__})"
-        for saved in self._saved:
-            if isinstance(saved.owner, dict):
-                places = {key: number for number, key in enumerate(saved.content)}
-                now = [places[key] for key in saved.owner if key in places]
-                if any(map(operator.gt, now, now[1:])):
-                    return "the call changes the order of what is in a dictionary"
         return None
 
     def restore(self) -> None:

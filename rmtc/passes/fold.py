@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -233,11 +234,16 @@ def _same_operations(run: Run, segment: int, other: Run, reference: int) -> None
         "a torch.where"
     )
     ops, expected_ops = run.row(segment), other.row(reference)
+    only = Counter((op.target, op.location) for op in ops)
+    only.subtract((op.target, op.location) for op in expected_ops)
+    alone = next(
+        (op for op in (*ops, *expected_ops) if only[op.target, op.location]), None
+    )  # tells more than its order
     for op, expected in zip(ops, expected_ops, strict=False):
         if op.target is not expected.target or structure(op.args) != structure(expected.args):
             raise RefusedError(
                 f"{what} does not run what {than} runs: {describe(op)} in place of {describe(expected)}",
-                location=op.location or expected.location,
+                location=(alone or op).location or expected.location,
                 remedy=remedy if op.target is not expected.target else _NUMBERS,
             )
     longer = ops if len(ops) > len(expected_ops) else expected_ops
