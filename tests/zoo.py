@@ -365,10 +365,10 @@ ZOO: dict[str, Entry] = {
     "feedback": Entry(
         "`feedback-transformer-pytorch`",
         feedback,
-        vectors(LOWER, FROM_TOP),
+        vectors(LOWER, (0, layer_symbol), TOP),
         why=CLOSES,
         where=("feedback_transformer_pytorch.py", "chunk(2"),
-        tensor="mem_k",
+        tensor="mem_k, mem_v",
     ),
     "ARMT over Llama": Entry("`transformers`", lambda: armt("Llama"), vectors(LOWER, OWN), 1),
     "ARMT over GPT-2": Entry("`transformers`", lambda: armt("GPT2"), vectors(LOWER, OWN), 1),
