@@ -448,3 +448,22 @@ def test_first_segments_that_differ_while_a_memory_fills(back: int) -> None:
     twins = Twins(lambda: Window(back))
     sizes = ((7, 2, SEGMENT), (9, 3, 2), (5, 1, SEGMENT))
     twins.compare({LOWER, *((ds, 0) for ds in range(1, back + 1))}, sizes=sizes)
+
+
+class Fading(Stack):
+    """Two memories a layer: what it read last, and half of what it read before, which no parameter has a part in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        last, before = zeros(x), zeros(x)
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                old = last[number]
+                piece = piece + torch.tanh(layer(piece) + (old + before[number])[:, None])
+                last[number], before[number] = piece.mean(1), old * 0.5
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def test_a_memory_that_no_parameter_has_a_part_in() -> None:
+    Twins(Fading).compare({LOWER, OWN}, sizes=((6, 2, SEGMENT), (7, 3, 2)))

@@ -65,6 +65,7 @@ class _Completion:
         self._segment = [{i: s for s in range(run.segments) for i in run.numbers(s)} for run in runs]
         self._expressions: list[dict[int, Hashable]] = [{}, {}]
         self._known: dict[Hashable, int] = {}
+        self._lines = {(n, s): Counter(_line(self._ops[n][i]) for i in row) for (n, s), row in self.rows.items()}
 
     def run(self, number: int) -> Run:
         """A run as it is now."""
@@ -84,12 +85,17 @@ class _Completion:
         pattern = {
             place: i
             for place, i in places[reference].items()
-            if i not in only[reference[0]] or all(place in found for found in places.values())
+            if i not in only[reference[0]] or (self._in_all(reference, i) and all(place in x for x in places.values()))
         }
         extra = {member: {i for place, i in places[member].items() if place not in pattern} for member in members}
         if all(found <= only[member[0]] and not self._used(member, found) for member, found in extra.items()):
             for member in sorted(members):
                 self._complete(member, reference, pattern, extra[member])
+
+    def _in_all(self, member: tuple[int, int], i: int) -> bool:
+        """Whether every segment but the first runs as much of what a line of a segment's runs."""
+        often = self._lines[member][_line(self._ops[member[0]][i])]
+        return all(lines[_line(self._ops[member[0]][i])] >= often for (_, s), lines in self._lines.items() if s > 0)
 
     def _used(self, member: tuple[int, int], extra: set[int]) -> bool:
         """Whether the rest of a segment uses some of its operations."""
@@ -226,6 +232,10 @@ class _Completion:
                 parts += [leaf for leaf in leaves(op.args) if type(leaf) is int]
             known[i] = self._known.setdefault(tuple(parts), len(self._known))
         return known[i]
+
+
+def _line(op: Op) -> Hashable:
+    return op.target, op.location
 
 
 def _inputs(op: Op) -> list[int]:

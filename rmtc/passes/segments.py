@@ -254,7 +254,7 @@ def _by_use(program: Program, row: list[int], anchors: dict[int, int], inner: di
     begun = next((k for k, i in enumerate(turns) if inner[i] != inner[turns[0]]), len(turns)) + 1
     early = _part_in(program, row, {start, *turns[:begun]})  # of which the first layer may be the reader
     late = {i for i in row if i < start and i in needed and i not in early}
-    for i in (*(i for i in row if (i in needed and i not in late) or (i in loose and i < start)), *row):
+    for i in (*(i for i in row if (i in needed and i not in late) or i in loose), *row):
         emit(i)
     return list(done)
 
