@@ -100,8 +100,9 @@ def compile(
         ``model`` itself if it is a module or class, a wrapped function, or a decorator.
 
     Raises:
-        ValueError: if there is no such backend, option or keyword, or torch has compiled ``model`` already.
-        TypeError: if ``model`` cannot be called.
+        ValueError: if there is no such backend, option or keyword, a number is too small, or torch has compiled
+            ``model`` already.
+        TypeError: if ``model`` cannot be called, or an argument is of another type.
 
     Example:
         >>> fast = rmtc.compile(model)
@@ -112,6 +113,16 @@ def compile(
         hint = f": {_OF_TORCH[name]}" if name in _OF_TORCH else nearest(name, _KEYWORDS)
         raise _UnknownKeyword(f"rmtc.compile has no argument {name!r}{hint}")
     backend_made = backend_named(backend)
+    for name, flag in (("strict", strict), ("disable", disable)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is True or False, not {flag!r}")
+    _check_number("recompile_limit", recompile_limit, 0)
+    if segment_length is not None:
+        _check_number("segment_length", segment_length, 1)
+    if layers is not None and not isinstance(layers, str):
+        raise TypeError(f"layers is a name such as 'model.layers', not {layers!r}")
+    if options is not None and not isinstance(options, dict):
+        raise TypeError(f"options is a dict of names and values, not {options!r}")
     for name, value in (options or {}).items():
         if name not in _OPTIONS:
             raise ValueError(f"there is no option {name!r}{nearest(str(name), list(_OPTIONS))}")
@@ -132,6 +143,13 @@ def compile(
         return target if disable else _compile(target, made)
 
     return apply if model is None else apply(model)
+
+
+def _check_number(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is a whole number, not {value!r}")
+    if value < least:
+        raise ValueError(f"{name} is at least {least}, not {value}")
 
 
 def _compile(target: T, options: Options) -> T:

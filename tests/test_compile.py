@@ -245,6 +245,28 @@ def test_unknown_names_are_errors_with_the_nearest_match(arguments: dict[str, An
         assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "arguments, kind, message",
+    [
+        ({"recompile_limit": "a"}, TypeError, "recompile_limit is a whole number, not 'a'"),
+        ({"recompile_limit": True}, TypeError, "recompile_limit is a whole number, not True"),
+        ({"recompile_limit": -1}, ValueError, "recompile_limit is at least 0, not -1"),
+        ({"segment_length": 5.5}, TypeError, "segment_length is a whole number, not 5.5"),
+        ({"segment_length": 0}, ValueError, "segment_length is at least 1, not 0"),
+        ({"layers": 5}, TypeError, "layers is a name such as 'model.layers', not 5"),
+        ({"strict": "no"}, TypeError, "strict is True or False, not 'no'"),
+        ({"disable": "no"}, TypeError, "disable is True or False, not 'no'"),
+        ({"options": [1]}, TypeError, "options is a dict of names and values, not [1]"),
+    ],
+)
+def test_values_are_checked_at_once(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
+    compile: Callable[..., Any] = rmtc.compile
+    for given in ((associative(),), ()):
+        with pytest.raises(kind) as caught:
+            compile(*given, **arguments)
+        assert str(caught.value) == message
+
+
 def test_what_cannot_be_called_is_an_error() -> None:
     compile: Callable[..., Any] = rmtc.compile
     for target, message in ((3, "not a int"), ("model", "not a str"), (int, r"int is no nn\.Module class")):

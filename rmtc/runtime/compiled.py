@@ -249,11 +249,10 @@ class Compiled:
                     try:
                         return self._run(decision, time.perf_counter() - start)
                     except Exception as error:
-                        if self.options.strict:
-                            error.add_note(
-                                "rmtc: the run by the schedule failed; under rmtc.disabled it runs as before"
-                            )
+                        if self.options.strict and isinstance(error, RmtcError):
                             raise
+                        if self.options.strict:
+                            raise self._failed_run(error) from error
                         return self._after_failure(decision, error, before, args, kwargs)
                 if (inside and not isinstance(decision, _Eager)) or (isinstance(decision, _Admit) and rounds > _ROUNDS):
                     decision = _Eager()
@@ -297,6 +296,15 @@ class Compiled:
         if self.options.strict:
             raise made from error
         return _Eager(f"an error inside rmtc, in {stage}; please report it", made, what)
+
+    @staticmethod
+    def _failed_run(error: Exception) -> RmtcError:
+        """What strict mode raises in place of an error that a scheduled run ended with."""
+        logger.debug("a scheduled run failed", exc_info=error)
+        return RmtcError(
+            f"an error inside rmtc, in a run by the schedule: {brief(error)}",
+            remedy="report it, please, with this traceback; unless the call raises it under rmtc.disabled(model), too",
+        )
 
     def _after_failure(
         self,
