@@ -377,13 +377,14 @@ class Subclass(Layer):
 @pytest.mark.parametrize("kind", [Turns, Turned, Replaces])
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
 @torch.no_grad()
-def test_a_call_that_changes_an_order_or_a_class_runs_as_before(kind: type[Turns]) -> None:
+def test_a_call_that_changes_an_order_or_a_class_leaves_what_eager_leaves(kind: type[Turns]) -> None:
     plain, fast = compiled(kind)
     for model in (plain, fast):
         model.layers[0].__class__ = Subclass
-    same(fast(text()), plain(text()))
-    assert rmtc.stats(fast).fallbacks and not rmtc.stats(fast).runs
-    assert list(fast.table) == list(plain.table)
+    for _ in range(3):
+        same(fast(text()), plain(text()))
+        assert list(fast.table) == list(plain.table)
+    assert bool(rmtc.stats(fast).fallbacks) == (kind is not Turns)  # which is another model in each call
     assert type(fast.layers[0]) is type(plain.layers[0])
 
 

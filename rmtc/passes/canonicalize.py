@@ -491,7 +491,8 @@ def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> None:
     dim, value = _dim(source, 1), node.meta["val"]
     interval = _interval(node, _size(source, dim), 1)
     pieces: Any = source.args[0]
-    if interval is None or _dim(node, 1) != dim:
+    start = _argument(node, 2, "start", None)
+    if interval is None or _dim(node, 1) != dim or (start is not None and start < 0):  # the last ones may be others
         return
     if any(piece.meta["val"].ndim != value.ndim or piece.meta["val"].dtype != value.dtype for piece in pieces):
         return
