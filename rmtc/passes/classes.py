@@ -213,6 +213,8 @@ def _merge(known: _Class, ops: Sequence[BodyOp], slots: list[Any]) -> tuple[list
                 f"{abs(more)} operations {'more' if more > 0 else 'fewer'}, the first difference is " if more else ""
             )
             return None, number, f"{count}{_at(op)} in place of {_at(other)}"
+        if op.form is not None and other.form is not None and op.form != other.form:
+            return None, number, f"{_at(op)} makes {_form(op.form)}, not {_form(other.form)}"
         row: list[Any] = []
         for a, b in zip(slots[number], known.slots[number], strict=True):
             slot = _merge_slot(a, b)
@@ -223,6 +225,10 @@ def _merge(known: _Class, ops: Sequence[BodyOp], slots: list[Any]) -> tuple[list
     if len(ops) != len(known.ops):
         return None, len(merged), f"{len(ops)} operations, not {len(known.ops)}"
     return merged, len(merged), ""
+
+
+def _form(form: Form) -> str:
+    return f"{str(form[1]).removeprefix('torch.')}{list(form[0])}"
 
 
 def _at(op: BodyOp) -> str:
