@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 __all__ = ["Cell", "Choices", "Probe", "build", "edges", "features", "least_a", "probing"]
 
-SEGMENT, WIDTH = 3, 4
+SEGMENT, WIDTH = 5, 4
 
 Cell = tuple[int, int]
 """Segment and layer."""

@@ -56,7 +56,7 @@ class Capture:
         seconds: time spent, by stage.
         reorder_random: whether operations may draw random numbers, in any order.
         cut_tables: whether a slice of all of a table is one, see :class:`Canonicalize`.
-        whole_windows: whether to read a window as what it is cut from, see :class:`Canonicalize`.
+        whole_windows: whether a window of a segment's length is read as what it is cut from, see :class:`Canonicalize`.
     """
 
     session: Session
@@ -101,7 +101,7 @@ class Capture:
             RemoveRegions(Autocast.ambient()),
             Canonicalize(
                 self.reorder_random,
-                self.whole_windows,
+                self.plan.segment_length if self.whole_windows else None,
                 self._fixed(raw) if self.cut_tables else frozenset(),
             ),
         ):

@@ -52,12 +52,13 @@ class Canonicalize:
         %n = slice(%positions, 0, 0, 16)        stays: the last segment may take slice(%positions, 0, 0, 5)
         %h = slice(%hidden, 1, 0, 16)     ->    %hidden
 
-    With ``whole_windows`` a read of a concatenation stays one: the window of the last positions is the segment itself
-    if it fills the window, and the end of the window before with it if it does not, as a shorter last one.
+    Given the length of ``windows``, a read of the end of a concatenation with a part as long stays one: the window of
+    the last positions is the segment itself if it fills the window, and the end of the window before with it if it
+    does not, as a shorter last one.
     """
 
     reorder_random: bool = False
-    whole_windows: bool = False
+    windows: int | None = None
     fixed: frozenset[str] = frozenset()
     name = "canonicalize"
 
@@ -68,7 +69,8 @@ class Canonicalize:
         memory = _memories(graph)
         tables = _tables(graph, self.fixed) if self.fixed else set()
         _drop_empty(graph)
-        short = set() if self.whole_windows else _short_histories(graph)
+        windows = set() if self.windows is None else _joined_with(graph, self.windows)
+        short = _short_histories(graph) - windows
         for node in list(graph.nodes):
             if node.op != "call_function":
                 continue
@@ -79,7 +81,7 @@ class Canonicalize:
             elif node.target in _SCATTERS:
                 _unclone(node)
             elif node.target in (aten.select.int, aten.slice.Tensor):
-                _forward(graph, node, tables, self.whole_windows)
+                _forward(graph, node, tables, windows)
                 _spread(graph, node, short)
             elif node.target is aten.alias.default:
                 _unalias(graph, node)
@@ -93,10 +95,20 @@ class Canonicalize:
                 _becomes(node, node.args[0])
         _drop_dead(graph)
         _assemble(graph)
-        for node in list(graph.nodes):  # what was put together is read part by part
-            if node.target in (aten.select.int, aten.slice.Tensor):
-                _forward(graph, node, tables, self.whole_windows)
-        _drop_dead(graph)
+        while True:  # what was put together is read part by part
+            short, spread = _short_histories(graph) - windows, False
+            for node in list(graph.nodes):
+                if node.target in (aten.select.int, aten.slice.Tensor):
+                    _forward(graph, node, tables, windows)
+                    spread |= _spread(graph, node, short)
+            _drop_dead(graph)
+            for node in list(graph.nodes):
+                if node.target is aten.cat.default:
+                    _flatten(graph, node)
+                    _stack(graph, node)
+            _drop_dead(graph)
+            if not spread:
+                break
         _detach_at_readers(graph)
         _keep_apart(graph, memory)
         for node in reversed(list(graph.nodes)):
@@ -347,7 +359,7 @@ def _dim(node: fx.Node, index: int) -> int:
     return int(_argument(node, index, "dim", 0) % node.meta["val"].ndim)
 
 
-def _forward(graph: fx.Graph, node: fx.Node, tables: set[fx.Node], whole_windows: bool) -> None:
+def _forward(graph: fx.Graph, node: fx.Node, tables: set[fx.Node], windows: set[Any]) -> None:
     """Read through what put a tensor together: a part that was put there is that part, whatever was put elsewhere."""
     while True:
         source: Any = node.args[0]
@@ -400,7 +412,7 @@ def _forward(graph: fx.Graph, node: fx.Node, tables: set[fx.Node], whole_windows
             _replaced(graph, node, source.args[0][read[0]])  # type: ignore[index]
             return
         if source.target is aten.cat.default and _dim(source, 1) == dim:
-            if whole_windows and read[1] == size:
+            if read[1] == size and source.meta.get("location") in windows:
                 return
             start = 0
             for piece in source.args[0]:  # type: ignore[union-attr]
@@ -437,23 +449,50 @@ def _unalias(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _flatten(graph: fx.Graph, node: fx.Node) -> None:
-    """cat([cat([a, b]), c]) -> cat([a, b, c]), where nothing else reads what is inside."""
+    """cat([cat([a, b]), c]) -> cat([a, b, c]), where nothing else reads what is inside, not even a copy of it."""
     given: Any = node.args[0]
     pieces: list[Any] = []
     for piece in given:
-        inside = piece.target is aten.cat.default and len(piece.users) == 1
-        alike = inside and piece.meta["val"].dtype == node.meta["val"].dtype and _dim(piece, 1) == _dim(node, 1)
-        pieces += piece.args[0] if alike else [piece]
+        inner = piece
+        if piece.target is aten.clone.default and not piece.kwargs and len(piece.users) == 1:
+            inner = piece.args[0]
+        inside = inner.target is aten.cat.default and len(inner.users) == 1
+        alike = inside and inner.meta["val"].dtype == node.meta["val"].dtype and _dim(inner, 1) == _dim(node, 1)
+        pieces += inner.args[0] if alike else [piece]
     if len(pieces) > len(given):
-        before = node.all_input_nodes
         node.args = (pieces, *node.args[1:])
-        for piece in before:
-            if not piece.users:
-                graph.erase_node(piece)
+        for piece in reversed(list(given)):
+            for each in (piece, *piece.all_input_nodes):
+                if not each.users and each.target in (aten.cat.default, aten.clone.default):
+                    graph.erase_node(each)
+
+
+def _stack(graph: fx.Graph, node: fx.Node) -> None:
+    """cat([unsqueeze(a, 0), unsqueeze(b, 0)], 0) -> stack([a, b], 0)."""
+    given: Any = node.args[0]
+    dim, value = _dim(node, 1), node.meta["val"]
+    rows = [piece for piece in given if piece.target is aten.unsqueeze.default and _dim(piece, 1) == dim]
+    if len(rows) == len(given) and all(piece.meta["val"].dtype == value.dtype for piece in rows):
+        with graph.inserting_before(node):
+            whole = graph.call_function(aten.stack.default, ([piece.args[0] for piece in rows], dim))
+        whole.meta.update(node.meta)
+        node.replace_all_uses_with(whole)
 
 
 _FEW = 4
 """Of a history that keeps so many parts, each reader reads the parts: it waits for those alone."""
+
+
+def _joined_with(graph: fx.Graph, length: int) -> set[Any]:
+    """The lines of the user's code that put together what has a part of some length."""
+    found: set[Any] = set()
+    for node in graph.nodes:
+        if node.target is aten.cat.default:
+            dim = _dim(node, 1)
+            pieces = [piece for piece in node.args[0] if piece.meta["val"].ndim == node.meta["val"].ndim]
+            if any(_size(piece, dim) == length for piece in pieces):
+                found.add(node.meta.get("location"))
+    return found
 
 
 def _short_histories(graph: fx.Graph) -> set[Any]:
@@ -481,21 +520,24 @@ def _source(node: fx.Node) -> fx.Node:
     return found if found.target is aten.cat.default else node
 
 
-def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> None:
-    """slice(cat([a, b, c])) -> cat([slice(a), b]): what moves on in a history makes no chain of those before it."""
+def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> bool:
+    """slice(cat([a, b, c])) -> cat([slice(a), b]): what moves on in a history makes no chain of those before it.
+
+    Returns whether that was done.
+    """
     source: Any = node.args[0]
     if not node.users or node.target is not aten.slice.Tensor or not isinstance(source, fx.Node):
-        return
+        return False
     if source.target is not aten.cat.default or source.meta.get("location") not in short:
-        return
+        return False
     dim, value = _dim(source, 1), node.meta["val"]
     interval = _interval(node, _size(source, dim), 1)
     pieces: Any = source.args[0]
     start = _argument(node, 2, "start", None)
     if interval is None or _dim(node, 1) != dim or (start is not None and start < 0):  # the last ones may be others
-        return
+        return False
     if any(piece.meta["val"].ndim != value.ndim or piece.meta["val"].dtype != value.dtype for piece in pieces):
-        return
+        return False
     parts: list[Any] = []
     cut: list[fx.Node] = []
     start = 0
@@ -518,9 +560,10 @@ def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> None:
         whole.meta.update(node.meta)
         node.replace_all_uses_with(whole)
         for part in cut:
-            _forward(graph, part, set(), False)
+            _forward(graph, part, set(), set())
             _spread(graph, part, short)
         _flatten(graph, whole)
+    return len(parts) > 1
 
 
 def _is_cut_again(node: fx.Node) -> bool:
@@ -549,7 +592,9 @@ def _is_rest(node: fx.Node) -> bool:
 
 
 def _put_together(source: Any) -> bool:
-    """Whether a tensor was put together of others, or is a state that may have been at first."""
+    """Whether a tensor was put together of others, or is a state that may have been at first, or a row of one."""
+    while source.target is aten.select.int:
+        source = source.args[0]
     if source.op == "placeholder":
         return bool(source.meta["source"][0] != "input")
     return source.target in (aten.slice.Tensor, *_MOVES) or not source.all_input_nodes
