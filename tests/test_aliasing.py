@@ -230,6 +230,7 @@ class Writing(nn.Module):
 WRITES = [in_place, expanded, of_a_stack, in_float32, of_other_parts, through_views, moved_on]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", WRITES, ids=[each.__name__ for each in WRITES])
 def test_what_is_written_keeps_values_layout_and_dtype(write: Callable[[Tensor, Tensor], Tensor]) -> None:
     model = Writing(write).double().requires_grad_(False)

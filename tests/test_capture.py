@@ -148,6 +148,7 @@ def _tensors_of(function: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_slow(CALLS, QUICK))
 def test_the_model_and_the_process_are_as_before(name: str, explained: Callable[[str], Explained]) -> None:
     seen = explained(name)
@@ -220,6 +221,7 @@ class Injected(Exception):
     """No error that rmtc knows."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_fault_in_any_stage_changes_nothing(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After its work, when most is there to put back."""

@@ -287,6 +287,7 @@ MODELS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_loop_without_one_of_its_dependences_is_rejected(name: str) -> None:
     """Also where another tensor goes the same way, as the normaliser of an ARMT goes with its associations."""
@@ -526,6 +527,7 @@ def test_a_constant_tensor_of_another_value_is_rejected() -> None:
 # (d) places
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [2, 4])
 @pytest.mark.parametrize("segments", [2, 3, 4])
 @pytest.mark.parametrize("name", LAYER_KINDS)
@@ -564,6 +566,7 @@ def moved(at: Sequence[Place], numbers: Sequence[int], kind: str, choose: random
     return changed, f"%{number} from {at[number]}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["operation", "cell", "swap"])
 def test_places_are_accepted_when_every_operation_finds_its_operands_and_only_then(case: Case, kind: str) -> None:
     trace = case.trace(4)

@@ -27,6 +27,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
 
 
+@pytest.mark.slow
 def test_verify_tells_error_and_steps() -> None:
     result = run("verify", *ARMT, "--json")
     assert result.exit_code == 0, result.stderr
@@ -36,6 +37,7 @@ def test_verify_tells_error_and_steps() -> None:
     assert 0 <= answer["max_relative_error"] < answer["tolerance"]
 
 
+@pytest.mark.slow
 def test_a_wrong_weight_is_seen_and_no_time_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Weights.rows
 
@@ -54,6 +56,7 @@ def test_a_wrong_weight_is_seen_and_no_time_is_shown(monkeypatch: pytest.MonkeyP
     assert "the results differ in" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["verify", "bench"])
 def test_a_refused_model_is_told_why(command: str) -> None:
     result = run(command, *RMT)
@@ -62,6 +65,7 @@ def test_a_refused_model_is_told_why(command: str) -> None:
     assert "S*L steps" in result.stderr
 
 
+@pytest.mark.slow
 def test_bench_shows_both_and_the_floor() -> None:
     result = run("bench", *ARMT, "--repeats", "2", "--threads", "1", "--json")
     assert result.exit_code == 0, result.stderr
@@ -97,6 +101,7 @@ def test_demo_without_transformers_names_the_extra(tmp_path: Path) -> None:
     assert "rmtc[examples]" in done.stderr
 
 
+@pytest.mark.slow
 def test_dump_after_a_pass_that_a_refused_model_does_not_reach() -> None:
     result = run("dump", *RMT, "--after", "group")
     assert result.exit_code == 2

@@ -210,6 +210,7 @@ def captured_once(pair: Pair, captures: int = 1) -> bool:
     return (stats.captures, stats.recompiles, stats.fallbacks) == (captures, captures - 1, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_armt(kind: str, armts: Callable[[str, int], Pair], wide_casts: None) -> None:
     """Logits, loss and memory, with padding and without, some sizes."""
@@ -377,6 +378,7 @@ def global_layers_in_float64() -> Iterator[None]:
     models.GLOBAL_LAYERS.float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES])
 def test_loops(name: str, global_layers_in_float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results, and state in attributes, lists and buffers that lives from call to call."""

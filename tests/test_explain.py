@@ -96,6 +96,7 @@ def test_every_loop_is_expected() -> None:
     assert EXPECTED.keys() == LOOPS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_slow(EXPECTED))
 def test_dependences_and_makespan(name: str, explained: Explain) -> None:
     answer, (expected, makespan) = explained(name), EXPECTED[name]
@@ -201,6 +202,7 @@ BORROWED: dict[str, tuple[models.Parts, list[set[int]]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BORROWED)
 def test_a_layer_that_uses_a_parameter_of_another(name: str) -> None:
     """It stays one layer, and is of another class unless all layers do the same."""
@@ -301,6 +303,7 @@ def test_results_that_are_no_list_with_one_item_a_segment(results: Callable[[lis
 # What runs is what is said: a cell is disturbed, and the cells that change are those that wait for it.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "path"),
     [

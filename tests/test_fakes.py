@@ -59,6 +59,7 @@ def described(tensor: Any, args: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["armt", "slices of one tensor", "keys and values", "mixed precision", "counter"])
 def test_every_result_is_what_torch_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "Fakes", Asking)
@@ -178,6 +179,7 @@ TRACED: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRACED)
 def test_graphs_are_those_that_torch_writes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function, arguments = TRACED[name]()

@@ -153,6 +153,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "kind"), CASES)
 def test_a_fault_at_any_stage(stage: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

@@ -78,6 +78,7 @@ def found(name: str) -> tuple[FoldedGraph, Times]:
     return graph, times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_edges_are_those_of_the_unrolled_loop(name: str) -> None:
     loop, (graph, _) = proven(name).loop, found(name)

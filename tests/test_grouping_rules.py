@@ -133,6 +133,7 @@ def test_every_rule_is_tested() -> None:
     assert len(pointwise()) > 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS, ids=target_name)
 def test_a_rule_is_the_operation_cell_by_cell(target: Any) -> None:
     by_rule = False

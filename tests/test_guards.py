@@ -489,6 +489,7 @@ def some_slow(names: Iterable[str], quick: Collection[str]) -> list[Any]:
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
 @pytest.mark.parametrize("name", some_slow((*OF_THE_MODEL, *OF_THE_PROCESS), QUICK))
 def test_what_is_changed_is_never_stale(name: str, both: Pair) -> None:

@@ -43,6 +43,7 @@ def values_of(analysis: Analysis) -> dict[str, Tensor]:
     return {**{lifted.names[0]: lifted.tensor.detach() for lifted in session.lifted}, **given}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_merged_or_not_the_results_are_those_of_the_loop(name: str) -> None:
     analysis, program = analysed(name)

@@ -465,5 +465,6 @@ class Fading(Stack):
         return torch.cat(pieces, dim=1)
 
 
+@pytest.mark.slow
 def test_a_memory_that_no_parameter_has_a_part_in() -> None:
     Twins(Fading).compare({LOWER, OWN}, sizes=((6, 2, SEGMENT), (7, 3, 2)))

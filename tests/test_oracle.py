@@ -61,6 +61,7 @@ def reached(graph: nx.DiGraph) -> dict[Cell, set[Cell]]:
     return {tuple(cell): {tuple(other) for other in nx.descendants(graph, cell)} for cell in graph}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_what_a_cell_changes_is_what_the_graph_says(name: str) -> None:
@@ -82,6 +83,7 @@ def test_what_a_cell_changes_is_what_the_graph_says(name: str) -> None:
     assert reached(cell_graph(proven.loop, SEGMENTS)) == seen
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_a_cell_of_an_armt_changes_is_what_the_graph_says() -> None:
     sizes: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 4, "memory": 2, "key_size": 4}

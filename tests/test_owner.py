@@ -68,6 +68,7 @@ def saved(model: Any, folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_load_evaluate_save(attention: str, tmp_path: Path) -> None:
     source, _ = armt_llama.build(**SIZES)
@@ -210,6 +211,7 @@ def small_pair(model: nn.Module) -> Pair:
     return Pair(eager, rmtc.compile(model), models.LAYERS, lambda segments: segments + steps, models.SEGMENT)
 
 
+@pytest.mark.slow
 def test_adapters_are_merged() -> None:
     """The base model is compiled. Merging writes to its weights and takes the adapters out of the way, and back."""
     whole, text = associative()

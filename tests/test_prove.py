@@ -301,6 +301,7 @@ def random_set(generator: random.Random) -> list[Dependence]:
     return [dep(ds, dl) for ds, dl in dict.fromkeys(([(0, 1)] if generator.random() < 0.6 else []) + pairs)]
 
 
+@pytest.mark.slow
 def test_random_sets() -> None:
     generator, layers, many = random.Random(7), 5, 40
     accepted, optima, orders = 0, 0, 0
@@ -350,6 +351,7 @@ def random_varying(generator: random.Random, layers: int) -> Dependence:
             return made
 
 
+@pytest.mark.slow
 def test_random_distances_in_layers() -> None:
     """At the model's L: legal on every edge, refused only if no smaller a is, and never a smaller a accepted."""
     generator, layers, seen = random.Random(11), 6, {"accepted": 0, "order": 0, "sequential": 0}

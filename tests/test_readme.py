@@ -41,6 +41,7 @@ def test_the_table_has_the_rows_of_the_zoo() -> None:
     assert START + table() + "\n" in README.read_text(), "run python tests/test_readme.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "row"), own_rows().items())
 def test_what_comes_out(model: str, row: tuple[str, str, str]) -> None:
     if model in LOOPS:
@@ -61,6 +62,7 @@ def without_counts(text: str) -> str:
     return re.sub(r"\b\d+ (operations|edges|of them)", r"n \1", " ".join(text.split()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["armt_llama", "rmt_llama"])
 def test_an_explanation_that_is_linked_to_is_what_is_printed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     linked = f"docs/{name}.txt"

@@ -263,6 +263,7 @@ def model(request: pytest.FixtureRequest) -> Model:
         return build(request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("segments", "batch", "tail"), SIZES)
 def test_a_loop_in_the_order_of_its_schedule_is_what_eager_computes(
     model: Model, segments: int, batch: int, tail: int

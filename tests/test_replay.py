@@ -97,6 +97,7 @@ def analyzed(model: nn.Module, segments: int = 4) -> Analysis:
     return analyze(model.eval(), (ids(segments),), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "trick",
     [
@@ -252,6 +253,7 @@ def test_extend_continues_lists() -> None:
     assert extend(Made(7, 1), Made(10, 1), 4) == Made(19, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["before", "inside", "after", "nowhere"])
 def test_constant_tensors_are_told_by_their_values(where: str) -> None:
     """A tensor made from Python numbers is an operation like any other; only its content tells that it changed."""
@@ -308,6 +310,7 @@ class Ambient(Model):
         return torch.cat(outputs, dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trick", "sizes"),
     [

@@ -240,6 +240,7 @@ def ran(fast: Any, runs: int, segments: int = SEGMENTS) -> None:
 REPLACED = [OfTuples, OfNamed, OfDicts, OfLists, OfDataclass, OneTuple, OneList, OneDeque]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", REPLACED)
 def test_containers_that_a_call_replaces_are_read_anew(kind: type[Reader]) -> None:
     fast, eager = pair(kind)
@@ -254,6 +255,7 @@ def test_containers_that_a_call_replaces_are_read_anew(kind: type[Reader]) -> No
     ran(fast, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Written, WrittenDict, WrittenInLayers])
 def test_a_container_that_was_replaced_is_the_one_that_is_read_and_written(kind: type[Reader]) -> None:
     fast, eager = pair(kind)

@@ -583,6 +583,7 @@ RESULTS: dict[str, Callable[..., Any]] = {
 FAST = {"keys numbered by segment", "losses of the segments", "numbers and strings", "dataclass in a list"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(RESULTS, FAST))
 def test_results(name: str) -> None:
     twins = Twins(lambda: Giving(RESULTS[name]))
@@ -742,6 +743,7 @@ ENDS: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENDS)
 def test_what_is_made_comes_back_as_it_was_made(name: str) -> None:
     twins = ending(ENDS[name])

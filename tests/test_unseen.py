@@ -191,6 +191,7 @@ def readers() -> Iterator[tuple[Any, Any]]:
         yield plain, fast
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "new"),
     [
@@ -322,6 +323,7 @@ OF_ALL: dict[str, tuple[Any, str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*OF_EACH, *OF_ALL])
 @torch.no_grad()
 def test_what_has_an_order_a_class_or_is_not_there_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

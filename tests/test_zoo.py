@@ -111,6 +111,7 @@ def source(file: str, line: int) -> str:
     return next(found for found in (linecache.getline(str(path), line) for path in places) if found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n, entry in ZOO.items() if entry.a is not None],
