@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
-from rmtc.capture.arguments import Arguments, argument_names, show
+from rmtc.capture.arguments import Arguments, argument_names, container_attributes, show
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import traceback_location
 from rmtc.capture.state import (
@@ -78,6 +78,13 @@ class Session:
         )
         for path, tensor in self.arguments.tensors().items():
             _refuse_unknown(show(path), tensor)
+        for path, container in self.arguments.containers().items():
+            for key, value in container_attributes(container).items():
+                if not is_plain(value):
+                    raise CaptureError(
+                        f"{show(path)} is a {type(container).__name__} whose attribute {key} is no plain value",
+                        remedy="pass it as an argument of its own",
+                    )
         self.roots: dict[str, Any] = {"": function}
         for name, value in self.arguments.named():
             for path, leaf in pytree.tree_flatten_with_path(value)[0]:
@@ -207,7 +214,7 @@ class Session:
         try:
             for slot in self.snapshot.slots:
                 if not is_plain(slot.value) and not isinstance(slot.owner, tuple):
-                    value = uncached(replace_tensors(slot.value, lambda tensor: mapping[id(tensor)]))
+                    value = uncached(replace_tensors(slot.value, lambda tensor: mapping.get(id(tensor), tensor)))
                     if value is not slot.value:
                         slot.put(value)
             yield
