@@ -589,6 +589,48 @@ def test_results(name: str) -> None:
     twins.compare({LOWER, OWN})
 
 
+@pytest.mark.slow
+def test_a_tensor_in_a_list_of_all_segments_is_the_one_beside_it() -> None:
+    def result(pieces: list[Tensor], hidden: list[tuple[Tensor, ...]], memories: list[Tensor]) -> Any:
+        return {"last": pieces[-1], "first": pieces[0], "all": pieces}
+
+    twins = Twins(lambda: Giving(result))
+    for segments in (4, 6):
+        found, _ = twins.call(text(segments, 2))
+        twins.ran(segments)
+        assert found["last"] is found["all"][-1] and found["first"] is found["all"][0]
+
+
+class Recurrent(Giving):
+    """Each layer reads a segment with a module of torch that holds weak references to its parameters."""
+
+    def __init__(self, kind: type[nn.GRU | nn.LSTM], dropout: float) -> None:
+        super().__init__(RESULTS["concatenated"])
+        self.readers = nn.ModuleList(
+            kind(WIDTH, WIDTH, num_layers=2, batch_first=True, dropout=dropout) for _ in range(LAYERS)
+        )
+
+    def cell(self, number: int, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        return super().cell(number, self.readers[number](hidden)[0], memory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_recurrent_modules_of_torch(kind: type[nn.GRU | nn.LSTM]) -> None:
+    twins = Twins(lambda: Recurrent(kind, 0.0), segment_length=SEGMENT)
+    references = [[*reader._flat_weight_refs] for reader in twins.owner.readers]
+    for segments in (4, 6):
+        twins.call(text(segments, 2))
+        twins.ran(segments)
+    assert all(
+        one is other
+        for reader, held in zip(twins.owner.readers, references, strict=True)
+        for one, other in zip(reader._flat_weight_refs, held, strict=True)
+    )
+    with pytest.raises(rmtc.RefusedError, match="draws random numbers"):
+        Twins(lambda: Recurrent(kind, 0.5), segment_length=SEGMENT).call(text(4, 2))
+
+
 class InTheLoop(Stack):
     """Running sums and counts that the loop itself keeps, in tensors and in numbers."""
 
