@@ -134,6 +134,7 @@ def find_effects(
     """
     after = session.state()
     persistent = {id(slot.owner) for slot in before} | {id(owner) for owner in session.snapshot.owners()}
+    persistent |= {id(each.value) for each in session.snapshot.objects}  # of which some have no attribute yet
     persistent -= {id(slot.owner) for slot in before if isinstance(slot.owner, tuple)}
     names = {(id(slot.owner), slot.key): slot.name for slot in after}
     old = {(id(slot.owner), slot.key): slot for slot in before}

@@ -695,6 +695,7 @@ class Snapshot:
         self._loaded = frozenset(sys.modules)
         self._known = {(id(slot.owner), slot.key) for slot in self._places}
         values = {id(value): value for value in (*roots.values(), *(slot.value for slot in slots))}.values()
+        self._unset = [(value, member) for value in values if is_record(value) for _, member in unset_slots(value)]
         self.objects = [each for each in map(Held.of, values) if each is not None]
         arrays = [value for value in values if type(value).__name__ == "ndarray"]
         self.arrays = [(array, array.copy()) for array in arrays]
@@ -732,6 +733,9 @@ class Snapshot:
                 (type if isinstance(value, type) else object).__setattr__(value, "__class__", kind)
             if attributes is not None and vars(value) is not attributes:
                 object.__setattr__(value, "__dict__", attributes)
+        for value, member in self._unset:
+            if is_set(value, member):
+                member.__delete__(value)
         for array, content in self.arrays:
             array[...] = content
         for generator, state in zip(self._generators, self._drawn, strict=True):
