@@ -350,7 +350,7 @@ def _even(values: list[Any], counts: list[int]) -> bool:
     if {*map(type, values)} not in ({int}, {float}):
         return False
     first, second = counts[0], next((at for at, count in enumerate(counts) if count != counts[0]), 0)
-    return second > 0 and all(
+    return values[second] != values[0] and all(  # 0.0 and -0.0 are on no line
         (values[second] - values[0]) * (count - first) == (value - values[0]) * (counts[second] - first)
         for value, count in zip(values, counts, strict=True)
     )

@@ -13,9 +13,10 @@ from torch import nn
 
 from rmtc.capture.objects import leaves_of
 from rmtc.capture.session import Session
-from rmtc.capture.state import Slot, Snapshot, walk
+from rmtc.capture.state import Slot, Snapshot, is_plain, walk
 from rmtc.compiler import compile, compiled_of, restore
 from rmtc.errors import CaptureError, RefusedError
+from rmtc.runtime.guards import alike
 from rmtc.runtime.stats import LastRun
 
 __all__ = ["Rehearsal", "Verification", "rehearse", "verify"]
@@ -224,7 +225,8 @@ def _compare(wanted: dict[str, Any], found: dict[str, Any]) -> tuple[float, str]
 
 def _error(wanted: Any, found: Any) -> float:
     if not isinstance(wanted, torch.Tensor) or not isinstance(found, torch.Tensor):
-        return 0.0 if type(wanted) is type(found) and wanted == found else float("inf")
+        same = alike(wanted, found) if is_plain(wanted) else type(wanted) is type(found) and wanted == found
+        return 0.0 if same else float("inf")
     if wanted.shape != found.shape or wanted.dtype != found.dtype:
         return float("inf")
     if not wanted.numel():

@@ -12,8 +12,9 @@ import random
 import re
 import sys
 import warnings
-from collections import Counter, UserList
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -785,11 +786,12 @@ def test_tensors_are_found_wherever_python_reaches_them(how: str) -> None:
 
 
 def test_a_tensor_that_no_name_leads_to_is_an_error() -> None:
-    hidden_away = UserList([torch.ones(WIDTH)])
+    hidden_away: Future[Tensor] = Future()
+    hidden_away.set_result(torch.ones(WIDTH))
     layers = [nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]
 
     def loop(hidden: Tensor) -> Tensor:
-        return models.loop_over_argument(layers, hidden * hidden_away[0])
+        return models.loop_over_argument(layers, hidden * hidden_away.result())
 
     with pytest.raises(rmtc.CaptureError, match="that could be found") as raised:
         rmtc.explain(loop)(text())

@@ -363,6 +363,18 @@ def test_the_users_exception_comes_through(strict: bool) -> None:
     assert rmtc.stats(fast).runs == 2
 
 
+@pytest.mark.slow
+def test_a_mistake_in_a_call_is_no_fallback() -> None:
+    _, fast = compiled(Associative(2, WIDTH))
+    for after in range(2):
+        for given in ((), (text(), text()), (text()[..., :3],), (None,)):
+            with pytest.raises((TypeError, RuntimeError, AttributeError)), warnings.catch_warnings():
+                warnings.simplefilter("error")
+                fast(*given)
+        fast(text())
+        scheduled(fast, after + 1, layers=2)
+
+
 @pytest.mark.parametrize("when", ["capture", "run"])
 def test_an_interrupt_leaves_the_model_usable(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, fast = compiled(Picky(2, WIDTH))

@@ -489,6 +489,49 @@ def test_a_list_of_a_class_of_its_own_is_left_as_it_is() -> None:
         ran(fast, number + 1)
 
 
+class OfAttributes(OneTuple):
+    """Keeps all memories in an attribute of a list of a class of its own."""
+
+    held: Any
+
+    @property
+    def memory(self) -> Any:
+        return self.held.memory
+
+    @memory.setter
+    def memory(self, value: Any) -> None:
+        if not hasattr(self, "held"):
+            self.held = Noisy()
+        self.held.memory = value
+
+
+@pytest.mark.slow
+def test_a_memory_in_an_attribute_of_a_list_is_left_there() -> None:
+    fast, eager = pair(OfAttributes)
+    for number in range(3):
+        same(fast, eager, text(number))
+        torch.testing.assert_close(fast.held.memory, eager.held.memory, rtol=1e-12, atol=1e-12)
+        ran(fast, number + 1)
+
+
+class Zero(OneTuple):
+    zero = -0.0
+
+    def forward(self, x: Tensor) -> Any:
+        result = super().forward(x)
+        self.zero = 0.0
+        return result
+
+
+def test_a_zero_that_is_left_is_not_the_other_zero() -> None:
+    fast, eager = pair(Zero)
+    for number in range(3):
+        fast.zero = eager.zero = -0.0
+        same(fast, eager, text(number))
+        assert str(fast.zero) == str(eager.zero) == "0.0"
+        ran(fast, number + 1)
+
+
 @dataclass
 class Mark:
     memory: Tensor

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import sys
 import types
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,34 @@ class Settings:
     """An object without attributes."""
 
 
+class OwnList(list[float]):
+    scale = 1.0
+
+
+class OwnDict(dict[str, float]):
+    scale = 1.0
+
+
+class OwnTuple(tuple[float, ...]):
+    scale = 1.0
+
+
+class OwnSet(set[float]):
+    scale = 1.0
+
+
+class Described:
+    """A descriptor that keeps its value itself."""
+
+    value = 1.0
+
+    def __get__(self, instance: object, owner: type | None = None) -> float:
+        return self.value
+
+    def __set__(self, instance: object, value: float) -> None:
+        self.value = value
+
+
 def moved(table: dict[str, Any], key: str) -> None:
     """Put an item behind all others."""
     table[key] = table.pop(key)
@@ -43,9 +72,12 @@ class Cell(nn.Module):
 
     shift: Tensor
     nothing: dict[str, float]
+    described = Described()
 
     def __init__(self) -> None:
         super().__init__()
+        self.own = [OwnList(), OwnDict(), OwnTuple(), OwnSet(), functools.partial(torch.tanh)]
+        self.user = UserDict(scale=1.0)
         self.mix = nn.Linear(3, 3)
         self.register_buffer("shift", torch.randn(3))
         self.rate = 0.5
@@ -101,6 +133,13 @@ CHANGES: dict[str, Callable[[Cell], Any]] = {
     "a module's class": lambda cell: setattr(cell.mix, "__class__", nn.Bilinear),
     "a table of parameters": lambda cell: vars(cell.mix).update(_parameters=dict(cell.mix._parameters)),
     "training": lambda cell: cell.mix.eval(),
+    "an attribute of a list": lambda cell: setattr(cell.own[0], "scale", 2.0),
+    "an attribute of a dictionary": lambda cell: setattr(cell.own[1], "scale", 2.0),
+    "an attribute of a tuple": lambda cell: setattr(cell.own[2], "scale", 2.0),
+    "an attribute of a set": lambda cell: setattr(cell.own[3], "scale", 2.0),
+    "an attribute of a partial function": lambda cell: setattr(cell.own[4], "scale", 2.0),
+    "an item behind an object of Python's own": lambda cell: cell.user.update(scale=2.0),
+    "what a descriptor keeps": lambda cell: setattr(cell, "described", cell.described + 1.0),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
@@ -590,6 +591,48 @@ def test_results(name: str) -> None:
     twins.compare({LOWER, OWN})
 
 
+@pytest.mark.slow
+def test_a_tensor_in_a_list_of_all_segments_is_the_one_beside_it() -> None:
+    def result(pieces: list[Tensor], hidden: list[tuple[Tensor, ...]], memories: list[Tensor]) -> Any:
+        return {"last": pieces[-1], "first": pieces[0], "all": pieces}
+
+    twins = Twins(lambda: Giving(result))
+    for segments in (4, 6):
+        found, _ = twins.call(text(segments, 2))
+        twins.ran(segments)
+        assert found["last"] is found["all"][-1] and found["first"] is found["all"][0]
+
+
+class Recurrent(Giving):
+    """Each layer reads a segment with a module of torch that holds weak references to its parameters."""
+
+    def __init__(self, kind: type[nn.GRU | nn.LSTM], dropout: float) -> None:
+        super().__init__(RESULTS["concatenated"])
+        self.readers = nn.ModuleList(
+            kind(WIDTH, WIDTH, num_layers=2, batch_first=True, dropout=dropout) for _ in range(LAYERS)
+        )
+
+    def cell(self, number: int, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        return super().cell(number, self.readers[number](hidden)[0], memory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_recurrent_modules_of_torch(kind: type[nn.GRU | nn.LSTM]) -> None:
+    twins = Twins(lambda: Recurrent(kind, 0.0), segment_length=SEGMENT)
+    references = [[*reader._flat_weight_refs] for reader in twins.owner.readers]
+    for segments in (4, 6):
+        twins.call(text(segments, 2))
+        twins.ran(segments)
+    assert all(
+        one is other
+        for reader, held in zip(twins.owner.readers, references, strict=True)
+        for one, other in zip(reader._flat_weight_refs, held, strict=True)
+    )
+    with pytest.raises(rmtc.RefusedError, match="draws random numbers"):
+        Twins(lambda: Recurrent(kind, 0.5), segment_length=SEGMENT).call(text(4, 2))
+
+
 class InTheLoop(Stack):
     """Running sums and counts that the loop itself keeps, in tensors and in numbers."""
 
@@ -876,6 +919,10 @@ def test_an_output_with_more_than_its_class_makes_is_refused(key: bool) -> None:
     assert "returns a MemoryOutput, whose tensors" in refused(ending(lambda model, x, m: with_more(x, key)), text(4, 2))
 
 
+def plainly(self: Any, result: Tensor, memories: Any) -> Tensor:
+    return result
+
+
 def drained(model: Any, x: Tensor, memories: list[Tensor]) -> Any:
     old, model.kept = model.kept, []
     old.append(1)
@@ -890,6 +937,53 @@ def counted(model: Any, x: Tensor, memories: list[Tensor], options: dict[str, in
 def test_changes_of_containers_that_no_run_makes_are_refused() -> None:
     assert "takes kept away, and adds items to it" in refused(ending(drained, kept=[0]), text(4, 2))
     assert "changes a list or dict that was passed" in refused(ending(counted), text(4, 2), {})
+
+
+class Slotted:
+    __slots__ = ("seen",)
+
+    seen: Tensor
+
+
+def seen(self: Any, x: Tensor) -> Any:
+    self.kept.seen = x
+    return zeros(x.shape[0])
+
+
+def frozen(self: Any, result: Tensor, memories: Any) -> Tensor:
+    self.layers[0].weight.requires_grad_(True)
+    return result
+
+
+def exported(self: Any, result: Tensor, memories: Any) -> Tensor:
+    os.environ["RMTC_TEST_LEFT"] = "1"
+    return result
+
+
+def parameter(self: Any, result: Tensor, memories: Any) -> Tensor:
+    self.made = nn.Parameter(result[0, 0])
+    return result
+
+
+@pytest.mark.slow
+def test_what_no_run_by_the_schedule_would_leave_is_refused() -> None:
+    assert "changes whether a tensor requires gradients" in refused(ending(frozen), text(4, 2))
+    assert "changes an environment variable" in refused(ending(exported), text(4, 2))
+    assert "RMTC_TEST_LEFT" not in os.environ
+    assert "makes a parameter" in refused(ending(parameter), text(4, 2))
+
+
+@pytest.mark.slow
+def test_a_slot_that_a_call_fills_is_left_filled_by_a_run_alone() -> None:
+    failing = ending(lambda self, result, memories: result * result.sum().item(), seen, kept=Slotted())
+    assert "reads a tensor's value" in refused(failing, text(4, 2))
+    assert not hasattr(failing.owner.kept, "seen")
+    twins = ending(plainly, seen, kept=Slotted())
+    for segments in (4, 5):
+        x = text(segments, 2)
+        twins.call(x)
+        twins.ran(segments)
+        assert twins.owner.kept.seen is twins.twin.kept.seen is x
 
 
 def test_a_view_of_a_buffer_that_is_written_is_refused() -> None:

@@ -12,6 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Queue
 from typing import Any, ClassVar
 
 import numpy
@@ -455,7 +456,25 @@ def test_a_module_that_the_capture_is_the_first_to_import(tmp_path: Path, monkey
         assert rmtc.stats(fast).captures == captures
 
 
-@pytest.mark.parametrize("kind", [Context, ContextBound, ThreadLocal, Array, Globals])
+class SlottedList(list[float]):
+    __slots__ = ("scale",)
+
+
+class Queued(Model):
+    held: Any = Queue()
+
+
+class OfAModule(Model):
+    """Looks names up in a module that it keeps."""
+
+    held: Any = sys.modules[__name__]
+
+
+class OfSlots(Model):
+    held: Any = SlottedList()
+
+
+@pytest.mark.parametrize("kind", [Context, ContextBound, ThreadLocal, Array, Globals, Queued, OfAModule, OfSlots])
 def test_what_cannot_be_seen_is_refused(kind: type[Model]) -> None:
     model = kind().eval()
     fast = rmtc.compile(copy.copy(model), strict=True)
@@ -606,6 +625,52 @@ def test_an_argument_that_is_state_too(askers: tuple[Any, Any]) -> None:
     same(result, plain(plain.own))
     same(fast(text()), plain(text()))
     assert rmtc.stats(fast).runs == runs + 1
+
+
+class Options(dict[str, float]):
+    scale = 1.0
+
+
+class Pair(tuple[float, ...]):
+    scale = 1.0
+
+
+class Optional(Model):
+    def forward(self, hidden: Tensor, options: Any = None) -> Tensor:
+        return super().forward(hidden * options.scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [Options(a=1.0), Pair([1.0])], ids=["dict", "tuple"])
+@torch.no_grad()
+def test_an_argument_of_a_class_of_its_own_has_attributes(given: Any) -> None:
+    plain, fast = compiled(Optional)
+    for captures, scale in enumerate((2.0, 3.0), start=1):
+        given.scale = scale
+        for number in range(2):
+            same(fast(text(seed=number), given), plain(text(seed=number), given))
+        scheduled(fast)
+        assert rmtc.stats(fast).captures == captures
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_module_in_a_closure_is_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("kept_in_a_closure")
+    module.scale = 2.0  # type: ignore[attr-defined]
+
+    class Closing(Model):
+        def before(self, piece: Tensor, number: int) -> Tensor:
+            scaled: Tensor = piece * module.scale
+            return scaled
+
+    plain, fast = Closing().eval(), rmtc.compile(Closing().eval())
+    for captures, scale in enumerate((2.0, 3.0), start=1):
+        module.scale = scale  # type: ignore[attr-defined]
+        for number in range(2):
+            same(fast(text(seed=number)), plain(text(seed=number)))
+        scheduled(fast)
+        assert rmtc.stats(fast).captures == captures
 
 
 @torch.no_grad()

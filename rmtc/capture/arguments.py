@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["Arguments", "Growth", "argument_names", "show"]
+__all__ = ["Arguments", "Growth", "argument_names", "container_attributes", "show"]
 
 Path = tuple[Any, ...]
 
@@ -72,15 +72,21 @@ class Arguments:
         """What is given, by path, in order; at the path of a container its type, and its keys."""
         found: dict[Path, Any] = {}
 
+        def visit_attributes(path: Path, value: Any) -> None:
+            for key, item in container_attributes(value).items():
+                found[*path, f".{key}"] = item
+
         def visit(path: Path, value: Any) -> None:
             if isinstance(value, (list, tuple)) and value:
                 found[path] = type(value)
                 for index, item in enumerate(value):
                     visit((*path, index), item)
+                visit_attributes(path, value)
             elif isinstance(value, dict) and value:
                 found[path] = f"{type(value).__qualname__} of {list(value)}"
                 for key, item in value.items():
                     visit((*path, key), item)
+                visit_attributes(path, value)
             elif isinstance(value, torch.Tensor):
                 found[path] = value
             else:
@@ -150,6 +156,11 @@ class Arguments:
         """
         lengths = lengths or {}
 
+        def with_attributes(made: Any, value: Any) -> Any:
+            if held := container_attributes(value):
+                vars(made).update(held)
+            return made
+
         def rebuild(path: Path, value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 return function(path, value)
@@ -158,11 +169,11 @@ class Arguments:
                 if path in lengths:
                     items = (items + [items[-1]] * lengths[path])[: lengths[path]]
                 new = [rebuild((*path, index), item) for index, item in enumerate(items)]
-                if hasattr(value, "_fields"):
-                    return type(value)(*new)
-                return type(value)(new)
+                made: Any = type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+                return with_attributes(made, value)
             if isinstance(value, dict):
-                return type(value)((key, rebuild((*path, key), item)) for key, item in value.items())
+                made = type(value)((key, rebuild((*path, key), item)) for key, item in value.items())
+                return with_attributes(made, value)
             leaves, spec = pytree.tree_flatten(value)
             if len(leaves) == 1 and leaves[0] is value:
                 return value
@@ -170,6 +181,14 @@ class Arguments:
 
         args = tuple(rebuild((name,), value) for name, value in zip(self.names, self.args, strict=True))
         return args, {name: rebuild((name,), value) for name, value in self.kwargs.items()}
+
+
+def container_attributes(value: Any) -> dict[str, Any]:
+    """The attributes of a list, tuple or dictionary of a class of its own, but for those that show its items."""
+    held = getattr(value, "__dict__", None)
+    if not held:
+        return {}
+    return {key: item for key, item in held.items() if not isinstance(value, dict) or key not in value}
 
 
 def argument_names(function: Callable[..., Any], count: int) -> tuple[str, ...]:

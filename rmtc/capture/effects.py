@@ -16,7 +16,7 @@ from torch import nn
 
 from rmtc.capture.objects import Describer, Label, Ref, build, parts_of
 from rmtc.capture.session import Session
-from rmtc.capture.state import MISSING, Slot, is_plain, paths_of, refill
+from rmtc.capture.state import MISSING, Slot, is_plain, paths_of, refill, told
 from rmtc.errors import CaptureError
 
 __all__ = ["Effect", "find_effects"]
@@ -134,6 +134,7 @@ def find_effects(
     """
     after = session.state()
     persistent = {id(slot.owner) for slot in before} | {id(owner) for owner in session.snapshot.owners()}
+    persistent |= {id(each.value) for each in session.snapshot.objects}  # of which some have no attribute yet
     persistent -= {id(slot.owner) for slot in before if isinstance(slot.owner, tuple)}
     names = {(id(slot.owner), slot.key): slot.name for slot in after}
     old = {(id(slot.owner), slot.key): slot for slot in before}
@@ -257,4 +258,4 @@ def _same(one: Any, other: Any) -> bool:
         return False
     if type(one) is tuple and type(other) is tuple and len(one) == len(other):
         return all(map(_same, one, other))
-    return type(one) is type(other) and is_plain(one) and bool(one == other)
+    return type(one) is type(other) and is_plain(one) and told(one) == told(other)

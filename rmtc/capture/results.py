@@ -10,7 +10,7 @@ import torch
 from rmtc.capture.arguments import Arguments
 from rmtc.capture.objects import Describer, Place, Plain, Ref
 from rmtc.capture.session import Session
-from rmtc.capture.state import is_plain
+from rmtc.capture.state import MISSING, is_plain, told
 from rmtc.errors import CaptureError
 
 __all__ = ["describer_of", "left_behind"]
@@ -67,8 +67,8 @@ def left_behind(
             if held.get(slot.name) is not slot.value:
                 tensors[f"state:{slot.name}"] = slot.value
         elif is_plain(slot.value):
-            before = session.snapshot.plain
-            if slot.name not in before or (before[slot.name] is not slot.value and before[slot.name] != slot.value):
+            before = session.snapshot.plain.get(slot.name, MISSING)
+            if before is MISSING or told(before) != told(slot.value):
                 plain[f"state:{slot.name}"] = slot.value
     return tensors, plain, description
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
-from rmtc.capture.arguments import Arguments, argument_names, show
+from rmtc.capture.arguments import Arguments, argument_names, container_attributes, show
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import traceback_location
 from rmtc.capture.state import (
@@ -78,6 +79,13 @@ class Session:
         )
         for path, tensor in self.arguments.tensors().items():
             _refuse_unknown(show(path), tensor)
+        for path, container in self.arguments.containers().items():
+            for key, value in container_attributes(container).items():
+                if not is_plain(value):
+                    raise CaptureError(
+                        f"{show(path)} is a {type(container).__name__} whose attribute {key} is no plain value",
+                        remedy="pass it as an argument of its own",
+                    )
         self.roots: dict[str, Any] = {"": function}
         for name, value in self.arguments.named():
             for path, leaf in pytree.tree_flatten_with_path(value)[0]:
@@ -96,6 +104,7 @@ class Session:
         self.lifted = self._lift(self.snapshot.slots)
         self._index = {id(lifted.tensor): i for i, lifted in enumerate(self.lifted)}
         self._stand_ins: list[torch.Tensor] | None = None
+        self._requiring: list[tuple[torch.Tensor, bool]] = []  # what is installed, and what it required then
         self.lost: str | None = None  # what the code was seen to do that no program does
         self.drawn = False  # whether it drew random numbers in Python
         self.writes = False  # whether the code was seen to write to a tensor
@@ -148,8 +157,8 @@ class Session:
 
     @property
     def asks_for_gradients(self) -> bool:
-        """Whether the user's code asks tensors whether they require gradients."""
-        return "requires_grad" in self._asked
+        """Whether the user's code asks tensors whether they require gradients, or says so."""
+        return not self._asked.isdisjoint(("requires_grad", "requires_grad_"))
 
     @property
     def asks_for_strides(self) -> bool:
@@ -198,6 +207,7 @@ class Session:
     def installed(self, values: Sequence[torch.Tensor]) -> Iterator[None]:
         """Every lifted tensor replaced by another, and on exit everything as it was before."""
         pairs = zip(self.lifted, values, strict=True)
+        environment = dict(os.environ)
         mapping = {id(lifted.tensor): self._alike(value, lifted.tensor) for lifted, value in pairs}
         random_state = random.getstate()
         numpy = sys.modules.get("numpy")
@@ -207,12 +217,20 @@ class Session:
         try:
             for slot in self.snapshot.slots:
                 if not is_plain(slot.value) and not isinstance(slot.owner, tuple):
-                    value = uncached(replace_tensors(slot.value, lambda tensor: mapping[id(tensor)]))
+                    value = uncached(replace_tensors(slot.value, lambda tensor: mapping.get(id(tensor), tensor)))
                     if value is not slot.value:
                         slot.put(value)
+            self._requiring = [(value, value.requires_grad) for value in values]
             yield
         finally:
             self.snapshot.restore()
+            for value, required in self._requiring:
+                if value.requires_grad is not required:
+                    value.requires_grad_(required)
+            self._requiring = []
+            if os.environ != environment:
+                os.environ.clear()
+                os.environ.update(environment)
             torch.set_grad_enabled(grad_enabled)
             torch.random.set_rng_state(generator_state)
             random.setstate(random_state)
@@ -250,10 +268,14 @@ class Session:
             args, kwargs = pytree.tree_map_only(Iterator, unmoved, (args, kwargs))
         try:
             with _compiler_flags() if self._asked.isdisjoint(_OF_COMPILERS) else contextlib.nullcontext():
-                drawn = self.snapshot.random_state()
+                drawn, environment = self.snapshot.random_state(), dict(os.environ)
                 result = self._call_user(args, kwargs)
                 self._note_drawn(drawn)
                 self.lost = self.snapshot.lost() or self.lost
+                if any(value.requires_grad is not required for value, required in self._requiring):
+                    self.lost = "the call changes whether a tensor requires gradients"
+                if os.environ != environment:
+                    self.lost = "the call changes an environment variable"
                 return result
         except RmtcError:
             raise

@@ -21,6 +21,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
+from queue import Queue, SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -171,7 +172,12 @@ def _is_installed(package: str) -> bool:
 
 def _is_walked(kind: type) -> bool:
     """Whether a class that a function names is looked into: one of the user's own, not of an installed package."""
-    return not _from_library(kind.__module__) and not _is_installed(kind.__module__.partition(".")[0])
+    return _is_users(kind.__module__)
+
+
+def _is_users(module: str) -> bool:
+    """Whether a file is one of the user's own."""
+    return not _from_library(module) and not _is_installed(module.partition(".")[0])
 
 
 def _makes_items(table: dict[Any, Any]) -> bool:
@@ -285,7 +291,9 @@ def _imported(function: types.FunctionType) -> Iterator[types.ModuleType]:
 def _spaces(function: types.FunctionType) -> Iterator[tuple[dict[str, Any], bool]]:
     """Where the names of a function are looked up, its own file first: names and values, and whether a library's."""
     names = _names(function.__code__)
+    held = [_contents(cell) for cell in function.__closure__ or ()]
     modules: list[types.ModuleType | None] = [None, *_imported(function)]
+    modules += [each for each in held if isinstance(each, types.ModuleType)]
     seen: set[int] = set()
     for module in modules:
         space = function.__globals__ if module is None else vars(module)
@@ -400,9 +408,11 @@ def names_of(function: types.FunctionType) -> tuple[str, ...]:
 _OPAQUE = (
     *(contextvars.ContextVar, threading.local, memoryview, bytearray),
     *(weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet, weakref.ProxyType),
+    *(Queue, SimpleQueue),
 )
 _ITERATORS = ("itertools", "builtins")
 _VIEWS: tuple[type, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
+_RECORDS = (types.SimpleNamespace, argparse.Namespace, functools.partial)
 _FOREIGN = ("array", "ctypes", "_ctypes", "multiprocessing.sharedctypes")  # memory that has no slots
 
 
@@ -412,6 +422,8 @@ def is_opaque(value: object) -> bool:
     if issubclass(kind, _OPAQUE) or (hasattr(kind, "__next__") and kind.__module__ in _ITERATORS):
         return True
     if isinstance(value, dict) and _makes_items(value) and not _from_library(kind.__module__):
+        return True
+    if isinstance(value, (list, dict, deque, set)) and _members(value):  # an item or an attribute?
         return True
     return any(base.__module__ in _FOREIGN for base in kind.__mro__) and not isinstance(value, type)
 
@@ -427,6 +439,10 @@ def unseen(roots: dict[str, Any], slots: Sequence[Slot], code: Code) -> str | No
         for each in (value, *_behind(value)):
             if is_opaque(each):
                 return f"{name or 'the function'} is a {type(each).__name__}, whose changes are not seen"
+    for slot in slots:
+        module = slot.value if isinstance(slot.value, types.ModuleType) else None
+        if module is not None and _is_users(module.__name__) and not isinstance(slot.owner, types.CellType):
+            return f"{slot.name} is a module ({module.__name__}), and what is looked up in it is not seen"
     for function in code.functions:
         if "globals" in function.__code__.co_names and "globals" not in function.__globals__:
             return f"{function.__qualname__} looks names up in globals()"
@@ -500,6 +516,7 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
                 for function in state_functions(attribute, functions):
                     add_function(function)
                 bound = hasattr(type(attribute), "__get__") and not isinstance(attribute, _Cached)
+                bound = bound and not is_record(attribute)  # a descriptor of the user's keeps what it likes
                 if not (key.startswith("__") or isinstance(attribute, type) or bound):
                     add(f"{base.__qualname__}.{key}", base, key, attribute)
 
@@ -537,7 +554,7 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
             queue.extend((f"{dot}{key}", getattr(value, key), None) for key in ("func", "args", "keywords"))
         elif behind := [*_behind(value)]:
             queue.extend((name, each, None) for each in behind)
-        elif is_record(value):
+        if is_record(value) and not isinstance(value, nn.Module):  # a list of a class of its own, too
             for key, item in list(getattr(value, "__dict__", {}).items()):
                 table = "__dict__" if type(value.__dict__) is dict else ""
                 add(dot + key, value.__dict__ if table else value, key, item, at, table)
@@ -587,8 +604,8 @@ def is_record(value: Any) -> bool:
     """Whether an object's attributes are state: a config, a cache, a dataclass, an object of the user's."""
     if isinstance(value, (torch.Tensor, Enum)) or not (hasattr(value, "__dict__") or _members(value)):
         return False
-    if isinstance(value, (types.SimpleNamespace, argparse.Namespace)):
-        return True
+    if isinstance(value, _RECORDS) or type(value).__module__ in ("collections", "configparser"):
+        return type(value) is not OrderedDict  # of which every module has ten
     if type(value).__module__.startswith("rmtc.") and not type(value).__module__.startswith("rmtc.examples"):
         return False  # what stands in for a compiled function's call
     package = type(value).__module__.partition(".")[0]
@@ -678,6 +695,7 @@ class Snapshot:
         self._loaded = frozenset(sys.modules)
         self._known = {(id(slot.owner), slot.key) for slot in self._places}
         values = {id(value): value for value in (*roots.values(), *(slot.value for slot in slots))}.values()
+        self._unset = [(value, member) for value in values if is_record(value) for _, member in unset_slots(value)]
         self.objects = [each for each in map(Held.of, values) if each is not None]
         arrays = [value for value in values if type(value).__name__ == "ndarray"]
         self.arrays = [(array, array.copy()) for array in arrays]
@@ -715,6 +733,9 @@ class Snapshot:
                 (type if isinstance(value, type) else object).__setattr__(value, "__class__", kind)
             if attributes is not None and vars(value) is not attributes:
                 object.__setattr__(value, "__dict__", attributes)
+        for value, member in self._unset:
+            if is_set(value, member):
+                member.__delete__(value)
         for array, content in self.arrays:
             array[...] = content
         for generator, state in zip(self._generators, self._drawn, strict=True):
@@ -838,9 +859,14 @@ def unmoved(value: Any) -> Any:
 
 
 def replace_tensors(value: Any, mapping: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A tuple (or named tuple) with its tensors and iterators replaced; the same object if it holds none."""
+    """A tuple (or named tuple) with its tensors and iterators replaced; the same object if it holds none.
+
+    A weak reference to a tensor becomes one to what replaces it.
+    """
     if isinstance(value, torch.Tensor):
         return mapping(value)
+    if type(value) is weakref.ref and isinstance(tensor := value(), torch.Tensor):
+        return weakref.ref(mapping(tensor))
     if isinstance(value, Iterator):
         return unmoved(value)
     if isinstance(value, tuple):

@@ -289,6 +289,7 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
         names = [*(lifted.names[0] for lifted in session.lifted), *(show(path) for path in inputs)]
         sources = {id(tensor): name for tensor, name in zip(flat, names, strict=True)}
         raw.same = {name: sources[id(tensor)] for name, tensor in found.items() if id(tensor) in sources}
+        _refuse_parameters({name: tensor for name, tensor in found.items() if name not in raw.same})
         written = {
             name: tensor for tensor, inner, name in zip(flat, before, names, strict=True) if _inner(tensor) is not inner
         }
@@ -380,6 +381,16 @@ def _refuse_views(written: dict[str, torch.Tensor], results: dict[str, torch.Ten
             raise RefusedError(
                 f"{name.removeprefix('state:')} is a view of {source}, which the call writes to",
                 remedy="return or keep a copy of it (clone), or the whole tensor",
+            )
+
+
+def _refuse_parameters(found: dict[str, torch.Tensor]) -> None:
+    """A run by the schedule makes plain tensors."""
+    for name, tensor in found.items():
+        if isinstance(tensor, nn.Parameter):
+            raise CaptureError(
+                f"the call makes a parameter, which it leaves or returns in {name.removeprefix('state:')}",
+                remedy="make parameters before the call, or keep a plain tensor (detach)",
             )
 
 

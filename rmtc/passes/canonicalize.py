@@ -212,9 +212,7 @@ def _refuse_random(graph: fx.Graph) -> None:
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
             continue
-        if target is aten.dropout.default and not _drops(node):
-            continue
-        if target is aten.scaled_dot_product_attention.default and _argument(node, 4, "dropout_p", 0.0) == 0.0:
+        if not _draws(node, target):
             continue
         raise RefusedError(
             f"{target} draws random numbers: another order of the cells draws other numbers",
@@ -235,6 +233,15 @@ def _refuse_strides(graph: fx.Graph) -> None:
 
 def _drops(node: fx.Node) -> bool:
     return bool(node.args[1] != 0 and node.args[2])
+
+
+def _draws(node: fx.Node, target: torch._ops.OpOverload) -> bool:
+    """Whether an operation that may draw random numbers does: not if it drops nothing, nor out of training."""
+    known = enumerate(target._schema.arguments)
+    given = {each.name: _argument(node, at, each.name, each.default_value) for at, each in known}
+    training = given.get("train", given.get("training"))
+    chances = [given.get(name) for name in ("dropout", "dropout_p", *(("p",) if "train" in given else ()))]
+    return training is not False and 0 not in chances
 
 
 def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:

@@ -458,21 +458,25 @@ class Compiled:
     def _run_eager(
         self, decision: _Eager, before: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        self._count(decision.reason)
-        if decision.reason is not None:
-            if self.options.strict:
-                error = decision.error
-                if isinstance(error, CaptureError) and decision.known is not None:
-                    decision.known.refusal = None  # perhaps this very call fails
-                raise copy.copy(error) if error is not None else RefusedError(_sentence(decision))
+        error, known = decision.error, decision.known
+        theirs = _is_of_call(error)  # then the call as it was says whether it is a mistake, or rmtc's limit
+        if self.options.strict and decision.reason is not None:
+            self._count(decision.reason)
+            if isinstance(error, CaptureError) and known is not None:
+                known.refusal = None  # perhaps this very call fails
+            raise copy.copy(error) if error is not None else RefusedError(_sentence(decision))
+        if not theirs:
+            self._count(decision.reason)
             self._warn(decision)
-        known = decision.known
         try:
             result = self._entered(before, args, kwargs)
         except Exception:
             if known is not None and known.tries <= self.options.recompile_limit:
                 known.refusal = None  # this very call fails: it says nothing of others
             raise
+        if theirs:
+            self._count(decision.reason)
+            self._warn(decision)
         if known is not None:
             known.settle()
         return result
@@ -591,6 +595,12 @@ class Compiled:
 
 def _sentence(decision: _Eager) -> str:
     return f"{decision.reason}: {decision.detail}" if decision.detail else str(decision.reason)
+
+
+def _is_of_call(error: RmtcError | None) -> bool:
+    """Whether a capture ended with an exception that the user's code raised."""
+    cause = error.__cause__ if isinstance(error, CaptureError) else None
+    return cause is not None and not isinstance(cause, RmtcError)
 
 
 def _lean(error: RmtcError) -> RmtcError:

@@ -158,6 +158,8 @@ class _Walk:
                 known = name.at(at) if isinstance(name, Numbered) else name
                 each = Where(segment, operand.number) if isinstance(operand, Every) else operand
                 value = self._operand(each, after)
+                if isinstance(each, Where):
+                    each = self._key(each)
                 if isinstance(value, torch.Tensor) and given.setdefault(id(value), each) != each:
                     value = value.clone()
                 found[known] = value
@@ -252,11 +254,15 @@ class _Walk:
         if isinstance(operand, Outer):
             return self.before[operand.number] if operand.part == "before" else after[operand.number]
         if isinstance(operand, Where):
-            segment = operand.segment if operand.segment >= 0 else self.ends.S + operand.segment
-            return self.kept[Key(segment, operand.number[min(segment, len(operand.number) - 1)])]
+            return self.kept[self._key(operand)]
         if isinstance(operand, Fit):
             return operand.at(at or self.ends)
         return operand
+
+    def _key(self, operand: Where) -> Key:
+        """The operation whose value an operand of the part after the loop is."""
+        segment = operand.segment if operand.segment >= 0 else self.ends.S + operand.segment
+        return Key(segment, operand.number[min(segment, len(operand.number) - 1)])
 
     def _shared(self, number: int, at: Environment) -> Any:
         table = self.shared.setdefault(at.T, {})

@@ -448,7 +448,7 @@ class Variant:
         """A value that a call leaves in Python: the same always, or advancing evenly with the segments."""
         first, third = self.analysis.probes
         low, high = first.plain[name], third.plain[name]
-        if type(low) not in (int, float) or low == high:
+        if type(low) not in (int, float) or told(low) == told(high):
             return low
         steps, more = third.sizes.segments - first.sizes.segments, segments - first.sizes.segments
         if type(low) is float:
@@ -564,7 +564,8 @@ def _describe(value: Any, batch: int, known: frozenset[int], varying: frozenset[
         held = tuple((key, _describe(item, batch, known)) for key, item in attributes(value).items())
         return type(value), items, held, getattr(value, "maxlen", None)
     if isinstance(value, dict):
-        return type(value), tuple((key, _describe(item, batch, known)) for key, item in value.items())
+        pairs = *value.items(), *attributes(value).items()
+        return type(value), tuple((key, _describe(item, batch, known)) for key, item in pairs)
     if is_plain(value):
         return told(value)
     if id(value) not in known and can_be_made(value):
