@@ -196,6 +196,32 @@ FOUND: dict[str, Choices] = {
     "histories that nothing reads": Choices(
         layers=2, kinds=("attention", "mlp"), parameters="stacked", state="buffer", ds=3, dl=3, batch=3
     ),
+    "one buffer's histories in place": Choices(
+        layers=5,
+        kinds=("attention", "mlp", "bare"),
+        parameters="lists",
+        state="shared",
+        ds=3,
+        dl=2,
+        in_place=True,
+        batch=1,
+    ),
+    "what layers read has other sizes": Choices(
+        layers=4,
+        kinds=("bare", "attention"),
+        parameters="lists",
+        state="attribute",
+        ds=0,
+        dl=2,
+        in_place=True,
+        kept=True,
+    ),
+    "few segments, and what nothing reads": Choices(
+        layers=2, kinds=("attention", "mlp"), parameters="stacked", state="buffer", dl=1, in_place=True, batch=1, tail=2
+    ),
+    "histories as long as a last segment": Choices(
+        parameters="stacked", state="buffer", ds=3, dl=-3, kept=True, batch=1, tail=2
+    ),
 }
 """Models that were refused or given a longer schedule once."""
 

@@ -456,19 +456,20 @@ def _unalias(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _flatten(graph: fx.Graph, node: fx.Node) -> None:
-    """cat([cat([a, b]), c]) -> cat([a, b, c]), where nothing else reads what is inside, not even a copy of it."""
-    given: Any = node.args[0]
+    """cat([clone(cat([a, b])), c]) -> cat([a, b, c]), where nothing else reads what is inside."""
+    given: list[Any] = list(node.args[0])  # type: ignore[arg-type]
     pieces: list[Any] = []
     for piece in given:
         inner = piece
-        if piece.target is aten.clone.default and not piece.kwargs and len(piece.users) == 1:
-            inner = piece.args[0]
+        if piece.target is aten.clone.default and len(piece.users) == 1:
+            source = piece.args[0]
+            inner = source if source.meta["val"].stride() == piece.meta["val"].stride() else piece
         inside = inner.target is aten.cat.default and len(inner.users) == 1
         alike = inside and inner.meta["val"].dtype == node.meta["val"].dtype and _dim(inner, 1) == _dim(node, 1)
-        pieces += inner.args[0] if alike else [piece]
-    if len(pieces) > len(given):
+        pieces += inner.args[0] if alike else [inner]
+    if pieces != given:
         node.args = (pieces, *node.args[1:])
-        for piece in reversed(list(given)):
+        for piece in reversed(given):
             for each in (piece, *piece.all_input_nodes):
                 if not each.users and each.target in (aten.cat.default, aten.clone.default):
                     graph.erase_node(each)

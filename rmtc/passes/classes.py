@@ -237,6 +237,9 @@ def _at(op: BodyOp) -> str:
 
 
 def _merge_slot(a: Any, b: Any) -> tuple[Any] | None:
+    if isinstance(a, (_Cells, _Outside)) and isinstance(b, (_Cells, _Outside)):
+        if a.form is not None and b.form is not None and a.form != b.form:
+            return None
     if isinstance(a, _Number) and isinstance(b, _Number):
         merged = b.merge(a)
         return (merged,) if merged is not None else None

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from rmtc.errors import RefusedError
-from rmtc.ir.program import VIEWS, Op, Source, Src, Val, leaves, map_leaves, show, target_name
+from rmtc.ir.program import Op, Source, Src, Val, leaves, map_leaves, show, target_name
 from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Item, Outer, Row, SegmentLoop, Where
 from rmtc.passes.complete import complete_segments
 from rmtc.passes.cuts import common_subsequence
@@ -114,7 +114,7 @@ def _with_known_results(loop: SegmentLoop) -> SegmentLoop:
         op = loop.steady[number]
         if min(numbers, default=0) >= 0:
             return Where(segment, (*numbers, number))
-        if (segment, number) not in beyond and op.target in VIEWS and not _varies(op):
+        if (segment, number) not in beyond and not _varies(op):
             read = {each: left(segment - each.back, each.number) for each in leaves(op.args) if isinstance(each, Row)}
             if None not in read.values():
                 args = map_leaves(op.args, lambda leaf: read[leaf] if isinstance(leaf, Row) else leaf)
