@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -131,6 +132,8 @@ def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> 
     templates = [tuple(sorted({family.template(name) for name in each})) for each in names]
     tokens = [(op.target, len(op.args), templates[i]) for i, op in enumerate(row)]
     reads: set[int] = set()
+    alike = [op.target for op in row] == [op.target for op in loop.steady]
+    back: set[tuple[int, int]] = set()  # of a row that reads another kind of row, the numbers are that one's
     rank = [layer_at.get(i, -1) for i in range(len(row))]  # the latest layer that it is made of
     for i, op in enumerate(row):
         for leaf in leaves(op.args):
@@ -140,6 +143,8 @@ def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> 
                 isinstance(leaf, Src) and loop.sources[leaf.name].kind in ("buffer", "state")
             ):
                 reads.add(i)
+            if isinstance(leaf, Row) and leaf.back > 0 and alike:
+                back.add((leaf.number, i))
     latest = list(rank)  # that something is made of which it has a part in
     for i in reversed(range(len(row))):
         for leaf in leaves(row[i].args):
@@ -147,12 +152,17 @@ def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> 
                 latest[leaf.number] = max(latest[leaf.number], latest[i])
     made = {i for i in range(len(row)) if latest[i] <= rank[i]}
     reads -= made
-    starts, head, _ = divide(tokens, first, last, reach, {}, made, reads)
+    starts, head, _ = divide(tokens, first, last, reach, {}, made, reads, back)
     begin = first[0] - common_suffix(tokens[: first[0]], head)
     # The last layer ends as another does, though it may leave out what it has no part in.
     tails = [tokens[at + 1 : start] for at, start in zip(last, starts, strict=False)]
     end = last[-1] + 1 + max((prefix_within(tokens[last[-1] + 1 :], tail) for tail in tails), default=0)
     bounds = [begin, *starts, end]
+    for place, bound in enumerate(bounds):  # what takes its part of several results stays with what makes them
+        while bound < len(row) and row[bound].target is operator.getitem:
+            bound += 1
+        bounds[place] = bound
+    begin, *_, end = bounds
     return Layout((0, begin), tuple(itertools.pairwise(bounds)), (end, len(row)))
 
 
@@ -250,6 +260,9 @@ def _refile(
             above = [layer for j in users.get(i, []) if (layer := label[j]) is not None]
             earlier = [at(leaf.number) for leaf in leaves(row[i].args) if isinstance(leaf, Row) and leaf.back > 0]
             label[i] = min(above) if above else next((layer for layer in earlier if layer is not None), layers - 1)
+    for i in range(start, len(row)):
+        if row[i].target is operator.getitem:
+            label[i] = at(next(leaf.number for leaf in leaves(row[i].args) if isinstance(leaf, Row)))
     extra = [[i for i in range(start, len(row)) if label[i] == layer] for layer in range(layers)]
     if layers < 2 or not any(extra[:-1]):
         return list(range(len(row))), layout
