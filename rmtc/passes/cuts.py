@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Collection, Hashable, Sequence, Set
+from collections.abc import Callable, Hashable, Sequence, Set
 from fractions import Fraction
 
 __all__ = [
@@ -84,7 +83,7 @@ def divide(
     anchors: dict[int, int],
     made: Set[int] = frozenset(),
     reads: Set[int] = frozenset(),
-    back: Collection[tuple[int, int]] = (),
+    waits: Callable[[Sequence[int]], bool] = lambda _: False,
 ) -> tuple[list[int], Sequence[Hashable], Sequence[Hashable]]:
     """Divide a sequence that repeats a part into its parts.
 
@@ -96,7 +95,7 @@ def divide(
         made: operations that no later part needs: they belong to the part that has just ended.
         reads: operations that are better at the start of a part than at the end of the one before, where that shows
             by what it made.
-        back: (maker, reader) of what a later run of the sequence reads: that run waits for a part above the reader's.
+        waits: whether, with parts that start so, a part waits for one above it.
 
     Returns:
         Where parts 1, 2, ... start; what a part runs before its first anchor; what it runs after its last.
@@ -127,15 +126,13 @@ def divide(
             found.append(first_of + at)
         return found
 
-    def waits(cut: int) -> bool:
-        at = starts(cut)
-        return any(bisect_right(at, maker) > bisect_right(at, reader) for maker, reader in back)
-
     crossing = [
         sum(1 for j in range(first[reference], begin + c) if reach[j] >= begin + c) for c in range(end - begin + 1)
     ]
     before, after = tokens[: first[0]], tokens[last[-1] + 1 :]
-    cut = choose_cut(tokens[begin:end], before, after, crossing, low, high, early[reference], waits)
+    cut = choose_cut(
+        tokens[begin:end], before, after, crossing, low, high, early[reference], lambda at: waits(starts(at))
+    )
     return starts(cut), tokens[begin + cut : end], tokens[begin : begin + cut]
 
 

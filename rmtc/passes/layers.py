@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -107,7 +108,14 @@ def _operand_names(loop: SegmentLoop, row: Sequence[BodyOp]) -> list[tuple[str, 
     return made(row, before)[1]
 
 
-def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> Layout:
+def _layout(
+    loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None, later: Sequence[tuple[int, int]] = ()
+) -> Layout:
+    """Where the layers of a row are.
+
+    Args:
+        later: (maker, layer) of what a layer of another kind of row reads of this one.
+    """
     names = _operand_names(loop, row)
     layer_at = {i: layer for i, each in enumerate(names) if family and (layer := family.layer(each)) is not None}
     if family is None or not layer_at:
@@ -133,7 +141,7 @@ def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> 
     tokens = [(op.target, len(op.args), templates[i]) for i, op in enumerate(row)]
     reads: set[int] = set()
     alike = [op.target for op in row] == [op.target for op in loop.steady]
-    back: set[tuple[int, int]] = set()  # of a row that reads another kind of row, the numbers are that one's
+    back: set[tuple[int, int]] = set()  # makers and readers; of a row of another kind the makers are not in it
     rank = [layer_at.get(i, -1) for i in range(len(row))]  # the latest layer that it is made of
     for i, op in enumerate(row):
         for leaf in leaves(op.args):
@@ -152,7 +160,14 @@ def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> 
                 latest[leaf.number] = max(latest[leaf.number], latest[i])
     made = {i for i in range(len(row)) if latest[i] <= rank[i]}
     reads -= made
-    starts, head, _ = divide(tokens, first, last, reach, {}, made, reads, back)
+
+    def waits(starts: Sequence[int]) -> bool:
+        """Whether a layer waits for one above it in an earlier segment."""
+        return any(bisect_right(starts, maker) > bisect_right(starts, reader) for maker, reader in back) or any(
+            bisect_right(starts, maker) > layer for maker, layer in later
+        )
+
+    starts, head, _ = divide(tokens, first, last, reach, {}, made, reads, waits)
     begin = first[0] - common_suffix(tokens[: first[0]], head)
     # The last layer ends as another does, though it may leave out what it has no part in.
     tails = [tokens[at + 1 : start] for at, start in zip(last, starts, strict=False)]
@@ -206,11 +221,12 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
     rows = [*loop.rows, loop.steady]
     steady = _refile(loop, loop.steady, _layout(loop, loop.steady, family), family)
     kinds = [op.target for op in loop.steady]
-    laid = [
+    laid = [steady] * len(rows)
+    for at in reversed(range(len(loop.rows))):
         # A segment that runs what the steady ones do is laid out as they are.
-        steady if [op.target for op in row] == kinds else _refile(loop, row, _layout(loop, row, family), family)
-        for row in rows
-    ]
+        if [op.target for op in rows[at]] != kinds:
+            layout = _layout(loop, rows[at], family, _readers(rows, laid, at))
+            laid[at] = _refile(loop, rows[at], layout, family)
     place = [{old: new for new, old in enumerate(order)} for order, _ in laid]
     last = len(rows) - 1
 
@@ -233,6 +249,21 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
     outputs = {name: outer(value) for name, value in loop.outputs.items()}
     loop = replace(loop, rows=tuple(moved[:-1]), steady=moved[-1], after=after, outputs=outputs)
     return loop, tuple(layout for _, layout in laid)
+
+
+def _readers(
+    rows: Sequence[Sequence[BodyOp]], laid: Sequence[tuple[list[int], Layout]], at: int
+) -> list[tuple[int, int]]:
+    """What the layers of later rows read of a row: (maker, layer)."""
+    found: list[tuple[int, int]] = []
+    for later in range(at + 1, len(rows)):
+        order, layout = laid[later]
+        for place, i in enumerate(order):
+            for leaf in leaves(rows[later][i].args):
+                steady = later == len(rows) - 1 and isinstance(leaf, Row) and leaf.back > later - at
+                if isinstance(leaf, Row) and (leaf.back == later - at or steady):
+                    found.append((leaf.number, max(0, min(layout.layer_of(place), len(layout.layers) - 1))))
+    return found
 
 
 def _refile(
