@@ -32,7 +32,7 @@ class Verification:
     Attributes:
         max_relative_error: of all results and all state left in attributes and buffers, the largest
             ``max|compiled - eager| / max|eager|`` of a tensor; infinite if one is missing or no number where the
-            other is one.
+            other is one, or if the model is refused.
         worst_output: the name of that tensor, ``output['logits']`` or ``state:layers.3.A``.
         steps: number of steps the compiled call ran in; 0 if it fell back.
         sequential_steps: number of cells, the steps that it takes one after another.
@@ -54,6 +54,8 @@ class Verification:
 
     def __str__(self) -> str:
         verdict = "ok" if self.ok else f"not ok: {self.reason}"
+        if not self.worst_output and not self.ok and not self.sequential_steps:
+            return f"{verdict}\n  nothing was run by a schedule, so there is nothing to compare"
         return (
             f"{verdict}\n"
             f"  largest relative error  {self.max_relative_error:.1e} in {self.worst_output or 'nothing'} "

@@ -127,3 +127,25 @@ def test_random_numbers_are_refused() -> None:
     traced = make_fx(lambda x: torch.dropout(x, 0.5, False) + 1, tracing_mode="fake", pre_dispatch=True)(X)
     Canonicalize().apply(traced.graph)
     assert aten.dropout.default not in targets(traced)
+
+
+def test_parts_that_overlap_are_written_piece_by_piece() -> None:
+    def overlapping(x: torch.Tensor) -> list[torch.Tensor]:
+        memory, read = torch.zeros(4, 12), []
+        for segment in range(3):
+            for layer in range(3):
+                read.append(memory[layer : layer + 2] * 2)
+                memory[layer : layer + 2] = x[segment : segment + 2] * layer
+        return [*read, memory]
+
+    assert aten.slice_scatter.default not in targets(canonical(overlapping, X))
+
+
+def test_parts_that_overlap_and_are_written_once_stay() -> None:
+    def sums(x: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(8, 12)
+        for start in range(0, 6, 2):
+            total[start : start + 4] += x
+        return total
+
+    assert aten.slice_scatter.default in targets(canonical(sums, X))

@@ -475,6 +475,7 @@ def test_verify_of_calls_that_run_no_schedule() -> None:
         rmtc.verify(refused())(hidden())
     allowed = rmtc.verify(refused(), allow_refused=True)(hidden())
     assert not allowed and allowed.steps == 0 and allowed.reason
+    assert "nothing to compare" in str(allowed) and "inf" not in str(allowed)
     one = rmtc.verify(Associative(1).double().requires_grad_(False), allow_refused=True)(hidden())
     assert not one and one.steps in (0, SEGMENTS)
 

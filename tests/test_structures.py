@@ -501,6 +501,38 @@ def test_one_buffer_whose_slices_are_layers() -> None:
     Twins(Slices).compare({LOWER, OWN})
 
 
+class Overlapping(nn.Module):
+    """One tensor, of which a layer writes its own row and that of the layer above; or both of its rows, then one."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.both = both
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.memory = x.new_zeros(x.shape[0], 2 * LAYERS if self.both else LAYERS + 1, WIDTH)
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                own = slice(2 * number, 2 * number + 2) if self.both else slice(number, number + 2)
+                read = self.memory[:, own].sum(1) if self.both else self.memory[:, number]
+                piece = torch.tanh(layer(piece) + read[:, None])
+                if self.both:
+                    self.memory[:, own] *= 0.5
+                    self.memory[:, own.start] += piece.mean(1)
+                else:
+                    self.memory[:, own] = torch.stack([piece.mean(1), piece.amax(1)], 1)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("both", [False, True])
+def test_slices_of_one_tensor_that_overlap(both: bool) -> None:
+    """What the first layer writes to the second one's row, that one reads in the same segment."""
+    Twins(lambda: Overlapping(both)).compare({LOWER, OWN})
+
+
 # Results
 
 

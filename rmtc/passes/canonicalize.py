@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,8 @@ class Canonicalize:
         %b = select(%w, 0, 3)                   ->    uses of %b become %v
 
     A tensor that is written part by part and read as a whole is put together where it is read, from what was written
-    last: writes that a later one covers make no dependence. A tensor is detached where it is read: who waits for it
+    last: writes that a later one covers make no dependence. Where parts that are written again and again overlap, what
+    they have in common is a part of its own. A tensor is detached where it is read: who waits for it
     waits for what made it, not for the layer that kept it.
 
     A slice of all there is is its source; but, given ``fixed`` sources, not of a table: what is made of them alone,
@@ -69,6 +71,7 @@ class Canonicalize:
         memory = _memories(graph)
         tables = _tables(graph, self.fixed) if self.fixed else set()
         _drop_empty(graph)
+        _split_overlaps(graph)
         windows = set() if self.windows is None else _joined_with(graph, self.windows)
         short = _short_histories(graph) - windows
         for node in list(graph.nodes):
@@ -151,6 +154,88 @@ def _drop_empty(graph: fx.Graph) -> None:
 def _is_empty(piece: Any, whole: fx.Node) -> bool:
     value, result = piece.meta["val"], whole.meta["val"]
     return value.ndim == result.ndim and value.dtype == result.dtype and _size(piece, _dim(whole, 1)) == 0
+
+
+def _split_overlaps(graph: fx.Graph) -> None:
+    """Write and read what several parts, which take turns, have in common by itself.
+
+    slice_scatter(%m, %a, 0, 0, 2), slice_scatter(%m, %b, 0, 1, 3)   ->   %a[0:1] to 0, %a[1:2] to 1, %b[0:1] to 1, ...
+    """
+    first: dict[Any, Any] = {}  # what was there before all writes
+    writes: dict[Any, list[tuple[fx.Node, tuple[int, int]]]] = {}
+    for node in graph.nodes:
+        if node.target not in _SCATTERS:
+            continue
+        base: Any = node.args[0]
+        while base not in first and base.target is aten.clone.default:
+            base = base.args[0]
+        first[node] = first.get(base, base)
+        interval = _written(node)
+        if interval is not None:
+            writes.setdefault((first[node], _dim(node, 2)), []).append((node, interval))
+    bounds: dict[Any, list[int]] = {}
+    for key, written in writes.items():
+        parts = {interval for _, interval in written}
+        cuts = sorted({bound for part in parts for bound in part})
+        pieces = {part: bisect_left(cuts, part[1]) - bisect_left(cuts, part[0]) for part in parts}
+        turns = sum(1 for _ in itertools.groupby(interval for _, interval in written))  # x[a:b] += y writes twice
+        if 1 < max(pieces.values()) <= _FEW and turns >= 2 * len(parts):
+            bounds[key] = cuts
+    for node in list(graph.nodes) if bounds else ():
+        if node.target is aten.slice.Tensor:
+            source: Any = node.args[0]
+            while isinstance(source, fx.Node) and source not in first and source.target is aten.clone.default:
+                source = source.args[0]
+            dim = _dim(node, 1)
+            inside = _inside(bounds.get((first.get(source, source), dim), []), _interval(node, _size(source, dim), 1))
+            if len(inside) > 1:
+                with graph.inserting_before(node):
+                    parts_read = [_slice(graph, node, node.args[0], dim, *piece) for piece in inside]
+                    whole = graph.call_function(aten.cat.default, (parts_read, dim))
+                whole.meta.update(node.meta)
+                node.replace_all_uses_with(whole)
+                graph.erase_node(node)
+        elif node.target is aten.slice_scatter.default:
+            dim = _dim(node, 2)
+            interval = _written(node)
+            inside = _inside(bounds.get((first[node], dim), []), interval)
+            if interval is None or len(inside) < 2:
+                continue
+            target: Any = node.args[0]
+            with graph.inserting_before(node):
+                for piece in inside:
+                    value = _slice(graph, node, node.args[1], dim, *(place - interval[0] for place in piece))
+                    target = graph.call_function(aten.slice_scatter.default, (target, value, dim, *piece))
+                    target.meta.update(node.meta)
+            first[target] = first[node]
+            node.replace_all_uses_with(target)
+            graph.erase_node(node)
+
+
+def _written(node: fx.Node) -> tuple[int, int] | None:
+    """The range that a scatter writes, if it is one."""
+    size = _size(node, _dim(node, 2))
+    if node.target is aten.slice_scatter.default:
+        return _interval(node, size, 2)
+    index: Any = node.args[3]
+    return index % size, index % size + 1
+
+
+def _inside(bounds: Sequence[int], interval: tuple[int, int] | None) -> list[tuple[int, int]]:
+    """A range cut at the bounds that lie in it."""
+    if interval is None:
+        return []
+    return list(
+        itertools.pairwise([interval[0], *(at for at in bounds if interval[0] < at < interval[1]), interval[1]])
+    )
+
+
+def _slice(graph: fx.Graph, node: fx.Node, source: Any, dim: int, start: int, end: int) -> fx.Node:
+    """A slice of what a node reads or writes, of a dtype of its own."""
+    part = graph.call_function(aten.slice.Tensor, (source, dim, start, end))
+    part.meta.update({key: each for key, each in node.meta.items() if key != "name"})
+    part.meta["val"] = source.meta["val"].narrow(dim, start, end - start)
+    return part
 
 
 def _memories(graph: fx.Graph) -> list[Any]:
@@ -391,18 +476,18 @@ def _forward(graph: fx.Graph, node: fx.Node, tables: set[fx.Node], windows: set[
         if _unclone(node):
             continue
         if source.target in (aten.select_scatter.default, aten.slice_scatter.default) and _dim(source, 2) == dim:
-            if source.target is aten.select_scatter.default:
-                written = (source.args[3] % size, source.args[3] % size + 1)  # type: ignore[operator]
-            else:
-                interval = _interval(source, size, 2)
-                if interval is None:
-                    return
-                written = interval
+            written = _written(source)
+            if written is None:
+                return
             if read[1] <= written[0] or written[1] <= read[0]:
                 node.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
                 continue
             if read == written and whole_row == (source.target is aten.select_scatter.default):
                 _replaced(graph, node, source.args[1])
+                return
+            if read == written and not whole_row:
+                with graph.inserting_before(node):
+                    _replaced(graph, node, _part(graph, source, dim))
                 return
             part: Any = source.args[1]
             if source.target is aten.select_scatter.default or not written[0] <= read[0] < read[1] <= written[1]:
@@ -556,9 +641,7 @@ def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> bool:
             parts.append(piece)
         elif first < last:
             with graph.inserting_before(node):
-                part = graph.call_function(aten.slice.Tensor, (piece, dim, first, last))
-            part.meta.update({key: each for key, each in node.meta.items() if key != "name"})
-            part.meta["val"] = piece.meta["val"].narrow(dim, first, last - first)
+                part = _slice(graph, node, piece, dim, first, last)
             parts.append(part)
             cut.append(part)
         start += size
@@ -645,11 +728,7 @@ def _assemble(graph: fx.Graph) -> None:
         if node.target not in _SCATTERS:
             continue
         base, value, dim = node.args[0], node.args[1], _dim(node, 2)
-        size = _size(node, dim)
-        if node.target is aten.select_scatter.default:
-            interval: tuple[int, int] | None = (node.args[3] % size, node.args[3] % size + 1)
-        else:
-            interval = _interval(node, size, 2)
+        interval = _written(node)
         if interval is None or not isinstance(value, fx.Node) or not isinstance(base, fx.Node):
             continue
         first, before, parts, count = written.get(base, (base, dim, {}, 0))

@@ -219,7 +219,7 @@ def _merge(known: _Class, ops: Sequence[BodyOp], slots: list[Any]) -> tuple[list
         for a, b in zip(slots[number], known.slots[number], strict=True):
             slot = _merge_slot(a, b)
             if slot is None:
-                return None, number, f"{_at(op)} reads {_say(a)}, not {_say(b)}"
+                return None, number, f"{_at(op)} reads {_unlike(a, b)}"
             row.append(slot[0])
         merged.append(row)
     if len(ops) != len(known.ops):
@@ -267,14 +267,43 @@ def _shape(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(_shape(arg) if type(arg) is tuple else 0 for arg in args)
 
 
+def _unlike(a: Any, b: Any) -> str:
+    """Two slots in words that tell them apart."""
+    one, other = _say(a), _say(b)
+    if isinstance(a, _Cells) and isinstance(b, _Cells):
+        kind = max({kind for kind, _ in a.ways} & {kind for kind, _ in b.ways})
+        one, other = (f"{_producer(each, kind)}{_before(each.back)}" for each in (a, b))
+    if one == other and isinstance(a, (_Cells, _Outside)) and isinstance(b, (_Cells, _Outside)):
+        made = next((made for made in a.number if b.number.get(made, a.number[made]) != a.number[made]), None)
+        if made is not None:
+            one, other = (f"value {each.number[made]} of {text}" for each, text in ((a, one), (b, other)))
+    if one == other and isinstance(a, _Given) and a.given is not None and b.given is not None:
+        one, other = f"{one}, {_form(a.given)}", _form(b.given)
+    return f"{one}, not {other}"
+
+
 def _say(slot: Any) -> str:
     if isinstance(slot, _Cells):
-        return f"value {min(slot.number.values())} of a cell {slot.back} segments before"
+        return f"{_producer(slot, max(slot.ways)[0])}{_before(slot.back)}"
     if isinstance(slot, _Outside):
-        return f"value {min(slot.number.values())} of the {'prologue' if slot.stage < 0 else 'epilogue'}"
+        return f"the {'prologue' if slot.stage < 0 else 'epilogue'}{_before(slot.back)}"
     if isinstance(slot, _Given):
         ways = sorted(map(str, slot.ways))
         return f"{slot.kind} {', '.join([way for way in ways if '{l' in way] or ways)}"
     if type(slot) is tuple:
-        return f"{slot[0]} {slot[1]}"
+        return f"value {slot[1]} of its own"
     return str(slot) if isinstance(slot, _Number) else repr(slot)
+
+
+def _producer(slot: _Cells, kind: str) -> str:
+    """The cell that a slot reads, by its layer or relative to the reader's."""
+    layer = next(layer for of, layer in slot.ways if of == kind)
+    if kind == "layer":
+        return f"layer {layer}"
+    if abs(layer) < 2:
+        return ("the layer above", "its layer", "the layer below")[layer + 1]
+    return f"{abs(layer)} layers {'below' if layer > 0 else 'above'}"
+
+
+def _before(segments: int) -> str:
+    return f", {segments} segments before" if segments > 1 else ", one segment before" if segments else ""

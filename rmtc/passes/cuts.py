@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence, Set
+from collections.abc import Callable, Hashable, Sequence, Set
 from fractions import Fraction
 
 __all__ = [
@@ -48,6 +48,7 @@ def choose_cut(
     low: int,
     high: int,
     reads: Sequence[int] = (),
+    waits: Callable[[int], bool] = lambda _: False,
 ) -> int:
     """Divide what lies between the anchors of two parts into the tail of one and the head of the next.
 
@@ -58,17 +59,18 @@ def choose_cut(
         crossing: ``crossing[c]`` is the number of tensors that cross a cut after c operations.
         low, high: the least and the greatest cut allowed, inclusive.
         reads: the operations of the gap that are better in the head.
+        waits: whether with a cut a part waits for one above it.
 
     Returns:
-        The number of operations of the gap in the tail: of those that leave the fewest operations without a
-        counterpart at the ends, one with the fewest crossing tensors, then with the most ``reads`` in the head, then
-        the latest.
+        The number of operations of the gap in the tail: of those without a wait, if there are any, and then of those
+        that leave the fewest operations without a counterpart at the ends, one with the fewest crossing tensors, then
+        with the most ``reads`` in the head, then the latest.
     """
 
-    def cost(cut: int) -> tuple[int, int, int, int]:
+    def cost(cut: int) -> tuple[bool, int, int, int, int]:
         head, tail = gap[cut:], gap[:cut]
         lost = len(head) - common_suffix(head, before_first) + len(tail) - common_prefix(tail, after_last)
-        return lost, crossing[cut], sum(place < cut for place in reads), -cut
+        return waits(cut), lost, crossing[cut], sum(place < cut for place in reads), -cut
 
     return min(range(low, high + 1), key=cost)
 
@@ -81,6 +83,7 @@ def divide(
     anchors: dict[int, int],
     made: Set[int] = frozenset(),
     reads: Set[int] = frozenset(),
+    waits: Callable[[Sequence[int]], bool] = lambda _: False,
 ) -> tuple[list[int], Sequence[Hashable], Sequence[Hashable]]:
     """Divide a sequence that repeats a part into its parts.
 
@@ -92,41 +95,57 @@ def divide(
         made: operations that no later part needs: they belong to the part that has just ended.
         reads: operations that are better at the start of a part than at the end of the one before, where that shows
             by what it made.
+        waits: whether, with parts that start so, a part waits for one above it.
 
     Returns:
         Where parts 1, 2, ... start; what a part runs before its first anchor; what it runs after its last.
     """
     parts = len(first)
+    if parts < 2:
+        return [], [], []
     reference = min((parts - 1) // 2, parts - 2)
-    starts = [0] * (parts - 1)
-    head: Sequence[Hashable] = []
-    tail: Sequence[Hashable] = []
-    for part in [reference, *(p for p in range(parts - 1) if p != reference)] if parts > 1 else []:
-        begin, end = last[part] + 1, first[part + 1]
-        low, high = 0, end - begin
-        for i in range(begin, end):
-            if anchors.get(i) == part:
-                low = max(low, i - begin + 1)
-            elif anchors.get(i) == part + 1:
-                high = min(high, i - begin)
-        low = max([low, *(i - begin + 1 for i in made if begin <= i < min(end, begin + high))])
-        high = max(low, high)
+    gaps = [_gap(last[part] + 1, first[part + 1], part, anchors, made) for part in range(parts - 1)]
+    early = []
+    for part, (begin, end, low, _) in enumerate(gaps):
         ended = last[part] in made or any(begin <= i < end for i in made)
-        early = [i - begin for i in sorted(reads) if begin + low <= i < end and ended]
-        if part == reference:
-            crossing = [
-                sum(1 for j in range(first[part], begin + c) if reach[j] >= begin + c) for c in range(end - begin + 1)
-            ]
-            cut = choose_cut(tokens[begin:end], tokens[: first[0]], tokens[last[-1] + 1 :], crossing, low, high, early)
-            head, tail = tokens[begin + cut : end], tokens[begin : begin + cut]
-        else:
-            cut = end - begin - common_suffix(tokens[begin:end], head)
-            start = max(low, common_prefix(tokens[begin:end], tail))
-            if any(start <= place < cut for place in early):
-                cut = start
-            cut = max(low, min(high, cut))
-        starts[part] = begin + cut
-    return starts, head, tail
+        early.append([i - begin for i in sorted(reads) if begin + low <= i < end and ended])
+    begin, end, low, high = gaps[reference]
+
+    def starts(cut: int) -> list[int]:
+        """Where the parts start with the reference cut so, and the others alike."""
+        head, tail = tokens[begin + cut : end], tokens[begin : begin + cut]
+        found = []
+        for part, (first_of, end_of, least, most) in enumerate(gaps):
+            at = cut
+            if part != reference:
+                at = end_of - first_of - common_suffix(tokens[first_of:end_of], head)
+                start = max(least, common_prefix(tokens[first_of:end_of], tail))
+                if any(start <= place < at for place in early[part]):
+                    at = start
+                at = max(least, min(most, at))
+            found.append(first_of + at)
+        return found
+
+    crossing = [
+        sum(1 for j in range(first[reference], begin + c) if reach[j] >= begin + c) for c in range(end - begin + 1)
+    ]
+    before, after = tokens[: first[0]], tokens[last[-1] + 1 :]
+    cut = choose_cut(
+        tokens[begin:end], before, after, crossing, low, high, early[reference], lambda at: waits(starts(at))
+    )
+    return starts(cut), tokens[begin + cut : end], tokens[begin : begin + cut]
+
+
+def _gap(begin: int, end: int, part: int, anchors: dict[int, int], made: Set[int]) -> tuple[int, int, int, int]:
+    """What lies between two parts, and the least and the greatest number of its operations in the first of them."""
+    low, high = 0, end - begin
+    for i in range(begin, end):
+        if anchors.get(i) == part:
+            low = max(low, i - begin + 1)
+        elif anchors.get(i) == part + 1:
+            high = min(high, i - begin)
+    low = max([low, *(i - begin + 1 for i in made if begin <= i < min(end, begin + high))])
+    return begin, end, low, max(low, high)
 
 
 def common_subsequence(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> list[int]:

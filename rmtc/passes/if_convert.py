@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
@@ -101,6 +102,10 @@ class _Merger:
     def add_both(self, mine: int, other: int) -> None:
         """One operation for both sides."""
         op, steady = self.sides[0].ops[mine], self.sides[1].ops[other]
+        if op.target is operator.getitem and self._one(0, op.args[0]) != self._one(1, steady.args[0]):
+            self.add(0, mine)  # there is no choosing between operations with several results, only between the results
+            self.add(1, other)
+            return
         args = _zip(op.args, steady.args, self._both)
         number = self._append(replace(steady, args=args))
         self.known[0][mine] = self.known[1][other] = number

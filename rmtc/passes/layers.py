@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import operator
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -106,7 +108,14 @@ def _operand_names(loop: SegmentLoop, row: Sequence[BodyOp]) -> list[tuple[str, 
     return made(row, before)[1]
 
 
-def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> Layout:
+def _layout(
+    loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None, later: Sequence[tuple[int, int]] = ()
+) -> Layout:
+    """Where the layers of a row are.
+
+    Args:
+        later: (maker, layer) of what a layer of another kind of row reads of this one.
+    """
     names = _operand_names(loop, row)
     layer_at = {i: layer for i, each in enumerate(names) if family and (layer := family.layer(each)) is not None}
     if family is None or not layer_at:
@@ -131,6 +140,8 @@ def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> 
     templates = [tuple(sorted({family.template(name) for name in each})) for each in names]
     tokens = [(op.target, len(op.args), templates[i]) for i, op in enumerate(row)]
     reads: set[int] = set()
+    alike = [op.target for op in row] == [op.target for op in loop.steady]
+    back: set[tuple[int, int]] = set()  # makers and readers; of a row of another kind the makers are not in it
     rank = [layer_at.get(i, -1) for i in range(len(row))]  # the latest layer that it is made of
     for i, op in enumerate(row):
         for leaf in leaves(op.args):
@@ -140,6 +151,8 @@ def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> 
                 isinstance(leaf, Src) and loop.sources[leaf.name].kind in ("buffer", "state")
             ):
                 reads.add(i)
+            if isinstance(leaf, Row) and leaf.back > 0 and alike:
+                back.add((leaf.number, i))
     latest = list(rank)  # that something is made of which it has a part in
     for i in reversed(range(len(row))):
         for leaf in leaves(row[i].args):
@@ -147,12 +160,24 @@ def _layout(loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None) -> 
                 latest[leaf.number] = max(latest[leaf.number], latest[i])
     made = {i for i in range(len(row)) if latest[i] <= rank[i]}
     reads -= made
-    starts, head, _ = divide(tokens, first, last, reach, {}, made, reads)
+
+    def waits(starts: Sequence[int]) -> bool:
+        """Whether a layer waits for one above it in an earlier segment."""
+        return any(bisect_right(starts, maker) > bisect_right(starts, reader) for maker, reader in back) or any(
+            bisect_right(starts, maker) > layer for maker, layer in later
+        )
+
+    starts, head, _ = divide(tokens, first, last, reach, {}, made, reads, waits)
     begin = first[0] - common_suffix(tokens[: first[0]], head)
     # The last layer ends as another does, though it may leave out what it has no part in.
     tails = [tokens[at + 1 : start] for at, start in zip(last, starts, strict=False)]
     end = last[-1] + 1 + max((prefix_within(tokens[last[-1] + 1 :], tail) for tail in tails), default=0)
     bounds = [begin, *starts, end]
+    for place, bound in enumerate(bounds):  # what takes its part of several results stays with what makes them
+        while bound < len(row) and row[bound].target is operator.getitem:
+            bound += 1
+        bounds[place] = bound
+    begin, *_, end = bounds
     return Layout((0, begin), tuple(itertools.pairwise(bounds)), (end, len(row)))
 
 
@@ -196,11 +221,12 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
     rows = [*loop.rows, loop.steady]
     steady = _refile(loop, loop.steady, _layout(loop, loop.steady, family), family)
     kinds = [op.target for op in loop.steady]
-    laid = [
+    laid = [steady] * len(rows)
+    for at in reversed(range(len(loop.rows))):
         # A segment that runs what the steady ones do is laid out as they are.
-        steady if [op.target for op in row] == kinds else _refile(loop, row, _layout(loop, row, family), family)
-        for row in rows
-    ]
+        if [op.target for op in rows[at]] != kinds:
+            layout = _layout(loop, rows[at], family, _readers(rows, laid, at))
+            laid[at] = _refile(loop, rows[at], layout, family)
     place = [{old: new for new, old in enumerate(order)} for order, _ in laid]
     last = len(rows) - 1
 
@@ -223,6 +249,21 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
     outputs = {name: outer(value) for name, value in loop.outputs.items()}
     loop = replace(loop, rows=tuple(moved[:-1]), steady=moved[-1], after=after, outputs=outputs)
     return loop, tuple(layout for _, layout in laid)
+
+
+def _readers(
+    rows: Sequence[Sequence[BodyOp]], laid: Sequence[tuple[list[int], Layout]], at: int
+) -> list[tuple[int, int]]:
+    """What the layers of later rows read of a row: (maker, layer)."""
+    found: list[tuple[int, int]] = []
+    for later in range(at + 1, len(rows)):
+        order, layout = laid[later]
+        for place, i in enumerate(order):
+            for leaf in leaves(rows[later][i].args):
+                steady = later == len(rows) - 1 and isinstance(leaf, Row) and leaf.back > later - at
+                if isinstance(leaf, Row) and (leaf.back == later - at or steady):
+                    found.append((leaf.number, max(0, min(layout.layer_of(place), len(layout.layers) - 1))))
+    return found
 
 
 def _refile(
@@ -250,6 +291,9 @@ def _refile(
             above = [layer for j in users.get(i, []) if (layer := label[j]) is not None]
             earlier = [at(leaf.number) for leaf in leaves(row[i].args) if isinstance(leaf, Row) and leaf.back > 0]
             label[i] = min(above) if above else next((layer for layer in earlier if layer is not None), layers - 1)
+    for i in range(start, len(row)):
+        if row[i].target is operator.getitem:
+            label[i] = at(next(leaf.number for leaf in leaves(row[i].args) if isinstance(leaf, Row)))
     extra = [[i for i in range(start, len(row)) if label[i] == layer] for layer in range(layers)]
     if layers < 2 or not any(extra[:-1]):
         return list(range(len(row))), layout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -117,9 +118,20 @@ def find_segments(
     _hand_on(program, members, anchors, invariant)
     members = [_by_use(program, row, anchors, inner) for row in members]
     after = _results_only(program, tokens, members, anchors) + after
+    before, *members, after = _with_parts(program, [before, *members, after])
     order = before + [i for row in members for i in row] + after
     sizes = [len(before), *(len(row) for row in members)]
     return Segmented(reorder(program, order), [sum(sizes[: s + 1]) for s in range(segments + 1)])
+
+
+def _with_parts(program: Program, rows: list[list[int]]) -> list[list[int]]:
+    """The rows with what takes its part of several results right behind the operation that makes them."""
+    parts: dict[int, list[int]] = {}
+    for i, op in enumerate(program.ops):
+        if op.target is operator.getitem:
+            parts.setdefault(_inputs(op)[0], []).append(i)
+    behind = {i for some in parts.values() for i in some}
+    return [[j for i in row if i not in behind for j in (i, *parts.get(i, ()))] for row in rows]
 
 
 def _hand_back(
@@ -385,11 +397,13 @@ def _gather(
     for i in early:
         fellows.setdefault(kinds[i], set()).add(home[i])
     early = [i for i in early if fellows[kinds[i]] != {0}]
-    # What is made of a value for segment 1 alone is what segment 0 leaves to it before its own layers run.
+    # What is made of a value, and of the text of segment 0, for segment 1 alone is what segment 0 leaves to it before
+    # its own layers run.
     left: set[int] = set()
+    others = {i for i in early if home[i] != 0}
     for i in early:
         inputs = _inputs(program.ops[i])
-        if i < first and inputs and not fellows[kinds[i]] - {0, 1} and not (set(inputs) & set(early)) - left:
+        if i < first and inputs and not fellows[kinds[i]] - {0, 1} and not (set(inputs) & others) - left:
             left.add(i)
     for i in reversed(early):  # those of segment 0 as well: then they stand where the others do
         if i not in left and users[i]:

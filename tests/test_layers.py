@@ -1,0 +1,106 @@
+"""Where a layer begins: what it runs before its first parameter and after its last is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from compare import LAYERS, SEGMENT, WIDTH, Twins, text
+from torch import Tensor, nn
+
+import rmtc
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+
+Cell = Callable[[Layer, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Loop(nn.Module):
+    """Layers with a memory (B, D) each; ``cell`` gives a layer's result and memory, of those of the layer below too."""
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__()
+        self.cell = cell
+        self.layers: Any = nn.ModuleList(Layer() for _ in range(LAYERS))
+
+    def forward(self, text: Tensor) -> tuple[Tensor, list[Tensor]]:
+        memories = [torch.zeros(len(text), WIDTH, dtype=text.dtype)] * LAYERS
+        parts = []
+        for x in text.split(SEGMENT, 1):
+            below = torch.zeros(len(text), WIDTH, dtype=text.dtype)
+            for number, layer in enumerate(self.layers):
+                x, below = self.cell(layer, x, memories[number], below)
+                memories[number] = below
+            parts.append(x)
+        return torch.cat(parts, 1), memories
+
+
+def normalised(layer: Layer, x: Tensor, memory: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+    """Batch statistics, whose running means the call leaves behind."""
+    x = x + layer.norm(torch.tanh(layer.linear(x) + memory[:, None]).transpose(1, 2)).transpose(1, 2)
+    return x, 0.5 * memory + x.mean(1)
+
+
+def several(layer: Layer, x: Tensor, memory: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+    """Operations with several results at both ends."""
+    most, _ = x.max(1)
+    x = x + torch.tanh(layer.linear(x) + memory[:, None] + most[:, None])
+    variance, mean = torch.var_mean(x, -1, keepdim=True)
+    return (x - mean) / (variance + 1), 0.5 * memory + x.mean(1)
+
+
+def below_first(layer: Layer, x: Tensor, memory: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+    """Reads both memories before its first parameter."""
+    both = memory + below
+    x = x + torch.tanh(layer.linear(x) + both[:, None])
+    return x, 0.5 * memory + x.mean(1)
+
+
+def written_first(layer: Layer, x: Tensor, memory: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+    """Writes its memory before its first parameter, and reads what it was."""
+    kept = 0.9 * memory + x.mean(1)
+    return torch.tanh(layer.linear(x) + memory[:, None]), kept
+
+
+def changed_first(layer: Layer, x: Tensor, memory: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+    """Changes its memory before its first parameter."""
+    memory = 0.9 * memory + x.mean(1)
+    return x + torch.tanh(layer.linear(x + memory[:, None])), memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", [normalised, several, below_first, written_first, changed_first])
+def test_a_layer_is_one_cell(cell: Cell) -> None:
+    twins = Twins(lambda: Loop(cell))
+    twins.compare(sizes=((4, 2, SEGMENT), (7, 3, 2), (3, 2, SEGMENT), (2, 2, 1)))
+    assert (0, 1) in twins.distances and (1, 0) in twins.distances
+    twins.call(text(4, 2))
+
+
+def test_what_another_class_reads_is_named() -> None:
+    class Mixed(nn.Module):
+        """The middle layer reads the memory of the one below."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(5))
+
+        def forward(self, text: Tensor) -> Tensor:
+            memories = [torch.zeros(len(text), WIDTH)] * 5
+            for x in text.split(SEGMENT, 1):
+                before = list(memories)
+                for number, layer in enumerate(self.layers):
+                    x = torch.tanh(layer(x) + before[number - (number == 3)][:, None])
+                    memories[number] = 0.5 * before[number] + x.mean(1)
+            return torch.cat(memories)
+
+    notes = [each.differs for each in rmtc.explain(Mixed())(torch.zeros(1, 4 * SEGMENT, WIDTH)).classes]
+    assert any("reads the layer below, one segment before, not its layer, one segment before" in each for each in notes)
