@@ -193,6 +193,9 @@ FOUND: dict[str, Choices] = {
         layers=5, kinds=("attention", "mlp"), parameters="function", state="buffer", ds=2, dl=-2, in_place=True, batch=1
     ),
     "histories of four": Choices(layers=5, state="buffer", ds=3, dl=1, kept=True),
+    "attention to what some layers wrote": Choices(
+        layers=4, kinds=("bare", "attention"), parameters="function", ds=0, dl=2, in_place=True, tail=2
+    ),
     "histories that nothing reads": Choices(
         layers=2, kinds=("attention", "mlp"), parameters="stacked", state="buffer", ds=3, dl=3, batch=3
     ),
@@ -223,7 +226,7 @@ FOUND: dict[str, Choices] = {
         parameters="stacked", state="buffer", ds=3, dl=-3, kept=True, batch=1, tail=2
     ),
 }
-"""Models that were refused or given a longer schedule once."""
+"""Models that failed, were refused or given a longer schedule once."""
 
 
 @pytest.mark.slow

@@ -67,12 +67,12 @@ class Namer:
                 source: Source = self._loop.sources[leaf.name]
                 names = [self._name(name, at) for name in source.names for at in (None, layer)]
                 form = (tuple(source.shape), source.dtype)
-                out.append(_Given(frozenset(names), "source", form, form))
+                out.append(_Given(frozenset(names), "source", form))
             elif isinstance(leaf, Item):
                 out.append(_Given(frozenset([f"{leaf.list}[s]{leaf.rest}"]), "item"))
             elif isinstance(leaf, Outer) and leaf.part == "before":
                 made = frozenset(self._outer(leaf.number, at) for at in (None, layer))
-                out.append(_Given(made, "before", form=self._loop.before[leaf.number].form))
+                out.append(_Given(made, "before", self._loop.before[leaf.number].form))
             elif type(leaf) in (int, float) or isinstance(leaf, Fit):
                 out.append(_Number({(row, layer): leaf}, self._loop.segment_length, len(self._loop.rows)))
             else:
@@ -127,7 +127,6 @@ class _Given:
 
     ways: frozenset[str | int]
     kind: str
-    given: Form | None = None  # the same for all members
     form: Form | None = None
 
 
@@ -237,15 +236,14 @@ def _at(op: BodyOp) -> str:
 
 
 def _merge_slot(a: Any, b: Any) -> tuple[Any] | None:
-    if isinstance(a, (_Cells, _Outside)) and isinstance(b, (_Cells, _Outside)):
-        if a.form is not None and b.form is not None and a.form != b.form:
-            return None
+    if None not in (forms := _forms(a, b)) and forms[0] != forms[1]:
+        return None
     if isinstance(a, _Number) and isinstance(b, _Number):
         merged = b.merge(a)
         return (merged,) if merged is not None else None
     if isinstance(a, _Given) and isinstance(b, _Given):
         ways = a.ways & b.ways
-        return (_Given(ways, b.kind, b.given, b.form),) if ways and (a.kind, a.given) == (b.kind, b.given) else None
+        return (_Given(ways, b.kind, b.form),) if ways and a.kind == b.kind else None
     if isinstance(a, _Cells) and isinstance(b, _Cells):
         alike, number = a.ways & b.ways, _union(a.number, b.number)
         return (_Cells(alike, b.back, number, b.form),) if a.back == b.back and number is not None and alike else None
@@ -258,9 +256,14 @@ def _merge_slot(a: Any, b: Any) -> tuple[Any] | None:
             return (other,) if any(way[0] == "relative" and way[1] > 0 for way in other.ways) else None
         # A value from before the loop stands in for that of a segment before the first.
         if isinstance(other, (_Cells, _Outside)) and other.back > 0 and isinstance(mine, _Given):
-            known = mine.form is not None and other.form is not None
-            return (other,) if not known or mine.form == other.form else None
+            return (other,)
     return (b,) if type(a) is type(b) and a == b else None
+
+
+def _forms(a: Any, b: Any) -> tuple[Form | None, Form | None]:
+    """Shape and dtype of two operands that are not made in their cells, where they are known."""
+    given = (_Given, _Cells, _Outside)
+    return (a.form, b.form) if isinstance(a, given) and isinstance(b, given) else (None, None)
 
 
 def _shape(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -277,8 +280,9 @@ def _unlike(a: Any, b: Any) -> str:
         made = next((made for made in a.number if b.number.get(made, a.number[made]) != a.number[made]), None)
         if made is not None:
             one, other = (f"value {each.number[made]} of {text}" for each, text in ((a, one), (b, other)))
-    if one == other and isinstance(a, _Given) and a.given is not None and b.given is not None:
-        one, other = f"{one}, {_form(a.given)}", _form(b.given)
+    forms = _forms(a, b)
+    if one == other and forms[0] is not None and forms[1] is not None:
+        return f"{one}, {_form(forms[0])}, not {_form(forms[1])}"
     return f"{one}, not {other}"
 
 
