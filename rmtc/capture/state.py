@@ -132,7 +132,13 @@ def is_plain(value: object) -> bool:
         return True
     if kind is tuple or kind is frozenset or (isinstance(value, tuple) and _is_named(kind)):
         return all(map(is_plain, value))  # type: ignore[call-overload]
-    return isinstance(value, Enum) or (isinstance(value, _PLAIN) and not kind.__flags__ & _HEAP)
+    return isinstance(value, Enum) or (isinstance(value, (*_PLAIN, *_numpy_scalars())) and not kind.__flags__ & _HEAP)
+
+
+def _numpy_scalars() -> tuple[type, ...]:
+    """numpy's numbers; its other scalars may hold memory that is written to."""
+    numpy = sys.modules.get("numpy")
+    return () if numpy is None else (numpy.number, numpy.bool_)
 
 
 def _is_named(kind: type) -> bool:
