@@ -274,6 +274,25 @@ def test_what_cannot_be_called_is_an_error() -> None:
             compile(target)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("switch", [torch.no_grad, torch.inference_mode])
+def test_a_forward_that_switches_gradients_off_itself_runs(switch: Any) -> None:
+    class Decorated(Associative):
+        forward = switch()(Associative.forward)
+
+    model = Decorated(LAYERS).double()
+    wanted = model(hidden())
+    rmtc.compile(model, strict=True)
+    for _ in range(2):
+        found = model(hidden())
+        equal(found, wanted)
+        assert (found.is_inference(), found.requires_grad) == (wanted.is_inference(), wanted.requires_grad)
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    scheduled(model)
+    rmtc.restore(model)
+    assert rmtc.explain(model)(hidden()).schedule is not None
+
+
 def test_copies_and_pickles_are_eager(fast: Associative) -> None:
     holder = nn.ModuleDict({"inner": fast})
     buffer = io.BytesIO()

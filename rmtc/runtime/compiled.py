@@ -23,6 +23,7 @@ from torch import nn
 from rmtc.analysis import Analysis, prove_analysis
 from rmtc.capture import open_capture
 from rmtc.capture.arguments import Arguments, argument_names
+from rmtc.capture.own_modes import own_modes
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import unseen
@@ -231,6 +232,10 @@ class Compiled:
             args, kwargs: the call's.
             before: what was called before.
         """
+        with own_modes(self._inner):
+            return self._decided(args, kwargs, before)
+
+    def _decided(self, args: tuple[Any, ...], kwargs: dict[str, Any], before: Callable[..., Any]) -> Any:
         start = time.perf_counter()
         inside = id(self) in _thread.active  # a call inside a call: the one around it holds the model
         captured, rounds = False, 0
