@@ -34,6 +34,7 @@ from rmtc.capture.state import (
     walk,
 )
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError
+from rmtc.quiet import quiet_fakes
 
 __all__ = ["Lifted", "Session"]
 
@@ -266,8 +267,9 @@ class Session:
         """
         if any(isinstance(leaf, Iterator) for leaf in pytree.tree_leaves((args, kwargs))):
             args, kwargs = pytree.tree_map_only(Iterator, unmoved, (args, kwargs))
+        flags = _compiler_flags() if self._asked.isdisjoint(_OF_COMPILERS) else contextlib.nullcontext()
         try:
-            with _compiler_flags() if self._asked.isdisjoint(_OF_COMPILERS) else contextlib.nullcontext():
+            with flags, quiet_fakes():  # an error is raised: it need not be logged
                 drawn, environment = self.snapshot.random_state(), dict(os.environ)
                 result = self._call_user(args, kwargs)
                 self._note_drawn(drawn)
