@@ -749,6 +749,32 @@ def test_a_hook_that_calls_the_model() -> None:
     assert rmtc.stats(fast).runs == 4 and not rmtc.stats(fast).fallbacks
 
 
+@pytest.mark.slow
+def test_a_capture_is_its_own_while_another_thread_runs_the_layers() -> None:
+    """Which fails for so long, as the README has it, but never changes what is captured."""
+    model, fast = compiled(Loop())
+    done, errors = threading.Event(), list[str]()
+
+    def plain() -> None:
+        with torch.no_grad():
+            while not done.is_set():
+                try:
+                    fast.forward(text())
+                except (RuntimeError, AssertionError) as error:
+                    errors.append(str(error))
+
+    thread = threading.Thread(target=plain)
+    thread.start()
+    try:
+        found = fast(text())
+    finally:
+        done.set()
+        thread.join()
+    same([found, fast(text()), fast.forward(text())], [model(text())] * 3)
+    assert any("another thread captures a compiled model" in error for error in errors)
+    assert rmtc.stats(fast).runs == 2
+
+
 def test_a_thread_that_holds_the_lock_does_not_wait_for_one_that_waits() -> None:
     from rmtc.runtime.lock import SharedLock
 

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -215,6 +216,7 @@ class Session:
         numpy_state = numpy.random.get_state() if numpy is not None else None
         generator_state = torch.random.get_rng_state()
         grad_enabled = torch.is_grad_enabled()
+        self.fake_mode.thread = threading.get_ident()
         try:
             for slot in self.snapshot.slots:
                 if not is_plain(slot.value) and not isinstance(slot.owner, tuple):
@@ -225,6 +227,7 @@ class Session:
             yield
         finally:
             self.snapshot.restore()
+            self.fake_mode.thread = None
             for value, required in self._requiring:
                 if value.requires_grad is not required:
                     value.requires_grad_(required)
