@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import pickle
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -291,6 +292,16 @@ def test_a_forward_that_switches_gradients_off_itself_runs(switch: Any) -> None:
     scheduled(model)
     rmtc.restore(model)
     assert rmtc.explain(model)(hidden()).schedule is not None
+
+
+@pytest.mark.slow
+def test_the_time_of_a_capture_is_not_the_guards() -> None:
+    model = rmtc.compile(associative())
+    start = time.perf_counter()
+    model(hidden())
+    seconds = time.perf_counter() - start
+    run = rmtc.stats(model).last_run
+    assert run is not None and run.guard_seconds < seconds / 4
 
 
 def test_copies_and_pickles_are_eager(fast: Associative) -> None:

@@ -152,6 +152,13 @@ def test_each_change_is_seen(name: str) -> None:
     assert guard.differs() is not None  # and does not count as seen
 
 
+def test_what_is_gone_is_named() -> None:
+    cell = Cell()
+    guard = guarded(cell)
+    del cell.rate
+    assert guard.differs() == "rate is gone"
+
+
 @pytest.mark.parametrize(
     ("space", "name", "value"),
     [

@@ -236,12 +236,12 @@ class Compiled:
             return self._decided(args, kwargs, before)
 
     def _decided(self, args: tuple[Any, ...], kwargs: dict[str, Any], before: Callable[..., Any]) -> Any:
-        start = time.perf_counter()
         inside = id(self) in _thread.active  # a call inside a call: the one around it holds the model
         captured, rounds = False, 0
         broken: _Eager | None = None
         while True:  # decided, captured, admitted, run
             with LOCK.shared():
+                start = time.perf_counter()  # what a capture takes is no guard's time
                 try:
                     arguments = self._arguments(args, kwargs)
                     decision = broken or self._decide(arguments)
