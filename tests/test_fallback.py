@@ -302,6 +302,19 @@ class Scaled(Associative):
         return super().forward(hidden) * scale
 
 
+@pytest.mark.slow
+def test_weights_that_are_replaced_again_and_again_reach_the_recompile_limit() -> None:
+    model, fast = compiled(Scaled(2, WIDTH), recompile_limit=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(5):
+            for each in (model, fast):
+                each.head.weight = nn.Parameter(each.head.weight.detach() * (number + 1))
+            same(fast(text()), model(text()))
+    assert rmtc.stats(fast).captures == 2 and rmtc.stats(fast).runs == 2
+    assert ["recompile_limit = 1 is reached" in str(each.message) for each in caught] == [True]
+
+
 def test_the_recompile_limit_is_said_once() -> None:
     model, fast = compiled(Scaled(2, WIDTH), recompile_limit=1)
     with warnings.catch_warnings(record=True) as caught:
