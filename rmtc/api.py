@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rmtc.analysis import Analysis, analyze
+from rmtc.capture.own_modes import own_modes
 from rmtc.errors import CaptureError, RefusedError, RmtcError
 from rmtc.ir.explanation import Explanation
 from rmtc.ir.schedule import Dependence
@@ -57,7 +58,8 @@ def explain(
         raise TypeError(f"rmtc.explain takes a module or a function, not something of type {type(function).__name__}")
 
     def call(*args: Any, **kwargs: Any) -> Explanation:
-        return _explanation(function, args, kwargs, layers, segment_length, segments)
+        with own_modes(function):
+            return _explanation(function, args, kwargs, layers, segment_length, segments)
 
     return call
 
@@ -94,7 +96,8 @@ def dump(
             texts.append(text)
 
     try:
-        analysis = analyze(function, args, kwargs, layers=layers, segment_length=segment_length, watch=watch)
+        with own_modes(function):
+            analysis = analyze(function, args, kwargs, layers=layers, segment_length=segment_length, watch=watch)
         if not texts and analysis.proven is not None:  # no schedule to rewrite anything by
             proof = analysis.proven.proof
             raise RefusedError(proof.reason or "no schedule was found", cycle=proof.cycle)

@@ -89,7 +89,7 @@ def compile(
         strict: raise :class:`RefusedError` or :class:`CaptureError` in place of running as before.
         disable: return ``model`` as it is.
         recompile_limit: how many captures may be made anew because a call differs from those before in what a capture
-            depends on; further ones run as before.
+            depends on, and how many because weights were replaced or cast; further ones run as before.
         layers: the name of the list of layers as ``named_parameters`` spells it, where it is not found.
         segment_length: positions of a segment, where it is not found.
         options: ``{"reorder_random": True}`` allows dropout in training mode, whose random numbers are then drawn in

@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import pickle
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -272,6 +273,35 @@ def test_what_cannot_be_called_is_an_error() -> None:
     for target, message in ((3, "not a int"), ("model", "not a str"), (int, r"int is no nn\.Module class")):
         with pytest.raises(TypeError, match=message):
             compile(target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("switch", [torch.no_grad, torch.inference_mode])
+def test_a_forward_that_switches_gradients_off_itself_runs(switch: Any) -> None:
+    class Decorated(Associative):
+        forward = switch()(Associative.forward)
+
+    model = Decorated(LAYERS).double()
+    wanted = model(hidden())
+    rmtc.compile(model, strict=True)
+    for _ in range(2):
+        found = model(hidden())
+        equal(found, wanted)
+        assert (found.is_inference(), found.requires_grad) == (wanted.is_inference(), wanted.requires_grad)
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    scheduled(model)
+    rmtc.restore(model)
+    assert rmtc.explain(model)(hidden()).schedule is not None
+
+
+@pytest.mark.slow
+def test_the_time_of_a_capture_is_not_the_guards() -> None:
+    model = rmtc.compile(associative())
+    start = time.perf_counter()
+    model(hidden())
+    seconds = time.perf_counter() - start
+    run = rmtc.stats(model).last_run
+    assert run is not None and run.guard_seconds < seconds / 4
 
 
 def test_copies_and_pickles_are_eager(fast: Associative) -> None:

@@ -302,6 +302,19 @@ class Scaled(Associative):
         return super().forward(hidden) * scale
 
 
+@pytest.mark.slow
+def test_weights_that_are_replaced_again_and_again_reach_the_recompile_limit() -> None:
+    model, fast = compiled(Scaled(2, WIDTH), recompile_limit=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(5):
+            for each in (model, fast):
+                each.head.weight = nn.Parameter(each.head.weight.detach() * (number + 1))
+            same(fast(text()), model(text()))
+    assert rmtc.stats(fast).captures == 2 and rmtc.stats(fast).runs == 2
+    assert ["recompile_limit = 1 is reached" in str(each.message) for each in caught] == [True]
+
+
 def test_the_recompile_limit_is_said_once() -> None:
     model, fast = compiled(Scaled(2, WIDTH), recompile_limit=1)
     with warnings.catch_warnings(record=True) as caught:
@@ -747,6 +760,32 @@ def test_a_hook_that_calls_the_model() -> None:
     for _ in range(2):
         same(fast(text()), model(text()))
     assert rmtc.stats(fast).runs == 4 and not rmtc.stats(fast).fallbacks
+
+
+@pytest.mark.slow
+def test_a_capture_is_its_own_while_another_thread_runs_the_layers() -> None:
+    """Which fails for so long, as the README has it, but never changes what is captured."""
+    model, fast = compiled(Loop())
+    done, errors = threading.Event(), list[str]()
+
+    def plain() -> None:
+        with torch.no_grad():
+            while not done.is_set():
+                try:
+                    fast.forward(text())
+                except (RuntimeError, AssertionError) as error:
+                    errors.append(str(error))
+
+    thread = threading.Thread(target=plain)
+    thread.start()
+    try:
+        found = fast(text())
+    finally:
+        done.set()
+        thread.join()
+    same([found, fast(text()), fast.forward(text())], [model(text())] * 3)
+    assert any("another thread captures a compiled model" in error for error in errors)
+    assert rmtc.stats(fast).runs == 2
 
 
 def test_a_thread_that_holds_the_lock_does_not_wait_for_one_that_waits() -> None:

@@ -308,6 +308,12 @@ def test_a_rule_that_gives_another_shape_is_not_used(
     compare(each, others.run(kernel), others.stacked())
 
 
+def test_what_vmap_would_warn_of_runs_for_one_cell_after_another(capfd: pytest.CaptureFixture[str]) -> None:
+    """Also what is made of other operations, of which torch has told `vmap` nothing."""
+    assert hold(call("isclose", X((3,)), X((3,))), (True, True)).fallbacks == ("isclose",)
+    assert "performance drop" not in capfd.readouterr().err
+
+
 def test_a_wrong_rule_for_an_operation_with_several_results_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     each = call("max.dim", X((3, 3)), 0)
     for wrong in (

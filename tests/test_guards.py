@@ -572,6 +572,21 @@ def test_arguments_of_every_structure(both: Pair) -> None:
         assert counts(both.fast)[1] > before[1]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
+def test_arguments_of_numpy() -> None:
+    """A number is told by type and value; an array in the place of a tensor is another call, and no error."""
+    both, one = made(), torch.ones(1, dtype=torch.float64)
+    numbers = [numpy.float32(2.0), numpy.float32(2.0), numpy.float64(2.0), numpy.float32(3.0)]
+    with torch.no_grad():
+        for factor, captures in zip(numbers, (1, 1, 2, 3), strict=True):
+            same(both.fast(text(), factor=factor), both.plain(text(), factor=factor))
+            assert rmtc.stats(both.fast).captures == captures
+        for pair in ((one, one), (numpy.ones(1), numpy.ones(1))):
+            same(both.fast(text(), pair=pair), both.plain(text(), pair=pair))
+    assert not [reason for reason in rmtc.stats(both.fast).fallbacks if "error inside" in reason]
+
+
 @pytest.mark.parametrize("name", some_slow(MODES, ["autocast"]))
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
 def test_modes(name: str, both: Pair) -> None:

@@ -152,10 +152,22 @@ def test_each_change_is_seen(name: str) -> None:
     assert guard.differs() is not None  # and does not count as seen
 
 
+def test_what_is_gone_is_named() -> None:
+    cell = Cell()
+    guard = guarded(cell)
+    del cell.rate
+    assert guard.differs() == "rate is gone"
+
+
 @pytest.mark.parametrize(
     ("space", "name", "value"),
-    [(sys.modules[__name__], "GAIN", 3.0), (F, "gelu", torch.relu), (nn.Linear, "forward", nn.Bilinear.forward)],
-    ids=["of its file", "of a library", "of a class"],
+    [
+        (sys.modules[__name__], "GAIN", 3.0),
+        (sys.modules[__name__], "F", types.SimpleNamespace(gelu=torch.relu)),
+        (F, "gelu", torch.relu),
+        (nn.Linear, "forward", nn.Bilinear.forward),
+    ],
+    ids=["of its file", "a module", "of a library", "of a class"],
 )
 def test_what_the_code_names_is_seen(space: Any, name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     guard = guarded(Cell())
@@ -187,6 +199,18 @@ def test_a_name_that_was_not_there_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
         with monkeypatch.context() as patch:
             patch.setattr(builtins, "abs", torch.sin)
             assert guard.differs() is not None
+
+
+def test_an_imported_module_that_is_another_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    space: dict[str, Any] = {"__name__": "user"}
+    exec("def call(x):\n import settings\n return x * settings.scale", space)
+    module = types.ModuleType("settings")
+    vars(module).update(scale=1.0)
+    monkeypatch.setitem(sys.modules, "settings", module)
+    guard = StateGuard(Session(space["call"], (torch.randn(2),), {}), ())
+    assert guard.differs() is None
+    monkeypatch.setitem(sys.modules, "settings", types.ModuleType("settings"))
+    assert guard.differs() is not None
 
 
 def test_a_script_may_write_globals(monkeypatch: pytest.MonkeyPatch) -> None:

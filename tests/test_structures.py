@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import warnings
 from collections import deque
@@ -633,6 +634,25 @@ def test_a_tensor_in_a_list_of_all_segments_is_the_one_beside_it() -> None:
         found, _ = twins.call(text(segments, 2))
         twins.ran(segments)
         assert found["last"] is found["all"][-1] and found["first"] is found["all"][0]
+
+
+class Masked(Stack):
+    """Takes a mask (1, N) for all texts of the batch."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        memories = zeros(x.shape[0])
+        pieces = zip(x.split(SEGMENT, dim=1), mask.split(SEGMENT, dim=1), strict=True)
+        return torch.cat([self.segment(piece * kept[..., None], memories) for piece, kept in pieces], dim=1)
+
+
+@pytest.mark.slow
+def test_sizes_that_are_tried_are_not_reported_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[logging.LogRecord] = []
+    monkeypatch.setattr(logging.getLogger("torch._subclasses.fake_tensor"), "handle", reported.append)
+    twins = Twins(Masked)
+    twins.call(text(4, 2), torch.ones(1, 4 * SEGMENT, dtype=torch.float64))
+    twins.ran(4)
+    assert not reported
 
 
 class Recurrent(Giving):

@@ -8,6 +8,7 @@ tensors have, for operations whose result is told by it.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rmtc.capture.indexing import EverySlice
+from rmtc.errors import CaptureError
 
 __all__ = ["Fakes", "Watcher"]
 
@@ -50,18 +52,28 @@ Watcher = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], None]
 
 
 class Fakes(FakeTensorMode):
-    """The mode under which tensors have metadata and no content."""
+    """The mode under which tensors have metadata and no content.
+
+    Attributes:
+        thread: the one whose run has stand-ins in the model; None while there are none.
+    """
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=False)
         self._told: dict[int, bool] = {}
         self._known: dict[tuple[Any, ...], _Results | None] = {}
         self._fresh: dict[torch.device, dict[str, Any]] = {}
+        self.thread: int | None = None
         self._watcher: Watcher | None = None
         self._depth = 0
         self._indexing = EverySlice()
 
     def __enter__(self) -> Fakes:
+        if self.thread not in (None, threading.get_ident()):  # torch keeps what it entered in one list for all
+            raise CaptureError(
+                "another thread captures a compiled model that has these weights: they are stand-ins for so long",
+                remedy="while the first call of a kind captures, run neither the plain model nor its layers elsewhere",
+            )
         super().__enter__()
         self._depth += 1
         if self._depth == 1:  # torch enters it again inside operations

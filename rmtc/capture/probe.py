@@ -17,7 +17,6 @@ from rmtc.capture.arguments import Arguments, Growth, Path, show
 from rmtc.capture.frames import current_location
 from rmtc.capture.session import Session
 from rmtc.errors import CaptureError, Location
-from rmtc.quiet import quiet_fakes
 
 __all__ = ["Plan", "Sizes", "probe"]
 
@@ -205,7 +204,7 @@ class _Prober:
         Arguments(args, kwargs, self.session.arguments.names).map(note)
         count = _Count([*self.session.stand_ins, *fixed], length, short)
         fakes = self.session.fake_mode
-        with self.session.installed(self.session.stand_ins), fakes, fakes.watched(count.note), quiet_fakes():
+        with self.session.installed(self.session.stand_ins), fakes, fakes.watched(count.note):
             try:
                 self.session.call(args, kwargs)
             except _Enough:

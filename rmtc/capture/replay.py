@@ -14,6 +14,7 @@ import logging
 import operator
 import random
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -150,10 +151,10 @@ class Replayer:
     @contextlib.contextmanager
     def _patched(self, recorder: Recorder) -> Iterator[None]:
         original = nn.Module.__call__
-        remembered = self._remembered
+        remembered, thread = self._remembered, threading.get_ident()
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if id(module) not in remembered or self._inside:
+            if id(module) not in remembered or self._inside or threading.get_ident() != thread:
                 return original(module, *args, **kwargs)
             return self._call(recorder, original, module, args, kwargs)
 

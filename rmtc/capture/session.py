@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ from rmtc.capture.state import (
     walk,
 )
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError
+from rmtc.quiet import quiet_fakes
 
 __all__ = ["Lifted", "Session"]
 
@@ -214,6 +216,7 @@ class Session:
         numpy_state = numpy.random.get_state() if numpy is not None else None
         generator_state = torch.random.get_rng_state()
         grad_enabled = torch.is_grad_enabled()
+        self.fake_mode.thread = threading.get_ident()
         try:
             for slot in self.snapshot.slots:
                 if not is_plain(slot.value) and not isinstance(slot.owner, tuple):
@@ -224,6 +227,7 @@ class Session:
             yield
         finally:
             self.snapshot.restore()
+            self.fake_mode.thread = None
             for value, required in self._requiring:
                 if value.requires_grad is not required:
                     value.requires_grad_(required)
@@ -266,8 +270,9 @@ class Session:
         """
         if any(isinstance(leaf, Iterator) for leaf in pytree.tree_leaves((args, kwargs))):
             args, kwargs = pytree.tree_map_only(Iterator, unmoved, (args, kwargs))
+        flags = _compiler_flags() if self._asked.isdisjoint(_OF_COMPILERS) else contextlib.nullcontext()
         try:
-            with _compiler_flags() if self._asked.isdisjoint(_OF_COMPILERS) else contextlib.nullcontext():
+            with flags, quiet_fakes():  # an error is raised: it need not be logged
                 drawn, environment = self.snapshot.random_state(), dict(os.environ)
                 result = self._call_user(args, kwargs)
                 self._note_drawn(drawn)

@@ -132,7 +132,13 @@ def is_plain(value: object) -> bool:
         return True
     if kind is tuple or kind is frozenset or (isinstance(value, tuple) and _is_named(kind)):
         return all(map(is_plain, value))  # type: ignore[call-overload]
-    return isinstance(value, Enum) or (isinstance(value, _PLAIN) and not kind.__flags__ & _HEAP)
+    return isinstance(value, Enum) or (isinstance(value, (*_PLAIN, *_numpy_scalars())) and not kind.__flags__ & _HEAP)
+
+
+def _numpy_scalars() -> tuple[type, ...]:
+    """numpy's numbers; its other scalars may hold memory that is written to."""
+    numpy = sys.modules.get("numpy")
+    return () if numpy is None else (numpy.number, numpy.bool_)
 
 
 def _is_named(kind: type) -> bool:
@@ -272,10 +278,10 @@ def tells_identity(code: types.CodeType) -> bool:
 
 def imported(functions: Sequence[types.FunctionType]) -> set[int]:
     """The ids of the modules that functions import when they run, as far as they are there."""
-    return {id(module) for function in functions for module in _imported(function)}
+    return {id(module) for function in functions for _, module in _imported(function)}
 
 
-def _imported(function: types.FunctionType) -> Iterator[types.ModuleType]:
+def _imported(function: types.FunctionType) -> Iterator[tuple[str, types.ModuleType]]:
     """The modules that a function imports when it runs, as far as they are there, and the packages they are in."""
     for name, level in _imports(function.__code__):
         if level:
@@ -283,16 +289,16 @@ def _imported(function: types.FunctionType) -> Iterator[types.ModuleType]:
             name = ".".join([*package[: len(package) - level + 1], *filter(None, [name])])
         parts = name.split(".")
         for count in range(1, len(parts) + 1):
-            module = sys.modules.get(".".join(parts[:count]))
+            module = sys.modules.get(whole := ".".join(parts[:count]))
             if isinstance(module, types.ModuleType):
-                yield module
+                yield whole, module
 
 
 def _spaces(function: types.FunctionType) -> Iterator[tuple[dict[str, Any], bool]]:
     """Where the names of a function are looked up, its own file first: names and values, and whether a library's."""
     names = _names(function.__code__)
     held = [_contents(cell) for cell in function.__closure__ or ()]
-    modules: list[types.ModuleType | None] = [None, *_imported(function)]
+    modules: list[types.ModuleType | None] = [None, *(module for _, module in _imported(function))]
     modules += [each for each in held if isinstance(each, types.ModuleType)]
     seen: set[int] = set()
     for module in modules:
@@ -310,6 +316,16 @@ def _globals(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any]
         for name in () if library else _loaded(function.__code__) if own else _names(function.__code__):
             if name in space and not isinstance(space[name], types.ModuleType):
                 yield name, space, space[name]
+
+
+def _modules(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], types.ModuleType]]:
+    """The modules in which a function looks names up, but for those in its closure: name, where it is, module."""
+    for name, module in _imported(function):
+        yield name, sys.modules, module
+    for space, _ in _spaces(function):
+        for name in _loaded(function.__code__) if space is function.__globals__ else _names(function.__code__):
+            if isinstance(value := space.get(name), types.ModuleType):
+                yield name, space, value
 
 
 def _builtins(function: Any) -> dict[str, Any]:
@@ -343,8 +359,8 @@ class Code(NamedTuple):
 
     Attributes:
         functions: every function of the user's.
-        named: the functions and classes that they name as globals, of libraries constants too, and what they name of
-            Python's own: name, where it is, value.
+        named: the functions, classes and modules that they name as globals, of libraries constants too, and what they
+            name of Python's own: name, where it is, value.
         absent: the names that they look up where there is none yet: name, and where it would be.
         classes: the user's classes that they name, and those whose objects are in reach.
     """
@@ -388,7 +404,8 @@ def user_code(roots: dict[str, Any], slots: Sequence[Slot]) -> Code:
                 absent[id(space), name] = name, space
                 if name in builtin:
                     named[id(builtin), name] = name, builtin, builtin[name]
-            named.update(((id(space), name), (name, space, value)) for name, space, value in _of_libraries(function))
+            for name, space, value in (*_of_libraries(function), *_modules(function)):
+                named[id(space), name] = name, space, value
             done += 1
     classes = [base for base in bases if not _from_library(base.__module__)]
     return Code(functions, list(named.values()), list(absent.values()), classes)

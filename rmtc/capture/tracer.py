@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +72,7 @@ class _Tracer(PythonKeyTracer):
         super().__init__()
         self._paths = paths
         self._stack: list[str] = []
+        self._thread = threading.get_ident()
         self.attributes: list[tuple[str, torch.Tensor]] = []
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -134,7 +136,7 @@ class _Tracer(PythonKeyTracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         path = self._paths.get(id(m))
-        if path is None:
+        if path is None or threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         self._stack.append(path)
         try:

@@ -23,6 +23,7 @@ from torch import nn
 from rmtc.analysis import Analysis, prove_analysis
 from rmtc.capture import open_capture
 from rmtc.capture.arguments import Arguments, argument_names
+from rmtc.capture.own_modes import own_modes
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import unseen
@@ -166,7 +167,7 @@ class Compiled:
         self.variants: list[Variant] = []
         self._known: dict[Any, _Known] = {}
         self._warned: set[str] = set()
-        self._captures = self._probes = 0
+        self._captures = self._replaced = self._probes = 0
         self._default_values = _signature(self._inner)
         self._name_cache: dict[int, tuple[str, ...]] = {}
         self._counts = threading.Lock()
@@ -231,12 +232,16 @@ class Compiled:
             args, kwargs: the call's.
             before: what was called before.
         """
-        start = time.perf_counter()
+        with own_modes(self._inner):
+            return self._decided(args, kwargs, before)
+
+    def _decided(self, args: tuple[Any, ...], kwargs: dict[str, Any], before: Callable[..., Any]) -> Any:
         inside = id(self) in _thread.active  # a call inside a call: the one around it holds the model
         captured, rounds = False, 0
         broken: _Eager | None = None
         while True:  # decided, captured, admitted, run
             with LOCK.shared():
+                start = time.perf_counter()  # what a capture takes is no guard's time
                 try:
                     arguments = self._arguments(args, kwargs)
                     decision = broken or self._decide(arguments)
@@ -392,12 +397,20 @@ class Compiled:
                 sizes = known.short.sizes(arguments)
                 if not isinstance(sizes, str) and sizes.segments < 2:
                     return _Eager(known=known)
-        if self._captures > self.options.recompile_limit:
-            why = differences[-1] if differences else "a call of another structure"
-            return _Eager(f"recompile_limit = {self.options.recompile_limit} is reached", detail=why)
+        limited = self._limited(differences)
+        if limited is not None:
+            return limited
         if self._probes > _PROBES:
             return _Eager(f"{_PROBES} calls of as many structures were of one segment", detail="no more are looked at")
         return _Capture(tuple(differences))
+
+    def _limited(self, differences: Sequence[str]) -> _Eager | None:
+        """What becomes of a call that would be one capture too many; None if it would not."""
+        limit = self.options.recompile_limit
+        if max(self._captures, self._replaced) <= limit:
+            return None
+        why = differences[-1] if differences else "a call of another structure"
+        return _Eager(f"recompile_limit = {limit} is reached", detail=why)
 
     def _key(self, arguments: Arguments) -> Any:
         """What calls of one structure share."""
@@ -512,7 +525,7 @@ class Compiled:
         """Capture or admit a call, or remember why not.
 
         Returns:
-            What becomes of this call where an error inside rmtc ended it.
+            What becomes of this call where an error inside rmtc, or the limit, ended it.
         """
         with _capturing(self):
             if isinstance(decision, _Capture):
@@ -536,8 +549,12 @@ class Compiled:
         key = self._key(arguments)
         # A capture whose parameters were replaced serves nobody any more, and holds the old ones.
         kept = [variant for variant in self.variants if not variant.stale()]
+        self._replaced += len(self.variants) - len(kept)
         self._captures -= len(self.variants) - len(kept)
         self.variants = kept
+        limited = self._limited(decision.differences)
+        if limited is not None:
+            return limited
         self._default_values = _signature(self._inner)
         known = self._known.setdefault(key, _Known())
         known.refusal, known.short, known.settled, known.tries = None, None, False, known.tries + 1

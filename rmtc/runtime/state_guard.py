@@ -146,7 +146,8 @@ class _Places:
                 *map(getattr, *self._rest),
             ]
         except (KeyError, IndexError, AttributeError, ValueError):
-            return "an attribute is gone"
+            gone = next((slot.name for slot in self.slots if _held(slot) is MISSING), "an attribute")
+            return f"{gone} is gone"
         if list(map(len, self._sized)) != self._sizes:
             return _OTHER_KEYS
         if not all(map(operator.is_, chain.from_iterable(self._ordered), self._keys)):

@@ -25,7 +25,7 @@ __all__ = ["Kernel", "emit", "select_run"]
 
 logger = logging.getLogger(__name__)
 
-_BATCHING = ("FuncTorchBatched", "FuncTorchBatchedDecomposition", "CompositeImplicitAutograd")
+_BATCHING = ("FuncTorchBatched", "FuncTorchBatchedDecomposition")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,31 @@
+"""The modes of torch that a decorated function enters by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["own_modes"]
+
+_DECORATED = torch.no_grad()(lambda: None).__code__  # what a decorator of torch makes of any function
+
+
+def own_modes(function: Callable[..., Any]) -> AbstractContextManager[object]:
+    """What a function that `torch.no_grad` or `torch.inference_mode` decorates enters first, to be entered before it.
+
+    So no call of it is one that asks for gradients.
+    """
+    call = function.forward if isinstance(function, nn.Module) else function
+    call = call.__func__ if isinstance(call, MethodType) else call
+    if isinstance(call, FunctionType) and call.__code__ is _DECORATED:
+        for cell in call.__closure__ or ():
+            made = cell.cell_contents
+            if isinstance(getattr(made, "__self__", None), (torch.no_grad, torch.inference_mode)):
+                context: AbstractContextManager[object] = made()
+                return context
+    return nullcontext()
