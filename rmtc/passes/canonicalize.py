@@ -44,7 +44,7 @@ class Canonicalize:
         %b = select(%w, 0, 3)                   ->    uses of %b become %v
 
     A tensor that is written part by part and read as a whole is put together where it is read, from what was written
-    last: writes that a later one covers make no dependence. Where parts that are written again and again overlap, what
+    last: writes that a later one covers make no dependence. Where parts that are written again and again cross, what
     they have in common is a part of its own. A tensor is detached where it is read: who waits for it
     waits for what made it, not for the layer that kept it.
 
@@ -179,7 +179,7 @@ def _split_overlaps(graph: fx.Graph) -> None:
         cuts = sorted({bound for part in parts for bound in part})
         pieces = {part: bisect_left(cuts, part[1]) - bisect_left(cuts, part[0]) for part in parts}
         turns = sum(1 for _ in itertools.groupby(interval for _, interval in written))  # x[a:b] += y writes twice
-        if 1 < max(pieces.values()) <= _FEW and turns >= 2 * len(parts):
+        if _shared(parts) and max(pieces.values()) <= _FEW and turns >= 2 * len(parts):
             bounds[key] = cuts
     for node in list(graph.nodes) if bounds else ():
         if node.target is aten.slice.Tensor:
@@ -210,6 +210,14 @@ def _split_overlaps(graph: fx.Graph) -> None:
             first[target] = first[node]
             node.replace_all_uses_with(target)
             graph.erase_node(node)
+
+
+def _shared(parts: set[tuple[int, int]]) -> bool:
+    """Whether parts of a tensor cross, or lie in one another at more places than one: those of several layers."""
+    if any(a[0] < b[0] < a[1] < b[1] for a in parts for b in parts):
+        return True
+    outer = {a for a in parts for b in parts if a != b and a[0] <= b[0] and b[1] <= a[1]}
+    return len({a for a in outer if not any(b[0] <= a[0] and a[1] <= b[1] for b in outer - {a})}) > 1
 
 
 def _written(node: fx.Node) -> tuple[int, int] | None:
