@@ -82,7 +82,7 @@ def test_a_segment_that_runs_something_else_stays_as_it_is() -> None:
 
 @pytest.mark.slow
 def test_a_model_folds_because_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    choices = Choices(ds=2, kept=True, state="shared", layers=2).possible()
+    choices = Choices(ds=3, kept=True, state="shared", layers=2).possible()
     model, _ = build(choices)
     text = text_of(choices, 7, 2, 3)
     with torch.no_grad():

@@ -200,14 +200,7 @@ FOUND: dict[str, Choices] = {
         layers=2, kinds=("attention", "mlp"), parameters="stacked", state="buffer", ds=3, dl=3, batch=3
     ),
     "one buffer's histories in place": Choices(
-        layers=5,
-        kinds=("attention", "mlp", "bare"),
-        parameters="lists",
-        state="shared",
-        ds=3,
-        dl=2,
-        in_place=True,
-        batch=1,
+        layers=2, kinds=("attention", "mlp"), parameters="lists", state="shared", ds=2, dl=1, in_place=True, batch=1
     ),
     "what layers read has other sizes": Choices(
         layers=4,
