@@ -147,6 +147,7 @@ MADE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 def test_a_memory_that_is_returned_is_the_one_that_is_kept(name: str) -> None:
     eager = Kept(MADE[name]).double()

@@ -367,6 +367,7 @@ def test_nothing_is_written_to(name: str, traced: Graphs) -> None:
     assert [copy._version for copy in copies] == [0] * len(copies)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", some_slow(LOOPS, QUICK | {"keys and values", "mixed precision"}))
 def test_the_graph_computes_what_the_model_does(name: str, dtype: torch.dtype | None, traced: Graphs) -> None:
@@ -537,6 +538,7 @@ def test_a_model_that_fits_no_memory() -> None:
     assert all(layer.memory is None for layer in model.layers)
 
 
+@pytest.mark.slow
 def test_hundreds_of_segments_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
     linear = F.linear
@@ -633,6 +635,7 @@ def test_a_wrong_segment_length_is_an_error(length: int) -> None:
     assert raised.value.remedy is not None and "leave segment_length out" in raised.value.remedy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_slow(["nope", "layers.0"], ["nope"]))
 def test_wrong_layers_are_an_error(name: str) -> None:
     with pytest.raises(rmtc.CaptureError, match=f"no parameters are named {re.escape(name)}.0"):

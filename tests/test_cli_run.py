@@ -89,6 +89,7 @@ def test_demo_shows_grid_certificate_error_and_speed_in_an_empty_folder(tmp_path
     assert done.stdout.rstrip().endswith("times faster, with the same results.")
 
 
+@pytest.mark.slow
 def test_demo_without_transformers_names_the_extra(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['transformers'] = None; sys.argv = ['rmtc', 'demo']\nfrom rmtc.cli import main; main()"

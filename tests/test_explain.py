@@ -213,6 +213,7 @@ def test_a_layer_that_uses_a_parameter_of_another(name: str) -> None:
     assert layers_by_class(answer.schedule) == alike
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parts", [models.OWN * 2, [parts[p : p + 1] for p in range(3) for parts in models.OWN]], ids=["twice", "in turns"]
 )
@@ -281,6 +282,7 @@ def test_the_cycle_of_the_classic_rmt(explained: Explain) -> None:
     assert at(answer.cycle[-1].consumer_location) == ("models.py", line_of("memory enters"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("results", "why"),
     [
@@ -536,6 +538,7 @@ def test_a_call_with_named_arguments(explained: Explain) -> None:
     assert rmtc.explain(models.Associative())(hidden=text()) == explained("attributes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [2, 3])
 def test_a_hint_of_several_segments_is_named(times: int) -> None:
     function, args = LOOPS["attributes"]()

@@ -684,6 +684,7 @@ def test_modes_that_alternate() -> None:
         same(pair.fast(text()), pair.plain(text()))
 
 
+@pytest.mark.slow
 def test_a_list_is_no_tuple(both: Pair) -> None:
     one = torch.ones(1, dtype=torch.float64)
     with torch.no_grad():
@@ -691,6 +692,7 @@ def test_a_list_is_no_tuple(both: Pair) -> None:
             same(both.fast(text(), pair=pair), both.plain(text(), pair=pair))
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_popped() -> None:
     """`ModuleList.pop` makes a new table of modules: the old one, which a capture has seen, stays as it was."""
     pair = made()

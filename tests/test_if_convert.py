@@ -61,6 +61,7 @@ def test_merged_or_not_the_results_are_those_of_the_loop(name: str) -> None:
         assert run.steps < sizes.segments * each.loop.layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(MERGED))
 def test_a_step_of_full_segments_is_one_launch_of_layers(name: str) -> None:
     _, program = analysed(name)

@@ -172,6 +172,7 @@ def some(names: Iterable[Any], fast: Collection[Any]) -> list[Any]:
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(LOOPS, {"a helper", "while some is left", "layers outside"}))
 def test_where_the_loop_is(name: str) -> None:
     Twins(LOOPS[name]).compare({LOWER, OWN})
@@ -443,6 +444,7 @@ class Window(nn.Module):
         return torch.cat(pieces, dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("back", some([1, 2, 3], {3}))
 def test_first_segments_that_differ_while_a_memory_fills(back: int) -> None:
     twins = Twins(lambda: Window(back))

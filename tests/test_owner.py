@@ -354,6 +354,7 @@ def bfloat16() -> Any:
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_another_precision_is_another_capture() -> None:
     """Autocast around the call, and the model cast as a whole: both ways and back."""
     with torch.random.fork_rng(devices=[]):

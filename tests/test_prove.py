@@ -284,6 +284,7 @@ def test_reach_can_lose() -> None:
     assert not proof.certificate.optimal
 
 
+@pytest.mark.slow
 def test_order_of_dependences_does_not_matter() -> None:
     dependences = [UP, dep(1, 1), dep(1, -2), dep(2, -1), dep(0, ell), MEMORY]
     proofs = [prove(order, 8) for order in itertools.permutations(dependences)]

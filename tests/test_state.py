@@ -327,6 +327,7 @@ class InPlace(Reader):
         return hidden
 
 
+@pytest.mark.slow
 def test_a_tensor_that_is_written_and_returned_is_the_same_tensor() -> None:
     fast, eager = pair(InPlace)
     for number in range(3):

@@ -492,6 +492,7 @@ def test_views_of_one_tensor_that_every_layer_overwrites() -> None:
     Twins(lambda: Overwritten(True)).compare({LOWER, OWN})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", some(["row by row", "in place"], {"row by row"}))
 def test_a_memory_that_is_a_view_which_the_next_layer_overwrites(how: str) -> None:
     twins = Twins(lambda: Above(how))

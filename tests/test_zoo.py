@@ -85,6 +85,7 @@ def assert_close(one: Any, other: Any) -> None:
             assert a == b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ZOO])
 def test_the_dependences_of_the_catalogue(name: str) -> None:
     entry, answer = ZOO[name], found(name).answer
