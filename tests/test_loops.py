@@ -470,3 +470,25 @@ class Fading(Stack):
 @pytest.mark.slow
 def test_a_memory_that_no_parameter_has_a_part_in() -> None:
     Twins(Fading).compare({LOWER, OWN}, sizes=((6, 2, SEGMENT), (7, 3, 2)))
+
+
+class Written(Stack):
+    """A memory a layer that nothing reads but what writes it, and that in other ways in the first two segments."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        memories, pieces = zeros(x), []
+        for s, piece in enumerate(x.split(SEGMENT, dim=1)):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece))
+                new, old = piece.mean(1), memories[number]
+                memories[number] = torch.sin(new) if s == 0 else torch.cos(old) - new if s == 1 else 0.5 * old + new
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1), memories
+
+
+@pytest.mark.slow
+def test_a_result_that_waits_for_itself_and_that_first_segments_make_otherwise() -> None:
+    twins = Twins(Written)
+    for segments in (6, 2, 3, 7):
+        twins.call(text(segments, 2))
+        twins.ran(segments)

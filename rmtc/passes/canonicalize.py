@@ -94,7 +94,7 @@ class Canonicalize:
                 _replaced(graph, node, node.args[1])
             elif node.target in _CASTS:
                 _cast(graph, node)
-            elif node.target is aten.dropout.default and not _drops(node):
+            elif node.target is aten.dropout.default and not _draws(node):
                 _becomes(node, node.args[0])
         _drop_dead(graph)
         _assemble(graph)
@@ -305,7 +305,7 @@ def _refuse_random(graph: fx.Graph) -> None:
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
             continue
-        if not _draws(node, target):
+        if not _draws(node):
             continue
         raise RefusedError(
             f"{target} draws random numbers: another order of the cells draws other numbers",
@@ -324,13 +324,9 @@ def _refuse_strides(graph: fx.Graph) -> None:
             )
 
 
-def _drops(node: fx.Node) -> bool:
-    return bool(node.args[1] != 0 and node.args[2])
-
-
-def _draws(node: fx.Node, target: torch._ops.OpOverload) -> bool:
+def _draws(node: fx.Node) -> bool:
     """Whether an operation that may draw random numbers does: not if it drops nothing, nor out of training."""
-    known = enumerate(target._schema.arguments)
+    known = enumerate(node.target._schema.arguments)  # type: ignore[union-attr]
     given = {each.name: _argument(node, at, each.name, each.default_value) for at, each in known}
     training = given.get("train", given.get("training"))
     chances = [given.get(name) for name in ("dropout", "dropout_p", *(("p",) if "train" in given else ()))]
@@ -562,7 +558,7 @@ def _flatten(graph: fx.Graph, node: fx.Node) -> None:
         pieces += inner.args[0] if alike else [inner]
     if pieces != given:
         node.args = (pieces, *node.args[1:])
-        for piece in reversed(given):
+        for piece in dict.fromkeys(reversed(given)):
             for each in (piece, *piece.all_input_nodes):
                 if not each.users and each.target in (aten.cat.default, aten.clone.default):
                     graph.erase_node(each)

@@ -107,6 +107,7 @@ def _with_known_results(loop: SegmentLoop) -> SegmentLoop:
 
     made: list[BodyOp] = []
     beyond: dict[tuple[int, int], Outer] = {}
+    lacking: set[int] = set()  # what cannot be made after the loop, as what waits for itself
 
     def left(segment: int, number: int) -> Where | Outer | None:
         """What a segment from the end leaves in the place of an operation of a steady one, in any row."""
@@ -114,9 +115,11 @@ def _with_known_results(loop: SegmentLoop) -> SegmentLoop:
         op = loop.steady[number]
         if min(numbers, default=0) >= 0:
             return Where(segment, (*numbers, number))
-        if (segment, number) not in beyond and not _varies(op):
+        if (segment, number) not in beyond and number not in lacking and not _varies(op):
+            lacking.add(number)
             read = {each: left(segment - each.back, each.number) for each in leaves(op.args) if isinstance(each, Row)}
             if None not in read.values():
+                lacking.remove(number)
                 args = map_leaves(op.args, lambda leaf: read[leaf] if isinstance(leaf, Row) else leaf)
                 beyond[segment, number] = Outer("after", len(made))
                 made.append(replace(op, args=args))
