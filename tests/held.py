@@ -1,0 +1,77 @@
+"""What state and results are kept in, and layers with a memory each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from compare import LAYERS, WIDTH
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+__all__ = ["Bag", "MemoryOutput", "Named", "Plain", "Stack", "full", "some", "zeros"]
+
+
+def zeros(batch: int) -> list[Tensor]:
+    return [torch.zeros(batch, WIDTH, dtype=torch.float64) for _ in range(LAYERS)]
+
+
+class Stack(nn.Module):
+    """Linear layers with a memory (B, D) each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def cell(self, number: int, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.tanh(self.layers[number](x) + memory[:, None])
+        return x, 0.5 * memory + x.mean(1)
+
+    def segment(self, x: Tensor, memories: Any) -> Tensor:
+        for number in range(LAYERS):
+            x, memories[number] = self.cell(number, x, memories[number])
+        return x
+
+
+class Named(NamedTuple):
+    memories: list[Tensor]
+    seen: int
+
+
+@dataclass
+class MemoryOutput(ModelOutput):  # type: ignore[misc]
+    """A class of the user's."""
+
+    last_hidden_state: Any = None
+    memories: Any = None
+    loss: Any = None
+
+
+@dataclass
+class Plain:
+    """A dataclass of the user's."""
+
+    hidden: Tensor
+    memories: tuple[Tensor, ...]
+    unset: Any = None
+    label: str = "plain"
+    extra: dict[str, int] = field(default_factory=dict)
+
+
+class Bag:
+    """An object of no known kind."""
+
+    def __init__(self, memories: list[Tensor]) -> None:
+        self.memories = memories
+
+
+def some(names: Iterable[str], fast: Collection[str]) -> list[Any]:
+    """Names as parameters, of which some are for the fast tests."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def full() -> list[Tensor]:
+    return [torch.full((2, WIDTH), 0.1, dtype=torch.float64) for _ in range(LAYERS)]
