@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rmtc.capture import Capture, Captured, open_capture
+from rmtc.capture import Capture, Captured, Reading, open_capture
 from rmtc.capture.objects import Plain, parts_of
 from rmtc.capture.other_sizes import follows
 from rmtc.capture.probe import Sizes
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _SHORT = 3  # segments of the shorter probe
 _AGES = (2, 3)  # in segments, of values that are read: longer probes are run where the shorter ones do not repeat
-_PLAIN, _TABLES, _WINDOWS = (False, False), (True, False), (False, True)  # how slices are read
+_PLAIN, _TABLES, _WINDOWS, _WHOLE = Reading(), Reading(tables=True), Reading(windows=True), Reading(histories=False)
 _BATCHES = (2, 5)  # in no ratio to the numbers of segments that an integer could mimic; code may treat one apart
 
 _WHOLE_TRACE = 20_000  # operations of a call that is traced whole when a replay cannot tell
@@ -139,8 +139,10 @@ class Analysis:
 
     def _few(self, sizes: Sizes) -> Sizes:
         """The sizes of a call with no more segments than it takes to see all kinds of them."""
-        rows = len(self.proven.loop.rows) if self.proven is not None else 0
-        return sizes._replace(segments=min(sizes.segments, rows + 2))
+        if self.proven is None:
+            return sizes._replace(segments=min(sizes.segments, 2))
+        loop = self.proven.loop
+        return sizes._replace(segments=min(sizes.segments, max(len(loop.rows) + 2, loop.furthest_result)))
 
     def _traced_at(self, segments: int, replayer: Replayer) -> list[Sizes]:
         """The sizes of calls of so many segments for which a whole trace tells that the loop holds.
@@ -245,15 +247,16 @@ def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch |
         (_SHORT, own, tails, _PLAIN),
         (_SHORT, own, full, _PLAIN),
         *((3 * age + 2, batches, tails, _PLAIN) for age in _AGES),
+        (_SHORT, batches, tails, _WHOLE),
     ]
     if plan.free_tail:  # as in the first, but for a table that a segment may take a part of
         attempts.insert(1, (_SHORT, batches, tails, _TABLES))
     if plan.free_tail and plan.sizes.tail != segment:  # or for a window that a segment may not fill
         attempts.insert(2, (_SHORT, batches, tails, _WINDOWS))
     first: RefusedError | VerifyError | CaptureError | None = None
-    for segments, batch, tail, (tables, windows) in dict.fromkeys(attempts):
-        if (tables, windows) != (analysis.capture.cut_tables, analysis.capture.whole_windows):
-            analysis.capture.cut_tables, analysis.capture.whole_windows = tables, windows
+    for segments, batch, tail, reading in dict.fromkeys(attempts):
+        if reading != analysis.capture.reading:
+            analysis.capture.reading = reading
             analysis.runs.clear()
         sizes = [Sizes(segments + i, batch[i], tail[i]) for i in range(3)]
         try:

@@ -380,8 +380,8 @@ ZOO: dict[str, Entry] = {
     "transformer_xl, long": Entry(
         "cached hidden states of more than a segment, a window that moves on",
         lambda: cached_hidden_states(SEGMENT + 3),
-        vectors(LOWER, OWN, (1, 1)),
-        1,
+        vectors(LOWER, (1, 1), (2, 1)),
+        0,
     ),
 }
 """Calls that are loops over segments, whether there is a schedule or not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -21,7 +21,7 @@ from rmtc.passes.canonicalize import Canonicalize
 from rmtc.passes.remove_regions import Autocast, RemoveRegions
 from rmtc.quiet import uncollected
 
-__all__ = ["Capture", "Captured", "open_capture"]
+__all__ = ["Capture", "Captured", "Reading", "open_capture"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,20 @@ class Captured:
     same: dict[str, str] = field(default_factory=dict)
 
 
+class Reading(NamedTuple):
+    """How slices are read, see :class:`Canonicalize`.
+
+    Attributes:
+        tables: whether a slice of all of a table is one.
+        windows: whether a window of a segment's length is read as what it is cut from.
+        histories: whether histories of few parts are read part by part.
+    """
+
+    tables: bool = False
+    windows: bool = False
+    histories: bool = True
+
+
 @dataclass
 class Capture:
     """A user's call, ready to be traced at any sizes.
@@ -55,8 +69,7 @@ class Capture:
         watch: called after each graph pass with its name and the graph.
         seconds: time spent, by stage.
         reorder_random: whether operations may draw random numbers, in any order.
-        cut_tables: whether a slice of all of a table is one, see :class:`Canonicalize`.
-        whole_windows: whether a window of a segment's length is read as what it is cut from, see :class:`Canonicalize`.
+        reading: how slices are read.
     """
 
     session: Session
@@ -64,8 +77,7 @@ class Capture:
     watch: Callable[[str, str], None] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     reorder_random: bool = False
-    cut_tables: bool = False
-    whole_windows: bool = False
+    reading: Reading = Reading()
 
     @property
     def growing(self) -> frozenset[str]:
@@ -101,8 +113,9 @@ class Capture:
             RemoveRegions(Autocast.ambient()),
             Canonicalize(
                 self.reorder_random,
-                self.plan.segment_length if self.whole_windows else None,
-                self._fixed(raw) if self.cut_tables else frozenset(),
+                self.plan.segment_length if self.reading.windows else None,
+                self._fixed(raw) if self.reading.tables else frozenset(),
+                self.reading.histories,
             ),
         ):
             each.apply(graph)

@@ -256,6 +256,37 @@ class SegmentLoop:
             return None
         return Cell(key.segment, self.layout(key.segment).layer_of(key.number))
 
+    @property
+    def furthest_result(self) -> int:
+        """How many segments before the last one, and it, results are made of."""
+        given = [*self.outputs.values(), *(leaf for op in self.after for leaf in leaves(op.args))]
+        return max((-each.segment for each in given if isinstance(each, Where)), default=0)
+
+    def after_of(self, segments: int) -> list[BodyOp | None]:
+        """The operations after the loop for some number of segments; None for what is made of segments that are not there.
+
+        A list is without what such segments would make:
+
+            cat([s[-3].%4, s[-2].%4, s[-1].%4], 1)   ->   cat([s[-2].%4, s[-1].%4], 1), for two segments
+        """
+        found: list[BodyOp | None] = []
+
+        def there(leaf: Any) -> bool:
+            if isinstance(leaf, Where):
+                return -segments <= leaf.segment < segments
+            return not (isinstance(leaf, Outer) and leaf.part == "after") or found[leaf.number] is not None
+
+        for op in self.after:
+            args = tuple(
+                tuple(item for item in arg if there(item)) if type(arg) is tuple else arg for arg in op.args
+            )
+            lost = any(
+                not left if type(arg) is tuple and arg else not there(arg)
+                for arg, left in zip(op.args, args, strict=True)
+            )
+            found.append(None if lost else replace(op, args=args))
+        return found
+
     def unroll(self, segments: int, batch: int, tail: int) -> tuple[Program, list[Key]]:
         """The flat program for given sizes, in the order the segments run.
 
@@ -287,7 +318,10 @@ class SegmentLoop:
             if isinstance(arg, Row):
                 return Val(index[Key(segment - arg.back, arg.number)])
             if isinstance(arg, Outer):
-                return Val(index[Key(-1 if arg.part == "before" else segments, arg.number)])
+                made = Key(-1 if arg.part == "before" else segments, arg.number)
+                if made not in index:
+                    raise VerifyError(f"what {segments} segment(s) return is not known: it is made of more")
+                return Val(index[made])
             if isinstance(arg, Where):
                 return value(arg, arg.segment if arg.segment >= 0 else segments + arg.segment)
             if isinstance(arg, Item):
@@ -311,8 +345,10 @@ class SegmentLoop:
                     out.append(resolve(segment, arg))
             return tuple(out)
 
-        def run(segment: int, body: tuple[BodyOp, ...]) -> None:
+        def run(segment: int, body: Sequence[BodyOp | None]) -> None:
             for number, op in enumerate(body):
+                if op is None:
+                    continue
                 index[Key(segment, number)] = len(ops)
                 keys.append(Key(segment, number))
                 ops.append(Op(op.target, expand(segment, op.args), op.location, op.module, op.name, op.variable))
@@ -320,7 +356,7 @@ class SegmentLoop:
         run(-1, self.before)
         for segment in range(segments):
             run(segment, self.row(segment))
-        run(segments, self.after)
+        run(segments, self.after_of(segments))
         outputs: dict[str, Any] = {}
         for name, operand in self.outputs.items():
             for at in range(segments) if isinstance(operand, Every) else (segments,):

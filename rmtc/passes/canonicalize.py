@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ class Canonicalize:
     reorder_random: bool = False
     windows: int | None = None
     fixed: frozenset[str] = frozenset()
+    histories: bool = True
     name = "canonicalize"
 
     def apply(self, graph: fx.Graph) -> None:
@@ -73,7 +74,7 @@ class Canonicalize:
         _drop_empty(graph)
         _split_overlaps(graph)
         windows = set() if self.windows is None else _joined_with(graph, self.windows)
-        short = _short_histories(graph) - windows
+        short = _short_histories(graph) - windows if self.histories else set()
         for node in list(graph.nodes):
             if node.op != "call_function":
                 continue
@@ -99,7 +100,9 @@ class Canonicalize:
         _drop_dead(graph)
         _assemble(graph)
         while True:  # what was put together is read part by part
-            short, spread = _short_histories(graph) - windows, False
+            _detach_parts(graph)
+            short = _short_histories(graph) - windows if self.histories else set()
+            spread = False
             for node in list(graph.nodes):
                 if node.target in (aten.select.int, aten.slice.Tensor):
                     _forward(graph, node, tables, windows)
@@ -107,7 +110,7 @@ class Canonicalize:
             _drop_dead(graph)
             for node in list(graph.nodes):
                 if node.target is aten.cat.default:
-                    _flatten(graph, node)
+                    _flatten(graph, node, short)
                     _stack(graph, node)
             _drop_dead(graph)
             if not spread:
@@ -291,13 +294,31 @@ def _keep_apart(graph: fx.Graph, before: Sequence[Any]) -> None:
 
 def _detach_at_readers(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
-        if node.target is not aten.detach.default or node.args[0].op != "call_function":
+        if "part" not in node.meta and (node.target is not aten.detach.default or node.args[0].op != "call_function"):
             continue
         for user in list(node.users):
             with graph.inserting_before(user):
                 copy = graph.node_copy(node)
             user.replace_input_with(node, copy)
         graph.erase_node(node)
+
+
+def _detach_parts(graph: fx.Graph) -> None:
+    """slice(detach(x)) -> detach(slice(x)), where x is put together of others."""
+    for node in list(graph.nodes):
+        source: Any = node.args[0] if node.target in (aten.select.int, aten.slice.Tensor) else None
+        if isinstance(source, fx.Node) and source.target is aten.detach.default and _put_together(source.args[0]):
+            with graph.inserting_before(node):
+                part = graph.node_copy(node)
+                part.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
+                detached = graph.call_function(aten.detach.default, (part,))
+            detached.meta.update(node.meta)
+            node.replace_all_uses_with(detached)
+            graph.erase_node(node)
+    for node in graph.nodes:
+        source = node.args[0] if node.target is aten.detach.default else None
+        if isinstance(source, fx.Node) and source.target is aten.detach.default:
+            node.args = source.args
 
 
 def _refuse_random(graph: fx.Graph) -> None:
@@ -386,9 +407,9 @@ def _interval(node: fx.Node, size: int, dim_at: int) -> tuple[int, int] | None:
 
 def _may_be_part(node: fx.Node, tables: set[fx.Node]) -> bool:
     """Whether a slice of all there is may take a part in another segment: the last positions, or those of a table."""
-    start, end = _argument(node, 2, "start", None), _argument(node, 3, "end", None)
-    if start is not None and start < 0:
+    if _is_end(node):
         return True
+    end = _argument(node, 3, "end", None)
     return node in tables and end is not None and end != _END
 
 
@@ -508,8 +529,8 @@ def _forward(graph: fx.Graph, node: fx.Node, tables: set[fx.Node], windows: set[
             _replaced(graph, node, source.args[0][read[0]])  # type: ignore[index]
             return
         if source.target is aten.cat.default and _dim(source, 1) == dim:
-            if read[1] == size and source.meta.get("location") in windows:
-                return
+            if read[1] == size and (source.meta.get("location") in windows or (_is_end(node) and _is_given(node))):
+                return  # in a shorter last segment it is another part
             start = 0
             for piece in source.args[0]:  # type: ignore[union-attr]
                 end = start + (_size(piece, dim) if piece.meta["val"].ndim > dim else 0)  # type: ignore[union-attr, arg-type]
@@ -544,23 +565,42 @@ def _unalias(graph: fx.Graph, node: fx.Node) -> None:
     node.replace_all_uses_with(source, lambda user: user.op != "output")
 
 
-def _flatten(graph: fx.Graph, node: fx.Node) -> None:
-    """cat([clone(cat([a, b])), c]) -> cat([a, b, c]), where nothing else reads what is inside."""
+def _flatten(graph: fx.Graph, node: fx.Node, short: Set[Any] = frozenset()) -> None:
+    """cat([clone(cat([a, b])), c]) -> cat([a, b, c]), where nothing else reads what is inside, or it is a short history.
+
+    cat([detach(cat([a, b])), c])   ->   cat([detach(a), detach(b), c])
+    """
     given: list[Any] = list(node.args[0])  # type: ignore[arg-type]
     pieces: list[Any] = []
     for piece in given:
-        inner = piece
-        if piece.target is aten.clone.default and len(piece.users) == 1:
-            source = piece.args[0]
-            inner = source if source.meta["val"].stride() == piece.meta["val"].stride() else piece
-        inside = inner.target is aten.cat.default and len(inner.users) == 1
-        alike = inside and inner.meta["val"].dtype == node.meta["val"].dtype and _dim(inner, 1) == _dim(node, 1)
-        pieces += inner.args[0] if alike else [inner]
+        inner, detached, alone = piece, False, True
+        while inner.target in (aten.clone.default, aten.detach.default):
+            source = inner.args[0]
+            if inner.target is aten.clone.default and source.meta["val"].stride() != inner.meta["val"].stride():
+                break
+            alone = alone and len(inner.users) == 1
+            detached = detached or inner.target is aten.detach.default
+            piece = source if alone and not detached else piece
+            inner = source
+        inside = inner.target is aten.cat.default and (
+            (alone and len(inner.users) == 1) or inner.meta.get("location") in short
+        )
+        if not inside or inner.meta["val"].dtype != node.meta["val"].dtype or _dim(inner, 1) != _dim(node, 1):
+            pieces.append(piece)
+            continue
+        for part in inner.args[0]:
+            if detached and part.target is not aten.detach.default:
+                with graph.inserting_before(node):
+                    kept = graph.call_function(aten.detach.default, (part,))
+                kept.meta.update({key: each for key, each in piece.meta.items() if key != "name"})
+                kept.meta["val"] = part.meta["val"]
+                part = kept
+            pieces.append(part)
     if pieces != given:
         node.args = (pieces, *node.args[1:])
         for piece in dict.fromkeys(reversed(given)):
             for each in (piece, *piece.all_input_nodes):
-                if not each.users and each.target in (aten.cat.default, aten.clone.default):
+                if not each.users and each.target in (aten.cat.default, aten.clone.default, aten.detach.default):
                     graph.erase_node(each)
 
 
@@ -581,15 +621,18 @@ _FEW = 4
 
 
 def _joined_with(graph: fx.Graph, length: int) -> set[Any]:
-    """The lines of the user's code that put together what has a part of some length."""
+    """The lines of the user's code that put a part of some length to what is no longer."""
     found: set[Any] = set()
+    longer: set[Any] = set()
     for node in graph.nodes:
         if node.target is aten.cat.default:
             dim = _dim(node, 1)
             pieces = [piece for piece in node.args[0] if piece.meta["val"].ndim == node.meta["val"].ndim]
-            if any(_size(piece, dim) == length for piece in pieces):
+            if _size(node, dim) > 2 * length:
+                longer.add(node.meta.get("location"))
+            elif any(_size(piece, dim) == length for piece in pieces):
                 found.add(node.meta.get("location"))
-    return found
+    return found - longer
 
 
 def _short_histories(graph: fx.Graph) -> set[Any]:
@@ -630,8 +673,7 @@ def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> bool:
     dim, value = _dim(source, 1), node.meta["val"]
     interval = _interval(node, _size(source, dim), 1)
     pieces: Any = source.args[0]
-    start = _argument(node, 2, "start", None)
-    if interval is None or _dim(node, 1) != dim or (start is not None and start < 0):  # the last ones may be others
+    if interval is None or _dim(node, 1) != dim or (_is_end(node) and _is_given(node)):  # the last ones may be others
         return False
     if any(piece.meta["val"].ndim != value.ndim or piece.meta["val"].dtype != value.dtype for piece in pieces):
         return False
@@ -646,6 +688,7 @@ def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> bool:
         elif first < last:
             with graph.inserting_before(node):
                 part = _slice(graph, node, piece, dim, first, last)
+            part.meta["part"] = True
             parts.append(part)
             cut.append(part)
         start += size
@@ -659,6 +702,20 @@ def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> bool:
             _spread(graph, part, short)
         _flatten(graph, whole)
     return len(parts) > 1
+
+
+def _is_end(node: fx.Node) -> bool:
+    """Whether a slice takes the last positions, however many there are."""
+    start = _argument(node, 2, "start", None)
+    return start is not None and start < 0
+
+
+def _is_given(node: fx.Node) -> bool:
+    """Whether a value, or a view or copy of it, is a result and nothing else."""
+    return all(
+        user.op == "output" or ((user.target in VIEWS or user.target in _MOVES) and _is_given(user))
+        for user in node.users
+    )
 
 
 def _is_cut_again(node: fx.Node) -> bool:

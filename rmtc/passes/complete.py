@@ -16,7 +16,9 @@ from rmtc.passes.segments import Segmented, reorder
 
 __all__ = ["complete_segments"]
 
+_detach = torch.ops.aten.detach.default
 _select = torch.ops.aten.select.int
+_slice = torch.ops.aten.slice.Tensor
 
 Place = tuple[Hashable, int]
 """An operation of a segment by its expression, and which one of those with the same expression it is."""
@@ -38,7 +40,7 @@ def complete_segments(short: Run, long: Run, steady_from: int, growing: frozense
         steady_from: the first segment that all later ones are like.
         growing: the names of the inputs that grow.
     """
-    completion = _Completion((short, long), growing)
+    completion = _Completion((short, long), steady_from, growing)
     for s in range(steady_from):
         members = [(0, s), (1, s)]
         completion.complete(max(members, key=lambda each: (len(completion.rows[each]), each)), members)
@@ -57,7 +59,8 @@ class _Completion:
         rows: for each segment of each run, its operations by number in ``ops``.
     """
 
-    def __init__(self, runs: tuple[Run, Run], growing: frozenset[str]) -> None:
+    def __init__(self, runs: tuple[Run, Run], steady_from: int, growing: frozenset[str]) -> None:
+        self._steady_from = steady_from
         self._runs, self._growing = runs, growing
         self._ops: list[list[Op]] = [list(run.ops) for run in runs]
         self._after = [list(range(run.starts[-1], len(run.ops))) for run in runs]
@@ -65,6 +68,7 @@ class _Completion:
         self._segment = [{i: s for s in range(run.segments) for i in run.numbers(s)} for run in runs]
         self._expressions: list[dict[int, Hashable]] = [{}, {}]
         self._known: dict[Hashable, int] = {}
+        self._readers = [_readers(*each) for each in zip(self._ops, self._segment, strict=True)]
         self._lines = {(n, s): Counter(_line(self._ops[n][i]) for i in row) for (n, s), row in self.rows.items()}
 
     def run(self, number: int) -> Run:
@@ -93,9 +97,10 @@ class _Completion:
                 self._complete(member, reference, pattern, extra[member])
 
     def _in_all(self, member: tuple[int, int], i: int) -> bool:
-        """Whether every segment but the first runs as much of what a line of a segment's runs."""
-        often = self._lines[member][_line(self._ops[member[0]][i])]
-        return all(lines[_line(self._ops[member[0]][i])] >= often for (_, s), lines in self._lines.items() if s > 0)
+        """Whether every segment but the first ones runs as much of what a line of a segment's runs."""
+        line = _line(self._ops[member[0]][i])
+        often = self._lines[member][line]
+        return all(lines[line] >= often for (_, s), lines in self._lines.items() if 2 * s >= self._steady_from)
 
     def _used(self, member: tuple[int, int], extra: set[int]) -> bool:
         """Whether the rest of a segment uses some of its operations."""
@@ -212,6 +217,7 @@ class _Completion:
         if i not in known:
             op = self._ops[number][i]
             parts: list[Hashable] = [op.target, structure(op.args), op.location]
+            parts.append(self._readers[number].get(i))
             fixed = op.target is _select
             for leaf in leaves(op.args):
                 if type(leaf) is Src:
@@ -232,6 +238,20 @@ class _Completion:
                 parts += [leaf for leaf in leaves(op.args) if type(leaf) is int]
             known[i] = self._known.setdefault(tuple(parts), len(self._known))
         return known[i]
+
+
+def _readers(ops: list[Op], segment: dict[int, int]) -> dict[int, Hashable]:
+    """The line that reads what is detached, or a slice detached in the same segment: each reader has its own."""
+    users: dict[int, list[int]] = {}
+    found: dict[int, Hashable] = {}
+    for i in reversed(range(len(ops))):
+        for j in _inputs(ops[i]):
+            users.setdefault(j, []).append(i)
+        own = users.get(i, [])
+        detached = all(ops[k].target is _detach and segment.get(k) == segment.get(i) for k in own)
+        if own and (ops[i].target is _detach or (ops[i].target is _slice and detached)):
+            found[i] = found.get(own[-1], _line(ops[own[-1]]))
+    return found
 
 
 def _line(op: Op) -> Hashable:

@@ -51,7 +51,7 @@ def find_dependences(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
         s1.l0.%9 -> s2.l0.%4, s1.l1.%9 -> s2.l1.%4, ...   ->   (1, 0) layers.{l}.A
     """
     rows = len(loop.rows)
-    segments = rows + max(_furthest_back(loop) + 1, _furthest_result(loop))  # so that a steady segment is read, too
+    segments = rows + max(_furthest_back(loop) + 1, loop.furthest_result)  # so that a steady segment is read, too
     graph = operation_graph(loop, segments)
     keys: dict[int, Key] = dict(graph.nodes(data="key"))
     dependences: list[Dependence] = []
@@ -102,12 +102,6 @@ def _tensors(
             (name,) = known  # the only one that it can stand for
         tensors.setdefault((ds, name), {}).setdefault(pair, []).append(edge)
     return tensors
-
-
-def _furthest_result(loop: SegmentLoop) -> int:
-    """How many segments before the last one, and it, results are made in."""
-    given = [*loop.outputs.values(), *(leaf for op in loop.after for leaf in leaves(op.args))]
-    return max((-each.segment for each in given if isinstance(each, Where)), default=0)
 
 
 def _furthest_back(loop: SegmentLoop) -> int:

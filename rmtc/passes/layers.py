@@ -118,6 +118,11 @@ def _layout(
     """
     names = _operand_names(loop, row)
     layer_at = {i: layer for i, each in enumerate(names) if family and (layer := family.layer(each)) is not None}
+    # What only the first segments use, as the caller's memories, tells where layers are if nothing else does.
+    used = {name for each in _operand_names(loop, loop.steady) for name in each}
+    again = {i: layer for i, layer in layer_at.items() if used.issuperset(names[i])}
+    if set(again.values()) == set(layer_at.values()):
+        layer_at = again
     if family is None or not layer_at:
         return Layout((0, 0), ((0, len(row)),), (len(row), len(row)))
     order = [layer_at[i] for i in sorted(layer_at)]

@@ -149,7 +149,7 @@ class _Walk:
                 self.kept[key] = results[result] if index < 0 else results[result][index].clone()
             for done in launch.done:
                 del made[done]
-        after = self._outside(self.loop.after, "after")
+        after = self._outside(self.loop.after_of(self.ends.S), "after")
         found: dict[str, Any] = {}
         given: dict[int, Any] = {}  # as what each tensor is given: one that is computed once may be several results
         for name, operand in self.loop.outputs.items():
@@ -271,7 +271,7 @@ class _Walk:
             table[number] = self._call(op, lambda leaf: self._operand(leaf, (), at))
         return table[number]
 
-    def _outside(self, ops: tuple[BodyOp, ...], part: str) -> list[Any]:
+    def _outside(self, ops: Sequence[BodyOp | None], part: str) -> list[Any]:
         """Run what is before or after the segments."""
         values: list[Any] = []
 
@@ -281,7 +281,7 @@ class _Walk:
             return self._operand(leaf, ())
 
         for op in ops:
-            values.append(self._call(replace(op, args=self._every(op.args)), operand))
+            values.append(None if op is None else self._call(replace(op, args=self._every(op.args)), operand))
         return values
 
     def _every(self, args: tuple[Any, ...]) -> tuple[Any, ...]:

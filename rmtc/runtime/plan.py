@@ -124,7 +124,7 @@ class _Planner:
     def _wanted(self) -> set[Key]:
         """The operations that are read after the loop."""
         found: set[Key] = set()
-        after = [leaf for op in self.loop.after for leaf in leaves(op.args)]
+        after = [leaf for op in self.loop.after_of(self.segments) if op is not None for leaf in leaves(op.args)]
         for leaf in (*after, *leaves(tuple(self.loop.outputs.values()))):
             if isinstance(leaf, Where):
                 at = leaf.segment if leaf.segment >= 0 else self.segments + leaf.segment
