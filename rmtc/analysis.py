@@ -247,7 +247,7 @@ def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch |
         (_SHORT, own, tails, _PLAIN),
         (_SHORT, own, full, _PLAIN),
         *((3 * age + 2, batches, tails, _PLAIN) for age in _AGES),
-        (_SHORT, batches, tails, _WHOLE),
+        *((segments, batches, tails, _WHOLE) for segments in (_SHORT, *(3 * age + 2 for age in _AGES))),
     ]
     if plan.free_tail:  # as in the first, but for a table that a segment may take a part of
         attempts.insert(1, (_SHORT, batches, tails, _TABLES))
@@ -255,6 +255,8 @@ def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch |
         attempts.insert(2, (_SHORT, batches, tails, _WINDOWS))
     first: RefusedError | VerifyError | CaptureError | None = None
     for segments, batch, tail, reading in dict.fromkeys(attempts):
+        if not reading.histories and not analysis.capture.by_parts:
+            continue
         if reading != analysis.capture.reading:
             analysis.capture.reading = reading
             analysis.runs.clear()

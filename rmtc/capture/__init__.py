@@ -70,6 +70,7 @@ class Capture:
         seconds: time spent, by stage.
         reorder_random: whether operations may draw random numbers, in any order.
         reading: how slices are read.
+        by_parts: whether a run has a history that is read part by part.
     """
 
     session: Session
@@ -78,6 +79,7 @@ class Capture:
     seconds: dict[str, float] = field(default_factory=dict)
     reorder_random: bool = False
     reading: Reading = Reading()
+    by_parts: bool = False
 
     @property
     def growing(self) -> frozenset[str]:
@@ -109,17 +111,16 @@ class Capture:
     def _passes(self, raw: RawTrace, sizes: Sizes) -> Program:
         graph: fx.Graph = raw.module.graph
         self._show("capture", sizes, graph)
-        for each in (
-            RemoveRegions(Autocast.ambient()),
-            Canonicalize(
-                self.reorder_random,
-                self.plan.segment_length if self.reading.windows else None,
-                self._fixed(raw) if self.reading.tables else frozenset(),
-                self.reading.histories,
-            ),
-        ):
-            each.apply(graph)
-            self._show(each.name, sizes, graph)
+        RemoveRegions(Autocast.ambient()).apply(graph)
+        self._show(RemoveRegions.name, sizes, graph)
+        canonicalize = Canonicalize(
+            self.reorder_random,
+            self.plan.segment_length if self.reading.windows else None,
+            self._fixed(raw) if self.reading.tables else frozenset(),
+            self.reading.histories,
+        )
+        self.by_parts |= canonicalize.apply(graph)
+        self._show(Canonicalize.name, sizes, graph)
         names = {node.name: node.meta["name"] for node in graph.nodes if "name" in node.meta}
         return from_graph(raw.module, raw.outputs, names)
 

@@ -277,9 +277,7 @@ class SegmentLoop:
             return not (isinstance(leaf, Outer) and leaf.part == "after") or found[leaf.number] is not None
 
         for op in self.after:
-            args = tuple(
-                tuple(item for item in arg if there(item)) if type(arg) is tuple else arg for arg in op.args
-            )
+            args = tuple(tuple(item for item in arg if there(item)) if type(arg) is tuple else arg for arg in op.args)
             lost = any(
                 not left if type(arg) is tuple and arg else not there(arg)
                 for arg, left in zip(op.args, args, strict=True)

@@ -65,7 +65,8 @@ class Canonicalize:
     histories: bool = True
     name = "canonicalize"
 
-    def apply(self, graph: fx.Graph) -> None:
+    def apply(self, graph: fx.Graph) -> bool:
+        """Change a graph; returns whether it has a history that is read part by part."""
         if not self.reorder_random:
             _refuse_random(graph)
         _refuse_strides(graph)
@@ -74,6 +75,7 @@ class Canonicalize:
         _drop_empty(graph)
         _split_overlaps(graph)
         windows = set() if self.windows is None else _joined_with(graph, self.windows)
+        by_parts = False
         short = _short_histories(graph) - windows if self.histories else set()
         for node in list(graph.nodes):
             if node.op != "call_function":
@@ -86,7 +88,7 @@ class Canonicalize:
                 _unclone(node)
             elif node.target in (aten.select.int, aten.slice.Tensor):
                 _forward(graph, node, tables, windows)
-                _spread(graph, node, short)
+                by_parts |= _spread(graph, node, short)
             elif node.target is aten.alias.default:
                 _unalias(graph, node)
             elif node.target is aten.cat.default:
@@ -113,6 +115,7 @@ class Canonicalize:
                     _flatten(graph, node, short)
                     _stack(graph, node)
             _drop_dead(graph)
+            by_parts |= spread
             if not spread:
                 break
         _detach_at_readers(graph)
@@ -120,6 +123,7 @@ class Canonicalize:
         for node in reversed(list(graph.nodes)):
             if not node.users and (node.target in (*_NO_RESULT, *SPLITS, *_CASTS) or node.op == "get_attr"):
                 graph.erase_node(node)
+        return by_parts
 
 
 def _tables(graph: fx.Graph, fixed: frozenset[str]) -> set[fx.Node]:
@@ -304,15 +308,17 @@ def _detach_at_readers(graph: fx.Graph) -> None:
 
 
 def _detach_parts(graph: fx.Graph) -> None:
-    """slice(detach(x)) -> detach(slice(x)), where x is put together of others."""
+    """slice(detach(x)) -> detach(slice(x)), where x is put together of others, or the slice is a part of a history."""
     for node in list(graph.nodes):
         source: Any = node.args[0] if node.target in (aten.select.int, aten.slice.Tensor) else None
-        if isinstance(source, fx.Node) and source.target is aten.detach.default and _put_together(source.args[0]):
+        if not isinstance(source, fx.Node) or source.target is not aten.detach.default:
+            continue
+        if "part" in node.meta or _put_together(source.args[0]):
             with graph.inserting_before(node):
                 part = graph.node_copy(node)
                 part.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
                 detached = graph.call_function(aten.detach.default, (part,))
-            detached.meta.update(node.meta)
+            detached.meta.update({key: each for key, each in node.meta.items() if key != "part"})
             node.replace_all_uses_with(detached)
             graph.erase_node(node)
     for node in graph.nodes:

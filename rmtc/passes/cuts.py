@@ -118,9 +118,12 @@ def divide(
         for part, (first_of, end_of, least, most) in enumerate(gaps):
             at = cut
             if part != reference:
-                at = end_of - first_of - common_suffix(tokens[first_of:end_of], head)
-                start = max(least, common_prefix(tokens[first_of:end_of], tail))
-                if any(start <= place < at for place in early[part]):
+                begun, ended = (
+                    common_suffix(tokens[first_of:end_of], head),
+                    common_prefix(tokens[first_of:end_of], tail),
+                )
+                at, start = end_of - first_of - begun, max(least, ended)
+                if any(start <= place < at for place in early[part]) or (begun < len(head) and ended == len(tail)):
                     at = start
                 at = max(least, min(most, at))
             found.append(first_of + at)
