@@ -59,6 +59,9 @@ class Reading(NamedTuple):
     histories: bool = True
 
 
+_PLAIN = Reading()
+
+
 @dataclass
 class Capture:
     """A user's call, ready to be traced at any sizes.
@@ -78,7 +81,7 @@ class Capture:
     watch: Callable[[str, str], None] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     reorder_random: bool = False
-    reading: Reading = Reading()
+    reading: Reading = _PLAIN
     by_parts: bool = False
 
     @property

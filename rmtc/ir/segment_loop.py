@@ -263,7 +263,7 @@ class SegmentLoop:
         return max((-each.segment for each in given if isinstance(each, Where)), default=0)
 
     def after_of(self, segments: int) -> list[BodyOp | None]:
-        """The operations after the loop for some number of segments; None for what is made of segments that are not there.
+        """The operations after the loop for a number of segments; None for what is made of segments that are not there.
 
         A list is without what such segments would make:
 

@@ -572,7 +572,7 @@ def _unalias(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _flatten(graph: fx.Graph, node: fx.Node, short: Set[Any] = frozenset()) -> None:
-    """cat([clone(cat([a, b])), c]) -> cat([a, b, c]), where nothing else reads what is inside, or it is a short history.
+    """cat([clone(cat([a, b])), c]) -> cat([a, b, c]), where nothing else reads what is inside, or in a short history.
 
     cat([detach(cat([a, b])), c])   ->   cat([detach(a), detach(b), c])
     """

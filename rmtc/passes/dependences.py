@@ -11,7 +11,7 @@ import networkx as nx
 
 from rmtc.ir.program import Op, Val, leaves
 from rmtc.ir.schedule import Cell, Dependence, Extent, L, layer_symbol
-from rmtc.ir.segment_loop import BodyOp, Key, Row, SegmentLoop, Where
+from rmtc.ir.segment_loop import BodyOp, Key, Row, SegmentLoop
 from rmtc.passes.streams import Family, template
 
 __all__ = ["cell_graph", "find_dependences", "maker_name", "operation_graph", "tensor_name"]
