@@ -150,7 +150,7 @@ def _varies(op: BodyOp) -> bool:
 
 
 def _alike(row: Sequence[BodyOp], steady: Sequence[BodyOp]) -> bool:
-    """Whether a segment is as the steady ones: in the shapes of its tensors too, which a memory may change as it fills."""
+    """Whether a segment is as the steady ones, also in shapes, which a memory may change as it fills."""
     return len(row) == len(steady) and all(
         a.target is b.target and a.args == b.args and (a.form == b.form or None in (a.form, b.form))
         for a, b in zip(row, steady, strict=True)
