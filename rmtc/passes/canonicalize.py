@@ -298,13 +298,24 @@ def _keep_apart(graph: fx.Graph, before: Sequence[Any]) -> None:
 
 def _detach_at_readers(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
-        if "part" not in node.meta and (node.target is not aten.detach.default or node.args[0].op != "call_function"):
+        detached = node.target is aten.detach.default and node.args[0].op == "call_function"
+        if not detached and "part" not in node.meta and not _part_of_state(node):
             continue
         for user in list(node.users):
             with graph.inserting_before(user):
                 copy = graph.node_copy(node)
             user.replace_input_with(node, copy)
         graph.erase_node(node)
+
+
+def _part_of_state(node: fx.Node) -> bool:
+    """Whether a node is a part of what a buffer or attribute held before the call, or of a tensor made of none."""
+    source: Any = node
+    while source.target in (aten.select.int, aten.slice.Tensor):
+        source = source.args[0]
+    if source is node or source.op != "placeholder":
+        return source is not node and not source.all_input_nodes
+    return source.meta["source"][0] in ("buffer", "state")
 
 
 def _detach_parts(graph: fx.Graph) -> None:
