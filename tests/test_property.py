@@ -215,6 +215,17 @@ FOUND: dict[str, Choices] = {
     "few segments, and what nothing reads": Choices(
         layers=2, kinds=("attention", "mlp"), parameters="stacked", state="buffer", dl=1, in_place=True, batch=1, tail=2
     ),
+    "one buffer's histories in place, layers of two kinds": Choices(
+        layers=4,
+        kinds=("mlp", "mlp", "bare"),
+        parameters="stacked",
+        state="shared",
+        ds=2,
+        dl=1,
+        in_place=True,
+        batch=3,
+        tail=2,
+    ),
     "histories as long as a last segment": Choices(
         parameters="stacked", state="buffer", ds=3, dl=-3, kept=True, batch=1, tail=2
     ),
