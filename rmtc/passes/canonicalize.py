@@ -22,6 +22,13 @@ _NO_RESULT = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default)
 _STRIDED = (aten.as_strided.default, aten.as_strided_scatter.default, aten.as_strided_copy.default)
 _SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
+_SHAPES = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unflatten.int,
+    aten.flatten.using_ints,
+)
 _END = torch.iinfo(torch.int64).max
 
 
@@ -73,6 +80,7 @@ class Canonicalize:
         memory = _memories(graph)
         tables = _tables(graph, self.fixed) if self.fixed else set()
         _drop_empty(graph)
+        _name_turns(graph)
         _split_overlaps(graph)
         windows = set() if self.windows is None else _joined_with(graph, self.windows)
         by_parts = False
@@ -89,6 +97,8 @@ class Canonicalize:
             elif node.target in (aten.select.int, aten.slice.Tensor):
                 _forward(graph, node, tables, windows)
                 by_parts |= _spread(graph, node, short)
+            elif node.target in _SHAPES:
+                _unview(graph, node)
             elif node.target is aten.alias.default:
                 _unalias(graph, node)
             elif node.target is aten.cat.default:
@@ -161,6 +171,58 @@ def _drop_empty(graph: fx.Graph) -> None:
 def _is_empty(piece: Any, whole: fx.Node) -> bool:
     value, result = piece.meta["val"], whole.meta["val"]
     return value.ndim == result.ndim and value.dtype == result.dtype and _size(piece, _dim(whole, 1)) == 0
+
+
+def _name_turns(graph: fx.Graph) -> None:
+    """Write and read what takes every n-th place of a tensor as a row of it.
+
+    slice_scatter(%m, %a, 1, 2, end, 3)   ->   view(select_scatter(view(%m, [4, 2, 3]), %a, 2, 2), [4, 6])
+    """
+    steps = {
+        (_dim(node, 2), _argument(node, 5, "step", 1), _size(node, _dim(node, 2)))
+        for node in graph.nodes
+        if node.target is aten.slice_scatter.default
+    }
+    for node in list(graph.nodes):
+        scatter = node.target is aten.slice_scatter.default
+        if not scatter and node.target is not aten.slice.Tensor:
+            continue
+        at = 2 if scatter else 1
+        source: Any = node.args[0]
+        dim, step, value = _dim(node, at), _argument(node, at + 3, "step", 1), source.meta["val"]
+        size, start = _size(source, dim), _argument(node, at + 1, "start", None) or 0
+        end = _argument(node, at + 2, "end", None)
+        whole = size % step == 0 and 0 <= start < step and (end is None or end >= size)
+        if step == 1 or (dim, step, size) not in steps or not whole or not value.is_contiguous():
+            continue
+        rows = value.unflatten(dim, (size // step, step))
+        with graph.inserting_before(node):
+            new = _made(graph, node, aten.view.default, (source, list(rows.shape)), rows)
+            if scatter:
+                args = (new, node.args[1], dim + 1, start)
+                new = _made(graph, node, aten.select_scatter.default, args, rows)
+                new = _made(graph, node, aten.view.default, (new, list(value.shape)), value)
+            else:
+                new = _made(graph, node, aten.select.int, (new, dim + 1, start), rows.select(dim + 1, start))
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def _made(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...], value: torch.Tensor) -> fx.Node:
+    """An operation that stands for a part of what a node does."""
+    made = graph.call_function(target, args)
+    made.meta.update({key: each for key, each in node.meta.items() if key != "name"})
+    made.meta["val"] = value
+    return made
+
+
+def _unview(graph: fx.Graph, node: fx.Node) -> None:
+    """view(view(x, [6, 2]), [3, 4]) -> x, where that is the shape of x, and x was put together of others."""
+    source: Any = node.args[0]
+    if isinstance(source, fx.Node) and source.target in _SHAPES and source.args[0].meta["val"].is_contiguous():
+        if source.args[0].target in _SCATTERS:
+            _replaced(graph, node, source.args[0])
 
 
 def _split_overlaps(graph: fx.Graph) -> None:
@@ -247,10 +309,9 @@ def _inside(bounds: Sequence[int], interval: tuple[int, int] | None) -> list[tup
 
 def _slice(graph: fx.Graph, node: fx.Node, source: Any, dim: int, start: int, end: int) -> fx.Node:
     """A slice of what a node reads or writes, of a dtype of its own."""
-    part = graph.call_function(aten.slice.Tensor, (source, dim, start, end))
-    part.meta.update({key: each for key, each in node.meta.items() if key != "name"})
-    part.meta["val"] = source.meta["val"].narrow(dim, start, end - start)
-    return part
+    return _made(
+        graph, node, aten.slice.Tensor, (source, dim, start, end), source.meta["val"].narrow(dim, start, end - start)
+    )
 
 
 def _memories(graph: fx.Graph) -> list[Any]:

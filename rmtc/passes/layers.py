@@ -14,6 +14,7 @@ from typing import Any
 from rmtc.errors import CaptureError
 from rmtc.ir.program import Src, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import BodyOp, Every, Item, Layout, Outer, Row, SegmentLoop, Where
+from rmtc.passes.accumulators import behind_the_layers
 from rmtc.passes.classes import Namer
 from rmtc.passes.cuts import common_subsequence, common_suffix, divide, prefix_within, rising_subsequence
 from rmtc.passes.streams import Family, template
@@ -232,6 +233,9 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
         if [op.target for op in rows[at]] != kinds:
             layout = _layout(loop, rows[at], family, _readers(rows, laid, at))
             laid[at] = _refile(loop, rows[at], layout, family)
+    names = [_operand_names(loop, row) for row in rows]
+    anchors = [{i for i, each in enumerate(some) if family and family.layer(each) is not None} for some in names]
+    laid = behind_the_layers(rows, laid, anchors)
     place = [{old: new for new, old in enumerate(order)} for order, _ in laid]
     last = len(rows) - 1
 

@@ -1,0 +1,81 @@
+"""Sums over layers and segments that no layer reads: they are added up behind the layers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import networkx as nx
+
+from rmtc.ir.program import leaves
+from rmtc.ir.segment_loop import BodyOp, Layout, Row
+
+__all__ = ["Laid", "behind_the_layers"]
+
+Laid = tuple[list[int], Layout]
+"""The operations of a row in the order in which its layout has them, and the layout."""
+
+
+def behind_the_layers(
+    rows: Sequence[Sequence[BodyOp]], laid: Sequence[Laid], anchors: Sequence[set[int]]
+) -> list[Laid]:
+    """File in the epilogue what goes from layer to layer and from segment to segment, and comes into no layer.
+
+    Each cell adds to a loss: cell after cell, in this order. Only the results need it, so the epilogues may add up what
+    the cells hand to them, in the same order, and no cell waits for another.
+
+    l0: c0, e0 = add(s-1.e1, c0) | l1: c1, e1 = add(e0, c1)   ->   l0: c0 | l1: c1 | epi: e0, e1
+
+    Args:
+        rows: the rows of a loop, the steady one last.
+        laid: where the layers of each row are.
+        anchors: the operations of each row that use parameters of the layers.
+    """
+    steady = len(rows) - 1
+    graph: nx.DiGraph[tuple[int, int]] = nx.DiGraph()
+    for row, ops in enumerate(rows):
+        graph.add_nodes_from((row, i) for i in range(len(ops)))
+        for i, op in enumerate(ops):
+            for leaf in leaves(op.args):
+                if isinstance(leaf, Row):
+                    made_in = _made_in(row, leaf.back, steady)
+                    graph.add_edges_from(((each, leaf.number), (row, i)) for each in made_in)
+    layer = {
+        (row, i): layout.layer_of(place) for row, (order, layout) in enumerate(laid) for place, i in enumerate(order)
+    }
+    into_layers = {(row, i) for row, some in enumerate(anchors) for i in some}
+    into_layers.update(*(nx.ancestors(graph, anchor) for anchor in list(into_layers)))
+    sums: set[tuple[int, int]] = set()
+    for component in nx.strongly_connected_components(graph):
+        inside = {layer[node] for node in component} & set(range(len(laid[-1][1].layers)))
+        if len(inside) > 1 and component.isdisjoint(into_layers):
+            sums |= component
+    if not sums:
+        return list(laid)
+    kinds = {(rows[row][i].target, rows[row][i].location) for row, i in sums}
+    moved = {
+        node
+        for node in graph.nodes - into_layers
+        if node in sums or (rows[node[0]][node[1]].target, rows[node[0]][node[1]].location) in kinds
+    }
+    moved.update(*(nx.descendants(graph, node) for node in list(moved)))
+    return [_moved(each, {i for at, i in moved if at == row}) for row, each in enumerate(laid)]
+
+
+def _made_in(row: int, back: int, steady: int) -> Sequence[int]:
+    """The rows of the segment that a row reads so many segments back."""
+    if back == 0 or row < steady:
+        return [row - back]
+    return range(max(0, steady - back), steady + 1)
+
+
+def _moved(laid: Laid, moved: set[int]) -> Laid:
+    """A row with some of its operations in the epilogue."""
+    order, layout = laid
+    parts = [layout.prologue, *layout.layers]
+    kept = [[i for i in order[begin:end] if i not in moved] for begin, end in parts]
+    bounds = [0, *itertools.accumulate(len(part) for part in kept)]
+    start = layout.epilogue[0]
+    order = [*itertools.chain(*kept), *(i for i in order[:start] if i in moved), *order[start:]]
+    prologue, *layers = itertools.pairwise(bounds)
+    return order, Layout(prologue, tuple(layers), (bounds[-1], len(order)))
