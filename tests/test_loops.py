@@ -452,39 +452,6 @@ def test_first_segments_that_differ_while_a_memory_fills(back: int) -> None:
     twins.compare({LOWER, *((ds, 0) for ds in range(1, back + 1))}, sizes=sizes)
 
 
-class Cached(nn.Module):
-    """Each layer attends to its inputs at the last positions, and hands them back; they may be given to it."""
-
-    def __init__(self, kept: int) -> None:
-        super().__init__()
-        self.kept, self.layers, self.embedding = kept, linears(), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor, caches: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        pieces = []
-        for piece in x.split(SEGMENT, dim=1):
-            piece, new = self.embedding(piece), []
-            for number, layer in enumerate(self.layers):
-                context = piece if caches is None else torch.cat([caches[number], piece], dim=1)
-                new.append(context[:, -self.kept :].detach())
-                piece = piece + torch.tanh(F.scaled_dot_product_attention(layer(piece), context, context))
-            caches = new
-            pieces.append(piece)
-        return torch.cat(pieces, dim=1), caches or []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("kept", [SEGMENT - 1, SEGMENT, 2 * SEGMENT, 2 * SEGMENT + 1])
-def test_windows_of_one_segment_and_of_several(kept: int, given: bool) -> None:
-    twins = Twins(lambda: Cached(kept))
-    caches = [torch.randn(2, kept, WIDTH, dtype=torch.float64) for _ in range(LAYERS)]
-    for segments, tail in ((7, SEGMENT), (8, 2), (2, SEGMENT), (3, 1), (4, 2)):
-        twins.call(text(segments, 2, tail), *([[cache.clone() for cache in caches]] if given else []))
-        twins.ran(segments)
-    oldest = -(-kept // SEGMENT)
-    assert twins.a == 0 and twins.distances == {LOWER, *((back, 1) for back in range(1, oldest + 1))}
-
-
 class Fading(Stack):
     """Two memories a layer: what it read last, and half of what it read before, which no parameter has a part in."""
 

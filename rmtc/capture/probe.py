@@ -137,8 +137,10 @@ class _Count:
                     self._cut(result.shape[dim])
             elif result.ndim == tensor.ndim - 1:
                 self.run.cuts.append(1)
-            elif result.ndim == tensor.ndim + 1 and result.shape[dim] * result.shape[dim + 1] == size:
-                self._cut(result.shape[dim + 1], result.shape[dim])
+            elif result.ndim == tensor.ndim + 1:
+                for inner in {dim + 1, tensor.ndim}:  # of a view, of unfold
+                    if result.shape[dim] * result.shape[inner] == size:
+                        self._cut(result.shape[inner], result.shape[dim])
 
     def _cut(self, *sizes: int) -> None:
         self.run.cuts += sizes

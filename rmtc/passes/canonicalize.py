@@ -29,6 +29,7 @@ _SHAPES = (
     aten.unflatten.int,
     aten.flatten.using_ints,
 )
+_NEW = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.zeros_like.default)
 _END = torch.iinfo(torch.int64).max
 
 
@@ -220,9 +221,10 @@ def _made(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...], va
 def _unview(graph: fx.Graph, node: fx.Node) -> None:
     """view(view(x, [6, 2]), [3, 4]) -> x, where that is the shape of x, and x was put together of others."""
     source: Any = node.args[0]
-    if isinstance(source, fx.Node) and source.target in _SHAPES and source.args[0].meta["val"].is_contiguous():
-        if source.args[0].target in _SCATTERS:
-            _replaced(graph, node, source.args[0])
+    if isinstance(source, fx.Node) and source.target in _SHAPES:
+        whole: Any = source.args[0]
+        if whole.target in _SCATTERS and whole.meta["val"].is_contiguous():
+            _replaced(graph, node, whole)
 
 
 def _split_overlaps(graph: fx.Graph) -> None:
@@ -372,11 +374,11 @@ def _detach_at_readers(graph: fx.Graph) -> None:
 def _part_of_state(node: fx.Node) -> bool:
     """Whether a node is a part of what a buffer or attribute held before the call, or of a tensor made of none."""
     source: Any = node
-    while source.target in (aten.select.int, aten.slice.Tensor):
+    while source.target in (aten.select.int, aten.slice.Tensor, *_SHAPES):
         source = source.args[0]
     if source is node or source.op != "placeholder":
-        return source is not node and not source.all_input_nodes
-    return source.meta["source"][0] in ("buffer", "state")
+        return source is not node and (not source.all_input_nodes or source.target in _NEW)
+    return source.meta.get("source", ("input",))[0] in ("buffer", "state")
 
 
 def _detach_parts(graph: fx.Graph) -> None:

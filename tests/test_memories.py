@@ -1,0 +1,148 @@
+"""Memories of any form: windows, rows of one tensor, and sums that every cell adds to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import LAYERS, SEGMENT, WIDTH, Twins, text
+from torch import Tensor, nn
+
+import rmtc
+
+LOWER, OWN = (0, 1), (1, 0)
+
+
+def linears() -> nn.ModuleList:
+    return nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+
+class Cached(nn.Module):
+    """Each layer attends to its inputs at the last positions, and hands them back; they may be given to it."""
+
+    def __init__(self, kept: int) -> None:
+        super().__init__()
+        self.kept, self.layers, self.embedding = kept, linears(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, caches: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            piece, new = self.embedding(piece), []
+            for number, layer in enumerate(self.layers):
+                context = piece if caches is None else torch.cat([caches[number], piece], dim=1)
+                new.append(context[:, -self.kept :].detach())
+                piece = piece + torch.tanh(F.scaled_dot_product_attention(layer(piece), context, context))
+            caches = new
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1), caches or []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("kept", [SEGMENT - 1, SEGMENT, 2 * SEGMENT, 2 * SEGMENT + 1])
+def test_windows_of_one_segment_and_of_several(kept: int, given: bool) -> None:
+    twins = Twins(lambda: Cached(kept))
+    caches = [torch.randn(2, kept, WIDTH, dtype=torch.float64) for _ in range(LAYERS)]
+    for segments, tail in ((7, SEGMENT), (8, 2), (2, SEGMENT), (3, 1), (4, 2)):
+        twins.call(text(segments, 2, tail), *([[cache.clone() for cache in caches]] if given else []))
+        twins.ran(segments)
+    oldest = -(-kept // SEGMENT)
+    assert twins.a == 0 and twins.distances == {LOWER, *((back, 1) for back in range(1, oldest + 1))}
+
+
+Rows = Callable[[Tensor], list[Tensor]]
+"""The two rows (B, 2, D) of each layer, as views of one tensor."""
+
+ROWS: dict[str, Rows] = {
+    "every third place": lambda memory: [memory[:, layer::LAYERS] for layer in range(LAYERS)],
+    "a view": lambda memory: [memory.view(-1, LAYERS, 2, WIDTH)[:, layer] for layer in range(LAYERS)],
+    "an unflattened dimension": lambda memory: list(memory.unflatten(1, (LAYERS, 2)).unbind(1)),
+    "a view from the end": lambda memory: [
+        memory.view(-1, 2, LAYERS, WIDTH)[:, :, -1 - layer] for layer in range(LAYERS)
+    ],
+}
+
+
+class OneTensor(nn.Module):
+    """The memories of all layers are rows of one tensor."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__()
+        self.rows, self.layers, self.update = rows, linears(), linears()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        memory = x.new_zeros(x.shape[0], 2 * LAYERS, WIDTH)
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, (layer, update) in enumerate(zip(self.layers, self.update, strict=True)):
+                own = self.rows(memory)[number]
+                piece = piece + torch.tanh(layer(piece) + own.mean(1, keepdim=True))
+                own.copy_(torch.tanh(update(torch.stack([piece[:, 0], piece[:, -1]], dim=1))) + 0.5 * own)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1), memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_one_tensor(name: str) -> None:
+    Twins(lambda: OneTensor(ROWS[name])).compare({LOWER, OWN})
+
+
+class Losses(nn.Module):
+    """Each cell adds to a loss, which is returned or kept, or read by the layers."""
+
+    def __init__(self, read: bool = False, kept: bool = False) -> None:
+        super().__init__()
+        self.read, self.kept, self.layers, self.update = read, kept, linears(), linears()
+        self.loss: Tensor | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        memories = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers]
+        loss, pieces = x.new_zeros(()), []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = piece + torch.tanh(layer(piece) + memories[number][:, None] + (loss if self.read else 0))
+                memories[number] = torch.tanh(self.update[number](piece.mean(1)))
+                loss = loss + memories[number].square().sum()
+            pieces.append(piece)
+            loss = loss + piece.abs().mean()
+        if self.kept:
+            self.loss = loss.detach()
+        return torch.cat(pieces, dim=1), None if self.kept else loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_loss_that_every_cell_adds_to(kept: bool) -> None:
+    Twins(lambda: Losses(kept=kept)).compare({LOWER, OWN})
+
+
+@pytest.mark.slow
+def test_a_loss_that_layers_read_is_a_dependence() -> None:
+    explanation = rmtc.explain(Losses(read=True).double())(text(4, 2))
+    assert explanation.schedule is None and explanation.cycle
+
+
+class Unfolded(nn.Module):
+    """The segments are windows that do not overlap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = linears()
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers]
+        windows, pieces = x.unfold(1, SEGMENT, SEGMENT), []
+        for number in range(windows.shape[1]):
+            piece = windows[:, number].transpose(1, 2)
+            for layer, own in enumerate(self.layers):
+                piece = torch.tanh(own(piece) + memories[layer][:, None])
+                memories[layer] = piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def test_segments_that_unfold_makes() -> None:
+    Twins(Unfolded).compare({LOWER, OWN}, sizes=((4, 2, SEGMENT), (7, 3, SEGMENT)))
