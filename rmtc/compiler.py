@@ -20,8 +20,9 @@ __all__ = ["compile", "disabled", "restore", "stats"]
 T = TypeVar("T", bound=Callable[..., Any])
 
 _KEY = "_compiled_call_impl"  # where `nn.Module.compile` keeps its call, too: copies and pickles go without it
-_OPTIONS = ("reorder_random",)
-_KEYWORDS = ["backend", "strict", "disable", "recompile_limit", "layers", "segment_length", "options"]
+_OPTIONS = ("reorder_random", "max_group")
+_SCHEDULES = ("best", "diagonal", "sequential")
+_KEYWORDS = ["backend", "strict", "disable", "recompile_limit", "layers", "segment_length", "schedule", "options"]
 _OF_TORCH = {
     "fullgraph": "strict=True raises where a model would run as before",
     "dynamic": "one capture serves any number of segments and batch size",
@@ -43,6 +44,7 @@ def compile(
     recompile_limit: int = ...,
     layers: str | None = ...,
     segment_length: int | None = ...,
+    schedule: str = ...,
     options: dict[str, Any] | None = ...,
 ) -> T: ...
 
@@ -57,6 +59,7 @@ def compile(
     recompile_limit: int = ...,
     layers: str | None = ...,
     segment_length: int | None = ...,
+    schedule: str = ...,
     options: dict[str, Any] | None = ...,
 ) -> Callable[[T], T]: ...
 
@@ -70,6 +73,7 @@ def compile(
     recompile_limit: int = 8,
     layers: str | None = None,
     segment_length: int | None = None,
+    schedule: str = "best",
     options: dict[str, Any] | None = None,
     **unknown: Any,
 ) -> T | Callable[[T], T]:
@@ -92,9 +96,13 @@ def compile(
             depends on, and how many because weights were replaced or cast; further ones run as before.
         layers: the name of the list of layers as ``named_parameters`` spells it, where it is not found.
         segment_length: positions of a segment, where it is not found.
-        options: ``{"reorder_random": True}`` allows dropout in training mode, whose random numbers are then drawn in
-            another order, and code that draws random numbers in Python, which are then not drawn: only if what is
-            computed does not depend on them.
+        schedule: ``"best"`` for the proven one with the fewest steps; ``"diagonal"`` for one with at most one cell of
+            each layer in a step; ``"sequential"`` for one cell after another, as the model itself runs.
+        options: ``{"max_group": 8}`` lets at most so many cells run at once. Where all segments of a layer could, they
+            run in blocks of so many, whose memory does not grow with the text; by default as many as keep the
+            machine busy. ``{"reorder_random": True}`` allows dropout in training mode, whose random numbers are then
+            drawn in another order, and code that draws random numbers in Python, which are then not drawn: only if
+            what is computed does not depend on them.
 
     Returns:
         ``model`` itself if it is a module or class, a wrapped function, or a decorator.
@@ -126,8 +134,12 @@ def compile(
     for name, value in (options or {}).items():
         if name not in _OPTIONS:
             raise ValueError(f"there is no option {name!r}{nearest(str(name), list(_OPTIONS))}")
-        if not isinstance(value, bool):
+        if name == "max_group":
+            _check_number("option 'max_group'", value, 1)
+        elif not isinstance(value, bool):
             raise ValueError(f"option {name!r} is True or False, not {value!r}")
+    if schedule not in _SCHEDULES:
+        raise ValueError(f"there is no schedule {schedule!r}{nearest(str(schedule), list(_SCHEDULES))}")
     made = Options(
         strict=strict,
         recompile_limit=recompile_limit,
@@ -135,6 +147,8 @@ def compile(
         segment_length=segment_length,
         backend=backend_made,
         reorder_random=bool((options or {}).get("reorder_random", False)),
+        schedule=schedule,
+        max_group=(options or {}).get("max_group"),
     )
 
     def apply(target: T) -> T:

@@ -111,7 +111,7 @@ class Twins:
         stats = rmtc.stats(self.fast)
         assert not stats.fallbacks and stats.last_run is not None
         assert (stats.last_run.segments, stats.last_run.layers) == (segments, layers)
-        assert stats.last_run.steps == max(a, 1) * (segments - 1) + layers < segments * layers
+        assert stats.last_run.steps == a * (segments - 1) + layers < segments * layers
 
     @property
     def distances(self) -> set[tuple[Any, Any]]:

@@ -47,7 +47,7 @@ def test_windows_of_one_segment_and_of_several(kept: int, given: bool) -> None:
     caches = [torch.randn(2, kept, WIDTH, dtype=torch.float64) for _ in range(LAYERS)]
     for segments, tail in ((7, SEGMENT), (8, 2), (2, SEGMENT), (3, 1), (4, 2)):
         twins.call(text(segments, 2, tail), *([[cache.clone() for cache in caches]] if given else []))
-        twins.ran(segments)
+        twins.ran(segments, a=0)
     oldest = -(-kept // SEGMENT)
     assert twins.a == 0 and twins.distances == {LOWER, *((back, 1) for back in range(1, oldest + 1))}
 

@@ -142,7 +142,7 @@ def _ran(pair: Pair, segments: int, layers: int, a: int, b: int) -> None:
     stats = rmtc.stats(pair.fast)
     assert not stats.fallbacks and stats.last_run is not None
     assert stats.last_run.segments == segments
-    assert stats.last_run.steps == max(a, 1) * (segments - 1) + b * (layers - 1) + 1
+    assert stats.last_run.steps == max(a, 1 - b) * (segments - 1) + b * (layers - 1) + 1
     if layers > 1:
         assert stats.last_run.steps < segments * layers
 

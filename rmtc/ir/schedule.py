@@ -105,7 +105,9 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Cell (s, l) runs at time ``a*s + b*l``.
+    """Cell (s, l) runs at time ``a*s + b*l``, or so in blocks of segments, one block after another.
+
+    A dependence leads from a segment to the same or a later one. So blocks are legal if ``a*s + b*l`` is.
 
     Attributes:
         a, b: coefficients; ``a`` may be an expression in ``L``.
@@ -115,6 +117,7 @@ class Schedule:
             every later segment.
         stage_classes: the same for ``"prologue"`` and ``"epilogue"``, one name a row; a stage that has no
             operations is absent. Of layers and stages, those with fewer rows repeat their last one.
+        block: number of segments of a block; None for all of them.
     """
 
     a: Extent
@@ -123,6 +126,7 @@ class Schedule:
     segments: int
     classes: tuple[tuple[str, ...], ...] = ()
     stage_classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    block: int | None = None
 
     def __post_init__(self) -> None:
         stages = {stage: names for stage, names in self.stage_classes.items() if names}
@@ -151,13 +155,23 @@ class Schedule:
     @property
     def makespan(self) -> sympy.Expr:
         """Number of steps, an expression in ``S`` and ``L``."""
-        return sympy.expand(sympy.sympify(self.a) * (S - 1) + sympy.sympify(self.b) * (L - 1) + 1)
+        a, b = sympy.sympify(self.a), sympy.sympify(self.b)
+        if self.block is None:
+            return sympy.expand(a * (S - 1) + b * (L - 1) + 1)
+        blocks = sympy.floor((S - 1) / sympy.Integer(self.block))
+        return sympy.expand((a * (self.block - 1) + b * (L - 1) + 1) * blocks + b * (L - 1) + 1) + a * (
+            S - 1 - self.block * blocks
+        )
 
     def time(self, cell: Cell, layers: int | None = None) -> int:
         """The step of a cell, 0 for the first."""
         layers = self.layers if layers is None else layers
         values = {L: layers}
-        return _at(self.a, values) * cell.segment + _at(self.b, values) * cell.layer
+        a, b = _at(self.a, values), _at(self.b, values)
+        if self.block is None:
+            return a * cell.segment + b * cell.layer
+        block, segment = divmod(cell.segment, self.block)
+        return block * (a * (self.block - 1) + b * (layers - 1) + 1) + a * segment + b * cell.layer
 
     def class_of(self, cell: Cell) -> str:
         """The class of a cell's body."""

@@ -238,11 +238,10 @@ def _schedule(page: Page, schedule: Schedule, segments: int, *, runs: bool) -> N
 
 
 def _run(schedule: Schedule) -> str:
-    return " rmtc.compile runs the model by this schedule" + (
-        ", and as it was written where a call turns out to do something else."
-        if schedule.a
-        else f", but for now no more than one cell of a layer in a step: cell (s, l) at step "
-        f"{time_formula(1, schedule.b)}."
+    blocks = "" if schedule.a else ", in blocks of as many segments as it takes to keep the machine busy"
+    return (
+        f" rmtc.compile runs the model by this schedule{blocks}, and as it was written where a call turns out to do "
+        "something else."
     )
 
 

@@ -127,10 +127,11 @@ class WavefrontProgram:
 
     Attributes:
         loop: the loop it was made from; what runs before and after the segments is still there.
-        schedule: by which it is to run: no two cells of one layer share a step.
+        schedule: by which it is to run.
         shared: operations whose values are the same for all segments of one length.
         bodies: by the name of the class.
         merged: bodies that run the cells of two classes at once, by their names, that of the first segments first.
+        max_group: the most cells that run at once; None for a number that suits their sizes.
     """
 
     loop: SegmentLoop
@@ -138,6 +139,7 @@ class WavefrontProgram:
     shared: tuple[BodyOp, ...]
     bodies: Mapping[str, Body]
     merged: Mapping[tuple[str, str], Body] = field(default_factory=dict)
+    max_group: int | None = None
 
     def body(self, row: int, layer: int) -> Body | None:
         """The body of a cell, None where it has no operations."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rmtc.ir.program import Src, leaves, map_leaves
-from rmtc.ir.schedule import Cell, Schedule
+from rmtc.ir.schedule import Cell, L, Schedule
 from rmtc.ir.segment_loop import BodyOp, Every, Fit, Item, Outer, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, Shared, WavefrontProgram, Weight
 
@@ -19,19 +19,26 @@ __all__ = ["group", "run_schedule"]
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 
-def run_schedule(schedule: Schedule) -> Schedule:
-    """The schedule that is run for a proven one: a step holds at most one cell of each layer.
+def run_schedule(schedule: Schedule, kind: str = "best") -> Schedule:
+    """The schedule that is run for a proven one.
 
-    A larger ``a`` is as legal, for no dependence leads to an earlier segment.
+    Args:
+        schedule: the proven one.
+        kind: ``"best"`` for that itself, ``"diagonal"`` for one with at most one cell of each layer in a step,
+            ``"sequential"`` for one cell after another. A larger ``a`` is as legal, for no dependence leads to an
+            earlier segment.
     """
+    if kind == "sequential":
+        return replace(schedule, a=L, b=1)
     a, b = schedule.time(Cell(1, 0)), schedule.time(Cell(0, 1), layers=schedule.layers)
-    return replace(schedule, a=max(a, 1), b=b)
+    return replace(schedule, a=max(a, 1) if kind == "diagonal" or not b else a, b=b)
 
 
 def group(loop: SegmentLoop, schedule: Schedule) -> WavefrontProgram:
     """Rewrite the cells of a loop as bodies for groups of cells.
 
-    Needs: a loop with layouts and classes, and a schedule in which no two cells of a layer share a step.
+    Needs: a loop with layouts and classes, and a schedule whose steps hold at most one cell of each layer, or cells of
+    one layer.
     Gives: for each class one body. An operand is local to the cell, or the same for all members of the class, or a
     tensor by layer (a weight), or read from another cell (an input), or a number that differs. Operations whose value
     is the same in every segment of one length leave the bodies; those that no result needs go.

@@ -173,19 +173,20 @@ def prove_loop(loop: SegmentLoop, family: Family | None, segments: int, watch: W
     return Proven(loop, family, proof, schedule)
 
 
-def rewrite(proven: Proven, watch: Watch | None = None) -> WavefrontProgram:
+def rewrite(proven: Proven, watch: Watch | None = None, schedule: str = "best") -> WavefrontProgram:
     """A proven loop as a program for groups of cells.
 
     Args:
         proven: a loop with a schedule.
         watch: as in :func:`reroll`.
+        schedule: the kind of the one to run, see :func:`run_schedule`.
 
     Raises:
         RefusedError: if there is no schedule.
     """
     if proven.schedule is None:
         raise RefusedError(proven.proof.reason or "no schedule was found", cycle=proven.proof.cycle)
-    program = group(proven.loop, run_schedule(proven.schedule))
+    program = group(proven.loop, run_schedule(proven.schedule, schedule))
     _show(watch, "group", program)
     program = if_convert(program)
     _show(watch, "if-convert", program)

@@ -77,6 +77,8 @@ class Options:
     segment_length: int | None = None
     backend: Backend = Executor
     reorder_random: bool = False
+    schedule: str = "best"
+    max_group: int | None = None
 
 
 @dataclass(frozen=True)
@@ -603,7 +605,7 @@ class Compiled:
             self.stats.recompiles += 1
             logger.info("recompiling: %s", "; ".join(decision.differences) or "another structure of arguments")
         prove_analysis(analysis, self.options.layers)
-        variant = Variant.make(analysis, self.options.backend)
+        variant = Variant.make(analysis, self.options.backend, self.options.schedule, self.options.max_group)
         values = {name: slot.value for name, slot in variant._slots.items()}
         if not variant.weights.in_place(values):
             variant.weights.move(values)

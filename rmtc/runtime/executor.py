@@ -177,12 +177,12 @@ class _Walk:
         body, grouped = launch.body, launch.body.stage == "layer"
         environment = self.ends if launch.short else self.middle
         inputs = [self._gather(pieces, made, grouped, environment) for pieces in launch.inputs]
-        weights = self._weights(body, launch.layers, grouped)
+        weights = self._weights(body, launch.layers, grouped, launch.one_layer)
         numbers: Sequence[Any] = launch.numbers if grouped else [each[0] for each in launch.numbers]
         size = len(launch.cells) if grouped else None
         shapes = tuple([each.shape[grouped:] if isinstance(each, torch.Tensor) else None for each in inputs])
         dtypes = tuple([each.dtype if isinstance(each, torch.Tensor) else None for each in inputs])
-        key = body.name, environment.T, environment.B, shapes, dtypes
+        key = body.name, environment.T, environment.B, shapes, dtypes, launch.one_layer
         kernel = self.executor.kernels.get(key)
         if kernel is None:
             kernel, results = emit(
@@ -193,6 +193,7 @@ class _Walk:
                 size=size,
                 inputs=inputs,
                 weights=weights,
+                one_layer=launch.one_layer,
                 numbers=numbers,
                 shared=lambda operand: self._operand(operand, (), environment),
             )
@@ -233,9 +234,11 @@ class _Walk:
             )
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
-    def _weights(self, body: Body, layers: tuple[int, ...], grouped: bool) -> Sequence[torch.Tensor]:
+    def _weights(self, body: Body, layers: tuple[int, ...], grouped: bool, one_layer: bool) -> Sequence[torch.Tensor]:
         if not body.weights:
             return ()
+        grouped = grouped and not one_layer
+        layers = layers[:1] if one_layer else layers
         key = body.name, layers
         rows = self.rows.get(key)
         if rows is None:

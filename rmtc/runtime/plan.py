@@ -12,6 +12,10 @@ from rmtc.ir.schedule import Cell, Group
 from rmtc.ir.segment_loop import Environment, Every, Fit, Item, Key, Row, Where
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 
+_ROWS, _LEAST = 512, 2
+"""Cells of one layer run at once until they have so many positions, but so many cells at least: by then their products
+are as fast as larger ones."""
+
 __all__ = ["Launch", "Part", "Plan", "Whole", "plan_run"]
 
 
@@ -48,6 +52,7 @@ class Launch:
         short: whether they are of a shorter last segment.
         inputs: for each input of the body, what it is put together from.
         numbers: for each number of the body, what it is in each cell.
+        one_layer: whether its cells are of one layer, whose weights they share.
         kept: results that are read after the loop: the operation, which result, which cell (-1 for the only one).
         done: launches that nothing reads any more after this one.
     """
@@ -59,6 +64,7 @@ class Launch:
     inputs: tuple[tuple[Piece, ...], ...]
     numbers: tuple[tuple[int | float, ...], ...]
     kept: tuple[tuple[Key, int, int], ...]
+    one_layer: bool = False
     done: tuple[int, ...] = field(default=())
 
     @property
@@ -102,13 +108,19 @@ class _Planner:
     def __init__(self, program: WavefrontProgram, segments: int, batch: int, tail: int) -> None:
         self.program, self.segments, self.batch, self.tail = program, segments, batch, tail
         self.loop = program.loop
+        self.schedule = program.schedule
+        self.one_layer = program.schedule.time(Cell(1, 0)) == 0  # then a step has cells of one layer
+        self.width = program.max_group
+        if self.one_layer:
+            self.width = self.width or max(_LEAST, -(-_ROWS // (batch * self.loop.segment_length)))
+            self.schedule = replace(self.schedule, block=self.width)
         self.places: dict[Cell, _Place] = {}
         self.launches: list[Launch] = []
         self.last_read: dict[int, int] = {}
         self.wanted = self._wanted()
 
     def plan(self) -> Plan:
-        steps = self.program.schedule.steps(self.segments)
+        steps = self.schedule.steps(self.segments)
         widths: dict[int, int] = {}
         for step in steps:
             for body, cells in self._runs(step.groups):
@@ -149,9 +161,9 @@ class _Planner:
         """What runs at once in a step, in order: cells of one body and length, their layers evenly spaced."""
         for stage in ("prologue", "layer", "epilogue"):
             here = [each for each in groups if each.stage == stage and self._body(each.cell_class) is not None]
-            if stage != "layer":
-                for each in here:
-                    yield from ((self.program.bodies[each.cell_class], (cell,)) for cell in sorted(each.cells))
+            if stage != "layer":  # an epilogue may read that of the segment before
+                for cell, name in sorted((cell, each.cell_class) for each in here for cell in each.cells):
+                    yield self.program.bodies[name], (cell,)
                 continue
             classes = {cell: each.cell_class for each in here for cell in each.cells}
             for pair, merged in self.program.merged.items():
@@ -171,14 +183,13 @@ class _Planner:
         body = self.program.bodies.get(name)
         return body if body is not None and body.ops else None
 
-    @staticmethod
-    def _even(body: Body, cells: Iterable[Cell]) -> Iterator[tuple[Cell, ...]]:
-        """Cells by layer, divided where the layers are not evenly spaced among those of the body."""
+    def _even(self, body: Body, cells: Iterable[Cell]) -> Iterator[tuple[Cell, ...]]:
+        """Cells by layer, divided where the layers are not evenly spaced among those of the body, or are too many."""
         order = {layer: n for n, layer in enumerate(sorted({layer for _, layer in body.members}))}
         run: list[Cell] = []
         for cell in sorted(cells, key=lambda cell: cell.layer):
             gaps = {order[b.layer] - order[a.layer] for a, b in itertools.pairwise([*run, cell])}
-            if len(gaps) > 1:
+            if len(gaps) > 1 or len(run) == self.width:
                 yield tuple(run)
                 run = []
             run.append(cell)
@@ -210,7 +221,9 @@ class _Planner:
                 key = Key(cell.segment, start + offset)
                 if key in self.wanted:
                     kept.append((key, position, index if grouped else -1))
-        self.launches.append(Launch(body, step, cells, self._short(cells[0]), inputs, numbers, tuple(kept)))
+        self.launches.append(
+            Launch(body, step, cells, self._short(cells[0]), inputs, numbers, tuple(kept), self.one_layer)
+        )
 
     def _number(self, number: int | float | Fit, cell: Cell) -> int | float:
         return number.at(self._environment(cell.segment)) if isinstance(number, Fit) else number

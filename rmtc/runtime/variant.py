@@ -109,8 +109,14 @@ class Variant:
     failed: dict[Sizes, Failed] = field(default_factory=dict)
 
     @staticmethod
-    def make(analysis: Analysis, backend: Backend) -> Variant:
+    def make(analysis: Analysis, backend: Backend, kind: str = "best", max_group: int | None = None) -> Variant:
         """Make a proven analysis runnable. The model's parameters move into their stacks when it first runs.
+
+        Args:
+            analysis: the analysis.
+            backend: makes what runs the program.
+            kind: of the schedule to run, see :func:`rmtc.compile`.
+            max_group: the most cells that run at once.
 
         Raises:
             RefusedError: if no schedule was found, or the results of a call are put together in no one way.
@@ -126,7 +132,9 @@ class Variant:
                 remedy=SEQUENTIAL_REMEDY if cycle else None,
                 cycle=cycle,
             )
-        schedule = run_schedule(proven.schedule)
+        schedule = run_schedule(proven.schedule, kind)
+        if schedule.a == 0:  # so that there are edges in blocks and between them
+            schedule = replace(schedule, block=2)
         _refuse_lost(analysis.capture)
         first, third = analysis.probes
         check_against(replace(proven, schedule=schedule), third.program, *third.sizes)
@@ -136,7 +144,7 @@ class Variant:
             raise RefusedError("what the call leaves in attributes has another structure for more segments")
         if first.same != third.same:
             raise RefusedError("which results are the call's own tensors depends on the number of segments")
-        program = rewrite(proven)
+        program = replace(rewrite(proven, schedule=kind), max_group=max_group)
         session = analysis.capture.session
         tensors = {lifted.names[0]: lifted.tensor for lifted in session.lifted}
         weights = Weights.plan(program, Weights.movable({**tensors, **_inputs(session.arguments)}))

@@ -256,6 +256,7 @@ def emit(
     size: int | None = None,
     inputs: Sequence[torch.Tensor] = (),
     weights: Sequence[torch.Tensor] = (),
+    one_layer: bool = False,
     numbers: Sequence[Any] = (),
     shared: Callable[[Operand], torch.Tensor],
 ) -> tuple[Kernel, tuple[Any, ...]]:
@@ -268,6 +269,7 @@ def emit(
         environment: the sizes for the functions of batch and length in the operations.
         size: number of cells; None runs the body for one cell, and no operand has a group axis.
         inputs, weights: operands with a group axis (with ``size``).
+        one_layer: whether the cells are of one layer, and ``weights`` have no group axis.
         numbers: for each number that differs, the list of what it is in each cell; the number itself without ``size``.
         shared: gives the tensor for an operand that all cells share.
 
@@ -291,7 +293,8 @@ def emit(
         if isinstance(leaf, Local):
             return values[leaf.number]
         if isinstance(leaf, (Input, Weight)):
-            return emitter.bind(str(leaf), emitter.space[str(leaf)], group)
+            is_grouped = group and not (one_layer and isinstance(leaf, Weight))
+            return emitter.bind(str(leaf), emitter.space[str(leaf)], is_grouped)
         if isinstance(leaf, Number):
             return Varying(str(leaf)) if group else Raw(str(leaf))
         if isinstance(leaf, Fit):
