@@ -124,6 +124,7 @@ def bench(
     repeats: int = 7,
     layers: str | None = None,
     segment_length: int | None = None,
+    schedule: str = "best",
     watch: Callable[[str], None] = lambda stage: None,
 ) -> Benchmark:
     """Measure a call as it is and compiled.
@@ -131,7 +132,7 @@ def bench(
     Args:
         function, args, kwargs: the call; a copy of it is compiled and measured.
         repeats: how often each is run.
-        layers, segment_length: as in :func:`rmtc.compile`.
+        layers, segment_length, schedule: as in :func:`rmtc.compile`.
         watch: called with the name of each stage that begins.
 
     Raises:
@@ -139,7 +140,7 @@ def bench(
         VerifyError: if the compiled call is not equal to the call as it was: then no time is given.
     """
     watch("verify")
-    rehearsal = rehearse(function, args, kwargs, layers=layers, segment_length=segment_length)
+    rehearsal = rehearse(function, args, kwargs, layers=layers, segment_length=segment_length, schedule=schedule)
     if not rehearsal.verification:
         raise VerifyError(rehearsal.verification.reason, remedy="no time is shown for a result that differs")
     fast, args, kwargs = rehearsal.call, rehearsal.args, rehearsal.kwargs

@@ -53,6 +53,14 @@ class Format(StrEnum):
     notation = "notation"
 
 
+class Kind(StrEnum):
+    """What `rmtc verify` and `rmtc bench` can run."""
+
+    best = "best"
+    diagonal = "diagonal"
+    sequential = "sequential"
+
+
 class UsageError(RmtcError):
     """Options that do not go together, or name what does not exist."""
 
@@ -76,6 +84,9 @@ LayersHint = Annotated[
 ]
 LengthHint = Annotated[
     int | None, typer.Option("--segment-length", metavar="N", min=1, help="Hint: positions of a segment.")
+]
+ScheduleKind = Annotated[
+    Kind, typer.Option("--schedule", help="What to run: the best, one cell of a layer in a step, or one after another.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 if the model is refused.")]
@@ -243,6 +254,7 @@ def verify(
     ] = None,
     layers: LayersHint = None,
     segment_length: LengthHint = None,
+    schedule: ScheduleKind = Kind.best,
     json: Json = False,
     output: Output = None,
     debug: Debug = False,
@@ -254,7 +266,13 @@ def verify(
             target = load(model, parse_settings(settings or ()))
             from rmtc.verification import verify as verify_call
 
-            verified = verify_call(target.call, tolerance=tolerance, layers=layers, segment_length=segment_length)
+            verified = verify_call(
+                target.call,
+                tolerance=tolerance,
+                layers=layers,
+                segment_length=segment_length,
+                schedule=schedule.value,
+            )
             try:
                 answer = verified(*target.args, **target.kwargs)
             except RefusedError as refusal:
@@ -275,6 +293,7 @@ def bench(
     ] = None,
     layers: LayersHint = None,
     segment_length: LengthHint = None,
+    schedule: ScheduleKind = Kind.best,
     json: Json = False,
     output: Output = None,
     debug: Debug = False,
@@ -298,6 +317,7 @@ def bench(
                     repeats=repeats,
                     layers=layers,
                     segment_length=segment_length,
+                    schedule=schedule.value,
                 )
             except RefusedError as refusal:
                 note(f"refused: {one_line(refusal)}")
