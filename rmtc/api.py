@@ -14,7 +14,7 @@ from rmtc.errors import CaptureError, RefusedError, RmtcError
 from rmtc.ir.explanation import Explanation
 from rmtc.ir.schedule import Dependence
 from rmtc.passes.operations_view import operations_view
-from rmtc.passes.pipeline import passes, retime_loop
+from rmtc.passes.pipeline import passes, retime_loop, run_by_parts
 from rmtc.passes.prove import SEQUENTIAL_REMEDY
 from rmtc.passes.strip_mine import strips
 from rmtc.passes.summary import class_summaries
@@ -187,6 +187,7 @@ def _answer(blank: Explanation, analysis: Analysis) -> Explanation:
         remedy=SEQUENTIAL_REMEDY if proof.cycle else None,
         operations=operations_view(folded, retimed, blank.segments),
         strips=strips(folded, blank.segments),
+        parts=run_by_parts(proven)[1],
     )
 
 

@@ -41,6 +41,38 @@ class Cached(nn.Module):
         return torch.cat(pieces, dim=1), loss
 
 
+class KeysCached(nn.Module):
+    """Each layer keeps the keys and values that it makes of its input: a cell waits for itself one segment before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(LAYERS))
+        self.made = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(LAYERS))
+        self.mixed = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def attend(self, number: int, x: Tensor, cache: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, new = self.made[number](self.norms[number](x)).split([WIDTH, 2 * WIDTH], dim=-1)
+        keys, values = (new if cache is None else torch.cat([cache, new], dim=1)).chunk(2, dim=-1)
+        return x + torch.tanh(self.mixed[number](F.scaled_dot_product_attention(q, keys, values))), new
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        caches: list[Tensor | None] = [None] * LAYERS
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            for number in range(LAYERS):
+                piece, caches[number] = self.attend(number, piece, caches[number])
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1), caches
+
+
+class Summed(KeysCached):
+    """The next segment reads a sum that the layer keeps, and so on: it waits for itself."""
+
+    def attend(self, number: int, x: Tensor, cache: Tensor | None) -> tuple[Tensor, Tensor]:
+        new = torch.tanh(self.norms[number](x).mean(1)) + (0 if cache is None else 0.5 * cache)
+        return x + torch.tanh(self.mixed[number](x) + new[:, None]), new
+
+
 def last_run(twins: Twins) -> Any:
     stats = rmtc.stats(twins.fast)
     assert not stats.fallbacks and stats.last_run is not None
@@ -56,6 +88,26 @@ def test_all_segments_of_a_layer_in_blocks(block: int) -> None:
         assert run.steps == LAYERS * -(-segments // block) and run.makespan == LAYERS
         assert max(run.widths) <= block
     assert twins.a == 0 and twins.distances == {LOWER, SKEW}
+
+
+@pytest.mark.parametrize("block", [2, None])
+def test_layers_in_parts_where_keys_are_cached(block: int | None) -> None:
+    twins = Twins(KeysCached, options={} if block is None else {"max_group": block})
+    for segments, batch, tail in ((7, 2, SEGMENT), (8, 3, 2), (3, 1, 1), (2, 2, SEGMENT)):
+        twins.call(text(segments, batch, tail))
+        run = last_run(twins)
+        assert run.parts == 2 and run.layers == LAYERS
+        assert run.steps == LAYERS * -(-segments // (block or segments))
+        assert max(run.widths) <= (block or segments)
+    assert twins.a == 1 and twins.distances == {LOWER, (1, 0)}
+    explained = str(rmtc.explain(KeysCached().double())(text(4, 2)))
+    assert "runs each layer in 2 parts" in " ".join(explained.split())
+
+
+def test_a_layer_that_waits_for_itself_stays_whole() -> None:
+    twins = Twins(Summed)
+    twins.call(text(7, 2))
+    assert last_run(twins).parts == 1 and last_run(twins).steps == 7 + LAYERS - 1
 
 
 def test_the_width_does_not_grow_with_the_text() -> None:

@@ -160,6 +160,7 @@ class Explanation:
         operations: what is legal operation by operation; None if that was not asked.
         strips: what several segments in one body gain, where dependences reach over more than one.
         studied: whether the dependences were given, and not found in a model.
+        parts: in how many parts each layer runs, so that all segments of it run at once; 1 for whole cells.
     """
 
     name: str
@@ -180,6 +181,7 @@ class Explanation:
     operations: OperationsView | None = None
     strips: tuple[Strip, ...] = ()
     studied: bool = False
+    parts: int = 1
 
     def __str__(self) -> str:
         from rmtc.ir.text import explanation_text

@@ -41,7 +41,12 @@ def operations_text(page: Page, explanation: Explanation) -> None:
     if view.recurrences:
         _parts(page, view, layers)
     if not explanation.studied and explanation.schedule is not None:
-        page.text("rmtc.compile does not run operations apart from their cells yet, but the schedule above.")
+        page.text(
+            f"rmtc.compile runs each layer in {explanation.parts} parts so that all segments of a part run at once."
+            if explanation.parts > 1
+            else "rmtc.compile runs operations apart from their cells only where all segments of a layer can then run "
+            "at once; here it runs the schedule above."
+        )
 
 
 def _strips(page: Page, explanation: Explanation) -> None:

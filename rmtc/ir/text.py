@@ -49,7 +49,9 @@ def explanation_text(explanation: Explanation) -> str:
     if explanation.schedule is None:
         _refusal(page, explanation)
     else:
-        _schedule(page, explanation.schedule, explanation.segments, runs=not explanation.studied)
+        _schedule(
+            page, explanation.schedule, explanation.segments, runs=not explanation.studied, parts=explanation.parts
+        )
         if explanation.certificate is not None:
             _legal(page, explanation.certificate, explanation)
             _best(page, explanation.certificate, explanation)
@@ -210,7 +212,7 @@ def _from_reader(item: Dependence) -> str:
     return item.producer.replace("{l}", f"{{{away}}}")
 
 
-def _schedule(page: Page, schedule: Schedule, segments: int, *, runs: bool) -> None:
+def _schedule(page: Page, schedule: Schedule, segments: int, *, runs: bool, parts: int = 1) -> None:
     cells = segments * schedule.layers
     steps = at(schedule.makespan, segments, schedule.layers)
     page.heading("The schedule")
@@ -233,12 +235,21 @@ def _schedule(page: Page, schedule: Schedule, segments: int, *, runs: bool) -> N
             if steps < cells
             else " For so short a call that is no gain."
         )
-        + (_run(schedule) if runs else "")
+        + (_run(schedule, parts) if runs else "")
     )
 
 
-def _run(schedule: Schedule) -> str:
-    blocks = "" if schedule.a else ", in blocks of as many segments as it takes to keep the machine busy"
+BLOCKS = "in blocks of as many segments as it takes to keep the machine busy"
+
+
+def _run(schedule: Schedule, parts: int) -> str:
+    if parts > 1:
+        return (
+            f" rmtc.compile does better: it divides each layer into {parts} parts, of which none waits for itself in "
+            f"an earlier segment, and runs all segments of a part at once, {BLOCKS}; and the model as it was written "
+            "where a call turns out to do something else."
+        )
+    blocks = "" if schedule.a else f", {BLOCKS}"
     return (
         f" rmtc.compile runs the model by this schedule{blocks}, and as it was written where a call turns out to do "
         "something else."

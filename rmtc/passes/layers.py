@@ -19,7 +19,7 @@ from rmtc.passes.classes import Namer
 from rmtc.passes.cuts import common_subsequence, common_suffix, divide, prefix_within, rising_subsequence
 from rmtc.passes.streams import Family, template
 
-__all__ = ["fold_layers"]
+__all__ = ["classified", "fold_layers", "reordered"]
 
 
 def fold_layers(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
@@ -41,14 +41,18 @@ def fold_layers(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
         CaptureError: if the layers interleave.
     """
     loop, layouts = _file(loop, family)
-    rows = [*loop.rows, loop.steady]
     counts = {len(layout.layers) for layout in layouts}
     if len(counts) > 1:
         raise CaptureError(
             f"the segments run different numbers of layers: {sorted(counts)}",
             remedy="name the list of layers with layers=...",
         )
-    loop = replace(loop, layouts=layouts)
+    return classified(replace(loop, layouts=layouts), family)
+
+
+def classified(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
+    """A loop with layouts, and the classes of its cells."""
+    rows, layouts = [*loop.rows, loop.steady], loop.layouts
     namer = Namer(loop, family)
     classes: list[list[str]] = [[""] * len(layouts[-1].layers) for _ in rows]
     middle = len(layouts[-1].layers) // 2
@@ -236,7 +240,13 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
     names = [_operand_names(loop, row) for row in rows]
     anchors = [{i for i, each in enumerate(some) if family and family.layer(each) is not None} for some in names]
     laid = behind_the_layers(rows, laid, anchors)
-    place = [{old: new for new, old in enumerate(order)} for order, _ in laid]
+    return reordered(loop, [order for order, _ in laid]), tuple(layout for _, layout in laid)
+
+
+def reordered(loop: SegmentLoop, orders: Sequence[Sequence[int]]) -> SegmentLoop:
+    """A loop with the operations of each row in another order, the steady one's last."""
+    rows = [*loop.rows, loop.steady]
+    place = [{old: new for new, old in enumerate(order)} for order in orders]
     last = len(rows) - 1
 
     def move(row: int) -> tuple[BodyOp, ...]:
@@ -245,7 +255,7 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
                 return Row(leaf.back, place[max(0, row - leaf.back) if row < last else last][leaf.number])
             return leaf
 
-        return tuple(replace(rows[row][i], args=map_leaves(rows[row][i].args, operand)) for i in laid[row][0])
+        return tuple(replace(rows[row][i], args=map_leaves(rows[row][i].args, operand)) for i in orders[row])
 
     def outer(leaf: Any) -> Any:
         if isinstance(leaf, (Where, Every)):
@@ -256,8 +266,7 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
     moved = [move(row) for row in range(len(rows))]
     after = tuple(replace(op, args=map_leaves(op.args, outer)) for op in loop.after)
     outputs = {name: outer(value) for name, value in loop.outputs.items()}
-    loop = replace(loop, rows=tuple(moved[:-1]), steady=moved[-1], after=after, outputs=outputs)
-    return loop, tuple(layout for _, layout in laid)
+    return replace(loop, rows=tuple(moved[:-1]), steady=moved[-1], after=after, outputs=outputs)
 
 
 def _readers(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.ir.folded import FoldedGraph
 from rmtc.ir.program import Program
-from rmtc.ir.schedule import L, Schedule
+from rmtc.ir.schedule import Cell, L, Schedule
 from rmtc.ir.segment_loop import Key, SegmentLoop
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.check import Checked, check
@@ -30,6 +30,7 @@ from rmtc.passes.prove import Proof, prove
 from rmtc.passes.retime import Retimed, retime
 from rmtc.passes.run import Run
 from rmtc.passes.segments import find_segments
+from rmtc.passes.split import split_layers
 from rmtc.passes.streams import Family, find_anchors, find_family, uses
 
 __all__ = ["PassInfo", "Proven", "check_against", "passes", "prove_loop", "reroll", "retime_loop", "timed"]
@@ -58,7 +59,7 @@ def passes() -> list[PassInfo]:
         PassInfo("prove", "a legal schedule with its certificate, or the cycle that forbids one"),
         PassInfo("check", "schedule and loop held against a run of a third length"),
         PassInfo("fold-operations", "the operations of all cells as one graph, a vertex for each operation of a class"),
-        PassInfo("retime", "what is legal operation by operation, checked; nothing is run by it yet"),
+        PassInfo("retime", "what is legal operation by operation, checked"),
         PassInfo("group", "the body of a cell as that of a group of cells: local, shared, by layer, from another cell"),
         PassInfo("if-convert", "cells of the first segment in one group with the others"),
     ]
@@ -171,6 +172,27 @@ def prove_loop(loop: SegmentLoop, family: Family | None, segments: int, watch: W
         schedule = Schedule(proof.a, proof.b, loop.layers, segments, loop.classes, loop.stage_classes)
     _show(watch, "prove", f"{proof.certificate}\n" if schedule else f"refused: {proof.reason}\n")
     return Proven(loop, family, proof, schedule)
+
+
+def run_by_parts(proven: Proven) -> tuple[Proven, int]:
+    """A proven loop as it is best run: its layers divided, if all segments of a layer can then run at once.
+
+    Args:
+        proven: a loop with a schedule of whole cells.
+
+    Returns:
+        The loop of the parts, proven, and the number of parts of a layer; or what was given, and 1.
+    """
+    if proven.schedule is None or proven.schedule.time(Cell(1, 0)) == 0:
+        return proven, 1
+    divided = split_layers(proven.loop, proven.family)
+    if divided is None:
+        return proven, 1
+    loop, family, parts = divided
+    found = prove_loop(loop, family, proven.schedule.segments)
+    if found.schedule is None or found.schedule.time(Cell(1, 0)) or not found.schedule.time(Cell(0, 1)):
+        return proven, 1
+    return found, parts
 
 
 def rewrite(proven: Proven, watch: Watch | None = None, schedule: str = "best") -> WavefrontProgram:

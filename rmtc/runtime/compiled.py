@@ -450,9 +450,10 @@ class Compiled:
         variant, sizes = decision.variant, decision.ready.sizes
         result, run = variant.run(decision.ready)
         proven = variant.analysis.proven
-        layers = variant.program.loop.layers
-        makespan = run.steps
-        if proven is not None and proven.schedule is not None:
+        layers = variant.program.loop.layers // variant.parts
+        steps = run.steps // variant.parts
+        makespan = steps
+        if proven is not None and proven.schedule is not None and variant.parts == 1:
             makespan = int(proven.schedule.makespan.subs({S: sizes.segments, L: layers}))
         with self._counts:
             self.stats.runs += 1
@@ -461,7 +462,8 @@ class Compiled:
                 layers=layers,
                 batch=sizes.batch,
                 tail=sizes.tail,
-                steps=run.steps,
+                steps=steps,
+                parts=variant.parts,
                 sequential_steps=sizes.segments * layers,
                 makespan=makespan,
                 groups=run.groups,

@@ -14,9 +14,10 @@ class LastRun:
     Attributes:
         segments, layers, batch, tail: its sizes; ``tail`` is the length of the last segment in positions.
         steps: number of steps it took.
+        parts: in how many parts each layer ran, one after another in a step.
         sequential_steps: number of cells, which is the number of steps without a schedule.
-        makespan: number of steps of the schedule that was proven. More are run where it puts several segments of one
-            layer into a step.
+        makespan: number of steps of the schedule that was proven. More are run where it puts more segments of one layer
+            into a step than run at once.
         groups: number of groups of layers that ran.
         widths: for each number of cells, how many groups had it.
         guard_seconds: time until it was clear that the call may run.
@@ -32,6 +33,7 @@ class LastRun:
     groups: int
     widths: dict[int, int]
     guard_seconds: float
+    parts: int = 1
 
 
 @dataclass

@@ -25,7 +25,7 @@ from rmtc.errors import RefusedError, RmtcError, VerifyError
 from rmtc.ir.program import Val
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.group import run_schedule
-from rmtc.passes.pipeline import check_against, rewrite
+from rmtc.passes.pipeline import check_against, rewrite, run_by_parts
 from rmtc.passes.prove import SEQUENTIAL_REMEDY
 from rmtc.runtime.backends import Backend, Runner
 from rmtc.runtime.executor import Run
@@ -106,6 +106,7 @@ class Variant:
     _left: tuple[Place, ...] = ()  # those of them that the call leaves in places
     refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
+    parts: int = 1  # of a layer, that run one after another
     failed: dict[Sizes, Failed] = field(default_factory=dict)
 
     @staticmethod
@@ -132,6 +133,8 @@ class Variant:
                 remedy=SEQUENTIAL_REMEDY if cycle else None,
                 cycle=cycle,
             )
+        proven, parts = run_by_parts(proven) if kind == "best" else (proven, 1)
+        assert proven.schedule is not None
         schedule = run_schedule(proven.schedule, kind)
         if schedule.a == 0:  # so that there are edges in blocks and between them
             schedule = replace(schedule, block=2)
@@ -162,6 +165,7 @@ class Variant:
             modes(),
             tuple(replace(effect, slot=state.pinned(effect.slot)) for effect in first.effects),
         )
+        variant.parts = parts
         read = program.reads()
         for lifted in session.lifted:
             names = [name if name in slots else name.removeprefix("self.") for name in lifted.names]

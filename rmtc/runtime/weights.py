@@ -91,6 +91,8 @@ class Weights:
             movable: the names of the parameters that may be moved into a stack.
         """
         weights = Weights()
+        if program.schedule.a == 0:  # cells of one layer share its weights as they are
+            return weights
         bodies = (*program.bodies.values(), *program.merged.values())
         wanted = [_names(body, number) for body in bodies for number in range(len(body.weights))]
         for names in sorted(dict.fromkeys(wanted), key=len, reverse=True):
