@@ -136,11 +136,12 @@ class Variant:
         proven, parts = run_by_parts(proven) if kind == "best" else (proven, 1)
         assert proven.schedule is not None
         schedule = run_schedule(proven.schedule, kind)
-        if schedule.a == 0:  # so that there are edges in blocks and between them
-            schedule = replace(schedule, block=2)
+        # All segments at once, if that was not checked yet, and blocks of them.
+        blocks = [None] * (parts > 1) + [2] if schedule.a == 0 else [None]
         _refuse_lost(analysis.capture)
         first, third = analysis.probes
-        check_against(replace(proven, schedule=schedule), third.program, *third.sizes)
+        for block in blocks:
+            check_against(replace(proven, schedule=replace(schedule, block=block)), third.program, *third.sizes)
         if [(effect.place, effect.content, effect.last) for effect in first.effects] != [
             (effect.place, effect.content, effect.last) for effect in third.effects
         ]:

@@ -1,0 +1,142 @@
+"""Calls as they are, by the diagonal and by the best schedule, in turns, for models of this repository and of packages.
+
+python benchmarks/run.py [--check] [--json FILE] [--repeats 9] [--threads 2] [--only NAME]
+
+Each compiled call is first held against the call as it was; where they differ, no time is printed. ``--check`` exits
+with 1 if the best schedule is slower than 0.95 of eager in a row, or no faster than the diagonal where all segments of
+a layer may run at once. Needs the extra ``zoo`` for the packages' models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rmtc
+from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
+
+TESTS = Path(__file__).parent.parent / "tests"
+LEAST = 0.95
+"""The slowest that the best schedule may be, eager's time divided by its time."""
+
+
+def models() -> Iterator[tuple[str, Callable[[], tuple[Any, tuple[Any, ...]]]]]:
+    """The rows: a name, and what builds the call anew with the same weights."""
+    sizes = {"layers": 8, "width": 64, "segment": 16, "memory": 4, "segments": 32}
+    yield "ARMT over Llama", lambda: armt_llama.build(**sizes)
+    yield "ARMT over Llama, 2 segments", lambda: armt_llama.build(**sizes | {"segments": 2})
+    yield "ARMT over Llama, 1 segment", lambda: armt_llama.build(**sizes | {"segments": 1})
+    yield "ARMT over Llama, 1 layer", lambda: armt_llama.build(**sizes | {"layers": 1})
+    yield "ARMT over GPT-2", lambda: armt_gpt2.build(**sizes)
+    for segment, memory in ((16, 16), (16, 40), (64, 64), (256, 256)):
+        xl = {"layers": 8, "width": 128, "segment": segment, "memory": memory, "segments": 32 if segment < 256 else 8}
+        yield f"Transformer-XL, {segment} + {memory}", lambda xl=xl: transformer_xl.build(**xl)
+    sys.path.insert(0, str(TESTS))
+    import zoo
+
+    def packaged(name: str) -> tuple[Any, tuple[Any, ...]]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return zoo.ZOO[name].build().function, (zoo.text(8),)
+
+    for name, entry in zoo.ZOO.items():
+        if entry.a is not None:
+            yield f"zoo: {name}", lambda name=name: packaged(name)
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def close(one: Any, other: Any) -> bool:
+    """Whether two results are the same but for rounding."""
+    pairs = zip(*(torch.utils._pytree.tree_leaves(each) for each in (one, other)), strict=True)
+    return all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-4) if isinstance(a, torch.Tensor) and a.is_floating_point() else True
+        for a, b in pairs
+    )
+
+
+@torch.no_grad()
+def measure(build: Callable[[], tuple[Any, tuple[Any, ...]]], repeats: int) -> dict[str, Any]:
+    """Medians in seconds of eager and of both schedules, and what ran."""
+    eager, args = build()
+    calls: dict[str, Callable[[], Any]] = {"eager": lambda: eager(*args)}
+    fast = {}
+    for kind in ("diagonal", "best"):
+        model, own = build()
+        fast[kind] = rmtc.compile(model, schedule=kind, options={"reorder_random": True})
+        calls[kind] = lambda function=fast[kind], own=own: function(*own)
+    expected = calls["eager"]()
+    for kind, call in calls.items():
+        if kind != "eager" and not close(call(), expected):
+            raise SystemExit(f"{kind}: the result differs from eager's; no time is shown for it")
+    times: dict[str, list[float]] = {kind: [] for kind in calls}
+    for run in range(repeats + 1):
+        for kind, call in calls.items():
+            took = seconds(call)
+            if run:  # the first one warms up
+                times[kind].append(took)
+    ratios = [a / b for a, b in zip(times["eager"], times["best"], strict=True)]
+    run_of = rmtc.stats(fast["best"]).last_run
+    return {
+        "seconds": {kind: statistics.median(each) for kind, each in times.items()},
+        "ratio": statistics.median(ratios),
+        "spread": [min(ratios), max(ratios)],
+        "steps": run_of.steps if run_of else None,
+        "sequential_steps": run_of.sequential_steps if run_of else None,
+        "at_once": bool(run_of and run_of.steps < run_of.segments + run_of.layers - 1),
+        "fallbacks": dict(rmtc.stats(fast["best"]).fallbacks),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit with 1 on a shortfall")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="rows whose names contain this")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, {options.threads} threads\n")
+    print("| model | steps | eager | diagonal | best | eager / best |")
+    print("|---|---|---|---|---|---|")
+    found, short = {}, []
+    for name, build in models():
+        if options.only not in name:
+            continue
+        row = found[name] = measure(build, options.repeats)
+        ms = {kind: f"{1e3 * each:.1f} ms" for kind, each in row["seconds"].items()}
+        steps = f"{row['steps']} of {row['sequential_steps']}" if row["steps"] else "as it was"
+        spread = f"{row['spread'][0]:.2f} .. {row['spread'][1]:.2f}"
+        print(
+            f"| {name} | {steps} | {ms['eager']} | {ms['diagonal']} | {ms['best']} | {row['ratio']:.2f} ({spread}) |",
+            flush=True,
+        )
+        if row["ratio"] < LEAST:
+            short.append(f"{name}: {row['ratio']:.2f} of eager's speed, {LEAST} is asked for")
+        if row["at_once"] and row["seconds"]["best"] > row["seconds"]["diagonal"]:
+            short.append(f"{name}: the diagonal is faster")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if short:
+        print("\n" + "\n".join(short), file=sys.stderr)
+    if options.check and short:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
