@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -241,22 +241,29 @@ def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch |
     # The third run has the sizes of the user's call.
     tails = (segment, max(1, segment // 2), plan.sizes.tail) if plan.free_tail else full
     batches = (*_BATCHES, plan.sizes.batch) if plan.free_batch else own
-    attempts = [
-        (_SHORT, batches, tails, _PLAIN),
-        (_SHORT, batches, full, _PLAIN),
-        (_SHORT, own, tails, _PLAIN),
-        (_SHORT, own, full, _PLAIN),
-        *((3 * age + 2, batches, tails, _PLAIN) for age in _AGES),
-        *((segments, batches, tails, _WHOLE) for segments in (_SHORT, *(3 * age + 2 for age in _AGES))),
-    ]
-    if plan.free_tail:  # as in the first, but for a table that a segment may take a part of
-        attempts.insert(1, (_SHORT, batches, tails, _TABLES))
-    if plan.free_tail and plan.sizes.tail != segment:  # or for a window that a segment may not fill
-        attempts.insert(2, (_SHORT, batches, tails, _WINDOWS))
     first: RefusedError | VerifyError | CaptureError | None = None
-    for segments, batch, tail, reading in dict.fromkeys(attempts):
-        if not reading.histories and not analysis.capture.by_parts:
+    ages = [3 * age + 2 for age in _AGES]
+
+    def attempts() -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...], Reading]]:
+        yield _SHORT, batches, tails, _PLAIN
+        if plan.free_tail:  # as in the first, but for a table that a segment may take a part of
+            yield _SHORT, batches, tails, _TABLES
+        if plan.free_tail and plan.sizes.tail != segment:  # or for a window that a segment may not fill
+            yield _SHORT, batches, tails, _WINDOWS
+        if analysis.capture.by_parts:  # it takes some segments to fill a history, or its parts differ at the end
+            yield from ((segments, batches, tails, _PLAIN) for segments in ages)
+            yield from ((segments, batches, tails, _WHOLE) for segments in (_SHORT, *ages))
+        yield _SHORT, batches, full, _PLAIN
+        yield _SHORT, own, tails, _PLAIN
+        yield _SHORT, own, full, _PLAIN
+        yield from ((segments, batches, tails, _PLAIN) for segments in ages)
+
+    tried = set()
+    for attempt in attempts():
+        if attempt in tried:
             continue
+        tried.add(attempt)
+        segments, batch, tail, reading = attempt
         if reading != analysis.capture.reading:
             analysis.capture.reading = reading
             analysis.runs.clear()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -111,6 +111,23 @@ class Body:
     numbers: tuple[Mapping[Member, int | float | Fit], ...]
     results: tuple[int, ...]
     positions: Mapping[Member, Mapping[int, int]]
+
+    def without(self, unread: Iterable[int]) -> Body:
+        """The body without the operations that only some of its results need.
+
+        Args:
+            unread: the places of these results; others stand there.
+        """
+        dead = frozenset(unread)
+        read = [number for place, number in enumerate(self.results) if place not in dead]
+        live, ops = set(read), dict[int, BodyOp]()
+        for number in sorted(self.ops, reverse=True):
+            if number in live:
+                op = ops[number] = self.ops[number]
+                live |= {leaf.number for leaf in leaves(op.args) if isinstance(leaf, Local)}
+        results = tuple(read[0] if place in dead else number for place, number in enumerate(self.results) if read)
+        name = f"{self.name}_without_{'_'.join(map(str, sorted(dead)))}"
+        return replace(self, name=name, ops=dict(sorted(ops.items())), results=results)
 
     def __str__(self) -> str:
         lines = [f"{self.name} ({self.stage} of {_members(self.members)}):"]

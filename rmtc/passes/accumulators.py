@@ -47,7 +47,7 @@ def behind_the_layers(
     into_layers.update(*(nx.ancestors(graph, anchor) for anchor in list(into_layers)))
     sums: set[tuple[int, int]] = set()
     for component in nx.strongly_connected_components(graph):
-        inside = {layer[node] for node in component} & set(range(len(laid[-1][1].layers)))
+        inside = {layer[node] for node in component}
         if len(inside) > 1 and component.isdisjoint(into_layers):
             sums |= component
     if not sums:

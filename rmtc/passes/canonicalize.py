@@ -96,8 +96,9 @@ class Canonicalize:
             elif node.target in _SCATTERS:
                 _unclone(node)
             elif node.target in (aten.select.int, aten.slice.Tensor):
-                _forward(graph, node, tables, windows)
-                by_parts |= _spread(graph, node, short)
+                if not _is_end(node):  # whether that is a result is not clear yet
+                    _forward(graph, node, tables, windows)
+                    by_parts |= _spread(graph, node, short)
             elif node.target in _SHAPES:
                 _unview(graph, node)
             elif node.target is aten.alias.default:

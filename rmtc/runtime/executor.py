@@ -166,7 +166,7 @@ class _Walk:
         return found
 
     def _launch(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
-        if launch.body.name in self.executor.program.bodies:
+        if launch.short or launch.body.name in self.executor.program.bodies:
             return self._results(launch, made)
         try:
             return self._results(launch, made)

@@ -127,11 +127,25 @@ class _Planner:
                 self._launch(body, step.time, cells)
                 if body.stage == "layer":
                     widths[len(cells)] = widths.get(len(cells), 0) + 1
+        self._drop_unread()
         done: dict[int, list[int]] = {}
         for number in range(len(self.launches)):
             done.setdefault(self.last_read.get(number, number), []).append(number)
         launches = tuple(replace(each, done=tuple(done.get(number, ()))) for number, each in enumerate(self.launches))
         return Plan(launches, len(steps), widths)
+
+    def _drop_unread(self) -> None:
+        """A last segment that is shorter runs only what is read: the rest may not be fit for its length."""
+        read: dict[int, set[int]] = {}
+        for launch in self.launches:
+            for piece in itertools.chain.from_iterable(launch.inputs):
+                if isinstance(piece, Part):
+                    read.setdefault(piece.launch, set()).add(piece.result)
+        for number, launch in enumerate(self.launches):
+            kept = {position for _, position, _ in launch.kept} | read.get(number, set())
+            unread = set(range(len(launch.body.results))) - kept
+            if launch.short and unread:
+                self.launches[number] = replace(launch, body=launch.body.without(unread))
 
     def _wanted(self) -> set[Key]:
         """The operations that are read after the loop."""
