@@ -272,7 +272,8 @@ def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch |
             analysis.proven = _attempt(analysis, sizes, layers, watch)
         except (RefusedError, VerifyError, CaptureError) as error:
             logger.debug("with %s: %s", sizes, error.reason)
-            first = first or error
+            as_written = reading == _WHOLE and segments == _SHORT  # histories as the user's code has them
+            first = error if first is None or as_written else first
         else:
             if first is not None and analysis.proven.loop.fixed.get("tail", plan.sizes.tail) != plan.sizes.tail:
                 raise RefusedError(

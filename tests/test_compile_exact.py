@@ -151,7 +151,7 @@ class Pair:
         assert run is not None
         assert (run.segments, run.layers, run.batch, run.tail) == (segments, self.layers, batch, tail)
         assert run.steps == steps < segments * self.layers
-        assert sum(cells * launches for cells, launches in run.widths.items()) == segments * self.layers
+        assert sum(cells * launches for cells, launches in run.widths.items()) == segments * self.layers * run.parts
         full = segments - 1 - (tail < self.segment)  # segments of one class and one length
         assert full < 2 or max(run.widths) > 1
 
@@ -341,6 +341,9 @@ CASES = {name: Case() for name, (_, makespan) in EXPECTED.items() if makespan is
     # With eight layers there are some of one class in a step.
     "feedback from 1 higher": Case(layers=8, steps=2 * (S - 1) + L),
     "feedback from 2 higher": Case(layers=8, steps=3 * (S - 1) + L),
+    # All segments of a layer at once, of keys and values in two parts.
+    "transformer-xl": Case(steps=L + 0 * S),
+    "keys and values": Case(steps=L + 0 * S),
     "stacked weights": Case(lambda args, text: (text, args[1])),
     "list of segments": Case(in_items, items=True),
     "first segment alone": Case(in_items, items=True),

@@ -10,6 +10,7 @@ import torch
 from drawn import Choices, build, text_of
 
 import rmtc
+from rmtc import analysis
 from rmtc.ir.program import Op, Program, Src, Val
 from rmtc.passes import fold
 from rmtc.passes.complete import complete_segments
@@ -86,6 +87,7 @@ def test_a_model_folds_because_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = build(choices)
     text = text_of(choices, 7, 2, 3)
     with torch.no_grad():
+        monkeypatch.setattr(analysis, "_WHOLE", analysis._PLAIN)  # nor with histories as they are
         assert rmtc.explain(model)(text).schedule is not None
         monkeypatch.setattr(fold, "complete_segments", lambda short, long, *_: (short, long))
         assert rmtc.explain(model)(text).schedule is None

@@ -124,7 +124,7 @@ class Canonicalize:
             _drop_dead(graph)
             for node in list(graph.nodes):
                 if node.target is aten.cat.default:
-                    _flatten(graph, node, short)
+                    by_parts |= _flatten(graph, node, short)
                     _stack(graph, node)
             _drop_dead(graph)
             by_parts |= spread
@@ -646,11 +646,14 @@ def _unalias(graph: fx.Graph, node: fx.Node) -> None:
     node.replace_all_uses_with(source, lambda user: user.op != "output")
 
 
-def _flatten(graph: fx.Graph, node: fx.Node, short: Set[Any] = frozenset()) -> None:
+def _flatten(graph: fx.Graph, node: fx.Node, short: Set[Any] = frozenset()) -> bool:
     """cat([clone(cat([a, b])), c]) -> cat([a, b, c]), where nothing else reads what is inside, or in a short history.
 
     cat([detach(cat([a, b])), c])   ->   cat([detach(a), detach(b), c])
+
+    Returns whether a history was.
     """
+    history = False
     given: list[Any] = list(node.args[0])  # type: ignore[arg-type]
     pieces: list[Any] = []
     for piece in given:
@@ -669,6 +672,7 @@ def _flatten(graph: fx.Graph, node: fx.Node, short: Set[Any] = frozenset()) -> N
         if not inside or inner.meta["val"].dtype != node.meta["val"].dtype or _dim(inner, 1) != _dim(node, 1):
             pieces.append(piece)
             continue
+        history |= inner.meta.get("location") in short
         for part in inner.args[0]:
             if detached and part.target is not aten.detach.default:
                 with graph.inserting_before(node):
@@ -683,6 +687,7 @@ def _flatten(graph: fx.Graph, node: fx.Node, short: Set[Any] = frozenset()) -> N
             for each in (piece, *piece.all_input_nodes):
                 if not each.users and each.target in (aten.cat.default, aten.clone.default, aten.detach.default):
                     graph.erase_node(each)
+    return history
 
 
 def _stack(graph: fx.Graph, node: fx.Node) -> None:
