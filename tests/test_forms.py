@@ -155,7 +155,8 @@ def test_notation_is_read_back(a: int | sympy.Expr, b: int) -> None:
             for stage in ("prologue", "epilogue")
             if rows and rng.random() < 0.5
         }
-        schedule = Schedule(a, b, layers, rng.randint(1, 9), classes, stages)
+        block = rng.choice([None, 1, 2, 16])
+        schedule = Schedule(a, b, layers, rng.randint(1, 9), classes, stages, block)
         assert Schedule.parse(schedule.notation) == schedule
 
 

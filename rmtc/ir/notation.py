@@ -19,7 +19,10 @@ from rmtc.ir.schedule import Extent, L, Schedule, layer_symbol
 
 __all__ = ["NotationError", "read_schedule", "write_schedule"]
 
-_FIRST = re.compile(r"step of cell \(s, l\) = (?P<time>.+), S = (?P<S>[0-9]+), L = (?P<L>[0-9]+)")
+_FIRST = re.compile(
+    r"step of cell \(s, l\) = (?P<time>.+?)(?: in blocks of (?P<block>[1-9][0-9]*) segments)?"
+    r", S = (?P<S>[0-9]+), L = (?P<L>[0-9]+)"
+)
 _ROW = re.compile(r"s (?P<which>=|>=) (?P<row>[0-9]+): (?P<parts>.+)")
 _LAYERS = re.compile(r"l(?P<first>[0-9]+)(?:\.\.l(?P<last>[0-9]+))? (?P<name>\S+)")
 _NAME = re.compile(r"\S+")
@@ -39,9 +42,10 @@ def write_schedule(schedule: Schedule) -> str:
         NotationError: if it could not be read back: the name of a class is no word, or a row has not L layers.
     """
     _check_names(schedule)
-    lines = [
-        f"step of cell (s, l) = {time_formula(schedule.a, schedule.b)}, S = {schedule.segments}, L = {schedule.layers}"
-    ]
+    time = time_formula(schedule.a, schedule.b)
+    if schedule.block is not None:
+        time += f" in blocks of {schedule.block} segments"
+    lines = [f"step of cell (s, l) = {time}, S = {schedule.segments}, L = {schedule.layers}"]
     stages = schedule.stage_classes
     rows = max(map(len, (schedule.classes, *stages.values())))
     for row in range(rows):
@@ -109,7 +113,8 @@ def read_schedule(text: str) -> Schedule:
         for stage, name in ends.items():
             stages.setdefault(stage, []).append(name)
     ends_of = {stage: tuple(each) for stage, each in stages.items()}
-    return Schedule(a, b, layers, segments, tuple(classes), ends_of)
+    block = int(first["block"]) if first["block"] else None
+    return Schedule(a, b, layers, segments, tuple(classes), ends_of, block)
 
 
 def _parts(text: str, layers: int) -> tuple[tuple[str, ...], dict[str, str]]:

@@ -312,9 +312,8 @@ def _inside(bounds: Sequence[int], interval: tuple[int, int] | None) -> list[tup
 
 def _slice(graph: fx.Graph, node: fx.Node, source: Any, dim: int, start: int, end: int) -> fx.Node:
     """A slice of what a node reads or writes, of a dtype of its own."""
-    return _made(
-        graph, node, aten.slice.Tensor, (source, dim, start, end), source.meta["val"].narrow(dim, start, end - start)
-    )
+    value = source.meta["val"].narrow(dim, start, end - start)
+    return _made(graph, node, aten.slice.Tensor, (source, dim, start, end), value)
 
 
 def _memories(graph: fx.Graph) -> list[Any]:
@@ -522,9 +521,8 @@ def _in_order(graph: fx.Graph, node: fx.Node, value: fx.Node) -> fx.Node:
     if held.stride() == node.meta["val"].stride() or _lies_in_order(held):
         return value
     with graph.inserting_before(node):
-        copied = graph.call_function(aten.clone.default, (value,), {"memory_format": torch.contiguous_format})
-    copied.meta.update({key: each for key, each in node.meta.items() if key != "name"})
-    copied.meta["val"] = held.clone(memory_format=torch.contiguous_format)
+        copied = _made(graph, node, aten.clone.default, (value,), held.clone(memory_format=torch.contiguous_format))
+    copied.kwargs = {"memory_format": torch.contiguous_format}
     return copied
 
 
@@ -676,10 +674,7 @@ def _flatten(graph: fx.Graph, node: fx.Node, short: Set[Any] = frozenset()) -> b
         for part in inner.args[0]:
             if detached and part.target is not aten.detach.default:
                 with graph.inserting_before(node):
-                    kept = graph.call_function(aten.detach.default, (part,))
-                kept.meta.update({key: each for key, each in piece.meta.items() if key != "name"})
-                kept.meta["val"] = part.meta["val"]
-                part = kept
+                    part = _made(graph, piece, aten.detach.default, (part,), part.meta["val"])
             pieces.append(part)
     if pieces != given:
         node.args = (pieces, *node.args[1:])
@@ -792,7 +787,7 @@ def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> bool:
 
 def _is_end(node: fx.Node) -> bool:
     """Whether a slice takes the last positions, however many there are."""
-    start = _argument(node, 2, "start", None)
+    start = _argument(node, 2, "start", None) if node.target is aten.slice.Tensor else None
     return start is not None and start < 0
 
 
@@ -862,10 +857,7 @@ def _part(graph: fx.Graph, writer: fx.Node, dim: int) -> Any:
     value: Any = writer.args[1]
     if writer.target is aten.slice_scatter.default:
         return value
-    part = graph.call_function(aten.unsqueeze.default, (value, dim))
-    part.meta.update({key: each for key, each in writer.meta.items() if key != "name"})
-    part.meta["val"] = value.meta["val"].unsqueeze(dim)
-    return part
+    return _made(graph, writer, aten.unsqueeze.default, (value, dim), value.meta["val"].unsqueeze(dim))
 
 
 def _assemble(graph: fx.Graph) -> None:

@@ -118,10 +118,8 @@ def divide(
         for part, (first_of, end_of, least, most) in enumerate(gaps):
             at = cut
             if part != reference:
-                begun, ended = (
-                    common_suffix(tokens[first_of:end_of], head),
-                    common_prefix(tokens[first_of:end_of], tail),
-                )
+                gap = tokens[first_of:end_of]
+                begun, ended = common_suffix(gap, head), common_prefix(gap, tail)
                 at, start = end_of - first_of - begun, max(least, ended)
                 if any(start <= place < at for place in early[part]) or (begun < len(head) and ended == len(tail)):
                     at = start

@@ -12,11 +12,11 @@ from rmtc.ir.schedule import Cell, Group
 from rmtc.ir.segment_loop import Environment, Every, Fit, Item, Key, Row, Where
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 
+__all__ = ["Launch", "Part", "Plan", "Whole", "plan_run"]
+
 _ROWS, _LEAST = 512, 2
 """Cells of one layer run at once until they have so many positions, but so many cells at least: by then their products
 are as fast as larger ones."""
-
-__all__ = ["Launch", "Part", "Plan", "Whole", "plan_run"]
 
 
 class Part(NamedTuple):
