@@ -635,6 +635,13 @@ def test_a_wrong_segment_length_is_an_error(length: int) -> None:
     assert raised.value.remedy is not None and "leave segment_length out" in raised.value.remedy
 
 
+@pytest.mark.parametrize("length", [SEGMENTS * SEGMENT, 2 * SEGMENTS * SEGMENT])
+def test_a_segment_length_that_leaves_one_segment_is_an_error(length: int) -> None:
+    with pytest.raises(rmtc.CaptureError, match=rf"segment_length={length} was given") as raised:
+        rmtc.explain(models.Associative(), segment_length=length)(text())
+    assert raised.value.remedy == f"pass segment_length={SEGMENT}, or leave it out"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", some_slow(["nope", "layers.0"], ["nope"]))
 def test_wrong_layers_are_an_error(name: str) -> None:

@@ -129,8 +129,9 @@ def test_rows_of_one_tensor(name: str) -> None:
 class Losses(nn.Module):
     """Each cell adds to a loss, which is returned or kept, or read by the layers."""
 
-    def __init__(self, read: bool = False, kept: bool = False, some: int = LAYERS) -> None:
+    def __init__(self, read: bool = False, kept: bool = False, some: int = LAYERS, in_place: bool = False) -> None:
         super().__init__()
+        self.in_place = in_place
         self.read, self.kept, self.some, self.layers, self.update = read, kept, some, linears(), linears()
         self.loss: Tensor | None = None
 
@@ -144,7 +145,11 @@ class Losses(nn.Module):
                 if number < self.some:
                     loss = loss + memories[number].square().sum()
             pieces.append(piece)
-            loss = loss + piece.abs().mean()
+            if self.in_place:
+                loss += piece.abs().mean()
+                self.loss = loss.detach()
+            else:
+                loss = loss + piece.abs().mean()
         if self.kept:
             self.loss = loss.detach()
         return torch.cat(pieces, dim=1), None if self.kept else loss
@@ -154,6 +159,10 @@ class Losses(nn.Module):
 @pytest.mark.parametrize(("kept", "some"), [(False, LAYERS), (True, LAYERS), (False, 1), (False, LAYERS - 1)])
 def test_a_loss_that_cells_add_to(kept: bool, some: int) -> None:
     Twins(lambda: Losses(kept=kept, some=some)).compare({LOWER, OWN})
+
+
+def test_a_loss_that_is_written_in_place_and_kept_by_its_view() -> None:
+    Twins(lambda: Losses(in_place=True, some=0)).compare({LOWER, OWN}, sizes=((4, 2, SEGMENT), (7, 3, 2)))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 
@@ -90,6 +91,8 @@ class Model(nn.Module):
             batch, length, _ = piece.shape
             if (self.trick, batch) == ("batch", 7) or (self.trick, length) == ("length", 2):
                 piece = piece * 2
+            if self.trick == "short" and length < SEGMENT:
+                piece = torch.sin(piece)
             keep = 1 if (self.trick, length) == ("integer", 2) else length
             for number, layer in enumerate(self.layers):
                 flat = torch.tanh(layer(piece.reshape(batch * length, 8))).reshape(batch, length, 8)
@@ -144,3 +147,18 @@ def test_calls_of_few_segments_are_told_from_calls_of_as_many(monkeypatch: pytes
     for batch, tail in itertools.product((3, 4, 6), (2, 4, 6)):
         analysis.admit(Sizes(2, batch, tail))
     assert 0 < len(traced) <= 5 and {at.segments for at in traced} == {2}
+
+
+@torch.no_grad()
+def test_whole_segments_run_after_a_short_one_that_is_refused() -> None:
+    model = Model("short")
+    fast = rmtc.compile(copy.deepcopy(model))
+    with pytest.warns(
+        rmtc.FallbackWarning, match="runs other operations than one of 6.*remedy: call it with whole"
+    ) as told:
+        for number, tail in enumerate((4, SEGMENT, 2, SEGMENT, 4)):
+            hidden = torch.randn(2, (3 + number) * SEGMENT + tail, 8)
+            torch.testing.assert_close(fast(hidden), model(hidden))
+    stats = rmtc.stats(fast)
+    assert len(told) == 1 and stats.captures == 1
+    assert stats.runs == 2 and [*stats.fallbacks.values()] == [3]

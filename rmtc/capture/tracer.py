@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch._subclasses.functional_tensor import FunctionalTensorMode, disable_functional_mode, dispatch_functionalize
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
@@ -353,7 +353,8 @@ def _inner(tensor: torch.Tensor) -> torch.Tensor:
     elem = getattr(tensor, "elem", None)
     if elem is None:
         return tensor
-    torch._functionalize_sync(elem)
+    with disable_functional_mode():  # a view of what was written since is made anew, of values
+        torch._functionalize_sync(elem)
     return torch._from_functional_tensor(elem)
 
 

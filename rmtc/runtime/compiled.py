@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 _RUNS = 3  # a run that failed for some sizes is tried that often in all
 _CAPTURES = 2  # and a capture that an error inside rmtc ended
 _ROUNDS = 8  # other threads may change the model between what is decided and what is done
+_IN_A_RUN = (
+    "in a run by the schedule of rmtc: if the call does not raise this under rmtc.disabled(model), report it, please"
+)
 _PROBES = 32  # calls of other structures that turned out to be of one segment
 
 
@@ -256,10 +259,10 @@ class Compiled:
                     try:
                         return self._run(decision, time.perf_counter() - start)
                     except Exception as error:
-                        if self.options.strict and isinstance(error, RmtcError):
-                            raise
                         if self.options.strict:
-                            raise self._failed_run(error) from error
+                            if not isinstance(error, RmtcError):
+                                error.add_note(_IN_A_RUN)
+                            raise
                         return self._after_failure(decision, error, before, args, kwargs)
                 if (inside and not isinstance(decision, _Eager)) or (isinstance(decision, _Admit) and rounds > _ROUNDS):
                     decision = _Eager()
@@ -303,15 +306,6 @@ class Compiled:
         if self.options.strict:
             raise made from error
         return _Eager(f"an error inside rmtc, in {stage}; please report it", made, what)
-
-    @staticmethod
-    def _failed_run(error: Exception) -> RmtcError:
-        """What strict mode raises in place of an error that a scheduled run ended with."""
-        logger.debug("a scheduled run failed", exc_info=error)
-        return RmtcError(
-            f"an error inside rmtc, in a run by the schedule: {brief(error)}",
-            remedy="report it, please, with this traceback; unless the call raises it under rmtc.disabled(model), too",
-        )
 
     def _after_failure(
         self,
@@ -513,10 +507,11 @@ class Compiled:
                 return
             self._warned.add(decision.reason)
         name = type(self.function).__name__ if isinstance(self.function, nn.Module) else self._name
-        location = decision.error.location if decision.error is not None else None
-        place = f" ({location})" if location is not None else ""
+        error = decision.error
+        place = f" ({error.location})" if error is not None and error.location is not None else ""
+        remedy = f"; remedy: {error.remedy}" if error is not None and error.remedy else ""
         warnings.warn(
-            f"{name} runs as it did before it was compiled{place}: {_sentence(decision)}",
+            f"{name} runs as it did before it was compiled{place}: {_sentence(decision)}{remedy}",
             FallbackWarning,
             stacklevel=user_level(),
         )
@@ -575,13 +570,17 @@ class Compiled:
             known.broken = self._broken("a capture", error)
             return known.broken
         if variant is not None:
-            del self._known[key]  # it would hold on to weights that are replaced later
+            if known.refusal is None:
+                del self._known[key]  # it would hold on to weights that are replaced later
             self.variants.insert(0, variant)
             self._watch()
         return None
 
     def _captured(self, decision: _Capture, arguments: Arguments, known: _Known) -> Variant | None:
-        """A capture of a call; None if it is of one segment, or watched."""
+        """A capture of a call; None if it is of one segment, or watched.
+
+        It may be that of whole segments: why it is not the call's is kept in ``known`` then.
+        """
         session = self._session(arguments)
         refuse_elsewhere(session)
         hidden = unseen(session.roots, session.snapshot.slots, session.code)
@@ -606,7 +605,13 @@ class Compiled:
         if self.stats.captures > 1:
             self.stats.recompiles += 1
             logger.info("recompiling: %s", "; ".join(decision.differences) or "another structure of arguments")
-        prove_analysis(analysis, self.options.layers)
+        try:
+            prove_analysis(analysis, self.options.layers)
+        except RefusedError as refusal:
+            loop = analysis.proven.loop if analysis.proven is not None else None
+            if loop is None or loop.fixed.get("tail", plan.sizes.tail) == plan.sizes.tail:
+                raise
+            known.refusal = _lean(refusal)
         variant = Variant.make(analysis, self.options.backend, self.options.schedule, self.options.max_group)
         values = {name: slot.value for name, slot in variant._slots.items()}
         if not variant.weights.in_place(values):
