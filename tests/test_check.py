@@ -512,6 +512,38 @@ def test_an_equal_value_that_is_made_too_late_is_rejected(name: str) -> None:
     assert [mutant.what for mutant in late if accepts(case, trace, mutant.program, at)] == []
 
 
+@pytest.mark.parametrize(
+    ("run", "loop", "same"),
+    [
+        ((6, 4), (-1, 4), True),
+        ((6, 4), (6, -1), True),
+        ((6, 4), (-1, 3), False),
+        ((6, 4), (4, -1), False),
+        ((6, 4), (-1, 6, 4), False),
+        ((6, 4), (-1,), False),
+    ],
+)
+@pytest.mark.parametrize("target", [aten.view.default, aten.expand.default])
+def test_a_size_that_is_left_open_is_the_one_there_is(
+    target: Any, run: tuple[int, ...], loop: tuple[int, ...], same: bool
+) -> None:
+    """Of a shape alone: what an expansion leaves open is another thing."""
+    trace, claimed = (
+        Program(
+            [Op(target, (Src("x"), shape))],
+            {"x": Source("input", ("x",), (2, 3, 4), torch.float32)},
+            {"output": Val(0)},
+        )
+        for shape in (run, loop)
+    )
+    at = [Place(0, 0, None, 0, 0)]
+    if same and target is aten.view.default:
+        assert check(trace, claimed, at, (), 1).nodes == 1
+    else:
+        with pytest.raises(VerifyError):
+            check(trace, claimed, at, (), 1)
+
+
 def test_a_constant_tensor_of_another_value_is_rejected() -> None:
     def program(value: float) -> Program:
         constant = Source("constant", ("_tensor_constant0",), (), torch.float32, torch.tensor(value))

@@ -171,6 +171,36 @@ def test_a_loss_that_layers_read_is_a_dependence() -> None:
     assert explanation.schedule is None and explanation.cycle
 
 
+class Labelled(nn.Module):
+    """A language model's loss over the whole text, of the next positions, and one that cells add to in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.update, self.head = linears(), linears(), nn.Linear(WIDTH, 11)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        memories = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers]
+        found, pieces = 0.0, []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = piece + torch.tanh(layer(piece) + memories[number][:, None])
+                memories[number] = torch.tanh(self.update[number](piece.mean(1)))
+                found += memories[number].square().mean()
+            pieces.append(self.head(piece))
+        logits = torch.cat(pieces, dim=1)[:, :-1].contiguous()
+        return F.cross_entropy(logits.view(-1, 11), labels[:, 1:].reshape(-1)) + found
+
+
+@torch.no_grad()
+def test_a_loss_of_the_next_positions_and_one_that_cells_add_to() -> None:
+    twins = Twins(Labelled)
+    for segments, batch, tail in ((4, 2, 2), (7, 3, 1), (5, 1, SEGMENT)):
+        x = text(segments, batch, tail)
+        twins.call(x, torch.randint(0, 11, x.shape[:2]))
+        twins.ran(segments)
+    assert twins.distances == {LOWER, OWN}
+
+
 class Unfolded(nn.Module):
     """The segments are windows that do not overlap."""
 

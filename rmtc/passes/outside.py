@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
 from rmtc.errors import Location, RefusedError
 from rmtc.ir.program import Op, Val, show, target_name
 from rmtc.ir.segment_loop import BodyOp, Every, Fit, Numbered, Outer, Where
@@ -24,7 +26,7 @@ def fold_outside(
         if a.target is not b.target:
             break
         try:
-            args = _outer_args(short, long, a.args, b.args, len(lengths) - 1, a.location)
+            args = _outer_args(short, long, *_left_open(short, long, a, b), len(lengths) - 1, a.location)
         except Misfit as misfit:
             raise RefusedError(
                 f"{target_name(a.target)} {part} the loop does not follow a pattern: {misfit}",
@@ -42,6 +44,34 @@ def fold_outside(
             remedy="combine the segments' results with one operation on a list, or inside the loop",
         )
     return tuple(body)
+
+
+def _left_open(short: Run, long: Run, first: Op, second: Op) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments of two operations; of a shape, the one size that is no plain multiple of the call's is -1.
+
+    view(x, [94]), view(x, [275])   ->   view(x, [-1]), view(x, [-1])
+
+    Two runs do not tell how it depends on the sizes, and it is what is left of the elements.
+    """
+    args, others = first.args, second.args
+    if first.target not in _VIEWS or len(args) != 2 or len(others) != 2 or len(args[1]) != len(others[1]):
+        return args, others
+    pairs = list(zip(args[1], others[1], strict=True))
+    at = [place for place, (a, b) in enumerate(pairs) if a != b and not _is_multiple(short, long, a, b)]
+    if len(at) != 1 or -1 in args[1]:
+        return args, others
+    return tuple(
+        (each[0], tuple(-1 if place in at else n for place, n in enumerate(each[1]))) for each in (args, others)
+    )  # type: ignore[return-value]
+
+
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default)
+
+
+def _is_multiple(short: Run, long: Run, a: int, b: int) -> bool:
+    """Whether a number is a multiple of one of the sizes of a call."""
+    sizes = zip(short.environment(short.segments), long.environment(long.segments), strict=True)
+    return any(a * second == b * first for first, second in sizes)
 
 
 def _outer_args(
