@@ -67,12 +67,28 @@ def choose_cut(
         with the most ``reads`` in the head, then the latest.
     """
 
+    most = 4 * len(gap) + 16
+    tails = _common_lengths(gap, after_last[:most])
+    heads = _common_lengths(gap[::-1], before_first[::-1][:most])
+
     def cost(cut: int) -> tuple[bool, int, int, int, int]:
-        head, tail = gap[cut:], gap[:cut]
-        lost = len(head) - common_suffix(head, before_first) + len(tail) - common_prefix(tail, after_last)
+        lost = len(gap) - tails[cut] - heads[len(gap) - cut]
         return waits(cut), lost, crossing[cut], sum(place < cut for place in reads), -cut
 
     return min(range(low, high + 1), key=cost)
+
+
+def _common_lengths(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> list[int]:
+    """How many items the first n have in common with a pattern, in its order and perhaps with others between."""
+    row = [0] * (len(pattern) + 1)
+    found = [0]
+    for item in items:
+        new = [0]
+        for j, other in enumerate(pattern):
+            new.append(row[j] + 1 if item == other else max(row[j + 1], new[j]))
+        row = new
+        found.append(row[-1])
+    return found
 
 
 def divide(
