@@ -208,10 +208,10 @@ def _same_constant(value: Any, trace: Program, claimed: Program) -> bool:
 def _pairs(node: Op, other: Op, trace: Program, number: int) -> list[tuple[Any, Any]]:
     pairs: list[tuple[Any, Any]] = []
     shape = other.args[1] if other.target in _RESHAPES and len(other.args) > 1 else ()
-    open_shape = shape if shape.count(-1) == 1 else None  # one size is what is left, whatever it is in the run
+    is_open = shape.count(-1) == 1  # one size is what is left, whatever it is in the run
 
     def compare(a: Any, b: Any) -> None:
-        if b is open_shape and open_shape is not None and type(a) is tuple and len(a) == len(b):
+        if is_open and b is shape and type(a) is tuple and len(a) == len(b):
             a = tuple(-1 if y == -1 else x for x, y in zip(a, b, strict=True))
         if type(a) is tuple and type(b) is tuple and len(a) == len(b):
             for x, y in zip(a, b, strict=True):
@@ -228,7 +228,7 @@ def _pairs(node: Op, other: Op, trace: Program, number: int) -> list[tuple[Any, 
 
 
 _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default)
-_COPIES = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default)
+_COPIES = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default, torch.ops.aten.alias.default)
 
 
 def _through(value: Any, image: Any, trace: Program, claimed: Program) -> Any:

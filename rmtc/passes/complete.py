@@ -133,6 +133,7 @@ class _Completion:
                 args = self._moved_args(i, reference, member, image)
                 if args is None:
                     return
+                args = self._with_own_numbers(args, i, reference, member)
                 found = count + len(made)
                 made.append(replace(self._ops[reference[0]][i], args=args, name="", shape=None, dtype=None))
             image[i] = found
@@ -185,6 +186,40 @@ class _Completion:
 
         args = map_leaves(self._ops[reference[0]][i].args, move)
         return None if lost else args
+
+    def _with_own_numbers(
+        self, args: tuple[Any, ...], i: int, reference: tuple[int, int], member: tuple[int, int]
+    ) -> tuple[Any, ...]:
+        """Arguments of a reference's operation with the integers of another run, whose batch size may be another.
+
+        They are told from the segments before both, which run the operation in the same line of the user's code.
+        """
+        (number, r), (other, s) = reference, member
+        if number == other or min(r, s) < 1:
+            return args
+        place = self._in_line(number, r, i)
+        lines = [self._of_line(each, at - 1, _line(self._ops[number][i])) for each, at in (reference, member)]
+        if place < 0 or any(place >= len(line) for line in lines):
+            return args
+        then, own = (self._ops[each][line[place]].args for each, line in zip((number, other), lines, strict=True))
+        if structure(then) != structure(args) or structure(own) != structure(args):
+            return args
+        own_leaves = iter(
+            [
+                leaf + its - before if type(leaf) is int else leaf
+                for leaf, before, its in zip(leaves(args), leaves(then), leaves(own), strict=True)
+            ]
+        )
+        return map_leaves(args, lambda _: next(own_leaves))
+
+    def _of_line(self, number: int, s: int, line: Hashable) -> list[int]:
+        """The operations of a segment that a line of the user's code runs."""
+        return [j for j in self.rows[number, s] if _line(self._ops[number][j]) == line]
+
+    def _in_line(self, number: int, s: int, i: int) -> int:
+        """Which one of its line an operation of a segment is; -1 if it is none."""
+        found = self._of_line(number, s, _line(self._ops[number][i]))
+        return found.index(i) if i in found else -1
 
     def _standing(self, number: int, s: int, i: int, other: int, t: int) -> int | None:
         """What stands in a segment of a run where an operation stands in one of the other run, or of the same."""

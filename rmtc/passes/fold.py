@@ -12,6 +12,7 @@ from typing import Any
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Op, Source, Src, Val, leaves, map_leaves, show, target_name
 from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Item, Outer, Row, SegmentLoop, Where
+from rmtc.passes.carry import carry
 from rmtc.passes.complete import complete_segments
 from rmtc.passes.cuts import common_subsequence
 from rmtc.passes.fit import Misfit, fit
@@ -43,7 +44,13 @@ def fold_segments(
         raise ValueError("fold_segments needs runs of n and n + 1 segments with a steady one in each")
     with contextlib.suppress(RefusedError):
         return _fold(*complete_segments(short, long, steady_from, growing), sources, steady_from)
-    return _fold(short, long, sources, steady_from)
+    try:
+        return _fold(short, long, sources, steady_from)
+    except RefusedError:
+        carried = carry(short, long)
+        if carried is None:
+            raise
+        return fold_segments(*carried, sources, steady_from, growing)
 
 
 def _fold(short: Run, long: Run, sources: dict[str, Source], steady_from: int) -> SegmentLoop:
