@@ -172,7 +172,7 @@ def _dependences(page: Page, dependences: Sequence[Dependence], staged: bool) ->
     )
     if staged:
         page.text("What a prologue does counts as layer 0's, what an epilogue does as the last layer's.")
-    if any("{l}" in text for item in dependences for text in (item.tensor, item.producer, item.consumer)):
+    if any("{l" in text for item in dependences for text in (item.tensor, item.producer, item.consumer)):
         page.text("{l} in a name stands for the number of a layer.")
     for distance, same in _by_distance(dependences).items():
         page.blank()
@@ -209,7 +209,8 @@ def _from_reader(item: Dependence) -> str:
     """What makes a tensor, its layer seen from the one that reads it."""
     dl = sympy.sympify(item.distance[1])
     away = f"l{-int(dl):+}" if dl.is_Integer and dl else "L-1" if sympy.expand(dl + L - 1) == 0 else "l"
-    return item.producer.replace("{l}", f"{{{away}}}")
+    known = item.producer.replace("{l}", f"{{{away}}}")
+    return known.replace("{l+1}", f"{{{away}+1}}" if away in ("l", "L-1") else f"{{l{1 - int(dl):+}}}".replace("+0", ""))
 
 
 def _schedule(page: Page, schedule: Schedule, segments: int, *, runs: bool, parts: int = 1) -> None:

@@ -85,7 +85,7 @@ class Namer:
         if self._family is None or of is None or layer is None:
             return name
         own = self._family.template(name)
-        return own if of == layer else own.replace("{l}", f"{{l{of - layer:+}}}")
+        return own if of == layer else own.replace("{l", f"{{l{of - layer:+}")
 
     def _outer(self, number: int, layer: int | None) -> int:
         """What a value from before the loop is made of, relative to a layer, as a number."""

@@ -229,6 +229,8 @@ def _by_use(program: Program, row: list[int], anchors: dict[int, int], inner: di
         l0, l1, write m0, write m1   ->   l0, write m0, l1, write m1
     """
     inside = set(row)
+    first = min((i for i in row if i in inner), default=0)
+    anchors = {i: s for i, s in anchors.items() if i >= first}  # of those before it, each waits for its layer
     inputs = {i: [j for j in dict.fromkeys(_inputs(program.ops[i])) if j in inside] for i in row}
     users: dict[int, list[int]] = {}
     rank: dict[int, int] = {}  # the latest anchor that it is made of

@@ -18,6 +18,7 @@ from rmtc.ir.program import Program, Src, Val, leaves
 __all__ = ["Family", "Uses", "find_anchors", "find_family", "template", "uses"]
 
 _INTEGER = re.compile(r"(?:(?<=^)|(?<=[.\[]))\d+(?=[.\]]|$)")
+_ENDING = re.compile(r"(?<=[A-Za-z_])\d+(?=[.\]'\"]|$)")  # layer_0, layer1, not in a list
 _select = torch.ops.aten.select.int
 
 UseKey = tuple[tuple[str, ...], str, int]
@@ -88,10 +89,12 @@ class Family:
     Attributes:
         prefixes: what stands before the integer; more than one when several lists run side by side.
         layers: number of layers.
+        first: the integer of the first layer.
     """
 
     prefixes: tuple[str, ...]
     layers: int
+    first: int = 0
 
     def layer(self, names: Iterable[str]) -> int | None:
         """The one layer that names belong to, None if none or several."""
@@ -100,21 +103,29 @@ class Family:
 
     def layer_of(self, name: str) -> int | None:
         """The layer of a name."""
-        for prefix in self.prefixes:
-            if name.startswith(prefix):
-                match = _INTEGER.match(name, len(prefix))
-                if match:
-                    return int(match.group())
-        return None
+        found = self._found(name)
+        return None if found is None else int(found[1].group()) - self.first
 
     def template(self, name: str) -> str:
         """The name with ``{l}`` for the layer."""
+        found = self._found(name)
+        if found is None:
+            return name
+        prefix, match = found
+        number = f"l+{self.first}" if self.first else "l"
+        return f"{prefix}{{{number}}}{name[match.end() :]}"
+
+    def _found(self, name: str) -> tuple[str, re.Match[str]] | None:
+        """The prefix of a name of a layer's, and its integer."""
         for prefix in self.prefixes:
-            if name.startswith(prefix):
-                match = _INTEGER.match(name, len(prefix))
-                if match:
-                    return f"{prefix}{{l}}{name[match.end() :]}"
-        return name
+            match = _number(name, len(prefix)) if name.startswith(prefix) else None
+            if match:
+                return prefix, match
+        return None
+
+
+def _number(name: str, at: int) -> re.Match[str] | None:
+    return _INTEGER.match(name, at) or _ENDING.match(name, at)
 
 
 def template(family: Family | None, name: str) -> str:
@@ -131,24 +142,40 @@ def find_family(use: Uses, counts: Counter[str], hint: str | None = None) -> Fam
         hint: the user's name for the list, ``model.layers``.
     """
     members: dict[str, dict[int, int]] = {}
+    lists: set[str] = set()
     for name, count in counts.items():
-        for match in _INTEGER.finditer(name):
+        for match in (*_INTEGER.finditer(name), *_ENDING.finditer(name)):
             prefix = name[: match.start()]
-            if hint is None or prefix.rstrip(".[") == hint:
+            if hint is None or prefix.rstrip(".[_") == hint or prefix.rpartition(".")[0] == hint:
                 found = members.setdefault(prefix, {})
                 found[int(match.group())] = found.get(int(match.group()), 0) + count
-    whole = {prefix: found for prefix, found in members.items() if sorted(found) == list(range(len(found)))}
+            if match.re is _INTEGER:
+                lists.add(prefix)
+    whole = {
+        prefix: found
+        for prefix, found in members.items()
+        if sorted(found) == [n + _first(prefix, found, lists) for n in range(len(found))]
+    }
     if not whole:
         return None
-    # A list of one is a list only if there is no longer one.
-    best = max(whole, key=lambda prefix: (len(whole[prefix]) > 1, sum(whole[prefix].values()), -len(prefix)))
-    layers = len(whole[best])
+    # A list of one is a list only if there is no longer one, and a name that ends in a number only if there is no list.
+    best = max(
+        whole,
+        key=lambda prefix: (len(whole[prefix]) > 1, prefix in lists, sum(whole[prefix].values()), -len(prefix)),
+    )
+    layers, first = len(whole[best]), min(whole[best])
     prefixes = [best]
     for prefix in sorted(whole, key=len):
         nested = any(prefix.startswith(other) or other.startswith(prefix) for other in prefixes)
-        if not nested and len(whole[prefix]) == layers and layers > 1:
+        alike = len(whole[prefix]) == layers and min(whole[prefix]) == first and (prefix in lists) == (best in lists)
+        if not nested and alike and layers > 1:
             prefixes.append(prefix)
-    return Family(tuple(prefixes), layers)
+    return Family(tuple(prefixes), layers, first)
+
+
+def _first(prefix: str, found: dict[int, int], lists: set[str]) -> int:
+    """The integer that the first layer has: people count attributes from 0 or from 1."""
+    return 1 if prefix not in lists and min(found) == 1 else 0
 
 
 def find_anchors(first: Uses, second: Uses, segments: tuple[int, int]) -> tuple[dict[int, int], dict[int, int]]:
