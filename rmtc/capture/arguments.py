@@ -23,7 +23,8 @@ class Growth:
         dims: ``(path, dim)`` of tensors whose dimension is the length, in positions.
         lists: paths of lists with one item a segment.
         batch: paths of tensors, and of lists of such, whose first dimension is the batch.
-        item_dims: ``(path in the item, dim)`` of the tensors in an item of a list whose dimension is the item's length.
+        item_dims: ``(path of the list and path in the item, dim)`` of the tensors in an item of a list whose dimension
+            is the item's length.
         item_length: positions of an item but for the last, which may have fewer; 1 if all are of one shape.
     """
 
@@ -43,7 +44,7 @@ class Growth:
         if of is None:
             return {}
         size = last if path[len(of)] == items - 1 else self.item_length
-        return {dim: size for place, dim in self.item_dims if place == path[len(of) + 1 :]}
+        return {dim: size for place, dim in self.item_dims if place == of + path[len(of) + 1 :]}
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,13 @@ class _Prober:
                 self._runs[key] = None
         return self._runs[key]
 
+    def of_model(self, growth: Growth, length: int, batch: int) -> dict[int, int] | None:
+        """How often a run uses each tensor that is no argument; None if there is none of these sizes."""
+        run = self.attempt(growth, length, batch)
+        if run is None:
+            return None
+        return {number: count for number, count in run.roots.items() if number < len(self.session.stand_ins)}
+
     def is_segment(self, growth: Growth, length: int, batch: int) -> bool:
         """Whether a text of this length is a segment, or several whole ones, and twice the length uses the layers more.
 
@@ -313,7 +320,7 @@ def _items(session: Session, growth: Growth, length: int) -> tuple[Growth, int, 
     for path, tensor in session.arguments.tensors().items():
         of = growth.list_of(path)
         if of is not None:
-            shapes.setdefault(path[len(of)], {})[path[len(of) + 1 :]] = tuple(tensor.shape)
+            shapes.setdefault(path[len(of)], {})[of + path[len(of) + 1 :]] = tuple(tensor.shape)
     items = [shapes[number] for number in sorted(shapes)]
     differing = {
         (place, dim, size, last)
@@ -324,7 +331,7 @@ def _items(session: Session, growth: Growth, length: int) -> tuple[Growth, int, 
     sizes = {(size, last) for *_, size, last in differing}
     if any(item != items[0] for item in items[:-1]) or len(sizes) > 1 or any(last > size for size, last in sizes):
         raise CaptureError(
-            f"the items of {show(next(iter(growth.lists)))} differ in shape, not only the last one in its length",
+            f"the items of {' or '.join(sorted(map(show, growth.lists)))} differ in shape, not only the last one in its length",
             remedy="pass segments of one length, the last one of that length or shorter",
         )
     if not sizes:
@@ -332,6 +339,24 @@ def _items(session: Session, growth: Growth, length: int) -> tuple[Growth, int, 
     ((size, last),) = sizes
     growth = replace(growth, item_dims=frozenset((place, dim) for place, dim, *_ in differing), item_length=size)
     return growth, (length - 1) * size + last, size
+
+
+def _joined(
+    session: Session, prober: _Prober, found: list[tuple[Growth, int, int, int]]
+) -> list[tuple[Growth, int, int, int]]:
+    """Lists that grow together as one: all of one length, if one or two items of each run what those of one do."""
+    made: list[tuple[Growth, int, int, int]] = []
+    for each in found:
+        growth, length, batch, _ = each
+        lists = {path for path, count in session.arguments.lists().items() if growth.lists and count == length}
+        together, _ = _with_batch(session, Growth(lists=frozenset(lists)))
+        if len(lists) > 1:
+            alone, both = ([prober.of_model(grown, count, batch) for count in (1, 2)] for grown in (growth, together))
+            if None not in both and alone == both:
+                each = (together, *each[1:])
+        if each not in made:
+            made.append(each)
+    return made
 
 
 def probe(session: Session, segment_length: int | None = None) -> Plan:
@@ -370,6 +395,7 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
                 break
         if found:
             break
+    found = _joined(session, prober, found)
     if not found:
         # The user's own sizes must run at all: if not, this raises the reason.
         growth, batch, _ = candidates[0] if candidates else (Growth(), 1, 1)
@@ -393,7 +419,12 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
         )
     if len(found) > 1:
         names = " or ".join(
-            ", ".join(f"dimension {dim} of {show(path)}" for path, dim in sorted(each[0].dims, key=str))
+            ", ".join(
+                [
+                    *(f"dimension {dim} of {show(path)}" for path, dim in sorted(each[0].dims, key=str)),
+                    *(f"the number of items of {show(path)}" for path in sorted(each[0].lists, key=str)),
+                ]
+            )
             for each in found
         )
         raise CaptureError(

@@ -210,7 +210,9 @@ def _from_reader(item: Dependence) -> str:
     dl = sympy.sympify(item.distance[1])
     away = f"l{-int(dl):+}" if dl.is_Integer and dl else "L-1" if sympy.expand(dl + L - 1) == 0 else "l"
     known = item.producer.replace("{l}", f"{{{away}}}")
-    return known.replace("{l+1}", f"{{{away}+1}}" if away in ("l", "L-1") else f"{{l{1 - int(dl):+}}}".replace("+0", ""))
+    return known.replace(
+        "{l+1}", f"{{{away}+1}}" if away in ("l", "L-1") else f"{{l{1 - int(dl):+}}}".replace("+0", "")
+    )
 
 
 def _schedule(page: Page, schedule: Schedule, segments: int, *, runs: bool, parts: int = 1) -> None:

@@ -80,8 +80,6 @@ def _carried(run: Run, places: set[Place]) -> Run:
         ops.append(op.with_args(args))
     starts += [len(ops)] * (len(run.starts) - len(starts))
     given = run.segmented.program
-    outputs = {
-        name: Val(moved[value.number]) if type(value) is Val else value for name, value in given.outputs.items()
-    }
+    outputs = {name: Val(moved[value.number]) if type(value) is Val else value for name, value in given.outputs.items()}
     program = Program(ops, given.sources, outputs)
     return Run(Segmented(program, starts), run.batch, run.tail, run.segment_length, run.lists)

@@ -91,11 +91,16 @@ class ArgumentGuard:
                 if path in self._batched:
                     batches.add(leaf.shape[0])
         lists = arguments.lists() if plan.growth.lists else {}
+        counts: set[int] = set()
         for path in plan.growth.lists & lists.keys():
             length_of = self._list_length(arguments, path, lists[path])
             if isinstance(length_of, str):
                 return length_of
-            lengths.add(length_of)
+            counts.add(lists[path])
+            if length_of is not None:
+                lengths.add(length_of)
+        if len(counts) > 1:
+            return f"lists that agreed in length do not: {sorted(counts)}"
         if len(lengths) != 1 or len(batches) > 1:
             return f"arguments that agreed in length or batch do not: {sorted(lengths)}, {sorted(batches)}"
         length, batch = lengths.pop(), batches.pop() if batches else plan.sizes.batch
@@ -104,21 +109,21 @@ class ArgumentGuard:
         segments = -(-length // plan.segment_length)
         return Sizes(segments, batch, length - (segments - 1) * plan.segment_length)
 
-    def _list_length(self, arguments: Arguments, path: Path, items: int) -> int | str:
-        """The positions of a list with one item a segment; or how an item differs from the first."""
+    def _list_length(self, arguments: Arguments, path: Path, items: int) -> int | str | None:
+        """The positions of a list with one item a segment, None if it does not tell; or how an item differs."""
         growth, tensors = self._plan.growth, dict[tuple[int, Path], torch.Tensor]()
         for each, tensor in arguments.tensors().items():
             if growth.list_of(each) == path:
                 tensors[each[len(path)], each[len(path) + 1 :]] = tensor
-        last = growth.item_length
+        last: int | None = None if growth.item_dims else growth.item_length
         for (number, place), tensor in tensors.items():
             first = tensors[0, place]
             expected = list(first.shape)
-            for dim in (dim for at, dim in growth.item_dims if at == place and number == items - 1):
+            for dim in (dim for at, dim in growth.item_dims if at == path + place and number == items - 1):
                 last = expected[dim] = min(tensor.shape[dim], expected[dim])
             if list(tensor.shape) != expected or (tensor.dtype, tensor.device) != (first.dtype, first.device):
                 return f"item {number} of {show(path)} is of another shape or kind than the first"
-        return (items - 1) * growth.item_length + last
+        return None if last is None else (items - 1) * growth.item_length + last
 
     def _given(self, arguments: Arguments) -> dict[Path, Any]:
         """The leaves by path; of a list with one item a segment, the first item's."""
