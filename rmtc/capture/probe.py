@@ -331,7 +331,8 @@ def _items(session: Session, growth: Growth, length: int) -> tuple[Growth, int, 
     sizes = {(size, last) for *_, size, last in differing}
     if any(item != items[0] for item in items[:-1]) or len(sizes) > 1 or any(last > size for size, last in sizes):
         raise CaptureError(
-            f"the items of {' or '.join(sorted(map(show, growth.lists)))} differ in shape, not only the last one in its length",
+            f"the items of {' or '.join(sorted(map(show, growth.lists)))} differ in shape, not only the last one in "
+            "its length",
             remedy="pass segments of one length, the last one of that length or shorter",
         )
     if not sizes:

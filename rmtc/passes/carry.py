@@ -54,27 +54,23 @@ def _carried(run: Run, places: set[Place]) -> Run:
     """A run that hands on some values."""
     ops: list[Op] = []
     moved: dict[int, int] = {}  # where the operations of the run are now
-    holds: dict[int, int] = {}  # what hands on a value at present
+    held: dict[int, tuple[int, int]] = {}  # the last segment that a value was handed on to, and what did that
     starts: list[int] = []
-    own: dict[int, int] = {}
+
+    def move(leaf: Any) -> Any:
+        if type(leaf) is not Val:
+            return leaf
+        if run.place(leaf) not in places or not run.place(leaf)[0] < segment < run.segments:
+            return Val(moved[leaf.number])
+        at, holder = held.get(leaf.number, (-1, moved[leaf.number]))
+        if at < segment:
+            held[leaf.number] = segment, len(ops)
+            ops.append(replace(run.ops[leaf.number], target=_alias, args=(Val(holder),), name=""))
+        return Val(held[leaf.number][1])
+
     for i, op in enumerate(run.ops):
-        if i in run.starts:
-            starts += [len(ops)] * run.starts.count(i)
-            own = {}  # handed on in this segment
+        starts += [len(ops)] * run.starts.count(i)
         segment = run.place(Val(i))[0]
-
-        def move(leaf: Any, segment: int = segment) -> Any:
-            if type(leaf) is not Val:
-                return leaf
-            k, number = run.place(leaf)
-            if (k, number) not in places or not k < segment < run.segments:
-                return Val(moved[leaf.number])
-            if leaf.number not in own:
-                before = Val(holds.get(leaf.number, moved[leaf.number]))
-                own[leaf.number] = holds[leaf.number] = len(ops)
-                ops.append(replace(run.ops[leaf.number], target=_alias, args=(before,), name=""))
-            return Val(own[leaf.number])
-
         args = map_leaves(op.args, move)
         moved[i] = len(ops)
         ops.append(op.with_args(args))

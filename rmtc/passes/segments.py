@@ -116,7 +116,8 @@ def find_segments(
     after = _hand_back(program, tokens, anchors, members, last[-1] + 1)
     _leave_behind(program, members, anchors)
     _hand_on(program, members, anchors, invariant)
-    members = [_by_use(program, row, anchors, inner) for row in members]
+    tied = _tied(program, names, anchors, inner)
+    members = [_by_use(program, row, tied, inner) for row in members]
     after = _results_only(program, tokens, members, anchors) + after
     before, *members, after = _with_parts(program, [before, *members, after])
     order = before + [i for row in members for i in row] + after
@@ -220,6 +221,18 @@ def _hand_on(program: Program, members: list[list[int]], anchors: dict[int, int]
         members[users[i]].insert(0, i)
 
 
+def _tied(
+    program: Program, names: Sequence[tuple[str, ...]], anchors: dict[int, int], inner: dict[int, int]
+) -> dict[int, int]:
+    """The anchors that stay where they are: not those of other tensors than parameters, such as a mask of the caller's.
+
+    What such a tensor is used for before the first layer may be for a later one alone.
+    """
+    kinds = {name: source.kind for source in program.sources.values() for name in source.names}
+    of_layers = {kinds.get(name) for i in inner for name in names[i]}
+    return {i: s for i, s in anchors.items() if not of_layers or of_layers & {kinds.get(name) for name in names[i]}}
+
+
 def _by_use(program: Program, row: list[int], anchors: dict[int, int], inner: dict[int, int]) -> list[int]:
     """The operations of a segment with what no later anchor has a part in as soon as what it is made of is there.
 
@@ -229,8 +242,6 @@ def _by_use(program: Program, row: list[int], anchors: dict[int, int], inner: di
         l0, l1, write m0, write m1   ->   l0, write m0, l1, write m1
     """
     inside = set(row)
-    first = min((i for i in row if i in inner), default=0)
-    anchors = {i: s for i, s in anchors.items() if i >= first}  # of those before it, each waits for its layer
     inputs = {i: [j for j in dict.fromkeys(_inputs(program.ops[i])) if j in inside] for i in row}
     users: dict[int, list[int]] = {}
     rank: dict[int, int] = {}  # the latest anchor that it is made of
@@ -370,11 +381,20 @@ def _gather(
     # two segments is at home where it is used.
     shared: set[int] = set()
     home: list[int | None] = [None] * count
+    # What each segment makes anew, of what the one before has made, is a memory, though of no text.
+    where: dict[object, set[int]] = {}
+    for i, op in enumerate(program.ops):
+        where.setdefault((op.target, op.location), set()).add(position[i])
+    renewed = {kind for kind, found in where.items() if len(found - {-1}) >= segments - 1}
     for i in reversed(range(count)):
-        homes = {-1 if j in shared else home[j] for j in users[i]} - {None}
+        homes: set[int] = {at for j in users[i] if (at := -1 if j in shared else home[j]) is not None}
         between = i < first or not starts[position[i]] <= i <= ends[position[i]] if i <= last else False
         free = use.invariant[i] and i not in anchors and first <= i <= last and not between
-        if use.invariant[i] and i not in anchors and (len(homes) > 1 or homes == {-1}):
+        op = program.ops[i]
+        handed_on = (
+            (op.target, op.location) in renewed and i > first and max(homes, default=-1) - min(homes, default=0) < 2
+        )
+        if use.invariant[i] and i not in anchors and (len(homes) > 1 or homes == {-1}) and not handed_on:
             shared.add(i)
         elif (between or free) and homes:
             home[i] = min(each for each in homes if each is not None)

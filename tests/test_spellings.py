@@ -1,0 +1,251 @@
+"""One recurrence in many spellings: a layer reads what it wrote in the segment before, in the ways people write it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import LAYERS, SEGMENT, SIZES, WIDTH, Twins, text
+from torch import Tensor, nn
+
+import rmtc
+
+LOWER, OWN = (0, 1), (1, 0)
+
+
+def linears() -> list[nn.Linear]:
+    return [nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]
+
+
+class Losses(nn.Module):
+    """A loss of each segment, and memories that the last segment writes for nobody."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.layers = kind, nn.ModuleList(linears())
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        memories = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers]
+        pieces, losses, loss = [], [], x.new_zeros(())
+        for piece, wanted in zip(x.split(SEGMENT, 1), y.split(SEGMENT, 1), strict=True):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number][:, None])
+                memories[number] = piece[:, -1]
+            pieces.append(piece)
+            losses.append(F.mse_loss(piece, wanted))
+            if self.kind == "in place":
+                loss += losses[-1]
+            elif self.kind == "sum":
+                loss = loss + losses[-1]
+        return torch.cat(pieces, 1), torch.stack(losses).mean() if self.kind == "list" else loss
+
+
+@pytest.mark.parametrize("kind", ["sum", pytest.param("in place", marks=pytest.mark.slow), "list"])
+def test_losses_of_segments_and_memories_that_nothing_reads_at_last(kind: str) -> None:
+    twins = Twins(lambda: Losses(kind))
+    for segments, batch, tail in SIZES:
+        twins.call(text(segments, batch, tail), text(segments, batch + 1, tail)[1:])
+        twins.ran(segments)
+    assert twins.distances == {LOWER, OWN} and rmtc.stats(twins.fast).captures == 1
+
+
+class Gated(nn.Module):
+    """Memories of several rows through a recurrent cell of torch, which takes them as a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.gates = (
+            nn.ModuleList(linears()),
+            nn.ModuleList(nn.GRUCell(WIDTH, WIDTH) for _ in range(LAYERS)),
+        )
+        self.start = nn.ParameterList(torch.randn(2, WIDTH) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, rows = x.shape[0], 2
+        memories, pieces = [each.expand(batch, -1, -1) for each in self.start], []
+        for piece in x.split(SEGMENT, 1):
+            for number, layer in enumerate(self.layers):
+                both = torch.tanh(layer(torch.cat([memories[number], piece], 1)))
+                piece = piece + both[:, rows:]
+                made = self.gates[number](both[:, :rows].flatten(0, 1), memories[number].flatten(0, 1))
+                memories[number] = made.view(batch, rows, WIDTH)
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
+def test_a_batch_size_that_is_written_out_is_free() -> None:
+    Twins(Gated).compare({LOWER, OWN})
+
+
+class Reset(nn.Module):
+    """All memories are weighed before the first layer runs: a mask has a column for each segment."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.masked, self.layers = masked, nn.ModuleList(linears())
+
+    def forward(self, x: Tensor, done: Tensor) -> Tensor:
+        memories, pieces = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers], []
+        for s, piece in enumerate(x.split(SEGMENT, 1)):
+            memories = [each * (1 - done[:, s, None] if self.masked else 0.9) for each in memories]
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number][:, None]) + piece
+                memories[number] = 0.5 * memories[number] + piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
+@pytest.mark.parametrize("masked", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_what_is_made_for_a_layer_before_the_first_one_waits_for_it(masked: bool) -> None:
+    twins = Twins(lambda: Reset(masked))
+    done = torch.rand(2, 5, dtype=torch.float64)
+    twins.call(text(5, 2, 2), done)
+    twins.ran(5)
+    assert twins.distances == {LOWER, OWN} and twins.a == 1
+
+
+class Sinks(nn.Module):
+    """Keys of the first positions of a text and of the last ones: apart, in one cache, or summed up."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.layers = kind, nn.ModuleList(linears())
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: list[Any] = [None] * LAYERS
+        caches: list[Any] = [None] * LAYERS
+        pieces = []
+        for piece in x.split(SEGMENT, 1):
+            for number, layer in enumerate(self.layers):
+                keys = layer(piece)
+                past = [each for each in (first[number], caches[number]) if each is not None]
+                context = torch.cat([*past, keys], 1)
+                if self.kind == "one cache":
+                    caches[number] = torch.cat([context[:, :2], context[:, -3:]], 1)
+                else:
+                    caches[number] = keys[:, -3:]
+                    if first[number] is None:
+                        first[number] = keys[:, :2] if self.kind == "apart" else keys.mean(1, keepdim=True)
+                piece = piece + F.scaled_dot_product_attention(piece, context, context)
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
+@pytest.mark.parametrize("kind", ["apart", "mean", "one cache"])
+def test_what_the_first_segment_makes_is_read_by_all(kind: str) -> None:
+    """The distance (s, 0) is (1, 0), handed on; and so it is a recurrence of the layer's own."""
+    sizes = ((5, 2, SEGMENT), (8, 3, SEGMENT), (6, 1, SEGMENT))
+    Twins(lambda: Sinks(kind)).compare({LOWER, OWN}, sizes=sizes)
+
+
+class Valid(nn.Module):
+    """A window of inputs that is full of zeros at first, and what of it counts: a mask that no text has a part in."""
+
+    def __init__(self, kept: int) -> None:
+        super().__init__()
+        self.kept, self.layers = kept, nn.ModuleList(linears())
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = [x.new_zeros(x.shape[0], self.kept, WIDTH) for _ in self.layers]
+        valid = [torch.zeros(x.shape[0], self.kept, dtype=torch.bool) for _ in self.layers]
+        pieces = []
+        for piece in x.split(SEGMENT, 1):
+            for number, layer in enumerate(self.layers):
+                context = torch.cat([windows[number], piece], 1)
+                counts = torch.cat([valid[number], torch.ones(piece.shape[:2], dtype=torch.bool)], 1)
+                scores = (layer(piece) @ context.transpose(1, 2)).masked_fill(~counts[:, None], -1e9)
+                windows[number] = context[:, -self.kept :]
+                valid[number] = counts[:, -self.kept :]
+                piece = piece + scores.softmax(-1) @ context
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [SEGMENT - 1, SEGMENT + 2])
+def test_a_mask_of_what_a_window_holds(kept: int) -> None:
+    twins = Twins(lambda: Valid(kept))
+    for segments, batch in ((5, 2), (8, 3), (4, 1)):
+        twins.call(text(segments, batch))
+        twins.ran(segments)
+
+
+class Attributes(nn.Module):
+    """Layers as attributes, or in a dictionary, by names that end in a number."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        layers = linears()
+        if kind == "dictionary":
+            self.table = nn.ModuleDict({f"layer_{number}": each for number, each in enumerate(layers)})
+        else:
+            for number, each in enumerate(layers):
+                setattr(self, f"layer{number + (kind == 'from 1')}", each)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.table.values() if self.kind == "dictionary" else self.children()
+        memories, pieces = [x.new_zeros(x.shape[0], WIDTH) for _ in range(LAYERS)], []
+        for piece in x.split(SEGMENT, 1):
+            piece = torch.tanh(a(piece) + memories[0][:, None])
+            memories[0] = 0.5 * memories[0] + piece.mean(1)
+            piece = torch.tanh(b(piece) + memories[1][:, None])
+            memories[1] = 0.5 * memories[1] + piece.mean(1)
+            piece = torch.tanh(c(piece) + memories[2][:, None])
+            memories[2] = 0.5 * memories[2] + piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
+@pytest.mark.parametrize("kind", ["from 1", pytest.param("from 0", marks=pytest.mark.slow), "dictionary"])
+def test_layers_without_a_list(kind: str) -> None:
+    Twins(lambda: Attributes(kind)).compare({LOWER, OWN})
+
+
+def test_the_names_of_layers_that_are_counted_from_one() -> None:
+    text_of = str(rmtc.explain(Attributes("from 1").double())(text(4, 2)))
+    assert "linear in layer{l+1}" in text_of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["layer", "table", "table.layer"])
+def test_layers_without_a_list_by_their_hint(name: str) -> None:
+    kind = "from 1" if name == "layer" else "dictionary"
+    assert rmtc.explain(Attributes(kind).double(), layers=name)(text(4, 2)).layers == LAYERS
+
+
+class TwoLists(nn.Module):
+    """Segments and what is wanted of each, in a list each."""
+
+    def __init__(self, indexed: bool) -> None:
+        super().__init__()
+        self.indexed, self.layers = indexed, nn.ModuleList(linears())
+
+    def forward(self, segments: list[Tensor], wanted: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        memories = [segments[0].new_zeros(segments[0].shape[0], WIDTH) for _ in self.layers]
+        pieces, losses = [], []
+        pairs = ((piece, wanted[s]) for s, piece in enumerate(segments)) if self.indexed else zip(segments, wanted)  # noqa: B905
+        for piece, target in pairs:
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number][:, None])
+                memories[number] = piece[:, -1]
+            pieces.append(piece)
+            losses.append(F.mse_loss(piece, target))
+        return pieces, torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_lists_that_grow_together(indexed: bool) -> None:
+    twins = Twins(lambda: TwoLists(indexed))
+
+    def cut(segments: int, batch: int, tail: int) -> list[Tensor]:
+        return list(text(segments, batch, tail).split(SEGMENT, 1))
+
+    for segments, batch, tail in ((4, 2, SEGMENT), (7, 3, SEGMENT), (6, 1, 2), (5, 2, 3)):
+        twins.call(cut(segments, batch, tail), cut(segments, batch, tail))
+        twins.ran(segments)
+    assert twins.distances == {LOWER, OWN}
+    with pytest.raises((rmtc.RmtcError, IndexError)):  # a mistake, or another loop than the captured one
+        twins.fast(cut(6, 2, SEGMENT), cut(4, 2, SEGMENT))
