@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
 
 from rmtc.capture import Capture, Captured, Reading, open_capture
 from rmtc.capture.objects import Plain, parts_of
@@ -181,6 +184,14 @@ class Analysis:
     @property
     def seconds(self) -> dict[str, float]:
         return self.capture.seconds
+
+    @property
+    def kind(self) -> tuple[torch.device, torch.dtype]:
+        """Where the call runs, and in what most of its numbers are, parameters first."""
+        session = self.capture.session
+        tensors = [*(lifted.tensor for lifted in session.lifted), *session.arguments.tensors().values()]
+        kinds = Counter((each.device, each.dtype) for each in tensors if each.is_floating_point())
+        return kinds.most_common(1)[0][0] if kinds else (torch.device("cpu"), torch.float32)
 
     def run(self, sizes: Sizes) -> Captured:
         """A run, captured once."""

@@ -18,6 +18,7 @@ from rmtc.passes.pipeline import passes, retime_loop, run_by_parts
 from rmtc.passes.prove import SEQUENTIAL_REMEDY
 from rmtc.passes.strip_mine import strips
 from rmtc.passes.summary import class_summaries
+from rmtc.runtime.estimate import candidates
 
 __all__ = ["dump", "explain", "explanation_of"]
 
@@ -172,6 +173,7 @@ def _answer(blank: Explanation, analysis: Analysis) -> Explanation:
         last = f", the last of {tail} positions" if proven.loop.segment_length > 1 else ""
         checked = f"a trace of {segments} segments, batch {batch}{last}: {proven.checked}"
     folded, retimed = retime_loop(proven)
+    estimates, costs = candidates(analysis)
     certificate = replace(proof.certificate, assumptions=_assumptions(analysis, loop.fixed), checked=checked)
     return replace(
         blank,
@@ -188,6 +190,8 @@ def _answer(blank: Explanation, analysis: Analysis) -> Explanation:
         operations=operations_view(folded, retimed, blank.segments),
         strips=strips(folded, blank.segments),
         parts=run_by_parts(proven)[1],
+        candidates=estimates,
+        costs=costs,
     )
 
 

@@ -124,7 +124,7 @@ def bench(
     repeats: int = 7,
     layers: str | None = None,
     segment_length: int | None = None,
-    schedule: str = "best",
+    schedule: str = "shortest",
     watch: Callable[[str], None] = lambda stage: None,
 ) -> Benchmark:
     """Measure a call as it is and compiled.

@@ -21,7 +21,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 _KEY = "_compiled_call_impl"  # where `nn.Module.compile` keeps its call, too: copies and pickles go without it
 _OPTIONS = ("reorder_random", "max_group")
-_SCHEDULES = ("best", "diagonal", "sequential")
+_SCHEDULES = ("best", "shortest", "diagonal", "sequential")
 _KEYWORDS = ["backend", "strict", "disable", "recompile_limit", "layers", "segment_length", "schedule", "options"]
 _OF_TORCH = {
     "fullgraph": "strict=True raises where a model would run as before",
@@ -96,8 +96,11 @@ def compile(
             depends on, and how many because weights were replaced or cast; further ones run as before.
         layers: the name of the list of layers as ``named_parameters`` spells it, where it is not found.
         segment_length: positions of a segment, where it is not found.
-        schedule: ``"best"`` for the proven one with the fewest steps; ``"diagonal"`` for one with at most one cell of
-            each layer in a step; ``"sequential"`` for one cell after another, as the model itself runs.
+        schedule: ``"best"`` for the one that is estimated to take least time, where calls for which that is the model
+            as it was written run so (``rmtc.explain`` prints the estimates, and where their constants come from: they
+            are measured once on a machine, or read from the file that ``RMTC_COST_MODEL`` names); ``"shortest"`` for
+            the proven one with the fewest steps; ``"diagonal"`` for one with at most one cell of each layer in a step;
+            ``"sequential"`` for one cell after another. All but the first are run whatever they cost.
         options: ``{"max_group": 8}`` lets at most so many cells run at once. Where all segments of a layer could, they
             run in blocks of so many, whose memory does not grow with the text; by default as many as keep the
             machine busy. ``{"reorder_random": True}`` allows dropout in training mode, whose random numbers are then

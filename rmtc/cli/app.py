@@ -56,6 +56,7 @@ class Format(StrEnum):
 class Kind(StrEnum):
     """What `rmtc verify` and `rmtc bench` can run."""
 
+    shortest = "shortest"
     best = "best"
     diagonal = "diagonal"
     sequential = "sequential"
@@ -86,7 +87,12 @@ LengthHint = Annotated[
     int | None, typer.Option("--segment-length", metavar="N", min=1, help="Hint: positions of a segment.")
 ]
 ScheduleKind = Annotated[
-    Kind, typer.Option("--schedule", help="What to run: the best, one cell of a layer in a step, or one after another.")
+    Kind,
+    typer.Option(
+        "--schedule",
+        help="What to run: the fewest steps, what is estimated to be fastest, one cell of a layer in a step, or one "
+        "after another.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 if the model is refused.")]
@@ -254,7 +260,7 @@ def verify(
     ] = None,
     layers: LayersHint = None,
     segment_length: LengthHint = None,
-    schedule: ScheduleKind = Kind.best,
+    schedule: ScheduleKind = Kind.shortest,
     json: Json = False,
     output: Output = None,
     debug: Debug = False,
@@ -293,7 +299,7 @@ def bench(
     ] = None,
     layers: LayersHint = None,
     segment_length: LengthHint = None,
-    schedule: ScheduleKind = Kind.best,
+    schedule: ScheduleKind = Kind.shortest,
     json: Json = False,
     output: Output = None,
     debug: Debug = False,

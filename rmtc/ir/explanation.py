@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rmtc.errors import Location
+from rmtc.ir.cost import Candidate
 from rmtc.ir.schedule import Dependence, Schedule
 
 __all__ = ["CellClass", "Certificate", "Explanation", "Inequality", "OperationsView", "Recurrence", "Strip"]
@@ -161,6 +162,8 @@ class Explanation:
         strips: what several segments in one body gain, where dependences reach over more than one.
         studied: whether the dependences were given, and not found in a model.
         parts: in how many parts each layer runs, so that all segments of it run at once; 1 for whole cells.
+        candidates: the ways to run this call, and what they are estimated to take; as written first.
+        costs: where the constants of the estimates come from.
     """
 
     name: str
@@ -182,6 +185,8 @@ class Explanation:
     strips: tuple[Strip, ...] = ()
     studied: bool = False
     parts: int = 1
+    candidates: tuple[Candidate, ...] = field(default=(), compare=False)
+    costs: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         from rmtc.ir.text import explanation_text

@@ -45,7 +45,7 @@ def operations_text(page: Page, explanation: Explanation) -> None:
             f"rmtc.compile runs each layer in {explanation.parts} parts so that all segments of a part run at once."
             if explanation.parts > 1
             else "rmtc.compile runs operations apart from their cells only where all segments of a layer can then run "
-            "at once; here it runs the schedule above."
+            "at once; here it runs whole cells."
         )
 
 

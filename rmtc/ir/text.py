@@ -49,9 +49,10 @@ def explanation_text(explanation: Explanation) -> str:
     if explanation.schedule is None:
         _refusal(page, explanation)
     else:
-        _schedule(
-            page, explanation.schedule, explanation.segments, runs=not explanation.studied, parts=explanation.parts
-        )
+        chosen = next((item.name for item in explanation.candidates if item.chosen), "shortest")
+        runs = not explanation.studied and chosen == "shortest"
+        _schedule(page, explanation.schedule, explanation.segments, runs=runs, parts=explanation.parts)
+        _estimates(page, explanation)
         if explanation.certificate is not None:
             _legal(page, explanation.certificate, explanation)
             _best(page, explanation.certificate, explanation)
@@ -256,6 +257,39 @@ def _run(schedule: Schedule, parts: int) -> str:
     return (
         f" rmtc.compile runs the model by this schedule{blocks}, and as it was written where a call turns out to do "
         "something else."
+    )
+
+
+def _estimates(page: Page, explanation: Explanation) -> None:
+    """What the ways to run the call may take, and which one is chosen."""
+    if not explanation.candidates:
+        return
+    page.heading("What it may take")
+    page.text(
+        "Estimated for this call, from what its operations compute and move. What that takes on a machine is "
+        f"{explanation.costs}. Operations are counted in sequence, those of several cells at once as one:"
+    )
+    page.table(
+        [
+            (
+                item.name,
+                f"step {item.time}" if item.time else "",
+                count(item.steps, "step" if item.time else "cell"),
+                count(item.launches, "operation"),
+                f"{1e3 * item.seconds:.3g} ms",
+                "chosen" if item.chosen else "",
+            )
+            for item in explanation.candidates
+        ]
+    )
+    page.text(
+        (
+            "rmtc.compile runs a call of these sizes as it is written, for no schedule is estimated to be faster by a "
+            "tenth."
+            if explanation.candidates[0].chosen
+            else "rmtc.compile runs what is chosen; calls of other sizes have estimates of their own."
+        )
+        + " schedule=... forces one of the others by its name."
     )
 
 

@@ -19,12 +19,12 @@ __all__ = ["group", "run_schedule"]
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 
-def run_schedule(schedule: Schedule, kind: str = "best") -> Schedule:
+def run_schedule(schedule: Schedule, kind: str = "shortest") -> Schedule:
     """The schedule that is run for a proven one.
 
     Args:
         schedule: the proven one.
-        kind: ``"best"`` for that itself, ``"diagonal"`` for one with at most one cell of each layer in a step,
+        kind: ``"shortest"`` for that itself, ``"diagonal"`` for one with at most one cell of each layer in a step,
             ``"sequential"`` for one cell after another. A larger ``a`` is as legal, for no dependence leads to an
             earlier segment.
     """

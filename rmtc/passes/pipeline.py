@@ -195,7 +195,7 @@ def run_by_parts(proven: Proven) -> tuple[Proven, int]:
     return found, parts
 
 
-def rewrite(proven: Proven, watch: Watch | None = None, schedule: str = "best") -> WavefrontProgram:
+def rewrite(proven: Proven, watch: Watch | None = None, schedule: str = "shortest") -> WavefrontProgram:
     """A proven loop as a program for groups of cells.
 
     Args:

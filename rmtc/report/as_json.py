@@ -104,6 +104,8 @@ def explanation_json(explanation: Explanation) -> str:
             "remedy": explanation.remedy,
             "operations": _operations(explanation.operations) if explanation.operations else None,
             "strips": [asdict(item) for item in explanation.strips],
+            "candidates": [asdict(item) for item in explanation.candidates],
+            "costs": explanation.costs,
             "seconds": explanation.seconds,
         }
     )

@@ -368,7 +368,7 @@ class Compiled:
             sizes = variant.match(arguments)
             if isinstance(sizes, str):
                 differences.append(sizes)
-            elif sizes.segments < 2:
+            elif sizes.segments < 2 or not variant.worth(sizes):
                 return _Eager()
             elif sizes in variant.failed and variant.failed[sizes].times >= _RUNS:
                 return _Eager(variant.failed[sizes].reason, detail=variant.failed[sizes].detail)

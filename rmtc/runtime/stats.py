@@ -44,8 +44,8 @@ class Stats:
         captures: how often the loop was captured.
         recompiles: captures but for the first.
         runs: calls that ran by their schedule.
-        eager: calls that are no loop over segments (shorter than two segments, with a cache, from inside ``generate``)
-            and ran as they are.
+        eager: calls that are no loop over segments (shorter than two segments, with a cache, from inside ``generate``),
+            or for which a schedule is estimated to be slower, and ran as they are.
         fallbacks: calls that ran as they are though they were meant to be scheduled, by reason.
         last_run: what the last scheduled call did; None if there was none.
     """

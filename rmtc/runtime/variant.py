@@ -22,14 +22,17 @@ from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import MISSING, Slot, Snapshot, is_plain, told
 from rmtc.errors import RefusedError, RmtcError, VerifyError
+from rmtc.ir.cost import CostModel
 from rmtc.ir.program import Val
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.group import run_schedule
-from rmtc.passes.pipeline import check_against, rewrite, run_by_parts
+from rmtc.passes.pipeline import check_against, rewrite
 from rmtc.passes.prove import SEQUENTIAL_REMEDY
 from rmtc.runtime.backends import Backend, Runner
+from rmtc.runtime.estimate import LONG, Way, as_written, best_of, pays, ways
 from rmtc.runtime.executor import Run
 from rmtc.runtime.guards import ArgumentGuard, modes
+from rmtc.runtime.measure import cost_model
 from rmtc.runtime.state_guard import StateGuard
 from rmtc.runtime.weights import Weights
 
@@ -107,6 +110,9 @@ class Variant:
     refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
     parts: int = 1  # of a layer, that run one after another
+    _way: Way | None = None
+    _model: CostModel | None = None  # None if a kind of schedule was asked for
+    _worth: dict[Sizes, bool] = field(default_factory=dict)
     failed: dict[Sizes, Failed] = field(default_factory=dict)
 
     @staticmethod
@@ -133,22 +139,26 @@ class Variant:
                 remedy=SEQUENTIAL_REMEDY if cycle else None,
                 cycle=cycle,
             )
-        proven, parts = run_by_parts(proven) if kind == "best" else (proven, 1)
-        assert proven.schedule is not None
-        schedule = run_schedule(proven.schedule, kind)
-        # All segments at once, if that was not checked yet, and blocks of them.
-        blocks = [None] * (parts > 1) + [2] if schedule.a == 0 else [None]
         _refuse_lost(analysis.capture)
         first, third = analysis.probes
-        for block in blocks:
-            check_against(replace(proven, schedule=replace(schedule, block=block)), third.program, *third.sizes)
+        model = None
+        if kind == "sequential":
+            check_against(replace(proven, schedule=run_schedule(proven.schedule, kind)), third.program, *third.sizes)
+            program, parts = replace(rewrite(proven, schedule=kind), max_group=max_group), 1
+            way = None
+        else:
+            found = ways(analysis, max_group)
+            way = found[0] if kind == "shortest" else found[-1]
+            if kind == "best":
+                model = cost_model(*analysis.kind)
+                way = best_of(found, analysis.capture.plan.sizes, model)
+            proven, program, parts = way.proven, way.program, way.parts
         if [(effect.place, effect.content, effect.last) for effect in first.effects] != [
             (effect.place, effect.content, effect.last) for effect in third.effects
         ]:
             raise RefusedError("what the call leaves in attributes has another structure for more segments")
         if first.same != third.same:
             raise RefusedError("which results are the call's own tensors depends on the number of segments")
-        program = replace(rewrite(proven, schedule=kind), max_group=max_group)
         session = analysis.capture.session
         tensors = {lifted.names[0]: lifted.tensor for lifted in session.lifted}
         weights = Weights.plan(program, Weights.movable({**tensors, **_inputs(session.arguments)}))
@@ -166,7 +176,7 @@ class Variant:
             modes(),
             tuple(replace(effect, slot=state.pinned(effect.slot)) for effect in first.effects),
         )
-        variant.parts = parts
+        variant.parts, variant._way, variant._model = parts, way, model
         read = program.reads()
         for lifted in session.lifted:
             names = [name if name in slots else name.removeprefix("self.") for name in lifted.names]
@@ -214,6 +224,20 @@ class Variant:
             for slot in self._slots.values()
             if not isinstance(slot.value, nn.Parameter)
         )
+
+    def worth(self, sizes: Sizes) -> bool:
+        """Whether a call of some sizes is estimated to be faster by the schedule, where the estimate decides."""
+        if self._model is None or self._way is None:
+            return True
+        few = sizes._replace(segments=min(sizes.segments, LONG))  # the ratio of longer calls is the same
+        if few not in self._worth:
+            written = as_written(self._way.works, few, self._model)
+            scheduled = self._way.estimate(few, self._model)
+            self._worth[few] = pays(scheduled, written)
+            logger.info(
+                "%s: %s", few, "; ".join(f"{each.name} {1e3 * each.seconds:.2f} ms" for each in (written, scheduled))
+            )
+        return self._worth[few]
 
     def stale(self) -> bool:
         """Whether a parameter was replaced or changed its dtype or device: no later call can be this one's again."""

@@ -1,0 +1,117 @@
+"""What operations cost on a machine, and what ways to run a call are estimated to take: data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+__all__ = ["Candidate", "CostModel", "Work"]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What an operation takes on a machine: at least a time, and the longer, the more it computes or moves.
+
+    ``max(flops * product, bytes * byte)`` seconds besides ``launch`` or ``written``: the roofline model (Williams,
+    Waterman and Patterson, "Roofline: an insightful visual performance model", 2009).
+
+    Attributes:
+        launch: seconds that an operation of a scheduled body takes at least.
+        operand: seconds that each tensor that a group of cells reads takes to be gathered.
+        outside: seconds that an operation takes before or after the segments, or for all of them once.
+        written: seconds that an operation of the model's own code takes at least, with the modules around it.
+        call: seconds that a scheduled call takes besides its groups: guards, and results put together.
+        product: seconds that a floating-point operation of a matrix product takes, ...
+        grouped: ... and of a batched one, of several cells with weights of their own.
+        byte: seconds that a byte takes that is read or written.
+        source: where the numbers come from, in words.
+    """
+
+    launch: float
+    operand: float
+    outside: float
+    written: float
+    call: float
+    product: float
+    grouped: float
+    byte: float
+    source: str = "given"
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name == "source":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ValueError(f"{each.name} is a number of seconds, not {value!r}")
+
+    def operation(self, work: Work, cells: int, least: float, one_layer: bool = False) -> float:
+        """Seconds of one operation for several cells at once.
+
+        Args:
+            work: of one cell.
+            cells: their number.
+            least: what an operation takes at least, ``launch`` or ``written``.
+            one_layer: whether the cells share the weights of one layer.
+        """
+        alone = cells == 1 or one_layer
+        moved = cells * work.activations + (1 if alone else cells) * work.weights
+        return least + max(cells * work.flops * (self.product if alone else self.grouped), moved * self.byte)
+
+    def to_json(self) -> str:
+        """As an object of JSON, its constants by name."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> CostModel:
+        """The cost model that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        data: Any = json.loads(text)
+        names = {each.name for each in fields(cls)}
+        if not isinstance(data, dict) or not names - {"source"} <= data.keys() <= names:
+            raise ValueError(f"a cost model is an object of JSON with {', '.join(sorted(names - {'source'}))}")
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one operation does for one cell.
+
+    Attributes:
+        flops: floating-point operations of a matrix product; 0 if it is none.
+        activations: bytes that it reads and writes, ...
+        weights: ... and those of parameters.
+    """
+
+    flops: float = 0.0
+    activations: float = 0.0
+    weights: float = 0.0
+
+    def at(self, batch: float) -> Work:
+        """Of another batch size, so many times that which it was seen at."""
+        return Work(self.flops * batch, self.activations * batch, self.weights)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run a call.
+
+    Attributes:
+        name: ``"as written"``, or what ``schedule=`` is to force it.
+        time: the step of cell (s, l), a formula, of part l where layers are divided; empty as written.
+        steps: number of steps of this call; of cells, as written.
+        launches: operations in sequence, where the cells of one operation in one group count as one.
+        seconds: what it is estimated to take.
+        chosen: whether ``schedule="best"`` runs it.
+    """
+
+    name: str
+    time: str
+    steps: int
+    launches: int
+    seconds: float
+    chosen: bool = False

@@ -1,0 +1,274 @@
+"""What ways to run a call are estimated to take, from shapes seen in a run and the constants of a machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from rmtc.analysis import Analysis
+from rmtc.capture import Captured
+from rmtc.capture.probe import Sizes
+from rmtc.ir.cost import Candidate, CostModel, Work
+from rmtc.ir.formula import time_formula
+from rmtc.ir.program import VIEWS, Op, Program, Src, Val, leaves
+from rmtc.ir.schedule import Cell
+from rmtc.ir.segment_loop import Key, SegmentLoop
+from rmtc.ir.wavefront import Body, Input, WavefrontProgram
+from rmtc.passes.check import Checked
+from rmtc.passes.group import run_schedule
+from rmtc.passes.pipeline import Proven, check_against, rewrite, run_by_parts
+from rmtc.runtime.measure import cost_model
+from rmtc.runtime.plan import plan_run
+
+__all__ = ["LONG", "Way", "Works", "as_written", "best_of", "candidates", "pays", "scheduled", "ways"]
+
+aten = torch.ops.aten
+LONG = 64
+"""By a call of so many segments, if not of more, it is decided which schedule runs; of more the ratios are the same."""
+
+_MARGIN = 0.9
+"""A schedule is run if it is estimated to take less than so much of the time that the code as written does."""
+
+_FIRST = {aten.addmm.default: 1, aten.baddbmm.default: 1, aten.addbmm.default: 1, aten.addmv.default: 1}
+_PRODUCTS = frozenset(
+    {
+        *_FIRST,
+        aten.linear.default,
+        aten.matmul.default,
+        aten.mm.default,
+        aten.bmm.default,
+        aten.mv.default,
+        aten.dot.default,
+    }
+)
+
+
+class Works:
+    """The work of every operation of a loop.
+
+    Args:
+        loop: the loop.
+        run: a run of it.
+        checked: the loop held against that run.
+    """
+
+    def __init__(self, loop: SegmentLoop, run: Captured, checked: Checked) -> None:
+        self.loop, self.batch, self._segments, self._program = loop, run.sizes.batch, run.sizes.segments, run.program
+        _, keys = loop.unroll(*run.sizes)
+        self._ops = {keys[image]: run.program.ops[number] for number, image in checked.counterpart.items()}
+
+    @property
+    def _steady(self) -> int:
+        """A full segment that is like those after it."""
+        return min(len(self.loop.rows), max(0, self._segments - 2))
+
+    def segment(self, segment: int) -> list[Work]:
+        """Those of a segment, cell after cell."""
+        at = min(segment, self._steady)
+        return [_work(self._program, op) for key, op in self._ops.items() if key.segment == at]
+
+    def of(self, body: Body) -> tuple[list[Work], dict[int, int]]:
+        """Those of a body, for one cell, and the bytes of each of its inputs."""
+        row, layer = body.members[-1]
+        segment = min(row, self._steady)
+        layout = self.loop.layout(segment)
+        start = layout.prologue[0]
+        if layer >= 0:
+            start = layout.epilogue[0] if layer >= self.loop.layers else layout.layers[layer][0]
+        works: list[Work] = []
+        inputs: dict[int, int] = {}
+        for offset, op in body.ops.items():
+            seen = self._ops.get(Key(segment, start + offset))
+            works.append(Work() if seen is None else _work(self._program, seen))
+            for leaf, its in zip(leaves(op.args), leaves(seen.args) if seen is not None else (), strict=False):
+                if isinstance(leaf, Input) and isinstance(its, (Val, Src)):
+                    inputs[leaf.number] = _bytes(_form(self._program, its))
+        return works, inputs
+
+
+def _work(program: Program, op: Op) -> Work:
+    """The work of an operation of a run."""
+    if op.target in VIEWS or op.form is None:
+        return Work()
+    operands = [_form(program, leaf) for leaf in leaves(op.args) if isinstance(leaf, (Val, Src))]
+    weights = sum(
+        _bytes(_form(program, leaf)) for leaf in leaves(op.args) if type(leaf) is Src and _is_parameter(program, leaf)
+    )
+    moved = sum(map(_bytes, operands)) + _bytes(op.form)
+    return Work(_flops(op, operands), moved - weights, weights)
+
+
+def _form(program: Program, leaf: Val | Src) -> tuple[tuple[int, ...], torch.dtype] | None:
+    if isinstance(leaf, Val):
+        return program.ops[leaf.number].form
+    source = program.sources[leaf.name]
+    return source.shape, source.dtype
+
+
+def _is_parameter(program: Program, leaf: Src) -> bool:
+    return program.sources[leaf.name].kind == "parameter"
+
+
+def _bytes(form: tuple[tuple[int, ...], torch.dtype] | None) -> int:
+    return math.prod(form[0]) * form[1].itemsize if form is not None else 0
+
+
+def _flops(op: Op, operands: list[tuple[tuple[int, ...], torch.dtype] | None]) -> float:
+    """Floating-point operations of the matrix products in an operation; a multiplication and an addition are two."""
+    shapes = [form[0] for form in operands if form is not None]
+    result = math.prod(op.shape or ())
+    if op.target in _PRODUCTS:
+        return 2.0 * result * shapes[_FIRST.get(op.target, 0)][-1]
+    if op.target is aten.scaled_dot_product_attention.default:
+        query, key, value = shapes[:3]
+        return 2.0 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    if op.target is aten.einsum.default:
+        return _einsum_flops(op.args, shapes)
+    if op.target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default):
+        return 2.0 * result * math.prod(shapes[1][1:])
+    return 0.0
+
+
+def _einsum_flops(args: tuple[Any, ...], shapes: list[tuple[int, ...]]) -> float:
+    """Of a sum over all letters at once; an ellipsis counts as the dimensions that it stands for."""
+    terms = str(args[0]).replace(" ", "").split("->")[0].split(",")
+    sizes: dict[str, int] = {}
+    for term, shape in zip(terms, shapes, strict=False):
+        before, dots, after = term.partition("...")
+        sizes.update(zip(before, shape, strict=False))
+        if dots:
+            sizes["..."] = max(sizes.get("...", 1), math.prod(shape[len(before) : len(shape) - len(after)]))
+            sizes.update(zip(after, shape[len(shape) - len(after) :], strict=False))
+    return 2.0 * math.prod(sizes.values()) if len(terms) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run a loop by a schedule.
+
+    Attributes:
+        name: what ``schedule=`` is to force it.
+        proven: the loop, with its layers divided where that is so.
+        program: its program, with the schedule.
+        works: of the loop's operations.
+        parts: in how many parts a layer runs.
+    """
+
+    name: str
+    proven: Proven
+    program: WavefrontProgram
+    works: Works
+    parts: int = 1
+
+    def estimate(self, sizes: Sizes, model: CostModel) -> Candidate:
+        """What a call of some sizes takes by it."""
+        return scheduled(self.program, self.works, sizes, model, self.name)
+
+
+def ways(analysis: Analysis, max_group: int | None = None) -> list[Way]:
+    """The ways to run a loop, the one with the fewest steps first: each proven, and held against a run.
+
+    Args:
+        analysis: one with a schedule.
+        max_group: the most cells that run at once.
+
+    Raises:
+        VerifyError: if a schedule fails its check.
+    """
+    whole, third = analysis.proven, analysis.probes[1]
+    if whole is None or whole.schedule is None:
+        return []
+    shortest, parts = run_by_parts(whole)
+    found: list[Way] = []
+    for name, proven, divided in (("shortest", shortest, parts), ("diagonal", whole, 1)):
+        assert proven.schedule is not None
+        schedule = run_schedule(proven.schedule, name)
+        if found and proven is found[0].proven and schedule == found[0].program.schedule:
+            continue
+        for block in (None, 2) if schedule.a == 0 else (None,):
+            checked = check_against(
+                replace(proven, schedule=replace(schedule, block=block)), third.program, *third.sizes
+            )
+        program = replace(rewrite(proven, schedule=name), max_group=max_group)
+        found.append(Way(name, proven, program, Works(proven.loop, third, checked), divided))
+    return found
+
+
+def candidates(analysis: Analysis) -> tuple[tuple[Candidate, ...], str]:
+    """The ways to run the analysed call with their estimates, as written first, and where their constants come from."""
+    found, sizes = ways(analysis), analysis.capture.plan.sizes
+    if not found or sizes.segments < 2:
+        return (), ""
+    model = cost_model(*analysis.kind)
+    written = as_written(found[0].works, sizes, model)
+    way = best_of(found, sizes, model)
+    others = [each.estimate(sizes, model) for each in found]
+    chosen = way.name if pays(way.estimate(sizes, model), written) else written.name
+    return tuple(replace(each, chosen=each.name == chosen) for each in (written, *others)), model.source
+
+
+def best_of(found: Sequence[Way], sizes: Sizes, model: CostModel) -> Way:
+    """The way that is fastest for a long call, which is where time goes."""
+    long = sizes._replace(segments=max(sizes.segments, LONG))
+    return min(found, key=lambda each: each.estimate(long, model).seconds)
+
+
+def pays(scheduled: Candidate, written: Candidate) -> bool:
+    """Whether a schedule is to be run, of which the estimate is the less certain one."""
+    return scheduled.seconds <= _MARGIN * written.seconds
+
+
+def scheduled(program: WavefrontProgram, works: Works, sizes: Sizes, model: CostModel, name: str) -> Candidate:
+    """A call by a schedule.
+
+    Args:
+        program: the program with the schedule.
+        works: of its loop.
+        sizes: those of the call.
+        model: of the machine.
+        name: of the candidate.
+    """
+    plan = plan_run(program, *sizes)
+    batch = sizes.batch / works.batch
+    known: dict[tuple[str, int, bool], tuple[int, float, dict[int, int]]] = {}
+    outside = len(program.shared) + len(program.loop.before) + len(program.loop.after)
+    launches, seconds = outside, model.call + outside * model.outside
+    for launch in plan.launches:
+        cells = len(launch.cells)
+        key = launch.body.name, cells, launch.one_layer
+        if key not in known:
+            done, sizes_of = works.of(_steady(program, launch.body))
+            times = [model.operation(work.at(batch), cells, model.launch, launch.one_layer) for work in done]
+            known[key] = len(times), sum(times), sizes_of
+        launches += known[key][0]
+        copied = sum(known[key][2].get(number, 0) for number, pieces in enumerate(launch.inputs) if len(pieces) > 1)
+        operands = sum(map(len, launch.inputs)) + len(launch.body.weights)
+        seconds += known[key][1] + operands * model.operand + 2 * copied * cells * batch * model.byte
+    schedule = program.schedule
+    time = time_formula(*(schedule.time(cell) for cell in (Cell(1, 0), Cell(0, 1))))
+    return Candidate(name, time, plan.steps, launches, seconds)
+
+
+def _steady(program: WavefrontProgram, body: Body) -> Body:
+    """A body of the loop that is about what a body runs: of one for two classes, that of the later segments."""
+    if body.name in program.bodies:
+        return body
+    pair = next((pair for pair, merged in program.merged.items() if merged.name == body.name), None)
+    return program.bodies[pair[1]] if pair is not None else body
+
+
+def as_written(works: Works, sizes: Sizes, model: CostModel) -> Candidate:
+    """A call as it is, one cell after another."""
+    batch = sizes.batch / works.batch
+    rows = len(works.loop.rows)
+    launches, seconds = 0, 0.0
+    for segment in range(min(sizes.segments, rows + 1)):
+        times = [model.operation(work.at(batch), 1, model.written) for work in works.segment(segment)]
+        often = 1 if segment < rows else sizes.segments - rows
+        launches += often * len(times)
+        seconds += often * sum(times)
+    return Candidate("as written", "", sizes.segments * works.loop.layers, launches, seconds)

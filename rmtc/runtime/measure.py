@@ -1,0 +1,153 @@
+"""The constants of the machine, measured once and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import hashlib
+import json
+import logging
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rmtc.errors import RmtcError
+from rmtc.ir.cost import CostModel
+
+__all__ = ["cost_model", "measure"]
+
+logger = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+_OPERAND, _OUTSIDE, _CALL = 4, 8, 800
+"""To find one operand of a group, to run one operation outside of the segments, and all else that a call does, take the
+time of so many launches: told from calls of the examples."""
+
+
+def cost_model(device: torch.device, dtype: torch.dtype) -> CostModel:
+    """The cost model of this machine: that in the file ``RMTC_COST_MODEL`` names; or measured, and kept.
+
+    It is kept in ``RMTC_CACHE_DIR``, by default ``~/.cache/rmtc``, one file for a device, dtype, number of threads and
+    version of torch. Remove it to have it measured anew.
+
+    Args:
+        device: what the model runs on; the meta device stands for the CPU.
+        dtype: of its matrix products.
+
+    Raises:
+        RmtcError: if the file that ``RMTC_COST_MODEL`` names cannot be read, or holds no cost model.
+    """
+    if given := os.environ.get("RMTC_COST_MODEL"):
+        return _read(Path(given))
+    if device.type == "meta":
+        device = torch.device("cpu")
+    return _kept(device, dtype, torch.get_num_threads())
+
+
+@functools.cache
+def _kept(device: torch.device, dtype: torch.dtype, threads: int) -> CostModel:
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    key = [platform.node(), device.type, named, str(dtype), threads, torch.__version__]
+    home = os.environ.get("RMTC_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rmtc"
+    file = Path(home) / f"cost-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    try:
+        return CostModel.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        logger.debug("no cost model in %s: %s", file, error)
+    model = measure(device, dtype)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")  # another process may read it now
+        part.write_text(model.to_json() + "\n", encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        logger.info("the cost model is not kept: %s", error)
+    return model
+
+
+def _read(file: Path) -> CostModel:
+    try:
+        model = CostModel.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError) as error:
+        raise RmtcError(
+            f"RMTC_COST_MODEL names {file}, which holds no cost model: {error}",
+            remedy="unset it, or name a file such as rmtc keeps of the machines that it has measured",
+        ) from error
+    return replace(model, source=f"{model.source}, as {file.name} says")
+
+
+@torch.no_grad()
+def measure(device: torch.device, dtype: torch.dtype) -> CostModel:
+    """Measure the constants, which takes some tenths of a second.
+
+    Args:
+        device: where.
+        dtype: of the matrix products.
+    """
+    made: dict[str, Any] = {"device": device, "dtype": dtype}
+    group, wide = torch.ones(2, 4, 4, **made), torch.ones(8, 64, 256, **made) / 256
+    stack, large = torch.ones(8, 256, 256, **made) / 256, torch.ones(256, 512, **made)
+    modules = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)).to(**made)
+
+    def launches() -> None:
+        for _ in range(20):
+            y = aten.baddbmm.default(group, group, aten.transpose.int(group, 1, 2))
+            y = aten.layer_norm.default(aten.add.Tensor(y, group), [4])
+            y = aten.bmm.default(aten.view.default(y, [2, 4, 4]), group)
+            y = aten.bmm.default(aten.softmax.int(y, -1), aten.slice.Tensor(group, 1, 0, 4))
+            aten.cat.default([aten.mul.Tensor(aten.silu.default(y), group), y], 1)
+
+    def written() -> None:
+        for _ in range(20):
+            y = torch.add(group, modules(group))
+            y.view(4, 2, 4).transpose(0, 1)
+
+    def products() -> None:
+        for row in range(8):
+            torch.mm(wide[row], stack[row].t())
+
+    def grouped() -> None:
+        torch.bmm(wide, stack.transpose(1, 2))
+
+    def bytes_moved() -> None:
+        torch.softmax(nn.functional.gelu(large * large), -1)  # reads or writes so many seven times
+
+    launch, flops = _seconds(launches, device) / (20 * 11), 2 * 8 * 64 * 256 * 256
+    return CostModel(
+        launch=launch,
+        operand=_OPERAND * launch,
+        outside=_OUTSIDE * launch,
+        written=_seconds(written, device) / (20 * 7),
+        call=_CALL * launch,
+        product=_seconds(products, device) / flops,
+        grouped=_seconds(grouped, device) / flops,
+        byte=_seconds(bytes_moved, device) / (7 * large.numel() * large.element_size()),
+        source=f"measured on this machine on {datetime.date.today().isoformat()}, {_words(device, dtype)}",
+    )
+
+
+def _words(device: torch.device, dtype: torch.dtype) -> str:
+    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return f"{str(dtype).removeprefix('torch.')}, {where}"
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """The median of some runs, warm."""
+    wait: Any = torch.cuda.synchronize if device.type == "cuda" else contextlib.nullcontext
+    taken: list[float] = []
+    for _ in range(10):
+        wait()
+        start = time.perf_counter()
+        run()
+        wait()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[3:])

@@ -1,0 +1,168 @@
+"""What ways to run a call are estimated to take, and which one is run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import rmtc
+from rmtc.analysis import Analysis, analyze
+from rmtc.capture.probe import Sizes
+from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
+from rmtc.ir.cost import CostModel, Work
+from rmtc.runtime import measure
+from rmtc.runtime.estimate import as_written, best_of, pays, ways
+
+COSTS = Path(__file__).parent / "costs"
+MEASURED = CostModel.from_json((COSTS / "measured.json").read_text(encoding="utf-8"))
+SIZE: dict[str, Any] = {"layers": 4, "width": 32, "segment": 8, "segments": 8}
+EXAMPLES: dict[str, Callable[..., Any]] = {
+    "ARMT over Llama": armt_llama.build,
+    "ARMT over GPT-2": armt_gpt2.build,
+    "Transformer-XL": transformer_xl.build,
+}
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RMTC_COST_MODEL", str(COSTS / "measured.json"))
+
+
+@torch.no_grad()
+def analyzed(name: str, **size: int) -> Analysis:
+    model, args = EXAMPLES[name](**SIZE | size)
+    return analyze(model, args, {})
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_products_of_a_call_are_those_that_torch_counts(name: str) -> None:
+    model, args = EXAMPLES[name](**SIZE)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*args)
+    (way, *_), sizes = ways(analyzed(name)), Sizes(8, 1, 8)
+    found = sum(work.flops for s in range(8) for work in way.works.segment(s))
+    assert sizes == analyzed(name).capture.plan.sizes
+    counted = counter.get_total_flops()  # but for products of a matrix and a vector
+    assert counted <= found <= 1.04 * counted
+
+
+def test_an_operation_takes_as_long_as_the_slower_of_computing_and_moving() -> None:
+    model = CostModel(1.0, 0.0, 0.0, 2.0, 0.0, product=0.5, grouped=0.25, byte=0.125)
+    product, copy_of = Work(flops=80, activations=8, weights=40), Work(activations=16)
+    assert model.operation(copy_of, 1, model.written) == 2 + 16 * 0.125
+    assert model.operation(copy_of, 4, model.launch) == 1 + 4 * 16 * 0.125
+    assert model.operation(product, 1, model.launch) == 1 + 80 * 0.5
+    assert model.operation(product, 4, model.launch) == 1 + 4 * 80 * 0.25
+    assert model.operation(product, 4, model.launch, one_layer=True) == 1 + 4 * 80 * 0.5
+    heavy = Work(flops=1, activations=8, weights=4000)
+    assert model.operation(heavy, 4, model.launch) == 1 + (4 * 8 + 4 * 4000) * 0.125
+    assert model.operation(heavy, 4, model.launch, one_layer=True) == 1 + (4 * 8 + 4000) * 0.125
+    assert product.at(2.0) == Work(160, 16, 40)
+
+
+def test_estimates_add_up() -> None:
+    """With a second an operation and nothing else, an estimate counts what is run in sequence."""
+    second = CostModel(1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    found, sizes = ways(analyzed("Transformer-XL")), Sizes(8, 1, 8)
+    assert [(way.name, way.program.schedule.a) for way in found] == [("shortest", 0), ("diagonal", 1)]
+    for way in found:
+        estimate = way.estimate(sizes, second)
+        assert estimate.seconds == estimate.launches > estimate.steps
+    written = as_written(found[0].works, sizes, second)
+    assert written.seconds == written.launches and written.steps == 32
+    longer = as_written(found[0].works, sizes._replace(segments=9), second)
+    steady = longer.launches - written.launches
+    much_longer = as_written(found[0].works, sizes._replace(segments=108), second)
+    assert much_longer.launches == written.launches + 100 * steady
+    shortest, diagonal = (way.estimate(sizes, second) for way in found)
+    assert shortest.steps == 4 < diagonal.steps == 11 < written.steps
+    assert shortest.launches < diagonal.launches < written.launches
+    assert best_of(found, sizes, second) is found[0]
+
+
+@pytest.mark.usefixtures("measured")
+def test_short_calls_run_as_they_are_written_and_long_ones_by_their_schedule() -> None:
+    model, _ = armt_llama.build(**SIZE)
+    fast = rmtc.compile(copy.deepcopy(model), strict=True)
+    forced = rmtc.compile(copy.deepcopy(model), strict=True, schedule="shortest")
+    for segments, runs, eager in ((32, 1, 0), (2, 1, 1), (32, 2, 1), (2, 2, 2)):
+        tokens = torch.randint(0, 100, (1, segments * 8))
+        with torch.no_grad():
+            expected = copy.deepcopy(model)(tokens).logits
+            torch.testing.assert_close(fast(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(forced(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+        stats = rmtc.stats(fast)
+        assert (stats.runs, stats.eager, stats.fallbacks) == (runs, eager, {})
+    assert rmtc.stats(forced).runs == 4 and rmtc.stats(fast).captures == 1
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize(("segments", "chosen"), [(2, "as written"), (32, "shortest")])
+def test_an_explanation_says_what_is_chosen_and_by_which_numbers(segments: int, chosen: str) -> None:
+    model, args = armt_llama.build(**SIZE | {"segments": segments})
+    answer = rmtc.explain(model)(*args)
+    assert [each.name for each in answer.candidates] == ["as written", "shortest"]
+    assert [each.name for each in answer.candidates if each.chosen] == [chosen]
+    assert answer.candidates[1].steps == segments + 3 and answer.candidates[0].steps == 4 * segments
+    text = " ".join(str(answer).split())
+    assert MEASURED.source in text and "measured.json" in text
+    assert ("runs a call of these sizes as it is written" in text) == (chosen == "as written")
+    assert ("rmtc.compile runs the model by this schedule" in text) == (chosen == "shortest")
+
+
+def test_a_schedule_has_to_be_clearly_faster() -> None:
+    (way, *_) = ways(analyzed("ARMT over Llama"))
+    sizes = Sizes(8, 1, 8)
+    written = as_written(way.works, sizes, MEASURED)
+    assert pays(way.estimate(sizes, MEASURED), written)
+    slow = CostModel(1e-5, 0.0, 0.0, 1e-6, 0.0, 0.0, 0.0, 0.0)
+    assert not pays(way.estimate(sizes, slow), as_written(way.works, sizes, slow))
+
+
+def test_a_cost_model_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert CostModel.from_json(MEASURED.to_json()) == MEASURED
+    for wrong in ("[]", "{}", "nonsense", MEASURED.to_json().replace("3.1e-06", "-1"), '{"launch": 1}'):
+        with pytest.raises(ValueError):
+            CostModel.from_json(wrong)
+    file = tmp_path / "mine.json"
+    monkeypatch.setenv("RMTC_COST_MODEL", str(file))
+    for content in (None, "{}"):
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(rmtc.RmtcError, match="RMTC_COST_MODEL") as caught:
+            measure.cost_model(torch.device("cpu"), torch.float32)
+        assert caught.value.remedy
+    file.write_text(MEASURED.to_json())
+    assert measure.cost_model(torch.device("cpu"), torch.float32).launch == MEASURED.launch
+
+
+def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RMTC_COST_MODEL")
+    monkeypatch.setenv("RMTC_CACHE_DIR", str(tmp_path / "kept"))
+    measured: list[torch.dtype] = []
+    original = measure.measure
+
+    def counting(device: torch.device, dtype: torch.dtype) -> CostModel:
+        measured.append(dtype)
+        return original(device, dtype)
+
+    monkeypatch.setattr(measure, "measure", counting)
+    models = []
+    for _ in range(2):  # another process has nothing in memory
+        measure._kept.cache_clear()
+        models += [measure.cost_model(torch.device(kind), torch.float64) for kind in ("cpu", "meta")]
+    assert measured == [torch.float64] and len({*models}) == 1
+    (model, *_) = models
+    assert min(model.launch, model.operand, model.written, model.call, model.product, model.grouped, model.byte) > 0
+    assert "float64" in model.source
+    (file,) = (tmp_path / "kept").iterdir()
+    file.write_text("broken")
+    measure._kept.cache_clear()
+    assert measure.cost_model(torch.device("cpu"), torch.float64) and len(measured) == 2
+    measure._kept.cache_clear()
