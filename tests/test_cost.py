@@ -53,15 +53,15 @@ def test_the_products_of_a_call_are_those_that_torch_counts(name: str) -> None:
 
 
 def test_an_operation_takes_as_long_as_the_slower_of_computing_and_moving() -> None:
-    model = CostModel(1.0, 0.0, 0.0, 2.0, 0.0, product=0.5, grouped=0.25, byte=0.125)
+    model = CostModel(1.0, 0.0, 0.0, 2.0, 0.0, product=0.5, byte=0.125, spread=1.5)
     product, copy_of = Work(flops=80, activations=8, weights=40), Work(activations=16)
     assert model.operation(copy_of, 1, model.written) == 2 + 16 * 0.125
-    assert model.operation(copy_of, 4, model.launch) == 1 + 4 * 16 * 0.125
+    assert model.operation(copy_of, 4, model.launch) == 1 + 1.5 * 4 * 16 * 0.125
     assert model.operation(product, 1, model.launch) == 1 + 80 * 0.5
-    assert model.operation(product, 4, model.launch) == 1 + 4 * 80 * 0.25
+    assert model.operation(product, 4, model.launch) == 1 + 1.5 * 4 * 80 * 0.5
     assert model.operation(product, 4, model.launch, one_layer=True) == 1 + 4 * 80 * 0.5
     heavy = Work(flops=1, activations=8, weights=4000)
-    assert model.operation(heavy, 4, model.launch) == 1 + (4 * 8 + 4 * 4000) * 0.125
+    assert model.operation(heavy, 4, model.launch) == 1 + 1.5 * (4 * 8 + 4 * 4000) * 0.125
     assert model.operation(heavy, 4, model.launch, one_layer=True) == 1 + (4 * 8 + 4000) * 0.125
     assert product.at(2.0) == Work(160, 16, 40)
 
@@ -159,7 +159,7 @@ def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monkey
         models += [measure.cost_model(torch.device(kind), torch.float64) for kind in ("cpu", "meta")]
     assert measured == [torch.float64] and len({*models}) == 1
     (model, *_) = models
-    assert min(model.launch, model.operand, model.written, model.call, model.product, model.grouped, model.byte) > 0
+    assert min(model.launch, model.operand, model.written, model.call, model.product, model.byte, model.spread) > 0
     assert "float64" in model.source
     (file,) = (tmp_path / "kept").iterdir()
     file.write_text("broken")

@@ -25,7 +25,7 @@ FIRST = {
     "capturing": ("rmtc.capture", "Capture.run", 1),
     "reroll": ("rmtc.analysis", "reroll", 0),
     "prove": ("rmtc.analysis", "prove_loop", 0),
-    "check": ("rmtc.runtime.variant", "check_against", 0),
+    "check": ("rmtc.runtime.estimate", "check_against", 0),
     "rewrite": ("rmtc.runtime.estimate", "rewrite", 0),
     "planning weights": ("rmtc.runtime.weights", "_names", 1),
     "guards of arguments": ("rmtc.runtime.variant", "ArgumentGuard", 0),

@@ -22,9 +22,9 @@ class CostModel:
         outside: seconds that an operation takes before or after the segments, or for all of them once.
         written: seconds that an operation of the model's own code takes at least, with the modules around it.
         call: seconds that a scheduled call takes besides its groups: guards, and results put together.
-        product: seconds that a floating-point operation of a matrix product takes, ...
-        grouped: ... and of a batched one, of several cells with weights of their own.
+        product: seconds that a floating-point operation of a matrix product takes.
         byte: seconds that a byte takes that is read or written.
+        spread: how many times as long all this takes for several cells with weights of their own.
         source: where the numbers come from, in words.
     """
 
@@ -34,8 +34,8 @@ class CostModel:
     written: float
     call: float
     product: float
-    grouped: float
     byte: float
+    spread: float
     source: str = "given"
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class CostModel:
             if each.name == "source":
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ValueError(f"{each.name} is a number of seconds, not {value!r}")
+                raise ValueError(f"{each.name} is a number that is not negative, not {value!r}")
 
     def operation(self, work: Work, cells: int, least: float, one_layer: bool = False) -> float:
         """Seconds of one operation for several cells at once.
@@ -57,7 +57,7 @@ class CostModel:
         """
         alone = cells == 1 or one_layer
         moved = cells * work.activations + (1 if alone else cells) * work.weights
-        return least + max(cells * work.flops * (self.product if alone else self.grouped), moved * self.byte)
+        return least + (1 if alone else self.spread) * max(cells * work.flops * self.product, moved * self.byte)
 
     def to_json(self) -> str:
         """As an object of JSON, its constants by name."""

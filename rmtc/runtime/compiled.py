@@ -103,6 +103,7 @@ class _Known:
     errors: int = 0  # inside rmtc
     broken: _Eager | None = None  # the last of them
     settled: bool = False
+    kinds: frozenset[Any] = frozenset()  # of the model's parameters: weights that were not there may be loaded later
 
     def holds(self, arguments: Arguments) -> bool:
         """Whether what the refused call could see is still there."""
@@ -355,6 +356,9 @@ class Compiled:
         given = dict(arguments.named())
         if given.get("past_key_values") is not None or _generating(self.function):
             return _Eager()
+        short = self._short(arguments)
+        if short is not None:
+            return short
         watched = self._watched()
         if watched is not None:
             return _Eager(watched)
@@ -368,8 +372,6 @@ class Compiled:
             sizes = variant.match(arguments)
             if isinstance(sizes, str):
                 differences.append(sizes)
-            elif sizes.segments < 2 or not variant.worth(sizes):
-                return _Eager()
             elif sizes in variant.failed and variant.failed[sizes].times >= _RUNS:
                 return _Eager(variant.failed[sizes].reason, detail=variant.failed[sizes].detail)
             elif variant.counter is None and variant.refused and (sizes, variant.entry(sizes.batch)) in variant.refused:
@@ -383,22 +385,37 @@ class Compiled:
                     return _Eager(variant.counter)
                 return _Run(variant, ready) if ready is not None else _Admit(variant, sizes)
         known = self._known.get(self._key(arguments))
+        if known is not None and known.kinds != self._kinds():
+            known = None
         if known is not None and known.broken is not None and known.errors >= _CAPTURES:
             return known.broken
         tired = known is not None and known.tries > self.options.recompile_limit
         if known is not None and (known.state is None or tired or known.holds(arguments)):
             if known.refusal is not None:
                 return _Eager(known.refusal.reason, known.refusal, known=known)
-            if known.short is not None:
-                sizes = known.short.sizes(arguments)
-                if not isinstance(sizes, str) and sizes.segments < 2:
-                    return _Eager(known=known)
         limited = self._limited(differences)
         if limited is not None:
             return limited
         if self._probes > _PROBES:
             return _Eager(f"{_PROBES} calls of as many structures were of one segment", detail="no more are looked at")
         return _Capture(tuple(differences))
+
+    def _short(self, arguments: Arguments) -> _Eager | None:
+        """What becomes of a call that is so short that the code as written is faster, told from its sizes alone.
+
+        Whatever has changed in the model since, it is right to run it as it is.
+        """
+        for variant in list(self.variants):
+            sizes = variant.arguments.sizes(arguments)
+            if not isinstance(sizes, str) and (sizes.segments < 2 or not variant.worth(sizes)):
+                return _Eager()
+        known = self._known.get(self._key(arguments)) if not self.variants else None
+        if known is None or known.short is None:
+            return None
+        sizes = known.short.sizes(arguments)
+        if isinstance(sizes, str) or sizes.segments > 1 or (known.state is not None and not known.holds(arguments)):
+            return None
+        return _Eager(known=known)
 
     def _limited(self, differences: Sequence[str]) -> _Eager | None:
         """What becomes of a call that would be one capture too many; None if it would not."""
@@ -414,10 +431,13 @@ class Compiled:
             (path, (leaf.dtype, leaf.ndim, leaf.device) if isinstance(leaf, torch.Tensor) else str(leaf))
             for path, leaf in arguments.leaves().items()
         )
-        kinds: frozenset[Any] = frozenset()
-        if isinstance(self.function, nn.Module):  # weights that were not there may have been loaded since
-            kinds = frozenset((type(each), each.dtype, each.device) for each in self.function.parameters())
-        return leaves, modes(), getattr(self.function, "training", None), kinds
+        return leaves, modes(), getattr(self.function, "training", None)
+
+    def _kinds(self) -> frozenset[Any]:
+        """What kinds of parameters the model has."""
+        if not isinstance(self.function, nn.Module):
+            return frozenset()
+        return frozenset((type(each), each.dtype, each.device) for each in self.function.parameters())
 
     def _watched(self) -> str | None:
         if self._hooks is None:
@@ -556,6 +576,8 @@ class Compiled:
             return limited
         self._default_values = _signature(self._inner)
         known = self._known.setdefault(key, _Known())
+        if known.kinds != (kinds := self._kinds()):
+            known = self._known[key] = _Known(kinds=kinds)
         known.refusal, known.short, known.settled, known.tries = None, None, False, known.tries + 1
         try:
             with contextlib.suppress(RmtcError):  # a session that cannot be opened: so it will be
