@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -84,9 +85,11 @@ def measure(build: Callable[[], tuple[Any, tuple[Any, ...]]], repeats: int) -> d
         if kind != "eager" and not close(call(), expected):
             raise SystemExit(f"{kind}: the result differs from eager's; no time is shown for it")
     times: dict[str, list[float]] = {kind: [] for kind in calls}
+    order, turns = list(calls), random.Random(0)
     for run in range(repeats + 1):
-        for kind, call in calls.items():
-            took = seconds(call)
+        turns.shuffle(order)  # what runs after the same code finds it in caches
+        for kind in order:
+            took = seconds(calls[kind])
             if run:  # the first one warms up
                 times[kind].append(took)
     ratios = [a / b for a, b in zip(times["eager"], times["best"], strict=True)]

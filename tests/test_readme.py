@@ -58,7 +58,7 @@ def test_what_comes_out(model: str, row: tuple[str, str, str]) -> None:
 
 
 def without_counts(text: str) -> str:
-    """The text but for line breaks, and numbers of operations and what follows, which other versions of torch change."""
+    """The text but for line breaks, and numbers of operations and times, which the version of torch may change."""
     return re.sub(r"\b[0-9.]+ (operations|edges|of them|ms)", r"n \1", " ".join(text.split()))
 
 

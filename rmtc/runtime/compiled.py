@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _RUNS = 3  # a run that failed for some sizes is tried that often in all
 _CAPTURES = 2  # and a capture that an error inside rmtc ended
+_LOOKS = 8  # in one of so many calls of one segment it is seen whether the model has changed
 _ROUNDS = 8  # other threads may change the model between what is decided and what is done
 _IN_A_RUN = (
     "in a run by the schedule of rmtc: if the call does not raise this under rmtc.disabled(model), report it, please"
@@ -100,6 +101,7 @@ class _Known:
     refusal: RmtcError | None = None
     state: StateGuard | None = None
     tries: int = 0
+    calls: int = 0  # of one segment
     errors: int = 0  # inside rmtc
     broken: _Eager | None = None  # the last of them
     settled: bool = False
@@ -413,9 +415,11 @@ class Compiled:
         if known is None or known.short is None:
             return None
         sizes = known.short.sizes(arguments)
-        if isinstance(sizes, str) or sizes.segments > 1 or (known.state is not None and not known.holds(arguments)):
+        if isinstance(sizes, str) or sizes.segments > 1:
             return None
-        return _Eager(known=known)
+        known.calls += 1
+        looks = known.calls % _LOOKS == 1  # a model that has changed may cut the same text into several segments
+        return None if looks and known.state is not None and not known.holds(arguments) else _Eager(known=known)
 
     def _limited(self, differences: Sequence[str]) -> _Eager | None:
         """What becomes of a call that would be one capture too many; None if it would not."""
