@@ -21,6 +21,7 @@ from rmtc.ir.wavefront import Body, Input, WavefrontProgram
 from rmtc.passes.check import Checked
 from rmtc.passes.group import run_schedule
 from rmtc.passes.pipeline import Proven, check_against, rewrite, run_by_parts
+from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.measure import cost_model
 from rmtc.runtime.plan import plan_run
 
@@ -170,7 +171,7 @@ class Way:
 
 
 def ways(analysis: Analysis, max_group: int | None = None) -> list[Way]:
-    """The ways to run a loop, the one with the fewest steps first: each proven, and held against a run.
+    """The ways to run a loop, the one with the fewest steps first: each proven, held against a run, and replayed.
 
     Args:
         analysis: one with a schedule.
@@ -194,6 +195,7 @@ def ways(analysis: Analysis, max_group: int | None = None) -> list[Way]:
                 replace(proven, schedule=replace(schedule, block=block)), third.program, *third.sizes
             )
         program = replace(rewrite(proven, schedule=name), max_group=max_group)
+        check_plan(program, plan_run(program, *third.sizes), third.sizes.segments)
         found.append(Way(name, proven, program, Works(proven.loop, third, checked), divided))
     return found
 
