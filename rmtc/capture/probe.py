@@ -373,7 +373,7 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
     if segment_length is not None and segment_length < 1:
         raise CaptureError(
             f"segment_length={segment_length} was given: a segment has at least one position",
-            remedy="pass the number of positions that the forward takes at a time, or leave segment_length out",
+            remedy="pass the number of positions from one segment to the next, or leave segment_length out",
         )
     prober = _Prober(session)
     candidates = [(*_with_batch(session, growth), length) for growth, length in _candidates(session)]
@@ -405,7 +405,7 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
             raise CaptureError(
                 f"segment_length={segment_length} was given, but in no argument do that many positions make one "
                 "segment and one more begin the next",
-                remedy="pass the number of positions that the forward takes at a time, or leave segment_length out",
+                remedy="pass the number of positions from one segment to the next, or leave segment_length out",
             )
         pieces = (
             ". The place is the first that cuts an argument; pieces that are folded into the batch run at once already"

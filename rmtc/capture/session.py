@@ -352,7 +352,7 @@ def translate(error: Exception) -> RmtcError:
             "schedule holds for every input",
             location=location,
             remedy="keep the value in a tensor (torch.where instead of if), or take .item() and the branch out of the "
-            "segment loop",
+            "forward: before the call",
         )
     if isinstance(error, DynamicOutputShapeException):
         return RefusedError(

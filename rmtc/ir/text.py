@@ -84,7 +84,8 @@ def _title(explanation: Explanation) -> str:
         return f"{explanation.name}: refused, nothing shorter than its {runs} in sequence could be proven"
     steps = at(explanation.schedule.makespan, explanation.segments, explanation.layers)
     proven = "legal and best possible" if _optimal(explanation) else "legal"
-    return f"{explanation.name}: {count(steps, 'step')} instead of {number}, proven {proven}"
+    parts = f" for whole cells; in {explanation.parts} parts, {explanation.layers}" if explanation.parts > 1 else ""
+    return f"{explanation.name}: {count(steps, 'step')} instead of {number}, proven {proven}{parts}"
 
 
 def _optimal(explanation: Explanation) -> bool:
