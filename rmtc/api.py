@@ -48,6 +48,7 @@ def explain(
 
     Raises:
         TypeError: if ``function`` cannot be called.
+        ValueError: if ``segments`` is below 1.
         CaptureError: (from the call) if the call is no loop over segments, or its code cannot be traced.
         VerifyError: (from the call) if rmtc's own result fails its check.
 
@@ -57,6 +58,9 @@ def explain(
 
     if not callable(function):
         raise TypeError(f"rmtc.explain takes a module or a function, not something of type {type(function).__name__}")
+
+    if segments is not None and segments < 1:
+        raise ValueError(f"segments is at least 1, not {segments}")
 
     def call(*args: Any, **kwargs: Any) -> Explanation:
         with own_modes(function):

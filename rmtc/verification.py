@@ -92,8 +92,11 @@ def verify(
         A callable that takes the arguments of one call.
 
     Raises:
+        ValueError: if ``tolerance`` is negative.
         RefusedError, CaptureError: (from the call) if there is no schedule to run.
     """
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance is not negative, and {tolerance} is")
 
     def call(*args: Any, **kwargs: Any) -> Verification:
         try:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compare import SEGMENT, WIDTH, text
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rmtc
@@ -116,6 +119,58 @@ def test_an_explanation_says_what_is_chosen_and_by_which_numbers(segments: int, 
     assert ("rmtc.compile runs the model by this schedule" in text) == (chosen == "shortest")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("strict", [False, True])
+def test_short_calls_of_another_structure_are_silent(strict: bool) -> None:
+    fast = rmtc.compile(Sized().double(), strict=strict)
+    fast(text(4, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(20):
+            fast(text(1, 2), scale=2.0)
+    stats = rmtc.stats(fast)
+    assert (stats.runs, stats.eager, stats.captures) == (1, 20, 1)
+
+
+@torch.no_grad()
+def test_a_model_that_changes_before_each_short_call() -> None:
+    fast = rmtc.compile(Sized().double(), strict=True)
+    for number in range(300):
+        fast.tag = number
+        fast(text(1, 2))
+    assert rmtc.stats(fast).eager == 300
+
+
+@torch.no_grad()
+def test_a_segment_that_becomes_shorter_is_seen_before_long() -> None:
+    model = Sized().double()
+    model.segment = 4 * SEGMENT
+    fast = rmtc.compile(copy.deepcopy(model), strict=True)
+    fast(text(16, 2))
+    fast.segment = model.segment = SEGMENT
+    for _ in range(10):
+        torch.testing.assert_close(fast(text(4, 2)), model(text(4, 2)), rtol=1e-10, atol=1e-10)
+    stats = rmtc.stats(fast)
+    assert stats.captures == 2 and stats.runs > 2 and stats.last_run is not None and stats.last_run.segments == 4
+
+
+class Sized(nn.Module):
+    """Takes segments of a length that is an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.segment, self.tag = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2)), SEGMENT, 0
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        memories, pieces = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers], []
+        for piece in x.split(self.segment, 1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number][:, None]) * scale
+                memories[number] = piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
 def test_a_schedule_has_to_be_clearly_faster() -> None:
     (way, *_) = ways(analyzed("ARMT over Llama"))
     sizes = Sizes(8, 1, 8)
@@ -165,4 +220,26 @@ def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monkey
     file.write_text("broken")
     measure._kept.cache_clear()
     assert measure.cost_model(torch.device("cpu"), torch.float64) and len(measured) == 2
+    measure._kept.cache_clear()
+
+
+def test_measuring_leaves_the_callers_modes_and_random_numbers() -> None:
+    before = torch.get_rng_state()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = measure.measure(torch.device("cpu"), torch.float32)
+        assert torch.is_autocast_enabled("cpu") and found.written > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_cannot_be_measured_has_constants_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RMTC_COST_MODEL")
+    monkeypatch.setenv("RMTC_CACHE_DIR", str(tmp_path))
+
+    def failing(device: torch.device, dtype: torch.dtype) -> CostModel:
+        raise NotImplementedError("injected")
+
+    monkeypatch.setattr(measure, "measure", failing)
+    measure._kept.cache_clear()
+    assert "could not be measured" in measure.cost_model(torch.device("cpu"), torch.float8_e4m3fn).source
+    monkeypatch.undo()
     measure._kept.cache_clear()

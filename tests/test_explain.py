@@ -548,3 +548,11 @@ def test_a_hint_of_several_segments_is_named(times: int) -> None:
     assert answer.schedule is None and answer.reason is not None and answer.remedy is not None
     assert answer.reason.startswith(f"with segment_length={length}, which was given, ")
     assert f"such as a part of {length}" in answer.remedy
+
+
+def test_numbers_that_are_none_are_told() -> None:
+    with pytest.raises(ValueError, match="segments is at least 1, not 0"):
+        rmtc.explain(models.Associative(), segments=0)
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="tolerance"):
+            rmtc.verify(models.Associative(), tolerance=wrong)

@@ -16,6 +16,7 @@ from rmtc.capture import Capture, Captured
 from rmtc.capture.events import Event, Made, Named, Viewed
 from rmtc.capture.other_sizes import Told, follows, tell
 from rmtc.capture.probe import Sizes
+from rmtc.compiler import compiled_of
 
 SEGMENT = 6
 FOUR = [Sizes(3, 2, 6), Sizes(3, 5, 3), Sizes(3, 1, 6), Sizes(3, 1, 5)]
@@ -147,6 +148,18 @@ def test_calls_of_few_segments_are_told_from_calls_of_as_many(monkeypatch: pytes
     for batch, tail in itertools.product((3, 4, 6), (2, 4, 6)):
         analysis.admit(Sizes(2, batch, tail))
     assert 0 < len(traced) <= 5 and {at.segments for at in traced} == {2}
+
+
+@torch.no_grad()
+def test_a_short_call_that_is_refused_makes_no_second_capture_of_whole_ones() -> None:
+    model = Model("short")
+    fast = rmtc.compile(copy.deepcopy(model))
+    with pytest.warns(rmtc.FallbackWarning, match="runs other operations than one of 6"):
+        for number, tail in enumerate((SEGMENT, 4, SEGMENT, 3)):
+            hidden = torch.randn(2, (3 + number) * SEGMENT + tail, 8)
+            torch.testing.assert_close(fast(hidden), model(hidden))
+    compiled = compiled_of(fast)
+    assert compiled is not None and len(compiled.variants) == 1 and rmtc.stats(fast).runs == 2
 
 
 @torch.no_grad()

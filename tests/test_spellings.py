@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -249,3 +251,107 @@ def test_lists_that_grow_together(indexed: bool) -> None:
     assert twins.distances == {LOWER, OWN}
     with pytest.raises((rmtc.RmtcError, IndexError)):  # a mistake, or another loop than the captured one
         twins.fast(cut(6, 2, SEGMENT), cut(4, 2, SEGMENT))
+
+
+class Paired(nn.Module):
+    """Adds something to each segment, for as long as there is something to add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(linears())
+
+    def forward(self, segments: list[Tensor], more: list[Tensor]) -> list[Tensor]:
+        memories = [segments[0].new_zeros(segments[0].shape[0], WIDTH) for _ in self.layers]
+        pieces = []
+        for piece, added in zip(segments, more):  # noqa: B905 (the shorter of both tells)
+            piece = piece + added
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number][:, None])
+                memories[number] = piece.mean(1)
+            pieces.append(piece)
+        return pieces
+
+
+@torch.no_grad()
+def test_lists_that_are_no_longer_of_one_kind_are_no_text() -> None:
+    torch.manual_seed(0)
+    model = Paired().double()
+    fast = rmtc.compile(copy.deepcopy(model))
+
+    def pieces(count: int) -> list[Tensor]:
+        return list(text(count, 2).split(SEGMENT, 1))
+
+    odd = torch.randn(WIDTH, dtype=torch.float64)
+    given = [
+        (4, pieces(4)),
+        (5, pieces(5)),
+        (4, [*pieces(6), odd]),
+        (4, [*pieces(3), odd]),
+        (6, pieces(4)),
+        (4, pieces(6)),
+    ]
+    for count, more in given:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rmtc.FallbackWarning)
+            found, expected = fast(pieces(count), more), model(pieces(count), more)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert rmtc.stats(fast).runs >= 2
+
+
+class Prefixed(nn.Module):
+    """A list that is read as a whole before the loop, and may be as long as that of segments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(linears())
+
+    def forward(self, segments: list[Tensor], prefix: list[Tensor]) -> list[Tensor]:
+        memories, pieces = [torch.cat(prefix, 1).mean(1) for _ in self.layers], []
+        for piece in segments:
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number][:, None])
+                memories[number] = piece.mean(1)
+            pieces.append(piece)
+        return pieces
+
+
+@pytest.mark.parametrize("items", [4, 2])
+def test_a_list_of_the_same_length_need_not_grow(items: int) -> None:
+    segments, prefix = (list(text(count, 2).split(SEGMENT, 1)) for count in (4, items))
+    answer = rmtc.explain(Prefixed().double())(segments, prefix)
+    assert answer.schedule is not None and answer.growing == ("segments: a list, one item a segment",)
+
+
+class Feed(nn.Module):
+    """A layer with parts whose names end in numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.ln_1, self.ln_2 = *linears()[:2], nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, piece: Tensor, before: Tensor | None) -> Tensor:
+        context = self.ln_1(piece if before is None else torch.cat([before, piece], 1))
+        piece = piece + F.scaled_dot_product_attention(self.ln_1(piece), context, context)
+        made: Tensor = piece + self.fc2(torch.relu(self.fc1(self.ln_2(piece))))
+        return made
+
+
+class Feeds(nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Feed() for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        caches: list[Any] = [None] * len(self.layers)
+        pieces = []
+        for piece in x.split(SEGMENT, 1):
+            for number, layer in enumerate(self.layers):
+                caches[number], piece = piece, layer(piece, caches[number])
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_parts_of_a_layer_that_are_numbered_are_no_layers(count: int) -> None:
+    answer = rmtc.explain(Feeds(count).double())(text(5, 2))
+    assert answer.layers == count and answer.schedule is not None and answer.schedule.a == 0

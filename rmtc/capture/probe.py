@@ -348,13 +348,16 @@ def _joined(
     """Lists that grow together as one: all of one length, if one or two items of each run what those of one do."""
     made: list[tuple[Growth, int, int, int]] = []
     for each in found:
-        growth, length, batch, _ = each
+        growth, length, batch, segment = each
         lists = {path for path, count in session.arguments.lists().items() if growth.lists and count == length}
-        together, _ = _with_batch(session, Growth(lists=frozenset(lists)))
+        lists = {path for path in lists if not any(path != other and path[: len(other)] == other for other in lists)}
         if len(lists) > 1:
-            alone, both = ([prober.of_model(grown, count, batch) for count in (1, 2)] for grown in (growth, together))
-            if None not in both and alone == both:
-                each = (together, *each[1:])
+            together, both = _with_batch(session, Growth(lists=frozenset(lists)))
+            alone, joined = ([prober.of_model(one, count, batch) for count in (1, 2)] for one in (growth, together))
+            # Another item of one alone begins no other segment: the other list ends.
+            ends = prober.of_model(growth, length + 1, batch) in (None, prober.of_model(growth, length, batch))
+            if ends and None not in joined and alone == joined:
+                each = (together, length, both, segment)
         if each not in made:
             made.append(each)
     return made

@@ -45,7 +45,7 @@ class Target:
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, object]:
-    """``name=value`` pairs as keyword arguments; a value that is no Python literal is a string.
+    """``name=value`` pairs as keyword arguments; a value that is no Python literal, true, false or null is a string.
 
     Raises:
         TargetError: if a pair has no name or no ``=``.
@@ -59,7 +59,7 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, object]:
         try:
             settings[name] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            settings[name] = value
+            settings[name] = {"true": True, "false": False, "null": None}.get(value.strip().lower(), value)
     return settings
 
 

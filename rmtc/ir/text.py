@@ -6,6 +6,7 @@ Every term (cell, class, distance vector, step, makespan, critical path) is said
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import sympy
@@ -211,10 +212,8 @@ def _from_reader(item: Dependence) -> str:
     """What makes a tensor, its layer seen from the one that reads it."""
     dl = sympy.sympify(item.distance[1])
     away = f"l{-int(dl):+}" if dl.is_Integer and dl else "L-1" if sympy.expand(dl + L - 1) == 0 else "l"
-    known = item.producer.replace("{l}", f"{{{away}}}")
-    return known.replace(
-        "{l+1}", f"{{{away}+1}}" if away in ("l", "L-1") else f"{{l{1 - int(dl):+}}}".replace("+0", "")
-    )
+    from_one = f"{away}+1" if away in ("l", "L-1") else f"l{1 - int(dl):+}" if dl != 1 else "l"
+    return re.sub(r"\{l(\+1)?\}", lambda found: f"{{{from_one if found[1] else away}}}", item.producer)
 
 
 def _schedule(page: Page, schedule: Schedule, segments: int, *, runs: bool, parts: int = 1) -> None:

@@ -48,9 +48,10 @@ def fold_segments(
         return _fold(short, long, sources, steady_from)
     except RefusedError:
         carried = carry(short, long)
-        if carried is None:
-            raise
-        return fold_segments(*carried, sources, steady_from, growing)
+        if carried is not None:
+            with contextlib.suppress(RefusedError):  # of what the user's code does not say
+                return fold_segments(*carried, sources, steady_from, growing)
+        raise
 
 
 def _fold(short: Run, long: Run, sources: dict[str, Source], steady_from: int) -> SegmentLoop:

@@ -31,7 +31,7 @@ from rmtc.passes.retime import Retimed, retime
 from rmtc.passes.run import Run
 from rmtc.passes.segments import find_segments
 from rmtc.passes.split import split_layers
-from rmtc.passes.streams import Family, find_anchors, find_family, uses
+from rmtc.passes.streams import Family, Uses, find_anchors, find_family, uses
 
 __all__ = ["PassInfo", "Proven", "check_against", "passes", "prove_loop", "reroll", "retime_loop", "timed"]
 
@@ -116,7 +116,9 @@ def reroll(
     found = [uses(program, growing) for program, *_ in runs]
     anchors = find_anchors(found[0], found[1], (runs[0][1], runs[1][1]))
     counts = Counter(name for names in found[0].names for name in names)
-    family = find_family(found[0], counts, hint)
+    sources = runs[0][0].sources.values()
+    parameters = {name for source in sources if source.kind == "parameter" for name in source.names}
+    family = find_family(counts, hint, parameters)
     if hint is not None and family is None:
         raise CaptureError(
             f"no parameters are named {hint}.0, {hint}.1, ...",
@@ -127,6 +129,26 @@ def reroll(
             "no parameter is used once a segment, so the segments cannot be told apart",
             remedy="is this a loop over segments? pass layers=... to name the list of layers",
         )
+    try:
+        return _rerolled(runs, found, anchors, family, growing, lists, segment_length, watch)
+    except (CaptureError, RefusedError):
+        if family is None or family.listed or hint is not None:
+            raise
+        # Names that end in a number are perhaps those of one layer's parts.
+        return _rerolled(runs, found, anchors, None, growing, lists, segment_length, watch)
+
+
+def _rerolled(
+    runs: Sequence[tuple[Program, int, int, int]],
+    found: Sequence[Uses],
+    anchors: Sequence[dict[int, int]],
+    family: Family | None,
+    growing: frozenset[str],
+    lists: frozenset[str],
+    segment_length: int,
+    watch: Watch | None,
+) -> tuple[SegmentLoop, Family | None]:
+    """The loop, with layers of a family or without; the rest as in :func:`reroll`."""
     divided: list[Run] = []
     for (program, segments, batch, tail), use, anchor in zip(runs, found, anchors, strict=True):
         layers = {i: family.layer(use.names[i]) for i in anchor} if family is not None else {}

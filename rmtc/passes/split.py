@@ -64,7 +64,7 @@ def split_layers(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop,
         order += range(layout.epilogue[0], len(ops))
         orders.append(order)
         layouts.append(Layout(layout.prologue, tuple(itertools.pairwise(bounds)), layout.epilogue))
-    divided = None if family is None else _Parts(family.prefixes, family.layers, family.first, parts)
+    divided = None if family is None else _Parts(family.prefixes, family.layers, family.first, family.listed, parts)
     loop = classified(replace(reordered(loop, orders), layouts=tuple(layouts)), divided)
     return find_dependences(loop, divided), divided, parts
 

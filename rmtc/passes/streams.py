@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 import torch
@@ -90,11 +90,13 @@ class Family:
         prefixes: what stands before the integer; more than one when several lists run side by side.
         layers: number of layers.
         first: the integer of the first layer.
+        listed: whether they are in lists, and not only named so.
     """
 
     prefixes: tuple[str, ...]
     layers: int
     first: int = 0
+    listed: bool = True
 
     def layer(self, names: Iterable[str]) -> int | None:
         """The one layer that names belong to, None if none or several."""
@@ -133,13 +135,13 @@ def template(family: Family | None, name: str) -> str:
     return family.template(name) if family else name
 
 
-def find_family(use: Uses, counts: Counter[str], hint: str | None = None) -> Family | None:
+def find_family(counts: Counter[str], hint: str | None = None, parameters: Set[str] = frozenset()) -> Family | None:
     """The list of layers: the outermost list of parameters that takes part in most operations.
 
     Args:
-        use: the uses.
         counts: how often each name is used.
         hint: the user's name for the list, ``model.layers``.
+        parameters: the names of parameters: a list of them comes before one of other tensors.
     """
     members: dict[str, dict[int, int]] = {}
     lists: set[str] = set()
@@ -156,13 +158,22 @@ def find_family(use: Uses, counts: Counter[str], hint: str | None = None) -> Fam
         for prefix, found in members.items()
         if sorted(found) == [n + _first(prefix, found, lists) for n in range(len(found))]
     }
+    # Names that end in a number inside of a list's items, such as fc1 and fc2, are parts of a layer.
+    whole = {
+        prefix: found
+        for prefix, found in whole.items()
+        if prefix in lists or not any(prefix.startswith(other) for other in lists)
+    }
     if not whole:
         return None
     # A list of one is a list only if there is no longer one, and a name that ends in a number only if there is no list.
-    best = max(
-        whole,
-        key=lambda prefix: (len(whole[prefix]) > 1, prefix in lists, sum(whole[prefix].values()), -len(prefix)),
-    )
+    owned = {prefix for prefix in whole if any(name.startswith(prefix) for name in parameters)}
+
+    def rank(prefix: str) -> tuple[bool, bool, bool, int, int]:
+        found = whole[prefix]
+        return len(found) > 1, prefix in owned, prefix in lists, sum(found.values()), -len(prefix)
+
+    best = max(whole, key=rank)
     layers, first = len(whole[best]), min(whole[best])
     prefixes = [best]
     for prefix in sorted(whole, key=len):
@@ -170,7 +181,7 @@ def find_family(use: Uses, counts: Counter[str], hint: str | None = None) -> Fam
         alike = len(whole[prefix]) == layers and min(whole[prefix]) == first and (prefix in lists) == (best in lists)
         if not nested and alike and layers > 1:
             prefixes.append(prefix)
-    return Family(tuple(prefixes), layers, first)
+    return Family(tuple(prefixes), layers, first, best in lists)
 
 
 def _first(prefix: str, found: dict[int, int], lists: set[str]) -> int:

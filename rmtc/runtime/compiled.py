@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 _RUNS = 3  # a run that failed for some sizes is tried that often in all
 _CAPTURES = 2  # and a capture that an error inside rmtc ended
-_LOOKS = 8  # in one of so many calls of one segment it is seen whether the model has changed
+_LOOKS = 8  # in one of so many short calls it is seen whether the model has changed
 _ROUNDS = 8  # other threads may change the model between what is decided and what is done
 _IN_A_RUN = (
     "in a run by the schedule of rmtc: if the call does not raise this under rmtc.disabled(model), report it, please"
@@ -102,6 +102,7 @@ class _Known:
     state: StateGuard | None = None
     tries: int = 0
     calls: int = 0  # of one segment
+    ends: ArgumentGuard | None = None  # tells the last length, where only calls with a shorter one are refused
     errors: int = 0  # inside rmtc
     broken: _Eager | None = None  # the last of them
     settled: bool = False
@@ -175,7 +176,7 @@ class Compiled:
         self.variants: list[Variant] = []
         self._known: dict[Any, _Known] = {}
         self._warned: set[str] = set()
-        self._captures = self._replaced = self._probes = 0
+        self._captures = self._replaced = self._probes = self._shorts = 0
         self._default_values = _signature(self._inner)
         self._name_cache: dict[int, tuple[str, ...]] = {}
         self._counts = threading.Lock()
@@ -374,6 +375,8 @@ class Compiled:
             sizes = variant.match(arguments)
             if isinstance(sizes, str):
                 differences.append(sizes)
+            elif sizes.segments < 2 or not variant.worth(sizes):
+                return _Eager()
             elif sizes in variant.failed and variant.failed[sizes].times >= _RUNS:
                 return _Eager(variant.failed[sizes].reason, detail=variant.failed[sizes].detail)
             elif variant.counter is None and variant.refused and (sizes, variant.entry(sizes.batch)) in variant.refused:
@@ -393,8 +396,12 @@ class Compiled:
             return known.broken
         tired = known is not None and known.tries > self.options.recompile_limit
         if known is not None and (known.state is None or tired or known.holds(arguments)):
-            if known.refusal is not None:
+            if known.refusal is not None and not _is_whole(known.ends, arguments):
                 return _Eager(known.refusal.reason, known.refusal, known=known)
+            if known.short is not None:
+                sizes = known.short.sizes(arguments)
+                if not isinstance(sizes, str) and sizes.segments < 2:
+                    return _Eager(known=known)
         limited = self._limited(differences)
         if limited is not None:
             return limited
@@ -405,21 +412,27 @@ class Compiled:
     def _short(self, arguments: Arguments) -> _Eager | None:
         """What becomes of a call that is so short that the code as written is faster, told from its sizes alone.
 
-        Whatever has changed in the model since, it is right to run it as it is.
+        It is right to run such a call as it is, whatever has changed in the model since. Some go the long way: a model
+        that has changed may cut the same text into several segments.
         """
+        now, short = modes(), False
         for variant in list(self.variants):
-            sizes = variant.arguments.sizes(arguments)
-            if not isinstance(sizes, str) and (sizes.segments < 2 or not variant.worth(sizes)):
-                return _Eager()
-        known = self._known.get(self._key(arguments)) if not self.variants else None
+            sizes = variant.arguments.sizes(arguments) if variant.modes == now else ""
+            if not isinstance(sizes, str):
+                if sizes.segments > 1 and variant.worth(sizes):
+                    return None
+                short = True
+        if short:
+            self._shorts += 1
+            return None if self._shorts % _LOOKS == 1 else _Eager()
+        known = self._known.get(self._key(arguments))
         if known is None or known.short is None:
             return None
         sizes = known.short.sizes(arguments)
         if isinstance(sizes, str) or sizes.segments > 1:
             return None
         known.calls += 1
-        looks = known.calls % _LOOKS == 1  # a model that has changed may cut the same text into several segments
-        return None if looks and known.state is not None and not known.holds(arguments) else _Eager(known=known)
+        return None if known.calls % _LOOKS == 1 else _Eager(known=known)
 
     def _limited(self, differences: Sequence[str]) -> _Eager | None:
         """What becomes of a call that would be one capture too many; None if it would not."""
@@ -582,7 +595,8 @@ class Compiled:
         known = self._known.setdefault(key, _Known())
         if known.kinds != (kinds := self._kinds()):
             known = self._known[key] = _Known(kinds=kinds)
-        known.refusal, known.short, known.settled, known.tries = None, None, False, known.tries + 1
+        known.refusal, known.ends, known.short, known.settled = None, None, None, False
+        known.tries += 1
         try:
             with contextlib.suppress(RmtcError):  # a session that cannot be opened: so it will be
                 known.state = StateGuard(self._session(arguments), ())
@@ -637,7 +651,9 @@ class Compiled:
             loop = analysis.proven.loop if analysis.proven is not None else None
             if loop is None or loop.fixed.get("tail", plan.sizes.tail) == plan.sizes.tail:
                 raise
-            known.refusal = _lean(refusal)
+            if any(variant.is_of_whole_segments(arguments) for variant in self.variants):
+                raise
+            known.refusal, known.ends = _lean(refusal), ArgumentGuard(session, plan)
         variant = Variant.make(analysis, self.options.backend, self.options.schedule, self.options.max_group)
         values = {name: slot.value for name, slot in variant._slots.items()}
         if not variant.weights.in_place(values):
@@ -647,6 +663,14 @@ class Compiled:
 
 def _sentence(decision: _Eager) -> str:
     return f"{decision.reason}: {decision.detail}" if decision.detail else str(decision.reason)
+
+
+def _is_whole(ends: ArgumentGuard | None, arguments: Arguments) -> bool:
+    """Whether a call is of whole segments, and another one is refused for the length of its last."""
+    if ends is None:
+        return False
+    sizes = ends.sizes(arguments)
+    return not isinstance(sizes, str) and sizes.tail == ends.segment_length
 
 
 def _is_of_call(error: RmtcError | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,12 +13,13 @@ import torch
 from rmtc.analysis import Analysis
 from rmtc.capture import Captured
 from rmtc.capture.probe import Sizes
+from rmtc.errors import RefusedError, RmtcError, VerifyError
 from rmtc.ir.cost import Candidate, CostModel, Work
 from rmtc.ir.formula import time_formula
 from rmtc.ir.program import VIEWS, Op, Program, Src, Val, leaves
-from rmtc.ir.schedule import Cell
-from rmtc.ir.segment_loop import Key, SegmentLoop
-from rmtc.ir.wavefront import Body, Input, WavefrontProgram
+from rmtc.ir.schedule import Cell, Schedule
+from rmtc.ir.segment_loop import Key, Row, SegmentLoop
+from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 from rmtc.passes.check import Checked
 from rmtc.passes.group import run_schedule
 from rmtc.passes.pipeline import Proven, check_against, rewrite, run_by_parts
@@ -25,8 +27,9 @@ from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.measure import cost_model
 from rmtc.runtime.plan import plan_run
 
-__all__ = ["LONG", "Way", "Works", "as_written", "best_of", "candidates", "pays", "scheduled", "ways"]
+__all__ = ["LONG", "WAYS", "Way", "Works", "as_written", "best_of", "candidates", "pays", "scheduled", "ways"]
 
+logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 LONG = 64
 """By a call of so many segments, if not of more, it is decided which schedule runs; of more the ratios are the same."""
@@ -72,23 +75,27 @@ class Works:
         at = min(segment, self._steady)
         return [_work(self._program, op) for key, op in self._ops.items() if key.segment == at]
 
-    def of(self, body: Body) -> tuple[list[Work], dict[int, int]]:
-        """Those of a body, for one cell, and the bytes of each of its inputs."""
+    def of(self, body: Body) -> list[Work]:
+        """Those of a body, for one cell."""
         row, layer = body.members[-1]
         segment = min(row, self._steady)
         layout = self.loop.layout(segment)
         start = layout.prologue[0]
         if layer >= 0:
             start = layout.epilogue[0] if layer >= self.loop.layers else layout.layers[layer][0]
-        works: list[Work] = []
-        inputs: dict[int, int] = {}
-        for offset, op in body.ops.items():
-            seen = self._ops.get(Key(segment, start + offset))
-            works.append(Work() if seen is None else _work(self._program, seen))
-            for leaf, its in zip(leaves(op.args), leaves(seen.args) if seen is not None else (), strict=False):
-                if isinstance(leaf, Input) and isinstance(its, (Val, Src)):
-                    inputs[leaf.number] = _bytes(_form(self._program, its))
-        return works, inputs
+        seen = (self._ops.get(Key(segment, start + offset)) for offset in body.ops)
+        return [Work() if op is None else _work(self._program, op) for op in seen]
+
+    def inputs(self, body: Body) -> list[int]:
+        """The bytes of each input of a body, for one cell."""
+        return [max((self._bytes_of(*each) for each in choice.items()), default=0) for choice in body.inputs]
+
+    def _bytes_of(self, member: Member, operand: Operand) -> int:
+        """Those of what a member reads, if another cell makes it."""
+        if not isinstance(operand, Row):
+            return 0
+        made = self._ops.get(Key(min(member[0], self._steady) - operand.back, operand.number))
+        return _bytes(made.form) if made is not None else 0
 
 
 def _work(program: Program, op: Op) -> Work:
@@ -170,34 +177,49 @@ class Way:
         return scheduled(self.program, self.works, sizes, model, self.name)
 
 
-def ways(analysis: Analysis, max_group: int | None = None) -> list[Way]:
+WAYS = ("shortest", "diagonal")
+"""What ``schedule=`` may ask for, of what is estimated."""
+
+
+def ways(analysis: Analysis, max_group: int | None = None, names: Sequence[str] = WAYS) -> list[Way]:
     """The ways to run a loop, the one with the fewest steps first: each proven, held against a run, and replayed.
 
     Args:
         analysis: one with a schedule.
         max_group: the most cells that run at once.
+        names: which ones.
 
     Raises:
-        VerifyError: if a schedule fails its check.
+        VerifyError: if the schedules fail their checks.
     """
     whole, third = analysis.proven, analysis.probes[1]
     if whole is None or whole.schedule is None:
         return []
-    shortest, parts = run_by_parts(whole)
     found: list[Way] = []
-    for name, proven, divided in (("shortest", shortest, parts), ("diagonal", whole, 1)):
+    failed: RmtcError | None = None
+    for name in names:
+        proven, parts = run_by_parts(whole) if name == "shortest" else (whole, 1)
         assert proven.schedule is not None
         schedule = run_schedule(proven.schedule, name)
         if found and proven is found[0].proven and schedule == found[0].program.schedule:
             continue
-        for block in (None, 2) if schedule.a == 0 else (None,):
-            checked = check_against(
-                replace(proven, schedule=replace(schedule, block=block)), third.program, *third.sizes
-            )
-        program = replace(rewrite(proven, schedule=name), max_group=max_group)
-        check_plan(program, plan_run(program, *third.sizes), third.sizes.segments)
-        found.append(Way(name, proven, program, Works(proven.loop, third, checked), divided))
+        try:
+            found.append(_way(name, proven, schedule, parts, third, max_group))
+        except (VerifyError, RefusedError) as error:
+            logger.warning("the %s schedule is left out: %s", name, error.reason)
+            failed = failed or error
+    if not found and failed is not None:
+        raise failed
     return found
+
+
+def _way(name: str, proven: Proven, schedule: Schedule, parts: int, run: Captured, max_group: int | None) -> Way:
+    """A way that is held against a run, as a whole and in blocks, and its plan replayed."""
+    for block in (None, 2) if schedule.a == 0 else (None,):
+        checked = check_against(replace(proven, schedule=replace(schedule, block=block)), run.program, *run.sizes)
+    program = replace(rewrite(proven, schedule=name), max_group=max_group)
+    check_plan(program, plan_run(program, *run.sizes), run.sizes.segments)
+    return Way(name, proven, program, Works(proven.loop, run, checked), parts)
 
 
 def candidates(analysis: Analysis) -> tuple[tuple[Candidate, ...], str]:
@@ -235,19 +257,19 @@ def scheduled(program: WavefrontProgram, works: Works, sizes: Sizes, model: Cost
         name: of the candidate.
     """
     plan = plan_run(program, *sizes)
-    batch = sizes.batch / works.batch
-    known: dict[tuple[str, int, bool], tuple[int, float, dict[int, int]]] = {}
+    batch = sizes.batch / max(1, works.batch)
+    known: dict[tuple[str, int, bool], tuple[int, float, list[int]]] = {}
     outside = len(program.shared) + len(program.loop.before) + len(program.loop.after)
     launches, seconds = outside, model.call + outside * model.outside
     for launch in plan.launches:
         cells = len(launch.cells)
         key = launch.body.name, cells, launch.one_layer
         if key not in known:
-            done, sizes_of = works.of(_steady(program, launch.body))
-            times = [model.operation(work.at(batch), cells, model.launch, launch.one_layer) for work in done]
-            known[key] = len(times), sum(times), sizes_of
+            done = [work.at(batch) for work in works.of(_steady(program, launch.body))]
+            times = [model.operation(work, cells, model.launch, launch.one_layer) for work in done]
+            known[key] = len(times), sum(times), works.inputs(launch.body)
         launches += known[key][0]
-        copied = sum(known[key][2].get(number, 0) for number, pieces in enumerate(launch.inputs) if len(pieces) > 1)
+        copied = sum(size for size, pieces in zip(known[key][2], launch.inputs, strict=True) if len(pieces) > 1)
         operands = sum(map(len, launch.inputs)) + len(launch.body.weights)
         seconds += known[key][1] + operands * model.operand + 2 * copied * cells * batch * model.byte
     schedule = program.schedule
@@ -265,9 +287,10 @@ def _steady(program: WavefrontProgram, body: Body) -> Body:
 
 def as_written(works: Works, sizes: Sizes, model: CostModel) -> Candidate:
     """A call as it is, one cell after another."""
-    batch = sizes.batch / works.batch
+    batch = sizes.batch / max(1, works.batch)
     rows = len(works.loop.rows)
-    launches, seconds = 0, 0.0
+    launches = len(works.loop.before) + len(works.loop.after)
+    seconds = launches * model.written
     for segment in range(min(sizes.segments, rows + 1)):
         times = [model.operation(work.at(batch), 1, model.written) for work in works.segment(segment)]
         often = 1 if segment < rows else sizes.segments - rows

@@ -92,6 +92,8 @@ class ArgumentGuard:
                     batches.add(leaf.shape[0])
         lists = arguments.lists() if plan.growth.lists else {}
         counts: set[int] = set()
+        if unlike := plan.growth.lists - lists.keys():
+            return f"{show(min(unlike, key=str))} is no list of items of one kind"
         for path in plan.growth.lists & lists.keys():
             length_of = self._list_length(arguments, path, lists[path])
             if isinstance(length_of, str):
@@ -109,21 +111,29 @@ class ArgumentGuard:
         segments = -(-length // plan.segment_length)
         return Sizes(segments, batch, length - (segments - 1) * plan.segment_length)
 
+    @property
+    def segment_length(self) -> int:
+        """Positions of a segment."""
+        return self._plan.segment_length
+
     def _list_length(self, arguments: Arguments, path: Path, items: int) -> int | str | None:
         """The positions of a list with one item a segment, None if it does not tell; or how an item differs."""
         growth, tensors = self._plan.growth, dict[tuple[int, Path], torch.Tensor]()
         for each, tensor in arguments.tensors().items():
             if growth.list_of(each) == path:
                 tensors[each[len(path)], each[len(path) + 1 :]] = tensor
-        last: int | None = None if growth.item_dims else growth.item_length
+        ends = set() if growth.item_dims else {growth.item_length}
         for (number, place), tensor in tensors.items():
             first = tensors[0, place]
             expected = list(first.shape)
             for dim in (dim for at, dim in growth.item_dims if at == path + place and number == items - 1):
-                last = expected[dim] = min(tensor.shape[dim], expected[dim])
+                expected[dim] = min(tensor.shape[dim], expected[dim])
+                ends.add(expected[dim])
             if list(tensor.shape) != expected or (tensor.dtype, tensor.device) != (first.dtype, first.device):
                 return f"item {number} of {show(path)} is of another shape or kind than the first"
-        return None if last is None else (items - 1) * growth.item_length + last
+        if len(ends) > 1:
+            return f"the last item of {show(path)} has tensors of several lengths"
+        return (items - 1) * growth.item_length + ends.pop() if ends else None
 
     def _given(self, arguments: Arguments) -> dict[Path, Any]:
         """The leaves by path; of a list with one item a segment, the first item's."""

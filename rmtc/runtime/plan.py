@@ -112,7 +112,7 @@ class _Planner:
         self.one_layer = program.schedule.time(Cell(1, 0)) == 0  # then a step has cells of one layer
         self.width = program.max_group
         if self.one_layer:
-            self.width = self.width or max(_LEAST, -(-_ROWS // (batch * self.loop.segment_length)))
+            self.width = self.width or max(_LEAST, -(-_ROWS // max(1, batch * self.loop.segment_length)))
             self.schedule = replace(self.schedule, block=self.width)
         self.places: dict[Cell, _Place] = {}
         self.launches: list[Launch] = []

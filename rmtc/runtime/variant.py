@@ -29,7 +29,7 @@ from rmtc.passes.group import run_schedule
 from rmtc.passes.pipeline import check_against, rewrite
 from rmtc.passes.prove import SEQUENTIAL_REMEDY
 from rmtc.runtime.backends import Backend, Runner
-from rmtc.runtime.estimate import LONG, Way, as_written, best_of, pays, ways
+from rmtc.runtime.estimate import LONG, WAYS, Way, as_written, best_of, pays, ways
 from rmtc.runtime.executor import Run
 from rmtc.runtime.guards import ArgumentGuard, modes
 from rmtc.runtime.measure import cost_model
@@ -147,8 +147,8 @@ class Variant:
             program, parts = replace(rewrite(proven, schedule=kind), max_group=max_group), 1
             way = None
         else:
-            found = ways(analysis, max_group)
-            way = found[0] if kind == "shortest" else found[-1]
+            found = ways(analysis, max_group, WAYS if kind == "best" else (kind,))
+            way = found[0]
             if kind == "best":
                 model = cost_model(*analysis.kind)
                 way = best_of(found, analysis.capture.plan.sizes, model)
@@ -231,13 +231,23 @@ class Variant:
             return True
         few = sizes._replace(segments=min(sizes.segments, LONG))  # the ratio of longer calls is the same
         if few not in self._worth:
-            written = as_written(self._way.works, few, self._model)
-            scheduled = self._way.estimate(few, self._model)
+            try:
+                written = as_written(self._way.works, few, self._model)
+                scheduled = self._way.estimate(few, self._model)
+            except Exception:  # a call of other sizes than were seen runs by its schedule, or says why not
+                logger.exception("no estimate for %s", few)
+                return True
             self._worth[few] = pays(scheduled, written)
-            logger.info(
-                "%s: %s", few, "; ".join(f"{each.name} {1e3 * each.seconds:.2f} ms" for each in (written, scheduled))
-            )
+            times = (f"{each.name} {1e3 * each.seconds:.2f} ms" for each in (written, scheduled))
+            logger.info("%s: %s", few, "; ".join(times))
         return self._worth[few]
+
+    def is_of_whole_segments(self, arguments: Arguments) -> bool:
+        """Whether this is the capture of such calls with a last segment that is no shorter."""
+        sizes = self.arguments.sizes(arguments)
+        loop = self.program.loop
+        whole = loop.fixed.get("tail") == loop.segment_length
+        return whole and not isinstance(sizes, str) and self.state.differs(arguments) is None
 
     def stale(self) -> bool:
         """Whether a parameter was replaced or changed its dtype or device: no later call can be this one's again."""
