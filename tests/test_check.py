@@ -536,7 +536,7 @@ def test_a_size_that_is_left_open_is_the_one_there_is(
         )
         for shape in (run, loop)
     )
-    at = [Place(0, 0, None, 0, 0)]
+    at = [Place(0, 0, 0, None, 0)]
     if same and target is aten.view.default:
         assert check(trace, claimed, at, (), 1).nodes == 1
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -180,7 +181,8 @@ class Labelled(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         memories = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers]
-        found, pieces = 0.0, []
+        found: Any = 0.0
+        pieces = []
         for piece in x.split(SEGMENT, dim=1):
             for number, layer in enumerate(self.layers):
                 piece = piece + torch.tanh(layer(piece) + memories[number][:, None])
@@ -188,7 +190,8 @@ class Labelled(nn.Module):
                 found += memories[number].square().mean()
             pieces.append(self.head(piece))
         logits = torch.cat(pieces, dim=1)[:, :-1].contiguous()
-        return F.cross_entropy(logits.view(-1, 11), labels[:, 1:].reshape(-1)) + found
+        loss: Tensor = F.cross_entropy(logits.view(-1, 11), labels[:, 1:].reshape(-1)) + found
+        return loss
 
 
 @torch.no_grad()

@@ -30,10 +30,28 @@ class _Memory:
     Attributes:
         tensor: ``(rows, *shape)``; None once a parameter was moved elsewhere, so that nothing keeps it alive.
         rows: the row at each address.
+        views: those of some rows, which each call asks for again: first, last, step.
     """
 
     tensor: torch.Tensor | None
     rows: dict[int, int]
+    views: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
+
+    def part(self, first: int, last: int, step: int) -> torch.Tensor | None:
+        """A view of some rows; None if the parameters lie elsewhere by now."""
+        view = self.views.get((first, last, step))
+        tensor = self.tensor
+        if view is None and tensor is not None:
+            with torch.inference_mode(False):
+                view = self.views[first, last, step] = tensor[first : last + 1 : step]
+            if self.tensor is None:  # another thread has moved a parameter
+                self.views.clear()
+        return view
+
+    def let_go(self) -> None:
+        """Keep nothing alive."""
+        self.tensor = None
+        self.views.clear()
 
 
 _memories: weakref.WeakSet[_Memory] = weakref.WeakSet()
@@ -57,12 +75,9 @@ class _Stack:
 
     def part(self, first: int, last: int, step: int) -> torch.Tensor | None:
         """A view of some rows; None if the parameters lie elsewhere by now."""
-        tensor = self.memory.tensor if self.memory is not None else None
-        if tensor is None:
+        if self.memory is None:
             return None
-        at = [self.first + self.step * row for row in (first, last)]
-        view: torch.Tensor = tensor[at[0] : at[1] + 1 : self.step * step]
-        return view
+        return self.memory.part(self.first + self.step * first, self.first + self.step * last, self.step * step)
 
 
 @dataclass
@@ -81,6 +96,7 @@ class Weights:
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     _layout: list[list[Any]] | None = None
+    _parts: dict[tuple[str, int, tuple[int, ...]], tuple[_Stack, int, int, int]] = field(default_factory=dict)
 
     @staticmethod
     def plan(program: WavefrontProgram, movable: set[str]) -> Weights:
@@ -127,7 +143,9 @@ class Weights:
         self._layout = [[one.setdefault(each, each) for each in held] for held in layout]
         logger.info("stacked %d parameters in %d stacks", len(self.names), len(self.stacks))
 
-    def rows(self, body: Body, number: int, layers: Sequence[int], values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def rows(
+        self, body: Body, number: int, layers: tuple[int, ...], values: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
         """The tensors of some layers behind a group axis: a view of the stack, or a copy.
 
         Args:
@@ -135,6 +153,9 @@ class Weights:
             layers: evenly spaced among the body's.
             values: all tensors by name.
         """
+        known = self._parts.get((body.name, number, layers))
+        if known is not None and (view := known[0].part(*known[1:])) is not None:
+            return view
         names = [body.weights[number][layer] for layer in layers]
         places = [self.places.get(name) for name in names]
         if all(place is not None for place in places):
@@ -144,6 +165,7 @@ class Weights:
             stack: _Stack = self.stacks[ids[0]]
             view = stack.part(rows[0], rows[-1], step) if len(set(ids)) == 1 and even else None
             if view is not None:
+                self._parts[body.name, number, layers] = stack, rows[0], rows[-1], step
                 return view
         if len(set(names)) == 1:
             return values[names[0]].detach().unsqueeze(0).expand(len(names), *values[names[0]].shape)
@@ -229,7 +251,7 @@ def _together(parameters: Sequence[torch.Tensor]) -> _Memory:
     left = {parameter.data_ptr() for parameter in parameters}
     for memory in list(_memories):
         if memory.tensor is not None and not left.isdisjoint(memory.rows):
-            memory.tensor = None
+            memory.let_go()
     for row, parameter in enumerate(parameters):
         parameter.data = from_dlpack(tensor[row])
     made = _Memory(tensor, {parameter.data_ptr(): row for row, parameter in enumerate(parameters)})
