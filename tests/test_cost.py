@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from compare import SEGMENT, WIDTH, text
+from compare import LAYERS, SEGMENT, WIDTH, text
+from test_blocks import KeysCached
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -117,6 +118,14 @@ def test_an_explanation_says_what_is_chosen_and_by_which_numbers(segments: int, 
     assert MEASURED.source in text and "measured.json" in text
     assert ("runs a call of these sizes as it is written" in text) == (chosen == "as written")
     assert ("rmtc.compile runs the model by this schedule" in text) == (chosen == "shortest")
+
+
+def test_divided_layers_are_one_of_the_ways() -> None:
+    answer = rmtc.explain(KeysCached().double())(text(7, 2))
+    written, shortest, diagonal = answer.candidates
+    assert (written.name, written.steps, written.time) == ("as written", 7 * LAYERS, "")
+    assert (shortest.name, shortest.steps, shortest.time) == ("shortest", 2 * LAYERS, "l") and answer.parts == 2
+    assert (diagonal.name, diagonal.steps, diagonal.time) == ("diagonal", 7 + LAYERS - 1, "s + l")
 
 
 @torch.no_grad()

@@ -228,7 +228,7 @@ def candidates(analysis: Analysis) -> tuple[tuple[Candidate, ...], str]:
     if not found or sizes.segments < 2:
         return (), ""
     model = cost_model(*analysis.kind)
-    written = as_written(found[0].works, sizes, model)
+    written = as_written(found[-1].works, sizes, model)  # in whole cells
     way = best_of(found, sizes, model)
     others = [each.estimate(sizes, model) for each in found]
     chosen = way.name if pays(way.estimate(sizes, model), written) else written.name
