@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from drawn import OPTIONS, SEGMENT, Choices, build, features, least_a, memories_of, text_of
+from drawn import OPTIONS, SEGMENT, Choices, build, edges, features, least_a, memories_of, text_of
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -104,6 +104,8 @@ def examine(choices: Choices, must_run: bool = True) -> str:
     layers, lowest, highest = choices.layers, least_a(choices, operations=True), least_a(choices)
     pair = Pair(choices)
     more = 3 if choices.ds > 1 else 0
+    if must_run:
+        _depends_as_built(choices, SEGMENTS + more)
     try:
         pair.run(SEGMENTS + more, choices.batch, choices.tail)
     except (RefusedError, CaptureError) as refusal:
@@ -136,6 +138,27 @@ def examine(choices: Choices, must_run: bool = True) -> str:
             return "ran, but not for all sizes"
         _ran(pair, segments, explanation.layers, a, b)
     return "ran"
+
+
+def _depends_as_built(choices: Choices, segments: int) -> None:
+    """Each cell waits for just those of earlier segments that the model was built to read from.
+
+    In its own segment a layer waits for the one below; what else it reads there may be filed in a layer between.
+    """
+    answer = rmtc.explain(build(choices)[0])(text_of(choices, segments, choices.batch, choices.tail))
+    cells = [Cell(s, layer) for s in range(segments) for layer in range(choices.layers)]
+    found = {(each.producers(cell, choices.layers), cell) for each in answer.dependences for cell in cells}
+    waits = {(made, cell) for made, cell in found if made is not None and made.segment >= 0}
+    built = {(Cell(*made), Cell(*cell)) for made, cell in edges(choices, segments)}
+    assert answer.layers == choices.layers
+    assert {each for each in waits if _recurs(*each)} == {each for each in built if _recurs(*each)}
+    within = {(made.layer, cell.layer) for made, cell in waits if not _recurs(made, cell)}
+    assert within >= {(layer - 1, layer) for layer in range(1, choices.layers)}
+    assert all(made < layer for made, layer in within)
+
+
+def _recurs(made: Cell, cell: Cell) -> bool:
+    return made.segment < cell.segment
 
 
 def _ran(pair: Pair, segments: int, layers: int, a: int, b: int) -> None:

@@ -69,6 +69,7 @@ class _Completion:
         self._expressions: list[dict[int, Hashable]] = [{}, {}]
         self._known: dict[Hashable, int] = {}
         self._readers = [_readers(*each) for each in zip(self._ops, self._segment, strict=True)]
+        self._by_line: dict[tuple[int, int], tuple[list[int], dict[Hashable, list[int]]]] = {}
         self._lines = {(n, s): Counter(_line(self._ops[n][i]) for i in row) for (n, s), row in self.rows.items()}
 
     def run(self, number: int) -> Run:
@@ -197,11 +198,13 @@ class _Completion:
         (number, r), (other, s) = reference, member
         if number == other or min(r, s) < 1:
             return args
-        place = self._in_line(number, r, i)
-        lines = [self._of_line(each, at - 1, _line(self._ops[number][i])) for each, at in (reference, member)]
-        if place < 0 or any(place >= len(line) for line in lines):
+        line = _line(self._ops[number][i])
+        here = self._of_lines(number, r).get(line, [])
+        then_at, own_at = (self._of_lines(each, at - 1).get(line, []) for each, at in (reference, member))
+        place = here.index(i) if i in here else len(then_at)
+        if place >= min(len(then_at), len(own_at)):
             return args
-        then, own = (self._ops[each][line[place]].args for each, line in zip((number, other), lines, strict=True))
+        then, own = self._ops[number][then_at[place]].args, self._ops[other][own_at[place]].args
         if structure(then) != structure(args) or structure(own) != structure(args):
             return args
         own_leaves = iter(
@@ -212,14 +215,15 @@ class _Completion:
         )
         return map_leaves(args, lambda _: next(own_leaves))
 
-    def _of_line(self, number: int, s: int, line: Hashable) -> list[int]:
-        """The operations of a segment that a line of the user's code runs."""
-        return [j for j in self.rows[number, s] if _line(self._ops[number][j]) == line]
-
-    def _in_line(self, number: int, s: int, i: int) -> int:
-        """Which one of its line an operation of a segment is; -1 if it is none."""
-        found = self._of_line(number, s, _line(self._ops[number][i]))
-        return found.index(i) if i in found else -1
+    def _of_lines(self, number: int, s: int) -> dict[Hashable, list[int]]:
+        """The operations of a segment by the line of the user's code that runs them, in order."""
+        row, known = self.rows[number, s], self._by_line.get((number, s))
+        if known is None or known[0] is not row:
+            found: dict[Hashable, list[int]] = {}
+            for i in row:
+                found.setdefault(_line(self._ops[number][i]), []).append(i)
+            known = self._by_line[number, s] = row, found
+        return known[1]
 
     def _standing(self, number: int, s: int, i: int, other: int, t: int) -> int | None:
         """What stands in a segment of a run where an operation stands in one of the other run, or of the same."""

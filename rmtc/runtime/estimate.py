@@ -222,9 +222,9 @@ def _way(name: str, proven: Proven, schedule: Schedule, parts: int, run: Capture
     return Way(name, proven, program, Works(proven.loop, run, checked), parts)
 
 
-def candidates(analysis: Analysis) -> tuple[tuple[Candidate, ...], str]:
+def candidates(found: Sequence[Way], analysis: Analysis) -> tuple[tuple[Candidate, ...], str]:
     """The ways to run the analysed call with their estimates, as written first, and where their constants come from."""
-    found, sizes = ways(analysis), analysis.capture.plan.sizes
+    sizes = analysis.capture.plan.sizes
     if not found or sizes.segments < 2:
         return (), ""
     model = cost_model(*analysis.kind)
