@@ -195,7 +195,6 @@ def _answer(blank: Explanation, analysis: Analysis) -> Explanation:
         remedy=SEQUENTIAL_REMEDY if proof.cycle else None,
         operations=operations_view(folded, retimed, blank.segments),
         strips=strips(folded, blank.segments),
-        parts=found[0].parts if found else 1,
         candidates=estimates,
         costs=costs,
     )

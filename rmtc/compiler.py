@@ -21,7 +21,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 _KEY = "_compiled_call_impl"  # where `nn.Module.compile` keeps its call, too: copies and pickles go without it
 _OPTIONS = ("reorder_random", "max_group")
-_SCHEDULES = ("best", "shortest", "diagonal", "sequential")
+_SCHEDULES = ("best", "shortest", "fission", "diagonal", "sequential")
 _KEYWORDS = ["backend", "strict", "disable", "recompile_limit", "layers", "segment_length", "schedule", "options"]
 _OF_TORCH = {
     "fullgraph": "strict=True raises where a model would run as before",

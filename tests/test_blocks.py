@@ -105,7 +105,7 @@ def test_layers_in_parts_where_keys_are_cached(block: int | None) -> None:
 
 
 def test_a_layer_that_waits_for_itself_stays_whole() -> None:
-    twins = Twins(Summed)
+    twins = Twins(Summed, schedule="shortest")
     twins.call(text(7, 2))
     assert last_run(twins).parts == 1 and last_run(twins).steps == 7 + LAYERS - 1
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from compare import text
 from models import LOOPS
-from test_blocks import Cached, KeysCached
+from test_blocks import Cached, KeysCached, Summed
+from test_phases import OneRecurrent
 
 from rmtc.analysis import analyze
 from rmtc.errors import VerifyError
@@ -22,6 +23,8 @@ from rmtc.runtime.plan import Part, Plan, plan_run
 MODELS: dict[str, Callable[[], tuple[object, tuple[object, ...]]]] = {
     "windows": lambda: (Cached().double(), (text(4, 2),)),
     "keys": lambda: (KeysCached().double(), (text(4, 2),)),
+    "sums": lambda: (Summed().double(), (text(4, 2),)),
+    "keys and a state": lambda: (OneRecurrent().double(), (text(4, 2),)),
     **{name: LOOPS[name] for name in ("attributes", "stacked weights", "transformer-xl")},
 }
 

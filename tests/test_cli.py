@@ -173,7 +173,7 @@ def test_schedule_prints_the_schedule_of_the_call_or_of_n_segments(api: Api) -> 
 
 def test_a_schedule_for_more_segments_than_are_replayed_says_so(api: Api) -> None:
     result = rmtc("schedule", "user_models.py:build", "--segments", "513", "--format", "csv")
-    assert result.code == 0 and "\n514,epilogue,E0,512,3\n" in f"\n{result.out}"
+    assert result.code == 0 and "\n514,epilogue,E0,512,3,\n" in f"\n{result.out}"
     assert "the loop's Python was run for 512 segments, not for 513" in result.err
     assert api.hints["segments"] == 512
     api.answer = armt(600, 3)
@@ -186,7 +186,7 @@ def test_a_schedule_for_more_segments_than_are_replayed_says_so(api: Api) -> Non
     [
         ("text", "Schedule of 4 segments"),
         ("json", '{\n  "refused": false'),
-        ("csv", "step,stage,class,segment,layer\n0,prologue,P0,0,-1\n"),
+        ("csv", "step,stage,class,segment,layer,part\n0,prologue,P0,0,-1,\n"),
         ("dot", "digraph schedule {"),
         ("mermaid", "flowchart LR\n"),
     ],

@@ -78,11 +78,11 @@ def test_estimates_add_up() -> None:
     for way in found:
         estimate = way.estimate(sizes, second)
         assert estimate.seconds == estimate.launches > estimate.steps
-    written = as_written(found[0].works, sizes, second)
+    written = as_written(found[0], sizes, second)
     assert written.seconds == written.launches and written.steps == 32
-    longer = as_written(found[0].works, sizes._replace(segments=9), second)
+    longer = as_written(found[0], sizes._replace(segments=9), second)
     steady = longer.launches - written.launches
-    much_longer = as_written(found[0].works, sizes._replace(segments=108), second)
+    much_longer = as_written(found[0], sizes._replace(segments=108), second)
     assert much_longer.launches == written.launches + 100 * steady
     shortest, diagonal = (way.estimate(sizes, second) for way in found)
     assert shortest.steps == 4 < diagonal.steps == 11 < written.steps
@@ -124,7 +124,9 @@ def test_divided_layers_are_one_of_the_ways() -> None:
     answer = rmtc.explain(KeysCached().double())(text(7, 2))
     written, shortest, diagonal = answer.candidates
     assert (written.name, written.steps, written.time) == ("as written", 7 * LAYERS, "")
-    assert (shortest.name, shortest.steps, shortest.time) == ("shortest", 2 * LAYERS, "l") and answer.parts == 2
+    assert (shortest.name, shortest.steps, shortest.time) == ("shortest", LAYERS, "p")
+    assert shortest.schedule is not None and shortest.schedule.parts == (2,) * LAYERS
+    assert written.schedule is None and diagonal.schedule is not None and diagonal.schedule.parts == ()
     assert (diagonal.name, diagonal.steps, diagonal.time) == ("diagonal", 7 + LAYERS - 1, "s + l")
 
 
@@ -183,10 +185,10 @@ class Sized(nn.Module):
 def test_a_schedule_has_to_be_clearly_faster() -> None:
     (way, *_) = ways(analyzed("ARMT over Llama"))
     sizes = Sizes(8, 1, 8)
-    written = as_written(way.works, sizes, MEASURED)
+    written = as_written(way, sizes, MEASURED)
     assert pays(way.estimate(sizes, MEASURED), written)
     slow = CostModel(1e-5, 0.0, 0.0, 1e-6, 0.0, 0.0, 0.0, 0.0)
-    assert not pays(way.estimate(sizes, slow), as_written(way.works, sizes, slow))
+    assert not pays(way.estimate(sizes, slow), as_written(way, sizes, slow))
 
 
 def test_a_cost_model_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,7 @@ def test_rows_of_a_stage_repeat_its_last_class() -> None:
     assert [long.class_of(Cell(s, 1)) for s in range(4)] == ["C1"] * 4
 
 
-@pytest.mark.parametrize("name", ["a b", "", "a\u00a0b", "a\nb"])
+@pytest.mark.parametrize("name", ["a b", "-", "a\u00a0b", "a\nb"])
 def test_what_could_not_be_read_back_is_not_written(name: str) -> None:
     for schedule in (Schedule(1, 1, 1, 4, ((name,),)), Schedule(1, 1, 1, 4, (), {"prologue": (name,)})):
         with pytest.raises(NotationError, match="is no word"):

@@ -47,6 +47,7 @@ class Entry:
         where: the end of the name of the file with the line that the refusal names, and a part of that line.
         tensor: what the package's code calls the tensor that closes the cycle.
         layers: L.
+        apart: whether a smaller recurrence than the layers can run apart from the rest.
         whole: whether a short last segment runs other operations than a full one.
     """
 
@@ -58,6 +59,7 @@ class Entry:
     where: tuple[str, str] = ("", "")
     tensor: str = ""
     layers: int = LAYERS
+    apart: bool = False
     whole: bool = False
 
     @property
@@ -312,7 +314,12 @@ CLOSES = "closes a cycle"
 
 ZOO: dict[str, Entry] = {
     "block-recurrent, r = w": Entry(
-        "`block-recurrent-transformer-pytorch`", lambda: block_recurrent(3, 1, 1), vectors(LOWER, OWN), 1, whole=True
+        "`block-recurrent-transformer-pytorch`",
+        lambda: block_recurrent(3, 1, 1),
+        vectors(LOWER, OWN),
+        1,
+        apart=True,
+        whole=True,
     ),
     "block-recurrent, r < w": Entry(
         "the same, read two layers below where it writes (L = 4)",
@@ -322,8 +329,12 @@ ZOO: dict[str, Entry] = {
         layers=4,
         whole=True,
     ),
-    "infini": Entry("`infini-transformer-pytorch`, the caller's loop", lambda: infini(False), vectors(LOWER, OWN), 1),
-    "infini, delta rule": Entry("the same under the delta rule", lambda: infini(True), vectors(LOWER, OWN), 1),
+    "infini": Entry(
+        "`infini-transformer-pytorch`, the caller's loop", lambda: infini(False), vectors(LOWER, OWN), 1, apart=True
+    ),
+    "infini, delta rule": Entry(
+        "the same under the delta rule", lambda: infini(True), vectors(LOWER, OWN), 1, apart=True
+    ),
     "infini wrapper": Entry(
         "`.item()` in its forward",
         infini_wrapper,

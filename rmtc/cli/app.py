@@ -6,7 +6,7 @@ Whatever imports torch is imported inside a command, so that ``rmtc --help`` ans
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -21,7 +21,7 @@ from rmtc.errors import RefusedError, RmtcError
 if TYPE_CHECKING:
     from rmtc.benchmark import Benchmark
     from rmtc.ir.explanation import Explanation
-    from rmtc.ir.schedule import Cell, Schedule
+    from rmtc.ir.schedule import Cell, Dependence, Schedule
     from rmtc.verification import Verification
 
 __all__ = ["app", "main"]
@@ -54,10 +54,11 @@ class Format(StrEnum):
 
 
 class Kind(StrEnum):
-    """What `rmtc verify` and `rmtc bench` can run."""
+    """What ``schedule=`` of :func:`rmtc.compile` may be."""
 
     shortest = "shortest"
     best = "best"
+    fission = "fission"
     diagonal = "diagonal"
     sequential = "sequential"
 
@@ -90,8 +91,8 @@ ScheduleKind = Annotated[
     Kind,
     typer.Option(
         "--schedule",
-        help="What to run: the fewest steps, what is estimated to be fastest, one cell of a layer in a step, or one "
-        "after another.",
+        help="Which one: the fewest steps, what is estimated to be fastest, recurrences apart from what is in none, "
+        "one cell of a layer in a step, or one after another.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
@@ -144,6 +145,7 @@ def schedule(
             show_default="text",
         ),
     ] = None,
+    kind: ScheduleKind = Kind.shortest,
     settings: Settings = None,
     layers: LayersHint = None,
     segment_length: LengthHint = None,
@@ -168,7 +170,8 @@ def schedule(
         seen = max(answer.segments, _REPLAYED)
         if segments is not None and segments > seen:
             note(f"the loop's Python was run for {seen} segments, not for {segments}: a longer call may differ")
-        emit(_written(answer, found, segments or answer.segments, form), output)
+        found, dependences = _of_kind(answer, found, kind)
+        emit(_written(answer.name, found, dependences, segments or answer.segments, form), output)
 
 
 @app.command()
@@ -245,7 +248,7 @@ def study(
         elif answer.schedule is None:
             note(_refused(answer, Format.text) + (f"\n{output} was not written" if output else ""))
         else:
-            emit(_written(answer, answer.schedule, segments, form), output)
+            emit(_written(answer.name, answer.schedule, answer.dependences, segments, form), output)
         if strict and answer.schedule is None:
             raise typer.Exit(FAILED)
 
@@ -428,7 +431,20 @@ def _explain(
     return answer
 
 
-def _written(answer: Explanation, schedule: Schedule, segments: int, form: Format) -> str:
+def _of_kind(answer: Explanation, proven: Schedule, kind: Kind) -> tuple[Schedule, Sequence[Dependence]]:
+    """The schedule of a kind with the dependences between its cells."""
+    from rmtc.passes.group import run_schedule
+
+    way = answer.chosen if kind is Kind.best else answer.way(kind)
+    if way is not None and way.schedule is not None:
+        return way.schedule, way.dependences
+    if kind is Kind.fission:
+        raise UsageError("nothing in this model runs apart with fewer operations in sequence: see rmtc explain")
+    written = way is not None  # the best is the model as it is written
+    return run_schedule(proven, "sequential" if written else kind), answer.dependences
+
+
+def _written(name: str, schedule: Schedule, dependences: Sequence[Dependence], segments: int, form: Format) -> str:
     from rmtc import report
     from rmtc.ir.text import schedule_text
 
@@ -436,10 +452,10 @@ def _written(answer: Explanation, schedule: Schedule, segments: int, form: Forma
         Format.text: lambda: schedule_text(schedule, segments),
         Format.json: lambda: report.schedule_json(schedule, segments),
         Format.csv: lambda: report.schedule_csv(schedule, segments),
-        Format.dot: lambda: report.schedule_dot(schedule, segments, answer.dependences),
-        Format.mermaid: lambda: report.schedule_mermaid(schedule, segments, answer.dependences),
-        Format.svg: lambda: report.schedule_svg(schedule, segments, answer.dependences),
-        Format.html: lambda: report.schedule_html(schedule, segments, answer.dependences, answer.name),
+        Format.dot: lambda: report.schedule_dot(schedule, segments, dependences),
+        Format.mermaid: lambda: report.schedule_mermaid(schedule, segments, dependences),
+        Format.svg: lambda: report.schedule_svg(schedule, segments, dependences),
+        Format.html: lambda: report.schedule_html(schedule, segments, dependences, name),
         Format.trace: lambda: report.schedule_trace(schedule, segments),
         Format.notation: lambda: replace(schedule, segments=segments).notation,
     }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from rmtc.ir.schedule import Dependence, Schedule
 
 __all__ = ["Candidate", "CostModel", "Work"]
 
@@ -102,11 +104,13 @@ class Candidate:
 
     Attributes:
         name: ``"as written"``, or what ``schedule=`` is to force it.
-        time: the step of cell (s, l), a formula, of part l where layers are divided; empty as written.
+        time: the step of cell (s, l), a formula, of part p where layers are divided; empty as written.
         steps: number of steps of this call; of cells, as written.
         launches: operations in sequence, where the cells of one operation in one group count as one.
         seconds: what it is estimated to take.
         chosen: whether ``schedule="best"`` runs it.
+        schedule: by which it runs this call; None as written.
+        dependences: those between the cells of that schedule, or between their parts.
     """
 
     name: str
@@ -115,3 +119,5 @@ class Candidate:
     launches: int
     seconds: float
     chosen: bool = False
+    schedule: Schedule | None = field(default=None, repr=False)
+    dependences: tuple[Dependence, ...] = field(default=(), repr=False)

@@ -161,7 +161,6 @@ class Explanation:
         operations: what is legal operation by operation; None if that was not asked.
         strips: what several segments in one body gain, where dependences reach over more than one.
         studied: whether the dependences were given, and not found in a model.
-        parts: in how many parts each layer runs, so that all segments of it run at once; 1 for whole cells.
         candidates: the ways to run this call, and what they are estimated to take; as written first.
         costs: where the constants of the estimates come from.
     """
@@ -184,9 +183,17 @@ class Explanation:
     operations: OperationsView | None = None
     strips: tuple[Strip, ...] = ()
     studied: bool = False
-    parts: int = 1
     candidates: tuple[Candidate, ...] = field(default=(), compare=False)
     costs: str = field(default="", compare=False)
+
+    def way(self, name: str) -> Candidate | None:
+        """One of the candidates, by its name; None if it is not among them."""
+        return next((each for each in self.candidates if each.name == name), None)
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """The candidate that ``schedule="best"`` runs; None if there are none, as of a refusal or a single segment."""
+        return next((each for each in self.candidates if each.chosen), None)
 
     def __str__(self) -> str:
         from rmtc.ir.text import explanation_text

@@ -78,16 +78,23 @@ def _position(name: str) -> int:
     return _ORDER.index(name) if name in _ORDER else len(_ORDER)
 
 
-def time_formula(a: int | sympy.Expr, b: int | sympy.Expr) -> str:
-    """``a*s + b*l`` without the ones and zeros: ``s + l``, ``L*s + l``."""
+def time_formula(a: int | sympy.Expr, b: int | sympy.Expr, column: str = "l", first: int = 0) -> str:
+    """``a*s + b*(l - first)`` without the ones and zeros: ``s + l``, ``L*s + l``, ``l - 3``.
+
+    Args:
+        a, b: coefficients.
+        column: the letter for l.
+        first: what is taken from it.
+    """
     terms = []
-    for coefficient, name in ((sympy.sympify(a), "s"), (sympy.sympify(b), "l")):
+    for coefficient, name in ((sympy.sympify(a), "s"), (sympy.sympify(b), column)):
         if coefficient == 1:
             terms.append(name)
         elif coefficient != 0:
             text = formula(coefficient)
             terms.append(f"({text})*{name}" if " " in text else f"{text}*{name}")
-    return " + ".join(terms) or "0"
+    offset = f" - {formula(b * first)}" if b * first else ""
+    return (" + ".join(terms) or "0") + offset
 
 
 def distance_text(distance: tuple[int | sympy.Expr, int | sympy.Expr]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from rmtc.ir.formula import formula, time_formula
+from rmtc.ir.formula import formula
 from rmtc.ir.page import WIDTH, Page, count, elide
 from rmtc.ir.schedule import Cell, Group, L, S, Schedule, Step
 
@@ -27,11 +27,12 @@ def grid(schedule: Schedule, segments: int, *, limit: int = 40, head: int = 20, 
         head: see ``limit``.
         tail: see ``limit``.
     """
-    last = Cell(segments - 1, schedule.layers - 1)
+    last = Cell(segments - 1, schedule.columns - 1)
     label = len(f"s{last.segment}")
-    width = max(len(str(schedule.time(last))), len(f"l{last.layer}"))
+    heads = [schedule.name(Cell(0, column)).removeprefix("s0.") for column in range(schedule.columns)]
+    width = max(len(str(schedule.time(last, segments=segments))), len(heads[-1]))
     fits = (WIDTH - 8 - label) // (width + 2)
-    left, right = elide(schedule.layers, fits, fits - 2 - fits // 3, fits // 3)
+    left, right = elide(schedule.columns, fits, fits - 2 - fits // 3, fits // 3)
     above, below = elide(segments, limit, head, tail)
 
     def row(name: str, cells: list[str], more: list[str]) -> str:
@@ -39,10 +40,13 @@ def grid(schedule: Schedule, segments: int, *, limit: int = 40, head: int = 20, 
         return name.rjust(label) + "".join("  " + cell.rjust(width) for cell in cells + gap + more)
 
     def of(segment: int) -> str:
-        numbers = [[str(schedule.time(Cell(segment, layer))) for layer in part] for part in (left, right)]
+        numbers = [
+            [str(schedule.time(Cell(segment, column), segments=segments)) for column in shown]
+            for shown in (left, right)
+        ]
         return row(f"s{segment}", *numbers)
 
-    lines = [row("", [f"l{layer}" for layer in left], [f"l{layer}" for layer in right])]
+    lines = [row("", [heads[column] for column in left], [heads[column] for column in right])]
     lines += [of(segment) for segment in above]
     if below:
         lines += ["...".rjust(label), *(of(segment) for segment in below)]
@@ -66,11 +70,18 @@ def schedule_text(schedule: Schedule, segments: int | None = None) -> str:
     page.text(
         "A cell is one layer applied to one segment: s2.l1 is layer 1 on segment 2, both counted from 0. The grid "
         "shows the step at which each cell runs; cells of the same step run at the same time."
+        + (
+            " Layers are divided: l1.0 is the first part of layer 1. Part p is counted through all layers."
+            if schedule.parts
+            else ""
+        )
     )
     page.blank()
     page.raw(grid(schedule, segments), 4)
     page.blank()
-    page.text(f"step of cell (s, l) = {time_formula(schedule.a, schedule.b)}", 4)
+    of = "part (s, p)" if schedule.parts else "cell (s, l)"
+    blocks = f" in blocks of {schedule.block} segments" if schedule.block else ""
+    page.text(f"step of {of} = {schedule.formula}{blocks}", 4, hang=2)
     page.text(
         f"steps in all = {formula(schedule.makespan)} = {len(steps)}; one cell after another it would be "
         f"{formula(S * L)} = {segments * schedule.layers}",
@@ -119,7 +130,9 @@ def _group(group: Group) -> str:
 
 
 def _label(group: Group) -> str:
-    return group.cell_class if group.stage == "layer" else f"{group.stage} {group.cell_class}"
+    if group.stage != "layer":
+        return f"{group.stage} {group.cell_class}"
+    return group.cell_class if group.part is None else f"{group.cell_class} (part {group.part})"
 
 
 def _runs(group: Group) -> list[str]:

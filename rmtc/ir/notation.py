@@ -3,6 +3,9 @@
 step of cell (s, l) = s + l, S = 4, L = 3
 s = 0: prologue P0, l0..l2 C1, epilogue E0
 s >= 1: prologue P0, l0..l2 C0, epilogue E0
+
+step of part (s, p) = p, then s from p3, then p - 4 from p4 in blocks of 2 segments, S = 4, L = 2 in 2 + 4 parts
+s >= 0: p0 C0, p1 C1, p2 C0, p3 C3, p4 C4, p5 C5
 """
 
 from __future__ import annotations
@@ -15,17 +18,21 @@ import sympy
 
 from rmtc.errors import RmtcError
 from rmtc.ir.formula import parse, segment_symbol, time_formula
-from rmtc.ir.schedule import Extent, L, Schedule, layer_symbol
+from rmtc.ir.schedule import Extent, L, Phase, Schedule, layer_symbol
 
-__all__ = ["NotationError", "read_schedule", "write_schedule"]
+__all__ = ["NotationError", "read_schedule", "time_text", "write_schedule"]
 
 _FIRST = re.compile(
-    r"step of cell \(s, l\) = (?P<time>.+?)(?: in blocks of (?P<block>[1-9][0-9]*) segments)?"
-    r", S = (?P<S>[0-9]+), L = (?P<L>[0-9]+)"
+    r"step of (?:cell \(s, l\)|part \(s, p\)) = (?P<time>.+?)(?: in blocks of (?P<block>[1-9][0-9]*) segments)?"
+    r", S = (?P<S>[0-9]+), L = (?P<L>[0-9]+)(?: in (?P<parts>[0-9*+ ]+) parts)?"
 )
+_PHASE = re.compile(r"(?P<time>.+) from [lp](?P<first>[0-9]+)")
+_SHARE = re.compile(r"(?:(?P<times>[1-9][0-9]*)\*)?(?P<parts>[1-9][0-9]*)")
 _ROW = re.compile(r"s (?P<which>=|>=) (?P<row>[0-9]+): (?P<parts>.+)")
-_LAYERS = re.compile(r"l(?P<first>[0-9]+)(?:\.\.l(?P<last>[0-9]+))? (?P<name>\S+)")
-_NAME = re.compile(r"\S+")
+_LAYERS = re.compile(r"[lp](?P<first>[0-9]+)(?:\.\.[lp](?P<last>[0-9]+))? (?P<name>\S+)")
+_NAME = re.compile(r"(?!-$)\S+")
+_NOTHING = "-"
+"""Written for a cell that has no operations."""
 _STAGE = re.compile(r"(?P<stage>prologue|epilogue) (?P<name>\S+)")
 
 
@@ -42,35 +49,54 @@ def write_schedule(schedule: Schedule) -> str:
         NotationError: if it could not be read back: the name of a class is no word, or a row has not L layers.
     """
     _check_names(schedule)
-    time = time_formula(schedule.a, schedule.b)
+    time = time_text(schedule)
     if schedule.block is not None:
         time += f" in blocks of {schedule.block} segments"
-    lines = [f"step of cell (s, l) = {time}, S = {schedule.segments}, L = {schedule.layers}"]
+    letter = "p" if schedule.parts else "l"
+    of = f"part (s, {letter})" if schedule.parts else f"cell (s, {letter})"
+    parts = f" in {_shares(schedule.parts)} parts" if schedule.parts else ""
+    lines = [f"step of {of} = {time}, S = {schedule.segments}, L = {schedule.layers}{parts}"]
     stages = schedule.stage_classes
     rows = max(map(len, (schedule.classes, *stages.values())))
     for row in range(rows):
-        parts = list(_runs(schedule.classes[row])) if schedule.classes else []
-        for stage, at in (("prologue", 0), ("epilogue", len(parts) + 1)):
+        said = list(_runs(schedule.classes[row], letter)) if schedule.classes else []
+        for stage, at in (("prologue", 0), ("epilogue", len(said) + 1)):
             if names := stages.get(stage):
-                parts.insert(at, f"{stage} {names[row]}")
-        lines.append(f"s {'=' if row < rows - 1 else '>='} {row}: {', '.join(parts)}")
+                said.insert(at, f"{stage} {names[row] or _NOTHING}")
+        lines.append(f"s {'=' if row < rows - 1 else '>='} {row}: {', '.join(said)}")
     return "\n".join(lines)
+
+
+def time_text(schedule: Schedule) -> str:
+    """The step of a cell, or of a part: a formula, one for each phase."""
+    letter = "p" if schedule.parts else "l"
+    phases = [time_formula(schedule.a, schedule.b, letter)]
+    for each in schedule.later:
+        phases.append(f"{time_formula(each.a, each.b, letter, each.first)} from {letter}{each.first}")
+    return ", then ".join(phases)
+
+
+def _shares(parts: tuple[int, ...]) -> str:
+    """The number of parts of each layer: ``2 + 3*4 + 2`` are 2, 4, 4, 4, 2."""
+    runs = ((number, len(list(same))) for number, same in itertools.groupby(parts))
+    return " + ".join(f"{count}*{number}" if count > 1 else str(number) for number, count in runs)
 
 
 def _check_names(schedule: Schedule) -> None:
     for names in (*schedule.classes, *schedule.stage_classes.values()):
-        if (bad := next((name for name in names if not _NAME.fullmatch(name)), None)) is not None:
+        if (bad := next((name for name in names if name and not _NAME.fullmatch(name)), None)) is not None:
             raise NotationError(f"{bad!r} is no word", remedy="name classes without spaces, such as C0")
     for row in schedule.classes:
-        if len(row) != schedule.layers:
-            raise NotationError(f"a row has classes for {len(row)} layers, not {schedule.layers}")
+        if len(row) != schedule.columns:
+            what = "parts" if schedule.parts else "layers"
+            raise NotationError(f"a row has classes for {len(row)} {what}, not {schedule.columns}")
 
 
-def _runs(names: tuple[str, ...]) -> Iterator[str]:
+def _runs(names: tuple[str, ...], letter: str) -> Iterator[str]:
     start = 0
-    for name, same in itertools.groupby(names):
+    for name, same in itertools.groupby(name or _NOTHING for name in names):
         last = start + len(list(same)) - 1
-        yield f"l{start} {name}" if start == last else f"l{start}..l{last} {name}"
+        yield f"{letter}{start} {name}" if start == last else f"{letter}{start}..{letter}{last} {name}"
         start = last + 1
 
 
@@ -90,7 +116,10 @@ def read_schedule(text: str) -> Schedule:
     segments, layers = int(first["S"]), int(first["L"])
     if segments < 1 or layers < 1:
         raise NotationError(f"a schedule has at least one segment and one layer, not S = {segments}, L = {layers}")
-    a, b = _coefficients(first["time"], layers)
+    parts = _read_shares(first["parts"], layers) if first["parts"] else ()
+    columns = sum(parts) or layers
+    time, *rest = first["time"].split(", then ")
+    (a, b), later = _coefficients(time, layers), tuple(_phases(rest, layers, columns))
     classes: list[tuple[str, ...]] = []
     stages: dict[str, list[str]] = {}
     for number, line in enumerate(lines[1:]):
@@ -100,9 +129,9 @@ def read_schedule(text: str) -> Schedule:
                 f"{line!r} is not the line of segment {number}",
                 remedy="a line each for s = 0, s = 1, ..., the last for s >= n",
             )
-        names, ends = _parts(row["parts"], layers)
-        if len(names) not in (0, layers):
-            raise NotationError(f"{line!r} has {len(names)} layers, not {layers}")
+        names, ends = _parts(row["parts"], columns)
+        if len(names) not in (0, columns):
+            raise NotationError(f"{line!r} has {len(names)} {'parts' if parts else 'layers'}, not {columns}")
         if number and (set(ends) != set(stages) or bool(names) != bool(classes)):
             raise NotationError(
                 f"{line!r} has other parts than the line before it",
@@ -114,18 +143,44 @@ def read_schedule(text: str) -> Schedule:
             stages.setdefault(stage, []).append(name)
     ends_of = {stage: tuple(each) for stage, each in stages.items()}
     block = int(first["block"]) if first["block"] else None
-    return Schedule(a, b, layers, segments, tuple(classes), ends_of, block)
+    return Schedule(a, b, layers, segments, tuple(classes), ends_of, block, parts, later)
 
 
-def _parts(text: str, layers: int) -> tuple[tuple[str, ...], dict[str, str]]:
+def _read_shares(text: str, layers: int) -> tuple[int, ...]:
+    parts: list[int] = []
+    for each in text.split(" + "):
+        share = _SHARE.fullmatch(each)
+        if share is None:
+            raise NotationError(f"{each!r} is no number of parts", remedy="such as 3 or, of two layers, 2*3")
+        parts += [int(share["parts"])] * min(int(share["times"] or 1), layers + 1)
+    if len(parts) != layers:
+        raise NotationError(f"{text!r} are the parts of {len(parts)} layers, not {layers}")
+    return tuple(parts)
+
+
+def _phases(texts: list[str], layers: int, columns: int) -> Iterator[Phase]:
+    """The phases after the first."""
+    before = 0
+    for text in texts:
+        phase = _PHASE.fullmatch(text)
+        if phase is None or not before < int(phase["first"]) < columns:
+            raise NotationError(f"{text!r} is no phase after the one before", remedy="such as: then s from l3")
+        before = int(phase["first"])
+        a, b = _coefficients(phase["time"], layers, before)
+        if not (isinstance(a, int) and isinstance(b, int)):
+            raise NotationError(f"{text!r} has a formula of L for a factor, and the phases are of these layers only")
+        yield Phase(before, a, b)
+
+
+def _parts(text: str, columns: int) -> tuple[tuple[str, ...], dict[str, str]]:
     """The classes of a row's layers, and those of its prologue and epilogue."""
     names: list[str] = []
     ends: dict[str, str] = {}
     for part in text.split(", "):
         if (stage := _STAGE.fullmatch(part)) and stage["stage"] not in ends:
-            ends[stage["stage"]] = stage["name"]
-        elif (run := _LAYERS.fullmatch(part)) and len(names) == int(run["first"]) <= _last(run) < layers:
-            names += [run["name"]] * (_last(run) + 1 - len(names))
+            ends[stage["stage"]] = _class(stage["name"])
+        elif (run := _LAYERS.fullmatch(part)) and len(names) == int(run["first"]) <= _last(run) < columns:
+            names += [_class(run["name"])] * (_last(run) + 1 - len(names))
         else:
             raise NotationError(
                 f"{part!r} is no part of a segment, or not here", remedy="such as l0..l2 C0, or prologue P0"
@@ -133,16 +188,21 @@ def _parts(text: str, layers: int) -> tuple[tuple[str, ...], dict[str, str]]:
     return tuple(names), ends
 
 
+def _class(word: str) -> str:
+    return "" if word == _NOTHING else word
+
+
 def _last(run: re.Match[str]) -> int:
     return int(run["last"] or run["first"])
 
 
-def _coefficients(text: str, layers: int) -> tuple[Extent, Extent]:
-    expression = parse(text)
+def _coefficients(text: str, layers: int, first: int = 0) -> tuple[Extent, Extent]:
+    """a and b of ``a*s + b*(l - first)``, where p may stand for l."""
+    expression = parse(text.replace("p", "l"))
     if expression is not None:
         time = sympy.expand(expression)
         a, b = (time.coeff(symbol) for symbol in (segment_symbol, layer_symbol))
-        rest = sympy.expand(time - a * segment_symbol - b * layer_symbol)
+        rest = sympy.expand(time - a * segment_symbol - b * (layer_symbol - first))
         if rest == 0 and all(_counts_steps(each, layers) for each in (a, b)):
             return _extent(a), _extent(b)
     raise NotationError(f"{text!r} is not a*s + b*l with a and b whole numbers, not negative, or formulas of L")

@@ -41,12 +41,21 @@ def operations_text(page: Page, explanation: Explanation) -> None:
     if view.recurrences:
         _parts(page, view, layers)
     if not explanation.studied and explanation.schedule is not None:
-        page.text(
-            f"rmtc.compile runs each layer in {explanation.parts} parts so that all segments of a part run at once."
-            if explanation.parts > 1
-            else "rmtc.compile runs operations apart from their cells only where all segments of a layer can then run "
-            "at once; here it runs whole cells."
-        )
+        page.text(_run(explanation))
+
+
+def _run(explanation: Explanation) -> str:
+    """Which operations rmtc.compile can run apart from their cells."""
+    shortest, fission = explanation.way("shortest"), explanation.way("fission")
+    if fission is not None:
+        return 'rmtc.compile can run them so: that is schedule="fission".'
+    if shortest is not None and shortest.schedule is not None and shortest.schedule.parts:
+        parts = max(shortest.schedule.parts)
+        return f"rmtc.compile runs each layer in {parts} parts so that all segments of a part run at once."
+    return (
+        "rmtc.compile runs operations apart from their cells only where that leaves fewer in sequence; here it runs "
+        "whole cells."
+    )
 
 
 def _strips(page: Page, explanation: Explanation) -> None:

@@ -10,7 +10,7 @@ import sympy
 
 from rmtc.errors import Location
 
-__all__ = ["L", "S", "Cell", "Dependence", "Group", "Schedule", "Step", "layer_symbol"]
+__all__ = ["L", "S", "Cell", "Dependence", "Group", "Phase", "Schedule", "Step", "layer_symbol"]
 
 S = sympy.Symbol("S", integer=True, positive=True)
 """Number of segments."""
@@ -88,12 +88,13 @@ class Group(NamedTuple):
     """Cells of one class that run together in a step.
 
     ``stage`` is ``"prologue"``, ``"layer"`` or ``"epilogue"``; the cells of a prologue have layer -1, those of an
-    epilogue layer L.
+    epilogue layer L. Where layers are divided, ``part`` is the one that runs of each of the cells, counted from 0.
     """
 
     stage: str
     cell_class: str
     cells: tuple[Cell, ...]
+    part: int | None = None
 
 
 class Step(NamedTuple):
@@ -103,21 +104,36 @@ class Step(NamedTuple):
     groups: tuple[Group, ...]
 
 
+class Phase(NamedTuple):
+    """Neighbouring columns, from ``first`` on, that run at ``a*s + b*(l - first)`` when those before them have run."""
+
+    first: int
+    a: int
+    b: int
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Cell (s, l) runs at time ``a*s + b*l``, or so in blocks of segments, one block after another.
 
     A dependence leads from a segment to the same or a later one. So blocks are legal if ``a*s + b*l`` is.
 
+    Layers may be divided into parts that run apart from one another. Then parts take the place of layers: they are the
+    **columns**, counted through from the first part of layer 0 to the last one of the last layer, and l stands for them
+    in times. Columns may run in phases: in each block those of the first phase for all its segments, then those of the
+    next.
+
     Attributes:
-        a, b: coefficients; ``a`` may be an expression in ``L``.
+        a, b: coefficients; ``a`` may be an expression in ``L``. Those of the first phase.
         layers: the number of layers of the captured model.
         segments: the number of segments of the call that was explained: the default of :meth:`steps`.
-        classes: ``classes[row][l]`` names the class of layer ``l`` in segment ``row``; the last row stands for
-            every later segment.
+        classes: ``classes[row][column]`` names the class of a column in segment ``row``, with no name where it has
+            no operations; the last row stands for every later segment.
         stage_classes: the same for ``"prologue"`` and ``"epilogue"``, one name a row; a stage that has no
             operations is absent. Of layers and stages, those with fewer rows repeat their last one.
         block: number of segments of a block; None for all of them.
+        parts: in how many parts each layer is divided; empty if all run as a whole.
+        later: the phases after the first.
     """
 
     a: Extent
@@ -127,6 +143,8 @@ class Schedule:
     classes: tuple[tuple[str, ...], ...] = ()
     stage_classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     block: int | None = None
+    parts: tuple[int, ...] = ()
+    later: tuple[Phase, ...] = ()
 
     def __post_init__(self) -> None:
         stages = {stage: names for stage, names in self.stage_classes.items() if names}
@@ -153,28 +171,95 @@ class Schedule:
         return write_schedule(self)
 
     @property
+    def columns(self) -> int:
+        """The number of columns: of layers, or of their parts."""
+        return sum(self.parts) or self.layers
+
+    def column(self, layer: int, part: int | None = None) -> int:
+        """The column of a layer, or of a part of it; -1 for a prologue, that after the last one for an epilogue."""
+        if not self.parts or layer < 0:
+            return layer
+        return sum(self.parts[:layer]) + (part or 0)
+
+    def place(self, column: int) -> tuple[int, int | None]:
+        """The layer and the part of a column; the part is None where layers run whole, and of prologue and epilogue."""
+        if not self.parts or column < 0:
+            return column, None
+        for layer, parts in enumerate(self.parts):
+            if column < parts:
+                return layer, column
+            column -= parts
+        return self.layers, None
+
+    def name(self, cell: Cell) -> str:
+        """What a cell of a column is called: ``s2.l1``, its part ``s2.l1.0``, ``s2.prologue``, ``s2.epilogue``."""
+        layer, part = self.place(cell.layer)
+        if not 0 <= layer < self.layers:
+            return f"s{cell.segment}.{'prologue' if layer < 0 else 'epilogue'}"
+        return f"s{cell.segment}.l{layer}" + ("" if part is None else f".{part}")
+
+    def phases(self, layers: int | None = None) -> list[tuple[range, int, int]]:
+        """The columns of each phase, with their a and b as numbers for so many layers."""
+        values: dict[sympy.Symbol, int] = {L: self.layers if layers is None else layers}
+        starts = [Phase(0, _at(self.a, values), _at(self.b, values)), *self.later]
+        ends = [each.first for each in self.later] + [self.columns if layers is None else layers]
+        return [(range(each.first, end), each.a, each.b) for each, end in zip(starts, ends, strict=True)]
+
+    @property
+    def alone(self) -> frozenset[int]:
+        """The columns that never run beside another one: segments of theirs run at once, or one after another."""
+        return frozenset(column for of, a, _ in self.phases() if a == 0 or len(of) == 1 for column in of)
+
+    @property
+    def formula(self) -> str:
+        """The step of a cell, ``s + l``; of a part p where layers are divided; the phases one after another."""
+        from rmtc.ir.notation import time_text
+
+        return time_text(self)
+
+    @property
     def makespan(self) -> sympy.Expr:
         """Number of steps, an expression in ``S`` and ``L``."""
-        a, b = sympy.sympify(self.a), sympy.sympify(self.b)
-        if self.block is None:
-            return sympy.expand(a * (S - 1) + b * (L - 1) + 1)
-        blocks = sympy.floor((S - 1) / sympy.Integer(self.block))
-        return sympy.expand((a * (self.block - 1) + b * (L - 1) + 1) * blocks + b * (L - 1) + 1) + a * (
-            S - 1 - self.block * blocks
-        )
 
-    def time(self, cell: Cell, layers: int | None = None) -> int:
-        """The step of a cell, 0 for the first."""
-        layers = self.layers if layers is None else layers
-        values = {L: layers}
-        a, b = _at(self.a, values), _at(self.b, values)
+        def steps(segments: sympy.Expr | int) -> sympy.Expr:
+            if not self.later:
+                columns = sympy.Integer(self.columns) if self.parts else L
+                return sympy.sympify(self.a) * (segments - 1) + sympy.sympify(self.b) * (columns - 1) + 1
+            return sum((a * (segments - 1) + b * (len(of) - 1) + 1 for of, a, b in self.phases()), sympy.Integer(0))
+
         if self.block is None:
+            return sympy.expand(steps(S))
+        blocks = sympy.floor((S - 1) / sympy.Integer(self.block))
+        return sympy.expand(steps(self.block) * blocks) + sympy.expand(steps(S - self.block * blocks))
+
+    def time(self, cell: Cell, layers: int | None = None, segments: int | None = None) -> int:
+        """The step of a cell, 0 for the first.
+
+        Args:
+            cell: its ``layer`` is a column.
+            layers: number of layers, the captured model's by default.
+            segments: number of segments of the call, the schedule's own by default: the last block may be shorter, and
+                then its phases are.
+        """
+        phases = self.phases(layers)
+        segments = self.segments if segments is None else segments
+        block = max(1, segments) if self.block is None and self.later else self.block
+        if block is None:
+            ((_, a, b),) = phases
             return a * cell.segment + b * cell.layer
-        block, segment = divmod(cell.segment, self.block)
-        return block * (a * (self.block - 1) + b * (layers - 1) + 1) + a * segment + b * cell.layer
+        number, segment = divmod(cell.segment, block)
+        size = max(1, min(block, segments - number * block))
+        time = 0
+        for of, a, b in phases:
+            time += number * (a * (block - 1) + b * (len(of) - 1) + 1)
+        for of, a, b in phases:
+            if cell.layer in of or of is phases[-1][0]:
+                return time + a * segment + b * (cell.layer - of.start)
+            time += a * (size - 1) + b * (len(of) - 1) + 1
+        raise AssertionError("a schedule has a phase")
 
     def class_of(self, cell: Cell) -> str:
-        """The class of a cell's body."""
+        """The class of a cell's body; its ``layer`` is a column."""
         if not self.classes:
             return "A"
         row = self.classes[min(cell.segment, len(self.classes) - 1)]
@@ -189,29 +274,38 @@ class Schedule:
                 schedule only, the captured program has its own.
 
         Raises:
-            ValueError: if a number is below 1.
+            ValueError: if a number is below 1, or another number of layers is asked for where they are divided.
         """
-        layers = self.layers if layers is None else layers
-        if segments < 1 or layers < 1:
-            raise ValueError(f"a schedule needs at least one segment and one layer, got {segments} and {layers}")
-        by_time: dict[int, dict[tuple[int, str, str], list[Cell]]] = {}
+        columns = self.columns if layers is None else layers
+        if segments < 1 or columns < 1:
+            raise ValueError(f"a schedule needs at least one segment and one layer, got {segments} and {columns}")
+        if columns != self.columns and (self.parts or self.later):
+            raise ValueError(f"the layers of this schedule run apart: there are {self.layers}")
+        by_time: dict[int, dict[tuple[int, str, int, str], list[Cell]]] = {}
 
-        def put(time: int, order: int, stage: str, name: str, cell: Cell) -> None:
-            by_time.setdefault(time, {}).setdefault((order, stage, name), []).append(cell)
+        def put(time: int, order: int, stage: str, part: int | None, name: str, cell: Cell) -> None:
+            key = order, stage, -1 if part is None else part, name
+            by_time.setdefault(time, {}).setdefault(key, []).append(cell)
 
+        top = self.layers if layers is None else layers
+        places = [self.place(column) for column in range(columns)]
         for s in range(segments):
-            for order, stage, at in ((0, "prologue", 0), (2, "epilogue", layers - 1)):
+            for order, stage, at in ((0, "prologue", 0), (2, "epilogue", columns - 1)):
                 names = self.stage_classes.get(stage)
-                if names:
-                    name = names[min(s, len(names) - 1)]
-                    put(self.time(Cell(s, at), layers), order, stage, name, Cell(s, -1 if order == 0 else layers))
-            for layer in range(layers):
-                cell = Cell(s, layer)
-                put(self.time(cell, layers), 1, "layer", self.class_of(cell), cell)
+                if names and (name := names[min(s, len(names) - 1)]):
+                    time = self.time(Cell(s, at), layers, segments)
+                    put(time, order, stage, None, name, Cell(s, -1 if order == 0 else top))
+            for column, (layer, part) in enumerate(places):
+                cell = Cell(s, column)
+                if name := self.class_of(cell):
+                    put(self.time(cell, layers, segments), 1, "layer", part, name, Cell(s, layer))
         return [
             Step(
                 time,
-                tuple(Group(stage, name, tuple(cells)) for (_, stage, name), cells in sorted(by_time[time].items())),
+                tuple(
+                    Group(stage, name, tuple(cells), None if part < 0 else part)
+                    for (_, stage, part, name), cells in sorted(by_time[time].items())
+                ),
             )
             for time in sorted(by_time)
         ]

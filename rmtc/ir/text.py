@@ -50,9 +50,7 @@ def explanation_text(explanation: Explanation) -> str:
     if explanation.schedule is None:
         _refusal(page, explanation)
     else:
-        chosen = next((item.name for item in explanation.candidates if item.chosen), "shortest")
-        runs = not explanation.studied and chosen == "shortest"
-        _schedule(page, explanation.schedule, explanation.segments, runs=runs, parts=explanation.parts)
+        _schedule(page, explanation)
         _estimates(page, explanation)
         if explanation.certificate is not None:
             _legal(page, explanation.certificate, explanation)
@@ -85,7 +83,10 @@ def _title(explanation: Explanation) -> str:
         return f"{explanation.name}: refused, nothing shorter than its {runs} in sequence could be proven"
     steps = at(explanation.schedule.makespan, explanation.segments, explanation.layers)
     proven = "legal and best possible" if _optimal(explanation) else "legal"
-    parts = f" for whole cells; in {explanation.parts} parts, {explanation.layers}" if explanation.parts > 1 else ""
+    shortest = explanation.way("shortest")
+    parts = ""
+    if shortest is not None and shortest.schedule is not None and shortest.schedule.parts:
+        parts = f" for whole cells; in {max(shortest.schedule.parts)} parts, {explanation.layers}"
     return f"{explanation.name}: {count(steps, 'step')} instead of {number}, proven {proven}{parts}"
 
 
@@ -216,7 +217,9 @@ def _from_reader(item: Dependence) -> str:
     return re.sub(r"\{l(\+1)?\}", lambda found: f"{{{from_one if found[1] else away}}}", item.producer)
 
 
-def _schedule(page: Page, schedule: Schedule, segments: int, *, runs: bool, parts: int = 1) -> None:
+def _schedule(page: Page, explanation: Explanation) -> None:
+    schedule, segments = explanation.schedule, explanation.segments
+    assert schedule is not None
     cells = segments * schedule.layers
     steps = at(schedule.makespan, segments, schedule.layers)
     page.heading("The schedule")
@@ -239,25 +242,33 @@ def _schedule(page: Page, schedule: Schedule, segments: int, *, runs: bool, part
             if steps < cells
             else " For so short a call that is no gain."
         )
-        + (_run(schedule, parts) if runs else "")
+        + ("" if explanation.studied else _run(explanation, schedule))
     )
 
 
 BLOCKS = "in blocks of as many segments as it takes to keep the machine busy"
 
 
-def _run(schedule: Schedule, parts: int) -> str:
-    if parts > 1:
+def _run(explanation: Explanation, schedule: Schedule) -> str:
+    """What is run, if not the model as written or the diagonal where there is something shorter."""
+    chosen = explanation.chosen
+    run = schedule if chosen is None else chosen.schedule
+    if run is None or (chosen is not None and chosen.name == "diagonal"):
+        return ""
+    otherwise = "as it was written where a call turns out to do something else."
+    model = f"{BLOCKS}; and the model {otherwise}"
+    if run.later:
         return (
-            f" rmtc.compile does better: it divides each layer into {parts} parts, of which none waits for itself in "
-            f"an earlier segment, and runs all segments of a part at once, {BLOCKS}; and the model as it was written "
-            "where a call turns out to do something else."
+            " rmtc.compile does something else: what waits for itself in an earlier segment runs one segment after "
+            f"another, apart from the rest, which runs for all segments at once, {model}"
+        )
+    if run.parts:
+        return (
+            f" rmtc.compile does better: it divides each layer into {max(run.parts)} parts, of which none waits for "
+            f"itself in an earlier segment, and runs all segments of a part at once, {model}"
         )
     blocks = "" if schedule.a else f", {BLOCKS}"
-    return (
-        f" rmtc.compile runs the model by this schedule{blocks}, and as it was written where a call turns out to do "
-        "something else."
-    )
+    return f" rmtc.compile runs the model by this schedule{blocks}, and {otherwise}"
 
 
 def _estimates(page: Page, explanation: Explanation) -> None:

@@ -24,10 +24,12 @@ def run_schedule(schedule: Schedule, kind: str = "shortest") -> Schedule:
 
     Args:
         schedule: the proven one.
-        kind: ``"shortest"`` for that itself, ``"diagonal"`` for one with at most one cell of each layer in a step,
-            ``"sequential"`` for one cell after another. A larger ``a`` is as legal, for no dependence leads to an
-            earlier segment.
+        kind: ``"shortest"`` or ``"fission"`` for that itself, ``"diagonal"`` for one with at most one cell of each
+            layer in a step, ``"sequential"`` for one cell after another. A larger ``a`` is as legal, for no dependence
+            leads to an earlier segment.
     """
+    if schedule.later:
+        return schedule
     if kind == "sequential":
         return replace(schedule, a=L, b=1)
     a, b = schedule.time(Cell(1, 0)), schedule.time(Cell(0, 1), layers=schedule.layers)

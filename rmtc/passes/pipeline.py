@@ -25,6 +25,7 @@ from rmtc.passes.generalize import generalize_rows
 from rmtc.passes.group import group, run_schedule
 from rmtc.passes.if_convert import if_convert
 from rmtc.passes.layers import fold_layers
+from rmtc.passes.phases import in_phases
 from rmtc.passes.place import places, slots
 from rmtc.passes.prove import Proof, prove
 from rmtc.passes.retime import Retimed, retime
@@ -196,25 +197,31 @@ def prove_loop(loop: SegmentLoop, family: Family | None, segments: int, watch: W
     return Proven(loop, family, proof, schedule)
 
 
-def run_by_parts(proven: Proven) -> tuple[Proven, int]:
-    """A proven loop as it is best run: its layers divided, if all segments of a layer can then run at once.
+def apart(proven: Proven) -> Proven | None:
+    """A proven loop with what is in no recurrence over segments apart from what is; None if that changes nothing.
 
     Args:
         proven: a loop with a schedule of whole cells.
 
     Returns:
-        The loop of the parts, proven, and the number of parts of a layer; or what was given, and 1.
+        The loop, its layers divided where parts of them run apart, with its schedule.
     """
-    if proven.schedule is None or proven.schedule.time(Cell(1, 0)) == 0:
-        return proven, 1
+    whole = proven.schedule
+    if whole is None or whole.time(Cell(1, 0)) == 0:
+        return None
+    found = proven
+    parts: tuple[int, ...] = ()
     divided = split_layers(proven.loop, proven.family)
-    if divided is None:
-        return proven, 1
-    loop, family, parts = divided
-    found = prove_loop(loop, family, proven.schedule.segments)
-    if found.schedule is None or found.schedule.time(Cell(1, 0)) or not found.schedule.time(Cell(0, 1)):
-        return proven, 1
-    return found, parts
+    if divided is not None:
+        loop, family, parts = divided
+        found = prove_loop(loop, family, whole.segments)
+    schedule = found.schedule
+    if schedule is None:
+        return None
+    schedule = replace(in_phases(schedule, found.loop.dependences), layers=whole.layers, parts=parts)
+    if all(a > 0 for _, a, _ in schedule.phases()):
+        return None
+    return replace(found, schedule=schedule)
 
 
 def rewrite(proven: Proven, watch: Watch | None = None, schedule: str = "shortest") -> WavefrontProgram:

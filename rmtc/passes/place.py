@@ -23,7 +23,8 @@ def places(loop: SegmentLoop, keys: list[Key], segments: int, schedule: Schedule
         schedule: the schedule.
     """
     layers = loop.layers
-    times = {cell: schedule.time(cell) for s in range(segments) for cell in (Cell(s, at) for at in range(layers))}
+    cells = (Cell(s, at) for s in range(segments) for at in range(layers))
+    times = {cell: schedule.time(cell, segments=segments) for cell in cells}
     found: list[Place] = []
     for key in keys:
         if key.segment < 0:

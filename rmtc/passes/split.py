@@ -1,4 +1,4 @@
-"""Pass split: layers divided into parts, so that no part waits for its own layer in an earlier segment."""
+"""Pass split: layers divided into parts, so that what is in no recurrence does not wait for what is."""
 
 from __future__ import annotations
 
@@ -11,78 +11,105 @@ from rmtc.ir.program import leaves
 from rmtc.ir.segment_loop import BodyOp, Layout, Row, SegmentLoop
 from rmtc.passes.cuts import common_subsequence
 from rmtc.passes.dependences import find_dependences
+from rmtc.passes.fission import fission
+from rmtc.passes.fold_operations import fold_operations
 from rmtc.passes.layers import classified, reordered
 from rmtc.passes.streams import Family
 
 __all__ = ["split_layers"]
 
-_MOST = 4
+_MOST = 8
 """Of more parts than these a step runs so little that the diagonal of whole cells is better."""
 
 
 @dataclass(frozen=True)
 class _Parts(Family):
-    """The parameters of layers that are divided: layer l is the parts ``parts * l``, ``parts * l + 1``, ..."""
+    """The parameters of layers that are divided.
 
-    parts: int = 1
+    Attributes:
+        starts: the first part of each layer.
+    """
+
+    starts: tuple[int, ...] = ()
 
     def layer_of(self, name: str) -> int | None:
         layer = super().layer_of(name)
-        return None if layer is None else self.parts * layer
+        return None if layer is None else self.starts[layer]
 
 
-def split_layers(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, Family | None, int] | None:
-    """Divide each layer into as few parts as it takes for no part to read its own part of an earlier segment.
+def split_layers(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, Family | None, tuple[int, ...]] | None:
+    """Divide each layer into as few parts as it takes for each to be a recurrence, or to wait for no segment before.
 
     Needs: a loop with layouts, classes and dependences.
-    Gives: the loop with ``parts`` times as many layers, their family, and the number of parts; None if a layer reads
-    in a way what it makes of that: then no number of parts is enough.
+    Gives: the loop with parts for layers, their family, and the number of parts of each layer; None if no layer is
+    divided, or one into too many.
     Checks: nothing; the loop is proven and held against a run as any other.
 
-        l: k = lin(x), y = attend(x, k, s-1.k)   ->   2l: k = lin(x) | 2l+1: y = attend(x, k, s-1.k)
+        l: k = lin(x), y = attend(x, k, s-1.k)    ->   2l: k = lin(x) | 2l+1: y = attend(x, k, s-1.k)
+        l: u = lin(x), m = s-1.m + u, y = f(x, m) ->   3l: u = lin(x) | 3l+1: m = s-1.m + u | 3l+2: y = f(x, m)
 
     Cells wait for cells: keys of the segment before make them wait along (1, 0), whatever the keys are made of. A part
     that makes the keys is a cell of its own, and the dependence becomes (1, 1).
     """
-    steady = _steady_parts(loop)
+    graph = fold_operations(loop, family)
+    free = fission(graph).free
+    steady = _steady_parts(
+        loop,
+        {
+            n
+            for (row, n), v in graph.operations.items()
+            if row == len(loop.rows) and (v, loop.layouts[-1].layer_of(n)) in free
+        },
+    )
     if steady is None:
         return None
-    parts = max(steady.values(), default=0) + 1
-    if parts == 1:
+    of = [_row_parts(loop, row, steady) for row in range(len(loop.rows))] + [steady]
+    present: list[list[int]] = []
+    for layer in range(loop.layers):
+        spans = [layout.layers[layer] for layout in loop.layouts]
+        found = {each[i] for each, (begin, end) in zip(of, spans, strict=True) for i in range(begin, end)}
+        present.append(sorted(found) or [0])
+    parts = tuple(map(len, present))
+    if max(parts) == 1 or max(parts) > _MOST:
         return None
     orders: list[list[int]] = []
     layouts: list[Layout] = []
-    for row, ops in enumerate((*loop.rows, loop.steady)):
-        layout = loop.layouts[row]
-        of = steady if row == len(loop.rows) else _row_parts(loop, row, steady)
+    for layout, each, ops in zip(loop.layouts, of, (*loop.rows, loop.steady), strict=True):
         order = list(range(layout.prologue[1]))
         bounds = [len(order)]
-        for begin, end in layout.layers:
-            for part in range(parts):
-                order += [i for i in range(begin, end) if of[i] == part]
+        for (begin, end), numbers in zip(layout.layers, present, strict=True):
+            for part in numbers:
+                order += [i for i in range(begin, end) if each[i] == part]
                 bounds.append(len(order))
         order += range(layout.epilogue[0], len(ops))
         orders.append(order)
         layouts.append(Layout(layout.prologue, tuple(itertools.pairwise(bounds)), layout.epilogue))
-    divided = None if family is None else _Parts(family.prefixes, family.layers, family.first, family.listed, parts)
+    divided = family
+    if family is not None:
+        starts = tuple(itertools.accumulate(parts, initial=0))
+        divided = _Parts(family.prefixes, family.layers, family.first, family.listed, starts)
     loop = classified(replace(reordered(loop, orders), layouts=tuple(layouts)), divided)
     return find_dependences(loop, divided), divided, parts
 
 
-def _steady_parts(loop: SegmentLoop) -> dict[int, int] | None:
-    """The least part of each operation of the layers of a steady segment."""
+def _steady_parts(loop: SegmentLoop, free: set[int]) -> dict[int, int] | None:
+    """The least part of each operation of the layers of a steady segment: even of free ones, odd of the others."""
     layout = loop.layouts[-1]
     inside = range(layout.prologue[1], layout.epilogue[0])
     layer = {i: layout.layer_of(i) for i in inside}
-    part = dict.fromkeys(inside, 0)
+    part = {i: 0 if i in free else 1 for i in inside}
     changed = True
     while changed:
         changed = False
         for i in inside:
             for leaf in leaves(loop.steady[i].args):
                 if isinstance(leaf, Row) and layer.get(leaf.number) == layer[i]:
-                    least = part[leaf.number] + (leaf.back > 0)
-                    if least >= _MOST:
+                    least = part[leaf.number]
+                    if (i in free) != (leaf.number in free):
+                        least += 1
+                    elif leaf.back and i in free:
+                        least += 2
+                    if least >= 2 * _MOST:
                         return None
                     if least > part[i]:
                         part[i], changed = least, True

@@ -11,12 +11,15 @@ __all__ = ["schedule_csv"]
 
 
 def schedule_csv(schedule: Schedule, segments: int) -> str:
-    """Step, stage, class, segment and layer of each cell; a prologue has layer -1, an epilogue layer L."""
+    """Step, stage, class, segment, layer and part of each cell; a prologue has layer -1, an epilogue layer L.
+
+    The part is empty where layers run as a whole.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["step", "stage", "class", "segment", "layer"])
+    writer.writerow(["step", "stage", "class", "segment", "layer", "part"])
     for step in schedule.steps(segments):
         for group in step.groups:
             for cell in group.cells:
-                writer.writerow([step.time, group.stage, group.cell_class, cell.segment, cell.layer])
+                writer.writerow([step.time, group.stage, group.cell_class, cell.segment, cell.layer, group.part])
     return buffer.getvalue()

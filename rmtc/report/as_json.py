@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import sympy
 
 from rmtc.errors import Location, RefusedError
+from rmtc.ir.cost import Candidate
 from rmtc.ir.explanation import Certificate, Explanation, OperationsView
-from rmtc.ir.formula import at, formula, time_formula
+from rmtc.ir.formula import at, formula
 from rmtc.ir.schedule import Dependence, L, S, Schedule
 from rmtc.ir.why import Why
 
@@ -63,6 +64,7 @@ def schedule_json(schedule: Schedule, segments: int) -> str:
                 {
                     "stage": group.stage,
                     "class": group.cell_class,
+                    "part": group.part,
                     "cells": [[cell.segment, cell.layer] for cell in group.cells],
                 }
                 for group in step.groups
@@ -104,7 +106,7 @@ def explanation_json(explanation: Explanation) -> str:
             "remedy": explanation.remedy,
             "operations": _operations(explanation.operations) if explanation.operations else None,
             "strips": [asdict(item) for item in explanation.strips],
-            "candidates": [asdict(item) for item in explanation.candidates],
+            "candidates": [_candidate(item, explanation.segments) for item in explanation.candidates],
             "costs": explanation.costs,
             "seconds": explanation.seconds,
         }
@@ -150,7 +152,10 @@ def _schedule(schedule: Schedule, segments: int) -> Data:
         "layers": schedule.layers,
         "a": _extent(schedule.a),
         "b": _extent(schedule.b),
-        "time": time_formula(schedule.a, schedule.b),
+        "time": schedule.formula,
+        "block": schedule.block,
+        "parts": schedule.parts or None,
+        "later": [each._asdict() for each in schedule.later],
         "makespan": _length(schedule.makespan, segments, schedule.layers),
         "sequential": _length(S * L, segments, schedule.layers),
     }
@@ -176,6 +181,12 @@ def _certificate(certificate: Certificate) -> Data:
         "assumptions": certificate.assumptions,
         "checked": certificate.checked,
     }
+
+
+def _candidate(item: Candidate, segments: int) -> Data:
+    names = [each.name for each in fields(item) if each.repr]
+    schedule = _schedule(item.schedule, segments) if item.schedule else None
+    return {name: getattr(item, name) for name in names} | {"schedule": schedule}
 
 
 def _operations(view: OperationsView) -> Data:

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rmtc.ir.schedule import Cell, Dependence, Schedule
-from rmtc.report.graph import cells_by_step, edges, name, stage_edges
+from rmtc.report.graph import cells_by_step, edges, stage_edges
 
 __all__ = ["schedule_mermaid"]
 
 
 def schedule_mermaid(schedule: Schedule, segments: int, dependences: Sequence[Dependence] = ()) -> str:
     """Text for a ``mermaid`` block of a Markdown file; viewers draw a few hundred arrows at most."""
-    layers = schedule.layers
+    name = schedule.name
 
     def node(cell: Cell) -> str:
-        return name(cell, layers).replace(".", "")
+        return name(cell).replace(".", "_" if schedule.parts else "")
 
     lines = ["flowchart LR"]
     for time, cells in cells_by_step(schedule, segments):
         lines.append(f'  subgraph step{time}["step {time}"]')
-        lines += [f'    {node(cell)}["{name(cell, layers)} {kind}"]' for cell, kind in cells]
+        lines += [f'    {node(cell)}["{name(cell)} {kind}"]' for cell, kind in cells]
         lines.append("  end")
-    for distance, pairs in edges(dependences, segments, layers):
+    for distance, pairs in edges(dependences, segments, schedule.columns):
         lines.append(f"  %% distance {distance}")
         lines += [f"  {node(source)} --> {node(cell)}" for source, cell in pairs]
     ends = [f"  {node(source)} -.-> {node(cell)}" for source, cell in stage_edges(schedule, segments)]

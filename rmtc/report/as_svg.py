@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from rmtc.ir.formula import at, distance_text, formula, time_formula
+from rmtc.ir.formula import at, distance_text, formula
 from rmtc.ir.schedule import Cell, Dependence, L, S, Schedule
-from rmtc.report.graph import edges, name
+from rmtc.report.graph import cells_by_step, edges
 
 __all__ = ["schedule_svg"]
 
@@ -29,11 +29,12 @@ def schedule_svg(schedule: Schedule, segments: int, dependences: Sequence[Depend
     Prologues, which run in the step of layer 0, and epilogues, in that of the last layer, are columns of their own.
     """
     first = -1 if schedule.stage_classes.get("prologue") else 0
-    last = schedule.layers if schedule.stage_classes.get("epilogue") else schedule.layers - 1
-    vectors = list(edges(dependences, segments, schedule.layers))
+    last = schedule.columns if schedule.stage_classes.get("epilogue") else schedule.columns - 1
+    vectors = list(edges(dependences, segments, schedule.columns))
+    of = "part (s, p)" if schedule.parts else "cell (s, l)"
     steps = at(schedule.makespan, segments, schedule.layers)
     title = (
-        f"step of cell (s, l) = {time_formula(schedule.a, schedule.b)}: {formula(schedule.makespan)} = {steps} steps, "
+        f"step of {of} = {schedule.formula}: {formula(schedule.makespan)} = {steps} steps, "
         f"one after another {formula(S * L)} = {segments * schedule.layers}"
     )
     legend = [_named(distance, dependences) for distance, _ in vectors]
@@ -48,16 +49,18 @@ def schedule_svg(schedule: Schedule, segments: int, dependences: Sequence[Depend
         *_markers(len(vectors)),
         f'<text class="title" x="8" y="14">{escape(title)}</text>',
     ]
-    for layer in range(first, last + 1):
-        head = "pro" if layer < 0 else "epi" if layer >= schedule.layers else f"l{layer}"
-        lines.append(f'<text class="head" x="{_x(layer, first)}" y="{_TOP - 20}">{head}</text>')
+    for column in range(first, last + 1):
+        whole = schedule.name(Cell(0, column)).removeprefix("s0.")
+        head = "pro" if column < 0 else "epi" if column >= schedule.columns else whole
+        lines.append(f'<text class="head" x="{_x(column, first)}" y="{_TOP - 20}">{head}</text>')
     for segment in range(segments):
         lines.append(f'<text class="head" x="24" y="{_y(segment)}">s{segment}</text>')
-    for step in schedule.steps(segments):
-        for group in step.groups:
-            lines += [_cell(cell, step.time, group.cell_class, first, schedule.layers) for cell in group.cells]
+    for time, cells in cells_by_step(schedule, segments):
+        lines += [_cell(cell, schedule.name(cell), time, kind, first) for cell, kind in cells]
     for number, (distance, pairs) in enumerate(vectors):
-        lines += [_arrow(source, cell, number, distance, first) for source, cell in pairs]
+        for source, cell in pairs:
+            told = f"{schedule.name(cell)} waits for {schedule.name(source)}: {distance}"
+            lines.append(_arrow(source, cell, number, told, first))
     lines += _legend(legend, _TOP + segments * _DOWN)
     return "\n".join([*lines, "</svg>", ""])
 
@@ -70,16 +73,16 @@ def _y(segment: int) -> int:
     return _TOP + segment * _DOWN + _HEIGHT // 2 - 8
 
 
-def _cell(cell: Cell, step: int, kind: str, first: int, layers: int) -> str:
+def _cell(cell: Cell, name: str, step: int, kind: str, first: int) -> str:
     x, y = _x(cell.layer, first), _y(cell.segment)
     return (
-        f'<g class="cell" data-step="{step}"><title>{name(cell, layers)}: step {step}, class {escape(kind)}</title>'
+        f'<g class="cell" data-step="{step}"><title>{name}: step {step}, class {escape(kind)}</title>'
         f'<rect x="{x - _WIDTH // 2}" y="{y - _HEIGHT // 2}" width="{_WIDTH}" height="{_HEIGHT}" rx="4" '
         f'fill="hsl({step * 137 % 360} 70% 80%)"/><text x="{x}" y="{y}">{step}</text></g>'
     )
 
 
-def _arrow(source: Cell, target: Cell, number: int, distance: str, first: int) -> str:
+def _arrow(source: Cell, target: Cell, number: int, told: str, first: int) -> str:
     """A curve from the border of one cell to that of another, the more bent the longer it is."""
     x1, y1, x2, y2 = _x(source.layer, first), _y(source.segment), _x(target.layer, first), _y(target.segment)
     across, down = x2 - x1, y2 - y1
@@ -95,7 +98,7 @@ def _arrow(source: Cell, target: Cell, number: int, distance: str, first: int) -
     return (
         f'<path class="edge" d="M{points[0]} {points[1]}Q{points[2]} {points[3]} {points[4]} {points[5]}" '
         f'stroke="{_colour(number)}" marker-end="url(#arrow{number})">'
-        f"<title>{escape(f'{target} waits for {source}: {distance}')}</title></path>"
+        f"<title>{escape(told)}</title></path>"
     )
 
 

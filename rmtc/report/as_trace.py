@@ -30,14 +30,19 @@ def schedule_trace(schedule: Schedule, segments: int) -> str:
                 names = [f"s{cell.segment}" for cell in cells]
                 events.append(
                     {
-                        "name": names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]} ({len(names)})",
+                        "name": _name(names, group.part),
                         "cat": group.cell_class,
                         "ph": "X",
                         "ts": step.time * _STEP,
                         "dur": _STEP,
                         "pid": 0,
                         "tid": layer + 1,
-                        "args": {"step": step.time, "class": group.cell_class, "segments": names},
+                        "args": {
+                            "step": step.time,
+                            "class": group.cell_class,
+                            "segments": names,
+                            **({} if group.part is None else {"part": group.part}),
+                        },
                     }
                 )
     named = [
@@ -49,6 +54,11 @@ def schedule_trace(schedule: Schedule, segments: int) -> str:
         )
     ]
     return json.dumps({"traceEvents": [*named, *events], "displayTimeUnit": "ms"}, indent=1)
+
+
+def _name(segments: list[str], part: int | None) -> str:
+    text = segments[0] if len(segments) == 1 else f"{segments[0]} .. {segments[-1]} ({len(segments)})"
+    return text if part is None else f"{text} part {part}"
 
 
 def _track(layer: int, layers: int) -> str:

@@ -7,25 +7,25 @@ from collections.abc import Iterator, Sequence
 from rmtc.ir.formula import distance_text
 from rmtc.ir.schedule import Cell, Dependence, Schedule
 
-__all__ = ["cells_by_step", "edges", "name", "stage_edges"]
+__all__ = ["cells_by_step", "edges", "stage_edges"]
 
 
 def cells_by_step(schedule: Schedule, segments: int) -> Iterator[tuple[int, list[tuple[Cell, str]]]]:
-    """Each step with its cells and their classes, prologues first and epilogues last."""
+    """Each step with its cells, by column, and their classes, prologues first and epilogues last."""
     for step in schedule.steps(segments):
-        yield step.time, [(cell, group.cell_class) for group in step.groups for cell in group.cells]
-
-
-def name(cell: Cell, layers: int) -> str:
-    """``s2.l1``, ``s2.prologue``, ``s2.epilogue``."""
-    if 0 <= cell.layer < layers:
-        return str(cell)
-    return f"s{cell.segment}.{'prologue' if cell.layer < 0 else 'epilogue'}"
+        yield (
+            step.time,
+            [
+                (Cell(cell.segment, schedule.column(cell.layer, group.part)), group.cell_class)
+                for group in step.groups
+                for cell in group.cells
+            ],
+        )
 
 
 def stage_edges(schedule: Schedule, segments: int) -> Iterator[tuple[Cell, Cell]]:
     """From each prologue to its segment's first layer, from the last layer to the epilogue: what runs in this order."""
-    top = schedule.layers - 1
+    top = schedule.columns - 1
     for _, cells in cells_by_step(schedule, segments):
         for cell, _ in cells:
             if cell.layer < 0:
@@ -35,16 +35,16 @@ def stage_edges(schedule: Schedule, segments: int) -> Iterator[tuple[Cell, Cell]
 
 
 def edges(
-    dependences: Sequence[Dependence], segments: int, layers: int
+    dependences: Sequence[Dependence], segments: int, columns: int
 ) -> Iterator[tuple[str, list[tuple[Cell, Cell]]]]:
     """Each distance vector as text, with its edges from producer to consumer inside the grid."""
     found: dict[str, dict[tuple[Cell, Cell], None]] = {}
     for dependence in dependences:
         same = found.setdefault(distance_text(dependence.distance), {})
         for segment in range(segments):
-            for layer in range(layers):
-                cell = Cell(segment, layer)
-                producer = dependence.producers(cell, layers)
+            for column in range(columns):
+                cell = Cell(segment, column)
+                producer = dependence.producers(cell, columns)
                 if producer is not None:
                     same[producer, cell] = None
     for distance, pairs in found.items():

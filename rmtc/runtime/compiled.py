@@ -28,7 +28,7 @@ from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import unseen
 from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError, user_level
-from rmtc.ir.schedule import L, S
+from rmtc.ir.formula import at
 from rmtc.runtime.backends import Backend
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.guards import ArgumentGuard, alike, modes
@@ -480,26 +480,28 @@ class Compiled:
     def _run(self, decision: _Run, guard_seconds: float) -> Any:
         variant, sizes = decision.variant, decision.ready.sizes
         result, run = variant.run(decision.ready)
-        proven = variant.analysis.proven
-        layers = variant.program.loop.layers // variant.parts
-        steps = run.steps // variant.parts
-        makespan = steps
-        if proven is not None and proven.schedule is not None and variant.parts == 1:
-            makespan = int(proven.schedule.makespan.subs({S: sizes.segments, L: layers}))
+        schedule = variant.program.schedule
+        whole = variant.analysis.proven.schedule if variant.analysis.proven is not None else None
+        makespan = run.steps
+        if schedule.later:
+            makespan = at(schedule.makespan, sizes.segments, schedule.layers)
+        elif whole is not None and not schedule.parts:
+            makespan = at(whole.makespan, sizes.segments, whole.layers)
         with self._counts:
             self.stats.runs += 1
             self.stats.last_run = LastRun(
                 segments=sizes.segments,
-                layers=layers,
+                layers=schedule.layers,
                 batch=sizes.batch,
                 tail=sizes.tail,
-                steps=steps,
-                parts=variant.parts,
-                sequential_steps=sizes.segments * layers,
+                steps=run.steps,
+                parts=max(schedule.parts, default=1),
+                sequential_steps=sizes.segments * schedule.layers,
                 makespan=makespan,
                 groups=run.groups,
                 widths=run.widths,
                 guard_seconds=guard_seconds,
+                schedule=variant.kind,
             )
         return result
 

@@ -15,14 +15,13 @@ from rmtc.capture import Captured
 from rmtc.capture.probe import Sizes
 from rmtc.errors import RefusedError, RmtcError, VerifyError
 from rmtc.ir.cost import Candidate, CostModel, Work
-from rmtc.ir.formula import time_formula
 from rmtc.ir.program import VIEWS, Op, Program, Src, Val, leaves
-from rmtc.ir.schedule import Cell, Schedule
+from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Key, Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 from rmtc.passes.check import Checked
 from rmtc.passes.group import run_schedule
-from rmtc.passes.pipeline import Proven, check_against, rewrite, run_by_parts
+from rmtc.passes.pipeline import Proven, apart, check_against, rewrite
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.measure import cost_model
 from rmtc.runtime.plan import plan_run
@@ -33,6 +32,9 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 LONG = 64
 """By a call of so many segments, if not of more, it is decided which schedule runs; of more the ratios are the same."""
+
+_BLOCKS = 8
+"""Of so many blocks a long call is taken to be where schedules are compared before shapes are known."""
 
 _MARGIN = 0.9
 """A schedule is run if it is estimated to take less than so much of the time that the code as written does."""
@@ -163,21 +165,19 @@ class Way:
         proven: the loop, with its layers divided where that is so.
         program: its program, with the schedule.
         works: of the loop's operations.
-        parts: in how many parts a layer runs.
     """
 
     name: str
     proven: Proven
     program: WavefrontProgram
     works: Works
-    parts: int = 1
 
     def estimate(self, sizes: Sizes, model: CostModel) -> Candidate:
         """What a call of some sizes takes by it."""
         return scheduled(self.program, self.works, sizes, model, self.name)
 
 
-WAYS = ("shortest", "diagonal")
+WAYS = ("shortest", "fission", "diagonal")
 """What ``schedule=`` may ask for, of what is estimated."""
 
 
@@ -197,29 +197,53 @@ def ways(analysis: Analysis, max_group: int | None = None, names: Sequence[str] 
         return []
     found: list[Way] = []
     failed: RmtcError | None = None
+    divided = apart(whole) if {"shortest", "fission"} & set(names) else None
+    phased = divided is not None and divided.schedule is not None and bool(divided.schedule.later)
     for name in names:
-        proven, parts = run_by_parts(whole) if name == "shortest" else (whole, 1)
-        assert proven.schedule is not None
+        proven: Proven | None = whole
+        if name == "fission":
+            proven = divided if names == ("fission",) or _promising(divided, whole) else None
+        elif name == "shortest" and not phased:
+            proven = divided or whole
+        if proven is None or proven.schedule is None:
+            continue
         schedule = run_schedule(proven.schedule, name)
         if found and proven is found[0].proven and schedule == found[0].program.schedule:
             continue
         try:
-            found.append(_way(name, proven, schedule, parts, third, max_group))
+            found.append(_way(name, proven, schedule, third, max_group))
         except (VerifyError, RefusedError) as error:
             logger.warning("the %s schedule is left out: %s", name, error.reason)
             failed = failed or error
-    if not found and failed is not None:
-        raise failed
+    if not found:
+        raise failed or RefusedError(
+            "every layer waits for itself in an earlier segment: nothing can run apart from what waits",
+            remedy='leave schedule="fission" out, or ask for "shortest"',
+        )
     return found
 
 
-def _way(name: str, proven: Proven, schedule: Schedule, parts: int, run: Captured, max_group: int | None) -> Way:
+def _promising(divided: Proven | None, whole: Proven) -> bool:
+    """Whether fewer operations are in sequence with recurrences apart, in a call of many segments in a few blocks."""
+    if divided is None or divided.schedule is None or whole.schedule is None or not divided.schedule.later:
+        return False
+    sizes = [end - begin for begin, end in divided.loop.layouts[-1].layers]
+    launches = 0
+    for of, a, _ in divided.schedule.phases():
+        most = max(sizes[column] for column in of)
+        launches += most * (a * (LONG - 1) + len(of)) if a else _BLOCKS * sum(sizes[column] for column in of)
+    (_, a, _), *_ = whole.schedule.phases()
+    most = max(end - begin for begin, end in whole.loop.layouts[-1].layers)
+    return launches < most * (a * (LONG - 1) + whole.loop.layers)
+
+
+def _way(name: str, proven: Proven, schedule: Schedule, run: Captured, max_group: int | None) -> Way:
     """A way that is held against a run, as a whole and in blocks, and its plan replayed."""
-    for block in (None, 2) if schedule.a == 0 else (None,):
+    for block in (None, 2) if any(a == 0 for _, a, _ in schedule.phases()) else (None,):
         checked = check_against(replace(proven, schedule=replace(schedule, block=block)), run.program, *run.sizes)
     program = replace(rewrite(proven, schedule=name), max_group=max_group)
     check_plan(program, plan_run(program, *run.sizes), run.sizes.segments)
-    return Way(name, proven, program, Works(proven.loop, run, checked), parts)
+    return Way(name, proven, program, Works(proven.loop, run, checked))
 
 
 def candidates(found: Sequence[Way], analysis: Analysis) -> tuple[tuple[Candidate, ...], str]:
@@ -228,9 +252,9 @@ def candidates(found: Sequence[Way], analysis: Analysis) -> tuple[tuple[Candidat
     if not found or sizes.segments < 2:
         return (), ""
     model = cost_model(*analysis.kind)
-    written = as_written(found[-1].works, sizes, model)  # in whole cells
+    written = as_written(found[0], sizes, model)
     way = best_of(found, sizes, model)
-    others = [each.estimate(sizes, model) for each in found]
+    others = [replace(each.estimate(sizes, model), dependences=each.proven.loop.dependences) for each in found]
     chosen = way.name if pays(way.estimate(sizes, model), written) else written.name
     return tuple(replace(each, chosen=each.name == chosen) for each in (written, *others)), model.source
 
@@ -272,9 +296,7 @@ def scheduled(program: WavefrontProgram, works: Works, sizes: Sizes, model: Cost
         copied = sum(size for size, pieces in zip(known[key][2], launch.inputs, strict=True) if len(pieces) > 1)
         operands = sum(map(len, launch.inputs)) + len(launch.body.weights)
         seconds += known[key][1] + operands * model.operand + 2 * copied * cells * batch * model.byte
-    schedule = program.schedule
-    time = time_formula(*(schedule.time(cell) for cell in (Cell(1, 0), Cell(0, 1))))
-    return Candidate(name, time, plan.steps, launches, seconds)
+    return Candidate(name, plan.schedule.formula, plan.steps, launches, seconds, schedule=plan.schedule)
 
 
 def _steady(program: WavefrontProgram, body: Body) -> Body:
@@ -285,8 +307,9 @@ def _steady(program: WavefrontProgram, body: Body) -> Body:
     return program.bodies[pair[1]] if pair is not None else body
 
 
-def as_written(works: Works, sizes: Sizes, model: CostModel) -> Candidate:
-    """A call as it is, one cell after another."""
+def as_written(way: Way, sizes: Sizes, model: CostModel) -> Candidate:
+    """A call as it is, one cell after another, by the works of a way to run it."""
+    works = way.works
     batch = sizes.batch / max(1, works.batch)
     rows = len(works.loop.rows)
     launches = len(works.loop.before) + len(works.loop.after)
@@ -296,4 +319,4 @@ def as_written(works: Works, sizes: Sizes, model: CostModel) -> Candidate:
         often = 1 if segment < rows else sizes.segments - rows
         launches += often * len(times)
         seconds += often * sum(times)
-    return Candidate("as written", "", sizes.segments * works.loop.layers, launches, seconds)
+    return Candidate("as written", "", sizes.segments * way.program.schedule.layers, launches, seconds)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from rmtc.ir.program import Src, leaves
-from rmtc.ir.schedule import Cell, Group
+from rmtc.ir.schedule import Cell, Group, Schedule
 from rmtc.ir.segment_loop import Environment, Every, Fit, Item, Key, Row, Where
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 
@@ -78,13 +78,15 @@ class Plan:
 
     Attributes:
         launches: the launches.
-        steps: number of steps they belong to.
+        steps: number of steps they belong to; of a layer's parts with all segments at once, one.
         widths: for each number of cells, how many launches of layers have it.
+        schedule: by which they run, with its blocks.
     """
 
     launches: tuple[Launch, ...]
     steps: int
     widths: dict[int, int]
+    schedule: Schedule
 
 
 class _Place(NamedTuple):
@@ -109,11 +111,10 @@ class _Planner:
         self.program, self.segments, self.batch, self.tail = program, segments, batch, tail
         self.loop = program.loop
         self.schedule = program.schedule
-        self.one_layer = program.schedule.time(Cell(1, 0)) == 0  # then a step has cells of one layer
-        self.width = program.max_group
-        if self.one_layer:
-            self.width = self.width or max(_LEAST, -(-_ROWS // max(1, batch * self.loop.segment_length)))
-            self.schedule = replace(self.schedule, block=self.width)
+        self.width, self.alone = program.max_group, self.schedule.alone
+        if any(a == 0 for _, a, _ in self.schedule.phases()):  # then a step has segments of one layer
+            block = self.width or max(_LEAST, -(-_ROWS // max(1, batch * self.loop.segment_length)))
+            self.schedule = replace(self.schedule, block=block)
         self.places: dict[Cell, _Place] = {}
         self.launches: list[Launch] = []
         self.last_read: dict[int, int] = {}
@@ -132,7 +133,16 @@ class _Planner:
         for number in range(len(self.launches)):
             done.setdefault(self.last_read.get(number, number), []).append(number)
         launches = tuple(replace(each, done=tuple(done.get(number, ()))) for number, each in enumerate(self.launches))
-        return Plan(launches, len(steps), widths)
+        begun = len(steps)
+        if not self.schedule.later:  # the parts of a layer follow one another
+            parts = ([each.part for each in step.groups if each.stage == "layer"] for step in steps)
+            begun -= sum(bool(each) and all(each) for each in parts)
+        return Plan(launches, begun, widths, self._shown())
+
+    def _shown(self) -> Schedule:
+        """The schedule of this call; a block that holds it all is none."""
+        block = self.schedule.block
+        return replace(self.schedule, segments=self.segments, block=None if block and block >= self.segments else block)
 
     def _drop_unread(self) -> None:
         """A last segment that is shorter runs only what is read: the rest may not be fit for its length."""
@@ -174,12 +184,17 @@ class _Planner:
     def _runs(self, groups: tuple[Group, ...]) -> Iterator[tuple[Body, tuple[Cell, ...]]]:
         """What runs at once in a step, in order: cells of one body and length, their layers evenly spaced."""
         for stage in ("prologue", "layer", "epilogue"):
-            here = [each for each in groups if each.stage == stage and self._body(each.cell_class) is not None]
+            here = [
+                (Cell(cell.segment, self.schedule.column(cell.layer, each.part)), each.cell_class)
+                for each in groups
+                if each.stage == stage and self._body(each.cell_class) is not None
+                for cell in each.cells
+            ]
             if stage != "layer":  # an epilogue may read that of the segment before
-                for cell, name in sorted((cell, each.cell_class) for each in here for cell in each.cells):
+                for cell, name in sorted(here):
                     yield self.program.bodies[name], (cell,)
                 continue
-            classes = {cell: each.cell_class for each in here for cell in each.cells}
+            classes = dict(here)
             for pair, merged in self.program.merged.items():
                 if pair[0] in classes.values() and pair[1] in classes.values():
                     full = {cell: name for cell, name in classes.items() if name in pair and not self._short(cell)}
@@ -235,9 +250,8 @@ class _Planner:
                 key = Key(cell.segment, start + offset)
                 if key in self.wanted:
                     kept.append((key, position, index if grouped else -1))
-        self.launches.append(
-            Launch(body, step, cells, self._short(cells[0]), inputs, numbers, tuple(kept), self.one_layer)
-        )
+        of_one = cells[0].layer in self.alone
+        self.launches.append(Launch(body, step, cells, self._short(cells[0]), inputs, numbers, tuple(kept), of_one))
 
     def _number(self, number: int | float | Fit, cell: Cell) -> int | float:
         return number.at(self._environment(cell.segment)) if isinstance(number, Fit) else number

@@ -13,11 +13,12 @@ class LastRun:
 
     Attributes:
         segments, layers, batch, tail: its sizes; ``tail`` is the length of the last segment in positions.
-        steps: number of steps it took.
-        parts: in how many parts each layer ran, one after another in a step.
+        steps: number of steps it took; of a layer's parts with all segments at once, one.
+        schedule: the kind that ran: what ``schedule=`` is to force it.
+        parts: in how many parts a layer ran, one after another; the most of any layer.
         sequential_steps: number of cells, which is the number of steps without a schedule.
         makespan: number of steps of the schedule that was proven. More are run where it puts more segments of one layer
-            into a step than run at once.
+            into a step than run at once, fewer where a part has nothing to do in the first segments.
         groups: number of groups of layers that ran.
         widths: for each number of cells, how many groups had it.
         guard_seconds: time until it was clear that the call may run.
@@ -33,6 +34,7 @@ class LastRun:
     groups: int
     widths: dict[int, int]
     guard_seconds: float
+    schedule: str
     parts: int = 1
 
 

@@ -77,6 +77,7 @@ class Variant:
         effects: what a call leaves in Python.
         entries: what the places that a call writes held before it, for all that is known not to matter.
         refused: sizes that do not follow the program after what a call has found in the places that it writes, and why.
+        kind: of the schedule that is run.
         counter: why no later call is this capture's: each finds another number in a place where calls count.
         failed: sizes whose runs failed, how often, and why.
     """
@@ -109,7 +110,7 @@ class Variant:
     _left: tuple[Place, ...] = ()  # those of them that the call leaves in places
     refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
-    parts: int = 1  # of a layer, that run one after another
+    kind: str = "sequential"
     _way: Way | None = None
     _model: CostModel | None = None  # None if a kind of schedule was asked for
     _worth: dict[Sizes, bool] = field(default_factory=dict)
@@ -144,15 +145,14 @@ class Variant:
         model = None
         if kind == "sequential":
             check_against(replace(proven, schedule=run_schedule(proven.schedule, kind)), third.program, *third.sizes)
-            program, parts = replace(rewrite(proven, schedule=kind), max_group=max_group), 1
-            way = None
+            program, way = replace(rewrite(proven, schedule=kind), max_group=max_group), None
         else:
             found = ways(analysis, max_group, WAYS if kind == "best" else (kind,))
             way = found[0]
             if kind == "best":
                 model = cost_model(*analysis.kind)
                 way = best_of(found, analysis.capture.plan.sizes, model)
-            proven, program, parts = way.proven, way.program, way.parts
+            proven, program = way.proven, way.program
         if [(effect.place, effect.content, effect.last) for effect in first.effects] != [
             (effect.place, effect.content, effect.last) for effect in third.effects
         ]:
@@ -176,7 +176,8 @@ class Variant:
             modes(),
             tuple(replace(effect, slot=state.pinned(effect.slot)) for effect in first.effects),
         )
-        variant.parts, variant._way, variant._model = parts, way, model
+        variant._way, variant._model = way, model
+        variant.kind = kind if way is None else way.name
         read = program.reads()
         for lifted in session.lifted:
             names = [name if name in slots else name.removeprefix("self.") for name in lifted.names]
@@ -232,7 +233,7 @@ class Variant:
         few = sizes._replace(segments=min(sizes.segments, LONG))  # the ratio of longer calls is the same
         if few not in self._worth:
             try:
-                written = as_written(self._way.works, few, self._model)
+                written = as_written(self._way, few, self._model)
                 scheduled = self._way.estimate(few, self._model)
             except Exception:  # a call of other sizes than were seen runs by its schedule, or says why not
                 logger.exception("no estimate for %s", few)

@@ -107,9 +107,12 @@ class Weights:
             movable: the names of the parameters that may be moved into a stack.
         """
         weights = Weights()
-        if program.schedule.a == 0:  # cells of one layer share its weights as they are
-            return weights
-        bodies = (*program.bodies.values(), *program.merged.values())
+        alone = program.schedule.alone  # cells of one layer share its weights as they are
+        bodies = [
+            body
+            for body in (*program.bodies.values(), *program.merged.values())
+            if not alone.issuperset(layer for _, layer in body.members)
+        ]
         wanted = [_names(body, number) for body in bodies for number in range(len(body.weights))]
         for names in sorted(dict.fromkeys(wanted), key=len, reverse=True):
             free = all(name in movable and name not in weights.places for name in names)

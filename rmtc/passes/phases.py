@@ -1,0 +1,59 @@
+"""Pass phases: columns that wait for themselves in an earlier segment, and columns that do not, apart in time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from rmtc.ir.schedule import Cell, Dependence, Phase, Schedule
+
+__all__ = ["in_phases"]
+
+
+_FAR = 1 << 30
+"""A segment that all reads of which are of segments that there are."""
+
+
+class _Read(NamedTuple):
+    """A column reads what another one made some segments before."""
+
+    ds: int
+    producer: int
+    consumer: int
+
+
+def in_phases(schedule: Schedule, dependences: Sequence[Dependence]) -> Schedule:
+    """A schedule with neighbouring columns in phases: those in no recurrence run all segments of a column at once.
+
+    Needs: the dependences between columns. Of one segment none leads to a lower column.
+    Gives: times that are legal for any number of segments, in blocks or not. A read with ds >= 1 from column p to
+    c <= p makes all columns from c to p wait for themselves, so they are in one phase, whose ``a`` is the least with
+    ``a*ds + (c - p) >= 1`` for the reads in it. Of the columns in no such range a = 0: what they read comes from lower
+    ones. A read between phases leads to a later one, or else from an earlier block.
+
+        (0, 1), (1, 0) at l = 1 only, L = 4    ->    l; then s from l1; then l - 2 from l2
+    """
+    columns = schedule.columns
+    reads = list(_reads(dependences, columns))
+    recurrent = [False] * columns
+    for read in reads:
+        if read.ds > 0 and read.producer >= read.consumer:
+            recurrent[read.consumer : read.producer + 1] = [True] * (read.producer + 1 - read.consumer)
+    phases: list[Phase] = []
+    for waits, same in itertools.groupby(range(columns), key=recurrent.__getitem__):
+        of = list(same)
+        inside = [read for read in reads if read.ds > 0 and read.producer in of and read.consumer in of]
+        least = [-((read.consumer - read.producer - 1) // read.ds) for read in inside] if waits else []
+        phases.append(Phase(of[0], max(least, default=0), 1))
+    first, *later = phases
+    return replace(schedule, a=first.a, b=first.b, later=tuple(later))
+
+
+def _reads(dependences: Sequence[Dependence], columns: int) -> Iterator[_Read]:
+    for dependence in dependences:
+        for column in range(columns):
+            made = dependence.producers(Cell(_FAR, column), columns)
+            if made is not None:
+                yield _Read(_FAR - made.segment, made.layer, column)

@@ -1,0 +1,272 @@
+"""Recurrences apart from what is in none: times held against every dependence, models against eager, all text forms."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import random
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from compare import LAYERS, SEGMENT, WIDTH, Twins, text
+from test_blocks import KeysCached, Summed, last_run
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import rmtc
+from rmtc.cli import app
+from rmtc.ir.notation import NotationError
+from rmtc.ir.schedule import Cell, Dependence, L, Phase, S, Schedule
+from rmtc.passes.phases import in_phases
+from rmtc.report import schedule_csv, schedule_dot, schedule_json, schedule_mermaid, schedule_svg, schedule_trace
+
+SIZES = ((7, 2, SEGMENT), (12, 3, 2), (3, 1, 1), (2, 2, SEGMENT))
+OWN_OF_1 = Dependence((1, 0), "state", layers=(1, 1))
+
+
+class OneRecurrent(KeysCached):
+    """Layers that cache their keys, but for one that hands a state of its own to the next segment."""
+
+    def attend(self, number: int, x: Tensor, cache: Tensor | None) -> tuple[Tensor, Tensor]:
+        if number != 1:
+            return super().attend(number, x, cache)
+        here = self.norms[number](x)
+        state = here.mean(1) if cache is None else torch.tanh(cache + here.mean(1))
+        return x + torch.tanh(self.mixed[number](here) + state[:, None]), state
+
+
+class Chained(KeysCached):
+    """All layers in one chain from a segment to the next: the first reads what the last made."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        state, pieces = x.new_zeros(x.shape[0], WIDTH), []
+        for piece in x.split(SEGMENT, dim=1):
+            piece = piece + state[:, None]
+            for mixed in self.mixed:
+                piece = torch.tanh(mixed(piece))
+            state = piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1), [state]
+
+
+def cells(columns: int, segments: int) -> list[Cell]:
+    return list(itertools.starmap(Cell, itertools.product(range(segments), range(columns))))
+
+
+def holds(schedule: Schedule, dependences: list[Dependence], columns: int, segments: int) -> None:
+    """Every cell runs after all that it reads; steps and makespan are counted."""
+    times = {cell: schedule.time(cell, segments=segments) for cell in cells(columns, segments)}
+    for dependence, cell in itertools.product(dependences, times):
+        made = dependence.producers(cell, columns)
+        assert made is None or times[made] < times[cell], (dependence, cell, schedule)
+    steps = schedule.steps(segments)
+    ran = [(step.time, cell) for step in steps for group in step.groups for cell in group.cells]
+    assert sorted((cell, time) for time, cell in ran) == sorted(times.items())
+    assert max(times.values()) + 1 == schedule.makespan.subs({S: segments, L: columns})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_times_keep_every_dependence(seed: int) -> None:
+    rng = random.Random(seed)
+    phased = 0
+    for _ in range(80):
+        columns = rng.randint(3, 8)
+        drawn = [Dependence((0, rng.randint(1, 2))) for _ in range(rng.randint(0, 2))]
+        for _ in range(rng.randint(0, 3)):
+            first, last = sorted(rng.choices(range(columns), k=2))
+            layers = (first, last) if rng.random() < 0.7 else None
+            drawn.append(Dependence((rng.randint(1, 3), rng.randint(-3, 3)), layers=layers))
+        whole = in_phases(Schedule(1, 1, columns, 1), drawn)
+        phased += bool(whole.later)
+        for segments, block in ((1, None), (5, None), (12, None), (7, 1), (12, 5), (6, 2)):
+            each = Schedule(whole.a, whole.b, columns, segments, block=block, later=whole.later)
+            holds(each, drawn, columns, segments)
+    assert phased >= 5
+
+
+def test_a_recurrent_layer_among_free_ones() -> None:
+    found = in_phases(Schedule(1, 1, 4, 6), [Dependence((0, 1)), Dependence((1, 1)), OWN_OF_1])
+    assert (found.a, found.b, found.later) == (0, 1, (Phase(1, 1, 1), Phase(2, 0, 1)))
+    assert found.formula == "l, then s + l - 1 from l1, then l - 2 from l2"
+    assert [[found.time(Cell(s, layer)) for layer in range(4)] for s in (0, 5)] == [[0, 1, 7, 8], [0, 6, 7, 8]]
+    assert str(found.makespan) == "S + 3" and len(found.steps(6)) == 9
+
+
+def test_neighbouring_recurrences_are_a_wavefront_and_longer_ones_take_more_steps() -> None:
+    found = in_phases(Schedule(1, 1, 4, 6), [Dependence((0, 1)), Dependence((1, 0))])
+    assert (found.a, found.b, found.later) == (1, 1, ())
+    up = in_phases(Schedule(1, 1, 6, 6), [Dependence((0, 1)), Dependence((1, -2), layers=(1, 1))])
+    assert up.later == (Phase(1, 3, 1), Phase(4, 0, 1)) and up.a == 0
+
+
+@pytest.mark.parametrize("max_group", [None, 3])
+@pytest.mark.parametrize(
+    ("model", "parts", "idle"), [(OneRecurrent, (2, 3, 2), 1), (Summed, (3,) * LAYERS, 0)], ids=["one", "all"]
+)
+def test_results_are_those_of_eager(
+    model: type[KeysCached], parts: tuple[int, ...], idle: int, max_group: int | None
+) -> None:
+    """In the first segment ``idle`` recurrences have nothing to do."""
+    twins = Twins(model, schedule="fission", options={} if max_group is None else {"max_group": max_group})
+    for segments, batch, tail in SIZES:
+        twins.call(text(segments, batch, tail))
+        run, width = last_run(twins), min(segments, max_group or segments)
+        assert (run.schedule, run.parts, run.layers, run.segments) == ("fission", max(parts), LAYERS, segments)
+        assert max(run.widths) == min(width, segments - (tail < SEGMENT))
+        recurrent = sum(each == 3 for each in parts)
+        blocks = -(-segments // width)
+        assert run.steps == blocks * (sum(parts) - recurrent) + recurrent * segments - idle
+        assert run.makespan == sum(parts) + recurrent * (segments - 1)
+    answer = rmtc.explain(model().double())(text(12, 2))
+    way = answer.way("fission")
+    assert way is not None and way.schedule is not None and way.schedule.parts == parts
+    assert way.launches < min(each.launches for each in answer.candidates if each.name in ("shortest", "diagonal"))
+    assert 'that is schedule="fission"' in " ".join(str(answer).split())
+
+
+def test_best_runs_it_where_it_is_estimated_to_be_faster() -> None:
+    twins = Twins(OneRecurrent)
+    twins.call(text(12, 2))
+    assert last_run(twins).schedule == "fission"
+    answer = rmtc.explain(OneRecurrent().double())(text(12, 2))
+    assert answer.chosen is not None and answer.chosen.name == "fission"
+    assert "runs one segment after another, apart from the rest" in " ".join(str(answer).split())
+
+
+def test_where_nothing_runs_apart_it_is_refused() -> None:
+    model = Chained().double()
+    fast = rmtc.compile(model, schedule="fission", strict=True)
+    with pytest.raises(rmtc.RefusedError, match="sequential order"), torch.no_grad():
+        fast(text(4, 2))
+    whole = rmtc.compile(Whole().double(), schedule="fission", strict=True)
+    with pytest.raises(rmtc.RefusedError, match=r"(?s)every layer waits for itself.*shortest"), torch.no_grad():
+        whole(text(4, 2))
+
+
+class Whole(nn.Module):
+    """Each layer's memory goes through all of its operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, pieces = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers], []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece + memories[number][:, None]))
+                memories[number] = piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def drawn_schedule(rng: random.Random) -> Schedule:
+    layers = rng.randint(1, 5)
+    parts = tuple(rng.randint(1, 3) for _ in range(layers)) if rng.random() < 0.7 else ()
+    columns = sum(parts) or layers
+    firsts = sorted(rng.sample(range(1, columns), rng.randint(0, min(3, columns - 1))))
+    later = tuple(Phase(first, rng.randint(0, 3), rng.randint(0, 2)) for first in firsts)
+    rows = rng.randint(0, 3)
+    classes = tuple(tuple(rng.choice(["C0", "-1", ""]) for _ in range(columns)) for _ in range(rows))
+    stages = {"epilogue": tuple(rng.choice(["E", ""]) for _ in range(rows))} if rows else {}
+    block = rng.choice([None, 1, 3])
+    return Schedule(rng.randint(0, 2), 1, layers, rng.randint(1, 9), classes, stages, block, parts, later)
+
+
+def test_notation_of_parts_and_phases_is_read_back() -> None:
+    rng = random.Random(3)
+    for _ in range(300):
+        schedule = drawn_schedule(rng)
+        assert Schedule.parse(schedule.notation) == schedule
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "step of part (s, p) = p, S = 4, L = 3 in 2 + 2 parts",
+        "step of part (s, p) = p, S = 4, L = 3 in 2 + x parts",
+        "step of part (s, p) = p, S = 4, L = 3 in 99999999999*2 parts",
+        "step of cell (s, l) = l, then s from l3, S = 4, L = 3",
+        "step of cell (s, l) = l, then s + l from l1, S = 4, L = 3",
+        "step of cell (s, l) = l, then s + l - 2 from l2, then l - 1 from l1, S = 4, L = 3",
+        "step of cell (s, l) = l, then L*s + l - 1 from l1, S = 4, L = 3",
+        "step of cell (s, l) = l, then from l1, S = 4, L = 3",
+    ],
+)
+def test_what_is_no_notation_of_phases_is_named(line: str) -> None:
+    with pytest.raises(NotationError):
+        Schedule.parse(line)
+
+
+DIVIDED = Schedule(
+    0,
+    1,
+    2,
+    3,
+    (("A", "", "B"), ("A", "M", "B")),
+    {"prologue": ("P",)},
+    parts=(1, 2),
+    later=(Phase(1, 1, 1), Phase(2, 0, 1)),
+)
+READS = [Dependence((0, 1), "x"), Dependence((1, 0), "m", layers=(1, 1))]
+
+
+def test_groups_and_their_text_name_the_part() -> None:
+    found = [
+        (step.time, [(each.cell_class, each.part, each.cells) for each in step.groups]) for step in DIVIDED.steps(3)
+    ]
+    assert found == [
+        (0, [("P", None, tuple(Cell(s, -1) for s in range(3))), ("A", 0, tuple(Cell(s, 0) for s in range(3)))]),
+        (2, [("M", 0, (Cell(1, 1),))]),
+        (3, [("M", 0, (Cell(2, 1),))]),
+        (4, [("B", 1, tuple(Cell(s, 1) for s in range(3)))]),
+    ]
+    shown = str(DIVIDED)
+    assert "l0.0  l1.0  l1.1" in shown and "step 4: B (part 1): s0.l1 s1.l1 s2.l1 (3 cells)" in shown
+    assert "step of part (s, p) = p, then s + p - 1 from p1, then p - 2 from p2" in shown
+    with pytest.raises(ValueError, match="there are 2"):
+        DIVIDED.steps(3, layers=4)
+
+
+def test_every_other_form_names_the_part() -> None:
+    rows = list(csv.DictReader(io.StringIO(schedule_csv(DIVIDED, 3))))
+    assert {(row["layer"], row["part"], row["class"]) for row in rows} == {
+        ("-1", "", "P"), ("0", "0", "A"), ("1", "0", "M"), ("1", "1", "B")
+    }  # fmt: skip
+    data = json.loads(schedule_json(DIVIDED, 3))
+    assert (data["parts"], data["block"]) == ([1, 2], None)
+    assert data["later"] == [{"first": 1, "a": 1, "b": 1}, {"first": 2, "a": 0, "b": 1}]
+    assert data["steps"][-1]["groups"][0]["part"] == 1 and data["makespan"]["steps"] == 5
+    events = [each for each in json.loads(schedule_trace(DIVIDED, 3))["traceEvents"] if each["ph"] == "X"]
+    assert {(each["tid"], each["args"].get("part")) for each in events} == {(0, None), (1, 0), (2, 0), (2, 1)}
+    for drawing in (schedule_dot(DIVIDED, 3, READS), schedule_mermaid(DIVIDED, 3, READS).replace("_", ".")):
+        assert "s1.l1.0" in drawing and "s2.l1.1" in drawing
+    assert '"s1.l1.0" -> "s2.l1.0"' in schedule_dot(DIVIDED, 3, READS)
+    root = ElementTree.fromstring(schedule_svg(DIVIDED, 3, READS))
+    titles = {each.text for each in root.iter("{http://www.w3.org/2000/svg}title")}
+    assert {"s2.l1.1: step 4, class B", "s2.l1.0 waits for s1.l1.0: (1, 0)"} <= titles
+
+
+def test_the_command_writes_the_schedule_of_a_kind(tmp_path: Path) -> None:
+    factory = f"{Path(__file__).with_name('test_phases.py')}:one_recurrent"
+    for kind, parts in (("fission", (2, 3, 2)), ("best", (2, 3, 2)), ("shortest", ()), ("sequential", ())):
+        out = tmp_path / f"{kind}.txt"
+        written = CliRunner().invoke(
+            app, ["schedule", factory, "--schedule", kind, "--format", "notation", "-o", str(out)]
+        )
+        assert written.exit_code == 0, written.output
+        assert Schedule.parse(out.read_text(encoding="utf-8")).parts == parts
+    refused = CliRunner().invoke(app, ["schedule", factory.replace(":one_", ":not_"), "--schedule", "fission"])
+    assert refused.exit_code != 0 and "runs apart" in refused.output
+
+
+def one_recurrent() -> tuple[nn.Module, tuple[Tensor]]:
+    return OneRecurrent().double(), (text(12, 2),)
+
+
+def not_recurrent() -> tuple[nn.Module, tuple[Tensor]]:
+    return Whole().double(), (text(12, 2),)
