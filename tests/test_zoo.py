@@ -52,7 +52,7 @@ def found(name: str) -> Found:
     if ZOO[name].a is None:
         return Found(call, call.function, rmtc.explain(call.function)(text(*SIZES[0])), None)
     # Some packages check the types of samples, drawn in Python.
-    fast = rmtc.compile(call.function, options={"reorder_random": True})
+    fast = rmtc.compile(call.function, schedule="shortest", options={"reorder_random": True})
     with torch.no_grad():
         first = fast(text(*SIZES[0]))
     compiled = compiled_of(fast)
@@ -148,13 +148,14 @@ def test_results_under_every_way_to_run_are_those_of_eager(name: str) -> None:
     segments, layers = SIZES[0][0], ZOO[name].layers
     assert (written.steps, shortest.steps) == (segments * layers, (ZOO[name].a or 0) * (segments - 1) + layers)
     assert [each.name for each in others] == (["diagonal"] if ZOO[name].a == 0 else ["fission"] * ZOO[name].apart)
-    for candidate in (shortest, *others):
+    for candidate in others:  # that with the fewest steps has run above
         call, eager, ids = built(name), built(name), text(*SIZES[0])
         fast = rmtc.compile(call.function, strict=True, schedule=candidate.name, options={"reorder_random": True})
         compiled = compiled_of(fast)
         assert compiled is not None
         with torch.no_grad():
-            fast(ids)
+            for _ in range(2):  # as above
+                fast(ids)
             run = rmtc.stats(fast).last_run
             assert run is not None and (run.schedule, run.steps) == (candidate.name, candidate.steps)
             with Float32CastsAsFloat64():
