@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from rmtc.errors import VerifyError
 from rmtc.ir.folded import Times
+from rmtc.ir.schedule import S
 from rmtc.passes.check_moments import check_moments
-from rmtc.passes.longest_chain import longest_chain
+from rmtc.passes.longest_chain import lasting_chain, longest_chain
 from rmtc.passes.retime import broken, capped, retime, retime_with
 
 X, M, H = 0, 1, 2  # of a layer: its output, its memory, something between
@@ -88,6 +89,10 @@ def test_named_graphs_for_all_small_sizes(name: str) -> None:
             assert times.makespan(graph, segments) == steps(segments, layers)
             bound = longest_chain(graph, times.order, segments).steps
             assert bound == steps(segments, layers) if tight else bound <= steps(segments, layers)
+            length, lasting = times.length(graph), lasting_chain(graph, times.order)
+            assert lasting is not None
+            assert length[0].subs(S, segments) == steps(segments, layers) or segments < length[1] <= 2
+            assert lasting.steps.subs(S, segments) == bound or not tight or segments < lasting.since <= 2
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -212,7 +217,10 @@ def test_drawn_graphs(rng: random.Random, segments: int) -> None:
         if times is not None:
             assert broken(graph, times) is None
             check_moments(*spelled.written_out(segments, times))
-            bound = longest_chain(graph, times.order, segments)
+            bound, lasting = longest_chain(graph, times.order, segments), lasting_chain(graph, times.order)
+            assert lasting is None or segments < lasting.since or lasting.steps.subs(S, segments) <= bound.steps
+            length, since = times.length(graph)
+            assert all(length.subs(S, s) == times.makespan(graph, s) for s in range(since, since + 5))
             assert bound.steps <= times.makespan(graph, segments)
             assert bound.steps == chain_by_search(spelled, times.order, segments)
             for earlier, later in itertools.pairwise(bound.chain):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import sympy
+
 from rmtc.errors import Location
 from rmtc.ir.cost import Candidate
 from rmtc.ir.schedule import Dependence, Schedule
@@ -110,6 +112,8 @@ class OperationsView:
         shifts: the least and the largest c_v, with l = 0 in a prologue and l = L - 1 in an epilogue.
         steps: number of steps of this call.
         bound: no schedule that runs the operations of a step in the same order has fewer.
+        length: number of steps of a call of S segments, an expression, and the least S that it is right for.
+        least: the bound of such a call, and the least S that it holds for; None if it is known for this call only.
         launches: operations in sequence, where the cells of one operation in one step count as one.
         operations: operations of all cells of this call.
         cycle: the dependences round the cycle that forces ``a``; empty if a = 0.
@@ -126,11 +130,20 @@ class OperationsView:
     bound: int
     launches: int
     operations: int
+    length: tuple[sympy.Expr, int]
+    least: tuple[sympy.Expr, int] | None = None
     cycle: tuple[Dependence, ...] = ()
     recurrences: tuple[Recurrence, ...] = ()
     free: int = 0
     of: int = 0
     apart: int = 0
+
+    @property
+    def optimal_since(self) -> int | None:
+        """The S from which on no schedule with this order in a step has fewer steps; None if that is not known."""
+        if self.least is None or sympy.expand(self.least[0] - self.length[0]) != 0:
+            return None
+        return max(self.least[1], self.length[1])
 
     @property
     def sequential(self) -> bool:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from rmtc.ir.formula import distance_text, time_formula
-from rmtc.ir.schedule import Cell, Dependence
+import sympy
+
+from rmtc.ir.formula import at, distance_text, time_formula
+from rmtc.ir.schedule import Cell, Dependence, S
 
 __all__ = ["Edge", "FoldedGraph", "Instance", "Moment", "Times", "Vertex"]
 
@@ -177,6 +179,16 @@ class Times:
             for s in (of[0], of[-1])
         ]
         return max(steps) - min(steps) + 1 if steps else 0
+
+    def length(self, graph: FoldedGraph) -> tuple[sympy.Expr, int]:
+        """Number of steps as an expression in ``S``, and the least S that it is right for."""
+        since = graph.rows + 1  # then the last segment is like all later ones, and of its row in each vertex
+        least = self.makespan(graph, since * self.block)
+        apart = sympy.floor((S - 1) / sympy.Integer(self.block)) if self.block > 1 else S - 1
+        steps = sympy.expand(self.a * (apart - (since * self.block - 1) // self.block) + least)
+        while since > 1 and self.makespan(graph, since - 1) == at(steps, since - 1, graph.layers):
+            since -= 1
+        return steps, since
 
     def launches(self, graph: FoldedGraph, segments: int) -> int:
         """How many operations run one after another, those of a vertex in one step counting as one.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rmtc.ir.explanation import Explanation, OperationsView
-from rmtc.ir.formula import distance_text, place, time_formula
+from rmtc.ir.formula import distance_text, formula, place, time_formula
 from rmtc.ir.page import Page, count
 from rmtc.ir.schedule import Dependence
 
@@ -23,7 +23,7 @@ def operations_text(page: Page, explanation: Explanation) -> None:
         "A cell need not run as a whole. A step may run the operations of the bodies one after another, each at once "
         "for all its cells of that step: then a cell can read what another has made in the same step. Legal so, and "
         f"with the least a: operation v of cell (s, l) at step {_time(view)}. That takes {count(view.steps, 'step')} "
-        f"here, {_best(view)}."
+        f"here{_in_general(view)}, {_best(view)}."
     )
     alone = f"One by one, the cells of this call run {count(view.operations, 'operation')}"
     page.text(
@@ -126,7 +126,19 @@ def _time(view: OperationsView) -> str:
     return f"{time_formula(view.a, view.b)} + c_v, c_v from {least} to {most}"
 
 
+def _in_general(view: OperationsView) -> str:
+    formula_of, since = view.length
+    return f" ({formula(formula_of)}{_from(since)})" if formula_of.free_symbols else ""
+
+
 def _best(view: OperationsView) -> str:
+    none = "and none that runs the operations of a step in this order has fewer"
+    since = view.optimal_since
     if view.bound == view.steps:
-        return "and none that runs the operations of a step in this order has fewer"
-    return f"and none that runs the operations of a step in this order has fewer than {view.bound}"
+        return none if since is None else f"{none}, {'whatever S is' if since <= 2 else f'for any S from {since} on'}"
+    least = "" if view.least is None else f" ({formula(view.least[0])}{_from(view.least[1])})"
+    return f"{none} than {view.bound}{least}"
+
+
+def _from(since: int) -> str:
+    return f" from S = {since} on" if since > 2 else ""

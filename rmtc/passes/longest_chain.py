@@ -1,20 +1,23 @@
-"""Pass longest-chain: what no schedule of a folded graph's operations can beat, for a call of so many segments."""
+"""Pass longest-chain: what no schedule of a folded graph's operations can beat."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TypeAlias
 
 import networkx as nx
+import sympy
 
 from rmtc.ir.folded import FoldedGraph, Instance
-from rmtc.ir.schedule import Cell
+from rmtc.ir.schedule import Cell, S
 
-__all__ = ["Bound", "longest_chain"]
+__all__ = ["Bound", "Lasting", "lasting_chain", "longest_chain"]
 
 _Place: TypeAlias = tuple[int, int]  # a vertex and a layer
+_Reads: TypeAlias = dict[_Place, list[tuple[_Place, int, int]]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,19 @@ class Bound:
 
     steps: int
     chain: tuple[Instance, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lasting:
+    """A least number of steps for every number of segments from one on.
+
+    Attributes:
+        steps: an expression in ``S``.
+        since: the least S that it is for.
+    """
+
+    steps: sympy.Expr
+    since: int
 
 
 def longest_chain(graph: FoldedGraph, order: Sequence[int], segments: int, width: int | None = None) -> Bound:
@@ -49,7 +65,84 @@ def longest_chain(graph: FoldedGraph, order: Sequence[int], segments: int, width
     Raises:
         ValueError: if there is a cycle within a segment, or a read from a later one.
     """
-    reads: dict[_Place, list[tuple[_Place, int, int]]] = {}
+    reads, length = _lengths(graph, order, segments)
+    steps, place, segment = _longest(length, segments)
+    wide = max(-(-sum(map(bool, of)) // width) for of in _by_vertex(length)) if width and length else 0
+    if wide > steps:
+        return Bound(wide)
+    return Bound(steps, tuple(_back(place, segment, reads, length)) if steps else ())
+
+
+def lasting_chain(graph: FoldedGraph, order: Sequence[int]) -> Lasting | None:
+    """The bound of :func:`longest_chain` as a function of S; None if no chain shows one.
+
+    Gives: a chain that visits a vertex of a layer twice, D segments apart, with C steps between: all rows there are the
+    steady one, so the way between the visits can be gone again and again. For S + D segments there is a chain that is
+    C longer than that for S.
+
+    Args:
+        graph, order: as in :func:`longest_chain`.
+
+    Raises:
+        ValueError: as that does.
+    """
+    most = graph.rows + 8 + 2 * max((edge.ds for edge in graph.edges), default=0)
+    reads, length = _lengths(graph, order, most)
+    longest = [_longest(length, segments)[0] for segments in range(most + 1)]
+    rounds = _rounds(graph, reads, length, most)
+    if not rounds:
+        return None
+    rate, apart = max(rounds, key=lambda each: (each[0], -each[1]))
+    # With D > 1, chains for other numbers of segments may fill the gaps between every D-th one.
+    between = range(1, apart)
+    even = all(
+        longest[most - r] == longest[most] - rate * r
+        and any(each == rate and apart % n == 0 for each, n in _rounds(graph, reads, length, most - r))
+        for r in between
+    )
+
+    def least(segments: sympy.Expr | int) -> sympy.Expr:
+        if even:
+            return longest[most] + int(rate) * (segments - most) if rate else sympy.Integer(longest[most])
+        return longest[most] + int(rate * apart) * sympy.floor((segments - most) / sympy.Integer(apart))
+
+    since = most
+    while since > 1 and longest[since - 1] >= least(since - 1):
+        since -= 1
+    return Lasting(sympy.expand(least(S)), since)
+
+
+def _rounds(
+    graph: FoldedGraph, reads: _Reads, length: Mapping[_Place, Sequence[int]], segments: int
+) -> list[tuple[Fraction, int]]:
+    """The ways in the longest chain from a place to itself, as steps for each segment, and segments.
+
+    There is always that of no step: a longer text has no shorter chain.
+    """
+    steps, place, segment = _longest(length, segments)
+    if not steps:
+        return []
+    rounds = [(Fraction(0), 1)]
+    seen: dict[_Place, list[int]] = {}
+    for vertex, cell in _back(place, segment, reads, length):
+        at = vertex, cell.layer
+        for before in seen.get(at, ()):
+            if graph.rows <= before < cell.segment:
+                apart = cell.segment - before
+                rounds.append((Fraction(length[at][cell.segment] - length[at][before], apart), apart))
+        seen.setdefault(at, []).append(cell.segment)
+    return rounds
+
+
+def _longest(length: Mapping[_Place, Sequence[int]], segments: int) -> tuple[int, _Place, int]:
+    """The length of the longest chain through so many segments, and the place and segment where it ends."""
+    found = ((here, place, s) for place, of in length.items() for s, here in enumerate(of[:segments]))
+    return max(found, default=(0, (0, 0), 0))
+
+
+def _lengths(graph: FoldedGraph, order: Sequence[int], segments: int) -> tuple[_Reads, dict[_Place, list[int]]]:
+    """What each place reads, with segments and cost, and the length of the longest chain to it, segment by segment."""
+    reads: _Reads = {}
     within: nx.DiGraph = nx.DiGraph()
     for number, vertex in enumerate(graph.vertices):
         within.add_nodes_from((number, layer) for layer in vertex.layers)
@@ -76,13 +169,7 @@ def longest_chain(graph: FoldedGraph, order: Sequence[int], segments: int, width
                     if ds <= segment and (before := length[made][segment - ds]):
                         here = max(here, before + cost)
             length[place].append(here)
-    steps, last, segment = max(
-        ((here, place, s) for place, of in length.items() for s, here in enumerate(of)), default=(0, (0, 0), 0)
-    )
-    wide = max(-(-sum(map(bool, of)) // width) for of in _by_vertex(length)) if width and length else 0
-    if wide > steps:
-        return Bound(wide)
-    return Bound(steps, tuple(_back(last, segment, reads, length)) if steps else ())
+    return reads, length
 
 
 def _back(

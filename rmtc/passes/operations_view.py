@@ -5,7 +5,7 @@ from __future__ import annotations
 from rmtc.ir.explanation import OperationsView, Recurrence
 from rmtc.ir.folded import FoldedGraph
 from rmtc.passes.fission import Part, fission
-from rmtc.passes.longest_chain import longest_chain
+from rmtc.passes.longest_chain import lasting_chain, longest_chain
 from rmtc.passes.retime import Retimed
 
 __all__ = ["operations_view"]
@@ -22,6 +22,7 @@ def operations_view(graph: FoldedGraph, found: Retimed, segments: int) -> Operat
     if found.times is None or not graph.vertices:
         return None
     times, parts = found.times, fission(graph)
+    lasting = lasting_chain(graph, times.order)
     members = ((vertex, *member) for vertex, each in enumerate(graph.vertices) for member in each.members)
     steady = {(vertex, layer) for vertex, row, layer in members if row == graph.rows}
     # A prologue's steps are counted from those of layer 0, an epilogue's from those of the last layer.
@@ -37,6 +38,8 @@ def operations_view(graph: FoldedGraph, found: Retimed, segments: int) -> Operat
         longest_chain(graph, times.order, segments).steps,
         times.launches(graph, segments),
         graph.operations_in(segments),
+        times.length(graph),
+        None if lasting is None else (lasting.steps, lasting.since),
         tuple(edge.dependence for edge in found.cycle if not edge.within),
         tuple(_recurrence(part) for part in parts.recurrences),
         len(steady & parts.free),

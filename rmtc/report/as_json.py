@@ -189,6 +189,10 @@ def _candidate(item: Candidate, segments: int) -> Data:
     return {name: getattr(item, name) for name in names} | {"schedule": schedule}
 
 
+def _lasting(length: tuple[sympy.Expr, int] | None) -> Data | None:
+    return None if length is None else {"formula": formula(length[0]), "since": length[1]}
+
+
 def _operations(view: OperationsView) -> Data:
     return {
         "a": view.a,
@@ -198,6 +202,8 @@ def _operations(view: OperationsView) -> Data:
         "bound": view.bound,
         "launches": view.launches,
         "operations": view.operations,
+        "length": _lasting(view.length),
+        "least": _lasting(view.least),
         "sequential": view.sequential,
         "cycle": [_dependence(item) for item in view.cycle],
         "recurrences": [
