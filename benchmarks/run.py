@@ -72,15 +72,20 @@ def close(one: Any, other: Any) -> bool:
 
 @torch.no_grad()
 def measure(build: Callable[[], tuple[Any, tuple[Any, ...]]], repeats: int) -> dict[str, Any]:
-    """Medians in seconds of eager and of both schedules, and what ran."""
+    """Medians in seconds of eager and of each schedule that there is, and what ran."""
     eager, args = build()
     calls: dict[str, Callable[[], Any]] = {"eager": lambda: eager(*args)}
     fast = {}
-    for kind in ("diagonal", "shortest", "best"):
+    for kind in ("diagonal", "shortest", "fission", "best"):
         model, own = build()
-        fast[kind] = rmtc.compile(model, schedule=kind, options={"reorder_random": True})
+        strict = kind == "fission"  # most models have none
+        fast[kind] = rmtc.compile(model, schedule=kind, strict=strict, options={"reorder_random": True})
         calls[kind] = lambda function=fast[kind], own=own: function(*own)
     expected = calls["eager"]()
+    try:
+        calls["fission"]()
+    except rmtc.RefusedError:
+        del calls["fission"]
     for kind, call in calls.items():
         if kind != "eager" and not close(call(), expected):
             raise SystemExit(f"{kind}: the result differs from eager's; no time is shown for it")
@@ -95,13 +100,13 @@ def measure(build: Callable[[], tuple[Any, tuple[Any, ...]]], repeats: int) -> d
     ratios = [a / b for a, b in zip(times["eager"], times["best"], strict=True)]
     run_of, best = (rmtc.stats(fast[kind]).last_run for kind in ("shortest", "best"))
     scheduled = 2 * (rmtc.stats(fast["best"]).runs - before) > repeats  # of most calls
-    same = best is not None and run_of is not None and best.steps == run_of.steps
+    label = {"shortest": "fewest"}.get(best.schedule, best.schedule) if best and scheduled else "as it was"
     return {
         "seconds": {kind: statistics.median(each) for kind, each in times.items()},
         "ratio": statistics.median(ratios),
         "spread": [min(ratios), max(ratios)],
         "steps": run_of.steps if run_of else None,
-        "chosen": "as it was" if not scheduled else "fewest" if same else "diagonal",
+        "chosen": label,
         "sequential_steps": run_of.sequential_steps if run_of else None,
         "at_once": bool(run_of and run_of.steps < run_of.segments + run_of.layers - 1),
         "fallbacks": dict(rmtc.stats(fast["best"]).fallbacks),
@@ -118,8 +123,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, {options.threads} threads\n")
-    print("| model | fewest steps | eager | diagonal | fewest | best | chosen | eager / best |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| model | fewest steps | eager | diagonal | fewest | fission | best | chosen | eager / best |")
+    print("|---|---|---|---|---|---|---|---|---|")
     found, short = {}, []
     for name, build in models():
         if options.only not in name:
@@ -129,7 +134,8 @@ def main() -> None:
         steps = f"{row['steps']} of {row['sequential_steps']}" if row["steps"] else "as it was"
         spread = f"{row['spread'][0]:.2f} .. {row['spread'][1]:.2f}"
         print(
-            f"| {name} | {steps} | {ms['eager']} | {ms['diagonal']} | {ms['shortest']} | {ms['best']} | "
+            f"| {name} | {steps} | {ms['eager']} | {ms['diagonal']} | {ms['shortest']} | "
+            f"{ms.get('fission', '-')} | {ms['best']} | "
             f"{row['chosen']} | {row['ratio']:.2f} ({spread}) |",
             flush=True,
         )

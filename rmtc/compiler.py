@@ -99,8 +99,10 @@ def compile(
         schedule: ``"best"`` for the one that is estimated to take least time, where calls for which that is the model
             as it was written run so (``rmtc.explain`` prints the estimates, and where their constants come from: they
             are measured once on a machine, or read from the file that ``RMTC_COST_MODEL`` names); ``"shortest"`` for
-            the proven one with the fewest steps; ``"diagonal"`` for one with at most one cell of each layer in a step;
-            ``"sequential"`` for one cell after another. All but the first are run whatever they cost.
+            the proven one with the fewest steps; ``"fission"`` for one that runs what waits for itself in an earlier
+            segment apart from the rest, which runs for all segments at once; ``"diagonal"`` for one with at most one
+            cell of each layer in a step; ``"sequential"`` for one cell after another. All but the first are run
+            whatever they cost.
         options: ``{"max_group": 8}`` lets at most so many cells run at once. Where all segments of a layer could, they
             run in blocks of so many, whose memory does not grow with the text; by default as many as keep the
             machine busy. ``{"reorder_random": True}`` allows dropout in training mode, whose random numbers are then

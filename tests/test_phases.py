@@ -19,10 +19,13 @@ from typer.testing import CliRunner
 
 import rmtc
 from rmtc.cli import app
+from rmtc.codegen.torch.emit import Kernel
+from rmtc.compiler import compiled_of
 from rmtc.ir.notation import NotationError
 from rmtc.ir.schedule import Cell, Dependence, L, Phase, S, Schedule
-from rmtc.passes.phases import in_phases
+from rmtc.passes.phases import in_phases, in_strips
 from rmtc.report import schedule_csv, schedule_dot, schedule_json, schedule_mermaid, schedule_svg, schedule_trace
+from rmtc.runtime.executor import Executor
 
 SIZES = ((7, 2, SEGMENT), (12, 3, 2), (3, 1, 1), (2, 2, SEGMENT))
 OWN_OF_1 = Dependence((1, 0), "state", layers=(1, 1))
@@ -164,6 +167,73 @@ class Whole(nn.Module):
         return torch.cat(pieces, dim=1)
 
 
+class Interleaved(nn.Module):
+    """Each layer reads the memory that it wrote two segments before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers]
+        before, pieces = list(last), []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
+                piece = torch.tanh(layer(norm(piece) + before[number][:, None]))
+                before[number], last[number] = last[number], piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+@pytest.mark.parametrize("max_group", [None, 1, 3])
+def test_several_segments_in_a_strip(max_group: int | None) -> None:
+    twins = Twins(Interleaved, schedule="shortest", options={} if max_group is None else {"max_group": max_group})
+    for segments, batch, tail in ((12, 2, SEGMENT), (9, 3, 2), (4, 1, 1), (7, 2, SEGMENT)):
+        twins.call(text(segments, batch, tail))
+        run = last_run(twins)
+        assert (run.schedule, run.steps) == ("shortest", -(-segments // 2) + LAYERS - 1) and run.steps == run.makespan
+        full = segments // 2 - (tail < SEGMENT and segments % 2 == 0)
+        assert max(run.widths) == (2 * min(LAYERS, full) if max_group is None else 2 if max_group > 1 else 1)
+    answer = rmtc.explain(Interleaved().double())(text(12, 2))
+    shortest, diagonal = answer.way("shortest"), answer.way("diagonal")
+    assert shortest is not None and diagonal is not None and shortest.launches < diagonal.launches
+    assert (shortest.time, shortest.steps, diagonal.steps) == ("floor(s/2) + l", 8, 14)
+    products = [line for kernel in kernels(twins) for line in kernel.source.splitlines() if "bmm(" in line]
+    if max_group is None:  # the matrices of a layer are not copied for its cells
+        assert any("reshape(G // 2" in line for line in products) and not any("_each" in line for line in products)
+
+
+def kernels(twins: Twins) -> list[Kernel]:
+    compiled = compiled_of(twins.fast)
+    assert compiled is not None
+    runner = compiled.variants[0].runner
+    assert isinstance(runner, Executor)
+    return list(runner.kernels.values())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_strips_keep_every_dependence(seed: int) -> None:
+    rng = random.Random(seed)
+    found = 0
+    for _ in range(150):
+        columns = rng.randint(1, 8)
+        drawn = [Dependence((0, rng.randint(1, 2))) for _ in range(rng.randint(1, 2))]
+        drawn += [Dependence((rng.randint(1, 4), rng.randint(-3, 2))) for _ in range(rng.randint(1, 2))]
+        drawn.append(Dependence((rng.randint(2, 4), 0)))
+        reads = [each.distance for each in drawn]
+        whole = max(
+            [-((dl - 1) // ds) for ds, dl in reads if isinstance(ds, int) and isinstance(dl, int) and ds], default=0
+        )
+        strips = in_strips(Schedule(max(whole, 0), 1, columns, 1), drawn)
+        if strips is not None:
+            found += 1
+            for segments in (1, 2, 7, 12):
+                holds(strips, drawn, columns, segments)
+            assert strips.a < whole * strips.strip
+    assert found > 20
+
+
 def drawn_schedule(rng: random.Random) -> Schedule:
     layers = rng.randint(1, 5)
     parts = tuple(rng.randint(1, 3) for _ in range(layers)) if rng.random() < 0.7 else ()
@@ -174,7 +244,9 @@ def drawn_schedule(rng: random.Random) -> Schedule:
     classes = tuple(tuple(rng.choice(["C0", "-1", ""]) for _ in range(columns)) for _ in range(rows))
     stages = {"epilogue": tuple(rng.choice(["E", ""]) for _ in range(rows))} if rows else {}
     block = rng.choice([None, 1, 3])
-    return Schedule(rng.randint(0, 2), 1, layers, rng.randint(1, 9), classes, stages, block, parts, later)
+    strip = rng.choice([1, 2, 11]) if block is None and not later else 1
+    a = rng.randint(0 if strip == 1 else 1, 2)
+    return Schedule(a, 1, layers, rng.randint(1, 9), classes, stages, block, parts, later, strip)
 
 
 def test_notation_of_parts_and_phases_is_read_back() -> None:
@@ -195,6 +267,9 @@ def test_notation_of_parts_and_phases_is_read_back() -> None:
         "step of cell (s, l) = l, then s + l - 2 from l2, then l - 1 from l1, S = 4, L = 3",
         "step of cell (s, l) = l, then L*s + l - 1 from l1, S = 4, L = 3",
         "step of cell (s, l) = l, then from l1, S = 4, L = 3",
+        "step of cell (s, l) = floor(s/2) + floor(s/3), S = 4, L = 3",
+        "step of cell (s, l) = floor(s/2) + l in blocks of 2 segments, S = 4, L = 3",
+        "step of cell (s, l) = floor(s/2) + l, then s + l - 1 from l1, S = 4, L = 3",
     ],
 )
 def test_what_is_no_notation_of_phases_is_named(line: str) -> None:

@@ -202,7 +202,5 @@ class Times:
         return sum(count[vertex.members] for vertex in graph.vertices)
 
     def __str__(self) -> str:
-        time = time_formula(self.a, self.b)
-        if self.block > 1 and self.a:
-            time = time.replace("s", f"floor(s/{self.block})", 1)
+        time = time_formula(self.a, self.b, segment=f"floor(s/{self.block})" if self.block > 1 else "s")
         return f"{time} + c_v, c_v from {min(self.shifts)} to {max(self.shifts)}"

@@ -78,16 +78,19 @@ def _position(name: str) -> int:
     return _ORDER.index(name) if name in _ORDER else len(_ORDER)
 
 
-def time_formula(a: int | sympy.Expr, b: int | sympy.Expr, column: str = "l", first: int = 0) -> str:
+def time_formula(
+    a: int | sympy.Expr, b: int | sympy.Expr, column: str = "l", first: int = 0, segment: str = "s"
+) -> str:
     """``a*s + b*(l - first)`` without the ones and zeros: ``s + l``, ``L*s + l``, ``l - 3``.
 
     Args:
         a, b: coefficients.
         column: the letter for l.
         first: what is taken from it.
+        segment: what stands for s.
     """
     terms = []
-    for coefficient, name in ((sympy.sympify(a), "s"), (sympy.sympify(b), column)):
+    for coefficient, name in ((sympy.sympify(a), segment), (sympy.sympify(b), column)):
         if coefficient == 1:
             terms.append(name)
         elif coefficient != 0:

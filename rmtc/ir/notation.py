@@ -26,6 +26,7 @@ _FIRST = re.compile(
     r"step of (?:cell \(s, l\)|part \(s, p\)) = (?P<time>.+?)(?: in blocks of (?P<block>[1-9][0-9]*) segments)?"
     r", S = (?P<S>[0-9]+), L = (?P<L>[0-9]+)(?: in (?P<parts>[0-9*+ ]+) parts)?"
 )
+_STRIP = re.compile(r"floor\(s/([2-9]|[1-9][0-9]+)\)")
 _PHASE = re.compile(r"(?P<time>.+) from [lp](?P<first>[0-9]+)")
 _SHARE = re.compile(r"(?:(?P<times>[1-9][0-9]*)\*)?(?P<parts>[1-9][0-9]*)")
 _ROW = re.compile(r"s (?P<which>=|>=) (?P<row>[0-9]+): (?P<parts>.+)")
@@ -70,7 +71,8 @@ def write_schedule(schedule: Schedule) -> str:
 def time_text(schedule: Schedule) -> str:
     """The step of a cell, or of a part: a formula, one for each phase."""
     letter = "p" if schedule.parts else "l"
-    phases = [time_formula(schedule.a, schedule.b, letter)]
+    strip = f"floor(s/{schedule.strip})" if schedule.strip > 1 else "s"
+    phases = [time_formula(schedule.a, schedule.b, letter, segment=strip)]
     for each in schedule.later:
         phases.append(f"{time_formula(each.a, each.b, letter, each.first)} from {letter}{each.first}")
     return ", then ".join(phases)
@@ -119,7 +121,10 @@ def read_schedule(text: str) -> Schedule:
     parts = _read_shares(first["parts"], layers) if first["parts"] else ()
     columns = sum(parts) or layers
     time, *rest = first["time"].split(", then ")
-    (a, b), later = _coefficients(time, layers), tuple(_phases(rest, layers, columns))
+    strips = _STRIP.findall(time)
+    if len(strips) > 1 or (strips and (rest or first["block"])):
+        raise NotationError(f"{first['time']!r} has strips of segments in blocks, phases or other strips")
+    (a, b), later = _coefficients(_STRIP.sub("s", time), layers), tuple(_phases(rest, layers, columns))
     classes: list[tuple[str, ...]] = []
     stages: dict[str, list[str]] = {}
     for number, line in enumerate(lines[1:]):
@@ -143,7 +148,9 @@ def read_schedule(text: str) -> Schedule:
             stages.setdefault(stage, []).append(name)
     ends_of = {stage: tuple(each) for stage, each in stages.items()}
     block = int(first["block"]) if first["block"] else None
-    return Schedule(a, b, layers, segments, tuple(classes), ends_of, block, parts, later)
+    return Schedule(
+        a, b, layers, segments, tuple(classes), ends_of, block, parts, later, int(strips[0]) if strips else 1
+    )
 
 
 def _read_shares(text: str, layers: int) -> tuple[int, ...]:

@@ -73,6 +73,10 @@ def _strips(page: Page, explanation: Explanation) -> None:
             for item in explanation.strips
         ]
     )
+    shortest = explanation.way("shortest")
+    if shortest is not None and shortest.schedule is not None and shortest.schedule.strip > 1:
+        strip = count(shortest.schedule.strip, "segment")
+        page.text(f'rmtc.compile can run {strip} at once: that is schedule="shortest".')
 
 
 def _parts(page: Page, view: OperationsView, layers: int) -> None:

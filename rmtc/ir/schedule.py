@@ -116,7 +116,9 @@ class Phase(NamedTuple):
 class Schedule:
     """Cell (s, l) runs at time ``a*s + b*l``, or so in blocks of segments, one block after another.
 
-    A dependence leads from a segment to the same or a later one. So blocks are legal if ``a*s + b*l`` is.
+    A dependence leads from a segment to the same or a later one. So blocks are legal if ``a*s + b*l`` is. Where all
+    that makes a cell wait for its own layer lies two segments back or more, **strips** of so many segments may run at
+    once: then floor(s/strip) stands for s.
 
     Layers may be divided into parts that run apart from one another. Then parts take the place of layers: they are the
     **columns**, counted through from the first part of layer 0 to the last one of the last layer, and l stands for them
@@ -134,6 +136,7 @@ class Schedule:
         block: number of segments of a block; None for all of them.
         parts: in how many parts each layer is divided; empty if all run as a whole.
         later: the phases after the first.
+        strip: number of segments of a strip; only without blocks and phases.
     """
 
     a: Extent
@@ -145,8 +148,11 @@ class Schedule:
     block: int | None = None
     parts: tuple[int, ...] = ()
     later: tuple[Phase, ...] = ()
+    strip: int = 1
 
     def __post_init__(self) -> None:
+        if self.strip < 1 or (self.strip > 1 and (self.block is not None or self.later)):
+            raise ValueError(f"strips of {self.strip} segments: of one at least, and neither in blocks nor in phases")
         stages = {stage: names for stage, names in self.stage_classes.items() if names}
         rows = max(map(len, (self.classes, *stages.values())))
         object.__setattr__(self, "classes", _repeat_last(self.classes, rows))
@@ -224,7 +230,8 @@ class Schedule:
         def steps(segments: sympy.Expr | int) -> sympy.Expr:
             if not self.later:
                 columns = sympy.Integer(self.columns) if self.parts else L
-                return sympy.sympify(self.a) * (segments - 1) + sympy.sympify(self.b) * (columns - 1) + 1
+                apart = sympy.floor((segments - 1) / sympy.Integer(self.strip)) if self.strip > 1 else segments - 1
+                return sympy.sympify(self.a) * apart + sympy.sympify(self.b) * (columns - 1) + 1
             return sum((a * (segments - 1) + b * (len(of) - 1) + 1 for of, a, b in self.phases()), sympy.Integer(0))
 
         if self.block is None:
@@ -246,7 +253,7 @@ class Schedule:
         block = max(1, segments) if self.block is None and self.later else self.block
         if block is None:
             ((_, a, b),) = phases
-            return a * cell.segment + b * cell.layer
+            return a * (cell.segment // self.strip) + b * cell.layer
         number, segment = divmod(cell.segment, block)
         size = max(1, min(block, segments - number * block))
         time = 0

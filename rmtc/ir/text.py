@@ -262,6 +262,8 @@ def _run(explanation: Explanation, schedule: Schedule) -> str:
             " rmtc.compile does something else: what waits for itself in an earlier segment runs one segment after "
             f"another, apart from the rest, which runs for all segments at once, {model}"
         )
+    if run.strip > 1:
+        return f" rmtc.compile does better: it runs {count(run.strip, 'segment')} at once, and the model {otherwise}"
     if run.parts:
         return (
             f" rmtc.compile does better: it divides each layer into {max(run.parts)} parts, of which none waits for "

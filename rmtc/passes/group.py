@@ -28,7 +28,7 @@ def run_schedule(schedule: Schedule, kind: str = "shortest") -> Schedule:
             layer in a step, ``"sequential"`` for one cell after another. A larger ``a`` is as legal, for no dependence
             leads to an earlier segment.
     """
-    if schedule.later:
+    if schedule.later or schedule.strip > 1:
         return schedule
     if kind == "sequential":
         return replace(schedule, a=L, b=1)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from rmtc.ir.schedule import Cell, Dependence, Phase, Schedule
 
-__all__ = ["in_phases"]
+__all__ = ["in_phases", "in_strips"]
 
 
 _FAR = 1 << 30
@@ -49,6 +49,27 @@ def in_phases(schedule: Schedule, dependences: Sequence[Dependence]) -> Schedule
         phases.append(Phase(of[0], max(least, default=0), 1))
     first, *later = phases
     return replace(schedule, a=first.a, b=first.b, later=tuple(later))
+
+
+def in_strips(schedule: Schedule, dependences: Sequence[Dependence]) -> Schedule | None:
+    """The schedule of whole cells with as many segments in a strip as makes it shortest; None if none makes it shorter.
+
+    Needs: as :func:`in_phases`.
+    Gives: the times ``a*floor(s/q) + l``. A read over ds segments is one over floor(ds/q) strips or one more, so they
+    are legal iff ``a*floor(ds/q) + dl >= 1`` for all reads; a is the least such one. A strip later is a steps later.
+
+        (0, 1), (2, 0)    ->    floor(s/2) + l
+    """
+    reads = list(_reads(dependences, schedule.columns))
+    best: tuple[int, int] | None = None
+    (_, whole, _), *phases = schedule.phases()
+    for q in sorted({read.ds for read in reads if read.ds > 1}) if not phases else ():
+        if any(read.consumer <= read.producer for read in reads if read.ds < q):
+            continue
+        a = max(-((read.consumer - read.producer - 1) // (read.ds // q)) for read in reads if read.ds >= q)
+        if 0 < a < whole * q and (best is None or a * best[1] < best[0] * q):
+            best = a, q
+    return None if best is None else replace(schedule, a=best[0], b=1, strip=best[1])
 
 
 def _reads(dependences: Sequence[Dependence], columns: int) -> Iterator[_Read]:

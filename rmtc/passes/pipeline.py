@@ -25,7 +25,7 @@ from rmtc.passes.generalize import generalize_rows
 from rmtc.passes.group import group, run_schedule
 from rmtc.passes.if_convert import if_convert
 from rmtc.passes.layers import fold_layers
-from rmtc.passes.phases import in_phases
+from rmtc.passes.phases import in_phases, in_strips
 from rmtc.passes.place import places, slots
 from rmtc.passes.prove import Proof, prove
 from rmtc.passes.retime import Retimed, retime
@@ -222,6 +222,12 @@ def apart(proven: Proven) -> Proven | None:
     if all(a > 0 for _, a, _ in schedule.phases()):
         return None
     return replace(found, schedule=schedule)
+
+
+def stripped(proven: Proven) -> Proven | None:
+    """A proven loop with several segments at once, where all that a layer reads of itself lies further back."""
+    schedule = None if proven.schedule is None else in_strips(proven.schedule, proven.loop.dependences)
+    return None if schedule is None else replace(proven, schedule=schedule)
 
 
 def rewrite(proven: Proven, watch: Watch | None = None, schedule: str = "shortest") -> WavefrontProgram:

@@ -155,6 +155,7 @@ def _schedule(schedule: Schedule, segments: int) -> Data:
         "time": schedule.formula,
         "block": schedule.block,
         "parts": schedule.parts or None,
+        "strip": schedule.strip,
         "later": [each._asdict() for each in schedule.later],
         "makespan": _length(schedule.makespan, segments, schedule.layers),
         "sequential": _length(S * L, segments, schedule.layers),

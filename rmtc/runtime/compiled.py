@@ -483,7 +483,7 @@ class Compiled:
         schedule = variant.program.schedule
         whole = variant.analysis.proven.schedule if variant.analysis.proven is not None else None
         makespan = run.steps
-        if schedule.later:
+        if schedule.later or schedule.strip > 1:
             makespan = at(schedule.makespan, sizes.segments, schedule.layers)
         elif whole is not None and not schedule.parts:
             makespan = at(whole.makespan, sizes.segments, whole.layers)

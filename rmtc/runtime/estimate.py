@@ -21,7 +21,7 @@ from rmtc.ir.segment_loop import Key, Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 from rmtc.passes.check import Checked
 from rmtc.passes.group import run_schedule
-from rmtc.passes.pipeline import Proven, apart, check_against, rewrite
+from rmtc.passes.pipeline import Proven, apart, check_against, rewrite, stripped
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.measure import cost_model
 from rmtc.runtime.plan import plan_run
@@ -203,8 +203,8 @@ def ways(analysis: Analysis, max_group: int | None = None, names: Sequence[str] 
         proven: Proven | None = whole
         if name == "fission":
             proven = divided if names == ("fission",) or _promising(divided, whole) else None
-        elif name == "shortest" and not phased:
-            proven = divided or whole
+        elif name == "shortest":
+            proven = divided if divided is not None and not phased else stripped(whole) or whole
         if proven is None or proven.schedule is None:
             continue
         schedule = run_schedule(proven.schedule, name)

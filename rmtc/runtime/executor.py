@@ -182,7 +182,7 @@ class _Walk:
         size = len(launch.cells) if grouped else None
         shapes = tuple([each.shape[grouped:] if isinstance(each, torch.Tensor) else None for each in inputs])
         dtypes = tuple([each.dtype if isinstance(each, torch.Tensor) else None for each in inputs])
-        key = body.name, environment.T, environment.B, shapes, dtypes, launch.one_layer
+        key = body.name, environment.T, environment.B, shapes, dtypes, launch.one_layer, launch.repeat
         kernel = self.executor.kernels.get(key)
         if kernel is None:
             kernel, results = emit(
@@ -194,6 +194,7 @@ class _Walk:
                 inputs=inputs,
                 weights=weights,
                 one_layer=launch.one_layer,
+                repeat=launch.repeat,
                 numbers=numbers,
                 shared=lambda operand: self._operand(operand, (), environment),
             )

@@ -53,6 +53,7 @@ class Launch:
         inputs: for each input of the body, what it is put together from.
         numbers: for each number of the body, what it is in each cell.
         one_layer: whether its cells are of one layer, whose weights they share.
+        repeat: how many neighbouring cells are of each layer, where they are of several.
         kept: results that are read after the loop: the operation, which result, which cell (-1 for the only one).
         done: launches that nothing reads any more after this one.
     """
@@ -65,11 +66,12 @@ class Launch:
     numbers: tuple[tuple[int | float, ...], ...]
     kept: tuple[tuple[Key, int, int], ...]
     one_layer: bool = False
+    repeat: int = 1
     done: tuple[int, ...] = field(default=())
 
     @property
     def layers(self) -> tuple[int, ...]:
-        return tuple(cell.layer for cell in self.cells)
+        return tuple(dict.fromkeys(cell.layer for cell in self.cells))
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,12 @@ class Plan:
 class _Place(NamedTuple):
     launch: int
     cell: int  # among the launch's cells, -1 if it has no group axis
+
+
+def _capped(cells: list[Cell], width: int | None) -> Iterator[list[Cell]]:
+    """Cells in runs of a number at most."""
+    width = width or max(1, len(cells))
+    yield from (cells[start : start + width] for start in range(0, len(cells), width))
 
 
 def plan_run(program: WavefrontProgram, segments: int, batch: int, tail: int) -> Plan:
@@ -213,17 +221,23 @@ class _Planner:
         return body if body is not None and body.ops else None
 
     def _even(self, body: Body, cells: Iterable[Cell]) -> Iterator[tuple[Cell, ...]]:
-        """Cells by layer, divided where the layers are not evenly spaced among those of the body, or are too many."""
+        """Cells by layer, as many of each, divided where the layers are not evenly spaced among those of the body.
+
+        Also where they would be more than may run at once.
+        """
         order = {layer: n for n, layer in enumerate(sorted({layer for _, layer in body.members}))}
-        run: list[Cell] = []
-        for cell in sorted(cells, key=lambda cell: cell.layer):
-            gaps = {order[b.layer] - order[a.layer] for a, b in itertools.pairwise([*run, cell])}
-            if len(gaps) > 1 or len(run) == self.width:
-                yield tuple(run)
-                run = []
-            run.append(cell)
+        run: list[list[Cell]] = []
+        for _, same in itertools.groupby(sorted(cells, key=lambda each: each.layer), key=lambda each: each.layer):
+            for of_layer in _capped(list(same), self.width):
+                places = [order[each[0].layer] for each in [*run, of_layer]]
+                gaps = {b - a for a, b in itertools.pairwise(places)}
+                full = self.width is not None and (len(run) + 1) * len(of_layer) > self.width
+                if run and (len(gaps) > 1 or 0 in gaps or full or len(of_layer) != len(run[0])):
+                    yield tuple(itertools.chain.from_iterable(run))
+                    run = []
+                run.append(of_layer)
         if run:
-            yield tuple(run)
+            yield tuple(itertools.chain.from_iterable(run))
 
     def _environment(self, segment: int) -> Environment:
         length = self.tail if segment == self.segments - 1 else self.loop.segment_length
@@ -251,7 +265,9 @@ class _Planner:
                 if key in self.wanted:
                     kept.append((key, position, index if grouped else -1))
         of_one = cells[0].layer in self.alone
-        self.launches.append(Launch(body, step, cells, self._short(cells[0]), inputs, numbers, tuple(kept), of_one))
+        repeat = 1 if of_one else sum(cell.layer == cells[0].layer for cell in cells)
+        short = self._short(cells[0])
+        self.launches.append(Launch(body, step, cells, short, inputs, numbers, tuple(kept), of_one, repeat))
 
     def _number(self, number: int | float | Fit, cell: Cell) -> int | float:
         return number.at(self._environment(cell.segment)) if isinstance(number, Fit) else number

@@ -9,6 +9,7 @@ import itertools
 import linecache
 import logging
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from rmtc.codegen.torch.rules import UNGROUPED, Arguments, Raw, Value, Varying, grouped, rule_for
+from rmtc.codegen.torch.rules import UNGROUPED, Arguments, Raw, Rows, Value, Varying, grouped, rule_for
 from rmtc.ir.program import Src, call_arguments, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import BodyOp, Environment, Fit, Outer
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, choose
@@ -80,6 +81,15 @@ class _Emitter:
         if isinstance(value, (tuple, list)):
             return tuple(self._describe(f"{text}[{n}]", item, is_grouped) for n, item in enumerate(value))
         return Raw(text)
+
+    def repeated(self, text: str, count: int) -> Value:
+        """A weight with a row for so many cells."""
+        rows: torch.Tensor = self.space[text]
+        every = f"{text}_each"
+        if every not in self.space:
+            self.space[every] = rows.repeat_interleave(count, 0)
+            self.lines.append(f"{every} = {text}.repeat_interleave({count}, 0)")
+        return Value(every, tuple(rows.shape[1:]), rows.dtype, True, Rows(text, count))
 
     def run(self, name: str, op: BodyOp, args: tuple[Any, ...]) -> Any:
         """Emit and run one operation."""
@@ -174,16 +184,19 @@ class _Emitter:
         it is tried with a number that is no size of an operand.
         """
         sizes = {size for value in arguments.tensors() for size in value.shape}
-        count = next(number for number in itertools.count(2) if number not in sizes)
+        repeat = max((value.rows.repeat for value in arguments.tensors() if value.rows is not None), default=1)
+        count = repeat * next(number for number in itertools.count(2) if not sizes & {number, repeat * number})
         space = {**self.space, "G": count}
 
-        def several(tensor: torch.Tensor) -> torch.Tensor:
+        def several(tensor: torch.Tensor, count: int = count) -> torch.Tensor:
             return tensor.to("meta")[:1].expand(count, *tensor.shape[1:])
 
         for value in arguments.tensors():
             known = value.text.partition("[")[0]
             function = several if value.grouped else operator.methodcaller("to", "meta")
             space[known] = pytree.tree_map_only(torch.Tensor, function, self.space[known])
+            if value.rows is not None:
+                space[value.rows.text] = several(self.space[value.rows.text], count // repeat)
         try:
             found = eval(text, space)
         except NotImplementedError:  # an operation that cannot tell its shape without running
@@ -257,6 +270,7 @@ def emit(
     inputs: Sequence[torch.Tensor] = (),
     weights: Sequence[torch.Tensor] = (),
     one_layer: bool = False,
+    repeat: int = 1,
     numbers: Sequence[Any] = (),
     shared: Callable[[Operand], torch.Tensor],
 ) -> tuple[Kernel, tuple[Any, ...]]:
@@ -270,6 +284,7 @@ def emit(
         size: number of cells; None runs the body for one cell, and no operand has a group axis.
         inputs, weights: operands with a group axis (with ``size``).
         one_layer: whether the cells are of one layer, and ``weights`` have no group axis.
+        repeat: how many neighbouring cells have each row of ``weights``.
         numbers: for each number that differs, the list of what it is in each cell; the number itself without ``size``.
         shared: gives the tensor for an operand that all cells share.
 
@@ -294,6 +309,8 @@ def emit(
             return values[leaf.number]
         if isinstance(leaf, (Input, Weight)):
             is_grouped = group and not (one_layer and isinstance(leaf, Weight))
+            if repeat > 1 and isinstance(leaf, Weight):
+                return emitter.repeated(str(leaf), repeat)
             return emitter.bind(str(leaf), emitter.space[str(leaf)], is_grouped)
         if isinstance(leaf, Number):
             return Varying(str(leaf)) if group else Raw(str(leaf))
@@ -329,10 +346,18 @@ def emit(
     ):
         if count:
             header.append(f"    {''.join(f'{prefix}{number}, ' for number in range(count))[:-1]} = {argument}")
-    body = [f"    {line}" for line in emitter.lines]
+    body = [f"    {line}" for line in _used(emitter.lines)]
     back = f"    return ({''.join(f'v{number}, ' for number in results)})"
     source = "\n".join([*header, *body, back, ""])
     return _compiled(name, source, emitter, tuple(passed)), outputs
+
+
+def _used(lines: Sequence[str]) -> Iterator[str]:
+    """The lines but for those that repeat a weight that is read row by row."""
+    for number, line in enumerate(lines):
+        name = line.partition(" = ")[0]
+        if not name.endswith("_each") or any(re.search(rf"\b{name}\b", each) for each in lines[number + 1 :]):
+            yield line
 
 
 def _spread(emitter: _Emitter, values: dict[int, Any], number: int) -> None:

@@ -18,9 +18,22 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["UNGROUPED", "Arguments", "Value", "function_name", "grouped", "literal", "rule_for", "rules"]
+__all__ = ["UNGROUPED", "Arguments", "Rows", "Value", "function_name", "grouped", "literal", "rule_for", "rules"]
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor with one row for several neighbouring cells of a group.
+
+    Attributes:
+        text: the expression that gives it.
+        repeat: for how many.
+    """
+
+    text: str
+    repeat: int
 
 
 @dataclass(frozen=True)
@@ -32,12 +45,14 @@ class Value:
         shape: of one cell.
         dtype: of its elements.
         grouped: whether it has a group axis.
+        rows: where neighbouring cells have the same: that without repetition.
     """
 
     text: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     grouped: bool
+    rows: Rows | None = None
 
     @property
     def rank(self) -> int:
@@ -290,6 +305,8 @@ def linear(arguments: Arguments) -> str | None:
     if weight.rank != 2 or not weight.grouped or not value.rank:
         return None
     rows = math.prod(value.shape[:-1])
+    if weight.rows is not None and (bias is None or bias.rows is not None):
+        return _linear_of_rows(value, weight.rows, None if bias is None else bias.rows, weight.shape[0])
     flat = f"{grouped(value)}.reshape(G, {rows}, {value.shape[-1]})" if value.rank != 2 else grouped(value)
     matrix = f"{weight.text}.transpose(1, 2)"
     if bias is None:
@@ -298,6 +315,15 @@ def linear(arguments: Arguments) -> str | None:
         product = f"baddbmm({ranked(bias, 2) if bias.grouped else bias.text}, {flat}, {matrix})"
     shape = (*value.shape[:-1], weight.shape[0])
     return product if value.rank == 2 else f"{product}.view(G, {_sizes(shape)})"
+
+
+def _linear_of_rows(value: Value, weight: Rows, bias: Rows | None, size: int) -> str:
+    """The cells of a row of the weights as one matrix with more rows."""
+    many = weight.repeat * math.prod(value.shape[:-1])
+    flat = f"{grouped(value)}.reshape(G // {weight.repeat}, {many}, {value.shape[-1]})"
+    matrix = f"{weight.text}.transpose(1, 2)"
+    product = f"baddbmm({bias.text}.unsqueeze(1), {flat}, {matrix})" if bias else f"bmm({flat}, {matrix})"
+    return f"{product}.view(G, {_sizes((*value.shape[:-1], size))})"
 
 
 def matmul(arguments: Arguments) -> str | None:
