@@ -171,7 +171,11 @@ def _ran(pair: Pair, segments: int, layers: int, a: int, b: int) -> None:
         return
     if stats.last_run.parts > 1:  # no part waits for its own layer
         a, b = 0, 1
-    assert stats.last_run.steps == max(a, 1 - b) * (segments - 1) + b * (layers - 1) + 1
+    steps = max(a, 1 - b) * (segments - 1) + b * (layers - 1) + 1
+    if stats.last_run.steps < steps:  # several segments at once, where the memory skips some
+        assert stats.last_run.steps == stats.last_run.makespan
+        return
+    assert stats.last_run.steps == steps
     if layers > 1:
         assert stats.last_run.steps < segments * layers
 
