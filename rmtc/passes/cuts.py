@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence, Set
+from collections.abc import Callable, Hashable, Iterator, Sequence, Set
 from fractions import Fraction
 
 __all__ = [
@@ -80,15 +80,25 @@ def choose_cut(
 
 def _common_lengths(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> list[int]:
     """How many items the first n have in common with a pattern, in its order and perhaps with others between."""
-    row = [0] * (len(pattern) + 1)
-    found = [0]
+    return [len(pattern) - row.bit_count() for row in _rows(items, pattern)]
+
+
+def _rows(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> Iterator[int]:
+    """Rows of the table of lengths, each as a number: of the first 0, 1, ... items.
+
+    Bit k is clear if they have one more in common with the first k + 1 of the pattern than with the first k (Hyyrö,
+    "Bit-parallel LCS-length computation revisited", 2004).
+    """
+    places: dict[Hashable, int] = {}
+    for place, item in enumerate(pattern):
+        places[item] = places.get(item, 0) | 1 << place
+    every = (1 << len(pattern)) - 1
+    row = every
+    yield row
     for item in items:
-        new = [0]
-        for j, other in enumerate(pattern):
-            new.append(row[j] + 1 if item == other else max(row[j + 1], new[j]))
-        row = new
-        found.append(row[-1])
-    return found
+        same = row & places.get(item, 0)
+        row = (row + same | row - same) & every
+        yield row
 
 
 def divide(
@@ -167,18 +177,20 @@ def _gap(begin: int, end: int, part: int, anchors: dict[int, int], made: Set[int
 
 def common_subsequence(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> list[int]:
     """The places in ``items`` of a longest common subsequence with ``pattern``, in order."""
-    best = [[0] * (len(pattern) + 1) for _ in range(len(items) + 1)]
-    for i in reversed(range(len(items))):
-        row, below, item = best[i], best[i + 1], items[i]
-        for j in reversed(range(len(pattern))):
-            row[j] = below[j + 1] + 1 if item == pattern[j] else max(below[j], row[j + 1])
+    rows = list(_rows(items[::-1], pattern[::-1]))
+
+    def best(i: int, j: int) -> int:
+        """The length for what is left from ``items[i]`` and ``pattern[j]`` on."""
+        left = len(pattern) - j
+        return left - (rows[len(items) - i] & ((1 << left) - 1)).bit_count()
+
     places: list[int] = []
     i = j = 0
     while i < len(items) and j < len(pattern):
-        if items[i] == pattern[j] and best[i][j] == best[i + 1][j + 1] + 1:
+        if items[i] == pattern[j]:
             places.append(i)
             i, j = i + 1, j + 1
-        elif best[i + 1][j] >= best[i][j + 1]:
+        elif best(i + 1, j) >= best(i, j + 1):
             i += 1
         else:
             j += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import Counter
@@ -31,7 +32,7 @@ from rmtc.passes.prove import Proof, prove
 from rmtc.passes.retime import Retimed, retime
 from rmtc.passes.run import Run
 from rmtc.passes.segments import find_segments
-from rmtc.passes.split import split_layers
+from rmtc.passes.split import division, split_layers
 from rmtc.passes.streams import Family, Uses, find_anchors, find_family, uses
 
 __all__ = ["PassInfo", "Proven", "check_against", "passes", "prove_loop", "reroll", "retime_loop", "timed"]
@@ -87,6 +88,13 @@ class Proven:
     checked: Checked | None = None
     checked_at: tuple[int, int, int] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    _folded: FoldedGraph | None = field(default=None, repr=False)
+
+    def folded(self) -> FoldedGraph:
+        """The folded graph of the loop's operations, made once."""
+        if self._folded is None:
+            self._folded = fold_operations(self.loop, self.family)
+        return self._folded
 
 
 Watch = Callable[[str, str], None]
@@ -197,31 +205,51 @@ def prove_loop(loop: SegmentLoop, family: Family | None, segments: int, watch: W
     return Proven(loop, family, proof, schedule)
 
 
-def apart(proven: Proven) -> Proven | None:
-    """A proven loop with what is in no recurrence over segments apart from what is; None if that changes nothing.
+def apart(proven: Proven, always: bool = False) -> Proven | None:
+    """A proven loop with what is in no recurrence over segments apart from what is.
 
     Args:
         proven: a loop with a schedule of whole cells.
+        always: also where more operations are in sequence then.
 
     Returns:
-        The loop, its layers divided where parts of them run apart, with its schedule.
+        The loop, its layers divided where parts of them run apart, with its schedule; None if that changes nothing, or
+        for the worse.
     """
     whole = proven.schedule
     if whole is None or whole.time(Cell(1, 0)) == 0:
         return None
     found = proven
     parts: tuple[int, ...] = ()
-    divided = split_layers(proven.loop, proven.family)
-    if divided is not None:
-        loop, family, parts = divided
-        found = prove_loop(loop, family, whole.segments)
-    schedule = found.schedule
-    if schedule is None:
+    divided = division(proven.loop, proven.folded())
+    if divided is not None and (always or _fewer(divided.columns, proven)):
+        loop, family = split_layers(proven.loop, proven.family, divided)
+        found, parts = prove_loop(loop, family, whole.segments), divided.parts
+    if found.schedule is None:
         return None
-    schedule = replace(in_phases(schedule, found.loop.dependences), layers=whole.layers, parts=parts)
-    if all(a > 0 for _, a, _ in schedule.phases()):
+    schedule = replace(in_phases(found.schedule, found.loop.dependences), layers=whole.layers, parts=parts)
+    phases = schedule.phases()
+    if all(a > 0 for _, a, _ in phases):
         return None
-    return replace(found, schedule=schedule)
+    sizes = [end - begin for begin, end in found.loop.layouts[-1].layers]
+    columns = [(a > 0, sizes[column]) for of, a, _ in phases for column in of]
+    return replace(found, schedule=schedule) if always or _fewer(columns, proven) else None
+
+
+_SEGMENTS, _BLOCKS = 64, 8
+"""Of a call that operations in sequence are counted for before shapes are known."""
+
+
+def _fewer(columns: Sequence[tuple[bool, int]], proven: Proven) -> bool:
+    """Whether fewer operations are in sequence if columns, each a recurrence or not with its operations, run apart."""
+    assert proven.schedule is not None
+    apart = 0
+    for waits, same in itertools.groupby(columns, key=lambda each: each[0]):
+        sizes = [size for _, size in same]
+        apart += max(sizes) * (_SEGMENTS - 1 + len(sizes)) if waits else sum(sizes) * _BLOCKS
+    ((_, a, _),) = proven.schedule.phases()
+    most = max(end - begin for begin, end in proven.loop.layouts[-1].layers)
+    return apart < most * (a * (_SEGMENTS - 1) + proven.loop.layers)
 
 
 def stripped(proven: Proven) -> Proven | None:
@@ -260,7 +288,7 @@ def retime_loop(proven: Proven, watch: Watch | None = None) -> tuple[FoldedGraph
     Raises:
         VerifyError: if an operation would read what is not there yet.
     """
-    graph = fold_operations(proven.loop, proven.family)
+    graph = proven.folded()
     _show(watch, "fold-operations", f"{graph}\n")
     retimed = retime(graph)
     _show(watch, "retime", f"{retimed.text(graph)}\n")

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+from rmtc.ir.folded import FoldedGraph
 from rmtc.ir.program import leaves
 from rmtc.ir.segment_loop import BodyOp, Layout, Row, SegmentLoop
 from rmtc.passes.cuts import common_subsequence
 from rmtc.passes.dependences import find_dependences
 from rmtc.passes.fission import fission
-from rmtc.passes.fold_operations import fold_operations
 from rmtc.passes.layers import classified, reordered
 from rmtc.passes.streams import Family
 
-__all__ = ["split_layers"]
+__all__ = ["Division", "division", "split_layers"]
 
 _MOST = 8
 """Of more parts than these a step runs so little that the diagonal of whole cells is better."""
@@ -37,12 +38,66 @@ class _Parts(Family):
         return None if layer is None else self.starts[layer]
 
 
-def split_layers(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, Family | None, tuple[int, ...]] | None:
-    """Divide each layer into as few parts as it takes for each to be a recurrence, or to wait for no segment before.
+class Division(NamedTuple):
+    """What each layer is divided into.
 
-    Needs: a loop with layouts, classes and dependences.
-    Gives: the loop with parts for layers, their family, and the number of parts of each layer; None if no layer is
-    divided, or one into too many.
+    Attributes:
+        part: for each row the number of the part that each operation of a layer is in: odd in a recurrence, else even.
+        present: for each layer the numbers that occur.
+        sizes: for each layer the steady operations of each of these parts.
+    """
+
+    part: tuple[dict[int, int], ...]
+    present: tuple[tuple[int, ...], ...]
+    sizes: tuple[tuple[int, ...], ...]
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The number of parts of each layer."""
+        return tuple(map(len, self.present))
+
+    @property
+    def columns(self) -> list[tuple[bool, int]]:
+        """Of each part whether it is a recurrence, and its operations."""
+        pairs = zip(self.present, self.sizes, strict=True)
+        return [(part % 2 == 1, size) for each in pairs for part, size in zip(*each, strict=True)]
+
+
+def division(loop: SegmentLoop, graph: FoldedGraph) -> Division | None:
+    """The fewest parts of each layer for each to be a recurrence, or to wait for no segment before.
+
+    Args:
+        loop: a loop with layouts and classes.
+        graph: its folded graph.
+
+    Returns:
+        None if no layer is divided, or one into too many.
+    """
+    layout, last = loop.layouts[-1], len(loop.rows)
+    free = fission(graph).free
+    steady = _steady_parts(
+        loop, {n for (row, n), v in graph.operations.items() if row == last and (v, layout.layer_of(n)) in free}
+    )
+    if steady is None:
+        return None
+    part = (*(_row_parts(loop, row, steady) for row in range(last)), steady)
+    present: list[tuple[int, ...]] = []
+    for layer in range(loop.layers):
+        spans = [each.layers[layer] for each in loop.layouts]
+        found = {of[i] for of, (begin, end) in zip(part, spans, strict=True) for i in range(begin, end)}
+        present.append(tuple(sorted(found)) or (0,))
+    if not 1 < max(map(len, present)) <= _MOST:
+        return None
+    counts = [Counter(steady[i] for i in range(*span)) for span in layout.layers]
+    sizes = tuple(tuple(count[n] for n in each) for count, each in zip(counts, present, strict=True))
+    return Division(part, tuple(present), sizes)
+
+
+def split_layers(loop: SegmentLoop, family: Family | None, divided: Division) -> tuple[SegmentLoop, Family | None]:
+    """Divide the layers.
+
+    Needs: a loop with layouts, classes and dependences, and what to divide its layers into.
+    Gives: the loop with parts for layers, and their family.
     Checks: nothing; the loop is proven and held against a run as any other.
 
         l: k = lin(x), y = attend(x, k, s-1.k)    ->   2l: k = lin(x) | 2l+1: y = attend(x, k, s-1.k)
@@ -51,45 +106,23 @@ def split_layers(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop,
     Cells wait for cells: keys of the segment before make them wait along (1, 0), whatever the keys are made of. A part
     that makes the keys is a cell of its own, and the dependence becomes (1, 1).
     """
-    graph = fold_operations(loop, family)
-    free = fission(graph).free
-    steady = _steady_parts(
-        loop,
-        {
-            n
-            for (row, n), v in graph.operations.items()
-            if row == len(loop.rows) and (v, loop.layouts[-1].layer_of(n)) in free
-        },
-    )
-    if steady is None:
-        return None
-    of = [_row_parts(loop, row, steady) for row in range(len(loop.rows))] + [steady]
-    present: list[list[int]] = []
-    for layer in range(loop.layers):
-        spans = [layout.layers[layer] for layout in loop.layouts]
-        found = {each[i] for each, (begin, end) in zip(of, spans, strict=True) for i in range(begin, end)}
-        present.append(sorted(found) or [0])
-    parts = tuple(map(len, present))
-    if max(parts) == 1 or max(parts) > _MOST:
-        return None
     orders: list[list[int]] = []
     layouts: list[Layout] = []
-    for layout, each, ops in zip(loop.layouts, of, (*loop.rows, loop.steady), strict=True):
+    for layout, part, ops in zip(loop.layouts, divided.part, (*loop.rows, loop.steady), strict=True):
         order = list(range(layout.prologue[1]))
         bounds = [len(order)]
-        for (begin, end), numbers in zip(layout.layers, present, strict=True):
-            for part in numbers:
-                order += [i for i in range(begin, end) if each[i] == part]
+        for (begin, end), numbers in zip(layout.layers, divided.present, strict=True):
+            for number in numbers:
+                order += [i for i in range(begin, end) if part[i] == number]
                 bounds.append(len(order))
         order += range(layout.epilogue[0], len(ops))
         orders.append(order)
         layouts.append(Layout(layout.prologue, tuple(itertools.pairwise(bounds)), layout.epilogue))
-    divided = family
     if family is not None:
-        starts = tuple(itertools.accumulate(parts, initial=0))
-        divided = _Parts(family.prefixes, family.layers, family.first, family.listed, starts)
-    loop = classified(replace(reordered(loop, orders), layouts=tuple(layouts)), divided)
-    return find_dependences(loop, divided), divided, parts
+        starts = tuple(itertools.accumulate(divided.parts, initial=0))
+        family = _Parts(family.prefixes, family.layers, family.first, family.listed, starts)
+    loop = classified(replace(reordered(loop, orders), layouts=tuple(layouts)), family)
+    return find_dependences(loop, family), family
 
 
 def _steady_parts(loop: SegmentLoop, free: set[int]) -> dict[int, int] | None:

@@ -33,9 +33,6 @@ aten = torch.ops.aten
 LONG = 64
 """By a call of so many segments, if not of more, it is decided which schedule runs; of more the ratios are the same."""
 
-_BLOCKS = 8
-"""Of so many blocks a long call is taken to be where schedules are compared before shapes are known."""
-
 _MARGIN = 0.9
 """A schedule is run if it is estimated to take less than so much of the time that the code as written does."""
 
@@ -197,12 +194,12 @@ def ways(analysis: Analysis, max_group: int | None = None, names: Sequence[str] 
         return []
     found: list[Way] = []
     failed: RmtcError | None = None
-    divided = apart(whole) if {"shortest", "fission"} & set(names) else None
+    divided = apart(whole, names == ("fission",)) if {"shortest", "fission"} & set(names) else None
     phased = divided is not None and divided.schedule is not None and bool(divided.schedule.later)
     for name in names:
         proven: Proven | None = whole
         if name == "fission":
-            proven = divided if names == ("fission",) or _promising(divided, whole) else None
+            proven = divided
         elif name == "shortest":
             proven = divided if divided is not None and not phased else stripped(whole) or whole
         if proven is None or proven.schedule is None:
@@ -221,20 +218,6 @@ def ways(analysis: Analysis, max_group: int | None = None, names: Sequence[str] 
             remedy='leave schedule="fission" out, or ask for "shortest"',
         )
     return found
-
-
-def _promising(divided: Proven | None, whole: Proven) -> bool:
-    """Whether fewer operations are in sequence with recurrences apart, in a call of many segments in a few blocks."""
-    if divided is None or divided.schedule is None or whole.schedule is None or not divided.schedule.later:
-        return False
-    sizes = [end - begin for begin, end in divided.loop.layouts[-1].layers]
-    launches = 0
-    for of, a, _ in divided.schedule.phases():
-        most = max(sizes[column] for column in of)
-        launches += most * (a * (LONG - 1) + len(of)) if a else _BLOCKS * sum(sizes[column] for column in of)
-    (_, a, _), *_ = whole.schedule.phases()
-    most = max(end - begin for begin, end in whole.loop.layouts[-1].layers)
-    return launches < most * (a * (LONG - 1) + whole.loop.layers)
 
 
 def _way(name: str, proven: Proven, schedule: Schedule, run: Captured, max_group: int | None) -> Way:
