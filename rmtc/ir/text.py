@@ -286,7 +286,7 @@ def _estimates(page: Page, explanation: Explanation) -> None:
         [
             (
                 item.name,
-                f"step {item.time}" if item.time else "",
+                f"step {_phases(item.time)}" if item.time else "",
                 count(item.steps, "step" if item.time else "cell"),
                 count(item.launches, "operation"),
                 f"{1e3 * item.seconds:.3g} ms",
@@ -304,6 +304,12 @@ def _estimates(page: Page, explanation: Explanation) -> None:
         )
         + " schedule=... forces one of the others by its name."
     )
+
+
+def _phases(time: str) -> str:
+    """The step of a cell, of many phases the first ones."""
+    phases = time.split(", then ")
+    return time if len(phases) <= 3 else f"{', then '.join(phases[:2])}, ... ({len(phases)} phases)"
 
 
 def _stages(schedule: Schedule) -> str:
