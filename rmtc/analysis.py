@@ -128,7 +128,9 @@ class Analysis:
                 f"a call of {sizes.segments} segments, batch {sizes.batch}, the last of {sizes.tail} positions, does "
                 f"not do what the loop says: {error.reason}",
                 location=error.location,
-                remedy="other operations run for these sizes: the call needs a capture of its own",
+                remedy="calls of more segments may run by the schedule"
+                if sizes.segments <= len(self.proven.loop.rows) + 1
+                else "other operations run for these sizes: the call needs a capture of its own",
             ) from error
         self.traced.add(sizes)
 

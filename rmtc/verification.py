@@ -34,9 +34,9 @@ class Verification:
             ``max|compiled - eager| / max|eager|`` of a tensor; infinite if one is missing or no number where the
             other is one, or if the model is refused.
         worst_output: the name of that tensor, ``output['logits']`` or ``state:layers.3.A``.
-        steps: number of steps the compiled call ran in; 0 if it fell back.
+        steps: number of steps the compiled call ran in, of parts where layers run in parts; 0 if it fell back.
         sequential_steps: number of cells, the steps that it takes one after another.
-        ok: whether the error is within the tolerance and the call ran in fewer steps than cells.
+        ok: whether the error is within the tolerance and the call ran several cells at once.
         tolerance: what the error was held against.
         reason: why it is not ok; empty if it is.
     """
@@ -153,12 +153,12 @@ def rehearse(
     error, worst = _compare(wanted, found)
     allowed = _tolerance(wanted) if tolerance is None else tolerance
     steps, cells = (run.steps, run.sequential_steps) if run is not None else (0, 0)
+    together = run is not None and (max(run.widths, default=1) > 1 or steps < cells)
     reason = ""
     if run is None:
-        reason = "the compiled call ran as it did before: it is shorter than two segments" + (
-            ", or estimated to be faster so" if schedule == "best" else ""
-        )
-    elif steps >= cells and schedule != "sequential":
+        why = "estimated to be faster so, or shorter" if schedule == "best" else "shorter"
+        reason = f"the compiled call ran as it did before: it is {why} than two segments"
+    elif not together and schedule != "sequential":
         reason = "no step ran more than one cell"
     elif not error <= allowed:
         reason = f"the results differ in {worst}"

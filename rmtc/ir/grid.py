@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from rmtc.ir.formula import formula
+from rmtc.ir.formula import at, formula
 from rmtc.ir.page import WIDTH, Page, count, elide
 from rmtc.ir.schedule import Cell, Group, L, S, Schedule, Step
 
@@ -81,9 +81,13 @@ def schedule_text(schedule: Schedule, segments: int | None = None) -> str:
     page.blank()
     of = "part (s, p)" if schedule.parts else "cell (s, l)"
     blocks = f" in blocks of {schedule.block} segments" if schedule.block else ""
-    page.text(f"step of {of} = {schedule.formula}{blocks}", 4, hang=2)
+    counted = "; each phase counts from 0, when the one before has run" if schedule.later else ""
+    page.text(f"step of {of} = {schedule.formula}{blocks}{counted}", 4, hang=2)
+    total = at(schedule.makespan, segments, schedule.layers)
+    idle = f", {total - len(steps)} of them with nothing to do" if total > len(steps) else ""
+    what = "steps of parts" if schedule.parts else "steps"
     page.text(
-        f"steps in all = {formula(schedule.makespan)} = {len(steps)}; one cell after another it would be "
+        f"{what} in all = {formula(schedule.makespan)} = {total}{idle}; one cell after another it would be "
         f"{formula(S * L)} = {segments * schedule.layers}",
         4,
         hang=2,
@@ -109,7 +113,8 @@ def schedule_text(schedule: Schedule, segments: int | None = None) -> str:
 def stages_text(stages: Collection[str]) -> str:
     """What the stages other than ``"layer"`` are, a sentence for those that occur."""
     said = [text for stage, text in _STAGES.items() if stage in stages]
-    return f"A segment's {' and its '.join(said)}." if said else ""
+    more = " Where a step has several of them, they run one after another." if said else ""
+    return f"A segment's {' and its '.join(said)}.{more}" if said else ""
 
 
 def _step(page: Page, step: Step, width: int) -> None:

@@ -26,7 +26,7 @@ _FIRST = re.compile(
     r"step of (?:cell \(s, l\)|part \(s, p\)) = (?P<time>.+?)(?: in blocks of (?P<block>[1-9][0-9]*) segments)?"
     r", S = (?P<S>[0-9]+), L = (?P<L>[0-9]+)(?: in (?P<parts>[0-9*+ ]+) parts)?"
 )
-_STRIP = re.compile(r"floor\(s/([2-9]|[1-9][0-9]+)\)")
+_STRIP = re.compile(r"floor\(s ?/ ?([2-9]|[1-9][0-9]+)\)")
 _PHASE = re.compile(r"(?P<time>.+) from [lp](?P<first>[0-9]+)")
 _SHARE = re.compile(r"(?:(?P<times>[1-9][0-9]*)\*)?(?P<parts>[1-9][0-9]*)")
 _ROW = re.compile(r"s (?P<which>=|>=) (?P<row>[0-9]+): (?P<parts>.+)")
@@ -161,7 +161,7 @@ def _read_shares(text: str, layers: int) -> tuple[int, ...]:
             raise NotationError(f"{each!r} is no number of parts", remedy="such as 3 or, of two layers, 2*3")
         parts += [int(share["parts"])] * min(int(share["times"] or 1), layers + 1)
     if len(parts) != layers:
-        raise NotationError(f"{text!r} are the parts of {len(parts)} layers, not {layers}")
+        raise NotationError(f"{text!r} names the parts of L = {len(parts)}, not of L = {layers}")
     return tuple(parts)
 
 

@@ -272,17 +272,18 @@ class Schedule:
         row = self.classes[min(cell.segment, len(self.classes) - 1)]
         return row[min(cell.layer, len(row) - 1)]
 
-    def steps(self, segments: int, layers: int | None = None) -> list[Step]:
+    def steps(self, segments: int | None = None, layers: int | None = None) -> list[Step]:
         """The groups of every step.
 
         Args:
-            segments: number of segments, at least 1.
+            segments: number of segments, at least 1; that of the schedule's call by default.
             layers: number of layers, the captured model's by default; another number is for reading the
                 schedule only, the captured program has its own.
 
         Raises:
             ValueError: if a number is below 1, or another number of layers is asked for where they are divided.
         """
+        segments = self.segments if segments is None else segments
         columns = self.columns if layers is None else layers
         if segments < 1 or columns < 1:
             raise ValueError(f"a schedule needs at least one segment and one layer, got {segments} and {columns}")

@@ -93,18 +93,25 @@ def lasting_chain(graph: FoldedGraph, order: Sequence[int]) -> Lasting | None:
     if not rounds:
         return None
     rate, apart = max(rounds, key=lambda each: (each[0], -each[1]))
-    # With D > 1, chains for other numbers of segments may fill the gaps between every D-th one.
-    between = range(1, apart)
-    even = all(
-        longest[most - r] == longest[most] - rate * r
-        and any(each == rate and apart % n == 0 for each, n in _rounds(graph, reads, length, most - r))
-        for r in between
+    # For D > 1, chains of other lengths say where between two rounds the bound grows.
+    known = all(
+        any(each == rate and apart % n == 0 for each, n in _rounds(graph, reads, length, most - r))
+        for r in range(1, apart)
     )
+    first = most - apart
+    grows = {r: longest[first + r] - longest[first + r - 1] for r in range(1, apart + 1)}
+    if not known:
+        grows = {apart: int(rate * apart)}
+    elif len(set(grows.values())) == 1:
+        apart, grows = 1, {1: grows[1]}
 
     def least(segments: sympy.Expr | int) -> sympy.Expr:
-        if even:
-            return longest[most] + int(rate) * (segments - most) if rate else sympy.Integer(longest[most])
-        return longest[most] + int(rate * apart) * sympy.floor((segments - most) / sympy.Integer(apart))
+        """The steps for ``most`` segments, and those at every place of a round after them, or before."""
+        steps = sympy.Integer(longest[most])
+        for r, more in grows.items():
+            rounds_before, place = divmod(most - apart + r, apart)
+            steps += more * (sympy.floor((segments - place) / sympy.Integer(apart)) - rounds_before)
+        return steps
 
     since = most
     while since > 1 and longest[since - 1] >= least(since - 1):

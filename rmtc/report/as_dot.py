@@ -20,7 +20,7 @@ def schedule_dot(schedule: Schedule, segments: int, dependences: Sequence[Depend
         lines += [f"  subgraph step_{time} {{", "    rank=same;"]
         lines += [f'    "{name(cell)}" [label="{name(cell)}\\nstep {time}, class {kind}"];' for cell, kind in cells]
         lines.append("  }")
-    for index, (distance, pairs) in enumerate(edges(dependences, segments, schedule.columns)):
+    for index, (distance, pairs) in enumerate(edges(schedule, segments, dependences)):
         colour = _COLOURS[index % len(_COLOURS)]
         lines.append(f"  // distance {distance}")
         lines += [

@@ -22,7 +22,7 @@ def schedule_mermaid(schedule: Schedule, segments: int, dependences: Sequence[De
         lines.append(f'  subgraph step{time}["step {time}"]')
         lines += [f'    {node(cell)}["{name(cell)} {kind}"]' for cell, kind in cells]
         lines.append("  end")
-    for distance, pairs in edges(dependences, segments, schedule.columns):
+    for distance, pairs in edges(schedule, segments, dependences):
         lines.append(f"  %% distance {distance}")
         lines += [f"  {node(source)} --> {node(cell)}" for source, cell in pairs]
     ends = [f"  {node(source)} -.-> {node(cell)}" for source, cell in stage_edges(schedule, segments)]

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from rmtc.ir.formula import at, distance_text, formula
+from rmtc.ir.formula import at, formula
 from rmtc.ir.schedule import Cell, Dependence, L, S, Schedule
-from rmtc.report.graph import cells_by_step, edges
+from rmtc.report.graph import cells_by_step, edges, vector_text
 
 __all__ = ["schedule_svg"]
 
@@ -30,14 +30,14 @@ def schedule_svg(schedule: Schedule, segments: int, dependences: Sequence[Depend
     """
     first = -1 if schedule.stage_classes.get("prologue") else 0
     last = schedule.columns if schedule.stage_classes.get("epilogue") else schedule.columns - 1
-    vectors = list(edges(dependences, segments, schedule.columns))
+    vectors = list(edges(schedule, segments, dependences))
     of = "part (s, p)" if schedule.parts else "cell (s, l)"
     steps = at(schedule.makespan, segments, schedule.layers)
     title = (
         f"step of {of} = {schedule.formula}: {formula(schedule.makespan)} = {steps} steps, "
         f"one after another {formula(S * L)} = {segments * schedule.layers}"
     )
-    legend = [_named(distance, dependences) for distance, _ in vectors]
+    legend = [_named(distance, schedule, dependences) for distance, _ in vectors]
     text = max(len(title), *(len(each) + 6 for each in legend), 0) * 8 + 16
     width = max(_LEFT + (last - first + 1) * _ACROSS + 16, text)
     height = _TOP + segments * _DOWN + 24 * len(legend) + 16
@@ -117,9 +117,9 @@ def _legend(texts: Sequence[str], top: int) -> Iterator[str]:
         yield f'<text class="legend" x="{_LEFT}" y="{y}">{escape(text)}</text>'
 
 
-def _named(distance: str, dependences: Sequence[Dependence]) -> str:
+def _named(distance: str, schedule: Schedule, dependences: Sequence[Dependence]) -> str:
     """A distance and the tensors that have it."""
-    same = (each for each in dependences if distance_text(each.distance) == distance)
+    same = (each for each in dependences if vector_text(schedule, each) == distance)
     names = ", ".join(dict.fromkeys(each.tensor for each in same if each.tensor))
     return f"{distance}  {names}".rstrip()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from rmtc.ir.formula import distance_text
 from rmtc.ir.schedule import Cell, Dependence, Schedule
 
-__all__ = ["cells_by_step", "edges", "stage_edges"]
+__all__ = ["cells_by_step", "edges", "stage_edges", "vector_text"]
 
 
 def cells_by_step(schedule: Schedule, segments: int) -> Iterator[tuple[int, list[tuple[Cell, str]]]]:
@@ -34,13 +35,23 @@ def stage_edges(schedule: Schedule, segments: int) -> Iterator[tuple[Cell, Cell]
                 yield Cell(cell.segment, top), cell
 
 
+def vector_text(schedule: Schedule, dependence: Dependence) -> str:
+    """The distance vector of a dependence between the columns of a schedule."""
+    text = distance_text(dependence.distance)
+    return re.sub(r"\bl\b", "p", text) if schedule.parts else text
+
+
 def edges(
-    dependences: Sequence[Dependence], segments: int, columns: int
+    schedule: Schedule, segments: int, dependences: Sequence[Dependence]
 ) -> Iterator[tuple[str, list[tuple[Cell, Cell]]]]:
-    """Each distance vector as text, with its edges from producer to consumer inside the grid."""
+    """Each distance vector as text, with its edges from producer to consumer inside the grid.
+
+    Where layers are divided, p stands for l in it.
+    """
+    columns = schedule.columns
     found: dict[str, dict[tuple[Cell, Cell], None]] = {}
     for dependence in dependences:
-        same = found.setdefault(distance_text(dependence.distance), {})
+        same = found.setdefault(vector_text(schedule, dependence), {})
         for segment in range(segments):
             for column in range(columns):
                 cell = Cell(segment, column)
