@@ -29,6 +29,7 @@ def explain(
     layers: str | None = None,
     segment_length: int | None = None,
     segments: int | None = None,
+    schedule: str | None = None,
 ) -> Callable[..., Explanation]:
     """Find the segment loop of a model or function, its dependences, and prove a schedule.
 
@@ -42,6 +43,8 @@ def explain(
         segment_length: positions of a segment, where it is not found.
         segments: another number of segments than the call's, for which the answer is to hold too: the loop's Python is
             run for so many, some 15 ms each.
+        schedule: a kind as in :func:`rmtc.compile` that is to be among the candidates: ``"fission"`` is left out
+            otherwise where more operations are in sequence with it.
 
     Returns:
         A callable that takes the arguments of one call of ``function`` and returns an :class:`Explanation`. A
@@ -65,7 +68,7 @@ def explain(
 
     def call(*args: Any, **kwargs: Any) -> Explanation:
         with own_modes(function):
-            return _explanation(function, args, kwargs, layers, segment_length, segments)
+            return _explanation(function, args, kwargs, layers, segment_length, segments, schedule == "fission")
 
     return call
 
@@ -127,6 +130,7 @@ def _explanation(
     layers: str | None,
     segment_length: int | None,
     segments: int | None,
+    always: bool,
 ) -> Explanation:
     opened: list[Analysis] = []
     try:
@@ -141,7 +145,7 @@ def _explanation(
             remedy=refusal.remedy,
             cycle=tuple(each for each in refusal.cycle if isinstance(each, Dependence)),
         )
-    return _answer(_blank(function, analysis), analysis)
+    return _answer(_blank(function, analysis), analysis, always)
 
 
 def _admit(analysis: Analysis, segments: int) -> None:
@@ -167,7 +171,7 @@ def _blank(function: Callable[..., Any], analysis: Analysis | None) -> Explanati
     )
 
 
-def _answer(blank: Explanation, analysis: Analysis) -> Explanation:
+def _answer(blank: Explanation, analysis: Analysis, always: bool = False) -> Explanation:
     proven = analysis.proven
     if proven is None:
         return blank
@@ -178,7 +182,7 @@ def _answer(blank: Explanation, analysis: Analysis) -> Explanation:
         last = f", the last of {tail} positions" if proven.loop.segment_length > 1 else ""
         checked = f"a trace of {segments} segments, batch {batch}{last}: {proven.checked}"
     folded, retimed = retime_loop(proven)
-    found = ways(analysis)
+    found = ways(analysis, always=always)
     estimates, costs = candidates(found, analysis)
     certificate = replace(proof.certificate, assumptions=_assumptions(analysis, loop.fixed), checked=checked)
     return replace(

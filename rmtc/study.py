@@ -10,7 +10,7 @@ import sympy
 from rmtc.ir.explanation import Certificate, Explanation
 from rmtc.ir.folded import Edge, FoldedGraph, Vertex
 from rmtc.ir.formula import distance_text
-from rmtc.ir.schedule import Dependence, Extent, L, Schedule, layer_symbol
+from rmtc.ir.schedule import Dependence, Extent, L, layer_symbol
 from rmtc.ir.spelling import Spelled, SpellingError, read_dependences, read_extent
 from rmtc.passes.distances import names_a_stage
 from rmtc.passes.operations_view import operations_view
@@ -62,9 +62,7 @@ def study(
     if proof.reason is None and retimed.times is None:
         proof = _deadlock(proof, graph, retimed.cycle)
         crossing = tuple(dict.fromkeys((*crossing, *proof.cycle)))
-    schedule = None
-    if proof.a is not None and proof.b is not None:
-        schedule = Schedule(proof.a, proof.b, layers, segments)
+    schedule = proof.schedule(layers, segments)
     ordered = all(edge.ds >= 0 for edge in graph.edges)  # else no loop over segments runs it
     named = bool(spelled and spelled[0].producer)
     vectors = dict.fromkeys(distance_text(each.distance) for each in crossing)

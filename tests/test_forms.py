@@ -256,8 +256,9 @@ def test_why_as_text_and_json() -> None:
     data = json.loads(why_json(found))
     assert (data["cell"], data["step"], data["forced"]) == ([2, 1], 3, True)
     assert [each["step"] for each in data["chain"]] == [0, 1, 2, 3]
-    late = str(why(rmtc.study("(0,1), (2,0)", layers=2, segments=4), Cell(3, 0)))
-    assert "No chain to it is longer than 2 cells. It runs at step 3 since" in late
+    late = str(why(rmtc.study("(0,1), (2,-1)", layers=4, segments=4), Cell(3, 0)))
+    assert "No chain to it is longer than 3 cells. It runs at step 3 since" in late
+    assert why(rmtc.study("(0,1), (2,0)", layers=2, segments=4), Cell(3, 0)).step == 1
     assert "one cell after another, as the model runs" in str(why(rmt(), Cell(1, 0)))
     assert "waits for no other cell" in str(why(armt(4, 3), Cell(0, 0)))
 

@@ -14,7 +14,7 @@ import networkx as nx
 import pytest
 import sympy
 
-from rmtc.ir.schedule import Cell, Dependence, L, S, Schedule, layer_symbol
+from rmtc.ir.schedule import Cell, Dependence, L, S, layer_symbol
 from rmtc.passes.prove import Proof, prove
 
 ell = layer_symbol
@@ -55,7 +55,7 @@ ACCEPTED = {
         8,
         *(1, 1, S + L - 1, S + L - 1, True),
     ),
-    "reach 2": ([UP, dep(2, 0)], 8, 1, 1, S + L - 1, sympy.floor((S - 1) / 2) + L, False),
+    "reach 2": ([UP, dep(2, 0)], 8, 1, 1, sympy.floor((S - 1) / 2) + L, sympy.floor((S - 1) / 2) + L, True),
     "reach 2, 1 higher": ([UP, dep(2, -1)], 8, 1, 1, S + L - 1, 2 * sympy.floor((S - 1) / 2) + L, False),
     "reach 2 from the top": (
         [UP, dep(2, 1 - L)],
@@ -183,7 +183,8 @@ def test_table_by_enumeration(name: str) -> None:
     depths = [layers] if name == "mirrored skip" else [1, 2, 3] if name == "no such layer" else [*range(1, 6), layers]
     gaps = []
     for segments, depth in itertools.product(range(1, 6), depths):
-        schedule = Schedule(proof.a, proof.b, depth, segments)
+        schedule = proof.schedule(depth, segments)
+        assert schedule is not None
         for at, to in edges(tuple(dependences), segments, depth):
             assert schedule.time(at) < schedule.time(to), f"{at} -> {to} at L = {depth}"
         steps = value(proof.makespan, segments, depth)
@@ -263,7 +264,7 @@ def test_cycle_closes(name: str) -> None:
         (
             [UP, dep(2, 0)],
             4,
-            ["1*0 + 1*1 = 1", "1*2 + 1*0 = 2"],
+            ["1*0 + 1*1 = 1", "1*floor(2/2) + 1*0 = 1"],
             "s0.l0 -> s2.l0 -> ... -> s(2*floor((S-1)/2)).l0 -> ... -> s(2*floor((S-1)/2)).l(L-1)",
         ),
     ],
@@ -275,13 +276,22 @@ def test_certificate_text(dependences: list[Dependence], layers: int, slacks: li
     assert certificate.critical_path == path
 
 
-def test_reach_can_lose() -> None:
-    """(0, 1), (2, 0) at S = 6, L = 4: 9 steps where 6 are possible, and the certificate says so."""
+def test_strips_reach_what_an_integer_a_loses() -> None:
+    """(0, 1), (2, 0) at S = 6, L = 4: 6 steps, and 9 with one segment after another."""
     proof = prove([UP, dep(2, 0)], 4)
     assert proof.path is not None
-    assert value(proof.makespan, 6, 4) == 9
+    whole = proof.schedule(4, 6, whole=True)
+    assert whole is not None and value(whole.makespan, 6, 4) == 9
+    assert value(proof.makespan, 6, 4) == 6
     assert value(proof.path.length, 6, 4) == longest((UP, dep(2, 0)), 6, 4) == 6
-    assert not proof.certificate.optimal
+    assert proof.certificate.optimal
+
+
+def test_one_layer_that_reads_two_segments_back_has_a_schedule() -> None:
+    proof = prove([dep(2, 0)], 1)
+    schedule = proof.schedule(1, 9)
+    assert schedule is not None and (schedule.strip, len(schedule.steps())) == (2, 5)
+    assert prove([dep(1, 0)], 1).reason is not None
 
 
 @pytest.mark.slow

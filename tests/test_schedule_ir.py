@@ -75,7 +75,8 @@ def test_the_text_of_a_schedule() -> None:
         Steps
           Before each colon stands a class: cells with the same operations, which differ only in their weights and
           inputs. The cells of one class in one step form a group and can run as one batched call. A segment's
-          prologue is what comes before its layer 0 and its epilogue is what follows its last layer.
+          prologue is what comes before its layer 0 and its epilogue is what follows its last layer. Where a step has
+          several of them, they run one after another.
 
             step 0: prologue P0: s0 | A: s0.l0
             step 1: prologue P0: s1 | A: s0.l1 | B: s1.l0

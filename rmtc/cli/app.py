@@ -159,7 +159,7 @@ def schedule(
         form = _form(form, json)
         check_output(output)
         replayed = segments if segments is None else min(segments, _REPLAYED)
-        answer = _explain(model, settings, layers, segment_length, debug, replayed)
+        answer = _explain(model, settings, layers, segment_length, debug, replayed, kind)
         found = None if isinstance(answer, RefusedError) else answer.schedule
         if isinstance(answer, RefusedError) or found is None:
             if form in (Format.text, Format.json):
@@ -170,8 +170,16 @@ def schedule(
         seen = max(answer.segments, _REPLAYED)
         if segments is not None and segments > seen:
             note(f"the loop's Python was run for {seen} segments, not for {segments}: a longer call may differ")
+        if kind is Kind.fission and answer.way(kind) is None:
+            refusal = RefusedError(
+                "every layer waits for itself in an earlier segment: nothing can run apart from what waits",
+                remedy="ask for another schedule: --schedule shortest",
+            )
+            emit(_refused(refusal, form), output) if form in (Format.text, Format.json) else note(str(refusal))
+            raise typer.Exit(FAILED if strict else 0)
         found, dependences = _of_kind(answer, found, kind)
-        emit(_written(answer.name, found, dependences, segments or answer.segments, form), output)
+        count = segments or answer.segments
+        emit(_written(answer.name, found.of(count), dependences, count, form), output)
 
 
 @app.command()
@@ -416,13 +424,17 @@ def _explain(
     segment_length: int | None,
     debug: bool,
     segments: int | None = None,
+    kind: Kind | None = None,
 ) -> Explanation | RefusedError:
     with progress(f"rmtc: explaining {model}"):
         target = load(model, parse_settings(settings or ()))
         from rmtc.api import explain as explain_call
 
         try:
-            explained = explain_call(target.call, layers=layers, segment_length=segment_length, segments=segments)
+            asked = {"schedule": kind.value} if kind is Kind.fission else {}
+            explained = explain_call(
+                target.call, layers=layers, segment_length=segment_length, segments=segments, **asked
+            )
             answer = explained(*target.args, **target.kwargs)
         except RefusedError as refusal:
             return refusal
@@ -438,9 +450,9 @@ def _of_kind(answer: Explanation, proven: Schedule, kind: Kind) -> tuple[Schedul
     way = answer.chosen if kind is Kind.best else answer.way(kind)
     if way is not None and way.schedule is not None:
         return way.schedule, way.dependences
-    if kind is Kind.fission:
-        raise UsageError("nothing in this model runs apart with fewer operations in sequence: see rmtc explain")
-    written = way is not None  # the best is the model as it is written
+    written = way is not None
+    if written:
+        note("the model as it is written is estimated to be fastest: one cell after another")
     return run_schedule(proven, "sequential" if written else kind), answer.dependences
 
 

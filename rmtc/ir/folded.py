@@ -181,11 +181,18 @@ class Times:
         return max(steps) - min(steps) + 1 if steps else 0
 
     def length(self, graph: FoldedGraph) -> tuple[sympy.Expr, int]:
-        """Number of steps as an expression in ``S``, and the least S that it is right for."""
-        since = graph.rows + 1  # then the last segment is like all later ones, and of its row in each vertex
-        least = self.makespan(graph, since * self.block)
-        apart = sympy.floor((S - 1) / sympy.Integer(self.block)) if self.block > 1 else S - 1
-        steps = sympy.expand(self.a * (apart - (since * self.block - 1) // self.block) + least)
+        """Number of steps as an expression in ``S``, and the least S that it is right for; of times without blocks."""
+        since = graph.rows + 1
+        ends = [
+            {row == graph.rows: self.moment(number, Cell(row, layer)).step}
+            for number, vertex in enumerate(graph.vertices)
+            for row, layer in vertex.members
+        ]
+        first, steady = (max((each[kind] for each in ends if kind in each), default=None) for kind in (False, True))
+        if first is not None and steady is not None and self.a:  # what a first segment runs may be over later
+            since += max(0, -((steady - first) // self.a))
+        rate = self.a if steady is not None else 0
+        steps = sympy.expand(rate * (S - since) + self.makespan(graph, since))
         while since > 1 and self.makespan(graph, since - 1) == at(steps, since - 1, graph.layers):
             since -= 1
         return steps, since

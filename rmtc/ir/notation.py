@@ -23,9 +23,11 @@ from rmtc.ir.schedule import Extent, L, Phase, Schedule, layer_symbol
 __all__ = ["NotationError", "read_schedule", "time_text", "write_schedule"]
 
 _FIRST = re.compile(
-    r"step of (?:cell \(s, l\)|part \(s, p\)) = (?P<time>.+?)(?: in blocks of (?P<block>[1-9][0-9]*) segments)?"
+    r"step of (?:cell \(s, (?P<letter>l)\)|part \(s, p\)) = (?P<time>.+?)"
+    r"(?: in blocks of (?P<block>[1-9][0-9]*) segments)?"
     r", S = (?P<S>[0-9]+), L = (?P<L>[0-9]+)(?: in (?P<parts>[0-9*+ ]+) parts)?"
 )
+_WORD = re.compile(r"floor|ceiling")
 _STRIP = re.compile(r"floor\(s ?/ ?([2-9]|[1-9][0-9]+)\)")
 _PHASE = re.compile(r"(?P<time>.+) from [lp](?P<first>[0-9]+)")
 _SHARE = re.compile(r"(?:(?P<times>[1-9][0-9]*)\*)?(?P<parts>[1-9][0-9]*)")
@@ -118,6 +120,13 @@ def read_schedule(text: str) -> Schedule:
     segments, layers = int(first["S"]), int(first["L"])
     if segments < 1 or layers < 1:
         raise NotationError(f"a schedule has at least one segment and one layer, not S = {segments}, L = {layers}")
+    if bool(first["parts"]) == bool(first["letter"]) or ("l" if first["parts"] else "p") in _WORD.sub(
+        "", first["time"]
+    ):
+        raise NotationError(
+            f"{lines[0]!r} is neither of cells nor of parts",
+            remedy="the step of cell (s, l) is a formula of l; that of part (s, p) one of p, and ends: in 3*2 parts",
+        )
     parts = _read_shares(first["parts"], layers) if first["parts"] else ()
     columns = sum(parts) or layers
     time, *rest = first["time"].split(", then ")
@@ -161,7 +170,9 @@ def _read_shares(text: str, layers: int) -> tuple[int, ...]:
             raise NotationError(f"{each!r} is no number of parts", remedy="such as 3 or, of two layers, 2*3")
         parts += [int(share["parts"])] * min(int(share["times"] or 1), layers + 1)
     if len(parts) != layers:
-        raise NotationError(f"{text!r} names the parts of L = {len(parts)}, not of L = {layers}")
+        raise NotationError(
+            f"{text!r} names the parts of L = {len(parts)}, not of L = {layers}", remedy="such as 2 + 3 for two layers"
+        )
     return tuple(parts)
 
 
@@ -212,7 +223,10 @@ def _coefficients(text: str, layers: int, first: int = 0) -> tuple[Extent, Exten
         rest = sympy.expand(time - a * segment_symbol - b * (layer_symbol - first))
         if rest == 0 and all(_counts_steps(each, layers) for each in (a, b)):
             return _extent(a), _extent(b)
-    raise NotationError(f"{text!r} is not a*s + b*l with a and b whole numbers, not negative, or formulas of L")
+    raise NotationError(
+        f"{text!r} is not a*s + b*l with a and b whole numbers, not negative, or formulas of L",
+        remedy="such as s + l, L*s + l or, of two segments at once, floor(s/2) + l",
+    )
 
 
 def _counts_steps(coefficient: sympy.Expr, layers: int) -> bool:

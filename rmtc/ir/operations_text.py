@@ -73,10 +73,8 @@ def _strips(page: Page, explanation: Explanation) -> None:
             for item in explanation.strips
         ]
     )
-    shortest = explanation.way("shortest")
-    if shortest is not None and shortest.schedule is not None and shortest.schedule.strip > 1:
-        strip = count(shortest.schedule.strip, "segment")
-        page.text(f'rmtc.compile can run {strip} at once: that is schedule="shortest".')
+    if explanation.schedule is not None and explanation.schedule.strip > 1:
+        page.text("The schedule above is such a one.")
 
 
 def _parts(page: Page, view: OperationsView, layers: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import sympy
@@ -153,6 +154,13 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.strip < 1 or (self.strip > 1 and (self.block is not None or self.later)):
             raise ValueError(f"strips of {self.strip} segments: of one at least, and neither in blocks nor in phases")
+        if self.block is not None and self.block < 1:
+            raise ValueError(f"blocks of {self.block} segments")
+        if self.parts and (len(self.parts) != self.layers or min(self.parts) < 1):
+            raise ValueError(f"parts {self.parts} of {self.layers} layers: one number for each, 1 at least")
+        firsts = [0, *(each.first for each in self.later), self.columns]
+        if self.later and any(one >= other for one, other in itertools.pairwise(firsts)):
+            raise ValueError(f"phases from {firsts[1:-1]} on: rising, after 0 and below {self.columns}")
         stages = {stage: names for stage, names in self.stage_classes.items() if names}
         rows = max(map(len, (self.classes, *stages.values())))
         object.__setattr__(self, "classes", _repeat_last(self.classes, rows))
@@ -248,22 +256,34 @@ class Schedule:
             segments: number of segments of the call, the schedule's own by default: the last block may be shorter, and
                 then its phases are.
         """
+        return self.clock(segments, layers)(cell)
+
+    def clock(self, segments: int | None = None, layers: int | None = None) -> Callable[[Cell], int]:
+        """Gives the step of each cell of a call, as :meth:`time` does."""
         phases = self.phases(layers)
-        segments = self.segments if segments is None else segments
-        block = max(1, segments) if self.block is None and self.later else self.block
-        if block is None:
-            ((_, a, b),) = phases
-            return a * (cell.segment // self.strip) + b * cell.layer
-        number, segment = divmod(cell.segment, block)
-        size = max(1, min(block, segments - number * block))
-        time = 0
-        for of, a, b in phases:
-            time += number * (a * (block - 1) + b * (len(of) - 1) + 1)
-        for of, a, b in phases:
-            if cell.layer in of or of is phases[-1][0]:
-                return time + a * segment + b * (cell.layer - of.start)
-            time += a * (size - 1) + b * (len(of) - 1) + 1
-        raise AssertionError("a schedule has a phase")
+        segments = max(1, self.segments if segments is None else segments)
+        _, a, b = phases[0]
+        if self.block is None and not self.later:
+            return lambda cell: a * (cell.segment // self.strip) + b * cell.layer
+        block = segments if self.block is None else self.block
+
+        def lengths(size: int) -> list[int]:
+            """The steps until each phase begins, and until the last one ends, for so many segments."""
+            each = (a * (size - 1) + b * (len(of) - 1) + 1 for of, a, b in phases)
+            return list(itertools.accumulate(each, initial=0))
+
+        last, rest = divmod(segments - 1, block)
+        begins, at_end = lengths(block), lengths(rest + 1)
+        phase_of = {column: number for number, (of, _, _) in enumerate(phases) for column in of}
+
+        def time(cell: Cell) -> int:
+            number, segment = divmod(cell.segment, block)
+            phase = phase_of.get(cell.layer, len(phases) - 1)
+            of, a, b = phases[phase]
+            begin = (begins if number < last else at_end)[phase]
+            return number * begins[-1] + begin + a * segment + b * (cell.layer - of.start)
+
+        return time
 
     def class_of(self, cell: Cell) -> str:
         """The class of a cell's body; its ``layer`` is a column."""
@@ -295,18 +315,17 @@ class Schedule:
             key = order, stage, -1 if part is None else part, name
             by_time.setdefault(time, {}).setdefault(key, []).append(cell)
 
-        top = self.layers if layers is None else layers
+        top, time_of = self.layers if layers is None else layers, self.clock(segments, layers)
         places = [self.place(column) for column in range(columns)]
         for s in range(segments):
             for order, stage, at in ((0, "prologue", 0), (2, "epilogue", columns - 1)):
                 names = self.stage_classes.get(stage)
                 if names and (name := names[min(s, len(names) - 1)]):
-                    time = self.time(Cell(s, at), layers, segments)
-                    put(time, order, stage, None, name, Cell(s, -1 if order == 0 else top))
+                    put(time_of(Cell(s, at)), order, stage, None, name, Cell(s, -1 if order == 0 else top))
             for column, (layer, part) in enumerate(places):
                 cell = Cell(s, column)
                 if name := self.class_of(cell):
-                    put(self.time(cell, layers, segments), 1, "layer", part, name, Cell(s, layer))
+                    put(time_of(cell), 1, "layer", part, name, Cell(s, layer))
         return [
             Step(
                 time,
@@ -317,6 +336,11 @@ class Schedule:
             )
             for time in sorted(by_time)
         ]
+
+    def of(self, segments: int) -> Schedule:
+        """The same for a call of so many segments, without blocks if one holds them all."""
+        block = self.block if self.block is not None and self.block < segments else None
+        return replace(self, segments=segments, block=block)
 
     def __str__(self) -> str:
         from rmtc.ir.text import schedule_text

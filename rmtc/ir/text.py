@@ -13,7 +13,7 @@ import sympy
 
 from rmtc.ir.cycle import Round, Turn, follow
 from rmtc.ir.explanation import CellClass, Certificate, Explanation
-from rmtc.ir.formula import at, distance_text, formula, layers_text, parse, place, time_formula, whence
+from rmtc.ir.formula import at, distance_text, formula, layers_text, parse, place, whence
 from rmtc.ir.grid import grid, schedule_text, stages_text
 from rmtc.ir.operations_text import operations_text
 from rmtc.ir.page import Page, count
@@ -225,7 +225,7 @@ def _schedule(page: Page, explanation: Explanation) -> None:
     page.heading("The schedule")
     page.text(
         "A schedule gives each cell a step. The cells of one step may run at the same time, the steps one after "
-        f"another: cell (s, l) runs at step {time_formula(schedule.a, schedule.b)}."
+        f"another: cell (s, l) runs at step {schedule.formula}."
         + _example(schedule, segments)
         + _stages(schedule)
         + " The step of each cell, segments down and layers across:"
@@ -262,8 +262,6 @@ def _run(explanation: Explanation, schedule: Schedule) -> str:
             " rmtc.compile does something else: what waits for itself in an earlier segment runs one segment after "
             f"another, apart from the rest, which runs for all segments at once, {model}"
         )
-    if run.strip > 1:
-        return f" rmtc.compile does better: it runs {count(run.strip, 'segment')} at once, and the model {otherwise}"
     if run.parts:
         return (
             f" rmtc.compile does better: it divides each layer into {max(run.parts)} parts, of which none waits for "
@@ -326,7 +324,7 @@ def _apart(schedule: Schedule) -> tuple[int, int]:
     """Neighbouring cells of one step lie so many segments and so many layers apart."""
     a, b = at(schedule.a, 1, schedule.layers), at(schedule.b, 1, schedule.layers)
     divisor = math.gcd(a, b) or 1
-    return b // divisor, a // divisor
+    return schedule.strip * b // divisor, a // divisor
 
 
 def _example(schedule: Schedule, segments: int) -> str:
@@ -351,7 +349,8 @@ def _width(schedule: Schedule, segments: int) -> str:
         for extent, step in zip((segments, schedule.layers), _apart(schedule), strict=True)
         if step
     ]
-    return f" No step holds more than {min(sides)} cells." if sides and min(sides) > 1 else ""
+    most = schedule.strip * min(sides) if sides else 1
+    return f" No step holds more than {most} cells." if most > 1 else ""
 
 
 def _legal(page: Page, certificate: Certificate, explanation: Explanation | None) -> None:
@@ -361,9 +360,8 @@ def _legal(page: Page, certificate: Certificate, explanation: Explanation | None
         values = f", here with a = {formula(schedule.a)} and b = {formula(schedule.b)}" if schedule else ""
         page.text(
             "Each cell must run at a later step than the cells it reads from: then it reads what it reads today, and "
-            "all results are the same, up to the rounding of batched operations. Cell (s, l) runs at step a*s + b*l, "
-            f"so from a cell to one that reads it along (ds, dl) the step grows by a*ds + b*dl{values}. That is at "
-            "least 1 for each dependence:"
+            f"all results are the same, up to the rounding of batched operations. {_growth(schedule)}{values}. That is "
+            "at least 1 for each dependence:"
         )
         rows: dict[tuple[str, str], list[str]] = {}
         for item in certificate.inequalities:
@@ -371,6 +369,20 @@ def _legal(page: Page, certificate: Certificate, explanation: Explanation | None
             rows.setdefault(key, []).append(item.dependence.tensor)
         page.table([(distance, slack, ", ".join(filter(None, names))) for (distance, slack), names in rows.items()])
     _checked(page, certificate)
+
+
+def _growth(schedule: Schedule | None) -> str:
+    """By how much the step grows along a dependence."""
+    if schedule is not None and schedule.strip > 1:
+        q = schedule.strip
+        return (
+            f"Cell (s, l) runs at step a*floor(s/{q}) + b*l, so from a cell to one that reads it along (ds, dl) the "
+            f"step grows by a*floor(ds/{q}) + b*dl or more"
+        )
+    return (
+        "Cell (s, l) runs at step a*s + b*l, so from a cell to one that reads it along (ds, dl) the step grows by "
+        "a*ds + b*dl"
+    )
 
 
 def _checked(page: Page, certificate: Certificate) -> None:

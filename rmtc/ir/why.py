@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rmtc.ir.explanation import Explanation
-from rmtc.ir.formula import distance_text, place, time_formula
+from rmtc.ir.formula import distance_text, place
 from rmtc.ir.page import Page, count
 from rmtc.ir.schedule import Cell, Dependence, L, Schedule
 
@@ -48,7 +48,7 @@ class Why:
 
     def __str__(self) -> str:
         page = Page()
-        time = time_formula(self.schedule.a, self.schedule.b)
+        time = self.schedule.formula
         order = "one cell after another, as the model runs" if self.refused else "by the schedule that was proven"
         page.heading(f"{self.cell} runs at step {self.step}: {order}, cell (s, l) runs at step {time}")
         if len(self.chain) == 1:

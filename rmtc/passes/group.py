@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rmtc.ir.program import Src, leaves, map_leaves
-from rmtc.ir.schedule import Cell, L, Schedule
+from rmtc.ir.schedule import L, Schedule
 from rmtc.ir.segment_loop import BodyOp, Every, Fit, Item, Outer, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, Shared, WavefrontProgram, Weight
 
@@ -26,13 +26,20 @@ def run_schedule(schedule: Schedule, kind: str = "shortest") -> Schedule:
         schedule: the proven one.
         kind: ``"shortest"`` or ``"fission"`` for that itself, ``"diagonal"`` for one with at most one cell of each
             layer in a step, ``"sequential"`` for one cell after another. A larger ``a`` is as legal, for no dependence
-            leads to an earlier segment.
+            leads to an earlier segment; and so is s in place of floor(s/q).
+
+    Raises:
+        ValueError: if the diagonal is asked for of parts that run in phases.
     """
+    if kind == "sequential":
+        return replace(schedule, a=L, b=1, strip=1, later=())
+    if schedule.later and kind == "diagonal":
+        raise ValueError("parts in phases are no diagonal of whole cells")
+    if schedule.strip > 1 and kind == "diagonal":
+        return replace(schedule, strip=1)
     if schedule.later or schedule.strip > 1:
         return schedule
-    if kind == "sequential":
-        return replace(schedule, a=L, b=1)
-    a, b = schedule.time(Cell(1, 0)), schedule.time(Cell(0, 1), layers=schedule.layers)
+    ((_, a, b),) = schedule.phases()
     return replace(schedule, a=max(a, 1) if kind == "diagonal" or not b else a, b=b)
 
 

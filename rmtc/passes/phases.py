@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from rmtc.ir.schedule import Cell, Dependence, Phase, Schedule
 
-__all__ = ["in_phases", "in_strips"]
+__all__ = ["Strips", "in_phases", "in_strips"]
 
 
 _FAR = 1 << 30
@@ -48,11 +48,18 @@ def in_phases(schedule: Schedule, dependences: Sequence[Dependence]) -> Schedule
         least = [-((read.consumer - read.producer - 1) // read.ds) for read in inside] if waits else []
         phases.append(Phase(of[0], max(least, default=0), 1))
     first, *later = phases
-    return replace(schedule, a=first.a, b=first.b, later=tuple(later))
+    return replace(schedule, a=first.a, b=first.b, later=tuple(later), strip=1)
 
 
-def in_strips(schedule: Schedule, dependences: Sequence[Dependence]) -> Schedule | None:
-    """The schedule of whole cells with as many segments in a strip as makes it shortest; None if none makes it shorter.
+class Strips(NamedTuple):
+    """Times ``a*floor(s/size) + l``."""
+
+    a: int
+    size: int
+
+
+def in_strips(dependences: Sequence[Dependence], columns: int, whole: int) -> Strips | None:
+    """The strips of segments with the fewest steps for a segment; None if none has fewer than ``whole``.
 
     Needs: as :func:`in_phases`.
     Gives: the times ``a*floor(s/q) + l``. A read over ds segments is one over floor(ds/q) strips or one more, so they
@@ -60,16 +67,15 @@ def in_strips(schedule: Schedule, dependences: Sequence[Dependence]) -> Schedule
 
         (0, 1), (2, 0)    ->    floor(s/2) + l
     """
-    reads = list(_reads(dependences, schedule.columns))
-    best: tuple[int, int] | None = None
-    (_, whole, _), *phases = schedule.phases()
-    for q in sorted({read.ds for read in reads if read.ds > 1}) if not phases else ():
+    reads = list(_reads(dependences, columns))
+    best: Strips | None = None
+    for q in sorted({read.ds for read in reads if read.ds > 1}):
         if any(read.consumer <= read.producer for read in reads if read.ds < q):
             continue
         a = max(-((read.consumer - read.producer - 1) // (read.ds // q)) for read in reads if read.ds >= q)
-        if 0 < a < whole * q and (best is None or a * best[1] < best[0] * q):
-            best = a, q
-    return None if best is None else replace(schedule, a=best[0], b=1, strip=best[1])
+        if 0 < a < whole * q and (best is None or a * best.size < best.a * q):
+            best = Strips(a, q)
+    return best
 
 
 def _reads(dependences: Sequence[Dependence], columns: int) -> Iterator[_Read]:

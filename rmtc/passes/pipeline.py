@@ -14,7 +14,7 @@ from typing import NamedTuple
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.ir.folded import FoldedGraph
 from rmtc.ir.program import Program
-from rmtc.ir.schedule import Cell, L, Schedule
+from rmtc.ir.schedule import L, Schedule
 from rmtc.ir.segment_loop import Key, SegmentLoop
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.check import Checked, check
@@ -26,7 +26,7 @@ from rmtc.passes.generalize import generalize_rows
 from rmtc.passes.group import group, run_schedule
 from rmtc.passes.if_convert import if_convert
 from rmtc.passes.layers import fold_layers
-from rmtc.passes.phases import in_phases, in_strips
+from rmtc.passes.phases import in_phases
 from rmtc.passes.place import places, slots
 from rmtc.passes.prove import Proof, prove
 from rmtc.passes.retime import Retimed, retime
@@ -198,9 +198,7 @@ def prove_loop(loop: SegmentLoop, family: Family | None, segments: int, watch: W
         watch: as in :func:`reroll`.
     """
     proof = prove(loop.dependences, loop.layers)
-    schedule = None
-    if proof.reason is None and proof.a is not None and proof.b is not None:
-        schedule = Schedule(proof.a, proof.b, loop.layers, segments, loop.classes, loop.stage_classes)
+    schedule = proof.schedule(loop.layers, segments, loop.classes, loop.stage_classes)
     _show(watch, "prove", f"{proof.certificate}\n" if schedule else f"refused: {proof.reason}\n")
     return Proven(loop, family, proof, schedule)
 
@@ -217,7 +215,7 @@ def apart(proven: Proven, always: bool = False) -> Proven | None:
         for the worse.
     """
     whole = proven.schedule
-    if whole is None or whole.time(Cell(1, 0)) == 0:
+    if whole is None or whole.phases()[0][1] == 0:
         return None
     found = proven
     parts: tuple[int, ...] = ()
@@ -249,13 +247,16 @@ def _fewer(columns: Sequence[tuple[bool, int]], proven: Proven) -> bool:
         apart += max(sizes) * (_SEGMENTS - 1 + len(sizes)) if waits else sum(sizes) * _BLOCKS
     ((_, a, _),) = proven.schedule.phases()
     most = max(end - begin for begin, end in proven.loop.layouts[-1].layers)
-    return apart < most * (a * (_SEGMENTS - 1) + proven.loop.layers)
+    return apart < most * (a * (_SEGMENTS - 1) // proven.schedule.strip + proven.loop.layers)
 
 
-def stripped(proven: Proven) -> Proven | None:
-    """A proven loop with several segments at once, where all that a layer reads of itself lies further back."""
-    schedule = None if proven.schedule is None else in_strips(proven.schedule, proven.loop.dependences)
-    return None if schedule is None else replace(proven, schedule=schedule)
+def unstripped(proven: Proven) -> Proven:
+    """A proven loop with the schedule that has at most one segment of a layer in a step."""
+    loop, schedule = proven.loop, proven.schedule
+    if schedule is None or schedule.strip == 1:
+        return proven
+    whole = proven.proof.schedule(loop.layers, schedule.segments, loop.classes, loop.stage_classes, whole=True)
+    return replace(proven, schedule=whole)
 
 
 def rewrite(proven: Proven, watch: Watch | None = None, schedule: str = "shortest") -> WavefrontProgram:

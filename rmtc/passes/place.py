@@ -23,8 +23,7 @@ def places(loop: SegmentLoop, keys: list[Key], segments: int, schedule: Schedule
         schedule: the schedule.
     """
     layers = loop.layers
-    cells = (Cell(s, at) for s in range(segments) for at in range(layers))
-    times = {cell: schedule.time(cell, segments=segments) for cell in cells}
+    time = schedule.clock(segments)
     found: list[Place] = []
     for key in keys:
         if key.segment < 0:
@@ -34,7 +33,7 @@ def places(loop: SegmentLoop, keys: list[Key], segments: int, schedule: Schedule
         else:
             layer = loop.layout(key.segment).layer_of(key.number)
             stage = 0 if layer < 0 else 2 if layer >= layers else 1
-            step = times[Cell(key.segment, min(max(layer, 0), layers - 1))]
+            step = time(Cell(key.segment, min(max(layer, 0), layers - 1)))
             found.append(Place(1, step, stage, Cell(key.segment, layer), key.number))
     return found
 

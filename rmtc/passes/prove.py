@@ -25,9 +25,14 @@ Lower bound. Let a chain of cells, each waiting for the one before, use n_d inst
 grid, so sum n_d*ds <= S-1 and sum n_d*dl <= L-1: it is a feasible point of the dual of the linear program
 ``min a*(S-1) + b*(L-1)`` under (1), and its ``sum n_d + 1`` cells need as many steps under *any* schedule. Where it is
 as long as the makespan for every S and L (from the least L that has such a chain on), both are optimal. It need not be
-the longest where the makespan does not meet it, as for (2, 0), where an integer a loses.
+the longest where the makespan does not meet it.
+
+Strips. Where all that makes a layer wait for itself lies two segments back or more, an integer a loses: as many
+segments as one body may then have times ``a*floor(s/q) + l`` with a/q below it. They are legal iff
+``a*floor(ds/q) + dl >= 1``, which is asked for the model's L.
 
     (0, 1) x, (1, 0) A          ->  t = s + l,  S + L - 1 steps, optimal: s0.l0 -> s1.l0 -> ... -> s(S-1).l(L-1)
+    (0, 1) x, (2, 0) A          ->  t = floor(s/2) + l,  floor((S-1)/2) + L steps, optimal
     (0, 1) x, (1, -2) M         ->  t = 3*s + l,  3*S + L - 3 steps, optimal
     (0, 1) x, (1, -(L-1)) m     ->  refused: S*L steps; cycle (0, 1) x  (L-1 times), (1, -(L-1)) m
 """
@@ -35,16 +40,17 @@ the longest where the makespan does not meet it, as for (2, 0), where an integer
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import sympy
 
 from rmtc.ir.explanation import Certificate, Inequality
-from rmtc.ir.schedule import Dependence, Extent, L, S
+from rmtc.ir.schedule import Dependence, Extent, L, S, Schedule
 from rmtc.passes.critical_path import Rounds, Straight, chains
 from rmtc.passes.distances import ONE, Affine, Vector, parse, text_of, value_of, vectors_of
+from rmtc.passes.phases import Strips, in_strips
 
 __all__ = ["SEQUENTIAL_REMEDY", "Proof", "prove"]
 
@@ -66,6 +72,7 @@ class Proof:
         cycle: the dependences that force the sequential order, in order round the cycle; empty when not refused.
         makespan: number of steps in ``S`` and ``L``; that of the sequential order, ``S*L``, when refused.
         path: the critical path of the certificate, as cells; None if the program's own order breaks a dependence.
+        strips: times for strips of segments that take fewer steps; None if there are none.
     """
 
     a: Extent | None
@@ -75,6 +82,23 @@ class Proof:
     cycle: tuple[Dependence, ...]
     makespan: sympy.Expr
     path: Rounds | Straight | None
+    strips: Strips | None = None
+
+    def schedule(
+        self,
+        layers: int,
+        segments: int,
+        classes: tuple[tuple[str, ...], ...] = (),
+        stage_classes: Mapping[str, tuple[str, ...]] | None = None,
+        whole: bool = False,
+    ) -> Schedule | None:
+        """The schedule with the fewest steps, or ``whole`` the one without strips; None when refused."""
+        if self.a is None or self.b is None:
+            return None
+        stages = dict(stage_classes or {})
+        if self.strips is not None and not whole:
+            return Schedule(self.strips.a, 1, layers, segments, classes, stages, strip=self.strips.size)
+        return Schedule(self.a, self.b, layers, segments, classes, stages)
 
 
 def prove(dependences: Sequence[Dependence], layers: int) -> Proof:
@@ -100,18 +124,22 @@ def prove(dependences: Sequence[Dependence], layers: int) -> Proof:
         if not _executable(vector, layers):
             return _refuse_order(vector, vectors, layers)
     a, b, forcing = _solve(vectors, layers)
+    strips = in_strips(dependences, layers, value_of(a, layers))
     makespan = sympy.expand(a * (S - 1) + b * (L - 1) + 1)
+    if strips is not None:
+        makespan = strips.a * sympy.floor((S - 1) / sympy.Integer(strips.size)) + L
     # 2520 segments are whole rounds of up to 10; one segment and more layers tell equal chains apart.
     sizes = [(2521, layers), (1, layers), (2, layers), (1, layers + 6)]
     path = max(chains(vectors, layers), key=lambda chain: [chain.count(*size) for size in sizes])
     certificate = Certificate(
-        inequalities=_inequalities(dependences, vectors, a, b, layers),
+        inequalities=_inequalities(dependences, vectors, a, b, layers, strips),
         critical_path=str(path),
         bound=text_of(path.length),
         optimal=sympy.expand(path.length - makespan) == 0,
     )
-    if forcing is None or value_of(a, layers) < layers:
-        return Proof(a, b, certificate, None, (), makespan, path)
+    rate = value_of(a, layers) if strips is None else Fraction(*strips)
+    if forcing is None or rate < layers:
+        return Proof(a, b, certificate, None, (), makespan, path, strips)
 
     forced = sympy.expand(path.length.subs(L, layers)) == layers * S
     certificate = Certificate(certificate.inequalities, certificate.critical_path, certificate.bound, optimal=forced)
@@ -209,7 +237,12 @@ def _refuse_order(vector: Vector, vectors: Sequence[Vector], layers: int) -> Pro
 
 
 def _inequalities(
-    dependences: Sequence[Dependence], vectors: Sequence[Vector], a: Extent, b: int, layers: int
+    dependences: Sequence[Dependence],
+    vectors: Sequence[Vector],
+    a: Extent,
+    b: int,
+    layers: int,
+    strips: Strips | None,
 ) -> tuple[Inequality, ...]:
     rows = []
     for dependence in dependences:
@@ -217,10 +250,13 @@ def _inequalities(
         if not own:
             rows.append(Inequality(dependence, f"no instance for L = {layers}"))
             continue
-        worst = min(own, key=lambda vector: value_of(a, layers) * vector.ds + b * vector.dl.at(layers))
+        size = 1 if strips is None else strips.size
+        factor, shift = (a, b) if strips is None else (strips.a, 1)
+        worst = min(own, key=lambda each: value_of(factor, layers) * (each.ds // size) + shift * each.dl.at(layers))
         dl = worst.dl.ceiling()
-        least = sympy.expand(a * worst.ds + b * dl)
-        text = f"{_factor(a)}*{_factor(worst.ds)} + {b}*{_factor(dl)} = {text_of(least)}"
+        least = sympy.expand(factor * (worst.ds // size) + shift * dl)
+        ds = f"floor({worst.ds}/{size})" if size > 1 and worst.ds else _factor(worst.ds)
+        text = f"{_factor(factor)}*{ds} + {shift}*{_factor(dl)} = {text_of(least)}"
         if not least.is_Integer:
             text += " >= 1"
         if worst.layer is not None and len(own) > 1:

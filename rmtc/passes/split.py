@@ -150,7 +150,12 @@ def _steady_parts(loop: SegmentLoop, free: set[int]) -> dict[int, int] | None:
 
 
 def _row_parts(loop: SegmentLoop, row: int, steady: dict[int, int]) -> dict[int, int]:
-    """The parts of a first segment's operations: those of the steady one's that they are."""
+    """The parts of a first segment's operations: those of the steady one's that they are.
+
+    A segment that runs what the steady ones run is divided as they are: they read it by the same numbers.
+    """
+    if [op.target for op in loop.rows[row]] == [op.target for op in loop.steady]:
+        return dict(steady)
     part: dict[int, int] = {}
     for (begin, end), (start, stop) in zip(loop.layouts[row].layers, loop.layouts[-1].layers, strict=True):
         ops, pattern = loop.rows[row][begin:end], loop.steady[start:stop]

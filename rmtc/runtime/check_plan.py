@@ -37,6 +37,7 @@ def check_plan(program: WavefrontProgram, plan: Plan, segments: int) -> int:
     most = 0
     for number, launch in enumerate(plan.launches):
         members: list[Member] = [(min(cell.segment, len(loop.rows)), cell.layer) for cell in launch.cells]
+        _check_weights(launch)
         for place in range(len(launch.inputs)):
             _check_input(launch, place, members, held)
         made = held[number] = _results(program, launch, members)
@@ -52,6 +53,18 @@ def check_plan(program: WavefrontProgram, plan: Plan, segments: int) -> int:
     if missing:
         raise VerifyError(f"what follows the loop reads {min(missing)}, which was not kept")
     return most
+
+
+def _check_weights(launch: Launch) -> None:
+    """Each cell finds the weights of its layer: in the row of the stack that its place falls in."""
+    layers = [cell.layer for cell in launch.cells]
+    if len(set(launch.cells)) < len(launch.cells):
+        raise VerifyError(f"{launch.body.name} runs twice for a cell in step {launch.step}")
+    if launch.one_layer and len(set(layers)) > 1:
+        raise VerifyError(f"{launch.body.name} has the weights of one layer for {sorted(set(layers))}")
+    rows = [layers[0]] if launch.one_layer else [layer for layer in launch.layers for _ in range(launch.repeat)]
+    if not launch.one_layer and rows != layers:
+        raise VerifyError(f"{launch.body.name} has the weights of layers {rows} for cells of {layers}")
 
 
 def _check_input(launch: Launch, place: int, members: list[Member], held: dict[int, Tags]) -> None:

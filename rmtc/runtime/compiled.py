@@ -482,11 +482,11 @@ class Compiled:
         result, run = variant.run(decision.ready)
         schedule = variant.program.schedule
         whole = variant.analysis.proven.schedule if variant.analysis.proven is not None else None
-        makespan = run.steps
-        if schedule.later or schedule.strip > 1:
-            makespan = at(schedule.makespan, sizes.segments, schedule.layers)
-        elif whole is not None and not schedule.parts:
-            makespan = at(whole.makespan, sizes.segments, whole.layers)
+        # Of a layer's parts with all segments at once, one is counted.
+        makespan = schedule.layers if schedule.parts and not schedule.later else run.steps
+        proven = schedule if schedule.later or whole is None or variant.kind == "shortest" else whole
+        if not schedule.parts or schedule.later:
+            makespan = at(proven.makespan, sizes.segments, schedule.layers)
         with self._counts:
             self.stats.runs += 1
             self.stats.last_run = LastRun(

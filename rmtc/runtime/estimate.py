@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from rmtc.ir.segment_loop import Key, Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 from rmtc.passes.check import Checked
 from rmtc.passes.group import run_schedule
-from rmtc.passes.pipeline import Proven, apart, check_against, rewrite, stripped
+from rmtc.passes.pipeline import Proven, apart, check_against, rewrite, unstripped
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.measure import cost_model
 from rmtc.runtime.plan import plan_run
@@ -178,55 +178,73 @@ WAYS = ("shortest", "fission", "diagonal")
 """What ``schedule=`` may ask for, of what is estimated."""
 
 
-def ways(analysis: Analysis, max_group: int | None = None, names: Sequence[str] = WAYS) -> list[Way]:
+def ways(
+    analysis: Analysis, max_group: int | None = None, names: Sequence[str] = WAYS, always: bool = False
+) -> list[Way]:
     """The ways to run a loop, the one with the fewest steps first: each proven, held against a run, and replayed.
 
     Args:
         analysis: one with a schedule.
         max_group: the most cells that run at once.
         names: which ones.
+        always: whether fission is one also where it leaves more operations in sequence.
 
     Raises:
         VerifyError: if the schedules fail their checks.
+        RefusedError: if none of these ways is there.
     """
     whole, third = analysis.proven, analysis.probes[1]
     if whole is None or whole.schedule is None:
         return []
     found: list[Way] = []
     failed: RmtcError | None = None
-    divided = apart(whole, names == ("fission",)) if {"shortest", "fission"} & set(names) else None
-    phased = divided is not None and divided.schedule is not None and bool(divided.schedule.later)
+    divided = apart(whole, always) if {"shortest", "fission"} & set(names) else None
     for name in names:
-        proven: Proven | None = whole
-        if name == "fission":
-            proven = divided
-        elif name == "shortest":
-            proven = divided if divided is not None and not phased else stripped(whole) or whole
-        if proven is None or proven.schedule is None:
-            continue
-        schedule = run_schedule(proven.schedule, name)
-        if found and proven is found[0].proven and schedule == found[0].program.schedule:
-            continue
-        try:
-            found.append(_way(name, proven, schedule, third, max_group))
-        except (VerifyError, RefusedError) as error:
-            logger.warning("the %s schedule is left out: %s", name, error.reason)
-            failed = failed or error
+        for proven in _loops(whole, divided, name):
+            assert proven.schedule is not None
+            schedule = run_schedule(proven.schedule, name)
+            if any(schedule == each.program.schedule for each in found):
+                break
+            try:
+                found.append(_way(name, proven, schedule, third, max_group))
+                break
+            except (VerifyError, RefusedError) as error:
+                logger.warning("a %s schedule is left out: %s", name, error.reason)
+                failed = failed or error
     if not found:
-        raise failed or RefusedError(
-            "every layer waits for itself in an earlier segment: nothing can run apart from what waits",
-            remedy='leave schedule="fission" out, or ask for "shortest"',
-        )
+        raise RefusedError(
+            "every layer waits for itself in an earlier segment: nothing can run apart from what waits"
+            if failed is None
+            else f"the {names[0]} schedule is not run: {failed.reason}",
+            location=failed.location if failed is not None else None,
+            remedy='ask for another one: schedule="shortest"',
+        ) from failed
     return found
 
 
+def _loops(whole: Proven, divided: Proven | None, name: str) -> Iterator[Proven]:
+    """The loop as a way may run it, the best first."""
+    phased = divided is not None and divided.schedule is not None and bool(divided.schedule.later)
+    if divided is not None and (name == "fission" or (name == "shortest" and not phased)):
+        yield divided
+    if name == "shortest":
+        yield whole
+    elif name == "diagonal":
+        yield unstripped(whole)
+
+
 def _way(name: str, proven: Proven, schedule: Schedule, run: Captured, max_group: int | None) -> Way:
-    """A way that is held against a run, as a whole and in blocks, and its plan replayed."""
-    for block in (None, 2) if any(a == 0 for _, a, _ in schedule.phases()) else (None,):
+    """A way that is held against a run, as a whole and in blocks, and plans of it replayed, of few segments too."""
+    at_once = any(a == 0 for _, a, _ in schedule.phases())
+    for block in (None, 2) if at_once else (None,):
         checked = check_against(replace(proven, schedule=replace(schedule, block=block)), run.program, *run.sizes)
-    program = replace(rewrite(proven, schedule=name), max_group=max_group)
-    check_plan(program, plan_run(program, *run.sizes), run.sizes.segments)
-    return Way(name, proven, program, Works(proven.loop, run, checked))
+    program = rewrite(proven, schedule=name)
+    rows, (segments, batch, tail) = len(proven.loop.rows), run.sizes
+    for width in {max_group, 2} if at_once or schedule.strip > 1 else {max_group}:
+        capped = replace(program, max_group=width)
+        for number in {rows + 1, segments}:
+            check_plan(capped, plan_run(capped, number, batch, tail), number)
+    return Way(name, proven, replace(program, max_group=max_group), Works(proven.loop, run, checked))
 
 
 def candidates(found: Sequence[Way], analysis: Analysis) -> tuple[tuple[Candidate, ...], str]:

@@ -145,12 +145,7 @@ class _Planner:
         if not self.schedule.later:  # the parts of a layer follow one another
             parts = ([each.part for each in step.groups if each.stage == "layer"] for step in steps)
             begun -= sum(bool(each) and all(each) for each in parts)
-        return Plan(launches, begun, widths, self._shown())
-
-    def _shown(self) -> Schedule:
-        """The schedule of this call; a block that holds it all is none."""
-        block = self.schedule.block
-        return replace(self.schedule, segments=self.segments, block=None if block and block >= self.segments else block)
+        return Plan(launches, begun, widths, replace(self.schedule, segments=self.segments))
 
     def _drop_unread(self) -> None:
         """A last segment that is shorter runs only what is read: the rest may not be fit for its length."""

@@ -147,7 +147,7 @@ class Variant:
             check_against(replace(proven, schedule=run_schedule(proven.schedule, kind)), third.program, *third.sizes)
             program, way = replace(rewrite(proven, schedule=kind), max_group=max_group), None
         else:
-            found = ways(analysis, max_group, WAYS if kind == "best" else (kind,))
+            found = ways(analysis, max_group, WAYS if kind == "best" else (kind,), always=kind == "fission")
             way = found[0]
             if kind == "best":
                 model = cost_model(*analysis.kind)

@@ -9,7 +9,6 @@ import itertools
 import linecache
 import logging
 import operator
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from rmtc.codegen.torch.rules import UNGROUPED, Arguments, Raw, Rows, Value, Varying, grouped, rule_for
+from rmtc.codegen.torch.rules import UNGROUPED, Arguments, Raw, Value, Varying, grouped, rule_for
 from rmtc.ir.program import Src, call_arguments, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import BodyOp, Environment, Fit, Outer
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, choose
@@ -85,11 +84,8 @@ class _Emitter:
     def repeated(self, text: str, count: int) -> Value:
         """A weight with a row for so many cells."""
         rows: torch.Tensor = self.space[text]
-        every = f"{text}_each"
-        if every not in self.space:
-            self.space[every] = rows.repeat_interleave(count, 0)
-            self.lines.append(f"{every} = {text}.repeat_interleave({count}, 0)")
-        return Value(every, tuple(rows.shape[1:]), rows.dtype, True, Rows(text, count))
+        every = f"{text}.repeat_interleave({count}, 0)"
+        return Value(every, tuple(rows.shape[1:]), rows.dtype, True, count, text)
 
     def run(self, name: str, op: BodyOp, args: tuple[Any, ...]) -> Any:
         """Emit and run one operation."""
@@ -184,7 +180,7 @@ class _Emitter:
         it is tried with a number that is no size of an operand.
         """
         sizes = {size for value in arguments.tensors() for size in value.shape}
-        repeat = max((value.rows.repeat for value in arguments.tensors() if value.rows is not None), default=1)
+        repeat = max((value.repeat for value in arguments.tensors()), default=1)
         count = repeat * next(number for number in itertools.count(2) if not sizes & {number, repeat * number})
         space = {**self.space, "G": count}
 
@@ -192,11 +188,11 @@ class _Emitter:
             return tensor.to("meta")[:1].expand(count, *tensor.shape[1:])
 
         for value in arguments.tensors():
-            known = value.text.partition("[")[0]
+            known = value.rows or value.text.partition("[")[0]
             function = several if value.grouped else operator.methodcaller("to", "meta")
             space[known] = pytree.tree_map_only(torch.Tensor, function, self.space[known])
-            if value.rows is not None:
-                space[value.rows.text] = several(self.space[value.rows.text], count // repeat)
+            if value.rows:
+                space[known] = several(self.space[known], count // repeat)
         try:
             found = eval(text, space)
         except NotImplementedError:  # an operation that cannot tell its shape without running
@@ -346,18 +342,10 @@ def emit(
     ):
         if count:
             header.append(f"    {''.join(f'{prefix}{number}, ' for number in range(count))[:-1]} = {argument}")
-    body = [f"    {line}" for line in _used(emitter.lines)]
+    body = [f"    {line}" for line in emitter.lines]
     back = f"    return ({''.join(f'v{number}, ' for number in results)})"
     source = "\n".join([*header, *body, back, ""])
     return _compiled(name, source, emitter, tuple(passed)), outputs
-
-
-def _used(lines: Sequence[str]) -> Iterator[str]:
-    """The lines but for those that repeat a weight that is read row by row."""
-    for number, line in enumerate(lines):
-        name = line.partition(" = ")[0]
-        if not name.endswith("_each") or any(re.search(rf"\b{name}\b", each) for each in lines[number + 1 :]):
-            yield line
 
 
 def _spread(emitter: _Emitter, values: dict[int, Any], number: int) -> None:

@@ -18,22 +18,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["UNGROUPED", "Arguments", "Rows", "Value", "function_name", "grouped", "literal", "rule_for", "rules"]
+__all__ = ["UNGROUPED", "Arguments", "Value", "function_name", "grouped", "literal", "rule_for", "rules"]
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A tensor with one row for several neighbouring cells of a group.
-
-    Attributes:
-        text: the expression that gives it.
-        repeat: for how many.
-    """
-
-    text: str
-    repeat: int
 
 
 @dataclass(frozen=True)
@@ -45,14 +32,16 @@ class Value:
         shape: of one cell.
         dtype: of its elements.
         grouped: whether it has a group axis.
-        rows: where neighbouring cells have the same: that without repetition.
+        repeat: how many neighbouring cells each row of ``rows`` is for; ``text`` repeats it.
+        rows: the expression of the tensor with one row for so many cells.
     """
 
     text: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     grouped: bool
-    rows: Rows | None = None
+    repeat: int = 1
+    rows: str = ""
 
     @property
     def rank(self) -> int:
@@ -305,8 +294,9 @@ def linear(arguments: Arguments) -> str | None:
     if weight.rank != 2 or not weight.grouped or not value.rank:
         return None
     rows = math.prod(value.shape[:-1])
-    if weight.rows is not None and (bias is None or bias.rows is not None):
-        return _linear_of_rows(value, weight.rows, None if bias is None else bias.rows, weight.shape[0])
+    if weight.rows and (bias is None or bias.rows):
+        product = _product_of_rows(value, weight, f"{weight.rows}.transpose(1, 2)", bias)
+        return f"{product}.view(G, {_sizes((*value.shape[:-1], weight.shape[0]))})"
     flat = f"{grouped(value)}.reshape(G, {rows}, {value.shape[-1]})" if value.rank != 2 else grouped(value)
     matrix = f"{weight.text}.transpose(1, 2)"
     if bias is None:
@@ -317,19 +307,19 @@ def linear(arguments: Arguments) -> str | None:
     return product if value.rank == 2 else f"{product}.view(G, {_sizes(shape)})"
 
 
-def _linear_of_rows(value: Value, weight: Rows, bias: Rows | None, size: int) -> str:
-    """The cells of a row of the weights as one matrix with more rows."""
+def _product_of_rows(value: Value, weight: Value, matrix: str, bias: Value | None = None) -> str:
+    """The cells of each row of the weights as one matrix with more rows."""
     many = weight.repeat * math.prod(value.shape[:-1])
     flat = f"{grouped(value)}.reshape(G // {weight.repeat}, {many}, {value.shape[-1]})"
-    matrix = f"{weight.text}.transpose(1, 2)"
-    product = f"baddbmm({bias.text}.unsqueeze(1), {flat}, {matrix})" if bias else f"bmm({flat}, {matrix})"
-    return f"{product}.view(G, {_sizes((*value.shape[:-1], size))})"
+    return f"baddbmm({bias.rows}.unsqueeze(1), {flat}, {matrix})" if bias else f"bmm({flat}, {matrix})"
 
 
 def matmul(arguments: Arguments) -> str | None:
     left, right = (value for value in arguments.values.values() if isinstance(value, Value))
     if not left.rank or not right.rank:
         return None
+    if right.rows and right.rank == 2 and left.grouped and not left.rows:
+        return f"{_product_of_rows(left, right, right.rows)}.view(G, {_sizes((*left.shape[:-1], right.shape[1]))})"
     a, b = left.text, right.text
     vector, row = right.rank == 1, left.rank == 1
     rank = max(left.rank, right.rank, 2)
@@ -357,6 +347,8 @@ def addmm(arguments: Arguments) -> str | None:
     bias, left, right = arguments["self"], arguments["mat1"], arguments["mat2"]
     if arguments["beta"] != 1 or arguments["alpha"] != 1 or bias.rank > 2:
         return None
+    if right.rows and bias.rows and bias.rank == 1 and not left.rows:
+        return f"{_product_of_rows(left, right, right.rows, bias)}.view(G, {left.shape[0]}, {right.shape[1]})"
     bias_text = ranked(bias, 2) if bias.grouped else bias.text
     return f"baddbmm({bias_text}, {grouped(left)}, {grouped(right)})"
 
