@@ -15,7 +15,7 @@ from rmtc.ir.explanation import Explanation
 from rmtc.ir.schedule import Dependence
 from rmtc.passes.operations_view import operations_view
 from rmtc.passes.pipeline import passes, retime_loop
-from rmtc.passes.prove import SEQUENTIAL_REMEDY
+from rmtc.passes.prove import remedy
 from rmtc.passes.strip_mine import strips
 from rmtc.passes.summary import class_summaries
 from rmtc.runtime.estimate import candidates, ways
@@ -196,7 +196,7 @@ def _answer(blank: Explanation, analysis: Analysis, always: bool = False) -> Exp
         reason=proof.reason,
         cycle=proof.cycle,
         location=proof.cycle[-1].location if proof.cycle else None,
-        remedy=SEQUENTIAL_REMEDY if proof.cycle else None,
+        remedy=remedy(loop.layers) if proof.cycle else None,
         operations=operations_view(folded, retimed, blank.segments),
         strips=strips(folded, blank.segments),
         candidates=estimates,

@@ -14,7 +14,7 @@ from rmtc.ir.schedule import Dependence, Extent, L, layer_symbol
 from rmtc.ir.spelling import Spelled, SpellingError, read_dependences, read_extent
 from rmtc.passes.distances import names_a_stage
 from rmtc.passes.operations_view import operations_view
-from rmtc.passes.prove import SEQUENTIAL_REMEDY, Proof, prove
+from rmtc.passes.prove import Proof, prove, remedy
 from rmtc.passes.retime import retime
 from rmtc.passes.strip_mine import strips
 
@@ -76,7 +76,7 @@ def study(
         certificate=proof.certificate,
         reason=proof.reason,
         cycle=proof.cycle,
-        remedy=None if not proof.cycle else SEQUENTIAL_REMEDY if proof.certificate.bound else _ORDER_REMEDY,
+        remedy=None if not proof.cycle else remedy(layers) if proof.certificate.bound else _ORDER_REMEDY,
         operations=operations_view(graph, retimed, segments) if named and ordered else None,
         strips=strips(graph, segments) if ordered else (),
         studied=True,

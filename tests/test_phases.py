@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compare import LAYERS, SEGMENT, WIDTH, Twins, text
 from test_blocks import KeysCached, Summed, last_run
 from torch import Tensor, nn
@@ -202,6 +203,78 @@ def test_several_segments_in_a_strip(max_group: int | None) -> None:
     products = [line for kernel in kernels(twins) for line in kernel.source.splitlines() if "bmm(" in line]
     if max_group is None:  # the matrices of a layer are not copied for its cells
         assert any("reshape(G // 2" in line for line in products) and not any("_each" in line for line in products)
+
+
+class Peeled(KeysCached):
+    """The first two segments are written out, on lines of their own."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        first, *others = x.split(SEGMENT, dim=1)
+        caches: list[Tensor | None] = [None] * LAYERS
+        pieces = [first]
+        for number in range(LAYERS):
+            pieces[0], caches[number] = self.attend(number, pieces[0], None)
+        if others:
+            pieces.append(others[0])
+            for number in range(LAYERS):
+                new = self.made[number](self.norms[number](pieces[1]))
+                q, new = new.split([WIDTH, 2 * WIDTH], dim=-1)
+                keys, values = torch.cat([caches[number], new], dim=1).chunk(2, dim=-1)  # type: ignore[list-item]
+                out = self.mixed[number](F.scaled_dot_product_attention(q, keys, values))
+                pieces[1], caches[number] = pieces[1] + torch.tanh(out), new
+        for piece in others[1:]:
+            for number in range(LAYERS):
+                piece, caches[number] = self.attend(number, piece, caches[number])
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1), caches
+
+
+def test_first_segments_that_are_written_out_are_divided_as_the_others() -> None:
+    twins = Twins(Peeled, schedule="shortest")
+    for segments, batch in ((8, 2), (12, 1)):
+        twins.call(text(segments, batch))
+        assert (last_run(twins).parts, last_run(twins).steps) == (2, LAYERS)
+
+
+class Before(nn.Module):
+    """A recurrence before the layers and one after them; the layers read what they wrote three segments before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.GRUCell(WIDTH, WIDTH), nn.GRUCell(WIDTH, WIDTH)
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(WIDTH, WIDTH) / 4) for _ in range(LAYERS))
+        self.biases = nn.ParameterList(nn.Parameter(torch.randn(WIDTH)) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[list[Tensor]], Tensor, Tensor]:
+        zero = x.new_zeros(x.shape[0], WIDTH)
+        before, after, pieces = zero, zero, []
+        memories = [[zero, zero, zero] for _ in range(LAYERS)]
+        for piece in x.split(SEGMENT, dim=1):
+            before = self.first(piece.mean(1), before)
+            piece = piece + before[:, None]
+            for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+                flat = torch.addmm(bias, piece.flatten(0, 1), weight)
+                piece = torch.tanh(flat.view_as(piece) @ weight.exp() + memories[number][0][:, None])
+                memories[number] = [*memories[number][1:], piece.mean(1)]
+            after = self.last(piece.mean(1), after)
+            pieces.append(piece + after[:, None])
+        return torch.cat(pieces, dim=1), memories, before, after
+
+
+@pytest.mark.parametrize("max_group", [None, 4])
+def test_strips_of_three_with_recurrences_around_the_layers(max_group: int | None) -> None:
+    twins = Twins(Before, schedule="shortest", options={} if max_group is None else {"max_group": max_group})
+    for segments, batch, tail in ((2, 2, SEGMENT), (13, 2, 2), (9, 1, SEGMENT), (4, 3, SEGMENT)):
+        if segments == 2:
+            with pytest.raises(rmtc.RefusedError, match=r"(?s)what 2 segment.*calls of more segments may run"):
+                twins.call(text(segments, batch, tail))
+            continue
+        twins.call(text(segments, batch, tail))
+        run = rmtc.stats(twins.fast).last_run
+        assert run is not None and run.segments == segments
+        assert run.steps == run.makespan == -(-segments // 3) + LAYERS - 1 and max(run.widths) >= 3
+    products = [line for kernel in kernels(twins) for line in kernel.source.splitlines() if "baddbmm(" in line]
+    assert any("G // 3" in line for line in products)
 
 
 def kernels(twins: Twins) -> list[Kernel]:

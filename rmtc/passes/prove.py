@@ -29,7 +29,7 @@ the longest where the makespan does not meet it.
 
 Strips. Where all that makes a layer wait for itself lies two segments back or more, an integer a loses: as many
 segments as one body may then have times ``a*floor(s/q) + l`` with a/q below it. They are legal iff
-``a*floor(ds/q) + dl >= 1``, which is asked for the model's L.
+``a*floor(ds/q) + dl >= 1``; they are sought where all distances are numbers, and so legal for every L.
 
     (0, 1) x, (1, 0) A          ->  t = s + l,  S + L - 1 steps, optimal: s0.l0 -> s1.l0 -> ... -> s(S-1).l(L-1)
     (0, 1) x, (2, 0) A          ->  t = floor(s/2) + l,  floor((S-1)/2) + L steps, optimal
@@ -52,13 +52,24 @@ from rmtc.passes.critical_path import Rounds, Straight, chains
 from rmtc.passes.distances import ONE, Affine, Vector, parse, text_of, value_of, vectors_of
 from rmtc.passes.phases import Strips, in_strips
 
-__all__ = ["SEQUENTIAL_REMEDY", "Proof", "prove"]
+__all__ = ["SEQUENTIAL_REMEDY", "Proof", "prove", "remedy"]
 
 SEQUENTIAL_REMEDY = (
     "give each layer a memory of its own, which only that layer reads in the next segment, as associative recurrent "
     "memory transformers (ARMT) do: that is another model, to be trained anew. This one, whose memory goes from the "
     "top of a segment to the bottom of the next, uses the machine better with several texts at once (a larger batch)"
 )
+
+
+_ALONE_REMEDY = (
+    "a single layer runs as it is written: several texts at once (a larger batch) use the machine better, and so do "
+    "more layers with a memory each"
+)
+
+
+def remedy(layers: int) -> str:
+    """What could be done about a loop that only the sequential order runs."""
+    return _ALONE_REMEDY if layers == 1 else SEQUENTIAL_REMEDY
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,8 @@ def prove(dependences: Sequence[Dependence], layers: int) -> Proof:
         if not _executable(vector, layers):
             return _refuse_order(vector, vectors, layers)
     a, b, forcing = _solve(vectors, layers)
-    strips = in_strips(dependences, layers, value_of(a, layers))
+    uniform = all(isinstance(extent, int) for dependence in dependences for extent in dependence.distance)
+    strips = in_strips(dependences, layers, value_of(a, layers)) if uniform else None
     makespan = sympy.expand(a * (S - 1) + b * (L - 1) + 1)
     if strips is not None:
         makespan = strips.a * sympy.floor((S - 1) / sympy.Integer(strips.size)) + L
@@ -145,8 +157,8 @@ def prove(dependences: Sequence[Dependence], layers: int) -> Proof:
     certificate = Certificate(certificate.inequalities, certificate.critical_path, certificate.bound, optimal=forced)
     if layers == 1:
         reason = (
-            f"one layer: {forcing.dependence} makes a segment wait for an earlier one, and a schedule over (segment, "
-            "layer) has nothing to run beside it"
+            f"one layer: {forcing.dependence} makes each segment wait for the one before it, and no other layer can "
+            "run beside it"
         )
     elif forced:
         reason = (

@@ -653,7 +653,7 @@ class Compiled:
             proven = analysis.proven
             loop = proven.loop if proven is not None else None
             if loop is not None and proven is not None and proven.checked and plan.sizes.segments <= len(loop.rows) + 1:
-                # So short a call does something else: it is refused when it is admitted. Longer ones may run.
+                known.refusal = _lean(refusal)  # so short a call does something else; longer ones may run
                 return self._variant(analysis)
             if loop is None or loop.fixed.get("tail", plan.sizes.tail) == plan.sizes.tail:
                 raise

@@ -27,7 +27,7 @@ from rmtc.ir.program import Val
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.group import run_schedule
 from rmtc.passes.pipeline import check_against, rewrite
-from rmtc.passes.prove import SEQUENTIAL_REMEDY
+from rmtc.passes.prove import remedy
 from rmtc.runtime.backends import Backend, Runner
 from rmtc.runtime.estimate import LONG, WAYS, Way, as_written, best_of, pays, ways
 from rmtc.runtime.executor import Run
@@ -137,7 +137,7 @@ class Variant:
             raise RefusedError(
                 (proof.reason if proof is not None else None) or "no schedule was found",
                 location=cycle[-1].location if cycle else None,
-                remedy=SEQUENTIAL_REMEDY if cycle else None,
+                remedy=remedy(proven.loop.layers) if cycle and proven is not None else None,
                 cycle=cycle,
             )
         _refuse_lost(analysis.capture)
