@@ -327,6 +327,7 @@ ZOO: dict[str, Entry] = {
         vectors(LOWER, (0, 2), OWN, (1, -2)),
         3,
         layers=4,
+        apart=True,
         whole=True,
     ),
     "infini": Entry(

@@ -230,7 +230,7 @@ def apart(proven: Proven, always: bool = False) -> Proven | None:
     if all(a > 0 for _, a, _ in phases):
         return None
     sizes = [end - begin for begin, end in found.loop.layouts[-1].layers]
-    columns = [(a > 0, sizes[column]) for of, a, _ in phases for column in of]
+    columns = [(a, sizes[column]) for of, a, _ in phases for column in of]
     return replace(found, schedule=schedule) if always or _fewer(columns, proven) else None
 
 
@@ -238,13 +238,14 @@ _SEGMENTS, _BLOCKS = 64, 8
 """Of a call that operations in sequence are counted for before shapes are known."""
 
 
-def _fewer(columns: Sequence[tuple[bool, int]], proven: Proven) -> bool:
-    """Whether fewer operations are in sequence if columns, each a recurrence or not with its operations, run apart."""
+def _fewer(columns: Sequence[tuple[int, int]], proven: Proven) -> bool:
+    """Whether fewer operations are in sequence if columns, each with its a and its operations, run apart."""
     assert proven.schedule is not None
     apart = 0
-    for waits, same in itertools.groupby(columns, key=lambda each: each[0]):
+    for a, same in itertools.groupby(columns, key=lambda each: each[0]):
         sizes = [size for _, size in same]
-        apart += max(sizes) * (_SEGMENTS - 1 + len(sizes)) if waits else sum(sizes) * _BLOCKS
+        # Of a segment a recurrence takes a steps, or all of its columns one after another.
+        apart += min(a * max(sizes), sum(sizes)) * (_SEGMENTS - 1) + sum(sizes) if a else sum(sizes) * _BLOCKS
     ((_, a, _),) = proven.schedule.phases()
     most = max(end - begin for begin, end in proven.loop.layouts[-1].layers)
     return apart < most * (a * (_SEGMENTS - 1) // proven.schedule.strip + proven.loop.layers)

@@ -45,11 +45,13 @@ class Division(NamedTuple):
         part: for each row the number of the part that each operation of a layer is in: odd in a recurrence, else even.
         present: for each layer the numbers that occur.
         sizes: for each layer the steady operations of each of these parts.
+        spans: the first and the last part of each recurrence, counted through all layers.
     """
 
     part: tuple[dict[int, int], ...]
     present: tuple[tuple[int, ...], ...]
     sizes: tuple[tuple[int, ...], ...]
+    spans: tuple[tuple[int, int], ...]
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -57,10 +59,12 @@ class Division(NamedTuple):
         return tuple(map(len, self.present))
 
     @property
-    def columns(self) -> list[tuple[bool, int]]:
-        """Of each part whether it is a recurrence, and its operations."""
-        pairs = zip(self.present, self.sizes, strict=True)
-        return [(part % 2 == 1, size) for each in pairs for part, size in zip(*each, strict=True)]
+    def columns(self) -> list[tuple[int, int]]:
+        """Of each part whether a recurrence passes through it, and its operations."""
+        sizes = [size for each in self.sizes for size in each]
+        return [
+            (int(any(first <= column <= last for first, last in self.spans)), size) for column, size in enumerate(sizes)
+        ]
 
 
 def division(loop: SegmentLoop, graph: FoldedGraph) -> Division | None:
@@ -74,23 +78,33 @@ def division(loop: SegmentLoop, graph: FoldedGraph) -> Division | None:
         None if no layer is divided, or one into too many.
     """
     layout, last = loop.layouts[-1], len(loop.rows)
-    free = fission(graph).free
-    steady = _steady_parts(
-        loop, {n for (row, n), v in graph.operations.items() if row == last and (v, layout.layer_of(n)) in free}
-    )
+    found = fission(graph)
+    numbers = {(vertex, layout.layer_of(n)): n for (row, n), vertex in graph.operations.items() if row == last}
+    steady = _steady_parts(loop, {n for at, n in numbers.items() if at in found.free})
     if steady is None:
         return None
     part = (*(_row_parts(loop, row, steady) for row in range(last)), steady)
     present: list[tuple[int, ...]] = []
     for layer in range(loop.layers):
         spans = [each.layers[layer] for each in loop.layouts]
-        found = {of[i] for of, (begin, end) in zip(part, spans, strict=True) for i in range(begin, end)}
-        present.append(tuple(sorted(found)) or (0,))
+        here = {of[i] for of, (begin, end) in zip(part, spans, strict=True) for i in range(begin, end)}
+        present.append(tuple(sorted(here)) or (0,))
     if not 1 < max(map(len, present)) <= _MOST:
         return None
     counts = [Counter(steady[i] for i in range(*span)) for span in layout.layers]
     sizes = tuple(tuple(count[n] for n in each) for count, each in zip(counts, present, strict=True))
-    return Division(part, tuple(present), sizes)
+    starts = list(itertools.accumulate(map(len, present), initial=0))
+
+    def column(at: tuple[int, int]) -> int:
+        layer = at[1]
+        if not 0 <= layer < loop.layers:  # a prologue runs with the first part, an epilogue with the last
+            return 0 if layer < 0 else starts[-1] - 1
+        return starts[layer] + present[layer].index(steady[numbers[at]])
+
+    copies = (
+        [column(at) for at in copy if at in numbers] for recurrence in found.recurrences for copy in recurrence.copies
+    )
+    return Division(part, tuple(present), sizes, tuple((min(each), max(each)) for each in copies if each))
 
 
 def split_layers(loop: SegmentLoop, family: Family | None, divided: Division) -> tuple[SegmentLoop, Family | None]:
