@@ -12,7 +12,7 @@ import torch
 from compare import text
 from models import LOOPS
 from test_blocks import Cached, KeysCached, Summed
-from test_phases import OneRecurrent
+from test_phases import Interleaved, OneRecurrent
 
 from rmtc.analysis import analyze
 from rmtc.errors import VerifyError
@@ -24,6 +24,7 @@ MODELS: dict[str, Callable[[], tuple[object, tuple[object, ...]]]] = {
     "windows": lambda: (Cached().double(), (text(4, 2),)),
     "keys": lambda: (KeysCached().double(), (text(4, 2),)),
     "sums": lambda: (Summed().double(), (text(4, 2),)),
+    "every other segment": lambda: (Interleaved().double(), (text(4, 2),)),
     "keys and a state": lambda: (OneRecurrent().double(), (text(4, 2),)),
     **{name: LOOPS[name] for name in ("attributes", "stacked weights", "transformer-xl")},
 }
@@ -93,6 +94,12 @@ def faulty(plan: Plan, bodies: Container[str], choose: random.Random) -> Iterato
     launches[number] = replace(launches[number], done=tuple(each for each in launches[number].done if each != early))
     launches[number - 1] = replace(launches[number - 1], done=(*launches[number - 1].done, early))
     yield "let go too early", replace(plan, launches=tuple(launches))
+    several = [n for n, launch in enumerate(plan.launches) if len(set(launch.layers)) > 1]
+    if several:
+        yield "the weights of one layer", with_launch(choose.choice(several), one_layer=True)
+    repeated = [n for n, launch in enumerate(plan.launches) if launch.repeat > 1]
+    if repeated:
+        yield "a row of weights for each cell", with_launch(choose.choice(repeated), repeat=1)
     number = choose.choice([number for number, launch in enumerate(plan.launches) if launch.kept])
     yield "not kept", with_launch(number, kept=plan.launches[number].kept[1:])
     number, place, at, piece = choose.choice(parts)
@@ -108,7 +115,7 @@ def test_a_plan_with_a_fault_is_rejected(name: str) -> None:
     for way in ways_of(name):
         for seed in range(20):
             choose = random.Random(seed)
-            program = replace(way.program, max_group=2)
+            program = replace(way.program, max_group=4 if way.program.schedule.strip > 1 else 2)
             segments, tail = choose.randint(4, 9), choose.choice((1, way.program.loop.segment_length))
             plan = plan_run(program, segments, 2, tail)
             for kind, wrong in faulty(plan, program.bodies, choose):
@@ -118,3 +125,4 @@ def test_a_plan_with_a_fault_is_rejected(name: str) -> None:
                 with pytest.raises(VerifyError):
                     check_plan(program, wrong, segments)
     assert kinds >= {"another launch", "a cell too few", "let go too early", "not kept", "not made yet"}
+    assert ("a row of weights for each cell" in kinds) == any(way.program.schedule.strip > 1 for way in ways_of(name))

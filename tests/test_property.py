@@ -120,7 +120,11 @@ def examine(choices: Choices, must_run: bool = True) -> str:
     explanation = explanation_of(pair.fast, compiled.variants[0].analysis)
     schedule = explanation.schedule
     assert schedule is not None
-    a, b = schedule.time(Cell(1, 0)), schedule.time(Cell(0, 1))
+    proven = compiled.variants[0].analysis.proven
+    assert proven is not None
+    whole = proven.proof.schedule(explanation.layers, 1, whole=True)  # not in strips, of which theory knows nothing
+    assert whole is not None
+    a, b = whole.time(Cell(1, 0)), whole.time(Cell(0, 1))
     if layers > 1:  # the parts of a single layer may be taken for layers
         assert explanation.layers == layers
         assert lowest < layers, f"there is no schedule, since a >= {lowest}, and one was found"
@@ -166,8 +170,8 @@ def _ran(pair: Pair, segments: int, layers: int, a: int, b: int) -> None:
     assert not stats.fallbacks and stats.last_run is not None
     assert stats.last_run.segments == segments
     if stats.last_run.schedule == "fission":  # what waits for nothing runs for all segments at once
-        assert max(stats.last_run.widths) > 1 or segments < 4
-        assert stats.last_run.steps <= stats.last_run.makespan
+        assert max(stats.last_run.widths) >= segments - 2 and stats.last_run.steps <= stats.last_run.makespan
+        assert stats.last_run.groups < segments * layers * stats.last_run.parts
         return
     if stats.last_run.parts > 1:  # no part waits for its own layer
         a, b = 0, 1
