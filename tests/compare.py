@@ -113,7 +113,7 @@ class Twins:
         assert (stats.last_run.segments, stats.last_run.layers) == (segments, layers)
         if stats.last_run.schedule == "fission":  # what waits for nothing runs for all segments at once
             assert max(stats.last_run.widths) >= segments - 1 and stats.last_run.steps <= stats.last_run.makespan
-            assert stats.last_run.groups < segments * layers * stats.last_run.parts
+            assert stats.last_run.groups < segments * layers * stats.last_run.parts or segments < 3
             return
         if stats.last_run.parts > 1:  # of a layer, none of which waits for itself: all segments at once
             a = 0
