@@ -170,7 +170,8 @@ def _ran(pair: Pair, segments: int, layers: int, a: int, b: int) -> None:
     assert not stats.fallbacks and stats.last_run is not None
     assert stats.last_run.segments == segments
     if stats.last_run.schedule == "fission":  # what waits for nothing runs for all segments at once
-        assert max(stats.last_run.widths) >= segments - 2 and stats.last_run.steps <= stats.last_run.makespan
+        # All but the first ones, as many as a memory reaches back, and a short last one.
+        assert max(stats.last_run.widths) >= segments - 4 and stats.last_run.steps <= stats.last_run.makespan
         assert stats.last_run.groups < segments * layers * stats.last_run.parts or segments < 3
         return
     if stats.last_run.parts > 1:  # no part waits for its own layer
