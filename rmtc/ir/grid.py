@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from rmtc.ir.formula import at, formula
+from rmtc.ir.notation import step_text
 from rmtc.ir.page import WIDTH, Page, count, elide
 from rmtc.ir.schedule import Cell, Group, L, S, Schedule, Step
 
@@ -27,10 +28,10 @@ def grid(schedule: Schedule, segments: int, *, limit: int = 40, head: int = 20, 
         head: see ``limit``.
         tail: see ``limit``.
     """
-    last = Cell(segments - 1, schedule.columns - 1)
+    last, time = Cell(segments - 1, schedule.columns - 1), schedule.clock(segments)
     label = len(f"s{last.segment}")
-    heads = [schedule.name(Cell(0, column)).removeprefix("s0.") for column in range(schedule.columns)]
-    width = max(len(str(schedule.time(last, segments=segments))), len(heads[-1]))
+    heads = [schedule.head(column) for column in range(schedule.columns)]
+    width = max(len(str(time(last))), len(heads[-1]))
     fits = (WIDTH - 8 - label) // (width + 2)
     left, right = elide(schedule.columns, fits, fits - 2 - fits // 3, fits // 3)
     above, below = elide(segments, limit, head, tail)
@@ -40,10 +41,7 @@ def grid(schedule: Schedule, segments: int, *, limit: int = 40, head: int = 20, 
         return name.rjust(label) + "".join("  " + cell.rjust(width) for cell in cells + gap + more)
 
     def of(segment: int) -> str:
-        numbers = [
-            [str(schedule.time(Cell(segment, column), segments=segments)) for column in shown]
-            for shown in (left, right)
-        ]
+        numbers = [[str(time(Cell(segment, column))) for column in shown] for shown in (left, right)]
         return row(f"s{segment}", *numbers)
 
     lines = [row("", [heads[column] for column in left], [heads[column] for column in right])]
@@ -79,10 +77,8 @@ def schedule_text(schedule: Schedule, segments: int | None = None) -> str:
     page.blank()
     page.raw(grid(schedule, segments), 4)
     page.blank()
-    of = "part (s, p)" if schedule.parts else "cell (s, l)"
-    blocks = f" in blocks of {schedule.block} segments" if schedule.block else ""
     counted = "; each phase counts from 0, when the one before has run" if schedule.later else ""
-    page.text(f"step of {of} = {schedule.formula}{blocks}{counted}", 4, hang=2)
+    page.text(step_text(schedule) + counted, 4, hang=2)
     total = at(schedule.makespan, segments, schedule.layers)
     idle = f", {total - len(steps)} of them with nothing to do" if total > len(steps) else ""
     what = "steps of parts" if schedule.parts else "steps"

@@ -20,7 +20,7 @@ from rmtc.errors import RmtcError
 from rmtc.ir.formula import parse, segment_symbol, time_formula
 from rmtc.ir.schedule import Extent, L, Phase, Schedule, layer_symbol
 
-__all__ = ["NotationError", "read_schedule", "time_text", "write_schedule"]
+__all__ = ["NotationError", "read_schedule", "step_text", "time_text", "write_schedule"]
 
 _FIRST = re.compile(
     r"step of (?:cell \(s, (?P<letter>l)\)|part \(s, p\)) = (?P<time>.+?)"
@@ -52,13 +52,9 @@ def write_schedule(schedule: Schedule) -> str:
         NotationError: if it could not be read back: the name of a class is no word, or a row has not L layers.
     """
     _check_names(schedule)
-    time = time_text(schedule)
-    if schedule.block is not None:
-        time += f" in blocks of {schedule.block} segments"
     letter = "p" if schedule.parts else "l"
-    of = f"part (s, {letter})" if schedule.parts else f"cell (s, {letter})"
     parts = f" in {_shares(schedule.parts)} parts" if schedule.parts else ""
-    lines = [f"step of {of} = {time}, S = {schedule.segments}, L = {schedule.layers}{parts}"]
+    lines = [f"{step_text(schedule)}, S = {schedule.segments}, L = {schedule.layers}{parts}"]
     stages = schedule.stage_classes
     rows = max(map(len, (schedule.classes, *stages.values())))
     for row in range(rows):
@@ -68,6 +64,13 @@ def write_schedule(schedule: Schedule) -> str:
                 said.insert(at, f"{stage} {names[row] or _NOTHING}")
         lines.append(f"s {'=' if row < rows - 1 else '>='} {row}: {', '.join(said)}")
     return "\n".join(lines)
+
+
+def step_text(schedule: Schedule) -> str:
+    """Which step a cell, or a part, runs in: ``step of cell (s, l) = s + l``, and so in which blocks."""
+    of = "part (s, p)" if schedule.parts else "cell (s, l)"
+    blocks = f" in blocks of {schedule.block} segments" if schedule.block is not None else ""
+    return f"step of {of} = {time_text(schedule)}{blocks}"
 
 
 def time_text(schedule: Schedule) -> str:
@@ -120,9 +123,8 @@ def read_schedule(text: str) -> Schedule:
     segments, layers = int(first["S"]), int(first["L"])
     if segments < 1 or layers < 1:
         raise NotationError(f"a schedule has at least one segment and one layer, not S = {segments}, L = {layers}")
-    if bool(first["parts"]) == bool(first["letter"]) or ("l" if first["parts"] else "p") in _WORD.sub(
-        "", first["time"]
-    ):
+    other = "l" if first["parts"] else "p"
+    if bool(first["parts"]) == bool(first["letter"]) or other in _WORD.sub("", first["time"]):
         raise NotationError(
             f"{lines[0]!r} is neither of cells nor of parts",
             remedy="the step of cell (s, l) is a formula of l; that of part (s, p) one of p, and ends: in 3*2 parts",

@@ -205,12 +205,16 @@ class Schedule:
             column -= parts
         return self.layers, None
 
-    def name(self, cell: Cell) -> str:
-        """What a cell of a column is called: ``s2.l1``, its part ``s2.l1.0``, ``s2.prologue``, ``s2.epilogue``."""
-        layer, part = self.place(cell.layer)
+    def head(self, column: int) -> str:
+        """What a column is called: ``l1``, a part ``l1.0``, ``prologue``, ``epilogue``."""
+        layer, part = self.place(column)
         if not 0 <= layer < self.layers:
-            return f"s{cell.segment}.{'prologue' if layer < 0 else 'epilogue'}"
-        return f"s{cell.segment}.l{layer}" + ("" if part is None else f".{part}")
+            return "prologue" if layer < 0 else "epilogue"
+        return f"l{layer}" if part is None else f"l{layer}.{part}"
+
+    def name(self, cell: Cell) -> str:
+        """What a cell of a column is called: ``s2.l1``, ``s2.l1.0``, ``s2.prologue``."""
+        return f"s{cell.segment}.{self.head(cell.layer)}"
 
     def phases(self, layers: int | None = None) -> list[tuple[range, int, int]]:
         """The columns of each phase, with their a and b as numbers for so many layers."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from rmtc.ir.formula import at, formula
+from rmtc.ir.notation import step_text
 from rmtc.ir.schedule import Cell, Dependence, L, S, Schedule
 from rmtc.report.graph import cells_by_step, edges, vector_text
 
@@ -31,10 +32,9 @@ def schedule_svg(schedule: Schedule, segments: int, dependences: Sequence[Depend
     first = -1 if schedule.stage_classes.get("prologue") else 0
     last = schedule.columns if schedule.stage_classes.get("epilogue") else schedule.columns - 1
     vectors = list(edges(schedule, segments, dependences))
-    of = "part (s, p)" if schedule.parts else "cell (s, l)"
     steps = at(schedule.makespan, segments, schedule.layers)
     title = (
-        f"step of {of} = {schedule.formula}: {formula(schedule.makespan)} = {steps} steps, "
+        f"{step_text(schedule)}: {formula(schedule.makespan)} = {steps} steps, "
         f"one after another {formula(S * L)} = {segments * schedule.layers}"
     )
     legend = [_named(distance, schedule, dependences) for distance, _ in vectors]
@@ -50,8 +50,7 @@ def schedule_svg(schedule: Schedule, segments: int, dependences: Sequence[Depend
         f'<text class="title" x="8" y="14">{escape(title)}</text>',
     ]
     for column in range(first, last + 1):
-        whole = schedule.name(Cell(0, column)).removeprefix("s0.")
-        head = "pro" if column < 0 else "epi" if column >= schedule.columns else whole
+        head = schedule.head(column) if 0 <= column < schedule.columns else "pro" if column < 0 else "epi"
         lines.append(f'<text class="head" x="{_x(column, first)}" y="{_TOP - 20}">{head}</text>')
     for segment in range(segments):
         lines.append(f'<text class="head" x="24" y="{_y(segment)}">s{segment}</text>')
