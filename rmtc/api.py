@@ -18,7 +18,7 @@ from rmtc.passes.pipeline import passes, retime_loop
 from rmtc.passes.prove import remedy
 from rmtc.passes.strip_mine import strips
 from rmtc.passes.summary import class_summaries
-from rmtc.runtime.estimate import candidates, ways
+from rmtc.runtime.estimate import candidates, kind_named, ways
 
 __all__ = ["dump", "explain", "explanation_of"]
 
@@ -52,7 +52,7 @@ def explain(
 
     Raises:
         TypeError: if ``function`` cannot be called.
-        ValueError: if ``segments`` is below 1.
+        ValueError: if ``segments`` is below 1, or there is no such kind of schedule.
         CaptureError: (from the call) if the call is no loop over segments, or its code cannot be traced.
         VerifyError: (from the call) if rmtc's own result fails its check.
 
@@ -66,9 +66,11 @@ def explain(
     if segments is not None and segments < 1:
         raise ValueError(f"segments is at least 1, not {segments}")
 
+    always = schedule is not None and kind_named(schedule) == "fission"
+
     def call(*args: Any, **kwargs: Any) -> Explanation:
         with own_modes(function):
-            return _explanation(function, args, kwargs, layers, segment_length, segments, schedule == "fission")
+            return _explanation(function, args, kwargs, layers, segment_length, segments, always)
 
     return call
 

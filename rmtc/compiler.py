@@ -13,6 +13,7 @@ from torch import nn
 
 from rmtc.runtime.backends import Backend, backend_named, nearest
 from rmtc.runtime.compiled import Compiled, Options
+from rmtc.runtime.estimate import kind_named
 from rmtc.runtime.stats import Stats
 
 __all__ = ["compile", "disabled", "restore", "stats"]
@@ -21,7 +22,6 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 _KEY = "_compiled_call_impl"  # where `nn.Module.compile` keeps its call, too: copies and pickles go without it
 _OPTIONS = ("reorder_random", "max_group")
-_SCHEDULES = ("best", "shortest", "fission", "diagonal", "sequential")
 _KEYWORDS = ["backend", "strict", "disable", "recompile_limit", "layers", "segment_length", "schedule", "options"]
 _OF_TORCH = {
     "fullgraph": "strict=True raises where a model would run as before",
@@ -143,8 +143,6 @@ def compile(
             _check_number("option 'max_group'", value, 1)
         elif not isinstance(value, bool):
             raise ValueError(f"option {name!r} is True or False, not {value!r}")
-    if schedule not in _SCHEDULES:
-        raise ValueError(f"there is no schedule {schedule!r}{nearest(str(schedule), list(_SCHEDULES))}")
     made = Options(
         strict=strict,
         recompile_limit=recompile_limit,
@@ -152,7 +150,7 @@ def compile(
         segment_length=segment_length,
         backend=backend_made,
         reorder_random=bool((options or {}).get("reorder_random", False)),
-        schedule=schedule,
+        schedule=kind_named(schedule),
         max_group=(options or {}).get("max_group"),
     )
 

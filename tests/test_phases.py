@@ -20,12 +20,14 @@ from typer.testing import CliRunner
 
 import rmtc
 from rmtc.cli import app
+from rmtc.cli.app import Kind
 from rmtc.codegen.torch.emit import Kernel
 from rmtc.compiler import compiled_of
 from rmtc.ir.notation import NotationError
 from rmtc.ir.schedule import Cell, Dependence, L, Phase, S, Schedule
 from rmtc.passes.phases import in_phases, in_strips
 from rmtc.report import schedule_csv, schedule_dot, schedule_json, schedule_mermaid, schedule_svg, schedule_trace
+from rmtc.runtime.estimate import kind_named
 from rmtc.runtime.executor import Executor
 
 SIZES = ((7, 2, SEGMENT), (12, 3, 2), (3, 1, 1), (2, 2, SEGMENT))
@@ -202,7 +204,8 @@ def test_several_segments_in_a_strip(max_group: int | None) -> None:
     assert (shortest.time, shortest.steps, diagonal.steps) == ("floor(s/2) + l", 8, 14)
     products = [line for kernel in kernels(twins) for line in kernel.source.splitlines() if "bmm(" in line]
     if max_group is None:  # the matrices of a layer are not copied for its cells
-        assert any("reshape(G // 2" in line for line in products) and not any("_each" in line for line in products)
+        assert any("reshape(G // 2" in line for line in products)
+        assert not any("repeat_interleave" in line for line in products)
 
 
 class Peeled(KeysCached):
@@ -275,6 +278,7 @@ def test_strips_of_three_with_recurrences_around_the_layers(max_group: int | Non
         assert run.steps == run.makespan == -(-segments // 3) + LAYERS - 1 and max(run.widths) >= 3
     products = [line for kernel in kernels(twins) for line in kernel.source.splitlines() if "baddbmm(" in line]
     assert any("G // 3" in line for line in products)
+    assert not any("repeat_interleave" in line for line in products)
 
 
 def kernels(twins: Twins) -> list[Kernel]:
@@ -418,3 +422,11 @@ def one_recurrent() -> tuple[nn.Module, tuple[Tensor]]:
 
 def not_recurrent() -> tuple[nn.Module, tuple[Tensor]]:
     return Whole().double(), (text(12, 2),)
+
+
+def test_the_command_knows_the_kinds_of_schedule_that_the_library_does() -> None:
+    assert [kind_named(kind.value) for kind in Kind] == [kind.value for kind in Kind]
+    with pytest.raises(ValueError, match="did you mean 'fission'") as raised:
+        rmtc.explain(nn.Identity(), schedule="fisson")
+    named = str(raised.value).partition("there are ")[2].rstrip(")").split(", ")
+    assert sorted(named) == sorted(repr(kind.value) for kind in Kind)

@@ -171,10 +171,9 @@ def schedule(
         if segments is not None and segments > seen:
             note(f"the loop's Python was run for {seen} segments, not for {segments}: a longer call may differ")
         if kind is Kind.fission and answer.way(kind) is None:
-            refusal = RefusedError(
-                "every layer waits for itself in an earlier segment: nothing can run apart from what waits",
-                remedy="ask for another schedule: --schedule shortest",
-            )
+            from rmtc.runtime.estimate import nothing_apart
+
+            refusal = nothing_apart()
             emit(_refused(refusal, form), output) if form in (Format.text, Format.json) else note(str(refusal))
             raise typer.Exit(FAILED if strict else 0)
         found, dependences = _of_kind(answer, found, kind)

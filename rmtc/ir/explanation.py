@@ -8,6 +8,7 @@ import sympy
 
 from rmtc.errors import Location
 from rmtc.ir.cost import Candidate
+from rmtc.ir.folded import Lasting
 from rmtc.ir.schedule import Dependence, Schedule
 
 __all__ = ["CellClass", "Certificate", "Explanation", "Inequality", "OperationsView", "Recurrence", "Strip"]
@@ -112,8 +113,8 @@ class OperationsView:
         shifts: the least and the largest c_v, with l = 0 in a prologue and l = L - 1 in an epilogue.
         steps: number of steps of this call.
         bound: no schedule that runs the operations of a step in the same order has fewer.
-        length: number of steps of a call of S segments, an expression, and the least S that it is right for.
-        least: the bound of such a call, and the least S that it holds for; None if it is known for this call only.
+        length: number of steps of calls of S segments.
+        least: the bound of such calls; None if it is known for this call only.
         launches: operations in sequence, where the cells of one operation in one step count as one.
         operations: operations of all cells of this call.
         cycle: the dependences round the cycle that forces ``a``; empty if a = 0.
@@ -130,8 +131,8 @@ class OperationsView:
     bound: int
     launches: int
     operations: int
-    length: tuple[sympy.Expr, int]
-    least: tuple[sympy.Expr, int] | None = None
+    length: Lasting
+    least: Lasting | None = None
     cycle: tuple[Dependence, ...] = ()
     recurrences: tuple[Recurrence, ...] = ()
     free: int = 0
@@ -141,9 +142,9 @@ class OperationsView:
     @property
     def optimal_since(self) -> int | None:
         """The S from which on no schedule with this order in a step has fewer steps; None if that is not known."""
-        if self.least is None or sympy.expand(self.least[0] - self.length[0]) != 0:
+        if self.least is None or sympy.expand(self.least.steps - self.length.steps) != 0:
             return None
-        return max(self.least[1], self.length[1])
+        return max(self.least.since, self.length.since)
 
     @property
     def sequential(self) -> bool:

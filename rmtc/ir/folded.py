@@ -12,7 +12,14 @@ import sympy
 from rmtc.ir.formula import at, distance_text, time_formula
 from rmtc.ir.schedule import Cell, Dependence, S
 
-__all__ = ["Edge", "FoldedGraph", "Instance", "Moment", "Times", "Vertex"]
+__all__ = ["Edge", "FoldedGraph", "Instance", "Lasting", "Moment", "Times", "Vertex"]
+
+
+class Lasting(NamedTuple):
+    """A number of steps, an expression in ``S``, for every number of segments from ``since`` on."""
+
+    steps: sympy.Expr
+    since: int
 
 
 class Instance(NamedTuple):
@@ -180,8 +187,8 @@ class Times:
         ]
         return max(steps) - min(steps) + 1 if steps else 0
 
-    def length(self, graph: FoldedGraph) -> tuple[sympy.Expr, int]:
-        """Number of steps as an expression in ``S``, and the least S that it is right for; of times without blocks."""
+    def length(self, graph: FoldedGraph) -> Lasting:
+        """Number of steps of calls of S segments; of times without blocks."""
         since = graph.rows + 1
         ends = [
             {row == graph.rows: self.moment(number, Cell(row, layer)).step}
@@ -195,7 +202,7 @@ class Times:
         steps = sympy.expand(rate * (S - since) + self.makespan(graph, since))
         while since > 1 and self.makespan(graph, since - 1) == at(steps, since - 1, graph.layers):
             since -= 1
-        return steps, since
+        return Lasting(steps, since)
 
     def launches(self, graph: FoldedGraph, segments: int) -> int:
         """How many operations run one after another, those of a vertex in one step counting as one.

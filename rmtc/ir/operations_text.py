@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rmtc.ir.explanation import Explanation, OperationsView
+from rmtc.ir.folded import Lasting
 from rmtc.ir.formula import distance_text, formula, place, time_formula
 from rmtc.ir.page import Page, count
 from rmtc.ir.schedule import Dependence
@@ -129,8 +130,7 @@ def _time(view: OperationsView) -> str:
 
 
 def _in_general(view: OperationsView) -> str:
-    formula_of, since = view.length
-    return f" ({formula(formula_of)}{_from(since)})" if formula_of.free_symbols else ""
+    return f" ({_in_s(view.length)})" if view.length.steps.free_symbols else ""
 
 
 def _best(view: OperationsView) -> str:
@@ -138,9 +138,10 @@ def _best(view: OperationsView) -> str:
     since = view.optimal_since
     if view.bound == view.steps:
         return none if since is None else f"{none}, {'whatever S is' if since <= 2 else f'for any S from {since} on'}"
-    least = "" if view.least is None else f" ({formula(view.least[0])}{_from(view.least[1])})"
+    least = "" if view.least is None else f" ({_in_s(view.least)})"
     return f"{none} than {view.bound}{least}"
 
 
-def _from(since: int) -> str:
-    return f" from S = {since} on" if since > 2 else ""
+def _in_s(length: Lasting) -> str:
+    """The formula, and from which S on it holds."""
+    return formula(length.steps) + (f" from S = {length.since} on" if length.since > 2 else "")

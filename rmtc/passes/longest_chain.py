@@ -11,10 +11,10 @@ from typing import TypeAlias
 import networkx as nx
 import sympy
 
-from rmtc.ir.folded import FoldedGraph, Instance
+from rmtc.ir.folded import FoldedGraph, Instance, Lasting
 from rmtc.ir.schedule import Cell, S
 
-__all__ = ["Bound", "Lasting", "lasting_chain", "longest_chain"]
+__all__ = ["Bound", "lasting_chain", "longest_chain"]
 
 _Place: TypeAlias = tuple[int, int]  # a vertex and a layer
 _Reads: TypeAlias = dict[_Place, list[tuple[_Place, int, int]]]
@@ -31,19 +31,6 @@ class Bound:
 
     steps: int
     chain: tuple[Instance, ...] = ()
-
-
-@dataclass(frozen=True)
-class Lasting:
-    """A least number of steps for every number of segments from one on.
-
-    Attributes:
-        steps: an expression in ``S``.
-        since: the least S that it is for.
-    """
-
-    steps: sympy.Expr
-    since: int
 
 
 def longest_chain(graph: FoldedGraph, order: Sequence[int], segments: int, width: int | None = None) -> Bound:

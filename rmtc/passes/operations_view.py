@@ -22,7 +22,6 @@ def operations_view(graph: FoldedGraph, found: Retimed, segments: int) -> Operat
     if found.times is None or not graph.vertices:
         return None
     times, parts = found.times, fission(graph)
-    lasting = lasting_chain(graph, times.order)
     members = ((vertex, *member) for vertex, each in enumerate(graph.vertices) for member in each.members)
     steady = {(vertex, layer) for vertex, row, layer in members if row == graph.rows}
     # A prologue's steps are counted from those of layer 0, an epilogue's from those of the last layer.
@@ -39,7 +38,7 @@ def operations_view(graph: FoldedGraph, found: Retimed, segments: int) -> Operat
         times.launches(graph, segments),
         graph.operations_in(segments),
         times.length(graph),
-        None if lasting is None else (lasting.steps, lasting.since),
+        lasting_chain(graph, times.order),
         tuple(edge.dependence for edge in found.cycle if not edge.within),
         tuple(_recurrence(part) for part in parts.recurrences),
         len(steady & parts.free),

@@ -35,7 +35,7 @@ from rmtc.passes.segments import find_segments
 from rmtc.passes.split import division, split_layers
 from rmtc.passes.streams import Family, Uses, find_anchors, find_family, uses
 
-__all__ = ["PassInfo", "Proven", "check_against", "passes", "prove_loop", "reroll", "retime_loop", "timed"]
+__all__ = ["LONG", "PassInfo", "Proven", "check_against", "passes", "prove_loop", "reroll", "retime_loop", "timed"]
 
 logger = logging.getLogger(__name__)
 
@@ -234,8 +234,11 @@ def apart(proven: Proven, always: bool = False) -> Proven | None:
     return replace(found, schedule=schedule) if always or _fewer(columns, proven) else None
 
 
-_SEGMENTS, _BLOCKS = 64, 8
-"""Of a call that operations in sequence are counted for before shapes are known."""
+LONG = 64
+"""By a call of so many segments, if not of more, it is decided which schedule runs; of more the ratios are the same."""
+
+_BLOCKS = 8
+"""Of so many blocks it is taken to be before shapes are known."""
 
 
 def _fewer(columns: Sequence[tuple[int, int]], proven: Proven) -> bool:
@@ -245,10 +248,10 @@ def _fewer(columns: Sequence[tuple[int, int]], proven: Proven) -> bool:
     for a, same in itertools.groupby(columns, key=lambda each: each[0]):
         sizes = [size for _, size in same]
         # Of a segment a recurrence takes a steps, or all of its columns one after another.
-        apart += min(a * max(sizes), sum(sizes)) * (_SEGMENTS - 1) + sum(sizes) if a else sum(sizes) * _BLOCKS
+        apart += min(a * max(sizes), sum(sizes)) * (LONG - 1) + sum(sizes) if a else sum(sizes) * _BLOCKS
     ((_, a, _),) = proven.schedule.phases()
     most = max(end - begin for begin, end in proven.loop.layouts[-1].layers)
-    return apart < most * (a * (_SEGMENTS - 1) // proven.schedule.strip + proven.loop.layers)
+    return apart < most * (a * (LONG - 1) // proven.schedule.strip + proven.loop.layers)
 
 
 def unstripped(proven: Proven) -> Proven:

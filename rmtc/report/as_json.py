@@ -14,6 +14,7 @@ import sympy
 from rmtc.errors import Location, RefusedError
 from rmtc.ir.cost import Candidate
 from rmtc.ir.explanation import Certificate, Explanation, OperationsView
+from rmtc.ir.folded import Lasting
 from rmtc.ir.formula import at, formula
 from rmtc.ir.schedule import Dependence, L, S, Schedule
 from rmtc.ir.why import Why
@@ -190,8 +191,8 @@ def _candidate(item: Candidate, segments: int) -> Data:
     return {name: getattr(item, name) for name in names} | {"schedule": schedule}
 
 
-def _lasting(length: tuple[sympy.Expr, int] | None) -> Data | None:
-    return None if length is None else {"formula": formula(length[0]), "since": length[1]}
+def _lasting(length: Lasting | None) -> Data | None:
+    return None if length is None else {"formula": formula(length.steps), "since": length.since}
 
 
 def _operations(view: OperationsView) -> Data:

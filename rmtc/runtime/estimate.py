@@ -21,18 +21,28 @@ from rmtc.ir.segment_loop import Key, Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 from rmtc.passes.check import Checked
 from rmtc.passes.group import run_schedule
-from rmtc.passes.pipeline import Proven, apart, check_against, rewrite, unstripped
+from rmtc.passes.pipeline import LONG, Proven, apart, check_against, rewrite, unstripped
+from rmtc.runtime.backends import nearest
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.measure import cost_model
 from rmtc.runtime.plan import plan_run
 
-__all__ = ["LONG", "WAYS", "Way", "Works", "as_written", "best_of", "candidates", "pays", "scheduled", "ways"]
+__all__ = [
+    "WAYS",
+    "Way",
+    "Works",
+    "as_written",
+    "best_of",
+    "candidates",
+    "kind_named",
+    "nothing_apart",
+    "pays",
+    "scheduled",
+    "ways",
+]
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
-LONG = 64
-"""By a call of so many segments, if not of more, it is decided which schedule runs; of more the ratios are the same."""
-
 _MARGIN = 0.9
 """A schedule is run if it is estimated to take less than so much of the time that the code as written does."""
 
@@ -177,6 +187,27 @@ class Way:
 WAYS = ("shortest", "fission", "diagonal")
 """What ``schedule=`` may ask for, of what is estimated."""
 
+_KINDS = ["best", *WAYS, "sequential"]
+
+
+def kind_named(kind: str) -> str:
+    """A kind of schedule by its name.
+
+    Raises:
+        ValueError: if there is none of this name.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"there is no schedule {kind!r}{nearest(str(kind), _KINDS)}")
+    return kind
+
+
+def nothing_apart() -> RefusedError:
+    """Why fission is not run."""
+    return RefusedError(
+        "every layer waits for itself in an earlier segment: nothing can run apart from what waits",
+        remedy='ask for another schedule: "shortest"',
+    )
+
 
 def ways(
     analysis: Analysis, max_group: int | None = None, names: Sequence[str] = WAYS, always: bool = False
@@ -211,13 +242,13 @@ def ways(
             except (VerifyError, RefusedError) as error:
                 logger.warning("a %s schedule is left out: %s", name, error.reason)
                 failed = failed or error
-    if not found:
+    if not found and failed is None:
+        raise nothing_apart()
+    if not found and failed is not None:
         raise RefusedError(
-            "every layer waits for itself in an earlier segment: nothing can run apart from what waits"
-            if failed is None
-            else f"the {names[0]} schedule is not run: {failed.reason}",
-            location=failed.location if failed is not None else None,
-            remedy='ask for another one: schedule="shortest"',
+            f"the {names[0]} schedule is not run: {failed.reason}",
+            location=failed.location,
+            remedy='ask for another schedule: "shortest"',
         ) from failed
     return found
 

@@ -26,10 +26,10 @@ from rmtc.ir.cost import CostModel
 from rmtc.ir.program import Val
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.group import run_schedule
-from rmtc.passes.pipeline import check_against, rewrite
+from rmtc.passes.pipeline import LONG, check_against, rewrite
 from rmtc.passes.prove import remedy
 from rmtc.runtime.backends import Backend, Runner
-from rmtc.runtime.estimate import LONG, WAYS, Way, as_written, best_of, pays, ways
+from rmtc.runtime.estimate import WAYS, Way, as_written, best_of, pays, ways
 from rmtc.runtime.executor import Run
 from rmtc.runtime.guards import ArgumentGuard, modes
 from rmtc.runtime.measure import cost_model
