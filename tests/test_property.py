@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import networkx as nx
 import pytest
 import torch
 from drawn import OPTIONS, SEGMENT, Choices, build, edges, features, least_a, memories_of, text_of
@@ -130,6 +131,9 @@ def examine(choices: Choices, must_run: bool = True) -> str:
         assert lowest < layers, f"there is no schedule, since a >= {lowest}, and one was found"
         assert lowest <= a, f"a = {a} was found, it is at least {lowest}"
         assert a <= highest or not must_run, f"a = {a} was found, {highest} is legal"
+    stats, fission, shortest = rmtc.stats(pair.fast), explanation.way("fission"), explanation.way("shortest")
+    if stats.last_run is not None and stats.last_run.schedule == "fission":
+        assert fission is not None and shortest is not None and fission.launches < shortest.launches
     _ran(pair, SEGMENTS + more, explanation.layers, a, b)
     other = choices.batch if choices.state == "argument" and choices.kept else 3 - choices.batch % 2
     later = ((2 + more, choices.batch, choices.tail), (7 + more, choices.batch, 1), (3 + more, other, SEGMENT))
@@ -161,6 +165,11 @@ def _depends_as_built(choices: Choices, segments: int) -> None:
     assert all(made < layer for made, layer in within)
 
 
+def longest_chain(choices: Choices, segments: int) -> int:
+    """Cells of the longest chain in which each reads the one before, told from the choices alone."""
+    return int(nx.dag_longest_path_length(nx.DiGraph(edges(choices, segments)))) + 1
+
+
 def _recurs(made: Cell, cell: Cell) -> bool:
     return made.segment < cell.segment
 
@@ -170,8 +179,9 @@ def _ran(pair: Pair, segments: int, layers: int, a: int, b: int) -> None:
     assert not stats.fallbacks and stats.last_run is not None
     assert stats.last_run.segments == segments
     if stats.last_run.schedule == "fission":  # what waits for nothing runs for all segments at once
-        # All but the first ones, as many as a memory reaches back, and a short last one.
-        assert max(stats.last_run.widths) >= segments - 4 and stats.last_run.steps <= stats.last_run.makespan
+        # All but the first ones, fewer than a memory reaches back, and a short last one.
+        assert max(stats.last_run.widths) >= segments - max(2, pair.choices.ds)
+        assert stats.last_run.steps <= stats.last_run.makespan
         assert stats.last_run.groups < segments * layers * stats.last_run.parts or segments < 3
         return
     if stats.last_run.parts > 1:  # no part waits for its own layer
@@ -179,6 +189,8 @@ def _ran(pair: Pair, segments: int, layers: int, a: int, b: int) -> None:
     steps = max(a, 1 - b) * (segments - 1) + b * (layers - 1) + 1
     if stats.last_run.steps < steps:  # several segments at once, where the memory skips some
         assert stats.last_run.steps == stats.last_run.makespan
+        if layers == pair.choices.layers:  # but no two cells of a chain
+            assert stats.last_run.steps >= longest_chain(pair.choices, segments)
         return
     assert stats.last_run.steps == steps
     if layers > 1:

@@ -52,9 +52,9 @@ from rmtc.passes.critical_path import Rounds, Straight, chains
 from rmtc.passes.distances import ONE, Affine, Vector, parse, text_of, value_of, vectors_of
 from rmtc.passes.phases import Strips, in_strips
 
-__all__ = ["SEQUENTIAL_REMEDY", "Proof", "prove", "remedy"]
+__all__ = ["Proof", "prove", "remedy"]
 
-SEQUENTIAL_REMEDY = (
+_SEQUENTIAL_REMEDY = (
     "give each layer a memory of its own, which only that layer reads in the next segment, as associative recurrent "
     "memory transformers (ARMT) do: that is another model, to be trained anew. This one, whose memory goes from the "
     "top of a segment to the bottom of the next, uses the machine better with several texts at once (a larger batch)"
@@ -69,7 +69,7 @@ _ALONE_REMEDY = (
 
 def remedy(layers: int) -> str:
     """What could be done about a loop that only the sequential order runs."""
-    return _ALONE_REMEDY if layers == 1 else SEQUENTIAL_REMEDY
+    return _ALONE_REMEDY if layers == 1 else _SEQUENTIAL_REMEDY
 
 
 @dataclass(frozen=True)

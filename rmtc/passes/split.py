@@ -174,13 +174,9 @@ def _row_parts(loop: SegmentLoop, row: int, steady: dict[int, int]) -> dict[int,
     for (begin, end), (start, stop) in zip(loop.layouts[row].layers, loop.layouts[-1].layers, strict=True):
         ops, pattern = loop.rows[row][begin:end], loop.steady[start:stop]
         one, other = _tokens(ops), _tokens(pattern)
-        known: dict[int, int] = {}
-        if one == other:
-            known = {begin + n: steady[start + n] for n in range(len(ops))}
-        else:
-            places = common_subsequence(one, other)
-            matched = common_subsequence(other, [one[k] for k in places])
-            known = {begin + k: steady[start + n] for k, n in zip(places, matched, strict=True)}
+        places = common_subsequence(one, other)
+        matched = common_subsequence(other, [one[k] for k in places])
+        known = {begin + k: steady[start + n] for k, n in zip(places, matched, strict=True)}
         for i in range(begin, end):
             before = [leaf.number for leaf in leaves(loop.rows[row][i].args) if isinstance(leaf, Row) and not leaf.back]
             part[i] = max([known.get(i, 0), *(part[j] for j in before if begin <= j < end)])

@@ -28,7 +28,6 @@ from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import unseen
 from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError, user_level
-from rmtc.ir.formula import at
 from rmtc.runtime.backends import Backend
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.guards import ArgumentGuard, alike, modes
@@ -481,12 +480,6 @@ class Compiled:
         variant, sizes = decision.variant, decision.ready.sizes
         result, run = variant.run(decision.ready)
         schedule = variant.program.schedule
-        whole = variant.analysis.proven.schedule if variant.analysis.proven is not None else None
-        # Of a layer's parts with all segments at once, one is counted.
-        makespan = schedule.layers if schedule.parts and not schedule.later else run.steps
-        proven = schedule if schedule.later or whole is None or variant.kind == "shortest" else whole
-        if not schedule.parts or schedule.later:
-            makespan = at(proven.makespan, sizes.segments, schedule.layers)
         with self._counts:
             self.stats.runs += 1
             self.stats.last_run = LastRun(
@@ -497,7 +490,7 @@ class Compiled:
                 steps=run.steps,
                 parts=max(schedule.parts, default=1),
                 sequential_steps=sizes.segments * schedule.layers,
-                makespan=makespan,
+                makespan=variant.makespan(sizes.segments),
                 groups=run.groups,
                 widths=run.widths,
                 guard_seconds=guard_seconds,
@@ -651,11 +644,12 @@ class Compiled:
             prove_analysis(analysis, self.options.layers)
         except RefusedError as refusal:
             proven = analysis.proven
-            loop = proven.loop if proven is not None else None
-            if loop is not None and proven is not None and proven.checked and plan.sizes.segments <= len(loop.rows) + 1:
+            if proven is None:
+                raise
+            if proven.checked is not None and plan.sizes.segments <= len(proven.loop.rows) + 1:
                 known.refusal = _lean(refusal)  # so short a call does something else; longer ones may run
                 return self._variant(analysis)
-            if loop is None or loop.fixed.get("tail", plan.sizes.tail) == plan.sizes.tail:
+            if proven.loop.fixed.get("tail", plan.sizes.tail) == plan.sizes.tail:
                 raise
             if any(variant.is_of_whole_segments(arguments) for variant in self.variants):
                 raise

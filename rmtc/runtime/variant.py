@@ -23,6 +23,7 @@ from rmtc.capture.session import Session
 from rmtc.capture.state import MISSING, Slot, Snapshot, is_plain, told
 from rmtc.errors import RefusedError, RmtcError, VerifyError
 from rmtc.ir.cost import CostModel
+from rmtc.ir.formula import at
 from rmtc.ir.program import Val
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.group import run_schedule
@@ -115,6 +116,18 @@ class Variant:
     _model: CostModel | None = None  # None if a kind of schedule was asked for
     _worth: dict[Sizes, bool] = field(default_factory=dict)
     failed: dict[Sizes, Failed] = field(default_factory=dict)
+
+    def makespan(self, segments: int) -> int:
+        """Number of steps of the proven schedule; of a layer's parts with all segments at once, one.
+
+        Args:
+            segments: number of segments.
+        """
+        run, proven = self.program.schedule, self.analysis.proven
+        if run.parts and not run.later:
+            return run.layers
+        assert proven is not None and proven.schedule is not None
+        return at((run if run.later else proven.schedule).makespan, segments, run.layers)
 
     @staticmethod
     def make(analysis: Analysis, backend: Backend, kind: str = "best", max_group: int | None = None) -> Variant:
