@@ -48,7 +48,8 @@ def explain(
 
     Returns:
         A callable that takes the arguments of one call of ``function`` and returns an :class:`Explanation`. A
-        refusal is an explanation too: its ``schedule`` is None and its ``reason`` says why.
+        refusal is an explanation too: its ``schedule`` is None and its ``reason`` says why. Where whole layers only run
+        in sequence, but parts of them do not, ``schedule`` is that of the parts.
 
     Raises:
         TypeError: if ``function`` cannot be called.
@@ -137,7 +138,7 @@ def _explanation(
     opened: list[Analysis] = []
     try:
         analysis = analyze(function, args, kwargs, layers=layers, segment_length=segment_length, on_open=opened.append)
-        if segments is not None and segments > 1 and analysis.proven is not None and analysis.proven.schedule:
+        if segments is not None and segments > 1 and analysis.proven is not None and analysis.proven.legal:
             _admit(analysis, segments)
     except RefusedError as refusal:
         return replace(
@@ -193,12 +194,12 @@ def _answer(blank: Explanation, analysis: Analysis, always: bool = False) -> Exp
         free=_free(loop.fixed, loop.segment_length),
         dependences=loop.dependences,
         classes=class_summaries(loop),
-        schedule=proven.schedule,
+        schedule=found[0].proven.schedule if found and proven.schedule is None else proven.schedule,
         certificate=certificate,
         reason=proof.reason,
         cycle=proof.cycle,
         location=proof.cycle[-1].location if proof.cycle else None,
-        remedy=remedy(loop.layers) if proof.cycle else None,
+        remedy=remedy(loop.layers) if proof.cycle and not found else None,
         operations=operations_view(folded, retimed, blank.segments),
         strips=strips(folded, blank.segments),
         candidates=estimates,

@@ -153,6 +153,50 @@ def test_where_nothing_runs_apart_it_is_refused() -> None:
         whole(text(4, 2))
 
 
+class Gated(nn.Module):
+    """One layer: a state that goes from segment to segment, and much that does not wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.write, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        state, pieces = x.new_zeros(x.shape[0], WIDTH), []
+        for piece in x.split(SEGMENT, dim=1):
+            piece = piece + self.down(F.gelu(self.up(self.norm(piece))))
+            state = torch.tanh(state + self.write(piece).mean(1))
+            pieces.append(self.head(piece + state[:, None]))
+        return torch.cat(pieces, dim=1), state
+
+
+@pytest.mark.parametrize("max_group", [None, 3])
+def test_parts_of_a_single_layer_run_apart(max_group: int | None) -> None:
+    twins = Twins(Gated, options={} if max_group is None else {"max_group": max_group})
+    for segments, batch, tail in SIZES:
+        twins.call(text(segments, batch, tail))
+        run, width = last_run(twins), min(segments, max_group or segments)
+        assert (run.schedule, run.parts, run.layers) == ("fission", 3, 1)
+        assert run.steps == -(-segments // width) * 2 + segments and run.makespan == segments + 2
+        assert max(run.widths) == min(width, segments - (tail < SEGMENT))
+
+
+def test_whole_cells_are_refused_where_parts_are_not() -> None:
+    answer = rmtc.explain(Gated().double())(text(12, 2))
+    assert answer.whole is None and answer.reason is not None and answer.reason.startswith("one layer: (1, 0)")
+    assert answer.schedule is not None and answer.schedule.parts == (3,) and answer.remedy is None
+    assert [each.name for each in answer.candidates] == ["as written", "fission"]
+    assert answer.candidates[1].launches < answer.candidates[0].launches / 3
+    words = " ".join(str(answer).split())
+    assert "14 steps of parts; its 12 layer runs only run one after another" in words
+    assert "Divided into 3 parts" in words and "step of part (s, p) = p, then s + p - 1 from p1" in words
+    assert json.loads(rmtc.report.explanation_json(answer))["refused"] is False
+    for kind in ("shortest", "diagonal", "sequential"):
+        fast = rmtc.compile(Gated().double(), schedule=kind, strict=True)
+        with pytest.raises(rmtc.RefusedError, match=r'(?s)one layer.*schedule="fission" run parts'), torch.no_grad():
+            fast(text(4, 2))
+
+
 class Whole(nn.Module):
     """Each layer's memory goes through all of its operations."""
 

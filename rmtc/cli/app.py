@@ -447,6 +447,8 @@ def _of_kind(answer: Explanation, proven: Schedule, kind: Kind) -> tuple[Schedul
     from rmtc.passes.group import run_schedule
 
     way = answer.chosen if kind is Kind.best else answer.way(kind)
+    if answer.whole is None and kind is not Kind.best:
+        way = answer.way(Kind.fission)  # it is what there is
     if way is not None and way.schedule is not None:
         return way.schedule, way.dependences
     written = way is not None

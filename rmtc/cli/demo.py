@@ -53,7 +53,7 @@ def run_demo(segments: int) -> str:
         answer = bench(target.call, target.args, {}, repeats=_REPEATS, watch=begin)
         with torch.no_grad():
             explanation = explanation_of(target.call, answer.analysis)
-        schedule, certificate = explanation.schedule, explanation.certificate
+        schedule, certificate = explanation.whole, explanation.certificate
         if schedule is None or certificate is None:
             raise VerifyError("the example of the demo has lost its schedule")
         bar.update(task, completed=len(_STAGES), description="done")

@@ -165,9 +165,9 @@ class Explanation:
         free: which sizes need no capture of their own, a line each (batch, length of the last segment).
         dependences: dependences between cells.
         classes: classes of bodies.
-        schedule: the proven schedule, or None when refused.
-        certificate: why it is legal; None when refused before anything could be proven.
-        reason: why it was refused, None otherwise.
+        schedule: the proven schedule, or None when refused; of parts where whole cells only run in sequence.
+        certificate: why it is legal, of whole cells; None when refused before anything could be proven.
+        reason: why it was refused, as whole cells at least; None otherwise.
         cycle: the dependences that force the sequential order, in order round the cycle.
         location: the place in the user's code that the refusal is about.
         remedy: what could be done about it.
@@ -199,6 +199,11 @@ class Explanation:
     studied: bool = False
     candidates: tuple[Candidate, ...] = field(default=(), compare=False)
     costs: str = field(default="", compare=False)
+
+    @property
+    def whole(self) -> Schedule | None:
+        """The schedule if it is one of whole cells; None when those are refused."""
+        return self.schedule if self.reason is None else None
 
     def way(self, name: str) -> Candidate | None:
         """One of the candidates, by its name; None if it is not among them."""

@@ -15,6 +15,7 @@ from rmtc.ir.cycle import Round, Turn, follow
 from rmtc.ir.explanation import CellClass, Certificate, Explanation
 from rmtc.ir.formula import at, distance_text, formula, layers_text, parse, place, whence
 from rmtc.ir.grid import grid, schedule_text, stages_text
+from rmtc.ir.notation import step_text
 from rmtc.ir.operations_text import operations_text
 from rmtc.ir.page import Page, count
 from rmtc.ir.schedule import Cell, Dependence, L, S, Schedule
@@ -49,6 +50,9 @@ def explanation_text(explanation: Explanation) -> str:
         _dependences(page, explanation.dependences, any(item.stage != "layer" for item in explanation.classes))
     if explanation.schedule is None:
         _refusal(page, explanation)
+    elif explanation.whole is None:
+        _parts(page, explanation, explanation.schedule)
+        _estimates(page, explanation)
     else:
         _schedule(page, explanation)
         _estimates(page, explanation)
@@ -82,6 +86,8 @@ def _title(explanation: Explanation) -> str:
             return f"{explanation.name}: refused, its {runs} can only run one after another, as whole cells"
         return f"{explanation.name}: refused, nothing shorter than its {runs} in sequence could be proven"
     steps = at(explanation.schedule.makespan, explanation.segments, explanation.layers)
+    if explanation.whole is None:
+        return f"{explanation.name}: {count(steps, 'step')} of parts; its {runs} only run one after another as a whole"
     proven = "legal and best possible" if _optimal(explanation) else "legal"
     shortest = explanation.way("shortest")
     parts = ""
@@ -243,6 +249,29 @@ def _schedule(page: Page, explanation: Explanation) -> None:
             else " For so short a call that is no gain."
         )
         + ("" if explanation.studied else _run(explanation, schedule))
+    )
+
+
+def _parts(page: Page, explanation: Explanation, schedule: Schedule) -> None:
+    """Why whole cells run in sequence, and how parts of them do not."""
+    segments, layers = explanation.segments, explanation.layers
+    page.heading("Why whole cells run one after another")
+    _cause(page, explanation)
+    page.heading("The schedule")
+    most = max(schedule.parts, default=1)
+    page.text(
+        "Not all that a layer does waits for the segment before. "
+        + (f"Divided into {count(most, 'part')}, " if schedule.parts else "")
+        + "what waits for itself in an earlier segment runs one segment after another, and the rest for all segments "
+        f"at once, {BLOCKS}. The step of each part, segments down:"
+    )
+    page.blank()
+    page.raw(grid(schedule, segments, limit=5, head=3, tail=1), 4)
+    page.blank()
+    page.text(
+        f"{step_text(schedule)}. The number of steps is {_equals(schedule.makespan, segments, layers)}; they are of "
+        "parts, which are less than a layer. No part reads what runs in the same step or later: that was held against "
+        "a trace, segment by segment, as the bodies were."
     )
 
 
@@ -448,6 +477,14 @@ def _refusal(page: Page, explanation: Explanation) -> None:
     page.heading("Why it is refused")
     if not explanation.studied:
         page.text("A refusal changes nothing: the model runs as it always did.")
+    _cause(page, explanation)
+    if explanation.certificate is not None and explanation.certificate.checked:
+        page.blank()
+        _checked(page, explanation.certificate)
+
+
+def _cause(page: Page, explanation: Explanation) -> None:
+    """What forbids to run whole cells in another order than the code's."""
     if explanation.cycle:
         _cycle(page, explanation)
     rows = [("why", explanation.reason or "no schedule could be proven")]
@@ -464,9 +501,6 @@ def _refusal(page: Page, explanation: Explanation) -> None:
     if explanation.remedy:
         rows.append(("what to do", explanation.remedy))
     page.table(rows, 2)
-    if explanation.certificate is not None and explanation.certificate.checked:
-        page.blank()
-        _checked(page, explanation.certificate)
 
 
 def _cycle(page: Page, explanation: Explanation) -> None:

@@ -97,10 +97,10 @@ def why(explanation: Explanation, cell: Cell) -> Why:
             f"there is no cell {cell}: this call has "
             + (f"s0.l0 to {Cell(segments - 1, layers - 1)}" if segments and layers else "none that are known")
         )
-    schedule = explanation.schedule or Schedule(L, 1, layers, segments)
+    schedule = explanation.whole or Schedule(L, 1, layers, segments)
     chain = _longest(explanation.dependences, cell, schedule)
     links = tuple(Link(each, schedule.time(each), through) for each, through in chain)
-    return Why(cell, schedule.time(cell), schedule, explanation.schedule is None, links)
+    return Why(cell, schedule.time(cell), schedule, explanation.whole is None, links)
 
 
 def _longest(dependences: Sequence[Dependence], cell: Cell, schedule: Schedule) -> list[tuple[Cell, Dependence | None]]:

@@ -76,6 +76,7 @@ class Proven:
         family: the layers' parameters.
         proof: what was proven.
         schedule: the schedule, None when refused.
+        segments: number of segments of the user's call.
         checked: what the checker went over.
         checked_at: number of segments, batch size and length of the last segment of the run it was held against.
         seconds: time spent, by stage.
@@ -85,6 +86,7 @@ class Proven:
     family: Family | None
     proof: Proof
     schedule: Schedule | None
+    segments: int
     checked: Checked | None = None
     checked_at: tuple[int, int, int] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -95,6 +97,14 @@ class Proven:
         if self._folded is None:
             self._folded = fold_operations(self.loop, self.family)
         return self._folded
+
+    @property
+    def legal(self) -> Schedule | None:
+        """The schedule; when refused the sequential order, if the program's own order breaks no dependence."""
+        if self.schedule is not None or self.proof.path is None:
+            return self.schedule
+        loop = self.loop
+        return Schedule(L, 1, loop.layers, self.segments, loop.classes, dict(loop.stage_classes))
 
 
 Watch = Callable[[str, str], None]
@@ -200,21 +210,21 @@ def prove_loop(loop: SegmentLoop, family: Family | None, segments: int, watch: W
     proof = prove(loop.dependences, loop.layers)
     schedule = proof.schedule(loop.layers, segments, loop.classes, loop.stage_classes)
     _show(watch, "prove", f"{proof.certificate}\n" if schedule else f"refused: {proof.reason}\n")
-    return Proven(loop, family, proof, schedule)
+    return Proven(loop, family, proof, schedule, segments)
 
 
 def apart(proven: Proven, always: bool = False) -> Proven | None:
     """A proven loop with what is in no recurrence over segments apart from what is.
 
     Args:
-        proven: a loop with a schedule of whole cells.
-        always: also where more operations are in sequence then.
+        proven: a loop with a schedule of whole cells, or without one.
+        always: also where more operations are in sequence then, or hardly fewer.
 
     Returns:
         The loop, its layers divided where parts of them run apart, with its schedule; None if that changes nothing, or
         for the worse.
     """
-    whole = proven.schedule
+    whole = proven.legal
     if whole is None or whole.phases()[0][1] == 0:
         return None
     found = proven
@@ -223,9 +233,10 @@ def apart(proven: Proven, always: bool = False) -> Proven | None:
     if divided is not None and (always or _fewer(divided.columns, proven)):
         loop, family = split_layers(proven.loop, proven.family, divided)
         found, parts = prove_loop(loop, family, whole.segments), divided.parts
-    if found.schedule is None:
+    legal = found.legal
+    if legal is None:
         return None
-    schedule = replace(in_phases(found.schedule, found.loop.dependences), layers=whole.layers, parts=parts)
+    schedule = replace(in_phases(legal, found.loop.dependences), layers=whole.layers, parts=parts)
     phases = schedule.phases()
     if all(a > 0 for _, a, _ in phases):
         return None
@@ -241,17 +252,22 @@ _BLOCKS = 8
 """Of so many blocks it is taken to be before shapes are known."""
 
 
+_PART = 0.75
+"""A loop whose whole cells only run in sequence runs in parts if they leave less than so much of it in sequence."""
+
+
 def _fewer(columns: Sequence[tuple[int, int]], proven: Proven) -> bool:
     """Whether fewer operations are in sequence if columns, each with its a and its operations, run apart."""
-    assert proven.schedule is not None
     apart = 0
     for a, same in itertools.groupby(columns, key=lambda each: each[0]):
         sizes = [size for _, size in same]
         # Of a segment a recurrence takes a steps, or all of its columns one after another.
         apart += min(a * max(sizes), sum(sizes)) * (LONG - 1) + sum(sizes) if a else sum(sizes) * _BLOCKS
+    layers = [end - begin for begin, end in proven.loop.layouts[-1].layers]
+    if proven.schedule is None:
+        return apart < _PART * sum(layers) * LONG
     ((_, a, _),) = proven.schedule.phases()
-    most = max(end - begin for begin, end in proven.loop.layouts[-1].layers)
-    return apart < most * (a * (LONG - 1) // proven.schedule.strip + proven.loop.layers)
+    return apart < max(layers) * (a * (LONG - 1) // proven.schedule.strip + proven.loop.layers)
 
 
 def unstripped(proven: Proven) -> Proven:

@@ -215,17 +215,20 @@ def ways(
     """The ways to run a loop, the one with the fewest steps first: each proven, held against a run, and replayed.
 
     Args:
-        analysis: one with a schedule.
+        analysis: one with a loop.
         max_group: the most cells that run at once.
         names: which ones.
         always: whether fission is one also where it leaves more operations in sequence.
+
+    Returns:
+        The ways; none if the loop is refused, as whole cells and in parts.
 
     Raises:
         VerifyError: if the schedules fail their checks.
         RefusedError: if none of these ways is there.
     """
     whole, third = analysis.proven, analysis.probes[1]
-    if whole is None or whole.schedule is None:
+    if whole is None:
         return []
     found: list[Way] = []
     failed: RmtcError | None = None
@@ -242,7 +245,7 @@ def ways(
             except (VerifyError, RefusedError) as error:
                 logger.warning("a %s schedule is left out: %s", name, error.reason)
                 failed = failed or error
-    if not found and failed is None:
+    if not found and failed is None and whole.schedule is not None and "fission" in names:
         raise nothing_apart()
     if not found and failed is not None:
         raise RefusedError(
@@ -258,9 +261,9 @@ def _loops(whole: Proven, divided: Proven | None, name: str) -> Iterator[Proven]
     phased = divided is not None and divided.schedule is not None and bool(divided.schedule.later)
     if divided is not None and (name == "fission" or (name == "shortest" and not phased)):
         yield divided
-    if name == "shortest":
+    if name == "shortest" and whole.schedule is not None:
         yield whole
-    elif name == "diagonal":
+    elif name == "diagonal" and whole.schedule is not None:
         yield unstripped(whole)
 
 

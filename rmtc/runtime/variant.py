@@ -27,7 +27,7 @@ from rmtc.ir.formula import at
 from rmtc.ir.program import Val
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.group import run_schedule
-from rmtc.passes.pipeline import LONG, check_against, rewrite
+from rmtc.passes.pipeline import LONG, Proven, apart, check_against, rewrite
 from rmtc.passes.prove import remedy
 from rmtc.runtime.backends import Backend, Runner
 from rmtc.runtime.estimate import WAYS, Way, as_written, best_of, pays, ways
@@ -126,8 +126,8 @@ class Variant:
         run, proven = self.program.schedule, self.analysis.proven
         if run.parts and not run.later:
             return run.layers
-        assert proven is not None and proven.schedule is not None
-        return at((run if run.later else proven.schedule).makespan, segments, run.layers)
+        whole = proven.schedule if proven is not None and not run.later else None
+        return at((whole or run).makespan, segments, run.layers)
 
     @staticmethod
     def make(analysis: Analysis, backend: Backend, kind: str = "best", max_group: int | None = None) -> Variant:
@@ -144,23 +144,20 @@ class Variant:
             VerifyError: if the schedule that is run fails its check.
         """
         proven = analysis.proven
-        if proven is None or proven.schedule is None:
-            proof = proven.proof if proven is not None else None
-            cycle = proof.cycle if proof is not None else ()
-            raise RefusedError(
-                (proof.reason if proof is not None else None) or "no schedule was found",
-                location=cycle[-1].location if cycle else None,
-                remedy=remedy(proven.loop.layers) if cycle and proven is not None else None,
-                cycle=cycle,
-            )
+        if proven is None:
+            raise RefusedError("no schedule was found")
+        kinds = {"best": WAYS, "sequential": ()}.get(kind, (kind,))
+        found = ways(analysis, max_group, kinds, always=kind == "fission")
+        if proven.schedule is None and not found:
+            raise _refusal(proven)
         _refuse_lost(analysis.capture)
         first, third = analysis.probes
         model = None
-        if kind == "sequential":
+        if not found:
+            assert proven.schedule is not None
             check_against(replace(proven, schedule=run_schedule(proven.schedule, kind)), third.program, *third.sizes)
             program, way = replace(rewrite(proven, schedule=kind), max_group=max_group), None
         else:
-            found = ways(analysis, max_group, WAYS if kind == "best" else (kind,), always=kind == "fission")
             way = found[0]
             if kind == "best":
                 model = cost_model(*analysis.kind)
@@ -545,6 +542,20 @@ def _apart(outputs: Mapping[str, Any], written: Mapping[str, torch.Tensor]) -> M
 def _advances(start: Any, now: Any, left: Any, leaves: Any) -> bool:
     """Whether a number that a call leaves is further from what it found by the same amount."""
     return all(type(each) in (int, float) for each in (start, now, left, leaves)) and left - start == leaves - now
+
+
+def _refusal(proven: Proven) -> RefusedError:
+    """Why whole cells run in no other order than that of the code."""
+    proof = proven.proof
+    what = remedy(proven.loop.layers) if proof.cycle else None
+    if apart(proven) is not None:
+        what = 'schedule="best" and schedule="fission" run parts of its layers apart'
+    return RefusedError(
+        proof.reason or "no schedule was found",
+        location=proof.cycle[-1].location if proof.cycle else None,
+        remedy=what,
+        cycle=proof.cycle,
+    )
 
 
 def _refuse_lost(capture: Capture) -> None:
