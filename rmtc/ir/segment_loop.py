@@ -157,6 +157,7 @@ class BodyOp:
     Attributes:
         form: shape and dtype of the result in the shorter of the two runs, which ends with a full segment; None where
             they are not known.
+        covers: the numbers of the operations of the same cell that it does the work of, besides its own.
     """
 
     target: Callable[..., Any]
@@ -166,6 +167,7 @@ class BodyOp:
     name: str = ""
     variable: str = ""
     form: Form | None = field(default=None, compare=False)
+    covers: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def label(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -96,7 +96,8 @@ class Body:
             :class:`Input`, :class:`Weight`, :class:`Shared`, :class:`Number`, a source or ``before`` value that all
             cells share, a function of batch and length (:class:`Fit`), or a constant.
         inputs: for each :class:`Input`, what it is in each member.
-        weights: for each :class:`Weight`, the tensor's name in each layer.
+        weights: for each :class:`Weight`, the tensor's name in each layer; of several that are joined along their first
+            dimension, all of them.
         numbers: for each :class:`Number`, what it is in each member.
         results: the numbers of the operations that others read.
         positions: for each member, where among the results the value of an operation of its cell is.
@@ -107,7 +108,7 @@ class Body:
     members: tuple[Member, ...]
     ops: Mapping[int, BodyOp]
     inputs: tuple[Mapping[Member, Operand], ...]
-    weights: tuple[Mapping[int, str], ...]
+    weights: tuple[Mapping[int, tuple[str, ...]], ...]
     numbers: tuple[Mapping[Member, int | float | Fit], ...]
     results: tuple[int, ...]
     positions: Mapping[Member, Mapping[int, int]]
@@ -121,18 +122,19 @@ class Body:
         dead = frozenset(unread)
         read = [number for place, number in enumerate(self.results) if place not in dead]
         live, ops = set(read), dict[int, BodyOp]()
-        for number in sorted(self.ops, reverse=True):
+        for number in list(self.ops)[::-1]:
             if number in live:
                 op = ops[number] = self.ops[number]
                 live |= {leaf.number for leaf in leaves(op.args) if isinstance(leaf, Local)}
         results = tuple(read[0] if place in dead else number for place, number in enumerate(self.results) if read)
         name = f"{self.name}_without_{'_'.join(map(str, sorted(dead)))}"
-        return replace(self, name=name, ops=dict(sorted(ops.items())), results=results)
+        return replace(self, name=name, ops=dict(reversed(ops.items())), results=results)
 
     def __str__(self) -> str:
         lines = [f"{self.name} ({self.stage} of {_members(self.members)}):"]
         lines += [f"  in{n} = {_choices(choice)}" for n, choice in enumerate(self.inputs)]
-        lines += [f"  w{n} = {_choices(names)}" for n, names in enumerate(self.weights)]
+        named = [{layer: " & ".join(joined) for layer, joined in names.items()} for names in self.weights]
+        lines += [f"  w{n} = {_choices(names)}" for n, names in enumerate(named)]
         lines += [f"  n{n} = {_choices(choice)}" for n, choice in enumerate(self.numbers)]
         lines += [f"  %{number} = {op}" for number, op in self.ops.items()]
         return "\n".join([*lines, f"  results {', '.join(f'%{number}' for number in self.results)}"])
@@ -148,6 +150,7 @@ class WavefrontProgram:
         shared: operations whose values are the same for all segments of one length.
         bodies: by the name of the class.
         merged: bodies that run the cells of two classes at once, by their names, that of the first segments first.
+        batched: the names of prologues and epilogues that may run for several segments at once.
         max_group: the most cells that run at once; None for a number that suits their sizes.
     """
 
@@ -156,7 +159,14 @@ class WavefrontProgram:
     shared: tuple[BodyOp, ...]
     bodies: Mapping[str, Body]
     merged: Mapping[tuple[str, str], Body] = field(default_factory=dict)
+    batched: frozenset[str] = frozenset()
     max_group: int | None = None
+
+    def map(self, rewrite: Callable[[Body, SegmentLoop], Body]) -> WavefrontProgram:
+        """The program with each of its bodies rewritten."""
+        bodies = {name: rewrite(body, self.loop) for name, body in self.bodies.items()}
+        merged = {pair: rewrite(body, self.loop) for pair, body in self.merged.items()}
+        return replace(self, bodies=bodies, merged=merged)
 
     def body(self, row: int, layer: int) -> Body | None:
         """The body of a cell, None where it has no operations."""
@@ -173,7 +183,7 @@ class WavefrontProgram:
         operands += leaves(tuple(self.loop.outputs.values()))
         operands += [operand for body in bodies for choice in body.inputs for operand in choice.values()]
         found = {operand.name for operand in operands if isinstance(operand, Src)}
-        found |= {name for body in bodies for names in body.weights for name in names.values()}
+        found |= {name for body in bodies for names in body.weights for joined in names.values() for name in joined}
         return frozenset(found | {name.removeprefix("write:") for name in map(str, self.loop.outputs)})
 
     def __str__(self) -> str:

@@ -83,7 +83,7 @@ def _key(body: Body, op: BodyOp, length: int) -> Any:
             leaf = leaf.where(0, length)  # merged groups are of full segments
         return (type(leaf), leaf) if not isinstance(leaf, Fit) else leaf
 
-    return op.target, map_leaves(op.args, part)
+    return op.target, map_leaves(op.args, part), op.form
 
 
 class _Merger:
@@ -93,7 +93,7 @@ class _Merger:
         self.sides = (first, steady)
         self.ops: dict[int, BodyOp] = {}
         self.inputs: dict[tuple[Any, ...], tuple[Input, Mapping[Member, Any]]] = {}
-        self.weights: dict[tuple[Any, ...], tuple[Weight, Mapping[int, str]]] = {}
+        self.weights: dict[tuple[Any, ...], tuple[Weight, Mapping[int, tuple[str, ...]]]] = {}
         flags = {member: int(member in first.members) for member in (*first.members, *steady.members)}
         self.numbers: dict[tuple[Any, ...], tuple[Number, Mapping[Member, Any]]] = {("flag",): (Number(0), flags)}
         self.known: tuple[dict[int, int], dict[int, int]] = ({}, {})
@@ -120,7 +120,9 @@ class _Merger:
         """The value of one side in its cells, that of the other in the others'."""
         key = mine, other
         if key not in self.chosen:
-            self.chosen[key] = Local(self._append(BodyOp(choose, (Number(0), mine, other))))
+            made = next((leaf for leaf in key if isinstance(leaf, Local)), None)
+            form = self.ops[made.number].form if made is not None else None
+            self.chosen[key] = Local(self._append(BodyOp(choose, (Number(0), mine, other), form=form)))
         return self.chosen[key]
 
     def _append(self, op: BodyOp) -> int:

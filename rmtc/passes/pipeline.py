@@ -16,16 +16,22 @@ from rmtc.ir.folded import FoldedGraph
 from rmtc.ir.program import Program
 from rmtc.ir.schedule import L, Schedule
 from rmtc.ir.segment_loop import Key, SegmentLoop
-from rmtc.ir.wavefront import WavefrontProgram
+from rmtc.ir.wavefront import Body, WavefrontProgram
+from rmtc.passes.batch_stages import batch_stages
 from rmtc.passes.check import Checked, check
 from rmtc.passes.check_moments import check_moments
 from rmtc.passes.dependences import find_dependences
 from rmtc.passes.fold import fold_segments
 from rmtc.passes.fold_operations import fold_operations
+from rmtc.passes.fuse_accumulate import fuse_accumulate
+from rmtc.passes.fuse_norms import fuse_norms
+from rmtc.passes.fuse_rolls import fuse_rolls
+from rmtc.passes.fuse_rotary import fuse_rotary
 from rmtc.passes.generalize import generalize_rows
 from rmtc.passes.group import group, run_schedule
 from rmtc.passes.if_convert import if_convert
 from rmtc.passes.layers import fold_layers
+from rmtc.passes.merge_equal import merge_equal
 from rmtc.passes.phases import in_phases
 from rmtc.passes.place import places, slots
 from rmtc.passes.prove import Proof, prove
@@ -64,6 +70,12 @@ def passes() -> list[PassInfo]:
         PassInfo("retime", "what is legal operation by operation, checked"),
         PassInfo("group", "the body of a cell as that of a group of cells: local, shared, by layer, from another cell"),
         PassInfo("if-convert", "cells of the first segment in one group with the others"),
+        PassInfo("batch-stages", "which prologues and epilogues run for several segments at once"),
+        PassInfo("merge-equal", "what a body computes twice is computed once; views of views are one"),
+        PassInfo("fuse-norms", "root mean square norms that are spelled out as single operations"),
+        PassInfo("fuse-rotary", "rotary position embeddings that are spelled out as single operations"),
+        PassInfo("fuse-rolls", "pointwise operations after concatenations; products of a tensor with itself, rolled"),
+        PassInfo("fuse-accumulate", "products, quotients and matrix products added while they are made"),
     ]
 
 
@@ -296,7 +308,21 @@ def rewrite(proven: Proven, watch: Watch | None = None, schedule: str = "shortes
     _show(watch, "group", program)
     program = if_convert(program)
     _show(watch, "if-convert", program)
+    program = batch_stages(program)
+    _show(watch, "batch-stages", f"at once for several segments: {', '.join(sorted(program.batched)) or 'none'}\n")
+    for name, each in _FUSIONS.items():
+        program = program.map(each)
+        _show(watch, name, program)
     return program
+
+
+_FUSIONS: dict[str, Callable[[Body, SegmentLoop], Body]] = {
+    "merge-equal": merge_equal,
+    "fuse-norms": fuse_norms,
+    "fuse-rotary": fuse_rotary,
+    "fuse-rolls": fuse_rolls,
+    "fuse-accumulate": fuse_accumulate,
+}
 
 
 def retime_loop(proven: Proven, watch: Watch | None = None) -> tuple[FoldedGraph, Retimed]:

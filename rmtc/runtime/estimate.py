@@ -92,8 +92,16 @@ class Works:
         start = layout.prologue[0]
         if layer >= 0:
             start = layout.epilogue[0] if layer >= self.loop.layers else layout.layers[layer][0]
-        seen = (self._ops.get(Key(segment, start + offset)) for offset in body.ops)
-        return [Work() if op is None else _work(self._program, op) for op in seen]
+        found: list[Work] = []
+        for offset, op in body.ops.items():
+            own, *covered = (self._work(Key(segment, start + each)) for each in (offset, *op.covers))
+            flops, weights = (sum(getattr(each, name) for each in covered) for name in ("flops", "weights"))
+            found.append(Work(own.flops + flops, own.activations, own.weights + weights))
+        return found
+
+    def _work(self, key: Key) -> Work:
+        seen = self._ops.get(key)
+        return Work() if seen is None else _work(self._program, seen)
 
     def inputs(self, body: Body) -> list[int]:
         """The bytes of each input of a body, for one cell."""

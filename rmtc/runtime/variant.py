@@ -27,6 +27,7 @@ from rmtc.ir.formula import at
 from rmtc.ir.program import Val
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.group import run_schedule
+from rmtc.passes.join_products import join_products
 from rmtc.passes.pipeline import LONG, Proven, apart, check_against, rewrite
 from rmtc.passes.prove import remedy
 from rmtc.runtime.backends import Backend, Runner
@@ -171,7 +172,9 @@ class Variant:
             raise RefusedError("which results are the call's own tensors depends on the number of segments")
         session = analysis.capture.session
         tensors = {lifted.names[0]: lifted.tensor for lifted in session.lifted}
-        weights = Weights.plan(program, Weights.movable({**tensors, **_inputs(session.arguments)}))
+        movable = Weights.movable({**tensors, **_inputs(session.arguments)})
+        program = join_products(program, movable)
+        weights = Weights.plan(program, movable)
         state = StateGuard(session, first.effects)
         slots = {
             slot.name: state.pinned(slot) for slot in session.snapshot.slots if isinstance(slot.value, torch.Tensor)

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,27 +23,43 @@ __all__ = ["Weights", "refuse_elsewhere"]
 logger = logging.getLogger(__name__)
 
 
+class _Part(NamedTuple):
+    """Rows ``first``, ``first + step``, ... ``last`` of a stack; of each ``size`` rows of its own from ``start`` on.
+
+    ``size`` is None for all of them.
+    """
+
+    first: int
+    last: int
+    step: int = 1
+    start: int = 0
+    size: int | None = None
+
+
 @dataclass(eq=False)
 class _Memory:
     """The memory in which parameters lie behind each other.
 
     Attributes:
         tensor: ``(rows, *shape)``; None once a parameter was moved elsewhere, so that nothing keeps it alive.
-        rows: the row at each address.
-        views: those of some rows, which each call asks for again: first, last, step.
+        rows: the row at each address, and where in its first dimension the parameter begins.
+        views: parts that each call asks for again.
     """
 
     tensor: torch.Tensor | None
-    rows: dict[int, int]
-    views: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
+    rows: dict[int, tuple[int, int]]
+    views: dict[_Part, torch.Tensor] = field(default_factory=dict)
 
-    def part(self, first: int, last: int, step: int) -> torch.Tensor | None:
+    def part(self, part: _Part) -> torch.Tensor | None:
         """A view of some rows; None if the parameters lie elsewhere by now."""
-        view = self.views.get((first, last, step))
+        view = self.views.get(part)
         tensor = self.tensor
         if view is None and tensor is not None:
             with torch.inference_mode(False):
-                view = self.views[first, last, step] = tensor[first : last + 1 : step]
+                view = tensor[part.first : part.last + 1 : part.step]
+                if part.size is not None:
+                    view = view.narrow(1, part.start, part.size)
+                self.views[part] = view
             if self.tensor is None:  # another thread has moved a parameter
                 self.views.clear()
         return view
@@ -60,31 +76,43 @@ _moving = threading.Lock()
 
 @dataclass
 class _Stack:
-    """Parameters of one shape, row by row.
+    """Parameters of one shape, row by row; or in each row several, joined along their first dimension.
 
     Attributes:
         names: of the parameters, by row.
+        sizes: of the first dimension of those that are joined.
         memory: where they lie; None until they were moved.
-        first, step: the stack's rows are the memory's ``first``, ``first + step``, ...
+        at: the part of the memory that is the stack.
     """
 
-    names: tuple[str, ...]
+    names: tuple[tuple[str, ...], ...]
+    sizes: tuple[int, ...] = ()
     memory: _Memory | None = None
-    first: int = 0
-    step: int = 1
+    at: _Part = field(default_factory=lambda: _Part(0, 0))
 
-    def part(self, first: int, last: int, step: int) -> torch.Tensor | None:
+    def part(self, part: _Part) -> torch.Tensor | None:
         """A view of some rows; None if the parameters lie elsewhere by now."""
         if self.memory is None:
             return None
-        return self.memory.part(self.first + self.step * first, self.first + self.step * last, self.step * step)
+        first, last = (self.at.first + self.at.step * row for row in part[:2])
+        size = self.at.size if part.size is None else part.size
+        return self.memory.part(_Part(first, last, self.at.step * part.step, self.at.start + part.start, size))
+
+
+class _Place(NamedTuple):
+    """Where a parameter lies: the number of its stack, its row, and its number among those joined there."""
+
+    stack: int
+    row: int
+    number: int
 
 
 @dataclass
 class Weights:
     """The tensors that layers own, as the bodies of groups want them.
 
-    A parameter lies in at most one stack, ``(L, out, in)`` row by row as the layers have it. It keeps a storage of its
+    A parameter lies in at most one stack, ``(L, out, in)`` row by row as the layers have it; those of products of one
+    input are joined along ``out``. It keeps a storage of its
     own over the same memory, so that writes on either side are seen by the other, and saving one layer saves one layer.
     What cannot be moved (buffers and state, parameters that share their memory) is stacked anew in each call.
 
@@ -93,10 +121,10 @@ class Weights:
     """
 
     stacks: list[_Stack] = field(default_factory=list)
-    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    places: dict[str, _Place] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     _layout: list[list[Any]] | None = None
-    _parts: dict[tuple[str, int, tuple[int, ...]], tuple[_Stack, int, int, int]] = field(default_factory=dict)
+    _parts: dict[tuple[str, int, tuple[int, ...]], tuple[_Stack, _Part]] = field(default_factory=dict)
 
     @staticmethod
     def plan(program: WavefrontProgram, movable: set[str]) -> Weights:
@@ -114,11 +142,17 @@ class Weights:
             if not alone.issuperset(layer for _, layer in body.members)
         ]
         wanted = [_names(body, number) for body in bodies for number in range(len(body.weights))]
-        for names in sorted(dict.fromkeys(wanted), key=len, reverse=True):
+        # Joined ones first: a single one is a part of them.
+        for rows in sorted(dict.fromkeys(wanted), key=lambda rows: (-len(rows[0]), -len(rows))):
+            names = [name for row in rows for name in row]
             free = all(name in movable and name not in weights.places for name in names)
-            if free and len(set(names)) == len(names) and len({_kind(program, n) for n in names}) == 1:
-                weights.places.update({name: (len(weights.stacks), row) for row, name in enumerate(names)})
-                weights.stacks.append(_Stack(names))
+            alike = len({tuple(_kind(program, name) for name in row) for row in rows}) == 1
+            if free and alike and len(set(names)) == len(names):
+                for row, joined in enumerate(rows):
+                    places = (_Place(len(weights.stacks), row, number) for number in range(len(joined)))
+                    weights.places.update(zip(joined, places, strict=True))
+                sizes = tuple(program.loop.sources[name].shape[0] for name in rows[0]) if len(rows[0]) > 1 else ()
+                weights.stacks.append(_Stack(rows, sizes))
         weights.names = list(weights.places)
         return weights
 
@@ -138,9 +172,9 @@ class Weights:
         # Inference mode must not leave its mark on what is trained later.
         with _moving, torch.inference_mode(False), torch.no_grad():
             for stack in self.stacks:
-                parameters = [values[name] for name in stack.names]
-                found = _lying(parameters)
-                stack.memory, stack.first, stack.step = found if found is not None else (_together(parameters), 0, 1)
+                rows = [[values[name] for name in row] for row in stack.names]
+                found = _lying(rows)
+                stack.memory, stack.at = found if found is not None else (_together(rows), _Part(0, len(rows) - 1))
         one: dict[Any, Any] = {}  # equal strides are one object: fewer to read in each call
         layout = [[get(values[name]) for name in self.names] for get in _LAYOUT]
         self._layout = [[one.setdefault(each, each) for each in held] for held in layout]
@@ -157,22 +191,36 @@ class Weights:
             values: all tensors by name.
         """
         known = self._parts.get((body.name, number, layers))
-        if known is not None and (view := known[0].part(*known[1:])) is not None:
+        if known is not None and (view := known[0].part(known[1])) is not None:
             return view
         names = [body.weights[number][layer] for layer in layers]
-        places = [self.places.get(name) for name in names]
-        if all(place is not None for place in places):
-            ids, rows = zip(*(place for place in places if place is not None), strict=True)
-            step = rows[1] - rows[0] if len(rows) > 1 else 1
-            even = step > 0 and all(row == rows[0] + step * n for n, row in enumerate(rows))
-            stack: _Stack = self.stacks[ids[0]]
-            view = stack.part(rows[0], rows[-1], step) if len(set(ids)) == 1 and even else None
-            if view is not None:
-                self._parts[body.name, number, layers] = stack, rows[0], rows[-1], step
-                return view
-        if len(set(names)) == 1:
-            return values[names[0]].detach().unsqueeze(0).expand(len(names), *values[names[0]].shape)
-        return torch.stack([values[name].detach() for name in names])
+        found = self._lies(names)
+        if found is not None and (view := found[0].part(found[1])) is not None:
+            self._parts[body.name, number, layers] = found
+            return view
+        tensors = [[values[name].detach() for name in row] for row in names]
+        if len(set(names)) == 1 and len(tensors[0]) == 1:
+            return tensors[0][0].unsqueeze(0).expand(len(names), *tensors[0][0].shape)
+        return torch.stack([row[0] if len(row) == 1 else torch.cat(row) for row in tensors])
+
+    def _lies(self, names: Sequence[tuple[str, ...]]) -> tuple[_Stack, _Part] | None:
+        """The stack and the part of it in which parameters lie, if that is one."""
+        if not all(name in self.places for row in names for name in row):
+            return None
+        places = [[self.places[name] for name in row] for row in names]
+        stack: _Stack = self.stacks[places[0][0].stack]
+        first = places[0][0]
+        begun, rows = range(first.number, first.number + len(names[0])), [row[0].row for row in places]
+        step = rows[1] - rows[0] if len(rows) > 1 else 1
+        if step <= 0 or any(
+            place != (first.stack, rows[0] + step * n, number)
+            for n, row in enumerate(places)
+            for number, place in zip(begun, row, strict=True)
+        ):
+            return None
+        start = sum(stack.sizes[: first.number])
+        size = sum(stack.sizes[first.number : begun.stop]) if stack.sizes else None
+        return stack, _Part(rows[0], rows[-1], step, start, size)
 
     @staticmethod
     def movable(values: Mapping[str, torch.Tensor]) -> set[str]:
@@ -227,39 +275,59 @@ def refuse_elsewhere(session: Session) -> None:
             )
 
 
-def _lying(parameters: Sequence[torch.Tensor]) -> tuple[_Memory, int, int] | None:
-    """The memory in which parameters lie evenly spaced, first row and step; None if there is none."""
-    pointers = [parameter.data_ptr() for parameter in parameters]
+def _lying(parameters: Sequence[Sequence[torch.Tensor]]) -> tuple[_Memory, _Part] | None:
+    """The memory in which parameters lie, row by row evenly spaced, and which part of it; None if there is none."""
+    pointers = [[parameter.data_ptr() for parameter in row] for row in parameters]
     for memory in list(_memories):
         tensor = memory.tensor
-        if tensor is None or not all(pointer in memory.rows for pointer in pointers):
+        if tensor is None or not all(pointer in memory.rows for row in pointers for pointer in row):
             continue
-        rows = [memory.rows[pointer] for pointer in pointers]
+        places = [[memory.rows[pointer] for pointer in row] for row in pointers]
+        rows, begin = [row[0][0] for row in places], places[0][0][1]
         step = rows[1] - rows[0] if len(rows) > 1 else 1
-        even = step > 0 and all(row == rows[0] + step * n for n, row in enumerate(rows))
+        sizes = [parameter.shape[0] if parameter.dim() else 0 for parameter in parameters[0]]
+        starts = [begin + sum(sizes[:number]) for number in range(len(sizes))]
+        even = step > 0 and all(
+            row == [(rows[0] + step * n, start) for start in starts] for n, row in enumerate(places)
+        )
         if even and all(
-            (each.shape, each.stride(), each.dtype) == (tensor.shape[1:], tensor.stride()[1:], tensor.dtype)
-            for each in parameters
+            (each.shape[1:], each.stride(), each.dtype) == (tensor.shape[2:], tensor.stride()[1:], tensor.dtype)
+            and each.shape[:1] == first.shape[:1]
+            for row in parameters
+            for each, first in zip(row, parameters[0], strict=True)
         ):
-            return memory, rows[0], step
+            whole = not sizes[0] or sum(sizes) == tensor.shape[1]
+            return memory, _Part(rows[0], rows[-1], step, begin, None if whole else sum(sizes))
     return None
 
 
-def _together(parameters: Sequence[torch.Tensor]) -> _Memory:
+def _together(parameters: Sequence[Sequence[torch.Tensor]]) -> _Memory:
     """Move parameters into memory of their own."""
-    first = parameters[0]
-    tensor = torch.empty((len(parameters), *first.shape), dtype=first.dtype, device=first.device)
-    for row, parameter in enumerate(parameters):
-        tensor[row].copy_(parameter.detach())
-    left = {parameter.data_ptr() for parameter in parameters}
+    first = parameters[0][0]
+    sizes = _sizes(parameters[0])
+    shape = (sum(sizes), *first.shape[1:]) if len(sizes) > 1 else first.shape
+    tensor = torch.empty((len(parameters), *shape), dtype=first.dtype, device=first.device)
+    homes = [list(tensor[row].split(sizes)) if len(sizes) > 1 else [tensor[row]] for row in range(len(parameters))]
+    pairs = [pair for row, home in zip(parameters, homes, strict=True) for pair in zip(row, home, strict=True)]
+    for parameter, home in pairs:
+        home.copy_(parameter.detach())
+    left = {parameter.data_ptr() for parameter, _ in pairs}
     for memory in list(_memories):
         if memory.tensor is not None and not left.isdisjoint(memory.rows):
             memory.let_go()
-    for row, parameter in enumerate(parameters):
-        parameter.data = from_dlpack(tensor[row])
-    made = _Memory(tensor, {parameter.data_ptr(): row for row, parameter in enumerate(parameters)})
+    for parameter, home in pairs:
+        parameter.data = from_dlpack(home)
+    made = _Memory(tensor, {})
+    for row, joined in enumerate(parameters):
+        for number, parameter in enumerate(joined):
+            made.rows[parameter.data_ptr()] = row, sum(sizes[:number])
     _memories.add(made)
     return made
+
+
+def _sizes(parameters: Sequence[torch.Tensor]) -> list[int]:
+    """Those of the first dimensions of parameters that are joined; of a single one, which may have none, 0."""
+    return [parameter.shape[0] for parameter in parameters] if len(parameters) > 1 else [0]
 
 
 # What tells where a tensor lies, and how: strides and number of elements give the sizes of what is contiguous.
@@ -277,6 +345,6 @@ def _kind(program: WavefrontProgram, name: str) -> tuple[Any, ...]:
     return source.shape, source.dtype
 
 
-def _names(body: Body, number: int) -> tuple[str, ...]:
-    choice: Mapping[int, str] = body.weights[number]
+def _names(body: Body, number: int) -> tuple[tuple[str, ...], ...]:
+    choice = body.weights[number]
     return tuple(choice[layer] for layer in sorted(choice))

@@ -1,0 +1,80 @@
+"""Operations that stand for several of a body's: what passes put in place of chains that they recognise.
+
+Each is an operator of the library ``rmtc``, so that a body holds nothing but operators with schemas; what runs is the
+Python function itself. All of them take any number of leading dimensions, so that a group of cells runs as one cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["FUNCTIONS", "add_linear", "add_matmul", "rms_normalize", "roll_products", "rotary"]
+
+_library = torch.library.Library("rmtc", "DEF")
+
+FUNCTIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+"""The function of each of these operators."""
+
+
+def _operator(schema: str) -> Callable[[Callable[..., Tensor]], torch._ops.OpOverload]:
+    """Make a function an operator of the library."""
+
+    def register(function: Callable[..., Tensor]) -> torch._ops.OpOverload:
+        _library.define(f"{function.__name__}{schema} -> Tensor")
+        _library.impl(function.__name__, function, "CompositeImplicitAutograd")
+        made: torch._ops.OpOverload = getattr(torch.ops.rmtc, function.__name__).default
+        FUNCTIONS[made] = function
+        return made
+
+    return register
+
+
+@_operator("(Tensor x, float eps)")
+def rms_normalize(x: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """``x * rsqrt(mean(x**2) + eps)`` along the last dimension, rounded as that is, in float32 or float64."""
+    squares = torch.mul(x, x, out=out)
+    scale = squares.mean(-1, True).add_(eps).rsqrt_()
+    return torch.mul(x, scale, out=squares)
+
+
+@_operator("(Tensor x, Tensor cos, Tensor sin, int half, int? end)")
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None, *, out: Tensor | None = None) -> Tensor:
+    """``x * cos + cat(-x[half:end], x[:half]) * sin`` along the last dimension, usually of its halves."""
+    size = x.shape[-1]
+    alike = sin.shape[-1] == size and x.dtype == cos.dtype == sin.dtype and end in (None, size) and 2 * half == size
+    if not alike or torch.broadcast_shapes(x.shape, cos.shape, sin.shape) != x.shape:
+        return x * cos + torch.cat((-x[..., half:end], x[..., :half]), -1) * sin
+    turned = torch.mul(x, cos, out=out)
+    one, other = x.chunk(2, -1)
+    left, right = sin.chunk(2, -1)
+    first, second = turned.chunk(2, -1)
+    first.addcmul_(other, left, value=-1)
+    second.addcmul_(one, right)
+    return turned
+
+
+@_operator("(Tensor x, int[] shifts)")
+def roll_products(x: Tensor, shifts: list[int]) -> Tensor:
+    """The concatenation of ``x * roll(x, j)`` for each shift j >= 0, along the last dimension."""
+    size, most = x.shape[-1], max(shifts)
+    if most >= size:
+        return torch.cat([x * x.roll(shift, -1) for shift in shifts], -1)
+    rolled = torch.cat((x.narrow(-1, size - most, most), x), -1)  # x[i - j] is rolled[most - j + i]
+    return torch.cat([x * rolled.narrow(-1, most - shift, size) for shift in shifts], -1)
+
+
+@_operator("(Tensor residual, Tensor x, Tensor weight)")
+def add_linear(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``residual + linear(x, weight)``."""
+    return residual + F.linear(x, weight)
+
+
+@_operator("(Tensor residual, Tensor left, Tensor right, float alpha)")
+def add_matmul(residual: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+    """``residual + alpha * left @ right``."""
+    return torch.add(residual, left @ right, alpha=alpha)

@@ -1,0 +1,46 @@
+"""Pass batch-stages: prologues and epilogues of several segments at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from rmtc.ir.segment_loop import Row
+from rmtc.ir.wavefront import Body, WavefrontProgram
+
+__all__ = ["batch_stages"]
+
+
+def batch_stages(program: WavefrontProgram) -> WavefrontProgram:
+    """Say which prologues and epilogues need not run one segment after another.
+
+    Needs: a program with a body for each class.
+    Gives: the program with the names of the prologues that read nothing a segment makes: those of a block of segments
+    may run before the first of them; and of the epilogues of which no segment reads a value: those of a block may run
+    after the last of them.
+    Checks: what each body reads.
+
+        P0: ids -> embedding    E0: hidden -> logits, which are read after the loop    ->    both
+        P0: s-1.m -> cat        E0: logits -> s.m                                      ->    neither
+    """
+    bodies = [*program.bodies.values(), *program.merged.values()]
+    read = {stage for body in bodies for stage in _stages_read(program, body)}
+    batched = {
+        body.name
+        for body in program.bodies.values()
+        if (body.stage == "prologue" and not any(_rows(body))) or (body.stage == "epilogue" and "epilogue" not in read)
+    }
+    return replace(program, batched=frozenset(batched))
+
+
+def _rows(body: Body) -> Iterator[tuple[int, Row]]:
+    """What a body reads of what segments make, with the row kind that reads it."""
+    for choice in body.inputs:
+        yield from ((row, operand) for (row, _), operand in choice.items() if isinstance(operand, Row))
+
+
+def _stages_read(program: WavefrontProgram, body: Body) -> Iterator[str]:
+    for row, operand in _rows(body):
+        for layout in program.loop.layouts[max(0, row - operand.back) : row + 1]:
+            if layout.layer_of(operand.number) == program.loop.layers:
+                yield "epilogue"

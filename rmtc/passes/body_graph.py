@@ -1,0 +1,140 @@
+"""A body being rewritten: its operations with what reads them, for passes that put one in the place of several."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rmtc.ir.program import Src, call_arguments, leaves, map_leaves
+from rmtc.ir.segment_loop import BodyOp, Form, Outer, Row, SegmentLoop
+from rmtc.ir.wavefront import Body, Input, Local, Shared, Weight
+
+__all__ = ["BodyGraph", "is_constant", "is_tensor", "key_of"]
+
+_FLOATS = (torch.float32, torch.float64)
+
+
+def key_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments as a key under which 1, 1.0 and True differ, and 0.0 and -0.0."""
+    return map_leaves(args, lambda leaf: (type(leaf), repr(leaf)) if is_constant(leaf) else leaf)
+
+
+def is_constant(leaf: Any) -> bool:
+    """Whether an operand is the same in every cell and call, and no tensor."""
+    return leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype, torch.device))
+
+
+def is_tensor(leaf: Any) -> bool:
+    """Whether an operand is a tensor."""
+    return isinstance(leaf, (Local, Input, Weight, Shared, Src, Outer))
+
+
+class BodyGraph:
+    """The operations of a body, and how often each is read.
+
+    Args:
+        body: the body.
+        loop: the loop it is of, which knows the forms of what other cells make.
+    """
+
+    def __init__(self, body: Body, loop: SegmentLoop) -> None:
+        self.body, self.loop = body, loop
+        self.ops = dict(body.ops)
+        self._count()
+
+    def _count(self) -> None:
+        read = (leaf.number for op in self.ops.values() for leaf in leaves(op.args) if isinstance(leaf, Local))
+        self.readers = Counter(read)
+        self.readers.update(self.body.results)
+
+    def replace(self, number: int, target: Callable[..., Any], *args: Any) -> None:
+        """Put another operation, with a result of the same form, in the place of one and of what only it reads."""
+        old = self.ops[number]
+        self.ops[number] = replace(old, target=target, args=args)
+        self._count()
+        covers, work = set(old.covers), list(leaves(old.args))
+        while work:
+            leaf = work.pop()
+            if isinstance(leaf, Local) and not self.readers[leaf.number] and leaf.number in self.ops:
+                gone = self.ops.pop(leaf.number)
+                covers |= {leaf.number, *gone.covers}
+                self._count()
+                work += leaves(gone.args)
+        self.ops[number] = replace(self.ops[number], covers=tuple(sorted(covers)))
+
+    def drop(self, number: int, instead: Any) -> None:
+        """Let all that read an operation read another operand in its place, unless it is a result itself."""
+        if number in self.body.results:
+            return
+        for reader, op in self.ops.items():
+            if any(leaf == Local(number) for leaf in leaves(op.args)):
+                args = map_leaves(op.args, lambda leaf: instead if leaf == Local(number) else leaf)
+                self.ops[reader] = replace(op, args=args)
+        del self.ops[number]
+        self._count()
+
+    def numbers(self) -> Iterator[int]:
+        """The operations, in order; those that go meanwhile are left out."""
+        yield from (number for number in list(self.ops) if number in self.ops)
+
+    def args(self, leaf: Any, *targets: Callable[..., Any], alone: bool = True) -> tuple[Any, ...] | None:
+        """The positional arguments of what makes an operand, if that is one of some operations without other readers.
+
+        Args:
+            leaf: the operand.
+            targets: which operations.
+            alone: whether it must have no other reader.
+        """
+        op = self.op(leaf)
+        if op is None or op.target not in targets or (alone and self.readers[leaf.number] > 1):
+            return None
+        positional, named = call_arguments(op.args)
+        return None if named else positional
+
+    def linears(self, leaf: Any) -> int:
+        """How many linear maps read an operand."""
+        return sum(op.target is torch.ops.aten.linear.default and op.args[0] == leaf for op in self.ops.values())
+
+    def op(self, leaf: Any) -> BodyOp | None:
+        """What makes an operand, if that is an operation of the same cell."""
+        return self.ops.get(leaf.number) if isinstance(leaf, Local) else None
+
+    def form(self, leaf: Any) -> Form | None:
+        """Shape and dtype of an operand in the run that the loop was folded from; None if that is not known."""
+        if isinstance(leaf, Local):
+            return self.ops[leaf.number].form
+        if isinstance(leaf, Input):
+            found = {self._form_of(member, operand) for member, operand in self.body.inputs[leaf.number].items()}
+            return found.pop() if len(found) == 1 else None
+        if isinstance(leaf, Weight):
+            (first, *more) = (self.loop.sources[name] for name in next(iter(self.body.weights[leaf.number].values())))
+            size = sum(each.shape[0] for each in (first, *more)) if more else 0
+            return (size, *first.shape[1:]) if more else first.shape, first.dtype
+        return None
+
+    def _form_of(self, member: tuple[int, int], operand: Any) -> Form | None:
+        if isinstance(operand, Outer) and operand.part == "before":
+            made = self.loop.before[operand.number]
+            return made.form if made is not None else None
+        if not isinstance(operand, Row):
+            return None
+        row = self.loop.row(max(0, member[0] - operand.back))
+        return row[operand.number].form if operand.number < len(row) else None
+
+    def floats(self, *operands: Any) -> bool:
+        """Whether operands are known to be of one floating-point dtype that sums are computed in."""
+        forms = [self.form(leaf) for leaf in operands]
+        return all(form is not None and form[1] in _FLOATS for form in forms) and len({f[1] for f in forms if f}) == 1
+
+    def done(self) -> Body:
+        """The body with what is left of the operations that its results need."""
+        live, ops = set(self.body.results), dict[int, BodyOp]()
+        for number, op in reversed(self.ops.items()):
+            if number in live:
+                ops[number] = op
+                live |= {leaf.number for leaf in leaves(op.args) if isinstance(leaf, Local)}
+        return replace(self.body, ops=dict(reversed(ops.items())))
