@@ -7,7 +7,7 @@ from rmtc.ir.program import leaves
 from rmtc.ir.schedule import Cell
 from rmtc.ir.segment_loop import Every, Key, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Member, WavefrontProgram
-from rmtc.runtime.plan import Launch, Part, Plan
+from rmtc.runtime.plan import Copied, Launch, Part, Plan
 
 __all__ = ["check_plan"]
 
@@ -33,22 +33,28 @@ def check_plan(program: WavefrontProgram, plan: Plan, segments: int) -> int:
     """
     loop = program.loop
     held: dict[int, Tags] = {}
+    copied: dict[Copied, Key | None] = {}
     kept: set[Key] = set()
     most = 0
     for number, launch in enumerate(plan.launches):
         members: list[Member] = [(min(cell.segment, len(loop.rows)), cell.layer) for cell in launch.cells]
         _check_weights(launch)
         for place in range(len(launch.inputs)):
-            _check_input(launch, place, members, held)
+            _check_input(launch, place, members, held, copied)
         made = held[number] = _results(program, launch, members)
+        copied.update((Copied(number, result, cell), made[result][max(cell, 0)]) for result, cell in launch.copies)
         most = max(most, len(held))
         for key, result, index in launch.kept:
             tag = made[result][max(index, 0)]
             if tag != key:
                 raise VerifyError(f"what is kept of {launch.cells[index]} is {tag} and not {key}")
             kept.add(key)
+        for piece in launch.dropped:
+            del copied[piece]
         for done in launch.done:
             del held[done]
+    if copied:
+        raise VerifyError(f"{next(iter(copied))} was set aside and is never let go")
     missing = _wanted(loop, segments) - kept
     if missing:
         raise VerifyError(f"what follows the loop reads {min(missing)}, which was not kept")
@@ -67,9 +73,16 @@ def _check_weights(launch: Launch) -> None:
         raise VerifyError(f"{launch.body.name} has the weights of layers {rows} for cells of {layers}")
 
 
-def _check_input(launch: Launch, place: int, members: list[Member], held: dict[int, Tags]) -> None:
+def _check_input(
+    launch: Launch, place: int, members: list[Member], held: dict[int, Tags], copied: dict[Copied, Key | None]
+) -> None:
     found: list[Key | None] = []
     for piece in launch.inputs[place]:
+        if isinstance(piece, Copied):
+            if piece not in copied:
+                raise VerifyError(f"{launch.cells[0]} reads {piece}, which was not set aside")
+            found.append(copied[piece])
+            continue
         if not isinstance(piece, Part):
             found.append(None)
             continue

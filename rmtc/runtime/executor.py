@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,7 +18,7 @@ from rmtc.errors import RefusedError
 from rmtc.ir.program import Src, call_arguments, map_leaves
 from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Key, Numbered, Outer, Where
 from rmtc.ir.wavefront import Body, Shared, WavefrontProgram
-from rmtc.runtime.plan import Launch, Part, Plan, Whole, plan_run
+from rmtc.runtime.plan import Copied, Launch, Piece, Plan, Whole, plan_run
 from rmtc.runtime.weights import Weights
 
 __all__ = ["Executor", "Run"]
@@ -56,6 +56,8 @@ class Executor:
         kernels: emitted bodies, by body, sizes and shapes.
     """
 
+    overwrites: ClassVar[bool] = True  # see :func:`rmtc.codegen.torch.emit`
+
     program: WavefrontProgram
     weights: Weights
     kernels: dict[tuple[Any, ...], Kernel] = field(default_factory=dict)
@@ -81,11 +83,23 @@ class Executor:
             if len(self.kernels) > _KERNELS:
                 linecache.cache.pop(self.kernels.pop(next(iter(self.kernels))).file, None)
 
+    def call(
+        self,
+        kernel: Kernel,
+        size: int | None,
+        inputs: Sequence[Any],
+        prepared: tuple[Any, ...],
+        numbers: Sequence[Any],
+        shared: tuple[Any, ...],
+    ) -> tuple[Any, ...]:
+        """Run a kernel."""
+        return kernel.function(size, inputs, prepared, numbers, shared)
+
     def _separate(self, body: Body) -> None:
-        """Run the classes of a merged body by themselves from now on."""
+        """Run the classes of a merged body by themselves from now on; or a prologue or epilogue for one segment."""
         with self._lock:
             merged = {pair: each for pair, each in self.program.merged.items() if each is not body}
-            self.program = replace(self.program, merged=merged)
+            self.program = replace(self.program, merged=merged, batched=self.program.batched - {body.name})
             self._plans.clear()
 
     def run(
@@ -115,7 +129,7 @@ class Executor:
 
 
 class _Unmergeable(Exception):
-    """The cells of two classes differ in more than operations, such as in shapes: they cannot share a body."""
+    """Cells differ in more than operations, such as in shapes: they cannot run at once."""
 
     def __init__(self, body: Body) -> None:
         super().__init__(body.name)
@@ -137,16 +151,28 @@ class _Walk:
         self.shared: dict[int, dict[int, Any]] = {}  # by length
         self.rows: dict[Any, Sequence[torch.Tensor]] = {}
         self.passed: dict[Any, tuple[Any, ...]] = {}
+        self.prepared: dict[Any, tuple[Any, ...]] = {}
+        self.scratch: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        self.widest = 1
         self.kept: dict[Key, Any] = {}
+        self.copied: dict[Copied | tuple[int, int, int], torch.Tensor] = {}
 
     def outputs(self, plan: Plan) -> dict[str, Any]:
         self.before = self._outside(self.loop.before, "before")
         made: dict[int, tuple[Any, ...]] = {}
+        self.widest = max((len(launch.cells) for launch in plan.launches), default=1)
         for number, launch in enumerate(plan.launches):
             results = made[number] = self._launch(launch, made)
             for key, result, index in launch.kept:
-                # A view would keep the whole group alive.
-                self.kept[key] = results[result] if index < 0 else results[result][index].clone()
+                value = results[result]
+                # A view keeps the group alive: of a block of prologues or epilogues all cells are kept.
+                whole = index < 0 or (launch.body.stage != "layer" and value.stride(0) != 0)
+                self.kept[key] = value if index < 0 else value[index] if whole else value[index].clone()
+            for result, index in launch.copies:
+                value = results[result]
+                self.copied[number, result, index] = value if index < 0 else value[index].clone()
+            for copied in launch.dropped:
+                del self.copied[copied]
             for done in launch.done:
                 del made[done]
         after = self._outside(self.loop.after_of(self.ends.S), "after")
@@ -160,13 +186,18 @@ class _Walk:
                 value = self._operand(each, after)
                 if isinstance(each, Where):
                     each = self._key(each)
-                if isinstance(value, torch.Tensor) and given.setdefault(id(value), each) != each:
+                if isinstance(value, torch.Tensor) and (
+                    given.setdefault(id(value), each) != each
+                    # a part of what was computed for several segments: whoever keeps it would keep all of that
+                    or (isinstance(each, Key) and value.untyped_storage().nbytes() > value.nbytes)
+                ):
                     value = value.clone()
                 found[known] = value
         return found
 
     def _launch(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
-        if launch.short or launch.body.name in self.executor.program.bodies:
+        program = self.executor.program
+        if launch.body.name not in program.batched and (launch.short or launch.body.name in program.bodies):
             return self._results(launch, made)
         try:
             return self._results(launch, made)
@@ -174,7 +205,7 @@ class _Walk:
             raise _Unmergeable(launch.body) from error
 
     def _results(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
-        body, grouped = launch.body, launch.body.stage == "layer"
+        body, grouped = launch.body, launch.grouped
         environment = self.ends if launch.short else self.middle
         inputs = [self._gather(pieces, made, grouped, environment) for pieces in launch.inputs]
         weights = self._weights(body, launch.layers, grouped, launch.one_layer)
@@ -182,7 +213,7 @@ class _Walk:
         size = len(launch.cells) if grouped else None
         shapes = tuple([each.shape[grouped:] if isinstance(each, torch.Tensor) else None for each in inputs])
         dtypes = tuple([each.dtype if isinstance(each, torch.Tensor) else None for each in inputs])
-        key = body.name, environment.T, environment.B, shapes, dtypes, launch.one_layer, launch.repeat
+        key = body.name, environment.T, environment.B, shapes, dtypes, grouped, launch.one_layer, launch.repeat
         kernel = self.executor.kernels.get(key)
         if kernel is None:
             kernel, results = emit(
@@ -197,6 +228,7 @@ class _Walk:
                 repeat=launch.repeat,
                 numbers=numbers,
                 shared=lambda operand: self._operand(operand, (), environment),
+                overwrite=self.executor.overwrites,
             )
             self.executor.keep(key, kernel)
             logger.debug("emitted %s", kernel.source)
@@ -204,13 +236,30 @@ class _Walk:
         passed = self.passed.get(key)
         if passed is None:
             passed = self.passed[key] = tuple(self._operand(each, (), environment) for each in kernel.shared)
-        return kernel.function(size, inputs, weights, numbers, passed)
+        prepared = self.prepared.get((key, launch.layers, size))
+        if prepared is None:
+            scratch = self._scratch(kernel, next(iter((*weights, *inputs)), None))
+            prepared = self.prepared[key, launch.layers, size] = kernel.prepare(size, weights, scratch)
+        return self.executor.call(kernel, size, inputs, prepared, numbers, passed)
+
+    def _scratch(self, kernel: Kernel, like: Any) -> list[torch.Tensor]:
+        """Memory for a kernel, enough for the widest launch: all kernels use the same, one after another."""
+        found = []
+        for slot, (count, dtype) in enumerate(kernel.scratch):
+            held = self.scratch.get((slot, dtype))
+            if held is None or held.numel() < count * self.widest:
+                device = like.device if isinstance(like, torch.Tensor) else None
+                held = self.scratch[slot, dtype] = torch.empty(count * self.widest, dtype=dtype, device=device)
+            found.append(held)
+        return found
 
     def _gather(
-        self, pieces: tuple[Part | Whole, ...], made: Mapping[int, tuple[Any, ...]], grouped: bool, at: Environment
+        self, pieces: tuple[Piece, ...], made: Mapping[int, tuple[Any, ...]], grouped: bool, at: Environment
     ) -> Any:
         if not grouped:
             (piece,) = pieces
+            if isinstance(piece, Copied):
+                return self.copied[piece]
             if isinstance(piece, Whole):
                 return self._operand(piece.operand, (), at)
             value = made[piece.launch][piece.result]
@@ -219,6 +268,9 @@ class _Walk:
         for piece in pieces:
             if isinstance(piece, Whole):
                 tensors.append(self._operand(piece.operand, (), at).unsqueeze(0))
+                continue
+            if isinstance(piece, Copied):
+                tensors.append(self.copied[piece].unsqueeze(0))
                 continue
             value = made[piece.launch][piece.result]
             if piece.first < 0:

@@ -12,7 +12,7 @@ from rmtc.ir.schedule import Cell, Group, Schedule
 from rmtc.ir.segment_loop import Environment, Every, Fit, Item, Key, Row, Where
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 
-__all__ = ["Launch", "Part", "Plan", "Whole", "plan_run"]
+__all__ = ["Copied", "Launch", "Part", "Plan", "Whole", "plan_run"]
 
 _ROWS, _LEAST = 512, 2
 """Cells of one layer run at once until they have so many positions, but so many cells at least: by then their products
@@ -32,13 +32,21 @@ class Part(NamedTuple):
     step: int
 
 
+class Copied(NamedTuple):
+    """What one cell of a launch made, set aside until a block of segments has ended: the rest of it is let go."""
+
+    launch: int
+    result: int
+    cell: int
+
+
 class Whole(NamedTuple):
     """A tensor that is there before the segments, or shared by them."""
 
     operand: Operand
 
 
-Piece = Part | Whole
+Piece = Part | Copied | Whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +60,12 @@ class Launch:
         short: whether they are of a shorter last segment.
         inputs: for each input of the body, what it is put together from.
         numbers: for each number of the body, what it is in each cell.
+        grouped: whether what it reads and makes has a group axis: of a body for one cell at a time, it has not.
         one_layer: whether its cells are of one layer, whose weights they share.
         repeat: how many neighbouring cells are of each layer, where they are of several.
         kept: results that are read after the loop: the operation, which result, which cell (-1 for the only one).
+        copies: results that are set aside: which result, which cell (-1 for the only one).
+        dropped: what was set aside and nothing reads any more after this launch.
         done: launches that nothing reads any more after this one.
     """
 
@@ -65,8 +76,11 @@ class Launch:
     inputs: tuple[tuple[Piece, ...], ...]
     numbers: tuple[tuple[int | float, ...], ...]
     kept: tuple[tuple[Key, int, int], ...]
+    grouped: bool = True
     one_layer: bool = False
     repeat: int = 1
+    copies: tuple[tuple[int, int], ...] = field(default=())
+    dropped: tuple[Copied, ...] = field(default=())
     done: tuple[int, ...] = field(default=())
 
     @property
@@ -120,9 +134,13 @@ class _Planner:
         self.loop = program.loop
         self.schedule = program.schedule
         self.width, self.alone = program.max_group, self.schedule.alone
+        self.block = self.width or max(_LEAST, -(-_ROWS // max(1, batch * self.loop.segment_length)))
         if any(a == 0 for _, a, _ in self.schedule.phases()):  # then a step has segments of one layer
-            block = self.width or max(_LEAST, -(-_ROWS // max(1, batch * self.loop.segment_length)))
-            self.schedule = replace(self.schedule, block=block)
+            self.schedule = replace(self.schedule, block=self.block)
+        self.begun: set[Cell] = set()  # prologues
+        self.ended: list[tuple[Body, Cell]] = []  # epilogues to run
+        self.copies: dict[int, list[tuple[int, int]]] = {}  # of what they read, by launch
+        self.last_copied: dict[Copied, int] = {}
         self.places: dict[Cell, _Place] = {}
         self.launches: list[Launch] = []
         self.last_read: dict[int, int] = {}
@@ -136,11 +154,24 @@ class _Planner:
                 self._launch(body, step.time, cells)
                 if body.stage == "layer":
                     widths[len(cells)] = widths.get(len(cells), 0) + 1
+        for body, cells in self._epilogues():
+            self._launch(body, steps[-1].time, cells)
         self._drop_unread()
         done: dict[int, list[int]] = {}
         for number in range(len(self.launches)):
             done.setdefault(self.last_read.get(number, number), []).append(number)
-        launches = tuple(replace(each, done=tuple(done.get(number, ()))) for number, each in enumerate(self.launches))
+        dropped: dict[int, list[Copied]] = {}
+        for copied, reader in self.last_copied.items():
+            dropped.setdefault(reader, []).append(copied)
+        launches = tuple(
+            replace(
+                each,
+                done=tuple(done.get(number, ())),
+                copies=tuple(self.copies.get(number, ())),
+                dropped=tuple(dropped.get(number, ())),
+            )
+            for number, each in enumerate(self.launches)
+        )
         begun = len(steps)
         if not self.schedule.later:  # the parts of a layer follow one another
             parts = ([each.part for each in step.groups if each.stage == "layer"] for step in steps)
@@ -152,7 +183,7 @@ class _Planner:
         read: dict[int, set[int]] = {}
         for launch in self.launches:
             for piece in itertools.chain.from_iterable(launch.inputs):
-                if isinstance(piece, Part):
+                if isinstance(piece, (Part, Copied)):
                     read.setdefault(piece.launch, set()).add(piece.result)
         for number, launch in enumerate(self.launches):
             kept = {position for _, position, _ in launch.kept} | read.get(number, set())
@@ -193,9 +224,9 @@ class _Planner:
                 if each.stage == stage and self._body(each.cell_class) is not None
                 for cell in each.cells
             ]
-            if stage != "layer":  # an epilogue may read that of the segment before
+            if stage != "layer":
                 for cell, name in sorted(here):
-                    yield self.program.bodies[name], (cell,)
+                    yield from self._stage(self.program.bodies[name], cell)
                 continue
             classes = dict(here)
             for pair, merged in self.program.merged.items():
@@ -210,6 +241,36 @@ class _Planner:
                 for short in (False, True):
                     own = [cell for cell, each in classes.items() if each == name and self._short(cell) == short]
                     yield from ((body, run) for run in self._even(body, own))
+
+    def _stage(self, body: Body, cell: Cell) -> Iterator[tuple[Body, tuple[Cell, ...]]]:
+        """What runs when it is a prologue's or an epilogue's turn: of a block of segments, if it need not run alone."""
+        if body.name not in self.program.batched:  # it may read that of the segment before
+            yield body, (cell,)
+        elif body.stage == "epilogue":
+            self.ended.append((body, cell))
+            for choice in body.inputs:
+                self._set_aside(self._source(choice.get((self._row(cell.segment), cell.layer)), cell))
+            if len(self.ended) == self.block:
+                yield from self._epilogues()
+        elif cell not in self.begun:
+            block = [cell]
+            for segment in range(cell.segment + 1, min(cell.segment + self.block, self.segments)):
+                block.append(Cell(segment, cell.layer))
+            alike = [each for each in block if self.program.body(self._row(each.segment), -1) is body]
+            cells = tuple(each for each in alike if self._short(each) == self._short(cell))
+            self.begun.update(cells)
+            yield body, cells
+
+    def _set_aside(self, source: Part | Whole | None) -> None:
+        copies = self.copies.setdefault(source.launch, []) if isinstance(source, Part) else []
+        if isinstance(source, Part) and (source.result, source.first) not in copies:
+            copies.append((source.result, source.first))
+
+    def _epilogues(self) -> Iterator[tuple[Body, tuple[Cell, ...]]]:
+        """Those that are to run, of one body and length together."""
+        for (name, _), same in itertools.groupby(self.ended, key=lambda each: (each[0].name, self._short(each[1]))):
+            yield self.program.bodies[name], tuple(cell for _, cell in same)
+        self.ended = []
 
     def _body(self, name: str) -> Body | None:
         body = self.program.bodies.get(name)
@@ -242,15 +303,18 @@ class _Planner:
     def _launch(self, body: Body, step: int, cells: tuple[Cell, ...]) -> None:
         number = len(self.launches)
         members: list[Member] = [(self._row(cell.segment), cell.layer) for cell in cells]
+        aside = body.stage == "epilogue" and body.name in self.program.batched
         inputs = tuple(
-            self._pieces([self._source(choice.get(m), cell) for m, cell in zip(members, cells, strict=True)], number)
+            self._pieces(
+                [self._source(choice.get(m), cell) for m, cell in zip(members, cells, strict=True)], number, aside
+            )
             for choice in body.inputs
         )
         numbers = tuple(
             tuple(self._number(choice[m], cell) for m, cell in zip(members, cells, strict=True))
             for choice in body.numbers
         )
-        grouped = body.stage == "layer"
+        grouped = body.stage == "layer" or body.name in self.program.batched
         kept: list[tuple[Key, int, int]] = []
         for index, cell in enumerate(cells):
             start = self._start(cell)
@@ -259,10 +323,10 @@ class _Planner:
                 key = Key(cell.segment, start + offset)
                 if key in self.wanted:
                     kept.append((key, position, index if grouped else -1))
-        of_one = cells[0].layer in self.alone
+        of_one = body.stage != "layer" or cells[0].layer in self.alone
         repeat = 1 if of_one else sum(cell.layer == cells[0].layer for cell in cells)
         short = self._short(cells[0])
-        self.launches.append(Launch(body, step, cells, short, inputs, numbers, tuple(kept), of_one, repeat))
+        self.launches.append(Launch(body, step, cells, short, inputs, numbers, tuple(kept), grouped, of_one, repeat))
 
     def _number(self, number: int | float | Fit, cell: Cell) -> int | float:
         return number.at(self._environment(cell.segment)) if isinstance(number, Fit) else number
@@ -284,12 +348,20 @@ class _Planner:
             return Whole(Src(str(operand._replace(number=at))))
         return Whole(operand)
 
-    def _pieces(self, sources: list[Part | Whole | None], reader: int) -> tuple[Piece, ...]:
-        """Neighbours joined. A cell that has no such input, and computes in vain, is given another cell's."""
+    def _pieces(self, sources: list[Part | Whole | None], reader: int, aside: bool) -> tuple[Piece, ...]:
+        """Neighbours joined. A cell that has no such input, and computes in vain, is given another cell's.
+
+        What was set aside is taken from there.
+        """
         pieces: list[Piece] = []
         spare = next(source for source in sources if source is not None)
         for each in sources:
             source = spare if each is None else each
+            if isinstance(source, Part) and aside:
+                copied = Copied(source.launch, source.result, source.first)
+                self.last_copied[copied] = reader
+                pieces.append(copied)
+                continue
             if isinstance(source, Part):
                 self.last_read[source.launch] = reader
                 last = pieces[-1] if pieces else None

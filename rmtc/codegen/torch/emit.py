@@ -8,15 +8,29 @@ from __future__ import annotations
 import itertools
 import linecache
 import logging
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from rmtc.codegen.torch.rules import UNGROUPED, Arguments, Raw, Value, Varying, grouped, rule_for
+from rmtc.codegen.torch.buffers import Buffer, Line, out, plain, plan_buffers, views_of_weights, weight
+from rmtc.codegen.torch.onednn import each_linear
+from rmtc.codegen.torch.rules import (
+    UNGROUPED,
+    Arguments,
+    Raw,
+    Value,
+    Varying,
+    grouped,
+    is_fresh,
+    is_view,
+    overwriting,
+    rule_for,
+)
 from rmtc.ir.program import Src, call_arguments, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import BodyOp, Environment, Fit, Outer
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, choose
@@ -36,7 +50,9 @@ class Kernel:
         name: the function's name.
         source: its text.
         shared: the operands that all cells share, in the order in which the function takes them.
-        function: ``(G, inputs, weights, numbers, shared) -> results``; ``G`` is the number of cells, None for a body
+        prepare: ``(G, weights, scratch) -> prepared``: views of weights and scratch memory for so many cells.
+        scratch: the elements of a cell, and the dtype, of each slot of scratch memory.
+        function: ``(G, inputs, prepared, numbers, shared) -> results``; ``G`` is the number of cells, None for a body
             that runs for one cell at a time.
         fallbacks: the operations without a grouping rule, by name.
         file: where `linecache` has the source, for tracebacks.
@@ -45,27 +61,36 @@ class Kernel:
     name: str
     source: str
     shared: tuple[Operand, ...]
+    prepare: Callable[..., tuple[Any, ...]]
+    scratch: tuple[tuple[int, torch.dtype], ...]
     function: Callable[..., tuple[Any, ...]]
     fallbacks: tuple[str, ...]
     file: str
 
 
+_ANYWHERE = "anywhere"
 _numbers = itertools.count()
 _BUILTINS = {each.__name__: each for each in (range, float, complex, __import__)}
 """All of Python's that emitted source names, or that torch asks its caller for; a missing name is no other thing."""
 
 
 class _Emitter:
-    def __init__(self, size: int | None, environment: Environment) -> None:
-        self.size, self.environment = size, environment
-        self.lines: list[str] = []
+    def __init__(self, size: int | None, environment: Environment, overwrite: bool) -> None:
+        self.size, self.environment, self.overwrite = size, environment, overwrite
+        self.lines: list[Line] = []
+        self.regions: dict[str, str] = {}
+        self.pinned: set[str] = set()  # values that others, whose operands are several, may lie in
+        self.pure = True  # whether it gives the same each time
         self.space: dict[str, Any] = {
             "__builtins__": _BUILTINS,
             "torch": torch,
             "vmap": torch.func.vmap,
             "G": size,
         }
-        for helper in (torch.stack, torch.bmm, torch.baddbmm, torch.matmul, torch.einsum, select_run, stacked):
+        for helper in (
+            *(torch.stack, torch.bmm, torch.baddbmm, torch.matmul, torch.einsum),
+            *(select_run, slice_run, each_linear, stacked),
+        ):
             self.space[helper.__name__] = helper
         self.fallbacks: dict[str, None] = {}
 
@@ -76,7 +101,9 @@ class _Emitter:
 
     def _describe(self, text: str, value: Any, is_grouped: bool) -> Any:
         if isinstance(value, torch.Tensor):
-            return Value(text, tuple(value.shape[1:] if is_grouped else value.shape), value.dtype, is_grouped)
+            shape = tuple(value.shape[1:] if is_grouped else value.shape)
+            device = value.device if self.overwrite else None  # else it is not here that products are chosen
+            return Value(text, shape, value.dtype, is_grouped, device)
         if isinstance(value, (tuple, list)):
             return tuple(self._describe(f"{text}[{n}]", item, is_grouped) for n, item in enumerate(value))
         return Raw(text)
@@ -85,7 +112,7 @@ class _Emitter:
         """A weight with a row for so many cells."""
         rows: torch.Tensor = self.space[text]
         every = f"{text}.repeat_interleave({count}, 0)"
-        return Value(every, tuple(rows.shape[1:]), rows.dtype, True, count, text)
+        return Value(every, tuple(rows.shape[1:]), rows.dtype, True, rows.device, count, text)
 
     def run(self, name: str, op: BodyOp, args: tuple[Any, ...]) -> Any:
         """Emit and run one operation."""
@@ -96,16 +123,18 @@ class _Emitter:
         if op.target is choose:
             flags, one, other = args
             self.space["choose"] = choose
-            self._assign(name, f"choose({flags.text}, {grouped(one)}, {grouped(other)})", op)
+            self._assign(name, f"choose({flags.text}, {grouped(one)}, {grouped(other)})", op, fresh=True)
             return self.bind(name, self.space[name], True)
         if not isinstance(op.target, torch._ops.OpOverload):  # a shared value as a result
             self._assign(name, args[0].text, op)
             return self.bind(name, self.space[name], args[0].grouped)
         positional, named = call_arguments(args)
         arguments = Arguments(op.target, positional, named)
+        if torch.Tag.nondeterministic_seeded in op.target.tags and arguments.values.get("dropout_p") != 0:
+            self.pure = False
         varying = any(isinstance(leaf, Varying) for leaf in leaves(args))
         if not varying and not any(each.grouped for each in arguments.tensors()):
-            self._assign(name, arguments.call(), op, arguments)
+            self._assign(name, plain(arguments.call()), op, arguments)
             return self.bind(name, self.space[name], False)
         if op.target in UNGROUPED and not varying:
             first = arguments["self"]
@@ -113,12 +142,19 @@ class _Emitter:
             return self.bind(name, self.space[name], False)
         # What a rule does not know about some shapes, the next way does.
         for text, by_rule in self._candidates(op, arguments, varying):
+            text, fresh = (text, is_fresh(op.target)) if by_rule else (plain(text), False)
             try:
-                self._assign(name, text, op, arguments)
+                self._assign(name, text, op, arguments, fresh)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 logger.debug("%s as %s: %s", op, text, error)
                 continue
             if self._as_expected(name, arguments) and (not by_rule or self._for_any_number(text, name, arguments)):
+                line = self.lines[-1]
+                if fresh:
+                    line.solid, line.instead = True, overwriting(arguments)
+                    self.space.update(arguments.functions)
+                elif by_rule and is_view(op.target):
+                    line.solid = any(each.name in line.reads and each.solid for each in self.lines[:-1])
                 return self.bind(name, self.space[name], True)
             logger.debug("%s as %s: not the shape or dtype of its cells", op, text)
             self.lines.pop()
@@ -131,6 +167,10 @@ class _Emitter:
                 source, dim = arguments["self"], arguments["dim"]
                 if not source.grouped and isinstance(dim, int):
                     yield f"select_run({source.text}, {dim}, {arguments['index'].text})", False
+            if op.target is torch.ops.aten.slice.Tensor and arguments["step"] == 1:
+                source, dim, ends = arguments["self"], arguments["dim"], [arguments["start"], arguments["end"]]
+                if not source.grouped and all(isinstance(each, Varying) for each in ends):
+                    yield f"slice_run({source.text}, {dim}, {', '.join(each.text for each in ends)})", False
         else:
             rule = rule_for(op.target)
             text = rule(arguments) if rule is not None else None
@@ -188,13 +228,13 @@ class _Emitter:
             return tensor.to("meta")[:1].expand(count, *tensor.shape[1:])
 
         for value in arguments.tensors():
-            known = value.rows or value.text.partition("[")[0]
+            known = value.rows or plain(value.text).partition("[")[0]
             function = several if value.grouped else operator.methodcaller("to", "meta")
             space[known] = pytree.tree_map_only(torch.Tensor, function, self.space[known])
             if value.rows:
                 space[known] = several(self.space[known], count // repeat)
         try:
-            found = eval(text, space)
+            found = eval(plain(text), space)
         except NotImplementedError:  # an operation that cannot tell its shape without running
             return True
         except (RuntimeError, TypeError, ValueError, IndexError):
@@ -205,13 +245,34 @@ class _Emitter:
     def _value(self, text: str, arguments: Arguments | None) -> Any:
         if arguments is not None:
             self.space.update(arguments.functions)
-        return eval(text, self.space)
+        return eval(plain(text), self.space)
 
-    def _assign(self, name: str, text: str, op: BodyOp, arguments: Arguments | None = None) -> None:
-        self.space[name] = self._value(text, arguments)
+    def _assign(
+        self, name: str, text: str, op: BodyOp, arguments: Arguments | None = None, fresh: bool = False
+    ) -> None:
+        value = self.space[name] = self._value(text, arguments)
         # A file may have any name: none ends the comment.
         place = f"  # {repr(op.location.file)[1:-1]}:{op.location.line}" if op.location is not None else ""
-        self.lines.append(f"{name} = {text}{place}")
+        line = Line(name, text, place, name, None)
+        if isinstance(value, torch.Tensor):
+            line.value = tuple(value.shape), value.dtype
+            if self.size is not None:
+                line.text = text.replace(out(), out("G", *value.shape[1:]))
+        if not fresh:
+            line.region = self._region(line)
+        self.regions[name] = line.region
+        self.lines.append(line)
+
+    def _region(self, line: Line) -> str:
+        """Where a value may lie: in memory of the operands, of which none then is overwritten if they are several.
+
+        That a copy was made for these operands says nothing of others: ``reshape`` and ``contiguous`` make one or not.
+        """
+        regions = {self.regions.setdefault(read, read) for read in line.reads}
+        if len(regions) == 1:
+            return regions.pop()
+        self.pinned |= regions
+        return _ANYWHERE
 
 
 def _alike(found: Any, cell: Any, count: int | None) -> bool:
@@ -256,6 +317,21 @@ def select_run(source: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.
     return torch.stack([moved[index] for index in indices])
 
 
+def slice_run(source: torch.Tensor, dim: int, starts: Sequence[int], ends: Sequence[int]) -> torch.Tensor:
+    """Slices of a tensor behind a group axis; a view if they have one length and advance evenly."""
+    length = ends[0] - starts[0]
+    step = starts[1] - starts[0] if len(starts) > 1 else max(1, length)
+    even = all(
+        (start, end) == (starts[0] + n * step, starts[0] + n * step + length)
+        for n, (start, end) in enumerate(zip(starts, ends, strict=True))
+    )
+    if even and starts[0] >= 0 and step > 0 and length > 0 and ends[-1] <= source.shape[dim]:
+        windows = source.narrow(dim, starts[0], ends[-1] - starts[0]).unfold(dim, length, step)
+        return windows.movedim((dim, -1), (0, dim + 1 if dim >= 0 else dim))
+    pairs = zip(starts, ends, strict=True)
+    return torch.stack([torch.ops.aten.slice.Tensor(source, dim, start, end) for start, end in pairs])
+
+
 def emit(
     name: str,
     ops: Mapping[int, BodyOp],
@@ -269,6 +345,7 @@ def emit(
     repeat: int = 1,
     numbers: Sequence[Any] = (),
     shared: Callable[[Operand], torch.Tensor],
+    overwrite: bool = True,
 ) -> tuple[Kernel, tuple[Any, ...]]:
     """Emit a body and run it once.
 
@@ -283,6 +360,7 @@ def emit(
         repeat: how many neighbouring cells have each row of ``weights``.
         numbers: for each number that differs, the list of what it is in each cell; the number itself without ``size``.
         shared: gives the tensor for an operand that all cells share.
+        overwrite: whether the source says where values lie and how products run: not if a compiler decides that.
 
     Returns:
         The kernel, and what it returned.
@@ -291,7 +369,7 @@ def emit(
         NotImplementedError: if an operation cannot be run for a group.
     """
     group = size is not None
-    emitter = _Emitter(size, environment)
+    emitter = _Emitter(size, environment, overwrite)
     values: dict[int, Any] = {}
     passed: dict[Operand, str] = {}
     for prefix, tensors in (("in", inputs), ("w", weights)):
@@ -307,7 +385,9 @@ def emit(
             is_grouped = group and not (one_layer and isinstance(leaf, Weight))
             if repeat > 1 and isinstance(leaf, Weight):
                 return emitter.repeated(str(leaf), repeat)
-            return emitter.bind(str(leaf), emitter.space[str(leaf)], is_grouped)
+            value = emitter.bind(str(leaf), emitter.space[str(leaf)], is_grouped)
+            named = isinstance(leaf, Weight) and isinstance(value, Value)
+            return replace(value, text=weight(value.text)) if named else value
         if isinstance(leaf, Number):
             return Varying(str(leaf)) if group else Raw(str(leaf))
         if isinstance(leaf, Fit):
@@ -324,28 +404,136 @@ def emit(
             dying.setdefault(reader, []).append(value)
     for number, op in ops.items():
         values[number] = emitter.run(f"v{number}", op, map_leaves(op.args, operand))
-        dead = [f"v{value}" for value in dying.get(number, ())]
+        dead = tuple(f"v{value}" for value in dying.get(number, ()))
         if dead:
-            emitter.lines.append(f"del {', '.join(dead)}")
+            emitter.lines[-1].dead = dead
             for each in dead:
                 emitter.space.pop(each, None)
     if group:
         for number in results:
             _spread(emitter, values, number)
     outputs = tuple(emitter.space[f"v{number}"] for number in results)
-    header = [f"def {name}(G, inputs, weights, numbers, shared):"]
-    for prefix, count, argument in (
-        ("in", len(inputs), "inputs"),
-        ("w", len(weights), "weights"),
-        ("n", len(numbers), "numbers"),
-        ("u", len(passed), "shared"),
-    ):
-        if count:
-            header.append(f"    {''.join(f'{prefix}{number}, ' for number in range(count))[:-1]} = {argument}")
-    body = [f"    {line}" for line in emitter.lines]
-    back = f"    return ({''.join(f'v{number}, ' for number in results)})"
-    source = "\n".join([*header, *body, back, ""])
-    return _compiled(name, source, emitter, tuple(passed)), outputs
+    body = _Body(name, emitter, [f"v{number}" for number in results], len(inputs), len(weights), len(numbers), passed)
+    kernel = body.compiled()
+    if group and emitter.pure and overwrite:
+        planned = body.compiled(*plan_buffers(emitter.lines, emitter.regions, body.results, emitter.pinned))
+        # Several cells show what one hides, and random values what first segments do, where they are often zero.
+        twice = [torch.cat((each, each)) for each in inputs]
+        rows = weights if one_layer else [torch.cat((each, each)) for each in weights]
+        rest = 2 * (size or 1), rows, [[*each, *each] for each in numbers], [*map(shared, passed)]
+        if all(_same_as(kernel, planned, each, *rest) for each in (twice, [*map(_random, twice)])):
+            kernel = planned
+    return kernel, outputs
+
+
+def _random(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    generator = torch.Generator(tensor.device).manual_seed(tensor.numel())
+    return torch.empty_like(tensor).normal_(generator=generator)
+
+
+def _same_as(
+    kernel: Kernel,
+    planned: Kernel,
+    inputs: Sequence[torch.Tensor],
+    size: int,
+    weights: Sequence[torch.Tensor],
+    numbers: Sequence[Any],
+    shared: Sequence[Any],
+) -> bool:
+    """Whether a kernel that overwrites gives what one does that does not, and leaves its operands as they are.
+
+    Results are looked at after what was scratch memory is filled with NaN: none may lie there.
+    """
+    given = [each for each in (*inputs, *weights, *shared) if isinstance(each, torch.Tensor)]
+    before, device = [each.clone() for each in given], given[0].device if given else None
+    scratch = [torch.full((count * size,), math.nan, dtype=dtype, device=device) for count, dtype in planned.scratch]
+    try:
+        wanted = kernel.function(size, inputs, kernel.prepare(size, weights, ()), numbers, shared)
+    except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
+        logger.info("%s does not run on random values, so its memory is not planned: %s", kernel.name, error)
+        return False
+    try:
+        found = planned.function(size, inputs, planned.prepare(size, weights, scratch), numbers, shared)
+    except (RuntimeError, TypeError, ValueError) as error:
+        logger.warning("%s does not run in memory that was planned: %s", kernel.name, error)
+        return False
+    for each in scratch:
+        each.fill_(math.nan)
+    kept = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(given, before, strict=True))
+    if not kept or not all(map(_close, found, wanted)):
+        logger.warning("%s gives something else in memory that was planned", kernel.name)
+        return False
+    return True
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    tolerance = 8 * torch.finfo(one.dtype).eps
+    scale = float(other[other.isfinite()].abs().max()) if other.isfinite().any() else 1.0
+    return torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+@dataclass
+class _Body:
+    """What was emitted, to be put together."""
+
+    name: str
+    emitter: _Emitter
+    results: list[str]
+    inputs: int
+    weights: int
+    numbers: int
+    passed: Mapping[Operand, str]
+
+    def compiled(
+        self,
+        lines: Sequence[Line] | None = None,
+        buffers: Sequence[Buffer] = (),
+        slots: Mapping[tuple[int, torch.dtype], int] | None = None,
+    ) -> Kernel:
+        """The kernel; without a plan, one that overwrites nothing."""
+        if lines is None:
+            lines = [replace(line, instead=()) for line in self.emitter.lines]
+        views = views_of_weights(lines)
+        read = {name for line in lines for name in line.reads}
+        held = [f"w{number}" for number in range(self.weights) if f"w{number}" in read]
+        prepared = [*held, *(f"p{number}" for number in range(len(views))), *(f"b{n}" for n in range(len(buffers)))]
+        made = [*held, *views, *(f"s{each.slot}[:G * {each.elements}].view({each.sizes})" for each in buffers)]
+        header = _header(
+            self.name,
+            "G, inputs, prepared, numbers, shared",
+            inputs=[f"in{number}" for number in range(self.inputs)],
+            prepared=prepared,
+            numbers=[f"n{number}" for number in range(self.numbers)],
+            shared=[f"u{number}" for number in range(len(self.passed))],
+        )
+        body = []
+        for line in lines:
+            body.append(f"    {line}")
+            if line.dead:
+                body.append(f"    del {', '.join(line.dead)}")
+        source = [*header, *body, f"    return ({''.join(f'{name}, ' for name in self.results)})", ""]
+        slots = slots or {}
+        preparing = _header(
+            "prepare",
+            "G, weights, scratch",
+            weights=[f"w{number}" for number in range(self.weights)],
+            scratch=[f"s{number}" for number in range(len(slots))],
+        )
+        preparing.append(f"    return ({''.join(f'{text}, ' for text in made)})")
+        scratch = tuple((count, dtype) for (_, dtype), count in slots.items())
+        return _compiled(self.name, "\n".join([*preparing, "", *source]), self.emitter, tuple(self.passed), scratch)
+
+
+def _header(name: str, arguments: str, **unpacked: Sequence[str]) -> list[str]:
+    lines = [f"def {name}({arguments}):"]
+    lines += [f"    {', '.join(names)}, = {argument}" for argument, names in unpacked.items() if names]
+    return lines
 
 
 def _spread(emitter: _Emitter, values: dict[int, Any], number: int) -> None:
@@ -354,11 +542,17 @@ def _spread(emitter: _Emitter, values: dict[int, Any], number: int) -> None:
     if isinstance(value, Value) and not value.grouped:
         sizes = ", ".join(map(str, value.shape))
         text = f"{value.text}.expand(G, {sizes})"
-        emitter.lines.append(f"{value.text} = {text}")
         emitter.space[value.text] = eval(text, emitter.space)
+        emitter.lines.append(Line(value.text, text, "", emitter.regions[value.text], None))
 
 
-def _compiled(name: str, source: str, emitter: _Emitter, shared: tuple[Operand, ...]) -> Kernel:
+def _compiled(
+    name: str,
+    source: str,
+    emitter: _Emitter,
+    shared: tuple[Operand, ...],
+    scratch: tuple[tuple[int, torch.dtype], ...],
+) -> Kernel:
     constants = {
         key: value
         for key, value in emitter.space.items()
@@ -367,4 +561,5 @@ def _compiled(name: str, source: str, emitter: _Emitter, shared: tuple[Operand, 
     file = f"<rmtc {name} {next(_numbers)}>"
     exec(compile(source, file, "exec"), constants)
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
-    return Kernel(name, source, shared, constants[name], tuple(emitter.fallbacks), file)
+    fallbacks = tuple(emitter.fallbacks)
+    return Kernel(name, source, shared, constants["prepare"], scratch, constants[name], fallbacks, file)

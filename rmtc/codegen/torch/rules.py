@@ -12,13 +12,30 @@ import functools
 import keyword
 import math
 import re
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["UNGROUPED", "Arguments", "Value", "function_name", "grouped", "literal", "rule_for", "rules"]
+from rmtc.codegen.fused import FUNCTIONS, add_linear, add_matmul, rms_normalize, roll_products, rotary
+from rmtc.codegen.torch.buffers import out
+from rmtc.codegen.torch.onednn import is_faster
+
+__all__ = [
+    "UNGROUPED",
+    "Arguments",
+    "Value",
+    "function_name",
+    "grouped",
+    "is_fresh",
+    "is_view",
+    "literal",
+    "overwriting",
+    "rule_for",
+    "rules",
+]
 
 aten = torch.ops.aten
 
@@ -30,7 +47,7 @@ class Value:
     Attributes:
         text: the expression that gives it.
         shape: of one cell.
-        dtype: of its elements.
+        dtype, device: of its elements; no device where it is not to be asked what is fast there.
         grouped: whether it has a group axis.
         repeat: how many neighbouring cells each row of ``rows`` is for; ``text`` repeats it.
         rows: the expression of the tensor with one row for so many cells.
@@ -40,6 +57,7 @@ class Value:
     shape: tuple[int, ...]
     dtype: torch.dtype
     grouped: bool
+    device: torch.device | None = None
     repeat: int = 1
     rows: str = ""
 
@@ -86,7 +104,7 @@ class Arguments:
         """The name of an operation, by default of this one, in source text."""
         target = target or self.target
         name = function_name(target)
-        self.functions[name] = target
+        self.functions[name] = _fast(target)
         return name
 
     def call(self, /, **changed: Any) -> str:
@@ -101,15 +119,112 @@ class Arguments:
             value = changed.get(name, self.values.get(name))
             named = argument.kwarg_only or not positional
             parts.append(f"{name}={literal(value)}" if named else literal(value))
-        return f"{self.function()}({', '.join(parts)})"
+        return f"{self.function()}({', '.join(parts)}{out() if self.target in _WITH_OUT else ''})"
 
+
+@functools.cache
+def _fast(target: torch._ops.OpOverload) -> Callable[..., Any]:
+    """What to call for an operation: torch's own function, where it is the same one, takes less time to call."""
+    if target in FUNCTIONS:
+        return FUNCTIONS[target]
+    name = target._schema.name.removeprefix("aten::")
+    function = getattr(torch, name, None) or getattr(torch._C._nn, name, None)
+    same = torch.Tag.pointwise in target.tags or target in _CALLED
+    return function if same and isinstance(function, types.BuiltinFunctionType) else target
+
+
+@functools.cache
+def _in_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """The operation that writes what a pointwise one gives over its first operand."""
+    namespace, name = target._schema.name.split("::")
+    packet = getattr(aten, f"{name}_", None) if namespace == "aten" else None
+    return getattr(packet, target._overloadname, None)
+
+
+def overwriting(arguments: Arguments) -> tuple[tuple[str, str], ...]:
+    """The operands that the result of a pointwise operation may overwrite, each with the expression that does so."""
+    target, found = arguments.target, []
+    instead = _in_place(target)
+    if instead is None or rule_for(target) is not pointwise:
+        return ()
+    first, other = arguments.schema[0].name, arguments.schema[1].name if len(arguments.schema) > 1 else ""
+    orders: list[dict[str, Any]] = [{}]
+    if target in _COMMUTE and isinstance(arguments.values.get(other), Value) and arguments.values.get("alpha", 1) == 1:
+        orders.append({first: arguments[other], other: arguments[first]})
+    for order in orders:
+        values = {**arguments.values, **order}
+        self = values[first]
+        if isinstance(self, Value) and self.grouped and re.fullmatch(r"v\d+", self.text):
+            swapped = Arguments(target, (), {})
+            swapped.values, swapped.given, swapped.functions = values, arguments.given, arguments.functions
+            text = pointwise(swapped)
+            if text is not None:
+                name = function_name(instead)
+                method = getattr(torch.Tensor, instead._schema.name.removeprefix("aten::"), None)
+                arguments.functions[name] = method if isinstance(method, types.MethodDescriptorType) else _fast(instead)
+                found.append((self.text, f"{name}({text.partition('(')[2]}"))
+    return tuple(found)
+
+
+def is_fresh(target: Any) -> bool:
+    """Whether the result of an operation surely lies in memory of its own, whatever its operands are."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target in _FRESH or target in FUNCTIONS:
+        return True
+    pure = all(each.alias_info is None for each in (*target._schema.arguments, *target._schema.returns))
+    return torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags and pure
+
+
+def is_view(target: Any) -> bool:
+    """Whether the result of an operation is its operand, seen in another way or copied, each element once at most."""
+    return target in _SEEN
+
+
+_FRESH = frozenset(
+    {
+        *(aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default),
+        *(aten.mean.dim, aten.sum.dim_IntList, aten.softmax.int, aten.cat.default, aten.layer_norm.default),
+        aten.scaled_dot_product_attention.default,
+    }
+)
+_SEEN = frozenset(
+    {
+        *(aten.slice.Tensor, aten.select.int, aten.transpose.int, aten.permute.default, aten.t.default),
+        *(aten.unsqueeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default, aten._unsafe_view.default),
+        *(aten.flatten.using_ints, aten.unflatten.int, aten.contiguous.default, aten.movedim.int),
+    }
+)
+
+_COMMUTE = frozenset({aten.mul.Tensor, aten.add.Tensor, aten.maximum.default, aten.minimum.default})
+_WITH_OUT = frozenset(
+    {
+        *(aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.sigmoid.default),
+        *(aten.addcmul.default, aten.addcdiv.default, aten.tanh.default, rms_normalize, rotary),
+    }
+)
+"""Operations that can write their result into a tensor that is given."""
+
+
+_CALLED = frozenset(
+    {
+        aten.cat.default,
+        aten.mean.dim,
+        aten.sum.dim_IntList,
+        aten.softmax.int,
+        aten.roll.default,
+        aten.layer_norm.default,
+    }
+)
+"""Operations that are no pointwise ones, with functions of torch that take the same arguments."""
 
 Rule: TypeAlias = Callable[[Arguments], "str | None"]
 
 
 _NAMES: dict[str, Callable[..., Any]] = {}
 _TAKEN = re.compile(
-    r"(v|in|w|n|u|x)\d+|[Gi]|range|float|complex|torch|vmap|select_run|stacked|inputs|weights|numbers|shared"
+    r"(v|in|w|n|u|x|p|b|s)\d+|[Gi]|range|float|complex|torch|vmap|select_run|slice_run|each_linear|stacked|choose|"
+    r"stack|bmm|baddbmm|matmul|einsum|inputs|weights|numbers|shared|prepared|scratch|prepare"
 )
 
 
@@ -259,6 +374,25 @@ def repeat(arguments: Arguments) -> str | None:
     return f"{ranked(value, len(repeats))}.repeat(1, {_sizes(tuple(repeats))})"
 
 
+def transpose(arguments: Arguments) -> str | None:
+    value = arguments["self"]
+    dims = [shifted(arguments[name], value.rank) for name in ("dim0", "dim1")]
+    return f"{value.text}.transpose({dims[0]}, {dims[1]})" if value.rank else None
+
+
+def part(arguments: Arguments) -> str | None:
+    """A slice, spelled as Python does."""
+    value, dim, step = arguments["self"], arguments["dim"], arguments["step"]
+    start, end = arguments["start"], arguments["end"]
+    if not value.rank or step != 1 or not all(each is None or isinstance(each, int) for each in (start, end)):
+        return by_dims("dim")(arguments)
+    size = value.shape[dim]
+    start = 0 if start is None else max(0, min(start + size if start < 0 else start, size))
+    end = size if end is None else max(start, min(end + size if end < 0 else end, size))
+    before = "..., " if dim in (-1, value.rank - 1) else ":, " * (dim % value.rank + 1)
+    return f"{value.text}[{before}{start}:{end}]"
+
+
 def transpose_matrix(arguments: Arguments) -> str | None:
     value = arguments["self"]
     return f"{value.text}.transpose(1, 2)" if value.rank == 2 else value.text
@@ -299,12 +433,48 @@ def linear(arguments: Arguments) -> str | None:
         return f"{product}.view(G, {_sizes((*value.shape[:-1], weight.shape[0]))})"
     flat = f"{grouped(value)}.reshape(G, {rows}, {value.shape[-1]})" if value.rank != 2 else grouped(value)
     matrix = f"{weight.text}.transpose(1, 2)"
-    if bias is None:
-        product = f"bmm({flat}, {matrix})"
+    into = out("G", rows, weight.shape[0])
+    if bias is None and is_faster(rows, value.shape[-1], weight.shape[0], value.dtype, value.device):
+        product = f"each_linear({flat}, {weight.text}{into})"
+    elif bias is None:
+        product = f"bmm({flat}, {matrix}{into})"
     else:
-        product = f"baddbmm({ranked(bias, 2) if bias.grouped else bias.text}, {flat}, {matrix})"
+        product = f"baddbmm({ranked(bias, 2) if bias.grouped else bias.text}, {flat}, {matrix}{into})"
     shape = (*value.shape[:-1], weight.shape[0])
     return product if value.rank == 2 else f"{product}.view(G, {_sizes(shape)})"
+
+
+def added_linear(arguments: Arguments) -> str | None:
+    residual, value, weight = arguments["residual"], arguments["x"], arguments["weight"]
+    shape = (*value.shape[:-1], weight.shape[0])
+    if weight.rank != 2 or not weight.grouped or residual.shape != shape:
+        ranks = {each.rank for each in (residual, value)}
+        return arguments.call() if not weight.grouped and len(ranks) == 1 else None
+    if weight.rows:
+        product = _product_of_rows(value, weight, f"{weight.rows}.transpose(1, 2)")
+        return f"{product}.view(G, {_sizes(shape)}).add_({residual.text})"
+    rows = math.prod(shape[:-1])
+    flat = [f"{grouped(each)}.reshape(G, {rows}, {each.shape[-1]})" for each in (residual, value)]
+    into = out("G", rows, shape[-1])
+    if is_faster(rows, value.shape[-1], shape[-1], value.dtype, value.device):
+        return f"each_linear({flat[1]}, {weight.text}, residual={flat[0]}{into}).view(G, {_sizes(shape)})"
+    return f"baddbmm({', '.join(flat)}, {weight.text}.transpose(1, 2){into}).view(G, {_sizes(shape)})"
+
+
+def added_matmul(arguments: Arguments) -> str | None:
+    operands = [arguments[name] for name in ("residual", "left", "right")]
+    batch = {each.shape[:-2] for each in operands}
+    shape = (operands[1].shape[-2], operands[2].shape[-1])
+    if len(batch) > 1 or operands[0].shape[-2:] != shape or any(each.rows for each in operands):
+        return None
+    count = math.prod(batch.pop())
+    flat = [
+        grouped(each) if each.rank == 2 else f"{grouped(each)}.reshape(G * {count}, {_sizes(each.shape[-2:])})"
+        for each in operands
+    ]
+    alpha = "" if arguments["alpha"] == 1 else f", alpha={literal(arguments['alpha'])}"
+    into = out(f"G * {count}", *operands[0].shape[-2:])
+    return f"baddbmm({', '.join(flat)}{alpha}{into}).view(G, {_sizes(operands[0].shape)})"
 
 
 def _product_of_rows(value: Value, weight: Value, matrix: str, bias: Value | None = None) -> str:
@@ -350,7 +520,8 @@ def addmm(arguments: Arguments) -> str | None:
     if right.rows and bias.rows and bias.rank == 1 and not left.rows:
         return f"{_product_of_rows(left, right, right.rows, bias)}.view(G, {left.shape[0]}, {right.shape[1]})"
     bias_text = ranked(bias, 2) if bias.grouped else bias.text
-    return f"baddbmm({bias_text}, {grouped(left)}, {grouped(right)})"
+    into = out("G", left.shape[0], right.shape[1])
+    return f"baddbmm({bias_text}, {grouped(left)}, {grouped(right)}{into})"
 
 
 def einsum(arguments: Arguments) -> str | None:
@@ -413,8 +584,8 @@ def layer_norm(arguments: Arguments) -> str | None:
     text = f"{arguments.function()}({value.text}, {literal(arguments['normalized_shape'])}"
     text += f", eps={literal(arguments['eps'])})"
     if weight is not None:
-        text = f"{text} * {ranked(weight, value.rank)}"
-    return text if bias is None else f"{text} + {ranked(bias, value.rank)}"
+        text = f"{text}.mul_({ranked(weight, value.rank)})"
+    return text if bias is None else f"{text}.add_({ranked(bias, value.rank)})"
 
 
 def embedding(arguments: Arguments) -> str | None:
@@ -452,7 +623,7 @@ def diff(arguments: Arguments) -> str | None:
 
 _DIM = (
     "amax.default amin.default any.dim all.dim argsort.default cumsum.default cumprod.default cummax.default "
-    "glu.default log_softmax.int logsumexp.default mean.dim prod.dim_int select.int slice.Tensor narrow.default "
+    "glu.default log_softmax.int logsumexp.default mean.dim prod.dim_int select.int narrow.default "
     "softmax.int sort.default sort.stable squeeze.dim std.dim std.correction sum.dim_IntList topk.default unbind.int "
     "unflatten.int var.dim var.correction argmax.default argmin.default max.dim min.dim norm.ScalarOpt_dim "
     "linalg_vector_norm.default split.Tensor split_with_sizes.default chunk.default _softmax.default "
@@ -490,7 +661,8 @@ def _table() -> dict[Any, Rule]:
         table.update((target, rule) for target in _targets(names))
     table.update((target, by_dims("dims")) for target in _targets(_DIMS))
     table.update((target, by_dims("start_dim", "end_dim")) for target in _targets("flatten.using_ints"))
-    table.update((target, by_dims("dim0", "dim1")) for target in _targets("transpose.int"))
+    table.update((target, transpose) for target in _targets("transpose.int"))
+    table[aten.slice.Tensor] = part
     table.update((target, by_dims("source", "destination")) for target in _targets("movedim.int movedim.intlist"))
     table.update((target, reshape) for target in _targets("view.default reshape.default _unsafe_view.default"))
     table.update((target, along) for target in _targets("gather.default scatter.src scatter.value scatter_add.default"))
@@ -513,6 +685,8 @@ def _table() -> dict[Any, Rule]:
     table[aten.embedding.default] = embedding
     table[aten.index_select.default] = index_select
     table[aten.diff.default] = diff
+    table.update(((rms_normalize, as_is), (roll_products, as_is), (rotary, pointwise)))
+    table.update(((add_linear, added_linear), (add_matmul, added_matmul)))
     return table
 
 
