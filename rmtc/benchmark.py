@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rmtc.analysis import Analysis
 from rmtc.compiler import compiled_of, disabled
 from rmtc.errors import CaptureError, VerifyError
+from rmtc.runtime.backends import Backend
 from rmtc.runtime.stats import LastRun
 from rmtc.verification import Verification, rehearse
 
@@ -125,6 +126,7 @@ def bench(
     layers: str | None = None,
     segment_length: int | None = None,
     schedule: str = "shortest",
+    backend: str | Backend = "auto",
     watch: Callable[[str], None] = lambda stage: None,
 ) -> Benchmark:
     """Measure a call as it is and compiled.
@@ -132,7 +134,7 @@ def bench(
     Args:
         function, args, kwargs: the call; a copy of it is compiled and measured.
         repeats: how often each is run.
-        layers, segment_length, schedule: as in :func:`rmtc.compile`.
+        layers, segment_length, schedule, backend: as in :func:`rmtc.compile`.
         watch: called with the name of each stage that begins.
 
     Raises:
@@ -140,7 +142,9 @@ def bench(
         VerifyError: if the compiled call is not equal to the call as it was: then no time is given.
     """
     watch("verify")
-    rehearsal = rehearse(function, args, kwargs, layers=layers, segment_length=segment_length, schedule=schedule)
+    rehearsal = rehearse(
+        function, args, kwargs, layers=layers, segment_length=segment_length, schedule=schedule, backend=backend
+    )
     if not rehearsal.verification:
         raise VerifyError(rehearsal.verification.reason, remedy="no time is shown for a result that differs")
     fast, args, kwargs = rehearsal.call, rehearsal.args, rehearsal.kwargs

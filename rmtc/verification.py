@@ -16,6 +16,7 @@ from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, Snapshot, is_plain, walk
 from rmtc.compiler import compile, compiled_of, restore
 from rmtc.errors import CaptureError, RefusedError
+from rmtc.runtime.backends import Backend
 from rmtc.runtime.guards import alike
 from rmtc.runtime.stats import LastRun
 
@@ -72,6 +73,7 @@ def verify(
     layers: str | None = None,
     segment_length: int | None = None,
     schedule: str = "shortest",
+    backend: str | Backend = "auto",
 ) -> Callable[..., Verification]:
     """Run a call twice as it is and compiled, and compare everything that both calls return and leave behind.
 
@@ -86,7 +88,7 @@ def verify(
         tolerance: the largest relative error that is ok; by default 1e-9 in float64, 1e-3 in float32, 3e-2 in float16
             and 6e-2 in bfloat16, by the narrowest dtype that comes out.
         allow_refused: give a verification that is not ok, in place of an error, if the model is refused.
-        layers, segment_length, schedule: as in :func:`rmtc.compile`; by default the schedule with the fewest steps.
+        layers, segment_length, schedule, backend: as in :func:`rmtc.compile`; the schedule by default the shortest.
 
     Returns:
         A callable that takes the arguments of one call.
@@ -100,7 +102,7 @@ def verify(
 
     def call(*args: Any, **kwargs: Any) -> Verification:
         try:
-            return rehearse(function, args, kwargs, tolerance, layers, segment_length, schedule).verification
+            return rehearse(function, args, kwargs, tolerance, layers, segment_length, schedule, backend).verification
         except (RefusedError, CaptureError) as refusal:
             if not allow_refused:
                 raise
@@ -134,6 +136,7 @@ def rehearse(
     layers: str | None = None,
     segment_length: int | None = None,
     schedule: str = "shortest",
+    backend: str | Backend = "auto",
 ) -> Rehearsal:
     """Verify a call, and keep the compiled copy for more.
 
@@ -142,7 +145,9 @@ def rehearse(
     """
 
     def compiled_copy(subject: Callable[..., Any]) -> Callable[..., Any]:
-        return compile(subject, strict=True, layers=layers, segment_length=segment_length, schedule=schedule)
+        return compile(
+            subject, strict=True, layers=layers, segment_length=segment_length, schedule=schedule, backend=backend
+        )
 
     target = _unwrapped(function)
     with torch.no_grad():

@@ -87,6 +87,7 @@ LayersHint = Annotated[
 LengthHint = Annotated[
     int | None, typer.Option("--segment-length", metavar="N", min=1, help="Hint: positions of a segment.")
 ]
+BackendName = Annotated[str, typer.Option("--backend", metavar="NAME", help="What runs it: torch or inductor.")]
 ScheduleKind = Annotated[
     Kind,
     typer.Option(
@@ -271,6 +272,7 @@ def verify(
     layers: LayersHint = None,
     segment_length: LengthHint = None,
     schedule: ScheduleKind = Kind.shortest,
+    backend: BackendName = "auto",
     json: Json = False,
     output: Output = None,
     debug: Debug = False,
@@ -288,6 +290,7 @@ def verify(
                 layers=layers,
                 segment_length=segment_length,
                 schedule=schedule.value,
+                backend=_backend(backend),
             )
             try:
                 answer = verified(*target.args, **target.kwargs)
@@ -310,6 +313,7 @@ def bench(
     layers: LayersHint = None,
     segment_length: LengthHint = None,
     schedule: ScheduleKind = Kind.shortest,
+    backend: BackendName = "auto",
     json: Json = False,
     output: Output = None,
     debug: Debug = False,
@@ -334,6 +338,7 @@ def bench(
                     layers=layers,
                     segment_length=segment_length,
                     schedule=schedule.value,
+                    backend=_backend(backend),
                 )
             except RefusedError as refusal:
                 note(f"refused: {one_line(refusal)}")
@@ -407,6 +412,17 @@ def passes(json: Json = False, output: Output = None, debug: Debug = False) -> N
             width = max((len(item.name) for item in found), default=0)
             text = "\n".join(f"{item.name:<{width}}  {item.summary}" for item in found)
         emit(text, output)
+
+
+def _backend(name: str) -> str:
+    """A backend's name, if there is one."""
+    from rmtc.runtime.backends import backend_named
+
+    try:
+        backend_named(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return name
 
 
 def _form(form: Format | None, json: bool) -> Format:

@@ -10,6 +10,7 @@ import torch
 
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.runtime.executor import Executor, Run
+from rmtc.runtime.inductor import Inductor
 from rmtc.runtime.weights import Weights
 
 __all__ = ["Backend", "Runner", "backend_named", "list_backends", "nearest"]
@@ -37,7 +38,7 @@ class Runner(Protocol):
 Backend = Callable[[WavefrontProgram, Weights], Runner]
 """Takes the program and its stacked weights."""
 
-_BACKENDS: dict[str, Backend] = {"torch": Executor}
+_BACKENDS: dict[str, Backend] = {"inductor": Inductor, "torch": Executor}
 _AUTO = "torch"
 
 
