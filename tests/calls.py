@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rmtc.codegen import fused
 from rmtc.ir.program import leaves, map_leaves
 from rmtc.ir.segment_loop import BodyOp
 
@@ -73,7 +74,13 @@ def calls(b: int, t: int, d: int) -> dict[Any, list[Call]]:
     found: dict[Any, list[Call]] = {}
     for each in (*_reductions(b, t, d), *_along_a_dimension(b, t, d), *_shapes(b, t, d), *_scatters(b, t, d)):
         found.setdefault(each.target, []).append(each)
-    for each in (*_products(b, t, d), *_layers(b, t, d), *_attention(b, t, d), *_elementwise(b, t, d)):
+    for each in (
+        *_products(b, t, d),
+        *_layers(b, t, d),
+        *_attention(b, t, d),
+        *_elementwise(b, t, d),
+        *_fused(b, t, d),
+    ):
         found.setdefault(each.target, []).append(each)
     return found
 
@@ -234,6 +241,25 @@ def _layers(b: int, t: int, d: int) -> Iterator[Call]:
     yield call("layer_norm", X((b, t, d), F32), (d,), X((d,), F32), X((d,), F32))
     yield from (call("embedding", X((7, d)), X(shape, I64, 7)) for shape in ((b, t), (t,), ()))
     yield call("embedding", X((7, d)), X((b, t), I64, 7), 0)
+
+
+def _fused(b: int, t: int, d: int) -> Iterator[Call]:
+    """What passes make of several operations."""
+    wide = X((b, t, 2 * d))
+    for shape in ((b, t, d), (t, d), (d,)):
+        yield from (Call(fused.rms_normalize, (X(shape), eps)) for eps in (1e-6, 1e-2))
+        yield Call(fused.rms_normalize, (X(shape, F32), 1e-6))
+        yield Call(fused.roll_products, (X(shape), tuple(range(1, d))))
+    yield Call(fused.roll_products, (wide, (d, 1)))
+    for table in ((t, 2 * d), (1, t, 2 * d), (b, t, 2 * d)):
+        yield from (Call(fused.rotary, (wide, X(table), X(table), half, None)) for half in (d, 1))
+    yield Call(fused.rotary, (X((b, 2, t, 2 * d)), X((1, 1, t, 2 * d)), X((b, 1, t, 2 * d)), d, 2 * d))
+    for rows in ((b, t), (t,), ()):
+        yield Call(fused.add_linear, (X((*rows, d)), X((*rows, 3)), X((d, 3))))
+    for batch in ((), (b,)):
+        for alpha in (1.0, -1.0, 0.5):
+            yield Call(fused.add_matmul, (X((*batch, t, d)), X((*batch, t, 3)), X((*batch, 3, d)), alpha))
+    yield Call(fused.add_matmul, (X((b, t, d)), X((1, t, 3)), X((b, 3, d)), 1.0))
 
 
 def _attention(b: int, t: int, d: int) -> Iterator[Call]:

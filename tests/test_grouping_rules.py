@@ -459,13 +459,13 @@ def test_a_body_is_its_operations_in_turn_and_forgets_what_it_has_read() -> None
     )
     assert kernel.shared == (Shared(0),)
     lines = kernel.source.splitlines()
-    assert lines[0] == "def c0(G, inputs, weights, numbers, shared):"
+    assert "def c0(G, inputs, prepared, numbers, shared):" in lines
     assert any(line.strip() == "del v3" for line in lines), "a value goes after its last reader"
     assert not any(line.strip().startswith("del") and any(f"v{kept}" in line for kept in (7, 8, 11)) for line in lines)
     for count in (1, 2, 5):
         hidden, weights = operands(count)
         if count > 1:
-            found = kernel.function(count, [hidden], weights, (), (scale,))
+            found = kernel.function(count, [hidden], kernel.prepare(count, weights, ()), (), (scale,))
         for number, expected in enumerate(zip(*map(alone, hidden, *weights), strict=True)):
             torch.testing.assert_close(found[number], torch.stack(expected), rtol=1e-12, atol=1e-12)
 
@@ -539,11 +539,11 @@ def test_strings_and_names_of_files_stay_strings(text: str, tagged: Any) -> None
         again = kernel.function(size, [given], (), (), ())[0]
         assert torch.equal(found, again)
         assert set(seen) == {(f"x{constant}", constant)}
-        (function,) = ast.parse(kernel.source).body
-        assert isinstance(function, ast.FunctionDef)
+        prepare, function = ast.parse(kernel.source).body
+        assert isinstance(function, ast.FunctionDef) and isinstance(prepare, ast.FunctionDef)
         kinds = [type(statement) for statement in function.body]
         assert kinds == [ast.Assign, ast.Assign, ast.Assign, ast.Delete, ast.Return]
-        assert len(kernel.source.splitlines()) == 1 + len(kinds)
+        assert len(kernel.source.splitlines()) == 1 + len(kinds) + 1 + len(prepare.body) + 1
     seen.clear()
 
 

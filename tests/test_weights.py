@@ -126,9 +126,11 @@ def live() -> list[Tensor]:
 def lie_behind_each_other(model: Reader) -> None:
     for name, parameter in model.layer(0).named_parameters():
         size = parameter.numel() * parameter.element_size()
+        step = model.layer(1).get_parameter(name).data_ptr() - parameter.data_ptr()
+        assert step >= size, "what reads one input lies joined in each row"
         for number in range(1, len(model.layers)):
             other = model.layer(number).get_parameter(name)
-            assert other.data_ptr() == parameter.data_ptr() + number * size
+            assert other.data_ptr() == parameter.data_ptr() + number * step
             assert other.untyped_storage().nbytes() == size and other.is_contiguous()
 
 
@@ -619,7 +621,7 @@ def peak(model: Reader, segments: int) -> int:
 
 
 def test_peak_memory_does_not_grow_with_the_number_of_segments(shared: Reader) -> None:
-    peaks = [peak(shared, segments) for segments in (8, 16, 64)]
+    peaks = [peak(shared, segments) for segments in (128, 192, 320)]
     assert peaks[0] == peaks[1] == peaks[2] > 0
 
 

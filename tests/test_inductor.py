@@ -1,0 +1,72 @@
+"""Bodies compiled by Inductor: equal to eager, one graph for all widths, and an error that says what is missing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from compare import SEGMENT, Twins
+from test_fused import Layered, Staged, text, three
+
+import rmtc
+from rmtc.compiler import compiled_of
+from rmtc.errors import RefusedError
+from rmtc.examples import armt_llama
+from rmtc.runtime.inductor import Inductor
+
+
+def graphs() -> int:
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [lambda: Layered(three), lambda: Staged(0, 0)], ids=["joined", "staged"])
+def test_results_are_those_of_eager_and_a_body_is_compiled_once(make: Any) -> None:
+    twins = Twins(make, schedule="shortest", backend="inductor")
+    before = graphs()
+    for segments, batch in ((7, 2), (5, 2), (9, 2), (4, 2)):
+        twins.call(text(segments, batch, SEGMENT))
+        twins.ran(segments)
+    compiled = compiled_of(twins.fast)
+    assert compiled is not None
+    runner = compiled.variants[0].runner
+    assert isinstance(runner, Inductor) and runner.compiled
+    # A slice of a stack begins where the stack does, or elsewhere.
+    assert len(runner.compiled) <= graphs() - before <= 2 * len(runner.compiled)
+    assert not any("out=" in kernel.source for kernel in runner.kernels.values())
+
+
+@pytest.mark.slow
+def test_an_armt_runs_in_inductor() -> None:
+    sizes: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 8, "memory": 2, "segments": 6}
+    (eager, args), (model, _) = armt_llama.build(**sizes), armt_llama.build(**sizes)
+    fast = rmtc.compile(model, backend="inductor", schedule="shortest", strict=True)
+    with torch.no_grad():
+        wanted = eager(*args).logits
+        for _ in range(2):
+            torch.testing.assert_close(fast(*args).logits, wanted, rtol=1e-4, atol=1e-5)
+    run = rmtc.stats(fast).last_run
+    assert run is not None and run.steps == 8 and max(run.widths) == 3
+
+
+def test_what_inductor_cannot_compile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: Any, **kwargs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no compiler here"), None)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    fast = rmtc.compile(Staged(0, 0).double(), backend="inductor", schedule="shortest", strict=True)
+    with torch.no_grad(), pytest.raises(RefusedError, match=r"(?s)no compiler here.*C\+\+ compiler"):
+        fast(text(5, 2, SEGMENT))
+        fast(text(5, 2, SEGMENT))
+
+
+def test_there_are_two_backends() -> None:
+    assert rmtc.list_backends() == ["inductor", "torch"]
+    with pytest.raises(ValueError, match="did you mean 'inductor'"):
+        rmtc.compile(Staged(0, 0), backend="inducto")
