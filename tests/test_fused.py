@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import rmtc
 from rmtc.codegen import fused
 from rmtc.codegen.torch import buffers, onednn
+from rmtc.codegen.torch.rules import is_fresh
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama
 from rmtc.runtime.executor import Executor
@@ -395,6 +396,29 @@ def test_bodies_overwrite_what_nothing_reads_any_more(caplog: pytest.LogCaptureF
     source = of_kernels(twins)
     assert "sigmoid_(" in source and "tanh_(" in source
     assert not [record for record in caplog.records if "memory that was planned" in record.message]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_taken_to_be_fresh_memory_is() -> None:
+    """No operation of torch that is taken for one with a result of its own gives an operand back."""
+    seen = 0
+    for name in dir(aten):
+        packet = getattr(aten, name)
+        for overload in packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else ():
+            target = getattr(packet, overload)
+            if not is_fresh(target):
+                continue
+            for dtype in (torch.float32, torch.int64, torch.bool, torch.complex64):
+                x = torch.ones(3, 3, dtype=dtype)
+                for args in ((x,), (x, x), (x, 1), (x, 0), (x, x, x), (x, 0, 1), (x, [0]), ([x], 0)):
+                    try:
+                        result = target(*args)
+                    except (RuntimeError, TypeError, ValueError, IndexError):
+                        continue
+                    seen += 1
+                    if isinstance(result, Tensor):
+                        assert result.untyped_storage()._cdata != x.untyped_storage()._cdata, target
+    assert seen > 500
 
 
 @pytest.mark.parametrize("fault", ["overwrites all", "one slot", "results in scratch memory"])

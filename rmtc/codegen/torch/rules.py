@@ -173,6 +173,7 @@ def is_fresh(target: Any) -> bool:
     if target in _FRESH or target in FUNCTIONS:
         return True
     pure = all(each.alias_info is None for each in (*target._schema.arguments, *target._schema.returns))
+    pure = pure and target is not aten.conj_physical.default  # which gives what is real back as it is
     return torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags and pure
 
 
