@@ -128,6 +128,7 @@ KINDS = (
     *("eager", "layers compiled", "full attention", "rmtc torch", "rmtc inductor"),
     *("by hand", "by hand compiled", "floor"),
 )
+_COMPILED = ("layers compiled", "rmtc inductor", "by hand compiled")
 
 
 def main() -> None:
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, float32, batch 1\n")
-    kinds = [kind for kind in KINDS if options.inductor or kind not in ("layers compiled", "rmtc inductor", KINDS[-2])]
+    kinds = [kind for kind in KINDS if options.inductor or kind not in _COMPILED]
     print(f"| model | threads | {' | '.join(kinds)} | eager / rmtc | by hand / rmtc |")
     print("|---" * (len(kinds) + 4) + "|")
     found, short = [], []

@@ -52,6 +52,26 @@ def test_an_armt_runs_in_inductor() -> None:
     assert run is not None and run.steps == 8 and max(run.widths) == 3
 
 
+def test_a_process_may_have_many_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo allows eight compilations of one code: each body has its own."""
+    compile_of = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **kwargs: compile_of(function, **kwargs | {"backend": "eager"})
+    )
+    bodies = 0
+    for batch in range(1, 7):
+        twins = Twins(lambda: Layered(three), schedule="shortest", backend="inductor")
+        for segments in (7, 5):
+            twins.call(text(segments, batch, SEGMENT))
+            twins.ran(segments)
+        compiled = compiled_of(twins.fast)
+        assert compiled is not None
+        runner = compiled.variants[0].runner
+        assert isinstance(runner, Inductor)
+        bodies += len(runner.compiled)
+    assert 2 * bodies > 8
+
+
 def test_what_inductor_cannot_compile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(function: Any, **kwargs: Any) -> Any:
         def run(*args: Any) -> Any:

@@ -81,16 +81,10 @@ class BodyGraph:
         """The operations, in order; those that go meanwhile are left out."""
         yield from (number for number in list(self.ops) if number in self.ops)
 
-    def args(self, leaf: Any, *targets: Callable[..., Any], alone: bool = True) -> tuple[Any, ...] | None:
-        """The positional arguments of what makes an operand, if that is one of some operations without other readers.
-
-        Args:
-            leaf: the operand.
-            targets: which operations.
-            alone: whether it must have no other reader.
-        """
+    def args(self, leaf: Any, *targets: Callable[..., Any]) -> tuple[Any, ...] | None:
+        """The positional arguments of what makes an operand, if it is one of some operations without other readers."""
         op = self.op(leaf)
-        if op is None or op.target not in targets or (alone and self.readers[leaf.number] > 1):
+        if op is None or op.target not in targets or self.readers[leaf.number] > 1:
             return None
         positional, named = call_arguments(op.args)
         return None if named else positional

@@ -48,7 +48,7 @@ def fuse_rolls(body: Body, loop: SegmentLoop) -> Body:
 
 
 def _rolled(graph: BodyGraph, part: Any, form: Form) -> tuple[Any, int] | None:
-    """x and j if an operand is x * roll(x, j) along the last dimension, 0 < j < its size."""
+    """x and j if an operand is x * roll(x, j) along the last dimension, j > 0."""
     product = graph.args(part, aten.mul.Tensor)
     for x, other in (product, product[::-1]) if product else ():
         roll = graph.args(other, aten.roll.default)

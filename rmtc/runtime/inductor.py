@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -49,12 +50,7 @@ class Inductor(Executor):
             return super().call(kernel, size, inputs, prepared, numbers, shared)
         run = self.compiled.get(kernel.file)
         if run is None:
-            function = kernel.function
-
-            def body(inputs: list[torch.Tensor], prepared: tuple[Any, ...], shared: tuple[Any, ...]) -> tuple[Any, ...]:
-                return function(inputs[0].shape[0], inputs, prepared, (), shared)
-
-            run = self.compiled[kernel.file] = torch.compile(body, backend="inductor", fullgraph=True)
+            run = self.compiled[kernel.file] = torch.compile(_of_tensors(kernel), backend="inductor", fullgraph=True)
             logger.info("%s is compiled by Inductor", kernel.name)
         # Inductor asks of a tensor whether it begins where its memory does: a graph serves those that do, or those that
         # do not.
@@ -65,10 +61,29 @@ class Inductor(Executor):
                     torch._dynamo.mark_dynamic(each, 0)
         try:
             found: tuple[Any, ...] = run(list(inputs), prepared, shared)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             raise RefusedError(
                 f"Inductor does not compile {kernel.name}: {' '.join(str(error).split())[:300]}",
                 remedy='use backend="torch", or see that a C++ compiler is installed, which Inductor needs',
             ) from error
         self._marked.add(new)
         return found
+
+    def keep(self, key: tuple[Any, ...], kernel: Kernel) -> None:
+        """Keep a kernel for later runs; what was compiled of those that are forgotten goes with them."""
+        super().keep(key, kernel)
+        files = {each.file for each in list(self.kernels.values())}
+        for file in self.compiled.keys() - files:
+            self.compiled.pop(file, None)
+
+
+def _of_tensors(kernel: Kernel) -> Callable[..., tuple[Any, ...]]:
+    """A kernel as a function of tensors, which tell the number of cells."""
+    function = kernel.function
+
+    def body(inputs: list[torch.Tensor], prepared: tuple[Any, ...], shared: tuple[Any, ...]) -> tuple[Any, ...]:
+        return function(inputs[0].shape[0], inputs, prepared, (), shared)
+
+    # Dynamo counts recompilations by code: with one for all, a few kernels would be all that a process may have.
+    code = body.__code__.replace(co_name=f"{kernel.name}_of_tensors")
+    return types.FunctionType(code, body.__globals__, code.co_name, None, body.__closure__)

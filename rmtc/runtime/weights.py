@@ -112,9 +112,9 @@ class Weights:
     """The tensors that layers own, as the bodies of groups want them.
 
     A parameter lies in at most one stack, ``(L, out, in)`` row by row as the layers have it; those of products of one
-    input are joined along ``out``. It keeps a storage of its
-    own over the same memory, so that writes on either side are seen by the other, and saving one layer saves one layer.
-    What cannot be moved (buffers and state, parameters that share their memory) is stacked anew in each call.
+    input are joined along ``out``. It keeps a storage of its own over the same memory, so that writes on either side
+    are seen by the other, and saving one layer saves one layer. What cannot be moved (buffers and state, parameters
+    that share their memory) is stacked anew in each call.
 
     All captures, of one model or of several that share modules, use the same stacks: a parameter is moved once, and no
     capture holds on to memory that another one has moved it out of.
