@@ -96,7 +96,33 @@ class Operands:
 
     def run(self, kernel: Kernel) -> list[Tensor]:
         """What an emitted operation gives for these operands."""
-        return list(kernel.function(self.count, self.inputs, (), (), tuple(map(self.value, kernel.shared))))
+        shared = tuple(map(self.value, kernel.shared))
+        found = list(kernel.function(self.count, self.inputs, (), (), shared))
+        if kernel.bound is not None:
+            for one, other in zip(bound(kernel, self.count, self.inputs, [], (), shared), found, strict=True):
+                torch.testing.assert_close(one, other, equal_nan=True)
+        return found
+
+
+def bound(
+    kernel: Kernel, count: int, inputs: Sequence[Tensor], weights: Sequence[Tensor], numbers: Any, shared: Any
+) -> tuple[Any, ...]:
+    """What a kernel gives in memory that stays, when it runs there for the second time."""
+    assert kernel.bound is not None
+    homes = [torch.full_like(each, 1, memory_format=torch.contiguous_format) for each in inputs]
+    kinds = kernel.bound.scratch, kernel.bound.results
+    memory = [[torch.full((size * count,), torch.nan, dtype=dtype) for size, dtype in kind] for kind in kinds]
+    work = functools.partial(emit_module._memory, device=None)
+    run, made = kernel.bound.bind(count, homes, weights, shared, *memory, work)
+    for _ in range(2):
+        for home, each in zip(homes, inputs, strict=True):
+            home.copy_(each)
+        found = run(numbers)
+    for home, each in zip(homes, inputs, strict=True):
+        assert home is homes[0] or torch.equal(home, each) or kernel.bound.overwritten
+    for one, other in zip(made, found, strict=True):
+        assert one is None or one is other
+    return found
 
 
 def hold(each: Call, choice: Sequence[bool]) -> Kernel:
@@ -459,13 +485,13 @@ def test_a_body_is_its_operations_in_turn_and_forgets_what_it_has_read() -> None
     )
     assert kernel.shared == (Shared(0),)
     lines = kernel.source.splitlines()
-    assert "def c0(G, inputs, prepared, numbers, shared):" in lines
+    assert "def c0(G, inputs, weights, numbers, shared):" in lines
     assert any(line.strip() == "del v3" for line in lines), "a value goes after its last reader"
     assert not any(line.strip().startswith("del") and any(f"v{kept}" in line for kept in (7, 8, 11)) for line in lines)
     for count in (1, 2, 5):
         hidden, weights = operands(count)
         if count > 1:
-            found = kernel.function(count, [hidden], kernel.prepare(count, weights, ()), (), (scale,))
+            found = kernel.function(count, [hidden], weights, (), (scale,))
         for number, expected in enumerate(zip(*map(alone, hidden, *weights), strict=True)):
             torch.testing.assert_close(found[number], torch.stack(expected), rtol=1e-12, atol=1e-12)
 
@@ -539,11 +565,15 @@ def test_strings_and_names_of_files_stay_strings(text: str, tagged: Any) -> None
         again = kernel.function(size, [given], (), (), ())[0]
         assert torch.equal(found, again)
         assert set(seen) == {(f"x{constant}", constant)}
-        prepare, function = ast.parse(kernel.source).body
-        assert isinstance(function, ast.FunctionDef) and isinstance(prepare, ast.FunctionDef)
+        (function,) = ast.parse(kernel.source).body
+        assert isinstance(function, ast.FunctionDef)
         kinds = [type(statement) for statement in function.body]
         assert kinds == [ast.Assign, ast.Assign, ast.Assign, ast.Delete, ast.Return]
-        assert len(kernel.source.splitlines()) == 1 + len(kinds) + 1 + len(prepare.body) + 1
+        assert len(kernel.source.splitlines()) == 1 + len(kinds)
+        if size is not None:
+            assert kernel.bound is not None and len(ast.parse(kernel.bound.source).body) == 1
+            (standing,) = bound(kernel, size, [given], [], (), ())
+            assert torch.equal(found, standing)
     seen.clear()
 
 

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rmtc
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama
+from rmtc.runtime.executor import Executor
 
 LAYERS, WIDTH, SEGMENTS, TOKENS = 3, 8, 4, 11
 
@@ -143,6 +144,9 @@ def test_parameters_lie_in_the_stack_and_no_second_copy_stays() -> None:
     exact(model)
     model.forget()
     lie_behind_each_other(model)
+    kept = compiled_of(model)
+    assert kept is not None and isinstance(kept.variants[0].runner, Executor)
+    kept.variants[0].runner.forget()  # the memory of a group of cells, which stays for the next call
     gc.collect()
     assert all(reference.expired() for reference in old)
     assert spans(list(model.parameters())) == own

@@ -6,19 +6,25 @@ Python function itself. All of them take any number of leading dimensions, so th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["FUNCTIONS", "add_linear", "add_matmul", "rms_normalize", "roll_products", "rotary"]
+__all__ = ["BOUND", "FUNCTIONS", "add_linear", "add_matmul", "rms_normalize", "roll_products", "rotary"]
+
+Work: TypeAlias = Callable[[Sequence[int], torch.dtype], Tensor]
 
 _library = torch.library.Library("rmtc", "DEF")
 
 FUNCTIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 """The function of each of these operators."""
+
+BOUND: dict[torch._ops.OpOverload, Callable[..., Callable[[], object]]] = {}
+"""Takes the arguments of such an operator and ``out``, tensors that stay, and gives what computes the result anew each
+time that it is called; views are made once, and memory that it asks for with ``work(shape, dtype)``."""
 
 
 def _operator(schema: str) -> Callable[[Callable[..., Tensor]], torch._ops.OpOverload]:
@@ -34,28 +40,79 @@ def _operator(schema: str) -> Callable[[Callable[..., Tensor]], torch._ops.OpOve
     return register
 
 
+def _bound(of: Any) -> Callable[[Callable[..., Callable[[], object]]], None]:
+    """Make a function what binds an operator to tensors that stay."""
+
+    def register(function: Callable[..., Callable[[], object]]) -> None:
+        BOUND[of] = function
+
+    return register
+
+
 @_operator("(Tensor x, float eps)")
-def rms_normalize(x: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+def rms_normalize(x: Tensor, eps: float) -> Tensor:
     """``x * rsqrt(mean(x**2) + eps)`` along the last dimension, rounded as that is, in float32 or float64."""
-    squares = torch.mul(x, x, out=out)
+    squares = torch.mul(x, x)
     scale = squares.mean(-1, True).add_(eps).rsqrt_()
     return torch.mul(x, scale, out=squares)
 
 
+@_bound(rms_normalize)
+def bind_rms_normalize(x: Tensor, eps: float, *, out: Tensor, work: Work) -> Callable[[], object]:
+    scale = work((*out.shape[:-1], 1), out.dtype)
+
+    def run() -> None:
+        torch.mul(x, x, out=out)
+        torch.mean(out, -1, True, out=scale)
+        scale.add_(eps)
+        scale.rsqrt_()
+        torch.mul(x, scale, out=out)
+
+    return run
+
+
 @_operator("(Tensor x, Tensor cos, Tensor sin, int half, int? end)")
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None, *, out: Tensor | None = None) -> Tensor:
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None) -> Tensor:
     """``x * cos + cat(-x[half:end], x[:half]) * sin`` along the last dimension, usually of its halves."""
+    if not _of_halves(x, cos, sin, half, end):
+        return x * cos + torch.cat((-x[..., half:end], x[..., :half]), -1) * sin
+    turned = torch.mul(x, cos)
+    _turn(x, sin, turned)()
+    return turned
+
+
+@_bound(rotary)
+def bind_rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None, *, out: Tensor, work: Work
+) -> Callable[[], object]:
+    if not _of_halves(x, cos, sin, half, end):
+        return lambda: out.copy_(x * cos + torch.cat((-x[..., half:end], x[..., :half]), -1) * sin)
+    turn = _turn(x, sin, out)
+
+    def run() -> None:
+        torch.mul(x, cos, out=out)
+        turn()
+
+    return run
+
+
+def _of_halves(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None) -> bool:
     size = x.shape[-1]
     alike = sin.shape[-1] == size and x.dtype == cos.dtype == sin.dtype and end in (None, size) and 2 * half == size
-    if not alike or torch.broadcast_shapes(x.shape, cos.shape, sin.shape) != x.shape:
-        return x * cos + torch.cat((-x[..., half:end], x[..., :half]), -1) * sin
-    turned = torch.mul(x, cos, out=out)
+    return alike and torch.broadcast_shapes(x.shape, cos.shape, sin.shape) == x.shape
+
+
+def _turn(x: Tensor, sin: Tensor, turned: Tensor) -> Callable[[], None]:
+    """Add the sine's part of a rotation of halves."""
     one, other = x.chunk(2, -1)
     left, right = sin.chunk(2, -1)
     first, second = turned.chunk(2, -1)
-    first.addcmul_(other, left, value=-1)
-    second.addcmul_(one, right)
-    return turned
+
+    def run() -> None:
+        first.addcmul_(other, left, value=-1)
+        second.addcmul_(one, right)
+
+    return run
 
 
 @_operator("(Tensor x, int[] shifts)")
@@ -66,6 +123,24 @@ def roll_products(x: Tensor, shifts: list[int]) -> Tensor:
         return torch.cat([x * x.roll(shift, -1) for shift in shifts], -1)
     rolled = torch.cat((x.narrow(-1, size - most, most), x), -1)  # x[i - j] is rolled[most - j + i]
     return torch.cat([x * rolled.narrow(-1, most - shift, size) for shift in shifts], -1)
+
+
+@_bound(roll_products)
+def bind_roll_products(x: Tensor, shifts: list[int], *, out: Tensor, work: Work) -> Callable[[], object]:
+    size, most = x.shape[-1], max(shifts)
+    if most >= size:
+        return lambda: out.copy_(torch.cat([x * x.roll(shift, -1) for shift in shifts], -1))
+    rolled = work((*x.shape[:-1], most + size), x.dtype)
+    parts = x.narrow(-1, size - most, most), x
+    windows = [rolled.narrow(-1, most - shift, size) for shift in shifts]
+    pairs = [*zip(windows, out.split(size, -1), strict=True)]
+
+    def run() -> None:
+        torch.cat(parts, -1, out=rolled)
+        for window, product in pairs:
+            torch.mul(x, window, out=product)
+
+    return run
 
 
 @_operator("(Tensor residual, Tensor x, Tensor weight)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import linecache
 import logging
 import threading
@@ -15,10 +16,11 @@ import torch
 
 from rmtc.codegen.torch.emit import Kernel, emit
 from rmtc.errors import RefusedError
-from rmtc.ir.program import Src, call_arguments, map_leaves
+from rmtc.ir.program import Src, call_arguments, leaves, map_leaves
 from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Key, Numbered, Outer, Where
-from rmtc.ir.wavefront import Body, Shared, WavefrontProgram
-from rmtc.runtime.plan import Copied, Launch, Piece, Plan, Whole, plan_run
+from rmtc.ir.wavefront import Body, Operand, Shared, WavefrontProgram
+from rmtc.runtime.plan import Copied, Launch, Part, Piece, Plan, Whole, plan_run
+from rmtc.runtime.standing import Moved, Standing, Step
 from rmtc.runtime.weights import Weights
 
 __all__ = ["Executor", "Run"]
@@ -48,7 +50,8 @@ class Run:
 class Executor:
     """Runs a program for any number of segments.
 
-    Nothing that a run makes is kept for the next one, and no tensor that it is given is written to: runs may overlap.
+    No tensor that a run is given is written to. Runs may overlap: memory that stays (:mod:`rmtc.runtime.standing`) is
+    used by one at a time, and the others have memory of their own.
 
     Attributes:
         program: the program.
@@ -56,13 +59,17 @@ class Executor:
         kernels: emitted bodies, by body, sizes and shapes.
     """
 
-    overwrites: ClassVar[bool] = True  # see :func:`rmtc.codegen.torch.emit`
+    binds: ClassVar[bool] = True  # see :func:`rmtc.codegen.torch.emit`
 
     program: WavefrontProgram
     weights: Weights
     kernels: dict[tuple[Any, ...], Kernel] = field(default_factory=dict)
     _plans: OrderedDict[tuple[int, int, int], Plan] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _constant: dict[int, bool] = field(default_factory=dict)
+    _standing: Standing | None = None
+    _unfit: set[tuple[int, int, int]] = field(default_factory=set)  # sizes whose calls differ in other shapes
+    _stands: threading.Lock = field(default_factory=threading.Lock)  # held by the run that uses what stands
 
     def plan(self, segments: int, batch: int, tail: int) -> Plan:
         """The plan of a run, kept for the next one of these sizes."""
@@ -88,12 +95,12 @@ class Executor:
         kernel: Kernel,
         size: int | None,
         inputs: Sequence[Any],
-        prepared: tuple[Any, ...],
+        weights: Sequence[torch.Tensor],
         numbers: Sequence[Any],
         shared: tuple[Any, ...],
     ) -> tuple[Any, ...]:
         """Run a kernel."""
-        return kernel.function(size, inputs, prepared, numbers, shared)
+        return kernel.function(size, inputs, weights, numbers, shared)
 
     def _separate(self, body: Body) -> None:
         """Run the classes of a merged body by themselves from now on; or a prologue or epilogue for one segment."""
@@ -101,6 +108,7 @@ class Executor:
             merged = {pair: each for pair, each in self.program.merged.items() if each is not body}
             self.program = replace(self.program, merged=merged, batched=self.program.batched - {body.name})
             self._plans.clear()
+            self._standing = None
 
     def run(
         self, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
@@ -121,11 +129,57 @@ class Executor:
             plan = self.plan(segments, batch, tail)
             try:
                 with torch.no_grad(), _autocast_off(devices):
-                    outputs = _Walk(self, values, segments, batch, tail).outputs(plan)
+                    outputs = self._walked(plan, values, segments, batch, tail)
                 break
             except _Unmergeable as error:
                 self._separate(error.body)
         return outputs, Run(plan.steps, sum(plan.widths.values()), dict(plan.widths))
+
+
+    def _walked(
+        self, plan: Plan, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
+    ) -> dict[str, Any]:
+        """The results of a plan, in memory that stays if it is free, and all is known that is run."""
+        key = segments, batch, tail
+        if self.binds and key not in self._unfit and self._stands.acquire(blocking=False):
+            try:
+                standing = self._standing
+                if standing is None or not standing.usable():
+                    standing = self._standing = Standing(self.weights)
+                    self.weights.forget = self.forget
+                walk = _Walk(self, values, segments, batch, tail)
+                walk.steps = standing.steps(key, plan, walk)
+                return walk.outputs(plan)
+            except Moved as error:
+                logger.info("calls of %s are not of one kind: %s", key, error)
+                self._standing = None
+                self._unfit.add(key)
+            finally:
+                self._stands.release()
+        return _Walk(self, values, segments, batch, tail).outputs(plan)
+
+    def constant(self, operand: Any) -> bool:
+        """Whether a shared operand is a function of the sizes of batch and segment alone."""
+        if isinstance(operand, Shared):
+            known = self._constant.get(operand.number)
+            if known is None:
+                op = self.program.shared[operand.number]
+                random = isinstance(op.target, torch._ops.OpOverload) and (
+                    torch.Tag.nondeterministic_seeded in op.target.tags
+                )
+                known = not random and all(map(self.constant, leaves(op.args)))
+                self._constant[operand.number] = known
+            return known
+        if isinstance(operand, Src):
+            source = self.program.loop.sources.get(operand.name)
+            return source is not None and source.kind == "constant"
+        if isinstance(operand, Fit):
+            return all(name in ("B", "T") for names, _ in operand.terms for name in names)
+        return not isinstance(operand, (Outer, Where))
+
+    def forget(self) -> None:
+        """Let go of memory that stays."""
+        self._standing = None
 
 
 class _Unmergeable(Exception):
@@ -147,22 +201,25 @@ class _Walk:
         total = (segments - 1) * self.loop.segment_length + tail
         self.ends = Environment(segments, segments, batch, tail, total)
         self.middle = self.ends._replace(T=self.loop.segment_length)
-        self.before: list[Any] = []
         self.shared: dict[int, dict[int, Any]] = {}  # by length
         self.rows: dict[Any, Sequence[torch.Tensor]] = {}
         self.passed: dict[Any, tuple[Any, ...]] = {}
-        self.prepared: dict[Any, tuple[Any, ...]] = {}
-        self.scratch: dict[tuple[int, torch.dtype], torch.Tensor] = {}
-        self.widest = 1
+        self.steps: list[Step | None] | None = None
+        self.known: dict[Any, tuple[tuple[Any, ...], Kernel, Environment] | None] = {}
         self.kept: dict[Key, Any] = {}
         self.copied: dict[Copied | tuple[int, int, int], torch.Tensor] = {}
+        self.device = next((each.device for each in values.values()), torch.device("cpu"))
+
+    @functools.cached_property
+    def before(self) -> list[Any]:
+        """What is computed before the segments."""
+        return self._outside(self.loop.before, "before")
 
     def outputs(self, plan: Plan) -> dict[str, Any]:
-        self.before = self._outside(self.loop.before, "before")
         made: dict[int, tuple[Any, ...]] = {}
-        self.widest = max((len(launch.cells) for launch in plan.launches), default=1)
         for number, launch in enumerate(plan.launches):
-            results = made[number] = self._launch(launch, made)
+            step = self.steps[number] if self.steps is not None else None
+            results = made[number] = self._launch(launch, made) if step is None else self._step(step, launch, made)
             for key, result, index in launch.kept:
                 value = results[result]
                 # A view keeps the group alive: of a block of prologues or epilogues all cells are kept.
@@ -228,7 +285,8 @@ class _Walk:
                 repeat=launch.repeat,
                 numbers=numbers,
                 shared=lambda operand: self._operand(operand, (), environment),
-                overwrite=self.executor.overwrites,
+                constant=self.executor.constant,
+                bind=self.executor.binds and launch.body.stage == "layer",
             )
             self.executor.keep(key, kernel)
             logger.debug("emitted %s", kernel.source)
@@ -236,49 +294,56 @@ class _Walk:
         passed = self.passed.get(key)
         if passed is None:
             passed = self.passed[key] = tuple(self._operand(each, (), environment) for each in kernel.shared)
-        prepared = self.prepared.get((key, launch.layers, size))
-        if prepared is None:
-            scratch = self._scratch(kernel, next(iter((*weights, *inputs)), None))
-            prepared = self.prepared[key, launch.layers, size] = kernel.prepare(size, weights, scratch)
-        return self.executor.call(kernel, size, inputs, prepared, numbers, passed)
+        return self.executor.call(kernel, size, inputs, weights, numbers, passed)
 
-    def _scratch(self, kernel: Kernel, like: Any) -> list[torch.Tensor]:
-        """Memory for a kernel, enough for the widest launch: all kernels use the same, one after another."""
-        found = []
-        for slot, (count, dtype) in enumerate(kernel.scratch):
-            held = self.scratch.get((slot, dtype))
-            if held is None or held.numel() < count * self.widest:
-                device = like.device if isinstance(like, torch.Tensor) else None
-                held = self.scratch[slot, dtype] = torch.empty(count * self.widest, dtype=dtype, device=device)
-            found.append(held)
-        return found
+    def _step(self, step: Step, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
+        """A launch in memory that stays."""
+        for to, source in step.copies:
+            to.copy_(source)
+        for to, piece in step.fills:
+            value = self._piece(piece, made, self.middle)
+            if value.shape != to.shape or value.dtype != to.dtype:
+                raise Moved(f"{value.dtype}{list(value.shape)} in place of {to.dtype}{list(to.shape)}")
+            to.copy_(value)
+        assert step.body.run is not None
+        results = step.body.run(launch.numbers)
+        if step.apart:
+            results = tuple([each.clone() if n in step.apart else each for n, each in enumerate(results)])
+        return results
+
+    def kernel_of(self, launch: Launch) -> tuple[tuple[Any, ...], Kernel, Environment] | None:
+        """The one kernel that a launch can be of, with its key and sizes."""
+        body, at = launch.body, self.middle
+        wanted = body.name, at.T, at.B, launch.grouped, launch.one_layer, launch.repeat
+        if wanted not in self.known:
+            found = [key for key in self.executor.kernels if (*key[:3], *key[5:]) == wanted]
+            sure = len(found) == 1 and None not in found[0][3]
+            self.known[wanted] = (found[0], self.executor.kernels[found[0]], at) if sure else None
+        return self.known[wanted]
+
+    def rows_of(self, launch: Launch) -> tuple[Sequence[torch.Tensor], bool]:
+        """A launch's weights, and whether they are the same in later runs."""
+        rows = self._weights(launch.body, launch.layers, launch.grouped, launch.one_layer)
+        layers = launch.layers[:1] if launch.one_layer else launch.layers
+        held = self.executor.weights
+        return rows, all(held.stacked(launch.body, number, layers) for number in range(len(rows)))
+
+    def shared_of(self, operand: Operand, at: Environment) -> tuple[Any, bool]:
+        """An operand that all cells share, and whether it lies where it lies for good, as parameters do."""
+        value = self._operand(operand, (), at)
+        source = self.loop.sources.get(operand.name) if isinstance(operand, Src) else None
+        return value, source is not None and source.kind in ("parameter", "buffer", "constant")
 
     def _gather(
         self, pieces: tuple[Piece, ...], made: Mapping[int, tuple[Any, ...]], grouped: bool, at: Environment
     ) -> Any:
         if not grouped:
-            (piece,) = pieces
-            if isinstance(piece, Copied):
-                return self.copied[piece]
-            if isinstance(piece, Whole):
-                return self._operand(piece.operand, (), at)
-            value = made[piece.launch][piece.result]
-            return value if piece.first < 0 else value[piece.first]
+            value = self._piece(pieces[0], made, at)
+            return value[0] if isinstance(pieces[0], Part) and pieces[0].first >= 0 else value
         tensors: list[torch.Tensor] = []
         for piece in pieces:
-            if isinstance(piece, Whole):
-                tensors.append(self._operand(piece.operand, (), at).unsqueeze(0))
-                continue
-            if isinstance(piece, Copied):
-                tensors.append(self.copied[piece].unsqueeze(0))
-                continue
-            value = made[piece.launch][piece.result]
-            if piece.first < 0:
-                tensors.append(value.unsqueeze(0))
-            elif piece.first == 0 and piece.cells == value.shape[0]:
-                tensors.append(value)
-            else:
-                tensors.append(value[piece.first : piece.first + (piece.cells - 1) * piece.step + 1 : piece.step])
+            value = self._piece(piece, made, at)
+            tensors.append(value if isinstance(piece, Part) and piece.first >= 0 else value.unsqueeze(0))
         if len({tensor.dtype for tensor in tensors}) > 1:
             dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
             raise RefusedError(
@@ -286,6 +351,17 @@ class _Walk:
                 remedy="make what the first segment reads in the dtype of what later ones read",
             )
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    def _piece(self, piece: Piece, made: Mapping[int, tuple[Any, ...]], at: Environment) -> Any:
+        """A piece of an input; of one cell, without a group axis."""
+        if isinstance(piece, Copied):
+            return self.copied[piece]
+        if isinstance(piece, Whole):
+            return self._operand(piece.operand, (), at)
+        value = made[piece.launch][piece.result]
+        if piece.first < 0 or (piece.first == 0 and piece.cells == value.shape[0]):
+            return value
+        return value[piece.first : piece.first + (piece.cells - 1) * piece.step + 1 : piece.step]
 
     def _weights(self, body: Body, layers: tuple[int, ...], grouped: bool, one_layer: bool) -> Sequence[torch.Tensor]:
         if not body.weights:

@@ -27,7 +27,7 @@ class Inductor(Executor):
     what it compiles on disk, where the next process finds it.
     """
 
-    overwrites: ClassVar[bool] = False  # Inductor plans memory itself
+    binds: ClassVar[bool] = False  # Inductor plans memory itself
 
     compiled: dict[str, Any] = field(default_factory=dict)
     _marked: set[tuple[Any, ...]] = field(default_factory=set)
@@ -37,7 +37,7 @@ class Inductor(Executor):
         kernel: Kernel,
         size: int | None,
         inputs: Sequence[Any],
-        prepared: tuple[Any, ...],
+        weights: Sequence[torch.Tensor],
         numbers: Sequence[Any],
         shared: tuple[Any, ...],
     ) -> tuple[Any, ...]:
@@ -47,20 +47,20 @@ class Inductor(Executor):
             RefusedError: if Inductor cannot compile it.
         """
         if size is None or size < 2 or numbers or not inputs:
-            return super().call(kernel, size, inputs, prepared, numbers, shared)
+            return super().call(kernel, size, inputs, weights, numbers, shared)
         run = self.compiled.get(kernel.file)
         if run is None:
             run = self.compiled[kernel.file] = torch.compile(_of_tensors(kernel), backend="inductor", fullgraph=True)
             logger.info("%s is compiled by Inductor", kernel.name)
         # Inductor asks of a tensor whether it begins where its memory does: a graph serves those that do, or those that
         # do not.
-        new = kernel.file, tuple(each.storage_offset() == 0 for each in (*inputs, *prepared))
+        new = kernel.file, tuple(each.storage_offset() == 0 for each in (*inputs, *weights))
         if new not in self._marked:
-            for each in (*inputs, *prepared):
+            for each in (*inputs, *weights):
                 if each.shape[:1] == (size,):
                     torch._dynamo.mark_dynamic(each, 0)
         try:
-            found: tuple[Any, ...] = run(list(inputs), prepared, shared)
+            found: tuple[Any, ...] = run(list(inputs), list(weights), shared)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             raise RefusedError(
                 f"Inductor does not compile {kernel.name}: {' '.join(str(error).split())[:300]}",
@@ -81,8 +81,8 @@ def _of_tensors(kernel: Kernel) -> Callable[..., tuple[Any, ...]]:
     """A kernel as a function of tensors, which tell the number of cells."""
     function = kernel.function
 
-    def body(inputs: list[torch.Tensor], prepared: tuple[Any, ...], shared: tuple[Any, ...]) -> tuple[Any, ...]:
-        return function(inputs[0].shape[0], inputs, prepared, (), shared)
+    def body(inputs: list[torch.Tensor], weights: list[torch.Tensor], shared: tuple[Any, ...]) -> tuple[Any, ...]:
+        return function(inputs[0].shape[0], inputs, weights, (), shared)
 
     # Dynamo counts recompilations by code: with one for all, a few kernels would be all that a process may have.
     code = body.__code__.replace(co_name=f"{kernel.name}_of_tensors")

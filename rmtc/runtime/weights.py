@@ -44,11 +44,13 @@ class _Memory:
         tensor: ``(rows, *shape)``; None once a parameter was moved elsewhere, so that nothing keeps it alive.
         rows: the row at each address, and where in its first dimension the parameter begins.
         views: parts that each call asks for again.
+        users: what else holds parts of it.
     """
 
     tensor: torch.Tensor | None
     rows: dict[int, tuple[int, int]]
     views: dict[_Part, torch.Tensor] = field(default_factory=dict)
+    users: list[weakref.ref[Weights]] = field(default_factory=list)
 
     def part(self, part: _Part) -> torch.Tensor | None:
         """A view of some rows; None if the parameters lie elsewhere by now."""
@@ -68,6 +70,9 @@ class _Memory:
         """Keep nothing alive."""
         self.tensor = None
         self.views.clear()
+        for user in self.users:
+            if (weights := user()) is not None:
+                weights.forget()
 
 
 _memories: weakref.WeakSet[_Memory] = weakref.WeakSet()
@@ -107,7 +112,7 @@ class _Place(NamedTuple):
     number: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Weights:
     """The tensors that layers own, as the bodies of groups want them.
 
@@ -118,11 +123,15 @@ class Weights:
 
     All captures, of one model or of several that share modules, use the same stacks: a parameter is moved once, and no
     capture holds on to memory that another one has moved it out of.
+
+    Attributes:
+        forget: called when memory is let go, parts of which others may hold.
     """
 
     stacks: list[_Stack] = field(default_factory=list)
     places: dict[str, _Place] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
+    forget: Callable[[], None] = field(default=lambda: None)
     _layout: list[list[Any]] | None = None
     _parts: dict[tuple[str, int, tuple[int, ...]], tuple[_Stack, _Part]] = field(default_factory=dict)
 
@@ -175,10 +184,19 @@ class Weights:
                 rows = [[values[name] for name in row] for row in stack.names]
                 found = _lying(rows)
                 stack.memory, stack.at = found if found is not None else (_together(rows), _Part(0, len(rows) - 1))
+                stack.memory.users.append(weakref.ref(self))
         one: dict[Any, Any] = {}  # equal strides are one object: fewer to read in each call
         layout = [[get(values[name]) for name in self.names] for get in _LAYOUT]
         self._layout = [[one.setdefault(each, each) for each in held] for held in layout]
         logger.info("stacked %d parameters in %d stacks", len(self.names), len(self.stacks))
+
+    def lies(self) -> list[torch.Tensor | None]:
+        """The memory of each stack: other objects, once parameters were moved."""
+        return [None if stack.memory is None else stack.memory.tensor for stack in self.stacks]
+
+    def stacked(self, body: Body, number: int, layers: tuple[int, ...]) -> bool:
+        """Whether :meth:`rows` gives a view of a stack."""
+        return (body.name, number, layers) in self._parts
 
     def rows(
         self, body: Body, number: int, layers: tuple[int, ...], values: Mapping[str, torch.Tensor]

@@ -5,6 +5,7 @@ Source is emitted while the body runs for the first time, so every shape is know
 
 from __future__ import annotations
 
+import functools
 import itertools
 import linecache
 import logging
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from rmtc.codegen.torch.buffers import Buffer, Line, out, plain, plan_buffers, views_of_weights, weight
+from rmtc.codegen.fused import BOUND
+from rmtc.codegen.torch.attention import attend, bind_attend
+from rmtc.codegen.torch.buffers import Line, Planned, bound_lines, out, plain, plan_buffers, seen
 from rmtc.codegen.torch.onednn import each_linear
 from rmtc.codegen.torch.rules import (
     UNGROUPED,
@@ -25,6 +28,7 @@ from rmtc.codegen.torch.rules import (
     Raw,
     Value,
     Varying,
+    function_name,
     grouped,
     is_fresh,
     is_view,
@@ -35,11 +39,34 @@ from rmtc.ir.program import Src, call_arguments, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import BodyOp, Environment, Fit, Outer
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, choose
 
-__all__ = ["Kernel", "emit", "select_run"]
+__all__ = ["Kernel", "emit", "kind_of", "select_run"]
 
 logger = logging.getLogger(__name__)
 
 _BATCHING = ("FuncTorchBatched", "FuncTorchBatchedDecomposition")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A body that runs in memory that stays: all operands, and what it computes, lie where they lay before.
+
+    Attributes:
+        source: its text.
+        bind: ``(G, inputs, weights, shared, scratch, results, work) -> (run, made)``, with ``run(numbers) -> results`` of the
+            body, and those of them that lie in the same memory each time, else None. ``work(shape, dtype)`` gives more
+            memory, of the size of so many cells.
+        scratch: the elements of a cell, and the dtype, of memory that a run may use as it likes.
+        results: the same of memory that results are left in, until the next run.
+        overwritten: the inputs that are; results may lie there.
+        file: where `linecache` has the source, for tracebacks.
+    """
+
+    source: str
+    bind: Callable[..., tuple[Callable[[Sequence[Any]], tuple[Any, ...]], tuple[torch.Tensor | None, ...]]]
+    scratch: tuple[tuple[int, torch.dtype], ...]
+    results: tuple[tuple[int, torch.dtype], ...]
+    overwritten: frozenset[int]
+    file: str
 
 
 @dataclass(frozen=True)
@@ -50,10 +77,10 @@ class Kernel:
         name: the function's name.
         source: its text.
         shared: the operands that all cells share, in the order in which the function takes them.
-        prepare: ``(G, weights, scratch) -> prepared``: views of weights and scratch memory for so many cells.
-        scratch: the elements of a cell, and the dtype, of each slot of scratch memory.
-        function: ``(G, inputs, prepared, numbers, shared) -> results``; ``G`` is the number of cells, None for a body
-            that runs for one cell at a time.
+        kinds: what each of them was, see :func:`kind_of`.
+        function: ``(G, inputs, weights, numbers, shared) -> results``, which writes to none of them; ``G`` is the
+            number of cells, None for a body that runs for one cell at a time.
+        bound: the same in memory that stays, if it may run so.
         fallbacks: the operations without a grouping rule, by name.
         file: where `linecache` has the source, for tracebacks.
     """
@@ -61,9 +88,9 @@ class Kernel:
     name: str
     source: str
     shared: tuple[Operand, ...]
-    prepare: Callable[..., tuple[Any, ...]]
-    scratch: tuple[tuple[int, torch.dtype], ...]
+    kinds: tuple[Any, ...]
     function: Callable[..., tuple[Any, ...]]
+    bound: Bound | None
     fallbacks: tuple[str, ...]
     file: str
 
@@ -75,8 +102,8 @@ _BUILTINS = {each.__name__: each for each in (range, float, complex, __import__)
 
 
 class _Emitter:
-    def __init__(self, size: int | None, environment: Environment, overwrite: bool) -> None:
-        self.size, self.environment, self.overwrite = size, environment, overwrite
+    def __init__(self, size: int | None, environment: Environment, choose: bool) -> None:
+        self.size, self.environment, self.choose = size, environment, choose
         self.lines: list[Line] = []
         self.regions: dict[str, str] = {}
         self.pinned: set[str] = set()  # values that others, whose operands are several, may lie in
@@ -89,9 +116,11 @@ class _Emitter:
         }
         for helper in (
             *(torch.stack, torch.bmm, torch.baddbmm, torch.matmul, torch.einsum),
-            *(select_run, slice_run, each_linear, stacked),
+            *(select_run, slice_run, each_linear, stacked, seen, attend, bind_attend),
         ):
             self.space[helper.__name__] = helper
+        for target, binder in BOUND.items():
+            self.space[f"bind_{function_name(target)}"] = binder
         self.fallbacks: dict[str, None] = {}
 
     def bind(self, text: str, value: Any, is_grouped: bool) -> Any:
@@ -102,7 +131,7 @@ class _Emitter:
     def _describe(self, text: str, value: Any, is_grouped: bool) -> Any:
         if isinstance(value, torch.Tensor):
             shape = tuple(value.shape[1:] if is_grouped else value.shape)
-            device = value.device if self.overwrite else None  # else it is not here that products are chosen
+            device = value.device if self.choose else None  # else it is not here that products are chosen
             return Value(text, shape, value.dtype, is_grouped, device)
         if isinstance(value, (tuple, list)):
             return tuple(self._describe(f"{text}[{n}]", item, is_grouped) for n, item in enumerate(value))
@@ -154,6 +183,7 @@ class _Emitter:
                     line.solid, line.instead = True, overwriting(arguments)
                     self.space.update(arguments.functions)
                 elif by_rule and is_view(op.target):
+                    line.view = True
                     line.solid = any(each.name in line.reads and each.solid for each in self.lines[:-1])
                 return self.bind(name, self.space[name], True)
             logger.debug("%s as %s: not the shape or dtype of its cells", op, text)
@@ -345,7 +375,8 @@ def emit(
     repeat: int = 1,
     numbers: Sequence[Any] = (),
     shared: Callable[[Operand], torch.Tensor],
-    overwrite: bool = True,
+    constant: Callable[[Operand], bool] = lambda operand: False,
+    bind: bool = True,
 ) -> tuple[Kernel, tuple[Any, ...]]:
     """Emit a body and run it once.
 
@@ -360,7 +391,8 @@ def emit(
         repeat: how many neighbouring cells have each row of ``weights``.
         numbers: for each number that differs, the list of what it is in each cell; the number itself without ``size``.
         shared: gives the tensor for an operand that all cells share.
-        overwrite: whether the source says where values lie and how products run: not if a compiler decides that.
+        constant: whether its contents are the same in all calls with these sizes of batch and segment.
+        bind: whether it is to run in memory that stays, and products as is fast here: not if a compiler decides that.
 
     Returns:
         The kernel, and what it returned.
@@ -369,7 +401,7 @@ def emit(
         NotImplementedError: if an operation cannot be run for a group.
     """
     group = size is not None
-    emitter = _Emitter(size, environment, overwrite)
+    emitter = _Emitter(size, environment, bind)
     values: dict[int, Any] = {}
     passed: dict[Operand, str] = {}
     for prefix, tensors in (("in", inputs), ("w", weights)):
@@ -385,16 +417,16 @@ def emit(
             is_grouped = group and not (one_layer and isinstance(leaf, Weight))
             if repeat > 1 and isinstance(leaf, Weight):
                 return emitter.repeated(str(leaf), repeat)
-            value = emitter.bind(str(leaf), emitter.space[str(leaf)], is_grouped)
-            named = isinstance(leaf, Weight) and isinstance(value, Value)
-            return replace(value, text=weight(value.text)) if named else value
+            return emitter.bind(str(leaf), emitter.space[str(leaf)], is_grouped)
         if isinstance(leaf, Number):
             return Varying(str(leaf)) if group else Raw(str(leaf))
         if isinstance(leaf, Fit):
             return leaf.at(environment)
         if isinstance(leaf, (Src, Outer, Shared)):
             text = passed.setdefault(leaf, f"u{len(passed)}")
-            return emitter.bind(text, shared(leaf), False)
+            value = emitter.bind(text, shared(leaf), False)
+            known = isinstance(value, Value) and constant(leaf)
+            return replace(value, known=emitter.space[text]) if known else value
         return leaf
 
     last = {leaf.number: number for number, op in ops.items() for leaf in leaves(op.args) if isinstance(leaf, Local)}
@@ -413,16 +445,17 @@ def emit(
         for number in results:
             _spread(emitter, values, number)
     outputs = tuple(emitter.space[f"v{number}"] for number in results)
-    body = _Body(name, emitter, [f"v{number}" for number in results], len(inputs), len(weights), len(numbers), passed)
-    kernel = body.compiled()
-    if group and emitter.pure and overwrite:
-        planned = body.compiled(*plan_buffers(emitter.lines, emitter.regions, body.results, emitter.pinned))
+    counts = len(inputs), len(weights), len(numbers)
+    body = _Body(name, emitter, [f"v{number}" for number in results], *counts, passed, one_layer, repeat)
+    kernel = body.kernel()
+    if group and bind and emitter.pure:
+        bound = body.bound([*map(shared, passed)])
         # Several cells show what one hides, and random values what first segments do, where they are often zero.
         twice = [torch.cat((each, each)) for each in inputs]
         rows = weights if one_layer else [torch.cat((each, each)) for each in weights]
         rest = 2 * (size or 1), rows, [[*each, *each] for each in numbers], [*map(shared, passed)]
-        if all(_same_as(kernel, planned, each, *rest) for each in (twice, [*map(_random, twice)])):
-            kernel = planned
+        if _same_as(kernel, bound, (twice, [*map(_random, twice)]), *rest):
+            kernel = replace(kernel, bound=bound)
     return kernel, outputs
 
 
@@ -435,37 +468,55 @@ def _random(tensor: torch.Tensor) -> torch.Tensor:
 
 def _same_as(
     kernel: Kernel,
-    planned: Kernel,
-    inputs: Sequence[torch.Tensor],
+    bound: Bound,
+    trials: Sequence[Sequence[torch.Tensor]],
     size: int,
     weights: Sequence[torch.Tensor],
     numbers: Sequence[Any],
     shared: Sequence[Any],
 ) -> bool:
-    """Whether a kernel that overwrites gives what one does that does not, and leaves its operands as they are.
+    """Whether a body gives in memory that stays what it does without, and leaves its other operands as they are.
 
     Results are looked at after what was scratch memory is filled with NaN: none may lie there.
     """
-    given = [each for each in (*inputs, *weights, *shared) if isinstance(each, torch.Tensor)]
-    before, device = [each.clone() for each in given], given[0].device if given else None
-    scratch = [torch.full((count * size,), math.nan, dtype=dtype, device=device) for count, dtype in planned.scratch]
+    others = [each for each in (*weights, *shared) if isinstance(each, torch.Tensor)]
+    before = [each.clone() for each in others]
+    homes = [torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in trials[0]]
+    device = homes[0].device if homes else None
+
+    def memory(kinds: Sequence[tuple[int, torch.dtype]]) -> list[torch.Tensor]:
+        return [torch.full((count * size,), math.nan, dtype=dtype, device=device) for count, dtype in kinds]
+
+    scratch = memory(bound.scratch)
     try:
-        wanted = kernel.function(size, inputs, kernel.prepare(size, weights, ()), numbers, shared)
+        work = functools.partial(_memory, device=device)
+        run, _ = bound.bind(size, homes, weights, shared, scratch, memory(bound.results), work)
+        for inputs in trials:
+            wanted = kernel.function(size, inputs, weights, numbers, shared)
+            for home, each in zip(homes, inputs, strict=True):
+                home.copy_(each)
+            found = run(numbers)
+            for each in scratch:
+                each.fill_(math.nan)
+            changed = [n for n, (a, b) in enumerate(zip(homes, inputs, strict=True)) if not _equal(a, b)]
+            if not bound.overwritten.issuperset(changed) or not all(map(_close, found, wanted)):
+                logger.warning("%s gives something else in memory that stays", kernel.name)
+                return False
     except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
-        logger.info("%s does not run on random values, so its memory is not planned: %s", kernel.name, error)
+        logger.info("%s does not run in memory that stays: %s", kernel.name, error)
         return False
-    try:
-        found = planned.function(size, inputs, planned.prepare(size, weights, scratch), numbers, shared)
-    except (RuntimeError, TypeError, ValueError) as error:
-        logger.warning("%s does not run in memory that was planned: %s", kernel.name, error)
-        return False
-    for each in scratch:
-        each.fill_(math.nan)
-    kept = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(given, before, strict=True))
-    if not kept or not all(map(_close, found, wanted)):
-        logger.warning("%s gives something else in memory that was planned", kernel.name)
+    if not all(map(_equal, others, before)):
+        logger.warning("%s changes its operands in memory that stays", kernel.name)
         return False
     return True
+
+
+def _memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -489,50 +540,76 @@ class _Body:
     weights: int
     numbers: int
     passed: Mapping[Operand, str]
+    one_layer: bool
+    repeat: int
 
-    def compiled(
-        self,
-        lines: Sequence[Line] | None = None,
-        buffers: Sequence[Buffer] = (),
-        slots: Mapping[tuple[int, torch.dtype], int] | None = None,
-    ) -> Kernel:
-        """The kernel; without a plan, one that overwrites nothing."""
-        if lines is None:
-            lines = [replace(line, instead=()) for line in self.emitter.lines]
-        views = views_of_weights(lines)
-        read = {name for line in lines for name in line.reads}
-        held = [f"w{number}" for number in range(self.weights) if f"w{number}" in read]
-        prepared = [*held, *(f"p{number}" for number in range(len(views))), *(f"b{n}" for n in range(len(buffers)))]
-        made = [*held, *views, *(f"s{each.slot}[:G * {each.elements}].view({each.sizes})" for each in buffers)]
-        header = _header(
-            self.name,
-            "G, inputs, prepared, numbers, shared",
-            inputs=[f"in{number}" for number in range(self.inputs)],
-            prepared=prepared,
-            numbers=[f"n{number}" for number in range(self.numbers)],
-            shared=[f"u{number}" for number in range(len(self.passed))],
-        )
-        body = []
-        for line in lines:
+    def kernel(self) -> Kernel:
+        """What overwrites nothing."""
+        unpacked = {"inputs": ("in", self.inputs), "weights": ("w", self.weights), "numbers": ("n", self.numbers)}
+        body = _header(self.name, "G, inputs, weights, numbers, shared", **unpacked, shared=("u", len(self.passed)))
+        for line in self.emitter.lines:
             body.append(f"    {line}")
             if line.dead:
                 body.append(f"    del {', '.join(line.dead)}")
-        source = [*header, *body, f"    return ({''.join(f'{name}, ' for name in self.results)})", ""]
-        slots = slots or {}
-        preparing = _header(
-            "prepare",
-            "G, weights, scratch",
-            weights=[f"w{number}" for number in range(self.weights)],
-            scratch=[f"s{number}" for number in range(len(slots))],
-        )
-        preparing.append(f"    return ({''.join(f'{text}, ' for text in made)})")
-        scratch = tuple((count, dtype) for (_, dtype), count in slots.items())
-        return _compiled(self.name, "\n".join([*preparing, "", *source]), self.emitter, tuple(self.passed), scratch)
+        source = "\n".join([*body, self._returned("    "), ""])
+        function, file = _function(self.name, self.name, source, self.emitter)
+        kinds = tuple(kind_of(self.emitter.space[name]) for name in self.passed.values())
+        fallbacks = tuple(self.emitter.fallbacks)
+        return Kernel(self.name, source, tuple(self.passed), kinds, function, None, fallbacks, file)
+
+    def bound(self, shared: Sequence[Any]) -> Bound:
+        """The same in memory that stays."""
+        space, lines = self.emitter.space, self.emitter.lines
+        known = {name: space[name] for kind, n in (("in", self.inputs), ("w", self.weights)) for name in _named(kind, n)}
+        known |= zip(_named("u", len(self.passed)), shared, strict=True)
+        inputs = [
+            Line(name, name, "", name, (tuple(space[name].shape), space[name].dtype), solid=True)
+            for name in _named("in", self.inputs)
+        ]
+        planned = plan_buffers(lines, self.emitter.regions, self.results, self.emitter.pinned, inputs)
+        names = {line.name for line in inputs}
+        cells = 2 * self.repeat
+        for name, tensor in list(known.items()):
+            if not isinstance(tensor, torch.Tensor):
+                del known[name]
+                continue
+            there = tensor.to("meta")
+            rows = cells if name in names else None if name.startswith("u") or self.one_layer else 2
+            if rows is not None:
+                there = there[:1].expand(rows, *there.shape[1:])
+            known[name] = torch.empty(there.shape, dtype=there.dtype, device="meta") if name in names else there
+        once, each, lasting = bound_lines(planned, known, names, {**space, "G": cells})
+        memory = {"scratch": ("s", len(planned.slots)), "results": ("r", sum(b.slot is None for b in planned.buffers))}
+        unpacked = {"inputs": ("in", self.inputs), "weights": ("w", self.weights), "shared": ("u", len(self.passed))}
+        source = _header("bind", "G, inputs, weights, shared, scratch, results, work", **unpacked, **memory)
+        source += [f"    {line}" for line in once]
+        source += [f"    {line}" for line in _header(self.name, "numbers", numbers=("n", self.numbers))]
+        source += [*(f"        {line}" for line in each), self._returned("        ")]
+        made = "".join(f"{name if name in lasting else None}, " for name in self.results)
+        source += [f"    return {self.name}, ({made})", ""]
+        bind, file = _function("bind", f"{self.name} in memory that stays", "\n".join(source), self.emitter)
+        results = tuple((each.elements, each.dtype) for each in planned.buffers if each.slot is None)
+        overwritten = frozenset(int(name.removeprefix("in")) for name in planned.overwritten)
+        return Bound("\n".join(source), bind, tuple(planned.slots), results, overwritten, file)
+
+    def _returned(self, indent: str) -> str:
+        return f"{indent}return ({''.join(f'{name}, ' for name in self.results)})"
 
 
-def _header(name: str, arguments: str, **unpacked: Sequence[str]) -> list[str]:
+def kind_of(value: Any) -> Any:
+    """What emitted source takes for granted of a shared operand."""
+    return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+def _named(prefix: str, count: int) -> list[str]:
+    return [f"{prefix}{number}" for number in range(count)]
+
+
+def _header(name: str, arguments: str, **unpacked: tuple[str, int]) -> list[str]:
     lines = [f"def {name}({arguments}):"]
-    lines += [f"    {', '.join(names)}, = {argument}" for argument, names in unpacked.items() if names]
+    for argument, (prefix, count) in unpacked.items():
+        if count:
+            lines.append(f"    {', '.join(_named(prefix, count))}, = {argument}")
     return lines
 
 
@@ -546,20 +623,14 @@ def _spread(emitter: _Emitter, values: dict[int, Any], number: int) -> None:
         emitter.lines.append(Line(value.text, text, "", emitter.regions[value.text], None))
 
 
-def _compiled(
-    name: str,
-    source: str,
-    emitter: _Emitter,
-    shared: tuple[Operand, ...],
-    scratch: tuple[tuple[int, torch.dtype], ...],
-) -> Kernel:
+def _function(name: str, title: str, source: str, emitter: _Emitter) -> tuple[Callable[..., Any], str]:
+    """The function of a source, and the file that it seems to be in."""
     constants = {
         key: value
         for key, value in emitter.space.items()
         if (callable(value) and not isinstance(value, torch.Tensor)) or key in ("torch", "__builtins__")
     }
-    file = f"<rmtc {name} {next(_numbers)}>"
+    file = f"<rmtc {title} {next(_numbers)}>"
     exec(compile(source, file, "exec"), constants)
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
-    fallbacks = tuple(emitter.fallbacks)
-    return Kernel(name, source, shared, constants["prepare"], scratch, constants[name], fallbacks, file)
+    return constants[name], file

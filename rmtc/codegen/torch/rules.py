@@ -14,13 +14,14 @@ import math
 import re
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 
-from rmtc.codegen.fused import FUNCTIONS, add_linear, add_matmul, rms_normalize, roll_products, rotary
-from rmtc.codegen.torch.buffers import out
+from rmtc.codegen.fused import BOUND, FUNCTIONS, add_linear, add_matmul, rms_normalize, roll_products, rotary
+from rmtc.codegen.torch.buffers import Instead, out
+from rmtc.codegen.torch import attention as products
 from rmtc.codegen.torch.onednn import is_faster
 
 __all__ = [
@@ -51,6 +52,7 @@ class Value:
         grouped: whether it has a group axis.
         repeat: how many neighbouring cells each row of ``rows`` is for; ``text`` repeats it.
         rows: the expression of the tensor with one row for so many cells.
+        known: its contents, if they are the same in all calls of these sizes.
     """
 
     text: str
@@ -60,6 +62,7 @@ class Value:
     device: torch.device | None = None
     repeat: int = 1
     rows: str = ""
+    known: torch.Tensor | None = field(default=None, compare=False)
 
     @property
     def rank(self) -> int:
@@ -74,6 +77,7 @@ class Arguments:
         values: its arguments.
         given: the names of those that are no defaults.
         functions: the operations that texts made from it name.
+        instead: other spellings of what a rule made of it, that overwrite an operand.
     """
 
     def __init__(self, target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -89,6 +93,7 @@ class Arguments:
                 self.values[argument.name] = argument.default_value
         self.given = {argument.name for argument in self.schema[: len(args)]} | set(kwargs)
         self.functions: dict[str, Callable[..., Any]] = {}
+        self.instead: tuple[Instead, ...] = ()
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -119,7 +124,7 @@ class Arguments:
             value = changed.get(name, self.values.get(name))
             named = argument.kwarg_only or not positional
             parts.append(f"{name}={literal(value)}" if named else literal(value))
-        return f"{self.function()}({', '.join(parts)}{out() if self.target in _WITH_OUT else ''})"
+        return f"{self.function()}({', '.join(parts)}{out() if _with_out(self.target) else ''})"
 
 
 @functools.cache
@@ -141,12 +146,12 @@ def _in_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
     return getattr(packet, target._overloadname, None)
 
 
-def overwriting(arguments: Arguments) -> tuple[tuple[str, str], ...]:
-    """The operands that the result of a pointwise operation may overwrite, each with the expression that does so."""
-    target, found = arguments.target, []
+def overwriting(arguments: Arguments) -> tuple[Instead, ...]:
+    """The operands that the result of an operation may overwrite, each with the expression that does so."""
+    target, found = arguments.target, list(arguments.instead)
     instead = _in_place(target)
     if instead is None or rule_for(target) is not pointwise:
-        return ()
+        return tuple(found)
     first, other = arguments.schema[0].name, arguments.schema[1].name if len(arguments.schema) > 1 else ""
     orders: list[dict[str, Any]] = [{}]
     if target in _COMMUTE and isinstance(arguments.values.get(other), Value) and arguments.values.get("alpha", 1) == 1:
@@ -154,7 +159,7 @@ def overwriting(arguments: Arguments) -> tuple[tuple[str, str], ...]:
     for order in orders:
         values = {**arguments.values, **order}
         self = values[first]
-        if isinstance(self, Value) and self.grouped and re.fullmatch(r"v\d+", self.text):
+        if isinstance(self, Value) and self.grouped and _NAMED.fullmatch(self.text):
             swapped = Arguments(target, (), {})
             swapped.values, swapped.given, swapped.functions = values, arguments.given, arguments.functions
             text = pointwise(swapped)
@@ -162,7 +167,7 @@ def overwriting(arguments: Arguments) -> tuple[tuple[str, str], ...]:
                 name = function_name(instead)
                 method = getattr(torch.Tensor, instead._schema.name.removeprefix("aten::"), None)
                 arguments.functions[name] = method if isinstance(method, types.MethodDescriptorType) else _fast(instead)
-                found.append((self.text, f"{name}({text.partition('(')[2]}"))
+                found.append(Instead(self.text, f"{name}({text.partition('(')[2]}", self.text))
     return tuple(found)
 
 
@@ -197,14 +202,21 @@ _SEEN = frozenset(
     }
 )
 
+_NAMED = re.compile(r"(?:v|in)\d+")
 _COMMUTE = frozenset({aten.mul.Tensor, aten.add.Tensor, aten.maximum.default, aten.minimum.default})
-_WITH_OUT = frozenset(
-    {
-        *(aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.sigmoid.default),
-        *(aten.addcmul.default, aten.addcdiv.default, aten.tanh.default, rms_normalize, rotary),
-    }
-)
-"""Operations that can write their result into a tensor that is given."""
+
+
+@functools.cache
+def _with_out(target: torch._ops.OpOverload) -> bool:
+    """Whether what is called for an operation can write its result into a tensor that is given."""
+    if target in FUNCTIONS:
+        return target in BOUND
+    if not isinstance(_fast(target), types.BuiltinFunctionType):
+        return False
+    names, packet = [each.name for each in target._schema.arguments], target.overloadpacket
+    overloads = (getattr(packet, name) for name in packet.overloads())
+    written = (each for each in overloads if torch.Tag.generated not in each.tags)  # Python has no others
+    return any([each.name for each in overload._schema.arguments] == [*names, "out"] for overload in written)
 
 
 _CALLED = frozenset(
@@ -224,8 +236,8 @@ Rule: TypeAlias = Callable[[Arguments], "str | None"]
 
 _NAMES: dict[str, Callable[..., Any]] = {}
 _TAKEN = re.compile(
-    r"(v|in|w|n|u|x|p|b|s)\d+|[Gi]|range|float|complex|torch|vmap|select_run|slice_run|each_linear|stacked|choose|"
-    r"stack|bmm|baddbmm|matmul|einsum|inputs|weights|numbers|shared|prepared|scratch|prepare"
+    r"(v|in|w|n|u|x|p|b|s|r|k|f)\d+|[Gi]|range|float|complex|torch|vmap|select_run|slice_run|each_linear|stacked|choose|"
+    r"stack|bmm|baddbmm|matmul|einsum|inputs|weights|numbers|shared|scratch|results|bind\w*|seen|work|attend"
 )
 
 
@@ -414,7 +426,7 @@ def cat(arguments: Arguments) -> str | None:
     if len({value.rank for value in tensors}) > 1 or not tensors[0].rank:
         return None
     dim = shifted(arguments["dim"], tensors[0].rank)
-    return f"{arguments.function()}([{', '.join(map(grouped, tensors))}], {dim})"
+    return f"{arguments.function()}([{', '.join(map(grouped, tensors))}], {dim}{out()})"
 
 
 def stack(arguments: Arguments) -> str | None:
@@ -459,7 +471,10 @@ def added_linear(arguments: Arguments) -> str | None:
     into = out("G", rows, shape[-1])
     if is_faster(rows, value.shape[-1], shape[-1], value.dtype, value.device):
         return f"each_linear({flat[1]}, {weight.text}, residual={flat[0]}{into}).view(G, {_sizes(shape)})"
-    return f"baddbmm({', '.join(flat)}, {weight.text}.transpose(1, 2){into}).view(G, {_sizes(shape)})"
+    product, seen = f"{flat[1]}, {weight.text}.transpose(1, 2)", f".view(G, {_sizes(shape)})"
+    if _NAMED.fullmatch(residual.text):
+        arguments.instead = (Instead(residual.text, f"{flat[0]}.baddbmm_({product})", f"{flat[0]}{seen}"),)
+    return f"baddbmm({flat[0]}, {product}{into}){seen}"
 
 
 def added_matmul(arguments: Arguments) -> str | None:
@@ -474,8 +489,11 @@ def added_matmul(arguments: Arguments) -> str | None:
         for each in operands
     ]
     alpha = "" if arguments["alpha"] == 1 else f", alpha={literal(arguments['alpha'])}"
-    into = out(f"G * {count}", *operands[0].shape[-2:])
-    return f"baddbmm({', '.join(flat)}{alpha}{into}).view(G, {_sizes(operands[0].shape)})"
+    product, seen = f"{flat[1]}, {flat[2]}{alpha}", f".view(G, {_sizes(operands[0].shape)})"
+    if operands[0].grouped and _NAMED.fullmatch(operands[0].text):
+        place = Instead(operands[0].text, f"{flat[0]}.baddbmm_({product})", f"{flat[0]}{seen}")
+        arguments.instead = (place,)
+    return f"baddbmm({flat[0]}, {product}{out(f'G * {count}', *operands[0].shape[-2:])}){seen}"
 
 
 def _product_of_rows(value: Value, weight: Value, matrix: str, bias: Value | None = None) -> str:
@@ -500,9 +518,15 @@ def matmul(arguments: Arguments) -> str | None:
         a = f"{a}.unsqueeze(-2)"
     a_rank, b_rank = max(left.rank, 2), max(right.rank, 2)
     rank = max(a_rank, b_rank)
+    if left.grouped and right.grouped and rank > 2 and left.shape[:-2] == right.shape[:-2]:
+        count, sizes = math.prod(left.shape[:-2]), (left.shape[-2], right.shape[-1])
+        flat = [f"{each.text}.reshape(G * {count}, {_sizes(each.shape[-2:])})" for each in (left, right)]
+        return f"bmm({', '.join(flat)}{out(f'G * {count}', *sizes)}).view(G, {_sizes((*left.shape[:-2], *sizes))})"
     a = _batched(a, left, a_rank, rank, (1, *left.shape) if row else left.shape)
     b = _batched(b, right, b_rank, rank, (*right.shape, 1) if vector else right.shape)
     text = f"matmul({a}, {b})"
+    if left.grouped and right.grouped and rank == 2 and not (vector or row):
+        text = f"bmm({a}, {b}{out()})"
     if vector:
         text = f"{text}.squeeze(-1)"
     return f"{text}.squeeze(-{1 if vector else 2})" if row else text
@@ -551,13 +575,30 @@ def attention(arguments: Arguments) -> str | None:
     def folded(each: Value) -> str:
         return f"{grouped(each)}.reshape(G * {batch}, {_sizes(each.shape[1:])})"
 
+    shape = (batch, *query.shape[1:-1], value.shape[-1])
+    if isinstance(mask, Value) and mask.known is not None and products.is_causal(mask.known):
+        mask, causal = None, True
+    else:
+        causal = bool(arguments["is_causal"])
+    sizes = (query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1])
+    equal = query.rank == 4 and query.shape[1] == key.shape[1] == value.shape[1]
+    plain = arguments["dropout_p"] == 0 and len({query.dtype, key.dtype, value.dtype}) == 1
+    taken = mask is None or (isinstance(mask, Value) and mask.known is not None and products.can_attend(mask.known))
+    on_cpu = query.device is not None and query.device.type == "cpu"
+    if equal and plain and taken and on_cpu:
+        if products.is_faster(batch, query.shape[1], sizes, causal or mask is not None, query.dtype):
+            scale = arguments["scale"] if arguments["scale"] is not None else query.shape[-1] ** -0.5
+            given = ", ".join([*(folded(arguments[name]) for name in ("query", "key", "value")), literal(mask)])
+            into = out(f"G * {batch}", *shape[1:])
+            return f"attend({given}, scale={literal(scale)}, causal={causal}{into}).view(G, {_sizes(shape)})"
     changed: dict[str, Any] = {name: Raw(folded(arguments[name])) for name in ("query", "key", "value")}
-    if isinstance(mask, Value):
+    if causal and isinstance(arguments["attn_mask"], Value):
+        changed |= {"attn_mask": None, "is_causal": True}
+    elif isinstance(mask, Value):
         text = _mask(mask, query.rank, batch)
         if text is None:
             return None
         changed["attn_mask"] = Raw(text)
-    shape = (batch, *query.shape[1:-1], value.shape[-1])
     return f"{arguments.call(**changed)}.view(G, {_sizes(shape)})"
 
 

@@ -1,0 +1,134 @@
+"""Attention of short segments as products of all heads at once, where that is faster than torch's own."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from rmtc.codegen.torch.onednn import GAIN, seconds
+
+__all__ = ["attend", "bind_attend", "can_attend", "is_causal", "is_faster"]
+
+logger = logging.getLogger(__name__)
+
+_CELLS, _MOST = 4, 1 << 14
+"""Cells that are measured; scores of a head up to which on: they are held in memory."""
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, causal: bool) -> Tensor:
+    """``softmax(scale * query @ key^T + mask) @ value``.
+
+    Args:
+        query: (N, H, T, E).
+        key, value: (N, H, S, E) and (N, H, S, F).
+        mask: (..., T, S), added; or of bools, those that are attended to. Each position attends to some.
+        scale: of the scores.
+        causal: whether position t attends to those up to t.
+
+    Returns:
+        (N, H, T, F).
+    """
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    bind_attend(query, key, value, mask, scale=scale, causal=causal, out=out, work=_empty)()
+    return out
+
+
+def bind_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    out: Tensor,
+    work: Callable[[Sequence[int], torch.dtype], Tensor],
+) -> Callable[[], None]:
+    """What attends anew each time that it is called, with tensors that stay; the mask is taken as it is now.
+
+    ``work(shape, dtype)`` gives memory for it.
+
+    Scores are (N * H, S, T): softmax over another axis than the last runs along vectors.
+    """
+    copies: list[tuple[Tensor, Tensor]] = []
+
+    def flat(x: Tensor) -> Tensor:
+        if x.flatten(0, 1).untyped_storage()._cdata == x.untyped_storage()._cdata:
+            return x.flatten(0, 1)
+        copies.append((work(x.shape, x.dtype), x))
+        return copies[-1][0].flatten(0, 1)
+
+    q, k, v = flat(query).mT, flat(key), flat(value)
+    scores = work((k.shape[0], k.shape[1], q.shape[2]), q.dtype)
+    weights, mixed, added = scores.mT, out.view(-1, *out.shape[2:]), query.new_zeros(scores.shape[1:])
+    if causal:
+        added.fill_(-torch.inf).tril_(-1)
+    elif mask is not None:
+        given = mask.reshape(mask.shape[-2:]).mT
+        added = added.masked_fill_(~given, -torch.inf) if given.dtype == torch.bool else given.to(added.dtype)
+
+    def run() -> None:
+        for copy, source in copies:
+            copy.copy_(source)
+        torch.baddbmm(added, k, q, alpha=scale, out=scores)
+        torch.softmax(scores, 1, out=scores)
+        torch.bmm(weights, v, out=mixed)
+
+    return run
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def is_causal(mask: Tensor) -> bool:
+    """Whether a mask lets each of as many positions attend to those up to itself."""
+    *_, rows, columns = mask.shape
+    return mask.dtype == torch.bool and rows == columns and bool((mask == mask.new_ones(rows, columns).tril()).all())
+
+
+def can_attend(mask: Tensor) -> bool:
+    """Whether :func:`attend` takes a mask."""
+    seen = mask if mask.dtype == torch.bool else mask > -torch.inf
+    return mask.dim() >= 2 and mask.shape[-2:].numel() == mask.numel() and bool(seen.any(-1).all())
+
+
+def is_faster(batch: int, heads: int, sizes: tuple[int, int, int, int], mask: bool, dtype: torch.dtype) -> bool:
+    """Whether products are faster than torch's attention, as measured on this machine.
+
+    Args:
+        batch, heads: of a cell.
+        sizes: queries, keys, size of a query's head, size of a value's head.
+        mask: whether there is one.
+        dtype: of the operands, on the CPU.
+    """
+    if dtype not in (torch.float32, torch.float64) or sizes[0] * sizes[1] > _MOST or min(sizes) == 0:
+        return False
+    return _measured(batch, heads, sizes, mask, dtype, torch.get_num_threads())
+
+
+@functools.lru_cache(1024)
+def _measured(
+    batch: int, heads: int, sizes: tuple[int, int, int, int], mask: bool, dtype: torch.dtype, threads: int
+) -> bool:
+    queries, keys, size, values = sizes
+
+    def ones(length: int, width: int) -> Tensor:  # as heads are after a product
+        return torch.ones(_CELLS * batch, length, heads, width, dtype=dtype).transpose(1, 2)
+
+    q, k, v = ones(queries, size).contiguous(), ones(keys, size).contiguous(), ones(keys, values)
+    given = torch.ones(queries, keys, dtype=torch.bool) if mask else None
+    out = torch.empty(_CELLS * batch, heads, queries, values, dtype=dtype)
+    with torch.no_grad():
+        products = seconds(bind_attend(q, k, v, given, scale=1.0, causal=False, out=out, work=_empty))
+        whole = seconds(lambda: scaled_dot_product_attention(q, k, v, given))
+    logger.info(
+        "attention of %d heads, %d by %d, %d threads: as products %.0f us, as one operation %.0f us",
+        *(_CELLS * batch * heads, queries, keys, threads, 1e6 * products, 1e6 * whole),
+    )
+    return products < GAIN * whole

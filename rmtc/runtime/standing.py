@@ -1,0 +1,374 @@
+"""Memory that stays from run to run, and the launches that are bound to it.
+
+A launch of layers reads its inputs from a home, the rows of which are layers, and leaves its results in memory of its
+own or in the homes of inputs that it overwrites. Everything that names such memory is made once: a later run copies
+what has to be copied, and calls. Which copies these are is found by following what lies where through a whole plan:
+what is where it is to be read needs none, and what would be overwritten before it is read is kept apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from rmtc.codegen.torch.emit import Kernel, kind_of
+from rmtc.ir.segment_loop import Environment
+from rmtc.ir.wavefront import Operand
+from rmtc.runtime.plan import Launch, Part, Piece, Plan
+from rmtc.runtime.weights import Weights
+
+__all__ = ["Body", "Moved", "Standing", "Step"]
+
+logger = logging.getLogger(__name__)
+
+_TAPES = 4  # the steps of so many plans are kept
+_BODIES = 512  # and so many bound bodies
+
+
+class Moved(Exception):
+    """Something is of another shape or dtype than the memory that was made for it."""
+
+
+class Rows(NamedTuple):
+    """Rows of memory that stays, one for each cell of a launch."""
+
+    memory: torch.Tensor
+    first: int
+    count: int
+
+    @property
+    def view(self) -> torch.Tensor:
+        return self.memory[self.first : self.first + self.count]
+
+    def row(self, cell: int) -> tuple[int, int]:
+        """What tells the row of a cell from all others."""
+        return id(self.memory), self.first + cell
+
+
+@dataclass(eq=False)
+class Body:
+    """A kernel bound to memory, for some layers.
+
+    Attributes:
+        kernel: the kernel.
+        launch: one of its launches.
+        at: the sizes that its shared operands depend on.
+        homes: where its inputs lie.
+        results: where those of its results lie that are not in a home.
+        scratch: memory that it may use as it likes.
+        work: gives more of that, by a number, a shape and a dtype.
+        made: the results that always lie there; None for those that lie elsewhere each time.
+        places: the rows of each of these.
+        run: the bound kernel.
+        lasts: whether its weights are the same tensors in later runs.
+    """
+
+    kernel: Kernel
+    launch: Launch
+    at: Environment
+    homes: list[Rows]
+    results: list[Rows]
+    scratch: list[torch.Tensor]
+    work: Callable[[int, Sequence[int], torch.dtype], torch.Tensor]
+    made: tuple[torch.Tensor | None, ...] = ()
+    places: tuple[Rows | None, ...] = ()
+    run: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
+    lasts: bool = True
+
+    def bind(self, weights: Sequence[torch.Tensor], shared: Sequence[Any]) -> None:
+        """Bind the kernel to its memory, and to operands that lie elsewhere."""
+        assert self.kernel.bound is not None
+        homes, results = ([rows.view for rows in each] for each in (self.homes, self.results))
+        size = len(self.launch.cells)
+        numbers = itertools.count()
+
+        def work(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+            return self.work(next(numbers), shape, dtype)
+
+        self.run, self.made = self.kernel.bound.bind(size, homes, weights, shared, self.scratch, results, work)
+        self.places = tuple(None if each is None else self._place(each) for each in self.made)
+
+    def _place(self, result: torch.Tensor) -> Rows | None:
+        for rows in (*self.homes, *self.results):
+            if rows.memory.untyped_storage()._cdata == result.untyped_storage()._cdata:
+                stride = rows.memory.stride(0)
+                alike = result.shape[0] == rows.count and (rows.count == 1 or result.stride(0) == stride)
+                return rows if alike and result.storage_offset() // stride == rows.first else None
+        return None
+
+    @functools.cached_property
+    def written(self) -> list[Rows]:
+        """The memory that a run writes to, but for scratch memory."""
+        assert self.kernel.bound is not None
+        return [*(self.homes[number] for number in self.kernel.bound.overwritten), *self.results]
+
+
+@dataclass
+class Step:
+    """A launch in memory that stays.
+
+    Attributes:
+        body: what runs.
+        copies: within memory that stays: each where to and what.
+        fills: from elsewhere: each where to and what.
+        apart: results that are copied, for their memory holds others by the time that they are read.
+    """
+
+    body: Body
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    fills: list[tuple[torch.Tensor, Piece]] = field(default_factory=list)
+    apart: tuple[int, ...] = ()
+
+
+class Source(Protocol):
+    """A run, as memory that stays wants to know it."""
+
+    device: torch.device
+
+    def kernel_of(self, launch: Launch) -> tuple[tuple[Any, ...], Kernel, Environment] | None:
+        """The one kernel that a launch can be of, with its key and sizes."""
+
+    def rows_of(self, launch: Launch) -> tuple[Sequence[torch.Tensor], bool]:
+        """A launch's weights, and whether they are the same in later runs."""
+
+    def shared_of(self, operand: Operand, at: Environment) -> tuple[Any, bool]:
+        """An operand that all cells share, and whether it lies where it lies for good, as parameters do."""
+
+
+class Standing:
+    """What runs of a program leave standing; for one run at a time."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.lies = weights.lies()
+        self.tapes: OrderedDict[Any, tuple[list[Step | None], list[Body]]] = OrderedDict()
+        self._memory: dict[Any, torch.Tensor] = {}
+        self._bodies: dict[Any, Body] = {}
+        self._shared: dict[tuple[Operand, int], Any] = {}
+
+    def usable(self) -> bool:
+        """Whether the weights lie where they lay, and not too much is held."""
+        now = self.weights.lies()
+        return len(self._bodies) <= _BODIES and all(map(operator.is_, now, self.lies))
+
+    def steps(self, key: Any, plan: Plan, source: Source) -> list[Step | None] | None:
+        """The steps of a plan: None for launches that run as they do without; or no steps, if not all is known yet."""
+        found = self.tapes.get(key)
+        if found is None:
+            bodies: list[Body | None] = []
+            for launch in plan.launches:
+                if launch.body.stage != "layer" or not launch.grouped or launch.short:
+                    bodies.append(None)
+                    continue
+                known = source.kernel_of(launch)
+                if known is None:
+                    return None
+                bodies.append(self._body(launch, known, source) if known[1].bound is not None else None)
+            distinct = list(dict.fromkeys(each for each in bodies if each is not None))
+            if not distinct:
+                return None
+            self._renew(distinct, source)
+            found = self.tapes[key] = _follow(plan, bodies), distinct
+            while len(self.tapes) > _TAPES:
+                self.tapes.popitem(last=False)
+            logger.info("%d launches run in memory that stays, as %d bodies", len(plan.launches), len(distinct))
+        else:
+            self._renew(found[1], source)
+        self.tapes.move_to_end(key)
+        return found[0]
+
+    def _body(self, launch: Launch, known: tuple[tuple[Any, ...], Kernel, Environment], source: Source) -> Body:
+        key, kernel, at = known
+        number = key, launch.layers, len(launch.cells)
+        if number in self._bodies:
+            return self._bodies[number]
+        assert kernel.bound is not None
+        size, layers = len(launch.cells), sorted({layer for _, layer in launch.body.members})
+        first, among = 0, ("cells", size)
+        if len(launch.layers) == size:
+            place = layers.index(launch.layers[0])
+            if tuple(layers[place : place + size]) == launch.layers:  # else they are not next to each other
+                first, among, count = place, ("layers", *layers), len(layers)
+        count = len(layers) if among[0] == "layers" else size
+
+        def rows(kind: str, position: int, shape: tuple[int, ...], dtype: torch.dtype) -> Rows:
+            return Rows(self._kept((kind, among, position), (count, *shape), dtype, source.device), first, size)
+
+        shapes, dtypes = key[3], key[4]
+        homes = [rows("input", n, *each) for n, each in enumerate(zip(shapes, dtypes, strict=True))]
+        results = [rows("result", n, (elements,), dtype) for n, (elements, dtype) in enumerate(kernel.bound.results)]
+        scratch = []
+        for slot, (elements, dtype) in enumerate(kernel.bound.scratch):
+            scratch.append(self._kept(("scratch", elements, slot), (count * elements,), dtype, source.device))
+
+        def work(turn: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+            elements = math.prod(shape)
+            whole = (-(-elements * count // size),)  # enough for all layers
+            return self._kept(("work", turn), whole, dtype, source.device)[:elements].view(*shape)
+
+        body = self._bodies[number] = Body(kernel, launch, at, homes, results, scratch, work)
+        return body
+
+    def _kept(self, key: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory by what it is for; what bodies of the same layers have there lies in the same place."""
+        found = self._memory.get((key, shape, dtype))
+        if found is None:
+            with torch.inference_mode(False):
+                found = self._memory[key, shape, dtype] = torch.zeros(shape, dtype=dtype, device=device)
+        return found
+
+    def _renew(self, bodies: Sequence[Body], source: Source) -> None:
+        """Bring shared operands up to date, and bind what reads operands that lie elsewhere by now."""
+        changed: dict[tuple[Operand, int], bool] = {}
+        for body in bodies:
+            for operand, kind in zip(body.kernel.shared, body.kernel.kinds, strict=True):
+                if (operand, body.at.T) not in changed:
+                    changed[operand, body.at.T] = self._differs(operand, body.at, source)
+                if kind_of(self._shared[operand, body.at.T]) != kind:
+                    raise Moved(f"{operand} in place of {kind}")
+            shared = [(operand, body.at.T) for operand in body.kernel.shared]
+            if body.run is None or not body.lasts or any(changed[each] for each in shared):
+                weights, body.lasts = source.rows_of(body.launch)
+                body.bind(weights, [self._shared[each] for each in shared])
+
+    def _differs(self, operand: Operand, at: Environment, source: Source) -> bool:
+        """Give memory that stays the value of a shared operand; whether it lies elsewhere by now."""
+        value, fixed = source.shared_of(operand, at)
+        held = self._shared.get((operand, at.T))
+        if isinstance(value, torch.Tensor) and not fixed:
+            if isinstance(held, torch.Tensor) and _layout(held) == _layout(value):
+                _distinct(held).copy_(_distinct(value))
+                return False
+            with torch.inference_mode(False):
+                self._shared[operand, at.T] = _distinct(value).clone().expand(value.shape)
+            return True
+        same = held is value or (not isinstance(value, torch.Tensor) and type(held) is type(value) and held == value)
+        self._shared[operand, at.T] = value
+        return not same
+
+
+def _layout(tensor: torch.Tensor) -> Any:
+    return tensor.shape, tensor.dtype, tensor.device, _repeated(tensor)
+
+
+def _repeated(tensor: torch.Tensor) -> list[int]:
+    """The dimensions along which a tensor is one and the same."""
+    return [dim for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)) if not stride]
+
+
+def _distinct(tensor: torch.Tensor) -> torch.Tensor:
+    """What a tensor repeats, once."""
+    for dim in _repeated(tensor):
+        tensor = tensor.narrow(dim, 0, min(1, tensor.shape[dim]))
+    return tensor
+
+
+def _follow(plan: Plan, bodies: Sequence[Body | None]) -> list[Step | None]:
+    """The steps of a plan.
+
+    Needs: for each launch the body that it runs as in memory that stays, if it does.
+    Gives: the steps.
+    Checks: whatever a launch reads in memory that stays was written there by the launch that made it, and by no other
+    since; else it is copied by the one that made it. What is copied to is not read by other copies of the same launch.
+    """
+    apart: set[tuple[int, int]] = set()
+    while True:
+        follower = _Follower(plan, bodies, apart)
+        steps = follower.steps()
+        if follower.lost <= apart:
+            return steps
+        apart |= follower.lost
+
+
+class _Follower:
+    """Follows what lies in each row through a plan, with some results (launch, position) kept apart."""
+
+    def __init__(self, plan: Plan, bodies: Sequence[Body | None], apart: set[tuple[int, int]]) -> None:
+        self.plan, self.bodies, self.apart = plan, bodies, apart
+        self.writer: dict[tuple[int, int], int] = {}  # the launch that wrote a row; -1 for a copy
+        self.lost: set[tuple[int, int]] = set()
+        self.views: dict[Any, torch.Tensor] = {}
+
+    def steps(self) -> list[Step | None]:
+        found: list[Step | None] = []
+        for number, (launch, body) in enumerate(zip(self.plan.launches, self.bodies, strict=True)):
+            if body is None:
+                for piece in (piece for pieces in launch.inputs for piece in pieces):
+                    self._read(piece)
+                found.append(None)
+                continue
+            found.append(self._step(number, launch, body))
+            for rows in body.written:
+                self.writer.update(dict.fromkeys(map(rows.row, range(rows.count)), number))
+        return found
+
+    def _step(self, number: int, launch: Launch, body: Body) -> Step:
+        step = Step(body, apart=tuple(sorted(result for made, result in self.apart if made == number)))
+        written: set[tuple[int, int]] = set()
+        read: dict[tuple[int, int], tuple[int, int]] = {}
+        for home, pieces in zip(body.homes, launch.inputs, strict=True):
+            cell = 0
+            for piece in pieces:
+                count = piece.cells if isinstance(piece, Part) and piece.first >= 0 else 1
+                to = Rows(home.memory, home.first + cell, count)
+                cell += count
+                rows = self._read(piece)
+                if rows is not None and isinstance(piece, Part):
+                    source = self._source(piece)
+                    target = self._view(to)
+                    if rows == [to.row(n) for n in range(count)] and _same_place(source, target):
+                        continue  # it is there
+                    read.update(dict.fromkeys(rows, (piece.launch, piece.result)))
+                    step.copies.append((target, source))
+                else:
+                    single = not isinstance(piece, Part) or piece.first < 0
+                    step.fills.append((self._view(to)[0] if single else self._view(to), piece))
+                written.update(map(to.row, range(count)))
+        self.lost |= {made for row, made in read.items() if row in written}
+        self.writer.update(dict.fromkeys(written, -1))
+        return step
+
+    def _read(self, piece: Piece) -> list[tuple[int, int]] | None:
+        """The rows that a piece lies in; None if it is elsewhere."""
+        if not isinstance(piece, Part) or (piece.launch, piece.result) in self.apart:
+            return None
+        body = self.bodies[piece.launch]
+        place = body.places[piece.result] if body is not None else None
+        if place is None:
+            if body is not None and body.made[piece.result] is not None:
+                self.lost.add((piece.launch, piece.result))  # somewhere in memory that stays
+            return None
+        rows = [place.row(piece.first + n * piece.step) for n in range(piece.cells)]
+        if any(self.writer.get(row) != piece.launch for row in rows):
+            self.lost.add((piece.launch, piece.result))
+        return rows
+
+    def _source(self, piece: Part) -> torch.Tensor:
+        body = self.bodies[piece.launch]
+        assert body is not None
+        made = body.made[piece.result]
+        assert made is not None
+        key = id(made), piece.first, piece.cells, piece.step
+        if key not in self.views:
+            last = piece.first + (piece.cells - 1) * piece.step
+            self.views[key] = made[piece.first : last + 1 : piece.step]
+        return self.views[key]
+
+    def _view(self, rows: Rows) -> torch.Tensor:
+        key = *rows.row(0), rows.count
+        if key not in self.views:
+            self.views[key] = rows.view
+        return self.views[key]
+
+
+def _same_place(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
