@@ -37,7 +37,7 @@ def every_run_is_held_against_the_next(monkeypatch: pytest.MonkeyPatch) -> Itera
         assert first.keys() == second.keys()
         for name, value in first.items():
             if isinstance(value, torch.Tensor):
-                torch.testing.assert_close(second[name], value, equal_nan=True, msg=lambda text: f"{name}: {text}")
+                torch.testing.assert_close(second[name], value, equal_nan=True)
                 assert second[name].stride() == value.stride(), name
         return second, done
 

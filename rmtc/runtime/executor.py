@@ -135,7 +135,6 @@ class Executor:
                 self._separate(error.body)
         return outputs, Run(plan.steps, sum(plan.widths.values()), dict(plan.widths))
 
-
     def _walked(
         self, plan: Plan, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
     ) -> dict[str, Any]:
@@ -339,7 +338,9 @@ class _Walk:
     ) -> Any:
         if not grouped:
             value = self._piece(pieces[0], made, at)
-            return value[0] if isinstance(pieces[0], Part) and pieces[0].first >= 0 else value
+            if isinstance(pieces[0], Part) and pieces[0].first >= 0:
+                value = value[0]
+            return value.clone() if self._stays(pieces[0]) else value
         tensors: list[torch.Tensor] = []
         for piece in pieces:
             value = self._piece(piece, made, at)
@@ -350,7 +351,13 @@ class _Walk:
                 f"cells that run at once read {dtypes}: a memory begins in another dtype than it goes on in",
                 remedy="make what the first segment reads in the dtype of what later ones read",
             )
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        if len(tensors) == 1:
+            return tensors[0].clone() if self._stays(pieces[0]) else tensors[0]
+        return torch.cat(tensors)
+
+    def _stays(self, piece: Piece) -> bool:
+        """Whether a piece may lie in memory whose contents change, and what is made of it with it."""
+        return self.steps is not None and isinstance(piece, Part) and self.steps[piece.launch] is not None
 
     def _piece(self, piece: Piece, made: Mapping[int, tuple[Any, ...]], at: Environment) -> Any:
         """A piece of an input; of one cell, without a group axis."""

@@ -43,11 +43,11 @@ class Rows(NamedTuple):
 
     memory: torch.Tensor
     first: int
-    count: int
+    cells: int
 
     @property
     def view(self) -> torch.Tensor:
-        return self.memory[self.first : self.first + self.count]
+        return self.memory[self.first : self.first + self.cells]
 
     def row(self, cell: int) -> tuple[int, int]:
         """What tells the row of a cell from all others."""
@@ -101,7 +101,7 @@ class Body:
         for rows in (*self.homes, *self.results):
             if rows.memory.untyped_storage()._cdata == result.untyped_storage()._cdata:
                 stride = rows.memory.stride(0)
-                alike = result.shape[0] == rows.count and (rows.count == 1 or result.stride(0) == stride)
+                alike = result.shape[0] == rows.cells and (rows.cells == 1 or result.stride(0) == stride)
                 return rows if alike and result.storage_offset() // stride == rows.first else None
         return None
 
@@ -193,12 +193,11 @@ class Standing:
             return self._bodies[number]
         assert kernel.bound is not None
         size, layers = len(launch.cells), sorted({layer for _, layer in launch.body.members})
-        first, among = 0, ("cells", size)
+        first, count, among = 0, size, tuple[Any, ...](("cells", size))
         if len(launch.layers) == size:
             place = layers.index(launch.layers[0])
             if tuple(layers[place : place + size]) == launch.layers:  # else they are not next to each other
-                first, among, count = place, ("layers", *layers), len(layers)
-        count = len(layers) if among[0] == "layers" else size
+                first, count, among = place, len(layers), ("layers", *layers)
 
         def rows(kind: str, position: int, shape: tuple[int, ...], dtype: torch.dtype) -> Rows:
             return Rows(self._kept((kind, among, position), (count, *shape), dtype, source.device), first, size)
@@ -308,7 +307,7 @@ class _Follower:
                 continue
             found.append(self._step(number, launch, body))
             for rows in body.written:
-                self.writer.update(dict.fromkeys(map(rows.row, range(rows.count)), number))
+                self.writer.update(dict.fromkeys(map(rows.row, range(rows.cells)), number))
         return found
 
     def _step(self, number: int, launch: Launch, body: Body) -> Step:
@@ -364,7 +363,7 @@ class _Follower:
         return self.views[key]
 
     def _view(self, rows: Rows) -> torch.Tensor:
-        key = *rows.row(0), rows.count
+        key = *rows.row(0), rows.cells
         if key not in self.views:
             self.views[key] = rows.view
         return self.views[key]

@@ -45,11 +45,13 @@ class Instead(NamedTuple):
         operand: what is overwritten.
         text: the expression that does so.
         place: the expression for where the value lies then.
+        view: what turns the expression into the value.
     """
 
     operand: str
     text: str
     place: str
+    view: str = ""
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Line:
         instead: operands that may be overwritten with the value.
         dead: values that nothing reads after it.
         stays: the expression for the memory that was chosen for the value, if it was.
+        seen: what turns the expression into the value then, where it was not.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Line:
     instead: tuple[Instead, ...] = ()
     dead: tuple[str, ...] = ()
     stays: str = ""
+    seen: str = ""
 
     @property
     def reads(self) -> list[str]:
@@ -116,12 +120,14 @@ class Planned(NamedTuple):
         buffers: memory that they name.
         slots: the elements of a cell, and the dtype, of each slot of scratch memory.
         overwritten: the inputs that are.
+        alone: the results that surely lie in memory that a line has allocated for them.
     """
 
     lines: list[Line]
     buffers: list[Buffer]
     slots: list[tuple[int, torch.dtype]]
     overwritten: frozenset[str]
+    alone: frozenset[str]
 
 
 @dataclass
@@ -170,21 +176,21 @@ def plan_buffers(
     made = {line.name: line for line in (*owned, *lines)}
     chosen: list[Line] = []
     for number, line in enumerate(lines):
-        text, stays = line.text, ""
+        text, stays, view = line.text, "", ""
         for each in line.instead:
             if each.operand in made and _may_overwrite(plan, made[each.operand], line, number):
                 plan.alias[line.name] = plan.region(each.operand)
-                text, stays = each.text, each.place
+                text, stays, view = each.text, each.place, each.view
                 break
-        chosen.append(replace(line, text=text, stays=stays, instead=()))
+        chosen.append(replace(line, text=text, stays=stays, seen=view, instead=()))
     kept = {plan.region(name) for name in results} | {plan.alias.get(region, region) for region in pinned}
     slots: dict[tuple[int, torch.dtype], int] = {}
     free_after: dict[tuple[int, torch.dtype], int] = {}
     buffers: list[Buffer] = []
     for number, line in enumerate(chosen):
         found = _OUT.search(line.text)
-        usable = line.value is not None and line.region == line.name and not line.stays
-        if found is None or not usable or line.name in pinned or not line.value[1].is_floating_point:
+        usable = line.region == line.name and not line.stays and line.name not in pinned
+        if found is None or not usable or line.value is None or not line.value[1].is_floating_point:
             line.text = _OUT.sub("", line.text)
             continue
         count, dtype = math.prod(eval(f"({found[1]},)", {"G": 1})), line.value[1]
@@ -200,7 +206,9 @@ def plan_buffers(
         line.text = _OUT.sub(f", out={name}", line.text)[: found.start() + len(f", out={name}") + 1]
         buffers.append(Buffer(name, slot, found[1], count, dtype))
     overwritten = frozenset(map(plan.region, plan.alias)) & {line.name for line in owned}
-    return Planned(chosen, buffers, [(count, dtype) for (_, dtype), count in slots.items()], overwritten)
+    allocated = {line.name for line in chosen if line.region == line.name and not line.stays}
+    alone = frozenset(name for name in results if plan.region(name) in allocated and plan.region(name) not in pinned)
+    return Planned(chosen, buffers, [(count, dtype) for (_, dtype), count in slots.items()], overwritten, alone)
 
 
 def _may_overwrite(plan: _Plan, operand: Line, line: Line, number: int) -> bool:
@@ -232,7 +240,7 @@ def bound_lines(
     for each in planned.buffers:
         sizes = eval(f"({each.sizes},)", {"G": 2})
         values[each.name] = torch.empty(sizes, dtype=each.dtype, device="meta")
-    once, each_time = [str(each) for each in planned.buffers], []
+    once, each_time = [str(each) for each in planned.buffers], list[str]()
     views: dict[str, str] = {}
 
     def make(name: str, text: str) -> bool:
@@ -289,7 +297,7 @@ def bound_lines(
         elif make(line.name, line.stays):
             each_time.append(f"{text}{line.place}")
         else:  # an operand that lies elsewhere each time is overwritten
-            each_time.append(f"{line.name} = {text}{line.place}")
+            each_time.append(f"{line.name} = {text}{line.seen}{line.place}")
         dead = [name for name in line.dead if name not in made]
         if dead:
             each_time.append(f"del {', '.join(dead)}")

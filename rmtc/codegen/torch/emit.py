@@ -11,7 +11,7 @@ import linecache
 import logging
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from rmtc.codegen.fused import BOUND
 from rmtc.codegen.torch.attention import attend, bind_attend
-from rmtc.codegen.torch.buffers import Line, Planned, bound_lines, out, plain, plan_buffers, seen
+from rmtc.codegen.torch.buffers import Line, bound_lines, out, plain, plan_buffers, seen
 from rmtc.codegen.torch.onednn import each_linear
 from rmtc.codegen.torch.rules import (
     UNGROUPED,
@@ -52,9 +52,9 @@ class Bound:
 
     Attributes:
         source: its text.
-        bind: ``(G, inputs, weights, shared, scratch, results, work) -> (run, made)``, with ``run(numbers) -> results`` of the
-            body, and those of them that lie in the same memory each time, else None. ``work(shape, dtype)`` gives more
-            memory, of the size of so many cells.
+        bind: ``(G, inputs, weights, shared, scratch, results, work) -> (run, made)``, with ``run(numbers) -> results``
+            of the body, and those of them that lie in the same memory each time, else None: all others are of memory
+            of their own. ``work(shape, dtype)`` gives more memory, of the size of so many cells.
         scratch: the elements of a cell, and the dtype, of memory that a run may use as it likes.
         results: the same of memory that results are left in, until the next run.
         overwritten: the inputs that are; results may lie there.
@@ -551,7 +551,7 @@ class _Body:
             body.append(f"    {line}")
             if line.dead:
                 body.append(f"    del {', '.join(line.dead)}")
-        source = "\n".join([*body, self._returned("    "), ""])
+        source = "\n".join([*body, _returned(self.results)[4:], ""])
         function, file = _function(self.name, self.name, source, self.emitter)
         kinds = tuple(kind_of(self.emitter.space[name]) for name in self.passed.values())
         fallbacks = tuple(self.emitter.fallbacks)
@@ -560,7 +560,7 @@ class _Body:
     def bound(self, shared: Sequence[Any]) -> Bound:
         """The same in memory that stays."""
         space, lines = self.emitter.space, self.emitter.lines
-        known = {name: space[name] for kind, n in (("in", self.inputs), ("w", self.weights)) for name in _named(kind, n)}
+        known = {name: space[name] for name in (*_named("in", self.inputs), *_named("w", self.weights))}
         known |= zip(_named("u", len(self.passed)), shared, strict=True)
         inputs = [
             Line(name, name, "", name, (tuple(space[name].shape), space[name].dtype), solid=True)
@@ -584,7 +584,8 @@ class _Body:
         source = _header("bind", "G, inputs, weights, shared, scratch, results, work", **unpacked, **memory)
         source += [f"    {line}" for line in once]
         source += [f"    {line}" for line in _header(self.name, "numbers", numbers=("n", self.numbers))]
-        source += [*(f"        {line}" for line in each), self._returned("        ")]
+        own = {name: name if name in lasting or name in planned.alone else f"{name}.clone()" for name in self.results}
+        source += [*(f"        {line}" for line in each), _returned(own[name] for name in self.results)]
         made = "".join(f"{name if name in lasting else None}, " for name in self.results)
         source += [f"    return {self.name}, ({made})", ""]
         bind, file = _function("bind", f"{self.name} in memory that stays", "\n".join(source), self.emitter)
@@ -592,8 +593,9 @@ class _Body:
         overwritten = frozenset(int(name.removeprefix("in")) for name in planned.overwritten)
         return Bound("\n".join(source), bind, tuple(planned.slots), results, overwritten, file)
 
-    def _returned(self, indent: str) -> str:
-        return f"{indent}return ({''.join(f'{name}, ' for name in self.results)})"
+
+def _returned(values: Iterable[str]) -> str:
+    return f"        return ({''.join(f'{each}, ' for each in values)})"
 
 
 def kind_of(value: Any) -> Any:

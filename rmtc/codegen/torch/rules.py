@@ -20,8 +20,8 @@ from typing import Any, TypeAlias
 import torch
 
 from rmtc.codegen.fused import BOUND, FUNCTIONS, add_linear, add_matmul, rms_normalize, roll_products, rotary
-from rmtc.codegen.torch.buffers import Instead, out
 from rmtc.codegen.torch import attention as products
+from rmtc.codegen.torch.buffers import Instead, out
 from rmtc.codegen.torch.onednn import is_faster
 
 __all__ = [
@@ -473,7 +473,7 @@ def added_linear(arguments: Arguments) -> str | None:
         return f"each_linear({flat[1]}, {weight.text}, residual={flat[0]}{into}).view(G, {_sizes(shape)})"
     product, seen = f"{flat[1]}, {weight.text}.transpose(1, 2)", f".view(G, {_sizes(shape)})"
     if _NAMED.fullmatch(residual.text):
-        arguments.instead = (Instead(residual.text, f"{flat[0]}.baddbmm_({product})", f"{flat[0]}{seen}"),)
+        arguments.instead = (Instead(residual.text, f"{flat[0]}.baddbmm_({product})", f"{flat[0]}{seen}", seen),)
     return f"baddbmm({flat[0]}, {product}{into}){seen}"
 
 
@@ -491,8 +491,8 @@ def added_matmul(arguments: Arguments) -> str | None:
     alpha = "" if arguments["alpha"] == 1 else f", alpha={literal(arguments['alpha'])}"
     product, seen = f"{flat[1]}, {flat[2]}{alpha}", f".view(G, {_sizes(operands[0].shape)})"
     if operands[0].grouped and _NAMED.fullmatch(operands[0].text):
-        place = Instead(operands[0].text, f"{flat[0]}.baddbmm_({product})", f"{flat[0]}{seen}")
-        arguments.instead = (place,)
+        text, place = f"{flat[0]}.baddbmm_({product})", f"{flat[0]}{seen}"
+        arguments.instead = (Instead(operands[0].text, text, place, seen),)
     return f"baddbmm({flat[0]}, {product}{out(f'G * {count}', *operands[0].shape[-2:])}){seen}"
 
 
