@@ -115,7 +115,7 @@ class _Emitter:
             "G": size,
         }
         for helper in (
-            *(torch.stack, torch.bmm, torch.baddbmm, torch.matmul, torch.einsum),
+            *(torch.stack, torch.mm, torch.addmm, torch.bmm, torch.baddbmm, torch.matmul, torch.einsum),
             *(select_run, slice_run, each_linear, stacked, seen, attend, bind_attend),
         ):
             self.space[helper.__name__] = helper

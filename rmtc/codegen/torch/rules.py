@@ -199,6 +199,7 @@ _SEEN = frozenset(
         *(aten.slice.Tensor, aten.select.int, aten.transpose.int, aten.permute.default, aten.t.default),
         *(aten.unsqueeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default, aten._unsafe_view.default),
         *(aten.flatten.using_ints, aten.unflatten.int, aten.contiguous.default, aten.movedim.int),
+        *(aten.detach.default, aten.alias.default, aten.squeeze.dims),
     }
 )
 
@@ -237,7 +238,7 @@ Rule: TypeAlias = Callable[[Arguments], "str | None"]
 _NAMES: dict[str, Callable[..., Any]] = {}
 _TAKEN = re.compile(
     r"(v|in|w|n|u|x|p|b|s|r|k|f)\d+|[Gi]|range|float|complex|torch|vmap|select_run|slice_run|each_linear|stacked|choose|"
-    r"stack|bmm|baddbmm|matmul|einsum|inputs|weights|numbers|shared|scratch|results|bind\w*|seen|work|attend"
+    r"stack|mm|addmm|bmm|baddbmm|matmul|einsum|inputs|weights|numbers|shared|scratch|results|bind\w*|seen|work|attend"
 )
 
 
@@ -437,7 +438,15 @@ def stack(arguments: Arguments) -> str | None:
 def linear(arguments: Arguments) -> str | None:
     value, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
     if not weight.grouped and (bias is None or not bias.grouped):
-        return arguments.call()
+        if weight.rank != 2 or not value.rank or (bias is not None and bias.rank != 1):
+            return arguments.call()
+        shape = (*value.shape[:-1], weight.shape[0])
+        rows = f"G * {math.prod(shape[:-1])}"
+        flat, into = f"{value.text}.reshape({rows}, {value.shape[-1]})", out(rows, weight.shape[0])
+        product = f"mm({flat}, {weight.text}.t(){into})"
+        if bias is not None:
+            product = f"addmm({bias.text}, {flat}, {weight.text}.t(){into})"
+        return f"{product}.view(G, {_sizes(shape)})"
     if weight.rank != 2 or not weight.grouped or not value.rank:
         return None
     rows = math.prod(value.shape[:-1])
@@ -462,7 +471,16 @@ def added_linear(arguments: Arguments) -> str | None:
     shape = (*value.shape[:-1], weight.shape[0])
     if weight.rank != 2 or not weight.grouped or residual.shape != shape:
         ranks = {each.rank for each in (residual, value)}
-        return arguments.call() if not weight.grouped and len(ranks) == 1 else None
+        if weight.grouped or len(ranks) > 1:
+            return None
+        if weight.rank != 2 or residual.shape != shape or not (residual.grouped and value.grouped):
+            return arguments.call()
+        rows = f"G * {math.prod(shape[:-1])}"
+        flat = [f"{each.text}.reshape({rows}, {each.shape[-1]})" for each in (residual, value)]
+        product, seen = f"{flat[1]}, {weight.text}.t()", f".view(G, {_sizes(shape)})"
+        if _NAMED.fullmatch(residual.text):
+            arguments.instead = (Instead(residual.text, f"{flat[0]}.addmm_({product})", f"{flat[0]}{seen}", seen),)
+        return f"addmm({flat[0]}, {product}{out(rows, shape[-1])}){seen}"
     if weight.rows:
         product = _product_of_rows(value, weight, f"{weight.rows}.transpose(1, 2)")
         return f"{product}.view(G, {_sizes(shape)}).add_({residual.text})"
