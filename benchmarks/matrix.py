@@ -1,12 +1,18 @@
 """The example models against what is written by hand for them, in turns in one process, at 1 and 2 threads.
 
-python benchmarks/matrix.py [--check] [--only TEXT] [--threads 1 2] [--repeats 7] [--inductor] [--json FILE]
+python benchmarks/matrix.py [--check] [--only TEXT] [--threads 1 2] [--dtype float32 bfloat16] [--repeats 7]
+    [--inductor] [--memory] [--lengths [S ...]] [--json FILE] [--markdown FILE] [--plot FILE]
 
 Columns: the unmodified model (eager), its layers under torch.compile, full attention of the same base model over the
-whole text (of another model, that is: it has no memory), rmtc with each backend, the step written by hand and the
-matrix products of that alone (the floor). Medians in milliseconds, fastest and slowest in brackets. Each is held
-against eager before it is timed: one that differs has no time. What compiles takes long: only with ``--inductor``.
-``--check`` exits with 1 where rmtc is slower than 0.95 of what is written by hand (0.9 for models but ARMT over Llama).
+whole text (of another model, that is: it has no memory), rmtc with each backend, the grouped step as one would write it
+(by hand, the yardstick: `plain.py`), that with weights changed and calls prepared (tuned by hand: `by_hand.py`) and the
+matrix products of the latter alone (the floor). What compiles takes long: only with ``--inductor``.
+
+Medians in milliseconds, fastest and slowest in brackets; ratios are medians of those of each turn. Each is held against
+eager of the same dtype before it is timed: one that differs has no time. ``--memory`` runs each kind in a process of its
+own, too. ``--lengths`` adds numbers of segments, for the rows that ``--only`` names or the first: a kind is made once for
+all of them, and rmtc in a process of its own for each, too. ``--check`` exits with 1 if anything differs, is slower than
+`LEAST` and `YARDSTICK` ask for, or grows more than `GROWTH` lets it.
 """
 
 from __future__ import annotations
@@ -17,155 +23,347 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
+from itertools import product
+from operator import truediv
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from by_hand import COMPILED, by_hand, floor
+from by_hand import by_hand, floor
+from plain import plain
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 import rmtc
 from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
 
-LLAMA = ((8, 64, 16, 4, 32), (8, 128, 32, 4, 32), (16, 256, 64, 8, 32), (16, 256, 16, 4, 64))
-"""Layers, width, positions of the text and of memory in a segment, segments."""
+Found = dict[str, Any]
 
-ROWS: dict[str, tuple[Any, tuple[int, ...]]] = {
-    **{f"ARMT over Llama {each}": (armt_llama.build, each) for each in LLAMA},
-    **{f"ARMT over GPT-2 {each}": (armt_gpt2.build, each) for each in LLAMA[:2]},
-    "Transformer-XL (8, 128, 16, 16, 32)": (transformer_xl.build, (8, 128, 16, 16, 32)),
-    "Transformer-XL (8, 128, 64, 64, 32)": (transformer_xl.build, (8, 128, 64, 64, 32)),
+MODELS: dict[str, tuple[Any, Any]] = {
+    "ARMT over Llama": (armt_llama.build, LlamaForCausalLM),
+    "ARMT over GPT-2": (armt_gpt2.build, GPT2LMHeadModel),
+    "Transformer-XL": (transformer_xl.build, None),
 }
-BASES: dict[Any, type[nn.Module]] = {armt_llama.build: LlamaForCausalLM, armt_gpt2.build: GPT2LMHeadModel}
+"""What builds an example, and the class of its base model."""
+ABSENT = {
+    ("ARMT over Llama", "bfloat16"): {"tuned by hand", "tuned compiled", "floor"},  # complex numbers are in no bfloat16
+    **{("ARMT over GPT-2", dtype): {"tuned compiled"} for dtype in ("float32", "bfloat16")},
+    **{("Transformer-XL", dtype): {"tuned compiled", "full attention"} for dtype in ("float32", "bfloat16")},
+}
+"""Kinds that there are not."""
 
 
-def built(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    build, (layers, width, segment, memory, segments) = ROWS[name]
-    model, args = build(layers=layers, width=width, segment=segment, memory=memory, segments=segments)[:2]
-    return model, args
+@dataclass(frozen=True)
+class Row:
+    """A model of some ``sizes``: layers, width, positions of the text and of memory in a segment, segments."""
+
+    model: str
+    sizes: tuple[int, ...]
+    dtype: str = "float32"
+    threads: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.sizes}, {self.dtype}, {self.threads} threads"
+
+    def build(self, kind: str) -> tuple[Any, tuple[Tensor, ...]]:
+        """The model with random weights, for full attention its base model, and a text."""
+        (build, base), names = MODELS[self.model], ("layers", "width", "segment", "memory", "segments")
+        model, args = build(**dict(zip(names, self.sizes, strict=True)), dtype=self.dtype)
+        if kind == "full attention":
+            longest = dict.fromkeys(("max_position_embeddings", "n_positions"), args[0].shape[1])
+            model = base(base.config_class(**model.config.to_dict() | longest)).to(getattr(torch, self.dtype)).eval()
+        return model, args
 
 
-def logits(result: Any) -> Tensor:
-    found: Tensor = getattr(result, "logits", result)
-    return found
+LLAMA = ((8, 64, 16, 4, 32), (8, 128, 32, 4, 32), (16, 256, 64, 8, 32), (16, 256, 16, 4, 64))
+ROWS = (
+    *(Row("ARMT over Llama", sizes) for sizes in LLAMA),
+    *(Row("ARMT over GPT-2", sizes) for sizes in LLAMA[:2]),
+    *(Row("Transformer-XL", sizes) for sizes in ((8, 128, 16, 16, 32), (8, 128, 64, 64, 32))),
+)
+LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024)
+LONGEST_EAGER = 64
+"""Segments up to which eager is timed; the others are held against it at any length."""
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
+"""Norm of the difference from eager's logits, in norms of those."""
+LEAST = {"ARMT over Llama": 0.95, "ARMT over GPT-2": 0.9, "Transformer-XL": 0.9, "rmtc inductor": 0.95}
+"""Speed of rmtc in speeds of what is written by hand; of the last, for Inductor too."""
+YARDSTICK: dict[tuple[int, ...], float] = dict(zip(LLAMA, (0.225, 0.405, 0.666, 0.666), strict=True))
+"""Speed in speeds of the floor from which on what is written by hand for ARMT over Llama is worth a comparison."""
+GROWTH = {"residual": 0.1, "memory": 1.1, "first call": 1.5}
+"""Over lengths: rmtc's relative distance from a line; factors of memory from 64 segments on, and of first calls."""
 
 
 def compiled_layers(model: nn.Module) -> nn.Module:
-    """The model with each of its layers under torch.compile."""
-    for module in list(model.modules()):
-        if isinstance(module, nn.ModuleList):
-            for layer in module:
-                layer.compile()
-            break
+    for layer in next(module for module in model.modules() if isinstance(module, nn.ModuleList)):
+        layer.compile()
     return model
 
 
-def base_of(name: str, model: Any, length: int) -> nn.Module | None:
-    """The base model with full attention, of random weights."""
-    base = BASES.get(ROWS[name][0])
-    if base is None:
-        return None
-    config = base.config_class(**{**model.config.to_dict(), "max_position_embeddings": length, "n_positions": length})
-    return base(config).eval()
+def products(model: nn.Module, row: Row) -> Callable[[Tensor], None]:
+    run = floor(model, row.sizes[-1])
+    return lambda _: run()
+
+
+KINDS: dict[str, Callable[[Any, Row], Callable[..., Any]]] = {
+    "eager": lambda model, _: model,
+    "layers compiled": lambda model, _: compiled_layers(model),
+    "full attention": lambda model, _: partial(model, use_cache=False),
+    "rmtc torch": lambda model, _: rmtc.compile(model, backend="torch", schedule="shortest", strict=True),
+    "rmtc inductor": lambda model, _: rmtc.compile(model, backend="inductor", schedule="shortest", strict=True),
+    "by hand": lambda model, _: plain(model),
+    "by hand compiled": lambda model, _: plain(model, compile=True),
+    "tuned by hand": lambda model, _: by_hand(model),
+    "tuned compiled": lambda model, _: by_hand(model, compile=True),
+    "floor": products,
+}
+"""What makes of a model what is called with a text."""
+COMPILED = {"layers compiled", "rmtc inductor", "by hand compiled", "tuned compiled"}
+OVER_LENGTHS = ("eager", "rmtc torch", "by hand")
+RATIOS = (
+    *("eager / rmtc torch", "by hand / rmtc torch", "tuned by hand / rmtc torch"),
+    *("by hand compiled / rmtc inductor", "floor / by hand"),
+)
+"""Of times: the speed of the second in speeds of the first."""
+
+TABLES = {
+    "first": "First calls, seconds",
+    "first alone": "First calls in a process of each kind's own, seconds",
+    "memory alone": "The most memory of later calls in those, beyond the model's and the logits', MB",
+}
+
+
+def logits(result: Any) -> Tensor:
+    return cast(Tensor, getattr(result, "logits", result))
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
 
 
 @torch.no_grad()
-def measure(name: str, repeats: int, inductor: bool) -> dict[str, Any]:
-    """Medians and spreads in seconds, and the seconds of first calls."""
-    model, args = built(name)
-    batch, positions = args[0].shape[:2]
-    calls: dict[str, Callable[[], Any]] = {"eager": lambda: model(*args)}
-    one = by_hand(built(name)[0])
-    calls["by hand"] = lambda: one(*args)
-    fast = rmtc.compile(built(name)[0], schedule="shortest", strict=True, backend="torch")
-    calls["rmtc torch"] = lambda: fast(*args)
-    if inductor:
-        layered = compiled_layers(built(name)[0])
-        calls["layers compiled"] = lambda: layered(*args)
-        other = rmtc.compile(built(name)[0], schedule="shortest", strict=True, backend="inductor")
-        calls["rmtc inductor"] = lambda: other(*args)
-        if type(model) in COMPILED:
-            stepped = by_hand(built(name)[0], compile=True)
-            calls["by hand compiled"] = lambda: stepped(*args)
-    wanted, first, differs = logits(calls["eager"]()), {}, {}
-    for kind in list(calls):
-        start = time.perf_counter()
-        found = logits(calls[kind]())
-        first[kind] = time.perf_counter() - start
-        found = logits(calls[kind]())
-        error = float((found - wanted).norm() / wanted.norm())
-        if not error < 1e-3:
-            differs[kind] = error
-            del calls[kind]
-    base = base_of(name, model, positions)
-    if base is not None:
-        calls["full attention"] = lambda: base(*args, use_cache=False)
-    calls["floor"] = floor(built(name)[0], positions // ROWS[name][1][2], batch)
-    times: dict[str, list[float]] = {kind: [] for kind in calls}
-    order, turns = list(calls), random.Random(0)
+def compare(row: Row, kinds: Sequence[str], repeats: int, made: dict[str, Callable[..., Any]]) -> Found:
+    """Seconds of kinds in turns and of first calls; errors of those that differ. What is not yet made is, too."""
+    eager, args = row.build("eager")
+    wanted, first, differs = logits(eager(*args)).double(), {}, {}
+    for kind in kinds:
+        if kind not in made:
+            made[kind] = KINDS[kind](row.build(kind)[0], row)
+        first[kind], found = timed(partial(made[kind], *args))
+        if kind not in ("full attention", "floor"):
+            both = (logits(each).double() for each in (found, made[kind](*args)))
+            error = max(float((each - wanted).norm() / wanted.norm()) for each in both)
+            if not error < TOLERANCE[row.dtype]:
+                differs[kind] = error
+    order, turns = [kind for kind in kinds if kind not in differs], random.Random(0)
+    if row.sizes[-1] > LONGEST_EAGER:
+        order.remove("eager")
+    times: dict[str, list[float]] = {kind: [] for kind in order}
     for run in range(repeats + 1):
         turns.shuffle(order)
         for kind in order:
-            start = time.perf_counter()
-            calls[kind]()
-            if run:
-                times[kind].append(time.perf_counter() - start)
-    pairs = zip(times["by hand"], times.get("rmtc torch", ()), strict=False)
+            took, _ = timed(partial(made[kind], *args))
+            if run:  # the first one warms up
+                times[kind].append(took)
+    pairs = {name: [times.get(kind, []) for kind in name.split(" / ")] for name in RATIOS}
     return {
         "seconds": {kind: statistics.median(each) for kind, each in times.items()},
         "spread": {kind: (min(each), max(each)) for kind, each in times.items()},
+        "ratios": {name: statistics.median(map(truediv, a, b)) for name, (a, b) in pairs.items() if a and b},
         "first": first,
         "differs": differs,
-        "of_hand": statistics.median([a / b for a, b in pairs]) if "rmtc torch" in times else 0.0,
     }
 
 
-KINDS = (
-    *("eager", "layers compiled", "full attention", "rmtc torch", "rmtc inductor"),
-    *("by hand", "by hand compiled", "floor"),
-)
-_COMPILED = ("layers compiled", "rmtc inductor", "by hand compiled")
+@torch.no_grad()
+def measure_alone(kind: str, row: Row) -> dict[str, float]:
+    """Seconds of the first call and of later ones, and MB that are resident in those at most; Linux only.
+
+    What is resident before the kind is made, and the logits, are left out.
+    """
+    torch.set_num_threads(row.threads)
+    model, args = row.build(kind)
+
+    def resident(name: str) -> float:
+        return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024e-6
+
+    before = resident("VmRSS")
+    call = partial(KINDS[kind](model, row), *args)
+    first, result = timed(call)
+    size = logits(result).nbytes * 1e-6
+    del result
+    Path("/proc/self/clear_refs").write_text("5")  # the most so far, VmHWM, is what is now
+    later = statistics.median([timed(call)[0] for _ in range(3)])
+    return {"first": first, "later": later, "memory": resident("VmHWM") - before - size}
 
 
-def main() -> None:
+def alone(kind: str, row: Row) -> dict[str, float]:
+    """The same in a process of its own."""
+    command = [sys.executable, __file__, "--alone", json.dumps([kind, *astuple(row)])]
+    return cast(dict[str, float], json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+
+
+class Page(list[str]):
+    """Lines, printed as they come."""
+
+    def say(self, *lines: str) -> None:
+        print(*lines, sep="\n", flush=True)
+        self.extend(lines)
+
+    def row(self, *cells: str | float) -> None:
+        self.say(f"| {' | '.join(f'{each:.2f}' if isinstance(each, float) else str(each) for each in cells)} |")
+
+    def head(self, title: str, *columns: str) -> None:
+        self.say("", title, "", f"| model | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|")
+
+
+def time_of(found: Found, kind: str) -> str:
+    """A median with its spread in milliseconds, or why there is none."""
+    if kind not in found["seconds"]:
+        return f"differs: {found['differs'][kind]:.0e}" if kind in found["differs"] else "-"
+    median, low, high = (1e3 * each for each in (found["seconds"][kind], *found["spread"][kind]))
+    return f"{median:.1f} ({low:.1f} .. {high:.1f})"
+
+
+def measure(
+    page: Page, rows: Sequence[Row], kinds: Sequence[str], own: Collection[str], repeats: int, once: bool = False
+) -> list[Found]:
+    """Figures of rows, printed; of ``own`` kinds in processes of their own, too. Kinds are made ``once`` or by row."""
+    ratios = [name for name in RATIOS if {*name.split(" / ")} <= {*kinds}]
+    found, made = [], dict[str, Callable[..., Any]]()
+    page.head("Milliseconds", *kinds, *ratios)
+    for row in rows:
+        torch.set_num_threads(row.threads)
+        if not once:
+            made = {}
+            torch._dynamo.reset()  # or it takes layers of other rows for recompilations of these
+        present = [kind for kind in kinds if kind not in ABSENT.get((row.model, row.dtype), ())]
+        got = {**asdict(row), **compare(row, present, repeats, made)}
+        cells = (*(time_of(got, kind) for kind in kinds), *(got["ratios"].get(ratio, "-") for ratio in ratios))
+        page.row(str(row), *cells)
+        of_own = {kind: alone(kind, row) for kind in present if kind in own}
+        got |= {f"{key} alone": {kind: of_own[kind][key] for kind in of_own} for key in ("first", "later", "memory")}
+        found.append({**got, "captures": rmtc.stats(made["rmtc torch"]).captures})
+    for key, title in list(TABLES.items())[: None if own else 1]:
+        page.head(title, *kinds)
+        for row, each in zip(rows, found, strict=True):
+            page.row(str(row), *(each[key].get(kind, "-") for kind in kinds))
+    return found
+
+
+def shortfalls(row: Row, found: Found) -> Iterator[str]:
+    """What ``--check`` does not take of a row."""
+    least = {"by hand / rmtc torch": LEAST[row.model], "by hand compiled / rmtc inductor": LEAST["rmtc inductor"]}
+    if row.model == "ARMT over Llama":
+        least["floor / by hand"] = YARDSTICK.get(row.sizes, 0.0)
+    yield from (f"{kind} differs from eager by {error:.0e}" for kind, error in found["differs"].items())
+    for pair, asked in least.items():
+        ratio = found["ratios"].get(pair, asked)
+        if ratio < asked:
+            yield f"{pair} is {ratio:.2f}, {asked:.3g} is asked for"
+
+
+def line(times: dict[int, float]) -> Found:
+    """a and b of ``a + b * S`` with the least squares of relative residuals, and these."""
+    S, y = (torch.tensor(list(each), dtype=torch.float64) for each in (times.keys(), times.values()))
+    columns = torch.stack([1 / y, S / y], dim=1)
+    a, b = torch.linalg.lstsq(columns, torch.ones_like(y)[:, None]).solution.flatten().tolist()
+    return {"a": a, "b": b, "residuals": (1 - (a + b * S) / y).tolist()}
+
+
+def over_lengths(page: Page, row: Row, lengths: Sequence[int], repeats: int) -> Found:
+    """The figures of a row with so many segments and lines through their times, printed."""
+    rows = [replace(row, sizes=(*row.sizes[:-1], segments)) for segments in lengths]
+    points, fits = measure(page, rows, OVER_LENGTHS, ["rmtc torch"], repeats, once=True), {}
+    for kind in OVER_LENGTHS:
+        times = {S: each["seconds"][kind] for S, each in zip(lengths, points, strict=True) if kind in each["seconds"]}
+        if times:
+            fit = fits[kind] = line(times)
+            off = ", ".join(f"{100 * each:+.1f}" for each in fit["residuals"])
+            page.say("", f"{kind}: {1e3 * fit['a']:.2f} + {1e3 * fit['b']:.3f} S ms, off by {off} %")
+    page.say("", f"rmtc, compiled once, captured {points[-1]['captures']} times")
+    return {"title": str(row), "lengths": lengths, "points": points, "fits": fits}
+
+
+def growth(found: Found) -> Iterator[str]:
+    """What ``--check`` does not take of rmtc over lengths."""
+    yield from (f"{kind} differs" for each in found["points"] for kind in each["differs"])
+    keys, points, lengths = ("first alone", "later alone", "memory alone"), found["points"], found["lengths"]
+    first, later, memory = ([each[key]["rmtc torch"] for each in points] for key in keys)
+    since = min(range(len(lengths)), key=lambda index: abs(lengths[index] - 64))
+    grown = {
+        "residual": max(map(abs, found["fits"]["rmtc torch"]["residuals"])) if "rmtc torch" in found["fits"] else 0.0,
+        "memory": memory[-1] / memory[since],
+        "first call": (first[-1] - later[-1]) / (first[0] - later[0]),
+    }
+    for what, most in GROWTH.items():
+        if grown[what] > most:
+            yield f"rmtc's {what} is {grown[what]:.2f}, {most} at most is asked for"
+
+
+def plot(found: Sequence[Found], file: Path) -> None:
+    """Draw time against the number of segments, a panel for each row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(found), 4), layout="constrained")
+    for axes, each in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
+        for kind in each["fits"]:
+            points = [at["seconds"].get(kind, float("nan")) for at in each["points"]]
+            axes.plot(each["lengths"], points, marker="o", label=kind)
+        axes.set(xscale="log", yscale="log", xlabel="segments", ylabel="seconds", title=each["title"])
+        axes.legend()
+    figure.savefig(file)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 on a shortfall")
     parser.add_argument("--only", default="", help="rows whose names contain this")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtype", nargs="+", choices=TOLERANCE, default=["float32"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--inductor", action="store_true", help="also what Inductor compiles")
+    parser.add_argument("--memory", action="store_true", help="also memory (Linux)")
+    parser.add_argument("--lengths", type=int, nargs="*", metavar="S", help="also over numbers of segments (Linux)")
     parser.add_argument("--json", type=Path, help="write the figures there too")
-    options = parser.parse_args()
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, float32, batch 1\n")
-    kinds = [kind for kind in KINDS if options.inductor or kind not in _COMPILED]
-    print(f"| model | threads | {' | '.join(kinds)} | eager / rmtc | by hand / rmtc |")
-    print("|---" * (len(kinds) + 4) + "|")
-    found, short = [], []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        for name in ROWS:
-            if options.only not in name:
-                continue
-            row = measure(name, options.repeats, options.inductor)
-            found.append({"model": name, "threads": threads, **row})
-            cells = []
-            for kind in kinds:
-                low, high = row["spread"].get(kind, (0.0, 0.0))
-                ms = row["seconds"].get(kind)
-                wrong = f"differs: {row['differs'][kind]:.0e}" if kind in row["differs"] else "-"
-                cells.append(wrong if ms is None else f"{1e3 * ms:.1f} ({1e3 * low:.1f} .. {1e3 * high:.1f})")
-            ratio = row["seconds"]["eager"] / row["seconds"].get("rmtc torch", float("inf"))
-            print(f"| {name} | {threads} | {' | '.join(cells)} | {ratio:.2f} | {row['of_hand']:.2f} |", flush=True)
-            if row["of_hand"] < (0.95 if "Llama" in name else 0.9):
-                short.append(f"{name}, {threads} threads: {row['of_hand']:.2f} of the speed of what is written by hand")
+    parser.add_argument("--markdown", type=Path, help="write the tables there too")
+    parser.add_argument("--plot", type=Path, help="draw what --lengths measures there")
+    parser.add_argument("--alone", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.alone:
+        kind, *row = options.alone
+        return print(json.dumps(measure_alone(kind, Row(*row))))
+    chosen = [row for row in ROWS if options.only in str(row)]
+    if not chosen or (options.plot and options.lengths is None):
+        parser.error("--plot needs --lengths" if chosen else f"no row is called {options.only!r}")
+    settings = product(chosen, options.dtype, options.threads)
+    rows = [replace(row, dtype=dtype, threads=threads) for row, dtype, threads in settings]
+    kinds = [kind for kind in KINDS if options.inductor or kind not in COMPILED]
+    own = [kind for kind in kinds if options.memory and kind != "floor"]
+    page, lengths = Page(), []
+    page.say(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, batch 1")
+    matrix = measure(page, rows, kinds, own, options.repeats)
+    short = [f"{row}: {each}" for row, got in zip(rows, matrix, strict=True) for each in shortfalls(row, got)]
+    longer = rows if options.only else rows[: len(rows) // len(chosen)]
+    for row in longer if options.lengths is not None else ():
+        lengths.append(over_lengths(page, row, sorted(options.lengths or LENGTHS), options.repeats))
+        short += [f"{row}, over lengths: {each}" for each in growth(lengths[-1])]
+    if options.plot:
+        plot(lengths, options.plot)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    if short:
-        print("\n" + "\n".join(short), file=sys.stderr)
+        options.json.write_text(json.dumps({"matrix": matrix, "lengths": lengths}, indent=1) + "\n")
+    if options.markdown:
+        options.markdown.write_text("\n".join(page) + "\n")
+    print(*short, sep="\n", file=sys.stderr)
     raise SystemExit(1 if options.check and short else 0)
 
 

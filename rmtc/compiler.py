@@ -88,8 +88,10 @@ def compile(
     Args:
         model: an ``nn.Module``, a function that loops over segments, or an ``nn.Module`` class, each instance of which
             is then compiled on its first call. Without it, a decorator.
-        backend: one of :func:`list_backends`: ``"torch"``; or ``"inductor"``, which compiles bodies when a call first
-            runs them, in seconds, and keeps that on disk. ``"auto"`` is ``"torch"``. Or a callable that takes a
+        backend: one of :func:`list_backends`: ``"torch"``, which keeps the memory of a group of cells for later
+            calls; or ``"inductor"``, which compiles bodies when a call first runs them, in seconds, kept on disk.
+            ``"auto"`` takes the one that is estimated to be clearly faster for long calls, with ``schedule="best"``,
+            and else ``"torch"``: ``rmtc.stats(model).last_run.backend`` names it. Or a callable that takes a
             :class:`rmtc.ir.wavefront.WavefrontProgram` and its weights and returns a runner.
         strict: raise :class:`RefusedError` or :class:`CaptureError` in place of running as before.
         disable: return ``model`` as it is.

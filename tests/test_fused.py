@@ -511,6 +511,36 @@ def test_stages_of_a_block_of_segments_run_at_once(begin: int, end: int, names: 
                 assert launches[stage] >= segments - 1
 
 
+class Last(Staged):
+    """Only the scores of the last segment are returned."""
+
+    def __init__(self) -> None:
+        super().__init__(False, False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        states: list[Tensor] = [x.new_zeros(x.shape[0], 1, WIDTH) for _ in self.layers]
+        score = x.new_zeros(())
+        for piece in x.split(SEGMENT, dim=1):
+            hidden = self.embed(piece)
+            for number, layer in enumerate(self.layers):
+                hidden = torch.tanh(layer(hidden) + states[number])
+                states[number] = hidden.mean(1, keepdim=True)
+            score = self.head(hidden)
+        return score, states[-1]
+
+
+def test_scores_that_nobody_asks_for_are_not_computed() -> None:
+    twins = Twins(Last, schedule="shortest")
+    for segments in (9, 7):
+        twins.call(text(segments, 2, SEGMENT))
+        twins.ran(segments)
+        compiled = compiled_of(twins.fast)
+        assert compiled is not None and isinstance(compiled.variants[0].runner, Executor)
+        launches = compiled.variants[0].runner.plan(segments, 2, SEGMENT).launches
+        ended = [cell.segment for launch in launches if launch.body.stage == "epilogue" for cell in launch.cells]
+        assert ended == [segments - 1]
+
+
 class TwiceRead(Staged):
     """Its epilogues read a value of the last layer in two segments."""
 

@@ -13,7 +13,7 @@ from rmtc.runtime.executor import Executor, Run
 from rmtc.runtime.inductor import Inductor
 from rmtc.runtime.weights import Weights
 
-__all__ = ["Backend", "Runner", "backend_named", "list_backends", "nearest"]
+__all__ = ["Backend", "Runner", "auto", "backend_named", "name_of", "list_backends", "nearest"]
 
 
 class Runner(Protocol):
@@ -39,7 +39,11 @@ Backend = Callable[[WavefrontProgram, Weights], Runner]
 """Takes the program and its stacked weights."""
 
 _BACKENDS: dict[str, Backend] = {"inductor": Inductor, "torch": Executor}
-_AUTO = "torch"
+
+
+def auto(program: WavefrontProgram, weights: Weights) -> Runner:
+    """The backend that is estimated to be fastest; ``torch`` where there is no estimate."""
+    return Executor(program, weights)
 
 
 def list_backends() -> list[str]:
@@ -56,10 +60,16 @@ def backend_named(backend: str | Backend) -> Backend:
     if callable(backend):
         return backend
     if backend == "auto":
-        return _BACKENDS[_AUTO]
+        return auto
     if not isinstance(backend, str) or backend not in _BACKENDS:
         raise ValueError(f"there is no backend {backend!r}{nearest(str(backend), ['auto', *_BACKENDS])}")
     return _BACKENDS[backend]
+
+
+def name_of(backend: Backend) -> str:
+    """The name of a backend, or that of a callable that was given."""
+    names = (name for name, each in _BACKENDS.items() if each is backend)
+    return next(names, getattr(backend, "__name__", type(backend).__name__))
 
 
 def nearest(name: str, names: list[str]) -> str:

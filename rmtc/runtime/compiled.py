@@ -28,8 +28,7 @@ from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import unseen
 from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError, user_level
-from rmtc.runtime.backends import Backend
-from rmtc.runtime.executor import Executor
+from rmtc.runtime.backends import Backend, auto
 from rmtc.runtime.guards import ArgumentGuard, alike, modes
 from rmtc.runtime.hooks import call_with_hooks, global_hooks, hook_tables, hooked
 from rmtc.runtime.lock import LOCK
@@ -78,7 +77,7 @@ class Options:
     recompile_limit: int = 8
     layers: str | None = None
     segment_length: int | None = None
-    backend: Backend = Executor
+    backend: Backend = auto
     reorder_random: bool = False
     schedule: str = "best"
     max_group: int | None = None
@@ -495,6 +494,7 @@ class Compiled:
                 widths=run.widths,
                 guard_seconds=guard_seconds,
                 schedule=variant.kind,
+                backend=variant.backend,
             )
         return result
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch._inductor.cpp_builder
+import torch._inductor.exc
 
 from rmtc.analysis import Analysis
 from rmtc.capture import Captured
@@ -32,6 +34,7 @@ __all__ = [
     "Way",
     "Works",
     "as_written",
+    "backend_of",
     "best_of",
     "candidates",
     "kind_named",
@@ -45,6 +48,11 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 _MARGIN = 0.9
 """A schedule is run if it is estimated to take less than so much of the time that the code as written does."""
+
+_GAIN = 0.75
+"""Inductor is taken if it is estimated to take less than so much of the time that torch does: it compiles first."""
+_COMPILED = 40
+"""What a body that Inductor has compiled takes to be called, in operations of a body that it has not."""
 
 _FIRST = {aten.addmm.default: 1, aten.baddbmm.default: 1, aten.addbmm.default: 1, aten.addmv.default: 1}
 _PRODUCTS = frozenset(
@@ -306,6 +314,40 @@ def best_of(found: Sequence[Way], sizes: Sizes, model: CostModel) -> Way:
     """The way that is fastest for a long call, which is where time goes."""
     long = sizes._replace(segments=max(sizes.segments, LONG))
     return min(found, key=lambda each: each.estimate(long, model).seconds)
+
+
+def backend_of(way: Way, sizes: Sizes, model: CostModel) -> str:
+    """The backend that is estimated to be fastest for a long call: ``torch`` or ``inductor``.
+
+    Inductor runs a body's products as they are, and of all else no more than moves what goes in and comes out.
+    """
+    long = sizes._replace(segments=max(sizes.segments, LONG))
+    plan = plan_run(way.program, *long)
+    batch = long.batch / max(1, way.works.batch)
+    torch_takes = inductor_takes = way.estimate(long, model).seconds
+    for launch in plan.launches:
+        if launch.body.stage != "layer" or len(launch.cells) < 2:
+            continue  # which both run alike
+        works = [work.at(batch) for work in way.works.of(_steady(way.program, launch.body))]
+        fused = [work for work in works if not work.flops]
+        took = sum(model.operation(work, len(launch.cells), model.launch, launch.one_layer) for work in fused)
+        moved = 2 * sum(way.works.inputs(launch.body)) * batch * len(launch.cells) * model.byte
+        inductor_takes += _COMPILED * model.launch + moved - took
+    chosen = "inductor" if inductor_takes < _GAIN * torch_takes and _compiles() else "torch"
+    logger.info(
+        "backend %s: %.2f ms by torch, %.2f ms by Inductor, which has to compile first, for %d segments",
+        *(chosen, 1e3 * torch_takes, 1e3 * inductor_takes, long.segments),
+    )
+    return chosen
+
+
+def _compiles() -> bool:
+    """Whether there is a compiler that Inductor can use."""
+    try:
+        torch._inductor.cpp_builder.get_cpp_compiler()
+    except (RuntimeError, torch._inductor.exc.InvalidCxxCompiler):
+        return False
+    return True
 
 
 def pays(scheduled: Candidate, written: Candidate) -> bool:

@@ -19,6 +19,7 @@ from rmtc.errors import RefusedError
 from rmtc.ir.program import Src, call_arguments, leaves, map_leaves
 from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Key, Numbered, Outer, Where
 from rmtc.ir.wavefront import Body, Operand, Shared, WavefrontProgram
+from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.plan import Copied, Launch, Part, Piece, Plan, Whole, plan_run
 from rmtc.runtime.standing import Moved, Standing, Step
 from rmtc.runtime.weights import Weights
@@ -147,7 +148,10 @@ class Executor:
                     standing = self._standing = Standing(self.weights)
                     self.weights.forget = self.forget
                 walk = _Walk(self, values, segments, batch, tail)
+                new = key not in standing.tapes
                 walk.steps = standing.steps(key, plan, walk)
+                if new and walk.steps is not None:
+                    check_steps(plan, walk.steps)
                 return walk.outputs(plan)
             except Moved as error:
                 logger.info("calls of %s are not of one kind: %s", key, error)

@@ -247,6 +247,9 @@ class _Planner:
         if body.name not in self.program.batched:  # it may read that of the segment before
             yield body, (cell,)
         elif body.stage == "epilogue":
+            start, made = self._start(cell), body.positions[self._row(cell.segment), cell.layer]
+            if not any(Key(cell.segment, start + offset) in self.wanted for offset in made):
+                return  # such as the logits of all segments but the last
             self.ended.append((body, cell))
             for choice in body.inputs:
                 self._set_aside(self._source(choice.get((self._row(cell.segment), cell.layer)), cell))

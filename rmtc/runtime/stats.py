@@ -15,6 +15,7 @@ class LastRun:
         segments, layers, batch, tail: its sizes; ``tail`` is the length of the last segment in positions.
         steps: number of steps it took; of a layer's parts with all segments at once, one.
         schedule: the kind that ran: what ``schedule=`` is to force it.
+        backend: what ran it: what ``backend=`` is to ask for it.
         parts: in how many parts a layer ran, one after another; the most of any layer.
         sequential_steps: number of cells, which is the number of steps without a schedule.
         makespan: number of steps of the schedule that was proven. More are run where it puts more segments of one layer
@@ -35,6 +36,7 @@ class LastRun:
     widths: dict[int, int]
     guard_seconds: float
     schedule: str
+    backend: str
     parts: int = 1
 
 

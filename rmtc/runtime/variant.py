@@ -30,8 +30,8 @@ from rmtc.passes.group import run_schedule
 from rmtc.passes.join_products import join_products
 from rmtc.passes.pipeline import LONG, Proven, apart, check_against, rewrite
 from rmtc.passes.prove import remedy
-from rmtc.runtime.backends import Backend, Runner
-from rmtc.runtime.estimate import WAYS, Way, as_written, best_of, pays, ways
+from rmtc.runtime.backends import Backend, Runner, auto, backend_named, name_of
+from rmtc.runtime.estimate import WAYS, Way, as_written, backend_of, best_of, pays, ways
 from rmtc.runtime.executor import Run
 from rmtc.runtime.guards import ArgumentGuard, modes
 from rmtc.runtime.measure import cost_model
@@ -80,6 +80,7 @@ class Variant:
         entries: what the places that a call writes held before it, for all that is known not to matter.
         refused: sizes that do not follow the program after what a call has found in the places that it writes, and why.
         kind: of the schedule that is run.
+        backend: the name of what runs it.
         counter: why no later call is this capture's: each finds another number in a place where calls count.
         failed: sizes whose runs failed, how often, and why.
     """
@@ -113,6 +114,7 @@ class Variant:
     refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
     kind: str = "sequential"
+    backend: str = ""
     _way: Way | None = None
     _model: CostModel | None = None  # None if a kind of schedule was asked for
     _worth: dict[Sizes, bool] = field(default_factory=dict)
@@ -173,6 +175,9 @@ class Variant:
         session = analysis.capture.session
         tensors = {lifted.names[0]: lifted.tensor for lifted in session.lifted}
         movable = Weights.movable({**tensors, **_inputs(session.arguments)})
+        if backend is auto:
+            sizes = analysis.capture.plan.sizes
+            backend = backend_named("torch" if way is None or model is None else backend_of(way, sizes, model))
         program = join_products(program, movable)
         weights = Weights.plan(program, movable)
         state = StateGuard(session, first.effects)
@@ -191,6 +196,7 @@ class Variant:
         )
         variant._way, variant._model = way, model
         variant.kind = kind if way is None else way.name
+        variant.backend = name_of(backend)
         read = program.reads()
         for lifted in session.lifted:
             names = [name if name in slots else name.removeprefix("self.") for name in lifted.names]

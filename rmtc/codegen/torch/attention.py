@@ -16,7 +16,7 @@ __all__ = ["attend", "bind_attend", "can_attend", "is_causal", "is_faster"]
 
 logger = logging.getLogger(__name__)
 
-_CELLS, _MOST = 4, 1 << 14
+_CELLS, _MOST = 8, 1 << 14
 """Cells that are measured; scores of a head up to which on: they are held in memory."""
 
 
@@ -98,13 +98,13 @@ def can_attend(mask: Tensor) -> bool:
     return mask.dim() >= 2 and mask.shape[-2:].numel() == mask.numel() and bool(seen.any(-1).all())
 
 
-def is_faster(batch: int, heads: int, sizes: tuple[int, int, int, int], mask: bool, dtype: torch.dtype) -> bool:
+def is_faster(batch: int, heads: int, sizes: tuple[int, int, int, int], mask: str, dtype: torch.dtype) -> bool:
     """Whether products are faster than torch's attention, as measured on this machine.
 
     Args:
         batch, heads: of a cell.
         sizes: queries, keys, size of a query's head, size of a value's head.
-        mask: whether there is one.
+        mask: ``"causal"``, ``"given"`` or ``"none"``.
         dtype: of the operands, on the CPU.
     """
     if dtype not in (torch.float32, torch.float64) or sizes[0] * sizes[1] > _MOST or min(sizes) == 0:
@@ -114,7 +114,7 @@ def is_faster(batch: int, heads: int, sizes: tuple[int, int, int, int], mask: bo
 
 @functools.lru_cache(1024)
 def _measured(
-    batch: int, heads: int, sizes: tuple[int, int, int, int], mask: bool, dtype: torch.dtype, threads: int
+    batch: int, heads: int, sizes: tuple[int, int, int, int], mask: str, dtype: torch.dtype, threads: int
 ) -> bool:
     queries, keys, size, values = sizes
 
@@ -122,11 +122,11 @@ def _measured(
         return torch.ones(_CELLS * batch, length, heads, width, dtype=dtype).transpose(1, 2)
 
     q, k, v = ones(queries, size).contiguous(), ones(keys, size).contiguous(), ones(keys, values)
-    given = torch.ones(queries, keys, dtype=torch.bool) if mask else None
+    given, causal = torch.ones(queries, keys, dtype=torch.bool) if mask == "given" else None, mask == "causal"
     out = torch.empty(_CELLS * batch, heads, queries, values, dtype=dtype)
     with torch.no_grad():
-        products = seconds(bind_attend(q, k, v, given, scale=1.0, causal=False, out=out, work=_empty))
-        whole = seconds(lambda: scaled_dot_product_attention(q, k, v, given))
+        products = seconds(bind_attend(q, k, v, given, scale=1.0, causal=causal, out=out, work=_empty))
+        whole = seconds(lambda: scaled_dot_product_attention(q, k, v, given, is_causal=causal))
     logger.info(
         "attention of %d heads, %d by %d, %d threads: as products %.0f us, as one operation %.0f us",
         *(_CELLS * batch * heads, queries, keys, threads, 1e6 * products, 1e6 * whole),

@@ -604,7 +604,8 @@ def attention(arguments: Arguments) -> str | None:
     taken = mask is None or (isinstance(mask, Value) and mask.known is not None and products.can_attend(mask.known))
     on_cpu = query.device is not None and query.device.type == "cpu"
     if equal and plain and taken and on_cpu:
-        if products.is_faster(batch, query.shape[1], sizes, causal or mask is not None, query.dtype):
+        kind = "causal" if causal else "none" if mask is None else "given"
+        if products.is_faster(batch, query.shape[1], sizes, kind, query.dtype):
             scale = arguments["scale"] if arguments["scale"] is not None else query.shape[-1] ** -0.5
             given = ", ".join([*(folded(arguments[name]) for name in ("query", "key", "value")), literal(mask)])
             into = out(f"G * {batch}", *shape[1:])

@@ -1,0 +1,263 @@
+"""Memory that stays from run to run: what is copied, what is kept apart, who may use it, and what it weighs.
+
+Every run of every test is run again in such memory (conftest.py); these tests are of what that does not show.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from compare import Twins, differences
+from models import LAYERS, SEGMENT, WIDTH, Associative, Buffered
+from models import text as floats
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rmtc
+from rmtc.codegen.torch import attention
+from rmtc.compiler import compiled_of
+from rmtc.errors import VerifyError
+from rmtc.examples import armt_llama
+from rmtc.runtime import standing
+from rmtc.runtime.check_steps import check_steps
+from rmtc.runtime.executor import Executor
+from rmtc.runtime.plan import Part, Plan
+from rmtc.runtime.standing import Standing, Step
+
+
+class Late(nn.Module):
+    """Layers that read the memory of ``back`` segments before, and hand it on as it is for what is between."""
+
+    def __init__(self, back: int) -> None:
+        super().__init__()
+        self.back = back
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = [[x.new_zeros(x.shape[0], WIDTH, WIDTH)] * self.back for _ in self.layers]
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + piece @ held[number][-self.back] + piece @ held[number][-1])
+                held[number].append(torch.tanh(held[number][-1] + piece.transpose(1, 2) @ piece))
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def text(segments: int) -> Tensor:
+    return floats(segments).double()
+
+
+def runner_of(model: Any) -> Executor:
+    compiled = compiled_of(model)
+    assert compiled is not None
+    runner = compiled.variants[0].runner
+    assert isinstance(runner, Executor)
+    return runner
+
+
+def tape(model: Any, *key: int) -> tuple[Plan, list[Step | None]]:
+    """The plan of calls of some sizes, and its steps."""
+    runner = runner_of(model)
+    assert runner._standing is not None
+    return runner.plan(*key), runner._standing.tapes[key][0]
+
+
+def twins_of(make: Callable[[], nn.Module], segments: int = 9) -> Twins:
+    twins = Twins(make, schedule="shortest")
+    for _ in range(2):
+        twins.call(text(segments))
+        twins.ran(segments, layers=LAYERS)
+    return twins
+
+
+def test_a_steady_step_copies_hidden_states_and_no_memory() -> None:
+    twins = twins_of(Associative)
+    plan, steps = tape(twins.fast, 9, 2, SEGMENT)
+    full = [step for step, launch in zip(steps, plan.launches, strict=True) if step and len(launch.cells) == LAYERS]
+    assert len(full) >= 3
+    for step in full[2:-1]:
+        assert step.body.kernel.bound is not None and step.body.kernel.bound.overwritten
+        assert (len(step.copies), len(step.fills)) == (1, 1), "of the layers below, and of the new segment"
+        assert not step.apart
+    bound = full[-1].body.kernel.bound
+    assert bound is not None and ".baddbmm_(" in bound.source
+
+
+@pytest.mark.parametrize("back", [1, 2, 3])
+def test_what_is_read_later_is_kept_apart(back: int) -> None:
+    twins = twins_of(lambda: Late(back))
+    _, steps = tape(twins.fast, 9, 2, SEGMENT)
+    assert any(step is not None and step.apart for step in steps) == (back > 1)
+    for segments in (5, 12, 9):
+        twins.call(text(segments))
+        twins.ran(segments, layers=LAYERS)
+
+
+def test_memory_does_not_grow_with_the_text() -> None:
+    twins = twins_of(Associative)
+    held = []
+    for segments in (8, 64, 8):
+        twins.call(text(segments))
+        kept = runner_of(twins.fast)._standing
+        assert kept is not None
+        held.append(sum(each.untyped_storage().nbytes() for each in kept._memory.values()))
+    assert held[0] == held[1] == held[2] > 0
+
+
+def test_what_a_call_returned_and_left_stays_as_it_was() -> None:
+    twins = twins_of(Buffered)
+    x = text(5)
+    first, _ = twins.call(x)
+    left = dict(twins.owner.named_buffers())
+    kept = [each.clone() for each in (first, *left.values())]
+    twins.call(2 * x, twin_args=(2 * x,))
+    assert torch.equal(first, kept[0])
+    assert not any(
+        each.untyped_storage()._cdata == memory.untyped_storage()._cdata
+        for each in (first, *left.values())
+        for memory in runner_of(twins.fast)._standing._memory.values()  # type: ignore[union-attr]
+    )
+
+
+def test_runs_that_overlap_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    twins = twins_of(Associative)
+    runner = runner_of(twins.fast)
+    x, within, failed = text(9), list[Any](), list[Exception]()
+    steps = Standing.steps
+
+    def other() -> None:
+        try:
+            with torch.no_grad():
+                within.append(twins.fast(3 * x))
+        except Exception as error:  # noqa: BLE001 (it is raised in the other thread)
+            failed.append(error)
+
+    def pausing(self: Standing, *args: Any) -> Any:
+        found = steps(self, *args)
+        if not within:  # another call, while this one has the memory
+            monkeypatch.setattr(Standing, "steps", steps)
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+        return found
+
+    monkeypatch.setattr(Standing, "steps", pausing)
+    with torch.no_grad():
+        found, wanted, second = twins.fast(x), twins.eager(x), twins.eager(3 * x)
+    assert not failed and len(within) == 1
+    assert differences(found, wanted) == [] and differences(within[0], second) == []
+    assert not runner._stands.locked()
+
+
+def test_a_call_that_fails_leaves_the_memory_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    twins = twins_of(Associative)
+    runner = runner_of(twins.fast)
+
+    def broken(*args: Any) -> Any:
+        raise KeyError("a fault")
+
+    with monkeypatch.context() as patch, torch.no_grad(), pytest.raises(Exception, match="a fault"):
+        patch.setattr(Standing, "steps", broken)
+        runner.run({}, 9, 2, SEGMENT)
+    assert not runner._stands.locked()
+    twins.call(text(9))
+    twins.ran(9, layers=LAYERS)
+
+
+def test_steps_are_held_against_what_lies_where() -> None:
+    """The check finds a copy that is missing, one from elsewhere, and a result that is not kept apart."""
+    twins = twins_of(lambda: Late(2))
+    plan, steps = tape(twins.fast, 9, 2, SEGMENT)
+    check_steps(plan, steps)
+
+    def with_fault(number: int, **changed: Any) -> list[Step | None]:
+        step = steps[number]
+        assert step is not None
+        return [*steps[:number], dataclasses.replace(step, **changed), *steps[number + 1 :]]
+
+    faults = 0
+    for number, step in enumerate(steps):
+        if step is None:
+            continue
+        wrong: list[list[Step | None]] = []
+        if step.copies:
+            (to, _), *rest = step.copies
+            wrong += [with_fault(number, copies=rest), with_fault(number, copies=[(to, to), *rest])]
+        if step.fills:
+            wrong.append(with_fault(number, fills=step.fills[1:]))
+            to, piece = step.fills[0]
+            if isinstance(piece, Part):
+                other = piece._replace(launch=0, result=0, first=(piece.first + 1) % 9)
+                wrong.append(with_fault(number, fills=[(to, other), *step.fills[1:]]))
+        if step.apart and any(step.body.made[each] is not None for each in step.apart):
+            wrong.append(with_fault(number, apart=()))
+        for each in wrong:
+            faults += 1
+            with pytest.raises(VerifyError):
+                check_steps(plan, each)
+    assert faults > 20
+
+
+def test_steps_that_are_wrong_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    follower = standing._Follower._step
+
+    def careless(self: Any, number: int, *args: Any) -> Step:
+        step = follower(self, number, *args)
+        return dataclasses.replace(step, copies=step.copies[1:]) if number > 6 else step
+
+    monkeypatch.setattr(standing._Follower, "_step", careless)
+    model = rmtc.compile(Associative().double(), schedule="shortest", strict=True)
+    with torch.no_grad(), pytest.raises(VerifyError, match="in place of"):
+        model(text(9))
+
+
+@pytest.mark.parametrize("kind", ["causal", "given", "added", "none"])
+@pytest.mark.parametrize("strided", [False, True])
+def test_attention_as_products_is_attention(kind: str, strided: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 2, n, e, dtype=torch.float64) for n, e in ((5, 4), (5, 4), (5, 7)))
+    if strided:
+        q, k, v = (each.transpose(1, 2).contiguous().transpose(1, 2) for each in (q, k, v))
+    mask = {"given": torch.rand(1, 1, 5, 5) > 0.4, "added": torch.randn(5, 5, dtype=torch.float64)}.get(kind)
+    if kind == "given":
+        mask = mask | torch.eye(5, dtype=torch.bool)  # type: ignore[operator]
+    wanted = F.scaled_dot_product_attention(q, k, v, mask, is_causal=kind == "causal", scale=0.3)
+    found = attention.attend(q, k, v, mask, scale=0.3, causal=kind == "causal")
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_which_masks_are_known() -> None:
+    causal = torch.ones(4, 4, dtype=torch.bool).tril()
+    assert attention.is_causal(causal) and attention.is_causal(causal.expand(3, 1, 4, 4))
+    assert not any(map(attention.is_causal, (causal[:3], causal.T, ~causal)))
+    assert not attention.is_causal(torch.zeros(4, 4).masked_fill(~causal, -torch.inf))
+    assert attention.can_attend(causal) and not attention.can_attend(causal.expand(2, 4, 4))
+    blind = causal.clone()
+    blind[2] = False  # a position that attends to none: torch says what that gives
+    assert not attention.can_attend(blind)
+    assert not attention.can_attend(torch.zeros(4, 4).masked_fill(~blind, -torch.inf))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("faster", [False, True])
+def test_a_mask_that_each_call_makes_anew_is_causal(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "is_faster", lambda *args: faster)
+    sizes: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 6, "memory": 2, "segments": 6}
+    (eager, args), (model, _) = armt_llama.build(**sizes), armt_llama.build(**sizes)
+    fast = rmtc.compile(model, schedule="shortest", strict=True)
+    with torch.no_grad():
+        for ids in (args[0], args[0][:, :24], args[0].flip(1)):
+            torch.testing.assert_close(fast(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-5)
+        kernels = runner_of(fast).kernels.values()
+        assert any(("attend(" if faster else "is_causal=True") in kernel.source for kernel in kernels)
+        mask = torch.ones_like(args[0])
+        mask[:, :4] = 0  # a mask that a call is given is no constant of its sizes
+        for given in (mask, mask.flip(1)):
+            found, wanted = (each(args[0], attention_mask=given).logits for each in (fast, eager))
+            torch.testing.assert_close(found[given.bool()], wanted[given.bool()], rtol=1e-4, atol=1e-5)
