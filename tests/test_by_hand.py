@@ -19,7 +19,7 @@ from rmtc.examples import armt_gpt2, armt_llama, rmt_llama, transformer_xl
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 benchmark = import_module("by_hand")
-by_hand, floor = benchmark.by_hand, benchmark.floor
+by_hand, floor, plain = benchmark.by_hand, benchmark.floor, import_module("plain").plain
 
 SMALL: dict[str, Any] = {"width": 16, "heads": 2, "segment": 5}
 ARMT: dict[str, Any] = SMALL | {"memory": 2, "key_size": 4}
@@ -53,8 +53,10 @@ def test_logits_are_those_of_the_model(module: ModuleType, sizes: dict[str, Any]
         for segments in (1, 2, 5, 12, 12):  # the second time on buffers that were used
             text = ids[:batch, : segments * sizes["segment"]]
             assert error(fast(text), logits(model, text)) <= 1e-9
+            assert error(plain(model)(text), logits(model, text)) <= 1e-9
     model, _ = module.build(**sizes, layers=layers)
-    assert error(by_hand(model)(ids), logits(model, ids)) <= 1e-3
+    for way in (by_hand, plain):
+        assert error(way(model)(ids), logits(model, ids)) <= 1e-3
 
 
 @pytest.mark.parametrize("module, sizes", MODELS)
@@ -87,8 +89,9 @@ def test_a_last_segment_that_is_short_is_an_error() -> None:
 
 def test_other_models_are_an_error() -> None:
     model, _ = rmt_llama.build(layers=1)
-    with pytest.raises(KeyError):
-        by_hand(model)
+    for way in (by_hand, plain):
+        with pytest.raises(KeyError):
+            way(model)
 
 
 @pytest.mark.slow
@@ -99,3 +102,11 @@ def test_the_compiled_step_computes_the_same_with_one_compilation() -> None:
     fast = by_hand(model, compile=True)
     assert error(fast(ids), logits(model, ids)) <= 1e-9
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module, sizes", MODELS[::3])
+def test_plain_steps_compute_the_same_compiled(module: ModuleType, sizes: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    model, (ids,) = module.build(**sizes, layers=3, segments=5, batch=2, dtype="float64")
+    assert error(plain(model, compile=True)(ids), logits(model, ids)) <= 1e-9

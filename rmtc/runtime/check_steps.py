@@ -64,8 +64,8 @@ def check_steps(plan: Plan, steps: Sequence[Step | None]) -> None:
     memory = _Memory()
     for number, (launch, step) in enumerate(zip(plan.launches, steps, strict=True)):
         if step is None:
-            for piece in (piece for pieces in launch.inputs for piece in pieces if isinstance(piece, Part)):
-                _check_made(memory, steps, piece, number)
+            for each in (each for pieces in launch.inputs for each in pieces if isinstance(each, Part)):
+                _check_made(memory, steps, each, number)
             continue
         homes = [rows.view for rows in step.body.homes]
         moved = [(to, [{*memory.read(source[n])} for n in range(len(source))]) for to, source in step.copies]
@@ -75,14 +75,14 @@ def check_steps(plan: Plan, steps: Sequence[Step | None]) -> None:
             if any(_overlap(to, other) for _, other in step.copies):
                 raise VerifyError(f"launch {number} overwrites what another of its copies reads")
         for to, held in moved:
-            for n, what in enumerate(held):
+            for n, those in enumerate(held):
                 memory.spoil(to[n])
-                memory.write(to[n], what)
+                memory.write(to[n], those)
         for to, piece in step.fills:
             if isinstance(piece, Part):
                 _check_made(memory, steps, piece, number)
-            rows = [to[n] for n in range(len(to))] if isinstance(piece, Part) and piece.first >= 0 else [to]
-            for row, what in zip(rows, _cells(piece), strict=True):
+            cells = [to[n] for n in range(len(to))] if isinstance(piece, Part) and piece.first >= 0 else [to]
+            for row, what in zip(cells, _cells(piece), strict=True):
                 memory.spoil(row)
                 memory.write(row, {what})
         for home, pieces in zip(homes, launch.inputs, strict=True):
