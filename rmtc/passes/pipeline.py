@@ -30,6 +30,7 @@ from rmtc.passes.fuse_rotary import fuse_rotary
 from rmtc.passes.generalize import generalize_rows
 from rmtc.passes.group import group, run_schedule
 from rmtc.passes.if_convert import if_convert
+from rmtc.passes.join_products import join_products
 from rmtc.passes.layers import fold_layers
 from rmtc.passes.merge_equal import merge_equal
 from rmtc.passes.phases import in_phases
@@ -76,6 +77,7 @@ def passes() -> list[PassInfo]:
         PassInfo("fuse-rotary", "rotary position embeddings that are spelled out as single operations"),
         PassInfo("fuse-rolls", "pointwise operations after concatenations; products of a tensor with itself, rolled"),
         PassInfo("fuse-accumulate", "products, quotients and matrix products added while they are made"),
+        PassInfo("join-products", "linear maps of one input as one product, of parameters that may be moved together"),
     ]
 
 
@@ -313,6 +315,9 @@ def rewrite(proven: Proven, watch: Watch | None = None, schedule: str = "shortes
     for name, each in _FUSIONS.items():
         program = program.map(each)
         _show(watch, name, program)
+    if watch is not None:  # a capture knows which parameters may be moved
+        parameters = {name for name, source in proven.loop.sources.items() if source.kind == "parameter"}
+        _show(watch, "join-products", join_products(program, parameters))
     return program
 
 
