@@ -328,8 +328,9 @@ class _Walk:
         """A launch's weights, and whether they are the same in later runs."""
         rows = self._weights(launch.body, launch.layers, launch.grouped, launch.one_layer)
         layers = launch.layers[:1] if launch.one_layer else launch.layers
-        held = self.executor.weights
-        return rows, all(held.stacked(launch.body, number, layers) for number in range(len(rows)))
+        get = self.executor.weights.rows  # which gives the same view of a stack each time, and else a new tensor
+        again = ([get(launch.body, number, layers, self.values) for _ in range(2)] for number in range(len(rows)))
+        return rows, all(one is other for one, other in again)
 
     def shared_of(self, operand: Operand, at: Environment) -> tuple[Any, bool]:
         """An operand that all cells share, and whether it lies where it lies for good, as parameters do."""

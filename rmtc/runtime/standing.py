@@ -237,7 +237,10 @@ class Standing:
             shared = [(operand, body.at.T) for operand in body.kernel.shared]
             if body.run is None or not body.lasts or any(changed[each] for each in shared):
                 weights, body.lasts = source.rows_of(body.launch)
-                body.bind(weights, [self._shared[each] for each in shared])
+                try:
+                    body.bind(weights, [self._shared[each] for each in shared])
+                except RuntimeError as error:  # an operand lies otherwise than that which the kernel was emitted for
+                    raise Moved(str(error)) from error
 
     def _differs(self, operand: Operand, at: Environment, source: Source) -> bool:
         """Give memory that stays the value of a shared operand; whether it lies elsewhere by now."""

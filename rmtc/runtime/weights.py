@@ -194,10 +194,6 @@ class Weights:
         """The memory of each stack: other objects, once parameters were moved."""
         return [None if stack.memory is None else stack.memory.tensor for stack in self.stacks]
 
-    def stacked(self, body: Body, number: int, layers: tuple[int, ...]) -> bool:
-        """Whether :meth:`rows` gives a view of a stack."""
-        return (body.name, number, layers) in self._parts
-
     def rows(
         self, body: Body, number: int, layers: tuple[int, ...], values: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:

@@ -225,18 +225,17 @@ def _may_overwrite(plan: _Plan, operand: Line, line: Line, number: int) -> bool:
 
 
 def bound_lines(
-    planned: Planned, known: Mapping[str, torch.Tensor], owned: Collection[str], space: Mapping[str, Any]
+    planned: Planned, known: Mapping[str, torch.Tensor], space: Mapping[str, Any]
 ) -> tuple[list[str], list[str], set[str]]:
     """Divide lines into those that run once for a memory, and those that run each time.
 
-    Needs: operands from elsewhere by name, on the meta device, of two cells, contiguous where they are ``owned``; and
-    what else texts name.
-    Gives: the lines, and the values that always lie in memory whose contents change.
-    Checks: what is made once is a view of memory whose contents change, not a copy of it.
+    Needs: operands from elsewhere by name, on the meta device, of two cells, as they lie in memory; and what else texts
+    name.
+    Gives: the lines, and the values that always lie in the same memory.
+    Checks: what is made once is a view of memory, for contents change (weights too), and not a copy of it.
     """
     values: dict[str, Any] = {**space, **known}
     made = {*known, *(each.name for each in planned.buffers)}  # once
-    changing = made - (known.keys() - set(owned))  # and holds other numbers each time
     for each in planned.buffers:
         sizes = eval(f"({each.sizes},)", {"G": 2})
         values[each.name] = torch.empty(sizes, dtype=each.dtype, device="meta")
@@ -253,12 +252,10 @@ def bound_lines(
             values[name] = eval(text, values)
         except (RuntimeError, TypeError, ValueError, IndexError):
             return False
-        if root in changing:
-            if values[name].untyped_storage()._cdata != values[root].untyped_storage()._cdata:
-                return False  # a copy
-            changing.add(name)
-            text = f"seen({text}, {root})" if text != root else text
+        if values[name].untyped_storage()._cdata != values[root].untyped_storage()._cdata:
+            return False  # a copy
         made.add(name)
+        text = f"seen({text}, {root})" if text != root else text
         once.append(f"{name} = {text}")
         return True
 
@@ -270,12 +267,11 @@ def bound_lines(
     def copied(line: Line) -> bool:
         """Make memory for what has to be copied each time to be seen so."""
         found = _COPIED.fullmatch(line.text)
-        if found is None or found[1] not in changing:
+        if found is None or found[1] not in made:
             return False
         copy, source = f"k{len(each_time)}", found[1]
         values[copy] = torch.empty(values[source].shape, dtype=values[source].dtype, device="meta")
         made.add(copy)
-        changing.add(copy)
         once.append(f"{copy} = work({source}.shape, {source}.dtype)")
         each_time.append(f"{copy}.copy_({source}){line.place}")
         return make(line.name, f"{copy}.{found[2]}")
@@ -301,11 +297,11 @@ def bound_lines(
         dead = [name for name in line.dead if name not in made]
         if dead:
             each_time.append(f"del {', '.join(dead)}")
-    return once, each_time, changing
+    return once, each_time, made
 
 
 def seen(view: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """A view of memory whose contents change.
+    """A view of memory.
 
     Raises:
         RuntimeError: if it is a copy.

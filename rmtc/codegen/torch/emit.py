@@ -573,12 +573,14 @@ class _Body:
             if not isinstance(tensor, torch.Tensor):
                 del known[name]
                 continue
-            there = tensor.to("meta")
-            rows = cells if name in names else None if name.startswith("u") or self.one_layer else 2
-            if rows is not None:
-                there = there[:1].expand(rows, *there.shape[1:])
-            known[name] = torch.empty(there.shape, dtype=there.dtype, device="meta") if name in names else there
-        once, each, lasting = bound_lines(planned, known, names, {**space, "G": cells})
+            shape, strides = list(tensor.shape), tensor.stride()
+            if name in names:  # a home, contiguous
+                known[name] = torch.empty(cells, *shape[1:], dtype=tensor.dtype, device="meta")
+                continue
+            if name.startswith("w") and not self.one_layer:
+                shape[0] = 2
+            known[name] = torch.empty_strided(shape, strides, dtype=tensor.dtype, device="meta")
+        once, each, lasting = bound_lines(planned, known, {**space, "G": cells})
         memory = {"scratch": ("s", len(planned.slots)), "results": ("r", sum(b.slot is None for b in planned.buffers))}
         unpacked = {"inputs": ("in", self.inputs), "weights": ("w", self.weights), "shared": ("u", len(self.passed))}
         source = _header("bind", "G, inputs, weights, shared, scratch, results, work", **unpacked, **memory)
