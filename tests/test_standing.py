@@ -99,6 +99,40 @@ def test_what_is_read_later_is_kept_apart(back: int) -> None:
         twins.ran(segments, layers=LAYERS)
 
 
+class Above(nn.Module):
+    """Layers that read the memory of the layer above, so that every second one runs at once, with batched weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.randn(2, WIDTH, WIDTH) / WIDTH**0.5 for _ in range(6))
+        self.gains = nn.ParameterList(torch.rand(WIDTH) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        held, pieces = [x.new_zeros(2, 1, WIDTH)] * 6, []
+        for piece in x.split(SEGMENT, dim=1):
+            made = []
+            for number in range(6):
+                piece = torch.tanh(piece @ self.weights[number] * self.gains[number] + held[min(number + 1, 5)])
+                made.append(piece.mean(1, keepdim=True))
+            held = made
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def test_weights_that_change_in_place_are_computed_with() -> None:
+    """Of every second row of a stack a product needs a copy, which is made in each call."""
+    twins = Twins(Above, schedule="shortest")
+    for factor in (1.0, 1.0, 0.5, 1.5):
+        with torch.no_grad():
+            for model in (twins.owner, twins.twin):
+                for parameter in model.parameters():
+                    parameter.mul_(factor)
+        twins.call(text(7))
+        assert twins.a == 2 and not rmtc.stats(twins.fast).fallbacks
+    plan, steps = tape(twins.fast, 7, 2, SEGMENT)
+    assert any(step is not None and len(launch.cells) > 1 for step, launch in zip(steps, plan.launches, strict=True))
+
+
 def test_memory_does_not_grow_with_the_text() -> None:
     twins = twins_of(Associative)
     held = []

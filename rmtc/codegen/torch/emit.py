@@ -577,8 +577,8 @@ class _Body:
             if name in names:  # a home, contiguous
                 known[name] = torch.empty(cells, *shape[1:], dtype=tensor.dtype, device="meta")
                 continue
-            if name.startswith("w") and not self.one_layer:
-                shape[0] = 2
+            if name.startswith("w") and not self.one_layer:  # any rows of a stack, such as every second one
+                shape[0], strides = 2, (2 * max(1, tensor[:1].numel()), *strides[1:])
             known[name] = torch.empty_strided(shape, strides, dtype=tensor.dtype, device="meta")
         once, each, lasting = bound_lines(planned, known, {**space, "G": cells})
         memory = {"scratch": ("s", len(planned.slots)), "results": ("r", sum(b.slot is None for b in planned.buffers))}

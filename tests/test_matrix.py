@@ -1,0 +1,194 @@
+"""The table of example models beside what is written by hand: what it says, and what `--check` does not take."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+matrix = import_module("matrix")
+
+LLAMA, GPT2, XL = (matrix.Row(name, sizes) for name, sizes in zip(matrix.MODELS, [(2, 16, 5, 2, 3)] * 3, strict=True))
+ALONE = {"first": 3.0, "later": 1.0, "memory": 5.0}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One row, nothing asked of speed, and no processes."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(matrix, "ROWS", (LLAMA,))
+    monkeypatch.setattr(matrix, "LEAST", dict.fromkeys(matrix.LEAST, 0.0))
+    monkeypatch.setattr(matrix, "GROWTH", matrix.GROWTH | {"residual": 1e9})
+    monkeypatch.setattr(matrix, "alone", lambda kind, row: ALONE)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit:
+        matrix.main(["--threads", "1", "--repeats", "1", *arguments])
+    assert isinstance(exit.value.code, int)
+    return exit.value.code
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def tables(text: str) -> dict[str, list[dict[str, str]]]:
+    """Rows by the columns' names, by title."""
+    found = {}
+    parts = [part.splitlines() for part in text.split("\n\n")]
+    for title, part in zip(parts, parts[1:], strict=False):
+        if part[0].startswith("|"):
+            names, _, *rows = map(cells, part)
+            found[title[-1]] = [dict(zip(names, row, strict=True)) for row in rows]
+    return found
+
+
+def wrong(model: Any, *, compile: bool = False) -> Callable[[Tensor], Tensor]:
+    return lambda ids: model(ids).logits * 1.01
+
+
+def test_tables_and_figures(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "ROWS", (LLAMA, XL))
+    files = {kind: tmp_path / kind for kind in ("json", "markdown")}
+    written = [str(each) for kind, file in files.items() for each in (f"--{kind}", file)]
+    assert run("--check", "--memory", "--threads", "1", "2", *written) == 0
+    printed = capsys.readouterr().out
+    assert files["markdown"].read_text() == printed
+    times, first, first_alone, memory = tables(printed).values()
+    names = [f"{row.model} (2, 16, 5, 2, 3), float32, {threads} threads" for row in (LLAMA, XL) for threads in (1, 2)]
+    kinds = ["eager", "full attention", "rmtc torch", "by hand", "tuned by hand", "floor"]
+    for table in (times, first, first_alone, memory):
+        assert [row["model"] for row in table] == names
+        assert list(table[0])[1:7] == kinds
+        assert all((row["full attention"] == "-") == ("XL" in row["model"]) for row in table)
+    assert first_alone[0]["rmtc torch"] == "3.00" and memory[0]["by hand"] == "5.00" and memory[0]["floor"] == "-"
+    found = json.loads(files["json"].read_text())["matrix"]
+    assert [(row["threads"], row["dtype"], row["sizes"]) for row in found[:2]] == [
+        (threads, "float32", [2, 16, 5, 2, 3]) for threads in (1, 2)
+    ]
+    for row, line in zip(found, times, strict=True):
+        assert not row["differs"]
+        assert row["seconds"].keys() == row["spread"].keys() == row["first"].keys()
+        for kind, seconds in row["seconds"].items():
+            low, high = row["spread"][kind]
+            assert 0 < low <= seconds <= high
+            assert line[kind] == f"{1e3 * seconds:.1f} ({1e3 * low:.1f} .. {1e3 * high:.1f})"
+        ratio = row["seconds"]["by hand"] / row["seconds"]["rmtc torch"]  # of one turn
+        assert row["ratios"]["by hand / rmtc torch"] == pytest.approx(ratio)
+        assert line["by hand / rmtc torch"] == f"{ratio:.2f}"
+
+
+def test_what_differs_has_no_time_and_is_a_shortfall(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "plain", wrong)
+    assert run("--json", str(tmp_path / "json")) == 0
+    assert run("--check", "--lengths", "2", "3") == 1
+    captured = capsys.readouterr()
+    times = tables(captured.out)["Milliseconds"]
+    assert all(row["by hand"] == "differs: 1e-02" and row["by hand / rmtc torch"] == "-" for row in times)
+    assert "by hand differs from eager by 1e-02" in captured.err and "over lengths: by hand differs" in captured.err
+    (row,) = json.loads((tmp_path / "json").read_text())["matrix"]
+    assert row["differs"].keys() == {"by hand"} and "by hand" not in row["seconds"]
+
+
+def test_in_bfloat16_what_there_is_not_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--dtype", "float32", "bfloat16") == 0
+    wide, narrow = tables(capsys.readouterr().out)["Milliseconds"]
+    missing = {"tuned by hand", "floor", "tuned by hand / rmtc torch", "floor / by hand"}
+    assert {name for name, cell in narrow.items() if cell == "-"} == missing
+    assert "-" not in wide.values()
+
+
+@pytest.mark.parametrize(
+    "limits, asked, said",
+    [
+        ("LEAST", {"ARMT over Llama": 1e9}, "by hand / rmtc torch is"),
+        ("YARDSTICK", {LLAMA.sizes: 1e9}, "floor / by hand is"),
+    ],
+)
+def test_a_shortfall_of_speed(
+    limits: str,
+    asked: dict[Any, float],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(matrix, limits, getattr(matrix, limits) | asked)
+    assert run("--check") == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "what, last",
+    [("", {}), ("memory", {"memory": 5.6}), ("first call", {"first": 4.1}), ("residual", {})],
+    ids=["nothing", "memory", "first call", "residual"],
+)
+def test_over_lengths(
+    what: str,
+    last: dict[str, float],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(matrix, "LONGEST_EAGER", 3)
+    monkeypatch.setattr(matrix, "alone", lambda kind, row: ALONE | last if row.sizes[-1] == 4 else ALONE)
+    if what == "residual":
+        monkeypatch.setattr(matrix, "GROWTH", matrix.GROWTH | {"residual": -1.0})
+    assert run("--check", "--lengths", "4", "2", "3", "--json", str(tmp_path / "json")) == bool(what)
+    captured = capsys.readouterr()
+    assert (f"over lengths: rmtc's {what} is" in captured.err) == bool(what)
+    assert "rmtc, compiled once, captured 1 times" in captured.out
+    (found,) = json.loads((tmp_path / "json").read_text())["lengths"]
+    assert found["lengths"] == [2, 3, 4]
+    assert [set(point["seconds"]) for point in found["points"]] == [
+        {"eager", "rmtc torch", "by hand"},
+        {"eager", "rmtc torch", "by hand"},
+        {"rmtc torch", "by hand"},
+    ]
+    assert {kind: len(fit["residuals"]) for kind, fit in found["fits"].items()} == {
+        "eager": 2,
+        "rmtc torch": 3,
+        "by hand": 3,
+    }
+
+
+def test_lines() -> None:
+    fit = matrix.line({S: 3 + 0.5 * S for S in (8, 64, 1024)})
+    assert (fit["a"], fit["b"]) == pytest.approx((3, 0.5))
+    assert fit["residuals"] == pytest.approx([0, 0, 0], abs=1e-9)
+    bent = matrix.line({S: float(S * S) for S in matrix.LENGTHS})
+    assert max(map(abs, bent["residuals"])) > 0.1
+
+
+def test_a_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert run("--lengths", "2", "3", "--plot", str(tmp_path / "plot.png")) == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("arguments", [["--plot", "plot.png"], ["--only", "no such row"]])
+def test_options_that_cannot_be_meant(arguments: list[str]) -> None:
+    assert run(*arguments) == 2
+
+
+@pytest.mark.slow
+def test_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    found = matrix.alone("rmtc torch", GPT2)
+    assert found["first"] > found["later"] > 0
+    assert found["memory"] > 0
