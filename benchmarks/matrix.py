@@ -8,9 +8,9 @@ whole text (of another model, that is: it has no memory), rmtc with each backend
 matrix products of the latter alone (the floor). What compiles takes long: only with ``--inductor``.
 
 Medians in milliseconds, fastest and slowest in brackets; ratios are medians of those of each turn. Each is held against
-eager of the same dtype before it is timed: one that differs has no time. ``--memory`` runs each kind in a process of its
-own, too; ``--lengths`` adds numbers of segments, for the rows that ``--only`` names or the first: each kind is made once
-for all of them, and rmtc in a process of its own for each, too. ``--check`` exits with 1 if anything differs, is slower
+eager of the same dtype before it is timed: one that differs has no time. ``--memory`` also runs each kind in a process
+of its own. ``--lengths`` adds numbers of segments, for the rows that ``--only`` names or the first: a kind is made once
+for all of them, and rmtc also in a process of its own for each. ``--check`` exits with 1 if anything differs, is slower
 than `LEAST` and `YARDSTICK` ask for, or grows more than `GROWTH` lets it.
 """
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,10 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import rmtc
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture.probe import Sizes
+from rmtc.compiler import compiled_of
 from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
 from rmtc.ir.cost import CostModel, Work
-from rmtc.runtime import measure
-from rmtc.runtime.estimate import as_written, best_of, pays, ways
+from rmtc.runtime import estimate, measure, variant
+from rmtc.runtime.estimate import as_written, backend_of, best_of, pays, ways
+from rmtc.runtime.executor import Executor
+from rmtc.runtime.inductor import Inductor
 
 COSTS = Path(__file__).parent / "costs"
 MEASURED = CostModel.from_json((COSTS / "measured.json").read_text(encoding="utf-8"))
@@ -88,6 +92,34 @@ def test_estimates_add_up() -> None:
     assert shortest.steps == 4 < diagonal.steps == 11 < written.steps
     assert shortest.launches < diagonal.launches < written.launches
     assert best_of(found, sizes, second) is found[0]
+
+
+def test_a_backend_is_chosen_by_what_it_is_estimated_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor saves moving what is no product's, and costs as much as some forty operations a group."""
+    (way, *_), sizes = ways(analyzed("ARMT over Llama")), Sizes(8, 64, 8)
+    moving = CostModel(1e-6, 0.0, 0.0, 1.0, 0.0, product=0.0, byte=1.0, spread=1.0)
+    starting = CostModel(1.0, 0.0, 0.0, 1.0, 0.0, product=0.0, byte=1e-9, spread=1.0)
+    multiplying = CostModel(1e-6, 0.0, 0.0, 1.0, 0.0, product=1.0, byte=1e-9, spread=1.0)
+    monkeypatch.setattr(estimate, "_compiles", lambda: True)
+    assert [backend_of(way, sizes, each) for each in (moving, starting, multiplying)] == ["inductor", "torch", "torch"]
+    monkeypatch.setattr(estimate, "_compiles", lambda: False)
+    assert backend_of(way, sizes, moving) == "torch"
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize("picked", ["torch", "inductor"])
+def test_the_chosen_backend_runs_and_is_named(picked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variant, "backend_of", lambda *args: picked)
+    model, args = armt_llama.build(**SIZE | {"segments": 32, "layers": 2})
+    fast = rmtc.compile(copy.deepcopy(model), strict=True)
+    forced = rmtc.compile(copy.deepcopy(model), strict=True, schedule="shortest")
+    with torch.no_grad(), mock.patch.object(Inductor, "call", Executor.call):  # what it compiles is tested elsewhere
+        for each, name in ((fast, picked), (forced, "torch")):
+            torch.testing.assert_close(each(*args).logits, copy.deepcopy(model)(*args).logits, rtol=1e-4, atol=1e-4)
+            last = rmtc.stats(each).last_run
+            assert last is not None and last.backend == name
+    compiled = compiled_of(fast)
+    assert compiled is not None and isinstance(compiled.variants[0].runner, Inductor) == (picked == "inductor")
 
 
 @pytest.mark.usefixtures("measured")
