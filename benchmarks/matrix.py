@@ -51,7 +51,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
 }
 """What builds an example, and the class of its base model."""
 ABSENT = {
-    ("ARMT over Llama", "bfloat16"): {"tuned by hand", "tuned compiled", "floor"},  # complex numbers are in no bfloat16
+    ("ARMT over Llama", "bfloat16"): {"tuned by hand", "tuned compiled", "floor"},  # no complex bfloat16
     **{("ARMT over GPT-2", dtype): {"tuned compiled"} for dtype in ("float32", "bfloat16")},
     **{("Transformer-XL", dtype): {"tuned compiled", "full attention"} for dtype in ("float32", "bfloat16")},
 }

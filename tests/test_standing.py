@@ -264,6 +264,9 @@ def test_attention_as_products_is_attention(kind: str, strided: bool) -> None:
     wanted = F.scaled_dot_product_attention(q, k, v, mask, is_causal=kind == "causal", scale=0.3)
     found = attention.attend(q, k, v, mask, scale=0.3, causal=kind == "causal")
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    there = [None if each is None else each.to("meta") for each in (q, k, v, mask)]
+    if not strided:  # its shape is asked for without running it, so that it is known to be one for any number of cells
+        assert attention.attend(*there, scale=0.3, causal=kind == "causal").shape == wanted.shape  # type: ignore[arg-type]
 
 
 def test_which_masks_are_known() -> None:

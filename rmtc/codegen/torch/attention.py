@@ -34,7 +34,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, sc
         (N, H, T, F).
     """
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    bind_attend(query, key, value, mask, scale=scale, causal=causal, out=out, work=_empty)()
+    work = functools.partial(_empty, device=query.device)
+    bind_attend(query, key, value, mask, scale=scale, causal=causal, out=out, work=work)()
     return out
 
 
@@ -82,8 +83,8 @@ def bind_attend(
     return run
 
 
-def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype)
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def is_causal(mask: Tensor) -> bool:
