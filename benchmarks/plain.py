@@ -119,6 +119,7 @@ class ArmtLlama(Armt):
     def __init__(self, model: ArmtLlamaForCausalLM, compile: bool = False) -> None:
         config = model.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.shares = self.heads != self.kv_heads  # keys and values
         self.epsilon, self.norm, self.head = config.rms_norm_eps, model.model.norm.weight, model.lm_head.weight
         super().__init__(model, list(model.model.layers), model.model.embed_tokens.weight.detach(), compile)
         angles = torch.outer(torch.arange(self.segment + len(self.memory)), model.model.rotary_emb.inv_freq.double())
@@ -143,7 +144,7 @@ class ArmtLlama(Armt):
         qkv = torch.bmm(F.rms_norm(h, (D,), eps=self.epsilon) * w["norm"], w["qkv"])
         q, k, v = qkv.view(G * batch, rows // batch, H + 2 * N, -1).transpose(1, 2).split([H, N, N], dim=1)
         q, k = self.turned(q), self.turned(k)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != N)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.shares)
         h = torch.baddbmm(h, mixed.transpose(1, 2).reshape(G, rows, -1), w["output"])
         gate, up = torch.bmm(F.rms_norm(h, (D,), eps=self.epsilon) * w["after"], w["gate_up"]).chunk(2, dim=-1)
         return torch.baddbmm(h, F.silu(gate) * up, w["down"])

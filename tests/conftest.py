@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from rmtc.runtime.executor import Executor, Run
 
@@ -22,24 +24,48 @@ os.environ.setdefault("RMTC_COST_MODEL", str(Path(__file__).parent / "costs" / "
 
 @pytest.fixture(autouse=True)
 def every_run_is_held_against_the_next(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What runs runs again, then in memory that stays, and gives the same."""
+    """What runs runs again, then in memory that stays, and gives the same; once with other weights in their place."""
     once = Executor.run
 
     def run(
         self: Executor, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
     ) -> tuple[dict[str, Any], Run]:
         seed = torch.get_rng_state()
-        first, _ = once(self, values, segments, batch, tail)
+        given = segments, batch, tail
+        first, _ = once(self, values, *given)
         after = torch.get_rng_state()
         torch.set_rng_state(seed)
-        second, done = once(self, values, segments, batch, tail)
+        second, done = once(self, values, *given)
         assert torch.equal(after, torch.get_rng_state())
-        assert first.keys() == second.keys()
-        for name, value in first.items():
-            if isinstance(value, torch.Tensor):
-                torch.testing.assert_close(second[name], value, equal_nan=True)
-                assert second[name].stride() == value.stride(), name
+        same(second, first)
+        if self._standing is not None and "varied" not in vars(self):
+            vars(self)["varied"] = True
+            weights = [each for each in values.values() if each.is_floating_point() and each.is_contiguous()]
+            weights = [each for each in weights if not each.is_inference() and each._is_view() is False]
+            before = [each.detach().clone() for each in weights]
+            kept = map(_unsafe_preserve_version_counter, weights)
+            with torch.no_grad(), contextlib.ExitStack() as stack:
+                for counter in kept:
+                    stack.enter_context(counter)
+                for each in weights:
+                    each.detach().mul_(0.9)
+                try:
+                    third, _ = once(self, values, *given)
+                    with monkeypatch.context() as patch:
+                        patch.setattr(type(self), "binds", False)
+                        same(third, once(self, values, *given)[0])
+                finally:
+                    for each, held in zip(weights, before, strict=True):
+                        each.detach().copy_(held)
+            torch.set_rng_state(after)
         return second, done
+
+    def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(found[name], value, equal_nan=True)
+                assert found[name].stride() == value.stride(), name
 
     monkeypatch.setattr(Executor, "run", run)
     yield

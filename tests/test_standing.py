@@ -133,6 +133,66 @@ def test_weights_that_change_in_place_are_computed_with() -> None:
     assert any(step is not None and len(launch.cells) > 1 for step, launch in zip(steps, plan.launches, strict=True))
 
 
+class Projected(nn.Module):
+    """Layers that share a projection, as a parameter and as a buffer."""
+
+    turn: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.shared = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.register_buffer("turn", torch.eye(WIDTH).roll(1, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        held, pieces = [x.new_zeros(x.shape[0], 1, WIDTH)] * LAYERS, []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + self.shared(piece) @ self.turn + held[number])
+                held = [*held[:number], piece.mean(1, keepdim=True), *held[number + 1 :]]
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def _data(model: Projected) -> None:
+    model.shared.weight.data = model.shared.weight.data * 2
+
+
+def _set(model: Projected) -> None:
+    model.turn.set_(model.turn.flip(0).contiguous())  # type: ignore[call-overload]
+
+
+def _buffer(model: Projected) -> None:
+    model.turn = model.turn.flip(1)
+
+
+@pytest.mark.parametrize("change", [_data, _set, _buffer])
+def test_operands_that_all_layers_share_are_found_where_they_lie(change: Callable[[Projected], None]) -> None:
+    """Also by calls of other sizes than the first one after the change."""
+    twins = Twins(Projected, schedule="shortest")
+    for segments in (9, 5, 9, 5):
+        twins.call(text(segments))
+    with torch.no_grad():
+        for model in (twins.owner, twins.twin):
+            change(model)
+    for segments in (5, 9, 7, 9):
+        twins.call(text(segments))
+        twins.ran(segments, layers=LAYERS)
+
+
+def test_memory_is_of_the_last_batch_sizes() -> None:
+    twins = Twins(Associative, schedule="shortest")
+    held = []
+    for batch in (1, 2, 3, 4, 5, 3, 2, 1):
+        for _ in range(2):
+            twins.call(floats(5, batch).double())
+        kept = runner_of(twins.fast)._standing
+        assert kept is not None
+        held.append(sum(each.untyped_storage().nbytes() for each in kept._memory.values()))
+        assert len({size for _, size, _ in kept.tapes}) <= 2
+    assert max(held) <= 9 * held[0], "of batches of 4 and 5 at once, and no more"
+
+
 def test_memory_does_not_grow_with_the_text() -> None:
     twins = twins_of(Associative)
     held = []
@@ -271,9 +331,9 @@ def test_attention_as_products_is_attention(kind: str, strided: bool) -> None:
 
 def test_which_masks_are_known() -> None:
     causal = torch.ones(4, 4, dtype=torch.bool).tril()
-    assert attention.is_causal(causal) and attention.is_causal(causal.expand(3, 1, 4, 4))
-    assert not any(map(attention.is_causal, (causal[:3], causal.T, ~causal)))
-    assert not attention.is_causal(torch.zeros(4, 4).masked_fill(~causal, -torch.inf))
+    assert attention.is_causal(causal, 4, 4) and attention.is_causal(causal.expand(3, 1, 4, 4), 4, 4)
+    for other in (causal[:3], causal.T, ~causal, causal[:1, :1], torch.zeros(4, 4).masked_fill(~causal, -torch.inf)):
+        assert not attention.is_causal(other, 4, 4)
     assert attention.can_attend(causal) and not attention.can_attend(causal.expand(2, 4, 4))
     blind = causal.clone()
     blind[2] = False  # a position that attends to none: torch says what that gives

@@ -24,6 +24,7 @@ class _Seen(NamedTuple):
     address: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class _Memory:
@@ -129,4 +130,4 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _seen(tensor: torch.Tensor) -> _Seen:
-    return _Seen(tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+    return _Seen(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch._inductor.cpp_builder
-import torch._inductor.exc
 
 from rmtc.analysis import Analysis
 from rmtc.capture import Captured
@@ -343,9 +341,11 @@ def backend_of(way: Way, sizes: Sizes, model: CostModel) -> str:
 
 def _compiles() -> bool:
     """Whether there is a compiler that Inductor can use."""
+    from torch._inductor import cpp_builder, exc  # takes long to import
+
     try:
-        torch._inductor.cpp_builder.get_cpp_compiler()
-    except (RuntimeError, torch._inductor.exc.InvalidCxxCompiler):
+        cpp_builder.get_cpp_compiler()
+    except (RuntimeError, exc.InvalidCxxCompiler):
         return False
     return True
 

@@ -7,6 +7,7 @@ import functools
 import linecache
 import logging
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -109,6 +110,7 @@ class Executor:
             merged = {pair: each for pair, each in self.program.merged.items() if each is not body}
             self.program = replace(self.program, merged=merged, batched=self.program.batched - {body.name})
             self._plans.clear()
+            self._unfit.clear()
             self._standing = None
 
     def run(
@@ -141,12 +143,13 @@ class Executor:
     ) -> dict[str, Any]:
         """The results of a plan, in memory that stays if it is free, and all is known that is run."""
         key = segments, batch, tail
-        if self.binds and key not in self._unfit and self._stands.acquire(blocking=False):
+        if self.binds and not self._draws and key not in self._unfit and self._stands.acquire(blocking=False):
             try:
                 standing = self._standing
                 if standing is None or not standing.usable():
                     standing = self._standing = Standing(self.weights)
-                    self.weights.forget = self.forget
+                    forget = weakref.WeakMethod(self.forget)
+                    self.weights.forget = lambda: (known := forget()) and known()
                 walk = _Walk(self, values, segments, batch, tail)
                 new = key not in standing.tapes
                 walk.steps = standing.steps(key, plan, walk)
@@ -156,10 +159,22 @@ class Executor:
             except Moved as error:
                 logger.info("calls of %s are not of one kind: %s", key, error)
                 self._standing = None
-                self._unfit.add(key)
+                self._unfit = {*list(self._unfit)[-_PLANS:], key}
             finally:
                 self._stands.release()
         return _Walk(self, values, segments, batch, tail).outputs(plan)
+
+    @functools.cached_property
+    def _draws(self) -> bool:
+        """Whether random numbers are drawn outside of layers: a run that begins again would draw others."""
+        program = self.program
+        parts = [program.loop.before, program.loop.after, program.shared]
+        ops = (op for part in parts for op in (part.values() if isinstance(part, dict) else part) if op is not None)
+        staged = (op for body in program.bodies.values() if body.stage != "layer" for op in body.ops.values())
+        return any(
+            isinstance(op.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.target.tags
+            for op in (*ops, *staged)
+        )
 
     def constant(self, operand: Any) -> bool:
         """Whether a shared operand is a function of the sizes of batch and segment alone."""
@@ -206,6 +221,7 @@ class _Walk:
         self.middle = self.ends._replace(T=self.loop.segment_length)
         self.shared: dict[int, dict[int, Any]] = {}  # by length
         self.rows: dict[Any, Sequence[torch.Tensor]] = {}
+        self.lasting: dict[Any, bool] = {}
         self.passed: dict[Any, tuple[Any, ...]] = {}
         self.steps: list[Step | None] | None = None
         self.known: dict[Any, tuple[tuple[Any, ...], Kernel, Environment] | None] = {}
@@ -327,10 +343,9 @@ class _Walk:
     def rows_of(self, launch: Launch) -> tuple[Sequence[torch.Tensor], bool]:
         """A launch's weights, and whether they are the same in later runs."""
         rows = self._weights(launch.body, launch.layers, launch.grouped, launch.one_layer)
-        layers = launch.layers[:1] if launch.one_layer else launch.layers
-        get = self.executor.weights.rows  # which gives the same view of a stack each time, and else a new tensor
-        again = ([get(launch.body, number, layers, self.values) for _ in range(2)] for number in range(len(rows)))
-        return rows, all(one is other for one, other in again)
+        return rows, self.lasting.get(
+            (launch.body.name, launch.layers[:1] if launch.one_layer else launch.layers), True
+        )
 
     def shared_of(self, operand: Operand, at: Environment) -> tuple[Any, bool]:
         """An operand that all cells share, and whether it lies where it lies for good, as parameters do."""
@@ -385,6 +400,8 @@ class _Walk:
         if rows is None:
             get = self.executor.weights.rows
             rows = [get(body, number, layers, self.values) for number in range(len(body.weights))]
+            lasting = self.executor.weights.lasting
+            self.lasting[key] = all(lasting(body, number, layers, each) for number, each in enumerate(rows))
             self.rows[key] = rows if grouped else [each[0] for each in rows]
         return self.rows[key]
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from rmtc.codegen.torch.buffers import NoViewError
 from rmtc.codegen.torch.emit import Kernel, kind_of
 from rmtc.ir.segment_loop import Environment
 from rmtc.ir.wavefront import Operand
@@ -30,8 +31,7 @@ __all__ = ["Body", "Moved", "Standing", "Step"]
 
 logger = logging.getLogger(__name__)
 
-_TAPES = 4  # the steps of so many plans are kept
-_BODIES = 512  # and so many bound bodies
+_TAPES, _BATCHES = 16, 2  # the steps of so many plans are kept, of so many batch sizes
 
 
 class Moved(Exception):
@@ -70,6 +70,8 @@ class Body:
         places: the rows of each of these.
         run: the bound kernel.
         lasts: whether its weights are the same tensors in later runs.
+        shared: where the operands lie that it is bound to, and that all cells share.
+        kept: all memory that it has.
     """
 
     kernel: Kernel
@@ -83,10 +85,17 @@ class Body:
     places: tuple[Rows | None, ...] = ()
     run: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
     lasts: bool = True
+    shared: tuple[Any, ...] = ()
+    kept: list[torch.Tensor] = field(default_factory=list)
 
     def bind(self, weights: Sequence[torch.Tensor], shared: Sequence[Any]) -> None:
-        """Bind the kernel to its memory, and to operands that lie elsewhere."""
+        """Bind the kernel to its memory, and to operands that lie elsewhere.
+
+        Raises:
+            NoViewError: if one lies otherwise than that which the kernel was emitted for.
+        """
         assert self.kernel.bound is not None
+        self.shared = tuple(map(_lying, shared))
         homes, results = ([rows.view for rows in each] for each in (self.homes, self.results))
         size = len(self.launch.cells)
         numbers = itertools.count()
@@ -156,9 +165,8 @@ class Standing:
         self._shared: dict[tuple[Operand, int], Any] = {}
 
     def usable(self) -> bool:
-        """Whether the weights lie where they lay, and not too much is held."""
-        now = self.weights.lies()
-        return len(self._bodies) <= _BODIES and all(map(operator.is_, now, self.lies))
+        """Whether the weights lie where they lay."""
+        return all(map(operator.is_, self.weights.lies(), self.lies))
 
     def steps(self, key: Any, plan: Plan, source: Source) -> list[Step | None] | None:
         """The steps of a plan: None for launches that run as they do without; or no steps, if not all is known yet."""
@@ -178,13 +186,25 @@ class Standing:
                 return None
             self._renew(distinct, source)
             found = self.tapes[key] = _follow(plan, bodies), distinct
-            while len(self.tapes) > _TAPES:
-                self.tapes.popitem(last=False)
+            self._let_go()
             logger.info("%d launches run in memory that stays, as %d bodies", len(plan.launches), len(distinct))
         else:
             self._renew(found[1], source)
         self.tapes.move_to_end(key)
         return found[0]
+
+    def _let_go(self) -> None:
+        """Keep what the last plans need, and no more."""
+        batches = list(dict.fromkeys(batch for _, batch, _ in reversed(self.tapes)))[:_BATCHES]
+        keys = [key for key in reversed(self.tapes) if key[1] in batches][:_TAPES]
+        for key in self.tapes.keys() - set(keys):
+            del self.tapes[key]
+        bodies = {id(body): body for _, distinct in self.tapes.values() for body in distinct}.values()
+        self._bodies = {number: body for number, body in self._bodies.items() if body in bodies}
+        used = {id(memory) for body in bodies for memory in body.kept}
+        self._memory = {key: memory for key, memory in self._memory.items() if id(memory) in used}
+        shared = {(operand, body.at.T) for body in bodies for operand in body.kernel.shared}
+        self._shared = {key: value for key, value in self._shared.items() if key in shared}
 
     def _body(self, launch: Launch, known: tuple[tuple[Any, ...], Kernel, Environment], source: Source) -> Body:
         key, kernel, at = known
@@ -199,22 +219,27 @@ class Standing:
             if tuple(layers[place : place + size]) == launch.layers:  # else they are not next to each other
                 first, count, among = place, len(layers), ("layers", *layers)
 
+        kept: list[torch.Tensor] = []
+
+        def memory(key: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            kept.append(self._kept(key, shape, dtype, source.device))
+            return kept[-1]
+
         def rows(kind: str, position: int, shape: tuple[int, ...], dtype: torch.dtype) -> Rows:
-            return Rows(self._kept((kind, among, position), (count, *shape), dtype, source.device), first, size)
+            return Rows(memory((kind, among, position), (count, *shape), dtype), first, size)
 
         shapes, dtypes = key[3], key[4]
         homes = [rows("input", n, *each) for n, each in enumerate(zip(shapes, dtypes, strict=True))]
         results = [rows("result", n, (elements,), dtype) for n, (elements, dtype) in enumerate(kernel.bound.results)]
         scratch = []
         for slot, (elements, dtype) in enumerate(kernel.bound.scratch):
-            scratch.append(self._kept(("scratch", elements, slot), (count * elements,), dtype, source.device))
+            scratch.append(memory(("scratch", elements, slot), (count * elements,), dtype))
 
         def work(turn: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
             elements = math.prod(shape)
-            whole = (-(-elements * count // size),)  # enough for all layers
-            return self._kept(("work", turn), whole, dtype, source.device)[:elements].view(*shape)
+            return memory(("work", turn), (-(-elements * count // size),), dtype)[:elements].view(*shape)
 
-        body = self._bodies[number] = Body(kernel, launch, at, homes, results, scratch, work)
+        body = self._bodies[number] = Body(kernel, launch, at, homes, results, scratch, work, kept=kept)
         return body
 
     def _kept(self, key: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -226,36 +251,45 @@ class Standing:
         return found
 
     def _renew(self, bodies: Sequence[Body], source: Source) -> None:
-        """Bring shared operands up to date, and bind what reads operands that lie elsewhere by now."""
-        changed: dict[tuple[Operand, int], bool] = {}
+        """Bring shared operands up to date, and bind what is bound to operands that lie elsewhere by now."""
+        keys = {(operand, body.at.T): body.at for body in bodies for operand in body.kernel.shared}
+        for (operand, _), at in keys.items():
+            self._share(operand, at, source)
         for body in bodies:
-            for operand, kind in zip(body.kernel.shared, body.kernel.kinds, strict=True):
-                if (operand, body.at.T) not in changed:
-                    changed[operand, body.at.T] = self._differs(operand, body.at, source)
-                if kind_of(self._shared[operand, body.at.T]) != kind:
-                    raise Moved(f"{operand} in place of {kind}")
-            shared = [(operand, body.at.T) for operand in body.kernel.shared]
-            if body.run is None or not body.lasts or any(changed[each] for each in shared):
+            shared = [self._shared[operand, body.at.T] for operand in body.kernel.shared]
+            for value, kind in zip(shared, body.kernel.kinds, strict=True):
+                if kind_of(value) != kind:
+                    raise Moved(f"a shared operand is {kind_of(value)} in place of {kind}")
+            there = all(map(_same_lying, shared, body.shared)) and len(shared) == len(body.shared)
+            if body.run is None or not body.lasts or not there:
                 weights, body.lasts = source.rows_of(body.launch)
                 try:
-                    body.bind(weights, [self._shared[each] for each in shared])
-                except RuntimeError as error:  # an operand lies otherwise than that which the kernel was emitted for
+                    body.bind(weights, shared)
+                except NoViewError as error:
                     raise Moved(str(error)) from error
 
-    def _differs(self, operand: Operand, at: Environment, source: Source) -> bool:
-        """Give memory that stays the value of a shared operand; whether it lies elsewhere by now."""
+    def _share(self, operand: Operand, at: Environment, source: Source) -> None:
+        """Give memory that stays the value of a shared operand, or take the operand as it lies."""
         value, fixed = source.shared_of(operand, at)
         held = self._shared.get((operand, at.T))
-        if isinstance(value, torch.Tensor) and not fixed:
-            if isinstance(held, torch.Tensor) and _layout(held) == _layout(value):
-                _distinct(held).copy_(_distinct(value))
-                return False
-            with torch.inference_mode(False):
+        if not isinstance(value, torch.Tensor) or fixed:
+            self._shared[operand, at.T] = value
+        elif isinstance(held, torch.Tensor) and _layout(held) == _layout(value):
+            _distinct(held).copy_(_distinct(value))
+        else:
+            with torch.inference_mode(False), torch.no_grad():
                 self._shared[operand, at.T] = _distinct(value).clone().expand(value.shape)
-            return True
-        same = held is value or (not isinstance(value, torch.Tensor) and type(held) is type(value) and held == value)
-        self._shared[operand, at.T] = value
-        return not same
+
+
+def _lying(value: Any) -> Any:
+    """A value, and where it lies."""
+    return (value, value.data_ptr(), value.stride()) if isinstance(value, torch.Tensor) else (value, 0, ())
+
+
+def _same_lying(value: Any, bound: tuple[Any, int, tuple[int, ...]]) -> bool:
+    """Whether a value is the same tensor in the same place; what is no tensor has been compared."""
+    now = _lying(value)
+    return (now[0] is bound[0] or not isinstance(value, torch.Tensor)) and now[1:] == bound[1:]
 
 
 def _layout(tensor: torch.Tensor) -> Any:
@@ -264,13 +298,14 @@ def _layout(tensor: torch.Tensor) -> Any:
 
 def _repeated(tensor: torch.Tensor) -> list[int]:
     """The dimensions along which a tensor is one and the same."""
-    return [dim for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)) if not stride]
+    sizes = enumerate(zip(tensor.shape, tensor.stride(), strict=True))
+    return [dim for dim, (size, stride) in sizes if size > 1 and not stride]
 
 
 def _distinct(tensor: torch.Tensor) -> torch.Tensor:
     """What a tensor repeats, once."""
     for dim in _repeated(tensor):
-        tensor = tensor.narrow(dim, 0, min(1, tensor.shape[dim]))
+        tensor = tensor.narrow(dim, 0, 1)
     return tensor
 
 
@@ -373,4 +408,5 @@ class _Follower:
 
 
 def _same_place(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+    alike = one.shape == other.shape and one.stride() == other.stride() and one.dtype == other.dtype
+    return alike and one.data_ptr() == other.data_ptr()

@@ -50,7 +50,7 @@ class _Memory:
     tensor: torch.Tensor | None
     rows: dict[int, tuple[int, int]]
     views: dict[_Part, torch.Tensor] = field(default_factory=dict)
-    users: list[weakref.ref[Weights]] = field(default_factory=list)
+    users: weakref.WeakSet[Weights] = field(default_factory=weakref.WeakSet)
 
     def part(self, part: _Part) -> torch.Tensor | None:
         """A view of some rows; None if the parameters lie elsewhere by now."""
@@ -70,9 +70,8 @@ class _Memory:
         """Keep nothing alive."""
         self.tensor = None
         self.views.clear()
-        for user in self.users:
-            if (weights := user()) is not None:
-                weights.forget()
+        for weights in list(self.users):
+            weights.forget()
 
 
 _memories: weakref.WeakSet[_Memory] = weakref.WeakSet()
@@ -184,7 +183,7 @@ class Weights:
                 rows = [[values[name] for name in row] for row in stack.names]
                 found = _lying(rows)
                 stack.memory, stack.at = found if found is not None else (_together(rows), _Part(0, len(rows) - 1))
-                stack.memory.users.append(weakref.ref(self))
+                stack.memory.users.add(self)
         one: dict[Any, Any] = {}  # equal strides are one object: fewer to read in each call
         layout = [[get(values[name]) for name in self.names] for get in _LAYOUT]
         self._layout = [[one.setdefault(each, each) for each in held] for held in layout]
@@ -193,6 +192,11 @@ class Weights:
     def lies(self) -> list[torch.Tensor | None]:
         """The memory of each stack: other objects, once parameters were moved."""
         return [None if stack.memory is None else stack.memory.tensor for stack in self.stacks]
+
+    def lasting(self, body: Body, number: int, layers: tuple[int, ...], rows: torch.Tensor) -> bool:
+        """Whether :meth:`rows` will give the same tensor again, until parameters are moved."""
+        known = self._parts.get((body.name, number, layers))
+        return known is not None and known[0].part(known[1]) is rows
 
     def rows(
         self, body: Body, number: int, layers: tuple[int, ...], values: Mapping[str, torch.Tensor]

@@ -87,10 +87,10 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def is_causal(mask: Tensor) -> bool:
-    """Whether a mask lets each of as many positions attend to those up to itself."""
-    *_, rows, columns = mask.shape
-    return mask.dtype == torch.bool and rows == columns and bool((mask == mask.new_ones(rows, columns).tril()).all())
+def is_causal(mask: Tensor, queries: int, keys: int) -> bool:
+    """Whether a mask lets each of as many queries as keys attend to those up to itself."""
+    square = queries == keys and mask.shape[-2:] == (queries, keys)
+    return square and mask.dtype == torch.bool and bool((mask == mask.new_ones(queries, keys).tril()).all())
 
 
 def can_attend(mask: Tensor) -> bool:

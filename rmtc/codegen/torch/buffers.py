@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Buffer", "Instead", "Line", "Planned", "bound_lines", "out", "plain", "plan_buffers", "seen"]
+__all__ = ["Buffer", "Instead", "Line", "NoViewError", "Planned", "bound_lines", "out", "plain", "plan_buffers", "seen"]
 
 _OUT = re.compile("\x01([^\x02]*)\x02")  # no text of a constant holds such characters: repr writes them otherwise
 _NAME = re.compile(r"\b(?:v|in|u|w)\d+\b")
@@ -300,12 +300,16 @@ def bound_lines(
     return once, each_time, made
 
 
+class NoViewError(RuntimeError):
+    """An operand has to be copied to be seen as a kernel sees it."""
+
+
 def seen(view: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     """A view of memory.
 
     Raises:
-        RuntimeError: if it is a copy.
+        NoViewError: if it is a copy.
     """
     if view.untyped_storage()._cdata != memory.untyped_storage()._cdata:
-        raise RuntimeError("what should be a view of memory that stays is a copy of it")
+        raise NoViewError("what should be a view of memory that stays is a copy of it")
     return view

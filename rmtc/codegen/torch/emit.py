@@ -53,8 +53,9 @@ class Bound:
     Attributes:
         source: its text.
         bind: ``(G, inputs, weights, shared, scratch, results, work) -> (run, made)``, with ``run(numbers) -> results``
-            of the body, and those of them that lie in the same memory each time, else None: all others are of memory
-            of their own. ``work(shape, dtype)`` gives more memory, of the size of so many cells.
+            of the body, and those of them that lie in the same memory each time (an operand's, if one is a view of an
+            operand), else None: all others are of memory of their own. ``work(shape, dtype)`` gives more memory, of the
+            size of so many cells.
         scratch: the elements of a cell, and the dtype, of memory that a run may use as it likes.
         results: the same of memory that results are left in, until the next run.
         overwritten: the inputs that are; results may lie there.
@@ -453,23 +454,47 @@ def emit(
         # Several cells show what one hides, and random values what first segments do, where they are often zero.
         twice = [torch.cat((each, each)) for each in inputs]
         rows = weights if one_layer else [torch.cat((each, each)) for each in weights]
-        rest = 2 * (size or 1), rows, [[*each, *each] for each in numbers], [*map(shared, passed)]
-        if _same_as(kernel, bound, (twice, [*map(_random, twice)]), *rest):
+        others = [_copy(each) for each in (*rows, *map(shared, passed))]
+        changing = [*others[: len(rows)]]  # what is known of a mask is not asked again
+        changing += [each for each, of in zip(others[len(rows) :], passed, strict=True) if not constant(of)]
+        rest = 2 * (size or 1), others[: len(rows)], [[*each, *each] for each in numbers], others[len(rows) :]
+        if _same_as(kernel, bound, twice, changing, *rest):
             kernel = replace(kernel, bound=bound)
     return kernel, outputs
 
 
-def _random(tensor: torch.Tensor) -> torch.Tensor:
+def _copy(value: Any) -> Any:
+    """A tensor that lies as another one does, in memory of its own."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    distinct = made
+    for dim, (size, stride) in enumerate(zip(made.shape, made.stride(), strict=True)):
+        distinct, value = (each.narrow(dim, 0, 1) if size and not stride else each for each in (distinct, value))
+    distinct.copy_(value)
+    return made
+
+
+def _vary(tensor: torch.Tensor) -> None:
+    """Write other numbers into a tensor: random ones, which off the CPU might be no indices and break the device."""
     if not tensor.is_floating_point():
-        return tensor
-    generator = torch.Generator(tensor.device).manual_seed(tensor.numel())
-    return torch.empty_like(tensor).normal_(generator=generator)
+        return
+    if tensor.device.type == "cpu":
+        made = torch.empty_like(tensor)  # which repeats nothing
+        made.normal_(generator=torch.Generator().manual_seed(tensor.numel()))
+    else:
+        made = tensor * 0.5
+    for dim, stride in enumerate(tensor.stride()):
+        if not stride and tensor.shape[dim]:
+            tensor, made = tensor.narrow(dim, 0, 1), made.narrow(dim, 0, 1)
+    tensor.copy_(made)
 
 
 def _same_as(
     kernel: Kernel,
     bound: Bound,
-    trials: Sequence[Sequence[torch.Tensor]],
+    inputs: Sequence[torch.Tensor],
+    changing: Sequence[Any],
     size: int,
     weights: Sequence[torch.Tensor],
     numbers: Sequence[Any],
@@ -477,36 +502,46 @@ def _same_as(
 ) -> bool:
     """Whether a body gives in memory that stays what it does without, and leaves its other operands as they are.
 
-    Results are looked at after what was scratch memory is filled with NaN: none may lie there.
+    It runs twice, the second time on other inputs, with other numbers in the operands that may change. Results are
+    looked at after what was scratch memory is filled with NaN: none may lie there.
+
+    Args:
+        kernel, bound: the body.
+        inputs: of some cells.
+        changing: of the other operands those that may change.
+        size, weights, numbers, shared: the other operands; tensors of which are written to.
     """
-    others = [each for each in (*weights, *shared) if isinstance(each, torch.Tensor)]
-    before = [each.clone() for each in others]
-    homes = [torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in trials[0]]
+    homes = [torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in inputs]
     device = homes[0].device if homes else None
 
     def memory(kinds: Sequence[tuple[int, torch.dtype]]) -> list[torch.Tensor]:
         return [torch.full((count * size,), math.nan, dtype=dtype, device=device) for count, dtype in kinds]
 
-    scratch = memory(bound.scratch)
+    scratch, given = memory(bound.scratch), [each.clone() for each in inputs]
+    others = [each for each in (*weights, *shared) if isinstance(each, torch.Tensor)]
     try:
         work = functools.partial(_memory, device=device)
         run, _ = bound.bind(size, homes, weights, shared, scratch, memory(bound.results), work)
-        for inputs in trials:
-            wanted = kernel.function(size, inputs, weights, numbers, shared)
-            for home, each in zip(homes, inputs, strict=True):
+        for turn in range(2):
+            for each in (*given, *changing) if turn else ():
+                if isinstance(each, torch.Tensor):
+                    _vary(each)
+            before = [each.clone() for each in others]
+            wanted = kernel.function(size, given, weights, numbers, shared)
+            for home, each in zip(homes, given, strict=True):
                 home.copy_(each)
             found = run(numbers)
             for each in scratch:
                 each.fill_(math.nan)
-            changed = [n for n, (a, b) in enumerate(zip(homes, inputs, strict=True)) if not _equal(a, b)]
+            changed = [n for n, (a, b) in enumerate(zip(homes, given, strict=True)) if not _equal(a, b)]
             if not bound.overwritten.issuperset(changed) or not all(map(_close, found, wanted)):
                 logger.warning("%s gives something else in memory that stays", kernel.name)
                 return False
+            if not all(map(_equal, others, before)):
+                logger.warning("%s changes its operands in memory that stays", kernel.name)
+                return False
     except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
         logger.info("%s does not run in memory that stays: %s", kernel.name, error)
-        return False
-    if not all(map(_equal, others, before)):
-        logger.warning("%s changes its operands in memory that stays", kernel.name)
         return False
     return True
 

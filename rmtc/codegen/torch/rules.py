@@ -594,7 +594,11 @@ def attention(arguments: Arguments) -> str | None:
         return f"{grouped(each)}.reshape(G * {batch}, {_sizes(each.shape[1:])})"
 
     shape = (batch, *query.shape[1:-1], value.shape[-1])
-    if isinstance(mask, Value) and mask.known is not None and products.is_causal(mask.known):
+    if (
+        isinstance(mask, Value)
+        and mask.known is not None
+        and products.is_causal(mask.known, query.shape[-2], key.shape[-2])
+    ):
         mask, causal = None, True
     else:
         causal = bool(arguments["is_causal"])
