@@ -17,6 +17,8 @@ than `LEAST` and `YARDSTICK` ask for, or grows more than `GROWTH` lets it.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -96,6 +98,8 @@ LEAST = {"ARMT over Llama": 0.95, "ARMT over GPT-2": 0.9, "Transformer-XL": 0.9,
 """Speed of rmtc in speeds of what is written by hand; of the last, for Inductor too."""
 YARDSTICK: dict[tuple[int, ...], float] = dict(zip(LLAMA, (0.225, 0.405, 0.666, 0.666), strict=True))
 """0.9 of what is known to be possible: speed of what is written by hand for ARMT over Llama, in speeds of the floor."""
+SLACK = 10.0
+"""MB that are neither here nor there."""
 GROWTH = {"residual": 0.1, "memory": 1.1, "first call": 1.5}
 """Over lengths: rmtc's relative distance from a line; factors of memory from 64 segments on, and of first calls."""
 
@@ -132,10 +136,12 @@ RATIOS = (
 )
 """Of times: the speed of the second in speeds of the first."""
 
+ALONE = ("first", "later", "memory", "resident")
 TABLES = {
     "first": "First calls, seconds",
     "first alone": "First calls in a process of each kind's own, seconds",
-    "memory alone": "The most memory of later calls in those, beyond the model's and the logits', MB",
+    "memory alone": "The most memory of later calls in those, beyond what was there before them and the logits', MB",
+    "resident alone": "The same beyond what was there before the kind was made: what the first call left, too, MB",
 }
 
 
@@ -187,7 +193,7 @@ def compare(row: Row, kinds: Sequence[str], repeats: int, made: dict[str, Callab
 def measure_alone(kind: str, row: Row) -> dict[str, float]:
     """Seconds of the first call and of later ones, and MB that are resident in those at most; Linux only.
 
-    What is resident before the kind is made, and the logits, are left out.
+    Less the logits, and what is resident before later calls, or before the kind is made.
     """
     torch.set_num_threads(row.threads)
     model, args = row.build(kind)
@@ -200,9 +206,13 @@ def measure_alone(kind: str, row: Row) -> dict[str, float]:
     first, result = timed(call)
     size = logits(result).nbytes * 1e-6
     del result
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the first call has freed goes back to the system
+    ready = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the most so far, VmHWM, is what is now
     later = statistics.median([timed(call)[0] for _ in range(3)])
-    return {"first": first, "later": later, "memory": resident("VmHWM") - before - size}
+    most = resident("VmHWM") - size
+    return {"first": first, "later": later, "memory": max(0.0, most - ready), "resident": most - before}
 
 
 def alone(kind: str, row: Row) -> dict[str, float]:
@@ -250,7 +260,7 @@ def measure(
         cells = (*(time_of(got, kind) for kind in kinds), *(got["ratios"].get(ratio, "-") for ratio in ratios))
         page.row(str(row), *cells)
         of_own = {kind: alone(kind, row) for kind in present if kind in own}
-        got |= {f"{key} alone": {kind: of_own[kind][key] for kind in of_own} for key in ("first", "later", "memory")}
+        got |= {f"{key} alone": {kind: of_own[kind][key] for kind in of_own} for key in ALONE}
         found.append({**got, "captures": rmtc.stats(made["rmtc torch"]).captures})
     for key, title in list(TABLES.items())[: None if own else 1]:
         page.head(title, *kinds)
@@ -301,7 +311,7 @@ def growth(found: Found) -> Iterator[str]:
     since = min(range(len(lengths)), key=lambda index: abs(lengths[index] - 64))
     grown = {
         "residual": max(map(abs, found["fits"]["rmtc torch"]["residuals"])) if "rmtc torch" in found["fits"] else 0.0,
-        "memory": memory[-1] / memory[since],
+        "memory": (memory[-1] + SLACK) / (memory[since] + SLACK),
         "first call": (first[-1] - later[-1]) / (first[0] - later[0]),
     }
     for what, most in GROWTH.items():

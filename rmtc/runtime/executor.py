@@ -90,7 +90,10 @@ class Executor:
         with self._lock:
             self.kernels[key] = kernel
             if len(self.kernels) > _KERNELS:
-                linecache.cache.pop(self.kernels.pop(next(iter(self.kernels))).file, None)
+                old = self.kernels.pop(next(iter(self.kernels)))
+                for each in (old, old.bound):
+                    if each is not None:
+                        linecache.cache.pop(each.file, None)
 
     def call(
         self,
