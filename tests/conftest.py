@@ -22,8 +22,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests sta
 os.environ.setdefault("RMTC_COST_MODEL", str(Path(__file__).parent / "costs" / "steps.json"))
 
 
+VARIED = {"test_standing", "test_fused", "test_state", "test_weights", "test_compile", "test_memories"}
+"""Modules whose models run once more with other weights in place of theirs."""
+
+
 @pytest.fixture(autouse=True)
-def every_run_is_held_against_the_next(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def every_run_is_held_against_the_next(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """What runs runs again, then in memory that stays, and gives the same; once with other weights in their place."""
     once = Executor.run
 
@@ -37,8 +43,9 @@ def every_run_is_held_against_the_next(monkeypatch: pytest.MonkeyPatch) -> Itera
         torch.set_rng_state(seed)
         second, done = once(self, values, *given)
         assert torch.equal(after, torch.get_rng_state())
-        same(second, first)
-        if self._standing is not None and "varied" not in vars(self):
+        low = any("float16" in kernel.source for kernel in self.kernels.values())  # or bfloat16
+        same(second, first, low)
+        if request.module.__name__ in VARIED and self._standing is not None and "varied" not in vars(self):
             vars(self)["varied"] = True
             weights = [each for each in values.values() if each.is_floating_point() and each.is_contiguous()]
             weights = [each for each in weights if not each.is_inference() and each._is_view() is False]
@@ -53,19 +60,22 @@ def every_run_is_held_against_the_next(monkeypatch: pytest.MonkeyPatch) -> Itera
                     third, _ = once(self, values, *given)
                     with monkeypatch.context() as patch:
                         patch.setattr(type(self), "binds", False)
-                        same(third, once(self, values, *given)[0])
+                        same(third, once(self, values, *given)[0], low)
                 finally:
                     for each, held in zip(weights, before, strict=True):
                         each.detach().copy_(held)
             torch.set_rng_state(after)
         return second, done
 
-    def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    def same(found: dict[str, Any], wanted: dict[str, Any], low: bool) -> None:
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
-            if isinstance(value, torch.Tensor):
-                torch.testing.assert_close(found[name], value, equal_nan=True)
-                assert found[name].stride() == value.stride(), name
+            if not isinstance(value, torch.Tensor):
+                continue
+            assert found[name].stride() == value.stride(), name
+            one, other = (each.detach().nan_to_num().to(torch.complex128) for each in (found[name], value))
+            least = 2e-2 if low else 1e-7 if value.dtype in (torch.float64, torch.complex128) else 1e-5
+            assert (one - other).norm() <= least * other.norm(), name
 
     monkeypatch.setattr(Executor, "run", run)
     yield

@@ -24,6 +24,7 @@ import rmtc.examples
 from rmtc.examples import armt_gpt2, armt_llama, rmt_llama, transformer_xl
 from rmtc.examples.associative import AssociativeLayer
 from rmtc.examples.text import token_ids
+from rmtc.runtime.executor import Executor
 
 EXAMPLES = [
     pytest.param(module, id=module.__name__.rpartition(".")[2]) for module in (armt_llama, armt_gpt2, rmt_llama)
@@ -32,7 +33,19 @@ SMALL: dict[str, Any] = {"layers": 2, "width": 16, "heads": 2, "segment": 5, "me
 
 
 class Float32CastsAsFloat64(TorchFunctionMode):
-    """Llama's norms, rotary tables and eager softmax round to float32 even in a float64 model: not in here."""
+    """Llama's norms, rotary tables and eager softmax round to float32 even in a float64 model: not in here.
+
+    Memory that stays is of the dtypes that were captured: in here nothing runs there.
+    """
+
+    def __enter__(self) -> Float32CastsAsFloat64:
+        self.bound, Executor.binds = Executor.binds, False
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        Executor.binds = self.bound
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self,
