@@ -14,6 +14,7 @@ Shapes: B batch, D width, E width of a head, G cells of a step, H heads, K memor
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,7 @@ def rows(layers: list[Any], of: Callable[[Any], Tensor]) -> Tensor:
     return torch.stack([of(layer) for layer in layers])[:, None].detach()
 
 
-class Armt:
+class Armt(ABC):
     """Cells (segment s, layer l) with s + l = t at once, by layer."""
 
     def __init__(self, model: Any, layers: list[Any], embedding: Tensor, compile: bool) -> None:
@@ -54,22 +55,22 @@ class Armt:
         }
         self.step = torch.compile(self.cells, dynamic=True) if compile else self.cells
 
+    @abstractmethod
     def inner(self, layers: list[Any]) -> dict[str, Tensor]:
         """The weights of the layers inside of the memories."""
-        raise NotImplementedError
 
+    @abstractmethod
     def layer(self, h: Tensor, w: dict[str, Tensor], batch: int) -> Tensor:
         """The layers inside of the memories on (G, B * T, D)."""
-        raise NotImplementedError
 
     def embedded(self, ids: Tensor) -> Tensor:
         """Segments with memory tokens, (S, B, T, D)."""
         found = F.embedding(ids.unflatten(1, (-1, self.segment)).transpose(0, 1), self.embedding)
         return torch.cat([found, self.memory.expand(*found.shape[:2], -1, -1)], dim=2)
 
+    @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Of hidden states (B, N, D)."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
