@@ -119,6 +119,35 @@ class Above(nn.Module):
         return torch.cat(pieces, dim=1)
 
 
+class Strips(nn.Module):
+    """Layers that read the memory of two segments before, and no other: two segments of each layer run at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = [[x.new_zeros(x.shape[0], 1, WIDTH)] * 2 for _ in self.layers]
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + held[number][-2])
+                held[number].append(piece.mean(1, keepdim=True))
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def test_several_cells_of_each_layer_run_in_memory_that_stays() -> None:
+    twins = Twins(Strips, schedule="shortest")
+    for factor in (1, 2, 3):
+        twins.call(factor * text(9))
+    plan, steps = tape(twins.fast, 9, 2, SEGMENT)
+    repeated = [step for step, launch in zip(steps, plan.launches, strict=True) if launch.repeat > 1]
+    assert repeated and all(step is not None for step in repeated)
+    bound = next(step.body.kernel.bound for step in repeated if step is not None)
+    assert bound is not None and "out=r0" in bound.source
+
+
 def test_weights_that_change_in_place_are_computed_with() -> None:
     """Of every second row of a stack a product needs a copy, which is made in each call."""
     twins = Twins(Above, schedule="shortest")

@@ -202,7 +202,8 @@ def plan_buffers(
             key = min(free, key=lambda each: abs(slots[each] - count), default=(len(slots), dtype))
             slots[key], free_after[key] = max(slots.get(key, 0), count), last
             name, slot = f"b{len(buffers)}", list(slots).index(key)
-        line.stays = f"{name}{line.text[found.end() + 1 :]}"  # the call ends there, and what follows are views
+        line.seen = line.text[found.end() + 1 :]  # the call ends there, and what follows are views
+        line.stays = f"{name}{line.seen}"
         line.text = _OUT.sub(f", out={name}", line.text)[: found.start() + len(f", out={name}") + 1]
         buffers.append(Buffer(name, slot, found[1], count, dtype))
     overwritten = frozenset(map(plan.region, plan.alias)) & {line.name for line in owned}
@@ -229,15 +230,15 @@ def bound_lines(
 ) -> tuple[list[str], list[str], set[str]]:
     """Divide lines into those that run once for a memory, and those that run each time.
 
-    Needs: operands from elsewhere by name, on the meta device, of two cells, as they lie in memory; and what else texts
-    name.
+    Needs: operands from elsewhere by name, on the meta device, of some cells, as they lie in memory; and what else
+    texts name, with the number of cells as ``G``.
     Gives: the lines, and the values that always lie in the same memory.
     Checks: what is made once is a view of memory, for contents change (weights too), and not a copy of it.
     """
     values: dict[str, Any] = {**space, **known}
     made = {*known, *(each.name for each in planned.buffers)}  # once
     for each in planned.buffers:
-        sizes = eval(f"({each.sizes},)", {"G": 2})
+        sizes = eval(f"({each.sizes},)", {"G": space["G"]})
         values[each.name] = torch.empty(sizes, dtype=each.dtype, device="meta")
     once, each_time = [str(each) for each in planned.buffers], list[str]()
     views: dict[str, str] = {}
@@ -292,7 +293,7 @@ def bound_lines(
             each_time.append(f"{line.name} = {text}{line.place}")
         elif make(line.name, line.stays):
             each_time.append(f"{text}{line.place}")
-        else:  # an operand that lies elsewhere each time is overwritten
+        else:  # as where an operand is overwritten that lies elsewhere each time
             each_time.append(f"{line.name} = {text}{line.seen}{line.place}")
         dead = [name for name in line.dead if name not in made]
         if dead:
