@@ -37,6 +37,7 @@ def test_results_are_those_of_eager_and_a_body_is_compiled_once(make: Any) -> No
     # A slice of a stack begins where the stack does, or elsewhere.
     assert len(runner.compiled) <= graphs() - before <= 2 * len(runner.compiled)
     assert not any("out=" in kernel.source for kernel in runner.kernels.values())
+    assert runner._standing is not None and any(each.homes for each in runner.compiled.values())
 
 
 @pytest.mark.slow
@@ -52,6 +53,7 @@ def test_an_armt_runs_in_inductor() -> None:
     assert run is not None and run.steps == 8 and max(run.widths) == 3
 
 
+@pytest.mark.slow
 def test_a_process_may_have_many_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo allows eight compilations of one code: each body has its own."""
     compile_of = torch.compile
@@ -86,7 +88,7 @@ def test_what_inductor_cannot_compile_is_said(monkeypatch: pytest.MonkeyPatch) -
         fast(text(5, 2, SEGMENT))
 
 
-def test_there_are_two_backends() -> None:
-    assert rmtc.list_backends() == ["inductor", "torch"]
+def test_there_are_three_backends() -> None:
+    assert rmtc.list_backends() == ["inductor", "torch", "triton"]
     with pytest.raises(ValueError, match="did you mean 'inductor'"):
         rmtc.compile(Staged(0, 0), backend="inducto")

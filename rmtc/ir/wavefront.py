@@ -15,7 +15,7 @@ from rmtc.ir.segment_loop import BodyOp, Fit, Item, Outer, Row, SegmentLoop
 __all__ = ["Body", "Input", "Local", "Member", "Number", "Operand", "Shared", "WavefrontProgram", "Weight", "choose"]
 
 
-def choose(flags: Sequence[int], one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def choose(flags: Sequence[int] | torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """For a group: the cells of ``one`` where the flag is set, those of ``other`` elsewhere.
 
     Raises:
@@ -23,7 +23,7 @@ def choose(flags: Sequence[int], one: torch.Tensor, other: torch.Tensor) -> torc
     """
     if one.shape != other.shape or one.dtype != other.dtype:
         raise ValueError(f"cells of {tuple(one.shape[1:])} {one.dtype} and of {tuple(other.shape[1:])} {other.dtype}")
-    mask = torch.tensor(flags, dtype=torch.bool, device=one.device)
+    mask = torch.as_tensor(flags, dtype=torch.bool, device=one.device)
     return torch.where(mask.view(-1, *(1,) * (one.dim() - 1)), one, other)
 
 

@@ -21,6 +21,7 @@ from rmtc.ir.program import Src, call_arguments, leaves, map_leaves
 from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Key, Numbered, Outer, Where
 from rmtc.ir.wavefront import Body, Operand, Shared, WavefrontProgram
 from rmtc.runtime.check_steps import check_steps
+from rmtc.runtime.concatenation import Concatenation, concatenations
 from rmtc.runtime.plan import Copied, Launch, Part, Piece, Plan, Whole, plan_run
 from rmtc.runtime.standing import Moved, Standing, Step
 from rmtc.runtime.weights import Weights
@@ -94,6 +95,33 @@ class Executor:
                 for each in (old, old.bound):
                     if each is not None:
                         linecache.cache.pop(each.file, None)
+
+    def emit(
+        self,
+        launch: Launch,
+        environment: Environment,
+        inputs: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        numbers: Sequence[Any],
+        shared: Callable[[Operand], Any],
+        bind: bool,
+    ) -> tuple[Kernel, tuple[Any, ...]]:
+        """Emit a launch's body, and run it once; see :func:`rmtc.codegen.torch.emit`."""
+        return emit(
+            launch.body.name.lower(),
+            launch.body.ops,
+            launch.body.results,
+            environment,
+            size=len(launch.cells) if launch.grouped else None,
+            inputs=inputs,
+            weights=weights,
+            one_layer=launch.one_layer,
+            repeat=launch.repeat,
+            numbers=numbers,
+            shared=shared,
+            constant=self.constant,
+            bind=bind,
+        )
 
     def call(
         self,
@@ -179,6 +207,11 @@ class Executor:
             for op in (*ops, *staged)
         )
 
+    @functools.cached_property
+    def concatenations(self) -> list[tuple[int, int, Every]]:
+        """What is concatenated of one value from each segment."""
+        return list(concatenations(self.program.loop))
+
     def constant(self, operand: Any) -> bool:
         """Whether a shared operand is a function of the sizes of batch and segment alone."""
         if isinstance(operand, Shared):
@@ -231,6 +264,11 @@ class _Walk:
         self.kept: dict[Key, Any] = {}
         self.copied: dict[Copied | tuple[int, int, int], torch.Tensor] = {}
         self.device = next((each.device for each in values.values()), torch.device("cpu"))
+        self.joined: dict[int, Concatenation] = {}
+        self.pieces: dict[Key, Concatenation] = {}
+        for number, dim, every in executor.concatenations:
+            each = self.joined[number] = Concatenation(dim, segments)
+            self.pieces.update((self._key(Where(segment, every.number)), each) for segment in range(segments))
 
     @functools.cached_property
     def before(self) -> list[Any]:
@@ -244,6 +282,9 @@ class _Walk:
             results = made[number] = self._launch(launch, made) if step is None else self._step(step, launch, made)
             for key, result, index in launch.kept:
                 value = results[result]
+                if key in self.pieces:
+                    self.pieces[key].put(key.segment, value if index < 0 else value[index])
+                    continue
                 # A view keeps the group alive: of a block of prologues or epilogues all cells are kept.
                 whole = index < 0 or (launch.body.stage != "layer" and value.stride(0) != 0)
                 self.kept[key] = value if index < 0 else value[index] if whole else value[index].clone()
@@ -295,21 +336,9 @@ class _Walk:
         key = body.name, environment.T, environment.B, shapes, dtypes, grouped, launch.one_layer, launch.repeat
         kernel = self.executor.kernels.get(key)
         if kernel is None:
-            kernel, results = emit(
-                body.name.lower(),
-                body.ops,
-                body.results,
-                environment,
-                size=size,
-                inputs=inputs,
-                weights=weights,
-                one_layer=launch.one_layer,
-                repeat=launch.repeat,
-                numbers=numbers,
-                shared=lambda operand: self._operand(operand, (), environment),
-                constant=self.executor.constant,
-                bind=self.executor.binds and launch.body.stage == "layer",
-            )
+            shared = functools.partial(self._operand, after=(), at=environment)
+            bind = self.executor.binds and body.stage == "layer"
+            kernel, results = self.executor.emit(launch, environment, inputs, weights, numbers, shared, bind)
             self.executor.keep(key, kernel)
             logger.debug("emitted %s", kernel.source)
             return results
@@ -444,7 +473,10 @@ class _Walk:
                 return values[leaf.number]
             return self._operand(leaf, ())
 
-        for op in ops:
+        for number, op in enumerate(ops):
+            if part == "after" and number in self.joined and op is not None:
+                values.append(self.joined[number].result())
+                continue
             values.append(None if op is None else self._call(replace(op, args=self._every(op.args)), operand))
         return values
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import types
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from rmtc.codegen.torch.emit import Kernel
+from rmtc.codegen.torch.emit import Bound, Kernel
 from rmtc.errors import RefusedError
+from rmtc.ir.program import leaves
+from rmtc.ir.segment_loop import Environment, Row, SegmentLoop
+from rmtc.ir.wavefront import Body, Number, Operand, choose
 from rmtc.runtime.executor import Executor
+from rmtc.runtime.plan import Launch
 
 __all__ = ["Inductor"]
 
@@ -20,17 +24,103 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Inductor(Executor):
-    """Runs bodies compiled by Inductor; those for one cell, and those whose cells differ in numbers, as ``torch`` does.
+class _Compiled:
+    """A kernel for two cells or more, compiled when it first runs.
 
-    The number of cells is dynamic: a body is compiled when it first runs for several, not once a width. Inductor keeps
-    what it compiles on disk, where the next process finds it.
+    Attributes:
+        kernel: the kernel.
+        count: of its results.
+        homes: those that lie where an input lay, and that input.
+        run: ``(inputs, weights, flags, shared) -> results``.
+        seen: the kinds of operands that it was compiled for.
     """
 
-    binds: ClassVar[bool] = False  # Inductor plans memory itself
+    kernel: Kernel
+    count: int
+    homes: Mapping[int, int]
+    run: Callable[..., tuple[Any, ...]]
+    seen: set[tuple[bool, ...]] = field(default_factory=set)
 
-    compiled: dict[str, Any] = field(default_factory=dict)
-    _marked: set[tuple[Any, ...]] = field(default_factory=set)
+    def __call__(
+        self, inputs: Sequence[Any], weights: Sequence[Any], numbers: Sequence[Any], shared: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        """Run it; inputs whose place a result takes are overwritten.
+
+        Raises:
+            RefusedError: if Inductor cannot compile it.
+        """
+        size = inputs[0].shape[0]
+        if size < 2:
+            found = self.kernel.function(size, inputs, weights, numbers, shared)
+            for result, number in self.homes.items():
+                inputs[number].copy_(found[result])
+            return self._at_home(inputs, found)
+        flags = [torch.tensor(each, dtype=torch.bool, device=inputs[0].device) for each in numbers]
+        # Inductor asks of a tensor whether it begins where its memory does: a graph serves those that do, or those that
+        # do not.
+        kind = tuple(each.storage_offset() == 0 for each in (*inputs, *weights))
+        if kind not in self.seen:
+            for each in (*inputs, *weights, *flags):
+                if each.shape[:1] == (size,):
+                    torch._dynamo.mark_dynamic(each, 0)
+        try:
+            found = self.run(list(inputs), list(weights), flags, shared)
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            raise RefusedError(
+                f"Inductor does not compile {self.kernel.name}: {' '.join(str(error).split())[:300]}",
+                remedy='use backend="torch", or see that a C++ compiler is installed, which Inductor needs',
+            ) from error
+        self.seen.add(kind)
+        return self._at_home(inputs, found)
+
+    def _at_home(self, inputs: Sequence[Any], found: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple([inputs[self.homes[n]] if n in self.homes else each for n, each in enumerate(found)])
+
+    def bind(
+        self, size: int, inputs: Sequence[Any], weights: Sequence[Any], shared: Sequence[Any], *memory: Any
+    ) -> tuple[Callable[[Sequence[Any]], tuple[Any, ...]], tuple[torch.Tensor | None, ...]]:
+        """As a :class:`Bound` does it; Inductor has memory of its own."""
+        operands = tuple(shared)
+        return lambda numbers: self(inputs, weights, numbers, operands), self._at_home(inputs, [None] * self.count)
+
+
+@dataclass
+class Inductor(Executor):
+    """Runs bodies compiled by Inductor; as ``torch`` does those for one cell, and those whose cells differ in numbers
+    that are no flags.
+
+    The number of cells is dynamic: a body is compiled when it first runs for several, not once a width. What the same
+    layer reads of the segment before is written where that lay. Inductor keeps what it compiles on disk, where the next
+    process finds it.
+    """
+
+    compiled: dict[str, _Compiled] = field(default_factory=dict)
+
+    def emit(
+        self,
+        launch: Launch,
+        environment: Environment,
+        inputs: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        numbers: Sequence[Any],
+        shared: Callable[[Operand], Any],
+        bind: bool,
+    ) -> tuple[Kernel, tuple[Any, ...]]:
+        """Emit a launch's body, and run it once as it is."""
+        kernel, results = super().emit(launch, environment, inputs, weights, numbers, shared, bind=False)
+        if not launch.grouped or not inputs or not _flags_alone(launch.body):
+            return kernel, results
+        operands = weights, numbers, [shared(each) for each in kernel.shared]
+        homes = (
+            _homes(launch.body, self.program.loop, inputs, results)
+            if bind and not _views(kernel, inputs, *operands)
+            else {}
+        )
+        compiled = _Compiled(kernel, len(results), homes, torch.compile(_of_tensors(kernel, homes), fullgraph=True))
+        self.compiled[kernel.file] = compiled
+        if bind:
+            kernel = replace(kernel, bound=Bound("", compiled.bind, (), (), frozenset(homes.values()), kernel.file))
+        return kernel, results
 
     def call(
         self,
@@ -46,28 +136,12 @@ class Inductor(Executor):
         Raises:
             RefusedError: if Inductor cannot compile it.
         """
-        if size is None or size < 2 or numbers or not inputs:
+        compiled = self.compiled.get(kernel.file)
+        if compiled is None:
             return super().call(kernel, size, inputs, weights, numbers, shared)
-        run = self.compiled.get(kernel.file)
-        if run is None:
-            run = self.compiled[kernel.file] = torch.compile(_of_tensors(kernel), backend="inductor", fullgraph=True)
-            logger.info("%s is compiled by Inductor", kernel.name)
-        # Inductor asks of a tensor whether it begins where its memory does: a graph serves those that do, or those that
-        # do not.
-        new = kernel.file, tuple(each.storage_offset() == 0 for each in (*inputs, *weights))
-        if new not in self._marked:
-            for each in (*inputs, *weights):
-                if each.shape[:1] == (size,):
-                    torch._dynamo.mark_dynamic(each, 0)
-        try:
-            found: tuple[Any, ...] = run(list(inputs), list(weights), shared)
-        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            raise RefusedError(
-                f"Inductor does not compile {kernel.name}: {' '.join(str(error).split())[:300]}",
-                remedy='use backend="torch", or see that a C++ compiler is installed, which Inductor needs',
-            ) from error
-        self._marked.add(new)
-        return found
+        overwritten = set(compiled.homes.values())
+        given = [each.clone() if number in overwritten else each for number, each in enumerate(inputs)]
+        return compiled(given, weights, numbers, shared)
 
     def keep(self, key: tuple[Any, ...], kernel: Kernel) -> None:
         """Keep a kernel for later runs; what was compiled of those that are forgotten goes with them."""
@@ -77,12 +151,68 @@ class Inductor(Executor):
             self.compiled.pop(file, None)
 
 
-def _of_tensors(kernel: Kernel) -> Callable[..., tuple[Any, ...]]:
-    """A kernel as a function of tensors, which tell the number of cells."""
-    function = kernel.function
+def _flags_alone(body: Body) -> bool:
+    """Whether all numbers that differ among cells are flags, which may be tensors."""
+    for op in body.ops.values():
+        read = [leaf for leaf in leaves(op.args) if isinstance(leaf, Number)]
+        if read and not (op.target is choose and read == [op.args[0]]):
+            return False
+    return True
 
-    def body(inputs: list[torch.Tensor], weights: list[torch.Tensor], shared: tuple[Any, ...]) -> tuple[Any, ...]:
-        return function(inputs[0].shape[0], inputs, weights, (), shared)
+
+def _homes(
+    body: Body, loop: SegmentLoop, inputs: Sequence[torch.Tensor], results: Sequence[torch.Tensor]
+) -> dict[int, int]:
+    """The results that the same layer reads in a later segment, and as which input.
+
+    Checks: a result takes the place of an input of its shape and dtype, one of each.
+    """
+    row = max(row for row, _ in body.members)
+    found: dict[int, int] = {}
+    for number, choice in enumerate(body.inputs):
+        for member, operand in choice.items():
+            if member[0] == row and isinstance(operand, Row) and operand.back:
+                layout = loop.layout(row)
+                result = None
+                if layout.layer_of(operand.number) == member[1]:
+                    result = body.positions[member].get(operand.number - layout.layers[member[1]][0])
+                if result is not None and result not in found and number not in found.values():
+                    one, other = inputs[number], results[result]
+                    if (one.shape, one.dtype) == (other.shape, other.dtype):
+                        found[result] = number
+    return found
+
+
+def _views(
+    kernel: Kernel, inputs: Sequence[Any], weights: Sequence[Any], numbers: Sequence[Any], shared: Sequence[Any]
+) -> bool:
+    """Whether a result may be a view of an input that lies as at home: it would change when that is overwritten."""
+    given = [torch.empty(each.shape, dtype=each.dtype, device="meta") for each in inputs]
+    others = [[_meta(each) for each in operands] for operands in (weights, shared)]
+    try:
+        found = kernel.function(given[0].shape[0], given, others[0], numbers, others[1])
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+        logger.debug("%s does not run without values: %s", kernel.name, error)
+        return True
+    places = {each.untyped_storage()._cdata for each in given}
+    return any(each.untyped_storage()._cdata in places for each in found)
+
+
+def _meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def _of_tensors(kernel: Kernel, homes: Mapping[int, int]) -> Callable[..., tuple[Any, ...]]:
+    """A kernel as a function of tensors, which tell the number of cells, that writes to the homes of results."""
+    function, pairs = kernel.function, tuple(homes.items())
+
+    def body(
+        inputs: list[torch.Tensor], weights: list[torch.Tensor], flags: list[torch.Tensor], shared: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        found = function(inputs[0].shape[0], inputs, weights, flags, shared)
+        for result, number in pairs:
+            inputs[number].copy_(found[result])
+        return tuple([None if n in homes else each for n, each in enumerate(found)])
 
     # Dynamo counts recompilations by code: with one for all, a few kernels would be all that a process may have.
     code = body.__code__.replace(co_name=f"{kernel.name}_of_tensors")
