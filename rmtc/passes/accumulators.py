@@ -38,7 +38,7 @@ def behind_the_layers(
         for i, op in enumerate(ops):
             for leaf in leaves(op.args):
                 if isinstance(leaf, Row):
-                    made_in = _made_in(row, leaf.back, steady)
+                    made_in = (each for each in _made_in(row, leaf.back, steady) if leaf.number < len(rows[each]))
                     graph.add_edges_from(((each, leaf.number), (row, i)) for each in made_in)
     layer = {
         (row, i): layout.layer_of(place) for row, (order, layout) in enumerate(laid) for place, i in enumerate(order)
@@ -63,7 +63,7 @@ def behind_the_layers(
 
 
 def _made_in(row: int, back: int, steady: int) -> Sequence[int]:
-    """The rows of the segment that a row reads so many segments back."""
+    """The rows of the segment that a row reads so many segments back; one may have fewer operations."""
     if back == 0 or row < steady:
         return [row - back]
     return range(max(0, steady - back), steady + 1)
