@@ -89,10 +89,11 @@ def compile(
         model: an ``nn.Module``, a function that loops over segments, or an ``nn.Module`` class, each instance of which
             is then compiled on its first call. Without it, a decorator.
         backend: one of :func:`list_backends`: ``"torch"``, which keeps the memory of a group of cells for later
-            calls; or ``"inductor"``, which compiles bodies when a call first runs them, in seconds, kept on disk.
-            ``"auto"`` takes the one that is estimated to be clearly faster for long calls, with ``schedule="best"``,
-            and else ``"torch"``: ``rmtc.stats(model).last_run.backend`` names it. Or a callable that takes a
-            :class:`rmtc.ir.wavefront.WavefrontProgram` and its weights and returns a runner.
+            calls; ``"inductor"``, which compiles bodies when a call first runs them, in seconds, kept on disk; or
+            ``"triton"``, kernels of several operations each for layers on a GPU, of which none was timed yet.
+            ``"auto"`` takes that of the first two which is estimated to be clearly faster for long calls, with
+            ``schedule="best"``, and else ``"torch"``: ``rmtc.stats(model).last_run.backend`` names it. Or a callable
+            that takes a :class:`rmtc.ir.wavefront.WavefrontProgram` and its weights and returns a runner.
         strict: raise :class:`RefusedError` or :class:`CaptureError` in place of running as before.
         disable: return ``model`` as it is.
         recompile_limit: how many captures may be made anew because a call differs from those before in what a capture

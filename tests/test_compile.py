@@ -226,7 +226,7 @@ def test_a_backend_is_a_name_or_a_callable() -> None:
     "arguments, message",
     [
         ({"backend": "torhc"}, "there is no backend 'torhc'; did you mean 'torch'?"),
-        ({"backend": "tensorrt"}, "there is no backend 'tensorrt' (there are 'auto', 'inductor', 'torch')"),
+        ({"backend": "tensorrt"}, "there is no backend 'tensorrt' (there are 'auto', 'inductor', 'torch', 'triton')"),
         ({"backend": ["torch"]}, "there is no backend ['torch']"),
         (
             {"options": {"reorder_randoms": True}},

@@ -48,6 +48,7 @@ def analyzed(name: str, **size: int) -> Analysis:
     return analyze(model, args, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_products_of_a_call_are_those_that_torch_counts(name: str) -> None:
     model, args = EXAMPLES[name](**SIZE)
@@ -94,6 +95,7 @@ def test_estimates_add_up() -> None:
     assert best_of(found, sizes, second) is found[0]
 
 
+@pytest.mark.slow
 def test_a_backend_is_chosen_by_what_it_is_estimated_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor saves moving what is no product's, and costs as much as some forty operations a group."""
     (way, *_), sizes = ways(analyzed("ARMT over Llama")), Sizes(8, 64, 8)
@@ -106,6 +108,7 @@ def test_a_backend_is_chosen_by_what_it_is_estimated_to_take(monkeypatch: pytest
     assert backend_of(way, sizes, moving) == "torch"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize("picked", ["torch", "inductor"])
 def test_the_chosen_backend_runs_and_is_named(picked: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +125,7 @@ def test_the_chosen_backend_runs_and_is_named(picked: str, monkeypatch: pytest.M
     assert compiled is not None and isinstance(compiled.variants[0].runner, Inductor) == (picked == "inductor")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("measured")
 def test_short_calls_run_as_they_are_written_and_long_ones_by_their_schedule() -> None:
     model, _ = armt_llama.build(**SIZE | {"layers": 2})
@@ -214,6 +218,7 @@ class Sized(nn.Module):
         return torch.cat(pieces, 1)
 
 
+@pytest.mark.slow
 def test_a_schedule_has_to_be_clearly_faster() -> None:
     (way, *_) = ways(analyzed("ARMT over Llama"))
     sizes = Sizes(8, 1, 8)

@@ -567,6 +567,7 @@ def test_what_epilogues_of_two_blocks_read_is_there_for_both() -> None:
         twins.ran(segments)
 
 
+@pytest.mark.slow
 def test_products_cell_by_cell_are_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, residual = (normal(*shape).float() for shape in ((3, 5, 8), (3, 6, 8), (3, 5, 6)))
     wanted = x @ weight.transpose(1, 2)

@@ -11,6 +11,7 @@ import torch
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.runtime.executor import Executor, Run
 from rmtc.runtime.inductor import Inductor
+from rmtc.runtime.triton import Triton
 from rmtc.runtime.weights import Weights
 
 __all__ = ["Backend", "Runner", "auto", "backend_named", "name_of", "list_backends", "nearest"]
@@ -38,7 +39,7 @@ class Runner(Protocol):
 Backend = Callable[[WavefrontProgram, Weights], Runner]
 """Takes the program and its stacked weights."""
 
-_BACKENDS: dict[str, Backend] = {"inductor": Inductor, "torch": Executor}
+_BACKENDS: dict[str, Backend] = {"inductor": Inductor, "torch": Executor, "triton": Triton}
 
 
 def auto(program: WavefrontProgram, weights: Weights) -> Runner:

@@ -1,0 +1,1 @@
+"""Kernels of several operations, for groups of cells, in Triton."""

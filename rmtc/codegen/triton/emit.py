@@ -1,0 +1,425 @@
+"""A body as kernels in Triton, and calls of torch for what is left."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from rmtc.codegen.torch.buffers import NoViewError
+from rmtc.codegen.torch.emit import Bound, Kernel, kind_of
+from rmtc.codegen.torch.emit import emit as emit_torch
+from rmtc.codegen.triton.launch import Launch, prepare
+from rmtc.codegen.triton.lower import Given, copied, lower
+from rmtc.codegen.triton.source import cells_of
+from rmtc.codegen.triton.targets import Target
+from rmtc.ir import kernel as ir
+from rmtc.ir.array import Array, Attention, Nest, Outside, View, base_of
+from rmtc.ir.program import map_leaves
+from rmtc.ir.segment_loop import BodyOp, Environment
+from rmtc.ir.wavefront import Input, Number, Operand, Shared, Weight
+from rmtc.passes.fusion_groups import Groups, Machine, fusion_groups, read_by
+
+__all__ = ["Layouts", "TritonBody", "emit", "grouped_body"]
+
+logger = logging.getLogger(__name__)
+
+_Tensors = dict[Array, torch.Tensor]
+
+
+class Layouts:
+    """How arrays lie in memory: operands as they are given, what kernels write row by row."""
+
+    def __init__(self, given: Mapping[Array, torch.Tensor]) -> None:
+        self.known: dict[Array, torch.Tensor | None] = {**given}
+
+    def of(self, array: Array) -> torch.Tensor | None:
+        """A tensor for two cells, without memory, that lies as an array does; None for a view that is none."""
+        if array not in self.known:
+            if isinstance(array, View):
+                self.known[array] = self._view(array)
+            else:
+                self.known[array] = made_for(array, 2, torch.device("meta"))
+        return self.known[array]
+
+    def strides(self, array: Array) -> Sequence[int]:
+        """The strides of what lies in memory, by dimension of a cell."""
+        tensor = self.of(array)
+        assert tensor is not None
+        return tensor.stride()[int(array.grouped) :]
+
+    def _view(self, array: View) -> torch.Tensor | None:
+        source = self.of(array.source)
+        if source is None or array.view is None:
+            return None
+        try:
+            return array.view(source)
+        except (RuntimeError, ValueError):  # torch says so of a shape that these strides do not give
+            return None
+
+
+def made_for(array: Array, cells: int, device: torch.device) -> torch.Tensor:
+    """Memory for what a kernel writes. Heads of attention lie next to each other at a position, as they are read."""
+    lead = (cells,) if array.grouped else ()
+    if isinstance(array, Attention):
+        batch, heads, rows, size = array.shape
+        return torch.empty(*lead, batch, rows, heads, size, dtype=array.dtype, device=device).transpose(-2, -3)
+    return torch.empty(*lead, *array.shape, dtype=array.dtype, device=device)
+
+
+def grouped_body(
+    name: str,
+    ops: Mapping[int, BodyOp],
+    results: Sequence[int],
+    environment: Environment,
+    *,
+    size: int | None,
+    inputs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    one_layer: bool,
+    repeat: int,
+    numbers: Sequence[Any],
+    shared: Callable[[Operand], torch.Tensor],
+    target: Target | None,
+) -> tuple[Groups, list[Launch], Mapping[Array, Any]]:
+    """A body cut into kernels, these, and its operands; see :func:`rmtc.codegen.torch.emit`."""
+    group = size is not None
+    tensors: dict[Operand | Input | Weight | Number, Any] = {}
+
+    def given(leaf: Any) -> Given:
+        if isinstance(leaf, Input):
+            value, grouped, cells = inputs[leaf.number], group, 1
+        elif isinstance(leaf, Weight):
+            value, grouped, cells = weights[leaf.number], group and not one_layer, repeat
+        elif isinstance(leaf, Number):
+            each = numbers[leaf.number]
+            tensors[leaf] = each
+            several = list(each) if group else [each]
+            real = any(isinstance(number, float) for number in several)
+            return Given(float(several[0]) if real else several[0], group)
+        else:
+            value, grouped, cells = shared(leaf), False, 1
+        tensors[leaf] = value
+        if not isinstance(value, torch.Tensor):
+            return Given(value, False)
+        return Given(
+            torch.empty(value.shape[1:] if grouped else value.shape, dtype=value.dtype, device="meta"), grouped, cells
+        )
+
+    nest = lower(name, ops, results, environment, given)
+    operands = {array: tensors[leaf] for leaf, array in nest.operands.items()}
+    layouts = Layouts(
+        {array: _layout(array, value) for array, value in operands.items() if isinstance(value, torch.Tensor)}
+    )
+    machine = target.machine if target is not None else Machine()
+    nest = _with_results(nest, layouts)
+    groups = fusion_groups(nest, lambda view: layouts.of(view) is not None, machine)
+    kernels = [each for each in groups.groups if not isinstance(each, Outside)]
+    return groups, prepare(kernels, name, layouts.strides, target), operands
+
+
+def _with_results(nest: Nest, layouts: Layouts) -> Nest:
+    """A body whose results are in memory, a row for each cell: those that are no views of what is are copied."""
+    arrays, results = list(nest.arrays), list[Array]()
+    for each in nest.results:
+        if (isinstance(each, View) and layouts.of(each) is None) or cells_of(each) > 1:
+            arrays.append(copied(each))
+            each = arrays[-1]
+        results.append(each)
+    return replace(nest, arrays=tuple(arrays), results=tuple(results))
+
+
+def _layout(array: Array, value: torch.Tensor) -> torch.Tensor:
+    """An operand for two cells, without memory."""
+    shape, strides = list(value.shape), value.stride()
+    if array.grouped:
+        shape[0] = 2
+    return torch.empty_strided(shape, strides, dtype=value.dtype, device="meta")
+
+
+def emit(
+    name: str,
+    ops: Mapping[int, BodyOp],
+    results: Sequence[int],
+    environment: Environment,
+    *,
+    size: int | None = None,
+    inputs: Sequence[torch.Tensor] = (),
+    weights: Sequence[torch.Tensor] = (),
+    one_layer: bool = False,
+    repeat: int = 1,
+    numbers: Sequence[Any] = (),
+    shared: Callable[[Operand], torch.Tensor],
+    bind: bool = True,
+    target: Target | None = None,
+) -> tuple[Kernel, tuple[Any, ...]]:
+    """Emit a body for a target, None for the interpreter, and run it; as :func:`rmtc.codegen.torch.emit` does."""
+    groups, launches, operands = grouped_body(
+        name,
+        ops,
+        results,
+        environment,
+        size=size,
+        inputs=inputs,
+        weights=weights,
+        one_layer=one_layer,
+        repeat=repeat,
+        numbers=numbers,
+        shared=shared,
+        target=target,
+    )
+    body = TritonBody(groups, launches, operands, size)
+    found = body.run(size, inputs, weights, numbers, [body.values[leaf] for leaf in body.passed])
+    return body.kernel(name, bind), found
+
+
+class TritonBody:
+    """What runs a body's kernels.
+
+    Attributes:
+        nest, groups: the body, and its kernels.
+        launches: these as what can be launched.
+        launched: the tensors that they were launched with, if these had no values.
+    """
+
+    def __init__(
+        self, groups: Groups, launches: Sequence[Launch], operands: Mapping[Array, Any], size: int | None
+    ) -> None:
+        self.nest: Nest = groups.nest
+        self.grouped = size is not None
+        self.launches = {launch.kernel: launch for launch in launches}
+        self.groups = groups.groups
+        self.leaves = {array: leaf for leaf, array in self.nest.operands.items()}
+        self.passed = [leaf for leaf in self.nest.operands if not isinstance(leaf, (Input, Weight, Number))]
+        self.values = {self.leaves[array]: value for array, value in operands.items()}
+        self.kinds = tuple(kind_of(self.values[leaf]) for leaf in self.passed)
+        self.outside: dict[Outside, Kernel] = {}
+        self.launched: dict[Any, Mapping[Array, torch.Tensor]] = {}
+
+    def kernel(self, name: str, bind: bool) -> Kernel:
+        """As the executor knows it."""
+        texts = [launch.source.text for launch in self.launches.values()]
+        texts += [kernel.source for kernel in self.outside.values()]
+        source, file = "\n\n".join(texts), f"<rmtc {name} in Triton {id(self)}>"
+        fallbacks = tuple(str(each.ops[0]) for each in self.groups if isinstance(each, Outside))
+        bound = None
+        if bind and self.grouped and not fallbacks:
+            written = self.written_home()
+            own = [each for each in self.nest.results if base_of(each) not in written]
+            kinds = tuple((math.prod(base_of(each).shape), each.dtype) for each in dict.fromkeys(map(base_of, own)))
+            homes = frozenset(leaf.number for leaf in written.values())
+            bound = Bound(source, self.bind, (), kinds, homes, file) if self._all_made(own) else None
+        return Kernel(name, source, tuple(self.passed), self.kinds, self.run, bound, fallbacks, file)
+
+    def _all_made(self, results: Sequence[Array]) -> bool:
+        """Whether kernels write these, for each cell."""
+        made = {array for group in self.groups if not isinstance(group, Outside) for array in group.written}
+        return all(base_of(each) in made and each.grouped for each in results)
+
+    def written_home(self) -> dict[Array, Input]:
+        """Results that may be written where an input lies, and that input.
+
+        Checks: only the kernel that writes such a result, and ones before it, read the input; that one reads an element
+        where it writes it alone, for nothing else.
+        """
+        found: dict[Array, Input] = {}
+        kept = {base_of(each) for each in self.nest.results}
+        for array, leaf in self.leaves.items():
+            if not isinstance(leaf, Input) or array in kept or not array.grouped:
+                continue
+            readers = [group for group in self.groups if array in read_by(group)]
+            last = readers[-1] if readers else None
+            if not isinstance(last, ir.Kernel):
+                continue
+            for output in last.outputs:
+                made = output.array
+                alike = made.shape == array.shape and made.dtype == array.dtype and made.grouped
+                if alike and made in kept and made not in found and _in_place(last, output, array):
+                    found[made] = leaf
+                    break
+        return found
+
+    def run(
+        self, size: int | None, inputs: Sequence[Any], weights: Sequence[Any], numbers: Sequence[Any], shared: Any
+    ) -> tuple[Any, ...]:
+        """The results of the body for some cells, in new memory."""
+        tensors = self._operands(inputs, weights, numbers, shared)
+        cells = size or 1
+        for group in self.groups:
+            if isinstance(group, Outside):
+                self._outside(group, tensors, size, numbers)
+                continue
+            launch = self.launches[group]
+            for array in group.written:
+                tensors[array] = made_for(array, cells, self._device(tensors))
+            pointers = {array: self._tensor(array, tensors) for array in launch.source.pointers}
+            if any(isinstance(each, FakeTensor) for each in pointers.values()):  # only to see what would be launched
+                self.launched[group] = pointers
+            else:
+                launch.call(pointers, cells)
+        return self._results(tensors, cells)
+
+    def bind(
+        self,
+        size: int,
+        inputs: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        shared: Sequence[Any],
+        scratch: Sequence[torch.Tensor],
+        results: Sequence[torch.Tensor],
+        work: Callable[[Sequence[int], torch.dtype], torch.Tensor],
+    ) -> tuple[Callable[[Sequence[Any]], tuple[Any, ...]], tuple[torch.Tensor | None, ...]]:
+        """As a :class:`Bound` does it: what is launched is put together once."""
+        flags = [each for each in self.leaves if isinstance(self.leaves[each], Number)]
+        count = max((leaf.number + 1 for leaf in self.leaves.values() if isinstance(leaf, Number)), default=0)
+        numbers = [[0] * size] * count
+        tensors = self._operands(inputs, weights, numbers, shared)
+        home, own = self.written_home(), iter(results)
+        kept = dict.fromkeys(base_of(each) for each in self.nest.results)
+        for array in kept:
+            tensors[array] = inputs[home[array].number] if array in home else _shaped(array, next(own))
+        memory: dict[Array, torch.Tensor] = {}
+        free: list[torch.Tensor] = []
+        last = {array: number for number, group in enumerate(self.groups) for array in read_by(group)}
+        calls = []
+        for number, group in enumerate(self.groups):
+            assert not isinstance(group, Outside)
+            for array in group.written:
+                if array not in tensors:
+                    shape = size if array.grouped else 1, math.prod(array.shape)
+                    fits = (n for n, each in enumerate(free) if each.shape == shape and each.dtype == array.dtype)
+                    place = next(fits, None)
+                    memory[array] = work(shape, array.dtype) if place is None else free.pop(place)
+                    tensors[array] = _shaped(array, memory[array])
+            launch = self.launches[group]
+            calls.append(launch.bind({each: self._tensor(each, tensors) for each in launch.source.pointers}, size))
+            free += [memory.pop(array) for array, when in last.items() if when == number and array in memory]
+        made = self._results(tensors, size)
+
+        def run(numbers: Sequence[Any]) -> tuple[Any, ...]:
+            for array in flags:
+                leaf = self.leaves[array]
+                assert isinstance(leaf, Number)
+                tensors[array].copy_(torch.tensor(numbers[leaf.number], dtype=array.dtype))
+            for call in calls:
+                call()
+            return made
+
+        return run, made
+
+    def _operands(
+        self, inputs: Sequence[Any], weights: Sequence[Any], numbers: Sequence[Any], shared: Iterable[Any]
+    ) -> _Tensors:
+        passed = dict(zip(self.passed, shared, strict=True))
+        given = [each for each in (*inputs, *weights, *passed.values()) if isinstance(each, torch.Tensor)]
+        tensors: _Tensors = {}
+        for array, leaf in self.leaves.items():
+            if isinstance(leaf, Input):
+                tensors[array] = inputs[leaf.number]
+            elif isinstance(leaf, Weight):
+                tensors[array] = weights[leaf.number]
+            elif isinstance(leaf, Number):
+                tensors[array] = torch.tensor(numbers[leaf.number], dtype=array.dtype, device=given[0].device)
+            else:
+                tensors[array] = passed[leaf]
+        return tensors
+
+    @staticmethod
+    def _device(tensors: _Tensors) -> torch.device:
+        return next(each.device for each in tensors.values() if isinstance(each, torch.Tensor))
+
+    def _results(self, tensors: _Tensors, cells: int) -> tuple[torch.Tensor, ...]:
+        found = [self._tensor(each, tensors) for each in self.nest.results]
+        if not self.grouped:
+            return tuple(found)
+        return tuple(
+            value if array.grouped else value.expand(cells, *value.shape)
+            for array, value in zip(self.nest.results, found, strict=True)
+        )
+
+    def _tensor(self, array: Array, tensors: _Tensors) -> torch.Tensor:
+        """An array in memory, or a view of it."""
+        if array not in tensors:
+            assert isinstance(array, View) and array.view is not None
+            source = self._tensor(array.source, tensors)
+            try:
+                tensors[array] = array.view(source)
+            except (RuntimeError, ValueError) as error:  # it does not lie as it did when source was emitted
+                raise NoViewError(f"{array.name} is no view of {array.source.name} any more") from error
+        return tensors[array]
+
+    def _outside(self, array: Outside, tensors: _Tensors, size: int | None, numbers: Sequence[Any]) -> None:
+        """Run an operation with torch."""
+        read = list(dict.fromkeys(array.reads))
+        varying = [each for each in read if isinstance(self.leaves.get(each), Number)]
+        own = {each: Input(n) for n, each in enumerate(e for e in read if e.grouped and e not in varying)}
+        others = [each for each in read if not each.grouped and each not in varying]
+        given = [self._tensor(each, tensors) for each in own]
+        passed = [self._tensor(each, tensors) for each in others]
+
+        def operand(leaf: Any) -> Any:
+            if not isinstance(leaf, Array):
+                return leaf
+            return own[leaf] if leaf in own else self.leaves[leaf] if leaf in varying else Shared(others.index(leaf))
+
+        kernel = self.outside.get(array)
+        if kernel is None:
+            call = BodyOp(array.op.target, map_leaves(array.op.args, operand), array.op.location)
+            kernel, found = emit_torch(
+                array.name,
+                {0: call},
+                [0],
+                _NOWHERE,
+                size=size if any(each.grouped for each in read) else None,
+                inputs=given,
+                numbers=numbers,
+                shared=lambda leaf: passed[_number(leaf)],
+                bind=False,
+            )
+            self.outside[array] = kernel
+        else:
+            operands = [passed[leaf.number] for leaf in kernel.shared if isinstance(leaf, Shared)]
+            found = kernel.function(size, given, (), numbers, operands)
+        same = [each for each in self.nest.arrays if isinstance(each, Outside) and each.op is array.op]
+        for each in same:
+            tensors[each] = found[0] if each.result is None else found[0][each.result]
+
+
+_NOWHERE = Environment(0, 0, 0, 0, 0)
+"""What is left to torch has no functions of sizes any more."""
+
+
+def _number(leaf: Operand) -> int:
+    assert isinstance(leaf, Shared)
+    return leaf.number
+
+
+def _shaped(array: Array, rows: torch.Tensor) -> torch.Tensor:
+    """Memory, a row for each cell, as that of what a kernel writes; see :func:`made_for`."""
+    if isinstance(array, Attention):
+        batch, heads, positions, size = array.shape
+        found = rows.view(-1, batch, positions, heads, size).transpose(-2, -3)
+    else:
+        found = rows.view(-1, *array.shape)
+    return found if array.grouped else found[0]
+
+
+def _in_place(kernel: ir.Kernel, output: ir.Output, array: Array) -> bool:
+    """Whether a kernel may write an output where it reads an array: all loads come before all stores of a tile."""
+    sums: list[ir.Term] = []
+    for stage in kernel.stages:
+        sums += [*stage.statistics, *stage.accumulators]
+    elsewhere = [part for each in sums for part in ir.parts(each)]
+    if not any(kernel.n in each.variables for each in output.index):  # other tiles of columns read it, too
+        elsewhere += [other.term for other in kernel.outputs if other is not output]
+    known = set(map(id, ir.within(elsewhere)))
+    loads = [load for load in ir.loads(kernel) if base_of(load.array) is array]
+    return all(
+        load.array is array and load.index == output.index and not load.guards and id(load) not in known
+        for load in loads
+    )

@@ -1,0 +1,194 @@
+"""Source of kernels as what is launched."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import linecache
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rmtc.codegen.triton.configs import Config, config_of, is_big
+from rmtc.codegen.triton.source import Source, Style, source_of
+from rmtc.codegen.triton.targets import Target
+from rmtc.ir.array import Array
+from rmtc.ir.kernel import Attend, Kernel
+
+__all__ = ["Launch", "Variant", "jitted", "prepare"]
+
+_files = itertools.count()
+
+
+@functools.lru_cache(maxsize=4096)
+def jitted(name: str, text: str) -> Any:
+    """The function of a source, as Triton compiles it, or interprets it."""
+    import triton
+    import triton.language
+
+    file = f"<rmtc {name} {next(_files)}>"
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+    space: dict[str, Any] = {"tl": triton.language, "__name__": f"rmtc.kernels.{name}"}
+    exec(compile(text, file, "exec"), space)
+    return triton.jit(space[name])
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to print a kernel, and how it is launched."""
+
+    source: Source
+    config: Config
+
+    def arguments(self, tensors: Mapping[Array, torch.Tensor], cells: int) -> list[tuple[str, torch.Tensor | int]]:
+        """What it is launched with but for the sizes of tiles, by name."""
+        values: list[torch.Tensor | int] = []
+        for array in self.source.pointers:
+            values += [tensors[array], *tensors[array].stride()]
+        values += [symbol.value for symbol in self.source.sizes]
+        values += [cells] if self.source.persistent else []
+        return list(zip(self.source.parameters, values, strict=True))
+
+    def takes(self, tensors: Mapping[Array, torch.Tensor]) -> bool:
+        """Whether tensors lie as its descriptors need them: contiguous along a dimension, else at whole 16 bytes."""
+        for array, along in self.source.described:
+            tensor = tensors[array]
+            dim = along + array.grouped
+            size = tensor.element_size()
+            strides = [stride for place, stride in enumerate(tensor.stride()) if place != dim]
+            known = tensor.device.type == "meta" or tensor.data_ptr() % 16 == 0
+            if tensor.stride(dim) != 1 or any(stride * size % 16 for stride in strides) or not known:
+                return False
+        return True
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told by name."""
+        blocks = {name: self.config.blocks[name] for name in self.source.blocks}
+        return {**blocks, "num_warps": self.config.warps, "num_stages": self.config.stages}
+
+    @functools.cached_property
+    def operator(self) -> Any:
+        """The kernel as an operator of torch: ``(Tensor[] read, Tensor(a!)[] written, int[] sizes, int[] grid)``."""
+        source, options = self.source, self.options
+        key = hashlib.sha256(f"{source.text}{sorted(options.items())}".encode()).hexdigest()[:16]
+        return _operator(f"rmtc_kernels::{source.name}_{key}", source.name, source.text, tuple(options.items()))
+
+
+@functools.cache
+def _operator(qualified: str, name: str, text: str, options: tuple[tuple[str, int], ...]) -> Any:
+    function = jitted(name, text)
+
+    def launch(read: list[torch.Tensor], written: list[torch.Tensor], sizes: list[int], grid: list[int]) -> None:
+        args: list[Any] = []
+        for tensor in (*read, *written):
+            args += [tensor, *tensor.stride()]
+        torch.library.wrap_triton(function)[tuple(grid)](*args, *sizes, **dict(options))
+
+    schema = "(Tensor[] read, Tensor(a!)[] written, int[] sizes, int[] grid) -> ()"
+    made: Any = torch.library.triton_op(qualified, launch, mutates_args={"written"}, schema=schema)
+    made.register_fake(lambda read, written, sizes, grid: None)
+    return made
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel that can be launched.
+
+    Attributes:
+        kernel: what it computes.
+        plain: as it runs on tensors however they lie.
+        big: as its product runs fastest on the target, if tensors lie as that needs them.
+        target: what it was chosen for.
+    """
+
+    kernel: Kernel | Attend
+    plain: Variant
+    big: Variant | None
+    target: Target | None
+
+    @property
+    def source(self) -> Source:
+        """Its text."""
+        return (self.big or self.plain).source
+
+    def variant(self, tensors: Mapping[Array, torch.Tensor]) -> Variant:
+        """How it is launched for tensors."""
+        return self.big if self.big is not None and self.big.takes(tensors) else self.plain
+
+    def bind(self, tensors: Mapping[Array, torch.Tensor], cells: int) -> Callable[[], Any]:
+        """What launches it for tensors that lie where they lie.
+
+        Args:
+            tensors: for each of the source's pointers, the tensor, of a group of cells if it is grouped.
+            cells: how many cells.
+        """
+        variant = self.variant(tensors)
+        if variant.source.described:
+            _let_allocate()
+        function = jitted(variant.source.name, variant.source.text)
+        args = [value for _, value in variant.arguments(tensors, cells)]
+        return functools.partial(function[self.grid(variant, cells)], *args, **variant.options)
+
+    def call(self, tensors: Mapping[Array, torch.Tensor], cells: int) -> None:
+        """Launch it as an operator of torch."""
+        variant = self.variant(tensors)
+        if variant.source.described:
+            _let_allocate()
+        pointers = variant.source.pointers
+        count = len(pointers) - variant.source.written
+        read, written = ([tensors[array] for array in each] for each in (pointers[:count], pointers[count:]))
+        sizes = [symbol.value for symbol in variant.source.sizes]
+        sizes += [cells] if variant.source.persistent else []
+        variant.operator(read, written, sizes, list(self.grid(variant, cells)))
+
+    def grid(self, variant: Variant, cells: int) -> tuple[int, int, int]:
+        """Tiles of rows and columns, cells, and what is the same for a tile; or the programs that go through them."""
+        kernel, blocks = self.kernel, variant.config.blocks
+        tiles = math.ceil(kernel.m.size.value / blocks["BLOCK_M"])
+        if isinstance(kernel, Kernel):
+            tiles *= math.ceil(kernel.n.size.value / blocks["BLOCK_N"])
+        cells = cells if any(array.grouped for array in kernel.written) else 1
+        if variant.source.persistent:
+            most = self.target.multiprocessors if self.target is not None else 2
+            return min(most, tiles * cells * kernel.z.size.value), 1, 1
+        return tiles, cells, kernel.z.size.value
+
+
+@functools.cache
+def _let_allocate() -> None:
+    """Give Triton memory for descriptors when it asks for it."""
+    import triton
+
+    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+
+
+def prepare(
+    kernels: Sequence[Kernel | Attend],
+    name: str,
+    strides: Callable[[Array], Sequence[int]],
+    target: Target | None = None,
+) -> list[Launch]:
+    """Kernels as what can be launched.
+
+    Args:
+        kernels: the kernels.
+        name: what their names begin with.
+        strides: those of arrays in memory, by dimension of a cell.
+        target: what they run on; None for the interpreter.
+    """
+    found = []
+    for number, kernel in enumerate(kernels):
+        plain = Variant(
+            source_of(kernel, f"{name}_{number}", Style(interpreted=target is None)), config_of(kernel, target)
+        )
+        big = None
+        if target is not None and is_big(kernel):
+            style = Style(persistent=True, strides=strides if target.descriptors else None)
+            big = Variant(source_of(kernel, f"{name}_{number}", style), config_of(kernel, target, big=True))
+        found.append(Launch(kernel, plain, big, target))
+    return found

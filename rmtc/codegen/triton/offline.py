@@ -1,0 +1,177 @@
+"""Kernels compiled for a GPU that need not be there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmtc.codegen.triton.launch import Launch, Variant, jitted
+from rmtc.codegen.triton.targets import Target
+from rmtc.errors import RmtcError
+from rmtc.ir.array import Array
+from rmtc.passes.fusion_groups import work
+
+__all__ = ["Binary", "OfflineError", "compile_for"]
+
+_TYPES = {
+    torch.bool: "i1",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+
+
+class OfflineError(RmtcError):
+    """A kernel that cannot be compiled here."""
+
+    title = "not compiled"
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A kernel as a target has it.
+
+    Attributes:
+        launch, variant, target: what was compiled for what.
+        assembly: PTX or AMDGCN.
+        code: what the card loads.
+        registers: of a thread; None where no tool tells.
+        spilled: bytes of a thread that are kept in memory for lack of registers; None where no tool tells.
+        shared: bytes of shared memory of a block.
+        instructions: how many matrix instructions of each kind its assembly has.
+        moved, operations: bytes, and floating-point operations of products, of a launch.
+        cells: of how many cells.
+    """
+
+    launch: Launch
+    variant: Variant
+    target: Target
+    assembly: str
+    code: bytes
+    registers: int | None
+    spilled: int | None
+    shared: int
+    instructions: Mapping[str, int]
+    moved: float
+    operations: float
+    cells: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the target has that much shared memory, and nothing was spilled."""
+        return self.shared <= self.target.shared and not self.spilled
+
+    @property
+    def occupancy(self) -> float | None:
+        """The share of a multiprocessor's threads that run at once, by registers and shared memory."""
+        if self.registers is None:
+            return None
+        threads = self.variant.config.warps * self.target.warp
+        blocks = self.target.lanes // threads
+        if self.registers:
+            blocks = min(blocks, self.target.registers // (-(-self.registers // 8) * 8 * threads))
+        if self.shared:
+            blocks = min(blocks, self.target.shared // self.shared)
+        return blocks * threads / self.target.lanes
+
+    @property
+    def seconds(self) -> float:
+        """What a launch takes at least by the target's roofline: a prediction."""
+        machine = self.target.machine
+        rate = machine.products.get(self.launch.kernel.written[0].dtype, machine.products[torch.float32])
+        return max(self.moved / machine.bandwidth, self.operations / rate)
+
+
+def compile_for(launch: Launch, tensors: Mapping[Array, torch.Tensor], target: Target, cells: int) -> Binary:
+    """Compile a kernel for tensors that lie as those given do.
+
+    Args:
+        launch: the kernel.
+        tensors: for each of its pointers a tensor, which may be on ``meta``.
+        target: what for.
+        cells: how many cells a launch is of, for what it moves and computes.
+
+    Raises:
+        OfflineError: if that cannot be done in this process, or the compiler fails.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise OfflineError(
+            "a process that interprets kernels cannot compile them", remedy="unset TRITON_INTERPRET for this command"
+        )
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constants: dict[str, int] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    variant = launch.variant(tensors)
+    for place, (name, value) in enumerate(variant.arguments(tensors, cells)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = f"*{_TYPES[value.dtype]}"
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif value == 1:  # as when it is launched
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    for name in variant.source.blocks:
+        signature[name], constants[name] = "constexpr", variant.config.blocks[name]
+    options = {"num_warps": variant.config.warps, "num_stages": variant.config.stages}
+    try:
+        source = ASTSource(jitted(variant.source.name, variant.source.text), signature, constants, attributes)
+        made = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp), options=options)
+    except Exception as error:  # whatever the compiler raises
+        raise OfflineError(
+            f"{launch.source.name} does not compile for {target.name}: {' '.join(str(error).split())[:300]}",
+            remedy="report it, please, with the kernel's source",
+        ) from error
+    assembly = str(made.asm["ptx" if target.backend == "cuda" else "amdgcn"])
+    code: bytes = made.asm["cubin" if target.backend == "cuda" else "hsaco"]
+    registers, spilled = _of_cubin(code) if target.backend == "cuda" else _of_amdgcn(assembly)
+    found: dict[str, int] = {}
+    for each in re.findall(target.instructions, assembly):
+        found[each] = found.get(each, 0) + 1
+    moved, operations, _ = work(launch.kernel, target.machine)
+    return Binary(
+        *(launch, variant, target, assembly, code, registers, spilled),
+        *(int(made.metadata.shared), found, cells * moved, cells * operations, cells),
+    )
+
+
+def _of_cubin(code: bytes) -> tuple[int | None, int | None]:
+    """Registers, and bytes spilled, of a thread."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = str(tool) if tool.exists() else shutil.which("cuobjdump")
+    if path is None:
+        return None, None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        run = subprocess.run([path, "-res-usage", file.name], capture_output=True, text=True, check=False)
+    used = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", run.stdout)
+    return (int(used[1]), int(used[2]) + int(used[3])) if used else (None, None)
+
+
+def _of_amdgcn(assembly: str) -> tuple[int | None, int | None]:
+    registers = re.search(r"\.vgpr_count:\s*(\d+)", assembly)
+    spilled = re.search(r"\.private_segment_fixed_size:\s*(\d+)", assembly)
+    return int(registers[1]) if registers else None, int(spilled[1]) if spilled else None

@@ -1,0 +1,122 @@
+"""GPUs that kernels are compiled for without one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from rmtc.passes.fusion_groups import Machine
+
+__all__ = ["TARGETS", "Target", "target_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A GPU.
+
+    Attributes:
+        name: as in ``--target``.
+        backend, arch, warp: as Triton's ``GPUTarget`` has them; lanes of a warp.
+        card: the card whose data sheet the figures are of.
+        shared: bytes of shared memory that a block may have.
+        multiprocessors: how many there are.
+        registers: of 4 bytes of each of them; of a multiprocessor's lanes for AMD.
+        lanes: threads that a multiprocessor holds at most.
+        machine: its roofline.
+        instructions: the matrix instructions of its assembly, as a regular expression.
+        descriptors: whether it reads tiles by tensor descriptors.
+    """
+
+    name: str
+    backend: str
+    arch: int | str
+    warp: int
+    card: str
+    shared: int
+    multiprocessors: int
+    registers: int
+    lanes: int
+    machine: Machine
+    instructions: str
+    descriptors: bool
+
+
+def _machine(bandwidth: float, half: float, single: float, pointwise: float, launch: float = 4e-6) -> Machine:
+    rates: Mapping[torch.dtype, float] = {torch.bfloat16: half, torch.float16: half, torch.float32: single}
+    return Machine(launch=launch, bandwidth=bandwidth, products=rates, pointwise=pointwise)
+
+
+TARGETS: Mapping[str, Target] = {
+    each.name: each
+    for each in (
+        Target(
+            "sm_80",
+            "cuda",
+            80,
+            32,
+            "A100 SXM 80 GB",
+            shared=166_912,
+            multiprocessors=108,
+            registers=65_536,
+            lanes=2048,
+            machine=_machine(2.04e12, 3.12e14, 1.95e13, 1.95e13),
+            instructions=r"mma\.sync",
+            descriptors=False,
+        ),
+        Target(
+            "sm_90",
+            "cuda",
+            90,
+            32,
+            "H100 SXM",
+            shared=232_448,
+            multiprocessors=132,
+            registers=65_536,
+            lanes=2048,
+            machine=_machine(3.35e12, 9.89e14, 6.7e13, 6.7e13),
+            instructions=r"wgmma\.mma_async|mma\.sync",
+            descriptors=True,
+        ),
+        Target(
+            "sm_100",
+            "cuda",
+            100,
+            32,
+            "B200",
+            shared=232_448,
+            multiprocessors=148,
+            registers=65_536,
+            lanes=2048,
+            machine=_machine(8e12, 2.25e15, 8e13, 8e13),
+            instructions=r"tcgen05\.mma|mma\.sync",
+            descriptors=True,
+        ),
+        Target(
+            "gfx942",
+            "hip",
+            "gfx942",
+            64,
+            "MI300X",
+            shared=65_536,
+            multiprocessors=304,
+            registers=131_072,
+            lanes=2048,
+            machine=_machine(5.3e12, 1.307e15, 1.634e14, 8.17e13),
+            instructions=r"v_mfma_\w+",
+            descriptors=False,
+        ),
+    )
+}
+"""By name; peak rates without sparsity, products of float32 without rounding of their factors."""
+
+
+def target_of(device: torch.device) -> Target | None:
+    """The target that a device is most like; None for the CPU, where kernels are interpreted."""
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is not None:
+        return TARGETS["gfx942"]
+    major, _ = torch.cuda.get_device_capability(device)
+    return TARGETS["sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"]

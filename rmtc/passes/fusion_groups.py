@@ -1,0 +1,329 @@
+"""fusion-groups: cut a body into kernels.
+
+Each array of a body lies in memory, or is computed in the kernels that read it. At first all lie in memory, each made
+by a kernel of its own; one after another they are taken out of it, the last first, where all their readers can compute
+them on the way and all of that is estimated to take no longer; then what is made of an array may be kept in its place,
+and kernels over the same rows become one.
+
+    a = linear(x, w); b = silu(a); c = b * y      ->      [a b c]  c = silu(linear(x, w)) * y
+
+What it takes is a roofline: a launch takes a time of its own, and the longer of moving what it reads and writes, and of
+computing. An array that is computed by several tiles or kernels counts once for each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+
+from rmtc.ir.array import Array, Attention, Nest, Outside, Pointwise, Stored, View, base_of
+from rmtc.ir.index import Variable
+from rmtc.ir.kernel import (
+    Accumulated,
+    Attend,
+    Call,
+    IllegalError,
+    Kernel,
+    Load,
+    Statistic,
+    Term,
+    build,
+    build_attention,
+    loads,
+    parts,
+)
+
+__all__ = ["ROW", "Groups", "Machine", "estimate", "fusion_groups", "read_by", "work"]
+
+ROW = 8192
+"""Columns of a tile of what sums up rows, and multiplies nothing."""
+
+Group: TypeAlias = Kernel | Attend | Outside
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a roofline is made of.
+
+    Attributes:
+        launch: seconds that a launch takes at least.
+        turn: seconds that a turn of a tile's loop takes at least.
+        bandwidth: bytes a second of memory.
+        cached: how many times as fast what was read before is read again.
+        products: floating-point operations a second in products, by dtype; of others, the first.
+        pointwise: other operations a second.
+        tile: rows and columns of a tile.
+    """
+
+    launch: float = 4e-6
+    turn: float = 5e-7
+    bandwidth: float = 3.35e12
+    cached: float = 4.0
+    products: Mapping[torch.dtype, float] = field(
+        default_factory=lambda: {torch.float32: 6e13, torch.bfloat16: 9.9e14, torch.float16: 9.9e14}
+    )
+    pointwise: float = 3e13
+    tile: int = 128
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A body as kernels.
+
+    Attributes:
+        nest: the body.
+        groups: the kernels, and what is left to torch, each after those that it reads.
+    """
+
+    nest: Nest
+    groups: tuple[Group, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.nest.name}: {len(self.groups)} launches"]
+        for number, group in enumerate(self.groups):
+            if isinstance(group, Outside):
+                lines.append(f"  {number}: torch  {group.name} = {group.ops[0]}")
+                continue
+            kind = "attention" if isinstance(group, Attend) else "product" if _products(group) else "rows"
+            written = ", ".join(each.name for each in group.written)
+            read = ", ".join(dict.fromkeys(base_of(each.array).name for each in loads(group)))
+            ops = list(dict.fromkeys(str(op) for array in group.arrays for op in array.ops))
+            lines.append(f"  {number}: {kind}  {written} of {read}")
+            lines += [f"       {op}" for op in ops]
+        return "\n".join(lines)
+
+
+def fusion_groups(nest: Nest, viewed: Callable[[View], bool], machine: Machine = Machine(), cells: int = 8) -> Groups:
+    """Cut a body into kernels.
+
+    Args:
+        nest: the body.
+        viewed: whether a view of what lies in memory is one there, too.
+        machine: what is estimated.
+        cells: of how many cells.
+    """
+    return _Cut(nest, viewed, machine, cells).groups()
+
+
+class _Cut:
+    def __init__(self, nest: Nest, viewed: Callable[[View], bool], machine: Machine, cells: int) -> None:
+        self.nest, self.viewed, self.machine, self.cells = nest, viewed, machine, cells
+        self.kept = {self._kept(each) for each in nest.results}
+        for each in nest.arrays:
+            if isinstance(each, Outside):
+                self.kept |= {self._kept(read) for read in each.reads}
+        self.stored = {each for each in nest.arrays if not isinstance(each, View)} | self.kept
+        self.kernels: dict[Array, Kernel | Attend] = {}
+
+    def _kept(self, array: Array) -> Array:
+        """What has to lie in memory for an array to."""
+        while isinstance(array, View) and self.viewed(array):
+            array = array.source
+        return array
+
+    def in_memory(self, array: Array) -> bool:
+        if array in self.stored:
+            return True
+        return isinstance(array, View) and self.viewed(array) and self.in_memory(array.source)
+
+    def build(self, outputs: Sequence[Array]) -> Kernel | Attend:
+        if isinstance(outputs[0], Attention):
+            if len(outputs) > 1:
+                raise IllegalError("attention has one result")
+            return build_attention(outputs[0], self.in_memory)
+        return build(outputs, self.in_memory)
+
+    def groups(self) -> Groups:
+        made = [each for each in self.nest.arrays if each in self.stored and not isinstance(each, (Stored, Outside))]
+        for each in made:
+            self.kernels[each] = self.build([each])
+        for each in reversed(made):  # what only one kernel reads becomes a part of that first
+            if each not in self.kept and not isinstance(each, Attention):
+                self._change({each}, set())
+        for each in made:
+            if each in self.stored and each not in self.kept and not isinstance(each, Attention):
+                self._move(each)
+        return Groups(self.nest, tuple(self._ordered(self._merged())))
+
+    def _move(self, array: Array) -> None:
+        """Keep what is made of an array in place of it, as long as that takes less."""
+        made_of = {array}
+        for each in self.nest.arrays:
+            if each in self.stored or isinstance(each, Stored) or made_of.isdisjoint(each.reads):
+                continue
+            made_of.add(each)
+            if isinstance(each, Pointwise) and self._change({array}, {each}):
+                array, made_of = each, {each}
+
+    def _change(self, less: set[Array], more: set[Array]) -> bool:
+        """Keep less, or something else, in memory, if that takes less time."""
+        changed = less | more
+        old = [
+            each
+            for each, kernel in self.kernels.items()
+            if each in less or changed & {*kernel.arrays, *read_by(kernel)}
+        ]
+        self.stored = (self.stored - less) | more
+        try:
+            new = {each: self.build([each]) for each in (*old, *more) if each not in less}
+        except IllegalError:
+            new = {}
+        before, after = (sum(map(self.time, each)) for each in (map(self.kernels.__getitem__, old), new.values()))
+        if not new or after > before or (more and after == before):
+            self.stored = (self.stored - more) | less
+            return False
+        for each in less:
+            del self.kernels[each]
+        self.kernels.update(new)
+        return True
+
+    def time(self, kernel: Kernel | Attend) -> float:
+        return estimate(kernel, self.machine, self.cells)
+
+    def _merged(self) -> list[Kernel | Attend]:
+        """Kernels over the same rows as one, where that takes less."""
+        place = {array: number for number, array in enumerate(self.nest.arrays)}
+        found = [self.kernels[each] for each in sorted(self.kernels, key=place.__getitem__)]
+        changed = True
+        while changed:
+            changed = False
+            for one in found:
+                for other in found:
+                    both = self._both(one, other, found) if one is not other else None
+                    if both is not None:
+                        found = [each for each in found if each is not one and each is not other] + [both]
+                        changed = True
+                        break
+                if changed:
+                    break
+        return found
+
+    def _both(self, one: Kernel | Attend, other: Kernel | Attend, found: Sequence[Kernel | Attend]) -> Kernel | None:
+        if isinstance(one, Attend) or isinstance(other, Attend):
+            return None
+        if not _alike(one.written[0], other.written[0]) or self._between(one, other, found):
+            return None
+        try:
+            both = self.build([*one.written, *other.written])
+        except IllegalError:
+            return None
+        assert isinstance(both, Kernel)
+        return both if self.time(both) < self.time(one) + self.time(other) else None
+
+    def _between(self, one: Group, other: Group, found: Sequence[Group]) -> bool:
+        """Whether one reads, through a third, what the other writes."""
+        outside = [each for each in self.nest.arrays if isinstance(each, Outside)]
+        everything: list[Group] = [*found, *outside]
+        writer = {array: group for group in everything for array in _written(group)}
+        for start, end in ((one, other), (other, one)):
+            todo = [writer[array] for array in read_by(end) if array in writer and writer[array] is not start]
+            seen: list[Group] = []
+            while todo:
+                group = todo.pop()
+                if group is start:
+                    return True
+                if any(group is each for each in seen):
+                    continue
+                seen.append(group)
+                todo += [writer[array] for array in read_by(group) if array in writer]
+        return False
+
+    def _ordered(self, kernels: Sequence[Kernel | Attend]) -> list[Group]:
+        place = {array: number for number, array in enumerate(self.nest.arrays)}
+        outside = {id(each.op): each for each in self.nest.arrays if isinstance(each, Outside)}.values()
+        left: list[Group] = sorted([*kernels, *outside], key=lambda group: max(place[each] for each in _written(group)))
+        done: set[Array] = {each for each in self.nest.arrays if isinstance(each, Stored)}
+        found: list[Group] = []
+        while left:
+            group = next(each for each in left if read_by(each) <= done)
+            left.remove(group)
+            found.append(group)
+            done |= {*_written(group)}
+            if isinstance(group, Outside):  # its other results
+                done |= {each for each in self.nest.arrays if isinstance(each, Outside) and each.op is group.op}
+        return found
+
+
+def _written(group: Group) -> tuple[Array, ...]:
+    return (group,) if isinstance(group, Outside) else group.written
+
+
+def read_by(group: Group) -> set[Array]:
+    """The arrays in memory that a group reads; for views, what they are views of."""
+    if isinstance(group, Outside):
+        return {base_of(each) for each in group.reads}
+    return {base_of(each.array) for each in loads(group)} - set(group.written)
+
+
+def _alike(one: Array, other: Array) -> bool:
+    """Whether two arrays may have the same rows."""
+    a, b = ([size for size in each.shape if size != 1] for each in (one, other))
+    return a == b or (len(b) < len(a) and all(size in a for size in b)) or not b
+
+
+def _products(kernel: Kernel) -> list[Accumulated]:
+    return [each for stage in kernel.stages for each in stage.accumulators]
+
+
+def estimate(kernel: Kernel | Attend, machine: Machine, cells: int) -> float:
+    """Seconds that a launch takes for so many cells."""
+    moved, products, others = work(kernel, machine)
+    dtype = kernel.written[0].dtype
+    rate = machine.products.get(dtype, machine.products[torch.float32])
+    computing = products / rate + others / machine.pointwise
+    turns = math.ceil(kernel.n.size.value / machine.tile) if isinstance(kernel, Attend) else 0
+    if isinstance(kernel, Kernel):
+        turns = sum(math.ceil(stage.over.size.value / machine.tile) for stage in kernel.stages)
+    return machine.launch + turns * machine.turn + cells * max(moved / machine.bandwidth, computing)
+
+
+def work(kernel: Kernel | Attend, machine: Machine) -> tuple[float, float, float]:
+    """Bytes that are moved, operations of products, and others, of a cell."""
+    m, n = kernel.m.size.value, kernel.n.size.value
+    columns = machine.tile if isinstance(kernel, Attend) or _products(kernel) or not kernel.stages else ROW
+    tiles = {kernel.m: math.ceil(m / machine.tile), kernel.n: math.ceil(n / columns)}
+    outer = {kernel.z, kernel.m} if isinstance(kernel, Attend) else {kernel.z, kernel.m, kernel.n}
+    free: dict[int, frozenset[Variable]] = {}
+
+    def variables(term: Term) -> frozenset[Variable]:
+        found = free.get(id(term))
+        if found is None:
+            own: set[Variable] = set()
+            if isinstance(term, Load):
+                own |= {v for each in term.index for v in each.variables}
+            for part in parts(term):
+                own |= variables(part)
+            if isinstance(term, (Statistic, Accumulated)):
+                own.discard(term.over)
+            found = free[id(term)] = frozenset(own)
+        return found
+
+    def extent(own: Iterable[Variable]) -> float:
+        return math.prod(each.size.value for each in own)
+
+    def again(own: frozenset[Variable]) -> float:
+        """By how many tiles the same is computed."""
+        return math.prod(count for variable, count in tiles.items() if variable in outer and variable not in own)
+
+    moved = float(sum(math.prod(each.shape) * each.dtype.itemsize for each in kernel.written))
+    products = others = 0.0
+    for term in kernel.terms():
+        own = variables(term)
+        if isinstance(term, Load):
+            size = min(extent(own), math.prod(base_of(term.array).shape)) * term.array.dtype.itemsize
+            moved += size * (1 + (again(own) - 1) / machine.cached)
+        elif isinstance(term, Accumulated):
+            products += 2 * extent({*variables(term.left), *variables(term.right)})
+        elif isinstance(term, Statistic):
+            others += extent(variables(term.term)) * again(own)
+        elif isinstance(term, Call):
+            others += extent(own) * again(own)
+    if isinstance(kernel, Attend):
+        pairs = extent((kernel.z, kernel.m, kernel.n)) / (2 if kernel.array.causal else 1)
+        products += 2 * pairs * (kernel.e.size.value + kernel.d.size.value)
+        others += 4 * pairs
+    return moved, products, others

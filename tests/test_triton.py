@@ -1,0 +1,359 @@
+"""Kernels in Triton, interpreted: each against plain torch, and models that run by them against eager."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import models
+import pytest
+import torch
+from compare import SEGMENT, Twins
+from models import Associative, Attending, Buffered, Feedback, OneTensor
+from test_examples import Float32CastsAsFloat64
+from test_fused import Layered, of_features, of_rms, of_rotary, relus, rms, rolls, text, three, turned
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import rmtc
+from rmtc.codegen.torch.emit import emit as emit_torch
+from rmtc.codegen.triton.emit import TritonBody, grouped_body, made_for
+from rmtc.codegen.triton.emit import emit as emit_triton
+from rmtc.codegen.triton.launch import prepare
+from rmtc.codegen.triton.reference import evaluate
+from rmtc.codegen.triton.targets import TARGETS
+from rmtc.compiler import compiled_of
+from rmtc.examples import armt_gpt2, armt_llama
+from rmtc.ir.array import Array, Outside, Pointwise, Product, Stored, View
+from rmtc.ir.index import Index
+from rmtc.ir.kernel import build
+from rmtc.kernels import kernels_of
+from rmtc.runtime.executor import _Walk
+from rmtc.runtime.triton import Triton
+
+SMALL: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 7, "memory": 2, "segments": 4}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+
+Emission = dict[str, Any]
+
+
+def emissions(build: Callable[..., Any], **options: Any) -> list[Emission]:
+    """The arguments of every emission of a layer's body; its operands have no values."""
+    found: list[Emission] = []
+
+    def emit(name: str, ops: Any, results: Any, environment: Any, **options: Any) -> Any:
+        found.append({"name": name, "ops": ops, "results": results, "environment": environment, **options})
+        return emit_triton(name, ops, results, environment, **options)
+
+    model, args = build(**{**SMALL, "layers": 2, **options})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rmtc.runtime.triton.emit", emit)
+        kernels_of(model, args)
+    return found
+
+
+def bodies(runner: Any) -> Iterator[TritonBody]:
+    """Those that ran."""
+    assert isinstance(runner, Triton)
+    for kernel in runner.kernels.values():
+        body = getattr(kernel.function, "__self__", None)
+        if isinstance(body, TritonBody):
+            yield body
+
+
+def runner_of(fast: Any) -> Any:
+    compiled = compiled_of(fast)
+    assert compiled is not None
+    return compiled.variants[0].runner
+
+
+def random(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
+    """Values of which no sum is a difference; a causal mask."""
+    if not dtype.is_floating_point:
+        return torch.ones(*shape, dtype=dtype).tril()
+    generator = torch.Generator().manual_seed(seed)
+    return (0.1 + torch.rand(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def held_against_torch(given: Emission, dtype: torch.dtype, cells: int, strided: bool) -> int:
+    """Each kernel of a body on random operands, what it writes filled with NaN before; how many kernels there are."""
+
+    def operand(like: Any, seed: int, grouped: bool) -> Any:
+        kind = dtype if like.dtype.is_floating_point else like.dtype
+        made = random((cells, *like.shape[1:]) if grouped else like.shape, kind, seed)
+        if strided and grouped and made.dim() > 1:  # every second row of something larger, and columns apart
+            wide = torch.full((2 * cells, *made.shape[1:-1], 2 * made.shape[-1]), math.nan, dtype=kind)
+            wide[::2, ..., ::2] = made
+            made = wide[::2, ..., ::2]
+        return made
+
+    assert given["size"] is not None and not given["one_layer"]
+    shared: dict[Any, Any] = {}
+
+    def passed(leaf: Any) -> Any:
+        if leaf not in shared:
+            shared[leaf] = operand(given["shared"](leaf), 50 + len(shared), False)
+        return shared[leaf]
+
+    options = {
+        **{name: value for name, value in given.items() if name not in ("bind", "target")},
+        "size": cells,
+        "inputs": [operand(each, n, True) for n, each in enumerate(given["inputs"])],
+        "weights": [operand(each, 20 + n, True) for n, each in enumerate(given["weights"])],
+        "numbers": [[n % 2 for n in range(cells)] for _ in given["numbers"]],
+        "shared": passed,
+    }
+    groups, launches, operands = grouped_body(**options, target=None)
+    body = TritonBody(groups, launches, operands, cells)
+    others = [passed(leaf) for leaf in body.passed]
+    memory: dict[Array, Any] = body._operands(options["inputs"], options["weights"], options["numbers"], others)
+    rows = [
+        {array: value[cell] if array.grouped else value for array, value in memory.items()} for cell in range(cells)
+    ]
+    own = [evaluate(body.nest, row) for row in rows]
+    for array in body.nest.arrays:
+        if array not in memory and not isinstance(array, View):
+            memory[array] = made_for(array, cells, torch.device("cpu"))
+            memory[array].copy_(torch.stack([each[array] for each in own]) if array.grouped else own[0][array])
+    if dtype.itemsize > 2:  # else rounding adds up
+        _, wanted = emit_torch(**options, bind=False)
+        for array, each in zip(body.nest.results, wanted, strict=True):
+            close(torch.stack([row[array] for row in own]), each, dtype)
+    for launch in body.launches.values():
+        written = {array: torch.full_like(memory[array], math.nan) for array in launch.kernel.written}
+        read = {array: viewed(array, memory) for array in launch.source.pointers if array not in written}
+        before = {array: value.clone() for array, value in read.items()}
+        for call in (launch.bind({**read, **written}, cells), partial(launch.call, {**read, **written}, cells)):
+            call()
+            for array, value in written.items():
+                close(value, memory[array], dtype)
+                value.fill_(math.nan)
+        for array, value in before.items():
+            assert torch.equal(read[array].nan_to_num(), value.nan_to_num()), "an operand was written to"
+    return len(body.launches)
+
+
+def viewed(array: Array, memory: dict[Array, Any]) -> Tensor:
+    if array in memory:
+        found: Tensor = memory[array]
+        return found
+    assert isinstance(array, View) and array.view is not None
+    made: Tensor = array.view(viewed(array.source, memory))
+    return made
+
+
+def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    assert not found.isnan().any() or wanted.isnan().any()
+    scale = float(wanted.double().abs().max()) if wanted.numel() else 1.0
+    torch.testing.assert_close(
+        found.double(), wanted.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * max(1.0, scale), equal_nan=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "build"),
+    [
+        pytest.param(torch.float64, armt_llama.build, id="float64, llama"),
+        pytest.param(torch.float64, armt_gpt2.build, id="float64, gpt2"),
+        pytest.param(torch.float32, partial(armt_llama.build, kv_heads=1), id="float32, llama, shared heads"),
+        pytest.param(torch.float32, armt_gpt2.build, id="float32, gpt2"),
+        pytest.param(torch.bfloat16, armt_llama.build, id="bfloat16, llama"),
+        pytest.param(torch.float16, armt_gpt2.build, id="float16, gpt2"),
+    ],
+)
+def test_each_kernel_is_what_torch_computes(build: Callable[..., Any], dtype: torch.dtype) -> None:
+    kernels = 0
+    name = "float32" if dtype == torch.float64 else str(dtype).removeprefix("torch.")
+    for number, each in enumerate(emissions(build, dtype=name)):
+        kernels += held_against_torch(each, dtype, cells=1 + number % 2, strided=number == 0)
+    assert kernels == 27
+
+
+def ran(fast: Any, steps: int) -> list[TritonBody]:
+    """The bodies of the last call, which ran by its schedule and left nothing of its layers to torch."""
+    stats = rmtc.stats(fast)
+    assert stats.last_run is not None and stats.last_run.backend == "triton" and not stats.fallbacks
+    assert stats.last_run.steps == steps < stats.last_run.sequential_steps
+    found = list(bodies(runner_of(fast)))
+    assert found and not any(isinstance(group, Outside) for body in found for group in body.groups)
+    return found
+
+
+class Norm(nn.Module):
+    """Llama's norm without its rounding to float32."""
+
+    def __init__(self, of: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = of.weight, of.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.mul(self.weight, x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+def exact(model: Any) -> Any:
+    """In float64, with norms that are."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, LlamaRMSNorm):
+                setattr(module, name, Norm(child))
+    return model.double()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [armt_llama.build, armt_gpt2.build], ids=["llama", "gpt2"])
+def test_an_armt_in_float64(build: Callable[..., Any]) -> None:
+    (eager, args), (model, _) = build(**SMALL), build(**SMALL)
+    with torch.no_grad():
+        fast = rmtc.compile(exact(model), backend="triton", schedule="shortest", strict=True)
+        wanted = exact(eager)(*args).logits
+        found = fast(*args).logits
+    ran(fast, 6)
+    assert (found - wanted).norm() < 1e-12 * wanted.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [armt_llama.build, armt_gpt2.build], ids=["llama", "gpt2"])
+def test_an_armt_in_float32(build: Callable[..., Any]) -> None:
+    """No further from float64 than eager is, within a small factor; later calls run in memory that stays."""
+    (eager, args), (model, _) = build(**SMALL), build(**SMALL)
+    with torch.no_grad():
+        fast = rmtc.compile(model, backend="triton", schedule="shortest", strict=True)
+        found = [fast(*args).logits for _ in range(2)]
+        wanted = eager(*args).logits
+        with Float32CastsAsFloat64():
+            exact = eager.double()(*args).logits
+    assert max(len(body.launches) for body in ran(fast, 6)) <= 10
+    assert runner_of(fast)._standing is not None
+    error = (wanted - exact).norm()
+    assert all((each - exact).norm() < 4 * error for each in found)
+    assert torch.equal(found[0], found[1])
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "attributes": Associative,
+    "buffers": Buffered,
+    "slices of one tensor": OneTensor,
+    "attention": Attending,
+    "two layers up": lambda: Feedback(2),
+    "joined": partial(Layered, three),
+    "norms": partial(Layered, of_rms(rms)),
+    "rotary": partial(Layered, of_rotary(lambda x, cos, sin: x * cos + turned(x) * sin)),
+    "features": partial(Layered, of_features(lambda x: rolls(relus(x), 1, 2))),
+}
+LEFT = {"slices of one tensor": "select.int"}
+"""What is left to torch: which slice it is differs from cell to cell."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_models_with_other_memories(name: str) -> None:
+    twins = Twins(MODELS[name], schedule="shortest", backend="triton")
+    for segments, batch, short in ((4, 2, 0), (4, 1, 1)):
+        for _ in range(2):  # the second time in memory that stays
+            if isinstance(twins.twin, Layered):
+                twins.call(text(segments, batch, SEGMENT - short))
+            else:
+                twins.call(models.text(segments, batch, tail=models.SEGMENT - short).double())
+        run = rmtc.stats(twins.fast).last_run
+        assert run is not None and run.steps < run.sequential_steps and run.backend == "triton"
+    left = {
+        group.ops[0].label
+        for body in bodies(runner_of(twins.fast))
+        for group in body.groups
+        if isinstance(group, Outside)
+    }
+    assert left == ({LEFT[name]} if name in LEFT else set())
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be launched on a GPU: all but views, and memory that is only taken."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        views = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+        if not views and not func.name().startswith(("aten::empty", "aten::new_empty", "aten::detach")):
+            self.found.append(func.name())
+        return result
+
+
+@pytest.mark.slow
+def test_a_step_is_twelve_launches_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an ARMT over Llama with as many cells as it has layers: kernels, and what puts their inputs together."""
+    model, args = armt_llama.build(**{**SMALL, "layers": 2, "segments": 5})
+    steps: list[list[str]] = []
+    once = _Walk._results
+
+    def counted(self: Any, launch: Any, made: Any) -> Any:
+        with Launches() as mode:
+            result = once(self, launch, made)
+        if launch.body.stage == "layer" and len(launch.cells) == 2:
+            steps.append(mode.found)
+        return result
+
+    with torch.no_grad():
+        fast = rmtc.compile(model, backend="triton", schedule="shortest", strict=True)
+        fast(*args)  # emits
+        monkeypatch.setattr(_Walk, "_results", counted)
+        monkeypatch.setattr(Triton, "binds", False)
+        fast(*args)
+    steady = steps[-3:]
+    assert all(sum(name.startswith("rmtc_kernels::") for name in step) == 10 for step in steady), steady
+    assert all(len(step) <= 12 for step in steady), steady
+
+
+def test_kernels_are_operators_of_torch() -> None:
+    checked = 0
+    given = emissions(armt_gpt2.build)[0]
+    options = {name: value for name, value in given.items() if name not in ("bind", "target")}
+    _, launches, _ = grouped_body(**options, target=None)
+    for launch in launches:
+        source = launch.source
+        tensors = [made_for(array, 2, torch.device("cpu")).fill_(1) for array in source.pointers]
+        count = len(tensors) - source.written
+        sizes = [symbol.value for symbol in source.sizes]
+        operands = tensors[:count], tensors[count:], sizes, list(launch.grid(launch.plain, 2))
+        kinds = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(launch.plain.operator, operands, test_utils=kinds)
+        checked += 1
+    assert checked == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("cells", [1, 3])
+def test_a_big_product_goes_through_its_tiles(cells: int, descriptors: bool) -> None:
+    """By programs that each compute several, as on a GPU with two multiprocessors; in boxes of memory, or by masks."""
+    rows, depth, columns = 133, 144, 272
+    x, w, y = (
+        Stored(name, tuple(map(Index.of, shape)), torch.float32, True, ())
+        for name, shape in (("x", (rows, depth)), ("w", (columns, depth)), ("y", (rows, columns)))
+    )
+    turned = View("turned", w.sizes[::-1], w.dtype, True, (), w, lambda at: at[::-1], lambda tensor: tensor.mT)
+    found = Product("found", y.sizes, x.dtype, True, (), x, turned)
+    added = Pointwise("added", y.sizes, x.dtype, True, (), "add", (found, y), torch.float32)
+    kernel = build([added], lambda array: isinstance(array, Stored) or array is turned)
+    tensors: dict[Array, Tensor] = {
+        each: random((cells, *each.shape), torch.float32, n) for n, each in enumerate((x, w, y))
+    }
+    tensors |= {turned: tensors[w].mT, added: torch.full((cells, rows, columns), math.nan)}
+    target = replace(TARGETS["sm_90"], multiprocessors=2, descriptors=descriptors)
+    (launch,) = prepare([kernel], "k", lambda array: tensors[array].stride()[1:], target)
+    assert launch.big is not None and launch.variant(tensors) is launch.big
+    assert len(launch.source.described) == 2 * descriptors and launch.grid(launch.big, cells) == (2, 1, 1)
+    launch.bind(tensors, cells)()
+    torch.testing.assert_close(tensors[added], tensors[x] @ tensors[w].mT + tensors[y], rtol=1e-5, atol=1e-5)
+    apart = {**tensors, x: torch.zeros(cells, rows, depth + 1)[..., 1:].copy_(tensors[x])}
+    tensors[added].fill_(math.nan)
+    if descriptors:  # which cannot begin anywhere
+        assert launch.variant(apart) is launch.plain
+    launch.bind(apart, cells)()
+    torch.testing.assert_close(tensors[added], tensors[x] @ tensors[w].mT + tensors[y], rtol=1e-5, atol=1e-5)
