@@ -87,7 +87,7 @@ LayersHint = Annotated[
 LengthHint = Annotated[
     int | None, typer.Option("--segment-length", metavar="N", min=1, help="Hint: positions of a segment.")
 ]
-BackendName = Annotated[str, typer.Option("--backend", metavar="NAME", help="What runs it: torch or inductor.")]
+BackendName = Annotated[str, typer.Option("--backend", metavar="NAME", help="What runs it: torch, inductor or triton.")]
 ScheduleKind = Annotated[
     Kind,
     typer.Option(
@@ -215,6 +215,64 @@ def explain(
         else:
             emit(str(answer), output)
         if strict and (isinstance(answer, RefusedError) or answer.schedule is None):
+            raise typer.Exit(FAILED)
+
+
+@app.command()
+def kernels(
+    model: Model,
+    settings: Settings = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            metavar="NAME",
+            help="Compile for it, on any machine: sm_80, sm_90, sm_100 or gfx942; may be given again.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Write sources there, and what they are compiled to."),
+    ] = None,
+    resources: Annotated[
+        bool, typer.Option("--resources", help="Print what each kernel needs of a target; sm_90 if none is named.")
+    ] = False,
+    schedule: ScheduleKind = Kind.shortest,
+    layers: LayersHint = None,
+    segment_length: LengthHint = None,
+    debug: Debug = False,
+) -> None:
+    """Print the Triton kernels of a model's layers, or compile them for GPUs that need not be there."""
+    with reporting(debug):
+        from rmtc.codegen.triton.targets import TARGETS
+        from rmtc.kernels import kernels_of, resource_table, written
+
+        names = list(dict.fromkeys(target or (["sm_90"] if resources else [])))
+        for name in names:
+            if name not in TARGETS:
+                raise UsageError(f"there is no target {name!r}", remedy=f"take one of {', '.join(TARGETS)}")
+        with progress(f"rmtc: capturing {model}"):
+            loaded = load(model, parse_settings(settings or ()))
+            bodies = kernels_of(
+                loaded.call,
+                loaded.args,
+                dict(loaded.kwargs),
+                targets=names or ["sm_90"],
+                schedule=schedule.value,
+                layers=layers,
+                segment_length=segment_length,
+            )
+        binaries = []
+        for body in (body for name in names for body in bodies[name]):
+            with progress(f"rmtc: compiling {body.name} for {body.target.name}"):
+                binaries += body.compile()
+        if out is not None:
+            note(f"wrote {written([body for each in bodies.values() for body in each], binaries, out)} files to {out}")
+        if resources or (names and out is None):
+            emit(resource_table(binaries), None)
+        elif out is None:
+            emit("\n".join(str(body) for each in bodies.values() for body in each), None)
+        if any(not each.fits for each in binaries):
             raise typer.Exit(FAILED)
 
 

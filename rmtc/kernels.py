@@ -1,0 +1,208 @@
+"""A model's layers as kernels, without a GPU: their source, what they are compiled to, and what they may take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rmtc.analysis import Analysis, analyze
+from rmtc.capture.own_modes import own_modes
+from rmtc.codegen.torch.emit import Kernel
+from rmtc.codegen.triton.emit import TritonBody
+from rmtc.codegen.triton.launch import Launch
+from rmtc.codegen.triton.offline import Binary, OfflineError, compile_for
+from rmtc.codegen.triton.targets import TARGETS, Target
+from rmtc.errors import RefusedError
+from rmtc.ir.array import Outside
+from rmtc.ir.segment_loop import Environment
+from rmtc.ir.wavefront import Operand, WavefrontProgram
+from rmtc.runtime.plan import Launch as PlannedLaunch
+from rmtc.runtime.triton import Triton
+from rmtc.runtime.variant import Variant
+from rmtc.runtime.weights import Weights
+
+__all__ = ["BodyKernels", "kernels_of", "resource_table", "written"]
+
+
+@dataclass(frozen=True)
+class BodyKernels:
+    """The kernels of a class of cells.
+
+    Attributes:
+        name: of the class.
+        body: what runs them.
+        cells: how many cells the widest group of the call has.
+        target: what they are made for.
+    """
+
+    name: str
+    body: TritonBody
+    cells: int
+    target: Target
+
+    @property
+    def launches(self) -> tuple[Launch, ...]:
+        """The kernels in their order; what is left to torch is not among them."""
+        return tuple(self.body.launches.values())
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """The operations that are left to torch."""
+        return tuple(str(each.ops[0]) for each in self.body.groups if isinstance(each, Outside))
+
+    def __str__(self) -> str:
+        lines = [f"# {self.body.nest.name}: {len(self.launches)} kernels, {self.cells} cells at most"]
+        lines += [f"# left to torch: {' '.join(each.split())}" for each in self.fallbacks]
+        return "\n".join([*lines, "", *(launch.source.text for launch in self.launches)])
+
+    def compile(self) -> list[Binary]:
+        """The kernels as the target has them.
+
+        Raises:
+            OfflineError: if one does not compile.
+        """
+        found = []
+        for launch in self.launches:
+            tensors = {
+                array: torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device="meta")
+                for array, each in self.body.launched[launch.kernel].items()
+            }
+            found.append(compile_for(launch, tensors, self.target, self.cells))
+        return found
+
+
+def kernels_of(
+    function: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    targets: Sequence[str] = ("sm_90",),
+    schedule: str = "shortest",
+    layers: str | None = None,
+    segment_length: int | None = None,
+) -> dict[str, tuple[BodyKernels, ...]]:
+    """The kernels that the layers of a call would run as on GPUs, by target. Nothing is computed.
+
+    Args:
+        function, args, kwargs: the call.
+        targets: names of :data:`rmtc.codegen.triton.targets.TARGETS`.
+        schedule, layers, segment_length: as in :func:`rmtc.compile`.
+
+    Raises:
+        RefusedError, CaptureError: if the call has no schedule, or cannot be captured.
+    """
+    with own_modes(function):
+        analysis = analyze(function, args, kwargs or {}, layers=layers, segment_length=segment_length)
+    if analysis.proven is None:
+        raise RefusedError("no schedule was found")
+    return {name: _on(TARGETS[name], analysis, schedule) for name in targets}
+
+
+def _on(target: Target, analysis: Analysis, schedule: str) -> tuple[BodyKernels, ...]:
+    def backend(program: WavefrontProgram, weights: Weights) -> _Seen:
+        return _Seen(program, Weights(), given=target)  # the model's own stay where they are
+
+    variant = Variant.make(analysis, backend, kind=schedule)
+    runner = variant.runner
+    assert isinstance(runner, _Seen)
+    run = analysis.probes[-1]
+    sources = {**variant.program.loop.sources, **run.program.sources}  # those of the run have its sizes
+    read = variant.program.reads() & sources.keys()
+    plan = runner.plan(*run.sizes)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        values = {name: torch.empty(sources[name].shape, dtype=sources[name].dtype) for name in read}
+        runner.run(values, *run.sizes)
+    widths: dict[str, int] = {}
+    for launch in plan.launches:
+        widths[launch.body.name] = max(widths.get(launch.body.name, 1), len(launch.cells))
+    return tuple(BodyKernels(name, body, widths.get(name, 1), target) for name, body in runner.bodies.items())
+
+
+def resource_table(binaries: Sequence[Binary]) -> str:
+    """What kernels need of their targets, a line each."""
+    head = (
+        *("target", "kernel", "registers", "spilled", "shared", "occupancy", "matrix instructions"),
+        *("MB moved", "GFLOP", "roofline"),
+    )
+    rows = [head]
+    for each in binaries:
+        occupancy = each.occupancy
+        rows.append(
+            (
+                each.target.name,
+                each.launch.source.name,
+                "-" if each.registers is None else str(each.registers),
+                "-" if each.spilled is None else f"{each.spilled} B",
+                f"{each.shared} of {each.target.shared}{'' if each.shared <= each.target.shared else ' !'}",
+                "-" if occupancy is None else f"{100 * occupancy:.0f} %",
+                ", ".join(f"{count} {name}" for name, count in each.instructions.items()) or "-",
+                f"{each.moved / 1e6:.3f}",
+                f"{each.operations / 1e9:.3f}",
+                f"{each.seconds * 1e6:.2f} us",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    cards = dict.fromkeys(each.target for each in binaries)
+    lines += ["", *(f"{each.name}: {each.card}, {each.shared} bytes of shared memory a block" for each in cards)]
+    lines += ["Bytes, operations and the roofline's time are of a launch for all its cells; the time is a prediction."]
+    return "\n".join(lines)
+
+
+def written(bodies: Sequence[BodyKernels], binaries: Sequence[Binary], folder: Path) -> int:
+    """Write sources, and what they were compiled to; how many files."""
+    files: dict[Path, str | bytes] = {}
+    for body in bodies:
+        for launch in body.launches:
+            head = "import triton\nimport triton.language as tl\n\n\n@triton.jit\n"
+            files[folder / body.target.name / f"{launch.source.name}.py"] = head + launch.source.text
+    for each in binaries:
+        cuda = each.target.backend == "cuda"
+        name = folder / each.target.name / each.launch.source.name
+        files[name.with_suffix(".ptx" if cuda else ".amdgcn")] = each.assembly
+        files[name.with_suffix(".cubin" if cuda else ".hsaco")] = each.code
+    if binaries:
+        files[folder / "resources.txt"] = resource_table(binaries) + "\n"
+    try:
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    except OSError as error:
+        raise OfflineError(f"{folder} cannot be written: {error}", remedy="name a folder that can be made") from error
+    return len(files)
+
+
+@dataclass
+class _Seen(Triton):
+    """Runs a program on tensors without values, and keeps what it would launch."""
+
+    binds: ClassVar[bool] = False  # there is no memory
+
+    bodies: dict[str, TritonBody] = field(default_factory=dict)
+    given: Target | None = None
+
+    def target(self, device: torch.device) -> Target | None:
+        """That which was asked for: nothing is launched."""
+        return self.given
+
+    def emit(
+        self,
+        launch: PlannedLaunch,
+        environment: Environment,
+        inputs: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        numbers: Sequence[Any],
+        shared: Callable[[Operand], Any],
+        bind: bool,
+    ) -> tuple[Kernel, tuple[Any, ...]]:
+        """Emit a launch's body, and keep it."""
+        kernel, results = super().emit(launch, environment, inputs, weights, numbers, shared, bind)
+        body = getattr(kernel.function, "__self__", None)
+        if isinstance(body, TritonBody) and launch.body.name not in self.bodies:
+            self.bodies[launch.body.name] = body
+        return kernel, results

@@ -1,0 +1,97 @@
+"""Kernels compiled for GPUs that are not there: in processes of their own, since this one interprets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_triton import SMALL
+
+from rmtc.codegen.triton.offline import OfflineError
+from rmtc.codegen.triton.targets import TARGETS
+from rmtc.errors import RefusedError
+from rmtc.examples import armt_llama
+from rmtc.kernels import kernels_of
+from rmtc.runtime.triton import Triton
+
+SIZES = json.dumps({**SMALL, "layers": 2, "dtype": "bfloat16"})
+ONE_BILLION = json.dumps(
+    {"layers": 2, "width": 2048, "heads": 32, "segment": 512, "memory": 128, "segments": 3, "dtype": "bfloat16"}
+)
+MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+
+
+def apart(*command: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process that does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+
+
+def compiled(*args: str) -> list[list[Any]]:
+    run = apart(str(Path(__file__).with_name("compiled.py")), *args)
+    assert run.returncode == 0, run.stderr
+    found: list[list[Any]] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "args",
+    [
+        pytest.param(("armt_llama", SIZES, ",".join(TARGETS), "C0"), id="llama"),
+        pytest.param(("armt_llama", SIZES, "sm_90", "C1,C1_C0"), id="llama, first segments"),
+        pytest.param(("armt_gpt2", SIZES, ",".join(TARGETS), "C1_C0"), id="gpt2"),
+        pytest.param(("armt_llama", ONE_BILLION, ",".join(TARGETS), "C0"), id="1B"),
+    ],
+)
+def test_kernels_compile_for_every_target(args: tuple[str, ...]) -> None:
+    found = compiled(*args)
+    assert {each[0] for each in found} == set(args[2].split(","))
+    for target, _, name, big, spilled, shared, most, count, kinds, fallbacks in found:
+        assert not spilled and shared <= most and not fallbacks, (target, name)
+        if "product" in name or "attention" in name:
+            assert count or "float32" in args[1], (target, name)
+        if big:
+            assert any(kind.startswith(MATRIX[target]) for kind in kinds), (target, name, kinds)
+    if args[1] == ONE_BILLION:
+        for target in TARGETS:
+            assert sum(each[3] for each in found if each[0] == target) >= 4, "products of 1B are big ones"
+
+
+@pytest.mark.slow
+def test_the_command_writes_sources_binaries_and_what_they_need(tmp_path: Path) -> None:
+    settings = [f"--set={name}={value}" for name, value in json.loads(SIZES).items()]
+    model = "rmtc.examples.armt_llama:build"
+    run = apart("-m", "rmtc.cli", "kernels", model, *settings, "--target=sm_90", f"--out={tmp_path}")
+    assert run.returncode == 0, run.stderr
+    names = {end: sorted(each.stem for each in tmp_path.glob(f"sm_90/*{end}")) for end in (".py", ".ptx", ".cubin")}
+    assert len(names[".py"]) == 27 and names[".py"] == names[".ptx"] == names[".cubin"]
+    table = (tmp_path / "resources.txt").read_text()
+    assert "232448" in table and "mma.sync" in table and "prediction" in table
+    for path in tmp_path.glob("sm_90/*.py"):
+        compile(path.read_text(), path.name, "exec")
+
+
+def test_what_cannot_be_done_here_is_said() -> None:
+    model, args = armt_llama.build(**{**SMALL, "layers": 2})
+    (body, *_) = kernels_of(model, args)["sm_90"]
+    with pytest.raises(OfflineError, match="interprets") as raised:
+        body.compile()
+    assert raised.value.remedy is not None and "TRITON_INTERPRET" in raised.value.remedy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET")
+        with pytest.raises(RefusedError, match="no kernels for the CPU"):
+            Triton.target(object.__new__(Triton), next(model.parameters()).device)
+
+
+def test_emission_gives_the_same_text_again() -> None:
+    texts = []
+    for _ in range(2):
+        model, args = armt_llama.build(**{**SMALL, "layers": 2})
+        texts.append([str(body) for body in kernels_of(model, args, targets=["sm_100"])["sm_100"]])
+    assert texts[0] == texts[1]
