@@ -72,7 +72,7 @@ class Case:
 def cases(toy: bool) -> list[Case]:
     """The published ones first, then other segments and shorter texts."""
     if toy:
-        return [Case("toy", 8, 2, tokens) for tokens in (16, 32)]
+        return [Case("toy", 8, 2, 16)]
     named = [Case(shape, segment, MEMORY, n) for (shape, segment), known in PUBLISHED.items() for n in known]
     order = {"160M": 0, "1B": 1, "3B": 2, "8B": 3}
     named.sort(key=lambda each: (each.tokens != 65_536, order[each.shape], each.segment != 1024, each.tokens))
@@ -152,7 +152,7 @@ def release(device: torch.device) -> None:
 @torch.no_grad()
 def correct(device: torch.device, toy: bool) -> list[str]:
     """What differs from eager: float32 by 1e-3 at most, bfloat16 by no more than three times what eager itself does."""
-    sizes: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 8, "memory": 2, "segments": 4}
+    sizes: dict[str, Any] = {"layers": 2, "width": 16, "heads": 2, "segment": 8, "memory": 2, "segments": 3}
     if not toy:
         sizes = {"layers": 4, "width": 512, "heads": 8, "segment": 256, "memory": 128, "segments": 6}
     wrong, exact = [], None
