@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rmtc.codegen.torch.buffers import NoViewError
 from rmtc.codegen.torch.emit import emit as emit_torch
 from rmtc.codegen.triton.emit import emit, grouped_body
 from rmtc.codegen.triton.targets import TARGETS
@@ -166,6 +167,17 @@ def test_rows_of_weights_that_several_cells_share() -> None:
     _, wanted = emit_torch("body", ops, [2, 0], SIZES, **options)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_operands_may_lie_otherwise_than_those_of_the_first_call() -> None:
+    ops = written([(aten.view.default, Input(0), (30,)), (aten.mul.Tensor, Local(0), 2.0)])
+    kernel, _ = emit("body", ops, [1], SIZES, size=CELLS, inputs=[X], shared=lambda leaf: X)
+    turned = X.mT.contiguous().mT
+    (found,) = kernel.function(CELLS, [turned], (), (), ())
+    torch.testing.assert_close(found, 2 * X.reshape(CELLS, 30), rtol=0, atol=0)
+    assert kernel.bound is not None
+    with pytest.raises(NoViewError):
+        kernel.bound.bind(CELLS, [turned], (), (), (), [X.new_empty(CELLS, 30)], X.new_empty)
 
 
 def test_epsilon_of_a_norm_is_that_of_the_dtype_it_is_computed_in() -> None:

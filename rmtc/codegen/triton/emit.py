@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -26,8 +25,6 @@ from rmtc.ir.wavefront import Input, Number, Operand, Shared, Weight
 from rmtc.passes.fusion_groups import Groups, Machine, fusion_groups, read_by
 
 __all__ = ["Layouts", "TritonBody", "emit", "grouped_body"]
-
-logger = logging.getLogger(__name__)
 
 _Tensors = dict[Array, torch.Tensor]
 
@@ -297,9 +294,10 @@ class TritonBody:
                     memory[array] = work(shape, array.dtype) if place is None else free.pop(place)
                     tensors[array] = _shaped(array, memory[array])
             launch = self.launches[group]
-            calls.append(launch.bind({each: self._tensor(each, tensors) for each in launch.source.pointers}, size))
+            pointers = {each: self._tensor(each, tensors, stays=True) for each in launch.source.pointers}
+            calls.append(launch.bind(pointers, size))
             free += [memory.pop(array) for array, when in last.items() if when == number and array in memory]
-        made = self._results(tensors, size)
+        made = self._results(tensors, size, stays=True)
 
         def run(numbers: Sequence[Any]) -> tuple[Any, ...]:
             for array in flags:
@@ -333,8 +331,8 @@ class TritonBody:
     def _device(tensors: _Tensors) -> torch.device:
         return next(each.device for each in tensors.values() if isinstance(each, torch.Tensor))
 
-    def _results(self, tensors: _Tensors, cells: int) -> tuple[torch.Tensor, ...]:
-        found = [self._tensor(each, tensors) for each in self.nest.results]
+    def _results(self, tensors: _Tensors, cells: int, stays: bool = False) -> tuple[torch.Tensor, ...]:
+        found = [self._tensor(each, tensors, stays) for each in self.nest.results]
         if not self.grouped:
             return tuple(found)
         return tuple(
@@ -342,15 +340,21 @@ class TritonBody:
             for array, value in zip(self.nest.results, found, strict=True)
         )
 
-    def _tensor(self, array: Array, tensors: _Tensors) -> torch.Tensor:
-        """An array in memory, or a view of it."""
+    def _tensor(self, array: Array, tensors: _Tensors, stays: bool = False) -> torch.Tensor:
+        """An array in memory, or a view of it; of what lies otherwise than when source was emitted, a copy.
+
+        Raises:
+            NoViewError: in place of a copy, if the memory stays: that of a copy would not change with it.
+        """
         if array not in tensors:
             assert isinstance(array, View) and array.view is not None
-            source = self._tensor(array.source, tensors)
+            source = self._tensor(array.source, tensors, stays)
             try:
                 tensors[array] = array.view(source)
-            except (RuntimeError, ValueError) as error:  # it does not lie as it did when source was emitted
-                raise NoViewError(f"{array.name} is no view of {array.source.name} any more") from error
+            except (RuntimeError, ValueError) as error:
+                if stays:
+                    raise NoViewError(f"{array.name} is no view of {array.source.name} any more") from error
+                tensors[array] = array.view(source.contiguous())
         return tensors[array]
 
     def _outside(self, array: Outside, tensors: _Tensors, size: int | None, numbers: Sequence[Any]) -> None:

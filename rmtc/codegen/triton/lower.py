@@ -13,6 +13,7 @@ import torch
 
 from rmtc.codegen.fused import add_linear, add_matmul, rms_normalize, roll_products, rotary
 from rmtc.codegen.torch.rules import Arguments
+from rmtc.errors import VerifyError
 from rmtc.ir.array import (
     Array,
     Attention,
@@ -129,7 +130,7 @@ class _Lowering:
             del self.arrays[count:]
             return self._outside(op, args, wanted)
         if made.shape != tuple(wanted.shape):
-            raise AssertionError(f"{op} is lowered to {made.shape} in place of {tuple(wanted.shape)}")
+            raise VerifyError(f"{op} is lowered to {made.shape} in place of {tuple(wanted.shape)}")
         return made
 
     def _outside(self, op: BodyOp, args: tuple[Any, ...], wanted: Any) -> Any:
