@@ -14,6 +14,7 @@ from rmtc.codegen.torch.buffers import NoViewError
 from rmtc.codegen.torch.emit import emit as emit_torch
 from rmtc.codegen.triton.emit import emit, grouped_body
 from rmtc.codegen.triton.targets import TARGETS
+from rmtc.errors import RefusedError
 from rmtc.ir.program import call_arguments, map_leaves
 from rmtc.ir.segment_loop import BodyOp, Environment
 from rmtc.ir.wavefront import Input, Local, Number, Weight, choose
@@ -178,6 +179,19 @@ def test_operands_may_lie_otherwise_than_those_of_the_first_call() -> None:
     assert kernel.bound is not None
     with pytest.raises(NoViewError):
         kernel.bound.bind(CELLS, [turned], (), (), (), [X.new_empty(CELLS, 30)], X.new_empty)
+
+
+def test_what_lies_further_apart_than_is_counted_is_refused() -> None:
+    options: dict[str, Any] = {"weights": (), "one_layer": False, "repeat": 1, "numbers": (), "target": None}
+    _, (launch,), operands = grouped_body(
+        *("body", written([(aten.mul.Tensor, Input(0), 2.0)]), [0], SIZES),
+        **{"size": CELLS, "inputs": [X], "shared": lambda leaf: X, **options},
+    )
+    (made,) = launch.kernel.written
+    apart = torch.empty_strided(X.shape, (5, 2**30, 1), dtype=X.dtype, device="meta")
+    tensors = {**dict.fromkeys(operands, apart), made: X}
+    with pytest.raises(RefusedError, match="elements apart"):
+        launch.plain.arguments(tensors, CELLS)
 
 
 def test_epsilon_of_a_norm_is_that_of_the_dtype_it_is_computed_in() -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from rmtc.codegen.triton.configs import Config, config_of, is_big
-from rmtc.codegen.triton.source import Source, Style, source_of
+from rmtc.codegen.triton.source import WIDE, Source, Style, is_wide, source_of
 from rmtc.codegen.triton.targets import Target
+from rmtc.errors import RefusedError
 from rmtc.ir.array import Array
 from rmtc.ir.kernel import Attend, Kernel
 
@@ -45,10 +46,21 @@ class Variant:
     config: Config
 
     def arguments(self, tensors: Mapping[Array, torch.Tensor], cells: int) -> list[tuple[str, torch.Tensor | int]]:
-        """What it is launched with but for the sizes of tiles, by name."""
+        """What it is launched with but for the sizes of tiles, by name.
+
+        Raises:
+            RefusedError: if elements of a cell lie further apart than its source counts.
+        """
         values: list[torch.Tensor | int] = []
         for array in self.source.pointers:
-            values += [tensors[array], *tensors[array].stride()]
+            tensor, lead = tensors[array], int(array.grouped)
+            sizes = zip(tensor.shape[lead:], tensor.stride()[lead:], strict=True)
+            if sum((size - 1) * stride for size, stride in sizes) >= WIDE and not is_wide(array):
+                raise RefusedError(
+                    f"what {self.source.name} reads lies {WIDE} elements apart",
+                    remedy='make it contiguous, or use backend="torch"',
+                )
+            values += [tensor, *tensor.stride()]
         values += [symbol.value for symbol in self.source.sizes]
         values += [cells] if self.source.persistent else []
         return list(zip(self.source.parameters, values, strict=True))

@@ -14,9 +14,9 @@ from rmtc.ir.array import Array, Pointwise, Product, Reduction, Stored, base_of
 from rmtc.ir.index import Atom, Index, Quotient, Symbol, Variable
 from rmtc.ir.kernel import Accumulated, Attend, Call, Kernel, Load, Pick, Statistic, Term, Terms
 
-__all__ = ["Source", "Style", "dtype_text", "source_of"]
+__all__ = ["WIDE", "Source", "Style", "cells_of", "dtype_text", "is_wide", "source_of"]
 
-_WIDE = 2**31
+WIDE = 2**31
 """From so many elements on, places are 64 bits wide."""
 
 
@@ -244,7 +244,7 @@ class _Printer:
         """Where an element lies; as a tile of all of ``spread``, too."""
         name = self.pointer(array)
         terms = [f"{text} * 0" for text in sorted(forms[variable] for variable in spread) if text != "z"]
-        wide = math.prod(base_of(array).shape) >= _WIDE
+        wide = is_wide(array)
         for dim, each in enumerate(index):
             if each.terms:
                 text = self.index(each, forms)
@@ -505,6 +505,11 @@ class _Printer:
             *(name, text, pointers, tuple(self.sizes), names, tuple(self.blocks), len(written)),
             *(self.persistent, tuple(self.described)),
         )
+
+
+def is_wide(array: Array) -> bool:
+    """Whether places in what lies in memory are 64 bits wide."""
+    return math.prod(base_of(array).shape) >= WIDE
 
 
 def cells_of(array: Array) -> int:
