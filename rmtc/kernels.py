@@ -19,9 +19,8 @@ from rmtc.codegen.triton.offline import Binary, OfflineError, compile_for
 from rmtc.codegen.triton.targets import TARGETS, Target
 from rmtc.errors import RefusedError
 from rmtc.ir.array import Outside
-from rmtc.ir.segment_loop import Environment
-from rmtc.ir.wavefront import Operand, WavefrontProgram
-from rmtc.runtime.plan import Launch as PlannedLaunch
+from rmtc.ir.wavefront import WavefrontProgram
+from rmtc.runtime.executor import Emission
 from rmtc.runtime.triton import Triton
 from rmtc.runtime.variant import Variant
 from rmtc.runtime.weights import Weights
@@ -190,19 +189,10 @@ class _Seen(Triton):
         """That which was asked for: nothing is launched."""
         return self.given
 
-    def emit(
-        self,
-        launch: PlannedLaunch,
-        environment: Environment,
-        inputs: Sequence[torch.Tensor],
-        weights: Sequence[torch.Tensor],
-        numbers: Sequence[Any],
-        shared: Callable[[Operand], Any],
-        bind: bool,
-    ) -> tuple[Kernel, tuple[Any, ...]]:
+    def emit(self, of: Emission) -> tuple[Kernel, tuple[Any, ...]]:
         """Emit a launch's body, and keep it."""
-        kernel, results = super().emit(launch, environment, inputs, weights, numbers, shared, bind)
+        kernel, results = super().emit(of)
         body = getattr(kernel.function, "__self__", None)
-        if isinstance(body, TritonBody) and launch.body.name not in self.bodies:
-            self.bodies[launch.body.name] = body
+        if isinstance(body, TritonBody):
+            self.bodies.setdefault(of.launch.body.name, body)
         return kernel, results

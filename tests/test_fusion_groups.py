@@ -16,7 +16,7 @@ from rmtc.examples import armt_gpt2, armt_llama
 from rmtc.ir.array import Array, Nest, Outside, Pointwise, Product, Reduction, Stored, View, base_of
 from rmtc.ir.index import Index
 from rmtc.ir.kernel import Attend, IllegalError, Kernel, build, loads
-from rmtc.passes.fusion_groups import fusion_groups, read_by
+from rmtc.passes.fusion_groups import Groups, fusion_groups, read_by
 
 
 def stored(name: str, *shape: int) -> Stored:
@@ -38,25 +38,29 @@ def total(name: str, source: Array, dim: int) -> Reduction:
 
 
 def cut(arrays: Sequence[Array], *results: Array) -> list[Any]:
+    return list(groups_of(arrays, *results).groups)
+
+
+def groups_of(arrays: Sequence[Array], *results: Array) -> Groups:
     nest = Nest("body", tuple(arrays), {each.name: each for each in arrays if isinstance(each, Stored)}, results)
-    return list(fusion_groups(nest, lambda view: False).groups)
+    return fusion_groups(nest, lambda view: False)
 
 
 @pytest.mark.parametrize("build_model", [armt_llama.build, armt_gpt2.build], ids=["llama", "gpt2"])
 def test_an_armt_is_ten_launches_and_nothing_is_left_to_torch(build_model: Any) -> None:
     for given in emissions(build_model):
         options = {name: value for name, value in given.items() if name not in ("bind", "target")}
-        groups, launches, _ = grouped_body(**options, target=None)
-        assert len(groups.groups) == len(launches) <= 10
-        written = [array for launch in launches for array in launch.kernel.written]
+        body = grouped_body(**options)
+        assert len(body.groups) == len(body.launches) <= 10
+        written = [array for launch in body.launches.values() for array in launch.kernel.written]
         assert len(set(written)) == len(written), "nothing is written twice"
-        there: set[Array] = {each for each in groups.nest.arrays if isinstance(each, Stored)}
-        for group in groups.groups:
+        there: set[Array] = {each for each in body.nest.arrays if isinstance(each, Stored)}
+        for group in body.groups:
             assert read_by(group) <= there, "what is read was written before"
             there |= set() if isinstance(group, Outside) else set(group.written)
-        assert {base_of(each) for each in groups.nest.results} <= there
-        again, _, _ = grouped_body(**options, target=None)
-        assert str(again) == str(groups)
+        assert {base_of(each) for each in body.nest.results} <= there
+        texts = [[launch.source.text for launch in made.launches.values()] for made in (body, grouped_body(**options))]
+        assert texts[0] == texts[1]
 
 
 def test_what_surrounds_a_product_is_a_part_of_its_kernel() -> None:
@@ -77,7 +81,13 @@ def test_a_product_of_a_product_is_two_launches() -> None:
     x, v, w = stored("x", 64, 32), stored("v", 32, 32), stored("w", 32, 48)
     one = product("one", x, v)
     other = product("other", one, w)
-    assert [group.written for group in cut([x, v, w, one, other], other)] == [(one,), (other,)]
+    groups = groups_of([x, v, w, one, other], other)
+    assert [group.written for group in groups.groups if not isinstance(group, Outside)] == [(one,), (other,)]
+    assert str(groups).splitlines() == [
+        "body: 2 launches",
+        "  0: product  one of v, x",
+        "  1: product  other of w, one",
+    ]
     with pytest.raises(IllegalError):
         build([other], lambda array: isinstance(array, Stored))
 
@@ -112,6 +122,5 @@ def test_attention_takes_rotations_in() -> None:
     kinds = []
     for given in emissions(armt_llama.build):
         options = {name: value for name, value in given.items() if name not in ("bind", "target")}
-        groups, _, _ = grouped_body(**options, target=None)
-        kinds += [group for group in groups.groups if isinstance(group, Attend)]
+        kinds += [group for group in grouped_body(**options).groups if isinstance(group, Attend)]
     assert kinds and all("rotated" in source_of(each, "k", Style()).name for each in kinds)

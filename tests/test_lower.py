@@ -182,11 +182,9 @@ def test_operands_may_lie_otherwise_than_those_of_the_first_call() -> None:
 
 
 def test_what_lies_further_apart_than_is_counted_is_refused() -> None:
-    options: dict[str, Any] = {"weights": (), "one_layer": False, "repeat": 1, "numbers": (), "target": None}
-    _, (launch,), operands = grouped_body(
-        *("body", written([(aten.mul.Tensor, Input(0), 2.0)]), [0], SIZES),
-        **{"size": CELLS, "inputs": [X], "shared": lambda leaf: X, **options},
-    )
+    ops = written([(aten.mul.Tensor, Input(0), 2.0)])
+    body = grouped_body("body", ops, [0], SIZES, size=CELLS, inputs=[X], shared=lambda leaf: X)
+    (launch,), operands = body.launches.values(), body.nest.operands.values()
     (made,) = launch.kernel.written
     apart = torch.empty_strided(X.shape, (5, 2**30, 1), dtype=X.dtype, device="meta")
     tensors = {**dict.fromkeys(operands, apart), made: X}
@@ -213,15 +211,6 @@ def test_a_part_of_a_larger_array_is_no_box() -> None:
     ]
     ops = written(listed)
     target = replace(TARGETS["sm_90"], multiprocessors=2)
-    _, launches, _ = grouped_body(
-        *("body", ops, [4], SIZES),
-        size=CELLS,
-        inputs=parts,
-        weights=(),
-        one_layer=False,
-        repeat=1,
-        numbers=(),
-        shared=lambda leaf: X,
-        target=target,
-    )
+    body = grouped_body("body", ops, [4], SIZES, size=CELLS, inputs=parts, shared=lambda leaf: X, target=target)
+    launches = list(body.launches.values())
     assert launches[-1].big is not None and not launches[-1].source.described

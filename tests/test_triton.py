@@ -45,9 +45,9 @@ def emissions(build: Callable[..., Any], **options: Any) -> list[Emission]:
     """The arguments of every emission of a layer's body; its operands have no values."""
     found: list[Emission] = []
 
-    def emit(name: str, ops: Any, results: Any, environment: Any, **options: Any) -> Any:
-        found.append({"name": name, "ops": ops, "results": results, "environment": environment, **options})
-        return emit_triton(name, ops, results, environment, **options)
+    def emit(**options: Any) -> Any:
+        found.append(options)
+        return emit_triton(**options)
 
     model, args = build(**{**SMALL, "layers": 2, **options})
     with pytest.MonkeyPatch.context() as patch:
@@ -107,8 +107,7 @@ def held_against_torch(given: Emission, dtype: torch.dtype, cells: int, strided:
         "numbers": [[n % 2 for n in range(cells)] for _ in given["numbers"]],
         "shared": passed,
     }
-    groups, launches, operands = grouped_body(**options, target=None)
-    body = TritonBody(groups, launches, operands, cells)
+    body = grouped_body(**options)
     others = [passed(leaf) for leaf in body.passed]
     memory: dict[Array, Any] = body._operands(options["inputs"], options["weights"], options["numbers"], others)
     rows = [
@@ -314,8 +313,7 @@ def test_kernels_are_operators_of_torch() -> None:
     checked = 0
     given = emissions(armt_gpt2.build)[0]
     options = {name: value for name, value in given.items() if name not in ("bind", "target")}
-    _, launches, _ = grouped_body(**options, target=None)
-    for launch in launches:
+    for launch in grouped_body(**options).launches.values():
         source = launch.source
         tensors = [made_for(array, 2, torch.device("cpu")).fill_(1) for array in source.pointers]
         count = len(tensors) - source.written

@@ -26,7 +26,7 @@ from rmtc.runtime.plan import Copied, Launch, Part, Piece, Plan, Whole, plan_run
 from rmtc.runtime.standing import Moved, Standing, Step
 from rmtc.runtime.weights import Weights
 
-__all__ = ["Executor", "Run"]
+__all__ = ["Emission", "Executor", "Run"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,45 @@ class Run:
     steps: int
     groups: int
     widths: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What a launch's body is emitted for, when no kernel for it is known.
+
+    Attributes:
+        launch: the launch.
+        environment: the sizes for the functions of batch and length in its operations.
+        inputs, weights, numbers: its operands.
+        shared: gives those that all cells share.
+        bind: whether it is to run in memory that stays.
+    """
+
+    launch: Launch
+    environment: Environment
+    inputs: Sequence[torch.Tensor]
+    weights: Sequence[torch.Tensor]
+    numbers: Sequence[Any]
+    shared: Callable[[Operand], Any]
+    bind: bool
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As :func:`rmtc.codegen.torch.emit` takes them."""
+        launch = self.launch
+        return {
+            "name": launch.body.name.lower(),
+            "ops": launch.body.ops,
+            "results": launch.body.results,
+            "environment": self.environment,
+            "size": len(launch.cells) if launch.grouped else None,
+            "inputs": self.inputs,
+            "weights": self.weights,
+            "one_layer": launch.one_layer,
+            "repeat": launch.repeat,
+            "numbers": self.numbers,
+            "shared": self.shared,
+        }
 
 
 @dataclass
@@ -96,32 +135,9 @@ class Executor:
                     if each is not None:
                         linecache.cache.pop(each.file, None)
 
-    def emit(
-        self,
-        launch: Launch,
-        environment: Environment,
-        inputs: Sequence[torch.Tensor],
-        weights: Sequence[torch.Tensor],
-        numbers: Sequence[Any],
-        shared: Callable[[Operand], Any],
-        bind: bool,
-    ) -> tuple[Kernel, tuple[Any, ...]]:
+    def emit(self, of: Emission) -> tuple[Kernel, tuple[Any, ...]]:
         """Emit a launch's body, and run it once; see :func:`rmtc.codegen.torch.emit`."""
-        return emit(
-            launch.body.name.lower(),
-            launch.body.ops,
-            launch.body.results,
-            environment,
-            size=len(launch.cells) if launch.grouped else None,
-            inputs=inputs,
-            weights=weights,
-            one_layer=launch.one_layer,
-            repeat=launch.repeat,
-            numbers=numbers,
-            shared=shared,
-            constant=self.constant,
-            bind=bind,
-        )
+        return emit(**of.arguments, constant=self.constant, bind=of.bind)
 
     def call(
         self,
@@ -338,7 +354,8 @@ class _Walk:
         if kernel is None:
             shared = functools.partial(self._operand, after=(), at=environment)
             bind = self.executor.binds and body.stage == "layer"
-            kernel, results = self.executor.emit(launch, environment, inputs, weights, numbers, shared, bind)
+            of = Emission(launch, environment, inputs, weights, numbers, shared, bind)
+            kernel, results = self.executor.emit(of)
             self.executor.keep(key, kernel)
             logger.debug("emitted %s", kernel.source)
             return results

@@ -13,10 +13,9 @@ import torch
 from rmtc.codegen.torch.emit import Bound, Kernel
 from rmtc.errors import RefusedError
 from rmtc.ir.program import leaves
-from rmtc.ir.segment_loop import Environment, Row, SegmentLoop
-from rmtc.ir.wavefront import Body, Number, Operand, choose
-from rmtc.runtime.executor import Executor
-from rmtc.runtime.plan import Launch
+from rmtc.ir.segment_loop import Row, SegmentLoop
+from rmtc.ir.wavefront import Body, Number, choose
+from rmtc.runtime.executor import Emission, Executor
 
 __all__ = ["Inductor"]
 
@@ -96,29 +95,18 @@ class Inductor(Executor):
 
     compiled: dict[str, _Compiled] = field(default_factory=dict)
 
-    def emit(
-        self,
-        launch: Launch,
-        environment: Environment,
-        inputs: Sequence[torch.Tensor],
-        weights: Sequence[torch.Tensor],
-        numbers: Sequence[Any],
-        shared: Callable[[Operand], Any],
-        bind: bool,
-    ) -> tuple[Kernel, tuple[Any, ...]]:
+    def emit(self, of: Emission) -> tuple[Kernel, tuple[Any, ...]]:
         """Emit a launch's body, and run it once as it is."""
-        kernel, results = super().emit(launch, environment, inputs, weights, numbers, shared, bind=False)
-        if not launch.grouped or not inputs or not _flags_alone(launch.body):
+        kernel, results = super().emit(replace(of, bind=False))
+        body, inputs = of.launch.body, of.inputs
+        if not of.launch.grouped or not inputs or not _flags_alone(body):
             return kernel, results
-        operands = weights, numbers, [shared(each) for each in kernel.shared]
-        homes = (
-            _homes(launch.body, self.program.loop, inputs, results)
-            if bind and not _views(kernel, inputs, *operands)
-            else {}
-        )
+        operands = of.weights, of.numbers, [of.shared(each) for each in kernel.shared]
+        stays = of.bind and not _views(kernel, inputs, *operands)
+        homes = _homes(body, self.program.loop, inputs, results) if stays else {}
         compiled = _Compiled(kernel, len(results), homes, torch.compile(_of_tensors(kernel, homes), fullgraph=True))
         self.compiled[kernel.file] = compiled
-        if bind:
+        if of.bind:
             kernel = replace(kernel, bound=Bound("", compiled.bind, (), (), frozenset(homes.values()), kernel.file))
         return kernel, results
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,7 @@ from rmtc.codegen.torch.emit import Kernel
 from rmtc.codegen.triton.emit import emit
 from rmtc.codegen.triton.targets import Target, target_of
 from rmtc.errors import RefusedError
-from rmtc.ir.segment_loop import Environment
-from rmtc.ir.wavefront import Operand
-from rmtc.runtime.executor import Executor
-from rmtc.runtime.plan import Launch
+from rmtc.runtime.executor import Emission, Executor
 
 __all__ = ["Triton"]
 
@@ -29,39 +25,16 @@ class Triton(Executor):
     On a GPU, or on the CPU in a process with ``TRITON_INTERPRET=1``, where Triton is imported only then.
     """
 
-    def emit(
-        self,
-        launch: Launch,
-        environment: Environment,
-        inputs: Sequence[torch.Tensor],
-        weights: Sequence[torch.Tensor],
-        numbers: Sequence[Any],
-        shared: Callable[[Operand], Any],
-        bind: bool,
-    ) -> tuple[Kernel, tuple[Any, ...]]:
+    def emit(self, of: Emission) -> tuple[Kernel, tuple[Any, ...]]:
         """Emit a launch's body, and run it once.
 
         Raises:
             RefusedError: if Triton cannot run here.
         """
-        if launch.body.stage != "layer":
-            return super().emit(launch, environment, inputs, weights, numbers, shared, bind)
-        target = self.target(next((each.device for each in (*inputs, *weights)), torch.device("cpu")))
-        return emit(
-            launch.body.name.lower(),
-            launch.body.ops,
-            launch.body.results,
-            environment,
-            size=len(launch.cells) if launch.grouped else None,
-            inputs=inputs,
-            weights=weights,
-            one_layer=launch.one_layer,
-            repeat=launch.repeat,
-            numbers=numbers,
-            shared=shared,
-            bind=bind,
-            target=target,
-        )
+        if of.launch.body.stage != "layer":
+            return super().emit(of)
+        target = self.target(next((each.device for each in (*of.inputs, *of.weights)), torch.device("cpu")))
+        return emit(**of.arguments, bind=of.bind, target=target)
 
     def target(self, device: torch.device) -> Target | None:
         """What kernels are made for, once it is clear that they can be launched there."""

@@ -75,16 +75,16 @@ def grouped_body(
     results: Sequence[int],
     environment: Environment,
     *,
-    size: int | None,
-    inputs: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    one_layer: bool,
-    repeat: int,
-    numbers: Sequence[Any],
+    size: int | None = None,
+    inputs: Sequence[torch.Tensor] = (),
+    weights: Sequence[torch.Tensor] = (),
+    one_layer: bool = False,
+    repeat: int = 1,
+    numbers: Sequence[Any] = (),
     shared: Callable[[Operand], torch.Tensor],
-    target: Target | None,
-) -> tuple[Groups, list[Launch], Mapping[Array, Any]]:
-    """A body cut into kernels, these, and its operands; see :func:`rmtc.codegen.torch.emit`."""
+    target: Target | None = None,
+) -> TritonBody:
+    """A body cut into kernels for a target; the other arguments are those of :func:`rmtc.codegen.torch.emit`."""
     group = size is not None
     tensors: dict[Operand | Input | Weight | Number, Any] = {}
 
@@ -117,7 +117,7 @@ def grouped_body(
     nest = _with_results(nest, layouts)
     groups = fusion_groups(nest, lambda view: layouts.of(view) is not None, machine)
     kernels = [each for each in groups.groups if not isinstance(each, Outside)]
-    return groups, prepare(kernels, name, layouts.strides, target), operands
+    return TritonBody(groups, prepare(kernels, name, layouts.strides, target), operands, group)
 
 
 def _with_results(nest: Nest, layouts: Layouts) -> Nest:
@@ -145,33 +145,21 @@ def emit(
     results: Sequence[int],
     environment: Environment,
     *,
-    size: int | None = None,
-    inputs: Sequence[torch.Tensor] = (),
-    weights: Sequence[torch.Tensor] = (),
-    one_layer: bool = False,
-    repeat: int = 1,
-    numbers: Sequence[Any] = (),
-    shared: Callable[[Operand], torch.Tensor],
     bind: bool = True,
     target: Target | None = None,
+    **operands: Any,
 ) -> tuple[Kernel, tuple[Any, ...]]:
-    """Emit a body for a target, None for the interpreter, and run it; as :func:`rmtc.codegen.torch.emit` does."""
-    groups, launches, operands = grouped_body(
-        name,
-        ops,
-        results,
-        environment,
-        size=size,
-        inputs=inputs,
-        weights=weights,
-        one_layer=one_layer,
-        repeat=repeat,
-        numbers=numbers,
-        shared=shared,
-        target=target,
-    )
-    body = TritonBody(groups, launches, operands, size)
-    found = body.run(size, inputs, weights, numbers, [body.values[leaf] for leaf in body.passed])
+    """Emit a body, and run it once; as :func:`rmtc.codegen.torch.emit` does.
+
+    Args:
+        name, ops, results, environment, operands: as there.
+        bind: whether it is to run in memory that stays.
+        target: what it is emitted for; None for the interpreter.
+    """
+    body = grouped_body(name, ops, results, environment, target=target, **operands)
+    given = {"size": None, "inputs": (), "weights": (), "numbers": ()} | operands
+    shared = [body.values[leaf] for leaf in body.passed]
+    found = body.run(given["size"], given["inputs"], given["weights"], given["numbers"], shared)
     return body.kernel(name, bind), found
 
 
@@ -181,14 +169,15 @@ class TritonBody:
     Attributes:
         nest, groups: the body, and its kernels.
         launches: these as what can be launched.
+        values: the operands that it was cut for.
         launched: the tensors that they were launched with, if these had no values.
     """
 
     def __init__(
-        self, groups: Groups, launches: Sequence[Launch], operands: Mapping[Array, Any], size: int | None
+        self, groups: Groups, launches: Sequence[Launch], operands: Mapping[Array, Any], grouped: bool
     ) -> None:
         self.nest: Nest = groups.nest
-        self.grouped = size is not None
+        self.grouped = grouped
         self.launches = {launch.kernel: launch for launch in launches}
         self.groups = groups.groups
         self.leaves = {array: leaf for leaf, array in self.nest.operands.items()}
