@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rmtc.codegen.torch.buffers import NoViewError
 from rmtc.codegen.torch.emit import Bound, Kernel, kind_of
 from rmtc.codegen.torch.emit import emit as emit_torch
+from rmtc.codegen.triton.build import copied
 from rmtc.codegen.triton.launch import Launch, prepare
-from rmtc.codegen.triton.lower import Given, copied, lower
+from rmtc.codegen.triton.lower import Given, lower
 from rmtc.codegen.triton.source import cells_of
 from rmtc.codegen.triton.targets import Target
 from rmtc.ir import kernel as ir

@@ -1,0 +1,281 @@
+"""Arrays made of arrays: what operations are lowered to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TypeAlias, TypeVar
+
+import torch
+
+from rmtc.ir.array import Array, Indices, Pointwise, Product, Reduction, View
+from rmtc.ir.index import Index, Symbol, product_of
+from rmtc.ir.segment_loop import BodyOp
+
+__all__ = ["Arrays", "Scalar", "Size", "Unlowered", "copied", "inner_dtype"]
+
+aten = torch.ops.aten
+
+Scalar: TypeAlias = int | float | bool
+A = TypeVar("A", bound=Array)
+
+
+class Unlowered(Exception):
+    """An operation that no kernel computes."""
+
+
+class Size(int):
+    """An integer that other calls may have another of."""
+
+
+def copied(array: Array) -> Array:
+    """The same in memory of its own."""
+    return Pointwise(array.name, array.sizes, array.dtype, array.grouped, array.ops, "cast", (array,), array.dtype)
+
+
+class Arrays:
+    """Makes arrays, each after those that it reads.
+
+    Attributes:
+        arrays: all of them.
+        ops: the operations that the next ones stand for.
+        label: by which source calls these.
+    """
+
+    def __init__(self) -> None:
+        self.arrays: list[Array] = []
+        self.ops: tuple[BodyOp, ...] = ()
+        self.label = ""
+
+    def add(self, array: A) -> A:
+        self.arrays.append(array)
+        return array
+
+    def sizes(self, shape: Iterable[int], *sources: Array) -> Indices:
+        """Sizes as indices: those of the sources where they are equal, fixed ones first."""
+        known = [size for source in sources for size in source.sizes]
+        fixed = {size.value for size in known if size.fixed}
+        found = []
+        for value in shape:
+            alike = next((size for size in known if size.value == value and not size.fixed), None)
+            if alike is None or (value in fixed and not isinstance(value, Size)):
+                alike = Index.of(Symbol(int(value))) if isinstance(value, Size) and value > 1 else Index.of(int(value))
+            found.append(alike)
+        return tuple(found)
+
+    def cast(self, array: Array, dtype: torch.dtype) -> Array:
+        return array if array.dtype == dtype else self._pointwise("cast", (array,), dtype, dtype)
+
+    def pointwise(self, function: str, *args: Array | Scalar) -> Array:
+        """A function of arrays in the dtype that torch gives to it."""
+        found: torch.dtype = _promoted(args[1:] if function == "where" else args)
+        if found == torch.bool and function not in ("and", "or", "xor", "where", "not"):
+            raise Unlowered
+        return self._pointwise(function, args, found, inner_dtype(found))
+
+    def compare(self, function: str, *args: Array | Scalar) -> Array:
+        return self._pointwise(function, args, torch.bool, inner_dtype(_promoted(args)))
+
+    def _pointwise(
+        self, function: str, args: tuple[Array | Scalar, ...], dtype: torch.dtype, inner: torch.dtype
+    ) -> Array:
+        arrays = [each for each in args if isinstance(each, Array)]
+        shape = torch.broadcast_shapes(*(each.shape for each in arrays))
+        sizes = []
+        for place, value in enumerate(reversed(shape)):
+            known = [each.sizes[-1 - place] for each in arrays if len(each.sizes) > place]
+            alike = [size for size in known if size.value == value]
+            sizes.append(next((size for size in alike if size.fixed), alike[0]))
+        grouped = any(each.grouped for each in arrays)
+        return self.add(
+            Pointwise(self.label, tuple(reversed(sizes)), dtype, grouped, self.ops, function, tuple(args), inner)
+        )
+
+    def view(
+        self,
+        source: Array,
+        sizes: Indices,
+        at: Callable[[Indices], Indices],
+        view: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> Array:
+        return self.add(View(self.label, sizes, source.dtype, source.grouped, self.ops, source, at, view))
+
+    def reduce(self, kind: str, source: Array, dims: Iterable[int], keep: bool) -> Array:
+        """A reduction in the dtype of the source, or wider within."""
+        reduced = tuple(sorted(dim % len(source.sizes) for dim in dims))
+        one = Index.of(1)
+        sizes = tuple(
+            one if dim in reduced else size for dim, size in enumerate(source.sizes) if keep or dim not in reduced
+        )
+        inner = inner_dtype(source.dtype)
+        return self.add(
+            Reduction(self.label, sizes, source.dtype, source.grouped, self.ops, kind, source, reduced, keep, inner)
+        )
+
+    def mean(self, source: Array, dims: Sequence[int], keep: bool) -> Array:
+        wide = self.cast(source, inner_dtype(source.dtype))
+        count = 1
+        for dim in dims:
+            count *= source.shape[dim]
+        return self.pointwise("div", self.reduce("sum", wide, dims, keep), float(count))
+
+    def reshape(self, source: Array, shape: Sequence[int]) -> Array:
+        """Another shape with the elements in the same order."""
+        total = 1
+        for size in source.shape:
+            total *= size
+        known = 1
+        for size in shape:
+            known *= size if size != -1 else 1
+        whole = [size if size != -1 else total // max(1, known) for size in shape]
+        sizes = self.sizes(whole, source)
+        lead = int(source.grouped)
+
+        def view(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.view(*tensor.shape[:lead], *map(int, whole))
+
+        return self.view(source, sizes, partial(_reshaped, source.sizes, sizes), view)
+
+    def transpose(self, source: Array, *order: int) -> Array:
+        """Dimension n is what was ``order[n]``."""
+        lead = int(source.grouped)
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return self.view(
+            source,
+            tuple(source.sizes[dim] for dim in order),
+            lambda index: tuple(index[place] for place in back),
+            lambda tensor: tensor.permute(*range(lead), *(dim + lead for dim in order)),
+        )
+
+    def swap(self, source: Array, one: int, other: int) -> Array:
+        order = list(range(len(source.sizes)))
+        order[one], order[other] = order[other], order[one]
+        return self.transpose(source, *order)
+
+    def unsqueeze(self, source: Array, dim: int) -> Array:
+        place = dim % (len(source.sizes) + 1)
+        lead = int(source.grouped)
+        return self.view(
+            source,
+            (*source.sizes[:place], Index.of(1), *source.sizes[place:]),
+            lambda index: (*index[:place], *index[place + 1 :]),
+            lambda tensor: tensor.unsqueeze(place + lead),
+        )
+
+    def select(self, source: Array, dim: int, index: Index) -> Array:
+        place, lead = dim % len(source.sizes), int(source.grouped)
+        return self.view(
+            source,
+            (*source.sizes[:place], *source.sizes[place + 1 :]),
+            lambda each: (*each[:place], index, *each[place:]),
+            lambda tensor: tensor.select(place + lead, index.value),
+        )
+
+    def slice(self, source: Array, dim: int, start: Index, length: Index, step: int = 1) -> Array:
+        place, lead = dim % len(source.sizes), int(source.grouped)
+
+        def view(tensor: torch.Tensor) -> torch.Tensor:
+            end = start.value + (length.value - 1) * step + 1
+            found: torch.Tensor = aten.slice.Tensor(tensor, place + lead, start.value, max(start.value, end), step)
+            return found
+
+        return self.view(
+            source,
+            (*source.sizes[:place], length, *source.sizes[place + 1 :]),
+            lambda index: (*index[:place], index[place] * step + start, *index[place + 1 :]),
+            view,
+        )
+
+    def expand(self, source: Array, sizes: Sequence[int]) -> Array:
+        new = len(sizes) - len(source.sizes)
+        lead = int(source.grouped)
+        full = [source.shape[dim - new] if dim >= new and size == -1 else size for dim, size in enumerate(sizes)]
+        repeated = [dim for dim, size in enumerate(source.shape) if size == 1]
+
+        def at(index: Indices) -> Indices:
+            return tuple(Index() if dim in repeated else each for dim, each in enumerate(index[new:]))
+
+        def view(tensor: torch.Tensor) -> torch.Tensor:
+            shaped = tensor.view(*tensor.shape[:lead], *(1,) * new, *tensor.shape[lead:]) if new else tensor
+            return shaped.expand(*tensor.shape[:lead], *map(int, full))
+
+        return self.view(source, self.sizes(full, source), at, view)
+
+    def product(self, left: Array, right: Array) -> Array:
+        """``left @ right`` of matrices; of a single row or column, a sum."""
+        if left.shape[-1] == 1 or 1 in (left.shape[-2], right.shape[-1]):
+            inner = inner_dtype(left.dtype)
+            column = right.shape[-1] == 1 and left.shape[-1] > 1
+            if left.shape[-1] == 1:
+                return self.pointwise("mul", left, right)
+            one = left if column else self.swap(left, -1, -2)
+            other = self.swap(right, -1, -2) if column else right
+            terms = self._pointwise("mul", (one, other), inner, inner)
+            return self.cast(self.reduce("sum", terms, [-1 if column else -2], True), left.dtype)
+        if not left.dtype.is_floating_point:
+            raise Unlowered
+        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        sizes = (*self.sizes(batch, left, right), left.sizes[-2], right.sizes[-1])
+        grouped = left.grouped or right.grouped
+        return self.add(Product(self.label, sizes, left.dtype, grouped, self.ops, left, right))
+
+
+def _promoted(args: Iterable[Array | Scalar]) -> torch.dtype:
+    """The dtype that torch gives to a pointwise operation; a number by cell counts as a Python number."""
+    values = [
+        torch.empty(each.shape if not _scalar(each) else (), dtype=each.dtype, device="meta")
+        if isinstance(each, Array)
+        else each
+        for each in args
+    ]
+    found = values[0]
+    if len(values) == 1:
+        return found.dtype if isinstance(found, torch.Tensor) else torch.get_default_dtype()
+    dtype = torch.result_type(values[0], values[1])
+    for each in values[2:]:
+        dtype = torch.result_type(torch.empty((1,) if len(values) else (), dtype=dtype, device="meta"), each)
+    return dtype
+
+
+def _scalar(array: Array) -> bool:
+    return not array.sizes
+
+
+def inner_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which torch computes what is of a dtype."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _reshaped(old: Indices, new: Indices, index: Indices) -> Indices:
+    """The index of an element in its old shape: in runs of dimensions with as many elements."""
+    found: list[Index] = []
+    i = j = 0
+    while i < len(old):
+        first, start = i, j
+        have, want = old[i].value, new[j].value if j < len(new) else 1
+        i, j = i + 1, j + 1
+        while have != want:
+            if have < want:
+                have *= old[i].value
+                i += 1
+            else:
+                want *= new[j].value
+                j += 1
+        # Sizes of 1 at the end belong to this run, or there is nothing left to hold them.
+        while i < len(old) and old[i].value == 1:
+            i += 1
+        while j < len(new) and new[j].value == 1:
+            j += 1
+        found += _within(old[first:i], new[start:j], index[start:j])
+    return tuple(found)
+
+
+def _within(old: Indices, new: Indices, index: Indices) -> Iterator[Index]:
+    flat = Index()
+    for each, size in zip(index, new, strict=True):
+        flat = flat * size + each
+    if len([size for size in old if size.value > 1]) < 2:
+        yield from (flat if size.value > 1 else Index() for size in old)
+        return
+    for place, _ in enumerate(old):
+        yield flat // product_of(old[place + 1 :]) % old[place] if place else flat // product_of(old[1:])

@@ -1,0 +1,168 @@
+"""Operations that are other indices: views, and what puts arrays together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+
+from rmtc.codegen.torch.rules import Arguments
+from rmtc.codegen.triton.build import Arrays, Size
+from rmtc.ir.array import Array, Indices, Joined
+from rmtc.ir.index import Index, Symbol
+
+__all__ = ["VIEWS", "Rule", "same"]
+
+Rule: TypeAlias = Callable[[Arrays, Arguments], Array | None]
+"""Gives the array of an operation's result; None if no kernel computes it."""
+
+
+def same(arrays: Arrays, arguments: Arguments) -> Array | None:
+    value = arguments["self"]
+    return arrays.view(value, value.sizes, lambda index: index, lambda tensor: tensor)
+
+
+def _sliced(arrays: Arrays, arguments: Arguments) -> Array | None:
+    x, dim, step = arguments["self"], arguments["dim"], arguments["step"]
+    start, end = arguments["start"], arguments["end"]
+    if any(isinstance(each, Array) for each in (start, end, step)):
+        return None
+    size = x.sizes[dim]
+    first = _clipped(0 if start is None else start, size)
+    last = _clipped(size.value if end is None else end, size) if end is not None else size
+    length = last - first
+    if length.value <= 0:
+        return None
+    if step != 1:
+        length = Index.of(-(-length.value // step))
+    return arrays.slice(x, dim, first, length, step)
+
+
+def _clipped(place: int, size: Index) -> Index:
+    """Where a slice starts or ends."""
+    if place < 0:
+        return size - -place if -place < size.value else Index()
+    if place >= size.value:
+        return size
+    return Index.of(Symbol(int(place))) if isinstance(place, Size) and place > 0 else Index.of(int(place))
+
+
+def _selected(arrays: Arrays, arguments: Arguments) -> Array | None:
+    x, dim, index = arguments["self"], arguments["dim"], arguments["index"]
+    if isinstance(index, Array):
+        return None
+    return arrays.select(x, dim, _clipped(index, x.sizes[dim]))
+
+
+def _viewed(arrays: Arrays, arguments: Arguments) -> Array | None:
+    x = arguments["self"]
+    shape = arguments.values.get("size") or arguments.values.get("shape") or ()
+    return None if 0 in x.shape else arrays.reshape(x, shape)
+
+
+def _flattened(arrays: Arrays, arguments: Arguments) -> Array | None:
+    x = arguments["self"]
+    rank = max(1, len(x.sizes))
+    start, end = arguments["start_dim"] % rank, arguments["end_dim"] % rank
+    return None if 0 in x.shape else arrays.reshape(x, [*x.shape[:start], -1, *x.shape[end + 1 :]])
+
+
+def _unflattened(arrays: Arrays, arguments: Arguments) -> Array | None:
+    x = arguments["self"]
+    dim = arguments["dim"] % len(x.sizes)
+    if 0 in x.shape:
+        return None
+    sizes, rest = list(arguments["sizes"]), x.shape[dim]
+    for size in sizes:
+        rest //= size if size != -1 else 1
+    return arrays.reshape(x, [*x.shape[:dim], *(rest if s == -1 else s for s in sizes), *x.shape[dim + 1 :]])
+
+
+def _squeezed(arrays: Arrays, arguments: Arguments) -> Array | None:
+    x, dim = arguments["self"], arguments["dim"]
+    return arrays.select(x, dim, Index()) if x.shape[dim] == 1 else same(arrays, arguments)
+
+
+def _permuted(arrays: Arrays, arguments: Arguments) -> Array | None:
+    x = arguments["self"]
+    return arrays.transpose(x, *(dim % len(x.sizes) for dim in arguments["dims"]))
+
+
+def _transposed(arrays: Arrays, arguments: Arguments) -> Array | None:
+    x = arguments["self"]
+    if "dim0" in arguments.values:
+        return arrays.swap(x, arguments["dim0"] % len(x.sizes), arguments["dim1"] % len(x.sizes))
+    return arrays.swap(x, 0, 1) if len(x.sizes) == 2 else None
+
+
+def _cat(arrays: Arrays, arguments: Arguments) -> Array | None:
+    parts = [each for each in arguments["tensors"] if each.shape != (0,)]
+    return _joined(arrays, parts, arguments["dim"])
+
+
+def _stack(arrays: Arrays, arguments: Arguments) -> Array | None:
+    parts = [arrays.unsqueeze(each, arguments["dim"]) for each in arguments["tensors"]]
+    return _joined(arrays, parts, arguments["dim"])
+
+
+def _joined(arrays: Arrays, parts: list[Array], dim: int) -> Array | None:
+    dtype = parts[0].dtype
+    for each in parts[1:]:
+        dtype = torch.promote_types(dtype, each.dtype)
+    parts = [arrays.cast(each, dtype) for each in parts if each.shape[dim]]
+    if not parts:
+        return None
+    place = dim % len(parts[0].sizes)
+    total = Index()
+    for each in parts:
+        total = total + each.sizes[place]
+    sizes = (*parts[0].sizes[:place], total, *parts[0].sizes[place + 1 :])
+    grouped = any(each.grouped for each in parts)
+    return arrays.add(Joined(arrays.label, sizes, dtype, grouped, arrays.ops, tuple(parts), place))
+
+
+def _repeated(arrays: Arrays, arguments: Arguments) -> Array | None:
+    x, repeats = arguments["self"], [int(each) for each in arguments["repeats"]]
+    new = len(repeats) - len(x.sizes)
+    sizes = tuple(Index.of(n) * (x.sizes[dim - new] if dim >= new else 1) for dim, n in enumerate(repeats))
+    own = x.sizes
+
+    def at(index: Indices) -> Indices:
+        return tuple(each % size for each, size in zip(index[new:], own, strict=True))
+
+    return None if 0 in x.shape or 0 in repeats else arrays.view(x, sizes, at)
+
+
+def _rolled(arrays: Arrays, arguments: Arguments) -> Array | None:
+    x, shifts, dims = arguments["self"], arguments["shifts"], arguments["dims"]
+    if len(shifts) != 1 or len(dims) != 1 or not x.shape[dims[0]]:
+        return None
+    dim = dims[0] % len(x.sizes)
+    size = x.sizes[dim]
+    shift = shifts[0] % size.value
+
+    def at(index: Indices) -> Indices:
+        return (*index[:dim], (index[dim] + size - shift) % size, *index[dim + 1 :])
+
+    return arrays.view(x, x.sizes, at)
+
+
+VIEWS: Mapping[str, Rule] = {
+    **dict.fromkeys(("alias", "detach", "contiguous", "clone", "lift_fresh_copy", "lift_fresh"), same),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view"), _viewed),
+    **dict.fromkeys(("transpose.int", "t"), _transposed),
+    "slice.Tensor": _sliced,
+    "select.int": _selected,
+    "flatten.using_ints": _flattened,
+    "unflatten.int": _unflattened,
+    "unsqueeze": lambda arrays, arguments: arrays.unsqueeze(arguments["self"], arguments["dim"]),
+    "expand": lambda arrays, arguments: arrays.expand(arguments["self"], arguments["size"]),
+    "squeeze.dim": _squeezed,
+    "permute": _permuted,
+    "cat": _cat,
+    "stack": _stack,
+    "repeat": _repeated,
+    "roll": _rolled,
+}
+"""By the operations' names."""
