@@ -22,7 +22,7 @@ def main(module: str, settings: str, targets: str, bodies: str) -> None:
             for made in body.compile():
                 kinds = list(made.instructions)
                 count = sum(made.instructions.values())
-                of = made.launch.source.name, made.variant.source.persistent
+                of = made.launch.source.name, made.printed.source.persistent
                 needs = made.spilled, made.shared, made.target.shared
                 found.append([name, body.name, *of, *needs, count, kinds, body.fallbacks])
     sys.stdout.write(json.dumps(found) + "\n")

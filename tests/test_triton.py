@@ -345,13 +345,13 @@ def test_a_big_product_goes_through_its_tiles(cells: int, descriptors: bool) -> 
     tensors |= {turned: tensors[w].mT, added: torch.full((cells, rows, columns), math.nan)}
     target = replace(TARGETS["sm_90"], multiprocessors=2, descriptors=descriptors)
     (launch,) = prepare([kernel], "k", lambda array: tensors[array].stride()[1:], target)
-    assert launch.big is not None and launch.variant(tensors) is launch.big
+    assert launch.big is not None and launch.printed(tensors) is launch.big
     assert len(launch.source.described) == 2 * descriptors and launch.grid(launch.big, cells) == (2, 1, 1)
     launch.bind(tensors, cells)()
     torch.testing.assert_close(tensors[added], tensors[x] @ tensors[w].mT + tensors[y], rtol=1e-5, atol=1e-5)
     apart = {**tensors, x: torch.zeros(cells, rows, depth + 1)[..., 1:].copy_(tensors[x])}
     tensors[added].fill_(math.nan)
     if descriptors:  # which cannot begin anywhere
-        assert launch.variant(apart) is launch.plain
+        assert launch.printed(apart) is launch.plain
     launch.bind(apart, cells)()
     torch.testing.assert_close(tensors[added], tensors[x] @ tensors[w].mT + tensors[y], rtol=1e-5, atol=1e-5)

@@ -20,7 +20,7 @@ from rmtc.errors import RefusedError
 from rmtc.ir.array import Array
 from rmtc.ir.kernel import Attend, Kernel
 
-__all__ = ["Launch", "Variant", "jitted", "prepare"]
+__all__ = ["Launch", "Printed", "jitted", "prepare"]
 
 _files = itertools.count()
 
@@ -39,7 +39,7 @@ def jitted(name: str, text: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Variant:
+class Printed:
     """One way to print a kernel, and how it is launched."""
 
     source: Source
@@ -119,8 +119,8 @@ class Launch:
     """
 
     kernel: Kernel | Attend
-    plain: Variant
-    big: Variant | None
+    plain: Printed
+    big: Printed | None
     target: Target | None
 
     @property
@@ -128,7 +128,7 @@ class Launch:
         """Its text."""
         return (self.big or self.plain).source
 
-    def variant(self, tensors: Mapping[Array, torch.Tensor]) -> Variant:
+    def printed(self, tensors: Mapping[Array, torch.Tensor]) -> Printed:
         """How it is launched for tensors."""
         return self.big if self.big is not None and self.big.takes(tensors) else self.plain
 
@@ -139,33 +139,33 @@ class Launch:
             tensors: for each of the source's pointers, the tensor, of a group of cells if it is grouped.
             cells: how many cells.
         """
-        variant = self.variant(tensors)
-        if variant.source.described:
+        printed = self.printed(tensors)
+        if printed.source.described:
             _let_allocate()
-        function = jitted(variant.source.name, variant.source.text)
-        args = [value for _, value in variant.arguments(tensors, cells)]
-        return functools.partial(function[self.grid(variant, cells)], *args, **variant.options)
+        function = jitted(printed.source.name, printed.source.text)
+        args = [value for _, value in printed.arguments(tensors, cells)]
+        return functools.partial(function[self.grid(printed, cells)], *args, **printed.options)
 
     def call(self, tensors: Mapping[Array, torch.Tensor], cells: int) -> None:
         """Launch it as an operator of torch."""
-        variant = self.variant(tensors)
-        if variant.source.described:
+        printed = self.printed(tensors)
+        if printed.source.described:
             _let_allocate()
-        pointers = variant.source.pointers
-        count = len(pointers) - variant.source.written
+        pointers = printed.source.pointers
+        count = len(pointers) - printed.source.written
         read, written = ([tensors[array] for array in each] for each in (pointers[:count], pointers[count:]))
-        sizes = [symbol.value for symbol in variant.source.sizes]
-        sizes += [cells] if variant.source.persistent else []
-        variant.operator(read, written, sizes, list(self.grid(variant, cells)))
+        sizes = [symbol.value for symbol in printed.source.sizes]
+        sizes += [cells] if printed.source.persistent else []
+        printed.operator(read, written, sizes, list(self.grid(printed, cells)))
 
-    def grid(self, variant: Variant, cells: int) -> tuple[int, int, int]:
+    def grid(self, printed: Printed, cells: int) -> tuple[int, int, int]:
         """Tiles of rows and columns, cells, and what is the same for a tile; or the programs that go through them."""
-        kernel, blocks = self.kernel, variant.config.blocks
+        kernel, blocks = self.kernel, printed.config.blocks
         tiles = math.ceil(kernel.m.size.value / blocks["BLOCK_M"])
         if isinstance(kernel, Kernel):
             tiles *= math.ceil(kernel.n.size.value / blocks["BLOCK_N"])
         cells = cells if any(array.grouped for array in kernel.written) else 1
-        if variant.source.persistent:
+        if printed.source.persistent:
             most = self.target.multiprocessors if self.target is not None else 2
             return min(most, tiles * cells * kernel.z.size.value), 1, 1
         return tiles, cells, kernel.z.size.value
@@ -195,12 +195,12 @@ def prepare(
     """
     found = []
     for number, kernel in enumerate(kernels):
-        plain = Variant(
+        plain = Printed(
             source_of(kernel, f"{name}_{number}", Style(interpreted=target is None)), config_of(kernel, target)
         )
         big = None
         if target is not None and is_big(kernel):
             style = Style(persistent=True, strides=strides if target.descriptors else None)
-            big = Variant(source_of(kernel, f"{name}_{number}", style), config_of(kernel, target, big=True))
+            big = Printed(source_of(kernel, f"{name}_{number}", style), config_of(kernel, target, big=True))
         found.append(Launch(kernel, plain, big, target))
     return found

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rmtc.codegen.triton.launch import Launch, Variant, jitted
+from rmtc.codegen.triton.launch import Launch, Printed, jitted
 from rmtc.codegen.triton.targets import Target
 from rmtc.errors import RmtcError
 from rmtc.ir.array import Array
@@ -47,7 +47,7 @@ class Binary:
     """A kernel as a target has it.
 
     Attributes:
-        launch, variant, target: what was compiled for what.
+        launch, printed, target: what was compiled for what.
         assembly: PTX or AMDGCN.
         code: what the card loads.
         registers: of a thread; None where no tool tells.
@@ -59,7 +59,7 @@ class Binary:
     """
 
     launch: Launch
-    variant: Variant
+    printed: Printed
     target: Target
     assembly: str
     code: bytes
@@ -81,7 +81,7 @@ class Binary:
         """The share of a multiprocessor's threads that run at once, by registers and shared memory."""
         if self.registers is None:
             return None
-        threads = self.variant.config.warps * self.target.warp
+        threads = self.printed.config.warps * self.target.warp
         blocks = self.target.lanes // threads
         if self.registers:
             blocks = min(blocks, self.target.registers // (-(-self.registers // 8) * 8 * threads))
@@ -120,8 +120,8 @@ def compile_for(launch: Launch, tensors: Mapping[Array, torch.Tensor], target: T
     signature: dict[str, str] = {}
     constants: dict[str, int] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    variant = launch.variant(tensors)
-    for place, (name, value) in enumerate(variant.arguments(tensors, cells)):
+    printed = launch.printed(tensors)
+    for place, (name, value) in enumerate(printed.arguments(tensors, cells)):
         if isinstance(value, torch.Tensor):
             signature[name] = f"*{_TYPES[value.dtype]}"
             attributes[(place,)] = [["tt.divisibility", 16]]
@@ -131,11 +131,11 @@ def compile_for(launch: Launch, tensors: Mapping[Array, torch.Tensor], target: T
             signature[name] = "i32" if value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(place,)] = [["tt.divisibility", 16]]
-    for name in variant.source.blocks:
-        signature[name], constants[name] = "constexpr", variant.config.blocks[name]
-    options = {"num_warps": variant.config.warps, "num_stages": variant.config.stages}
+    for name in printed.source.blocks:
+        signature[name], constants[name] = "constexpr", printed.config.blocks[name]
+    options = {"num_warps": printed.config.warps, "num_stages": printed.config.stages}
     try:
-        source = ASTSource(jitted(variant.source.name, variant.source.text), signature, constants, attributes)
+        source = ASTSource(jitted(printed.source.name, printed.source.text), signature, constants, attributes)
         made = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp), options=options)
     except Exception as error:  # whatever the compiler raises
         raise OfflineError(
@@ -150,7 +150,7 @@ def compile_for(launch: Launch, tensors: Mapping[Array, torch.Tensor], target: T
         found[each] = found.get(each, 0) + 1
     moved, operations, _ = work(launch.kernel, target.machine)
     return Binary(
-        *(launch, variant, target, assembly, code, registers, spilled),
+        *(launch, printed, target, assembly, code, registers, spilled),
         *(int(made.metadata.shared), found, cells * moved, cells * operations, cells),
     )
 
