@@ -541,7 +541,6 @@ def _stages(roots: Sequence[Term], terms: Terms, outer: tuple[Variable, Variable
     found: dict[tuple[int, Variable], list[Statistic | Accumulated]] = {}
     for at, term in dict.fromkeys(sums):
         found.setdefault((at, term.over), []).append(term)
-    # What does not have to run early runs with a later loop over the same variable.
     stages = []
     for (_, over), each in sorted(found.items(), key=lambda item: item[0][0]):
         statistics = tuple(term for term in each if isinstance(term, Statistic))

@@ -167,14 +167,15 @@ class _Cut:
             for each, kernel in self.kernels.items()
             if each in less or changed & {*kernel.arrays, *read_by(kernel)}
         ]
-        self.stored = (self.stored - less) | more
+        stored, self.stored = self.stored, (self.stored - less) | more
         try:
             new = {each: self.build([each]) for each in (*old, *more) if each not in less}
         except IllegalError:
-            new = {}
+            self.stored = stored
+            return False
         before, after = (sum(map(self.time, each)) for each in (map(self.kernels.__getitem__, old), new.values()))
-        if not new or after > before or (more and after == before):
-            self.stored = (self.stored - more) | less
+        if after > before or (more and after == before):
+            self.stored = stored
             return False
         for each in less:
             del self.kernels[each]
