@@ -15,7 +15,8 @@ from rmtc.codegen.triton.source import Style, source_of
 from rmtc.examples import armt_gpt2, armt_llama
 from rmtc.ir.array import Array, Nest, Outside, Pointwise, Product, Reduction, Stored, View, base_of
 from rmtc.ir.index import Index
-from rmtc.ir.kernel import Attend, IllegalError, Kernel, build, loads
+from rmtc.ir.kernel import Attend, Kernel, build, loads
+from rmtc.ir.terms import IllegalError
 from rmtc.passes.fusion_groups import Groups, fusion_groups, read_by
 
 

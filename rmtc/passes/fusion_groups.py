@@ -22,20 +22,8 @@ import torch
 
 from rmtc.ir.array import Array, Attention, Nest, Outside, Pointwise, Stored, View, base_of
 from rmtc.ir.index import Variable
-from rmtc.ir.kernel import (
-    Accumulated,
-    Attend,
-    Call,
-    IllegalError,
-    Kernel,
-    Load,
-    Statistic,
-    Term,
-    build,
-    build_attention,
-    loads,
-    parts,
-)
+from rmtc.ir.kernel import Attend, Kernel, build, build_attention, loads
+from rmtc.ir.terms import Accumulated, Call, IllegalError, Load, Statistic, free_variables
 
 __all__ = ["ROW", "Groups", "Machine", "estimate", "fusion_groups", "read_by", "work"]
 
@@ -288,20 +276,7 @@ def work(kernel: Kernel | Attend, machine: Machine) -> tuple[float, float, float
     columns = machine.tile if isinstance(kernel, Attend) or _products(kernel) or not kernel.stages else ROW
     tiles = {kernel.m: math.ceil(m / machine.tile), kernel.n: math.ceil(n / columns)}
     outer = {kernel.z, kernel.m} if isinstance(kernel, Attend) else {kernel.z, kernel.m, kernel.n}
-    free: dict[int, frozenset[Variable]] = {}
-
-    def variables(term: Term) -> frozenset[Variable]:
-        found = free.get(id(term))
-        if found is None:
-            own: set[Variable] = set()
-            if isinstance(term, Load):
-                own |= {v for each in term.index for v in each.variables}
-            for part in parts(term):
-                own |= variables(part)
-            if isinstance(term, (Statistic, Accumulated)):
-                own.discard(term.over)
-            found = free[id(term)] = frozenset(own)
-        return found
+    variables = free_variables()
 
     def extent(own: Iterable[Variable]) -> float:
         return math.prod(each.size.value for each in own)

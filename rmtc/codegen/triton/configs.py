@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rmtc.codegen.triton.targets import Target
-from rmtc.ir.kernel import Attend, Call, Kernel, Pick, within
+from rmtc.ir.kernel import Attend, Kernel
+from rmtc.ir.terms import Call, Pick, within
 from rmtc.passes.fusion_groups import ROW
 
 __all__ = ["Config", "config_of", "is_big"]

@@ -18,10 +18,12 @@ from rmtc.codegen.triton.launch import Launch, prepare
 from rmtc.codegen.triton.lower import Given, lower
 from rmtc.codegen.triton.source import cells_of
 from rmtc.codegen.triton.targets import Target
-from rmtc.ir import kernel as ir
 from rmtc.ir.array import Array, Attention, Nest, Outside, View, base_of
+from rmtc.ir.kernel import Kernel as Computed
+from rmtc.ir.kernel import Output, loads
 from rmtc.ir.program import map_leaves
 from rmtc.ir.segment_loop import BodyOp, Environment
+from rmtc.ir.terms import Term, parts, within
 from rmtc.ir.wavefront import Input, Number, Operand, Shared, Weight
 from rmtc.passes.fusion_groups import Groups, Machine, fusion_groups, read_by
 
@@ -221,7 +223,7 @@ class TritonBody:
                 continue
             readers = [group for group in self.groups if array in read_by(group)]
             last = readers[-1] if readers else None
-            if not isinstance(last, ir.Kernel):
+            if not isinstance(last, Computed):
                 continue
             for output in last.outputs:
                 made = output.array
@@ -403,17 +405,17 @@ def _shaped(array: Array, rows: torch.Tensor) -> torch.Tensor:
     return found if array.grouped else found[0]
 
 
-def _in_place(kernel: ir.Kernel, output: ir.Output, array: Array) -> bool:
+def _in_place(kernel: Computed, output: Output, array: Array) -> bool:
     """Whether a kernel may write an output where it reads an array: all loads come before all stores of a tile."""
-    sums: list[ir.Term] = []
+    sums: list[Term] = []
     for stage in kernel.stages:
         sums += [*stage.statistics, *stage.accumulators]
-    elsewhere = [part for each in sums for part in ir.parts(each)]
+    elsewhere = [part for each in sums for part in parts(each)]
     if not any(kernel.n in each.variables for each in output.index):  # other tiles of columns read it, too
         elsewhere += [other.term for other in kernel.outputs if other is not output]
-    known = set(map(id, ir.within(elsewhere)))
-    loads = [load for load in ir.loads(kernel) if base_of(load.array) is array]
+    known = set(map(id, within(elsewhere)))
+    reads = [load for load in loads(kernel) if base_of(load.array) is array]
     return all(
         load.array is array and load.index == output.index and not load.guards and id(load) not in known
-        for load in loads
+        for load in reads
     )

@@ -12,7 +12,8 @@ import torch
 from rmtc.codegen.triton.functions import FUNCTIONS
 from rmtc.ir.array import Array, Pointwise, Product, Reduction, Stored, base_of
 from rmtc.ir.index import Atom, Index, Quotient, Symbol, Variable
-from rmtc.ir.kernel import Accumulated, Attend, Call, Kernel, Load, Pick, Statistic, Term, Terms
+from rmtc.ir.kernel import Attend, Kernel
+from rmtc.ir.terms import Accumulated, Call, Load, Pick, Statistic, Term, free_variables
 
 __all__ = ["WIDE", "Source", "Style", "cells_of", "dtype_text", "is_wide", "source_of"]
 
@@ -127,7 +128,7 @@ class _Printer:
         self.persistent = style.persistent and isinstance(kernel, Kernel)
         self.head: list[str] = []
         self.described: dict[tuple[Array, int], str] = {}
-        self.terms = Terms(lambda array: True)  # knows which variables a term depends on
+        self.free = free_variables()
         self.pointers: dict[Array, str] = {}
         self.sizes: dict[Symbol, str] = {}
         self.scopes = [_Scope("        " if self.persistent else "    ", frozenset())]
@@ -198,7 +199,7 @@ class _Printer:
         """A name, or a number, for a term's value in its own dtype."""
         if isinstance(term, (Statistic, Accumulated)):
             return self.sums[id(term)]
-        variables = self.terms.free(term)
+        variables = self.free(term)
         key = id(term), _key(variables, forms)
         for scope in self.scopes:
             if key in scope.known:
@@ -362,7 +363,7 @@ class _Printer:
         text = self.value(term, forms)
         if _dtype(term) != dtype:
             text = f"{text}.to({dtype_text(dtype)})"
-        return text if self.terms.free(term) >= whole else f"tl.broadcast_to({text}, {shape})"
+        return text if self.free(term) >= whole else f"tl.broadcast_to({text}, {shape})"
 
     def factor(self, term: Term, forms: _Forms, shape: str, dtype: torch.dtype, whole: set[Variable], mask: str) -> str:
         """A factor of a product: nothing where its variable has no value."""
