@@ -100,6 +100,28 @@ BODIES: dict[str, tuple[list[tuple[Any, ...]], list[int], list[Tensor]]] = {
         [0],
         [drawn(1, 3, 4), drawn(2, 4, 5)],
     ),
+    "einsum with dots": (
+        [
+            (aten.einsum.default, "...ab,...cb->...ac", (Input(0), Input(1))),
+            (aten.einsum.default, "...ab,...bc->ac", (Input(0), Input(2))),
+        ],
+        [0, 1],
+        [drawn(2, 3, 4), drawn(2, 5, 4), drawn(2, 4, 6)],
+    ),
+    "einsum with dots that are repeated": (
+        [(aten.einsum.default, "...ab,...bc->...ac", (Input(0), Input(1)))],
+        [0],
+        [drawn(2, 3, 4), drawn(4, 6)],
+    ),
+    "vector norms": (
+        [
+            (aten.linalg_vector_norm.default, Input(0), 2, (-1,), True),
+            (aten.linalg_vector_norm.default, Input(0), 1.0, None, False),
+            (aten.linalg_vector_norm.default, Input(0), 3, (0,)),
+        ],
+        [0, 1, 2],
+        [X],
+    ),
     "softmax of a number": ([(aten.softmax.int, Input(0), 0)], [0], [drawn()]),
     "flat number": ([(aten.flatten.using_ints, Input(0))], [0], [drawn()]),
     "slices from the end": (

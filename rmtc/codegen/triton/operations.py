@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -219,6 +220,17 @@ def _summed(kind: str) -> Rule:
     return rule
 
 
+def _vector_norm(arrays: Arrays, arguments: Arguments) -> Array | None:
+    x, order, dtype = arguments["self"], arguments["ord"], arguments.values.get("dtype")
+    if order not in (1, 2) or not x.dtype.is_floating_point or not x.sizes:
+        return None
+    x = arrays.cast(x, dtype or x.dtype)
+    wide = arrays.cast(x, inner_dtype(x.dtype))
+    terms = arrays.pointwise("abs", wide) if order == 1 else arrays.pointwise("mul", wide, wide)
+    total = arrays.reduce("sum", terms, _dims(arguments), bool(arguments["keepdim"]))
+    return arrays.cast(total if order == 1 else arrays.pointwise("sqrt", total), x.dtype)
+
+
 def _rotary(arrays: Arrays, arguments: Arguments) -> Array | None:
     x, cos, sin, half, end = (arguments[name] for name in ("x", "cos", "sin", "half", "end"))
     size = x.shape[-1]
@@ -330,10 +342,19 @@ def _attention(arrays: Arrays, arguments: Arguments) -> Array | None:
 def _einsum(arrays: Arrays, arguments: Arguments) -> Array | None:
     """Of two operands without repeated letters: a batched product."""
     equation, tensors = arguments["equation"].replace(" ", ""), arguments["tensors"]
-    if "->" not in equation or "." in equation or len(tensors) != 2 or tensors[0].dtype != tensors[1].dtype:
+    if "->" not in equation or len(tensors) != 2 or tensors[0].dtype != tensors[1].dtype:
         return None
     given, wanted = equation.split("->")
     one, other = given.split(",")
+    rest = {
+        len(each.sizes) - len(letters) + 3
+        for each, letters in zip(tensors, (one, other), strict=True)
+        if "..." in letters
+    }
+    if len(rest) > 1 or ("..." in wanted and not rest):
+        return None
+    free = [c for c in string.ascii_letters if c not in equation][: max(rest, default=0)]
+    one, other, wanted = (each.replace("...", "".join(free)) for each in (one, other, wanted))
     if any(len(set(each)) < len(each) for each in (one, other, wanted)):
         return None
     batch = [c for c in wanted if c in one and c in other]
@@ -418,6 +439,7 @@ def _table() -> dict[Any, Rule]:
     put(_softmax, "softmax.int", "_softmax")
     put(_summed("sum"), "sum.dim_IntList", "sum.default")
     put(_summed("mean"), "mean.dim", "mean.default")
+    put(_vector_norm, "linalg_vector_norm")
     put(_linear, "linear")
     put(_matmul, "matmul", "mm", "bmm")
     put(_addmm, "addmm", "baddbmm")
