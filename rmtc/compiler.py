@@ -90,10 +90,12 @@ def compile(
             is then compiled on its first call. Without it, a decorator.
         backend: one of :func:`list_backends`: ``"torch"``, which keeps the memory of a group of cells for later
             calls; ``"inductor"``, which compiles bodies when a call first runs them, in seconds, kept on disk; or
-            ``"triton"``, kernels of several operations each for layers on a GPU; none has run on one yet.
-            ``"auto"`` takes that of the first two which is estimated to be clearly faster for long calls, with
-            ``schedule="best"``, and else ``"torch"``: ``rmtc.stats(model).last_run.backend`` names it. Or a callable
-            that takes a :class:`rmtc.ir.wavefront.WavefrontProgram` and its weights and returns a runner.
+            ``"triton"``, kernels of several operations each for layers on a GPU; none has run on one yet, so that the
+            first results of each body are held against those of torch's operations, and others are an error.
+            ``"auto"`` takes ``"triton"`` on a GPU that it compiles for; else that of the first two which is estimated
+            to be clearly faster for long calls, with ``schedule="best"``, and else ``"torch"``:
+            ``rmtc.stats(model).last_run.backend`` names it. Or a callable that takes a
+            :class:`rmtc.ir.wavefront.WavefrontProgram` and its weights and returns a runner.
         strict: raise :class:`RefusedError` or :class:`CaptureError` in place of running as before.
         disable: return ``model`` as it is.
         recompile_limit: how many captures may be made anew because a call differs from those before in what a capture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,10 +12,12 @@ from typing import Any
 import models
 import pytest
 import torch
+import zoo
 from compare import SEGMENT, Twins
 from models import Associative, Attending, Buffered, Feedback, OneTensor
 from test_examples import Float32CastsAsFloat64
 from test_fused import Layered, of_features, of_rms, of_rotary, relus, rms, rolls, text, three, turned
+from test_zoo import assert_close, built, state
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -33,7 +36,7 @@ from rmtc.ir.index import Index
 from rmtc.ir.kernel import build
 from rmtc.kernels import kernels_of
 from rmtc.runtime.executor import _Walk
-from rmtc.runtime.triton import Triton
+from rmtc.runtime.triton import Triton, launches_on
 
 SMALL: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 7, "memory": 2, "segments": 4}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
@@ -267,6 +270,58 @@ def test_models_with_other_memories(name: str) -> None:
         if isinstance(group, Outside)
     }
     assert left == ({LEFT[name]} if name in LEFT else set())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["infini", "infini, delta rule"])
+def test_packages_with_other_memories(name: str) -> None:
+    eager, call = built(name), built(name)
+    fast = rmtc.compile(call.function, schedule="shortest", backend="triton", strict=True)
+    for segments, batch, tail in ((4, 1, zoo.SEGMENT), (4, 1, zoo.SEGMENT), (3, 2, 2)):
+        ids = zoo.text(segments, batch, tail)
+        with torch.no_grad():
+            assert_close(fast(ids), eager.function(ids))
+        assert_close(state(call.module), state(eager.module))
+    stats = rmtc.stats(fast)
+    assert stats.last_run is not None and stats.last_run.backend == "triton" and stats.runs == 3
+    found = list(bodies(runner_of(fast)))
+    assert found and not any(isinstance(group, Outside) for body in found for group in body.groups)
+
+
+@pytest.mark.parametrize("wrong", [lambda each: each + 1e-6, lambda each: each / 0, lambda each: each.float()])
+def test_kernels_with_other_results_than_torch_do_not_run(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = Associative().double(), models.text(3).double()
+    eager = copy.deepcopy(model)
+
+    def emit(**options: Any) -> Any:
+        kernel, results = emit_triton(**options)
+        return kernel, (*results[:-1], wrong(results[-1]))
+
+    monkeypatch.setattr("rmtc.runtime.triton.emit", emit)
+    with torch.no_grad(), pytest.warns(rmtc.FallbackWarning, match="not what torch's operations give"):
+        found = rmtc.compile(model, schedule="shortest", backend="triton")(ids)
+    with torch.no_grad():
+        assert torch.equal(found, eager(ids))
+
+
+def test_which_devices_are_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not launches_on(torch.device("cpu"))
+    cuda = torch.device("cuda")
+    for capability, wanted in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert launches_on(cuda) is wanted
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not launches_on(cuda)
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_auto_takes_kernels_where_they_are_launched(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rmtc.runtime.variant.launches_on", lambda device: launched)
+    fast = rmtc.compile(Associative(), schedule="shortest", strict=True)
+    with torch.no_grad():
+        fast(models.text(3))
+    run = rmtc.stats(fast).last_run
+    assert run is not None and run.backend == ("triton" if launched else "torch")
 
 
 class Launches(TorchDispatchMode):

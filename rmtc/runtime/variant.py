@@ -36,6 +36,7 @@ from rmtc.runtime.executor import Run
 from rmtc.runtime.guards import ArgumentGuard, modes
 from rmtc.runtime.measure import cost_model
 from rmtc.runtime.state_guard import StateGuard
+from rmtc.runtime.triton import launches_on
 from rmtc.runtime.weights import Weights
 
 __all__ = ["Ready", "Variant", "brief"]
@@ -175,7 +176,9 @@ class Variant:
         session = analysis.capture.session
         tensors = {lifted.names[0]: lifted.tensor for lifted in session.lifted}
         movable = Weights.movable({**tensors, **_inputs(session.arguments)})
-        if backend is auto:
+        if backend is auto and launches_on(analysis.kind[0]):
+            backend = backend_named("triton")
+        elif backend is auto:
             sizes = analysis.capture.plan.sizes
             backend = backend_named("torch" if way is None or model is None else backend_of(way, sizes, model))
         program = join_products(program, movable)
