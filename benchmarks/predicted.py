@@ -15,19 +15,7 @@ from gpu import MEMORY, PUBLISHED, SHAPES
 
 from rmtc.codegen.triton.targets import TARGETS
 from rmtc.examples import armt_llama
-from rmtc.kernels import BodyKernels, kernels_of
-from rmtc.passes.fusion_groups import work
-
-
-def step(body: BodyKernels, cells: int) -> tuple[float, float, int]:
-    """Seconds of a step of so many cells, floating-point operations of its products, and its launches."""
-    machine, total, operations = body.target.machine, 0.0, 0.0
-    for launch in body.launches:
-        moved, products, _ = work(launch.kernel, machine)
-        rate = machine.products[launch.kernel.written[0].dtype]
-        total += max(machine.launch, cells * max(moved / machine.bandwidth, products / rate))
-        operations += cells * products
-    return total, operations, len(body.launches)
+from rmtc.kernels import kernels_of
 
 
 def main() -> None:
@@ -40,16 +28,14 @@ def main() -> None:
         model, args = armt_llama.build(**sizes, dtype="bfloat16")
         layers, found = SHAPES[shape]["layers"], {}
         for name, bodies in kernels_of(model, args, targets=names).items():
-            found[name] = step(next(body for body in bodies if body.name == "C0"), layers)
+            found[name] = next(body for body in bodies if body.name == "C0").predicted(layers)
         for tokens, (_, diagonal) in known.items():
             segments = tokens // segment
             cells = []
             for name in names:
-                seconds, operations, _ = found[name]
-                rate = operations / seconds / max(TARGETS[name].machine.products.values())
                 # Groups are narrower at both ends: as many cells as there are, in full steps.
-                cells.append(f"{segments * seconds:.3f} s, {100 * rate:.0f} %")
-            launches = "/".join(dict.fromkeys(str(found[name][2]) for name in names))
+                cells.append(f"{segments * found[name].seconds:.3f} s, {100 * found[name].share:.0f} %")
+            launches = "/".join(dict.fromkeys(str(len(found[name].launches)) for name in names))
             print(f"| {shape}, {segment} + {MEMORY} | {tokens} | {launches} | {diagonal} s | {' | '.join(cells)} |")
 
 

@@ -10,14 +10,17 @@ import torch
 
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture.own_modes import own_modes
+from rmtc.codegen.triton.targets import TARGETS, Target
 from rmtc.errors import CaptureError, RefusedError, RmtcError
 from rmtc.ir.explanation import Explanation
 from rmtc.ir.schedule import Dependence
+from rmtc.kernels import kernels_on
 from rmtc.passes.operations_view import operations_view
 from rmtc.passes.pipeline import passes, retime_loop
 from rmtc.passes.prove import remedy
 from rmtc.passes.strip_mine import strips
 from rmtc.passes.summary import class_summaries
+from rmtc.runtime.backends import nearest
 from rmtc.runtime.estimate import candidates, kind_named, ways
 
 __all__ = ["dump", "explain", "explanation_of"]
@@ -30,6 +33,7 @@ def explain(
     segment_length: int | None = None,
     segments: int | None = None,
     schedule: str | None = None,
+    target: str | None = None,
 ) -> Callable[..., Explanation]:
     """Find the segment loop of a model or function, its dependences, and prove a schedule.
 
@@ -45,6 +49,8 @@ def explain(
             run for so many, some 15 ms each.
         schedule: a kind as in :func:`rmtc.compile` that is to be among the candidates: ``"fission"`` is left out
             otherwise where more operations are in sequence with it.
+        target: a GPU, one of ``rmtc kernels --target``, for which the answer is to have the kernels that
+            ``backend="triton"`` would run, and what they are predicted to take.
 
     Returns:
         A callable that takes the arguments of one call of ``function`` and returns an :class:`Explanation`. A
@@ -53,7 +59,7 @@ def explain(
 
     Raises:
         TypeError: if ``function`` cannot be called.
-        ValueError: if ``segments`` is below 1, or there is no such kind of schedule.
+        ValueError: if ``segments`` is below 1, or there is no such kind of schedule or target.
         CaptureError: (from the call) if the call is no loop over segments, or its code cannot be traced.
         VerifyError: (from the call) if rmtc's own result fails its check.
 
@@ -68,10 +74,12 @@ def explain(
         raise ValueError(f"segments is at least 1, not {segments}")
 
     always = schedule is not None and kind_named(schedule) == "fission"
+    if target is not None and target not in TARGETS:
+        raise ValueError(f"there is no target {target!r}{nearest(target, list(TARGETS))}")
 
     def call(*args: Any, **kwargs: Any) -> Explanation:
         with own_modes(function):
-            return _explanation(function, args, kwargs, layers, segment_length, segments, always)
+            return _explanation(function, args, kwargs, layers, segment_length, segments, always, target)
 
     return call
 
@@ -134,6 +142,7 @@ def _explanation(
     segment_length: int | None,
     segments: int | None,
     always: bool,
+    target: str | None,
 ) -> Explanation:
     opened: list[Analysis] = []
     try:
@@ -148,7 +157,18 @@ def _explanation(
             remedy=refusal.remedy,
             cycle=tuple(each for each in refusal.cycle if isinstance(each, Dependence)),
         )
-    return _answer(_blank(function, analysis), analysis, always)
+    answer = _answer(_blank(function, analysis), analysis, always)
+    return answer if target is None or answer.schedule is None else _fused(answer, analysis, TARGETS[target])
+
+
+def _fused(answer: Explanation, analysis: Analysis, target: Target) -> Explanation:
+    """The answer with the kernels of its bodies."""
+    answer = replace(answer, target=f"{target.name} ({target.card})")
+    try:
+        bodies = kernels_on(target, analysis, "shortest")
+    except RmtcError as error:
+        return replace(answer, unfused=error.reason if isinstance(error, RefusedError) else str(error))
+    return replace(answer, kernels=tuple(body.predicted() for body in bodies))
 
 
 def _admit(analysis: Analysis, segments: int) -> None:

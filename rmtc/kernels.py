@@ -19,13 +19,15 @@ from rmtc.codegen.triton.offline import Binary, OfflineError, compile_for
 from rmtc.codegen.triton.targets import TARGETS, Target
 from rmtc.errors import RefusedError
 from rmtc.ir.array import Outside
+from rmtc.ir.explanation import FusedKernel, FusedStep
 from rmtc.ir.wavefront import WavefrontProgram
+from rmtc.passes.fusion_groups import kind_of, operations_of, work
 from rmtc.runtime.executor import Emission
 from rmtc.runtime.triton import Triton
 from rmtc.runtime.variant import Variant
 from rmtc.runtime.weights import Weights
 
-__all__ = ["BodyKernels", "kernels_of", "resource_table", "written"]
+__all__ = ["BodyKernels", "kernels_of", "kernels_on", "resource_table", "written"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,23 @@ class BodyKernels:
         lines = [f"# {self.body.nest.name}: {len(self.launches)} kernels, {self.cells} cells at most"]
         lines += [f"# left to torch: {' '.join(each.split())}" for each in self.fallbacks]
         return "\n".join([*lines, "", *(launch.source.text for launch in self.launches)])
+
+    def predicted(self, cells: int | None = None) -> FusedStep:
+        """What a step of so many cells takes by the target's roofline; of its widest group, if it is not said."""
+        cells, machine = cells or self.cells, self.target.machine
+        found, dtypes = list[FusedKernel](), dict[torch.dtype, float]()
+        for group in self.body.groups:
+            names = tuple(op.label for op in operations_of(group, self.body.nest))
+            if isinstance(group, Outside):
+                found.append(FusedKernel("", kind_of(group), names))
+                continue
+            moved, products, _ = (cells * each for each in work(group, machine))
+            dtype, name = group.written[0].dtype, self.body.launches[group].source.name
+            dtypes[dtype] = dtypes.get(dtype, 0.0) + products
+            seconds = max(machine.launch, moved / machine.bandwidth, products / machine.rate(dtype))
+            found.append(FusedKernel(name, kind_of(group), names, moved, products, seconds))
+        most = max(dtypes, key=dtypes.__getitem__, default=torch.float32)
+        return FusedStep(self.name, cells, str(most).removeprefix("torch."), tuple(found), machine.rate(most))
 
     def compile(self) -> list[Binary]:
         """The kernels as the target has them.
@@ -99,10 +118,16 @@ def kernels_of(
         analysis = analyze(function, args, kwargs or {}, layers=layers, segment_length=segment_length)
     if analysis.proven is None:
         raise RefusedError("no schedule was found")
-    return {name: _on(TARGETS[name], analysis, schedule) for name in targets}
+    return {name: kernels_on(TARGETS[name], analysis, schedule) for name in targets}
 
 
-def _on(target: Target, analysis: Analysis, schedule: str) -> tuple[BodyKernels, ...]:
+def kernels_on(target: Target, analysis: Analysis, schedule: str) -> tuple[BodyKernels, ...]:
+    """The kernels of an analysed call on one target.
+
+    Raises:
+        RefusedError, CaptureError: if the call has no such schedule.
+    """
+
     def backend(program: WavefrontProgram, weights: Weights) -> _Seen:
         return _Seen(program, Weights(), given=target)  # the model's own stay where they are
 

@@ -144,7 +144,7 @@ def test_explain_prints_the_explanation_and_nothing_else_to_stdout(api: Api, mod
     assert "noise" in result.err
     assert api.args == (3, 8, "x")
     assert api.kwargs == {"flag": True}
-    assert api.hints == {"layers": None, "segment_length": None, "segments": None}
+    assert api.hints == {"layers": None, "segment_length": None, "segments": None, "target": "sm_90"}
 
 
 def test_explain_says_why_a_cell_runs_when_it_does(api: Api) -> None:
@@ -204,7 +204,7 @@ def test_json_of_both_commands(api: Api) -> None:
 
 def test_hints_are_passed_on(api: Api) -> None:
     assert rmtc("explain", "user_models.py:build", "--layers", "model.layers", "--segment-length", "64").code == 0
-    assert api.hints == {"layers": "model.layers", "segment_length": 64, "segments": None}
+    assert api.hints == {"layers": "model.layers", "segment_length": 64, "segments": None, "target": "sm_90"}
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_triton import SMALL
 
+import rmtc
 from rmtc.codegen.triton.offline import OfflineError
 from rmtc.codegen.triton.targets import TARGETS
 from rmtc.errors import RefusedError
 from rmtc.examples import armt_llama
 from rmtc.kernels import kernels_of
+from rmtc.report import explanation_json
 from rmtc.runtime.triton import Triton
 
 SIZES = json.dumps({**SMALL, "layers": 2, "dtype": "bfloat16"})
@@ -95,3 +98,25 @@ def test_emission_gives_the_same_text_again() -> None:
         model, args = armt_llama.build(**{**SMALL, "layers": 2})
         texts.append([str(body) for body in kernels_of(model, args, targets=["sm_100"])["sm_100"]])
     assert texts[0] == texts[1]
+
+
+def test_explain_shows_kernels_and_what_they_are_predicted_to_take() -> None:
+    model, args = armt_llama.build(**{**SMALL, "layers": 2}, dtype="bfloat16")
+    answer = rmtc.explain(model, target="sm_90")(*args)
+    steps = {step.name: step for step in answer.kernels}
+    bodies = {body.name: body for body in kernels_of(model, args, targets=["sm_90"])["sm_90"]}
+    assert steps.keys() == bodies.keys() >= {"C0", "C1"} and answer.target == "sm_90 (H100 SXM)"
+    for name, step in steps.items():
+        assert [each.name for each in step.launches] == [each.source.name for each in bodies[name].launches]
+        assert step.dtype == "bfloat16" and step.peak == TARGETS["sm_90"].machine.products[torch.bfloat16]
+        assert step.seconds > 3.9e-6 * len(step.launches) and 0 < step.share < 1
+    named = [name for each in steps["C0"].launches for name in each.operations]
+    assert named.index("rmtc::add_linear") > named.index("scaled_dot_product_attention") > named.index("linear")
+    wide = bodies["C0"].predicted(4096)
+    assert wide.share > 100 * steps["C0"].share and wide.seconds > steps["C0"].seconds
+    text = str(answer)
+    assert "As kernels on sm_90 (H100 SXM)" in text and f"C0, 2 cells in bfloat16: {len(steps['C0'].launches)}" in text
+    assert json.loads(explanation_json(answer))["kernels"][0]["launches"][0]["kind"] in ("product", "rows")
+    assert not rmtc.explain(model)(*args).kernels
+    with pytest.raises(ValueError, match="no target 'sm_91'; did you mean 'sm_90'"):
+        rmtc.explain(model, target="sm_91")

@@ -189,6 +189,9 @@ def explain(
         str | None,
         typer.Option("--why", metavar="CELL", help="Print only why a cell, such as s3.l2, runs at its step."),
     ] = None,
+    target: Annotated[
+        str, typer.Option("--target", metavar="NAME", help="The GPU for which kernels and their times are predicted.")
+    ] = "sm_90",
     settings: Settings = None,
     layers: LayersHint = None,
     segment_length: LengthHint = None,
@@ -197,7 +200,7 @@ def explain(
     output: Output = None,
     debug: Debug = False,
 ) -> None:
-    """Print what depends on what, the schedule and its proof, or the refusal and its reason."""
+    """Print what depends on what, the schedule and its proof, the kernels of a step, or the refusal and its reason."""
     with reporting(debug):
         check_output(output)
         from rmtc.ir.why import read_cell
@@ -205,7 +208,8 @@ def explain(
         wanted = read_cell(cell) if cell is not None else None
         if cell is not None and wanted is None:
             raise UsageError(f"--why takes a cell such as s3.l2, layer 2 on segment 3, got {cell!r}")
-        answer = _explain(model, settings, layers, segment_length, debug)
+        _check_targets([target])
+        answer = _explain(model, settings, layers, segment_length, debug, target=None if wanted else target)
         if wanted is not None and not isinstance(answer, RefusedError) and answer.layers:
             emit(_why(answer, wanted, json), output)
         elif json:
@@ -244,13 +248,10 @@ def kernels(
 ) -> None:
     """Print the Triton kernels of a model's layers, or compile them for GPUs that need not be there."""
     with reporting(debug):
-        from rmtc.codegen.triton.targets import TARGETS
         from rmtc.kernels import kernels_of, resource_table, written
 
         names = list(dict.fromkeys(target or (["sm_90"] if resources else [])))
-        for name in names:
-            if name not in TARGETS:
-                raise UsageError(f"there is no target {name!r}", remedy=f"take one of {', '.join(TARGETS)}")
+        _check_targets(names)
         with progress(f"rmtc: capturing {model}"):
             loaded = load(model, parse_settings(settings or ()))
             bodies = kernels_of(
@@ -490,6 +491,14 @@ def _form(form: Format | None, json: bool) -> Format:
     return Format.json if json else form or Format.text
 
 
+def _check_targets(names: Sequence[str]) -> None:
+    from rmtc.codegen.triton.targets import TARGETS
+
+    for name in names:
+        if name not in TARGETS:
+            raise UsageError(f"there is no target {name!r}", remedy=f"take one of {', '.join(TARGETS)}")
+
+
 def _explain(
     model: str,
     settings: list[str] | None,
@@ -498,17 +507,18 @@ def _explain(
     debug: bool,
     segments: int | None = None,
     kind: Kind | None = None,
+    target: str | None = None,
 ) -> Explanation | RefusedError:
     with progress(f"rmtc: explaining {model}"):
-        target = load(model, parse_settings(settings or ()))
+        loaded = load(model, parse_settings(settings or ()))
         from rmtc.api import explain as explain_call
 
         try:
             asked = {"schedule": kind.value} if kind is Kind.fission else {}
             explained = explain_call(
-                target.call, layers=layers, segment_length=segment_length, segments=segments, **asked
+                loaded.call, layers=layers, segment_length=segment_length, segments=segments, target=target, **asked
             )
-            answer = explained(*target.args, **target.kwargs)
+            answer = explained(*loaded.args, **loaded.kwargs)
         except RefusedError as refusal:
             return refusal
     if debug:

@@ -11,7 +11,10 @@ from rmtc.ir.cost import Candidate
 from rmtc.ir.folded import Lasting
 from rmtc.ir.schedule import Dependence, Schedule
 
-__all__ = ["CellClass", "Certificate", "Explanation", "Inequality", "OperationsView", "Recurrence", "Strip"]
+__all__ = [
+    *("CellClass", "Certificate", "Explanation", "FusedKernel", "FusedStep", "Inequality", "OperationsView"),
+    *("Recurrence", "Strip"),
+]
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,55 @@ class OperationsView:
 
 
 @dataclass(frozen=True)
+class FusedKernel:
+    """One launch of a class's body as kernels.
+
+    Attributes:
+        name: the kernel's; empty for a call of torch.
+        kind: ``"product"``, ``"attention"``, ``"rows"`` (what multiplies nothing) or ``"torch"``.
+        operations: what it computes, in order, by PyTorch's names.
+        moved, products: bytes, and floating-point operations of products, of all its cells; 0 of a call of torch.
+        seconds: what it is predicted to take; 0 of a call of torch.
+    """
+
+    name: str
+    kind: str
+    operations: tuple[str, ...]
+    moved: float = 0.0
+    products: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class FusedStep:
+    """A class's body as kernels, for the widest group of the call: a prediction, which nothing was measured for.
+
+    Attributes:
+        name: of the class.
+        cells: how many cells.
+        dtype: of what its products are, ``"bfloat16"``.
+        launches: in order.
+        peak: floating-point operations a second of the card's data sheet in products of this dtype.
+    """
+
+    name: str
+    cells: int
+    dtype: str
+    launches: tuple[FusedKernel, ...]
+    peak: float
+
+    @property
+    def seconds(self) -> float:
+        """Of its kernels, one after another."""
+        return sum(each.seconds for each in self.launches)
+
+    @property
+    def share(self) -> float:
+        """Of the card's peak rate that its products reach then."""
+        return sum(each.products for each in self.launches) / self.seconds / self.peak if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
 class Explanation:
     """The answer of :func:`rmtc.explain` and :func:`rmtc.study`; ``str()`` of it is what the commands print.
 
@@ -177,6 +229,9 @@ class Explanation:
         studied: whether the dependences were given, and not found in a model.
         candidates: the ways to run this call, and what they are estimated to take; as written first.
         costs: where the constants of the estimates come from.
+        target: the GPU that ``kernels`` are for, and its card; empty if none was asked for.
+        kernels: the bodies of layers as kernels; empty if ``unfused`` says why there are none.
+        unfused: why there are no kernels.
     """
 
     name: str
@@ -199,6 +254,9 @@ class Explanation:
     studied: bool = False
     candidates: tuple[Candidate, ...] = field(default=(), compare=False)
     costs: str = field(default="", compare=False)
+    target: str = ""
+    kernels: tuple[FusedStep, ...] = ()
+    unfused: str = ""
 
     @property
     def whole(self) -> Schedule | None:

@@ -5,6 +5,7 @@ Every term (cell, class, distance vector, step, makespan, critical path) is said
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -60,6 +61,7 @@ def explanation_text(explanation: Explanation) -> str:
             _legal(page, explanation.certificate, explanation)
             _best(page, explanation.certificate, explanation)
     operations_text(page, explanation)
+    _kernels(page, explanation)
     if explanation.certificate is not None:
         _assumptions(page, explanation.certificate.assumptions)
     return str(page)
@@ -298,6 +300,43 @@ def _run(explanation: Explanation, schedule: Schedule) -> str:
         )
     blocks = "" if schedule.a else f", {BLOCKS}"
     return f" rmtc.compile runs the model by this schedule{blocks}, and {otherwise}"
+
+
+def _kernels(page: Page, explanation: Explanation) -> None:
+    """The bodies of layers as kernels, and what they are predicted to take."""
+    if not explanation.target:
+        return
+    page.heading(f"As kernels on {explanation.target}")
+    if explanation.unfused:
+        page.text(f"There are none: {explanation.unfused}")
+        return
+    page.text(
+        'backend="triton" runs the operations of a body in a few kernels: products with what comes before and after '
+        "them, attention, and rows, which multiply nothing. A body of two classes, C1_C0, is of cells of both at once. "
+        "Times are predictions by a roofline, nothing was measured: each launch takes the longer of moving what it "
+        "reads and writes and of its products, at the rates of the card's data sheet, and a few microseconds at "
+        "least. rmtc kernels prints the sources."
+    )
+    for step in explanation.kernels:
+        left = sum(each.kind == "torch" for each in step.launches)
+        page.text(
+            f"{step.name}, {count(step.cells, 'cell')} in {step.dtype}: {count(len(step.launches) - left, 'kernel')}, "
+            f"predicted {1e6 * step.seconds:.0f} us, {100 * step.share:.2g} % of the peak rate of products"
+            + (f", and {count(left, 'call')} of torch, of which nothing is predicted" if left else ""),
+            hang=2,
+        )
+        page.table(
+            [
+                (each.kind, f"{1e6 * each.seconds:.1f} us" if each.name else "", _named(each.operations))
+                for each in step.launches
+            ]
+        )
+
+
+def _named(operations: Sequence[str]) -> str:
+    """Operations in order, those that follow themselves once."""
+    runs = ((name, sum(1 for _ in same)) for name, same in itertools.groupby(operations))
+    return ", ".join(name if number == 1 else f"{number} {name}" for name, number in runs)
 
 
 def _estimates(page: Page, explanation: Explanation) -> None:

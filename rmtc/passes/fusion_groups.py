@@ -23,9 +23,10 @@ import torch
 from rmtc.ir.array import Array, Attention, Nest, Outside, Pointwise, Stored, View, base_of
 from rmtc.ir.index import Variable
 from rmtc.ir.kernel import Attend, Kernel, build, build_attention, loads
+from rmtc.ir.segment_loop import BodyOp
 from rmtc.ir.terms import Accumulated, Call, IllegalError, Load, Statistic, free_variables
 
-__all__ = ["ROW", "Groups", "Machine", "estimate", "fusion_groups", "read_by", "work"]
+__all__ = ["ROW", "Groups", "Machine", "estimate", "fusion_groups", "kind_of", "operations_of", "read_by", "work"]
 
 ROW = 8192
 """Columns of a tile of what sums up rows, and multiplies nothing."""
@@ -57,6 +58,10 @@ class Machine:
     pointwise: float = 3e13
     tile: int = 128
 
+    def rate(self, dtype: torch.dtype) -> float:
+        """Floating-point operations a second in products."""
+        return self.products.get(dtype, self.products[torch.float32])
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -76,12 +81,10 @@ class Groups:
             if isinstance(group, Outside):
                 lines.append(f"  {number}: torch  {group.name} = {group.ops[0]}")
                 continue
-            kind = "attention" if isinstance(group, Attend) else "product" if _products(group) else "rows"
             written = ", ".join(each.name for each in group.written)
             read = ", ".join(dict.fromkeys(base_of(each.array).name for each in loads(group)))
-            ops = list(dict.fromkeys(str(op) for array in group.arrays for op in array.ops))
-            lines.append(f"  {number}: {kind}  {written} of {read}")
-            lines += [f"       {op}" for op in ops]
+            lines.append(f"  {number}: {kind_of(group)}  {written} of {read}")
+            lines += [f"       {op}" for op in operations_of(group, self.nest)]
         return "\n".join(lines)
 
 
@@ -237,6 +240,20 @@ class _Cut:
         return found
 
 
+def kind_of(group: Group) -> str:
+    """What a launch is, in a word; ``rows`` is what multiplies nothing."""
+    if isinstance(group, Outside):
+        return "torch"
+    return "attention" if isinstance(group, Attend) else "product" if _products(group) else "rows"
+
+
+def operations_of(group: Group, nest: Nest) -> tuple[BodyOp, ...]:
+    """The operations that a launch does, in the order of its body; of one that several launches do, each has it."""
+    ops = group.ops if isinstance(group, Outside) else [op for array in group.arrays for op in array.ops]
+    order = {id(op): number for number, op in enumerate(op for array in nest.arrays for op in array.ops)}
+    return tuple(sorted({id(op): op for op in ops}.values(), key=lambda op: order[id(op)]))
+
+
 def _written(group: Group) -> tuple[Array, ...]:
     return (group,) if isinstance(group, Outside) else group.written
 
@@ -262,8 +279,7 @@ def estimate(kernel: Kernel | Attend, machine: Machine, cells: int) -> float:
     """Seconds that a launch takes for so many cells."""
     moved, products, others = work(kernel, machine)
     dtype = kernel.written[0].dtype
-    rate = machine.products.get(dtype, machine.products[torch.float32])
-    computing = products / rate + others / machine.pointwise
+    computing = products / machine.rate(dtype) + others / machine.pointwise
     turns = math.ceil(kernel.n.size.value / machine.tile) if isinstance(kernel, Attend) else 0
     if isinstance(kernel, Kernel):
         turns = sum(math.ceil(stage.over.size.value / machine.tile) for stage in kernel.stages)

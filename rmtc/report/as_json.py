@@ -109,6 +109,9 @@ def explanation_json(explanation: Explanation) -> str:
             "strips": [asdict(item) for item in explanation.strips],
             "candidates": [_candidate(item, explanation.segments) for item in explanation.candidates],
             "costs": explanation.costs,
+            "target": explanation.target,
+            "kernels": [{**asdict(item), "seconds": item.seconds, "share": item.share} for item in explanation.kernels],
+            "unfused": explanation.unfused,
             "seconds": explanation.seconds,
         }
     )

@@ -93,8 +93,7 @@ class Binary:
     def seconds(self) -> float:
         """What a launch takes at least by the target's roofline: a prediction."""
         machine = self.target.machine
-        rate = machine.products.get(self.launch.kernel.written[0].dtype, machine.products[torch.float32])
-        return max(self.moved / machine.bandwidth, self.operations / rate)
+        return max(self.moved / machine.bandwidth, self.operations / machine.rate(self.launch.kernel.written[0].dtype))
 
 
 def compile_for(launch: Launch, tensors: Mapping[Array, torch.Tensor], target: Target, cells: int) -> Binary:
