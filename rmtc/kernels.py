@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture.own_modes import own_modes
 from rmtc.codegen.torch.emit import Kernel
+from rmtc.codegen.triton.configs import bucket_of, configs_text
 from rmtc.codegen.triton.emit import TritonBody
 from rmtc.codegen.triton.launch import Launch
 from rmtc.codegen.triton.offline import Binary, OfflineError, compile_for
@@ -179,7 +180,7 @@ def resource_table(binaries: Sequence[Binary]) -> str:
 
 
 def written(bodies: Sequence[BodyKernels], binaries: Sequence[Binary], folder: Path) -> int:
-    """Write sources, and what they were compiled to; how many files."""
+    """Write sources, configurations, and what they were compiled to; how many files."""
     files: dict[Path, str | bytes] = {}
     for body in bodies:
         for launch in body.launches:
@@ -190,6 +191,13 @@ def written(bodies: Sequence[BodyKernels], binaries: Sequence[Binary], folder: P
         name = folder / each.target.name / each.launch.source.name
         files[name.with_suffix(".ptx" if cuda else ".amdgcn")] = each.assembly
         files[name.with_suffix(".cubin" if cuda else ".hsaco")] = each.code
+    launches = [(launch, body.target) for body in bodies for launch in body.launches]
+    files[folder / "configs.json"] = configs_text(
+        (bucket_of(launch.kernel, target, each is launch.big), each.config)
+        for launch, target in launches
+        for each in (launch.plain, launch.big)
+        if each is not None
+    )
     if binaries:
         files[folder / "resources.txt"] = resource_table(binaries) + "\n"
     try:

@@ -78,6 +78,8 @@ def test_the_command_writes_sources_binaries_and_what_they_need(tmp_path: Path) 
     assert "232448" in table and "mma.sync" in table and "prediction" in table
     for path in tmp_path.glob("sm_90/*.py"):
         compile(path.read_text(), path.name, "exec")
+    rows = json.loads((tmp_path / "configs.json").read_text())
+    assert {row["kind"] for row in rows} >= {"product", "attention"} and {row["target"] for row in rows} == {"sm_90"}
 
 
 def test_what_cannot_be_done_here_is_said() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import models
@@ -24,6 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import rmtc
 from rmtc.codegen.torch.emit import emit as emit_torch
+from rmtc.codegen.triton.configs import ConfigError, bucket_of, configs_text
 from rmtc.codegen.triton.emit import TritonBody, grouped_body, made_for
 from rmtc.codegen.triton.emit import emit as emit_triton
 from rmtc.codegen.triton.launch import prepare
@@ -174,6 +177,41 @@ def test_each_kernel_is_what_torch_computes(build: Callable[..., Any], dtype: to
     for number, each in enumerate(emissions(build, dtype=name)):
         kernels += held_against_torch(each, dtype, cells=1 + number % 2, strided=number == 0)
     assert kernels == 27
+
+
+@pytest.mark.slow
+def test_configurations_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a measurement has found overrides the rules, for kernels of its bucket; results stay what they are."""
+    given = emissions(armt_llama.build)[-1]
+    options = {name: value for name, value in given.items() if name not in ("bind", "target")}
+    launches = grouped_body(**options).launches.values()
+    own = {bucket_of(each.kernel): each.plain.config for each in launches}
+    least = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32}
+    other = {
+        bucket: replace(config, blocks={name: least.get(name, size) for name, size in config.blocks.items()}, stages=5)
+        for bucket, config in own.items()
+    }
+    file = tmp_path / "configs.json"
+    file.write_text(configs_text(other.items()))
+    monkeypatch.setenv("RMTC_KERNEL_CONFIGS", str(file))
+    found = {bucket_of(each.kernel): each.plain.config for each in grouped_body(**options).launches.values()}
+    assert found == other != own
+    assert held_against_torch(given, torch.float32, cells=2, strided=False) == 10
+
+    bucket, config = next(each for each in other.items() if each[0].kind == "product")
+    for number, (content, message) in enumerate(
+        (
+            ("{", "holds no configurations"),
+            (json.dumps([{"target": "sm_90"}]), "holds no configurations"),
+            (configs_text([(bucket, replace(config, blocks={**config.blocks, "BLOCK_M": 48}))]), "powers of two"),
+            (configs_text([(bucket, replace(config, blocks={**config.blocks, "BLOCK_M": 8}))]), "BLOCK_M from 16 on"),
+        )
+    ):
+        file = tmp_path / f"wrong{number}.json"
+        file.write_text(content)
+        monkeypatch.setenv("RMTC_KERNEL_CONFIGS", str(file))
+        with pytest.raises(ConfigError, match=message):
+            grouped_body(**options)
 
 
 def ran(fast: Any, steps: int) -> list[TritonBody]:

@@ -1,16 +1,25 @@
-"""The sizes of tiles, warps and stages of kernels."""
+"""The sizes of tiles, warps and stages of kernels: by rules, or from a file of measured ones."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import functools
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from rmtc.codegen.triton.targets import Target
+from rmtc.errors import RefusedError
 from rmtc.ir.kernel import Attend, Kernel
 from rmtc.ir.terms import Call, Pick, within
 from rmtc.passes.fusion_groups import ROW
 
-__all__ = ["Config", "config_of", "is_big"]
+__all__ = ["FILE", "Bucket", "Config", "ConfigError", "bucket_of", "config_of", "configs_text", "is_big"]
+
+FILE = "RMTC_KERNEL_CONFIGS"
+"""The environment variable that names a file of configurations."""
 
 _HEAVY = 8
 """A factor of so many operations needs registers of its own."""
@@ -30,6 +39,33 @@ class Config:
     stages: int = 2
 
 
+class Bucket(NamedTuple):
+    """Kernels that have one configuration, whatever the number of segments and of cells is.
+
+    Attributes:
+        target: its name; ``"interpreter"`` on the CPU.
+        kind: ``"product"``, ``"heavy product"`` (whose factors are computed on the way), ``"persistent product"``,
+            ``"attention"`` or ``"rows"``.
+        dtype: the widest that it writes.
+        m, n, k: rows, columns and depth, of attention queries, keys and the size of a head, as the next power of two.
+        products: that share a loop.
+    """
+
+    target: str
+    kind: str
+    dtype: str
+    m: int
+    n: int
+    k: int
+    products: int
+
+
+class ConfigError(RefusedError):
+    """A file of configurations that cannot be read, or has some that no kernel can have."""
+
+    title = "no configurations"
+
+
 def is_big(kernel: Kernel | Attend) -> bool:
     """Whether a kernel is a product of so many tiles that a program has several of them, and little else."""
     if isinstance(kernel, Attend) or kernel.written[0].dtype.itemsize > 4:
@@ -39,11 +75,72 @@ def is_big(kernel: Kernel | Attend) -> bool:
     return bool(accumulators) and m >= 128 and n >= 256 and depth >= 128 and _weight(kernel) < _HEAVY
 
 
-def config_of(kernel: Kernel | Attend, target: Target | None = None, big: bool = False) -> Config:
-    """A kernel's configuration on a target.
+def bucket_of(kernel: Kernel | Attend, target: Target | None = None, big: bool = False) -> Bucket:
+    """Which configurations a kernel may have."""
+    widest = max((each.dtype for each in kernel.written), key=lambda dtype: dtype.itemsize)
+    if isinstance(kernel, Attend):
+        kind, depth, products = "attention", kernel.e.size.value, 2
+    else:
+        depth = max((stage.over.size.value for stage in kernel.stages), default=1)
+        products = max((len(stage.accumulators) for stage in kernel.stages), default=0)
+        heavy = products and _weight(kernel) >= _HEAVY
+        kind = "rows" if not products else "persistent product" if big else "heavy product" if heavy else "product"
+    m, n, k = (_power(size, 1, 1 << 62) for size in (kernel.m.size.value, kernel.n.size.value, depth))
+    name = target.name if target is not None else "interpreter"
+    return Bucket(name, kind, str(widest).removeprefix("torch."), m, n, k, products)
 
-    Sizes are powers of two: shapes that are not much larger have the same ones.
+
+def config_of(kernel: Kernel | Attend, target: Target | None = None, big: bool = False) -> Config:
+    """A kernel's configuration on a target: that of its bucket in the file ``RMTC_KERNEL_CONFIGS`` names, or by rules.
+
+    Raises:
+        ConfigError: if the file cannot be read, or has one that the kernel cannot have.
     """
+    own = _by_rule(kernel, target, big)
+    if not (file := os.environ.get(FILE)):
+        return own
+    bucket = bucket_of(kernel, target, big)
+    found = _read(Path(file)).get(bucket)
+    if found is None:
+        return own
+    whole = ("BLOCK_E", "BLOCK_D")  # one tile has all of them
+    lowest = 1 if bucket.kind == "rows" else 16
+    least = {name: size if name in whole else lowest for name, size in own.blocks.items()}
+    if found.blocks.keys() != least.keys() or any(found.blocks[name] < size for name, size in least.items()):
+        raise ConfigError(
+            f"{file} has tiles of {dict(found.blocks)} for {', '.join(map(str, bucket))}",
+            remedy=f"give it powers of two: {', '.join(f'{name} from {size} on' for name, size in least.items())}",
+        )
+    return found
+
+
+def configs_text(configs: Iterable[tuple[Bucket, Config]]) -> str:
+    """Configurations as a file has them: JSON, a line each."""
+    rows = [json.dumps({**bucket._asdict(), **asdict(config)}) for bucket, config in dict(configs).items()]
+    return "[\n" + ",\n".join(f" {row}" for row in rows) + "\n]\n"
+
+
+@functools.cache
+def _read(file: Path) -> Mapping[Bucket, Config]:
+    found: dict[Bucket, Config] = {}
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        for row in rows:
+            bucket = Bucket(**{name: row.pop(name) for name in Bucket._fields})
+            config = found[bucket] = Config(**row)
+            sizes = [*config.blocks.values(), config.warps]
+            if any(type(size) is not int or size < 1 or size & (size - 1) for size in sizes) or config.stages < 1:
+                raise ValueError(f"{row}: sizes of tiles and warps are powers of two, and stages 1 or more")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"{FILE} names {file}, which holds no configurations: {error}",
+            remedy="write one with rmtc kernels --out DIR, which puts those of its kernels in DIR/configs.json",
+        ) from error
+    return found
+
+
+def _by_rule(kernel: Kernel | Attend, target: Target | None, big: bool) -> Config:
+    """Sizes are powers of two: shapes that are not much larger have the same ones."""
     m, n = kernel.m.size.value, kernel.n.size.value
     wide = max(each.dtype.itemsize for each in kernel.written)
     amd = target is not None and target.backend == "hip"
