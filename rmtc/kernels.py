@@ -21,6 +21,7 @@ from rmtc.codegen.triton.targets import TARGETS, Target
 from rmtc.errors import RefusedError
 from rmtc.ir.array import Outside
 from rmtc.ir.explanation import FusedKernel, FusedStep
+from rmtc.ir.kernel import Multiply
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.fusion_groups import kind_of, operations_of, work
 from rmtc.runtime.executor import Emission
@@ -60,6 +61,7 @@ class BodyKernels:
     def __str__(self) -> str:
         lines = [f"# {self.body.nest.name}: {len(self.launches)} kernels, {self.cells} cells at most"]
         lines += [f"# left to torch: {' '.join(each.split())}" for each in self.fallbacks]
+        lines += [f"# torch.bmm: {', '.join(map(str, each.array.ops))}" for each in self.body.multiplied]
         return "\n".join([*lines, "", *(launch.source.text for launch in self.launches)])
 
     def predicted(self, cells: int | None = None) -> FusedStep:
@@ -72,7 +74,8 @@ class BodyKernels:
                 found.append(FusedKernel("", kind_of(group), names))
                 continue
             moved, products, _ = (cells * each for each in work(group, machine))
-            dtype, name = group.written[0].dtype, self.body.launches[group].source.name
+            dtype = group.written[0].dtype
+            name = "" if isinstance(group, Multiply) else self.body.launches[group].source.name
             dtypes[dtype] = dtypes.get(dtype, 0.0) + products
             seconds = max(machine.launch, moved / machine.bandwidth, products / machine.rate(dtype))
             found.append(FusedKernel(name, kind_of(group), names, moved, products, seconds))

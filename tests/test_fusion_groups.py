@@ -17,7 +17,7 @@ from rmtc.ir.array import Array, Nest, Outside, Pointwise, Product, Reduction, S
 from rmtc.ir.index import Index
 from rmtc.ir.kernel import Attend, Kernel, build, loads
 from rmtc.ir.terms import IllegalError
-from rmtc.passes.fusion_groups import Groups, fusion_groups, read_by
+from rmtc.passes.fusion_groups import Groups, Machine, fusion_groups, kind_of, read_by
 
 
 def stored(name: str, *shape: int) -> Stored:
@@ -125,3 +125,21 @@ def test_attention_takes_rotations_in() -> None:
         options = {name: value for name, value in given.items() if name not in ("bind", "target")}
         kinds += [group for group in grouped_body(**options).groups if isinstance(group, Attend)]
     assert kinds and all("rotated" in source_of(each, "k", Style()).name for each in kinds)
+
+
+def test_a_library_multiplies_where_that_takes_less() -> None:
+    """Of two products one is all that is asked for; of the other, memory costs more than a library may gain."""
+
+    def kinds(own: float, depth: int) -> list[str]:
+        a, x, y, w = stored("a", 999, depth), stored("x", 4096, depth), stored("y", 4096, 512), stored("w", depth, 512)
+        alone, inner = product("alone", a, w), product("inner", x, w)
+        result = pointwise("result", "mul", inner, y)
+        nest = Nest(
+            "body", (a, x, y, w, alone, inner, result), {each.name: each for each in (a, x, y, w)}, (alone, result)
+        )
+        machine = Machine(products={torch.float32: 6e13}, own={torch.float32: own})
+        return sorted(kind_of(group) for group in fusion_groups(nest, lambda view: False, machine).groups)
+
+    assert kinds(1.0, 4096) == ["product", "product"]
+    assert kinds(0.9, 512) == ["library", "product"]
+    assert kinds(0.2, 512) == ["library", "library", "rows"]

@@ -38,6 +38,7 @@ from rmtc.ir.array import Array, Outside, Pointwise, Product, Stored, View
 from rmtc.ir.index import Index
 from rmtc.ir.kernel import build
 from rmtc.kernels import kernels_of
+from rmtc.passes.fusion_groups import Machine
 from rmtc.runtime.executor import _Walk
 from rmtc.runtime.triton import Triton, launches_on
 
@@ -222,6 +223,21 @@ def ran(fast: Any, steps: int) -> list[TritonBody]:
     found = list(bodies(runner_of(fast)))
     assert found and not any(isinstance(group, Outside) for body in found for group in body.groups)
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["attributes", "attention"])
+def test_products_of_a_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ours are estimated to be slow: what is around them stays in kernels."""
+    slow = partial(Machine, own={torch.float64: 1e-9}, launch=0.0, turn=0.0)
+    monkeypatch.setattr("rmtc.codegen.triton.emit.Machine", slow)
+    twins = Twins(MODELS[name], schedule="shortest", backend="triton")
+    for segments, batch, short in ((4, 2, 0), (4, 2, 0), (4, 1, 1)):
+        twins.call(models.text(segments, batch, tail=models.SEGMENT - short).double())
+    found = list(bodies(runner_of(twins.fast)))
+    assert all(body.multiplied and body.launches for body in found)
+    assert not any(isinstance(group, Outside) for body in found for group in body.groups)
+    assert runner_of(twins.fast)._standing is not None
 
 
 class Norm(nn.Module):

@@ -161,10 +161,11 @@ class FusedKernel:
 
     Attributes:
         name: the kernel's; empty for a call of torch.
-        kind: ``"product"``, ``"attention"``, ``"rows"`` (what multiplies nothing) or ``"torch"``.
+        kind: ``"product"``, ``"attention"``, ``"rows"`` (what multiplies nothing), ``"library"`` (a product alone, by
+            torch.bmm) or ``"torch"``.
         operations: what it computes, in order, by PyTorch's names.
-        moved, products: bytes, and floating-point operations of products, of all its cells; 0 of a call of torch.
-        seconds: what it is predicted to take; 0 of a call of torch.
+        moved, products: bytes, and floating-point operations of products, of all its cells; 0 of ``"torch"``.
+        seconds: what it is predicted to take; 0 of ``"torch"``.
     """
 
     name: str

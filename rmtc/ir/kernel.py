@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from rmtc.ir.array import Array, Attention, Indices, base_of
+from rmtc.ir.array import Array, Attention, Indices, Product, Stored, base_of
 from rmtc.ir.index import Index, Variable, product_of
 from rmtc.ir.terms import (
     Accumulated,
@@ -26,7 +26,7 @@ from rmtc.ir.terms import (
     within,
 )
 
-__all__ = ["Attend", "Kernel", "Output", "Stage", "build", "build_attention", "loads"]
+__all__ = ["Attend", "Kernel", "Multiply", "Output", "Stage", "build", "build_attention", "loads", "multiplied"]
 
 Free: TypeAlias = Callable[[Term], frozenset[Variable]]
 
@@ -113,8 +113,53 @@ class Attend:
         return within(each for each in (self.query, self.key, self.value, self.mask) if each is not None)
 
 
-def loads(kernel: Kernel | Attend) -> list[Load]:
+@dataclass(frozen=True, eq=False)
+class Multiply:
+    """A product of what lies in memory, by a library.
+
+    Attributes:
+        array: the product, of matrices, or of as many on both sides.
+        kernel: what computes the same.
+    """
+
+    array: Product
+    kernel: Kernel
+
+    @property
+    def written(self) -> tuple[Array, ...]:
+        """What it writes."""
+        return (self.array,)
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """The arrays that it computes."""
+        return self.kernel.arrays
+
+
+def multiplied(kernel: Kernel, stored: Callable[[Array], bool]) -> Multiply | None:
+    """A kernel as a product by a library; None if it is more than that, or its operands are not in memory.
+
+    Args:
+        kernel: the kernel.
+        stored: whether an array is in memory.
+    """
+    product = kernel.written[0]
+    if not isinstance(product, Product) or len(kernel.written) > 1:
+        return None
+    left, right = product.left, product.right
+    bases = [base_of(each) for each in (left, right)]
+    alike = not right.sizes[:-2] or left.shape[:-2] == right.shape[:-2] == product.shape[:-2]
+    shared = any(isinstance(each, Stored) and each.cells > 1 for each in bases)  # a row of it is for several cells
+    real = left.dtype == right.dtype == product.dtype and product.dtype.is_floating_point
+    if not (alike and real and not shared and stored(left) and stored(right)):
+        return None
+    return Multiply(product, kernel)
+
+
+def loads(kernel: Kernel | Attend | Multiply) -> list[Load]:
     """What a kernel reads from memory."""
+    if isinstance(kernel, Multiply):
+        kernel = kernel.kernel
     return list(dict.fromkeys(term for term in kernel.terms() if isinstance(term, Load)))
 
 

@@ -318,16 +318,18 @@ def _kernels(page: Page, explanation: Explanation) -> None:
         "least. rmtc kernels prints the sources."
     )
     for step in explanation.kernels:
-        left = sum(each.kind == "torch" for each in step.launches)
+        left, others = (sum(each.kind == kind for each in step.launches) for kind in ("torch", "library"))
         page.text(
-            f"{step.name}, {count(step.cells, 'cell')} in {step.dtype}: {count(len(step.launches) - left, 'kernel')}, "
-            f"predicted {1e6 * step.seconds:.0f} us, {100 * step.share:.2g} % of the peak rate of products"
+            f"{step.name}, {count(step.cells, 'cell')} in {step.dtype}: "
+            f"{count(len(step.launches) - left - others, 'kernel')}"
+            + (f" and {count(others, 'product')} by a library, " if others else ", ")
+            + f"predicted {1e6 * step.seconds:.0f} us, {100 * step.share:.2g} % of the peak rate of products"
             + (f", and {count(left, 'call')} of torch, of which nothing is predicted" if left else ""),
             hang=2,
         )
         page.table(
             [
-                (each.kind, f"{1e6 * each.seconds:.1f} us" if each.name else "", _named(each.operations))
+                (each.kind, f"{1e6 * each.seconds:.1f} us" if each.seconds else "", _named(each.operations))
                 for each in step.launches
             ]
         )

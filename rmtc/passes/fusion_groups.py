@@ -8,7 +8,8 @@ and kernels over the same rows become one.
     a = linear(x, w); b = silu(a); c = b * y      ->      [a b c]  c = silu(linear(x, w)) * y
 
 What it takes is a roofline: a launch takes a time of its own, and the longer of moving what it reads and writes, and of
-computing. An array that is computed by several tiles or kernels counts once for each.
+computing. An array that is computed by several tiles or kernels counts once for each. A product of what lies in memory
+is left to a library where that takes less: its products may be faster, but nothing is computed on their way.
 """
 
 from __future__ import annotations
@@ -22,16 +23,28 @@ import torch
 
 from rmtc.ir.array import Array, Attention, Nest, Outside, Pointwise, Stored, View, base_of
 from rmtc.ir.index import Variable
-from rmtc.ir.kernel import Attend, Kernel, build, build_attention, loads
+from rmtc.ir.kernel import Attend, Kernel, Multiply, build, build_attention, loads, multiplied
 from rmtc.ir.segment_loop import BodyOp
 from rmtc.ir.terms import Accumulated, Call, IllegalError, Load, Statistic, free_variables
 
-__all__ = ["ROW", "Groups", "Machine", "estimate", "fusion_groups", "kind_of", "operations_of", "read_by", "work"]
+__all__ = [
+    "ROW",
+    "Computed",
+    "Groups",
+    "Machine",
+    "estimate",
+    "fusion_groups",
+    "kind_of",
+    "operations_of",
+    "read_by",
+    "work",
+]
 
 ROW = 8192
 """Columns of a tile of what sums up rows, and multiplies nothing."""
 
-Group: TypeAlias = Kernel | Attend | Outside
+Computed: TypeAlias = Kernel | Attend | Multiply
+Group: TypeAlias = Computed | Outside
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,8 @@ class Machine:
         turn: seconds that a turn of a tile's loop takes at least.
         bandwidth: bytes a second of memory.
         cached: how many times as fast what was read before is read again.
-        products: floating-point operations a second in products, by dtype; of others, the first.
+        products: floating-point operations a second in products, by dtype; of others, that of float32.
+        own: the part of that which products in kernels reach, of what a library's do; 1 where nothing is known.
         pointwise: other operations a second.
         tile: rows and columns of a tile.
     """
@@ -57,6 +71,7 @@ class Machine:
     )
     pointwise: float = 3e13
     tile: int = 128
+    own: Mapping[torch.dtype, float] = field(default_factory=dict)
 
     def rate(self, dtype: torch.dtype) -> float:
         """Floating-point operations a second in products."""
@@ -108,7 +123,7 @@ class _Cut:
             if isinstance(each, Outside):
                 self.kept |= {self._kept(read) for read in each.reads}
         self.stored = {each for each in nest.arrays if not isinstance(each, View)} | self.kept
-        self.kernels: dict[Array, Kernel | Attend] = {}
+        self.kernels: dict[Array, Computed] = {}
 
     def _kept(self, array: Array) -> Array:
         """What has to lie in memory for an array to."""
@@ -121,12 +136,14 @@ class _Cut:
             return True
         return isinstance(array, View) and self.viewed(array) and self.in_memory(array.source)
 
-    def build(self, outputs: Sequence[Array]) -> Kernel | Attend:
+    def build(self, outputs: Sequence[Array]) -> Computed:
         if isinstance(outputs[0], Attention):
             if len(outputs) > 1:
                 raise IllegalError("attention has one result")
             return build_attention(outputs[0], self.in_memory)
-        return build(outputs, self.in_memory)
+        kernel = build(outputs, self.in_memory)
+        library = multiplied(kernel, self.in_memory)
+        return library if library is not None and self.time(library) < self.time(kernel) else kernel
 
     def groups(self) -> Groups:
         made = [each for each in self.nest.arrays if each in self.stored and not isinstance(each, (Stored, Outside))]
@@ -173,10 +190,10 @@ class _Cut:
         self.kernels.update(new)
         return True
 
-    def time(self, kernel: Kernel | Attend) -> float:
+    def time(self, kernel: Computed) -> float:
         return estimate(kernel, self.machine, self.cells)
 
-    def _merged(self) -> list[Kernel | Attend]:
+    def _merged(self) -> list[Computed]:
         """Kernels over the same rows as one, where that takes less."""
         place = {array: number for number, array in enumerate(self.nest.arrays)}
         found = [self.kernels[each] for each in sorted(self.kernels, key=place.__getitem__)]
@@ -194,7 +211,7 @@ class _Cut:
                     break
         return found
 
-    def _both(self, one: Kernel | Attend, other: Kernel | Attend, found: Sequence[Kernel | Attend]) -> Kernel | None:
+    def _both(self, one: Computed, other: Computed, found: Sequence[Computed]) -> Kernel | None:
         if isinstance(one, Attend) or isinstance(other, Attend):
             return None
         if not _alike(one.written[0], other.written[0]) or self._between(one, other, found):
@@ -224,7 +241,7 @@ class _Cut:
                 todo += [writer[array] for array in read_by(group) if array in writer]
         return False
 
-    def _ordered(self, kernels: Sequence[Kernel | Attend]) -> list[Group]:
+    def _ordered(self, kernels: Sequence[Computed]) -> list[Group]:
         place = {array: number for number, array in enumerate(self.nest.arrays)}
         outside = {id(each.op): each for each in self.nest.arrays if isinstance(each, Outside)}.values()
         left: list[Group] = sorted([*kernels, *outside], key=lambda group: max(place[each] for each in _written(group)))
@@ -242,8 +259,8 @@ class _Cut:
 
 def kind_of(group: Group) -> str:
     """What a launch is, in a word; ``rows`` is what multiplies nothing."""
-    if isinstance(group, Outside):
-        return "torch"
+    if isinstance(group, (Multiply, Outside)):
+        return "library" if isinstance(group, Multiply) else "torch"
     return "attention" if isinstance(group, Attend) else "product" if _products(group) else "rows"
 
 
@@ -275,19 +292,25 @@ def _products(kernel: Kernel) -> list[Accumulated]:
     return [each for stage in kernel.stages for each in stage.accumulators]
 
 
-def estimate(kernel: Kernel | Attend, machine: Machine, cells: int) -> float:
+def estimate(kernel: Computed, machine: Machine, cells: int) -> float:
     """Seconds that a launch takes for so many cells."""
     moved, products, others = work(kernel, machine)
-    dtype = kernel.written[0].dtype
-    computing = products / machine.rate(dtype) + others / machine.pointwise
+    rate, dtype = 1.0, kernel.written[0].dtype
+    if isinstance(kernel, Multiply):
+        kernel = kernel.kernel
+    else:
+        rate = machine.own.get(dtype, 1.0)
+    computing = products / (rate * machine.rate(dtype)) + others / machine.pointwise
     turns = math.ceil(kernel.n.size.value / machine.tile) if isinstance(kernel, Attend) else 0
     if isinstance(kernel, Kernel):
         turns = sum(math.ceil(stage.over.size.value / machine.tile) for stage in kernel.stages)
     return machine.launch + turns * machine.turn + cells * max(moved / machine.bandwidth, computing)
 
 
-def work(kernel: Kernel | Attend, machine: Machine) -> tuple[float, float, float]:
+def work(kernel: Computed, machine: Machine) -> tuple[float, float, float]:
     """Bytes that are moved, operations of products, and others, of a cell."""
+    if isinstance(kernel, Multiply):
+        return work(kernel.kernel, machine)
     m, n = kernel.m.size.value, kernel.n.size.value
     columns = machine.tile if isinstance(kernel, Attend) or _products(kernel) or not kernel.stages else ROW
     tiles = {kernel.m: math.ceil(m / machine.tile), kernel.n: math.ceil(n / columns)}

@@ -19,8 +19,8 @@ from rmtc.codegen.triton.lower import Given, lower
 from rmtc.codegen.triton.source import cells_of
 from rmtc.codegen.triton.targets import Target
 from rmtc.ir.array import Array, Attention, Nest, Outside, View, base_of
-from rmtc.ir.kernel import Kernel as Computed
-from rmtc.ir.kernel import Output, loads
+from rmtc.ir.kernel import Kernel as Fused
+from rmtc.ir.kernel import Multiply, Output, loads
 from rmtc.ir.program import map_leaves
 from rmtc.ir.segment_loop import BodyOp, Environment
 from rmtc.ir.terms import Term, parts, within
@@ -119,7 +119,7 @@ def grouped_body(
     machine = target.machine if target is not None else Machine()
     nest = _with_results(nest, layouts)
     groups = fusion_groups(nest, lambda view: layouts.of(view) is not None, machine)
-    kernels = [each for each in groups.groups if not isinstance(each, Outside)]
+    kernels = [each for each in groups.groups if not isinstance(each, (Multiply, Outside))]
     return TritonBody(groups, prepare(kernels, name, layouts.strides, target), operands, group)
 
 
@@ -193,6 +193,7 @@ class TritonBody:
     def kernel(self, name: str, bind: bool) -> Kernel:
         """As the executor knows it."""
         texts = [launch.source.text for launch in self.launches.values()]
+        texts += [f"# torch.bmm: {', '.join(map(str, each.array.ops))}" for each in self.multiplied]
         texts += [kernel.source for kernel in self.outside.values()]
         source, file = "\n\n".join(texts), f"<rmtc {name} in Triton {id(self)}>"
         fallbacks = tuple(str(each.ops[0]) for each in self.groups if isinstance(each, Outside))
@@ -204,6 +205,11 @@ class TritonBody:
             homes = frozenset(leaf.number for leaf in written.values())
             bound = Bound(source, self.bind, (), kinds, homes, file) if self._all_made(own) else None
         return Kernel(name, source, tuple(self.passed), self.kinds, self.run, bound, fallbacks, file)
+
+    @property
+    def multiplied(self) -> list[Multiply]:
+        """The products that are left to a library."""
+        return [each for each in self.groups if isinstance(each, Multiply)]
 
     def _all_made(self, results: Sequence[Array]) -> bool:
         """Whether kernels write these, for each cell."""
@@ -223,7 +229,7 @@ class TritonBody:
                 continue
             readers = [group for group in self.groups if array in read_by(group)]
             last = readers[-1] if readers else None
-            if not isinstance(last, Computed):
+            if not isinstance(last, Fused):
                 continue
             for output in last.outputs:
                 made = output.array
@@ -243,9 +249,12 @@ class TritonBody:
             if isinstance(group, Outside):
                 self._outside(group, tensors, size, numbers)
                 continue
-            launch = self.launches[group]
             for array in group.written:
                 tensors[array] = made_for(array, cells, self._device(tensors))
+            if isinstance(group, Multiply):
+                self._multiply(group, tensors, cells)()
+                continue
+            launch = self.launches[group]
             pointers = {array: self._tensor(array, tensors) for array in launch.source.pointers}
             if any(isinstance(each, FakeTensor) for each in pointers.values()):  # only to see what would be launched
                 self.launched[group] = pointers
@@ -285,9 +294,12 @@ class TritonBody:
                     place = next(fits, None)
                     memory[array] = work(shape, array.dtype) if place is None else free.pop(place)
                     tensors[array] = _shaped(array, memory[array])
-            launch = self.launches[group]
-            pointers = {each: self._tensor(each, tensors, stays=True) for each in launch.source.pointers}
-            calls.append(launch.bind(pointers, size))
+            if isinstance(group, Multiply):
+                calls.append(self._multiply(group, tensors, size, stays=True))
+            else:
+                launch = self.launches[group]
+                pointers = {each: self._tensor(each, tensors, stays=True) for each in launch.source.pointers}
+                calls.append(launch.bind(pointers, size))
             free += [memory.pop(array) for array, when in last.items() if when == number and array in memory]
         made = self._results(tensors, size, stays=True)
 
@@ -349,6 +361,24 @@ class TritonBody:
                 tensors[array] = array.view(source.contiguous())
         return tensors[array]
 
+    def _multiply(self, group: Multiply, tensors: _Tensors, cells: int, stays: bool = False) -> Callable[[], Any]:
+        """What has a library write a product."""
+        product = group.array
+        lead = cells if product.grouped else 1
+        left, right, into = (
+            value if array.grouped else value.expand(lead, *value.shape)
+            for array in (product.left, product.right, product)
+            for value in [self._tensor(array, tensors, stays)]
+        )
+        # Rows of several matrices by one are rows of one; else they are multiplied in pairs.
+        rows = lead if right.dim() == 3 else -1
+
+        def matrices(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.reshape(lead, -1, tensor.shape[-1]) if rows == lead else tensor.flatten(0, -3)
+
+        found = into.view(matrices(into).shape)
+        return lambda: torch.bmm(matrices(left), matrices(right), out=found)
+
     def _outside(self, array: Outside, tensors: _Tensors, size: int | None, numbers: Sequence[Any]) -> None:
         """Run an operation with torch."""
         read = list(dict.fromkeys(array.reads))
@@ -405,7 +435,7 @@ def _shaped(array: Array, rows: torch.Tensor) -> torch.Tensor:
     return found if array.grouped else found[0]
 
 
-def _in_place(kernel: Computed, output: Output, array: Array) -> bool:
+def _in_place(kernel: Fused, output: Output, array: Array) -> bool:
     """Whether a kernel may write an output where it reads an array: all loads come before all stores of a tile."""
     sums: list[Term] = []
     for stage in kernel.stages:
