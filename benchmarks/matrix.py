@@ -4,14 +4,16 @@ python benchmarks/matrix.py --check --inductor --memory --lengths --dtype float3
 
 Columns: the unmodified model (eager), its layers under torch.compile, full attention of the same base model over the
 whole text (of another model, that is: it has no memory), rmtc with each backend, the grouped step as one would write it
-(by hand, the yardstick: `plain.py`), that with weights changed and calls prepared (tuned by hand: `by_hand.py`) and the
-matrix products of the latter alone (the floor). What compiles takes long: only with ``--inductor``.
+(by hand, the yardstick: `plain.py`; it has transposed copies of all weights, and so has rmtc repacked), that with
+weights changed and calls prepared (tuned by hand: `by_hand.py`) and the matrix products of the latter alone (the
+floor). What compiles takes long: only with ``--inductor``.
 
 Medians in milliseconds, fastest and slowest in brackets; ratios are medians of those of each turn. Each is held against
-eager of the same dtype before it is timed: one that differs has no time. ``--memory`` also runs each kind in a process
-of its own. ``--lengths`` adds numbers of segments, for the rows that ``--only`` names or the first: a kind is made once
-for all of them, and rmtc also in a process of its own for each. ``--check`` exits with 1 if anything differs, is slower
-than `LEAST` and `YARDSTICK` ask for, or grows more than `GROWTH` lets it.
+eager before it is timed: one that differs has no time; in bfloat16, one that is more than twice as far from eager in
+float32 as eager in bfloat16 is. ``--memory`` also runs each kind in a process of its own. ``--lengths`` adds numbers of
+segments, for the rows that ``--only`` names or the first: a kind is made once for all of them, and rmtc also in a
+process of its own for each. ``--check`` exits with 1 if anything differs, is slower than `LEAST` and `YARDSTICK` ask
+for, or grows more than `GROWTH` lets it.
 """
 
 from __future__ import annotations
@@ -92,10 +94,10 @@ LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024)
 LONGEST_EAGER = 64
 """Segments up to which eager is timed; the others are held against it at any length."""
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
-"""Norm of the difference from eager's logits, in norms of those."""
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2.0}
+"""Norm of the difference from eager's logits in float32, in norms of those; of bfloat16, in errors of eager's."""
 LEAST = {"ARMT over Llama": 0.95, "ARMT over GPT-2": 0.9, "Transformer-XL": 0.9, "rmtc inductor": 0.95}
-"""Speed of rmtc in speeds of what is written by hand; of the last, for Inductor too."""
+"""Speed of rmtc, repacked as that is, in speeds of what is written by hand; of the last, for Inductor too."""
 YARDSTICK: dict[tuple[int, ...], float] = dict(zip(LLAMA, (0.225, 0.405, 0.666, 0.666), strict=True))
 """0.9 of what is known to be possible: speed of what is written by hand for ARMT over Llama, in speeds of the floor."""
 SLACK = 10.0
@@ -110,6 +112,10 @@ def compiled_layers(model: nn.Module) -> nn.Module:
     return model
 
 
+def compiled(model: nn.Module, backend: str, **options: bool) -> Callable[..., Any]:
+    return rmtc.compile(model, backend=backend, schedule="shortest", strict=True, options=options)
+
+
 def products(model: nn.Module, row: Row) -> Callable[[Tensor], None]:
     run = floor(model, row.sizes[-1])
     return lambda _: run()
@@ -119,8 +125,10 @@ KINDS: dict[str, Callable[[Any, Row], Callable[..., Any]]] = {
     "eager": lambda model, _: model,
     "layers compiled": lambda model, _: compiled_layers(model),
     "full attention": lambda model, _: partial(model, use_cache=False),
-    "rmtc torch": lambda model, _: rmtc.compile(model, backend="torch", schedule="shortest", strict=True),
-    "rmtc inductor": lambda model, _: rmtc.compile(model, backend="inductor", schedule="shortest", strict=True),
+    "rmtc torch": lambda model, _: compiled(model, "torch"),
+    "rmtc torch repacked": lambda model, _: compiled(model, "torch", repack_weights=True),
+    "rmtc inductor": lambda model, _: compiled(model, "inductor"),
+    "rmtc inductor repacked": lambda model, _: compiled(model, "inductor", repack_weights=True),
     "by hand": lambda model, _: plain(model),
     "by hand compiled": lambda model, _: plain(model, compile=True),
     "tuned by hand": lambda model, _: by_hand(model),
@@ -128,11 +136,16 @@ KINDS: dict[str, Callable[[Any, Row], Callable[..., Any]]] = {
     "floor": products,
 }
 """What makes of a model what is called with a text."""
-COMPILED = {"layers compiled", "rmtc inductor", "by hand compiled", "tuned compiled"}
+COMPILED = {"layers compiled", "rmtc inductor", "rmtc inductor repacked", "by hand compiled", "tuned compiled"}
 OVER_LENGTHS = ("eager", "rmtc torch", "by hand")
 RATIOS = (
-    *("eager / rmtc torch", "by hand / rmtc torch", "tuned by hand / rmtc torch"),
-    *("by hand compiled / rmtc inductor", "floor / by hand"),
+    *(
+        "eager / rmtc torch",
+        "by hand / rmtc torch",
+        "by hand / rmtc torch repacked",
+        "tuned by hand / rmtc torch repacked",
+    ),
+    *("by hand compiled / rmtc inductor", "by hand compiled / rmtc inductor repacked", "floor / by hand"),
 )
 """Of times: the speed of the second in speeds of the first."""
 
@@ -159,7 +172,10 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 def compare(row: Row, kinds: Sequence[str], repeats: int, made: dict[str, Callable[..., Any]]) -> Found:
     """Seconds of kinds in turns and of first calls; errors of those that differ. What is not yet made is, too."""
     eager, args = row.build("eager")
-    wanted, first, differs = logits(eager(*args)).double(), {}, {}
+    wanted, allowed, first, differs = logits(eager(*args)).double(), TOLERANCE[row.dtype], {}, {}
+    if row.dtype != "float32":
+        own, wanted = wanted, logits(eager.float()(*args)).double()
+        allowed *= float((own - wanted).norm() / wanted.norm())
     for kind in kinds:
         if kind not in made:
             made[kind] = KINDS[kind](row.build(kind)[0], row)
@@ -167,7 +183,7 @@ def compare(row: Row, kinds: Sequence[str], repeats: int, made: dict[str, Callab
         if kind not in ("full attention", "floor"):
             both = (logits(each).double() for each in (found, made[kind](*args)))
             error = max(float((each - wanted).norm() / wanted.norm()) for each in both)
-            if not error < TOLERANCE[row.dtype]:
+            if not error < allowed:
                 differs[kind] = error
     order, turns = [kind for kind in kinds if kind not in differs], random.Random(0)
     if row.sizes[-1] > LONGEST_EAGER:
@@ -271,7 +287,8 @@ def measure(
 
 def shortfalls(row: Row, found: Found) -> Iterator[str]:
     """What ``--check`` does not take of a row."""
-    least = {"by hand / rmtc torch": LEAST[row.model], "by hand compiled / rmtc inductor": LEAST["rmtc inductor"]}
+    torch, inductor = "by hand / rmtc torch repacked", "by hand compiled / rmtc inductor repacked"
+    least = {torch: LEAST[row.model], inductor: LEAST["rmtc inductor"]}
     if row.model == "ARMT over Llama":
         least["floor / by hand"] = YARDSTICK.get(row.sizes, 0.0)
     yield from (f"{kind} differs from eager by {error:.0e}" for kind, error in found["differs"].items())

@@ -21,7 +21,7 @@ __all__ = ["compile", "disabled", "restore", "stats"]
 T = TypeVar("T", bound=Callable[..., Any])
 
 _KEY = "_compiled_call_impl"  # where `nn.Module.compile` keeps its call, too: copies and pickles go without it
-_OPTIONS = ("reorder_random", "max_group")
+_OPTIONS = ("reorder_random", "max_group", "repack_weights")
 _KEYWORDS = ["backend", "strict", "disable", "recompile_limit", "layers", "segment_length", "schedule", "options"]
 _OF_TORCH = {
     "fullgraph": "strict=True raises where a model would run as before",
@@ -113,7 +113,10 @@ def compile(
             run in blocks of so many, whose memory does not grow with the text; by default as many as keep the
             machine busy. ``{"reorder_random": True}`` allows dropout in training mode, whose random numbers are then
             drawn in another order, and code that draws random numbers in Python, which are then not drawn: only if
-            what is computed does not depend on them.
+            what is computed does not depend on them. ``{"repack_weights": True}`` has products read transposed copies
+            of weights, which each call makes anew: on a CPU faster for long texts (from some dozens of segments on) of
+            layers that are too large for its cache. The copies stay, and take as much memory again as the layers'
+            matrices.
 
     Returns:
         ``model`` itself if it is a module or class, a wrapped function, or a decorator.
@@ -156,6 +159,7 @@ def compile(
         segment_length=segment_length,
         backend=backend_made,
         reorder_random=bool((options or {}).get("reorder_random", False)),
+        repack_weights=bool((options or {}).get("repack_weights", False)),
         schedule=kind_named(schedule),
         max_group=(options or {}).get("max_group"),
     )

@@ -280,6 +280,30 @@ def test_writes_are_seen_without_a_new_capture(shared: Reader, name: str) -> Non
             parameter.copy_(content)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_repacked_weights_are_what_was_written_last(backend: str) -> None:
+    model = reader(gradients=True)
+    rmtc.compile(model, backend=backend, options={"repack_weights": True})
+    writes = WRITES if backend == "torch" else {"p.data.copy_": _copy}
+    for write in (lambda model: None, *writes.values(), MOVED["p.data = other"], *writes.values()):
+        write(model)
+        exact(model)
+    kept = compiled_of(model)
+    assert kept is not None and rmtc.stats(model).captures == 1
+    weights = kept.variants[0].weights
+    body = next(body for body in kept.variants[0].program.bodies.values() if body.stage == "layer" and body.weights)
+    values = dict(model.named_parameters())
+    copies = [
+        rows
+        for number in range(len(body.weights))
+        if (rows := weights.rows(body, number, (0, 1), values)).dim() == 3 and rows.stride(1) == 1
+    ]
+    assert copies, "products read columns"
+    lies = [parameter.data_ptr() for parameter in model.parameters()]
+    assert not any(copy.untyped_storage().data_ptr() in lies for copy in copies)
+    lie_behind_each_other(model)
+
+
 def _set_data(value: Callable[[Reader], Tensor]) -> Callable[[Reader], None]:
     def change(model: Reader) -> None:
         model.layer(1).key.weight.data = value(model)

@@ -81,6 +81,7 @@ class Options:
     reorder_random: bool = False
     schedule: str = "best"
     max_group: int | None = None
+    repack_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -658,7 +659,8 @@ class Compiled:
 
     def _variant(self, analysis: Analysis) -> Variant:
         """What runs an analysed call, its weights in their stacks."""
-        variant = Variant.make(analysis, self.options.backend, self.options.schedule, self.options.max_group)
+        options = self.options
+        variant = Variant.make(analysis, options.backend, options.schedule, options.max_group, options.repack_weights)
         values = {name: slot.value for name, slot in variant._slots.items()}
         if not variant.weights.in_place(values):
             variant.weights.move(values)

@@ -179,6 +179,7 @@ class Executor:
             plan = self.plan(segments, batch, tail)
             try:
                 with torch.no_grad(), _autocast_off(devices):
+                    self.weights.refresh()
                     outputs = self._walked(plan, values, segments, batch, tail)
                 break
             except _Unmergeable as error:

@@ -134,7 +134,13 @@ class Variant:
         return at((whole or run).makespan, segments, run.layers)
 
     @staticmethod
-    def make(analysis: Analysis, backend: Backend, kind: str = "best", max_group: int | None = None) -> Variant:
+    def make(
+        analysis: Analysis,
+        backend: Backend,
+        kind: str = "best",
+        max_group: int | None = None,
+        repack_weights: bool = False,
+    ) -> Variant:
         """Make a proven analysis runnable. The model's parameters move into their stacks when it first runs.
 
         Args:
@@ -142,6 +148,7 @@ class Variant:
             backend: makes what runs the program.
             kind: of the schedule to run, see :func:`rmtc.compile`.
             max_group: the most cells that run at once.
+            repack_weights: whether products read transposed copies of weights.
 
         Raises:
             RefusedError: if no schedule was found, or the results of a call are put together in no one way.
@@ -182,7 +189,7 @@ class Variant:
             sizes = analysis.capture.plan.sizes
             backend = backend_named("torch" if way is None or model is None else backend_of(way, sizes, model))
         program = join_products(program, movable)
-        weights = Weights.plan(program, movable)
+        weights = Weights.plan(program, movable, repack_weights)
         state = StateGuard(session, first.effects)
         slots = {
             slot.name: state.pinned(slot) for slot in session.snapshot.slots if isinstance(slot.value, torch.Tensor)

@@ -15,8 +15,10 @@ from torch import nn
 from torch.utils.dlpack import from_dlpack
 
 from rmtc.capture.session import Session
+from rmtc.codegen.fused import add_linear
 from rmtc.errors import CaptureError
-from rmtc.ir.wavefront import Body, WavefrontProgram
+from rmtc.ir.program import leaves
+from rmtc.ir.wavefront import Body, WavefrontProgram, Weight
 
 __all__ = ["Weights", "refuse_elsewhere"]
 
@@ -43,35 +45,58 @@ class _Memory:
     Attributes:
         tensor: ``(rows, *shape)``; None once a parameter was moved elsewhere, so that nothing keeps it alive.
         rows: the row at each address, and where in its first dimension the parameter begins.
-        views: parts that each call asks for again.
+        views: parts that each call asks for again, as they lie or of a copy.
+        copies: transposed copies of all rows, each of a part of what rows are joined of.
         users: what else holds parts of it.
     """
 
     tensor: torch.Tensor | None
     rows: dict[int, tuple[int, int]]
-    views: dict[_Part, torch.Tensor] = field(default_factory=dict)
+    views: dict[tuple[_Part, bool], torch.Tensor] = field(default_factory=dict)
+    copies: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
     users: weakref.WeakSet[Weights] = field(default_factory=weakref.WeakSet)
 
-    def part(self, part: _Part) -> torch.Tensor | None:
-        """A view of some rows; None if the parameters lie elsewhere by now."""
-        view = self.views.get(part)
+    def part(self, part: _Part, repacked: bool = False) -> torch.Tensor | None:
+        """A view of some rows, or of their transposed copy; None if the parameters lie elsewhere by now."""
+        view = self.views.get((part, repacked))
         tensor = self.tensor
         if view is None and tensor is not None:
-            with torch.inference_mode(False):
-                view = tensor[part.first : part.last + 1 : part.step]
-                if part.size is not None:
-                    view = view.narrow(1, part.start, part.size)
-                self.views[part] = view
+            with torch.inference_mode(False), torch.no_grad():
+                whole = self._copy(tensor, part) if repacked else _joined(tensor, part.start, part.size)
+                view = self.views[part, repacked] = whole[part.first : part.last + 1 : part.step]
             if self.tensor is None:  # another thread has moved a parameter
                 self.views.clear()
+                self.copies.clear()
         return view
+
+    def _copy(self, tensor: torch.Tensor, part: _Part) -> torch.Tensor:
+        """All rows of a part, with the strides of a transposed copy."""
+        with _moving:
+            copy = self.copies.get(part[3:])
+            if copy is None:
+                copy = self.copies[part[3:]] = _joined(tensor, *part[3:]).transpose(1, 2).contiguous().transpose(1, 2)
+                logger.info("repacked %s: %.1f MB", "x".join(map(str, copy.shape)), copy.nbytes * 1e-6)
+        return copy
+
+    def refresh(self) -> None:
+        """Copy again what was copied."""
+        tensor = self.tensor
+        for part, copy in list(self.copies.items()):
+            if tensor is not None:
+                copy.copy_(_joined(tensor, *part))
 
     def let_go(self) -> None:
         """Keep nothing alive."""
         self.tensor = None
         self.views.clear()
+        self.copies.clear()
         for weights in list(self.users):
             weights.forget()
+
+
+def _joined(tensor: torch.Tensor, start: int, size: int | None) -> torch.Tensor:
+    """Of each row of a memory, a part."""
+    return tensor if size is None else tensor.narrow(1, start, size)
 
 
 _memories: weakref.WeakSet[_Memory] = weakref.WeakSet()
@@ -94,13 +119,14 @@ class _Stack:
     memory: _Memory | None = None
     at: _Part = field(default_factory=lambda: _Part(0, 0))
 
-    def part(self, part: _Part) -> torch.Tensor | None:
-        """A view of some rows; None if the parameters lie elsewhere by now."""
+    def part(self, part: _Part, repacked: bool = False) -> torch.Tensor | None:
+        """A view of some rows, or of their transposed copy; None if the parameters lie elsewhere by now."""
         if self.memory is None:
             return None
         first, last = (self.at.first + self.at.step * row for row in part[:2])
         size = self.at.size if part.size is None else part.size
-        return self.memory.part(_Part(first, last, self.at.step * part.step, self.at.start + part.start, size))
+        whole = _Part(first, last, self.at.step * part.step, self.at.start + part.start, size)
+        return self.memory.part(whole, repacked)
 
 
 class _Place(NamedTuple):
@@ -124,25 +150,28 @@ class Weights:
     capture holds on to memory that another one has moved it out of.
 
     Attributes:
+        repack: whether products read transposed copies, which are as large again, and made again in each run.
         forget: called when memory is let go, parts of which others may hold.
     """
 
     stacks: list[_Stack] = field(default_factory=list)
     places: dict[str, _Place] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
+    repack: bool = False
     forget: Callable[[], None] = field(default=lambda: None)
     _layout: list[list[Any]] | None = None
-    _parts: dict[tuple[str, int, tuple[int, ...]], tuple[_Stack, _Part]] = field(default_factory=dict)
+    _parts: dict[tuple[str, int, tuple[int, ...]], tuple[_Stack, _Part, bool]] = field(default_factory=dict)
 
     @staticmethod
-    def plan(program: WavefrontProgram, movable: set[str]) -> Weights:
+    def plan(program: WavefrontProgram, movable: set[str], repack: bool = False) -> Weights:
         """Decide what is stacked with what.
 
         Args:
             program: the program.
             movable: the names of the parameters that may be moved into a stack.
+            repack: whether products are to read transposed copies.
         """
-        weights = Weights()
+        weights = Weights(repack=repack)
         alone = program.schedule.alone  # cells of one layer share its weights as they are
         bodies = [
             body
@@ -189,6 +218,12 @@ class Weights:
         self._layout = [[one.setdefault(each, each) for each in held] for held in layout]
         logger.info("stacked %d parameters in %d stacks", len(self.names), len(self.stacks))
 
+    def refresh(self) -> None:
+        """Copy again what was copied: nothing tells whether parameters were written to."""
+        for memory in {id(stack.memory): stack.memory for stack in self.stacks}.values():
+            if memory is not None:
+                memory.refresh()
+
     def lies(self) -> list[torch.Tensor | None]:
         """The memory of each stack: other objects, once parameters were moved."""
         return [None if stack.memory is None else stack.memory.tensor for stack in self.stacks]
@@ -196,12 +231,12 @@ class Weights:
     def lasting(self, body: Body, number: int, layers: tuple[int, ...], rows: torch.Tensor) -> bool:
         """Whether :meth:`rows` will give the same tensor again, until parameters are moved."""
         known = self._parts.get((body.name, number, layers))
-        return known is not None and known[0].part(known[1]) is rows
+        return known is not None and known[0].part(*known[1:]) is rows
 
     def rows(
         self, body: Body, number: int, layers: tuple[int, ...], values: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
-        """The tensors of some layers behind a group axis: a view of the stack, or a copy.
+        """The tensors of some layers behind a group axis: a view of the stack or of its transposed copy, or a copy.
 
         Args:
             body, number: which weight.
@@ -209,11 +244,12 @@ class Weights:
             values: all tensors by name.
         """
         known = self._parts.get((body.name, number, layers))
-        if known is not None and (view := known[0].part(known[1])) is not None:
+        if known is not None and (view := known[0].part(*known[1:])) is not None:
             return view
         names = [body.weights[number][layer] for layer in layers]
-        found = self._lies(names)
-        if found is not None and (view := found[0].part(found[1])) is not None:
+        lies = self._lies(names)
+        found = None if lies is None else (*lies, self.repack and _multiplies(body, number))
+        if found is not None and (view := found[0].part(*found[1:])) is not None:
             self._parts[body.name, number, layers] = found
             return view
         tensors = [[values[name].detach() for name in row] for row in names]
@@ -361,6 +397,19 @@ _DLPACK = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64
 def _kind(program: WavefrontProgram, name: str) -> tuple[Any, ...]:
     source = program.loop.sources[name]
     return source.shape, source.dtype
+
+
+def _multiplies(body: Body, number: int) -> bool:
+    """Whether a weight, as (out, in), is multiplied with, and nothing else."""
+    weight = Weight(number)
+    readers = [op for op in body.ops.values() if weight in leaves(op.args)]
+    products = {torch.ops.aten.linear.default: 1, add_linear: 2}
+    return bool(readers) and all(
+        op.target in products
+        and op.args[products[op.target]] == weight
+        and sum(leaf == weight for leaf in leaves(op.args)) == 1
+        for op in readers
+    )
 
 
 def _names(body: Body, number: int) -> tuple[tuple[str, ...], ...]:

@@ -132,7 +132,8 @@ class _Emitter:
     def _describe(self, text: str, value: Any, is_grouped: bool) -> Any:
         if isinstance(value, torch.Tensor):
             shape = tuple(value.shape[1:] if is_grouped else value.shape)
-            device = value.device if self.choose else None  # else it is not here that products are chosen
+            # Else it is not here that products are chosen, or they are as fast as they can be.
+            device = value.device if self.choose and (value.dim() < 2 or value.stride(-2) >= value.stride(-1)) else None
             return Value(text, shape, value.dtype, is_grouped, device)
         if isinstance(value, (tuple, list)):
             return tuple(self._describe(f"{text}[{n}]", item, is_grouped) for n, item in enumerate(value))

@@ -48,7 +48,8 @@ class Value:
     Attributes:
         text: the expression that gives it.
         shape: of one cell.
-        dtype, device: of its elements; no device where it is not to be asked what is fast there.
+        dtype, device: of its elements; no device where it is not to be asked what is fast there, or for a tensor that
+            is transposed in memory.
         grouped: whether it has a group axis.
         repeat: how many neighbouring cells each row of ``rows`` is for; ``text`` repeats it.
         rows: the expression of the tensor with one row for so many cells.
@@ -456,7 +457,7 @@ def linear(arguments: Arguments) -> str | None:
     flat = f"{grouped(value)}.reshape(G, {rows}, {value.shape[-1]})" if value.rank != 2 else grouped(value)
     matrix = f"{weight.text}.transpose(1, 2)"
     into = out("G", rows, weight.shape[0])
-    if bias is None and is_faster(rows, value.shape[-1], weight.shape[0], value.dtype, value.device):
+    if bias is None and is_faster(rows, value.shape[-1], weight.shape[0], value.dtype, weight.device):
         product = f"each_linear({flat}, {weight.text}{into})"
     elif bias is None:
         product = f"bmm({flat}, {matrix}{into})"
@@ -487,7 +488,7 @@ def added_linear(arguments: Arguments) -> str | None:
     rows = math.prod(shape[:-1])
     flat = [f"{grouped(each)}.reshape(G, {rows}, {each.shape[-1]})" for each in (residual, value)]
     into = out("G", rows, shape[-1])
-    if is_faster(rows, value.shape[-1], shape[-1], value.dtype, value.device):
+    if is_faster(rows, value.shape[-1], shape[-1], value.dtype, weight.device):
         return f"each_linear({flat[1]}, {weight.text}, residual={flat[0]}{into}).view(G, {_sizes(shape)})"
     product, seen = f"{flat[1]}, {weight.text}.transpose(1, 2)", f".view(G, {_sizes(shape)})"
     if _NAMED.fullmatch(residual.text):
