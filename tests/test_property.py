@@ -105,13 +105,13 @@ def examine(choices: Choices, must_run: bool = True) -> str:
     layers, lowest, highest = choices.layers, least_a(choices, operations=True), least_a(choices)
     pair = Pair(choices)
     more = 3 if choices.ds > 1 else 0
-    if must_run:
-        _depends_as_built(choices, SEGMENTS + more)
     try:
         pair.run(SEGMENTS + more, choices.batch, choices.tail)
     except (RefusedError, CaptureError) as refusal:
         pair.run(SEGMENTS + more, choices.batch, choices.tail, fast=False)
         if must_run:
+            call, text = build(choices)[0], text_of(choices, SEGMENTS + more, choices.batch, choices.tail)
+            _depends_as_built(choices, rmtc.explain(call)(text))
             assert highest >= layers, f"a = {highest} is legal, and it is refused: {refusal}"
             assert isinstance(refusal, RefusedError)
             assert refusal.cycle, f"there is no schedule, but that is not why it is refused: {refusal}"
@@ -121,6 +121,8 @@ def examine(choices: Choices, must_run: bool = True) -> str:
     explanation = explanation_of(pair.fast, compiled.variants[0].analysis)
     schedule = explanation.schedule
     assert schedule is not None
+    if must_run:
+        _depends_as_built(choices, explanation)
     proven = compiled.variants[0].analysis.proven
     assert proven is not None
     whole = proven.proof.schedule(explanation.layers, 1, whole=True)  # not in strips, of which theory knows nothing
@@ -148,12 +150,12 @@ def examine(choices: Choices, must_run: bool = True) -> str:
     return "ran"
 
 
-def _depends_as_built(choices: Choices, segments: int) -> None:
+def _depends_as_built(choices: Choices, answer: rmtc.Explanation) -> None:
     """Each cell waits for just those of earlier segments that the model was built to read from.
 
     In its own segment a layer waits for the one below; what else it reads there may be filed in a layer between.
     """
-    answer = rmtc.explain(build(choices)[0])(text_of(choices, segments, choices.batch, choices.tail))
+    segments = answer.segments
     cells = [Cell(s, layer) for s in range(segments) for layer in range(choices.layers)]
     found = {(each.producers(cell, choices.layers), cell) for each in answer.dependences for cell in cells}
     waits = {(made, cell) for made, cell in found if made is not None and made.segment >= 0}
