@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from rmtc.runtime import estimate
 from rmtc.runtime.executor import Executor, Run
 
 # On tensors as small as these a second thread only waits for its turn; the tests themselves run side by side.
@@ -29,6 +30,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # Where operations as written are said to take a millisecond, a schedule is always worth it, as tests of them want it.
 os.environ.setdefault("RMTC_COST_MODEL", str(Path(__file__).parent / "costs" / "steps.json"))
 
+
+# Inductor compiles for many seconds what a test runs a few times: a test of it asks for it.
+estimate._compiles = lambda: False
 
 VARIED = {"test_standing", "test_fused", "test_state", "test_weights", "test_compile", "test_memories"}
 """Modules whose models run once more with other weights in place of theirs."""

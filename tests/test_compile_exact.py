@@ -156,10 +156,12 @@ class Pair:
         assert full < 2 or max(run.widths) > 1
 
 
-def armt(kind: str, layers: int, **sizes: Any) -> Pair:
+def armt(kind: str, layers: int, backend: str = "torch", **sizes: Any) -> Pair:
     model, _ = KINDS[kind].build(**{**SIZES, "layers": layers, "dtype": "float64", **sizes})
     assert all(parameter.any() for parameter in model.parameters())
-    return Pair(copy.deepcopy(model), rmtc.compile(model), layers, lambda segments: segments + layers - 1)
+    return Pair(
+        copy.deepcopy(model), rmtc.compile(model, backend=backend), layers, lambda segments: segments + layers - 1
+    )
 
 
 def document(segments: int, batch: int, tail: int, *, mask: str = "", labels: bool = False) -> dict[str, Tensor]:
@@ -201,7 +203,7 @@ COMBINATIONS = [(s, batch, tail) for s in SEGMENTS for batch in BATCHES for tail
 
 
 @pytest.fixture(scope="module")
-def armts() -> Callable[[str, int], Pair]:
+def armts() -> Callable[[str, int, str], Pair]:
     return functools.cache(armt)
 
 
@@ -211,10 +213,11 @@ def captured_once(pair: Pair, captures: int = 1) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
-def test_armt(kind: str, armts: Callable[[str, int], Pair], wide_casts: None) -> None:
+@pytest.mark.parametrize("backend", ["torch", "inductor"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_armt(kind: str, backend: str, armts: Callable[[str, int, str], Pair], wide_casts: None) -> None:
     """Logits, loss and memory, with padding and without, some sizes."""
-    pair = armts(kind, 2)
+    pair = armts(kind, 2, backend)
     for sizes in ((1, 1, TAIL), (5, 3, TAIL), (33, 3, TAIL), (1, 3, SEGMENT), (8, 1, SEGMENT)):
         for mask in ("right", "left", "none"):
             pair.compare(sizes, (), document(*sizes, mask=mask, labels=True))
@@ -234,9 +237,9 @@ def test_armt_of_all_sizes(kind: str, layers: int, wide_casts: None) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_armt_without_a_mask(kind: str, armts: Callable[[str, int], Pair], wide_casts: None) -> None:
+def test_armt_without_a_mask(kind: str, armts: Callable[[str, int, str], Pair], wide_casts: None) -> None:
     """Where none is given, transformers attends causally without one."""
-    pair = armts(kind, 2)
+    pair = armts(kind, 2, "torch")
     before = rmtc.stats(pair.fast).captures
     for sizes in COMBINATIONS:
         pair.compare(sizes, (), document(*sizes))
