@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import sys
 import time
@@ -193,8 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     begun = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not options.toy:
-        parser.error("there is no GPU; --toy runs on the CPU, under TRITON_INTERPRET=1")
+    if device.type == "cpu" and not (options.toy and os.environ.get("TRITON_INTERPRET") == "1"):
+        parser.error("there is no GPU; TRITON_INTERPRET=1 python benchmarks/gpu.py --toy runs on the CPU")
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU, interpreted"
     say(f"torch {torch.__version__}, {card}, batch 1\n")
     wrong = correct(device, options.toy)

@@ -98,6 +98,8 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 2.0}
 """Norm of the difference from eager's logits in float32, in norms of those; of bfloat16, in errors of eager's."""
 LEAST = {"ARMT over Llama": 0.95, "ARMT over GPT-2": 0.9, "Transformer-XL": 0.9, "rmtc inductor": 0.95}
 """Speed of rmtc, repacked as that is, in speeds of what is written by hand; of the last, for Inductor too."""
+DEFAULT = 0.8
+"""The same of rmtc without copies of weights."""
 YARDSTICK: dict[tuple[int, ...], float] = dict(zip(LLAMA, (0.225, 0.405, 0.666, 0.666), strict=True))
 """0.9 of what is known to be possible: speed of what is written by hand for ARMT over Llama, in speeds of the floor."""
 SLACK = 10.0
@@ -175,7 +177,7 @@ def compare(row: Row, kinds: Sequence[str], repeats: int, made: dict[str, Callab
     wanted, allowed, first, differs = logits(eager(*args)).double(), TOLERANCE[row.dtype], {}, {}
     if row.dtype != "float32":
         own, wanted = wanted, logits(eager.float()(*args)).double()
-        allowed *= float((own - wanted).norm() / wanted.norm())
+        allowed *= max(1e-6, float((own - wanted).norm() / wanted.norm()))
     for kind in kinds:
         if kind not in made:
             made[kind] = KINDS[kind](row.build(kind)[0], row)
@@ -287,8 +289,9 @@ def measure(
 
 def shortfalls(row: Row, found: Found) -> Iterator[str]:
     """What ``--check`` does not take of a row."""
-    torch, inductor = "by hand / rmtc torch repacked", "by hand compiled / rmtc inductor repacked"
-    least = {torch: LEAST[row.model], inductor: LEAST["rmtc inductor"]}
+    torch, inductor = "by hand / rmtc torch", "by hand compiled / rmtc inductor"
+    least = {torch: DEFAULT, inductor: DEFAULT}
+    least |= {f"{torch} repacked": LEAST[row.model], f"{inductor} repacked": LEAST["rmtc inductor"]}
     if row.model == "ARMT over Llama":
         least["floor / by hand"] = YARDSTICK.get(row.sizes, 0.0)
     yield from (f"{kind} differs from eager by {error:.0e}" for kind, error in found["differs"].items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,8 @@ from rmtc.runtime.backends import nearest
 from rmtc.runtime.estimate import candidates, kind_named, ways
 
 __all__ = ["dump", "explain", "explanation_of"]
+
+logger = logging.getLogger(__name__)
 
 
 def explain(
@@ -164,10 +167,17 @@ def _explanation(
 def _fused(answer: Explanation, analysis: Analysis, target: Target) -> Explanation:
     """The answer with the kernels of its bodies."""
     answer = replace(answer, target=f"{target.name} ({target.card})")
+    scheduled = [each.name for each in answer.candidates if each.schedule is not None]
+    chosen = answer.chosen.name if answer.chosen is not None else ""
+    kind = chosen if chosen in scheduled else next(iter(scheduled), "shortest")
     try:
-        bodies = kernels_on(target, analysis, "shortest")
-    except RmtcError as error:
-        return replace(answer, unfused=error.reason if isinstance(error, RefusedError) else str(error))
+        bodies = kernels_on(target, analysis, kind)
+    except Exception as error:  # what torch or a model raises on tensors without values: the rest of the answer holds
+        logger.debug("no kernels", exc_info=True)
+        reason = error.reason if isinstance(error, RmtcError) else f"{type(error).__name__}: {error}"
+        return replace(answer, unfused=" ".join(reason.split())[:300])
+    if not bodies:
+        return replace(answer, unfused="no layer's body runs for cells at once")
     return replace(answer, kernels=tuple(body.predicted() for body in bodies))
 
 

@@ -90,11 +90,12 @@ def compile(
             is then compiled on its first call. Without it, a decorator.
         backend: one of :func:`list_backends`: ``"torch"``, which keeps the memory of a group of cells for later
             calls; ``"inductor"``, which compiles bodies when a call first runs them, in seconds, kept on disk; or
-            ``"triton"``, kernels of several operations each for layers on a GPU; none has run on one yet, so that the
-            first results of each body are held against those of torch's operations, and others are an error.
-            ``"auto"`` takes ``"triton"`` on a GPU that it compiles for; else that of the first two which is estimated
-            to be clearly faster for long calls, with ``schedule="best"``, and else ``"torch"``:
-            ``rmtc.stats(model).last_run.backend`` names it. Or a callable that takes a
+            ``"triton"``, kernels of several operations each for layers on a GPU; none has run on one yet, so that what
+            each body gives for one cell, and the first time for several, is held against what torch's operations give,
+            and another result is an error. ``"auto"`` takes ``"triton"`` on a GPU that it compiles for (compute
+            capability 8.0, 9.0 or 10.0, or AMD's), and torch for bodies that cannot run by kernels; else that of the
+            first two which is estimated to be clearly faster for long calls, with ``schedule="best"``, and else
+            ``"torch"``: ``rmtc.stats(model).last_run.backend`` names it. Or a callable that takes a
             :class:`rmtc.ir.wavefront.WavefrontProgram` and its weights and returns a runner.
         strict: raise :class:`RefusedError` or :class:`CaptureError` in place of running as before.
         disable: return ``model`` as it is.
@@ -133,6 +134,8 @@ def compile(
     """
     for name in unknown:
         hint = f": {_OF_TORCH[name]}" if name in _OF_TORCH else nearest(name, _KEYWORDS)
+        if name in _OPTIONS:
+            hint = f"; it is an option: options={{{name!r}: ...}}"
         raise _UnknownKeyword(f"rmtc.compile has no argument {name!r}{hint}")
     backend_made = backend_named(backend)
     for name, flag in (("strict", strict), ("disable", disable)):
@@ -152,6 +155,8 @@ def compile(
             _check_number("option 'max_group'", value, 1)
         elif not isinstance(value, bool):
             raise ValueError(f"option {name!r} is True or False, not {value!r}")
+    if callable(backend) and (options or {}).get("repack_weights"):
+        raise ValueError("option 'repack_weights' is one of rmtc's own backends: copies are made anew when these run")
     made = Options(
         strict=strict,
         recompile_limit=recompile_limit,

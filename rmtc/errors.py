@@ -6,7 +6,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["CaptureError", "FallbackWarning", "Location", "RefusedError", "RmtcError", "VerifyError", "user_level"]
+__all__ = [
+    "BackendError",
+    "CaptureError",
+    "FallbackWarning",
+    "Location",
+    "RefusedError",
+    "RmtcError",
+    "VerifyError",
+    "user_level",
+]
 
 
 class Location(NamedTuple):
@@ -94,6 +103,10 @@ class VerifyError(RmtcError):
     """A check of rmtc's own result failed: the result is not used."""
 
     title = "rmtc's check of its own result failed"
+
+
+class BackendError(RefusedError):
+    """A backend cannot run a body as it is to be run; no other way to put its cells together changes that."""
 
 
 class FallbackWarning(UserWarning):

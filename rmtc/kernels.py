@@ -77,7 +77,7 @@ class BodyKernels:
             dtype = group.written[0].dtype
             name = "" if isinstance(group, Multiply) else self.body.launches[group].source.name
             dtypes[dtype] = dtypes.get(dtype, 0.0) + products
-            seconds = max(machine.launch, moved / machine.bandwidth, products / machine.rate(dtype))
+            seconds = machine.least(moved, products, dtype)
             found.append(FusedKernel(name, kind_of(group), names, moved, products, seconds))
         most = max(dtypes, key=dtypes.__getitem__, default=torch.float32)
         return FusedStep(self.name, cells, str(most).removeprefix("torch."), tuple(found), machine.rate(most))

@@ -111,7 +111,9 @@ def test_explain_shows_kernels_and_what_they_are_predicted_to_take() -> None:
     for name, step in steps.items():
         assert [each.name for each in step.launches] == [each.source.name for each in bodies[name].launches]
         assert step.dtype == "bfloat16" and step.peak == TARGETS["sm_90"].machine.products[torch.bfloat16]
-        assert step.seconds > 3.9e-6 * len(step.launches) and 0 < step.share < 1
+        assert step.seconds == sum(each.seconds for each in step.launches) and 0 < step.share < 1
+        moved = max(step.launches, key=lambda each: each.moved)
+        assert moved.seconds == pytest.approx(max(4e-6, moved.moved / 3.35e12, moved.products / 9.89e14))
     named = [name for each in steps["C0"].launches for name in each.operations]
     assert named.index("rmtc::add_linear") > named.index("scaled_dot_product_attention") > named.index("linear")
     wide = bodies["C0"].predicted(4096)
@@ -122,3 +124,14 @@ def test_explain_shows_kernels_and_what_they_are_predicted_to_take() -> None:
     assert not rmtc.explain(model)(*args).kernels
     with pytest.raises(ValueError, match="no target 'sm_91'; did you mean 'sm_90'"):
         rmtc.explain(model, target="sm_91")
+
+
+def test_explain_answers_where_kernels_cannot_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def emit(**options: object) -> object:
+        raise NotImplementedError("aten::fake_quantize")
+
+    monkeypatch.setattr("rmtc.runtime.triton.emit", emit)
+    model, args = armt_llama.build(**{**SMALL, "layers": 2})
+    answer = rmtc.explain(model, target="sm_90")(*args)
+    assert answer.schedule is not None and not answer.kernels
+    assert answer.unfused == "NotImplementedError: aten::fake_quantize" and answer.unfused in str(answer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -33,6 +32,7 @@ from rmtc.codegen.triton.launch import prepare
 from rmtc.codegen.triton.reference import evaluate
 from rmtc.codegen.triton.targets import TARGETS
 from rmtc.compiler import compiled_of
+from rmtc.errors import BackendError
 from rmtc.examples import armt_gpt2, armt_llama
 from rmtc.ir.array import Array, Outside, Pointwise, Product, Stored, View
 from rmtc.ir.index import Index
@@ -200,19 +200,30 @@ def test_configurations_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert held_against_torch(given, torch.float32, cells=2, strided=False) == 10
 
     bucket, config = next(each for each in other.items() if each[0].kind == "product")
-    for number, (content, message) in enumerate(
-        (
-            ("{", "holds no configurations"),
-            (json.dumps([{"target": "sm_90"}]), "holds no configurations"),
-            (configs_text([(bucket, replace(config, blocks={**config.blocks, "BLOCK_M": 48}))]), "powers of two"),
-            (configs_text([(bucket, replace(config, blocks={**config.blocks, "BLOCK_M": 8}))]), "BLOCK_M from 16 on"),
-        )
+
+    def tiles(size: int) -> str:
+        return configs_text([(bucket, replace(config, blocks={**config.blocks, "BLOCK_M": size}))])
+
+    row = configs_text([(bucket, config)])
+    for content, message in (
+        ("{", "Expecting property name"),
+        ("{}", "no list of objects"),
+        ('[{"target": "sm_90"}]', "row 1 has target in place of target, kind"),
+        (row.replace("interpreter", "sm_42"), "'sm_42'.* is unknown"),
+        (row.replace('"product"', '"prodct"'), "'prodct'.* is unknown"),
+        (row.replace('"warps": 4', '"warps": 64'), "up to 32 warps"),
+        (row.replace('"stages": 5', '"stages": 2.5'), "1 to 16 stages"),
+        (f"[{row.strip()[1:-1]}, {row.strip()[1:-1]}]", "row 2 is of the same kernels"),
+        (tiles(48), "powers of two"),
+        (tiles(1 << 14), "tiles have up to"),
+        (tiles(8), "BLOCK_M from 16 on"),
     ):
-        file = tmp_path / f"wrong{number}.json"
-        file.write_text(content)
-        monkeypatch.setenv("RMTC_KERNEL_CONFIGS", str(file))
+        file.write_text(content)  # the same file: what it held is not remembered
         with pytest.raises(ConfigError, match=message):
             grouped_body(**options)
+    file.unlink()
+    with pytest.raises(ConfigError, match="No such file"):
+        grouped_body(**options)
 
 
 def ran(fast: Any, steps: int) -> list[TritonBody]:
@@ -342,26 +353,99 @@ def test_packages_with_other_memories(name: str) -> None:
     assert found and not any(isinstance(group, Outside) for body in found for group in body.groups)
 
 
-@pytest.mark.parametrize("wrong", [lambda each: each + 1e-6, lambda each: each / 0, lambda each: each.float()])
-def test_kernels_with_other_results_than_torch_do_not_run(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = Associative().double(), models.text(3).double()
-    eager = copy.deepcopy(model)
+def _rows_but_one(value: Tensor) -> Tensor:
+    return torch.cat([value[:1], torch.zeros_like(value[1:])]) if value.shape[0] > 1 else value
+
+
+WRONG: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "a little": (lambda each: each + 1e-6, ""),
+    "infinite": (lambda each: each / 0, ""),
+    "another dtype": (lambda each: each.float(), ""),
+    "another shape": (lambda each: each[..., :1], ""),
+    "one element": (lambda each: each.index_put((torch.tensor(0),) * each.dim(), each.new_tensor(7.0)), ""),
+    "of first and later segments together": (lambda each: each + 1.0, "c1_c0"),
+    "of all cells but the first": (_rows_but_one, "several"),
+}
+"""What is done to the last result, of which bodies."""
+
+
+def _spoil(name: str, patch: pytest.MonkeyPatch) -> None:
+    wrong, of = WRONG[name]
 
     def emit(**options: Any) -> Any:
         kernel, results = emit_triton(**options)
-        return kernel, (*results[:-1], wrong(results[-1]))
+        if of in ("", options["name"]):
+            return kernel, (*results[:-1], wrong(results[-1]))
+        if of != "several":
+            return kernel, results
+        run = kernel.function
+
+        def spoilt(size: Any, *operands: Any) -> Any:
+            found = run(size, *operands)
+            return (*found[:-1], wrong(found[-1]))
+
+        return replace(kernel, function=spoilt), results
+
+    patch.setattr("rmtc.runtime.triton.emit", emit)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WRONG)
+def test_kernels_with_other_results_than_torch_do_not_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = Buffered if WRONG[name][1] == "several" else Associative
+    model, ids = build().double(), models.text(4).double()
+    strict, auto, eager, other = (copy.deepcopy(model) for _ in range(4))
+    _spoil(name, monkeypatch)
+    with pytest.raises(BackendError, match="not what torch's operations give"):
+        rmtc.compile(strict, schedule="shortest", backend="triton", strict=True)(ids)
+    with pytest.warns(rmtc.FallbackWarning, match="not what torch's operations give"):
+        found = rmtc.compile(model, schedule="shortest", backend="triton")(ids)
+    assert torch.equal(found, eager(ids))
+    monkeypatch.setattr("rmtc.runtime.variant.launches_on", lambda device: True)
+    fast = rmtc.compile(auto, schedule="shortest", strict=True)
+    for _ in range(2):
+        torch.testing.assert_close(fast(ids), other(ids), rtol=1e-10, atol=1e-10)
+    run = rmtc.stats(fast).last_run
+    assert run is not None and run.backend == "triton" and run.steps < run.sequential_steps
+    assert runner_of(fast).by_torch
+
+
+@torch.no_grad()
+def test_what_cannot_be_made_of_kernels_runs_by_torch_where_auto_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    def emit(**options: Any) -> Any:
+        raise KeyError("complex128")
 
     monkeypatch.setattr("rmtc.runtime.triton.emit", emit)
-    with torch.no_grad(), pytest.warns(rmtc.FallbackWarning, match="not what torch's operations give"):
-        found = rmtc.compile(model, schedule="shortest", backend="triton")(ids)
-    with torch.no_grad():
-        assert torch.equal(found, eager(ids))
+    monkeypatch.setattr("rmtc.runtime.variant.launches_on", lambda device: True)
+    model, ids = Associative().double(), models.text(4).double()
+    eager = copy.deepcopy(model)
+    fast = rmtc.compile(model, schedule="shortest", strict=True)
+    torch.testing.assert_close(fast(ids), eager(ids), rtol=1e-10, atol=1e-10)
+    assert rmtc.stats(fast).runs == 1 and {"C0", "C1"} <= runner_of(fast).by_torch
+
+
+class Dropping(models.AssociativeLayer):
+    """Draws random numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, True)
+
+
+@torch.no_grad()
+def test_random_numbers_are_not_held_against_others() -> None:
+    model = Associative().double()
+    for layer in model.layers:
+        layer.__class__ = Dropping
+    options = {"reorder_random": True}
+    fast = rmtc.compile(model, schedule="shortest", backend="triton", strict=True, options=options)
+    fast(models.text(4).double())
+    assert rmtc.stats(fast).runs == 1
 
 
 def test_which_devices_are_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not launches_on(torch.device("cpu"))
     cuda = torch.device("cuda")
-    for capability, wanted in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+    for capability, wanted in (((7, 5), False), ((8, 0), True), ((8, 9), False), ((9, 0), True), ((12, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert launches_on(cuda) is wanted
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -304,6 +304,55 @@ def test_repacked_weights_are_what_was_written_last(backend: str) -> None:
     lie_behind_each_other(model)
 
 
+def test_repacked_weights_go_with_who_asked_for_them() -> None:
+    """Models that share layers: one has copies, the other neither makes nor keeps them."""
+    one, other = reader(width=64), reader(width=64)
+    other.layers = one.layers
+    rmtc.compile(one, options={"repack_weights": True})
+    rmtc.compile(other)
+    exact(one)
+    exact(other)
+    kept = compiled_of(other)
+    assert kept is not None
+    memory = next(stack.memory for stack in kept.variants[0].weights.stacks)
+    assert memory is not None and len(memory.copies) == 1 and not kept.variants[0].weights.stacks[0].copies
+    before = {id(each) for each in memory.copies.values()}
+    exact(one)
+    assert {id(each) for each in memory.copies.values()} == before
+    rmtc.restore(one)
+    gc.collect()
+    assert not memory.copies
+    exact(other)
+
+
+class GatedLayer(AssociativeLayer):
+    """Multiplies with a weight that is no matrix."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.gate = nn.Parameter(torch.rand(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = super().forward(x)
+        return found * F.linear(found, self.gate)[..., None]
+
+
+def test_a_weight_that_is_no_matrix_is_not_repacked() -> None:
+    model = Reader()
+    model.layers = nn.ModuleList(GatedLayer(WIDTH) for _ in range(LAYERS))
+    model.double().requires_grad_(False).eval()
+    rmtc.compile(model, options={"repack_weights": True})
+    for _ in range(2):
+        exact(model)
+
+
+def test_only_own_backends_repack() -> None:
+    with pytest.raises(ValueError, match="rmtc's own backends"):
+        rmtc.compile(reader(), backend=Executor, options={"repack_weights": True})
+    with pytest.raises(ValueError, match="is an option: options="):
+        rmtc.compile(reader(), repack_weights=True)  # type: ignore[call-overload]
+
+
 def _set_data(value: Callable[[Reader], Tensor]) -> Callable[[Reader], None]:
     def change(model: Reader) -> None:
         model.layer(1).key.weight.data = value(model)

@@ -77,6 +77,10 @@ class Machine:
         """Floating-point operations a second in products."""
         return self.products.get(dtype, self.products[torch.float32])
 
+    def least(self, moved: float, products: float, dtype: torch.dtype) -> float:
+        """Seconds that a launch takes at least: for itself, for moving bytes, or for operations of products."""
+        return max(self.launch, moved / self.bandwidth, products / self.rate(dtype))
+
 
 @dataclass(frozen=True)
 class Groups:

@@ -14,7 +14,7 @@ from rmtc.runtime.inductor import Inductor
 from rmtc.runtime.triton import Triton
 from rmtc.runtime.weights import Weights
 
-__all__ = ["Backend", "Runner", "auto", "backend_named", "name_of", "list_backends", "nearest"]
+__all__ = ["Backend", "Runner", "auto", "backend_named", "kernels_or_torch", "list_backends", "name_of", "nearest"]
 
 
 class Runner(Protocol):
@@ -43,8 +43,13 @@ _BACKENDS: dict[str, Backend] = {"inductor": Inductor, "torch": Executor, "trito
 
 
 def auto(program: WavefrontProgram, weights: Weights) -> Runner:
-    """The backend that is estimated to be fastest; ``torch`` where there is no estimate."""
+    """Stands for what is chosen when a call is captured: kernels on a GPU, else what is estimated to be fastest."""
     return Executor(program, weights)
+
+
+def kernels_or_torch(program: WavefrontProgram, weights: Weights) -> Runner:
+    """Kernels in Triton; torch for bodies that cannot run by them, with a warning in the log."""
+    return Triton(program, weights, lenient=True)
 
 
 def list_backends() -> list[str]:
@@ -69,7 +74,7 @@ def backend_named(backend: str | Backend) -> Backend:
 
 def name_of(backend: Backend) -> str:
     """The name of a backend, or that of a callable that was given."""
-    names = (name for name, each in _BACKENDS.items() if each is backend)
+    names = (name for name, each in (*_BACKENDS.items(), ("triton", kernels_or_torch)) if each is backend)
     return next(names, getattr(backend, "__name__", type(backend).__name__))
 
 

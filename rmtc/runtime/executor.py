@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from rmtc.codegen.torch.emit import Kernel, emit
-from rmtc.errors import RefusedError
+from rmtc.errors import BackendError, RefusedError
 from rmtc.ir.program import Src, call_arguments, leaves, map_leaves
 from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Key, Numbered, Outer, Where
 from rmtc.ir.wavefront import Body, Operand, Shared, WavefrontProgram
@@ -338,6 +338,8 @@ class _Walk:
             return self._results(launch, made)
         try:
             return self._results(launch, made)
+        except BackendError:
+            raise
         except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
             raise _Unmergeable(launch.body) from error
 

@@ -30,7 +30,7 @@ from rmtc.passes.group import run_schedule
 from rmtc.passes.join_products import join_products
 from rmtc.passes.pipeline import LONG, Proven, apart, check_against, rewrite
 from rmtc.passes.prove import remedy
-from rmtc.runtime.backends import Backend, Runner, auto, backend_named, name_of
+from rmtc.runtime.backends import Backend, Runner, auto, backend_named, kernels_or_torch, name_of
 from rmtc.runtime.estimate import WAYS, Way, as_written, backend_of, best_of, pays, ways
 from rmtc.runtime.executor import Run
 from rmtc.runtime.guards import ArgumentGuard, modes
@@ -184,7 +184,7 @@ class Variant:
         tensors = {lifted.names[0]: lifted.tensor for lifted in session.lifted}
         movable = Weights.movable({**tensors, **_inputs(session.arguments)})
         if backend is auto and launches_on(analysis.kind[0]):
-            backend = backend_named("triton")
+            backend = kernels_or_torch
         elif backend is auto:
             sizes = analysis.capture.plan.sizes
             backend = backend_named("torch" if way is None or model is None else backend_of(way, sizes, model))

@@ -45,53 +45,58 @@ class _Memory:
     Attributes:
         tensor: ``(rows, *shape)``; None once a parameter was moved elsewhere, so that nothing keeps it alive.
         rows: the row at each address, and where in its first dimension the parameter begins.
-        views: parts that each call asks for again, as they lie or of a copy.
-        copies: transposed copies of all rows, each of a part of what rows are joined of.
+        views: parts that each call asks for again.
+        copies: transposed copies that some users hold, by which part of what rows are joined of.
         users: what else holds parts of it.
     """
 
     tensor: torch.Tensor | None
     rows: dict[int, tuple[int, int]]
-    views: dict[tuple[_Part, bool], torch.Tensor] = field(default_factory=dict)
-    copies: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+    views: dict[_Part, torch.Tensor] = field(default_factory=dict)
+    copies: weakref.WeakValueDictionary[tuple[int, int | None], _Copy] = field(
+        default_factory=weakref.WeakValueDictionary
+    )
     users: weakref.WeakSet[Weights] = field(default_factory=weakref.WeakSet)
 
-    def part(self, part: _Part, repacked: bool = False) -> torch.Tensor | None:
-        """A view of some rows, or of their transposed copy; None if the parameters lie elsewhere by now."""
-        view = self.views.get((part, repacked))
+    def part(self, part: _Part) -> torch.Tensor | None:
+        """A view of some rows; None if the parameters lie elsewhere by now."""
+        view = self.views.get(part)
         tensor = self.tensor
         if view is None and tensor is not None:
-            with torch.inference_mode(False), torch.no_grad():
-                whole = self._copy(tensor, part) if repacked else _joined(tensor, part.start, part.size)
-                view = self.views[part, repacked] = whole[part.first : part.last + 1 : part.step]
+            with torch.inference_mode(False):
+                view = _joined(tensor, *part[3:])[part.first : part.last + 1 : part.step]
+                self.views[part] = view
             if self.tensor is None:  # another thread has moved a parameter
                 self.views.clear()
-                self.copies.clear()
         return view
 
-    def _copy(self, tensor: torch.Tensor, part: _Part) -> torch.Tensor:
-        """All rows of a part, with the strides of a transposed copy."""
-        with _moving:
-            copy = self.copies.get(part[3:])
-            if copy is None:
-                copy = self.copies[part[3:]] = _joined(tensor, *part[3:]).transpose(1, 2).contiguous().transpose(1, 2)
-                logger.info("repacked %s: %.1f MB", "x".join(map(str, copy.shape)), copy.nbytes * 1e-6)
-        return copy
-
-    def refresh(self) -> None:
-        """Copy again what was copied."""
-        tensor = self.tensor
-        for part, copy in list(self.copies.items()):
-            if tensor is not None:
-                copy.copy_(_joined(tensor, *part))
+    def copy(self, start: int, size: int | None) -> _Copy | None:
+        """A transposed copy of what of each row is a matrix; None if that is none, or lies elsewhere by now."""
+        with _moving, torch.inference_mode(False), torch.no_grad():
+            tensor = self.tensor
+            if tensor is None or tensor.dim() != 3:
+                return None
+            found = self.copies.get((start, size))
+            if found is None:
+                part = _joined(tensor, start, size)
+                found = self.copies[start, size] = _Copy(part, part.transpose(1, 2).contiguous().transpose(1, 2))
+                logger.info("repacked %s: %.1f MB", "x".join(map(str, part.shape)), found.copy.nbytes * 1e-6)
+        return found
 
     def let_go(self) -> None:
         """Keep nothing alive."""
         self.tensor = None
         self.views.clear()
-        self.copies.clear()
         for weights in list(self.users):
-            weights.forget()
+            weights.let_go(self)
+
+
+@dataclass(eq=False)
+class _Copy:
+    """A part of a memory, and a copy of it that is transposed in memory."""
+
+    of: torch.Tensor
+    copy: torch.Tensor
 
 
 def _joined(tensor: torch.Tensor, start: int, size: int | None) -> torch.Tensor:
@@ -112,21 +117,32 @@ class _Stack:
         sizes: of the first dimension of those that are joined.
         memory: where they lie; None until they were moved.
         at: the part of the memory that is the stack.
+        copies: transposed ones, by which part of what rows are joined of, and views of them.
     """
 
     names: tuple[tuple[str, ...], ...]
     sizes: tuple[int, ...] = ()
     memory: _Memory | None = None
     at: _Part = field(default_factory=lambda: _Part(0, 0))
+    copies: dict[tuple[int, int | None], _Copy] = field(default_factory=dict)
+    repacked: dict[_Part, torch.Tensor] = field(default_factory=dict)
 
     def part(self, part: _Part, repacked: bool = False) -> torch.Tensor | None:
         """A view of some rows, or of their transposed copy; None if the parameters lie elsewhere by now."""
-        if self.memory is None:
+        if self.memory is None or self.memory.tensor is None:
             return None
         first, last = (self.at.first + self.at.step * row for row in part[:2])
         size = self.at.size if part.size is None else part.size
         whole = _Part(first, last, self.at.step * part.step, self.at.start + part.start, size)
-        return self.memory.part(whole, repacked)
+        if repacked:
+            view = self.repacked.get(whole)
+            copy = self.memory.copy(*whole[3:]) if view is None else None
+            if copy is not None:
+                self.copies[whole[3:]] = copy
+                view = self.repacked[whole] = copy.copy[first : last + 1 : whole.step]
+            if view is not None:
+                return view
+        return self.memory.part(whole)
 
 
 class _Place(NamedTuple):
@@ -210,8 +226,11 @@ class Weights:
         with _moving, torch.inference_mode(False), torch.no_grad():
             for stack in self.stacks:
                 rows = [[values[name] for name in row] for row in stack.names]
-                found = _lying(rows)
+                found, before = _lying(rows), stack.memory
                 stack.memory, stack.at = found if found is not None else (_together(rows), _Part(0, len(rows) - 1))
+                if stack.memory is not before:
+                    stack.copies.clear()
+                    stack.repacked.clear()
                 stack.memory.users.add(self)
         one: dict[Any, Any] = {}  # equal strides are one object: fewer to read in each call
         layout = [[get(values[name]) for name in self.names] for get in _LAYOUT]
@@ -220,9 +239,17 @@ class Weights:
 
     def refresh(self) -> None:
         """Copy again what was copied: nothing tells whether parameters were written to."""
-        for memory in {id(stack.memory): stack.memory for stack in self.stacks}.values():
-            if memory is not None:
-                memory.refresh()
+        for stack in self.stacks if self.repack else ():
+            for copy in list(stack.copies.values()):
+                copy.copy.copy_(copy.of)
+
+    def let_go(self, memory: _Memory) -> None:
+        """Forget what lay in a memory: its parameters were moved out of it."""
+        for stack in self.stacks:
+            if stack.memory is memory:
+                stack.copies.clear()
+                stack.repacked.clear()
+        self.forget()
 
     def lies(self) -> list[torch.Tensor | None]:
         """The memory of each stack: other objects, once parameters were moved."""

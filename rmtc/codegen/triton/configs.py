@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from rmtc.codegen.triton.targets import Target
-from rmtc.errors import RefusedError
+from rmtc.codegen.triton.targets import TARGETS, Target
+from rmtc.errors import BackendError
 from rmtc.ir.kernel import Attend, Kernel
 from rmtc.ir.terms import Call, Pick, within
 from rmtc.passes.fusion_groups import ROW
@@ -21,6 +21,10 @@ __all__ = ["FILE", "Bucket", "Config", "ConfigError", "bucket_of", "config_of", 
 FILE = "RMTC_KERNEL_CONFIGS"
 """The environment variable that names a file of configurations."""
 
+_TARGETS = ("interpreter", *TARGETS)
+_KINDS = ("product", "heavy product", "persistent product", "attention", "rows")
+_DTYPES = ("bfloat16", "bool", "float16", "float32", "float64", "int32", "int64")
+_MOST = 8192
 _HEAVY = 8
 """A factor of so many operations needs registers of its own."""
 
@@ -47,8 +51,8 @@ class Bucket(NamedTuple):
         kind: ``"product"``, ``"heavy product"`` (whose factors are computed on the way), ``"persistent product"``,
             ``"attention"`` or ``"rows"``.
         dtype: the widest that it writes.
-        m, n, k: rows, columns and depth, of attention queries, keys and the size of a head, as the next power of two.
-        products: that share a loop.
+        m, n, k: rows, columns and depth, of attention queries, keys and what is multiplied, as the next power of two.
+        products: that share a loop; of attention the size of a value, as the next power of two.
     """
 
     target: str
@@ -60,7 +64,7 @@ class Bucket(NamedTuple):
     products: int
 
 
-class ConfigError(RefusedError):
+class ConfigError(BackendError):
     """A file of configurations that cannot be read, or has some that no kernel can have."""
 
     title = "no configurations"
@@ -79,7 +83,7 @@ def bucket_of(kernel: Kernel | Attend, target: Target | None = None, big: bool =
     """Which configurations a kernel may have."""
     widest = max((each.dtype for each in kernel.written), key=lambda dtype: dtype.itemsize)
     if isinstance(kernel, Attend):
-        kind, depth, products = "attention", kernel.e.size.value, 2
+        kind, depth, products = "attention", kernel.e.size.value, _power(kernel.d.size.value, 16, 1 << 62)
     else:
         depth = max((stage.over.size.value for stage in kernel.stages), default=1)
         products = max((len(stage.accumulators) for stage in kernel.stages), default=0)
@@ -100,7 +104,7 @@ def config_of(kernel: Kernel | Attend, target: Target | None = None, big: bool =
     if not (file := os.environ.get(FILE)):
         return own
     bucket = bucket_of(kernel, target, big)
-    found = _read(Path(file)).get(bucket)
+    found = _configs(Path(file)).get(bucket)
     if found is None:
         return own
     whole = ("BLOCK_E", "BLOCK_D")  # one tile has all of them
@@ -120,22 +124,38 @@ def configs_text(configs: Iterable[tuple[Bucket, Config]]) -> str:
     return "[\n" + ",\n".join(f" {row}" for row in rows) + "\n]\n"
 
 
-@functools.cache
-def _read(file: Path) -> Mapping[Bucket, Config]:
-    found: dict[Bucket, Config] = {}
+def _configs(file: Path) -> Mapping[Bucket, Config]:
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        for row in rows:
-            bucket = Bucket(**{name: row.pop(name) for name in Bucket._fields})
-            config = found[bucket] = Config(**row)
-            sizes = [*config.blocks.values(), config.warps]
-            if any(type(size) is not int or size < 1 or size & (size - 1) for size in sizes) or config.stages < 1:
-                raise ValueError(f"{row}: sizes of tiles and warps are powers of two, and stages 1 or more")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return _read(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{FILE} names {file}, which holds no configurations: {error}",
+            f"{FILE} names {file}, which cannot be used: {error}",
             remedy="write one with rmtc kernels --out DIR, which puts those of its kernels in DIR/configs.json",
         ) from error
+
+
+@functools.lru_cache(4)
+def _read(text: str) -> Mapping[Bucket, Config]:
+    rows = json.loads(text)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("it is no list of objects")
+    names = [*Bucket._fields, "blocks", "warps", "stages"]
+    found: dict[Bucket, Config] = {}
+    for number, row in enumerate(rows, 1):
+        if row.keys() != {*names}:
+            raise ValueError(f"row {number} has {', '.join(map(str, row))} in place of {', '.join(names)}")
+        bucket = Bucket(*(row[name] for name in Bucket._fields))
+        if bucket.target not in _TARGETS or bucket.kind not in _KINDS or bucket.dtype not in _DTYPES:
+            raise ValueError(f"row {number} is of {bucket.target!r}, {bucket.kind!r}, {bucket.dtype!r}: one is unknown")
+        blocks = row["blocks"].values() if isinstance(row["blocks"], dict) else [0]
+        sizes = {"m": bucket.m, "n": bucket.n, "k": bucket.k, "warps": row["warps"]} | dict(enumerate(blocks))
+        if not all(type(size) is int and size > 0 and size & (size - 1) == 0 for size in sizes.values()):
+            raise ValueError(f"row {number}: m, n, k, sizes of tiles and warps are powers of two")
+        if max(blocks, default=0) > _MOST or row["warps"] > 32 or row["stages"] not in range(1, 17):
+            raise ValueError(f"row {number}: tiles have up to {_MOST}, there are up to 32 warps and 1 to 16 stages")
+        if bucket in found:
+            raise ValueError(f"row {number} is of the same kernels as a row before it")
+        found[bucket] = Config(row["blocks"], row["warps"], row["stages"])
     return found
 
 

@@ -140,23 +140,24 @@ class Launch:
             cells: how many cells.
         """
         printed = self.printed(tensors)
-        if printed.source.described:
-            _let_allocate()
         function = jitted(printed.source.name, printed.source.text)
         args = [value for _, value in printed.arguments(tensors, cells)]
-        return functools.partial(function[self.grid(printed, cells)], *args, **printed.options)
+        launch = functools.partial(function[self.grid(printed, cells)], *args, **printed.options)
+        return functools.partial(_allocating, launch) if printed.source.described else launch
 
     def call(self, tensors: Mapping[Array, torch.Tensor], cells: int) -> None:
         """Launch it as an operator of torch."""
         printed = self.printed(tensors)
-        if printed.source.described:
-            _let_allocate()
         pointers = printed.source.pointers
         count = len(pointers) - printed.source.written
         read, written = ([tensors[array] for array in each] for each in (pointers[:count], pointers[count:]))
         sizes = [symbol.value for symbol in printed.source.sizes]
         sizes += [cells] if printed.source.persistent else []
-        printed.operator(read, written, sizes, list(self.grid(printed, cells)))
+        launch = functools.partial(printed.operator, read, written, sizes, list(self.grid(printed, cells)))
+        if printed.source.described:
+            _allocating(launch)
+        else:
+            launch()
 
     def grid(self, printed: Printed, cells: int) -> tuple[int, int, int]:
         """Tiles of rows and columns, cells, and what is the same for a tile; or the programs that go through them."""
@@ -171,12 +172,12 @@ class Launch:
         return tiles, cells, kernel.z.size.value
 
 
-@functools.cache
-def _let_allocate() -> None:
-    """Give Triton memory for descriptors when it asks for it."""
+def _allocating(launch: Callable[[], Any]) -> None:
+    """Launch what has descriptors, for which Triton asks this thread for memory."""
     import triton
 
     triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    launch()
 
 
 def prepare(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from rmtc.codegen.triton.configs import FILE
 from rmtc.codegen.triton.launch import Launch, Printed, jitted
 from rmtc.codegen.triton.targets import Target
 from rmtc.errors import RmtcError
@@ -92,8 +93,7 @@ class Binary:
     @property
     def seconds(self) -> float:
         """What a launch takes at least by the target's roofline: a prediction."""
-        machine = self.target.machine
-        return max(self.moved / machine.bandwidth, self.operations / machine.rate(self.launch.kernel.written[0].dtype))
+        return self.target.machine.least(self.moved, self.operations, self.launch.kernel.written[0].dtype)
 
 
 def compile_for(launch: Launch, tensors: Mapping[Array, torch.Tensor], target: Target, cells: int) -> Binary:
@@ -138,8 +138,9 @@ def compile_for(launch: Launch, tensors: Mapping[Array, torch.Tensor], target: T
         made = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp), options=options)
     except Exception as error:  # whatever the compiler raises
         raise OfflineError(
-            f"{launch.source.name} does not compile for {target.name}: {' '.join(str(error).split())[:300]}",
-            remedy="report it, please, with the kernel's source",
+            f"{launch.source.name} does not compile for {target.name} with {printed.config}: "
+            f"{' '.join(str(error.__cause__ or error).split())[-300:]}",
+            remedy=f"give it other tiles if {FILE} names a file with these; else report it, please, with its source",
         ) from error
     assembly = str(made.asm["ptx" if target.backend == "cuda" else "amdgcn"])
     code: bytes = made.asm["cubin" if target.backend == "cuda" else "hsaco"]
