@@ -224,13 +224,21 @@ def measure_alone(kind: str, row: Row) -> dict[str, float]:
     first, result = timed(call)
     size = logits(result).nbytes * 1e-6
     del result
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the first call has freed goes back to the system
-    ready = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the most so far, VmHWM, is what is now
-    later = statistics.median([timed(call)[0] for _ in range(3)])
-    most = resident("VmHWM") - size
-    return {"first": first, "later": later, "memory": max(0.0, most - ready), "resident": most - before}
+    later, needed, most = [], [], 0.0
+    for _ in range(3):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what calls have freed goes back to the system
+        ready = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the most so far, VmHWM, is what is now
+        later.append(timed(call)[0])
+        most = resident("VmHWM") - size
+        needed.append(max(0.0, most - ready))
+    return {
+        "first": first,
+        "later": statistics.median(later),
+        "memory": max(needed),
+        "resident": most - before,
+    }
 
 
 def alone(kind: str, row: Row) -> dict[str, float]:
