@@ -63,7 +63,10 @@ def test_kernels_compile_for_every_target(args: tuple[str, ...]) -> None:
             assert any(kind.startswith(MATRIX[target]) for kind in kinds), (target, name, kinds)
     if args[1] == ONE_BILLION:
         for target in TARGETS:
-            assert sum(each[3] for each in found if each[0] == target) >= 4, "products of 1B are big ones"
+            big = sum(each[3] for each in found if each[0] == target)
+            assert big >= (3 if target == "sm_80" else 5), (
+                "products of 1B are big ones; an A100's library has two of them"
+            )
 
 
 @pytest.mark.slow

@@ -70,7 +70,9 @@ def test_an_explanation_that_is_linked_to_is_what_is_printed(name: str, monkeypa
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("RMTC_COST_MODEL", str(ROOT / "tests/costs/measured.json"))
     function, args = importlib.import_module(f"rmtc.examples.{name}").build()
-    assert without_counts((ROOT / linked).read_text()) == without_counts(str(rmtc.explain(function)(*args)))
+    assert without_counts((ROOT / linked).read_text()) == without_counts(
+        str(rmtc.explain(function, target="sm_90")(*args))
+    )
 
 
 if __name__ == "__main__":
