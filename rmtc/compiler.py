@@ -93,7 +93,7 @@ def compile(
             ``"triton"``, kernels of several operations each for layers on a GPU; none has run on one yet, so that what
             each body gives for one cell, and the first time for several, is held against what torch's operations give,
             and another result is an error. ``"auto"`` takes ``"triton"`` on a GPU that it compiles for (compute
-            capability 8.0, 9.0 or 10.0, or AMD's), and torch for bodies that cannot run by kernels; else that of the
+            capability 8.0, 9.0 or 10.0, or gfx942), and torch for bodies that cannot run by kernels; else that of the
             first two which is estimated to be clearly faster for long calls, with ``schedule="best"``, and else
             ``"torch"``: ``rmtc.stats(model).last_run.backend`` names it. Or a callable that takes a
             :class:`rmtc.ir.wavefront.WavefrontProgram` and its weights and returns a runner.

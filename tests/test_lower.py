@@ -100,6 +100,11 @@ BODIES: dict[str, tuple[list[tuple[Any, ...]], list[int], list[Tensor]]] = {
         [0],
         [drawn(1, 3, 4), drawn(2, 4, 5)],
     ),
+    "expanded as another": (
+        [(aten.expand_as.default, Input(0), Input(1)), (aten.exp.default, Local(0))],
+        [1],
+        [drawn(3, 1), drawn(2, 3, 4)],
+    ),
     "einsum with dots": (
         [
             (aten.einsum.default, "...ab,...cb->...ac", (Input(0), Input(1))),

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rmtc.codegen.torch.emit import Kernel
 from rmtc.codegen.triton.emit import emit
-from rmtc.codegen.triton.targets import Target, target_of
+from rmtc.codegen.triton.targets import TARGETS, Target, target_of
 from rmtc.errors import BackendError, RefusedError
 from rmtc.ir.wavefront import Body
 from rmtc.runtime.executor import Emission, Executor, Run
@@ -36,7 +36,10 @@ def launches_on(device: torch.device) -> bool:
     """Whether kernels are made for a device: a GPU that is one of the targets."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) in _KNOWN
+    if torch.version.hip is not None:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.partition(":")[0] in TARGETS
+    return torch.cuda.get_device_capability(device) in _KNOWN
 
 
 @dataclass
@@ -50,12 +53,12 @@ class Triton(Executor):
     Attributes:
         lenient: whether a body that cannot run by kernels runs by torch, in place of an error.
         by_torch: the names of these.
-        unseen: bodies by torch whose kernels have not yet run for several cells, by file.
+        unseen: names of bodies whose kernels have not yet run for several cells, and these by torch, by file.
     """
 
     lenient: bool = False
     by_torch: set[str] = field(default_factory=set)
-    unseen: dict[str, Kernel] = field(default_factory=dict)
+    unseen: dict[str, tuple[str, Kernel]] = field(default_factory=dict)
 
     def run(
         self, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
@@ -104,7 +107,7 @@ class Triton(Executor):
             plain, wanted = super().emit(replace(of, bind=False))
             _hold_against(of.launch.body.name, results, wanted)
             if of.launch.grouped and len(of.launch.cells) < 2 and {*plain.shared} <= {*kernel.shared}:
-                self.unseen[kernel.file] = plain
+                self.unseen[kernel.file] = of.launch.body.name, plain
         return kernel, results
 
     def call(
@@ -122,10 +125,10 @@ class Triton(Executor):
             BackendError: if it gives other results than torch.
         """
         results = super().call(kernel, size, inputs, weights, numbers, shared)
-        if size is not None and size > 1 and (plain := self.unseen.pop(kernel.file, None)) is not None:
+        if size is not None and size > 1 and (held := self.unseen.pop(kernel.file, None)) is not None:
+            body, plain = held
             passed = dict(zip(kernel.shared, shared, strict=True))
             of_plain = tuple(passed[each] for each in plain.shared)
-            body = next(key[0] for key, each in list(self.kernels.items()) if each is kernel)
             _hold_against(body, results, super().call(plain, size, inputs, weights, numbers, of_plain))
         return results
 

@@ -186,7 +186,8 @@ class Arrays:
             view,
         )
 
-    def expand(self, source: Array, sizes: Sequence[int]) -> Array:
+    def expand(self, source: Array, sizes: Sequence[int], *like: Array) -> Array:
+        """Rows of size 1 repeated; ``like`` are arrays that have such sizes."""
         new = len(sizes) - len(source.sizes)
         lead = int(source.grouped)
         full = [source.shape[dim - new] if dim >= new and size == -1 else size for dim, size in enumerate(sizes)]
@@ -199,7 +200,7 @@ class Arrays:
             shaped = tensor.view(*tensor.shape[:lead], *(1,) * new, *tensor.shape[lead:]) if new else tensor
             return shaped.expand(*tensor.shape[:lead], *map(int, full))
 
-        return self.view(source, self.sizes(full, source), at, view)
+        return self.view(source, self.sizes(full, source, *like), at, view)
 
     def product(self, left: Array, right: Array) -> Array:
         """``left @ right`` of matrices; of a single row or column, a sum."""

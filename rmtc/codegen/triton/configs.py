@@ -151,7 +151,8 @@ def _read(text: str) -> Mapping[Bucket, Config]:
         sizes = {"m": bucket.m, "n": bucket.n, "k": bucket.k, "warps": row["warps"]} | dict(enumerate(blocks))
         if not all(type(size) is int and size > 0 and size & (size - 1) == 0 for size in sizes.values()):
             raise ValueError(f"row {number}: m, n, k, sizes of tiles and warps are powers of two")
-        if max(blocks, default=0) > _MOST or row["warps"] > 32 or row["stages"] not in range(1, 17):
+        counts = {type(row["stages"]), type(bucket.products)} == {int} and bucket.products >= 0
+        if max(blocks, default=0) > _MOST or row["warps"] > 32 or not counts or not 1 <= row["stages"] <= 16:
             raise ValueError(f"row {number}: tiles have up to {_MOST}, there are up to 32 warps and 1 to 16 stages")
         if bucket in found:
             raise ValueError(f"row {number} is of the same kernels as a row before it")

@@ -148,6 +148,10 @@ def _rolled(arrays: Arrays, arguments: Arguments) -> Array | None:
     return arrays.view(x, x.sizes, at)
 
 
+def _expanded_as(arrays: Arrays, arguments: Arguments) -> Array | None:
+    return arrays.expand(arguments["self"], arguments["other"].shape, arguments["other"])
+
+
 VIEWS: Mapping[str, Rule] = {
     **dict.fromkeys(("alias", "detach", "contiguous", "clone", "lift_fresh_copy", "lift_fresh"), same),
     **dict.fromkeys(("view", "reshape", "_unsafe_view"), _viewed),
@@ -158,6 +162,7 @@ VIEWS: Mapping[str, Rule] = {
     "unflatten.int": _unflattened,
     "unsqueeze": lambda arrays, arguments: arrays.unsqueeze(arguments["self"], arguments["dim"]),
     "expand": lambda arrays, arguments: arrays.expand(arguments["self"], arguments["size"]),
+    "expand_as": _expanded_as,
     "squeeze.dim": _squeezed,
     "permute": _permuted,
     "cat": _cat,
