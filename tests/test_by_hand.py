@@ -46,6 +46,7 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layers", [1, 3, 8])
 @pytest.mark.parametrize("module, sizes", MODELS)
+@pytest.mark.slow
 def test_logits_are_those_of_the_model(module: ModuleType, sizes: dict[str, Any], layers: int) -> None:
     model, (ids,) = module.build(**sizes, layers=layers, segments=12, batch=3, dtype="float64")
     fast = by_hand(model)

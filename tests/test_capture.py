@@ -269,6 +269,7 @@ def failures(kind: type[BaseException], at: int) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("kind", some_slow([ValueError, KeyboardInterrupt], [KeyboardInterrupt]))
+@pytest.mark.slow
 def test_an_error_in_the_users_code_at_any_call_changes_nothing(
     kind: type[BaseException],
 ) -> None:

@@ -75,6 +75,7 @@ def test_an_operation_takes_as_long_as_the_slower_of_computing_and_moving() -> N
     assert product.at(2.0) == Work(160, 16, 40)
 
 
+@pytest.mark.slow
 def test_estimates_add_up() -> None:
     """With a second an operation and nothing else, an estimate counts what is run in sequence."""
     second = CostModel(1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
@@ -144,6 +145,7 @@ def test_short_calls_run_as_they_are_written_and_long_ones_by_their_schedule() -
 
 @pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize(("segments", "chosen"), [(2, "as written"), (32, "shortest")])
+@pytest.mark.slow
 def test_an_explanation_says_what_is_chosen_and_by_which_numbers(segments: int, chosen: str) -> None:
     model, args = armt_llama.build(**SIZE | {"segments": segments, "layers": 2})
     answer = rmtc.explain(model)(*args)

@@ -379,6 +379,7 @@ def outputs_of_cells(
         pytest.param(armt_gpt2, "transformer.h.{l}", id="gpt2", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_armt(example: ModuleType, path: str, explained: Explain) -> None:
     answer = explained(example)
     assert distances(answer.dependences) == MEMORY

@@ -231,6 +231,7 @@ LOOSE = {"in float32, as it was": 1e-5, "in half, which is left": 0.1}
 
 
 @pytest.mark.parametrize("name", FUSED)
+@pytest.mark.slow
 def test_a_chain_is_one_operation_only_if_it_is_that(name: str) -> None:
     step, counts = FUSED[name]
     twins = Twins(lambda: Layered(step), schedule="shortest")
@@ -290,6 +291,7 @@ REVIEWED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", REVIEWED)
+@pytest.mark.slow
 def test_spellings_of_a_review(name: str) -> None:
     twins = Twins(lambda: Layered(REVIEWED[name]), schedule="shortest")
     for segments, batch, tail in ((5, 2, SEGMENT), (7, 3, 2), (4, 8, SEGMENT), (5, 2, SEGMENT)):

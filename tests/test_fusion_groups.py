@@ -48,6 +48,7 @@ def groups_of(arrays: Sequence[Array], *results: Array) -> Groups:
 
 
 @pytest.mark.parametrize("build_model", [armt_llama.build, armt_gpt2.build], ids=["llama", "gpt2"])
+@pytest.mark.slow
 def test_an_armt_is_ten_launches_and_nothing_is_left_to_torch(build_model: Any) -> None:
     for given in emissions(build_model):
         options = {name: value for name, value in given.items() if name not in ("bind", "target")}
@@ -119,6 +120,7 @@ def test_one_array_at_its_own_index_is_loaded_once() -> None:
     assert Counter(load.array.name for load in loads(kernel)) == {"x": 1, "y": 1}
 
 
+@pytest.mark.slow
 def test_attention_takes_rotations_in() -> None:
     kinds = []
     for given in emissions(armt_llama.build):

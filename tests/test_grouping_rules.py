@@ -176,6 +176,7 @@ def test_a_rule_is_the_operation_cell_by_cell_at_other_sizes(size: tuple[int, in
             hold(each, choice)
 
 
+@pytest.mark.slow
 def test_operands_of_two_dtypes_promote_as_in_a_cell() -> None:
     for each in promotions((), (3, 3)):
         for choice in each.choices():

@@ -310,6 +310,7 @@ class LateParameters(nn.Module):
         return torch.cat(pieces, dim=1)
 
 
+@pytest.mark.slow
 def test_lists_of_lists_with_residuals_in_the_parent() -> None:
     Twins(Lists).compare({LOWER, OWN})
 

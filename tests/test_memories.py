@@ -195,6 +195,7 @@ class Labelled(nn.Module):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_loss_of_the_next_positions_and_one_that_cells_add_to() -> None:
     twins = Twins(Labelled)
     for segments, batch, tail in ((4, 2, 2), (7, 3, 1), (5, 1, SEGMENT)):

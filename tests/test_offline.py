@@ -85,6 +85,7 @@ def test_the_command_writes_sources_binaries_and_what_they_need(tmp_path: Path) 
     assert {row["kind"] for row in rows} >= {"product", "attention"} and {row["target"] for row in rows} == {"sm_90"}
 
 
+@pytest.mark.slow
 def test_what_cannot_be_done_here_is_said() -> None:
     model, args = armt_llama.build(**{**SMALL, "layers": 2})
     (body, *_) = kernels_of(model, args)["sm_90"]
@@ -97,6 +98,7 @@ def test_what_cannot_be_done_here_is_said() -> None:
             Triton.target(object.__new__(Triton), next(model.parameters()).device)
 
 
+@pytest.mark.slow
 def test_emission_gives_the_same_text_again() -> None:
     texts = []
     for _ in range(2):
@@ -105,6 +107,7 @@ def test_emission_gives_the_same_text_again() -> None:
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_explain_shows_kernels_and_what_they_are_predicted_to_take() -> None:
     model, args = armt_llama.build(**{**SMALL, "layers": 2}, dtype="bfloat16")
     answer = rmtc.explain(model, target="sm_90")(*args)
@@ -129,6 +132,7 @@ def test_explain_shows_kernels_and_what_they_are_predicted_to_take() -> None:
         rmtc.explain(model, target="sm_91")
 
 
+@pytest.mark.slow
 def test_explain_answers_where_kernels_cannot_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def emit(**options: object) -> object:
         raise NotImplementedError("aten::fake_quantize")

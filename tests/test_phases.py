@@ -113,6 +113,7 @@ def test_neighbouring_recurrences_are_a_wavefront_and_longer_ones_take_more_step
 @pytest.mark.parametrize(
     ("model", "parts", "idle"), [(OneRecurrent, (2, 3, 2), 1), (Summed, (3,) * LAYERS, 0)], ids=["one", "all"]
 )
+@pytest.mark.slow
 def test_results_are_those_of_eager(
     model: type[KeysCached], parts: tuple[int, ...], idle: int, max_group: int | None
 ) -> None:
@@ -309,6 +310,7 @@ class Before(nn.Module):
 
 
 @pytest.mark.parametrize("max_group", [None, 4])
+@pytest.mark.slow
 def test_strips_of_three_with_recurrences_around_the_layers(max_group: int | None) -> None:
     twins = Twins(Before, schedule="shortest", options={} if max_group is None else {"max_group": max_group})
     for segments, batch, tail in ((2, 2, SEGMENT), (13, 2, 2), (9, 1, SEGMENT), (4, 3, SEGMENT)):
@@ -447,6 +449,7 @@ def test_every_other_form_names_the_part() -> None:
     assert {"s2.l1.1: step 4, class B", "s2.l1.0 waits for s1.l1.0: (1, 0)"} <= titles
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_schedule_of_a_kind(tmp_path: Path) -> None:
     factory = f"{Path(__file__).with_name('test_phases.py')}:one_recurrent"
     for kind, parts in (("fission", (2, 3, 2)), ("best", (2, 3, 2)), ("shortest", ()), ("sequential", ())):

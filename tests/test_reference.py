@@ -278,6 +278,7 @@ def test_a_loop_in_the_order_of_its_schedule_is_what_eager_computes(
 
 
 @pytest.mark.parametrize("segments", [2, 3, 5, 8])
+@pytest.mark.slow
 def test_the_order_is_the_one_that_theory_gives(model: Model, segments: int) -> None:
     _, at = model.unroll(segments, 1, SEGMENT)
     cells = {place.cell: place.step for place in at if place.stage == 1 and place.cell is not None}

@@ -239,6 +239,7 @@ class TwoLists(nn.Module):
 
 
 @pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.slow
 def test_lists_that_grow_together(indexed: bool) -> None:
     twins = Twins(lambda: TwoLists(indexed))
 

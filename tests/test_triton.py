@@ -391,6 +391,7 @@ def _spoil(name: str, patch: pytest.MonkeyPatch) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", WRONG)
+@pytest.mark.slow
 def test_kernels_with_other_results_than_torch_do_not_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build = Buffered if WRONG[name][1] == "several" else Associative
     model, ids = build().double(), models.text(4).double()
@@ -502,6 +503,7 @@ def test_a_step_is_twelve_launches_at_most(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(len(step) <= 12 for step in steady), steady
 
 
+@pytest.mark.slow
 def test_kernels_are_operators_of_torch() -> None:
     checked = 0
     given = emissions(armt_gpt2.build)[0]

@@ -135,6 +135,7 @@ def lie_behind_each_other(model: Reader) -> None:
             assert other.untyped_storage().nbytes() == size and other.is_contiguous()
 
 
+@pytest.mark.slow
 def test_parameters_lie_in_the_stack_and_no_second_copy_stays() -> None:
     model = reader(width=64)
     own = spans(list(model.parameters()))
@@ -153,6 +154,7 @@ def test_parameters_lie_in_the_stack_and_no_second_copy_stays() -> None:
     assert spans(live()) - before < own / 10  # masks and the like, no weights
 
 
+@pytest.mark.slow
 def test_captures_share_the_stacks_and_replaced_weights_go() -> None:
     model = compiled(width=64)
     places = [each.data_ptr() for each in model.parameters()]
@@ -281,6 +283,7 @@ def test_writes_are_seen_without_a_new_capture(shared: Reader, name: str) -> Non
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.slow
 def test_repacked_weights_are_what_was_written_last(backend: str) -> None:
     model = reader(gradients=True)
     rmtc.compile(model, backend=backend, options={"repack_weights": True})
