@@ -318,7 +318,7 @@ def test_repacked_weights_go_with_who_asked_for_them() -> None:
     kept = compiled_of(other)
     assert kept is not None
     memory = next(stack.memory for stack in kept.variants[0].weights.stacks)
-    assert memory is not None and len(memory.copies) == 1 and not kept.variants[0].weights.stacks[0].copies
+    assert memory is not None and len(memory.copies) == 1 and not kept.variants[0].weights.stacks[0].copies()
     before = {id(each) for each in memory.copies.values()}
     exact(one)
     assert {id(each) for each in memory.copies.values()} == before
@@ -326,6 +326,27 @@ def test_repacked_weights_go_with_who_asked_for_them() -> None:
     gc.collect()
     assert not memory.copies
     exact(other)
+
+
+def test_copies_of_memory_that_was_left_are_not_read() -> None:
+    """As a run in another thread may leave them behind while weights are moved."""
+    model = rmtc.compile(reader(gradients=True), options={"repack_weights": True})
+    exact(model)
+    kept = compiled_of(model)
+    assert kept is not None
+    stacks = kept.variants[0].weights.stacks
+    before = [dict(stack.repacked) for stack in stacks]
+    assert any(before)
+    for parameter in model.layers.parameters():
+        parameter.data = parameter.data.clone()
+    exact(model)
+    for stack, late in zip(stacks, before, strict=True):
+        stack.repacked.update(late)
+    with torch.no_grad():
+        for parameter in model.layers.parameters():
+            parameter.mul_(1.5)
+    exact(model)
+    exact(model, SEGMENTS + 1)
 
 
 class GatedLayer(AssociativeLayer):

@@ -79,7 +79,8 @@ class _Memory:
             found = self.copies.get((start, size))
             if found is None:
                 part = _joined(tensor, start, size)
-                found = self.copies[start, size] = _Copy(part, part.transpose(1, 2).contiguous().transpose(1, 2))
+                copy = part.transpose(1, 2).contiguous().transpose(1, 2)
+                found = self.copies[start, size] = _Copy(tensor, part, copy)
                 logger.info("repacked %s: %.1f MB", "x".join(map(str, part.shape)), found.copy.nbytes * 1e-6)
         return found
 
@@ -93,8 +94,9 @@ class _Memory:
 
 @dataclass(eq=False)
 class _Copy:
-    """A part of a memory, and a copy of it that is transposed in memory."""
+    """A part of what lies in a memory, and a copy of it that is transposed in memory."""
 
+    whole: torch.Tensor
     of: torch.Tensor
     copy: torch.Tensor
 
@@ -117,32 +119,40 @@ class _Stack:
         sizes: of the first dimension of those that are joined.
         memory: where they lie; None until they were moved.
         at: the part of the memory that is the stack.
-        copies: transposed ones, by which part of what rows are joined of, and views of them.
+        repacked: parts of transposed copies, by whose memory they are of, which each keeps alive, and which part.
     """
 
     names: tuple[tuple[str, ...], ...]
     sizes: tuple[int, ...] = ()
     memory: _Memory | None = None
     at: _Part = field(default_factory=lambda: _Part(0, 0))
-    copies: dict[tuple[int, int | None], _Copy] = field(default_factory=dict)
-    repacked: dict[_Part, torch.Tensor] = field(default_factory=dict)
+    repacked: dict[tuple[int, _Part], tuple[_Copy, torch.Tensor]] = field(default_factory=dict)
 
     def part(self, part: _Part, repacked: bool = False) -> torch.Tensor | None:
         """A view of some rows, or of their transposed copy; None if the parameters lie elsewhere by now."""
-        if self.memory is None or self.memory.tensor is None:
+        memory = self.memory
+        tensor = None if memory is None else memory.tensor
+        if memory is None or tensor is None:
             return None
         first, last = (self.at.first + self.at.step * row for row in part[:2])
         size = self.at.size if part.size is None else part.size
         whole = _Part(first, last, self.at.step * part.step, self.at.start + part.start, size)
         if repacked:
-            view = self.repacked.get(whole)
-            copy = self.memory.copy(*whole[3:]) if view is None else None
+            known = self.repacked.get((id(tensor), whole))
+            if known is not None:
+                return known[1]
+            copy = memory.copy(*whole[3:])
             if copy is not None:
-                self.copies[whole[3:]] = copy
-                view = self.repacked[whole] = copy.copy[first : last + 1 : whole.step]
-            if view is not None:
+                view = copy.copy[first : last + 1 : whole.step]
+                self.repacked[id(copy.whole), whole] = copy, view
                 return view
-        return self.memory.part(whole)
+        return memory.part(whole)
+
+    def copies(self) -> list[_Copy]:
+        """The copies of what lies in the present memory, each once."""
+        tensor = self.memory.tensor if self.memory is not None else None
+        found = {id(copy): copy for copy, _ in list(self.repacked.values())}
+        return [copy for copy in found.values() if copy.whole is tensor]
 
 
 class _Place(NamedTuple):
@@ -226,11 +236,8 @@ class Weights:
         with _moving, torch.inference_mode(False), torch.no_grad():
             for stack in self.stacks:
                 rows = [[values[name] for name in row] for row in stack.names]
-                found, before = _lying(rows), stack.memory
+                found = _lying(rows)
                 stack.memory, stack.at = found if found is not None else (_together(rows), _Part(0, len(rows) - 1))
-                if stack.memory is not before:
-                    stack.copies.clear()
-                    stack.repacked.clear()
                 stack.memory.users.add(self)
         one: dict[Any, Any] = {}  # equal strides are one object: fewer to read in each call
         layout = [[get(values[name]) for name in self.names] for get in _LAYOUT]
@@ -240,14 +247,13 @@ class Weights:
     def refresh(self) -> None:
         """Copy again what was copied: nothing tells whether parameters were written to."""
         for stack in self.stacks if self.repack else ():
-            for copy in list(stack.copies.values()):
+            for copy in stack.copies():
                 copy.copy.copy_(copy.of)
 
     def let_go(self, memory: _Memory) -> None:
         """Forget what lay in a memory: its parameters were moved out of it."""
         for stack in self.stacks:
             if stack.memory is memory:
-                stack.copies.clear()
                 stack.repacked.clear()
         self.forget()
 
