@@ -34,7 +34,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rmtc, "stats", lambda model: rmtc.Stats(captures=1))
     monkeypatch.setattr(matrix, "ROWS", (LLAMA,))
     monkeypatch.setattr(matrix, "LEAST", dict.fromkeys(matrix.LEAST, 0.0))
-    monkeypatch.setattr(matrix, "DEFAULT", 0.0)
     monkeypatch.setattr(matrix, "GROWTH", matrix.GROWTH | {"residual": 1e9})
     monkeypatch.setattr(matrix, "alone", lambda kind, row: ALONE)
 
