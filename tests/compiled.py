@@ -19,12 +19,13 @@ def main(module: str, settings: str, targets: str, bodies: str) -> None:
         for body in each:
             if body.name not in bodies.split(","):
                 continue
+            library = len(body.body.multiplied)
             for made in body.compile():
                 kinds = list(made.instructions)
                 count = sum(made.instructions.values())
                 of = made.launch.source.name, made.printed.source.persistent
                 needs = made.spilled, made.shared, made.target.shared
-                found.append([name, body.name, *of, *needs, count, kinds, body.fallbacks])
+                found.append([name, body.name, *of, *needs, count, kinds, body.fallbacks, library])
     sys.stdout.write(json.dumps(found) + "\n")
 
 
