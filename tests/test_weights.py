@@ -22,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rmtc
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama
+from rmtc.examples import transformer_xl as xl
 from rmtc.runtime.executor import Executor
+from rmtc.runtime.standing import Body
 
 LAYERS, WIDTH, SEGMENTS, TOKENS = 3, 8, 4, 11
 
@@ -800,3 +802,60 @@ def test_weights_of_a_function_are_moved_too() -> None:
     assert weights[3].weight.data_ptr() - weights[2].weight.data_ptr() == size
     stats = rmtc.stats(call)
     assert stats.runs == 2 and stats.captures == 1 and not stats.fallbacks
+
+
+def _value_joined_with_key(model: xl.TransformerXL) -> None:
+    attention = model.get_submodule("layers.1.attention")
+    assert isinstance(attention, xl.RelativeAttention)
+    attention.value.weight.data = normal(*attention.value.weight.shape)
+
+
+def _another_parameter(model: xl.TransformerXL) -> None:
+    mlp = model.get_submodule("layers.0.mlp.0")
+    mlp.weight = nn.Parameter(normal(*mlp.get_parameter("weight").shape))
+
+
+def _weight_elsewhere(model: xl.TransformerXL) -> None:
+    weight = model.get_parameter("layers.1.mlp.0.weight")
+    weight.data = normal(*weight.shape)
+
+
+def test_weights_of_layers_that_run_alone_are_bound_once_and_again_where_they_moved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, (ids,) = xl.build(layers=2, width=8, heads=2, segment=4, segments=6, dtype="float64")
+    for parameter in model.parameters():  # its biases are zero
+        parameter.data = normal(*parameter.shape)
+    rmtc.compile(model, schedule="shortest", strict=True)
+    bound = []
+    bind = Body.bind
+
+    def counted(body: Body, *args: Any) -> None:
+        bound.append(body)
+        bind(body, *args)
+
+    monkeypatch.setattr(Body, "bind", counted)
+
+    def bodies_bound_in_a_call() -> int:
+        bound.clear()
+        runs = rmtc.stats(model).runs
+        wanted = copy.deepcopy(model)(ids)
+        assert not bound and rmtc.stats(model).runs == runs
+        found = model(ids)
+        torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found.memories, wanted.memories, rtol=1e-10, atol=1e-10)
+        stats = rmtc.stats(model)
+        assert not stats.fallbacks and stats.runs == runs + 1
+        assert stats.last_run is not None and stats.last_run.steps < 6 * 2
+        return len(bound)
+
+    with torch.no_grad():
+        assert bodies_bound_in_a_call() + bodies_bound_in_a_call() > 0
+        assert bodies_bound_in_a_call() == 0
+        for change in (_value_joined_with_key, _another_parameter, _weight_elsewhere):
+            change(model)
+            assert bodies_bound_in_a_call() > 0
+            assert bodies_bound_in_a_call() == 0
+        model.get_parameter("layers.0.mlp.2.weight").mul_(2)
+        assert bodies_bound_in_a_call() == 0
+    assert rmtc.stats(model).captures == 2  # for another parameter, not for the same one elsewhere

@@ -219,7 +219,7 @@ class Variant:
         for name, slot in variant._slots.items():
             kept = slot.parent is None and state.keeps(slot)
             (variant._keeping if kept else variant._others)[name] = slot
-        variant._unmoved = [name for name in variant._slots if name not in weights.places]
+        variant._unmoved = list(variant._slots.keys() - set(weights.names))
         written = [str(name) for name in proven.loop.outputs if str(name).startswith("write:")]
         variant._written = tuple(name.removeprefix("write:") for name in written)
         variant._own = {name: source for name, source in first.same.items() if source in variant._written}

@@ -176,17 +176,20 @@ class Weights:
     capture holds on to memory that another one has moved it out of.
 
     Attributes:
+        single: addresses of parameters that are in no stack, and are read where they lie.
         repack: whether products read transposed copies, which are as large again, and made again in each run.
         forget: called when memory is let go, parts of which others may hold.
     """
 
     stacks: list[_Stack] = field(default_factory=list)
     places: dict[str, _Place] = field(default_factory=dict)
+    single: dict[str, int] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     repack: bool = False
     forget: Callable[[], None] = field(default=lambda: None)
     _layout: list[list[Any]] | None = None
     _parts: dict[tuple[str, int, tuple[int, ...]], tuple[_Stack, _Part, bool]] = field(default_factory=dict)
+    _views: dict[tuple[str, int, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
 
     @staticmethod
     def plan(program: WavefrontProgram, movable: set[str], repack: bool = False) -> Weights:
@@ -198,13 +201,14 @@ class Weights:
             repack: whether products are to read transposed copies.
         """
         weights = Weights(repack=repack)
-        alone = program.schedule.alone  # cells of one layer share its weights as they are
-        bodies = [
-            body
-            for body in (*program.bodies.values(), *program.merged.values())
-            if not alone.issuperset(layer for _, layer in body.members)
-        ]
-        wanted = [_names(body, number) for body in bodies for number in range(len(body.weights))]
+        alone = program.schedule.alone  # cells of one layer share its weights as they are, but for joined ones
+        wanted, single = list[tuple[tuple[str, ...], ...]](), set[str]()
+        for body in (*program.bodies.values(), *program.merged.values()):
+            for number in range(len(body.weights)):
+                rows = _names(body, number)
+                if len(rows[0]) > 1 or not alone.issuperset(layer for _, layer in body.members):
+                    wanted.append(rows)
+                single |= {row[0] for row in rows if len(row) == 1}
         # Joined ones first: a single one is a part of them.
         for rows in sorted(dict.fromkeys(wanted), key=lambda rows: (-len(rows[0]), -len(rows))):
             names = [name for row in rows for name in row]
@@ -216,11 +220,12 @@ class Weights:
                     weights.places.update(zip(joined, places, strict=True))
                 sizes = tuple(program.loop.sources[name].shape[0] for name in rows[0]) if len(rows[0]) > 1 else ()
                 weights.stacks.append(_Stack(rows, sizes))
-        weights.names = list(weights.places)
+        weights.single = dict.fromkeys(sorted((single & movable) - weights.places.keys()), 0)
+        weights.names = [*weights.places, *weights.single]
         return weights
 
     def in_place(self, values: Mapping[str, torch.Tensor]) -> bool:
-        """Whether every stacked parameter still lies in its stack, with the same sizes, strides and dtype."""
+        """Whether every parameter still lies where it lay, in its stack or not, as it did: sizes, strides and dtype."""
         tensors = [values[name] for name in self.names]
         return self._layout is not None and all(
             all(map(operator.eq, map(get, tensors), held)) for get, held in zip(_LAYOUT, self._layout, strict=True)
@@ -239,10 +244,13 @@ class Weights:
                 found = _lying(rows)
                 stack.memory, stack.at = found if found is not None else (_together(rows), _Part(0, len(rows) - 1))
                 stack.memory.users.add(self)
+        self.single = {name: values[name].data_ptr() for name in self.single}
+        self._views = {}  # another one: a run in another thread may still add to that which was
+        self.forget()
         one: dict[Any, Any] = {}  # equal strides are one object: fewer to read in each call
         layout = [[get(values[name]) for name in self.names] for get in _LAYOUT]
         self._layout = [[one.setdefault(each, each) for each in held] for held in layout]
-        logger.info("stacked %d parameters in %d stacks", len(self.names), len(self.stacks))
+        logger.info("stacked %d parameters in %d stacks", len(self.places), len(self.stacks))
 
     def refresh(self) -> None:
         """Copy again what was copied: nothing tells whether parameters were written to."""
@@ -257,14 +265,15 @@ class Weights:
                 stack.repacked.clear()
         self.forget()
 
-    def lies(self) -> list[torch.Tensor | None]:
-        """The memory of each stack: other objects, once parameters were moved."""
-        return [None if stack.memory is None else stack.memory.tensor for stack in self.stacks]
+    def lies(self) -> list[Any]:
+        """The memory of each stack, and what is known of other parameters: other objects, once one was moved."""
+        return [self._views, *(None if stack.memory is None else stack.memory.tensor for stack in self.stacks)]
 
     def lasting(self, body: Body, number: int, layers: tuple[int, ...], rows: torch.Tensor) -> bool:
         """Whether :meth:`rows` will give the same tensor again, until parameters are moved."""
-        known = self._parts.get((body.name, number, layers))
-        return known is not None and known[0].part(*known[1:]) is rows
+        key = body.name, number, layers
+        known = self._parts.get(key)
+        return self._views.get(key) is rows or (known is not None and known[0].part(*known[1:]) is rows)
 
     def rows(
         self, body: Body, number: int, layers: tuple[int, ...], values: Mapping[str, torch.Tensor]
@@ -276,18 +285,26 @@ class Weights:
             layers: evenly spaced among the body's.
             values: all tensors by name.
         """
-        known = self._parts.get((body.name, number, layers))
+        key, views = (body.name, number, layers), self._views
+        if (view := views.get(key)) is not None:
+            return view
+        known = self._parts.get(key)
         if known is not None and (view := known[0].part(*known[1:])) is not None:
             return view
         names = [body.weights[number][layer] for layer in layers]
         lies = self._lies(names)
         found = None if lies is None else (*lies, self.repack and _multiplies(body, number))
         if found is not None and (view := found[0].part(*found[1:])) is not None:
-            self._parts[body.name, number, layers] = found
+            self._parts[key] = found
+            return view
+        if len(set(names)) == 1 and len(names[0]) == 1:
+            own = values[names[0][0]]
+            with torch.inference_mode(False):
+                view = own.detach().unsqueeze(0).expand(len(names), *own.shape)
+            if self.single.get(names[0][0]) == view.data_ptr():
+                views[key] = view
             return view
         tensors = [[values[name].detach() for name in row] for row in names]
-        if len(set(names)) == 1 and len(tensors[0]) == 1:
-            return tensors[0][0].unsqueeze(0).expand(len(names), *tensors[0][0].shape)
         return torch.stack([row[0] if len(row) == 1 else torch.cat(row) for row in tensors])
 
     def _lies(self, names: Sequence[tuple[str, ...]]) -> tuple[_Stack, _Part] | None:
