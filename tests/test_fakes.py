@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -121,6 +122,24 @@ def test_views_share_memory_and_results_do_not() -> None:
             assert x[:, 1:].untyped_storage()._cdata == x.untyped_storage()._cdata
             made = [F.linear(x, weight), x * 2, x.reshape(4, 6).t().reshape(24)]
             assert len({each.untyped_storage()._cdata for each in (x, *made)}) == 4
+
+
+def test_slices_are_what_torch_says() -> None:
+    draw = random.Random(0)
+    ends = [None, *range(-8, 9), torch.iinfo(torch.int64).max]
+    Asking.asked.clear()
+    with Asking() as fakes:
+        for _ in range(1000):
+            whole = torch.empty([draw.randint(0, 6) for _ in range(draw.randint(1, 3))])
+            base = fakes.from_tensor(whole.transpose(0, -1) if draw.random() < 0.5 else whole)
+            part = torch.ops.aten.slice(base, draw.randrange(base.ndim), draw.choice(ends), draw.choice(ends))
+            dim = draw.randrange(-base.ndim, base.ndim)
+            torch.ops.aten.slice(part, dim, draw.choice(ends), draw.choice(ends), draw.randint(1, 4))
+        assert Asking.asked[torch.ops.aten.slice.Tensor] == 2000
+        with pytest.raises(IndexError):
+            torch.ops.aten.slice(base, 3)
+        with pytest.raises(RuntimeError):
+            torch.ops.aten.slice(base, 0, 0, 1, 0)
 
 
 def test_errors_are_raised_again() -> None:

@@ -163,6 +163,96 @@ def test_layers_are_answered_from_memory() -> None:
     assert 0 < len(calls) < 15
 
 
+class Stack(nn.Module):
+    """What each segment calls, with the layers in it; the tricks are what it or its caller tells segments by."""
+
+    def __init__(self, trick: str, layers: int = 3, width: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(width, "") for _ in range(layers))
+        self.trick, self.calls, self.log = trick, 0, [0]
+        self.names: set[str] = set()
+        self.tensors: set[torch.Tensor] = set()
+
+    def reset(self) -> None:
+        self.calls, self.log[:] = 0, [0]
+        self.names.clear()
+        self.tensors.clear()
+        if hasattr(self, "late"):
+            del self.late
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.memory, layer.calls = None, 0
+
+    def forward(self, hidden: torch.Tensor, segment: int = 0) -> torch.Tensor:
+        if self.trick == "counter":
+            self.calls += 1
+        elif self.trick == "list":
+            self.log[0] += 1
+        elif self.trick == "set":
+            self.names.add(str(len(self.names)))
+        elif self.trick == "set of tensors":
+            self.tensors.add(torch.zeros(1))
+        elif self.trick == "attribute" and not hasattr(self, "late"):
+            self.late = 0
+        elif self.trick == "attribute":
+            self.late += 1
+        of = {
+            "counter": self.calls,
+            "list": self.log[0],
+            "set": len(self.names),
+            "set of the caller": len(self.names),
+            "set of tensors": len(self.tensors),
+            "argument": segment,
+            "attribute": getattr(self, "late", 0),
+        }
+        if of.get(self.trick) == 8:
+            hidden = hidden * 2
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+class Outside(nn.Module):
+    """The loop around a stack of layers."""
+
+    def __init__(self, trick: str = "") -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(32, 8)
+        self.stack = Stack(trick)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.stack.reset()
+        outputs = []
+        for s, piece in enumerate(ids.split(SEGMENT, dim=1)):
+            if self.stack.trick == "set of the caller":
+                self.stack.names.add(str(s))
+            outputs.append(self.stack(self.embedding(piece), s if self.stack.trick == "argument" else 0))
+        return torch.cat(outputs, dim=1)
+
+
+def test_what_each_segment_calls_is_answered_from_memory() -> None:
+    model = Outside()
+    analysis = analyzed(model)
+    calls = []
+    hook = model.stack.register_forward_pre_hook(lambda module, args: calls.append(1))
+    try:
+        replayed = Analysis(analysis.capture, analysis.proven)
+        replayed.admit(Sizes(200, BATCH, SEGMENT))
+        before = len(calls)
+        replayed.admit(Sizes(300, BATCH, SEGMENT))
+    finally:
+        hook.remove()
+    assert 0 < before < 30 and len(calls) == before
+
+
+@pytest.mark.parametrize(
+    "trick", ["counter", "list", "set", "set of the caller", "set of tensors", "argument", "attribute"]
+)
+def test_what_a_call_around_layers_tells_segments_by_is_noticed(trick: str) -> None:
+    with pytest.raises(rmtc.RefusedError):
+        analyzed(Outside(trick)).admit(Sizes(33, BATCH, SEGMENT))
+
+
 class Positions(Model):
     """Positions count on across segments: integers that advance evenly are no deviation."""
 

@@ -22,6 +22,7 @@ __all__ = ["Fakes", "Watcher"]
 
 _DEVICE = torch.ops.prim.device.default
 _INDEX = torch.ops.aten.index.Tensor
+_SLICE = torch.ops.aten.slice.Tensor
 _BITS = {torch.bool, torch.uint8, torch.int8}  # indices that select as many elements as are true
 _UNTOLD = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 _ATOMS = {
@@ -114,8 +115,10 @@ class Fakes(FakeTensorMode):
         if func is _DEVICE and type(args[0]) is FakeTensor:  # asked for more often than anything is computed
             return args[0].device
         kwargs = kwargs or {}
-        key = self.key(func, args, kwargs)
-        out = self.recall(key, args)
+        key, out = None, self._slice(*args) if func is _SLICE and not kwargs else None
+        if out is None:
+            key = self.key(func, args, kwargs)
+            out = self.recall(key, args)
         if out is None:
             watcher, self._watcher = self._watcher, None
             try:
@@ -178,7 +181,7 @@ class Fakes(FakeTensorMode):
         for value in values:
             kind = type(value)
             if kind is FakeTensor:
-                if value.fake_mode is not self or value.constant is not None or not _is_plain(value):
+                if not self._is_own(value):
                     return False
                 key += (value.shape, value.stride(), value.dtype, value.device, value.storage_offset())
                 key += (value.is_inference(), value.requires_grad)
@@ -191,6 +194,25 @@ class Fakes(FakeTensorMode):
             else:
                 return False
         return True
+
+    def _slice(self, tensor: Any, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> Any:
+        """A slice, as no other segment takes it; None where torch has to tell."""
+        ends = tuple(each for each in (dim, start, end, step) if each is not None)
+        if not self._is_own(tensor) or any(type(each) is not int for each in ends) or dim is None or not step:
+            return None
+        shape, stride = list(tensor.shape), list(tensor.stride())
+        if step < 1 or not -len(shape) <= dim < len(shape):
+            return None
+        first, last, _ = slice(start, end).indices(shape[dim])
+        offset = tensor.storage_offset() + first * stride[dim]
+        shape[dim], stride[dim] = len(range(first, last, step)), stride[dim] * step
+        result = _Result(torch.Size(shape), tuple(stride), tensor.dtype, tensor.device, offset, 0)
+        with torch._C._DisableTorchDispatch():
+            return self._make(result, (tensor,))
+
+    def _is_own(self, value: Any) -> bool:
+        """Whether a value is a stand-in that its metadata tells all of."""
+        return type(value) is FakeTensor and value.fake_mode is self and value.constant is None and _is_plain(value)
 
     def _make(self, result: _Result, args: Sequence[Any]) -> FakeTensor:
         shape, stride, dtype, device, offset, source = result

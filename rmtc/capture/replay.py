@@ -15,12 +15,12 @@ import operator
 import random
 import re
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from types import CellType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,12 +34,15 @@ from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.recorder import Recorder
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
-from rmtc.capture.state import Slot, is_opaque, is_plain, walk
+from rmtc.capture.state import Slot, is_opaque, is_plain, told, walk
+from rmtc.errors import RefusedError
 from rmtc.quiet import uncollected
 
 __all__ = ["Replayer"]
 
 logger = logging.getLogger(__name__)
+
+_MANY = 4  # replays that are so many times as long as a short one are worth two short ones more
 
 
 @dataclass
@@ -53,6 +56,23 @@ class _Remembered:
     plain: list[Slot]
     written: list[int]
     makes: list[torch.Tensor] = field(default_factory=list)
+
+
+class _Replay(NamedTuple):
+    """What a replay did.
+
+    Attributes:
+        events: what it did.
+        calls: how often it called each module whose calls are not remembered.
+        unknown: how many calls of the others it had to run.
+    """
+
+    events: list[Event]
+    calls: Counter[int]
+    unknown: int
+
+
+_Modules = frozenset[int]  # by their ids
 
 
 class Replayer:
@@ -76,12 +96,15 @@ class Replayer:
         self.results: dict[Sizes, Any] = {}  # how a call's result is put together
         self._memory: dict[Any, _Remembered] = {}
         self._plains: dict[tuple[Any, ...], int] = {}
+        self._remembered = _Modules()  # the modules whose calls are remembered
+        self._calls: Counter[int] = Counter()
+        self._unknown = 0
         self._inside = False  # a call whose operations are written down to be remembered
         self._states: dict[int, _State] = {}
-        self._patterns: dict[tuple[int, int], Pattern] = {}
-        self._short: dict[Sizes, list[Event]] = {}
+        self._patterns: dict[tuple[int, int, _Modules], Pattern] = {}
+        self._short: dict[tuple[Sizes, _Modules], _Replay] = {}
         self._told: dict[Sizes, Told] = {}
-        self._remembered = {key for key, slot in session.modules.items() if not contains_layers(slot.name)} - {
+        self._layers = frozenset(key for key, slot in session.modules.items() if not contains_layers(slot.name)) - {
             id(session.function)
         }
 
@@ -95,29 +118,54 @@ class Replayer:
         Raises:
             RefusedError: with the first place where a segment does something else.
         """
-        key = sizes.batch, sizes.tail
+        around = self._around(sizes)
+        if around:
+            try:
+                return self._hold(sizes, around)
+            except RefusedError as error:
+                logger.debug("replayed again, without what is known of modules around layers: %s", error.reason)
+        self._hold(sizes, _Modules())
+
+    def _hold(self, sizes: Sizes, around: _Modules) -> None:
+        """Hold every segment of a call against the pattern, with calls of modules around layers remembered, too."""
+        key = sizes.batch, sizes.tail, around
         if key not in self._patterns:
-            short, long = (self._few(Sizes(self._probe + i, *key)) for i in (0, 1))
+            short, long = (self._few(each, around).events for each in self._lengths(sizes))
             whole = sizes.tail == self._plan.segment_length
             self._patterns[key] = Pattern(short, long, self._probe, self._probe if whole else self._probe - 1)
         pattern = self._patterns[key]
         if sizes.segments > pattern.segments:
-            hold(self._run(sizes), pattern, sizes.segments)
+            hold(self._run(sizes, around).events, pattern, sizes.segments)
+
+    def _lengths(self, sizes: Sizes) -> list[Sizes]:
+        """The sizes of the two short replays."""
+        return [sizes._replace(segments=self._probe + more) for more in (0, 1)]
+
+    def _around(self, sizes: Sizes) -> _Modules:
+        """Modules around layers that each segment calls, if one more segment makes no call that is not known."""
+        if sizes.segments < _MANY * self._probe:
+            return _Modules()
+        short, long = (self._few(each, _Modules()).calls for each in self._lengths(sizes))
+        around = _Modules(long - short)
+        replays = [self._few(each, around) for each in self._lengths(sizes)] if around else []
+        return around if replays and not replays[-1].unknown else _Modules()
 
     def told(self, sizes: Sizes) -> Told:
         """What a replay of a few segments does, integers apart."""
         if sizes not in self._told:
-            self._told[sizes] = tell(self._few(sizes))
+            self._told[sizes] = tell(self._few(sizes, _Modules()).events)
         return self._told[sizes]
 
     @uncollected()
-    def _few(self, sizes: Sizes) -> list[Event]:
-        """The events of a replay of a few segments, run once."""
-        if sizes not in self._short:
-            self._short[sizes] = self._run(sizes)
-        return self._short[sizes]
+    def _few(self, sizes: Sizes, around: _Modules) -> _Replay:
+        """A replay of a few segments, run once."""
+        key = sizes, around
+        if key not in self._short:
+            self._short[key] = self._run(*key)
+        return self._short[key]
 
-    def _run(self, sizes: Sizes) -> list[Event]:
+    def _run(self, sizes: Sizes, around: _Modules) -> _Replay:
+        self._remembered, self._calls, self._unknown = self._layers | around, Counter(), 0
         session = self._session
         args, kwargs = self._plan.arguments(session, sizes)
         recorder = Recorder()
@@ -146,7 +194,7 @@ class Replayer:
         numbers = tuple(value for value in plain.values() if type(value) is int)
         rest = tuple((name, int if type(value) is int else _told(value)) for name, value in plain.items())
         recorder.events.append(Event(("return", rest), numbers, (final,), None, None))
-        return recorder.events
+        return _Replay(recorder.events, self._calls, self._unknown)
 
     @contextlib.contextmanager
     def _patched(self, recorder: Recorder) -> Iterator[None]:
@@ -154,7 +202,10 @@ class Replayer:
         remembered, thread = self._remembered, threading.get_ident()
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if id(module) not in remembered or self._inside or threading.get_ident() != thread:
+            if self._inside or threading.get_ident() != thread:
+                return original(module, *args, **kwargs)
+            if id(module) not in remembered:
+                self._calls[id(module)] += 1
                 return original(module, *args, **kwargs)
             return self._call(recorder, original, module, args, kwargs)
 
@@ -180,10 +231,12 @@ class Replayer:
             for leaf in leaves
         )
         token = (id(module), structure, rest)
+        with torch._C.DisableTorchFunction():  # asked for more often than anything is computed
+            metadata = tuple([(t.shape, t.dtype, t.device, t.stride()) for t in operands])
         key = (
             token,
             numbers,
-            tuple((t.shape, t.dtype, t.device, t.stride()) for t in operands),
+            metadata,
             tuple(_first(operands)),
             plain,
             torch.is_grad_enabled(),
@@ -194,6 +247,7 @@ class Replayer:
         references = tuple(map(recorder.reference, operands))
         location, _ = current_location(2)
         if known is None:
+            self._unknown += 1
             inner = Recorder(recorder)
             for number, tensor in enumerate(operands):
                 inner.name(tensor, Named(f"operand {number}"))
@@ -228,6 +282,8 @@ class Replayer:
         result: Any,
         operands: list[torch.Tensor],
     ) -> _Remembered | None:
+        if not state.whole():
+            return None
         index = {id(tensor): number for number, tensor in enumerate(operands)}
         makes: list[torch.Tensor] = []
         made: dict[int, int] = {}
@@ -346,14 +402,18 @@ class _State:
         self._sizes = [len(owner) for owner in self._owners]
         self._before: list[Any] = []
         self._seen = {id(slot.value): slot.value for slot in self._slots}
+        sets = [value for value in self._seen.values() if type(value) is set and all(map(is_plain, value))]
+        self._sets = {id(value): (value, frozenset(value)) for value in sets}
         self._plains = plains
         self._plain = 0
         self._tensors: list[int] = []
-        self.transparent = True  # whether all of it can be seen: no set, array or iterator
+        self.transparent = True  # whether all of it can be seen: no array or iterator, nor a set of more than data
 
     def whole(self) -> bool:
-        """Whether no attribute came or went."""
-        return self._sizes == [len(owner) for owner in self._owners]
+        """Whether no attribute came or went, nor an element of a set."""
+        return self._sizes == [len(owner) for owner in self._owners] and all(
+            value == items for value, items in self._sets.values()
+        )
 
     def _current(self) -> list[Any]:
         values: list[Any] = []
@@ -375,18 +435,25 @@ class _State:
             isinstance(now[i], torch.Tensor) and isinstance(before[i], torch.Tensor) for i in changed
         )
         if not known:
-            plain = tuple(
-                None if isinstance(value, torch.Tensor) else _told(value) if is_plain(value) else id(value)
-                for value in now
-            )
+            plain = tuple(map(self._told, now))
             self._plain = self._plains.setdefault(plain, len(self._plains))
             self._tensors = [i for i, value in enumerate(now) if isinstance(value, torch.Tensor)]
             # Of an object that was not there before neither the content is known, nor that its id stays its own.
             self.transparent = all(
-                is_plain(value) or isinstance(value, torch.Tensor) or (id(value) in self._seen and _transparent(value))
+                is_plain(value) or isinstance(value, torch.Tensor) or (id(value) in self._seen and self._shows(value))
                 for value in now
             )
         return self._plain, [now[i] for i in self._tensors]
+
+    def _told(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return None
+        if id(value) in self._sets:
+            return set, told(self._sets[id(value)][1])
+        return _told(value) if is_plain(value) else id(value)
+
+    def _shows(self, value: Any) -> bool:
+        return id(value) in self._sets or _transparent(value)
 
     def changes(self) -> list[Slot]:
         """The slots that hold something else since :meth:`values`."""

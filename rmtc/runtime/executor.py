@@ -20,6 +20,7 @@ from rmtc.errors import BackendError, RefusedError
 from rmtc.ir.program import Src, call_arguments, leaves, map_leaves
 from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Key, Numbered, Outer, Where
 from rmtc.ir.wavefront import Body, Operand, Shared, WavefrontProgram
+from rmtc.quiet import uncollected
 from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.concatenation import Concatenation, concatenations
 from rmtc.runtime.plan import Copied, Launch, Part, Piece, Plan, Whole, plan_run
@@ -113,6 +114,7 @@ class Executor:
     _unfit: set[tuple[int, int, int]] = field(default_factory=set)  # sizes whose calls differ in other shapes
     _stands: threading.Lock = field(default_factory=threading.Lock)  # held by the run that uses what stands
 
+    @uncollected()
     def plan(self, segments: int, batch: int, tail: int) -> Plan:
         """The plan of a run, kept for the next one of these sizes."""
         key = segments, batch, tail
