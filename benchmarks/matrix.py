@@ -12,8 +12,8 @@ Medians in milliseconds, fastest and slowest in brackets; ratios are medians of 
 eager before it is timed: one that differs has no time; in bfloat16, one that is more than twice as far from eager in
 float32 as eager in bfloat16 is. ``--memory`` also runs each kind in a process of its own. ``--lengths`` adds numbers of
 segments, for the rows that ``--only`` names or the first: a kind is made once for all of them, and rmtc also in a
-process of its own for each. ``--check`` exits with 1 if anything differs, is slower than `LEAST` and `YARDSTICK` ask
-for, or grows more than `GROWTH` lets it.
+process of its own for each; a line is laid through times of all in turns. ``--check`` exits with 1 if anything differs,
+is slower than `LEAST`, `LEAST_INDUCTOR` and `YARDSTICK` ask for, or grows more than `GROWTH` lets it.
 """
 
 from __future__ import annotations
@@ -96,8 +96,10 @@ LONGEST_EAGER = 64
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2.0}
 """Norm of the difference from eager's logits in float32, in norms of those; of bfloat16, in errors of eager's."""
-LEAST = {"ARMT over Llama": 0.95, "ARMT over GPT-2": 0.9, "Transformer-XL": 0.9, "rmtc inductor": 0.95}
-"""Speed of rmtc, repacked or not, in speeds of what is written by hand; of the last, for Inductor too."""
+LEAST = {"ARMT over Llama": 0.95, "ARMT over GPT-2": 0.9, "Transformer-XL": 0.9}
+"""Speed of rmtc, repacked or not, in speeds of what is written by hand."""
+LEAST_INDUCTOR = {"rmtc inductor repacked": 0.95, "rmtc inductor": 0.8}
+"""The same under Inductor: what is written by hand reads copies of weights, products without them take up to 1.3x."""
 YARDSTICK: dict[tuple[int, ...], float] = dict(zip(LLAMA, (0.225, 0.405, 0.666, 0.666), strict=True))
 """0.9 of what is known to be possible: speed of what is written by hand for ARMT over Llama, in speeds of the floor."""
 SLACK = 10.0
@@ -169,6 +171,18 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 @torch.no_grad()
+def in_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[list[float]]:
+    """Seconds of each call, in each turn once; a first turn warms up."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    order, turns = list(range(len(calls))), random.Random(0)
+    for _ in range(repeats + 1):
+        turns.shuffle(order)
+        for number in order:
+            seconds[number].append(timed(calls[number])[0])
+    return [each[1:] for each in seconds]
+
+
+@torch.no_grad()
 def compare(row: Row, kinds: Sequence[str], repeats: int, made: dict[str, Callable[..., Any]]) -> Found:
     """Seconds of kinds in turns and of first calls; errors of those that differ. What is not yet made is, too."""
     eager, args = row.build("eager")
@@ -185,16 +199,10 @@ def compare(row: Row, kinds: Sequence[str], repeats: int, made: dict[str, Callab
             error = max(float((each - wanted).norm() / wanted.norm()) for each in both)
             if not error < allowed:
                 differs[kind] = error
-    order, turns = [kind for kind in kinds if kind not in differs], random.Random(0)
+    same = [kind for kind in kinds if kind not in differs]
     if row.sizes[-1] > LONGEST_EAGER:
-        order.remove("eager")
-    times: dict[str, list[float]] = {kind: [] for kind in order}
-    for run in range(repeats + 1):
-        turns.shuffle(order)
-        for kind in order:
-            took, _ = timed(partial(made[kind], *args))
-            if run:  # the first one warms up
-                times[kind].append(took)
+        same.remove("eager")
+    times = dict(zip(same, in_turns([partial(made[kind], *args) for kind in same], repeats), strict=True))
     pairs = {name: [times.get(kind, []) for kind in name.split(" / ")] for name in RATIOS}
     return {
         "seconds": {kind: statistics.median(each) for kind, each in times.items()},
@@ -268,16 +276,21 @@ def time_of(found: Found, kind: str) -> str:
 
 
 def measure(
-    page: Page, rows: Sequence[Row], kinds: Sequence[str], own: Collection[str], repeats: int, once: bool = False
+    page: Page,
+    rows: Sequence[Row],
+    kinds: Sequence[str],
+    own: Collection[str],
+    repeats: int,
+    once: dict[str, Callable[..., Any]] | None = None,
 ) -> list[Found]:
-    """Figures of rows, printed; of ``own`` kinds in processes of their own, too. Kinds are made ``once`` or by row."""
+    """Figures of rows, printed; of ``own`` kinds in processes of their own, too. Kinds are made by row, or ``once``."""
     ratios = [name for name in RATIOS if {*name.split(" / ")} <= {*kinds}]
-    found, made = [], dict[str, Callable[..., Any]]()
+    found = []
     page.head("Milliseconds", *kinds, *ratios)
     for row in rows:
         torch.set_num_threads(row.threads)
-        if not once:
-            made = {}
+        made = {} if once is None else once
+        if once is None:
             torch._dynamo.reset()  # or it takes layers of other rows for recompilations of these
         present = [kind for kind in kinds if kind not in ABSENT.get((row.model, row.dtype), ())]
         got = {**asdict(row), **compare(row, present, repeats, made)}
@@ -295,10 +308,8 @@ def measure(
 
 def shortfalls(row: Row, found: Found) -> Iterator[str]:
     """What ``--check`` does not take of a row."""
-    torch, inductor = "by hand / rmtc torch", "by hand compiled / rmtc inductor"
-    of_torch, of_inductor = LEAST[row.model], LEAST["rmtc inductor"]
-    least = {torch: of_torch, inductor: of_inductor}
-    least |= {f"{torch} repacked": of_torch, f"{inductor} repacked": of_inductor}
+    least = {f"by hand / {kind}": LEAST[row.model] for kind in ("rmtc torch", "rmtc torch repacked")}
+    least |= {f"by hand compiled / {kind}": asked for kind, asked in LEAST_INDUCTOR.items()}
     if row.model == "ARMT over Llama":
         least["floor / by hand"] = YARDSTICK.get(row.sizes, 0.0)
     yield from (f"{kind} differs from eager by {error:.0e}" for kind, error in found["differs"].items())
@@ -317,11 +328,21 @@ def line(times: dict[int, float]) -> Found:
 
 
 def over_lengths(page: Page, row: Row, lengths: Sequence[int], repeats: int) -> Found:
-    """The figures of a row with so many segments and lines through their times, printed."""
+    """The figures of a row with so many segments and lines through their times, printed.
+
+    For the lines all lengths are timed once more, in turns: what else the machine does does not meet one of them alone.
+    """
     rows = [replace(row, sizes=(*row.sizes[:-1], segments)) for segments in lengths]
-    points, fits = measure(page, rows, OVER_LENGTHS, ["rmtc torch"], repeats, once=True), {}
+    made, fits = dict[str, Callable[..., Any]](), {}
+    points = measure(page, rows, OVER_LENGTHS, ["rmtc torch"], repeats, made)
+    texts = [each.build("eager")[1] for each in rows]
+    both = [(number, kind) for number, each in enumerate(points) for kind in each["seconds"]]
+    seconds = in_turns([partial(made[kind], *texts[number]) for number, kind in both], repeats)
+    for (number, kind), each in zip(both, seconds, strict=True):
+        points[number].setdefault("in turns", {})[kind] = statistics.median(each)
     for kind in OVER_LENGTHS:
-        times = {S: each["seconds"][kind] for S, each in zip(lengths, points, strict=True) if kind in each["seconds"]}
+        timed_at = [(S, each["in turns"]) for S, each in zip(lengths, points, strict=True)]
+        times = {S: of[kind] for S, of in timed_at if kind in of}
         if times:
             fit = fits[kind] = line(times)
             off = ", ".join(f"{100 * each:+.1f}" for each in fit["residuals"])
@@ -353,7 +374,7 @@ def plot(found: Sequence[Found], file: Path) -> None:
     figure = Figure(figsize=(6 * len(found), 4), layout="constrained")
     for axes, each in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         for kind in each["fits"]:
-            points = [at["seconds"].get(kind, float("nan")) for at in each["points"]]
+            points = [at["in turns"].get(kind, float("nan")) for at in each["points"]]
             axes.plot(each["lengths"], points, marker="o", label=kind)
         axes.set(xscale="log", yscale="log", xlabel="segments", ylabel="seconds", title=each["title"])
         axes.legend()
