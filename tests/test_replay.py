@@ -183,7 +183,9 @@ class Stack(nn.Module):
             assert isinstance(layer, Layer)
             layer.memory, layer.calls = None, 0
 
-    def forward(self, hidden: torch.Tensor, segment: int = 0) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, segment: int = 0, told: list[int] | None = None) -> Any:
+        if self.trick == "list of the caller" and told is not None:
+            told.append(0)
         if self.trick == "counter":
             self.calls += 1
         elif self.trick == "list":
@@ -209,7 +211,7 @@ class Stack(nn.Module):
             hidden = hidden * 2
         for layer in self.layers:
             hidden = layer(hidden)
-        return hidden
+        return (hidden, self.log) if self.trick == "list it returns" else (hidden, told)
 
 
 class Outside(nn.Module):
@@ -221,12 +223,18 @@ class Outside(nn.Module):
         self.stack = Stack(trick)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        trick, told = self.stack.trick, list[int]()
         self.stack.reset()
         outputs = []
         for s, piece in enumerate(ids.split(SEGMENT, dim=1)):
-            if self.stack.trick == "set of the caller":
+            if trick == "set of the caller":
                 self.stack.names.add(str(s))
-            outputs.append(self.stack(self.embedding(piece), s if self.stack.trick == "argument" else 0))
+            hidden, found = self.stack(self.embedding(piece), s if trick == "argument" else 0, told)
+            if trick == "list it returns":
+                found[0] += 1
+            if trick == "list it gives back":
+                found.append(0)
+            outputs.append(hidden * 2 if len(told) == 8 or self.stack.log[0] == 8 else hidden)
         return torch.cat(outputs, dim=1)
 
 
@@ -246,7 +254,11 @@ def test_what_each_segment_calls_is_answered_from_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    "trick", ["counter", "list", "set", "set of the caller", "set of tensors", "argument", "attribute"]
+    "trick",
+    [
+        *("counter", "list", "set", "set of the caller", "set of tensors", "argument", "attribute"),
+        *("list of the caller", "list it returns", "list it gives back"),
+    ],
 )
 def test_what_a_call_around_layers_tells_segments_by_is_noticed(trick: str) -> None:
     with pytest.raises(rmtc.RefusedError):

@@ -25,6 +25,7 @@ from rmtc.examples import armt_llama
 from rmtc.examples import transformer_xl as xl
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.standing import Body
+from rmtc.runtime.weights import Weights
 
 LAYERS, WIDTH, SEGMENTS, TOKENS = 3, 8, 4, 11
 
@@ -301,7 +302,7 @@ def test_repacked_weights_are_what_was_written_last(backend: str) -> None:
     copies = [
         rows
         for number in range(len(body.weights))
-        if (rows := weights.rows(body, number, (0, 1), values)).dim() == 3 and rows.stride(1) == 1
+        if (rows := weights.rows(body, number, (0, 1), values, {})).dim() == 3 and rows.stride(1) == 1
     ]
     assert copies, "products read columns"
     lies = [parameter.data_ptr() for parameter in model.parameters()]
@@ -802,6 +803,44 @@ def test_weights_of_a_function_are_moved_too() -> None:
     assert weights[3].weight.data_ptr() - weights[2].weight.data_ptr() == size
     stats = rmtc.stats(call)
     assert stats.runs == 2 and stats.captures == 1 and not stats.fallbacks
+
+
+class Shifted(AssociativeLayer):
+    """Reads a buffer of its own."""
+
+    shift: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("shift", normal(width))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden + self.shift)
+
+
+def test_what_lies_in_no_stack_is_stacked_once_in_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = reader()
+    model.layers = nn.ModuleList(Shifted(WIDTH) for _ in range(LAYERS)).double().requires_grad_(False).eval()
+    rmtc.compile(model)
+    exact(model)
+    exact(model)
+    copies: list[dict[Any, Tensor]] = []
+    rows = Weights.rows
+
+    def kept(self: Weights, *args: Any) -> Tensor:
+        copies.append(args[-1])
+        return rows(self, *args)
+
+    monkeypatch.setattr(Weights, "rows", kept)
+    with torch.no_grad():
+        model(tokens())
+    runs = {id(each): each for each in copies}.values()  # tests run each call with and without memory that stays
+    assert len(copies) > 2 * len(runs) > 0
+    for (names,) in runs:
+        assert [name for row in names for name in row] == [f"layers.{number}.shift" for number in range(LAYERS)]
+    for number, layer in enumerate(model.layers):
+        layer.get_buffer("shift").fill_(number)
+    exact(model)
 
 
 def _value_joined_with_key(model: xl.TransformerXL) -> None:

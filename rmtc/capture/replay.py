@@ -257,7 +257,11 @@ class Replayer:
                     result = original(module, *args, **kwargs)
             finally:
                 self._inside = False
-            known = self._remember(inner, state, result, operands)
+            known = (
+                self._remember(inner, state, result, operands) if _as_given(args, kwargs, structure, leaves) else None
+            )
+            if not _containers(result).isdisjoint(_containers((args, kwargs)) | state.containers):
+                known = None  # what becomes of it later becomes of what it is, too
             if known is None:  # it returns what cannot be remembered
                 recorder.splice(inner, references, location, result)
                 return result
@@ -343,6 +347,23 @@ def _flatten(value: Any, leaves: list[Any]) -> Any:
     return _UNKNOWN if _UNKNOWN in parts else (kind, *parts)
 
 
+def _as_given(args: Any, kwargs: Any, structure: Any, leaves: list[Any]) -> bool:
+    """Whether what a module was called with holds what it held when it was flattened."""
+    now: list[Any] = []
+    return _flatten((args, kwargs), now) == structure and all(map(operator.is_, now, leaves))
+
+
+def _containers(value: Any) -> set[int]:
+    """The ids of all that can change in what a module is called with or returns, but for tensors."""
+    if isinstance(value, torch.Tensor) or is_plain(value):
+        return set()
+    own = set[int]() if type(value) is tuple else {id(value)}
+    if isinstance(value, (tuple, list)):
+        return own.union(*map(_containers, value))
+    items = value.values() if isinstance(value, dict) else pytree.tree_leaves(value)
+    return own.union(*(_containers(item) for item in items if item is not value))
+
+
 def _told(value: Any) -> Any:
     """A plain value such that only the same are equal: 1, 1.0 and True are not, nor 0.0 and -0.0."""
     kind = type(value)
@@ -398,6 +419,7 @@ class _State:
             if not self._reads or self._reads[-1][0] is not slot.owner:
                 self._reads.append((slot.owner, []))
             self._reads[-1][1].append(slot.key)
+        self.containers = {id(slot.owner) for slot in self._slots} | {id(slot.value) for slot in self._slots}
         self._owners = [owner for owner, _ in self._reads if isinstance(owner, (dict, list, deque))]
         self._sizes = [len(owner) for owner in self._owners]
         self._before: list[Any] = []

@@ -276,6 +276,7 @@ class _Walk:
         self.middle = self.ends._replace(T=self.loop.segment_length)
         self.shared: dict[int, dict[int, Any]] = {}  # by length
         self.rows: dict[Any, Sequence[torch.Tensor]] = {}
+        self.stacked: dict[tuple[tuple[str, ...], ...], torch.Tensor] = {}
         self.lasting: dict[Any, bool] = {}
         self.passed: dict[Any, tuple[Any, ...]] = {}
         self.steps: list[Step | None] | None = None
@@ -453,7 +454,7 @@ class _Walk:
         rows = self.rows.get(key)
         if rows is None:
             get = self.executor.weights.rows
-            rows = [get(body, number, layers, self.values) for number in range(len(body.weights))]
+            rows = [get(body, number, layers, self.values, self.stacked) for number in range(len(body.weights))]
             lasting = self.executor.weights.lasting
             self.lasting[key] = all(lasting(body, number, layers, each) for number, each in enumerate(rows))
             self.rows[key] = rows if grouped else [each[0] for each in rows]

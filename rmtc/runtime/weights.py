@@ -276,14 +276,20 @@ class Weights:
         return self._views.get(key) is rows or (known is not None and known[0].part(*known[1:]) is rows)
 
     def rows(
-        self, body: Body, number: int, layers: tuple[int, ...], values: Mapping[str, torch.Tensor]
+        self,
+        body: Body,
+        number: int,
+        layers: tuple[int, ...],
+        values: Mapping[str, torch.Tensor],
+        stacked: dict[tuple[tuple[str, ...], ...], torch.Tensor],
     ) -> torch.Tensor:
-        """The tensors of some layers behind a group axis: a view of the stack or of its transposed copy, or a copy.
+        """The tensors of some layers behind a group axis: a view of the stack, of its transposed copy, or of a copy.
 
         Args:
             body, number: which weight.
             layers: evenly spaced among the body's.
             values: all tensors by name.
+            stacked: the copies of a run, by the names in them: what lies in no stack is stacked there once.
         """
         key, views = (body.name, number, layers), self._views
         if (view := views.get(key)) is not None:
@@ -301,11 +307,16 @@ class Weights:
             own = values[names[0][0]]
             with torch.inference_mode(False):
                 view = own.detach().unsqueeze(0).expand(len(names), *own.shape)
-            if self.single.get(names[0][0]) == view.data_ptr():
+            address = self.single.get(names[0][0])
+            if address and address == view.data_ptr():
                 views[key] = view
             return view
-        tensors = [[values[name].detach() for name in row] for row in names]
-        return torch.stack([row[0] if len(row) == 1 else torch.cat(row) for row in tensors])
+        rows, order = _names(body, number), sorted(body.weights[number])
+        if rows not in stacked:
+            tensors = [[values[name].detach() for name in row] for row in rows]
+            stacked[rows] = torch.stack([row[0] if len(row) == 1 else torch.cat(row) for row in tensors])
+        at = [order.index(layer) for layer in layers]
+        return stacked[rows][at[0] : at[-1] + 1 : at[1] - at[0] if len(at) > 1 else 1]
 
     def _lies(self, names: Sequence[tuple[str, ...]]) -> tuple[_Stack, _Part] | None:
         """The stack and the part of it in which parameters lie, if that is one."""

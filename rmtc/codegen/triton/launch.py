@@ -93,7 +93,11 @@ class Printed:
 
 @functools.cache
 def _operator(qualified: str, name: str, text: str, options: tuple[tuple[str, int], ...]) -> Any:
+    """One that torch looks into when it traces; where Triton interprets there is no kernel to look at."""
+    import triton
+
     function = jitted(name, text)
+    register = torch.library.triton_op if isinstance(function, triton.JITFunction) else torch.library.custom_op
 
     def launch(read: list[torch.Tensor], written: list[torch.Tensor], sizes: list[int], grid: list[int]) -> None:
         args: list[Any] = []
@@ -102,7 +106,7 @@ def _operator(qualified: str, name: str, text: str, options: tuple[tuple[str, in
         torch.library.wrap_triton(function)[tuple(grid)](*args, *sizes, **dict(options))
 
     schema = "(Tensor[] read, Tensor(a!)[] written, int[] sizes, int[] grid) -> ()"
-    made: Any = torch.library.triton_op(qualified, launch, mutates_args={"written"}, schema=schema)
+    made: Any = register(qualified, launch, mutates_args={"written"}, schema=schema)
     made.register_fake(lambda read, written, sizes, grid: None)
     return made
 
