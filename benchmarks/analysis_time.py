@@ -1,4 +1,4 @@
-"""Time of each stage of an analysis, and of a replay a segment.
+"""Time of each stage of an analysis, of a replay a segment, and of writing the kernels.
 
 python benchmarks/analysis_time.py [--layers 16] [--width 256] [--segments 64]
 """
@@ -14,7 +14,9 @@ import torch
 
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture.probe import Sizes
+from rmtc.codegen.triton.targets import TARGETS
 from rmtc.examples.armt_llama import build
+from rmtc.kernels import kernels_on
 
 
 def main() -> None:
@@ -47,6 +49,11 @@ def main() -> None:
         fresh.admit(Sizes(segments, 1, 64))
         seconds = time.perf_counter() - start
         print(f"replay of {segments} segments: {seconds:.2f} s, {1000 * seconds / segments:.1f} ms a segment")
+    start = time.perf_counter()
+    bodies = kernels_on(TARGETS["sm_90"], analysis, "shortest")
+    seconds = time.perf_counter() - start
+    count = sum(len(body.launches) for body in bodies)
+    print(f"{count} kernels of {len(bodies)} bodies for sm_90: {seconds:.2f} s, {seconds / len(bodies):.2f} s a body")
 
 
 if __name__ == "__main__":

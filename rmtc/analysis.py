@@ -14,11 +14,12 @@ from rmtc.capture import Capture, Captured, Reading, open_capture
 from rmtc.capture.objects import Plain, parts_of
 from rmtc.capture.other_sizes import follows
 from rmtc.capture.probe import Sizes
-from rmtc.capture.replay import Replayer
+from rmtc.capture.replay import Replayer, shows
 from rmtc.capture.state import told
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, retime_loop, rewrite, timed
 from rmtc.quiet import uncollected
+from rmtc.runtime.state_guard import StateGuard
 
 __all__ = ["Analysis", "analyze", "prove_analysis"]
 
@@ -86,7 +87,10 @@ class Analysis:
             def contains_layers(path: str) -> bool:
                 return any(f"{prefix.rstrip('.[')}.".startswith(f"{path}.") for prefix in containers) or not path
 
-            self.replayer = Replayer(self.capture.session, self.capture.plan, contains_layers, len(loop.rows) + 2)
+            session = self.capture.session
+            seen = {(id(slot.owner), slot.key) for slot in session.snapshot.slots if shows(slot.value)}
+            guard = StateGuard(session, (), seen)
+            self.replayer = Replayer(session, self.capture.plan, contains_layers, len(loop.rows) + 2, guard)
         with timed(self.seconds, "replay"):
             self._admit(sizes, self.replayer)
         self.admitted.add(sizes)

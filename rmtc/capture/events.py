@@ -157,11 +157,10 @@ def _advanced(before: Event, event: Event, earlier: Event | None, by: int, beyon
     if event.inner is not before.inner:
         if event.inner is None or before.inner is None or len(event.inner) != len(before.inner):
             return f"{_name(event)} runs other operations than a segment before"
-        third = earlier.inner if earlier is not None and earlier.inner is not None else before.inner
-        if len(third) != len(before.inner):
-            third = before.inner
-        for past, was, now in zip(third, before.inner, event.inner, strict=True):
-            why = _advanced(was, now, past if third is not before.inner else None, 0, by)
+        third = earlier.inner if earlier is not None else None
+        past = third if third is not None and len(third) == len(before.inner) else [None] * len(before.inner)
+        for one, was, now in zip(past, before.inner, event.inner, strict=True):
+            why = _advanced(was, now, one, 0, by)
             if why:
                 return f"{_name(event)}: {why}"
     return ""

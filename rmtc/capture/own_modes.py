@@ -1,4 +1,4 @@
-"""The modes of torch that a decorated function enters by itself."""
+"""The modes of torch that a call is made under, and those that a decorated function enters by itself."""
 
 from __future__ import annotations
 
@@ -10,9 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["own_modes"]
+__all__ = ["modes", "own_modes"]
 
+_CPU = torch.device("cpu")
 _DECORATED = torch.no_grad()(lambda: None).__code__  # what a decorator of torch makes of any function
+
+
+def modes() -> tuple[Any, ...]:
+    """The modes of torch that a call's result depends on."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
+        torch.get_default_dtype(),
+        torch.get_default_device() if torch._C._len_torch_function_stack() else _CPU,  # a mode sets another one
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 def own_modes(function: Callable[..., Any]) -> AbstractContextManager[object]:

@@ -10,32 +10,34 @@ short ones: what the loop does must repeat with a period, and integers and refer
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import operator
-import random
 import re
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from types import CellType
-from typing import Any, NamedTuple
+from types import BuiltinFunctionType, CellType, FunctionType, MappingProxyType, MethodType, ModuleType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.events import Beyond, Event, Made, Named, Pattern, Viewed, hold
 from rmtc.capture.frames import current_location
 from rmtc.capture.other_sizes import Told, tell
+from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.recorder import Recorder
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
-from rmtc.capture.state import Slot, is_opaque, is_plain, told, walk
-from rmtc.errors import RefusedError
+from rmtc.capture.state import Slot, is_opaque, is_plain, is_record, told, walk
+from rmtc.errors import CaptureError, RefusedError
 from rmtc.quiet import uncollected
 
 __all__ = ["Replayer"]
@@ -75,6 +77,18 @@ class _Replay(NamedTuple):
 _Modules = frozenset[int]  # by their ids
 
 
+class Guard(Protocol):
+    """Sees whether anything in Python is not as it was at the capture, but for places that :func:`shows` tells."""
+
+    def differs(self) -> str | None:
+        """The first such place; None if there is none."""
+
+
+def shows(value: object) -> bool:
+    """Whether a value shows in what is known of a call: a tensor by its metadata, and what is plain."""
+    return isinstance(value, torch.Tensor) or is_plain(value)
+
+
 class Replayer:
     """Replays a call for any number of segments.
 
@@ -83,6 +97,7 @@ class Replayer:
         plan: its sizes.
         contains_layers: whether the module at a path contains layers, and the loop perhaps.
         probe: number of segments of the shorter pattern.
+        guard: sees whether a call may be answered from memory.
     """
 
     def __init__(
@@ -91,7 +106,12 @@ class Replayer:
         plan: Plan,
         contains_layers: Callable[[str], bool],
         probe: int,
+        guard: Guard,
     ) -> None:
+        self._guard = guard
+        modules = session.all_modules()
+        self._hooks = [vars(module)[key] for module in modules for key in vars(module) if key.endswith("_hooks")]
+        self._hooked = [*map(len, self._hooks)]
         self._session, self._plan, self._probe = session, plan, probe
         self.results: dict[Sizes, Any] = {}  # how a call's result is put together
         self._memory: dict[Any, _Remembered] = {}
@@ -118,12 +138,12 @@ class Replayer:
         Raises:
             RefusedError: with the first place where a segment does something else.
         """
-        around = self._around(sizes)
-        if around:
-            try:
+        try:
+            around = self._around(sizes)
+            if around:
                 return self._hold(sizes, around)
-            except RefusedError as error:
-                logger.debug("replayed again, without what is known of modules around layers: %s", error.reason)
+        except (RefusedError, CaptureError) as error:
+            logger.debug("replayed again, without what is known of modules around layers: %s", error.reason)
         self._hold(sizes, _Modules())
 
     def _hold(self, sizes: Sizes, around: _Modules) -> None:
@@ -146,7 +166,7 @@ class Replayer:
         if sizes.segments < _MANY * self._probe:
             return _Modules()
         short, long = (self._few(each, _Modules()).calls for each in self._lengths(sizes))
-        around = _Modules(long - short)
+        around = _Modules((long - short).keys() & self._session.modules.keys())  # none that a segment makes
         replays = [self._few(each, around) for each in self._lengths(sizes)] if around else []
         return around if replays and not replays[-1].unknown else _Modules()
 
@@ -218,11 +238,13 @@ class Replayer:
     def _call(self, recorder: Recorder, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         leaves: list[Any] = []
         structure = _flatten((args, kwargs), leaves)
+        if structure is _UNKNOWN or self._guard.differs() is not None or [*map(len, self._hooks)] != self._hooked:
+            return original(module, *args, **kwargs)
         state = self._states.get(id(module))
         if state is None or not state.whole():
             state = self._states[id(module)] = _State(module, self._session.snapshot.slots, self._plains)
         plain, held = state.values()
-        if structure is _UNKNOWN or not state.transparent:
+        if not state.transparent:
             return original(module, *args, **kwargs)
         operands = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)] + held
         numbers = tuple(leaf for leaf in leaves if type(leaf) is int)
@@ -239,9 +261,7 @@ class Replayer:
             metadata,
             tuple(_first(operands)),
             plain,
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
+            *modes(),
         )
         known = self._memory.get(key)
         references = tuple(map(recorder.reference, operands))
@@ -257,11 +277,10 @@ class Replayer:
                     result = original(module, *args, **kwargs)
             finally:
                 self._inside = False
-            known = (
-                self._remember(inner, state, result, operands) if _as_given(args, kwargs, structure, leaves) else None
-            )
-            if not _containers(result).isdisjoint(_containers((args, kwargs)) | state.containers):
-                known = None  # what becomes of it later becomes of what it is, too
+            # What it was given is as it was, and what it returns is in no other place that could change with it.
+            apart = _containers(result).isdisjoint(_containers((args, kwargs)) | state.containers)
+            if apart and _as_given(args, kwargs, structure, leaves) and self._guard.differs() is None:
+                known = self._remember(inner, state, result, operands)
             if known is None:  # it returns what cannot be remembered
                 recorder.splice(inner, references, location, result)
                 return result
@@ -327,23 +346,35 @@ def _known_result(known: _Remembered, makes: list[torch.Tensor], operands: list[
 
 
 _UNKNOWN = object()
+_ATTRIBUTES = vars(FakeTensor(FakeTensorMode(), torch.empty(0, device="meta"), torch.device("cpu"))).keys()
+_EQUAL = (int, str, bool, type(None))  # which are the same if they are equal and of one type
 
 
-def _flatten(value: Any, leaves: list[Any]) -> Any:
+def _flatten(value: Any, leaves: list[Any], seen: dict[int, int] | None = None) -> Any:
     """The structure of what a module is called with, its tensors and plain values put into a list."""
-    kind: Any = type(value)
-    if kind is tuple or kind is list:
-        parts = [_flatten(item, leaves) for item in value]
-    elif kind is dict:
-        parts = [tuple(value), *(_flatten(item, leaves) for item in value.values())]
-    elif isinstance(value, torch.Tensor) or is_plain(value):
+    seen = {} if seen is None else seen
+    if isinstance(value, torch.Tensor):
+        leaves.append(value)
+        return None if vars(value).keys() <= _ATTRIBUTES else _UNKNOWN
+    if is_plain(value):
         leaves.append(value)
         return None
+    kind: Any = type(value)
+    if kind is not tuple:
+        if id(value) in seen:
+            return "again", seen[id(value)]
+        seen[id(value)] = len(seen)
+    if kind is tuple or kind is list:
+        parts = [_flatten(item, leaves, seen) for item in value]
+    elif kind is dict:
+        if not all(map(is_plain, value)):
+            return _UNKNOWN
+        parts = [tuple(map(_told, value)), *(_flatten(item, leaves, seen) for item in value.values())]
     else:
         items, kind = pytree.tree_flatten(value)
         if len(items) == 1 and items[0] is value:
             return _UNKNOWN
-        parts = [_flatten(item, leaves) for item in items]
+        parts = [_flatten(item, leaves, seen) for item in items]
     return _UNKNOWN if _UNKNOWN in parts else (kind, *parts)
 
 
@@ -367,9 +398,9 @@ def _containers(value: Any) -> set[int]:
 def _told(value: Any) -> Any:
     """A plain value such that only the same are equal: 1, 1.0 and True are not, nor 0.0 and -0.0."""
     kind = type(value)
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, frozenset)):  # the order of which may count
         return (kind, *map(_told, value))
-    return kind, repr(value) if kind is float or kind is complex else value
+    return (kind, value) if kind in _EQUAL else told(value)
 
 
 def _reads_beyond(operands: tuple[Any, ...]) -> bool:
@@ -425,7 +456,7 @@ class _State:
         self._before: list[Any] = []
         self._seen = {id(slot.value): slot.value for slot in self._slots}
         sets = [value for value in self._seen.values() if type(value) is set and all(map(is_plain, value))]
-        self._sets = {id(value): (value, frozenset(value)) for value in sets}
+        self._sets = {id(value): (value, tuple(map(_told, value))) for value in sets}
         self._plains = plains
         self._plain = 0
         self._tensors: list[int] = []
@@ -434,7 +465,7 @@ class _State:
     def whole(self) -> bool:
         """Whether no attribute came or went, nor an element of a set."""
         return self._sizes == [len(owner) for owner in self._owners] and all(
-            value == items for value, items in self._sets.values()
+            tuple(map(_told, value)) == items for value, items in self._sets.values()
         )
 
     def _current(self) -> list[Any]:
@@ -471,7 +502,7 @@ class _State:
         if isinstance(value, torch.Tensor):
             return None
         if id(value) in self._sets:
-            return set, told(self._sets[id(value)][1])
+            return set, self._sets[id(value)][1]
         return _told(value) if is_plain(value) else id(value)
 
     def _shows(self, value: Any) -> bool:
@@ -494,9 +525,13 @@ class _State:
             slot.put(slot.value)
 
 
+_SEEN = (
+    *(nn.Module, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, functools.partial),
+    *(dict, list, tuple, deque, MappingProxyType, logging.Logger),
+)
+
+
 def _transparent(value: object) -> bool:
-    """Whether a change of a value shows in its identity or in the slots of what it holds."""
-    kind = type(value)
-    if isinstance(value, (set, random.Random, torch.Generator)) or is_opaque(value):
-        return False
-    return not hasattr(kind, "__next__") and kind.__module__.partition(".")[0] != "numpy"
+    """Whether a change of a value shows in its identity, in the slots of what it holds, or to the guard."""
+    bare = type(value).__mro__[1:] == (object,) and vars(value) == {} if hasattr(value, "__dict__") else False
+    return (isinstance(value, _SEEN) or is_record(value) or bare) and not is_opaque(value)

@@ -212,6 +212,10 @@ def _unwrap(function: Any) -> Any:
 def state_functions(function: Any, seen: set[int] | None = None) -> Iterator[types.FunctionType]:
     """The user's functions that a function can reach by name: itself, those in its closure, those in its globals."""
     seen = set() if seen is None else seen
+    if isinstance(function, property):
+        for each in (function.fget, function.fset, function.fdel):
+            yield from state_functions(each, seen)
+        return
     function = _unwrap(function)
     if not isinstance(function, types.FunctionType) or id(function) in seen:
         return

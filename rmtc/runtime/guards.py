@@ -12,21 +12,7 @@ from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import is_plain, told
 
-__all__ = ["ArgumentGuard", "alike", "modes"]
-
-_CPU = torch.device("cpu")
-
-
-def modes() -> tuple[Any, ...]:
-    """The modes of torch that a call's result depends on."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
-        torch.get_default_dtype(),
-        torch.get_default_device() if torch._C._len_torch_function_stack() else _CPU,  # a mode sets another one
-        torch.are_deterministic_algorithms_enabled(),
-    )
+__all__ = ["ArgumentGuard", "alike"]
 
 
 class _Given(NamedTuple):

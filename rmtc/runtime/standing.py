@@ -69,7 +69,8 @@ class Body:
         made: the results that always lie there; None for those that lie elsewhere each time.
         places: the rows of each of these.
         run: the bound kernel.
-        lasts: whether its weights are the same tensors in later runs.
+        lasts: whether its weights are the same tensors in later runs, until parameters are moved.
+        version: of the weights that it is bound to.
         shared: where the operands lie that it is bound to, and that all cells share.
         kept: all memory that it has.
     """
@@ -85,6 +86,7 @@ class Body:
     places: tuple[Rows | None, ...] = ()
     run: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
     lasts: bool = True
+    version: int = 0
     shared: tuple[Any, ...] = ()
     kept: list[torch.Tensor] = field(default_factory=list)
 
@@ -261,7 +263,8 @@ class Standing:
                 if kind_of(value) != kind:
                     raise Moved(f"a shared operand is {kind_of(value)} in place of {kind}")
             there = all(map(_same_lying, shared, body.shared)) and len(shared) == len(body.shared)
-            if body.run is None or not body.lasts or not there:
+            if body.run is None or not body.lasts or not there or body.version != self.weights.version:
+                body.version = self.weights.version
                 weights, body.lasts = source.rows_of(body.launch)
                 try:
                     body.bind(weights, shared)

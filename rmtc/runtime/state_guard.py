@@ -173,14 +173,17 @@ class StateGuard:
     Args:
         session: the capture's.
         effects: the places that the call itself writes, which are left out here.
+        without: other places to leave out, by container and key.
 
     Attributes:
         modules: all in reach.
         version: the latest of the dictionaries' versions, as of when they were read.
     """
 
-    def __init__(self, session: Session, effects: Sequence[Effect]) -> None:
-        places = {(id(effect.slot.owner), effect.slot.key) for effect in effects if not effect.whole}
+    def __init__(
+        self, session: Session, effects: Sequence[Effect], without: Set[tuple[int, Any]] = frozenset()
+    ) -> None:
+        places = {(id(effect.slot.owner), effect.slot.key) for effect in effects if not effect.whole} | without
         self._places = places | _whole_lists(session.snapshot.slots, effects)
         self._lists = {id(effect.slot.owner) for effect in effects if effect.whole}
         slots = [slot for slot in session.snapshot.slots if not self._written(slot)]
@@ -204,7 +207,8 @@ class StateGuard:
                 self._slots.append(Slot(f"{type(module).__qualname__}.{key}", vars(module), key, vars(module)[key]))
         for kind in {type(module): None for module in modules}:
             self._slots.append(Slot(f"{kind.__qualname__}.forward", kind, "forward", kind.forward))
-        self._slots = list({(id(slot.owner), slot.key): slot for slot in self._slots}.values())
+        found = {(id(slot.owner), slot.key): slot for slot in self._slots}
+        self._slots = [slot for place, slot in found.items() if place not in without]
         self.modules = modules
         objects = session.snapshot.objects
         known = {id(each.value) for each in objects}
@@ -250,6 +254,7 @@ class StateGuard:
             if isinstance(owner, (dict, list, deque)) and id(owner) not in changing and "__builtins__" not in owner
         ]
         sized += [vars(kind) for kind in code.classes if id(kind) not in changing]
+        sized += [vars(each) for each in code.functions if id(vars(each)) not in changing]
         self._sized = [*map(_Sized.of, sized)]
         self._keyed = [
             (owner, own[key], _others(owner, own[key]))

@@ -18,6 +18,7 @@ from rmtc.capture import Capture, Captured
 from rmtc.capture.arguments import Arguments, show
 from rmtc.capture.effects import Effect
 from rmtc.capture.objects import Kept, Label, Place, Ref, attributes, build, can_be_made
+from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import MISSING, Slot, Snapshot, is_plain, told
@@ -33,7 +34,7 @@ from rmtc.passes.prove import remedy
 from rmtc.runtime.backends import Backend, Runner, auto, backend_named, kernels_or_torch, name_of
 from rmtc.runtime.estimate import WAYS, Way, as_written, backend_of, best_of, pays, ways
 from rmtc.runtime.executor import Run
-from rmtc.runtime.guards import ArgumentGuard, modes
+from rmtc.runtime.guards import ArgumentGuard
 from rmtc.runtime.measure import cost_model
 from rmtc.runtime.state_guard import StateGuard
 from rmtc.runtime.triton import launches_on
@@ -219,7 +220,8 @@ class Variant:
         for name, slot in variant._slots.items():
             kept = slot.parent is None and state.keeps(slot)
             (variant._keeping if kept else variant._others)[name] = slot
-        variant._unmoved = list(variant._slots.keys() - set(weights.names))
+        named = set(weights.names)
+        variant._unmoved = [name for name in variant._slots if name not in named]
         written = [str(name) for name in proven.loop.outputs if str(name).startswith("write:")]
         variant._written = tuple(name.removeprefix("write:") for name in written)
         variant._own = {name: source for name, source in first.same.items() if source in variant._written}
@@ -346,7 +348,8 @@ class Variant:
         inputs = _inputs(arguments)
         if self._written and not _unshared(self._written, {**values, **inputs}):
             return "a tensor that the call writes to shares its memory with another one"
-        if not in_place and not self.weights.places.keys() <= Weights.movable({**self._tensors(), **inputs}):
+        placed = self.weights.places.keys()
+        if placed and not in_place and not placed <= Weights.movable({**self._tensors(), **inputs}):
             return "parameters share memory, or lie in it in another order"
         if not in_place or sizes not in self.analysis.admitted or not self._met(sizes.batch):
             return None

@@ -6,6 +6,7 @@ import logging
 import operator
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -176,7 +177,8 @@ class Weights:
     capture holds on to memory that another one has moved it out of.
 
     Attributes:
-        single: addresses of parameters that are in no stack, and are read where they lie.
+        single: addresses of parameters that are in no stack; one by itself is read where it lies.
+        version: another number after each move.
         repack: whether products read transposed copies, which are as large again, and made again in each run.
         forget: called when memory is let go, parts of which others may hold.
     """
@@ -186,6 +188,7 @@ class Weights:
     single: dict[str, int] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     repack: bool = False
+    version: int = 0
     forget: Callable[[], None] = field(default=lambda: None)
     _layout: list[list[Any]] | None = None
     _parts: dict[tuple[str, int, tuple[int, ...]], tuple[_Stack, _Part, bool]] = field(default_factory=dict)
@@ -246,7 +249,7 @@ class Weights:
                 stack.memory.users.add(self)
         self.single = {name: values[name].data_ptr() for name in self.single}
         self._views = {}  # another one: a run in another thread may still add to that which was
-        self.forget()
+        self.version += 1
         one: dict[Any, Any] = {}  # equal strides are one object: fewer to read in each call
         layout = [[get(values[name]) for name in self.names] for get in _LAYOUT]
         self._layout = [[one.setdefault(each, each) for each in held] for held in layout]
@@ -265,9 +268,9 @@ class Weights:
                 stack.repacked.clear()
         self.forget()
 
-    def lies(self) -> list[Any]:
-        """The memory of each stack, and what is known of other parameters: other objects, once one was moved."""
-        return [self._views, *(None if stack.memory is None else stack.memory.tensor for stack in self.stacks)]
+    def lies(self) -> list[torch.Tensor | None]:
+        """The memory of each stack: other objects, once parameters were moved."""
+        return [None if stack.memory is None else stack.memory.tensor for stack in self.stacks]
 
     def lasting(self, body: Body, number: int, layers: tuple[int, ...], rows: torch.Tensor) -> bool:
         """Whether :meth:`rows` will give the same tensor again, until parameters are moved."""
@@ -340,10 +343,8 @@ class Weights:
     @staticmethod
     def movable(values: Mapping[str, torch.Tensor]) -> set[str]:
         """The names of the parameters that own their memory, all of it, in order."""
-        storages: dict[int, int] = {}
-        for tensor in values.values():
-            key = tensor.untyped_storage()._cdata
-            storages[key] = storages.get(key, 0) + 1
+        storages = {name: tensor.untyped_storage() for name, tensor in values.items()}
+        count = Counter(storage._cdata for storage in storages.values())
         return {
             name
             for name, tensor in values.items()
@@ -351,8 +352,8 @@ class Weights:
             and tensor.is_contiguous()
             and tensor.numel()
             and not tensor.is_inference()
-            and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-            and storages[tensor.untyped_storage()._cdata] == 1
+            and storages[name].nbytes() == tensor.numel() * tensor.element_size()
+            and count[storages[name]._cdata] == 1
             and tensor.dtype in _DLPACK
             and not (tensor.device.type == "cpu" and tensor.is_shared())  # with another process
         }
