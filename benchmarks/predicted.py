@@ -9,6 +9,7 @@ of the card's data sheet, and 4 us at least. Nothing else is counted: no launch 
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 from gpu import MEMORY, PUBLISHED, SHAPES
@@ -19,6 +20,7 @@ from rmtc.kernels import kernels_of
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     names = list(TARGETS)
     cards = [f"{name} ({TARGETS[name].card})" for name in names]
     print(f"| model | tokens | launches a step | published | {' | '.join(cards)} |")

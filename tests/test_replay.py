@@ -253,6 +253,7 @@ def test_what_each_segment_calls_is_answered_from_memory() -> None:
     assert 0 < before < 30 and len(calls) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "trick",
     [

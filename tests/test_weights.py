@@ -818,6 +818,7 @@ class Shifted(AssociativeLayer):
         return super().forward(hidden + self.shift)
 
 
+@pytest.mark.slow
 def test_what_lies_in_no_stack_is_stacked_once_in_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     model = reader()
     model.layers = nn.ModuleList(Shifted(WIDTH) for _ in range(LAYERS)).double().requires_grad_(False).eval()
@@ -859,6 +860,7 @@ def _weight_elsewhere(model: xl.TransformerXL) -> None:
     weight.data = normal(*weight.shape)
 
 
+@pytest.mark.slow
 def test_weights_of_layers_that_run_alone_are_bound_once_and_again_where_they_moved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
