@@ -34,7 +34,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rmtc, "stats", lambda model: rmtc.Stats(captures=1))
     monkeypatch.setattr(matrix, "ROWS", (LLAMA,))
     monkeypatch.setattr(matrix, "LEAST", dict.fromkeys(matrix.LEAST, 0.0))
-    monkeypatch.setattr(matrix, "LEAST_INDUCTOR", dict.fromkeys(matrix.LEAST_INDUCTOR, 0.0))
     monkeypatch.setattr(matrix, "GROWTH", matrix.GROWTH | {"residual": 1e9})
     monkeypatch.setattr(matrix, "alone", lambda kind, row: ALONE)
 
@@ -151,7 +150,6 @@ def test_what_is_asked_of_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     ratios = {
         "by hand / rmtc torch repacked": 0.92,
         "by hand compiled / rmtc inductor repacked": 0.94,
-        "by hand compiled / rmtc inductor": 0.86,
         "floor / by hand": 0.23,
     }
     short = {str(row): list(matrix.shortfalls(row, {"differs": {}, "ratios": ratios})) for row in matrix.ROWS}

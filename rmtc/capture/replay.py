@@ -281,7 +281,7 @@ class Replayer:
             apart = _containers(result).isdisjoint(_containers((args, kwargs)) | state.containers)
             if apart and _as_given(args, kwargs, structure, leaves) and self._guard.differs() is None:
                 known = self._remember(inner, state, result, operands)
-            if known is None:  # it returns what cannot be remembered
+            if known is None:  # what it did cannot be done again from memory
                 recorder.splice(inner, references, location, result)
                 return result
             self._memory[key] = known
@@ -460,7 +460,7 @@ class _State:
         self._plains = plains
         self._plain = 0
         self._tensors: list[int] = []
-        self.transparent = True  # whether all of it can be seen: no array or iterator, nor a set of more than data
+        self.transparent = True  # whether changes of all that it holds show, see `_transparent`
 
     def whole(self) -> bool:
         """Whether no attribute came or went, nor an element of a set."""
@@ -533,5 +533,5 @@ _SEEN = (
 
 def _transparent(value: object) -> bool:
     """Whether a change of a value shows in its identity, in the slots of what it holds, or to the guard."""
-    bare = type(value).__mro__[1:] == (object,) and vars(value) == {} if hasattr(value, "__dict__") else False
+    bare = type(value).__mro__[1:] == (object,) and hasattr(value, "__dict__") and not vars(value)
     return (isinstance(value, _SEEN) or is_record(value) or bare) and not is_opaque(value)

@@ -307,19 +307,13 @@ class Weights:
             self._parts[key] = found
             return view
         if len(set(names)) == 1 and len(names[0]) == 1:
-            own = values[names[0][0]]
+            (name,), own = names[0], values[names[0][0]]
             with torch.inference_mode(False):
                 view = own.detach().unsqueeze(0).expand(len(names), *own.shape)
-            address = self.single.get(names[0][0])
-            if address and address == view.data_ptr():
+            if self.single.get(name) and self.single[name] == view.data_ptr():
                 views[key] = view
             return view
-        rows, order = _names(body, number), sorted(body.weights[number])
-        if rows not in stacked:
-            tensors = [[values[name].detach() for name in row] for row in rows]
-            stacked[rows] = torch.stack([row[0] if len(row) == 1 else torch.cat(row) for row in tensors])
-        at = [order.index(layer) for layer in layers]
-        return stacked[rows][at[0] : at[-1] + 1 : at[1] - at[0] if len(at) > 1 else 1]
+        return _copied(body, number, layers, values, stacked)
 
     def _lies(self, names: Sequence[tuple[str, ...]]) -> tuple[_Stack, _Part] | None:
         """The stack and the part of it in which parameters lie, if that is one."""
@@ -472,6 +466,22 @@ def _multiplies(body: Body, number: int) -> bool:
         and sum(leaf == weight for leaf in leaves(op.args)) == 1
         for op in readers
     )
+
+
+def _copied(
+    body: Body,
+    number: int,
+    layers: tuple[int, ...],
+    values: Mapping[str, torch.Tensor],
+    stacked: dict[tuple[tuple[str, ...], ...], torch.Tensor],
+) -> torch.Tensor:
+    """What lies in no stack, of some layers: of a copy of all layers', which a run makes once."""
+    rows, order = _names(body, number), sorted(body.weights[number])
+    if rows not in stacked:
+        tensors = [[values[name].detach() for name in row] for row in rows]
+        stacked[rows] = torch.stack([row[0] if len(row) == 1 else torch.cat(row) for row in tensors])
+    at = [order.index(layer) for layer in layers]
+    return stacked[rows][at[0] : at[-1] + 1 : at[1] - at[0] if len(at) > 1 else 1]
 
 
 def _names(body: Body, number: int) -> tuple[tuple[str, ...], ...]:
