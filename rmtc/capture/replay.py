@@ -18,12 +18,13 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import chain, compress
 from types import BuiltinFunctionType, CellType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch._C._dynamo.guards import dict_version
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -425,6 +426,22 @@ def _first(tensors: Sequence[torch.Tensor]) -> Iterator[int]:
         yield seen.setdefault(id(tensor), number)
 
 
+class _Read(NamedTuple):
+    """Keys of one container or object, whose values stand next to each other in a list from ``start`` on."""
+
+    owner: Any
+    keys: list[Any]
+    start: int
+
+    def values(self) -> Iterable[Any]:
+        """What they hold now."""
+        if isinstance(self.owner, (dict, list, deque)):
+            return map(self.owner.__getitem__, self.keys)
+        if isinstance(self.owner, type):
+            return map(self.owner.__dict__.__getitem__, self.keys)
+        return [getattr(self.owner, str(key)) for key in self.keys]
+
+
 class _State:
     """The attributes of a module and all below it, and the globals and closures the user's code names."""
 
@@ -443,16 +460,20 @@ class _State:
             and type(slot.value) is not nn.Parameter  # but what stands in for one
             and slot.key != "_non_persistent_buffers_set"  # a module's own record of its buffers' names
         ]
-        # Slots of one container are read together: this is most of the time of a replay.
+        # Slots of one container are read together, and those of a dictionary only where it was written to since.
         self._slots.sort(key=lambda slot: id(slot.owner))
-        self._reads: list[tuple[Any, list[Any]]] = []
-        for slot in self._slots:
-            if not self._reads or self._reads[-1][0] is not slot.owner:
-                self._reads.append((slot.owner, []))
-            self._reads[-1][1].append(slot.key)
+        self._reads: list[_Read] = []
+        for start, slot in enumerate(self._slots):
+            if not self._reads or self._reads[-1].owner is not slot.owner:
+                self._reads.append(_Read(slot.owner, [], start))
+            self._reads[-1].keys.append(slot.key)
+        self._versioned = [read for read in self._reads if type(read.owner) is dict]
+        self._others = [read for read in self._reads if type(read.owner) is not dict]
+        self._tables = [read.owner for read in self._versioned]
+        self._versions = [-1] * len(self._tables)
         self.containers = {id(slot.owner) for slot in self._slots} | {id(slot.value) for slot in self._slots}
-        self._owners = [owner for owner, _ in self._reads if isinstance(owner, (dict, list, deque))]
-        self._sizes = [len(owner) for owner in self._owners]
+        self._owners = [read.owner for read in self._reads if isinstance(read.owner, (dict, list, deque))]
+        self._sizes = [*map(len, self._owners)]
         self._before: list[Any] = []
         self._seen = {id(slot.value): slot.value for slot in self._slots}
         sets = [value for value in self._seen.values() if type(value) is set and all(map(is_plain, value))]
@@ -464,29 +485,30 @@ class _State:
 
     def whole(self) -> bool:
         """Whether no attribute came or went, nor an element of a set."""
-        return self._sizes == [len(owner) for owner in self._owners] and all(
+        return self._sizes == [*map(len, self._owners)] and all(
             tuple(map(_told, value)) == items for value, items in self._sets.values()
         )
 
     def _current(self) -> list[Any]:
-        values: list[Any] = []
-        for owner, keys in self._reads:
-            if isinstance(owner, (dict, list, deque)):
-                values += map(owner.__getitem__, keys)
-            elif isinstance(owner, type):
-                values += map(owner.__dict__.__getitem__, keys)
-            else:
-                values += [getattr(owner, str(key)) for key in keys]
-        return values
+        return [value for read in self._reads for value in read.values()]
 
     def values(self) -> tuple[int, list[torch.Tensor]]:
         """A number for the plain values and the identities of what is neither plain nor a tensor; and the tensors."""
-        now, before = self._current(), self._before
-        self._before = now
-        changed = compress(range(len(now)), map(operator.is_not, now, before))
-        known = len(now) == len(before) and all(
-            isinstance(now[i], torch.Tensor) and isinstance(before[i], torch.Tensor) for i in changed
+        now = self._before or [None] * len(self._slots)
+        versions = [*map(dict_version, self._tables)]
+        written = compress(self._versioned, map(operator.ne, versions, self._versions))
+        changed = [
+            (number, new)
+            for read in chain(written, self._others)
+            for number, new in enumerate(read.values(), read.start)
+            if new is not now[number]
+        ]
+        known = bool(self._before) and all(
+            isinstance(new, torch.Tensor) and isinstance(now[number], torch.Tensor) for number, new in changed
         )
+        for number, new in changed:
+            now[number] = new
+        self._before, self._versions = now, versions  # as of before the places were read
         if not known:
             plain = tuple(map(self._told, now))
             self._plain = self._plains.setdefault(plain, len(self._plains))
@@ -496,7 +518,7 @@ class _State:
                 is_plain(value) or isinstance(value, torch.Tensor) or (id(value) in self._seen and self._shows(value))
                 for value in now
             )
-        return self._plain, [now[i] for i in self._tensors]
+        return self._plain, [*map(now.__getitem__, self._tensors)]
 
     def _told(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
