@@ -52,6 +52,10 @@ class Recorder:
             self.name(tensor, found)
         return found
 
+    def references(self, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        found = (*map(self.named.get, map(id, tensors)),)
+        return found if None not in found else (*map(self.reference, tensors),)
+
     def make(self, like: list[torch.Tensor]) -> list[torch.Tensor]:
         """Fresh fake tensors with the metadata of others."""
         fresh: list[torch.Tensor] = []

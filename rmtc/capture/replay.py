@@ -15,7 +15,7 @@ import logging
 import operator
 import re
 import threading
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, compress
@@ -111,7 +111,9 @@ class Replayer:
     ) -> None:
         self._guard = guard
         modules = session.all_modules()
-        self._hooks = [vars(module)[key] for module in modules for key in vars(module) if key.endswith("_hooks")]
+        hooks = [vars(module)[key] for module in modules for key in vars(module) if key.endswith("_hooks")]
+        self._unhooked = [table for table in hooks if type(table) in (dict, OrderedDict) and not table]
+        self._hooks = [table for table in hooks if type(table) not in (dict, OrderedDict) or table]
         self._hooked = [*map(len, self._hooks)]
         self._session, self._plan, self._probe = session, plan, probe
         self.results: dict[Sizes, Any] = {}  # how a call's result is put together
@@ -239,7 +241,7 @@ class Replayer:
     def _call(self, recorder: Recorder, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         leaves: list[Any] = []
         structure = _flatten((args, kwargs), leaves)
-        if structure is _UNKNOWN or self._guard.differs() is not None or [*map(len, self._hooks)] != self._hooked:
+        if structure is _UNKNOWN or self._guard.differs() is not None or self._differ_hooks():
             return original(module, *args, **kwargs)
         state = self._states.get(id(module))
         if state is None or not state.whole():
@@ -254,18 +256,16 @@ class Replayer:
             for leaf in leaves
         )
         token = (id(module), structure, rest)
-        with torch._C.DisableTorchFunction():  # asked for more often than anything is computed
-            metadata = tuple([(t.shape, t.dtype, t.device, t.stride()) for t in operands])
         key = (
             token,
             numbers,
-            metadata,
-            tuple(_first(operands)),
+            _metadata(operands),
+            _repeats(operands),
             plain,
             *modes(),
         )
         known = self._memory.get(key)
-        references = tuple(map(recorder.reference, operands))
+        references = recorder.references(operands)
         location, _ = current_location(2)
         if known is None:
             self._unknown += 1
@@ -298,6 +298,10 @@ class Replayer:
             recorder.name(operands[number], Made(event, len(makes) + number))
         recorder.events.append(Event(token, numbers, references, known.events, location))
         return result
+
+    def _differ_hooks(self) -> bool:
+        """Whether hooks came or went."""
+        return any(self._unhooked) or [*map(len, self._hooks)] != self._hooked
 
     def _remember(
         self,
@@ -419,11 +423,22 @@ def _result(name: str) -> Viewed:
     return Viewed("result", tuple(map(int, parts[1::2])), Named("#".join(parts[::2])))
 
 
-def _first(tensors: Sequence[torch.Tensor]) -> Iterator[int]:
-    """For each tensor, the first place where the same one stands."""
-    seen: dict[int, int] = {}
-    for number, tensor in enumerate(tensors):
-        yield seen.setdefault(id(tensor), number)
+def _metadata(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """The metadata of tensors, which may change in place."""
+    with torch._C.DisableTorchFunction():  # asked for more often than anything is computed
+        # What `FakeTensor.device` gives outside of operations, in half the time.
+        return tuple(
+            [(t.shape, t.dtype, t.fake_device if type(t) is FakeTensor else t.device, t.stride()) for t in tensors]
+        )
+
+
+def _repeats(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """For each tensor, the last place where the same one stands; empty if all are different."""
+    ids = [*map(id, tensors)]
+    if len(set(ids)) == len(ids):
+        return ()
+    places = dict(zip(ids, range(len(ids)), strict=True))
+    return (*map(places.__getitem__, ids),)
 
 
 class _Read(NamedTuple):
