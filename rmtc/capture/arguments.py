@@ -155,33 +155,34 @@ class Arguments:
 
         A list is continued by repeating its last item.
         """
-        lengths = lengths or {}
+        kept = lengths or {}
+        args = tuple(
+            _rebuild((name,), value, function, kept) for name, value in zip(self.names, self.args, strict=True)
+        )
+        return args, {name: _rebuild((name,), value, function, kept) for name, value in self.kwargs.items()}
 
-        def with_attributes(made: Any, value: Any) -> Any:
-            if held := container_attributes(value):
-                vars(made).update(held)
-            return made
 
-        def rebuild(path: Path, value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return function(path, value)
-            if isinstance(value, (list, tuple)):
-                items = list(value)
-                if path in lengths:
-                    items = (items + [items[-1]] * lengths[path])[: lengths[path]]
-                new = [rebuild((*path, index), item) for index, item in enumerate(items)]
-                made: Any = type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
-                return with_attributes(made, value)
-            if isinstance(value, dict):
-                made = type(value)((key, rebuild((*path, key), item)) for key, item in value.items())
-                return with_attributes(made, value)
-            leaves, spec = pytree.tree_flatten(value)
-            if len(leaves) == 1 and leaves[0] is value:
-                return value
-            return pytree.tree_unflatten([rebuild((*path, index), leaf) for index, leaf in enumerate(leaves)], spec)
-
-        args = tuple(rebuild((name,), value) for name, value in zip(self.names, self.args, strict=True))
-        return args, {name: rebuild((name,), value) for name, value in self.kwargs.items()}
+def _rebuild(path: Path, value: Any, function: Callable[[Path, torch.Tensor], Any], lengths: dict[Path, int]) -> Any:
+    """What is at a path, see :meth:`Arguments.map`."""
+    if isinstance(value, torch.Tensor):
+        return function(path, value)
+    if isinstance(value, (list, tuple)):
+        items = list(value)
+        if path in lengths:
+            items = (items + [items[-1]] * lengths[path])[: lengths[path]]
+        new = [_rebuild((*path, index), item, function, lengths) for index, item in enumerate(items)]
+        made: Any = type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+    elif isinstance(value, dict):
+        made = type(value)((key, _rebuild((*path, key), item, function, lengths)) for key, item in value.items())
+    else:
+        leaves, spec = pytree.tree_flatten(value)
+        if len(leaves) == 1 and leaves[0] is value:
+            return value
+        items = [_rebuild((*path, index), leaf, function, lengths) for index, leaf in enumerate(leaves)]
+        return pytree.tree_unflatten(items, spec)
+    if held := container_attributes(value):
+        vars(made).update(held)
+    return made
 
 
 def container_attributes(value: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = ["Recorder"]
 aten = torch.ops.aten
 
 _NUMBERS = (float, complex, bool)
+_numbers = itertools.count()
 
 
 class Recorder:
@@ -47,7 +49,7 @@ class Recorder:
         found = self.named.get(id(tensor))
         if found is None:
             around = self._outer.named.get(id(tensor)) if self._outer is not None else None
-            unknown = Named(f"unknown {id(self)} {len(self._kept)}")  # equal to no other
+            unknown = Named(f"unknown {next(_numbers)}")  # equal to no other
             found = unknown if around is None else around if isinstance(around, Named) else Beyond(around)
             self.name(tensor, found)
         return found

@@ -118,7 +118,7 @@ class Replayer:
         self._session, self._plan, self._probe = session, plan, probe
         self.results: dict[Sizes, Any] = {}  # how a call's result is put together
         self._memory: dict[Any, _Remembered] = {}
-        self._plains: dict[tuple[Any, ...], int] = {}
+        self._plains: _Plains = {}
         self._remembered = _Modules()  # the modules whose calls are remembered
         self._calls: Counter[int] = Counter()
         self._unknown = 0
@@ -457,10 +457,13 @@ class _Read(NamedTuple):
         return [getattr(self.owner, str(key)) for key in self.keys]
 
 
+_Plains = dict[tuple[Any, ...], tuple[int, list[Any]]]  # by number, with what the ids in it are of: they stay its own
+
+
 class _State:
     """The attributes of a module and all below it, and the globals and closures the user's code names."""
 
-    def __init__(self, module: nn.Module, everything: Iterable[Slot], plains: dict[tuple[Any, ...], int]) -> None:
+    def __init__(self, module: nn.Module, everything: Iterable[Slot], plains: _Plains) -> None:
         shared = [
             slot
             for slot in everything
@@ -526,7 +529,8 @@ class _State:
         self._before, self._versions = now, versions  # as of before the places were read
         if not known:
             plain = tuple(map(self._told, now))
-            self._plain = self._plains.setdefault(plain, len(self._plains))
+            objects = [value for value in now if not isinstance(value, torch.Tensor)]
+            self._plain, _ = self._plains.setdefault(plain, (len(self._plains), objects))
             self._tensors = [i for i, value in enumerate(now) if isinstance(value, torch.Tensor)]
             # Of an object that was not there before neither the content is known, nor that its id stays its own.
             self.transparent = all(

@@ -488,6 +488,56 @@ def _contents(cell: types.CellType) -> Any:
         return None
 
 
+class _Walk:
+    """What a walk has found so far: no closures, which would hold each other, and all of it, until a collection."""
+
+    def __init__(self, without: Set[int]) -> None:
+        self.slots: list[Slot] = []
+        self.seen: set[int] = set(without)
+        self.functions: set[int] = set()
+        self.places: set[tuple[int, Any]] = set()
+        self.names: dict[str, int] = {}
+        self.queue: deque[tuple[str, Any, Slot | None]] = deque()
+
+    def add(self, name: str, owner: Any, key: Any, value: Any, parent: Slot | None = None, table: str = "") -> None:
+        if (id(owner), key) in self.places:  # a global that several functions name
+            return
+        self.places.add((id(owner), key))
+        count = self.names[name] = self.names.get(name, 0) + 1
+        name = name if count == 1 else f"{name}#{count}"
+        self.slots.append(Slot(name, owner, key, value, parent, table if parent is not None else ""))
+        if not is_plain(value) and not isinstance(value, torch.Tensor):
+            self.queue.append((name, value, self.slots[-1]))
+
+    def add_function(self, function: types.FunctionType) -> None:
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            self.add(name, cell, "cell_contents", _contents(cell))
+        for name, space, value in _globals(function):
+            if isinstance(value, type):
+                if _is_walked(value):
+                    self.add_class(value)
+            elif not isinstance(value, (types.FunctionType, types.BuiltinFunctionType)) or [*_behind(value)]:
+                self.add(name, space, name, value)
+        for key in ("__defaults__", "__kwdefaults__"):
+            if not is_plain(getattr(function, key)):
+                self.add(f"{function.__qualname__}.{key}", function, key, getattr(function, key))
+        for key, value in list(vars(function).items()):
+            self.add(f"{function.__qualname__}.{key}", vars(function), key, value)
+
+    def add_class(self, kind: type) -> None:
+        for base in _bases(kind):
+            if _from_library(base.__module__) or id(base) in self.seen:
+                continue
+            self.seen.add(id(base))
+            for key, attribute in list(vars(base).items()):
+                for function in state_functions(attribute, self.functions):
+                    self.add_function(function)
+                bound = hasattr(type(attribute), "__get__") and not isinstance(attribute, _Cached)
+                bound = bound and not is_record(attribute)  # a descriptor of the user's keeps what it likes
+                if not (key.startswith("__") or isinstance(attribute, type) or bound):
+                    self.add(f"{base.__qualname__}.{key}", base, key, attribute)
+
+
 def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
     """Every slot reachable from the roots, each place once, in a stable order; no two have the same name.
 
@@ -496,79 +546,37 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
             ``named_parameters`` spells them.
         without: the ids of containers that are not looked into.
     """
-    slots: list[Slot] = []
-    seen: set[int] = set(without)
-    functions: set[int] = set()
-    places: set[tuple[int, Any]] = set()
-    names: dict[str, int] = {}
-    queue: deque[tuple[str, Any, Slot | None]] = deque((name, value, None) for name, value in roots.items())
-
-    def add(name: str, owner: Any, key: Any, value: Any, parent: Slot | None = None, table: str = "") -> None:
-        if (id(owner), key) in places:  # a global that several functions name
-            return
-        places.add((id(owner), key))
-        count = names[name] = names.get(name, 0) + 1
-        name = name if count == 1 else f"{name}#{count}"
-        slots.append(Slot(name, owner, key, value, parent, table if parent is not None else ""))
-        if not is_plain(value) and not isinstance(value, torch.Tensor):
-            queue.append((name, value, slots[-1]))
-
-    def add_function(function: types.FunctionType) -> None:
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            add(name, cell, "cell_contents", _contents(cell))
-        for name, space, value in _globals(function):
-            if isinstance(value, type):
-                if _is_walked(value):
-                    add_class(value)
-            elif not isinstance(value, (types.FunctionType, types.BuiltinFunctionType)) or [*_behind(value)]:
-                add(name, space, name, value)
-        for key in ("__defaults__", "__kwdefaults__"):
-            if not is_plain(getattr(function, key)):
-                add(f"{function.__qualname__}.{key}", function, key, getattr(function, key))
-        for key, value in list(vars(function).items()):
-            add(f"{function.__qualname__}.{key}", vars(function), key, value)
-
-    def add_class(kind: type) -> None:
-        for base in _bases(kind):
-            if _from_library(base.__module__) or id(base) in seen:
-                continue
-            seen.add(id(base))
-            for key, attribute in list(vars(base).items()):
-                for function in state_functions(attribute, functions):
-                    add_function(function)
-                bound = hasattr(type(attribute), "__get__") and not isinstance(attribute, _Cached)
-                bound = bound and not is_record(attribute)  # a descriptor of the user's keeps what it likes
-                if not (key.startswith("__") or isinstance(attribute, type) or bound):
-                    add(f"{base.__qualname__}.{key}", base, key, attribute)
-
+    found = _Walk(without)
+    queue = found.queue
+    queue.extend((name, value, None) for name, value in roots.items())
     while queue:
         name, value, at = queue.popleft()
-        if id(value) in seen or isinstance(value, types.ModuleType):
+        if id(value) in found.seen or isinstance(value, types.ModuleType):
             continue
         if isinstance(value, type):
-            add_class(value)
+            found.add_class(value)
             continue
-        seen.add(id(value))
+        found.seen.add(id(value))
         dot = name + "." if name else ""
         if isinstance(value, (types.FunctionType, types.MethodType)):
             if isinstance(value, types.MethodType):
                 queue.append((name, value.__self__, None))
-            for function in state_functions(value, functions):
-                add_function(function)
+            for function in state_functions(value, found.functions):
+                found.add_function(function)
         elif isinstance(value, nn.Module):
             for table in _MODULE_TABLES:
                 for key, item in value.__dict__[table].items():
-                    add(dot + key, value.__dict__[table], key, item, at, table)
+                    found.add(dot + key, value.__dict__[table], key, item, at, table)
             for key, item in list(value.__dict__.items()):
                 if key not in _MODULE_TABLES and key != "_compiled_call_impl":
-                    add(dot + key, value.__dict__, key, item, at, "__dict__")
-            add_class(type(value))
+                    found.add(dot + key, value.__dict__, key, item, at, "__dict__")
+            found.add_class(type(value))
         elif isinstance(value, dict) and not _makes_items(value):
             for key, item in list(value.items()):
-                add(f"{name}[{key!r}]", value, key, item, at)
+                found.add(f"{name}[{key!r}]", value, key, item, at)
         elif isinstance(value, (list, deque, tuple)):
             for index, item in enumerate(value):
-                add(f"{name}[{index}]", value, index, item, at)
+                found.add(f"{name}[{index}]", value, index, item, at)
         elif isinstance(value, (set, frozenset)):
             queue.extend((f"{name}{{}}", item, None) for item in value if not is_plain(item))
         elif isinstance(value, functools.partial):
@@ -578,11 +586,11 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
         if is_record(value) and not isinstance(value, nn.Module):  # a list of a class of its own, too
             for key, item in list(getattr(value, "__dict__", {}).items()):
                 table = "__dict__" if type(value.__dict__) is dict else ""
-                add(dot + key, value.__dict__ if table else value, key, item, at, table)
+                found.add(dot + key, value.__dict__ if table else value, key, item, at, table)
             for key in slot_names(value):
-                add(dot + key, value, key, getattr(value, key), at)
-            add_class(type(value))
-    return slots
+                found.add(dot + key, value, key, getattr(value, key), at)
+            found.add_class(type(value))
+    return found.slots
 
 
 @functools.cache
