@@ -8,7 +8,7 @@ import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence, Set, Sized
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, compress
 from types import CellType, FunctionType, MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -108,6 +108,8 @@ class _Places:
         self._ordered = [each.owner for each in sized if each.keys is not None]
         self._keys = [key for each in sized for key in each.keys or ()]
         self._absent = [space.keys() for space, _ in absent], [names for _, names in absent]
+        self._sized_by = {id(each.owner): each for each in sized}
+        self._absent_by = {id(space): names for space, names in absent}
         groups: dict[int, list[Slot]] = {}
         rest: list[Slot] = []
         for slot in slots:
@@ -124,6 +126,11 @@ class _Places:
         )
         self._items = [slot.owner for slot in single], [slot.key for slot in single]
         self._rest = [_getter(slot)[1] for slot in rest], [_getter(slot)[2] for slot in rest]
+        self._spans: dict[int, tuple[int, Sequence[Any]]] = {}  # by owner: where in all that is held, and the keys
+        start = 0
+        for group in (*many, *([slot] for slot in single)):
+            self._spans[id(group[0].owner)] = start, [slot.key for slot in group]
+            start += len(group)
         self._hold([slot.value for slot in self.slots])
 
     def _hold(self, values: list[Any]) -> None:
@@ -132,6 +139,18 @@ class _Places:
         self.named = [(slot.name, value) for slot, value in pairs if isinstance(value, (torch.Tensor, list, dict))]
         tensors = ((name, value) for name, value in self.named if isinstance(value, torch.Tensor))
         self.tensors = {id(value): name for name, value in tensors if not isinstance(value, nn.Parameter)}
+
+    def holds(self, table: dict[Any, Any]) -> bool:
+        """Whether nothing at all is different in a dictionary; else :meth:`differs` tells whether it counts."""
+        start, keys = self._spans.get(id(table), (0, ()))
+        sized = self._sized_by.get(id(table))
+        if sized is not None and (len(table) != sized.size or not all(map(operator.is_, table, sized.keys or ()))):
+            return False
+        try:
+            same = all(map(operator.is_, map(table.__getitem__, keys), self.held[start : start + len(keys)]))
+        except KeyError:
+            return False
+        return same and table.keys().isdisjoint(self._absent_by.get(id(table), ()))
 
     def differs(self, copies: dict[int, Any]) -> str | None:
         """The first place that holds something else than before; None if there is none.
@@ -308,7 +327,7 @@ class StateGuard:
             return _Places(slots, sized, [each for each in self._absent if (id(each[0]) in tables) is kept])
 
         self._kept, self._read = places(True), places(False)
-        self.version = -1
+        self.version, self._versions = -1, [-1] * len(self._tables)
 
     def keeps(self, slot: Slot) -> bool:
         """Whether a place holds the same as long as :attr:`version` is the same."""
@@ -358,9 +377,12 @@ class StateGuard:
         self._headers.copy()  # touches each: what is in no cache any more comes in at once, not one after another
         if any(self._empty):
             return _OTHER_KEYS
-        version = max(map(dict_version, self._tables), default=0)
+        versions = [*map(dict_version, self._tables)]
+        version = max(versions, default=0)
+        written = compress(self._tables, map(operator.ne, versions, self._versions))
+        same = version == self.version or (self.version >= 0 and all(map(self._kept.holds, written)))
         copies: dict[int, Any] = {}
-        for places in (self._read,) if version == self.version else (self._read, self._kept):
+        for places in (self._read,) if same else (self._read, self._kept):
             if (difference := places.differs(copies)) is not None:
                 return difference
         if not all(map(operator.is_, map(_TABLE_OF, self._dicts[0]), self._dicts[1])):
@@ -371,7 +393,7 @@ class StateGuard:
             return _OTHER_KEYS
         if copies:
             self._follow(copies)
-        self.version = version  # as of before the places were read
+        self.version, self._versions = version, versions  # as of before the places were read
         if arguments is not None and self._given(arguments) != self._aliases:
             return "an argument is a tensor that an attribute, global or closure holds, or was one"
         if any(tensor.requires_grad is not required for tensor, required in self._requiring):
