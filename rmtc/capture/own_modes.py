@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rmtc.capture.indexing import EverySlice
+
 __all__ = ["modes", "own_modes"]
 
 _CPU = torch.device("cpu")
@@ -23,9 +25,15 @@ def modes() -> tuple[Any, ...]:
         torch.is_inference_mode_enabled(),
         *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
         torch.get_default_dtype(),
-        torch.get_default_device() if torch._C._len_torch_function_stack() else _CPU,  # a mode sets another one
+        torch.get_default_device() if _has_modes() else _CPU,  # a mode sets another one
         torch.are_deterministic_algorithms_enabled(),
     )
+
+
+def _has_modes() -> bool:
+    """Whether there is a mode for torch's functions but that of a capture."""
+    count = torch._C._len_torch_function_stack()
+    return count > 1 or (count == 1 and type(torch._C._get_function_stack_at(0)) is not EverySlice)
 
 
 def own_modes(function: Callable[..., Any]) -> AbstractContextManager[object]:
