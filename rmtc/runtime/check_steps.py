@@ -13,18 +13,52 @@ import torch
 
 from rmtc.errors import VerifyError
 from rmtc.runtime.plan import Part, Piece, Plan
-from rmtc.runtime.standing import Step
+from rmtc.runtime.standing import Body, Step
 
 __all__ = ["check_steps"]
 
 
 class _Seen(NamedTuple):
-    """A tensor as it lies in memory."""
+    """A tensor as it lies in memory: ``size`` bytes, the last before ``end``."""
 
     address: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
+    size: int
+    end: int
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> _Seen:
+        address, shape, strides, bytes_each = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.itemsize
+        last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        size, end = tensor.numel() * bytes_each, address + (last + 1) * bytes_each
+        return _Seen(address, shape, strides, tensor.dtype, size, end)
+
+
+class _Looks:
+    """How tensors and their rows lie: each is looked at once in a check, and kept, so that its id stays its own."""
+
+    def __init__(self) -> None:
+        self._wholes: dict[int, tuple[torch.Tensor, _Seen]] = {}
+        self._rows: dict[int, tuple[torch.Tensor, list[_Seen]]] = {}
+        self._views: dict[int, tuple[Body, list[torch.Tensor], list[torch.Tensor]]] = {}
+
+    def whole(self, tensor: torch.Tensor) -> _Seen:
+        if id(tensor) not in self._wholes:
+            self._wholes[id(tensor)] = tensor, _Seen.of(tensor)
+        return self._wholes[id(tensor)][1]
+
+    def rows(self, tensor: torch.Tensor) -> list[_Seen]:
+        if id(tensor) not in self._rows:
+            self._rows[id(tensor)] = tensor, [_Seen.of(tensor[n]) for n in range(len(tensor))]
+        return self._rows[id(tensor)][1]
+
+    def views(self, body: Body) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Where a body reads its inputs, and what a run of it writes to."""
+        if id(body) not in self._views:
+            self._views[id(body)] = body, [rows.view for rows in body.homes], [rows.view for rows in body.written]
+        return self._views[id(body)][1:]
 
 
 class _Memory:
@@ -34,19 +68,19 @@ class _Memory:
         self.addresses: list[int] = []  # of all that is known, in order
         self.held: dict[int, dict[_Seen, set[object]]] = {}
 
-    def read(self, tensor: torch.Tensor) -> set[object]:
-        return self.held.get(tensor.data_ptr(), {}).get(_seen(tensor), set())
+    def read(self, seen: _Seen) -> set[object]:
+        return self.held.get(seen.address, {}).get(seen, set())
 
-    def write(self, tensor: torch.Tensor, what: set[object]) -> None:
-        address = tensor.data_ptr()
-        if address not in self.held:
-            bisect.insort(self.addresses, address)
-        self.held.setdefault(address, {}).setdefault(_seen(tensor), set()).update(what)
+    def write(self, seen: _Seen, what: set[object]) -> None:
+        if seen.address not in self.held:
+            bisect.insort(self.addresses, seen.address)
+        self.held.setdefault(seen.address, {}).setdefault(seen, set()).update(what)
 
-    def spoil(self, tensor: torch.Tensor) -> None:
+    def spoil(self, seen: _Seen) -> None:
         """Forget all that begins within a contiguous tensor."""
-        first, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
-        low, high = (bisect.bisect_left(self.addresses, address) for address in (first, end))
+        low, high = (
+            bisect.bisect_left(self.addresses, address) for address in (seen.address, seen.address + seen.size)
+        )
         for address in self.addresses[low:high]:
             del self.held[address]
         del self.addresses[low:high]
@@ -62,51 +96,55 @@ def check_steps(plan: Plan, steps: Sequence[Step | None]) -> None:
     Raises:
         VerifyError: if one would find something else.
     """
-    memory = _Memory()
+    memory, looks = _Memory(), _Looks()
     for number, (launch, step) in enumerate(zip(plan.launches, steps, strict=True)):
         if step is None:
             for each in (each for pieces in launch.inputs for each in pieces if isinstance(each, Part)):
-                _check_made(memory, steps, each, number)
+                _check_made(memory, looks, steps, each, number)
             continue
-        homes = [rows.view for rows in step.body.homes]
-        moved = [(to, [{*memory.read(source[n])} for n in range(len(source))]) for to, source in step.copies]
+        homes, written = looks.views(step.body)
+        copies = [(looks.rows(to), looks.rows(source)) for to, source in step.copies]
         for to, source in step.copies:
             if to.shape != source.shape:
                 raise VerifyError(f"launch {number} copies {list(source.shape)} to {list(to.shape)}")
-            if any(_overlap(to, other) for _, other in step.copies):
+            if any(_overlap(looks.whole(to), looks.whole(other)) for _, other in step.copies):
                 raise VerifyError(f"launch {number} overwrites what another of its copies reads")
-        for to, held in moved:
-            for n, those in enumerate(held):
-                memory.spoil(to[n])
-                memory.write(to[n], those)
+        moved = [(to, [{*memory.read(row)} for row in source]) for to, source in copies]
+        for rows, held in moved:
+            for row, those in zip(rows, held, strict=True):
+                memory.spoil(row)
+                memory.write(row, those)
         for to, piece in step.fills:
             if isinstance(piece, Part):
-                _check_made(memory, steps, piece, number)
-            cells = [to[n] for n in range(len(to))] if isinstance(piece, Part) and piece.first >= 0 else [to]
+                _check_made(memory, looks, steps, piece, number)
+            cells = looks.rows(to) if isinstance(piece, Part) and piece.first >= 0 else [looks.whole(to)]
             for row, what in zip(cells, _cells(piece), strict=True):
                 memory.spoil(row)
                 memory.write(row, {what})
         for home, pieces in zip(homes, launch.inputs, strict=True):
-            wanted = [what for piece in pieces for what in _cells(piece)]
-            for n, what in enumerate(wanted):
-                if what not in memory.read(home[n]):
-                    raise VerifyError(f"launch {number} reads {memory.read(home[n])} in place of {what}")
-        for rows in step.body.written:
-            memory.spoil(rows.view)
+            rows, wanted = looks.rows(home), [what for piece in pieces for what in _cells(piece)]
+            if len(wanted) > len(rows):
+                raise VerifyError(f"launch {number} has {len(wanted)} cells and rows for {len(rows)}")
+            for row, what in zip(rows, wanted, strict=False):
+                if what not in memory.read(row):
+                    raise VerifyError(f"launch {number} reads {memory.read(row)} in place of {what}")
+        for view in written:
+            memory.spoil(looks.whole(view))
         for result, made in enumerate(step.body.made):
             if made is not None and result not in step.apart:
-                for n in range(len(made)):
-                    memory.write(made[n], {(number, result, n)})
+                for n, row in enumerate(looks.rows(made)):
+                    memory.write(row, {(number, result, n)})
 
 
-def _check_made(memory: _Memory, steps: Sequence[Step | None], piece: Part, number: int) -> None:
+def _check_made(memory: _Memory, looks: _Looks, steps: Sequence[Step | None], piece: Part, number: int) -> None:
     """What is read where a launch made it is there still."""
     step = steps[piece.launch]
     made = None if step is None or piece.result in step.apart else step.body.made[piece.result]
     if made is None:
         return
+    rows = looks.rows(made)
     for n, what in enumerate(_cells(piece)):
-        found = memory.read(made[piece.first + n * piece.step])
+        found = memory.read(rows[piece.first + n * piece.step])
         if what not in found:
             raise VerifyError(f"launch {number} reads {found} in place of {what}")
 
@@ -118,16 +156,6 @@ def _cells(piece: Piece) -> Iterable[object]:
     return [piece]
 
 
-def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _overlap(one: _Seen, other: _Seen) -> bool:
     """Whether the memory that a tensor spans holds a part of another."""
-    (a, b), (c, d) = _span(one), _span(other)
-    return a < d and c < b
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-def _seen(tensor: torch.Tensor) -> _Seen:
-    return _Seen(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    return one.address < other.end and other.address < one.end
