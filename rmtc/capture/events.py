@@ -188,7 +188,8 @@ def _moved(before: Any, after: Any, earlier: Any, by: int, beyond: int) -> bool:
     if type(before) is tuple:
         past = earlier if earlier is not None and len(earlier) == len(before) else (None,) * len(before)
         return len(before) == len(after) and all(
-            _moved(a, b, c, by, beyond) for a, b, c in zip(before, after, past, strict=True)
+            a is b is c or _moved(a, b, c, by, beyond)  # one reference in all three, such as a parameter's, stays
+            for a, b, c in zip(before, after, past, strict=True)
         )
     return bool(before == after)
 

@@ -145,6 +145,9 @@ class _Planner:
         self.launches: list[Launch] = []
         self.last_read: dict[int, int] = {}
         self.wanted = self._wanted()
+        self.makers: dict[tuple[int, int], tuple[int, int]] = {}  # by row and operation: the layer, and which one of it
+        self.orders: dict[int, dict[int, int]] = {}  # of the layers of each body, by its id
+        self.results: dict[tuple[int, Member], list[tuple[int, int]]] = {}  # of a body: those that any segment keeps
 
     def plan(self) -> Plan:
         steps = self.schedule.steps(self.segments)
@@ -240,7 +243,8 @@ class _Planner:
                 body = self.program.bodies[name]
                 for short in (False, True):
                     own = [cell for cell, each in classes.items() if each == name and self._short(cell) == short]
-                    yield from ((body, run) for run in self._even(body, own))
+                    if own:
+                        yield from ((body, run) for run in self._even(body, own))
 
     def _stage(self, body: Body, cell: Cell) -> Iterator[tuple[Body, tuple[Cell, ...]]]:
         """What runs when it is a prologue's or an epilogue's turn: of a block of segments, if it need not run alone."""
@@ -284,7 +288,10 @@ class _Planner:
 
         Also where they would be more than may run at once.
         """
-        order = {layer: n for n, layer in enumerate(sorted({layer for _, layer in body.members}))}
+        order = self.orders.get(id(body))
+        if order is None:
+            layers = sorted({layer for _, layer in body.members})
+            order = self.orders[id(body)] = {layer: n for n, layer in enumerate(layers)}
         run: list[list[Cell]] = []
         for _, same in itertools.groupby(sorted(cells, key=lambda each: each.layer), key=lambda each: each.layer):
             for of_layer in _capped(list(same), self.width):
@@ -319,17 +326,26 @@ class _Planner:
         )
         grouped = body.stage == "layer" or body.name in self.program.batched
         kept: list[tuple[Key, int, int]] = []
-        for index, cell in enumerate(cells):
-            start = self._start(cell)
-            self.places[cell] = _Place(number, index if grouped else -1)
-            for offset, position in body.positions[self._row(cell.segment), cell.layer].items():
-                key = Key(cell.segment, start + offset)
+        for index, (cell, member) in enumerate(zip(cells, members, strict=True)):
+            at = index if grouped else -1
+            self.places[cell] = _Place(number, at)
+            for operation, position in self._results(body, member, cell):
+                key = Key(cell.segment, operation)
                 if key in self.wanted:
-                    kept.append((key, position, index if grouped else -1))
+                    kept.append((key, position, at))
         of_one = body.stage != "layer" or cells[0].layer in self.alone
         repeat = 1 if of_one else sum(cell.layer == cells[0].layer for cell in cells)
         short = self._short(cells[0])
         self.launches.append(Launch(body, step, cells, short, inputs, numbers, tuple(kept), grouped, of_one, repeat))
+
+    def _results(self, body: Body, member: Member, cell: Cell) -> list[tuple[int, int]]:
+        """The operations of a cell that are read after the loop of some segment, and which results they are."""
+        found = self.results.get((id(body), member))
+        if found is None:
+            start, wanted = self._start(cell), {key.number for key in self.wanted}
+            results = ((start + offset, position) for offset, position in body.positions[member].items())
+            found = self.results[id(body), member] = [each for each in results if each[0] in wanted]
+        return found
 
     def _number(self, number: int | float | Fit, cell: Cell) -> int | float:
         return number.at(self._environment(cell.segment)) if isinstance(number, Fit) else number
@@ -340,11 +356,14 @@ class _Planner:
             return None
         if isinstance(operand, Row):
             segment = cell.segment - operand.back
-            made = Cell(segment, self.loop.layout(segment).layer_of(operand.number))
-            place = self.places[made]
-            body = self.launches[place.launch].body
-            result = body.positions[self._row(segment), made.layer][operand.number - self._start(made)]
-            return Part(place.launch, result, place.cell, 1, 1)
+            row = self._row(segment)
+            maker = self.makers.get((row, operand.number))
+            if maker is None:
+                made = Cell(segment, self.loop.layout(segment).layer_of(operand.number))
+                maker = self.makers[row, operand.number] = made.layer, operand.number - self._start(made)
+            layer, offset = maker
+            launch, cell_of_it = self.places[Cell(segment, layer)]
+            return Part(launch, self.launches[launch].body.positions[row, layer][offset], cell_of_it, 1, 1)
         if isinstance(operand, Item):
             at = operand.number
             at = at.at(self._environment(cell.segment)) if isinstance(at, Fit) else at
@@ -375,7 +394,7 @@ class _Planner:
                 ):
                     step = source.first - last.first - (last.cells - 1) * last.step
                     if step > 0 and (last.cells == 1 or step == last.step):
-                        pieces[-1] = last._replace(cells=last.cells + 1, step=step)
+                        pieces[-1] = Part(last.launch, last.result, last.first, last.cells + 1, step)
                         continue
             pieces.append(source)
         return tuple(pieces)
