@@ -154,8 +154,9 @@ class Fakes(FakeTensorMode):
 
     def fresh(self, bare: torch.Tensor, device: torch.device) -> FakeTensor:
         """A stand-in on a device with the metadata of a tensor on the meta device, as `FakeTensor` makes it."""
-        if device not in self._fresh:
-            self._fresh[device] = dict(vars(FakeTensor(self, bare, device)))
+        attributes = self._fresh.get(device)
+        if attributes is None:
+            attributes = self._fresh[device] = dict(vars(FakeTensor(self, bare, device)))
         made: FakeTensor = torch.Tensor._make_subclass(
             FakeTensor, bare, False, dispatch_device=True, device_for_backend_keys=device
         )
@@ -163,7 +164,7 @@ class Fakes(FakeTensorMode):
             torch._C._set_warn_deprecated_on_mutable_data_ptr(made)
         else:
             torch._C._set_throw_on_mutable_data_ptr(made)
-        vars(made).update(self._fresh[device])
+        made.__dict__ = attributes.copy()  # in a third of the time that it takes to fill what is there
         return made
 
     def _key(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:

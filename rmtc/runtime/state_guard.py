@@ -378,7 +378,7 @@ class StateGuard:
         if any(self._empty):
             return _OTHER_KEYS
         versions = [*map(dict_version, self._tables)]
-        version = max(versions, default=0)
+        version = self.version if versions == self._versions else max(versions, default=0)
         written = compress(self._tables, map(operator.ne, versions, self._versions))
         same = version == self.version or (self.version >= 0 and all(map(self._kept.holds, written)))
         copies: dict[int, Any] = {}
