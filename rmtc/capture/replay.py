@@ -347,7 +347,7 @@ def _known_result(known: _Remembered, makes: list[torch.Tensor], operands: list[
         value if kind == "plain" else makes[value] if kind == "made" else operands[value]
         for kind, value in known.outputs
     ]
-    return pytree.tree_unflatten(leaves, known.spec)
+    return leaves[0] if known.spec.is_leaf() else pytree.tree_unflatten(leaves, known.spec)
 
 
 _UNKNOWN = object()
@@ -445,16 +445,19 @@ class _Read(NamedTuple):
     """Keys of one container or object, whose values stand next to each other in a list from ``start`` on."""
 
     owner: Any
+    get: Callable[[Any], Any]
     keys: list[Any]
     start: int
 
-    def values(self) -> Iterable[Any]:
-        """What they hold now."""
-        if isinstance(self.owner, (dict, list, deque)):
-            return map(self.owner.__getitem__, self.keys)
-        if isinstance(self.owner, type):
-            return map(self.owner.__dict__.__getitem__, self.keys)
-        return [getattr(self.owner, str(key)) for key in self.keys]
+    @staticmethod
+    def of(owner: Any, start: int) -> _Read:
+        if type(owner) in (dict, list, deque):
+            return _Read(owner, owner.__getitem__, [], start)
+        if isinstance(owner, (dict, list, deque)):  # the class of which may change
+            return _Read(owner, functools.partial(operator.getitem, owner), [], start)
+        if isinstance(owner, type):
+            return _Read(owner, owner.__dict__.__getitem__, [], start)
+        return _Read(owner, functools.partial(getattr, owner), [], start)
 
 
 _Plains = dict[tuple[Any, ...], tuple[int, list[Any]]]  # by number, with what the ids in it are of: they stay its own
@@ -483,8 +486,9 @@ class _State:
         self._reads: list[_Read] = []
         for start, slot in enumerate(self._slots):
             if not self._reads or self._reads[-1].owner is not slot.owner:
-                self._reads.append(_Read(slot.owner, [], start))
-            self._reads[-1].keys.append(slot.key)
+                self._reads.append(_Read.of(slot.owner, start))
+            container = isinstance(slot.owner, (dict, list, deque, type))
+            self._reads[-1].keys.append(slot.key if container else str(slot.key))
         self._versioned = [read for read in self._reads if type(read.owner) is dict]
         self._others = [read for read in self._reads if type(read.owner) is not dict]
         self._tables = [read.owner for read in self._versioned]
@@ -508,19 +512,18 @@ class _State:
         )
 
     def _current(self) -> list[Any]:
-        return [value for read in self._reads for value in read.values()]
+        return [value for read in self._reads for value in map(read.get, read.keys)]
 
     def values(self) -> tuple[int, list[torch.Tensor]]:
         """A number for the plain values and the identities of what is neither plain nor a tensor; and the tensors."""
         now = self._before or [None] * len(self._slots)
         versions = [*map(dict_version, self._tables)]
         written = compress(self._versioned, map(operator.ne, versions, self._versions))
-        changed = [
-            (number, new)
-            for read in chain(written, self._others)
-            for number, new in enumerate(read.values(), read.start)
-            if new is not now[number]
-        ]
+        changed: list[tuple[int, Any]] = []
+        for _, get, keys, start in chain(written, self._others):
+            values = [*map(get, keys)]
+            if not all(map(operator.is_, values, now[start : start + len(keys)])):
+                changed += [each for each in enumerate(values, start) if each[1] is not now[each[0]]]
         known = bool(self._before) and all(
             isinstance(new, torch.Tensor) and isinstance(now[number], torch.Tensor) for number, new in changed
         )
