@@ -15,12 +15,10 @@ from compare import LAYERS, SEGMENT, Twins
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-import rmtc
 from rmtc.codegen import fused
-from rmtc.codegen.torch import buffers, onednn
+from rmtc.codegen.torch import buffers
 from rmtc.codegen.torch.rules import is_fresh
 from rmtc.compiler import compiled_of
-from rmtc.examples import armt_llama
 from rmtc.runtime.executor import Executor
 
 aten = torch.ops.aten
@@ -567,40 +565,3 @@ def test_what_epilogues_of_two_blocks_read_is_there_for_both() -> None:
     for segments in (9, 7, 12):
         twins.call(text(segments, 2, SEGMENT))
         twins.ran(segments)
-
-
-@pytest.mark.slow
-def test_products_cell_by_cell_are_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, residual = (normal(*shape).float() for shape in ((3, 5, 8), (3, 6, 8), (3, 5, 6)))
-    wanted = x @ weight.transpose(1, 2)
-    out = torch.full((3, 5, 6), torch.nan)
-    with torch.no_grad():
-        torch.testing.assert_close(onednn.each_linear(x, weight), wanted, rtol=1e-5, atol=1e-5)
-        found = onednn.each_linear(x, weight, residual=residual, out=out)
-        assert found is out
-        torch.testing.assert_close(out, wanted + residual, rtol=1e-5, atol=1e-5)
-        strided = onednn.each_linear(x[..., ::2], weight[:, :, ::2])
-        torch.testing.assert_close(strided, x[..., ::2] @ weight[:, :, ::2].transpose(1, 2), rtol=1e-5, atol=1e-5)
-    for module in (onednn, importlib.import_module("rmtc.codegen.torch.rules")):
-        monkeypatch.setattr(module, "is_faster", lambda rows, size, results, dtype, device: dtype == torch.float32)
-    sizes: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 8, "memory": 2, "segments": 6}
-    (eager, args), (model, _) = armt_llama.build(**sizes), armt_llama.build(**sizes)
-    fast = rmtc.compile(model, schedule="shortest", strict=True)
-    with torch.no_grad():
-        for _ in range(2):
-            torch.testing.assert_close(fast(*args).logits, eager(*args).logits, rtol=1e-4, atol=1e-5)
-    compiled = compiled_of(fast)
-    assert compiled is not None
-    runner = compiled.variants[0].runner
-    assert isinstance(runner, Executor)
-    assert "each_linear(" in "\n".join(kernel.source for kernel in runner.kernels.values())
-
-
-def test_what_is_small_or_no_float32_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "_measured", lambda *args: True)
-    cpu = torch.device("cpu")
-    assert onednn.is_faster(128, 128, 128, torch.float32, cpu) is onednn._available()
-    for rows, dtype, device in ((4, torch.float32, cpu), (128, torch.float64, cpu), (128, torch.float32, None)):
-        assert not onednn.is_faster(rows, 128, 128, dtype, device)
-    monkeypatch.setattr(onednn, "_available", lambda: False)
-    assert not onednn.is_faster(128, 128, 128, torch.float32, cpu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from compare import SEGMENT, Twins
 from test_fused import Layered, Staged, text, three
 
 import rmtc
+from rmtc.codegen.torch import attention
+from rmtc.codegen.torch.linears import Way
 from rmtc.compiler import compiled_of
 from rmtc.errors import RefusedError
 from rmtc.examples import armt_llama
@@ -51,6 +54,27 @@ def test_an_armt_runs_in_inductor() -> None:
             torch.testing.assert_close(fast(*args).logits, wanted, rtol=1e-4, atol=1e-5)
     run = rmtc.stats(fast).last_run
     assert run is not None and run.steps == 8 and max(run.widths) == 3
+
+
+@pytest.mark.slow
+def test_products_in_blocks_and_attention_as_products_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = importlib.import_module("rmtc.codegen.torch.rules")
+    monkeypatch.setattr(rules, "fastest", lambda *args: Way.BLOCKS)
+    monkeypatch.setattr(rules, "block_of", lambda results: 8 if results % 8 == 0 else results)
+    monkeypatch.setattr(attention, "is_faster", lambda *args: True)
+    sizes: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 8, "memory": 2, "segments": 6}
+    (eager, args), (model, _) = armt_llama.build(**sizes), armt_llama.build(**sizes)
+    fast = rmtc.compile(model, backend="inductor", schedule="shortest", strict=True)
+    with torch.no_grad():
+        wanted = eager(*args).logits
+        for _ in range(2):
+            torch.testing.assert_close(fast(*args).logits, wanted, rtol=1e-4, atol=1e-5)
+    compiled = compiled_of(fast)
+    assert compiled is not None
+    runner = compiled.variants[0].runner
+    assert isinstance(runner, Inductor) and any(each.seen for each in runner.compiled.values())
+    for name in ("column_blocks(", "attend("):
+        assert any(name in each.kernel.source for each in runner.compiled.values() if each.seen)
 
 
 @pytest.mark.slow

@@ -60,6 +60,7 @@ class Emission:
         inputs, weights, numbers: its operands.
         shared: gives those that all cells share.
         bind: whether it is to run in memory that stays.
+        compiled: whether a compiler gets it.
     """
 
     launch: Launch
@@ -69,6 +70,7 @@ class Emission:
     numbers: Sequence[Any]
     shared: Callable[[Operand], Any]
     bind: bool
+    compiled: bool = False
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -139,7 +141,7 @@ class Executor:
 
     def emit(self, of: Emission) -> tuple[Kernel, tuple[Any, ...]]:
         """Emit a launch's body, and run it once; see :func:`rmtc.codegen.torch.emit`."""
-        return emit(**of.arguments, constant=self.constant, bind=of.bind)
+        return emit(**of.arguments, constant=self.constant, bind=of.bind, compiled=of.compiled)
 
     def call(
         self,

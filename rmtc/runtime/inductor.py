@@ -97,7 +97,7 @@ class Inductor(Executor):
 
     def emit(self, of: Emission) -> tuple[Kernel, tuple[Any, ...]]:
         """Emit a launch's body, and run it once as it is."""
-        kernel, results = super().emit(replace(of, bind=False))
+        kernel, results = super().emit(replace(of, bind=False, compiled=True))
         body, inputs = of.launch.body, of.inputs
         if not of.launch.grouped or not inputs or not _flags_alone(body):
             return kernel, results

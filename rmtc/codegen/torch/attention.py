@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rmtc.codegen.torch.onednn import GAIN, seconds
+from rmtc.codegen.torch.linears import GAIN, seconds
 
 __all__ = ["attend", "bind_attend", "can_attend", "is_causal", "is_faster"]
 
@@ -33,10 +33,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, sc
     Returns:
         (N, H, T, F).
     """
-    out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    work = functools.partial(_empty, device=query.device)
-    bind_attend(query, key, value, mask, scale=scale, causal=causal, out=out, work=work)()
-    return out
+    q, k, v = (each.flatten(0, 1) for each in (query, key, value))
+    added = query.new_zeros(k.shape[1], q.shape[1])
+    if causal:
+        added = torch.full_like(added, -torch.inf).tril(-1)
+    elif mask is not None:
+        given = mask.reshape(mask.shape[-2:]).mT
+        added = added.masked_fill(~given, -torch.inf) if given.dtype == torch.bool else given.to(added.dtype)
+    weights = torch.baddbmm(added, k, q.mT, alpha=scale).softmax(1)
+    mixed: Tensor = torch.bmm(weights.mT, v)
+    return mixed.view(*query.shape[:-1], value.shape[-1])
 
 
 def bind_attend(
@@ -50,7 +56,7 @@ def bind_attend(
     out: Tensor,
     work: Callable[[Sequence[int], torch.dtype], Tensor],
 ) -> Callable[[], None]:
-    """What attends anew each time that it is called, with tensors that stay; the mask is taken as it is now.
+    """What computes :func:`attend` anew each time that it is called, with tensors that stay; the mask as it is now.
 
     ``work(shape, dtype)`` gives memory for it.
 
@@ -126,8 +132,10 @@ def _measured(
     given, causal = torch.ones(queries, keys, dtype=torch.bool) if mask == "given" else None, mask == "causal"
     out = torch.empty(_CELLS * batch, heads, queries, values, dtype=dtype)
     with torch.no_grad():
-        products = seconds(bind_attend(q, k, v, given, scale=1.0, causal=causal, out=out, work=_empty))
-        whole = seconds(lambda: scaled_dot_product_attention(q, k, v, given, is_causal=causal))
+        products, whole = seconds(
+            bind_attend(q, k, v, given, scale=1.0, causal=causal, out=out, work=_empty),
+            lambda: scaled_dot_product_attention(q, k, v, given, is_causal=causal),
+        )
     logger.info(
         "attention of %d heads, %d by %d, %d threads: as products %.0f us, as one operation %.0f us",
         *(_CELLS * batch * heads, queries, keys, threads, 1e6 * products, 1e6 * whole),

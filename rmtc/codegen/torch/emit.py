@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from rmtc.codegen.fused import BOUND
 from rmtc.codegen.torch.attention import attend, bind_attend
 from rmtc.codegen.torch.buffers import Line, bound_lines, out, plain, plan_buffers, seen
-from rmtc.codegen.torch.onednn import each_linear
+from rmtc.codegen.torch.linears import bind_block_linear, block_linear, column_blocks, each_linear
 from rmtc.codegen.torch.rules import (
     UNGROUPED,
     Arguments,
@@ -103,8 +103,8 @@ _BUILTINS = {each.__name__: each for each in (range, float, complex, __import__)
 
 
 class _Emitter:
-    def __init__(self, size: int | None, environment: Environment, choose: bool) -> None:
-        self.size, self.environment, self.choose = size, environment, choose
+    def __init__(self, size: int | None, environment: Environment, choose: bool, compiled: bool) -> None:
+        self.size, self.environment, self.choose, self.compiled = size, environment, choose, compiled
         self.lines: list[Line] = []
         self.regions: dict[str, str] = {}
         self.pinned: set[str] = set()  # values that others, whose operands are several, may lie in
@@ -117,9 +117,10 @@ class _Emitter:
         }
         for helper in (
             *(torch.stack, torch.mm, torch.addmm, torch.bmm, torch.baddbmm, torch.matmul, torch.einsum),
-            *(select_run, slice_run, each_linear, stacked, seen, attend, bind_attend),
+            *(select_run, slice_run, stacked, seen, each_linear, block_linear, bind_block_linear, attend, bind_attend),
         ):
             self.space[helper.__name__] = helper
+        self.space["column_blocks"] = column_blocks
         for target, binder in BOUND.items():
             self.space[f"bind_{function_name(target)}"] = binder
         self.fallbacks: dict[str, None] = {}
@@ -134,7 +135,7 @@ class _Emitter:
             shape = tuple(value.shape[1:] if is_grouped else value.shape)
             # Else it is not here that products are chosen, or they are as fast as they can be.
             device = value.device if self.choose and (value.dim() < 2 or value.stride(-2) >= value.stride(-1)) else None
-            return Value(text, shape, value.dtype, is_grouped, device)
+            return Value(text, shape, value.dtype, is_grouped, device, compiled=self.compiled)
         if isinstance(value, (tuple, list)):
             return tuple(self._describe(f"{text}[{n}]", item, is_grouped) for n, item in enumerate(value))
         return Raw(text)
@@ -379,6 +380,7 @@ def emit(
     shared: Callable[[Operand], torch.Tensor],
     constant: Callable[[Operand], bool] = lambda operand: False,
     bind: bool = True,
+    compiled: bool = False,
 ) -> tuple[Kernel, tuple[Any, ...]]:
     """Emit a body and run it once.
 
@@ -394,7 +396,8 @@ def emit(
         numbers: for each number that differs, the list of what it is in each cell; the number itself without ``size``.
         shared: gives the tensor for an operand that all cells share.
         constant: whether its contents are the same in all calls with these sizes of batch and segment.
-        bind: whether it is to run in memory that stays, and products as is fast here: not if a compiler decides that.
+        bind: whether it is to run in memory that stays, and products as is fast here.
+        compiled: whether a compiler gets it, which makes code of all but the products; those run as is fast here.
 
     Returns:
         The kernel, and what it returned.
@@ -403,7 +406,7 @@ def emit(
         NotImplementedError: if an operation cannot be run for a group.
     """
     group = size is not None
-    emitter = _Emitter(size, environment, bind)
+    emitter = _Emitter(size, environment, bind or compiled, compiled)
     values: dict[int, Any] = {}
     passed: dict[Operand, str] = {}
     for prefix, tensors in (("in", inputs), ("w", weights)):

@@ -22,7 +22,7 @@ import torch
 from rmtc.codegen.fused import BOUND, FUNCTIONS, add_linear, add_matmul, rms_normalize, roll_products, rotary
 from rmtc.codegen.torch import attention as products
 from rmtc.codegen.torch.buffers import Instead, out
-from rmtc.codegen.torch.onednn import is_faster
+from rmtc.codegen.torch.linears import Way, block_of, fastest
 
 __all__ = [
     "UNGROUPED",
@@ -50,6 +50,7 @@ class Value:
         shape: of one cell.
         dtype, device: of its elements; no device where it is not to be asked what is fast there, or for a tensor that
             is transposed in memory.
+        compiled: whether a compiler makes code of what is not a product.
         grouped: whether it has a group axis.
         repeat: how many neighbouring cells each row of ``rows`` is for; ``text`` repeats it.
         rows: the expression of the tensor with one row for so many cells.
@@ -63,6 +64,7 @@ class Value:
     device: torch.device | None = None
     repeat: int = 1
     rows: str = ""
+    compiled: bool = False
     known: torch.Tensor | None = field(default=None, compare=False)
 
     @property
@@ -238,8 +240,9 @@ Rule: TypeAlias = Callable[[Arguments], "str | None"]
 
 _NAMES: dict[str, Callable[..., Any]] = {}
 _TAKEN = re.compile(
-    r"(v|in|w|n|u|x|p|b|s|r|k|f)\d+|[Gi]|range|float|complex|torch|vmap|select_run|slice_run|each_linear|stacked|choose|"
-    r"stack|mm|addmm|bmm|baddbmm|matmul|einsum|inputs|weights|numbers|shared|scratch|results|bind\w*|seen|work|attend"
+    r"(v|in|w|n|u|x|p|b|s|r|k|f)\d+|[Gi]|range|float|complex|torch|vmap|select_run|slice_run|stacked|choose|"
+    r"stack|mm|addmm|bmm|baddbmm|matmul|einsum|inputs|weights|numbers|shared|scratch|results|bind\w*|seen|work|attend|"
+    r"each_linear|block_linear|column_blocks"
 )
 
 
@@ -457,14 +460,24 @@ def linear(arguments: Arguments) -> str | None:
     flat = f"{grouped(value)}.reshape(G, {rows}, {value.shape[-1]})" if value.rank != 2 else grouped(value)
     matrix = f"{weight.text}.transpose(1, 2)"
     into = out("G", rows, weight.shape[0])
-    if bias is None and is_faster(rows, value.shape[-1], weight.shape[0], value.dtype, weight.device):
+    way, columns = _way(rows, value, weight) if bias is None else Way.AT_ONCE, block_of(weight.shape[0])
+    if way is Way.EACH:
         product = f"each_linear({flat}, {weight.text}{into})"
+    elif way is Way.BLOCKS and weight.compiled:
+        blocks = f"column_blocks({flat}, {weight.text}, {columns})"
+        product = f"{blocks}.permute(1, 2, 0, 3).reshape(G, {rows}, {weight.shape[0]})"
+    elif way is Way.BLOCKS:
+        product = f"block_linear({flat}, {weight.text}, {columns}{into})"
     elif bias is None:
         product = f"bmm({flat}, {matrix}{into})"
     else:
         product = f"baddbmm({ranked(bias, 2) if bias.grouped else bias.text}, {flat}, {matrix}{into})"
     shape = (*value.shape[:-1], weight.shape[0])
     return product if value.rank == 2 else f"{product}.view(G, {_sizes(shape)})"
+
+
+def _way(rows: int, value: Value, weight: Value) -> Way:
+    return fastest(rows, value.shape[-1], weight.shape[0], value.dtype, weight.device, weight.compiled)
 
 
 def added_linear(arguments: Arguments) -> str | None:
@@ -488,7 +501,7 @@ def added_linear(arguments: Arguments) -> str | None:
     rows = math.prod(shape[:-1])
     flat = [f"{grouped(each)}.reshape(G, {rows}, {each.shape[-1]})" for each in (residual, value)]
     into = out("G", rows, shape[-1])
-    if is_faster(rows, value.shape[-1], shape[-1], value.dtype, weight.device):
+    if _way(rows, value, weight) is Way.EACH:
         return f"each_linear({flat[1]}, {weight.text}, residual={flat[0]}{into}).view(G, {_sizes(shape)})"
     product, seen = f"{flat[1]}, {weight.text}.transpose(1, 2)", f".view(G, {_sizes(shape)})"
     if _NAMED.fullmatch(residual.text):
