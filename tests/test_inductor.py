@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from rmtc.codegen.torch.linears import Way
 from rmtc.compiler import compiled_of
 from rmtc.errors import RefusedError
 from rmtc.examples import armt_llama
+from rmtc.runtime import inductor
 from rmtc.runtime.inductor import Inductor
 
 
@@ -116,3 +118,31 @@ def test_there_are_three_backends() -> None:
     assert rmtc.list_backends() == ["inductor", "torch", "triton"]
     with pytest.raises(ValueError, match="did you mean 'inductor'"):
         rmtc.compile(Staged(0, 0), backend="inducto")
+
+
+def test_guards_of_operands_and_of_the_whole_process_stay() -> None:
+    kinds = [
+        "TENSOR_MATCH",
+        "BUILTIN_MATCH",
+        "SHAPE_ENV",
+        "CLOSURE_MATCH",
+        "GLOBAL_STATE",
+        "MODULE_MATCH",
+        "SOME_OTHER",
+    ]
+    kept = inductor._of_operands([SimpleNamespace(guard_type=kind) for kind in kinds])
+    assert [kind for kind, keep in zip(kinds, kept, strict=True) if keep] == kinds[::2]
+
+
+@pytest.mark.slow
+def test_another_number_of_threads_is_seen() -> None:
+    twins = Twins(lambda: Layered(three), schedule="shortest", backend="inductor")
+    twins.call(text(7, 2, SEGMENT))
+    before, threads = graphs(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)  # which Inductor writes into what it compiles
+        twins.call(text(7, 2, SEGMENT))
+    finally:
+        torch.set_num_threads(threads)
+    twins.ran(7)
+    assert graphs() > before

@@ -104,7 +104,8 @@ class Inductor(Executor):
         operands = of.weights, of.numbers, [of.shared(each) for each in kernel.shared]
         stays = of.bind and not _views(kernel, inputs, *operands)
         homes = _homes(body, self.program.loop, inputs, results) if stays else {}
-        compiled = _Compiled(kernel, len(results), homes, torch.compile(_of_tensors(kernel, homes), fullgraph=True))
+        run = torch.compile(_of_tensors(kernel, homes), fullgraph=True, options={"guard_filter_fn": _of_operands})
+        compiled = _Compiled(kernel, len(results), homes, run)
         self.compiled[kernel.file] = compiled
         if of.bind:
             kernel = replace(kernel, bound=Bound("", compiled.bind, (), (), frozenset(homes.values()), kernel.file))
@@ -137,6 +138,27 @@ class Inductor(Executor):
         files = {each.file for each in list(self.kernels.values())}
         for file in self.compiled.keys() - files:
             self.compiled.pop(file, None)
+
+
+_NAMED = frozenset(
+    {
+        "BUILTIN_MATCH",
+        "CLASS_MATCH",
+        "CLOSURE_MATCH",
+        "DICT_CONTAINS",
+        "DICT_NOT_CONTAINS",
+        "FUNCTION_MATCH",
+        "MODULE_MATCH",
+    }
+)
+
+
+def _of_operands(guards: Sequence[Any]) -> list[bool]:
+    """Which guards are asked in each step: all but those of functions and modules that emitted source names.
+
+    Those were taken when it was emitted, and are most of what a step of a small model spends in Python.
+    """
+    return [each.guard_type not in _NAMED for each in guards]
 
 
 def _flags_alone(body: Body) -> bool:
