@@ -504,6 +504,8 @@ def added_linear(arguments: Arguments) -> str | None:
     if _way(rows, value, weight) is Way.EACH:
         return f"each_linear({flat[1]}, {weight.text}, residual={flat[0]}{into}).view(G, {_sizes(shape)})"
     product, seen = f"{flat[1]}, {weight.text}.transpose(1, 2)", f".view(G, {_sizes(shape)})"
+    if weight.compiled:  # baddbmm begins with a copy of the residual: a compiler adds it where the sum is read
+        return f"({flat[0]} + bmm({product})){seen}"
     if _NAMED.fullmatch(residual.text):
         arguments.instead = (Instead(residual.text, f"{flat[0]}.baddbmm_({product})", f"{flat[0]}{seen}", seen),)
     return f"baddbmm({flat[0]}, {product}{into}){seen}"
@@ -522,6 +524,8 @@ def added_matmul(arguments: Arguments) -> str | None:
     ]
     alpha = "" if arguments["alpha"] == 1 else f", alpha={literal(arguments['alpha'])}"
     product, seen = f"{flat[1]}, {flat[2]}{alpha}", f".view(G, {_sizes(operands[0].shape)})"
+    if operands[0].compiled and not alpha:
+        return f"({flat[0]} + bmm({product})){seen}"
     if operands[0].grouped and _NAMED.fullmatch(operands[0].text):
         text, place = f"{flat[0]}.baddbmm_({product})", f"{flat[0]}{seen}"
         arguments.instead = (Instead(operands[0].text, text, place, seen),)
