@@ -77,6 +77,7 @@ def test_products_in_blocks_and_attention_as_products_are_compiled(monkeypatch: 
     assert isinstance(runner, Inductor) and any(each.seen for each in runner.compiled.values())
     for name in ("column_blocks(", "attend("):
         assert any(name in each.kernel.source for each in runner.compiled.values() if each.seen)
+    assert not any("baddbmm(" in each.kernel.source for each in runner.compiled.values())  # it copies the residual
 
 
 @pytest.mark.slow

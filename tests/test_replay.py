@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -251,6 +252,80 @@ def test_what_each_segment_calls_is_answered_from_memory() -> None:
     finally:
         hook.remove()
     assert 0 < before < 30 and len(calls) == before
+
+
+class Told(nn.Module):
+    """A layer that is told what to do by what it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.factor = nn.Linear(8, 8), 1.0
+        self.table: dict[str, float] = {"factor": 1.0}
+        self.shift: torch.Tensor
+        self.register_buffer("shift", torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.inner(x)) * self.table["factor"] * self.factor + self.shift
+
+
+class Writes(nn.Module):
+    """A loop that writes into the dictionaries of its last layer, another value at segment 20."""
+
+    def __init__(self, write: str = "") -> None:
+        super().__init__()
+        self.write = write
+        self.layers = nn.ModuleList(Told() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        memory, outputs = torch.zeros_like(x[:, :1]), []
+        for s, piece in enumerate(x.split(SEGMENT, dim=1)):
+            last: Any = self.layers[2]
+            value = 2.0 if s == 20 else 1.0
+            if self.write == "__dict__":
+                vars(last)["factor"] = value
+            elif self.write == "table":
+                last.table["factor"] = value
+            elif self.write and s == 20:
+                last._buffers["shift"] = torch.ones(8, dtype=torch.float16)
+            elif self.write:
+                last._buffers["shift"] = torch.ones(8)
+            hidden = piece + memory
+            for layer in self.layers:
+                hidden = layer(hidden)
+            memory = hidden[:, -1:]
+            outputs.append(hidden)
+        return torch.cat(outputs, dim=1)
+
+
+def written(model: Writes) -> Analysis:
+    return analyze(model, (torch.randn(1, 6 * SEGMENT, 8),), {})
+
+
+def test_what_a_replay_made_goes_with_it() -> None:
+    """And not when Python next looks for what holds each other, over all that there is."""
+    analysis = written(Writes())
+
+    def events_after(segments: int) -> int:
+        analysis.admit(Sizes(segments, BATCH, SEGMENT))
+        return sum(type(each) is Event for each in gc.get_objects())
+
+    events_after(40)
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        few, many = events_after(41), events_after(200)
+    finally:
+        if enabled:
+            gc.enable()
+    assert few == many
+
+
+@pytest.mark.parametrize("write", ["__dict__", "table", "buffers"])
+def test_what_is_written_past_a_module_is_read_again(write: str) -> None:
+    analysis = written(Writes(write))
+    analysis.admit(Sizes(18, BATCH, SEGMENT))
+    with pytest.raises(rmtc.RefusedError):
+        analysis.admit(Sizes(33, BATCH, SEGMENT))
 
 
 @pytest.mark.slow
