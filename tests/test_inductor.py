@@ -61,7 +61,7 @@ def test_an_armt_runs_in_inductor() -> None:
 @pytest.mark.slow
 def test_products_in_blocks_and_attention_as_products_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     rules = importlib.import_module("rmtc.codegen.torch.rules")
-    monkeypatch.setattr(rules, "fastest", lambda *args: Way.BLOCKS)
+    monkeypatch.setattr(rules, "fastest", lambda *args: Way.APART)
     monkeypatch.setattr(rules, "block_of", lambda results: 8 if results % 8 == 0 else results)
     monkeypatch.setattr(attention, "is_faster", lambda *args: True)
     sizes: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 8, "memory": 2, "segments": 6}

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from compare import SEGMENT, Twins
+from test_fused import Layered, memory, text
 from torch import Tensor
 
 import rmtc
 from rmtc.codegen.torch import linears
+from rmtc.codegen.torch.emit import Kernel
 from rmtc.codegen.torch.linears import Way
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama
@@ -24,6 +27,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
 
 
+@pytest.mark.skipif(not linears._available(), reason="torch has no oneDNN here")
 def test_products_cell_by_cell_are_those_at_once() -> None:
     x, weight, residual = (normal(*shape, dtype=torch.float32) for shape in ((3, 5, 8), (3, 6, 8), (3, 5, 6)))
     wanted = torch.stack([cell @ matrix.T for cell, matrix in zip(x, weight, strict=True)])
@@ -88,8 +92,12 @@ def test_what_is_narrow_or_cannot_be_divided_stays_whole(results: int) -> None:
 @pytest.mark.parametrize("way, name", [(Way.EACH, "each_linear("), (Way.BLOCKS, "block_linear(")])
 def test_a_model_runs_so(way: Way, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rules = importlib.import_module("rmtc.codegen.torch.rules")
-    monkeypatch.setattr(rules, "fastest", lambda rows, size, results, dtype, device, compiled: way)
+    monkeypatch.setattr(
+        rules, "fastest", lambda rows, size, results, dtype, device, ways: way if way in ways else Way.AT_ONCE
+    )
     monkeypatch.setattr(rules, "block_of", lambda results: next(n for n in (8, 5, 3, 1) if results % n == 0))
+    if way is Way.EACH and not linears._available():
+        pytest.skip("torch has no oneDNN here")
     (eager, args), (model, _) = armt_llama.build(**SIZES), armt_llama.build(**SIZES)
     fast = rmtc.compile(model, schedule="shortest", strict=True)
     with torch.no_grad():
@@ -108,47 +116,96 @@ def test_a_model_runs_so(way: Way, name: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_is_small_or_no_float32_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linears, "_measured", lambda *args: Way.EACH)
-    assert linears.fastest(128, 128, 128, torch.float32, CPU, False) is Way.EACH
+    ways = (Way.EACH, Way.BLOCKS)
+    assert linears.fastest(128, 128, 128, torch.float32, CPU, ways) is Way.EACH
     for rows, dtype, device in ((4, torch.float32, CPU), (128, torch.float64, CPU), (128, torch.float32, None)):
-        assert linears.fastest(rows, 128, 128, dtype, device, False) is Way.AT_ONCE
+        assert linears.fastest(rows, 128, 128, dtype, device, ways) is Way.AT_ONCE
 
 
-@pytest.mark.parametrize(
-    "times, compiled, wanted",
-    [
-        ((1.0, 0.8, 0.9), False, Way.EACH),
-        ((1.0, 0.9, 0.9), False, Way.BLOCKS),  # cell by cell has to be faster by more
-        ((1.0, 0.9, 0.98), False, Way.AT_ONCE),
-        ((1.0, 0.9), True, Way.BLOCKS),  # a compiler takes none cell by cell
-        ((1.0, 0.98), True, Way.AT_ONCE),
-    ],
-)
-def test_the_fastest_way_is_taken_if_it_is_faster_by_enough(
-    times: tuple[float, ...], compiled: bool, wanted: Way, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def measured(
+    monkeypatch: pytest.MonkeyPatch, results: int, ways: tuple[Way, ...], times: list[float]
+) -> tuple[Way, list[int]]:
+    """What is chosen if ways take such times, and how many were asked for theirs."""
     asked: list[int] = []
 
     def seconds(*calls: Any) -> list[float]:
         for call in calls:
             call()
         asked.append(len(calls))
-        return list(times)
+        return times
 
     monkeypatch.setattr(linears, "seconds", seconds)
+    linears._measured.cache_clear()
+    try:
+        return linears._measured(2, 8, results, ways, 1), asked
+    finally:
+        linears._measured.cache_clear()
+
+
+BOTH = Way.EACH, Way.BLOCKS
+
+
+@pytest.mark.parametrize(
+    "times, ways, wanted",
+    [
+        ([1.0, 0.8, 0.9], BOTH, Way.EACH),
+        ([1.0, 0.8, 0.85], BOTH, Way.EACH),
+        ([1.0, 0.9, 0.9], BOTH, Way.BLOCKS),  # cell by cell has to be faster by more
+        ([1.0, 0.9, 0.98], BOTH, Way.AT_ONCE),
+        ([1.0, 0.9], (Way.APART,), Way.APART),
+        ([1.0, 0.98], (Way.APART,), Way.AT_ONCE),
+    ],
+)
+def test_the_fastest_way_is_taken_if_it_is_faster_by_enough(
+    times: list[float], ways: tuple[Way, ...], wanted: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(linears, "_available", lambda: True)
-    linears._measured.cache_clear()
-    try:
-        assert linears._measured(2, 8, 512, compiled, 1) is wanted
-    finally:
-        linears._measured.cache_clear()
-    assert asked == [len(times)]
+    monkeypatch.setattr(linears, "each_linear", lambda x, weight, out: out)
+    assert measured(monkeypatch, 512, ways, times) == (wanted, [len(times)])
 
 
-def test_without_onednn_no_cells_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "seconds", lambda *calls: [1.0] * len(calls))
+def test_where_there_is_no_other_way_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linears, "_available", lambda: False)
-    linears._measured.cache_clear()
+    assert measured(monkeypatch, 16, BOTH, []) == (Way.AT_ONCE, [])
+    assert measured(monkeypatch, 512, BOTH, [1.0, 0.5]) == (Way.BLOCKS, [2])
+
+
+def test_another_default_dtype_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
     try:
-        assert linears._measured(2, 8, 16, False, 1) is Way.AT_ONCE
-    finally:
         linears._measured.cache_clear()
+        assert linears._measured(2, 8, 512, BOTH, 1) in Way
+    finally:
+        torch.set_default_dtype(before)
+        linears._measured.cache_clear()
+
+
+def turned_round(it: Layered, layer: int, x: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """A map of what has to be copied to be a matrix."""
+    return memory(it, layer, x + it.q[layer](x.tanh().transpose(0, 1)).transpose(0, 1), held)
+
+
+def elsewhere(it: Layered, layer: int, x: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """A map of what lies elsewhere in each run."""
+    return memory(it, layer, x + it.q[layer](x.sort(-1).values.cumsum(-1)), held)
+
+
+@pytest.mark.parametrize("step", [turned_round, elsewhere])
+def test_blocks_of_what_is_not_in_memory_that_stays(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = importlib.import_module("rmtc.codegen.torch.rules")
+    monkeypatch.setattr(rules, "fastest", lambda *args: Way.BLOCKS)
+    monkeypatch.setattr(rules, "block_of", lambda results: 4 if results % 4 == 0 else results)
+    twins = Twins(lambda: Layered(step), schedule="shortest")
+    held, kernels = list[int](), list[Kernel]()
+    for segments in (5, 5, 7, 5, 5, 5):
+        twins.call(text(segments, 2, SEGMENT))
+        twins.ran(segments)
+        compiled = compiled_of(twins.fast)
+        assert compiled is not None
+        runner = compiled.variants[0].runner
+        assert isinstance(runner, Executor) and runner._standing is not None
+        held.append(len(runner._standing._memory))
+        kernels = [kernel for kernel in runner.kernels.values() if "block_linear(" in kernel.source]
+    assert kernels and all(kernel.bound is not None for kernel in kernels)
+    assert held[-3:] == held[-1:] * 3  # no run makes more

@@ -155,11 +155,11 @@ class Arguments:
 
         A list is continued by repeating its last item.
         """
-        kept = lengths or {}
+        lengths = lengths or {}
         args = tuple(
-            _rebuild((name,), value, function, kept) for name, value in zip(self.names, self.args, strict=True)
+            _rebuild((name,), value, function, lengths) for name, value in zip(self.names, self.args, strict=True)
         )
-        return args, {name: _rebuild((name,), value, function, kept) for name, value in self.kwargs.items()}
+        return args, {name: _rebuild((name,), value, function, lengths) for name, value in self.kwargs.items()}
 
 
 def _rebuild(path: Path, value: Any, function: Callable[[Path, torch.Tensor], Any], lengths: dict[Path, int]) -> Any:

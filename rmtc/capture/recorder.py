@@ -23,7 +23,7 @@ __all__ = ["Recorder"]
 aten = torch.ops.aten
 
 _NUMBERS = (float, complex, bool)
-_numbers = itertools.count()
+_unknown = itertools.count()
 
 
 class Recorder:
@@ -49,7 +49,7 @@ class Recorder:
         found = self.named.get(id(tensor))
         if found is None:
             around = self._outer.named.get(id(tensor)) if self._outer is not None else None
-            unknown = Named(f"unknown {next(_numbers)}")  # equal to no other
+            unknown = Named(f"unknown {next(_unknown)}")  # equal to no other
             found = unknown if around is None else around if isinstance(around, Named) else Beyond(around)
             self.name(tensor, found)
         return found

@@ -460,7 +460,7 @@ class _Read(NamedTuple):
         return _Read(owner, functools.partial(getattr, owner), [], start)
 
 
-_Plains = dict[tuple[Any, ...], tuple[int, list[Any]]]  # by number, with what the ids in it are of: they stay its own
+_Plains = dict[tuple[Any, ...], tuple[int, list[Any]]]  # their number, and what the ids in them are of, which stays
 
 
 class _State:

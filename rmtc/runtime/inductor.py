@@ -154,9 +154,10 @@ _NAMED = frozenset(
 
 
 def _of_operands(guards: Sequence[Any]) -> list[bool]:
-    """Which guards are asked in each step: all but those of functions and modules that emitted source names.
+    """Which guards are asked in each step: all but those of functions, classes and modules that emitted source names.
 
-    Those were taken when it was emitted, and are most of what a step of a small model spends in Python.
+    Those were taken when it was emitted, as by a run without a compiler; one that is replaced later is not seen. They
+    are most of what a step of a small model spends in Python.
     """
     return [each.guard_type not in _NAMED for each in guards]
 

@@ -243,8 +243,7 @@ class _Planner:
                 body = self.program.bodies[name]
                 for short in (False, True):
                     own = [cell for cell, each in classes.items() if each == name and self._short(cell) == short]
-                    if own:
-                        yield from ((body, run) for run in self._even(body, own))
+                    yield from ((body, run) for run in self._even(body, own))
 
     def _stage(self, body: Body, cell: Cell) -> Iterator[tuple[Body, tuple[Cell, ...]]]:
         """What runs when it is a prologue's or an epilogue's turn: of a block of segments, if it need not run alone."""
@@ -362,8 +361,9 @@ class _Planner:
                 made = Cell(segment, self.loop.layout(segment).layer_of(operand.number))
                 maker = self.makers[row, operand.number] = made.layer, operand.number - self._start(made)
             layer, offset = maker
-            launch, cell_of_it = self.places[Cell(segment, layer)]
-            return Part(launch, self.launches[launch].body.positions[row, layer][offset], cell_of_it, 1, 1)
+            place = self.places[Cell(segment, layer)]
+            result = self.launches[place.launch].body.positions[row, layer][offset]
+            return Part(place.launch, result, place.cell, 1, 1)
         if isinstance(operand, Item):
             at = operand.number
             at = at.at(self._environment(cell.segment)) if isinstance(at, Fit) else at

@@ -379,8 +379,8 @@ class StateGuard:
             return _OTHER_KEYS
         versions = [*map(dict_version, self._tables)]
         version = self.version if versions == self._versions else max(versions, default=0)
-        written = compress(self._tables, map(operator.ne, versions, self._versions))
-        same = version == self.version or (self.version >= 0 and all(map(self._kept.holds, written)))
+        changed = compress(self._tables, map(operator.ne, versions, self._versions))
+        same = self.version >= 0 and (version == self.version or all(map(self._kept.holds, changed)))
         copies: dict[int, Any] = {}
         for places in (self._read,) if same else (self._read, self._kept):
             if (difference := places.differs(copies)) is not None:
@@ -392,8 +392,9 @@ class StateGuard:
         if any(not _same_keys(keys, _others(owner, written)) for owner, written, keys in self._keyed):
             return _OTHER_KEYS
         if copies:
-            self._follow(copies)
-        self.version, self._versions = version, versions  # as of before the places were read
+            self._follow(copies)  # to other tables, all of which are read the next time
+        else:
+            self.version, self._versions = version, versions  # as of before the places were read
         if arguments is not None and self._given(arguments) != self._aliases:
             return "an argument is a tensor that an attribute, global or closure holds, or was one"
         if any(tensor.requires_grad is not required for tensor, required in self._requiring):

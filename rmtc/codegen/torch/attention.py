@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from rmtc.codegen.torch.buffers import fresh
 from rmtc.codegen.torch.linears import GAIN, seconds
 
 __all__ = ["attend", "bind_attend", "can_attend", "is_causal", "is_faster"]
@@ -34,13 +35,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, sc
         (N, H, T, F).
     """
     q, k, v = (each.flatten(0, 1) for each in (query, key, value))
-    added = query.new_zeros(k.shape[1], q.shape[1])
-    if causal:
-        added = torch.full_like(added, -torch.inf).tril(-1)
-    elif mask is not None:
-        given = mask.reshape(mask.shape[-2:]).mT
-        added = added.masked_fill(~given, -torch.inf) if given.dtype == torch.bool else given.to(added.dtype)
-    weights = torch.baddbmm(added, k, q.mT, alpha=scale).softmax(1)
+    weights = torch.baddbmm(_added(query, key, mask, causal), k, q.mT, alpha=scale).softmax(1)
     mixed: Tensor = torch.bmm(weights.mT, v)
     return mixed.view(*query.shape[:-1], value.shape[-1])
 
@@ -72,12 +67,7 @@ def bind_attend(
 
     q, k, v = flat(query).mT, flat(key), flat(value)
     scores = work((k.shape[0], k.shape[1], q.shape[2]), q.dtype)
-    weights, mixed, added = scores.mT, out.view(-1, *out.shape[2:]), query.new_zeros(scores.shape[1:])
-    if causal:
-        added.fill_(-torch.inf).tril_(-1)
-    elif mask is not None:
-        given = mask.reshape(mask.shape[-2:]).mT
-        added = added.masked_fill_(~given, -torch.inf) if given.dtype == torch.bool else given.to(added.dtype)
+    weights, mixed, added = scores.mT, out.view(-1, *out.shape[2:]), _added(query, key, mask, causal)
 
     def run() -> None:
         for copy, source in copies:
@@ -89,8 +79,15 @@ def bind_attend(
     return run
 
 
-def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
+def _added(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """What a mask adds to scores (S, T)."""
+    added = query.new_zeros(key.shape[-2], query.shape[-2])
+    if causal:
+        return torch.full_like(added, -torch.inf).tril(-1)
+    if mask is None:
+        return added
+    given = mask.reshape(mask.shape[-2:]).mT
+    return added.masked_fill(~given, -torch.inf) if given.dtype == torch.bool else given.to(added.dtype)
 
 
 def is_causal(mask: Tensor, queries: int, keys: int) -> bool:
@@ -126,14 +123,17 @@ def _measured(
     queries, keys, size, values = sizes
 
     def ones(length: int, width: int) -> Tensor:  # as heads are after a product
-        return torch.ones(_CELLS * batch, length, heads, width, dtype=dtype).transpose(1, 2)
+        return torch.ones(_CELLS * batch, length, heads, width, dtype=dtype, device="cpu").transpose(1, 2)
 
     q, k, v = ones(queries, size).contiguous(), ones(keys, size).contiguous(), ones(keys, values)
-    given, causal = torch.ones(queries, keys, dtype=torch.bool) if mask == "given" else None, mask == "causal"
-    out = torch.empty(_CELLS * batch, heads, queries, values, dtype=dtype)
+    given, causal = (
+        torch.ones(queries, keys, dtype=torch.bool, device="cpu") if mask == "given" else None,
+        mask == "causal",
+    )
+    out = torch.empty(_CELLS * batch, heads, queries, values, dtype=dtype, device="cpu")
     with torch.no_grad():
         products, whole = seconds(
-            bind_attend(q, k, v, given, scale=1.0, causal=causal, out=out, work=_empty),
+            bind_attend(q, k, v, given, scale=1.0, causal=causal, out=out, work=fresh(out)),
             lambda: scaled_dot_product_attention(q, k, v, given, is_causal=causal),
         )
     logger.info(

@@ -9,19 +9,32 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Buffer", "Instead", "Line", "NoViewError", "Planned", "bound_lines", "out", "plain", "plan_buffers", "seen"]
+__all__ = [
+    "Buffer",
+    "Instead",
+    "Line",
+    "NoViewError",
+    "Planned",
+    "bound_lines",
+    "fresh",
+    "out",
+    "plain",
+    "plan_buffers",
+    "seen",
+]
 
 _OUT = re.compile("\x01([^\x02]*)\x02")  # no text of a constant holds such characters: repr writes them otherwise
 _NAME = re.compile(r"\b(?:v|in|u|w)\d+\b")
 _MEMORY = re.compile(r"\b(?:v|in|u|w|b|r|k|p)\d+\b")
 _COPIED = re.compile(r"(\w+)\.(reshape\([^()]*\)|contiguous\(\))")
 _CALL = re.compile(r"(\w+)\(")
+_COPIES = re.compile(r"\.(?:reshape|contiguous)\(")
 _VIEWS = re.compile(r"\b((?:v|in|u|w)\d+)(?:\.(?:transpose|t|unsqueeze|squeeze|reshape|view|expand)\([^()]*\))+")
 
 
@@ -283,12 +296,13 @@ def bound_lines(
         text = _VIEWS.sub(taken_out, line.text)
         call = _CALL.match(text)
         binds = line.stays[:1] in ("b", "r") and call is not None and f"bind_{call[1]}" in space
-        if binds and made.issuperset(_MEMORY.findall(text)):
+        # What is left of these may be copies: bound once, they would be read as they were then.
+        if binds and made.issuperset(_MEMORY.findall(text)) and not _COPIES.search(text):
             bound = f"f{sum(each.startswith('f') for each in once)}"
             once.append(f"{bound} = bind_{text[:-1]}, work=work)")
             text = f"{bound}()"
         elif binds:
-            text = f"bind_{text[:-1]}, work=work)()"
+            text = f"bind_{text[:-1]}, work=fresh({line.stays.partition('.')[0]}))()"
         if not line.stays:
             each_time.append(f"{line.name} = {text}{line.place}")
         elif make(line.name, line.stays):
@@ -299,6 +313,11 @@ def bound_lines(
         if dead:
             each_time.append(f"del {', '.join(dead)}")
     return once, each_time, made
+
+
+def fresh(out: torch.Tensor) -> Callable[[Sequence[int], torch.dtype], torch.Tensor]:
+    """Gives memory where a result lies, for what is bound for one run: memory that stays would be more in each."""
+    return lambda shape, dtype: out.new_empty(shape, dtype=dtype)
 
 
 class NoViewError(RuntimeError):

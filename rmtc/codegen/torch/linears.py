@@ -12,14 +12,25 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["GAIN", "Way", "bind_block_linear", "block_linear", "block_of", "column_blocks", "each_linear"]
-__all__ += ["fastest", "seconds"]
+from rmtc.codegen.torch.buffers import fresh
+
+__all__ = [
+    "GAIN",
+    "Way",
+    "bind_block_linear",
+    "block_linear",
+    "block_of",
+    "column_blocks",
+    "each_linear",
+    "fastest",
+    "seconds",
+]
 
 logger = logging.getLogger(__name__)
 
 _LEAST = 1 << 20  # multiplications of a cell from which on ways are measured
-_CELLS, _MOST, _WEIGHTS = 4, 16, 1 << 23
-"""Cells that are measured, at least; at most; and as many as have so many weights, which are in no cache then."""
+_CELLS, _MOST, _WEIGHTS, _PRODUCTS = 4, 16, 1 << 23, 1 << 30
+"""Cells that are measured: so many at least and at most, with so many weights if that takes no more multiplications."""
 _BLOCKS = range(128, 257)  # columns of a block
 GAIN = 0.87
 """The part of the usual way's time that another way has to be under to be taken."""
@@ -28,18 +39,15 @@ _library = torch.library.Library("rmtc", "FRAGMENT")
 
 
 class Way(enum.Enum):
-    """How the linear maps of a group run."""
+    """How the linear maps of a group run; blocks that stay apart are put together by a compiler."""
 
     AT_ONCE = "at once"
     EACH = "cell by cell"
     BLOCKS = "in blocks"
+    APART = "in blocks that stay apart"
 
 
-_GAINS = {
-    Way.AT_ONCE: 1.0,
-    Way.EACH: GAIN,
-    Way.BLOCKS: 0.97,
-}  # by blocks little can be lost: they are the same products
+_GAINS = {Way.EACH: GAIN, Way.BLOCKS: 0.97, Way.APART: 0.97}  # by blocks, the same products, little can be lost
 
 
 def each_linear(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -73,7 +81,7 @@ def block_linear(x: Tensor, weight: Tensor, columns: int, *, out: Tensor | None 
         (G, T, E).
     """
     out = x.new_empty(*x.shape[:2], weight.shape[1]) if out is None else out
-    bind_block_linear(x, weight, columns, out=out, work=lambda shape, dtype: x.new_empty(shape, dtype=dtype))()
+    bind_block_linear(x, weight, columns, out=out, work=fresh(out))()
     return out
 
 
@@ -126,17 +134,19 @@ def block_of(results: int) -> int | None:
     return fitting[-1] if fitting and results > _BLOCKS[-1] else None
 
 
-def fastest(rows: int, size: int, results: int, dtype: torch.dtype, device: torch.device | None, compiled: bool) -> Way:
+def fastest(
+    rows: int, size: int, results: int, dtype: torch.dtype, device: torch.device | None, ways: tuple[Way, ...]
+) -> Way:
     """The fastest way, as measured on this machine.
 
     Args:
         rows, size, results: a cell's product is (rows, size) by (size, results).
         dtype, device: of the operands.
-        compiled: whether a compiler puts blocks together where they are read, and takes no map cell by cell.
+        ways: those that there are beside the usual one.
     """
     if dtype != torch.float32 or device is None or device.type != "cpu" or rows * size * results < _LEAST:
         return Way.AT_ONCE
-    return _measured(rows, size, results, compiled, torch.get_num_threads())
+    return _measured(rows, size, results, ways, torch.get_num_threads())
 
 
 def _available() -> bool:
@@ -144,23 +154,27 @@ def _available() -> bool:
 
 
 @functools.lru_cache(1024)
-def _measured(rows: int, size: int, results: int, compiled: bool, threads: int) -> Way:
-    cells = min(_MOST, max(_CELLS, _WEIGHTS // (size * results)))
-    x, weight = torch.ones(cells, rows, size), torch.ones(cells, results, size)
-    out, columns = torch.empty(cells, rows, results), block_of(results)
+def _measured(rows: int, size: int, results: int, ways: tuple[Way, ...], threads: int) -> Way:
+    columns, weights = block_of(results), size * results
+    ways = tuple(way for way in ways if (_available() if way is Way.EACH else columns is not None))
+    if not ways:
+        return Way.AT_ONCE
+    cells = max(_CELLS, min(_MOST, _WEIGHTS // weights, _PRODUCTS // (rows * weights)))
+    shapes = (cells, rows, size), (cells, results, size), (cells, rows, results)
+    x, weight, out = (torch.ones(shape, dtype=torch.float32, device="cpu") for shape in shapes)
     calls: dict[Way, Callable[[], object]] = {Way.AT_ONCE: lambda: torch.bmm(x, weight.transpose(1, 2), out=out)}
-    if not compiled and _available():
+    if Way.EACH in ways:
         calls[Way.EACH] = lambda: each_linear(x, weight, out=out)
-    if columns is not None and compiled:
-        calls[Way.BLOCKS] = lambda: column_blocks(x, weight, columns)
-    elif columns is not None:
-        calls[Way.BLOCKS] = bind_block_linear(x, weight, columns, out=out, work=lambda shape, dtype: x.new_empty(shape))
+    if Way.BLOCKS in ways and columns is not None:
+        calls[Way.BLOCKS] = bind_block_linear(x, weight, columns, out=out, work=fresh(out))
+    if Way.APART in ways and columns is not None:
+        calls[Way.APART] = lambda: column_blocks(x, weight, columns)
     with torch.no_grad():
         times = dict(zip(calls, seconds(*calls.values()), strict=True))
-    found = min(times, key=lambda way: times[way] / _GAINS[way])
     said = ", ".join(f"{way.value} {1e6 * time:.0f} us" for way, time in times.items())
     logger.info("(%d, %d) by (%d, %d), %d threads: %s", rows, size, size, results, threads, said)
-    return found
+    faster = [way for way in ways if times[way] < _GAINS[way] * times[Way.AT_ONCE]]
+    return min(faster, key=times.__getitem__, default=Way.AT_ONCE)
 
 
 def seconds(*calls: Callable[[], object]) -> list[float]:

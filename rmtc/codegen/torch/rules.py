@@ -241,7 +241,7 @@ Rule: TypeAlias = Callable[[Arguments], "str | None"]
 _NAMES: dict[str, Callable[..., Any]] = {}
 _TAKEN = re.compile(
     r"(v|in|w|n|u|x|p|b|s|r|k|f)\d+|[Gi]|range|float|complex|torch|vmap|select_run|slice_run|stacked|choose|"
-    r"stack|mm|addmm|bmm|baddbmm|matmul|einsum|inputs|weights|numbers|shared|scratch|results|bind\w*|seen|work|attend|"
+    r"stack|mm|addmm|bmm|baddbmm|matmul|einsum|inputs|weights|numbers|shared|scratch|results|bind\w*|seen|fresh|work|attend|"
     r"each_linear|block_linear|column_blocks"
 )
 
@@ -460,14 +460,15 @@ def linear(arguments: Arguments) -> str | None:
     flat = f"{grouped(value)}.reshape(G, {rows}, {value.shape[-1]})" if value.rank != 2 else grouped(value)
     matrix = f"{weight.text}.transpose(1, 2)"
     into = out("G", rows, weight.shape[0])
-    way, columns = _way(rows, value, weight) if bias is None else Way.AT_ONCE, block_of(weight.shape[0])
+    ways = (Way.APART,) if weight.compiled else (Way.EACH, Way.BLOCKS)
+    way = _way(rows, value, weight, ways) if bias is None else Way.AT_ONCE
     if way is Way.EACH:
         product = f"each_linear({flat}, {weight.text}{into})"
-    elif way is Way.BLOCKS and weight.compiled:
-        blocks = f"column_blocks({flat}, {weight.text}, {columns})"
+    elif way is Way.APART:
+        blocks = f"column_blocks({flat}, {weight.text}, {block_of(weight.shape[0])})"
         product = f"{blocks}.permute(1, 2, 0, 3).reshape(G, {rows}, {weight.shape[0]})"
     elif way is Way.BLOCKS:
-        product = f"block_linear({flat}, {weight.text}, {columns}{into})"
+        product = f"block_linear({flat}, {weight.text}, {block_of(weight.shape[0])}{into})"
     elif bias is None:
         product = f"bmm({flat}, {matrix}{into})"
     else:
@@ -476,8 +477,8 @@ def linear(arguments: Arguments) -> str | None:
     return product if value.rank == 2 else f"{product}.view(G, {_sizes(shape)})"
 
 
-def _way(rows: int, value: Value, weight: Value) -> Way:
-    return fastest(rows, value.shape[-1], weight.shape[0], value.dtype, weight.device, weight.compiled)
+def _way(rows: int, value: Value, weight: Value, ways: tuple[Way, ...]) -> Way:
+    return fastest(rows, value.shape[-1], weight.shape[0], value.dtype, weight.device, ways)
 
 
 def added_linear(arguments: Arguments) -> str | None:
@@ -501,7 +502,7 @@ def added_linear(arguments: Arguments) -> str | None:
     rows = math.prod(shape[:-1])
     flat = [f"{grouped(each)}.reshape(G, {rows}, {each.shape[-1]})" for each in (residual, value)]
     into = out("G", rows, shape[-1])
-    if _way(rows, value, weight) is Way.EACH:
+    if not weight.compiled and _way(rows, value, weight, (Way.EACH,)) is Way.EACH:
         return f"each_linear({flat[1]}, {weight.text}, residual={flat[0]}{into}).view(G, {_sizes(shape)})"
     product, seen = f"{flat[1]}, {weight.text}.transpose(1, 2)", f".view(G, {_sizes(shape)})"
     if weight.compiled:  # baddbmm begins with a copy of the residual: a compiler adds it where the sum is read
