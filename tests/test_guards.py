@@ -704,3 +704,47 @@ def test_a_layer_that_is_popped() -> None:
             model.layers.pop(-1)
         same(pair.fast(text()), pair.plain(text()))
     scheduled(pair.fast, 2)
+
+
+class Tabled(nn.Module):
+    """A layer with a memory of its own, a table, and a tensor that is not among the parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.table: dict[str, Any] = {"factor": 1.5, "names": ["a", "b"]}
+        self.shift = torch.randn(WIDTH, dtype=torch.float64)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        found: Tensor = torch.tanh(self.inner(hidden)) * self.table["factor"] + self.shift * len(self.table["names"])
+        return found
+
+
+class Tables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Tabled() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, outputs = [torch.zeros_like(x[:, :1]) for _ in self.layers], []
+        for hidden in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                hidden = layer(hidden + memories[number])
+                memories[number] = hidden[:, -1:]
+            outputs.append(hidden)
+        return torch.cat(outputs, dim=1)
+
+
+def test_tensors_are_read_anew_where_an_equal_table_takes_the_place_of_another_in_each_call() -> None:
+    model = Tables().double()
+    other = copy.deepcopy(model)
+    fast = rmtc.compile(other, strict=True)
+    x = torch.randn(2, 7 * SEGMENT, WIDTH, dtype=torch.float64)
+    for turn in range(6):
+        for each in (*model.layers, *other.layers):
+            assert isinstance(each, Tabled)
+            each.table, each.shift = copy.deepcopy(each.table), torch.full((WIDTH,), turn / 8, dtype=torch.float64)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-12, atol=1e-12)
+    stats = rmtc.stats(fast)
+    assert (stats.captures, stats.runs, stats.eager) == (1, 6, 0)

@@ -392,9 +392,10 @@ class StateGuard:
         if any(not _same_keys(keys, _others(owner, written)) for owner, written, keys in self._keyed):
             return _OTHER_KEYS
         if copies:
-            self._follow(copies)  # to other tables, all of which are read the next time
+            self._follow(copies)  # to other tables, each of which is looked at the next time
         else:
-            self.version, self._versions = version, versions  # as of before the places were read
+            self._versions = versions
+        self.version = version  # as of before the places were read
         if arguments is not None and self._given(arguments) != self._aliases:
             return "an argument is a tensor that an attribute, global or closure holds, or was one"
         if any(tensor.requires_grad is not required for tensor, required in self._requiring):
