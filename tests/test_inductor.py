@@ -27,6 +27,18 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
+def armt() -> Any:
+    """An ARMT over Llama that runs in Inductor, its results held against eager's in two calls."""
+    sizes: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 8, "memory": 2, "segments": 6}
+    (eager, args), (model, _) = armt_llama.build(**sizes), armt_llama.build(**sizes)
+    fast = rmtc.compile(model, backend="inductor", schedule="shortest", strict=True)
+    with torch.no_grad():
+        wanted = eager(*args).logits
+        for _ in range(2):
+            torch.testing.assert_close(fast(*args).logits, wanted, rtol=1e-4, atol=1e-5)
+    return fast
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda: Layered(three), lambda: Staged(0, 0)], ids=["joined", "staged"])
 def test_results_are_those_of_eager_and_a_body_is_compiled_once(make: Any) -> None:
@@ -47,13 +59,7 @@ def test_results_are_those_of_eager_and_a_body_is_compiled_once(make: Any) -> No
 
 @pytest.mark.slow
 def test_an_armt_runs_in_inductor() -> None:
-    sizes: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 8, "memory": 2, "segments": 6}
-    (eager, args), (model, _) = armt_llama.build(**sizes), armt_llama.build(**sizes)
-    fast = rmtc.compile(model, backend="inductor", schedule="shortest", strict=True)
-    with torch.no_grad():
-        wanted = eager(*args).logits
-        for _ in range(2):
-            torch.testing.assert_close(fast(*args).logits, wanted, rtol=1e-4, atol=1e-5)
+    fast = armt()
     run = rmtc.stats(fast).last_run
     assert run is not None and run.steps == 8 and max(run.widths) == 3
 
@@ -64,13 +70,7 @@ def test_products_in_blocks_and_attention_as_products_are_compiled(monkeypatch: 
     monkeypatch.setattr(rules, "fastest", lambda *args: Way.APART)
     monkeypatch.setattr(rules, "block_of", lambda results: 8 if results % 8 == 0 else results)
     monkeypatch.setattr(attention, "is_faster", lambda *args: True)
-    sizes: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 8, "memory": 2, "segments": 6}
-    (eager, args), (model, _) = armt_llama.build(**sizes), armt_llama.build(**sizes)
-    fast = rmtc.compile(model, backend="inductor", schedule="shortest", strict=True)
-    with torch.no_grad():
-        wanted = eager(*args).logits
-        for _ in range(2):
-            torch.testing.assert_close(fast(*args).logits, wanted, rtol=1e-4, atol=1e-5)
+    fast = armt()
     compiled = compiled_of(fast)
     assert compiled is not None
     runner = compiled.variants[0].runner

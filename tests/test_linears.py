@@ -170,15 +170,17 @@ def test_where_there_is_no_other_way_nothing_is_measured(monkeypatch: pytest.Mon
     assert measured(monkeypatch, 512, BOTH, [1.0, 0.5]) == (Way.BLOCKS, [2])
 
 
-def test_another_default_dtype_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_measured_has_the_dtype_of_the_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[torch.dtype]] = []
+    monkeypatch.setattr(linears, "_available", lambda: True)
+    monkeypatch.setattr(linears, "each_linear", lambda x, weight, out: seen.append({x.dtype, weight.dtype, out.dtype}))
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        linears._measured.cache_clear()
-        assert linears._measured(2, 8, 512, BOTH, 1) in Way
+        measured(monkeypatch, 512, BOTH, [1.0, 1.0, 1.0])
     finally:
         torch.set_default_dtype(before)
-        linears._measured.cache_clear()
+    assert seen == [{torch.float32}]
 
 
 def turned_round(it: Layered, layer: int, x: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:

@@ -126,10 +126,8 @@ def _measured(
         return torch.ones(_CELLS * batch, length, heads, width, dtype=dtype, device="cpu").transpose(1, 2)
 
     q, k, v = ones(queries, size).contiguous(), ones(keys, size).contiguous(), ones(keys, values)
-    given, causal = (
-        torch.ones(queries, keys, dtype=torch.bool, device="cpu") if mask == "given" else None,
-        mask == "causal",
-    )
+    given = torch.ones(queries, keys, dtype=torch.bool, device="cpu") if mask == "given" else None
+    causal = mask == "causal"
     out = torch.empty(_CELLS * batch, heads, queries, values, dtype=dtype, device="cpu")
     with torch.no_grad():
         products, whole = seconds(

@@ -117,18 +117,8 @@ class _Emitter:
         }
         for helper in (
             *(torch.stack, torch.mm, torch.addmm, torch.bmm, torch.baddbmm, torch.matmul, torch.einsum),
-            *(
-                select_run,
-                slice_run,
-                stacked,
-                seen,
-                fresh,
-                each_linear,
-                block_linear,
-                bind_block_linear,
-                attend,
-                bind_attend,
-            ),
+            *(select_run, slice_run, stacked, seen, fresh),
+            *(each_linear, block_linear, bind_block_linear, attend, bind_attend),
         ):
             self.space[helper.__name__] = helper
         self.space["column_blocks"] = column_blocks

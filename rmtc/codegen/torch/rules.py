@@ -525,7 +525,7 @@ def added_matmul(arguments: Arguments) -> str | None:
     ]
     alpha = "" if arguments["alpha"] == 1 else f", alpha={literal(arguments['alpha'])}"
     product, seen = f"{flat[1]}, {flat[2]}{alpha}", f".view(G, {_sizes(operands[0].shape)})"
-    if operands[0].compiled and not alpha:
+    if operands[0].compiled and not alpha:  # as in `added_linear`
         return f"({flat[0]} + bmm({product})){seen}"
     if operands[0].grouped and _NAMED.fullmatch(operands[0].text):
         text, place = f"{flat[0]}.baddbmm_({product})", f"{flat[0]}{seen}"
