@@ -13,7 +13,6 @@ from test_fused import Layered, Staged, text, three
 
 import rmtc
 from rmtc.codegen.torch import attention
-from rmtc.codegen.torch.linears import Way
 from rmtc.compiler import compiled_of
 from rmtc.errors import RefusedError
 from rmtc.examples import armt_llama
@@ -65,17 +64,16 @@ def test_an_armt_runs_in_inductor() -> None:
 
 
 @pytest.mark.slow
-def test_products_in_blocks_and_attention_as_products_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_maps_by_the_kernel_and_attention_as_products_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     rules = importlib.import_module("rmtc.codegen.torch.rules")
-    monkeypatch.setattr(rules, "fastest", lambda *args: Way.APART)
-    monkeypatch.setattr(rules, "block_of", lambda results: 8 if results % 8 == 0 else results)
+    monkeypatch.setattr(rules, "are_faster", lambda *args: True)
     monkeypatch.setattr(attention, "is_faster", lambda *args: True)
     fast = armt()
     compiled = compiled_of(fast)
     assert compiled is not None
     runner = compiled.variants[0].runner
     assert isinstance(runner, Inductor) and any(each.seen for each in runner.compiled.values())
-    for name in ("column_blocks(", "attend("):
+    for name in ("linear_maps(", "attend("):
         assert any(name in each.kernel.source for each in runner.compiled.values() if each.seen)
     assert not any("baddbmm(" in each.kernel.source for each in runner.compiled.values())  # it copies the residual
 

@@ -1,8 +1,11 @@
-"""Linear maps of a group in other ways than at once: equal to products of each cell, and taken where faster."""
+"""The kernel of linear maps in C++: equal to products of each cell, and taken where it is faster."""
 
 from __future__ import annotations
 
 import importlib
+import logging
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,94 +13,196 @@ import torch
 from compare import SEGMENT, Twins
 from test_fused import Layered, memory, text
 from torch import Tensor
+from torch._inductor.codecache import CppCodeCache
 
 import rmtc
 from rmtc.codegen.torch import linears
 from rmtc.codegen.torch.emit import Kernel
-from rmtc.codegen.torch.linears import Way
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama
 from rmtc.runtime.executor import Executor
+from rmtc.runtime.inductor import Inductor
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 8, "memory": 2, "segments": 6}
+rules: Any = importlib.import_module("rmtc.codegen.torch.rules")
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
 
 
-@pytest.mark.skipif(not linears._available(), reason="torch has no oneDNN here")
-def test_products_cell_by_cell_are_those_at_once() -> None:
-    x, weight, residual = (normal(*shape, dtype=torch.float32) for shape in ((3, 5, 8), (3, 6, 8), (3, 5, 6)))
-    wanted = torch.stack([cell @ matrix.T for cell, matrix in zip(x, weight, strict=True)])
-    out = torch.full((3, 5, 6), torch.nan)
-    with torch.no_grad():
-        torch.testing.assert_close(linears.each_linear(x, weight), wanted, rtol=1e-5, atol=1e-5)
-        found = linears.each_linear(x, weight, residual=residual, out=out)
-        assert found is out
-        torch.testing.assert_close(out, wanted + residual, rtol=1e-5, atol=1e-5)
-        strided = linears.each_linear(x[..., ::2], weight[:, :, ::2])
-        torch.testing.assert_close(strided, x[..., ::2] @ weight[:, :, ::2].transpose(1, 2), rtol=1e-5, atol=1e-5)
+def products(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """In float64, one number after another: by none of torch's products."""
+    x, weight = x.double(), weight.double()
+    found = (x.unsqueeze(2) * weight.unsqueeze(1)).sum(3)
+    return found if residual is None else found + residual.double()
 
 
-@pytest.mark.parametrize("cells, rows, columns", [(1, 5, 6), (3, 5, 6), (3, 1, 2), (4, 7, 12)])
-def test_products_in_blocks_are_those_at_once(cells: int, rows: int, columns: int) -> None:
-    x, weight = normal(cells, rows, 8), normal(2 * cells, 12, 8)[::2]  # as every second layer of a stack lies
-    wanted = torch.stack([cell @ matrix.T for cell, matrix in zip(x, weight, strict=True)])
-    out = torch.full((cells, rows, 12), torch.nan, dtype=torch.float64)
-    assert linears.block_linear(x, weight, columns, out=out) is out
-    torch.testing.assert_close(out, wanted, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(linears.block_linear(x, weight, columns), wanted, rtol=1e-13, atol=1e-13)
-    blocks = linears.column_blocks(x, weight, columns)
-    assert blocks.shape == (12 // columns, cells, rows, columns)
-    torch.testing.assert_close(torch.cat([*blocks], -1), wanted, rtol=1e-13, atol=1e-13)
+TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
+    torch.float32: {"rtol": 1e-5, "atol": 2e-5},
+    torch.float64: {"rtol": 1e-13, "atol": 1e-13},
+}
+# Rows of one vector, of several, of several strips; columns of tiles, blocks and what is left; cache lines and a rest.
+SHAPES = [
+    *((2, rows, 19, 70) for rows in (1, 3, 4, 5, 8, 9, 12, 13, 16, 17, 20, 24, 25, 33, 48, 50)),
+    *((3, 7, size, columns) for size in (1, 8, 16, 33) for columns in (1, 7, 8, 64, 65, 200)),
+    *((1, 20, 64, 64), (5, 20, 40, 130)),
+]
 
 
-def test_blocks_that_are_bound_read_what_stands_there_when_they_run() -> None:
-    x, weight = normal(3, 5, 8), normal(3, 12, 8)
-    out, given = x.new_empty(3, 5, 12), list[Tensor]()
-
-    def work(shape: Any, dtype: torch.dtype) -> Tensor:
-        given.append(torch.full(shape, torch.nan, dtype=dtype))
-        return given[-1]
-
-    run = linears.bind_block_linear(x, weight, 4, out=out, work=work)
-    assert [each.numel() for each in given] == [out.numel()]  # as many for each cell
-    for turn in range(2):
-        x.mul_(turn - 2), weight.add_(1)
-        run()
-        torch.testing.assert_close(out, x @ weight.transpose(1, 2), rtol=1e-13, atol=1e-13)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_maps_are_products_of_each_cell(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    cells, rows, size, results = shape
+    x, weight = normal(cells, rows, size, dtype=dtype), normal(cells, results, size, dtype=dtype)
+    residual = normal(cells, rows, results, dtype=dtype)
+    torch.testing.assert_close(linears.linear_maps(x, weight).double(), products(x, weight), **TOLERANCE[dtype])
+    wanted, out = products(x, weight, residual), torch.full_like(residual, torch.nan)
+    assert linears.linear_maps(x, weight, residual, out=out) is out
+    torch.testing.assert_close(out.double(), wanted, **TOLERANCE[dtype])
+    assert linears.linear_maps(x, weight, residual, out=residual) is residual  # in its place
+    assert torch.equal(residual, out)
 
 
-def test_the_operator_of_blocks_passes_the_checks_of_torch() -> None:
-    x, weight = normal(3, 5, 8), normal(3, 12, 8)
-    torch.library.opcheck(linears.column_blocks, (x, weight, 4))
+def test_operands_lie_anyhow() -> None:
+    x, weight, bias = normal(7, 3, 10)[1::2].transpose(0, 1), normal(6, 9, 10)[::2], normal(3, 9)
+    wanted = products(x, weight, bias.unsqueeze(1))
+    every = bias.unsqueeze(1).expand(3, 3, 9)
+    torch.testing.assert_close(linears.linear_maps(x, weight, every), wanted, rtol=1e-13, atol=1e-13)
+    columns = x.transpose(1, 2).contiguous().transpose(1, 2)
+    transposed = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    added = every.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(linears.linear_maps(columns, transposed, added), wanted, rtol=1e-13, atol=1e-13)
+    wide = torch.full((3, 3, 12), 7.0, dtype=torch.float64)
+    linears.linear_maps(x, weight, every, out=wide[:, :, 2:11])
+    torch.testing.assert_close(wide[:, :, 2:11], wanted, rtol=1e-13, atol=1e-13)
+    assert (wide[:, :, :2] == 7).all() and (wide[:, :, 11:] == 7).all()
 
 
-@pytest.mark.parametrize(
-    "results, columns", [(2048, 256), (768, 256), (1376, 172), (5504, 172), (512, 256), (1024, 256)]
-)
-def test_blocks_divide_a_product(results: int, columns: int) -> None:
-    assert linears.block_of(results) == columns
-    assert results % columns == 0
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)])
+def test_what_is_empty(shape: tuple[int, int, int, int]) -> None:
+    cells, rows, size, results = shape
+    x, weight, residual = normal(cells, rows, size), normal(cells, results, size), normal(cells, rows, results)
+    assert torch.equal(linears.linear_maps(x, weight, residual), residual + x @ weight.transpose(1, 2))
 
 
-@pytest.mark.parametrize("results", [1, 128, 256, 257, 1021])
-def test_what_is_narrow_or_cannot_be_divided_stays_whole(results: int) -> None:
-    assert linears.block_of(results) is None
+def test_what_is_no_number_stays_so() -> None:
+    x, weight = normal(2, 20, 24), normal(2, 9, 24)
+    x[0, 3, 5], x[1, 19, 23] = torch.nan, torch.inf
+    found, wanted = linears.linear_maps(x, weight), x @ weight.transpose(1, 2)
+    assert torch.equal(found.isnan(), wanted.isnan()) and torch.equal(found.isinf(), wanted.isinf())
+    assert found.isnan().sum() == 9 and found.isinf().sum() == 9
+
+
+def test_threads_divide_the_work_and_change_nothing() -> None:
+    x, weight = normal(3, 20, 33), normal(3, 200, 33)
+    alone, before = linears.linear_maps(x, weight), torch.get_num_threads()
+    try:
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(linears.linear_maps(x, weight), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_bound_reads_what_stands_there_when_it_runs() -> None:
+    x, weight, residual, out = normal(3, 5, 8), normal(3, 12, 8), normal(3, 5, 12), normal(3, 5, 12)
+    for operands in ((x, weight, residual), (x.mT.contiguous().mT, weight, residual)):
+        run = linears.bind_linear_maps(*operands, out=out)
+        for turn in range(2):
+            for each in operands:
+                each.add_(turn + 1)
+            run()
+            torch.testing.assert_close(out, products(*operands), rtol=1e-13, atol=1e-13)
+    run = linears.bind_linear_maps(x.clone(), weight.clone(), residual.clone(), out=out)  # it keeps them
+    normal(3, 5, 8).zero_(), normal(3, 12, 8).zero_(), normal(3, 5, 12).zero_(), out.zero_()
+    run()
+    torch.testing.assert_close(out, products(x, weight, residual), rtol=1e-13, atol=1e-13)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x, weight, residual = normal(2, 3, 4), normal(2, 5, 4), normal(2, 3, 5)
+    refused: list[tuple[tuple[Tensor, ...], dict[str, Tensor]]] = [
+        ((x, normal(2, 5, 3)), {}),
+        ((x, normal(3, 5, 4)), {}),
+        ((x, weight.float()), {}),
+        ((x, weight.to("meta")), {}),
+        ((x, weight, normal(2, 3, 1)), {}),
+        ((x, weight, residual.float()), {}),
+        ((x, weight), {"out": normal(2, 3, 6)}),
+        ((x, weight), {"out": residual.float()}),
+        ((x, weight), {"out": normal(2, 5, 3).transpose(1, 2)}),
+        ((x.half(), weight.half()), {}),
+    ]
+    for args, named in refused:
+        with pytest.raises(ValueError, match="linear maps"):
+            linears.linear_maps(*args, **named)
+    assert linears.linear_maps(x.to("meta"), weight.to("meta")).shape == (2, 3, 5)
+
+
+def test_the_operator_passes_the_checks_of_torch() -> None:
+    torch.library.opcheck(linears.operator, (normal(3, 5, 8), normal(3, 12, 8)))
+
+
+@pytest.fixture
+def anew() -> Iterator[None]:
+    """Nothing that was compiled or measured before is known, or later."""
+    caches = linears._kernel, linears._measured
+    for each in caches:
+        each.cache_clear()
+    yield
+    for each in caches:
+        each.cache_clear()
+
+
+def test_what_is_small_or_of_another_dtype_or_device_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "_measured", lambda *args: True)
+    assert linears.are_faster(128, 128, 128, torch.float32, CPU)
+    assert linears.are_faster(128, 128, 128, torch.float64, CPU)
+    for rows, dtype, device in (
+        (4, torch.float32, CPU),
+        (128, torch.bfloat16, CPU),
+        (128, torch.float32, None),
+        (128, torch.float32, torch.device("meta")),
+    ):
+        assert not linears.are_faster(rows, 128, 128, dtype, device)
+
+
+@pytest.mark.usefixtures("anew")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("times, wanted", [([1.0, 0.94], True), ([1.0, 0.96], False)])
+def test_the_kernel_is_taken_if_it_is_measured_to_be_faster(
+    times: list[float], wanted: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(batched: Any, mapped: Any) -> list[float]:
+        mapped()
+        found = mapped.args[-1].clone()
+        assert found.dtype == dtype and torch.equal(found, batched())
+        return times
+
+    monkeypatch.setattr(linears, "seconds", seconds)
+    assert linears.are_faster(64, 64, 64, dtype, CPU) is wanted
+
+
+@pytest.mark.usefixtures("anew")
+def test_without_a_compiler_products_are_batched(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(CppCodeCache, "load", load)
+    with caplog.at_level(logging.INFO, logger=linears.__name__):
+        assert not linears.are_faster(64, 64, 64, torch.float32, CPU)
+    assert "batched products: no compiler" in caplog.text
+    with pytest.raises(RuntimeError, match="nothing here compiles"):
+        linears.linear_maps(normal(2, 3, 4), normal(2, 5, 4))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way, name", [(Way.EACH, "each_linear("), (Way.BLOCKS, "block_linear(")])
-def test_a_model_runs_so(way: Way, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = importlib.import_module("rmtc.codegen.torch.rules")
-    monkeypatch.setattr(
-        rules, "fastest", lambda rows, size, results, dtype, device, ways: way if way in ways else Way.AT_ONCE
-    )
-    monkeypatch.setattr(rules, "block_of", lambda results: next(n for n in (8, 5, 3, 1) if results % n == 0))
-    if way is Way.EACH and not linears._available():
-        pytest.skip("torch has no oneDNN here")
+def test_an_armt_runs_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "are_faster", lambda *args: True)
     (eager, args), (model, _) = armt_llama.build(**SIZES), armt_llama.build(**SIZES)
     fast = rmtc.compile(model, schedule="shortest", strict=True)
     with torch.no_grad():
@@ -105,82 +210,28 @@ def test_a_model_runs_so(way: Way, name: str, monkeypatch: pytest.MonkeyPatch) -
             torch.testing.assert_close(fast(*args).logits, eager(*args).logits, rtol=1e-4, atol=1e-5)
     run = rmtc.stats(fast).last_run
     assert run is not None and max(run.widths) == 3
+    assert_maps(kernels_of(fast))
+
+
+def kernels_of(fast: Any) -> list[Kernel]:
     compiled = compiled_of(fast)
     assert compiled is not None
     runner = compiled.variants[0].runner
     assert isinstance(runner, Executor)
-    assert name in "\n".join(kernel.source for kernel in runner.kernels.values())
-    bound = [kernel.bound for kernel in runner.kernels.values() if kernel.bound is not None]
-    assert any(name in each.source for each in bound)
+    return list(runner.kernels.values())
 
 
-def test_what_is_small_or_no_float32_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "_measured", lambda *args: Way.EACH)
-    ways = (Way.EACH, Way.BLOCKS)
-    assert linears.fastest(128, 128, 128, torch.float32, CPU, ways) is Way.EACH
-    for rows, dtype, device in ((4, torch.float32, CPU), (128, torch.float64, CPU), (128, torch.float32, None)):
-        assert linears.fastest(rows, 128, 128, dtype, device, ways) is Way.AT_ONCE
+def assert_maps(kernels: list[Kernel]) -> None:
+    """Linear maps run by the kernel, in memory that stays and without."""
+    assert any("linear_maps(" in each.source for each in kernels)
+    assert any("linear_maps(" in each.bound.source for each in kernels if each.bound is not None)
 
 
-def measured(
-    monkeypatch: pytest.MonkeyPatch, results: int, ways: tuple[Way, ...], times: list[float]
-) -> tuple[Way, list[int]]:
-    """What is chosen if ways take such times, and how many were asked for theirs."""
-    asked: list[int] = []
-
-    def seconds(*calls: Any) -> list[float]:
-        for call in calls:
-            call()
-        asked.append(len(calls))
-        return times
-
-    monkeypatch.setattr(linears, "seconds", seconds)
-    linears._measured.cache_clear()
-    try:
-        return linears._measured(2, 8, results, ways, 1), asked
-    finally:
-        linears._measured.cache_clear()
-
-
-BOTH = Way.EACH, Way.BLOCKS
-
-
-@pytest.mark.parametrize(
-    "times, ways, wanted",
-    [
-        ([1.0, 0.8, 0.9], BOTH, Way.EACH),
-        ([1.0, 0.8, 0.85], BOTH, Way.EACH),
-        ([1.0, 0.9, 0.9], BOTH, Way.BLOCKS),  # cell by cell has to be faster by more
-        ([1.0, 0.9, 0.98], BOTH, Way.AT_ONCE),
-        ([1.0, 0.9], (Way.APART,), Way.APART),
-        ([1.0, 0.98], (Way.APART,), Way.AT_ONCE),
-    ],
-)
-def test_the_fastest_way_is_taken_if_it_is_faster_by_enough(
-    times: list[float], ways: tuple[Way, ...], wanted: Way, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(linears, "_available", lambda: True)
-    monkeypatch.setattr(linears, "each_linear", lambda x, weight, out: out)
-    assert measured(monkeypatch, 512, ways, times) == (wanted, [len(times)])
-
-
-def test_where_there_is_no_other_way_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "_available", lambda: False)
-    assert measured(monkeypatch, 16, BOTH, []) == (Way.AT_ONCE, [])
-    assert measured(monkeypatch, 512, BOTH, [1.0, 0.5]) == (Way.BLOCKS, [2])
-
-
-def test_what_is_measured_has_the_dtype_of_the_operands(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[set[torch.dtype]] = []
-    monkeypatch.setattr(linears, "_available", lambda: True)
-    monkeypatch.setattr(linears, "each_linear", lambda x, weight, out: seen.append({x.dtype, weight.dtype, out.dtype}))
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        measured(monkeypatch, 512, BOTH, [1.0, 1.0, 1.0])
-    finally:
-        torch.set_default_dtype(before)
-    assert seen == [{torch.float32}]
+def residuals(it: Layered, layer: int, x: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps with a bias, added to what is read later and to what is not, of several dimensions and of two."""
+    x = x + it.q[layer](torch.tanh(it.k[layer](x)))
+    grown = torch.tanh(held + it.q[layer](x.transpose(1, 2) @ x))
+    return torch.tanh(x + it.o[layer](x) + grown.mean(1, keepdim=True)), grown
 
 
 def turned_round(it: Layered, layer: int, x: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,13 +244,11 @@ def elsewhere(it: Layered, layer: int, x: Tensor, held: Tensor) -> tuple[Tensor,
     return memory(it, layer, x + it.q[layer](x.sort(-1).values.cumsum(-1)), held)
 
 
-@pytest.mark.parametrize("step", [turned_round, elsewhere])
-def test_blocks_of_what_is_not_in_memory_that_stays(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = importlib.import_module("rmtc.codegen.torch.rules")
-    monkeypatch.setattr(rules, "fastest", lambda *args: Way.BLOCKS)
-    monkeypatch.setattr(rules, "block_of", lambda results: 4 if results % 4 == 0 else results)
+@pytest.mark.parametrize("step", [residuals, turned_round, elsewhere])
+def test_maps_of_any_operands_in_memory_that_stays(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "are_faster", lambda *args: True)
     twins = Twins(lambda: Layered(step), schedule="shortest")
-    held, kernels = list[int](), list[Kernel]()
+    held = list[int]()
     for segments in (5, 5, 7, 5, 5, 5):
         twins.call(text(segments, 2, SEGMENT))
         twins.ran(segments)
@@ -208,6 +257,31 @@ def test_blocks_of_what_is_not_in_memory_that_stays(step: Any, monkeypatch: pyte
         runner = compiled.variants[0].runner
         assert isinstance(runner, Executor) and runner._standing is not None
         held.append(len(runner._standing._memory))
-        kernels = [kernel for kernel in runner.kernels.values() if "block_linear(" in kernel.source]
-    assert kernels and all(kernel.bound is not None for kernel in kernels)
+    kernels = kernels_of(twins.fast)
+    assert kernels and all(kernel.bound is not None for kernel in kernels if "linear_maps(" in kernel.source)
+    assert_maps(kernels)
     assert held[-3:] == held[-1:] * 3  # no run makes more
+    if step is residuals:
+        sources = "\n".join(each.bound.source for each in kernels if each.bound is not None)
+        assert re.search(r"linear_maps\(\w+, \w+, (\w+), out=\1\)", sources)  # in place of the residual
+        assert re.search(r"linear_maps\(\w+, \w+, (\w+), out=(?!\1\b)\w+, work=work\)", sources)
+        assert ".expand(G, " in sources  # a bias
+
+
+def test_maps_with_a_bias_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_of = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **kwargs: compile_of(function, **kwargs | {"backend": "eager"})
+    )
+    monkeypatch.setattr(rules, "are_faster", lambda *args: True)
+    twins = Twins(lambda: Layered(residuals), schedule="shortest", backend="inductor")
+    for segments in (5, 7):
+        twins.call(text(segments, 2, SEGMENT))
+        twins.ran(segments)
+    compiled = compiled_of(twins.fast)
+    assert compiled is not None
+    runner = compiled.variants[0].runner
+    assert isinstance(runner, Inductor)
+    seen = [each.kernel.source for each in runner.compiled.values() if each.seen]
+    assert any(re.search(r"\(linear_maps\(.*\) \+ w\d+\.unsqueeze\(1\)\)", each) for each in seen)
+    assert any(re.search(r"\+ linear_maps\(", each) for each in seen)

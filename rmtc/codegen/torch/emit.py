@@ -19,9 +19,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from rmtc.codegen.fused import BOUND
+from rmtc.codegen.torch import linears
 from rmtc.codegen.torch.attention import attend, bind_attend
 from rmtc.codegen.torch.buffers import Line, bound_lines, fresh, out, plain, plan_buffers, seen
-from rmtc.codegen.torch.linears import bind_block_linear, block_linear, column_blocks, each_linear
 from rmtc.codegen.torch.rules import (
     UNGROUPED,
     Arguments,
@@ -117,11 +117,11 @@ class _Emitter:
         }
         for helper in (
             *(torch.stack, torch.mm, torch.addmm, torch.bmm, torch.baddbmm, torch.matmul, torch.einsum),
-            *(select_run, slice_run, stacked, seen, fresh),
-            *(each_linear, block_linear, bind_block_linear, attend, bind_attend),
+            *(select_run, slice_run, stacked, seen, fresh, attend, bind_attend),
         ):
             self.space[helper.__name__] = helper
-        self.space["column_blocks"] = column_blocks
+        self.space["linear_maps"] = linears.operator if compiled else linears.linear_maps
+        self.space["bind_linear_maps"] = linears.bind_linear_maps
         for target, binder in BOUND.items():
             self.space[f"bind_{function_name(target)}"] = binder
         self.fallbacks: dict[str, None] = {}

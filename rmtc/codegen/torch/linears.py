@@ -1,180 +1,162 @@
-"""Linear maps of a group in other ways than as one batched product, where those are faster."""
+"""Linear maps of a group by a kernel in C++ (`linears.cpp`), where that is faster than torch's batched product."""
 
 from __future__ import annotations
 
-import enum
+import ctypes
 import functools
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rmtc.codegen.torch.buffers import fresh
-
-__all__ = [
-    "GAIN",
-    "Way",
-    "bind_block_linear",
-    "block_linear",
-    "block_of",
-    "column_blocks",
-    "each_linear",
-    "fastest",
-    "seconds",
-]
+__all__ = ["are_faster", "bind_linear_maps", "linear_maps", "operator", "seconds"]
 
 logger = logging.getLogger(__name__)
 
-_LEAST = 1 << 20  # multiplications of a cell from which on ways are measured
+_KERNELS = {torch.float32: "linear_maps_float32", torch.float64: "linear_maps_float64"}
+_LANES = 8  # at most, of the kernel's vectors
+_TENSOR = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+_LEAST = 1 << 18  # multiplications of a cell from which on the kernel is compiled and measured
 _CELLS, _MOST, _WEIGHTS, _PRODUCTS = 4, 16, 1 << 23, 1 << 30
 """Cells that are measured: so many at least and at most, with so many weights if that takes no more multiplications."""
-_BLOCKS = range(128, 257)  # columns of a block
-GAIN = 0.87
-"""The part of the usual way's time that another way has to be under to be taken."""
+_GAIN = 0.95
+"""The part of the batched product's time that the kernel's has to be under."""
 
 _library = torch.library.Library("rmtc", "FRAGMENT")
 
 
-class Way(enum.Enum):
-    """How the linear maps of a group run; blocks that stay apart are put together by a compiler."""
-
-    AT_ONCE = "at once"
-    EACH = "cell by cell"
-    BLOCKS = "in blocks"
-    APART = "in blocks that stay apart"
-
-
-_GAINS = {Way.EACH: GAIN, Way.BLOCKS: 0.97, Way.APART: 0.97}  # by blocks, the same products, little can be lost
-
-
-def each_linear(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """``x @ weight.transpose(1, 2)``, plus a residual, cell by cell through oneDNN.
+def linear_maps(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """``x @ weight.transpose(1, 2)``, plus a residual. Nothing is recorded for gradients.
 
     Args:
-        x: (G, T, D).
-        weight: (G, E, D), float32 on the CPU.
+        x: (G, T, D), float32 or float64 on the CPU; on the meta device there are only shapes.
+        weight: (G, E, D), as all tensors that follow of the dtype and device of ``x``.
         residual: (G, T, E).
-        out: (G, T, E), where the result is written.
+        out: (G, T, E), where the result is written, rows without gaps; it may be the residual, and is no other operand.
 
     Returns:
         (G, T, E).
-    """
-    linear = torch.ops.mkldnn._linear_pointwise.default
-    cells = [linear(*each, None, "none", [], "") for each in zip(x.unbind(), weight.unbind(), strict=True)]
-    found = torch.stack(cells, out=out)
-    return found if residual is None else found.add_(residual)
 
-
-def block_linear(x: Tensor, weight: Tensor, columns: int, *, out: Tensor | None = None) -> Tensor:
-    """``x @ weight.transpose(1, 2)``, a block of columns after another: of wide weights they are read faster so.
-
-    Args:
-        x: (G, T, D).
-        weight: (G, E, D).
-        columns: of a block; a divisor of E.
-        out: (G, T, E), where the result is written.
-
-    Returns:
-        (G, T, E).
+    Raises:
+        ValueError: if a tensor has not such a shape, dtype or device.
+        RuntimeError: if nothing here compiles the kernel.
     """
     out = x.new_empty(*x.shape[:2], weight.shape[1]) if out is None else out
-    bind_block_linear(x, weight, columns, out=out, work=fresh(out))()
+    _check(x, weight, residual, out)
+    if not x.is_meta:
+        x, weight = _solid(x), _solid(weight)
+        residual = None if residual is None else _solid(residual)
+        _run(_numbers(x, weight, residual, out), x)
     return out
 
 
-def bind_block_linear(
-    x: Tensor, weight: Tensor, columns: int, *, out: Tensor, work: Callable[[Sequence[int], torch.dtype], Tensor]
-) -> Callable[[], None]:
-    """What computes :func:`block_linear` anew each time that it is called, with tensors that stay.
+def bind_linear_maps(
+    x: Tensor, weight: Tensor, residual: Tensor | None = None, *, out: Tensor, work: object = None
+) -> Callable[[], object]:
+    """What computes :func:`linear_maps` anew each time that it is called, with tensors that stay.
 
-    ``work(shape, dtype)`` gives memory for it.
+    It needs no memory from ``work``.
     """
-    blocks = work(_blocked(x, weight, columns), x.dtype)
-    pairs = _pairs(weight, blocks)
-    joined, apart = out.unflatten(2, (-1, columns)), blocks.permute(1, 2, 0, 3)
-
-    def run() -> None:
-        for matrix, block in pairs:
-            torch.bmm(x, matrix, out=block)
-        joined.copy_(apart)
-
-    return run
+    if x.is_meta or any(each is not None and _solid(each) is not each for each in (x, weight, residual)):
+        return functools.partial(linear_maps, x, weight, residual, out=out)
+    _check(x, weight, residual, out)
+    kept = [each.detach() for each in (x, weight, residual, out) if each is not None]  # lest their memory is freed
+    return functools.partial(_run, _numbers(x, weight, residual, out), *kept)
 
 
-def _column_blocks(x: Tensor, weight: Tensor, columns: int) -> Tensor:
-    blocks = x.new_empty(_blocked(x, weight, columns))
-    for matrix, block in _pairs(weight, blocks):
-        torch.bmm(x, matrix, out=block)
-    return blocks
+def _check(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor) -> None:
+    given = (x, weight, out) if residual is None else (x, weight, out, residual)
+    (cells, rows, size), results = x.shape, weight.shape[1]
+    fit = weight.shape == (cells, results, size) and all(each.shape == (cells, rows, results) for each in given[2:])
+    same = all(each.dtype == x.dtype and each.device == x.device for each in given)
+    if not fit or not same or not (x.is_meta or (x.is_cpu and x.dtype in _KERNELS and _solid(out) is out)):
+        kinds = ", ".join(f"{each.dtype} {tuple(each.shape)} {each.stride()} {each.device}" for each in given)
+        raise ValueError(f"linear maps take float32 or float64 on the CPU, in shapes that fit, not {kinds}")
 
 
-def _blocked(x: Tensor, weight: Tensor, columns: int) -> tuple[int, ...]:
-    return (weight.shape[1] // columns, *x.shape[:2], columns)
+def _solid(tensor: Tensor) -> Tensor:
+    """A tensor whose elements of a row lie next to one another."""
+    return tensor if tensor.stride(2) == 1 or tensor.shape[2] < 2 else tensor.contiguous()
 
 
-def _pairs(weight: Tensor, blocks: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The columns of each block, and where it lies."""
-    return [*zip(weight.transpose(1, 2).split(blocks.shape[3], 2), blocks.unbind(), strict=True)]
+def _numbers(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor) -> list[int]:
+    """What the kernel takes, but for the scratch memory."""
+    places = [0, 0, 0] if residual is None else _place(residual)
+    return [*_place(x), *_place(weight), *places, *_place(out), *x.shape, weight.shape[1]]
 
 
-_library.define("column_blocks(Tensor x, Tensor weight, int columns) -> Tensor")
-_library.impl("column_blocks", _column_blocks, "CPU")
-_library.impl("column_blocks", lambda x, weight, columns: x.new_empty(_blocked(x, weight, columns)), "Meta")
-column_blocks: torch._ops.OpOverload = torch.ops.rmtc.column_blocks.default
-"""The blocks (E / columns, G, T, columns) of :func:`block_linear`, which a compiler that sees no more than that puts
-together where they are read."""
+def _place(tensor: Tensor) -> list[int]:
+    return [tensor.data_ptr(), tensor.stride(0), tensor.stride(1)]
 
 
-def block_of(results: int) -> int | None:
-    """The columns of a block, if a product of so many is to be divided."""
-    fitting = [columns for columns in _BLOCKS if results % columns == 0]
-    return fitting[-1] if fitting and results > _BLOCKS[-1] else None
+def _run(numbers: Sequence[int], x: Tensor, *kept: Tensor) -> None:
+    kernel, threads, (_, rows, size) = _kernel(x.dtype), torch.get_num_threads(), x.shape
+    if kernel is None:
+        raise RuntimeError("nothing here compiles the kernel of linear maps")
+    scratch = x.new_empty(threads * size * (rows + _LANES))
+    kernel(*numbers, threads, scratch.data_ptr())
 
 
-def fastest(
-    rows: int, size: int, results: int, dtype: torch.dtype, device: torch.device | None, ways: tuple[Way, ...]
-) -> Way:
-    """The fastest way, as measured on this machine.
+@functools.cache
+def _kernel(dtype: torch.dtype) -> Callable[..., None] | None:
+    """The compiled kernel, which Inductor's cache keeps on disk; None if there is no compiler."""
+    from torch._inductor.codecache import CppCodeCache  # takes long to import
+
+    source = Path(__file__).with_suffix(".cpp").read_text()
+    try:
+        library = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))  # products and sums are one operation
+    except (RuntimeError, OSError) as error:
+        logger.info("linear maps run as batched products: %s", " ".join(str(error).split())[:300])
+        return None
+    kernel: Any = getattr(library, _KERNELS[dtype])
+    kernel.argtypes = [*4 * _TENSOR, *4 * [ctypes.c_int64], ctypes.c_int32, ctypes.c_void_p]
+    kernel.restype = None
+    return kernel  # type: ignore[no-any-return]
+
+
+def _apart(x: Tensor, weight: Tensor) -> Tensor:
+    return linear_maps(x, weight)
+
+
+_library.define("linear_maps(Tensor x, Tensor weight) -> Tensor")
+for _device in ("CPU", "Meta"):
+    _library.impl("linear_maps", _apart, _device)
+operator: torch._ops.OpOverload = torch.ops.rmtc.linear_maps.default
+""":func:`linear_maps` for a compiler that cannot see into it."""
+
+
+def are_faster(rows: int, size: int, results: int, dtype: torch.dtype, device: torch.device | None) -> bool:
+    """Whether :func:`linear_maps` take less time than batched products, as measured on this machine.
 
     Args:
         rows, size, results: a cell's product is (rows, size) by (size, results).
         dtype, device: of the operands.
-        ways: those that there are beside the usual one.
     """
-    if dtype != torch.float32 or device is None or device.type != "cpu" or rows * size * results < _LEAST:
-        return Way.AT_ONCE
-    return _measured(rows, size, results, ways, torch.get_num_threads())
-
-
-def _available() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if dtype not in _KERNELS or device is None or device.type != "cpu" or rows * size * results < _LEAST:
+        return False
+    return _measured(rows, size, results, dtype, torch.get_num_threads())
 
 
 @functools.lru_cache(1024)
-def _measured(rows: int, size: int, results: int, ways: tuple[Way, ...], threads: int) -> Way:
-    columns, weights = block_of(results), size * results
-    ways = tuple(way for way in ways if (_available() if way is Way.EACH else columns is not None))
-    if not ways:
-        return Way.AT_ONCE
+def _measured(rows: int, size: int, results: int, dtype: torch.dtype, threads: int) -> bool:
+    if _kernel(dtype) is None:
+        return False
+    weights = size * results
     cells = max(_CELLS, min(_MOST, _WEIGHTS // weights, _PRODUCTS // (rows * weights)))
     shapes = (cells, rows, size), (cells, results, size), (cells, rows, results)
-    x, weight, out = (torch.ones(shape, dtype=torch.float32, device="cpu") for shape in shapes)
-    calls: dict[Way, Callable[[], object]] = {Way.AT_ONCE: lambda: torch.bmm(x, weight.transpose(1, 2), out=out)}
-    if Way.EACH in ways:
-        calls[Way.EACH] = lambda: each_linear(x, weight, out=out)
-    if Way.BLOCKS in ways and columns is not None:
-        calls[Way.BLOCKS] = bind_block_linear(x, weight, columns, out=out, work=fresh(out))
-    if Way.APART in ways and columns is not None:
-        calls[Way.APART] = lambda: column_blocks(x, weight, columns)
+    x, weight, out = (torch.ones(shape, dtype=dtype, device="cpu") for shape in shapes)
     with torch.no_grad():
-        times = dict(zip(calls, seconds(*calls.values()), strict=True))
-    said = ", ".join(f"{way.value} {1e6 * time:.0f} us" for way, time in times.items())
-    logger.info("(%d, %d) by (%d, %d), %d threads: %s", rows, size, size, results, threads, said)
-    faster = [way for way in ways if times[way] < _GAINS[way] * times[Way.AT_ONCE]]
-    return min(faster, key=times.__getitem__, default=Way.AT_ONCE)
+        usual, other = seconds(
+            lambda: torch.bmm(x, weight.transpose(1, 2), out=out), bind_linear_maps(x, weight, out=out)
+        )
+    product = f"({rows}, {size}) by ({size}, {results}), {dtype}, {threads} threads"
+    logger.info("%s: batched %.0f us, by the kernel %.0f us", product, 1e6 * usual, 1e6 * other)
+    return other < _GAIN * usual
 
 
 def seconds(*calls: Callable[[], object]) -> list[float]:

@@ -22,7 +22,7 @@ import torch
 from rmtc.codegen.fused import BOUND, FUNCTIONS, add_linear, add_matmul, rms_normalize, roll_products, rotary
 from rmtc.codegen.torch import attention as products
 from rmtc.codegen.torch.buffers import Instead, out
-from rmtc.codegen.torch.linears import Way, block_of, fastest
+from rmtc.codegen.torch.linears import are_faster
 
 __all__ = [
     "UNGROUPED",
@@ -242,7 +242,7 @@ _NAMES: dict[str, Callable[..., Any]] = {}
 _TAKEN = re.compile(
     r"(v|in|w|n|u|x|p|b|s|r|k|f)\d+|[Gi]|range|float|complex|torch|vmap|select_run|slice_run|stacked|choose|"
     r"stack|mm|addmm|bmm|baddbmm|matmul|einsum|inputs|weights|numbers|shared|scratch|results|bind\w*|seen|fresh|work|attend|"
-    r"each_linear|block_linear|column_blocks"
+    r"linear_maps"
 )
 
 
@@ -460,25 +460,22 @@ def linear(arguments: Arguments) -> str | None:
     flat = f"{grouped(value)}.reshape(G, {rows}, {value.shape[-1]})" if value.rank != 2 else grouped(value)
     matrix = f"{weight.text}.transpose(1, 2)"
     into = out("G", rows, weight.shape[0])
-    ways = (Way.APART,) if weight.compiled else (Way.EACH, Way.BLOCKS)
-    way = _way(rows, value, weight, ways) if bias is None else Way.AT_ONCE
-    if way is Way.EACH:
-        product = f"each_linear({flat}, {weight.text}{into})"
-    elif way is Way.APART:
-        blocks = f"column_blocks({flat}, {weight.text}, {block_of(weight.shape[0])})"
-        product = f"{blocks}.permute(1, 2, 0, 3).reshape(G, {rows}, {weight.shape[0]})"
-    elif way is Way.BLOCKS:
-        product = f"block_linear({flat}, {weight.text}, {block_of(weight.shape[0])}{into})"
-    elif bias is None:
+    row = None if bias is None else ranked(bias, 2) if bias.grouped else bias.text
+    if _by_kernel(rows, value, weight):
+        added = "" if row is None or weight.compiled else f", {row}.expand(G, {rows}, {weight.shape[0]})"
+        product = f"linear_maps({flat}, {weight.text}{added}{into})"
+        if row is not None and weight.compiled:
+            product = f"({product} + {row})"
+    elif row is None:
         product = f"bmm({flat}, {matrix}{into})"
     else:
-        product = f"baddbmm({ranked(bias, 2) if bias.grouped else bias.text}, {flat}, {matrix}{into})"
+        product = f"baddbmm({row}, {flat}, {matrix}{into})"
     shape = (*value.shape[:-1], weight.shape[0])
     return product if value.rank == 2 else f"{product}.view(G, {_sizes(shape)})"
 
 
-def _way(rows: int, value: Value, weight: Value, ways: tuple[Way, ...]) -> Way:
-    return fastest(rows, value.shape[-1], weight.shape[0], value.dtype, weight.device, ways)
+def _by_kernel(rows: int, value: Value, weight: Value) -> bool:
+    return are_faster(rows, value.shape[-1], weight.shape[0], value.dtype, weight.device)
 
 
 def added_linear(arguments: Arguments) -> str | None:
@@ -502,11 +499,15 @@ def added_linear(arguments: Arguments) -> str | None:
     rows = math.prod(shape[:-1])
     flat = [f"{grouped(each)}.reshape(G, {rows}, {each.shape[-1]})" for each in (residual, value)]
     into = out("G", rows, shape[-1])
-    if not weight.compiled and _way(rows, value, weight, (Way.EACH,)) is Way.EACH:
-        return f"each_linear({flat[1]}, {weight.text}, residual={flat[0]}{into}).view(G, {_sizes(shape)})"
-    product, seen = f"{flat[1]}, {weight.text}.transpose(1, 2)", f".view(G, {_sizes(shape)})"
+    by_kernel, seen = _by_kernel(rows, value, weight), f".view(G, {_sizes(shape)})"
+    product = f"{flat[1]}, {weight.text}" if by_kernel else f"{flat[1]}, {weight.text}.transpose(1, 2)"
     if weight.compiled:  # baddbmm begins with a copy of the residual: a compiler adds it where the sum is read
-        return f"({flat[0]} + bmm({product})){seen}"
+        return f"({flat[0]} + {'linear_maps' if by_kernel else 'bmm'}({product})){seen}"
+    if by_kernel:
+        product = f"linear_maps({product}, {flat[0]}"
+        if _NAMED.fullmatch(residual.text):
+            arguments.instead = (Instead(residual.text, f"{product}, out={flat[0]})", f"{flat[0]}{seen}", seen),)
+        return f"{product}{into}){seen}"
     if _NAMED.fullmatch(residual.text):
         arguments.instead = (Instead(residual.text, f"{flat[0]}.baddbmm_({product})", f"{flat[0]}{seen}", seen),)
     return f"baddbmm({flat[0]}, {product}{into}){seen}"
