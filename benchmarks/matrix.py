@@ -102,8 +102,8 @@ YARDSTICK: dict[tuple[int, ...], float] = dict(zip(LLAMA, (0.225, 0.405, 0.666, 
 """0.9 of what is known to be possible: speed of what is written by hand for ARMT over Llama, in speeds of the floor."""
 SLACK = 10.0
 """MB that are neither here nor there."""
-GROWTH = {"residual": 0.1, "memory": 1.1, "first call": 1.5}
-"""Over lengths: rmtc's relative distance from a line; factors of memory from 64 segments on, and of first calls."""
+GROWTH = {"residual": 0.1, "memory": 1.1, "compile time": 1.2, "first call": 1.5}
+"""Over lengths: rmtc's relative distance from a line; factors of memory from 64 segments on, and of the others."""
 
 
 def compiled_layers(model: nn.Module) -> nn.Module:
@@ -149,10 +149,11 @@ RATIOS = (
 )
 """Of times: the speed of the second in speeds of the first."""
 
-ALONE = ("first", "later", "memory", "resident")
+ALONE = ("first", "compile", "later", "memory", "resident")
 TABLES = {
     "first": "First calls, seconds",
     "first alone": "First calls in a process of each kind's own, seconds",
+    "compile alone": "The same less the first call with a segment less: what does not come again with another number",
     "memory alone": "The most memory of later calls in those, beyond what was there before them and the logits', MB",
     "resident alone": "The same beyond what was there before the kind was made: what the first call left, too, MB",
 }
@@ -215,7 +216,9 @@ def compare(row: Row, kinds: Sequence[str], repeats: int, made: dict[str, Callab
 def measure_alone(kind: str, row: Row) -> dict[str, float]:
     """Seconds of the first call and of later ones, and MB that are resident in those at most; Linux only.
 
-    Less the logits, and what is resident before later calls, or before the kind is made.
+    The time to compile is the first call's, less that of the first with a segment less: what another number of segments
+    takes that was not seen before, its run too. MB are less the logits, and what is resident before later calls, or
+    before the kind is made.
     """
     torch.set_num_threads(row.threads)
     model, args = row.build(kind)
@@ -237,8 +240,10 @@ def measure_alone(kind: str, row: Row) -> dict[str, float]:
         later.append(timed(call)[0])
         most = resident("VmHWM") - size
         needed.append(max(0.0, most - ready))
+    shorter = args[0][:, : -row.sizes[2]]
     return {
         "first": first,
+        "compile": first - timed(partial(call.func, shorter))[0],
         "later": statistics.median(later),
         "memory": max(needed),
         "resident": most - before,
@@ -356,12 +361,13 @@ def over_lengths(page: Page, row: Row, lengths: Sequence[int], repeats: int) -> 
 def growth(found: Found) -> Iterator[str]:
     """What ``--check`` does not take of rmtc over lengths."""
     yield from (f"{kind} differs" for each in found["points"] for kind in each["differs"])
-    keys, points, lengths = ("first alone", "later alone", "memory alone"), found["points"], found["lengths"]
-    first, later, memory = ([each[key]["rmtc torch"] for each in points] for key in keys)
+    points, lengths = found["points"], found["lengths"]
+    first, compiles, later, memory = ([each[f"{key} alone"]["rmtc torch"] for each in points] for key in ALONE[:4])
     since = min(range(len(lengths)), key=lambda index: abs(lengths[index] - 64))
     grown = {
         "residual": max(map(abs, found["fits"]["rmtc torch"]["residuals"])) if "rmtc torch" in found["fits"] else 0.0,
         "memory": (memory[-1] + SLACK) / (memory[since] + SLACK),
+        "compile time": compiles[-1] / compiles[0],
         "first call": (first[-1] - later[-1]) / (first[0] - later[0]),
     }
     for what, most in GROWTH.items():

@@ -121,6 +121,7 @@ def test_watched_calls_run_as_before_and_the_others_by_schedule() -> None:
             (Watching, "dispatch mode"),
             (Listening, "function mode"),
             (global_hook, "global"),
+            (torch.autograd.forward_ad.dual_level, "forward-mode gradients"),
             (lambda: hook(fast, calls), "hook on a submodule"),
         ]
     ):

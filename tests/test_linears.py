@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
+import platform
 import re
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ import torch
 from compare import SEGMENT, Twins
 from test_fused import Layered, memory, text
 from torch import Tensor
+from torch._inductor import cpp_builder
 from torch._inductor.codecache import CppCodeCache
 
 import rmtc
@@ -65,6 +70,14 @@ def test_maps_are_products_of_each_cell(shape: tuple[int, int, int, int], dtype:
     assert torch.equal(residual, out)
 
 
+def test_sums_of_many_are_as_exact_as_those_of_torch() -> None:
+    for draw in (torch.randn, torch.rand):
+        x, weight = (draw(2, rows, 8192, generator=torch.Generator().manual_seed(rows)) for rows in (20, 64))
+        wanted = x.double() @ weight.double().mT
+        error, usual = (float((found - wanted).norm()) for found in (linears.linear_maps(x, weight), x @ weight.mT))
+        assert error < 2 * usual
+
+
 def test_operands_lie_anyhow() -> None:
     x, weight, bias = normal(7, 3, 10)[1::2].transpose(0, 1), normal(6, 9, 10)[::2], normal(3, 9)
     wanted = products(x, weight, bias.unsqueeze(1))
@@ -78,6 +91,8 @@ def test_operands_lie_anyhow() -> None:
     linears.linear_maps(x, weight, every, out=wide[:, :, 2:11])
     torch.testing.assert_close(wide[:, :, 2:11], wanted, rtol=1e-13, atol=1e-13)
     assert (wide[:, :, :2] == 7).all() and (wide[:, :, 11:] == 7).all()
+    negative = torch._neg_view(x)
+    torch.testing.assert_close(linears.linear_maps(negative, weight), products(-x, weight), rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)])
@@ -123,6 +138,8 @@ def test_what_is_bound_reads_what_stands_there_when_it_runs() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     x, weight, residual = normal(2, 3, 4), normal(2, 5, 4), normal(2, 3, 5)
+    gone = weight.clone()
+    gone.untyped_storage().resize_(0)
     refused: list[tuple[tuple[Tensor, ...], dict[str, Tensor]]] = [
         ((x, normal(2, 5, 3)), {}),
         ((x, normal(3, 5, 4)), {}),
@@ -134,6 +151,8 @@ def test_what_does_not_fit_is_refused() -> None:
         ((x, weight), {"out": residual.float()}),
         ((x, weight), {"out": normal(2, 5, 3).transpose(1, 2)}),
         ((x.half(), weight.half()), {}),
+        ((x[0], weight), {"out": residual}),
+        ((x, gone), {}),
     ]
     for args, named in refused:
         with pytest.raises(ValueError, match="linear maps"):
@@ -162,6 +181,7 @@ def test_what_is_small_or_of_another_dtype_or_device_is_not_measured(monkeypatch
     assert linears.are_faster(128, 128, 128, torch.float64, CPU)
     for rows, dtype, device in (
         (4, torch.float32, CPU),
+        (1 << 14, torch.float32, CPU),
         (128, torch.bfloat16, CPU),
         (128, torch.float32, None),
         (128, torch.float32, torch.device("meta")),
@@ -198,6 +218,46 @@ def test_without_a_compiler_products_are_batched(
     assert "batched products: no compiler" in caplog.text
     with pytest.raises(RuntimeError, match="nothing here compiles"):
         linears.linear_maps(normal(2, 3, 4), normal(2, 5, 4))
+
+
+@pytest.mark.usefixtures("anew")
+def test_with_a_compiler_that_fails_a_model_runs_by_its_schedule(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exec g++ --version\necho it is broken >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(linears, "_LEAST", 0)
+    twins = Twins(lambda: Layered(residuals), schedule="shortest")
+    with torch._inductor.config.patch({"cpp.cxx": str(compiler)}), caplog.at_level(logging.INFO, linears.__name__):
+        for _ in range(2):
+            twins.call(text(5, 2, SEGMENT))
+            twins.ran(5)
+    assert "it is broken" in caplog.text
+    assert not any("linear_maps(" in kernel.source for kernel in kernels_of(twins.fast))
+
+
+TARGETS = ["-march=x86-64", "-march=x86-64-v3"] if platform.machine() == "x86_64" else []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_kernel_on_other_processors(target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As they would compute it: with vectors, tiles and registers of theirs."""
+    if target.endswith("v3") and "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AVX2")
+    file, compiler = tmp_path / "linears.so", cpp_builder.get_cpp_compiler()
+    source = Path(linears.__file__).with_suffix(".cpp")
+    command = [compiler, "-std=c++20", "-O2", "-shared", "-fPIC", "-fopenmp", target, str(source), "-o", str(file)]
+    subprocess.run(command, check=True)
+    monkeypatch.setattr(CppCodeCache, "load", lambda *args, **kwargs: ctypes.CDLL(str(file)))
+    linears._kernel.cache_clear()
+    try:
+        for dtype in TOLERANCE:
+            for shape in SHAPES:
+                test_maps_are_products_of_each_cell(shape, dtype)
+    finally:
+        linears._kernel.cache_clear()
 
 
 @pytest.mark.slow

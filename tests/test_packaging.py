@@ -41,9 +41,10 @@ def test_rmtc_is_the_only_top_level_name(wheel: list[str]) -> None:
 
 
 def test_every_module_is_in_the_wheel(wheel: list[str]) -> None:
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rmtc").rglob("*.py")}
-    assert modules == {name for name in wheel if name.endswith(".py")}
-    assert any(name.startswith("rmtc/examples/") for name in modules)
+    for kind in (".py", ".cpp"):
+        files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rmtc").rglob(f"*{kind}")}
+        assert files and files == {name for name in wheel if name.endswith(kind)}
+    assert any(name.startswith("rmtc/examples/") for name in wheel)
     assert "rmtc/py.typed" in wheel
     assert any(name.endswith("/LICENSE") for name in wheel)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import itertools
 import json
@@ -251,6 +252,38 @@ def test_several_segments_in_a_strip(max_group: int | None) -> None:
     if max_group is None:  # the matrices of a layer are not copied for its cells
         assert any("reshape(G // 2" in line for line in products)
         assert not any("repeat_interleave" in line for line in products)
+
+
+class SharedBias(Interleaved):
+    """The bias is no layer's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers]
+        before, pieces = list(last), []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                mapped = F.linear(piece + before[number][:, None], layer.get_parameter("weight"), self.bias)
+                piece = torch.tanh(mapped)
+                before[number], last[number] = last[number], piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def test_weights_that_are_copied_for_the_cells_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are copied in each run, for they may change."""
+    monkeypatch.setattr(importlib.import_module("rmtc.codegen.torch.rules"), "are_faster", lambda *args: True)
+    twins = Twins(SharedBias, schedule="shortest")
+    for _ in range(3):
+        twins.call(text(12, 2, SEGMENT))
+        for owner in (twins.owner, twins.twin):
+            with torch.no_grad():
+                [parameter.mul_(1.1) for parameter in owner.parameters()]
+    copied = [each for each in kernels(twins) if ".repeat_interleave(2, 0)" in each.source]
+    assert copied and all(each.bound is not None for each in copied)
 
 
 class Peeled(KeysCached):

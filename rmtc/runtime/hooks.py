@@ -33,6 +33,8 @@ def hooked(modules: Sequence[nn.Module], tables: Sequence[Mapping[int, Any]]) ->
         not isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack()
     ):
         return "a function mode is active (TorchFunctionMode)"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode gradients are asked for (torch.autograd.forward_ad)"
     if any(tables):
         for number, table in enumerate(tables):
             for hook in table.values():

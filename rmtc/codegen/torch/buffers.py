@@ -34,7 +34,7 @@ _NAME = re.compile(r"\b(?:v|in|u|w)\d+\b")
 _MEMORY = re.compile(r"\b(?:v|in|u|w|b|r|k|p)\d+\b")
 _COPIED = re.compile(r"(\w+)\.(reshape\([^()]*\)|contiguous\(\))")
 _CALL = re.compile(r"(\w+)\(")
-_COPIES = re.compile(r"\.(?:reshape|contiguous)\(")
+_COPIES = re.compile(r"\.(?:reshape|contiguous|repeat_interleave)\(")
 _VIEWS = re.compile(r"\b((?:v|in|u|w)\d+)(?:\.(?:transpose|t|unsqueeze|squeeze|reshape|view|expand)\([^()]*\))+")
 
 

@@ -145,7 +145,8 @@ class _Emitter:
         """A weight with a row for so many cells."""
         rows: torch.Tensor = self.space[text]
         every = f"{text}.repeat_interleave({count}, 0)"
-        return Value(every, tuple(rows.shape[1:]), rows.dtype, True, rows.device, count, text)
+        device = rows.device if self.choose else None
+        return Value(every, tuple(rows.shape[1:]), rows.dtype, True, device, count, text, self.compiled)
 
     def run(self, name: str, op: BodyOp, args: tuple[Any, ...]) -> Any:
         """Emit and run one operation."""

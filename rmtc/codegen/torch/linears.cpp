@@ -1,8 +1,8 @@
 // Linear maps of a group of cells, out = x @ weight^T (+ residual), of a few rows each, by weights as modules hold them.
 //
-// Each weight is read once, as one number for a vector of rows: x is turned for that, which is little to turn. A tile of
-// columns goes over all of a cell's rows while its weights are in the cache, and asks for those of the next tile, for
-// they lie in as many places as it has columns, and no hardware sees soon enough that each of them is read on.
+// Each weight is read from memory once, as one number for vectors of rows: x is turned for that, which is little to turn.
+// A tile of columns goes over all of a cell's rows while its weights are in the cache, and asks for those of the next
+// tile, for they lie in as many places as it has columns, and no hardware sees soon enough that each is read on.
 
 #include <algorithm>
 #include <cstdint>
@@ -21,7 +21,8 @@ constexpr int BYTES = 16, COLUMNS = 8, VECTORS = 3;
 #else
 constexpr int BYTES = 16, COLUMNS = 4, VECTORS = 3;
 #endif
-constexpr int64_t BLOCK = 64;  // columns that a thread computes at least
+constexpr int64_t BLOCK = 64;  // columns of a unit of work; linears.py counts on it
+constexpr int64_t RUN = 256;   // products that are added one after another, before sums of so many are
 constexpr int LINE = 64;       // bytes of a cache line
 
 // Elements: of cells, and of their rows, which lie so far apart; those of a row lie next to one another.
@@ -37,6 +38,7 @@ template <typename T>
 struct Map {
     typedef T Vector __attribute__((vector_size(BYTES), aligned(sizeof(T))));
     static constexpr int LANES = BYTES / sizeof(T), STRIP = VECTORS * LANES, AHEAD = LINE / sizeof(T);
+    static_assert(LANES <= 8, "linears.py gives scratch memory for no more");
 
     Rows<const T> x, weight, residual;
     Rows<T> out;
@@ -63,25 +65,33 @@ struct Map {
     template <int columns, int vectors>
     void tile(int64_t g, int64_t column, int64_t first, int64_t count, const T* turned) const {
         const T* matrix = weight.at(g, column);
-        Vector sums[columns][vectors] = {};
-        const auto add = [&](int64_t k) __attribute__((always_inline)) {
+        const Vector* lanes = reinterpret_cast<const Vector*>(turned);
+        Vector sums[columns][vectors], found[columns][vectors] = {};
+        for (int64_t from = 0; from < size; from += RUN) {
+            const int64_t end = std::min(size, from + RUN);
+            const auto add = [&](int64_t k) __attribute__((always_inline)) {
+                for (int c = 0; c < columns; c++)
+                    for (int v = 0; v < vectors; v++)
+                        sums[c][v] += lanes[k * vectors + v] * matrix[c * weight.row + k];
+            };
+            for (auto& each : sums)
+                for (auto& sum : each) sum = Vector{};
+            int64_t k = from;
+            for (; k + AHEAD <= end; k += AHEAD) {
+                for (int c = 0; c < columns; c++) __builtin_prefetch(matrix + (columns + c) * weight.row + k);
+                for (int next = 0; next < AHEAD; next++) add(k + next);
+            }
+            for (; k < end; k++) add(k);
             for (int c = 0; c < columns; c++)
-                for (int v = 0; v < vectors; v++)
-                    sums[c][v] += reinterpret_cast<const Vector*>(turned)[k * vectors + v] * matrix[c * weight.row + k];
-        };
-        int64_t k = 0;
-        for (; k + AHEAD <= size; k += AHEAD) {
-            for (int c = 0; c < columns; c++) __builtin_prefetch(matrix + (columns + c) * weight.row + k);
-            for (int next = 0; next < AHEAD; next++) add(k + next);
+                for (int v = 0; v < vectors; v++) found[c][v] += sums[c][v];
         }
-        for (; k < size; k++) add(k);
-        T found[columns][vectors * LANES];
-        for (int c = 0; c < columns; c++)
-            for (int v = 0; v < vectors; v++) reinterpret_cast<Vector*>(found[c])[v] = sums[c][v];
         for (int64_t t = 0; t < count; t++) {
             T* to = out.at(g, first + t) + column;
             const T* from = residual.at(g, first + t);
-            for (int c = 0; c < columns; c++) to[c] = from ? from[column + c] + found[c][t] : found[c][t];
+            for (int c = 0; c < columns; c++) {
+                const T sum = reinterpret_cast<const T*>(found[c])[t];
+                to[c] = from ? from[column + c] + sum : sum;
+            }
         }
     }
 

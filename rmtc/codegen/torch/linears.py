@@ -19,11 +19,13 @@ __all__ = ["are_faster", "bind_linear_maps", "linear_maps", "operator", "seconds
 logger = logging.getLogger(__name__)
 
 _KERNELS = {torch.float32: "linear_maps_float32", torch.float64: "linear_maps_float64"}
-_LANES = 8  # at most, of the kernel's vectors
+_LANES = 8  # at most, of the kernel's vectors; it asserts that
+_BLOCK = 64  # columns of the kernel's units of work
 _TENSOR = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
 _LEAST = 1 << 18  # multiplications of a cell from which on the kernel is compiled and measured
+_CACHED = 1 << 20  # bytes of x of a cell up to which on: all of it is read for each tile of columns
 _CELLS, _MOST, _WEIGHTS, _PRODUCTS = 4, 16, 1 << 23, 1 << 30
-"""Cells that are measured: so many at least and at most, with so many weights if that takes no more multiplications."""
+"""Cells that are measured, at least and at most, with at most so many weights and multiplications in all."""
 _GAIN = 0.95
 """The part of the batched product's time that the kernel's has to be under."""
 
@@ -62,7 +64,7 @@ def bind_linear_maps(
 
     It needs no memory from ``work``.
     """
-    if x.is_meta or any(each is not None and _solid(each) is not each for each in (x, weight, residual)):
+    if x.is_meta or not all(each is None or _is_solid(each) for each in (x, weight, residual)):
         return functools.partial(linear_maps, x, weight, residual, out=out)
     _check(x, weight, residual, out)
     kept = [each.detach() for each in (x, weight, residual, out) if each is not None]  # lest their memory is freed
@@ -71,49 +73,57 @@ def bind_linear_maps(
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor) -> None:
     given = (x, weight, out) if residual is None else (x, weight, out, residual)
-    (cells, rows, size), results = x.shape, weight.shape[1]
-    fit = weight.shape == (cells, results, size) and all(each.shape == (cells, rows, results) for each in given[2:])
+    fit = x.dim() == weight.dim() == 3 and weight.shape[::2] == x.shape[::2]
+    fit = fit and all(each.shape == (*x.shape[:2], weight.shape[1]) for each in given[2:])
     same = all(each.dtype == x.dtype and each.device == x.device for each in given)
-    if not fit or not same or not (x.is_meta or (x.is_cpu and x.dtype in _KERNELS and _solid(out) is out)):
+    if not fit or not same or not (x.is_meta or (x.is_cpu and x.dtype in _KERNELS and _is_solid(out))):
         kinds = ", ".join(f"{each.dtype} {tuple(each.shape)} {each.stride()} {each.device}" for each in given)
         raise ValueError(f"linear maps take float32 or float64 on the CPU, in shapes that fit, not {kinds}")
 
 
+def _is_solid(tensor: Tensor) -> bool:
+    """Whether elements of a row lie next to one another, as they are."""
+    return (tensor.stride(-1) == 1 or tensor.shape[-1] < 2) and not tensor.is_neg()
+
+
 def _solid(tensor: Tensor) -> Tensor:
-    """A tensor whose elements of a row lie next to one another."""
-    return tensor if tensor.stride(2) == 1 or tensor.shape[2] < 2 else tensor.contiguous()
+    return tensor if _is_solid(tensor) else tensor.resolve_neg().contiguous()
 
 
 def _numbers(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor) -> list[int]:
-    """What the kernel takes, but for the scratch memory."""
+    """What the kernel takes, but for threads and scratch memory."""
     places = [0, 0, 0] if residual is None else _place(residual)
     return [*_place(x), *_place(weight), *places, *_place(out), *x.shape, weight.shape[1]]
 
 
 def _place(tensor: Tensor) -> list[int]:
-    return [tensor.data_ptr(), tensor.stride(0), tensor.stride(1)]
+    begin = tensor.data_ptr()
+    if not begin and tensor.numel():
+        raise ValueError("linear maps of a tensor that has no memory")
+    return [begin, tensor.stride(0), tensor.stride(1)]
 
 
 def _run(numbers: Sequence[int], x: Tensor, *kept: Tensor) -> None:
-    kernel, threads, (_, rows, size) = _kernel(x.dtype), torch.get_num_threads(), x.shape
+    kernel, (cells, rows, size) = _kernel(x.dtype), x.shape
     if kernel is None:
         raise RuntimeError("nothing here compiles the kernel of linear maps")
+    threads = max(1, min(torch.get_num_threads(), cells * -(-numbers[-1] // _BLOCK)))
     scratch = x.new_empty(threads * size * (rows + _LANES))
     kernel(*numbers, threads, scratch.data_ptr())
 
 
 @functools.cache
 def _kernel(dtype: torch.dtype) -> Callable[..., None] | None:
-    """The compiled kernel, which Inductor's cache keeps on disk; None if there is no compiler."""
-    from torch._inductor.codecache import CppCodeCache  # takes long to import
-
-    source = Path(__file__).with_suffix(".cpp").read_text()
+    """The compiled kernel, which Inductor's cache keeps on disk; None if there is no compiler, or no such Inductor."""
     try:
+        from torch._inductor.codecache import CppCodeCache  # takes long to import
+
+        source = Path(__file__).with_suffix(".cpp").read_text()
         library = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))  # products and sums are one operation
-    except (RuntimeError, OSError) as error:
-        logger.info("linear maps run as batched products: %s", " ".join(str(error).split())[:300])
+        kernel: Any = getattr(library, _KERNELS[dtype])
+    except (RuntimeError, OSError, ImportError, AttributeError, TypeError) as error:
+        logger.info("linear maps run as batched products: %s", " ".join(str(error).split())[-300:])
         return None
-    kernel: Any = getattr(library, _KERNELS[dtype])
     kernel.argtypes = [*4 * _TENSOR, *4 * [ctypes.c_int64], ctypes.c_int32, ctypes.c_void_p]
     kernel.restype = None
     return kernel  # type: ignore[no-any-return]
@@ -124,8 +134,8 @@ def _apart(x: Tensor, weight: Tensor) -> Tensor:
 
 
 _library.define("linear_maps(Tensor x, Tensor weight) -> Tensor")
-for _device in ("CPU", "Meta"):
-    _library.impl("linear_maps", _apart, _device)
+_library.impl("linear_maps", _apart, "CPU")
+_library.impl("linear_maps", _apart, "Meta")
 operator: torch._ops.OpOverload = torch.ops.rmtc.linear_maps.default
 """:func:`linear_maps` for a compiler that cannot see into it."""
 
@@ -137,7 +147,9 @@ def are_faster(rows: int, size: int, results: int, dtype: torch.dtype, device: t
         rows, size, results: a cell's product is (rows, size) by (size, results).
         dtype, device: of the operands.
     """
-    if dtype not in _KERNELS or device is None or device.type != "cpu" or rows * size * results < _LEAST:
+    if dtype not in _KERNELS or device is None or device.type != "cpu":
+        return False
+    if rows * size * results < _LEAST or rows * size * dtype.itemsize > _CACHED:
         return False
     return _measured(rows, size, results, dtype, torch.get_num_threads())
 
@@ -146,9 +158,10 @@ def are_faster(rows: int, size: int, results: int, dtype: torch.dtype, device: t
 def _measured(rows: int, size: int, results: int, dtype: torch.dtype, threads: int) -> bool:
     if _kernel(dtype) is None:
         return False
-    weights = size * results
-    cells = max(_CELLS, min(_MOST, _WEIGHTS // weights, _PRODUCTS // (rows * weights)))
-    shapes = (cells, rows, size), (cells, results, size), (cells, rows, results)
+    most = min(_WEIGHTS, _PRODUCTS // rows) // size  # columns of all cells
+    columns = max(1, min(results, most // _CELLS))
+    cells = max(_CELLS, min(_MOST, most // columns))
+    shapes = (cells, rows, size), (cells, columns, size), (cells, rows, columns)
     x, weight, out = (torch.ones(shape, dtype=dtype, device="cpu") for shape in shapes)
     with torch.no_grad():
         usual, other = seconds(

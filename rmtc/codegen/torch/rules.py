@@ -475,6 +475,8 @@ def linear(arguments: Arguments) -> str | None:
 
 
 def _by_kernel(rows: int, value: Value, weight: Value) -> bool:
+    if weight.rows:  # it has to be copied for its cells
+        return False
     return are_faster(rows, value.shape[-1], weight.shape[0], value.dtype, weight.device)
 
 
