@@ -335,7 +335,8 @@ def line(times: dict[int, float]) -> Found:
 def over_lengths(page: Page, row: Row, lengths: Sequence[int], repeats: int) -> Found:
     """The figures of a row with so many segments and lines through their times, printed.
 
-    For the lines all lengths are timed once more, in turns: what else the machine does does not meet one of them alone.
+    For the lines all lengths are timed once more, in turns, and so are processes of rmtc's own: what else the machine
+    does does not meet one of them alone.
     """
     rows = [replace(row, sizes=(*row.sizes[:-1], segments)) for segments in lengths]
     made, fits = dict[str, Callable[..., Any]](), {}
@@ -354,6 +355,14 @@ def over_lengths(page: Page, row: Row, lengths: Sequence[int], repeats: int) -> 
             fit = fits[kind] = line(times)
             off = ", ".join(f"{100 * each:+.1f}" for each in fit["residuals"])
             page.say("", f"{kind}: {1e3 * fit['a']:.2f} + {1e3 * fit['b']:.3f} S ms, off by {off} %")
+    again = [[alone("rmtc torch", each) for each in rows] for _ in range(2)]  # in turns: compilers are slowed, too
+    for key in ALONE:
+        found = [each[f"{key} alone"] for each in points]
+        for number, each in enumerate(found):
+            of_all = [each["rmtc torch"], *(turn[number][key] for turn in again)]
+            each["rmtc torch"] = statistics.median(of_all)
+        said = ", ".join(f"{each['rmtc torch']:.2f}" for each in found)
+        page.say("", f"rmtc in processes of its own, medians of three, {key}: {said}")
     page.say("", f"rmtc, compiled once, captured {points[-1]['captures']} times")
     return {"title": str(row), "lengths": lengths, "points": points, "fits": fits}
 

@@ -115,9 +115,9 @@ def compile(
             machine busy. ``{"reorder_random": True}`` allows dropout in training mode, whose random numbers are then
             drawn in another order, and code that draws random numbers in Python, which are then not drawn: only if
             what is computed does not depend on them. ``{"repack_weights": True}`` has products read transposed copies
-            of weights, which each call makes anew: on a CPU faster for long texts (from some dozens of segments on) of
-            layers that are too large for its cache. The copies stay, and take as much memory again as the layers'
-            matrices.
+            of weights, which each call makes anew: on a CPU without a C++ compiler faster for long texts (from some
+            dozens of segments on) of layers that are too large for its cache. The copies stay, and take as much memory
+            again as the layers' matrices.
 
     Returns:
         ``model`` itself if it is a module or class, a wrapped function, or a decorator.

@@ -161,8 +161,13 @@ def test_what_is_asked_of_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_over_lengths(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix, "LONGEST_EAGER", 3)
+    compiles = iter([1.0, 1.0, 1.0, 4.0, 4.0, 4.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(matrix, "alone", lambda kind, row: ALONE | {"compile": next(compiles)})
     assert run("--check", "--lengths", "4", "2", "3", "--json", str(tmp_path / "json")) == 0
-    assert "rmtc, compiled once, captured 1 times" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "rmtc, compiled once, captured 1 times" in printed
+    assert "medians of three, compile: 2.00, 2.00, 2.00\n" in printed
+    monkeypatch.setattr(matrix, "alone", lambda kind, row: ALONE)
     (found,) = json.loads((tmp_path / "json").read_text())["lengths"]
     assert found["lengths"] == [2, 3, 4]
     both = {"rmtc torch", "by hand"}
