@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmtc.analysis import Analysis
+from rmtc.codegen.torch import linears
 from rmtc.compiler import compiled_of, disabled
 from rmtc.errors import CaptureError, VerifyError
 from rmtc.runtime.backends import Backend
@@ -21,7 +23,10 @@ from rmtc.verification import Verification, rehearse
 __all__ = ["Benchmark", "Timing", "bench"]
 
 aten = torch.ops.aten
-_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
+_PRODUCTS = frozenset(
+    {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_, linears.operator.overloadpacket}
+)
+"""With ``out=`` or without."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +112,13 @@ class _Products(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[tuple[Any, tuple[Any, ...]]] = []
+        self.found: list[Callable[[], Any]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _PRODUCTS:
-            self.found.append((func, tuple(args)))
+        if func.overloadpacket in _PRODUCTS:
+            self.found.append(functools.partial(func, *args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 
@@ -194,8 +199,8 @@ def _floor(run: Callable[[], Any], repeats: int) -> list[float]:
     found = products.found
 
     def again() -> None:
-        for product, operands in found:
-            product(*operands)
+        for product in found:
+            product()
 
     again()
     return [_seconds(again) for _ in range(repeats)]

@@ -21,6 +21,7 @@ from torch._inductor import cpp_builder
 from torch._inductor.codecache import CppCodeCache
 
 import rmtc
+from rmtc.benchmark import _Products
 from rmtc.codegen.torch import linears
 from rmtc.codegen.torch.emit import Kernel
 from rmtc.compiler import compiled_of
@@ -162,6 +163,37 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_the_operator_passes_the_checks_of_torch() -> None:
     torch.library.opcheck(linears.operator, (normal(3, 5, 8), normal(3, 12, 8)))
+
+
+def test_a_benchmark_counts_them_among_products() -> None:
+    x, weight, residual, out = normal(3, 5, 8), normal(3, 12, 8), normal(3, 5, 12), normal(3, 5, 12)
+    bound = linears.bind_linear_maps(x, weight, residual, out=out)
+    with _Products() as seen:
+        linears.linear_maps(x, weight)
+        assert linears.linear_maps(x, weight, residual, out=out) is out
+        torch.testing.assert_close(out, products(x, weight, residual), rtol=1e-13, atol=1e-13)
+        out.zero_()
+        bound()
+    assert [product.func for product in seen.found] == [linears.operator] * 3
+    torch.testing.assert_close(out, products(x, weight, residual), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_a_benchmark_counts_the_products_of_a_run(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In memory that stays, where they write their results there, as many as without."""
+    monkeypatch.setattr(rules, "are_faster", lambda *args: kernel)
+    twins, given, counts = Twins(lambda: Layered(residuals), schedule="shortest"), text(5, 2, SEGMENT), list[int]()
+    compiled = compiled_of(twins.fast)
+    assert compiled is not None
+    for _ in range(3):
+        twins.call(given)
+        with torch.no_grad(), _Products() as seen:
+            compiled.run_once((given,), {})
+        counts.append(len(seen.found))
+    run = rmtc.stats(twins.fast).last_run
+    assert run is not None
+    # Four maps and a product of a cell, at once for a group, in both of the runs that are made of one.
+    assert counts == [2 * 5 * run.groups] * 3
 
 
 @pytest.fixture

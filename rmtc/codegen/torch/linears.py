@@ -48,6 +48,9 @@ def linear_maps(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, ou
         ValueError: if a tensor has not such a shape, dtype or device.
         RuntimeError: if nothing here compiles the kernel.
     """
+    if torch._C._len_torch_dispatch_stack():  # which sees operators
+        found = operator(x, weight) if residual is None else operator(x, weight) + residual
+        return found if out is None else out.copy_(found)
     out = x.new_empty(*x.shape[:2], weight.shape[1]) if out is None else out
     _check(x, weight, residual, out)
     if not x.is_meta:
@@ -67,8 +70,9 @@ def bind_linear_maps(
     if x.is_meta or not all(each is None or _is_solid(each) for each in (x, weight, residual)):
         return functools.partial(linear_maps, x, weight, residual, out=out)
     _check(x, weight, residual, out)
-    kept = [each.detach() for each in (x, weight, residual, out) if each is not None]  # lest their memory is freed
-    return functools.partial(_run, _numbers(x, weight, residual, out), *kept)
+    x, weight, out = x.detach(), weight.detach(), out.detach()  # lest their memory is freed
+    residual = None if residual is None else residual.detach()
+    return functools.partial(_run_bound, _numbers(x, weight, residual, out), x, weight, residual, out)
 
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor) -> None:
@@ -103,13 +107,20 @@ def _place(tensor: Tensor) -> list[int]:
     return [begin, tensor.stride(0), tensor.stride(1)]
 
 
-def _run(numbers: Sequence[int], x: Tensor, *kept: Tensor) -> None:
+def _run(numbers: Sequence[int], x: Tensor) -> None:
     kernel, (cells, rows, size) = _kernel(x.dtype), x.shape
     if kernel is None:
         raise RuntimeError("nothing here compiles the kernel of linear maps")
     threads = max(1, min(torch.get_num_threads(), cells * -(-numbers[-1] // _BLOCK)))
     scratch = x.new_empty(threads * size * (rows + _LANES))
     kernel(*numbers, threads, scratch.data_ptr())
+
+
+def _run_bound(numbers: Sequence[int], x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor) -> None:
+    if torch._C._len_torch_dispatch_stack():
+        linear_maps(x, weight, residual, out=out)
+    else:
+        _run(numbers, x)
 
 
 @functools.cache
@@ -167,9 +178,11 @@ def _measured(rows: int, size: int, results: int, dtype: torch.dtype, threads: i
         usual, other = seconds(
             lambda: torch.bmm(x, weight.transpose(1, 2), out=out), bind_linear_maps(x, weight, out=out)
         )
-    product = f"({rows}, {size}) by ({size}, {results}), {dtype}, {threads} threads"
-    logger.info("%s: batched %.0f us, by the kernel %.0f us", product, 1e6 * usual, 1e6 * other)
-    return other < _GAIN * usual
+    faster = other < _GAIN * usual
+    product = f"{cells} products of ({rows}, {size}) and ({size}, {columns}), {dtype}, {threads} threads"
+    times = f"batched {1e6 * usual:.0f} us, by the kernel {1e6 * other:.0f} us"
+    logger.info("%s: %s, %s from now on", product, times, "by the kernel" if faster else "batched")
+    return faster
 
 
 def seconds(*calls: Callable[[], object]) -> list[float]:
