@@ -17,7 +17,7 @@ import torch
 from compare import SEGMENT, Twins
 from test_fused import Layered, memory, text
 from torch import Tensor
-from torch._inductor import cpp_builder
+from torch._inductor import codecache, cpp_builder
 from torch._inductor.codecache import CppCodeCache
 
 import rmtc
@@ -250,6 +250,25 @@ def test_without_a_compiler_products_are_batched(
     assert "batched products: no compiler" in caplog.text
     with pytest.raises(RuntimeError, match="nothing here compiles"):
         linears.linear_maps(normal(2, 3, 4), normal(2, 5, 4))
+
+
+@pytest.mark.usefixtures("anew")
+def test_which_of_torchs_vectors_there_are_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes a second in each process, and the kernel has its own."""
+    monkeypatch.setattr(codecache, "pick_vec_isa", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(CppCodeCache, "cache", {})
+    assert linears._kernel(torch.float32) is not None
+
+
+@pytest.mark.usefixtures("anew")
+def test_an_inductor_that_cannot_be_told_so_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = CppCodeCache.load_async
+
+    def older(main_code: str, extra_flags: tuple[str, ...] = ()) -> Any:
+        return usual(main_code, extra_flags=extra_flags)
+
+    monkeypatch.setattr(CppCodeCache, "load_async", older)
+    assert linears._kernel(torch.float32) is not None
 
 
 @pytest.mark.usefixtures("anew")

@@ -310,7 +310,7 @@ def candidates(found: Sequence[Way], analysis: Analysis) -> tuple[tuple[Candidat
 
 def best_of(found: Sequence[Way], sizes: Sizes, model: CostModel) -> Way:
     """The way that is fastest for a long call, which is where time goes."""
-    long = sizes._replace(segments=max(sizes.segments, LONG))
+    long = sizes._replace(segments=LONG)
     return min(found, key=lambda each: each.estimate(long, model).seconds)
 
 
@@ -319,7 +319,7 @@ def backend_of(way: Way, sizes: Sizes, model: CostModel) -> str:
 
     Inductor runs a body's products as they are, and of all else no more than moves what goes in and comes out.
     """
-    long = sizes._replace(segments=max(sizes.segments, LONG))
+    long = sizes._replace(segments=LONG)
     plan = plan_run(way.program, *long)
     batch = long.batch / max(1, way.works.batch)
     torch_takes = inductor_takes = way.estimate(long, model).seconds

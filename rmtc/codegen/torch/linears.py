@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import inspect
 import logging
 import math
 import time
@@ -130,7 +131,10 @@ def _kernel(dtype: torch.dtype) -> Callable[..., None] | None:
         from torch._inductor.codecache import CppCodeCache  # takes long to import
 
         source = Path(__file__).with_suffix(".cpp").read_text()
-        library = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))  # products and sums are one operation
+        # To learn which of torch's vectors there are takes a second in each process, and the source has its own.
+        known = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
+        own = {"needs_vec_isa": False} if known else {}
+        library = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",), **own)  # a product and sum are one
         kernel: Any = getattr(library, _KERNELS[dtype])
     except (RuntimeError, OSError, ImportError, AttributeError, TypeError) as error:
         logger.info("linear maps run as batched products: %s", " ".join(str(error).split())[-300:])
