@@ -43,8 +43,8 @@ def behind_the_layers(
     layer = {
         (row, i): layout.layer_of(place) for row, (order, layout) in enumerate(laid) for place, i in enumerate(order)
     }
-    into_layers = {(row, i) for row, some in enumerate(anchors) for i in some}
-    into_layers.update(*(nx.ancestors(graph, anchor) for anchor in list(into_layers)))
+    used = {(row, i) for row, some in enumerate(anchors) for i in some}
+    into_layers = _reached(nx.reverse_view(graph), used)
     sums: set[tuple[int, int]] = set()
     for component in nx.strongly_connected_components(graph):
         inside = {layer[node] for node in component}
@@ -58,8 +58,13 @@ def behind_the_layers(
         for node in graph.nodes - into_layers
         if node in sums or (rows[node[0]][node[1]].target, rows[node[0]][node[1]].location) in kinds
     }
-    moved.update(*(nx.descendants(graph, node) for node in list(moved)))
+    moved = _reached(graph, moved)
     return [_moved(each, {i for at, i in moved if at == row}) for row, each in enumerate(laid)]
+
+
+def _reached(graph: nx.DiGraph[tuple[int, int]], sources: set[tuple[int, int]]) -> set[tuple[int, int]]:
+    """The sources and all nodes that a path leads to from them."""
+    return set(itertools.chain.from_iterable(nx.bfs_layers(graph, sources)))
 
 
 def _made_in(row: int, back: int, steady: int) -> Sequence[int]:
