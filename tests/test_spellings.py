@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -79,6 +80,79 @@ class Gated(nn.Module):
 
 def test_a_batch_size_that_is_written_out_is_free() -> None:
     Twins(Gated).compare({LOWER, OWN})
+
+
+ROWS = 2
+CUTS: dict[str, Callable[[Tensor], Any]] = {
+    "slices": lambda x: (x[:, :ROWS], x[:, ROWS:]),
+    "slices in another order": lambda x: (x[:, ROWS:], x[:, :ROWS])[::-1],
+    "ends": lambda x: (x[:, -ROWS:], x[:, :-ROWS]),
+    "split": lambda x: x.split([ROWS, x.shape[1] - ROWS], 1),
+    "tensor_split": lambda x: x.tensor_split([ROWS], 1),
+    "narrow": lambda x: (x.narrow(1, 0, ROWS), x.narrow(1, ROWS, x.shape[1] - ROWS)),
+    "three": lambda x: (x[:, :ROWS] * x[:, -ROWS:], x[:, ROWS:]),
+    "a list": lambda x: [x[:, of] for of in (slice(0, ROWS), slice(ROWS, None))],
+    "rolled": lambda x: (x.roll(1, 1)[:, :ROWS], x.roll(2, 1)[:, ROWS:]),
+}
+
+
+class Cut(nn.Module):
+    """Memories of several rows, cut off in the line that cuts off what goes on; nobody reads the last ones."""
+
+    def __init__(self, how: str, last: bool) -> None:
+        super().__init__()
+        self.cut, self.last, self.layers = CUTS[how], last, nn.ModuleList(linears())
+        self.start = nn.Parameter(torch.randn(ROWS, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, pieces = [self.start.expand(x.shape[0], -1, -1) for _ in self.layers], []
+        for piece in x.split(SEGMENT, 1):
+            for number, layer in enumerate(self.layers):
+                both = torch.cat([memories[number], piece], 1)
+                memories[number], piece = self.cut(both + torch.tanh(layer(both)).softmax(1))
+            pieces.append(piece)
+        return pieces[-1] if self.last else torch.cat(pieces, 1)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("how", CUTS)
+def test_memories_that_are_cut_off_in_one_line(how: str, last: bool) -> None:
+    Twins(lambda: Cut(how, last)).compare({LOWER, OWN})
+
+
+class Several(nn.Module):
+    """Operations with several results, one of which only the result of the last segment needs."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.layers = kind, nn.ModuleList(linears())
+        self.rnn = nn.ModuleList(nn.GRU(WIDTH, WIDTH, batch_first=True) for _ in self.layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, found = [x.new_zeros(x.shape[0], ROWS, WIDTH) for _ in self.layers], x
+        for piece in x.split(SEGMENT, 1):
+            for number, layer in enumerate(self.layers):
+                both = torch.tanh(layer(torch.cat([memories[number], piece], 1)))
+                if self.kind == "gru":
+                    both, found = self.rnn[number](both)
+                elif self.kind == "max":
+                    most, found = both.max(1, keepdim=True)
+                    both = both - most
+                else:
+                    most, found = both.topk(ROWS, 1)
+                    both = torch.cat([most, both[:, ROWS:]], 1)
+                memories[number], piece = both[:, :ROWS], both[:, ROWS:]
+        return found
+
+
+@pytest.mark.parametrize("kind", ["gru", "max", "topk"])
+def test_one_of_several_results_that_only_the_last_segment_needs(kind: str) -> None:
+    twins = Twins(lambda: Several(kind))
+    for _ in range(2):
+        twins.call(text(5, 3))
+        twins.ran(5)
+    run = rmtc.stats(twins.fast).last_run
+    assert run is not None and max(run.widths) > 1
 
 
 class Reset(nn.Module):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ __all__ = [
     "constant_name",
     "leaves",
     "map_leaves",
+    "parts",
 ]
 
 
@@ -180,6 +182,15 @@ def leaves(args: tuple[Any, ...]) -> Iterator[Any]:
             yield from leaves(arg)
         else:
             yield arg
+
+
+def parts(ops: Sequence[Op]) -> dict[int, list[int]]:
+    """By the number of an operation with several results, those that take one of them each."""
+    found: dict[int, list[int]] = {}
+    for i, op in enumerate(ops):
+        if op.target is operator.getitem:
+            found.setdefault(op.args[0].number, []).append(i)
+    return found
 
 
 def map_leaves(args: tuple[Any, ...], function: Callable[[Any], Any]) -> tuple[Any, ...]:

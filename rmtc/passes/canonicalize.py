@@ -133,9 +133,15 @@ class Canonicalize:
         _detach_at_readers(graph)
         _keep_apart(graph, memory)
         for node in reversed(list(graph.nodes)):
-            if not node.users and (node.target in (*_NO_RESULT, *SPLITS, *_CASTS) or node.op == "get_attr"):
+            unused = not node.users and (node.target in (*_NO_RESULT, *SPLITS, *_CASTS) or node.op == "get_attr")
+            if unused and not _is_part_of_used(node):
                 graph.erase_node(node)
         return by_parts
+
+
+def _is_part_of_used(node: fx.Node) -> bool:
+    """Whether another of an operation's results is used: all stay then, in each segment, whichever of them it uses."""
+    return node.target is operator.getitem and any(part.users for part in node.all_input_nodes[0].users)
 
 
 def _tables(graph: fx.Graph, fixed: frozenset[str]) -> set[fx.Node]:

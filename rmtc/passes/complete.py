@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import replace
@@ -70,7 +71,8 @@ class _Completion:
         self._known: dict[Hashable, int] = {}
         self._readers = [_readers(*each) for each in zip(self._ops, self._segment, strict=True)]
         self._by_line: dict[tuple[int, int], tuple[list[int], dict[Hashable, list[int]]]] = {}
-        self._lines = {(n, s): Counter(_line(self._ops[n][i]) for i in row) for (n, s), row in self.rows.items()}
+        self._constant = self._constant_integers()
+        self._kinds = {(n, s): Counter(self._kind(n, i) for i in row) for (n, s), row in self.rows.items()}
 
     def run(self, number: int) -> Run:
         """A run as it is now."""
@@ -87,21 +89,47 @@ class _Completion:
         """Let segments run what one of them runs, but for what only results need and some of them lack."""
         only = [self._only_results(number) for number in (0, 1)]
         places = {member: self._places(member) for member in members}
-        pattern = {
-            place: i
-            for place, i in places[reference].items()
-            if i not in only[reference[0]] or (self._in_all(reference, i) and all(place in x for x in places.values()))
-        }
+        pattern: dict[Place, int] = {}
+        number, kept = reference[0], set[int]()
+        for place, i in places[reference].items():
+            op = self._ops[number][i]
+            if op.target is operator.getitem:  # stays with what makes it
+                stays = _inputs(op)[0] in kept
+            else:
+                everywhere = all(place in own for own in places.values())
+                stays = i not in only[number] or (everywhere and self._in_all(reference, i))
+            if stays:
+                pattern[place] = i
+                kept.add(i)
         extra = {member: {i for place, i in places[member].items() if place not in pattern} for member in members}
         if all(found <= only[member[0]] and not self._used(member, found) for member, found in extra.items()):
             for member in sorted(members):
                 self._complete(member, reference, pattern, extra[member])
 
     def _in_all(self, member: tuple[int, int], i: int) -> bool:
-        """Whether every segment but the first ones runs as much of what a line of a segment's runs."""
-        line = _line(self._ops[member[0]][i])
-        often = self._lines[member][line]
-        return all(lines[line] >= often for (_, s), lines in self._lines.items() if 2 * s >= self._steady_from)
+        """Whether every segment but the first ones runs as many operations of a kind as a segment does."""
+        kind = self._kind(member[0], i)
+        often = self._kinds[member][kind]
+        return all(kinds[kind] >= often for (_, s), kinds in self._kinds.items() if 2 * s >= self._steady_from)
+
+    def _kind(self, number: int, i: int) -> Hashable:
+        """The line that runs an operation, and the integers that tell it from others there."""
+        op = self._ops[number][i]
+        line = _line(op)
+        return line, tuple(each for place, each in enumerate(_integers(op)) if (line, place) in self._constant)
+
+    def _constant_integers(self) -> set[tuple[Hashable, int]]:
+        """The places of integers, by line, that hold the same in every segment, but for operations that it lacks.
+
+        memory, h = z[:, :4], z[:, 4:]
+        """
+        found: dict[tuple[Hashable, int], dict[tuple[int, int], set[int]]] = {}
+        for member, row in self.rows.items():
+            for op in (self._ops[member[0]][i] for i in row):
+                for place, each in enumerate(_integers(op)):
+                    found.setdefault((_line(op), place), {}).setdefault(member, set()).add(each)
+        most = {where: max(sets.values(), key=len) for where, sets in found.items()}
+        return {where for where, sets in found.items() if all(each <= most[where] for each in sets.values())}
 
     def _used(self, member: tuple[int, int], extra: set[int]) -> bool:
         """Whether the rest of a segment uses some of its operations."""
@@ -255,7 +283,7 @@ class _Completion:
         known = self._expressions[number]
         if i not in known:
             op = self._ops[number][i]
-            parts: list[Hashable] = [op.target, structure(op.args), op.location]
+            parts: list[Hashable] = [self._kind(number, i), structure(op.args)]
             parts.append(self._readers[number].get(i))
             fixed = op.target is _select
             for leaf in leaves(op.args):
@@ -274,7 +302,7 @@ class _Completion:
                     else:
                         parts.append("before")
             if fixed:  # a layer's part of a stack
-                parts += [leaf for leaf in leaves(op.args) if type(leaf) is int]
+                parts.append(_integers(op))
             known[i] = self._known.setdefault(tuple(parts), len(self._known))
         return known[i]
 
@@ -295,6 +323,10 @@ def _readers(ops: list[Op], segment: dict[int, int]) -> dict[int, Hashable]:
 
 def _line(op: Op) -> Hashable:
     return op.target, op.location
+
+
+def _integers(op: Op) -> tuple[int, ...]:
+    return tuple(leaf for leaf in leaves(op.args) if type(leaf) is int)
 
 
 def _inputs(op: Op) -> list[int]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from rmtc.errors import RefusedError
-from rmtc.ir.program import Op, Source, Src, Val, leaves, map_leaves, show, target_name
+from rmtc.ir.program import Op, Source, Src, Val, leaves, map_leaves, parts, show, target_name
 from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Item, Outer, Row, SegmentLoop, Where
 from rmtc.passes.carry import carry
 from rmtc.passes.complete import complete_segments
@@ -179,10 +179,11 @@ def _without_last_row(loop: SegmentLoop) -> SegmentLoop:
 def _drop_unused(short: Run, long: Run) -> tuple[Run, Run]:
     """Drop what no segment but perhaps the last needs: views that were made anew after a write and never read.
 
-    What the last segment does not need, but the others do, stays, and so does what it is made of. Segments of which no
-    result needs anything stay as they are.
+    What the last segment does not need, but the others do, stays, and so does what it is made of, and all results of an
+    operation with several. Segments of which no result needs anything stay as they are.
     """
     runs = (short, long)
+    taken = [parts(run.ops) for run in runs]
     groups: dict[int, list[tuple[int, int]]] = {}  # rows that run the same operations, by the first of them
     firsts: list[list[Any]] = []
     for number, run in enumerate(runs):
@@ -203,6 +204,7 @@ def _drop_unused(short: Run, long: Run) -> tuple[Run, Run]:
             needed[number].add(i)
             run = runs[number]
             work += [(number, leaf.number) for leaf in leaves(run.ops[i].args) if type(leaf) is Val]
+            work += [(number, part) for part in taken[number].get(i, ())]
             s, k = run.place(Val(i))
             work += [(other, runs[other].starts[t] + k) for other, t in alike.get((number, s), ())]
 

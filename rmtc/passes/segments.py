@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rmtc.errors import CaptureError
-from rmtc.ir.program import VIEWS, Op, Program, Src, Val, leaves, map_leaves
+from rmtc.ir.program import VIEWS, Op, Program, Src, Val, leaves, map_leaves, parts
 from rmtc.passes.cuts import common_subsequence, divide
 from rmtc.passes.streams import Uses
 
@@ -127,12 +126,9 @@ def find_segments(
 
 def _with_parts(program: Program, rows: list[list[int]]) -> list[list[int]]:
     """The rows with what takes its part of several results right behind the operation that makes them."""
-    parts: dict[int, list[int]] = {}
-    for i, op in enumerate(program.ops):
-        if op.target is operator.getitem:
-            parts.setdefault(_inputs(op)[0], []).append(i)
-    behind = {i for some in parts.values() for i in some}
-    return [[j for i in row if i not in behind for j in (i, *parts.get(i, ()))] for row in rows]
+    taken = parts(program.ops)
+    behind = {i for some in taken.values() for i in some}
+    return [[j for i in row if i not in behind for j in (i, *taken.get(i, ()))] for row in rows]
 
 
 def _hand_back(
