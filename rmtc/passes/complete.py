@@ -18,7 +18,6 @@ from rmtc.passes.segments import Segmented, reorder
 __all__ = ["complete_segments"]
 
 _detach = torch.ops.aten.detach.default
-_select = torch.ops.aten.select.int
 _slice = torch.ops.aten.slice.Tensor
 
 Place = tuple[Hashable, int]
@@ -285,15 +284,12 @@ class _Completion:
             op = self._ops[number][i]
             parts: list[Hashable] = [self._kind(number, i), structure(op.args)]
             parts.append(self._readers[number].get(i))
-            fixed = op.target is _select
             for leaf in leaves(op.args):
                 if type(leaf) is Src:
                     items = any(leaf.name.startswith(f"{name}[") for name in self._runs[number].lists)
                     grows = items or leaf.name in self._growing
                     parts.append("text" if grows else leaf.name)
-                    fixed = fixed and not grows
                 elif type(leaf) is Val:
-                    fixed = False
                     at = self._segment[number].get(leaf.number)
                     if leaf.number in inside:
                         parts.append(self._expression(number, leaf.number, s, inside))
@@ -301,8 +297,6 @@ class _Completion:
                         parts.append(s - at)
                     else:
                         parts.append("before")
-            if fixed:  # a layer's part of a stack
-                parts.append(_integers(op))
             known[i] = self._known.setdefault(tuple(parts), len(self._known))
         return known[i]
 
