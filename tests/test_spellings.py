@@ -155,6 +155,54 @@ def test_one_of_several_results_that_only_the_last_segment_needs(kind: str) -> N
     assert run is not None and max(run.widths) > 1
 
 
+class Recurrent(nn.Module):
+    """Recurrent layers of torch, which use some of their weights at each position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.ModuleList(nn.GRU(WIDTH, WIDTH, batch_first=True) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, pieces = [x.new_zeros(1, x.shape[0], WIDTH) for _ in self.rnn], []
+        for piece in x.split(SEGMENT, 1):
+            for number, rnn in enumerate(self.rnn):
+                made, states[number] = rnn(piece, states[number])
+                piece = piece + made
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
+def test_a_segment_is_not_a_position_of_a_recurrent_layer() -> None:
+    assert 3 * SEGMENT == 3 * WIDTH  # a text as long as what one position's gates are cut off
+    Twins(Recurrent).compare({LOWER, OWN}, sizes=((3, 2, SEGMENT), (7, 3, SEGMENT)))
+
+
+class Counting(nn.Module):
+    """A write in place has the rest traced as what it is made of, of stand-ins with strides of their own."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(linears())
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, pieces = [x.new_zeros(x.shape[0], 1, WIDTH) for _ in self.layers], []
+        for piece in x.split(SEGMENT, 1):
+            self.count += 1
+            for number, layer in enumerate(self.layers):
+                heads = layer(piece + memories[number]).unflatten(2, (2, -1)).transpose(1, 2)
+                piece = F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+                memories[number] = piece[:, -1:]
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
+def test_heads_that_are_joined_again_beside_a_write_in_place() -> None:
+    Twins(Counting, schedule="diagonal").compare()
+
+
 class Reset(nn.Module):
     """All memories are weighed before the first layer runs: a mask has a column for each segment."""
 

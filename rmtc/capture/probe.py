@@ -260,7 +260,18 @@ class _Prober:
         if run is None and not growth.lists:
             return None
         sizes = {1} if growth.lists else {size for size in run.cuts if 0 < size < length} if run else set()
-        return next((size for size in sorted(sizes) if self.is_segment(growth, size, batch)), None)
+        found = (size for size in sorted(sizes) if self.is_segment(growth, size, batch))
+        return next((size for size in found if run is None or self._all_again(growth, size, batch, run)), None)
+
+    def _all_again(self, growth: Growth, length: int, batch: int, text: _Run) -> bool:
+        """Whether twice a segment uses all tensors of a segment more that a text does.
+
+        A layer such as `nn.GRU` uses some of its weights at each position, and others once a segment.
+        """
+        one, two = (self.attempt(growth, times * length, batch) for times in (1, 2))
+        if one is None or two is None:
+            return False
+        return all(two.roots[key] > often for key, often in one.roots.items() if text.roots[key] > often)
 
     def distinct(self, length: int) -> int:
         """A length not below the given one that no other dimension in sight has."""

@@ -133,6 +133,8 @@ class Canonicalize:
         _detach_at_readers(graph)
         _keep_apart(graph, memory)
         for node in reversed(list(graph.nodes)):
+            if node.target in (aten.view.default, aten._unsafe_view.default):
+                node.target = aten.reshape.default  # of values: other strides than a stand-in has need a copy
             unused = not node.users and (node.target in (*_NO_RESULT, *SPLITS, *_CASTS) or node.op == "get_attr")
             if unused and not _is_part_of_used(node):
                 graph.erase_node(node)
