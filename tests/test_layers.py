@@ -104,3 +104,42 @@ def test_what_another_class_reads_is_named() -> None:
 
     notes = [each.differs for each in rmtc.explain(Mixed())(torch.zeros(1, 4 * SEGMENT, WIDTH)).classes]
     assert any("reads the layer below, one segment before, not its layer, one segment before" in each for each in notes)
+
+
+class Ends(nn.Module):
+    """Layers whose first and last operations are among those around them; nobody reads the last memories."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS + 2))
+        self.cells = nn.ModuleList(nn.GRUCell(WIDTH, WIDTH) for _ in self.layers)
+
+    def forward(self, text: Tensor) -> Tensor:
+        rows = 2 if self.kind == "around" else 1
+        memories, parts = [text.new_zeros(len(text), rows, WIDTH) for _ in self.layers], []
+        for x in text.split(SEGMENT, 1):
+            for number, layer in enumerate(self.layers):
+                memory = memories[number]
+                if self.kind == "around":
+                    x = torch.tanh(layer(torch.cat([memory, x, memory], 1)).softmax(1))
+                    x, memories[number] = x[:, rows:-rows], x[:, -rows:]
+                elif self.kind == "mean":
+                    x = torch.tanh(layer(x + memory[:, 0].unsqueeze(1)))
+                    memories[number] = 0.5 * memory + 0.5 * x.mean(1, keepdim=True)
+                else:
+                    x = torch.tanh(layer(torch.cat([memory, x], 1)).softmax(1))[:, 1:]
+                    memories[number] = self.cells[number](x.mean(1), memory[:, 0])[:, None]
+            parts.append(x if self.kind == "around" else x.mean(1, keepdim=True))
+        return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("kind", ["around", "mean", "cell"])
+def test_the_first_and_the_last_layer_are_as_the_others(kind: str) -> None:
+    twins = Twins(lambda: Ends(kind), schedule="diagonal")
+    for segments, batch in (4, 2), (8, 3):
+        twins.call(text(segments, batch))
+        twins.ran(segments, layers=LAYERS + 2)
+        run = rmtc.stats(twins.fast).last_run
+        assert run is not None and run.groups == run.steps  # all cells of a step at once
+        assert max(run.widths) == min(segments, LAYERS + 2)

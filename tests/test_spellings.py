@@ -158,23 +158,28 @@ def test_one_of_several_results_that_only_the_last_segment_needs(kind: str) -> N
 class Recurrent(nn.Module):
     """Recurrent layers of torch, which use some of their weights at each position."""
 
-    def __init__(self) -> None:
+    def __init__(self, listed: bool) -> None:
         super().__init__()
-        self.rnn = nn.ModuleList(nn.GRU(WIDTH, WIDTH, batch_first=True) for _ in range(LAYERS))
+        made = [nn.GRU(WIDTH, WIDTH, batch_first=True) for _ in range(LAYERS)]
+        self.listed = nn.ModuleList(made if listed else ())
+        for number, each in enumerate(() if listed else made):
+            setattr(self, f"rnn{number}", each)
 
     def forward(self, x: Tensor) -> Tensor:
-        states, pieces = [x.new_zeros(1, x.shape[0], WIDTH) for _ in self.rnn], []
+        layers = self.listed or [getattr(self, f"rnn{number}") for number in range(LAYERS)]
+        states, pieces = [x.new_zeros(1, x.shape[0], WIDTH) for _ in layers], []
         for piece in x.split(SEGMENT, 1):
-            for number, rnn in enumerate(self.rnn):
+            for number, rnn in enumerate(layers):
                 made, states[number] = rnn(piece, states[number])
                 piece = piece + made
             pieces.append(piece)
         return torch.cat(pieces, 1)
 
 
-def test_a_segment_is_not_a_position_of_a_recurrent_layer() -> None:
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_segment_is_not_a_position_of_a_recurrent_layer(listed: bool) -> None:
     assert 3 * SEGMENT == 3 * WIDTH  # a text as long as what one position's gates are cut off
-    Twins(Recurrent).compare({LOWER, OWN}, sizes=((3, 2, SEGMENT), (7, 3, SEGMENT)))
+    Twins(lambda: Recurrent(listed)).compare({LOWER, OWN}, sizes=((3, 2, SEGMENT), (7, 3, SEGMENT)))
 
 
 class Counting(nn.Module):

@@ -15,6 +15,7 @@ from rmtc.errors import CaptureError
 from rmtc.ir.program import Src, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import BodyOp, Every, Item, Layout, Outer, Row, SegmentLoop, Where
 from rmtc.passes.accumulators import behind_the_layers
+from rmtc.passes.align import aligned
 from rmtc.passes.classes import Namer
 from rmtc.passes.cuts import common_subsequence, common_suffix, divide, prefix_within, rising_subsequence
 from rmtc.passes.streams import Family, template
@@ -238,6 +239,9 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
             layout = _layout(loop, rows[at], family, _readers(rows, laid, at))
             laid[at] = _refile(loop, rows[at], layout, family)
     names = [_operand_names(loop, row) for row in rows]
+    for at, row in enumerate(rows):
+        templates = [tuple(sorted({template(family, name) for name in each})) for each in names[at]]
+        laid[at] = aligned(row, laid[at], templates, at == len(rows) - 1)
     anchors = [{i for i, each in enumerate(some) if family and family.layer(each) is not None} for some in names]
     laid = behind_the_layers(rows, laid, anchors)
     return reordered(loop, [order for order, _ in laid]), tuple(layout for _, layout in laid)

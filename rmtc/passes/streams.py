@@ -158,12 +158,15 @@ def find_family(counts: Counter[str], hint: str | None = None, parameters: Set[s
         for prefix, found in members.items()
         if sorted(found) == [n + _first(prefix, found, lists) for n in range(len(found))]
     }
-    # Names that end in a number inside of a list's items, such as fc1 and fc2, are parts of a layer.
-    whole = {
-        prefix: found
-        for prefix, found in whole.items()
-        if prefix in lists or not any(prefix.startswith(other) for other in lists)
-    }
+    # Names that end in a number inside of a list's items, such as fc1 and fc2, are parts of a layer; so are lists of
+    # tensors inside of what is numbered, such as those that torch keeps of the weights of rnn1 and rnn2.
+    numbered = {prefix for prefix, found in whole.items() if prefix not in lists and len(found) > 1}
+
+    def is_part(prefix: str) -> bool:
+        around = numbered if prefix.endswith("[") else set() if prefix in lists else lists
+        return any(prefix.startswith(other) for other in around)
+
+    whole = {prefix: found for prefix, found in whole.items() if not is_part(prefix)}
     if not whole:
         return None
     # A list of one is a list only if there is no longer one, and a name that ends in a number only if there is no list.
