@@ -255,13 +255,21 @@ class _Prober:
         return True
 
     def segment_length(self, growth: Growth, length: int, batch: int) -> int | None:
-        """The least length of a segment that a cut of this length suggests and two runs confirm."""
+        """The least length of a segment that a cut of this length suggests and two runs confirm.
+
+        The least one with which all of a segment's tensors are used again, if there is one.
+        """
         run = self.attempt(growth, length, batch, short=True)
         if run is None and not growth.lists:
             return None
         sizes = {1} if growth.lists else {size for size in run.cuts if 0 < size < length} if run else set()
-        found = (size for size in sorted(sizes) if self.is_segment(growth, size, batch))
-        return next((size for size in found if run is None or self._all_again(growth, size, batch, run)), None)
+        least: int | None = None
+        for size in sorted(sizes):
+            if self.is_segment(growth, size, batch):
+                if run is None or self._all_again(growth, size, batch, run):
+                    return size
+                least = least or size
+        return least
 
     def _all_again(self, growth: Growth, length: int, batch: int, text: _Run) -> bool:
         """Whether twice a segment uses all tensors of a segment more that a text does.
