@@ -11,6 +11,11 @@ from compare import LAYERS, SEGMENT, WIDTH, Twins, text
 from torch import Tensor, nn
 
 import rmtc
+from rmtc.ir.program import Src
+from rmtc.ir.segment_loop import BodyOp, Layout, Row
+from rmtc.passes.align import aligned
+
+aten = torch.ops.aten
 
 
 class Layer(nn.Module):
@@ -143,3 +148,17 @@ def test_the_first_and_the_last_layer_are_as_the_others(kind: str) -> None:
         run = rmtc.stats(twins.fast).last_run
         assert run is not None and run.groups == run.steps  # all cells of a step at once
         assert max(run.widths) == min(segments, LAYERS + 2)
+
+
+def test_what_would_run_before_what_it_reads_stays_where_it_is() -> None:
+    x, y = BodyOp(aten.sin.default, (Src("x"),)), BodyOp(aten.cos.default, (Src("x"),))
+
+    def row(*own: BodyOp) -> list[BodyOp]:
+        return [x, y, BodyOp(aten.tanh.default, (Row(0, 0),)), BodyOp(aten.exp.default, (Row(0, 1),)), *own]
+
+    laid = list(range(6)), Layout((0, 2), ((2, 4), (4, 6)), (6, 6))
+    templates = [()] * 6
+    of_below = row(BodyOp(aten.exp.default, (Row(0, 3),)), BodyOp(aten.tanh.default, (Row(0, 2),)))
+    assert aligned(of_below, laid, templates, True) == ([0, 1, 2, 3, 5, 4], laid[1])
+    of_itself = row(BodyOp(aten.exp.default, (Row(0, 3),)), BodyOp(aten.tanh.default, (Row(0, 4),)))
+    assert aligned(of_itself, laid, templates, True) == laid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,8 @@ def aligned(row: Sequence[BodyOp], laid: Laid, templates: Sequence[tuple[str, ..
             continue
         rest = sorted(set(pool) - set(found), key=order.index)
         reading, read = (found, rest) if last else (rest, found)
-        if (rest and not (first or last)) or _reads(row, reading) & set(read):
+        parted = any(row[i].target is operator.getitem and not _reads(row, [i]).isdisjoint(found) for i in rest)
+        if parted or (rest and not (first or last)) or not _reads(row, reading).isdisjoint(read):
             continue
         layers[layer] = found
         if first:
@@ -79,9 +81,12 @@ class _Counterparts:
                 return None
             self._of[i] = found
             self._taken.add(found)
-        earlier = [pair for i, j in self._of.items() for pair in self._pairs(i, j) if pair[0].back > 0]
-        if self._steady and any(self._of.get(one.number, other.number) != other.number for one, other in earlier):
-            return None
+        pairs = [pair for i, j in self._of.items() for pair in self._pairs(i, j)]
+        for one, other in pairs:
+            if one.back == 0 and one.number not in self._of and other.number in self._taken:
+                return None  # and perhaps behind what reads it
+            if one.back > 0 and self._steady and self._of.get(one.number, other.number) != other.number:
+                return None
         return list(self._of.values())
 
     def _kind(self, i: int) -> Any:
