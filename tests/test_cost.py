@@ -22,10 +22,12 @@ from rmtc.capture.probe import Sizes
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
 from rmtc.ir.cost import CostModel, Work
+from rmtc.passes.pipeline import LONG
 from rmtc.runtime import estimate, measure, variant
 from rmtc.runtime.estimate import as_written, backend_of, best_of, pays, ways
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.inductor import Inductor
+from rmtc.runtime.plan import plan_run
 
 COSTS = Path(__file__).parent / "costs"
 MEASURED = CostModel.from_json((COSTS / "measured.json").read_text(encoding="utf-8"))
@@ -218,6 +220,15 @@ class Sized(nn.Module):
                 memories[number] = piece.mean(1)
             pieces.append(piece)
         return torch.cat(pieces, 1)
+
+
+@pytest.mark.slow
+def test_what_is_fastest_is_told_from_as_many_segments_for_calls_of_any_length() -> None:
+    found = ways(analyzed("ARMT over Llama"))
+    with mock.patch("rmtc.runtime.estimate.plan_run", wraps=plan_run) as planned:
+        way = best_of(found, Sizes(1000, 1, 8), MEASURED)
+        backend_of(way, Sizes(1000, 1, 8), MEASURED)
+    assert {call.args[1] for call in planned.call_args_list} == {LONG}
 
 
 @pytest.mark.slow

@@ -114,6 +114,11 @@ def _operand_names(loop: SegmentLoop, row: Sequence[BodyOp]) -> list[tuple[str, 
     return made(row, before)[1]
 
 
+def _templates(family: Family | None, names: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """For each operation, the names of its parameters with ``{l}`` for a layer's number."""
+    return [tuple(sorted({template(family, name) for name in each})) for each in names]
+
+
 def _layout(
     loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None, later: Sequence[tuple[int, int]] = ()
 ) -> Layout:
@@ -148,7 +153,7 @@ def _layout(
         for leaf in leaves(op.args):
             if isinstance(leaf, Row) and leaf.back == 0:
                 reach[leaf.number] = i
-    templates = [tuple(sorted({family.template(name) for name in each})) for each in names]
+    templates = _templates(family, names)
     tokens = [(op.target, len(op.args), templates[i]) for i, op in enumerate(row)]
     reads: set[int] = set()
     alike = [op.target for op in row] == [op.target for op in loop.steady]
@@ -240,8 +245,7 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
             laid[at] = _refile(loop, rows[at], layout, family)
     names = [_operand_names(loop, row) for row in rows]
     for at, row in enumerate(rows):
-        templates = [tuple(sorted({template(family, name) for name in each})) for each in names[at]]
-        laid[at] = aligned(row, laid[at], templates, at == len(rows) - 1)
+        laid[at] = aligned(row, laid[at], _templates(family, names[at]), at == len(rows) - 1)
     anchors = [{i for i, each in enumerate(some) if family and family.layer(each) is not None} for some in names]
     laid = behind_the_layers(rows, laid, anchors)
     return reordered(loop, [order for order, _ in laid]), tuple(layout for _, layout in laid)
@@ -319,7 +323,7 @@ def _refile(
     extra = [[i for i in range(start, len(row)) if label[i] == layer] for layer in range(layers)]
     if layers < 2 or not any(extra[:-1]):
         return list(range(len(row))), layout
-    names = _operand_names(loop, row)
+    templates = _templates(family, _operand_names(loop, row))
 
     def token(i: int, layer: int) -> tuple[Any, ...]:
         begin, end = layout.layers[layer]
@@ -328,7 +332,7 @@ def _refile(
             for leaf in leaves(row[i].args)
             if isinstance(leaf, Row) and leaf.back == 0 and begin <= leaf.number < end
         )
-        return row[i].target, inside, tuple(sorted({template(family, name) for name in names[i]}))
+        return row[i].target, inside, templates[i]
 
     rest = [i for i in range(start, len(row)) if (label[i] or 0) >= layers - 1]
     pattern = [token(i, layers - 2) for i in extra[-2]]
