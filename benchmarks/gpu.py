@@ -1,35 +1,34 @@
-"""ARMT with the shapes of Llamas on one GPU: by its schedule with each backend, as it is, and what bounds it.
+"""Measure ARMTs with the shapes of Llamas on one GPU: what runs, how fast each kernel and each call is, what bounds it.
 
-python benchmarks/gpu.py                # ten minutes at most, on the first CUDA card; prints as it goes
-TRITON_INTERPRET=1 python benchmarks/gpu.py --toy      # the same on the CPU, at sizes that mean nothing
+python benchmarks/gpu.py --minutes 8                    # on the first CUDA card; ends within 8 minutes
+TRITON_INTERPRET=1 python benchmarks/gpu.py --toy       # the same on the CPU, at sizes that mean nothing
 
-First the kernels are held against eager. Then, in seconds, medians of some calls: the unmodified model (eager), its
-layers under torch.compile, full attention of the same base model (which has no memory), rmtc with backends torch and
-triton, and the products of the layers alone as grouped products (ceiling). `published` is what arXiv 2506.05229 reports
-for its own model one segment after another, and by its diagonals (an A100). Weights are random, logits are of a
-vocabulary of 4,096; each kind is made, timed and let go before the next, so that memory holds one model.
+Items are measured in the order of their worth, so that a short time on a card is enough for the first of them: the
+machine; each backend held against eager; the kernels of one full step of the 1B model, one by one, beside their
+estimates; calls of 131,072 tokens of that model; other shapes. The figures are written as JSON after each item, by
+default to benchmarks/results/, named after the card. An item that raises, dies or takes too long is recorded with its
+reason, and the next one runs. What each item measures is in gpu_items.py. `published` is what arXiv 2506.05229 reports
+for its own model on an A100, one segment after another and by its diagonals.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import multiprocessing
 import os
-import statistics
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import LlamaForCausalLM
-
-import rmtc
-from rmtc.examples import armt_llama
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # a checkout that was not installed
+    sys.path.insert(1, str(ROOT))
 
 SHAPES: dict[str, dict[str, int]] = {
     "160M": {"layers": 12, "width": 768, "heads": 12, "intermediate": 3072},
@@ -50,8 +49,23 @@ PUBLISHED = {
 }
 """Seconds one segment after another, and by diagonals: by model, positions of the text in a segment, and tokens."""
 
-KINDS = ("eager", "layers compiled", "full attention", "rmtc torch", "rmtc triton", "ceiling")
-MEMORY = 128
+MEMORY, KEY_SIZE = 128, 64
+"""Memory tokens, and the width of the memory's keys, of all published rows."""
+
+BACKENDS = ("triton", "inductor", "torch")
+WAYS = ("rmtc triton", "rmtc inductor", "eager graph", "layers compiled", "full attention", "ceiling")
+"""How a call is run, in the order of worth: by rmtc; the model as it is in one CUDA graph; its layers under
+torch.compile; a model of the same shape without memory, over the whole text, by the fastest attention that torch has;
+the products of layers, memory and attention alone."""
+MORE_WAYS = ("eager", "rmtc torch")
+"""Measured where there is time left."""
+
+LIMIT = 150.0
+"""Seconds that one item may take: a first call of 16 layers took 25 on a CPU, Inductor's compilation about as long."""
+STARTUP = 90.0
+"""Seconds that a new process may take until it is ready."""
+LEAST = 5.0
+"""No item begins with fewer seconds left."""
 
 
 @dataclass(frozen=True)
@@ -60,185 +74,215 @@ class Case:
 
     shape: str
     segment: int
-    memory: int
     tokens: int
+    memory: int = MEMORY
+    key_size: int = KEY_SIZE
+
+    def __str__(self) -> str:
+        return f"{self.shape}, {self.segment} + {self.memory}, {self.tokens} tokens"
 
     @property
     def sizes(self) -> dict[str, Any]:
         """As the example takes them."""
         each = {"segment": self.segment, "memory": self.memory, "segments": self.tokens // self.segment}
-        return {**SHAPES[self.shape], **each}
+        return {**SHAPES[self.shape], **each, "key_size": self.key_size}
 
 
-def cases(toy: bool) -> list[Case]:
-    """The published ones first, then other segments and shorter texts."""
+@dataclass(frozen=True)
+class Item:
+    """One thing to measure.
+
+    Attributes:
+        kind: a name of ``gpu_items.MEASURES``.
+        case: the model and its text; None for the machine.
+        way: a backend, or how a call is run.
+        dtype: of the weights.
+        repeats: how often a call is timed.
+    """
+
+    kind: str
+    case: Case | None = None
+    way: str = ""
+    dtype: str = "bfloat16"
+    repeats: int = 5
+
+    def __str__(self) -> str:
+        return " | ".join([self.kind, *([str(self.case)] if self.case else []), *([self.way] if self.way else [])])
+
+
+FIRST = Case("1B", 1024, 131_072)
+"""The case that everything is measured for first."""
+
+
+def items(toy: bool, repeats: int) -> list[Item]:
+    """All items, in the order of their worth."""
     if toy:
-        return [Case("toy", 8, 2, 16)]
-    named = [Case(shape, segment, MEMORY, n) for (shape, segment), known in PUBLISHED.items() for n in known]
+        case, dtype = Case("toy", 8, 32, memory=2, key_size=4), "float32"
+        correct = [Item("correct", case, backend, dtype) for backend in BACKENDS]
+        times = [Item("time", case, way, dtype, repeats) for way in (*WAYS, *MORE_WAYS)]
+        return [Item("machine", repeats=1), *correct, Item("kernels", case, "triton", dtype, repeats), *times]
+    small = Case("1B", 256, 256 * 6)  # cut to 4 layers of width 512 there
+    correct = [Item("correct", small, each, dtype) for each in BACKENDS for dtype in ("bfloat16", "float32")]
+    named = [Case(shape, segment, n) for (shape, segment), known in PUBLISHED.items() for n in known]
     order = {"160M": 0, "1B": 1, "3B": 2, "8B": 3}
     named.sort(key=lambda each: (each.tokens != 65_536, order[each.shape], each.segment != 1024, each.tokens))
-    more = [Case("1B", segment, MEMORY, n) for segment in (512, 1024, 2048, 4096) for n in (4_096, 8_192, 131_072)]
-    return list(dict.fromkeys([*named, *more]))
+    then = [Case("160M", 512, 65_536), Case("1B", 512, 65_536)]
+    more = [Case("1B", segment, n) for segment in (512, 1024, 2048, 4096) for n in (4_096, 8_192, 131_072)]
+    cases = list(dict.fromkeys([FIRST, *then, *named, *more]))
+    times = [Item("time", case, way, repeats=repeats) for case in cases[:3] for way in WAYS]
+    times += [Item("time", FIRST, way, repeats=repeats) for way in MORE_WAYS]
+    times += [Item("time", case, way, repeats=repeats) for case in cases[3:] for way in (*WAYS, *MORE_WAYS)]
+    return [Item("machine"), *correct, Item("kernels", FIRST, "triton", repeats=repeats), *times]
 
 
-def built(case: Case, device: torch.device, dtype: str, full: bool = False) -> tuple[Any, Tensor]:
-    """The model with random weights, or its base model, and a text."""
-    with device:
-        model, (ids,) = armt_llama.build(**case.sizes, vocabulary=4096 if case.shape != "toy" else 256, dtype=dtype)
-        if full:
-            config = {**model.config.to_dict(), "max_position_embeddings": case.tokens}
-            model = LlamaForCausalLM(LlamaForCausalLM.config_class(**config)).to(getattr(torch, dtype)).eval()
-    return model.to(device), ids.to(device)
+class Worker:
+    """A process that measures one item after another. A card that an item left unusable goes with its process."""
+
+    def __init__(self, work: Callable[[Connection, bool], None], toy: bool) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.link, other = context.Pipe()  # what comes first is why nothing can be measured, or empty
+        self.process = context.Process(target=work, args=(other, toy), daemon=True)
+        self.process.start()
+        other.close()
+        self.ready = False
+
+    def ask(self, item: Item, seconds: float) -> dict[str, Any]:
+        """What came of an item, which may be an error: that it took too long, or that the process died."""
+        begun = time.monotonic()
+        try:
+            if not self.ready:
+                if not self.link.poll(min(STARTUP, seconds)):
+                    raise TimeoutError(f"the process was not ready after {min(STARTUP, seconds):.0f} s")
+                if refusal := self.link.recv():
+                    raise SystemExit(f"nothing can be measured: {refusal}")
+                self.ready = True
+            self.link.send(item)
+            if not self.link.poll(max(0.0, seconds - (time.monotonic() - begun))):
+                raise TimeoutError(f"no result after {seconds:.0f} s")
+            found: dict[str, Any] = self.link.recv()
+            if found.get("broken"):
+                self.end()
+        except TimeoutError as error:
+            self.end()
+            found = {"error": {"type": "TimeoutError", "message": str(error)}}
+        except (EOFError, OSError):
+            self.process.join(5)
+            self.end()
+            found = {"error": {"type": "Died", "message": f"the process ended with code {self.process.exitcode}"}}
+        return found
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can be asked again."""
+        return self.process.is_alive()
+
+    def end(self, idle: bool = False) -> None:
+        """End the process; one that is not idle, whatever it does."""
+        if idle and self.usable:
+            self.link.send(None)
+            self.process.join(5)
+        self.process.kill()
+        self.process.join()
+        self.link.close()
 
 
-def made(kind: str, case: Case, device: torch.device, dtype: str) -> Callable[[], Any]:
-    """What is timed."""
-    model, ids = built(case, device, dtype, kind == "full attention")
-    if kind == "ceiling":
-        return ceiling(model, case)
-    if kind == "layers compiled":
-        for layer in model.model.layers:
-            layer.compile()
-    if kind.startswith("rmtc"):
-        model = rmtc.compile(model, backend=kind.removeprefix("rmtc "), schedule="shortest", strict=True)
-    if kind == "full attention":
-        return lambda: model(ids, use_cache=False, logits_to_keep=1)
-    return lambda: model(ids)
+class Record:
+    """The figures so far, in a file that is whole at any time."""
 
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.card = path, "unknown"
+        self.found: list[dict[str, Any]] = []
 
-def ceiling(model: Any, case: Case) -> Callable[[], Any]:
-    """The linear maps of all layers, each as one product of so many cells, as often as there are segments."""
-    weights: dict[tuple[int, ...], list[Tensor]] = {}
-    for name, each in model.model.layers[0].layer.named_parameters():
-        if each.dim() == 2:
-            rows = [layer.layer.get_parameter(name) for layer in model.model.layers]
-            weights.setdefault(tuple(each.shape), []).append(torch.stack(rows).mT)
-    layers, rows = len(model.model.layers), case.segment + case.memory
-    inputs = {shape: stack[0].new_ones(layers, rows, shape[1]) for shape, stack in weights.items()}
+    def add(self, item: Item, found: dict[str, Any]) -> None:
+        """Record an item, and write the file anew."""
+        self.card = found.get("card", self.card)
+        self.found.append({"item": str(item), **asdict(item), **found})
+        path = self.path or ROOT / "benchmarks" / "results" / f"{re.sub('[^a-z0-9]+', '-', self.card.lower())}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"card": self.card, "items": self.found}, indent=1) + "\n")
+        os.replace(part, path)
 
-    def run() -> None:
-        for _ in range(case.tokens // case.segment):
-            for shape, stacks in weights.items():
-                for stack in stacks:
-                    torch.bmm(inputs[shape], stack)
-
-    return run
-
-
-def seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """The median of some calls, after two that make ready."""
-    found = []
-    for _ in range(repeats + 2):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        found.append(time.perf_counter() - start)
-    return statistics.median(found[2:])
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def release(device: torch.device) -> None:
-    """What the last kind held goes back."""
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-@torch.no_grad()
-def correct(device: torch.device, toy: bool) -> list[str]:
-    """What differs from eager: float32 by 1e-3 at most, bfloat16 by no more than three times what eager itself does."""
-    sizes: dict[str, Any] = {"layers": 2, "width": 16, "heads": 2, "segment": 8, "memory": 2, "segments": 3}
-    if not toy:
-        sizes = {"layers": 4, "width": 512, "heads": 8, "segment": 256, "memory": 128, "segments": 6}
-    wrong, exact = [], None
-    for dtype in ("float32", "bfloat16"):
-        model, (ids,) = armt_llama.build(**sizes, dtype=dtype)
-        model, ids = model.to(device), ids.to(device)
-        eager = model(ids).logits.double()
-        exact = eager if exact is None else exact
-        own = float((eager - exact).norm() / exact.norm())
-        for backend in ("torch", "triton"):
-            fast, _ = armt_llama.build(**sizes, dtype=dtype)
-            fast = rmtc.compile(fast.to(device), backend=backend, schedule="shortest", strict=True)
-            for call in ("first", "second"):
-                error = float((fast(ids).logits.double() - exact).norm() / exact.norm())
-                least = 1e-3 if dtype == "float32" else 3 * own + 1e-2
-                say(f"{dtype}, backend {backend}, {call} call: {error:.1e} from float32 (eager {own:.1e})")
-                if not error < least:
-                    wrong.append(f"{dtype}, backend {backend}, {call} call: {error:.1e}")
-    return wrong
+    def wrong(self) -> set[str]:
+        """The backends that gave other results than eager."""
+        return {each["way"] for each in self.found if each["kind"] == "correct" and each.get("correct") is False}
 
 
 def say(line: str) -> None:
     print(line, flush=True)
 
 
-def row(*cells: str) -> None:
-    say(f"| {' | '.join(cells)} |")
+def told(item: Item, found: dict[str, Any]) -> str:
+    """A line on an item."""
+    if "error" in found:
+        lines = found["error"]["message"].strip().splitlines() or [""]
+        return f"{item}: {found['error']['type']}: {lines[0][:200]}"
+    return f"{item}: {found['says']}"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def tables(record: Record) -> list[str]:
+    """Seconds of calls, a row for each case. Calls of a backend that gave other results than eager have none."""
+    rows: dict[str, dict[str, Any]] = {}
+    for each in record.found:
+        if each["kind"] == "time":
+            wrong = each["way"].removeprefix("rmtc ") in record.wrong()
+            value = "wrong" if wrong else each.get("seconds", each.get("error", {}).get("type", "-"))
+            rows.setdefault(str(Case(**each["case"])), {"case": Case(**each["case"])})[each["way"]] = value
+    ways = [*WAYS, *MORE_WAYS]
+    heads = ["model", *ways, "eager graph / rmtc triton", "ceiling / rmtc triton", "published: in turn, diagonal"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, row in rows.items():
+        cells = [f"{row[way]:.3f}" if isinstance(row.get(way), float) else row.get(way, "-") for way in ways]
+        for one in ("eager graph", "ceiling"):
+            a, b = row.get(one), row.get("rmtc triton")
+            cells.append(f"{a / b:.2f}" if isinstance(a, float) and isinstance(b, float) else "-")
+        known = PUBLISHED.get((row["case"].shape, row["case"].segment), {}).get(row["case"].tokens)
+        lines.append(f"| {' | '.join([name, *cells, '-' if known is None else f'{known[0]}, {known[1]}'])} |")
+    return lines
+
+
+def work(link: Connection, toy: bool) -> None:
+    """Measure what is asked for: what a worker's process runs."""
+    try:
+        import gpu_items
+    except Exception as error:
+        link.send(f"{type(error).__name__}: {error}")
+        raise
+    gpu_items.serve(link, toy)
+
+
+def main(arguments: Sequence[str] | None = None, work: Callable[[Connection, bool], None] = work) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0, help="no measurement begins that might end later")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=10.0, help="everything ends within so many (10)")
+    parser.add_argument("--repeats", type=int, default=5, help="how often a call is timed (5)")
     parser.add_argument("--only", nargs="+", choices=[*SHAPES], help="shapes")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--toy", action="store_true", help="sizes that mean nothing, on whatever there is")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, *MORE_WAYS], help="how calls are run")
+    parser.add_argument("--toy", action="store_true", help="sizes that mean nothing, on the CPU")
+    parser.add_argument("--json", type=Path, help="the file for the figures")
     options = parser.parse_args(arguments)
-    begun = time.perf_counter()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not (options.toy and os.environ.get("TRITON_INTERPRET") == "1"):
-        parser.error("there is no GPU; TRITON_INTERPRET=1 python benchmarks/gpu.py --toy runs on the CPU")
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU, interpreted"
-    say(f"torch {torch.__version__}, {card}, batch 1\n")
-    wrong = correct(device, options.toy)
-    if wrong:
-        say("\n".join(["", "Nothing is timed, for something differs:", *wrong]))
-        raise SystemExit(1)
-    dtype, figures, slowest = "float32" if options.toy else "bfloat16", [], 0.0
-    say("\nSeconds\n")
-    row("model", *options.kinds, "eager / rmtc triton", "ceiling / rmtc triton", "published: in turn, diagonal")
-    row(*["---"] * (len(options.kinds) + 4))
-    for case in cases(options.toy):
-        if options.only and case.shape not in options.only:
+    deadline = time.monotonic() + 60 * options.minutes
+    record, worker = Record(options.json), None
+    for item in items(options.toy, options.repeats):
+        if options.only and item.case is not None and item.case.shape not in options.only:
             continue
-        times: dict[str, float | str] = {}
-        for kind in options.kinds:
-            left = 60 * options.minutes - (time.perf_counter() - begun)
-            if left < 2 * slowest:
-                times[kind] = "no time left"
-                continue
-            start = time.perf_counter()
-            try:
-                with torch.no_grad():
-                    times[kind] = seconds(made(kind, case, device, dtype), device, options.repeats)
-            except torch.OutOfMemoryError:
-                times[kind] = "out of memory"
-            release(device)
-            slowest = max(slowest, time.perf_counter() - start) if not options.toy else 0.0
-
-        def ratio(one: str, other: str, times: dict[str, float | str] = times) -> str:
-            a, b = times.get(one), times.get(other)
-            return f"{a / b:.2f}" if isinstance(a, float) and isinstance(b, float) else "-"
-
-        known = PUBLISHED.get((case.shape, case.segment), {}).get(case.tokens)
-        cells = [f"{each:.3f}" if isinstance(each, float) else each for each in times.values()]
-        name = f"{case.shape}, {case.segment} + {case.memory}, {case.tokens} tokens"
-        ratios = ratio("eager", "rmtc triton"), ratio("ceiling", "rmtc triton")
-        row(name, *cells, *ratios, "-" if known is None else f"{known[0]}, {known[1]}")
-        figures.append({"model": name, "card": card, **times})
-        if all(isinstance(each, str) for each in times.values()):
-            break
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        if options.ways and item.kind == "time" and item.way not in options.ways:
+            continue
+        left = deadline - time.monotonic() - 2  # to kill a process and to write takes moments
+        if left < LEAST:
+            found: dict[str, Any] = {"error": {"type": "NoTime", "message": "no time left"}}
+        else:
+            worker = worker if worker is not None and worker.usable else Worker(work, options.toy)
+            found = worker.ask(item, min(LIMIT, left))
+        record.add(item, found)
+        say(told(item, found))
+    if worker is not None:
+        worker.end(idle=True)
+    say("\n" + "\n".join([f"Seconds, batch 1, {record.card}", "", *tables(record)]))
+    if record.wrong():
+        say(f"\nOther results than eager: {', '.join(sorted(record.wrong()))}")
+    if record.wrong() or all("error" in each for each in record.found):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

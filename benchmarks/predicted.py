@@ -10,9 +10,9 @@ of the card's data sheet, and 4 us at least. Nothing else is counted: no launch 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from gpu import MEMORY, PUBLISHED, SHAPES
+import torch
+from gpu import MEMORY, PUBLISHED, SHAPES, Case
 
 from rmtc.codegen.triton.targets import TARGETS
 from rmtc.examples import armt_llama
@@ -26,8 +26,9 @@ def main() -> None:
     print(f"| model | tokens | launches a step | published | {' | '.join(cards)} |")
     print("|---" * (len(names) + 4) + "|")
     for (shape, segment), known in PUBLISHED.items():
-        sizes: dict[str, Any] = {**SHAPES[shape], "layers": 2, "segment": segment, "memory": MEMORY, "segments": 3}
-        model, args = armt_llama.build(**sizes, dtype="bfloat16")
+        sizes = {**Case(shape, segment, 3 * segment).sizes, "layers": 2}
+        with torch.device("meta"):
+            model, args = armt_llama.build(**sizes, dtype="bfloat16")
         layers, found = SHAPES[shape]["layers"], {}
         for name, bodies in kernels_of(model, args, targets=names).items():
             found[name] = next(body for body in bodies if body.name == "C0").predicted(layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,26 @@ class BodyKernels:
         most = max(dtypes, key=dtypes.__getitem__, default=torch.float32)
         return FusedStep(self.name, cells, str(most).removeprefix("torch."), tuple(found), machine.rate(most))
 
+    def calls(self, device: torch.device, cells: int | None = None) -> list[Callable[[], Any]]:
+        """Return the launches of one step on random operands, for measuring: those of :meth:`predicted`, in order.
+
+        Args:
+            device: where the operands are made, and the kernels launched.
+            cells: how many cells the step has; those of its widest group, if it is not said.
+
+        Raises:
+            RefusedError: if an operation of the body is left to torch.
+        """
+        cells = cells or self.cells
+        if self.fallbacks:
+            raise RefusedError(f"{self.name} leaves {', '.join(self.fallbacks)} to torch")
+        tensors = {
+            array: _random(self.body.values[leaf], cells if array.grouped else None, device)
+            for array, leaf in self.body.leaves.items()
+        }
+        work = functools.partial(torch.empty, device=device)
+        return self.body.calls(tensors, cells, lambda shape, dtype: work(shape, dtype=dtype))
+
     def compile(self) -> list[Binary]:
         """The kernels as the target has them.
 
@@ -96,6 +117,22 @@ class BodyKernels:
             }
             found.append(compile_for(launch, tensors, self.target, self.cells))
         return found
+
+
+def _random(like: Any, cells: int | None, device: torch.device) -> torch.Tensor:
+    """A random operand that lies in memory as another does, but for the number of its cells."""
+    if not isinstance(like, torch.Tensor):
+        several = list(like) if isinstance(like, Sequence) else [like]
+        return torch.tensor(several[0] if cells is None else several[:1] * cells, device=device)
+    shape, strides = list(like.shape), like.stride()
+    if cells is not None:
+        shape[0] = cells
+    length = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if like.is_floating_point():
+        memory = torch.randn(length, device=device).to(like.dtype)
+    else:
+        memory = torch.randint(0, 2, (length,), device=device).to(like.dtype)
+    return memory.as_strided(shape, strides)
 
 
 def kernels_of(

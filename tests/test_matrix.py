@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -234,15 +233,3 @@ def test_with_what_is_compiled_and_in_processes(
     for point in found["points"]:
         first, compiles, later, memory = (point[f"{key} alone"]["rmtc torch"] for key in matrix.ALONE[:4])
         assert first > compiles > 0 and first > later > 0 and memory > 0
-
-
-@pytest.mark.slow
-def test_the_benchmark_for_gpus_runs_at_toy_sizes(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-    command = [sys.executable, str(script), "--toy", "--repeats=1", f"--json={tmp_path / 'figures.json'}"]
-    kinds = ["--kinds", "eager", "full attention", "rmtc torch", "rmtc triton", "ceiling"]
-    run = subprocess.run([*command, *kinds], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("backend triton") == 4 and "interpreted" in run.stdout
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert len(figures) == 1 and all(isinstance(each[kind], float) for each in figures for kind in kinds[1:])

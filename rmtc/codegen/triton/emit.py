@@ -281,10 +281,34 @@ class TritonBody:
         kept = dict.fromkeys(base_of(each) for each in self.nest.results)
         for array in kept:
             tensors[array] = inputs[home[array].number] if array in home else _shaped(array, next(own))
+        calls = self.calls(tensors, size, work)
+        made = self._results(tensors, size, stays=True)
+
+        def run(numbers: Sequence[Any]) -> tuple[Any, ...]:
+            for array in flags:
+                leaf = self.leaves[array]
+                assert isinstance(leaf, Number)
+                tensors[array].copy_(torch.tensor(numbers[leaf.number], dtype=array.dtype))
+            for call in calls:
+                call()
+            return made
+
+        return run, made
+
+    def calls(
+        self, tensors: _Tensors, size: int, work: Callable[[Sequence[int], torch.dtype], torch.Tensor]
+    ) -> list[Callable[[], Any]]:
+        """The launches of a step, in order, as calls without arguments.
+
+        Args:
+            tensors: memory of the operands, and of the results that have memory; what else is written is added.
+            size: how many cells.
+            work: gives memory for what later launches alone read, which takes the place of what is no longer read.
+        """
         memory: dict[Array, torch.Tensor] = {}
         free: list[torch.Tensor] = []
         last = {array: number for number, group in enumerate(self.groups) for array in read_by(group)}
-        calls = []
+        calls = list[Callable[[], Any]]()
         for number, group in enumerate(self.groups):
             assert not isinstance(group, Outside)
             for array in group.written:
@@ -301,18 +325,7 @@ class TritonBody:
                 pointers = {each: self._tensor(each, tensors, stays=True) for each in launch.source.pointers}
                 calls.append(launch.bind(pointers, size))
             free += [memory.pop(array) for array, when in last.items() if when == number and array in memory]
-        made = self._results(tensors, size, stays=True)
-
-        def run(numbers: Sequence[Any]) -> tuple[Any, ...]:
-            for array in flags:
-                leaf = self.leaves[array]
-                assert isinstance(leaf, Number)
-                tensors[array].copy_(torch.tensor(numbers[leaf.number], dtype=array.dtype))
-            for call in calls:
-                call()
-            return made
-
-        return run, made
+        return calls
 
     def _operands(
         self, inputs: Sequence[Any], weights: Sequence[Any], numbers: Sequence[Any], shared: Iterable[Any]
