@@ -26,6 +26,7 @@ __all__ = [
     "build",
     "can_be_made",
     "leaves_of",
+    "named_leaves",
     "parts_of",
 ]
 
@@ -187,11 +188,44 @@ def _taken_apart(value: Any) -> tuple[Any, tuple[str, ...] | None, _Parts] | Non
         texts = [f".{field}" for field in getattr(value, "_fields", ())] or [f"[{at}]" for at in range(len(value))]
         parts = [*zip(range(len(value)), texts, value, strict=True), *((key, f".{key}", held[key]) for key in held)]
         return type(value), tuple(held), parts
-    paths, spec = pytree.tree_flatten_with_path(value, is_leaf=lambda each: each is not value)
-    if len(paths) == 1 and paths[0][1] is value:
+    found = _children(value)
+    if found is None:
         return None
-    keys: Any = list(value) if isinstance(value, dict) and len(value) == len(paths) else range(len(paths))
-    return spec, None, [(key, pytree.keystr(at), part) for key, (at, part) in zip(keys, paths, strict=True)]
+    spec, texts, parts = found
+    keys: Any = list(value) if isinstance(value, dict) and len(value) == len(parts) else range(len(parts))
+    return spec, None, list(zip(keys, texts, parts, strict=True))
+
+
+def _children(value: Any) -> tuple[Any, list[str], list[Any]] | None:
+    """The parts of a pytree's node: how they are put together, what each adds to a path, and they; None for a leaf.
+
+    Parts of a class that was registered without keys, as transformers' results were until 5.0, are named as a
+    dictionary's or a list's.
+    """
+
+    def below(each: Any) -> bool:
+        return each is not value
+
+    parts, spec = pytree.tree_flatten(value, below)
+    if len(parts) == 1 and parts[0] is value:
+        return None
+    try:
+        texts = [pytree.keystr(at) for at, _ in pytree.tree_flatten_with_path(value, below)[0]]
+    except ValueError:
+        keys: Any = list(value) if isinstance(value, dict) and len(value) == len(parts) else range(len(parts))
+        texts = [f"[{key!r}]" for key in keys]
+    return spec, texts, parts
+
+
+def named_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of a pytree with their paths."""
+    found = _children(value)
+    if found is None:
+        yield name, value
+        return
+    _, texts, parts = found
+    for text, part in zip(texts, parts, strict=True):
+        yield from named_leaves(part, name + text)
 
 
 def _is_registered(kind: type) -> bool:

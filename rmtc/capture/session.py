@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from rmtc.capture.arguments import Arguments, argument_names, container_attributes, show
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import traceback_location
+from rmtc.capture.objects import named_leaves
 from rmtc.capture.state import (
     Code,
     Slot,
@@ -90,9 +91,9 @@ class Session:
                     )
         self.roots: dict[str, Any] = {"": function}
         for name, value in self.arguments.named():
-            for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+            for at, leaf in named_leaves(value, name):
                 if not isinstance(leaf, torch.Tensor) and not is_plain(leaf):
-                    self.roots[name + pytree.keystr(path)] = leaf
+                    self.roots[at] = leaf
         hidden: tuple[Any, ...] = ()
         if isinstance(function, nn.Module) and not own_hooks:
             hidden = function._forward_hooks, function._forward_pre_hooks

@@ -97,13 +97,16 @@ def _operator(qualified: str, name: str, text: str, options: tuple[tuple[str, in
     import triton
 
     function = jitted(name, text)
-    register = torch.library.triton_op if isinstance(function, triton.JITFunction) else torch.library.custom_op
+    register: Any = torch.library.custom_op
+    launched = function
+    if isinstance(function, triton.JITFunction):  # torch 2.11 wraps nothing else
+        register, launched = torch.library.triton_op, torch.library.wrap_triton(function)
 
     def launch(read: list[torch.Tensor], written: list[torch.Tensor], sizes: list[int], grid: list[int]) -> None:
         args: list[Any] = []
         for tensor in (*read, *written):
             args += [tensor, *tensor.stride()]
-        torch.library.wrap_triton(function)[tuple(grid)](*args, *sizes, **dict(options))
+        launched[tuple(grid)](*args, *sizes, **dict(options))
 
     schema = "(Tensor[] read, Tensor(a!)[] written, int[] sizes, int[] grid) -> ()"
     made: Any = register(qualified, launch, mutates_args={"written"}, schema=schema)
