@@ -34,19 +34,24 @@ os.environ.setdefault("RMTC_COST_MODEL", str(Path(__file__).parent / "costs" / "
 # Inductor compiles for many seconds what a test runs a few times: a test of it asks for it.
 estimate._compiles = lambda: False
 
-VARIED = {"test_standing", "test_fused", "test_state", "test_weights", "test_compile", "test_memories"}
-"""Modules whose models run once more with other weights in place of theirs."""
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run what is marked full, too: see .ci/full")
 
 
-@pytest.fixture(autouse=True)
-def every_run_is_held_against_the_next(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes too long for every change, unless it is asked for."""
+    if config.getoption("--full"):
+        return
+    left = [item for item in items if item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+@pytest.fixture
+def runs_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What runs runs again, then in memory that stays, and gives the same; once with other weights in their place."""
     once = Executor.run
-    if request.module.__name__ == "test_triton":  # whose runs take seconds: it calls again by itself
-        yield
-        return
 
     def run(
         self: Executor, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
@@ -63,7 +68,7 @@ def every_run_is_held_against_the_next(
         low = any("float16" in kernel.source for kernel in self.kernels.values())  # or bfloat16
         low = low or any(each.dtype in (torch.float16, torch.bfloat16) for each in values.values())
         same(second, first, low)
-        if request.module.__name__ in VARIED and self._standing is not None and "varied" not in vars(self):
+        if self._standing is not None and "varied" not in vars(self):
             vars(self)["varied"] = True
             weights = [each for each in values.values() if each.is_floating_point() and each.is_contiguous()]
             weights = [each for each in weights if not each.is_inference() and each._is_view() is False]

@@ -68,9 +68,9 @@ class Bag:
         self.memories = memories
 
 
-def some(names: Iterable[str], fast: Collection[str]) -> list[Any]:
-    """Names as parameters, of which some are for the fast tests."""
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def some(names: Iterable[Any], kept: Collection[Any], mark: pytest.MarkDecorator = pytest.mark.slow) -> list[Any]:
+    """Names as parameters, of which all but some have a mark."""
+    return [name if name in kept else pytest.param(name, marks=mark) for name in names]
 
 
 def full() -> list[Tensor]:

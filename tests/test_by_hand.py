@@ -95,7 +95,7 @@ def test_other_models_are_an_error() -> None:
             way(model)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_compiled_step_computes_the_same_with_one_compilation() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -105,7 +105,7 @@ def test_the_compiled_step_computes_the_same_with_one_compilation() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("module, sizes", MODELS[2:3])
 def test_plain_steps_compute_the_same_compiled(module: ModuleType, sizes: dict[str, Any]) -> None:
     torch._dynamo.reset()

@@ -181,7 +181,7 @@ def test_wrong_logits_are_seen(card: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert gpu_items.measured(item_of("correct", "torch"), card)["correct"] is False
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_it_runs_interpreted_and_starts_by_itself(tmp_path: Path) -> None:
     """Every kind of item, where kernels are interpreted; not the ways that Inductor compiles for long."""
     script, file = BENCHMARKS / "gpu.py", tmp_path / "figures.json"
@@ -195,7 +195,7 @@ def test_it_runs_interpreted_and_starts_by_itself(tmp_path: Path) -> None:
     assert len(kernels["launches"]) >= 8 and all(each["seconds"] > 0 for each in kernels["launches"])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_kernels_are_compiled_and_launched_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a driver that launches nothing: what is wrong then is found, and the times of all launches are there."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

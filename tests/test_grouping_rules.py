@@ -168,7 +168,7 @@ def test_a_rule_is_the_operation_cell_by_cell(target: Any) -> None:
     assert by_rule or target not in rules(), "a rule that never applies tests nothing"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("size", MORE_SIZES, ids=str)
 def test_a_rule_is_the_operation_cell_by_cell_at_other_sizes(size: tuple[int, int, int]) -> None:
     for each in itertools.chain(*calls(*size).values()):
@@ -183,7 +183,7 @@ def test_operands_of_two_dtypes_promote_as_in_a_cell() -> None:
             hold(each, choice)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_operands_of_two_dtypes_promote_as_in_a_cell_at_more_ranks() -> None:
     for each in promotions((), (3,), (1, 3), (2, 3, 3)):
         for choice in each.choices():

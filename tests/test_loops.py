@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import LAYERS, SEGMENT, WIDTH, Twins, text
+from held import some
 from torch import Tensor, nn
 
 import rmtc
@@ -165,11 +166,6 @@ LOOPS: dict[str, Callable[[], Any]] = {
     "layers outside": LayerOuter,
     "block loops inside the layers": block_loops,
 }
-
-
-def some(names: Iterable[Any], fast: Collection[Any]) -> list[Any]:
-    """Names as parameters, of which some are for the fast tests."""
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.mark.slow

@@ -220,7 +220,7 @@ def test_options_that_cannot_be_meant(arguments: list[str]) -> None:
     assert run(*arguments) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_with_what_is_compiled_and_in_processes(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

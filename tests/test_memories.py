@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import rmtc
 
+pytestmark = pytest.mark.usefixtures("runs_again")
+
 LOWER, OWN = (0, 1), (1, 0)
 
 

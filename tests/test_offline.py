@@ -47,9 +47,9 @@ def compiled(*args: str) -> list[list[Any]]:
     "args",
     [
         pytest.param(("armt_llama", SIZES, ",".join(TARGETS), "C0"), id="llama"),
-        pytest.param(("armt_llama", SIZES, "sm_90", "C1,C1_C0"), id="llama, first segments"),
-        pytest.param(("armt_gpt2", SIZES, ",".join(TARGETS), "C1_C0"), id="gpt2"),
-        pytest.param(("armt_llama", ONE_BILLION, ",".join(TARGETS), "C0"), id="1B"),
+        pytest.param(("armt_llama", SIZES, "sm_90", "C1,C1_C0"), id="llama, first segments", marks=pytest.mark.full),
+        pytest.param(("armt_gpt2", SIZES, ",".join(TARGETS), "C1_C0"), id="gpt2", marks=pytest.mark.full),
+        pytest.param(("armt_llama", ONE_BILLION, ",".join(TARGETS), "C0"), id="1B", marks=pytest.mark.full),
     ],
 )
 def test_kernels_compile_for_every_target(args: tuple[str, ...]) -> None:

@@ -29,6 +29,8 @@ from rmtc.runtime.executor import Executor
 from rmtc.runtime.plan import Part, Plan
 from rmtc.runtime.standing import Standing, Step
 
+pytestmark = pytest.mark.usefixtures("runs_again")
+
 
 class Late(nn.Module):
     """Layers that read the memory of ``back`` segments before, and hand it on as it is for what is between."""

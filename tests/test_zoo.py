@@ -13,6 +13,7 @@ import models
 import pytest
 import sympy
 import torch
+from held import some
 from test_examples import Float32CastsAsFloat64
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -24,7 +25,16 @@ from rmtc.api import explanation_of
 from rmtc.compiler import compiled_of
 from rmtc.ir.schedule import L, S
 
-FAST = {"ARMT over GPT-NeoX"}
+KEPT = {
+    "infini",
+    "block-recurrent, r = w",
+    "recurrent memory",
+    "memformer",
+    "feedback",
+    "ARMT over GPT-NeoX",
+    "transformer_xl",
+}
+"""One of each kind of memory, which run for every change."""
 SIZES = [(4, 1, SEGMENT), (2, 2, SEGMENT), (7, 2, 2)]  # segments, batch, tail
 
 
@@ -86,7 +96,7 @@ def assert_close(one: Any, other: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ZOO])
+@pytest.mark.parametrize("name", some(ZOO, KEPT, pytest.mark.full))
 def test_the_dependences_of_the_catalogue(name: str) -> None:
     entry, answer = ZOO[name], found(name).answer
     assert answer.reason is None or entry.why in answer.reason
@@ -113,10 +123,7 @@ def source(file: str, line: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n, entry in ZOO.items() if entry.a is not None],
-)
+@pytest.mark.parametrize("name", some([n for n, entry in ZOO.items() if entry.a is not None], KEPT, pytest.mark.full))
 def test_results_and_state_are_those_of_eager(name: str) -> None:
     it, entry = found(name), ZOO[name]
     compiled = compiled_of(it.fast)
@@ -141,7 +148,9 @@ def test_results_and_state_are_those_of_eager(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.a is not None])
+@pytest.mark.parametrize(
+    "name", some([n for n, entry in ZOO.items() if entry.a is not None], {"infini"}, pytest.mark.full)
+)
 def test_results_under_every_way_to_run_are_those_of_eager(name: str) -> None:
     """Where all segments of a layer may run at once there is the diagonal; where only a part of it may not, fission."""
     written, shortest, *others = found(name).answer.candidates
@@ -163,7 +172,7 @@ def test_results_under_every_way_to_run_are_those_of_eager(name: str) -> None:
         assert_close(state(call.module), state(eager.module))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_titans_has_no_loop_over_segments() -> None:
     pytest.importorskip("titans_pytorch")
     with pytest.raises(rmtc.CaptureError, match=NO_LOOP["titans"].why) as raised:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from zoo import ZOO, text
-
-import rmtc
+from held import some
+from test_zoo import KEPT, found
+from zoo import ZOO
 
 # a and b; for each recurrence its layers by copy, and whether it is affine; layer -1 is a prologue, L an epilogue
 EACH_LAYER, ALL = ((0, 0), (1, 1), (2, 2)), ((-1, 3),)
@@ -20,13 +19,9 @@ FOUND: dict[str, tuple[int, int, list[tuple[tuple[tuple[int, int], ...], bool]]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("name", some(FOUND, KEPT, pytest.mark.full))
 def test_operations_of_a_package(name: str) -> None:
-    torch.manual_seed(0)
-    entry = ZOO[name]
-    with torch.no_grad():
-        explanation = rmtc.explain(entry.build().function)(text(5))
-    view = explanation.operations
+    entry, view = ZOO[name], found(name).answer.operations
     assert view is not None
     a, b, recurrences = FOUND[name]
     assert (view.a, view.b) == (a, b)

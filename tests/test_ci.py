@@ -1,0 +1,106 @@
+"""What .ci/full says of its parts: which have passed, for which sources, and how long ago."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / ".ci" / "full"
+
+
+@pytest.fixture
+def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script for a repository of one commit, with two parts of a command each and no environments."""
+    loader = SourceFileLoader("full", str(SCRIPT))
+    spec = importlib.util.spec_from_loader("full", loader)
+    assert spec is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "RESULTS", tmp_path / ".ci" / "full.json")
+    monkeypatch.setattr(module, "PARTS", {"one": ("none", "", ["echo 3 passed"]), "two": ("none", "", ["exit 1"])})
+    monkeypatch.setattr(module, "environment", lambda kind, folder: None)
+    (tmp_path / ".ci").mkdir()
+    git(tmp_path, "init", "-q")
+    commit(tmp_path, "first")
+    return module
+
+
+def git(folder: Path, *arguments: str) -> None:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def commit(folder: Path, text: str) -> None:
+    (folder / "file").write_text(text)
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", text)
+
+
+def run(full: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["full", *arguments])
+    code: int = full.main()
+    return code
+
+
+def test_results_are_written_part_by_part(
+    full: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(full, monkeypatch) == 1
+    found = json.loads(full.RESULTS.read_text())
+    assert [(name, each["result"], each["says"]) for name, each in found.items()] == [
+        ("one", "passed", ["3 passed"]),
+        ("two", "failed", [""]),
+    ]
+    assert "failed: two" in capsys.readouterr().out
+
+
+def test_what_has_passed_for_the_same_sources_is_not_run_again(
+    full: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(full, monkeypatch)
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "results")
+    run(full, monkeypatch)
+    assert "ran two\n" in capsys.readouterr().out
+    commit(tmp_path, "other sources")
+    run(full, monkeypatch)
+    assert "ran one, two\n" in capsys.readouterr().out
+
+
+def test_what_is_old_or_has_failed_is_said(full: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert full.stale() == ["one: has never run", "two: has never run"]
+    run(full, monkeypatch)
+    (line,) = full.stale()
+    assert line.startswith("two: failed on 2")
+    for number in range(full.STALE):
+        commit(tmp_path, f"commit {number}")
+    assert len(full.stale()) == 1
+    commit(tmp_path, "one more")
+    old, _ = full.stale()
+    assert old.startswith("one: passed on ") and old.endswith(", 21 commits ago")
+    known = json.loads(full.RESULTS.read_text())
+    known["one"]["commit"] = "f" * 40
+    full.RESULTS.write_text(json.dumps(known))
+    assert "an unknown number of commits ago" in full.stale()[0]
+
+
+def test_changes_that_are_not_committed_are_an_error(
+    full: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("changed")
+    with pytest.raises(SystemExit):
+        run(full, monkeypatch)
+    assert not full.RESULTS.exists()
+
+
+def test_the_parts_are_those_of_this_repository() -> None:
+    assert "pytest --durations" not in SCRIPT.read_text(), "the README has the command"
+    for name in ("test_zoo.py", "test_zoo_operations.py", "test_property.py", "test_gpu_benchmark.py", "mutants.py"):
+        assert f"tests/{name}" in SCRIPT.read_text() and (Path(__file__).parent / name).exists()
