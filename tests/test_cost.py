@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RMTC_COST_MODEL", str(COSTS / "measured.json"))
 
 
+@functools.cache
 @torch.no_grad()
 def analyzed(name: str, **size: int) -> Analysis:
     model, args = EXAMPLES[name](**SIZE | size)

@@ -7,7 +7,6 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import models
@@ -15,17 +14,16 @@ import networkx as nx
 import pytest
 import sympy
 import torch
-from models import LAYERS, LOOPS, OTHERS, SEGMENT, SEGMENTS, line_of, text
+from models import LAYERS, LOOPS, SEGMENT, SEGMENTS, line_of, text
+from shared import SIZES, call_of, explained
 from torch import Tensor, nn
 
 import rmtc
-from rmtc import Cell, Explanation, Group, Schedule, Step
+from rmtc import Cell, Group, Schedule, Step
 from rmtc.api import dump
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError
-from rmtc.examples import armt_gpt2, armt_llama, associative, rmt_llama
+from rmtc.examples import armt_llama, associative, rmt_llama
 from rmtc.ir.schedule import L, S, distances
-
-SIZES: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 5, "memory": 2, "segments": 4}
 
 MEMORY = {(0, 1), (1, 0)}
 DIAGONAL = S + L - 1
@@ -64,19 +62,6 @@ def some_slow(names: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
 
 
-@pytest.fixture(scope="module")
-def explained() -> Callable[[str | ModuleType], Explanation]:
-    @functools.cache
-    def run(what: str | ModuleType) -> Explanation:
-        function, arguments = what.build(**SIZES) if isinstance(what, ModuleType) else {**LOOPS, **OTHERS}[what]()
-        return rmtc.explain(function)(*arguments)
-
-    return run
-
-
-Explain = Callable[[str | ModuleType], Explanation]
-
-
 def line_with(module: Any, text: str) -> int:
     """The number of the one line of a file that holds a text."""
     lines = Path(inspect.getfile(module)).read_text().splitlines()
@@ -98,7 +83,7 @@ def test_every_loop_is_expected() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", some_slow(EXPECTED))
-def test_dependences_and_makespan(name: str, explained: Explain) -> None:
+def test_dependences_and_makespan(name: str) -> None:
     answer, (expected, makespan) = explained(name), EXPECTED[name]
     assert distances(answer.dependences) == expected
     assert (answer.segments, answer.layers) == (SEGMENTS, LAYERS)
@@ -114,7 +99,7 @@ def test_dependences_and_makespan(name: str, explained: Explain) -> None:
 
 
 @pytest.mark.parametrize("name", some_slow(name for name, (_, makespan) in EXPECTED.items() if makespan is not None))
-def test_steps_respect_every_dependence(name: str, explained: Explain) -> None:
+def test_steps_respect_every_dependence(name: str) -> None:
     """Each cell once, after every cell that the expected distances say it waits for, in as many steps as it says."""
     schedule = explained(name).schedule
     assert schedule is not None
@@ -153,7 +138,7 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("name", some_slow(CLASSES))
-def test_cells_that_run_the_same_operations_are_one_class(name: str, explained: Explain) -> None:
+def test_cells_that_run_the_same_operations_are_one_class(name: str) -> None:
     answer = explained(name)
     layers = [each for each in answer.classes if each.stage == "layer"]
     assert [each.members for each in layers] == (
@@ -169,9 +154,7 @@ def test_cells_that_run_the_same_operations_are_one_class(name: str, explained: 
     ("name", "alike"),
     [("feedback from 1 higher", [{0}, {1, 2}, {3}]), ("feedback from 2 higher", [{0, 1}, {2, 3}])],
 )
-def test_what_the_last_layer_makes_for_lower_ones_is_its_own(
-    name: str, alike: list[set[int]], explained: Explain
-) -> None:
+def test_what_the_last_layer_makes_for_lower_ones_is_its_own(name: str, alike: list[set[int]]) -> None:
     """Only layers that read or write less than others are of another class, and no epilogue is left."""
     schedule = explained(name).schedule
     assert schedule is not None and "epilogue" not in schedule.stage_classes
@@ -223,7 +206,7 @@ def test_layers_that_do_not_run_one_after_another(parts: models.Parts) -> None:
     assert at(caught.value.location) == ("models.py", line_of("a part"))
 
 
-def test_names_and_places_of_a_memory_in_attributes(explained: Explain) -> None:
+def test_names_and_places_of_a_memory_in_attributes() -> None:
     hidden, memory = sorted(explained("attributes").dependences, key=lambda each: str(each.distance))
     assert hidden.distance == (0, 1) and hidden.tensor == "hidden"
     assert memory.distance == (1, 0) and memory.tensor == "layers.{l}.memory"
@@ -233,12 +216,12 @@ def test_names_and_places_of_a_memory_in_attributes(explained: Explain) -> None:
     assert at(hidden.consumer_location) == ("models.py", line_of("memory read"))
 
 
-def test_names_of_a_memory_in_a_list(explained: Explain) -> None:
+def test_names_of_a_memory_in_a_list() -> None:
     memories = [each for each in explained("list in the wrapper").dependences if each.distance == (1, 0)]
     assert [each.tensor for each in memories] == ["memories[{l}]"]
 
 
-def test_names_of_a_memory_in_buffers(explained: Explain) -> None:
+def test_names_of_a_memory_in_buffers() -> None:
     memories = [each for each in explained("buffers").dependences if each.distance == (1, 0)]
     assert [each.tensor for each in memories] == ["layers.{l}.memory"]
 
@@ -275,7 +258,7 @@ def test_what_the_first_segment_makes_otherwise_is_the_same_tensor() -> None:
     assert (memory.distance, memory.tensor, memory.producer) == ((1, 0), "memories[number]", "add.Tensor")
 
 
-def test_the_cycle_of_the_classic_rmt(explained: Explain) -> None:
+def test_the_cycle_of_the_classic_rmt() -> None:
     answer = explained("top to bottom")
     assert [each.distance for each in answer.cycle] == [(0, 1)] * (LAYERS - 1) + [(1, 1 - L)]
     assert at(answer.location) == ("models.py", line_of("memory leaves"))
@@ -311,15 +294,12 @@ def test_results_that_are_no_list_with_one_item_a_segment(results: Callable[[lis
     [
         ("attributes", "layers"),
         ("buffers", "layers"),
-        (armt_llama, "model.layers"),
-        (rmt_llama, "model.layers"),
+        ("armt_llama", "model.layers"),
+        ("rmt_llama", "model.layers"),
     ],
-    ids=lambda value: value.__name__.rpartition(".")[2] if isinstance(value, ModuleType) else None,
 )
-def test_a_disturbed_cell_changes_the_cells_that_wait_for_it(
-    what: str | ModuleType, path: str, explained: Explain
-) -> None:
-    function, arguments = what.build(**SIZES) if isinstance(what, ModuleType) else LOOPS[what]()
+def test_a_disturbed_cell_changes_the_cells_that_wait_for_it(what: str, path: str) -> None:
+    function, arguments = call_of(what)
     assert isinstance(function, nn.Module)
     model = function.double()
     arguments = tuple(each.double() if each.is_floating_point() else each for each in arguments)
@@ -375,12 +355,12 @@ def outputs_of_cells(
 @pytest.mark.parametrize(
     ("example", "path"),
     [
-        pytest.param(armt_llama, "model.layers.{l}", id="llama"),
-        pytest.param(armt_gpt2, "transformer.h.{l}", id="gpt2", marks=pytest.mark.slow),
+        pytest.param("armt_llama", "model.layers.{l}", id="llama"),
+        pytest.param("armt_gpt2", "transformer.h.{l}", id="gpt2", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.slow
-def test_armt(example: ModuleType, path: str, explained: Explain) -> None:
+def test_armt(example: str, path: str) -> None:
     answer = explained(example)
     assert distances(answer.dependences) == MEMORY
     assert [each.tensor for each in answer.dependences] == ["hidden_states", f"{path}.A", f"{path}.z"]
@@ -402,9 +382,9 @@ def test_armt(example: ModuleType, path: str, explained: Explain) -> None:
 
 @pytest.mark.parametrize(
     "example",
-    [pytest.param(armt_llama, id="llama"), pytest.param(armt_gpt2, id="gpt2", marks=pytest.mark.slow)],
+    [pytest.param("armt_llama", id="llama"), pytest.param("armt_gpt2", id="gpt2", marks=pytest.mark.slow)],
 )
-def test_places_in_armt(example: ModuleType, explained: Explain) -> None:
+def test_places_in_armt(example: str) -> None:
     hidden, associations, keys = explained(example).dependences
     file = Path(inspect.getfile(associative)).name
     assert at(associations.location) == (file, line_with(associative, "self.A = self.A + "))
@@ -415,8 +395,8 @@ def test_places_in_armt(example: ModuleType, explained: Explain) -> None:
     assert at(hidden.consumer_location) == (file, line_with(associative, "recalled, _ = recall("))
 
 
-def test_rmt(explained: Explain) -> None:
-    answer = explained(rmt_llama)
+def test_rmt() -> None:
+    answer = explained("rmt_llama")
     assert distances(answer.dependences) == {(0, 1), (1, 1 - L)}
     assert answer.schedule is None
     assert [each.distance for each in answer.cycle] == [(0, 1), (0, 1), (1, 1 - L)]
@@ -431,14 +411,14 @@ def test_rmt(explained: Explain) -> None:
 
 
 @pytest.mark.slow
-def test_an_example_on_the_meta_device(explained: Explain) -> None:
+def test_an_example_on_the_meta_device() -> None:
     """The same answer as with weights, for sizes that fit no memory."""
     sizes = {**SIZES, "width": 16384, "heads": 128, "key_size": 64}
     with torch.device("meta"):
         model, (ids,) = armt_llama.build(**sizes)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert sum(parameter.numel() * 4 for parameter in model.parameters()) > 30e9
-    answer, small = rmtc.explain(model)(ids.to("meta")), explained(armt_llama)
+    answer, small = rmtc.explain(model)(ids.to("meta")), explained("armt_llama")
     assert answer.dependences == small.dependences
     assert answer.schedule is not None and small.schedule is not None
     assert (answer.schedule.makespan, answer.schedule.classes) == (small.schedule.makespan, small.schedule.classes)
@@ -447,8 +427,8 @@ def test_an_example_on_the_meta_device(explained: Explain) -> None:
 # The answer as a whole.
 
 
-def test_the_fields_of_an_answer(explained: Explain) -> None:
-    answer = explained(armt_llama)
+def test_the_fields_of_an_answer() -> None:
+    answer = explained("armt_llama")
     assert answer.name == "ArmtLlamaForCausalLM"
     assert (answer.segments, answer.layers, answer.segment_length) == (4, 3, 5)
     assert answer.growing == ("input_ids (1, 20): dimension 1",)
@@ -461,13 +441,13 @@ def test_the_fields_of_an_answer(explained: Explain) -> None:
     assert str(answer.schedule) and str(answer.certificate)
 
 
-def test_the_certificate_names_what_it_assumes(explained: Explain) -> None:
-    certificate = explained(armt_llama).certificate
+def test_the_certificate_names_what_it_assumes() -> None:
+    certificate = explained("armt_llama").certificate
     assert certificate is not None
     assumptions = " ".join(certificate.assumptions)
     for word in ("Python", "segment", "operations", "autocast", "grad mode", "float32"):
         assert word in assumptions
-    printed = " ".join(str(explained(armt_llama)).split())
+    printed = " ".join(str(explained("armt_llama")).split())
     assert all(assumption in printed for assumption in certificate.assumptions)
     assert "operations" in certificate.checked and "edges" in certificate.checked
     inequalities = {each.dependence.distance: each.slack for each in certificate.inequalities}
@@ -485,7 +465,7 @@ def test_what_is_fixed_is_assumed_too() -> None:
     assert "the batch size is 1" in answer.certificate.assumptions
 
 
-def test_a_refused_call_still_tells_what_is_known(explained: Explain) -> None:
+def test_a_refused_call_still_tells_what_is_known() -> None:
     answer = explained("growing list")
     assert answer.name == "GrowingList"
     assert (answer.segments, answer.segment_length) == (SEGMENTS, SEGMENT)
@@ -495,7 +475,7 @@ def test_a_refused_call_still_tells_what_is_known(explained: Explain) -> None:
     assert answer.reason.split()[0] in str(answer)
 
 
-def test_the_answer_does_not_depend_on_how_long_the_call_is(explained: Explain) -> None:
+def test_the_answer_does_not_depend_on_how_long_the_call_is() -> None:
     short, long = explained("attributes"), rmtc.explain(models.Associative())(text(40))
     assert short.dependences == long.dependences and short.classes == long.classes
     assert short.schedule is not None and long.schedule is not None
@@ -535,7 +515,7 @@ def test_what_a_refused_call_got_past_can_be_dumped() -> None:
         dumped("prove")
 
 
-def test_a_call_with_named_arguments(explained: Explain) -> None:
+def test_a_call_with_named_arguments() -> None:
     assert rmtc.explain(models.Associative())(hidden=text()) == explained("attributes")
 
 

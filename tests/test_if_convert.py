@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +31,7 @@ MODELS["ARMT"] = lambda: armt_llama.build(layers=3, width=16, heads=2, segment=6
 MERGED = {"attributes", "ARMT"}
 
 
+@functools.cache
 def analysed(name: str) -> tuple[Analysis, WavefrontProgram]:
     function, args = MODELS[name]()
     analysis = analyze(function, args, {})

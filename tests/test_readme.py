@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from models import LOOPS
+from shared import explained
 from zoo import NO_LOOP, ZOO, rows
 
 import rmtc
@@ -15,7 +15,6 @@ from rmtc.ir.formula import distance_text
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-SIZES = {"layers": 3, "width": 16, "heads": 2, "segment": 6, "memory": 2, "segments": 4}
 
 
 START = "<!-- dependences -->\n"
@@ -44,11 +43,7 @@ def test_the_table_has_the_rows_of_the_zoo() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "row"), own_rows().items())
 def test_what_comes_out(model: str, row: tuple[str, str, str]) -> None:
-    if model in LOOPS:
-        function, args = LOOPS[model]()
-    else:
-        function, args = importlib.import_module(f"rmtc.examples.{model}").build(**SIZES)
-    explanation = rmtc.explain(function)(*args)
+    explanation = explained(model)
     _, distances, steps = row
     found = {distance_text(each.distance) for each in explanation.dependences}
     assert found == set(re.split(r"(?<=\)) (?=\()", distances))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -49,7 +50,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, to
 Emission = dict[str, Any]
 
 
-def emissions(build: Callable[..., Any], **options: Any) -> list[Emission]:
+@functools.cache
+def emissions(build: Callable[..., Any], dtype: str = "float32") -> list[Emission]:
     """The arguments of every emission of a layer's body; its operands have no values."""
     found: list[Emission] = []
 
@@ -57,7 +59,7 @@ def emissions(build: Callable[..., Any], **options: Any) -> list[Emission]:
         found.append(options)
         return emit_triton(**options)
 
-    model, args = build(**{**SMALL, "layers": 2, **options})
+    model, args = build(**{**SMALL, "layers": 2, "dtype": dtype})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rmtc.runtime.triton.emit", emit)
         kernels_of(model, args)
