@@ -33,9 +33,6 @@ from rmtc.kernels import kernels_of
 
 Found = dict[str, Any]
 
-SMALL = {"layers": 4, "width": 512, "heads": 8, "segment": 256, "memory": 128, "segments": 6, "key_size": 64}
-"""The model that backends are held against eager with."""
-
 ALLOWED = {"float32": 1e-3, "bfloat16": 1e-2}
 """How far logits may be from those of eager in float32: the norm of the difference, in norms of these. In bfloat16
 this comes on top of three times what eager in bfloat16 is off by itself."""
@@ -163,7 +160,7 @@ def machine(item: Item, card: Card) -> Found:
 def correct(item: Item, card: Card) -> Found:
     """How far a backend's logits are from eager's in float32, in a first call and a second one."""
     assert item.case is not None
-    sizes = item.case.sizes if card.toy else SMALL
+    sizes = item.case.sizes
 
     def of(dtype: str, backend: str | None = None) -> list[Tensor]:
         model, (ids,) = armt_llama.build(**sizes, dtype=dtype)

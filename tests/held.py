@@ -12,7 +12,7 @@ from compare import LAYERS, WIDTH
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-__all__ = ["Bag", "MemoryOutput", "Named", "Plain", "Stack", "full", "some", "zeros"]
+__all__ = ["Bag", "MemoryOutput", "Named", "Plain", "Stack", "full", "one_in", "some", "zeros"]
 
 
 def zeros(batch: int) -> list[Tensor]:
@@ -71,6 +71,12 @@ class Bag:
 def some(names: Iterable[Any], kept: Collection[Any], mark: pytest.MarkDecorator = pytest.mark.slow) -> list[Any]:
     """Names as parameters, of which all but some have a mark."""
     return [name if name in kept else pytest.param(name, marks=mark) for name in names]
+
+
+def one_in(count: int, names: Iterable[Any]) -> list[Any]:
+    """Names as parameters, of which one in so many runs for every change, and all in .ci/full."""
+    several = list(names)
+    return some(several, several[::count], pytest.mark.full)
 
 
 def full() -> list[Tensor]:

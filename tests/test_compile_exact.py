@@ -20,7 +20,7 @@ import models
 import pytest
 import torch
 import transformers
-from held import some
+from held import one_in, some
 from test_explain import EXPECTED
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -238,7 +238,7 @@ def test_armt_of_all_sizes(kind: str, layers: int, wide_casts: None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", one_in(2, KINDS))
 def test_armt_without_a_mask(kind: str, armts: Callable[[str, int, str], Pair], wide_casts: None) -> None:
     """Where none is given, transformers attends causally without one."""
     pair = armts(kind, 3, "torch")
@@ -267,7 +267,7 @@ def test_one_layer_has_nothing_to_run_beside(kind: str, wide_casts: None) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", one_in(2, KINDS))
 def test_float32_is_as_near_to_float64_as_eager(kind: str) -> None:
     """Median over eight models, whose weights are loaded into the one that is compiled."""
     sizes = 8, 2, TAIL
@@ -356,6 +356,10 @@ CASES = {name: Case() for name, (_, makespan) in EXPECTED.items() if makespan is
     "mixed precision": Case(tolerance=1e-3, dtype=torch.float32),
 }
 FAST = {
+    "transformer-xl",
+    "keys and values",
+    "feedback from 1 higher",
+    "mixed precision",
     "attributes",
     "tables of a segment's length",
     "buffers",
@@ -387,7 +391,7 @@ def global_layers_in_float64() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES])
+@pytest.mark.parametrize("name", some(CASES, FAST, pytest.mark.full))
 def test_loops(name: str, global_layers_in_float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results, and state in attributes, lists and buffers that lives from call to call."""
     case = CASES[name]

@@ -81,7 +81,7 @@ def test_a_segment_that_runs_something_else_stays_as_it_is() -> None:
     assert [op.target for op in completed.row(3)] == [op.target for op in long.row(3)]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_model_folds_because_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     choices = Choices(ds=3, kept=True, state="shared", layers=2).possible()
     model, _ = build(choices)

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from compare import LAYERS, SEGMENT, WIDTH, text
+from held import one_in
 from test_blocks import KeysCached
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,7 +54,7 @@ def analyzed(name: str, **size: int) -> Analysis:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", one_in(2, EXAMPLES))
 def test_the_products_of_a_call_are_those_that_torch_counts(name: str) -> None:
     model, args = EXAMPLES[name](**SIZE)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

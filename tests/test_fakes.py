@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from held import one_in
 from models import LOOPS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -62,7 +63,9 @@ def described(tensor: Any, args: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["armt", "slices of one tensor", "keys and values", "mixed precision", "counter"])
+@pytest.mark.parametrize(
+    "name", one_in(2, ["armt", "keys and values", "slices of one tensor", "mixed precision", "counter"])
+)
 def test_every_result_is_what_torch_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "Fakes", Asking)
     Asking.asked.clear()

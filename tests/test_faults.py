@@ -45,7 +45,7 @@ LATER = {
     "replay": ("rmtc.analysis", "Analysis.admit", 0),
     "planning": ("rmtc.runtime.executor", "plan_run", 0),
     "the first launch": ("rmtc.runtime.executor", "_Walk._launch", 0),
-    "a later launch": ("rmtc.runtime.executor", "_Walk._launch", 3),
+    "a later launch": ("rmtc.runtime.executor", "_Walk._launch", 1),
     "results": ("rmtc.analysis", "Analysis.result", 0),
     "the first effect": ("rmtc.capture.effects", "Effect.apply", 0),
     "a later effect": ("rmtc.capture.effects", "Effect.apply", 1),
@@ -143,10 +143,12 @@ KINDS: dict[str, Callable[[], Exception]] = {
 }
 
 
-QUICK = ("moving weights", "a later effect")
 KNOWN = ("capturing", "rewrite", "moved weights", "replay", "the first launch")
+EVERY = ("capturing", "check", "planning weights", "guards of state", "moved weights", "emitting")
+EVERY += ("argument guard", "replay", "a later launch", "the first effect", "a later effect")
+"""Stages that are tried for every change."""
 CASES = [
-    pytest.param(stage, kind, marks=[] if stage in QUICK and kind == "unknown" else pytest.mark.slow)
+    pytest.param(stage, kind, marks=[] if kind == "unknown" and stage in EVERY else pytest.mark.full)
     for stage in (*FIRST, *LATER)
     for kind in KINDS
     if kind == "unknown" or stage in KNOWN

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import LAYERS, SEGMENT, Twins
+from held import one_in
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -228,7 +229,7 @@ FUSED: dict[str, tuple[Any, dict[Any, int]]] = {
 LOOSE = {"in float32, as it was": 1e-5, "in half, which is left": 0.1}
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", one_in(3, FUSED))
 @pytest.mark.slow
 def test_a_chain_is_one_operation_only_if_it_is_that(name: str) -> None:
     step, counts = FUSED[name]
@@ -288,7 +289,7 @@ REVIEWED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", REVIEWED)
+@pytest.mark.parametrize("name", one_in(3, REVIEWED))
 @pytest.mark.slow
 def test_spellings_of_a_review(name: str) -> None:
     twins = Twins(lambda: Layered(REVIEWED[name]), schedule="shortest")

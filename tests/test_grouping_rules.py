@@ -202,7 +202,7 @@ def runs(each: Call) -> bool:
     return True
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_pointwise_operation_is_itself_cell_by_cell() -> None:
     tried, by_vmap = 0, set()
     for each in filter(runs, itertools.chain(*pointwise().values())):

@@ -78,7 +78,7 @@ def test_linear_maps_by_the_kernel_and_attention_as_products_are_compiled(monkey
     assert not any("baddbmm(" in each.kernel.source for each in runner.compiled.values())  # it copies the residual
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_process_may_have_many_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo allows eight compilations of one code: each body has its own."""
     compile_of = torch.compile

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import LAYERS, SEGMENT, WIDTH, Twins, text
-from held import some
+from held import one_in, some
 from torch import Tensor, nn
 
 import rmtc
@@ -169,7 +169,7 @@ LOOPS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", some(LOOPS, {"a helper", "while some is left", "layers outside"}))
+@pytest.mark.parametrize("name", one_in(2, LOOPS))
 def test_where_the_loop_is(name: str) -> None:
     Twins(LOOPS[name]).compare({LOWER, OWN})
 
@@ -386,7 +386,7 @@ EDGES: dict[str, tuple[Callable[[], Any], set[tuple[Any, Any]], int, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", some(EDGES, {"own, two segments ago", "of layer 0", "one higher but the last"}))
+@pytest.mark.parametrize("name", one_in(2, EDGES))
 def test_memories_of_other_layers_and_segments(name: str) -> None:
     make, expected, a, layers = EDGES[name]
     twins = Twins(make)
@@ -442,7 +442,7 @@ class Window(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("back", some([1, 2, 3], {3}))
+@pytest.mark.parametrize("back", one_in(2, [3, 1, 2]))
 def test_first_segments_that_differ_while_a_memory_fills(back: int) -> None:
     twins = Twins(lambda: Window(back))
     sizes = ((7, 2, SEGMENT), (9, 3, 2), (5, 1, SEGMENT))

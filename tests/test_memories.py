@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import LAYERS, SEGMENT, WIDTH, Twins, text
+from held import one_in
 from torch import Tensor, nn
 
 import rmtc
@@ -43,7 +44,7 @@ class Cached(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("given", one_in(2, [True, False]))
 @pytest.mark.parametrize("kept", [SEGMENT - 1, SEGMENT, 2 * SEGMENT, 2 * SEGMENT + 1])
 def test_windows_of_one_segment_and_of_several(kept: int, given: bool) -> None:
     twins = Twins(lambda: Cached(kept))
@@ -124,7 +125,7 @@ class OneTensor(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", one_in(2, ROWS))
 def test_rows_of_one_tensor(name: str) -> None:
     Twins(lambda: OneTensor(ROWS[name])).compare({LOWER, OWN})
 

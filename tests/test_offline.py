@@ -98,7 +98,7 @@ def test_what_cannot_be_done_here_is_said() -> None:
             Triton.target(object.__new__(Triton), next(model.parameters()).device)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_torch_looks_into_the_operators() -> None:
     run = apart(str(Path(__file__).with_name("traced.py")), json.dumps({**SMALL, "layers": 2}))
     assert run.returncode == 0, run.stderr
@@ -108,7 +108,7 @@ def test_torch_looks_into_the_operators() -> None:
         assert calls[0] == "triton_kernel_wrapper_functional" and not any("rmtc" in name for name in calls)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_emission_gives_the_same_text_again() -> None:
     texts = []
     for _ in range(2):

@@ -12,6 +12,7 @@ import models
 import peft
 import pytest
 import torch
+from held import one_in
 from test_compile_exact import KINDS, Pair, captured_once, left_in, relative
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -69,7 +70,7 @@ def saved(model: Any, folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("attention", one_in(2, ["sdpa", "eager"]))
 def test_load_evaluate_save(attention: str, tmp_path: Path) -> None:
     source, _ = armt_llama.build(**SIZES)
     source.save_pretrained(tmp_path / "source")
@@ -261,7 +262,7 @@ AT, TIGHT = (5, 3, 3), 1e-7  # Llama's norms round to float32
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "inside"), [("llama", False), ("gpt2", True)])
+@pytest.mark.parametrize(("kind", "inside"), [pytest.param("llama", False, marks=pytest.mark.full), ("gpt2", True)])
 def test_armt_with_adapters(kind: str, inside: bool) -> None:
     model, (ids,) = KINDS[kind].build(**SIZES, dtype="float64")
     given = {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1])}

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import LAYERS, SEGMENT, WIDTH, Twins, differences, text
-from held import Bag, MemoryOutput, Named, Plain, Stack, full, some, zeros
+from held import Bag, MemoryOutput, Named, Plain, Stack, full, one_in, zeros
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -104,7 +104,7 @@ FAST = {"keys numbered by segment", "losses of the segments", "numbers and strin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", some(RESULTS, FAST))
+@pytest.mark.parametrize("name", one_in(2, RESULTS))
 def test_results(name: str) -> None:
     twins = Twins(lambda: Giving(RESULTS[name]))
     twins.compare({LOWER, OWN})

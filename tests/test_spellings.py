@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import LAYERS, SEGMENT, SIZES, WIDTH, Twins, text
+from held import one_in
 from torch import Tensor, nn
 
 import rmtc
@@ -114,8 +115,8 @@ class Cut(nn.Module):
         return pieces[-1] if self.last else torch.cat(pieces, 1)
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("how", CUTS)
+@pytest.mark.parametrize("last", one_in(2, [True, False]))
+@pytest.mark.parametrize("how", one_in(2, CUTS))
 def test_memories_that_are_cut_off_in_one_line(how: str, last: bool) -> None:
     Twins(lambda: Cut(how, last)).compare({LOWER, OWN})
 
@@ -262,7 +263,7 @@ class Sinks(nn.Module):
         return torch.cat(pieces, 1)
 
 
-@pytest.mark.parametrize("kind", ["apart", "mean", "one cache"])
+@pytest.mark.parametrize("kind", one_in(2, ["apart", "mean", "one cache"]))
 def test_what_the_first_segment_makes_is_read_by_all(kind: str) -> None:
     """The distance (s, 0) is (1, 0), handed on; and so it is a recurrence of the layer's own."""
     sizes = ((5, 2, SEGMENT), (8, 3, SEGMENT), (6, 1, SEGMENT))
@@ -293,7 +294,7 @@ class Valid(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", [SEGMENT - 1, SEGMENT + 2])
+@pytest.mark.parametrize("kept", one_in(2, [SEGMENT + 2, SEGMENT - 1]))
 def test_a_mask_of_what_a_window_holds(kept: int) -> None:
     twins = Twins(lambda: Valid(kept))
     for segments, batch in ((5, 2), (8, 3), (4, 1)):

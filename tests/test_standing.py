@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from compare import Twins, differences
+from held import one_in
 from models import LAYERS, SEGMENT, WIDTH, Associative, Buffered
 from models import text as floats
 from torch import Tensor, nn
@@ -373,7 +374,7 @@ def test_which_masks_are_known() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("faster", [False, True])
+@pytest.mark.parametrize("faster", one_in(2, [True, False]))
 def test_a_mask_that_each_call_makes_anew_is_causal(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "is_faster", lambda *args: faster)
     sizes: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 6, "memory": 2, "segments": 6}

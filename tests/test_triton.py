@@ -16,7 +16,7 @@ import pytest
 import torch
 import zoo
 from compare import SEGMENT, Twins
-from held import some
+from held import one_in, some
 from models import Associative, Attending, Buffered, Feedback, OneTensor
 from test_examples import Float32CastsAsFloat64
 from test_fused import Layered, of_features, of_rms, of_rotary, relus, rms, rolls, text, three, turned
@@ -169,10 +169,15 @@ def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     [
         pytest.param(torch.float64, armt_llama.build, id="float64, llama"),
         pytest.param(torch.float64, armt_gpt2.build, id="float64, gpt2", marks=pytest.mark.full),
-        pytest.param(torch.float32, partial(armt_llama.build, kv_heads=1), id="float32, llama, shared heads"),
+        pytest.param(
+            torch.float32,
+            partial(armt_llama.build, kv_heads=1),
+            id="float32, llama, shared heads",
+            marks=pytest.mark.full,
+        ),
         pytest.param(torch.float32, armt_gpt2.build, id="float32, gpt2", marks=pytest.mark.full),
         pytest.param(torch.bfloat16, armt_llama.build, id="bfloat16, llama"),
-        pytest.param(torch.float16, armt_gpt2.build, id="float16, gpt2"),
+        pytest.param(torch.float16, armt_gpt2.build, id="float16, gpt2", marks=pytest.mark.full),
     ],
 )
 def test_each_kernel_is_what_torch_computes(build: Callable[..., Any], dtype: torch.dtype) -> None:
@@ -240,7 +245,7 @@ def ran(fast: Any, steps: int) -> list[TritonBody]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["attributes", "attention"])
+@pytest.mark.parametrize("name", one_in(2, ["attention", "attributes"]))
 def test_products_of_a_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where ours are estimated to be slow: what is around them stays in kernels."""
     slow = partial(Machine, own={torch.float64: 1e-9}, launch=0.0, turn=0.0)
@@ -278,8 +283,8 @@ LLAMA, GPT2 = pytest.param(armt_llama.build, id="llama"), pytest.param(armt_gpt2
 SHORT = {**SMALL, "layers": 2, "segments": 3}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("build", [pytest.param(*LLAMA.values, id="llama", marks=pytest.mark.full), GPT2])
+@pytest.mark.full
+@pytest.mark.parametrize("build", [LLAMA, GPT2])
 def test_an_armt_in_float64(build: Callable[..., Any]) -> None:
     (eager, args), (model, _) = build(**SHORT), build(**SHORT)
     with torch.no_grad():
@@ -326,7 +331,7 @@ LEFT = {"slices of one tensor": "select.int"}
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    some(MODELS, {"attributes", "slices of one tensor", "attention", "two layers up", "rotary"}, pytest.mark.full),
+    some(MODELS, {"slices of one tensor", "attention", "rotary"}, pytest.mark.full),
 )
 def test_models_with_other_memories(name: str) -> None:
     twins = Twins(MODELS[name], schedule="shortest", backend="triton")
@@ -348,7 +353,8 @@ def test_models_with_other_memories(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", some(["infini", "infini, delta rule"], {"infini"}, pytest.mark.full))
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["infini", "infini, delta rule"])
 def test_packages_with_other_memories(name: str) -> None:
     eager, call = built(name), built(name)
     fast = rmtc.compile(call.function, schedule="shortest", backend="triton", strict=True)
@@ -400,7 +406,7 @@ def _spoil(name: str, patch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", one_in(2, WRONG))
 @pytest.mark.slow
 def test_kernels_with_other_results_than_torch_do_not_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build = Buffered if WRONG[name][1] == "several" else Associative
@@ -488,7 +494,7 @@ class Launches(TorchDispatchMode):
         return result
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_step_is_twelve_launches_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an ARMT over Llama with as many cells as it has layers: kernels, and what puts their inputs together."""
     model, args = armt_llama.build(**{**SMALL, "layers": 2})
@@ -508,7 +514,7 @@ def test_a_step_is_twelve_launches_at_most(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(_Walk, "_results", counted)
         monkeypatch.setattr(Triton, "binds", False)
         fast(*args)
-    steady = steps[-3:]
+    steady = steps[-2:]  # the first has a first segment
     assert all(sum(name.startswith("rmtc_kernels::") for name in step) == 10 for step in steady), steady
     assert all(len(step) <= 12 for step in steady), steady
 
