@@ -229,7 +229,7 @@ class Writing(nn.Module):
         return torch.cat(outputs, dim=1), memories
 
 
-WRITES = [through_views, expanded, of_a_stack, in_float32, in_place, of_other_parts, moved_on]
+WRITES = [in_place, through_views, of_a_stack, in_float32, moved_on, of_other_parts, expanded]
 
 
 @pytest.mark.slow

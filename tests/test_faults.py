@@ -144,8 +144,10 @@ KINDS: dict[str, Callable[[], Exception]] = {
 
 
 KNOWN = ("capturing", "rewrite", "moved weights", "replay", "the first launch")
-EVERY = ("capturing", "check", "planning weights", "guards of state", "moved weights", "emitting")
-EVERY += ("argument guard", "replay", "a later launch", "the first effect", "a later effect")
+EVERY = {
+    *("capturing", "check", "planning weights", "guards of state", "moved weights", "emitting"),
+    *("argument guard", "replay", "a later launch", "the first effect", "a later effect"),
+}
 """Stages that are tried for every change."""
 CASES = [
     pytest.param(stage, kind, marks=[] if kind == "unknown" and stage in EVERY else pytest.mark.full)

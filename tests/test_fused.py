@@ -490,7 +490,7 @@ class Staged(nn.Module):
         return torch.cat(pieces, dim=1), left
 
 
-@pytest.mark.parametrize("max_group", [None, 3])
+@pytest.mark.parametrize("max_group", one_in(2, [3, None]))
 @pytest.mark.parametrize(("begin", "end", "names"), [(0, 0, "PE"), (1, 0, "E"), (0, 1, "P"), (1, 1, "")])
 def test_stages_of_a_block_of_segments_run_at_once(begin: int, end: int, names: str, max_group: int | None) -> None:
     options = {} if max_group is None else {"max_group": max_group}

@@ -492,7 +492,7 @@ def some_slow(names: Iterable[str], quick: Collection[str]) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
-@pytest.mark.parametrize("name", one_in(2, (*OF_THE_MODEL, *OF_THE_PROCESS)))
+@pytest.mark.parametrize("name", one_in(3, (*OF_THE_MODEL, *OF_THE_PROCESS)))
 def test_what_is_changed_is_never_stale(name: str, both: Pair) -> None:
     where = OF_THE_MODEL if name in OF_THE_MODEL else OF_THE_PROCESS
     hidden = text()

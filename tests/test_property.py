@@ -23,8 +23,8 @@ from rmtc.compiler import compiled_of
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.ir.schedule import Cell
 
-EXAMPLES = int(os.environ.get("RMTC_EXAMPLES", "10"))
-"""How many models are drawn: 10 always the same ones; another number draws anew each time."""
+EXAMPLES = int(os.environ.get("RMTC_EXAMPLES", "8"))
+"""How many models are drawn: 8 always the same ones; another number draws anew each time."""
 
 SEGMENTS = 4
 """Of the first call; 3 more where a memory is several segments old: shorter calls than that run as they are."""
@@ -208,7 +208,7 @@ def counted(choices: Choices, became: str) -> None:
 
 
 SETTINGS = settings(
-    derandomize=EXAMPLES == 10,
+    derandomize=EXAMPLES == 8,
     deadline=None,
     database=None,
     phases=(Phase.generate,),  # to look for a smaller model takes longer than all of them
