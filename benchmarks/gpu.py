@@ -6,14 +6,15 @@ TRITON_INTERPRET=1 python benchmarks/gpu.py --toy       # the same on the CPU, a
 Items are measured in the order of their worth, so that a short time on a card is enough for the first of them: the
 machine; each backend held against eager; the kernels of one full step of the 1B model, one by one, beside their
 estimates; calls of 131,072 tokens of that model; other shapes. The figures are written as JSON after each item, by
-default to benchmarks/results/, named after the card. An item that raises, dies or takes too long is recorded with its
-reason, and the next one runs. What each item measures is in gpu_items.py. `published` is what arXiv 2506.05229 reports
-for its own model on an A100, one segment after another and by its diagonals.
+default to benchmarks/results/, named after the card and the time. An item that raises, dies or takes too long is
+recorded with its reason, and the next one runs. What each item measures is in gpu_items.py. `published` is what arXiv
+2506.05229 reports for its own model on an A100, one segment after another and by its diagonals.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "small": {"layers": 4, "width": 512, "heads": 8, "intermediate": 2048},
     "toy": {"layers": 2, "width": 16, "heads": 2, "intermediate": 32},
 }
-"""Of Llama-160M, Llama-3.2-1B, Llama-3.2-3B, Llama-3.1-8B; what backends are held against eager with; for the CPU."""
+"""Model sizes by name: four Llamas, the model that backends are held against eager with, and one for the CPU."""
 
 PUBLISHED = {
     ("1B", 512): {16_384: (1.15, 0.454), 32_768: (2.29, 0.861), 65_536: (4.52, 1.67)},
@@ -58,11 +59,11 @@ WAYS = ("rmtc triton", "rmtc inductor", "eager graph", "layers compiled", "full 
 """How a call is run, in the order of worth: by rmtc; the model as it is in one CUDA graph; its layers under
 torch.compile; a model of the same shape without memory, over the whole text, by the fastest attention that torch has;
 the products of layers, memory and attention alone."""
-MORE_WAYS = ("eager", "rmtc torch")
+MORE_WAYS = ("eager", "layers compiled, no graphs", "rmtc torch")
 """Measured where there is time left."""
 
-LIMIT = 150.0
-"""Seconds that one item may take: a first call of 16 layers took 25 on a CPU, Inductor's compilation about as long."""
+LIMIT = 180.0
+"""Seconds that one item may take: a first call of 16 layers took 25 on a CPU, and forty kernels are compiled in it."""
 STARTUP = 90.0
 """Seconds that a new process may take until it is ready."""
 LEAST = 5.0
@@ -84,7 +85,7 @@ class Case:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """As the example takes them."""
+        """Keyword arguments for `armt_llama.build`."""
         each = {"segment": self.segment, "memory": self.memory, "segments": self.tokens // self.segment}
         return {**SHAPES[self.shape], **each, "key_size": self.key_size}
 
@@ -98,7 +99,8 @@ class Item:
         case: the model and its text; None for the machine.
         way: a backend, or how a call is run.
         dtype: of the weights.
-        repeats: how often a call is timed.
+        repeats: how often a call is timed, if there is time.
+        seconds: how long it may take.
     """
 
     kind: str
@@ -106,6 +108,7 @@ class Item:
     way: str = ""
     dtype: str = "bfloat16"
     repeats: int = 5
+    seconds: float = LIMIT
 
     def __str__(self) -> str:
         return " | ".join([self.kind, *([str(self.case)] if self.case else []), *([self.way] if self.way else [])])
@@ -123,17 +126,22 @@ def items(toy: bool, repeats: int) -> list[Item]:
         times = [Item("time", case, way, dtype, repeats) for way in (*WAYS, *MORE_WAYS)]
         return [Item("machine", repeats=1), *correct, Item("kernels", case, "triton", dtype, repeats), *times]
     small = Case("small", 256, 256 * 6)
-    correct = [Item("correct", small, each, dtype) for each in BACKENDS for dtype in ("bfloat16", "float32")]
+    correct, later = ([Item("correct", small, each, dtype) for each in BACKENDS] for dtype in ("bfloat16", "float32"))
     named = [Case(shape, segment, n) for (shape, segment), known in PUBLISHED.items() for n in known]
     order = {"160M": 0, "1B": 1, "3B": 2, "8B": 3}
     named.sort(key=lambda each: (each.tokens != 65_536, order[each.shape], each.segment != 1024, each.tokens))
     then = [Case("160M", 512, 65_536), Case("1B", 512, 65_536)]
     more = [Case("1B", segment, n) for segment in (512, 1024, 2048, 4096) for n in (4_096, 8_192, 131_072)]
     cases = list(dict.fromkeys([FIRST, *then, *named, *more]))
-    times = [Item("time", case, way, repeats=repeats) for case in cases[:3] for way in WAYS]
-    times += [Item("time", FIRST, way, repeats=repeats) for way in MORE_WAYS]
-    times += [Item("time", case, way, repeats=repeats) for case in cases[3:] for way in (*WAYS, *MORE_WAYS)]
-    return [Item("machine"), *correct, Item("kernels", FIRST, "triton", repeats=repeats), *times]
+    times = [Item("time", FIRST, way, repeats=repeats) for way in WAYS]
+    others = [Item("time", case, way, repeats=repeats) for case in cases[1:3] for way in WAYS]
+    others += [Item("time", FIRST, way, repeats=repeats) for way in MORE_WAYS]
+    others += [Item("time", case, way, repeats=repeats) for case in cases[3:] for way in (*WAYS, *MORE_WAYS)]
+    return [Item("machine"), *correct, Item("kernels", FIRST, "triton", repeats=repeats), *times, *later, *others]
+
+
+class RefusedError(Exception):
+    """Nothing can be measured here."""
 
 
 class Worker:
@@ -148,16 +156,20 @@ class Worker:
         self.ready = False
 
     def ask(self, item: Item, seconds: float) -> dict[str, Any]:
-        """What came of an item, which may be an error: that it took too long, or that the process died."""
+        """Measure an item, and return its result or its error: that it took too long, or that the process died.
+
+        Raises:
+            RefusedError: if the process says that nothing can be measured.
+        """
         begun = time.monotonic()
         try:
             if not self.ready:
                 if not self.link.poll(min(STARTUP, seconds)):
                     raise TimeoutError(f"the process was not ready after {min(STARTUP, seconds):.0f} s")
                 if refusal := self.link.recv():
-                    raise SystemExit(f"nothing can be measured: {refusal}")
+                    raise RefusedError(refusal)
                 self.ready = True
-            self.link.send(item)
+            self.link.send(replace(item, seconds=seconds - (time.monotonic() - begun)))
             if not self.link.poll(max(0.0, seconds - (time.monotonic() - begun))):
                 raise TimeoutError(f"no result after {seconds:.0f} s")
             found: dict[str, Any] = self.link.recv()
@@ -174,16 +186,16 @@ class Worker:
 
     @property
     def usable(self) -> bool:
-        """Whether it can be asked again."""
+        """Return whether the process is alive."""
         return self.process.is_alive()
 
     def end(self, idle: bool = False) -> None:
-        """End the process; one that is not idle, whatever it does."""
+        """Stop the process: politely if it is idle, else by a signal that it cannot catch."""
         if idle and self.usable:
             self.link.send(None)
-            self.process.join(5)
+            self.process.join(1)
         self.process.kill()
-        self.process.join()
+        self.process.join(1)
         self.link.close()
 
 
@@ -191,22 +203,24 @@ class Record:
     """The figures so far, in a file that is whole at any time."""
 
     def __init__(self, path: Path | None) -> None:
-        self.path, self.card = path, "unknown"
+        self.path, self.card, self.begun = path, "unknown", datetime.datetime.now()
         self.found: list[dict[str, Any]] = []
 
     def add(self, item: Item, found: dict[str, Any]) -> None:
         """Record an item, and write the file anew."""
         self.card = found.get("card", self.card)
         self.found.append({"item": str(item), **asdict(item), **found})
-        path = self.path or ROOT / "benchmarks" / "results" / f"{re.sub('[^a-z0-9]+', '-', self.card.lower())}.json"
+        name = f"{re.sub('[^a-z0-9]+', '-', self.card.lower())}-{self.begun:%Y%m%d-%H%M}.json"
+        path = self.path or ROOT / "benchmarks" / "results" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         part.write_text(json.dumps({"card": self.card, "items": self.found}, indent=1) + "\n")
         os.replace(part, path)
 
-    def wrong(self) -> set[str]:
-        """The backends that gave other results than eager."""
-        return {each["way"] for each in self.found if each["kind"] == "correct" and each.get("correct") is False}
+    def wrong(self) -> set[tuple[str, str]]:
+        """Return the backends that gave other results than eager, each with the dtype."""
+        found = (each for each in self.found if each["kind"] == "correct" and each.get("correct") is False)
+        return {(each["way"], each["dtype"]) for each in found}
 
 
 def say(line: str) -> None:
@@ -226,7 +240,7 @@ def tables(record: Record) -> list[str]:
     rows: dict[str, dict[str, Any]] = {}
     for each in record.found:
         if each["kind"] == "time":
-            wrong = each["way"].removeprefix("rmtc ") in record.wrong()
+            wrong = (each["way"].removeprefix("rmtc "), each["dtype"]) in record.wrong()
             value = "wrong" if wrong else each.get("seconds", each.get("error", {}).get("type", "-"))
             rows.setdefault(str(Case(**each["case"])), {"case": Case(**each["case"])})[each["way"]] = value
     ways = [*WAYS, *MORE_WAYS]
@@ -273,14 +287,19 @@ def main(arguments: Sequence[str] | None = None, work: Callable[[Connection, boo
             found: dict[str, Any] = {"error": {"type": "NoTime", "message": "no time left"}}
         else:
             worker = worker if worker is not None and worker.usable else Worker(work, options.toy)
-            found = worker.ask(item, min(LIMIT, left))
+            try:
+                found = worker.ask(item, min(LIMIT, left))
+            except RefusedError as error:
+                if not record.found:
+                    raise SystemExit(f"nothing can be measured: {error}") from error
+                found = {"error": {"type": "RefusedError", "message": str(error)}}
         record.add(item, found)
         say(told(item, found))
     if worker is not None:
         worker.end(idle=True)
     say("\n" + "\n".join([f"Seconds, batch 1, {record.card}", "", *tables(record)]))
     if record.wrong():
-        say(f"\nOther results than eager: {', '.join(sorted(record.wrong()))}")
+        say(f"\nOther results than eager: {', '.join(' in '.join(each) for each in sorted(record.wrong()))}")
     if record.wrong() or all("error" in each for each in record.found):
         raise SystemExit(1)
 

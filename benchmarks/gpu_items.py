@@ -13,9 +13,11 @@ import statistics
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -29,7 +31,7 @@ from transformers import LlamaForCausalLM
 import rmtc
 from rmtc.codegen.triton.targets import TARGETS, target_of
 from rmtc.examples import armt_llama
-from rmtc.kernels import kernels_of
+from rmtc.kernels import BodyKernels, kernels_of
 
 Found = dict[str, Any]
 
@@ -39,6 +41,9 @@ this comes on top of three times what eager in bfloat16 is off by itself."""
 
 SIDE = 8192
 """Rows of the matrices that the card's rate is measured with."""
+
+GRAPHS = ("eager graph", "layers compiled")
+"""Ways that capture CUDA graphs."""
 
 ATTENTIONS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
@@ -67,8 +72,16 @@ class Card:
         if not self.toy:
             torch.cuda.synchronize(self.device)
 
+    def works(self) -> bool:
+        """Return whether the card can still be used: after an illegal access nothing in this process can."""
+        try:
+            self.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
     def seconds(self, call: Callable[[], Any], repeats: int) -> list[float]:
-        """Of calls one after another, each from an idle card to an idle card."""
+        """Return the wall-clock seconds of each call, from an idle card to an idle card."""
         found = []
         for _ in range(repeats):
             self.synchronize()
@@ -79,27 +92,31 @@ class Card:
         return found
 
     def of_kernel(self, call: Callable[[], Any], repeats: int) -> float:
-        """Seconds of a launch on the card by events, its data not in a cache; the median."""
+        """Return the median seconds of a launch by events, its data not in a cache."""
         if self.toy:
             return statistics.median(self.seconds(call, repeats))
         return 1e-3 * float(triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median"))
 
     def graph(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """A call captured as one CUDA graph; on the CPU the call itself."""
+        """Return the replay of a call captured as one CUDA graph; on the CPU the call itself."""
         if self.toy:
             return call
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):  # what libraries make for a stream is made before
+            call()
+        torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             call()
         return graph.replay
 
     def state(self) -> Found:
-        """Peak memory since the last time, clocks, power and its limit."""
+        """Return peak memory since the last release, clocks, power and its limit."""
         if self.toy:
             return {}
         names = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,clocks_event_reasons.active"
         found: Found = {"peak_memory": torch.cuda.max_memory_allocated(self.device)}
-        torch.cuda.reset_peak_memory_stats(self.device)
         command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader", "--id=0"]
         try:
             run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
@@ -114,16 +131,19 @@ class Card:
         gc.collect()
         if not self.toy:
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
 
 
 def built(case: Case, card: Card, dtype: str, full: bool = False) -> tuple[Any, Tensor]:
     """The model with random weights, or one of its shape without memory, and a text."""
-    with card.device:
-        model, (ids,) = armt_llama.build(**case.sizes, vocabulary=256 if card.toy else 4096, dtype=dtype)
-        if full:
-            config = {**model.config.to_dict(), "max_position_embeddings": case.tokens}
+    vocabulary = 256 if card.toy else 4096
+    with torch.device("meta") if full else card.device:
+        model, (ids,) = armt_llama.build(**case.sizes, vocabulary=vocabulary, dtype=dtype)
+    if full:
+        config = {**model.config.to_dict(), "max_position_embeddings": case.tokens}
+        with card.device:
             model = LlamaForCausalLM(LlamaForCausalLM.config_class(**config)).to(getattr(torch, dtype)).eval()
-    return model.to(card.device), ids.to(card.device)
+    return model, ids.to(card.device)
 
 
 def machine(item: Item, card: Card) -> Found:
@@ -131,7 +151,8 @@ def machine(item: Item, card: Card) -> Found:
     found: Found = {
         "card": card.name,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
+        "rmtc": str(Path(rmtc.__file__).parent),
         "triton": triton.__version__,
         "transformers": transformers.__version__,
         "cuda": torch.version.cuda,
@@ -145,9 +166,12 @@ def machine(item: Item, card: Card) -> Found:
     found["copy"] = moved / card.of_kernel(lambda: target.copy_(source), item.repeats)
     if not card.toy:
         begun, times = time.monotonic(), list[float]()
-        while time.monotonic() - begun < 10:  # the clocks under load, before anything else is measured
+        while time.monotonic() - begun < 10:
             times += card.seconds(lambda: [one @ other for _ in range(50)], 1)
         found["product_warm"] = 50 * 2 * side**3 / statistics.median(times[len(times) // 2 :])
+        for _ in range(500):  # about a second in which the clocks are those under load
+            one @ other
+        found["under_load"] = card.state()
         found["multiprocessors"] = torch.cuda.get_device_properties(card.device).multi_processor_count
         found["memory"] = torch.cuda.get_device_properties(card.device).total_memory
     found["says"] = (
@@ -158,7 +182,7 @@ def machine(item: Item, card: Card) -> Found:
 
 
 def correct(item: Item, card: Card) -> Found:
-    """How far a backend's logits are from eager's in float32, in a first call and a second one."""
+    """Compare a backend's logits, of a first call and a second one, with eager's in float32."""
     assert item.case is not None
     sizes = item.case.sizes
 
@@ -187,11 +211,7 @@ def kernels(item: Item, card: Card) -> Found:
     assert item.case is not None
     cells = item.case.sizes["layers"]
     target = target_of(card.device) or TARGETS["sm_90"]
-    with torch.device("meta"):
-        sizes = {**item.case.sizes, "layers": 2, "segments": 4}  # the kernels of all layers are the same ones
-        model, (ids,) = armt_llama.build(**sizes, vocabulary=256, dtype=item.dtype)
-    bodies = kernels_of(model.to("meta"), (ids,), targets=[target.name])[target.name]
-    body = max(bodies, key=lambda each: sum(launch.products for launch in each.predicted(cells).launches))
+    (body,) = steady_bodies(item.case, [target.name], item.dtype).values()
     step = body.predicted(cells)
     calls = body.calls(card.device, cells)
     rows: list[Found] = []
@@ -203,37 +223,58 @@ def kernels(item: Item, card: Card) -> Found:
             row["rate"], row["bandwidth"] = launch.products / seconds, launch.moved / seconds
         except Exception as error:  # noqa: BLE001 - the others are measured all the same
             row["error"] = f"{type(error).__name__}: {error}"[:500]
-            card.synchronize()
-    whole = statistics.median(card.seconds(lambda: [call() for call in calls], item.repeats))
+            if not card.works():
+                break
+    failed = any("error" in row for row in rows)
+    whole = None if failed else statistics.median(card.seconds(lambda: [call() for call in calls], item.repeats))
     parts = sum(row.get("seconds", 0.0) for row in rows)
-    lines = [f"a step of {cells} cells: {1e3 * whole:.3f} ms, its launches {1e3 * parts:.3f}, predicted "
-             f"{1e3 * step.seconds:.3f}"]  # fmt: skip
+    took = "not measured" if whole is None else f"{1e3 * whole:.3f} ms"
+    lines = [f"a step of {cells} cells: {took}, its launches {1e3 * parts:.3f}, predicted {1e3 * step.seconds:.3f}"]
     for row in rows:
         took = f"{1e6 * row['seconds']:9.1f} us" if "seconds" in row else row["error"].splitlines()[0][:80]
         lines.append(f"    {took}, predicted {1e6 * row['predicted']:7.1f}  {row['kind']:<9} {row['name']}")
     return {"cells": cells, "step": whole, "launches": rows, "says": "\n".join(lines)}
 
 
+def steady_bodies(case: Case, targets: Sequence[str], dtype: str) -> dict[str, BodyKernels]:
+    """Return the kernels of later segments' layers by target, from a model of two layers: those of all are the same."""
+    with torch.device("meta"):
+        model, args = armt_llama.build(**{**case.sizes, "layers": 2, "segments": 4}, vocabulary=256, dtype=dtype)
+    found = kernels_of(model, args, targets=targets)
+    return {name: next(body for body in bodies if body.name == "C0") for name, bodies in found.items()}
+
+
 def timed(item: Item, card: Card) -> Found:
     """A call of the whole text: the first one, and the median of later ones."""
     assert item.case is not None
-    best: Found = {}
+    tried: list[tuple[float, float, str, Callable[[], Any]]] = []
+    start = begun = time.perf_counter()
+    refused: dict[str, str] = {}
     for name, call in called(item, card):
-        begun = time.perf_counter()
-        card.seconds(call, 1)
-        first = time.perf_counter() - begun
-        if card.device.type == "cuda" or item.way.startswith("rmtc"):
-            card.seconds(call, 1)  # what the second call makes ready
-        each = card.seconds(call, item.repeats)
-        found = {"seconds": statistics.median(each), "all": each, "first": first, "by": name}
-        if not best or found["seconds"] < best["seconds"]:
-            best = found
-    says = f"{best['seconds']:.3f} s ({min(best['all']):.3f} .. {max(best['all']):.3f}), first {best['first']:.1f} s"
-    return best | {"says": f"{says}{', ' + best['by'] if best['by'] else ''}"}
+        built, begun = time.perf_counter() - begun, time.perf_counter()
+        try:
+            first = built + card.seconds(call, 1)[0]
+            second = card.seconds(call, 1)[0]  # for which rmtc makes its memory ready
+        except RuntimeError as error:
+            if item.way != "full attention":
+                raise
+            # One of several kernels, which does not take these sizes.
+            refused[name] = str(error)[:500]
+            card.synchronize()
+            continue
+        tried.append((second, first, name, call))
+    if not tried:
+        raise RuntimeError("; ".join(f"{name}: {why}" for name, why in refused.items()))
+    second, first, name, call = min(tried, key=lambda each: each[0])
+    left = item.seconds - (time.perf_counter() - start)
+    each = card.seconds(call, max(1, min(item.repeats, int(0.8 * left / second))))
+    median = statistics.median(each)
+    says = f"{median:.3f} s ({min(each):.3f} .. {max(each):.3f}), first {first:.1f} s{', ' + name if name else ''}"
+    return {"seconds": median, "all": each, "first": first, "by": name, "refused": refused, "says": says}
 
 
 def called(item: Item, card: Card) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What is timed, of several the fastest, with names."""
+    """Yield the calls to time, with names; the fastest counts."""
     assert item.case is not None
     case = item.case
     if item.way == "ceiling":
@@ -241,37 +282,34 @@ def called(item: Item, card: Card) -> Iterator[tuple[str, Callable[[], Any]]]:
         return
     model, ids = built(case, card, item.dtype, full=item.way == "full attention")
     if item.way == "full attention":
-        failed: Exception | None = None
         for backend in ATTENTIONS if not card.toy else (SDPBackend.MATH,):
 
             def attend(backend: SDPBackend = backend) -> None:
                 with sdpa_kernel(backend):
                     model(ids, use_cache=False, logits_to_keep=1)
 
-            try:
-                attend()
-            except RuntimeError as error:  # one that does not take these sizes
-                failed = error
-                continue
-            failed = None
             yield backend.name.lower(), attend
-        if failed is not None:
-            raise failed
         return
-    if item.way == "layers compiled":
-        mode = "reduce-overhead"
+    if item.way.startswith("layers compiled"):
+        mode = "reduce-overhead" if item.way == "layers compiled" else "default"
         for layer in model.model.layers:
             layer.compile(mode=mode)
 
-        def whole() -> None:
-            torch.compiler.cudagraph_mark_step_begin()  # what layers keep stays until the text ends
-            model(ids)
+        def begin(module: Any, args: Any, kwargs: Any) -> None:
+            """A segment begins: what the layers keep is taken out of the graphs' memory, which is used again."""
+            for layer in model.model.layers:
+                if layer.A is not None:
+                    layer.A, layer.z = layer.A.clone(), layer.z.clone()
+            torch.compiler.cudagraph_mark_step_begin()
 
-        yield mode, whole
+        model.model.register_forward_pre_hook(begin, with_kwargs=True)
+        yield mode, lambda: model(ids)
         return
     if item.way == "eager graph":
-        model(ids)
-        yield "one CUDA graph", card.graph(lambda: model(ids))
+        # While a graph is captured transformers makes masks that eager does without: torch attends causally then.
+        with mock.patch("transformers.models.llama.modeling_llama.create_causal_mask", return_value=None):
+            replay = card.graph(lambda: model(ids))
+        yield "one CUDA graph", replay
         return
     if item.way.startswith("rmtc"):
         model = rmtc.compile(model, backend=item.way.removeprefix("rmtc "), schedule="shortest", strict=True)
@@ -290,9 +328,8 @@ def ceiling(case: Case, card: Card, dtype: str) -> Callable[[], None]:
     with torch.device("meta"):
         model, _ = armt_llama.build(**{**sizes, "layers": 1, "segments": 1}, vocabulary=256, dtype=dtype)
     shapes = {name: each.shape for name, each in model.model.layers[0].named_parameters() if each.dim() == 2}
-    every = {"query"} | {name.partition(".")[0] for name in shapes if name.startswith("layer.")}
     pairs = [
-        (tensor(rows if name.partition(".")[0] in every else case.memory, size[1]), tensor(size[1], size[0]))
+        (tensor(rows if name.startswith(("query", "layer.")) else case.memory, size[1]), tensor(size[1], size[0]))
         for name, size in shapes.items()
     ]
     pairs.append((tensor(rows, features), tensor(features, width)))  # read
@@ -321,27 +358,28 @@ MEASURES: dict[str, Callable[[Item, Card], Found]] = {
 
 
 def measured(item: Item, card: Card) -> Found:
-    """What an item's measure finds, or the error that it ends with; the state of the card in either case.
+    """Run an item's measure, and return what it finds or the error that it ends with, and the state of the card.
 
-    With ``broken``, an earlier launch failed, and so would all that follows in this process.
+    With ``broken``, the process must be replaced: an earlier launch failed, and so would all that follows, or the error
+    may have come in the middle of the capture of a graph.
     """
     begun = time.monotonic()
     try:
         with torch.no_grad():
             found = MEASURES[item.kind](item, card)
     except Exception as error:  # noqa: BLE001 - whatever it is, the next item runs
-        found = {"error": told(error)}
+        found = {"error": described(error), "broken": item.way in GRAPHS}
     try:
+        found |= card.state()
         card.synchronize()
         card.release()
-        found |= card.state()
-    except RuntimeError as error:
-        found = {"error": told(error)} | found | {"broken": True}
+    except Exception as error:  # noqa: BLE001 - what was found is sent all the same
+        found = {"error": described(error)} | found | {"broken": True}
     return found | {"took": time.monotonic() - begun}
 
 
-def told(error: Exception) -> Found:
-    """An exception for the record."""
+def described(error: Exception) -> Found:
+    """Return the type, message and last frames of an exception, for the record."""
     lines = traceback.format_exception(error)[-8:]
     return {"type": type(error).__name__, "message": str(error)[:2000], "traceback": "".join(lines)[-6000:]}
 

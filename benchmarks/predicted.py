@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 
-import torch
 from gpu import MEMORY, PUBLISHED, SHAPES, Case
+from gpu_items import steady_bodies
 
 from rmtc.codegen.triton.targets import TARGETS
-from rmtc.examples import armt_llama
-from rmtc.kernels import kernels_of
 
 
 def main() -> None:
@@ -26,12 +24,9 @@ def main() -> None:
     print(f"| model | tokens | launches a step | published | {' | '.join(cards)} |")
     print("|---" * (len(names) + 4) + "|")
     for (shape, segment), known in PUBLISHED.items():
-        sizes = {**Case(shape, segment, 3 * segment).sizes, "layers": 2}
-        with torch.device("meta"):
-            model, args = armt_llama.build(**sizes, dtype="bfloat16")
-        layers, found = SHAPES[shape]["layers"], {}
-        for name, bodies in kernels_of(model, args, targets=names).items():
-            found[name] = next(body for body in bodies if body.name == "C0").predicted(layers)
+        layers = SHAPES[shape]["layers"]
+        bodies = steady_bodies(Case(shape, segment, 3 * segment), names, "bfloat16")
+        found = {name: body.predicted(layers) for name, body in bodies.items()}
         for tokens, (_, diagonal) in known.items():
             segments = tokens // segment
             cells = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from rmtc.codegen.triton.launch import Launch
 from rmtc.codegen.triton.offline import Binary, OfflineError, compile_for
 from rmtc.codegen.triton.targets import TARGETS, Target
 from rmtc.errors import RefusedError
-from rmtc.ir.array import Outside
+from rmtc.ir.array import Array, Outside
 from rmtc.ir.explanation import FusedKernel, FusedStep
 from rmtc.ir.kernel import Multiply
 from rmtc.ir.wavefront import WavefrontProgram
@@ -97,11 +96,9 @@ class BodyKernels:
         if self.fallbacks:
             raise RefusedError(f"{self.name} leaves {', '.join(self.fallbacks)} to torch")
         tensors = {
-            array: _random(self.body.values[leaf], cells if array.grouped else None, device)
-            for array, leaf in self.body.leaves.items()
+            array: _random(self.body.values[leaf], array, cells, device) for array, leaf in self.body.leaves.items()
         }
-        work = functools.partial(torch.empty, device=device)
-        return self.body.calls(tensors, cells, lambda shape, dtype: work(shape, dtype=dtype))
+        return self.body.calls(tensors, cells, lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device))
 
     def compile(self) -> list[Binary]:
         """The kernels as the target has them.
@@ -119,13 +116,12 @@ class BodyKernels:
         return found
 
 
-def _random(like: Any, cells: int | None, device: torch.device) -> torch.Tensor:
-    """A random operand that lies in memory as another does, but for the number of its cells."""
-    if not isinstance(like, torch.Tensor):
-        several = list(like) if isinstance(like, Sequence) else [like]
-        return torch.tensor(several[0] if cells is None else several[:1] * cells, device=device)
+def _random(like: Any, array: Array, cells: int, device: torch.device) -> torch.Tensor:
+    """Return a random operand that lies in memory as another does, but for the number of its cells."""
+    if not isinstance(like, torch.Tensor):  # a number of each cell
+        return torch.zeros(cells if array.grouped else (), dtype=array.dtype, device=device)
     shape, strides = list(like.shape), like.stride()
-    if cells is not None:
+    if array.grouped:
         shape[0] = cells
     length = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if like.is_floating_point():

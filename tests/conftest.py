@@ -35,6 +35,10 @@ os.environ.setdefault("RMTC_COST_MODEL", str(Path(__file__).parent / "costs" / "
 estimate._compiles = lambda: False
 
 
+AGAIN = {"test_fused", "test_state", "test_compile"}
+"""Modules whose runs are repeated with --full: see `runs_again`."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run what is marked full, too: see .ci/full")
 
@@ -42,6 +46,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what takes too long for every change, unless it is asked for."""
     if config.getoption("--full"):
+        for item in items:
+            if isinstance(item, pytest.Function) and item.module.__name__ in AGAIN:
+                item.fixturenames.append("runs_again")
         return
     left = [item for item in items if item.get_closest_marker("full")]
     config.hook.pytest_deselected(items=left)

@@ -19,6 +19,7 @@ import random
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -168,7 +169,7 @@ def planted(mutant: Mutant) -> Any:
     return compile(ast.fix_missing_locations(tree), str(file), "exec", dont_inherit=True)
 
 
-def _run(mutant: Mutant | None, module: str, limit: float, log: Path) -> int:
+def _run(mutant: Mutant | None, module: str, log: Path) -> int:
     """Run the tests of a module in this process, which is a child; the exit code of pytest."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     with log.open("w") as file:
@@ -186,7 +187,7 @@ def _run(mutant: Mutant | None, module: str, limit: float, log: Path) -> int:
         importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[method-assign, assignment]
     import pytest
 
-    files = [str(ROOT / "tests" / each) for each in TESTS[module] if (ROOT / "tests" / each).exists()]
+    files = [str(ROOT / "tests" / each) for each in TESTS[module]]
     return int(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=line", *files]))
 
 
@@ -206,7 +207,7 @@ class Pool:
             os.setsid()
             code = 70
             try:
-                code = _run(mutant, module, self.limit, log)
+                code = _run(mutant, module, log)
             finally:
                 sys.stdout.flush()
                 os._exit(code)
@@ -219,14 +220,12 @@ class Pool:
             seconds = time.monotonic() - start
             if found == 0 and seconds < self.limit:
                 continue
-            outcome = "killed"
+            outcome = "survived" if found and os.waitstatus_to_exitcode(status) == 0 else "killed"
             if found == 0:
                 outcome = "not in time"
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-            elif os.waitstatus_to_exitcode(status) == 0:
-                outcome = "survived"
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)  # what the tests started
             del self.begun[child]
@@ -241,7 +240,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=20.0, help="seconds for the tests of one mutant")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", nargs="+", choices=[*TESTS], default=[*TESTS], help="modules")
-    parser.add_argument("--logs", type=Path, default=None, help="a folder for what the tests print")
+    parser.add_argument("--logs", type=Path, help="a folder for what the tests print")
+    parser.add_argument("--least", type=int, default=0, help="exit with 1 if fewer are killed")
     parser.add_argument("--json", type=Path, help="write each mutant and what came of it there")
     options = parser.parse_args()
     import hypothesis
@@ -254,21 +254,10 @@ def main() -> None:
     torch.set_num_threads(1)
     drawn = random.Random(options.seed).sample(mutants([*TESTS]), options.count)
     drawn = [each for each in drawn if each.module in options.only]
-    logs = options.logs or Path(os.devnull).parent / "shm" / f"mutants-{os.getpid()}"
-    logs.mkdir(parents=True, exist_ok=True)
-    pool, waiting = Pool(options.limit, logs), list(reversed(drawn))
-    found: list[dict[str, Any]] = []
-    while waiting or pool.begun:
-        while waiting and len(pool.begun) < options.jobs:
-            pool.start(waiting[-1], waiting.pop().module)
-        ended = pool.ended()
-        if ended is None:
-            time.sleep(0.05)
-            continue
-        mutant, module, outcome, seconds = ended
-        assert mutant is not None
-        found.append({**vars(mutant), "outcome": outcome, "seconds": round(seconds, 1)})
-        print(f"{len(found):4} {outcome:11} {seconds:5.1f} s  {module}:{mutant.line}  {mutant.says}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        logs = options.logs or Path(folder)
+        logs.mkdir(parents=True, exist_ok=True)
+        found = measured(drawn, options.only, Pool(options.limit, logs), options.jobs)
     print()
     for module in options.only:
         counts = Counter(each["outcome"] for each in found if each["module"] == module)
@@ -277,6 +266,34 @@ def main() -> None:
     print(f"seed {options.seed}, {options.limit:g} s each: {killed} of {len(found)} killed")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
+    raise SystemExit(killed < options.least)
+
+
+def measured(drawn: Sequence[Mutant], modules: Sequence[str], pool: Pool, jobs: int) -> list[dict[str, Any]]:
+    """Run the tests for each mutant, after those of each module as it is, which must not fail.
+
+    Raises:
+        SystemExit: if the tests of a module fail without a fault.
+    """
+    waiting: list[tuple[Mutant | None, str]] = [(None, module) for module in modules]
+    waiting += [(each, each.module) for each in drawn]
+    waiting.reverse()
+    found: list[dict[str, Any]] = []
+    while waiting or pool.begun:
+        while waiting and len(pool.begun) < jobs:
+            pool.start(*waiting.pop())
+        ended = pool.ended()
+        if ended is None:
+            time.sleep(0.05)
+            continue
+        mutant, module, outcome, seconds = ended
+        if mutant is None:
+            if outcome == "killed":
+                raise SystemExit(f"the tests of {module} fail without a fault: see --logs")
+            continue
+        found.append({**vars(mutant), "outcome": outcome, "seconds": round(seconds, 1)})
+        print(f"{len(found):4} {outcome:11} {seconds:5.1f} s  {module}:{mutant.line}  {mutant.says}", flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -14,14 +14,19 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[1] / ".ci" / "full"
 
 
-@pytest.fixture
-def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script for a repository of one commit, with two parts of a command each and no environments."""
+def loaded() -> Any:
     loader = SourceFileLoader("full", str(SCRIPT))
     spec = importlib.util.spec_from_loader("full", loader)
     assert spec is not None
-    module: Any = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script for a repository of one commit, with two parts of a command each and no environments."""
+    module = loaded()
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "RESULTS", tmp_path / ".ci" / "full.json")
     monkeypatch.setattr(module, "PARTS", {"one": ("none", "", ["echo 3 passed"]), "two": ("none", "", ["exit 1"])})
@@ -100,7 +105,28 @@ def test_changes_that_are_not_committed_are_an_error(
     assert not full.RESULTS.exists()
 
 
+def test_what_cannot_be_installed_has_failed(full: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(kind: str, folder: Path) -> None:
+        raise subprocess.CalledProcessError(1, "pip install torch")
+
+    monkeypatch.setattr(full, "environment", fails)
+    assert run(full, monkeypatch) == 1
+    found = json.loads(full.RESULTS.read_text())
+    assert [each["result"] for each in found.values()] == ["failed"] * 2 and "pip install torch" in found["one"][
+        "says"
+    ][0]
+
+
+def test_the_environment_is_that_of_the_readme(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module, ran = loaded(), list[str]()
+    monkeypatch.setattr(module.venv, "create", lambda place, with_pip: None)
+    monkeypatch.setattr(module.subprocess, "run", lambda command, **options: ran.append(command[-1]))
+    variables = module.environment("current", tmp_path)
+    assert variables["PATH"].startswith(str(tmp_path / "current" / "bin"))
+    (line,) = ran
+    assert line.startswith("pip install -e ") and "block-recurrent" in line and "pytest" not in line
+
+
 def test_the_parts_are_those_of_this_repository() -> None:
-    assert "pytest --durations" not in SCRIPT.read_text(), "the README has the command"
     for name in ("test_zoo.py", "test_zoo_operations.py", "test_property.py", "test_gpu_benchmark.py", "mutants.py"):
         assert f"tests/{name}" in SCRIPT.read_text() and (Path(__file__).parent / name).exists()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ import pytest
 import torch
 
 import rmtc
+from rmtc.examples import armt_llama
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -39,7 +44,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_an_item_of_each_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str], plant: Any) -> None:
     items = run(tmp_path / "figures.json")
-    assert [each["kind"] for each in items] == ["machine", *["correct"] * 3, "kernels", *["time"] * 8]
+    assert [each["kind"] for each in items] == ["machine", *["correct"] * 3, "kernels", *["time"] * 9]
     assert [each["way"] for each in items[1:4]] == list(gpu.BACKENDS)
     assert len({each["process"] for each in items}) == 1
     assert not any("error" in each for each in items)
@@ -79,7 +84,7 @@ def test_what_is_wrong_has_no_time(tmp_path: Path, capsys: pytest.CaptureFixture
     assert exit.value.code == 1
     printed = capsys.readouterr().out
     assert "| toy, 8 + 2, 32 tokens | wrong | - | - | - | - | 0.500 |" in printed
-    assert "Other results than eager: inductor, torch, triton" in printed
+    assert "Other results than eager: inductor in float32, torch in float32, triton in float32" in printed
 
 
 def test_what_cannot_start_says_why(tmp_path: Path, plant: Any) -> None:
@@ -110,12 +115,15 @@ def test_the_order_of_items() -> None:
     items = gpu.items(toy=False, repeats=3)
     first = ("1B", 1024, 131_072)
     kinds = [each.kind for each in items]
-    assert kinds[:8] == ["machine", *["correct"] * 6, "kernels"] and set(kinds[8:]) == {"time"}
-    cases = list(dict.fromkeys((each.case.shape, each.case.segment, each.case.tokens) for each in items[7:]))
+    assert kinds[:5] == ["machine", *["correct"] * 3, "kernels"] and kinds[5:14] == [*["time"] * 6, *["correct"] * 3]
+    assert [each.dtype for each in items[1:4] + items[11:14]] == ["bfloat16"] * 3 + ["float32"] * 3
+    assert set(kinds[14:]) == {"time"}
+    timed = [each for each in items[4:] if each.kind != "correct"]
+    cases = list(dict.fromkeys((each.case.shape, each.case.segment, each.case.tokens) for each in timed))
     assert cases[:3] == [first, ("160M", 512, 65_536), ("1B", 512, 65_536)]
     assert {(*key, n) for key, known in gpu.PUBLISHED.items() for n in known} <= set(cases)
-    assert all(each.case.key_size == 64 and each.case.memory == 128 for each in items[7:])
-    assert tuple(each.way for each in items[8:14]) == gpu.WAYS
+    assert all(each.case.key_size == 64 and each.case.memory == 128 for each in items[1:])
+    assert tuple(each.way for each in items[5:11]) == gpu.WAYS
 
 
 @pytest.fixture
@@ -135,7 +143,7 @@ def item_of(kind: str, way: str = "") -> Any:
         ("correct", "torch", rmtc, "compile"),
         ("kernels", "", gpu_items, "kernels_of"),
         ("time", "rmtc torch", rmtc, "compile"),
-        ("time", "full attention", gpu_items, "sdpa_kernel"),
+        ("time", "full attention", gpu_items, "built"),
         ("time", "ceiling", gpu_items, "scaled_dot_product_attention"),
         ("time", "eager graph", gpu_items.Card, "graph"),
     ],
@@ -150,7 +158,7 @@ def test_an_exception_is_recorded_with_its_place(
     found = gpu_items.measured(item_of(kind, way), card)
     assert found["error"]["type"] == "OutOfMemoryError" and found["error"]["message"] == "planted"
     assert "gpu_items.py" in found["error"]["traceback"]
-    assert "broken" not in found and found["took"] > 0
+    assert found.get("broken", False) is (way in gpu_items.GRAPHS) and found["took"] > 0
 
 
 def test_a_card_that_is_lost_ends_the_process(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +168,63 @@ def test_a_card_that_is_lost_ends_the_process(card: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(gpu_items.Card, "synchronize", lost)
     found = gpu_items.measured(item_of("time", "eager"), card)
     assert found["broken"] and "illegal" in found["error"]["message"]
+
+
+def test_texts_are_made_whatever_the_default_device_is() -> None:
+    with torch.device("meta"):
+        model, (ids,) = armt_llama.build(layers=1, segments=2)
+    assert ids.device.type == "cpu" and model.device.type == "meta"
+    assert torch.equal(ids, armt_llama.build(layers=1, segments=2)[1][0])
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_models_are_built_on_the_card(full: bool, card: Any) -> None:
+    card.device = torch.device("meta")
+    model, _ = gpu_items.built(gpu.Case("toy", 8, 32, memory=2), card, "bfloat16", full)
+    assert {each.device.type for each in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+
+
+def test_the_fastest_attention_counts_and_others_may_refuse(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def called(item: Any, card: Any) -> Any:
+        def slow() -> None:
+            calls.append("slow")
+            time.sleep(0.03)
+
+        def refuses() -> None:
+            raise RuntimeError("no such kernel")
+
+        yield from (("slow", slow), ("fast", partial(calls.append, "fast")), ("last", refuses))
+
+    monkeypatch.setattr(gpu_items, "called", called)
+    found = gpu_items.measured(item_of("time", "full attention"), card)
+    assert found["by"] == "fast" and found["refused"] == {"last": "no such kernel"}
+    assert calls == ["slow"] * 2 + ["fast"] * 3
+
+
+def test_calls_are_repeated_while_there_is_time(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_items, "called", lambda item, card: [("", lambda: time.sleep(0.1))])
+    item = dataclasses.replace(item_of("time", "eager"), repeats=50, seconds=0.8)
+    assert 1 <= len(gpu_items.measured(item, card)["all"]) <= 5
+
+
+@pytest.mark.slow
+def test_a_kernel_that_fails_leaves_the_others_their_times(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = itertools.count()
+
+    def of_kernel(self: Any, call: Any, repeats: int) -> float:
+        if next(timed) == 2:
+            raise RuntimeError("out of resources: shared memory")
+        return 1.0
+
+    monkeypatch.setattr(gpu_items.Card, "of_kernel", of_kernel)
+    found = gpu_items.measured(item_of("kernels"), card)
+    assert [("seconds" in row, "error" in row) for row in found["launches"]] == [
+        (number != 2, number == 2) for number in range(len(found["launches"]))
+    ]
+    assert len(found["launches"]) >= 8 and found["step"] is None and "not measured" in found["says"]
 
 
 def test_measures_that_need_no_kernels(card: Any) -> None:
@@ -185,13 +250,18 @@ def test_wrong_logits_are_seen(card: Any, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.full
 def test_it_runs_interpreted_and_starts_by_itself(tmp_path: Path) -> None:
     """Every kind of item, where kernels are interpreted; not the ways that Inductor compiles for long."""
-    script, file = BENCHMARKS / "gpu.py", tmp_path / "figures.json"
+    for name in ("benchmarks", "rmtc"):
+        shutil.copytree(
+            BENCHMARKS.parent / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results")
+        )
+    script, file = tmp_path / "benchmarks" / "gpu.py", tmp_path / "figures.json"
     ways = ["rmtc triton", "eager graph", "full attention", "ceiling", "eager"]
     command = [sys.executable, str(script), "--toy", "--repeats=1", f"--json={file}", "--ways", *ways]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    ran = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     items = json.loads(file.read_text())["items"]
     assert not any("error" in each for each in items)
+    assert items[0]["rmtc"] == str(tmp_path / "rmtc"), "one that is installed ran"
     (kernels,) = (each for each in items if each["kind"] == "kernels")
     assert len(kernels["launches"]) >= 8 and all(each["seconds"] > 0 for each in kernels["launches"])
 
@@ -203,7 +273,7 @@ def test_kernels_are_compiled_and_launched_without_a_gpu(tmp_path: Path, monkeyp
     script, file = Path(__file__).with_name("stub_gpu.py"), tmp_path / "figures.json"
     command = [sys.executable, str(script), "--repeats=1", f"--json={file}"]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ran.returncode == 1 and "Other results than eager: triton" in ran.stdout, ran.stdout + ran.stderr
+    assert ran.returncode == 1 and "Other results than eager: triton in bfloat16" in ran.stdout, ran.stdout + ran.stderr
     items = json.loads(file.read_text())["items"]
     assert not any("error" in each for each in items)
     (kernels,) = (each for each in items if each["kind"] == "kernels")

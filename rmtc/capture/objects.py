@@ -189,15 +189,11 @@ def _taken_apart(value: Any) -> tuple[Any, tuple[str, ...] | None, _Parts] | Non
         parts = [*zip(range(len(value)), texts, value, strict=True), *((key, f".{key}", held[key]) for key in held)]
         return type(value), tuple(held), parts
     found = _children(value)
-    if found is None:
-        return None
-    spec, texts, parts = found
-    keys: Any = list(value) if isinstance(value, dict) and len(value) == len(parts) else range(len(parts))
-    return spec, None, list(zip(keys, texts, parts, strict=True))
+    return None if found is None else (found[0], None, found[1])
 
 
-def _children(value: Any) -> tuple[Any, list[str], list[Any]] | None:
-    """The parts of a pytree's node: how they are put together, what each adds to a path, and they; None for a leaf.
+def _children(value: Any) -> tuple[Any, _Parts] | None:
+    """Return how a pytree's node is put together, and its parts; None for a leaf.
 
     Parts of a class that was registered without keys, as transformers' results were until 5.0, are named as a
     dictionary's or a list's.
@@ -209,12 +205,12 @@ def _children(value: Any) -> tuple[Any, list[str], list[Any]] | None:
     parts, spec = pytree.tree_flatten(value, below)
     if len(parts) == 1 and parts[0] is value:
         return None
+    keys: Any = list(value) if isinstance(value, dict) and len(value) == len(parts) else range(len(parts))
     try:
         texts = [pytree.keystr(at) for at, _ in pytree.tree_flatten_with_path(value, below)[0]]
     except ValueError:
-        keys: Any = list(value) if isinstance(value, dict) and len(value) == len(parts) else range(len(parts))
         texts = [f"[{key!r}]" for key in keys]
-    return spec, texts, parts
+    return spec, list(zip(keys, texts, parts, strict=True))
 
 
 def named_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -223,8 +219,7 @@ def named_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if found is None:
         yield name, value
         return
-    _, texts, parts = found
-    for text, part in zip(texts, parts, strict=True):
+    for _, text, part in found[1]:
         yield from named_leaves(part, name + text)
 
 

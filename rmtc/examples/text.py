@@ -18,9 +18,9 @@ def token_ids(length: int, batch: int = 1) -> Tensor:
         batch: number of rows.
 
     Returns:
-        ``(batch, length)``, int64, values in 0..255.
+        ``(batch, length)``, int64, values in 0..255, on the CPU.
     """
     text = "\n".join(topics[name] for name in sorted(topics)).encode()
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    positions = torch.arange(batch * length) % data.numel()
+    positions = torch.arange(batch * length, device="cpu") % data.numel()  # whatever the default device is
     return data[positions].view(batch, length).long()
