@@ -8,7 +8,8 @@ machine; each backend held against eager; the kernels of one full step of the 1B
 estimates; calls of 131,072 tokens of that model; other shapes. The figures are written as JSON after each item, by
 default to benchmarks/results/, named after the card and the time. An item that raises, dies or takes too long is
 recorded with its reason, and the next one runs. What each item measures is in gpu_items.py. `published` is what arXiv
-2506.05229 reports for its own model on an A100, one segment after another and by its diagonals.
+2506.05229 reports for its own model on an A100, one segment after another and by its diagonals. The exit code is 1 if a
+backend gives other results than eager, or nothing could be measured.
 """
 
 from __future__ import annotations
@@ -70,6 +71,21 @@ LEAST = 5.0
 """No item begins with fewer seconds left."""
 
 
+UNITS = {
+    "seconds": "median of the calls in `all`, from an idle card to an idle card",
+    "first": "seconds of the first call, the model's construction included",
+    "took": "seconds of the whole item",
+    "limit": "seconds that the item might take",
+    "product": "floating-point operations a second of a bfloat16 product",
+    "copy": "bytes read and written a second",
+    "launches": "seconds by events, predicted seconds, and operations (rate) and bytes (bandwidth) a second of each",
+    "step": "seconds of all launches one after another",
+    "errors": "norm of the difference from eager's logits in float32, in norms of these, by call",
+    "peak_memory": "bytes",
+}
+"""What the figures are of: written beside them."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A model's shape, positions of the text and of memory in a segment, tokens."""
@@ -100,7 +116,7 @@ class Item:
         way: a backend, or how a call is run.
         dtype: of the weights.
         repeats: how often a call is timed, if there is time.
-        seconds: how long it may take.
+        limit: seconds that it may take.
     """
 
     kind: str
@@ -108,7 +124,7 @@ class Item:
     way: str = ""
     dtype: str = "bfloat16"
     repeats: int = 5
-    seconds: float = LIMIT
+    limit: float = LIMIT
 
     def __str__(self) -> str:
         return " | ".join([self.kind, *([str(self.case)] if self.case else []), *([self.way] if self.way else [])])
@@ -169,7 +185,7 @@ class Worker:
                 if refusal := self.link.recv():
                     raise RefusedError(refusal)
                 self.ready = True
-            self.link.send(replace(item, seconds=seconds - (time.monotonic() - begun)))
+            self.link.send(replace(item, limit=seconds - (time.monotonic() - begun)))
             if not self.link.poll(max(0.0, seconds - (time.monotonic() - begun))):
                 raise TimeoutError(f"no result after {seconds:.0f} s")
             found: dict[str, Any] = self.link.recv()
@@ -203,19 +219,34 @@ class Record:
     """The figures so far, in a file that is whole at any time."""
 
     def __init__(self, path: Path | None) -> None:
-        self.path, self.card, self.begun = path, "unknown", datetime.datetime.now()
+        self.given, self.card, self.begun = path, "unknown", datetime.datetime.now()
         self.found: list[dict[str, Any]] = []
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        name = f"{re.sub('[^a-z0-9]+', '-', self.card.lower())}-{self.begun:%Y%m%d-%H%M}.json"
+        return self.given or ROOT / "benchmarks" / "results" / name
 
     def add(self, item: Item, found: dict[str, Any]) -> None:
         """Record an item, and write the file anew."""
         self.card = found.get("card", self.card)
         self.found.append({"item": str(item), **asdict(item), **found})
-        name = f"{re.sub('[^a-z0-9]+', '-', self.card.lower())}-{self.begun:%Y%m%d-%H%M}.json"
-        path = self.path or ROOT / "benchmarks" / "results" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"card": self.card, "items": self.found}, indent=1) + "\n")
-        os.replace(part, path)
+        self.write()
+
+    def write(self) -> None:
+        """Write the file in one step.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        if self.path.is_dir():
+            raise IsADirectoryError(f"{self.path} is a folder")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"card": self.card, "begun": f"{self.begun:%Y-%m-%d %H:%M}", "command": sys.argv, "units": UNITS}
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(content | {"items": self.found}, indent=1) + "\n")
+        os.replace(part, self.path)
 
     def wrong(self) -> set[tuple[str, str]]:
         """Return the backends that gave other results than eager, each with the dtype."""
@@ -241,13 +272,13 @@ def tables(record: Record) -> list[str]:
     for each in record.found:
         if each["kind"] == "time":
             wrong = (each["way"].removeprefix("rmtc "), each["dtype"]) in record.wrong()
-            value = "wrong" if wrong else each.get("seconds", each.get("error", {}).get("type", "-"))
+            value = each["error"]["type"] if "error" in each else "wrong" if wrong else each["seconds"]
             rows.setdefault(str(Case(**each["case"])), {"case": Case(**each["case"])})[each["way"]] = value
     ways = [*WAYS, *MORE_WAYS]
     heads = ["model", *ways, "eager graph / rmtc triton", "ceiling / rmtc triton", "published: in turn, diagonal"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, row in rows.items():
-        cells = [f"{row[way]:.3f}" if isinstance(row.get(way), float) else row.get(way, "-") for way in ways]
+        cells = [f"{row[way]:#.3g}" if isinstance(row.get(way), float) else row.get(way, "-") for way in ways]
         for one in ("eager graph", "ceiling"):
             a, b = row.get(one), row.get("rmtc triton")
             cells.append(f"{a / b:.2f}" if isinstance(a, float) and isinstance(b, float) else "-")
@@ -268,24 +299,58 @@ def work(link: Connection, toy: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None, work: Callable[[Connection, bool], None] = work) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shapes, ways = [*SHAPES], [*WAYS, *MORE_WAYS]
     parser.add_argument("--minutes", type=float, default=10.0, help="everything ends within so many (10)")
     parser.add_argument("--repeats", type=int, default=5, help="how often a call is timed (5)")
-    parser.add_argument("--only", nargs="+", choices=[*SHAPES], help="shapes whose kernels and calls are timed")
-    parser.add_argument("--ways", nargs="+", choices=[*WAYS, *MORE_WAYS], help="how calls are run")
+    parser.add_argument("--only", nargs="+", choices=shapes, help="shapes to time; backends are checked in any case")
+    parser.add_argument("--ways", nargs="+", choices=ways, help='how calls are run, as in --ways "rmtc triton" ceiling')
     parser.add_argument("--toy", action="store_true", help="sizes that mean nothing, on the CPU")
     parser.add_argument("--json", type=Path, help="the file for the figures")
     options = parser.parse_args(arguments)
+    if not 0 < options.minutes < 1e6:
+        parser.error("--minutes must be more than 0")
+    if options.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    chosen = [
+        item
+        for item in items(options.toy, options.repeats)
+        if not (options.only and item.kind in ("kernels", "time") and item.case.shape not in options.only)
+        and not (options.ways and item.kind == "time" and item.way not in options.ways)
+    ]
+    if not any(item.kind == "time" for item in chosen):
+        parser.error("these options leave nothing to time: with --toy there is the shape toy alone, without it others")
+    record = Record(options.json)
+    try:
+        if options.json:
+            record.write()
+    except OSError as error:
+        parser.error(f"--json: {error}")
+    try:
+        measure(chosen, record, work, options)
+    except KeyboardInterrupt:
+        say("\nstopped")
+    say("\n" + "\n".join([f"Seconds, batch 1, {record.card}", "", *tables(record)]))
+    if record.wrong():
+        say(f"\nOther results than eager: {', '.join(' in '.join(each) for each in sorted(record.wrong()))}")
+    say(f"\nFigures: {record.path}")
+    if record.wrong() or all("error" in each for each in record.found):
+        raise SystemExit(1)
+
+
+def measure(
+    chosen: Sequence[Item], record: Record, work: Callable[[Connection, bool], None], options: argparse.Namespace
+) -> None:
+    """Measure items in their order while there is time."""
     deadline = time.monotonic() + 60 * options.minutes
-    record, worker = Record(options.json), None
-    for item in items(options.toy, options.repeats):
-        if options.only and item.kind in ("kernels", "time") and item.case.shape not in options.only:
-            continue
-        if options.ways and item.kind == "time" and item.way not in options.ways:
-            continue
-        left = deadline - time.monotonic() - 2  # to kill a process and to write takes moments
-        if left < LEAST:
-            found: dict[str, Any] = {"error": {"type": "NoTime", "message": "no time left"}}
-        else:
+    worker: Worker | None = None
+    late = 0
+    try:
+        for item in chosen:
+            left = deadline - time.monotonic() - 2  # to kill a process and to write takes moments
+            if left < LEAST:
+                late += 1
+                record.found.append({"item": str(item), **asdict(item), "error": {"type": "NoTime", "message": ""}})
+                continue
             worker = worker if worker is not None and worker.usable else Worker(work, options.toy)
             try:
                 found = worker.ask(item, min(LIMIT, left))
@@ -293,15 +358,14 @@ def main(arguments: Sequence[str] | None = None, work: Callable[[Connection, boo
                 if not record.found:
                     raise SystemExit(f"nothing can be measured: {error}") from error
                 found = {"error": {"type": "RefusedError", "message": str(error)}}
-        record.add(item, found)
-        say(told(item, found))
-    if worker is not None:
-        worker.end(idle=True)
-    say("\n" + "\n".join([f"Seconds, batch 1, {record.card}", "", *tables(record)]))
-    if record.wrong():
-        say(f"\nOther results than eager: {', '.join(' in '.join(each) for each in sorted(record.wrong()))}")
-    if record.wrong() or all("error" in each for each in record.found):
-        raise SystemExit(1)
+            record.add(item, found)
+            say(told(item, found))
+    finally:
+        if worker is not None:
+            worker.end(idle=not late)
+    if late:
+        record.write()
+        say(f"{late} items were not begun: there was no time left")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import time
@@ -266,7 +267,7 @@ def timed(item: Item, card: Card) -> Found:
     if not tried:
         raise RuntimeError("; ".join(f"{name}: {why}" for name, why in refused.items()))
     second, first, name, call = min(tried, key=lambda each: each[0])
-    left = item.seconds - (time.perf_counter() - start)
+    left = item.limit - (time.perf_counter() - start)
     each = card.seconds(call, max(1, min(item.repeats, int(0.8 * left / second))))
     median = statistics.median(each)
     says = f"{median:.3f} s ({min(each):.3f} .. {max(each):.3f}), first {first:.1f} s{', ' + name if name else ''}"
@@ -392,6 +393,7 @@ def serve(link: Connection, toy: bool) -> None:
         link.send(str(error))
         return
     link.send("")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     while (item := link.recv()) is not None:
         found = measured(item, card)
         link.send(found)

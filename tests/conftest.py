@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+import environment
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -17,18 +16,13 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from rmtc.runtime import estimate
 from rmtc.runtime.executor import Executor, Run
 
+assert environment.SET
+
 # On tensors as small as these a second thread only waits for its turn; the tests themselves run side by side.
 torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
 
 # What an analysis makes is gone over by the garbage collector again and again: a fifth of the time of all tests.
 gc.set_threshold(50_000, 20, 50)
-
-# Kernels in Triton are interpreted; they are compiled in processes of their own.
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
-# Where operations as written are said to take a millisecond, a schedule is always worth it, as tests of them want it.
-os.environ.setdefault("RMTC_COST_MODEL", str(Path(__file__).parent / "costs" / "steps.json"))
 
 
 # Inductor compiles for many seconds what a test runs a few times: a test of it asks for it.

@@ -213,6 +213,12 @@ class Pool:
                 os._exit(code)
         self.begun[child] = time.monotonic(), mutant, module
 
+    def end(self) -> None:
+        """End the children that are left, and what they started."""
+        for child in self.begun:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+
     def ended(self) -> tuple[Mutant | None, str, str, float] | None:
         """A child that has ended, if there is one: the mutant, its module, what came of it, and seconds."""
         for child, (start, mutant, module) in self.begun.items():
@@ -235,15 +241,24 @@ class Pool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=200, help="how many mutants")
-    parser.add_argument("--limit", type=float, default=20.0, help="seconds for the tests of one mutant")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=int, default=0, help="draws the mutants (0)")
+    parser.add_argument("--count", type=int, default=200, help="how many mutants (200)")
+    parser.add_argument("--limit", type=float, default=20.0, help="seconds for the tests of one mutant (20)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many run at once (one a core)")
     parser.add_argument("--only", nargs="+", choices=[*TESTS], default=[*TESTS], help="modules")
     parser.add_argument("--logs", type=Path, help="a folder for what the tests print")
-    parser.add_argument("--least", type=int, default=0, help="exit with 1 if fewer are killed")
+    parser.add_argument("--least", type=int, default=0, help="exit with 1 if fewer mutants are killed")
     parser.add_argument("--json", type=Path, help="write each mutant and what came of it there")
     options = parser.parse_args()
+    possible = mutants(options.only)
+    if not 0 < options.count <= len(possible):
+        parser.error(f"--count is 1 to {len(possible)} for these modules")
+    if options.jobs < 1 or options.limit <= 0:
+        parser.error("--jobs is at least 1, --limit more than 0")
+    drawn = random.Random(options.seed).sample(possible, options.count)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text("[]\n")
     import hypothesis
     import networkx
     import sympy
@@ -252,25 +267,30 @@ def main() -> None:
 
     assert hypothesis and networkx and sympy and transformers
     torch.set_num_threads(1)
-    drawn = random.Random(options.seed).sample(mutants([*TESTS]), options.count)
-    drawn = [each for each in drawn if each.module in options.only]
     with tempfile.TemporaryDirectory() as folder:
         logs = options.logs or Path(folder)
         logs.mkdir(parents=True, exist_ok=True)
-        found = measured(drawn, options.only, Pool(options.limit, logs), options.jobs)
+        pool, found = Pool(options.limit, logs), list[dict[str, Any]]()
+        try:
+            for each in measured(drawn, options.only, pool, options.jobs):
+                found.append(each)
+                if options.json:
+                    options.json.write_text(json.dumps(found, indent=1) + "\n")
+                at = f"{each['module']}:{each['line']}  {each['says']}"
+                print(f"{len(found):4} {each['outcome']:11} {each['seconds']:5.1f} s  {at}", flush=True)
+        finally:
+            pool.end()
     print()
     for module in options.only:
         counts = Counter(each["outcome"] for each in found if each["module"] == module)
         print(f"{module:32} {counts['killed']} of {counts.total()} killed, {counts['not in time']} not in time")
     killed = sum(each["outcome"] == "killed" for each in found)
     print(f"seed {options.seed}, {options.limit:g} s each: {killed} of {len(found)} killed")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
     raise SystemExit(killed < options.least)
 
 
-def measured(drawn: Sequence[Mutant], modules: Sequence[str], pool: Pool, jobs: int) -> list[dict[str, Any]]:
-    """Run the tests for each mutant, after those of each module as it is, which must not fail.
+def measured(drawn: Sequence[Mutant], modules: Sequence[str], pool: Pool, jobs: int) -> Iterator[dict[str, Any]]:
+    """Yield what comes of each mutant, after those of each module as it is, which must not fail.
 
     Raises:
         SystemExit: if the tests of a module fail without a fault.
@@ -278,7 +298,6 @@ def measured(drawn: Sequence[Mutant], modules: Sequence[str], pool: Pool, jobs: 
     waiting: list[tuple[Mutant | None, str]] = [(None, module) for module in modules]
     waiting += [(each, each.module) for each in drawn]
     waiting.reverse()
-    found: list[dict[str, Any]] = []
     while waiting or pool.begun:
         while waiting and len(pool.begun) < jobs:
             pool.start(*waiting.pop())
@@ -291,9 +310,7 @@ def measured(drawn: Sequence[Mutant], modules: Sequence[str], pool: Pool, jobs: 
             if outcome == "killed":
                 raise SystemExit(f"the tests of {module} fail without a fault: see --logs")
             continue
-        found.append({**vars(mutant), "outcome": outcome, "seconds": round(seconds, 1)})
-        print(f"{len(found):4} {outcome:11} {seconds:5.1f} s  {module}:{mutant.line}  {mutant.says}", flush=True)
-    return found
+        yield {**vars(mutant), "outcome": outcome, "seconds": round(seconds, 1)}
 
 
 if __name__ == "__main__":

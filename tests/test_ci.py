@@ -105,6 +105,13 @@ def test_changes_that_are_not_committed_are_an_error(
     assert not full.RESULTS.exists()
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"one": {}}', '{"one": 1}'])
+def test_results_that_cannot_be_read_are_an_error(full: Any, content: str) -> None:
+    full.RESULTS.write_text(content)
+    with pytest.raises(SystemExit, match="cannot be read"):
+        full.stale()
+
+
 def test_what_cannot_be_installed_has_failed(full: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(kind: str, folder: Path) -> None:
         raise subprocess.CalledProcessError(1, "pip install torch")
