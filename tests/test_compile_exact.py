@@ -86,6 +86,7 @@ def left_in(function: Any) -> dict[str, Any]:
 
 
 def tensors_of(result: Any) -> dict[str, Tensor]:
+    result = dict(result) if isinstance(result, dict) else result  # classes of transformers may have no keys for pytree
     return {
         pytree.keystr(path): leaf.detach().clone()
         for path, leaf in pytree.tree_flatten_with_path(result)[0]

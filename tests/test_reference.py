@@ -186,6 +186,8 @@ class Model:
         """The results of the user's code, under the names that a program gives them."""
         with torch.no_grad(), Float32CastsAsFloat64():
             returned = self.function(*args)
+        if isinstance(returned, dict):  # classes of transformers may have no keys for pytree
+            returned = dict(returned)
         found = {f"output{pytree.keystr(path)}": leaf for path, leaf in pytree.tree_flatten_with_path(returned)[0]}
         for name in self.state:
             found[name] = operator.attrgetter(name.partition(":")[2])(self.function).detach().clone()

@@ -53,7 +53,7 @@ def _one_by_one(tensor: torch.Tensor, index: tuple[Any, ...]) -> torch.Tensor:
     taken = sum(each is not None and each is not Ellipsis for each in index)
     if taken > tensor.ndim or index.count(Ellipsis) > 1:
         return _getitem(tensor, index)  # says what is wrong
-    dim, skipped = 0, tensor.ndim - taken
+    whole, dim, skipped = tensor, 0, tensor.ndim - taken
     for each in index:
         if each is Ellipsis:
             dim += skipped
@@ -61,6 +61,8 @@ def _one_by_one(tensor: torch.Tensor, index: tuple[Any, ...]) -> torch.Tensor:
             tensor = tensor.unsqueeze(dim)
             dim += 1
         elif isinstance(each, int):
+            if not -tensor.shape[dim] <= each < tensor.shape[dim]:
+                return _getitem(whole, index)  # says what is wrong; select does not, of fake tensors in torch 2.11
             tensor = tensor.select(dim, each)
         else:
             if each != slice(None):
