@@ -229,7 +229,7 @@ FUSED: dict[str, tuple[Any, dict[Any, int]]] = {
 LOOSE = {"in float32, as it was": 1e-5, "in half, which is left": 0.1}
 
 
-@pytest.mark.parametrize("name", one_in(3, FUSED))
+@pytest.mark.parametrize("name", one_in(4, FUSED))
 @pytest.mark.slow
 def test_a_chain_is_one_operation_only_if_it_is_that(name: str) -> None:
     step, counts = FUSED[name]

@@ -64,7 +64,7 @@ def test_an_armt_runs_in_inductor() -> None:
     assert run is not None and run.steps == 8 and max(run.widths) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_linear_maps_by_the_kernel_and_attention_as_products_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     rules = importlib.import_module("rmtc.codegen.torch.rules")
     monkeypatch.setattr(rules, "are_faster", lambda *args: True)

@@ -261,8 +261,8 @@ def test_a_model_with_adapters() -> None:
 AT, TIGHT = (5, 3, 3), 1e-7  # Llama's norms round to float32
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "inside"), [pytest.param("llama", False, marks=pytest.mark.full), ("gpt2", True)])
+@pytest.mark.full
+@pytest.mark.parametrize(("kind", "inside"), [("llama", False), ("gpt2", True)])
 def test_armt_with_adapters(kind: str, inside: bool) -> None:
     model, (ids,) = KINDS[kind].build(**SIZES, dtype="float64")
     given = {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1])}

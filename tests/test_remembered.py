@@ -257,7 +257,7 @@ class Loop(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("around", [False, True])
-@pytest.mark.parametrize("name", one_in(3, TRICKS))
+@pytest.mark.parametrize("name", one_in(4, TRICKS))
 def test_what_a_module_tells_a_late_segment_by_is_seen(name: str, around: bool) -> None:
     trick = TRICKS[name]
     model = Loop(trick, around).eval()

@@ -331,7 +331,7 @@ LEFT = {"slices of one tensor": "select.int"}
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    some(MODELS, {"slices of one tensor", "attention", "rotary"}, pytest.mark.full),
+    some(MODELS, {"slices of one tensor", "attention"}, pytest.mark.full),
 )
 def test_models_with_other_memories(name: str) -> None:
     twins = Twins(MODELS[name], schedule="shortest", backend="triton")
