@@ -260,6 +260,7 @@ def test_a_kernel_that_fails_leaves_the_others_their_times(card: Any, monkeypatc
     assert len(found["launches"]) >= 8 and found["step"] is None and "not measured" in found["says"]
 
 
+@pytest.mark.slow
 def test_measures_that_need_no_kernels(card: Any) -> None:
     for kind, way in (("machine", ""), ("correct", "torch"), ("time", "ceiling")):
         found = gpu_items.measured(item_of(kind, way), card)
@@ -268,6 +269,7 @@ def test_measures_that_need_no_kernels(card: Any) -> None:
     assert found["seconds"] == found["all"][0] > 0
 
 
+@pytest.mark.slow
 def test_wrong_logits_are_seen(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     once = rmtc.compile
 
