@@ -1,4 +1,4 @@
-"""What an item of gpu.py measures, in a process of its own that lives as long as the card is usable.
+"""Measure the items of gpu.py, in a process of its own that lives as long as the card is usable.
 
 Times are of CUDA events on a card, and of the clock on the CPU. Weights are random, logits are of a vocabulary of
 4,096; a model is made, timed and let go before the next, so that memory holds one.
@@ -54,7 +54,7 @@ class NoCard(Exception):
 
 
 class Card:
-    """What items are measured on: a CUDA card, or the CPU at sizes that mean nothing."""
+    """The device that items are measured on: a CUDA card, or the CPU at sizes that mean nothing."""
 
     def __init__(self, toy: bool) -> None:
         self.toy = toy

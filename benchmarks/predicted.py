@@ -1,4 +1,4 @@
-"""What the kernels of the published shapes should take on GPUs that are not here: predictions by a roofline.
+"""Predict by a roofline what the kernels of the published shapes take on GPUs that are not here.
 
 python benchmarks/predicted.py
 

@@ -195,7 +195,7 @@ def _taken_apart(value: Any) -> tuple[Any, tuple[str, ...] | None, _Parts] | Non
 def _children(value: Any) -> tuple[Any, _Parts] | None:
     """Return how a pytree's node is put together, and its parts; None for a leaf.
 
-    Parts of a class that was registered without keys, as transformers' results were until 5.0, are named as a
+    Parts of a class that was registered without keys, as some of transformers' results are, are named as a
     dictionary's or a list's.
     """
 

@@ -298,7 +298,7 @@ class TritonBody:
     def calls(
         self, tensors: _Tensors, size: int, work: Callable[[Sequence[int], torch.dtype], torch.Tensor]
     ) -> list[Callable[[], Any]]:
-        """The launches of a step, in order, as calls without arguments.
+        """Return the launches of a step, in order, as calls without arguments.
 
         Args:
             tensors: memory of the operands, and of the results that have memory; what else is written is added.
