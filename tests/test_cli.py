@@ -428,7 +428,7 @@ main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_reader_that_goes_away_and_a_full_disk_are_told(api: Api, tmp_path: Path) -> None:
     root = Path(__file__).parent
     (tmp_path / "script.py").write_text(SCRIPT)

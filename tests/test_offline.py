@@ -118,7 +118,7 @@ def test_emission_gives_the_same_text_again() -> None:
     assert texts[0] == texts[1]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_explain_shows_kernels_and_what_they_are_predicted_to_take() -> None:
     model, args = armt_llama.build(**{**SMALL, "layers": 2}, dtype="bfloat16")
     answer = rmtc.explain(model, target="sm_90")(*args)

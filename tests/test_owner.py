@@ -125,7 +125,7 @@ def test_the_trainer_wraps_the_forward_in_autocast(tmp_path: Path) -> None:
     assert metrics[1] == pytest.approx(metrics[0], rel=1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_evaluations_between_epochs(tmp_path: Path) -> None:
     """Training runs eager and says so once; evaluations follow the weights, and saving checkpoints disturbs none."""
     model, (ids,) = armt_llama.build(**{**SIZES, "batch": 6})
@@ -212,7 +212,7 @@ def small_pair(model: nn.Module) -> Pair:
     return Pair(eager, rmtc.compile(model), models.LAYERS, lambda segments: segments + steps, models.SEGMENT)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_adapters_are_merged() -> None:
     """The base model is compiled. Merging writes to its weights and takes the adapters out of the way, and back."""
     whole, text = associative()

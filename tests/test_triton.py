@@ -176,7 +176,7 @@ def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
             marks=pytest.mark.full,
         ),
         pytest.param(torch.float32, armt_gpt2.build, id="float32, gpt2", marks=pytest.mark.full),
-        pytest.param(torch.bfloat16, armt_llama.build, id="bfloat16, llama"),
+        pytest.param(torch.bfloat16, armt_llama.build, id="bfloat16, llama", marks=pytest.mark.full),
         pytest.param(torch.float16, armt_gpt2.build, id="float16, gpt2", marks=pytest.mark.full),
     ],
 )
