@@ -15,6 +15,7 @@ from rmtc.capture.objects import Plain, parts_of
 from rmtc.capture.other_sizes import follows
 from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer, shows
+from rmtc.capture.restoring import outermost
 from rmtc.capture.state import told
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, retime_loop, rewrite, timed
@@ -60,6 +61,7 @@ class Analysis:
     told: set[Sizes] = field(default_factory=set)
     probes: list[Captured] = field(default_factory=list)
 
+    @outermost
     @uncollected()
     def admit(self, sizes: Sizes) -> None:
         """See that a call of some sizes does in every segment what the loop says, by replaying its Python.
@@ -206,6 +208,7 @@ class Analysis:
         return self.runs[sizes]
 
 
+@outermost
 def analyze(
     function: Callable[..., Any],
     args: tuple[Any, ...],

@@ -11,8 +11,9 @@ import torch
 
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture.own_modes import own_modes
+from rmtc.capture.restoring import outermost
 from rmtc.codegen.triton.targets import TARGETS, Target
-from rmtc.errors import CaptureError, RefusedError, RmtcError
+from rmtc.errors import CaptureError, RefusedError, RmtcError, raised_by_signal
 from rmtc.ir.explanation import Explanation
 from rmtc.ir.schedule import Dependence
 from rmtc.kernels import kernels_on
@@ -80,6 +81,7 @@ def explain(
     if target is not None and target not in TARGETS:
         raise ValueError(f"there is no target {target!r}{nearest(target, list(TARGETS))}")
 
+    @outermost
     def call(*args: Any, **kwargs: Any) -> Explanation:
         with own_modes(function):
             return _explanation(function, args, kwargs, layers, segment_length, segments, always, target)
@@ -173,6 +175,8 @@ def _fused(answer: Explanation, analysis: Analysis, target: Target) -> Explanati
     try:
         bodies = kernels_on(target, analysis, kind)
     except Exception as error:  # what torch or a model raises on tensors without values: the rest of the answer holds
+        if raised_by_signal(error):
+            raise
         logger.debug("no kernels", exc_info=True)
         reason = error.reason if isinstance(error, RmtcError) else f"{type(error).__name__}: {error}"
         return replace(answer, unfused=" ".join(reason.split())[:300])

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast, overload
 
 from torch import nn
 
+from rmtc.capture.restoring import finish
 from rmtc.runtime.backends import Backend, backend_named, nearest
 from rmtc.runtime.compiled import Compiled, Options
 from rmtc.runtime.estimate import kind_named
@@ -258,6 +259,7 @@ def restore(target: T) -> T:
     Returns:
         The module or class itself, or the function that was wrapped. What is not compiled comes back as it is.
     """
+    finish()
     if isinstance(target, type):
         of_instance = vars(target).get(_KEY)
         if isinstance(of_instance, _OfInstance):
@@ -282,6 +284,7 @@ def disabled(target: Callable[..., Any]) -> Iterator[None]:
     Args:
         target: what :func:`compile` returned.
     """
+    finish()
     of_instance = _of_class(target)
     compiled = compiled_of(target)
     counted: list[_OfInstance | Compiled] = [each for each in (of_instance, compiled) if each is not None]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import signal
 import sys
 from collections.abc import Sequence
+from types import CodeType
 from typing import Any, NamedTuple
 
 __all__ = [
@@ -14,6 +18,7 @@ __all__ = [
     "RefusedError",
     "RmtcError",
     "VerifyError",
+    "raised_by_signal",
     "user_level",
 ]
 
@@ -111,6 +116,26 @@ class BackendError(RefusedError):
 
 class FallbackWarning(UserWarning):
     """A compiled model or function runs as it did before, for the reason given; said once a reason."""
+
+
+def raised_by_signal(error: BaseException) -> bool:
+    """Whether a handler of a signal raised an exception, which then says nothing of the code that it interrupted."""
+    handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
+    at = error.__traceback__
+    while at is not None and handlers:
+        if at.tb_frame.f_code in handlers:
+            return True
+        at = at.tb_next
+    return False
+
+
+def _code(handler: Any) -> CodeType | None:
+    """The code that runs when a handler is called; None if it is none of Python's."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    if not inspect.isroutine(handler):
+        handler = vars(type(handler)).get("__call__")
+    return getattr(inspect.unwrap(getattr(handler, "__func__", handler)), "__code__", None) if handler else None
 
 
 def user_level() -> int:

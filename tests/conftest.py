@@ -10,10 +10,12 @@ from typing import Any
 import environment
 import pytest
 import torch
+from settings import changed, keeping, settings
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from rmtc.runtime import estimate
+from rmtc.runtime.compiled import Compiled
 from rmtc.runtime.executor import Executor, Run
 
 assert environment.SET
@@ -47,6 +49,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left = [item for item in items if item.get_closest_marker("full")]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+@pytest.fixture(autouse=True)
+def settings_stay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No compiled call, and no test, leaves a setting of torch changed; a test that is about that is marked."""
+    before = settings()
+    if not request.node.get_closest_marker("changes_settings"):
+        monkeypatch.setattr(Compiled, "__call__", keeping(Compiled.__call__))
+    yield
+    found = changed(before)
+    assert not found, found
 
 
 @pytest.fixture

@@ -332,7 +332,7 @@ def make_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Trac
     capture = open_capture(function, arguments, {})
     raw = trace(capture.session, *capture.plan.arguments(capture.session, capture.plan.sizes))
     targets = Counter(node.target for node in raw.module.graph.nodes if node.op == "call_function")
-    for each in (RemoveRegions(Autocast.ambient()), Canonicalize()):
+    for each in (RemoveRegions(Autocast.ambient(), torch.is_grad_enabled()), Canonicalize()):
         each.apply(raw.module.graph)
     raw.module.graph.lint()
     raw.module.recompile()
@@ -480,7 +480,7 @@ def test_casts_are_those_of_autocast(name: str, dtype: torch.dtype) -> None:
         expected = call(*tensors)
         make = make_fx(call, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
         module: fx.GraphModule = make(*tensors)
-        RemoveRegions(Autocast.ambient()).apply(module.graph)
+        RemoveRegions(Autocast.ambient(), torch.is_grad_enabled()).apply(module.graph)
     module.graph.lint()
     module.recompile()
     with torch.no_grad():
@@ -506,7 +506,7 @@ def test_casts_that_cannot_be_made_outside_an_operation_are_an_error() -> None:
         node.meta["val"] = mode.from_tensor(torch.ones(WIDTH, WIDTH))
     graph.output(graph.call_function(torch.ops.rmtc_tests.both.default, tuple(inputs)))
     with pytest.raises(rmtc.CaptureError, match=r"autocast changes dtypes inside rmtc_tests\.both"):
-        RemoveRegions((Autocast("cpu", torch.bfloat16, True),)).apply(graph)
+        RemoveRegions((Autocast("cpu", torch.bfloat16, True),), torch.is_grad_enabled()).apply(graph)
 
 
 # Nothing is computed.

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 from rmtc.capture.arguments import show
 from rmtc.capture.effects import Effect
 from rmtc.capture.probe import Plan, Sizes, probe
+from rmtc.capture.restoring import outermost
 from rmtc.capture.session import Session
 from rmtc.capture.state import imported
 from rmtc.capture.tracer import RawTrace, trace
@@ -98,6 +100,7 @@ class Capture:
         """The names of the inputs that are lists with one item a segment."""
         return frozenset(show(path) for path in self.plan.growth.lists)
 
+    @outermost
     @uncollected()
     def run(self, sizes: Sizes) -> Captured:
         """Trace one run.
@@ -114,10 +117,9 @@ class Capture:
     def _passes(self, raw: RawTrace, sizes: Sizes) -> Program:
         graph: fx.Graph = raw.module.graph
         self._show("capture", sizes, graph)
-        RemoveRegions(Autocast.ambient()).apply(graph)
+        RemoveRegions(Autocast.ambient(), torch.is_grad_enabled(), self.reorder_random).apply(graph)
         self._show(RemoveRegions.name, sizes, graph)
         canonicalize = Canonicalize(
-            self.reorder_random,
             self.plan.segment_length if self.reading.windows else None,
             self._fixed(raw) if self.reading.tables else frozenset(),
             self.reading.histories,
@@ -138,6 +140,7 @@ class Capture:
             self.watch(name, f"# {sizes.segments} segments, batch {sizes.batch}, last {sizes.tail}\n{graph}\n")
 
 
+@outermost
 @uncollected()
 def open_capture(
     function: Callable[..., Any],

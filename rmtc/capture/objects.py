@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from rmtc.capture.state import is_plain, is_record, slot_names
+from rmtc.errors import raised_by_signal
 
 __all__ = [
     "Again",
@@ -233,7 +234,9 @@ def _is_made_again(value: Any, spec: Any, parts: Sequence[Any]) -> bool:
     """Whether what pytree puts together of the parts is what it took apart, attributes included."""
     try:
         new = pytree.tree_unflatten(parts, spec)
-    except Exception:  # noqa: BLE001 (a class may ask for what it likes)
+    except Exception as error:
+        if raised_by_signal(error):
+            raise
         return False
     had, has = attributes(value), attributes(new)
     return type(new) is type(value) and had.keys() == has.keys() and all(_alike(had[key], has[key]) for key in had)

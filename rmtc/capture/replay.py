@@ -35,6 +35,7 @@ from rmtc.capture.other_sizes import Told, tell
 from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.recorder import Recorder
+from rmtc.capture.restoring import restored
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, is_opaque, is_plain, is_record, told, walk
@@ -232,11 +233,9 @@ class Replayer:
                 return original(module, *args, **kwargs)
             return self._call(recorder, original, module, args, kwargs)
 
-        nn.Module.__call__ = call  # type: ignore[method-assign]
-        try:
+        with restored(functools.partial(setattr, nn.Module, "__call__", original)):
+            nn.Module.__call__ = call  # type: ignore[method-assign]
             yield
-        finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
 
     def _call(self, recorder: Recorder, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         leaves: list[Any] = []

@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
+from rmtc.capture.ambient import Ambient
 from rmtc.capture.arguments import Arguments, argument_names, container_attributes, show
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import traceback_location
 from rmtc.capture.objects import named_leaves
+from rmtc.capture.restoring import restored
 from rmtc.capture.state import (
     Code,
     Slot,
@@ -35,7 +38,7 @@ from rmtc.capture.state import (
     user_code,
     walk,
 )
-from rmtc.errors import CaptureError, Location, RefusedError, RmtcError
+from rmtc.errors import CaptureError, Location, RefusedError, RmtcError, raised_by_signal
 from rmtc.quiet import quiet_fakes
 
 __all__ = ["Lifted", "Session"]
@@ -208,7 +211,7 @@ class Session:
 
     @contextlib.contextmanager
     def installed(self, values: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Every lifted tensor replaced by another, and on exit everything as it was before."""
+        """Replace every lifted tensor by another one, and on exit put everything back."""
         pairs = zip(self.lifted, values, strict=True)
         environment = dict(os.environ)
         mapping = {id(lifted.tensor): self._alike(value, lifted.tensor) for lifted, value in pairs}
@@ -216,17 +219,9 @@ class Session:
         numpy = sys.modules.get("numpy")
         numpy_state = numpy.random.get_state() if numpy is not None else None
         generator_state = torch.random.get_rng_state()
-        grad_enabled = torch.is_grad_enabled()
-        self.fake_mode.thread = threading.get_ident()
-        try:
-            for slot in self.snapshot.slots:
-                if not is_plain(slot.value) and not isinstance(slot.owner, tuple):
-                    value = uncached(replace_tensors(slot.value, lambda tensor: mapping.get(id(tensor), tensor)))
-                    if value is not slot.value:
-                        slot.put(value)
-            self._requiring = [(value, value.requires_grad) for value in values]
-            yield
-        finally:
+        ambient = Ambient()
+
+        def put_back() -> None:
             self.snapshot.restore()
             self.fake_mode.thread = None
             for value, required in self._requiring:
@@ -236,11 +231,21 @@ class Session:
             if os.environ != environment:
                 os.environ.clear()
                 os.environ.update(environment)
-            torch.set_grad_enabled(grad_enabled)
+            ambient.put_back()
             torch.random.set_rng_state(generator_state)
             random.setstate(random_state)
             if numpy is not None:
                 numpy.random.set_state(numpy_state)
+
+        with restored(put_back):
+            self.fake_mode.thread = threading.get_ident()
+            for slot in self.snapshot.slots:
+                if not is_plain(slot.value) and not isinstance(slot.owner, tuple):
+                    value = uncached(replace_tensors(slot.value, lambda tensor: mapping.get(id(tensor), tensor)))
+                    if value is not slot.value:
+                        slot.put(value)
+            self._requiring = [(value, value.requires_grad) for value in values]
+            yield
 
     def state(self) -> list[Slot]:
         """Every slot as it is now: to be read while stand-ins are installed, after the user's code ran."""
@@ -274,10 +279,12 @@ class Session:
         flags = _compiler_flags() if self._asked.isdisjoint(_OF_COMPILERS) else contextlib.nullcontext()
         try:
             with flags, quiet_fakes():  # an error is raised: it need not be logged
-                drawn, environment = self.snapshot.random_state(), dict(os.environ)
+                drawn, environment, ambient = self.snapshot.random_state(), dict(os.environ), Ambient()
                 result = self._call_user(args, kwargs)
                 self._note_drawn(drawn)
                 self.lost = self.snapshot.lost() or self.lost
+                if (setting := ambient.changed()) is not None:
+                    self.lost = f"the call leaves a setting of torch changed ({setting})"
                 if any(value.requires_grad is not required for value, required in self._requiring):
                     self.lost = "the call changes whether a tensor requires gradients"
                 if os.environ != environment:
@@ -286,6 +293,9 @@ class Session:
         except RmtcError:
             raise
         except Exception as error:
+            if raised_by_signal(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # guards of torch in them set its state once more when they go
             raise translate(error) from error
 
     def _note_drawn(self, before: list[bytes]) -> None:

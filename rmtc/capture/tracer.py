@@ -27,10 +27,12 @@ from torch.fx.experimental.proxy_tensor import (
     _ProxyTensor,
 )
 
+from rmtc.capture.ambient import Ambient
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.effects import Effect, find_effects
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import current_location
+from rmtc.capture.restoring import restored
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session, backward_refusal
 from rmtc.capture.state import is_plain
@@ -246,12 +248,10 @@ def trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ra
     """
     if not session.writes:
         raw = _trace(session, args, kwargs, functionalize=False)
-        if _first_write(raw.module.graph) is None:
+        if not _writes(raw.module.graph):
             return raw
         session.writes = True
-    raw = _trace(session, args, kwargs, functionalize=True)
-    refuse_mutation(raw.module.graph)
-    return raw
+    return _trace(session, args, kwargs, functionalize=True)
 
 
 def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], functionalize: bool) -> RawTrace:
@@ -310,13 +310,14 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
     traced: Callable[..., Any] = program
     if functionalize:
         traced = dispatch_functionalize(program, FunctionalTensorMode(pre_dispatch=True, export=True))
-    with session.fake_mode, _quiet(), _use_lazy_graph_module(True):
+    with restored(Ambient().put_back), session.fake_mode, _quiet(), _use_lazy_graph_module(True):
         raw.module = maker.trace(traced, *session.stand_ins, *distinct)
-    sources = [(lifted.kind, lifted.names) for lifted in session.lifted]
-    sources += [("input", (show(path),)) for path in inputs]
+    sources = [(lifted.kind, lifted.names, lifted.tensor.requires_grad) for lifted in session.lifted]
+    sources += [("input", (show(path),), tensor.requires_grad) for path, tensor in inputs.items()]
     placeholders = [node for node in raw.module.graph.nodes if node.op == "placeholder"]
-    for node, (kind, source_names) in zip(placeholders, sources, strict=True):
+    for node, (kind, source_names, required) in zip(placeholders, sources, strict=True):
         node.meta["source"], node.meta["names"] = (kind, source_names[0]), source_names
+        node.meta["requires_grad"] = required
     return raw
 
 
@@ -325,27 +326,9 @@ def _refuse_backward() -> None:
         raise backward_refusal(current_location(3)[0])
 
 
-def _first_write(graph: fx.Graph) -> fx.Node | None:
-    node: fx.Node
-    for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            return node
-    return None
-
-
-def refuse_mutation(graph: fx.Graph) -> None:
-    """Assert that a graph is functional.
-
-    Raises:
-        CaptureError: if an operation writes to one of its arguments.
-    """
-    node = _first_write(graph)
-    if node is not None:
-        raise CaptureError(
-            f"{node.target} writes to its argument and could not be turned into a value",
-            location=node.meta.get("location"),
-            remedy="use the operation that returns a new tensor",
-        )
+def _writes(graph: fx.Graph) -> bool:
+    targets = (node.target for node in graph.nodes)
+    return any(isinstance(each, torch._ops.OpOverload) and each._schema.is_mutable for each in targets)
 
 
 def _inner(tensor: torch.Tensor) -> torch.Tensor:

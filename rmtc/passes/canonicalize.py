@@ -14,6 +14,7 @@ from torch import fx
 
 from rmtc.errors import RefusedError
 from rmtc.ir.program import SPLITS, VIEWS
+from rmtc.passes.remove_regions import draws
 
 __all__ = ["Canonicalize"]
 
@@ -43,8 +44,7 @@ class Canonicalize:
     `slice_scatter` put there is that part: one tensor that holds the states of many layers makes no false chain
     between them.
     Views and copies that nothing uses go; other operations stay: the last segment then looks like the others.
-    Checks: no operation draws random numbers, unless ``reorder_random`` allows that another order draws others; none
-    reads memory by strides that the user's code gives.
+    Checks: no operation reads memory by strides that the user's code gives.
 
         %p = split(%x, 16, 1)
         %a = getitem(%p, 2)                     ->    %a = slice(%x, 1, 32, 48)
@@ -67,7 +67,6 @@ class Canonicalize:
     does not, as a shorter last one.
     """
 
-    reorder_random: bool = False
     windows: int | None = None
     fixed: frozenset[str] = frozenset()
     histories: bool = True
@@ -75,8 +74,6 @@ class Canonicalize:
 
     def apply(self, graph: fx.Graph) -> bool:
         """Change a graph; returns whether it has a history that is read part by part."""
-        if not self.reorder_random:
-            _refuse_random(graph)
         _refuse_strides(graph)
         memory = _memories(graph)
         tables = _tables(graph, self.fixed) if self.fixed else set()
@@ -109,7 +106,7 @@ class Canonicalize:
                 _replaced(graph, node, node.args[1])
             elif node.target in _CASTS:
                 _cast(graph, node)
-            elif node.target is aten.dropout.default and not _draws(node):
+            elif node.target is aten.dropout.default and not draws(node):
                 _becomes(node, node.args[0])
         _drop_dead(graph)
         _assemble(graph)
@@ -409,20 +406,6 @@ def _detach_parts(graph: fx.Graph) -> None:
             node.args = source.args
 
 
-def _refuse_random(graph: fx.Graph) -> None:
-    for node in graph.nodes:
-        target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
-            continue
-        if not _draws(node):
-            continue
-        raise RefusedError(
-            f"{target} draws random numbers: another order of the cells draws other numbers",
-            location=node.meta.get("location"),
-            remedy="call model.eval(), or set the dropout probabilities to 0",
-        )
-
-
 def _refuse_strides(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target in _STRIDED:
@@ -431,15 +414,6 @@ def _refuse_strides(graph: fx.Graph) -> None:
                 location=node.meta.get("location"),
                 remedy="use view, unfold, slices or transposes, which name what they read",
             )
-
-
-def _draws(node: fx.Node) -> bool:
-    """Whether an operation that may draw random numbers does: not if it drops nothing, nor out of training."""
-    known = enumerate(node.target._schema.arguments)  # type: ignore[union-attr]
-    given = {each.name: _argument(node, at, each.name, each.default_value) for at, each in known}
-    training = given.get("train", given.get("training"))
-    chances = [given.get(name) for name in ("dropout", "dropout_p", *(("p",) if "train" in given else ()))]
-    return training is not False and 0 not in chances
 
 
 def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:

@@ -1,9 +1,10 @@
-"""Pass remove-regions: autocast becomes explicit casts, grad mode goes."""
+"""Pass remove-regions: each node is known, autocast becomes explicit casts, grad mode goes."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rmtc.errors import CaptureError
+from rmtc.errors import CaptureError, RefusedError, raised_by_signal
 from rmtc.quiet import quiet_fakes
 
-__all__ = ["Autocast", "RemoveRegions"]
+__all__ = ["Autocast", "RemoveRegions", "draws"]
 
 logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
+_ENTER, _LEAVE = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+_GRADIENTS = torch._C._set_grad_enabled
 
 
 @dataclass(frozen=True)
@@ -49,40 +52,129 @@ class RemoveRegions:
     Needs: a functional pre-dispatch graph, with `_enter_autocast`, `_exit_autocast` and `_set_grad_enabled` nodes.
     Gives: the same graph without them; inside a region where autocast is on, the casts that autocast would make are
     operations. The program is to run with autocast off.
-    Checks: every region that is entered is left; with the casts, an operation runs inside what it runs under autocast.
+    Checks: every other node is a function of its operands; every region that is entered is left; with the casts, an
+    operation runs inside what it runs under autocast; no result requires gradients because a region turns them on.
 
         %r = _enter_autocast(cpu, bfloat16)     %c = _to_copy(%x, dtype=bfloat16)
         %y = linear(%x, %w)               ->    %d = _to_copy(%w, dtype=bfloat16)
         _exit_autocast(%r)                      %y = linear(%c, %d)
+
+    Attributes:
+        ambient: the caller's autocast.
+        gradients: whether the caller has gradients on.
+        reorder_random: whether operations may draw random numbers, in any order.
     """
 
     ambient: tuple[Autocast, ...] = ()
+    gradients: bool = False
+    reorder_random: bool = False
     name = "remove-regions"
 
     def apply(self, graph: fx.Graph) -> None:
-        enter, leave = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+        for node in graph.nodes:
+            _refuse_unknown(node, self.reorder_random)
+        if not self.gradients:
+            _refuse_gradients(graph)
         state = {each.device: each for each in self.ambient}
         stack: dict[fx.Node, Autocast | None] = {}
         memo: dict[Any, tuple[torch.dtype | None, ...]] = {}
         for node in list(graph.nodes):
-            if node.target is enter:
+            if node.target is _ENTER:
                 device, dtype, enabled = _region(node)
                 stack[node] = state.get(device)
                 state[device] = Autocast(device, dtype, enabled)
-            elif node.target is leave:
+            elif node.target is _LEAVE:
                 device, *_ = _region(node.args[0])
                 before = stack.pop(node.args[0])
                 state[device] = before or Autocast(device, None, False)
                 graph.erase_node(node)
-            elif node.target is torch._C._set_grad_enabled:
+            elif node.target is _GRADIENTS:
                 graph.erase_node(node)
             elif node.op == "call_function":
                 for region in state.values():
                     if region.enabled:
                         _make_explicit(graph, node, region, memo)
         for node in reversed(list(graph.nodes)):
-            if node.target is enter:
+            if node.target is _ENTER:
                 graph.erase_node(node)
+
+
+def _refuse_unknown(node: fx.Node, reorder_random: bool) -> None:
+    """See that a node is a function of its operands, or begins or ends a region that is removed.
+
+    Raises:
+        RefusedError: if that is not known.
+    """
+    target: Any = node.target
+    if node.op in ("placeholder", "output") or target in (_ENTER, _LEAVE, _GRADIENTS, operator.getitem):
+        return
+    if node.op == "get_attr":
+        owner = node.graph.owning_module
+        if owner is None or isinstance(getattr(owner, str(target), None), torch.Tensor):
+            return
+        reason = f"the trace holds {target}, which is no tensor"
+        remedy = "keep tensors, numbers and strings in what the forward reads"
+    elif not isinstance(target, torch._ops.OpOverload):
+        kind = "a higher-order operator" if isinstance(target, torch._ops.HigherOrderOperator) else "no operator"
+        name = ".".join(filter(None, (getattr(target, "__module__", ""), getattr(target, "__name__", str(target)))))
+        reason = f"{name} is {kind}: what it does to the operations around it is not known"
+        remedy = "write what it does as operations on tensors (a batch dimension in place of torch.func.vmap)"
+    elif target._schema.is_mutable:
+        reason = f"{target} writes to its argument and could not be turned into a value"
+        remedy = "use the operation that returns a new tensor"
+    elif not reorder_random and torch.Tag.nondeterministic_seeded in target.tags and draws(node):
+        reason = f"{target} draws random numbers: another order of the cells draws other numbers"
+        remedy = "call model.eval(), or set the dropout probabilities to 0"
+    else:
+        return
+    raise RefusedError(reason, location=node.meta.get("location"), remedy=remedy)
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether an operation that may draw random numbers does: not if it drops nothing, nor out of training."""
+    given = dict[str, Any](node.kwargs)
+    for number, each in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        given.setdefault(each.name, node.args[number] if number < len(node.args) else each.default_value)
+    training = given.get("train", given.get("training"))
+    chances = [given.get(name) for name in ("dropout", "dropout_p", *(("p",) if "train" in given else ()))]
+    return training is not False and 0 not in chances
+
+
+def _refuse_gradients(graph: fx.Graph) -> None:
+    """See that no result requires gradients: a caller who has them off would get them from the code as it is.
+
+    Raises:
+        RefusedError: if one does, with the place that turns gradients on.
+    """
+    on: fx.Node | None = None
+    carried: dict[fx.Node, fx.Node | None] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if node.meta.get("requires_grad"):
+                carried[node] = None
+        elif node.target is _GRADIENTS:
+            on = node if node.args[0] else None
+        elif node.op == "output":
+            for each in node.all_input_nodes:
+                place = carried.get(each)
+                if place is not None:
+                    raise RefusedError(
+                        "a result requires gradients, which the code turns on: a run by the schedule computes none",
+                        location=place.meta.get("location"),
+                        remedy="detach the result, or leave it to the caller whether gradients are on",
+                    )
+        elif node.target is operator.getitem:
+            if node.args[0] in carried and _differentiable(node):
+                carried[node] = carried[node.args[0]]
+        elif on is not None and node.target is not aten.detach.default and _differentiable(node):
+            if not carried.keys().isdisjoint(node.all_input_nodes):
+                carried[node] = on
+
+
+def _differentiable(node: fx.Node) -> bool:
+    """Whether what a node gives may require gradients."""
+    values = tree_leaves(node.meta.get("val"))
+    return any(isinstance(each, torch.Tensor) and (each.is_floating_point() or each.is_complex()) for each in values)
 
 
 def _region(node: fx.Node) -> tuple[str, torch.dtype | None, bool]:
@@ -162,6 +254,8 @@ def _ask(node: fx.Node, inputs: list[fx.Node], region: Autocast) -> tuple[torch.
             with _autocast(region.device, dtype), mode, watch, torch.no_grad(), quiet_fakes():
                 node.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, TypeError) as error:  # these dtypes do not go together
+            if raised_by_signal(error):
+                raise
             logger.debug("%s with autocast to %s: %s", node.target, dtype, error)
             return None
         return watch

@@ -25,9 +25,10 @@ from rmtc.capture import open_capture
 from rmtc.capture.arguments import Arguments, argument_names
 from rmtc.capture.own_modes import modes, own_modes
 from rmtc.capture.probe import Sizes
+from rmtc.capture.restoring import outermost, restored
 from rmtc.capture.session import Session
 from rmtc.capture.state import unseen
-from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError, user_level
+from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError, raised_by_signal, user_level
 from rmtc.runtime.backends import Backend, auto
 from rmtc.runtime.guards import ArgumentGuard, alike
 from rmtc.runtime.hooks import call_with_hooks, global_hooks, hook_tables, hooked
@@ -63,7 +64,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.capturing = 0
         self.root: Compiled | None = None
-        self.active: list[int] = []
+        self.active: tuple[int, ...] = ()
 
 
 _thread = _Thread()
@@ -187,6 +188,7 @@ class Compiled:
             return self.function._call_impl(*args, **kwargs)
         return self.function(*args, **kwargs)
 
+    @outermost
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _thread.capturing:
             return self._captured_call(args, kwargs)
@@ -253,7 +255,9 @@ class Compiled:
                 try:
                     arguments = self._arguments(args, kwargs)
                     decision = broken or self._decide(arguments)
-                except Exception as error:  # noqa: BLE001 (logged there)
+                except Exception as error:
+                    if raised_by_signal(error):
+                        raise
                     decision = self._broken("a guard", error)
                 if isinstance(decision, _Capture) and captured:
                     why = decision.differences[0] if decision.differences else "another thread changes the model"
@@ -262,6 +266,8 @@ class Compiled:
                     try:
                         return self._run(decision, time.perf_counter() - start)
                     except Exception as error:
+                        if raised_by_signal(error):
+                            raise
                         if self.options.strict:
                             if not isinstance(error, RmtcError):
                                 error.add_note(_IN_A_RUN)
@@ -327,11 +333,12 @@ class Compiled:
         return result
 
     def _entered(self, before: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        _thread.active.append(id(self))
+        active = _thread.active
+        _thread.active = (*active, id(self))
         try:
             return before(*args, **kwargs)
         finally:
-            _thread.active.pop()
+            _thread.active = active
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The arguments by name, without those that only repeat a default."""
@@ -569,7 +576,9 @@ class Compiled:
             except RmtcError as error:
                 logger.info("%s does not follow the capture: %s", sizes, error.reason)
                 variant.refused[sizes, entry] = error.reason
-            except Exception as error:  # noqa: BLE001 (logged there)
+            except Exception as error:
+                if raised_by_signal(error):
+                    raise
                 variant.fail(sizes, error)
                 return self._broken("a replay", error)
         return None
@@ -601,7 +610,9 @@ class Compiled:
             known.refusal = _lean(error)
             logger.info("not scheduled: %s", error.reason)
             return None
-        except Exception as error:  # noqa: BLE001 (logged there)
+        except Exception as error:
+            if raised_by_signal(error):
+                raise
             known.errors += 1
             known.broken = self._broken("a capture", error)
             return known.broken
@@ -697,14 +708,14 @@ def _lean(error: RmtcError) -> RmtcError:
 @contextlib.contextmanager
 def _capturing(root: Compiled) -> Iterator[None]:
     """While stand-ins are in the model, every compiled call of this thread runs as it is."""
-    before = _thread.root
-    _thread.capturing += 1
-    _thread.root = root
-    try:
+    capturing, before = _thread.capturing, _thread.root
+
+    def put_back() -> None:
+        _thread.capturing, _thread.root = capturing, before
+
+    with restored(put_back):
+        _thread.capturing, _thread.root = capturing + 1, root
         yield
-    finally:
-        _thread.capturing -= 1
-        _thread.root = before
 
 
 def _signature(function: Callable[..., Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from rmtc.codegen.torch.emit import Kernel, emit
-from rmtc.errors import BackendError, RefusedError
+from rmtc.errors import BackendError, RefusedError, raised_by_signal
 from rmtc.ir.program import Src, call_arguments, leaves, map_leaves
 from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Key, Numbered, Outer, Where
 from rmtc.ir.wavefront import Body, Operand, Shared, WavefrontProgram
@@ -346,6 +346,8 @@ class _Walk:
         except BackendError:
             raise
         except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+            if raised_by_signal(error):
+                raise
             raise _Unmergeable(launch.body) from error
 
     def _results(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rmtc.codegen.torch.emit import Bound, Kernel
-from rmtc.errors import RefusedError
+from rmtc.errors import RefusedError, raised_by_signal
 from rmtc.ir.program import leaves
 from rmtc.ir.segment_loop import Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Number, choose
@@ -203,6 +203,8 @@ def _views(
     try:
         found = kernel.function(given[0].shape[0], given, others[0], numbers, others[1])
     except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+        if raised_by_signal(error):
+            raise
         logger.debug("%s does not run without values: %s", kernel.name, error)
         return True
     places = {each.untyped_storage()._cdata for each in given}

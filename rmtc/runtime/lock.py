@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Iterator
+
+from rmtc.capture.restoring import restored
 
 __all__ = ["LOCK", "SharedLock"]
 
@@ -20,7 +23,8 @@ class SharedLock:
         self._reset()
 
     def _reset(self) -> None:
-        self._condition = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._held: dict[int, int] = {}  # by thread: how often
         self._owner: int | None = None
 
@@ -38,14 +42,12 @@ class SharedLock:
     def shared(self) -> Iterator[None]:
         """Hold it together with others."""
         me = threading.get_ident()
-        with self._condition:
-            while self._owner is not None and self._owner != me and me not in self._held:
-                self._condition.wait()
-            self._held[me] = self._held.get(me, 0) + 1
-        try:
+        with restored(self._back(me)):
+            with self._lock:
+                while self._owner is not None and self._owner != me and me not in self._held:
+                    self._changed.wait()
+                self._held[me] = self._held.get(me, 0) + 1
             yield
-        finally:
-            self._release(me)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
@@ -54,35 +56,31 @@ class SharedLock:
         That is where this thread holds it already and another one waits to be alone: each would wait for the other.
         """
         me = threading.get_ident()
-        with self._condition:
-            while (self._owner is not None and self._owner != me) and me not in self._held:
-                self._condition.wait()
-            got = self._owner in (None, me)
-            outer = self._owner
-            if got:
-                self._owner = me
-                try:
+        with restored(self._back(me)):
+            with self._lock:
+                while self.elsewhere and me not in self._held:
+                    self._changed.wait()
+                got = not self.elsewhere
+                if got:
+                    self._owner = me
                     while self._held.keys() - {me}:
-                        self._condition.wait()
-                except BaseException:  # an interrupt while waiting
-                    self._owner = outer
-                    self._condition.notify_all()
-                    raise
-                self._held[me] = self._held.get(me, 0) + 1
-        try:
+                        self._changed.wait()
+                    self._held[me] = self._held.get(me, 0) + 1
             yield got
-        finally:
-            if got:
-                with self._condition:
-                    self._owner = outer
-                self._release(me)
 
-    def _release(self, me: int) -> None:
-        with self._condition:
-            self._held[me] -= 1
-            if not self._held[me]:
-                del self._held[me]
-            self._condition.notify_all()
+    def _back(self, me: int) -> functools.partial[None]:
+        return functools.partial(self._set, me, self._held.get(me, 0), self._owner == me)
+
+    def _set(self, me: int, times: int, owns: bool) -> None:
+        """Let a thread hold it so many times, alone or not, as before."""
+        with self._lock:
+            if times:
+                self._held[me] = times
+            else:
+                self._held.pop(me, None)
+            if self._owner == me and not owns:
+                self._owner = None
+            self._changed.notify_all()
 
 
 LOCK = SharedLock()

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rmtc.codegen.torch.emit import Kernel
 from rmtc.codegen.triton.emit import emit
 from rmtc.codegen.triton.targets import TARGETS, Target, target_of
-from rmtc.errors import BackendError, RefusedError
+from rmtc.errors import BackendError, RefusedError, raised_by_signal
 from rmtc.ir.wavefront import Body
 from rmtc.runtime.executor import Emission, Executor, Run
 
@@ -96,7 +96,7 @@ class Triton(Executor):
         try:
             return self._emit(of, target)
         except Exception as error:
-            if not self.lenient:
+            if not self.lenient or raised_by_signal(error):
                 raise
             self._leave(body.name, error)
             return super().emit(of)

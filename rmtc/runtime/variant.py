@@ -20,9 +20,10 @@ from rmtc.capture.effects import Effect
 from rmtc.capture.objects import Kept, Label, Place, Ref, attributes, build, can_be_made
 from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Sizes
+from rmtc.capture.restoring import restored
 from rmtc.capture.session import Session
 from rmtc.capture.state import MISSING, Slot, Snapshot, is_plain, told
-from rmtc.errors import RefusedError, RmtcError, VerifyError
+from rmtc.errors import RefusedError, RmtcError, VerifyError, raised_by_signal
 from rmtc.ir.cost import CostModel
 from rmtc.ir.formula import at
 from rmtc.ir.program import Val
@@ -266,7 +267,9 @@ class Variant:
             try:
                 written = as_written(self._way, few, self._model)
                 scheduled = self._way.estimate(few, self._model)
-            except Exception:  # a call of other sizes than were seen runs by its schedule, or says why not
+            except Exception as error:  # a call of other sizes than were seen runs by its schedule, or says why not
+                if raised_by_signal(error):
+                    raise
                 logger.exception("no estimate for %s", few)
                 return True
             self._worth[few] = pays(scheduled, written)
@@ -409,11 +412,9 @@ class Variant:
         held = [each for each in session.snapshot.owners() if isinstance(each, (list, deque, dict, set))]
         held = [each for each in held if not isinstance(each, dict) or "__builtins__" not in each]
         now = Snapshot({**session.roots, "capture": held})
-        try:
+        with restored(now.restore):
             session.snapshot.restore()
             yield
-        finally:
-            now.restore()
 
     def _result(self, sizes: Sizes) -> Any:
         """How the result of a call of some sizes is put together, where it begins as the captured one."""
@@ -584,7 +585,7 @@ def _refuse_lost(capture: Capture) -> None:
     if capture.session.lost is not None:
         raise RefusedError(
             f"{capture.session.lost}, which a run by the schedule would not do",
-            remedy="keep what a call leaves in tensors, constants and counters",
+            remedy="keep what a call leaves in tensors, constants and counters, and put settings back",
         )
     if capture.session.drawn and not capture.reorder_random:
         raise RefusedError(

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rmtc.errors import raised_by_signal
+
 __all__ = [
     "Buffer",
     "Instead",
@@ -264,7 +266,9 @@ def bound_lines(
         (root,) = roots
         try:
             values[name] = eval(text, values)
-        except (RuntimeError, TypeError, ValueError, IndexError):
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if raised_by_signal(error):
+                raise
             return False
         if values[name].untyped_storage()._cdata != values[root].untyped_storage()._cdata:
             return False  # a copy

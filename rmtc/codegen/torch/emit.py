@@ -35,6 +35,7 @@ from rmtc.codegen.torch.rules import (
     overwriting,
     rule_for,
 )
+from rmtc.errors import raised_by_signal
 from rmtc.ir.program import Src, call_arguments, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import BodyOp, Environment, Fit, Outer
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, choose
@@ -180,6 +181,8 @@ class _Emitter:
             try:
                 self._assign(name, text, op, arguments, fresh)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                if raised_by_signal(error):
+                    raise
                 logger.debug("%s as %s: %s", op, text, error)
                 continue
             if self._as_expected(name, arguments) and (not by_rule or self._for_any_number(text, name, arguments)):
@@ -272,7 +275,9 @@ class _Emitter:
             found = eval(plain(text), space)
         except NotImplementedError:  # an operation that cannot tell its shape without running
             return True
-        except (RuntimeError, TypeError, ValueError, IndexError):
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if raised_by_signal(error):
+                raise
             return False
         first = pytree.tree_map_only(torch.Tensor, operator.itemgetter(0), self.space[name])
         return _alike(found, first, count)
@@ -547,6 +552,8 @@ def _same_as(
                 logger.warning("%s changes its operands in memory that stays", kernel.name)
                 return False
     except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
+        if raised_by_signal(error):
+            raise
         logger.info("%s does not run in memory that stays: %s", kernel.name, error)
         return False
     return True

@@ -18,6 +18,7 @@ from rmtc.codegen.triton.launch import Launch, prepare
 from rmtc.codegen.triton.lower import Given, lower
 from rmtc.codegen.triton.source import cells_of
 from rmtc.codegen.triton.targets import Target
+from rmtc.errors import raised_by_signal
 from rmtc.ir.array import Array, Attention, Nest, Outside, View, base_of
 from rmtc.ir.kernel import Kernel as Fused
 from rmtc.ir.kernel import Multiply, Output, loads
@@ -59,7 +60,9 @@ class Layouts:
             return None
         try:
             return array.view(source)
-        except (RuntimeError, ValueError):  # torch says so of a shape that these strides do not give
+        except (RuntimeError, ValueError) as error:  # torch says so of a shape that these strides do not give
+            if raised_by_signal(error):
+                raise
             return None
 
 
@@ -369,6 +372,8 @@ class TritonBody:
             try:
                 tensors[array] = array.view(source)
             except (RuntimeError, ValueError) as error:
+                if raised_by_signal(error):
+                    raise
                 if stays:
                     raise NoViewError(f"{array.name} is no view of {array.source.name} any more") from error
                 tensors[array] = array.view(source.contiguous())

@@ -1,0 +1,156 @@
+"""What torch keeps for a thread, or for the process, besides tensors: read, compared, put back."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+__all__ = ["Ambient"]
+
+
+class _Part(NamedTuple):
+    """One setting.
+
+    Attributes:
+        name: what it is, for messages.
+        read: returns its value.
+        write: sets it to a value that ``read`` returned.
+        same: whether two values are equal.
+    """
+
+    name: str
+    read: Callable[[], Any]
+    write: Callable[[Any], None]
+    same: Callable[[Any, Any], bool] = operator.eq
+
+
+class Ambient:
+    """The modes and settings of torch as they are now.
+
+    A forward that raises under tracing, or is interrupted, may leave some of them behind; eager would not.
+    """
+
+    def __init__(self) -> None:
+        self._found = [(part, part.read()) for part in _PARTS]
+
+    def changed(self) -> str | None:
+        """The name of a setting that is another one now; None if there is none."""
+        return next((part.name for part, value in self._found if not part.same(part.read(), value)), None)
+
+    def put_back(self) -> None:
+        """Set everything as it was."""
+        for part, value in self._found:
+            if not part.same(part.read(), value):
+                part.write(value)
+
+
+def _function_modes() -> list[Any]:
+    return [torch._C._get_function_stack_at(number) for number in range(torch._C._len_torch_function_stack())]
+
+
+def _set_function_modes(before: list[Any]) -> None:
+    while torch._C._len_torch_function_stack():  # that of the default device is put below the others
+        torch._C._pop_torch_function_stack()
+    for mode in before:
+        torch._C._push_on_torch_function_stack(mode)
+
+
+def _set_device(before: Any) -> None:
+    _DEVICE.device_context = before
+
+
+def _dispatch_modes() -> list[Any]:
+    return [torch._C._get_dispatch_stack_at(number) for number in range(torch._C._len_torch_dispatch_stack())]
+
+
+def _leave_dispatch_modes(before: list[Any]) -> None:
+    while len(now := _dispatch_modes()) > len(before):  # each keeps what was there before it
+        now[-1].__exit__(None, None, None)
+
+
+def _leave_forward_levels(before: int) -> None:
+    while forward_ad._current_level > before:
+        torch._C._exit_dual_level(level=forward_ad._current_level)
+        forward_ad._current_level -= 1
+
+
+def _names(keys: Any) -> set[str]:
+    """The names of the dispatch keys in a set; what a key of each device has in common is one of its own."""
+    shown = set(filter(None, str(keys).removeprefix("DispatchKeySet(").removesuffix(")").split(", ")))
+    return shown | {name for name in _OF_ALL_DEVICES if keys.has(torch._C._dispatch_key_parse(name))}
+
+
+def _writes_keys(read: Callable[[], Any], write: Callable[[Any, bool], None]) -> Callable[[Any], None]:
+    """A function that makes a set of dispatch keys what it was."""
+
+    def put_back(before: Any) -> None:
+        wanted, found = _names(before), _names(read())
+        for name in wanted ^ found:
+            write(torch._C._dispatch_key_parse(name), name in wanted)
+
+    return put_back
+
+
+def _same_keys(one: Any, other: Any) -> bool:
+    return bool(one.raw_repr() == other.raw_repr())
+
+
+_OF_ALL_DEVICES = ("AutogradFunctionality", "Dense", "Quantized", "Sparse", "SparseCsr", "NestedTensor")
+_DEVICE = torch._GLOBAL_DEVICE_CONTEXT
+_INCLUDED, _SET_INCLUDED = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_set_dispatch_key_included
+_EXCLUDED, _SET_EXCLUDED = torch._C._dispatch_tls_local_exclude_set, torch._C._dispatch_tls_set_dispatch_key_excluded
+
+
+def _of_autocast(kind: str) -> list[_Part]:
+    return [
+        _Part(
+            f"autocast on {kind}",
+            lambda: torch.is_autocast_enabled(kind),
+            lambda on: torch.set_autocast_enabled(kind, on),
+        ),
+        _Part(
+            f"the dtype of autocast on {kind}",
+            lambda: torch.get_autocast_dtype(kind),
+            lambda dtype: torch.set_autocast_dtype(kind, dtype),
+        ),
+    ]
+
+
+_PARTS = [
+    _Part("a dispatch mode", _dispatch_modes, _leave_dispatch_modes),
+    _Part("a function mode or the default device", _function_modes, _set_function_modes),
+    _Part("the default device", lambda: getattr(_DEVICE, "device_context", None), _set_device, operator.is_),
+    _Part(
+        "a level of torch.func",
+        torch._C._functorch.get_dynamic_layer_stack_depth,
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth,
+    ),
+    _Part("a level of forward-mode gradients", lambda: forward_ad._current_level, _leave_forward_levels),
+    _Part("whether gradients are on", torch.is_grad_enabled, torch._C._set_grad_enabled),
+    _Part("whether forward-mode gradients are on", torch._C._is_fwd_grad_enabled, torch._C._set_fwd_grad_enabled),
+    *_of_autocast("cpu"),
+    *_of_autocast("cuda"),
+    _Part("the cache of autocast", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    _Part("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    _Part(
+        "whether algorithms are deterministic",
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        lambda on: torch.use_deterministic_algorithms(on[0], warn_only=on[1]),
+    ),
+    _Part(
+        "whether anomalies are detected",
+        lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+        lambda on: torch.set_anomaly_enabled(*on),
+    ),
+    _Part(
+        "the threads of backward",
+        torch._C._is_multithreading_enabled,
+        torch._C._set_multithreading_enabled,
+    ),
+    _Part("included dispatch keys", _INCLUDED, _writes_keys(_INCLUDED, _SET_INCLUDED), _same_keys),
+    _Part("excluded dispatch keys", _EXCLUDED, _writes_keys(_EXCLUDED, _SET_EXCLUDED), _same_keys),
+]

@@ -1,0 +1,88 @@
+"""What is changed for a while is put back, wherever an interrupt arrives.
+
+What puts a change back is written down before the change is made, and crossed out once everything is back. An interrupt
+in between leaves it on the list, which the outermost of rmtc's functions finishes at its end, or the next one, at its
+beginning.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+__all__ = ["finish", "outermost", "restored"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_lists: dict[int, list[Callable[[], None]]] = {}  # by thread, the latest last
+
+
+class _Thread(threading.local):
+    inside = False  # whether one of rmtc's functions runs
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def restored(put_back: Callable[[], None]) -> Iterator[None]:
+    """Put something back at the end of a block.
+
+    Args:
+        put_back: may be called again after it was interrupted, and then does the rest.
+    """
+    mine = _lists.setdefault(threading.get_ident(), [])
+    count = len(mine)
+    mine.append(put_back)
+    try:
+        yield
+    finally:
+        _put_back(mine, count)
+
+
+def _put_back(changes: list[Callable[[], None]], count: int) -> None:
+    """Put back what was changed after the first so many changes, the latest first."""
+    while len(changes) > count:
+        changes[-1]()
+        changes.pop()
+
+
+def outermost(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function one that leaves nothing changed, and finishes what an interrupt of an earlier one has left."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _thread.inside:
+            return function(*args, **kwargs)
+        finish()
+        _thread.inside = True
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            _put_back(_lists.get(threading.get_ident(), []), 0)
+            raise
+        finally:
+            _thread.inside = False
+
+    return call
+
+
+def finish() -> None:
+    """Put back what an interrupt has left, unless one of rmtc's functions runs around this call."""
+    if not _thread.inside and (left := _lists.get(threading.get_ident())):
+        _put_back(left, 0)
+
+
+def _finish_others() -> None:
+    """Put back what other threads had changed: after a fork they are not there."""
+    for thread in _lists.keys() - {threading.get_ident()}:
+        _put_back(_lists.pop(thread), 0)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_finish_others)

@@ -1,0 +1,264 @@
+"""What a forward does to torch's settings, and what of a trace is no operation: eager's results, or a refusal."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import LAYERS, SEGMENT, WIDTH
+from settings import changed, settings
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+import rmtc
+from rmtc.capture.ambient import Ambient
+from rmtc.errors import CaptureError, RefusedError
+
+FILE = "test_settings.py"
+Cell = Callable[[nn.Module, Tensor], Tensor]
+
+
+class Model(nn.Module):
+    """Layers with a memory each, whose cell is given."""
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.cell = cell
+        self.double()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        memories = [hidden.new_zeros(hidden.shape[0], WIDTH) for _ in self.layers]
+        piece = hidden[:, :0]
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = self.cell(layer, piece + memories[number][:, None])
+                memories[number] = 0.5 * memories[number] + piece.mean(1)
+        return piece
+
+
+def plain(layer: nn.Module, piece: Tensor) -> Tensor:
+    return torch.tanh(layer(piece))
+
+
+def called(cell: Cell, **options: Any) -> tuple[Any, Any, Any, list[str]]:
+    """What eager gives, what the compiled model gives, its statistics, and its warnings."""
+    torch.manual_seed(0)
+    model = Model(cell)
+    eager, hidden = copy.deepcopy(model), torch.randn(2, 5 * SEGMENT, WIDTH, dtype=torch.float64)
+    compiled = rmtc.compile(model, schedule="shortest", **options)
+    before = Ambient()
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        wanted = eager(hidden)
+        left = changed_by(before)
+        before.put_back()
+        torch._C._set_grad_enabled(False)
+        found = compiled(hidden)
+        assert changed_by(before) == left
+        before.put_back()
+    said = [str(each.message) for each in caught if issubclass(each.category, rmtc.FallbackWarning)]
+    return wanted, found, rmtc.stats(compiled), said
+
+
+def changed_by(before: Ambient) -> dict[str, Any]:
+    now = settings()
+    return {name: now[name] for name in ("gradients", "default dtype", "deterministic", "anomalies")}
+
+
+# What a trace holds that is no operation -------------------------------------------------------------------------
+
+
+def vmapped(layer: nn.Module, piece: Tensor) -> Tensor:
+    return torch.func.vmap(lambda row: torch.tanh(layer(row)) - row.mean())(piece)
+
+
+def jacobian(layer: nn.Module, piece: Tensor) -> Tensor:
+    return torch.tanh(layer(piece)) + torch.func.jacfwd(lambda row: torch.tanh(layer(row)).sum(0))(piece[0, 0]).sum()
+
+
+def gradient(layer: nn.Module, piece: Tensor) -> Tensor:
+    return torch.tanh(layer(piece)) + torch.func.grad(lambda row: torch.tanh(layer(row)).sum())(piece[0, 0]).sum()
+
+
+def tangent(layer: nn.Module, piece: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(layer(forward_ad.make_dual(piece, torch.ones_like(piece)))).tangent
+
+
+def chosen(layer: nn.Module, piece: Tensor) -> Tensor:
+    return torch.cond(torch.tensor(True), lambda x: torch.tanh(layer(x)), lambda x: x.clone(), (piece,))
+
+
+@torch.library.custom_op("rmtc_tests::write_twice", mutates_args={"x"})
+def write_twice(x: Tensor) -> None:
+    x.mul_(2)
+
+
+@torch.library.custom_op("rmtc_tests::noise", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def noise(x: Tensor) -> Tensor:
+    return x + torch.rand_like(x) * 0
+
+
+@noise.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def writes(layer: nn.Module, piece: Tensor) -> Tensor:
+    piece = torch.tanh(layer(piece))
+    torch.ops.rmtc_tests.write_twice(piece)
+    return piece
+
+
+def noisy(layer: nn.Module, piece: Tensor) -> Tensor:
+    return torch.ops.rmtc_tests.noise(torch.tanh(layer(piece)))
+
+
+@pytest.mark.parametrize("cell", [vmapped, jacobian, gradient, tangent, chosen, writes, noisy])
+def test_what_is_no_function_of_its_operands_is_refused_with_its_line(cell: Cell) -> None:
+    wanted, found, stats, said = called(cell)
+    assert torch.equal(wanted, found)
+    assert stats.runs == 0 and len(said) == 1
+    assert f"tests/{FILE}:" in said[0] and "remedy:" in said[0]
+    one = torch.ones(2, requires_grad=True)  # gradients of both modes still work in this process
+    assert torch.equal(torch.func.jvp(torch.sin, (one,), (one,))[1], torch.cos(one))
+    assert (2 * one).requires_grad
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(forward_ad.make_dual(one, one)).tangent is not None
+
+
+def python_function(x: Tensor) -> Tensor:
+    return x
+
+
+UNKNOWN = {
+    "a Python function": python_function,
+    "a builtin": torch.sin,
+    "a level of torch.func": torch._functorch.predispatch._add_batch_dim,
+    "a higher-order operator": torch.ops.higher_order.cond,
+    "an operator that writes": torch.ops.rmtc_tests.write_twice.default,
+    "an operator of torch's that writes": torch.ops.aten.mul_.Tensor,
+    "an operator that draws": torch.ops.rmtc_tests.noise.default,
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_node_that_is_planted_in_a_trace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rmtc.passes.remove_regions import RemoveRegions
+
+    def apply(self: RemoveRegions, graph: torch.fx.Graph) -> None:
+        node = next(each for each in graph.nodes if each.target is torch.ops.aten.tanh.default)
+        node.target = UNKNOWN[name]
+        original(self, graph)
+
+    original = RemoveRegions.apply
+    monkeypatch.setattr(RemoveRegions, "apply", apply)
+    with torch.no_grad():
+        explanation = rmtc.explain(Model(plain))(torch.randn(2, 4 * SEGMENT, WIDTH, dtype=torch.float64))
+    assert explanation.schedule is None and explanation.location is not None
+    assert explanation.location.file.endswith(FILE) and explanation.remedy
+
+
+# Settings --------------------------------------------------------------------------------------------------------
+
+
+def on_and_out(layer: nn.Module, piece: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return torch.tanh(layer(piece))
+
+
+def on_and_detached(layer: nn.Module, piece: Tensor) -> Tensor:
+    with torch.enable_grad():
+        piece = torch.tanh(layer(piece))
+    return piece.detach()
+
+
+def on_and_left(layer: nn.Module, piece: Tensor) -> Tensor:
+    torch.set_grad_enabled(True)
+    return torch.tanh(layer(piece))
+
+
+def another_dtype(layer: nn.Module, piece: Tensor) -> Tensor:
+    torch.set_default_dtype(torch.float64)
+    return torch.tanh(layer(piece))
+
+
+def deterministic(layer: nn.Module, piece: Tensor) -> Tensor:
+    torch.use_deterministic_algorithms(True)
+    return torch.tanh(layer(piece))
+
+
+def anomalies(layer: nn.Module, piece: Tensor) -> Tensor:
+    with torch.autograd.set_detect_anomaly(True):
+        return torch.tanh(layer(piece))
+
+
+@pytest.mark.changes_settings
+@pytest.mark.parametrize("cell", [on_and_out, on_and_left, another_dtype, deterministic])
+def test_settings_and_gradients_that_a_call_leaves_are_eagers(cell: Cell) -> None:
+    wanted, found, stats, said = called(cell)
+    assert torch.equal(wanted, found) and wanted.requires_grad is found.requires_grad
+    assert stats.runs == 0 and len(said) == 1
+
+
+@pytest.mark.parametrize("cell", [plain, on_and_detached, anomalies])
+def test_settings_that_a_call_puts_back_are_no_reason(cell: Cell) -> None:
+    wanted, found, stats, said = called(cell)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert wanted.requires_grad is found.requires_grad is False
+    assert stats.runs == 1 and not said
+
+
+def test_gradients_that_no_result_carries_are_no_reason() -> None:
+    class Gated(Model):
+        def forward(self, hidden: Tensor) -> Tensor:
+            with torch.enable_grad():
+                chances = torch.stack([layer.weight.mean() for layer in self.layers]).argmax()
+            return super().forward(hidden) + chances
+
+    model = Gated(plain)
+    eager, hidden = copy.deepcopy(model), torch.randn(2, 5 * SEGMENT, WIDTH, dtype=torch.float64)
+    compiled = rmtc.compile(model, schedule="shortest")
+    with torch.no_grad():
+        found, wanted = compiled(hidden), eager(hidden)
+    torch.testing.assert_close(found, wanted)
+    assert rmtc.stats(compiled).runs == 1
+
+
+def test_a_setting_that_anything_leaves_is_seen_and_put_back() -> None:
+    before, wanted = Ambient(), settings()
+    forward_ad.enter_dual_level()
+    torch._C._functorch._vmap_increment_nesting(2, "error")
+    torch.utils._device.DeviceContext(torch.device("meta")).__enter__()
+    torch.set_default_device("meta")
+    torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.ADInplaceOrView, True)
+    torch._C._set_grad_enabled(not wanted["gradients"])
+    torch._C._set_fwd_grad_enabled(False)
+    torch.set_autocast_enabled("cpu", True)
+    torch.set_autocast_dtype("cpu", torch.float16)
+    torch.set_autocast_cache_enabled(False)
+    torch.set_default_dtype(torch.float16)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_anomaly_enabled(True, False)
+    torch._C._set_multithreading_enabled(False)
+    assert len(changed(wanted)) >= 12
+    assert before.changed() is not None
+    before.put_back()
+    assert not changed(wanted) and before.changed() is None
+    assert torch.zeros(1).device == torch.device("cpu")
+
+
+def test_an_error_inside_the_forward_leaves_nothing() -> None:
+    def fails(layer: nn.Module, piece: Tensor) -> Tensor:
+        torch.func.jacfwd(lambda row: layer(row).sum(0))(piece[0, 0])
+        raise ValueError("no")
+
+    before = settings()
+    with torch.no_grad(), pytest.raises((ValueError, CaptureError, RefusedError)):
+        rmtc.explain(Model(fails))(torch.randn(2, 4 * SEGMENT, WIDTH, dtype=torch.float64))
+    assert not changed(before)
