@@ -39,6 +39,9 @@ TESTS = {
 }
 """The tests of each module."""
 
+PATIENCE = 10
+"""How many times the limit the tests of a mutant may take by the clock: they may wait, and the machine may be busy."""
+
 MEMORY = 12 * 2**30
 """Bytes that a mutant may take: a loop that no longer ends must not stop the machine."""
 
@@ -169,9 +172,10 @@ def planted(mutant: Mutant) -> Any:
     return compile(ast.fix_missing_locations(tree), str(file), "exec", dont_inherit=True)
 
 
-def _run(mutant: Mutant | None, module: str, log: Path) -> int:
+def _run(mutant: Mutant | None, module: str, log: Path, limit: int) -> int:
     """Run the tests of a module in this process, which is a child; the exit code of pytest."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -194,7 +198,7 @@ def _run(mutant: Mutant | None, module: str, log: Path) -> int:
 class Pool:
     """Children that each run the tests for one mutant."""
 
-    def __init__(self, limit: float, logs: Path) -> None:
+    def __init__(self, limit: int, logs: Path) -> None:
         self.limit, self.logs = limit, logs
         self.begun: dict[int, tuple[float, Mutant | None, str]] = {}
 
@@ -207,7 +211,7 @@ class Pool:
             os.setsid()
             code = 70
             try:
-                code = _run(mutant, module, log)
+                code = _run(mutant, module, log, self.limit)
             finally:
                 sys.stdout.flush()
                 os._exit(code)
@@ -222,16 +226,15 @@ class Pool:
     def ended(self) -> tuple[Mutant | None, str, str, float] | None:
         """A child that has ended, if there is one: the mutant, its module, what came of it, and seconds."""
         for child, (start, mutant, module) in self.begun.items():
-            found, status = os.waitpid(child, os.WNOHANG)
-            seconds = time.monotonic() - start
-            if found == 0 and seconds < self.limit:
-                continue
-            outcome = "survived" if found and os.waitstatus_to_exitcode(status) == 0 else "killed"
+            found, status, used = os.wait4(child, os.WNOHANG)
             if found == 0:
-                outcome = "not in time"
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child, signal.SIGKILL)
-                os.waitpid(child, 0)
+                if time.monotonic() - start < PATIENCE * self.limit:
+                    continue
+                os.killpg(child, signal.SIGKILL)
+                _, status, used = os.wait4(child, 0)
+            code, seconds = os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
+            late = code in (-signal.SIGXCPU, -signal.SIGKILL)
+            outcome = "not in time" if late else "killed" if code else "survived"
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)  # what the tests started
             del self.begun[child]
@@ -243,7 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="draws the mutants (0)")
     parser.add_argument("--count", type=int, default=200, help="how many mutants (200)")
-    parser.add_argument("--limit", type=float, default=20.0, help="seconds for the tests of one mutant (20)")
+    parser.add_argument("--limit", type=int, default=20, help="seconds of CPU for the tests of one mutant (20)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many run at once (one a core)")
     parser.add_argument("--only", nargs="+", choices=[*TESTS], default=[*TESTS], help="modules")
     parser.add_argument("--logs", type=Path, help="a folder for what the tests print")
@@ -285,7 +288,7 @@ def main() -> None:
         counts = Counter(each["outcome"] for each in found if each["module"] == module)
         print(f"{module:32} {counts['killed']} of {counts.total()} killed, {counts['not in time']} not in time")
     killed = sum(each["outcome"] == "killed" for each in found)
-    print(f"seed {options.seed}, {options.limit:g} s each: {killed} of {len(found)} killed")
+    print(f"seed {options.seed}, {options.limit} s of CPU each: {killed} of {len(found)} killed")
     raise SystemExit(killed < options.least)
 
 

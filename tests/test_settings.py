@@ -19,7 +19,7 @@ from rmtc.capture.ambient import Ambient
 from rmtc.errors import CaptureError, RefusedError
 
 FILE = "test_settings.py"
-Cell = Callable[[nn.Module, Tensor], Tensor]
+Cell = Callable[[Any, Any], Any]
 
 
 class Model(nn.Module):
@@ -41,7 +41,7 @@ class Model(nn.Module):
         return piece
 
 
-def plain(layer: nn.Module, piece: Tensor) -> Tensor:
+def plain(layer: Any, piece: Any) -> Any:
     return torch.tanh(layer(piece))
 
 
@@ -73,24 +73,24 @@ def changed_by(before: Ambient) -> dict[str, Any]:
 # What a trace holds that is no operation -------------------------------------------------------------------------
 
 
-def vmapped(layer: nn.Module, piece: Tensor) -> Tensor:
+def vmapped(layer: Any, piece: Any) -> Any:
     return torch.func.vmap(lambda row: torch.tanh(layer(row)) - row.mean())(piece)
 
 
-def jacobian(layer: nn.Module, piece: Tensor) -> Tensor:
+def jacobian(layer: Any, piece: Any) -> Any:
     return torch.tanh(layer(piece)) + torch.func.jacfwd(lambda row: torch.tanh(layer(row)).sum(0))(piece[0, 0]).sum()
 
 
-def gradient(layer: nn.Module, piece: Tensor) -> Tensor:
+def gradient(layer: Any, piece: Any) -> Any:
     return torch.tanh(layer(piece)) + torch.func.grad(lambda row: torch.tanh(layer(row)).sum())(piece[0, 0]).sum()
 
 
-def tangent(layer: nn.Module, piece: Tensor) -> Tensor:
+def tangent(layer: Any, piece: Any) -> Any:
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(layer(forward_ad.make_dual(piece, torch.ones_like(piece)))).tangent
 
 
-def chosen(layer: nn.Module, piece: Tensor) -> Tensor:
+def chosen(layer: Any, piece: Any) -> Any:
     return torch.cond(torch.tensor(True), lambda x: torch.tanh(layer(x)), lambda x: x.clone(), (piece,))
 
 
@@ -109,13 +109,13 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def writes(layer: nn.Module, piece: Tensor) -> Tensor:
+def writes(layer: Any, piece: Any) -> Any:
     piece = torch.tanh(layer(piece))
     torch.ops.rmtc_tests.write_twice(piece)
     return piece
 
 
-def noisy(layer: nn.Module, piece: Tensor) -> Tensor:
+def noisy(layer: Any, piece: Any) -> Any:
     return torch.ops.rmtc_tests.noise(torch.tanh(layer(piece)))
 
 
@@ -167,33 +167,33 @@ def test_an_unknown_node_that_is_planted_in_a_trace(name: str, monkeypatch: pyte
 # Settings --------------------------------------------------------------------------------------------------------
 
 
-def on_and_out(layer: nn.Module, piece: Tensor) -> Tensor:
+def on_and_out(layer: Any, piece: Any) -> Any:
     with torch.enable_grad():
         return torch.tanh(layer(piece))
 
 
-def on_and_detached(layer: nn.Module, piece: Tensor) -> Tensor:
+def on_and_detached(layer: Any, piece: Any) -> Any:
     with torch.enable_grad():
         piece = torch.tanh(layer(piece))
     return piece.detach()
 
 
-def on_and_left(layer: nn.Module, piece: Tensor) -> Tensor:
+def on_and_left(layer: Any, piece: Any) -> Any:
     torch.set_grad_enabled(True)
     return torch.tanh(layer(piece))
 
 
-def another_dtype(layer: nn.Module, piece: Tensor) -> Tensor:
+def another_dtype(layer: Any, piece: Any) -> Any:
     torch.set_default_dtype(torch.float64)
     return torch.tanh(layer(piece))
 
 
-def deterministic(layer: nn.Module, piece: Tensor) -> Tensor:
+def deterministic(layer: Any, piece: Any) -> Any:
     torch.use_deterministic_algorithms(True)
     return torch.tanh(layer(piece))
 
 
-def anomalies(layer: nn.Module, piece: Tensor) -> Tensor:
+def anomalies(layer: Any, piece: Any) -> Any:
     with torch.autograd.set_detect_anomaly(True):
         return torch.tanh(layer(piece))
 
@@ -218,7 +218,7 @@ def test_gradients_that_no_result_carries_are_no_reason() -> None:
     class Gated(Model):
         def forward(self, hidden: Tensor) -> Tensor:
             with torch.enable_grad():
-                chances = torch.stack([layer.weight.mean() for layer in self.layers]).argmax()
+                chances = torch.stack([each.mean() for each in self.layers.parameters()]).argmax()
             return super().forward(hidden) + chances
 
     model = Gated(plain)
@@ -254,7 +254,7 @@ def test_a_setting_that_anything_leaves_is_seen_and_put_back() -> None:
 
 
 def test_an_error_inside_the_forward_leaves_nothing() -> None:
-    def fails(layer: nn.Module, piece: Tensor) -> Tensor:
+    def fails(layer: Any, piece: Any) -> Any:
         torch.func.jacfwd(lambda row: layer(row).sum(0))(piece[0, 0])
         raise ValueError("no")
 

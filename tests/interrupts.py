@@ -1,0 +1,377 @@
+"""Interrupt rmtc at the entry of each of its functions, and see that the model and all later results are as before.
+
+    python tests/interrupts.py --count 60 --seed 0          60 places drawn by seed
+    python tests/interrupts.py --all --log FILE             every place; goes on where a run with that log has ended
+
+A place is a model, a stage (what the call does), a function of rmtc's, and its first or last entry in that stage. Each
+is tried in a forked child: an exception arrives there, as from an interrupt or from the handler of a signal, and must
+come out of the call. Then parameters, attributes, settings of torch and locks are as before, and the next calls give
+eager's results by the schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import gc
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+import environment
+import torch
+from settings import changed, settings
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+import rmtc
+from rmtc.examples import armt_llama
+from rmtc.runtime.lock import LOCK
+
+assert environment.SET
+ROOT = Path(rmtc.__file__).parent
+SEGMENT = 4
+
+
+class Place(NamedTuple):
+    """Where an exception arrives.
+
+    Attributes:
+        model, stage: what is called, and what the call does.
+        file, line, function: a function of rmtc's.
+        entry: the how-many-th entry of it in that stage.
+        kind: of the exception.
+    """
+
+    model: str
+    stage: str
+    file: str
+    line: int
+    function: str
+    entry: int
+    kind: str
+
+
+class Kept(nn.Module):
+    """Layers whose memories are buffers that each call writes to, in place, and a list that it appends to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.register_buffer("memory", torch.randn(3, 1, 4))
+        self.last: list[Tensor] = [torch.zeros(1, 4)]
+        self.double()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        outputs = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + self.memory[number][:, None])
+                self.memory[number] = 0.5 * self.memory[number] + piece.mean(1)
+            outputs.append(piece)
+        self.last[0] = outputs[-1][:, -1]
+        return torch.cat(outputs, dim=1)
+
+
+def of_armt() -> tuple[nn.Module, Callable[[int], Tensor]]:
+    sizes = {"layers": 2, "width": 8, "heads": 2, "key_size": 2, "segment": SEGMENT, "memory": 1}
+    model, _ = armt_llama.build(**sizes, dtype="float64")
+
+    def text(segments: int) -> Tensor:
+        return torch.randint(0, 250, (1, SEGMENT * segments), generator=torch.Generator().manual_seed(segments))
+
+    return model, text
+
+
+def of_kept() -> tuple[nn.Module, Callable[[int], Tensor]]:
+    def text(segments: int) -> Tensor:
+        generator = torch.Generator().manual_seed(segments)
+        return torch.randn(1, SEGMENT * segments, 4, dtype=torch.float64, generator=generator)
+
+    return Kept(), text
+
+
+MODELS = {"armt": of_armt, "kept": of_kept}
+
+
+class Subject:
+    """A model, compiled, and its twin, which is not.
+
+    Args:
+        name: in :data:`MODELS`.
+    """
+
+    def __init__(self, name: str) -> None:
+        torch.manual_seed(0)
+        self.model, self.text = MODELS[name]()
+        self.model.eval()
+        self.twin = copy.deepcopy(self.model)
+        rmtc.compile(self.model, schedule="shortest", backend="torch")
+
+    def call(self, segments: int) -> Any:
+        """Call the compiled model."""
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error", rmtc.FallbackWarning)
+            return self.model(self.text(segments))
+
+    def follow(self, segments: int) -> Any:
+        """Call the twin."""
+        with torch.no_grad():
+            return self.twin(self.text(segments))
+
+    def both(self, segments: int) -> None:
+        """Call both, and hold what they give and leave against each other."""
+        found, wanted = self.call(segments), self.follow(segments)
+        _hold(_tensors(found), _tensors(wanted), "the result")
+        _hold(_state(self.model), _state(self.twin), "the state")
+
+
+def capture(subject: Subject) -> Callable[[], Any]:
+    """The first call."""
+    return lambda: subject.call(4)
+
+
+def admission(subject: Subject) -> Callable[[], Any]:
+    """The first call of other sizes."""
+    subject.both(4)
+    return lambda: subject.call(7)
+
+
+def run(subject: Subject) -> Callable[[], Any]:
+    """A later call, in memory that stays."""
+    for _ in range(3):
+        subject.both(4)
+    return lambda: subject.call(4)
+
+
+def move(subject: Subject) -> Callable[[], Any]:
+    """The first call after parameters were moved out of their stacks."""
+    subject.both(4)
+    for model in (subject.model, subject.twin):
+        for parameter in model.parameters():
+            parameter.data = parameter.data * 1.25
+    return lambda: subject.call(4)
+
+
+KINDS = ("interrupt", "signal")
+FINE = ("as before", "not reached")
+STAGES = {each.__name__: each for each in (capture, admission, run, move)}
+
+
+def places(name: str, stage: str) -> list[tuple[str, int, str, int]]:
+    """The functions of rmtc's that a stage enters, with the numbers of their first and last entries, in a child."""
+
+    def collect() -> list[tuple[str, int, str, int]]:
+        subject = Subject(name)
+        call = STAGES[stage](subject)
+        counts: dict[CodeType, int] = {}
+
+        def trace(frame: FrameType, event: str, argument: Any) -> None:
+            code = frame.f_code
+            if event == "call" and _is_ours(code):
+                counts[code] = counts.get(code, 0) + 1
+
+        sys.settrace(trace)  # type: ignore[arg-type]
+        try:
+            call()
+        finally:
+            sys.settrace(None)
+        return [
+            (code.co_filename, code.co_firstlineno, code.co_qualname, entry)
+            for code, count in counts.items()
+            for entry in sorted({1, count})
+        ]
+
+    found: list[tuple[str, int, str, int]] = [tuple(each) for each in _in_child(collect)]  # type: ignore[misc]
+    return found
+
+
+def _is_ours(code: CodeType) -> bool:
+    return code.co_filename.startswith(str(ROOT)) and not code.co_filename.startswith(str(ROOT / "examples"))
+
+
+class _Stop(Exception):
+    """What a handler of a signal raises."""
+
+
+def arrives(place: Place, call: Callable[[], Any]) -> bool:
+    """Make a call in which an exception arrives, and see that it comes out; False if the place was not reached."""
+    wanted: type[BaseException] = KeyboardInterrupt if place.kind == "interrupt" else _Stop
+    entries, arrived = 0, False
+
+    def handler(number: int, frame: Any) -> None:
+        raise wanted(str(place))
+
+    def in_frame(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal arrived
+        if not arrived and event == "line":  # a generator that is closed has none, and Python drops what it raises
+            arrived = True
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGUSR1)
+        return in_frame
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal entries
+        code = frame.f_code
+        if (code.co_filename, code.co_firstlineno, code.co_qualname) != (place.file, place.line, place.function):
+            return None
+        entries += 1
+        return in_frame if entries == place.entry else None
+
+    signal.signal(signal.SIGUSR1, handler)
+    sys.settrace(trace)
+    try:
+        call()
+    except wanted:
+        sys.settrace(None)
+    else:
+        sys.settrace(None)
+        assert not arrived, "the exception was swallowed"
+    return arrived
+
+
+def attempts(group: Sequence[Place]) -> list[str]:
+    """What comes of an exception in each of some places of one stage: ``as before``, ``not reached``, or what is wrong.
+
+    The stage is prepared once, in a child that forks for each place.
+    """
+
+    def each() -> list[str]:
+        subject = Subject(group[0].model)
+        call = STAGES[group[0].stage](subject)
+        return [str(_in_child(functools.partial(_tried, subject, call, place))) for place in group]
+
+    results = _in_child(each, seconds=0)
+    return results if isinstance(results, list) else [results] * len(group)
+
+
+def _tried(subject: Subject, call: Callable[[], Any], place: Place) -> str:
+    held = _identities(subject.model)
+    before, values = settings(), [each.clone() for each in _state(subject.model)]
+    collects, runs = gc.isenabled(), rmtc.stats(subject.model).runs
+    if not arrives(place, call):
+        return "not reached"
+    found = changed(before)
+    assert not found, f"settings: {found}"
+    assert gc.isenabled() is collects, "the garbage collector"
+    assert not LOCK._held and LOCK.free, "the lock is held"
+    assert _identities(subject.model) == held, "another object is in the model"
+    now = _state(subject.model)
+    assert not any(isinstance(each, FakeTensor) for each in now), "stand-ins are in the model"
+    if not _same(now, values):  # the call was over, but for its return
+        subject.follow(7 if place.stage == "admission" else 4)
+        _hold(now, _state(subject.twin), "the state after the exception")
+    with rmtc.disabled(subject.model):
+        subject.both(4)
+    runs = rmtc.stats(subject.model).runs
+    subject.both(4)
+    subject.both(7)
+    assert rmtc.stats(subject.model).runs == runs + 2, "the next calls did not run by the schedule"
+    assert not changed(before)
+    return "as before"
+
+
+def _in_child(function: Callable[[], Any], seconds: int = 120) -> Any:
+    """What a function returns in a forked child; a line that says what it raised."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        signal.alarm(seconds)
+        try:
+            answer = function()
+        except BaseException as error:  # noqa: BLE001 (it is the answer)
+            lines = traceback.format_exception(error)
+            answer = f"{type(error).__name__}: {error}".splitlines()[0] + "\n" + "".join(lines[-12:])
+        with os.fdopen(writer, "w") as pipe:
+            json.dump(answer, pipe)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(text) if text else "the child did not end well, or not in time"
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    leaves, _ = torch.utils._pytree.tree_flatten(dict(value) if isinstance(value, dict) else value)
+    return [each for each in leaves if isinstance(each, Tensor)]
+
+
+def _state(model: nn.Module) -> list[Tensor]:
+    """Parameters, buffers and tensors in attributes and lists of modules."""
+    found = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, (Tensor, list)):
+                found += _tensors(value)
+    return [each.detach() for each in found]
+
+
+def _identities(model: nn.Module) -> list[int]:
+    """What is where in the model, but for tensors in attributes and lists, which a call may replace."""
+    found = [id(each) for each in (*model.modules(), *model.parameters(), *model.buffers())]
+    return found + [id(each) for module in model.modules() for each in vars(module) if not isinstance(each, Tensor)]
+
+
+def _same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
+    pairs = zip(found, wanted, strict=True)
+    return len(found) == len(wanted) and all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in pairs)
+
+
+def _hold(found: Sequence[Tensor], wanted: Sequence[Tensor], what: str) -> None:
+    assert _same(found, wanted), f"{what} is not eager's"
+
+
+def drawn(count: int | None, seed: int) -> Iterator[list[Place]]:
+    """Places drawn by seed, as many of each model and stage; all of them without a count."""
+    draw = random.Random(seed)
+    for name in MODELS:
+        for stage in STAGES:
+            found = [Place(name, stage, *each, kind=draw.choice(KINDS)) for each in places(name, stage)]
+            draw.shuffle(found)
+            yield found if count is None else found[: -(-count // (len(MODELS) * len(STAGES)))]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=60, help="how many places to draw (default: 60)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--all", action="store_true", help="try every place")
+    parser.add_argument("--log", type=Path, help="write results there, and leave out what it has of this commit")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    command = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    lines = options.log.read_text().splitlines() if options.log and options.log.exists() else []
+    known = [each for each in map(json.loads, lines) if each["commit"] == commit]
+    done = {Place(*each["place"])[:-1] for each in known if each["result"] in FINE}
+    counts = Counter[str]()
+    for stage in drawn(None if options.all else options.count, options.seed):
+        left = [place for place in stage if place[:-1] not in done]
+        for at in range(0, len(left), 20):
+            group = left[at : at + 20]
+            for place, result in zip(group, attempts(group), strict=True):
+                counts[result.splitlines()[0]] += 1
+                if result not in FINE:
+                    print(f"{place}\n{result}", flush=True)
+                if options.log:
+                    with options.log.open("a") as file:
+                        file.write(json.dumps({"commit": commit, "place": place, "result": result}) + "\n")
+    for result, count in counts.most_common():
+        print(f"{count:5d}  {result}")
+    return int(any(result not in FINE for result in counts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
