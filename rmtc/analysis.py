@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rmtc.capture import Capture, Captured, Reading, open_capture
+from rmtc.capture.ambient import undisturbed
 from rmtc.capture.objects import Plain, parts_of
 from rmtc.capture.other_sizes import follows
 from rmtc.capture.probe import Sizes
@@ -62,6 +63,7 @@ class Analysis:
     probes: list[Captured] = field(default_factory=list)
 
     @outermost
+    @undisturbed()
     @uncollected()
     def admit(self, sizes: Sizes) -> None:
         """See that a call of some sizes does in every segment what the loop says, by replaying its Python.

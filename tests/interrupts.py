@@ -15,6 +15,7 @@ import argparse
 import copy
 import functools
 import gc
+import itertools
 import json
 import os
 import random
@@ -24,7 +25,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
@@ -69,7 +70,7 @@ class Kept(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-        self.register_buffer("memory", torch.randn(3, 1, 4))
+        self.memory = nn.Buffer(torch.randn(3, 1, 4))
         self.last: list[Tensor] = [torch.zeros(1, 4)]
         self.double()
 
@@ -85,7 +86,7 @@ class Kept(nn.Module):
 
 
 def of_armt() -> tuple[nn.Module, Callable[[int], Tensor]]:
-    sizes = {"layers": 2, "width": 8, "heads": 2, "key_size": 2, "segment": SEGMENT, "memory": 1}
+    sizes: dict[str, Any] = {"layers": 2, "width": 8, "heads": 2, "key_size": 2, "segment": SEGMENT, "memory": 1}
     model, _ = armt_llama.build(**sizes, dtype="float64")
 
     def text(segments: int) -> Tensor:
@@ -182,7 +183,7 @@ def places(name: str, stage: str) -> list[tuple[str, int, str, int]]:
             if event == "call" and _is_ours(code):
                 counts[code] = counts.get(code, 0) + 1
 
-        sys.settrace(trace)  # type: ignore[arg-type]
+        sys.settrace(trace)
         try:
             call()
         finally:
@@ -193,8 +194,7 @@ def places(name: str, stage: str) -> list[tuple[str, int, str, int]]:
             for entry in sorted({1, count})
         ]
 
-    found: list[tuple[str, int, str, int]] = [tuple(each) for each in _in_child(collect)]  # type: ignore[misc]
-    return found
+    return [(file, line, function, entry) for file, line, function, entry in _in_child(collect)]
 
 
 def _is_ours(code: CodeType) -> bool:
@@ -333,14 +333,12 @@ def _hold(found: Sequence[Tensor], wanted: Sequence[Tensor], what: str) -> None:
     assert _same(found, wanted), f"{what} is not eager's"
 
 
-def drawn(count: int | None, seed: int) -> Iterator[list[Place]]:
-    """Places drawn by seed, as many of each model and stage; all of them without a count."""
-    draw = random.Random(seed)
-    for name in MODELS:
-        for stage in STAGES:
-            found = [Place(name, stage, *each, kind=draw.choice(KINDS)) for each in places(name, stage)]
-            draw.shuffle(found)
-            yield found if count is None else found[: -(-count // (len(MODELS) * len(STAGES)))]
+def drawn(name: str, stage: str, count: int | None, seed: int) -> list[Place]:
+    """So many places of a stage, drawn by seed; all of them, in that order, without a count."""
+    draw = random.Random(f"{seed} {name} {stage}")
+    found = [Place(name, stage, *each, kind=draw.choice(KINDS)) for each in places(name, stage)]
+    draw.shuffle(found)
+    return found[:count]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -357,8 +355,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = [each for each in map(json.loads, lines) if each["commit"] == commit]
     done = {Place(*each["place"])[:-1] for each in known if each["result"] in FINE}
     counts = Counter[str]()
-    for stage in drawn(None if options.all else options.count, options.seed):
-        left = [place for place in stage if place[:-1] not in done]
+    share = None if options.all else -(-options.count // (len(MODELS) * len(STAGES)))
+    for name, stage in itertools.product(MODELS, STAGES):
+        left = [place for place in drawn(name, stage, share, options.seed) if place[:-1] not in done]
         for at in range(0, len(left), 20):
             group = left[at : at + 20]
             for place, result in zip(group, attempts(group), strict=True):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from rmtc.capture.ambient import undisturbed
 from rmtc.capture.arguments import show
 from rmtc.capture.effects import Effect
 from rmtc.capture.probe import Plan, Sizes, probe
@@ -101,6 +102,7 @@ class Capture:
         return frozenset(show(path) for path in self.plan.growth.lists)
 
     @outermost
+    @undisturbed()
     @uncollected()
     def run(self, sizes: Sizes) -> Captured:
         """Trace one run.
@@ -141,6 +143,7 @@ class Capture:
 
 
 @outermost
+@undisturbed()
 @uncollected()
 def open_capture(
     function: Callable[..., Any],

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["Ambient"]
+from rmtc.capture.restoring import restored
+
+__all__ = ["Ambient", "undisturbed"]
 
 
 class _Part(NamedTuple):
@@ -46,6 +49,13 @@ class Ambient:
         for part, value in self._found:
             if not part.same(part.read(), value):
                 part.write(value)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put the settings of torch back at the end of a block, or of a function that this decorates."""
+    with restored(Ambient().put_back):
+        yield
 
 
 def _function_modes() -> list[Any]:

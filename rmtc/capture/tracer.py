@@ -27,12 +27,11 @@ from torch.fx.experimental.proxy_tensor import (
     _ProxyTensor,
 )
 
-from rmtc.capture.ambient import Ambient
+from rmtc.capture.ambient import undisturbed
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.effects import Effect, find_effects
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import current_location
-from rmtc.capture.restoring import restored
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session, backward_refusal
 from rmtc.capture.state import is_plain
@@ -254,6 +253,7 @@ def trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ra
     return _trace(session, args, kwargs, functionalize=True)
 
 
+@undisturbed()
 def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], functionalize: bool) -> RawTrace:
     inputs: dict[Path, torch.Tensor] = {}
     arguments = Arguments(args, kwargs, session.arguments.names)
@@ -310,7 +310,7 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
     traced: Callable[..., Any] = program
     if functionalize:
         traced = dispatch_functionalize(program, FunctionalTensorMode(pre_dispatch=True, export=True))
-    with restored(Ambient().put_back), session.fake_mode, _quiet(), _use_lazy_graph_module(True):
+    with session.fake_mode, _quiet(), _use_lazy_graph_module(True):
         raw.module = maker.trace(traced, *session.stand_ins, *distinct)
     sources = [(lifted.kind, lifted.names, lifted.tensor.requires_grad) for lifted in session.lifted]
     sources += [("input", (show(path),), tensor.requires_grad) for path, tensor in inputs.items()]
