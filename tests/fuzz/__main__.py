@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--shrinking", type=float, default=120, help="seconds for which a failure is made smaller")
     parser.add_argument("--log", type=Path, default=Path(".fuzz/log.jsonl"))
     parser.add_argument("--failures", type=Path, default=Path(".fuzz/failures"))
+    parser.add_argument("--without", nargs="+", default=[], metavar="FEATURE", help="leave out: script=module, op=sort")
     parser.add_argument("--summary", type=Path, nargs="+", metavar="LOG", help="sum up logs")
     given = parser.parse_args()
     from . import campaign
@@ -44,7 +45,7 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    run = campaign.Campaign(given.seed, given.log, given.failures, given.shrinking)
+    run = campaign.Campaign(given.seed, given.log, given.failures, given.shrinking, given.without)
     campaign.judge(draw(0, 0))  # what is imported late is there for every process that is forked
     numbers = itertools.count(given.start)
     models = itertools.islice(numbers, given.models) if given.models is not None else numbers

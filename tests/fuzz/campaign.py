@@ -27,11 +27,13 @@ from .check import Verdict, examine
 from .render import render
 from .spec import Spec, draw, features, has_schedule, size, smaller
 
-__all__ = ["Campaign", "commit", "judge", "reason_class", "shrink", "summary"]
+__all__ = ["Campaign", "commit", "judge", "reason_class", "shrink", "signature", "summary"]
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_SECONDS = 150
 """A model that takes more hangs."""
+
+_SHRUNK = 2  # failures of one signature that are made smaller: it takes as long as dozens of models
 
 _FORK = multiprocessing.get_context("fork")
 
@@ -104,8 +106,14 @@ def isolated(spec: Spec, compile: Compile = rmtc.compile) -> Verdict:
     return job.done()
 
 
-def shrink(spec: Spec, kind: str, seconds: float, compile: Compile = rmtc.compile, look: Any = isolated) -> Spec:
-    """The smallest model found in a while whose verdict is still of a kind."""
+def signature(verdict: Verdict) -> str:
+    """What two failures of one cause are likely to share."""
+    told = verdict.detail[-1] if verdict.kind in ("error inside", "exception", "modes") and verdict.detail else ""
+    return f"{verdict.kind} {reason_class(told)}".strip()
+
+
+def shrink(spec: Spec, failure: str, seconds: float, compile: Compile = rmtc.compile, look: Any = isolated) -> Spec:
+    """The smallest model found in a while that still fails with a signature."""
     until = time.monotonic() + seconds
     again = True
     while again:
@@ -113,7 +121,7 @@ def shrink(spec: Spec, kind: str, seconds: float, compile: Compile = rmtc.compil
         for less in smaller(spec):
             if time.monotonic() > until:
                 return spec
-            if size(less) < size(spec) and look(less, compile).kind == kind:
+            if size(less) < size(spec) and signature(look(less, compile)) == failure:
                 spec, again = less, True
                 break
     return spec
@@ -147,16 +155,19 @@ class Campaign:
         log: a file that a line of JSON is added to for each model.
         failures: a folder for the files that reproduce failures.
         shrinking: seconds that a failure is made smaller for.
+        without: features whose models are left out, such as ``script=module``.
     """
 
-    def __init__(self, seed: int, log: Path, failures: Path, shrinking: float) -> None:
+    def __init__(self, seed: int, log: Path, failures: Path, shrinking: float, without: Iterable[str] = ()) -> None:
         self.seed, self.log, self.failures, self.shrinking = seed, log, failures, shrinking
+        self.without = frozenset(without)
         self.commit = commit()
         self.counts: collections.Counter[str] = collections.Counter()
+        self.failed: collections.Counter[str] = collections.Counter()
 
     def run(self, numbers: Iterable[int], workers: int, until: float) -> None:
         """Examine models until there are no more or it is late."""
-        numbers, jobs = iter(numbers), dict[int, Job]()
+        numbers, jobs = (number for number in numbers if self._wanted(number)), dict[int, Job]()
         while True:
             while len(jobs) < workers and time.monotonic() < until and (number := next(numbers, None)) is not None:
                 jobs[number] = Job(draw(self.seed, number))
@@ -167,6 +178,9 @@ class Campaign:
                 if job.receiver in ready or job.late:
                     del jobs[number]
                     self._record(number, job.spec, job.done(), time.monotonic() - job.started)
+
+    def _wanted(self, number: int) -> bool:
+        return self.without.isdisjoint(features(draw(self.seed, number)))
 
     def _record(self, number: int, spec: Spec, verdict: Verdict, seconds: float) -> None:
         kind = verdict.kind
@@ -181,6 +195,7 @@ class Campaign:
             "eager": verdict.eager,
             "raised": verdict.raised,
             "detail": verdict.detail[:5],
+            "signature": signature(verdict) if kind != "same" else "",
             "seconds": round(seconds, 2),
             "legal": has_schedule(spec),
             "features": sorted(features(spec)),
@@ -200,8 +215,10 @@ class Campaign:
         name = re.sub(r"\W+", "_", verdict.kind)
         path = self.failures / f"{name}_{self.seed}_{number}.py"
         path.write_text(render(spec))
-        if verdict.kind != "generator":
-            path.write_text(render(shrink(spec, verdict.kind, self.shrinking)))
+        failure = signature(verdict)
+        self.failed[failure] += 1
+        if verdict.kind != "generator" and self.failed[failure] <= _SHRUNK:
+            path.write_text(render(shrink(spec, failure, self.shrinking)))
 
 
 def summary(paths: Iterable[Path]) -> str:
