@@ -60,6 +60,7 @@ def _child(spec: Spec, sender: Connection, compile: Compile) -> None:
             where = where.tb_next
         line = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where is not None else ""
         verdict = Verdict("generator", [f"{type(error).__name__}: {error} ({line})"])
+    verdict.cpu_seconds = time.process_time()
     sender.send(asdict(verdict))
     sender.close()
 
@@ -197,6 +198,7 @@ class Campaign:
             "detail": verdict.detail[:5],
             "signature": signature(verdict) if kind != "same" else "",
             "seconds": round(seconds, 2),
+            "cpu_seconds": round(verdict.cpu_seconds, 2),
             "legal": has_schedule(spec),
             "features": sorted(features(spec)),
         }
@@ -204,7 +206,7 @@ class Campaign:
         with self.log.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.counts[status] += 1
-        if kind != "same":
+        if kind not in ("same", "unstable"):
             self._keep(number, spec, verdict)
         sys.stdout.write(f"{self.seed} {number} {status} {seconds:.1f} s {'; '.join(verdict.detail[:1])[:200]}\n")
         sys.stdout.flush()

@@ -245,7 +245,7 @@ WRITES: dict[str, Write] = {
     "top": Write(
         2,
         "context = torch.cat([memory, x], 1)\n"
-        "index = context.mean(-1).topk(2, dim=1).indices\n"
+        "index = context[..., :3].sum(-1).topk(2, dim=1).indices\n"
         "made = context.gather(1, index[..., None].expand(-1, -1, WIDTH))",
         "",
     ),
@@ -276,7 +276,7 @@ WRITES: dict[str, Write] = {
     ),
     "branch": Write(
         1,
-        "new = x.mean(1, keepdim=True)\nmade = torch.where(new.sum(-1, keepdim=True) > 0, torch.tanh(new), memory)",
+        "new = x.mean(1, keepdim=True)\nmade = torch.where(new[..., :3].sum(-1, keepdim=True) > 0, torch.tanh(new), memory)",
         "",
     ),
 }

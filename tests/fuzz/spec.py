@@ -12,7 +12,7 @@ from typing import Any
 
 from .snippets import AUX, CHANGES, OPS, READS, WRITES
 
-__all__ = ["OPTIONS", "Spec", "draw", "features", "has_schedule", "size", "smaller"]
+__all__ = ["OPTIONS", "Spec", "draw", "features", "has_schedule", "plain", "size", "smaller"]
 
 Spec = dict[str, Any]
 """A model and the calls it is given, as JSON has it: a value for each of OPTIONS, ``ops``, ``calls``, ``seed``."""
@@ -119,6 +119,13 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 
 LAYOUTS = ("plain", "transposed", "expanded", "part", "keyword", "parameter", "leaf", "flipped")
 MODES = ("no_grad", "inference_mode", "grad", "autocast")
+
+
+def plain(**values: Any) -> Spec:
+    """The plainest model, but for some choices."""
+    call = {"segments": 4, "batch": 2, "tail": 4, "layout": "plain", "mode": "no_grad", "before": []}
+    made = {name: choices[0] for name, choices in OPTIONS.items()}
+    return possible({**made, "ops": [], "calls": [call], "seed": 0, **values})
 
 
 def draw(seed: int, number: int) -> Spec:
