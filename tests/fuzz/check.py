@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import enum
 import importlib.util
+import itertools
 import random
 import sys
 import types
@@ -154,13 +155,15 @@ class Walk:
                 self.add(f"{path}.{key}", item)
 
     def shared(self) -> set[tuple[str, str]]:
-        """Pairs of paths whose tensors share memory, but for two in the result: those are documented not to be kept."""
+        """Pairs of paths whose tensors share memory, one of which was there before the call.
+
+        That two new ones do is documented not to be kept.
+        """
         found = set()
         for paths in self.storages.values():
-            for number, one in enumerate(paths):
-                for other in paths[number + 1 :]:
-                    if not (one.startswith("result") and other.startswith("result")):
-                        found.add((one, other))
+            for one, other in itertools.combinations(paths, 2):
+                if self.leaves[one].was or self.leaves[other].was:
+                    found.add((one, other))
         return found
 
 
@@ -183,7 +186,9 @@ def differences(found: Walk, wanted: Walk) -> list[str]:
         elif leaf.flags[4:] != other.flags[4:]:
             lines.append(f"shape: {path}: {other.flags[4:]} in place of {leaf.flags[4:]}")
         elif leaf.flags != other.flags:
-            lines.append(f"flags: {path}: {other.flags[:4]} in place of {leaf.flags[:4]} (requires, leaf, fn, inference)")
+            lines.append(
+                f"flags: {path}: {other.flags[:4]} in place of {leaf.flags[:4]} (requires, leaf, fn, inference)"
+            )
         elif isinstance(leaf.value, Tensor):
             error = _error(other.value, leaf.value)
             if error > _CLOSE.get(leaf.value.dtype, 0.0):
@@ -192,7 +197,9 @@ def differences(found: Walk, wanted: Walk) -> list[str]:
             lines.append(f"values: {path}: {other.value!r} in place of {leaf.value!r}")
     if not lines:
         one, two = found.shared(), wanted.shared()
-        lines += [f"memory: {a} and {b} share memory {'only compiled' if (a, b) in one else 'only eager'}" for a, b in sorted(one ^ two)]
+        for pair in sorted(one ^ two):
+            where = "compiled" if pair in one else "eager"
+            lines.append(f"memory: {' and '.join(pair)} share memory only in {where}")
     return lines
 
 
@@ -245,9 +252,7 @@ class Twin:
         noise: weights are made other by that much.
     """
 
-    def __init__(
-        self, path: Path, name: str, compile: Callable[..., Any] | None = None, noise: float = 0.0
-    ) -> None:
+    def __init__(self, path: Path, name: str, compile: Callable[..., Any] | None = None, noise: float = 0.0) -> None:
         self.module = load(path, name)
         torch.manual_seed(self.module.SEED)
         random.seed(self.module.SEED)

@@ -11,7 +11,7 @@ from .spec import Spec
 
 __all__ = ["render"]
 
-HEAD = '''\
+HEAD = """\
 import collections
 import dataclasses
 import enum
@@ -101,7 +101,7 @@ def ramp(length):
     return torch.linspace(0, 1, length, dtype=torch.float64)[:, None]
 
 
-'''
+"""
 
 CONSTANTS = {
     "none": "",
@@ -111,7 +111,7 @@ CONSTANTS = {
     "lru_cache": "x = x + ramp(x.shape[1]).to(x.dtype)",
     "global": "x = x * SCALES[1]",
     "config": "x = x * self.config.scale if self.config.kind is Kind.SOFT else x",
-    "cached": 'if self.cache is None:\n    self.cache = torch.linspace(0, 1, WIDTH, dtype=torch.float64)\nx = x + self.cache.to(x.dtype)',
+    "cached": "if self.cache is None:\n    self.cache = torch.linspace(0, 1, WIDTH, dtype=torch.float64)\nx = x + self.cache.to(x.dtype)",
     "cached by length": (
         "if x.shape[1] not in self.tables:\n"
         "    self.tables[x.shape[1]] = torch.linspace(0, 1, x.shape[1], dtype=torch.float64)[:, None]\n"
@@ -157,12 +157,16 @@ def _layer(spec: Spec) -> str:
     init += ["self.query = linear()"] if "self.query" in READS[spec["read"]] else []
     init += [aux.init] if aux and aux.init else []
     if spec["home"] in ("self", "attribute"):
-        init.append("self.state = None" if not spec["kept"] else "self.state = start(1, torch.zeros(1, dtype=torch.float64))")
+        init.append(
+            "self.state = None" if not spec["kept"] else "self.state = start(1, torch.zeros(1, dtype=torch.float64))"
+        )
     if spec["home"] == "attribute" and spec["reads"] == "two" and spec["kept"]:
         init.append("self.state = (self.state, self.state)")
     if spec["home"] == "buffer":
         for name in _buffers(spec):
-            init.append(f'self.register_buffer("{name}", {_pick(spec, name)}(start(1, torch.zeros(1, dtype=torch.float64))))')
+            init.append(
+                f'self.register_buffer("{name}", {_pick(spec, name)}(start(1, torch.zeros(1, dtype=torch.float64))))'
+            )
     if spec["statistics"] == "layer's running":
         init.append('self.register_buffer("running", torch.zeros(WIDTH, dtype=torch.float64))')
     if spec["parametrization"] != "none":
@@ -202,7 +206,9 @@ def _layer(spec: Spec) -> str:
     if spec["script"] == "function":
         body.append("x = scripted(x, 0.5)")
     if spec["statistics"] == "layer's running":
-        body.append("self.running.mul_(0.9).add_(x.mean((0, 1)).to(self.running.dtype), alpha=0.1)\nx = x - self.running.to(x.dtype)")
+        body.append(
+            "self.running.mul_(0.9).add_(x.mean((0, 1)).to(self.running.dtype), alpha=0.1)\nx = x - self.running.to(x.dtype)"
+        )
     body.append("x = F.layer_norm(x, (WIDTH,))")
     body.append(write.lines)
     if aux and spec["reads"] != "none":
@@ -243,7 +249,7 @@ def _grad(spec: Spec, base: str) -> list[str]:
 
 
 def _others() -> str:
-    return '''\
+    return """\
 class Other(Layer):
     def bend(self, x):
         return torch.relu(x)
@@ -262,7 +268,7 @@ class Wrapped(nn.Module):
 
     def forward(self, x, *state):
         return self.inside(x, *state)
-'''
+"""
 
 
 def _buffers(spec: Spec) -> list[str]:
@@ -307,7 +313,9 @@ def _home(spec: Spec) -> dict[str, Any]:
         setup = f"states = Cache()\nfor i in range(LAYERS):\n    states.put(i, {empty})"
         load, store = "states.get(i)", "states.put(i, made)"
     elif home in ("attribute", "self"):
-        setup = "states = None" if spec["kept"] else f"states = None\nfor layer in ME.layers:\n    layer.state = {first}"
+        setup = (
+            "states = None" if spec["kept"] else f"states = None\nfor layer in ME.layers:\n    layer.state = {first}"
+        )
         load = f"ME.layers[i].state{old}"
         store = "ME.layers[i].state = " + ("(made, ME.layers[i].state[0])" if two else "made")
         if spec["in_place"] and not two and not aux:
@@ -316,7 +324,11 @@ def _home(spec: Spec) -> dict[str, Any]:
         names = _buffers(spec)
         now = [name for name in names if not name.startswith("older")]
         lines = [f"layer.{name} = {_pick(spec, name)}(start(batch, like))" for name in names]
-        setup = "states = None" if spec["kept"] else "states = None\nfor layer in ME.layers:\n" + textwrap.indent("\n".join(lines), "    ")
+        setup = (
+            "states = None"
+            if spec["kept"]
+            else "states = None\nfor layer in ME.layers:\n" + textwrap.indent("\n".join(lines), "    ")
+        )
         read = [f"ME.layers[i].{'older_' if two else ''}{name}" for name in now]
         load = f"({', '.join(read)})" if aux else read[0]
         lines = ["layer = ME.layers[i]"]
@@ -335,7 +347,10 @@ def _home(spec: Spec) -> dict[str, Any]:
         made = "[start(batch, like) for _ in range(LAYERS)]"
         lines = ["states = {}", f"made = {made}"]
         if aux:
-            lines += [f"{where} = torch.stack([each[0] for each in made])", f"{other} = torch.stack([each[1] for each in made])"]
+            lines += [
+                f"{where} = torch.stack([each[0] for each in made])",
+                f"{other} = torch.stack([each[1] for each in made])",
+            ]
         else:
             lines += [f"{where} = torch.stack(made)"]
         setup = "states = None" if home == "shared" and spec["kept"] else "\n".join(lines)
@@ -344,7 +359,9 @@ def _home(spec: Spec) -> dict[str, Any]:
         if spec["in_place"]:
             store = "\n".join(f"{held}[i] = {value}" for held, value in pairs)
         else:
-            store = "\n".join(f"{held} = torch.cat([{held}[:i], {value}[None], {held}[i + 1 :]])" for held, value in pairs)
+            store = "\n".join(
+                f"{held} = torch.cat([{held}[:i], {value}[None], {held}[i + 1 :]])" for held, value in pairs
+            )
     return {"setup": setup, "load": load, "store": store, "empty": empty}
 
 
@@ -360,8 +377,17 @@ def _segment(spec: Spec) -> str:
         nothing = nothing.replace("batch", batch).replace("like", "x")
     if spec["fresh"]:
         lines.append("states = dict(states)" if spec["home"] == "dict" else "states = list(states)")
-    source = {"own": "i", "two": "i", "below": "i - 1", "above": "i + 1", "first": "0", "same": "i - 1", "none": "i", "top": "LAYERS - 1"}[reads]
-    late = spec["late"] or (reads in ("below", "first") )
+    source = {
+        "own": "i",
+        "two": "i",
+        "below": "i - 1",
+        "above": "i + 1",
+        "first": "0",
+        "same": "i - 1",
+        "none": "i",
+        "top": "LAYERS - 1",
+    }[reads]
+    late = spec["late"] or (reads in ("below", "first"))
     load = home["load"].replace("ME", "self")
     store = home["store"].replace("ME", "self")
     if reads == "none":
@@ -370,12 +396,20 @@ def _segment(spec: Spec) -> str:
     if late and reads != "same":
         taken = load
         if spec["in_place"] or spec["home"] == "shared":
-            taken = "tuple(each.clone() for each in LOAD)".replace("LOAD", load) if spec["aux"] != "none" else f"{load}.clone()"
+            taken = (
+                "tuple(each.clone() for each in LOAD)".replace("LOAD", load)
+                if spec["aux"] != "none"
+                else f"{load}.clone()"
+            )
             if spec["aux"] == "number":
                 taken = f"({load}[0].clone(), {load}[1])"
         lines.append(f"before = [{taken} for i in range(LAYERS)]")
         load = "before[i]"
-    got = load.replace("[i]", f"[{source}]").replace("layer {i}", f"layer {{{source}}}").replace("get(i)", f"get({source})")
+    got = (
+        load.replace("[i]", f"[{source}]")
+        .replace("layer {i}", f"layer {{{source}}}")
+        .replace("get(i)", f"get({source})")
+    )
     if reads in ("below", "same"):
         got = f"{got} if i > 0 else {nothing}"
     if reads == "above":
@@ -428,7 +462,9 @@ def _model(spec: Spec) -> str:
     if spec["statistics"] in ("batch norm", "batch norm in training"):
         init.append("self.norm = nn.BatchNorm1d(WIDTH)")
     if spec["statistics"] in ("running", "extremes"):
-        init.append('self.register_buffer("running", torch.zeros(WIDTH))\nself.register_buffer("seen", torch.tensor(0))')
+        init.append(
+            'self.register_buffer("running", torch.zeros(WIDTH))\nself.register_buffer("seen", torch.tensor(0))'
+        )
     if spec["home"] == "shared":
         made = "[start(1, torch.zeros(1, dtype=torch.float64)) for _ in range(LAYERS)]"
         if spec["aux"] == "none":
@@ -555,7 +591,9 @@ def _forward(spec: Spec, me: str) -> str:
         lines.append("at = 0")
     lines += {
         "for": [f"pieces = []\nfor piece in {split}:\n    x, states = {me}.segment(piece, states)\n    {ends}"],
-        "zip": [f"pieces = []\nfor number, piece in zip(range(10**6), {split}):\n    x, states = {me}.segment(piece, states)\n    pieces.append(x)"],
+        "zip": [
+            f"pieces = []\nfor number, piece in zip(range(10**6), {split}):\n    x, states = {me}.segment(piece, states)\n    pieces.append(x)"
+        ],
         "range": [
             f"pieces = []\nfor at in range(0, text.shape[1], SEGMENT):\n    x, states = {me}.segment({ranged}, states)\n    {ends}"
         ],
@@ -577,7 +615,9 @@ def _forward(spec: Spec, me: str) -> str:
             f"holder = [states]\n\ndef one(piece):\n    x, holder[0] = {me}.segment(piece, holder[0])\n    return x\n\n"
             f"pieces = list(map(one, {split}))\nstates = holder[0]"
         ],
-        "caller": [f"pieces = []\nfor piece in {split}:\n    x, states = {me}.segment(piece, states)\n    pieces.append(x)"],
+        "caller": [
+            f"pieces = []\nfor piece in {split}:\n    x, states = {me}.segment(piece, states)\n    pieces.append(x)"
+        ],
         "caller's generator": [f"pieces = []\nfor x, states in running(text, states):\n    pieces.append(x)"],
         "closure": [
             "pieces, at = [], 0\n\ndef advance():\n    nonlocal states, at\n"
@@ -592,9 +632,7 @@ def _forward(spec: Spec, me: str) -> str:
             f"pieces = []\nfor piece in text.unflatten(1, (-1, SEGMENT)).unbind(1):\n"
             f"    x, states = {me}.segment(piece, states)\n    pieces.append(x)"
         ],
-        "comprehension": [
-            f"pieces = []\n[pieces.append({me}.segment(piece, states)[0]) for piece in {split}]"
-        ],
+        "comprehension": [f"pieces = []\n[pieces.append({me}.segment(piece, states)[0]) for piece in {split}]"],
         "layers outside": [_outside(spec, me, split)],
     }[spec["loop"]]
     lines += _result(spec, me)
@@ -603,7 +641,10 @@ def _forward(spec: Spec, me: str) -> str:
 
 def _outside(spec: Spec, me: str, split: str) -> str:
     embed = f"{me}.embed(x)" if spec["text"] == "ids" else "x"
-    same = {"below": "tracks[i - 1][s] if i else start(batch, like)", "same": "tracks[i - 1][s + 1] if i else start(batch, like)"}
+    same = {
+        "below": "tracks[i - 1][s] if i else start(batch, like)",
+        "same": "tracks[i - 1][s + 1] if i else start(batch, like)",
+    }
     got = same.get(spec["reads"], "tracks[i][-1]")
     first = "start(batch, like)"
     head = "" if spec["head"] == "none" else f"\npieces = [{me}.head(x) for x in pieces]"
@@ -709,7 +750,11 @@ def _tail(spec: Spec) -> str:
     options: dict[str, Any] = {"schedule": spec["schedule"], "backend": "torch"}
     if spec["max_group"]:
         options["options"] = {"max_group": spec["max_group"]}
-    extra = {"text": "ids" if spec["text"] == "ids" else "float", "mask": spec["mask"], "states": spec["home"] == "argument"}
+    extra = {
+        "text": "ids" if spec["text"] == "ids" else "float",
+        "mask": spec["mask"],
+        "states": spec["home"] == "argument",
+    }
     return (
         f"CALLS = [\n{calls},\n]\nOPTIONS = {options!r}\nGIVEN = {extra!r}\nWHEN = {spec['compiled_when']!r}\nSEED = {spec['seed']}\n"
         f"SPEC = {json.dumps(json.dumps(spec))}\n\n"

@@ -25,7 +25,9 @@ class Op(NamedTuple):
 _TABLE = 'self.register_buffer("{0}", {1})'
 
 OPS: dict[str, Op] = {
-    "mlp": Op("x = x + self.down(F.gelu(self.up(F.layer_norm(x, (WIDTH,)))))", "self.up, self.down = linear(), linear()"),
+    "mlp": Op(
+        "x = x + self.down(F.gelu(self.up(F.layer_norm(x, (WIDTH,)))))", "self.up, self.down = linear(), linear()"
+    ),
     "silu gate": Op("x = x + F.silu(self.g1(x)) * self.g2(x)", "self.g1, self.g2 = linear(), linear()"),
     "glu": Op("x = x + F.glu(torch.cat([x, self.glu(x)], -1), -1)", "self.glu = linear()"),
     "sdpa": Op(
@@ -44,7 +46,9 @@ OPS: dict[str, Op] = {
         "x = x + self.heads(x, x, x, need_weights=False)[0]",
         "self.heads = nn.MultiheadAttention(WIDTH, 2, batch_first=True)",
     ),
-    "einsum": Op('x = x + torch.einsum("btd,de->bte", torch.tanh(x), self.matrix)', "self.matrix = weight(WIDTH, WIDTH)"),
+    "einsum": Op(
+        'x = x + torch.einsum("btd,de->bte", torch.tanh(x), self.matrix)', "self.matrix = weight(WIDTH, WIDTH)"
+    ),
     "einsum heads": Op(
         'x = x + torch.einsum("bthd,hde->bthe", x.unflatten(-1, (2, 4)), self.cube).flatten(-2)',
         "self.cube = weight(2, 4, 4)",
@@ -93,13 +97,23 @@ OPS: dict[str, Op] = {
         'x = x.scatter_reduce(-1, self.turn.expand(*x.shape[:-1], -1), torch.tanh(x), "amax")',
         _TABLE.format("turn", "torch.arange(WIDTH).flip(0)"),
     ),
-    "index add": Op("x = x.index_add(-1, self.order, torch.tanh(x), alpha=0.5)", _TABLE.format("order", "torch.arange(WIDTH).roll(1)")),
+    "index add": Op(
+        "x = x.index_add(-1, self.order, torch.tanh(x), alpha=0.5)",
+        _TABLE.format("order", "torch.arange(WIDTH).roll(1)"),
+    ),
     "index add over time": Op(
         "x = x + torch.zeros_like(x).index_add(1, torch.arange(x.shape[1]).flip(0), x)",
     ),
-    "index select": Op("x = x + x.index_select(-1, self.some)", _TABLE.format("some", "torch.tensor([1, 0, 3, 2, 5, 4, 7, 6])")),
-    "index copy": Op("x = x.index_copy(-1, self.two_of, torch.tanh(x[..., :2]))", _TABLE.format("two_of", "torch.tensor([1, 6])")),
-    "index put": Op("h = x.clone()\nh[..., self.three_of] = torch.tanh(x[..., :3])\nx = h", _TABLE.format("three_of", "torch.tensor([4, 2, 0])")),
+    "index select": Op(
+        "x = x + x.index_select(-1, self.some)", _TABLE.format("some", "torch.tensor([1, 0, 3, 2, 5, 4, 7, 6])")
+    ),
+    "index copy": Op(
+        "x = x.index_copy(-1, self.two_of, torch.tanh(x[..., :2]))", _TABLE.format("two_of", "torch.tensor([1, 6])")
+    ),
+    "index put": Op(
+        "h = x.clone()\nh[..., self.three_of] = torch.tanh(x[..., :3])\nx = h",
+        _TABLE.format("three_of", "torch.tensor([4, 2, 0])"),
+    ),
     "take along": Op("x = x + torch.take_along_dim(x, x.argmax(-1, keepdim=True), dim=-1)"),
     "fancy index": Op("x = x + x[:, :, self.permuted]", _TABLE.format("permuted", "torch.randperm(WIDTH)")),
     "negative step": Op("x = x + torch.flip(x, dims=[1])"),
@@ -129,7 +143,9 @@ OPS: dict[str, Op] = {
     "complex rotary": Op(
         "h = torch.view_as_complex(x.unflatten(-1, (4, 2)).contiguous()) * self.angles[: x.shape[1], None]\n"
         "x = torch.view_as_real(h).flatten(-2)",
-        _TABLE.format("angles", "torch.polar(torch.ones(16, dtype=torch.float64), torch.arange(16, dtype=torch.float64))"),
+        _TABLE.format(
+            "angles", "torch.polar(torch.ones(16, dtype=torch.float64), torch.arange(16, dtype=torch.float64))"
+        ),
     ),
     "rotary": Op(
         "angle = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * 0.1\n"
@@ -150,25 +166,36 @@ OPS: dict[str, Op] = {
     ),
     "argmax embedding": Op("x = x + F.embedding(x.argmax(-1), self.codes)", "self.codes = weight(WIDTH, WIDTH)"),
     "one hot": Op("x = x + F.one_hot(x.argmin(-1), WIDTH).to(x.dtype) @ self.hot", "self.hot = weight(WIDTH, WIDTH)"),
-    "cdist": Op("x = x + torch.cdist(x, self.centres.expand(x.shape[0], -1, -1)).softmax(-1) @ self.centres", "self.centres = weight(3, WIDTH)"),
+    "cdist": Op(
+        "x = x + torch.cdist(x, self.centres.expand(x.shape[0], -1, -1)).softmax(-1) @ self.centres",
+        "self.centres = weight(3, WIDTH)",
+    ),
     "statistics": Op("x = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1)"),
-    "var mean": Op("spread, centre = torch.var_mean(x, dim=(1, 2), keepdim=True, correction=0)\nx = (x - centre) / (spread + 1).sqrt()"),
+    "var mean": Op(
+        "spread, centre = torch.var_mean(x, dim=(1, 2), keepdim=True, correction=0)\nx = (x - centre) / (spread + 1).sqrt()"
+    ),
     "median": Op("x = x + x.median(dim=-1, keepdim=True).values"),
     "kthvalue": Op("x = x + x.kthvalue(2, dim=-1, keepdim=True).values"),
     "logsumexp": Op("x = x - torch.logsumexp(x, dim=-1, keepdim=True)"),
     "norm": Op("x = x / (1 + torch.linalg.vector_norm(x, dim=-1, keepdim=True))"),
     "amax": Op("x = x - x.amax(dim=1, keepdim=True)"),
     "min of dim": Op("x = x - 0.1 * x.min(dim=-1, keepdim=True)[0]"),
-    "diagonal": Op("h = x[..., None] * x[..., None, :]\nx = x + h.diagonal(dim1=-2, dim2=-1) + torch.tril(h).sum(-1) * 0.1"),
+    "diagonal": Op(
+        "h = x[..., None] * x[..., None, :]\nx = x + h.diagonal(dim1=-2, dim2=-1) + torch.tril(h).sum(-1) * 0.1"
+    ),
     "outer": Op("x = x + (x[..., :, None] * self.left[None, :]).sum(-1)", "self.left = weight(WIDTH)"),
     "kron": Op("x = x + x @ torch.kron(self.small, torch.eye(4, dtype=x.dtype))", "self.small = weight(2, 2)"),
     "unbind stack": Op("x = torch.stack([each * (1 + n) for n, each in enumerate(x.unbind(-1))], dim=-1)"),
     "split": Op("a, b, c = x.split([2, 3, 3], dim=-1)\nx = torch.cat([c, torch.tanh(a), b], dim=-1)"),
-    "meshgrid": Op('i, j = torch.meshgrid(torch.arange(x.shape[1]), torch.arange(WIDTH), indexing="ij")\nx = x + 0.01 * (i * j)'),
+    "meshgrid": Op(
+        'i, j = torch.meshgrid(torch.arange(x.shape[1]), torch.arange(WIDTH), indexing="ij")\nx = x + 0.01 * (i * j)'
+    ),
     "linspace": Op("x = x * torch.linspace(0.5, 1, WIDTH, dtype=x.dtype)"),
     "in place": Op("h = torch.tanh(x)\nh[..., :2] += 1\nh[:, -1].mul_(0.5)\nh.add_(x)\nx = h"),
     "in place view": Op("h = x.clone()\nh.view(x.shape[0], -1, 4)[..., 1].sigmoid_()\nx = h"),
-    "in place on weights' copy": Op("w = self.copied.clone()\nw.fill_diagonal_(0)\nx = x + x @ w", "self.copied = weight(WIDTH, WIDTH)"),
+    "in place on weights' copy": Op(
+        "w = self.copied.clone()\nw.fill_diagonal_(0)\nx = x + x @ w", "self.copied = weight(WIDTH, WIDTH)"
+    ),
     "zeros filled": Op("h = torch.zeros_like(x)\nh[..., ::2] = x[..., 1::2]\nx = x + h"),
     "out argument": Op("h = torch.empty_like(x)\ntorch.mul(x, 0.5, out=h)\nx = x + h"),
     "lerp": Op("x = torch.lerp(x, torch.tanh(x), self.blend)", "self.blend = weight(WIDTH)"),
@@ -187,7 +214,10 @@ OPS: dict[str, Op] = {
         "for each in self.several:\n    x = x + torch.tanh(x) * each",
         "self.several = nn.ParameterList([weight(WIDTH), weight(WIDTH)])",
     ),
-    "parameter dict": Op('x = x * self.named["scale"] + self.named["shift"]', 'self.named = nn.ParameterDict({"scale": weight(WIDTH), "shift": weight(WIDTH)})'),
+    "parameter dict": Op(
+        'x = x * self.named["scale"] + self.named["shift"]',
+        'self.named = nn.ParameterDict({"scale": weight(WIDTH), "shift": weight(WIDTH)})',
+    ),
     "sequential": Op("x = x + self.chain(x)", "self.chain = nn.Sequential(linear(), nn.Tanh(), linear())"),
     "lambda": Op("x = x + self.mix(x)", "self.mix = lambda value: torch.tanh(value) * 0.5"),
     "bilinear": Op("x = x + self.bilinear(x, torch.tanh(x))", "self.bilinear = nn.Bilinear(WIDTH, WIDTH, WIDTH)"),
@@ -196,11 +226,17 @@ OPS: dict[str, Op] = {
     "positions by loop": Op(
         "h, rows = x[:, 0], []\nfor t in range(x.shape[1]):\n    h = torch.tanh(0.5 * h + x[:, t])\n    rows.append(h)\nx = torch.stack(rows, 1)"
     ),
-    "solve": Op("x = x + torch.linalg.solve(torch.eye(WIDTH, dtype=x.dtype) * 3 + self.system, x.transpose(1, 2)).transpose(1, 2)", "self.system = weight(WIDTH, WIDTH)"),
+    "solve": Op(
+        "x = x + torch.linalg.solve(torch.eye(WIDTH, dtype=x.dtype) * 3 + self.system, x.transpose(1, 2)).transpose(1, 2)",
+        "self.system = weight(WIDTH, WIDTH)",
+    ),
     "matrix exp": Op("x = x + x @ torch.matrix_exp(0.1 * self.power)", "self.power = weight(WIDTH, WIDTH)"),
     "tensordot": Op("x = x + torch.tensordot(x, self.dotted, dims=1)", "self.dotted = weight(WIDTH, WIDTH)"),
     "quantile": Op("x = x - x.quantile(0.5, dim=-1, keepdim=True)"),
-    "search sorted": Op("x = x + 0.1 * torch.searchsorted(self.sorted, x.contiguous())", _TABLE.format("sorted", "torch.linspace(-1, 1, 5, dtype=torch.float64)")),
+    "search sorted": Op(
+        "x = x + 0.1 * torch.searchsorted(self.sorted, x.contiguous())",
+        _TABLE.format("sorted", "torch.linspace(-1, 1, 5, dtype=torch.float64)"),
+    ),
     "bincount free": Op("x = x + 0.1 * (x.argmax(-1)[..., None] == torch.arange(WIDTH)).sum(1, keepdim=True)"),
 }
 """What a layer is put together from."""
@@ -328,9 +364,7 @@ AUX: dict[str, Aux] = {
         "aux = x.mean(1, keepdim=True).argmax(-1)",
         "self.codebook = weight(WIDTH, WIDTH)",
     ),
-    "sum": Aux(
-        "like.new_zeros(batch, 1, WIDTH)", "x = x / (1 + aux)", "aux = aux + x.abs().mean(1, keepdim=True)"
-    ),
+    "sum": Aux("like.new_zeros(batch, 1, WIDTH)", "x = x / (1 + aux)", "aux = aux + x.abs().mean(1, keepdim=True)"),
     "complex": Aux(
         "torch.zeros(batch, 1, 4, dtype=torch.complex128)",
         "x = x + torch.view_as_real(aux).flatten(-2)",

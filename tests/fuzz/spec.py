@@ -25,7 +25,19 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "read": tuple(READS),
     "reads": ("own", "below", "above", "two", "first", "same", "none", "top"),
     "aux": ("none", *AUX),
-    "home": ("list", "dict", "attribute", "buffer", "argument", "stacked", "object", "self", "global", "deque", "shared"),
+    "home": (
+        "list",
+        "dict",
+        "attribute",
+        "buffer",
+        "argument",
+        "stacked",
+        "object",
+        "self",
+        "global",
+        "deque",
+        "shared",
+    ),
     "in_place": (False, True),
     "late": (False, True),
     "kept": (False, True),
@@ -185,7 +197,9 @@ def possible(spec: Spec) -> Spec:
     fix(made["home"] == "deque", empty=False)
     held = made["home"] in ("attribute", "buffer", "self", "shared", "global")
     fix(not held, kept=False)
-    fix(made["loop"] == "layers outside" and (made["reads"] not in ("own", "none", "below", "same") or held), loop="for")
+    fix(
+        made["loop"] == "layers outside" and (made["reads"] not in ("own", "none", "below", "same") or held), loop="for"
+    )
     fix(made["loop"] == "layers outside", home="list", layer_loop="zip", in_place=False, late=False, tokens=False)
     fix(made["loop"] == "layers outside", python_state="none", mask=False)
     fix(made["mask"] and made["loop"] not in ("for", "range", "while", "caller"), mask=False)
