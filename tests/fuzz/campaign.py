@@ -240,14 +240,25 @@ def summary(paths: Iterable[Path]) -> str:
     for feature, counts in sorted(by_feature.items()):
         drawn = sum(counts.values())
         text.append(f"{feature:40} {drawn:6} {counts['ran']:6} {counts['refused']:8} {counts['failed']:7}")
-    for title, chosen in (("refused though legal", True), ("refused, and no schedule is known to be legal", False)):
-        reasons: collections.Counter[str] = collections.Counter()
-        example: dict[str, str] = {}
-        for line in lines:
-            if line["legal"] == chosen and not line["ran"]:
-                for reason in line["refused"]:
-                    reasons[reason_class(reason)] += 1
-                    example.setdefault(reason_class(reason), f"--seed {line['seed']} --only {line['number']}")
-        text += ["", f"{title}:"]
-        text += [f"{count:5}  {reason}  [{example[reason]}]" for reason, count in reasons.most_common()]
+    never = [line for line in lines if not line["ran"]]
+    for title, chosen in (
+        ("refused though legal", [line for line in never if line["legal"]]),
+        ("refused, and theory has no schedule or the README says so", [line for line in never if not line["legal"]]),
+        (
+            "calls that ran as written, of models whose other calls ran by a schedule",
+            [line for line in lines if line["ran"]],
+        ),
+    ):
+        text += ["", f"{title}:", *_reasons(chosen)]
     return "\n".join(text)
+
+
+def _reasons(lines: Iterable[dict[str, Any]]) -> list[str]:
+    """Classes of reasons, the most frequent first, with a model each."""
+    counts: collections.Counter[str] = collections.Counter()
+    examples: dict[str, str] = {}
+    for line in lines:
+        for reason in line["refused"]:
+            counts[reason_class(reason)] += 1
+            examples.setdefault(reason_class(reason), f"--seed {line['seed']} --only {line['number']}")
+    return [f"{count:5}  {reason}  [{examples[reason]}]" for reason, count in counts.most_common()]

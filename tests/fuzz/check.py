@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import importlib.util
 import itertools
+import os
 import random
 import sys
 import types
@@ -352,11 +353,12 @@ def _states(result: Any) -> Any:
 
 @contextlib.contextmanager
 def _mode(name: str) -> Iterator[None]:
-    made: Any = {
+    kinds: dict[str, Callable[[], Any]] = {
         "no_grad": torch.no_grad,
         "inference_mode": torch.inference_mode,
         "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    }.get(name, contextlib.nullcontext)()
+    }
+    made = kinds.get(name, contextlib.nullcontext)()
     also = torch.no_grad() if name == "autocast" else contextlib.nullcontext()
     with made, also:
         yield
@@ -429,7 +431,7 @@ def examine(path: Path, compile: Callable[..., Any] = rmtc.compile) -> Verdict:
 
 
 def _unstable(path: Path, number: int, wanted: Walk) -> bool:
-    """Whether a model's values are as little its own as rounding is: with weights hardly other, eager is off as well."""
+    """Whether rounding decides what a model gives: with weights that are hardly other, eager is off as well."""
     for noise in (1e-14, 1e-13, -1e-13):
         twin, setting = Twin(path, "fuzz_noisy", noise=noise), _setting()
         for call in twin.module.CALLS[: number + 1]:
@@ -465,6 +467,7 @@ def _said(error: BaseException | None) -> str:
 
 def main(path: str) -> None:
     """Examine a file, and say what came of it."""
+    os.environ.setdefault("RMTC_COST_MODEL", str(Path(__file__).resolve().parents[1] / "costs" / "steps.json"))
     torch.set_num_threads(1)
     verdict = examine(Path(path))
     sys.stdout.write(f"{verdict.kind}, call {verdict.call}; {verdict.ran} calls ran by a schedule\n")

@@ -111,7 +111,10 @@ CONSTANTS = {
     "lru_cache": "x = x + ramp(x.shape[1]).to(x.dtype)",
     "global": "x = x * SCALES[1]",
     "config": "x = x * self.config.scale if self.config.kind is Kind.SOFT else x",
-    "cached": "if self.cache is None:\n    self.cache = torch.linspace(0, 1, WIDTH, dtype=torch.float64)\nx = x + self.cache.to(x.dtype)",
+    "cached": (
+        "if self.cache is None:\n    self.cache = torch.linspace(0, 1, WIDTH, dtype=torch.float64)\n"
+        "x = x + self.cache.to(x.dtype)"
+    ),
     "cached by length": (
         "if x.shape[1] not in self.tables:\n"
         "    self.tables[x.shape[1]] = torch.linspace(0, 1, x.shape[1], dtype=torch.float64)[:, None]\n"
@@ -207,7 +210,8 @@ def _layer(spec: Spec) -> str:
         body.append("x = scripted(x, 0.5)")
     if spec["statistics"] == "layer's running":
         body.append(
-            "self.running.mul_(0.9).add_(x.mean((0, 1)).to(self.running.dtype), alpha=0.1)\nx = x - self.running.to(x.dtype)"
+            "self.running.mul_(0.9).add_(x.mean((0, 1)).to(self.running.dtype), alpha=0.1)\n"
+            "x = x - self.running.to(x.dtype)"
         )
     body.append("x = F.layer_norm(x, (WIDTH,))")
     body.append(write.lines)
@@ -307,7 +311,9 @@ def _home(spec: Spec) -> dict[str, Any]:
             if spec["aux"] == "number":
                 store = f"{place} = made"
     elif home == "deque":
-        setup = f"states = [collections.deque([{empty}, {empty}][: {2 if two else 1}], maxlen={2 if two else 1}) for _ in range(LAYERS)]"
+        count = 2 if two else 1
+        held = ", ".join([empty] * count)
+        setup = f"states = [collections.deque([{held}], maxlen={count}) for _ in range(LAYERS)]"
         load, store = "states[i][0]", "states[i].append(made)"
     elif home == "object":
         setup = f"states = Cache()\nfor i in range(LAYERS):\n    states.put(i, {empty})"
@@ -415,15 +421,18 @@ def _segment(spec: Spec) -> str:
     if reads == "above":
         got = f"{got} if i + 1 < LAYERS else {nothing}"
     if reads == "top":
-        got = f"{load.replace('[i]', '[LAYERS - 1]').replace('layer {i}', 'layer {LAYERS - 1}').replace('get(i)', 'get(LAYERS - 1)')} if i == 0 else {load}"
+        got = f"{got} if i == 0 else {load}"
     call = {
         "zip": "for i, layer in zip(range(LAYERS), self.layers):\n    x, made = layer(x, GOT)\nSTORE",
         "range": "for i in range(LAYERS):\n    x, made = self.layers[i](x, GOT)\nSTORE",
         "names": "for i in range(LAYERS):\n    x, made = getattr(self.layers, str(i))(x, GOT)\nSTORE",
         "dict": "for i, (name, layer) in enumerate(self.layers.named_children()):\n    x, made = layer(x, GOT)\nSTORE",
-        "reversed back": "for i, layer in reversed(list(enumerate(self.layers))[::-1]):\n    x, made = layer.forward(x, GOT)\nSTORE",
+        "reversed back": (
+            "for i, layer in reversed(list(enumerate(self.layers))[::-1]):\n    x, made = layer.forward(x, GOT)\nSTORE"
+        ),
         "recursion": (
-            "def climb(i, x):\n    if i == LAYERS:\n        return x\n    x, made = self.layers[i](x, GOT)\nSTORE\n    return climb(i + 1, x)\n"
+            "def climb(i, x):\n    if i == LAYERS:\n        return x\n"
+            "    x, made = self.layers[i](x, GOT)\nSTORE\n    return climb(i + 1, x)\n"
             "x = climb(0, x)"
         ),
         "slices": "i = 0\nwhile i < LAYERS:\n    x, made = self.layers[i](x, GOT)\nSTORE\n    i += 1",
@@ -592,18 +601,22 @@ def _forward(spec: Spec, me: str) -> str:
     lines += {
         "for": [f"pieces = []\nfor piece in {split}:\n    x, states = {me}.segment(piece, states)\n    {ends}"],
         "zip": [
-            f"pieces = []\nfor number, piece in zip(range(10**6), {split}):\n    x, states = {me}.segment(piece, states)\n    pieces.append(x)"
+            f"pieces = []\nfor number, piece in zip(range(10**6), {split}):\n"
+            f"    x, states = {me}.segment(piece, states)\n    pieces.append(x)"
         ],
         "range": [
-            f"pieces = []\nfor at in range(0, text.shape[1], SEGMENT):\n    x, states = {me}.segment({ranged}, states)\n    {ends}"
+            f"pieces = []\nfor at in range(0, text.shape[1], SEGMENT):\n"
+            f"    x, states = {me}.segment({ranged}, states)\n    {ends}"
         ],
         "while": [
-            f"pieces, rest = [], list({split})\nwhile rest:\n    x, states = {me}.segment(rest.pop(0), states)\n    pieces.append(x)"
+            f"pieces, rest = [], list({split})\nwhile rest:\n"
+            f"    x, states = {me}.segment(rest.pop(0), states)\n    pieces.append(x)"
         ],
         "generator": [f"pieces = list({me}.run(text, states))"],
         "recursion": [f"pieces, states = {me}.run({split}, states)"],
         "reduce": [
-            f"def step(carried, piece):\n    x, states = {me}.segment(piece, carried[1])\n    return [*carried[0], x], states\n\n"
+            f"def step(carried, piece):\n    x, states = {me}.segment(piece, carried[1])\n"
+            f"    return [*carried[0], x], states\n\n"
             f"pieces, states = functools.reduce(step, {split}, ([], states))"
         ],
         "accumulate": [
@@ -618,10 +631,11 @@ def _forward(spec: Spec, me: str) -> str:
         "caller": [
             f"pieces = []\nfor piece in {split}:\n    x, states = {me}.segment(piece, states)\n    pieces.append(x)"
         ],
-        "caller's generator": [f"pieces = []\nfor x, states in running(text, states):\n    pieces.append(x)"],
+        "caller's generator": ["pieces = []\nfor x, states in running(text, states):\n    pieces.append(x)"],
         "closure": [
             "pieces, at = [], 0\n\ndef advance():\n    nonlocal states, at\n"
-            f"    x, states = {me}.segment(text[:, at : at + SEGMENT], states)\n    at += SEGMENT\n    pieces.append(x)\n\n"
+            f"    x, states = {me}.segment(text[:, at : at + SEGMENT], states)\n"
+            f"    at += SEGMENT\n    pieces.append(x)\n\n"
             "while at < text.shape[1]:\n    advance()"
         ],
         "iter": [
@@ -651,7 +665,8 @@ def _outside(spec: Spec, me: str, split: str) -> str:
     return (
         f"pieces = [{embed} for x in {split}]\ntracks = [[{first}] for _ in range(LAYERS)]\n"
         f"for i, layer in enumerate({me}.layers):\n    done = []\n    for s, x in enumerate(pieces):\n"
-        f"        x, made = layer(x, {got})\n        tracks[i].append(made)\n        done.append(x)\n    pieces = done\n"
+        f"        x, made = layer(x, {got})\n"
+        f"        tracks[i].append(made)\n        done.append(x)\n    pieces = done\n"
         f"states = [track[-1] for track in tracks]{head}"
     )
 
@@ -673,7 +688,7 @@ def _result(spec: Spec, me: str) -> list[str]:
         "dict": f'{{"value": {whole}, "states": {handed}, "each": pieces}}',
         "dataclass": f"Output({whole}, {handed}, len(pieces))",
         "named tuple": f"Pair({whole}, {handed})",
-        "loss": f"sum(F.mse_loss(x, torch.zeros_like(x)) for x in pieces) / len(pieces)",
+        "loss": "sum(F.mse_loss(x, torch.zeros_like(x)) for x in pieces) / len(pieces)",
         "mean": f"{whole}.mean((0, 1)).softmax(-1)",
         "namespace": f"types.SimpleNamespace(value={whole}, number=len(pieces))",
         "numbers": f"({whole}, len(pieces), text.shape[1], pieces[-1].shape)",
@@ -756,7 +771,8 @@ def _tail(spec: Spec) -> str:
         "states": spec["home"] == "argument",
     }
     return (
-        f"CALLS = [\n{calls},\n]\nOPTIONS = {options!r}\nGIVEN = {extra!r}\nWHEN = {spec['compiled_when']!r}\nSEED = {spec['seed']}\n"
+        f"CALLS = [\n{calls},\n]\nOPTIONS = {options!r}\nGIVEN = {extra!r}\n"
+        f"WHEN = {spec['compiled_when']!r}\nSEED = {spec['seed']}\n"
         f"SPEC = {json.dumps(json.dumps(spec))}\n\n"
         'if __name__ == "__main__":  # from the root of the repository, with PYTHONPATH=.\n'
         "    from tests.fuzz.check import main\n\n"

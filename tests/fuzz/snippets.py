@@ -172,7 +172,8 @@ OPS: dict[str, Op] = {
     ),
     "statistics": Op("x = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1)"),
     "var mean": Op(
-        "spread, centre = torch.var_mean(x, dim=(1, 2), keepdim=True, correction=0)\nx = (x - centre) / (spread + 1).sqrt()"
+        "spread, centre = torch.var_mean(x, dim=(1, 2), keepdim=True, correction=0)\n"
+        "x = (x - centre) / (spread + 1).sqrt()"
     ),
     "median": Op("x = x + x.median(dim=-1, keepdim=True).values"),
     "kthvalue": Op("x = x + x.kthvalue(2, dim=-1, keepdim=True).values"),
@@ -224,10 +225,12 @@ OPS: dict[str, Op] = {
     "prelu": Op("x = self.prelu(x)", "self.prelu = nn.PReLU()"),
     "no batch": Op("x = torch.stack([torch.tanh(each @ self.each) for each in x])", "self.each = weight(WIDTH, WIDTH)"),
     "positions by loop": Op(
-        "h, rows = x[:, 0], []\nfor t in range(x.shape[1]):\n    h = torch.tanh(0.5 * h + x[:, t])\n    rows.append(h)\nx = torch.stack(rows, 1)"
+        "h, rows = x[:, 0], []\nfor t in range(x.shape[1]):\n"
+        "    h = torch.tanh(0.5 * h + x[:, t])\n    rows.append(h)\nx = torch.stack(rows, 1)"
     ),
     "solve": Op(
-        "x = x + torch.linalg.solve(torch.eye(WIDTH, dtype=x.dtype) * 3 + self.system, x.transpose(1, 2)).transpose(1, 2)",
+        "h = torch.eye(WIDTH, dtype=x.dtype) * 3 + self.system\n"
+        "x = x + torch.linalg.solve(h, x.transpose(1, 2)).transpose(1, 2)",
         "self.system = weight(WIDTH, WIDTH)",
     ),
     "matrix exp": Op("x = x + x @ torch.matrix_exp(0.1 * self.power)", "self.power = weight(WIDTH, WIDTH)"),
@@ -312,7 +315,8 @@ WRITES: dict[str, Write] = {
     ),
     "branch": Write(
         1,
-        "new = x.mean(1, keepdim=True)\nmade = torch.where(new[..., :3].sum(-1, keepdim=True) > 0, torch.tanh(new), memory)",
+        "new = x.mean(1, keepdim=True)\n"
+        "made = torch.where(new[..., :3].sum(-1, keepdim=True) > 0, torch.tanh(new), memory)",
         "",
     ),
 }
@@ -368,8 +372,10 @@ AUX: dict[str, Aux] = {
     "complex": Aux(
         "torch.zeros(batch, 1, 4, dtype=torch.complex128)",
         "x = x + torch.view_as_real(aux).flatten(-2)",
-        "aux = aux * self.phase + torch.view_as_complex(x.mean(1, keepdim=True).double().unflatten(-1, (4, 2)).contiguous())",
-        'self.register_buffer("phase", torch.polar(torch.full((4,), 0.9, dtype=torch.float64), torch.arange(4.0).double()))',
+        "pairs = x.mean(1, keepdim=True).double().unflatten(-1, (4, 2))\n"
+        "aux = aux * self.phase + torch.view_as_complex(pairs.contiguous())",
+        "size = torch.full((4,), 0.9).double()\n"
+        'self.register_buffer("phase", torch.polar(size, torch.arange(4.0).double()))',
     ),
     "number": Aux("0", "x = x + self.places[aux]", "aux = aux + 1", "self.places = weight(64, 1)"),
     "histogram": Aux(
@@ -394,10 +400,13 @@ for p in model.parameters():
     "one written": """
 with torch.no_grad():
     model.layers[1].inner.weight[0].zero_()""",
-    "loaded": "model.load_state_dict({k: v * 0.9 if v.is_floating_point() else v for k, v in model.state_dict().items()})",
+    "loaded": (
+        "model.load_state_dict(\n"
+        "    {k: v * 0.9 if v.is_floating_point() else v for k, v in model.state_dict().items()}\n)"
+    ),
     "loaded, assigned": (
-        "model.load_state_dict({k: v * 0.9 if v.is_floating_point() else v.clone() for k, v in model.state_dict().items()},"
-        " assign=True)\nmodel.requires_grad_(False)"
+        "state = {k: v * 0.9 if v.is_floating_point() else v.clone() for k, v in model.state_dict().items()}\n"
+        "model.load_state_dict(state, assign=True)\nmodel.requires_grad_(False)"
     ),
     "parameter replaced": (
         "layer = model.layers[1]\n"
@@ -420,7 +429,8 @@ nn.utils.vector_to_parameters(vector, p)""",
     "single precision": "model.float()",
     "double precision": "model.double()",
     "submodule replaced": (
-        "torch.manual_seed(5)\nmodel.layers[1].outer = nn.Linear(WIDTH, WIDTH, dtype=torch.float64).requires_grad_(False)"
+        "torch.manual_seed(5)\n"
+        "model.layers[1].outer = nn.Linear(WIDTH, WIDTH, dtype=torch.float64).requires_grad_(False)"
     ),
     "bias removed": "model.layers[0].inner.bias = None",
     "layers swapped": "model.layers[0], model.layers[1] = model.layers[1], model.layers[0]",
@@ -440,7 +450,10 @@ nn.utils.vector_to_parameters(vector, p)""",
 model.handle = None
 model.layers[0].inner.register_forward_hook(lambda module, given, result: result * 0.5)""",
     "hook of the model": "model.register_forward_pre_hook(lambda module, given: (given[0], *given[1:]))",
-    "hook that changes results": "model.layers[1].register_forward_hook(lambda module, given, result: (result[0] * 0.5, *result[1:]))",
+    "hook that changes results": (
+        "hook = lambda module, given, result: (result[0] * 0.5, *result[1:])\n"
+        "model.layers[1].register_forward_hook(hook)"
+    ),
     "hook removed": """
 for module in model.modules():
     module._forward_hooks.clear()
@@ -450,7 +463,10 @@ for module in model.modules():
     "wants gradients": "model.requires_grad_(True)",
     "one wants gradients": "model.layers[0].inner.weight.requires_grad_(True)",
     "wants none": "model.requires_grad_(False)",
-    "default dtype": "torch.set_default_dtype(torch.float64 if torch.get_default_dtype() == torch.float32 else torch.float32)",
+    "default dtype": (
+        "other = {torch.float64: torch.float32, torch.float32: torch.float64}\n"
+        "torch.set_default_dtype(other[torch.get_default_dtype()])"
+    ),
     "deterministic": "torch.use_deterministic_algorithms(not torch.are_deterministic_algorithms_enabled())",
     "buffers scaled": """
 for b in model.buffers():
@@ -479,7 +495,7 @@ for layer in model.layers:
     layer.outer.weight.data = layer.outer.weight.data.t().contiguous().t()""",
     "shared memory": "model.share_memory()",
     "copied to": "model.to(torch.float64)",
-    "renewed by apply": "model.apply(lambda module: module.weight.data.mul_(0.95) if isinstance(module, nn.Linear) else None)",
+    "renewed by apply": "model.apply(lambda m: m.weight.data.mul_(0.95) if isinstance(m, nn.Linear) else None)",
     "swapped tensors": """
 p = model.layers[0].inner.weight
 torch.utils.swap_tensors(p, nn.Parameter(p.detach() * 0.8, requires_grad=False))""",

@@ -160,12 +160,12 @@ def draw(seed: int, number: int) -> Spec:
 
 
 def _calls(rng: random.Random) -> list[dict[str, Any]]:
-    calls = []
+    calls: list[dict[str, Any]] = []
     batch = rng.choice((1, 2, 3))
     mode = rng.choice(("no_grad", "no_grad", "no_grad", "inference_mode", "grad"))
     changes = rng.choice((0, 0, 1, 1, 2, 3))
     for number in range(rng.choice((3, 4))):
-        call = {
+        call: dict[str, Any] = {
             "segments": rng.choice((4, 5)) if number == 0 else rng.choice((2, 3, 4, 5, 6, 7, 9)),
             "batch": batch if rng.random() < 0.7 else rng.choice((1, 2, 3)),
             "tail": 4 if rng.random() < 0.6 else rng.choice((1, 2, 3)),
@@ -234,8 +234,9 @@ def possible(spec: Spec) -> Spec:
 
 def least_a(spec: Spec) -> int:
     """The least a for which a*s + l puts every cell after those whose memories it reads."""
-    layers = spec["layers"]
-    return {"above": 2, "top": layers, "first": 1, "below": 1}.get(spec["reads"], 1)
+    layers: int = spec["layers"]
+    found: dict[str, int] = {"above": 2, "top": layers}
+    return found.get(spec["reads"], 1)
 
 
 UNSUPPORTED = {
@@ -255,8 +256,7 @@ def has_schedule(spec: Spec) -> bool:
         return False
     if spec["layers"] < 2 or spec["reads"] == "top":
         return False
-    statistics = spec["statistics"] in ("running", "extremes")  # of a whole segment's input: no layer reads them
-    return least_a(spec) < spec["layers"] and (statistics or True)
+    return bool(least_a(spec) < spec["layers"])
 
 
 def features(spec: Spec) -> Iterator[str]:
@@ -279,7 +279,7 @@ def size(spec: Spec) -> int:
         2 + len(call["before"]) + (call["layout"] != "plain") + (call["mode"] != "no_grad") + (call["tail"] != 4)
         for call in spec["calls"]
     )
-    return far + 2 * len(spec["ops"]) + calls + spec["layers"]
+    return int(far + 2 * len(spec["ops"]) + calls + spec["layers"])
 
 
 def smaller(spec: Spec) -> Iterator[Spec]:
