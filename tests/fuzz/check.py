@@ -299,8 +299,11 @@ class Twin:
             args.append(torch.rand((batch, length), generator=generator) > 0.3)
         if given["states"] and self.batch == batch:
             args.append(self.states)
-        if layout == "keyword":
-            kwargs["scale"] = 1.0
+        if layout in ("keyword", "scaled"):
+            kwargs["scale"] = 1.0 if layout == "keyword" or given["text"] == "ids" else 0.5
+        if layout == "keywords":
+            names = ["text", *(["mask"] if given["mask"] else []), "states"]
+            return [], dict(zip(names, args, strict=False))
         return args, kwargs
 
     def run(self, call: dict[str, Any]) -> tuple[Walk, dict[str, Any], BaseException | None]:
@@ -315,7 +318,7 @@ class Twin:
         torch.manual_seed(7)
         random.seed(7)
         before = Walk()
-        self.roots(before, args)
+        self.roots(before, [*args, *kwargs.values()])
         with _mode(call["mode"]):
             try:
                 result = None if error else self.call(*args, **kwargs)
@@ -323,7 +326,7 @@ class Twin:
                 error = raised
             left = modes()
         after = Walk(before)
-        self.roots(after, args)
+        self.roots(after, [*args, *kwargs.values()])
         after.add("result", result)
         if self.module.GIVEN["states"] and error is None:
             self.states, self.batch = _states(result), call["batch"]
@@ -343,11 +346,10 @@ class Twin:
 
 
 def _states(result: Any) -> Any:
-    """The states that a call hands back: the last thing of the innermost pair that holds a list."""
+    """The states that a call hands back: the second thing of the innermost pair whose second is a list."""
     if isinstance(result, tuple) and len(result) == 2:
-        if isinstance(result[1], list):
-            return result[1]
-        return _states(result[0])
+        inner = _states(result[0])
+        return inner if inner is not None or not isinstance(result[1], list) else result[1]
     return None
 
 

@@ -84,6 +84,17 @@ class Own(nn.Module):
     def forward(self, weight):
         return weight.tanh()
 
+    def right_inverse(self, weight):
+        return weight
+
+
+class Box:
+    def __init__(self, held):
+        self.held = held
+
+
+Named = collections.namedtuple("Named", "held")
+
 
 class Cache:
     def __init__(self):
@@ -199,9 +210,9 @@ def _layer(spec: Spec) -> str:
         body.append(READS[spec["read"]])
     half = len(spec["ops"]) // 2
     base = "x = x + SCALE * self.outer(self.bend(self.activation(self.inner(x))))"
-    body += [OPS[name].forward for name in spec["ops"][:half]]
+    body += _ops(spec, spec["ops"][:half])
     body += _grad(spec, base)
-    body += [OPS[name].forward for name in spec["ops"][half:]]
+    body += _ops(spec, spec["ops"][half:])
     if aux and spec["reads"] != "none":
         body.append(aux.read)
     if spec["script"] == "module":
@@ -237,6 +248,13 @@ def _layer(spec: Spec) -> str:
     if spec["script"] == "function":
         text = "@torch.jit.script\ndef scripted(x, factor: float):\n    return x * factor + torch.sin(x)\n\n\n" + text
     return text
+
+
+def _ops(spec: Spec, names: list[str]) -> list[str]:
+    lines = [OPS[name].forward for name in names]
+    if spec["mixed"]:
+        return [f"if self.number % 2 == 0:\n{textwrap.indent(each, '    ')}" for each in lines]
+    return lines
 
 
 def _grad(spec: Spec, base: str) -> list[str]:
@@ -315,6 +333,12 @@ def _home(spec: Spec) -> dict[str, Any]:
         held = ", ".join([empty] * count)
         setup = f"states = [collections.deque([{held}], maxlen={count}) for _ in range(LAYERS)]"
         load, store = "states[i][0]", "states[i].append(made)"
+    elif home == "box":
+        setup = f"states = [Box({empty}) for _ in range(LAYERS)]"
+        load, store = "states[i].held", "states[i].held = made"
+    elif home == "named tuple":
+        setup = f"states = [Named({empty}) for _ in range(LAYERS)]"
+        load, store = "states[i].held", "states[i] = states[i]._replace(held=made)"
     elif home == "object":
         setup = f"states = Cache()\nfor i in range(LAYERS):\n    states.put(i, {empty})"
         load, store = "states.get(i)", "states.put(i, made)"
@@ -374,8 +398,10 @@ def _home(spec: Spec) -> dict[str, Any]:
 def _segment(spec: Spec) -> str:
     """Lines that take x through all layers: ``segment(self, x, states)``."""
     home = _home(spec)
+    more = textwrap.indent("\n".join(_after_layer(spec)), "    ")
+    more = f"\n{more}" if more else ""
     if spec["home"] == "self":
-        return "for layer in LAYERS_HERE:\n    x = layer(x)".replace("LAYERS_HERE", "self.layers")
+        return f"for i, layer in enumerate(self.layers):\n    x = layer(x){more}"
     reads, lines = spec["reads"], []
     nothing = f"({home['empty']})"
     if "batch" in nothing and reads in ("below", "above", "same"):
@@ -392,12 +418,13 @@ def _segment(spec: Spec) -> str:
         "same": "i - 1",
         "none": "i",
         "top": "LAYERS - 1",
+        "lower": "i",
     }[reads]
-    late = spec["late"] or (reads in ("below", "first"))
+    late = spec["late"] or reads in ("below", "first", "lower")
     load = home["load"].replace("ME", "self")
     store = home["store"].replace("ME", "self")
     if reads == "none":
-        lines.append("for layer in self.layers:\n    x, made = layer(x, None)")
+        lines.append(f"for i, layer in enumerate(self.layers):\n    x, made = layer(x, None){more}")
         return "\n".join(lines)
     if late and reads != "same":
         taken = load
@@ -420,6 +447,8 @@ def _segment(spec: Spec) -> str:
         got = f"{got} if i > 0 else {nothing}"
     if reads == "above":
         got = f"{got} if i + 1 < LAYERS else {nothing}"
+    if reads == "lower":
+        got = "sum(before[: i + 1]) / (i + 1)"
     if reads == "top":
         got = f"{got} if i == 0 else {load}"
     call = {
@@ -439,11 +468,29 @@ def _segment(spec: Spec) -> str:
     }[spec["layer_loop"]]
     if spec["late"] and reads not in ("two", "same"):
         lines.append("later = []")
-        lines.append(call.replace("GOT", got).replace("STORE", "    later.append(made)"))
+        lines.append(call.replace("GOT", got).replace("STORE", f"    later.append(made){more}"))
         lines.append("for i, made in enumerate(later):\n" + textwrap.indent(store, "    "))
     else:
-        lines.append(call.replace("GOT", got).replace("STORE", textwrap.indent(store, "    ")))
+        lines.append(call.replace("GOT", got).replace("STORE", textwrap.indent(store, "    ") + more))
     return "\n".join(lines)
+
+
+def _after_layer(spec: Spec) -> list[str]:
+    """Lines that follow each call of a layer."""
+    lines = {
+        "sum": ["self.over = self.over + x.square().mean()"],
+        "maximum": ["self.over = torch.maximum(self.over, x.amax())"],
+        "buffer": ["self.over.add_(x.mean())"],
+        "list": ["self.over.append(x.mean())"],
+        "number": ["self.over += 1"],
+        "each": ["self.over.append(x)"],
+        "last": ["self.over = made" if spec["home"] != "self" else "self.over = x"],
+    }.get(spec["over_cells"], [])
+    lines += {
+        "first": ["first = x if i == 0 else first\nx = x + 0.5 * first"],
+        "before": ["lower = x if i == 0 else lower\nx, lower = x + 0.5 * lower, x"],
+    }.get(spec["skip"], [])
+    return lines
 
 
 def _model(spec: Spec) -> str:
@@ -481,6 +528,10 @@ def _model(spec: Spec) -> str:
         else:
             for index, name in enumerate(("memories", "others")):
                 init.append(f'self.register_buffer("{name}", torch.stack([each[{index}] for each in {made}]))')
+    if spec["over_cells"] == "buffer":
+        init.append('self.register_buffer("over", torch.zeros(()))')
+    elif spec["over_cells"] != "none":
+        init.append("self.over = None")
     state = spec["python_state"]
     if state != "none":
         init.append("self.steps, self.calls, self.total, self.history, self.last = 0, 0, 0, [], None")
@@ -533,6 +584,7 @@ def _around(spec: Spec) -> str:
     state = spec["python_state"]
     lines += {
         "steps": ["x = x * (self.steps + 1)\nself.steps += 1"],
+        "first": ["x = x * 2 if self.steps == 0 else x\nself.steps = 1"],
         "table": ["x = x + self.places[self.steps]\nself.steps += 1"],
     }.get(state, [])
     if spec["statistics"] in ("batch norm", "batch norm in training"):
@@ -555,6 +607,11 @@ def _around(spec: Spec) -> str:
         "popped": ["self.history.append(x)\nif len(self.history) > 2:\n    self.history.pop(0)"],
     }.get(state, [])
     lines.append("x = self.close(x)")
+    lines += {
+        "in place": ["x.mul_(2)"],
+        "scaled": ["x = x * 2"],
+        "view": ["x = x.transpose(0, 1).transpose(0, 1)"],
+    }.get(spec["after"], [])
     if spec["head"] != "none":
         lines.append("x = self.head(x)")
     lines.append("return x, states")
@@ -573,7 +630,12 @@ def _forward(spec: Spec, me: str) -> str:
     if written == "state":
         lines.append("if states is not None and isinstance(states[0], torch.Tensor):\n    states[0].mul_(0.5)")
     state = spec["python_state"]
-    if state in ("steps", "table"):
+    if spec["over_cells"] != "none":
+        start = {"list": "[]", "each": "[]", "number": "0", "last": "None"}.get(
+            spec["over_cells"], "like.new_zeros(())"
+        )
+        lines.append(f"{me}.over.zero_()" if spec["over_cells"] == "buffer" else f"{me}.over = {start}")
+    if state in ("steps", "table", "first"):
         lines.append(f"{me}.steps = 0")
     if state in ("history", "popped"):
         lines.append(f"{me}.history = []")
@@ -581,6 +643,7 @@ def _forward(spec: Spec, me: str) -> str:
         lines.append(f"{me}.calls += 1")
     if state == "nested":
         lines.append(f"{me}.nested['a'][0] = batch")
+    lines.append("if scale != 1.0:\n    text = text * scale" if spec["text"] != "ids" else "batch = batch * int(scale)")
     lines.append(_home(spec)["setup"].replace("ME", me))
     if spec["text"] == "int mask":
         lines.append("keep = (text[..., 0] > -1).to(torch.int64).cumsum(1)\ntext = text * (keep > 0)[..., None]")
@@ -718,6 +781,8 @@ def _result(spec: Spec, me: str) -> list[str]:
     }
     if spec["alias"] != "none":
         lines.append(f"result = (result, {more[spec['alias']]})")
+    if spec["over_cells"] != "none":
+        lines.append(f"result = (result, {me}.over)")
     if spec["python_state"] == "table":
         lines.append("result = (result, scale)")
     lines.append("return result")
@@ -725,7 +790,7 @@ def _result(spec: Spec, me: str) -> list[str]:
 
 
 def _build(spec: Spec) -> str:
-    lines = ["model = Model().double().requires_grad_(False)"]
+    lines = [f"model = Model().double().requires_grad_({spec['gradients']})"]
     lines.append("model.eval()" if spec["statistics"] != "batch norm in training" else "model.train()")
     unit = spec["unit"]
     if spec["loop"] in ("caller", "caller's generator", "closure"):

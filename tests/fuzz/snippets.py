@@ -240,6 +240,30 @@ OPS: dict[str, Op] = {
         "x = x + 0.1 * torch.searchsorted(self.sorted, x.contiguous())",
         _TABLE.format("sorted", "torch.linspace(-1, 1, 5, dtype=torch.float64)"),
     ),
+    "layer's number": Op("x = x * (1 + 0.1 * self.number) + self.number"),
+    "layer's number in a table": Op("x = x + self.rows[self.number]", "self.rows = weight(5, WIDTH)"),
+    "layer's number in a branch": Op("x = torch.sin(x) if self.number == 1 else x"),
+    "mutates its input": Op("x.mul_(0.9)"),
+    "mutates what it made": Op("x = x * 1.0\nx += 0.1 * torch.tanh(x)\nx[:, 0] = x[:, -1]"),
+    "mutates a view": Op("x = x.clone()\nh = x[:, -1:]\nh.add_(1)"),
+    "squeeze": Op("x = x[:, None].expand(-1, 2, -1, -1).mean(1).squeeze(0) if x.shape[0] > 1 else x"),
+    "asserts": Op(
+        "assert x.dim() == 3 and x.shape[-1] == WIDTH\nx = x.view(*x.size()) if x.is_contiguous() else x + 0"
+    ),
+    "sizes": Op("x = x / x.shape[1] + x * x.numel() / (x.size(0) * x.size(1) * 8)"),
+    "detached": Op("x = x + x.detach().clone().tanh() + x.data.sin()"),
+    "numpy free": Op("x = x + torch.as_tensor([0.1] * WIDTH, dtype=x.dtype) + torch.tensor(0.5, dtype=x.dtype)"),
+    "ones of": Op("x = x + x.new_ones(WIDTH) * torch.full_like(x, 0.1) + torch.eye(WIDTH, dtype=x.dtype)[0]"),
+    "einsum of three": Op('x = x + 0.1 * torch.einsum("btd,bsd,bse->bte", x, x, torch.tanh(x))'),
+    "windows": Op(
+        "h = F.pad(x, (0, 0, 2, 0))\nx = x + torch.stack([h[:, t : t + 3].mean(1) for t in range(x.shape[1])], 1)"
+    ),
+    "dropout of nothing": Op("x = F.dropout(x, 0.5, training=False) + self.drop(x)", "self.drop = nn.Dropout(0.0)"),
+    "cell": Op("x = x + self.recurrent(x)[0]", "self.recurrent = nn.GRU(WIDTH, WIDTH, batch_first=True)"),
+    "encoder layer": Op(
+        "x = self.encoder(x)",
+        "self.encoder = nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0, batch_first=True)",
+    ),
     "bincount free": Op("x = x + 0.1 * (x.argmax(-1)[..., None] == torch.arange(WIDTH)).sum(1, keepdim=True)"),
 }
 """What a layer is put together from."""
@@ -261,6 +285,8 @@ class Write(NamedTuple):
 
 WRITES: dict[str, Write] = {
     "mean": Write(1, "made = self.update(x.mean(1, keepdim=True))"),
+    "view": Write(1, "made = x[:, -1:]", ""),
+    "two views": Write(2, "made = torch.cat([x, x], 1)[:, -2:].transpose(1, 2).transpose(1, 2)", ""),
     "last": Write(1, "made = self.update(x[:, -1:])"),
     "gate": Write(
         1,

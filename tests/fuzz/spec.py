@@ -23,7 +23,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "layers": (2, 3, 4, 1),
     "write": tuple(WRITES),
     "read": tuple(READS),
-    "reads": ("own", "below", "above", "two", "first", "same", "none", "top"),
+    "reads": ("own", "below", "above", "two", "first", "same", "none", "lower", "top"),
     "aux": ("none", *AUX),
     "home": (
         "list",
@@ -37,6 +37,8 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
         "global",
         "deque",
         "shared",
+        "box",
+        "named tuple",
     ),
     "in_place": (False, True),
     "late": (False, True),
@@ -66,6 +68,11 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "text": ("float", "ids", "int mask"),
     "mask": (False, True),
     "tokens": (False, True),
+    "mixed": (False, True),
+    "skip": ("none", "first", "before"),
+    "over_cells": ("none", "sum", "maximum", "buffer", "list", "number", "each", "last"),
+    "after": ("none", "in place", "scaled", "view"),
+    "gradients": (False, True),
     "head": ("none", "linear", "norm", "tied"),
     "result": (
         "cat",
@@ -121,7 +128,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
         "autocast",
         "saved hooks",
     ),
-    "python_state": ("none", "steps", "history", "last", "calls", "total", "table", "nested", "popped"),
+    "python_state": ("none", "steps", "history", "last", "calls", "total", "table", "nested", "popped", "first"),
     "argument_write": ("none", "text", "clone", "state"),
     "schedule": ("shortest", "best", "fission", "diagonal", "sequential"),
     "max_group": (None, 1, 2, 3),
@@ -129,7 +136,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 """What a model is drawn from; the first value is the plainest."""
 
-LAYOUTS = ("plain", "transposed", "expanded", "part", "keyword", "parameter", "leaf", "flipped")
+LAYOUTS = ("plain", "transposed", "expanded", "part", "keyword", "keywords", "scaled", "parameter", "leaf", "flipped")
 MODES = ("no_grad", "inference_mode", "grad", "autocast")
 
 
@@ -166,7 +173,7 @@ def _calls(rng: random.Random) -> list[dict[str, Any]]:
     changes = rng.choice((0, 0, 1, 1, 2, 3))
     for number in range(rng.choice((3, 4))):
         call: dict[str, Any] = {
-            "segments": rng.choice((4, 5)) if number == 0 else rng.choice((2, 3, 4, 5, 6, 7, 9)),
+            "segments": rng.choice((4, 5)) if number == 0 else rng.choice((1, 2, 3, 4, 5, 6, 7, 9, 12)),
             "batch": batch if rng.random() < 0.7 else rng.choice((1, 2, 3)),
             "tail": 4 if rng.random() < 0.6 else rng.choice((1, 2, 3)),
             "layout": "plain" if rng.random() < 0.85 else rng.choice(LAYOUTS),
@@ -191,9 +198,12 @@ def possible(spec: Spec) -> Spec:
     fix(made["home"] == "self" and made["reads"] not in ("own", "none"), reads="own")
     fix(made["aux"] == "number" and made["home"] in ("stacked", "buffer", "shared"), aux="count")
     fix(not held, kept=False)
-    fix(made["reads"] == "two" and made["home"] in ("stacked", "shared", "self", "object"), home="deque")
+    fix(
+        made["reads"] == "two" and made["home"] in ("stacked", "shared", "self", "object", "box", "named tuple"),
+        home="deque",
+    )
     fix(made["home"] == "deque" and made["reads"] not in ("two", "own"), reads="two")
-    fix(made["home"] in ("dict", "deque", "object", "self", "global"), in_place=False)
+    fix(made["home"] in ("dict", "deque", "object", "self", "global", "box", "named tuple"), in_place=False)
     fix(made["home"] == "deque", empty=False)
     held = made["home"] in ("attribute", "buffer", "self", "shared", "global")
     fix(not held, kept=False)
@@ -212,7 +222,11 @@ def possible(spec: Spec) -> Spec:
     fix(made["text"] == "ids" and made["head"] == "none" and made["tied"] == "none", head="linear")
     fix(made["head"] == "tied" and made["text"] != "ids", text="ids")
     fix(made["home"] not in ("list", "dict", "argument"), fresh=False)
-    fix(made["layer_loop"] == "recursion" and made["home"] == "self", layer_loop="zip")
+    fix(made["layer_loop"] == "recursion" and (made["home"] == "self" or made["skip"] != "none"), layer_loop="zip")
+    fix(made["reads"] == "lower" and (made["aux"] != "none" or made["empty"]), aux="none", empty=False)
+    fix(made["reads"] == "lower" and made["write"] in ("cache", "input"), write="mean")
+    fix(made["loop"] == "layers outside", over_cells="none", skip="none")
+    fix(made["loop"] == "layers outside" and made["reads"] == "lower", reads="own")
     fix(made["reads"] == "none", write="mean", late=False)
     fix(made["text"] == "ids" and made["argument_write"] == "text", argument_write="none")
     fix(made["layers"] == 1 and made["reads"] in ("above", "below", "same", "top"), reads="own")
@@ -228,7 +242,9 @@ def possible(spec: Spec) -> Spec:
             call["tail"] = 4
     if made["text"] == "ids":
         for call in made["calls"]:
-            call["layout"] = call["layout"] if call["layout"] in ("plain", "part", "keyword") else "plain"
+            call["layout"] = (
+                call["layout"] if call["layout"] in ("plain", "part", "keyword", "keywords", "scaled") else "plain"
+            )
     return made
 
 
