@@ -108,7 +108,10 @@ def isolated(spec: Spec, compile: Compile = rmtc.compile) -> Verdict:
 
 
 def signature(verdict: Verdict) -> str:
-    """What two failures of one cause are likely to share."""
+    """What two failures, or refusals, of one cause are likely to share."""
+    if verdict.kind == "same":
+        refused = "" if verdict.ran else next(iter(verdict.refused), "")
+        return f"refused: {reason_class(refused)}" if refused else "same"
     told = verdict.detail[-1] if verdict.kind in ("error inside", "exception", "modes") and verdict.detail else ""
     return f"{verdict.kind} {reason_class(told)}".strip()
 
