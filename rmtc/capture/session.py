@@ -29,6 +29,7 @@ from rmtc.capture.state import (
     Code,
     Slot,
     Snapshot,
+    is_closed,
     is_plain,
     names_of,
     replace_tensors,
@@ -95,7 +96,7 @@ class Session:
         self.roots: dict[str, Any] = {"": function}
         for name, value in self.arguments.named():
             for at, leaf in named_leaves(value, name):
-                if not isinstance(leaf, torch.Tensor) and not is_plain(leaf):
+                if not isinstance(leaf, torch.Tensor) and not is_closed(leaf):
                     self.roots[at] = leaf
         hidden: tuple[Any, ...] = ()
         if isinstance(function, nn.Module) and not own_hooks:

@@ -35,6 +35,7 @@ __all__ = [
     "Code",
     "Slot",
     "Snapshot",
+    "is_closed",
     "is_plain",
     "is_record",
     "is_set",
@@ -133,6 +134,13 @@ def is_plain(value: object) -> bool:
     if kind is tuple or kind is frozenset or (isinstance(value, tuple) and _is_named(kind)):
         return all(map(is_plain, value))  # type: ignore[call-overload]
     return isinstance(value, Enum) or (isinstance(value, (*_PLAIN, *_numpy_scalars())) and not kind.__flags__ & _HEAP)
+
+
+def is_closed(value: object) -> bool:
+    """Whether a value is plain and nothing in it can change: what a member of an Enum holds may be set from outside."""
+    if isinstance(value, Enum) or not is_plain(value):
+        return False
+    return not isinstance(value, (tuple, frozenset)) or all(map(is_closed, value))
 
 
 def _numpy_scalars() -> tuple[type, ...]:
@@ -488,6 +496,9 @@ def _contents(cell: types.CellType) -> Any:
         return None
 
 
+_OF_ENUMS = frozenset({"_value2member_map_", "_inverted_"})  # where Flag keeps what it has made of its members
+
+
 class _Walk:
     """What a walk has found so far: no closures, which would hold each other, and all of it, until a collection."""
 
@@ -506,7 +517,7 @@ class _Walk:
         count = self.names[name] = self.names.get(name, 0) + 1
         name = name if count == 1 else f"{name}#{count}"
         self.slots.append(Slot(name, owner, key, value, parent, table if parent is not None else ""))
-        if not is_plain(value) and not isinstance(value, torch.Tensor):
+        if not is_closed(value) and not isinstance(value, torch.Tensor):
             self.queue.append((name, value, self.slots[-1]))
 
     def add_function(self, function: types.FunctionType) -> None:
@@ -534,7 +545,7 @@ class _Walk:
                     self.add_function(function)
                 bound = hasattr(type(attribute), "__get__") and not isinstance(attribute, _Cached)
                 bound = bound and not is_record(attribute)  # a descriptor of the user's keeps what it likes
-                if not (key.startswith("__") or isinstance(attribute, type) or bound):
+                if not (key.startswith("__") or key in _OF_ENUMS or isinstance(attribute, type) or bound):
                     self.add(f"{base.__qualname__}.{key}", base, key, attribute)
 
 
@@ -574,11 +585,13 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
         elif isinstance(value, dict) and not _makes_items(value):
             for key, item in list(value.items()):
                 found.add(f"{name}[{key!r}]", value, key, item, at)
+                if not is_closed(key):
+                    queue.append((f"{name}{{{key!r}}}", key, None))
         elif isinstance(value, (list, deque, tuple)):
             for index, item in enumerate(value):
                 found.add(f"{name}[{index}]", value, index, item, at)
         elif isinstance(value, (set, frozenset)):
-            queue.extend((f"{name}{{}}", item, None) for item in value if not is_plain(item))
+            queue.extend((f"{name}{{}}", item, None) for item in value if not is_closed(item))
         elif isinstance(value, functools.partial):
             queue.extend((f"{dot}{key}", getattr(value, key), None) for key in ("func", "args", "keywords"))
         elif behind := [*_behind(value)]:
@@ -586,7 +599,8 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
         if is_record(value) and not isinstance(value, nn.Module):  # a list of a class of its own, too
             for key, item in list(getattr(value, "__dict__", {}).items()):
                 table = "__dict__" if type(value.__dict__) is dict else ""
-                found.add(dot + key, value.__dict__ if table else value, key, item, at, table)
+                if key not in _OF_ENUMS:
+                    found.add(dot + key, value.__dict__ if table else value, key, item, at, table)
             for key in slot_names(value):
                 found.add(dot + key, value, key, getattr(value, key), at)
             found.add_class(type(value))
@@ -630,8 +644,8 @@ def unset_slots(value: object) -> list[tuple[str, types.MemberDescriptorType]]:
 
 
 def is_record(value: Any) -> bool:
-    """Whether an object's attributes are state: a config, a cache, a dataclass, an object of the user's."""
-    if isinstance(value, (torch.Tensor, Enum)) or not (hasattr(value, "__dict__") or _members(value)):
+    """Whether an object's attributes are state: a config, a cache, a dataclass, a member of an Enum of the user's."""
+    if isinstance(value, torch.Tensor) or not (hasattr(value, "__dict__") or _members(value)):
         return False
     if isinstance(value, _RECORDS) or type(value).__module__ in ("collections", "configparser"):
         return type(value) is not OrderedDict  # of which every module has ten
@@ -778,8 +792,8 @@ class Snapshot:
                     del owner.cell_contents
             elif isinstance(owner, dict):
                 same = len(owner) == len(content) and all(
-                    mine == key and owner[mine] is value
-                    for mine, (key, value) in zip(owner, content.items(), strict=True)
+                    mine == key and now is value  # not looked up: the hash of a key may be another one now
+                    for (mine, now), (key, value) in zip(owner.items(), content.items(), strict=True)
                 )
                 if not same:
                     table = OrderedDict if isinstance(owner, OrderedDict) else dict  # a class of its own may forbid it

@@ -9,6 +9,7 @@ places?
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,7 @@ def check(
     Raises:
         VerifyError: at the first node without a counterpart, the first edge that runs backwards in time, the first
             edge between cells that no dependence covers: none between these cells is of the tensor that the edge is.
+            Also where a tuple, which no cell can be handed, leads out of its cell.
     """
     counterpart = _correspond(trace, claimed)
     dependent = _dependent_prologues(claimed, places)
@@ -89,6 +91,11 @@ def check(
                 raise VerifyError(
                     f"{_node(claimed, consumer)} at {_when(later)} needs {_node(claimed, producer)}, which runs at "
                     f"{_when(earlier)}",
+                    location=location,
+                )
+            if claimed.ops[consumer].target is operator.getitem and earlier.phase and earlier.cell != later.cell:
+                raise VerifyError(
+                    f"{_node(claimed, consumer)} takes its part of several results, which another cell makes",
                     location=location,
                 )
             pair = _cells(earlier, later, producer in dependent, layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -57,23 +58,32 @@ def fission(graph: FoldedGraph) -> Fission:
 
     Needs: a folded graph without a cycle within a segment.
     Gives: the strongly connected components of the graph with one vertex for each operation of each layer, edges
-    leading from segment to segment or staying within one. An operation alone that does not read itself is free.
+    leading from segment to segment or staying within one. A component without an edge to a later segment is free. An
+    operation with several results is in one component with what takes them: a tuple stays in its cell.
 
         a -> b (0, 0), b -> b (1, 0), b -> c (0, 0), c -> a (0, 1)    ->    a and c free, b a recurrence on each layer
     """
     written: nx.DiGraph = nx.DiGraph()
     for number, vertex in enumerate(graph.vertices):
         written.add_nodes_from((number, layer) for layer in vertex.layers)
+    onward: list[tuple[tuple[int, int], tuple[int, int]]] = []  # to a later segment
     for edge in graph.edges:
+        takes = graph.vertices[edge.consumer].label == _PART
         for source, target in edge.pairs:
             made, read = (edge.producer, source), (edge.consumer, target)
             if made in written and read in written:
                 written.add_edge(made, read)
+                if edge.ds > 0:
+                    onward.append((made, read))
+                elif takes:
+                    written.add_edge(read, made)
     components = [frozenset(each) for each in nx.strongly_connected_components(written)]
+    home = {place: n for n, component in enumerate(components) for place in component}
+    recurrent = {home[made] for made, read in onward if home[made] == home[read]}
     free: set[tuple[int, int]] = set()
     copies: dict[frozenset[tuple[int, int]], list[frozenset[tuple[int, int]]]] = {}
-    for component in components:
-        if len(component) == 1 and not written.has_edge(*component, *component):
+    for n, component in enumerate(components):
+        if n not in recurrent:
             free |= component
         else:
             base = min(layer for _, layer in component)
@@ -87,6 +97,9 @@ def fission(graph: FoldedGraph) -> Fission:
     order = tuple(components[number] for number in nx.topological_sort(condensed))
     return Fission(tuple(parts), frozenset(free), order)
 
+
+_PART = target_name(operator.getitem)
+"""What takes one of several results."""
 
 _LINEAR = frozenset({target_name(target) for target in VIEWS}) | {
     *("add.Tensor", "sub.Tensor", "neg", "cat", "stack", "reshape", "clone", "contiguous"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -178,8 +179,11 @@ def _row_parts(loop: SegmentLoop, row: int, steady: dict[int, int]) -> dict[int,
         matched = common_subsequence(other, [one[k] for k in places])
         known = {begin + k: steady[start + n] for k, n in zip(places, matched, strict=True)}
         for i in range(begin, end):
-            before = [leaf.number for leaf in leaves(loop.rows[row][i].args) if isinstance(leaf, Row) and not leaf.back]
-            part[i] = max([known.get(i, 0), *(part[j] for j in before if begin <= j < end)])
+            op = loop.rows[row][i]
+            read = (leaf.number for leaf in leaves(op.args) if isinstance(leaf, Row) and not leaf.back)
+            before = [part[j] for j in read if begin <= j < end]
+            # What takes its part of several results stays with what makes them.
+            part[i] = before[0] if op.target is operator.getitem else max([known.get(i, 0), *before])
     return part
 
 

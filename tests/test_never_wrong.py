@@ -1,0 +1,199 @@
+"""Calls that ended in an error inside rmtc, or in a stale result, though the model is fine."""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from compare import LAYERS, SEGMENT, WIDTH, Twins, text
+from held import Stack, one_in, zeros
+from torch import Tensor, nn
+
+import rmtc
+from rmtc.errors import VerifyError
+from rmtc.ir.program import Op, Program, Source, Src, Val
+from rmtc.ir.schedule import Cell
+from rmtc.passes.check import Place, check
+
+aten = torch.ops.aten
+
+
+def sorted_values(layer: nn.Module, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    x = torch.tanh(layer(x) + memory[:, None]).sort(2)[0]
+    return x, 0.5 * memory + x.mean(1)
+
+
+def values_wait_and_indices_do_not(layer: nn.Module, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    values, indices = torch.tanh(layer(x) + memory[:, None]).sort(2)
+    return values + 0.1 * indices, 0.5 * memory + values.mean(1)
+
+
+def one_of_two(layer: nn.Module, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    x = torch.tanh(layer(x) + memory[:, None])
+    return x, x.median(1).values
+
+
+def both_in_the_memory(layer: nn.Module, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    x = torch.tanh(layer(x) + memory[:, None])
+    found = x.max(dim=1)
+    return x, found.values + 0.1 * found.indices
+
+
+class Cells(Stack):
+    def __init__(self, step: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, pieces = zeros(len(x)), []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece, memories[number] = self.step(layer, piece, memories[number])
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+STEPS = (sorted_values, values_wait_and_indices_do_not, one_of_two, both_in_the_memory)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda each: each.__name__)
+def test_an_operation_with_several_results_stays_in_its_part(step: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    twins = Twins(lambda: Cells(step), schedule="fission")
+    for segments, batch, tail in ((4, 2, SEGMENT), (7, 3, 2), (3, 1, 1)):
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments)
+    assert rmtc.stats(twins.fast).runs == 3
+
+
+def test_the_checker_lets_no_tuple_out_of_its_cell() -> None:
+    program = Program(
+        [Op(aten.sort.default, (Src("x"),)), Op(operator.getitem, (Val(0), 0))],
+        {"x": Source("input", ("x",), (WIDTH,), torch.float64)},
+        {"output": Val(1)},
+    )
+
+    def claim(*layers: int) -> Any:
+        places = [Place(1, step, 1, Cell(0, layer), step) for step, layer in enumerate(layers)]
+        return check(program, program, places, [], LAYERS)
+
+    assert claim(0, 0).nodes == 2
+    with pytest.raises(VerifyError, match=r"getitem\(%0, 0\) takes its part of several results, which another cell"):
+        claim(0, 1)
+
+
+class Mode(enum.Enum):
+    """Its members hold what can be set from outside, as any object does."""
+
+    FAST = 1.0
+    SLOW = 2.0
+
+    def __init__(self, value: float) -> None:
+        self.half = 0.5 * value
+
+    @property
+    def scaled(self) -> float:
+        return UNIT * self.value
+
+
+class Permission(enum.Flag):
+    READ = 1
+    WRITE = 2
+
+
+class Label:
+    """A key of a dictionary."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+
+UNIT = 1.0
+LABEL = Label(1.0)
+
+
+@pytest.fixture
+def as_before() -> Iterator[None]:
+    """What a test sets in members is put back."""
+    members = [*Mode, *Permission, LABEL]
+    held = [dict(vars(each)) for each in members]
+    yield
+    for member, content in zip(members, held, strict=True):
+        vars(member).clear()
+        vars(member).update(content)
+
+
+class Scaled(Stack):
+    """Multiplies by what a function says of an attribute or an argument."""
+
+    def __init__(self, factor: Callable[[Any, Any], float], held: Any) -> None:
+        super().__init__()
+        self.factor, self.held = factor, held
+
+    def forward(self, x: Tensor, given: Any = None) -> Tensor:
+        memories, pieces = zeros(len(x)), []
+        for piece in x.split(SEGMENT, dim=1):
+            for number in range(LAYERS):
+                piece, memories[number] = self.cell(number, self.factor(self.held, given) * piece, memories[number])
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def from_a_closure() -> Callable[[Any, Any], float]:
+    mode = Mode.FAST
+    return lambda held, given: mode.value
+
+
+FACTORS: dict[str, tuple[Callable[[Any, Any], float], Any]] = {
+    "an attribute": (lambda held, given: held.value, Mode.FAST),
+    "a global": (lambda held, given: Mode.FAST.value, None),
+    "a closure": (from_a_closure(), None),
+    "an attribute of its own": (lambda held, given: held.half, Mode.FAST),
+    "its name": (lambda held, given: len(held.name), Mode.FAST),
+    "a property": (lambda held, given: held.scaled, Mode.FAST),
+    "a tuple": (lambda held, given: held[1][0].value, (3, (Mode.FAST,))),
+    "a set": (lambda held, given: next(iter(held)).value, frozenset({Mode.FAST})),
+    "a key": (lambda held, given: next(iter(held)).value, {Mode.FAST: 1.0}),
+    "a key that is an object": (lambda held, given: next(iter(held)).factor, {LABEL: 1.0}),
+    "an argument": (lambda held, given: given[0].value, None),
+}
+
+
+@pytest.mark.usefixtures("as_before")
+@pytest.mark.parametrize("name", one_in(4, FACTORS))
+def test_what_a_member_of_an_enum_holds_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    twins = Twins(lambda: Scaled(*FACTORS[name]), schedule="shortest")
+    for number in (3, 1):
+        twins.call(text(4, 2), (Mode.FAST,))
+        Mode.FAST._value_, Mode.FAST.half, LABEL.factor = number, number / 2, number
+        if name == "its name":
+            Mode.FAST._name_ = "X" * number
+        twins.call(text(4, 2), (Mode.FAST,))
+        monkeypatch.setitem(globals(), "UNIT", number)
+        twins.call(text(4, 2), (Mode.FAST,))
+    assert rmtc.stats(twins.fast).runs == 6
+
+
+@pytest.mark.usefixtures("as_before")
+def test_a_key_that_is_found_no_more_is_no_error() -> None:
+    model = Scaled(lambda held, given: next(iter(held.values())), {Mode.FAST: 1.0}).double().requires_grad_(False)
+    expected = model(text(4, 2))
+    fast = rmtc.compile(model, schedule="shortest")
+    Mode.FAST._name_ = "OTHER"  # of which its hash is made
+    with pytest.warns(rmtc.FallbackWarning, match="a capture of this very call is not its own: held.* is gone"):
+        torch.testing.assert_close(fast(text(4, 2)), expected)
+
+
+def combined(held: Any, given: Any) -> float:
+    return float((held | Permission.WRITE).value)
+
+
+@pytest.mark.usefixtures("as_before")
+def test_flags_that_a_call_combines_are_no_change() -> None:
+    twins = Twins(lambda: Scaled(combined, Permission.READ), schedule="shortest")
+    for _ in range(2):
+        twins.call(text(4, 2))
+    assert rmtc.stats(twins.fast).runs == 2 and rmtc.stats(twins.fast).captures == 1
