@@ -197,3 +197,19 @@ def test_flags_that_a_call_combines_are_no_change() -> None:
     for _ in range(2):
         twins.call(text(4, 2))
     assert rmtc.stats(twins.fast).runs == 2 and rmtc.stats(twins.fast).captures == 1
+
+
+class Silent(Stack):
+    """Returns nothing, and keeps nothing."""
+
+    def forward(self, x: Tensor) -> None:
+        memories = zeros(len(x))
+        for piece in x.split(SEGMENT, dim=1):
+            self.segment(piece, memories)
+
+
+def test_a_call_none_of_whose_values_is_read() -> None:
+    twins = Twins(Silent, schedule="shortest")
+    for segments, batch, tail in ((4, 2, 2), (7, 1, SEGMENT)):
+        twins.call(text(segments, batch, tail))
+    assert rmtc.stats(twins.fast).runs == 2

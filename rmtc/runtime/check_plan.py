@@ -102,12 +102,12 @@ def _check_input(
 
 
 def _results(program: WavefrontProgram, launch: Launch, members: list[Member]) -> Tags:
-    """What the results of a launch are; of a body that leaves some out, their places hold nothing."""
+    """What the results of a launch are; of a body that leaves some or all out, their places hold nothing."""
     body, merged = launch.body, launch.body.name in {each.name for each in program.merged.values()}
     tags: Tags = [[None] * len(launch.cells) for _ in body.results]
     for index, (cell, member) in enumerate(zip(launch.cells, members, strict=True)):
         for offset, position in body.positions[member].items():
-            if merged or body.results[position] == offset:
+            if position < len(tags) and (merged or body.results[position] == offset):
                 tags[position][index] = Key(cell.segment, _start(program.loop, cell) + offset)
     return tags
 
