@@ -22,6 +22,7 @@ aten = torch.ops.aten
 _NO_RESULT = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.dropout.default, operator.getitem)
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default)
 _STRIDED = (aten.as_strided.default, aten.as_strided_scatter.default, aten.as_strided_copy.default)
+_BY_LAYOUT = (aten.view_as_complex.default, aten.view.dtype)
 _SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
 _SHAPES = (
     aten.view.default,
@@ -43,6 +44,7 @@ class Canonicalize:
     of its source, checks of metadata are gone, and reading back a part that a `stack`, `cat`, `select_scatter` or
     `slice_scatter` put there is that part: one tensor that holds the states of many layers makes no false chain
     between them.
+    An operation that reads memory as it lies, such as `view_as_complex`, reads a contiguous tensor.
     Views and copies that nothing uses go; other operations stay: the last segment then looks like the others.
     Checks: no operation reads memory by strides that the user's code gives.
 
@@ -106,6 +108,8 @@ class Canonicalize:
                 _replaced(graph, node, node.args[1])
             elif node.target in _CASTS:
                 _cast(graph, node)
+            elif node.target in _BY_LAYOUT:
+                _lay_out(graph, node)
             elif node.target is aten.dropout.default and not draws(node):
                 _becomes(node, node.args[0])
         _drop_dead(graph)
@@ -153,6 +157,19 @@ def _tables(graph: fx.Graph, fixed: frozenset[str]) -> set[fx.Node]:
         elif node.op == "get_attr" or (node.op == "call_function" and found.issuperset(node.all_input_nodes)):
             found.add(node)
     return found
+
+
+def _lay_out(graph: fx.Graph, node: fx.Node) -> None:
+    """Hand an operation that reads memory as it lies what lies as it needs: a group's values may lie otherwise.
+
+    view_as_complex(%x)   ->   view_as_complex(contiguous(%x))
+    """
+    source: Any = node.args[0]
+    if source.target is not aten.contiguous.default:
+        held = source.meta["val"]
+        with graph.inserting_before(node), held.fake_mode:
+            whole = _made(graph, node, aten.contiguous.default, (source,), held.contiguous())
+        node.args = (whole, *node.args[1:])
 
 
 def _drop_empty(graph: fx.Graph) -> None:
