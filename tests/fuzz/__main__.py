@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--models", type=int, help="how many are drawn at most")
     parser.add_argument("--seed", type=int, default=0, help="of the series of models")
     parser.add_argument("--start", type=int, default=0, help="the number of the first model")
-    parser.add_argument("--only", type=int, help="the number of one model: its source and verdict are printed")
+    parser.add_argument("--only", type=int, help="the number of one model, as logged, or else drawn: print it")
     parser.add_argument("--shrink", action="store_true", help="with --only: a smaller model with such a verdict")
     parser.add_argument("--workers", type=int, default=1, help="how many are examined at once")
     parser.add_argument("--shrinking", type=float, default=120, help="seconds for which a failure is made smaller")
@@ -40,7 +40,7 @@ def main() -> int:
         sys.stdout.write(campaign.summary(given.summary) + "\n")
         return 0
     if given.only is not None:
-        spec = draw(given.seed, given.only)
+        spec = campaign.logged(given.log, given.seed, given.only) or draw(given.seed, given.only)
         verdict = campaign.isolated(spec)
         if given.shrink:
             spec = campaign.shrink(spec, campaign.signature(verdict), given.shrinking)

@@ -27,7 +27,7 @@ from .check import Verdict, examine
 from .render import render
 from .spec import Spec, draw, features, has_schedule, size, smaller
 
-__all__ = ["Campaign", "commit", "judge", "reason_class", "shrink", "signature", "summary"]
+__all__ = ["Campaign", "commit", "judge", "logged", "reason_class", "shrink", "signature", "summary"]
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_SECONDS = 150
@@ -147,7 +147,7 @@ def commit() -> str:
         run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         return run.stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "rmtc")
+    changed = git("status", "--porcelain", "--", "rmtc", "tests/fuzz")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
 
 
@@ -204,6 +204,7 @@ class Campaign:
             "cpu_seconds": round(verdict.cpu_seconds, 2),
             "legal": has_schedule(spec),
             "features": sorted(features(spec)),
+            "spec": spec,
         }
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a") as file:
@@ -224,6 +225,15 @@ class Campaign:
         self.failed[failure] += 1
         if verdict.kind != "generator" and self.failed[failure] <= _SHRUNK:
             path.write_text(render(shrink(spec, failure, self.shrinking)))
+
+
+def logged(log: Path, seed: int, number: int) -> Spec | None:
+    """The model of a number as it was logged last; None if it was not: a changed generator draws others."""
+    found = None
+    for line in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
+        if (line["seed"], line["number"]) == (seed, number):
+            found = line.get("spec")
+    return found
 
 
 def summary(paths: Iterable[Path]) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from typing import Any
 
-from .snippets import AUX, CHANGES, OPS, READS, WRITES
+from .homes import indent
+from .layer import layer
+from .loops import arguments, forward
+from .segment import segment
+from .snippets import AUX, CHANGES, WRITES
 from .spec import Spec
 
 __all__ = ["render"]
@@ -141,10 +144,6 @@ CONSTANTS = {
 }
 
 
-def indent(lines: str, depth: int = 8) -> str:
-    return textwrap.indent(lines, " " * depth)
-
-
 def render(spec: Spec) -> str:
     """The module's source."""
     write = WRITES[spec["write"]]
@@ -153,7 +152,7 @@ def render(spec: Spec) -> str:
     start = f"({memory}, {aux.start})" if aux else memory
     parts = [
         HEAD.format(slots=write.slots, layers=spec["layers"], start=start),
-        _layer(spec),
+        layer(spec),
         _others(),
         _model(spec),
         _build(spec),
@@ -161,113 +160,6 @@ def render(spec: Spec) -> str:
         _tail(spec),
     ]
     return "\n\n".join(part.strip("\n") + "\n" for part in parts)
-
-
-def _layer(spec: Spec) -> str:
-    write, aux = WRITES[spec["write"]], AUX.get(spec["aux"])
-    init = ["self.inner, self.outer = linear(), linear()", "self.activation = torch.tanh", "self.number = number"]
-    init += [OPS[name].init for name in spec["ops"] if OPS[name].init]
-    init += [write.init] if write.init else []
-    init += ["self.query = linear()"] if "self.query" in READS[spec["read"]] else []
-    init += [aux.init] if aux and aux.init else []
-    if spec["home"] in ("self", "attribute"):
-        init.append(
-            "self.state = None" if not spec["kept"] else "self.state = start(1, torch.zeros(1, dtype=torch.float64))"
-        )
-    if spec["home"] == "attribute" and spec["reads"] == "two" and spec["kept"]:
-        init.append("self.state = (self.state, self.state)")
-    if spec["home"] == "buffer":
-        for name in _buffers(spec):
-            init.append(
-                f'self.register_buffer("{name}", {_pick(spec, name)}(start(1, torch.zeros(1, dtype=torch.float64))))'
-            )
-    if spec["statistics"] == "layer's running":
-        init.append('self.register_buffer("running", torch.zeros(WIDTH, dtype=torch.float64))')
-    if spec["parametrization"] != "none":
-        init.append(
-            {
-                "weight_norm": "nn.utils.parametrizations.weight_norm(self.inner)",
-                "orthogonal": "nn.utils.parametrizations.orthogonal(self.inner)",
-                "spectral": "nn.utils.parametrizations.spectral_norm(self.inner)",
-                "own": 'nn.utils.parametrize.register_parametrization(self.outer, "weight", Own())',
-            }[spec["parametrization"]]
-        )
-    if spec["script"] == "module":
-        init.append("self.scripted = torch.jit.script(nn.Sequential(linear(), nn.Tanh()))")
-    body = []
-    if spec["home"] == "self":
-        body.append("state = self.state")
-    body.append("given = x")
-    if spec["reads"] == "none":
-        body.append("memory = start(x.shape[0], x)" + ("[0]" if aux else ""))
-    elif spec["empty"]:
-        body.append("if state is None:\n    state = start(x.shape[0], x)")
-    if spec["reads"] != "none":
-        body.append("memory, aux = state" if aux else "memory = state")
-        if spec["kept"]:
-            body.append("memory = memory.expand(x.shape[0], -1, -1)")
-            body.append("aux = aux[:1].expand(x.shape[0], *aux.shape[1:])" if aux and spec["aux"] != "number" else "")
-        body.append(READS[spec["read"]])
-    half = len(spec["ops"]) // 2
-    base = "x = x + SCALE * self.outer(self.bend(self.activation(self.inner(x))))"
-    body += _ops(spec, spec["ops"][:half])
-    body += _grad(spec, base)
-    body += _ops(spec, spec["ops"][half:])
-    if aux and spec["reads"] != "none":
-        body.append(aux.read)
-    if spec["script"] == "module":
-        body.append("x = x + self.scripted(x)")
-    if spec["script"] == "function":
-        body.append("x = scripted(x, 0.5)")
-    if spec["statistics"] == "layer's running":
-        body.append(
-            "self.running.mul_(0.9).add_(x.mean((0, 1)).to(self.running.dtype), alpha=0.1)\n"
-            "x = x - self.running.to(x.dtype)"
-        )
-    body.append("x = F.layer_norm(x, (WIDTH,))")
-    body.append(write.lines)
-    if aux and spec["reads"] != "none":
-        body.append(aux.write)
-    elif aux:
-        body.append("aux = start(x.shape[0], x)[1]")
-    if spec["grad"] == "detach":
-        body.append("made = made.detach()")
-    if spec["kept"]:
-        body.append("made = made.mean(0, keepdim=True)")
-        if aux and spec["aux"] != "number":
-            body.append("aux = aux[:1].clone()")
-    made = "(made, aux)" if aux else "made"
-    if spec["home"] == "self":
-        body.append(f"self.state = {made}\nreturn x")
-    else:
-        body.append(f"return x, {made}")
-    arguments = "self, x" if spec["home"] == "self" else "self, x, state"
-    text = "class Layer(nn.Module):\n    def __init__(self, number):\n        super().__init__()\n"
-    text += indent("\n".join(init)) + "\n\n    def bend(self, x):\n        return x\n\n"
-    text += f"    def forward({arguments}):\n" + indent("\n".join(each for each in body if each)) + "\n"
-    if spec["script"] == "function":
-        text = "@torch.jit.script\ndef scripted(x, factor: float):\n    return x * factor + torch.sin(x)\n\n\n" + text
-    return text
-
-
-def _ops(spec: Spec, names: list[str]) -> list[str]:
-    lines = [OPS[name].forward for name in names]
-    if spec["mixed"]:
-        return [f"if self.number % 2 == 0:\n{textwrap.indent(each, '    ')}" for each in lines]
-    return lines
-
-
-def _grad(spec: Spec, base: str) -> list[str]:
-    inside = textwrap.indent(base, "    ")
-    return {
-        "no_grad": ["with torch.no_grad():", inside],
-        "enable_grad": ["with torch.enable_grad():", inside],
-        "inference": ["with torch.inference_mode(torch.is_inference_mode_enabled()):", inside],
-        "set_grad_enabled": ["with torch.set_grad_enabled(False):", inside],
-        "autocast": ['with torch.autocast("cpu", enabled=False):', inside],
-        "saved hooks": ["with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):", inside],
-        "requires_grad_": [base, "x.requires_grad_(False)"],
-    }.get(spec["grad"], [base])
 
 
 def _others() -> str:
@@ -291,206 +183,6 @@ class Wrapped(nn.Module):
     def forward(self, x, *state):
         return self.inside(x, *state)
 """
-
-
-def _buffers(spec: Spec) -> list[str]:
-    names = ["memory", "aux"] if spec["aux"] != "none" else ["memory"]
-    return names + ["older_" + name for name in names] if spec["reads"] == "two" else names
-
-
-def _pick(spec: Spec, name: str) -> str:
-    if spec["aux"] == "none":
-        return ""
-    return "(lambda made: made[1])" if name.endswith("aux") else "(lambda made: made[0])"
-
-
-def _home(spec: Spec) -> dict[str, Any]:
-    """How states are started, read and written: ``setup``, ``load``, ``store``."""
-    home, two, aux = spec["home"], spec["reads"] == "two", spec["aux"] != "none"
-    empty = "None" if spec["empty"] else "start(batch, like)"
-    first = f"({empty}, {empty})" if two else empty
-    old = "[1]" if two else ""
-    setup, load, store = "states = None", "", ""
-    places = {"dict": 'states[f"layer {i}"]', "global": "STATES[i]"}
-    place = places.get(home, "states[i]")
-    if home in ("list", "argument", "dict", "global"):
-        held = {
-            "dict": f'states = {{f"layer {{i}}": {first} for i in range(LAYERS)}}',
-            "global": f"for i in range(LAYERS):\n    STATES[i] = {first}",
-        }.get(home, f"states = [{first} for _ in range(LAYERS)]")
-        setup = f"if states is None:\n{textwrap.indent(held, '    ')}" if home == "argument" else held
-        if home == "global" and spec["kept"]:
-            first = first.replace("batch", "1")
-            setup = f"for i in range(LAYERS):\n    if i not in STATES:\n        STATES[i] = {first}"
-        load = place + old
-        store = f"{place} = (made, {place}[0])" if two else f"{place} = made"
-        if spec["in_place"] and not two:
-            store = f"for one, other in zip({place}, made):\n    one.copy_(other)" if aux else f"{place}.copy_(made)"
-            if spec["aux"] == "number":
-                store = f"{place} = made"
-    elif home == "deque":
-        count = 2 if two else 1
-        held = ", ".join([empty] * count)
-        setup = f"states = [collections.deque([{held}], maxlen={count}) for _ in range(LAYERS)]"
-        load, store = "states[i][0]", "states[i].append(made)"
-    elif home == "box":
-        setup = f"states = [Box({empty}) for _ in range(LAYERS)]"
-        load, store = "states[i].held", "states[i].held = made"
-    elif home == "named tuple":
-        setup = f"states = [Named({empty}) for _ in range(LAYERS)]"
-        load, store = "states[i].held", "states[i] = states[i]._replace(held=made)"
-    elif home == "object":
-        setup = f"states = Cache()\nfor i in range(LAYERS):\n    states.put(i, {empty})"
-        load, store = "states.get(i)", "states.put(i, made)"
-    elif home in ("attribute", "self"):
-        setup = (
-            "states = None" if spec["kept"] else f"states = None\nfor layer in ME.layers:\n    layer.state = {first}"
-        )
-        load = f"ME.layers[i].state{old}"
-        store = "ME.layers[i].state = " + ("(made, ME.layers[i].state[0])" if two else "made")
-        if spec["in_place"] and not two and not aux:
-            store = "ME.layers[i].state.copy_(made)"
-    elif home == "buffer":
-        names = _buffers(spec)
-        now = [name for name in names if not name.startswith("older")]
-        lines = [f"layer.{name} = {_pick(spec, name)}(start(batch, like))" for name in names]
-        setup = (
-            "states = None"
-            if spec["kept"]
-            else "states = None\nfor layer in ME.layers:\n" + textwrap.indent("\n".join(lines), "    ")
-        )
-        read = [f"ME.layers[i].{'older_' if two else ''}{name}" for name in now]
-        load = f"({', '.join(read)})" if aux else read[0]
-        lines = ["layer = ME.layers[i]"]
-        for index, name in enumerate(now):
-            value = f"made[{index}]" if aux else "made"
-            if spec["in_place"]:
-                lines += [f"layer.older_{name}.copy_(layer.{name})"] if two else []
-                lines.append(f"layer.{name}.copy_({value})")
-            else:
-                lines += [f"layer.older_{name} = layer.{name}"] if two else []
-                lines.append(f"layer.{name} = {value}")
-        store = "\n".join(lines)
-    elif home in ("stacked", "shared"):
-        where = "ME.memories" if home == "shared" else "states['memory']"
-        other = "ME.others" if home == "shared" else "states['aux']"
-        made = "[start(batch, like) for _ in range(LAYERS)]"
-        lines = ["states = {}", f"made = {made}"]
-        if aux:
-            lines += [
-                f"{where} = torch.stack([each[0] for each in made])",
-                f"{other} = torch.stack([each[1] for each in made])",
-            ]
-        else:
-            lines += [f"{where} = torch.stack(made)"]
-        setup = "states = None" if home == "shared" and spec["kept"] else "\n".join(lines)
-        load = f"({where}[i], {other}[i])" if aux else f"{where}[i]"
-        pairs = [(where, "made[0]"), (other, "made[1]")] if aux else [(where, "made")]
-        if spec["in_place"]:
-            store = "\n".join(f"{held}[i] = {value}" for held, value in pairs)
-        else:
-            store = "\n".join(
-                f"{held} = torch.cat([{held}[:i], {value}[None], {held}[i + 1 :]])" for held, value in pairs
-            )
-    return {"setup": setup, "load": load, "store": store, "empty": empty}
-
-
-def _segment(spec: Spec) -> str:
-    """Lines that take x through all layers: ``segment(self, x, states)``."""
-    home = _home(spec)
-    more = textwrap.indent("\n".join(_after_layer(spec)), "    ")
-    more = f"\n{more}" if more else ""
-    if spec["home"] == "self":
-        return f"for i, layer in enumerate(self.layers):\n    x = layer(x){more}"
-    reads, lines = spec["reads"], []
-    nothing = f"({home['empty']})"
-    if "batch" in nothing and reads in ("below", "above", "same"):
-        batch = "1" if spec["kept"] else "x.shape[0]"
-        nothing = nothing.replace("batch", batch).replace("like", "x")
-    if spec["fresh"]:
-        lines.append("states = dict(states)" if spec["home"] == "dict" else "states = list(states)")
-    source = {
-        "own": "i",
-        "two": "i",
-        "below": "i - 1",
-        "above": "i + 1",
-        "first": "0",
-        "same": "i - 1",
-        "none": "i",
-        "top": "LAYERS - 1",
-        "lower": "i",
-    }[reads]
-    late = spec["late"] or reads in ("below", "first", "lower")
-    load = home["load"].replace("ME", "self")
-    store = home["store"].replace("ME", "self")
-    if reads == "none":
-        lines.append(f"for i, layer in enumerate(self.layers):\n    x, made = layer(x, None){more}")
-        return "\n".join(lines)
-    if late and reads != "same":
-        taken = load
-        if spec["in_place"] or spec["home"] == "shared":
-            taken = (
-                "tuple(each.clone() for each in LOAD)".replace("LOAD", load)
-                if spec["aux"] != "none"
-                else f"{load}.clone()"
-            )
-            if spec["aux"] == "number":
-                taken = f"({load}[0].clone(), {load}[1])"
-        lines.append(f"before = [{taken} for i in range(LAYERS)]")
-        load = "before[i]"
-    got = (
-        load.replace("[i]", f"[{source}]")
-        .replace("layer {i}", f"layer {{{source}}}")
-        .replace("get(i)", f"get({source})")
-    )
-    if reads in ("below", "same"):
-        got = f"{got} if i > 0 else {nothing}"
-    if reads == "above":
-        got = f"{got} if i + 1 < LAYERS else {nothing}"
-    if reads == "lower":
-        got = "sum(before[: i + 1]) / (i + 1)"
-    if reads == "top":
-        got = f"{got} if i == 0 else {load}"
-    call = {
-        "zip": "for i, layer in zip(range(LAYERS), self.layers):\n    x, made = layer(x, GOT)\nSTORE",
-        "range": "for i in range(LAYERS):\n    x, made = self.layers[i](x, GOT)\nSTORE",
-        "names": "for i in range(LAYERS):\n    x, made = getattr(self.layers, str(i))(x, GOT)\nSTORE",
-        "dict": "for i, (name, layer) in enumerate(self.layers.named_children()):\n    x, made = layer(x, GOT)\nSTORE",
-        "reversed back": (
-            "for i, layer in reversed(list(enumerate(self.layers))[::-1]):\n    x, made = layer.forward(x, GOT)\nSTORE"
-        ),
-        "recursion": (
-            "def climb(i, x):\n    if i == LAYERS:\n        return x\n"
-            "    x, made = self.layers[i](x, GOT)\nSTORE\n    return climb(i + 1, x)\n"
-            "x = climb(0, x)"
-        ),
-        "slices": "i = 0\nwhile i < LAYERS:\n    x, made = self.layers[i](x, GOT)\nSTORE\n    i += 1",
-    }[spec["layer_loop"]]
-    if spec["late"] and reads not in ("two", "same"):
-        lines.append("later = []")
-        lines.append(call.replace("GOT", got).replace("STORE", f"    later.append(made){more}"))
-        lines.append("for i, made in enumerate(later):\n" + textwrap.indent(store, "    "))
-    else:
-        lines.append(call.replace("GOT", got).replace("STORE", textwrap.indent(store, "    ") + more))
-    return "\n".join(lines)
-
-
-def _after_layer(spec: Spec) -> list[str]:
-    """Lines that follow each call of a layer."""
-    lines = {
-        "sum": ["self.over = self.over + x.square().mean()"],
-        "maximum": ["self.over = torch.maximum(self.over, x.amax())"],
-        "buffer": ["self.over.add_(x.mean())"],
-        "list": ["self.over.append(x.mean())"],
-        "number": ["self.over += 1"],
-        "each": ["self.over.append(x)"],
-        "last": ["self.over = made" if spec["home"] != "self" else "self.over = x"],
-    }.get(spec["over_cells"], [])
-    lines += {
-        "first": ["first = x if i == 0 else first\nx = x + 0.5 * first"],
-        "before": ["lower = x if i == 0 else lower\nx, lower = x + 0.5 * lower, x"],
-    }.get(spec["skip"], [])
-    return lines
 
 
 def _model(spec: Spec) -> str:
@@ -559,15 +251,9 @@ def _model(spec: Spec) -> str:
     if spec["loop"] not in ("caller", "caller's generator", "closure"):
         static = spec["unit"] == "static"
         decorator = "    @torch.no_grad()\n" if spec["grad"] == "decorated" else ""
-        text += decorator + f"    def forward({_arguments(spec, 'self')}):\n" + indent(_forward(spec, "self")) + "\n"
+        text += decorator + f"    def forward({arguments(spec, 'self')}):\n" + indent(forward(spec, "self")) + "\n"
         text += "" if not static else "\n"
     return text
-
-
-def _arguments(spec: Spec, me: str) -> str:
-    found = [me] if me else []
-    found += ["text", *(["mask"] if spec["mask"] else []), "states=None", "scale=1.0"]
-    return ", ".join(found)
 
 
 def _around(spec: Spec) -> str:
@@ -592,7 +278,7 @@ def _around(spec: Spec) -> str:
     if spec["tokens"]:
         lines.append("x = torch.cat([x, self.tokens.expand(x.shape[0], -1, -1)], 1)")
     lines.append(CONSTANTS[spec["constants"]])
-    lines.append(_segment(spec))
+    lines.append(segment(spec))
     if spec["tokens"]:
         lines.append("x = x[:, :-2]")
     lines += {
@@ -618,177 +304,6 @@ def _around(spec: Spec) -> str:
     return "\n".join(each for each in lines if each)
 
 
-def _forward(spec: Spec, me: str) -> str:
-    batch = "text.shape[0]"
-    like = f"{me}.layers[0].inner.bias" if spec["text"] == "ids" else "text"
-    lines = [f"batch, like = {batch}, {like}"]
-    written = spec["argument_write"]
-    if written == "text":
-        lines.append("text.mul_(0.9)")
-    if written == "clone":
-        lines.append("text = text.clone()\ntext[:, :1] = text[:, -1:]")
-    if written == "state":
-        lines.append("if states is not None and isinstance(states[0], torch.Tensor):\n    states[0].mul_(0.5)")
-    state = spec["python_state"]
-    if spec["over_cells"] != "none":
-        start = {"list": "[]", "each": "[]", "number": "0", "last": "None"}.get(
-            spec["over_cells"], "like.new_zeros(())"
-        )
-        lines.append(f"{me}.over.zero_()" if spec["over_cells"] == "buffer" else f"{me}.over = {start}")
-    if state in ("steps", "table", "first"):
-        lines.append(f"{me}.steps = 0")
-    if state in ("history", "popped"):
-        lines.append(f"{me}.history = []")
-    if state == "calls":
-        lines.append(f"{me}.calls += 1")
-    if state == "nested":
-        lines.append(f"{me}.nested['a'][0] = batch")
-    lines.append("if scale != 1.0:\n    text = text * scale" if spec["text"] != "ids" else "batch = batch * int(scale)")
-    lines.append(_home(spec)["setup"].replace("ME", me))
-    if spec["text"] == "int mask":
-        lines.append("keep = (text[..., 0] > -1).to(torch.int64).cumsum(1)\ntext = text * (keep > 0)[..., None]")
-    if spec["result"] == "preallocated":
-        width = "11" if spec["head"] == "tied" else "WIDTH"
-        lines.append(f"out = like.new_zeros(batch, text.shape[1], {width})")
-    split = "text.split(SEGMENT, dim=1)"
-    if spec["mask"]:
-        split = f"list(zip({split}, mask.split(SEGMENT, dim=1)))"
-    ranged = "text[:, at : at + SEGMENT]"
-    if spec["mask"]:
-        ranged = f"({ranged}, mask[:, at : at + SEGMENT])"
-    put = "out[:, at : at + x.shape[1]] = x"
-    ends = "pieces.append(x)"
-    if spec["result"] == "preallocated":
-        ends = put if spec["loop"] == "range" else put + "\n    at += x.shape[1]"
-        lines.append("at = 0")
-    lines += {
-        "for": [f"pieces = []\nfor piece in {split}:\n    x, states = {me}.segment(piece, states)\n    {ends}"],
-        "zip": [
-            f"pieces = []\nfor number, piece in zip(range(10**6), {split}):\n"
-            f"    x, states = {me}.segment(piece, states)\n    pieces.append(x)"
-        ],
-        "range": [
-            f"pieces = []\nfor at in range(0, text.shape[1], SEGMENT):\n"
-            f"    x, states = {me}.segment({ranged}, states)\n    {ends}"
-        ],
-        "while": [
-            f"pieces, rest = [], list({split})\nwhile rest:\n"
-            f"    x, states = {me}.segment(rest.pop(0), states)\n    pieces.append(x)"
-        ],
-        "generator": [f"pieces = list({me}.run(text, states))"],
-        "recursion": [f"pieces, states = {me}.run({split}, states)"],
-        "reduce": [
-            f"def step(carried, piece):\n    x, states = {me}.segment(piece, carried[1])\n"
-            f"    return [*carried[0], x], states\n\n"
-            f"pieces, states = functools.reduce(step, {split}, ([], states))"
-        ],
-        "accumulate": [
-            f"def step(carried, piece):\n    return {me}.segment(piece, carried[1])\n\n"
-            f"every = list(itertools.accumulate({split}, step, initial=(None, states)))\n"
-            "pieces, states = [x for x, _ in every[1:]], every[-1][1]"
-        ],
-        "map": [
-            f"holder = [states]\n\ndef one(piece):\n    x, holder[0] = {me}.segment(piece, holder[0])\n    return x\n\n"
-            f"pieces = list(map(one, {split}))\nstates = holder[0]"
-        ],
-        "caller": [
-            f"pieces = []\nfor piece in {split}:\n    x, states = {me}.segment(piece, states)\n    pieces.append(x)"
-        ],
-        "caller's generator": ["pieces = []\nfor x, states in running(text, states):\n    pieces.append(x)"],
-        "closure": [
-            "pieces, at = [], 0\n\ndef advance():\n    nonlocal states, at\n"
-            f"    x, states = {me}.segment(text[:, at : at + SEGMENT], states)\n"
-            f"    at += SEGMENT\n    pieces.append(x)\n\n"
-            "while at < text.shape[1]:\n    advance()"
-        ],
-        "iter": [
-            f"pieces, rest = [], iter({split})\nwhile (piece := next(rest, None)) is not None:\n"
-            f"    x, states = {me}.segment(piece, states)\n    pieces.append(x)"
-        ],
-        "view": [
-            f"pieces = []\nfor piece in text.unflatten(1, (-1, SEGMENT)).unbind(1):\n"
-            f"    x, states = {me}.segment(piece, states)\n    pieces.append(x)"
-        ],
-        "comprehension": [f"pieces = []\n[pieces.append({me}.segment(piece, states)[0]) for piece in {split}]"],
-        "layers outside": [_outside(spec, me, split)],
-    }[spec["loop"]]
-    lines += _result(spec, me)
-    return "\n".join(lines)
-
-
-def _outside(spec: Spec, me: str, split: str) -> str:
-    embed = f"{me}.embed(x)" if spec["text"] == "ids" else "x"
-    same = {
-        "below": "tracks[i - 1][s] if i else start(batch, like)",
-        "same": "tracks[i - 1][s + 1] if i else start(batch, like)",
-    }
-    got = same.get(spec["reads"], "tracks[i][-1]")
-    first = "start(batch, like)"
-    head = "" if spec["head"] == "none" else f"\npieces = [{me}.head(x) for x in pieces]"
-    return (
-        f"pieces = [{embed} for x in {split}]\ntracks = [[{first}] for _ in range(LAYERS)]\n"
-        f"for i, layer in enumerate({me}.layers):\n    done = []\n    for s, x in enumerate(pieces):\n"
-        f"        x, made = layer(x, {got})\n"
-        f"        tracks[i].append(made)\n        done.append(x)\n    pieces = done\n"
-        f"states = [track[-1] for track in tracks]{head}"
-    )
-
-
-def _result(spec: Spec, me: str) -> list[str]:
-    lines = []
-    if spec["result"] == "preallocated":
-        whole = "out"
-        lines.append("pieces = [out]")
-    else:
-        whole = "torch.cat(pieces, 1)"
-    handed = "states" if spec["home"] in ("list", "argument", "dict") else "None"
-    value = {
-        "stack": "torch.stack([x.mean(1) for x in pieces])",
-        "last": "pieces[-1]",
-        "sum": "sum(x.sum(1) for x in pieces)",
-        "list": "pieces",
-        "tuple": f"tuple(pieces), {handed}",
-        "dict": f'{{"value": {whole}, "states": {handed}, "each": pieces}}',
-        "dataclass": f"Output({whole}, {handed}, len(pieces))",
-        "named tuple": f"Pair({whole}, {handed})",
-        "loss": "sum(F.mse_loss(x, torch.zeros_like(x)) for x in pieces) / len(pieces)",
-        "mean": f"{whole}.mean((0, 1)).softmax(-1)",
-        "namespace": f"types.SimpleNamespace(value={whole}, number=len(pieces))",
-        "numbers": f"({whole}, len(pieces), text.shape[1], pieces[-1].shape)",
-        "keys": '{f"segment {number}": x for number, x in enumerate(pieces)}',
-        "nothing": "None",
-        "buffer": whole,
-    }.get(spec["result"], whole)
-    if spec["result"] == "buffer":
-        lines.append(f"{me}.found = {whole}.detach()")
-        value = f"{me}.found"
-    lines.append(f"result = {value}")
-    if spec["home"] == "argument":
-        lines.append("result = (result, states)")
-    more = {
-        "argument": "text",
-        "part of argument": "text[:, :2]",
-        "parameter": f"{me}.layers[0].inner.weight",
-        "twice": "result",
-        "view": f"{me}.layers[0].outer.weight[:2]",
-        "state": {
-            "attribute": f"{me}.layers[0].state",
-            "self": f"{me}.layers[0].state",
-            "buffer": f"{me}.layers[0].memory",
-            "shared": f"{me}.memories",
-            "global": "STATES[0]",
-        }.get(spec["home"], "None"),
-    }
-    if spec["alias"] != "none":
-        lines.append(f"result = (result, {more[spec['alias']]})")
-    if spec["over_cells"] != "none":
-        lines.append(f"result = (result, {me}.over)")
-    if spec["python_state"] == "table":
-        lines.append("result = (result, scale)")
-    lines.append("return result")
-    return lines
-
-
 def _build(spec: Spec) -> str:
     lines = [f"model = Model().double().requires_grad_({spec['gradients']})"]
     lines.append("model.eval()" if spec["statistics"] != "batch norm in training" else "model.train()")
@@ -801,7 +316,7 @@ def _build(spec: Spec) -> str:
                 "        x, states = model.segment(piece, states)\n        yield x, states\n"
             )
         decorator = "@torch.no_grad()\n" if spec["grad"] == "decorated" else ""
-        lines.append(f"{decorator}def call({_arguments(spec, '')}):\n" + indent(_forward(spec, "model"), 4) + "\n")
+        lines.append(f"{decorator}def call({arguments(spec, '')}):\n" + indent(forward(spec, "model"), 4) + "\n")
         lines.append("return call, model")
     elif unit == "function":
         lines.append("\ndef call(*args, **kwargs):\n    return model(*args, **kwargs)\n\nreturn call, model")

@@ -237,6 +237,8 @@ def possible(spec: Spec) -> Spec:
     fix(made["result"] == "preallocated" and made["loop"] not in ("for", "range"), loop="range")
     fix(made["result"] in ("preallocated", "buffer") and made["tokens"], tokens=False)
     fix(made["compiled_when"] == "by decorator" and made["unit"] != "module", compiled_when="at first")
+    if made["gradients"]:
+        made["calls"][0]["mode"] = "no_grad"
     if made["loop"] == "view":
         for call in made["calls"]:
             call["tail"] = 4
