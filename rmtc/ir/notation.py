@@ -18,7 +18,8 @@ import sympy
 
 from rmtc.errors import RmtcError
 from rmtc.ir.formula import parse, segment_symbol, time_formula
-from rmtc.ir.schedule import Extent, L, Phase, Schedule, layer_symbol
+from rmtc.ir.limits import CELLS, LAYERS, NOTATION, PHASES, SEGMENTS, number, quoted, refused_by, within
+from rmtc.ir.schedule import Extent, L, Phase, Schedule, evaluated, layer_symbol
 
 __all__ = ["NotationError", "read_schedule", "step_text", "time_text", "write_schedule"]
 
@@ -28,11 +29,11 @@ _FIRST = re.compile(
     r", S = (?P<S>[0-9]+), L = (?P<L>[0-9]+)(?: in (?P<parts>[0-9*+ ]+) parts)?"
 )
 _WORD = re.compile(r"floor|ceiling")
-_STRIP = re.compile(r"floor\(s ?/ ?([2-9]|[1-9][0-9]+)\)")
-_PHASE = re.compile(r"(?P<time>.+) from [lp](?P<first>[0-9]+)")
+_STRIP = re.compile(r"floor\(s ?/ ?([2-9]|[1-9][0-9]{1,8})\)")
+_PHASE = re.compile(r"(?P<time>.+) from [lp](?P<first>[0-9]{1,9})")
 _SHARE = re.compile(r"(?:(?P<times>[1-9][0-9]*)\*)?(?P<parts>[1-9][0-9]*)")
-_ROW = re.compile(r"s (?P<which>=|>=) (?P<row>[0-9]+): (?P<parts>.+)")
-_LAYERS = re.compile(r"[lp](?P<first>[0-9]+)(?:\.\.[lp](?P<last>[0-9]+))? (?P<name>\S+)")
+_ROW = re.compile(r"s (?P<which>=|>=) (?P<row>[0-9]{1,9}): (?P<parts>.+)")
+_LAYERS = re.compile(r"[lp](?P<first>[0-9]{1,9})(?:\.\.[lp](?P<last>[0-9]{1,9}))? (?P<name>\S+)")
 _NAME = re.compile(r"(?!-$)\S+")
 _NOTHING = "-"
 """Written for a cell that has no operations."""
@@ -107,50 +108,55 @@ def _runs(names: tuple[str, ...], letter: str) -> Iterator[str]:
         start = last + 1
 
 
+@refused_by(NotationError)
 def read_schedule(text: str) -> Schedule:
     """The schedule that :func:`write_schedule` wrote.
 
     Raises:
-        NotationError: with the line that is no part of one.
+        NotationError: with the line that is no part of one; or if it is larger than :mod:`rmtc.ir.limits` says.
     """
+    within(len(text), NOTATION, "characters in a notation", "write fewer rows, or cells of one class as l0..l9")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     first = _FIRST.fullmatch(lines[0]) if lines else None
     if first is None:
         raise NotationError(
-            f"{lines[0] if lines else ''!r} does not give the step of a cell",
+            f"{quoted(lines[0] if lines else '')} does not give the step of a cell",
             remedy="the first line reads: step of cell (s, l) = s + l, S = 4, L = 3",
         )
-    segments, layers = int(first["S"]), int(first["L"])
+    segments, layers = number(first["S"], SEGMENTS, "S ="), number(first["L"], LAYERS, "L =")
     if segments < 1 or layers < 1:
         raise NotationError(f"a schedule has at least one segment and one layer, not S = {segments}, L = {layers}")
     other = "l" if first["parts"] else "p"
     if bool(first["parts"]) == bool(first["letter"]) or other in _WORD.sub("", first["time"]):
         raise NotationError(
-            f"{lines[0]!r} is neither of cells nor of parts",
+            f"{quoted(lines[0])} is neither of cells nor of parts",
             remedy="the step of cell (s, l) is a formula of l; that of part (s, p) one of p, and ends: in 3*2 parts",
         )
     parts = _read_shares(first["parts"], layers) if first["parts"] else ()
     columns = sum(parts) or layers
+    within(columns, LAYERS, "parts of layers", "divide layers into fewer parts")
+    within((len(lines) - 1) * columns, CELLS, "cells in the lines of a notation", "write fewer lines, the last s >= n")
     time, *rest = first["time"].split(", then ")
+    within(len(rest), PHASES, "phases after the first", "put neighbouring layers in one phase")
     strips = _STRIP.findall(time)
     if len(strips) > 1 or (strips and (rest or first["block"])):
-        raise NotationError(f"{first['time']!r} has strips of segments in blocks, phases or other strips")
+        raise NotationError(f"{quoted(first['time'])} has strips of segments in blocks, phases or other strips")
     (a, b), later = _coefficients(_STRIP.sub("s", time), layers), tuple(_phases(rest, layers, columns))
     classes: list[tuple[str, ...]] = []
     stages: dict[str, list[str]] = {}
-    for number, line in enumerate(lines[1:]):
+    for at, line in enumerate(lines[1:]):
         row = _ROW.fullmatch(line)
-        if row is None or int(row["row"]) != number or (row["which"] == ">=") != (number == len(lines) - 2):
+        if row is None or int(row["row"]) != at or (row["which"] == ">=") != (at == len(lines) - 2):
             raise NotationError(
-                f"{line!r} is not the line of segment {number}",
+                f"{quoted(line)} is not the line of segment {at}",
                 remedy="a line each for s = 0, s = 1, ..., the last for s >= n",
             )
         names, ends = _parts(row["parts"], columns)
         if len(names) not in (0, columns):
-            raise NotationError(f"{line!r} has {len(names)} {'parts' if parts else 'layers'}, not {columns}")
-        if number and (set(ends) != set(stages) or bool(names) != bool(classes)):
+            raise NotationError(f"{quoted(line)} has {len(names)} {'parts' if parts else 'layers'}, not {columns}")
+        if at and (set(ends) != set(stages) or bool(names) != bool(classes)):
             raise NotationError(
-                f"{line!r} has other parts than the line before it",
+                f"{quoted(line)} has other parts than the line before it",
                 remedy="each line has a prologue if one has, and so with layers and an epilogue",
             )
         if names:
@@ -158,7 +164,7 @@ def read_schedule(text: str) -> Schedule:
         for stage, name in ends.items():
             stages.setdefault(stage, []).append(name)
     ends_of = {stage: tuple(each) for stage, each in stages.items()}
-    block = int(first["block"]) if first["block"] else None
+    block = number(first["block"], SEGMENTS, "a block of") if first["block"] else None
     return Schedule(
         a, b, layers, segments, tuple(classes), ends_of, block, parts, later, int(strips[0]) if strips else 1
     )
@@ -169,11 +175,15 @@ def _read_shares(text: str, layers: int) -> tuple[int, ...]:
     for each in text.split(" + "):
         share = _SHARE.fullmatch(each)
         if share is None:
-            raise NotationError(f"{each!r} is no number of parts", remedy="such as 3 or, of two layers, 2*3")
-        parts += [int(share["parts"])] * min(int(share["times"] or 1), layers + 1)
+            raise NotationError(f"{quoted(each)} is no number of parts", remedy="such as 3 or, of two layers, 2*3")
+        times = number(share["times"] or "1", LAYERS, "L =")
+        parts += [number(share["parts"], LAYERS, "the number of parts")] * times
+        if len(parts) > layers:
+            break
     if len(parts) != layers:
         raise NotationError(
-            f"{text!r} names the parts of L = {len(parts)}, not of L = {layers}", remedy="such as 2 + 3 for two layers"
+            f"{quoted(text)} names the parts of {'more than' if len(parts) > layers else len(parts)} of L = {layers}",
+            remedy="such as 2 + 3 for two layers",
         )
     return tuple(parts)
 
@@ -184,11 +194,13 @@ def _phases(texts: list[str], layers: int, columns: int) -> Iterator[Phase]:
     for text in texts:
         phase = _PHASE.fullmatch(text)
         if phase is None or not before < int(phase["first"]) < columns:
-            raise NotationError(f"{text!r} is no phase after the one before", remedy="such as: then s from l3")
+            raise NotationError(f"{quoted(text)} is no phase after the one before", remedy="such as: then s from l3")
         before = int(phase["first"])
         a, b = _coefficients(phase["time"], layers, before)
         if not (isinstance(a, int) and isinstance(b, int)):
-            raise NotationError(f"{text!r} has a formula of L for a factor, and the phases are of these layers only")
+            raise NotationError(
+                f"{quoted(text)} has a formula of L for a factor, and the phases are of these layers only"
+            )
         yield Phase(before, a, b)
 
 
@@ -203,7 +215,7 @@ def _parts(text: str, columns: int) -> tuple[tuple[str, ...], dict[str, str]]:
             names += [_class(run["name"])] * (_last(run) + 1 - len(names))
         else:
             raise NotationError(
-                f"{part!r} is no part of a segment, or not here", remedy="such as l0..l2 C0, or prologue P0"
+                f"{quoted(part)} is no part of a segment, or not here", remedy="such as l0..l2 C0, or prologue P0"
             )
     return tuple(names), ends
 
@@ -226,7 +238,7 @@ def _coefficients(text: str, layers: int, first: int = 0) -> tuple[Extent, Exten
         if rest == 0 and all(_counts_steps(each, layers) for each in (a, b)):
             return _extent(a), _extent(b)
     raise NotationError(
-        f"{text!r} is not a*s + b*l with a and b whole numbers, not negative, or formulas of L",
+        f"{quoted(text)} is not a*s + b*l with a and b whole numbers, not negative, or formulas of L",
         remedy="such as s + l, L*s + l or, of two segments at once, floor(s/2) + l",
     )
 
@@ -234,7 +246,7 @@ def _coefficients(text: str, layers: int, first: int = 0) -> tuple[Extent, Exten
 def _counts_steps(coefficient: sympy.Expr, layers: int) -> bool:
     """Whether it is whole for every L, and not negative for this one."""
     known = not coefficient.free_symbols - {L} and bool(coefficient.is_integer)
-    return known and bool(coefficient.subs(L, layers) >= 0)
+    return known and evaluated(coefficient, {L: layers}) >= 0
 
 
 def _extent(coefficient: sympy.Expr) -> Extent:
