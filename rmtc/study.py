@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from rmtc.ir.explanation import Certificate, Explanation
 from rmtc.ir.folded import Edge, FoldedGraph, Vertex
 from rmtc.ir.formula import distance_text
-from rmtc.ir.limits import DEPENDENCES, FORMULAS, LAYERS, READS, SEGMENTS, WORK, refused_by, within
+from rmtc.ir.limits import LAYERS, READS, SEGMENTS, WORK, refused_by, within
 from rmtc.ir.schedule import Dependence, Extent, L, evaluated, layer_symbol
-from rmtc.ir.spelling import Spelled, SpellingError, read_dependences, read_extent
+from rmtc.ir.spelling import Spelled, SpellingError, counted, read_dependences, read_extent
 from rmtc.passes.distances import names_a_stage
 from rmtc.passes.operations_view import operations_view
 from rmtc.passes.prove import Proof, prove, remedy
@@ -55,12 +54,10 @@ def study(
     within(segments, SEGMENTS, "segments", "study fewer segments: the answer is a formula of their number")
     if layers < 1 or segments < 1:
         raise ValueError(f"a study needs at least one layer and one segment, got {layers} and {segments}")
-    spelled = read_dependences(distances) if isinstance(distances, str) else _given(distances)
+    spelled = read_dependences(distances) if isinstance(distances, str) else counted(_given(distances))
     within(len(spelled) * layers, READS, "distances times layers", "write fewer distances, or study fewer layers")
-    vectors = {each.dependence.distance: () for each in spelled}
-    formulas = [distance for distance in vectors if not all(isinstance(extent, int) for extent in distance)]
-    within(len(formulas), FORMULAS, "different distances with formulas", "write fewer of them, or numbers")
-    graph = _graph(spelled, {distance: _vectors(distance, layers) for distance in vectors}, layers)
+    different = {each.dependence.distance for each in spelled}
+    graph = _graph(spelled, {distance: _vectors(distance, layers) for distance in different}, layers)
     named = bool(spelled and spelled[0].producer)
     work = "comparisons of operations"
     within(_work(graph, segments, named), WORK, work, "study fewer layers, or distances over fewer segments")
@@ -89,20 +86,16 @@ def study(
     )
 
 
-def _given(distances: Iterable[Dependence | tuple[Extent | str, Extent | str]]) -> list[Spelled]:
+def _given(distances: Iterable[Dependence | tuple[Extent | str, Extent | str]]) -> Iterator[Spelled]:
     """Dependences that are given as data: their formulas are read as those of a text are."""
-    given = list(itertools.islice(distances, DEPENDENCES + 1))
-    within(len(given), DEPENDENCES, "or more distances", "give fewer distances")
-    dependences = []
-    for number, each in enumerate(given):
+    for number, each in enumerate(distances):
         if isinstance(each, Dependence):
             layers = None if each.layers is None else _pair(each.layers)
-            dependences.append(replace(each, distance=_pair(each.distance), layers=layers))
+            yield Spelled("", "", replace(each, distance=_pair(each.distance), layers=layers))
         elif isinstance(each, tuple) and len(each) == 2:
-            dependences.append(Dependence(_pair(each)))
+            yield Spelled("", "", Dependence(_pair(each)))
         else:
             raise SpellingError(f"distance {number} is of type {type(each).__name__}, and no pair (ds, dl)")
-    return [Spelled("", "", each) for each in dependences]
 
 
 def _pair(extents: tuple[Extent | str, Extent | str]) -> tuple[Extent, Extent]:
@@ -146,12 +139,12 @@ def _values(extent: Extent, layers: int) -> list[int]:
 
 
 def _work(graph: FoldedGraph, segments: int, named: bool) -> int:
-    """How much there is to compare, at most: for strips, and for chains of named operations."""
+    """Count what :func:`strips` compares at most, and of named operations :func:`lasting_chain`."""
     reads, vertices = sum(len(edge.pairs) for edge in graph.edges), len(graph.vertices)
     periods = {edge.ds for edge in graph.edges if 1 < edge.ds <= segments}
-    strips = sum(period * (period * vertices * len(graph.edges) + reads) for period in periods)
+    mined = sum(period * (period * vertices * len(graph.edges) + reads) for period in periods)
     longest = 8 + 2 * max((edge.ds for edge in graph.edges), default=0)
-    return strips + (longest**2 * (vertices * graph.layers + reads) if named else 0)
+    return mined + (longest**2 * vertices * graph.layers if named else 0)
 
 
 def _graph(
@@ -161,8 +154,8 @@ def _graph(
 
     As in :func:`prove`, a distance that varies and becomes (0, 0) at a layer does not make that cell read itself.
     """
-    numbers = {name: 0 for each in spelled for name in (each.producer, each.consumer)}
-    numbers = {name: number for number, name in enumerate(numbers)}
+    names = dict.fromkeys(name for each in spelled for name in (each.producer, each.consumer))
+    numbers = {name: number for number, name in enumerate(names)}
     members = frozenset((0, layer) for layer in range(layers))
     edges = []
     for producer, consumer, dependence in spelled:
@@ -173,4 +166,4 @@ def _graph(
             if -outside <= layer - dl < layers + outside and not itself:
                 pairs.setdefault(ds, []).append((min(max(layer - dl, 0), layers - 1), layer))
         edges += [Edge(numbers[producer], numbers[consumer], ds, tuple(each), dependence) for ds, each in pairs.items()]
-    return FoldedGraph(layers, 0, tuple(Vertex(name, "body", members) for name in numbers), tuple(edges))
+    return FoldedGraph(layers, 0, tuple(Vertex(name, "body", members) for name in names), tuple(edges))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import sympy
 
 from rmtc.errors import Location
-from rmtc.ir.limits import ARGUMENTS, DEGREE, FORMULA, NUMBER, OPERATIONS, TERMS, quoted, within
+from rmtc.ir.limits import CALLS, DEGREE, FORMULA, NUMBER, OPERATIONS, TERMS, quoted, within
 from rmtc.ir.schedule import L, S, evaluated, layer_symbol
 
 __all__ = [
@@ -53,7 +54,7 @@ def parse(text: str) -> sympy.Expr | None:
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
         operations = sum(isinstance(node, (ast.BinOp, ast.UnaryOp)) for node in ast.walk(tree)) + len(calls)
         within(operations, OPERATIONS, f"operations in {quoted(text)}", remedy)
-        within(sum(len(call.args) for call in calls), ARGUMENTS, f"arguments in {quoted(text)}", remedy)
+        within(len(calls), CALLS, f"functions in {quoted(text)}", remedy)
         return _part(tree.body).value
     except SyntaxError:
         return None
@@ -96,13 +97,20 @@ def _part(node: ast.AST) -> _Part:
         case ast.BinOp(op=operator, left=left, right=right):
             return _joined(operator, _part(left), _part(right))
         case ast.Call(func=ast.Name(id=name), args=[_, *_] as arguments, keywords=[]) if name in _FUNCTIONS:
-            if (wanted := {"floor": 1, "ceiling": 1, "Mod": 2}.get(name)) and len(arguments) != wanted:
-                raise SyntaxError(f"{name} of {len(arguments)} arguments")
             values, _, degrees, numbers = zip(*map(_part, arguments), strict=True)
-            if name == "Mod" and values[1] == 0:
-                raise SyntaxError("a remainder of a division by 0")
-            return _Part(_FUNCTIONS[name](*values), degree=max(degrees), number=max(numbers))
+            return _Part(_called(name, values), degree=max(degrees), number=max(numbers))
     raise SyntaxError(f"{type(node).__name__} is no part of a formula")
+
+
+def _called(name: str, arguments: Sequence[sympy.Expr]) -> sympy.Expr:
+    if name in ("Min", "Max"):
+        if all(argument.is_Rational for argument in arguments):
+            return min(arguments) if name == "Min" else max(arguments)
+        # sympy would compare formulas in pairs, here or where they are expanded, for milliseconds each
+        return _FUNCTIONS[name](*map(sympy.expand, arguments), evaluate=False)
+    if len(arguments) != (2 if name == "Mod" else 1) or (name == "Mod" and arguments[1] == 0):
+        raise SyntaxError(f"{name} of {arguments}")
+    return _FUNCTIONS[name](*arguments)
 
 
 def _joined(operator: ast.operator, left: _Part, right: _Part) -> _Part:

@@ -7,14 +7,16 @@ anything of that size is made. docs/formats.md lists them. Nothing limits what r
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
+from typing import Any
 
 from rmtc.errors import RmtcError
 
 __all__ = [
-    *("ARGUMENTS", "CELLS", "DEGREE", "DEPENDENCES", "DISTANCES", "FORMULA", "FORMULAS", "LAYERS", "NOTATION"),
+    *("CALLS", "CELLS", "DEGREE", "DEPENDENCES", "DISTANCES", "FORMULA", "FORMULAS", "JSON", "LAYERS", "NOTATION"),
     *("NUMBER", "OPERATIONS", "PHASES", "READS", "SEGMENTS", "TERMS", "WORK"),
-    *("TooLarge", "number", "quoted", "refused_by", "within"),
+    *("TooLarge", "loads", "number", "quoted", "refused_by", "within"),
 ]
 
 NOTATION = 1_000_000
@@ -29,8 +31,8 @@ FORMULA = 1_000
 OPERATIONS = 100
 """Operations of a formula, signs and calls among them."""
 
-ARGUMENTS = 10
-"""Arguments of all calls in a formula: sympy compares those of Min and Max in pairs, of ten for 0.2 s."""
+CALLS = 10
+"""Functions in a formula: sympy takes 50 ms for ten that stand in one another."""
 
 TERMS = 100
 """Terms of a formula that is multiplied out."""
@@ -50,8 +52,8 @@ SEGMENTS = 10**8
 PHASES = 1_000
 """Phases of a notation, each with a formula."""
 
-CELLS = 1_000_000
-"""Cells in the lines of a notation, and cells and arrows of a form that names or draws each: up to 1 GB of memory."""
+CELLS = 500_000
+"""Cells in the lines of a notation, and cells or arrows of a form that names or draws each: some seconds of work."""
 
 DEPENDENCES = 1_000
 """Distances of a study."""
@@ -59,11 +61,15 @@ DEPENDENCES = 1_000
 FORMULAS = 10
 """Different distances of a study that are formulas."""
 
-READS = 100_000
-"""Dependences of a study times its layers."""
+READS = 50_000
+"""Distances of a study times its layers."""
 
-WORK = 10_000_000
-"""Comparisons in the graph of a study: see :func:`rmtc.study.study`."""
+WORK = 15_000_000
+"""Comparisons of operations of a study that reaches over several segments: up to half a microsecond each."""
+
+
+JSON = 10_000_000
+"""Characters of a file of JSON: a cost model, or sizes of kernels."""
 
 
 class TooLarge(ValueError):
@@ -104,6 +110,19 @@ def number(digits: str, most: int, what: str) -> int:
 def quoted(text: str) -> str:
     """A text in quotes, of a long one the beginning."""
     return repr(text if len(text) <= 120 else f"{text[:100]}...")
+
+
+def loads(text: str) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: if it is none, or too long or too deep.
+    """
+    within(len(text), JSON, "characters of JSON", "take a smaller file")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its lists and objects are nested too deeply") from None
 
 
 @contextlib.contextmanager

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 import sympy
 
 from rmtc.errors import RmtcError
-from rmtc.ir.formula import parse, segment_symbol, time_formula
+from rmtc.ir.formula import formula, parse, segment_symbol, time_formula
 from rmtc.ir.limits import CELLS, LAYERS, NOTATION, PHASES, SEGMENTS, number, quoted, refused_by, within
-from rmtc.ir.schedule import Extent, L, Phase, Schedule, evaluated, layer_symbol
+from rmtc.ir.schedule import Extent, L, Phase, Schedule, Step, evaluated, layer_symbol
 
-__all__ = ["NotationError", "read_schedule", "step_text", "time_text", "write_schedule"]
+__all__ = ["NotationError", "listed", "read_schedule", "step_text", "time_text", "write_schedule"]
 
 _FIRST = re.compile(
     r"step of (?:cell \(s, (?P<letter>l)\)|part \(s, p\)) = (?P<time>.+?)"
@@ -46,13 +46,17 @@ class NotationError(RmtcError, ValueError):
     title = "cannot read or write the schedule"
 
 
+@refused_by(NotationError)
 def write_schedule(schedule: Schedule) -> str:
     """The schedule as text: the step of a cell, and which class each cell is of.
 
     Raises:
-        NotationError: if it could not be read back: the name of a class is no word, or a row has not L layers.
+        NotationError: if it could not be read back: the name of a class is no word, a row has not L layers, or it is
+            larger than :mod:`rmtc.ir.limits` says.
     """
     _check_names(schedule)
+    _check_sizes(schedule.segments, schedule.columns, len(schedule.classes), len(schedule.later))
+    parse(formula(schedule.a))
     letter = "p" if schedule.parts else "l"
     parts = f" in {_shares(schedule.parts)} parts" if schedule.parts else ""
     lines = [f"{step_text(schedule)}, S = {schedule.segments}, L = {schedule.layers}{parts}"]
@@ -65,6 +69,24 @@ def write_schedule(schedule: Schedule) -> str:
                 said.insert(at, f"{stage} {names[row] or _NOTHING}")
         lines.append(f"s {'=' if row < rows - 1 else '>='} {row}: {', '.join(said)}")
     return "\n".join(lines)
+
+
+@refused_by(NotationError)
+def listed(schedule: Schedule, segments: int, arrows: int = 0) -> list[Step]:
+    """The steps with all their cells, for a form that writes each of them.
+
+    Args:
+        schedule: what is written.
+        segments: number of segments.
+        arrows: how many arrows lead to a cell.
+
+    Raises:
+        NotationError: if these are more cells, or arrows, than :mod:`rmtc.ir.limits` says.
+    """
+    cells, fewer = segments * schedule.columns, "take fewer segments; the notation and a study's text list no cells"
+    within(cells, CELLS, "cells to write", fewer)
+    within(cells * arrows, CELLS, "arrows to write", fewer)
+    return schedule.steps(segments)
 
 
 def step_text(schedule: Schedule) -> str:
@@ -98,6 +120,13 @@ def _check_names(schedule: Schedule) -> None:
         if len(row) != schedule.columns:
             what = "parts" if schedule.parts else "layers"
             raise NotationError(f"a row has classes for {len(row)} {what}, not {schedule.columns}")
+
+
+def _check_sizes(segments: int, columns: int, rows: int, phases: int) -> None:
+    within(segments, SEGMENTS, "segments", "take fewer segments")
+    within(columns, LAYERS, "layers, or parts of layers", "divide layers into fewer parts")
+    within(rows * columns, CELLS, "cells in the lines of a notation", "write fewer lines, the last one for all later s")
+    within(phases, PHASES, "phases after the first", "put neighbouring layers in one phase")
 
 
 def _runs(names: tuple[str, ...], letter: str) -> Iterator[str]:
@@ -134,10 +163,8 @@ def read_schedule(text: str) -> Schedule:
         )
     parts = _read_shares(first["parts"], layers) if first["parts"] else ()
     columns = sum(parts) or layers
-    within(columns, LAYERS, "parts of layers", "divide layers into fewer parts")
-    within((len(lines) - 1) * columns, CELLS, "cells in the lines of a notation", "write fewer lines, the last s >= n")
     time, *rest = first["time"].split(", then ")
-    within(len(rest), PHASES, "phases after the first", "put neighbouring layers in one phase")
+    _check_sizes(segments, columns, len(lines) - 1, len(rest))
     strips = _STRIP.findall(time)
     if len(strips) > 1 or (strips and (rest or first["block"])):
         raise NotationError(f"{quoted(first['time'])} has strips of segments in blocks, phases or other strips")

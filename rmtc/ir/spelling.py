@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import sympy
 
 from rmtc.errors import RmtcError
 from rmtc.ir.formula import parse
-from rmtc.ir.limits import DEPENDENCES, DISTANCES, NUMBER, OPERATIONS, quoted, refused_by, within
+from rmtc.ir.limits import DEPENDENCES, DISTANCES, FORMULAS, NUMBER, OPERATIONS, quoted, refused_by, within
 from rmtc.ir.schedule import Dependence, Extent, L, layer_symbol
 
-__all__ = ["Spelled", "SpellingError", "read_dependences", "read_extent"]
+__all__ = ["Spelled", "SpellingError", "counted", "read_dependences", "read_extent"]
 
 _FORM = (
     'write vectors as "(0, 1), (1, -(L-1)) memory": segments back, layers down, and a name if you like; between '
@@ -47,15 +47,28 @@ def read_dependences(text: str) -> list[Spelled]:
         SpellingError: with the part that is none; or if it is larger than :mod:`rmtc.ir.limits` says.
     """
     within(len(text), DISTANCES, "characters in distances", "write fewer distances")
-    found = list[Spelled]()
-    for each in _items(text):
-        found.append(each)
-        within(len(found), DEPENDENCES, "distances", "write fewer distances")
+    found = counted(_items(text))
     if not found:
         raise SpellingError(f"{quoted(text)} has no distance vector", remedy=_FORM)
     bare = next((str(each.dependence) for each in found if not each.producer), None)
     if bare is not None and any(each.producer for each in found):
         raise SpellingError(f"{bare} names no operations, and others do", remedy=_FORM)
+    return found
+
+
+def counted(spelled: Iterable[Spelled]) -> list[Spelled]:
+    """List dependences, and no more of them than :mod:`rmtc.ir.limits` says.
+
+    Raises:
+        TooLarge: at the first one above a limit.
+    """
+    found, formulas = list[Spelled](), set[tuple[Extent, Extent]]()
+    for each in spelled:
+        found.append(each)
+        if not all(isinstance(extent, int) for extent in each.dependence.distance):
+            formulas.add(each.dependence.distance)
+        within(len(found), DEPENDENCES, "or more distances", "write fewer distances")
+        within(len(formulas), FORMULAS, "or more different distances with formulas", "write numbers, or fewer formulas")
     return found
 
 

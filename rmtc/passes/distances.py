@@ -186,10 +186,9 @@ def _list(dependence: Dependence, layers: int) -> list[Vector]:
             raise ValueError(f"the distance of {dependence} is ({ds}, {dl}) at layer {layer} of {layers}, not whole")
         if not first <= layer <= last or not -outside <= layer - dl < layers + outside:
             continue
-        if ds == dl == 0:
-            continue
-        at, fall = Affine(Fraction(layer)), Affine(dl)
-        vectors.setdefault((int(ds), int(dl)), Vector(dependence, int(ds), fall, at, layers, listed=True))
+        if (ds, dl) != (0, 0) and (ds, dl) not in vectors:
+            at, fall = Affine(Fraction(layer)), Affine(Fraction(dl))
+            vectors[int(ds), int(dl)] = Vector(dependence, int(ds), fall, at, layers, listed=True)
     return list(vectors.values())
 
 

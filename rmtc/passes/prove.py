@@ -238,7 +238,7 @@ def _cycle(forcing: Vector, vectors: Sequence[Vector], layers: int) -> tuple[Dep
     return (*climb, forcing.dependence)
 
 
-def _readers(dependence: Dependence, layers: int) -> tuple[Fraction, Fraction]:
+def _readers(dependence: Dependence, layers: int) -> tuple[int | Fraction, int | Fraction]:
     """The first and the last layer that reads."""
     first, last = (evaluated(extent, {L: layers}) for extent in dependence.layers or (0, L - 1))
     return first, last
