@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-
-import sympy
 
 from rmtc.ir.explanation import Certificate, Explanation
 from rmtc.ir.folded import Edge, FoldedGraph, Vertex
 from rmtc.ir.formula import distance_text
-from rmtc.ir.schedule import Dependence, Extent, L, layer_symbol
-from rmtc.ir.spelling import Spelled, SpellingError, read_dependences, read_extent
+from rmtc.ir.limits import LAYERS, READS, SEGMENTS, WORK, refused_by, within
+from rmtc.ir.schedule import Dependence, Extent, L, evaluated, layer_symbol
+from rmtc.ir.spelling import Spelled, SpellingError, counted, read_dependences, read_extent
 from rmtc.passes.distances import names_a_stage
 from rmtc.passes.operations_view import operations_view
 from rmtc.passes.prove import Proof, prove, remedy
@@ -25,6 +24,7 @@ _ORDER_REMEDY = (
 )
 
 
+@refused_by(SpellingError)
 def study(
     distances: str | Sequence[Dependence | tuple[Extent | str, Extent | str]], *, layers: int, segments: int
 ) -> Explanation:
@@ -43,31 +43,34 @@ def study(
         An explanation as that of :func:`rmtc.explain`; ``str()`` of it is what ``rmtc study`` prints.
 
     Raises:
-        ValueError: (a :class:`SpellingError`) if a distance cannot be read, with the part that is none; or if there are
-            no layers or segments.
+        ValueError: (a :class:`SpellingError`) if a distance cannot be read, with the part that is none; if there are no
+            layers or segments; or if something is larger than docs/formats.md says.
 
     Example:
         >>> rmtc.study("(0, 1), (1, -2)", layers=16, segments=64).schedule.makespan
         L + 3*S - 3
     """
+    within(layers, LAYERS, "layers", "study fewer layers: what depends on what seldom changes with their number")
+    within(segments, SEGMENTS, "segments", "study fewer segments: the answer is a formula of their number")
     if layers < 1 or segments < 1:
         raise ValueError(f"a study needs at least one layer and one segment, got {layers} and {segments}")
-    spelled = read_dependences(distances) if isinstance(distances, str) else [_given(each) for each in distances]
-    for each in spelled:
-        _check_whole(each.dependence, layers)
+    spelled = read_dependences(distances) if isinstance(distances, str) else counted(_given(distances))
+    within(len(spelled) * layers, READS, "distances times layers", "write fewer distances, or study fewer layers")
+    different = {each.dependence.distance for each in spelled}
+    graph = _graph(spelled, {distance: _vectors(distance, layers) for distance in different}, layers)
+    named = bool(spelled and spelled[0].producer)
+    work = "comparisons of operations"
+    within(_work(graph, segments, named), WORK, work, "study fewer layers, or distances over fewer segments")
     crossing = tuple(dict.fromkeys(each.dependence for each in spelled if not _within(each)))
     proof = prove(crossing, layers)
-    graph = _graph(spelled, layers)
     retimed = retime(graph)
     if proof.reason is None and retimed.times is None:
         proof = _deadlock(proof, graph, retimed.cycle)
         crossing = tuple(dict.fromkeys((*crossing, *proof.cycle)))
     schedule = proof.schedule(layers, segments)
     ordered = all(edge.ds >= 0 for edge in graph.edges)  # else no loop over segments runs it
-    named = bool(spelled and spelled[0].producer)
-    vectors = dict.fromkeys(distance_text(each.distance) for each in crossing)
     return Explanation(
-        " ".join(vectors) or "no dependences",
+        " ".join(dict.fromkeys(distance_text(each.distance) for each in crossing)) or "no dependences",
         segments,
         layers,
         0,
@@ -83,13 +86,21 @@ def study(
     )
 
 
-def _given(each: Dependence | tuple[Extent | str, Extent | str]) -> Spelled:
-    if isinstance(each, Dependence):
-        return Spelled("", "", each)
-    if not isinstance(each, tuple) or len(each) != 2:
-        raise SpellingError(f"{each!r} is no pair (ds, dl)")
-    ds, dl = (read_extent(str(extent)) for extent in each)
-    return Spelled("", "", Dependence((ds, dl)))
+def _given(distances: Iterable[Dependence | tuple[Extent | str, Extent | str]]) -> Iterator[Spelled]:
+    """Dependences that are given as data: their formulas are read as those of a text are."""
+    for number, each in enumerate(distances):
+        if isinstance(each, Dependence):
+            layers = None if each.layers is None else _pair(each.layers)
+            yield Spelled("", "", replace(each, distance=_pair(each.distance), layers=layers))
+        elif isinstance(each, tuple) and len(each) == 2:
+            yield Spelled("", "", Dependence(_pair(each)))
+        else:
+            raise SpellingError(f"distance {number} is of type {type(each).__name__}, and no pair (ds, dl)")
+
+
+def _pair(extents: tuple[Extent | str, Extent | str]) -> tuple[Extent, Extent]:
+    first, second = map(read_extent, extents)
+    return first, second
 
 
 def _within(each: Spelled) -> bool:
@@ -106,32 +117,53 @@ def _deadlock(proof: Proof, graph: FoldedGraph, cycle: Sequence[Edge]) -> Proof:
     return replace(proof, a=None, b=None, certificate=Certificate(), reason=reason, cycle=dependences)
 
 
-def _check_whole(dependence: Dependence, layers: int) -> None:
+def _vectors(distance: tuple[Extent, Extent], layers: int) -> list[tuple[int, int]]:
+    """The distance at each layer."""
+    ds, dl = (_values(extent, layers) for extent in distance)
+    return list(zip(ds, dl, strict=True))
+
+
+def _values(extent: Extent, layers: int) -> list[int]:
+    if isinstance(extent, int):
+        return [extent] * layers
+    values = []
     for layer in range(layers):
-        for extent in dependence.distance:
-            value = sympy.sympify(extent).subs({L: layers, layer_symbol: layer})
-            if not value.is_Integer:
-                raise SpellingError(f"{extent} is {value} at layer {layer} of {layers}, which is not whole")
+        try:
+            value = evaluated(extent, {L: layers, layer_symbol: layer})
+        except ZeroDivisionError:
+            raise SpellingError(f"{extent} divides by 0 at layer {layer} of {layers}") from None
+        if value.denominator != 1:
+            raise SpellingError(f"{extent} is {value} at layer {layer} of {layers}, which is not whole")
+        values.append(int(value))
+    return values
 
 
-def _graph(spelled: Sequence[Spelled], layers: int) -> FoldedGraph:
+def _work(graph: FoldedGraph, segments: int, named: bool) -> int:
+    """Count what :func:`strips` compares at most, and of named operations :func:`lasting_chain`."""
+    reads, vertices = sum(len(edge.pairs) for edge in graph.edges), len(graph.vertices)
+    periods = {edge.ds for edge in graph.edges if 1 < edge.ds <= segments}
+    mined = sum(period * (period * vertices * len(graph.edges) + reads) for period in periods)
+    longest = 8 + 2 * max((edge.ds for edge in graph.edges), default=0)
+    return mined + (longest**2 * vertices * graph.layers if named else 0)
+
+
+def _graph(
+    spelled: Sequence[Spelled], vectors: Mapping[tuple[Extent, Extent], Sequence[tuple[int, int]]], layers: int
+) -> FoldedGraph:
     """One vertex for each name, in every layer; a prologue counts as the first layer's, an epilogue as the last's.
 
     As in :func:`prove`, a distance that varies and becomes (0, 0) at a layer does not make that cell read itself.
     """
-    names = list(dict.fromkeys(name for each in spelled for name in (each.producer, each.consumer)))
+    names = dict.fromkeys(name for each in spelled for name in (each.producer, each.consumer))
+    numbers = {name: number for number, name in enumerate(names)}
     members = frozenset((0, layer) for layer in range(layers))
     edges = []
     for producer, consumer, dependence in spelled:
         pairs: dict[int, list[tuple[int, int]]] = {}
         outside = int(names_a_stage(dependence))
-        for layer in range(layers):
-            ds, dl = (int(sympy.sympify(e).subs({L: layers, layer_symbol: layer})) for e in dependence.distance)
+        for layer, (ds, dl) in enumerate(vectors[dependence.distance]):
             itself = ds == dl == 0 and producer == consumer and dependence.distance != (0, 0)
             if -outside <= layer - dl < layers + outside and not itself:
                 pairs.setdefault(ds, []).append((min(max(layer - dl, 0), layers - 1), layer))
-        edges += [
-            Edge(names.index(producer), names.index(consumer), ds, tuple(each), dependence)
-            for ds, each in pairs.items()
-        ]
+        edges += [Edge(numbers[producer], numbers[consumer], ds, tuple(each), dependence) for ds, each in pairs.items()]
     return FoldedGraph(layers, 0, tuple(Vertex(name, "body", members) for name in names), tuple(edges))

@@ -20,6 +20,7 @@ from rmtc.ir.folded import Times
 from rmtc.ir.schedule import S
 from rmtc.passes.check_moments import check_moments
 from rmtc.passes.longest_chain import lasting_chain, longest_chain
+from rmtc.passes.operations_view import operations_view
 from rmtc.passes.retime import broken, capped, retime, retime_with
 
 X, M, H = 0, 1, 2  # of a layer: its output, its memory, something between
@@ -226,6 +227,24 @@ def test_drawn_graphs(rng: random.Random, segments: int) -> None:
             for earlier, later in itertools.pairwise(bound.chain):
                 read = spelled.before(segments)[later.cell.segment, later.cell.layer, later.vertex]
                 assert (earlier.cell.segment, earlier.cell.layer, earlier.vertex) in read
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(1, 30))
+def test_a_long_call_has_the_bound_of_a_formula(rng: random.Random, segments: int) -> None:
+    graph = drawn(rng).graph()
+    found = retime(graph)
+    if found.times is None:
+        return
+    exact = longest_chain(graph, found.times.order, segments).steps
+    with pytest.MonkeyPatch.context() as patch:
+        counted = operations_view(graph, found, segments)
+        patch.setattr("rmtc.passes.operations_view._COUNTED", 0)
+        long = operations_view(graph, found, segments)
+    assert counted is not None and long is not None
+    assert counted.bound == exact
+    assert long.bound <= exact
+    assert replace(long, bound=exact) == counted
 
 
 @settings(max_examples=150, deadline=None)

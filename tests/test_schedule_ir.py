@@ -9,11 +9,15 @@ from textwrap import dedent
 import pytest
 import sympy
 from answers import armt
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
 
 from rmtc.ir import Cell, Dependence, L, S, Schedule, schedule_text
-from rmtc.ir.formula import distance_text, formula, parse, time_formula, whence
-from rmtc.ir.schedule import layer_symbol
+from rmtc.ir.formula import distance_text, formula, parse, segment_symbol, time_formula, whence
+from rmtc.ir.limits import TooLarge
+from rmtc.ir.schedule import evaluated, layer_symbol
 
+REJECTED = ["1/0", "0**-1", "L/(L - L)", "Mod(L, 0)", "floor()", "floor(1, 2)", "2**L", "Ll", "2L", "L(2)", "Max(*L)"]
 COEFFICIENTS = [(1, 1), (0, 1), (1, 0), (4, 1), (L, 1), (L - 1, 1), (sympy.ceiling(L / 2), 1)]
 
 
@@ -141,8 +145,34 @@ def test_formulas(expression: int | sympy.Expr, text: str) -> None:
     assert sympy.expand(parsed - expression) == 0
 
 
+@st.composite
+def written(draw: st.DrawFn, depth: int = 3) -> str:
+    """A formula as text."""
+    if depth == 0 or draw(st.booleans()):
+        return draw(st.sampled_from(["S", "L", "s", "l", "1", "2", "7"]))
+    left, right = draw(written(depth - 1)), draw(written(depth - 1))
+    forms = ["({} + {})", "({} - {})", "{} * {}", "-({} - {})", "({} * {})**2", "({} + {})/7", "({} - {})//3"]
+    calls = ["Max({}, {})", "Min({}, {}, 3)", "floor(({} + {})/2)", "ceiling({} * {}/3)", "Mod({} - {}, 5)"]
+    return draw(st.sampled_from(forms + calls)).format(left, right)
+
+
+@settings(deadline=None)
+@given(written(), st.integers(1, 9), st.integers(1, 9), st.integers(0, 9), st.integers(0, 9))
+def test_formulas_are_what_sympy_reads_and_have_the_values_that_it_finds(
+    text: str, segments: int, layers: int, s: int, layer: int
+) -> None:
+    symbols = {"S": S, "L": L, "s": segment_symbol, "l": layer_symbol}
+    try:
+        found = parse(text)
+    except TooLarge:
+        reject()
+    assert found is not None
+    values = {S: segments, L: layers, segment_symbol: s, layer_symbol: layer}
+    assert evaluated(found, values) == sympy.sympify(text, locals=symbols).subs(values)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "about S", "__import__('os')", "S + (", "().a", "Max", "(1, 2)", "Max(1, (2, 3))"]
+    "text", ["", "about S", "__import__('os')", "S + (", "().a", "Max", "(1, 2)", "Max(1, (2, 3))", *REJECTED]
 )
 def test_what_is_no_formula_is_not_evaluated(text: str) -> None:
     assert parse(text) is None

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rmtc
-from rmtc.ir.folded import FoldedGraph, Times
+from rmtc.ir.explanation import Strip
+from rmtc.ir.folded import FoldedGraph, Times, distinct
 from rmtc.ir.program import Op, Program, Val
 from rmtc.ir.schedule import Cell
 from rmtc.passes.check_moments import Slot, check_moments
-from rmtc.passes.retime import broken, retime
+from rmtc.passes.retime import broken, capped, retime
 from rmtc.passes.strip_mine import retime_strip, strip_mine, strips
 
 # distances besides (0, 1), period; steps and operations in sequence at S = 6, L = 4; None where nothing is gained
@@ -70,6 +71,39 @@ def test_drawn_graphs(rng: random.Random, period: int, segments: int) -> None:
     assert times.a <= period * plain.a
     assert mined.operations_in(2) == graph.operations_in(2 * period)
     check(spelled, period, segments)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(1, 9))
+def test_what_runs_in_sequence_is_counted_without_listing_cells(rng: random.Random, segments: int) -> None:
+    graph = rng.choice([drawn(rng).graph(), with_rows()])
+    plain = retime(graph).times
+    if plain is None:
+        assert strips(graph, segments) == ()
+        return
+    width = rng.choice([1, 2, 3])
+    for times in (plain, capped(graph, plain, width)):
+        moments = [{times.moment(v, cell) for cell in graph.cells(v, segments)} for v in range(len(graph.vertices))]
+        assert times.launches(graph, segments) == sum(map(len, moments))
+    found = {each.period: each for each in strips(graph, segments)}
+    for period in {edge.ds for edge in graph.edges if 1 < edge.ds <= segments}:
+        mined = retime_strip(graph, period)
+        assert mined is not None
+        together = {
+            mined.moment(v * period + cell.segment % period, Cell(cell.segment // period, cell.layer))
+            for v in range(len(graph.vertices))
+            for cell in graph.cells(v, segments)
+        }
+        if len(together) < plain.launches(graph, segments):
+            steps = [moment.step for moment in together]
+            assert found.pop(period) == Strip(period, 1 + max(steps) - min(steps), len(together))
+    assert not found
+
+
+@given(st.integers(1, 5), st.lists(st.tuples(st.integers(-20, 20), st.integers(1, 9)), max_size=8))
+def test_numbers_of_several_ranges_are_counted_once(step: int, drawn_runs: list[tuple[int, int]]) -> None:
+    runs = [range(start, start + step * many, step) for start, many in drawn_runs]
+    assert distinct(runs) == len(set().union(*runs))
 
 
 def test_first_segments_stay_what_they_are() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +61,30 @@ def test_the_schedule_is_compared_with_the_sequential_order() -> None:
     assert "S + L - 1 = 48; one cell after another takes S * L = 528" in text
     assert "Step 24, for example, runs s9.l15, s10.l14, s11.l13, ..., s24.l0 (class B) at once." in text
     assert "No step holds more than 16 cells." in text
+
+
+def test_the_example_is_a_step_that_runs_several_cells() -> None:
+    rng, said = random.Random(5), 0
+    for _ in range(200):
+        layers, segments = rng.randint(1, 9), rng.randint(1, 40)
+        rows = [["C0" if rng.random() < 0.8 else "C1" for _ in range(layers)] for _ in range(rng.randint(0, 3))]
+        strip = rng.choice([1, 1, 2, 3])
+        a, b = rng.choice([0, 1, 2, 5, L] if strip == 1 else [1, 2, 11]), rng.choice([0, 1, 1, 2])
+        schedule = Schedule(a, b, layers, segments, tuple(map(tuple, rows)), strip=strip)
+        text = " ".join(str(replace(armt(segments, layers), schedule=schedule)).split())
+        found = re.search(r"Step (\d+), for example, runs (.+?) at once\.", text)
+        steps = {step.time: [group for group in step.groups if group.cells] for step in schedule.steps()}
+        if found is None:
+            assert min(sum(len(group.cells) for group in groups) for groups in steps.values()) < 2
+            continue
+        runs = []
+        for group in steps[int(found[1])]:
+            names = [str(cell) for cell in group.cells]
+            runs.append(", ".join(names if len(names) < 5 else [*names[:3], "...", names[-1]]))
+            runs[-1] += f" (class {group.cell_class})"
+        assert found[2] == " and ".join(runs)
+        said += 1
+    assert said > 100
 
 
 def test_one_segment_gains_nothing() -> None:

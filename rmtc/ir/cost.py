@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
 
+from rmtc.ir.limits import loads
 from rmtc.ir.schedule import Dependence, Schedule
 
 __all__ = ["Candidate", "CostModel", "Work"]
+
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class CostModel:
             value = getattr(self, each.name)
             if each.name == "source":
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LARGEST:
                 raise ValueError(f"{each.name} is a number that is not negative, not {value!r}")
 
     def operation(self, work: Work, cells: int, least: float, one_layer: bool = False) -> float:
@@ -72,7 +75,7 @@ class CostModel:
         Raises:
             ValueError: if it is none.
         """
-        data: Any = json.loads(text)
+        data = loads(text)
         names = {each.name for each in fields(cls)}
         if not isinstance(data, dict) or not names - {"source"} <= data.keys() <= names:
             raise ValueError(f"a cost model is an object of JSON with {', '.join(sorted(names - {'source'}))}")

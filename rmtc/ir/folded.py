@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import sympy
 from rmtc.ir.formula import at, distance_text, time_formula
 from rmtc.ir.schedule import Cell, Dependence, S
 
-__all__ = ["Edge", "FoldedGraph", "Instance", "Lasting", "Moment", "Times", "Vertex"]
+__all__ = ["Edge", "FoldedGraph", "Instance", "Lasting", "Moment", "Times", "Vertex", "distinct"]
 
 
 class Lasting(NamedTuple):
@@ -173,6 +173,11 @@ class Times:
         step = self.a * (cell.segment // self.block) + self.b * cell.layer + self.shifts[vertex]
         return Moment(step, self.order[vertex])
 
+    def steps(self, vertex: int, segments: range, layer: int) -> range:
+        """The steps in which a vertex of a layer runs for these segments, one after another."""
+        first, last = (self.moment(vertex, Cell(s, layer)).step for s in (segments[0], segments[-1]))
+        return range(first, last + 1, self.a or 1)
+
     def gain(self, edge: Edge) -> int:
         """Steps from the producer's cell to the consumer's, at the least."""
         return self.a * (edge.ds // self.block) + self.b * edge.dl
@@ -212,9 +217,20 @@ class Times:
         count: dict[frozenset[tuple[int, int]], int] = {}
         for number, vertex in enumerate(graph.vertices):
             if vertex.members not in count:
-                count[vertex.members] = len({self.moment(number, cell) for cell in graph.cells(number, segments)})
+                count[vertex.members] = distinct(self.steps(number, *span) for span in graph.spans(number, segments))
         return sum(count[vertex.members] for vertex in graph.vertices)
 
     def __str__(self) -> str:
         time = time_formula(self.a, self.b, segment=f"floor(s/{self.block})" if self.block > 1 else "s")
         return f"{time} + c_v, c_v from {min(self.shifts)} to {max(self.shifts)}"
+
+
+def distinct(runs: Iterable[range]) -> int:
+    """Count the numbers that are in at least one of the ranges, which all have one step."""
+    count, reached = 0, dict[int, int]()  # by remainder: the number after the last one counted
+    for run in sorted(runs, key=lambda each: each.start):
+        rest = run.start % run.step
+        new = range(max(run.start, reached.get(rest, run.start)), run.stop, run.step)
+        count += len(new)
+        reached[rest] = new.start + len(new) * run.step
+    return count

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import sympy
 
 from rmtc.errors import Location
-from rmtc.ir.schedule import L, S, layer_symbol
+from rmtc.ir.limits import CALLS, DEGREE, FORMULA, NUMBER, OPERATIONS, TERMS, quoted, within
+from rmtc.ir.schedule import L, S, evaluated, layer_symbol
 
 __all__ = [
     "at",
@@ -27,25 +31,126 @@ segment_symbol = sympy.Symbol("s", integer=True, nonnegative=True)
 
 _SYMBOLS = {"S": S, "L": L, "s": segment_symbol, "l": layer_symbol}
 _ORDER = ("S", "s", "L", "l")
-_FORMULA = re.compile(r"(?:[0-9SLsl+\-*/(), ]|floor|ceiling|Min|Max)+")
+_FUNCTIONS = {"floor": sympy.floor, "ceiling": sympy.ceiling, "Mod": sympy.Mod, "Min": sympy.Min, "Max": sympy.Max}
+_FORMULA = re.compile(rf"(?:[0-9SLsl+\-*/(), ]|{'|'.join(_FUNCTIONS)})+")
 _MANY = 1000
 """Of so many layers a distance in L leads the way that it leads of more."""
 
 
 def parse(text: str) -> sympy.Expr | None:
-    """The formula in S, L, s and l that ``text`` says, or None if it is anything else."""
+    """The formula in S, L, s and l that ``text`` says, or None if it is anything else.
+
+    Each operation is held against the limits before sympy carries it out.
+
+    Raises:
+        TooLarge: if it is larger than :mod:`rmtc.ir.limits` says.
+    """
+    remedy = "write a smaller formula; docs/formats.md has the limits"
+    within(len(text), FORMULA, "characters in a formula", remedy)
     if not _FORMULA.fullmatch(text):
         return None
     try:
-        expression = sympy.sympify(text, locals=_SYMBOLS)
-    except (ValueError, TypeError, AttributeError):  # a SympifyError is a ValueError
+        tree = ast.parse(text.strip(), mode="eval")
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        operations = sum(isinstance(node, (ast.BinOp, ast.UnaryOp)) for node in ast.walk(tree)) + len(calls)
+        within(operations, OPERATIONS, f"operations in {quoted(text)}", remedy)
+        within(len(calls), CALLS, f"functions in {quoted(text)}", remedy)
+        return _part(tree.body).value
+    except SyntaxError:
         return None
-    return expression if isinstance(expression, sympy.Expr) else None
+
+
+class _Part(NamedTuple):
+    """A part of a formula.
+
+    Attributes:
+        value: the formula.
+        terms, degree: of the formula multiplied out, at most.
+        number: the sum of its numbers then, numerators times denominators, at most.
+    """
+
+    value: sympy.Expr
+    terms: int = 1
+    degree: int = 0
+    number: int = 1
+
+
+def _part(node: ast.AST) -> _Part:
+    """The formula of a syntax tree.
+
+    Raises:
+        SyntaxError: if it is none.
+        TooLarge: if it goes beyond a limit.
+    """
+    match node:
+        case ast.Constant(value=int(number)):
+            return _Part(sympy.Integer(number), number=_bounded(1, 0, number)[2])
+        case ast.Name(id=name) if name in _SYMBOLS:
+            return _Part(_SYMBOLS[name], degree=1)
+        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+            return _part(operand)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            part = _part(operand)
+            return part._replace(value=-part.value)
+        case ast.BinOp(op=ast.Pow(), left=left, right=right):
+            return _power(_part(left), _part(right))
+        case ast.BinOp(op=operator, left=left, right=right):
+            return _joined(operator, _part(left), _part(right))
+        case ast.Call(func=ast.Name(id=name), args=[_, *_] as arguments, keywords=[]) if name in _FUNCTIONS:
+            values, _, degrees, numbers = zip(*map(_part, arguments), strict=True)
+            return _Part(_called(name, values), degree=max(degrees), number=max(numbers))
+    raise SyntaxError(f"{type(node).__name__} is no part of a formula")
+
+
+def _called(name: str, arguments: Sequence[sympy.Expr]) -> sympy.Expr:
+    if name in ("Min", "Max"):
+        if all(argument.is_Rational for argument in arguments):
+            return min(arguments) if name == "Min" else max(arguments)
+        # sympy would compare formulas in pairs, here or where they are expanded, for milliseconds each
+        return _FUNCTIONS[name](*map(sympy.expand, arguments), evaluate=False)
+    if len(arguments) != (2 if name == "Mod" else 1) or (name == "Mod" and arguments[1] == 0):
+        raise SyntaxError(f"{name} of {arguments}")
+    return _FUNCTIONS[name](*arguments)
+
+
+def _joined(operator: ast.operator, left: _Part, right: _Part) -> _Part:
+    """A sum, a difference, a product or a quotient."""
+    if isinstance(operator, (ast.Add, ast.Sub)):
+        size = _bounded(left.terms + right.terms, max(left.degree, right.degree), left.number + right.number)
+        return _Part(left.value + right.value if isinstance(operator, ast.Add) else left.value - right.value, *size)
+    size = _bounded(left.terms * right.terms, left.degree + right.degree, left.number * right.number)
+    if isinstance(operator, ast.Mult):
+        return _Part(left.value * right.value, *size)
+    if right.value == 0:
+        raise SyntaxError("a division by 0")
+    quotient = left.value / right.value
+    if isinstance(operator, ast.FloorDiv):
+        return _Part(sympy.floor(quotient), 1, *size[1:])
+    return _Part(quotient, *size)
+
+
+def _power(base: _Part, exponent: _Part) -> _Part:
+    if not exponent.value.is_Integer:
+        raise SyntaxError("an exponent that is no whole number")
+    times = abs(int(exponent.value))
+    within(times, DEGREE, "as an exponent", "write a smaller exponent")
+    if exponent.value < 0 and base.value == 0:
+        raise SyntaxError("a division by 0")
+    size = _bounded(base.terms**times, base.degree * times, base.number**times)
+    return _Part(base.value**exponent.value, *size)
+
+
+def _bounded(terms: int, degree: int, number: int) -> tuple[int, int, int]:
+    """The three, if they are within their limits."""
+    within(terms, TERMS, "terms in a formula that is multiplied out", "write a shorter formula")
+    within(degree, DEGREE, "as the degree of a formula", "write a formula of a lower degree")
+    within(number, NUMBER, "as the size of a formula's numbers", "write smaller numbers")
+    return terms, degree, number
 
 
 def at(expression: int | sympy.Expr, segments: int, layers: int) -> int:
     """The value for so many segments and layers."""
-    return int(sympy.sympify(expression).subs({S: segments, L: layers}))
+    return int(evaluated(expression, {S: segments, L: layers}))
 
 
 def formula(expression: int | sympy.Expr) -> str:
@@ -134,7 +239,7 @@ def whence(distance: tuple[int | sympy.Expr, int | sympy.Expr]) -> str:
         layer = "what comes after the last layer"
     elif dl.has(layer_symbol):
         layer = f"layer {formula(producer)}"
-    elif dl.subs(L, _MANY) > 0:
+    elif at(dl, 1, _MANY) > 0:
         layer = f"{formula(dl)} layers below"
     else:
         layer = f"{formula(-dl)} layers above"

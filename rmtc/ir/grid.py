@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from rmtc.ir.formula import at, formula
-from rmtc.ir.notation import step_text
+from rmtc.ir.notation import listed, step_text
 from rmtc.ir.page import WIDTH, Page, count, elide
 from rmtc.ir.schedule import Cell, Group, L, S, Schedule, Step
 
@@ -59,10 +59,10 @@ def schedule_text(schedule: Schedule, segments: int | None = None) -> str:
         segments: number of segments; the schedule's own by default.
 
     Raises:
-        ValueError: if ``segments`` is below 1.
+        ValueError: if ``segments`` is below 1, or there are more cells than :mod:`rmtc.ir.limits` says.
     """
     segments = schedule.segments if segments is None else segments
-    steps = schedule.steps(segments)
+    steps = listed(schedule, segments)
     page = Page()
     page.heading(f"Schedule of {count(segments, 'segment')} (S) through {count(schedule.layers, 'layer')} (L)")
     page.text(

@@ -17,10 +17,11 @@ from collections.abc import Iterator
 import sympy
 
 from rmtc.errors import RmtcError
-from rmtc.ir.formula import parse, segment_symbol, time_formula
-from rmtc.ir.schedule import Extent, L, Phase, Schedule, layer_symbol
+from rmtc.ir.formula import formula, parse, segment_symbol, time_formula
+from rmtc.ir.limits import CELLS, LAYERS, NOTATION, PHASES, SEGMENTS, number, quoted, refused_by, within
+from rmtc.ir.schedule import Extent, L, Phase, Schedule, Step, evaluated, layer_symbol
 
-__all__ = ["NotationError", "read_schedule", "step_text", "time_text", "write_schedule"]
+__all__ = ["NotationError", "listed", "read_schedule", "step_text", "time_text", "write_schedule"]
 
 _FIRST = re.compile(
     r"step of (?:cell \(s, (?P<letter>l)\)|part \(s, p\)) = (?P<time>.+?)"
@@ -28,11 +29,11 @@ _FIRST = re.compile(
     r", S = (?P<S>[0-9]+), L = (?P<L>[0-9]+)(?: in (?P<parts>[0-9*+ ]+) parts)?"
 )
 _WORD = re.compile(r"floor|ceiling")
-_STRIP = re.compile(r"floor\(s ?/ ?([2-9]|[1-9][0-9]+)\)")
-_PHASE = re.compile(r"(?P<time>.+) from [lp](?P<first>[0-9]+)")
+_STRIP = re.compile(r"floor\(s ?/ ?([2-9]|[1-9][0-9]{1,8})\)")
+_PHASE = re.compile(r"(?P<time>.+) from [lp](?P<first>[0-9]{1,9})")
 _SHARE = re.compile(r"(?:(?P<times>[1-9][0-9]*)\*)?(?P<parts>[1-9][0-9]*)")
-_ROW = re.compile(r"s (?P<which>=|>=) (?P<row>[0-9]+): (?P<parts>.+)")
-_LAYERS = re.compile(r"[lp](?P<first>[0-9]+)(?:\.\.[lp](?P<last>[0-9]+))? (?P<name>\S+)")
+_ROW = re.compile(r"s (?P<which>=|>=) (?P<row>[0-9]{1,9}): (?P<parts>.+)")
+_LAYERS = re.compile(r"[lp](?P<first>[0-9]{1,9})(?:\.\.[lp](?P<last>[0-9]{1,9}))? (?P<name>\S+)")
 _NAME = re.compile(r"(?!-$)\S+")
 _NOTHING = "-"
 """Written for a cell that has no operations."""
@@ -45,13 +46,17 @@ class NotationError(RmtcError, ValueError):
     title = "cannot read or write the schedule"
 
 
+@refused_by(NotationError)
 def write_schedule(schedule: Schedule) -> str:
     """The schedule as text: the step of a cell, and which class each cell is of.
 
     Raises:
-        NotationError: if it could not be read back: the name of a class is no word, or a row has not L layers.
+        NotationError: if it could not be read back: the name of a class is no word, a row has not L layers, or it is
+            larger than :mod:`rmtc.ir.limits` says.
     """
     _check_names(schedule)
+    _check_sizes(schedule.segments, schedule.columns, len(schedule.classes), len(schedule.later))
+    parse(formula(schedule.a))
     letter = "p" if schedule.parts else "l"
     parts = f" in {_shares(schedule.parts)} parts" if schedule.parts else ""
     lines = [f"{step_text(schedule)}, S = {schedule.segments}, L = {schedule.layers}{parts}"]
@@ -64,6 +69,24 @@ def write_schedule(schedule: Schedule) -> str:
                 said.insert(at, f"{stage} {names[row] or _NOTHING}")
         lines.append(f"s {'=' if row < rows - 1 else '>='} {row}: {', '.join(said)}")
     return "\n".join(lines)
+
+
+@refused_by(NotationError)
+def listed(schedule: Schedule, segments: int, arrows: int = 0) -> list[Step]:
+    """The steps with all their cells, for a form that writes each of them.
+
+    Args:
+        schedule: what is written.
+        segments: number of segments.
+        arrows: how many arrows lead to a cell.
+
+    Raises:
+        NotationError: if these are more cells, or arrows, than :mod:`rmtc.ir.limits` says.
+    """
+    cells, fewer = segments * schedule.columns, "take fewer segments; the notation and a study's text list no cells"
+    within(cells, CELLS, "cells to write", fewer)
+    within(cells * arrows, CELLS, "arrows to write", fewer)
+    return schedule.steps(segments)
 
 
 def step_text(schedule: Schedule) -> str:
@@ -99,6 +122,13 @@ def _check_names(schedule: Schedule) -> None:
             raise NotationError(f"a row has classes for {len(row)} {what}, not {schedule.columns}")
 
 
+def _check_sizes(segments: int, columns: int, rows: int, phases: int) -> None:
+    within(segments, SEGMENTS, "segments", "take fewer segments")
+    within(columns, LAYERS, "layers, or parts of layers", "divide layers into fewer parts")
+    within(rows * columns, CELLS, "cells in the lines of a notation", "write fewer lines, the last one for all later s")
+    within(phases, PHASES, "phases after the first", "put neighbouring layers in one phase")
+
+
 def _runs(names: tuple[str, ...], letter: str) -> Iterator[str]:
     start = 0
     for name, same in itertools.groupby(name or _NOTHING for name in names):
@@ -107,50 +137,53 @@ def _runs(names: tuple[str, ...], letter: str) -> Iterator[str]:
         start = last + 1
 
 
+@refused_by(NotationError)
 def read_schedule(text: str) -> Schedule:
     """The schedule that :func:`write_schedule` wrote.
 
     Raises:
-        NotationError: with the line that is no part of one.
+        NotationError: with the line that is no part of one; or if it is larger than :mod:`rmtc.ir.limits` says.
     """
+    within(len(text), NOTATION, "characters in a notation", "write fewer rows, or cells of one class as l0..l9")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     first = _FIRST.fullmatch(lines[0]) if lines else None
     if first is None:
         raise NotationError(
-            f"{lines[0] if lines else ''!r} does not give the step of a cell",
+            f"{quoted(lines[0] if lines else '')} does not give the step of a cell",
             remedy="the first line reads: step of cell (s, l) = s + l, S = 4, L = 3",
         )
-    segments, layers = int(first["S"]), int(first["L"])
+    segments, layers = number(first["S"], SEGMENTS, "S ="), number(first["L"], LAYERS, "L =")
     if segments < 1 or layers < 1:
         raise NotationError(f"a schedule has at least one segment and one layer, not S = {segments}, L = {layers}")
     other = "l" if first["parts"] else "p"
     if bool(first["parts"]) == bool(first["letter"]) or other in _WORD.sub("", first["time"]):
         raise NotationError(
-            f"{lines[0]!r} is neither of cells nor of parts",
+            f"{quoted(lines[0])} is neither of cells nor of parts",
             remedy="the step of cell (s, l) is a formula of l; that of part (s, p) one of p, and ends: in 3*2 parts",
         )
     parts = _read_shares(first["parts"], layers) if first["parts"] else ()
     columns = sum(parts) or layers
     time, *rest = first["time"].split(", then ")
+    _check_sizes(segments, columns, len(lines) - 1, len(rest))
     strips = _STRIP.findall(time)
     if len(strips) > 1 or (strips and (rest or first["block"])):
-        raise NotationError(f"{first['time']!r} has strips of segments in blocks, phases or other strips")
+        raise NotationError(f"{quoted(first['time'])} has strips of segments in blocks, phases or other strips")
     (a, b), later = _coefficients(_STRIP.sub("s", time), layers), tuple(_phases(rest, layers, columns))
     classes: list[tuple[str, ...]] = []
     stages: dict[str, list[str]] = {}
-    for number, line in enumerate(lines[1:]):
+    for at, line in enumerate(lines[1:]):
         row = _ROW.fullmatch(line)
-        if row is None or int(row["row"]) != number or (row["which"] == ">=") != (number == len(lines) - 2):
+        if row is None or int(row["row"]) != at or (row["which"] == ">=") != (at == len(lines) - 2):
             raise NotationError(
-                f"{line!r} is not the line of segment {number}",
+                f"{quoted(line)} is not the line of segment {at}",
                 remedy="a line each for s = 0, s = 1, ..., the last for s >= n",
             )
         names, ends = _parts(row["parts"], columns)
         if len(names) not in (0, columns):
-            raise NotationError(f"{line!r} has {len(names)} {'parts' if parts else 'layers'}, not {columns}")
-        if number and (set(ends) != set(stages) or bool(names) != bool(classes)):
+            raise NotationError(f"{quoted(line)} has {len(names)} {'parts' if parts else 'layers'}, not {columns}")
+        if at and (set(ends) != set(stages) or bool(names) != bool(classes)):
             raise NotationError(
-                f"{line!r} has other parts than the line before it",
+                f"{quoted(line)} has other parts than the line before it",
                 remedy="each line has a prologue if one has, and so with layers and an epilogue",
             )
         if names:
@@ -158,7 +191,7 @@ def read_schedule(text: str) -> Schedule:
         for stage, name in ends.items():
             stages.setdefault(stage, []).append(name)
     ends_of = {stage: tuple(each) for stage, each in stages.items()}
-    block = int(first["block"]) if first["block"] else None
+    block = number(first["block"], SEGMENTS, "a block of") if first["block"] else None
     return Schedule(
         a, b, layers, segments, tuple(classes), ends_of, block, parts, later, int(strips[0]) if strips else 1
     )
@@ -169,11 +202,15 @@ def _read_shares(text: str, layers: int) -> tuple[int, ...]:
     for each in text.split(" + "):
         share = _SHARE.fullmatch(each)
         if share is None:
-            raise NotationError(f"{each!r} is no number of parts", remedy="such as 3 or, of two layers, 2*3")
-        parts += [int(share["parts"])] * min(int(share["times"] or 1), layers + 1)
+            raise NotationError(f"{quoted(each)} is no number of parts", remedy="such as 3 or, of two layers, 2*3")
+        times = number(share["times"] or "1", LAYERS, "L =")
+        parts += [number(share["parts"], LAYERS, "the number of parts")] * times
+        if len(parts) > layers:
+            break
     if len(parts) != layers:
         raise NotationError(
-            f"{text!r} names the parts of L = {len(parts)}, not of L = {layers}", remedy="such as 2 + 3 for two layers"
+            f"{quoted(text)} names the parts of {'more than' if len(parts) > layers else len(parts)} of L = {layers}",
+            remedy="such as 2 + 3 for two layers",
         )
     return tuple(parts)
 
@@ -184,11 +221,13 @@ def _phases(texts: list[str], layers: int, columns: int) -> Iterator[Phase]:
     for text in texts:
         phase = _PHASE.fullmatch(text)
         if phase is None or not before < int(phase["first"]) < columns:
-            raise NotationError(f"{text!r} is no phase after the one before", remedy="such as: then s from l3")
+            raise NotationError(f"{quoted(text)} is no phase after the one before", remedy="such as: then s from l3")
         before = int(phase["first"])
         a, b = _coefficients(phase["time"], layers, before)
         if not (isinstance(a, int) and isinstance(b, int)):
-            raise NotationError(f"{text!r} has a formula of L for a factor, and the phases are of these layers only")
+            raise NotationError(
+                f"{quoted(text)} has a formula of L for a factor, and the phases are of these layers only"
+            )
         yield Phase(before, a, b)
 
 
@@ -203,7 +242,7 @@ def _parts(text: str, columns: int) -> tuple[tuple[str, ...], dict[str, str]]:
             names += [_class(run["name"])] * (_last(run) + 1 - len(names))
         else:
             raise NotationError(
-                f"{part!r} is no part of a segment, or not here", remedy="such as l0..l2 C0, or prologue P0"
+                f"{quoted(part)} is no part of a segment, or not here", remedy="such as l0..l2 C0, or prologue P0"
             )
     return tuple(names), ends
 
@@ -226,7 +265,7 @@ def _coefficients(text: str, layers: int, first: int = 0) -> tuple[Extent, Exten
         if rest == 0 and all(_counts_steps(each, layers) for each in (a, b)):
             return _extent(a), _extent(b)
     raise NotationError(
-        f"{text!r} is not a*s + b*l with a and b whole numbers, not negative, or formulas of L",
+        f"{quoted(text)} is not a*s + b*l with a and b whole numbers, not negative, or formulas of L",
         remedy="such as s + l, L*s + l or, of two segments at once, floor(s/2) + l",
     )
 
@@ -234,7 +273,7 @@ def _coefficients(text: str, layers: int, first: int = 0) -> tuple[Extent, Exten
 def _counts_steps(coefficient: sympy.Expr, layers: int) -> bool:
     """Whether it is whole for every L, and not negative for this one."""
     known = not coefficient.free_symbols - {L} and bool(coefficient.is_integer)
-    return known and bool(coefficient.subs(L, layers) >= 0)
+    return known and evaluated(coefficient, {L: layers}) >= 0
 
 
 def _extent(coefficient: sympy.Expr) -> Extent:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import sympy
 
@@ -399,13 +399,30 @@ def _apart(schedule: Schedule) -> tuple[int, int]:
 
 def _example(schedule: Schedule, segments: int) -> str:
     """A step in the middle with its groups: by then the first segments' classes are past."""
-    steps = schedule.steps(segments)
-    step = max(steps[len(steps) // 2 :] or steps, key=lambda each: sum(len(group.cells) for group in each.groups))
-    groups = [group for group in step.groups if group.stage == "layer"]
-    if sum(len(group.cells) for group in groups) < 2:
+    shown = len(schedule.classes) + 5  # of more segments, the first ones and the last tell what is printed
+    steps: dict[int, dict[str, list[Cell]]] = {}
+    for time, of, layer in _middle(schedule, segments):
+        for cell in (Cell(s, layer) for s in dict.fromkeys((*of[:shown], of[-1]))):
+            if name := schedule.class_of(cell):
+                steps.setdefault(time, {}).setdefault(name, []).append(cell)
+    time, groups = max(sorted(steps.items()), key=lambda each: sum(map(len, each[1].values())), default=(0, {}))
+    if sum(map(len, groups.values())) < 2:
         return ""
-    parts = [f"{_cells(group.cells)} (class {group.cell_class})" for group in groups]
-    return f" Step {step.time}, for example, runs {' and '.join(parts)} at once."
+    parts = [f"{_cells(sorted(cells))} (class {name})" for name, cells in sorted(groups.items())]
+    return f" Step {time}, for example, runs {' and '.join(parts)} at once."
+
+
+def _middle(schedule: Schedule, segments: int) -> Iterator[tuple[int, range, int]]:
+    """Steps around the middle, one with cells at least, with the segments of each layer; no other steps are listed."""
+    a, b, strip = at(schedule.a, 1, schedule.layers), at(schedule.b, 1, schedule.layers), schedule.strip
+    first = at(schedule.makespan, segments, schedule.layers) // 2
+    last = first + max(a, b)
+    for layer in range(schedule.layers):
+        since, until = first - b * layer, last - b * layer
+        if a == 0 and since <= 0 <= until:
+            yield b * layer, range(segments), layer
+        for number in range(max(0, -(-since // a)), min(until // a, (segments - 1) // strip) + 1) if a else ():
+            yield a * number + b * layer, range(number * strip, min((number + 1) * strip, segments)), layer
 
 
 def _cells(cells: Sequence[Cell]) -> str:

@@ -129,6 +129,6 @@ def _longest(dependences: Sequence[Dependence], cell: Cell, schedule: Schedule) 
 
 
 def read_cell(text: str) -> Cell | None:
-    """The cell that ``s3.l2`` names, None if that is not its form."""
-    found = re.fullmatch(r"\s*s([0-9]+)\.l([0-9]+)\s*", text)
+    """The cell that ``s3.l2`` names, with numbers of up to nine digits; None if that is not its form."""
+    found = re.fullmatch(r"\s*s([0-9]{1,9})\.l([0-9]{1,9})\s*", text)
     return Cell(int(found[1]), int(found[2])) if found else None

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import sympy
 
-from rmtc.ir.schedule import Dependence, Extent, L, layer_symbol
+from rmtc.ir.schedule import Dependence, Extent, L, evaluated, layer_symbol
 
 __all__ = [
     "Affine",
@@ -181,15 +181,14 @@ def _list(dependence: Dependence, layers: int) -> list[Vector]:
     for layer in range(layers):
         values = {L: layers, layer_symbol: layer}
         extents = (*dependence.distance, *(dependence.layers or (0, L - 1)))
-        ds, dl, first, last = (sympy.sympify(extent).subs(values) for extent in extents)
-        if not (ds.is_Integer and dl.is_Integer):
+        ds, dl, first, last = (evaluated(extent, values) for extent in extents)
+        if not (ds.denominator == dl.denominator == 1):
             raise ValueError(f"the distance of {dependence} is ({ds}, {dl}) at layer {layer} of {layers}, not whole")
         if not first <= layer <= last or not -outside <= layer - dl < layers + outside:
             continue
-        if ds == dl == 0:
-            continue
-        at, fall = Affine(Fraction(layer)), Affine(Fraction(int(dl)))
-        vectors.setdefault((int(ds), int(dl)), Vector(dependence, int(ds), fall, at, layers, listed=True))
+        if (ds, dl) != (0, 0) and (ds, dl) not in vectors:
+            at, fall = Affine(Fraction(layer)), Affine(Fraction(dl))
+            vectors[int(ds), int(dl)] = Vector(dependence, int(ds), fall, at, layers, listed=True)
     return list(vectors.values())
 
 
@@ -215,7 +214,7 @@ def parse(extent: Extent) -> Distance | None:
 
 
 def value_of(extent: Extent, layers: int) -> int:
-    return extent if isinstance(extent, int) else int(extent.subs(L, layers))
+    return int(evaluated(extent, {L: layers}))
 
 
 def text_of(extent: Extent) -> str:

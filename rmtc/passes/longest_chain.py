@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
@@ -17,6 +17,7 @@ from rmtc.ir.schedule import Cell, S
 __all__ = ["Bound", "lasting_chain", "longest_chain"]
 
 _Place: TypeAlias = tuple[int, int]  # a vertex and a layer
+_NOWHERE: tuple[int, _Place, int] = 0, (0, 0), 0
 _Reads: TypeAlias = dict[_Place, list[tuple[_Place, int, int]]]
 
 
@@ -53,7 +54,7 @@ def longest_chain(graph: FoldedGraph, order: Sequence[int], segments: int, width
         ValueError: if there is a cycle within a segment, or a read from a later one.
     """
     reads, length = _lengths(graph, order, segments)
-    steps, place, segment = _longest(length, segments)
+    steps, place, segment = _longest(length, segments)[segments]
     wide = max(-(-sum(map(bool, of)) // width) for of in _by_vertex(length)) if width and length else 0
     if wide > steps:
         return Bound(wide)
@@ -75,15 +76,19 @@ def lasting_chain(graph: FoldedGraph, order: Sequence[int]) -> Lasting | None:
     """
     most = graph.rows + 8 + 2 * max((edge.ds for edge in graph.edges), default=0)
     reads, length = _lengths(graph, order, most)
-    longest = [_longest(length, segments)[0] for segments in range(most + 1)]
-    rounds = _rounds(graph, reads, length, most)
-    if not rounds:
+    ends = _longest(length, most)
+    longest = [steps for steps, _, _ in ends]
+    if not longest[most]:
         return None
-    rate, apart = max(rounds, key=lambda each: (each[0], -each[1]))
+    chains = (_back(place, segment, reads, length) for _, place, segment in reversed(ends))
+    rounds = _rounds(graph, next(chains), length, range(1, most))
+    rate, back = max((Fraction(more, n), -n) for more, n in rounds)
+    apart = -back
     # For D > 1, chains of other lengths say where between two rounds the bound grows.
+    divisors = [n for n in range(1, apart + 1) if apart % n == 0]
     known = all(
-        any(each == rate and apart % n == 0 for each, n in _rounds(graph, reads, length, most - r))
-        for r in range(1, apart)
+        any(more == rate * n for more, n in _rounds(graph, chain, length, divisors))
+        for chain in itertools.islice(chains, apart - 1)
     )
     first = most - apart
     grows = {r: longest[first + r] - longest[first + r - 1] for r in range(1, apart + 1)}
@@ -92,12 +97,12 @@ def lasting_chain(graph: FoldedGraph, order: Sequence[int]) -> Lasting | None:
     elif len(set(grows.values())) == 1:
         apart, grows = 1, {1: grows[1]}
 
-    def least(segments: sympy.Expr | int) -> sympy.Expr:
+    def least(segments: sympy.Expr | int) -> sympy.Expr | int:
         """The steps for ``most`` segments, and those at every place of a round after them, or before."""
-        steps = sympy.Integer(longest[most])
+        steps = longest[most]
         for r, more in grows.items():
             rounds_before, place = divmod(most - apart + r, apart)
-            steps += more * (sympy.floor((segments - place) / sympy.Integer(apart)) - rounds_before)
+            steps += more * ((segments - place) // apart - rounds_before)
         return steps
 
     since = most
@@ -107,31 +112,24 @@ def lasting_chain(graph: FoldedGraph, order: Sequence[int]) -> Lasting | None:
 
 
 def _rounds(
-    graph: FoldedGraph, reads: _Reads, length: Mapping[_Place, Sequence[int]], segments: int
-) -> list[tuple[Fraction, int]]:
-    """The ways in the longest chain from a place to itself, as steps for each segment, and segments.
+    graph: FoldedGraph, chain: Sequence[Instance], length: Mapping[_Place, Sequence[int]], apart: Collection[int]
+) -> set[tuple[int, int]]:
+    """The ways in a chain from a place to itself, as steps and segments, of those so many segments apart.
 
     There is always that of no step: a longer text has no shorter chain.
     """
-    steps, place, segment = _longest(length, segments)
-    if not steps:
-        return []
-    rounds = [(Fraction(0), 1)]
-    seen: dict[_Place, list[int]] = {}
-    for vertex, cell in _back(place, segment, reads, length):
-        at = vertex, cell.layer
-        for before in seen.get(at, ()):
-            if graph.rows <= before < cell.segment:
-                apart = cell.segment - before
-                rounds.append((Fraction(length[at][cell.segment] - length[at][before], apart), apart))
-        seen.setdefault(at, []).append(cell.segment)
-    return rounds
+    visits: dict[_Place, set[int]] = {}
+    for vertex, cell in chain:
+        if cell.segment >= graph.rows:
+            visits.setdefault((vertex, cell.layer), set()).add(cell.segment)
+    ways = ((at, s, n) for at, of in visits.items() for s in of for n in apart if s + n in of)
+    return {(0, 1), *((length[at][s + n] - length[at][s], n) for at, s, n in ways)}
 
 
-def _longest(length: Mapping[_Place, Sequence[int]], segments: int) -> tuple[int, _Place, int]:
-    """The length of the longest chain through so many segments, and the place and segment where it ends."""
-    found = ((here, place, s) for place, of in length.items() for s, here in enumerate(of[:segments]))
-    return max(found, default=(0, (0, 0), 0))
+def _longest(length: Mapping[_Place, Sequence[int]], segments: int) -> list[tuple[int, _Place, int]]:
+    """The length of the longest chain, and the place and segment where it ends, for 0 to so many segments."""
+    ends = (max(((of[s], place, s) for place, of in length.items()), default=_NOWHERE) for s in range(segments))
+    return list(itertools.accumulate(ends, max, initial=_NOWHERE))
 
 
 def _lengths(graph: FoldedGraph, order: Sequence[int], segments: int) -> tuple[_Reads, dict[_Place, list[int]]]:

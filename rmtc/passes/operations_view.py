@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from rmtc.ir.explanation import OperationsView, Recurrence
 from rmtc.ir.folded import FoldedGraph
+from rmtc.ir.formula import at
 from rmtc.passes.fission import Part, fission
 from rmtc.passes.longest_chain import lasting_chain, longest_chain
 from rmtc.passes.retime import Retimed
 
 __all__ = ["operations_view"]
+
+_COUNTED = 2_000_000
+"""Up to so many operations of a call, about two seconds of work, its longest chain is looked for."""
 
 
 def operations_view(graph: FoldedGraph, found: Retimed, segments: int) -> OperationsView | None:
@@ -29,16 +33,21 @@ def operations_view(graph: FoldedGraph, found: Retimed, segments: int) -> Operat
         shift + times.b * (vertex.layers[0] - min(max(vertex.layers[0], 0), graph.layers - 1))
         for vertex, shift in zip(graph.vertices, times.shifts, strict=True)
     ]
+    steps, operations = times.makespan(graph, segments), graph.operations_in(segments)
+    lasting = lasting_chain(graph, times.order)
+    bound = at(lasting.steps, segments, graph.layers) if lasting and segments >= lasting.since else 0
+    if bound < steps and operations <= _COUNTED:  # a chain is never longer than the steps are many
+        bound = longest_chain(graph, times.order, segments).steps
     return OperationsView(
         times.a,
         times.b,
         (min(shifts), max(shifts)),
-        times.makespan(graph, segments),
-        longest_chain(graph, times.order, segments).steps,
+        steps,
+        bound,
         times.launches(graph, segments),
-        graph.operations_in(segments),
+        operations,
         times.length(graph),
-        lasting_chain(graph, times.order),
+        lasting,
         tuple(edge.dependence for edge in found.cycle if not edge.within),
         tuple(_recurrence(part) for part in parts.recurrences),
         len(steady & parts.free),

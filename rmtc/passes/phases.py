@@ -67,12 +67,12 @@ def in_strips(dependences: Sequence[Dependence], columns: int, whole: int) -> St
 
         (0, 1), (2, 0)    ->    floor(s/2) + l
     """
-    reads = list(_reads(dependences, columns))
+    reads = {(read.ds, read.consumer - read.producer) for read in _reads(dependences, columns)}
     best: Strips | None = None
-    for q in sorted({read.ds for read in reads if read.ds > 1}):
-        if any(read.consumer <= read.producer for read in reads if read.ds < q):
+    for q in sorted({ds for ds, _ in reads if ds > 1}):
+        if any(dl <= 0 for ds, dl in reads if ds < q):
             continue
-        a = max(-((read.consumer - read.producer - 1) // (read.ds // q)) for read in reads if read.ds >= q)
+        a = max(-((dl - 1) // (ds // q)) for ds, dl in reads if ds >= q)
         if 0 < a < whole * q and (best is None or a * best.size < best.a * q):
             best = Strips(a, q)
     return best

@@ -39,17 +39,18 @@ segments as one body may then have times ``a*floor(s/q) + l`` with a/q below it.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import sympy
 
 from rmtc.ir.explanation import Certificate, Inequality
-from rmtc.ir.schedule import Dependence, Extent, L, S, Schedule
+from rmtc.ir.schedule import Dependence, Extent, L, S, Schedule, evaluated
 from rmtc.passes.critical_path import Rounds, Straight, chains
-from rmtc.passes.distances import ONE, Affine, Vector, parse, text_of, value_of, vectors_of
+from rmtc.passes.distances import ONE, Affine, Vector, text_of, value_of, vectors_of
 from rmtc.passes.phases import Strips, in_strips
 
 __all__ = ["Proof", "prove", "remedy"]
@@ -130,7 +131,8 @@ def prove(dependences: Sequence[Dependence], layers: int) -> Proof:
     """
     if layers < 1:
         raise ValueError(f"a model has at least one layer, got {layers}")
-    vectors = [vector for dependence in dependences for vector in vectors_of(dependence, layers)]
+    own = [vectors_of(dependence, layers) for dependence in dependences]
+    vectors = list(itertools.chain.from_iterable(own))
     for vector in vectors:
         if not _executable(vector, layers):
             return _refuse_order(vector, vectors, layers)
@@ -144,7 +146,7 @@ def prove(dependences: Sequence[Dependence], layers: int) -> Proof:
     sizes = [(2521, layers), (1, layers), (2, layers), (1, layers + 6)]
     path = max(chains(vectors, layers), key=lambda chain: [chain.count(*size) for size in sizes])
     certificate = Certificate(
-        inequalities=_inequalities(dependences, vectors, a, b, layers, strips),
+        inequalities=_inequalities(zip(dependences, own, strict=True), a, b, layers, strips),
         critical_path=str(path),
         bound=text_of(path.length),
         optimal=sympy.expand(path.length - makespan) == 0,
@@ -221,17 +223,25 @@ def _cycle(forcing: Vector, vectors: Sequence[Vector], layers: int) -> tuple[Dep
     start = int(forcing.layer.at(layers)) if forcing.layer else 0
     top = min(start - math.floor(forcing.dl.at(layers)), layers - 1)
     within = [vector for vector in vectors if vector.ds == 0 and vector.dependence != forcing.dependence]
-    ladder = [vector.dependence for vector in within if vector.uniform and vector.dl == ONE]
-    chain = [next((d for d in ladder if _reads(d, layer, layers)), None) for layer in range(start + 1, top + 1)]
+    ladder = [
+        (vector.dependence, *_readers(vector.dependence, layers))
+        for vector in within
+        if vector.uniform and vector.dl == ONE
+    ]
+    chain = [
+        next((rung for rung, first, last in ladder if first <= layer <= last), None)
+        for layer in range(start + 1, top + 1)
+    ]
     climb = [dependence for dependence in chain if dependence is not None]
     if len(climb) < len(chain):
         climb = [vector.dependence for vector in within][:1]
     return (*climb, forcing.dependence)
 
 
-def _reads(dependence: Dependence, layer: int, layers: int) -> bool:
-    first, last = (parse(extent) for extent in dependence.layers or (0, L - 1))
-    return first is not None and last is not None and first.rest.at(layers) <= layer <= last.rest.at(layers)
+def _readers(dependence: Dependence, layers: int) -> tuple[int | Fraction, int | Fraction]:
+    """The first and the last layer that reads."""
+    first, last = (evaluated(extent, {L: layers}) for extent in dependence.layers or (0, L - 1))
+    return first, last
 
 
 def _refuse_order(vector: Vector, vectors: Sequence[Vector], layers: int) -> Proof:
@@ -249,16 +259,14 @@ def _refuse_order(vector: Vector, vectors: Sequence[Vector], layers: int) -> Pro
 
 
 def _inequalities(
-    dependences: Sequence[Dependence],
-    vectors: Sequence[Vector],
+    vectors: Iterable[tuple[Dependence, Sequence[Vector]]],
     a: Extent,
     b: int,
     layers: int,
     strips: Strips | None,
 ) -> tuple[Inequality, ...]:
     rows = []
-    for dependence in dependences:
-        own = [vector for vector in vectors if vector.dependence is dependence]
+    for dependence, own in vectors:
         if not own:
             rows.append(Inequality(dependence, f"no instance for L = {layers}"))
             continue

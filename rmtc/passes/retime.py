@@ -90,8 +90,9 @@ def retime(graph: FoldedGraph) -> Retimed:
 def retime_with(graph: FoldedGraph, b: int) -> Retimed:
     """The least a that is legal with a given b, with its times."""
     a, forcing = 0, tuple[Edge, ...]()
+    edges = sorted(((edge, edge.dl) for edge in graph.edges), key=lambda each: (each[0].consumer, each[0].producer))
     while True:
-        levels, cycle = _longest(graph, a, b)
+        levels, cycle = _longest(graph, edges, a, b)
         if not cycle:
             return Retimed(_times(graph, a, b, levels), forcing)
         ds, dl = sum(edge.ds for edge in cycle), sum(edge.dl for edge in cycle)
@@ -123,13 +124,12 @@ def capped(graph: FoldedGraph, times: Times, width: int) -> Times:
     return replace(times, a=steps, block=width)
 
 
-def _longest(graph: FoldedGraph, a: int, b: int) -> tuple[list[int], tuple[Edge, ...]]:
-    """The longest paths q_v, or a cycle of positive weight."""
+def _longest(
+    graph: FoldedGraph, edges: Sequence[tuple[Edge, int]], a: int, b: int
+) -> tuple[list[int], tuple[Edge, ...]]:
+    """The longest paths q_v, or a cycle of positive weight; the edges come in order, with their dl."""
     unit = len(graph.vertices) + 1
-    arcs = sorted(
-        ((edge.consumer, edge.producer, 1 - unit * (a * edge.ds + b * edge.dl), edge) for edge in graph.edges),
-        key=lambda arc: arc[:2],
-    )
+    arcs = [(edge.consumer, edge.producer, 1 - unit * (a * edge.ds + b * dl), edge) for edge, dl in edges]
     levels = [
         -unit * min((a * row + b * layer for row, layer in vertex.members), default=0) for vertex in graph.vertices
     ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
 import networkx as nx
 
 from rmtc.ir.explanation import Strip
-from rmtc.ir.folded import Edge, FoldedGraph, Times
-from rmtc.ir.schedule import Cell
+from rmtc.ir.folded import Edge, FoldedGraph, Times, distinct
 from rmtc.passes.retime import retime
 
 __all__ = ["retime_strip", "strip_mine", "strips"]
@@ -69,13 +69,17 @@ def strips(graph: FoldedGraph, segments: int) -> tuple[Strip, ...]:
         times = retime_strip(graph, period)
         if times is None or plain is None:
             continue
-        moments = {
-            times.moment(vertex * period + cell.segment % period, Cell(cell.segment // period, cell.layer))
-            for vertex in range(len(graph.vertices))
-            for cell in graph.cells(vertex, segments)
-        }
-        if len(moments) < plain.launches(graph, segments):
-            found.append(Strip(period, 1 + max(moments).step - min(moments).step, len(moments)))
+        runs: dict[int, list[range]] = {}  # by place: copies of a vertex with one place run at once
+        for vertex, first in itertools.product(range(len(graph.vertices)), range(period)):
+            for of, layer in graph.spans(vertex, segments):
+                if copy := of[first::period]:
+                    number = vertex * period + copy[0] % period
+                    strip = range(copy[0] // period, copy[-1] // period + 1)
+                    runs.setdefault(times.order[number], []).append(times.steps(number, strip, layer))
+        launches = sum(map(distinct, runs.values()))
+        if launches < plain.launches(graph, segments):
+            steps = [step for each in runs.values() for run in each for step in (run[0], run[-1])]
+            found.append(Strip(period, 1 + max(steps) - min(steps), launches))
     return tuple(found)
 
 

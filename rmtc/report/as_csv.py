@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
+from rmtc.ir.notation import listed
 from rmtc.ir.schedule import Schedule
 
 __all__ = ["schedule_csv"]
@@ -18,7 +19,7 @@ def schedule_csv(schedule: Schedule, segments: int) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["step", "stage", "class", "segment", "layer", "part"])
-    for step in schedule.steps(segments):
+    for step in listed(schedule, segments):
         for group in step.groups:
             for cell in group.cells:
                 writer.writerow([step.time, group.stage, group.cell_class, cell.segment, cell.layer, group.part])

@@ -16,7 +16,7 @@ def schedule_dot(schedule: Schedule, segments: int, dependences: Sequence[Depend
     """Text for ``dot -Tsvg``; the edges of one distance vector have one colour, those of a stage are dashed."""
     lines = ["digraph schedule {", "  rankdir=LR;", '  node [shape=box, fontname="monospace"];']
     name = schedule.name
-    for time, cells in cells_by_step(schedule, segments):
+    for time, cells in cells_by_step(schedule, segments, len(dependences)):
         lines += [f"  subgraph step_{time} {{", "    rank=same;"]
         lines += [f'    "{name(cell)}" [label="{name(cell)}\\nstep {time}, class {kind}"];' for cell, kind in cells]
         lines.append("  }")

@@ -16,6 +16,7 @@ from rmtc.ir.cost import Candidate
 from rmtc.ir.explanation import Certificate, Explanation, OperationsView
 from rmtc.ir.folded import Lasting
 from rmtc.ir.formula import at, formula
+from rmtc.ir.notation import listed
 from rmtc.ir.schedule import Dependence, L, S, Schedule
 from rmtc.ir.why import Why
 
@@ -71,7 +72,7 @@ def schedule_json(schedule: Schedule, segments: int) -> str:
                 for group in step.groups
             ],
         }
-        for step in schedule.steps(segments)
+        for step in listed(schedule, segments)
     ]
     return to_json({"refused": False, **_schedule(schedule, segments), "steps": steps})
 

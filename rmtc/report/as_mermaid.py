@@ -18,7 +18,7 @@ def schedule_mermaid(schedule: Schedule, segments: int, dependences: Sequence[De
         return name(cell).replace(".", "_" if schedule.parts else "")
 
     lines = ["flowchart LR"]
-    for time, cells in cells_by_step(schedule, segments):
+    for time, cells in cells_by_step(schedule, segments, len(dependences)):
         lines.append(f'  subgraph step{time}["step {time}"]')
         lines += [f'    {node(cell)}["{name(cell)} {kind}"]' for cell, kind in cells]
         lines.append("  end")

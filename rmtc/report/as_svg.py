@@ -31,6 +31,7 @@ def schedule_svg(schedule: Schedule, segments: int, dependences: Sequence[Depend
     """
     first = -1 if schedule.stage_classes.get("prologue") else 0
     last = schedule.columns if schedule.stage_classes.get("epilogue") else schedule.columns - 1
+    drawn = list(cells_by_step(schedule, segments, len(dependences)))
     vectors = list(edges(schedule, segments, dependences))
     steps = at(schedule.makespan, segments, schedule.layers)
     title = (
@@ -54,7 +55,7 @@ def schedule_svg(schedule: Schedule, segments: int, dependences: Sequence[Depend
         lines.append(f'<text class="head" x="{_x(column, first)}" y="{_TOP - 20}">{head}</text>')
     for segment in range(segments):
         lines.append(f'<text class="head" x="24" y="{_y(segment)}">s{segment}</text>')
-    for time, cells in cells_by_step(schedule, segments):
+    for time, cells in drawn:
         lines += [_cell(cell, schedule.name(cell), time, kind, first) for cell, kind in cells]
     for number, (distance, pairs) in enumerate(vectors):
         for source, cell in pairs:

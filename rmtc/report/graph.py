@@ -6,14 +6,19 @@ import re
 from collections.abc import Iterator, Sequence
 
 from rmtc.ir.formula import distance_text
+from rmtc.ir.notation import listed
 from rmtc.ir.schedule import Cell, Dependence, Schedule
 
 __all__ = ["cells_by_step", "edges", "stage_edges", "vector_text"]
 
 
-def cells_by_step(schedule: Schedule, segments: int) -> Iterator[tuple[int, list[tuple[Cell, str]]]]:
-    """Each step with its cells, by column, and their classes, prologues first and epilogues last."""
-    for step in schedule.steps(segments):
+def cells_by_step(schedule: Schedule, segments: int, arrows: int = 0) -> Iterator[tuple[int, list[tuple[Cell, str]]]]:
+    """Each step with its cells, by column, and their classes, prologues first and epilogues last.
+
+    Raises:
+        NotationError: as :func:`rmtc.ir.notation.listed`.
+    """
+    for step in listed(schedule, segments, arrows):
         yield (
             step.time,
             [

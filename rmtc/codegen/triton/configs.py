@@ -13,6 +13,7 @@ from typing import NamedTuple
 from rmtc.codegen.triton.targets import TARGETS, Target
 from rmtc.errors import BackendError
 from rmtc.ir.kernel import Attend, Kernel
+from rmtc.ir.limits import loads
 from rmtc.ir.terms import Call, Pick, within
 from rmtc.passes.fusion_groups import ROW
 
@@ -136,7 +137,7 @@ def _configs(file: Path) -> Mapping[Bucket, Config]:
 
 @functools.lru_cache(4)
 def _read(text: str) -> Mapping[Bucket, Config]:
-    rows = json.loads(text)
+    rows = loads(text)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("it is no list of objects")
     names = [*Bucket._fields, "blocks", "warps", "stages"]
