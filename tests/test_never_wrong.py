@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import operator
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -197,3 +199,55 @@ def test_flags_that_a_call_combines_are_no_change() -> None:
     for _ in range(2):
         twins.call(text(4, 2))
     assert rmtc.stats(twins.fast).runs == 2 and rmtc.stats(twins.fast).captures == 1
+
+
+TEXT = text(4, 2)
+TRANSFORMS: dict[str, Callable[[Any], Tensor]] = {
+    "vmap": lambda model: torch.func.vmap(model)(torch.stack([TEXT, 2 * TEXT])),
+    "vmap over weights": lambda model: torch.func.vmap(lambda held: torch.func.functional_call(model, held, (TEXT,)))(
+        {name: torch.stack([each, 1.5 * each]) for name, each in model.named_parameters()}
+    ),
+    "grad": lambda model: torch.func.grad(lambda x: model(x).sum())(TEXT),
+    "jvp": lambda model: torch.func.jvp(model, (TEXT,), (TEXT,))[1],
+    "functionalize": lambda model: torch.func.functionalize(model)(TEXT),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_transform_from_outside_runs_the_call_as_it_is(captured: bool, strict: bool) -> None:
+    model = Cells(both_in_the_memory).double().requires_grad_(False)
+    fast = rmtc.compile(copy.deepcopy(model), strict=strict, schedule="shortest")
+    if captured:
+        fast(TEXT)
+    for name, transform in TRANSFORMS.items():
+        if strict:
+            with pytest.raises(rmtc.RefusedError, match=name.partition(" ")[0] if name != "jvp" else "forward-mode"):
+                transform(fast)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", rmtc.FallbackWarning)
+                torch.testing.assert_close(transform(fast), transform(model))
+    runs = rmtc.stats(fast).runs
+    assert runs == captured and rmtc.stats(fast).captures == captured
+    torch.testing.assert_close(fast(TEXT), model(TEXT))
+    assert rmtc.stats(fast).runs == runs + 1
+
+
+@torch.no_grad()
+def test_a_transform_is_told_once() -> None:
+    fast = rmtc.compile(Cells(both_in_the_memory).double().requires_grad_(False), schedule="shortest")
+    with pytest.warns(rmtc.FallbackWarning, match=r"a transform of torch\.func is active \(vmap\)") as caught:
+        for _ in range(2):
+            TRANSFORMS["vmap"](fast)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+@torch.no_grad()
+def test_a_tensor_that_has_left_its_transform_is_refused() -> None:
+    kept: list[Tensor] = []
+    torch.func.vmap(lambda x: kept.append(x) or x)(torch.stack([TEXT, TEXT]))
+    fast = rmtc.compile(Cells(both_in_the_memory).double().requires_grad_(False), strict=True)
+    with pytest.raises(rmtc.CaptureError, match=r"x is a tensor of a transform of torch\.func"):
+        fast(kept[0])
