@@ -196,7 +196,7 @@ def _compile(target: T, options: Options) -> T:
         if present is not None and not isinstance(present, Compiled):
             raise ValueError(f"{type(target).__name__} is compiled by nn.Module.compile already")
         if present is None or present.options != options:
-            setattr(target, _KEY, Compiled(target, options))
+            vars(target)[_KEY] = Compiled(target, options)  # a module may have a __setattr__ of its own
         return target
     if isinstance(target, type):
         if not issubclass(target, nn.Module):

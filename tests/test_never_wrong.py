@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import operator
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -213,3 +215,151 @@ def test_a_call_none_of_whose_values_is_read() -> None:
     for segments, batch, tail in ((4, 2, 2), (7, 1, SEGMENT)):
         twins.call(text(segments, batch, tail))
     assert rmtc.stats(twins.fast).runs == 2
+
+
+TEXT = text(4, 2)
+TRANSFORMS: dict[str, Callable[[Any], Tensor]] = {
+    "vmap": lambda model: torch.func.vmap(model)(torch.stack([TEXT, 2 * TEXT])),
+    "vmap over weights": lambda model: torch.func.vmap(lambda held: torch.func.functional_call(model, held, (TEXT,)))(
+        {name: torch.stack([each, 1.5 * each]) for name, each in model.named_parameters()}
+    ),
+    "grad": lambda model: torch.func.grad(lambda x: model(x).sum())(TEXT),
+    "jvp": lambda model: torch.func.jvp(model, (TEXT,), (TEXT,))[1],
+    "functionalize": lambda model: torch.func.functionalize(model)(TEXT),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_transform_from_outside_runs_the_call_as_it_is(captured: bool, strict: bool) -> None:
+    model = Cells(both_in_the_memory).double().requires_grad_(False)
+    fast = rmtc.compile(copy.deepcopy(model), strict=strict, schedule="shortest")
+    if captured:
+        fast(TEXT)
+    for name, transform in TRANSFORMS.items():
+        if strict:
+            with pytest.raises(rmtc.RefusedError, match=name.partition(" ")[0] if name != "jvp" else "forward-mode"):
+                transform(fast)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", rmtc.FallbackWarning)
+                torch.testing.assert_close(transform(fast), transform(model))
+    runs = rmtc.stats(fast).runs
+    assert runs == captured and rmtc.stats(fast).captures == captured
+    torch.testing.assert_close(fast(TEXT), model(TEXT))
+    assert rmtc.stats(fast).runs == runs + 1
+
+
+@torch.no_grad()
+def test_a_transform_is_told_once() -> None:
+    fast = rmtc.compile(Cells(both_in_the_memory).double().requires_grad_(False), schedule="shortest")
+    with pytest.warns(rmtc.FallbackWarning, match=r"a transform of torch\.func is active \(vmap\)") as caught:
+        for _ in range(2):
+            TRANSFORMS["vmap"](fast)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+@torch.no_grad()
+def test_a_tensor_that_has_left_its_transform_is_refused() -> None:
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    torch.func.vmap(keep)(torch.stack([TEXT, TEXT]))
+    fast = rmtc.compile(Cells(both_in_the_memory).double().requires_grad_(False), strict=True)
+    with pytest.raises(rmtc.CaptureError, match=r"x is a tensor of a transform of torch\.func"):
+        fast(kept[0])
+
+
+class Gated(nn.Module):
+    """A layer whose source TorchScript can read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return gated(self.linear(x), memory)
+
+
+def gated(x: Tensor, memory: Tensor) -> Tensor:
+    return torch.tanh(x + memory[:, None]) * torch.sigmoid(x)
+
+
+class WithoutTables(nn.Module):
+    """Its ``forward`` can be called."""
+
+    def __init__(self) -> None:
+        pass
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return gated(x, memory)
+
+
+def scripted() -> Any:
+    return torch.jit.script(Gated().double().requires_grad_(False))
+
+
+def traced() -> Any:
+    return torch.jit.trace(Gated().double().requires_grad_(False), (TEXT[:, :SEGMENT], TEXT[:, 0]), check_trace=False)
+
+
+class Using(Stack):
+    """Calls in each layer something that was made elsewhere."""
+
+    def __init__(self, use: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.use = [use]
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, pieces = zeros(len(x)), []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = self.use[0](layer(piece), memories[number])
+                memories[number] = piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("make", [scripted, traced, lambda: scripted().__call__])
+def test_a_module_of_torchscript_is_refused_by_name(make: Callable[[], Any]) -> None:
+    model = Using(make()).double().requires_grad_(False)
+    expected = model(TEXT)
+    fast = rmtc.compile(model)
+    with pytest.warns(rmtc.FallbackWarning, match=r"use\[0\] is a module \(torch\.jit.*\) without dictionaries"):
+        torch.testing.assert_close(fast(TEXT), expected)
+    rmtc.compile(model, strict=True)
+    with pytest.raises(rmtc.CaptureError, match=r"the module that was given to torch\.jit\.script"):
+        model(TEXT)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [scripted, traced])
+def test_a_module_of_torchscript_that_is_compiled_itself_runs_as_it_is(make: Callable[[], Any]) -> None:
+    given = TEXT[:, :SEGMENT], TEXT[:, 0]
+    module = make()
+    expected = module(*given)
+    fast = rmtc.compile(module)
+    with pytest.warns(rmtc.FallbackWarning, match="the model is a module"):
+        torch.testing.assert_close(fast(*given), expected)
+    assert rmtc.stats(rmtc.restore(fast) and rmtc.compile(fast)).runs == 0
+
+
+def test_a_module_that_was_not_begun_is_refused_by_name() -> None:
+    twins = Twins(lambda: Using(WithoutTables().forward))
+    with pytest.raises(rmtc.CaptureError, match=r"use\[0\] is a module \(test_never_wrong\.WithoutTables\) without"):
+        twins.call(TEXT)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_functions_of_torchscript_run_by_the_schedule() -> None:
+    for use in (torch.jit.script(gated), torch.jit.trace(gated, (TEXT[:, :SEGMENT], TEXT[:, 0]), check_trace=False)):
+        twins = Twins(lambda use=use: Using(use), schedule="shortest")  # type: ignore[misc]
+        twins.call(TEXT)
+        twins.ran(4)

@@ -42,6 +42,7 @@ BREAKS: dict[str, tuple[str, ...]] = {
     ),
     "capture: the modes that a call is made under are no longer seen, or kept out of the trace": (
         "torch._C._current_autograd_node",
+        "torch._C._functorch.is_functorch_wrapped_tensor",
         "torch._C._functorch.peek_interpreter_stack",
         "torch._C._get_function_stack_at",
         "torch._C._is_any_autocast_enabled",

@@ -316,9 +316,11 @@ def _refuse_unknown(name: str, tensor: torch.Tensor) -> None:
     """
     what = type(tensor).__name__
     if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer):
-        if tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested:
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        if tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested and not wrapped:
             return
         what = "nested tensor" if tensor.is_nested else f"tensor of dtype {tensor.dtype} and layout {tensor.layout}"
+        what = "tensor of a transform of torch.func" if wrapped else what
     raise CaptureError(
         f"{name} is a {what}; only plain strided tensors are known",
         remedy="run the model without quantised, sharded, offloaded, nested or sparse tensors",

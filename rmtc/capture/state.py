@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from rmtc.capture.frames import current_location
-from rmtc.errors import RefusedError
+from rmtc.errors import CaptureError, RefusedError
 
 __all__ = [
     "MISSING",
@@ -504,6 +504,7 @@ class _Walk:
 
     def __init__(self, without: Set[int]) -> None:
         self.slots: list[Slot] = []
+        self.closed: list[tuple[str, nn.Module]] = []  # modules that cannot be looked into
         self.seen: set[int] = set(without)
         self.functions: set[int] = set()
         self.places: set[tuple[int, Any]] = set()
@@ -554,15 +555,21 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
 
     Args:
         roots: values by name: modules, functions, containers, objects. The name ``""`` gives module paths as
-            ``named_parameters`` spells them.
         without: the ids of containers that are not looked into.
     """
+    return _walked(roots, without).slots
+
+
+def _walked(roots: dict[str, Any], without: Set[int]) -> _Walk:
     found = _Walk(without)
     queue = found.queue
     queue.extend((name, value, None) for name, value in roots.items())
     while queue:
         name, value, at = queue.popleft()
         if id(value) in found.seen or isinstance(value, types.ModuleType):
+            continue
+        if isinstance(value, nn.Module) and _lacks_tables(value):
+            found.closed.append((name, value))
             continue
         if isinstance(value, type):
             found.add_class(value)
@@ -604,7 +611,22 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
             for key in slot_names(value):
                 found.add(dot + key, value, key, getattr(value, key), at)
             found.add_class(type(value))
-    return found.slots
+    return found
+
+
+def _lacks_tables(module: nn.Module) -> bool:
+    """Whether a module has no dictionaries of its own for what it holds, as those of TorchScript have none."""
+    return not all(isinstance(module.__dict__.get(table), dict) for table in _MODULE_TABLES)
+
+
+def _refuse_closed(modules: Sequence[tuple[str, nn.Module]]) -> None:
+    for name, module in modules:
+        raise CaptureError(
+            f"{name or 'the model'} is a module ({type(module).__module__}.{type(module).__qualname__}) without "
+            "dictionaries of its own for its parameters, buffers and submodules: nothing can stand in for these",
+            remedy="call the module that was given to torch.jit.script or torch.jit.trace (functions may be scripted); "
+            "begin the __init__ of a module with super().__init__()",
+        )
 
 
 @functools.cache
@@ -704,6 +726,9 @@ class Snapshot:
     Args:
         roots, without: see :func:`walk`.
 
+    Raises:
+        CaptureError: if a module in reach holds its parameters elsewhere than in its own dictionaries.
+
     Attributes:
         slots: every place.
         plain: the plain values by name.
@@ -713,7 +738,9 @@ class Snapshot:
 
     def __init__(self, roots: dict[str, Any], without: Set[int] = frozenset()) -> None:
         self._roots, self._without = roots, without
-        self.slots = slots = walk(roots, without)
+        found = _walked(roots, without)
+        _refuse_closed(found.closed)
+        self.slots = slots = found.slots
         self.plain = {slot.name: slot.value for slot in slots if is_plain(slot.value)}
         self._saved: list[_Saved] = []
         self._places: list[Slot] = []

@@ -35,6 +35,9 @@ def hooked(modules: Sequence[nn.Module], tables: Sequence[Mapping[int, Any]]) ->
         return "a function mode is active (TorchFunctionMode)"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode gradients are asked for (torch.autograd.forward_ad)"
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is not None:  # its tensors are of a level that what a run keeps is not
+        return f"a transform of torch.func is active ({transform.key().name.lower()})"
     if any(tables):
         for number, table in enumerate(tables):
             for hook in table.values():
