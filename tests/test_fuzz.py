@@ -123,7 +123,6 @@ FAULTS: dict[str, tuple[Fault, Mapping[str, Any], str]] = {
     "a state is not written": (state_lost, KEPT, "values"),
     "a state is another object": (state_rebound, KEPT, "identity"),
     "an argument that is returned is copied": (copied, {"alias": "argument"}, "aliasing"),
-    "a view of a weight that is returned is copied": (copied, {"alias": "view"}, "memory"),
     "a result asks for gradients": (wants_gradients, {}, "flags"),
     "a result has another dtype": (single, {}, "shape"),
     "a result is a list": (as_list, {"result": "numbers"}, "type"),

@@ -156,21 +156,26 @@ class Walk:
                 self.add(f"{path}.{key}", item)
 
     def shared(self) -> set[tuple[str, str]]:
-        """Pairs of paths whose tensors share memory, one of which was there before the call.
+        """Pairs of paths whose tensors share memory, and were there before the call.
 
-        That two new ones do is documented not to be kept.
+        That a new one shares memory with another is documented not to be kept.
         """
         found = set()
         for paths in self.storages.values():
             for one, other in itertools.combinations(paths, 2):
-                if self.leaves[one].was or self.leaves[other].was:
+                if self.leaves[one].was and self.leaves[other].was:
                     found.add((one, other))
         return found
+
+    def views(self) -> set[str]:
+        """New tensors that share memory with one that was there before the call."""
+        pairs = (itertools.permutations(paths, 2) for paths in self.storages.values())
+        return {one for each in pairs for one, other in each if self.leaves[other].was and not self.leaves[one].was}
 
 
 def differences(found: Walk, wanted: Walk) -> list[str]:
     """In what two walks differ, each with its kind before a colon."""
-    lines = []
+    lines, views = [], wanted.views()
     for path in sorted(found.leaves.keys() ^ wanted.leaves.keys()):
         where = "compiled" if path in found.leaves else "eager"
         lines.append(f"structure: {path} only in {where}")
@@ -186,7 +191,7 @@ def differences(found: Walk, wanted: Walk) -> list[str]:
             lines.append(f"identity: {path} was {other.was or 'nowhere'} in place of {leaf.was or 'nowhere'}")
         elif leaf.flags[4:] != other.flags[4:]:
             lines.append(f"shape: {path}: {other.flags[4:]} in place of {leaf.flags[4:]}")
-        elif leaf.flags != other.flags:
+        elif leaf.flags != other.flags and path not in views:
             lines.append(
                 f"flags: {path}: {other.flags[:4]} in place of {leaf.flags[:4]} (requires, leaf, fn, inference)"
             )
