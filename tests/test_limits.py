@@ -352,6 +352,23 @@ def test_a_large_strip_mined_study_counts_what_a_small_one_counts() -> None:
         assert answer.schedule.clock(segments)(Cell(segments - 1, 3)) + 1 == strips + 3
 
 
+@pytest.mark.parametrize(
+    "distances",
+    [
+        f"(0, 1), ({limits.NUMBER}, -3)",
+        f"(0, 1), ({2**30 - 1}, -3)",
+        f"({limits.NUMBER}, 0)",
+        f"(0, 1), (1, 1 - L), ({limits.NUMBER}, l - L)",
+    ],
+)
+def test_distances_with_the_largest_numbers_are_answered(distances: str) -> None:
+    answer = soon(lambda: rmtc.study(distances, layers=12, segments=limits.SEGMENTS), 1.0)
+    assert isinstance(answer, rmtc.Explanation)
+    assert isinstance(soon(lambda: str(answer), 1.0), str)
+    if answer.schedule is not None:
+        assert Schedule.parse(answer.schedule.notation) == answer.schedule
+
+
 def test_large_notations_are_read() -> None:
     rows = tuple(tuple(f"C{(layer + row) % 3}" for layer in range(128)) for row in range(3))
     stages: dict[str, tuple[str, ...]] = {"prologue": ("P0", "P1", "P1"), "epilogue": ("E0",) * 3}
