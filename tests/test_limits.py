@@ -369,6 +369,16 @@ def test_distances_with_the_largest_numbers_are_answered(distances: str) -> None
         assert Schedule.parse(answer.schedule.notation) == answer.schedule
 
 
+def test_a_bound_beyond_the_limits_is_printed_as_it_is_and_no_notation_written() -> None:
+    answer = rmtc.study("(0, 1), (2, (12-L)/70000000000)", layers=12, segments=50)
+    assert answer.schedule is not None
+    assert answer.certificate is not None
+    assert "L + floor((S - 1)/2)*ceiling(L/70000000000 + 17499999997/17500000000)" == answer.certificate.bound
+    assert answer.certificate.bound in " ".join(str(answer).split())
+    with pytest.raises(NotationError, match="size of a formula's numbers"):
+        _ = answer.schedule.notation
+
+
 def test_large_notations_are_read() -> None:
     rows = tuple(tuple(f"C{(layer + row) % 3}" for layer in range(128)) for row in range(3))
     stages: dict[str, tuple[str, ...]] = {"prologue": ("P0", "P1", "P1"), "epilogue": ("E0",) * 3}
