@@ -209,7 +209,7 @@ def _read_shares(text: str, layers: int) -> tuple[int, ...]:
             break
     if len(parts) != layers:
         raise NotationError(
-            f"{quoted(text)} names the parts of {'more than' if len(parts) > layers else len(parts)} of L = {layers}",
+            f"{quoted(text)} names the parts of {'more' if len(parts) > layers else len(parts)} layers, not of L = {layers}",
             remedy="such as 2 + 3 for two layers",
         )
     return tuple(parts)
