@@ -110,8 +110,8 @@ NOTATIONS = {name: (first_line(text), named) for name, (text, named) in FORMULAS
     "parts": ("step of part (s, p) = p, S = 4, L = 2 in 2*99999999 parts", "is above the limit of 10000"),
     "parts of parts": ("step of part (s, p) = p, S = 4, L = 10000 in 10000*10000 parts", "100000000 layers, or parts"),
     "many shares": (
-        f"step of part (s, p) = p, S = 4, L = 9 in {' + '.join(['9999*1'] * 9_999)} parts",
-        "of more layers, not of L = 9",
+        f"step of part (s, p) = p, S = 4, L = 9 in {' + '.join(['9999*1'] * 999)} parts",
+        "more layers, not",
     ),
     "digits of parts": (f"step of part (s, p) = p, S = 4, L = 2 in {HUGE}*2 parts", "is above the limit"),
     "phases": (first_line("s" + "".join(f", then s from l{n}" for n in range(1, 3_000)), layers=9_999), "phases after"),

@@ -208,8 +208,9 @@ def _read_shares(text: str, layers: int) -> tuple[int, ...]:
         if len(parts) > layers:
             break
     if len(parts) != layers:
+        many = "more" if len(parts) > layers else len(parts)
         raise NotationError(
-            f"{quoted(text)} names the parts of {'more' if len(parts) > layers else len(parts)} layers, not of L = {layers}",
+            f"{quoted(text)} names the parts of {many} layers, not of L = {layers}",
             remedy="such as 2 + 3 for two layers",
         )
     return tuple(parts)
