@@ -109,7 +109,10 @@ NOTATIONS = {name: (first_line(text), named) for name, (text, named) in FORMULAS
     "a strip of 100 digits": (first_line(f"floor(s/{'9' * 100}) + l"), "size of a formula's numbers"),
     "parts": ("step of part (s, p) = p, S = 4, L = 2 in 2*99999999 parts", "is above the limit of 10000"),
     "parts of parts": ("step of part (s, p) = p, S = 4, L = 10000 in 10000*10000 parts", "100000000 layers, or parts"),
-    "many shares": (f"step of part (s, p) = p, S = 4, L = 9 in {' + '.join(['9999*1'] * 9_999)} parts", "more than"),
+    "many shares": (
+        f"step of part (s, p) = p, S = 4, L = 9 in {' + '.join(['9999*1'] * 999)} parts",
+        "more layers, not",
+    ),
     "digits of parts": (f"step of part (s, p) = p, S = 4, L = 2 in {HUGE}*2 parts", "is above the limit"),
     "phases": (first_line("s" + "".join(f", then s from l{n}" for n in range(1, 3_000)), layers=9_999), "phases after"),
     "a late phase": (first_line(f"s, then s from l{HUGE}"), "is no phase"),
@@ -350,6 +353,33 @@ def test_a_large_strip_mined_study_counts_what_a_small_one_counts() -> None:
         assert answer.strips[0].launches == strips + 3 or segments % 3
         assert answer.schedule is not None
         assert answer.schedule.clock(segments)(Cell(segments - 1, 3)) + 1 == strips + 3
+
+
+@pytest.mark.parametrize(
+    "distances",
+    [
+        f"(0, 1), ({limits.NUMBER}, -3)",
+        f"(0, 1), ({2**30 - 1}, -3)",
+        f"({limits.NUMBER}, 0)",
+        f"(0, 1), (1, 1 - L), ({limits.NUMBER}, l - L)",
+    ],
+)
+def test_distances_with_the_largest_numbers_are_answered(distances: str) -> None:
+    answer = soon(lambda: rmtc.study(distances, layers=12, segments=limits.SEGMENTS), 1.0)
+    assert isinstance(answer, rmtc.Explanation)
+    assert isinstance(soon(lambda: str(answer), 1.0), str)
+    if answer.schedule is not None:
+        assert Schedule.parse(answer.schedule.notation) == answer.schedule
+
+
+def test_a_bound_beyond_the_limits_is_printed_as_it_is_and_no_notation_written() -> None:
+    answer = rmtc.study("(0, 1), (2, (12-L)/70000000000)", layers=12, segments=50)
+    assert answer.schedule is not None
+    assert answer.certificate is not None
+    assert answer.certificate.bound == "L + floor((S - 1)/2)*ceiling(L/70000000000 + 17499999997/17500000000)"
+    assert answer.certificate.bound in " ".join(str(answer).split())
+    with pytest.raises(NotationError, match="size of a formula's numbers"):
+        _ = answer.schedule.notation
 
 
 def test_large_notations_are_read() -> None:

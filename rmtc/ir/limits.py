@@ -67,7 +67,6 @@ READS = 50_000
 WORK = 15_000_000
 """Comparisons of operations of a study that reaches over several segments: up to half a microsecond each."""
 
-
 JSON = 10_000_000
 """Characters of a file of JSON: a cost model, or sizes of kernels."""
 

@@ -29,7 +29,7 @@ _FIRST = re.compile(
     r", S = (?P<S>[0-9]+), L = (?P<L>[0-9]+)(?: in (?P<parts>[0-9*+ ]+) parts)?"
 )
 _WORD = re.compile(r"floor|ceiling")
-_STRIP = re.compile(r"floor\(s ?/ ?([2-9]|[1-9][0-9]{1,8})\)")
+_STRIP = re.compile(r"floor\(s ?/ ?([2-9]|[1-9][0-9]{1,11})\)")
 _PHASE = re.compile(r"(?P<time>.+) from [lp](?P<first>[0-9]{1,9})")
 _SHARE = re.compile(r"(?:(?P<times>[1-9][0-9]*)\*)?(?P<parts>[1-9][0-9]*)")
 _ROW = re.compile(r"s (?P<which>=|>=) (?P<row>[0-9]{1,9}): (?P<parts>.+)")
@@ -208,8 +208,9 @@ def _read_shares(text: str, layers: int) -> tuple[int, ...]:
         if len(parts) > layers:
             break
     if len(parts) != layers:
+        many = "more" if len(parts) > layers else len(parts)
         raise NotationError(
-            f"{quoted(text)} names the parts of {'more than' if len(parts) > layers else len(parts)} of L = {layers}",
+            f"{quoted(text)} names the parts of {many} layers, not of L = {layers}",
             remedy="such as 2 + 3 for two layers",
         )
     return tuple(parts)

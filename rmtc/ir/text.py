@@ -16,6 +16,7 @@ from rmtc.ir.cycle import Round, Turn, follow
 from rmtc.ir.explanation import CellClass, Certificate, Explanation
 from rmtc.ir.formula import at, distance_text, formula, layers_text, parse, place, whence
 from rmtc.ir.grid import grid, schedule_text, stages_text
+from rmtc.ir.limits import TooLarge
 from rmtc.ir.notation import step_text
 from rmtc.ir.operations_text import operations_text
 from rmtc.ir.page import Page, count
@@ -500,12 +501,19 @@ def _best(page: Page, certificate: Certificate, explanation: Explanation | None)
 
 def _meets(bound: str, explanation: Explanation) -> bool:
     size = explanation.segments, explanation.layers
-    least, schedule = parse(bound), explanation.schedule
+    least, schedule = _bound(bound), explanation.schedule
     return least is not None and schedule is not None and at(least, *size) == at(schedule.makespan, *size)
 
 
+def _bound(text: str) -> sympy.Expr | None:
+    try:
+        return parse(text)
+    except TooLarge:  # of distances with numbers near the limit
+        return None
+
+
 def _length(bound: str, explanation: Explanation | None) -> str:
-    expression = parse(bound)
+    expression = _bound(bound)
     if expression is None:
         return bound
     if explanation is None:
