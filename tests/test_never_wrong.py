@@ -363,3 +363,68 @@ def test_functions_of_torchscript_run_by_the_schedule() -> None:
         twins = Twins(lambda use=use: Using(use), schedule="shortest")  # type: ignore[misc]
         twins.call(TEXT)
         twins.ran(4)
+
+
+class TwoSegmentsOld(nn.Module):
+    """Each layer reads what it wrote two segments before; the first one, of another class, has no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept: dict[int, dict[int, Tensor]] = {}
+        pieces = []
+        for segment, piece in enumerate(x.split(SEGMENT, dim=1)):
+            now = kept[segment] = {}
+            for number, layer in enumerate(self.layers):
+                if not number:
+                    piece = torch.tanh(layer(piece))
+                    continue
+                memory = kept.get(segment - 2, {}).get(number)
+                if memory is None:
+                    memory = x.new_zeros(len(x), WIDTH)
+                piece = torch.tanh(layer(piece) + memory[:, None])
+                now[number] = 0.5 * memory + piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def test_a_memory_that_short_runs_do_not_need() -> None:
+    twins = Twins(TwoSegmentsOld, schedule="shortest")
+    for segments, tail in ((6, SEGMENT), (9, 2)):
+        twins.call(text(segments, 2, tail))
+        assert rmtc.stats(twins.fast).fallbacks == {}
+    assert rmtc.stats(twins.fast).runs == 2 and twins.distances == {(0, 1), (2, 0)}
+
+
+class Tied(nn.Module):
+    """The upper half of the layers has the weights of one; another one reads the memory of the lowest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.layers[3].weight = self.layers[2].weight
+        self.cell = nn.GRUCell(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories = [x.new_zeros(len(x), WIDTH) for _ in self.layers]
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            lowest = memories[0]
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number][:, None])
+                if number == 1:
+                    piece = piece + lowest[:, None]
+                mean = piece.mean(1)
+                memories[number] = self.cell(mean, memories[0]) if not number else mean
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+@pytest.mark.parametrize("schedule", ["shortest", "fission"])
+def test_layers_whose_weights_are_tied_are_no_layers_of_parts(schedule: str) -> None:
+    twins = Twins(Tied, schedule=schedule)
+    for segments, tail in ((6, SEGMENT), (9, 2)):
+        twins.call(text(segments, 2, tail))
+    assert rmtc.stats(twins.fast).runs == 2

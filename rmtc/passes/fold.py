@@ -78,10 +78,29 @@ def _fold(short: Run, long: Run, sources: dict[str, Source], steady_from: int) -
     loop = _with_known_results(SegmentLoop(before, tuple(rows), steady, after, outputs, sources, short.segment_length))
     while len(loop.rows) > _LEAST and _alike(loop.rows[-1], steady):
         loop = _without_last_row(loop)
+    _refuse_missing(loop)
     return loop
 
 
 _LEAST = 2
+
+
+def _refuse_missing(loop: SegmentLoop) -> None:
+    """What later segments read of earlier ones, each of those makes.
+
+    In short runs nothing reads the memory of any but the first segments, which may be all that make it then.
+    """
+    rows = [*loop.rows, loop.steady]
+    for op in loop.steady:
+        for leaf in leaves(op.args):
+            if isinstance(leaf, Row) and leaf.back:
+                least = min(map(len, rows[max(0, len(loop.rows) - leaf.back) :]))
+                if leaf.number >= least:
+                    raise RefusedError(
+                        f"{target_name(op.target)} reads what segment s-{leaf.back} makes, and later segments do not",
+                        location=op.location,
+                        remedy="every segment after the first must leave what later ones read",
+                    )
 
 
 def _with_known_results(loop: SegmentLoop) -> SegmentLoop:

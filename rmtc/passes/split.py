@@ -29,7 +29,7 @@ class _Parts(Family):
     """The parameters of layers that are divided.
 
     Attributes:
-        starts: the first part of each layer.
+        starts: the first part of each layer, also of those that the loop does not tell from others.
     """
 
     starts: tuple[int, ...] = ()
@@ -134,7 +134,8 @@ def split_layers(loop: SegmentLoop, family: Family | None, divided: Division) ->
         orders.append(order)
         layouts.append(Layout(layout.prologue, tuple(itertools.pairwise(bounds)), layout.epilogue))
     if family is not None:
-        starts = tuple(itertools.accumulate(divided.parts, initial=0))
+        beyond = [1] * (family.layers - loop.layers)  # whose weights are tied to others', in the epilogue
+        starts = tuple(itertools.accumulate([*divided.parts, *beyond], initial=0))
         family = _Parts(family.prefixes, family.layers, family.first, family.listed, starts)
     loop = classified(replace(reordered(loop, orders), layouts=tuple(layouts)), family)
     return find_dependences(loop, family), family
