@@ -68,6 +68,29 @@ def backward_inside(layers: Layers, text: Tensor) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
+def transform_inside(layers: Layers, text: Tensor) -> Tensor:
+    memories, pieces = [text.new_zeros(len(text), 4) for _ in layers], []
+    for piece in text.split(5, dim=1):
+        for number, layer in enumerate(layers):
+            read = torch.func.vmap(lambda row, memory, layer=layer: torch.tanh(layer(row) + memory))
+            piece = read(piece, memories[number])
+            memories[number] = piece.mean(1)
+        pieces.append(piece)
+    return torch.cat(pieces, dim=1)
+
+
+def setting_left(layers: Layers, text: Tensor) -> Tensor:
+    memories, pieces = [text.new_zeros(len(text), 4) for _ in layers], []
+    for piece in text.split(5, dim=1):
+        for number, layer in enumerate(layers):
+            torch.set_grad_enabled(number == 0)
+            piece = torch.tanh(layer(piece) + memories[number][:, None])
+            memories[number] = piece.mean(1).detach()
+        pieces.append(piece.detach())
+    torch.set_default_dtype(torch.float64)
+    return torch.cat(pieces, dim=1)
+
+
 def dropout(layers: Layers, text: Tensor) -> Tensor:
     memories, pieces = [text.new_zeros(len(text), 4) for _ in layers], []
     for piece in text.split(5, dim=1):
@@ -211,6 +234,22 @@ REFUSALS = (
         "forward is then an ordinary one.",
     ),
     Refusal(
+        "A transform inside the forward",
+        transform_inside,
+        "read(piece",
+        "is no operator",
+        "Write the batch dimension out: `torch.tanh(layer(piece) + memories[number][:, None])`. A transform around the "
+        "whole call, `torch.func.vmap(model)(texts)`, runs as before, too.",
+    ),
+    Refusal(
+        "A setting of torch that stays changed",
+        setting_left,
+        "",
+        "leaves a setting of torch changed",
+        "Change it before the call; or in the forward by a context manager, which puts it back: "
+        "`with torch.set_grad_enabled(False):`.",
+    ),
+    Refusal(
         "Random numbers of torch",
         dropout,
         "F.dropout",
@@ -307,6 +346,8 @@ def message(refusal: Refusal) -> rmtc.RefusedError | rmtc.CaptureError:
             rmtc.compile(refusal.example, strict=True)(layers, torch.randn(2, 30, 4))
     except (rmtc.RefusedError, rmtc.CaptureError) as error:
         return error
+    finally:
+        torch.set_default_dtype(torch.float32)
     raise ValueError(f"{refusal.title} is not refused")
 
 
