@@ -16,11 +16,12 @@ from rmtc.capture.objects import Plain, parts_of
 from rmtc.capture.other_sizes import follows
 from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer, shows
-from rmtc.capture.restoring import outermost
 from rmtc.capture.state import told
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, retime_loop, rewrite, timed
 from rmtc.quiet import uncollected
+from rmtc.restoring import outermost
+from rmtc.runtime.lock import LOCK
 from rmtc.runtime.state_guard import StateGuard
 
 __all__ = ["Analysis", "analyze", "prove_analysis"]
@@ -211,6 +212,7 @@ class Analysis:
 
 
 @outermost
+@LOCK.capturing()
 def analyze(
     function: Callable[..., Any],
     args: tuple[Any, ...],

@@ -11,7 +11,6 @@ import torch
 
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture.own_modes import own_modes
-from rmtc.capture.restoring import outermost
 from rmtc.codegen.triton.targets import TARGETS, Target
 from rmtc.errors import CaptureError, RefusedError, RmtcError, raised_by_signal
 from rmtc.ir.explanation import Explanation
@@ -22,8 +21,10 @@ from rmtc.passes.pipeline import passes, retime_loop
 from rmtc.passes.prove import remedy
 from rmtc.passes.strip_mine import strips
 from rmtc.passes.summary import class_summaries
+from rmtc.restoring import outermost
 from rmtc.runtime.backends import nearest
 from rmtc.runtime.estimate import candidates, kind_named, ways
+from rmtc.runtime.lock import LOCK
 
 __all__ = ["dump", "explain", "explanation_of"]
 
@@ -83,7 +84,7 @@ def explain(
 
     @outermost
     def call(*args: Any, **kwargs: Any) -> Explanation:
-        with own_modes(function):
+        with LOCK.capturing(), own_modes(function):
             return _explanation(function, args, kwargs, layers, segment_length, segments, always, target)
 
     return call

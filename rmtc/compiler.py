@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast, overload
 
 from torch import nn
 
-from rmtc.capture.restoring import finish
+from rmtc.restoring import finish
 from rmtc.runtime.backends import Backend, backend_named, nearest
 from rmtc.runtime.compiled import Compiled, Options
 from rmtc.runtime.estimate import kind_named

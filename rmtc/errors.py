@@ -134,7 +134,7 @@ def _code(handler: Any) -> CodeType | None:
     while isinstance(handler, functools.partial):
         handler = handler.func
     if not inspect.isroutine(handler):
-        handler = vars(type(handler)).get("__call__")
+        handler = next((vars(kind)["__call__"] for kind in type(handler).__mro__ if "__call__" in vars(kind)), None)
     return getattr(inspect.unwrap(getattr(handler, "__func__", handler)), "__code__", None) if handler else None
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +18,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import rmtc
-from rmtc.capture.ambient import Ambient
+from rmtc.capture.ambient import Ambient, undisturbed
 from rmtc.errors import CaptureError, RefusedError
+from rmtc.runtime.lock import LOCK
 
 FILE = "test_settings.py"
 Cell = Callable[[Any, Any], Any]
@@ -172,6 +176,14 @@ def on_and_out(layer: Any, piece: Any) -> Any:
         return torch.tanh(layer(piece))
 
 
+def on_and_changed(layer: Any, piece: Any) -> Any:
+    with torch.enable_grad():
+        piece = torch.tanh(layer(piece))
+    piece.add_(1)
+    piece[:, 0] = 0
+    return torch.nn.functional.dropout(piece, 0.1, False).double()
+
+
 def on_and_detached(layer: Any, piece: Any) -> Any:
     with torch.enable_grad():
         piece = torch.tanh(layer(piece))
@@ -199,7 +211,7 @@ def anomalies(layer: Any, piece: Any) -> Any:
 
 
 @pytest.mark.changes_settings
-@pytest.mark.parametrize("cell", [on_and_out, on_and_left, another_dtype, deterministic])
+@pytest.mark.parametrize("cell", [on_and_out, on_and_changed, on_and_left, another_dtype, deterministic])
 def test_settings_and_gradients_that_a_call_leaves_are_eagers(cell: Cell) -> None:
     wanted, found, stats, said = called(cell)
     assert torch.equal(wanted, found) and wanted.requires_grad is found.requires_grad
@@ -212,6 +224,89 @@ def test_settings_that_a_call_puts_back_are_no_reason(cell: Cell) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     assert wanted.requires_grad is found.requires_grad is False
     assert stats.runs == 1 and not said
+
+
+def test_gradients_are_none_in_inference_mode() -> None:
+    model = Model(on_and_out)
+    eager, hidden = copy.deepcopy(model), torch.randn(2, 5 * SEGMENT, WIDTH, dtype=torch.float64)
+    compiled = rmtc.compile(model, schedule="shortest")
+    with torch.inference_mode():
+        found, wanted = compiled(hidden), eager(hidden)
+    torch.testing.assert_close(found, wanted)
+    assert rmtc.stats(compiled).runs == 1
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm1d, nn.BatchNorm1d])
+def test_running_statistics_that_an_operation_writes_untold(norm: Any) -> None:
+    class Normed(Model):
+        def __init__(self) -> None:
+            super().__init__(plain)
+            self.norms = nn.ModuleList(norm(WIDTH, track_running_stats=True, dtype=torch.float64) for _ in self.layers)
+            self.cell = self.normed
+
+        def normed(self, layer: Any, piece: Any) -> Any:
+            (number,) = [number for number, each in enumerate(self.layers) if each is layer]
+            held = self.norms[number]
+            read = torch.nn.functional.batch_norm if norm is nn.BatchNorm1d else torch.nn.functional.instance_norm
+            return torch.tanh(layer(read(piece.mT, held.running_mean, held.running_var, None, None, True).mT))
+
+    model = Normed()
+    eager, hidden = copy.deepcopy(model), torch.randn(2, 5 * SEGMENT, WIDTH, dtype=torch.float64)
+    compiled = rmtc.compile(model, schedule="shortest")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", rmtc.FallbackWarning)
+        found, wanted = compiled(hidden), eager(hidden)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(model.state_dict(), eager.state_dict())
+    assert rmtc.stats(compiled).runs == (norm is nn.BatchNorm1d)
+
+
+def test_explain_waits_for_calls_of_other_threads() -> None:
+    model = rmtc.compile(Model(plain), schedule="shortest")
+    hidden = torch.randn(1, 4 * SEGMENT, WIDTH, dtype=torch.float64)
+    ended, wrong = threading.Event(), list[BaseException]()
+
+    def calls() -> None:
+        try:
+            while not ended.is_set():
+                with torch.no_grad():
+                    model(hidden)
+        except BaseException as error:
+            wrong.append(error)
+            raise
+
+    with torch.no_grad():
+        model(hidden)
+    thread = threading.Thread(target=calls)
+    thread.start()
+    try:
+        with torch.no_grad():
+            explanation = rmtc.explain(model)(hidden)
+    finally:
+        ended.set()
+        thread.join()
+    assert explanation.schedule is not None and not wrong
+
+
+def test_a_fork_leaves_the_child_what_is_its_own() -> None:
+    inside, ended = threading.Event(), threading.Event()
+
+    def holds() -> None:
+        with LOCK.shared(), torch.no_grad(), undisturbed():
+            inside.set()
+            ended.wait()
+
+    thread = threading.Thread(target=holds)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        with LOCK.alone() as alone:
+            os._exit(0 if alone and torch.is_grad_enabled() else 1)
+    ended.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_gradients_that_no_result_carries_are_no_reason() -> None:

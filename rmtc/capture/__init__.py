@@ -14,7 +14,6 @@ from rmtc.capture.ambient import undisturbed
 from rmtc.capture.arguments import show
 from rmtc.capture.effects import Effect
 from rmtc.capture.probe import Plan, Sizes, probe
-from rmtc.capture.restoring import outermost
 from rmtc.capture.session import Session
 from rmtc.capture.state import imported
 from rmtc.capture.tracer import RawTrace, trace
@@ -23,6 +22,7 @@ from rmtc.ir.program import Program, from_graph
 from rmtc.passes.canonicalize import Canonicalize
 from rmtc.passes.remove_regions import Autocast, RemoveRegions
 from rmtc.quiet import uncollected
+from rmtc.restoring import outermost
 
 __all__ = ["Capture", "Captured", "Reading", "open_capture"]
 
@@ -119,7 +119,8 @@ class Capture:
     def _passes(self, raw: RawTrace, sizes: Sizes) -> Program:
         graph: fx.Graph = raw.module.graph
         self._show("capture", sizes, graph)
-        RemoveRegions(Autocast.ambient(), torch.is_grad_enabled(), self.reorder_random).apply(graph)
+        gradients = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
+        RemoveRegions(Autocast.ambient(), gradients, self.reorder_random).apply(graph)
         self._show(RemoveRegions.name, sizes, graph)
         canonicalize = Canonicalize(
             self.plan.segment_length if self.reading.windows else None,

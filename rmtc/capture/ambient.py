@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from rmtc.capture.restoring import restored
+from rmtc.restoring import restored
 
 __all__ = ["Ambient", "undisturbed"]
 
@@ -111,8 +111,19 @@ def _same_keys(one: Any, other: Any) -> bool:
 
 _OF_ALL_DEVICES = ("AutogradFunctionality", "Dense", "Quantized", "Sparse", "SparseCsr", "NestedTensor")
 _DEVICE = torch._GLOBAL_DEVICE_CONTEXT
+_CUDA = torch.backends.cuda
+_ATTENTION: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
+    (_CUDA.flash_sdp_enabled, _CUDA.enable_flash_sdp),
+    (_CUDA.mem_efficient_sdp_enabled, _CUDA.enable_mem_efficient_sdp),
+    (_CUDA.math_sdp_enabled, _CUDA.enable_math_sdp),
+]
 _INCLUDED, _SET_INCLUDED = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_set_dispatch_key_included
 _EXCLUDED, _SET_EXCLUDED = torch._C._dispatch_tls_local_exclude_set, torch._C._dispatch_tls_set_dispatch_key_excluded
+
+
+def _set_attention(on: list[bool]) -> None:
+    for (_, write), each in zip(_ATTENTION, on, strict=True):
+        write(each)
 
 
 def _of_autocast(kind: str) -> list[_Part]:
@@ -145,6 +156,16 @@ _PARTS = [
     *_of_autocast("cpu"),
     *_of_autocast("cuda"),
     _Part("the cache of autocast", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    _Part(
+        "the precision of float32 products",
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    ),
+    _Part(
+        "the kernels of attention",
+        lambda: [read() for read, _ in _ATTENTION],
+        _set_attention,
+    ),
     _Part("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
     _Part(
         "whether algorithms are deterministic",

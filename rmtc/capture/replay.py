@@ -35,12 +35,12 @@ from rmtc.capture.other_sizes import Told, tell
 from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.recorder import Recorder
-from rmtc.capture.restoring import restored
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, is_opaque, is_plain, is_record, told, walk
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.quiet import uncollected
+from rmtc.restoring import restored
 
 __all__ = ["Replayer"]
 

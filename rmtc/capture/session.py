@@ -24,7 +24,6 @@ from rmtc.capture.arguments import Arguments, argument_names, container_attribut
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import traceback_location
 from rmtc.capture.objects import named_leaves
-from rmtc.capture.restoring import restored
 from rmtc.capture.state import (
     Code,
     Slot,
@@ -41,6 +40,7 @@ from rmtc.capture.state import (
 )
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError, raised_by_signal
 from rmtc.quiet import quiet_fakes
+from rmtc.restoring import restored
 
 __all__ = ["Lifted", "Session"]
 
@@ -296,7 +296,7 @@ class Session:
         except Exception as error:
             if raised_by_signal(error):
                 raise
-            traceback.clear_frames(error.__traceback__)  # guards of torch in them set its state once more when they go
+            _clear(error)
             raise translate(error) from error
 
     def _note_drawn(self, before: list[bytes]) -> None:
@@ -349,11 +349,26 @@ def _compiler_flags() -> Iterator[None]:
     """What `torch.export` sets while it runs a forward, so that libraries take their traceable paths."""
     compiler: Any = torch.compiler
     before = compiler._is_compiling_flag, compiler._is_exporting_flag
-    compiler._is_compiling_flag = compiler._is_exporting_flag = True
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         compiler._is_compiling_flag, compiler._is_exporting_flag = before
+
+    with restored(put_back):
+        compiler._is_compiling_flag = compiler._is_exporting_flag = True
+        yield
+
+
+def _clear(error: Exception) -> None:
+    """Clear the frames that an error of a transform of torch.func has come through.
+
+    What it keeps in them sets torch's state once more when it goes, whenever that is.
+    """
+    at = error.__traceback__
+    while at is not None:
+        if "_functorch" in at.tb_frame.f_code.co_filename:
+            traceback.clear_frames(error.__traceback__)
+            return
+        at = at.tb_next
 
 
 def translate(error: Exception) -> RmtcError:

@@ -555,6 +555,7 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
 
     Args:
         roots: values by name: modules, functions, containers, objects. The name ``""`` gives module paths as
+            ``named_parameters`` spells them.
         without: the ids of containers that are not looked into.
     """
     return _walked(roots, without).slots

@@ -36,6 +36,7 @@ from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session, backward_refusal
 from rmtc.capture.state import is_plain
 from rmtc.errors import CaptureError, RefusedError
+from rmtc.passes.remove_regions import writes
 
 __all__ = ["RawTrace", "trace"]
 
@@ -247,7 +248,7 @@ def trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ra
     """
     if not session.writes:
         raw = _trace(session, args, kwargs, functionalize=False)
-        if not _writes(raw.module.graph):
+        if not any(map(writes, raw.module.graph.nodes)):
             return raw
         session.writes = True
     return _trace(session, args, kwargs, functionalize=True)
@@ -324,11 +325,6 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
 def _refuse_backward() -> None:
     if torch._C._current_autograd_node() is not None:
         raise backward_refusal(current_location(3)[0])
-
-
-def _writes(graph: fx.Graph) -> bool:
-    targets = (node.target for node in graph.nodes)
-    return any(isinstance(each, torch._ops.OpOverload) and each._schema.is_mutable for each in targets)
 
 
 def _inner(tensor: torch.Tensor) -> torch.Tensor:

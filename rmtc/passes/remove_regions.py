@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from rmtc.errors import CaptureError, RefusedError, raised_by_signal
 from rmtc.quiet import quiet_fakes
 
-__all__ = ["Autocast", "RemoveRegions", "draws"]
+__all__ = ["Autocast", "RemoveRegions", "draws", "writes"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class RemoveRegions:
 
     Attributes:
         ambient: the caller's autocast.
-        gradients: whether the caller has gradients on.
+        gradients: whether the caller has gradients on, or inference mode, in which nothing requires them.
         reorder_random: whether operations may draw random numbers, in any order.
     """
 
@@ -115,11 +115,18 @@ def _refuse_unknown(node: fx.Node, reorder_random: bool) -> None:
         reason = f"the trace holds {target}, which is no tensor"
         remedy = "keep tensors, numbers and strings in what the forward reads"
     elif not isinstance(target, torch._ops.OpOverload):
-        kind = "a higher-order operator" if isinstance(target, torch._ops.HigherOrderOperator) else "no operator"
-        name = ".".join(filter(None, (getattr(target, "__module__", ""), getattr(target, "__name__", str(target)))))
-        reason = f"{name} is {kind}: what it does to the operations around it is not known"
+        module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", str(target))
+        higher = isinstance(target, torch._ops.HigherOrderOperator)
+        if module.startswith("torch._functorch"):
+            reason = (
+                "the forward uses a transform of torch.func (vmap, jvp, forward-mode gradients), which changes what "
+            )
+            reason += f"the operations inside of it do ({name})"
+        else:
+            reason = f"{module}.{name}".lstrip(".") + f" is {'a higher-order operator' if higher else 'no operator'}: "
+            reason += "what it does to the operations around it is not known"
         remedy = "write what it does as operations on tensors (a batch dimension in place of torch.func.vmap)"
-    elif target._schema.is_mutable:
+    elif writes(node):
         reason = f"{target} writes to its argument and could not be turned into a value"
         remedy = "use the operation that returns a new tensor"
     elif not reorder_random and torch.Tag.nondeterministic_seeded in target.tags and draws(node):
@@ -130,11 +137,29 @@ def _refuse_unknown(node: fx.Node, reorder_random: bool) -> None:
     raise RefusedError(reason, location=node.meta.get("location"), remedy=remedy)
 
 
-def draws(node: fx.Node) -> bool:
-    """Whether an operation that may draw random numbers does: not if it drops nothing, nor out of training."""
+def writes(node: fx.Node) -> bool:
+    """Whether an operation writes to an argument, as its schema says, or as those with running statistics do untold."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target._schema.is_mutable or "functional" in target.name():
+        return bool(target._schema.is_mutable)
+    given = _given(node)
+    trains = any(given.get(name) for name in ("training", "train", "use_input_stats"))
+    return trains and any(given.get(name) is not None for name in ("running_mean", "running_var"))
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    """What an operation is given, by the names in its schema."""
     given = dict[str, Any](node.kwargs)
     for number, each in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         given.setdefault(each.name, node.args[number] if number < len(node.args) else each.default_value)
+    return given
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether an operation that may draw random numbers does: not if it drops nothing, nor out of training."""
+    given = _given(node)
     training = given.get("train", given.get("training"))
     chances = [given.get(name) for name in ("dropout", "dropout_p", *(("p",) if "train" in given else ()))]
     return training is not False and 0 not in chances
@@ -166,13 +191,17 @@ def _refuse_gradients(graph: fx.Graph) -> None:
         elif node.target is operator.getitem:
             if node.args[0] in carried and _differentiable(node):
                 carried[node] = carried[node.args[0]]
-        elif on is not None and node.target is not aten.detach.default and _differentiable(node):
-            if not carried.keys().isdisjoint(node.all_input_nodes):
-                carried[node] = on
+        elif node.target is not aten.detach.default and _differentiable(node):
+            # Past the region's end it may be the same tensor still, written to or cast to what it is.
+            places = [carried[each] or on for each in node.all_input_nodes if each in carried]
+            if place := next(filter(None, places), None):
+                carried[node] = place
 
 
 def _differentiable(node: fx.Node) -> bool:
     """Whether what a node gives may require gradients."""
+    if getattr(node.target, "__name__", "").endswith("_like.default"):
+        return False
     values = tree_leaves(node.meta.get("val"))
     return any(isinstance(each, torch.Tensor) and (each.is_floating_point() or each.is_complex()) for each in values)
 

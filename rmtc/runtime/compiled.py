@@ -25,10 +25,10 @@ from rmtc.capture import open_capture
 from rmtc.capture.arguments import Arguments, argument_names
 from rmtc.capture.own_modes import modes, own_modes
 from rmtc.capture.probe import Sizes
-from rmtc.capture.restoring import outermost, restored
 from rmtc.capture.session import Session
 from rmtc.capture.state import unseen
 from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError, raised_by_signal, user_level
+from rmtc.restoring import outermost, restored
 from rmtc.runtime.backends import Backend, auto
 from rmtc.runtime.guards import ArgumentGuard, alike
 from rmtc.runtime.hooks import call_with_hooks, global_hooks, hook_tables, hooked

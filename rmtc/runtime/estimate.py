@@ -13,7 +13,7 @@ import torch
 from rmtc.analysis import Analysis
 from rmtc.capture import Captured
 from rmtc.capture.probe import Sizes
-from rmtc.errors import RefusedError, RmtcError, VerifyError
+from rmtc.errors import RefusedError, RmtcError, VerifyError, raised_by_signal
 from rmtc.ir.cost import Candidate, CostModel, Work
 from rmtc.ir.program import VIEWS, Op, Program, Src, Val, leaves
 from rmtc.ir.schedule import Schedule
@@ -345,7 +345,9 @@ def _compiles() -> bool:
 
     try:
         cpp_builder.get_cpp_compiler()
-    except (RuntimeError, exc.InvalidCxxCompiler):
+    except (RuntimeError, exc.InvalidCxxCompiler) as error:
+        if raised_by_signal(error):
+            raise
         return False
     return True
 

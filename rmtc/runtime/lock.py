@@ -8,7 +8,8 @@ import os
 import threading
 from collections.abc import Iterator
 
-from rmtc.capture.restoring import restored
+from rmtc.errors import CaptureError
+from rmtc.restoring import restored
 
 __all__ = ["LOCK", "SharedLock"]
 
@@ -20,13 +21,17 @@ class SharedLock:
     """
 
     def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
         self._held: dict[int, int] = {}  # by thread: how often
         self._owner: int | None = None
+        self._renew()
+
+    def _renew(self) -> None:
+        """Leave it to this thread alone: after a fork those that held it are not there, nor what they waited on."""
+        me = threading.get_ident()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._held = {thread: times for thread, times in self._held.items() if thread == me}
+        self._owner = me if self._owner == me else None
 
     @property
     def free(self) -> bool:
@@ -68,6 +73,21 @@ class SharedLock:
                     self._held[me] = self._held.get(me, 0) + 1
             yield got
 
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Hold it alone, to capture.
+
+        Raises:
+            CaptureError: if this thread is in a call that another one waits for to capture.
+        """
+        with self.alone() as alone:
+            if not alone:
+                raise CaptureError(
+                    "this thread is in a compiled call, and another one waits to capture: each would wait for the other",
+                    remedy="explain and analyse models outside of compiled calls",
+                )
+            yield
+
     def _back(self, me: int) -> functools.partial[None]:
         return functools.partial(self._set, me, self._held.get(me, 0), self._owner == me)
 
@@ -87,4 +107,4 @@ LOCK = SharedLock()
 """One for the process: models may share modules, and a capture sets flags of torch that every thread sees."""
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=LOCK._reset)  # the threads that held it are not there
+    os.register_at_fork(after_in_child=LOCK._renew)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmtc.errors import RmtcError
+from rmtc.errors import RmtcError, raised_by_signal
 from rmtc.ir.cost import CostModel
 
 __all__ = ["cost_model", "measure"]
@@ -67,10 +67,14 @@ def _kept(device: torch.device, dtype: torch.dtype, threads: int) -> CostModel:
         file = _home() / name
         return CostModel.from_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError) as error:  # no file, no cost model, no home
+        if raised_by_signal(error):
+            raise
         logger.debug("no cost model in %s: %s", file or name, error)
     try:
         model = measure(device, dtype)
     except (RuntimeError, TypeError, AssertionError) as error:  # no products of this dtype, perhaps, or no such device
+        if raised_by_signal(error):
+            raise
         logger.info("%s on %s could not be measured: %s", dtype, device, error)
         return _FIXED if dtype == torch.float32 else _kept(device, torch.float32, threads)
     if file is None:
@@ -81,6 +85,8 @@ def _kept(device: torch.device, dtype: torch.dtype, threads: int) -> CostModel:
         part.write_text(model.to_json() + "\n", encoding="utf-8")
         part.replace(file)
     except OSError as error:
+        if raised_by_signal(error):
+            raise
         logger.info("the cost model is not kept: %s", error)
     return model
 

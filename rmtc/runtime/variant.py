@@ -20,7 +20,6 @@ from rmtc.capture.effects import Effect
 from rmtc.capture.objects import Kept, Label, Place, Ref, attributes, build, can_be_made
 from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Sizes
-from rmtc.capture.restoring import restored
 from rmtc.capture.session import Session
 from rmtc.capture.state import MISSING, Slot, Snapshot, is_plain, told
 from rmtc.errors import RefusedError, RmtcError, VerifyError, raised_by_signal
@@ -32,6 +31,7 @@ from rmtc.passes.group import run_schedule
 from rmtc.passes.join_products import join_products
 from rmtc.passes.pipeline import LONG, Proven, apart, check_against, rewrite
 from rmtc.passes.prove import remedy
+from rmtc.restoring import restored
 from rmtc.runtime.backends import Backend, Runner, auto, backend_named, kernels_or_torch, name_of
 from rmtc.runtime.estimate import WAYS, Way, as_written, backend_of, best_of, pays, ways
 from rmtc.runtime.executor import Run

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmtc.errors import raised_by_signal
+
 __all__ = ["are_faster", "bind_linear_maps", "linear_maps", "operator", "seconds"]
 
 logger = logging.getLogger(__name__)
@@ -137,6 +139,8 @@ def _kernel(dtype: torch.dtype) -> Callable[..., None] | None:
         library = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",), **own)  # a product and sum are one
         kernel: Any = getattr(library, _KERNELS[dtype])
     except (RuntimeError, OSError, ImportError, AttributeError, TypeError) as error:
+        if raised_by_signal(error):
+            raise
         logger.info("linear maps run as batched products: %s", " ".join(str(error).split())[-300:])
         return None
     kernel.argtypes = [*4 * _TENSOR, *4 * [ctypes.c_int64], ctypes.c_int32, ctypes.c_void_p]

@@ -17,7 +17,7 @@ import torch
 from rmtc.codegen.triton.configs import FILE
 from rmtc.codegen.triton.launch import Launch, Printed, jitted
 from rmtc.codegen.triton.targets import Target
-from rmtc.errors import RmtcError
+from rmtc.errors import RmtcError, raised_by_signal
 from rmtc.ir.array import Array
 from rmtc.passes.fusion_groups import work
 
@@ -137,6 +137,8 @@ def compile_for(launch: Launch, tensors: Mapping[Array, torch.Tensor], target: T
         source = ASTSource(jitted(printed.source.name, printed.source.text), signature, constants, attributes)
         made = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp), options=options)
     except Exception as error:  # whatever the compiler raises
+        if raised_by_signal(error):
+            raise
         raise OfflineError(
             f"{launch.source.name} does not compile for {target.name} with {printed.config}: "
             f"{' '.join(str(error.__cause__ or error).split())[-300:]}",

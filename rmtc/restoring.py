@@ -31,7 +31,7 @@ _thread = _Thread()
 
 @contextmanager
 def restored(put_back: Callable[[], None]) -> Iterator[None]:
-    """Put something back at the end of a block.
+    """Put something back at the end of a block. Blocks of a thread end in the reverse of the order they begin in.
 
     Args:
         put_back: may be called again after it was interrupted, and then does the rest.
@@ -78,11 +78,11 @@ def finish() -> None:
         _put_back(left, 0)
 
 
-def _finish_others() -> None:
-    """Put back what other threads had changed: after a fork they are not there."""
+def _forget_others() -> None:
+    """Forget what other threads had changed: after a fork they are not there, and settings of theirs are not ours."""
     for thread in _lists.keys() - {threading.get_ident()}:
-        _put_back(_lists.pop(thread), 0)
+        del _lists[thread]
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_finish_others)
+    os.register_at_fork(after_in_child=_forget_others)
