@@ -237,7 +237,7 @@ REFUSALS = (
         "A transform inside the forward",
         transform_inside,
         "read(piece",
-        "is no operator",
+        "uses a transform of torch.func",
         "Write the batch dimension out: `torch.tanh(layer(piece) + memories[number][:, None])`. A transform around the "
         "whole call, `torch.func.vmap(model)(texts)`, runs as before, too.",
     ),

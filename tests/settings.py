@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -39,9 +40,15 @@ def settings() -> dict[str, Any]:
     }
 
 
+OF_PROCESS = ("compiling", "module calls")
+"""What a capture in another thread changes for a while."""
+
+
 def changed(before: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What is another setting now, before and after."""
-    return {name: (before[name], now) for name, now in settings().items() if now != before[name]}
+    """What is another setting now, before and after; of the process' only while no other thread runs."""
+    found = {name: (before[name], now) for name, now in settings().items() if now != before[name]}
+    alone = threading.active_count() == 1
+    return {name: each for name, each in found.items() if alone or name not in OF_PROCESS}
 
 
 _CHECKED = """

@@ -246,7 +246,7 @@ def test_running_statistics_that_an_operation_writes_untold(norm: Any) -> None:
 
         def normed(self, layer: Any, piece: Any) -> Any:
             (number,) = [number for number, each in enumerate(self.layers) if each is layer]
-            held = self.norms[number]
+            held: Any = self.norms[number]
             read = torch.nn.functional.batch_norm if norm is nn.BatchNorm1d else torch.nn.functional.instance_norm
             return torch.tanh(layer(read(piece.mT, held.running_mean, held.running_var, None, None, True).mT))
 

@@ -118,10 +118,8 @@ def _refuse_unknown(node: fx.Node, reorder_random: bool) -> None:
         module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", str(target))
         higher = isinstance(target, torch._ops.HigherOrderOperator)
         if module.startswith("torch._functorch"):
-            reason = (
-                "the forward uses a transform of torch.func (vmap, jvp, forward-mode gradients), which changes what "
-            )
-            reason += f"the operations inside of it do ({name})"
+            reason = "the forward uses a transform of torch.func (vmap, jvp, forward-mode gradients), which changes "
+            reason += f"what the operations inside of it do ({name})"
         else:
             reason = f"{module}.{name}".lstrip(".") + f" is {'a higher-order operator' if higher else 'no operator'}: "
             reason += "what it does to the operations around it is not known"

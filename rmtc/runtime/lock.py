@@ -83,7 +83,7 @@ class SharedLock:
         with self.alone() as alone:
             if not alone:
                 raise CaptureError(
-                    "this thread is in a compiled call, and another one waits to capture: each would wait for the other",
+                    "this thread is in a compiled call, and another one waits to capture: each waits for the other",
                     remedy="explain and analyse models outside of compiled calls",
                 )
             yield
