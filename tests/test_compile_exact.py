@@ -238,7 +238,7 @@ def test_armt_of_all_sizes(kind: str, layers: int, wide_casts: None) -> None:
     assert captured_once(pair)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("kind", one_in(2, KINDS))
 def test_armt_without_a_mask(kind: str, armts: Callable[[str, int, str], Pair], wide_casts: None) -> None:
     """Where none is given, transformers attends causally without one."""

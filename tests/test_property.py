@@ -216,6 +216,7 @@ SETTINGS = settings(
 )
 
 
+@pytest.mark.full  # test_fuzz.py draws some for every change
 @pytest.mark.slow
 @settings(SETTINGS, max_examples=EXAMPLES)
 @given(drawn(ASKED))

@@ -295,7 +295,7 @@ def test_an_armt_in_float64(build: Callable[..., Any]) -> None:
     assert (found - wanted).norm() < 1e-12 * wanted.norm()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("build", [LLAMA, pytest.param(*GPT2.values, id="gpt2", marks=pytest.mark.full)])
 def test_an_armt_in_float32(build: Callable[..., Any]) -> None:
     """No further from float64 than eager is, within a small factor; later calls run in memory that stays."""

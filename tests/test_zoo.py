@@ -88,7 +88,7 @@ def assert_close(one: Any, other: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", some(ZOO, KEPT - {"infini"}, pytest.mark.full))
+@pytest.mark.parametrize("name", some(ZOO, KEPT - {"infini", "memformer"}, pytest.mark.full))
 def test_the_dependences_of_the_catalogue(name: str) -> None:
     entry, answer = ZOO[name], found(name).answer
     assert answer.reason is None or entry.why in answer.reason
