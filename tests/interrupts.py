@@ -69,8 +69,8 @@ class Kept(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-        self.memory = nn.Buffer(torch.randn(3, 1, 4))
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.memory = nn.Buffer(torch.randn(2, 1, 4))
         self.last: list[Tensor] = [torch.zeros(1, 4)]
         self.double()
 
@@ -107,7 +107,7 @@ class Rebound(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(8, 4)
-        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
         self.double()
 
     def forward(self, text: Tensor) -> dict[str, Tensor]:

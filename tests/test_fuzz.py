@@ -23,6 +23,8 @@ import rmtc
 from rmtc.runtime.executor import Executor, Run
 from rmtc.runtime.variant import Variant
 
+pytestmark = pytest.mark.slow
+
 MODELS = (0, 2, 5, 7, 9, 11, 13, 17)
 """Numbers of models of seed 0, of which two calls take one or two seconds."""
 

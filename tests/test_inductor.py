@@ -134,7 +134,7 @@ def test_guards_of_operands_and_of_the_whole_process_stay() -> None:
     assert [kind for kind, keep in zip(kinds, kept, strict=True) if keep] == kinds[::2]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_another_number_of_threads_is_seen() -> None:
     twins = Twins(lambda: Layered(three), schedule="shortest", backend="inductor")
     twins.call(text(7, 2, SEGMENT))

@@ -449,7 +449,8 @@ def mutated(draw: st.DrawFn, texts: list[str]) -> str:
     return text
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=50, deadline=None)
 @given(mutated(VALID_NOTATIONS))
 def test_mutated_notations_end_soon(text: str) -> None:
     found = soon(lambda: Schedule.parse(text), 3.0, 300)
@@ -459,7 +460,8 @@ def test_mutated_notations_end_soon(text: str) -> None:
         assert Schedule.parse(found.notation) == found
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=50, deadline=None)
 @given(mutated(VALID_SPELLINGS), st.sampled_from([1, 4, 64, 10**9]), st.sampled_from([1, 64, 10**8, 10**12]))
 def test_mutated_distances_end_soon(text: str, layers: int, segments: int) -> None:
     found = soon(lambda: rmtc.study(text, layers=layers, segments=segments), 10.0, 500)

@@ -376,7 +376,7 @@ def test_another_precision_is_another_capture() -> None:
     assert rmtc.stats(pair.fast).fallbacks == {}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_armt_under_autocast() -> None:
     model, (ids,) = armt_gpt2.build(**SIZES)
     given = {"input_ids": ids[:, :-1], "labels": ids[:, :-1]}

@@ -289,8 +289,6 @@ FOUND: dict[str, Choices] = {
 KEPT = {
     "a buffer, three segments old",
     "branches while it fills",
-    "attention to what is two segments old",
-    "what layers read has other sizes",
 }
 """Those that run for every change."""
 

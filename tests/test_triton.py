@@ -188,7 +188,7 @@ def test_each_kernel_is_what_torch_computes(build: Callable[..., Any], dtype: to
     assert kernels == 27
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_configurations_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a measurement has found overrides the rules, for kernels of its bucket; results stay what they are."""
     given = emissions(armt_llama.build)[-1]
@@ -331,7 +331,7 @@ LEFT = {"slices of one tensor": "select.int"}
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    some(MODELS, {"slices of one tensor", "attention"}, pytest.mark.full),
+    some(MODELS, {"attention"}, pytest.mark.full),
 )
 def test_models_with_other_memories(name: str) -> None:
     twins = Twins(MODELS[name], schedule="shortest", backend="triton")

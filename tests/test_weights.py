@@ -286,7 +286,7 @@ def test_writes_are_seen_without_a_new_capture(shared: Reader, name: str) -> Non
             parameter.copy_(content)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.full)])
 @pytest.mark.slow
 def test_repacked_weights_are_what_was_written_last(backend: str) -> None:
     model = reader(gradients=True)

@@ -88,7 +88,7 @@ def assert_close(one: Any, other: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", some(ZOO, KEPT - {"infini", "memformer"}, pytest.mark.full))
+@pytest.mark.parametrize("name", some(ZOO, KEPT - {"infini", "memformer", "recurrent memory"}, pytest.mark.full))
 def test_the_dependences_of_the_catalogue(name: str) -> None:
     entry, answer = ZOO[name], found(name).answer
     assert answer.reason is None or entry.why in answer.reason
@@ -115,7 +115,9 @@ def source(file: str, line: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", some([n for n, entry in ZOO.items() if entry.a is not None], KEPT, pytest.mark.full))
+@pytest.mark.parametrize(
+    "name", some([n for n, entry in ZOO.items() if entry.a is not None], KEPT - {"infini"}, pytest.mark.full)
+)
 def test_results_and_state_are_those_of_eager(name: str) -> None:
     it, entry = found(name), ZOO[name]
     compiled = compiled_of(it.fast)
