@@ -64,6 +64,7 @@ class Analysis:
     probes: list[Captured] = field(default_factory=list)
 
     @outermost
+    @LOCK.capturing()
     @undisturbed()
     @uncollected()
     def admit(self, sizes: Sizes) -> None:

@@ -21,10 +21,8 @@ from rmtc.passes.pipeline import passes, retime_loop
 from rmtc.passes.prove import remedy
 from rmtc.passes.strip_mine import strips
 from rmtc.passes.summary import class_summaries
-from rmtc.restoring import outermost
 from rmtc.runtime.backends import nearest
 from rmtc.runtime.estimate import candidates, kind_named, ways
-from rmtc.runtime.lock import LOCK
 
 __all__ = ["dump", "explain", "explanation_of"]
 
@@ -82,9 +80,8 @@ def explain(
     if target is not None and target not in TARGETS:
         raise ValueError(f"there is no target {target!r}{nearest(target, list(TARGETS))}")
 
-    @outermost
     def call(*args: Any, **kwargs: Any) -> Explanation:
-        with LOCK.capturing(), own_modes(function):
+        with own_modes(function):
             return _explanation(function, args, kwargs, layers, segment_length, segments, always, target)
 
     return call

@@ -27,7 +27,6 @@ from torch.fx.experimental.proxy_tensor import (
     _ProxyTensor,
 )
 
-from rmtc.capture.ambient import undisturbed
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.effects import Effect, find_effects
 from rmtc.capture.fakes import Fakes
@@ -254,7 +253,6 @@ def trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ra
     return _trace(session, args, kwargs, functionalize=True)
 
 
-@undisturbed()
 def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], functionalize: bool) -> RawTrace:
     inputs: dict[Path, torch.Tensor] = {}
     arguments = Arguments(args, kwargs, session.arguments.names)
