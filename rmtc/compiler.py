@@ -98,7 +98,8 @@ def compile(
             first two which is estimated to be clearly faster for long calls, with ``schedule="best"``, and else
             ``"torch"``: ``rmtc.stats(model).last_run.backend`` names it. Or a callable that takes a
             :class:`rmtc.ir.wavefront.WavefrontProgram` and its weights and returns a runner.
-        strict: raise :class:`RefusedError` or :class:`CaptureError` in place of running as before.
+        strict: raise :class:`RefusedError` or :class:`CaptureError` in place of running as before. Any other exception
+            of a capture or a scheduled run comes as an :class:`RmtcError` with its cause chained.
         disable: return ``model`` as it is.
         recompile_limit: how many captures may be made anew because a call differs from those before in what a capture
             depends on, and how many because weights were replaced or cast; further ones run as before.

@@ -6,13 +6,15 @@ import contextlib
 import copy
 import importlib
 import itertools
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from models import SEGMENTS, WIDTH, Associative, Buffered
+from held import one_in
+from models import SEGMENT, SEGMENTS, WIDTH, Associative, Buffered
 from models import text as text_of_floats
 from picture import Picture
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ FIRST = {
     "planning weights": ("rmtc.runtime.weights", "_names", 1),
     "guards of arguments": ("rmtc.runtime.variant", "ArgumentGuard", 0),
     "guards of state": ("rmtc.runtime.variant", "StateGuard", 0),
+    "keys of calls": ("rmtc.runtime.compiled", "Compiled._key", 1),
     "finding the user's code": ("rmtc.capture.session", "user_code", 0),
     "moving weights": ("rmtc.runtime.weights", "from_dlpack", 2),
     "moved weights": ("rmtc.runtime.weights", "Weights.move", 0),
@@ -42,10 +45,12 @@ LATER = {
     "state guard": ("rmtc.runtime.state_guard", "StateGuard.differs", 0),
     "arguments": ("rmtc.runtime.compiled", "Compiled._arguments", 0),
     "hooks": ("rmtc.runtime.compiled", "hooked", 0),
+    "what places held": ("rmtc.runtime.variant", "Variant.entry", 0),
     "replay": ("rmtc.analysis", "Analysis.admit", 0),
     "planning": ("rmtc.runtime.executor", "plan_run", 0),
     "the first launch": ("rmtc.runtime.executor", "_Walk._launch", 0),
     "a later launch": ("rmtc.runtime.executor", "_Walk._launch", 1),
+    "the makespan": ("rmtc.runtime.variant", "Variant.makespan", 0),
     "results": ("rmtc.analysis", "Analysis.result", 0),
     "the first effect": ("rmtc.capture.effects", "Effect.apply", 0),
     "a later effect": ("rmtc.capture.effects", "Effect.apply", 1),
@@ -137,6 +142,17 @@ def state(model: nn.Module) -> list[Any]:
     return [*model.buffers(), *(layer.memory for layer in model.layers), *getattr(model, "recent", [])]  # type: ignore[union-attr]
 
 
+class Embedded(Associative):
+    """Its text is of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(2, WIDTH)
+        self.embedding = nn.Embedding(5, WIDTH)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return super().forward(self.embedding(numbers))
+
+
 KINDS: dict[str, Callable[[], Exception]] = {
     "unknown": lambda: Injected("injected"),
     "known": lambda: rmtc.RefusedError("injected"),
@@ -176,14 +192,12 @@ def test_a_fault_at_any_stage(stage: str, kind: str, monkeypatch: pytest.MonkeyP
 
     before, weights = seen(strict), [each.clone() for each in strict.parameters()]
     broken = fault({**FIRST, **LATER}[stage], KINDS[kind](), monkeypatch)
-    with broken as raised, pytest.raises((rmtc.RmtcError, Injected), match="injected") as caught:
+    with broken as raised, pytest.raises(rmtc.RmtcError, match="injected") as caught:
         strict(hidden)
     assert raised[0]
-    if kind == "unknown" and isinstance(caught.value, Injected):  # of a run: it may be the user's own
-        assert stage not in ("capturing", "rewrite", "replay")
-        assert any("report it" in note for note in caught.value.__notes__)
-    elif kind == "unknown":
-        assert "an error inside rmtc" in str(caught.value) and isinstance(caught.value.__cause__, Injected)
+    if kind == "unknown":
+        assert isinstance(caught.value.__cause__, Injected) and "report" in str(caught.value.remedy)
+        assert re.search("an error inside rmtc|the run by the schedule failed", caught.value.reason)
     assert not changed(before, seen(strict))
     assert all(map(torch.equal, strict.parameters(), weights))
 
@@ -210,6 +224,49 @@ def test_a_fault_at_any_stage(stage: str, kind: str, monkeypatch: pytest.MonkeyP
     same(fast(hidden), model(hidden))
     same(state(fast), state(model))
     assert rmtc.stats(fast).runs == 1 and not rmtc.stats(fast).fallbacks
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+CLASSES = (KeyError, RuntimeError, RecursionError, MemoryError, AssertionError, Unprintable)
+STAGES = {
+    **{stage: FIRST[stage] for stage in ("capturing", "keys of calls")},
+    **{stage: LATER[stage] for stage in LATER if stage != "the first launch"},
+}
+
+
+@pytest.mark.parametrize("stage", one_in(4, STAGES))
+def test_strict_raises_nothing_but_rmtcs_errors(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Written().double()
+    strict = rmtc.compile(copy.deepcopy(model), strict=True)
+    for segments, kind in enumerate(CLASSES, 5):
+        if stage in LATER:
+            same(strict(text(4)), model(text(4)))
+        error = kind("injected")
+        with fault(STAGES[stage], error, monkeypatch) as raised, pytest.raises(rmtc.RmtcError) as caught:
+            strict(text(segments))
+        assert raised[0] and caught.value.__cause__ is error and kind.__name__ in caught.value.reason
+    same(strict(text(4)), model(text(4)))
+    same(state(strict), state(model))
+
+
+def test_strict_raises_what_the_users_code_raises_as_one_of_ours() -> None:
+    """Of a run: an index that is not there."""
+    model = Embedded().double()
+    strict = rmtc.compile(copy.deepcopy(model), strict=True, schedule="shortest")
+    numbers = torch.arange(4 * SEGMENT).remainder(5)[None]
+    same(strict(numbers), model(numbers))
+    numbers[0, 3] = 7
+    for _ in range(5):
+        with pytest.raises(IndexError):
+            model(numbers)
+        with pytest.raises(rmtc.RmtcError, match=r"the run by the schedule failed.*IndexError") as caught:
+            strict(numbers)
+    assert "rmtc.disabled(model)" in str(caught.value.remedy)
 
 
 @pytest.mark.slow

@@ -428,3 +428,39 @@ def test_layers_whose_weights_are_tied_are_no_layers_of_parts(schedule: str) -> 
     for segments, tail in ((6, SEGMENT), (9, 2)):
         twins.call(text(segments, 2, tail))
     assert rmtc.stats(twins.fast).runs == 2
+
+
+class Tabled(Stack):
+    """Each segment reads some rows of a table; of a long text the last segments find fewer, or none."""
+
+    table: Tensor
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(rows, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, pieces = zeros(len(x)), []
+        for start in range(0, x.shape[1], SEGMENT):
+            piece = x[:, start : start + SEGMENT]
+            for number in range(LAYERS):
+                rows = self.table[start : start + SEGMENT + 2]
+                piece, memories[number] = self.cell(number, piece + rows.sum(0), memories[number])
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("schedule", ["shortest", "fission"])
+def test_a_slice_past_the_end_of_its_tensor(schedule: str) -> None:
+    twins = Twins(lambda: Tabled(5 * SEGMENT + 2), schedule=schedule)
+    for tail in (SEGMENT, 2):
+        twins.call(text(5, 2, tail))
+    twins.call(text(6, 2, 2))  # a shorter segment, which runs by itself, may have fewer rows
+    assert rmtc.stats(twins.fast).runs == 3
+    for segments in (6, 9):
+        with pytest.raises(rmtc.RefusedError, match=r"segment 5 .* sum.*works on \[2, 4\] after \[6, 4\]"):
+            twins.call(text(segments, 2))
+    rmtc.compile(twins.owner, schedule=schedule)
+    with pytest.warns(rmtc.FallbackWarning, match=r"works on \[2, 4\] after \[6, 4\]"):
+        torch.testing.assert_close(twins.owner(text(9, 2)), twins.twin(text(9, 2)))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from rmtc.errors import Location, RefusedError
 
@@ -47,7 +48,8 @@ class Event:
         operands: references to tensors; nested tuples for lists of them.
         inner: the events of a layer's call.
         location: the place in the user's code.
-        shapes: those of its results, which may be others in every segment.
+        shapes: those of its results.
+        given: those of its operands. Both may grow evenly from segment to segment.
     """
 
     token: Any
@@ -56,6 +58,7 @@ class Event:
     inner: list[Event] | None
     location: Location | None
     shapes: tuple[tuple[int, ...], ...] = ()
+    given: tuple[tuple[int, ...], ...] = ()
 
 
 class Pattern(NamedTuple):
@@ -152,6 +155,10 @@ def _advanced(before: Event, event: Event, earlier: Event | None, by: int, beyon
         for a, b, c in zip(earlier.numbers, before.numbers, event.numbers, strict=True):
             if c - b != b - a:
                 return f"{_name(event)} has {c} after {a} and {b}"
+    if earlier is not None and not _even(earlier.given, before.given, event.given):
+        return f"{_name(event)} works on {_sizes(event.given)} after {_sizes(before.given)}"
+    if earlier is not None and not _even(earlier.shapes, before.shapes, event.shapes):
+        return f"{_name(event)} gives {_sizes(event.shapes)} after {_sizes(before.shapes)}"
     if not _moved(before.operands, event.operands, earlier.operands if earlier else None, by, beyond):
         return f"{_name(event)} reads another tensor than {_name(before)} does"
     if event.inner is not before.inner:
@@ -164,6 +171,24 @@ def _advanced(before: Event, event: Event, earlier: Event | None, by: int, beyon
             if why:
                 return f"{_name(event)}: {why}"
     return ""
+
+
+_Shapes: TypeAlias = tuple[tuple[int, ...], ...]
+
+
+def _even(earlier: _Shapes, before: _Shapes, after: _Shapes) -> bool:
+    """Whether shapes go on as they did: those of a slice that reaches past its tensor's end do not."""
+    if earlier == before == after:
+        return True
+    ranks = [[*map(len, each)] for each in (earlier, before, after)]
+    if not ranks[0] == ranks[1] == ranks[2]:
+        return False
+    sizes = zip(*map(itertools.chain.from_iterable, (earlier, before, after)), strict=True)
+    return all(c - b == b - a for a, b, c in sizes)
+
+
+def _sizes(shapes: _Shapes) -> str:
+    return ", ".join(str(list(shape)) for shape in shapes)
 
 
 def _moved(before: Any, after: Any, earlier: Any, by: int, beyond: int) -> bool:

@@ -88,10 +88,11 @@ class Recorder:
         rest: list[Any] = []
         numbers: list[int] = []
         operands: list[Any] = []
-        self._visit(args, rest, numbers, operands)
+        given: list[torch.Size] = []
+        self._visit(args, rest, numbers, operands, given)
         for key, value in kwargs.items():
             rest.append(key)
-            self._visit((value,), rest, numbers, operands)
+            self._visit((value,), rest, numbers, operands, given)
         if len(operands) == 1 and func in VIEWS:
             self.name(out, Viewed((func, tuple(rest)), tuple(numbers), operands[0]))
             return
@@ -100,10 +101,11 @@ class Recorder:
             return
         event = len(self.events)
         location = current_location(2)[0] if self._outer is None else None
-        given = out if isinstance(out, (list, tuple)) else (out,)
-        results = [each for each in given if isinstance(each, torch.Tensor)]
+        made = out if isinstance(out, (list, tuple)) else (out,)
+        results = [each for each in made if isinstance(each, torch.Tensor)]
         shapes = tuple(tuple(each.shape) for each in results)
-        self.events.append(Event((func, tuple(rest)), tuple(numbers), tuple(operands), None, location, shapes))
+        token = func, tuple(rest)
+        self.events.append(Event(token, tuple(numbers), tuple(operands), None, location, shapes, tuple(given)))
         if func._schema.is_mutable:
             for argument, value in zip(func._schema.arguments, args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:
@@ -128,7 +130,14 @@ class Recorder:
                 self.name(piece, Viewed(("piece", (torch.Tensor, int, int, int)), (dim, start, end), base))
                 start = end
 
-    def _visit(self, values: Iterable[Any], rest: list[Any], numbers: list[int], operands: list[Any]) -> None:
+    def _visit(
+        self,
+        values: Iterable[Any],
+        rest: list[Any],
+        numbers: list[int],
+        operands: list[Any],
+        given: list[torch.Size],
+    ) -> None:
         for value in values:
             kind = type(value)
             if kind is int:
@@ -137,13 +146,14 @@ class Recorder:
             elif isinstance(value, torch.Tensor):
                 rest.append(torch.Tensor)
                 operands.append(self._operand(value))
+                given.append(value.shape)
             elif isinstance(value, (list, tuple)):
                 if any(isinstance(item, torch.Tensor) for item in value):  # it may have a tensor of each segment
                     rest.append(list)
                     operands.append(tuple(map(self._operand, value)))
                 else:
                     rest.append(len(value))
-                    self._visit(value, rest, numbers, operands)
+                    self._visit(value, rest, numbers, operands, given)
             elif kind in _NUMBERS:
                 rest.append((kind, repr(value)))  # 1.0 and True are equal, and so are 0.0 and -0.0
             else:

@@ -46,9 +46,6 @@ _RUNS = 3  # a run that failed for some sizes is tried that often in all
 _CAPTURES = 2  # and a capture that an error inside rmtc ended
 _LOOKS = 8  # in one of so many short calls it is seen whether the model has changed
 _ROUNDS = 8  # other threads may change the model between what is decided and what is done
-_IN_A_RUN = (
-    "in a run by the schedule of rmtc: if the call does not raise this under rmtc.disabled(model), report it, please"
-)
 _PROBES = 32  # calls of other structures that turned out to be of one segment
 
 
@@ -266,12 +263,10 @@ class Compiled:
                     try:
                         return self._run(decision, time.perf_counter() - start)
                     except Exception as error:
-                        if raised_by_signal(error):
+                        if raised_by_signal(error) or (self.options.strict and isinstance(error, RmtcError)):
                             raise
                         if self.options.strict:
-                            if not isinstance(error, RmtcError):
-                                error.add_note(_IN_A_RUN)
-                            raise
+                            raise _failed(error) from error
                         return self._after_failure(decision, error, before, args, kwargs)
                 if (inside and not isinstance(decision, _Eager)) or (isinstance(decision, _Admit) and rounds > _ROUNDS):
                     decision = _Eager()
@@ -280,10 +275,15 @@ class Compiled:
             captured = captured or isinstance(decision, _Capture)
             rounds += 1
             with LOCK.alone() as alone:
-                if alone:
-                    broken = self._work(decision, arguments)
-                else:
+                if not alone:
                     inside = True
+                    continue
+                try:
+                    broken = self._work(decision, arguments)
+                except Exception as error:
+                    if raised_by_signal(error) or (self.options.strict and isinstance(error, RmtcError)):
+                        raise
+                    broken = self._broken("what surrounds a capture", error)
 
     def run_once(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that is ready by its schedule, whatever modes are on: for those who want to watch it.
@@ -485,6 +485,7 @@ class Compiled:
 
     def _run(self, decision: _Run, guard_seconds: float) -> Any:
         variant, sizes = decision.variant, decision.ready.sizes
+        makespan = variant.makespan(sizes.segments)  # before anything is written: what fails later runs twice
         result, run = variant.run(decision.ready)
         schedule = variant.program.schedule
         with self._counts:
@@ -497,7 +498,7 @@ class Compiled:
                 steps=run.steps,
                 parts=max(schedule.parts, default=1),
                 sequential_steps=sizes.segments * schedule.layers,
-                makespan=variant.makespan(sizes.segments),
+                makespan=makespan,
                 groups=run.groups,
                 widths=run.widths,
                 guard_seconds=guard_seconds,
@@ -676,6 +677,15 @@ class Compiled:
         if not variant.weights.in_place(values):
             variant.weights.move(values)
         return variant
+
+
+def _failed(error: Exception) -> RmtcError:
+    """For a run that ended in an exception, of rmtc's own making or for what the user's values are."""
+    return RmtcError(
+        f"the run by the schedule failed: {brief(error)}",
+        remedy="call the model under rmtc.disabled(model): if it raises there, too, the call is mistaken; else report "
+        "this, please",
+    )
 
 
 def _sentence(decision: _Eager) -> str:

@@ -597,8 +597,11 @@ def _refuse_lost(capture: Capture) -> None:
 
 
 def brief(error: Exception) -> str:
-    """An exception in a line."""
-    what = error.reason if isinstance(error, RmtcError) else str(error)
+    """Print an exception in a line."""
+    try:
+        what = error.reason if isinstance(error, RmtcError) else str(error)
+    except Exception:  # noqa: BLE001 (an exception of the user's that cannot be printed)
+        what = ""
     return f"{type(error).__name__}: {what}".strip().splitlines()[0]
 
 
