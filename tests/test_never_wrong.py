@@ -464,3 +464,27 @@ def test_a_slice_past_the_end_of_its_tensor(schedule: str) -> None:
     rmtc.compile(twins.owner, schedule=schedule)
     with pytest.warns(rmtc.FallbackWarning, match=r"works on \[2, 4\] after \[6, 4\]"):
         torch.testing.assert_close(twins.owner(text(9, 2)), twins.twin(text(9, 2)))
+
+
+class LayerByLayer(Stack):
+    """Each layer reads the whole text: what a segment adds to the memory before it belongs to that one's operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = list(x.split(SEGMENT, dim=1))
+        for layer in self.layers:
+            memory, done = zeros(len(x))[0], []
+            for piece in pieces:
+                piece = torch.tanh(layer(piece + piece.amax(1, keepdim=True) + memory[:, None]))
+                memory = piece.mean(1)
+                done.append(piece)
+            pieces = done
+        return torch.cat(pieces, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("schedule", ["shortest", "fission"])
+def test_the_last_segment_runs_nothing_of_a_segment_after_it(schedule: str) -> None:
+    twins = Twins(LayerByLayer, schedule=schedule)
+    for segments, batch in ((5, 2), (8, 3), (2, 2)):
+        twins.call(text(segments, batch))
+    assert rmtc.stats(twins.fast).runs == 3

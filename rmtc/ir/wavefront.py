@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from rmtc.ir.program import Src, leaves
+from rmtc.ir.program import Src, leaves, map_leaves
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import BodyOp, Fit, Item, Outer, Row, SegmentLoop
 
@@ -113,11 +113,14 @@ class Body:
     results: tuple[int, ...]
     positions: Mapping[Member, Mapping[int, int]]
 
-    def without(self, unread: Iterable[int]) -> Body:
-        """The body without the operations that only some of its results need.
+    def without(self, unread: Iterable[int]) -> tuple[Body, list[int]]:
+        """The body without the operations and inputs that only some of its results need.
 
         Args:
             unread: the places of these results; others stand there.
+
+        Returns:
+            The body, and for each of its inputs its place among those of this one.
         """
         dead = frozenset(unread)
         read = [number for place, number in enumerate(self.results) if place not in dead]
@@ -126,9 +129,20 @@ class Body:
             if number in live:
                 op = ops[number] = self.ops[number]
                 live |= {leaf.number for leaf in leaves(op.args) if isinstance(leaf, Local)}
-        results = tuple(read[0] if place in dead else number for place, number in enumerate(self.results) if read)
-        name = f"{self.name}_without_{'_'.join(map(str, sorted(dead)))}"
-        return replace(self, name=name, ops=dict(reversed(ops.items())), results=results)
+        given = {leaf.number for op in ops.values() for leaf in leaves(op.args) if isinstance(leaf, Input)}
+        places = {number: place for place, number in enumerate(sorted(given))}
+
+        def moved(leaf: Any) -> Any:
+            return Input(places[leaf.number]) if isinstance(leaf, Input) else leaf
+
+        ops = {number: replace(op, args=map_leaves(op.args, moved)) for number, op in reversed(ops.items())}
+        return replace(
+            self,
+            name=f"{self.name}_without_{'_'.join(map(str, sorted(dead)))}",
+            ops=ops,
+            inputs=tuple(self.inputs[number] for number in places),
+            results=tuple(read[0] if place in dead else number for place, number in enumerate(self.results) if read),
+        ), list(places)
 
     def __str__(self) -> str:
         lines = [f"{self.name} ({self.stage} of {_members(self.members)}):"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rmtc.ir.program import Src, leaves
 from rmtc.ir.schedule import Cell, Group, Schedule
@@ -57,7 +57,7 @@ class Launch:
         body: the body.
         step: the step it belongs to.
         cells: the cells, by layer.
-        short: whether they are of a shorter last segment.
+        short: whether they are of a last segment that is shorter, or in which only what is read may run.
         inputs: for each input of the body, what it is put together from.
         numbers: for each number of the body, what it is in each cell.
         grouped: whether what it reads and makes has a group axis: of a body for one cell at a time, it has not.
@@ -116,6 +116,12 @@ def _capped(cells: list[Cell], width: int | None) -> Iterator[list[Cell]]:
     yield from (cells[start : start + width] for start in range(0, len(cells), width))
 
 
+def _of_segment(leaf: Any) -> bool:
+    """Whether an operand is an integer, or an item of a list, that depends on the segment."""
+    value = leaf.number if isinstance(leaf, Item) else leaf
+    return isinstance(value, Fit) and any("s" in names for names, _ in value.terms)
+
+
 def plan_run(program: WavefrontProgram, segments: int, batch: int, tail: int) -> Plan:
     """Lay out a run.
 
@@ -145,6 +151,7 @@ class _Planner:
         self.launches: list[Launch] = []
         self.last_read: dict[int, int] = {}
         self.wanted = self._wanted()
+        self.unfit = self._unfit()
         self.makers: dict[tuple[int, int], tuple[int, int]] = {}  # by row and operation: the layer, and which one of it
         self.orders: dict[int, dict[int, int]] = {}  # of the layers of each body, by its id
         self.results: dict[tuple[int, Member], list[tuple[int, int]]] = {}  # of a body: those that any segment keeps
@@ -182,17 +189,18 @@ class _Planner:
         return Plan(launches, begun, widths, replace(self.schedule, segments=self.segments))
 
     def _drop_unread(self) -> None:
-        """A last segment that is shorter runs only what is read: the rest may not be fit for its length."""
+        """Let the cells that run apart in the last segment run only what is read: the rest may not be fit for it."""
         read: dict[int, set[int]] = {}
-        for launch in self.launches:
+        for number, launch in reversed(list(enumerate(self.launches))):
+            live = {position for _, position, _ in launch.kept} | read.get(number, set())
+            unread = set(range(len(launch.body.results))) - live
+            if launch.short and unread:
+                body, inputs = launch.body.without(unread)
+                launch = replace(launch, body=body, inputs=tuple(launch.inputs[place] for place in inputs))
+                self.launches[number] = launch
             for piece in itertools.chain.from_iterable(launch.inputs):
                 if isinstance(piece, (Part, Copied)):
                     read.setdefault(piece.launch, set()).add(piece.result)
-        for number, launch in enumerate(self.launches):
-            kept = {position for _, position, _ in launch.kept} | read.get(number, set())
-            unread = set(range(len(launch.body.results))) - kept
-            if launch.short and unread:
-                self.launches[number] = replace(launch, body=launch.body.without(unread))
 
     def _wanted(self) -> set[Key]:
         """The operations that are read after the loop."""
@@ -206,6 +214,24 @@ class _Planner:
                 found |= {Key(at, leaf.number[min(at, len(leaf.number) - 1)]) for at in range(self.segments)}
         return found
 
+    def _unfit(self) -> set[int]:
+        """The layers in which the last segment must not run what nothing reads: its integers may be of no such segment.
+
+        A loop reads the text of segment s + 1 at the end of segment s. The last segment has no such text to read.
+        """
+        last = self.segments - 1
+        ops, layout = self.loop.row(last), self.loop.layout(last)
+        own = [{leaf.number for leaf in leaves(op.args) if isinstance(leaf, Row) and leaf.back == 0} for op in ops]
+        read = {key.number for key in self.wanted if key.segment == last}
+        for number in reversed(range(len(ops))):
+            if number in read:
+                read |= own[number]
+        unfit = set[int]()
+        for number, op in enumerate(ops):
+            if number not in read and (not unfit.isdisjoint(own[number]) or any(map(_of_segment, leaves(op.args)))):
+                unfit.add(number)
+        return {layout.layer_of(number) for number in unfit}
+
     def _row(self, segment: int) -> int:
         return min(segment, len(self.loop.rows))
 
@@ -216,7 +242,8 @@ class _Planner:
         return layout.epilogue[0] if cell.layer >= self.loop.layers else layout.layers[cell.layer][0]
 
     def _short(self, cell: Cell) -> bool:
-        return cell.segment == self.segments - 1 and self.tail != self.loop.segment_length
+        shorter = self.tail != self.loop.segment_length
+        return cell.segment == self.segments - 1 and (shorter or cell.layer in self.unfit)
 
     def _runs(self, groups: tuple[Group, ...]) -> Iterator[tuple[Body, tuple[Cell, ...]]]:
         """What runs at once in a step, in order: cells of one body and length, their layers evenly spaced."""

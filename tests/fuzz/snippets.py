@@ -193,7 +193,9 @@ OPS: dict[str, Op] = {
     ),
     "linspace": Op("x = x * torch.linspace(0.5, 1, WIDTH, dtype=x.dtype)"),
     "in place": Op("h = torch.tanh(x)\nh[..., :2] += 1\nh[:, -1].mul_(0.5)\nh.add_(x)\nx = h"),
-    "in place view": Op("h = x.clone()\nh.view(x.shape[0], -1, 4)[..., 1].sigmoid_()\nx = h"),
+    "in place view": Op(
+        "h = x.clone(memory_format=torch.contiguous_format)\nh.view(x.shape[0], -1, 4)[..., 1].sigmoid_()\nx = h"
+    ),
     "in place on weights' copy": Op(
         "w = self.copied.clone()\nw.fill_diagonal_(0)\nx = x + x @ w", "self.copied = weight(WIDTH, WIDTH)"
     ),
