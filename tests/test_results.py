@@ -155,7 +155,7 @@ class Recurrent(Giving):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("kind", [nn.GRU, pytest.param(nn.LSTM, marks=pytest.mark.full)])
 def test_recurrent_modules_of_torch(kind: type[nn.GRU | nn.LSTM]) -> None:
     twins = Twins(lambda: Recurrent(kind, 0.0), segment_length=SEGMENT)
     references = [[*reader._flat_weight_refs] for reader in twins.owner.readers]

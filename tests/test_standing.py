@@ -377,7 +377,7 @@ def test_which_masks_are_known() -> None:
 @pytest.mark.parametrize("faster", one_in(2, [True, False]))
 def test_a_mask_that_each_call_makes_anew_is_causal(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "is_faster", lambda *args: faster)
-    sizes: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 6, "memory": 2, "segments": 6}
+    sizes: dict[str, Any] = {"layers": 2, "width": 8, "heads": 2, "segment": 6, "memory": 2, "segments": 6}
     (eager, args), (model, _) = armt_llama.build(**sizes), armt_llama.build(**sizes)
     fast = rmtc.compile(model, schedule="shortest", strict=True)
     with torch.no_grad():

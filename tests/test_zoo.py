@@ -173,7 +173,7 @@ def test_titans_has_no_loop_over_segments() -> None:
     assert "titans_pytorch" in raised.value.location.file
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_memory_of_titans_takes_gradients() -> None:
     pytest.importorskip("titans_pytorch")
     entry = NO_LOOP["titans memory"]
