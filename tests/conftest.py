@@ -121,3 +121,8 @@ def runs_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def pytest_collection_finish() -> None:
     """Let no collection go over what is there for good: what was imported, and the tests."""
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let Python free what it can at its end."""
+    gc.unfreeze()
