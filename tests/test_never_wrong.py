@@ -488,3 +488,37 @@ def test_the_last_segment_runs_nothing_of_a_segment_after_it(schedule: str) -> N
     for segments, batch in ((5, 2), (8, 3), (2, 2)):
         twins.call(text(segments, batch))
     assert rmtc.stats(twins.fast).runs == 3
+
+
+class OneBias(Stack):
+    """The layers share a bias, whose dtype the memory takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.updates = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        for layer in self.layers:
+            layer.bias = self.layers[0].bias
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories = [self.layers[0].bias.new_zeros(len(x), 1, WIDTH) for _ in range(LAYERS)]
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece + memories[number]))
+                context = torch.cat([memories[number], piece], dim=1)
+                query = self.updates[number](memories[number])
+                memories[number] = memories[number] + nn.functional.scaled_dot_product_attention(
+                    query, context, context
+                )
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+@torch.no_grad()
+def test_segments_without_a_parameter_of_one_layer_are_refused() -> None:
+    model = OneBias()
+    twin = copy.deepcopy(model)
+    rmtc.compile(model, schedule="shortest")
+    with pytest.warns(rmtc.FallbackWarning, match="some segments use no parameter of their own"):
+        torch.testing.assert_close(model(text(4, 1)), twin(text(4, 1)))

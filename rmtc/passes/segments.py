@@ -74,16 +74,13 @@ def find_segments(
         anchors = {place[i]: s for i, s in anchors.items()}
         inner = {place[i]: layer for i, layer in inner.items()}
     chosen = set(inner or anchors)
+    _check_told_apart(anchors, chosen, segments)
     program, moved, shared = _gather(program, use, anchors, chosen, segments)
     place = {old: new for new, old in enumerate(moved)}
     anchors = {place[i]: s for i, s in anchors.items() if i not in shared}
     chosen = {place[i] for i in chosen if i not in shared}
     inner = {place[i]: layer for i, layer in inner.items() if i not in shared}
-    if {anchors[i] for i in chosen} != set(range(segments)):
-        raise CaptureError(
-            "some segments use no parameter of their own, so they cannot be told apart",
-            remedy="is this a loop over segments? pass layers=... to name the list of layers",
-        )
+    _check_told_apart(anchors, chosen, segments)
     names = [use.names[i] for i in moved]
     first = [min(i for i in chosen if anchors[i] == s) for s in range(segments)]
     last = [max(i for i in chosen if anchors[i] == s) for s in range(segments)]
@@ -122,6 +119,15 @@ def find_segments(
     order = before + [i for row in members for i in row] + after
     sizes = [len(before), *(len(row) for row in members)]
     return Segmented(reorder(program, order), [sum(sizes[: s + 1]) for s in range(segments + 1)])
+
+
+def _check_told_apart(anchors: dict[int, int], chosen: set[int], segments: int) -> None:
+    """Check that each segment has an anchor among those chosen."""
+    if {anchors[i] for i in chosen} != set(range(segments)):
+        raise CaptureError(
+            "some segments use no parameter of their own, so they cannot be told apart",
+            remedy="is this a loop over segments? pass layers=... to name the list of layers",
+        )
 
 
 def _with_parts(program: Program, rows: list[list[int]]) -> list[list[int]]:
