@@ -496,12 +496,13 @@ class OneBias(Stack):
     def __init__(self) -> None:
         super().__init__()
         self.updates = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.bias = nn.Parameter(torch.randn(WIDTH))
         for layer in self.layers:
-            layer.bias = self.layers[0].bias
+            layer.bias = self.bias
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        memories = [self.layers[0].bias.new_zeros(len(x), 1, WIDTH) for _ in range(LAYERS)]
+        memories = [self.bias.new_zeros(len(x), 1, WIDTH) for _ in range(LAYERS)]
         pieces = []
         for piece in x.split(SEGMENT, dim=1):
             for number, layer in enumerate(self.layers):
@@ -522,3 +523,23 @@ def test_segments_without_a_parameter_of_one_layer_are_refused() -> None:
     rmtc.compile(model, schedule="shortest")
     with pytest.warns(rmtc.FallbackWarning, match="some segments use no parameter of their own"):
         torch.testing.assert_close(model(text(4, 1)), twin(text(4, 1)))
+
+
+class OfFourSegments(Cells):
+    """Ends the process where a text is longer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > 4 * SEGMENT:
+            raise SystemExit("the text is too long")
+        return super().forward(x)
+
+
+@torch.no_grad()
+def test_an_exit_that_only_longer_texts_take_ends_nothing() -> None:
+    model = OfFourSegments(one_of_two).double()
+    twin = copy.deepcopy(model)
+    rmtc.compile(model, schedule="shortest")
+    with pytest.warns(rmtc.FallbackWarning, match="SystemExit: the text is too long"):
+        torch.testing.assert_close(model(text(4, 1)), twin(text(4, 1)))
+    with pytest.raises(SystemExit, match="too long"):
+        model(text(5, 1))

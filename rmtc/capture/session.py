@@ -293,7 +293,7 @@ class Session:
                 return result
         except RmtcError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a longer text may be one for which the code ends the process
             if raised_by_signal(error):
                 raise
             _clear(error)
@@ -358,7 +358,7 @@ def _compiler_flags() -> Iterator[None]:
         yield
 
 
-def _clear(error: Exception) -> None:
+def _clear(error: Exception | SystemExit) -> None:
     """Clear the frames that an error of a transform of torch.func has come through.
 
     What it keeps in them sets torch's state once more when it goes, whenever that is.
@@ -371,7 +371,7 @@ def _clear(error: Exception) -> None:
         at = at.tb_next
 
 
-def translate(error: Exception) -> RmtcError:
+def translate(error: Exception | SystemExit) -> RmtcError:
     """An exception of the user's code under stand-ins as one of ours."""
     location = traceback_location(error.__traceback__)
     text = f"{type(error).__name__}: {error}".strip()
