@@ -346,6 +346,38 @@ def test_refusals_are_looked_at_again_when_the_model_changes() -> None:
     assert rmtc.stats(fast).runs == 1
 
 
+class Tabled(Stack):
+    """Keeps a table for each length of a segment that it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: dict[int, Tensor] = {}
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        memories, outputs = [hidden.new_zeros(len(hidden), WIDTH) for _ in self.layers], []
+        for piece in hidden.split(SEGMENT, dim=1):
+            length = piece.shape[1]
+            if length not in self.tables:
+                self.tables[length] = torch.arange(length, dtype=hidden.dtype)[:, None].cos()
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) * self.tables[length] + memories[number][:, None])
+                memories[number] = piece.mean(1)
+            outputs.append(piece)
+        return torch.cat(outputs, 1)
+
+
+@pytest.mark.slow
+def test_a_short_last_segment_that_is_refused_stops_no_other_call() -> None:
+    model, fast = compiled(Tabled())
+    for given in (text(), text()):
+        same(fast(given), model(given))
+    with pytest.warns(rmtc.FallbackWarning, match="captured for tail"):
+        same(fast(text(tail=2)), model(text(tail=2)))
+    for given in (text(), text()):
+        same(fast(given), model(given))
+    assert rmtc.stats(fast).runs == 4
+
+
 # The user's errors
 
 

@@ -664,9 +664,10 @@ class Compiled:
                 return self._variant(analysis)
             if proven.loop.fixed.get("tail", plan.sizes.tail) == plan.sizes.tail:
                 raise
+            known.ends = ArgumentGuard(session, plan)
             if any(variant.is_of_whole_segments(arguments) for variant in self.variants):
                 raise
-            known.refusal, known.ends = _lean(refusal), ArgumentGuard(session, plan)
+            known.refusal = _lean(refusal)
         return self._variant(analysis)
 
     def _variant(self, analysis: Analysis) -> Variant:
