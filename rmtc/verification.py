@@ -162,7 +162,7 @@ def rehearse(
     reason = ""
     if run is None:
         why = "estimated to be faster so, or shorter" if schedule == "best" else "shorter"
-        reason = f"the compiled call ran as it did before: it is {why} than two segments"
+        reason = f"the compiled call ran as it did before: it is {why} than two segments; pass a longer text"
     elif not together and schedule != "sequential":
         reason = "no step ran more than one cell"
     elif not error <= allowed:

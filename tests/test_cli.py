@@ -289,6 +289,16 @@ def test_wrong_usage_is_code_2(api: Api, arguments: list[str]) -> None:
     assert "Error" in result.err
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "names"),
+    [("--format", "pdf", "text, json, csv"), ("--schedule", "fewest", "shortest, best, fission, diagonal, sequential")],
+)
+def test_a_name_that_is_none_is_told_with_those_there_are(api: Api, option: str, name: str, names: str) -> None:
+    result = rmtc("schedule", "m:b", option, name)
+    said = " ".join(result.err.split())
+    assert result.code == 2 and f"Invalid value for '{option}': there is no '{name}'; take one of {names}" in said
+
+
 def test_a_syntax_error_of_the_file_names_its_line(api: Api, tmp_path: Path) -> None:
     (tmp_path / "torn.py").write_text("x = 1\ndef build(:\n")
     result = rmtc("explain", "torn.py:build")

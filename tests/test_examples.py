@@ -493,3 +493,10 @@ def test_the_examples_know_nothing_of_the_compiler() -> None:
 def test_importing_the_package_does_not_import_transformers() -> None:
     code = "import sys, rmtc.examples; sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(rmtc.examples.__path__[0]).parents[1])
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("size", ["layers", "segments"])
+def test_a_size_of_none_is_told(example: Any, size: str) -> None:
+    with pytest.raises(ValueError, match=f"{size} must be at least 1, got 0"):
+        example.build(**{size: 0})

@@ -108,6 +108,20 @@ def test_a_long_schedule_is_elided_but_for_its_ends() -> None:
     assert len(lines) < 100
 
 
+@pytest.mark.parametrize("schedule", [Schedule(1, 1, 16, 8), Schedule(2, 1, 5, 8), Schedule(L, 1, 5, 8)])
+def test_of_many_segments_only_the_steps_that_are_shown_are_listed(
+    schedule: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(segments: int) -> list[str]:
+        return [line for line in schedule_text(schedule, segments).splitlines() if re.match(" +step +[0-9]", line)]
+
+    every = shown(300)
+    monkeypatch.setattr("rmtc.ir.grid.CELLS", 1200)
+    assert shown(300) == every and len(every) == 48
+    monkeypatch.undo()
+    assert len(shown(10**6)) == 48
+
+
 def test_many_layers_are_elided_to_the_width_of_the_page() -> None:
     text = schedule_text(Schedule(1, 1, 96, 120))
     assert max(map(len, text.splitlines())) <= 110

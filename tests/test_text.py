@@ -98,7 +98,7 @@ def test_one_is_singular() -> None:
     certificate = Certificate(critical_path="s0.l0", bound="1", optimal=True)
     schedule = Schedule(0, 0, 1, 1, stage_classes={"epilogue": ("E0",)})
     text = " ".join(str(replace(one, certificate=certificate, schedule=schedule)).split())
-    assert "ArmtLlama: 1 step instead of 1," in text
+    assert "ArmtLlama: a single segment gains nothing; 1 step for S of them" in text
     assert "S = 1 segment through L = 1 layer each" in text and "S * L = 1 layer run." in text
     assert "C0 layer 1 operation all s" in text
     assert "the makespan, is 1; one cell" in text

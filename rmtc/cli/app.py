@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -63,6 +63,20 @@ class Kind(StrEnum):
     sequential = "sequential"
 
 
+NAMES = TypeVar("NAMES", Format, Kind)
+
+
+def _one_of(kind: type[NAMES]) -> Callable[[str], NAMES]:
+    def parse(value: str) -> NAMES:
+        try:
+            return kind(value)
+        except ValueError:
+            names = ", ".join(map(str, kind))
+            raise typer.BadParameter(f"there is no {value!r}; take one of {names}") from None
+
+    return parse
+
+
 class UsageError(RmtcError):
     """Options that do not go together, or name what does not exist."""
 
@@ -87,11 +101,15 @@ LayersHint = Annotated[
 LengthHint = Annotated[
     int | None, typer.Option("--segment-length", metavar="N", min=1, help="Hint: positions of a segment.")
 ]
-BackendName = Annotated[str, typer.Option("--backend", metavar="NAME", help="What runs it: torch, inductor or triton.")]
+BackendName = Annotated[
+    str, typer.Option("--backend", metavar="NAME", help="What runs it: auto, torch, inductor or triton.")
+]
 ScheduleKind = Annotated[
     Kind,
     typer.Option(
         "--schedule",
+        parser=_one_of(Kind),
+        metavar="|".join(Kind),
         help="Which one: the fewest steps, what is estimated to be fastest, recurrences apart from what is in none, "
         "one cell of a layer in a step, or one after another.",
     ),
@@ -140,6 +158,8 @@ def schedule(
         Format | None,
         typer.Option(
             "--format",
+            parser=_one_of(Format),
+            metavar="|".join(Format),
             help="Form of the result. In json and csv the layers are 0 .. L-1, that of a prologue is -1, that of an "
             "epilogue L; prologue and epilogue are what a segment runs before its first and after its last layer. "
             "trace is for chrome://tracing and Perfetto; notation is read back by rmtc.Schedule.parse.",
@@ -292,7 +312,13 @@ def study(
     segments: Annotated[int, typer.Option("--segments", metavar="N", min=1, help="Number of segments S.")] = 64,
     form: Annotated[
         Format | None,
-        typer.Option("--format", help="Form of the result; text and json hold all of it.", show_default="text"),
+        typer.Option(
+            "--format",
+            parser=_one_of(Format),
+            metavar="|".join(Format),
+            help="Form of the result; text and json hold all of it.",
+            show_default="text",
+        ),
     ] = None,
     json: Json = False,
     strict: Strict = False,

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2Model, GPT2PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from rmtc.examples.associative import AssociativeLayer, MemoryProjection
-from rmtc.examples.text import token_ids
+from rmtc.examples.text import check_sizes, token_ids
 
 __all__ = ["ArmtGPT2Config", "ArmtGPT2ForCausalLM", "ArmtGPT2Model", "build"]
 
@@ -151,7 +151,11 @@ def build(
 
     Returns:
         The model and its arguments, ``(input_ids,)``.
+
+    Raises:
+        ValueError: if ``layers``, ``segment``, ``segments`` or ``batch`` is below 1.
     """
+    check_sizes(layers=layers, segment=segment, segments=segments, batch=batch)
     config = ArmtGPT2Config(
         vocab_size=vocabulary,
         n_embd=width,

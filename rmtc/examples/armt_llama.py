@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from rmtc.examples.associative import AssociativeLayer, MemoryProjection
-from rmtc.examples.text import token_ids
+from rmtc.examples.text import check_sizes, token_ids
 
 __all__ = ["ArmtLlamaConfig", "ArmtLlamaForCausalLM", "ArmtLlamaModel", "build"]
 
@@ -153,7 +153,11 @@ def build(
 
     Returns:
         The model and its arguments, ``(input_ids,)``.
+
+    Raises:
+        ValueError: if ``layers``, ``segment``, ``segments`` or ``batch`` is below 1.
     """
+    check_sizes(layers=layers, segment=segment, segments=segments, batch=batch)
     config = ArmtLlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,

@@ -7,7 +7,21 @@ from pydoc_data.topics import topics
 import torch
 from torch import Tensor
 
-__all__ = ["token_ids"]
+__all__ = ["check_sizes", "token_ids"]
+
+
+def check_sizes(**sizes: int) -> None:
+    """Check the sizes of an example.
+
+    Args:
+        sizes: by name.
+
+    Raises:
+        ValueError: if one is below 1.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
 
 
 def token_ids(length: int, batch: int = 1) -> Tensor:

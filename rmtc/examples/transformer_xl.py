@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rmtc.examples.text import token_ids
+from rmtc.examples.text import check_sizes, token_ids
 
 __all__ = ["TransformerXL", "TransformerXLOutput", "build"]
 
@@ -161,7 +161,11 @@ def build(
 
     Returns:
         The model and its arguments, ``(input_ids,)``.
+
+    Raises:
+        ValueError: if ``layers``, ``segment``, ``segments`` or ``batch`` is below 1.
     """
+    check_sizes(layers=layers, segment=segment, segments=segments, batch=batch)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
         model = TransformerXL(

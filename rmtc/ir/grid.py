@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from rmtc.ir.formula import at, formula
+from rmtc.ir.limits import CELLS
 from rmtc.ir.notation import listed, step_text
 from rmtc.ir.page import WIDTH, Page, count, elide
 from rmtc.ir.schedule import Cell, Group, L, S, Schedule, Step
 
 __all__ = ["grid", "schedule_text", "stages_text"]
 
+
+_SHOWN = 24
+"""Steps at either end of a schedule too long to show."""
 
 _STAGES = {
     "prologue": "prologue is what comes before its layer 0",
@@ -62,7 +66,8 @@ def schedule_text(schedule: Schedule, segments: int | None = None) -> str:
         ValueError: if ``segments`` is below 1, or there are more cells than :mod:`rmtc.ir.limits` says.
     """
     segments = schedule.segments if segments is None else segments
-    steps = listed(schedule, segments)
+    total = at(schedule.makespan, segments, schedule.layers)
+    first, last, steps = _steps_shown(schedule, segments, total)
     page = Page()
     page.heading(f"Schedule of {count(segments, 'segment')} (S) through {count(schedule.layers, 'layer')} (L)")
     page.text(
@@ -79,8 +84,7 @@ def schedule_text(schedule: Schedule, segments: int | None = None) -> str:
     page.blank()
     counted = "; each phase counts from 0, when the one before has run" if schedule.later else ""
     page.text(step_text(schedule) + counted, 4, hang=2)
-    total = at(schedule.makespan, segments, schedule.layers)
-    idle = f", {total - len(steps)} of them with nothing to do" if total > len(steps) else ""
+    idle = f", {total - len(steps)} of them with nothing to do" if total > len(steps) > 0 else ""
     what = "steps of parts" if schedule.parts else "steps"
     page.text(
         f"{what} in all = {formula(schedule.makespan)} = {total}{idle}; one cell after another it would be "
@@ -95,15 +99,34 @@ def schedule_text(schedule: Schedule, segments: int | None = None) -> str:
         + stages_text(schedule.stage_classes)
     )
     page.blank()
-    width = len(str(steps[-1].time))
-    above, below = elide(len(steps), 64, 24, 24)
-    for index in above:
-        _step(page, steps[index], width)
-    if below:
-        _gap(page, steps[above[-1] + 1 : below[0]])
-    for index in below:
-        _step(page, steps[index], width)
+    width = len(str(last[-1].time if last else first[-1].time))
+    for step in first:
+        _step(page, step, width)
+    if last:
+        _gap(page, first[-1].time + 1, last[0].time - 1, steps[len(first) : -len(last)])
+    for step in last:
+        _step(page, step, width)
     return str(page)
+
+
+def _steps_shown(schedule: Schedule, segments: int, total: int) -> tuple[list[Step], list[Step], list[Step]]:
+    """The first steps and the last ones, where not all are shown, and all of them, where they are few enough to list.
+
+    Of a long text only the cells of its first and last segments are listed, which are all that the steps shown have.
+    """
+    reach = schedule.strip * (_SHOWN // max(1, schedule.phases()[0][1]) + 2)
+    plain = schedule.block is None and not schedule.later and schedule.phases()[0][1] > 0
+    if plain and 2 * reach * schedule.columns <= CELLS < segments * schedule.columns and 2 * reach < segments:
+        first = schedule.steps(segments, only=range(reach))
+        last = schedule.steps(segments, only=range(segments - reach, segments))
+        return (
+            [step for step in first if step.time < _SHOWN],
+            [step for step in last if step.time >= total - _SHOWN],
+            [],
+        )
+    steps = listed(schedule, segments)
+    above, below = elide(len(steps), 64, _SHOWN, _SHOWN)
+    return [steps[index] for index in above], [steps[index] for index in below], steps
 
 
 def stages_text(stages: Collection[str]) -> str:
@@ -117,9 +140,9 @@ def _step(page: Page, step: Step, width: int) -> None:
     page.text(f"step {step.time:>{width}}: " + " | ".join(map(_group, step.groups)), 4, hang=width + 7)
 
 
-def _gap(page: Page, steps: list[Step]) -> None:
+def _gap(page: Page, start: int, end: int, steps: list[Step]) -> None:
     shapes = {tuple((_label(group), len(group.cells)) for group in step.groups) for step in steps}
-    text = f"... steps {steps[0].time} to {steps[-1].time}"
+    text = f"... steps {start} to {end}"
     if len(shapes) == 1:
         text += ", each " + " | ".join(f"{label}: {count(number, 'cell')}" for label, number in shapes.pop())
     page.text(text, 4)

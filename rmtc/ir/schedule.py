@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
@@ -300,13 +300,16 @@ class Schedule:
         row = self.classes[min(cell.segment, len(self.classes) - 1)]
         return row[min(cell.layer, len(row) - 1)]
 
-    def steps(self, segments: int | None = None, layers: int | None = None) -> list[Step]:
+    def steps(
+        self, segments: int | None = None, layers: int | None = None, *, only: Iterable[int] | None = None
+    ) -> list[Step]:
         """The groups of every step.
 
         Args:
             segments: number of segments, at least 1; that of the schedule's call by default.
             layers: number of layers, the captured model's by default; another number is for reading the
                 schedule only, the captured program has its own.
+            only: the segments whose cells are listed, all by default.
 
         Raises:
             ValueError: if a number is below 1, or another number of layers is asked for where they are divided.
@@ -325,7 +328,7 @@ class Schedule:
 
         top, time_of = self.layers if layers is None else layers, self.clock(segments, layers)
         places = [self.place(column) for column in range(columns)]
-        for s in range(segments):
+        for s in range(segments) if only is None else only:
             for order, stage, at in ((0, "prologue", 0), (2, "epilogue", columns - 1)):
                 names = self.stage_classes.get(stage)
                 if names and (name := names[min(s, len(names) - 1)]):

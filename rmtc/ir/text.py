@@ -96,6 +96,10 @@ def _title(explanation: Explanation) -> str:
     parts = ""
     if shortest is not None and shortest.schedule is not None and shortest.schedule.parts:
         parts = f" for whole cells; in {max(shortest.schedule.parts)} parts, {explanation.layers}"
+    if explanation.segments == 1:
+        of_more = formula(explanation.schedule.makespan)
+        of_more += " step for S of them" if of_more == "1" else " steps for S of them"
+        return f"{explanation.name}: a single segment gains nothing; {of_more}, proven {proven}{parts}"
     return f"{explanation.name}: {count(steps, 'step')} instead of {number}, proven {proven}{parts}"
 
 
