@@ -543,3 +543,77 @@ def test_an_exit_that_only_longer_texts_take_ends_nothing() -> None:
         torch.testing.assert_close(model(text(4, 1)), twin(text(4, 1)))
     with pytest.raises(SystemExit, match="too long"):
         model(text(5, 1))
+
+
+def requiring(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    return y.requires_grad_()
+
+
+def new_that_requires(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    return y, torch.zeros(3, requires_grad=True)
+
+
+def kept_that_requires(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    model.kept = [y.detach().requires_grad_()]  # type: ignore[assignment]
+    return y
+
+
+def given_that_requires(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    x.requires_grad = True
+    return y
+
+
+def by_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    return y if next(model.parameters()).grad is None else 2 * y
+
+
+def without_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    model.zero_grad()
+    return y
+
+
+def by_leaf(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    return y if x.is_leaf else 2 * y
+
+
+def by_inference(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    return y if x.is_inference() else 2 * y
+
+
+def by_offset(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    return y if x.storage_offset() else 2 * y
+
+
+class Finished(Cells):
+    """Does something with its text and its result at the end."""
+
+    def __init__(self, finish: Callable[[nn.Module, Tensor, Tensor], Any]) -> None:
+        super().__init__(one_of_two)
+        self.finish = finish
+
+    def forward(self, x: Tensor) -> Any:
+        return self.finish(self, x, super().forward(x))
+
+
+FLAGS = (requiring, new_that_requires, kept_that_requires, given_that_requires)
+ASKED = (by_gradient, without_gradients, by_leaf, by_inference, by_offset)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("finish", [*FLAGS, *ASKED], ids=lambda each: each.__name__)
+def test_what_a_stand_in_cannot_tell_and_flags_that_a_run_does_not_set_are_refused(finish: Callable[..., Any]) -> None:
+    model, x = Finished(finish).double(), text(4, 1)
+    rmtc.compile(model, schedule="shortest", strict=True)
+    why = "requires gradients" if finish in FLAGS else "asks a tensor that was there before the call for its"
+    with pytest.raises(rmtc.RefusedError, match=why) as raised:
+        model(x)
+    assert not x.requires_grad and not any(each.requires_grad for each in getattr(model, "kept", ()))
+    assert finish in FLAGS or (raised.value.location is not None and "test_never_wrong" in raised.value.location.file)
+
+
+@torch.no_grad()
+def test_a_segment_length_that_the_call_contradicts_makes_no_such_text() -> None:
+    model = Cells(one_of_two).double()
+    rmtc.compile(model, schedule="shortest", strict=True, segment_length=10**11)
+    with pytest.raises(rmtc.CaptureError, match="segment_length=100000000000 was given"):
+        model(text(4, 1))

@@ -13,7 +13,7 @@ import torch
 
 from rmtc.errors import Location
 
-__all__ = ["current_location", "traceback_location"]
+__all__ = ["current_location", "is_of_models", "traceback_location"]
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _RMTC = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -31,6 +31,12 @@ def _kind(filename: str) -> int:
     if f"{os.sep}site-packages{os.sep}" in filename or filename.startswith(sys.prefix + os.sep + "lib"):
         return _LIBRARY
     return _INTERNAL if filename.startswith(os.path.dirname(os.__file__)) else _USER
+
+
+def is_of_models(frame: FrameType) -> bool:
+    """Whether a frame is of the user's code, a library's, or a module of torch's, and not of what traces them."""
+    filename = frame.f_code.co_filename
+    return _kind(filename) != _INTERNAL or filename.startswith(f"{_TORCH}nn{os.sep}")
 
 
 def _short(filename: str) -> str:

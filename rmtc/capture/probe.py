@@ -408,6 +408,14 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
     found: list[tuple[Growth, int, int, int]] = []
     for growth, batch, length in candidates:
         if segment_length is not None:
+            told = 0 < length <= segment_length and not growth.lists  # before a text of the length given is made
+            least = prober.segment_length(growth, length, batch) if told else None
+            if least is not None:
+                raise CaptureError(
+                    f"segment_length={segment_length} was given, and of the {length} positions of this call the "
+                    f"forward takes {least} at a time",
+                    remedy=f"pass segment_length={least}, or leave it out",
+                )
             segment = segment_length if prober.is_segment(growth, segment_length, batch) else None
         else:
             segment = prober.segment_length(growth, length, batch)
@@ -466,14 +474,6 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
         raise CaptureError(
             "the text is empty: there is no segment to run", remedy="pass a text of one position or more"
         )
-    if segment_length is not None and length <= segment and not growth.lists:
-        least = prober.segment_length(growth, length, batch)
-        if least is not None:
-            raise CaptureError(
-                f"segment_length={segment_length} was given, and of the {length} positions of this call the forward "
-                f"takes {least} at a time",
-                remedy=f"pass segment_length={least}, or leave it out",
-            )
     free_batch, free_tail = False, False
     two = prober.attempt(growth, 2 * segment, batch)
     ragged = segment + max(1, segment // 2)

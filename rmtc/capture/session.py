@@ -23,6 +23,7 @@ from rmtc.capture.ambient import Ambient
 from rmtc.capture.arguments import Arguments, argument_names, container_attributes, show
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import traceback_location
+from rmtc.capture.indexing import stands_in
 from rmtc.capture.objects import named_leaves
 from rmtc.capture.state import (
     Code,
@@ -203,7 +204,7 @@ class Session:
             stand_in._is_param = True
         if tensor.requires_grad and self.asks_for_gradients and not torch.is_grad_enabled():
             stand_in.requires_grad_(True)
-        return stand_in
+        return stands_in(stand_in)
 
     def lifted_stand_in(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """What stands in for a tensor that is in an attribute, global or closure; None for any other."""

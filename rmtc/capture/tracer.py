@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -275,6 +275,7 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
         for tensor, value in zip(inputs.values(), given.values(), strict=True):
             if tensor.requires_grad:
                 value.requires_grad_(True)
+        required = {path: value.requires_grad for path, value in given.items()}
         before = [_inner(tensor) for tensor in flat]
         new_args, new_kwargs = arguments.map(lambda path, _: given[path])
         handed = Arguments(new_args, new_kwargs, arguments.names)
@@ -290,7 +291,10 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
         names = [*(lifted.names[0] for lifted in session.lifted), *(show(path) for path in inputs)]
         sources = {id(tensor): name for tensor, name in zip(flat, names, strict=True)}
         raw.same = {name: sources[id(tensor)] for name, tensor in found.items() if id(tensor) in sources}
-        _refuse_parameters({name: tensor for name, tensor in found.items() if name not in raw.same})
+        made = {name: tensor for name, tensor in found.items() if name not in raw.same}
+        _refuse_parameters(made)
+        flagged = [show(path) for path, value in given.items() if value.requires_grad is not required[path]]
+        _refuse_flags([*flagged, *(name for name, tensor in made.items() if tensor.requires_grad)])
         written = {
             name: tensor for tensor, inner, name in zip(flat, before, names, strict=True) if _inner(tensor) is not inner
         }
@@ -372,6 +376,15 @@ def _refuse_parameters(found: dict[str, torch.Tensor]) -> None:
                 f"the call makes a parameter, which it leaves or returns in {name.removeprefix('state:')}",
                 remedy="make parameters before the call, or keep a plain tensor (detach)",
             )
+
+
+def _refuse_flags(found: Iterable[str]) -> None:
+    """What a run by the schedule makes requires no gradients, and of what is there it changes nothing but values."""
+    for name in found:
+        raise RefusedError(
+            f"the call makes {name.removeprefix('state:')} a tensor that requires gradients",
+            remedy="call requires_grad_() outside of the model: before the call, or on its results",
+        )
 
 
 def _refuse_changed_containers(before: dict[Path, Any], after: dict[Path, Any]) -> None:
