@@ -91,6 +91,27 @@ def setting_left(layers: Layers, text: Tensor) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
+def asked(layers: Layers, text: Tensor) -> Tensor:
+    memories, pieces = [text.new_zeros(len(text), 4) for _ in layers], []
+    scale = 1.0 if layers[0].weight.grad is None else 0.5
+    for piece in text.split(5, dim=1):
+        for number, layer in enumerate(layers):
+            piece = torch.tanh(layer(piece) + scale * memories[number][:, None])
+            memories[number] = piece.mean(1)
+        pieces.append(piece)
+    return torch.cat(pieces, dim=1)
+
+
+def flagged(layers: Layers, text: Tensor) -> Tensor:
+    memories, pieces = [text.new_zeros(len(text), 4) for _ in layers], []
+    for piece in text.split(5, dim=1):
+        for number, layer in enumerate(layers):
+            piece = torch.tanh(layer(piece) + memories[number][:, None])
+            memories[number] = piece.mean(1)
+        pieces.append(piece)
+    return torch.cat(pieces, dim=1).requires_grad_()
+
+
 def dropout(layers: Layers, text: Tensor) -> Tensor:
     memories, pieces = [text.new_zeros(len(text), 4) for _ in layers], []
     for piece in text.split(5, dim=1):
@@ -248,6 +269,22 @@ REFUSALS = (
         "leaves a setting of torch changed",
         "Change it before the call; or in the forward by a context manager, which puts it back: "
         "`with torch.set_grad_enabled(False):`.",
+    ),
+    Refusal(
+        "What a tensor was before the call",
+        asked,
+        "weight.grad",
+        "reads or sets grad of a tensor that was there before the call",
+        "While a call is captured, tensors without values stand in for the user's: they have no gradient, are leaves "
+        "and no views, and lie at the start of their memory. Shapes, dtypes, devices, strides and `requires_grad` can be "
+        "asked for. Ask for the rest before the call, and pass the answer as an argument.",
+    ),
+    Refusal(
+        "A result that requires gradients",
+        flagged,
+        "",
+        "that requires gradients",
+        "Call `requires_grad_()` on what the call returns.",
     ),
     Refusal(
         "Random numbers of torch",

@@ -64,8 +64,8 @@ class EverySlice(TorchFunctionMode):
             return _one_by_one(args[0], args[1])
         if func in _UNTOLD and getattr(args[0], "_rmtc_stands_in", False) and is_of_models(sys._getframe(1)):
             raise RefusedError(
-                f"the code asks a tensor that was there before the call for its {_UNTOLD[func]}, or sets it, which no "
-                "program does",
+                f"the code reads or sets {_UNTOLD[func]} of a tensor that was there before the call: in a capture "
+                "another one stands in for it",
                 location=current_location(2)[0],
                 remedy="do that outside of the model: before the call or after it",
             )
