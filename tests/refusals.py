@@ -276,8 +276,8 @@ REFUSALS = (
         "weight.grad",
         "reads or sets grad of a tensor that was there before the call",
         "While a call is captured, tensors without values stand in for the user's: they have no gradient, are leaves "
-        "and no views, and lie at the start of their memory. Shapes, dtypes, devices, strides and `requires_grad` can be "
-        "asked for. Ask for the rest before the call, and pass the answer as an argument.",
+        "and no views, and lie at the start of their memory. Shapes, dtypes, devices, strides and `requires_grad` can "
+        "be asked for. Ask for the rest before the call, and pass the answer as an argument.",
     ),
     Refusal(
         "A result that requires gradients",
