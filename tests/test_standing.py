@@ -6,7 +6,9 @@ Every run of every test is run again in such memory (conftest.py); these tests a
 from __future__ import annotations
 
 import dataclasses
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -390,3 +392,28 @@ def test_a_mask_that_each_call_makes_anew_is_causal(faster: bool, monkeypatch: p
         for given in (mask, mask.flip(1)):
             found, wanted = (each(args[0], attention_mask=given).logits for each in (fast, eager))
             torch.testing.assert_close(found[given.bool()], wanted[given.bool()], rtol=1e-4, atol=1e-5)
+
+
+TWO_LAYERS: dict[str, Any] = {"layers": 2, "width": 8, "heads": 2, "segment": 4, "memory": 1, "segments": 6}
+
+
+@torch.no_grad()
+def test_what_stays_holds_no_parameter_and_nothing_that_a_call_was_given() -> None:
+    """Of views of parameters torch counts a use, and then swaps them no more."""
+    (eager, _), (model, (ids,)) = (armt_llama.build(**TWO_LAYERS) for _ in range(2))
+    fast = rmtc.compile(model, schedule="shortest", strict=True)
+    given = []
+    for _ in range(4):
+        own = ids.clone()
+        fast(own)
+        given.append(weakref.ref(own))
+    del own
+    gc.collect()
+    kept = runner_of(fast)._standing
+    assert kept is not None and kept.tapes
+    assert [each() for each in given[1:]] == [None] * 3  # a capture holds what it was made with
+    assert [name for name, each in model.named_parameters() if each._use_count() > 1] == []
+    for of in (eager, model):
+        weight = of.get_parameter("model.layers.0.layer.mlp.up_proj.weight")
+        torch.utils.swap_tensors(weight, nn.Parameter(1.5 * weight))
+    torch.testing.assert_close(fast(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-5)

@@ -222,9 +222,10 @@ class Standing:
                 first, count, among = place, len(layers), ("layers", *layers)
 
         kept: list[torch.Tensor] = []
+        device = source.device  # and not the source, which would be held with all that its call was given
 
         def memory(key: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            kept.append(self._kept(key, shape, dtype, source.device))
+            kept.append(self._kept(key, shape, dtype, device))
             return kept[-1]
 
         def rows(kind: str, position: int, shape: tuple[int, ...], dtype: torch.dtype) -> Rows:
@@ -275,8 +276,15 @@ class Standing:
         """Give memory that stays the value of a shared operand, or take the operand as it lies."""
         value, fixed = source.shared_of(operand, at)
         held = self._shared.get((operand, at.T))
-        if not isinstance(value, torch.Tensor) or fixed:
+        if not isinstance(value, torch.Tensor):
             self._shared[operand, at.T] = value
+        elif fixed:  # a view of a parameter itself would be a use of it, and torch swaps none that is in use
+            if (
+                not isinstance(held, torch.Tensor)
+                or _lying(held)[1:] != _lying(value)[1:]
+                or _layout(held) != _layout(value)
+            ):
+                self._shared[operand, at.T] = value.data
         elif isinstance(held, torch.Tensor) and _layout(held) == _layout(value):
             _distinct(held).copy_(_distinct(value))
         else:

@@ -309,7 +309,7 @@ class Weights:
         if len(set(names)) == 1 and len(names[0]) == 1:
             (name,), own = names[0], values[names[0][0]]
             with torch.inference_mode(False):
-                view = own.detach().unsqueeze(0).expand(len(names), *own.shape)
+                view = own.data.unsqueeze(0).expand(len(names), *own.shape)
             if self.single.get(name) and self.single[name] == view.data_ptr():
                 views[key] = view
             return view
