@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -45,11 +46,13 @@ def study(
     Raises:
         ValueError: (a :class:`SpellingError`) if a distance cannot be read, with the part that is none; if there are no
             layers or segments; or if something is larger than docs/formats.md says.
+        TypeError: if a number is no integer.
 
     Example:
         >>> rmtc.study("(0, 1), (1, -2)", layers=16, segments=64).schedule.makespan
         L + 3*S - 3
     """
+    layers, segments = operator.index(layers), operator.index(segments)
     within(layers, LAYERS, "layers", "study fewer layers: what depends on what seldom changes with their number")
     within(segments, SEGMENTS, "segments", "study fewer segments: the answer is a formula of their number")
     if layers < 1 or segments < 1:

@@ -118,7 +118,7 @@ NOTATIONS = {name: (first_line(text), named) for name, (text, named) in FORMULAS
     "a late phase": (first_line(f"s, then s from l{HUGE}"), "is no phase"),
     "a phase of a tower": (first_line("s, then 9**9**9*s from l1"), "exponent"),
     "a column": (first_line(end=f"\ns >= 0: l0..l{HUGE} A"), "is no part of a segment"),
-    "a row": (first_line(end=f"\ns = {HUGE}: l0..l2 A"), "is not the line of segment 0"),
+    "a row": (first_line(end=f"\ns = {HUGE}: l0..l2 A"), "is not the line of s >= 0"),
     "cells of rows": (
         first_line(layers=9_999, end="".join(f"\ns = {n}: l0..l9998 A" for n in range(9_999))),
         "99980001 cells in the lines",

@@ -295,3 +295,8 @@ def test_a_refusal_is_an_answer() -> None:
     assert run(*arguments, "--strict", code=1) == text
     assert run(*arguments, "--format", "csv") == ""
     assert len(run("--distances", "(0,1), (1,0)", "--format", "csv").splitlines()) == 1 + 16 * 64
+
+
+def test_numbers_that_are_no_integers_are_told() -> None:
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        rmtc.study("(0, 1), (1, 0)", layers=2.5, segments=3)  # type: ignore[arg-type]

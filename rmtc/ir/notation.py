@@ -175,7 +175,7 @@ def read_schedule(text: str) -> Schedule:
         row = _ROW.fullmatch(line)
         if row is None or int(row["row"]) != at or (row["which"] == ">=") != (at == len(lines) - 2):
             raise NotationError(
-                f"{quoted(line)} is not the line of segment {at}",
+                f"{quoted(line)} is not the line of {'s >=' if at == len(lines) - 2 else 'segment'} {at}",
                 remedy="a line each for s = 0, s = 1, ..., the last for s >= n",
             )
         names, ends = _parts(row["parts"], columns)
