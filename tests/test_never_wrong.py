@@ -617,3 +617,32 @@ def test_a_segment_length_that_the_call_contradicts_makes_no_such_text() -> None
     rmtc.compile(model, schedule="shortest", strict=True, segment_length=10**11)
     with pytest.raises(rmtc.CaptureError, match="segment_length=100000000000 was given"):
         model(text(4, 1))
+
+
+class Over(Stack):
+    """Keeps what is made of the last segment after its layers, and returns it; all segments are at once there."""
+
+    over: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            for layer in self.layers:
+                piece = torch.tanh(layer(piece))
+            pieces.append(self.head(piece))
+            self.over = pieces[-1].mean(1)
+        return torch.cat(pieces, dim=1), self.over
+
+
+@torch.no_grad()
+def test_a_result_that_is_kept_too_is_one_tensor() -> None:
+    twins = Twins(Over, schedule="shortest")
+    for segments in (5, 5, 7):
+        x = text(segments, 2)
+        twins.call(x)
+        assert twins.fast(x)[1] is twins.owner.over
+    assert rmtc.stats(twins.fast).runs == 6

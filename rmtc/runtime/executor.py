@@ -320,6 +320,7 @@ class _Walk:
         after = self._outside(self.loop.after_of(self.ends.S), "after")
         found: dict[str, Any] = {}
         given: dict[int, Any] = {}  # as what each tensor is given: one that is computed once may be several results
+        copies: dict[Any, torch.Tensor] = {}  # by what is given: one result under two names is one tensor
         for name, operand in self.loop.outputs.items():
             for segment in range(self.ends.S) if isinstance(operand, Every) else (self.ends.S,):
                 at = (self.ends if segment >= self.ends.S - 1 else self.middle)._replace(s=segment)
@@ -333,7 +334,9 @@ class _Walk:
                     # a part of what was computed for several segments: whoever keeps it would keep all of that
                     or (isinstance(each, Key) and value.untyped_storage().nbytes() > value.nbytes)
                 ):
-                    value = value.clone()
+                    if each not in copies:
+                        copies[each] = value.clone()
+                    value = copies[each]
                 found[known] = value
         return found
 
