@@ -205,6 +205,10 @@ OPS: dict[str, Op] = {
     "addcmul": Op("x = torch.addcmul(x, torch.tanh(x), x, value=0.3)"),
     "floor": Op("x = x + 0.1 * torch.floor(x) + 0.1 * torch.remainder(x, 1.0) + 0.01 * (x // 1)"),
     "integers": Op("k = (x * 4).round().to(torch.int64)\nx = x + 0.01 * (k % 3 + (k >> 1) + (k & 5)).to(x.dtype)"),
+    "asked for gradients": Op("x = x * (0.9 if self.inner.weight.grad is None else 1.1)"),
+    "asked whether it is a leaf": Op("x = x * (0.9 if self.outer.weight.is_leaf and given.is_leaf else 1.1)"),
+    "asked for its place": Op("x = x * (0.9 if self.outer.weight.storage_offset() else 1.1)"),
+    "flagged": Op("self.mark = x.detach().mean().requires_grad_()", "self.mark = None"),
     "autograd function": Op("x = x + Double.apply(torch.tanh(x))"),
     "checkpoint": Op(
         "x = x + torch.utils.checkpoint.checkpoint(self.saved, x, use_reentrant=False)", "self.saved = linear()"
