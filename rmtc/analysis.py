@@ -17,6 +17,7 @@ from rmtc.capture.other_sizes import follows
 from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer, shows
 from rmtc.capture.state import told
+from rmtc.capture.untold import UntoldError
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, retime_loop, rewrite, timed
 from rmtc.quiet import uncollected
@@ -115,6 +116,8 @@ class Analysis:
             return
         try:
             replayer.check(sizes)
+        except UntoldError:
+            raise
         except RefusedError as refusal:
             # A loop after the loop, or layers outside of segments, repeats in more places than one: a whole trace
             # tells, if it is small.

@@ -18,6 +18,7 @@ __all__ = [
     "RefusedError",
     "RmtcError",
     "VerifyError",
+    "brief",
     "raised_by_signal",
     "user_level",
 ]
@@ -116,6 +117,15 @@ class BackendError(RefusedError):
 
 class FallbackWarning(UserWarning):
     """A compiled model or function runs as it did before, for the reason given; said once a reason."""
+
+
+def brief(error: BaseException) -> str:
+    """Tell an exception in a line: its class and the first line of what it says."""
+    try:
+        what = error.reason if isinstance(error, RmtcError) else str(error)
+    except Exception:  # noqa: BLE001 (an exception of the user's that cannot be printed)
+        what = ""
+    return f"{type(error).__name__}: {what}".strip().splitlines()[0]
 
 
 def raised_by_signal(error: BaseException) -> bool:

@@ -595,12 +595,25 @@ class Finished(Cells):
         return self.finish(self, x, super().forward(x))
 
 
+def by_storage(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    return y * x[:, 1:].storage_offset()
+
+
+def by_gradient_under_a_mode(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    with torch.device("cpu"):
+        return by_gradient(model, x, y)
+
+
+typed: dict[str, Any] = {}
+exec("def by_gradient_typed_in(model, x, y): return y if next(model.parameters()).grad is None else 2 * y", typed)
+
 FLAGS = (requiring, new_that_requires, kept_that_requires, given_that_requires)
-ASKED = (by_gradient, without_gradients, by_leaf, by_inference, by_offset)
+ASKED = (by_gradient, without_gradients, by_leaf, by_inference, by_offset, by_storage, by_gradient_under_a_mode)
+TYPED_IN: Callable[..., Any] = typed["by_gradient_typed_in"]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("finish", [*FLAGS, *ASKED], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("finish", [*FLAGS, *ASKED, TYPED_IN], ids=lambda each: each.__name__)
 def test_what_a_stand_in_cannot_tell_and_flags_that_a_run_does_not_set_are_refused(finish: Callable[..., Any]) -> None:
     model, x = Finished(finish).double(), text(4, 1)
     rmtc.compile(model, schedule="shortest", strict=True)
@@ -646,3 +659,105 @@ def test_a_result_that_is_kept_too_is_one_tensor() -> None:
         twins.call(x)
         assert twins.fast(x)[1] is twins.owner.over
     assert rmtc.stats(twins.fast).runs == 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("finish", [requiring, given_that_requires, by_gradient], ids=lambda each: each.__name__)
+def test_what_only_a_longer_text_asks_is_refused(finish: Callable[..., Any]) -> None:
+    model = Finished(lambda model, x, y: finish(model, x, y) if len(x[0]) > 5 * SEGMENT else y).double()
+    rmtc.compile(model, schedule="shortest", strict=True)
+    model(text(5, 1))
+    with pytest.raises(rmtc.RefusedError, match=r"requires gradients|reads or sets"):
+        model(text(7, 1))
+    assert rmtc.stats(model).runs == 1
+
+
+@torch.no_grad()
+def test_a_parameter_that_a_call_registers_anew_is_asked_for_nothing() -> None:
+    class Registering(Cells):
+        def forward(self, x: Tensor) -> Tensor:
+            self.layers[0].weight = self.layers[0].weight
+            return super().forward(x)
+
+    twins = Twins(lambda: Registering(one_of_two), schedule="shortest")
+    for segments in (4, 6):
+        twins.call(text(segments, 2))
+        twins.ran(segments)
+
+
+class Headed(Stack):
+    """Of a head that all segments have, the result of the first alone is read; the text's own is read of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Any:
+        memories, pieces, heads = zeros(len(x)), [], []
+        for piece in x.split(SEGMENT, dim=1):
+            heads.append(self.head(self.segment(piece, memories)))
+            pieces.append(2 * piece.sin())
+        return torch.cat(pieces, dim=1), heads[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("schedule", ["shortest", "fission"])
+def test_what_a_short_last_segment_does_not_run_is_not_set_aside(schedule: str) -> None:
+    twins = Twins(Headed, schedule=schedule)
+    for tail in (SEGMENT, 2):
+        twins.call(text(5, 2, tail))
+    assert rmtc.stats(twins.fast).runs == 2
+
+
+class Turned(Cells):
+    """Its layers share a complex parameter."""
+
+    def __init__(self) -> None:
+        super().__init__(one_of_two)
+        self.turn = nn.Parameter(torch.randn(WIDTH, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, pieces = zeros(len(x)), []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = (piece * self.turn).real + (piece * self.turn).imag
+                piece, memories[number] = self.step(layer, piece, memories[number])
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+@torch.no_grad()
+def test_a_parameter_that_is_conjugated_where_it_lies() -> None:
+    model = Turned().double()
+    twin = copy.deepcopy(model)
+    rmtc.compile(model, schedule="shortest", strict=True)
+    for call in range(5):
+        if call == 3:
+            for each in (model, twin):
+                each.turn.data = each.turn.data.conj()
+        torch.testing.assert_close(model(text(4, 2)), twin(text(4, 2)))
+    assert rmtc.stats(model).runs == 5
+
+
+class Rows(Tabled):
+    """The rows of a table that segments read are put together after them."""
+
+    def forward(self, x: Tensor) -> Any:
+        starts = range(0, x.shape[1], SEGMENT)
+        return self.segments(x), torch.cat([self.table[start : start + SEGMENT + 2] for start in starts])
+
+    def segments(self, x: Tensor) -> Tensor:
+        memories = zeros(len(x))
+        return torch.cat([self.segment(piece, memories) for piece in x.split(SEGMENT, dim=1)], dim=1)
+
+
+@torch.no_grad()
+def test_a_slice_past_the_end_after_the_loop() -> None:
+    model = Rows(5 * SEGMENT + 2).double()
+    twin = copy.deepcopy(model)
+    rmtc.compile(model, schedule="shortest")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rmtc.FallbackWarning)
+        for segments in (5, 4, 6, 7):
+            for found, wanted in zip(model(text(segments, 2)), twin(text(segments, 2)), strict=True):
+                torch.testing.assert_close(found, wanted)

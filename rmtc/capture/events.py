@@ -226,6 +226,9 @@ def _continued(a: Event, b: Event, c: Event, more: int) -> str:
     for x, y, z in zip(a.numbers, b.numbers, c.numbers, strict=True):
         if z != x + more * (y - x):
             return f"{_name(c)} has {z} after {x} and {y}"
+    sizes = [[*itertools.chain(*each.given, *each.shapes)] for each in (a, b, c)]
+    if len(set(map(len, sizes))) > 1 or any(z != x + more * (y - x) for x, y, z in zip(*sizes, strict=True)):
+        return f"{_name(c)} gives {_sizes(c.shapes)} after {_sizes(a.shapes)} and {_sizes(b.shapes)}"
     expected = extend(a.operands, b.operands, more)
     if expected != c.operands:
         return f"{_name(c)} reads other tensors than in shorter calls"

@@ -36,7 +36,9 @@ def _kind(filename: str) -> int:
 def is_of_models(frame: FrameType) -> bool:
     """Whether a frame is of the user's code, a library's, or a module of torch's, and not of what traces them."""
     filename = frame.f_code.co_filename
-    return _kind(filename) != _INTERNAL or filename.startswith(f"{_TORCH}nn{os.sep}")
+    if filename.startswith("<"):  # of exec, or typed in; and not Python's own or emitted
+        return not filename.startswith(("<frozen", "<rmtc"))
+    return _kind(filename) != _INTERNAL or filename.startswith((f"{_TORCH}nn{os.sep}", f"{_TORCH}optim{os.sep}"))
 
 
 def _short(filename: str) -> str:

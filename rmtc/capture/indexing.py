@@ -1,54 +1,27 @@
-"""What torch's functions are seen to do while the user's code runs under stand-ins.
-
-Indices keep every slice: `x[:n, :n]` takes nothing away where x has n rows and columns, and torch then leaves the
-slices out. A shorter segment of the same code has them.
-
-What a stand-in would answer otherwise than its tensor is refused: it has no gradient, no history and no storage.
-"""
+"""Indices that keep every slice: `x[:n, :n]` takes nothing away where x has n rows and columns, and torch then leaves
+the slices out. A shorter segment of the same code has them."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from rmtc.capture.frames import current_location, is_of_models
-from rmtc.errors import RefusedError
+from rmtc.capture.untold import refuse_untold
 
-__all__ = ["EverySlice", "stands_in"]
+__all__ = ["EverySlice"]
 
 _getitem = torch.Tensor.__getitem__
 _slice = torch.ops.aten.slice.Tensor
 _END = torch.iinfo(torch.int64).max
-_Tensor: Any = torch.Tensor
-_UNTOLD: dict[Any, str] = {
-    _Tensor.grad.__get__: "grad",
-    _Tensor.grad.__set__: "grad",
-    _Tensor.grad.__delete__: "grad",
-    _Tensor.grad_fn.__get__: "grad_fn",
-    _Tensor.is_leaf.__get__: "is_leaf",
-    _Tensor._base.__get__: "_base",
-    _Tensor._is_view: "_is_view()",
-    _Tensor.is_inference: "is_inference()",
-    _Tensor.is_neg: "is_neg()",
-    _Tensor.is_conj: "is_conj()",
-    _Tensor.storage_offset: "storage_offset()",
-    _Tensor.untyped_storage: "untyped_storage()",
-}
-"""What the code may ask a tensor for, or set, and a stand-in cannot tell, by torch's function."""
-
-
-def stands_in(tensor: torch.Tensor) -> torch.Tensor:
-    """Mark a tensor as one that stands in for another."""
-    tensor._rmtc_stands_in = True  # type: ignore[attr-defined]
-    return tensor
 
 
 class EverySlice(TorchFunctionMode):
-    """Under this mode an index of several slices is made of operations on one dimension each, and more is seen.
+    """Under this mode an index of several slices is made of operations on one dimension each.
+
+    It is also where questions are seen that stand-ins cannot answer (:mod:`rmtc.capture.untold`).
 
     mask[:6, :6], of 6 by 6: alias(mask)   ->   slice(slice(mask, 0, 0, 6), 1, 0, 6)
     """
@@ -62,13 +35,7 @@ class EverySlice(TorchFunctionMode):
     ) -> Any:
         if func is _getitem and type(args[1]) is tuple and _takes_all(args[0], args[1]):
             return _one_by_one(args[0], args[1])
-        if func in _UNTOLD and getattr(args[0], "_rmtc_stands_in", False) and is_of_models(sys._getframe(1)):
-            raise RefusedError(
-                f"the code reads or sets {_UNTOLD[func]} of a tensor that was there before the call: in a capture "
-                "another one stands in for it",
-                location=current_location(2)[0],
-                remedy="do that outside of the model: before the call or after it",
-            )
+        refuse_untold(func, args)
         return func(*args, **(kwargs or {}))
 
 

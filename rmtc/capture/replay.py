@@ -38,6 +38,7 @@ from rmtc.capture.recorder import Recorder
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, is_opaque, is_plain, is_record, told, walk
+from rmtc.capture.untold import refuse_flags
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.quiet import uncollected
 from rmtc.restoring import restored
@@ -209,11 +210,13 @@ class Replayer:
 
         handed = Arguments(args, kwargs, session.arguments.names)
         handed.map(note)
+        given = {show(path): (tensor, tensor.requires_grad) for path, tensor in handed.tensors().items()}
         fakes = session.fake_mode
         with session.installed(session.stand_ins), fakes, fakes.watched(recorder.note), self._patched(recorder):
             result = session.call(args, kwargs)
             held, describer = session.held(session.stand_ins), describer_of(session, handed)
             found, plain, self.results[sizes] = left_behind(session, result, held, describer)
+            refuse_flags(found, [*session.stand_ins, *(value for value, _ in given.values())], given)
             final = tuple((_result(name), recorder.reference(tensor)) for name, tensor in found.items())
         numbers = tuple(value for value in plain.values() if type(value) is int)
         rest = tuple((name, int if type(value) is int else _told(value)) for name, value in plain.items())

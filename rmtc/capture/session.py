@@ -23,7 +23,6 @@ from rmtc.capture.ambient import Ambient
 from rmtc.capture.arguments import Arguments, argument_names, container_attributes, show
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import traceback_location
-from rmtc.capture.indexing import stands_in
 from rmtc.capture.objects import named_leaves
 from rmtc.capture.state import (
     Code,
@@ -39,7 +38,8 @@ from rmtc.capture.state import (
     user_code,
     walk,
 )
-from rmtc.errors import CaptureError, Location, RefusedError, RmtcError, raised_by_signal
+from rmtc.capture.untold import stands_in
+from rmtc.errors import CaptureError, Location, RefusedError, RmtcError, brief, raised_by_signal
 from rmtc.quiet import quiet_fakes
 from rmtc.restoring import restored
 
@@ -375,7 +375,7 @@ def _clear(error: Exception | SystemExit) -> None:
 def translate(error: Exception | SystemExit) -> RmtcError:
     """An exception of the user's code under stand-ins as one of ours."""
     location = traceback_location(error.__traceback__)
-    text = f"{type(error).__name__}: {error}".strip()
+    text = brief(error)
     if isinstance(error, DataDependentOutputException):
         return RefusedError(
             f"the forward reads a tensor's value into Python ({error.func}): what it does next depends on data, so no "
@@ -390,18 +390,18 @@ def translate(error: Exception | SystemExit) -> RmtcError:
             location=location,
             remedy="use a mask of fixed shape (torch.where, masked_fill) instead of selecting elements",
         )
-    message = str(error)
+    message = text.partition(": ")[2]
     if "does not require grad" in message or "backward through the graph" in message:
         return backward_refusal(location)
     if "Please convert all Tensors to FakeTensors" in message or "non-Fake" in message:
         return CaptureError(
             "the forward uses a tensor that is in no parameter, buffer, attribute, container, closure or global that "
-            f"could be found: {message.splitlines()[0]}",
+            f"could be found: {message}",
             location=location,
             remedy="register it as a buffer of the module, or pass it as an argument",
         )
     return CaptureError(
-        f"the forward raised {text.splitlines()[0] if text else type(error).__name__} under stand-in tensors",
+        f"the forward raised {text} under stand-in tensors",
         location=location,
         remedy="call the model as it is first: if that works, this operation cannot be traced",
     )

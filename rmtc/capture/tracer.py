@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ from rmtc.capture.frames import current_location
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session, backward_refusal
 from rmtc.capture.state import is_plain
+from rmtc.capture.untold import refuse_flags
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.passes.remove_regions import writes
 
@@ -291,10 +292,8 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
         names = [*(lifted.names[0] for lifted in session.lifted), *(show(path) for path in inputs)]
         sources = {id(tensor): name for tensor, name in zip(flat, names, strict=True)}
         raw.same = {name: sources[id(tensor)] for name, tensor in found.items() if id(tensor) in sources}
-        made = {name: tensor for name, tensor in found.items() if name not in raw.same}
-        _refuse_parameters(made)
-        flagged = [show(path) for path, value in given.items() if value.requires_grad is not required[path]]
-        _refuse_flags([*flagged, *(name for name, tensor in made.items() if tensor.requires_grad)])
+        _refuse_parameters({name: tensor for name, tensor in found.items() if name not in raw.same})
+        refuse_flags(found, flat, {show(path): (value, required[path]) for path, value in given.items()})
         written = {
             name: tensor for tensor, inner, name in zip(flat, before, names, strict=True) if _inner(tensor) is not inner
         }
@@ -376,15 +375,6 @@ def _refuse_parameters(found: dict[str, torch.Tensor]) -> None:
                 f"the call makes a parameter, which it leaves or returns in {name.removeprefix('state:')}",
                 remedy="make parameters before the call, or keep a plain tensor (detach)",
             )
-
-
-def _refuse_flags(found: Iterable[str]) -> None:
-    """What a run by the schedule makes requires no gradients, and of what is there it changes nothing but values."""
-    for name in found:
-        raise RefusedError(
-            f"the call makes {name.removeprefix('state:')} a tensor that requires gradients",
-            remedy="call requires_grad_() outside of the model: before the call, or on its results",
-        )
 
 
 def _refuse_changed_containers(before: dict[Path, Any], after: dict[Path, Any]) -> None:

@@ -115,7 +115,7 @@ def _steps_shown(schedule: Schedule, segments: int, total: int) -> tuple[list[St
     Of a long text only the cells of its first and last segments are listed, which are all that the steps shown have.
     """
     reach = schedule.strip * (_SHOWN // max(1, schedule.phases()[0][1]) + 2)
-    plain = schedule.block is None and not schedule.later and schedule.phases()[0][1] > 0
+    plain = schedule.block is None and not schedule.later and schedule.phases()[0][1] == 1  # no step is idle
     if plain and 2 * reach * schedule.columns <= CELLS < segments * schedule.columns and 2 * reach < segments:
         first = schedule.steps(segments, only=range(reach))
         last = schedule.steps(segments, only=range(segments - reach, segments))

@@ -42,7 +42,10 @@ def check_plan(program: WavefrontProgram, plan: Plan, segments: int) -> int:
         for place in range(len(launch.inputs)):
             _check_input(launch, place, members, held, copied)
         made = held[number] = _results(program, launch, members)
-        copied.update((Copied(number, result, cell), made[result][max(cell, 0)]) for result, cell in launch.copies)
+        for result, cell in launch.copies:
+            if result >= len(made):
+                raise VerifyError(f"{launch.body.name} sets result {result} aside, which it does not make")
+            copied[Copied(number, result, cell)] = made[result][max(cell, 0)]
         most = max(most, len(held))
         for key, result, index in launch.kept:
             tag = made[result][max(index, 0)]

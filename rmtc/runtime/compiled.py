@@ -27,7 +27,7 @@ from rmtc.capture.own_modes import modes, own_modes
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import unseen
-from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError, raised_by_signal, user_level
+from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError, brief, raised_by_signal, user_level
 from rmtc.restoring import outermost, restored
 from rmtc.runtime.backends import Backend, auto
 from rmtc.runtime.guards import ArgumentGuard, alike
@@ -35,7 +35,7 @@ from rmtc.runtime.hooks import call_with_hooks, global_hooks, hook_tables, hooke
 from rmtc.runtime.lock import LOCK
 from rmtc.runtime.state_guard import StateGuard
 from rmtc.runtime.stats import LastRun, Stats
-from rmtc.runtime.variant import Ready, Variant, brief
+from rmtc.runtime.variant import Ready, Variant
 from rmtc.runtime.weights import refuse_elsewhere
 
 __all__ = ["Compiled", "Options"]

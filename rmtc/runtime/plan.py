@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import torch
 
 from rmtc.ir.program import Src, leaves
 from rmtc.ir.schedule import Cell, Group, Schedule
-from rmtc.ir.segment_loop import Environment, Every, Fit, Item, Key, Row, Where
+from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Item, Key, Row, Where
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 
 __all__ = ["Copied", "Launch", "Part", "Plan", "Whole", "plan_run"]
@@ -116,10 +118,17 @@ def _capped(cells: list[Cell], width: int | None) -> Iterator[list[Cell]]:
     yield from (cells[start : start + width] for start in range(0, len(cells), width))
 
 
-def _of_segment(leaf: Any) -> bool:
-    """Whether an operand is an integer, or an item of a list, that depends on the segment."""
-    value = leaf.number if isinstance(leaf, Item) else leaf
-    return isinstance(value, Fit) and any("s" in names for names, _ in value.terms)
+def _of_segment(op: BodyOp) -> bool:
+    """Whether an operation reads a place that depends on the segment: an index, or an item of a list."""
+    types = [each.type for each in op.target._schema.arguments] if isinstance(op.target, torch._ops.OpOverload) else []
+    for place, arg in enumerate(op.args):
+        if place < len(types) and isinstance(types[place], torch.NumberType):
+            continue  # a factor may be any
+        for leaf in leaves((arg,)):
+            value = leaf.number if isinstance(leaf, Item) else leaf
+            if isinstance(value, Fit) and any("s" in names for names, _ in value.terms):
+                return True
+    return False
 
 
 def plan_run(program: WavefrontProgram, segments: int, batch: int, tail: int) -> Plan:
@@ -191,6 +200,7 @@ class _Planner:
     def _drop_unread(self) -> None:
         """Let the cells that run apart in the last segment run only what is read: the rest may not be fit for it."""
         read: dict[int, set[int]] = {}
+        copied: set[Copied] = set()
         for number, launch in reversed(list(enumerate(self.launches))):
             live = {position for _, position, _ in launch.kept} | read.get(number, set())
             unread = set(range(len(launch.body.results))) - live
@@ -201,6 +211,10 @@ class _Planner:
             for piece in itertools.chain.from_iterable(launch.inputs):
                 if isinstance(piece, (Part, Copied)):
                     read.setdefault(piece.launch, set()).add(piece.result)
+                if isinstance(piece, Copied):
+                    copied.add(piece)
+        self.last_copied = {each: reader for each, reader in self.last_copied.items() if each in copied}
+        self.copies = {n: [each for each in some if Copied(n, *each) in copied] for n, some in self.copies.items()}
 
     def _wanted(self) -> set[Key]:
         """The operations that are read after the loop."""
@@ -228,7 +242,7 @@ class _Planner:
                 read |= own[number]
         unfit = set[int]()
         for number, op in enumerate(ops):
-            if number not in read and (not unfit.isdisjoint(own[number]) or any(map(_of_segment, leaves(op.args)))):
+            if number not in read and (not unfit.isdisjoint(own[number]) or _of_segment(op)):
                 unfit.add(number)
         return {layout.layer_of(number) for number in unfit}
 

@@ -304,7 +304,7 @@ def _same_lying(value: Any, bound: tuple[Any, int, tuple[int, ...]]) -> bool:
 
 
 def _layout(tensor: torch.Tensor) -> Any:
-    return tensor.shape, tensor.dtype, tensor.device, _repeated(tensor)
+    return tensor.shape, tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg(), _repeated(tensor)
 
 
 def _repeated(tensor: torch.Tensor) -> list[int]:

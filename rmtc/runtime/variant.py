@@ -22,7 +22,7 @@ from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import MISSING, Slot, Snapshot, is_plain, told
-from rmtc.errors import RefusedError, RmtcError, VerifyError, raised_by_signal
+from rmtc.errors import RefusedError, VerifyError, brief, raised_by_signal
 from rmtc.ir.cost import CostModel
 from rmtc.ir.formula import at
 from rmtc.ir.program import Val
@@ -41,7 +41,7 @@ from rmtc.runtime.state_guard import StateGuard
 from rmtc.runtime.triton import launches_on
 from rmtc.runtime.weights import Weights
 
-__all__ = ["Ready", "Variant", "brief"]
+__all__ = ["Ready", "Variant"]
 
 logger = logging.getLogger(__name__)
 
@@ -594,15 +594,6 @@ def _refuse_lost(capture: Capture) -> None:
             remedy="draw numbers before the call; if what is computed does not depend on them (checks of samples), "
             "pass options={'reorder_random': True}",
         )
-
-
-def brief(error: Exception) -> str:
-    """Print an exception in a line."""
-    try:
-        what = error.reason if isinstance(error, RmtcError) else str(error)
-    except Exception:  # noqa: BLE001 (an exception of the user's that cannot be printed)
-        what = ""
-    return f"{type(error).__name__}: {what}".strip().splitlines()[0]
 
 
 def _inputs(arguments: Arguments) -> dict[str, torch.Tensor]:

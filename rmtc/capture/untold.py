@@ -1,0 +1,117 @@
+"""What a stand-in cannot tell, for its tensor may say otherwise, and what a run does not set: both are refused.
+
+A stand-in has no gradient and no history, and its memory is its own. A run by the schedule makes tensors that require
+no gradients.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from rmtc.capture.frames import current_location, is_of_models
+from rmtc.errors import RefusedError
+
+__all__ = ["UntoldError", "refuse_flags", "refuse_untold", "stands_in"]
+
+_Tensor: Any = torch.Tensor
+_OF_THE_USERS: dict[Any, str] = {
+    _Tensor.grad.__get__: "grad",
+    _Tensor.grad.__set__: "grad",
+    _Tensor.grad.__delete__: "grad",
+    _Tensor.grad_fn.__get__: "grad_fn",
+    _Tensor.is_leaf.__get__: "is_leaf",
+    _Tensor._base.__get__: "_base",
+    _Tensor._is_view: "_is_view()",
+    _Tensor.is_inference: "is_inference()",
+    _Tensor.is_neg: "is_neg()",
+    _Tensor.is_conj: "is_conj()",
+    torch.is_inference: "is_inference()",
+    torch.is_neg: "is_neg()",
+    torch.is_conj: "is_conj()",
+}
+"""What the code may ask a tensor that was there before the call for, or set, by torch's function."""
+
+_OF_ANY: dict[Any, str] = {
+    _Tensor.storage_offset: "storage_offset()",
+    _Tensor.storage: "storage()",
+    _Tensor.untyped_storage: "untyped_storage()",
+}
+"""The same of any tensor: a view of one that was there before the call lies in its memory."""
+
+_OF_PARAMETERS = {_Tensor.grad_fn.__get__, _Tensor.is_leaf.__get__}
+"""What every parameter answers alike."""
+
+
+class UntoldError(RefusedError):
+    """The code asks for, or sets, what no capture can see: no other run of the code answers that either."""
+
+
+def stands_in(tensor: torch.Tensor) -> torch.Tensor:
+    """Mark a tensor as one that stands in for another."""
+    tensor._rmtc_stands_in = True  # type: ignore[attr-defined]
+    return tensor
+
+
+def refuse_untold(function: Callable[..., Any], args: Sequence[Any]) -> None:
+    """Refuse a function of torch's that the code calls and a stand-in cannot answer.
+
+    Raises:
+        UntoldError: with what is asked for, and the line.
+    """
+    what = _OF_ANY.get(function) or (_OF_THE_USERS.get(function) if _is_marked(args) else None)
+    if what is None or (function in _OF_PARAMETERS and isinstance(args[0], nn.Parameter)):
+        return
+    if is_of_models(_asking()):
+        raise UntoldError(
+            f"the code reads or sets {what} of a tensor that was there before the call: in a capture another one "
+            "stands in for it",
+            location=current_location(3)[0],
+            remedy="do that outside of the model: before the call or after it",
+        )
+
+
+def refuse_flags(
+    found: Mapping[str, torch.Tensor], there: Iterable[torch.Tensor], given: Mapping[str, tuple[torch.Tensor, bool]]
+) -> None:
+    """Refuse a call that makes results, state or arguments require gradients.
+
+    Args:
+        found: what it returns and leaves, by name.
+        there: what was there before, which may require them.
+        given: the arguments, with whether they required gradients before.
+
+    Raises:
+        UntoldError: with the first name.
+    """
+    known = set(map(id, there))
+    flagged = [name for name, (tensor, required) in given.items() if tensor.requires_grad is not required]
+    flagged += [name for name, tensor in found.items() if tensor.requires_grad and id(tensor) not in known]
+    for name in flagged:
+        raise UntoldError(
+            f"the call makes {name.removeprefix('state:')} a tensor that requires gradients",
+            remedy="call requires_grad_() outside of the model: before the call, or on its results",
+        )
+
+
+def _is_marked(args: Sequence[Any]) -> bool:
+    return bool(args) and getattr(args[0], "_rmtc_stands_in", False)
+
+
+_PASSING_ON = tuple(f"torch{os.sep}{name}" for name in ("_tensor.py", "overrides.py", f"utils{os.sep}_device.py"))
+
+
+def _asking() -> FrameType:
+    """The frame that asks: not those of modes for torch's functions, the user's own among them."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and (
+        frame.f_code.co_name == "__torch_function__" or frame.f_code.co_filename.endswith(_PASSING_ON)
+    ):
+        frame = frame.f_back
+    return frame
