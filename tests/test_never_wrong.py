@@ -21,6 +21,7 @@ from rmtc.ir.program import Op, Program, Source, Src, Val
 from rmtc.ir.schedule import Cell
 from rmtc.passes.check import Place, check
 
+pytestmark = pytest.mark.slow
 aten = torch.ops.aten
 
 
