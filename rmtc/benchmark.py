@@ -151,7 +151,10 @@ def bench(
         function, args, kwargs, layers=layers, segment_length=segment_length, schedule=schedule, backend=backend
     )
     if not rehearsal.verification:
-        raise VerifyError(rehearsal.verification.reason, remedy="no time is shown for a call that is not ok")
+        raise VerifyError(
+            rehearsal.verification.reason,
+            remedy="a time is shown only where a call ran by its schedule, with the results of the code as written",
+        )
     fast, args, kwargs = rehearsal.call, rehearsal.args, rehearsal.kwargs
     compiled = compiled_of(fast)
     if compiled is None or not compiled.variants:

@@ -762,3 +762,6 @@ def test_a_slice_past_the_end_after_the_loop() -> None:
         for segments in (5, 4, 6, 7):
             for found, wanted in zip(model(text(segments, 2)), twin(text(segments, 2)), strict=True):
                 torch.testing.assert_close(found, wanted)
+    stats = rmtc.stats(model)
+    assert stats.runs == 0 and sum(stats.fallbacks.values()) == 4
+    assert all("does not do what the loop says" in reason for reason in stats.fallbacks)

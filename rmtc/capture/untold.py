@@ -93,9 +93,9 @@ def refuse_flags(
     known = set(map(id, there))
     flagged = [name for name, (tensor, required) in given.items() if tensor.requires_grad is not required]
     flagged += [name for name, tensor in found.items() if tensor.requires_grad and id(tensor) not in known]
-    for name in flagged:
+    if flagged:
         raise UntoldError(
-            f"the call makes {name.removeprefix('state:')} a tensor that requires gradients",
+            f"the call makes {flagged[0].removeprefix('state:')} a tensor that requires gradients",
             remedy="call requires_grad_() outside of the model: before the call, or on its results",
         )
 
