@@ -6,7 +6,7 @@
 A place is a model, a stage (what the call does), a function of rmtc's, and its first or last entry in that stage. Each
 is tried in a forked child: an exception arrives there, as from an interrupt or from the handler of a signal, and must
 come out of the call. Then parameters, attributes, settings of torch and locks are as before, and the next calls give
-eager's results by the schedule.
+eager's results by the schedule. Of all places, 32 are tried on one model, one after another, before the next calls.
 """
 
 from __future__ import annotations
@@ -181,37 +181,41 @@ class Subject:
         _hold(_tensors(found), _tensors(wanted), "the result")
         _hold(_state(self.model), _state(self.twin), "the state")
 
-
-def capture(subject: Subject) -> Callable[[], Any]:
-    """The first call."""
-    return lambda: subject.call(4)
-
-
-def admission(subject: Subject) -> Callable[[], Any]:
-    """The first call of other sizes."""
-    subject.both(4)
-    return lambda: subject.call(7)
+    def move(self) -> None:
+        """Move the parameters of both out of their stacks."""
+        for model in (self.model, self.twin):
+            for parameter in model.parameters():
+                parameter.data = parameter.data * 0.9
 
 
-def run(subject: Subject) -> Callable[[], Any]:
-    """A later call, in memory that stays."""
-    for _ in range(3):
-        subject.both(4)
-    return lambda: subject.call(4)
+class Stage(NamedTuple):
+    """What a call does.
+
+    Attributes:
+        segments: of the call.
+        before: how many calls of four segments precede it.
+        moved: whether parameters are moved before it.
+    """
+
+    segments: int
+    before: int = 1
+    moved: bool = False
+
+    def prepare(self, subject: Subject) -> None:
+        """Make the calls that precede it."""
+        for _ in range(self.before):
+            subject.both(4)
 
 
-def move(subject: Subject) -> Callable[[], Any]:
-    """The first call after parameters were moved out of their stacks."""
-    subject.both(4)
-    for model in (subject.model, subject.twin):
-        for parameter in model.parameters():
-            parameter.data = parameter.data * 1.25
-    return lambda: subject.call(4)
-
-
+STAGES = {
+    "capture": Stage(4, before=0),
+    "admission": Stage(7),
+    "run": Stage(4, before=3),  # in memory that stays
+    "move": Stage(4, moved=True),
+}
 KINDS = ("interrupt", "signal")
 FINE = ("as before", "not reached")
-STAGES = {each.__name__: each for each in (capture, admission, run, move)}
+BATCH = 32
 
 
 def places(name: str, stage: str) -> list[tuple[str, int, str, int]]:
@@ -219,7 +223,9 @@ def places(name: str, stage: str) -> list[tuple[str, int, str, int]]:
 
     def collect() -> list[tuple[str, int, str, int]]:
         subject = Subject(name)
-        call = STAGES[stage](subject)
+        STAGES[stage].prepare(subject)
+        if STAGES[stage].moved:
+            subject.move()
         counts: dict[CodeType, int] = {}
 
         def trace(frame: FrameType, event: str, argument: Any) -> None:
@@ -229,7 +235,7 @@ def places(name: str, stage: str) -> list[tuple[str, int, str, int]]:
 
         sys.settrace(trace)
         try:
-            call()
+            subject.call(STAGES[stage].segments)
         finally:
             sys.settrace(None)
         return [
@@ -285,37 +291,72 @@ def arrives(place: Place, call: Callable[[], Any]) -> bool:
     return arrived
 
 
-def attempts(group: Sequence[Place]) -> list[str]:
+def attempts(group: Sequence[Place], batch: int = 1) -> list[str]:
     """What comes of an exception in each of some places of one stage: ``as before``, ``not reached``, or what is wrong.
 
-    The stage is prepared once, in a child that forks for each place.
+    The stage is prepared once, in a child that forks for each batch of places. The places of a batch are tried one
+    after another on one model. Each is tried by itself where a batch finds that something is wrong; what is wrong with
+    none of them alone is said of the last.
     """
 
     def each() -> list[str]:
         subject = Subject(group[0].model)
-        call = STAGES[group[0].stage](subject)
-        return [str(_in_child(functools.partial(_tried, subject, call, place))) for place in group]
+        STAGES[group[0].stage].prepare(subject)
+        results: list[str] = []
+
+        def attempt(size: int) -> str | None:
+            at = len(results)
+            found = _in_child(functools.partial(_tried, subject, group[at : at + size]))
+            if isinstance(found, int):
+                results.extend(["as before"] * found)
+            elif found == "not reached" or size == 1:
+                results.append(found)
+            else:
+                return str(found)
+            return None
+
+        while len(results) < len(group):
+            at = len(results)
+            together = attempt(batch)
+            if together is not None:
+                while len(results) < min(at + batch, len(group)):
+                    attempt(1)
+                if all(each in FINE for each in results[at:]):
+                    results[-1] = f"one after another: {together}"
+        return results
 
     results = _in_child(each, seconds=0)
     return results if isinstance(results, list) else [results] * len(group)
 
 
-def _tried(subject: Subject, call: Callable[[], Any], place: Place) -> str:
-    held = _identities(subject.model)
-    before, values = settings(), [each.clone() for each in _state(subject.model)]
-    collects, runs = gc.isenabled(), rmtc.stats(subject.model).runs
-    if not arrives(place, call):
-        return "not reached"
-    found = changed(before)
-    assert not found, f"settings: {found}"
-    assert gc.isenabled() is collects, "the garbage collector"
-    assert not LOCK._held and LOCK.free, "the lock is held"
-    assert _identities(subject.model) == held, "another object is in the model"
-    now = _state(subject.model)
-    assert not any(isinstance(each, FakeTensor) for each in now), "stand-ins are in the model"
-    if not _same(now, values):  # the call was over, but for its return
-        subject.follow(7 if place.stage == "admission" else 4)
-        _hold(now, _state(subject.twin), "the state after the exception")
+def _tried(subject: Subject, batch: Sequence[Place]) -> int | str:
+    """How many places were tried, after all of which all was as before; ``not reached`` if the first was not.
+
+    A place that is not reached ends a batch: the call has done what the others were to interrupt.
+    """
+    stage = STAGES[batch[0].stage]
+    before, tried = settings(), 0
+    for place in batch:
+        if stage.moved:
+            subject.move()
+        held, values = _identities(subject.model), [each.clone() for each in _state(subject.model)]
+        collects = gc.isenabled()
+        if not arrives(place, lambda: subject.call(stage.segments)):
+            if not tried:
+                return "not reached"
+            subject.follow(stage.segments)
+            break
+        tried += 1
+        found = changed(before)
+        assert not found, f"settings: {found}"
+        assert gc.isenabled() is collects, "the garbage collector"
+        assert not LOCK._held and LOCK.free, "the lock is held"
+        assert _identities(subject.model) == held, "another object is in the model"
+        now = _state(subject.model)
+        assert not any(isinstance(each, FakeTensor) for each in now), "stand-ins are in the model"
+        if not _same(now, values):  # the call was over, but for its return
+            subject.follow(stage.segments)
+            _hold(now, _state(subject.twin), "the state after the exception")
     with rmtc.disabled(subject.model):
         subject.both(4)
     runs = rmtc.stats(subject.model).runs
@@ -323,7 +364,7 @@ def _tried(subject: Subject, call: Callable[[], Any], place: Place) -> str:
     subject.both(7)
     assert rmtc.stats(subject.model).runs == runs + 2, "the next calls did not run by the schedule"
     assert not changed(before)
-    return "as before"
+    return tried
 
 
 def _in_child(function: Callable[[], Any], seconds: int = 120) -> Any:
@@ -389,6 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=60, help="how many places to draw (default: 60)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["kept", "rebound"])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--all", action="store_true", help="try every place")
     parser.add_argument("--log", type=Path, help="write results there, and leave out what it has of this commit")
@@ -400,12 +442,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = [each for each in map(json.loads, lines) if each["commit"] == commit]
     done = {Place(*each["place"])[:-1] for each in known if each["result"] in FINE}
     counts = Counter[str]()
-    share = None if options.all else -(-options.count // (len(options.models) * len(STAGES)))
-    for name, stage in itertools.product(options.models, STAGES):
+    share = None if options.all else -(-options.count // (len(options.models) * len(options.stages)))
+    for name, stage in itertools.product(options.models, options.stages):
         left = [place for place in drawn(name, stage, share, options.seed) if place[:-1] not in done]
-        for at in range(0, len(left), 20):
-            group = left[at : at + 20]
-            for place, result in zip(group, attempts(group), strict=True):
+        for at in range(0, len(left), 96):
+            group = left[at : at + 96]
+            for place, result in zip(group, attempts(group, BATCH if options.all else 1), strict=True):
                 counts[result.splitlines()[0]] += 1
                 if result not in FINE:
                     print(f"{place}\n{result}", flush=True)

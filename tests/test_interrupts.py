@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import interrupts
 import pytest
 
+import rmtc
 from rmtc.capture.state import Snapshot
 
 
@@ -17,6 +20,18 @@ def test_an_interrupt_leaves_the_model_and_all_later_results_as_they_were(model:
     wrong = {place: result for place, result in results.items() if result not in interrupts.FINE}
     assert not wrong
     assert sum(result == "as before" for result in results.values()) >= 6
+
+
+@pytest.mark.slow
+def test_captures_that_were_interrupted_do_not_count() -> None:
+    subject = interrupts.Subject("rebound")
+    for _ in range(10):
+        failing = mock.patch("rmtc.runtime.compiled.Variant.make", side_effect=KeyboardInterrupt)
+        with failing, pytest.raises(KeyboardInterrupt):
+            subject.call(4)
+    subject.both(4)
+    stats = rmtc.stats(subject.model)
+    assert (stats.captures, stats.recompiles, stats.runs) == (1, 0, 1)
 
 
 @pytest.mark.slow

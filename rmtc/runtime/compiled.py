@@ -591,9 +591,9 @@ class Compiled:
         key = self._key(arguments)
         # A capture whose parameters were replaced serves nobody any more, and holds the old ones.
         kept = [variant for variant in self.variants if not variant.stale()]
-        self._replaced += len(self.variants) - len(kept)
-        self._captures -= len(self.variants) - len(kept)
-        self.variants = kept
+        gone, self.variants = len(self.variants) - len(kept), kept
+        self._replaced += gone
+        self._captures -= gone
         limited = self._limited(decision.differences)
         if limited is not None:
             return limited
@@ -602,6 +602,7 @@ class Compiled:
         if known.kinds != (kinds := self._kinds()):
             known = self._known[key] = _Known(kinds=kinds)
         known.refusal, known.ends, known.short, known.settled = None, None, None, False
+        counts = known.tries, self._captures, self.stats.captures, self.stats.recompiles
         known.tries += 1
         try:
             with contextlib.suppress(RmtcError):  # a session that cannot be opened: so it will be
@@ -611,8 +612,9 @@ class Compiled:
             known.refusal = _lean(error)
             logger.info("not scheduled: %s", error.reason)
             return None
-        except Exception as error:
-            if raised_by_signal(error):
+        except BaseException as error:
+            if not isinstance(error, Exception) or raised_by_signal(error):  # the next call begins anew
+                known.tries, self._captures, self.stats.captures, self.stats.recompiles = counts
                 raise
             known.errors += 1
             known.broken = self._broken("a capture", error)
