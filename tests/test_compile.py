@@ -518,6 +518,16 @@ def test_verify_of_calls_that_run_no_schedule() -> None:
     assert not one and one.steps in (0, SEGMENTS)
 
 
+def test_torch_compile_runs_a_compiled_model_by_its_schedule() -> None:
+    model = rmtc.compile(associative())
+    with torch.no_grad():
+        torch._dynamo.reset()
+        made = torch.compile(model, backend="eager")
+        for _ in range(2):
+            equal(made(hidden()))
+    assert rmtc.stats(model).runs == 2
+
+
 def test_torchs_compilers_beside_ours() -> None:
     model = associative()
     model.compile(backend="eager")

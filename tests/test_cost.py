@@ -6,6 +6,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -109,9 +110,9 @@ def test_a_backend_is_chosen_by_what_it_is_estimated_to_take(monkeypatch: pytest
     moving = CostModel(1e-6, 0.0, 0.0, 1.0, 0.0, product=0.0, byte=1.0, spread=1.0)
     starting = CostModel(1.0, 0.0, 0.0, 1.0, 0.0, product=0.0, byte=1e-9, spread=1.0)
     multiplying = CostModel(1e-6, 0.0, 0.0, 1.0, 0.0, product=1.0, byte=1e-9, spread=1.0)
-    monkeypatch.setattr(estimate, "_compiles", lambda: True)
+    monkeypatch.setattr(estimate, "compiles", lambda: True)
     assert [backend_of(way, sizes, each) for each in (moving, starting, multiplying)] == ["inductor", "torch", "torch"]
-    monkeypatch.setattr(estimate, "_compiles", lambda: False)
+    monkeypatch.setattr(estimate, "compiles", lambda: False)
     assert backend_of(way, sizes, moving) == "torch"
 
 
@@ -265,27 +266,73 @@ def test_a_cost_model_is_written_and_read(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RMTC_COST_MODEL")
     monkeypatch.setenv("RMTC_CACHE_DIR", str(tmp_path / "kept"))
-    measured: list[torch.dtype] = []
+    measured: list[tuple[torch.dtype, int]] = []
+    planted: list[dict[str, Any]] = [dict.fromkeys(measure._MEASURED, 1e-6) | {"scatter": 1.0}]
     original = measure.measure
 
-    def counting(device: torch.device, dtype: torch.dtype) -> CostModel:
-        measured.append(dtype)
-        return original(device, dtype)
+    def counting(device: torch.device, dtype: torch.dtype, tries: int = 24) -> CostModel:
+        measured.append((dtype, tries))
+        return replace(original(device, dtype, tries), **(planted[0] if tries == 24 else planted[-1]))
 
     monkeypatch.setattr(measure, "measure", counting)
     models = []
     for _ in range(2):  # another process has nothing in memory
         measure._kept.cache_clear()
         models += [measure.cost_model(torch.device(kind), torch.float64) for kind in ("cpu", "meta")]
-    assert measured == [torch.float64] and len({*models}) == 1
+    assert measured == [(torch.float64, 24), (torch.float64, 4)] and len({*models}) == 1
     (model, *_) = models
     assert min(model.launch, model.operand, model.written, model.call, model.product, model.byte, model.spread) > 0
     assert "float64" in model.source
     (file,) = (tmp_path / "kept").iterdir()
     file.write_text("broken")
     measure._kept.cache_clear()
-    assert measure.cost_model(torch.device("cpu"), torch.float64) and len(measured) == 2
+    assert measure.cost_model(torch.device("cpu"), torch.float64) and len(measured) == 3
     measure._kept.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("kept", "glance", "new", "taken"),
+    [
+        ((1e-6, 1.0), 1.4e-6, (2e-6, 1.0), (1e-6, 1.0)),  # what is kept holds
+        ((40e-6, 1.0), 1e-6, (1e-6, 1.0), (1e-6, 1.0)),  # it was taken at a bad moment
+        ((1e-6 / 40, 1.0), 1e-6, (1e-6, 1.0), (1e-6, 1.0)),  # or by another machine
+        ((1e-6, 1.0), 3e-6, (3e-6, 2.0), (1e-6, 1.0)),  # this moment is a bad one
+        ((2e-6, 1.6), 2e-6, (1e-6, 1.0), (1e-6, 1.0)),  # the spread was large
+        ((2e-6, 1.6), 2e-6, (1.5e-6, 1.4), (1.5e-6, 1.4)),  # and is again
+    ],
+)
+def test_constants_that_were_kept_are_held_against_the_machine(
+    kept: tuple[float, float],
+    glance: float,
+    new: tuple[float, float],
+    taken: tuple[float, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def model(seconds: float, scatter: float) -> CostModel:
+        constants: dict[str, Any] = dict.fromkeys(measure._MEASURED, seconds)
+        return replace(MEASURED, **constants, scatter=scatter)
+
+    monkeypatch.delenv("RMTC_COST_MODEL")
+    monkeypatch.setenv("RMTC_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(measure, "measure", lambda device, dtype, tries=24: model(*kept))
+    measure._kept.cache_clear()
+    measure.cost_model(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(
+        measure, "measure", lambda device, dtype, tries=24: model(glance, 1.0) if tries < 24 else model(*new)
+    )
+    measure._kept.cache_clear()
+    found = measure.cost_model(torch.device("cpu"), torch.float32)
+    assert (found.launch, found.scatter) == taken
+    (file,) = tmp_path.iterdir()
+    assert CostModel.from_json(file.read_text()).launch == taken[0]
+    measure._kept.cache_clear()
+
+
+def test_a_measurement_has_a_date_and_a_spread() -> None:
+    found = measure.measure(torch.device("cpu"), torch.float32)
+    assert found.scatter >= 1.0 and len(found.date) == 10 and found.date in found.source
+    assert CostModel.from_json(found.to_json()) == found
 
 
 def test_measuring_leaves_the_callers_modes_and_random_numbers() -> None:
@@ -300,7 +347,7 @@ def test_what_cannot_be_measured_has_constants_all_the_same(tmp_path: Path, monk
     monkeypatch.delenv("RMTC_COST_MODEL")
     monkeypatch.setenv("RMTC_CACHE_DIR", str(tmp_path))
 
-    def failing(device: torch.device, dtype: torch.dtype) -> CostModel:
+    def failing(device: torch.device, dtype: torch.dtype, tries: int = 24) -> CostModel:
         raise NotImplementedError("injected")
 
     monkeypatch.setattr(measure, "measure", failing)

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import gc
+import logging
 import pickle
 import random
 import threading
@@ -284,8 +285,9 @@ def test_a_refusal_keeps_nothing_of_the_call() -> None:
     assert gone() is None
 
 
-def test_calls_that_are_no_loop_are_silent_and_counted() -> None:
+def test_calls_that_are_no_loop_are_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     model, fast = compiled(Associative(2, WIDTH))
+    caplog.set_level(logging.INFO, logger="rmtc.runtime.compiled")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for length in (1, SEGMENT, 3):
@@ -294,6 +296,11 @@ def test_calls_that_are_no_loop_are_silent_and_counted() -> None:
         same(fast(text()), model(text()))
         same(fast(text(1)), model(text(1)))
     assert (rmtc.stats(fast).eager, rmtc.stats(fast).runs) == (4, 1)
+    assert rmtc.stats(fast).as_written == {"a call of one segment": 4}
+    said = [each.getMessage() for each in caplog.records if "runs as written" in each.getMessage()]
+    assert len(said) == 1 and said[0].startswith(
+        "Associative runs as written: a call of one segment; give it a text of"
+    )
 
 
 class Scaled(Associative):
@@ -688,6 +695,7 @@ def test_gradients_that_are_asked_for_are_there() -> None:
                 each.layers[1].query.weight.requires_grad_(True)
                 each(text()).sum().backward()
     same(fast.layers[1].query.weight.grad, model.layers[1].query.weight.grad)
+
     with torch.enable_grad():
         hidden = [text().requires_grad_() for _ in range(2)]
         for each, given in zip((model, fast), hidden, strict=True):
@@ -714,6 +722,17 @@ def in_threads(calls: list[Callable[[], Any]]) -> list[Any]:
         return [future.result(60) for future in futures]
     finally:
         pool.shutdown(wait=False)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_who_trains_is_not_told_to_do_without_gradients(training: bool) -> None:
+    _, fast = compiled(Associative(2, WIDTH))
+    fast.train(training)
+    fast.requires_grad_(True)
+    with torch.enable_grad(), pytest.warns(rmtc.FallbackWarning, match="gradients are asked for") as caught:
+        fast(text()).sum().backward()
+    assert ("no_grad" in str(caught[0].message)) == (not training)
+    assert fast.layers[1].query.weight.grad is not None
 
 
 def test_first_calls_at_the_same_time() -> None:

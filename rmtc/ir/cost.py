@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 
 from rmtc.ir.limits import loads
 from rmtc.ir.schedule import Dependence, Schedule
@@ -30,6 +30,9 @@ class CostModel:
         product: seconds that a floating-point operation of a matrix product takes.
         byte: seconds that a byte takes that is read or written.
         spread: how many times as long all this takes for several cells with weights of their own.
+        scatter: how far the fastest tries of three parts of the measurement lie apart, as a factor; the largest of all
+            constants.
+        date: the day of the measurement, as in ISO 8601; empty if it is not known.
         source: where the numbers come from, in words.
     """
 
@@ -41,12 +44,14 @@ class CostModel:
     product: float
     byte: float
     spread: float
+    scatter: float = 1.0
+    date: str = ""
     source: str = "given"
 
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            if each.name == "source":
+            if each.type == "str":
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LARGEST:
                 raise ValueError(f"{each.name} is a number that is not negative, not {value!r}")
@@ -77,8 +82,9 @@ class CostModel:
         """
         data = loads(text)
         names = {each.name for each in fields(cls)}
-        if not isinstance(data, dict) or not names - {"source"} <= data.keys() <= names:
-            raise ValueError(f"a cost model is an object of JSON with {', '.join(sorted(names - {'source'}))}")
+        needed = {each.name for each in fields(cls) if each.default is MISSING}
+        if not isinstance(data, dict) or not needed <= data.keys() <= names:
+            raise ValueError(f"a cost model is an object of JSON with {', '.join(sorted(needed))}")
         return cls(**data)
 
 

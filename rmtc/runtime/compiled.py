@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from rmtc.capture.state import unseen
 from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError, brief, raised_by_signal, user_level
 from rmtc.restoring import outermost, restored
 from rmtc.runtime.backends import Backend, auto
+from rmtc.runtime.choice import Arm
 from rmtc.runtime.guards import ArgumentGuard, alike
 from rmtc.runtime.hooks import call_with_hooks, global_hooks, hook_tables, hooked
 from rmtc.runtime.lock import LOCK
@@ -88,6 +89,7 @@ class _Run:
 
     variant: Variant
     ready: Ready
+    arm: Arm | None = None
 
 
 @dataclass
@@ -116,21 +118,54 @@ class _Known:
             self.settled = True
 
 
+class _Quiet(NamedTuple):
+    """Why a call runs as it is where nothing is wrong with that, and what to do if it should not."""
+
+    reason: str
+    remedy: str
+
+
+_TRAINING = (
+    "gradients are asked for, and the model is in training mode: rmtc schedules calls without gradients, so training "
+    "runs as written"
+)
+_GRADIENTS = (
+    "gradients are asked for (a parameter or argument requires them, and autograd is on): where none are needed, call "
+    "it under torch.no_grad() or torch.inference_mode()"
+)
+_ONE = _Quiet("a call of one segment", "give it a text of two segments or more in one call")
+_CACHE = _Quiet(
+    "a call with a cache, or from inside generate()",
+    "read the text in one call of the model before generate(), and hand the memory on",
+)
+_FASTER = _Quiet(
+    "the model as written takes less time for a call of this size",
+    'rmtc.explain prints estimates and rmtc.stats measured times; schedule="shortest" runs the schedule all the same',
+)
+_INSIDE = _Quiet("a call inside a call of the same model", "nothing: the outer call is the one that is scheduled")
+_CHANGED = _Quiet("another thread changed the model during each attempt", "let no thread change it during calls")
+
+
 @dataclass(frozen=True)
 class _Eager:
-    """The call runs as it is: silently if it is no loop over segments, else for a reason.
+    """The call runs as it is: with a warning for a reason, or counted only if that is as it should be.
 
     Attributes:
         reason: why; what two calls have in common is said once.
+        quiet: why, where no warning is needed.
         error: what is raised in strict mode.
         detail: what may be another in each call.
         known: from an earlier call.
+        chosen: the capture that would serve the call, the way as written, and the sizes, if that is estimated or was
+            measured to be faster.
     """
 
     reason: str | None = None
     error: RmtcError | None = None
     detail: str = ""
     known: _Known | None = None
+    quiet: _Quiet = _ONE
+    chosen: tuple[Variant, Arm, Sizes] | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +174,7 @@ class _Admit:
 
     variant: Variant
     sizes: Sizes
+    arm: Arm | None = None
 
 
 @dataclass(frozen=True)
@@ -185,6 +221,7 @@ class Compiled:
             return self.function._call_impl(*args, **kwargs)
         return self.function(*args, **kwargs)
 
+    @torch.compiler.disable(reason="rmtc runs this call")  # type: ignore[untyped-decorator]
     @outermost
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _thread.capturing:
@@ -268,8 +305,10 @@ class Compiled:
                         if self.options.strict:
                             raise _failed(error) from error
                         return self._after_failure(decision, error, before, args, kwargs)
-                if (inside and not isinstance(decision, _Eager)) or (isinstance(decision, _Admit) and rounds > _ROUNDS):
-                    decision = _Eager()
+                if inside and not isinstance(decision, _Eager):
+                    decision = _Eager(quiet=_INSIDE)
+                elif isinstance(decision, _Admit) and rounds > _ROUNDS:
+                    decision = _Eager(quiet=_CHANGED)
                 if isinstance(decision, _Eager):
                     return self._run_eager(decision, before, args, kwargs)
             captured = captured or isinstance(decision, _Capture)
@@ -327,9 +366,15 @@ class Compiled:
         """Run as before. Nothing was written yet; what is wrong with the user's values is said by the user's code."""
         logger.debug("a scheduled run failed", exc_info=error)
         result = self._entered(before, args, kwargs)
-        failed = decision.variant.fail(decision.ready.sizes, error)
-        self._count(failed.reason)
-        self._warn(_Eager(failed.reason, detail=failed.detail))
+        sizes = decision.ready.sizes
+        if decision.variant.give_up(decision.arm, sizes):
+            logger.info("calls run as they did", exc_info=error)
+            self._count(_Eager(quiet=_FASTER))
+            return result
+        failed = decision.variant.fail(sizes, error)
+        made = _Eager(failed.reason, detail=failed.detail)
+        self._count(made)
+        self._warn(made)
         return result
 
     def _entered(self, before: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -364,7 +409,7 @@ class Compiled:
     def _decide(self, arguments: Arguments) -> _Decision:
         given = dict(arguments.named())
         if given.get("past_key_values") is not None or _generating(self.function):
-            return _Eager()
+            return _Eager(quiet=_CACHE)
         short = self._short(arguments)
         if short is not None:
             return short
@@ -372,29 +417,35 @@ class Compiled:
         if watched is not None:
             return _Eager(watched)
         if torch.is_grad_enabled() and self._wants_gradients(arguments):
-            return _Eager(
-                "gradients are asked for (a parameter or argument requires them, and autograd is on): call it under "
-                "torch.no_grad() or torch.inference_mode()"
-            )
+            return _Eager(_TRAINING if getattr(self.function, "training", False) else _GRADIENTS)
         differences: list[str] = []
         for variant in list(self.variants):
             sizes = variant.match(arguments)
             if isinstance(sizes, str):
                 differences.append(sizes)
-            elif sizes.segments < 2 or not variant.worth(sizes):
+                continue
+            if sizes.segments < 2:
                 return _Eager()
-            elif sizes in variant.failed and variant.failed[sizes].times >= _RUNS:
-                return _Eager(variant.failed[sizes].reason, detail=variant.failed[sizes].detail)
-            elif variant.counter is None and variant.refused and (sizes, variant.entry(sizes.batch)) in variant.refused:
-                differences.append(variant.refused[sizes, variant.entry(sizes.batch)])
-            else:
-                ready = variant.ready(arguments, sizes)
-                if isinstance(ready, str):
-                    differences.append(ready)
-                    continue
-                if ready is None and variant.counter is not None and variant.entry(sizes.batch) not in variant.entries:
-                    return _Eager(variant.counter)
-                return _Run(variant, ready) if ready is not None else _Admit(variant, sizes)
+            arm = variant.chosen(sizes)
+            if arm is not None and arm.written:
+                return _Eager(quiet=_FASTER, chosen=(variant, arm, sizes))
+            failed = variant.failed.get(sizes)
+            if failed is not None and failed.times >= _RUNS:
+                if variant.give_up(arm, sizes):
+                    return self._decide(arguments)
+                return _Eager(failed.reason, detail=failed.detail)
+            ready: Ready | str | None = None
+            if variant.counter is None and variant.refused:
+                ready = variant.refused.get((sizes, variant.entry(sizes.batch)))
+            ready = ready or variant.ready(arguments, sizes, arm)
+            if isinstance(ready, str):
+                if variant.give_up(arm, sizes):
+                    return self._decide(arguments)
+                differences.append(ready)
+                continue
+            if ready is None and variant.counter is not None and variant.entry(sizes.batch) not in variant.entries:
+                return _Eager(variant.counter)
+            return _Run(variant, ready, arm) if ready is not None else _Admit(variant, sizes, arm)
         known = self._known.get(self._key(arguments))
         if known is not None and known.kinds != self._kinds():
             known = None
@@ -421,16 +472,18 @@ class Compiled:
         It is right to run such a call as it is, whatever has changed in the model since. Some go the long way: a model
         that has changed may cut the same text into several segments.
         """
-        now, short = modes(), False
+        now, short = modes(), None
         for variant in list(self.variants):
             sizes = variant.arguments.sizes(arguments) if variant.modes == now else ""
             if not isinstance(sizes, str):
-                if sizes.segments > 1 and variant.worth(sizes):
+                arm = variant.chosen(sizes) if sizes.segments > 1 else None
+                if sizes.segments > 1 and not (arm is not None and arm.written):
                     return None
-                short = True
-        if short:
+                chosen = (variant, arm, sizes) if arm is not None else None
+                short = _Eager(quiet=_ONE if chosen is None else _FASTER, chosen=chosen)
+        if short is not None:
             self._shorts += 1
-            return None if self._shorts % _LOOKS == 1 else _Eager()
+            return None if self._shorts % _LOOKS == 1 else short
         known = self._known.get(self._key(arguments))
         if known is None or known.short is None:
             return None
@@ -484,10 +537,11 @@ class Compiled:
         return False
 
     def _run(self, decision: _Run, guard_seconds: float) -> Any:
-        variant, sizes = decision.variant, decision.ready.sizes
-        makespan = variant.makespan(sizes.segments)  # before anything is written: what fails later runs twice
-        result, run = variant.run(decision.ready)
-        schedule = variant.program.schedule
+        variant, sizes, made = decision.variant, decision.ready.sizes, decision.ready.made
+        makespan = variant.makespan(sizes.segments, made)  # before anything is written: what fails later runs twice
+        with self._timed(variant, decision.arm, sizes):
+            result, run = variant.run(decision.ready)
+        schedule = made.program.schedule
         with self._counts:
             self.stats.runs += 1
             self.stats.last_run = LastRun(
@@ -502,10 +556,24 @@ class Compiled:
                 groups=run.groups,
                 widths=run.widths,
                 guard_seconds=guard_seconds,
-                schedule=variant.kind,
-                backend=variant.backend,
+                schedule=made.kind,
+                backend=made.backend,
             )
         return result
+
+    @contextlib.contextmanager
+    def _timed(self, variant: Variant, arm: Arm | None, sizes: Sizes) -> Iterator[None]:
+        """Take into account what a call takes in what runs later ones, if it ends well."""
+        now = variant.timer(arm, sizes)
+        if arm is None or now is None:
+            yield
+            return
+        start = now()
+        yield
+        decision = variant.note(arm, sizes, now() - start)
+        if decision is not None:
+            with self._counts:
+                self.stats.decisions[f"batch {decision.batch}, {decision.segments[0]} segments or more"] = decision
 
     def _run_eager(
         self, decision: _Eager, before: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -513,32 +581,39 @@ class Compiled:
         error, known = decision.error, decision.known
         theirs = _is_of_call(error)  # then the call as it was says whether it is a mistake, or rmtc's limit
         if self.options.strict and decision.reason is not None:
-            self._count(decision.reason)
+            self._count(decision)
             if isinstance(error, CaptureError) and known is not None:
                 known.refusal = None  # perhaps this very call fails
             raise copy.copy(error) if error is not None else RefusedError(_sentence(decision))
         if not theirs:
-            self._count(decision.reason)
+            self._count(decision)
             self._warn(decision)
         try:
-            result = self._entered(before, args, kwargs)
+            with self._timed(*decision.chosen) if decision.chosen is not None else contextlib.nullcontext():
+                result = self._entered(before, args, kwargs)
         except Exception:
             if known is not None and known.tries <= self.options.recompile_limit:
                 known.refusal = None  # this very call fails: it says nothing of others
             raise
         if theirs:
-            self._count(decision.reason)
+            self._count(decision)
             self._warn(decision)
         if known is not None:
             known.settle()
         return result
 
-    def _count(self, reason: str | None) -> None:
+    def _count(self, decision: _Eager) -> None:
+        """Count a call that runs as it is, and say once why, unless a warning does."""
+        reason, quiet = decision.reason, decision.quiet
         with self._counts:
-            if reason is None:
-                self.stats.eager += 1
-            else:
+            if reason is not None:
                 self.stats.fallbacks[reason] = self.stats.fallbacks.get(reason, 0) + 1
+                return
+            self.stats.eager += 1
+            before = self.stats.as_written.get(quiet.reason, 0)
+            self.stats.as_written[quiet.reason] = before + 1
+        if not before:
+            logger.info("%s runs as written: %s; %s", self._title, quiet.reason, quiet.remedy)
 
     def _warn(self, decision: _Eager) -> None:
         if decision.reason is None:
@@ -547,19 +622,19 @@ class Compiled:
             if decision.reason in self._warned:
                 return
             self._warned.add(decision.reason)
-        name = type(self.function).__name__ if isinstance(self.function, nn.Module) else self._name
         error = decision.error
         place = f" ({error.location})" if error is not None and error.location is not None else ""
         remedy = f"; remedy: {error.remedy}" if error is not None and error.remedy else ""
         warnings.warn(
-            f"{name} runs as it did before it was compiled{place}: {_sentence(decision)}{remedy}",
+            f"{self._title} runs as it did before it was compiled{place}: {_sentence(decision)}{remedy}",
             FallbackWarning,
             stacklevel=user_level(),
         )
 
     @property
-    def _name(self) -> str:
-        return getattr(self.function, "__qualname__", type(self.function).__name__)
+    def _title(self) -> str:
+        kind = type(self.function).__name__
+        return kind if isinstance(self.function, nn.Module) else getattr(self.function, "__qualname__", kind)
 
     def _work(self, decision: _Admit | _Capture, arguments: Arguments) -> _Eager | None:
         """Capture or admit a call, or remember why not.
@@ -573,13 +648,19 @@ class Compiled:
             variant, sizes = decision.variant, decision.sizes
             entry = variant.entry(sizes.batch)
             try:
-                variant.admit(sizes, lambda: self._session(arguments))
+                variant.admit(sizes, lambda: self._session(arguments), decision.arm)
             except RmtcError as error:
+                if variant.give_up(decision.arm, sizes):
+                    logger.info("calls run as they did: %s", error.reason)
+                    return None
                 logger.info("%s does not follow the capture: %s", sizes, error.reason)
                 variant.refused[sizes, entry] = error.reason
             except Exception as error:
                 if raised_by_signal(error):
                     raise
+                if variant.give_up(decision.arm, sizes):
+                    logger.info("calls run as they did", exc_info=error)
+                    return None
                 variant.fail(sizes, error)
                 return self._broken("a replay", error)
         return None

@@ -28,6 +28,7 @@ from rmtc.runtime.measure import cost_model
 from rmtc.runtime.plan import plan_run
 
 __all__ = [
+    "MARGIN",
     "WAYS",
     "Way",
     "Works",
@@ -35,6 +36,8 @@ __all__ = [
     "backend_of",
     "best_of",
     "candidates",
+    "compiled_seconds",
+    "compiles",
     "kind_named",
     "nothing_apart",
     "pays",
@@ -44,7 +47,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
-_MARGIN = 0.9
+MARGIN = 0.9
 """A schedule is run if it is estimated to take less than so much of the time that the code as written does."""
 
 _GAIN = 0.75
@@ -320,18 +323,8 @@ def backend_of(way: Way, sizes: Sizes, model: CostModel) -> str:
     Inductor runs a body's products as they are, and of all else no more than moves what goes in and comes out.
     """
     long = sizes._replace(segments=LONG)
-    plan = plan_run(way.program, *long)
-    batch = long.batch / max(1, way.works.batch)
-    torch_takes = inductor_takes = way.estimate(long, model).seconds
-    for launch in plan.launches:
-        if launch.body.stage != "layer" or len(launch.cells) < 2:
-            continue  # which both run alike
-        works = [work.at(batch) for work in way.works.of(_steady(way.program, launch.body))]
-        fused = [work for work in works if not work.flops]
-        took = sum(model.operation(work, len(launch.cells), model.launch, launch.one_layer) for work in fused)
-        moved = 2 * sum(way.works.inputs(launch.body)) * batch * len(launch.cells) * model.byte
-        inductor_takes += _COMPILED * model.launch + moved - took
-    chosen = "inductor" if inductor_takes < _GAIN * torch_takes and _compiles() else "torch"
+    torch_takes, inductor_takes = way.estimate(long, model).seconds, compiled_seconds(way, long, model)
+    chosen = "inductor" if inductor_takes < _GAIN * torch_takes and compiles() else "torch"
     logger.info(
         "backend %s: %.2f ms by torch, %.2f ms by Inductor, which has to compile first, for %d segments",
         *(chosen, 1e3 * torch_takes, 1e3 * inductor_takes, long.segments),
@@ -339,7 +332,23 @@ def backend_of(way: Way, sizes: Sizes, model: CostModel) -> str:
     return chosen
 
 
-def _compiles() -> bool:
+def compiled_seconds(way: Way, sizes: Sizes, model: CostModel) -> float:
+    """What a call takes whose bodies Inductor has compiled."""
+    plan = plan_run(way.program, *sizes)
+    batch = sizes.batch / max(1, way.works.batch)
+    seconds = way.estimate(sizes, model).seconds
+    for launch in plan.launches:
+        if launch.body.stage != "layer" or len(launch.cells) < 2:
+            continue  # which both run alike
+        works = [work.at(batch) for work in way.works.of(_steady(way.program, launch.body))]
+        fused = [work for work in works if not work.flops]
+        took = sum(model.operation(work, len(launch.cells), model.launch, launch.one_layer) for work in fused)
+        moved = 2 * sum(way.works.inputs(launch.body)) * batch * len(launch.cells) * model.byte
+        seconds += _COMPILED * model.launch + moved - took
+    return seconds
+
+
+def compiles() -> bool:
     """Whether there is a compiler that Inductor can use."""
     from torch._inductor import cpp_builder, exc  # takes long to import
 
@@ -354,7 +363,7 @@ def _compiles() -> bool:
 
 def pays(scheduled: Candidate, written: Candidate) -> bool:
     """Whether a schedule is to be run, of which the estimate is the less certain one."""
-    return scheduled.seconds <= _MARGIN * written.seconds
+    return scheduled.seconds <= MARGIN * written.seconds
 
 
 def scheduled(program: WavefrontProgram, works: Works, sizes: Sizes, model: CostModel, name: str) -> Candidate:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,7 @@ from torch import nn
 from rmtc.errors import RmtcError, raised_by_signal
 from rmtc.ir.cost import CostModel
 
-__all__ = ["cost_model", "measure"]
+__all__ = ["clock", "cost_model", "measure", "pinned"]
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -33,15 +34,46 @@ and results are reshaped; so many more it takes to find an operand of a group, t
 segments, and for all else that a call does; and the work of a group, which leaves caches, takes 1.25 times as long."""
 
 
-_METHOD = 3
+_METHOD = 4
 """Of measuring: what was measured in another way is measured anew."""
+
+_TRIES, _FEW = 24, 4
+"""How often each constant is measured, and how often to see whether those that were kept still hold."""
+
+_SCATTERED = 1.25
+"""The largest scatter of a measurement that is trusted. On an idle machine it is below 1.1."""
+
+_OFF = 1.5
+"""Kept constants are measured anew if a short measurement differs from one of them by this factor."""
+
+
+def pinned() -> bool:
+    """Tell whether the user has named a cost model: then nothing that is measured overrules it."""
+    return bool(os.environ.get("RMTC_COST_MODEL"))
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Choose the clock that other processes disturb least: CPU time if one thread does all the work.
+
+    Returns:
+        A function that returns seconds. On a GPU it waits for the work that was given to it.
+    """
+    if device.type == "cuda":
+
+        def idle() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return idle
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def cost_model(device: torch.device, dtype: torch.dtype) -> CostModel:
-    """The cost model of this machine: that in the file ``RMTC_COST_MODEL`` names; or measured, and kept.
+    """Read the cost model that ``RMTC_COST_MODEL`` names; else measure that of this machine, and keep it.
 
     It is kept in ``RMTC_CACHE_DIR``, by default ``~/.cache/rmtc``, one file for a device, dtype, number of threads and
-    version of torch. Remove it to have it measured anew.
+    version of torch. Each process holds it against a short measurement. It is measured anew where the two differ by
+    more than a factor of 1.5, or where the measurements of one constant were scattered.
 
     Args:
         device: what the model runs on; the meta device stands for the CPU.
@@ -63,20 +95,25 @@ def _kept(device: torch.device, dtype: torch.dtype, threads: int) -> CostModel:
     key = [_METHOD, platform.node(), device.type, named, str(dtype), threads, torch.__version__]
     name = f"cost-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
     file: Path | None = None
+    kept: CostModel | None = None
     try:
         file = _home() / name
-        return CostModel.from_json(file.read_text(encoding="utf-8"))
+        kept = CostModel.from_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError) as error:  # no file, no cost model, no home
         if raised_by_signal(error):
             raise
         logger.debug("no cost model in %s: %s", file or name, error)
     try:
-        model = measure(device, dtype)
+        if kept is not None and kept.scatter <= _SCATTERED and _apart(kept, measure(device, dtype, _FEW)) <= _OFF:
+            return kept
+        model = _better(kept, measure(device, dtype))
     except (RuntimeError, TypeError, AssertionError) as error:  # no products of this dtype, perhaps, or no such device
         if raised_by_signal(error):
             raise
         logger.info("%s on %s could not be measured: %s", dtype, device, error)
         return _FIXED if dtype == torch.float32 else _kept(device, torch.float32, threads)
+    if model is kept:
+        return model
     if file is None:
         return model
     try:
@@ -91,12 +128,30 @@ def _kept(device: torch.device, dtype: torch.dtype, threads: int) -> CostModel:
     return model
 
 
+def _apart(one: CostModel, other: CostModel) -> float:
+    """Return the largest factor between constants of two models."""
+    pairs = [sorted((float(getattr(one, name)), float(getattr(other, name)))) for name in _MEASURED]
+    return max(high / max(low, sys.float_info.min) for low, high in pairs)
+
+
+def _better(kept: CostModel | None, new: CostModel) -> CostModel:
+    """Choose between the constants that were kept and new ones: noise makes constants larger, never smaller."""
+    if kept is None or new.scatter <= _SCATTERED:
+        return new
+    if kept.scatter <= _SCATTERED:
+        return kept
+    least = {name: min(getattr(kept, name), getattr(new, name)) for name in (*_MEASURED, "scatter")}
+    return replace(new, **least)
+
+
 def _home() -> Path:
     if given := os.environ.get("RMTC_CACHE_DIR"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rmtc"
 
 
+_MEASURED = ("launch", "operand", "outside", "written", "call", "product", "byte")
+_WARM = 3  # runs before those that are measured
 _FIXED = CostModel(
     launch=3.4e-6,
     operand=3.8e-6,
@@ -121,15 +176,16 @@ def _read(file: Path) -> CostModel:
     return replace(model, source=f"{model.source}, as {file.name} says")
 
 
-def measure(device: torch.device, dtype: torch.dtype) -> CostModel:
+def measure(device: torch.device, dtype: torch.dtype, tries: int = _TRIES) -> CostModel:
     """Measure the constants, which takes some hundredths of a second, whatever modes the caller is in.
 
     Args:
         device: where.
         dtype: of the matrix products.
+        tries: how often each constant is measured; the fastest counts.
     """
     with torch.no_grad(), _autocast_off(device.type):
-        return _measure(device, dtype)
+        return _measure(device, dtype, tries)
 
 
 def _autocast_off(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -137,7 +193,7 @@ def _autocast_off(device: str) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
 
 
-def _measure(device: torch.device, dtype: torch.dtype) -> CostModel:
+def _measure(device: torch.device, dtype: torch.dtype, tries: int) -> CostModel:
     made: dict[str, Any] = {"device": device, "dtype": dtype}
     group, wide = torch.ones(2, 4, 4, **made), torch.ones(8, 64, 256, **made) / 256
     stack, large = torch.ones(8, 256, 256, **made) / 256, torch.ones(128, 512, **made)
@@ -166,18 +222,37 @@ def _measure(device: torch.device, dtype: torch.dtype) -> CostModel:
     def bytes_moved() -> None:
         torch.softmax(torch.add(large, large) * large, -1)  # reads or writes so many eight times
 
-    call = _seconds(launches, device) / (20 * 11)
+    runs = (launches, written, products, bytes_moved)
+    taken: list[list[float]] = [[] for _ in runs]
+    now = clock(device)
+    for number in range(_WARM + tries):  # in turns: a disturbance that lasts meets all of them
+        for run, seconds in zip(runs, taken, strict=True):
+            start = now()
+            run()
+            seconds += [now() - start] if number >= _WARM else []
+    call, own, product, byte = map(min, taken)
+    call /= 20 * 11
+    today = datetime.date.today().isoformat()
     return CostModel(
         launch=_LAUNCH * call,
         operand=_OPERAND * call,
         outside=_OUTSIDE * call,
-        written=_seconds(written, device) / (20 * 7),
+        written=own / (20 * 7),
         call=_CALL * call,
-        product=_seconds(products, device) / (2 * 8 * 64 * 256 * 256),
-        byte=_seconds(bytes_moved, device) / (8 * large.numel() * large.element_size()),
+        product=product / (2 * 8 * 64 * 256 * 256),
+        byte=byte / (8 * large.numel() * large.element_size()),
         spread=_SPREAD,
-        source=f"measured on this machine on {datetime.date.today().isoformat()}, {_words(device, dtype)}",
+        scatter=max(_scatter(each) for each in taken),
+        date=today,
+        source=f"measured on this machine on {today}, {_words(device, dtype)}",
     )
+
+
+def _scatter(seconds: list[float]) -> float:
+    """Return how far the fastest tries of three parts of a measurement lie apart, as a factor."""
+    third = -(-len(seconds) // 3)
+    fastest = [min(seconds[at : at + third]) for at in range(0, len(seconds), third)]
+    return max(fastest) / min(fastest)
 
 
 def _words(device: torch.device, dtype: torch.dtype) -> str:
@@ -185,16 +260,3 @@ def _words(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     return f"{str(dtype).removeprefix('torch.')}, {where}"
-
-
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """The fastest of some runs, warm: what else runs on the machine is not to be kept for good."""
-    wait: Any = torch.cuda.synchronize if device.type == "cuda" else contextlib.nullcontext
-    taken: list[float] = []
-    for _ in range(10):
-        wait()
-        start = time.perf_counter()
-        run()
-        wait()
-        taken.append(time.perf_counter() - start)
-    return min(taken[3:])

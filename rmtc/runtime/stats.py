@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["LastRun", "Stats"]
+__all__ = ["Decision", "LastRun", "Stats"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,32 @@ class LastRun:
     parts: int = 1
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What runs the calls of one size class, and what it was chosen by.
+
+    Attributes:
+        batch: their batch size.
+        segments: the fewest and the most segments of the class.
+        chosen: the schedule and the backend, as ``schedule=`` and ``backend=`` ask for them, or ``"as written"``.
+        seconds: what a call takes by each way, estimated or measured, of the size that was called when it was decided.
+        measured: the ways that were measured.
+    """
+
+    batch: int
+    segments: tuple[int, int]
+    chosen: str
+    seconds: dict[str, float]
+    measured: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        times = "; ".join(
+            f"{name} {1e3 * each:.2f} ms{'' if name in self.measured else ' by estimate'}"
+            for name, each in self.seconds.items()
+        )
+        return f"batch {self.batch}, {self.segments[0]} to {self.segments[1]} segments: {self.chosen} ({times})"
+
+
 @dataclass
 class Stats:
     """Counts since the model was compiled.
@@ -48,10 +74,12 @@ class Stats:
         captures: how often the loop was captured.
         recompiles: captures but for the first.
         runs: calls that ran by their schedule.
-        eager: calls that are no loop over segments (shorter than two segments, with a cache, from inside ``generate``),
-            or for which a schedule is estimated to be slower, and ran as they are.
+        eager: calls that ran as written, as they should: of one segment, with a cache, from inside ``generate``, or of
+            a size for which the model as written takes less time.
+        as_written: these calls by reason.
         fallbacks: calls that ran as they are though they were meant to be scheduled, by reason.
         last_run: what the last scheduled call did; None if there was none.
+        decisions: what was chosen between the model as written and its schedules, by batch size and number of segments.
     """
 
     captures: int = 0
@@ -60,3 +88,5 @@ class Stats:
     eager: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
     last_run: LastRun | None = None
+    as_written: dict[str, int] = field(default_factory=dict)
+    decisions: dict[str, Decision] = field(default_factory=dict)

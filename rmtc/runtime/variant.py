@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import operator
 from collections import deque
@@ -33,11 +34,13 @@ from rmtc.passes.pipeline import LONG, Proven, apart, check_against, rewrite
 from rmtc.passes.prove import remedy
 from rmtc.restoring import restored
 from rmtc.runtime.backends import Backend, Runner, auto, backend_named, kernels_or_torch, name_of
-from rmtc.runtime.estimate import WAYS, Way, as_written, backend_of, best_of, pays, ways
+from rmtc.runtime.choice import AS_WRITTEN, Arm, Choice, size_class
+from rmtc.runtime.estimate import WAYS, Way, as_written, backend_of, best_of, compiled_seconds, compiles, ways
 from rmtc.runtime.executor import Run
 from rmtc.runtime.guards import ArgumentGuard
-from rmtc.runtime.measure import cost_model
+from rmtc.runtime.measure import clock, cost_model, pinned
 from rmtc.runtime.state_guard import StateGuard
+from rmtc.runtime.stats import Decision
 from rmtc.runtime.triton import launches_on
 from rmtc.runtime.weights import Weights
 
@@ -54,11 +57,33 @@ class Ready:
         sizes: its sizes.
         values: every tensor that the program reads, by name.
         arguments: its arguments.
+        made: what runs it.
     """
 
     sizes: Sizes
     values: dict[str, torch.Tensor]
     arguments: Arguments
+    made: Made
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A way to run calls by a schedule, made.
+
+    Attributes:
+        kind: of the schedule.
+        backend: the name of what runs it.
+        program, weights: what is run.
+        runner: what runs it.
+        unmoved: what the program reads that is in no stack.
+    """
+
+    kind: str
+    backend: str
+    program: WavefrontProgram
+    weights: Weights
+    runner: Runner
+    unmoved: list[str] = field(default_factory=list)
 
 
 class Failed(NamedTuple):
@@ -75,33 +100,28 @@ class Variant:
 
     Attributes:
         analysis: the capture, with what was proven.
-        program, weights: what is run.
-        runner: what runs it.
+        main: what runs calls by the schedule that is estimated to be fastest.
         arguments, state: the guards.
         modes: those of the capture.
         effects: what a call leaves in Python.
         entries: what the places that a call writes held before it, for all that is known not to matter.
         refused: sizes that do not follow the program after what a call has found in the places that it writes, and why.
-        kind: of the schedule that is run.
-        backend: the name of what runs it.
+        arms: the ways to run a call among which estimates and measurements choose; none if one was asked for.
         counter: why no later call is this capture's: each finds another number in a place where calls count.
         failed: sizes whose runs failed, how often, and why.
     """
 
     analysis: Analysis
-    program: WavefrontProgram
-    weights: Weights
-    runner: Runner
     arguments: ArgumentGuard
     state: StateGuard
     modes: tuple[Any, ...]
     effects: tuple[Effect, ...]
+    main: Made = field(init=False)
     entries: set[tuple[Any, ...]] = field(default_factory=set)
     _slots: dict[str, Slot] = field(default_factory=dict)
     _kept: tuple[int, dict[str, Any]] = (-1, {})  # what the state's guard holds, and the version it holds it as of
     _keeping: dict[str, Slot] = field(default_factory=dict)
     _others: dict[str, Slot] = field(default_factory=dict)
-    _unmoved: list[str] = field(default_factory=list)
     _places: tuple[list[dict[Any, Any]], list[Any]] | None = None  # those that a call writes, if all are there for good
     _ordered: list[Slot] = field(default_factory=list)  # one in each dictionary whose keys have an order that counts
     _last_kinds: tuple[Any, ...] | None = None  # of what they held when the last call ran
@@ -116,20 +136,35 @@ class Variant:
     _left: tuple[Place, ...] = ()  # those of them that the call leaves in places
     refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
-    kind: str = "sequential"
-    backend: str = ""
-    _way: Way | None = None
-    _model: CostModel | None = None  # None if a kind of schedule was asked for
-    _worth: dict[Sizes, bool] = field(default_factory=dict)
+    arms: list[Arm] = field(default_factory=list)
+    _make: dict[Arm, Callable[[], Made]] = field(default_factory=dict)
+    _made: dict[Arm, Made] = field(default_factory=dict)
+    _choices: dict[tuple[int, int], Choice] = field(default_factory=dict)
     failed: dict[Sizes, Failed] = field(default_factory=dict)
 
-    def makespan(self, segments: int) -> int:
+    @property
+    def program(self) -> WavefrontProgram:
+        """The program of what is estimated to be fastest."""
+        return self.main.program
+
+    @property
+    def weights(self) -> Weights:
+        """Its weights."""
+        return self.main.weights
+
+    @property
+    def runner(self) -> Runner:
+        """What runs it."""
+        return self.main.runner
+
+    def makespan(self, segments: int, made: Made) -> int:
         """Number of steps of the proven schedule; of a layer's parts with all segments at once, one.
 
         Args:
             segments: number of segments.
+            made: what runs the call.
         """
-        run, proven = self.program.schedule, self.analysis.proven
+        run, proven = made.program.schedule, self.analysis.proven
         if run.parts and not run.later:
             return run.layers
         whole = proven.schedule if proven is not None and not run.later else None
@@ -185,31 +220,38 @@ class Variant:
         session = analysis.capture.session
         tensors = {lifted.names[0]: lifted.tensor for lifted in session.lifted}
         movable = Weights.movable({**tensors, **_inputs(session.arguments)})
+        of_backends = {name_of(backend): backend}
         if backend is auto and launches_on(analysis.kind[0]):
-            backend = kernels_or_torch
+            of_backends = {"triton": kernels_or_torch}
         elif backend is auto:
             sizes = analysis.capture.plan.sizes
-            backend = backend_named("torch" if way is None or model is None else backend_of(way, sizes, model))
-        program = join_products(program, movable)
-        weights = Weights.plan(program, movable, repack_weights)
+            names = ["torch"]
+            if way is not None and model is not None:
+                names = sorted(["torch", "inductor"], key=backend_of(way, sizes, model).__ne__)
+            of_backends = {name: backend_named(name) for name in names}
+
+        def make(kind: str, program: WavefrontProgram, name: str) -> Made:
+            if len(of_backends) > 1 and name == "inductor" and not compiles():
+                raise RefusedError("there is no compiler for Inductor")
+            joined = join_products(program, movable)
+            weights = Weights.plan(joined, movable, repack_weights)
+            made = Made(kind, name, joined, weights, of_backends[name](joined, weights))
+            own = set(weights.names)
+            made.unmoved.extend(name for name in variant._slots if name not in own)
+            return made
+
         state = StateGuard(session, first.effects)
         slots = {
             slot.name: state.pinned(slot) for slot in session.snapshot.slots if isinstance(slot.value, torch.Tensor)
         }
         variant = Variant(
             analysis,
-            program,
-            weights,
-            backend(program, weights),
             ArgumentGuard(session, analysis.capture.plan),
             state,
             modes(),
             tuple(replace(effect, slot=state.pinned(effect.slot)) for effect in first.effects),
         )
-        variant._way, variant._model = way, model
-        variant.kind = kind if way is None else way.name
-        variant.backend = name_of(backend)
-        read = program.reads()
+        read = program.reads().union(*(each.program.reads() for each in found))
         for lifted in session.lifted:
             names = [name if name in slots else name.removeprefix("self.") for name in lifted.names]
             places = [slots[name] for name in names if name in slots and slots[name].value is lifted.tensor]
@@ -221,8 +263,10 @@ class Variant:
         for name, slot in variant._slots.items():
             kept = slot.parent is None and state.keeps(slot)
             (variant._keeping if kept else variant._others)[name] = slot
-        named = set(weights.names)
-        variant._unmoved = [name for name in variant._slots if name not in named]
+        chosen_backend, *other_backends = of_backends
+        variant.main = make(kind if way is None else way.name, program, chosen_backend)
+        if way is not None and model is not None:
+            variant._choose_among(way, found, model, [chosen_backend, *other_backends], make)
         written = [str(name) for name in proven.loop.outputs if str(name).startswith("write:")]
         variant._written = tuple(name.removeprefix("write:") for name in written)
         variant._own = {name: source for name, source in first.same.items() if source in variant._written}
@@ -258,24 +302,94 @@ class Variant:
             if not isinstance(slot.value, nn.Parameter)
         )
 
-    def worth(self, sizes: Sizes) -> bool:
-        """Whether a call of some sizes is estimated to be faster by the schedule, where the estimate decides."""
-        if self._model is None or self._way is None:
-            return True
-        few = sizes._replace(segments=min(sizes.segments, LONG))  # the ratio of longer calls is the same
-        if few not in self._worth:
-            try:
-                written = as_written(self._way, few, self._model)
-                scheduled = self._way.estimate(few, self._model)
-            except Exception as error:  # a call of other sizes than were seen runs by its schedule, or says why not
-                if raised_by_signal(error):
-                    raise
-                logger.exception("no estimate for %s", few)
-                return True
-            self._worth[few] = pays(scheduled, written)
-            times = (f"{each.name} {1e3 * each.seconds:.2f} ms" for each in (written, scheduled))
-            logger.info("%s: %s", few, "; ".join(times))
-        return self._worth[few]
+    def _choose_among(
+        self,
+        chosen: Way,
+        found: Sequence[Way],
+        model: CostModel,
+        backends: Sequence[str],
+        make: Callable[[str, WavefrontProgram, str], Made],
+    ) -> None:
+        """Set up the ways to run a call among which estimates and measurements choose."""
+
+        def arm(way: Way, backend: str) -> Arm:
+            of = compiled_seconds if backend == "inductor" else _scheduled_seconds
+            made = Arm(
+                way.name,
+                backend,
+                functools.partial(_long_seconds, functools.partial(of, way, model=model)),
+                start=_COMPILES if backend == "inductor" else 0.0,
+            )
+            self._make[made] = functools.partial(make, way.name, way.program, backend)
+            return made
+
+        written = functools.partial(_long_seconds, lambda sizes: as_written(chosen, sizes, model).seconds)
+        main = arm(chosen, backends[0])
+        self._made[main] = self.main
+        self.arms = [Arm(AS_WRITTEN, "", written, warm=1), main]
+        if not pinned():
+            self.arms += [arm(way, backends[0]) for way in found if way is not chosen]
+            self.arms += [arm(chosen, backend) for backend in backends[1:]]
+
+    def chosen(self, sizes: Sizes) -> Arm | None:
+        """Return what is to run a call of some sizes, where estimates or measurements decide; None if none do."""
+        if not self.arms:
+            return None
+        try:
+            choice = self.choice(sizes)
+            return choice.now(sizes) if self.measures() else choice.estimated(sizes)
+        except Exception as error:  # a call of other sizes than were seen runs by its schedule, or says why not
+            if raised_by_signal(error):
+                raise
+            logger.exception("no estimate for %s", sizes)
+            return self.arms[1]
+
+    def choice(self, sizes: Sizes) -> Choice:
+        """Return what chooses for calls of some sizes."""
+        key = size_class(sizes)
+        if key not in self._choices:
+            self._choices[key] = Choice(self.arms, sum(self.analysis.seconds.values()))
+        return self._choices[key]
+
+    def measures(self) -> bool:
+        """Tell whether what calls take counts in what runs later ones.
+
+        A cost model that the user has named is the last word. Under deterministic algorithms, and while gradients are
+        asked for, the choice is that of the estimates.
+        """
+        return not (
+            not self.arms
+            or pinned()
+            or torch.are_deterministic_algorithms_enabled()
+            or (torch.is_grad_enabled() and self.requires_grad)
+        )
+
+    def timer(self, arm: Arm | None, sizes: Sizes) -> Callable[[], float] | None:
+        """Return the clock for a call; None if what it takes does not count.
+
+        On a GPU it waits for the work to end, which few calls are worth.
+        """
+        device = self.analysis.kind[0]
+        if arm is None or not self.measures() or (device.type != "cpu" and not self.choice(sizes).looks()):
+            return None
+        return clock(device)
+
+    def note(self, arm: Arm, sizes: Sizes, seconds: float) -> Decision | None:
+        """Take into account what a call took; return what was decided by it, if anything."""
+        choice = self.choice(sizes)
+        before = choice.best
+        decision = choice.note(arm, sizes, seconds)
+        if decision is not None:
+            level = logging.INFO if before is not choice.best or choice.calls == 1 else logging.DEBUG
+            logger.log(level, "calls of %s", decision)
+        return decision
+
+    def give_up(self, arm: Arm | None, sizes: Sizes) -> bool:
+        """Try a way no more that failed or was refused; return whether it was only tried."""
+        if arm is None or not self.choice(sizes).is_trial(arm):
+            return False
+        self.choice(sizes).drop(arm)
+        return True
 
     def is_of_whole_segments(self, arguments: Arguments) -> bool:
         """Whether this is the capture of such calls with a last segment that is no shorter."""
@@ -333,31 +447,35 @@ class Variant:
         self._last_kinds = kinds if met else None
         return met
 
-    def ready(self, arguments: Arguments, sizes: Sizes) -> Ready | str | None:
+    def ready(self, arguments: Arguments, sizes: Sizes, arm: Arm | None = None) -> Ready | str | None:
         """Everything a run needs; None if the call has yet to be admitted; or why this capture cannot serve it.
 
         Args:
             arguments: those of the call.
             sizes: as :meth:`match` gave them.
+            arm: what is to run it; None for what is estimated to be fastest.
         """
+        made = self.main if arm is None else self._made.get(arm)
+        if made is None:
+            return None
         values = self._values()
         for place, other in self._same:
             if place.get() is not other.get():
                 return f"{place.name} and {other.name} were one tensor and are two"
-        in_place = self.weights.in_place(values)
-        for name in self._unmoved if in_place else self._shapes:
+        in_place = made.weights.in_place(values)
+        for name in made.unmoved if in_place else self._shapes:
             if _metadata(values[name]) != self._shapes[name]:
                 return f"{name} was {_show(self._shapes[name])} and is {_show(_metadata(values[name]))}"
         inputs = _inputs(arguments)
         if self._written and not _unshared(self._written, {**values, **inputs}):
             return "a tensor that the call writes to shares its memory with another one"
-        placed = self.weights.places.keys()
+        placed = made.weights.places.keys()
         if placed and not in_place and not placed <= Weights.movable({**self._tensors(), **inputs}):
             return "parameters share memory, or lie in it in another order"
         if not in_place or sizes not in self.analysis.admitted or not self._met(sizes.batch):
             return None
         values.update(inputs)
-        return Ready(sizes, values, arguments)
+        return Ready(sizes, values, arguments, made)
 
     def _values(self) -> dict[str, Any]:
         """What the program reads but for the call's arguments, by name, once :meth:`match` has seen the state."""
@@ -378,7 +496,7 @@ class Variant:
             if isinstance(tensor, torch.Tensor) and first.setdefault(id(tensor), name) == name
         }
 
-    def admit(self, sizes: Sizes, fresh: Callable[[], Session]) -> None:
+    def admit(self, sizes: Sizes, fresh: Callable[[], Session], arm: Arm | None = None) -> None:
         """See that a call of some sizes, in the model's present state, is the program's; and move the weights.
 
         To be called by one thread alone.
@@ -387,10 +505,14 @@ class Variant:
             arguments: those of the call.
             sizes: theirs.
             fresh: makes a session of the call as it is now.
+            arm: what is to run it; None for what is estimated to be fastest.
 
         Raises:
             RefusedError, CaptureError: if it is not.
         """
+        if arm is not None and arm not in self._made:
+            self._made[arm] = self._make[arm]()
+        made = self.main if arm is None else self._made[arm]
         entry = self.entry(sizes.batch)
         if len(self.refused) > _REFUSALS:
             raise RefusedError("what calls find in the places that they write is another thing each time")
@@ -402,8 +524,13 @@ class Variant:
                 self.analysis.admit(sizes)
             _refuse_lost(self.analysis.capture)
         values = {name: slot.get() for name, slot in self._slots.items()}
-        if not self.weights.in_place(values):
-            self.weights.move(values)
+        if not made.weights.in_place(values):
+            made.weights.move(values)
+        if made is not self.main and not self.main.weights.in_place(values):  # calls in turns would move all weights
+            self.main.weights.move(values)
+            raise RefusedError(
+                f"{made.kind} by {made.backend} wants weights in another order than {self.main.kind} does"
+            )
 
     @contextlib.contextmanager
     def _as_captured(self) -> Iterator[None]:
@@ -479,7 +606,7 @@ class Variant:
         Returns:
             What the user's code would have returned, and what was done.
         """
-        outputs, run = self.runner.run(ready.values, *ready.sizes)
+        outputs, run = ready.made.runner.run(ready.values, *ready.sizes)
         description = self.analysis.result(ready.sizes)
         written = {name: ready.values[name] for name in self._written}
         own = {name: written[source] for name, source in self._own.items()}
@@ -596,6 +723,16 @@ def _refuse_lost(capture: Capture) -> None:
         )
 
 
+def _scheduled_seconds(way: Way, sizes: Sizes, model: CostModel) -> float:
+    return way.estimate(sizes, model).seconds
+
+
+def _long_seconds(estimate: Callable[[Sizes], float], sizes: Sizes) -> float:
+    """Estimate a call, a long one by a shorter one: it takes as many times as long."""
+    few = min(sizes.segments, LONG)
+    return estimate(sizes._replace(segments=few)) * sizes.segments / few
+
+
 def _inputs(arguments: Arguments) -> dict[str, torch.Tensor]:
     return {show(path): tensor for path, tensor in arguments.tensors().items()}
 
@@ -622,6 +759,7 @@ def _unshared(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> bool
     return all(owners.count(storages[name]) == 1 for name in names if name in storages)
 
 
+_COMPILES = 20.0  # seconds that Inductor takes to compile the bodies of a loop, or about so many
 _OTHER = "the call returns or leaves something else than the first one did"
 _KIND = operator.attrgetter("__class__", "shape", "dtype", "device")
 _REFUSALS = 16  # by a variant, for what its calls find

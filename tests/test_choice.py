@@ -1,0 +1,246 @@
+"""What runs the calls of a size: estimates first, then times, with clocks that are planted."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import random
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+import rmtc
+from rmtc.capture.probe import Sizes
+from rmtc.examples import armt_llama
+from rmtc.ir.cost import CostModel
+from rmtc.runtime import variant
+from rmtc.runtime.choice import Arm, Choice, size_class
+from rmtc.runtime.executor import Executor
+from rmtc.runtime.stats import Decision
+
+MEASURED = CostModel.from_json((Path(__file__).parent / "costs" / "measured.json").read_text(encoding="utf-8"))
+SIZE: dict[str, Any] = {"layers": 2, "width": 16, "segment": 8, "segments": 8, "dtype": "float64"}
+SIZES = Sizes(32, 1, 16)
+
+
+def arms(**seconds: float) -> list[Arm]:
+    """Ways with what they are estimated to take for 32 segments; the first is as written."""
+
+    def arm(name: str, each: float) -> Arm:
+        written = name == "written"
+        return Arm(
+            "as written" if written else name,
+            "" if written else "torch",
+            lambda sizes: each * sizes.segments / 32,
+            warm=1 if written else 2,
+        )
+
+    return [arm(*each) for each in seconds.items()]
+
+
+def calls(choice: Choice, took: Callable[[Arm, Sizes, int], float], count: int, tails: int = 1) -> str:
+    """Make calls, of so many lengths in turns; the first letters of what ran each."""
+    ran = ""
+    for at in range(count):
+        sizes = SIZES._replace(tail=16 - at % tails)
+        arm = choice.now(sizes)
+        choice.note(arm, sizes, took(arm, sizes, at))
+        ran += arm.schedule[0]
+    return ran
+
+
+def real(written: float, shortest: float) -> Callable[[Arm, Sizes, int], float]:
+    def took(arm: Arm, sizes: Sizes, at: int) -> float:
+        return (written if arm.written else shortest) * sizes.segments / 32
+
+    return took
+
+
+@pytest.mark.parametrize("factor", [40, 1 / 40])
+@pytest.mark.parametrize("wrong", ["written", "shortest", "both"])
+@pytest.mark.parametrize(("written", "shortest"), [(0.3, 0.07), (0.07, 0.3)])
+def test_the_sixth_call_runs_what_is_faster_whatever_the_estimates(
+    written: float, shortest: float, wrong: str, factor: float
+) -> None:
+    estimates = {"written": written, "shortest": shortest}
+    for name in estimates:
+        estimates[name] *= factor if wrong in (name, "both") else 1
+    choice = Choice(arms(**estimates), budget=8.0)
+    ran = calls(choice, real(written, shortest), 20)
+    fast = "a" if written < shortest else "s"
+    assert ran[:2] == ("a" if estimates["written"] < estimates["shortest"] else "s") * 2
+    assert ran[5:] == fast * 15 or (wrong == "both" and ran == fast * 20)
+
+
+def test_a_way_that_is_estimated_to_take_long_is_not_tried_before_calls_have_taken_more() -> None:
+    choice = Choice(arms(written=1000.0, shortest=100.0), budget=8.0)
+    ran = calls(choice, real(1000.0, 100.0), 400)
+    assert "a" not in ran[:90] and 1 <= ran.count("a") <= 4
+    assert choice.spent < 1.2 * 400 * 100
+
+
+def test_what_is_near_is_tried_once_and_looked_at_again_more_and_more_seldom() -> None:
+    choice = Choice(arms(written=1.5, shortest=1.0), budget=0.0)
+    ran = calls(choice, real(1.5, 1.0), 2000)
+    assert ran[:6] == "sssaas" and 6 <= ran.count("a") <= 12
+
+
+def test_a_machine_that_changes_is_found_out() -> None:
+    choice = Choice(arms(written=1.5, shortest=1.0), budget=0.0)
+
+    def took(arm: Arm, sizes: Sizes, at: int) -> float:
+        return (1.5 if arm.written else 1.0) if at < 30 else (1.5 if arm.written else 4.0)
+
+    assert calls(choice, took, 200)[-50:] == "a" * 50
+
+
+def test_noise_changes_nothing_for_long() -> None:
+    draw = random.Random(0)
+    choice = Choice(arms(written=1.6, shortest=1.0), budget=0.0)
+
+    def took(arm: Arm, sizes: Sizes, at: int) -> float:
+        return (1.6 if arm.written else 1.0) * (10 if draw.random() < 0.2 else 1 + 0.1 * draw.random())
+
+    assert calls(choice, took, 3000).count("s") > 2800
+
+
+def test_sizes_that_come_once_each_are_tried_too() -> None:
+    """No call of them is like one before: what they take at most decides."""
+    choice = Choice(arms(written=0.07, shortest=0.3), budget=8.0)
+    ran = calls(choice, real(0.3, 0.07), 40, tails=16)
+    assert ran.startswith("aasss") and ran[5:20] == "s" * 15 and ran.count("a") <= 4
+
+
+def test_a_way_that_failed_is_not_tried_again() -> None:
+    first, second = arms(written=0.07, shortest=0.1)
+    choice = Choice([first, second], budget=8.0)
+    calls(choice, real(0.3, 0.07), 2)
+    assert choice.now(SIZES) is second and choice.is_trial(second)
+    choice.drop(second)
+    assert calls(choice, real(0.3, 0.07), 100) == "a" * 100
+
+
+def test_a_compiler_is_worth_its_time_where_calls_have_taken_more() -> None:
+    choice = Choice(arms(written=10.0, shortest=1.0, inductor=0.5), budget=8.0)
+    choice.arms[2].start = 20.0
+    ran = calls(choice, lambda arm, sizes, at: arm.seconds(sizes), 900)
+    assert "i" not in ran[:190] and ran.endswith("i" * 50)
+
+
+def test_what_was_decided_is_told_with_all_times() -> None:
+    choice = Choice(arms(written=0.07, shortest=0.3), budget=8.0)
+    told = []
+    for _ in range(10):
+        arm = choice.now(SIZES)
+        decision = choice.note(arm, SIZES, 0.3 if arm.written else 0.07)
+        told += [decision] if decision is not None else []
+    first, second = told
+    assert first.chosen == "as written" and first.measured == frozenset() and first.segments == (32, 63)
+    assert second.chosen == "shortest, torch" and second.measured == {"as written", "shortest, torch"}
+    assert str(second) == (
+        "batch 1, 32 to 63 segments: shortest, torch (as written 300.00 ms; shortest, torch 70.00 ms)"
+    )
+    assert "by estimate" in str(first)
+
+
+def test_sizes_are_of_one_class_within_a_factor_of_two() -> None:
+    assert size_class(Sizes(32, 1, 1)) == size_class(Sizes(63, 1, 16)) != size_class(Sizes(64, 1, 1))
+    assert size_class(Sizes(32, 2, 1)) != size_class(Sizes(32, 1, 1))
+
+
+@pytest.fixture
+def unpinned(monkeypatch: pytest.MonkeyPatch) -> Callable[[CostModel], None]:
+    """Give a cost model that is wrong, and a clock by which a call as written takes five times as long as it should."""
+    monkeypatch.delenv("RMTC_COST_MODEL")
+    note = Choice.note
+
+    def planted(choice: Choice, arm: Arm, sizes: Sizes, seconds: float) -> Decision | None:
+        return note(choice, arm, sizes, 0.5 if arm.written else 0.1)
+
+    monkeypatch.setattr(Choice, "note", planted)
+
+    def plant(model: CostModel) -> None:
+        monkeypatch.setattr(variant, "cost_model", lambda *where: model)
+
+    return plant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [1e-4, 1e-9])
+@torch.no_grad()
+def test_a_model_runs_by_what_was_measured_to_be_faster(
+    unpinned: Callable[[CostModel], None], launch: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    unpinned(replace(MEASURED, launch=launch))
+    caplog.set_level(logging.INFO, logger="rmtc.runtime")
+    model, args = armt_llama.build(**SIZE)
+    fast = rmtc.compile(copy.deepcopy(model), strict=True)
+    expected, ran = model(*args).logits, ""
+    for _ in range(8):
+        before = rmtc.stats(fast).runs
+        torch.testing.assert_close(fast(*args).logits, expected, rtol=1e-9, atol=1e-9)
+        ran += "s" if rmtc.stats(fast).runs > before else "a"
+    stats = rmtc.stats(fast)
+    assert ran == ("aasss" if launch == 1e-4 else "sssaa") + "sss"
+    (decision,) = stats.decisions.values()
+    assert decision.chosen == "shortest, torch" and decision.measured == {"as written", "shortest, torch"}
+    assert str(stats.decisions).count("Decision") == 1 and not stats.fallbacks and stats.captures == 1
+    said = [each.getMessage() for each in caplog.records if each.getMessage().startswith("calls of batch 1")]
+    assert len(said) == 2 and "by estimate" in said[0] and "shortest, torch" in said[1]
+
+
+@pytest.mark.slow
+def test_the_choice_stays_where_it_must_not_change(unpinned: Callable[[CostModel], None], tmp_path: Path) -> None:
+    """Under deterministic algorithms, while gradients are asked for, and with a cost model that the user has named."""
+    unpinned(replace(MEASURED, launch=1e-4))
+    model, args = armt_llama.build(**SIZE)
+    fast = rmtc.compile(model)
+    with torch.no_grad():
+        fast(*args)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.no_grad():
+            for _ in range(10):
+                fast(*args)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with pytest.warns(rmtc.FallbackWarning, match="gradients are asked for"):
+        for _ in range(10):
+            fast(*args)
+    with torch.no_grad(), mock.patch.dict(os.environ, RMTC_COST_MODEL=str(tmp_path / "named.json")):
+        for _ in range(10):
+            fast(*args)
+    stats = rmtc.stats(fast)
+    assert (stats.runs, stats.eager, *stats.fallbacks.values()) == (0, 21, 10)
+    with torch.no_grad():
+        for _ in range(5):
+            fast(*args)
+    assert rmtc.stats(fast).runs > 0
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_way_that_fails_when_it_is_tried_is_left_alone(
+    unpinned: Callable[[CostModel], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpinned(replace(MEASURED, launch=1e-4))
+    model, args = armt_llama.build(**SIZE)
+    fast = rmtc.compile(model)
+
+    def failing(*given: object) -> None:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(Executor, "run", failing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(10):
+            fast(*args)
+    stats = rmtc.stats(fast)
+    assert (stats.runs, stats.eager, stats.fallbacks) == (0, 10, {})
