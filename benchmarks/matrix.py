@@ -4,7 +4,7 @@ python benchmarks/matrix.py --check --inductor --memory --lengths --dtype float3
 
 Columns: the unmodified model (eager), its layers under torch.compile, full attention of the same base model over the
 whole text (of another model, that is: it has no memory), rmtc with each backend, the grouped step as one would write it
-(by hand, the yardstick: `plain.py`; it has transposed copies of all weights, and so has rmtc repacked), that with
+(by hand, the yardstick: `plain.py`; it has transposed copies of all weights, and so has rmtc torch repacked), that with
 weights changed and calls prepared (tuned by hand: `by_hand.py`) and the matrix products of the latter alone (the
 floor). What compiles takes long: only with ``--inductor``.
 
