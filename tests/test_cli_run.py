@@ -96,7 +96,7 @@ def test_a_call_of_one_segment_is_told_that_it_runs_as_written(command: str) -> 
     assert "check of its own result" not in said
 
 
-@pytest.mark.parametrize("size", ["layers", "segments", "segment"])
+@pytest.mark.parametrize("size", ["layers", "segments", "segment", "width", "heads"])
 def test_an_example_refuses_a_size_of_zero(size: str) -> None:
     result = run("bench", *ARMT, "--set", f"{size}=0")
     assert (result.exit_code, result.stdout) == (2, "")
