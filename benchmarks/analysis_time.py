@@ -1,4 +1,4 @@
-"""Time of each stage of an analysis, of a replay a segment, and of writing the kernels.
+"""Time each stage of an analysis, a replay per segment, and writing the kernels, once each.
 
 python benchmarks/analysis_time.py [--layers 16] [--width 256] [--segments 64]
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import time
+from functools import partial
 
 import torch
 
@@ -17,6 +17,7 @@ from rmtc.capture.probe import Sizes
 from rmtc.codegen.triton.targets import TARGETS
 from rmtc.examples.armt_llama import build
 from rmtc.kernels import kernels_on
+from rmtc.turns import timed
 
 
 def main() -> None:
@@ -29,9 +30,7 @@ def main() -> None:
     model, args = build(**build_small)
     analyze(model, args, {})  # imports and first uses
     model, args = build(layers=options.layers, width=options.width, segment=64, memory=8, segments=options.segments)
-    start = time.perf_counter()
-    analysis = analyze(model, args, {})
-    total = time.perf_counter() - start
+    total, analysis = timed(lambda: analyze(model, args, {}))
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {platform.machine()}")
     print(f"{options.layers} layers of width {options.width}, {options.segments} segments: {total:.1f} s")
     for stage, seconds in analysis.seconds.items():
@@ -45,13 +44,9 @@ def main() -> None:
             told=analysis.told,
             probes=analysis.probes,
         )
-        start = time.perf_counter()
-        fresh.admit(Sizes(segments, 1, 64))
-        seconds = time.perf_counter() - start
+        seconds, _ = timed(partial(fresh.admit, Sizes(segments, 1, 64)))
         print(f"replay of {segments} segments: {seconds:.2f} s, {1000 * seconds / segments:.1f} ms a segment")
-    start = time.perf_counter()
-    bodies = kernels_on(TARGETS["sm_90"], analysis, "shortest")
-    seconds = time.perf_counter() - start
+    seconds, bodies = timed(lambda: kernels_on(TARGETS["sm_90"], analysis, "shortest"))
     count = sum(len(body.launches) for body in bodies)
     print(f"{count} kernels of {len(bodies)} bodies for sm_90: {seconds:.2f} s, {seconds / len(bodies):.2f} s a body")
 

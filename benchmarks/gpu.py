@@ -57,7 +57,7 @@ MEMORY, KEY_SIZE = 128, 64
 
 BACKENDS = ("triton", "inductor", "torch")
 WAYS = ("rmtc triton", "rmtc inductor", "eager graph", "layers compiled", "full attention", "ceiling")
-"""How a call is run, in the order of worth: by rmtc; the model as it is in one CUDA graph; its layers under
+"""How a call is run, in the order of worth: by rmtc; the model as written in one CUDA graph; its layers under
 torch.compile; a model of the same shape without memory, over the whole text, by the fastest attention that torch has;
 the products of layers, memory and attention alone."""
 MORE_WAYS = ("eager", "layers compiled, no graphs", "rmtc torch")

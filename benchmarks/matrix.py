@@ -4,16 +4,18 @@ python benchmarks/matrix.py --check --inductor --memory --lengths --dtype float3
 
 Columns: the unmodified model (eager), its layers under torch.compile, full attention of the same base model over the
 whole text (of another model, that is: it has no memory), rmtc with each backend, the grouped step as one would write it
-(by hand, the yardstick: `plain.py`; it has transposed copies of all weights, and so has rmtc repacked), that with
+(by hand, the yardstick: `plain.py`; it has transposed copies of all weights, and so has rmtc torch repacked), that with
 weights changed and calls prepared (tuned by hand: `by_hand.py`) and the matrix products of the latter alone (the
 floor). What compiles takes long: only with ``--inductor``.
 
-Medians in milliseconds, fastest and slowest in brackets; ratios are medians of those of each turn. Each is held against
-eager before it is timed: one that differs has no time; in bfloat16, one that is more than twice as far from eager in
-float32 as eager in bfloat16 is. ``--memory`` also runs each kind in a process of its own. ``--lengths`` adds numbers of
-segments, for the rows that ``--only`` names or the first: a kind is made once for all of them, and rmtc also in a
-process of its own for each; a line is laid through times of all in turns. ``--check`` exits with 1 if anything differs,
-is slower than `LEAST` and `YARDSTICK` ask for, or grows more than `GROWTH` lets it.
+Medians in milliseconds, fastest and slowest in brackets; ratios are medians of those of each turn, with quartiles.
+Where a kind's slowest turn takes more than 1.5 times its fastest, or it beats the floor by more than `GAIN`, its ratios
+mean nothing, and a line below the table says why. Each is held against eager before it is timed: one that differs has
+no time; in bfloat16, one that is more than twice as far from eager in float32 as eager in bfloat16 is. ``--memory``
+also runs each kind in a process of its own. ``--lengths`` adds numbers of segments, for the rows that ``--only`` names
+or the first: a kind is made once for all of them, and rmtc also in a process of its own for each; a line is laid
+through times of all in turns. ``--check`` exits with 1 if anything differs, is slower than `LEAST` and `YARDSTICK` ask
+for, grows more than `GROWTH` lets it, or is told by times that mean nothing.
 """
 
 from __future__ import annotations
@@ -24,16 +26,13 @@ import gc
 import json
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from itertools import product
-from operator import truediv
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,6 +44,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 import rmtc
 from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
+from rmtc.turns import NOTHING, Ratio, Turns, take_turns, timed
 
 Found = dict[str, Any]
 
@@ -98,6 +98,12 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 2.0}
 """Norm of the difference from eager's logits in float32, in norms of those; of bfloat16, in errors of eager's."""
 LEAST = {"ARMT over Llama": 0.95, "ARMT over GPT-2": 0.9, "Transformer-XL": 0.9, "rmtc inductor": 0.95}
 """Speed of rmtc, repacked or not, in speeds of what is written by hand; of the last, for Inductor too."""
+GAIN = dict.fromkeys(("rmtc torch", "rmtc torch repacked", "rmtc inductor", "rmtc inductor repacked"), 2.0)
+"""How many times as fast as the floor's products, those of BLAS, a kind's may be, 1 for others.
+
+rmtc's kernel in C++ reads weights once where a batched product reads them several times: up to twice as fast, measured
+at 16 layers of width 256. Inductor leaves products to these kernels and to BLAS.
+"""
 YARDSTICK: dict[tuple[int, ...], float] = dict(zip(LLAMA, (0.225, 0.405, 0.666, 0.666), strict=True))
 """0.9 of what is known to be possible: speed of what is written by hand for ARMT over Llama, in speeds of the floor."""
 SLACK = 10.0
@@ -163,22 +169,10 @@ def logits(result: Any) -> Tensor:
     return cast(Tensor, getattr(result, "logits", result))
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = call()
-    return time.perf_counter() - start, result
-
-
-@torch.no_grad()
-def in_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[list[float]]:
-    """Seconds of each call, in each turn once; a first turn warms up."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    order, turns = list(range(len(calls))), random.Random(0)
-    for _ in range(repeats + 1):
-        turns.shuffle(order)
-        for number in order:
-            seconds[number].append(timed(calls[number])[0])
-    return [each[1:] for each in seconds]
+def doubt(turns: Turns, kind: str) -> str:
+    """Say why the times of a kind mean nothing, if they do."""
+    bounded = "floor" in turns.seconds and kind not in ("floor", "full attention")  # this runs other products
+    return turns.noise(kind) or (turns.beaten("floor", kind, GAIN.get(kind, 1.0)) if bounded else "")
 
 
 @torch.no_grad()
@@ -201,12 +195,16 @@ def compare(row: Row, kinds: Sequence[str], repeats: int, made: dict[str, Callab
     same = [kind for kind in kinds if kind not in differs]
     if row.sizes[-1] > LONGEST_EAGER:
         same.remove("eager")
-    times = dict(zip(same, in_turns([partial(made[kind], *args) for kind in same], repeats), strict=True))
-    pairs = {name: [times.get(kind, []) for kind in name.split(" / ")] for name in RATIOS}
+    turns = take_turns({kind: partial(made[kind], *args) for kind in same}, repeats)
+    times = {kind: turns.timing(kind) for kind in same}
+    noise = {kind: why for kind in same if (why := doubt(turns, kind))}
+    pairs = {name: name.split(" / ") for name in RATIOS}
+    pairs = {name: pair for name, pair in pairs.items() if {*pair} <= {*same}}
     return {
-        "seconds": {kind: statistics.median(each) for kind, each in times.items()},
-        "spread": {kind: (min(each), max(each)) for kind, each in times.items()},
-        "ratios": {name: statistics.median(map(truediv, a, b)) for name, (a, b) in pairs.items() if a and b},
+        "seconds": {kind: each.median for kind, each in times.items()},
+        "spread": {kind: (each.fastest, each.slowest) for kind, each in times.items()},
+        "ratios": {name: asdict(turns.ratio(*pair)) for name, pair in pairs.items() if not {*pair} & {*noise}},
+        "noise": noise,
         "first": first,
         "differs": differs,
     }
@@ -278,6 +276,13 @@ def time_of(found: Found, kind: str) -> str:
     return f"{median:.1f} ({low:.1f} .. {high:.1f})"
 
 
+def ratio_of(found: Found, name: str) -> str:
+    """A median ratio with its quartiles, or that it means nothing."""
+    ratio = found["ratios"].get(name)
+    noisy = {*name.split(" / ")} & {*found["noise"]}
+    return "means nothing" if noisy else "-" if ratio is None else str(Ratio(**ratio))
+
+
 def measure(
     page: Page,
     rows: Sequence[Row],
@@ -297,11 +302,13 @@ def measure(
             torch._dynamo.reset()  # or it takes layers of other rows for recompilations of these
         present = [kind for kind in kinds if kind not in ABSENT.get((row.model, row.dtype), ())]
         got = {**asdict(row), **compare(row, present, repeats, made)}
-        cells = (*(time_of(got, kind) for kind in kinds), *(got["ratios"].get(ratio, "-") for ratio in ratios))
-        page.row(str(row), *cells)
+        page.row(str(row), *(time_of(got, kind) for kind in kinds), *(ratio_of(got, name) for name in ratios))
         of_own = {kind: alone(kind, row) for kind in present if kind in own}
         got |= {f"{key} alone": {kind: of_own[kind][key] for kind in of_own} for key in ALONE}
         found.append({**got, "captures": rmtc.stats(made["rmtc torch"]).captures})
+    said = [(row, why) for row, each in zip(rows, found, strict=True) for why in each["noise"].values()]
+    if said:
+        page.say("", *(f"{row}, {NOTHING}: {why}" for row, why in said))
     for key, title in list(TABLES.items())[: None if own else 1]:
         page.head(title, *kinds)
         for row, each in zip(rows, found, strict=True):
@@ -319,9 +326,12 @@ def shortfalls(row: Row, found: Found) -> Iterator[str]:
         least["floor / by hand"] = YARDSTICK.get(row.sizes, 0.0)
     yield from (f"{kind} differs from eager by {error:.0e}" for kind, error in found["differs"].items())
     for pair, asked in least.items():
-        ratio = found["ratios"].get(pair, asked)
-        if ratio < asked:
-            yield f"{pair} is {ratio:.2f}, {asked:.3g} is asked for"
+        for kind in pair.split(" / "):
+            if kind in found["noise"]:
+                yield f"{pair} is not known, {NOTHING}: {found['noise'][kind]}"
+        ratio = found["ratios"].get(pair)
+        if ratio is not None and ratio["median"] < asked:
+            yield f"{pair} is {ratio['median']:.2f}, {asked:.3g} is asked for"
 
 
 def line(times: dict[int, float]) -> Found:
@@ -332,6 +342,7 @@ def line(times: dict[int, float]) -> Found:
     return {"a": a, "b": b, "residuals": (1 - (a + b * S) / y).tolist()}
 
 
+@torch.no_grad()
 def over_lengths(page: Page, row: Row, lengths: Sequence[int], repeats: int) -> Found:
     """The figures of a row with so many segments and lines through their times, printed.
 
@@ -343,18 +354,21 @@ def over_lengths(page: Page, row: Row, lengths: Sequence[int], repeats: int) -> 
     points = measure(page, rows, OVER_LENGTHS, ["rmtc torch"], repeats, made)
     texts = [each.build("eager")[1] for each in rows]
     both = [(number, kind) for number, each in enumerate(points) for kind in each["seconds"]]
-    seconds = in_turns([partial(made[kind], *texts[number]) for number, kind in both], repeats)
+    calls = {f"{kind}, {lengths[n]} segments": partial(made[kind], *texts[n]) for n, kind in both}
+    turns = take_turns(calls, repeats)
     for point in points:
         point["in turns"] = {}
-    for (number, kind), each in zip(both, seconds, strict=True):
-        points[number]["in turns"][kind] = statistics.median(each)
+    for (number, kind), way in zip(both, calls, strict=True):
+        points[number]["in turns"][kind] = turns.timing(way).median
     for kind in OVER_LENGTHS:
         timed_at = [(S, each["in turns"]) for S, each in zip(lengths, points, strict=True)]
         times = {S: of[kind] for S, of in timed_at if kind in of}
         if times:
             fit = fits[kind] = line(times)
+            fit["noise"] = turns.noise(*(way for (_, each), way in zip(both, calls, strict=True) if each == kind))
             off = ", ".join(f"{100 * each:+.1f}" for each in fit["residuals"])
-            page.say("", f"{kind}: {1e3 * fit['a']:.2f} + {1e3 * fit['b']:.3f} S ms, off by {off} %")
+            said = f"{1e3 * fit['a']:.2f} + {1e3 * fit['b']:.3f} S ms, off by {off} %"
+            page.say("", f"{kind}, {NOTHING}: {fit['noise']}" if fit["noise"] else f"{kind}: {said}")
     again = [[alone("rmtc torch", each) for each in rows] for _ in range(2)]  # in turns: compilers are slowed, too
     for key in ALONE:
         found = [each[f"{key} alone"] for each in points]
@@ -371,10 +385,13 @@ def growth(found: Found) -> Iterator[str]:
     """What ``--check`` does not take of rmtc over lengths."""
     yield from (f"{kind} differs" for each in found["points"] for kind in each["differs"])
     points, lengths = found["points"], found["lengths"]
+    fit = found["fits"].get("rmtc torch", {"residuals": [0.0], "noise": ""})
+    if fit["noise"]:
+        yield f"rmtc's line is not known, {NOTHING}: {fit['noise']}"
     first, compiles, later, memory = ([each[f"{key} alone"]["rmtc torch"] for each in points] for key in ALONE[:4])
     since = min(range(len(lengths)), key=lambda index: abs(lengths[index] - 64))
     grown = {
-        "residual": max(map(abs, found["fits"]["rmtc torch"]["residuals"])) if "rmtc torch" in found["fits"] else 0.0,
+        "residual": 0.0 if fit["noise"] else max(map(abs, fit["residuals"])),
         "memory": (memory[-1] + SLACK) / (memory[since] + SLACK),
         "compile time": compiles[-1] / compiles[0],
         "first call": (first[-1] - later[-1]) / (first[0] - later[0]),

@@ -1,10 +1,12 @@
-"""Calls as they are, by the diagonal, in the fewest steps and as is estimated to be best, in turns, for many models.
+"""Time many models as written and with each kind of schedule, in turns.
 
 python benchmarks/run.py [--check] [--json FILE] [--repeats 9] [--threads 2] [--only NAME]
 
-Each compiled call is first held against the call as it was; where they differ, no time is printed. ``--check`` exits
-with 1 if the best is slower than 0.95 of eager in a row, or if, where all segments of a layer may run at once, that is
-chosen and slower than the diagonal or eager. Needs the extra ``zoo`` for the packages' models.
+Each compiled call is first held against the call as written; where they differ, no time is printed. `eager / best` is
+the median of the turns' ratios, with its quartiles; where a way's slowest turn takes more than 1.5 times its fastest,
+the row says that its times mean nothing, and why. ``--check`` exits with 1 if they do, if `best` is slower than 0.95 of
+eager, or if, where all segments of a layer may run at once, `shortest` is chosen and slower than `diagonal` or eager.
+Needs the extra ``zoo`` for the packages' models.
 """
 
 from __future__ import annotations
@@ -13,10 +15,7 @@ import argparse
 import json
 import os
 import platform
-import random
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,13 @@ import torch
 
 import rmtc
 from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
+from rmtc.turns import NOTHING, take_turns
 
 TESTS = Path(__file__).parent.parent / "tests"
 LEAST = 0.95
 """The slowest that the best schedule may be, eager's time divided by its time."""
+AS_WRITTEN = "as written"
+"""What a call is that runs without a schedule, as `rmtc.explain` names it."""
 
 
 def models() -> Iterator[tuple[str, Callable[[], tuple[Any, tuple[Any, ...]]]]]:
@@ -53,12 +55,6 @@ def models() -> Iterator[tuple[str, Callable[[], tuple[Any, tuple[Any, ...]]]]]:
     for name, entry in zoo.ZOO.items():
         if entry.a is not None:
             yield f"zoo: {name}", lambda name=name: packaged(name)
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def close(one: Any, other: Any) -> bool:
@@ -89,28 +85,38 @@ def measure(build: Callable[[], tuple[Any, tuple[Any, ...]]], repeats: int) -> d
     for kind, call in calls.items():
         if kind != "eager" and not close(call(), expected):
             raise SystemExit(f"{kind}: the result differs from eager's; no time is shown for it")
-    times: dict[str, list[float]] = {kind: [] for kind in calls}
-    order, turns, before = list(calls), random.Random(0), rmtc.stats(fast["best"]).runs
-    for run in range(repeats + 1):
-        turns.shuffle(order)  # what runs after the same code finds it in caches
-        for kind in order:
-            took = seconds(calls[kind])
-            if run:  # the first one warms up
-                times[kind].append(took)
-    ratios = [a / b for a, b in zip(times["eager"], times["best"], strict=True)]
+    before = rmtc.stats(fast["best"]).runs
+    turns = take_turns(calls, repeats)
+    ratio = turns.ratio("eager", "best")
     run_of, best = (rmtc.stats(fast[kind]).last_run for kind in ("shortest", "best"))
     scheduled = 2 * (rmtc.stats(fast["best"]).runs - before) > repeats  # of most calls
-    label = best.schedule if best and scheduled else "as it was"
     return {
-        "seconds": {kind: statistics.median(each) for kind, each in times.items()},
-        "ratio": statistics.median(ratios),
-        "spread": [min(ratios), max(ratios)],
+        "seconds": {kind: turns.timing(kind).median for kind in calls},
+        "ratio": ratio.median,
+        "quartiles": [ratio.lower, ratio.upper],
+        "noise": turns.noise("eager", "best"),
+        "shortest": {kind: turns.ratio("shortest", kind).median for kind in ("diagonal", "eager")},
+        "shortest noise": turns.noise("shortest", "diagonal", "eager"),
         "steps": run_of.steps if run_of else None,
-        "chosen": label,
+        "chosen": best.schedule if best and scheduled else AS_WRITTEN,
         "sequential_steps": run_of.sequential_steps if run_of else None,
         "at_once": bool(run_of and run_of.steps < run_of.segments + run_of.layers - 1),
         "fallbacks": dict(rmtc.stats(fast["best"]).fallbacks),
     }
+
+
+def shortfalls(row: dict[str, Any]) -> Iterator[str]:
+    """What ``--check`` does not take of a row."""
+    if row["noise"]:
+        yield f"{NOTHING}: {row['noise']}"
+    elif row["ratio"] < LEAST:
+        yield f"{row['ratio']:.2f} of eager's speed, {LEAST} is asked for"
+    if not row["at_once"] or row["chosen"] != "shortest":
+        return
+    if row["shortest noise"]:
+        yield f"{NOTHING}: {row['shortest noise']}"
+        return
+    yield from (f"shortest is slower than {kind}" for kind, times in row["shortest"].items() if times > 1)
 
 
 def main() -> None:
@@ -123,7 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, {options.threads} threads\n")
-    print("| model | fewest steps | eager | diagonal | shortest | fission | best | chosen | eager / best |")
+    print("| model | steps of shortest | eager | diagonal | shortest | fission | best | chosen | eager / best |")
     print("|---|---|---|---|---|---|---|---|---|")
     found, short = {}, []
     for name, build in models():
@@ -131,19 +137,16 @@ def main() -> None:
             continue
         row = found[name] = measure(build, options.repeats)
         ms = {kind: f"{1e3 * each:.1f} ms" for kind, each in row["seconds"].items()}
-        steps = f"{row['steps']} of {row['sequential_steps']}" if row["steps"] else "as it was"
-        spread = f"{row['spread'][0]:.2f} .. {row['spread'][1]:.2f}"
+        steps = f"{row['steps']} of {row['sequential_steps']}" if row["steps"] else AS_WRITTEN
+        lower, upper = row["quartiles"]
+        ratio = f"{NOTHING}: {row['noise']}" if row["noise"] else f"{row['ratio']:.2f} ({lower:.2f} .. {upper:.2f})"
         print(
             f"| {name} | {steps} | {ms['eager']} | {ms['diagonal']} | {ms['shortest']} | "
             f"{ms.get('fission', '-')} | {ms['best']} | "
-            f"{row['chosen']} | {row['ratio']:.2f} ({spread}) |",
+            f"{row['chosen']} | {ratio} |",
             flush=True,
         )
-        if row["ratio"] < LEAST:
-            short.append(f"{name}: {row['ratio']:.2f} of eager's speed, {LEAST} is asked for")
-        for kind in ("diagonal", "eager") if row["at_once"] and row["chosen"] == "shortest" else ():
-            if row["seconds"]["shortest"] > row["seconds"][kind]:
-                short.append(f"{name}: all segments of a layer at once are slower than {kind}")
+        short += [f"{name}: {each}" for each in shortfalls(row)]
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if short:

@@ -24,6 +24,7 @@ from rmtc.quiet import uncollected
 from rmtc.restoring import outermost
 from rmtc.runtime.lock import LOCK
 from rmtc.runtime.state_guard import StateGuard
+from rmtc.stages import stage
 
 __all__ = ["Analysis", "analyze", "prove_analysis"]
 
@@ -98,7 +99,7 @@ class Analysis:
             seen = {(id(slot.owner), slot.key) for slot in session.snapshot.slots if shows(slot.value)}
             guard = StateGuard(session, (), seen)
             self.replayer = Replayer(session, self.capture.plan, contains_layers, len(loop.rows) + 2, guard)
-        with timed(self.seconds, "replay"):
+        with stage("replay"), timed(self.seconds, "replay"):
             self._admit(sizes, self.replayer)
         self.admitted.add(sizes)
 
@@ -211,7 +212,8 @@ class Analysis:
     def run(self, sizes: Sizes) -> Captured:
         """A run, captured once."""
         if sizes not in self.runs:
-            self.runs[sizes] = self.capture.run(sizes)
+            with stage("capture"):
+                self.runs[sizes] = self.capture.run(sizes)
         return self.runs[sizes]
 
 
@@ -239,7 +241,8 @@ def analyze(
         CaptureError: if the call is no loop over segments or cannot be traced.
         RefusedError: if its segments do not repeat, or its code does what no graph can hold.
     """
-    analysis = Analysis(open_capture(function, args, kwargs, segment_length, watch))
+    with stage("probe"):
+        analysis = Analysis(open_capture(function, args, kwargs, segment_length, watch))
     if on_open is not None:
         on_open(analysis)
     try:
@@ -326,7 +329,7 @@ def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch |
 def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, watch: Watch | None) -> Proven:
     plan, seconds = analysis.capture.plan, analysis.seconds
     runs = [analysis.run(each) for each in sizes[:2]]
-    with timed(seconds, "reroll"):
+    with stage("reroll"), timed(seconds, "reroll"):
         loop, family = reroll(
             [(run.program, *run.sizes) for run in runs],
             analysis.capture.growing,
@@ -340,11 +343,11 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, watch: 
         fixed["batch"] = sizes[0].batch
     if len({each.tail for each in sizes}) == 1:
         fixed["tail"] = sizes[0].tail
-    with timed(seconds, "prove"):
+    with stage("prove"), timed(seconds, "prove"):
         proven = prove_loop(replace(loop, fixed=fixed), family, plan.sizes.segments, watch)
     third = analysis.run(sizes[2])
     _refuse_drift([*runs, third], plan.segment_length)
-    with timed(seconds, "check"):
+    with stage("check"), timed(seconds, "check"):
         proven.checked = check_against(proven, third.program, *third.sizes)
         proven.checked_at = third.sizes
     analysis.traced.add(third.sizes)

@@ -23,6 +23,7 @@ from rmtc.passes.strip_mine import strips
 from rmtc.passes.summary import class_summaries
 from rmtc.runtime.backends import nearest
 from rmtc.runtime.estimate import candidates, kind_named, ways
+from rmtc.stages import stage
 
 __all__ = ["dump", "explain", "explanation_of"]
 
@@ -160,8 +161,12 @@ def _explanation(
             remedy=refusal.remedy,
             cycle=tuple(each for each in refusal.cycle if isinstance(each, Dependence)),
         )
-    answer = _answer(_blank(function, analysis), analysis, always)
-    return answer if target is None or answer.schedule is None else _fused(answer, analysis, TARGETS[target])
+    with stage("estimate"):
+        answer = _answer(_blank(function, analysis), analysis, always)
+    if target is None or answer.schedule is None:
+        return answer
+    with stage("kernels"):
+        return _fused(answer, analysis, TARGETS[target])
 
 
 def _fused(answer: Explanation, analysis: Analysis, target: Target) -> Explanation:

@@ -1,9 +1,8 @@
-"""Times of a call as it is and compiled, measured side by side in one process, with the floor beside them."""
+"""Times of a call as written and compiled, measured in turns in one process, with the floor beside them."""
 
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rmtc.analysis import Analysis
 from rmtc.codegen.torch import linears
 from rmtc.compiler import compiled_of, disabled
-from rmtc.errors import CaptureError, VerifyError
+from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.runtime.backends import Backend
 from rmtc.runtime.stats import LastRun
+from rmtc.stages import stage
+from rmtc.turns import NOTHING, Ratio, Timing, take_turns
 from rmtc.verification import Verification, rehearse
 
-__all__ = ["Benchmark", "Timing", "bench"]
+__all__ = ["Benchmark", "bench"]
 
 aten = torch.ops.aten
 _PRODUCTS = frozenset(
@@ -28,23 +29,7 @@ _PRODUCTS = frozenset(
 )
 """With ``out=`` or without."""
 
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of several runs.
-
-    Attributes:
-        median, fastest, slowest: seconds.
-    """
-
-    median: float
-    fastest: float
-    slowest: float
-
-    @staticmethod
-    def of(seconds: Sequence[float]) -> Timing:
-        """The timing of measured runs."""
-        return Timing(statistics.median(seconds), min(seconds), max(seconds))
+_FLOOR = "matrix products alone"
 
 
 @dataclass(frozen=True)
@@ -52,14 +37,17 @@ class Benchmark:
     """A call measured.
 
     Attributes:
-        eager: the call as it was.
-        compiled: the call by its schedule.
+        eager: the call as written.
+        compiled: the call with its schedule.
         floor: the matrix products of the scheduled call alone, one after another.
         guards: the part of the compiled call until it was clear that it may run.
+        ratio: how many times as fast as eager the compiled call is, turn by turn.
+        floor_ratio: the same of the floor.
+        noise: why the times mean nothing; empty if they mean something.
         first_call: seconds that the first call took to capture, prove and check.
         run: what a compiled call did.
-        verification: the compiled call held against the call as it was.
-        repeats: how often each was run, in turns.
+        verification: the compiled call held against the call as written.
+        turns: how often each was run.
         threads: number of threads of torch.
         analysis: what was captured and proven.
     """
@@ -68,41 +56,54 @@ class Benchmark:
     compiled: Timing
     floor: Timing
     guards: Timing
+    ratio: Ratio
+    floor_ratio: Ratio
+    noise: str
     first_call: float
     run: LastRun
     verification: Verification
-    repeats: int
+    turns: int
     threads: int
     analysis: Analysis = field(repr=False)
 
     @property
-    def speedup(self) -> float:
-        """How many times faster the compiled call is."""
-        return self.eager.median / self.compiled.median
+    def speedup(self) -> float | None:
+        """Return how many times as fast as eager the compiled call is, or None if the times mean nothing."""
+        return None if self.noise else self.ratio.median
+
+    @property
+    def headline(self) -> str:
+        """Say how much faster the compiled call is, or why that is not known."""
+        if self.noise:
+            return f"{NOTHING}: {self.noise}"
+        ratio = self.ratio
+        return (
+            f"{ratio.median:.2f} times as fast as eager (quartiles {ratio.lower:.2f} .. {ratio.upper:.2f} of "
+            f"{self.turns} turns)"
+        )
 
     def __str__(self) -> str:
-        run = self.run
+        run, check = self.run, self.verification
 
-        def row(name: str, timing: Timing) -> str:
-            times = f"{self.eager.median / timing.median:5.2f}x"
-            spread = f"{1e3 * timing.fastest:9.1f} .. {1e3 * timing.slowest:.1f}"
-            return f"  {name:<22}{1e3 * timing.median:9.1f} ms  {times}   {spread}"
+        def row(name: str, timing: Timing, ratio: Ratio | None) -> str:
+            times = "-" if self.noise or ratio is None else str(ratio)
+            spread = f"{1e3 * timing.fastest:.1f} .. {1e3 * timing.slowest:.1f}"
+            return f"  {name:<22}{1e3 * timing.median:9.1f} ms   {spread:<20}{times}".rstrip()
 
         return "\n".join(
             [
-                f"{run.segments} segments, {run.layers} layers, batch {run.batch}: {run.steps} steps in place of "
-                f"{run.sequential_steps}",
-                f"largest relative error {self.verification.max_relative_error:.1e} in "
-                f"{self.verification.worst_output}",
+                self.headline,
+                f"the same results: largest relative error {check.max_relative_error:.1e} in {check.worst_output}",
+                f"schedule {run.schedule}, backend {run.backend}: {run.steps} steps in place of "
+                f"{run.sequential_steps}, for {run.segments} segments, {run.layers} layers, batch {run.batch}",
                 "",
-                f"  {'':<22}{'median':>9}     {'eager/':>6}   {'fastest .. slowest':>18}",
-                row("eager", self.eager),
-                row("rmtc", self.compiled),
-                row("matrix products alone", self.floor),
+                f"  {'':<22}{'median':>9}      {'fastest .. slowest':<20}times as fast as eager",
+                row("eager", self.eager, None),
+                row("rmtc", self.compiled, self.ratio),
+                row(_FLOOR, self.floor, self.floor_ratio),
                 "",
-                f"  {self.repeats} runs each, in turns, {self.threads} threads; "
-                f"guards take "
-                f"{1e6 * self.guards.median:.0f} us a call; capture and proof took {self.first_call:.1f} s",
+                f"  {self.turns} turns by the wall clock, threads: {self.threads}; guards take "
+                f"{1e6 * self.guards.median:.0f} us per call; capture and proof took {self.first_call:.1f} s",
             ]
         )
 
@@ -128,82 +129,95 @@ def bench(
     kwargs: dict[str, Any],
     *,
     repeats: int = 7,
+    seconds: float | None = None,
     layers: str | None = None,
     segment_length: int | None = None,
     schedule: str = "shortest",
     backend: str | Backend = "auto",
-    watch: Callable[[str], None] = lambda stage: None,
 ) -> Benchmark:
-    """Measure a call as it is and compiled.
+    """Measure a call as written and compiled.
 
     Args:
         function, args, kwargs: the call; a copy of it is compiled and measured.
         repeats: how often each is run.
+        seconds: take fewer turns if all that runs would take longer than this, captures not counted.
         layers, segment_length, schedule, backend: as in :func:`rmtc.compile`.
-        watch: called with the name of each stage that begins.
 
     Raises:
-        RefusedError, CaptureError: if there is no schedule to run.
-        VerifyError: if the compiled call is not equal to the call as it was: then no time is given.
+        RefusedError, CaptureError: if there is no schedule to run, or the call is run as written.
+        VerifyError: if the compiled call is not equal to the call as written: then no time is given.
     """
-    watch("verify")
+    begun = time.perf_counter()
     rehearsal = rehearse(
         function, args, kwargs, layers=layers, segment_length=segment_length, schedule=schedule, backend=backend
     )
-    if not rehearsal.verification:
-        raise VerifyError(
-            rehearsal.verification.reason,
-            remedy="a time is shown only where a call ran by its schedule, with the results of the code as written",
+    verification = rehearsal.verification
+    if not verification:
+        error = VerifyError if verification.sequential_steps else RefusedError  # nothing ran that could be wrong
+        raise error(
+            verification.reason,
+            remedy="a time is shown only where a call ran with its schedule, with the results of the code as written",
         )
     fast, args, kwargs = rehearsal.call, rehearsal.args, rehearsal.kwargs
     compiled = compiled_of(fast)
     if compiled is None or not compiled.variants:
-        raise CaptureError("the call did not run by its schedule")
-    watch("measure")
-    eager: list[float] = []
-    scheduled: list[float] = []
-    guards: list[float] = []
-    with torch.no_grad():
-        for run in range(repeats + 1):  # the first one warms up
-            scheduled.append(_seconds(lambda: fast(*args, **kwargs)))
-            guards += [compiled.stats.last_run.guard_seconds] if compiled.stats.last_run is not None else []
-            with disabled(fast):
-                eager.append(_seconds(lambda: fast(*args, **kwargs)))
-            if run == 0:
-                scheduled, eager, guards = [], [], []
-        floor = _floor(lambda: compiled.run_once(args, kwargs), repeats)
-    if compiled.stats.last_run is None or compiled.stats.fallbacks:
-        raise CaptureError(f"the call did not run by its schedule: {list(compiled.stats.fallbacks)}")
-    analysis = compiled.variants[0].analysis
+        raise CaptureError("the call did not run with its schedule")
+    analysis, guards = compiled.variants[0].analysis, list[float]()
+    first_call = sum(analysis.seconds.values())
+    device = analysis.kind[0]
+
+    def scheduled() -> None:
+        fast(*args, **kwargs)
+        guards.extend([compiled.stats.last_run.guard_seconds] if compiled.stats.last_run is not None else [])
+
+    def as_written() -> None:
+        with disabled(fast):
+            fast(*args, **kwargs)
+
+    with torch.no_grad(), stage("measure"):
+        calls = {"eager": as_written, "rmtc": scheduled, _FLOOR: _products(lambda: compiled.run_once(args, kwargs))}
+        left = None if seconds is None else seconds - (time.perf_counter() - begun - first_call)
+        turns = take_turns({name: _finished(call, device) for name, call in calls.items()}, repeats, left)
+    run = compiled.stats.last_run
+    if run is None or compiled.stats.fallbacks:
+        raise CaptureError(f"the call did not run with its schedule: {list(compiled.stats.fallbacks)}")
     return Benchmark(
-        Timing.of(eager),
-        Timing.of(scheduled),
-        Timing.of(floor),
-        Timing.of(guards),
-        sum(analysis.seconds.values()),
-        compiled.stats.last_run,
-        rehearsal.verification,
-        repeats,
+        turns.timing("eager"),
+        turns.timing("rmtc"),
+        turns.timing(_FLOOR),
+        Timing.of(guards[1:]),  # the first turn warms up
+        turns.ratio("eager", "rmtc"),
+        turns.ratio("eager", _FLOOR),
+        # The floor is made of the very products that ran, so no backend is faster than it.
+        turns.noise() or turns.beaten(_FLOOR, "rmtc"),
+        first_call,
+        run,
+        verification,
+        len(turns.seconds["eager"]),
         torch.get_num_threads(),
         analysis,
     )
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def _finished(call: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Return a call that ends when the device has done what it launches."""
+    if device.type == "cpu":
+        return call
+
+    def finished() -> None:
+        call()
+        torch.get_device_module(device).synchronize()
+
+    return finished
 
 
-def _floor(run: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of the matrix products of a run alone, on the operands that they had."""
+def _products(run: Callable[[], Any]) -> Callable[[], None]:
+    """Return a call of the matrix products of a run alone, on the operands that they had."""
     with _Products() as products:
         run()
-    found = products.found
 
     def again() -> None:
-        for product in found:
+        for product in products.found:
             product()
 
-    again()
-    return [_seconds(again) for _ in range(repeats)]
+    return again

@@ -106,7 +106,7 @@ def compile(
         layers: the name of the list of layers as ``named_parameters`` spells it, where it is not found.
         segment_length: positions of a segment, where it is not found.
         schedule: ``"best"`` for the one that is estimated to take least time, where calls for which that is the model
-            as it was written run so (``rmtc.explain`` prints the estimates, and where their constants come from: they
+            as written run so (``rmtc.explain`` prints the estimates, and where their constants come from: they
             are measured once on a machine, or read from the file that ``RMTC_COST_MODEL`` names); ``"shortest"`` for
             the proven one with the fewest steps; ``"fission"`` for one that runs what waits for itself in an earlier
             segment apart from the rest, which runs for all segments at once; ``"diagonal"`` for one with at most one

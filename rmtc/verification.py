@@ -19,6 +19,7 @@ from rmtc.errors import CaptureError, RefusedError
 from rmtc.runtime.backends import Backend
 from rmtc.runtime.guards import alike
 from rmtc.runtime.stats import LastRun
+from rmtc.stages import stage
 
 __all__ = ["Rehearsal", "Verification", "rehearse", "verify"]
 
@@ -151,8 +152,10 @@ def rehearse(
 
     target = _unwrapped(function)
     with torch.no_grad():
-        wanted, *_ = _rehearse(target, args, kwargs, None)
-        found, run, called, own_args, own_kwargs = _rehearse(target, args, kwargs, compiled_copy)
+        with stage("run as written"):
+            wanted, *_ = _rehearse(target, args, kwargs, None)
+        with stage("run with the schedule"):
+            found, run, called, own_args, own_kwargs = _rehearse(target, args, kwargs, compiled_copy)
     if not any(name.endswith(_AGAIN) for name in found):  # a second call cannot be made, or runs as it is
         wanted = {name: value for name, value in wanted.items() if not name.endswith(_AGAIN)}
     error, worst = _compare(wanted, found)
@@ -162,7 +165,7 @@ def rehearse(
     reason = ""
     if run is None:
         why = "estimated to be faster so, or shorter" if schedule == "best" else "shorter"
-        reason = f"the compiled call ran as it did before: it is {why} than two segments; pass a longer text"
+        reason = f"the compiled call ran as written: it is {why} than two segments; pass a longer text"
     elif not together and schedule != "sequential":
         reason = "no step ran more than one cell"
     elif not error <= allowed:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from shared import explained
+from typer.testing import CliRunner
 from zoo import NO_LOOP, ZOO, rows
 
 import rmtc
+from rmtc.cli import app
+from rmtc.cli.app import Kind
 from rmtc.ir.formula import distance_text
+from rmtc.runtime.estimate import _KINDS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -68,6 +76,41 @@ def test_an_explanation_that_is_linked_to_is_what_is_printed(name: str, monkeypa
     assert without_counts((ROOT / linked).read_text()) == without_counts(
         str(rmtc.explain(function, target="sm_90")(*args))
     )
+
+
+def headed(start: str) -> list[dict[str, str]]:
+    """The rows of the README's tables whose heads begin so, by the names of their columns."""
+    found = list[dict[str, str]]()
+    for block in README.read_text().split("\n\n"):
+        if block.startswith(f"| {start}"):
+            names, _, *lines = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in block.splitlines())
+            found += [dict(zip(names, line, strict=True)) for line in lines]
+    return found
+
+
+def test_schedules_and_backends_have_one_spelling() -> None:
+    """That of ``rmtc.compile``, in the commands, the prose and the tables."""
+    schedules, backends = {*_KINDS}, {"auto", *rmtc.list_backends()}
+    assert {*map(str, Kind)} == schedules
+    pages = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
+    for option, names in (("schedule", schedules), ("backend", backends)):
+        text = " ".join(page.read_text() for page in pages)
+        assert {*re.findall(f'{option}="(.*?)"', text), *re.findall(f"--{option} ([a-z]+)", text)} <= names
+    said = " ".join(CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "200"}).stdout.split())
+    assert all(f"{name}: " in said for name in schedules)
+    assert {*re.split(", | or ", said.partition("What runs it: ")[2].partition(".")[0])} == backends
+
+
+def test_tables_name_columns_and_values_as_the_benchmarks_do() -> None:
+    matrix, run = import_module("matrix"), import_module("run")
+    ways = {*matrix.KINDS, *matrix.RATIOS}
+    others = {"model (layers, width, segment, memory, segments)", "threads", "ARMT over Llama"}
+    others |= {"first call of rmtc inductor, of by hand compiled, s"}
+    for row in (*headed("model (layers"), *headed("ARMT over Llama | layers compiled")):
+        assert {*row} <= ways | others, {*row} - ways
+    rows = headed("model | steps of shortest")
+    assert rows and {row["chosen"] for row in rows} <= {*_KINDS, run.AS_WRITTEN}
+    assert f"    {run.AS_WRITTEN} " in (ROOT / "docs/armt_llama.txt").read_text()
 
 
 if __name__ == "__main__":

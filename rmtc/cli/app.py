@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from rmtc.cli.output import FAILED, check_output, emit, note, one_line, progress, reporting
-from rmtc.cli.target import load, parse_settings
+from rmtc.cli.target import Target, load, parse_settings
 from rmtc.errors import RefusedError, RmtcError
+from rmtc.stages import stage
 
 if TYPE_CHECKING:
     from rmtc.benchmark import Benchmark
@@ -110,8 +111,9 @@ ScheduleKind = Annotated[
         "--schedule",
         parser=_one_of(Kind),
         metavar="|".join(Kind),
-        help="Which one: the fewest steps, what is estimated to be fastest, recurrences apart from what is in none, "
-        "one cell of a layer in a step, or one after another.",
+        help="shortest: the fewest steps. best: what is estimated to be fastest, or the model as written. fission: "
+        "recurrences apart from what is in none. diagonal: one cell of a layer in a step. sequential: one cell after "
+        "another.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
@@ -273,7 +275,7 @@ def kernels(
         names = list(dict.fromkeys(target or (["sm_90"] if resources else [])))
         _check_targets(names)
         with progress(f"rmtc: capturing {model}"):
-            loaded = load(model, parse_settings(settings or ()))
+            loaded = _loaded(model, settings)
             bodies = kernels_of(
                 loaded.call,
                 loaded.args,
@@ -362,11 +364,11 @@ def verify(
     output: Output = None,
     debug: Debug = False,
 ) -> None:
-    """Run the call as it is and by its schedule, and compare what both return and leave in memory."""
+    """Run the call as written and with its schedule, and compare what both return and leave in memory."""
     with reporting(debug):
         check_output(output)
         with progress(f"rmtc: verifying {model}"):
-            target = load(model, parse_settings(settings or ()))
+            target = _loaded(model, settings)
             from rmtc.verification import verify as verify_call
 
             verified = verify_call(
@@ -403,11 +405,11 @@ def bench(
     output: Output = None,
     debug: Debug = False,
 ) -> None:
-    """Measure the call as it is and by its schedule, in one process, with the matrix products alone beside them."""
+    """Measure the call as written and with its schedule, in turns, with the matrix products alone beside them."""
     with reporting(debug):
         check_output(output)
         with progress(f"rmtc: measuring {model}"):
-            target = load(model, parse_settings(settings or ()))
+            target = _loaded(model, settings)
             import torch
 
             from rmtc.benchmark import bench as bench_call
@@ -433,14 +435,22 @@ def bench(
 
 @app.command()
 def demo(
-    segments: Annotated[int, typer.Option("--segments", metavar="N", min=2, help="Segments of text to read.")] = 256,
+    segments: Annotated[
+        int,
+        typer.Option(
+            "--segments", metavar="N", min=2, help="Segments of text to read, fewer if that would take too long."
+        ),
+    ] = 256,
+    certificate: Annotated[
+        bool, typer.Option("--certificate", help="Print the schedule and the proof that it is legal and optimal, too.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Show it all on a long text: an unmodified ARMT over a small Llama, explained, verified and measured."""
+    """Measure an unmodified ARMT over a small Llama on a long text, with the same results checked first."""
     with reporting(debug):
         from rmtc.cli.demo import run_demo
 
-        emit(run_demo(segments), None)
+        emit(run_demo(segments, certificate), None)
 
 
 @app.command()
@@ -464,7 +474,7 @@ def dump(
             names = [item.name for item in all_passes()]
             if after not in names:
                 raise UsageError(f"there is no pass {after!r}", remedy=f"the passes are {', '.join(names)}")
-            target = load(model, parse_settings(settings or ()))
+            target = _loaded(model, settings)
             text = dump_call(
                 target.call,
                 target.args,
@@ -497,6 +507,12 @@ def passes(json: Json = False, output: Output = None, debug: Debug = False) -> N
             width = max((len(item.name) for item in found), default=0)
             text = "\n".join(f"{item.name:<{width}}  {item.summary}" for item in found)
         emit(text, output)
+
+
+def _loaded(model: str, settings: list[str] | None) -> Target:
+    """Make what is asked about."""
+    with stage("load"):
+        return load(model, parse_settings(settings or ()))
 
 
 def _backend(name: str) -> str:
@@ -536,7 +552,7 @@ def _explain(
     target: str | None = None,
 ) -> Explanation | RefusedError:
     with progress(f"rmtc: explaining {model}"):
-        loaded = load(model, parse_settings(settings or ()))
+        loaded = _loaded(model, settings)
         from rmtc.api import explain as explain_call
 
         try:
@@ -563,7 +579,7 @@ def _of_kind(answer: Explanation, proven: Schedule, kind: Kind) -> tuple[Schedul
         return way.schedule, way.dependences
     written = way is not None
     if written:
-        note("the model as it is written is estimated to be fastest: one cell after another")
+        note("the model as written is estimated to be fastest: one cell after another")
     return run_schedule(proven, "sequential" if written else kind), answer.dependences
 
 

@@ -6,14 +6,17 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from rmtc.errors import RmtcError, VerifyError
+from rmtc.stages import listening
 
 __all__ = ["ANSWERED", "FAILED", "NO_ANSWER", "check_output", "emit", "note", "one_line", "progress", "reporting"]
 
@@ -65,16 +68,54 @@ def one_line(error: RmtcError) -> str:
     return " ".join(f"{error.title}{where}: {error.reason}{remedy}".split())
 
 
+class Stages:
+    """The stages of an answer: the seconds of those that are done, and the one that runs.
+
+    A stage that runs inside of another one stops the other's clock. A stage that comes again adds to its seconds.
+    """
+
+    def __init__(self, message: str) -> None:
+        self.message, self.seconds = message, dict[str, float]()
+        self._open: list[str] = []
+        self._since = time.perf_counter()
+
+    def __call__(self, name: str | None) -> None:
+        """Note that a stage begins, or with None that the one that began last ends."""
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+        if name is None:
+            self._open.pop()
+        else:
+            self._open.append(name)
+            self.seconds.setdefault(name, 0.0)
+
+    def __str__(self) -> str:
+        done = [f"{name} {spent:.1f} s" for name, spent in self.seconds.items() if name not in self._open]
+        return ", ".join([self.message, *done, *(f"{name} ..." for name in self._open[-1:])])
+
+
 @contextlib.contextmanager
 def progress(message: str) -> Iterator[None]:
-    """A spinner on stderr if that is a terminal; what the code inside prints goes to stderr, not among the results."""
+    """Show a spinner with the stages and their seconds on stderr, if that is a terminal.
+
+    What the code inside prints goes to stderr, not among the results.
+    """
     console = Console(stderr=True)
     with contextlib.redirect_stdout(sys.stderr):
-        if console.is_terminal:
-            with console.status(message):
-                yield
-        else:
+        if not console.is_terminal:
             yield
+            return
+        stages = Stages(message)
+        with console.status(escape(message)) as status:
+
+            def told(name: str | None) -> None:
+                stages(name)
+                status.update(escape(str(stages)))
+
+            with listening(told):
+                yield
 
 
 def note(message: str) -> None:

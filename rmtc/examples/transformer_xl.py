@@ -163,9 +163,9 @@ def build(
         The model and its arguments, ``(input_ids,)``.
 
     Raises:
-        ValueError: if ``layers``, ``segment``, ``segments`` or ``batch`` is below 1.
+        ValueError: if ``layers``, ``width``, ``heads``, ``segment``, ``segments`` or ``batch`` is below 1.
     """
-    check_sizes(layers=layers, segment=segment, segments=segments, batch=batch)
+    check_sizes(layers=layers, width=width, heads=heads, segment=segment, segments=segments, batch=batch)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
         model = TransformerXL(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
 
 __all__ = ["Decision", "LastRun", "Stats"]
+
+_NAMES = 12  # columns of names in a table
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,19 @@ class LastRun:
     schedule: str
     backend: str
     parts: int = 1
+
+    def __str__(self) -> str:
+        """Return a table: the sizes of the call, what ran it, and in how many steps."""
+        widths = ", ".join(f"{count} of {width}" for width, count in sorted(self.widths.items()))
+        parts = f", layers in {self.parts} parts" if self.parts > 1 else ""
+        lines = {
+            "schedule": f"{self.schedule}, backend {self.backend}",
+            "call": f"{self.segments} segments, {self.layers} layers, batch {self.batch}, last segment {self.tail}",
+            "steps": f"{self.steps} in place of {self.sequential_steps}, {self.makespan} proven{parts}",
+            "groups": f"{self.groups}, by cells: {widths}",
+            "guards": f"{1e6 * self.guard_seconds:.0f} us",
+        }
+        return "\n".join(f"{name:<{_NAMES}}{value}" for name, value in lines.items())
 
 
 @dataclass(frozen=True)
@@ -90,3 +106,24 @@ class Stats:
     last_run: LastRun | None = None
     as_written: dict[str, int] = field(default_factory=dict)
     decisions: dict[str, Decision] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Return a table: the counts, then what the last run did, then what is counted by reason."""
+        counts, runs, reasons = list[str](), list[str](), list[str]()
+        for name, value in ((each.name.replace("_", " "), getattr(self, each.name)) for each in fields(self)):
+            if isinstance(value, dict):
+                reasons += [f"{name:<{_NAMES}}{'' if value else 'none'}".rstrip()]
+                reasons += [f"  {line}" for line in _lines(value)]
+            elif is_dataclass(value):
+                runs += [name, *(f"  {line}" for line in str(value).splitlines())]
+            else:
+                counts += [f"{name:<{_NAMES}}{'none' if value is None else value}"]
+        return "\n".join([*counts, *runs, *reasons])
+
+
+def _lines(table: dict[str, Any]) -> list[str]:
+    """Return a line for each count of a reason, and for each decision, which names its sizes itself."""
+    return [
+        str(value) if is_dataclass(value) else f"{value}: {' '.join(str(name).split())}"
+        for name, value in table.items()
+    ]
