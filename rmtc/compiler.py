@@ -105,9 +105,9 @@ def compile(
             depends on, and how many because weights were replaced or cast; further ones run as before.
         layers: the name of the list of layers as ``named_parameters`` spells it, where it is not found.
         segment_length: positions of a segment, where it is not found.
-        schedule: ``"best"`` for the one that is estimated to take least time, where calls for which that is the model
-            as written run so (``rmtc.explain`` prints the estimates, and where their constants come from: they
-            are measured once on a machine, or read from the file that ``RMTC_COST_MODEL`` names); ``"shortest"`` for
+        schedule: ``"best"`` for what is fastest: at first by estimates (``rmtc.explain`` prints them, and where their
+            constants come from), then by what calls took. For short calls that may be the model as written. The file
+            that ``RMTC_COST_MODEL`` names holds constants that no measurement overrules. ``"shortest"`` for
             the proven one with the fewest steps; ``"fission"`` for one that runs what waits for itself in an earlier
             segment apart from the rest, which runs for all segments at once; ``"diagonal"`` for one with at most one
             cell of each layer in a step; ``"sequential"`` for one cell after another. All but the first are run

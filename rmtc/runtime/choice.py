@@ -11,11 +11,12 @@ from rmtc.capture.probe import Sizes
 from rmtc.runtime.estimate import MARGIN
 from rmtc.runtime.stats import Decision
 
-__all__ = ["AS_WRITTEN", "Arm", "Choice", "size_class"]
+__all__ = ["AS_WRITTEN", "SETTLED", "Arm", "Choice", "size_class"]
 
 logger = logging.getLogger(__name__)
 
 AS_WRITTEN = "as written"
+SETTLED = 6  # calls of one size, after which the first other way has been tried
 _NEAR = 2.0  # a way is tried that is estimated to take at most so many times what is run
 _SHARE = 0.1  # other tries may take this share of all time that the class has taken
 _CLEARLY = 0.95  # what is run changes if another way takes less than so much of its time
