@@ -19,12 +19,12 @@ from rmtc.capture.replay import Replayer, shows
 from rmtc.capture.state import told
 from rmtc.capture.untold import UntoldError
 from rmtc.errors import CaptureError, RefusedError, VerifyError
-from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, retime_loop, rewrite, timed
+from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, retime_loop, rewrite
 from rmtc.quiet import uncollected
 from rmtc.restoring import outermost
 from rmtc.runtime.lock import LOCK
 from rmtc.runtime.state_guard import StateGuard
-from rmtc.stages import stage
+from rmtc.stages import stage, timed
 
 __all__ = ["Analysis", "analyze", "prove_analysis"]
 
@@ -99,7 +99,7 @@ class Analysis:
             seen = {(id(slot.owner), slot.key) for slot in session.snapshot.slots if shows(slot.value)}
             guard = StateGuard(session, (), seen)
             self.replayer = Replayer(session, self.capture.plan, contains_layers, len(loop.rows) + 2, guard)
-        with stage("replay"), timed(self.seconds, "replay"):
+        with timed(self.seconds, "replay"):
             self._admit(sizes, self.replayer)
         self.admitted.add(sizes)
 
@@ -329,7 +329,7 @@ def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch |
 def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, watch: Watch | None) -> Proven:
     plan, seconds = analysis.capture.plan, analysis.seconds
     runs = [analysis.run(each) for each in sizes[:2]]
-    with stage("reroll"), timed(seconds, "reroll"):
+    with timed(seconds, "reroll"):
         loop, family = reroll(
             [(run.program, *run.sizes) for run in runs],
             analysis.capture.growing,
@@ -343,11 +343,11 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, watch: 
         fixed["batch"] = sizes[0].batch
     if len({each.tail for each in sizes}) == 1:
         fixed["tail"] = sizes[0].tail
-    with stage("prove"), timed(seconds, "prove"):
+    with timed(seconds, "prove"):
         proven = prove_loop(replace(loop, fixed=fixed), family, plan.sizes.segments, watch)
     third = analysis.run(sizes[2])
     _refuse_drift([*runs, third], plan.segment_length)
-    with stage("check"), timed(seconds, "check"):
+    with timed(seconds, "check"):
         proven.checked = check_against(proven, third.program, *third.sizes)
         proven.checked_at = third.sizes
     analysis.traced.add(third.sizes)

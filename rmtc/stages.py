@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["listening", "stage"]
+__all__ = ["listening", "stage", "timed"]
 
 Listener = Callable[[str | None], None]
 
@@ -22,6 +23,17 @@ def stage(name: str) -> Iterator[None]:
     finally:
         for told in _listeners:
             told(None)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Tell listeners of a stage, and add its time to those of that name."""
+    start = time.perf_counter()
+    try:
+        with stage(name):
+            yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 @contextmanager

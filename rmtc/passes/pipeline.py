@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -42,7 +40,7 @@ from rmtc.passes.segments import find_segments
 from rmtc.passes.split import division, split_layers
 from rmtc.passes.streams import Family, Uses, find_anchors, find_family, uses
 
-__all__ = ["LONG", "PassInfo", "Proven", "check_against", "passes", "prove_loop", "reroll", "retime_loop", "timed"]
+__all__ = ["LONG", "PassInfo", "Proven", "check_against", "passes", "prove_loop", "reroll", "retime_loop"]
 
 logger = logging.getLogger(__name__)
 
@@ -383,13 +381,3 @@ def check_against(proven: Proven, program: Program, segments: int, batch: int, t
 def _show(watch: Watch | None, name: str, result: object) -> None:
     if watch is not None:
         watch(name, str(result))
-
-
-@contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the time of a block to a stage."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
