@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +12,6 @@ from rmtc.runtime.estimate import MARGIN
 from rmtc.runtime.stats import Decision
 
 __all__ = ["AS_WRITTEN", "SETTLED", "Arm", "Choice", "size_class"]
-
-logger = logging.getLogger(__name__)
 
 AS_WRITTEN = "as written"
 SETTLED = 6  # calls of one size, after which the first other way has been tried
@@ -98,6 +96,7 @@ class Choice:
         self._tried: set[Arm] = set()
         self._next = 2  # after so many calls of the class another way may be tried
         self._seen: Counter[tuple[Arm, Sizes | None]] = Counter()
+        self._lock = threading.Lock()
 
     def estimated(self, sizes: Sizes) -> Arm:
         """Return what is estimated to be fastest, whatever was measured."""
@@ -119,10 +118,10 @@ class Choice:
 
     def drop(self, arm: Arm) -> None:
         """Try a way no more, which failed or was refused."""
-        if arm is self._trial:
-            self._trial = None
-        self.arms.remove(arm)
-        self._taken.pop(arm, None)
+        with self._lock:
+            self._trial = None if arm is self._trial else self._trial
+            self.arms = [each for each in self.arms if each is not arm]
+            self._taken.pop(arm, None)
 
     def expected(self, arm: Arm, sizes: Sizes) -> float:
         """Return the seconds that a call is expected to take: its estimate, corrected by what calls took."""
@@ -140,6 +139,10 @@ class Choice:
         Returns:
             What was decided, if that was the first call of the class or the last one of a trial.
         """
+        with self._lock:
+            return self._note(arm, sizes, seconds)
+
+    def _note(self, arm: Arm, sizes: Sizes, seconds: float) -> Decision | None:
         self.calls += 1
         self.spent += seconds
         ratio = seconds / max(arm.seconds(sizes), 1e-9)

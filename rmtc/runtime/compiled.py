@@ -570,7 +570,13 @@ class Compiled:
             return
         start = now()
         yield
-        decision = variant.note(arm, sizes, now() - start)
+        try:  # the call is over: no error may have it run again
+            decision = variant.note(arm, sizes, now() - start)
+        except Exception as error:
+            if raised_by_signal(error):
+                raise
+            logger.exception("the time of a call was not noted")
+            return
         if decision is not None:
             with self._counts:
                 self.stats.decisions[f"batch {decision.batch}, {decision.segments[0]} segments or more"] = decision
