@@ -9,6 +9,7 @@ import pytest
 
 import rmtc
 from rmtc.capture.state import Snapshot
+from rmtc.runtime.standing import Body
 
 
 @pytest.mark.slow
@@ -32,6 +33,23 @@ def test_captures_that_were_interrupted_do_not_count() -> None:
     subject.both(4)
     stats = rmtc.stats(subject.model)
     assert (stats.captures, stats.recompiles, stats.runs) == (1, 0, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["admission", "move"])
+@pytest.mark.parametrize("function", ["bind", "_place"])
+def test_a_body_that_was_being_bound_is_bound_anew(stage: str, function: str) -> None:
+    subject, of = interrupts.Subject("rebound"), interrupts.STAGES[stage]
+    of.prepare(subject)
+    if of.moved:
+        subject.both(of.segments)  # in memory that stays
+        subject.move()
+    with mock.patch.object(Body, function, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        subject.call(of.segments)
+    runs = rmtc.stats(subject.model).runs
+    for _ in range(3):
+        subject.both(of.segments)
+    assert rmtc.stats(subject.model).runs == runs + 3
 
 
 @pytest.mark.slow

@@ -203,10 +203,7 @@ class Executor:
                     forget = weakref.WeakMethod(self.forget)
                     self.weights.forget = lambda: (known := forget()) and known()
                 walk = _Walk(self, values, segments, batch, tail)
-                new = key not in standing.tapes
-                walk.steps = standing.steps(key, plan, walk)
-                if new and walk.steps is not None:
-                    check_steps(plan, walk.steps)
+                walk.steps = standing.steps(key, plan, walk, check_steps)
                 return walk.outputs(plan)
             except Moved as error:
                 logger.info("calls of %s are not of one kind: %s", key, error)

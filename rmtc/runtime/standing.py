@@ -97,7 +97,7 @@ class Body:
             NoViewError: if one lies otherwise than that which the kernel was emitted for.
         """
         assert self.kernel.bound is not None
-        self.shared = tuple(map(_lying, shared))
+        self.run = None  # until all else is there: an interrupt leaves a body that is bound anew
         homes, results = ([rows.view for rows in each] for each in (self.homes, self.results))
         size = len(self.launch.cells)
         numbers = itertools.count()
@@ -105,8 +105,10 @@ class Body:
         def work(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
             return self.work(next(numbers), shape, dtype)
 
-        self.run, self.made = self.kernel.bound.bind(size, homes, weights, shared, self.scratch, results, work)
+        run, self.made = self.kernel.bound.bind(size, homes, weights, shared, self.scratch, results, work)
         self.places = tuple(None if each is None else self._place(each) for each in self.made)
+        self.shared = tuple(map(_lying, shared))
+        self.run = run
 
     def _place(self, result: torch.Tensor) -> Rows | None:
         for rows in (*self.homes, *self.results):
@@ -155,6 +157,9 @@ class Source(Protocol):
         """An operand that all cells share, and whether it lies where it lies for good, as parameters do."""
 
 
+Check = Callable[[Plan, Sequence[Step | None]], None]
+
+
 class Standing:
     """What runs of a program leave standing; for one run at a time."""
 
@@ -170,8 +175,11 @@ class Standing:
         """Whether the weights lie where they lay."""
         return all(map(operator.is_, self.weights.lies(), self.lies))
 
-    def steps(self, key: Any, plan: Plan, source: Source) -> list[Step | None] | None:
-        """The steps of a plan: None for launches that run as they do without; or no steps, if not all is known yet."""
+    def steps(self, key: Any, plan: Plan, source: Source, check: Check) -> list[Step | None] | None:
+        """The steps of a plan: None for launches that run as they do without; or no steps, if not all is known yet.
+
+        Steps that are new are kept once they have passed the check.
+        """
         found = self.tapes.get(key)
         if found is None:
             bodies: list[Body | None] = []
@@ -187,7 +195,9 @@ class Standing:
             if not distinct:
                 return None
             self._renew(distinct, source)
-            found = self.tapes[key] = _follow(plan, bodies), distinct
+            found = _follow(plan, bodies), distinct
+            check(plan, found[0])
+            self.tapes[key] = found
             self._let_go()
             logger.info("%d launches run in memory that stays, as %d bodies", len(plan.launches), len(distinct))
         else:
@@ -265,12 +275,13 @@ class Standing:
                     raise Moved(f"a shared operand is {kind_of(value)} in place of {kind}")
             there = all(map(_same_lying, shared, body.shared)) and len(shared) == len(body.shared)
             if body.run is None or not body.lasts or not there or body.version != self.weights.version:
-                body.version = self.weights.version
-                weights, body.lasts = source.rows_of(body.launch)
+                version = self.weights.version
+                weights, lasts = source.rows_of(body.launch)
                 try:
                     body.bind(weights, shared)
                 except NoViewError as error:
                     raise Moved(str(error)) from error
+                body.version, body.lasts = version, lasts
 
     def _share(self, operand: Operand, at: Environment, source: Source) -> None:
         """Give memory that stays the value of a shared operand, or take the operand as it lies."""
