@@ -195,7 +195,7 @@ class Holder:
 
     def __init__(self) -> None:
         self.value: object = 1
-        self.items: list[object] = [1, 2]
+        self.items = [1, 2]
 
 
 def test_what_is_put_back_after_a_restore_is_what_was_there_before_it() -> None:
