@@ -52,6 +52,7 @@ class Analysis:
         admitted: the sizes that were replayed and found to follow the loop.
         traced: sizes at which the loop was held against a whole trace.
         told: sizes of few segments for which it holds because they follow those that were traced.
+        shorter: for sizes in ``traced``, whether the loop holds for a few segments, too, because these repeat.
         probes: two of the runs that the loop was folded from.
         seconds: time spent, by stage.
     """
@@ -63,6 +64,7 @@ class Analysis:
     admitted: set[Sizes] = field(default_factory=set)
     traced: set[Sizes] = field(default_factory=set)
     told: set[Sizes] = field(default_factory=set)
+    shorter: dict[Sizes, bool] = field(default_factory=dict)
     probes: list[Captured] = field(default_factory=list)
 
     @outermost
@@ -108,6 +110,11 @@ class Analysis:
         few = self._few(sizes)
         if few not in self.traced | self.told:
             self._hold_folded()
+            # Two last lengths tell the others: then the call's own replay is the only one at its sizes.
+            if few.segments == replayer.shortest < sizes.segments and replayer.continues(
+                sizes, self._traced_at(few.segments, replayer)
+            ):
+                return
             known = self._traced_at(few.segments, replayer)
             if few in known or follows(few, replayer.told(few), {at: replayer.told(at) for at in known}):
                 self.told.add(few)
@@ -171,13 +178,20 @@ class Analysis:
         found = {at for at in self.traced if at.segments == segments}
         for at in sorted(self.traced):
             if at.segments > segments == self._few(at).segments and self._few(at) not in found:
-                try:
-                    replayer.check(at)
-                except RefusedError as error:
-                    logger.debug("%s tells nothing of fewer segments: %s", at, error.reason)
-                else:
+                if at not in self.shorter:
+                    self.shorter[at] = self._repeats(at, replayer)
+                if self.shorter[at]:
                     found.add(self._few(at))
         return sorted(found)
+
+    def _repeats(self, sizes: Sizes, replayer: Replayer) -> bool:
+        """Whether the Python repeats from a few segments to all of a call."""
+        try:
+            replayer.check(sizes)
+        except RefusedError as error:
+            logger.debug("%s tells nothing of fewer segments: %s", sizes, error.reason)
+            return False
+        return True
 
     def result(self, sizes: Sizes) -> Any:
         """How the result of a call of some sizes is put together.

@@ -132,6 +132,8 @@ def _alike(first: Event, second: Event) -> bool:
         first.token == second.token
         and first.numbers == second.numbers
         and first.operands == second.operands
+        and first.given == second.given  # a slice that reaches past its tensor's end gives less, by the same numbers
+        and first.shapes == second.shapes
         and _same_inner(first.inner, second.inner)
     )
 

@@ -3,12 +3,16 @@
 Every integer of a loop is ``a + b*B + c*T + d*B*T`` in a segment of a given number, B the batch size and T the
 positions of the last segment. Where (1, B, T, B*T) of new sizes is a combination of those of sizes at which the loop
 was held against whole traces, the loop's integers are that combination of the ones there. So must be the integers in
-what the user's Python does with the new sizes, and everything else the same.
+what the user's Python does with the new sizes, and everything else the same. A short replay at the new sizes is
+compared with that (:func:`follows`), or what it would do is predicted (:func:`predict`), and a longer replay at the new
+sizes is held against the prediction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import sympy
@@ -16,7 +20,7 @@ import sympy
 from rmtc.capture.events import Beyond, Event, Viewed
 from rmtc.capture.probe import Sizes
 
-__all__ = ["Told", "follows", "tell"]
+__all__ = ["Told", "follows", "predict", "tell"]
 
 
 class Told(NamedTuple):
@@ -40,6 +44,123 @@ def follows(sizes: Sizes, told: Told, known: Mapping[Sizes, Told]) -> bool:
         sum(weight * value for weight, value in zip(weights, values, strict=True)) == number
         for number, *values in set(zip(told.numbers, *(known[at].numbers for at in alike), strict=True))
     )
+
+
+def predict(sizes: Sizes, known: Mapping[Sizes, Sequence[Sequence[Event]]]) -> list[list[Event]] | None:
+    """Predict the events of replays at new sizes: the only ones that :func:`follows` would accept.
+
+    Every integer is the combination of those at the known sizes, and everything else is the same there and here::
+
+        known    view(64, 8) at T = 4    view(96, 8) at T = 6
+        ->       view(80, 8) at T = 5
+
+    Args:
+        sizes: batch size and last length of the replays.
+        known: events of replays at other sizes, for which the loop is known to hold. Each has as many replays.
+
+    Returns:
+        The events of each replay; None if the known sizes do not determine them.
+    """
+    weights = _combination(sizes, [*known])
+    if weights is None:
+        return None
+    fractions = [Fraction(int(each.p), int(each.q)) for each in weights]
+    used = [(weight, events) for weight, events in zip(fractions, known.values(), strict=True) if weight]
+    mix = _Mix([weight for weight, _ in used])
+    try:
+        return [mix.events(each) for each in zip(*(events for _, events in used), strict=True)]
+    except _DifferError:
+        return None
+
+
+class _DifferError(Exception):
+    """The known replays differ in more than integers, or lead to no integer."""
+
+
+class _Mix:
+    """Combines replays that differ only in integers, by weights whose sum is 1."""
+
+    def __init__(self, weights: Sequence[Fraction]) -> None:
+        self._weights = weights
+        self._inner: dict[tuple[int, ...], list[Event]] = {}  # calls of layers are often the same ones
+
+    def events(self, replays: Sequence[Sequence[Event]]) -> list[Event]:
+        if len({*map(len, replays)}) > 1:
+            raise _DifferError
+        return [self._event(each) for each in zip(*replays, strict=True)]
+
+    def _event(self, events: Sequence[Event]) -> Event:
+        first = events[0]
+        if all(each is first for each in events):
+            return first
+        if any(each.token != first.token for each in events):
+            raise _DifferError
+        returned = type(first.token) is tuple and first.token[0] == "return"
+        if returned and any(each.numbers != first.numbers for each in events):
+            raise _DifferError  # what stays in Python depends on no size
+        return replace(
+            first,
+            numbers=self._numbers([each.numbers for each in events]),
+            operands=self._operand([each.operands for each in events]),
+            inner=self._calls([each.inner for each in events]),
+            shapes=self._shapes([each.shapes for each in events]),
+            given=self._shapes([each.given for each in events]),
+        )
+
+    def _calls(self, inner: Sequence[list[Event] | None]) -> list[Event] | None:
+        first = inner[0]
+        if all(each is first for each in inner):
+            return first
+        calls = [each for each in inner if each is not None]
+        if len(calls) < len(inner):
+            raise _DifferError
+        key = (*map(id, calls),)
+        if key not in self._inner:
+            self._inner[key] = self.events(calls)
+        return self._inner[key]
+
+    def _shapes(self, shapes: Sequence[tuple[tuple[int, ...], ...]]) -> tuple[tuple[int, ...], ...]:
+        if all(each == shapes[0] for each in shapes):
+            return shapes[0]
+        if len({*map(len, shapes)}) > 1:
+            raise _DifferError
+        return tuple(self._numbers(each) for each in zip(*shapes, strict=True))
+
+    def _numbers(self, numbers: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        if all(each == numbers[0] for each in numbers):
+            return numbers[0]
+        if len({*map(len, numbers)}) > 1:
+            raise _DifferError
+        return (*map(self._number, zip(*numbers, strict=True)),)
+
+    def _number(self, values: Sequence[int]) -> int:
+        if all(value == values[0] for value in values):
+            return values[0]
+        mixed = sum((weight * value for weight, value in zip(self._weights, values, strict=True)), Fraction())
+        if mixed.denominator != 1:
+            raise _DifferError
+        return mixed.numerator
+
+    def _operand(self, operands: Sequence[Any]) -> Any:
+        first = operands[0]
+        if all(each is first for each in operands):
+            return first
+        if any(type(each) is not type(first) for each in operands):
+            raise _DifferError
+        if isinstance(first, Viewed):
+            if any(each.function != first.function for each in operands):
+                raise _DifferError
+            numbers = self._numbers([each.numbers for each in operands])
+            return Viewed(first.function, numbers, self._operand([each.base for each in operands]))
+        if isinstance(first, Beyond):
+            return Beyond(self._operand([each.reference for each in operands]))
+        if type(first) is tuple:
+            if len({*map(len, operands)}) > 1:
+                raise _DifferError
+            return (*map(self._operand, zip(*operands, strict=True)),)
+        if any(each != first for each in operands):
+            raise _DifferError
+        return first
 
 
 def _combination(sizes: Sizes, known: Sequence[Sizes]) -> list[Any] | None:

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.events import Beyond, Event, Made, Named, Pattern, Viewed, hold
 from rmtc.capture.frames import current_location
-from rmtc.capture.other_sizes import Told, tell
+from rmtc.capture.other_sizes import Told, predict, tell
 from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Plan, Sizes
 from rmtc.capture.recorder import Recorder
@@ -129,6 +129,7 @@ class Replayer:
         self._patterns: dict[tuple[int, int, _Modules], Pattern] = {}
         self._short: dict[tuple[Sizes, _Modules], _Replay] = {}
         self._told: dict[Sizes, Told] = {}
+        self._last: tuple[Sizes, _Modules, _Replay] | None = None
         self._layers = frozenset(key for key, slot in session.modules.items() if not contains_layers(slot.name)) - {
             id(session.function)
         }
@@ -149,18 +150,64 @@ class Replayer:
                 return self._hold(sizes, around)
         except (RefusedError, CaptureError) as error:
             logger.debug("replayed again, without what is known of modules around layers: %s", error.reason)
-        self._hold(sizes, _Modules())
+        finally:
+            last, self._last = self._last, None
+        if last is not None and not last[1]:
+            self._last = last
+        try:
+            self._hold(sizes, _Modules())
+        finally:
+            self._last = None
+
+    @property
+    def shortest(self) -> int:
+        """Number of segments of the shorter replay of a pattern."""
+        return self._probe
+
+    @uncollected()
+    def continues(self, sizes: Sizes, known: Sequence[Sizes]) -> bool:
+        """Whether every segment of a call does what short replays at other sizes lead to; only this call is replayed.
+
+        Args:
+            sizes: those of the call, of more than :attr:`shortest` segments.
+            known: sizes of so many segments for which the loop holds.
+        """
+        if not known:
+            return False
+        try:
+            around = self._around(known[0]._replace(segments=sizes.segments))
+            replays = {at: [self._few(each, around).events for each in self._lengths(at)] for at in known}
+            predicted = predict(sizes, replays)
+            if predicted is None:
+                return False
+            hold(self._once(sizes, around).events, self._pattern(sizes, *predicted), sizes.segments)
+        except (RefusedError, CaptureError) as error:
+            logger.debug("%s is not what other sizes lead to: %s", sizes, error.reason)
+            return False  # the replay is kept, to be held against short ones at its own sizes
+        self._last = None
+        return True
 
     def _hold(self, sizes: Sizes, around: _Modules) -> None:
         """Hold every segment of a call against the pattern, with calls of modules around layers remembered, too."""
         key = sizes.batch, sizes.tail, around
         if key not in self._patterns:
-            short, long = (self._few(each, around).events for each in self._lengths(sizes))
-            whole = sizes.tail == self._plan.segment_length
-            self._patterns[key] = Pattern(short, long, self._probe, self._probe if whole else self._probe - 1)
+            self._patterns[key] = self._pattern(
+                sizes, *(self._few(each, around).events for each in self._lengths(sizes))
+            )
         pattern = self._patterns[key]
         if sizes.segments > pattern.segments:
-            hold(self._run(sizes, around).events, pattern, sizes.segments)
+            hold(self._once(sizes, around).events, pattern, sizes.segments)
+
+    def _pattern(self, sizes: Sizes, short: list[Event], long: list[Event]) -> Pattern:
+        whole = sizes.tail == self._plan.segment_length
+        return Pattern(short, long, self._probe, self._probe if whole else self._probe - 1)
+
+    def _once(self, sizes: Sizes, around: _Modules) -> _Replay:
+        """A replay, or the last one if it was the same."""
+        if self._last is None or self._last[:2] != (sizes, around):
+            self._last = None
+            self._last = sizes, around, self._run(sizes, around)
+        return self._last[2]
 
     def _lengths(self, sizes: Sizes) -> list[Sizes]:
         """The sizes of the two short replays."""
@@ -504,6 +551,9 @@ class _State:
         self._sets = {id(value): (value, tuple(map(_told, value))) for value in sets}
         self._plains = plains
         self._plain = 0
+        self._said: list[Any] = []  # what tells each value but tensors
+        self._doubtful: set[int] = set()  # places whose values have to be looked at for changes that do not show
+        self._hidden: set[int] = set()  # places of values whose changes do not show
         self._tensors: list[int] = []
         self.transparent = True  # whether changes of all that it holds show, see `_transparent`
 
@@ -533,15 +583,25 @@ class _State:
             now[number] = new
         self._before, self._versions = now, versions  # as of before the places were read
         if not known:
-            plain = tuple(map(self._told, now))
-            objects = [value for value in now if not isinstance(value, torch.Tensor)]
-            self._plain, _ = self._plains.setdefault(plain, (len(self._plains), objects))
+            numbers = [number for number, _ in changed] if self._said else range(len(now))
+            self._said = self._said or [None] * len(now)
+            for number in numbers:
+                self._said[number] = self._told(now[number])
+                plain = is_plain(now[number]) or isinstance(now[number], (torch.Tensor, *_SEEN))
+                (self._doubtful.discard if plain and id(now[number]) in self._seen else self._doubtful.add)(number)
+            key = (*self._said,)
+            if key not in self._plains:
+                objects = [value for value in now if not isinstance(value, torch.Tensor)]
+                self._plains[key] = len(self._plains), objects
+            self._plain, _ = self._plains[key]
             self._tensors = [i for i, value in enumerate(now) if isinstance(value, torch.Tensor)]
             # Of an object that was not there before neither the content is known, nor that its id stays its own.
-            self.transparent = all(
-                is_plain(value) or isinstance(value, torch.Tensor) or (id(value) in self._seen and self._shows(value))
-                for value in now
-            )
+            for number in {*numbers, *self._doubtful}:
+                value = now[number]
+                shows = is_plain(value) or isinstance(value, torch.Tensor)
+                shows = shows or (id(value) in self._seen and self._shows(value))
+                (self._hidden.discard if shows else self._hidden.add)(number)
+            self.transparent = not self._hidden
         return self._plain, [*map(now.__getitem__, self._tensors)]
 
     def _told(self, value: Any) -> Any:

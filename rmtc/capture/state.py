@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextvars
+import copy
 import dis
 import functools
 import gc
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._C._dynamo.guards import dict_version
 
 from rmtc.capture.frames import current_location
 from rmtc.errors import CaptureError, RefusedError
@@ -323,7 +325,13 @@ def _spaces(function: types.FunctionType) -> Iterator[tuple[dict[str, Any], bool
 
 def _globals(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], Any]]:
     """The globals a function names, of its own file and of the user's modules: name, where it is, value."""
-    for space, library in _spaces(function):
+    return _named_in(function, _spaces(function))
+
+
+def _named_in(
+    function: types.FunctionType, spaces: Iterable[tuple[dict[str, Any], bool]]
+) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    for space, library in spaces:
         own = space is function.__globals__
         for name in () if library else _loaded(function.__code__) if own else _names(function.__code__):
             if name in space and not isinstance(space[name], types.ModuleType):
@@ -507,6 +515,8 @@ class _Walk:
         self.closed: list[tuple[str, nn.Module]] = []  # modules that cannot be looked into
         self.seen: set[int] = set(without)
         self.functions: set[int] = set()
+        self.classes: list[type] = []
+        self.spaces: dict[int, tuple[dict[str, Any], set[str]]] = {}  # where functions look names up, and which
         self.places: set[tuple[int, Any]] = set()
         self.names: dict[str, int] = {}
         self.queue: deque[tuple[str, Any, Slot | None]] = deque()
@@ -524,7 +534,10 @@ class _Walk:
     def add_function(self, function: types.FunctionType) -> None:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             self.add(name, cell, "cell_contents", _contents(cell))
-        for name, space, value in _globals(function):
+        spaces = [*_spaces(function)]
+        for space, _ in spaces:
+            self.spaces.setdefault(id(space), (space, set()))[1].update(_names(function.__code__))
+        for name, space, value in _named_in(function, spaces):
             if isinstance(value, type):
                 if _is_walked(value):
                     self.add_class(value)
@@ -541,6 +554,7 @@ class _Walk:
             if _from_library(base.__module__) or id(base) in self.seen:
                 continue
             self.seen.add(id(base))
+            self.classes.append(base)
             for key, attribute in list(vars(base).items()):
                 for function in state_functions(attribute, self.functions):
                     self.add_function(function)
@@ -772,6 +786,42 @@ class Snapshot:
         self.arrays = [(array, array.copy()) for array in arrays]
         self._generators = [slot.value for slot in slots if _is_generator(slot.value)]
         self._drawn = [*map(_generator_state, self._generators)]
+        self._spaces = [
+            (space, dict_version(space), names, names & space.keys()) for space, names in found.spaces.values()
+        ]
+        self._classes = [(kind, frozenset(vars(kind))) for kind in found.classes]
+
+    def _grew(self) -> bool:
+        """Whether a name that code in reach looks up is in another file than it was, or a class has other names."""
+        return any(
+            dict_version(space) != version and names & space.keys() != found
+            for space, version, names, found in self._spaces
+        ) or any(vars(kind).keys() != names for kind, names in self._classes)
+
+    def present(self) -> Callable[[], None] | None:
+        """What puts back what :meth:`restore` is about to change.
+
+        Only what was in reach of the snapshot is looked at, which is all that :meth:`restore` changes and all that code
+        that begins from there can reach.
+
+        Returns:
+            None if more was changed since than this can tell.
+        """
+        if self._grew() or any(is_set(value, member) for value, member in self._unset):
+            return None
+        now = copy.copy(self)
+        now._saved = [_Saved(saved.owner, _content(saved.owner)) for saved in self._saved]
+        if any(saved.content is None for saved in now._saved):
+            return None
+        now._places = [slot._replace(value=slot._replace(parent=None).get()) for slot in self._places]
+        if any(slot.value is MISSING for slot in now._places):
+            return None
+        now.objects = [
+            Held(value, type(value), None if table is None else vars(value)) for value, _, table in self.objects
+        ]
+        now.arrays = [(array, array.copy()) for array, _ in self.arrays]
+        now._drawn = [*map(_generator_state, self._generators)]
+        return now.restore
 
     def owners(self) -> list[Any]:
         """The containers and objects that hold state."""
@@ -835,6 +885,8 @@ class Snapshot:
         for slot in self._places:
             if slot._replace(parent=None).get() is not slot.value:
                 slot.put(slot.value)
+        if not self._grew():
+            return
         new = sys.modules.keys() - self._loaded
         spaces = {id(getattr(sys.modules[name], "__dict__", None)) for name in new}
         for slot in walk(self._roots, self._without):  # globals and class attributes that were not there before

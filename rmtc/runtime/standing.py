@@ -31,7 +31,7 @@ __all__ = ["Body", "Moved", "Standing", "Step"]
 
 logger = logging.getLogger(__name__)
 
-_TAPES, _BATCHES = 16, 2  # the steps of so many plans are kept, of so many batch sizes
+_TAPES, _BATCHES = 64, 2  # the steps of so many plans are kept, of so many batch sizes; plans of a batch share memory
 
 
 class Moved(Exception):

@@ -536,6 +536,12 @@ class Variant:
     def _as_captured(self) -> Iterator[None]:
         """Everything in reach as the capture found it: its stand-ins go where they went then."""
         session = self.analysis.capture.session  # what it found may be in reach of the user alone now
+        put_back = session.snapshot.present()
+        if put_back is not None:
+            with restored(put_back):
+                session.snapshot.restore()
+                yield
+            return
         held = [each for each in session.snapshot.owners() if isinstance(each, (list, deque, dict, set))]
         held = [each for each in held if not isinstance(each, dict) or "__builtins__" not in each]
         now = Snapshot({**session.roots, "capture": held})

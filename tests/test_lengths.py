@@ -1,0 +1,230 @@
+"""Many texts of many lengths: what a new length costs, and that each is seen to follow the loop."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rmtc
+from rmtc.capture import Capture
+from rmtc.capture.events import Beyond, Event, Made, Named, Viewed
+from rmtc.capture.other_sizes import follows, predict, tell
+from rmtc.capture.probe import Sizes
+from rmtc.capture.replay import Replayer
+from rmtc.capture.state import Snapshot
+from rmtc.compiler import compiled_of
+
+SEGMENT, WIDTH = 32, 8
+
+
+class Layer(nn.Module):
+    """A layer with a memory of its own."""
+
+    def __init__(self, trick: str) -> None:
+        super().__init__()
+        self.inner, self.write = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.memory: Tensor | None = None
+        self.trick = trick
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.trick == "length in a layer" and hidden.shape[1] == 5:
+            hidden = hidden * 2
+        update = torch.tanh(self.inner(hidden) + (0 if self.memory is None else self.memory[:, None]))
+        self.memory = self.write(update).mean(1)
+        return hidden + update
+
+
+class Model(nn.Module):
+    """Segments are slices, the last of which reaches past the text; ``trick`` tells what is done at one length only."""
+
+    def __init__(self, trick: str = "", layers: int = 3) -> None:
+        super().__init__()
+        self.trick = trick
+        self.embedding = nn.Embedding(64, WIDTH)
+        self.layers = nn.ModuleList(Layer(trick) for _ in range(layers))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        for layer in self.layers:
+            layer.memory = None  # type: ignore[assignment]
+        starts = range(0, ids.shape[1], SEGMENT)
+        outputs = []
+        for s, start in enumerate(starts):
+            hidden = self.embedding(ids[:, start : start + SEGMENT])
+            if self.trick == "segments" and len(starts) == 7 and s == 4:
+                hidden = hidden * 2
+            if self.trick == "length" and hidden.shape[1] == 5:
+                hidden = hidden * 2
+            if self.trick == "bend":
+                hidden = hidden[:, -max(6, hidden.shape[1]) :] + hidden.narrow(1, 0, min(24, hidden.shape[1])).mean(
+                    1, True
+                )
+            for layer in self.layers:
+                hidden = layer(hidden)
+            outputs.append(hidden)
+        return torch.cat(outputs, 1)
+
+
+def text(segments: int, tail: int) -> Tensor:
+    return torch.randint(0, 64, (1, (segments - 1) * SEGMENT + tail))
+
+
+def thirty() -> list[tuple[int, int]]:
+    """Sizes of 30 texts, each with a last length of its own; those at which tricks are played are among them."""
+    drawn = random.Random(0)
+    tails = drawn.sample(range(1, SEGMENT), 28)
+    sizes = [(drawn.choice([5, 6, *range(8, 33)]), tail) for tail in tails if tail != 5]
+    return [*sizes, (7, SEGMENT), (9, 5), (12, SEGMENT)][-30:]
+
+
+def counting(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[Any]:
+    """The first arguments of a method's calls from now on."""
+    calls: list[Any] = []
+    original: Callable[..., Any] = getattr(owner, name)
+
+    def counted(self: Any, first: Any, *rest: Any) -> Any:
+        calls.append(first)
+        return original(self, first, *rest)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def compiled(model: Model) -> Model:
+    """A copy that runs with the schedule whatever is estimated."""
+    fast = rmtc.compile(copy.deepcopy(model), schedule="diagonal")
+    assert isinstance(fast, Model)
+    return fast
+
+
+@torch.no_grad()
+def test_each_of_thirty_lengths_takes_one_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model().double().eval()
+    fast = compiled(model)
+    for size in ((8, SEGMENT), (20, 9), (6, SEGMENT)):  # two last lengths tell the others
+        fast(text(*size))
+    traces, replays = counting(monkeypatch, Capture, "run"), counting(monkeypatch, Replayer, "_run")
+    sizes = thirty()
+    for size in sizes:
+        ids = text(*size)
+        torch.testing.assert_close(fast(ids), model(ids), rtol=1e-10, atol=1e-10)
+    assert traces == []
+    assert sorted(set(replays)) == sorted(Sizes(segments, 1, tail) for segments, tail in sizes)
+    assert len(replays) == len(set(replays)), "one replay each"
+    for size in sizes:
+        fast(text(*size))
+    assert len(replays) == len(sizes) and rmtc.stats(fast).runs == 3 + 2 * len(sizes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("trick", "eager"), [("segments", [(7, SEGMENT)]), ("length", [(9, 5)]), ("length in a layer", [(9, 5)])]
+)
+def test_the_length_at_which_something_else_runs_is_eager(trick: str, eager: list[tuple[int, int]]) -> None:
+    model = Model(trick).double().eval()
+    fast = compiled(model)
+    for size in ((8, SEGMENT), (20, 9)):
+        fast(text(*size))
+    sizes = thirty()[-8:]
+    assert set(eager) < set(sizes)
+    for size in sizes:
+        ids = text(*size)
+        if size in eager:
+            with pytest.warns(rmtc.FallbackWarning):
+                result = fast(ids)
+        else:
+            result = fast(ids)
+        torch.testing.assert_close(result, model(ids), rtol=1e-10, atol=1e-10)
+    assert rmtc.stats(fast).runs == 2 + len(sizes) - len(eager)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
+def test_integers_that_bend_with_the_length_give_no_wrong_result() -> None:
+    model = Model("bend").double().eval()
+    fast = compiled(model)
+    for size in ((8, SEGMENT), (20, 9), *thirty()[-8:]):
+        ids = text(*size)
+        torch.testing.assert_close(fast(ids), model(ids), rtol=1e-10, atol=1e-10)
+
+
+def events(tail: int, number: Callable[[int], int] = lambda tail: 2 * tail, token: str = "view") -> list[Event]:
+    piece = Viewed("slice", (0, tail), Named("ids"))
+    whole = Event("mul", (8,), (Named("operand 0"),), None, None)
+    short = Event("mul", (number(tail),), (Beyond(piece),), None, None, ((1, tail),), ((1, tail),))
+    return [
+        Event("cat", (), ((piece, Named("memory")),), None, None, ((1, tail + 4),)),
+        Event("call", (), (Made(0, 0),), [whole], None),
+        Event(token, (tail,), (Made(1, 0),), [short], None),
+        Event(("return", ("length",)), (3,), ((),), None, None),
+    ]
+
+
+KNOWN = (Sizes(4, 1, 32), Sizes(4, 1, 16))
+
+
+@pytest.mark.parametrize("tail", [1, 5, 17, 31])
+def test_what_two_lengths_lead_to(tail: int) -> None:
+    predicted = predict(Sizes(9, 1, tail), {at: [events(at.tail), []] for at in KNOWN})
+    assert predicted == [events(tail), []]
+    told = {at: tell(events(at.tail)) for at in KNOWN}
+    assert follows(Sizes(4, 1, tail), tell(predicted[0]), told)
+
+
+def test_what_two_lengths_do_not_tell() -> None:
+    known = {at: [events(at.tail)] for at in KNOWN}
+    assert predict(Sizes(9, 3, 5), known) is None, "another batch size"
+    assert predict(Sizes(9, 1, 5), {KNOWN[0]: [events(32)]}) is None, "one length"
+    assert predict(Sizes(9, 1, 5), {}) is None
+    halves = {at: [events(at.tail, lambda tail: tail // 16 * 5)] for at in KNOWN}
+    assert predict(Sizes(9, 1, 5), halves) is None, "no integer"
+    other = {at: [events(at.tail, token="view" if at.tail == 16 else "reshape")] for at in KNOWN}
+    assert predict(Sizes(9, 1, 5), other) is None, "other operations"
+    left = {at: [[replace(each, numbers=(at.tail,)) for each in events(at.tail)[-1:]]] for at in KNOWN}
+    assert predict(Sizes(9, 1, 5), left) is None, "what stays in Python depends on no size"
+
+
+class Holder:
+    """An object of the user's."""
+
+    def __init__(self) -> None:
+        self.value: object = 1
+        self.items = [1, 2]
+
+
+def test_what_is_put_back_after_a_restore_is_what_was_there_before_it() -> None:
+    holder = Holder()
+    snapshot = Snapshot({"holder": holder})
+    items, now = holder.items, [3]
+    holder.value, holder.items = 2, now
+    items.append(4)
+    put_back = snapshot.present()
+    assert put_back is not None
+    snapshot.restore()
+    assert holder.value == 1 and holder.items is items == [1, 2]
+    put_back()
+    assert holder.value == 2 and holder.items is now == [3] and items == [1, 2, 4]
+
+
+def test_an_attribute_that_came_to_a_class_goes_with_a_restore(monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = Snapshot({"holder": Holder()})
+    monkeypatch.setattr(Holder, "more", 1, raising=False)
+    assert snapshot.present() is None, "the class has grown"
+    snapshot.restore()
+    assert not hasattr(Holder, "more")
+    Holder.more = 1  # type: ignore[attr-defined]  # for monkeypatch to take away
+
+
+def test_recompiled_model_of_thirty_lengths_is_one_capture() -> None:
+    with torch.no_grad():
+        fast = compiled(Model().eval())
+        for size in thirty()[-5:]:
+            fast(text(*size))
+    found = compiled_of(fast)
+    assert found is not None and found.stats.captures == 1
