@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 import rmtc
+from rmtc.compiler import compiled_of
 from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
 from rmtc.runtime.choice import SETTLED
 from rmtc.turns import NOTHING, take_turns
@@ -89,7 +90,8 @@ def measure(build: Callable[[], tuple[Any, tuple[Any, ...]]], repeats: int) -> d
     for _ in range(SETTLED):  # other ways are tried in the first calls
         calls["best"]()
     before = rmtc.stats(fast["best"]).runs
-    turns = take_turns(calls, repeats)
+    with compiled_of(fast["best"]).frozen():
+        turns = take_turns(calls, repeats)
     ratio = turns.ratio("eager", "best")
     run_of, best = (rmtc.stats(fast[kind]).last_run for kind in ("shortest", "best"))
     scheduled = 2 * (rmtc.stats(fast["best"]).runs - before) > repeats  # of most calls

@@ -179,9 +179,10 @@ def bench(
         for _ in range(SETTLED if schedule == "best" else 0):  # other ways are tried in the first calls
             fast(*args, **kwargs)
         before = compiled.stats.runs
-        calls = {"eager": as_written, "rmtc": scheduled, _FLOOR: _products(lambda: compiled.run_once(args, kwargs))}
-        left = None if seconds is None else seconds - (time.perf_counter() - begun - first_call)
-        turns = take_turns({name: _finished(call, device) for name, call in calls.items()}, repeats, left)
+        with compiled.frozen():
+            calls = {"eager": as_written, "rmtc": scheduled, _FLOOR: _products(lambda: compiled.run_once(args, kwargs))}
+            left = None if seconds is None else seconds - (time.perf_counter() - begun - first_call)
+            turns = take_turns({name: _finished(call, device) for name, call in calls.items()}, repeats, left)
     run = compiled.stats.last_run
     if run is None or compiled.stats.runs == before or compiled.stats.fallbacks:
         why = [*compiled.stats.fallbacks, *compiled.stats.as_written]

@@ -7,19 +7,24 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from rmtc.capture.probe import Sizes
 from rmtc.runtime.estimate import MARGIN
 from rmtc.runtime.stats import Decision
 
-__all__ = ["AS_WRITTEN", "SETTLED", "Arm", "Choice", "size_class"]
+__all__ = ["AS_WRITTEN", "SETTLED", "Arm", "Choice", "Ledger", "size_class"]
 
 AS_WRITTEN = "as written"
 SETTLED = 6  # calls of one size, after which the first other way has been tried
-_NEAR = 2.0  # a way is tried that is estimated to take at most so many times what is run
-_SHARE = 0.1  # other tries may take this share of all time that the class has taken
+_NEAR = 2.0  # a way is tried that is expected to take at most so many times what is run
+_SHARE = 0.1  # tries may cost this share of all time that calls have taken, besides the budget
 _CLEARLY = 0.95  # what is run changes if another way takes less than so much of its time
+_HOPELESS = 3.0  # a try ends early if a call takes more than so many times what is run
 _AGAIN = 4  # the next try of another way is after so many times as many calls as the last
 _RECENT = 3  # the fastest of so many calls is what a way takes
+_FAILURES = 3  # a way that failed so often is tried no more
+_IDLE = 24  # a try that no call has begun after so many questions is put off
 _FIRST, _EVERY = 8, 64  # on a GPU the first calls are waited for, and then one in so many
 _KEPT = 1024  # sizes of a class whose calls are counted
 
@@ -31,7 +36,7 @@ class Arm:
     Attributes:
         schedule: what ``schedule=`` is to force it, or ``"as written"``.
         backend: what ``backend=`` is to ask for it; empty as written.
-        estimate: gives the seconds that a call of some sizes is estimated to take.
+        estimate: gives the seconds that a call of some sizes is estimated to take, or nan.
         warm: how many calls of one size run before one whose time counts. The first by a schedule emits kernels, the
             second sets up memory that stays.
         start: seconds that a compiler takes before the first call.
@@ -42,91 +47,131 @@ class Arm:
     estimate: Callable[[Sizes], float]
     warm: int = 2
     start: float = 0.0
-    _known: dict[Sizes, float] = field(default_factory=dict)
 
     @property
     def written(self) -> bool:
         """Whether calls run as the user's code has them."""
         return self.schedule == AS_WRITTEN
 
-    def seconds(self, sizes: Sizes) -> float:
-        """Estimate a call of some sizes, once."""
-        if sizes not in self._known:
-            if len(self._known) > _KEPT:
-                self._known.clear()
-            self._known[sizes] = self.estimate(sizes)
-        return self._known[sizes]
-
     def __str__(self) -> str:
         return self.schedule if self.written else f"{self.schedule}, {self.backend}"
 
 
-def size_class(sizes: Sizes) -> tuple[int, int]:
-    """Return the class of a call: its batch size, and its number of segments up to a factor of two."""
-    return sizes.batch, sizes.segments.bit_length()
+@dataclass
+class Ledger:
+    """What is known of the ways of one capture, whatever the size of a call.
+
+    Attributes:
+        budget: seconds that all tries may cost: those of the capture.
+        spent: seconds that calls took.
+        lost: seconds that tries took beyond what was run at the time.
+        ratios: what calls took last, over their estimates.
+        failures: how often a way failed.
+    """
+
+    budget: float
+    spent: float = 0.0
+    lost: float = 0.0
+    ratios: dict[Arm, float] = field(default_factory=dict)
+    failures: Counter[Arm] = field(default_factory=Counter)
+
+    def left(self, new: bool) -> float:
+        """Return the seconds that a try may cost now, the first of a way or a later one."""
+        return (self.budget if new else 0.0) + _SHARE * self.spent - self.lost
+
+
+def size_class(sizes: Sizes) -> tuple[int, int, int]:
+    """Return the class of a call: batch size and number of segments up to a factor of two, and torch's threads."""
+    return sizes.batch.bit_length(), sizes.segments.bit_length(), torch.get_num_threads()
 
 
 class Choice:
     """Choose what runs the calls of one size class.
 
-    The first two calls run what is estimated to be fastest. Another way is tried in later calls if the estimates, or
-    the estimate of the one and the measured time of the other, lie within a factor of two. It is tried as well if it is
-    not estimated to take longer than the capture took, or than a tenth of all that the class has taken so far: so a
-    wrong estimate is found out, and the search costs little. The faster one stays. The next try is after four times as
-    many calls.
+    The first two calls run what is estimated to be fastest. What calls of other classes took corrects the estimates.
+    Another way is tried in later calls if it is expected to take at most twice the time of what is run. It is tried as
+    well if that is expected to cost no more than a tenth of the time of all calls so far, less what tries have cost; a
+    first try may cost what the capture did besides. So a wrong estimate is found out, and the search costs little. The
+    faster way stays. The next try is after four times as many calls.
 
     Attributes:
         best: what measurements chose; None as long as none did.
 
     Args:
         arms: the ways: as written, the one by a schedule that is estimated to be fastest, and others.
-        budget: seconds that a first try of another way may take: those of the capture.
+        ledger: that of the capture.
     """
 
-    def __init__(self, arms: Sequence[Arm], budget: float) -> None:
-        self.arms, self.budget = list(arms), budget
+    def __init__(self, arms: Sequence[Arm], ledger: Ledger) -> None:
+        self.arms, self.ledger = list(arms), ledger
         self._written, self._scheduled = self.arms[:2]
-        self.calls, self.spent = 0, 0.0
+        self.calls = 0
         self.best: Arm | None = None
         self._trial: Arm | None = None
-        self._asked = 0
+        self._asked = self._idle = 0
         self._left = 0  # calls of the trial
         self._least = 0.0  # that its calls took so far, over their estimates
         self._taken: dict[Arm, deque[float]] = {}  # seconds over estimates
-        self._tried: set[Arm] = set()
+        self._tried: dict[Arm, int] = {}  # after how many calls
         self._next = 2  # after so many calls of the class another way may be tried
         self._seen: Counter[tuple[Arm, Sizes | None]] = Counter()
         self._lock = threading.Lock()
 
     def estimated(self, sizes: Sizes) -> Arm:
-        """Return what is estimated to be fastest, whatever was measured."""
-        pays = self._scheduled.seconds(sizes) <= MARGIN * self._written.seconds(sizes)
-        return self._scheduled if pays else self._written
+        """Return what is estimated to be fastest, whatever was measured; the schedule where there is no estimate."""
+        waits = self._scheduled.estimate(sizes) > MARGIN * self._written.estimate(sizes)
+        return self._written if waits else self._scheduled
 
     def now(self, sizes: Sizes) -> Arm:
         """Return what is to run the next call."""
-        return self._trial or self.best or self.estimated(sizes)
+        if self._trial is not None:
+            self._idle += 1
+            if self._idle <= _IDLE:
+                return self._trial
+            self.put_off(self._trial)
+        return self.settled(sizes)
 
-    def is_trial(self, arm: Arm) -> bool:
+    def settled(self, sizes: Sizes) -> Arm:
+        """Return what runs calls outside of tries."""
+        known = self.ledger.ratios.keys() & {self._written, self._scheduled}
+        if self.best is None and len(known) == 2:
+            return min((self._scheduled, self._written), key=lambda each: self.expected(each, sizes))
+        return self.best or self.estimated(sizes)
+
+    def is_trial(self, arm: Arm | None) -> bool:
         """Tell whether a way is being tried."""
-        return arm is self._trial
+        return arm is not None and arm is self._trial
 
     def looks(self) -> bool:
         """Tell whether the next call is worth waiting for its end."""
         self._asked += 1
         return self._trial is not None or self._asked <= _FIRST or self._asked % _EVERY == 0
 
-    def drop(self, arm: Arm) -> None:
-        """Try a way no more, which failed or was refused."""
+    def put_off(self, arm: Arm) -> None:
+        """End the try of a way, or its use, with nothing learned."""
         with self._lock:
-            self._trial = None if arm is self._trial else self._trial
+            if arm is self._trial:
+                self._trial, self._next = None, max(self._next, _AGAIN * self.calls)
+            if arm is self.best:
+                self.best = None
+                self.ledger.ratios.pop(arm, None)
+
+    def drop(self, arm: Arm) -> None:
+        """Use a way no more."""
+        self.put_off(arm)
+        with self._lock:
             self.arms = [each for each in self.arms if each is not arm]
             self._taken.pop(arm, None)
 
     def expected(self, arm: Arm, sizes: Sizes) -> float:
         """Return the seconds that a call is expected to take: its estimate, corrected by what calls took."""
         taken = self._taken.get(arm)
-        return arm.seconds(sizes) * (min(taken) if taken else 1.0)
+        return arm.estimate(sizes) * (min(taken) if taken else self.ledger.ratios.get(arm, 1.0))
+
+    def begin(self, arm: Arm) -> None:
+        """Take into account that a call begins."""
+        if arm is self._trial:
+            self._idle = 0
 
     def note(self, arm: Arm, sizes: Sizes, seconds: float) -> Decision | None:
         """Take into account what a call took.
@@ -143,9 +188,12 @@ class Choice:
             return self._note(arm, sizes, seconds)
 
     def _note(self, arm: Arm, sizes: Sizes, seconds: float) -> Decision | None:
+        estimate = arm.estimate(sizes)
+        if not estimate > 0:
+            return None
         self.calls += 1
-        self.spent += seconds
-        ratio = seconds / max(arm.seconds(sizes), 1e-9)
+        self.ledger.spent += seconds
+        ratio = seconds / estimate
         if len(self._seen) > _KEPT:
             self._seen.clear()
         which = arm, None if arm.written else sizes
@@ -153,58 +201,65 @@ class Choice:
         self._seen[which] += 1
         if steady:
             self._taken.setdefault(arm, deque(maxlen=_RECENT)).append(ratio)
-            self._tried.add(arm)
-        if self._trial is None:
-            if self.calls >= self._next and arm in self._taken and arm is self.now(sizes):
-                self._begin(self._due(arm, sizes))
-            return self._decision(sizes) if self.calls == 1 else None
-        if arm is not self._trial:  # a call of another thread that had begun before
-            return None
-        self._left -= 1
-        self._least = min(self._least, ratio)
-        if self._left > 0:
-            return None
-        if arm not in self._taken:  # no size came often enough: it takes at most that
-            self._taken[arm] = deque([self._least], maxlen=_RECENT)
-        self._trial, self._next = None, _AGAIN * self.calls
-        self._tried.add(arm)
-        self._decide(sizes)
-        return self._decision(sizes)
+            self._tried.setdefault(arm, self.calls)
+        if arm is self._trial:
+            return self._tell(arm, sizes, seconds, ratio, steady)
+        if self._trial is None and self.calls >= self._next and arm in self._taken and arm is self.settled(sizes):
+            self._begin(self._due(arm, sizes))
+        return self._decision(sizes) if self.calls == 1 else None
 
     def _begin(self, arm: Arm | None) -> None:
         """Try a way in the next calls."""
         if arm is not None:
-            self._trial, self._left, self._least = arm, arm.warm + 1, float("inf")
+            self._trial, self._left, self._least, self._idle = arm, arm.warm + 1, float("inf"), 0
             self._taken.pop(arm, None)
 
+    def _tell(self, arm: Arm, sizes: Sizes, seconds: float, ratio: float, steady: bool) -> Decision | None:
+        """Take into account a call of a trial, and decide after the last one."""
+        self._left -= 1
+        self._least = min(self._least, ratio)
+        now = self.expected(self.settled(sizes), sizes)
+        self.ledger.lost += max(0.0, seconds - now)
+        cold = arm.warm > 1 and self._left == arm.warm
+        hopeless = not cold and seconds > _HOPELESS * now
+        if self._left > 0 and not hopeless:
+            return None
+        if arm not in self._taken:  # no size came often enough, or it is hopeless: it takes at most that
+            self._taken[arm] = deque([self._least], maxlen=_RECENT)
+        before = self.settled(sizes)
+        self._trial, self._next = None, _AGAIN * self.calls
+        self._tried[arm] = self.calls
+        times = {each: self.expected(each, sizes) for each in (arm, before)}
+        self.best = arm if times[arm] < _CLEARLY * times[before] else before
+        self.ledger.ratios.update((each, min(taken)) for each, taken in self._taken.items())
+        return self._decision(sizes)
+
     def _due(self, best: Arm, sizes: Sizes) -> Arm | None:
-        """Return the way that is to be tried next, if any."""
-        now, share = self.expected(best, sizes), _SHARE * self.spent
-        for arm in sorted(self.arms, key=lambda each: self.expected(each, sizes)):
-            if arm is best:
+        """Return the way that is to be tried next, if any: those that never were come first."""
+        now, ratio = self.expected(best, sizes), min(1.0, min(self._taken[best]))
+
+        def there(arm: Arm) -> float:
+            # What is wrong with one estimate may be wrong with the others.
+            known = arm in self._taken or arm in self.ledger.ratios
+            return self.expected(arm, sizes) * (1.0 if known else ratio)
+
+        for arm in sorted(self.arms, key=lambda each: (self._tried.get(each, 0), there(each))):
+            if arm is best or self.ledger.failures[arm] >= _FAILURES:
                 continue
-            there, new = self.expected(arm, sizes), arm not in self._tried
-            near = there <= _NEAR * now or (new and arm.seconds(sizes) <= _NEAR * best.seconds(sizes))
-            if new and arm.start > share:
+            start = arm.start if arm not in self.ledger.ratios else 0.0
+            if start > _SHARE * self.ledger.spent:
                 continue  # a compiler is worth its time only where calls have taken much more
-            if near or there - now <= max(self.budget if new else 0.0, share):
+            if there(arm) <= _NEAR * now or there(arm) - now <= self.ledger.left(arm not in self._tried):
                 return arm
         return None
 
-    def _decide(self, sizes: Sizes) -> None:
-        """Choose the fastest of what was measured."""
-        before = self.best or self.estimated(sizes)
-        times = {arm: self.expected(arm, sizes) for arm in self._taken}
-        fastest = min(times, key=lambda each: times[each])
-        clearly = before not in times or times[fastest] < _CLEARLY * times[before]
-        self.best = fastest if clearly else before
-
     def _decision(self, sizes: Sizes) -> Decision:
-        batch, bits = size_class(sizes)
+        batch, bits, _ = size_class(sizes)
         return Decision(
-            batch=batch,
+            batch=(1 << (batch - 1), (1 << batch) - 1),
             segments=(1 << (bits - 1), (1 << bits) - 1),
-            chosen=str(self.best or self.estimated(sizes)),
+            chosen=str(self.settled(sizes)),
             seconds={str(arm): self.expected(arm, sizes) for arm in self.arms},
             measured=frozenset(str(arm) for arm in self.arms if arm in self._taken),
+            failed=frozenset(str(arm) for arm in self.arms if self.ledger.failures[arm]),
         )

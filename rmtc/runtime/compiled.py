@@ -30,13 +30,12 @@ from rmtc.capture.state import unseen
 from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError, brief, raised_by_signal, user_level
 from rmtc.restoring import outermost, restored
 from rmtc.runtime.backends import Backend, auto
-from rmtc.runtime.choice import Arm
 from rmtc.runtime.guards import ArgumentGuard, alike
 from rmtc.runtime.hooks import call_with_hooks, global_hooks, hook_tables, hooked
 from rmtc.runtime.lock import LOCK
 from rmtc.runtime.state_guard import StateGuard
 from rmtc.runtime.stats import LastRun, Stats
-from rmtc.runtime.variant import Ready, Variant
+from rmtc.runtime.variant import ConflictError, Pick, Ready, Variant
 from rmtc.runtime.weights import refuse_elsewhere
 
 __all__ = ["Compiled", "Options"]
@@ -83,13 +82,23 @@ class Options:
     repack_weights: bool = False
 
 
+class _Timing(NamedTuple):
+    """A call that is timed: what runs it, its sizes, the clock, and when it began."""
+
+    variant: Variant
+    pick: Pick
+    sizes: Sizes
+    now: Callable[[], float]
+    start: float
+
+
 @dataclass(frozen=True)
 class _Run:
     """The call runs by its schedule."""
 
     variant: Variant
     ready: Ready
-    arm: Arm | None = None
+    pick: Pick | None = None
 
 
 @dataclass
@@ -142,6 +151,7 @@ _FASTER = _Quiet(
     "the model as written takes less time for a call of this size",
     'rmtc.explain prints estimates and rmtc.stats measured times; schedule="shortest" runs the schedule all the same',
 )
+_FAILED = _Quiet("another way to run the call was tried, and failed", "nothing: later calls run what ran before")
 _INSIDE = _Quiet("a call inside a call of the same model", "nothing: the outer call is the one that is scheduled")
 _CHANGED = _Quiet("another thread changed the model during each attempt", "let no thread change it during calls")
 
@@ -165,7 +175,7 @@ class _Eager:
     detail: str = ""
     known: _Known | None = None
     quiet: _Quiet = _ONE
-    chosen: tuple[Variant, Arm, Sizes] | None = None
+    chosen: tuple[Variant, Pick, Sizes] | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +184,7 @@ class _Admit:
 
     variant: Variant
     sizes: Sizes
-    arm: Arm | None = None
+    pick: Pick | None = None
 
 
 @dataclass(frozen=True)
@@ -299,8 +309,14 @@ class Compiled:
                 if isinstance(decision, _Run):
                     try:
                         return self._run(decision, time.perf_counter() - start)
-                    except Exception as error:
-                        if raised_by_signal(error) or (self.options.strict and isinstance(error, RmtcError)):
+                    except BaseException as error:
+                        if not isinstance(error, Exception) or raised_by_signal(error):
+                            decision.variant.put_off(decision.pick)
+                            raise
+                        if decision.variant.put_off(decision.pick, failed=True):
+                            logger.info("calls run as they did", exc_info=error)
+                            return self._run_eager(_Eager(quiet=_FAILED), before, args, kwargs)
+                        if self.options.strict and isinstance(error, RmtcError):
                             raise
                         if self.options.strict:
                             raise _failed(error) from error
@@ -334,10 +350,26 @@ class Compiled:
         with LOCK.shared():
             for variant in self.variants:
                 sizes = variant.match(arguments)
-                ready = None if isinstance(sizes, str) else variant.ready(arguments, sizes)
+                if isinstance(sizes, str):
+                    continue
+                pick = variant.pick(sizes)
+                arm = pick.arm if pick is not None and not pick.arm.written else None
+                ready = variant.ready(arguments, sizes, arm)
                 if isinstance(ready, Ready):
                     return variant.run(ready)[0]
         raise RefusedError("the call has not run by its schedule before")
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Try no other way to run calls for now: for those who measure them."""
+        variants = list(self.variants)
+        for variant in variants:
+            variant.frozen = True
+        try:
+            yield
+        finally:
+            for variant in variants:
+                variant.frozen = False
 
     def _broken(self, stage: str, error: Exception) -> _Eager:
         """An error inside rmtc breaks no call of the user's.
@@ -366,12 +398,7 @@ class Compiled:
         """Run as before. Nothing was written yet; what is wrong with the user's values is said by the user's code."""
         logger.debug("a scheduled run failed", exc_info=error)
         result = self._entered(before, args, kwargs)
-        sizes = decision.ready.sizes
-        if decision.variant.give_up(decision.arm, sizes):
-            logger.info("calls run as they did", exc_info=error)
-            self._count(_Eager(quiet=_FASTER))
-            return result
-        failed = decision.variant.fail(sizes, error)
+        failed = decision.variant.fail(decision.ready.sizes, error)
         made = _Eager(failed.reason, detail=failed.detail)
         self._count(made)
         self._warn(made)
@@ -426,26 +453,28 @@ class Compiled:
                 continue
             if sizes.segments < 2:
                 return _Eager()
-            arm = variant.chosen(sizes)
-            if arm is not None and arm.written:
-                return _Eager(quiet=_FASTER, chosen=(variant, arm, sizes))
+            pick = variant.pick(sizes)
+            if pick is not None and pick.arm.written:
+                return _Eager(quiet=_FASTER, chosen=(variant, pick, sizes))
             failed = variant.failed.get(sizes)
             if failed is not None and failed.times >= _RUNS:
-                if variant.give_up(arm, sizes):
+                if variant.put_off(pick):
                     return self._decide(arguments)
                 return _Eager(failed.reason, detail=failed.detail)
             ready: Ready | str | None = None
             if variant.counter is None and variant.refused:
                 ready = variant.refused.get((sizes, variant.entry(sizes.batch)))
-            ready = ready or variant.ready(arguments, sizes, arm)
+            ready = ready or variant.ready(arguments, sizes, None if pick is None else pick.arm)
             if isinstance(ready, str):
-                if variant.give_up(arm, sizes):
+                if variant.put_off(pick):
                     return self._decide(arguments)
                 differences.append(ready)
                 continue
             if ready is None and variant.counter is not None and variant.entry(sizes.batch) not in variant.entries:
+                if variant.put_off(pick):
+                    return self._decide(arguments)
                 return _Eager(variant.counter)
-            return _Run(variant, ready, arm) if ready is not None else _Admit(variant, sizes, arm)
+            return _Run(variant, ready, pick) if ready is not None else _Admit(variant, sizes, pick)
         known = self._known.get(self._key(arguments))
         if known is not None and known.kinds != self._kinds():
             known = None
@@ -476,11 +505,12 @@ class Compiled:
         for variant in list(self.variants):
             sizes = variant.arguments.sizes(arguments) if variant.modes == now else ""
             if not isinstance(sizes, str):
-                arm = variant.chosen(sizes) if sizes.segments > 1 else None
-                if sizes.segments > 1 and not (arm is not None and arm.written):
+                pick = variant.pick(sizes) if sizes.segments > 1 else None
+                if sizes.segments > 1 and not (pick is not None and pick.arm.written):
                     return None
-                chosen = (variant, arm, sizes) if arm is not None else None
-                short = _Eager(quiet=_ONE if chosen is None else _FASTER, chosen=chosen)
+                # Of several captures it is not known yet whose call it is: then what it takes does not count.
+                chosen = (variant, pick, sizes) if pick is not None and len(self.variants) == 1 else None
+                short = _Eager(quiet=_ONE if pick is None else _FASTER, chosen=chosen)
         if short is not None:
             self._shorts += 1
             return None if self._shorts % _LOOKS == 1 else short
@@ -539,8 +569,9 @@ class Compiled:
     def _run(self, decision: _Run, guard_seconds: float) -> Any:
         variant, sizes, made = decision.variant, decision.ready.sizes, decision.ready.made
         makespan = variant.makespan(sizes.segments, made)  # before anything is written: what fails later runs twice
-        with self._timed(variant, decision.arm, sizes):
-            result, run = variant.run(decision.ready)
+        timing = self._begin(variant, decision.pick, sizes)
+        result, run = variant.run(decision.ready)
+        self._end(timing)
         schedule = made.program.schedule
         with self._counts:
             self.stats.runs += 1
@@ -561,17 +592,21 @@ class Compiled:
             )
         return result
 
-    @contextlib.contextmanager
-    def _timed(self, variant: Variant, arm: Arm | None, sizes: Sizes) -> Iterator[None]:
-        """Take into account what a call takes in what runs later ones, if it ends well."""
-        now = variant.timer(arm, sizes)
-        if arm is None or now is None:
-            yield
+    def _begin(self, variant: Variant, pick: Pick | None, sizes: Sizes) -> _Timing | None:
+        """Begin to time a call, if what it takes counts in what runs later ones."""
+        now = variant.timer(pick) if pick is not None else None
+        if pick is None or pick.choice is None or now is None:
+            return None
+        pick.choice.begin(pick.arm)
+        return _Timing(variant, pick, sizes, now, now())
+
+    def _end(self, timing: _Timing | None) -> None:
+        """Take into account what a call took that ended well. It is over: no error may have it run again."""
+        if timing is None:
             return
-        start = now()
-        yield
-        try:  # the call is over: no error may have it run again
-            decision = variant.note(arm, sizes, now() - start)
+        variant, pick, sizes, now, start = timing
+        try:
+            decision = variant.note(pick, sizes, now() - start)
         except Exception as error:
             if raised_by_signal(error):
                 raise
@@ -579,7 +614,7 @@ class Compiled:
             return
         if decision is not None:
             with self._counts:
-                self.stats.decisions[f"batch {decision.batch}, {decision.segments[0]} segments or more"] = decision
+                self.stats.decisions[f"capture {variant.number}, {decision.sizes}"] = decision
 
     def _run_eager(
         self, decision: _Eager, before: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -595,9 +630,14 @@ class Compiled:
             self._count(decision)
             self._warn(decision)
         try:
-            with self._timed(*decision.chosen) if decision.chosen is not None else contextlib.nullcontext():
-                result = self._entered(before, args, kwargs)
-        except Exception:
+            timing = self._begin(*decision.chosen) if decision.chosen is not None else None
+            result = self._entered(before, args, kwargs)
+            self._end(timing)
+        except BaseException as error:
+            if decision.chosen is not None:  # the next call runs what ran before the try
+                decision.chosen[0].put_off(decision.chosen[1])
+            if not isinstance(error, Exception):
+                raise
             if known is not None and known.tries <= self.options.recompile_limit:
                 known.refusal = None  # this very call fails: it says nothing of others
             raise
@@ -654,9 +694,9 @@ class Compiled:
             variant, sizes = decision.variant, decision.sizes
             entry = variant.entry(sizes.batch)
             try:
-                variant.admit(sizes, lambda: self._session(arguments), decision.arm)
+                variant.admit(sizes, lambda: self._session(arguments), decision.pick and decision.pick.arm)
             except RmtcError as error:
-                if variant.give_up(decision.arm, sizes):
+                if variant.put_off(decision.pick, for_good=isinstance(error, ConflictError)):
                     logger.info("calls run as they did: %s", error.reason)
                     return None
                 logger.info("%s does not follow the capture: %s", sizes, error.reason)
@@ -664,7 +704,7 @@ class Compiled:
             except Exception as error:
                 if raised_by_signal(error):
                     raise
-                if variant.give_up(decision.arm, sizes):
+                if variant.put_off(decision.pick, failed=True):
                     logger.info("calls run as they did", exc_info=error)
                     return None
                 variant.fail(sizes, error)
@@ -763,6 +803,7 @@ class Compiled:
         """What runs an analysed call, its weights in their stacks."""
         options = self.options
         variant = Variant.make(analysis, options.backend, options.schedule, options.max_group, options.repack_weights)
+        variant.number = self.stats.captures
         values = {name: slot.value for name, slot in variant._slots.items()}
         if not variant.weights.in_place(values):
             variant.weights.move(values)

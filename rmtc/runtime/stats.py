@@ -61,25 +61,32 @@ class Decision:
     """What runs the calls of one size class, and what it was chosen by.
 
     Attributes:
-        batch: their batch size.
-        segments: the fewest and the most segments of the class.
+        batch: the smallest and the largest batch size of the class.
+        segments: the fewest and the most segments of it.
         chosen: the schedule and the backend, as ``schedule=`` and ``backend=`` ask for them, or ``"as written"``.
         seconds: what a call takes by each way, estimated or measured, of the size that was called when it was decided.
         measured: the ways that were measured.
+        failed: the ways that failed when they were tried.
     """
 
-    batch: int
+    batch: tuple[int, int]
     segments: tuple[int, int]
     chosen: str
     seconds: dict[str, float]
     measured: frozenset[str] = frozenset()
+    failed: frozenset[str] = frozenset()
+
+    @property
+    def sizes(self) -> str:
+        """The sizes of the class, in words."""
+        return f"batch {_span(self.batch)}, {_span(self.segments)} segments"
 
     def __str__(self) -> str:
-        times = "; ".join(
-            f"{name} {1e3 * each:.2f} ms{'' if name in self.measured else ' by estimate'}"
-            for name, each in self.seconds.items()
-        )
-        return f"batch {self.batch}, {self.segments[0]} to {self.segments[1]} segments: {self.chosen} ({times})"
+        def time(name: str) -> str:
+            how = " failed" if name in self.failed else "" if name in self.measured else " by estimate"
+            return f"{name} {1e3 * self.seconds[name]:.2f} ms{how}"
+
+        return f"{self.sizes}: {self.chosen} ({'; '.join(map(time, self.seconds))})"
 
 
 @dataclass
@@ -95,7 +102,7 @@ class Stats:
         as_written: these calls by reason.
         fallbacks: calls that ran as they are though they were meant to be scheduled, by reason.
         last_run: what the last scheduled call did; None if there was none.
-        decisions: what was chosen between the model as written and its schedules, by batch size and number of segments.
+        decisions: what was chosen between the model as written and its schedules, by capture and size class.
     """
 
     captures: int = 0
@@ -119,6 +126,10 @@ class Stats:
             else:
                 counts += [f"{name:<{_NAMES}}{'none' if value is None else value}"]
         return "\n".join([*counts, *runs, *reasons])
+
+
+def _span(ends: tuple[int, int]) -> str:
+    return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
 
 
 def _lines(table: dict[str, Any]) -> list[str]:

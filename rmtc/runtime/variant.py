@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,9 +35,9 @@ from rmtc.passes.pipeline import LONG, Proven, apart, check_against, rewrite
 from rmtc.passes.prove import remedy
 from rmtc.restoring import restored
 from rmtc.runtime.backends import Backend, Runner, auto, backend_named, kernels_or_torch, name_of
-from rmtc.runtime.choice import AS_WRITTEN, Arm, Choice, size_class
+from rmtc.runtime.choice import AS_WRITTEN, Arm, Choice, Ledger, size_class
 from rmtc.runtime.estimate import WAYS, Way, as_written, backend_of, best_of, compiled_seconds, compiles, ways
-from rmtc.runtime.executor import Run
+from rmtc.runtime.executor import Executor, Run
 from rmtc.runtime.guards import ArgumentGuard
 from rmtc.runtime.measure import clock, cost_model, pinned
 from rmtc.runtime.state_guard import StateGuard
@@ -44,7 +45,7 @@ from rmtc.runtime.stats import Decision
 from rmtc.runtime.triton import launches_on
 from rmtc.runtime.weights import Weights
 
-__all__ = ["Ready", "Variant"]
+__all__ = ["ConflictError", "Pick", "Ready", "Variant"]
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,17 @@ class Made:
     unmoved: list[str] = field(default_factory=list)
 
 
+class Pick(NamedTuple):
+    """What is to run a call, and what chose it, if the time that the call takes counts."""
+
+    arm: Arm
+    choice: Choice | None = None
+
+
+class ConflictError(RefusedError):
+    """Two ways to run a call want weights to lie in different orders."""
+
+
 class Failed(NamedTuple):
     """How often calls of some sizes failed, and why."""
 
@@ -107,6 +119,9 @@ class Variant:
         entries: what the places that a call writes held before it, for all that is known not to matter.
         refused: sizes that do not follow the program after what a call has found in the places that it writes, and why.
         arms: the ways to run a call among which estimates and measurements choose; none if one was asked for.
+        device: what the call runs on.
+        frozen: whether nothing is tried for now.
+        number: the how-many-th capture it is.
         counter: why no later call is this capture's: each finds another number in a place where calls count.
         failed: sizes whose runs failed, how often, and why.
     """
@@ -139,7 +154,11 @@ class Variant:
     arms: list[Arm] = field(default_factory=list)
     _make: dict[Arm, Callable[[], Made]] = field(default_factory=dict)
     _made: dict[Arm, Made] = field(default_factory=dict)
-    _choices: dict[tuple[int, int], Choice] = field(default_factory=dict)
+    _choices: dict[tuple[int, ...], Choice] = field(default_factory=dict)
+    _ledger: Ledger = field(default_factory=lambda: Ledger(0.0))
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    frozen: bool = False
+    number: int = 1
     failed: dict[Sizes, Failed] = field(default_factory=dict)
 
     @property
@@ -264,6 +283,7 @@ class Variant:
             kept = slot.parent is None and state.keeps(slot)
             (variant._keeping if kept else variant._others)[name] = slot
         chosen_backend, *other_backends = of_backends
+        variant.device = analysis.kind[0]
         variant.main = make(kind if way is None else way.name, program, chosen_backend)
         if way is not None and model is not None:
             variant._choose_among(way, found, model, [chosen_backend, *other_backends], make)
@@ -312,83 +332,106 @@ class Variant:
     ) -> None:
         """Set up the ways to run a call among which estimates and measurements choose."""
 
+        length = chosen.program.loop.segment_length
+
+        def seconds(estimate: Callable[[Sizes], float]) -> Callable[[Sizes], float]:
+            return functools.partial(_long_seconds, functools.lru_cache(_ESTIMATES)(_or_nan(estimate)), length)
+
         def arm(way: Way, backend: str) -> Arm:
             of = compiled_seconds if backend == "inductor" else _scheduled_seconds
-            made = Arm(
-                way.name,
-                backend,
-                functools.partial(_long_seconds, functools.partial(of, way, model=model)),
-                start=_COMPILES if backend == "inductor" else 0.0,
-            )
+            start = _COMPILES if backend == "inductor" else 0.0
+            made = Arm(way.name, backend, seconds(functools.partial(of, way, model=model)), start=start)
             self._make[made] = functools.partial(make, way.name, way.program, backend)
             return made
 
-        written = functools.partial(_long_seconds, lambda sizes: as_written(chosen, sizes, model).seconds)
+        written = seconds(lambda sizes: as_written(chosen, sizes, model).seconds)
         main = arm(chosen, backends[0])
         self._made[main] = self.main
         self.arms = [Arm(AS_WRITTEN, "", written, warm=1), main]
+        self._ledger.budget = sum(self.analysis.seconds.values())
         if not pinned():
             self.arms += [arm(way, backends[0]) for way in found if way is not chosen]
             self.arms += [arm(chosen, backend) for backend in backends[1:]]
 
-    def chosen(self, sizes: Sizes) -> Arm | None:
-        """Return what is to run a call of some sizes, where estimates or measurements decide; None if none do."""
-        if not self.arms:
-            return None
-        try:
-            choice = self.choice(sizes)
-            return choice.now(sizes) if self.measures() else choice.estimated(sizes)
-        except Exception as error:  # a call of other sizes than were seen runs by its schedule, or says why not
-            if raised_by_signal(error):
-                raise
-            logger.exception("no estimate for %s", sizes)
-            return self.arms[1]
-
-    def choice(self, sizes: Sizes) -> Choice:
-        """Return what chooses for calls of some sizes."""
-        key = size_class(sizes)
-        if key not in self._choices:
-            self._choices[key] = Choice(self.arms, sum(self.analysis.seconds.values()))
-        return self._choices[key]
-
-    def measures(self) -> bool:
-        """Tell whether what calls take counts in what runs later ones.
+    def pick(self, sizes: Sizes) -> Pick | None:
+        """Return what is to run a call of some sizes; None if one way was asked for.
 
         A cost model that the user has named is the last word. Under deterministic algorithms, and while gradients are
         asked for, the choice is that of the estimates.
         """
-        return not (
-            not self.arms
-            or pinned()
-            or torch.are_deterministic_algorithms_enabled()
-            or (torch.is_grad_enabled() and self.requires_grad)
-        )
+        if not self.arms:
+            return None
+        choice = self.choice(sizes)
+        fixed = pinned() or torch.are_deterministic_algorithms_enabled()
+        if fixed or (torch.is_grad_enabled() and self.requires_grad):
+            return Pick(choice.estimated(sizes))
+        if self.frozen:
+            return Pick(choice.settled(sizes))
+        return Pick(choice.now(sizes), choice)
 
-    def timer(self, arm: Arm | None, sizes: Sizes) -> Callable[[], float] | None:
+    def choice(self, sizes: Sizes) -> Choice:
+        """Return what chooses for calls of some sizes."""
+        key = size_class(sizes)
+        found = self._choices.get(key)
+        if found is None:
+            found = self._choices[key] = Choice(self.arms, self._ledger)
+            if len(self._choices) > _CLASSES:
+                self._choices.pop(next(iter(self._choices)), None)
+        return found
+
+    def timer(self, pick: Pick) -> Callable[[], float] | None:
         """Return the clock for a call; None if what it takes does not count.
 
-        On a GPU it waits for the work to end, which few calls are worth.
+        On a GPU it waits for the work to end, which few calls are worth, and which a CUDA graph cannot record.
         """
-        device = self.analysis.kind[0]
-        if arm is None or not self.measures() or (device.type != "cpu" and not self.choice(sizes).looks()):
+        kind = self.device.type
+        if pick.choice is None or kind not in ("cpu", "cuda"):
             return None
-        return clock(device)
+        if kind == "cuda" and (torch.cuda.is_current_stream_capturing() or not pick.choice.looks()):
+            return None
+        return clock(self.device)
 
-    def note(self, arm: Arm, sizes: Sizes, seconds: float) -> Decision | None:
+    def note(self, pick: Pick, sizes: Sizes, seconds: float) -> Decision | None:
         """Take into account what a call took; return what was decided by it, if anything."""
-        choice = self.choice(sizes)
+        choice = pick.choice
+        if choice is None:
+            return None
         before = choice.best
-        decision = choice.note(arm, sizes, seconds)
+        decision = choice.note(pick.arm, sizes, seconds)
         if decision is not None:
             level = logging.INFO if before is not choice.best or choice.calls == 1 else logging.DEBUG
             logger.log(level, "calls of %s", decision)
+            used = {each.best for each in [*self._choices.values()]}
+            for arm, made in [*self._made.items()]:
+                if made is not self.main and arm not in used and isinstance(made.runner, Executor):
+                    made.runner.forget()  # memory that stays
         return decision
 
-    def give_up(self, arm: Arm | None, sizes: Sizes) -> bool:
-        """Try a way no more that failed or was refused; return whether it was only tried."""
-        if arm is None or not self.choice(sizes).is_trial(arm):
+    def is_other(self, pick: Pick | None) -> bool:
+        """Tell whether a way is tried, or is another one than that which runs without measurements."""
+        if pick is None or pick.choice is None:
             return False
-        self.choice(sizes).drop(arm)
+        return pick.choice.is_trial(pick.arm) or not (pick.arm.written or self._made.get(pick.arm) is self.main)
+
+    def put_off(self, pick: Pick | None, failed: bool = False, for_good: bool = False) -> bool:
+        """End the try of a way, or the use of another way than that which runs without measurements.
+
+        Args:
+            pick: the way.
+            failed: whether it failed: a way that fails three times is tried no more.
+            for_good: whether it can never run.
+
+        Returns:
+            Whether it was such a way: then the call is to run by what runs without it.
+        """
+        if pick is None or pick.choice is None or not self.is_other(pick):
+            return False
+        self._ledger.failures[pick.arm] += failed
+        if for_good:
+            self._ledger.failures[pick.arm] = 1 << 30
+            for choice in [*self._choices.values()]:
+                choice.put_off(pick.arm)
+        pick.choice.put_off(pick.arm)
         return True
 
     def is_of_whole_segments(self, arguments: Arguments) -> bool:
@@ -729,14 +772,36 @@ def _refuse_lost(capture: Capture) -> None:
         )
 
 
+def _or_nan(estimate: Callable[[Sizes], float]) -> Callable[[Sizes], float]:
+    """Make an estimate nan where it fails: a call of sizes that were not seen runs by its schedule, or says why not."""
+
+    def found(sizes: Sizes) -> float:
+        try:
+            return estimate(sizes)
+        except Exception as error:
+            if raised_by_signal(error):
+                raise
+            logger.exception("no estimate for %s", sizes)
+            return math.nan
+
+    return found
+
+
 def _scheduled_seconds(way: Way, sizes: Sizes, model: CostModel) -> float:
     return way.estimate(sizes, model).seconds
 
 
-def _long_seconds(estimate: Callable[[Sizes], float], sizes: Sizes) -> float:
-    """Estimate a call, a long one by a shorter one: it takes as many times as long."""
+def _long_seconds(estimate: Callable[[Sizes], float], length: int, sizes: Sizes) -> float:
+    """Estimate a call of many segments by one of at most 64, a long one takes as many times as long, all of them whole.
+
+    Args:
+        estimate: of a call.
+        length: of a whole segment.
+        sizes: those of the call.
+    """
     few = min(sizes.segments, LONG)
-    return estimate(sizes._replace(segments=few)) * sizes.segments / few
+    tail = length if few >= _MANY else sizes.tail
+    return estimate(sizes._replace(segments=few, tail=tail)) * sizes.segments / few
 
 
 def _inputs(arguments: Arguments) -> dict[str, torch.Tensor]:
@@ -765,6 +830,8 @@ def _unshared(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> bool
     return all(owners.count(storages[name]) == 1 for name in names if name in storages)
 
 
+_CLASSES = 64  # size classes of calls whose times are kept
+_MANY, _ESTIMATES = 8, 256  # of so many segments the length of the last one hardly counts; and so many are kept
 _COMPILES = 20.0  # seconds that Inductor takes to compile the bodies of a loop, or about so many
 _OTHER = "the call returns or leaves something else than the first one did"
 _KIND = operator.attrgetter("__class__", "shape", "dtype", "device")
