@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 import rmtc
 from rmtc.capture.probe import Sizes
+from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama, transformer_xl
 from rmtc.ir.cost import CostModel
 from rmtc.runtime import measure, variant
-from rmtc.runtime.choice import Arm, Choice, Ledger, size_class
+from rmtc.runtime.choice import Arm, Choice, Ledger, New, size_class
 from rmtc.runtime.compiled import Compiled
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.stats import Decision
@@ -210,6 +211,17 @@ def test_sizes_are_of_one_class_within_a_factor_of_two() -> None:
     assert size_class(Sizes(32, 2, 1)) == size_class(Sizes(32, 3, 1)) != size_class(Sizes(32, 1, 1))
 
 
+def test_a_size_is_admitted_when_its_calls_have_missed_what_that_takes() -> None:
+    ledger = Ledger(8.0)
+    assert ledger.pays(New.SEGMENTS, "a", 0.1)  # nothing is known of what it takes
+    ledger.admitted(New.SEGMENTS, 0.35)
+    assert [ledger.pays(New.SEGMENTS, "b", 0.1) for _ in range(5)] == [False, False, False, True, True]
+    ledger.admitted(New.SEGMENTS, 0.05)  # 0.2 in the mean
+    assert [ledger.pays(New.SEGMENTS, "c", 0.1) for _ in range(2)] == [False, True]
+    assert [ledger.pays(New.FIRST_TAIL, None, 0.9) for _ in range(3)] == [False, False, True]  # a fourth of the capture
+    assert not ledger.pays(New.SEGMENTS, "d", -1.0)
+
+
 @pytest.fixture
 def unpinned(monkeypatch: pytest.MonkeyPatch) -> Callable[[CostModel], None]:
     """Give a cost model that is wrong, and a clock by which a call as written takes five times as long as it should."""
@@ -320,6 +332,28 @@ def test_a_call_as_written_that_does_not_end_is_tried_once(
     for _ in range(5):
         fast(*args)
     assert rmtc.stats(fast).runs == runs + 5
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_texts_of_many_lengths_that_are_read_once_run_as_written(unpinned: Callable[[CostModel], None]) -> None:
+    """And by the schedule, once they were read often enough."""
+    unpinned(replace(MEASURED, launch=1e-9))
+    model, _ = armt_llama.build(**SIZE)
+    fast = rmtc.compile(copy.deepcopy(model), strict=True)
+    texts = [torch.randint(0, 100, (1, 64))] * 8 + [torch.randint(0, 100, (1, 57 + tail)) for tail in range(6)]
+    for text in texts:
+        torch.testing.assert_close(fast(text).logits, model(text).logits, rtol=1e-9, atol=1e-9)
+    before = rmtc.stats(fast)
+    seldom = [count for reason, count in before.as_written.items() if "too new" in reason]
+    assert len(seldom) == 1 and seldom[0] >= 5
+    variant, *_ = compiled_of(fast).variants  # type: ignore[union-attr]
+    variant._ledger.budget = 0.0
+    variant._ledger.admissions.clear()
+    runs = before.runs
+    for text in texts[8:]:
+        torch.testing.assert_close(fast(text).logits, model(text).logits, rtol=1e-9, atol=1e-9)
+    assert rmtc.stats(fast).runs > runs and rmtc.stats(fast).captures == 1
 
 
 @pytest.mark.slow

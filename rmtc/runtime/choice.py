@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -13,7 +15,7 @@ from rmtc.capture.probe import Sizes
 from rmtc.runtime.estimate import MARGIN
 from rmtc.runtime.stats import Decision
 
-__all__ = ["AS_WRITTEN", "SETTLED", "Arm", "Choice", "Ledger", "size_class"]
+__all__ = ["AS_WRITTEN", "SETTLED", "Arm", "Choice", "Ledger", "New", "size_class"]
 
 AS_WRITTEN = "as written"
 SETTLED = 6  # calls of one size, after which the first other way has been tried
@@ -26,6 +28,7 @@ _RECENT = 3  # the fastest of so many calls is what a way takes
 _FAILURES = 3  # a way that failed so often is tried no more
 _IDLE = 24  # a try that no call has begun after so many questions is put off
 _FIRST, _EVERY = 8, 64  # on a GPU the first calls are waited for, and then one in so many
+_OF_CAPTURE = 4  # to trace a first other length takes about a fourth of what the capture took
 _KEPT = 1024  # sizes of a class whose calls are counted
 
 
@@ -57,6 +60,14 @@ class Arm:
         return self.schedule if self.written else f"{self.schedule}, {self.backend}"
 
 
+class New(enum.Enum):
+    """What is new of a size that is not admitted."""
+
+    FIRST_TAIL = "the first batch size or length of the last segment but that of the capture"
+    TAIL = "a length of the last segment, or a batch size"
+    SEGMENTS = "a number of segments"
+
+
 @dataclass
 class Ledger:
     """What is known of the ways of one capture, whatever the size of a call.
@@ -67,6 +78,8 @@ class Ledger:
         lost: seconds that tries took beyond what was run at the time.
         ratios: what calls took last, over their estimates.
         failures: how often a way failed.
+        admissions: seconds that it took to admit a size, by what was new of it.
+        missed: seconds that calls of sizes that are not admitted would have saved, by what an admission would serve.
     """
 
     budget: float
@@ -74,6 +87,27 @@ class Ledger:
     lost: float = 0.0
     ratios: dict[Arm, float] = field(default_factory=dict)
     failures: Counter[Arm] = field(default_factory=Counter)
+    admissions: dict[New, float] = field(default_factory=dict)
+    missed: dict[Any, float] = field(default_factory=dict)
+
+    def pays(self, new: New, serves: Any, saves: float) -> bool:
+        """Tell whether a size is worth its admission: calls have missed what it takes by now.
+
+        Args:
+            new: what is new of the size.
+            serves: what an admission would serve.
+            saves: seconds that a call saves by it.
+        """
+        if len(self.missed) > _KEPT:
+            self.missed.clear()
+        missed = self.missed[serves] = self.missed.get(serves, 0.0) + saves
+        unknown = self.budget / _OF_CAPTURE if new is New.FIRST_TAIL else 0.0
+        return missed >= self.admissions.get(new, unknown)
+
+    def admitted(self, new: New, seconds: float) -> None:
+        """Take into account what it took to admit a size."""
+        before = self.admissions.get(new)
+        self.admissions[new] = seconds if before is None else (before + seconds) / 2
 
     def left(self, new: bool) -> float:
         """Return the seconds that a try may cost now, the first of a way or a later one."""

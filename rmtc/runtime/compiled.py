@@ -151,6 +151,10 @@ _FASTER = _Quiet(
     "the model as written takes less time for a call of this size",
     'rmtc.explain prints estimates and rmtc.stats measured times; schedule="shortest" runs the schedule all the same',
 )
+_SELDOM = _Quiet(
+    "a call of a size that is too new: to admit it takes longer than its calls would have saved so far",
+    'nothing if such sizes come seldom; schedule="shortest" admits each at once',
+)
 _FAILED = _Quiet("another way to run the call was tried, and failed", "nothing: later calls run what ran before")
 _INSIDE = _Quiet("a call inside a call of the same model", "nothing: the outer call is the one that is scheduled")
 _CHANGED = _Quiet("another thread changed the model during each attempt", "let no thread change it during calls")
@@ -474,7 +478,12 @@ class Compiled:
                 if variant.put_off(pick):
                     return self._decide(arguments)
                 return _Eager(variant.counter)
-            return _Run(variant, ready, pick) if ready is not None else _Admit(variant, sizes, pick)
+            if ready is not None:
+                return _Run(variant, ready, pick)
+            written = variant.as_written(pick)
+            if written is not None and not variant.pays(pick, sizes):
+                return _Eager(quiet=_SELDOM, chosen=(variant, written, sizes))
+            return _Admit(variant, sizes, pick)
         known = self._known.get(self._key(arguments))
         if known is not None and known.kinds != self._kinds():
             known = None

@@ -35,7 +35,7 @@ from rmtc.passes.pipeline import LONG, Proven, apart, check_against, rewrite
 from rmtc.passes.prove import remedy
 from rmtc.restoring import restored
 from rmtc.runtime.backends import Backend, Runner, auto, backend_named, kernels_or_torch, name_of
-from rmtc.runtime.choice import AS_WRITTEN, Arm, Choice, Ledger, size_class
+from rmtc.runtime.choice import AS_WRITTEN, Arm, Choice, Ledger, New, size_class
 from rmtc.runtime.estimate import WAYS, Way, as_written, backend_of, best_of, compiled_seconds, compiles, ways
 from rmtc.runtime.executor import Executor, Run
 from rmtc.runtime.guards import ArgumentGuard
@@ -155,6 +155,7 @@ class Variant:
     _make: dict[Arm, Callable[[], Made]] = field(default_factory=dict)
     _made: dict[Arm, Made] = field(default_factory=dict)
     _choices: dict[tuple[int, ...], Choice] = field(default_factory=dict)
+    _fresh: dict[Sizes, tuple[New, float]] = field(default_factory=dict)  # what was admitted, and has not run yet
     _ledger: Ledger = field(default_factory=lambda: Ledger(0.0))
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     frozen: bool = False
@@ -369,6 +370,29 @@ class Variant:
             return Pick(choice.settled(sizes))
         return Pick(choice.now(sizes), choice)
 
+    def pays(self, pick: Pick | None, sizes: Sizes) -> bool:
+        """Tell whether a call of some sizes is to be admitted now, if it has to be.
+
+        An admission replays the call's Python and emits kernels. A size that comes seldom is not worth that: its calls
+        run as written until they have missed as much as its admission takes.
+        """
+        if pick is None or pick.choice is None or self.is_other(pick) or sizes in self.analysis.admitted:
+            return True
+        new = self._new(sizes)
+        serves = {New.FIRST_TAIL: None, New.TAIL: (sizes.batch, sizes.tail), New.SEGMENTS: sizes}[new]
+        written, scheduled = (pick.choice.expected(each, sizes) for each in (self.arms[0], pick.arm))
+        return self._ledger.pays(new, serves, written - scheduled)
+
+    def _new(self, sizes: Sizes) -> New:
+        known = {(each.batch, each.tail) for each in self.analysis.admitted}
+        if (sizes.batch, sizes.tail) in known:
+            return New.SEGMENTS
+        return New.TAIL if len(known) > 1 else New.FIRST_TAIL
+
+    def as_written(self, pick: Pick | None) -> Pick | None:
+        """Return what runs a call as written in place of another way."""
+        return None if pick is None else pick._replace(arm=self.arms[0])
+
     def choice(self, sizes: Sizes) -> Choice:
         """Return what chooses for calls of some sizes."""
         key = size_class(sizes)
@@ -397,6 +421,9 @@ class Variant:
         if choice is None:
             return None
         before = choice.best
+        fresh = self._fresh.pop(sizes, None)
+        if fresh is not None:
+            self._ledger.admitted(fresh[0], fresh[1] + max(0.0, seconds - choice.expected(pick.arm, sizes)))
         decision = choice.note(pick.arm, sizes, seconds)
         if decision is not None:
             level = logging.INFO if before is not choice.best or choice.calls == 1 else logging.DEBUG
@@ -553,6 +580,8 @@ class Variant:
         Raises:
             RefusedError, CaptureError: if it is not.
         """
+        new, now = self._new(sizes), clock(torch.device("cpu"))
+        start, known = now(), sizes in self.analysis.admitted
         if arm is not None and arm not in self._made:
             self._made[arm] = self._make[arm]()
         made = self.main if arm is None else self._made[arm]
@@ -569,11 +598,12 @@ class Variant:
         values = {name: slot.get() for name, slot in self._slots.items()}
         if not made.weights.in_place(values):
             made.weights.move(values)
-        if made is not self.main and not self.main.weights.in_place(values):  # calls in turns would move all weights
-            self.main.weights.move(values)
-            raise RefusedError(
-                f"{made.kind} by {made.backend} wants weights in another order than {self.main.kind} does"
-            )
+        if made is not self.main and not self.main.weights.in_place(values):
+            self.main.weights.move(values)  # which finds them where they lie now, or moves them
+            if not made.weights.in_place(values):  # calls in turns would move all weights
+                raise ConflictError(f"{arm} wants the weights in another order than {self.arms[1]} does")
+        if not known:
+            self._fresh[sizes] = new, now() - start
 
     @contextlib.contextmanager
     def _as_captured(self) -> Iterator[None]:
@@ -792,16 +822,21 @@ def _scheduled_seconds(way: Way, sizes: Sizes, model: CostModel) -> float:
 
 
 def _long_seconds(estimate: Callable[[Sizes], float], length: int, sizes: Sizes) -> float:
-    """Estimate a call of many segments by one of at most 64, a long one takes as many times as long, all of them whole.
+    """Estimate a call of many segments by calls of 8, 16, 32 and 64 whole ones: to plan each number takes long.
 
     Args:
         estimate: of a call.
         length: of a whole segment.
         sizes: those of the call.
     """
-    few = min(sizes.segments, LONG)
-    tail = length if few >= _MANY else sizes.tail
-    return estimate(sizes._replace(segments=few, tail=tail)) * sizes.segments / few
+    if sizes.segments < _MANY:
+        return estimate(sizes)
+    low = 1 << (min(sizes.segments, LONG).bit_length() - 1)
+    first = estimate(sizes._replace(segments=low, tail=length))
+    if low == LONG:
+        return first * sizes.segments / low
+    last = estimate(sizes._replace(segments=2 * low, tail=length))
+    return first + (last - first) * (sizes.segments - low) / low
 
 
 def _inputs(arguments: Arguments) -> dict[str, torch.Tensor]:
@@ -831,7 +866,7 @@ def _unshared(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> bool
 
 
 _CLASSES = 64  # size classes of calls whose times are kept
-_MANY, _ESTIMATES = 8, 256  # of so many segments the length of the last one hardly counts; and so many are kept
+_MANY, _ESTIMATES = 8, 256  # of so many segments the length of the last one hardly counts; so many are kept
 _COMPILES = 20.0  # seconds that Inductor takes to compile the bodies of a loop, or about so many
 _OTHER = "the call returns or leaves something else than the first one did"
 _KIND = operator.attrgetter("__class__", "shape", "dtype", "device")
