@@ -341,19 +341,19 @@ def test_texts_of_many_lengths_that_are_read_once_run_as_written(unpinned: Calla
     unpinned(replace(MEASURED, launch=1e-9))
     model, _ = armt_llama.build(**SIZE)
     fast = rmtc.compile(copy.deepcopy(model), strict=True)
-    texts = [torch.randint(0, 100, (1, 64))] * 8 + [torch.randint(0, 100, (1, 57 + tail)) for tail in range(6)]
-    for text in texts:
-        torch.testing.assert_close(fast(text).logits, model(text).logits, rtol=1e-9, atol=1e-9)
-    before = rmtc.stats(fast)
-    seldom = [count for reason, count in before.as_written.items() if "too new" in reason]
-    assert len(seldom) == 1 and seldom[0] >= 5
-    variant, *_ = compiled_of(fast).variants  # type: ignore[union-attr]
-    variant._ledger.budget = 0.0
-    variant._ledger.admissions.clear()
-    runs = before.runs
-    for text in texts[8:]:
-        torch.testing.assert_close(fast(text).logits, model(text).logits, rtol=1e-9, atol=1e-9)
-    assert rmtc.stats(fast).runs > runs and rmtc.stats(fast).captures == 1
+    for _ in range(8):
+        fast(torch.randint(0, 100, (1, 64)))
+    (captured,) = compiled_of(fast).variants  # type: ignore[union-attr]
+    texts = [torch.randint(0, 100, (1, 57 + tail)) for tail in range(6)]
+    for budget in (1000.0, 0.0):  # of which a first other length is said to take a fourth
+        captured._ledger.budget = budget
+        for text in texts:
+            runs = rmtc.stats(fast).runs
+            torch.testing.assert_close(fast(text).logits, model(text).logits, rtol=1e-9, atol=1e-9)
+            assert not budget or rmtc.stats(fast).runs == runs
+    stats = rmtc.stats(fast)
+    assert next(count for reason, count in stats.as_written.items() if "too new" in reason) >= 6
+    assert stats.runs > 5 and stats.captures == 1
 
 
 @pytest.mark.slow
