@@ -107,7 +107,8 @@ def compile(
         segment_length: positions of a segment, where it is not found.
         schedule: ``"best"`` for what is fastest: at first by estimates (``rmtc.explain`` prints them, and where their
             constants come from), then by what calls took. For short calls that may be the model as written. The file
-            that ``RMTC_COST_MODEL`` names holds constants that no measurement overrules. ``"shortest"`` for
+            that ``RMTC_COST_MODEL`` names holds constants that no measurement overrules, nor are calls measured under
+            deterministic algorithms. ``"shortest"`` for
             the proven one with the fewest steps; ``"fission"`` for one that runs what waits for itself in an earlier
             segment apart from the rest, which runs for all segments at once; ``"diagonal"`` for one with at most one
             cell of each layer in a step; ``"sequential"`` for one cell after another. All but the first are run
@@ -244,6 +245,7 @@ class _OfInstance:
 
 def compiled_of(target: Any) -> Compiled | None:
     """What stands in for a compiled module's or function's call; None if it is not compiled."""
+    target = getattr(target, "_orig_mod", target)  # of torch.compile
     if isinstance(target, nn.Module):
         found = getattr(target, _KEY, None)
     else:

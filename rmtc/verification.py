@@ -164,8 +164,10 @@ def rehearse(
     together = run is not None and (max(run.widths, default=1) > 1 or steps < cells)
     reason = ""
     if run is None:
-        why = "estimated to be faster so, or shorter" if schedule == "best" else "shorter"
-        reason = f"the compiled call ran as written: it is {why} than two segments; pass a longer text"
+        compiled = compiled_of(called)
+        why = "; ".join(compiled.stats.as_written) if compiled is not None else ""
+        longer = "; pass a longer text" + (', or ask for schedule="shortest"' if schedule == "best" else "")
+        reason = f"the compiled call ran as written: {why or 'it is shorter than two segments'}{longer}"
     elif not together and schedule != "sequential":
         reason = "no step ran more than one cell"
     elif not error <= allowed:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import logging
 import math
 import os
 import random
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -259,7 +261,11 @@ def test_a_model_runs_by_what_was_measured_to_be_faster(
     (decision,) = stats.decisions.values()
     assert decision.chosen == "shortest, torch" and decision.measured == {"as written", "shortest, torch"}
     assert str(stats.decisions).count("Decision") == 1 and not stats.fallbacks and stats.captures == 1
-    said = [each.getMessage() for each in caplog.records if each.getMessage().startswith("calls of batch 1")]
+    said = [
+        each.getMessage()
+        for each in caplog.records
+        if each.getMessage().startswith("ArmtLlamaForCausalLM: capture 1, batch 1")
+    ]
     assert len(said) == 2 and "by estimate" in said[0] and "shortest, torch" in said[1]
 
 
@@ -446,3 +452,39 @@ def test_ways_that_share_their_weights_are_both_tried(unpinned: Callable[[CostMo
 
 def leaves(result: Any) -> list[Tensor]:
     return [each for each in torch.utils._pytree.tree_leaves(result) if isinstance(each, Tensor)]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_calls_of_several_threads_at_once_do_not_count(unpinned: Callable[[CostModel], None]) -> None:
+    """They wait for each other, and run in other memory."""
+    unpinned(replace(MEASURED, launch=1e-9))
+    model, args = armt_llama.build(**SIZE)
+    fast = rmtc.compile(model)
+    fast(*args)
+    inside, go = threading.Event(), threading.Event()
+    run = Executor.run
+
+    def waiting(*given: Any) -> Any:
+        inside.set()
+        assert go.wait(60)
+        return run(*given)
+
+    with mock.patch.object(Executor, "run", waiting), concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(torch.no_grad()(fast), *args) for _ in range(2)]
+        assert inside.wait(60)
+        while compiled_of(fast)._starts < 3:  # type: ignore[union-attr]
+            time.sleep(0.01)
+        go.set()
+        for each in found:
+            each.result(60)
+    (captured,) = compiled_of(fast).variants  # type: ignore[union-attr]
+    (choice,) = captured._choices.values()
+    assert choice.calls == 1
+    fast(*args)
+    assert choice.calls == 2
+
+
+def test_stats_are_those_of_the_model_inside_of_torchs_wrapper() -> None:
+    fast = rmtc.compile(Counting())
+    assert rmtc.stats(torch.compile(fast, backend="eager")) is rmtc.stats(fast)

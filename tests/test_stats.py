@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rmtc.runtime.stats import LastRun, Stats
+from rmtc.runtime.stats import Decision, LastRun, Stats
 
 RUN = LastRun(32, 8, 1, 16, 39, 256, 39, 41, {1: 2, 8: 39}, 3e-4, schedule="shortest", backend="torch", parts=2)
 
 
 def test_counts_then_the_last_run_then_fallbacks_with_their_reasons() -> None:
+    seconds = {"as written": 0.3, "shortest, torch": 0.07}
+    decision = Decision((1, 1), (32, 63), "shortest, torch", seconds, measured=frozenset({"shortest, torch"}))
     stats = Stats(captures=2, recompiles=1, runs=5, eager=3, fallbacks={"hooks on\nsubmodules": 4}, last_run=RUN)
+    stats.as_written["a call of one segment"] = 3
+    stats.decisions[f"capture 1, {decision.sizes}"] = decision
     assert str(stats).splitlines() == [
         "captures    2",
         "recompiles  1",
@@ -24,19 +28,28 @@ def test_counts_then_the_last_run_then_fallbacks_with_their_reasons() -> None:
         "  guards      300 us",
         "fallbacks",
         "  4: hooks on submodules",
+        "as written",
+        "  3: a call of one segment",
+        "decisions",
+        "  capture 1, batch 1, 32 to 63 segments: shortest, torch (as written 300.00 ms by estimate; shortest, torch 70.00 ms)",
     ]
     assert repr(stats).startswith("Stats(captures=2, recompiles=1, ")
 
 
 def test_nothing_has_run_yet() -> None:
-    assert str(Stats()).splitlines()[-2:] == ["last run    none", "fallbacks   none"]
+    assert str(Stats()).splitlines()[-4:] == [
+        "last run    none",
+        "fallbacks   none",
+        "as written  none",
+        "decisions   none",
+    ]
 
 
 def test_a_field_more_is_a_line_more() -> None:
     @dataclass
     class More(Stats):
         declined: int = 7
-        as_written: dict[str, int] = field(default_factory=lambda: {"short": 2})
+        odd: dict[str, int] = field(default_factory=lambda: {"short": 2})
 
     lines = str(More()).splitlines()
-    assert lines[4:6] == ["last run    none", "declined    7"] and lines[-2:] == ["as written", "  2: short"]
+    assert lines[4:6] == ["last run    none", "declined    7"] and lines[-2:] == ["odd", "  2: short"]

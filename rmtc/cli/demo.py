@@ -42,7 +42,7 @@ def run_demo(segments: int, certificate: bool = False) -> str:
         target = _fitting(segments)
     length = target.args[0].shape[1]
     read = length // _SIZES["segment"]
-    fewer = "" if read == segments else f"reads {read} segments in place of {segments}, "
+    fewer = "" if read == segments else f"reads {read} of {segments} segments, as many as fit, "
     note(f"rmtc demo: {fewer}captures in some 10 s, more on a slow machine, then runs for {_SECONDS:.0f} s at most")
     with progress("rmtc: demo"):
         from rmtc.benchmark import bench

@@ -83,13 +83,14 @@ class Options:
 
 
 class _Timing(NamedTuple):
-    """A call that is timed: what runs it, its sizes, the clock, and when it began."""
+    """A call that is timed: what runs it, its sizes, the clock, when it began, and as the how-many-th."""
 
     variant: Variant
     pick: Pick
     sizes: Sizes
     now: Callable[[], float]
     start: float
+    number: int
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,13 @@ _CACHE = _Quiet(
     "read the text in one call of the model before generate(), and hand the memory on",
 )
 _FASTER = _Quiet(
-    "the model as written takes less time for a call of this size",
-    'rmtc.explain prints estimates and rmtc.stats measured times; schedule="shortest" runs the schedule all the same',
+    "the model as written was measured to take less time for calls of such a size",
+    'rmtc.stats has the times; schedule="shortest" runs the schedule all the same',
+)
+_ESTIMATED = _Quiet(
+    "the model as written is estimated to take less time for calls of such a size",
+    "later calls try the schedule, but under deterministic algorithms or where RMTC_COST_MODEL is set; rmtc.explain "
+    'prints the estimates; schedule="shortest" runs the schedule all the same',
 )
 _SELDOM = _Quiet(
     "a call of a size that is too new: to admit it takes longer than its calls would have saved so far",
@@ -224,6 +230,7 @@ class Compiled:
         self._known: dict[Any, _Known] = {}
         self._warned: set[str] = set()
         self._captures = self._replaced = self._probes = self._shorts = 0
+        self._starts = self._ends = 0  # of calls
         self._default_values = _signature(self._inner)
         self._name_cache: dict[int, tuple[str, ...]] = {}
         self._counts = threading.Lock()
@@ -290,8 +297,14 @@ class Compiled:
             args, kwargs: the call's.
             before: what was called before.
         """
-        with own_modes(self._inner):
-            return self._decided(args, kwargs, before)
+        with self._counts:
+            self._starts += 1
+        try:
+            with own_modes(self._inner):
+                return self._decided(args, kwargs, before)
+        finally:
+            with self._counts:
+                self._ends += 1
 
     def _decided(self, args: tuple[Any, ...], kwargs: dict[str, Any], before: Callable[..., Any]) -> Any:
         inside = id(self) in _thread.active  # a call inside a call: the one around it holds the model
@@ -318,7 +331,7 @@ class Compiled:
                             decision.variant.put_off(decision.pick)
                             raise
                         if decision.variant.put_off(decision.pick, failed=True):
-                            logger.info("calls run as they did", exc_info=error)
+                            logger.info("%s: another way to run calls failed", self._title, exc_info=error)
                             return self._run_eager(_Eager(quiet=_FAILED), before, args, kwargs)
                         if self.options.strict and isinstance(error, RmtcError):
                             raise
@@ -459,7 +472,7 @@ class Compiled:
                 return _Eager()
             pick = variant.pick(sizes)
             if pick is not None and pick.arm.written:
-                return _Eager(quiet=_FASTER, chosen=(variant, pick, sizes))
+                return _Eager(quiet=_as_written(pick), chosen=(variant, pick, sizes))
             failed = variant.failed.get(sizes)
             if failed is not None and failed.times >= _RUNS:
                 if variant.put_off(pick):
@@ -519,7 +532,7 @@ class Compiled:
                     return None
                 # Of several captures it is not known yet whose call it is: then what it takes does not count.
                 chosen = (variant, pick, sizes) if pick is not None and len(self.variants) == 1 else None
-                short = _Eager(quiet=_ONE if pick is None else _FASTER, chosen=chosen)
+                short = _Eager(quiet=_ONE if pick is None else _as_written(pick), chosen=chosen)
         if short is not None:
             self._shorts += 1
             return None if self._shorts % _LOOKS == 1 else short
@@ -607,13 +620,15 @@ class Compiled:
         if pick is None or pick.choice is None or now is None:
             return None
         pick.choice.begin(pick.arm)
-        return _Timing(variant, pick, sizes, now, now())
+        number = self._starts
+        alone = number - self._ends == 1  # calls of several threads wait for each other, and use other memory
+        return _Timing(variant, pick, sizes, now, now(), number) if alone else None
 
     def _end(self, timing: _Timing | None) -> None:
         """Take into account what a call took that ended well. It is over: no error may have it run again."""
-        if timing is None:
+        if timing is None or timing.number != self._starts:
             return
-        variant, pick, sizes, now, start = timing
+        variant, pick, sizes, now, start, _ = timing
         try:
             decision = variant.note(pick, sizes, now() - start)
         except Exception as error:
@@ -622,8 +637,11 @@ class Compiled:
             logger.exception("the time of a call was not noted")
             return
         if decision is not None:
+            key = f"capture {variant.number}, {decision.sizes}"
             with self._counts:
-                self.stats.decisions[f"capture {variant.number}, {decision.sizes}"] = decision
+                before, self.stats.decisions[key] = self.stats.decisions.get(key), decision
+            said = before is not None and before.chosen == decision.chosen and bool(before.measured)
+            logger.log(logging.DEBUG if said else logging.INFO, "%s: %s: %s", self._title, key, decision.reason)
 
     def _run_eager(
         self, decision: _Eager, before: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -706,7 +724,7 @@ class Compiled:
                 variant.admit(sizes, lambda: self._session(arguments), decision.pick and decision.pick.arm)
             except RmtcError as error:
                 if variant.put_off(decision.pick, for_good=isinstance(error, ConflictError)):
-                    logger.info("calls run as they did: %s", error.reason)
+                    logger.info("%s: another way to run calls is left alone: %s", self._title, error.reason)
                     return None
                 logger.info("%s does not follow the capture: %s", sizes, error.reason)
                 variant.refused[sizes, entry] = error.reason
@@ -714,7 +732,7 @@ class Compiled:
                 if raised_by_signal(error):
                     raise
                 if variant.put_off(decision.pick, failed=True):
-                    logger.info("calls run as they did", exc_info=error)
+                    logger.info("%s: another way to run calls failed", self._title, exc_info=error)
                     return None
                 variant.fail(sizes, error)
                 return self._broken("a replay", error)
@@ -817,6 +835,11 @@ class Compiled:
         if not variant.weights.in_place(values):
             variant.weights.move(values)
         return variant
+
+
+def _as_written(pick: Pick) -> _Quiet:
+    """Why a call runs as written by choice."""
+    return _FASTER if pick.choice is not None and pick.choice.best is pick.arm else _ESTIMATED
 
 
 def _failed(error: Exception) -> RmtcError:

@@ -420,14 +420,11 @@ class Variant:
         choice = pick.choice
         if choice is None:
             return None
-        before = choice.best
         fresh = self._fresh.pop(sizes, None)
         if fresh is not None:
             self._ledger.admitted(fresh[0], fresh[1] + max(0.0, seconds - choice.expected(pick.arm, sizes)))
         decision = choice.note(pick.arm, sizes, seconds)
         if decision is not None:
-            level = logging.INFO if before is not choice.best or choice.calls == 1 else logging.DEBUG
-            logger.log(level, "calls of %s", decision)
             used = {each.best for each in [*self._choices.values()]}
             for arm, made in [*self._made.items()]:
                 if made is not self.main and arm not in used and isinstance(made.runner, Executor):
