@@ -31,7 +31,8 @@ def test_counts_then_the_last_run_then_fallbacks_with_their_reasons() -> None:
         "as written",
         "  3: a call of one segment",
         "decisions",
-        "  capture 1, batch 1, 32 to 63 segments: shortest, torch (as written 300.00 ms by estimate; shortest, torch 70.00 ms)",
+        "  capture 1, batch 1, 32 to 63 segments: shortest, torch (as written 300.00 ms by estimate; "
+        "shortest, torch 70.00 ms)",
     ]
     assert repr(stats).startswith("Stats(captures=2, recompiles=1, ")
 
