@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -93,7 +94,7 @@ def hold(events: list[Event], pattern: Pattern, segments: int) -> None:
     if period <= 0:
         raise _differs("a segment more runs no operation more", short[-1] if short else None)
     common = 0
-    while common < len(short) and _alike(short[common], long[common]):
+    while common < len(short) and _alike(short[common], long[common]) and _same_segment(short, long, common, period):
         common += 1
     if common < period:
         raise _differs("runs of two lengths differ from the start", events[0] if events else None)
@@ -132,10 +133,39 @@ def _alike(first: Event, second: Event) -> bool:
         first.token == second.token
         and first.numbers == second.numbers
         and first.operands == second.operands
-        and first.given == second.given  # a slice that reaches past its tensor's end gives less, by the same numbers
-        and first.shapes == second.shapes
         and _same_inner(first.inner, second.inner)
     )
+
+
+def _same_segment(short: list[Event], long: list[Event], number: int, period: int) -> bool:
+    """Whether an event of two replays that are alike is of a segment that both run whole.
+
+    A slice that reaches past its tensor's end gives less by the same numbers. So in a last segment that is shorter the
+    sizes differ from those a segment before, in the same replay. Sizes of the whole text differ in all segments alike.
+    """
+    first, second = short[number], long[number]
+    if number < period or _same_sizes(first, second):
+        return True
+    before = short[number - period], long[number - period]
+    if not _alike(*before) or before[0].token != first.token:  # of the code before the loop
+        return True
+    sizes = [[*_sizes_of(each)] for each in (first, before[0], second, before[1])]
+    return len({*map(len, sizes)}) == 1 and all(a - b == c - d for a, b, c, d in zip(*sizes, strict=True))
+
+
+def _same_sizes(first: Event, second: Event) -> bool:
+    if first.given != second.given or first.shapes != second.shapes:
+        return False
+    if first.inner is second.inner or first.inner is None or second.inner is None:
+        return first.inner is second.inner
+    return len(first.inner) == len(second.inner) and all(map(_same_sizes, first.inner, second.inner))
+
+
+def _sizes_of(event: Event) -> Iterator[int]:
+    """The sizes of all that an event works on and gives, and of what it calls."""
+    yield from itertools.chain(*event.given, *event.shapes)
+    for each in event.inner or ():
+        yield from _sizes_of(each)
 
 
 def _same_inner(first: list[Event] | None, second: list[Event] | None) -> bool:
