@@ -25,14 +25,12 @@ import torch
 import rmtc
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
-from rmtc.runtime.choice import SETTLED
+from rmtc.runtime.choice import AS_WRITTEN, SETTLED
 from rmtc.turns import NOTHING, take_turns
 
 TESTS = Path(__file__).parent.parent / "tests"
 LEAST = 0.95
 """The slowest that the best schedule may be, eager's time divided by its time."""
-AS_WRITTEN = "as written"
-"""What a call is that runs without a schedule, as `rmtc.explain` names it."""
 
 
 def models() -> Iterator[tuple[str, Callable[[], tuple[Any, tuple[Any, ...]]]]]:

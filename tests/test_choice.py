@@ -137,7 +137,7 @@ def test_a_way_that_failed_three_times_is_not_tried_again() -> None:
     assert set(calls(choice, real(0.3, 0.07), 2000)) == {"a"}
 
 
-def test_a_try_that_no_call_begins_ends() -> None:
+def test_a_try_none_of_whose_calls_is_timed_ends() -> None:
     first, second = arms(written=0.07, shortest=0.1)
     choice = Choice([first, second], Ledger(8.0))
     calls(choice, real(0.3, 0.07), 2)

@@ -26,7 +26,7 @@ _HOPELESS = 3.0  # a try ends early if a call takes more than so many times what
 _AGAIN = 4  # the next try of another way is after so many times as many calls as the last
 _RECENT = 3  # the fastest of so many calls is what a way takes
 _FAILURES = 3  # a way that failed so often is tried no more
-_IDLE = 24  # a try that no call has begun after so many questions is put off
+_IDLE = 24  # a try none of whose calls was timed for so many questions is put off
 _FIRST, _EVERY = 8, 64  # on a GPU the first calls are waited for, and then one in so many
 _OF_CAPTURE = 4  # to trace a first other length takes about a fourth of what the capture took
 _KEPT = 1024  # sizes of a class whose calls are counted
@@ -190,22 +190,10 @@ class Choice:
                 self.best = None
                 self.ledger.ratios.pop(arm, None)
 
-    def drop(self, arm: Arm) -> None:
-        """Use a way no more."""
-        self.put_off(arm)
-        with self._lock:
-            self.arms = [each for each in self.arms if each is not arm]
-            self._taken.pop(arm, None)
-
     def expected(self, arm: Arm, sizes: Sizes) -> float:
         """Return the seconds that a call is expected to take: its estimate, corrected by what calls took."""
         taken = self._taken.get(arm)
         return arm.estimate(sizes) * (min(taken) if taken else self.ledger.ratios.get(arm, 1.0))
-
-    def begin(self, arm: Arm) -> None:
-        """Take into account that a call begins."""
-        if arm is self._trial:
-            self._idle = 0
 
     def note(self, arm: Arm, sizes: Sizes, seconds: float) -> Decision | None:
         """Take into account what a call took.
@@ -237,7 +225,7 @@ class Choice:
             self._taken.setdefault(arm, deque(maxlen=_RECENT)).append(ratio)
             self._tried.setdefault(arm, self.calls)
         if arm is self._trial:
-            return self._tell(arm, sizes, seconds, ratio, steady)
+            return self._tell(arm, sizes, seconds, ratio)
         if self._trial is None and self.calls >= self._next and arm in self._taken and arm is self.settled(sizes):
             self._begin(self._due(arm, sizes))
         return self._decision(sizes) if self.calls == 1 else None
@@ -248,9 +236,9 @@ class Choice:
             self._trial, self._left, self._least, self._idle = arm, arm.warm + 1, float("inf"), 0
             self._taken.pop(arm, None)
 
-    def _tell(self, arm: Arm, sizes: Sizes, seconds: float, ratio: float, steady: bool) -> Decision | None:
+    def _tell(self, arm: Arm, sizes: Sizes, seconds: float, ratio: float) -> Decision | None:
         """Take into account a call of a trial, and decide after the last one."""
-        self._left -= 1
+        self._left, self._idle = self._left - 1, 0
         self._least = min(self._least, ratio)
         now = self.expected(self.settled(sizes), sizes)
         self.ledger.lost += max(0.0, seconds - now)

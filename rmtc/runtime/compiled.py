@@ -619,7 +619,6 @@ class Compiled:
         now = variant.timer(pick) if pick is not None else None
         if pick is None or pick.choice is None or now is None:
             return None
-        pick.choice.begin(pick.arm)
         number = self._starts
         alone = number - self._ends == 1  # calls of several threads wait for each other, and use other memory
         return _Timing(variant, pick, sizes, now, now(), number) if alone else None
