@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -93,10 +93,11 @@ class Built:
     Attributes:
         label: where it is met first: a place that the call leaves it in, none for what it returns, and the way from
             there, by numbers of parts.
-        kind: the class of an object or sequence, or how pytree puts a container together.
+        kind: the class of an object, sequence or mapping, or how pytree puts a container together.
         keys: the names of attributes; None for a container that pytree puts together.
         parts: what is in it, its items before its attributes.
         bound: of a deque, how many items it keeps.
+        items: the keys of a mapping's items.
     """
 
     label: Label
@@ -104,6 +105,7 @@ class Built:
     keys: tuple[str, ...] | None
     parts: tuple[Any, ...]
     bound: int | None = None
+    items: tuple[Plain, ...] = ()
 
 
 class Describer:
@@ -158,12 +160,18 @@ class Describer:
         self._alive.append(value)
         if keys is None or isinstance(value, tuple):
             self._open.add(label)
-        inside = [
-            self.describe(part, place(value, key, name + text), leaf, refuse, place, (*label, number))
-            for number, (key, text, part) in enumerate(parts)
-        ]
+        own = keys is not None and isinstance(value, dict)
+        items = {key: at for at, (key, _, _) in enumerate(parts[: len(value)])} if own else {}
+        inside: list[Any] = []
+        for number, (key, text, part) in enumerate(parts):
+            if number >= len(items) and key in items and parts[items[key]][2] is part:
+                inside.append(inside[items[key]])  # an item that is an attribute too, as in transformers' results
+                continue
+            where = place(value, key, name + text)
+            inside.append(self.describe(part, where, leaf, refuse, place, (*label, number)))
         self._open.discard(label)
-        return Built(label, kind, keys, tuple(inside), getattr(value, "maxlen", None) if keys is not None else None)
+        bound = getattr(value, "maxlen", None) if keys is not None else None
+        return Built(label, kind, keys, tuple(inside), bound, tuple(Plain(key, name) for key in items))
 
 
 def can_be_made(value: object) -> bool:
@@ -184,6 +192,10 @@ def _taken_apart(value: Any) -> tuple[Any, tuple[str, ...] | None, _Parts] | Non
     if can_be_made(value):
         held = attributes(value)
         return type(value), tuple(held), [(key, f".{key}", part) for key, part in held.items()]
+    if isinstance(value, dict) and not _is_of_pytree(value) and all(map(is_plain, dict.keys(value))):
+        held = attributes(value)
+        items = [(key, f"[{key!r}]", dict.__getitem__(value, key)) for key in dict.keys(value)]
+        return type(value), tuple(held), [*items, *((key, f".{key}", held[key]) for key in held)]
     if isinstance(value, (list, tuple, deque)) and not _is_registered(type(value)):
         held = attributes(value)
         texts = [f".{field}" for field in getattr(value, "_fields", ())] or [f"[{at}]" for at in range(len(value))]
@@ -191,6 +203,11 @@ def _taken_apart(value: Any) -> tuple[Any, tuple[str, ...] | None, _Parts] | Non
         return type(value), tuple(held), parts
     found = _children(value)
     return None if found is None else (found[0], None, found[1])
+
+
+def _is_of_pytree(value: dict[Any, Any]) -> bool:
+    """Whether pytree knows all of a dictionary: a class of its own may keep other keys than those it was made with."""
+    return type(value) in (dict, OrderedDict) or isinstance(value, defaultdict)
 
 
 def _children(value: Any) -> tuple[Any, _Parts] | None:
@@ -275,13 +292,15 @@ def build(description: Any, values: Mapping[Any, Any], made: dict[Label, Any]) -
     if issubclass(kind, tuple):
         new = tuple.__new__(kind, [build(part, values, made) for part in items])
     else:
-        base = next((each for each in (list, deque) if issubclass(kind, each)), object)
+        base: Any = next((each for each in (list, deque, OrderedDict, dict) if issubclass(kind, each)), object)
         new = base.__new__(kind)
     made[description.label] = new
     if issubclass(kind, list):
         list.extend(new, [build(part, values, made) for part in items])
     elif issubclass(kind, deque):
         deque.__init__(new, [build(part, values, made) for part in items], description.bound)
+    for name, part in zip(description.items, items if description.items else (), strict=True):
+        base.__setitem__(new, name.value, build(part, values, made))
     for key, part in zip(keys, parts[len(items) :], strict=True):
         item = build(part, values, made)
         if isinstance(getattr(kind, key, None), types.MemberDescriptorType):

@@ -15,6 +15,7 @@ import torch
 
 from rmtc.capture.arguments import Arguments, Growth, Path, show
 from rmtc.capture.frames import current_location
+from rmtc.capture.results import describe_result, describer_of
 from rmtc.capture.session import Session
 from rmtc.errors import CaptureError, Location
 
@@ -198,7 +199,11 @@ class _Prober:
         self._taken |= {size for tensor in session.arguments.tensors().values() for size in tensor.shape}
 
     def run(self, growth: Growth, length: int, batch: int, short: bool = False) -> _Run:
-        """One run; a short one ends after a few segments."""
+        """One run; a short one ends after a few segments.
+
+        Raises:
+            UntoldError: if what it returns cannot be returned again, whatever the sizes.
+        """
         args, kwargs = _arguments(self.session, growth, length, batch)
         varying = {path for path, _ in growth.dims}
         fixed: list[torch.Tensor] = []
@@ -208,12 +213,14 @@ class _Prober:
                 fixed.append(tensor)
             return tensor
 
-        Arguments(args, kwargs, self.session.arguments.names).map(note)
+        handed = Arguments(args, kwargs, self.session.arguments.names)
+        handed.map(note)
         count = _Count([*self.session.stand_ins, *fixed], length, short)
         fakes = self.session.fake_mode
         with self.session.installed(self.session.stand_ins), fakes, fakes.watched(count.note):
             try:
-                self.session.call(args, kwargs)
+                result = self.session.call(args, kwargs)
+                describe_result(result, describer_of(self.session, handed))  # before anything is traced
             except _Enough:
                 count.run.ended = False
         return count.run

@@ -15,7 +15,7 @@ import logging
 import operator
 import re
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, compress
@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.events import Beyond, Event, Made, Named, Pattern, Viewed, hold
 from rmtc.capture.frames import current_location
+from rmtc.capture.objects import Describer, Plain, Ref, attributes, build
 from rmtc.capture.other_sizes import Told, predict, tell
 from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Plan, Sizes
@@ -52,11 +53,10 @@ _MANY = 4  # replays that are so many times as long as a short one are worth two
 
 @dataclass
 class _Remembered:
-    """What a call of a module did."""
+    """What a call of a module did: with how its result is put together of what it made and of its operands."""
 
     events: list[Event]
-    outputs: Any
-    spec: Any
+    result: Any
     tensors: list[tuple[Slot, Any]]
     plain: list[Slot]
     written: list[int]
@@ -338,7 +338,9 @@ class Replayer:
             makes = known.makes
         else:
             makes = recorder.make(known.makes)
-            result = _known_result(known, makes, operands)
+            values = {f"made {n}": each for n, each in enumerate(makes)}
+            values.update((f"operand {n}", each) for n, each in enumerate(operands))
+            result = build(known.result, values, {})
             state.apply(known, makes, operands)
         event = len(recorder.events)
         for number, tensor in enumerate(makes):
@@ -373,10 +375,15 @@ class Replayer:
                 makes.append(tensor)
             return "made", made[id(tensor)]
 
-        leaves, spec = pytree.tree_flatten(result)
-        if any(not isinstance(leaf, torch.Tensor) and not is_plain(leaf) for leaf in leaves):
+        def leaf(value: Any, name: str) -> Any:
+            return Ref("{} {}".format(*describe(value))) if isinstance(value, torch.Tensor) else Plain(value, name)
+
+        if any(not isinstance(each, torch.Tensor) and not is_plain(each) for each in pytree.tree_leaves(result)):
             return None
-        outputs = [describe(leaf) if isinstance(leaf, torch.Tensor) else ("plain", leaf) for leaf in leaves]
+        try:
+            returned = Describer(self._session.known, {}).describe(result, "output", leaf, _refused)
+        except RefusedError:
+            return None
         changed = state.changes()
         tensors = [(slot, describe(slot.value)) for slot in changed if isinstance(slot.value, torch.Tensor)]
         if any(not isinstance(slot.value, torch.Tensor) and not is_plain(slot.value) for slot in changed):
@@ -387,16 +394,11 @@ class Replayer:
         written = [number for number, tensor in enumerate(operands) if id(tensor) in inner.written]
         for number, tensor in enumerate(makes):
             inner.events.append(Event(("output", number), (), (inner.reference(tensor),), None, None))
-        return _Remembered(inner.events, outputs, spec, tensors, values, written, makes)
+        return _Remembered(inner.events, returned, tensors, values, written, makes)
 
 
-def _known_result(known: _Remembered, makes: list[torch.Tensor], operands: list[torch.Tensor]) -> Any:
-    """What a remembered call returns."""
-    leaves = [
-        value if kind == "plain" else makes[value] if kind == "made" else operands[value]
-        for kind, value in known.outputs
-    ]
-    return leaves[0] if known.spec.is_leaf() else pytree.tree_unflatten(leaves, known.spec)
+def _refused(value: Any, name: str) -> RefusedError:
+    return RefusedError(f"a module returns a {type(value).__name__}, whose tensors cannot be told")
 
 
 _UNKNOWN = object()
@@ -420,10 +422,13 @@ def _flatten(value: Any, leaves: list[Any], seen: dict[int, int] | None = None) 
         seen[id(value)] = len(seen)
     if kind is tuple or kind is list:
         parts = [_flatten(item, leaves, seen) for item in value]
-    elif kind is dict:
-        if not all(map(is_plain, value)):
+    elif isinstance(value, dict):
+        if not all(map(is_plain, value)) or isinstance(value, defaultdict):
             return _UNKNOWN
-        parts = [tuple(map(_told, value)), *(_flatten(item, leaves, seen) for item in value.values())]
+        held = attributes(value) if kind is not dict else {}
+        other = {key: item for key, item in held.items() if dict.get(value, key) is not item}
+        items = [*value.values(), *other.values()]
+        parts = [((*map(_told, value),), (*held,), (*other,)), *(_flatten(item, leaves, seen) for item in items)]
     else:
         items, kind = pytree.tree_flatten(value)
         if len(items) == 1 and items[0] is value:
@@ -445,7 +450,8 @@ def _containers(value: Any) -> set[int]:
     own = set[int]() if type(value) is tuple else {id(value)}
     if isinstance(value, (tuple, list)):
         return own.union(*map(_containers, value))
-    items = value.values() if isinstance(value, dict) else pytree.tree_leaves(value)
+    held = (*value.values(), *attributes(value).values()) if isinstance(value, dict) else ()
+    items = held or pytree.tree_leaves(value)
     return own.union(*(_containers(item) for item in items if item is not value))
 
 

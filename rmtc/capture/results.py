@@ -11,9 +11,9 @@ from rmtc.capture.arguments import Arguments
 from rmtc.capture.objects import Describer, Place, Plain, Ref
 from rmtc.capture.session import Session
 from rmtc.capture.state import MISSING, is_plain, told
-from rmtc.errors import CaptureError
+from rmtc.capture.untold import UntoldError
 
-__all__ = ["describer_of", "left_behind"]
+__all__ = ["describe_result", "describer_of", "left_behind"]
 
 
 def describer_of(session: Session, arguments: Arguments) -> Describer:
@@ -32,6 +32,33 @@ def describer_of(session: Session, arguments: Arguments) -> Describer:
     return Describer(session.known, places)
 
 
+def describe_result(result: Any, describer: Describer) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Describe what a run returned.
+
+    Args:
+        result: what the user's code returned.
+        describer: for it.
+
+    Returns:
+        How it is put together, and the tensors in it by name.
+
+    Raises:
+        UntoldError: if it holds an object whose tensors cannot be told.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    names: dict[str, int] = {}
+
+    def leaf(value: Any, name: str) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return Plain(value, name)
+        count = names[name] = names.get(name, 0) + 1  # keys that are written alike
+        name = name if count == 1 else f"{name}#{count}"
+        tensors[name] = value
+        return Ref(name)
+
+    return describer.describe(result, "output", leaf, _refused), tensors
+
+
 def left_behind(
     session: Session, result: Any, held: dict[str, torch.Tensor], describer: Describer
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], Any]:
@@ -47,21 +74,10 @@ def left_behind(
         The tensors by name, the plain values that it left in places, and how what it returned is put together.
 
     Raises:
-        CaptureError: if it returned an object whose tensors cannot be told.
+        UntoldError: if it returned an object whose tensors cannot be told.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    description, tensors = describe_result(result, describer)
     plain: dict[str, Any] = {}
-    names: dict[str, int] = {}
-
-    def leaf(value: Any, name: str) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return Plain(value, name)
-        count = names[name] = names.get(name, 0) + 1  # keys that are written alike
-        name = name if count == 1 else f"{name}#{count}"
-        tensors[name] = value
-        return Ref(name)
-
-    description = describer.describe(result, "output", leaf, _refused)
     for slot in session.state():
         if isinstance(slot.value, torch.Tensor):
             if held.get(slot.name) is not slot.value:
@@ -73,9 +89,9 @@ def left_behind(
     return tensors, plain, description
 
 
-def _refused(value: Any, name: str) -> CaptureError:
+def _refused(value: Any, name: str) -> UntoldError:
     where = name.removeprefix("output")
-    return CaptureError(
+    return UntoldError(
         f"the forward returns a {type(value).__name__}{f' in {where}' if where else ''}, whose tensors cannot be told",
         remedy="return tensors, and containers and objects that hold nothing but such and plain values",
     )

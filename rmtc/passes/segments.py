@@ -400,7 +400,8 @@ def _gather(
             shared.add(i)
         elif (between or free) and homes:
             home[i] = min(each for each in homes if each is not None)
-        elif not between:
+        # What is made of the text for results alone is at home where it is run.
+        elif not between or (i > first and not users[i] and not use.invariant[i]):
             home[i] = position[i]
     work = list(shared)
     while work:  # an anchor that they need is no anchor
