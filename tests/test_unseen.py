@@ -773,3 +773,105 @@ def test_a_global_with_the_name_of_an_attribute_is_none_of_the_codes(monkeypatch
             model(torch.randn(2, 16, 8, dtype=torch.float64))
     stats = rmtc.stats(model)
     assert (stats.captures, stats.runs) == (1, 3)
+
+
+def by_thread(piece: Tensor) -> Tensor:
+    scale: float = LOCAL.scale
+    return piece * scale
+
+
+class Late(Model):
+    """Names a function that reads what cannot be seen: never called, or in one segment alone."""
+
+    at: ClassVar[int | None] = None
+
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        return by_thread(piece) if number == self.at else piece
+
+
+class LateInLong(Late):
+    at = 5
+
+
+def test_what_cannot_be_seen_matters_where_it_is_read() -> None:
+    eager, fast = compiled(Late)
+    with torch.no_grad():
+        for segments in (4, 8):
+            same(fast(text(segments)), eager(text(segments)))
+            scheduled(fast, segments)
+        strict = rmtc.compile(LateInLong().eval(), strict=True)
+        strict(text(4))
+        with pytest.raises(rmtc.RefusedError, match="LOCAL is a _local, whose changes are not seen"):
+            strict(text(8))
+        strict(text(5))
+
+
+@pytest.mark.parametrize("kind", [Context, ThreadLocal, Globals])
+def test_explain_refuses_for_the_reason_that_compile_does(kind: type[Model]) -> None:
+    with torch.no_grad():
+        found = rmtc.explain(kind().eval())(text())
+        with pytest.raises(rmtc.RefusedError) as caught:
+            rmtc.compile(kind().eval(), strict=True)(text())
+    assert found.schedule is None and found.reason == caught.value.reason
+    assert "what rmtc cannot see" in caught.value.reason
+
+
+PACKAGE = """
+import functools, threading
+import torch
+
+_local, seen, _lock = threading.local(), set(), threading.Lock()
+registry = {"names": [], "calls": 0}
+
+def scaled(x, name):
+    with _lock:
+        _local.depth = getattr(_local, "depth", 0) + 1
+        if name not in seen:
+            seen.add(name)
+            registry["names"] = [*registry["names"], name]
+        _local.depth -= 1
+    return x * 0.5
+"""
+
+
+def test_registries_of_libraries_are_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "library_of_a_test.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
+    import library_of_a_test as library  # type: ignore[import-not-found]
+
+    class Uses(Model):
+        def before(self, piece: Tensor, number: int) -> Tensor:
+            result: Tensor = library.scaled(piece, f"piece {piece.shape[1]}")
+            return result
+
+    eager, fast = compiled(Uses)
+    with torch.no_grad():
+        for segments in (4, 6, 4):
+            same(fast(text(segments)), eager(text(segments)))
+            scheduled(fast, segments)
+            library.scaled(torch.ones(1), f"another {segments}")
+    assert rmtc.stats(fast).captures == 1
+
+
+@torch.library.custom_op("rmtc_unseen::halved", mutates_args=())
+def halved(x: Tensor) -> Tensor:
+    return x * 0.5
+
+
+@halved.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_a_custom_operator_is_no_state() -> None:
+    class Custom(Model):
+        def before(self, piece: Tensor, number: int) -> Tensor:
+            result: Tensor = halved(piece)
+            return result
+
+    eager, fast = compiled(Custom)
+    with torch.no_grad():
+        for segments in (4, 6):
+            same(fast(text(segments)), eager(text(segments)))
+            scheduled(fast, segments)

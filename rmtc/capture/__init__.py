@@ -176,6 +176,7 @@ def open_capture(
         before = imported(session.code.functions)
         plan = probe(session, segment_length)
     _refuse_known(session, plan)
+    session.refuse_unseen(*plan.arguments(session, plan.sizes))
     return Capture(session, plan, watch, {"probe": time.perf_counter() - start})
 
 

@@ -85,6 +85,7 @@ class Fakes(FakeTensorMode):
         self._depth -= 1
         if not self._depth:
             self._indexing.__exit__(*error)  # type: ignore[no-untyped-call]
+            self._indexing.known.forget()
         super().__exit__(*error)
 
     @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from rmtc.capture.known import UNKNOWN, Known
 from rmtc.capture.untold import refuse_untold
 
 __all__ = ["EverySlice"]
@@ -21,10 +22,18 @@ _END = torch.iinfo(torch.int64).max
 class EverySlice(TorchFunctionMode):
     """Under this mode an index of several slices is made of operations on one dimension each.
 
-    It is also where questions are seen that stand-ins cannot answer (:mod:`rmtc.capture.untold`).
+    It is also where questions are seen that stand-ins cannot answer (:mod:`rmtc.capture.untold`), and those that sizes
+    answer (:mod:`rmtc.capture.known`).
+
+    Attributes:
+        known: what depends on sizes alone.
 
     mask[:6, :6], of 6 by 6: alias(mask)   ->   slice(slice(mask, 0, 0, 6), 1, 0, 6)
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known = Known()
 
     def __torch_function__(
         self,
@@ -34,9 +43,17 @@ class EverySlice(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is _getitem and type(args[1]) is tuple and _takes_all(args[0], args[1]):
-            return _one_by_one(args[0], args[1])
+            out = _one_by_one(args[0], args[1])
+            self.known.note(func, args, {}, out)
+            return out
         refuse_untold(func, args)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        value = self.known.read(func, args, kwargs)
+        if value is not UNKNOWN:
+            return value
+        out = func(*args, **kwargs)
+        self.known.note(func, args, kwargs, out)
+        return out
 
 
 def _takes_all(tensor: torch.Tensor, index: tuple[Any, ...]) -> bool:

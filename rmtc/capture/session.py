@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from rmtc.capture.ambient import Ambient
 from rmtc.capture.arguments import Arguments, argument_names, container_attributes, show
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import traceback_location
-from rmtc.capture.objects import named_leaves
+from rmtc.capture.objects import leaves_of, named_leaves
 from rmtc.capture.state import (
     Code,
     Slot,
@@ -35,10 +36,11 @@ from rmtc.capture.state import (
     tells_identity,
     uncached,
     unmoved,
+    unseen,
     user_code,
     walk,
 )
-from rmtc.capture.untold import stands_in
+from rmtc.capture.untold import UntoldError, stands_in
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError, brief, raised_by_signal
 from rmtc.quiet import quiet_fakes
 from rmtc.restoring import restored
@@ -115,6 +117,7 @@ class Session:
         self._requiring: list[tuple[torch.Tensor, bool]] = []  # what is installed, and what it required then
         self.lost: str | None = None  # what the code was seen to do that no program does
         self.drawn = False  # whether it drew random numbers in Python
+        self.ran: set[CodeType] | None = None  # the code that calls ran, where what it reads has to be known
         self.writes = False  # whether the code was seen to write to a tensor
 
     def _lift(self, slots: list[Slot]) -> list[Lifted]:
@@ -249,6 +252,25 @@ class Session:
             self._requiring = [(value, value.requires_grad) for value in values]
             yield
 
+    @functools.cached_property
+    def _registries(self) -> frozenset[int]:
+        """The ids of what only libraries hold, and of the files and classes of theirs that hold it."""
+        outside, own = set[int](), set[int]()
+        for slot in self.snapshot.slots:
+            of_library = (id(slot.owner), slot.key) in self.snapshot.of_libraries
+            (outside if of_library else own).update((id(slot.owner), id(slot.value)))
+        return frozenset(outside - own)
+
+    def is_registry(self, owner: object) -> bool:
+        """Whether a container or object is a library's own, in which only tensors are state of the user's."""
+        return id(owner) in self._registries
+
+    def is_of_library(self, slot: Slot) -> bool:
+        """Whether what a place holds is a library's own: no tensor, nor what holds one."""
+        if not self.is_registry(slot.owner):
+            return False
+        return not any(isinstance(leaf, torch.Tensor) for _, leaf in leaves_of(slot.value))
+
     def state(self) -> list[Slot]:
         """Every slot as it is now: to be read while stand-ins are installed, after the user's code ran."""
         return walk(self.roots, self.without)
@@ -270,6 +292,52 @@ class Session:
             if isinstance(slot.value, torch.Tensor)
         }
 
+    def refuse_unseen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse what code reads and no guard can see; to be called once, before anything is traced.
+
+        Where code names such a thing, a call tells whether it runs. Later calls are watched then, too.
+
+        Args:
+            args, kwargs: arguments with stand-ins for tensors.
+
+        Raises:
+            UntoldError: with what it is.
+        """
+        if self._unseen() is None:
+            return
+        self.ran = set()
+        with self.installed(self.stand_ins), self.fake_mode:
+            self.call(args, kwargs)
+
+    def _unseen(self) -> str | None:
+        """What the code can read and no guard can see, of what has run if that is known."""
+        slots, functions = self.snapshot.slots, self.code.functions
+        if self.ran is not None:
+            slots = walk(self.roots, self.without, self.ran)
+            functions = [each for each in functions if each.__code__ in self.ran]
+        return unseen(self.roots, [slot for slot in slots if not self.is_of_library(slot)], functions)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Note the code that runs, and refuse it if it reads what no guard can see."""
+        if self.ran is None:
+            yield
+            return
+        ran, before = self.ran, sys.getprofile()
+        known = len(ran)
+
+        def note(frame: FrameType, event: str, argument: object) -> None:
+            ran.add(frame.f_code)
+
+        with restored(functools.partial(sys.setprofile, before)):
+            sys.setprofile(note)
+            yield
+        if len(ran) > known and (hidden := self._unseen()) is not None:
+            raise UntoldError(
+                f"the code can read what rmtc cannot see: {hidden}",
+                remedy="hand it over as an argument, or keep it in an attribute, global or closure",
+            )
+
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the user's code under stand-ins.
 
@@ -282,7 +350,8 @@ class Session:
         try:
             with flags, quiet_fakes():  # an error is raised: it need not be logged
                 drawn, environment, ambient = self.snapshot.random_state(), dict(os.environ), Ambient()
-                result = self._call_user(args, kwargs)
+                with self._watched():
+                    result = self._call_user(args, kwargs)
                 self._note_drawn(drawn)
                 self.lost = self.snapshot.lost() or self.lost
                 if (setting := ambient.changed()) is not None:

@@ -186,6 +186,27 @@ def _is_installed(package: str) -> bool:
     return any("site-packages" in (getattr(module, "__file__", None) or "") for module in loaded)
 
 
+def file_of(function: types.FunctionType) -> str | None:
+    """The module in which a function's names are looked up: a decorator copies ``__module__`` to what it returns."""
+    name = function.__globals__.get("__name__")
+    return name if isinstance(name, str) else function.__module__
+
+
+def _packages_of(roots: dict[str, Any]) -> frozenset[str]:
+    """The packages that the classes of a model's modules, and what is called, are of."""
+    modules = [each for root in roots.values() if isinstance(root, nn.Module) for each in root.modules()]
+    kinds = {base for module in modules for base in type(module).__mro__}
+    called = {_unwrap(root) for root in roots.values() if isinstance(root, (types.FunctionType, types.MethodType))}
+    names = [*(kind.__module__ for kind in kinds), *(getattr(each, "__module__", None) or "" for each in called)]
+    return frozenset(name.partition(".")[0] for name in names)
+
+
+def is_of_another(module: str | None, packages: Set[str]) -> bool:
+    """Whether a module is of an installed package that is none of some."""
+    package = (module or "").partition(".")[0]
+    return package not in packages and _is_installed(package)
+
+
 def _is_walked(kind: type) -> bool:
     """Whether a class that a function names is looked into: one of the user's own, not of an installed package."""
     return _is_users(kind.__module__)
@@ -230,7 +251,7 @@ def state_functions(function: Any, seen: set[int] | None = None) -> Iterator[typ
     if not isinstance(function, types.FunctionType) or id(function) in seen:
         return
     seen.add(id(function))
-    if not _from_library(function.__module__):
+    if not _from_library(file_of(function)):
         yield function
         for _, _, value in (*_globals(function), *_of_libraries(function)):
             yield from state_functions(value, seen)
@@ -465,25 +486,42 @@ def is_opaque(value: object) -> bool:
     return any(base.__module__ in _FOREIGN for base in kind.__mro__) and not isinstance(value, type)
 
 
-def unseen(roots: dict[str, Any], slots: Sequence[Slot], code: Code) -> str | None:
+def unseen(roots: dict[str, Any], slots: Sequence[Slot], functions: Sequence[types.FunctionType]) -> str | None:
     """What the user's code can read and no guard can see; None if there is nothing.
 
     Args:
-        roots, slots: what was given to :func:`walk`, and what it found.
-        code: what :func:`user_code` found.
+        roots, slots: what was given to :func:`walk`, and what it found, but for what libraries hold.
+        functions: those of the user's that a call may run.
     """
+    packages = _packages_of(roots)
     for name, value in (*roots.items(), *((slot.name, slot.value) for slot in slots)):
-        for each in (value, *_behind(value)):
+        for each in _held_by(value):
             if is_opaque(each):
                 return f"{name or 'the function'} is a {type(each).__name__}, whose changes are not seen"
     for slot in slots:
         module = slot.value if isinstance(slot.value, types.ModuleType) else None
         if module is not None and _is_users(module.__name__) and not isinstance(slot.owner, types.CellType):
             return f"{slot.name} is a module ({module.__name__}), and what is looked up in it is not seen"
-    for function in code.functions:
+    for function in functions:
+        if is_of_another(file_of(function), packages):
+            continue
         if "globals" in function.__code__.co_names and "globals" not in function.__globals__:
             return f"{function.__qualname__} looks names up in globals()"
     return None
+
+
+def _held_by(value: object, seen: Set[int] = frozenset()) -> Iterator[object]:
+    """A value, and what is behind it, also through partial functions and static methods."""
+    if id(value) in seen:
+        return
+    yield value
+    inside: list[object] = [*_behind(value)]
+    if isinstance(value, functools.partial):
+        inside = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, (staticmethod, classmethod)):
+        inside = [value.__func__]
+    for each in inside:
+        yield from _held_by(each, seen | {id(value)})
 
 
 def _behind(value: object) -> Iterator[object]:
@@ -510,7 +548,10 @@ _OF_ENUMS = frozenset({"_value2member_map_", "_inverted_"})  # where Flag keeps 
 class _Walk:
     """What a walk has found so far: no closures, which would hold each other, and all of it, until a collection."""
 
-    def __init__(self, without: Set[int]) -> None:
+    def __init__(self, without: Set[int], packages: Set[str], ran: Set[types.CodeType] | None) -> None:
+        self.packages, self.ran = packages, ran
+        self.outside = False  # whether what is found now is a library's, which is not the model's own
+        self.of_libraries: set[tuple[int, Any]] = set()  # the places of such
         self.slots: list[Slot] = []
         self.closed: list[tuple[str, nn.Module]] = []  # modules that cannot be looked into
         self.seen: set[int] = set(without)
@@ -520,6 +561,13 @@ class _Walk:
         self.places: set[tuple[int, Any]] = set()
         self.names: dict[str, int] = {}
         self.queue: deque[tuple[str, Any, Slot | None]] = deque()
+        self.later: deque[tuple[str, Any, Slot | None]] = deque()  # what libraries hold, if nothing of the model's does
+
+    def put(self, name: str, value: Any, at: Slot | None = None) -> None:
+        (self.later if self.outside else self.queue).append((name, value, at))
+
+    def is_outside(self, module: str | None) -> bool:
+        return self.outside or is_of_another(module, self.packages)
 
     def add(self, name: str, owner: Any, key: Any, value: Any, parent: Slot | None = None, table: str = "") -> None:
         if (id(owner), key) in self.places:  # a global that several functions name
@@ -528,10 +576,19 @@ class _Walk:
         count = self.names[name] = self.names.get(name, 0) + 1
         name = name if count == 1 else f"{name}#{count}"
         self.slots.append(Slot(name, owner, key, value, parent, table if parent is not None else ""))
+        if self.outside:
+            self.of_libraries.add((id(owner), key))
         if not is_closed(value) and not isinstance(value, torch.Tensor):
-            self.queue.append((name, value, self.slots[-1]))
+            self.put(name, value, self.slots[-1])
 
     def add_function(self, function: types.FunctionType) -> None:
+        if self.ran is not None and function.__code__ not in self.ran:
+            return
+        outside, self.outside = self.outside, self.is_outside(file_of(function))
+        self._add_function(function)
+        self.outside = outside
+
+    def _add_function(self, function: types.FunctionType) -> None:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             self.add(name, cell, "cell_contents", _contents(cell))
         spaces = [*_spaces(function)]
@@ -555,6 +612,7 @@ class _Walk:
                 continue
             self.seen.add(id(base))
             self.classes.append(base)
+            outside, self.outside = self.outside, self.is_outside(base.__module__)
             for key, attribute in list(vars(base).items()):
                 for function in state_functions(attribute, self.functions):
                     self.add_function(function)
@@ -562,25 +620,27 @@ class _Walk:
                 bound = bound and not is_record(attribute)  # a descriptor of the user's keeps what it likes
                 if not (key.startswith("__") or key in _OF_ENUMS or isinstance(attribute, type) or bound):
                     self.add(f"{base.__qualname__}.{key}", base, key, attribute)
+            self.outside = outside
 
 
-def walk(roots: dict[str, Any], without: Set[int] = frozenset()) -> list[Slot]:
+def walk(roots: dict[str, Any], without: Set[int] = frozenset(), ran: Set[types.CodeType] | None = None) -> list[Slot]:
     """Every slot reachable from the roots, each place once, in a stable order; no two have the same name.
 
     Args:
         roots: values by name: modules, functions, containers, objects. The name ``""`` gives module paths as
             ``named_parameters`` spells them.
         without: the ids of containers that are not looked into.
+        ran: the code that ran, if what other functions name is left out.
     """
-    return _walked(roots, without).slots
+    return _walked(roots, without, ran).slots
 
 
-def _walked(roots: dict[str, Any], without: Set[int]) -> _Walk:
-    found = _Walk(without)
-    queue = found.queue
-    queue.extend((name, value, None) for name, value in roots.items())
-    while queue:
-        name, value, at = queue.popleft()
+def _walked(roots: dict[str, Any], without: Set[int], ran: Set[types.CodeType] | None = None) -> _Walk:
+    found = _Walk(without, _packages_of(roots), ran)
+    found.queue.extend((name, value, None) for name, value in roots.items())
+    while found.queue or found.later:
+        found.outside = not found.queue
+        name, value, at = (found.queue or found.later).popleft()
         if id(value) in found.seen or isinstance(value, types.ModuleType):
             continue
         if isinstance(value, nn.Module) and _lacks_tables(value):
@@ -593,7 +653,7 @@ def _walked(roots: dict[str, Any], without: Set[int]) -> _Walk:
         dot = name + "." if name else ""
         if isinstance(value, (types.FunctionType, types.MethodType)):
             if isinstance(value, types.MethodType):
-                queue.append((name, value.__self__, None))
+                found.put(name, value.__self__)
             for function in state_functions(value, found.functions):
                 found.add_function(function)
         elif isinstance(value, nn.Module):
@@ -608,16 +668,20 @@ def _walked(roots: dict[str, Any], without: Set[int]) -> _Walk:
             for key, item in list(value.items()):
                 found.add(f"{name}[{key!r}]", value, key, item, at)
                 if not is_closed(key):
-                    queue.append((f"{name}{{{key!r}}}", key, None))
+                    found.put(f"{name}{{{key!r}}}", key)
         elif isinstance(value, (list, deque, tuple)):
             for index, item in enumerate(value):
                 found.add(f"{name}[{index}]", value, index, item, at)
         elif isinstance(value, (set, frozenset)):
-            queue.extend((f"{name}{{}}", item, None) for item in value if not is_closed(item))
+            for item in value:
+                if not is_closed(item):
+                    found.put(f"{name}{{}}", item)
         elif isinstance(value, functools.partial):
-            queue.extend((f"{dot}{key}", getattr(value, key), None) for key in ("func", "args", "keywords"))
+            for key in ("func", "args", "keywords"):
+                found.put(f"{dot}{key}", getattr(value, key))
         elif behind := [*_behind(value)]:
-            queue.extend((name, each, None) for each in behind)
+            for each in behind:
+                found.put(name, each)
         if is_record(value) and not isinstance(value, nn.Module):  # a list of a class of its own, too
             for key, item in list(getattr(value, "__dict__", {}).items()):
                 table = "__dict__" if type(value.__dict__) is dict else ""
@@ -689,6 +753,8 @@ def is_record(value: Any) -> bool:
     if type(value).__module__.startswith("rmtc.") and not type(value).__module__.startswith("rmtc.examples"):
         return False  # what stands in for a compiled function's call
     package = type(value).__module__.partition(".")[0]
+    if type(value).__module__.startswith("torch._"):  # torch's own: what it keeps of a custom operator, of a compiler
+        return False
     return package not in sys.stdlib_module_names and _knows_torch(package)
 
 
@@ -749,6 +815,8 @@ class Snapshot:
         plain: the plain values by name.
         arrays: numpy arrays in reach, with what they held.
         objects: all that may change its class or the dictionary of its attributes.
+        of_libraries: the places, by container and key, that only installed packages hold that are not the model's. Of
+            these only tensors are state of the user's: the rest are registries and caches of the packages'.
     """
 
     def __init__(self, roots: dict[str, Any], without: Set[int] = frozenset()) -> None:
@@ -756,6 +824,7 @@ class Snapshot:
         found = _walked(roots, without)
         _refuse_closed(found.closed)
         self.slots = slots = found.slots
+        self.of_libraries = found.of_libraries
         self.plain = {slot.name: slot.value for slot in slots if is_plain(slot.value)}
         self._saved: list[_Saved] = []
         self._places: list[Slot] = []

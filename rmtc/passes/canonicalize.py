@@ -100,7 +100,7 @@ class Canonicalize:
                     by_parts |= _spread(graph, node, short)
             elif node.target in _SHAPES:
                 _unview(graph, node)
-            elif node.target is aten.alias.default:
+            elif node.target in (aten.alias.default, aten.detach.default):
                 _unalias(graph, node)
             elif node.target is aten.cat.default:
                 _flatten(graph, node)
@@ -176,10 +176,16 @@ def _drop_empty(graph: fx.Graph) -> None:
     """Leave out of a concatenation what is empty each time a line of the user's code is run.
 
     cat([memory[1:], %new], 0), with a memory of one   ->   cat([%new], 0)
+
+    A tensor of shape [0], which `cat` takes beside those of any shape, is none of them.
     """
     alike: dict[Any, list[Any]] = {}
     for node in graph.nodes:
         if node.target is aten.cat.default:
+            given: list[Any] = node.args[0]
+            some = [piece for piece in given if piece.meta["val"].shape != (0,) or not _is_of_dtype(piece, node)]
+            if some and node.meta["val"].ndim > 1:
+                node.args = (some, *node.args[1:])
             alike.setdefault((node.meta.get("location"), len(node.args[0])), []).append(node)
     for nodes in alike.values():
         filled = [
@@ -194,7 +200,11 @@ def _drop_empty(graph: fx.Graph) -> None:
 
 def _is_empty(piece: Any, whole: fx.Node) -> bool:
     value, result = piece.meta["val"], whole.meta["val"]
-    return value.ndim == result.ndim and value.dtype == result.dtype and _size(piece, _dim(whole, 1)) == 0
+    return value.ndim == result.ndim and _is_of_dtype(piece, whole) and _size(piece, _dim(whole, 1)) == 0
+
+
+def _is_of_dtype(piece: Any, whole: fx.Node) -> bool:
+    return bool(piece.meta["val"].dtype == whole.meta["val"].dtype)
 
 
 def _name_turns(graph: fx.Graph) -> None:

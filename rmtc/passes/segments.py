@@ -165,7 +165,8 @@ def _results_only(
     if len(members) < 3:
         return []
     last = members[-1]
-    alike = {last[k] for k in common_subsequence([tokens[i] for i in last], [tokens[i] for i in members[-2]])}
+    placed = [[(tokens[i], program.ops[i].location, program.ops[i].module) for i in row] for row in members[-2:]]
+    alike = {last[k] for k in common_subsequence(placed[1], placed[0])}
     kept: set[int] = set()
     for i in reversed(last):
         if i in alike or i in anchors or i in kept:

@@ -26,7 +26,6 @@ from rmtc.capture.arguments import Arguments, argument_names
 from rmtc.capture.own_modes import modes, own_modes
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
-from rmtc.capture.state import unseen
 from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError, brief, raised_by_signal, user_level
 from rmtc.restoring import outermost, restored
 from rmtc.runtime.backends import Backend, auto
@@ -786,12 +785,6 @@ class Compiled:
         """
         session = self._session(arguments)
         refuse_elsewhere(session)
-        hidden = unseen(session.roots, session.snapshot.slots, session.code)
-        if hidden is not None:
-            raise RefusedError(
-                f"the code can read what rmtc cannot see: {hidden}",
-                remedy="hand it over as an argument, or keep it in an attribute, global or closure",
-            )
         given = self._inner, arguments.args, arguments.kwargs
         analysis = Analysis(open_capture(*given, self.options.segment_length, own_hooks=False))
         analysis.capture.reorder_random = self.options.reorder_random

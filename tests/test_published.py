@@ -1,0 +1,257 @@
+"""Published models in reduced form, written from their descriptions, with random weights in float64."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import LAYERS, SEGMENT, WIDTH, Twins, text
+from held import MemoryOutput, Stack
+from torch import Tensor, nn
+
+import rmtc
+
+CLASSES, KEPT = 5, 2
+SIZES = (3, 1, SEGMENT), (7, 1, SEGMENT), (7, 1, SEGMENT), (6, 1, 3), (4, 2, SEGMENT)
+
+
+class Associative(nn.Module):
+    """A layer with a memory of its own in attributes, in front of another layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.keys, self.values = nn.Linear(WIDTH, 3, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.forget()
+
+    def forget(self) -> None:
+        self.first = True
+        self.memory = torch.zeros(1, 3, WIDTH, dtype=torch.float64)
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        if not self.first:
+            hidden = hidden + self.keys(hidden).relu() @ self.memory
+        hidden = torch.tanh(self.layer(hidden)) * mask[..., None]
+        kept = hidden[:, -KEPT:]
+        self.memory = self.memory + self.keys(kept).relu().transpose(1, 2) @ self.values(kept)
+        self.first = False
+        return hidden
+
+
+class Wrapper(nn.Module):
+    """ARMT's outer loop: all is cut into segments first, and each segment has results under keys of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Associative(nn.Linear(WIDTH, WIDTH)) for _ in range(LAYERS))
+        self.tokens = nn.Parameter(torch.randn(KEPT, WIDTH))
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forget(self) -> None:
+        for layer in self.layers:
+            assert isinstance(layer, Associative)
+            layer.forget()
+
+    def cell(self, x: Tensor, mask: Tensor, labels: Tensor | None = None) -> MemoryOutput:
+        padded = torch.ones(x.shape[0], x.shape[1] + KEPT, dtype=torch.int64)
+        padded[:, :-KEPT] = mask
+        hidden = torch.cat([x, self.tokens.repeat(x.shape[0], 1, 1)], dim=1)
+        for layer in self.layers:
+            hidden = layer(hidden, padded)
+        output = MemoryOutput()
+        output["logits"] = self.head(hidden)[:, :-KEPT]
+        if labels is not None:
+            logits = output["logits"][..., :-1, :].contiguous()
+            output["ce_loss"] = F.cross_entropy(logits.view(-1, CLASSES), labels[..., 1:].contiguous().view(-1))
+        return output
+
+    def forward(self, x: Tensor, mask: Tensor, labels: Tensor | None = None) -> MemoryOutput:
+        cuts = [*range(0, x.shape[1], SEGMENT), x.shape[1]]
+        segments: list[dict[str, Tensor]] = [{} for _ in cuts[1:]]
+        for name, tensor in {"x": x, "mask": mask, "labels": labels}.items():
+            for segment, (start, end) in zip(segments, itertools.pairwise(cuts), strict=True):
+                if tensor is not None:
+                    segment[name] = tensor[:, start:end]
+        self.forget()
+        outputs = [self.cell(**segment) for segment in segments]
+        self.forget()
+        result = MemoryOutput()
+        logits = torch.cat([output.logits for output in outputs], dim=1)
+        if labels is not None:
+            shifted = logits[..., :-1, :].contiguous().view(-1, CLASSES)
+            result["loss"] = F.cross_entropy(shifted, labels[..., 1:].contiguous().view(-1))
+        result["logits"] = logits
+        for number, output in enumerate(outputs):
+            for key, value in output.items():
+                result[f"{key}_{number}"] = value
+        return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labelled", [False, True])
+def test_armt_as_published(labelled: bool) -> None:
+    twins = Twins(Wrapper)
+    for segments, batch, tail in SIZES:
+        x = text(segments, batch, tail)
+        mask = torch.ones(x.shape[:2], dtype=torch.int64)
+        labels = (torch.arange(x.shape[0] * x.shape[1]) % CLASSES).view(x.shape[:2])
+        found, _ = twins.call(x, mask, *[labels] * labelled)
+        twins.ran(segments)
+        assert f"logits_{segments - 1}" in found and ("ce_loss_0" in found) is labelled
+    assert twins.distances == {(0, 1), (1, 0)}
+
+
+class Recurrent(Stack):
+    """Transformer-XL: an empty tensor as the first memory, a mask that is asked whether it hides anything."""
+
+    def read(self, number: int, x: Tensor, memory: Tensor, hides: Tensor) -> Tensor:
+        seen = torch.cat([memory, x], 0)
+        scores = torch.einsum("ibd,jbd->ijb", self.layers[number](x), seen)
+        if hides is not None and hides.any().item():
+            scores = scores.float().masked_fill(hides, -1e30).type_as(scores)
+        return x + torch.einsum("ijb,jbd->ibd", scores.softmax(1), seen)
+
+    def step(self, x: Tensor, memories: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        before = memories[0].size(0)
+        hides = torch.triu(x.new_ones(x.size(0), before + x.size(0)), diagonal=1 + before).bool()[:, :, None]
+        hidden = [x]
+        for number, memory in enumerate(memories[:-1]):
+            hidden.append(self.read(number, hidden[-1], memory, hides))
+        end = before + x.size(0)
+        pairs = zip(memories, hidden, strict=True)
+        kept = [torch.cat([old, new], dim=0)[max(0, end - SEGMENT) : end].detach() for old, new in pairs]
+        return hidden[-1], kept
+
+    def __init__(self, returned: bool) -> None:
+        super().__init__()
+        self.returned = returned
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        memories = [torch.empty(0, dtype=x.dtype) for _ in range(LAYERS + 1)]
+        outputs = []
+        for piece in x.transpose(0, 1).split(SEGMENT, dim=0):
+            output, memories = self.step(piece, memories)
+            outputs.append(output)
+        return torch.cat(outputs, dim=0), memories if self.returned else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("returned", [False, True])
+def test_transformer_xl_as_published(returned: bool) -> None:
+    twins = Twins(lambda: Recurrent(returned))
+    for segments, batch, tail in SIZES[:3] if returned else SIZES:
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments, a=0)
+    assert twins.a == 0 and (1, 1) in twins.distances
+
+
+class Attention(nn.Module):
+    """Attends to a memory, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: Tensor, memory: Tensor | None) -> Tensor:
+        seen = hidden if memory is None else torch.cat([memory, hidden], 1)
+        weights: Tensor = (self.query(hidden) @ seen.transpose(1, 2)).softmax(-1)
+        return hidden + weights @ seen
+
+
+class Cached(nn.Module):
+    """XLNet: the memory of each layer is cut from what it was and the layer's input, and returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(Attention() for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        memories: tuple[Tensor | None, ...] = (None,) * LAYERS
+        outputs = []
+        for piece in x.split(SEGMENT, dim=1):
+            hidden, new = self.embed(piece), []
+            for number, memory in enumerate(memories):
+                new.append((hidden if memory is None else torch.cat([memory, hidden], 1)[:, -SEGMENT:]).detach())
+                hidden = self.layers[number](hidden, memory)
+            memories = tuple(new)
+            outputs.append(hidden)
+        return torch.cat(outputs, dim=1), tuple(each for each in memories if each is not None)
+
+
+@pytest.mark.slow
+def test_xlnet_with_its_memories_returned() -> None:
+    twins = Twins(Cached)
+    for segments, batch, tail in SIZES:
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments, a=0)
+
+
+class Asking(Stack):
+    """Reads values into Python."""
+
+    def __init__(self, ask: Any) -> None:
+        super().__init__()
+        self.ask = ask
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories = [torch.zeros(x.shape[0], WIDTH, dtype=x.dtype) for _ in range(LAYERS)]
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            pieces.append(self.segment(piece * self.ask(piece), memories))
+        return torch.cat(pieces, dim=1)
+
+
+def written(piece: Tensor) -> Any:
+    """A mask that is written before it is asked."""
+    mask = torch.ones(piece.shape[1])
+    mask[: piece.shape[1] - 1] = 0
+    return float(mask.sum())
+
+
+def written_by_a_view(piece: Tensor) -> Any:
+    mask = torch.ones(piece.shape[1])
+    view = mask[:2]
+    before = mask.sum()
+    view.copy_(piece[0, 0, :2])
+    return before.item() + 0 * mask.sum().item()
+
+
+KNOWN = {
+    "item of a mask": lambda piece: 2.0 if torch.triu(piece.new_ones(3, 5), 1).bool()[:, None].any().item() else 3.0,
+    "bool of a comparison": lambda piece: 2.0 if (torch.arange(piece.shape[1]) >= 0).all() else 3.0,
+    "int of an arange": lambda piece: 1 / (1 + int(torch.arange(1, 4).max())),
+    "float in another dtype": lambda piece: float(torch.linspace(0, 1, 3, dtype=torch.float16)[1]),
+    "one of several results": lambda piece: float(torch.arange(4.0).view(2, 2).max(1)[0].sum()),
+    "ones like the text": lambda piece: torch.ones_like(piece)[0, 0].sum().item(),
+    "equal": lambda piece: 2.0 if torch.equal(torch.zeros(3), torch.zeros(3)) else 3.0,
+    "of its length": lambda piece: 1.0 + 0 * int(torch.arange(piece.shape[1]).max()),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_values_that_depend_on_sizes_alone_are_computed(name: str) -> None:
+    twins = Twins(lambda: Asking(KNOWN[name]))
+    for segments, tail in ((4, SEGMENT), (6, SEGMENT)):
+        twins.call(text(segments, 2, tail))
+        twins.ran(segments)
+
+
+UNKNOWN = {
+    "of the text": lambda piece: piece.sum().item(),
+    "of a mask of the text": lambda piece: float((piece > 0).any()),
+    "random": lambda piece: torch.rand(3).sum().item(),
+    "memory as it is": lambda piece: torch.empty(3).sum().item(),
+    "written": written,
+    "written by a view": written_by_a_view,
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_values_that_depend_on_more_are_refused(name: str) -> None:
+    fast = rmtc.compile(Asking(UNKNOWN[name]).double().eval(), strict=True)
+    with torch.no_grad(), pytest.raises(rmtc.RefusedError, match="reads a tensor's value into Python"):
+        fast(text(4, 2))
