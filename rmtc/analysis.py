@@ -51,6 +51,7 @@ class Analysis:
         replayer: what replays calls; made when it is first needed.
         admitted: the sizes that were replayed and found to follow the loop.
         traced: sizes at which the loop was held against a whole trace.
+        left_out: sizes with positions that make no segment, with which a call was seen to do nothing.
         told: sizes of few segments for which it holds because they follow those that were traced.
         shorter: for sizes in ``traced``, whether the loop holds for a few segments, too, because these repeat.
         probes: two of the runs that the loop was folded from.
@@ -64,6 +65,7 @@ class Analysis:
     admitted: set[Sizes] = field(default_factory=set)
     traced: set[Sizes] = field(default_factory=set)
     told: set[Sizes] = field(default_factory=set)
+    left_out: set[tuple[Sizes, int]] = field(default_factory=set)
     shorter: dict[Sizes, bool] = field(default_factory=dict)
     probes: list[Captured] = field(default_factory=list)
 
@@ -104,6 +106,24 @@ class Analysis:
         with timed(self.seconds, "replay"):
             self._admit(sizes, self.replayer)
         self.admitted.add(sizes)
+
+    @outermost
+    @LOCK.capturing()
+    @undisturbed()
+    def leave_out(self, sizes: Sizes, rest: int) -> None:
+        """See that a call does nothing with a rest of its text that makes no segment.
+
+        Args:
+            sizes: those of a call that was admitted.
+            rest: positions of the rest; 0 if there is none.
+
+        Raises:
+            RefusedError: if it does.
+        """
+        if rest and (sizes, rest) not in self.left_out and self.replayer is not None:
+            with timed(self.seconds, "replay"):
+                self.replayer.leave_out(sizes, rest)
+            self.left_out.add((sizes, rest))
 
     def _admit(self, sizes: Sizes, replayer: Replayer) -> None:
         # A replay compares segments with each other: that they are the loop's is seen at a few of them.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import LAYERS, SEGMENT, WIDTH, Twins, text
-from held import MemoryOutput, Stack
+from held import MemoryOutput, Stack, zeros
 from torch import Tensor, nn
 
 import rmtc
@@ -255,3 +256,53 @@ def test_values_that_depend_on_more_are_refused(name: str) -> None:
     fast = rmtc.compile(Asking(UNKNOWN[name]).double().eval(), strict=True)
     with torch.no_grad(), pytest.raises(rmtc.RefusedError, match="reads a tensor's value into Python"):
         fast(text(4, 2))
+
+
+class Dropping(Stack):
+    """A loop over so many whole segments as there are in a text; the rest is left out."""
+
+    def __init__(self, end: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.end = end
+
+    def forward(self, x: Tensor) -> Any:
+        memories, pieces = zeros(x.shape[0]), []
+        for number in range(x.shape[1] // SEGMENT):
+            pieces.append(self.segment(x[:, number * SEGMENT : (number + 1) * SEGMENT], memories))
+        return self.end(torch.cat(pieces, dim=1), x)
+
+
+def hidden_alone(hidden: Tensor, x: Tensor) -> Tensor:
+    return hidden
+
+
+USES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "read": lambda hidden, x: hidden * x.mean(),
+    "returned": lambda hidden, x: (hidden, x),
+    "counted": lambda hidden, x: (hidden, x.shape[1]),
+    "read from its end": lambda hidden, x: (hidden, x[:, -1]),
+    "read from its end, with an operation": lambda hidden, x: hidden * x.transpose(0, 1)[-2].mean(),
+    "read to its end": lambda hidden, x: (hidden, x[:, 3:].cos()),
+}
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_the_rest_of_a_text_that_makes_no_segment_is_left_out(first: int) -> None:
+    twins = Twins(lambda: Dropping(hidden_alone))
+    for segments, rest in ((4, first), (7, 0), (5, 3), (7, 2), (7, 2), (4, 0)):
+        twins.call(text(segments + 1, 2, rest)[:, : segments * SEGMENT + rest])
+        twins.ran(segments)
+    assert rmtc.stats(twins.fast).captures == 1
+
+
+@pytest.mark.parametrize("name", USES)
+def test_the_rest_of_a_text_that_is_used_is_seen(name: str) -> None:
+    twins = Twins(lambda: Dropping(USES[name]))
+    for segments in (4, 6):
+        twins.call(text(segments, 2))
+        twins.ran(segments)
+    with torch.no_grad(), pytest.raises(rmtc.RefusedError, match="the last 2 positions of the text"):
+        twins.fast(text(6, 2)[:, :-2])
+    runs = rmtc.stats(twins.fast).runs
+    twins.call(text(6, 2))
+    assert rmtc.stats(twins.fast).runs == runs + 1

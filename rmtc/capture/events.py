@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from rmtc.errors import Location, RefusedError
 
-__all__ = ["Beyond", "Event", "Made", "Named", "Pattern", "Viewed", "extend", "hold"]
+__all__ = ["Beyond", "Event", "Made", "Named", "Pattern", "Viewed", "extend", "hold", "same_event"]
 
 
 class Made(NamedTuple):
@@ -135,6 +135,11 @@ def _alike(first: Event, second: Event) -> bool:
         and first.operands == second.operands
         and _same_inner(first.inner, second.inner)
     )
+
+
+def same_event(first: Event, second: Event) -> bool:
+    """Whether two events are the same, sizes included."""
+    return _alike(first, second) and _same_sizes(first, second)
 
 
 def _same_segment(short: list[Event], long: list[Event], number: int, period: int) -> bool:

@@ -124,9 +124,7 @@ class Known:
     ) -> Any:
         """Call a function on values in place of the tensors of a run."""
 
-        def value(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return leaf
+        def value(leaf: torch.Tensor) -> Any:
             if id(leaf) not in values:
                 made = self._made[id(leaf)]
                 if made.settings != _settings():
@@ -136,8 +134,8 @@ class Known:
             return values[id(leaf)]
 
         first = [torch.zeros((), dtype=each.dtype).expand(each.shape) for each in args[: function in _OF_SIZES]]
-        rest = pytree.tree_map(value, tuple(args[len(first) :]))
-        return function(*first, *rest, **pytree.tree_map(value, dict(kwargs)))
+        rest = pytree.tree_map_only(torch.Tensor, value, tuple(args[len(first) :]))
+        return function(*first, *rest, **pytree.tree_map_only(torch.Tensor, value, dict(kwargs)))
 
 
 def _memory(tensor: torch.Tensor) -> int:

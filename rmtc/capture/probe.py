@@ -50,6 +50,8 @@ class Plan:
         sizes: those of the user's call.
         free_batch: whether another batch size runs.
         free_tail: whether a shorter last segment runs.
+        drops: whether the rest of a text that makes no whole segment is left out.
+        rest: positions of the user's call that are.
     """
 
     growth: Growth
@@ -57,14 +59,24 @@ class Plan:
     sizes: Sizes
     free_batch: bool
     free_tail: bool
+    drops: bool = False
+    rest: int = 0
+
+    def cut(self, length: int) -> tuple[int, int, int]:
+        """Return the segments of a text, the length of the last one, and how many positions are left out."""
+        if self.drops:
+            segments, rest = divmod(length, self.segment_length)
+            return segments, self.segment_length, rest
+        segments = -(-length // self.segment_length)
+        return segments, length - (segments - 1) * self.segment_length, 0
 
     def length(self, sizes: Sizes) -> int:
         """Positions in the growing dimensions."""
         return (sizes.segments - 1) * self.segment_length + sizes.tail
 
-    def arguments(self, session: Session, sizes: Sizes) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Stand-in arguments of the given sizes."""
-        return _arguments(session, self.growth, self.length(sizes), sizes.batch)
+    def arguments(self, session: Session, sizes: Sizes, rest: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Stand-in arguments of the given sizes, with a rest that makes no segment."""
+        return _arguments(session, self.growth, self.length(sizes) + rest, sizes.batch)
 
     def growing(self, session: Session) -> tuple[str, ...]:
         """The growing arguments, in words."""
@@ -499,11 +511,12 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
             free_batch, growth = True, trial
     if segment > 1 and not free_tail:
         free_tail = same(growth, ragged, batch)
-    segments = -(-length // segment)
-    return Plan(
-        growth=growth,
-        segment_length=segment,
-        sizes=Sizes(segments, batch, length - (segments - 1) * segment),
-        free_batch=free_batch,
-        free_tail=free_tail,
-    )
+    drops = segment > 1 and not free_tail and not growth.lists and same(growth, ragged + segment, batch)
+    plan = Plan(growth, segment, Sizes(0, batch, segment), free_batch, free_tail, drops)
+    segments, tail, rest = plan.cut(length)
+    if not segments:
+        raise CaptureError(
+            f"the text is shorter than a segment of {segment} positions: there is none to run",
+            remedy="pass a text of one segment or more",
+        )
+    return replace(plan, sizes=Sizes(segments, batch, tail), rest=rest)

@@ -16,7 +16,7 @@ import operator
 import re
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import chain, compress
 from types import BuiltinFunctionType, CellType, FunctionType, MappingProxyType, MethodType, ModuleType
@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from rmtc.capture.arguments import Arguments, Path, show
-from rmtc.capture.events import Beyond, Event, Made, Named, Pattern, Viewed, hold
+from rmtc.capture.events import Beyond, Event, Made, Named, Pattern, Viewed, hold, same_event
 from rmtc.capture.frames import current_location
 from rmtc.capture.objects import Describer, Plain, Ref, attributes, build
 from rmtc.capture.other_sizes import Told, predict, tell
@@ -70,11 +70,13 @@ class _Replay(NamedTuple):
         events: what it did.
         calls: how often it called each module whose calls are not remembered.
         unknown: how many calls of the others it had to run.
+        shapes: those of what modules were called with whose calls are remembered, and of what it returned and left.
     """
 
     events: list[Event]
     calls: Counter[int]
     unknown: int
+    shapes: list[tuple[int, ...]]
 
 
 _Modules = frozenset[int]  # by their ids
@@ -236,10 +238,37 @@ class Replayer:
             self._short[key] = self._run(*key)
         return self._short[key]
 
-    def _run(self, sizes: Sizes, around: _Modules) -> _Replay:
+    @uncollected()
+    def leave_out(self, sizes: Sizes, rest: int) -> None:
+        """See that a call does nothing with a rest of its text that makes no segment.
+
+        Args:
+            sizes: those of the call without the rest.
+            rest: positions of the rest.
+
+        Raises:
+            RefusedError: if it does.
+        """
+        without, told = self._run(sizes, _Modules()), self.results[sizes]
+        found, other = self._run(sizes, _Modules(), rest), self.results[sizes]
+        self.results[sizes] = told
+        texts = {show(path) for path, _ in self._plan.growth.dims}
+        pairs = zip(without.events, found.events, strict=False)
+        differing = (b for a, b in pairs if not same_event(a, b) or _counts_back(b.operands, texts))
+        place = next(differing, None)
+        alike = (len(without.events), without.shapes, told) == (len(found.events), found.shapes, other)
+        if place is not None or not alike:
+            raise RefusedError(
+                f"the code does something with the last {rest} positions of the text, which make no segment",
+                location=place.location if place is not None else None,
+                remedy="cut the text to whole segments before the call, or first thing in the forward",
+            )
+
+    def _run(self, sizes: Sizes, around: _Modules, rest: int = 0) -> _Replay:
         self._remembered, self._calls, self._unknown = self._layers | around, Counter(), 0
+        self._shapes: list[tuple[int, ...]] = []
         session = self._session
-        args, kwargs = self._plan.arguments(session, sizes)
+        args, kwargs = self._plan.arguments(session, sizes, rest)
         recorder = Recorder()
         for lifted, stand_in in zip(session.lifted, session.stand_ins, strict=True):
             recorder.name(stand_in, Named(lifted.names[0]))
@@ -266,9 +295,10 @@ class Replayer:
             refuse_flags(found, [*session.stand_ins, *(value for value, _ in given.values())], given)
             final = tuple((_result(name), recorder.reference(tensor)) for name, tensor in found.items())
         numbers = tuple(value for value in plain.values() if type(value) is int)
-        rest = tuple((name, int if type(value) is int else _told(value)) for name, value in plain.items())
-        recorder.events.append(Event(("return", rest), numbers, (final,), None, None))
-        return _Replay(recorder.events, self._calls, self._unknown)
+        others = tuple((name, int if type(value) is int else _told(value)) for name, value in plain.items())
+        recorder.events.append(Event(("return", others), numbers, (final,), None, None))
+        self._shapes += [tuple(tensor.shape) for tensor in found.values()]
+        return _Replay(recorder.events, self._calls, self._unknown, self._shapes)
 
     @contextlib.contextmanager
     def _patched(self, recorder: Recorder) -> Iterator[None]:
@@ -304,16 +334,10 @@ class Replayer:
             int if type(leaf) is int else torch.Tensor if isinstance(leaf, torch.Tensor) else _told(leaf)
             for leaf in leaves
         )
-        token = (id(module), structure, rest)
-        key = (
-            token,
-            numbers,
-            _metadata(operands),
-            _repeats(operands),
-            plain,
-            *modes(),
-        )
+        token, metadata = (id(module), structure, rest), _metadata(operands)
+        key = token, numbers, metadata, _repeats(operands), plain, *modes()
         known = self._memory.get(key)
+        self._shapes += [shape for shape, *_ in metadata]
         references = recorder.references(operands)
         location, _ = current_location(2)
         if known is None:
@@ -468,6 +492,20 @@ def _reads_beyond(operands: tuple[Any, ...]) -> bool:
         while isinstance(operand, Viewed):
             operand = operand.base
         if isinstance(operand, Beyond) or (type(operand) is tuple and _reads_beyond(operand)):
+            return True
+    return False
+
+
+def _counts_back(operands: tuple[Any, ...], texts: Set[str]) -> bool:
+    """Whether operands are parts of a text that are counted from its end."""
+    for operand in operands:
+        counted = False
+        while isinstance(operand, (Viewed, Beyond)):
+            counted |= isinstance(operand, Viewed) and min(operand.numbers, default=0) < 0
+            operand = operand.base if isinstance(operand, Viewed) else operand.reference
+        if counted and isinstance(operand, Named) and operand.name in texts:
+            return True
+        if type(operand) is tuple and _counts_back(operand, texts):
             return True
     return False
 

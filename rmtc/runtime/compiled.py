@@ -479,7 +479,8 @@ class Compiled:
                 return _Eager(failed.reason, detail=failed.detail)
             ready: Ready | str | None = None
             if variant.counter is None and variant.refused:
-                ready = variant.refused.get((sizes, variant.entry(sizes.batch)))
+                rest = variant.arguments.rest(arguments)
+                ready = variant.refused.get((sizes, rest, variant.entry(sizes.batch)))
             ready = ready or variant.ready(arguments, sizes, None if pick is None else pick.arm)
             if isinstance(ready, str):
                 if variant.put_off(pick):
@@ -717,15 +718,15 @@ class Compiled:
             if isinstance(decision, _Capture):
                 return self._capture(decision, arguments)
             variant, sizes = decision.variant, decision.sizes
-            entry = variant.entry(sizes.batch)
+            entry, rest = variant.entry(sizes.batch), variant.arguments.rest(arguments)
             try:
-                variant.admit(sizes, lambda: self._session(arguments), decision.pick and decision.pick.arm)
+                variant.admit(sizes, lambda: self._session(arguments), decision.pick and decision.pick.arm, rest)
             except RmtcError as error:
                 if variant.put_off(decision.pick, for_good=isinstance(error, ConflictError)):
                     logger.info("%s: another way to run calls is left alone: %s", self._title, error.reason)
                     return None
                 logger.info("%s does not follow the capture: %s", sizes, error.reason)
-                variant.refused[sizes, entry] = error.reason
+                variant.refused[sizes, rest, entry] = error.reason
             except Exception as error:
                 if raised_by_signal(error):
                     raise

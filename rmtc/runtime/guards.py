@@ -94,8 +94,27 @@ class ArgumentGuard:
         length, batch = lengths.pop(), batches.pop() if batches else plan.sizes.batch
         if not length:
             return "the text is empty"
-        segments = -(-length // plan.segment_length)
-        return Sizes(segments, batch, length - (segments - 1) * plan.segment_length)
+        segments, tail, _ = plan.cut(length)
+        return Sizes(segments, batch, tail) if segments else "the text is shorter than a segment"
+
+    def rest(self, arguments: Arguments) -> int:
+        """The positions of a call's text that make no segment, and are left out.
+
+        Args:
+            arguments: those of a call that has sizes.
+        """
+        if not self._plan.drops:
+            return 0
+        path, dims = next(iter(self._dims.items()))
+        return self._plan.cut(arguments.tensors()[path].shape[dims[0]])[2]
+
+    def whole(self, arguments: Arguments, sizes: Sizes) -> dict[str, torch.Tensor]:
+        """The tensors of a call by name, without a rest of its text that makes no segment."""
+        found = arguments.tensors()
+        for path, dims in self._dims.items() if self._plan.drops else ():
+            for dim in dims:
+                found[path] = found[path].narrow(dim, 0, self._plan.length(sizes))
+        return {show(path): tensor for path, tensor in found.items()}
 
     @property
     def segment_length(self) -> int:

@@ -149,7 +149,7 @@ class Variant:
     _known: frozenset[int] = frozenset()
     _containers: dict[str, Slot] = field(default_factory=dict)  # where the state has containers, by name
     _left: tuple[Place, ...] = ()  # those of them that the call leaves in places
-    refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
+    refused: dict[tuple[Sizes, int, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
     arms: list[Arm] = field(default_factory=list)
     _make: dict[Arm, Callable[[], Made]] = field(default_factory=dict)
@@ -533,13 +533,16 @@ class Variant:
         for name in made.unmoved if in_place else self._shapes:
             if _metadata(values[name]) != self._shapes[name]:
                 return f"{name} was {_show(self._shapes[name])} and is {_show(_metadata(values[name]))}"
-        inputs = _inputs(arguments)
+        inputs = self.arguments.whole(arguments, sizes)
         if self._written and not _unshared(self._written, {**values, **inputs}):
             return "a tensor that the call writes to shares its memory with another one"
         placed = made.weights.places.keys()
         if placed and not in_place and not placed <= Weights.movable({**self._tensors(), **inputs}):
             return "parameters share memory, or lie in it in another order"
         if not in_place or sizes not in self.analysis.admitted or not self._met(sizes.batch):
+            return None
+        rest = self.arguments.rest(arguments)
+        if rest and (sizes, rest) not in self.analysis.left_out:
             return None
         values.update(inputs)
         return Ready(sizes, values, arguments, made)
@@ -563,16 +566,16 @@ class Variant:
             if isinstance(tensor, torch.Tensor) and first.setdefault(id(tensor), name) == name
         }
 
-    def admit(self, sizes: Sizes, fresh: Callable[[], Session], arm: Arm | None = None) -> None:
+    def admit(self, sizes: Sizes, fresh: Callable[[], Session], arm: Arm | None = None, rest: int = 0) -> None:
         """See that a call of some sizes, in the model's present state, is the program's; and move the weights.
 
         To be called by one thread alone.
 
         Args:
-            arguments: those of the call.
-            sizes: theirs.
+            sizes: those of the call.
             fresh: makes a session of the call as it is now.
             arm: what is to run it; None for what is estimated to be fastest.
+            rest: positions of its text that make no segment.
 
         Raises:
             RefusedError, CaptureError: if it is not.
@@ -588,9 +591,10 @@ class Variant:
         if entry not in self.entries:
             self._hold_entry(sizes, fresh())
             self.entries.add(entry)
-        if sizes not in self.analysis.admitted:
+        if sizes not in self.analysis.admitted or rest:
             with self._as_captured():
                 self.analysis.admit(sizes)
+                self.analysis.leave_out(sizes, rest)
             _refuse_lost(self.analysis.capture)
         values = {name: slot.get() for name, slot in self._slots.items()}
         if not made.weights.in_place(values):
