@@ -241,7 +241,61 @@ def test_values_that_depend_on_sizes_alone_are_computed(name: str) -> None:
         twins.ran(segments)
 
 
+def of_a_list_that_changes(piece: Tensor) -> Any:
+    parts, sizes = [torch.zeros(2)], [3]
+    joined, ones = torch.cat(parts), torch.ones(sizes)
+    parts.append(torch.ones(2))
+    sizes[0] = 7
+    return 1 + float(joined.sum()) + float(ones.sum())
+
+
+KNOWN["of lists that change"] = of_a_list_that_changes
+
+
+def by_keyword(piece: Tensor) -> Any:
+    weight = torch.zeros(3)
+    nn.init.constant_(weight, 2.0)
+    return float(weight.sum())
+
+
+def by_statistics(piece: Tensor) -> Any:
+    mean, var = torch.zeros(WIDTH, dtype=piece.dtype), torch.ones(WIDTH, dtype=piece.dtype)
+    F.batch_norm(piece[:, 0], mean, var, training=True)
+    return float(mean.sum())
+
+
+def by_data(piece: Tensor) -> Any:
+    weight = torch.zeros(WIDTH, dtype=piece.dtype)
+    weight.data = piece[0, 0]
+    return float(weight.sum())
+
+
+def behind_modes(piece: Tensor) -> Any:
+    weight = torch.zeros(WIDTH, dtype=piece.dtype)
+    with torch._C.DisableTorchFunction():
+        weight.copy_(piece[0, 0])
+    return float(weight.sum())
+
+
+SCALE = [1.0]
+
+
+@torch.library.custom_op("rmtc_published::scaled", mutates_args=())
+def scaled(x: Tensor) -> Tensor:
+    return x * SCALE[0]
+
+
+@scaled.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 UNKNOWN = {
+    "written by keyword": by_keyword,
+    "statistics": by_statistics,
+    "data": by_data,
+    "behind modes": behind_modes,
+    "a custom operator's": lambda piece: float(scaled(torch.ones(3)).sum()),
     "of the text": lambda piece: piece.sum().item(),
     "of a mask of the text": lambda piece: float((piece > 0).any()),
     "random": lambda piece: torch.rand(3).sum().item(),
@@ -249,6 +303,42 @@ UNKNOWN = {
     "written": written,
     "written by a view": written_by_a_view,
 }
+
+
+class Stretched(nn.Module):
+    """Reads the greatest of the positions it is given, as rotary embeddings do that are stretched for long texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, memory: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.tanh(self.inner(x) * (1.0 if int(positions.max()) < 40 else 0.5) + memory[:, None])
+        return x, 0.5 * memory + x.mean(1)
+
+
+class OfPositions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Stretched() for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, pieces = zeros(x.shape[0]), []
+        for number, piece in enumerate(x.split(SEGMENT, dim=1)):
+            positions = torch.arange(SEGMENT * number, SEGMENT * (number + 1))
+            for at, layer in enumerate(self.layers):
+                piece, memories[at] = layer(piece, memories[at], positions)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def test_a_value_that_a_layer_reads_is_seen_in_every_segment() -> None:
+    twins = Twins(OfPositions)
+    for segments in (4, 9):
+        twins.call(text(segments, 2))
+        twins.ran(segments)
+    with torch.no_grad(), pytest.raises(rmtc.RefusedError):
+        twins.fast(text(14, 2))
 
 
 @pytest.mark.parametrize("name", UNKNOWN)

@@ -11,6 +11,7 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 from typing import Any, ClassVar
@@ -780,6 +781,11 @@ def by_thread(piece: Tensor) -> Tensor:
     return piece * scale
 
 
+def scale_of_thread() -> float:
+    scale: float = getattr(LOCAL, "scale", 1.0)
+    return scale
+
+
 class Late(Model):
     """Names a function that reads what cannot be seen: never called, or in one segment alone."""
 
@@ -816,44 +822,6 @@ def test_explain_refuses_for_the_reason_that_compile_does(kind: type[Model]) -> 
     assert "what rmtc cannot see" in caught.value.reason
 
 
-PACKAGE = """
-import functools, threading
-import torch
-
-_local, seen, _lock = threading.local(), set(), threading.Lock()
-registry = {"names": [], "calls": 0}
-
-def scaled(x, name):
-    with _lock:
-        _local.depth = getattr(_local, "depth", 0) + 1
-        if name not in seen:
-            seen.add(name)
-            registry["names"] = [*registry["names"], name]
-        _local.depth -= 1
-    return x * 0.5
-"""
-
-
-def test_registries_of_libraries_are_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "site-packages").mkdir()
-    (tmp_path / "site-packages" / "library_of_a_test.py").write_text(PACKAGE)
-    monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
-    import library_of_a_test as library  # type: ignore[import-not-found]
-
-    class Uses(Model):
-        def before(self, piece: Tensor, number: int) -> Tensor:
-            result: Tensor = library.scaled(piece, f"piece {piece.shape[1]}")
-            return result
-
-    eager, fast = compiled(Uses)
-    with torch.no_grad():
-        for segments in (4, 6, 4):
-            same(fast(text(segments)), eager(text(segments)))
-            scheduled(fast, segments)
-            library.scaled(torch.ones(1), f"another {segments}")
-    assert rmtc.stats(fast).captures == 1
-
-
 @torch.library.custom_op("rmtc_unseen::halved", mutates_args=())
 def halved(x: Tensor) -> Tensor:
     return x * 0.5
@@ -875,3 +843,14 @@ def test_a_custom_operator_is_no_state() -> None:
         for segments in (4, 6):
             same(fast(text(segments)), eager(text(segments)))
             scheduled(fast, segments)
+
+
+def test_code_that_is_not_watched_everywhere_is_refused_where_it_names_what_cannot_be_seen() -> None:
+    class Elsewhere(Late):
+        def before(self, piece: Tensor, number: int) -> Tensor:
+            with ThreadPoolExecutor() as pool:
+                return piece * pool.submit(scale_of_thread).result()
+
+    strict = rmtc.compile(Elsewhere().eval(), strict=True)
+    with torch.no_grad(), pytest.raises(rmtc.RefusedError, match="what rmtc cannot see"):
+        strict(text(4))

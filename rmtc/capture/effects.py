@@ -153,7 +153,7 @@ def find_effects(
         label = (slot.name, "before") if name is None else (name,)
         return describer.describe(slot.value, name or slot.name, leaf, _refused, place, label)
 
-    if any(owner != held and not session.is_registry(owner) for owner, held in session.snapshot.sets()):
+    if any(owner != held for owner, held in session.snapshot.sets()):
         session.lost = "the call changes a set"
     if any((array != held).any() for array, held in session.snapshot.arrays):
         session.lost = "the call writes to a numpy array"
@@ -162,7 +162,7 @@ def find_effects(
     found: dict[tuple[int, Any], Effect] = {}
     for slot in after:
         place_of = id(slot.owner), slot.key
-        if id(slot.owner) not in persistent or session.is_of_library(slot):
+        if id(slot.owner) not in persistent:
             continue
         previous = old.get(place_of)
         if previous is not None and _same(previous.value, slot.value):
@@ -179,8 +179,7 @@ def find_effects(
         _add(found, previous, slot, content, place_of in moved)
     there = {(id(slot.owner), slot.key) for slot in after}
     for slot in before:
-        gone = id(slot.owner) in persistent and (id(slot.owner), slot.key) not in there
-        if gone and not session.is_of_library(slot):
+        if id(slot.owner) in persistent and (id(slot.owner), slot.key) not in there:
             if _same(slot._replace(parent=None).get(), slot.value):
                 continue  # another container took its place, and it is the caller's from now on
             if isinstance(slot.owner, (list, deque)):

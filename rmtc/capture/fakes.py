@@ -57,6 +57,7 @@ class Fakes(FakeTensorMode):
 
     Attributes:
         thread: the one whose run has stand-ins in the model; None while there are none.
+        known: what depends on sizes alone.
     """
 
     def __init__(self) -> None:
@@ -68,6 +69,7 @@ class Fakes(FakeTensorMode):
         self._watcher: Watcher | None = None
         self._depth = 0
         self._indexing = EverySlice()
+        self.known = self._indexing.known
 
     def __enter__(self) -> Fakes:
         if self.thread not in (None, threading.get_ident()):  # torch keeps what it entered in one list for all
@@ -85,7 +87,7 @@ class Fakes(FakeTensorMode):
         self._depth -= 1
         if not self._depth:
             self._indexing.__exit__(*error)  # type: ignore[no-untyped-call]
-            self._indexing.known.forget()
+            self.known.forget()
         super().__exit__(*error)
 
     @contextlib.contextmanager

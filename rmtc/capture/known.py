@@ -1,8 +1,8 @@
 """Values that are read into Python and depend on sizes alone: computed, where a stand-in has none.
 
 A mask made of ``new_ones``, or an ``arange``, is the same for every text of these sizes. What is made of such tensors
-alone is computed when the code reads it (``mask.any().item()``, ``int(positions.max())``). Another length computes it
-anew, in its own replay.
+alone, by functions that are known to do nothing else, is computed when the code reads it (``mask.any().item()``,
+``int(positions.max())``). Another length computes it anew, in its own replay.
 """
 
 from __future__ import annotations
@@ -30,15 +30,35 @@ _READS = {
 }
 """What reads values into Python."""
 
-_OF_SIZES = {
-    *(_Tensor.new_zeros, _Tensor.new_ones, _Tensor.new_full),
-    *(torch.zeros_like, torch.ones_like, torch.full_like),
-}
+_LIKE = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 """What makes tensors of another one's metadata, whatever is in it."""
 
-
-_UNFILLED = {"new", "empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
-"""What makes tensors of what was in memory before."""
+_PURE = (
+    *("arange", "zeros", "ones", "full", "eye", "linspace", "tensor", "tril_indices", "triu_indices"),
+    *(
+        "triu",
+        "tril",
+        "diagonal",
+        "flip",
+        "roll",
+        "cat",
+        "stack",
+        "where",
+        "masked_fill",
+        "repeat",
+        "repeat_interleave",
+    ),
+    *("view", "reshape", "flatten", "unsqueeze", "squeeze", "expand", "expand_as", "transpose", "t", "permute"),
+    *("select", "narrow", "chunk", "split", "unbind", "__getitem__", "gather", "index_select", "clone", "contiguous"),
+    *("bool", "int", "long", "float", "double", "half", "byte", "to", "type_as"),
+    *("any", "all", "max", "min", "amax", "amin", "sum", "mean", "prod", "cumsum", "argmax", "argmin", "numel", "size"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "isinf", "isnan", "maximum"),
+    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__and__", "__or__", "__xor__", "__invert__"),
+    *("add", "sub", "mul", "div", "neg", "abs", "pow", "sqrt", "exp", "log", "floor", "ceil", "clamp", "minimum"),
+    *("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__floordiv__", "__mod__"),
+    *("__neg__", "__pow__", "true_divide", "floor_divide", "remainder", "matmul", "einsum", "outer", "dim", "__len__"),
+)
+"""Functions of torch's that write to nothing and give the same each time, by their names in torch and in Tensor."""
 
 
 class _Made(NamedTuple):
@@ -46,27 +66,38 @@ class _Made(NamedTuple):
 
     tensor: torch.Tensor  # whose id stays its own
     function: Callable[..., Any]
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     part: int | None  # of several results
     settings: tuple[Any, ...]
+    version: int
 
 
 class _OtherError(Exception):
     """A value depends on more than sizes, or its computation failed."""
 
 
+class _Like(NamedTuple):
+    """Stands for a tensor of which only the metadata counts."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class Known:
-    """The tensors of a run that are made of sizes and constants alone."""
+    """The tensors of a run that are made of sizes and constants alone.
+
+    Attributes:
+        reads: how many values were read.
+    """
 
     def __init__(self) -> None:
         self._made: dict[int, _Made] = {}
-        self._memory: set[int] = set()  # where they lie
+        self.reads = 0
 
     def forget(self) -> None:
         """Forget all, at the end of a run."""
         self._made.clear()
-        self._memory.clear()
 
     def note(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """Note what a function of torch's gave.
@@ -75,24 +106,24 @@ class Known:
             function, args, kwargs: the call.
             out: what it gave.
         """
-        if _writes(function, kwargs):
-            targets = pytree.tree_leaves((args[:1], kwargs.get("out")))
-            if any(_memory(each) in self._memory for each in targets if isinstance(each, torch.Tensor)):
-                self.forget()  # how what lies there, or is made of it, is made
+        if function not in _KNOWN or kwargs.get("out") is not None:
+            if function not in _READS:
+                self._let_go((args, kwargs, out))
             return
-        several = isinstance(out, (tuple, list))
-        made = out if several else (out,)
-        if not made or not all(isinstance(each, torch.Tensor) for each in made):
+        made = out if isinstance(out, (tuple, list)) else (out,)
+        if not made or any(not isinstance(each, torch.Tensor) or id(each) in self._made for each in made):
             return
-        if getattr(function, "__name__", "") in _UNFILLED:
+        like = function in _OF_SIZES and bool(args) and isinstance(args[0], torch.Tensor)
+        if not all(map(self._is_known, args[like:])) or not all(map(self._is_known, kwargs.values())):
             return
-        first = function in _OF_SIZES
-        if not all(map(self._is_known, args[first:])) or not all(map(self._is_known, kwargs.values())):
-            return
+        # Lists are copied: the code may change its own.
+        given = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor, (tuple(args[like:]), dict(kwargs)))
+        first = [_Like(args[0].dtype, tuple(args[0].shape))] if like else []
         for number, each in enumerate(made):
-            part = number if several else None
-            self._made[id(each)] = _Made(each, function, args, kwargs, part, _settings())
-            self._memory.add(_memory(each))
+            part = None if made is not out else number
+            self._made[id(each)] = _Made(
+                each, function, (*first, *given[0]), given[1], part, _settings(), _version(each)
+            )
 
     def read(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Give what a function reads of tensors into Python; :data:`UNKNOWN` if that depends on more than sizes.
@@ -104,11 +135,21 @@ class Known:
             return UNKNOWN
         try:
             with _disable_current_modes(), _Watch():  # type: ignore[no-untyped-call]
-                return self._call(function, args, kwargs, {})
+                found = self._call(function, args, kwargs, {})
         except Exception as error:
             if raised_by_signal(error):
                 raise
             return UNKNOWN
+        self.reads += 1
+        return found
+
+    def _let_go(self, values: Any) -> None:
+        """Forget tensors that a function may have written to, and what lies in their memory."""
+        memory = {_memory(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)}
+        if self._made and memory:
+            gone = [key for key, made in self._made.items() if _memory(made.tensor) in memory]
+            for key in gone:
+                del self._made[key]
 
     def _is_known(self, value: Any) -> bool:
         if isinstance(value, torch.Tensor):
@@ -124,22 +165,20 @@ class Known:
     ) -> Any:
         """Call a function on values in place of the tensors of a run."""
 
-        def value(leaf: torch.Tensor) -> Any:
+        def value(leaf: Any) -> Any:
+            if isinstance(leaf, _Like):
+                return torch.zeros((), dtype=leaf.dtype).expand(leaf.shape)
             if id(leaf) not in values:
-                made = self._made[id(leaf)]
-                if made.settings != _settings():
+                made = self._made.get(id(leaf))
+                if made is None or made.settings != _settings() or made.version != _version(leaf):
                     raise _OtherError
                 found = self._call(made.function, made.args, made.kwargs, values)
                 values[id(leaf)] = found if made.part is None else found[made.part]
             return values[id(leaf)]
 
-        first = [torch.zeros((), dtype=each.dtype).expand(each.shape) for each in args[: function in _OF_SIZES]]
-        rest = pytree.tree_map_only(torch.Tensor, value, tuple(args[len(first) :]))
-        return function(*first, *rest, **pytree.tree_map_only(torch.Tensor, value, dict(kwargs)))
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+        first, rest = ([value(args[0])], args[1:]) if args and isinstance(args[0], _Like) else ([], args)
+        given, named = pytree.tree_map_only(torch.Tensor, value, (tuple(rest), dict(kwargs)))
+        return function(*first, *given, **named)
 
 
 class _Watch(TorchDispatchMode):
@@ -148,23 +187,33 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags or func.namespace not in ("aten", "prims", "prim"):
             raise _OtherError
         return func(*args, **(kwargs or {}))
 
 
-def _writes(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a function writes to a tensor that it is given."""
-    if isinstance(function, torch._ops.OpOverload):
-        return function._schema.is_mutable
-    name = getattr(function, "__name__", "")
-    own = name.endswith("_") and not name.endswith("__")
-    return own or name in _IN_PLACE or kwargs.get("out") is not None or kwargs.get("inplace") is True
+def _functions(names: Sequence[str]) -> set[Any]:
+    return {getattr(place, name) for name in names for place in (torch, torch.Tensor) if hasattr(place, name)}
 
 
-_OPERATORS = "add sub mul matmul div truediv floordiv mod pow lshift rshift and or xor"
-_IN_PLACE = {"__setitem__", "__set__", *(f"__i{name}__" for name in _OPERATORS.split())}
+_OF_SIZES = _functions(_LIKE)
+_KNOWN = _functions(_PURE) | _OF_SIZES
+
+
+def _memory(tensor: torch.Tensor) -> int | None:
+    """Where a tensor lies; None if it has no memory of one piece, as a sparse one has."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; -1 of one that does not count, in inference mode."""
+    return -1 if tensor.is_inference() else int(tensor._version)
 
 
 def _settings() -> tuple[Any, ...]:
-    return torch.get_default_dtype(), torch._C._get_default_device(), torch._C._is_any_autocast_enabled()
+    kinds = ("cpu", "cuda")
+    autocasts = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+    return torch.get_default_dtype(), torch._C._get_default_device(), *autocasts

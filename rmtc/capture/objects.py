@@ -170,7 +170,7 @@ class Describer:
             where = place(value, key, name + text)
             inside.append(self.describe(part, where, leaf, refuse, place, (*label, number)))
         self._open.discard(label)
-        bound = getattr(value, "maxlen", None) if keys is not None else None
+        bound = value.maxlen if keys is not None and isinstance(value, deque) else None
         return Built(label, kind, keys, tuple(inside), bound, tuple(Plain(key, name) for key in items))
 
 
@@ -194,7 +194,8 @@ def _taken_apart(value: Any) -> tuple[Any, tuple[str, ...] | None, _Parts] | Non
         return type(value), tuple(held), [(key, f".{key}", part) for key, part in held.items()]
     if isinstance(value, dict) and not _is_of_pytree(value) and all(map(is_plain, dict.keys(value))):
         held = attributes(value)
-        items = [(key, f"[{key!r}]", dict.__getitem__(value, key)) for key in dict.keys(value)]
+        in_order = OrderedDict.keys(value) if isinstance(value, OrderedDict) else dict.keys(value)
+        items = [(key, f"[{key!r}]", dict.__getitem__(value, key)) for key in in_order]
         return type(value), tuple(held), [*items, *((key, f".{key}", held[key]) for key in held)]
     if isinstance(value, (list, tuple, deque)) and not _is_registered(type(value)):
         held = attributes(value)

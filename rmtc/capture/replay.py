@@ -346,14 +346,16 @@ class Replayer:
             for number, tensor in enumerate(operands):
                 inner.name(tensor, Named(f"operand {number}"))
             self._inside = True
+            reads = self._session.fake_mode.known.reads
             try:
                 with self._session.fake_mode.watched(inner.note):
                     result = original(module, *args, **kwargs)
             finally:
                 self._inside = False
+            told = reads == self._session.fake_mode.known.reads  # else it is told by more than metadata
             # What it was given is as it was, and what it returns is in no other place that could change with it.
             apart = _containers(result).isdisjoint(_containers((args, kwargs)) | state.containers)
-            if apart and _as_given(args, kwargs, structure, leaves) and self._guard.differs() is None:
+            if told and apart and _as_given(args, kwargs, structure, leaves) and self._guard.differs() is None:
                 known = self._remember(inner, state, result, operands)
             if known is None:  # what it did cannot be done again from memory
                 recorder.splice(inner, references, location, result)

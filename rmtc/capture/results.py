@@ -82,7 +82,7 @@ def left_behind(
         if isinstance(slot.value, torch.Tensor):
             if held.get(slot.name) is not slot.value:
                 tensors[f"state:{slot.name}"] = slot.value
-        elif is_plain(slot.value) and not session.is_registry(slot.owner):
+        elif is_plain(slot.value):
             before = session.snapshot.plain.get(slot.name, MISSING)
             if before is MISSING or told(before) != told(slot.value):
                 plain[f"state:{slot.name}"] = slot.value

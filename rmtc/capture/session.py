@@ -24,7 +24,7 @@ from rmtc.capture.ambient import Ambient
 from rmtc.capture.arguments import Arguments, argument_names, container_attributes, show
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import traceback_location
-from rmtc.capture.objects import leaves_of, named_leaves
+from rmtc.capture.objects import named_leaves
 from rmtc.capture.state import (
     Code,
     Slot,
@@ -252,25 +252,6 @@ class Session:
             self._requiring = [(value, value.requires_grad) for value in values]
             yield
 
-    @functools.cached_property
-    def _registries(self) -> frozenset[int]:
-        """The ids of what only libraries hold, and of the files and classes of theirs that hold it."""
-        outside, own = set[int](), set[int]()
-        for slot in self.snapshot.slots:
-            of_library = (id(slot.owner), slot.key) in self.snapshot.of_libraries
-            (outside if of_library else own).update((id(slot.owner), id(slot.value)))
-        return frozenset(outside - own)
-
-    def is_registry(self, owner: object) -> bool:
-        """Whether a container or object is a library's own, in which only tensors are state of the user's."""
-        return id(owner) in self._registries
-
-    def is_of_library(self, slot: Slot) -> bool:
-        """Whether what a place holds is a library's own: no tensor, nor what holds one."""
-        if not self.is_registry(slot.owner):
-            return False
-        return not any(isinstance(leaf, torch.Tensor) for _, leaf in leaves_of(slot.value))
-
     def state(self) -> list[Slot]:
         """Every slot as it is now: to be read while stand-ins are installed, after the user's code ran."""
         return walk(self.roots, self.without)
@@ -303,8 +284,11 @@ class Session:
         Raises:
             UntoldError: with what it is.
         """
-        if self._unseen() is None:
+        hidden = self._unseen()
+        if hidden is None:
             return
+        if not self._asked.isdisjoint(_UNWATCHED):
+            raise _refused_unseen(hidden)
         self.ran = set()
         with self.installed(self.stand_ins), self.fake_mode:
             self.call(args, kwargs)
@@ -315,7 +299,7 @@ class Session:
         if self.ran is not None:
             slots = walk(self.roots, self.without, self.ran)
             functions = [each for each in functions if each.__code__ in self.ran]
-        return unseen(self.roots, [slot for slot in slots if not self.is_of_library(slot)], functions)
+        return unseen(self.roots, slots, functions)
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -333,10 +317,7 @@ class Session:
             sys.setprofile(note)
             yield
         if len(ran) > known and (hidden := self._unseen()) is not None:
-            raise UntoldError(
-                f"the code can read what rmtc cannot see: {hidden}",
-                remedy="hand it over as an argument, or keep it in an attribute, global or closure",
-            )
+            raise _refused_unseen(hidden)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the user's code under stand-ins.
@@ -376,6 +357,27 @@ class Session:
 
     def _call_user(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.function(*args, **kwargs)
+
+
+_UNWATCHED = (
+    "threading",
+    "_thread",
+    "concurrent",
+    "multiprocessing",
+    "asyncio",
+    "submit",
+    "setprofile",
+    "eval",
+    "exec",
+)
+"""Where code names one of these, not all that it runs may be seen to run."""
+
+
+def _refused_unseen(hidden: str) -> UntoldError:
+    return UntoldError(
+        f"the code can read what rmtc cannot see: {hidden}",
+        remedy="hand it over as an argument, or keep it in an attribute, global or closure",
+    )
 
 
 def _refuse_unknown(name: str, tensor: torch.Tensor) -> None:

@@ -186,25 +186,10 @@ def _is_installed(package: str) -> bool:
     return any("site-packages" in (getattr(module, "__file__", None) or "") for module in loaded)
 
 
-def file_of(function: types.FunctionType) -> str | None:
+def _file_of(function: types.FunctionType) -> str | None:
     """The module in which a function's names are looked up: a decorator copies ``__module__`` to what it returns."""
     name = function.__globals__.get("__name__")
     return name if isinstance(name, str) else function.__module__
-
-
-def _packages_of(roots: dict[str, Any]) -> frozenset[str]:
-    """The packages that the classes of a model's modules, and what is called, are of."""
-    modules = [each for root in roots.values() if isinstance(root, nn.Module) for each in root.modules()]
-    kinds = {base for module in modules for base in type(module).__mro__}
-    called = {_unwrap(root) for root in roots.values() if isinstance(root, (types.FunctionType, types.MethodType))}
-    names = [*(kind.__module__ for kind in kinds), *(getattr(each, "__module__", None) or "" for each in called)]
-    return frozenset(name.partition(".")[0] for name in names)
-
-
-def is_of_another(module: str | None, packages: Set[str]) -> bool:
-    """Whether a module is of an installed package that is none of some."""
-    package = (module or "").partition(".")[0]
-    return package not in packages and _is_installed(package)
 
 
 def _is_walked(kind: type) -> bool:
@@ -251,7 +236,7 @@ def state_functions(function: Any, seen: set[int] | None = None) -> Iterator[typ
     if not isinstance(function, types.FunctionType) or id(function) in seen:
         return
     seen.add(id(function))
-    if not _from_library(file_of(function)):
+    if not _from_library(_file_of(function)):
         yield function
         for _, _, value in (*_globals(function), *_of_libraries(function)):
             yield from state_functions(value, seen)
@@ -490,10 +475,9 @@ def unseen(roots: dict[str, Any], slots: Sequence[Slot], functions: Sequence[typ
     """What the user's code can read and no guard can see; None if there is nothing.
 
     Args:
-        roots, slots: what was given to :func:`walk`, and what it found, but for what libraries hold.
+        roots, slots: what was given to :func:`walk`, and what it found.
         functions: those of the user's that a call may run.
     """
-    packages = _packages_of(roots)
     for name, value in (*roots.items(), *((slot.name, slot.value) for slot in slots)):
         for each in _held_by(value):
             if is_opaque(each):
@@ -503,10 +487,9 @@ def unseen(roots: dict[str, Any], slots: Sequence[Slot], functions: Sequence[typ
         if module is not None and _is_users(module.__name__) and not isinstance(slot.owner, types.CellType):
             return f"{slot.name} is a module ({module.__name__}), and what is looked up in it is not seen"
     for function in functions:
-        if is_of_another(file_of(function), packages):
-            continue
-        if "globals" in function.__code__.co_names and "globals" not in function.__globals__:
-            return f"{function.__qualname__} looks names up in globals()"
+        for name in ("globals", "eval", "exec"):
+            if name in _loaded(function.__code__) and name not in function.__globals__:
+                return f"{function.__qualname__} looks names up in {name}()"
     return None
 
 
@@ -548,10 +531,8 @@ _OF_ENUMS = frozenset({"_value2member_map_", "_inverted_"})  # where Flag keeps 
 class _Walk:
     """What a walk has found so far: no closures, which would hold each other, and all of it, until a collection."""
 
-    def __init__(self, without: Set[int], packages: Set[str], ran: Set[types.CodeType] | None) -> None:
-        self.packages, self.ran = packages, ran
-        self.outside = False  # whether what is found now is a library's, which is not the model's own
-        self.of_libraries: set[tuple[int, Any]] = set()  # the places of such
+    def __init__(self, without: Set[int], ran: Set[types.CodeType] | None) -> None:
+        self.ran = ran
         self.slots: list[Slot] = []
         self.closed: list[tuple[str, nn.Module]] = []  # modules that cannot be looked into
         self.seen: set[int] = set(without)
@@ -561,13 +542,6 @@ class _Walk:
         self.places: set[tuple[int, Any]] = set()
         self.names: dict[str, int] = {}
         self.queue: deque[tuple[str, Any, Slot | None]] = deque()
-        self.later: deque[tuple[str, Any, Slot | None]] = deque()  # what libraries hold, if nothing of the model's does
-
-    def put(self, name: str, value: Any, at: Slot | None = None) -> None:
-        (self.later if self.outside else self.queue).append((name, value, at))
-
-    def is_outside(self, module: str | None) -> bool:
-        return self.outside or is_of_another(module, self.packages)
 
     def add(self, name: str, owner: Any, key: Any, value: Any, parent: Slot | None = None, table: str = "") -> None:
         if (id(owner), key) in self.places:  # a global that several functions name
@@ -576,19 +550,12 @@ class _Walk:
         count = self.names[name] = self.names.get(name, 0) + 1
         name = name if count == 1 else f"{name}#{count}"
         self.slots.append(Slot(name, owner, key, value, parent, table if parent is not None else ""))
-        if self.outside:
-            self.of_libraries.add((id(owner), key))
         if not is_closed(value) and not isinstance(value, torch.Tensor):
-            self.put(name, value, self.slots[-1])
+            self.queue.append((name, value, self.slots[-1]))
 
     def add_function(self, function: types.FunctionType) -> None:
         if self.ran is not None and function.__code__ not in self.ran:
             return
-        outside, self.outside = self.outside, self.is_outside(file_of(function))
-        self._add_function(function)
-        self.outside = outside
-
-    def _add_function(self, function: types.FunctionType) -> None:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             self.add(name, cell, "cell_contents", _contents(cell))
         spaces = [*_spaces(function)]
@@ -612,7 +579,6 @@ class _Walk:
                 continue
             self.seen.add(id(base))
             self.classes.append(base)
-            outside, self.outside = self.outside, self.is_outside(base.__module__)
             for key, attribute in list(vars(base).items()):
                 for function in state_functions(attribute, self.functions):
                     self.add_function(function)
@@ -620,7 +586,6 @@ class _Walk:
                 bound = bound and not is_record(attribute)  # a descriptor of the user's keeps what it likes
                 if not (key.startswith("__") or key in _OF_ENUMS or isinstance(attribute, type) or bound):
                     self.add(f"{base.__qualname__}.{key}", base, key, attribute)
-            self.outside = outside
 
 
 def walk(roots: dict[str, Any], without: Set[int] = frozenset(), ran: Set[types.CodeType] | None = None) -> list[Slot]:
@@ -636,11 +601,11 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset(), ran: Set[types.
 
 
 def _walked(roots: dict[str, Any], without: Set[int], ran: Set[types.CodeType] | None = None) -> _Walk:
-    found = _Walk(without, _packages_of(roots), ran)
-    found.queue.extend((name, value, None) for name, value in roots.items())
-    while found.queue or found.later:
-        found.outside = not found.queue
-        name, value, at = (found.queue or found.later).popleft()
+    found = _Walk(without, ran)
+    queue = found.queue
+    queue.extend((name, value, None) for name, value in roots.items())
+    while queue:
+        name, value, at = queue.popleft()
         if id(value) in found.seen or isinstance(value, types.ModuleType):
             continue
         if isinstance(value, nn.Module) and _lacks_tables(value):
@@ -653,7 +618,7 @@ def _walked(roots: dict[str, Any], without: Set[int], ran: Set[types.CodeType] |
         dot = name + "." if name else ""
         if isinstance(value, (types.FunctionType, types.MethodType)):
             if isinstance(value, types.MethodType):
-                found.put(name, value.__self__)
+                queue.append((name, value.__self__, None))
             for function in state_functions(value, found.functions):
                 found.add_function(function)
         elif isinstance(value, nn.Module):
@@ -668,20 +633,16 @@ def _walked(roots: dict[str, Any], without: Set[int], ran: Set[types.CodeType] |
             for key, item in list(value.items()):
                 found.add(f"{name}[{key!r}]", value, key, item, at)
                 if not is_closed(key):
-                    found.put(f"{name}{{{key!r}}}", key)
+                    queue.append((f"{name}{{{key!r}}}", key, None))
         elif isinstance(value, (list, deque, tuple)):
             for index, item in enumerate(value):
                 found.add(f"{name}[{index}]", value, index, item, at)
         elif isinstance(value, (set, frozenset)):
-            for item in value:
-                if not is_closed(item):
-                    found.put(f"{name}{{}}", item)
+            queue.extend((f"{name}{{}}", item, None) for item in value if not is_closed(item))
         elif isinstance(value, functools.partial):
-            for key in ("func", "args", "keywords"):
-                found.put(f"{dot}{key}", getattr(value, key))
+            queue.extend((f"{dot}{key}", getattr(value, key), None) for key in ("func", "args", "keywords"))
         elif behind := [*_behind(value)]:
-            for each in behind:
-                found.put(name, each)
+            queue.extend((name, each, None) for each in behind)
         if is_record(value) and not isinstance(value, nn.Module):  # a list of a class of its own, too
             for key, item in list(getattr(value, "__dict__", {}).items()):
                 table = "__dict__" if type(value.__dict__) is dict else ""
@@ -752,9 +713,9 @@ def is_record(value: Any) -> bool:
         return type(value) is not OrderedDict  # of which every module has ten
     if type(value).__module__.startswith("rmtc.") and not type(value).__module__.startswith("rmtc.examples"):
         return False  # what stands in for a compiled function's call
-    package = type(value).__module__.partition(".")[0]
     if type(value).__module__.startswith("torch._"):  # torch's own: what it keeps of a custom operator, of a compiler
         return False
+    package = type(value).__module__.partition(".")[0]
     return package not in sys.stdlib_module_names and _knows_torch(package)
 
 
@@ -815,8 +776,6 @@ class Snapshot:
         plain: the plain values by name.
         arrays: numpy arrays in reach, with what they held.
         objects: all that may change its class or the dictionary of its attributes.
-        of_libraries: the places, by container and key, that only installed packages hold that are not the model's. Of
-            these only tensors are state of the user's: the rest are registries and caches of the packages'.
     """
 
     def __init__(self, roots: dict[str, Any], without: Set[int] = frozenset()) -> None:
@@ -824,7 +783,6 @@ class Snapshot:
         found = _walked(roots, without)
         _refuse_closed(found.closed)
         self.slots = slots = found.slots
-        self.of_libraries = found.of_libraries
         self.plain = {slot.name: slot.value for slot in slots if is_plain(slot.value)}
         self._saved: list[_Saved] = []
         self._places: list[Slot] = []

@@ -183,8 +183,9 @@ def _drop_empty(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is aten.cat.default:
             given: list[Any] = node.args[0]
-            some = [piece for piece in given if piece.meta["val"].shape != (0,) or not _is_of_dtype(piece, node)]
-            if some and node.meta["val"].ndim > 1:
+            some = [piece for piece in given if piece.meta["val"].shape != (0,)]
+            same = all(_is_of_dtype(piece, node) for piece in some)  # else an empty one may have made the dtype
+            if some and same and node.meta["val"].ndim > 1:
                 node.args = (some, *node.args[1:])
             alike.setdefault((node.meta.get("location"), len(node.args[0])), []).append(node)
     for nodes in alike.values():

@@ -480,6 +480,8 @@ class Compiled:
             ready: Ready | str | None = None
             if variant.counter is None and variant.refused:
                 rest = variant.arguments.rest(arguments)
+                if (used := variant.used.get((sizes, rest))) is not None:  # no capture would be another
+                    return _Eager(used)
                 ready = variant.refused.get((sizes, rest, variant.entry(sizes.batch)))
             ready = ready or variant.ready(arguments, sizes, None if pick is None else pick.arm)
             if isinstance(ready, str):

@@ -205,7 +205,7 @@ class StateGuard:
         places = {(id(effect.slot.owner), effect.slot.key) for effect in effects if not effect.whole} | without
         self._places = places | _whole_lists(session.snapshot.slots, effects)
         self._lists = {id(effect.slot.owner) for effect in effects if effect.whole}
-        slots = [slot for slot in session.snapshot.slots if not session.is_of_library(slot) and not self._written(slot)]
+        slots = [slot for slot in session.snapshot.slots if not self._written(slot)]
         read = (tuple, type)  # a class is read at once, below
         self._slots = [slot for slot in slots if slot.key not in _BOOKKEEPING and not isinstance(slot.owner, read)]
         code = session.code
@@ -236,8 +236,8 @@ class StateGuard:
             if id(kind) not in known:
                 self._kinds[0].append(kind)
                 self._kinds[1].append(type(kind))
-        tabled = [each for each in objects if each.table is not None]
-        self._dicts = [each.value for each in tabled], [each.table for each in tabled]
+        owners = [each for each in objects if each.table is not None]
+        self._dicts = [each.value for each in owners], [each.table for each in owners]
         self._unset = [
             (each.value, member)
             for each in filter(lambda each: is_record(each.value), objects)
@@ -252,8 +252,7 @@ class StateGuard:
         self._environment = _environment() if any(map(_reads_environment, code.functions)) else None
         # Tables of hooks have a check of their own.
         bookkeeping = {id(vars(module)[key]) for module in modules for key in _BOOKKEEPING}
-        owners = [each for each in session.snapshot.owners() if not session.is_registry(each)]
-        sets = [each for each in owners if isinstance(each, set) and id(each) not in bookkeeping]
+        sets = [each for each in session.snapshot.owners() if isinstance(each, set) and id(each) not in bookkeeping]
         self._sets = sets, [*map(frozenset, sets)]
         self._arrays = [(array, content.tobytes()) for array, content in session.snapshot.arrays]
         self._requiring = (
@@ -270,7 +269,7 @@ class StateGuard:
         changing = own.keys() | bookkeeping
         sized: list[Sized] = [
             owner
-            for owner in {id(owner): owner for owner in owners}.values()
+            for owner in {id(owner): owner for owner in session.snapshot.owners()}.values()
             if isinstance(owner, (dict, list, deque)) and id(owner) not in changing and "__builtins__" not in owner
         ]
         sized += [vars(kind) for kind in code.classes if id(kind) not in changing]
@@ -278,7 +277,7 @@ class StateGuard:
         self._sized = [*map(_Sized.of, sized)]
         self._keyed = [
             (owner, own[key], _others(owner, own[key]))
-            for key, owner in {id(owner): owner for owner in owners}.items()
+            for key, owner in {id(owner): owner for owner in session.snapshot.owners()}.items()
             if key in own and isinstance(owner, dict) and "__builtins__" not in owner
         ]
         self._containers = {id(effect.slot.owner) for effect in effects}

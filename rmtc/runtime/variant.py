@@ -118,6 +118,7 @@ class Variant:
         effects: what a call leaves in Python.
         entries: what the places that a call writes held before it, for all that is known not to matter.
         refused: sizes that do not follow the program after what a call has found in the places that it writes, and why.
+        used: sizes with a rest of the text that makes no segment, and that the code uses, and why they do not run.
         arms: the ways to run a call among which estimates and measurements choose; none if one was asked for.
         device: what the call runs on.
         frozen: whether nothing is tried for now.
@@ -150,6 +151,7 @@ class Variant:
     _containers: dict[str, Slot] = field(default_factory=dict)  # where the state has containers, by name
     _left: tuple[Place, ...] = ()  # those of them that the call leaves in places
     refused: dict[tuple[Sizes, int, tuple[Any, ...]], str] = field(default_factory=dict)
+    used: dict[tuple[Sizes, int], str] = field(default_factory=dict)
     counter: str | None = None
     arms: list[Arm] = field(default_factory=list)
     _make: dict[Arm, Callable[[], Made]] = field(default_factory=dict)
@@ -594,7 +596,12 @@ class Variant:
         if sizes not in self.analysis.admitted or rest:
             with self._as_captured():
                 self.analysis.admit(sizes)
-                self.analysis.leave_out(sizes, rest)
+                try:
+                    self.analysis.leave_out(sizes, rest)
+                except RefusedError as error:
+                    if len(self.used) < _REFUSALS:
+                        self.used[sizes, rest] = error.reason
+                    raise
             _refuse_lost(self.analysis.capture)
         values = {name: slot.get() for name, slot in self._slots.items()}
         if not made.weights.in_place(values):
