@@ -267,7 +267,8 @@ def main() -> None:
                     found = call(fast, tokens)
                 except rmtc.RmtcError as error:
                     sys.exit(str(error))
-                wrong = differences(found, expected) + differences(own, eager)
+                wrong = differences(found, expected)
+                wrong += [place for place in differences(own, eager) if place != ".step"]  # a function of this file's
                 how = "by the schedule" if rmtc.stats(fast).runs == runs + 1 else "not by the schedule"
                 print(f"{name}: {wrong or 'as eager'}, {how}")
 
