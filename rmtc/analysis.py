@@ -115,12 +115,14 @@ class Analysis:
 
         Args:
             sizes: those of a call that was admitted.
-            rest: positions of the rest; 0 if there is none.
+            rest: positions of the rest, at least one.
 
         Raises:
             RefusedError: if it does.
         """
-        if rest and (sizes, rest) not in self.left_out and self.replayer is not None:
+        if self.replayer is None:
+            raise RefusedError("the call has not been admitted")
+        if (sizes, rest) not in self.left_out:
             with timed(self.seconds, "replay"):
                 self.replayer.leave_out(sizes, rest)
             self.left_out.add((sizes, rest))

@@ -152,7 +152,7 @@ def _explanation(
     try:
         analysis = analyze(function, args, kwargs, layers=layers, segment_length=segment_length, on_open=opened.append)
         plan = analysis.capture.plan
-        if plan.sizes.segments > 1 and analysis.proven is not None and analysis.proven.legal:
+        if plan.rest and plan.sizes.segments > 1 and analysis.proven is not None and analysis.proven.legal:
             analysis.leave_out(plan.sizes, plan.rest)
         if segments is not None and segments > 1 and analysis.proven is not None and analysis.proven.legal:
             _admit(analysis, segments)

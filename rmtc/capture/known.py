@@ -7,6 +7,7 @@ alone, by functions that are known to do nothing else, is computed when the code
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from rmtc.capture.state import is_plain
 from rmtc.errors import raised_by_signal
 
 __all__ = ["UNKNOWN", "Known"]
+
+logger = logging.getLogger(__name__)
 
 UNKNOWN: Any = object()
 """What :meth:`Known.read` gives for a value that depends on more than sizes."""
@@ -33,31 +36,16 @@ _READS = {
 _LIKE = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 """What makes tensors of another one's metadata, whatever is in it."""
 
-_PURE = (
-    *("arange", "zeros", "ones", "full", "eye", "linspace", "tensor", "tril_indices", "triu_indices"),
-    *(
-        "triu",
-        "tril",
-        "diagonal",
-        "flip",
-        "roll",
-        "cat",
-        "stack",
-        "where",
-        "masked_fill",
-        "repeat",
-        "repeat_interleave",
-    ),
-    *("view", "reshape", "flatten", "unsqueeze", "squeeze", "expand", "expand_as", "transpose", "t", "permute"),
-    *("select", "narrow", "chunk", "split", "unbind", "__getitem__", "gather", "index_select", "clone", "contiguous"),
-    *("bool", "int", "long", "float", "double", "half", "byte", "to", "type_as"),
-    *("any", "all", "max", "min", "amax", "amin", "sum", "mean", "prod", "cumsum", "argmax", "argmin", "numel", "size"),
-    *("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "isinf", "isnan", "maximum"),
-    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__and__", "__or__", "__xor__", "__invert__"),
-    *("add", "sub", "mul", "div", "neg", "abs", "pow", "sqrt", "exp", "log", "floor", "ceil", "clamp", "minimum"),
-    *("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__floordiv__", "__mod__"),
-    *("__neg__", "__pow__", "true_divide", "floor_divide", "remainder", "matmul", "einsum", "outer", "dim", "__len__"),
-)
+_PURE = """
+    arange zeros ones full eye linspace tensor tril_indices triu_indices triu tril diagonal flip roll cat stack
+    where masked_fill repeat repeat_interleave view reshape flatten unsqueeze squeeze expand expand_as transpose t
+    permute select narrow chunk split unbind __getitem__ gather index_select clone contiguous bool int long float
+    double half byte to type_as any all max min amax amin sum mean prod cumsum argmax argmin numel size eq ne lt le
+    gt ge logical_and logical_or logical_not isinf isnan maximum __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__
+    __or__ __xor__ __invert__ add sub mul div neg abs pow sqrt exp log floor ceil clamp minimum __add__ __radd__
+    __sub__ __rsub__ __mul__ __rmul__ __truediv__ __floordiv__ __mod__ __neg__ __pow__ true_divide floor_divide
+    remainder matmul einsum outer dim __len__
+"""
 """Functions of torch's that write to nothing and give the same each time, by their names in torch and in Tensor."""
 
 
@@ -139,6 +127,7 @@ class Known:
         except Exception as error:
             if raised_by_signal(error):
                 raise
+            logger.debug("%s depends on more than sizes", function, exc_info=error)
             return UNKNOWN
         self.reads += 1
         return found
@@ -197,7 +186,7 @@ def _functions(names: Sequence[str]) -> set[Any]:
 
 
 _OF_SIZES = _functions(_LIKE)
-_KNOWN = _functions(_PURE) | _OF_SIZES
+_KNOWN = _functions(_PURE.split()) | _OF_SIZES
 
 
 def _memory(tensor: torch.Tensor) -> int | None:

@@ -597,7 +597,8 @@ class Variant:
             with self._as_captured():
                 self.analysis.admit(sizes)
                 try:
-                    self.analysis.leave_out(sizes, rest)
+                    if rest:
+                        self.analysis.leave_out(sizes, rest)
                 except RefusedError as error:
                     if len(self.used) < _REFUSALS:
                         self.used[sizes, rest] = error.reason
