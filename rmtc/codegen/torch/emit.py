@@ -176,7 +176,8 @@ class _Emitter:
             self._assign(name, arguments.call(self=Raw(f"{first.text}[0]")), op, arguments)
             return self.bind(name, self.space[name], False)
         # What a rule does not know about some shapes, the next way does.
-        for text, by_rule in self._candidates(op, arguments, varying):
+        for text, way in self._candidates(op, arguments, varying):
+            by_rule = way == "rule"
             text, fresh = (text, is_fresh(op.target)) if by_rule else (plain(text), False)
             try:
                 self._assign(name, text, op, arguments, fresh)
@@ -185,7 +186,7 @@ class _Emitter:
                     raise
                 logger.debug("%s as %s: %s", op, text, error)
                 continue
-            if self._as_expected(name, arguments) and (not by_rule or self._for_any_number(text, name, arguments)):
+            if self._as_expected(name, arguments) and (way == "cells" or self._for_any_number(text, name, arguments)):
                 line = self.lines[-1]
                 if fresh:
                     line.solid, line.instead = True, overwriting(arguments)
@@ -198,26 +199,26 @@ class _Emitter:
             self.lines.pop()
         raise NotImplementedError(f"no way to run {op} for a group of cells")
 
-    def _candidates(self, op: BodyOp, arguments: Arguments, varying: bool) -> Iterator[tuple[str, bool]]:
-        """Texts to try, each with whether a rule has made it."""
+    def _candidates(self, op: BodyOp, arguments: Arguments, varying: bool) -> Iterator[tuple[str, str]]:
+        """Texts to try, each with its way: all cells at once by a "rule" or by "vmap", or one of the "cells" a time."""
         if varying:
             if op.target is torch.ops.aten.select.int and isinstance(arguments["index"], Varying):
                 source, dim = arguments["self"], arguments["dim"]
                 if not source.grouped and isinstance(dim, int):
-                    yield f"select_run({source.text}, {dim}, {arguments['index'].text})", False
+                    yield f"select_run({source.text}, {dim}, {arguments['index'].text})", "cells"
             if op.target is torch.ops.aten.slice.Tensor and arguments["step"] == 1:
                 source, dim, ends = arguments["self"], arguments["dim"], [arguments["start"], arguments["end"]]
                 if not source.grouped and all(isinstance(each, Varying) for each in ends):
-                    yield f"slice_run({source.text}, {dim}, {', '.join(each.text for each in ends)})", False
+                    yield f"slice_run({source.text}, {dim}, {', '.join(each.text for each in ends)})", "cells"
         else:
             rule = rule_for(op.target)
             text = rule(arguments) if rule is not None else None
             if text is not None:
-                yield text, True
+                yield text, "rule"
             self.fallbacks[target_name(op.target)] = None
             if _has_batching(op.target):
-                yield self._vmap(arguments), False
-        yield self._loop(arguments), False
+                yield self._vmap(arguments), "vmap"
+        yield self._loop(arguments), "cells"
 
     def _vmap(self, arguments: Arguments) -> str:
         """The single operation under `vmap`."""
@@ -252,7 +253,7 @@ class _Emitter:
         return _alike(self.space[name], self._value(self._cell(arguments, "0"), arguments), self.size)
 
     def _for_any_number(self, text: str, name: str, arguments: Arguments) -> bool:
-        """Whether a rule's text holds for other numbers of cells too.
+        """Whether a text for all cells at once, by a rule of ours or of `vmap`, holds for other numbers of them too.
 
         A single cell broadcasts with everything, and a number that is a batch size, too, hides one axis behind another:
         it is tried with a number that is no size of an operand.
