@@ -111,6 +111,7 @@ class Recurrent(Stack):
     def read(self, number: int, x: Tensor, memory: Tensor, hides: Tensor) -> Tensor:
         seen = torch.cat([memory, x], 0)
         scores = torch.einsum("ibd,jbd->ijb", self.layers[number](x), seen)
+        scores.mul_(0.5)
         if hides is not None and hides.any().item():
             scores = scores.float().masked_fill(hides, -1e30).type_as(scores)
         return x + torch.einsum("ijb,jbd->ibd", scores.softmax(1), seen)
@@ -192,17 +193,20 @@ def test_xlnet_with_its_memories_returned() -> None:
 
 
 class Asking(Stack):
-    """Reads values into Python."""
+    """Reads values into Python, in code that writes in place or not."""
 
-    def __init__(self, ask: Any) -> None:
+    def __init__(self, ask: Any, writes: bool) -> None:
         super().__init__()
-        self.ask = ask
+        self.ask, self.writes = ask, writes
 
     def forward(self, x: Tensor) -> Tensor:
         memories = [torch.zeros(x.shape[0], WIDTH, dtype=x.dtype) for _ in range(LAYERS)]
         pieces = []
         for piece in x.split(SEGMENT, dim=1):
-            pieces.append(self.segment(piece * self.ask(piece), memories))
+            piece = piece * self.ask(piece)
+            if self.writes:
+                piece[:, 0].mul_(0.5)
+            pieces.append(self.segment(piece, memories))
         return torch.cat(pieces, dim=1)
 
 
@@ -233,9 +237,10 @@ KNOWN = {
 }
 
 
+@pytest.mark.parametrize("writes", [False, True])
 @pytest.mark.parametrize("name", KNOWN)
-def test_values_that_depend_on_sizes_alone_are_computed(name: str) -> None:
-    twins = Twins(lambda: Asking(KNOWN[name]))
+def test_values_that_depend_on_sizes_alone_are_computed(name: str, writes: bool) -> None:
+    twins = Twins(lambda: Asking(KNOWN[name], writes))
     for segments, tail in ((4, SEGMENT), (6, SEGMENT)):
         twins.call(text(segments, 2, tail))
         twins.ran(segments)
@@ -341,9 +346,10 @@ def test_a_value_that_a_layer_reads_is_seen_in_every_segment() -> None:
         twins.fast(text(14, 2))
 
 
+@pytest.mark.parametrize("writes", [False, True])
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_values_that_depend_on_more_are_refused(name: str) -> None:
-    fast = rmtc.compile(Asking(UNKNOWN[name]).double().eval(), strict=True)
+def test_values_that_depend_on_more_are_refused(name: str, writes: bool) -> None:
+    fast = rmtc.compile(Asking(UNKNOWN[name], writes).double().eval(), strict=True)
     with torch.no_grad(), pytest.raises(rmtc.RefusedError, match="reads a tensor's value into Python"):
         fast(text(4, 2))
 

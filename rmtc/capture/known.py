@@ -95,7 +95,7 @@ class Known:
             out: what it gave.
         """
         if function not in _KNOWN or kwargs.get("out") is not None:
-            if function not in _READS:
+            if function not in _READS and not _asks(function, out):
                 self._let_go((args, kwargs, out))
             return
         made = out if isinstance(out, (tuple, list)) else (out,)
@@ -187,6 +187,19 @@ def _functions(names: Sequence[str]) -> set[Any]:
 
 _OF_SIZES = _functions(_LIKE)
 _KNOWN = _functions(_PURE.split()) | _OF_SIZES
+
+
+def _asks(function: Callable[..., Any], out: Any) -> bool:
+    """Whether a call writes to nothing and gives no tensor, so that nobody can write to one through it.
+
+    It reads an attribute (a shape, a dtype, a flag), or is an operation whose schemas say so.
+    """
+    if isinstance(out, torch.Tensor):
+        return False
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        overloads = [getattr(function, name) for name in function.overloads()]
+        return out is None and not any(each._schema.is_mutable for each in overloads)
+    return getattr(function, "__name__", None) == "__get__"
 
 
 def _memory(tensor: torch.Tensor) -> int | None:
