@@ -106,6 +106,8 @@ def transformer_xl(options: Options) -> tuple[nn.Module, Call]:
     from mem_transformer import MemTransformerLM
 
     net = MemTransformerLM(WORDS, LAYERS, 2, 16, 8, 24, 0.0, 0.0, tgt_len=SEGMENT, mem_len=SEGMENT, ext_len=0)
+    for bias in (net.r_w_bias, net.r_r_bias):  # made of memory as it is, for the repository's train.py to fill
+        nn.init.normal_(bias, std=0.02)
 
     def step(net: Any, piece: Tensor, number: int, memories: Any) -> Any:
         loss, *left = net(piece, piece, *(memories or ()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextvars
 import copy
+import importlib
 import sys
 import threading
 import types
@@ -113,6 +114,7 @@ REFERENCE = weakref.ref(RECORD)
 READONLY = types.MappingProxyType(TABLE)
 CONTEXT: contextvars.ContextVar[float] = contextvars.ContextVar("scale", default=1.0)
 LOCAL = threading.local()
+PIECES: Any = None  # a package that a test installs
 LOCAL.scale = 1.0
 NUMBERS = array.array("d", [1.0])
 NUMBER = 1.0
@@ -810,6 +812,54 @@ def test_what_cannot_be_seen_matters_where_it_is_read() -> None:
         with pytest.raises(rmtc.RefusedError, match="LOCAL is a _local, whose changes are not seen"):
             strict(text(8))
         strict(text(5))
+
+
+PACKAGE = """
+import threading
+import torch
+LOCAL, REGISTRY = threading.local(), {}
+def registered(piece):
+    LOCAL.depth = getattr(LOCAL, "depth", 0)
+    REGISTRY[type(piece)] = object()
+    return piece * 1.0
+"""
+NEEDS = {
+    "arrays_of_any": ("Requires-Dist: numpy\nRequires-Dist: torch>=2.0; extra == 'torch'\n", ""),
+    "torch_only": ("Requires-Dist: numpy\nRequires-Dist: torch>=2.0\n", ""),
+    "torch_marked": ("Requires-Dist: torch ; python_version >= '3.8'\n", ""),
+    "torch_modules": ("", "class Norm(torch.nn.Module):\n    pass\n"),
+    "torch_unsaid": (None, ""),
+}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_registries_of_a_package_that_needs_no_torch_are_no_state(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, (needs, more) = tmp_path / "site-packages", NEEDS[name]
+    (place / name).mkdir(parents=True)
+    (place / name / "__init__.py").write_text(PACKAGE + more)
+    if needs is not None:
+        (place / f"{name}-1.0.dist-info").mkdir()
+        said = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{needs}"
+        (place / f"{name}-1.0.dist-info" / "METADATA").write_text(said)
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.setitem(globals(), "PIECES", importlib.import_module(name))
+
+    class OfAPackage(Model):
+        def before(self, piece: Tensor, number: int) -> Tensor:
+            result: Tensor = PIECES.registered(piece)
+            return result
+
+    eager, fast = compiled(OfAPackage)
+    with torch.no_grad():
+        if name == "arrays_of_any":
+            for _ in range(2):
+                same(fast(text()), eager(text()))
+            scheduled(fast)
+        else:
+            with pytest.raises(rmtc.RefusedError, match="LOCAL is a _local, whose changes are not seen"):
+                rmtc.compile(OfAPackage().eval(), strict=True)(text())
 
 
 @pytest.mark.parametrize("kind", [Context, ThreadLocal, Globals])

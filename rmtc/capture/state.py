@@ -12,8 +12,10 @@ import copy
 import dis
 import functools
 import gc
+import importlib.metadata
 import pickle
 import random
+import re
 import sys
 import threading
 import types
@@ -175,9 +177,31 @@ def _from_library(module: str | None) -> bool:
 
 @functools.cache
 def _knows_torch(package: str) -> bool:
-    """Whether a package may hold tensors: the user's own files, and installed packages that import torch."""
-    loaded = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == package]
-    return not _is_installed(package) or any("torch" in getattr(module, "__dict__", {}) for module in loaded)
+    """Whether a package may hold tensors: the user's own files, and installed packages that import torch.
+
+    One that works with arrays of any library (einx, einops) imports torch where that is there already. It does not
+    need torch, and has no modules of torch's: its registries and caches are no state of a model's.
+    """
+    if not _is_installed(package):
+        return True
+    spaces = [vars(module) for name, module in list(sys.modules.items()) if name.partition(".")[0] == package]
+    imports = any("torch" in space for space in spaces)
+    return imports and (_needs_torch(package) or any(map(_has_modules, spaces)))
+
+
+def _needs_torch(package: str) -> bool:
+    """Whether an installed package says that it needs torch, or does not say what it needs."""
+    try:
+        needed = importlib.metadata.requires(package)
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return any(re.match(r"torch\b(?!.*\bextra\b)", each) for each in needed or ())
+
+
+def _has_modules(space: dict[str, Any]) -> bool:
+    """Whether a file defines a class of torch's modules."""
+    classes = [value for value in list(space.values()) if issubclass(type(value), type)]
+    return any(issubclass(kind, nn.Module) and kind.__module__ == space.get("__name__") for kind in classes)
 
 
 @functools.cache
