@@ -1,8 +1,9 @@
-"""What the README says comes out: its table, and the explanations it links to."""
+"""What README and docs/ say is so: tables, explanations, names of options, links."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from importlib import import_module
@@ -16,13 +17,16 @@ from zoo import NO_LOOP, ZOO, rows
 import rmtc
 from rmtc.cli import app
 from rmtc.cli.app import Kind
+from rmtc.compiler import _OPTIONS
 from rmtc.ir.formula import distance_text
 from rmtc.runtime.estimate import _KINDS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+MODELS, BENCHMARKS = DOCS / "models.md", DOCS / "benchmarks.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(DOCS.glob("*.md"))]
 
 
 START = "<!-- dependences -->\n"
@@ -30,7 +34,7 @@ START = "<!-- dependences -->\n"
 
 def own_rows() -> dict[str, tuple[str, str, str]]:
     """The table's rows for the models of this repository, written by hand: a test holds each true."""
-    _, _, rest = README.read_text().partition(START)
+    _, _, rest = MODELS.read_text().partition(START)
     lines = rest.partition("\n\n")[0].splitlines()[2:]
     cells = [tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in lines]
     found = {str(re.match("`(.*?)`", row[0])[1]): row for row in cells}  # type: ignore[index]
@@ -38,14 +42,14 @@ def own_rows() -> dict[str, tuple[str, str, str]]:
 
 
 def table() -> str:
-    """The README's table: its own rows as they are, those of the packages from the list of the zoo."""
+    """The table of models: its own rows as they are, those of the packages from the list of the zoo."""
     found = [("model", "distances", "steps"), ("---",) * 3, *own_rows().values(), *rows()]
     return "".join(f"| {' | '.join(row)} |\n" for row in found).replace("| --- | --- | --- |", "|---|---|---|")
 
 
 def test_the_table_has_the_rows_of_the_zoo() -> None:
     assert len(own_rows()) == 10
-    assert START + table() + "\n" in README.read_text(), "run python tests/test_readme.py"
+    assert START + table() + "\n" in MODELS.read_text(), "run python tests/test_readme.py"
 
 
 @pytest.mark.slow
@@ -79,9 +83,9 @@ def test_an_explanation_that_is_linked_to_is_what_is_printed(name: str, monkeypa
 
 
 def headed(start: str) -> list[dict[str, str]]:
-    """The rows of the README's tables whose heads begin so, by the names of their columns."""
+    """The rows of the benchmarks' tables whose heads begin so, by the names of their columns."""
     found = list[dict[str, str]]()
-    for block in README.read_text().split("\n\n"):
+    for block in BENCHMARKS.read_text().split("\n\n"):
         if block.startswith(f"| {start}"):
             names, _, *lines = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in block.splitlines())
             found += [dict(zip(names, line, strict=True)) for line in lines]
@@ -92,7 +96,7 @@ def test_schedules_and_backends_have_one_spelling() -> None:
     """That of ``rmtc.compile``, in the commands, the prose and the tables."""
     schedules, backends = {*_KINDS}, {"auto", *rmtc.list_backends()}
     assert {*map(str, Kind)} == schedules
-    pages = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
+    pages = [*PAGES, ROOT / "CHANGELOG.md"]
     for option, names in (("schedule", schedules), ("backend", backends)):
         text = " ".join(page.read_text() for page in pages)
         assert {*re.findall(f'{option}="(.*?)"', text), *re.findall(f"--{option} ([a-z]+)", text)} <= names
@@ -113,6 +117,55 @@ def test_tables_name_columns_and_values_as_the_benchmarks_do() -> None:
     assert f"    {run.AS_WRITTEN} " in (ROOT / "docs/armt_llama.txt").read_text()
 
 
+def test_the_readme_is_short() -> None:
+    lines = README.read_text().splitlines()
+    assert len(README.read_text().split()) <= 1500
+    assert [line for line in lines if len(line) > 120 and not line.startswith(("| ", "pip install"))] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, _, heading in re.findall(r"\]\((?!https?:)([^)#]*)(#([^)]*))?\)", page.read_text()):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        heads = [re.sub(r"[^a-z0-9 -]", "", head.lower()).replace(" ", "-") for head in _heads(file)]
+        assert not heading or heading in heads, f"{target}#{heading}"
+
+
+def _heads(file: Path) -> list[str]:
+    return re.findall(r"^#+ (.*)$", file.read_text(), re.M) if file.suffix == ".md" else []
+
+
+def test_files_that_contributors_are_led_to_are_there() -> None:
+    named = re.findall(r"`((?:rmtc|tests|\.ci)/[a-z_/]*(?:\.py)?)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) >= 12 and [each for each in named if not (ROOT / each).exists()] == []
+
+
+def first_cells(page: Path, head: str) -> set[str]:
+    """The first column of the table below a heading."""
+    _, _, rest = page.read_text().partition(f"## {head}\n")
+    return {name.strip('"') for name in re.findall(r"^\| `([^`]*)` \|", rest.partition("\n## ")[0], re.M)}
+
+
+def test_configuration_has_every_argument_option_and_variable() -> None:
+    page = DOCS / "configuration.md"
+    arguments = {*inspect.signature(rmtc.compile).parameters} - {"model", "unknown"}
+    assert first_cells(page, "Arguments of `rmtc.compile`") == arguments
+    assert first_cells(page, "Options") == {*_OPTIONS}
+    assert first_cells(page, "Schedules") == {*_KINDS}
+    assert first_cells(page, "Backends") == {"auto", *rmtc.list_backends()}
+    source = "".join(file.read_text() for file in (ROOT / "rmtc").rglob("*.py"))
+    own = {*re.findall(r"\bRMTC_[A-Z_]+", source)}
+    assert own <= {name.partition("=")[0] for name in first_cells(page, "Environment variables")}
+
+
+def test_commands_are_all_described() -> None:
+    named = {*re.findall(r"`rmtc ([a-z]+)", (DOCS / "cli.md").read_text())}
+    assert named == {
+        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
+    }
+
+
 if __name__ == "__main__":
-    before, start, after = README.read_text().partition(START)
-    README.write_text(before + start + table() + "\n" + after.partition("\n\n")[2])
+    before, start, after = MODELS.read_text().partition(START)
+    MODELS.write_text(before + start + table() + "\n" + after.partition("\n\n")[2])

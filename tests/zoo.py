@@ -1,4 +1,4 @@
-"""Models as their packages ship them, and what rmtc is to find in each: the README's table has these rows.
+"""Models as their packages ship them, and what rmtc is to find in each: docs/models.md has these rows.
 
 w: the layer that writes a block-recurrent transformer's states; r: the layer that reads them; both counted from 0 here.
 """
@@ -39,7 +39,7 @@ class Entry:
     """A model of the zoo.
 
     Attributes:
-        title: what it is, for the README.
+        title: what it is, for docs/models.md.
         build: makes the call; the global random state decides the weights.
         distances: the distance vectors of its dependences.
         a: the factor of s in the schedule's step of cell (s, l); None if it is refused.
@@ -68,7 +68,7 @@ class Entry:
         return None if self.a is None else self.a * (S - 1) + L
 
     def row(self, name: str) -> tuple[str, str, str]:
-        """The README's row."""
+        """The row in docs/models.md."""
         found = " ".join(map(distance_text, sorted(self.distances, key=str))) or "-"
         return f"`{name}`: {self.title}", found, "refused" if self.makespan is None else formula(self.makespan)
 
@@ -415,6 +415,6 @@ NO_LOOP: dict[str, Entry] = {
 
 
 def rows(names: Iterable[str] | None = None) -> list[tuple[str, str, str]]:
-    """The README's rows."""
+    """The rows in docs/models.md."""
     every = {**ZOO, **NO_LOOP}
     return [every[name].row(name) for name in (every if names is None else names)]

@@ -17,7 +17,7 @@ _SIZES = {"layers": 8, "width": 64, "segment": 16, "memory": 4}
 _SHOWN = 6  # segments of the grid
 _REPEATS = 7
 _THREADS = 1
-"""A second thread gains nothing at these sizes (README, "Measured"). On cores that others use, waiting for it took
+"""A second thread gains nothing at these sizes (docs/benchmarks.md). On cores that others use, waiting for it took
 seventy times as long as the products."""
 _SECONDS = 30.0
 """Limit on all that runs but for the capture."""
