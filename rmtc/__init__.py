@@ -1,48 +1,71 @@
 """rmtc: a scheduling compiler for recurrent-memory transformers."""
 
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
 
-from rmtc.api import explain
-from rmtc.compiler import compile, disabled, restore, stats
-from rmtc.errors import CaptureError, FallbackWarning, Location, RefusedError, RmtcError, VerifyError
-from rmtc.ir.explanation import CellClass, Certificate, Explanation, OperationsView
-from rmtc.ir.schedule import Cell, Dependence, Group, Schedule, Step
-from rmtc.runtime.backends import list_backends
-from rmtc.runtime.stats import LastRun, Stats
-from rmtc.study import study
-from rmtc.verification import Verification, verify
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = version("rmtc")
-except PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from rmtc.api import explain as explain
+    from rmtc.compiler import compile as compile
+    from rmtc.compiler import disabled as disabled
+    from rmtc.compiler import restore as restore
+    from rmtc.compiler import stats as stats
+    from rmtc.errors import CaptureError as CaptureError
+    from rmtc.errors import FallbackWarning as FallbackWarning
+    from rmtc.errors import Location as Location
+    from rmtc.errors import RefusedError as RefusedError
+    from rmtc.errors import RmtcError as RmtcError
+    from rmtc.errors import VerifyError as VerifyError
+    from rmtc.ir.explanation import CellClass as CellClass
+    from rmtc.ir.explanation import Certificate as Certificate
+    from rmtc.ir.explanation import Explanation as Explanation
+    from rmtc.ir.explanation import OperationsView as OperationsView
+    from rmtc.ir.schedule import Cell as Cell
+    from rmtc.ir.schedule import Dependence as Dependence
+    from rmtc.ir.schedule import Group as Group
+    from rmtc.ir.schedule import Schedule as Schedule
+    from rmtc.ir.schedule import Step as Step
+    from rmtc.runtime.backends import list_backends as list_backends
+    from rmtc.runtime.stats import LastRun as LastRun
+    from rmtc.runtime.stats import Stats as Stats
+    from rmtc.studies import study as study
+    from rmtc.verification import Verification as Verification
+    from rmtc.verification import verify as verify
 
-__all__ = [
-    "CaptureError",
-    "Cell",
-    "CellClass",
-    "Certificate",
-    "Dependence",
-    "Explanation",
-    "FallbackWarning",
-    "Group",
-    "LastRun",
-    "Location",
-    "OperationsView",
-    "RefusedError",
-    "RmtcError",
-    "Schedule",
-    "Stats",
-    "Step",
-    "Verification",
-    "VerifyError",
-    "__version__",
-    "compile",
-    "disabled",
-    "explain",
-    "list_backends",
-    "restore",
-    "stats",
-    "study",
-    "verify",
-]
+_FILES = {
+    "api": "explain",
+    "compiler": "compile disabled restore stats",
+    "errors": "CaptureError FallbackWarning Location RefusedError RmtcError VerifyError",
+    "ir.explanation": "CellClass Certificate Explanation OperationsView",
+    "ir.schedule": "Cell Dependence Group Schedule Step",
+    "runtime.backends": "list_backends",
+    "runtime.stats": "LastRun Stats",
+    "studies": "study",
+    "verification": "Verification verify",
+}
+"""Where each name is: a file is imported when its name is first asked for, since sympy and Dynamo take seconds."""
+
+_HOMES = {name: file for file, names in _FILES.items() for name in names.split()}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            value: Any = version("rmtc")
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            value = "0+unknown"
+    elif name in _HOMES:
+        value = getattr(import_module(f"rmtc.{_HOMES[name]}"), name)
+    else:
+        raise AttributeError(f"module 'rmtc' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import rmtc
+
 ROOT = Path(__file__).parent.parent
 LINKS = ("passes", "codegen", "examples")
 
@@ -87,3 +89,34 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert readme.count("<!-- test command -->\n```bash\npip install -e ") == 1
     assert "<!-- test command -->" in script
     assert "pip install" not in script
+
+
+def loaded_by(code: str) -> set[str]:
+    """The packages that a new process has loaded after running some code."""
+    listed = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules, file=sys.stderr)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {name.partition(".")[0] for name in listed.stderr.split()}
+
+
+def test_what_need_not_answer_with_torch_does_not_load_it() -> None:
+    ask = "from rmtc.cli import main\nsys.argv = ['rmtc', {!r}]\ntry:\n    main()\nexcept SystemExit:\n    pass"
+    for code in (
+        "import rmtc; rmtc.__version__",
+        ask.format("--help"),
+        ask.format("--version"),
+        ask.format("shcedule"),
+    ):
+        assert {"torch", "sympy"}.isdisjoint(loaded_by(code)), code
+    assert "torch" in loaded_by("import rmtc; rmtc.compile")
+
+
+def test_every_public_name_is_there_and_known_to_type_checkers() -> None:
+    assert all(hasattr(rmtc, name) for name in rmtc.__all__) and {*rmtc.__all__} <= {*dir(rmtc)}
+    declared = re.findall(r"^    from (rmtc[a-z.]*) import (\w+) as \2$", (ROOT / "rmtc/__init__.py").read_text(), re.M)
+    assert {(f"rmtc.{file}", name) for name, file in rmtc._HOMES.items()} == {*declared}
+    with pytest.raises(AttributeError, match="has no attribute 'comple'"):
+        rmtc.comple  # noqa: B018

@@ -331,7 +331,7 @@ def study(
     with reporting(debug):
         form = _form(form, json)
         check_output(output)
-        from rmtc.study import study as study_call
+        from rmtc.studies import study as study_call
 
         answer = study_call(distances, layers=layers, segments=segments)
         if form is Format.text:
