@@ -117,6 +117,7 @@ BREAKS: dict[str, tuple[str, ...]] = {
     ),
     "passes: operations are no longer told from other functions, nor a view that copies from one that does not": (
         "torch._ops.OpOverload",
+        "torch._ops.OpOverloadPacket",
         "torch.ops.aten._unsafe_view.default",
         "torch.utils._python_dispatch.TorchDispatchMode",
     ),

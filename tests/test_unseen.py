@@ -17,6 +17,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any, ClassVar
 
+import einx
 import numpy
 import pytest
 import torch
@@ -114,7 +115,6 @@ REFERENCE = weakref.ref(RECORD)
 READONLY = types.MappingProxyType(TABLE)
 CONTEXT: contextvars.ContextVar[float] = contextvars.ContextVar("scale", default=1.0)
 LOCAL = threading.local()
-PIECES: Any = None  # a package that a test installs
 LOCAL.scale = 1.0
 NUMBERS = array.array("d", [1.0])
 NUMBER = 1.0
@@ -814,52 +814,44 @@ def test_what_cannot_be_seen_matters_where_it_is_read() -> None:
         strict(text(5))
 
 
-PACKAGE = """
-import threading
-import torch
-LOCAL, REGISTRY = threading.local(), {}
-def registered(piece):
-    LOCAL.depth = getattr(LOCAL, "depth", 0)
-    REGISTRY[type(piece)] = object()
-    return piece * 1.0
-"""
-NEEDS = {
-    "arrays_of_any": ("Requires-Dist: numpy\nRequires-Dist: torch>=2.0; extra == 'torch'\n", ""),
-    "torch_only": ("Requires-Dist: numpy\nRequires-Dist: torch>=2.0\n", ""),
-    "torch_marked": ("Requires-Dist: torch ; python_version >= '3.8'\n", ""),
-    "torch_modules": ("", "class Norm(torch.nn.Module):\n    pass\n"),
-    "torch_unsaid": (None, ""),
-}
+def test_registries_of_a_library_of_tensor_notation_are_no_state() -> None:
+    """einx keeps a thread-local, and registries that grow with the files and the types of tensors it has met."""
 
-
-@pytest.mark.parametrize("name", NEEDS)
-def test_registries_of_a_package_that_needs_no_torch_are_no_state(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place, (needs, more) = tmp_path / "site-packages", NEEDS[name]
-    (place / name).mkdir(parents=True)
-    (place / name / "__init__.py").write_text(PACKAGE + more)
-    if needs is not None:
-        (place / f"{name}-1.0.dist-info").mkdir()
-        said = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{needs}"
-        (place / f"{name}-1.0.dist-info" / "METADATA").write_text(said)
-    monkeypatch.syspath_prepend(place)
-    monkeypatch.setitem(globals(), "PIECES", importlib.import_module(name))
-
-    class OfAPackage(Model):
+    class Noted(Model):
         def before(self, piece: Tensor, number: int) -> Tensor:
-            result: Tensor = PIECES.registered(piece)
+            multiply: Any = einx.multiply  # type: ignore[attr-defined]
+            result: Tensor = multiply("b t d, d -> b t d", piece, next(self.layers.parameters())[0])
             return result
 
-    eager, fast = compiled(OfAPackage)
+    eager, fast = compiled(Noted)
     with torch.no_grad():
-        if name == "arrays_of_any":
-            for _ in range(2):
-                same(fast(text()), eager(text()))
+        for _ in range(2):
+            same(fast(text()), eager(text()))
             scheduled(fast)
-        else:
-            with pytest.raises(rmtc.RefusedError, match="LOCAL is a _local, whose changes are not seen"):
-                rmtc.compile(OfAPackage().eval(), strict=True)(text())
+
+
+def test_an_object_of_a_package_without_torch_is_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, place = "settings_without_torch", tmp_path / "site-packages"
+    (place / name).mkdir(parents=True)
+    (place / name / "__init__.py").write_text("class Config:\n    def __init__(self):\n        self.scale = 2.0\n")
+    monkeypatch.syspath_prepend(place)
+    config = importlib.import_module(name).Config
+
+    class Configured(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = config()
+
+        def before(self, piece: Tensor, number: int) -> Tensor:
+            result: Tensor = piece * self.config.scale
+            return result
+
+    eager, fast = compiled(Configured)
+    with torch.no_grad():
+        for scale in (2.0, 3.0):
+            eager.config.scale = fast.config.scale = scale
+            same(fast(text()), eager(text()))
+            scheduled(fast)
 
 
 @pytest.mark.parametrize("kind", [Context, ThreadLocal, Globals])

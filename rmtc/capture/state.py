@@ -12,10 +12,8 @@ import copy
 import dis
 import functools
 import gc
-import importlib.metadata
 import pickle
 import random
-import re
 import sys
 import threading
 import types
@@ -61,8 +59,8 @@ __all__ = [
     "walk",
 ]
 
-# Packages whose own globals and classes hold no state of the user's.
-_LIBRARIES = ("torch", "transformers", "numpy", "builtins", "typing", "collections", "functools", "einops", "rmtc.")
+# Packages whose own globals and classes hold no state of the user's: einops and einx keep registries and caches.
+_LIBRARIES = ("torch", "transformers", "numpy", "einops", "einx", "rmtc.")  # and Python's own
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 _MODULE_TABLES = ("_parameters", "_buffers", "_modules")
 _HEAP = 1 << 9  # of a type's flags: it was made by Python, so that its objects may be more than data, or change class
@@ -177,31 +175,9 @@ def _from_library(module: str | None) -> bool:
 
 @functools.cache
 def _knows_torch(package: str) -> bool:
-    """Whether a package may hold tensors: the user's own files, and installed packages that import torch.
-
-    One that works with arrays of any library (einx, einops) imports torch where that is there already. It does not
-    need torch, and has no modules of torch's: its registries and caches are no state of a model's.
-    """
-    if not _is_installed(package):
-        return True
-    spaces = [vars(module) for name, module in list(sys.modules.items()) if name.partition(".")[0] == package]
-    imports = any("torch" in space for space in spaces)
-    return imports and (_needs_torch(package) or any(map(_has_modules, spaces)))
-
-
-def _needs_torch(package: str) -> bool:
-    """Whether an installed package says that it needs torch, or does not say what it needs."""
-    try:
-        needed = importlib.metadata.requires(package)
-    except importlib.metadata.PackageNotFoundError:
-        return True
-    return any(re.match(r"torch\b(?!.*\bextra\b)", each) for each in needed or ())
-
-
-def _has_modules(space: dict[str, Any]) -> bool:
-    """Whether a file defines a class of torch's modules."""
-    classes = [value for value in list(space.values()) if issubclass(type(value), type)]
-    return any(issubclass(kind, nn.Module) and kind.__module__ == space.get("__name__") for kind in classes)
+    """Whether a package may hold tensors: the user's own files, and installed packages that import torch."""
+    loaded = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == package]
+    return not _is_installed(package) or any("torch" in getattr(module, "__dict__", {}) for module in loaded)
 
 
 @functools.cache
@@ -739,8 +715,7 @@ def is_record(value: Any) -> bool:
         return False  # what stands in for a compiled function's call
     if type(value).__module__.startswith("torch._"):  # torch's own: what it keeps of a custom operator, of a compiler
         return False
-    package = type(value).__module__.partition(".")[0]
-    return package not in sys.stdlib_module_names and _knows_torch(package)
+    return type(value).__module__.partition(".")[0] not in sys.stdlib_module_names
 
 
 _EMPTY = object()  # stands for what a cell or attribute that is not bound holds
