@@ -6,9 +6,11 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import compare
 import pytest
 import torch
-from held import one_in
+import torch.nn.functional as F
+from held import Stack, one_in, zeros
 from models import SEGMENT, text
 from torch import Tensor, nn
 
@@ -256,3 +258,47 @@ def test_memory_read_by_strides_is_refused() -> None:
     assert explanation.schedule is None
     assert explanation.reason is not None and "as_strided" in explanation.reason
     assert explanation.location is not None and explanation.location.function == "strided"
+
+
+class Writes(Stack):
+    """Writes to a view of a hidden state, or to what a call gives that may be one."""
+
+    def __init__(self, write: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories = zeros(x.shape[0])
+        pieces = []
+        for piece in x.split(compare.SEGMENT, dim=1):
+            hidden = piece + 1.0
+            self.write(hidden, piece)
+            pieces.append(self.segment(hidden, memories))
+        return torch.cat(pieces, dim=1)
+
+
+MAYBE_VIEWS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "einsum that permutes": lambda x, other: torch.einsum("btd->dbt", x).mul_(2),
+    "einsum of a diagonal": lambda x, other: torch.einsum("btt->bt", x).mul_(2),
+    "einsum of two": lambda x, other: torch.einsum("btd,btd->btd", x, other).mul_(2),
+    "type_as": lambda x, other: x.type_as(other).mul_(2),
+    "type_as another dtype": lambda x, other: x.type_as(other.float()).mul_(2),
+    "item of type_as": lambda x, other: x.type_as(other)[:, :1].fill_(2),
+    "broadcast_tensors": lambda x, other: torch.broadcast_tensors(x, other[:, :1])[0].mul_(2),
+    "meshgrid": lambda x, other: torch.meshgrid(x[0, 0], x.new_zeros(1), indexing="ij")[0].mul_(2),
+    "sum_to_size": lambda x, other: x.sum_to_size(x.shape).mul_(2),
+    "unsafe_chunk": lambda x, other: x.unsafe_chunk(2)[0].mul_(2),
+    "unsafe_split": lambda x, other: x.unsafe_split(2, 1)[0].mul_(2),
+    "dropout in eval mode": lambda x, other: F.dropout(x, 0.5, training=False).mul_(2),
+    "activation in place": lambda x, other: F.relu(x.type_as(other), inplace=True),
+    "what was read before": lambda x, other: x.mul_(2 + 0 * x.type_as(other).sum()),
+    "operand of what is read": lambda x, other: x.add_(1) + torch.einsum("btd->tbd", x).sum(),
+}
+
+
+@pytest.mark.parametrize("name", MAYBE_VIEWS)
+def test_a_write_to_what_may_be_a_view_is_one_to_its_operand(name: str) -> None:
+    twins = compare.Twins(lambda: Writes(MAYBE_VIEWS[name]))
+    for segments in (4, 6):
+        twins.call(compare.text(segments, 2))
+        twins.ran(segments)

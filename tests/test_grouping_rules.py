@@ -284,6 +284,7 @@ def test_what_transformers_are_made_of_needs_no_vmap() -> None:
         call("cholesky_solve", X((3, 1)), X((2, 3, 3))),
         call("linalg_cross", X((1, 3)), X((2, 3))),
         call("dist", X((2, 3)), X((3,))),
+        call("index_fill.int_Tensor", X((3, 4)), -1, X((2,), I64, 4), X(())),
         call("cdist", X((1, 2, 3)), X((2, 3, 3))),
         call("avg_pool1d", X((2, 3, 4)), (2,)),
         call("one_hot", X((3,), I64, 4), 4),

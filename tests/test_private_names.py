@@ -22,6 +22,9 @@ BREAKS: dict[str, tuple[str, ...]] = {
     "capture: a forward can no longer be traced into a graph of operations that change nothing": (
         "torch._from_functional_tensor",
         "torch._functionalize_sync",
+        "torch._C.DispatchKey.CompositeImplicitAutograd",
+        "torch._dispatch.python.no_python_dispatcher",
+        "torch._subclasses.functional_tensor.FunctionalTensor.metadata_fns",
         "torch._subclasses.functional_tensor.FunctionalTensorMode",
         "torch._subclasses.functional_tensor.disable_functional_mode",
         "torch._subclasses.functional_tensor.dispatch_functionalize",

@@ -282,6 +282,24 @@ def behind_modes(piece: Tensor) -> Any:
     return float(weight.sum())
 
 
+def inside_a_function(piece: Tensor) -> Any:
+    """Writes from code that a function of torch's calls, past all modes for such functions."""
+    weight, row = torch.zeros(WIDTH, dtype=piece.dtype), piece[0, :1]
+
+    def distance(one: Tensor, other: Tensor) -> Tensor:
+        weight.copy_(one[0])
+        return (one - other).sum(-1)
+
+    F.triplet_margin_with_distance_loss(row, row, row, distance_function=distance)
+    return float(weight.sum())
+
+
+def by_einsum(piece: Tensor) -> Any:
+    weight = torch.zeros(2, WIDTH, dtype=piece.dtype)
+    torch.einsum("ij->ji", weight).copy_(piece[0, :2].t())
+    return float(weight.sum())
+
+
 SCALE = [1.0]
 
 
@@ -300,6 +318,8 @@ UNKNOWN = {
     "statistics": by_statistics,
     "data": by_data,
     "behind modes": behind_modes,
+    "inside a function": inside_a_function,
+    "by einsum": by_einsum,
     "a custom operator's": lambda piece: float(scaled(torch.ones(3)).sum()),
     "of the text": lambda piece: piece.sum().item(),
     "of a mask of the text": lambda piece: float((piece > 0).any()),
@@ -349,9 +369,10 @@ def test_a_value_that_a_layer_reads_is_seen_in_every_segment() -> None:
 @pytest.mark.parametrize("writes", [False, True])
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_values_that_depend_on_more_are_refused(name: str, writes: bool) -> None:
-    fast = rmtc.compile(Asking(UNKNOWN[name], writes).double().eval(), strict=True)
-    with torch.no_grad(), pytest.raises(rmtc.RefusedError, match="reads a tensor's value into Python"):
-        fast(text(4, 2))
+    for mode in (torch.no_grad, torch.inference_mode):
+        fast = rmtc.compile(Asking(UNKNOWN[name], writes).double().eval(), strict=True)
+        with mode(), pytest.raises(rmtc.RefusedError, match="reads a tensor's value into Python"):
+            fast(text(4, 2))
 
 
 class Dropping(Stack):

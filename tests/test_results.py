@@ -8,6 +8,7 @@ import os
 import warnings
 from collections import OrderedDict, UserDict, deque
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Self
 
 import pytest
@@ -130,6 +131,7 @@ RESULTS: dict[str, Callable[..., Any]] = {
     "plain dataclass": lambda p, h, m: Plain(torch.cat(p, dim=1), tuple(m)),
     "dataclass in a list": lambda p, h, m: [Plain(piece, ()) for piece in p],
     "object of the user's": lambda p, h, m: Bag([torch.cat(p, dim=1), *m]),
+    "namespace": lambda p, h, m: SimpleNamespace(hidden=p, own=SimpleNamespace(memories=m, count=len(p))),
 }
 
 
@@ -138,6 +140,18 @@ RESULTS: dict[str, Callable[..., Any]] = {
 def test_results(name: str) -> None:
     twins = Twins(lambda: Giving(RESULTS[name]))
     twins.compare({LOWER, OWN})
+
+
+def itself(pieces: list[Tensor], hidden: Any, memories: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"hidden": pieces[-1]}
+    found["all"] = found
+    return found
+
+
+def test_a_dict_that_holds_itself_is_refused() -> None:
+    fast = rmtc.compile(Giving(itself).double().eval(), strict=True)
+    with torch.no_grad(), pytest.raises(rmtc.RefusedError, match="returns a dict in \\['all'\\]"):
+        fast(text(4, 2))
 
 
 @pytest.mark.slow

@@ -118,6 +118,7 @@ class Fakes(FakeTensorMode):
         if func is _DEVICE and type(args[0]) is FakeTensor:  # asked for more often than anything is computed
             return args[0].device
         kwargs = kwargs or {}
+        self.known.written(func, args, kwargs)
         key, out = None, self._slice(*args) if func is _SLICE and not kwargs else None
         if out is None:
             key = self.key(func, args, kwargs)

@@ -132,6 +132,11 @@ class Known:
         self.reads += 1
         return found
 
+    def written(self, operation: Any, args: Any, kwargs: Any) -> None:
+        """Forget what an operation writes to: also one that a function runs inside, past all modes for functions."""
+        if self._made and isinstance(operation, torch._ops.OpOverload) and operation._schema.is_mutable:
+            self._let_go((args, kwargs))
+
     def _let_go(self, values: Any) -> None:
         """Forget tensors that a function may have written to, and what lies in their memory."""
         memory = {_memory(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -176,7 +177,8 @@ class Describer:
 
 def can_be_made(value: object) -> bool:
     """Whether an object is no more than its attributes."""
-    return is_record(value) and not isinstance(value, nn.Module) and type(value).__new__ is object.__new__
+    makers = (object.__new__, types.SimpleNamespace.__new__)
+    return is_record(value) and not isinstance(value, nn.Module) and type(value).__new__ in makers
 
 
 def attributes(value: object) -> dict[str, Any]:
@@ -218,17 +220,16 @@ def _children(value: Any) -> tuple[Any, _Parts] | None:
     dictionary's or a list's.
     """
 
-    def below(each: Any) -> bool:
-        return each is not value
-
-    parts, spec = pytree.tree_flatten(value, below)
-    if len(parts) == 1 and parts[0] is value:
+    first = iter((False,))
+    parts, spec = pytree.tree_flatten(value, lambda _: next(first, True))
+    if len(parts) == 1 and parts[0] is value and spec.is_leaf():
         return None
     keys: Any = list(value) if isinstance(value, dict) and len(value) == len(parts) else range(len(parts))
-    try:
-        texts = [pytree.keystr(at) for at, _ in pytree.tree_flatten_with_path(value, below)[0]]
-    except ValueError:
-        texts = [f"[{key!r}]" for key in keys]
+    texts = [f"[{key!r}]" for key in keys]
+    if not any(part is value for part in parts):  # what holds itself has no end
+        with contextlib.suppress(ValueError):
+            found = pytree.tree_flatten_with_path(value, lambda each: each is not value)[0]
+            texts = [pytree.keystr(at) for at, _ in found]
     return spec, list(zip(keys, texts, parts, strict=True))
 
 
@@ -293,7 +294,8 @@ def build(description: Any, values: Mapping[Any, Any], made: dict[Label, Any]) -
     if issubclass(kind, tuple):
         new = tuple.__new__(kind, [build(part, values, made) for part in items])
     else:
-        base: Any = next((each for each in (list, deque, OrderedDict, dict) if issubclass(kind, each)), object)
+        known = (list, deque, OrderedDict, dict, types.SimpleNamespace)
+        base: Any = next((each for each in known if issubclass(kind, each)), object)
         new = base.__new__(kind)
     made[description.label] = new
     if issubclass(kind, list):

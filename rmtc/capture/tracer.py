@@ -8,6 +8,7 @@ dispatch so that linear, attention and einsum stay whole, and under it, for code
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import operator
 import threading
@@ -17,8 +18,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import no_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensorMode, disable_functional_mode, dispatch_functionalize
+from torch._subclasses.functional_tensor import (
+    FunctionalTensor,
+    FunctionalTensorMode,
+    disable_functional_mode,
+    dispatch_functionalize,
+)
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
@@ -26,6 +33,8 @@ from torch.fx.experimental.proxy_tensor import (
     _MakefxTracer,
     _ProxyTensor,
 )
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.effects import Effect, find_effects
@@ -35,7 +44,7 @@ from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session, backward_refusal
 from rmtc.capture.state import is_plain
 from rmtc.capture.untold import refuse_flags
-from rmtc.errors import CaptureError, RefusedError
+from rmtc.errors import CaptureError, RefusedError, raised_by_signal
 from rmtc.passes.remove_regions import writes
 
 __all__ = ["RawTrace", "trace"]
@@ -202,6 +211,95 @@ def _modes() -> tuple[Any, ...] | None:
     return autocasts or None
 
 
+class _Functional(FunctionalTensorMode):
+    """Takes operations apart that give memory of an operand while their schema says that they do not.
+
+    A write to what `type_as`, `einsum` of one operand, `broadcast_tensors` or dropout in eval mode give is one to the
+    operand. `FunctionalTensorMode` goes by the schema, and would write to the result alone::
+
+        x.type_as(y).mul_(2)   ->   x.to(y.dtype).mul_(2), which is a view of x
+    """
+
+    def __init__(self, fakes: Fakes) -> None:
+        super().__init__(pre_dispatch=True, export=True)
+        self._fakes = fakes
+        self._known: dict[tuple[Any, ...], bool] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # a wrapper around each call
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self._fakes.known.written(func, args, kwargs)
+        if types and _says_nothing_of_memory(func) and self._gives_memory_of_operand(func, args, kwargs):
+            with self:
+                if func in _OF_VIEWS:
+                    return _OF_VIEWS[func](*args, **kwargs)
+                if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
+                    return func._op_dk(_COMPOSITE, *args, **kwargs)  # torch's decomposition of dropout makes a copy
+            raise CaptureError(
+                f"{func} gives memory of its operand, which its schema does not say",
+                location=current_location(3)[0],
+                remedy="take a view (view, split, expand) or a copy (clone) in its place",
+            )
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _gives_memory_of_operand(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, _inner, (args, kwargs))
+        key = self._fakes.key(func, args, kwargs)
+        found = self._known.get(key) if key is not None else None
+        if found is None:
+            # What Python registers takes some apart in its own way: of dropout in eval mode it makes a copy.
+            bare = pytree.tree_map_only(torch.Tensor, _bare, (args, kwargs))
+            with _disable_current_modes(), no_python_dispatcher():
+                try:
+                    out = func(*bare[0], **bare[1])
+                except RuntimeError as error:  # it has no kernel for sizes alone
+                    if raised_by_signal(error):
+                        raise
+                    bare, out = (args, kwargs), func(*args, **kwargs)
+            found = not _memory_of(bare).isdisjoint(_memory_of(out))
+            if key is not None:
+                self._known[key] = found
+        return found
+
+
+def _bare(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without content, laid out alike."""
+    with torch._C._DisableTorchDispatch():
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_OF_VIEWS = {
+    aten.unsafe_split.Tensor: aten.split.Tensor,
+    aten.unsafe_split_with_sizes.default: aten.split_with_sizes.default,
+    aten._unsafe_view.default: aten.view.default,
+}
+"""Operations on the promise that nobody writes to what they give, and those that need none."""
+
+
+@functools.cache
+def _says_nothing_of_memory(func: Any) -> bool:
+    """Whether an operation of torch's has a schema by which it gives new memory."""
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten" or func in FunctionalTensor.metadata_fns:
+        return False
+    return not any(argument.alias_info for argument in func._schema.arguments) and not _draws(func)
+
+
+def _draws(func: torch._ops.OpOverload) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags and func is not aten.dropout.default
+
+
+def _memory_of(values: Any) -> set[int]:
+    """The storages of tensors."""
+    tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    return {tensor.untyped_storage()._cdata for tensor in tensors if tensor.layout is torch.strided}
+
+
 class _Maker(_MakefxTracer):
     """`make_fx` with our tracer and our mode."""
 
@@ -311,7 +409,7 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
 
     traced: Callable[..., Any] = program
     if functionalize:
-        traced = dispatch_functionalize(program, FunctionalTensorMode(pre_dispatch=True, export=True))
+        traced = dispatch_functionalize(program, _Functional(session.fake_mode))
     with session.fake_mode, _quiet(), _use_lazy_graph_module(True):
         raw.module = maker.trace(traced, *session.stand_ins, *distinct)
     sources = [(lifted.kind, lifted.names, lifted.tensor.requires_grad) for lifted in session.lifted]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from rmtc.codegen.fused import BOUND
@@ -186,7 +187,11 @@ class _Emitter:
                     raise
                 logger.debug("%s as %s: %s", op, text, error)
                 continue
-            if self._as_expected(name, arguments) and (way == "cells" or self._for_any_number(text, name, arguments)):
+            if (
+                self._as_expected(name, arguments)
+                and (way == "cells" or self._for_any_number(text, name, arguments))
+                and (way != "vmap" or self._of_two_cells(text, arguments))
+            ):
                 line = self.lines[-1]
                 if fresh:
                     line.solid, line.instead = True, overwriting(arguments)
@@ -283,6 +288,31 @@ class _Emitter:
         first = pytree.tree_map_only(torch.Tensor, operator.itemgetter(0), self.space[name])
         return _alike(found, first, count)
 
+    def _of_two_cells(self, text: str, arguments: Arguments) -> bool:
+        """Whether a text gives the values of the operation on each of two cells that differ.
+
+        torch's rules for `vmap` are not all right: that of `index_fill` takes the first cell's value for all.
+        """
+        space = {**self.space, "G": 2}
+        for value in arguments.tensors():
+            if value.grouped:
+                name = plain(value.text).partition("[")[0]
+                one = self.space[name]
+                if isinstance(one, FakeTensor) or one.is_meta or value.repeat > 1:
+                    return True
+                # Symmetric, definite, positive stays so; zeros do not stay zeros.
+                other = one[-1] * 1.125 + 0.125 if one.is_floating_point() or one.is_complex() else one[-1]
+                space[name] = torch.stack([one[0], other])
+        try:
+            cells = [eval(plain(self._cell(arguments, str(number))), space) for number in range(2)]
+        except RuntimeError as error:  # not defined for the second
+            if raised_by_signal(error):
+                raise
+            return False
+        found = pytree.tree_leaves(eval(plain(text), space))
+        expected = [torch.stack(parts) for parts in zip(*map(pytree.tree_leaves, cells), strict=True)]
+        return all(_near(one, other) for one, other in zip(found, expected, strict=True))
+
     def _value(self, text: str, arguments: Arguments | None) -> Any:
         if arguments is not None:
             self.space.update(arguments.functions)
@@ -326,6 +356,15 @@ def _alike(found: Any, cell: Any, count: int | None) -> bool:
         and len(found) == len(cell)
         and all(_alike(one, other, count) for one, other in zip(found, cell, strict=True))
     )
+
+
+def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same up to rounding."""
+    if not (one.is_floating_point() or one.is_complex()):
+        return torch.equal(one, other)
+    error = torch.finfo(one.dtype).eps ** 0.5
+    scale = float(other.abs().nan_to_num(0, 0, 0).max()) if other.numel() else 0.0
+    return torch.allclose(one, other, rtol=error, atol=error * scale, equal_nan=True)
 
 
 def _has_batching(target: Any) -> bool:
