@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _SHORT = 3  # segments of the shorter probe
 _AGES = (2, 3)  # in segments, of values that are read: longer probes are run where the shorter ones do not repeat
 _PLAIN, _TABLES, _WINDOWS, _WHOLE = Reading(), Reading(tables=True), Reading(windows=True), Reading(histories=False)
+_CONSTANTS = Reading(constants=True)
 _BATCHES = (2, 5)  # in no ratio to the numbers of segments that an integer could mimic; code may treat one apart
 
 _WHOLE_TRACE = 20_000  # operations of a call that is traced whole when a replay cannot tell
@@ -323,6 +324,8 @@ def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch |
         yield _SHORT, batches, full, _PLAIN
         yield _SHORT, own, tails, _PLAIN
         yield _SHORT, own, full, _PLAIN
+        if analysis.capture.has_constants:  # which may belong to any segment
+            yield _SHORT, batches, tails, _CONSTANTS
         yield from ((segments, batches, tails, _PLAIN) for segments in ages)
 
     tried = set()

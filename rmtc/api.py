@@ -124,7 +124,12 @@ def dump(
             analysis = analyze(function, args, kwargs, layers=layers, segment_length=segment_length, watch=watch)
         if not texts and analysis.proven is not None:  # no schedule to rewrite anything by
             proof = analysis.proven.proof
-            raise RefusedError(proof.reason or "no schedule was found", cycle=proof.cycle)
+            if analysis.proven.schedule is None:
+                raise RefusedError(proof.reason or "no schedule was found", cycle=proof.cycle)
+            raise CaptureError(
+                f"the pass {after} had nothing to do for this call, and did not run",
+                remedy="rmtc passes says when a pass runs; take another one",
+            )
     except (RefusedError, CaptureError) as error:
         if not texts:
             raise

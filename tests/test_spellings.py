@@ -293,6 +293,42 @@ class Valid(nn.Module):
         return torch.cat(pieces, 1)
 
 
+class Hidden(nn.Module):
+    """A mask of nothing but sizes, made once for all layers of a segment: before the first, or after it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.layers = kind, nn.ModuleList(linears())
+
+    def mask(self, count: int) -> Tensor:
+        if self.kind == "positions":
+            places = torch.arange(count)
+            return torch.where(places[None] > places[:, None], -1e9, 0.0).double()
+        return torch.full((count, count), -1e9, dtype=torch.float64).triu(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers]
+        pieces = []
+        for piece in x.split(SEGMENT, 1):
+            hides = None if self.kind == "late" else self.mask(piece.shape[1])
+            if self.kind == "asked" and hides is not None and not hides.any().item():
+                hides = 2 * hides
+            for number, layer in enumerate(self.layers):
+                hidden = layer(piece)
+                hides = self.mask(piece.shape[1]) if hides is None else hides
+                scores = (hidden @ piece.transpose(1, 2) + hides).softmax(-1)
+                piece = torch.tanh(scores @ hidden + memories[number][:, None])
+                memories[number] = 0.5 * memories[number] + piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["early", "late", "positions", "asked"])
+def test_a_constant_that_layers_share_is_of_each(kind: str) -> None:
+    Twins(lambda: Hidden(kind)).compare({LOWER, OWN})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", one_in(2, [SEGMENT + 2, SEGMENT - 1]))
 def test_a_mask_of_what_a_window_holds(kept: int) -> None:

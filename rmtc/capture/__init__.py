@@ -20,6 +20,7 @@ from rmtc.capture.tracer import RawTrace, trace
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Program, from_graph
 from rmtc.passes.canonicalize import Canonicalize
+from rmtc.passes.remake_constants import RemakeConstants, constants
 from rmtc.passes.remove_regions import Autocast, RemoveRegions
 from rmtc.quiet import uncollected
 from rmtc.restoring import outermost
@@ -49,17 +50,19 @@ class Captured:
 
 
 class Reading(NamedTuple):
-    """How slices are read, see :class:`Canonicalize`.
+    """How slices and constants are read, see :class:`Canonicalize`.
 
     Attributes:
         tables: whether a slice of all of a table is one.
         windows: whether a window of a segment's length is read as what it is cut from.
         histories: whether histories of few parts are read part by part.
+        constants: whether constants of the loop are made for each layer that reads them, see :class:`RemakeConstants`.
     """
 
     tables: bool = False
     windows: bool = False
     histories: bool = True
+    constants: bool = False
 
 
 _PLAIN = Reading()
@@ -77,6 +80,7 @@ class Capture:
         reorder_random: whether operations may draw random numbers, in any order.
         reading: how slices are read.
         by_parts: whether a run has a history that is read part by part.
+        has_constants: whether a run makes constants in the loop.
     """
 
     session: Session
@@ -86,6 +90,7 @@ class Capture:
     reorder_random: bool = False
     reading: Reading = _PLAIN
     by_parts: bool = False
+    has_constants: bool = False
 
     @property
     def growing(self) -> frozenset[str]:
@@ -122,6 +127,10 @@ class Capture:
         gradients = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
         RemoveRegions(Autocast.ambient(), gradients, self.reorder_random).apply(graph)
         self._show(RemoveRegions.name, sizes, graph)
+        self.has_constants |= bool(constants(graph))
+        if self.reading.constants:
+            RemakeConstants().apply(graph)
+            self._show(RemakeConstants.name, sizes, graph)
         canonicalize = Canonicalize(
             self.plan.segment_length if self.reading.windows else None,
             self._fixed(raw) if self.reading.tables else frozenset(),

@@ -57,6 +57,7 @@ def passes() -> list[PassInfo]:
     return [
         PassInfo("capture", "the segment loop unrolled over a few segments, as a functional pre-dispatch FX graph"),
         PassInfo("remove-regions", "autocast becomes explicit casts, grad mode goes"),
+        PassInfo("remake-constants", "constants of a loop made where they are read, if none is found without that"),
         PassInfo("canonicalize", "one spelling for parts of tensors; reads see through writes"),
         PassInfo("find-segments", "each operation filed in a segment, before the loop or after it"),
         PassInfo("fold-segments", "two lengths folded into one loop, for every number of segments"),

@@ -103,6 +103,10 @@ def _after_layer(spec: Spec) -> list[str]:
     }.get(spec["over_cells"], [])
     lines += {
         "first": ["first = x if i == 0 else first\nx = x + 0.5 * first"],
+        "constant": [
+            "seen = torch.ones(x.shape[1], x.shape[1], dtype=x.dtype).tril() if i == 0 else seen",
+            "x = x + 0.1 * seen @ x",
+        ],
         "before": ["lower = x if i == 0 else lower\nx, lower = x + 0.5 * lower, x"],
     }.get(spec["skip"], [])
     return lines

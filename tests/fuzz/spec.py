@@ -69,7 +69,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "mask": (False, True),
     "tokens": (False, True),
     "mixed": (False, True),
-    "skip": ("none", "first", "before"),
+    "skip": ("none", "first", "before", "constant"),
     "over_cells": ("none", "sum", "maximum", "buffer", "list", "number", "each", "last"),
     "after": ("none", "in place", "scaled", "view"),
     "gradients": (False, True),
