@@ -229,3 +229,39 @@ class Unfolded(nn.Module):
 
 def test_segments_that_unfold_makes() -> None:
     Twins(Unfolded).compare({LOWER, OWN}, sizes=((4, 2, SEGMENT), (7, 3, SEGMENT)))
+
+
+class Rolled(nn.Linear):
+    """Adds features in an order of its own: `index_add` has no rule."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.register_buffer("order", torch.arange(WIDTH).roll(number))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).index_add(-1, self.get_buffer("order"), x, alpha=0.5)
+
+
+class Older(nn.Module):
+    """Reads the memory of two segments before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Rolled(number) for number in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        older, newer = ([x.new_zeros(x.shape[0], WIDTH) for _ in self.layers] for _ in range(2))
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + older[number][:, None])
+                older[number], newer[number] = newer[number], piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def test_buffers_of_neighbouring_cells_are_those_of_their_layer() -> None:
+    twins = Twins(Older)
+    for segments in (4, 7):
+        twins.call(text(segments, 2))
+        twins.ran(segments)

@@ -293,18 +293,23 @@ class _Emitter:
 
         torch's rules for `vmap` are not all right: that of `index_fill` takes the first cell's value for all.
         """
-        space = {**self.space, "G": 2}
+        count = 2 * max(value.repeat for value in arguments.tensors())
+        space = {**self.space, "G": count}
+
+        def differing(tensor: torch.Tensor, count: int) -> torch.Tensor:
+            """Of two kinds in turn. Symmetric, definite, positive stays so; zeros do not stay zeros."""
+            number = tensor.is_floating_point() or tensor.is_complex()
+            return torch.stack([tensor[0], tensor[-1] * 1.125 + 0.125 if number else tensor[-1]] * (count // 2))
+
         for value in arguments.tensors():
             if value.grouped:
-                name = plain(value.text).partition("[")[0]
-                one = self.space[name]
-                if isinstance(one, FakeTensor) or one.is_meta or value.repeat > 1:
+                name = value.rows or plain(value.text).partition("[")[0]  # of several results, all
+                if any(isinstance(each, FakeTensor) or each.is_meta for each in pytree.tree_leaves(self.space[name])):
                     return True
-                # Symmetric, definite, positive stays so; zeros do not stay zeros.
-                other = one[-1] * 1.125 + 0.125 if one.is_floating_point() or one.is_complex() else one[-1]
-                space[name] = torch.stack([one[0], other])
+                several = functools.partial(differing, count=count // value.repeat)
+                space[name] = pytree.tree_map_only(torch.Tensor, several, self.space[name])
         try:
-            cells = [eval(plain(self._cell(arguments, str(number))), space) for number in range(2)]
+            cells = [eval(plain(self._cell(arguments, str(number))), space) for number in range(count)]
         except RuntimeError as error:  # not defined for the second
             if raised_by_signal(error):
                 raise
