@@ -285,6 +285,8 @@ def test_what_transformers_are_made_of_needs_no_vmap() -> None:
         call("linalg_cross", X((1, 3)), X((2, 3))),
         call("dist", X((2, 3)), X((3,))),
         call("index_fill.int_Tensor", X((3, 4)), -1, X((2,), I64, 4), X(())),
+        call("index_fill.int_Tensor", X((3, 4), I64, 9), -1, X((2,), I64, 4), X((), I64, 9)),
+        call("index_fill.int_Tensor", X((3, 4), BOOL), -1, X((2,), I64, 4), X((), BOOL)),
         call("cdist", X((1, 2, 3)), X((2, 3, 3))),
         call("avg_pool1d", X((2, 3, 4)), (2,)),
         call("one_hot", X((3,), I64, 4), 4),
@@ -293,6 +295,30 @@ def test_what_transformers_are_made_of_needs_no_vmap() -> None:
     ids=lambda each: target_name(each.target),
 )
 def test_an_operation_without_a_rule_is_itself_cell_by_cell(each: Call) -> None:
+    for choice in each.choices():
+        hold(each, choice)
+
+
+@torch.library.custom_op("rmtc_rules::added", mutates_args=())
+def added(x: Tensor, y: Tensor) -> Tensor:
+    return x + y
+
+
+@added.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@added.register_vmap
+def _(info: Any, dims: Any, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
+    """Gives all cells the first one's ``y``."""
+    first = y if dims[1] is None else y.movedim(dims[1], 0)[0]
+    return (x if dims[0] is not None else x.expand(info.batch_size, *x.shape)) + first, 0
+
+
+@pytest.mark.parametrize("x", [X((3,)), X((3,), I64, 9)], ids=str)
+def test_a_wrong_rule_for_vmap_is_found_by_its_values(x: X) -> None:
+    each = Call(torch.ops.rmtc_rules.added.default, (x, x))
     for choice in each.choices():
         hold(each, choice)
 

@@ -148,6 +148,18 @@ def itself(pieces: list[Tensor], hidden: Any, memories: Any) -> dict[str, Any]:
     return found
 
 
+def odd(pieces: list[Tensor], hidden: Any, memories: Any) -> Any:
+    found = SimpleNamespace(hidden=pieces[-1])
+    vars(found)[0] = pieces[0]  # type: ignore[index]
+    return found
+
+
+def test_a_namespace_with_names_that_are_no_strings_is_refused() -> None:
+    fast = rmtc.compile(Giving(odd).double().eval(), strict=True)
+    with torch.no_grad(), pytest.raises(rmtc.RefusedError, match="returns a SimpleNamespace"):
+        fast(text(4, 2))
+
+
 def test_a_dict_that_holds_itself_is_refused() -> None:
     fast = rmtc.compile(Giving(itself).double().eval(), strict=True)
     with torch.no_grad(), pytest.raises(rmtc.RefusedError, match="returns a dict in \\['all'\\]"):

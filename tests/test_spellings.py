@@ -293,6 +293,56 @@ class Valid(nn.Module):
         return torch.cat(pieces, 1)
 
 
+class Signed(nn.Module):
+    """Tells -0.0 from 0.0, from a segment on, or in one layer."""
+
+    def __init__(self, at: int, layer: int | None) -> None:
+        super().__init__()
+        self.at, self.layer, self.layers = at, layer, nn.ModuleList(linears())
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers]
+        pieces = []
+        for segment, piece in enumerate(x.split(SEGMENT, 1)):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number][:, None])
+                negative = segment >= self.at or number == self.layer
+                piece = piece + (piece.abs() * (-0.0 if negative else 0.0)).reciprocal().sign()
+                memories[number] = 0.5 * memories[number] + piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
+@pytest.mark.parametrize(("at", "layer"), [(2, None), (6, None), (99, 1)])
+def test_zeros_have_signs(at: int, layer: int | None) -> None:
+    torch.manual_seed(0)
+    model = Signed(at, layer).double()
+    fast = rmtc.compile(copy.deepcopy(model), schedule="shortest")
+    with torch.no_grad():
+        for segments in (4, 5, 9):
+            given = text(segments, 2)
+            assert torch.allclose(fast(given), model(given), atol=1e-12)
+    assert rmtc.stats(fast).runs
+
+
+class OtherDtype(Signed):
+    """Makes a number in another default dtype, for a while."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        added = torch.full((1,), 0.1)
+        torch.set_default_dtype(before)
+        return super().forward(x) + added
+
+
+@pytest.mark.changes_settings
+def test_a_default_dtype_of_the_code_is_refused() -> None:
+    fast = rmtc.compile(OtherDtype(99, None), strict=True)
+    with torch.no_grad(), pytest.raises(rmtc.RefusedError, match="changes the default dtype"):
+        fast(text(4, 2).float())
+
+
 class Hidden(nn.Module):
     """A mask of nothing but sizes, made once for all layers of a segment: before the first, or after it."""
 

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from rmtc.capture.frames import current_location
 from rmtc.capture.indexing import EverySlice
-from rmtc.errors import CaptureError
+from rmtc.errors import CaptureError, RefusedError
 
 __all__ = ["Fakes", "Watcher"]
 
@@ -68,6 +69,7 @@ class Fakes(FakeTensorMode):
         self.thread: int | None = None
         self._watcher: Watcher | None = None
         self._depth = 0
+        self._dtype = torch.get_default_dtype()
         self._indexing = EverySlice()
         self.known = self._indexing.known
 
@@ -80,6 +82,7 @@ class Fakes(FakeTensorMode):
         super().__enter__()
         self._depth += 1
         if self._depth == 1:  # torch enters it again inside operations
+            self._dtype = torch.get_default_dtype()
             self._indexing.__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -118,6 +121,12 @@ class Fakes(FakeTensorMode):
         if func is _DEVICE and type(args[0]) is FakeTensor:  # asked for more often than anything is computed
             return args[0].device
         kwargs = kwargs or {}
+        if torch.get_default_dtype() is not self._dtype:
+            raise RefusedError(
+                "the code changes the default dtype of torch for operations, which run later under the caller's",
+                location=current_location(3)[0],
+                remedy="give the operations a dtype",
+            )
         self.known.written(func, args, kwargs)
         key, out = None, self._slice(*args) if func is _SLICE and not kwargs else None
         if out is None:

@@ -178,7 +178,8 @@ class Describer:
 def can_be_made(value: object) -> bool:
     """Whether an object is no more than its attributes."""
     makers = (object.__new__, types.SimpleNamespace.__new__)
-    return is_record(value) and not isinstance(value, nn.Module) and type(value).__new__ in makers
+    named = all(type(key) is str for key in getattr(value, "__dict__", ()))
+    return named and is_record(value) and not isinstance(value, nn.Module) and type(value).__new__ in makers
 
 
 def attributes(value: object) -> dict[str, Any]:

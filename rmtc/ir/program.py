@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -217,6 +218,15 @@ def constant_name(constant: torch.Tensor) -> str:
     return f"constant_{str(constant.dtype).removeprefix('torch.')}{list(constant.shape)}_{digest}"
 
 
+class _NegativeZero(float):
+    """-0.0, which Python takes for 0.0: 1 / -0.0 is another number."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is _NegativeZero
+
+    __hash__ = float.__hash__
+
+
 def from_graph(module: fx.GraphModule, outputs: tuple[str, ...], names: dict[str, str]) -> Program:
     """A canonical FX graph as a flat program.
 
@@ -237,7 +247,7 @@ def from_graph(module: fx.GraphModule, outputs: tuple[str, ...], names: dict[str
             return tuple(convert(item) for item in arg)
         if isinstance(arg, slice):
             raise CaptureError("a Python slice reached the graph")
-        return arg
+        return _NegativeZero(arg) if type(arg) is float and not arg and math.copysign(1, arg) < 0 else arg
 
     for node in module.graph.nodes:
         if node.op == "placeholder":

@@ -130,6 +130,9 @@ def _refuse_unknown(node: fx.Node, reorder_random: bool) -> None:
     elif not reorder_random and torch.Tag.nondeterministic_seeded in target.tags and draws(node):
         reason = f"{target} draws random numbers: another order of the cells draws other numbers"
         remedy = "call model.eval(), or set the dropout probabilities to 0"
+    elif target.namespace not in ("aten", "prims", "rmtc") and not node.all_input_nodes:
+        reason = f"{target} takes no tensor: whether it gives the same each time is not known"
+        remedy = "give it a tensor, or call it before the forward and pass what it gives"
     else:
         return
     raise RefusedError(reason, location=node.meta.get("location"), remedy=remedy)

@@ -289,17 +289,20 @@ class _Emitter:
         return _alike(found, first, count)
 
     def _of_two_cells(self, text: str, arguments: Arguments) -> bool:
-        """Whether a text gives the values of the operation on each of two cells that differ.
+        """Whether a text gives the values of the operation on each of some cells that differ.
 
         torch's rules for `vmap` are not all right: that of `index_fill` takes the first cell's value for all.
         """
+        found = [self._of_cells(text, arguments, change) for change in (_next, _rolled)]
+        return False not in found and True in found
+
+    def _of_cells(self, text: str, arguments: Arguments, change: Callable[[torch.Tensor], torch.Tensor]) -> bool | None:
+        """Whether a text gives the values of the operation on cells of two kinds in turn; None if one has no value."""
         count = 2 * max(value.repeat for value in arguments.tensors())
         space = {**self.space, "G": count}
 
         def differing(tensor: torch.Tensor, count: int) -> torch.Tensor:
-            """Of two kinds in turn. Symmetric, definite, positive stays so; zeros do not stay zeros."""
-            number = tensor.is_floating_point() or tensor.is_complex()
-            return torch.stack([tensor[0], tensor[-1] * 1.125 + 0.125 if number else tensor[-1]] * (count // 2))
+            return torch.stack([tensor[0], change(tensor[-1])] * (count // 2))
 
         for value in arguments.tensors():
             if value.grouped:
@@ -310,10 +313,10 @@ class _Emitter:
                 space[name] = pytree.tree_map_only(torch.Tensor, several, self.space[name])
         try:
             cells = [eval(plain(self._cell(arguments, str(number))), space) for number in range(count)]
-        except RuntimeError as error:  # not defined for the second
+        except (RuntimeError, IndexError, ValueError) as error:  # an index past the end
             if raised_by_signal(error):
                 raise
-            return False
+            return None
         found = pytree.tree_leaves(eval(plain(text), space))
         expected = [torch.stack(parts) for parts in zip(*map(pytree.tree_leaves, cells), strict=True)]
         return all(_near(one, other) for one, other in zip(found, expected, strict=True))
@@ -363,19 +366,36 @@ def _alike(found: Any, cell: Any, count: int | None) -> bool:
     )
 
 
+def _next(tensor: torch.Tensor) -> torch.Tensor:
+    """Another tensor of the kind: what is symmetric, definite or positive stays so."""
+    if tensor.dtype is torch.bool:
+        return ~tensor
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor * 1.1387 + 0.2193
+    return tensor + 1
+
+
+def _rolled(tensor: torch.Tensor) -> torch.Tensor:
+    """Another tensor of the kind, of the same indices where there are several."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.numel() == 1:
+        return _next(tensor)
+    return tensor.flatten().roll(1).view_as(tensor)
+
+
 def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors are the same up to rounding."""
     if not (one.is_floating_point() or one.is_complex()):
         return torch.equal(one, other)
     error = torch.finfo(one.dtype).eps ** 0.5
-    scale = float(other.abs().nan_to_num(0, 0, 0).max()) if other.numel() else 0.0
-    return torch.allclose(one, other, rtol=error, atol=error * scale, equal_nan=True)
+    return torch.allclose(one, other, rtol=error, atol=error, equal_nan=True)
 
 
 def _has_batching(target: Any) -> bool:
     """Whether `vmap` does more for an operation than to run it for one cell after another, which it warns of."""
     if not isinstance(target, torch._ops.OpOverload):
         return True
+    if target is torch.ops.aten.index_fill.int_Tensor:  # torch's own gives all cells the first one's value
+        return False
     name = target.name()
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in _BATCHING)
 
