@@ -87,7 +87,7 @@ def setting_left(layers: Layers, text: Tensor) -> Tensor:
             piece = torch.tanh(layer(piece) + memories[number][:, None])
             memories[number] = piece.mean(1).detach()
         pieces.append(piece.detach())
-    torch.set_default_dtype(torch.float64)
+    torch.use_deterministic_algorithms(True)
     return torch.cat(pieces, dim=1)
 
 

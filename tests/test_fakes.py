@@ -110,11 +110,15 @@ def test_the_default_dtype_counts() -> None:
     with mode:
         x = torch.empty(3, dtype=torch.int64)
         assert (x / 2).dtype is torch.float32
-        torch.set_default_dtype(torch.float64)
-        try:
+    torch.set_default_dtype(torch.float64)
+    try:
+        with mode:
             assert (x / 2).dtype is torch.float64
-        finally:
             torch.set_default_dtype(torch.float32)
+            with pytest.raises(rmtc.RefusedError, match="changes the default dtype"):
+                _ = x / 2
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_views_share_memory_and_results_do_not() -> None:
