@@ -316,6 +316,28 @@ def _(info: Any, dims: Any, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
     return (x if dims[0] is not None else x.expand(info.batch_size, *x.shape)) + first, 0
 
 
+@torch.library.custom_op("rmtc_rules::shifted", mutates_args=())
+def shifted(x: Tensor) -> Tensor:
+    return x + 1
+
+
+@shifted.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@shifted.register_vmap
+def _(info: Any, dims: Any, x: Tensor) -> tuple[Tensor, int]:
+    if info.batch_size == 2 and not x.is_meta:
+        raise RuntimeError("not of two")
+    return x.movedim(dims[0], 0) + 1, 0
+
+
+def test_a_rule_for_vmap_that_fails_is_not_taken() -> None:
+    each = Call(torch.ops.rmtc_rules.shifted.default, (X((3,)),))
+    hold(each, [True])
+
+
 @pytest.mark.parametrize("x", [X((3,)), X((3,), I64, 9)], ids=str)
 def test_a_wrong_rule_for_vmap_is_found_by_its_values(x: X) -> None:
     each = Call(torch.ops.rmtc_rules.added.default, (x, x))

@@ -224,6 +224,9 @@ class _NegativeZero(float):
     def __eq__(self, other: object) -> bool:
         return type(other) is _NegativeZero
 
+    def __ne__(self, other: object) -> bool:  # else that of float, for which they are equal
+        return not self == other
+
     __hash__ = float.__hash__
 
 

@@ -317,7 +317,12 @@ class _Emitter:
             if raised_by_signal(error):
                 raise
             return None
-        found = pytree.tree_leaves(eval(plain(text), space))
+        try:
+            found = pytree.tree_leaves(eval(plain(text), space))
+        except (RuntimeError, IndexError, ValueError) as error:
+            if raised_by_signal(error):
+                raise
+            return False
         expected = [torch.stack(parts) for parts in zip(*map(pytree.tree_leaves, cells), strict=True)]
         return all(_near(one, other) for one, other in zip(found, expected, strict=True))
 
