@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from rmtc.errors import RefusedError as RefusedError
     from rmtc.errors import RmtcError as RmtcError
     from rmtc.errors import VerifyError as VerifyError
+    from rmtc.ir.cells import Cell as Cell
+    from rmtc.ir.cells import Dependence as Dependence
+    from rmtc.ir.cells import Group as Group
+    from rmtc.ir.cells import Step as Step
     from rmtc.ir.explanation import CellClass as CellClass
     from rmtc.ir.explanation import Certificate as Certificate
     from rmtc.ir.explanation import Explanation as Explanation
     from rmtc.ir.explanation import OperationsView as OperationsView
-    from rmtc.ir.schedule import Cell as Cell
-    from rmtc.ir.schedule import Dependence as Dependence
-    from rmtc.ir.schedule import Group as Group
     from rmtc.ir.schedule import Schedule as Schedule
-    from rmtc.ir.schedule import Step as Step
     from rmtc.runtime.backends import list_backends as list_backends
     from rmtc.runtime.stats import LastRun as LastRun
     from rmtc.runtime.stats import Stats as Stats
@@ -38,7 +38,8 @@ _FILES = {
     "compiler": "compile disabled restore stats",
     "errors": "CaptureError FallbackWarning Location RefusedError RmtcError VerifyError",
     "ir.explanation": "CellClass Certificate Explanation OperationsView",
-    "ir.schedule": "Cell Dependence Group Schedule Step",
+    "ir.cells": "Cell Dependence Group Step",
+    "ir.schedule": "Schedule",
     "runtime.backends": "list_backends",
     "runtime.stats": "LastRun Stats",
     "studies": "study",
@@ -61,6 +62,8 @@ def __getattr__(name: str) -> Any:
             value = "0+unknown"
     elif name in _HOMES:
         value = getattr(import_module(f"rmtc.{_HOMES[name]}"), name)
+        if _HOMES[name].startswith("ir."):
+            import_module("rmtc.show")  # registers how data prints
     else:
         raise AttributeError(f"module 'rmtc' has no attribute {name!r}")
     globals()[name] = value

@@ -17,13 +17,13 @@ from rmtc.capture.other_sizes import follows
 from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer, shows
 from rmtc.capture.state import told
+from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.untold import UntoldError
 from rmtc.errors import CaptureError, RefusedError, VerifyError
+from rmtc.lock import LOCK
 from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, retime_loop, rewrite
 from rmtc.quiet import uncollected
 from rmtc.restoring import outermost
-from rmtc.runtime.lock import LOCK
-from rmtc.runtime.state_guard import StateGuard
 from rmtc.stages import stage, timed
 
 __all__ = ["Analysis", "analyze", "prove_analysis"]

@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 
+import rmtc.show  # noqa: F401 - how an explanation prints
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture.own_modes import own_modes
 from rmtc.codegen.triton.targets import TARGETS, Target
 from rmtc.errors import CaptureError, RefusedError, RmtcError, raised_by_signal
+from rmtc.ir.cells import Dependence
 from rmtc.ir.explanation import Explanation
-from rmtc.ir.schedule import Dependence
 from rmtc.kernels import kernels_on
-from rmtc.passes.operations_view import operations_view
 from rmtc.passes.pipeline import passes, retime_loop
-from rmtc.passes.prove import remedy
-from rmtc.passes.strip_mine import strips
-from rmtc.passes.summary import class_summaries
+from rmtc.passes.schedule.operations_view import operations_view
+from rmtc.passes.schedule.prove import remedy
+from rmtc.passes.schedule.strip_mine import strips
+from rmtc.passes.schedule.summary import class_summaries
 from rmtc.runtime.backends import nearest
 from rmtc.runtime.estimate import candidates, kind_named, ways
 from rmtc.stages import stage

@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmtc.analysis import Analysis
-from rmtc.codegen.torch import linears
 from rmtc.compiler import compiled_of, disabled
 from rmtc.errors import CaptureError, RefusedError, VerifyError
+from rmtc.ops import linears
 from rmtc.runtime.backends import Backend
 from rmtc.runtime.choice import SETTLED
 from rmtc.runtime.stats import LastRun

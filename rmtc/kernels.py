@@ -23,7 +23,7 @@ from rmtc.ir.array import Array, Outside
 from rmtc.ir.explanation import FusedKernel, FusedStep
 from rmtc.ir.kernel import Multiply
 from rmtc.ir.wavefront import WavefrontProgram
-from rmtc.passes.fusion_groups import kind_of, operations_of, work
+from rmtc.passes.bodies.fusion_groups import kind_of, operations_of, work
 from rmtc.runtime.executor import Emission
 from rmtc.runtime.triton import Triton
 from rmtc.runtime.variant import Variant

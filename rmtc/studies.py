@@ -6,17 +6,18 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import rmtc.show  # noqa: F401 - how an explanation prints
+from rmtc.ir.cells import Dependence
 from rmtc.ir.explanation import Certificate, Explanation
 from rmtc.ir.folded import Edge, FoldedGraph, Vertex
-from rmtc.ir.formula import distance_text
+from rmtc.ir.formula import Extent, L, distance_text, evaluated, layer_symbol
 from rmtc.ir.limits import LAYERS, READS, SEGMENTS, WORK, refused_by, within
-from rmtc.ir.schedule import Dependence, Extent, L, evaluated, layer_symbol
 from rmtc.ir.spelling import Spelled, SpellingError, counted, read_dependences, read_extent
-from rmtc.passes.distances import names_a_stage
-from rmtc.passes.operations_view import operations_view
-from rmtc.passes.prove import Proof, prove, remedy
-from rmtc.passes.retime import retime
-from rmtc.passes.strip_mine import strips
+from rmtc.passes.schedule.distances import names_a_stage
+from rmtc.passes.schedule.operations_view import operations_view
+from rmtc.passes.schedule.prove import Proof, prove, remedy
+from rmtc.passes.schedule.retime import retime
+from rmtc.passes.schedule.strip_mine import strips
 
 __all__ = ["study"]
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from rmtc.capture.guards import alike
 from rmtc.capture.objects import leaves_of
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, Snapshot, is_plain, walk
 from rmtc.compiler import compile, compiled_of, restore
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.runtime.backends import Backend
-from rmtc.runtime.guards import alike
 from rmtc.runtime.stats import LastRun
 from rmtc.stages import stage
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from rmtc.errors import Location
+from rmtc.ir.cells import Dependence
 from rmtc.ir.explanation import CellClass, Certificate, Explanation, Inequality
-from rmtc.ir.schedule import Dependence, L, Schedule
+from rmtc.ir.formula import L
+from rmtc.ir.schedule import Schedule
 
 HIDDEN = Dependence(
     (0, 1),

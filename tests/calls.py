@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rmtc.codegen import fused
 from rmtc.ir.program import leaves, map_leaves
 from rmtc.ir.segment_loop import BodyOp
+from rmtc.ops import fused
 
 F32, F64, I64, BOOL = torch.float32, torch.float64, torch.int64, torch.bool
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import rmtc
 from rmtc.api import explanation_of
 from rmtc.compiler import compiled_of
-from rmtc.ir.schedule import distances
+from rmtc.ir.cells import distances
 
 __all__ = ["LAYERS", "SEGMENT", "SIZES", "WIDTH", "Twins", "differences", "leaves", "text"]
 

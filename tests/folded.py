@@ -7,10 +7,10 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from rmtc.ir.cells import Dependence
 from rmtc.ir.folded import Edge, FoldedGraph, Times, Vertex
 from rmtc.ir.program import Op, Program, Val
-from rmtc.ir.schedule import Dependence
-from rmtc.passes.check_moments import Slot
+from rmtc.passes.schedule.check_moments import Slot
 
 Pairs = tuple[tuple[int, int], ...]
 

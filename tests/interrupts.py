@@ -38,7 +38,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import rmtc
 from rmtc.examples import armt_llama
-from rmtc.runtime.lock import LOCK
+from rmtc.lock import LOCK
 
 assert environment.SET
 ROOT = Path(rmtc.__file__).parent

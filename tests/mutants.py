@@ -30,10 +30,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 TESTS = {
-    "rmtc/passes/prove.py": ("test_prove.py", "test_study.py"),
-    "rmtc/passes/check.py": ("test_check.py",),
-    "rmtc/passes/dependences.py": ("test_oracle.py", "test_explain.py"),
-    "rmtc/passes/group.py": ("test_if_convert.py", "test_grouping_rules.py"),
+    "rmtc/passes/schedule/prove.py": ("test_prove.py", "test_study.py"),
+    "rmtc/passes/schedule/check.py": ("test_check.py",),
+    "rmtc/passes/fold/dependences.py": ("test_oracle.py", "test_explain.py"),
+    "rmtc/passes/bodies/group.py": ("test_if_convert.py", "test_grouping_rules.py"),
     "rmtc/runtime/plan.py": ("test_check_plan.py", "test_standing.py"),
     "rmtc/runtime/standing.py": ("test_standing.py",),
 }

@@ -11,7 +11,9 @@ from compare import LAYERS, SEGMENT, WIDTH, Twins, text
 from torch import Tensor, nn
 
 import rmtc
-from rmtc.ir.schedule import Cell, L, S, Schedule
+from rmtc.ir.cells import Cell
+from rmtc.ir.formula import L, S
+from rmtc.ir.schedule import Schedule
 
 LOWER, SKEW = (0, 1), (1, 1)
 

@@ -12,8 +12,8 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import rmtc
-from rmtc.passes.canonicalize import Canonicalize
-from rmtc.passes.remove_regions import RemoveRegions
+from rmtc.passes.graph.canonicalize import Canonicalize
+from rmtc.passes.graph.remove_regions import RemoveRegions
 
 aten = torch.ops.aten
 

@@ -38,8 +38,8 @@ from rmtc.capture import Capture, open_capture
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.tracer import trace
-from rmtc.passes.canonicalize import Canonicalize
-from rmtc.passes.remove_regions import Autocast, RemoveRegions
+from rmtc.passes.graph.canonicalize import Canonicalize
+from rmtc.passes.graph.remove_regions import Autocast, RemoveRegions
 
 aten = torch.ops.aten
 
@@ -205,8 +205,8 @@ STAGES = {
     "placing an operation": ("rmtc.capture.tracer", "current_location"),
     "reading the results": ("rmtc.capture.objects", "Describer.describe"),
     "reading the state": ("rmtc.capture.session", "Session.state"),
-    "remove-regions": ("rmtc.passes.remove_regions", "RemoveRegions.apply"),
-    "canonicalize": ("rmtc.passes.canonicalize", "Canonicalize.apply"),
+    "remove-regions": ("rmtc.passes.graph.remove_regions", "RemoveRegions.apply"),
+    "canonicalize": ("rmtc.passes.graph.canonicalize", "Canonicalize.apply"),
     "flattening": ("rmtc.capture", "from_graph"),
     "find-segments": ("rmtc.passes.pipeline", "find_segments"),
     "fold-segments": ("rmtc.passes.pipeline", "fold_segments"),

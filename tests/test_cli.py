@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 
 from rmtc.cli import app
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError, VerifyError
-from rmtc.ir import Cell, Explanation, refusal_text, schedule_text
-from rmtc.ir.why import why
+from rmtc.ir.cells import Cell
+from rmtc.ir.explanation import Explanation
+from rmtc.show.text import refusal_text, schedule_text
+from rmtc.show.why import why
 
 FACTORY = """
 import sys

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rmtc
 from rmtc.errors import FallbackWarning
 from rmtc.examples import armt_gpt2, armt_llama
-from rmtc.ir.schedule import L, S
+from rmtc.ir.formula import L, S
 
 KINDS = {"llama": armt_llama, "gpt2": armt_gpt2}
 SEGMENT, TAIL = 4, 3

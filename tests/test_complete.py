@@ -12,10 +12,10 @@ from drawn import Choices, build, text_of
 import rmtc
 from rmtc import analysis
 from rmtc.ir.program import Op, Program, Src, Val
-from rmtc.passes import fold
-from rmtc.passes.complete import complete_segments
-from rmtc.passes.run import Run
-from rmtc.passes.segments import Segmented
+from rmtc.passes.fold import fold_segments as fold
+from rmtc.passes.fold.complete import complete_segments
+from rmtc.passes.fold.run import Run
+from rmtc.passes.fold.segments import Segmented
 
 aten = torch.ops.aten
 W, TEXT = Src("w"), Src("text")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from rmtc.passes.cuts import (
+from rmtc.passes.fold.cuts import (
     choose_cut,
     common_prefix,
     common_subsequence,

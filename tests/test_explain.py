@@ -23,7 +23,8 @@ from rmtc import Cell, Group, Schedule, Step
 from rmtc.api import dump
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError
 from rmtc.examples import armt_llama, associative, rmt_llama
-from rmtc.ir.schedule import L, S, distances
+from rmtc.ir.cells import distances
+from rmtc.ir.formula import L, S
 
 MEMORY = {(0, 1), (1, 0)}
 DIAGONAL = S + L - 1

@@ -841,7 +841,7 @@ def test_a_capture_is_its_own_while_another_thread_runs_the_layers() -> None:
 
 
 def test_a_thread_that_holds_the_lock_does_not_wait_for_one_that_waits() -> None:
-    from rmtc.runtime.lock import SharedLock
+    from rmtc.lock import SharedLock
 
     lock = SharedLock()
     entered, got = threading.Event(), []

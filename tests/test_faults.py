@@ -41,8 +41,8 @@ FIRST = {
 """Stages of a first call, and at which call of a stage the fault comes."""
 
 LATER = {
-    "argument guard": ("rmtc.runtime.guards", "ArgumentGuard.sizes", 0),
-    "state guard": ("rmtc.runtime.state_guard", "StateGuard.differs", 0),
+    "argument guard": ("rmtc.capture.guards", "ArgumentGuard.sizes", 0),
+    "state guard": ("rmtc.capture.state_guard", "StateGuard.differs", 0),
     "arguments": ("rmtc.runtime.compiled", "Compiled._arguments", 0),
     "hooks": ("rmtc.runtime.compiled", "hooked", 0),
     "what places held": ("rmtc.runtime.variant", "Variant.entry", 0),

@@ -11,8 +11,8 @@ from folded import Spelled, drawn, spell
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmtc.passes.fission import Fission, fission
-from rmtc.passes.retime import retime
+from rmtc.passes.schedule.fission import Fission, fission
+from rmtc.passes.schedule.retime import retime
 
 X, M, Y = 0, 1, 2
 

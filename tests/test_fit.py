@@ -7,7 +7,7 @@ import random
 import pytest
 
 from rmtc.ir.segment_loop import Environment, Fit
-from rmtc.passes.fit import Misfit, fit
+from rmtc.passes.fold.fit import Misfit, fit
 
 
 def samples(function: object, points: list[Environment]) -> list[tuple[int, Environment]]:

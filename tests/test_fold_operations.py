@@ -26,13 +26,13 @@ import rmtc
 from rmtc.analysis import analyze
 from rmtc.ir.folded import FoldedGraph, Instance, Times
 from rmtc.ir.program import Val, leaves
-from rmtc.passes.check_moments import check_moments
-from rmtc.passes.fission import fission
-from rmtc.passes.fold_operations import distances, fold_operations
-from rmtc.passes.longest_chain import longest_chain
 from rmtc.passes.pipeline import Proven
-from rmtc.passes.place import slots
-from rmtc.passes.retime import retime
+from rmtc.passes.schedule.check_moments import check_moments
+from rmtc.passes.schedule.fission import fission
+from rmtc.passes.schedule.fold_operations import distances, fold_operations
+from rmtc.passes.schedule.longest_chain import longest_chain
+from rmtc.passes.schedule.place import slots
+from rmtc.passes.schedule.retime import retime
 
 
 def keys_cached(layers: Sequence[nn.Linear], hidden: Tensor) -> Tensor:

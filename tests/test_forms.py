@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 import rmtc
 from rmtc.cli import app
+from rmtc.ir.cells import Cell, Dependence
+from rmtc.ir.formula import L
 from rmtc.ir.notation import NotationError
-from rmtc.ir.schedule import Cell, Dependence, L, Schedule
-from rmtc.ir.why import read_cell, why
-from rmtc.report import (
+from rmtc.ir.schedule import Schedule
+from rmtc.show import (
     explanation_json,
     refusal_json,
     schedule_html,
@@ -30,6 +31,7 @@ from rmtc.report import (
     schedule_trace,
     why_json,
 )
+from rmtc.show.why import read_cell, why
 
 SVG = "{http://www.w3.org/2000/svg}"
 DOCS = Path(__file__).parents[1] / "docs"

@@ -16,10 +16,10 @@ from held import one_in
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from rmtc.codegen import fused
 from rmtc.codegen.torch import buffers
 from rmtc.codegen.torch.rules import is_fresh
 from rmtc.compiler import compiled_of
+from rmtc.ops import fused
 from rmtc.runtime.executor import Executor
 
 aten = torch.ops.aten

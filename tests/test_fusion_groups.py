@@ -18,7 +18,7 @@ from rmtc.ir.array import Array, Nest, Outside, Pointwise, Product, Reduction, S
 from rmtc.ir.index import Index
 from rmtc.ir.kernel import Attend, Kernel, build, loads
 from rmtc.ir.terms import IllegalError
-from rmtc.passes.fusion_groups import Groups, Machine, fusion_groups, kind_of, read_by
+from rmtc.passes.bodies.fusion_groups import Groups, Machine, fusion_groups, kind_of, read_by
 
 
 def stored(name: str, *shape: int) -> Stored:

@@ -18,8 +18,8 @@ from rmtc.capture.arguments import show
 from rmtc.codegen.reference import execute
 from rmtc.examples import armt_llama
 from rmtc.ir.wavefront import WavefrontProgram, choose
-from rmtc.passes.group import group, run_schedule
-from rmtc.passes.if_convert import if_convert
+from rmtc.passes.bodies.group import group, run_schedule
+from rmtc.passes.bodies.if_convert import if_convert
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.plan import plan_run
 from rmtc.runtime.weights import Weights

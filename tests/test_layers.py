@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import rmtc
 from rmtc.ir.program import Src
 from rmtc.ir.segment_loop import BodyOp, Layout, Row
-from rmtc.passes.align import aligned
+from rmtc.passes.fold.align import aligned
 
 aten = torch.ops.aten
 

@@ -17,16 +17,17 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import rmtc
-from rmtc import report
+from rmtc import show
 from rmtc.cli import app
 from rmtc.errors import RmtcError
 from rmtc.ir import limits
+from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.cost import CostModel
-from rmtc.ir.formula import formula
-from rmtc.ir.grid import schedule_text
+from rmtc.ir.formula import L, S, formula, layer_symbol
 from rmtc.ir.notation import NotationError
-from rmtc.ir.schedule import Cell, Dependence, L, S, Schedule, layer_symbol
+from rmtc.ir.schedule import Schedule
 from rmtc.ir.spelling import SpellingError, read_dependences, read_extent
+from rmtc.show.grid import schedule_text
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -258,15 +259,15 @@ WIDE = Schedule.parse(f"step of cell (s, l) = s + l, S = {limits.SEGMENTS}, L = 
     [
         str,
         lambda schedule: schedule_text(schedule, 51),
-        lambda schedule: report.schedule_json(schedule, 51),
-        lambda schedule: report.schedule_csv(schedule, 51),
-        lambda schedule: report.schedule_trace(schedule, 51),
-        lambda schedule: report.schedule_dot(schedule, 51),
-        lambda schedule: report.schedule_mermaid(schedule, 51),
-        lambda schedule: report.schedule_svg(schedule, 51),
-        lambda schedule: report.schedule_html(schedule, 51),
-        lambda schedule: report.schedule_svg(schedule, 26, [Dependence((0, 1)), Dependence((1, 0))]),
-        lambda schedule: report.schedule_dot(schedule, 26, [Dependence((0, 1)), Dependence((1, 0))]),
+        lambda schedule: show.schedule_json(schedule, 51),
+        lambda schedule: show.schedule_csv(schedule, 51),
+        lambda schedule: show.schedule_trace(schedule, 51),
+        lambda schedule: show.schedule_dot(schedule, 51),
+        lambda schedule: show.schedule_mermaid(schedule, 51),
+        lambda schedule: show.schedule_svg(schedule, 51),
+        lambda schedule: show.schedule_html(schedule, 51),
+        lambda schedule: show.schedule_svg(schedule, 26, [Dependence((0, 1)), Dependence((1, 0))]),
+        lambda schedule: show.schedule_dot(schedule, 26, [Dependence((0, 1)), Dependence((1, 0))]),
     ],
 )
 def test_forms_of_too_many_cells_are_not_begun(write: Callable[[Schedule], str]) -> None:

@@ -23,10 +23,10 @@ from torch._inductor.codecache import CppCodeCache
 
 import rmtc
 from rmtc.benchmark import _Products
-from rmtc.codegen.torch import linears
 from rmtc.codegen.torch.emit import Kernel
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama
+from rmtc.ops import linears
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.inductor import Inductor
 

@@ -13,7 +13,7 @@ from held import one_in
 from torch import Tensor, nn
 
 import rmtc
-from rmtc.ir.schedule import layer_symbol
+from rmtc.ir.formula import layer_symbol
 
 LOWER, OWN = (0, 1), (1, 0)
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import rmtc
 from rmtc.errors import VerifyError
+from rmtc.ir.cells import Cell
 from rmtc.ir.program import Op, Program, Source, Src, Val
-from rmtc.ir.schedule import Cell
-from rmtc.passes.check import Place, check
+from rmtc.passes.schedule.check import Place, check
 
 pytestmark = pytest.mark.slow
 aten = torch.ops.aten

@@ -19,8 +19,8 @@ from rmtc.codegen.triton.targets import TARGETS
 from rmtc.errors import RefusedError
 from rmtc.examples import armt_llama
 from rmtc.kernels import kernels_of
-from rmtc.report import explanation_json
 from rmtc.runtime.triton import Triton
+from rmtc.show import explanation_json
 
 SIZES = json.dumps({**SMALL, "layers": 2, "dtype": "bfloat16"})
 ONE_BILLION = json.dumps(

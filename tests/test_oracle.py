@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rmtc.analysis import analyze
 from rmtc.examples import armt_llama
-from rmtc.passes.dependences import cell_graph
+from rmtc.passes.fold.dependences import cell_graph
 
 SEGMENTS = 4
 

@@ -24,12 +24,14 @@ from rmtc.cli import app
 from rmtc.cli.app import Kind
 from rmtc.codegen.torch.emit import Kernel
 from rmtc.compiler import compiled_of
+from rmtc.ir.cells import Cell, Dependence, Phase
+from rmtc.ir.formula import L, S
 from rmtc.ir.notation import NotationError
-from rmtc.ir.schedule import Cell, Dependence, L, Phase, S, Schedule
-from rmtc.passes.phases import in_phases, in_strips
-from rmtc.report import schedule_csv, schedule_dot, schedule_json, schedule_mermaid, schedule_svg, schedule_trace
+from rmtc.ir.schedule import Schedule
+from rmtc.passes.schedule.phases import in_phases, in_strips
 from rmtc.runtime.estimate import kind_named
 from rmtc.runtime.executor import Executor
+from rmtc.show import schedule_csv, schedule_dot, schedule_json, schedule_mermaid, schedule_svg, schedule_trace
 
 SIZES = ((7, 2, SEGMENT), (12, 3, 2), (3, 1, 1), (2, 2, SEGMENT))
 OWN_OF_1 = Dependence((1, 0), "state", layers=(1, 1))
@@ -192,7 +194,7 @@ def test_whole_cells_are_refused_where_parts_are_not() -> None:
     words = " ".join(str(answer).split())
     assert "14 steps of parts; its 12 layer runs only run one after another" in words
     assert "Divided into 3 parts" in words and "step of part (s, p) = p, then s + p - 1 from p1" in words
-    assert json.loads(rmtc.report.explanation_json(answer))["refused"] is False
+    assert json.loads(rmtc.show.explanation_json(answer))["refused"] is False
     for kind in ("shortest", "diagonal", "sequential"):
         fast = rmtc.compile(Gated().double(), schedule=kind, strict=True)
         with pytest.raises(rmtc.RefusedError, match=r'(?s)one layer.*schedule="fission" run parts'), torch.no_grad():

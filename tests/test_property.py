@@ -21,7 +21,7 @@ import rmtc
 from rmtc.api import explanation_of
 from rmtc.compiler import compiled_of
 from rmtc.errors import CaptureError, RefusedError
-from rmtc.ir.schedule import Cell
+from rmtc.ir.cells import Cell
 
 EXAMPLES = int(os.environ.get("RMTC_EXAMPLES", "8"))
 """How many models are drawn: 8 always the same ones; another number draws anew each time."""

@@ -14,8 +14,9 @@ import networkx as nx
 import pytest
 import sympy
 
-from rmtc.ir.schedule import Cell, Dependence, L, S, layer_symbol
-from rmtc.passes.prove import Proof, prove
+from rmtc.ir.cells import Cell, Dependence
+from rmtc.ir.formula import L, S, layer_symbol
+from rmtc.passes.schedule.prove import Proof, prove
 
 ell = layer_symbol
 Edge = tuple[Cell, Cell]

@@ -28,10 +28,11 @@ from rmtc.capture.arguments import show
 from rmtc.codegen.reference import execute
 from rmtc.errors import VerifyError
 from rmtc.examples import armt_gpt2, armt_llama, rmt_llama
+from rmtc.ir.formula import L, S
 from rmtc.ir.program import Op, Program, Source, Src, Val
-from rmtc.ir.schedule import L, S, Schedule
-from rmtc.passes.check import Place
-from rmtc.passes.place import places
+from rmtc.ir.schedule import Schedule
+from rmtc.passes.schedule.check import Place
+from rmtc.passes.schedule.place import places
 
 aten = torch.ops.aten
 

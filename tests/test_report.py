@@ -10,8 +10,9 @@ import re
 from answers import HIDDEN, MEMORY, TOP, armt, rmt
 
 from rmtc.errors import Location, RefusedError
-from rmtc.ir import Cell, Schedule
-from rmtc.report import (
+from rmtc.ir.cells import Cell
+from rmtc.ir.schedule import Schedule
+from rmtc.show import (
     explanation_json,
     refusal_json,
     schedule_csv,

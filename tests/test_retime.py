@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from rmtc.errors import VerifyError
 from rmtc.ir.folded import Times
-from rmtc.ir.schedule import S
-from rmtc.passes.check_moments import check_moments
-from rmtc.passes.longest_chain import lasting_chain, longest_chain
-from rmtc.passes.operations_view import operations_view
-from rmtc.passes.retime import broken, capped, retime, retime_with
+from rmtc.ir.formula import S
+from rmtc.passes.schedule.check_moments import check_moments
+from rmtc.passes.schedule.longest_chain import lasting_chain, longest_chain
+from rmtc.passes.schedule.operations_view import operations_view
+from rmtc.passes.schedule.retime import broken, capped, retime, retime_with
 
 X, M, H = 0, 1, 2  # of a layer: its output, its memory, something between
 
@@ -239,7 +239,7 @@ def test_a_long_call_has_the_bound_of_a_formula(rng: random.Random, segments: in
     exact = longest_chain(graph, found.times.order, segments).steps
     with pytest.MonkeyPatch.context() as patch:
         counted = operations_view(graph, found, segments)
-        patch.setattr("rmtc.passes.operations_view._COUNTED", 0)
+        patch.setattr("rmtc.passes.schedule.operations_view._COUNTED", 0)
         long = operations_view(graph, found, segments)
     assert counted is not None and long is not None
     assert counted.bound == exact

@@ -12,10 +12,22 @@ from answers import armt
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from rmtc.ir import Cell, Dependence, L, S, Schedule, schedule_text
-from rmtc.ir.formula import distance_text, formula, parse, segment_symbol, time_formula, whence
+from rmtc.ir.cells import Cell, Dependence
+from rmtc.ir.formula import (
+    L,
+    S,
+    distance_text,
+    evaluated,
+    formula,
+    layer_symbol,
+    parse,
+    segment_symbol,
+    time_formula,
+    whence,
+)
 from rmtc.ir.limits import TooLarge
-from rmtc.ir.schedule import evaluated, layer_symbol
+from rmtc.ir.schedule import Schedule
+from rmtc.show.text import schedule_text
 
 REJECTED = ["1/0", "0**-1", "L/(L - L)", "Mod(L, 0)", "floor()", "floor(1, 2)", "2**L", "Ll", "2L", "L(2)", "Max(*L)"]
 COEFFICIENTS = [(1, 1), (0, 1), (1, 0), (4, 1), (L, 1), (L - 1, 1), (sympy.ceiling(L / 2), 1)]
@@ -116,7 +128,7 @@ def test_of_many_segments_only_the_steps_that_are_shown_are_listed(
         return [line for line in schedule_text(schedule, segments).splitlines() if re.match(" +step +[0-9]", line)]
 
     every = shown(300)
-    monkeypatch.setattr("rmtc.ir.grid.CELLS", 1200)
+    monkeypatch.setattr("rmtc.show.grid.CELLS", 1200)
     assert shown(300) == every and len(every) == 48
     monkeypatch.undo()
     assert len(shown(10**6)) == 48

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 import rmtc
 from rmtc.capture.ambient import Ambient, undisturbed
 from rmtc.errors import CaptureError, RefusedError
-from rmtc.runtime.lock import LOCK
+from rmtc.lock import LOCK
 
 FILE = "test_settings.py"
 Cell = Callable[[Any, Any], Any]
@@ -151,7 +151,7 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_an_unknown_node_that_is_planted_in_a_trace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rmtc.passes.remove_regions import RemoveRegions
+    from rmtc.passes.graph.remove_regions import RemoveRegions
 
     def apply(self: RemoveRegions, graph: torch.fx.Graph) -> None:
         node = next(each for each in graph.nodes if each.target is torch.ops.aten.tanh.default)

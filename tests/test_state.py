@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import rmtc
-from rmtc.runtime.state_guard import StateGuard
+from rmtc.capture.state_guard import StateGuard
 
 SEGMENT, WIDTH, LAYERS, SEGMENTS, BATCH = 4, 6, 3, 4, 2
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rmtc.capture.effects import Effect
 from rmtc.capture.session import Session
-from rmtc.runtime.state_guard import StateGuard
+from rmtc.capture.state_guard import StateGuard
 
 GAIN = 1.5
 

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rmtc
+from rmtc.ir.cells import Cell
 from rmtc.ir.explanation import Strip
 from rmtc.ir.folded import FoldedGraph, Times, distinct
 from rmtc.ir.program import Op, Program, Val
-from rmtc.ir.schedule import Cell
-from rmtc.passes.check_moments import Slot, check_moments
-from rmtc.passes.retime import broken, capped, retime
-from rmtc.passes.strip_mine import retime_strip, strip_mine, strips
+from rmtc.passes.schedule.check_moments import Slot, check_moments
+from rmtc.passes.schedule.retime import broken, capped, retime
+from rmtc.passes.schedule.strip_mine import retime_strip, strip_mine, strips
 
 # distances besides (0, 1), period; steps and operations in sequence at S = 6, L = 4; None where nothing is gained
 NAMED = {

@@ -17,7 +17,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import rmtc
-from rmtc.ir.schedule import L, distances
+from rmtc.ir.cells import distances
+from rmtc.ir.formula import L
 
 LOWER, OWN = (0, 1), (1, 0)
 

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import rmtc
 from rmtc.cli import app
-from rmtc.ir.schedule import Cell, Dependence, L, S, layer_symbol
+from rmtc.ir.cells import Cell, Dependence
+from rmtc.ir.formula import L, S, layer_symbol
 from rmtc.ir.spelling import SpellingError, read_dependences
 
 KEYS = "x -> x (0, 1), x -> k (0, 1), k -> x (0, 0) keys, k -> x (1, 0) keys"

@@ -11,10 +11,12 @@ import pytest
 from answers import HIDDEN, MEMORY, TOP, armt, rmt
 
 from rmtc.errors import Location
-from rmtc.ir import Cell, CellClass, Certificate, Dependence, Explanation, L, Schedule, refusal_text
-from rmtc.ir.cycle import follow
-from rmtc.ir.formula import place
-from rmtc.ir.schedule import layer_symbol
+from rmtc.ir.cells import Cell, Dependence
+from rmtc.ir.explanation import CellClass, Certificate, Explanation
+from rmtc.ir.formula import L, layer_symbol, place
+from rmtc.ir.schedule import Schedule
+from rmtc.show.cycle import follow
+from rmtc.show.text import refusal_text
 
 GOLDEN = Path(__file__).parent / "golden"
 

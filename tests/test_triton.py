@@ -40,7 +40,7 @@ from rmtc.ir.array import Array, Outside, Pointwise, Product, Stored, View
 from rmtc.ir.index import Index
 from rmtc.ir.kernel import build
 from rmtc.kernels import kernels_of
-from rmtc.passes.fusion_groups import Machine
+from rmtc.passes.bodies.fusion_groups import Machine
 from rmtc.runtime.executor import _Walk
 from rmtc.runtime.triton import Triton, launches_on
 

@@ -23,7 +23,7 @@ import rmtc
 from rmtc import Explanation
 from rmtc.api import explanation_of
 from rmtc.compiler import compiled_of
-from rmtc.ir.schedule import L, S
+from rmtc.ir.formula import L, S
 
 KEPT = {"infini", "recurrent memory", "memformer", "ARMT over GPT-NeoX"}
 """One of each kind of memory, which run for every change."""

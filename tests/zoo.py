@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from rmtc.examples import transformer_xl
 from rmtc.examples.associative import AssociativeLayer
-from rmtc.ir.formula import distance_text, formula
-from rmtc.ir.schedule import L, S, layer_symbol
+from rmtc.ir.formula import L, S, distance_text, formula, layer_symbol
 
 SEGMENT, VOCABULARY, LAYERS = 6, 32, 3
 

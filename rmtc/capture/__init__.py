@@ -19,9 +19,9 @@ from rmtc.capture.state import imported
 from rmtc.capture.tracer import RawTrace, trace
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Program, from_graph
-from rmtc.passes.canonicalize import Canonicalize
-from rmtc.passes.remake_constants import RemakeConstants, constants
-from rmtc.passes.remove_regions import Autocast, RemoveRegions
+from rmtc.passes.graph.canonicalize import Canonicalize
+from rmtc.passes.graph.remake_constants import RemakeConstants, constants
+from rmtc.passes.graph.remove_regions import Autocast, RemoveRegions
 from rmtc.quiet import uncollected
 from rmtc.restoring import outermost
 

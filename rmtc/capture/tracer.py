@@ -45,7 +45,7 @@ from rmtc.capture.session import Session, backward_refusal
 from rmtc.capture.state import is_plain
 from rmtc.capture.untold import refuse_flags
 from rmtc.errors import CaptureError, RefusedError, raised_by_signal
-from rmtc.passes.remove_regions import writes
+from rmtc.passes.graph.remove_regions import writes
 
 __all__ = ["RawTrace", "trace"]
 

@@ -21,8 +21,9 @@ from rmtc.stages import stage
 
 if TYPE_CHECKING:
     from rmtc.benchmark import Benchmark
+    from rmtc.ir.cells import Cell, Dependence
     from rmtc.ir.explanation import Explanation
-    from rmtc.ir.schedule import Cell, Dependence, Schedule
+    from rmtc.ir.schedule import Schedule
     from rmtc.verification import Verification
 
 __all__ = ["app", "main"]
@@ -225,7 +226,7 @@ def explain(
     """Print what depends on what, the schedule and its proof, the kernels of a step, or the refusal and its reason."""
     with reporting(debug):
         check_output(output)
-        from rmtc.ir.why import read_cell
+        from rmtc.show.why import read_cell
 
         wanted = read_cell(cell) if cell is not None else None
         if cell is not None and wanted is None:
@@ -235,7 +236,7 @@ def explain(
         if wanted is not None and not isinstance(answer, RefusedError) and answer.layers:
             emit(_why(answer, wanted, json), output)
         elif json:
-            from rmtc.report import explanation_json, refusal_json
+            from rmtc.show import explanation_json, refusal_json
 
             emit(refusal_json(answer) if isinstance(answer, RefusedError) else explanation_json(answer), output)
         else:
@@ -337,7 +338,7 @@ def study(
         if form is Format.text:
             emit(str(answer), output)
         elif form is Format.json:
-            from rmtc.report import explanation_json
+            from rmtc.show import explanation_json
 
             emit(explanation_json(answer), output)
         elif answer.schedule is None:
@@ -485,7 +486,7 @@ def dump(
                 on_failure=lambda error: note(f"after {after}: {one_line(error)}"),
             )
         if json:
-            from rmtc.report import to_json
+            from rmtc.show import to_json
 
             text = to_json({"pass": after, "text": text})
         emit(text, output)
@@ -500,7 +501,7 @@ def passes(json: Json = False, output: Output = None, debug: Debug = False) -> N
 
         found = all_passes()
         if json:
-            from rmtc.report import to_json
+            from rmtc.show import to_json
 
             text = to_json([{"name": item.name, "summary": item.summary} for item in found])
         else:
@@ -570,7 +571,7 @@ def _explain(
 
 def _of_kind(answer: Explanation, proven: Schedule, kind: Kind) -> tuple[Schedule, Sequence[Dependence]]:
     """The schedule of a kind with the dependences between its cells."""
-    from rmtc.passes.group import run_schedule
+    from rmtc.passes.bodies.group import run_schedule
 
     way = answer.chosen if kind is Kind.best else answer.way(kind)
     if answer.whole is None and kind is not Kind.best:
@@ -584,26 +585,26 @@ def _of_kind(answer: Explanation, proven: Schedule, kind: Kind) -> tuple[Schedul
 
 
 def _written(name: str, schedule: Schedule, dependences: Sequence[Dependence], segments: int, form: Format) -> str:
-    from rmtc import report
-    from rmtc.ir.text import schedule_text
+    from rmtc import show
+    from rmtc.show.text import schedule_text
 
     writers: dict[Format, Callable[[], str]] = {
         Format.text: lambda: schedule_text(schedule, segments),
-        Format.json: lambda: report.schedule_json(schedule, segments),
-        Format.csv: lambda: report.schedule_csv(schedule, segments),
-        Format.dot: lambda: report.schedule_dot(schedule, segments, dependences),
-        Format.mermaid: lambda: report.schedule_mermaid(schedule, segments, dependences),
-        Format.svg: lambda: report.schedule_svg(schedule, segments, dependences),
-        Format.html: lambda: report.schedule_html(schedule, segments, dependences, name),
-        Format.trace: lambda: report.schedule_trace(schedule, segments),
+        Format.json: lambda: show.schedule_json(schedule, segments),
+        Format.csv: lambda: show.schedule_csv(schedule, segments),
+        Format.dot: lambda: show.schedule_dot(schedule, segments, dependences),
+        Format.mermaid: lambda: show.schedule_mermaid(schedule, segments, dependences),
+        Format.svg: lambda: show.schedule_svg(schedule, segments, dependences),
+        Format.html: lambda: show.schedule_html(schedule, segments, dependences, name),
+        Format.trace: lambda: show.schedule_trace(schedule, segments),
         Format.notation: lambda: replace(schedule, segments=segments).notation,
     }
     return writers[form]()
 
 
 def _why(answer: Explanation, cell: Cell, json: bool) -> str:
-    from rmtc.ir.why import why
-    from rmtc.report import why_json
+    from rmtc.show import why_json
+    from rmtc.show.why import why
 
     try:
         found = why(answer, cell)
@@ -614,8 +615,8 @@ def _why(answer: Explanation, cell: Cell, json: bool) -> str:
 
 def _refused(answer: Explanation | RefusedError, form: Format) -> str:
     """The refusal as text or JSON."""
-    from rmtc.ir.text import refusal_text
-    from rmtc.report import refusal_json
+    from rmtc.show import refusal_json
+    from rmtc.show.text import refusal_text
 
     if form is Format.json:
         return refusal_json(answer)
@@ -623,7 +624,7 @@ def _refused(answer: Explanation | RefusedError, form: Format) -> str:
 
 
 def _as_json(answer: Verification | Benchmark) -> str:
-    from rmtc.report import measured_json
+    from rmtc.show import measured_json
 
     return measured_json(answer)
 

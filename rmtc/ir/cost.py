@@ -6,8 +6,9 @@ import json
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
 
+from rmtc.ir.cells import Dependence
 from rmtc.ir.limits import loads
-from rmtc.ir.schedule import Dependence, Schedule
+from rmtc.ir.schedule import Schedule
 
 __all__ = ["Candidate", "CostModel", "Work"]
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import sympy
 
 from rmtc.errors import Location
+from rmtc.ir.cells import Dependence
 from rmtc.ir.cost import Candidate
 from rmtc.ir.folded import Lasting
-from rmtc.ir.schedule import Dependence, Schedule
+from rmtc.ir.printed import printed
+from rmtc.ir.schedule import Schedule
 
 __all__ = [
     *("CellClass", "Certificate", "Explanation", "FusedKernel", "FusedStep", "Inequality", "OperationsView"),
@@ -68,9 +70,7 @@ class Certificate:
     checked: str = ""
 
     def __str__(self) -> str:
-        from rmtc.ir.text import certificate_text
-
-        return certificate_text(self)
+        return printed(self)
 
 
 @dataclass(frozen=True)
@@ -274,6 +274,4 @@ class Explanation:
         return next((each for each in self.candidates if each.chosen), None)
 
     def __str__(self) -> str:
-        from rmtc.ir.text import explanation_text
-
-        return explanation_text(self)
+        return printed(self)

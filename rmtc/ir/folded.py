@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import sympy
 
-from rmtc.ir.formula import at, distance_text, time_formula
-from rmtc.ir.schedule import Cell, Dependence, S
+from rmtc.ir.cells import Cell, Dependence
+from rmtc.ir.formula import S, at, distance_text, time_formula
 
 __all__ = ["Edge", "FoldedGraph", "Instance", "Lasting", "Moment", "Times", "Vertex", "distinct"]
 

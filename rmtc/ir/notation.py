@@ -13,13 +13,17 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import sympy
 
 from rmtc.errors import RmtcError
-from rmtc.ir.formula import formula, parse, segment_symbol, time_formula
+from rmtc.ir.cells import Phase, Step
+from rmtc.ir.formula import Extent, L, evaluated, formula, layer_symbol, parse, segment_symbol, time_formula
 from rmtc.ir.limits import CELLS, LAYERS, NOTATION, PHASES, SEGMENTS, number, quoted, refused_by, within
-from rmtc.ir.schedule import Extent, L, Phase, Schedule, Step, evaluated, layer_symbol
+
+if TYPE_CHECKING:
+    from rmtc.ir.schedule import Schedule
 
 __all__ = ["NotationError", "listed", "read_schedule", "step_text", "time_text", "write_schedule"]
 
@@ -138,8 +142,8 @@ def _runs(names: tuple[str, ...], letter: str) -> Iterator[str]:
 
 
 @refused_by(NotationError)
-def read_schedule(text: str) -> Schedule:
-    """The schedule that :func:`write_schedule` wrote.
+def read_schedule(text: str) -> dict[str, Any]:
+    """The fields of the schedule that :func:`write_schedule` wrote, by name.
 
     Raises:
         NotationError: with the line that is no part of one; or if it is larger than :mod:`rmtc.ir.limits` says.
@@ -192,9 +196,18 @@ def read_schedule(text: str) -> Schedule:
             stages.setdefault(stage, []).append(name)
     ends_of = {stage: tuple(each) for stage, each in stages.items()}
     block = number(first["block"], SEGMENTS, "a block of") if first["block"] else None
-    return Schedule(
-        a, b, layers, segments, tuple(classes), ends_of, block, parts, later, int(strips[0]) if strips else 1
-    )
+    return {
+        "a": a,
+        "b": b,
+        "layers": layers,
+        "segments": segments,
+        "classes": tuple(classes),
+        "stage_classes": ends_of,
+        "block": block,
+        "parts": parts,
+        "later": later,
+        "strip": int(strips[0]) if strips else 1,
+    }
 
 
 def _read_shares(text: str, layers: int) -> tuple[int, ...]:

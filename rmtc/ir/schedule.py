@@ -1,119 +1,23 @@
-"""Cells, dependences between cells, and schedules: data that prints as mathematics."""
+"""Schedules: data that prints as mathematics and is read back."""
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from functools import cached_property
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import TypeVar
 
 import sympy
 
-from rmtc.errors import Location
+from rmtc.ir.cells import Cell, Group, Phase, Step
+from rmtc.ir.formula import Extent, L, S, evaluated
+from rmtc.ir.notation import read_schedule, time_text, write_schedule
+from rmtc.ir.printed import printed
 
-__all__ = ["L", "S", "Cell", "Dependence", "Group", "Phase", "Schedule", "Step", "evaluated", "layer_symbol"]
-
-S = sympy.Symbol("S", integer=True, positive=True)
-"""Number of segments."""
-
-L = sympy.Symbol("L", integer=True, positive=True)
-"""Number of layers."""
-
-layer_symbol = sympy.Symbol("l", integer=True, nonnegative=True)
-"""The consumer's layer, in a distance that is not uniform, such as ``(0, l)``."""
-
-Extent: TypeAlias = int | sympy.Expr
+__all__ = ["Schedule"]
 
 _Row = TypeVar("_Row")
-
-
-class Cell(NamedTuple):
-    """Layer ``layer`` applied to segment ``segment``."""
-
-    segment: int
-    layer: int
-
-    def __str__(self) -> str:
-        return f"s{self.segment}.l{self.layer}"
-
-
-@dataclass(frozen=True)
-class Dependence:
-    """Cell (s, l) needs a tensor that cell (s - ds, l - dl) makes.
-
-    Attributes:
-        distance: ``(ds, dl)``; an entry is an ``int``, or a sympy expression in ``L`` (the number of layers)
-            and ``l`` (the consumer's layer) where the distance is not uniform.
-        tensor: the tensor under the name its owner knows it by, such as ``layers.{l}.A``.
-        producer: what makes it, in words a user recognises.
-        consumer: what reads it.
-        location: where it is made, in the user's code.
-        consumer_location: where it is read.
-        layers: the consumer's layers ``(first, last)``, both inclusive, entries as in ``distance``; ``None``
-            means wherever the producer exists.
-        makers: the operations that make the tensor, by their numbers in each of the loop's rows, the steady one last;
-            empty if the dependence was found in no loop.
-    """
-
-    distance: tuple[Extent, Extent]
-    tensor: str = ""
-    producer: str = ""
-    consumer: str = ""
-    location: Location | None = None
-    consumer_location: Location | None = None
-    layers: tuple[Extent, Extent] | None = None
-    makers: tuple[frozenset[int], ...] = field(default=(), compare=False, repr=False)
-
-    def producers(self, cell: Cell, layers: int) -> Cell | None:
-        """The cell that ``cell`` waits for through this dependence, or None at the edge of the grid."""
-        values = {L: layers, layer_symbol: cell.layer}
-        ds, dl = (_at(extent, values) for extent in self.distance)
-        if self.layers is not None:
-            first, last = (_at(extent, values) for extent in self.layers)
-            if not first <= cell.layer <= last:
-                return None
-        source = Cell(cell.segment - ds, cell.layer - dl)
-        return source if source.segment >= 0 and 0 <= source.layer < layers else None
-
-    def makes(self, segment: int, number: int) -> bool:
-        """Whether operation ``number`` of a segment makes the tensor."""
-        return bool(self.makers) and number in self.makers[min(segment, len(self.makers) - 1)]
-
-    def __str__(self) -> str:
-        ds, dl = self.distance
-        text = f"({_show(ds)}, {_show(dl)})"
-        return f"{text} {self.tensor}" if self.tensor else text
-
-
-class Group(NamedTuple):
-    """Cells of one class that run together in a step.
-
-    ``stage`` is ``"prologue"``, ``"layer"`` or ``"epilogue"``; the cells of a prologue have layer -1, those of an
-    epilogue layer L. Where layers are divided, ``part`` is the one that runs of each of the cells, counted from 0.
-    """
-
-    stage: str
-    cell_class: str
-    cells: tuple[Cell, ...]
-    part: int | None = None
-
-
-class Step(NamedTuple):
-    """One time of a schedule and what runs in it, groups in order."""
-
-    time: int
-    groups: tuple[Group, ...]
-
-
-class Phase(NamedTuple):
-    """Neighbouring columns, from ``first`` on, that run at ``a*s + b*(l - first)`` when those before them have run."""
-
-    first: int
-    a: int
-    b: int
 
 
 @dataclass(frozen=True)
@@ -176,15 +80,11 @@ class Schedule:
         Raises:
             ValueError: with the line that is no part of one.
         """
-        from rmtc.ir.notation import read_schedule
-
-        return read_schedule(text)
+        return cls(**read_schedule(text))
 
     @property
     def notation(self) -> str:
         """The schedule in a few lines, which :meth:`parse` reads back."""
-        from rmtc.ir.notation import write_schedule
-
         return write_schedule(self)
 
     @property
@@ -235,8 +135,6 @@ class Schedule:
     @property
     def formula(self) -> str:
         """The step of a cell, ``s + l``; of a part p where layers are divided; the phases one after another."""
-        from rmtc.ir.notation import time_text
-
         return time_text(self)
 
     @property
@@ -354,61 +252,12 @@ class Schedule:
         return replace(self, segments=segments, block=block)
 
     def __str__(self) -> str:
-        from rmtc.ir.text import schedule_text
-
-        return schedule_text(self, self.segments)
+        return printed(self)
 
 
 def _repeat_last(rows: tuple[_Row, ...], number: int) -> tuple[_Row, ...]:
     return rows + rows[-1:] * (number - len(rows))
 
 
-def evaluated(extent: Extent, values: Mapping[sympy.Symbol, int]) -> int | Fraction:
-    """Evaluate a formula exactly.
-
-    sympy's own substitution compares the arguments of Min and Max as formulas first, which takes it a tenth of a
-    second for eight.
-
-    Raises:
-        ZeroDivisionError: if it divides by 0.
-        ValueError: if it has other symbols, or other functions than formulas have.
-    """
-    if isinstance(extent, int):
-        return extent
-    if extent.is_Rational:
-        return int(extent.p) if extent.q == 1 else Fraction(int(extent.p), int(extent.q))
-    if extent in values:
-        return values[extent]
-    rule = _RULES.get(extent.func)
-    if rule is None:
-        raise ValueError(f"{extent} has no value for {', '.join(f'{name} = {values[name]}' for name in values)}")
-    return rule([evaluated(part, values) for part in extent.args])
-
-
-_RULES: Mapping[object, Callable[[list[int | Fraction]], int | Fraction]] = {
-    sympy.Add: sum,
-    sympy.Mul: math.prod,
-    sympy.Pow: lambda parts: Fraction(Fraction(parts[0]) ** parts[1]),
-    sympy.floor: lambda parts: math.floor(parts[0]),
-    sympy.ceiling: lambda parts: math.ceil(parts[0]),
-    sympy.Mod: lambda parts: parts[0] % parts[1],
-    sympy.Min: min,
-    sympy.Max: max,
-}
-
-
 def _at(extent: Extent, values: Mapping[sympy.Symbol, int]) -> int:
     return extent if isinstance(extent, int) else int(evaluated(extent, values))
-
-
-def _show(extent: Extent) -> str:
-    if isinstance(extent, int):
-        return str(extent)
-    if sympy.expand(extent - (1 - L)) == 0:
-        return "-(L-1)"
-    return str(extent)
-
-
-def distances(dependences: Sequence[Dependence]) -> set[tuple[Extent, Extent]]:
-    """The set of distance vectors."""
-    return {dependence.distance for dependence in dependences}

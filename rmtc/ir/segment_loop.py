@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from rmtc.errors import Location, VerifyError
+from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.program import Op, Program, Source, Src, Val, leaves, map_leaves, show, target_name
-from rmtc.ir.schedule import Cell, Dependence
 
 __all__ = [
     "BodyOp",

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import sympy
 
 from rmtc.errors import RmtcError
-from rmtc.ir.formula import parse
+from rmtc.ir.cells import Dependence
+from rmtc.ir.formula import Extent, L, layer_symbol, parse
 from rmtc.ir.limits import DEPENDENCES, DISTANCES, FORMULAS, NUMBER, OPERATIONS, quoted, refused_by, within
-from rmtc.ir.schedule import Dependence, Extent, L, layer_symbol
 
 __all__ = ["Spelled", "SpellingError", "counted", "read_dependences", "read_extent"]
 

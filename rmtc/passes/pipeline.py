@@ -11,34 +11,35 @@ from typing import NamedTuple
 
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.ir.folded import FoldedGraph
+from rmtc.ir.formula import L
 from rmtc.ir.program import Program
-from rmtc.ir.schedule import L, Schedule
+from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Key, SegmentLoop
 from rmtc.ir.wavefront import Body, WavefrontProgram
-from rmtc.passes.batch_stages import batch_stages
-from rmtc.passes.check import Checked, check
-from rmtc.passes.check_moments import check_moments
-from rmtc.passes.dependences import find_dependences
-from rmtc.passes.fold import fold_segments
-from rmtc.passes.fold_operations import fold_operations
-from rmtc.passes.fuse_accumulate import fuse_accumulate
-from rmtc.passes.fuse_norms import fuse_norms
-from rmtc.passes.fuse_rolls import fuse_rolls
-from rmtc.passes.fuse_rotary import fuse_rotary
-from rmtc.passes.generalize import generalize_rows
-from rmtc.passes.group import group, run_schedule
-from rmtc.passes.if_convert import if_convert
-from rmtc.passes.join_products import join_products
-from rmtc.passes.layers import fold_layers
-from rmtc.passes.merge_equal import merge_equal
-from rmtc.passes.phases import in_phases
-from rmtc.passes.place import places, slots
-from rmtc.passes.prove import Proof, prove
-from rmtc.passes.retime import Retimed, retime
-from rmtc.passes.run import Run
-from rmtc.passes.segments import find_segments
-from rmtc.passes.split import division, split_layers
-from rmtc.passes.streams import Family, Uses, find_anchors, find_family, uses
+from rmtc.passes.bodies.batch_stages import batch_stages
+from rmtc.passes.bodies.fuse_accumulate import fuse_accumulate
+from rmtc.passes.bodies.fuse_norms import fuse_norms
+from rmtc.passes.bodies.fuse_rolls import fuse_rolls
+from rmtc.passes.bodies.fuse_rotary import fuse_rotary
+from rmtc.passes.bodies.group import group, run_schedule
+from rmtc.passes.bodies.if_convert import if_convert
+from rmtc.passes.bodies.join_products import join_products
+from rmtc.passes.bodies.merge_equal import merge_equal
+from rmtc.passes.fold.dependences import find_dependences
+from rmtc.passes.fold.fold_segments import fold_segments
+from rmtc.passes.fold.generalize import generalize_rows
+from rmtc.passes.fold.layers import fold_layers
+from rmtc.passes.fold.run import Run
+from rmtc.passes.fold.segments import find_segments
+from rmtc.passes.fold.streams import Family, Uses, find_anchors, find_family, uses
+from rmtc.passes.schedule.check import Checked, check
+from rmtc.passes.schedule.check_moments import check_moments
+from rmtc.passes.schedule.fold_operations import fold_operations
+from rmtc.passes.schedule.phases import in_phases
+from rmtc.passes.schedule.place import places, slots
+from rmtc.passes.schedule.prove import Proof, prove
+from rmtc.passes.schedule.retime import Retimed, retime
+from rmtc.passes.schedule.split import division, split_layers
 
 __all__ = ["LONG", "PassInfo", "Proven", "check_against", "passes", "prove_loop", "reroll", "retime_loop"]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rmtc.errors import VerifyError
+from rmtc.ir.cells import Cell
 from rmtc.ir.program import leaves
-from rmtc.ir.schedule import Cell
 from rmtc.ir.segment_loop import Every, Key, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Member, WavefrontProgram
 from rmtc.runtime.plan import Copied, Launch, Part, Plan

@@ -23,16 +23,16 @@ from torch import nn
 from rmtc.analysis import Analysis, prove_analysis
 from rmtc.capture import open_capture
 from rmtc.capture.arguments import Arguments, argument_names
+from rmtc.capture.guards import ArgumentGuard, alike
 from rmtc.capture.own_modes import modes, own_modes
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
+from rmtc.capture.state_guard import StateGuard
 from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError, brief, raised_by_signal, user_level
+from rmtc.lock import LOCK
 from rmtc.restoring import outermost, restored
 from rmtc.runtime.backends import Backend, auto
-from rmtc.runtime.guards import ArgumentGuard, alike
 from rmtc.runtime.hooks import call_with_hooks, global_hooks, hook_tables, hooked
-from rmtc.runtime.lock import LOCK
-from rmtc.runtime.state_guard import StateGuard
 from rmtc.runtime.stats import LastRun, Stats
 from rmtc.runtime.variant import ConflictError, Pick, Ready, Variant
 from rmtc.runtime.weights import refuse_elsewhere

@@ -19,9 +19,9 @@ from rmtc.ir.program import VIEWS, Op, Program, Src, Val, leaves
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Key, Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
-from rmtc.passes.check import Checked
-from rmtc.passes.group import run_schedule
+from rmtc.passes.bodies.group import run_schedule
 from rmtc.passes.pipeline import LONG, Proven, apart, check_against, rewrite, unstripped
+from rmtc.passes.schedule.check import Checked
 from rmtc.runtime.backends import nearest
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.measure import cost_model

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 
+from rmtc.ir.cells import Cell, Group
 from rmtc.ir.program import Src, leaves
-from rmtc.ir.schedule import Cell, Group, Schedule
+from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Item, Key, Row, Where
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 

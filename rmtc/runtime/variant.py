@@ -19,28 +19,28 @@ from rmtc.analysis import Analysis
 from rmtc.capture import Capture, Captured
 from rmtc.capture.arguments import Arguments, show
 from rmtc.capture.effects import Effect
+from rmtc.capture.guards import ArgumentGuard
 from rmtc.capture.objects import Kept, Label, Place, Ref, attributes, build, can_be_made
 from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import MISSING, Slot, Snapshot, is_plain, told
+from rmtc.capture.state_guard import StateGuard
 from rmtc.errors import RefusedError, VerifyError, brief, raised_by_signal
 from rmtc.ir.cost import CostModel
 from rmtc.ir.formula import at
 from rmtc.ir.program import Val
 from rmtc.ir.wavefront import WavefrontProgram
-from rmtc.passes.group import run_schedule
-from rmtc.passes.join_products import join_products
+from rmtc.passes.bodies.group import run_schedule
+from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.pipeline import LONG, Proven, apart, check_against, rewrite
-from rmtc.passes.prove import remedy
+from rmtc.passes.schedule.prove import remedy
 from rmtc.restoring import restored
 from rmtc.runtime.backends import Backend, Runner, auto, backend_named, kernels_or_torch, name_of
 from rmtc.runtime.choice import AS_WRITTEN, Arm, Choice, Ledger, New, size_class
 from rmtc.runtime.estimate import WAYS, Way, as_written, backend_of, best_of, compiled_seconds, compiles, ways
 from rmtc.runtime.executor import Executor, Run
-from rmtc.runtime.guards import ArgumentGuard
 from rmtc.runtime.measure import clock, cost_model, pinned
-from rmtc.runtime.state_guard import StateGuard
 from rmtc.runtime.stats import Decision
 from rmtc.runtime.triton import launches_on
 from rmtc.runtime.weights import Weights

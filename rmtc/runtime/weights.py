@@ -16,10 +16,10 @@ from torch import nn
 from torch.utils.dlpack import from_dlpack
 
 from rmtc.capture.session import Session
-from rmtc.codegen.fused import add_linear
 from rmtc.errors import CaptureError
 from rmtc.ir.program import leaves
 from rmtc.ir.wavefront import Body, WavefrontProgram, Weight
+from rmtc.ops.fused import add_linear
 
 __all__ = ["Weights", "refuse_elsewhere"]
 

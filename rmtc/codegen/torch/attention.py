@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from rmtc.codegen.torch.buffers import fresh
-from rmtc.codegen.torch.linears import seconds
+from rmtc.ops.linears import seconds
 
 __all__ = ["attend", "bind_attend", "can_attend", "is_causal", "is_faster"]
 

@@ -19,8 +19,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from rmtc.codegen.fused import BOUND
-from rmtc.codegen.torch import linears
 from rmtc.codegen.torch.attention import attend, bind_attend
 from rmtc.codegen.torch.buffers import Line, bound_lines, fresh, out, plain, plan_buffers, seen
 from rmtc.codegen.torch.rules import (
@@ -40,6 +38,8 @@ from rmtc.errors import raised_by_signal
 from rmtc.ir.program import Src, call_arguments, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import BodyOp, Environment, Fit, Outer
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, choose
+from rmtc.ops import linears
+from rmtc.ops.fused import BOUND
 
 __all__ = ["Kernel", "emit", "kind_of", "select_run"]
 

@@ -19,10 +19,10 @@ from typing import Any, TypeAlias
 
 import torch
 
-from rmtc.codegen.fused import BOUND, FUNCTIONS, add_linear, add_matmul, rms_normalize, roll_products, rotary
 from rmtc.codegen.torch import attention as products
 from rmtc.codegen.torch.buffers import Instead, out
-from rmtc.codegen.torch.linears import are_faster
+from rmtc.ops.fused import BOUND, FUNCTIONS, add_linear, add_matmul, rms_normalize, roll_products, rotary
+from rmtc.ops.linears import are_faster
 
 __all__ = [
     "UNGROUPED",

@@ -15,7 +15,7 @@ from rmtc.errors import BackendError
 from rmtc.ir.kernel import Attend, Kernel
 from rmtc.ir.limits import loads
 from rmtc.ir.terms import Call, Pick, within
-from rmtc.passes.fusion_groups import ROW
+from rmtc.passes.bodies.fusion_groups import ROW
 
 __all__ = ["FILE", "Bucket", "Config", "ConfigError", "bucket_of", "config_of", "configs_text", "is_big"]
 

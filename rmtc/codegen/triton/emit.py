@@ -26,7 +26,7 @@ from rmtc.ir.program import map_leaves
 from rmtc.ir.segment_loop import BodyOp, Environment
 from rmtc.ir.terms import Term, parts, within
 from rmtc.ir.wavefront import Input, Number, Operand, Shared, Weight
-from rmtc.passes.fusion_groups import Groups, Machine, fusion_groups, read_by
+from rmtc.passes.bodies.fusion_groups import Groups, Machine, fusion_groups, read_by
 
 __all__ = ["Layouts", "TritonBody", "emit", "grouped_body"]
 

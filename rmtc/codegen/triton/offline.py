@@ -19,7 +19,7 @@ from rmtc.codegen.triton.launch import Launch, Printed, jitted
 from rmtc.codegen.triton.targets import Target
 from rmtc.errors import RmtcError, raised_by_signal
 from rmtc.ir.array import Array
-from rmtc.passes.fusion_groups import work
+from rmtc.passes.bodies.fusion_groups import work
 
 __all__ = ["Binary", "OfflineError", "compile_for"]
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from rmtc.codegen.fused import add_linear, add_matmul, rms_normalize, roll_products, rotary
 from rmtc.codegen.torch.rules import Arguments
 from rmtc.codegen.triton.build import Arrays, inner_dtype
 from rmtc.codegen.triton.views import VIEWS, Rule, same
 from rmtc.ir.array import Array, Attention, Indices, Joined
 from rmtc.ir.index import Index
+from rmtc.ops.fused import add_linear, add_matmul, rms_normalize, roll_products, rotary
 
 __all__ = ["RULES"]
 

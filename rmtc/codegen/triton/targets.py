@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rmtc.passes.fusion_groups import Machine
+from rmtc.passes.bodies.fusion_groups import Machine
 
 __all__ = ["TARGETS", "Target", "target_of"]
 

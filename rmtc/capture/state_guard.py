@@ -1,0 +1,460 @@
+"""The guard of everything in Python that a capture could see: whether it is what it was."""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence, Set, Sized
+from dataclasses import replace
+from itertools import chain, compress
+from types import CellType, FunctionType, MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import nn
+from torch._C._dynamo.guards import dict_version
+
+from rmtc.capture.arguments import Arguments, Path
+from rmtc.capture.effects import GONE, Effect
+from rmtc.capture.guards import alike
+from rmtc.capture.identities import Identities
+from rmtc.capture.session import Session
+from rmtc.capture.state import MISSING, Slot, is_plain, is_record, is_set, names_of, unset_slots
+
+__all__ = ["StateGuard"]
+
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
+_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+_OTHER_KEYS = "an attribute or item was added or removed"
+_OTHER_ORDER = "attributes or items are in another order"
+_KeysView: Any = type({}.keys())
+_TABLE_OF = operator.attrgetter("__dict__")
+_OF_CLASSES = frozenset(vars(type("", (), {}))) | {"__abstractmethods__", "_abc_impl"}
+
+
+def _getter(slot: Slot) -> tuple[Callable[[Any, Any], Any], Any, Any]:
+    if isinstance(slot.owner, (dict, list, deque, tuple, MappingProxyType)):
+        return operator.getitem, slot.owner, slot.key
+    return getattr, slot.owner, str(slot.key) if not isinstance(slot.owner, CellType) else "cell_contents"
+
+
+def _whole_lists(slots: Sequence[Slot], effects: Sequence[Effect]) -> set[tuple[int, Any]]:
+    """The places of lists whose items the call writes: another list may be there, if it is in no second place."""
+    written = {id(effect.slot.owner) for effect in effects if effect.whole and effect.slot.parent is not None}
+    places: dict[int, list[Slot]] = {}
+    for slot in slots:
+        if id(slot.value) in written:
+            places.setdefault(id(slot.value), []).append(slot)
+    return {(id(slot.owner), slot.key) for slot, *more in places.values() if not more}
+
+
+def _held(slot: Slot) -> Any:
+    """What a place holds, as :meth:`StateGuard.differs` reads it; not itself if there is nothing."""
+    get, owner, key = _getter(slot)
+    try:
+        return get(owner, key)
+    except (KeyError, IndexError, AttributeError, ValueError):
+        return MISSING
+
+
+_Absent: TypeAlias = tuple[dict[str, Any], Set[str]]  # a namespace, and names that are not in it
+
+
+class _Sized(NamedTuple):
+    """A container, with how many items are in it, and of a dictionary the keys in their order."""
+
+    owner: Any
+    size: int
+    keys: tuple[Any, ...] | None
+
+    @staticmethod
+    def of(owner: Any) -> _Sized:
+        own = isinstance(owner, dict) and type(owner).__iter__ not in (dict.__iter__, OrderedDict.__iter__)
+        return _Sized(owner, len(owner), tuple(owner) if isinstance(owner, dict) and not own else None)
+
+    def differs(self) -> bool:
+        return len(self.owner) != self.size or (self.keys is not None and not _same_keys(self.keys, [*self.owner]))
+
+
+def _same_keys(old: Sequence[Any], new: Sequence[Any]) -> bool:
+    """Whether the keys of dictionaries are the same, in the same order."""
+    return len(old) == len(new) and all(one is other or alike(one, other) for one, other in zip(old, new, strict=True))
+
+
+def _others(owner: dict[Any, Any], written: Set[Any]) -> list[Any]:
+    """The keys of a dictionary but for those that the call itself adds or removes."""
+    return [key for key in owner if key not in written]
+
+
+class _Places:
+    """Places that are read together: many keys of a container at once, single items, attributes.
+
+    Args:
+        slots: the places.
+        sized: the containers of which nothing else may be in them.
+        absent: namespaces, with the names that are in none of them.
+
+    Attributes:
+        slots: the places, in the order in which they are read.
+        held: what was there when they were last read.
+        named: the tensors, lists and dictionaries in there, with the names of the places.
+        tensors: the names of those that hold tensors that are no parameters, by the tensor's id.
+    """
+
+    def __init__(self, slots: Sequence[Slot], sized: Sequence[_Sized], absent: Sequence[_Absent]) -> None:
+        self._sized, self._sizes = [each.owner for each in sized], [each.size for each in sized]
+        self._ordered = [each.owner for each in sized if each.keys is not None]
+        self._keys = [key for each in sized for key in each.keys or ()]
+        self._absent = [space.keys() for space, _ in absent], [names for _, names in absent]
+        self._sized_by = {id(each.owner): each for each in sized}
+        self._absent_by = {id(space): names for space, names in absent}
+        groups: dict[int, list[Slot]] = {}
+        rest: list[Slot] = []
+        for slot in slots:
+            if _getter(slot)[0] is operator.getitem:
+                groups.setdefault(id(slot.owner), []).append(slot)
+            else:
+                rest.append(slot)
+        many = [group for group in groups.values() if len(group) > 1]
+        single = [group[0] for group in groups.values() if len(group) == 1]
+        self.slots = [*(slot for group in many for slot in group), *single, *rest]
+        self._many = (
+            [operator.itemgetter(*(slot.key for slot in group)) for group in many],
+            [group[0].owner for group in many],
+        )
+        self._items = [slot.owner for slot in single], [slot.key for slot in single]
+        self._rest = [_getter(slot)[1] for slot in rest], [_getter(slot)[2] for slot in rest]
+        self._spans: dict[int, tuple[int, Sequence[Any]]] = {}  # by owner: where in all that is held, and the keys
+        start = 0
+        for group in (*many, *([slot] for slot in single)):
+            self._spans[id(group[0].owner)] = start, [slot.key for slot in group]
+            start += len(group)
+        self._hold([slot.value for slot in self.slots])
+
+    def _hold(self, values: list[Any]) -> None:
+        self.held = values
+        pairs = zip(self.slots, values, strict=True)
+        self.named = [(slot.name, value) for slot, value in pairs if isinstance(value, (torch.Tensor, list, dict))]
+        tensors = ((name, value) for name, value in self.named if isinstance(value, torch.Tensor))
+        self.tensors = {id(value): name for name, value in tensors if not isinstance(value, nn.Parameter)}
+
+    def holds(self, table: dict[Any, Any]) -> bool:
+        """Whether nothing at all is different in a dictionary; else :meth:`differs` tells whether it counts."""
+        start, keys = self._spans.get(id(table), (0, ()))
+        sized = self._sized_by.get(id(table))
+        if sized is not None and (len(table) != sized.size or not all(map(operator.is_, table, sized.keys or ()))):
+            return False
+        try:
+            same = all(map(operator.is_, map(table.__getitem__, keys), self.held[start : start + len(keys)]))
+        except KeyError:
+            return False
+        return same and table.keys().isdisjoint(self._absent_by.get(id(table), ()))
+
+    def differs(self, copies: dict[int, Any]) -> str | None:
+        """The first place that holds something else than before; None if there is none.
+
+        Args:
+            copies: takes up each container that others with the same content took the place of, see :func:`_copied`.
+        """
+        try:
+            now = [
+                *chain.from_iterable(map(operator.call, *self._many)),
+                *map(operator.getitem, *self._items),
+                *map(getattr, *self._rest),
+            ]
+        except (KeyError, IndexError, AttributeError, ValueError):
+            gone = next((slot.name for slot in self.slots if _held(slot) is MISSING), "an attribute")
+            return f"{gone} is gone"
+        if list(map(len, self._sized)) != self._sizes:
+            return _OTHER_KEYS
+        if not all(map(operator.is_, chain.from_iterable(self._ordered), self._keys)):
+            keys = [*chain.from_iterable(self._ordered)]
+            if not _same_keys(self._keys, keys):
+                return _OTHER_ORDER
+            self._keys = keys
+        if not all(map(_KeysView.isdisjoint, *self._absent)):
+            return "a name is there that was not"
+        if all(map(operator.is_, now, self.held)):
+            return None
+        for slot, old, new in zip(self.slots, self.held, now, strict=True):
+            if old is not new and not _stands_in(old, new) and not _copied(old, new, copies):
+                return f"{slot.name} was {_say(old)} and is {_say(new)}"
+        if not copies:  # else all is read anew, where it is now
+            self._hold(now)
+        return None
+
+
+class StateGuard:
+    """Everything in Python that a capture could see: attributes, globals, closures, by identity.
+
+    Args:
+        session: the capture's.
+        effects: the places that the call itself writes, which are left out here.
+        without: other places to leave out, by container and key.
+
+    Attributes:
+        modules: all in reach.
+        version: the latest of the dictionaries' versions, as of when they were read.
+    """
+
+    def __init__(
+        self, session: Session, effects: Sequence[Effect], without: Set[tuple[int, Any]] = frozenset()
+    ) -> None:
+        places = {(id(effect.slot.owner), effect.slot.key) for effect in effects if not effect.whole} | without
+        self._places = places | _whole_lists(session.snapshot.slots, effects)
+        self._lists = {id(effect.slot.owner) for effect in effects if effect.whole}
+        slots = [slot for slot in session.snapshot.slots if not self._written(slot)]
+        read = (tuple, type)  # a class is read at once, below
+        self._slots = [slot for slot in slots if slot.key not in _BOOKKEEPING and not isinstance(slot.owner, read)]
+        code = session.code
+        for name, space, value in code.named:
+            self._slots.append(Slot(name, space, name, value))
+        for function in code.functions:
+            for key in ("__code__", "__defaults__", "__kwdefaults__"):
+                self._slots.append(Slot(f"{function.__qualname__}.{key}", function, key, getattr(function, key)))
+        for kind in code.classes:
+            self._slots.append(Slot(f"{kind.__qualname__}.__mro__", kind, "__mro__", kind.__mro__))
+            held = vars(kind)
+            for key, value in held.items():
+                if key not in _OF_CLASSES and (id(kind), key) not in places:
+                    self._slots.append(Slot(f"{kind.__qualname__}.{key}", held, key, value))
+        modules = session.all_modules()
+        for module in modules:  # `ModuleList.pop` makes a new table
+            for key in _TABLES:
+                self._slots.append(Slot(f"{type(module).__qualname__}.{key}", vars(module), key, vars(module)[key]))
+        for kind in {type(module): None for module in modules}:
+            self._slots.append(Slot(f"{kind.__qualname__}.forward", kind, "forward", kind.forward))
+        found = {(id(slot.owner), slot.key): slot for slot in self._slots}
+        self._slots = [slot for place, slot in found.items() if place not in without]
+        self.modules = modules
+        objects = session.snapshot.objects
+        known = {id(each.value) for each in objects}
+        self._kinds = [each.value for each in objects], [each.kind for each in objects]
+        for kind in code.classes:
+            if id(kind) not in known:
+                self._kinds[0].append(kind)
+                self._kinds[1].append(type(kind))
+        owners = [each for each in objects if each.table is not None]
+        self._dicts = [each.value for each in owners], [each.table for each in owners]
+        self._unset = [
+            (each.value, member)
+            for each in filter(lambda each: is_record(each.value), objects)
+            for key, member in unset_slots(each.value)
+            if (id(each.value), key) not in self._places
+        ]
+        absent: dict[int, tuple[dict[str, Any], set[str]]] = {}
+        for name, space in code.absent:
+            if name not in space and (id(space), name) not in self._places:
+                absent.setdefault(id(space), (space, set()))[1].add(name)
+        self._absent = list(absent.values())
+        self._environment = _environment() if any(map(_reads_environment, code.functions)) else None
+        # Tables of hooks have a check of their own.
+        bookkeeping = {id(vars(module)[key]) for module in modules for key in _BOOKKEEPING}
+        sets = [each for each in session.snapshot.owners() if isinstance(each, set) and id(each) not in bookkeeping]
+        self._sets = sets, [*map(frozenset, sets)]
+        self._arrays = [(array, content.tobytes()) for array, content in session.snapshot.arrays]
+        self._requiring = (
+            [(lifted.tensor, lifted.tensor.requires_grad) for lifted in session.lifted]
+            if session.asks_for_gradients
+            else []
+        )
+        # Keys that the call itself adds or removes, and lists that it writes as a whole.
+        own: dict[int, set[Any]] = {}
+        for effect in effects:
+            owner = effect.slot.owner
+            if effect.whole or effect.content is GONE or not isinstance(owner, dict) or effect.slot.key not in owner:
+                own.setdefault(id(owner), set()).add(effect.slot.key)
+        changing = own.keys() | bookkeeping
+        sized: list[Sized] = [
+            owner
+            for owner in {id(owner): owner for owner in session.snapshot.owners()}.values()
+            if isinstance(owner, (dict, list, deque)) and id(owner) not in changing and "__builtins__" not in owner
+        ]
+        sized += [vars(kind) for kind in code.classes if id(kind) not in changing]
+        sized += [vars(each) for each in code.functions if id(vars(each)) not in changing]
+        self._sized = [*map(_Sized.of, sized)]
+        self._keyed = [
+            (owner, own[key], _others(owner, own[key]))
+            for key, owner in {id(owner): owner for owner in session.snapshot.owners()}.items()
+            if key in own and isinstance(owner, dict) and "__builtins__" not in owner
+        ]
+        self._containers = {id(effect.slot.owner) for effect in effects}
+        self._index()
+        self._aliases = self._given(session.arguments)
+        self._tells = session.tells_identity
+        fixed = (slot for slot in slots if isinstance(slot.owner, tuple))
+        self._identities = Identities(
+            [replace(effect, slot=self.pinned(effect.slot)) for effect in effects],
+            [(slot.name, slot.value) for slot in fixed if isinstance(slot.value, torch.Tensor)],
+        )
+        self._same = self._one(session.arguments) if self._tells else {}
+
+    def _written(self, slot: Slot) -> bool:
+        """Whether the call writes a place: it itself, or the container that it is in."""
+        at: Slot | None = slot
+        while at is not None:
+            if (id(at.owner), at.key) in self._places or id(at.owner) in self._lists:
+                return True
+            if at.table or not isinstance(at.owner, (dict, list, deque, tuple)):
+                return False
+            at = at.parent
+        return False
+
+    def pinned(self, slot: Slot) -> Slot:
+        """A place, without its path where all on the way there is held by this guard."""
+        return slot if any(map(self._written, slot.path())) else slot._replace(parent=None)
+
+    def _index(self) -> None:
+        """Order the places by how a change is noticed: by their dictionary's version, or only by reading them."""
+        script = vars(sys.modules["__main__"])  # whose own loop may write globals all the time
+        spaces = [*(slot.owner for slot in self._slots), *(space for space, _ in self._absent)]
+        files = [space for space in spaces if type(space) is dict and "__builtins__" in space]
+        watched = [*(each.owner for each in self._sized), *(space for space in files if space is not script)]
+        tables: dict[int, dict[Any, Any]] = {
+            id(owner): owner
+            for owner in watched
+            if type(owner) is dict and id(owner) not in self._containers  # an ordered one hides a change of order
+        }
+        self._empty = [table for table in tables.values() if not table]
+        self._tables = [table for table in tables.values() if table]
+        self._headers = [*self._empty, *self._tables, *self.modules]
+
+        def places(kept: bool) -> _Places:
+            slots = [slot for slot in self._slots if (id(slot.owner) in tables) is kept]
+            sized = [each for each in self._sized if (id(each.owner) in tables) is kept]
+            return _Places(slots, sized, [each for each in self._absent if (id(each[0]) in tables) is kept])
+
+        self._kept, self._read = places(True), places(False)
+        self.version, self._versions = -1, [-1] * len(self._tables)
+
+    def keeps(self, slot: Slot) -> bool:
+        """Whether a place holds the same as long as :attr:`version` is the same."""
+        return any(slot.owner is table for table in self._tables) and not self._written(slot)
+
+    def _given(self, arguments: Arguments) -> dict[Path, str]:
+        """The arguments that are tensors of the state too, and where they are in it."""
+        kept, read = self._kept.tensors, self._read.tensors
+        found = ((path, kept.get(id(each), read.get(id(each)))) for path, each in arguments.tensors().items())
+        return {path: name for path, name in found if name is not None}
+
+    def _one(self, arguments: Arguments) -> dict[str, str]:
+        """Which places, and arguments, hold an object that another one holds."""
+        return self._identities.pattern((self._kept.named, self._read.named), arguments)
+
+    def _follow(self, copies: Mapping[int, Any]) -> None:
+        """Watch the containers that took the place of others with the same content."""
+        slots = [slot._replace(owner=copies.get(id(slot.owner), slot.owner)) for slot in self._slots]
+        self._slots = [slot._replace(value=_held(slot)) for slot in slots]
+        self._sized = [each._replace(owner=copies.get(id(each.owner), each.owner)) for each in self._sized]
+        self._index()
+
+    def forget(self) -> None:
+        """Leave out, from now on, every place that holds something else than at the capture."""
+        now = [slot._replace(value=_held(slot)) for slot in self._slots]
+        pairs = zip(self._slots, now, strict=True)
+        self._slots = [new for old, new in pairs if old.value is new.value or _stands_in(old.value, new.value)]
+        self._sized = [each for each in self._sized if not each.differs()]
+        kept = [(owner, content) for owner, content in zip(*self._sets, strict=True) if owner == content]
+        self._sets = [owner for owner, _ in kept], [content for _, content in kept]
+        self._arrays = [(array, content) for array, content in self._arrays if array.tobytes() == content]
+        self._absent = [(space, names - space.keys()) for space, names in self._absent]
+        kinds = [(value, kind) for value, kind in zip(*self._kinds, strict=True) if type(value) is kind]
+        self._kinds = [value for value, _ in kinds], [kind for _, kind in kinds]
+        tables = [(value, table) for value, table in zip(*self._dicts, strict=True) if vars(value) is table]
+        self._dicts = [value for value, _ in tables], [table for _, table in tables]
+        self._unset = [(value, member) for value, member in self._unset if not is_set(value, member)]
+        self._tells = False
+        self._index()
+
+    def differs(self, arguments: Arguments | None = None) -> str | None:
+        """The first place that holds something else than at the capture; None if there is none.
+
+        Args:
+            arguments: those of the call, of which some may be tensors of the state too.
+        """
+        self._headers.copy()  # touches each: what is in no cache any more comes in at once, not one after another
+        if any(self._empty):
+            return _OTHER_KEYS
+        versions = [*map(dict_version, self._tables)]
+        version = self.version if versions == self._versions else max(versions, default=0)
+        changed = compress(self._tables, map(operator.ne, versions, self._versions))
+        same = self.version >= 0 and (version == self.version or all(map(self._kept.holds, changed)))
+        copies: dict[int, Any] = {}
+        for places in (self._read,) if same else (self._read, self._kept):
+            if (difference := places.differs(copies)) is not None:
+                return difference
+        if not all(map(operator.is_, map(_TABLE_OF, self._dicts[0]), self._dicts[1])):
+            return "the __dict__ of an object was replaced"
+        if not self._containers.isdisjoint(copies):
+            return "a container that the call writes to was replaced"
+        if any(not _same_keys(keys, _others(owner, written)) for owner, written, keys in self._keyed):
+            return _OTHER_KEYS
+        if copies:
+            self._follow(copies)  # to other tables, each of which is looked at the next time
+        else:
+            self._versions = versions
+        self.version = version  # as of before the places were read
+        if arguments is not None and self._given(arguments) != self._aliases:
+            return "an argument is a tensor that an attribute, global or closure holds, or was one"
+        if any(tensor.requires_grad is not required for tensor, required in self._requiring):
+            return "a tensor requires gradients or no longer does, and the code asks"
+        if not all(map(operator.is_, map(type, self._kinds[0]), self._kinds[1])):
+            return "an object is of another class"
+        if self._unset and any(is_set(value, member) for value, member in self._unset):
+            return _OTHER_KEYS
+        if self._tells and arguments is not None and self._one(arguments) != self._same:
+            return "two places hold one object where they held two, or the other way round, and the code asks"
+        if any(map(operator.ne, *self._sets)):
+            return "a set holds something else"
+        if any(array.tobytes() != content for array, content in self._arrays):
+            return "an array of numbers holds something else"
+        if self._environment is not None and self._environment != _environment():
+            return "an environment variable was changed, and the code reads some"
+        return None
+
+
+def _environment() -> dict[Any, Any]:
+    return dict(getattr(os.environ, "_data", os.environ))
+
+
+def _reads_environment(function: FunctionType) -> bool:
+    return not {"environ", "getenv"}.isdisjoint(names_of(function))
+
+
+def _stands_in(old: Any, new: Any) -> bool:
+    """Whether a capture made with one value holds with another one."""
+    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
+        # Its content is read anew in each call. A parameter is known by its identity.
+        return not isinstance(old, nn.Parameter) and type(old) is type(new) and _like(old, new)
+    return alike(old, new)
+
+
+def _copied(old: Any, new: Any, copies: dict[int, Any]) -> bool:
+    """Whether a list or dictionary of plain values was replaced by another one that holds the same.
+
+    Args:
+        old, new: the two.
+        copies: takes up each container inside of ``old``, and itself, with what replaced it.
+    """
+    if type(old) is not type(new) or type(old) not in (list, dict):
+        return alike(old, new)
+    if old is new:
+        return True
+    if len(old) != len(new) or (isinstance(old, dict) and not _same_keys([*old], [*new])):
+        return False
+    if copies.setdefault(id(old), new) is not new:  # two places shared what now are two
+        return False
+    pairs = zip(old.values(), new.values(), strict=True) if isinstance(old, dict) else zip(old, new, strict=True)
+    return all(_copied(one, other, copies) for one, other in pairs)
+
+
+def _like(old: torch.Tensor, new: torch.Tensor) -> bool:
+    return (old.shape, old.dtype, old.device, old.layout) == (new.shape, new.dtype, new.device, new.layout)
+
+
+def _say(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{type(value).__name__.lower()} {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return repr(value) if is_plain(value) else f"another {type(value).__name__}"

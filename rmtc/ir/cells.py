@@ -1,0 +1,117 @@
+"""Cells and what one needs of another: the data that schedules are about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import sympy
+
+from rmtc.errors import Location
+from rmtc.ir.formula import Extent, L, evaluated, layer_symbol
+
+__all__ = ["Cell", "Dependence", "Group", "Phase", "Step", "distances"]
+
+
+class Cell(NamedTuple):
+    """Layer ``layer`` applied to segment ``segment``."""
+
+    segment: int
+    layer: int
+
+    def __str__(self) -> str:
+        return f"s{self.segment}.l{self.layer}"
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """Cell (s, l) needs a tensor that cell (s - ds, l - dl) makes.
+
+    Attributes:
+        distance: ``(ds, dl)``; an entry is an ``int``, or a sympy expression in ``L`` (the number of layers)
+            and ``l`` (the consumer's layer) where the distance is not uniform.
+        tensor: the tensor under the name its owner knows it by, such as ``layers.{l}.A``.
+        producer: what makes it, in words a user recognises.
+        consumer: what reads it.
+        location: where it is made, in the user's code.
+        consumer_location: where it is read.
+        layers: the consumer's layers ``(first, last)``, both inclusive, entries as in ``distance``; ``None``
+            means wherever the producer exists.
+        makers: the operations that make the tensor, by their numbers in each of the loop's rows, the steady one last;
+            empty if the dependence was found in no loop.
+    """
+
+    distance: tuple[Extent, Extent]
+    tensor: str = ""
+    producer: str = ""
+    consumer: str = ""
+    location: Location | None = None
+    consumer_location: Location | None = None
+    layers: tuple[Extent, Extent] | None = None
+    makers: tuple[frozenset[int], ...] = field(default=(), compare=False, repr=False)
+
+    def producers(self, cell: Cell, layers: int) -> Cell | None:
+        """The cell that ``cell`` waits for through this dependence, or None at the edge of the grid."""
+        values = {L: layers, layer_symbol: cell.layer}
+        ds, dl = (_at(extent, values) for extent in self.distance)
+        if self.layers is not None:
+            first, last = (_at(extent, values) for extent in self.layers)
+            if not first <= cell.layer <= last:
+                return None
+        source = Cell(cell.segment - ds, cell.layer - dl)
+        return source if source.segment >= 0 and 0 <= source.layer < layers else None
+
+    def makes(self, segment: int, number: int) -> bool:
+        """Whether operation ``number`` of a segment makes the tensor."""
+        return bool(self.makers) and number in self.makers[min(segment, len(self.makers) - 1)]
+
+    def __str__(self) -> str:
+        ds, dl = self.distance
+        text = f"({_show(ds)}, {_show(dl)})"
+        return f"{text} {self.tensor}" if self.tensor else text
+
+
+class Group(NamedTuple):
+    """Cells of one class that run together in a step.
+
+    ``stage`` is ``"prologue"``, ``"layer"`` or ``"epilogue"``; the cells of a prologue have layer -1, those of an
+    epilogue layer L. Where layers are divided, ``part`` is the one that runs of each of the cells, counted from 0.
+    """
+
+    stage: str
+    cell_class: str
+    cells: tuple[Cell, ...]
+    part: int | None = None
+
+
+class Step(NamedTuple):
+    """One time of a schedule and what runs in it, groups in order."""
+
+    time: int
+    groups: tuple[Group, ...]
+
+
+class Phase(NamedTuple):
+    """Neighbouring columns, from ``first`` on, that run at ``a*s + b*(l - first)`` when those before them have run."""
+
+    first: int
+    a: int
+    b: int
+
+
+def distances(dependences: Sequence[Dependence]) -> set[tuple[Extent, Extent]]:
+    """The set of distance vectors."""
+    return {dependence.distance for dependence in dependences}
+
+
+def _at(extent: Extent, values: Mapping[sympy.Symbol, int]) -> int:
+    return extent if isinstance(extent, int) else int(evaluated(extent, values))
+
+
+def _show(extent: Extent) -> str:
+    if isinstance(extent, int):
+        return str(extent)
+    if sympy.expand(extent - (1 - L)) == 0:
+        return "-(L-1)"
+    return str(extent)

@@ -1,0 +1,1 @@
+"""The operators of the library `rmtc`: norms, rotary embeddings, rolls and linear maps of a group."""

@@ -1,0 +1,1 @@
+"""Write the bodies: cells that run together become one body of grouped and fused operations."""

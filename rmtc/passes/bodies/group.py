@@ -1,0 +1,253 @@
+"""Pass group: a segment loop as bodies of cells whose operands say how the cells of a group differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rmtc.ir.formula import L
+from rmtc.ir.program import Src, leaves, map_leaves
+from rmtc.ir.schedule import Schedule
+from rmtc.ir.segment_loop import BodyOp, Every, Fit, Item, Outer, Row, SegmentLoop, Where
+from rmtc.ir.wavefront import Body, Input, Local, Member, Number, Shared, WavefrontProgram, Weight
+
+__all__ = ["group", "run_schedule"]
+
+
+_RANDOM = torch.Tag.nondeterministic_seeded
+
+
+def run_schedule(schedule: Schedule, kind: str = "shortest") -> Schedule:
+    """The schedule that is run for a proven one.
+
+    Args:
+        schedule: the proven one.
+        kind: ``"shortest"`` or ``"fission"`` for that itself, ``"diagonal"`` for one with at most one cell of each
+            layer in a step, ``"sequential"`` for one cell after another. A larger ``a`` is as legal, for no dependence
+            leads to an earlier segment; and so is s in place of floor(s/q).
+
+    Raises:
+        ValueError: if the diagonal is asked for of parts that run in phases.
+    """
+    if kind == "sequential":
+        return replace(schedule, a=L, b=1, strip=1, later=())
+    if schedule.later and kind == "diagonal":
+        raise ValueError("parts in phases are no diagonal of whole cells")
+    if schedule.strip > 1 and kind == "diagonal":
+        return replace(schedule, strip=1)
+    if schedule.later or schedule.strip > 1:
+        return schedule
+    ((_, a, b),) = schedule.phases()
+    return replace(schedule, a=max(a, 1) if kind == "diagonal" or not b else a, b=b)
+
+
+def group(loop: SegmentLoop, schedule: Schedule) -> WavefrontProgram:
+    """Rewrite the cells of a loop as bodies for groups of cells.
+
+    Needs: a loop with layouts and classes, and a schedule whose steps hold at most one cell of each layer, or cells of
+    one layer.
+    Gives: for each class one body. An operand is local to the cell, or the same for all members of the class, or a
+    tensor by layer (a weight), or read from another cell (an input), or a number that differs. Operations whose value
+    is the same in every segment of one length leave the bodies; those that no result needs go.
+
+        l0 %9 = linear(%3, layers.0.w)             C1: %4 = linear(in0, w0)    in0 = %3 in l0, s.%12 of l-1 in others
+        l1 %15 = linear(%9, layers.1.w)     ->         w0 = layers.{l}.w
+    """
+    members: dict[str, list[Member]] = {}
+    for row in range(len(loop.layouts)):
+        for layer in range(-1, loop.layers + 1):
+            name = _class_name(loop, row, layer)
+            if name:
+                members.setdefault(name, []).append((row, layer))
+    shared = _Shared(loop, members)
+    needed = _needed(loop, shared)
+    bodies: dict[str, Body] = {}
+    for name, of_class in members.items():
+        bodies[name] = _body(loop, name, of_class, shared, needed)
+    return WavefrontProgram(loop, schedule, tuple(shared.ops), bodies)
+
+
+def _class_name(loop: SegmentLoop, row: int, layer: int) -> str:
+    if 0 <= layer < loop.layers:
+        return loop.classes[row][layer]
+    names = loop.stage_classes.get("prologue" if layer < 0 else "epilogue")
+    return names[row] if names else ""
+
+
+def _range(loop: SegmentLoop, member: Member) -> tuple[int, int]:
+    row, layer = member
+    layout = loop.layouts[row]
+    return layout.prologue if layer < 0 else layout.epilogue if layer >= loop.layers else layout.layers[layer]
+
+
+def _row(loop: SegmentLoop, row: int) -> tuple[BodyOp, ...]:
+    return loop.rows[row] if row < len(loop.rows) else loop.steady
+
+
+class _Shared:
+    """Values that are the same for all segments of one length, numbered by what they are made of."""
+
+    def __init__(self, loop: SegmentLoop, members: Mapping[str, Sequence[Member]]) -> None:
+        self.ops: list[BodyOp] = []
+        self._loop = loop
+        self._numbers: dict[Any, int] = {}
+        self.of: dict[tuple[int, int], int] = {}  # (row kind, number of the operation) -> number of the shared value
+        for row in range(len(loop.layouts)):
+            for number, op in enumerate(_row(loop, row)):
+                key = self._key(row, op)
+                if key is not None:
+                    self.of[row, number] = self._numbers.setdefault(key, len(self._numbers))
+                    if len(self._numbers) > len(self.ops):
+                        self.ops.append(BodyOp(op.target, key[1], op.location, op.module, op.name, op.variable))
+        # A layer keeps what is made from its own parameters: grouped, it is one operation for all layers.
+        kept = {self.of[at] for each in members.values() for at in self._unlike(each)}
+        while True:
+            more = {n for n, op in enumerate(self.ops) if any(leaf in kept for leaf in _shared(op.args))} - kept
+            if not more:
+                break
+            kept |= more
+        self.of = {at: number for at, number in self.of.items() if number not in kept}
+
+    def _key(self, row: int, op: BodyOp) -> tuple[Any, tuple[Any, ...]] | None:
+        """Target and arguments with shared values for operands; None if it may differ from segment to segment."""
+        fixed = not (isinstance(op.target, torch._ops.OpOverload) and _RANDOM in op.target.tags)
+
+        def part(arg: Any) -> Any:
+            nonlocal fixed
+            if isinstance(arg, Row):
+                number = self.of.get((row, arg.number)) if arg.back == 0 else None
+                fixed = fixed and number is not None
+                return Shared(-1 if number is None else number)
+            if isinstance(arg, Item) or (type(arg) is Src and arg.name in self._loop.growing):
+                fixed = False
+            if isinstance(arg, Fit):
+                fixed = fixed and {name for names, _ in arg.terms for name in names} <= {"B", "T"}
+            return arg
+
+        args = map_leaves(op.args, part)
+        return (op.target, args) if fixed else None
+
+    def _unlike(self, members: Sequence[Member]) -> list[tuple[int, int]]:
+        """The operations of a class that are shared and not the same in all its members."""
+        starts = [(row, _range(self._loop, (row, layer))) for row, layer in members]
+        found: list[tuple[int, int]] = []
+        for offset in range(starts[0][1][1] - starts[0][1][0]):
+            places = [(row, start + offset) for row, (start, _) in starts]
+            values = {self.of.get(place) for place in places}
+            if len(values) > 1:
+                found += [place for place in places if place in self.of]
+        return found
+
+
+def _shared(args: tuple[Any, ...]) -> list[int]:
+    return [leaf.number for leaf in leaves(args) if isinstance(leaf, Shared)]
+
+
+def _needed(loop: SegmentLoop, shared: _Shared) -> dict[Member, set[int]]:
+    """For each cell by row kind, the operations that other cells, or what follows the loop, may read."""
+    found: dict[Member, set[int]] = {}
+
+    def note(row: int, number: int) -> None:
+        found.setdefault((row, loop.layouts[row].layer_of(number)), set()).add(number)
+
+    steady = len(loop.rows)
+    for row in range(len(loop.layouts)):
+        for number, op in enumerate(_row(loop, row)):
+            layer = loop.layouts[row].layer_of(number)
+            for leaf in leaves(op.args):
+                if isinstance(leaf, Row) and (leaf.back or (row, leaf.number) not in shared.of):
+                    if leaf.back or loop.layouts[row].layer_of(leaf.number) != layer:
+                        for made in _producers(row, leaf.back, steady):
+                            note(made, leaf.number)
+    for leaf in (*(leaf for op in loop.after for leaf in leaves(op.args)), *leaves(tuple(loop.outputs.values()))):
+        if isinstance(leaf, (Where, Every)):
+            for row, number in enumerate(leaf.number):
+                if number >= 0:
+                    note(row, number)
+    return found
+
+
+def _producers(row: int, back: int, steady: int) -> list[int]:
+    """The row kinds of the segment ``back`` before one of a row kind."""
+    return [row - back] if row < steady else [max(0, at) for at in range(steady - back, steady + 1)]
+
+
+def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, needed: dict[Member, set[int]]) -> Body:
+    starts = [_range(loop, member)[0] for member in members]
+    end = _range(loop, members[0])
+    size = end[1] - end[0]
+    results = sorted(
+        {number - start for member, start in zip(members, starts, strict=True) for number in needed.get(member, ())}
+    )
+    inputs: dict[tuple[Any, ...], Input] = {}
+    weights: dict[tuple[Any, ...], Weight] = {}
+    numbers: dict[tuple[Any, ...], Number] = {}
+
+    def operand(choices: tuple[Any, ...]) -> Any:
+        """One operand for what the members have in its place."""
+        choices = tuple(
+            Shared(shared.of[row, leaf.number])
+            if isinstance(leaf, Row) and leaf.back == 0 and (row, leaf.number) in shared.of
+            else leaf
+            for (row, _), leaf in zip(members, choices, strict=True)
+        )
+        first = choices[0]
+        if all(isinstance(leaf, Row) and leaf.back == 0 for leaf in choices):
+            offsets = {leaf.number - start for leaf, start in zip(choices, starts, strict=True)}
+            if len(offsets) == 1 and 0 <= min(offsets) < size:
+                return Local(offsets.pop())
+        if not isinstance(first, (Row, Outer, Src, Item, Shared, int, float, Fit)) or isinstance(first, bool):
+            return first
+        same = all(type(leaf) is type(first) and leaf == first for leaf in choices)
+        if isinstance(first, (int, float, Fit)):
+            fixed = not isinstance(first, Fit) or {n for names, _ in first.terms for n in names} <= {"B", "T"}
+            return first if same and fixed else numbers.setdefault(choices, Number(len(numbers)))
+        if same and isinstance(first, (Src, Outer, Shared)):
+            return first
+        if all(type(leaf) is Src for leaf in choices):
+            by_layer: dict[int, str] = {}
+            if all(
+                by_layer.setdefault(at, leaf.name) == leaf.name for (_, at), leaf in zip(members, choices, strict=True)
+            ):
+                return weights.setdefault(choices, Weight(len(weights)))
+        return inputs.setdefault(choices, Input(len(inputs)))
+
+    rows = [_row(loop, row)[start : start + size] for (row, _), start in zip(members, starts, strict=True)]
+    live, ops = set(results), dict[int, BodyOp]()
+    for offset in reversed(range(size)):
+        hoisted = (members[0][0], starts[0] + offset) in shared.of
+        if offset not in live:
+            continue
+        if hoisted:
+            ops[offset] = BodyOp(_same, (Shared(shared.of[members[0][0], starts[0] + offset]),))
+            continue
+        args = _zip_leaves([row[offset].args for row in rows], operand)
+        ops[offset] = replace(rows[0][offset], args=args)
+        live |= {leaf.number for leaf in leaves(args) if isinstance(leaf, Local)}
+    layers = [layer for _, layer in members]
+    return Body(
+        name,
+        "prologue" if layers[0] < 0 else "epilogue" if layers[0] >= loop.layers else "layer",
+        tuple(members),
+        dict(sorted(ops.items())),
+        tuple(dict(zip(members, choices, strict=True)) for choices in inputs),
+        tuple({at: (leaf.name,) for at, leaf in zip(layers, choices, strict=True)} for choices in weights),
+        tuple(dict(zip(members, choices, strict=True)) for choices in numbers),
+        tuple(results),
+        {member: {result: position for position, result in enumerate(results)} for member in members},
+    )
+
+
+def _same(value: Any) -> Any:
+    """The operation that gives its operand: a result that is a shared value."""
+    return value
+
+
+def _zip_leaves(args: list[tuple[Any, ...]], function: Any) -> tuple[Any, ...]:
+    return tuple(
+        _zip_leaves(list(each), function) if type(each[0]) is tuple else function(each)
+        for each in zip(*args, strict=True)
+    )

@@ -1,0 +1,46 @@
+"""Pass merge-equal: what is computed twice is computed once, and what computes nothing goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rmtc.ir.segment_loop import SegmentLoop
+from rmtc.ir.wavefront import Body, Local
+from rmtc.passes.bodies.body_graph import BodyGraph, key_of
+
+__all__ = ["merge_equal"]
+
+aten = torch.ops.aten
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_NOTHING = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)
+
+
+def merge_equal(body: Body, loop: SegmentLoop) -> Body:
+    """Merge equal operations, and views of views.
+
+    Needs: a body. It runs without gradients, and nothing writes to its values.
+    Gives: the body with one operation for those of the same operator and operands, without ``detach``, and with one
+    view for a view of a view.
+
+        %1 = unsqueeze(in1, -1)  %2 = unsqueeze(in1, -1)  %3 = f(%1, %2)  ->  %1 = unsqueeze(in1, -1)  %3 = f(%1, %1)
+    """
+    graph = BodyGraph(body, loop)
+    known: dict[tuple[Any, ...], int] = {}
+    for number in graph.numbers():
+        op = graph.ops[number]
+        if op.target in _NOTHING and isinstance(op.args[0], Local):
+            graph.drop(number, op.args[0])
+            continue
+        inner = graph.args(op.args[0], *_VIEWS) if op.target in _VIEWS else None
+        if inner is not None:
+            graph.replace(number, aten.reshape.default, inner[0], *op.args[1:])
+            op = graph.ops[number]
+        random = isinstance(op.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.target.tags
+        key = op.target, key_of(op.args)
+        if not random and known.get(key) in graph.ops:
+            graph.drop(number, Local(known[key]))
+        else:
+            known[key] = number
+    return graph.done()

@@ -1,0 +1,114 @@
+"""The first and the last layer of a segment as the one in the middle is, where what lies around them has the rest."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from rmtc.ir.program import leaves, map_leaves
+from rmtc.ir.segment_loop import BodyOp, Fit, Layout, Row
+from rmtc.passes.fold.accumulators import Laid
+
+__all__ = ["aligned"]
+
+
+def aligned(row: Sequence[BodyOp], laid: Laid, templates: Sequence[tuple[str, ...]], steady: bool) -> Laid:
+    """Let layers run what the middle one runs, in its order.
+
+    What the first layer lacks of that may be in the prologue, with other operations between, and what the last one
+    lacks in the epilogue; what they have that it has not goes there. A layer that is not like the middle one all the
+    same stays as it is.
+
+        pro: m0 = view(s-1.w0), x | l0: h0 = f(x, m0), w0   ->   pro: x | l0: m0 = view(s-1.w0), h0 = f(x, m0), w0
+
+    Args:
+        row: the operations.
+        laid: where its layers are.
+        templates: for each operation, the names of the parameters that it uses, with ``{l}`` for a layer's number.
+        steady: whether it reads earlier segments that are rows as it is.
+    """
+    order, layout = laid
+    before, *layers, after = (order[begin:end] for begin, end in (layout.prologue, *layout.layers, layout.epilogue))
+    if len(layers) < 2:
+        return laid
+    middle = (len(layers) - 1) // 2
+    for layer, own in enumerate(layers):
+        first, last = layer == 0, layer == len(layers) - 1
+        pool = [*own, *(before if first else after if last else ())]
+        found = None if layer == middle else _Counterparts(row, templates, steady).of(layers[middle], pool)
+        if found is None:
+            continue
+        rest = sorted(set(pool) - set(found), key=order.index)
+        reading, read = (found, rest) if last else (rest, found)
+        parted = any(row[i].target is operator.getitem and not _reads(row, [i]).isdisjoint(found) for i in rest)
+        if parted or (rest and not (first or last)) or not _reads(row, reading).isdisjoint(read):
+            continue
+        layers[layer] = found
+        if first:
+            before = rest
+        elif last:
+            after = rest
+    parts = [before, *layers, after]
+    bounds = itertools.accumulate(map(len, parts), initial=0)
+    prologue, *inside, epilogue = itertools.pairwise(bounds)
+    return [i for part in parts for i in part], Layout(prologue, tuple(inside), epilogue)
+
+
+def _reads(row: Sequence[BodyOp], some: Sequence[int]) -> set[int]:
+    """What some operations read of their segment."""
+    return {leaf.number for i in some for leaf in leaves(row[i].args) if isinstance(leaf, Row) and leaf.back == 0}
+
+
+class _Counterparts:
+    """For the operations of a layer those that do the same for another one."""
+
+    def __init__(self, row: Sequence[BodyOp], templates: Sequence[tuple[str, ...]], steady: bool) -> None:
+        self._row, self._templates, self._steady = row, templates, steady
+        self._of: dict[int, int] = {}
+        self._taken: set[int] = set()
+
+    def of(self, layer: Sequence[int], pool: Sequence[int]) -> list[int] | None:
+        """Those of a layer's operations among others, the likeliest first; None if one has none."""
+        by_kind: dict[Any, list[int]] = {}
+        for i in pool:
+            by_kind.setdefault(self._kind(i), []).append(i)
+        for i in layer:
+            same = by_kind.get(self._kind(i), ())
+            found = next((j for j in same if j not in self._taken and self._alike(i, j)), None)
+            if found is None:
+                return None
+            self._of[i] = found
+            self._taken.add(found)
+        pairs = [pair for i, j in self._of.items() for pair in self._pairs(i, j)]
+        for one, other in pairs:
+            if one.back == 0 and one.number not in self._of and other.number in self._taken:
+                return None  # and perhaps behind what reads it
+            if one.back > 0 and self._steady and self._of.get(one.number, other.number) != other.number:
+                return None
+        return list(self._of.values())
+
+    def _kind(self, i: int) -> Any:
+        op = self._row[i]
+        return op.target, op.location, self._templates[i], map_leaves(op.args, lambda _: None)
+
+    def _pairs(self, i: int, j: int) -> list[tuple[Row, Row]]:
+        pairs = zip(leaves(self._row[i].args), leaves(self._row[j].args), strict=True)
+        return [(one, other) for one, other in pairs if isinstance(one, Row) and isinstance(other, Row)]
+
+    def _alike(self, i: int, j: int) -> bool:
+        """Whether an operation computes from the counterparts of what another is computed from."""
+        for one, other in zip(leaves(self._row[i].args), leaves(self._row[j].args), strict=True):
+            if isinstance(one, Row) and one.back == 0:
+                if one.number in self._of:
+                    if other != Row(0, self._of[one.number]):
+                        return False
+                elif isinstance(other, Row) and (other.back or other.number in self._taken):
+                    return False  # not of another layer, as the one's operand is
+            elif isinstance(one, Row):
+                if not isinstance(other, Row) or one.back != other.back:
+                    return False
+            elif type(one) is not type(other) or (isinstance(one, (int, float, Fit)) and one != other):
+                return False
+        return True

@@ -1,0 +1,313 @@
+"""Equivalence classes of cells: the same operations, constants and wiring, relative to the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rmtc.ir.program import Source, Src, leaves, map_leaves, target_name
+from rmtc.ir.segment_loop import BodyOp, Fit, Form, Item, Outer, Row, SegmentLoop
+from rmtc.passes.fold.streams import Family
+
+__all__ = ["Namer"]
+
+_LETTERS = {"layer": "C", "prologue": "P", "epilogue": "E"}
+
+
+@dataclass
+class _Class:
+    name: str
+    stage: str
+    ops: Sequence[BodyOp]
+    slots: list[Any]
+    note: str = ""
+
+
+class Namer:
+    """Finds the class of each cell: an equivalent one seen before, or a new one."""
+
+    def __init__(self, loop: SegmentLoop, family: Family | None) -> None:
+        self._loop, self._family = loop, family
+        self._rows = [*loop.rows, loop.steady]
+        self.classes: list[_Class] = []
+        self._made: dict[tuple[int, int | None], int] = {}
+        self._known: dict[Any, int] = {}
+
+    def classify(self, stage: str, row: int, layer: int) -> str:
+        layout = self._loop.layouts[row]
+        start, end = (
+            layout.prologue if layer < 0 else layout.epilogue if layer >= len(layout.layers) else layout.layers[layer]
+        )
+        ops = self._rows[row][start:end]
+        if not ops:
+            return ""
+        slots = [self._slots(op, row, layer, start) for op in ops]
+        differs, shared = "", -1
+        for each in self.classes:
+            if each.stage != stage:
+                continue
+            merged, same, why = _merge(each, ops, slots)
+            if merged is not None:
+                each.slots = merged
+                return each.name
+            if same > shared:
+                differs, shared = f"unlike {each.name}: {why}", same
+        count = sum(1 for each in self.classes if each.stage == stage)
+        name = f"{_LETTERS[stage]}{count}"
+        self.classes.append(_Class(name, stage, ops, slots, differs))
+        return name
+
+    def _slots(self, op: BodyOp, row: int, layer: int, start: int) -> list[Any]:
+        out: list[Any] = []
+        for leaf in leaves(op.args):
+            if isinstance(leaf, Row):
+                out.append(self._operand(leaf, row, layer, start))
+            elif type(leaf) is Src:
+                source: Source = self._loop.sources[leaf.name]
+                names = [self._name(name, at) for name in source.names for at in (None, layer)]
+                form = (tuple(source.shape), source.dtype)
+                out.append(_Given(frozenset(names), "source", form))
+            elif isinstance(leaf, Item):
+                out.append(_Given(frozenset([f"{leaf.list}[s]{leaf.rest}"]), "item"))
+            elif isinstance(leaf, Outer) and leaf.part == "before":
+                made = frozenset(self._outer(leaf.number, at) for at in (None, layer))
+                out.append(_Given(made, "before", self._loop.before[leaf.number].form))
+            elif type(leaf) in (int, float) or isinstance(leaf, Fit):
+                out.append(_Number({(row, layer): leaf}, self._loop.segment_length, len(self._loop.rows)))
+            else:
+                out.append(leaf)
+        return out
+
+    def _name(self, name: str, layer: int | None) -> str:
+        """A name relative to a layer: ``layers.{l}.weight`` is its own, ``layers.{l+1}.weight`` the next one's."""
+        of = self._family.layer_of(name) if self._family is not None else None
+        if self._family is None or of is None or layer is None:
+            return name
+        own = self._family.template(name)
+        return own if of == layer else own.replace("{l", f"{{l{of - layer:+}")
+
+    def _outer(self, number: int, layer: int | None) -> int:
+        """What a value from before the loop is made of, relative to a layer, as a number."""
+        if (number, layer) not in self._made:
+            op = self._loop.before[number]
+
+            def part(arg: Any) -> Any:
+                if isinstance(arg, Outer):
+                    return self._outer(arg.number, layer)
+                return self._name(arg.name, layer) if type(arg) is Src else str(arg)
+
+            args = map_leaves(op.args, part)
+            if target_name(op.target) == "select.int" and type(op.args[0]) is Src and op.args[1] == 0:
+                name = f"{op.args[0].name}[{op.args[2]}]"
+                if self._family is not None and self._family.layer_of(name) is not None:
+                    args = (self._name(name, layer),)
+            self._made[number, layer] = self._known.setdefault((op.target, args), len(self._known))
+        return self._made[number, layer]
+
+    def _operand(self, leaf: Row, row: int, layer: int, start: int) -> Any:
+        made = max(0, row - leaf.back)
+        layout = self._loop.layout(made) if leaf.back else self._loop.layouts[row]
+        at = layout.layer_of(leaf.number)
+        if at == layer and leaf.back == 0:
+            return ("local", leaf.number - start)
+        base = 0 if at < 0 else layout.epilogue[0] if at >= len(layout.layers) else layout.layers[at][0]
+        # What makes it has another number in another class of cells.
+        maker = min(made, len(self._loop.rows))
+        number, form = {(maker, at): leaf.number - base}, self._rows[maker][leaf.number].form
+        if at < 0 or at >= len(layout.layers):
+            # The first layer reads from the prologue what the others read from the layer below.
+            return _Outside(at, leaf.back, number, edge=layer == 0 and at < 0, form=form)
+        return _Cells(frozenset({("relative", layer - at), ("layer", at)}), leaf.back, number, form)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Operand that is there before the loop: the ways to say which, of which those stay that hold for all members."""
+
+    ways: frozenset[str | int]
+    kind: str
+    form: Form | None = None
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Operand from another cell: the ways to say which, of which those stay that hold for all members.
+
+    ``number`` gives the operation in the producer's body, for each row and layer of a producer.
+    """
+
+    ways: frozenset[tuple[str, int]]
+    back: int
+    number: dict[tuple[int, int], int]
+    form: Form | None = None
+
+
+@dataclass(frozen=True)
+class _Outside:
+    """Operand from the prologue or the epilogue."""
+
+    stage: int
+    back: int
+    number: dict[tuple[int, int], int]
+    edge: bool
+    form: Form | None = None
+
+
+@dataclass(frozen=True)
+class _Number:
+    """A number: the same in all cells, a function of the segment, or given by the layer.
+
+    A class keeps the numbers of all its members. Floats may differ from layer to layer in any way; integers must
+    advance evenly, as the slices of a tensor that holds all layers do.
+    """
+
+    values: dict[tuple[int, int], int | float | Fit]
+    segment_length: int
+    steady: int
+
+    def merge(self, other: _Number) -> _Number | None:
+        values = {**self.values, **other.values}
+        by_layer: dict[int, set[Any]] = {}
+        functions = {layer: value for (row, layer), value in values.items() if row == self.steady}
+        for (row, layer), value in values.items():
+            function = functions.get(layer, value)
+            if row != self.steady:  # a steady segment's function must give this segment's number
+                function, value = (
+                    each.where(row, self.segment_length) if isinstance(each, Fit) else each
+                    for each in (function, value)
+                )
+                if function != value:
+                    return None
+            by_layer.setdefault(layer, set()).add(functions.get(layer, value))
+        if any(len(found) > 1 for found in by_layer.values()):
+            return None
+        by_number = {layer: found.copy().pop() for layer, found in by_layer.items()}
+        if len(set(by_number.values())) == 1 or all(type(value) is float for value in by_number.values()):
+            return _Number(values, self.segment_length, self.steady)
+        layers = sorted(by_number)
+        if len(layers) < 2 or any(type(value) is not int for value in by_number.values()):
+            return None
+        step = (by_number[layers[1]] - by_number[layers[0]]) / (layers[1] - layers[0])
+        even = all(by_number[at] == by_number[layers[0]] + step * (at - layers[0]) for at in layers)
+        return _Number(values, self.segment_length, self.steady) if even else None
+
+    def __str__(self) -> str:
+        return " or ".join(dict.fromkeys(str(value) for value in self.values.values()))
+
+
+def _union(first: dict[tuple[int, int], int], second: dict[tuple[int, int], int]) -> dict[tuple[int, int], int] | None:
+    if any(second.get(producer, number) != number for producer, number in first.items()):
+        return None
+    return {**first, **second}
+
+
+def _merge(known: _Class, ops: Sequence[BodyOp], slots: list[Any]) -> tuple[list[Any] | None, int, str]:
+    """The slots of a class with another member; or how many operations fit, and why the next does not."""
+    merged: list[Any] = []
+    for number, (op, other) in enumerate(zip(ops, known.ops, strict=False)):
+        if op.target is not other.target or _shape(op.args) != _shape(other.args):
+            more = len(ops) - len(known.ops)
+            count = (
+                f"{abs(more)} operations {'more' if more > 0 else 'fewer'}, the first difference is " if more else ""
+            )
+            return None, number, f"{count}{_at(op)} in place of {_at(other)}"
+        if op.form is not None and other.form is not None and op.form != other.form:
+            return None, number, f"{_at(op)} makes {_form(op.form)}, not {_form(other.form)}"
+        row: list[Any] = []
+        for a, b in zip(slots[number], known.slots[number], strict=True):
+            slot = _merge_slot(a, b)
+            if slot is None:
+                return None, number, f"{_at(op)} reads {_unlike(a, b)}"
+            row.append(slot[0])
+        merged.append(row)
+    if len(ops) != len(known.ops):
+        return None, len(merged), f"{len(ops)} operations, not {len(known.ops)}"
+    return merged, len(merged), ""
+
+
+def _form(form: Form) -> str:
+    return f"{str(form[1]).removeprefix('torch.')}{list(form[0])}"
+
+
+def _at(op: BodyOp) -> str:
+    place = op.location
+    return target_name(op.target) + (f" at {place.file}:{place.line}" if place is not None else "")
+
+
+def _merge_slot(a: Any, b: Any) -> tuple[Any] | None:
+    if None not in (forms := _forms(a, b)) and forms[0] != forms[1]:
+        return None
+    if isinstance(a, _Number) and isinstance(b, _Number):
+        merged = b.merge(a)
+        return (merged,) if merged is not None else None
+    if isinstance(a, _Given) and isinstance(b, _Given):
+        ways = a.ways & b.ways
+        return (_Given(ways, b.kind, b.form),) if ways and a.kind == b.kind else None
+    if isinstance(a, _Cells) and isinstance(b, _Cells):
+        alike, number = a.ways & b.ways, _union(a.number, b.number)
+        return (_Cells(alike, b.back, number, b.form),) if a.back == b.back and number is not None and alike else None
+    if isinstance(a, _Outside) and isinstance(b, _Outside):
+        number = _union(a.number, b.number)
+        same = (a.stage, a.back) == (b.stage, b.back) and number is not None
+        return (_Outside(b.stage, b.back, number or {}, a.edge and b.edge, b.form),) if same else None
+    for mine, other in ((a, b), (b, a)):
+        if isinstance(mine, _Outside) and mine.edge and isinstance(other, _Cells) and mine.back == other.back:
+            return (other,) if any(way[0] == "relative" and way[1] > 0 for way in other.ways) else None
+        # A value from before the loop stands in for that of a segment before the first.
+        if isinstance(other, (_Cells, _Outside)) and other.back > 0 and isinstance(mine, _Given):
+            return (other,)
+    return (b,) if type(a) is type(b) and a == b else None
+
+
+def _forms(a: Any, b: Any) -> tuple[Form | None, Form | None]:
+    """Shape and dtype of two operands that are not made in their cells, where they are known."""
+    given = (_Given, _Cells, _Outside)
+    return (a.form, b.form) if isinstance(a, given) and isinstance(b, given) else (None, None)
+
+
+def _shape(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_shape(arg) if type(arg) is tuple else 0 for arg in args)
+
+
+def _unlike(a: Any, b: Any) -> str:
+    """Two slots in words that tell them apart."""
+    one, other = _say(a), _say(b)
+    if isinstance(a, _Cells) and isinstance(b, _Cells):
+        kind = max({kind for kind, _ in a.ways} & {kind for kind, _ in b.ways})
+        one, other = (f"{_producer(each, kind)}{_before(each.back)}" for each in (a, b))
+    if one == other and isinstance(a, (_Cells, _Outside)) and isinstance(b, (_Cells, _Outside)):
+        made = next((made for made in a.number if b.number.get(made, a.number[made]) != a.number[made]), None)
+        if made is not None:
+            one, other = (f"value {each.number[made]} of {text}" for each, text in ((a, one), (b, other)))
+    forms = _forms(a, b)
+    if one == other and forms[0] is not None and forms[1] is not None:
+        return f"{one}, {_form(forms[0])}, not {_form(forms[1])}"
+    return f"{one}, not {other}"
+
+
+def _say(slot: Any) -> str:
+    if isinstance(slot, _Cells):
+        return f"{_producer(slot, max(slot.ways)[0])}{_before(slot.back)}"
+    if isinstance(slot, _Outside):
+        return f"the {'prologue' if slot.stage < 0 else 'epilogue'}{_before(slot.back)}"
+    if isinstance(slot, _Given):
+        ways = sorted(map(str, slot.ways))
+        return f"{slot.kind} {', '.join([way for way in ways if '{l' in way] or ways)}"
+    if type(slot) is tuple:
+        return f"value {slot[1]} of its own"
+    return str(slot) if isinstance(slot, _Number) else repr(slot)
+
+
+def _producer(slot: _Cells, kind: str) -> str:
+    """The cell that a slot reads, by its layer or relative to the reader's."""
+    layer = next(layer for of, layer in slot.ways if of == kind)
+    if kind == "layer":
+        return f"layer {layer}"
+    if abs(layer) < 2:
+        return ("the layer above", "its layer", "the layer below")[layer + 1]
+    return f"{abs(layer)} layers {'below' if layer > 0 else 'above'}"
+
+
+def _before(segments: int) -> str:
+    return f", {segments} segments before" if segments > 1 else ", one segment before" if segments else ""

@@ -1,0 +1,209 @@
+"""Pass find-dependences: what crosses from cell to cell, with distance vectors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
+
+import networkx as nx
+
+from rmtc.ir.cells import Cell, Dependence
+from rmtc.ir.formula import Extent, L, layer_symbol
+from rmtc.ir.program import Op, Val, leaves
+from rmtc.ir.segment_loop import BodyOp, Key, Row, SegmentLoop
+from rmtc.passes.fold.streams import Family, template
+
+__all__ = ["cell_graph", "find_dependences", "maker_name", "operation_graph", "tensor_name"]
+
+
+def operation_graph(loop: SegmentLoop, segments: int) -> nx.DiGraph:
+    """The graph of operations of the unrolled loop.
+
+    Nodes are numbers of operations with ``op`` and ``cell`` (None outside the loop; layer -1 is a prologue, L an
+    epilogue); an edge runs from a value to its use.
+    """
+    program, keys = loop.unroll(segments, batch=1, tail=loop.segment_length)
+    graph: nx.DiGraph = nx.DiGraph(layers=loop.layers)
+    for number, (op, key) in enumerate(zip(program.ops, keys, strict=True)):
+        graph.add_node(number, op=op, cell=loop.cell(key, segments), key=key)
+        graph.add_edges_from((leaf.number, number) for leaf in leaves(op.args) if type(leaf) is Val)
+    return graph
+
+
+class _Edge(NamedTuple):
+    """An operation that reads what another cell makes; the least of several shows best what is meant."""
+
+    first: bool  # made in a segment that may differ from the steady ones
+    consumer: int
+    producer: int
+
+
+def find_dependences(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
+    """Add to a loop the dependences between its cells.
+
+    Needs: a loop with layouts.
+    Gives: one dependence for each tensor and distance, with the operations that make it, and the places that make and
+    read it. A prologue that reads cells counts as part of layer 0, an epilogue that later cells read as part of the
+    last layer; what a prologue makes from the text alone, and what epilogues hand on to each other, is no dependence
+    between cells.
+
+        s1.l0.%9 -> s2.l0.%4, s1.l1.%9 -> s2.l1.%4, ...   ->   (1, 0) layers.{l}.A
+    """
+    rows = len(loop.rows)
+    segments = rows + max(_furthest_back(loop) + 1, loop.furthest_result)  # so that a steady segment is read, too
+    graph = operation_graph(loop, segments)
+    keys: dict[int, Key] = dict(graph.nodes(data="key"))
+    dependences: list[Dependence] = []
+    for (ds, name), pairs in _tensors(graph, loop, family).items():
+        for distance, layers, covered in _distances(ds, set(pairs), loop.layers):
+            edges = [edge for pair in covered for edge in pairs[pair]]
+            shown = min(edges)
+            made, read = graph.nodes[shown.producer], graph.nodes[shown.consumer]
+            makers: list[set[int]] = [set() for _ in range(rows + 1)]
+            for edge in edges:
+                segment, number = keys[edge.producer]
+                makers[min(segment, rows)].add(number)
+            dependences.append(
+                Dependence(
+                    distance,
+                    name,
+                    maker_name(made["op"], made["cell"].layer, loop.layers, family),
+                    maker_name(read["op"], read["cell"].layer, loop.layers, family),
+                    made["op"].location,
+                    read["op"].location,
+                    layers,
+                    tuple(map(frozenset, makers)),
+                )
+            )
+    dependences.sort(key=lambda each: (str(each.distance[0]), str(each.distance[1]), each.tensor))
+    return replace(loop, dependences=tuple(dependences))
+
+
+def _tensors(
+    graph: nx.DiGraph, loop: SegmentLoop, family: Family | None
+) -> dict[tuple[int, str], dict[tuple[int, int], list[_Edge]]]:
+    """What crosses between cells, by segments and name, then by the producer's and the consumer's layer."""
+    rows, steady = len(loop.rows), _steady_numbers(loop)
+    crossing = []
+    for source, target, producer, consumer in _crossing_edges(graph, loop.layers):
+        segment, number = graph.nodes[producer]["key"]
+        way = target.segment - source.segment, (source.layer, target.layer)
+        crossing.append((steady.get((min(segment, rows), number)), way, _Edge(segment < rows, consumer, producer)))
+    tensors: dict[tuple[int, str], dict[tuple[int, int], list[_Edge]]] = {}
+    names: dict[tuple[int, tuple[int, int]], set[str]] = {}
+    for same, (ds, pair), edge in sorted(crossing, key=lambda each: each[0] is None):
+        op = graph.nodes[edge.producer]["op"] if same is None else loop.steady[same]
+        name = tensor_name(op, pair[0], family)
+        known = names.setdefault((ds, pair), set())
+        if same is not None:
+            known.add(name)
+        elif len(known) == 1 and not op.name:
+            (name,) = known  # the only one that it can stand for
+        tensors.setdefault((ds, name), {}).setdefault(pair, []).append(edge)
+    return tensors
+
+
+def _furthest_back(loop: SegmentLoop) -> int:
+    """How many segments back a segment reads at most."""
+    operands = (leaf for row in (*loop.rows, loop.steady) for op in row for leaf in leaves(op.args))
+    return max((leaf.back for leaf in operands if type(leaf) is Row), default=0)
+
+
+def _steady_numbers(loop: SegmentLoop) -> dict[tuple[int, int], int]:
+    """For (row, number) of operations: the number of that which makes the same tensor in a steady segment.
+
+    In a segment that runs what the steady ones run it is the same number; in another, that of what such a segment
+    reads in its place.
+    """
+    kinds = [op.target for op in loop.steady]
+    last = len(loop.rows)
+    alike = [s for s in range(last + _furthest_back(loop) + 1) if [op.target for op in loop.row(s)] == kinds]
+    numbers = {(min(s, last), number): number for s in alike for number in range(len(kinds))}
+    for s in alike:
+        for op, steady in zip(loop.row(s), loop.steady, strict=True):
+            for operand, same in zip(leaves(op.args), leaves(steady.args), strict=False):
+                if type(operand) is Row and type(same) is Row and operand.back == same.back:
+                    numbers.setdefault((min(s - operand.back, last), operand.number), same.number)
+    return numbers
+
+
+def cell_graph(loop: SegmentLoop, segments: int) -> nx.DiGraph:
+    """The graph of cells of the unrolled loop."""
+    graph: nx.DiGraph = nx.DiGraph()
+    graph.add_nodes_from(Cell(s, layer) for s in range(segments) for layer in range(loop.layers))
+    for producer, consumer, *_ in _crossing_edges(operation_graph(loop, segments), loop.layers):
+        graph.add_edge(producer, consumer)
+    return graph
+
+
+def _crossing_edges(graph: nx.DiGraph, layers: int) -> Iterable[tuple[Cell, Cell, int, int]]:
+    reads_cells: set[int] = set()
+    for node, data in graph.nodes(data=True):  # numbered in the order they run
+        cell = data["cell"]
+        if cell is not None and cell.layer == -1:
+            for before in graph.predecessors(node):
+                source = graph.nodes[before]["cell"]
+                if before in reads_cells or (source is not None and source.layer >= 0):
+                    reads_cells.add(node)
+
+    for made, read in graph.edges:
+        source, target = graph.nodes[made]["cell"], graph.nodes[read]["cell"]
+        if source is None or target is None or target.layer == layers or source == target:
+            continue
+        if source.layer == -1:
+            if target.layer == -1 or made not in reads_cells:
+                continue
+            source = Cell(source.segment, 0)
+        elif source.layer == layers:
+            source = Cell(source.segment, layers - 1)
+        if target.layer == -1:
+            target = Cell(target.segment, 0)
+        if source != target:
+            yield source, target, made, read
+
+
+def _distances(
+    ds: int, pairs: set[tuple[int, int]], layers: int
+) -> list[tuple[tuple[Extent, Extent], tuple[Extent, Extent] | None, set[tuple[int, int]]]]:
+    """The distances of (producer's layer, consumer's layer) pairs, with the consumers' range where it is partial.
+
+    Each distance comes with its pairs.
+    """
+    top = layers - 1
+    if pairs == {(top, 0)} and top > 0 and ds > 0:
+        return [((ds, 1 - L), (0, 0), pairs)]
+    offsets = {consumer - producer for producer, consumer in pairs}
+    consumers = sorted(consumer for _, consumer in pairs)
+    if len(offsets) == 1:
+        offset = offsets.pop()
+        full = len(pairs) == layers - abs(offset)
+        contiguous = consumers == list(range(consumers[0], consumers[-1] + 1))
+        if full:
+            return [((ds, offset), None, pairs)]
+        if contiguous:
+            return [((ds, offset), (consumers[0], consumers[-1]), pairs)]
+    producers = {producer for producer, _ in pairs}
+    if len(producers) == 1 and consumers == list(range(consumers[0], consumers[-1] + 1)):
+        producer = producers.pop()
+        dl = layer_symbol - (L - 1) if producer == top and top > 0 else layer_symbol - producer
+        return [((ds, dl), (consumers[0], L - 1 if consumers[-1] == top else consumers[-1]), pairs)]
+    return [
+        ((ds, consumer - producer), (consumer, consumer), {(producer, consumer)})
+        for producer, consumer in sorted(pairs)
+    ]
+
+
+def tensor_name(op: Op | BodyOp, layer: int, family: Family | None) -> str:
+    """The name of a tensor with ``{l}`` for the layer, as in ``memories[{l}]``."""
+    if op.name and not op.name.startswith(("output", "write:")):
+        name = template(family, op.name)
+        return re.sub(rf"(?<=[.\[]){layer}(?=[.\]]|$)", "{l}", op.name, count=1) if name == op.name else name
+    return op.variable or op.label
+
+
+def maker_name(op: Op | BodyOp, layer: int, layers: int, family: Family | None) -> str:
+    """An operation in words a user recognises, as in ``linear in layers.{l}.query (prologue)``."""
+    stage = " (prologue)" if layer < 0 else " (epilogue)" if layer >= layers else ""
+    return (f"{op.label} in {template(family, op.module)}" if op.module else op.label) + stage

@@ -1,0 +1,373 @@
+"""Pass fold-segments: two runs of different lengths become one loop over segments, for every length."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from rmtc.errors import RefusedError
+from rmtc.ir.program import Op, Source, Src, Val, leaves, map_leaves, parts, show, target_name
+from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Item, Outer, Row, SegmentLoop, Where
+from rmtc.passes.fold.carry import carry
+from rmtc.passes.fold.complete import complete_segments
+from rmtc.passes.fold.cuts import common_subsequence
+from rmtc.passes.fold.fit import Misfit, fit
+from rmtc.passes.fold.outside import fold_outside, fold_results
+from rmtc.passes.fold.run import Run, describe, structure
+
+__all__ = ["fold_segments"]
+
+
+def fold_segments(
+    short: Run, long: Run, sources: dict[str, Source], steady_from: int, growing: frozenset[str] = frozenset()
+) -> SegmentLoop:
+    """Fold two runs into a loop.
+
+    Needs: two runs of n and n + 1 segments.
+    Gives: the loop whose unrolling at both lengths is these runs, with the first ``steady_from`` segments as they
+    are and one body for all later ones; integers that differ are functions of the segment, the number of segments,
+    the batch and the lengths.
+    Checks: every later segment runs the same operations on the same operands, at both lengths, with constants that
+    are such functions; the parts before and after the loop are the same at both lengths but for lists with an item
+    a segment.
+
+        s1: f(s0.%4, [8:16])   s2: f(s1.%4, [16:24])   ->   s: f(s-1.%4, [8*s : 8*s + 8])
+
+    Raises:
+        RefusedError: with the first operation that does not fit.
+    """
+    if short.segments <= steady_from or long.segments != short.segments + 1:
+        raise ValueError("fold_segments needs runs of n and n + 1 segments with a steady one in each")
+    with contextlib.suppress(RefusedError):
+        return _fold(*complete_segments(short, long, steady_from, growing), sources, steady_from)
+    try:
+        return _fold(short, long, sources, steady_from)
+    except RefusedError:
+        carried = carry(short, long)
+        if carried is not None:
+            with contextlib.suppress(RefusedError):  # of what the user's code does not say
+                return fold_segments(*carried, sources, steady_from, growing)
+        raise
+
+
+def _fold(short: Run, long: Run, sources: dict[str, Source], steady_from: int) -> SegmentLoop:
+    """The loop of two runs as they are."""
+    short, long = _drop_unused(short, long)
+    reference = long.tokens(steady_from)
+    for run in (short, long):
+        for s in range(steady_from, run.segments):
+            _same_operations(run, s, long, steady_from)
+    alike = [(run, run.row(s), s) for run in (short, long) for s in range(run.segments) if run.tokens(s) == reference]
+    rows: list[tuple[BodyOp, ...]] = []
+    for s in range(steady_from):
+        _same_operations(long, s, short, s)
+        more = [sample for sample in alike if sample[2] != s] if long.tokens(s) == reference else []
+        rows.append(_fold_row([(run, run.row(s), s) for run in (short, long)], more))
+    steady = _fold_row(
+        [sample for sample in alike if sample[2] >= steady_from],
+        [sample for sample in alike if sample[2] < steady_from],
+    )
+    lengths = [len(row) for row in rows] + [len(steady)]
+    before = fold_outside(short, long, short.before, long.before, lengths, "before")
+    after = fold_outside(short, long, short.after, long.after, lengths, "after")
+    outputs = fold_results(short, long, len(rows))
+    loop = _with_known_results(SegmentLoop(before, tuple(rows), steady, after, outputs, sources, short.segment_length))
+    while len(loop.rows) > _LEAST and _alike(loop.rows[-1], steady):
+        loop = _without_last_row(loop)
+    _refuse_missing(loop)
+    return loop
+
+
+_LEAST = 2
+
+
+def _refuse_missing(loop: SegmentLoop) -> None:
+    """What later segments read of earlier ones, each of those makes.
+
+    In short runs nothing reads the memory of any but the first segments, which may be all that make it then.
+    """
+    rows = [*loop.rows, loop.steady]
+    for op in loop.steady:
+        for leaf in leaves(op.args):
+            if isinstance(leaf, Row) and leaf.back:
+                least = min(map(len, rows[max(0, len(loop.rows) - leaf.back) :]))
+                if leaf.number >= least:
+                    raise RefusedError(
+                        f"{target_name(op.target)} reads what segment s-{leaf.back} makes, and later segments do not",
+                        location=op.location,
+                        remedy="every segment after the first must leave what later ones read",
+                    )
+
+
+def _with_known_results(loop: SegmentLoop) -> SegmentLoop:
+    """The loop with the results of a first segment that runs other operations: such a segment may be the last.
+
+    It leaves what later ones read in the place of what a steady one leaves; where none reads it, what is made by the
+    same operation in the same order; where it lacks that, too, the result is made after the loop. A trace of so few
+    segments has yet to confirm it.
+
+        s0: %3, s: %5 = f(s-1.%5), s1 reads s0.%3 in its place   ->   s0 leaves %3 where a later one leaves %5
+        s0: %3, s: %3, %4 = view(%3), result s[-1].%4            ->   after: %0 = view(s[-1].%3), result after.%0
+    """
+    last = len(loop.rows)
+    stands: dict[tuple[int, int], int] = {}  # (row, number in a steady segment) -> number in the row
+    back = [leaf.back for op in loop.steady for leaf in leaves(op.args) if isinstance(leaf, Row)]
+    for s in range(last + max(back, default=0)):
+        row = loop.rows[s] if s < last else loop.steady
+        if [op.target for op in row] != [op.target for op in loop.steady]:
+            continue
+        for op, steady in zip(row, loop.steady, strict=True):
+            for one, other in zip(leaves(op.args), leaves(steady.args), strict=False):
+                if isinstance(one, Row) and isinstance(other, Row) and 0 < one.back == other.back <= s:
+                    stands.setdefault((s - one.back, other.number), one.number)
+
+    kinds = [(op.target, op.location) for op in loop.steady]
+    for s in range(last):
+        row_kinds = [(op.target, op.location) for op in loop.rows[s]]
+        places = common_subsequence(kinds, row_kinds)
+        for n, k in zip(places, common_subsequence(row_kinds, [kinds[n] for n in places]), strict=True):
+            stands.setdefault((s, n), k)
+
+    made: list[BodyOp] = []
+    beyond: dict[tuple[int, int], Outer] = {}
+    lacking: set[int] = set()  # what cannot be made after the loop, as what waits for itself
+
+    def left(segment: int, number: int) -> Where | Outer | None:
+        """What a segment from the end leaves in the place of an operation of a steady one, in any row."""
+        numbers = tuple(stands.get((s, number), -1) for s in range(last))
+        op = loop.steady[number]
+        if min(numbers, default=0) >= 0:
+            return Where(segment, (*numbers, number))
+        if (segment, number) not in beyond and number not in lacking and not _varies(op):
+            lacking.add(number)
+            read = {each: left(segment - each.back, each.number) for each in leaves(op.args) if isinstance(each, Row)}
+            if None not in read.values():
+                lacking.remove(number)
+                args = map_leaves(op.args, lambda leaf: read[leaf] if isinstance(leaf, Row) else leaf)
+                beyond[segment, number] = Outer("after", len(made))
+                made.append(replace(op, args=args))
+        return beyond.get((segment, number))
+
+    def known(leaf: Where | Every) -> Where | Every | Outer:
+        numbers = [stands.get((row, leaf.number[-1]), -1) if n < 0 else n for row, n in enumerate(leaf.number)]
+        if isinstance(leaf, Where) and leaf.segment < 0 and min(numbers) < 0:
+            found = left(leaf.segment, leaf.number[-1])
+            if found is not None:
+                return found
+        return leaf._replace(number=tuple(numbers))
+
+    given = [*loop.outputs.values(), *(leaf for op in loop.after for leaf in leaves(op.args))]
+    found = {leaf: known(leaf) for leaf in given if isinstance(leaf, (Where, Every))}
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, Outer) and leaf.part == "after":
+            return leaf._replace(number=leaf.number + len(made))
+        return found[leaf] if isinstance(leaf, (Where, Every)) else leaf
+
+    after = (*made, *(replace(op, args=map_leaves(op.args, move)) for op in loop.after))
+    return replace(loop, after=after, outputs={name: move(value) for name, value in loop.outputs.items()})
+
+
+def _varies(op: BodyOp) -> bool:
+    return any(isinstance(leaf, (Fit, Item)) for leaf in leaves(op.args))
+
+
+def _alike(row: Sequence[BodyOp], steady: Sequence[BodyOp]) -> bool:
+    """Whether a segment is as the steady ones, also in shapes, which a memory may change as it fills."""
+    return len(row) == len(steady) and all(
+        a.target is b.target and a.args == b.args and (a.form == b.form or None in (a.form, b.form))
+        for a, b in zip(row, steady, strict=True)
+    )
+
+
+def _without_last_row(loop: SegmentLoop) -> SegmentLoop:
+    """The loop with its last explicit segment, which is as the steady ones, as one of them."""
+
+    def shorter(leaf: Any) -> Any:
+        return leaf._replace(number=leaf.number[:-1]) if isinstance(leaf, (Where, Every)) else leaf
+
+    after = tuple(replace(op, args=map_leaves(op.args, shorter)) for op in loop.after)
+    outputs = {name: shorter(value) for name, value in loop.outputs.items()}
+    return replace(loop, rows=loop.rows[:-1], after=after, outputs=outputs)
+
+
+def _drop_unused(short: Run, long: Run) -> tuple[Run, Run]:
+    """Drop what no segment but perhaps the last needs: views that were made anew after a write and never read.
+
+    What the last segment does not need, but the others do, stays, and so does what it is made of, and all results of an
+    operation with several. Segments of which no result needs anything stay as they are.
+    """
+    runs = (short, long)
+    taken = [parts(run.ops) for run in runs]
+    groups: dict[int, list[tuple[int, int]]] = {}  # rows that run the same operations, by the first of them
+    firsts: list[list[Any]] = []
+    for number, run in enumerate(runs):
+        for s in range(run.segments):
+            tokens = run.tokens(s)
+            found = next((i for i, first in enumerate(firsts) if first == tokens), len(firsts))
+            if found == len(firsts):
+                firsts.append(tokens)
+            groups.setdefault(found, []).append((number, s))
+    alike = {member: members for members in groups.values() for member in members}
+    needed: tuple[set[int], set[int]] = (set(), set())
+
+    def need(work: list[tuple[int, int]]) -> None:
+        while work:
+            number, i = work.pop()
+            if i in needed[number]:
+                continue
+            needed[number].add(i)
+            run = runs[number]
+            work += [(number, leaf.number) for leaf in leaves(run.ops[i].args) if type(leaf) is Val]
+            work += [(number, part) for part in taken[number].get(i, ())]
+            s, k = run.place(Val(i))
+            work += [(other, runs[other].starts[t] + k) for other, t in alike.get((number, s), ())]
+
+    need([(number, i) for number, run in enumerate(runs) for i in run.results()])
+    for members in groups.values():
+        if not any(i in needed[number] for number, s in members for i in runs[number].numbers(s)):
+            need([(number, i) for number, s in members for i in runs[number].numbers(s)])
+    # Nor is what another segment needs of the same parameters dropped: a run of few segments may return it.
+    kinds = {_kind(runs[number].ops[i]) for number in (0, 1) for i in needed[number]} - {None}
+    need([(number, i) for number, run in enumerate(runs) for i, op in enumerate(run.ops) if _kind(op) in kinds])
+    dropped = [set(range(len(run.ops))) - needed[number] for number, run in enumerate(runs)]
+    for members in groups.values():
+        if all(s == runs[number].segments - 1 for number, s in members):
+            for number, s in members:
+                dropped[number].difference_update(runs[number].numbers(s))
+    for number, run in enumerate(runs):
+        for i, op in enumerate(run.ops):  # and what only they led to
+            if any(type(leaf) is Val and leaf.number in dropped[number] for leaf in leaves(op.args)):
+                dropped[number].add(i)
+    return short.without(dropped[0]), long.without(dropped[1])
+
+
+def _kind(op: Op) -> Any:
+    """What an operation does with which tensors from before the call; None if with none."""
+    names = tuple(leaf.name for leaf in leaves(op.args) if type(leaf) is Src)
+    return (op.target, op.location, names) if names else None
+
+
+_NUMBERS = (
+    "a Python number that differs from segment to segment (a random one, an item of a list) must be part of a tensor "
+    "that is made before the loop; whole numbers may advance evenly"
+)
+
+
+def _same_operations(run: Run, segment: int, other: Run, reference: int) -> None:
+    """Segment ``segment`` of a run must run what segment ``reference`` of another run does."""
+    if run.tokens(segment) == other.tokens(reference):
+        return
+    what, than = f"segment {segment} of {run.segments}", f"segment {reference} of {other.segments}"
+    remedy = (
+        "every segment after the first must run the same operations: a branch on the segment's number must go, or be "
+        "a torch.where"
+    )
+    ops, expected_ops = run.row(segment), other.row(reference)
+    only = Counter((op.target, op.location) for op in ops)
+    only.subtract((op.target, op.location) for op in expected_ops)
+    alone = next(
+        (op for op in (*ops, *expected_ops) if only[op.target, op.location]), None
+    )  # tells more than its order
+    for op, expected in zip(ops, expected_ops, strict=False):
+        if op.target is not expected.target or structure(op.args) != structure(expected.args):
+            raise RefusedError(
+                f"{what} does not run what {than} runs: {describe(op)} in place of {describe(expected)}",
+                location=(alone or op).location or expected.location,
+                remedy=remedy if op.target is not expected.target else _NUMBERS,
+            )
+    longer = ops if len(ops) > len(expected_ops) else expected_ops
+    extra = longer[min(len(ops), len(expected_ops))]
+    raise RefusedError(
+        f"{what} runs {len(ops)} operations and {than} {len(expected_ops)}: one goes on with {describe(extra)}",
+        location=extra.location,
+        remedy=remedy,
+    )
+
+
+Sample = tuple[Run, list[Op], int]
+
+
+def _fold_row(samples: list[Sample], more: list[Sample]) -> tuple[BodyOp, ...]:
+    """One body from the rows it stands for; ``more`` are rows with the same operations that help to fit constants."""
+    body: list[BodyOp] = []
+    for number, op in enumerate(samples[0][1]):
+        try:
+            args = _fold_args(
+                [(run, run_ops[number].args, s) for run, run_ops, s in samples],
+                [(run, run_ops[number].args, s) for run, run_ops, s in more],
+            )
+        except Misfit as misfit:
+            raise RefusedError(
+                f"{target_name(op.target)} does not follow a pattern from segment to segment: {misfit}",
+                location=op.location,
+                remedy="operands and integers must be the same in every segment or advance evenly with it",
+            ) from None
+        names = {ops[number].name for _, ops, _ in samples if ops[number].name}
+        name = sorted(names)[0] if names else ""
+        body.append(BodyOp(op.target, args, op.location, op.module, name, op.variable, op.form))
+    return tuple(body)
+
+
+def _fold_args(samples: list[tuple[Run, Any, int]], more: list[tuple[Run, Any, int]]) -> tuple[Any, ...]:
+    out: list[Any] = []
+    for position in range(len(samples[0][1])):
+        values = [(run, args[position], s) for run, args, s in samples]
+        extra = [(run, args[position], s) for run, args, s in more]
+        first = values[0][1]
+        if type(first) is tuple:
+            out.append(_fold_args(values, extra))
+        elif type(first) is Val or type(first) is Src:
+            operands = {_row_operand(run, value, s) for run, value, s in values}
+            if len(operands) > 1 and len({(*each[:1], *each[2:]) for each in operands if type(each) is Item}) == 1:
+                out.append(_fold_items(values, extra))
+                continue
+            if len(operands) > 1:
+                raise Misfit(" or ".join(sorted(str(operand) for operand in operands)[:3]))
+            out.append(operands.pop())
+        elif type(first) is int:
+            out.append(
+                fit(
+                    [(value, run.environment(s)) for run, value, s in values],
+                    [(value, run.environment(s)) for run, value, s in extra],
+                )
+            )
+        else:
+            out.append(first)
+    return tuple(out)
+
+
+def _fold_items(values: list[tuple[Run, Any, int]], extra: list[tuple[Run, Any, int]]) -> Item:
+    """One item of a list for each segment."""
+
+    def points(samples: list[tuple[Run, Any, int]]) -> list[tuple[int, Environment]]:
+        found: list[tuple[int, Environment]] = []
+        for run, value, s in samples:
+            item = _row_operand(run, value, s)
+            if type(item) is not Item or not isinstance(item.number, int):
+                raise Misfit(f"an item of a list, or {show(value)}")
+            found.append((item.number, run.environment(s)))
+        return found
+
+    first = _row_operand(*values[0])
+    return Item(first.list, fit(points(values), points(extra)), first.rest)
+
+
+_ITEM = re.compile(r"(.*)\[(\d+)\](.*)")
+
+
+def _row_operand(run: Run, value: Any, segment: int) -> Any:
+    if type(value) is Src:
+        for name in run.lists:
+            match = _ITEM.fullmatch(value.name) if value.name.startswith(f"{name}[") else None
+            if match is not None and match.group(1) == name:
+                return Item(name, int(match.group(2)), match.group(3))
+        return value
+    at, number = run.place(value)
+    if at < 0:
+        return Outer("before", number)
+    return Row(segment - at, number)

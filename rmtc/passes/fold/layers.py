@@ -1,0 +1,353 @@
+"""Pass fold-layers: the cells of a segment, and which cells have equivalent bodies."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+from rmtc.errors import CaptureError
+from rmtc.ir.program import Src, leaves, map_leaves, target_name
+from rmtc.ir.segment_loop import BodyOp, Every, Item, Layout, Outer, Row, SegmentLoop, Where
+from rmtc.passes.fold.accumulators import behind_the_layers
+from rmtc.passes.fold.align import aligned
+from rmtc.passes.fold.classes import Namer
+from rmtc.passes.fold.cuts import common_subsequence, common_suffix, divide, prefix_within, rising_subsequence
+from rmtc.passes.fold.streams import Family, template
+
+__all__ = ["classified", "fold_layers", "reordered"]
+
+
+def fold_layers(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
+    """Divide the segments of a loop into cells and the cells into classes.
+
+    Needs: a loop without layouts.
+    Gives: the loop with the prologue, the layers and the epilogue of each row, and a class for each cell: cells of one
+    class run the same operations, constants and wiring on the same inputs, relative to their layer.
+    Checks: in every row the layers run one after another, but for single parameters that others use, too; all rows have
+    the same number of layers.
+
+        embed, norm(w0), lin(W0), norm(w1), lin(W1), head   ->   pro: embed | A: norm(w_l), lin(W_l) x 2 | epi: head
+
+    Args:
+        loop: the loop.
+        family: the parameters of the layers; None makes each segment one layer.
+
+    Raises:
+        CaptureError: if the layers interleave.
+    """
+    loop, layouts = _file(loop, family)
+    counts = {len(layout.layers) for layout in layouts}
+    if len(counts) > 1:
+        raise CaptureError(
+            f"the segments run different numbers of layers: {sorted(counts)}",
+            remedy="name the list of layers with layers=...",
+        )
+    return classified(replace(loop, layouts=layouts), family)
+
+
+def classified(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
+    """A loop with layouts, and the classes of its cells."""
+    rows, layouts = [*loop.rows, loop.steady], loop.layouts
+    namer = Namer(loop, family)
+    classes: list[list[str]] = [[""] * len(layouts[-1].layers) for _ in rows]
+    middle = len(layouts[-1].layers) // 2
+    order = [middle, *(layer for layer in range(len(layouts[-1].layers)) if layer != middle)]
+    for row in reversed(range(len(rows))):
+        for layer in order:
+            classes[row][layer] = namer.classify("layer", row, layer)
+    stages: dict[str, tuple[str, ...]] = {}
+    for stage, layer in (("prologue", -1), ("epilogue", len(layouts[-1].layers))):
+        names = [namer.classify(stage, row, layer) for row in reversed(range(len(rows)))][::-1]
+        if any(names):
+            stages[stage] = tuple(names)
+    return replace(
+        loop,
+        classes=tuple(tuple(row) for row in classes),
+        stage_classes=stages,
+        class_notes={each.name: each.note for each in namer.classes if each.note},
+    )
+
+
+def _operand_names(loop: SegmentLoop, row: Sequence[BodyOp]) -> list[tuple[str, ...]]:
+    """For each operation, the names of the parameters its operands are, or are made of."""
+
+    def made(ops: Sequence[BodyOp], before: list[tuple[str, ...] | None]) -> tuple[list[Any], list[Any]]:
+        stands: list[tuple[str, ...] | None] = []  # None: the value depends on more than parameters
+        operands: list[tuple[str, ...]] = []
+        for op in ops:
+            found: list[str] = []
+            fixed = True
+            for leaf in leaves(op.args):
+                if type(leaf) is Src:
+                    if leaf.name in loop.growing or loop.sources[leaf.name].kind == "constant":
+                        fixed = False
+                        continue
+                    found += loop.sources[leaf.name].names
+                elif isinstance(leaf, Item):
+                    fixed = False
+                elif isinstance(leaf, (Row, Outer)):
+                    known: tuple[str, ...] | None = None
+                    if isinstance(leaf, Outer) and leaf.number < len(before):
+                        known = before[leaf.number]
+                    elif isinstance(leaf, Row) and leaf.back == 0:
+                        known = stands[leaf.number]
+                    elif isinstance(leaf, Outer):
+                        known = stands[leaf.number]
+                    if known is None:
+                        fixed = False
+                    else:
+                        found += known
+            names = tuple(dict.fromkeys(found))
+            operands.append(names)
+            if target_name(op.target) == "select.int" and len(op.args) == 3 and op.args[1] == 0:
+                names = tuple(f"{name}[{op.args[2]}]" for name in names)
+            stands.append(names if fixed and names else None)
+        return stands, operands
+
+    before, _ = made(loop.before, [])
+    return made(row, before)[1]
+
+
+def _templates(family: Family | None, names: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """For each operation, the names of its parameters with ``{l}`` for a layer's number."""
+    return [tuple(sorted({template(family, name) for name in each})) for each in names]
+
+
+def _layout(
+    loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None, later: Sequence[tuple[int, int]] = ()
+) -> Layout:
+    """Where the layers of a row are.
+
+    Args:
+        later: (maker, layer) of what a layer of another kind of row reads of this one.
+    """
+    names = _operand_names(loop, row)
+    layer_at = {i: layer for i, each in enumerate(names) if family and (layer := family.layer(each)) is not None}
+    # What only the first segments use, as the caller's memories, tells where layers are if nothing else does.
+    used = {name for each in _operand_names(loop, loop.steady) for name in each}
+    again = {i: layer for i, layer in layer_at.items() if used.issuperset(names[i])}
+    if set(again.values()) == set(layer_at.values()):
+        layer_at = again
+    if family is None or not layer_at:
+        return Layout((0, 0), ((0, len(row)),), (len(row), len(row)))
+    order = [layer_at[i] for i in sorted(layer_at)]
+    layers = max(order) + 1
+    missing = sorted(set(range(layers)) - set(order))
+    if missing:
+        raise CaptureError(
+            f"layer {missing[0]} uses no parameter that is its alone, so its operations cannot be told from another's",
+            remedy="give each layer weights of its own, or name another list of layers with layers=...",
+        )
+    own = {i: tuple(name for name in names[i] if family.layer_of(name) is not None) for i in layer_at}
+    layer_at = _in_turn(own, layer_at, row)
+    first = [min(i for i in layer_at if layer_at[i] == layer) for layer in range(layers)]
+    last = [max(i for i in layer_at if layer_at[i] == layer) for layer in range(layers)]
+    reach = list(range(len(row)))
+    for i, op in enumerate(row):
+        for leaf in leaves(op.args):
+            if isinstance(leaf, Row) and leaf.back == 0:
+                reach[leaf.number] = i
+    templates = _templates(family, names)
+    tokens = [(op.target, len(op.args), templates[i]) for i, op in enumerate(row)]
+    reads: set[int] = set()
+    alike = [op.target for op in row] == [op.target for op in loop.steady]
+    back: set[tuple[int, int]] = set()  # makers and readers; of a row of another kind the makers are not in it
+    rank = [layer_at.get(i, -1) for i in range(len(row))]  # the latest layer that it is made of
+    for i, op in enumerate(row):
+        for leaf in leaves(op.args):
+            if isinstance(leaf, Row) and leaf.back == 0:
+                rank[i] = max(rank[i], rank[leaf.number])
+            elif isinstance(leaf, Row) or (
+                isinstance(leaf, Src) and loop.sources[leaf.name].kind in ("buffer", "state")
+            ):
+                reads.add(i)
+            if isinstance(leaf, Row) and leaf.back > 0 and alike:
+                back.add((leaf.number, i))
+    latest = list(rank)  # that something is made of which it has a part in
+    for i in reversed(range(len(row))):
+        for leaf in leaves(row[i].args):
+            if isinstance(leaf, Row) and leaf.back == 0:
+                latest[leaf.number] = max(latest[leaf.number], latest[i])
+    made = {i for i in range(len(row)) if latest[i] <= rank[i]}
+    reads -= made
+
+    def waits(starts: Sequence[int]) -> bool:
+        """Whether a layer waits for one above it in an earlier segment."""
+        return any(bisect_right(starts, maker) > bisect_right(starts, reader) for maker, reader in back) or any(
+            bisect_right(starts, maker) > layer for maker, layer in later
+        )
+
+    starts, head, _ = divide(tokens, first, last, reach, {}, made, reads, waits)
+    begin = first[0] - common_suffix(tokens[: first[0]], head)
+    # The last layer ends as another does, though it may leave out what it has no part in.
+    tails = [tokens[at + 1 : start] for at, start in zip(last, starts, strict=False)]
+    end = last[-1] + 1 + max((prefix_within(tokens[last[-1] + 1 :], tail) for tail in tails), default=0)
+    bounds = [begin, *starts, end]
+    for place, bound in enumerate(bounds):  # what takes its part of several results stays with what makes them
+        while bound < len(row) and row[bound].target is operator.getitem:
+            bound += 1
+        bounds[place] = bound
+    begin, *_, end = bounds
+    return Layout((0, begin), tuple(itertools.pairwise(bounds)), (end, len(row)))
+
+
+def _in_turn(names: dict[int, tuple[str, ...]], layer_at: dict[int, int], row: Sequence[BodyOp]) -> dict[int, int]:
+    """The anchors that come layer by layer, without those where a layer uses a parameter of another one.
+
+        l0: W0 | l1: W1, w3 | l2: W2 | l3: W3, w3   ->   l0: W0 | l1: W1 | l2: W2 | l3: W3, w3
+
+    Each parameter has one vote for where its layer is, divided among its uses.
+
+    Args:
+        names: for each anchor, the names of the parameters of its layer that it uses.
+        layer_at: the layer of each anchor.
+        row: the operations.
+
+    Raises:
+        CaptureError: if a layer has no anchor left, or half the layers or more use as many parameters out of turn as
+            in turn: such layers do not run one after another.
+    """
+    places = sorted(names)
+    votes = Counter(names.values())
+    rising = rising_subsequence([layer_at[i] for i in places], [Fraction(1, votes[names[i]]) for i in places])
+    kept = {places[k] for k in rising}
+    layers = set(layer_at.values())
+    used: dict[tuple[int, bool], set[str]] = {(layer, turn): set() for layer in layers for turn in (True, False)}
+    for i in places:
+        used[layer_at[i], i in kept].update(names[i])
+    astray = {layer for layer in layers if len(used[layer, False]) >= len(used[layer, True])}
+    if 2 * len(astray) >= len(layers) or not all(used[layer, True] for layer in layers):
+        place = next(i for i in places if i not in kept and layer_at[i] in astray)
+        raise CaptureError(
+            f"the layers of a segment do not run one after another: layer {layer_at[place]} runs here out of turn",
+            location=row[place].location,
+            remedy="name the list of layers with layers=...",
+        )
+    return {i: layer_at[i] for i in sorted(kept)}
+
+
+def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[Layout, ...]]:
+    """Lay out every row, with what the epilogue does for one layer filed in that layer."""
+    rows = [*loop.rows, loop.steady]
+    steady = _refile(loop, loop.steady, _layout(loop, loop.steady, family), family)
+    kinds = [op.target for op in loop.steady]
+    laid = [steady] * len(rows)
+    for at in reversed(range(len(loop.rows))):
+        # A segment that runs what the steady ones do is laid out as they are.
+        if [op.target for op in rows[at]] != kinds:
+            layout = _layout(loop, rows[at], family, _readers(rows, laid, at))
+            laid[at] = _refile(loop, rows[at], layout, family)
+    names = [_operand_names(loop, row) for row in rows]
+    for at, row in enumerate(rows):
+        laid[at] = aligned(row, laid[at], _templates(family, names[at]), at == len(rows) - 1)
+    anchors = [{i for i, each in enumerate(some) if family and family.layer(each) is not None} for some in names]
+    laid = behind_the_layers(rows, laid, anchors)
+    return reordered(loop, [order for order, _ in laid]), tuple(layout for _, layout in laid)
+
+
+def reordered(loop: SegmentLoop, orders: Sequence[Sequence[int]]) -> SegmentLoop:
+    """A loop with the operations of each row in another order, the steady one's last."""
+    rows = [*loop.rows, loop.steady]
+    place = [{old: new for new, old in enumerate(order)} for order in orders]
+    last = len(rows) - 1
+
+    def move(row: int) -> tuple[BodyOp, ...]:
+        def operand(leaf: Any) -> Any:
+            if isinstance(leaf, Row):
+                return Row(leaf.back, place[max(0, row - leaf.back) if row < last else last][leaf.number])
+            return leaf
+
+        return tuple(replace(rows[row][i], args=map_leaves(rows[row][i].args, operand)) for i in orders[row])
+
+    def outer(leaf: Any) -> Any:
+        if isinstance(leaf, (Where, Every)):
+            index = tuple(place[min(row, last)].get(i, -1) for row, i in enumerate(leaf.number))
+            return leaf._replace(number=index)
+        return leaf
+
+    moved = [move(row) for row in range(len(rows))]
+    after = tuple(replace(op, args=map_leaves(op.args, outer)) for op in loop.after)
+    outputs = {name: outer(value) for name, value in loop.outputs.items()}
+    return replace(loop, rows=tuple(moved[:-1]), steady=moved[-1], after=after, outputs=outputs)
+
+
+def _readers(
+    rows: Sequence[Sequence[BodyOp]], laid: Sequence[tuple[list[int], Layout]], at: int
+) -> list[tuple[int, int]]:
+    """What the layers of later rows read of a row: (maker, layer)."""
+    found: list[tuple[int, int]] = []
+    for later in range(at + 1, len(rows)):
+        order, layout = laid[later]
+        for place, i in enumerate(order):
+            for leaf in leaves(rows[later][i].args):
+                steady = later == len(rows) - 1 and isinstance(leaf, Row) and leaf.back > later - at
+                if isinstance(leaf, Row) and (leaf.back == later - at or steady):
+                    found.append((leaf.number, max(0, min(layout.layer_of(place), len(layout.layers) - 1))))
+    return found
+
+
+def _refile(
+    loop: SegmentLoop, row: Sequence[BodyOp], layout: Layout, family: Family | None
+) -> tuple[list[int], Layout]:
+    """File what follows the last layer, but works on one earlier layer's values alone, in that layer.
+
+    l0: k0 | l1: k1 | epi: m0 = cat(s-1.m0, k0), m1 = cat(s-1.m1, k1)   ->   l0: k0, m0 | l1: k1, m1 |
+    """
+    layers, start = len(layout.layers), layout.epilogue[0]
+    label: dict[int, int | None] = {}
+    users: dict[int, list[int]] = {}
+
+    def at(index: int) -> int | None:
+        return label[index] if index in label else layout.layer_of(index)
+
+    for i in range(start, len(row)):
+        found = [leaf.number for leaf in leaves(row[i].args) if isinstance(leaf, Row) and leaf.back == 0]
+        known = [layer for j in found if (layer := at(j)) is not None and layer >= 0]
+        label[i] = max(known, default=None)
+        for j in found:
+            users.setdefault(j, []).append(i)
+    for i in reversed(range(start, len(row))):  # what reads only earlier segments goes with what uses it
+        if label[i] is None:
+            above = [layer for j in users.get(i, []) if (layer := label[j]) is not None]
+            earlier = [at(leaf.number) for leaf in leaves(row[i].args) if isinstance(leaf, Row) and leaf.back > 0]
+            label[i] = min(above) if above else next((layer for layer in earlier if layer is not None), layers - 1)
+    for i in range(start, len(row)):
+        if row[i].target is operator.getitem:
+            label[i] = at(next(leaf.number for leaf in leaves(row[i].args) if isinstance(leaf, Row)))
+    extra = [[i for i in range(start, len(row)) if label[i] == layer] for layer in range(layers)]
+    if layers < 2 or not any(extra[:-1]):
+        return list(range(len(row))), layout
+    templates = _templates(family, _operand_names(loop, row))
+
+    def token(i: int, layer: int) -> tuple[Any, ...]:
+        begin, end = layout.layers[layer]
+        inside = tuple(
+            leaf.number - begin
+            for leaf in leaves(row[i].args)
+            if isinstance(leaf, Row) and leaf.back == 0 and begin <= leaf.number < end
+        )
+        return row[i].target, inside, templates[i]
+
+    rest = [i for i in range(start, len(row)) if (label[i] or 0) >= layers - 1]
+    pattern = [token(i, layers - 2) for i in extra[-2]]
+    matched = {rest[k] for k in common_subsequence([token(i, layers - 1) for i in rest], pattern)}
+    outside = set(rest) - matched
+    for i in sorted(matched):
+        if any(isinstance(leaf, Row) and leaf.back == 0 and leaf.number in outside for leaf in leaves(row[i].args)):
+            matched.discard(i)
+            outside.add(i)
+    extra[-1] = sorted(matched)
+    order = list(range(layout.prologue[1]))
+    bounds: list[tuple[int, int]] = []
+    for layer, (begin, end) in enumerate(layout.layers):
+        bounds.append((len(order), len(order) + end - begin + len(extra[layer])))
+        order += [*range(begin, end), *extra[layer]]
+    first = len(order)
+    order += [i for i in range(start, len(row)) if i not in {j for found in extra for j in found}]
+    return order, Layout(layout.prologue, tuple(bounds), (first, len(row)))

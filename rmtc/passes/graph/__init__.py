@@ -1,0 +1,1 @@
+"""Rewrite traced FX graphs: remove regions, remake constants, give parts of tensors one spelling."""

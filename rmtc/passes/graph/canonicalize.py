@@ -1,0 +1,922 @@
+"""Pass canonicalize: one spelling for what can be written in several ways."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from bisect import bisect_left
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from rmtc.errors import RefusedError
+from rmtc.ir.program import SPLITS, VIEWS
+from rmtc.passes.graph.remove_regions import draws
+
+__all__ = ["Canonicalize"]
+
+aten = torch.ops.aten
+_NO_RESULT = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.dropout.default, operator.getitem)
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default)
+_STRIDED = (aten.as_strided.default, aten.as_strided_scatter.default, aten.as_strided_copy.default)
+_BY_LAYOUT = (aten.view_as_complex.default, aten.view.dtype)
+_SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
+_SHAPES = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unflatten.int,
+    aten.flatten.using_ints,
+)
+_NEW = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.zeros_like.default)
+_END = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class Canonicalize:
+    """Drop what computes nothing, and name parts of tensors directly.
+
+    Needs: a functional graph without regions.
+    Gives: a graph in which a piece of `split`, `chunk` and `unbind` is a `slice` or `select`
+    of its source, checks of metadata are gone, and reading back a part that a `stack`, `cat`, `select_scatter` or
+    `slice_scatter` put there is that part: one tensor that holds the states of many layers makes no false chain
+    between them.
+    An operation that reads memory as it lies, such as `view_as_complex`, reads a contiguous tensor.
+    Views and copies that nothing uses go; other operations stay: the last segment then looks like the others.
+    Checks: no operation reads memory by strides that the user's code gives.
+
+        %p = split(%x, 16, 1)
+        %a = getitem(%p, 2)                     ->    %a = slice(%x, 1, 32, 48)
+        %w = select_scatter(%buffer, %v, 0, 3)
+        %b = select(%w, 0, 3)                   ->    uses of %b become %v
+
+    A tensor that is written part by part and read as a whole is put together where it is read, from what was written
+    last: writes that a later one covers make no dependence. Where parts that are written again and again cross, what
+    they have in common is a part of its own. A tensor is detached where it is read: who waits for it
+    waits for what made it, not for the layer that kept it.
+
+    A slice of all there is is its source; but, given ``fixed`` sources, not of a table: what is made of them alone,
+    neither of the text nor of a memory, has one size, of which a shorter segment takes less.
+
+        %n = slice(%positions, 0, 0, 16)        stays: the last segment may take slice(%positions, 0, 0, 5)
+        %h = slice(%hidden, 1, 0, 16)     ->    %hidden
+
+    Given the length of ``windows``, a read of the end of a concatenation with a part as long stays one: the window of
+    the last positions is the segment itself if it fills the window, and the end of the window before with it if it
+    does not, as a shorter last one.
+    """
+
+    windows: int | None = None
+    fixed: frozenset[str] = frozenset()
+    histories: bool = True
+    name = "canonicalize"
+
+    def apply(self, graph: fx.Graph) -> bool:
+        """Change a graph; returns whether it has a history that is read part by part."""
+        _refuse_strides(graph)
+        memory = _memories(graph)
+        tables = _tables(graph, self.fixed) if self.fixed else set()
+        _drop_empty(graph)
+        _name_turns(graph)
+        _split_overlaps(graph)
+        windows = set() if self.windows is None else _joined_with(graph, self.windows)
+        by_parts = False
+        short = _short_histories(graph) - windows if self.histories else set()
+        for node in list(graph.nodes):
+            if node.op != "call_function":
+                continue
+            if node.target is operator.getitem:
+                _piece(graph, node)
+            elif node.target is aten.slice_scatter.default and _covers(node):
+                _replaced(graph, node, node.args[1])
+            elif node.target in _SCATTERS:
+                _unclone(node)
+            elif node.target in (aten.select.int, aten.slice.Tensor):
+                if not _is_end(node):  # whether that is a result is not clear yet
+                    _forward(graph, node, tables, windows)
+                    by_parts |= _spread(graph, node, short)
+            elif node.target in _SHAPES:
+                _unview(graph, node)
+            elif node.target in (aten.alias.default, aten.detach.default):
+                _unalias(graph, node)
+            elif node.target is aten.cat.default:
+                _flatten(graph, node)
+            elif node.target is aten.copy.default:
+                _replaced(graph, node, node.args[1])
+            elif node.target in _CASTS:
+                _cast(graph, node)
+            elif node.target in _BY_LAYOUT:
+                _lay_out(graph, node)
+            elif node.target is aten.dropout.default and not draws(node):
+                _becomes(node, node.args[0])
+        _drop_dead(graph)
+        _assemble(graph)
+        while True:  # what was put together is read part by part
+            _detach_parts(graph)
+            short = _short_histories(graph) - windows if self.histories else set()
+            spread = False
+            for node in list(graph.nodes):
+                if node.target in (aten.select.int, aten.slice.Tensor):
+                    _forward(graph, node, tables, windows)
+                    spread |= _spread(graph, node, short)
+            _drop_dead(graph)
+            for node in list(graph.nodes):
+                if node.target is aten.cat.default:
+                    by_parts |= _flatten(graph, node, short)
+                    _stack(graph, node)
+            _drop_dead(graph)
+            by_parts |= spread
+            if not spread:
+                break
+        _detach_at_readers(graph)
+        _keep_apart(graph, memory)
+        for node in reversed(list(graph.nodes)):
+            if node.target in (aten.view.default, aten._unsafe_view.default):
+                node.target = aten.reshape.default  # of values: other strides than a stand-in has need a copy
+            unused = not node.users and (node.target in (*_NO_RESULT, *SPLITS, *_CASTS) or node.op == "get_attr")
+            if unused and not _is_part_of_used(node):
+                graph.erase_node(node)
+        return by_parts
+
+
+def _is_part_of_used(node: fx.Node) -> bool:
+    """Whether another of an operation's results is used: all stay then, in each segment, whichever of them it uses."""
+    return node.target is operator.getitem and any(part.users for part in node.all_input_nodes[0].users)
+
+
+def _tables(graph: fx.Graph, fixed: frozenset[str]) -> set[fx.Node]:
+    """What is made of fixed sources alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if node.meta.get("source", ("", ""))[1] in fixed:
+                found.add(node)
+        elif node.op == "get_attr" or (node.op == "call_function" and found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def _lay_out(graph: fx.Graph, node: fx.Node) -> None:
+    """Hand an operation that reads memory as it lies what lies as it needs: a group's values may lie otherwise.
+
+    view_as_complex(%x)   ->   view_as_complex(contiguous(%x))
+    """
+    source: Any = node.args[0]
+    if source.target is not aten.contiguous.default:
+        held = source.meta["val"]
+        with graph.inserting_before(node), held.fake_mode:
+            whole = _made(graph, node, aten.contiguous.default, (source,), held.contiguous())
+        node.args = (whole, *node.args[1:])
+
+
+def _drop_empty(graph: fx.Graph) -> None:
+    """Leave out of a concatenation what is empty each time a line of the user's code is run.
+
+    cat([memory[1:], %new], 0), with a memory of one   ->   cat([%new], 0)
+
+    A tensor of shape [0], which `cat` takes beside those of any shape, is none of them.
+    """
+    alike: dict[Any, list[Any]] = {}
+    for node in graph.nodes:
+        if node.target is aten.cat.default:
+            given: list[Any] = node.args[0]
+            some = [piece for piece in given if piece.meta["val"].shape != (0,)]
+            same = all(_is_of_dtype(piece, node) for piece in some)  # else an empty one may have made the dtype
+            if some and same and node.meta["val"].ndim > 1:
+                node.args = (some, *node.args[1:])
+            alike.setdefault((node.meta.get("location"), len(node.args[0])), []).append(node)
+    for nodes in alike.values():
+        filled = [
+            number
+            for number in range(len(nodes[0].args[0]))
+            if not all(_is_empty(node.args[0][number], node) for node in nodes)
+        ]
+        for node in nodes:
+            if filled:
+                node.args = ([node.args[0][number] for number in filled], *node.args[1:])
+
+
+def _is_empty(piece: Any, whole: fx.Node) -> bool:
+    value, result = piece.meta["val"], whole.meta["val"]
+    return value.ndim == result.ndim and _is_of_dtype(piece, whole) and _size(piece, _dim(whole, 1)) == 0
+
+
+def _is_of_dtype(piece: Any, whole: fx.Node) -> bool:
+    return bool(piece.meta["val"].dtype == whole.meta["val"].dtype)
+
+
+def _name_turns(graph: fx.Graph) -> None:
+    """Write and read what takes every n-th place of a tensor as a row of it.
+
+    slice_scatter(%m, %a, 1, 2, end, 3)   ->   view(select_scatter(view(%m, [4, 2, 3]), %a, 2, 2), [4, 6])
+    """
+    steps = {
+        (_dim(node, 2), _argument(node, 5, "step", 1), _size(node, _dim(node, 2)))
+        for node in graph.nodes
+        if node.target is aten.slice_scatter.default
+    }
+    for node in list(graph.nodes):
+        scatter = node.target is aten.slice_scatter.default
+        if not scatter and node.target is not aten.slice.Tensor:
+            continue
+        at = 2 if scatter else 1
+        source: Any = node.args[0]
+        dim, step, value = _dim(node, at), _argument(node, at + 3, "step", 1), source.meta["val"]
+        size, start = _size(source, dim), _argument(node, at + 1, "start", None) or 0
+        end = _argument(node, at + 2, "end", None)
+        whole = size % step == 0 and 0 <= start < step and (end is None or end >= size)
+        if step == 1 or (dim, step, size) not in steps or not whole or not value.is_contiguous():
+            continue
+        rows = value.unflatten(dim, (size // step, step))
+        with graph.inserting_before(node):
+            new = _made(graph, node, aten.view.default, (source, list(rows.shape)), rows)
+            if scatter:
+                args = (new, node.args[1], dim + 1, start)
+                new = _made(graph, node, aten.select_scatter.default, args, rows)
+                new = _made(graph, node, aten.view.default, (new, list(value.shape)), value)
+            else:
+                new = _made(graph, node, aten.select.int, (new, dim + 1, start), rows.select(dim + 1, start))
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def _made(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...], value: torch.Tensor) -> fx.Node:
+    """An operation that stands for a part of what a node does."""
+    made = graph.call_function(target, args)
+    made.meta.update({key: each for key, each in node.meta.items() if key != "name"})
+    made.meta["val"] = value
+    return made
+
+
+def _unview(graph: fx.Graph, node: fx.Node) -> None:
+    """view(view(x, [6, 2]), [3, 4]) -> x, where that is the shape of x, and x was put together of others."""
+    source: Any = node.args[0]
+    if isinstance(source, fx.Node) and source.target in _SHAPES:
+        whole: Any = source.args[0]
+        if whole.target in _SCATTERS and whole.meta["val"].is_contiguous():
+            _replaced(graph, node, whole)
+
+
+def _split_overlaps(graph: fx.Graph) -> None:
+    """Write and read what several parts, which take turns, have in common by itself.
+
+    slice_scatter(%m, %a, 0, 0, 2), slice_scatter(%m, %b, 0, 1, 3)   ->   %a[0:1] to 0, %a[1:2] to 1, %b[0:1] to 1, ...
+    """
+    first: dict[Any, Any] = {}  # what was there before all writes
+    writes: dict[Any, list[tuple[fx.Node, tuple[int, int]]]] = {}
+    for node in graph.nodes:
+        if node.target not in _SCATTERS:
+            continue
+        base: Any = node.args[0]
+        while base not in first and base.target is aten.clone.default:
+            base = base.args[0]
+        first[node] = first.get(base, base)
+        interval = _written(node)
+        if interval is not None:
+            writes.setdefault((first[node], _dim(node, 2)), []).append((node, interval))
+    bounds: dict[Any, list[int]] = {}
+    for key, written in writes.items():
+        parts = {interval for _, interval in written}
+        cuts = sorted({bound for part in parts for bound in part})
+        pieces = {part: bisect_left(cuts, part[1]) - bisect_left(cuts, part[0]) for part in parts}
+        turns = sum(1 for _ in itertools.groupby(interval for _, interval in written))  # x[a:b] += y writes twice
+        if _shared(parts) and max(pieces.values()) <= _FEW and turns >= 2 * len(parts):
+            bounds[key] = cuts
+    for node in list(graph.nodes) if bounds else ():
+        if node.target is aten.slice.Tensor:
+            source: Any = node.args[0]
+            while isinstance(source, fx.Node) and source not in first and source.target is aten.clone.default:
+                source = source.args[0]
+            dim = _dim(node, 1)
+            inside = _inside(bounds.get((first.get(source, source), dim), []), _interval(node, _size(source, dim), 1))
+            if len(inside) > 1:
+                with graph.inserting_before(node):
+                    parts_read = [_slice(graph, node, node.args[0], dim, *piece) for piece in inside]
+                    whole = graph.call_function(aten.cat.default, (parts_read, dim))
+                whole.meta.update(node.meta)
+                node.replace_all_uses_with(whole)
+                graph.erase_node(node)
+        elif node.target is aten.slice_scatter.default:
+            dim = _dim(node, 2)
+            interval = _written(node)
+            inside = _inside(bounds.get((first[node], dim), []), interval)
+            if interval is None or len(inside) < 2:
+                continue
+            target: Any = node.args[0]
+            with graph.inserting_before(node):
+                for piece in inside:
+                    value = _slice(graph, node, node.args[1], dim, *(place - interval[0] for place in piece))
+                    target = graph.call_function(aten.slice_scatter.default, (target, value, dim, *piece))
+                    target.meta.update(node.meta)
+            first[target] = first[node]
+            node.replace_all_uses_with(target)
+            graph.erase_node(node)
+
+
+def _shared(parts: set[tuple[int, int]]) -> bool:
+    """Whether parts of a tensor cross, or lie in one another at more places than one: those of several layers."""
+    if any(a[0] < b[0] < a[1] < b[1] for a in parts for b in parts):
+        return True
+    outer = {a for a in parts for b in parts if a != b and a[0] <= b[0] and b[1] <= a[1]}
+    return len({a for a in outer if not any(b[0] <= a[0] and a[1] <= b[1] for b in outer - {a})}) > 1
+
+
+def _written(node: fx.Node) -> tuple[int, int] | None:
+    """The range that a scatter writes, if it is one."""
+    size = _size(node, _dim(node, 2))
+    if node.target is aten.slice_scatter.default:
+        return _interval(node, size, 2)
+    index: Any = node.args[3]
+    return index % size, index % size + 1
+
+
+def _inside(bounds: Sequence[int], interval: tuple[int, int] | None) -> list[tuple[int, int]]:
+    """A range cut at the bounds that lie in it."""
+    if interval is None:
+        return []
+    return list(
+        itertools.pairwise([interval[0], *(at for at in bounds if interval[0] < at < interval[1]), interval[1]])
+    )
+
+
+def _slice(graph: fx.Graph, node: fx.Node, source: Any, dim: int, start: int, end: int) -> fx.Node:
+    """A slice of what a node reads or writes, of a dtype of its own."""
+    value = source.meta["val"].narrow(dim, start, end - start)
+    return _made(graph, node, aten.slice.Tensor, (source, dim, start, end), value)
+
+
+def _memories(graph: fx.Graph) -> list[Any]:
+    """For each result, what owns its memory, as far as single operations tell."""
+
+    def owner(value: Any) -> Any:
+        while isinstance(value, fx.Node) and value.op == "call_function":
+            source: Any = value.args[0] if value.args else None
+            if value.target is operator.getitem and source.target in SPLITS:
+                source = source.args[0]
+            elif value.target not in VIEWS:
+                break
+            value = source
+        return value
+
+    return [owner(result) for result in _results(graph)]
+
+
+def _results(graph: fx.Graph) -> list[Any]:
+    given: Any = graph.output_node().args[0]
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
+def _keep_apart(graph: fx.Graph, before: Sequence[Any]) -> None:
+    """Results that had memory of their own have it still: where they are now a part of something else they are copies.
+
+    What shared its memory shares it: of several results that are one tensor, one copy is made.
+    """
+    results, now = _results(graph), _memories(graph)
+    kept = {new: old for old, new in zip(before, now, strict=True)}  # whose memory it stays
+    kept |= {new: new for old, new in zip(before, now, strict=True) if old is new}
+    copies: dict[Any, fx.Node] = {}
+    for number, (result, old, new) in enumerate(zip(results, before, now, strict=True)):
+        if not isinstance(result, fx.Node) or old is new or (kept[new] is old and new.op == "call_function"):
+            continue
+        if (old, result) not in copies:
+            with graph.inserting_before(graph.output_node()):
+                copied = graph.call_function(aten.clone.default, (result,))
+            copied.meta.update(result.meta)
+            copies[old, result] = copied
+        results[number] = copies[old, result]
+    several = isinstance(graph.output_node().args[0], (list, tuple))
+    graph.output_node().args = (results if several else results[0],)
+
+
+def _detach_at_readers(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        detached = node.target is aten.detach.default and node.args[0].op == "call_function"
+        if not detached and "part" not in node.meta and not _part_of_state(node):
+            continue
+        for user in list(node.users):
+            with graph.inserting_before(user):
+                copy = graph.node_copy(node)
+            user.replace_input_with(node, copy)
+        graph.erase_node(node)
+
+
+def _part_of_state(node: fx.Node) -> bool:
+    """Whether a node is a part of what a buffer or attribute held before the call, or of a tensor made of none."""
+    source: Any = node
+    while source.target in (aten.select.int, aten.slice.Tensor, *_SHAPES):
+        source = source.args[0]
+    if source is node or source.op != "placeholder":
+        return source is not node and (not source.all_input_nodes or source.target in _NEW)
+    return source.meta.get("source", ("input",))[0] in ("buffer", "state")
+
+
+def _detach_parts(graph: fx.Graph) -> None:
+    """slice(detach(x)) -> detach(slice(x)), where x is put together of others, or the slice is a part of a history."""
+    for node in list(graph.nodes):
+        source: Any = node.args[0] if node.target in (aten.select.int, aten.slice.Tensor) else None
+        if not isinstance(source, fx.Node) or source.target is not aten.detach.default:
+            continue
+        if "part" in node.meta or _put_together(source.args[0]):
+            with graph.inserting_before(node):
+                part = graph.node_copy(node)
+                part.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
+                detached = graph.call_function(aten.detach.default, (part,))
+            detached.meta.update({key: each for key, each in node.meta.items() if key != "part"})
+            node.replace_all_uses_with(detached)
+            graph.erase_node(node)
+    for node in graph.nodes:
+        source = node.args[0] if node.target is aten.detach.default else None
+        if isinstance(source, fx.Node) and source.target is aten.detach.default:
+            node.args = source.args
+
+
+def _refuse_strides(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.target in _STRIDED:
+            raise RefusedError(
+                f"{node.target} reads memory by its layout, which another order of the cells does not keep",
+                location=node.meta.get("location"),
+                remedy="use view, unfold, slices or transposes, which name what they read",
+            )
+
+
+def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def _size(node: fx.Node, dim: int) -> int:
+    return int(node.meta["val"].shape[dim])
+
+
+def _piece(graph: fx.Graph, node: fx.Node) -> None:
+    """getitem(split(x), i) -> slice(x); getitem(unbind(x), i) -> select(x)."""
+    whole, index = node.args
+    if not isinstance(whole, fx.Node) or not isinstance(index, int) or whole.op != "call_function":
+        return
+    source: Any = whole.args[0]
+    target = whole.target
+    if target is aten.unbind.int:
+        dim = _argument(whole, 1, "dim", 0)
+        _replace(graph, node, aten.select.int, (source, dim, index))
+        return
+    if target in (aten.split.Tensor, aten.chunk.default):
+        dim = _argument(whole, 2, "dim", 0)
+        size = whole.args[1]
+        if target is aten.chunk.default:
+            size = -(-_size(source, dim) // size)  # type: ignore[operator]
+        start, end = index * size, (index + 1) * size  # type: ignore[operator]
+    elif target in (aten.split_with_sizes.default, aten.split.sizes):
+        dim = _argument(whole, 2, "dim", 0)
+        sizes: Any = whole.args[1]
+        start, end = sum(sizes[:index]), sum(sizes[: index + 1])
+    else:
+        return
+    _replace(graph, node, aten.slice.Tensor, (source, dim, start, end))
+
+
+def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    with graph.inserting_before(node):
+        new = graph.call_function(target, args)
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
+
+
+def _interval(node: fx.Node, size: int, dim_at: int) -> tuple[int, int] | None:
+    """The half-open range of a slice or slice_scatter of step 1, ends resolved."""
+    start, end = _argument(node, dim_at + 1, "start", None), _argument(node, dim_at + 2, "end", None)
+    if _argument(node, dim_at + 3, "step", 1) != 1:
+        return None
+    start, end = 0 if start is None else start, _END if end is None else end
+    resolved = [min(max(value + size if value < 0 else value, 0), size) for value in (start, end)]
+    return resolved[0], max(resolved)
+
+
+def _may_be_part(node: fx.Node, tables: set[fx.Node]) -> bool:
+    """Whether a slice of all there is may take a part in another segment: the last positions, or those of a table."""
+    if _is_end(node):
+        return True
+    end = _argument(node, 3, "end", None)
+    return node in tables and end is not None and end != _END
+
+
+def _becomes(node: fx.Node, value: Any) -> None:
+    """Use a value for a node that is the same, also under the node's name."""
+    node.replace_all_uses_with(value)
+    if "name" in node.meta:
+        value.meta.setdefault("name", node.meta["name"])
+
+
+def _replaced(graph: fx.Graph, node: fx.Node, value: Any) -> bool:
+    """Use a value for a node that holds what it holds, if it does not change on the way: copy(x, y) -> y.
+
+    Where the dimensions of the value do not lie in order, as those of a transposed or expanded tensor, and those of
+    the node do, a copy takes its place: a `view` may not fit the value.
+    """
+    if not isinstance(value, fx.Node):
+        return False
+    old, new = node.meta["val"], value.meta["val"]
+    if old.shape != new.shape or old.dtype != new.dtype or old.device != new.device:
+        return False
+    _becomes(node, _in_order(graph, node, value))
+    return True
+
+
+def _in_order(graph: fx.Graph, node: fx.Node, value: fx.Node) -> fx.Node:
+    """A value to be used for a node or in it, or a copy of it whose dimensions lie in order."""
+    held = value.meta["val"]
+    if held.stride() == node.meta["val"].stride() or _lies_in_order(held):
+        return value
+    with graph.inserting_before(node):
+        copied = _made(graph, node, aten.clone.default, (value,), held.clone(memory_format=torch.contiguous_format))
+    copied.kwargs = {"memory_format": torch.contiguous_format}
+    return copied
+
+
+def _lies_in_order(value: torch.Tensor) -> bool:
+    """Whether the elements lie in the order of their indices, each at a place of its own."""
+    reach = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if size > 1:
+            if stride < reach:
+                return False
+            reach = stride * size
+    return True
+
+
+def _covers(node: fx.Node) -> bool:
+    """Whether a slice_scatter writes all there is."""
+    size = _size(node, _dim(node, 2))
+    return _interval(node, size, 2) == (0, size)
+
+
+def _cast(graph: fx.Graph, node: fx.Node) -> None:
+    """A cast to the dtype and device that a tensor has already is the tensor."""
+    source = node.args[0]
+    copies = node.kwargs.get("copy", False) or any(arg is True for arg in node.args[2:])
+    if not copies and node.kwargs.get("memory_format") is None:
+        _replaced(graph, node, source)
+
+
+def _dim(node: fx.Node, index: int) -> int:
+    return int(_argument(node, index, "dim", 0) % node.meta["val"].ndim)
+
+
+def _forward(graph: fx.Graph, node: fx.Node, tables: set[fx.Node], windows: set[Any]) -> None:
+    """Read through what put a tensor together: a part that was put there is that part, whatever was put elsewhere."""
+    while True:
+        source: Any = node.args[0]
+        if not isinstance(source, fx.Node):
+            return
+        dim = int(_argument(node, 1, "dim", 0)) % source.meta["val"].ndim
+        size = _size(source, dim)
+        whole_row = node.target is aten.select.int
+        if whole_row:
+            index: Any = node.args[2]
+            read = (index % size, index % size + 1)
+        else:
+            interval = _interval(node, size, 1)
+            if interval is None:
+                return
+            read = interval
+            if read == (0, size) and not _may_be_part(node, tables) and not _is_rest_of_rest(source):
+                node.replace_all_uses_with(source)
+                return
+        if source.op != "call_function" or read[0] == read[1]:
+            return
+        if _unclone(node):
+            continue
+        if source.target in (aten.select_scatter.default, aten.slice_scatter.default) and _dim(source, 2) == dim:
+            written = _written(source)
+            if written is None:
+                return
+            if read[1] <= written[0] or written[1] <= read[0]:
+                node.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
+                continue
+            if read == written and whole_row == (source.target is aten.select_scatter.default):
+                _replaced(graph, node, source.args[1])
+                return
+            if read == written and not whole_row:
+                with graph.inserting_before(node):
+                    _replaced(graph, node, _part(graph, source, dim))
+                return
+            part: Any = source.args[1]
+            if source.target is aten.select_scatter.default or not written[0] <= read[0] < read[1] <= written[1]:
+                return
+            if part.meta["val"].dtype != node.meta["val"].dtype or part.meta["val"].ndim <= dim:
+                return
+            part = _in_order(graph, node, part)
+            node.args = (part, dim, *(place - written[0] for place in (read[:1] if whole_row else read)))
+            continue
+        if source.target is aten.unsqueeze.default and _dim(source, 1) == dim and whole_row:
+            _replaced(graph, node, source.args[0])
+            return
+        if source.target is aten.stack.default and _dim(source, 1) == dim and whole_row:
+            _replaced(graph, node, source.args[0][read[0]])  # type: ignore[index]
+            return
+        if source.target is aten.cat.default and _dim(source, 1) == dim:
+            if read[1] == size and (source.meta.get("location") in windows or (_is_end(node) and _is_given(node))):
+                return  # in a shorter last segment it is another part
+            start = 0
+            for piece in source.args[0]:  # type: ignore[union-attr]
+                end = start + (_size(piece, dim) if piece.meta["val"].ndim > dim else 0)  # type: ignore[union-attr, arg-type]
+                if (start, end) == read and not whole_row:
+                    _replaced(graph, node, piece)
+                    return
+                if start <= read[0] and read[1] <= end and piece.meta["val"].dtype == node.meta["val"].dtype:  # type: ignore[union-attr]
+                    break
+                start = end
+            else:
+                return
+            piece = _in_order(graph, node, piece)  # type: ignore[arg-type]
+            node.args = (piece, dim, *(place - start for place in (read[:1] if whole_row else read)))
+            continue
+        if source.target is aten.slice.Tensor and _dim(source, 1) == dim and _is_cut_again(source):
+            interval = _interval(source, _size(source.args[0], dim), 1)  # type: ignore[arg-type]
+            if interval is None:
+                return
+            node.args = (source.args[0], dim, *(place + interval[0] for place in (read[:1] if whole_row else read)))
+            node.meta["rest"] = True
+            continue
+        return
+
+
+def _unalias(graph: fx.Graph, node: fx.Node) -> None:
+    """alias(x) -> x, but for a result; where x is what a loop has left for its last segment, a slice of its own."""
+    source: Any = node.args[0]
+    if _is_rest_of_rest(source):
+        with graph.inserting_before(node):
+            source = graph.node_copy(source)
+        source.meta["location"] = node.meta.get("location")
+    node.replace_all_uses_with(source, lambda user: user.op != "output")
+
+
+def _flatten(graph: fx.Graph, node: fx.Node, short: Set[Any] = frozenset()) -> bool:
+    """cat([clone(cat([a, b])), c]) -> cat([a, b, c]), where nothing else reads what is inside, or in a short history.
+
+    cat([detach(cat([a, b])), c])   ->   cat([detach(a), detach(b), c])
+
+    Returns whether a history was.
+    """
+    history = False
+    given: list[Any] = list(node.args[0])  # type: ignore[arg-type]
+    pieces: list[Any] = []
+    for piece in given:
+        inner, detached, alone = piece, False, True
+        while inner.target in (aten.clone.default, aten.detach.default):
+            source = inner.args[0]
+            if inner.target is aten.clone.default and source.meta["val"].stride() != inner.meta["val"].stride():
+                break
+            alone = alone and len(inner.users) == 1
+            detached = detached or inner.target is aten.detach.default
+            piece = source if alone and not detached else piece
+            inner = source
+        inside = inner.target is aten.cat.default and (
+            (alone and len(inner.users) == 1) or inner.meta.get("location") in short
+        )
+        if not inside or inner.meta["val"].dtype != node.meta["val"].dtype or _dim(inner, 1) != _dim(node, 1):
+            pieces.append(piece)
+            continue
+        history |= inner.meta.get("location") in short
+        for part in inner.args[0]:
+            if detached and part.target is not aten.detach.default:
+                with graph.inserting_before(node):
+                    part = _made(graph, piece, aten.detach.default, (part,), part.meta["val"])
+            pieces.append(part)
+    if pieces != given:
+        node.args = (pieces, *node.args[1:])
+        for piece in dict.fromkeys(reversed(given)):
+            for each in (piece, *piece.all_input_nodes):
+                if not each.users and each.target in (aten.cat.default, aten.clone.default, aten.detach.default):
+                    graph.erase_node(each)
+    return history
+
+
+def _stack(graph: fx.Graph, node: fx.Node) -> None:
+    """cat([unsqueeze(a, 0), unsqueeze(b, 0)], 0) -> stack([a, b], 0)."""
+    given: Any = node.args[0]
+    dim, value = _dim(node, 1), node.meta["val"]
+    rows = [piece for piece in given if piece.target is aten.unsqueeze.default and _dim(piece, 1) == dim]
+    if len(rows) == len(given) and all(piece.meta["val"].dtype == value.dtype for piece in rows):
+        with graph.inserting_before(node):
+            whole = graph.call_function(aten.stack.default, ([piece.args[0] for piece in rows], dim))
+        whole.meta.update(node.meta)
+        node.replace_all_uses_with(whole)
+
+
+_FEW = 4
+"""Of a history that keeps so many parts, each reader reads the parts: it waits for those alone."""
+
+
+def _joined_with(graph: fx.Graph, length: int) -> set[Any]:
+    """The lines of the user's code that put a part of some length to what is no longer."""
+    found: set[Any] = set()
+    longer: set[Any] = set()
+    for node in graph.nodes:
+        if node.target is aten.cat.default:
+            dim = _dim(node, 1)
+            pieces = [piece for piece in node.args[0] if piece.meta["val"].ndim == node.meta["val"].ndim]
+            if _size(node, dim) > 2 * length:
+                longer.add(node.meta.get("location"))
+            elif any(_size(piece, dim) == length for piece in pieces):
+                found.add(node.meta.get("location"))
+    return found - longer
+
+
+def _short_histories(graph: fx.Graph) -> set[Any]:
+    """The lines of the user's code that put a part to a few others, of which each time most are those of before."""
+    whole: dict[Any, int] = {}
+    part: dict[Any, int] = {}
+    again: set[Any] = set()
+    for node in graph.nodes:
+        if node.target is aten.cat.default:
+            place, dim = node.meta.get("location"), _dim(node, 1)
+            pieces = [piece for piece in node.args[0] if piece.meta["val"].ndim == node.meta["val"].ndim]
+            sizes = [_size(piece, dim) for piece in pieces]
+            whole[place] = max(whole.get(place, 0), sum(sizes))
+            part[place] = max(part.get(place, 0), min(sizes, default=0))
+            if any(_source(piece).meta.get("location") == place for piece in pieces):
+                again.add(place)
+    return {place for place in again if whole[place] <= _FEW * part[place]}
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The concatenation that a node is a part of; or the node."""
+    found: Any = node
+    while found.target in (aten.slice.Tensor, aten.clone.default, aten.detach.default, aten.alias.default):
+        found = found.args[0]
+    return found if found.target is aten.cat.default else node
+
+
+def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> bool:
+    """slice(cat([a, b, c])) -> cat([slice(a), b]): what moves on in a history makes no chain of those before it.
+
+    Returns whether that was done.
+    """
+    source: Any = node.args[0]
+    if not node.users or node.target is not aten.slice.Tensor or not isinstance(source, fx.Node):
+        return False
+    if source.target is not aten.cat.default or source.meta.get("location") not in short:
+        return False
+    dim, value = _dim(source, 1), node.meta["val"]
+    interval = _interval(node, _size(source, dim), 1)
+    pieces: Any = source.args[0]
+    if interval is None or _dim(node, 1) != dim or (_is_end(node) and _is_given(node)):  # the last ones may be others
+        return False
+    if any(piece.meta["val"].ndim != value.ndim or piece.meta["val"].dtype != value.dtype for piece in pieces):
+        return False
+    parts: list[Any] = []
+    cut: list[fx.Node] = []
+    start = 0
+    for piece in pieces:
+        size = _size(piece, dim)
+        first, last = max(interval[0] - start, 0), min(interval[1] - start, size)
+        if (first, last) == (0, size):
+            parts.append(piece)
+        elif first < last:
+            with graph.inserting_before(node):
+                part = _slice(graph, node, piece, dim, first, last)
+            part.meta["part"] = True
+            parts.append(part)
+            cut.append(part)
+        start += size
+    if len(parts) > 1:
+        with graph.inserting_before(node):
+            whole = graph.call_function(aten.cat.default, (parts, dim))
+        whole.meta.update(node.meta)
+        node.replace_all_uses_with(whole)
+        for part in cut:
+            _forward(graph, part, set(), set())
+            _spread(graph, part, short)
+        _flatten(graph, whole)
+    return len(parts) > 1
+
+
+def _is_end(node: fx.Node) -> bool:
+    """Whether a slice takes the last positions, however many there are."""
+    start = _argument(node, 2, "start", None) if node.target is aten.slice.Tensor else None
+    return start is not None and start < 0
+
+
+def _is_given(node: fx.Node) -> bool:
+    """Whether a value, or a view or copy of it, is a result and nothing else."""
+    return all(
+        user.op == "output" or ((user.target in VIEWS or user.target in _MOVES) and _is_given(user))
+        for user in node.users
+    )
+
+
+def _is_cut_again(node: fx.Node) -> bool:
+    """Whether a slice is read as a part of what it is cut from: of a state, or where a loop cuts the rest of the rest.
+
+    piece, x = x[:, :4], x[:, 4:]
+    """
+    source: Any = node.args[0]
+    return _put_together(source) or _is_rest_of_rest(node)
+
+
+def _is_rest_of_rest(node: fx.Node) -> bool:
+    """Whether a line that cuts a part off a tensor cuts the next one off what it leaves."""
+    place = node.meta.get("location")
+    again = any(_is_rest(user) and user.meta.get("location") == place for user in node.users)
+    return _is_rest(node) and (again or "rest" in node.meta)
+
+
+def _is_rest(node: fx.Node) -> bool:
+    """Whether a node is all of a tensor from some place on."""
+    if node.target is not aten.slice.Tensor or not isinstance(node.args[0], fx.Node):
+        return False
+    size = _size(node.args[0], _dim(node, 1))
+    interval = _interval(node, size, 1)
+    return interval is not None and interval[0] > 0 and interval[1] == size
+
+
+def _put_together(source: Any) -> bool:
+    """Whether a tensor was put together of others, or is a state that may have been at first, or a row of one."""
+    while source.target is aten.select.int:
+        source = source.args[0]
+    if source.op == "placeholder":
+        return bool(source.meta["source"][0] != "input")
+    return source.target in (aten.slice.Tensor, *_MOVES) or not source.all_input_nodes
+
+
+def _unclone(node: fx.Node) -> bool:
+    """select(clone(x)), scatter(clone(x), v) -> select(x), scatter(x, v): nothing writes to x any more."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source.target is not aten.clone.default or source.kwargs:
+        return False
+    node.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
+    return True
+
+
+_MOVES = (aten.clone.default, aten.copy.default, aten.stack.default, aten.cat.default, *_SCATTERS)
+
+
+def _drop_dead(graph: fx.Graph) -> None:
+    """Drop views, copies and what puts tensors together where nothing uses it."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (node.target in VIEWS or node.target in _MOVES):
+            graph.erase_node(node)
+
+
+def _part(graph: fx.Graph, writer: fx.Node, dim: int) -> Any:
+    """What a scatter writes, with the dimension along which it is written."""
+    value: Any = writer.args[1]
+    if writer.target is aten.slice_scatter.default:
+        return value
+    return _made(graph, writer, aten.unsqueeze.default, (value, dim), value.meta["val"].unsqueeze(dim))
+
+
+def _assemble(graph: fx.Graph) -> None:
+    """scatter(scatter(scatter(x, a, 0), b, 1), c, 0), read as a whole -> stack([c, b]), or scatters of b and c."""
+    written: dict[fx.Node, tuple[Any, int, dict[tuple[int, int], fx.Node], int]] = {}
+    for node in list(graph.nodes):
+        if node.target not in _SCATTERS:
+            continue
+        base, value, dim = node.args[0], node.args[1], _dim(node, 2)
+        interval = _written(node)
+        if interval is None or not isinstance(value, fx.Node) or not isinstance(base, fx.Node):
+            continue
+        first, before, parts, count = written.get(base, (base, dim, {}, 0))
+        fits = all(interval == other or interval[1] <= other[0] or other[1] <= interval[0] for other in parts)
+        if before != dim or not fits or first.meta["val"].dtype != value.meta["val"].dtype:
+            first, parts, count = base, {}, 0
+        parts = {other: each for other, each in parts.items() if other != interval}
+        written[node] = (first, dim, {**parts, interval: node}, count + 1)
+    for node, (first, dim, parts, count) in written.items():
+        readers = [user for user in node.users if not (user in written and user.args[0] is node)]
+        if not readers:
+            continue
+        writers = [parts[interval] for interval in sorted(parts)]
+        bounds = sorted(parts)
+        covered = bounds[0][0] == 0 and bounds[-1][1] == _size(node, dim)
+        covered = covered and all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
+        kinds = {writer.target for writer in writers}
+        values: list[Any] = [writer.args[1] for writer in writers]
+        covered = covered and all(value.meta["val"].dtype == node.meta["val"].dtype for value in values)
+        with graph.inserting_before(node.next):
+            if covered:
+                target = aten.stack.default if kinds == {aten.select_scatter.default} else aten.cat.default
+                if len(kinds) > 1:
+                    values = [_part(graph, writer, dim) for writer in writers]
+                whole = graph.call_function(target, (values, dim))
+                whole.meta.update(node.meta)
+            elif count > len(parts):
+                whole = first
+                after = node
+                for writer in parts.values():
+                    scatter: Any = writer.target
+                    with graph.inserting_after(after):
+                        whole = graph.call_function(scatter, (whole, *writer.args[1:]), dict(writer.kwargs))
+                    whole.meta.update(writer.meta)
+                    after = whole
+            else:
+                continue
+        for user in readers:
+            user.replace_input_with(node, whole)
+    for node in reversed(list(written)):
+        if not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,1 @@
+"""Decide the order: dependences become a proven schedule, which a checker holds against another run."""

@@ -1,0 +1,300 @@
+"""The independent checker: a flat trace against an unrolled loop and the places a schedule gives it.
+
+It shares no code with folding and proving. It knows only flat programs, and asks two things. Does the unrolled loop
+compute what the trace computes? Every node of the trace that a result needs must have a counterpart with the same
+operation, the same constants and, as operands, the counterparts of its operands; then values are equal by
+congruence. And is every edge of the trace respected: by a claimed dependence of its tensor, and by the order of the
+places?
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from rmtc.errors import VerifyError
+from rmtc.ir.cells import Cell, Dependence
+from rmtc.ir.program import Op, Program, Src, Val, show
+
+__all__ = ["Checked", "Place", "check"]
+
+
+class Place(NamedTuple):
+    """When an operation of the unrolled loop runs.
+
+    ``phase`` is 0 before the loop, 1 in it, 2 after it; ``stage`` 0, 1, 2 in a step: prologues, layers, epilogues;
+    ``cell`` is None outside the loop, has layer -1 in a prologue and L in an epilogue; ``position`` counts within.
+    """
+
+    phase: int
+    step: int
+    stage: int
+    cell: Cell | None
+    position: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was checked: nodes and edges of the trace, and how many edges run between cells.
+
+    ``counterpart`` gives, for each operation of the trace that a result needs, that of the unrolled loop.
+    """
+
+    nodes: int
+    edges: int
+    crossing: int
+    counterpart: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.nodes} operations that a result needs and {self.edges} edges (an operation that reads another's "
+            f"result), {self.crossing} of them between cells"
+        )
+
+
+def check(
+    trace: Program,
+    claimed: Program,
+    places: Sequence[Place],
+    carried: Sequence[tuple[Dependence, Collection[int]]],
+    layers: int,
+) -> Checked:
+    """Check an unrolled loop against a trace of the same sizes.
+
+    Args:
+        trace: what the user's code did.
+        claimed: the unrolled loop.
+        places: for each operation of ``claimed``, when it runs.
+        carried: the dependences that the schedule was proven for, each with the operations of ``claimed`` that make
+            its tensor.
+        layers: number of layers.
+
+    Raises:
+        VerifyError: at the first node without a counterpart, the first edge that runs backwards in time, the first
+            edge between cells that no dependence covers: none between these cells is of the tensor that the edge is.
+            Also where a tuple, which no cell can be handed, leads out of its cell.
+    """
+    counterpart = _correspond(trace, claimed)
+    dependent = _dependent_prologues(claimed, places)
+    covered: dict[tuple[Cell, Cell], set[int]] = {}
+    crossing: Counter[int] = Counter()
+    # Every edge of the trace is one of these, at the same operand of its node's counterpart.
+    for consumer in _needed(claimed):
+        for producer in _values_of(claimed, consumer):
+            earlier, later, location = places[producer], places[consumer], claimed.ops[consumer].location
+            if not _precedes(earlier, later):
+                raise VerifyError(
+                    f"{_node(claimed, consumer)} at {_when(later)} needs {_node(claimed, producer)}, which runs at "
+                    f"{_when(earlier)}",
+                    location=location,
+                )
+            if claimed.ops[consumer].target is operator.getitem and earlier.phase and earlier.cell != later.cell:
+                raise VerifyError(
+                    f"{_node(claimed, consumer)} takes its part of several results, which another cell makes",
+                    location=location,
+                )
+            pair = _cells(earlier, later, producer in dependent, layers)
+            if pair is None:
+                continue
+            crossing[consumer] += 1
+            if pair not in covered:
+                between = [makers for each, makers in carried if each.producers(pair[1], layers) == pair[0]]
+                covered[pair] = set().union(*between)
+            if producer not in covered[pair]:
+                raise VerifyError(
+                    f"cell {pair[1]} reads what cell {pair[0]} makes ({_node(claimed, producer)}), and no dependence "
+                    "says so",
+                    location=location,
+                )
+    edges = sum(len(_values_of(trace, node)) for node in counterpart)
+    return Checked(len(counterpart), edges, sum(crossing[image] for image in counterpart.values()), counterpart)
+
+
+def _needed(program: Program) -> list[int]:
+    """The operations that a result needs."""
+    found: set[int] = set()
+    work = [value.number for value in program.outputs.values() if type(value) is Val]
+    while work:
+        number = work.pop()
+        if number not in found:
+            found.add(number)
+            work += _values_of(program, number)
+    return sorted(found)
+
+
+def _values_of(program: Program, number: int) -> list[int]:
+    return _values(program.ops[number].args)
+
+
+def _precedes(earlier: Place, later: Place) -> bool:
+    if earlier.phase != later.phase:
+        return earlier.phase < later.phase
+    if earlier.step != later.step:
+        return earlier.step < later.step
+    if earlier.cell == later.cell:
+        return earlier.position < later.position
+    if earlier.stage != later.stage:
+        return earlier.stage < later.stage
+    # Prologues of a step run segment by segment, and so do epilogues; cells of a step run at once.
+    return earlier.stage != 1 and earlier.cell is not None and later.cell is not None and earlier.cell < later.cell
+
+
+def _cells(earlier: Place, later: Place, dependent: bool, layers: int) -> tuple[Cell, Cell] | None:
+    """The cells an edge runs between, None if it is none between cells."""
+    source, target = earlier.cell, later.cell
+    if source is None or target is None or source == target or later.stage == 2:
+        return None
+    if earlier.stage == 0:
+        if later.stage == 0 or not dependent:
+            return None
+        source = Cell(source.segment, 0)
+    elif earlier.stage == 2:
+        source = Cell(source.segment, layers - 1)
+    if later.stage == 0:
+        target = Cell(target.segment, 0)
+    return (source, target) if source != target else None
+
+
+def _dependent_prologues(claimed: Program, places: Sequence[Place]) -> set[int]:
+    """The operations of prologues that need a cell."""
+    found: set[int] = set()
+    for number, place in enumerate(places):
+        if place.stage == 0 and place.cell is not None:
+            for operand in _values_of(claimed, number):
+                source = places[operand]
+                if operand in found or (source.cell is not None and source.stage > 0):
+                    found.add(number)
+    return found
+
+
+def _correspond(trace: Program, claimed: Program) -> dict[int, int]:
+    """For every operation of the trace that a result needs, its counterpart."""
+    if set(trace.outputs) != set(claimed.outputs):
+        raise VerifyError(f"other results: {sorted(set(trace.outputs) ^ set(claimed.outputs))}")
+    counterpart: dict[int, int] = {}
+    work = [(trace.outputs[name], claimed.outputs[name], f"result {name}") for name in trace.outputs]
+    while work:
+        value, image, reader = work.pop()
+        image = _through(value, image, trace, claimed)
+        if type(value) is not Val or type(image) is not Val:
+            if type(value) is not type(image) or value != image or not _same_constant(value, trace, claimed):
+                raise VerifyError(f"{reader} reads {show(value)} in the run and {show(image)} in the loop")
+            continue
+        if value.number in counterpart:
+            if counterpart[value.number] != image.number:
+                first, second = counterpart[value.number], image.number
+                if not _same(claimed, first, second):
+                    raise VerifyError(f"{reader} reads {_node(trace, value.number)}, which has two counterparts")
+            continue
+        node, other = trace.ops[value.number], claimed.ops[image.number]
+        if node.target is not other.target:
+            raise VerifyError(
+                f"{_node(trace, value.number)} in the run is {_node(claimed, image.number)} in the loop",
+                location=node.location,
+            )
+        counterpart[value.number] = image.number
+        work += [(a, b, _node(trace, value.number)) for a, b in _pairs(node, other, trace, value.number)]
+    return counterpart
+
+
+def _same_constant(value: Any, trace: Program, claimed: Program) -> bool:
+    """Whether a name means the same tensor in both programs: all but constants are the caller's, by name."""
+    if type(value) is not Src:
+        return True
+    one, two = trace.sources[value.name], claimed.sources[value.name]
+    if one.value is None or two.value is None:
+        return one.value is two.value
+    return one.value.dtype == two.value.dtype and torch.equal(one.value, two.value)
+
+
+def _pairs(node: Op, other: Op, trace: Program, number: int) -> list[tuple[Any, Any]]:
+    pairs: list[tuple[Any, Any]] = []
+    shape = other.args[1] if other.target in _RESHAPES and len(other.args) > 1 else ()
+    is_open = shape.count(-1) == 1  # one size is what is left, whatever it is in the run
+
+    def compare(a: Any, b: Any) -> None:
+        if is_open and b is shape and type(a) is tuple and len(a) == len(b):
+            a = tuple(-1 if y == -1 else x for x, y in zip(a, b, strict=True))
+        if type(a) is tuple and type(b) is tuple and len(a) == len(b):
+            for x, y in zip(a, b, strict=True):
+                compare(x, y)
+        elif isinstance(a, (Val, Src)) or isinstance(b, (Val, Src)):
+            pairs.append((a, b))
+        elif type(a) is not type(b) or a != b:
+            raise VerifyError(
+                f"{_node(trace, number)} has {show(a)} in the run and {show(b)} in the loop", location=node.location
+            )
+
+    compare(node.args, other.args)
+    return pairs
+
+
+_RESHAPES = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default)
+_COPIES = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default, torch.ops.aten.alias.default)
+
+
+def _through(value: Any, image: Any, trace: Program, claimed: Program) -> Any:
+    """Skip operations of the loop that change no value here: for a batch of one they need not be run."""
+    expand = torch.ops.aten.expand.default
+    while type(image) is Val and claimed.ops[image.number].target in (expand, *_COPIES):
+        target, args = claimed.ops[image.number].target, claimed.ops[image.number].args
+        if type(value) is not Val or trace.ops[value.number].target is target:
+            break
+        shape = trace.ops[value.number].shape
+        if target is expand and (
+            shape is None
+            or len(shape) != len(args[1])
+            or any(n not in (-1, m) for n, m in zip(args[1], shape, strict=True))
+        ):
+            break
+        image = args[0]
+    return image
+
+
+def _same(claimed: Program, first: int, second: int) -> bool:
+    """Whether two operations of the loop compute the same value, by their whole derivation."""
+    seen: set[tuple[int, int]] = set()
+    work = [(first, second)]
+    while work:
+        a, b = work.pop()
+        if a == b or (a, b) in seen:
+            continue
+        seen.add((a, b))
+        one, two = claimed.ops[a], claimed.ops[b]
+        if one.target is not two.target or _nameless(one.args) != _nameless(two.args):
+            return False
+        work += zip(_values(one.args), _values(two.args), strict=True)
+    return True
+
+
+def _nameless(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        _nameless(arg) if type(arg) is tuple else None if type(arg) is Val else (type(arg), arg) for arg in args
+    )
+
+
+def _values(args: tuple[Any, ...]) -> list[int]:
+    found: list[int] = []
+    for arg in args:
+        if type(arg) is tuple:
+            found += _values(arg)
+        elif type(arg) is Val:
+            found.append(arg.number)
+    return found
+
+
+def _node(program: Program, number: int) -> str:
+    op = program.ops[number]
+    text = f"%{number} = {op.label}({', '.join(show(arg) for arg in op.args)})"
+    return text if len(text) < 120 else text[:116] + " ..."
+
+
+def _when(place: Place) -> str:
+    if place.cell is None:
+        return "the start" if place.phase == 0 else "the end"
+    return f"step {place.step} ({place.cell})"

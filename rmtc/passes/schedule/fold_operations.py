@@ -1,0 +1,141 @@
+"""Pass fold-operations: a segment loop as the folded graph of its operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import sympy
+
+from rmtc.ir.cells import Dependence
+from rmtc.ir.folded import Edge, FoldedGraph, Vertex
+from rmtc.ir.formula import Extent, L, layer_symbol
+from rmtc.ir.segment_loop import Layout, Row, SegmentLoop, leaves
+from rmtc.passes.fold.dependences import maker_name, tensor_name
+from rmtc.passes.fold.streams import Family
+
+__all__ = ["fold_operations"]
+
+_WITHIN = Dependence((0, 0))
+
+
+class _At(NamedTuple):
+    """An operation of a row."""
+
+    row: int
+    number: int
+
+
+def fold_operations(loop: SegmentLoop, family: Family | None) -> FoldedGraph:
+    """The folded graph of a loop.
+
+    Needs: a loop with layouts and classes.
+    Gives: one vertex for each operation of each class, prologues (layer -1) and epilogues (layer L) included, and an
+    edge for each operand that a segment makes. An operand that a class has from several others (in the first segments
+    or the lowest layer, say) is an edge from each.
+
+        s.l0 %4 = matmul(%3, s-1.%9)    ->    C0.%9 add.Tensor -> C0.%2 matmul: (1, 0) layers.{l}.memory
+        s.l1 %13 = matmul(%12, s-1.%18)
+    """
+    number, vertices = _vertices(loop)
+    reads: dict[tuple[int, int, int], dict[tuple[int, int], tuple[_At, _At]]] = {}
+    operands: dict[tuple[int, int, int], set[int]] = {}
+    layers_of = [_layers(layout, len(loop.row(row))) for row, layout in enumerate(loop.layouts)]
+    for row, at in _operations(loop):
+        for position, leaf in enumerate(leaves(loop.row(row)[at].args)):
+            if isinstance(leaf, Row):
+                for made in _rows_before(row, leaf.back, len(loop.rows)):
+                    key = number[_At(made, leaf.number)], number[_At(row, at)], leaf.back
+                    pair = layers_of[made][leaf.number], layers_of[row][at]
+                    reads.setdefault(key, {}).setdefault(pair, (_At(made, leaf.number), _At(row, at)))
+                    operands.setdefault(key, set()).add(position)
+    edges: list[Edge] = []
+    for key, places in reads.items():
+        (producer, consumer, ds), positions = key, tuple(sorted(operands[key]))
+        if ds == 0 and all(source == target for source, target in places):
+            edges.append(Edge(producer, consumer, 0, tuple(sorted(places)), _WITHIN, positions))
+            continue
+        for distance, layers, pairs in distances(ds, sorted(places), loop.layers):
+            source, target = pairs[-1]
+            maker, reader = (loop.row(where.row)[where.number] for where in places[pairs[-1]])
+            dependence = Dependence(
+                distance,
+                tensor_name(maker, source, family),
+                maker_name(maker, source, loop.layers, family),
+                maker_name(reader, target, loop.layers, family),
+                maker.location,
+                reader.location,
+                layers,
+            )
+            edges.append(Edge(producer, consumer, ds, tuple(pairs), dependence, positions))
+    return FoldedGraph(loop.layers, len(loop.rows), vertices, tuple(edges), number)
+
+
+def distances(
+    ds: int, pairs: Sequence[tuple[int, int]], layers: int
+) -> Iterator[tuple[tuple[Extent, Extent], tuple[Extent, Extent] | None, list[tuple[int, int]]]]:
+    """The distances of (producer's layer, consumer's layer) pairs as formulas, with consumers' layers and pairs.
+
+    The consumers' layers are None where all pairs have one distance. Layer -1 is the prologue, L the epilogue.
+    """
+    offsets: dict[int, list[tuple[int, int]]] = {}
+    for producer, consumer in pairs:
+        offsets.setdefault(consumer - producer, []).append((producer, consumer))
+    inner = all(0 <= layer < layers for pair in pairs for layer in pair)
+    producers = {producer for producer, _ in pairs}
+    if len(offsets) > 1 and len(producers) == 1:
+        (producer,) = producers
+        ends = (_named(min(offsets) + producer, layers), _named(max(offsets) + producer, layers))
+        yield (ds, sympy.expand(layer_symbol - _named(producer, layers))), ends, list(pairs)
+        return
+    for offset, same in offsets.items():
+        first, last = same[0][1], same[-1][1]
+        dl: Extent = offset
+        if len(same) == 1 and (not inner or abs(offset) == layers - 1 > 1):
+            dl = _named(last, layers) - _named(same[0][0], layers)
+        yield (ds, dl), None if len(offsets) == 1 else (first, last), same
+
+
+def _named(layer: int, layers: int) -> Extent:
+    """The epilogue is layer L, the last layer L - 1, whatever L is."""
+    return layer if layer < layers - 1 or layers == 1 == layer + 1 else L - (layers - layer)
+
+
+def _vertices(loop: SegmentLoop) -> tuple[dict[tuple[int, int], int], tuple[Vertex, ...]]:
+    """The vertices, and which of them each operation of each row is."""
+    members: dict[tuple[int, str, int], list[tuple[int, int]]] = {}
+    places: dict[_At, tuple[int, str, int]] = {}
+    labels: dict[tuple[int, str, int], str] = {}
+    layers_of = [_layers(layout, len(loop.row(row))) for row, layout in enumerate(loop.layouts)]
+    for row, at in _operations(loop):
+        layout, layer = loop.layouts[row], layers_of[row][at]
+        stage = 0 if layer < 0 else 2 if layer >= loop.layers else 1
+        start = (layout.prologue, layout.layers[layer] if stage == 1 else (0, 0), layout.epilogue)[stage][0]
+        names = (loop.stage_classes.get("prologue"), loop.classes[row], loop.stage_classes.get("epilogue"))[stage]
+        name = (names or ())[layer if stage == 1 else row]
+        key = places[_At(row, at)] = (stage, name, at - start)
+        members.setdefault(key, []).append((row, layer))
+        labels[key] = loop.row(row)[at].label
+    keys = sorted(members, key=lambda key: key[0])
+    numbers = {key: number for number, key in enumerate(keys)}
+    vertices = tuple(Vertex(f"{key[1]}.%{key[2]}", key[1], frozenset(members[key]), labels[key]) for key in keys)
+    return {at: numbers[key] for at, key in places.items()}, vertices
+
+
+def _layers(layout: Layout, operations: int) -> list[int]:
+    """The layer of each operation."""
+    layers = [len(layout.layers)] * operations
+    for layer, (start, end) in ((-1, layout.prologue), *enumerate(layout.layers)):
+        layers[start:end] = [layer] * (end - start)
+    return layers
+
+
+def _operations(loop: SegmentLoop) -> Iterator[_At]:
+    """The operations of every row, the steady one first."""
+    for row in reversed(range(len(loop.layouts))):
+        yield from (_At(row, number) for number in range(len(loop.row(row))))
+
+
+def _rows_before(row: int, back: int, steady: int) -> list[int]:
+    """The rows that the segment ``back`` before one of a row may have."""
+    return [row - back] if row < steady else list(range(max(0, steady - back), steady + 1))

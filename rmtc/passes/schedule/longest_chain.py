@@ -1,0 +1,190 @@
+"""Pass longest-chain: what no schedule of a folded graph's operations can beat."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeAlias
+
+import networkx as nx
+import sympy
+
+from rmtc.ir.cells import Cell
+from rmtc.ir.folded import FoldedGraph, Instance, Lasting
+from rmtc.ir.formula import S
+
+__all__ = ["Bound", "lasting_chain", "longest_chain"]
+
+_Place: TypeAlias = tuple[int, int]  # a vertex and a layer
+_NOWHERE: tuple[int, _Place, int] = 0, (0, 0), 0
+_Reads: TypeAlias = dict[_Place, list[tuple[_Place, int, int]]]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A least number of steps.
+
+    Attributes:
+        steps: the number.
+        chain: instances that each read the one before; empty if the width of a step is what binds.
+    """
+
+    steps: int
+    chain: tuple[Instance, ...] = ()
+
+
+def longest_chain(graph: FoldedGraph, order: Sequence[int], segments: int, width: int | None = None) -> Bound:
+    """The least number of steps of any schedule whose steps run the vertices in a given order.
+
+    Needs: a graph without a cycle within a segment, and no read from a later segment.
+    Gives: the longest chain of instances, each reading the one before, where a read costs nothing if its vertex comes
+    later in the order, and else a step; plus 1. With a width, at least ceil(cells of a vertex / width) too. The longest
+    path through the graph of cells is no such bound: within a step a layer may read what the layer below just made.
+
+        a -> b (0, 0), b -> a (1, 0), order a, b     ->     S steps: s0.a, s0.b, s1.a, s1.b, ...
+
+    Args:
+        graph: the operations.
+        order: the place of each vertex within a step, such as :attr:`Times.order`.
+        segments: number of segments.
+        width: how many cells of a vertex a step may hold.
+
+    Raises:
+        ValueError: if there is a cycle within a segment, or a read from a later one.
+    """
+    reads, length = _lengths(graph, order, segments)
+    steps, place, segment = _longest(length, segments)[segments]
+    wide = max(-(-sum(map(bool, of)) // width) for of in _by_vertex(length)) if width and length else 0
+    if wide > steps:
+        return Bound(wide)
+    return Bound(steps, tuple(_back(place, segment, reads, length)) if steps else ())
+
+
+def lasting_chain(graph: FoldedGraph, order: Sequence[int]) -> Lasting | None:
+    """The bound of :func:`longest_chain` as a function of S; None if no chain shows one.
+
+    Gives: a chain that visits a vertex of a layer twice, D segments apart, with C steps between: all rows there are the
+    steady one, so the way between the visits can be gone again and again. For S + D segments there is a chain that is
+    C longer than that for S.
+
+    Args:
+        graph, order: as in :func:`longest_chain`.
+
+    Raises:
+        ValueError: as that does.
+    """
+    most = graph.rows + 8 + 2 * max((edge.ds for edge in graph.edges), default=0)
+    reads, length = _lengths(graph, order, most)
+    ends = _longest(length, most)
+    longest = [steps for steps, _, _ in ends]
+    if not longest[most]:
+        return None
+    chains = (_back(place, segment, reads, length) for _, place, segment in reversed(ends))
+    rounds = _rounds(graph, next(chains), length, range(1, most))
+    rate, back = max((Fraction(more, n), -n) for more, n in rounds)
+    apart = -back
+    # For D > 1, chains of other lengths say where between two rounds the bound grows.
+    divisors = [n for n in range(1, apart + 1) if apart % n == 0]
+    known = all(
+        any(more == rate * n for more, n in _rounds(graph, chain, length, divisors))
+        for chain in itertools.islice(chains, apart - 1)
+    )
+    first = most - apart
+    grows = {r: longest[first + r] - longest[first + r - 1] for r in range(1, apart + 1)}
+    if not known:
+        grows = {apart: int(rate * apart)}
+    elif len(set(grows.values())) == 1:
+        apart, grows = 1, {1: grows[1]}
+
+    def least(segments: sympy.Expr | int) -> sympy.Expr | int:
+        """The steps for ``most`` segments, and those at every place of a round after them, or before."""
+        steps = longest[most]
+        for r, more in grows.items():
+            rounds_before, place = divmod(most - apart + r, apart)
+            steps += more * ((segments - place) // apart - rounds_before)
+        return steps
+
+    since = most
+    while since > 1 and longest[since - 1] >= least(since - 1):
+        since -= 1
+    return Lasting(sympy.expand(least(S)), since)
+
+
+def _rounds(
+    graph: FoldedGraph, chain: Sequence[Instance], length: Mapping[_Place, Sequence[int]], apart: Collection[int]
+) -> set[tuple[int, int]]:
+    """The ways in a chain from a place to itself, as steps and segments, of those so many segments apart.
+
+    There is always that of no step: a longer text has no shorter chain.
+    """
+    visits: dict[_Place, set[int]] = {}
+    for vertex, cell in chain:
+        if cell.segment >= graph.rows:
+            visits.setdefault((vertex, cell.layer), set()).add(cell.segment)
+    ways = ((at, s, n) for at, of in visits.items() for s in of for n in apart if s + n in of)
+    return {(0, 1), *((length[at][s + n] - length[at][s], n) for at, s, n in ways)}
+
+
+def _longest(length: Mapping[_Place, Sequence[int]], segments: int) -> list[tuple[int, _Place, int]]:
+    """The length of the longest chain, and the place and segment where it ends, for 0 to so many segments."""
+    ends = (max(((of[s], place, s) for place, of in length.items()), default=_NOWHERE) for s in range(segments))
+    return list(itertools.accumulate(ends, max, initial=_NOWHERE))
+
+
+def _lengths(graph: FoldedGraph, order: Sequence[int], segments: int) -> tuple[_Reads, dict[_Place, list[int]]]:
+    """What each place reads, with segments and cost, and the length of the longest chain to it, segment by segment."""
+    reads: _Reads = {}
+    within: nx.DiGraph = nx.DiGraph()
+    for number, vertex in enumerate(graph.vertices):
+        within.add_nodes_from((number, layer) for layer in vertex.layers)
+    for edge in graph.edges:
+        cost = int(order[edge.producer] >= order[edge.consumer])
+        for source, target in edge.pairs:
+            made, read = (edge.producer, source), (edge.consumer, target)
+            if made in within and read in within:
+                reads.setdefault(read, []).append((made, edge.ds, cost))
+                if edge.ds == 0:
+                    within.add_edge(made, read)
+    if any(edge.ds < 0 for edge in graph.edges) or not nx.is_directed_acyclic_graph(within):
+        raise ValueError("an operation waits for itself or for a later segment: no loop over segments runs this graph")
+    length: dict[_Place, list[int]] = {place: [] for place in within}  # by segment; 0 where there is no such instance
+    places = list(nx.topological_sort(within))
+    for segment in range(segments):
+        row = min(segment, graph.rows)
+        for place in places:
+            vertex, layer = place
+            here = 0
+            if (row, layer) in graph.vertices[vertex].members:
+                here = 1
+                for made, ds, cost in reads.get(place, ()):
+                    if ds <= segment and (before := length[made][segment - ds]):
+                        here = max(here, before + cost)
+            length[place].append(here)
+    return reads, length
+
+
+def _back(
+    place: _Place,
+    segment: int,
+    reads: Mapping[_Place, Sequence[tuple[_Place, int, int]]],
+    length: Mapping[_Place, Sequence[int]],
+) -> list[Instance]:
+    """The longest chain to an instance."""
+    chain = [Instance(place[0], Cell(segment, place[1]))]
+    while True:
+        for made, ds, cost in reads.get(place, ()):
+            before = length[made][segment - ds] if ds <= segment else 0
+            if before and before + cost == length[place][segment]:
+                place, segment = made, segment - ds
+                chain.append(Instance(made[0], Cell(segment, made[1])))
+                break
+        else:
+            return chain[::-1]
+
+
+def _by_vertex(length: Mapping[_Place, Sequence[int]]) -> Iterator[list[int]]:
+    """What is known of all cells of a vertex, a list for each."""
+    for _, of in itertools.groupby(sorted(length), key=lambda place: place[0]):
+        yield [each for place in of for each in length[place]]

@@ -1,0 +1,66 @@
+"""Pass operations-view: what a folded graph allows a call of so many segments, for people."""
+
+from __future__ import annotations
+
+from rmtc.ir.explanation import OperationsView, Recurrence
+from rmtc.ir.folded import FoldedGraph
+from rmtc.ir.formula import at
+from rmtc.passes.schedule.fission import Part, fission
+from rmtc.passes.schedule.longest_chain import lasting_chain, longest_chain
+from rmtc.passes.schedule.retime import Retimed
+
+__all__ = ["operations_view"]
+
+_COUNTED = 2_000_000
+"""Up to so many operations of a call, about two seconds of work, its longest chain is looked for."""
+
+
+def operations_view(graph: FoldedGraph, found: Retimed, segments: int) -> OperationsView | None:
+    """The least times of a folded graph with what they take and what they cannot beat; None if there are none.
+
+    Args:
+        graph: the operations.
+        found: what :func:`retime` found for it.
+        segments: number of segments of the call.
+    """
+    if found.times is None or not graph.vertices:
+        return None
+    times, parts = found.times, fission(graph)
+    members = ((vertex, *member) for vertex, each in enumerate(graph.vertices) for member in each.members)
+    steady = {(vertex, layer) for vertex, row, layer in members if row == graph.rows}
+    # A prologue's steps are counted from those of layer 0, an epilogue's from those of the last layer.
+    shifts = [
+        shift + times.b * (vertex.layers[0] - min(max(vertex.layers[0], 0), graph.layers - 1))
+        for vertex, shift in zip(graph.vertices, times.shifts, strict=True)
+    ]
+    steps, operations = times.makespan(graph, segments), graph.operations_in(segments)
+    lasting = lasting_chain(graph, times.order)
+    bound = at(lasting.steps, segments, graph.layers) if lasting and segments >= lasting.since else 0
+    if bound < steps and operations <= _COUNTED:  # a chain is never longer than the steps are many
+        bound = longest_chain(graph, times.order, segments).steps
+    return OperationsView(
+        times.a,
+        times.b,
+        (min(shifts), max(shifts)),
+        steps,
+        bound,
+        times.launches(graph, segments),
+        operations,
+        times.length(graph),
+        lasting,
+        tuple(edge.dependence for edge in found.cycle if not edge.within),
+        tuple(_recurrence(part) for part in parts.recurrences),
+        len(steady & parts.free),
+        len(steady),
+        parts.launches(graph, segments),
+    )
+
+
+def _recurrence(part: Part) -> Recurrence:
+    layers = [sorted({layer for _, layer in copy}) for copy in part.copies]
+    return Recurrence(
+        len(part.copies[0]),
+        tuple((each[0], each[-1]) for each in layers),
+        tuple(dict.fromkeys(edge.dependence for edge in part.edges)),
+        part.affine,
+    )

@@ -1,0 +1,192 @@
+"""Pass split: layers divided into parts, so that what is in no recurrence does not wait for what is."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from rmtc.ir.folded import FoldedGraph
+from rmtc.ir.program import leaves
+from rmtc.ir.segment_loop import BodyOp, Layout, Row, SegmentLoop
+from rmtc.passes.fold.cuts import common_subsequence
+from rmtc.passes.fold.dependences import find_dependences
+from rmtc.passes.fold.layers import classified, reordered
+from rmtc.passes.fold.streams import Family
+from rmtc.passes.schedule.fission import fission
+
+__all__ = ["Division", "division", "split_layers"]
+
+_MOST = 8
+"""Of more parts than these a step runs so little that the diagonal of whole cells is better."""
+
+
+@dataclass(frozen=True)
+class _Parts(Family):
+    """The parameters of layers that are divided.
+
+    Attributes:
+        starts: the first part of each layer, also of those that the loop does not tell from others.
+    """
+
+    starts: tuple[int, ...] = ()
+
+    def layer_of(self, name: str) -> int | None:
+        layer = super().layer_of(name)
+        return None if layer is None else self.starts[layer]
+
+
+class Division(NamedTuple):
+    """What each layer is divided into.
+
+    Attributes:
+        part: for each row the number of the part that each operation of a layer is in: odd in a recurrence, else even.
+        present: for each layer the numbers that occur.
+        sizes: for each layer the steady operations of each of these parts.
+        spans: the first and the last part of each recurrence, counted through all layers.
+    """
+
+    part: tuple[dict[int, int], ...]
+    present: tuple[tuple[int, ...], ...]
+    sizes: tuple[tuple[int, ...], ...]
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The number of parts of each layer."""
+        return tuple(map(len, self.present))
+
+    @property
+    def columns(self) -> list[tuple[int, int]]:
+        """Of each part whether a recurrence passes through it, and its operations."""
+        sizes = [size for each in self.sizes for size in each]
+        return [
+            (int(any(first <= column <= last for first, last in self.spans)), size) for column, size in enumerate(sizes)
+        ]
+
+
+def division(loop: SegmentLoop, graph: FoldedGraph) -> Division | None:
+    """The fewest parts of each layer for each to be a recurrence, or to wait for no segment before.
+
+    Args:
+        loop: a loop with layouts and classes.
+        graph: its folded graph.
+
+    Returns:
+        None if no layer is divided, or one into too many.
+    """
+    layout, last = loop.layouts[-1], len(loop.rows)
+    found = fission(graph)
+    numbers = {(vertex, layout.layer_of(n)): n for (row, n), vertex in graph.operations.items() if row == last}
+    steady = _steady_parts(loop, {n for at, n in numbers.items() if at in found.free})
+    if steady is None:
+        return None
+    part = (*(_row_parts(loop, row, steady) for row in range(last)), steady)
+    present: list[tuple[int, ...]] = []
+    for layer in range(loop.layers):
+        spans = [each.layers[layer] for each in loop.layouts]
+        here = {of[i] for of, (begin, end) in zip(part, spans, strict=True) for i in range(begin, end)}
+        present.append(tuple(sorted(here)) or (0,))
+    if not 1 < max(map(len, present)) <= _MOST:
+        return None
+    counts = [Counter(steady[i] for i in range(*span)) for span in layout.layers]
+    sizes = tuple(tuple(count[n] for n in each) for count, each in zip(counts, present, strict=True))
+    starts = list(itertools.accumulate(map(len, present), initial=0))
+
+    def column(at: tuple[int, int]) -> int:
+        layer = at[1]
+        if not 0 <= layer < loop.layers:  # a prologue runs with the first part, an epilogue with the last
+            return 0 if layer < 0 else starts[-1] - 1
+        return starts[layer] + present[layer].index(steady[numbers[at]])
+
+    copies = (
+        [column(at) for at in copy if at in numbers] for recurrence in found.recurrences for copy in recurrence.copies
+    )
+    return Division(part, tuple(present), sizes, tuple((min(each), max(each)) for each in copies if each))
+
+
+def split_layers(loop: SegmentLoop, family: Family | None, divided: Division) -> tuple[SegmentLoop, Family | None]:
+    """Divide the layers.
+
+    Needs: a loop with layouts, classes and dependences, and what to divide its layers into.
+    Gives: the loop with parts for layers, and their family.
+    Checks: nothing; the loop is proven and held against a run as any other.
+
+        l: k = lin(x), y = attend(x, k, s-1.k)    ->   2l: k = lin(x) | 2l+1: y = attend(x, k, s-1.k)
+        l: u = lin(x), m = s-1.m + u, y = f(x, m) ->   3l: u = lin(x) | 3l+1: m = s-1.m + u | 3l+2: y = f(x, m)
+
+    Cells wait for cells: keys of the segment before make them wait along (1, 0), whatever the keys are made of. A part
+    that makes the keys is a cell of its own, and the dependence becomes (1, 1).
+    """
+    orders: list[list[int]] = []
+    layouts: list[Layout] = []
+    for layout, part, ops in zip(loop.layouts, divided.part, (*loop.rows, loop.steady), strict=True):
+        order = list(range(layout.prologue[1]))
+        bounds = [len(order)]
+        for (begin, end), numbers in zip(layout.layers, divided.present, strict=True):
+            for number in numbers:
+                order += [i for i in range(begin, end) if part[i] == number]
+                bounds.append(len(order))
+        order += range(layout.epilogue[0], len(ops))
+        orders.append(order)
+        layouts.append(Layout(layout.prologue, tuple(itertools.pairwise(bounds)), layout.epilogue))
+    if family is not None:
+        beyond = [1] * (family.layers - loop.layers)  # whose weights are tied to others', in the epilogue
+        starts = tuple(itertools.accumulate([*divided.parts, *beyond], initial=0))
+        family = _Parts(family.prefixes, family.layers, family.first, family.listed, starts)
+    loop = classified(replace(reordered(loop, orders), layouts=tuple(layouts)), family)
+    return find_dependences(loop, family), family
+
+
+def _steady_parts(loop: SegmentLoop, free: set[int]) -> dict[int, int] | None:
+    """The least part of each operation of the layers of a steady segment: even of free ones, odd of the others."""
+    layout = loop.layouts[-1]
+    inside = range(layout.prologue[1], layout.epilogue[0])
+    layer = {i: layout.layer_of(i) for i in inside}
+    part = {i: 0 if i in free else 1 for i in inside}
+    changed = True
+    while changed:
+        changed = False
+        for i in inside:
+            for leaf in leaves(loop.steady[i].args):
+                if isinstance(leaf, Row) and layer.get(leaf.number) == layer[i]:
+                    least = part[leaf.number]
+                    if (i in free) != (leaf.number in free):
+                        least += 1
+                    elif leaf.back and i in free:
+                        least += 2
+                    if least >= 2 * _MOST:
+                        return None
+                    if least > part[i]:
+                        part[i], changed = least, True
+    return part
+
+
+def _row_parts(loop: SegmentLoop, row: int, steady: dict[int, int]) -> dict[int, int]:
+    """The parts of a first segment's operations: those of the steady one's that they are.
+
+    A segment that runs what the steady ones run is divided as they are: they read it by the same numbers.
+    """
+    if [op.target for op in loop.rows[row]] == [op.target for op in loop.steady]:
+        return dict(steady)
+    part: dict[int, int] = {}
+    for (begin, end), (start, stop) in zip(loop.layouts[row].layers, loop.layouts[-1].layers, strict=True):
+        ops, pattern = loop.rows[row][begin:end], loop.steady[start:stop]
+        one, other = _tokens(ops), _tokens(pattern)
+        places = common_subsequence(one, other)
+        matched = common_subsequence(other, [one[k] for k in places])
+        known = {begin + k: steady[start + n] for k, n in zip(places, matched, strict=True)}
+        for i in range(begin, end):
+            op = loop.rows[row][i]
+            read = (leaf.number for leaf in leaves(op.args) if isinstance(leaf, Row) and not leaf.back)
+            before = [part[j] for j in read if begin <= j < end]
+            # What takes its part of several results stays with what makes them.
+            part[i] = before[0] if op.target is operator.getitem else max([known.get(i, 0), *before])
+    return part
+
+
+def _tokens(ops: Sequence[BodyOp]) -> list[Any]:
+    return [(op.target, op.location) for op in ops]

@@ -1,0 +1,29 @@
+"""Print and draw schedules and explanations: text, SVG, HTML, JSON, CSV, DOT, Mermaid, traces."""
+
+from rmtc.show.as_csv import schedule_csv
+from rmtc.show.as_dot import schedule_dot
+from rmtc.show.as_html import schedule_html
+from rmtc.show.as_json import explanation_json, measured_json, refusal_json, schedule_json, to_json, why_json
+from rmtc.show.as_mermaid import schedule_mermaid
+from rmtc.show.as_svg import schedule_svg
+from rmtc.show.as_trace import schedule_trace
+from rmtc.show.text import certificate_text, explanation_text, refusal_text, schedule_text
+
+__all__ = [
+    "certificate_text",
+    "explanation_json",
+    "explanation_text",
+    "measured_json",
+    "refusal_json",
+    "refusal_text",
+    "schedule_csv",
+    "schedule_dot",
+    "schedule_html",
+    "schedule_json",
+    "schedule_mermaid",
+    "schedule_svg",
+    "schedule_text",
+    "schedule_trace",
+    "to_json",
+    "why_json",
+]

@@ -1,0 +1,68 @@
+"""What the drawn forms of a schedule share: its cells by step, and the edges between them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from rmtc.ir.cells import Cell, Dependence
+from rmtc.ir.formula import distance_text
+from rmtc.ir.notation import listed
+from rmtc.ir.schedule import Schedule
+
+__all__ = ["cells_by_step", "edges", "stage_edges", "vector_text"]
+
+
+def cells_by_step(schedule: Schedule, segments: int, arrows: int = 0) -> Iterator[tuple[int, list[tuple[Cell, str]]]]:
+    """Each step with its cells, by column, and their classes, prologues first and epilogues last.
+
+    Raises:
+        NotationError: as :func:`rmtc.ir.notation.listed`.
+    """
+    for step in listed(schedule, segments, arrows):
+        yield (
+            step.time,
+            [
+                (Cell(cell.segment, schedule.column(cell.layer, group.part)), group.cell_class)
+                for group in step.groups
+                for cell in group.cells
+            ],
+        )
+
+
+def stage_edges(schedule: Schedule, segments: int) -> Iterator[tuple[Cell, Cell]]:
+    """From each prologue to its segment's first layer, from the last layer to the epilogue: what runs in this order."""
+    top = schedule.columns - 1
+    for _, cells in cells_by_step(schedule, segments):
+        for cell, _ in cells:
+            if cell.layer < 0:
+                yield cell, Cell(cell.segment, 0)
+            elif cell.layer > top:
+                yield Cell(cell.segment, top), cell
+
+
+def vector_text(schedule: Schedule, dependence: Dependence) -> str:
+    """The distance vector of a dependence between the columns of a schedule."""
+    text = distance_text(dependence.distance)
+    return re.sub(r"\bl\b", "p", text) if schedule.parts else text
+
+
+def edges(
+    schedule: Schedule, segments: int, dependences: Sequence[Dependence]
+) -> Iterator[tuple[str, list[tuple[Cell, Cell]]]]:
+    """Each distance vector as text, with its edges from producer to consumer inside the grid.
+
+    Where layers are divided, p stands for l in it.
+    """
+    columns = schedule.columns
+    found: dict[str, dict[tuple[Cell, Cell], None]] = {}
+    for dependence in dependences:
+        same = found.setdefault(vector_text(schedule, dependence), {})
+        for segment in range(segments):
+            for column in range(columns):
+                cell = Cell(segment, column)
+                producer = dependence.producers(cell, columns)
+                if producer is not None:
+                    same[producer, cell] = None
+    for distance, pairs in found.items():
+        yield distance, list(pairs)

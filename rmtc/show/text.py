@@ -1,0 +1,625 @@
+"""What ``rmtc explain`` and ``rmtc schedule`` print: plain text for a reader who knows neither rmtc nor compilers.
+
+Every term (cell, class, distance vector, step, makespan, critical path) is said in half a line where it comes first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+import sympy
+
+from rmtc.ir.cells import Cell, Dependence
+from rmtc.ir.explanation import CellClass, Certificate, Explanation
+from rmtc.ir.formula import L, S, at, distance_text, formula, layers_text, parse, place, whence
+from rmtc.ir.limits import TooLarge
+from rmtc.ir.notation import step_text
+from rmtc.ir.printed import prints
+from rmtc.ir.schedule import Schedule
+from rmtc.show.cycle import Round, Turn, follow
+from rmtc.show.grid import grid, schedule_text, stages_text
+from rmtc.show.operations_text import operations_text
+from rmtc.show.page import Page, count
+
+__all__ = ["certificate_text", "explanation_text", "refusal_text", "schedule_text"]
+
+_SHOWN = 4
+"""Tensors of one distance that are shown with their places; of the others only the names."""
+
+
+@prints(Certificate)
+def certificate_text(certificate: Certificate) -> str:
+    """The certificate by itself, with formulas in S (segments) and L (layers) in place of a call's numbers."""
+    page = Page()
+    page.heading("Certificate")
+    page.text("Cell (s, l) is layer l applied to segment s, of S segments and L layers, both counted from 0.")
+    _legal(page, certificate, None)
+    _best(page, certificate, None)
+    _assumptions(page, certificate.assumptions)
+    return str(page)
+
+
+@prints(Explanation)
+def explanation_text(explanation: Explanation) -> str:
+    """The whole answer: the loop, its classes and dependences, the schedule and its proof, or the refusal."""
+    page = Page()
+    page.heading(_title(explanation))
+    if explanation.layers:  # else it was refused before anything was known of the loop
+        if explanation.studied:
+            _grid_of(page, explanation)
+        else:
+            _loop(page, explanation)
+        _classes(page, explanation)
+        _dependences(page, explanation.dependences, any(item.stage != "layer" for item in explanation.classes))
+    if explanation.schedule is None:
+        _refusal(page, explanation)
+    elif explanation.whole is None:
+        _parts(page, explanation, explanation.schedule)
+        _estimates(page, explanation)
+    else:
+        _schedule(page, explanation)
+        _estimates(page, explanation)
+        if explanation.certificate is not None:
+            _legal(page, explanation.certificate, explanation)
+            _best(page, explanation.certificate, explanation)
+    operations_text(page, explanation)
+    _kernels(page, explanation)
+    if explanation.certificate is not None:
+        _assumptions(page, explanation.certificate.assumptions)
+    return str(page)
+
+
+def refusal_text(explanation: Explanation) -> str:
+    """The refusal by itself: what ``rmtc schedule`` prints where there is no schedule."""
+    page = Page()
+    page.heading(_title(explanation))
+    _refusal(page, explanation)
+    return str(page)
+
+
+def _title(explanation: Explanation) -> str:
+    number = explanation.segments * explanation.layers
+    runs = count(number, "layer run")
+    if explanation.schedule is None and not explanation.layers:
+        return f"{explanation.name}: refused"
+    if explanation.schedule is None and explanation.certificate is not None and not explanation.certificate.bound:
+        return f"{explanation.name}: refused, no loop over segments and their layers runs it"
+    if explanation.schedule is None:
+        once = follow(explanation.cycle, explanation.layers)
+        if (once and _sequential(once, explanation.layers)) or _optimal(explanation):
+            return f"{explanation.name}: refused, its {runs} can only run one after another, as whole cells"
+        return f"{explanation.name}: refused, nothing shorter than its {runs} in sequence could be proven"
+    steps = at(explanation.schedule.makespan, explanation.segments, explanation.layers)
+    if explanation.whole is None:
+        return f"{explanation.name}: {count(steps, 'step')} of parts; its {runs} only run one after another as a whole"
+    proven = "legal and best possible" if _optimal(explanation) else "legal"
+    shortest = explanation.way("shortest")
+    parts = ""
+    if shortest is not None and shortest.schedule is not None and shortest.schedule.parts:
+        parts = f" for whole cells; in {max(shortest.schedule.parts)} parts, {explanation.layers}"
+    if explanation.segments == 1:
+        of_more = formula(explanation.schedule.makespan)
+        of_more += " step for S of them" if of_more == "1" else " steps for S of them"
+        return f"{explanation.name}: a single segment gains nothing; {of_more}, proven {proven}{parts}"
+    return f"{explanation.name}: {count(steps, 'step')} instead of {number}, proven {proven}{parts}"
+
+
+def _optimal(explanation: Explanation) -> bool:
+    return explanation.certificate is not None and explanation.certificate.optimal
+
+
+def _sequential(once: Round, layers: int) -> bool:
+    """Whether a round takes as many steps as there are cells in the segments it passes."""
+    return at(once.length, 1, layers) >= layers * once.advance
+
+
+def _grid_of(page: Page, explanation: Explanation) -> None:
+    segments, layers = explanation.segments, explanation.layers
+    page.heading("The cells")
+    page.text(
+        f"S = {count(segments, 'segment')} through L = {count(layers, 'layer')} each: {formula(S * L)} = "
+        f"{count(segments * layers, 'cell')}. Cell s2.l1 is layer 1 applied to segment 2, both counted from 0."
+    )
+
+
+def _loop(page: Page, explanation: Explanation) -> None:
+    segments, layers, length = explanation.segments, explanation.layers, explanation.segment_length
+    page.heading("The loop")
+    long = f" of up to {length} positions" if length > 1 else ""
+    page.text(
+        f"The call takes S = {count(segments, 'segment')}{long} through L = {count(layers, 'layer')} each, one after "
+        f"another: {formula(S * L)} = {count(segments * layers, 'layer run')}. One such run is a cell, layer l applied "
+        "to segment s: s2.l1 is layer 1 on segment 2, both counted from 0. Nothing was computed to find this out "
+        "(tensors had shapes and no values), and the model is as it was."
+    )
+    if explanation.growing:
+        page.text(f"Cut into segments: {'; '.join(explanation.growing)}.", hang=2)
+    if explanation.free:
+        condition = "if what it takes for granted (at the end) does"
+        page.text(f"The answer holds for other calls too, {condition}: {'; '.join(explanation.free)}.", hang=2)
+
+
+def _classes(page: Page, explanation: Explanation) -> None:
+    classes = explanation.classes
+    if not classes:
+        return
+    page.heading("The bodies")
+    batched = (
+        ", so those that do not wait for one another can run at once, each operation as one batched call (linear as "
+        "torch.bmm over stacked weights)"
+        if explanation.schedule
+        else ""
+    )
+    page.text(
+        "What a cell computes is its body. Cells whose bodies have the same operations, shapes (but for the length of "
+        "the last segment) and wiring (which operation feeds which) form a class: they differ only in their weights "
+        f"and inputs{batched}."
+    )
+    if legend := stages_text({item.stage for item in classes}):
+        page.text(legend)
+    page.table(
+        [
+            (item.name, item.stage, count(item.operations, "operation"), item.members + _differs(item))
+            for item in classes
+        ]
+    )
+
+
+def _differs(item: CellClass) -> str:
+    return f"; {item.differs}" if item.differs else ""
+
+
+def _dependences(page: Page, dependences: Sequence[Dependence], staged: bool) -> None:
+    page.heading("What depends on what")
+    if not dependences:
+        page.text("No cell reads anything that another cell makes: all of them can run at once.")
+        return
+    placed = any(item.location for item in dependences)
+    page.text(
+        "A cell that reads a tensor made by another cell has to wait for it: a dependence. "
+        + ("A write in place is taken as making a new tensor, so only reads make a cell wait. " if placed else "")
+        + "Each dependence has a distance vector (ds, dl): "
+        "cell (s, l), layer l on segment s, waits for cell (s - ds, l - dl), ds segments earlier and dl layers below "
+        "(a negative dl: above)."
+        + (
+            " Each tensor is shown with one place that makes it and one that reads it; operations go by PyTorch's own "
+            "names for them (ATen): slice.Tensor is x[a:b]."
+            if placed
+            else ""
+        )
+    )
+    if staged:
+        page.text("What a prologue does counts as layer 0's, what an epilogue does as the last layer's.")
+    if any("{l" in text for item in dependences for text in (item.tensor, item.producer, item.consumer)):
+        page.text("{l} in a name stands for the number of a layer.")
+    for distance, same in _by_distance(dependences).items():
+        page.blank()
+        page.text(f"{distance}  {whence(same[0].distance)}")
+        for item in same[:_SHOWN]:
+            _dependence(page, item)
+        if len(same) > _SHOWN:
+            page.text("and in the same way: " + ", ".join(item.tensor for item in same[_SHOWN:]), 6, hang=2)
+
+
+def _by_distance(dependences: Sequence[Dependence]) -> dict[str, list[Dependence]]:
+    groups: dict[str, list[Dependence]] = {}
+    for item in dependences:
+        groups.setdefault(distance_text(item.distance), []).append(item)
+    return groups
+
+
+def _dependence(page: Page, item: Dependence) -> None:
+    only = "" if item.layers is None else f", read by {layers_text(item.layers)} only"
+    if item.tensor or only or item.location:
+        page.text((item.tensor or "a tensor") + only, 6, hang=2)
+    rows = [
+        (f"{verb} at", place(location), words) if location else (f"{verb} by", words)
+        for verb, words, location in (
+            ("made", _from_reader(item), item.location),
+            ("read", item.consumer, item.consumer_location),
+        )
+        if words or location
+    ]
+    page.table(rows, 8)
+
+
+def _from_reader(item: Dependence) -> str:
+    """What makes a tensor, its layer seen from the one that reads it."""
+    dl = sympy.sympify(item.distance[1])
+    away = f"l{-int(dl):+}" if dl.is_Integer and dl else "L-1" if sympy.expand(dl + L - 1) == 0 else "l"
+    from_one = f"{away}+1" if away in ("l", "L-1") else f"l{1 - int(dl):+}" if dl != 1 else "l"
+    return re.sub(r"\{l(\+1)?\}", lambda found: f"{{{from_one if found[1] else away}}}", item.producer)
+
+
+def _schedule(page: Page, explanation: Explanation) -> None:
+    schedule, segments = explanation.schedule, explanation.segments
+    assert schedule is not None
+    cells = segments * schedule.layers
+    steps = at(schedule.makespan, segments, schedule.layers)
+    page.heading("The schedule")
+    page.text(
+        "A schedule gives each cell a step. The cells of one step may run at the same time, the steps one after "
+        f"another: cell (s, l) runs at step {schedule.formula}."
+        + _example(schedule, segments)
+        + _stages(schedule)
+        + " The step of each cell, segments down and layers across:"
+    )
+    page.blank()
+    page.raw(grid(schedule, segments, limit=5, head=3, tail=1), 4)
+    page.blank()
+    page.text(
+        f"The number of steps, the makespan, is {_equals(schedule.makespan, segments, schedule.layers)}; one cell "
+        f"after another takes {formula(S * L)} = {cells}.{_width(schedule, segments)}"
+        + (
+            f" Steps are no seconds: there are {cells / steps:.1f} times fewer, and the gain in time is the smaller "
+            "the more of the machine one cell fills already."
+            if steps < cells
+            else " For so short a call that is no gain."
+        )
+        + ("" if explanation.studied else _run(explanation, schedule))
+    )
+
+
+def _parts(page: Page, explanation: Explanation, schedule: Schedule) -> None:
+    """Why whole cells run in sequence, and how parts of them do not."""
+    segments, layers = explanation.segments, explanation.layers
+    page.heading("Why whole cells run one after another")
+    _cause(page, explanation)
+    page.heading("The schedule")
+    most = max(schedule.parts, default=1)
+    page.text(
+        "Not all that a layer does waits for the segment before. "
+        + (f"Divided into {count(most, 'part')}, " if schedule.parts else "")
+        + "what waits for itself in an earlier segment runs one segment after another, and the rest for all segments "
+        f"at once, {BLOCKS}. The step of each part, segments down:"
+    )
+    page.blank()
+    page.raw(grid(schedule, segments, limit=5, head=3, tail=1), 4)
+    page.blank()
+    page.text(
+        f"{step_text(schedule)}. The number of steps is {_equals(schedule.makespan, segments, layers)}; they are of "
+        "parts, which are less than a layer. No part reads what runs in the same step or later: that was held against "
+        "a trace, segment by segment, as the bodies were."
+    )
+
+
+BLOCKS = "in blocks of as many segments as it takes to keep the machine busy"
+
+
+def _run(explanation: Explanation, schedule: Schedule) -> str:
+    """What is run, if not the model as written or the diagonal where there is something shorter."""
+    chosen = explanation.chosen
+    run = schedule if chosen is None else chosen.schedule
+    if run is None or (chosen is not None and chosen.name == "diagonal"):
+        return ""
+    otherwise = "as it was written where a call turns out to do something else."
+    model = f"{BLOCKS}; and the model {otherwise}"
+    if run.later:
+        return (
+            " rmtc.compile does something else: what waits for itself in an earlier segment runs one segment after "
+            f"another, apart from the rest, which runs for all segments at once, {model}"
+        )
+    if run.parts:
+        return (
+            f" rmtc.compile does better: it divides each layer into {max(run.parts)} parts, of which none waits for "
+            f"itself in an earlier segment, and runs all segments of a part at once, {model}"
+        )
+    blocks = "" if schedule.a else f", {BLOCKS}"
+    return f" rmtc.compile runs the model by this schedule{blocks}, and {otherwise}"
+
+
+def _kernels(page: Page, explanation: Explanation) -> None:
+    """The bodies of layers as kernels, and what they are predicted to take."""
+    if not explanation.target:
+        return
+    page.heading(f"As kernels on {explanation.target}")
+    if explanation.unfused:
+        page.text(f"There are none: {explanation.unfused}")
+        return
+    page.text(
+        'backend="triton" runs the operations of a body in a few kernels: products with what comes before and after '
+        "them, attention, and rows, which multiply nothing. A body of two classes, C1_C0, is of cells of both at once. "
+        "Times are predictions by a roofline, nothing was measured: each launch takes the longer of moving what it "
+        "reads and writes and of its products, at the rates of the card's data sheet, and a few microseconds at "
+        "least. rmtc kernels prints the sources."
+    )
+    for step in explanation.kernels:
+        left, others = (sum(each.kind == kind for each in step.launches) for kind in ("torch", "library"))
+        page.text(
+            f"{step.name}, {count(step.cells, 'cell')} in {step.dtype}: "
+            f"{count(len(step.launches) - left - others, 'kernel')}"
+            + (f" and {count(others, 'product')} by a library, " if others else ", ")
+            + f"predicted {1e6 * step.seconds:.0f} us, {100 * step.share:.2g} % of the peak rate of products"
+            + (f", and {count(left, 'call')} of torch, of which nothing is predicted" if left else ""),
+            hang=2,
+        )
+        page.table(
+            [
+                (each.kind, f"{1e6 * each.seconds:.1f} us" if each.seconds else "", _named(each.operations))
+                for each in step.launches
+            ]
+        )
+
+
+def _named(operations: Sequence[str]) -> str:
+    """Operations in order, those that follow themselves once."""
+    runs = ((name, sum(1 for _ in same)) for name, same in itertools.groupby(operations))
+    return ", ".join(name if number == 1 else f"{number} {name}" for name, number in runs)
+
+
+def _estimates(page: Page, explanation: Explanation) -> None:
+    """What the ways to run the call may take, and which one is chosen."""
+    if not explanation.candidates:
+        return
+    page.heading("What it may take")
+    page.text(
+        "Estimated for this call, from what its operations compute and move. What that takes on a machine is "
+        f"{explanation.costs}. Operations are counted in sequence, those of several cells at once as one:"
+    )
+    page.table(
+        [
+            (
+                item.name,
+                f"step {_phases(item.time)}" if item.time else "",
+                count(item.steps, "step" if item.time else "cell"),
+                count(item.launches, "operation"),
+                f"{1e3 * item.seconds:.3g} ms",
+                "chosen" if item.chosen else "",
+            )
+            for item in explanation.candidates
+        ]
+    )
+    page.text(
+        (
+            "rmtc.compile runs a call of these sizes as it is written, for no schedule is estimated to be faster by a "
+            "tenth."
+            if explanation.candidates[0].chosen
+            else "rmtc.compile runs what is chosen; calls of other sizes have estimates of their own."
+        )
+        + " schedule=... forces one of the others by its name."
+    )
+
+
+def _phases(time: str) -> str:
+    """The step of a cell, of many phases the first ones."""
+    phases = time.split(", then ")
+    return time if len(phases) <= 3 else f"{', then '.join(phases[:2])}, ... ({len(phases)} phases)"
+
+
+def _stages(schedule: Schedule) -> str:
+    """When prologues and epilogues run, of those there are."""
+    said = {
+        "prologue": "a prologue runs in the step of its segment's layer 0, before it",
+        "epilogue": "an epilogue runs in the step of its segment's last layer, after it",
+    }
+    text = "; ".join(words for stage, words in said.items() if schedule.stage_classes.get(stage))
+    return f" {text[0].upper()}{text[1:]}." if text else ""
+
+
+def _apart(schedule: Schedule) -> tuple[int, int]:
+    """Neighbouring cells of one step lie so many segments and so many layers apart."""
+    a, b = at(schedule.a, 1, schedule.layers), at(schedule.b, 1, schedule.layers)
+    divisor = math.gcd(a, b) or 1
+    return schedule.strip * b // divisor, a // divisor
+
+
+def _example(schedule: Schedule, segments: int) -> str:
+    """A step in the middle with its groups: by then the first segments' classes are past."""
+    shown = len(schedule.classes) + 5  # of more segments, the first ones and the last tell what is printed
+    steps: dict[int, dict[str, list[Cell]]] = {}
+    for time, of, layer in _middle(schedule, segments):
+        for cell in (Cell(s, layer) for s in dict.fromkeys((*of[:shown], of[-1]))):
+            if name := schedule.class_of(cell):
+                steps.setdefault(time, {}).setdefault(name, []).append(cell)
+    time, groups = max(sorted(steps.items()), key=lambda each: sum(map(len, each[1].values())), default=(0, {}))
+    if sum(map(len, groups.values())) < 2:
+        return ""
+    parts = [f"{_cells(sorted(cells))} (class {name})" for name, cells in sorted(groups.items())]
+    return f" Step {time}, for example, runs {' and '.join(parts)} at once."
+
+
+def _middle(schedule: Schedule, segments: int) -> Iterator[tuple[int, range, int]]:
+    """Steps around the middle, one with cells at least, with the segments of each layer; no other steps are listed."""
+    a, b, strip = at(schedule.a, 1, schedule.layers), at(schedule.b, 1, schedule.layers), schedule.strip
+    first = at(schedule.makespan, segments, schedule.layers) // 2
+    last = first + max(a, b)
+    for layer in range(schedule.layers):
+        since, until = first - b * layer, last - b * layer
+        if a == 0 and since <= 0 <= until:
+            yield b * layer, range(segments), layer
+        for number in range(max(0, -(-since // a)), min(until // a, (segments - 1) // strip) + 1) if a else ():
+            yield a * number + b * layer, range(number * strip, min((number + 1) * strip, segments)), layer
+
+
+def _cells(cells: Sequence[Cell]) -> str:
+    names = [str(cell) for cell in cells]
+    return ", ".join(names if len(names) < 5 else [*names[:3], "...", names[-1]])
+
+
+def _width(schedule: Schedule, segments: int) -> str:
+    sides = [
+        math.ceil(extent / step)
+        for extent, step in zip((segments, schedule.layers), _apart(schedule), strict=True)
+        if step
+    ]
+    most = schedule.strip * min(sides) if sides else 1
+    return f" No step holds more than {most} cells." if most > 1 else ""
+
+
+def _legal(page: Page, certificate: Certificate, explanation: Explanation | None) -> None:
+    if certificate.inequalities:
+        page.heading("Why it is legal")
+        schedule = explanation.schedule if explanation else None
+        values = f", here with a = {formula(schedule.a)} and b = {formula(schedule.b)}" if schedule else ""
+        page.text(
+            "Each cell must run at a later step than the cells it reads from: then it reads what it reads today, and "
+            f"all results are the same, up to the rounding of batched operations. {_growth(schedule)}{values}. That is "
+            "at least 1 for each dependence:"
+        )
+        rows: dict[tuple[str, str], list[str]] = {}
+        for item in certificate.inequalities:
+            key = distance_text(item.dependence.distance), item.slack
+            rows.setdefault(key, []).append(item.dependence.tensor)
+        page.table([(distance, slack, ", ".join(filter(None, names))) for (distance, slack), names in rows.items()])
+    _checked(page, certificate)
+
+
+def _growth(schedule: Schedule | None) -> str:
+    """By how much the step grows along a dependence."""
+    if schedule is not None and schedule.strip > 1:
+        q = schedule.strip
+        return (
+            f"Cell (s, l) runs at step a*floor(s/{q}) + b*l, so from a cell to one that reads it along (ds, dl) the "
+            f"step grows by a*floor(ds/{q}) + b*dl or more"
+        )
+    return (
+        "Cell (s, l) runs at step a*s + b*l, so from a cell to one that reads it along (ds, dl) the step grows by "
+        "a*ds + b*dl"
+    )
+
+
+def _checked(page: Page, certificate: Certificate) -> None:
+    if certificate.checked:
+        page.text(
+            f"Checked by a second program, which shares no code with what found this: the bodies, what depends on what "
+            f"and the order of all of it, against {certificate.checked}",
+            2,
+            hang=2,
+        )
+
+
+def _best(page: Page, certificate: Certificate, explanation: Explanation | None) -> None:
+    if not certificate.bound:
+        return
+    page.heading("Why nothing is shorter" if certificate.optimal else "How far it is from the best")
+    _chain(page, certificate, explanation)
+    if certificate.optimal:
+        page.text(
+            "The schedule has exactly as many. So the chain is a longest one, the critical path, and the schedule is "
+            "optimal among those that run whole cells and compute what the model computes now, operation by operation."
+        )
+    elif explanation is not None and _meets(certificate.bound, explanation):
+        page.text("For this call the schedule has exactly as many; for another number of segments it may have more.")
+    else:
+        page.text("The schedule has more. Whether there is one in between is not known.")
+
+
+def _meets(bound: str, explanation: Explanation) -> bool:
+    size = explanation.segments, explanation.layers
+    least, schedule = _bound(bound), explanation.schedule
+    return least is not None and schedule is not None and at(least, *size) == at(schedule.makespan, *size)
+
+
+def _bound(text: str) -> sympy.Expr | None:
+    try:
+        return parse(text)
+    except TooLarge:  # of distances with numbers near the limit
+        return None
+
+
+def _length(bound: str, explanation: Explanation | None) -> str:
+    expression = _bound(bound)
+    if expression is None:
+        return bound
+    if explanation is None:
+        return formula(expression)
+    return _equals(expression, explanation.segments, explanation.layers)
+
+
+def _chain(page: Page, certificate: Certificate, explanation: Explanation | None) -> None:
+    length = _length(certificate.bound, explanation)
+    few = length == "1"
+    if certificate.critical_path:
+        page.text("In this chain each cell waits for the one before it, so no two of its cells can share a step:")
+        page.text(certificate.critical_path, 4, hang=2)
+        page.text(f"It has {length} {'cell' if few else 'cells'}, so no schedule of whole cells has fewer steps.")
+    else:
+        page.text(f"No schedule of whole cells has fewer than {length} {'step' if few else 'steps'}.")
+
+
+def _assumptions(page: Page, assumptions: Sequence[str]) -> None:
+    if assumptions:
+        page.heading("What this takes for granted")
+        for assumption in assumptions:
+            page.text(f"- {assumption}", 2, hang=2)
+
+
+def _refusal(page: Page, explanation: Explanation) -> None:
+    page.heading("Why it is refused")
+    if not explanation.studied:
+        page.text("A refusal changes nothing: the model runs as it always did.")
+    _cause(page, explanation)
+    if explanation.certificate is not None and explanation.certificate.checked:
+        page.blank()
+        _checked(page, explanation.certificate)
+
+
+def _cause(page: Page, explanation: Explanation) -> None:
+    """What forbids to run whole cells in another order than the code's."""
+    if explanation.cycle:
+        _cycle(page, explanation)
+    rows = [("why", explanation.reason or "no schedule could be proven")]
+    if explanation.cycle and explanation.cycle[-1].consumer_location is not None and explanation.location is not None:
+        reads = place(explanation.cycle[-1].consumer_location)
+        rows.append(
+            (
+                "where",
+                f"{explanation.cycle[-1].tensor or 'made'}: made at {place(explanation.location)}, read at {reads}",
+            )
+        )
+    elif explanation.location is not None:
+        rows.append(("where", place(explanation.location)))
+    if explanation.remedy:
+        rows.append(("what to do", explanation.remedy))
+    page.table(rows, 2)
+
+
+def _cycle(page: Page, explanation: Explanation) -> None:
+    once = follow(explanation.cycle, explanation.layers)
+    if once is None:
+        page.text("These dependences are why:")
+        page.blank()
+        page.table([_edge(item) for item in dict.fromkeys(explanation.cycle)])
+        page.blank()
+        if explanation.certificate is not None and explanation.certificate.optimal:
+            _chain(page, explanation.certificate, explanation)
+            page.blank()
+        return
+    segments, layers = explanation.segments, explanation.layers
+    further = "one segment" if once.advance == 1 else f"{once.advance} segments"
+    page.text(
+        "Each of these cells waits for the one before it, and the last is the same layer as the first, "
+        f"{further} later: a cycle among the layers, which every segment goes through."
+    )
+    page.blank()
+    page.table([(_passed(turn), *_edge(turn.dependence)) for turn in once.turns])
+    page.blank()
+    conclusion = ""
+    if _sequential(once, layers):
+        conclusion = (
+            f" So S segments take {formula(S * L)} = {segments * layers} steps, as many as one cell after another: no "
+            "schedule of whole cells has fewer."
+        )
+    steps = f"{_equals(once.length, 1, layers)} {'step' if once.length == 1 else 'steps'}"
+    page.text(f"Once through it takes {steps} and gets {further} further." + conclusion)
+    page.blank()
+
+
+def _equals(expression: sympy.Expr, segments: int, layers: int) -> str:
+    """``S + L - 1 = 11``, and of a number the number alone."""
+    text, number = formula(expression), str(at(expression, segments, layers))
+    return text if text == number else f"{text} = {number}"
+
+
+def _passed(turn: Turn) -> str:
+    first, *between, last = (str(cell) for cell in turn.cells)
+    shown = [first, *between, last] if len(between) < 2 else [first, between[0], "...", last]
+    return " -> ".join(shown)
+
+
+def _edge(item: Dependence) -> list[str]:
+    made = f"made at {place(item.location._replace(function=''))}" if item.location else ""
+    return [text for text in (distance_text(item.distance), item.tensor, made) if text]
