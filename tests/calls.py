@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rmtc.ir.program import leaves, map_leaves
-from rmtc.ir.segment_loop import BodyOp
+from rmtc.ir.program import Op, leaves, map_leaves
 from rmtc.ops import fused
 
 F32, F64, I64, BOOL = torch.float32, torch.float64, torch.int64, torch.bool
@@ -41,13 +40,13 @@ class X(NamedTuple):
 
 
 class Call(NamedTuple):
-    """An operation and its arguments as a :class:`BodyOp` has them, with :class:`X` for tensors."""
+    """An operation and its arguments as a :class:`Op` has them, with :class:`X` for tensors."""
 
     target: Any
     args: tuple[Any, ...]
 
     def __str__(self) -> str:
-        return str(BodyOp(self.target, self.args))
+        return str(Op(self.target, self.args))
 
     @property
     def operands(self) -> list[X]:

@@ -26,8 +26,8 @@ from rmtc.codegen.torch import Kernel, emit
 from rmtc.codegen.torch.emit import select_run
 from rmtc.codegen.torch.rules import Arguments, function_name, rules
 from rmtc.errors import Location
-from rmtc.ir.program import call_arguments, leaves, map_leaves, target_name
-from rmtc.ir.segment_loop import BodyOp, Environment, Fit
+from rmtc.ir.program import Op, Origin, call_arguments, leaves, map_leaves, target_name
+from rmtc.ir.segment_loop import Environment, Fit
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight
 
 aten = torch.ops.aten
@@ -86,11 +86,11 @@ class Operands:
     def emit(self) -> tuple[Kernel, list[Tensor]]:
         """The grouped operation: emitted, and the parts of what it gave."""
         alone = self.alone(0)
-        ops = {0: BodyOp(self.each.target, self.args)}
+        ops = {0: Op(self.each.target, self.args)}
         results = [0]
         if not isinstance(alone, Tensor):
             results = list(range(1, 1 + len(alone)))
-            ops.update({number: BodyOp(operator.getitem, (Local(0), number - 1)) for number in results})
+            ops.update({number: Op(operator.getitem, (Local(0), number - 1)) for number in results})
         kernel, found = emit("body", ops, results, HERE, size=self.count, inputs=self.inputs, shared=self.value)
         return kernel, list(found)
 
@@ -439,8 +439,8 @@ def with_numbers(target: Any, args: tuple[Any, ...], numbers: list[list[Any]], *
     alone = [target(*map_leaves(args, functools.partial(cell, at=at))) for at in range(count)]
     single = isinstance(alone[0], Tensor)
     results = [0] if single else list(range(1, 1 + len(alone[0])))
-    ops = {0: BodyOp(target, args)}
-    ops.update({number: BodyOp(operator.getitem, (Local(0), number - 1)) for number in results if not single})
+    ops = {0: Op(target, args)}
+    ops.update({number: Op(operator.getitem, (Local(0), number - 1)) for number in results if not single})
     expected = [torch.stack(parts) for parts in zip(*(pytree.tree_leaves(each) for each in alone), strict=True)]
     for first in (1, count):
         kernel, found = emit(
@@ -506,7 +506,7 @@ def test_selections_that_advance_evenly_are_a_view() -> None:
 
 
 def test_cells_of_different_shapes_are_no_group() -> None:
-    ops = {0: BodyOp(aten.slice.Tensor, (Input(0), 0, 0, Number(0)))}
+    ops = {0: Op(aten.slice.Tensor, (Input(0), 0, 0, Number(0)))}
     with pytest.raises(NotImplementedError, match=r"no way to run slice.Tensor\(in0, 0, 0, n0\)"):
         emit("body", ops, [0], HERE, size=2, inputs=[normal(2, 3)], numbers=[[1, 2]], shared=nothing)
 
@@ -517,14 +517,14 @@ def test_cells_of_different_shapes_are_no_group() -> None:
 def test_a_body_is_its_operations_in_turn_and_forgets_what_it_has_read() -> None:
     rows = Fit(0, ((("B", "T"), 1),))
     ops = {
-        2: BodyOp(aten.linear.default, (Input(0), Weight(0), Weight(1))),
-        3: BodyOp(aten.split.Tensor, (Local(2), 2, -1)),
-        5: BodyOp(operator.getitem, (Local(3), 1)),
-        6: BodyOp(operator.getitem, (Local(3), 0)),
-        7: BodyOp(aten.mul.Tensor, (Local(5), Shared(0))),
-        8: BodyOp(aten.new_ones.default, (Local(7), (2,))),
-        9: BodyOp(aten.add.Tensor, (Local(6), Local(8))),
-        11: BodyOp(aten.view.default, (Local(9), (rows, 2))),
+        2: Op(aten.linear.default, (Input(0), Weight(0), Weight(1))),
+        3: Op(aten.split.Tensor, (Local(2), 2, -1)),
+        5: Op(operator.getitem, (Local(3), 1)),
+        6: Op(operator.getitem, (Local(3), 0)),
+        7: Op(aten.mul.Tensor, (Local(5), Shared(0))),
+        8: Op(aten.new_ones.default, (Local(7), (2,))),
+        9: Op(aten.add.Tensor, (Local(6), Local(8))),
+        11: Op(aten.view.default, (Local(9), (rows, 2))),
     }
     scale = normal(2)
 
@@ -554,9 +554,9 @@ def test_a_body_is_its_operations_in_turn_and_forgets_what_it_has_read() -> None
 
 def test_a_body_of_one_cell_has_no_group_axis() -> None:
     ops = {
-        0: BodyOp(aten.mul.Tensor, (Input(0), Number(0))),
-        1: BodyOp(aten.slice.Tensor, (Local(0), 0, 0, Fit(-1, ((("T",), 1),)))),
-        2: BodyOp(aten.linear.default, (Local(1), Weight(0), None)),
+        0: Op(aten.mul.Tensor, (Input(0), Number(0))),
+        1: Op(aten.slice.Tensor, (Local(0), 0, 0, Fit(-1, ((("T",), 1),)))),
+        2: Op(aten.linear.default, (Local(1), Weight(0), None)),
     }
     hidden, weight = normal(4, 3), normal(2, 3)
     kernel, (found,) = emit(
@@ -608,11 +608,11 @@ def test_strings_and_names_of_files_stay_strings(text: str, tagged: Any) -> None
     target, seen = tagged
     constant = text.replace("\ud800", "")  # which is no string to torch
     ops = {
-        0: BodyOp(aten.neg.default, (Input(0),), Location(text, 3, text), text, text, text),
-        1: BodyOp(
+        0: Op(aten.neg.default, (Input(0),), Origin(Location(text, 3, text), text, text, text)),
+        1: Op(
             target,
             (Local(0), "x" + text.replace("\ud800", ""), (text.replace("\ud800", ""),)),
-            Location(f"{text}.py", 4, "f"),
+            Origin(Location(f"{text}.py", 4, "f")),
         ),
     }
     cells = normal(2, 3)
@@ -648,7 +648,7 @@ def test_names_of_operations_stay_names() -> None:
         ]
         assert len({function_name(target) for target in targets}) == 3
         assert all(function_name(target).isidentifier() for target in targets)
-        ops = {number: BodyOp(target, (Input(0),)) for number, target in enumerate(targets)}
+        ops = {number: Op(target, (Input(0),)) for number, target in enumerate(targets)}
         cells = normal(2, 3)
         _, found = emit("body", ops, [0, 1, 2], HERE, size=2, inputs=[cells], shared=nothing)
         assert [float((each / cells).mean()) for each in found] == pytest.approx([2, 3, 5])

@@ -12,8 +12,8 @@ from held import one_in
 from torch import Tensor, nn
 
 import rmtc
-from rmtc.ir.program import Src
-from rmtc.ir.segment_loop import BodyOp, Layout, Row
+from rmtc.ir.program import Op, Src
+from rmtc.ir.segment_loop import Layout, Row
 from rmtc.passes.fold.align import aligned
 
 aten = torch.ops.aten
@@ -152,14 +152,14 @@ def test_the_first_and_the_last_layer_are_as_the_others(kind: str) -> None:
 
 
 def test_what_would_run_before_what_it_reads_stays_where_it_is() -> None:
-    x, y = BodyOp(aten.sin.default, (Src("x"),)), BodyOp(aten.cos.default, (Src("x"),))
+    x, y = Op(aten.sin.default, (Src("x"),)), Op(aten.cos.default, (Src("x"),))
 
-    def row(*own: BodyOp) -> list[BodyOp]:
-        return [x, y, BodyOp(aten.tanh.default, (Row(0, 0),)), BodyOp(aten.exp.default, (Row(0, 1),)), *own]
+    def row(*own: Op) -> list[Op]:
+        return [x, y, Op(aten.tanh.default, (Row(0, 0),)), Op(aten.exp.default, (Row(0, 1),)), *own]
 
     laid = list(range(6)), Layout((0, 2), ((2, 4), (4, 6)), (6, 6))
     templates = [()] * 6
-    of_below = row(BodyOp(aten.exp.default, (Row(0, 3),)), BodyOp(aten.tanh.default, (Row(0, 2),)))
+    of_below = row(Op(aten.exp.default, (Row(0, 3),)), Op(aten.tanh.default, (Row(0, 2),)))
     assert aligned(of_below, laid, templates, True) == ([0, 1, 2, 3, 5, 4], laid[1])
-    of_itself = row(BodyOp(aten.exp.default, (Row(0, 3),)), BodyOp(aten.tanh.default, (Row(0, 4),)))
+    of_itself = row(Op(aten.exp.default, (Row(0, 3),)), Op(aten.tanh.default, (Row(0, 4),)))
     assert aligned(of_itself, laid, templates, True) == laid

@@ -15,8 +15,8 @@ from rmtc.codegen.torch.emit import emit as emit_torch
 from rmtc.codegen.triton.emit import emit, grouped_body
 from rmtc.codegen.triton.targets import TARGETS
 from rmtc.errors import RefusedError
-from rmtc.ir.program import call_arguments, map_leaves
-from rmtc.ir.segment_loop import BodyOp, Environment
+from rmtc.ir.program import Op, call_arguments, map_leaves
+from rmtc.ir.segment_loop import Environment
 from rmtc.ir.wavefront import Input, Local, Number, Weight, choose
 
 aten = torch.ops.aten
@@ -31,11 +31,11 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(CELLS, *shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def written(listed: Sequence[tuple[Any, ...]]) -> dict[int, BodyOp]:
-    return {number: BodyOp(target, tuple(args)) for number, (target, *args) in enumerate(listed)}
+def written(listed: Sequence[tuple[Any, ...]]) -> dict[int, Op]:
+    return {number: Op(target, tuple(args)) for number, (target, *args) in enumerate(listed)}
 
 
-def each_cell(ops: Mapping[int, BodyOp], results: Sequence[int], operands: Mapping[Any, Any]) -> list[Tensor]:
+def each_cell(ops: Mapping[int, Op], results: Sequence[int], operands: Mapping[Any, Any]) -> list[Tensor]:
     rows = []
     for cell in range(CELLS):
         values: dict[int, Any] = {}
@@ -221,7 +221,7 @@ def test_what_lies_further_apart_than_is_counted_is_refused() -> None:
 
 def test_epsilon_of_a_norm_is_that_of_the_dtype_it_is_computed_in() -> None:
     x = (drawn(6, 5) * 1e-3).bfloat16()
-    ops = {0: BodyOp(aten.rms_norm.default, (Input(0), (5,), None, None))}
+    ops = {0: Op(aten.rms_norm.default, (Input(0), (5,), None, None))}
     _, (found,) = emit("body", ops, [0], SIZES, size=CELLS, inputs=[x], shared=lambda leaf: X)
     torch.testing.assert_close(found, torch.rms_norm(x, (5,)), rtol=2e-2, atol=1e-2)
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 
 from rmtc.ir.index import Index
-from rmtc.ir.segment_loop import BodyOp
+from rmtc.ir.program import Op
 
 __all__ = [
     "Array",
@@ -49,7 +49,7 @@ class Array:
     sizes: Indices
     dtype: torch.dtype
     grouped: bool
-    ops: tuple[BodyOp, ...] = field(repr=False)
+    ops: tuple[Op, ...] = field(repr=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -197,7 +197,7 @@ class Outside(Array):
         result: which of its results.
     """
 
-    op: BodyOp
+    op: Op
     result: int | None
 
     @property

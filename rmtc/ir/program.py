@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import fx
@@ -18,7 +18,9 @@ from rmtc.errors import CaptureError, Location
 __all__ = [
     "SPLITS",
     "VIEWS",
+    "Form",
     "Op",
+    "Origin",
     "Program",
     "Source",
     "Src",
@@ -93,43 +95,73 @@ class Source:
     value: torch.Tensor | None = field(default=None, compare=False)
 
 
-@dataclass(slots=True)
-class Op:
-    """One operation.
+Form: TypeAlias = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor."""
+
+
+class Origin(NamedTuple):
+    """Where in the user's code an operation comes from.
 
     Attributes:
-        target: the ATen overload or `operator.getitem`.
-        args: positional arguments and then ``(name, value)`` pairs of keyword arguments, nested tuples, with
-            :class:`Val` and :class:`Src` for tensors.
-        location: the place in the user's code.
+        location: the file, line and function.
         module: path of the submodule that ran it.
         name: the attribute or result the value ends up in, such as ``layers.3.A``; empty if none.
         variable: the variable the user's code calls it; empty if none.
-        shape, dtype: of the result; None where it is no tensor.
     """
 
-    target: Callable[..., Any]
-    args: tuple[Any, ...]
     location: Location | None = None
     module: str = ""
     name: str = ""
     variable: str = ""
-    shape: tuple[int, ...] | None = None
-    dtype: torch.dtype | None = None
 
-    def with_args(self, args: tuple[Any, ...]) -> Op:
-        """The same operation on other arguments."""
-        return Op(self.target, args, self.location, self.module, self.name, self.variable, self.shape, self.dtype)
+
+_UNKNOWN = Origin()
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operation, of a flat program, of a loop or of a body: they differ in their operands.
+
+    Attributes:
+        target: the ATen overload or `operator.getitem`.
+        args: positional arguments and then ``(name, value)`` pairs of keyword arguments, nested tuples. Tensors are
+            :class:`Val` and :class:`Src` in a program, the operands of :mod:`rmtc.ir.segment_loop` in a loop, those of
+            :mod:`rmtc.ir.wavefront` in a body.
+        origin: where it comes from.
+        form: shape and dtype of the result; None where it is no tensor, or they are not known. In a loop those of the
+            shorter of the two runs, which ends with a full segment.
+        covers: the numbers of the operations of the same cell that it does the work of, besides its own.
+    """
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    origin: Origin = _UNKNOWN
+    form: Form | None = field(default=None, compare=False)
+    covers: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     @property
-    def form(self) -> tuple[tuple[int, ...], torch.dtype] | None:
-        """Shape and dtype of the result, if it is a tensor."""
-        return (self.shape, self.dtype) if self.shape is not None and self.dtype is not None else None
+    def location(self) -> Location | None:
+        """The place in the user's code."""
+        return self.origin.location
+
+    @property
+    def name(self) -> str:
+        """The attribute or result the value ends up in."""
+        return self.origin.name
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape of the result; None where it is no tensor, or not known."""
+        return None if self.form is None else self.form[0]
 
     @property
     def label(self) -> str:
         """``mul.Tensor``, ``getitem``."""
         return target_name(self.target)
+
+    def __str__(self) -> str:
+        name = f"  # {self.name}" if self.name else ""
+        return f"{self.label}({', '.join(show(arg) for arg in self.args)}){name}"
 
 
 @dataclass
@@ -145,7 +177,7 @@ class Program:
             f"{source.kind} {name}: {_dtype(source.dtype)}{list(source.shape)}" for name, source in self.sources.items()
         ]
         for index, op in enumerate(self.ops):
-            shape = f": {_dtype(op.dtype)}{list(op.shape)}" if op.shape is not None and op.dtype is not None else ""
+            shape = f": {_dtype(op.form[1])}{list(op.form[0])}" if op.form is not None else ""
             lines.append(f"%{index}{shape} = {op.label}({', '.join(show(arg) for arg in op.args)})  # {op.location}")
         lines += [f"return {name} = {show(value)}" for name, value in self.outputs.items()]
         return "\n".join(lines)
@@ -165,7 +197,7 @@ def _dtype(dtype: torch.dtype) -> str:
 
 def show(value: Any) -> str:
     """An argument as text."""
-    if isinstance(value, (Val, Src)):
+    if isinstance(value, tuple) and type(value) is not tuple:  # an operand: each prints itself
         return str(value)
     if isinstance(value, tuple):
         if len(value) == 2 and isinstance(value[0], str):
@@ -265,7 +297,6 @@ def from_graph(module: fx.GraphModule, outputs: tuple[str, ...], names: dict[str
             sources[name] = Source("constant", (name,), tuple(constant.shape), constant.dtype, constant)
         elif node.op == "call_function":
             val = node.meta.get("val")
-            tensor = isinstance(val, torch.Tensor)
             args = tuple(convert(arg) for arg in node.args)
             if node.kwargs:
                 args += tuple((key, convert(node.kwargs[key])) for key in sorted(node.kwargs))
@@ -274,12 +305,13 @@ def from_graph(module: fx.GraphModule, outputs: tuple[str, ...], names: dict[str
                 Op(
                     node.target,
                     args,
-                    node.meta.get("location"),
-                    node.meta.get("module", ""),
-                    names.get(node.name, ""),
-                    node.meta.get("variable", ""),
-                    tuple(val.shape) if tensor else None,
-                    val.dtype if tensor else None,
+                    Origin(
+                        node.meta.get("location"),
+                        node.meta.get("module", ""),
+                        names.get(node.name, ""),
+                        node.meta.get("variable", ""),
+                    ),
+                    (tuple(val.shape), val.dtype) if isinstance(val, torch.Tensor) else None,
                 )
             )
         elif node.op == "output":

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import torch
-
-from rmtc.errors import Location, VerifyError
+from rmtc.errors import VerifyError
 from rmtc.ir.cells import Cell, Dependence
-from rmtc.ir.program import Op, Program, Source, Src, Val, leaves, map_leaves, show, target_name
+from rmtc.ir.program import Op, Program, Source, Src, Val, leaves, show
 
 __all__ = [
-    "BodyOp",
     "Environment",
     "Every",
     "Fit",
@@ -146,39 +143,6 @@ class Numbered(NamedTuple):
         return f"{self.before}{self.number}{self.after}"
 
 
-Form = tuple[tuple[int, ...], torch.dtype]
-"""Shape and dtype of a tensor."""
-
-
-@dataclass(frozen=True)
-class BodyOp:
-    """An operation of a segment, or of the part before or after the loop.
-
-    Attributes:
-        form: shape and dtype of the result in the shorter of the two runs, which ends with a full segment; None where
-            they are not known.
-        covers: the numbers of the operations of the same cell that it does the work of, besides its own.
-    """
-
-    target: Callable[..., Any]
-    args: tuple[Any, ...]
-    location: Location | None = None
-    module: str = ""
-    name: str = ""
-    variable: str = ""
-    form: Form | None = field(default=None, compare=False)
-    covers: tuple[int, ...] = field(default=(), compare=False, repr=False)
-
-    @property
-    def label(self) -> str:
-        """As that of :class:`Op`."""
-        return target_name(self.target)
-
-    def __str__(self) -> str:
-        name = f"  # {self.name}" if self.name else ""
-        return f"{self.label}({', '.join(show_operand(arg) for arg in self.args)}){name}"
-
-
 class Layout(NamedTuple):
     """Which operations of a segment are its prologue, its layers and its epilogue, as half-open ranges."""
 
@@ -224,10 +188,10 @@ class SegmentLoop:
         fixed: sizes the loop was captured for that another value needs a capture of its own, ``batch`` or ``tail``.
     """
 
-    before: tuple[BodyOp, ...]
-    rows: tuple[tuple[BodyOp, ...], ...]
-    steady: tuple[BodyOp, ...]
-    after: tuple[BodyOp, ...]
+    before: tuple[Op, ...]
+    rows: tuple[tuple[Op, ...], ...]
+    steady: tuple[Op, ...]
+    after: tuple[Op, ...]
     outputs: dict[str | Numbered, Any]
     sources: dict[str, Source]
     segment_length: int
@@ -244,7 +208,7 @@ class SegmentLoop:
         """Number of layers."""
         return len(self.layouts[-1].layers) if self.layouts else 1
 
-    def row(self, segment: int) -> tuple[BodyOp, ...]:
+    def row(self, segment: int) -> tuple[Op, ...]:
         """The operations of a segment."""
         return self.rows[segment] if segment < len(self.rows) else self.steady
 
@@ -264,14 +228,14 @@ class SegmentLoop:
         given = [*self.outputs.values(), *(leaf for op in self.after for leaf in leaves(op.args))]
         return max((-each.segment for each in given if isinstance(each, Where)), default=0)
 
-    def after_of(self, segments: int) -> list[BodyOp | None]:
+    def after_of(self, segments: int) -> list[Op | None]:
         """The operations after the loop for a number of segments; None for what is made of segments that are not there.
 
         A list is without what such segments would make:
 
             cat([s[-3].%4, s[-2].%4, s[-1].%4], 1)   ->   cat([s[-2].%4, s[-1].%4], 1), for two segments
         """
-        found: list[BodyOp | None] = []
+        found: list[Op | None] = []
 
         def there(leaf: Any) -> bool:
             if isinstance(leaf, Where):
@@ -345,13 +309,13 @@ class SegmentLoop:
                     out.append(resolve(segment, arg))
             return tuple(out)
 
-        def run(segment: int, body: Sequence[BodyOp | None]) -> None:
+        def run(segment: int, body: Sequence[Op | None]) -> None:
             for number, op in enumerate(body):
                 if op is None:
                     continue
                 index[Key(segment, number)] = len(ops)
                 keys.append(Key(segment, number))
-                ops.append(Op(op.target, expand(segment, op.args), op.location, op.module, op.name, op.variable))
+                ops.append(Op(op.target, expand(segment, op.args), op.origin))
 
         run(-1, self.before)
         for segment in range(segments):
@@ -379,7 +343,7 @@ class SegmentLoop:
     def __str__(self) -> str:
         lines: list[str] = []
 
-        def part(title: str, body: tuple[BodyOp, ...], layout: Layout | None = None) -> None:
+        def part(title: str, body: tuple[Op, ...], layout: Layout | None = None) -> None:
             lines.append(title)
             for number, op in enumerate(body):
                 stage = ""
@@ -393,17 +357,5 @@ class SegmentLoop:
             part(f"segment {number}:", row, self.layouts[number] if self.layouts else None)
         part(f"segment s >= {len(self.rows)}:", self.steady, self.layouts[-1] if self.layouts else None)
         part("after the loop:", self.after)
-        lines += [f"return {name} = {show_operand(value)}" for name, value in self.outputs.items()]
+        lines += [f"return {name} = {show(value)}" for name, value in self.outputs.items()]
         return "\n".join(lines)
-
-
-def show_operand(value: Any) -> str:
-    """An operand as text."""
-    if isinstance(value, Fit) or (isinstance(value, tuple) and type(value) is not tuple):
-        return str(value)
-    if type(value) is tuple:
-        return f"[{', '.join(show_operand(item) for item in value)}]"
-    return show(value)
-
-
-__all__ += ["Src", "leaves", "map_leaves"]

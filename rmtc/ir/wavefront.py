@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from rmtc.ir.program import Src, leaves, map_leaves
+from rmtc.ir.program import Op, Src, leaves, map_leaves
 from rmtc.ir.schedule import Schedule
-from rmtc.ir.segment_loop import BodyOp, Fit, Item, Outer, Row, SegmentLoop
+from rmtc.ir.segment_loop import Fit, Item, Outer, Row, SegmentLoop
 
 __all__ = ["Body", "Input", "Local", "Member", "Number", "Operand", "Shared", "WavefrontProgram", "Weight", "choose"]
 
@@ -106,7 +106,7 @@ class Body:
     name: str
     stage: str
     members: tuple[Member, ...]
-    ops: Mapping[int, BodyOp]
+    ops: Mapping[int, Op]
     inputs: tuple[Mapping[Member, Operand], ...]
     weights: tuple[Mapping[int, tuple[str, ...]], ...]
     numbers: tuple[Mapping[Member, int | float | Fit], ...]
@@ -124,7 +124,7 @@ class Body:
         """
         dead = frozenset(unread)
         read = [number for place, number in enumerate(self.results) if place not in dead]
-        live, ops = set(read), dict[int, BodyOp]()
+        live, ops = set(read), dict[int, Op]()
         for number in list(self.ops)[::-1]:
             if number in live:
                 op = ops[number] = self.ops[number]
@@ -170,7 +170,7 @@ class WavefrontProgram:
 
     loop: SegmentLoop
     schedule: Schedule
-    shared: tuple[BodyOp, ...]
+    shared: tuple[Op, ...]
     bodies: Mapping[str, Body]
     merged: Mapping[tuple[str, str], Body] = field(default_factory=dict)
     batched: frozenset[str] = frozenset()

@@ -17,8 +17,8 @@ import torch
 
 from rmtc.codegen.torch.emit import Kernel, emit
 from rmtc.errors import BackendError, RefusedError, raised_by_signal
-from rmtc.ir.program import Src, call_arguments, leaves, map_leaves
-from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Key, Numbered, Outer, Where
+from rmtc.ir.program import Op, Src, call_arguments, leaves, map_leaves
+from rmtc.ir.segment_loop import Environment, Every, Fit, Key, Numbered, Outer, Where
 from rmtc.ir.wavefront import Body, Operand, Shared, WavefrontProgram
 from rmtc.quiet import uncollected
 from rmtc.runtime.check_steps import check_steps
@@ -491,7 +491,7 @@ class _Walk:
             table[number] = self._call(op, lambda leaf: self._operand(leaf, (), at))
         return table[number]
 
-    def _outside(self, ops: Sequence[BodyOp | None], part: str) -> list[Any]:
+    def _outside(self, ops: Sequence[Op | None], part: str) -> list[Any]:
         """Run what is before or after the segments."""
         values: list[Any] = []
 
@@ -518,7 +518,7 @@ class _Walk:
         return tuple(found)
 
     @staticmethod
-    def _call(op: BodyOp, operand: Callable[[Any], Any]) -> Any:
+    def _call(op: Op, operand: Callable[[Any], Any]) -> Any:
         positional, named = call_arguments(map_leaves(op.args, operand))
         return op.target(*positional, **named)
 

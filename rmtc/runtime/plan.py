@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 from rmtc.ir.cells import Cell, Group
-from rmtc.ir.program import Src, leaves
+from rmtc.ir.program import Op, Src, leaves
 from rmtc.ir.schedule import Schedule
-from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Item, Key, Row, Where
+from rmtc.ir.segment_loop import Environment, Every, Fit, Item, Key, Row, Where
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 
 __all__ = ["Copied", "Launch", "Part", "Plan", "Whole", "plan_run"]
@@ -119,7 +119,7 @@ def _capped(cells: list[Cell], width: int | None) -> Iterator[list[Cell]]:
     yield from (cells[start : start + width] for start in range(0, len(cells), width))
 
 
-def _of_segment(op: BodyOp) -> bool:
+def _of_segment(op: Op) -> bool:
     """Whether an operation reads a place that depends on the segment: an index, or an item of a list."""
     types = [each.type for each in op.target._schema.arguments] if isinstance(op.target, torch._ops.OpOverload) else []
     for place, arg in enumerate(op.args):

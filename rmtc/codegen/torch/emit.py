@@ -35,8 +35,8 @@ from rmtc.codegen.torch.rules import (
     rule_for,
 )
 from rmtc.errors import raised_by_signal
-from rmtc.ir.program import Src, call_arguments, leaves, map_leaves, target_name
-from rmtc.ir.segment_loop import BodyOp, Environment, Fit, Outer
+from rmtc.ir.program import Op, Src, call_arguments, leaves, map_leaves, target_name
+from rmtc.ir.segment_loop import Environment, Fit, Outer
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, choose
 from rmtc.ops import linears
 from rmtc.ops.fused import BOUND
@@ -150,7 +150,7 @@ class _Emitter:
         device = rows.device if self.choose else None
         return Value(every, tuple(rows.shape[1:]), rows.dtype, True, device, count, text, self.compiled)
 
-    def run(self, name: str, op: BodyOp, args: tuple[Any, ...]) -> Any:
+    def run(self, name: str, op: Op, args: tuple[Any, ...]) -> Any:
         """Emit and run one operation."""
         if op.target is operator.getitem:
             value = args[0][args[1]]
@@ -204,7 +204,7 @@ class _Emitter:
             self.lines.pop()
         raise NotImplementedError(f"no way to run {op} for a group of cells")
 
-    def _candidates(self, op: BodyOp, arguments: Arguments, varying: bool) -> Iterator[tuple[str, str]]:
+    def _candidates(self, op: Op, arguments: Arguments, varying: bool) -> Iterator[tuple[str, str]]:
         """Texts to try, each with its way: all cells at once by a "rule" or by "vmap", or one of the "cells" a time."""
         if varying:
             if op.target is torch.ops.aten.select.int and isinstance(arguments["index"], Varying):
@@ -331,9 +331,7 @@ class _Emitter:
             self.space.update(arguments.functions)
         return eval(plain(text), self.space)
 
-    def _assign(
-        self, name: str, text: str, op: BodyOp, arguments: Arguments | None = None, fresh: bool = False
-    ) -> None:
+    def _assign(self, name: str, text: str, op: Op, arguments: Arguments | None = None, fresh: bool = False) -> None:
         value = self.space[name] = self._value(text, arguments)
         # A file may have any name: none ends the comment.
         place = f"  # {repr(op.location.file)[1:-1]}:{op.location.line}" if op.location is not None else ""
@@ -444,7 +442,7 @@ def slice_run(source: torch.Tensor, dim: int, starts: Sequence[int], ends: Seque
 
 def emit(
     name: str,
-    ops: Mapping[int, BodyOp],
+    ops: Mapping[int, Op],
     results: Sequence[int],
     environment: Environment,
     *,

@@ -10,7 +10,7 @@ import torch
 
 from rmtc.ir.array import Array, Indices, Pointwise, Product, Reduction, View
 from rmtc.ir.index import Index, Symbol, product_of
-from rmtc.ir.segment_loop import BodyOp
+from rmtc.ir.program import Op
 
 __all__ = ["Arrays", "Scalar", "Size", "Unlowered", "copied", "inner_dtype"]
 
@@ -44,7 +44,7 @@ class Arrays:
 
     def __init__(self) -> None:
         self.arrays: list[Array] = []
-        self.ops: tuple[BodyOp, ...] = ()
+        self.ops: tuple[Op, ...] = ()
         self.label = ""
 
     def add(self, array: A) -> A:

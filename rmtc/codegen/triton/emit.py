@@ -22,8 +22,8 @@ from rmtc.errors import raised_by_signal
 from rmtc.ir.array import Array, Attention, Nest, Outside, View, base_of
 from rmtc.ir.kernel import Kernel as Fused
 from rmtc.ir.kernel import Multiply, Output, loads
-from rmtc.ir.program import map_leaves
-from rmtc.ir.segment_loop import BodyOp, Environment
+from rmtc.ir.program import Op, map_leaves
+from rmtc.ir.segment_loop import Environment
 from rmtc.ir.terms import Term, parts, within
 from rmtc.ir.wavefront import Input, Number, Operand, Shared, Weight
 from rmtc.passes.bodies.fusion_groups import Groups, Machine, fusion_groups, read_by
@@ -77,7 +77,7 @@ def made_for(array: Array, cells: int, device: torch.device) -> torch.Tensor:
 
 def grouped_body(
     name: str,
-    ops: Mapping[int, BodyOp],
+    ops: Mapping[int, Op],
     results: Sequence[int],
     environment: Environment,
     *,
@@ -147,7 +147,7 @@ def _layout(array: Array, value: torch.Tensor) -> torch.Tensor:
 
 def emit(
     name: str,
-    ops: Mapping[int, BodyOp],
+    ops: Mapping[int, Op],
     results: Sequence[int],
     environment: Environment,
     *,
@@ -413,7 +413,7 @@ class TritonBody:
 
         kernel = self.outside.get(array)
         if kernel is None:
-            call = BodyOp(array.op.target, map_leaves(array.op.args, operand), array.op.location)
+            call = Op(array.op.target, map_leaves(array.op.args, operand), array.op.origin)
             kernel, found = emit_torch(
                 array.name,
                 {0: call},

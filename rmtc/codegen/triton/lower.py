@@ -16,8 +16,8 @@ from rmtc.codegen.triton.operations import RULES
 from rmtc.errors import VerifyError
 from rmtc.ir.array import Array, Nest, Outside, Stored, View
 from rmtc.ir.index import Index, Symbol
-from rmtc.ir.program import call_arguments, leaves, map_leaves
-from rmtc.ir.segment_loop import BodyOp, Environment, Fit
+from rmtc.ir.program import Op, call_arguments, leaves, map_leaves
+from rmtc.ir.segment_loop import Environment, Fit
 from rmtc.ir.wavefront import Input, Local, Number, Weight, choose
 
 __all__ = ["Given", "lower"]
@@ -39,7 +39,7 @@ class Given(NamedTuple):
 
 def lower(
     name: str,
-    ops: Mapping[int, BodyOp],
+    ops: Mapping[int, Op],
     results: Sequence[int],
     environment: Environment,
     given: Callable[[Any], Given],
@@ -64,13 +64,13 @@ class _Lowering(Arrays):
         self.values: dict[int, Any] = {}
         self.numbers: dict[Array, Any] = {}
 
-    def nest(self, ops: Mapping[int, BodyOp], results: Sequence[int]) -> Nest:
+    def nest(self, ops: Mapping[int, Op], results: Sequence[int]) -> Nest:
         for number, op in ops.items():
             self.ops, self.label = (op,), f"v{number}"
             self.values[number] = self._run(op)
         return Nest(self.name, tuple(self.arrays), self.operands, tuple(self.values[number] for number in results))
 
-    def _run(self, op: BodyOp) -> Any:
+    def _run(self, op: Op) -> Any:
         args = map_leaves(op.args, self._operand)
         if op.target is operator.getitem:
             return args[0][args[1]]
@@ -100,7 +100,7 @@ class _Lowering(Arrays):
             raise VerifyError(f"{op} is lowered to {made.shape} in place of {tuple(wanted.shape)}")
         return made
 
-    def _outside(self, op: BodyOp, args: tuple[Any, ...], wanted: Any) -> Any:
+    def _outside(self, op: Op, args: tuple[Any, ...], wanted: Any) -> Any:
         """What torch runs, on what is in memory, a row for each cell."""
 
         def there(leaf: Any) -> Any:

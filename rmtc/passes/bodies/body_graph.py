@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from rmtc.ir.program import Src, call_arguments, leaves, map_leaves
-from rmtc.ir.segment_loop import BodyOp, Form, Outer, Row, SegmentLoop
+from rmtc.ir.program import Form, Op, Src, call_arguments, leaves, map_leaves
+from rmtc.ir.segment_loop import Outer, Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Input, Local, Shared, Weight
 
 __all__ = ["BodyGraph", "is_constant", "is_tensor", "key_of"]
@@ -93,7 +93,7 @@ class BodyGraph:
         """How many linear maps read an operand."""
         return sum(op.target is torch.ops.aten.linear.default and op.args[0] == leaf for op in self.ops.values())
 
-    def op(self, leaf: Any) -> BodyOp | None:
+    def op(self, leaf: Any) -> Op | None:
         """What makes an operand, if that is an operation of the same cell."""
         return self.ops.get(leaf.number) if isinstance(leaf, Local) else None
 
@@ -126,7 +126,7 @@ class BodyGraph:
 
     def done(self) -> Body:
         """The body with what is left of the operations that its results need."""
-        live, ops = set(self.body.results), dict[int, BodyOp]()
+        live, ops = set(self.body.results), dict[int, Op]()
         for number, op in reversed(self.ops.items()):
             if number in live:
                 ops[number] = op

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from rmtc.ir.program import leaves
-from rmtc.ir.segment_loop import Form, SegmentLoop
+from rmtc.ir.program import Form, leaves
+from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.ir.wavefront import Body, Local
 from rmtc.ops.fused import roll_products
 from rmtc.passes.bodies.body_graph import BodyGraph, is_constant, key_of

@@ -24,7 +24,7 @@ import torch
 from rmtc.ir.array import Array, Attention, Nest, Outside, Pointwise, Stored, View, base_of
 from rmtc.ir.index import Variable
 from rmtc.ir.kernel import Attend, Kernel, Multiply, build, build_attention, loads, multiplied
-from rmtc.ir.segment_loop import BodyOp
+from rmtc.ir.program import Op
 from rmtc.ir.terms import Accumulated, Call, IllegalError, Load, Statistic, free_variables
 
 __all__ = [
@@ -268,7 +268,7 @@ def kind_of(group: Group) -> str:
     return "attention" if isinstance(group, Attend) else "product" if _products(group) else "rows"
 
 
-def operations_of(group: Group, nest: Nest) -> tuple[BodyOp, ...]:
+def operations_of(group: Group, nest: Nest) -> tuple[Op, ...]:
     """The operations that a launch does, in the order of its body; of one that several launches do, each has it."""
     ops = group.ops if isinstance(group, Outside) else [op for array in group.arrays for op in array.ops]
     order = {id(op): number for number, op in enumerate(op for array in nest.arrays for op in array.ops)}

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from rmtc.ir.formula import L
-from rmtc.ir.program import Src, leaves, map_leaves
+from rmtc.ir.program import Op, Src, leaves, map_leaves
 from rmtc.ir.schedule import Schedule
-from rmtc.ir.segment_loop import BodyOp, Every, Fit, Item, Outer, Row, SegmentLoop, Where
+from rmtc.ir.segment_loop import Every, Fit, Item, Outer, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, Shared, WavefrontProgram, Weight
 
 __all__ = ["group", "run_schedule"]
@@ -83,7 +83,7 @@ def _range(loop: SegmentLoop, member: Member) -> tuple[int, int]:
     return layout.prologue if layer < 0 else layout.epilogue if layer >= loop.layers else layout.layers[layer]
 
 
-def _row(loop: SegmentLoop, row: int) -> tuple[BodyOp, ...]:
+def _row(loop: SegmentLoop, row: int) -> tuple[Op, ...]:
     return loop.rows[row] if row < len(loop.rows) else loop.steady
 
 
@@ -91,7 +91,7 @@ class _Shared:
     """Values that are the same for all segments of one length, numbered by what they are made of."""
 
     def __init__(self, loop: SegmentLoop, members: Mapping[str, Sequence[Member]]) -> None:
-        self.ops: list[BodyOp] = []
+        self.ops: list[Op] = []
         self._loop = loop
         self._numbers: dict[Any, int] = {}
         self.of: dict[tuple[int, int], int] = {}  # (row kind, number of the operation) -> number of the shared value
@@ -101,7 +101,7 @@ class _Shared:
                 if key is not None:
                     self.of[row, number] = self._numbers.setdefault(key, len(self._numbers))
                     if len(self._numbers) > len(self.ops):
-                        self.ops.append(BodyOp(op.target, key[1], op.location, op.module, op.name, op.variable))
+                        self.ops.append(Op(op.target, key[1], op.origin))
         # A layer keeps what is made from its own parameters: grouped, it is one operation for all layers.
         kept = {self.of[at] for each in members.values() for at in self._unlike(each)}
         while True:
@@ -111,7 +111,7 @@ class _Shared:
             kept |= more
         self.of = {at: number for at, number in self.of.items() if number not in kept}
 
-    def _key(self, row: int, op: BodyOp) -> tuple[Any, tuple[Any, ...]] | None:
+    def _key(self, row: int, op: Op) -> tuple[Any, tuple[Any, ...]] | None:
         """Target and arguments with shared values for operands; None if it may differ from segment to segment."""
         fixed = not (isinstance(op.target, torch._ops.OpOverload) and _RANDOM in op.target.tags)
 
@@ -216,13 +216,13 @@ def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, 
         return inputs.setdefault(choices, Input(len(inputs)))
 
     rows = [_row(loop, row)[start : start + size] for (row, _), start in zip(members, starts, strict=True)]
-    live, ops = set(results), dict[int, BodyOp]()
+    live, ops = set(results), dict[int, Op]()
     for offset in reversed(range(size)):
         hoisted = (members[0][0], starts[0] + offset) in shared.of
         if offset not in live:
             continue
         if hoisted:
-            ops[offset] = BodyOp(_same, (Shared(shared.of[members[0][0], starts[0] + offset]),))
+            ops[offset] = Op(_same, (Shared(shared.of[members[0][0], starts[0] + offset]),))
             continue
         args = _zip_leaves([row[offset].args for row in rows], operand)
         ops[offset] = replace(rows[0][offset], args=args)

@@ -8,8 +8,8 @@ from dataclasses import replace
 from difflib import SequenceMatcher
 from typing import Any
 
-from rmtc.ir.program import map_leaves
-from rmtc.ir.segment_loop import BodyOp, Fit, Row, SegmentLoop
+from rmtc.ir.program import Op, map_leaves
+from rmtc.ir.segment_loop import Fit, Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, WavefrontProgram, Weight, choose
 
 __all__ = ["if_convert"]
@@ -69,7 +69,7 @@ def _merge(program: WavefrontProgram, first: Body, steady: Body) -> Body | None:
     return merger.body(_partners(program, first, steady, merger))
 
 
-def _key(body: Body, op: BodyOp, length: int) -> Any:
+def _key(body: Body, op: Op, length: int) -> Any:
     """What two operations must have in common to be run as one; operands from the cell may differ."""
 
     def part(leaf: Any) -> Any:
@@ -91,7 +91,7 @@ class _Merger:
 
     def __init__(self, first: Body, steady: Body) -> None:
         self.sides = (first, steady)
-        self.ops: dict[int, BodyOp] = {}
+        self.ops: dict[int, Op] = {}
         self.inputs: dict[tuple[Any, ...], tuple[Input, Mapping[Member, Any]]] = {}
         self.weights: dict[tuple[Any, ...], tuple[Weight, Mapping[int, tuple[str, ...]]]] = {}
         flags = {member: int(member in first.members) for member in (*first.members, *steady.members)}
@@ -122,10 +122,10 @@ class _Merger:
         if key not in self.chosen:
             made = next((leaf for leaf in key if isinstance(leaf, Local)), None)
             form = self.ops[made.number].form if made is not None else None
-            self.chosen[key] = Local(self._append(BodyOp(choose, (Number(0), mine, other), form=form)))
+            self.chosen[key] = Local(self._append(Op(choose, (Number(0), mine, other), form=form)))
         return self.chosen[key]
 
-    def _append(self, op: BodyOp) -> int:
+    def _append(self, op: Op) -> int:
         self.ops[len(self.ops)] = op
         return len(self.ops) - 1
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from rmtc.ir.program import call_arguments, leaves, map_leaves
-from rmtc.ir.segment_loop import BodyOp, SegmentLoop
+from rmtc.ir.program import Op, call_arguments, leaves, map_leaves
+from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.ir.wavefront import Body, Local, WavefrontProgram, Weight
 
 __all__ = ["join_products"]
@@ -42,7 +42,7 @@ def _joined(body: Body, loop: SegmentLoop, movable: Collection[str]) -> Body:
                 if len(shape) == 2 and len(call_arguments(op.args)[1]) == 0:
                     readers.setdefault((op.args[0], shape[1], dtype), []).append(number)
     weights = list(body.weights)
-    new: dict[int, list[tuple[int, BodyOp]]] = {}
+    new: dict[int, list[tuple[int, Op]]] = {}
     free = max(body.ops, default=0) + 1
     for (x, _, dtype), numbers in readers.items():
         several = list(dict.fromkeys(body.ops[number].args[1] for number in numbers))
@@ -61,7 +61,7 @@ def _joined(body: Body, loop: SegmentLoop, movable: Collection[str]) -> Body:
         assert first.form is not None
         form = ((*first.form[0][:-1], sum(sizes.values())), dtype)
         product, free = Local(free), free + 1
-        new[numbers[0]] = [(product.number, replace(first, args=(x, weight), name="", form=form, covers=()))]
+        new[numbers[0]] = [(product.number, Op(first.target, (x, weight), first.origin._replace(name=""), form))]
         starts, start = {}, 0
         for each in several:
             starts[each], start = start, start + sizes[each]
@@ -76,7 +76,7 @@ def _joined(body: Body, loop: SegmentLoop, movable: Collection[str]) -> Body:
                 added = replace(op, target=aten.add.Tensor, args=(Local(free), bias))
                 new.setdefault(number, []).extend(((free, replace(part, covers=())), (number, added)))
                 free += 1
-    ops: dict[int, BodyOp] = {}
+    ops: dict[int, Op] = {}
     for number, op in body.ops.items():
         ops.update(new.get(number, [(number, op)]))
     return _without_unread(replace(body, ops=ops, weights=tuple(weights)))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import networkx as nx
 
-from rmtc.ir.program import leaves
-from rmtc.ir.segment_loop import BodyOp, Layout, Row
+from rmtc.ir.program import Op, leaves
+from rmtc.ir.segment_loop import Layout, Row
 
 __all__ = ["Laid", "behind_the_layers"]
 
@@ -16,9 +16,7 @@ Laid = tuple[list[int], Layout]
 """The operations of a row in the order in which its layout has them, and the layout."""
 
 
-def behind_the_layers(
-    rows: Sequence[Sequence[BodyOp]], laid: Sequence[Laid], anchors: Sequence[set[int]]
-) -> list[Laid]:
+def behind_the_layers(rows: Sequence[Sequence[Op]], laid: Sequence[Laid], anchors: Sequence[set[int]]) -> list[Laid]:
     """File in the epilogue what goes from layer to layer and from segment to segment, and comes into no layer.
 
     Each cell adds to a loss: cell after cell, in this order. Only the results need it, so the epilogues may add up what

@@ -7,14 +7,14 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from rmtc.ir.program import leaves, map_leaves
-from rmtc.ir.segment_loop import BodyOp, Fit, Layout, Row
+from rmtc.ir.program import Op, leaves, map_leaves
+from rmtc.ir.segment_loop import Fit, Layout, Row
 from rmtc.passes.fold.accumulators import Laid
 
 __all__ = ["aligned"]
 
 
-def aligned(row: Sequence[BodyOp], laid: Laid, templates: Sequence[tuple[str, ...]], steady: bool) -> Laid:
+def aligned(row: Sequence[Op], laid: Laid, templates: Sequence[tuple[str, ...]], steady: bool) -> Laid:
     """Let layers run what the middle one runs, in its order.
 
     What the first layer lacks of that may be in the prologue, with other operations between, and what the last one
@@ -56,7 +56,7 @@ def aligned(row: Sequence[BodyOp], laid: Laid, templates: Sequence[tuple[str, ..
     return [i for part in parts for i in part], Layout(prologue, tuple(inside), epilogue)
 
 
-def _reads(row: Sequence[BodyOp], some: Sequence[int]) -> set[int]:
+def _reads(row: Sequence[Op], some: Sequence[int]) -> set[int]:
     """What some operations read of their segment."""
     return {leaf.number for i in some for leaf in leaves(row[i].args) if isinstance(leaf, Row) and leaf.back == 0}
 
@@ -64,7 +64,7 @@ def _reads(row: Sequence[BodyOp], some: Sequence[int]) -> set[int]:
 class _Counterparts:
     """For the operations of a layer those that do the same for another one."""
 
-    def __init__(self, row: Sequence[BodyOp], templates: Sequence[tuple[str, ...]], steady: bool) -> None:
+    def __init__(self, row: Sequence[Op], templates: Sequence[tuple[str, ...]], steady: bool) -> None:
         self._row, self._templates, self._steady = row, templates, steady
         self._of: dict[int, int] = {}
         self._taken: set[int] = set()

@@ -65,7 +65,8 @@ def _carried(run: Run, places: set[Place]) -> Run:
         at, holder = held.get(leaf.number, (-1, moved[leaf.number]))
         if at < segment:
             held[leaf.number] = segment, len(ops)
-            ops.append(replace(run.ops[leaf.number], target=_alias, args=(Val(holder),), name=""))
+            of = run.ops[leaf.number]
+            ops.append(Op(_alias, (Val(holder),), of.origin._replace(name=""), of.form))
         return Val(held[leaf.number][1])
 
     for i, op in enumerate(run.ops):
@@ -73,7 +74,7 @@ def _carried(run: Run, places: set[Place]) -> Run:
         segment = run.place(Val(i))[0]
         args = map_leaves(op.args, move)
         moved[i] = len(ops)
-        ops.append(op.with_args(args))
+        ops.append(replace(op, args=args))
     starts += [len(ops)] * (len(run.starts) - len(starts))
     given = run.segmented.program
     outputs = {name: Val(moved[value.number]) if type(value) is Val else value for name, value in given.outputs.items()}

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rmtc.ir.program import Source, Src, leaves, map_leaves, target_name
-from rmtc.ir.segment_loop import BodyOp, Fit, Form, Item, Outer, Row, SegmentLoop
+from rmtc.ir.program import Form, Op, Source, Src, leaves, map_leaves, target_name
+from rmtc.ir.segment_loop import Fit, Item, Outer, Row, SegmentLoop
 from rmtc.passes.fold.streams import Family
 
 __all__ = ["Namer"]
@@ -19,7 +19,7 @@ _LETTERS = {"layer": "C", "prologue": "P", "epilogue": "E"}
 class _Class:
     name: str
     stage: str
-    ops: Sequence[BodyOp]
+    ops: Sequence[Op]
     slots: list[Any]
     note: str = ""
 
@@ -58,7 +58,7 @@ class Namer:
         self.classes.append(_Class(name, stage, ops, slots, differs))
         return name
 
-    def _slots(self, op: BodyOp, row: int, layer: int, start: int) -> list[Any]:
+    def _slots(self, op: Op, row: int, layer: int, start: int) -> list[Any]:
         out: list[Any] = []
         for leaf in leaves(op.args):
             if isinstance(leaf, Row):
@@ -202,7 +202,7 @@ def _union(first: dict[tuple[int, int], int], second: dict[tuple[int, int], int]
     return {**first, **second}
 
 
-def _merge(known: _Class, ops: Sequence[BodyOp], slots: list[Any]) -> tuple[list[Any] | None, int, str]:
+def _merge(known: _Class, ops: Sequence[Op], slots: list[Any]) -> tuple[list[Any] | None, int, str]:
     """The slots of a class with another member; or how many operations fit, and why the next does not."""
     merged: list[Any] = []
     for number, (op, other) in enumerate(zip(ops, known.ops, strict=False)):
@@ -230,7 +230,7 @@ def _form(form: Form) -> str:
     return f"{str(form[1]).removeprefix('torch.')}{list(form[0])}"
 
 
-def _at(op: BodyOp) -> str:
+def _at(op: Op) -> str:
     place = op.location
     return target_name(op.target) + (f" at {place.file}:{place.line}" if place is not None else "")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -163,7 +162,8 @@ class _Completion:
                     return
                 args = self._with_own_numbers(args, i, reference, member)
                 found = count + len(made)
-                made.append(replace(self._ops[reference[0]][i], args=args, name="", shape=None, dtype=None))
+                like = self._ops[reference[0]][i]
+                made.append(Op(like.target, args, like.origin._replace(name="")))
             image[i] = found
             row.append(found)
         self._ops[number] += made

@@ -12,7 +12,7 @@ import networkx as nx
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.formula import Extent, L, layer_symbol
 from rmtc.ir.program import Op, Val, leaves
-from rmtc.ir.segment_loop import BodyOp, Key, Row, SegmentLoop
+from rmtc.ir.segment_loop import Key, Row, SegmentLoop
 from rmtc.passes.fold.streams import Family, template
 
 __all__ = ["cell_graph", "find_dependences", "maker_name", "operation_graph", "tensor_name"]
@@ -195,15 +195,15 @@ def _distances(
     ]
 
 
-def tensor_name(op: Op | BodyOp, layer: int, family: Family | None) -> str:
+def tensor_name(op: Op | Op, layer: int, family: Family | None) -> str:
     """The name of a tensor with ``{l}`` for the layer, as in ``memories[{l}]``."""
     if op.name and not op.name.startswith(("output", "write:")):
         name = template(family, op.name)
         return re.sub(rf"(?<=[.\[]){layer}(?=[.\]]|$)", "{l}", op.name, count=1) if name == op.name else name
-    return op.variable or op.label
+    return op.origin.variable or op.label
 
 
-def maker_name(op: Op | BodyOp, layer: int, layers: int, family: Family | None) -> str:
+def maker_name(op: Op | Op, layer: int, layers: int, family: Family | None) -> str:
     """An operation in words a user recognises, as in ``linear in layers.{l}.query (prologue)``."""
     stage = " (prologue)" if layer < 0 else " (epilogue)" if layer >= layers else ""
-    return (f"{op.label} in {template(family, op.module)}" if op.module else op.label) + stage
+    return (f"{op.label} in {template(family, op.origin.module)}" if op.origin.module else op.label) + stage

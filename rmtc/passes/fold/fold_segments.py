@@ -11,7 +11,7 @@ from typing import Any
 
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Op, Source, Src, Val, leaves, map_leaves, parts, show, target_name
-from rmtc.ir.segment_loop import BodyOp, Environment, Every, Fit, Item, Outer, Row, SegmentLoop, Where
+from rmtc.ir.segment_loop import Environment, Every, Fit, Item, Outer, Row, SegmentLoop, Where
 from rmtc.passes.fold.carry import carry
 from rmtc.passes.fold.complete import complete_segments
 from rmtc.passes.fold.cuts import common_subsequence
@@ -62,7 +62,7 @@ def _fold(short: Run, long: Run, sources: dict[str, Source], steady_from: int) -
         for s in range(steady_from, run.segments):
             _same_operations(run, s, long, steady_from)
     alike = [(run, run.row(s), s) for run in (short, long) for s in range(run.segments) if run.tokens(s) == reference]
-    rows: list[tuple[BodyOp, ...]] = []
+    rows: list[tuple[Op, ...]] = []
     for s in range(steady_from):
         _same_operations(long, s, short, s)
         more = [sample for sample in alike if sample[2] != s] if long.tokens(s) == reference else []
@@ -132,7 +132,7 @@ def _with_known_results(loop: SegmentLoop) -> SegmentLoop:
         for n, k in zip(places, common_subsequence(row_kinds, [kinds[n] for n in places]), strict=True):
             stands.setdefault((s, n), k)
 
-    made: list[BodyOp] = []
+    made: list[Op] = []
     beyond: dict[tuple[int, int], Outer] = {}
     lacking: set[int] = set()  # what cannot be made after the loop, as what waits for itself
 
@@ -172,11 +172,11 @@ def _with_known_results(loop: SegmentLoop) -> SegmentLoop:
     return replace(loop, after=after, outputs={name: move(value) for name, value in loop.outputs.items()})
 
 
-def _varies(op: BodyOp) -> bool:
+def _varies(op: Op) -> bool:
     return any(isinstance(leaf, (Fit, Item)) for leaf in leaves(op.args))
 
 
-def _alike(row: Sequence[BodyOp], steady: Sequence[BodyOp]) -> bool:
+def _alike(row: Sequence[Op], steady: Sequence[Op]) -> bool:
     """Whether a segment is as the steady ones, also in shapes, which a memory may change as it fills."""
     return len(row) == len(steady) and all(
         a.target is b.target and a.args == b.args and (a.form == b.form or None in (a.form, b.form))
@@ -292,9 +292,9 @@ def _same_operations(run: Run, segment: int, other: Run, reference: int) -> None
 Sample = tuple[Run, list[Op], int]
 
 
-def _fold_row(samples: list[Sample], more: list[Sample]) -> tuple[BodyOp, ...]:
+def _fold_row(samples: list[Sample], more: list[Sample]) -> tuple[Op, ...]:
     """One body from the rows it stands for; ``more`` are rows with the same operations that help to fit constants."""
-    body: list[BodyOp] = []
+    body: list[Op] = []
     for number, op in enumerate(samples[0][1]):
         try:
             args = _fold_args(
@@ -309,7 +309,7 @@ def _fold_row(samples: list[Sample], more: list[Sample]) -> tuple[BodyOp, ...]:
             ) from None
         names = {ops[number].name for _, ops, _ in samples if ops[number].name}
         name = sorted(names)[0] if names else ""
-        body.append(BodyOp(op.target, args, op.location, op.module, name, op.variable, op.form))
+        body.append(Op(op.target, args, op.origin._replace(name=name), op.form))
     return tuple(body)
 
 

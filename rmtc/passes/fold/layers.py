@@ -12,8 +12,8 @@ from fractions import Fraction
 from typing import Any
 
 from rmtc.errors import CaptureError
-from rmtc.ir.program import Src, leaves, map_leaves, target_name
-from rmtc.ir.segment_loop import BodyOp, Every, Item, Layout, Outer, Row, SegmentLoop, Where
+from rmtc.ir.program import Op, Src, leaves, map_leaves, target_name
+from rmtc.ir.segment_loop import Every, Item, Layout, Outer, Row, SegmentLoop, Where
 from rmtc.passes.fold.accumulators import behind_the_layers
 from rmtc.passes.fold.align import aligned
 from rmtc.passes.fold.classes import Namer
@@ -74,10 +74,10 @@ def classified(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
     )
 
 
-def _operand_names(loop: SegmentLoop, row: Sequence[BodyOp]) -> list[tuple[str, ...]]:
+def _operand_names(loop: SegmentLoop, row: Sequence[Op]) -> list[tuple[str, ...]]:
     """For each operation, the names of the parameters its operands are, or are made of."""
 
-    def made(ops: Sequence[BodyOp], before: list[tuple[str, ...] | None]) -> tuple[list[Any], list[Any]]:
+    def made(ops: Sequence[Op], before: list[tuple[str, ...] | None]) -> tuple[list[Any], list[Any]]:
         stands: list[tuple[str, ...] | None] = []  # None: the value depends on more than parameters
         operands: list[tuple[str, ...]] = []
         for op in ops:
@@ -120,7 +120,7 @@ def _templates(family: Family | None, names: Sequence[tuple[str, ...]]) -> list[
 
 
 def _layout(
-    loop: SegmentLoop, row: Sequence[BodyOp], family: Family | None, later: Sequence[tuple[int, int]] = ()
+    loop: SegmentLoop, row: Sequence[Op], family: Family | None, later: Sequence[tuple[int, int]] = ()
 ) -> Layout:
     """Where the layers of a row are.
 
@@ -197,7 +197,7 @@ def _layout(
     return Layout((0, begin), tuple(itertools.pairwise(bounds)), (end, len(row)))
 
 
-def _in_turn(names: dict[int, tuple[str, ...]], layer_at: dict[int, int], row: Sequence[BodyOp]) -> dict[int, int]:
+def _in_turn(names: dict[int, tuple[str, ...]], layer_at: dict[int, int], row: Sequence[Op]) -> dict[int, int]:
     """The anchors that come layer by layer, without those where a layer uses a parameter of another one.
 
         l0: W0 | l1: W1, w3 | l2: W2 | l3: W3, w3   ->   l0: W0 | l1: W1 | l2: W2 | l3: W3, w3
@@ -257,7 +257,7 @@ def reordered(loop: SegmentLoop, orders: Sequence[Sequence[int]]) -> SegmentLoop
     place = [{old: new for new, old in enumerate(order)} for order in orders]
     last = len(rows) - 1
 
-    def move(row: int) -> tuple[BodyOp, ...]:
+    def move(row: int) -> tuple[Op, ...]:
         def operand(leaf: Any) -> Any:
             if isinstance(leaf, Row):
                 return Row(leaf.back, place[max(0, row - leaf.back) if row < last else last][leaf.number])
@@ -277,9 +277,7 @@ def reordered(loop: SegmentLoop, orders: Sequence[Sequence[int]]) -> SegmentLoop
     return replace(loop, rows=tuple(moved[:-1]), steady=moved[-1], after=after, outputs=outputs)
 
 
-def _readers(
-    rows: Sequence[Sequence[BodyOp]], laid: Sequence[tuple[list[int], Layout]], at: int
-) -> list[tuple[int, int]]:
+def _readers(rows: Sequence[Sequence[Op]], laid: Sequence[tuple[list[int], Layout]], at: int) -> list[tuple[int, int]]:
     """What the layers of later rows read of a row: (maker, layer)."""
     found: list[tuple[int, int]] = []
     for later in range(at + 1, len(rows)):
@@ -292,9 +290,7 @@ def _readers(
     return found
 
 
-def _refile(
-    loop: SegmentLoop, row: Sequence[BodyOp], layout: Layout, family: Family | None
-) -> tuple[list[int], Layout]:
+def _refile(loop: SegmentLoop, row: Sequence[Op], layout: Layout, family: Family | None) -> tuple[list[int], Layout]:
     """File what follows the last layer, but works on one earlier layer's values alone, in that layer.
 
     l0: k0 | l1: k1 | epi: m0 = cat(s-1.m0, k0), m1 = cat(s-1.m1, k1)   ->   l0: k0, m0 | l1: k1, m1 |

@@ -10,7 +10,7 @@ import torch
 
 from rmtc.errors import Location, RefusedError
 from rmtc.ir.program import Op, Val, show, target_name
-from rmtc.ir.segment_loop import BodyOp, Every, Fit, Numbered, Outer, Where
+from rmtc.ir.segment_loop import Every, Fit, Numbered, Outer, Where
 from rmtc.passes.fold.fit import Misfit, fit
 from rmtc.passes.fold.run import Run, describe
 
@@ -19,9 +19,9 @@ __all__ = ["fold_outside", "fold_results"]
 
 def fold_outside(
     short: Run, long: Run, first: list[Op], second: list[Op], lengths: list[int], part: str
-) -> tuple[BodyOp, ...]:
+) -> tuple[Op, ...]:
     """The part before or after the loop, from both runs."""
-    body: list[BodyOp] = []
+    body: list[Op] = []
     for a, b in zip(first, second, strict=False):
         if a.target is not b.target:
             break
@@ -33,7 +33,7 @@ def fold_outside(
                 location=a.location,
                 remedy="collect one value a segment in a list and combine them with one operation (torch.cat, stack)",
             ) from None
-        body.append(BodyOp(a.target, args, a.location, a.module, a.name, a.variable, a.form))
+        body.append(Op(a.target, args, a.origin, a.form))
     if len(body) != len(first) or len(body) != len(second):
         longer = first if len(first) > len(second) else second
         extra = longer[min(len(body), len(longer) - 1)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rmtc.errors import CaptureError
@@ -165,7 +165,7 @@ def _results_only(
     if len(members) < 3:
         return []
     last = members[-1]
-    placed = [[(tokens[i], program.ops[i].location, program.ops[i].module) for i in row] for row in members[-2:]]
+    placed = [[(tokens[i], program.ops[i].location, program.ops[i].origin.module) for i in row] for row in members[-2:]]
     alike = {last[k] for k in common_subsequence(placed[1], placed[0])}
     kept: set[int] = set()
     for i in reversed(last):
@@ -321,7 +321,7 @@ def reorder(program: Program, order: list[int]) -> Program:
 
     for old in order:
         op = program.ops[old]
-        ops.append(op.with_args(map_leaves(op.args, move)))
+        ops.append(replace(op, args=map_leaves(op.args, move)))
     outputs = {name: place[value.number] if type(value) is Val else value for name, value in program.outputs.items()}
     return Program(ops, program.sources, outputs)
 

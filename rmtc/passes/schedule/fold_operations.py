@@ -10,7 +10,8 @@ import sympy
 from rmtc.ir.cells import Dependence
 from rmtc.ir.folded import Edge, FoldedGraph, Vertex
 from rmtc.ir.formula import Extent, L, layer_symbol
-from rmtc.ir.segment_loop import Layout, Row, SegmentLoop, leaves
+from rmtc.ir.program import leaves
+from rmtc.ir.segment_loop import Layout, Row, SegmentLoop
 from rmtc.passes.fold.dependences import maker_name, tensor_name
 from rmtc.passes.fold.streams import Family
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from rmtc.ir.folded import FoldedGraph
-from rmtc.ir.program import leaves
-from rmtc.ir.segment_loop import BodyOp, Layout, Row, SegmentLoop
+from rmtc.ir.program import Op, leaves
+from rmtc.ir.segment_loop import Layout, Row, SegmentLoop
 from rmtc.passes.fold.cuts import common_subsequence
 from rmtc.passes.fold.dependences import find_dependences
 from rmtc.passes.fold.layers import classified, reordered
@@ -188,5 +188,5 @@ def _row_parts(loop: SegmentLoop, row: int, steady: dict[int, int]) -> dict[int,
     return part
 
 
-def _tokens(ops: Sequence[BodyOp]) -> list[Any]:
+def _tokens(ops: Sequence[Op]) -> list[Any]:
     return [(op.target, op.location) for op in ops]
