@@ -22,6 +22,7 @@ from rmtc.capture.untold import UntoldError
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.lock import LOCK
 from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, retime_loop, rewrite
+from rmtc.passes.registry import PASSES, watched
 from rmtc.quiet import uncollected
 from rmtc.restoring import outermost
 from rmtc.stages import stage, timed
@@ -38,7 +39,19 @@ _BATCHES = (2, 5)  # in no ratio to the numbers of segments that an integer coul
 
 _WHOLE_TRACE = 20_000  # operations of a call that is traced whole when a replay cannot tell
 
-Watch = Callable[[str, str], None]
+_ORDER = (
+    *("capture", "remove-regions", "remake-constants", "canonicalize"),
+    *("find-segments", "fold-segments", "fold-layers", "generalize-rows", "find-dependences"),
+    *("prove", "check", "fold-operations", "retime"),
+    *("group", "if-convert", "batch-stages"),
+    *("merge-equal", "fuse-norms", "fuse-rotary", "fuse-rolls", "fuse-accumulate", "join-products"),
+)
+"""The passes in the order in which they run."""
+
+
+def passes() -> dict[str, str]:
+    """The summary of each registered pass by its name, in the order in which they run."""
+    return {name: PASSES[name][0] for name in sorted(PASSES, key=_ORDER.index)}
 
 
 @dataclass
@@ -263,7 +276,6 @@ def analyze(
     *,
     layers: str | None = None,
     segment_length: int | None = None,
-    watch: Watch | None = None,
     on_open: Callable[[Analysis], None] | None = None,
 ) -> Analysis:
     """Capture a call, fold it into a loop, prove a schedule and check both.
@@ -271,7 +283,6 @@ def analyze(
     Args:
         function, args, kwargs: the call.
         layers, segment_length: hints, see :func:`rmtc.explain`.
-        watch: called after each pass with its name and the IR's text.
         on_open: called as soon as it is known what grows.
 
     Raises:
@@ -279,11 +290,11 @@ def analyze(
         RefusedError: if its segments do not repeat, or its code does what no graph can hold.
     """
     with stage("probe"):
-        analysis = Analysis(open_capture(function, args, kwargs, segment_length, watch))
+        analysis = Analysis(open_capture(function, args, kwargs, segment_length))
     if on_open is not None:
         on_open(analysis)
     try:
-        prove_analysis(analysis, layers, watch)
+        prove_analysis(analysis, layers)
     except (CaptureError, RefusedError) as error:
         if segment_length is None:
             raise
@@ -297,7 +308,7 @@ def analyze(
 
 
 @uncollected()
-def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch | None = None) -> None:
+def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
     """Fold an open call into a loop, prove a schedule and check both.
 
     Raises:
@@ -339,7 +350,7 @@ def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch |
             analysis.runs.clear()
         sizes = [Sizes(segments + i, batch[i], tail[i]) for i in range(3)]
         try:
-            analysis.proven = _attempt(analysis, sizes, layers, watch)
+            analysis.proven = _attempt(analysis, sizes, layers)
         except (RefusedError, VerifyError, CaptureError) as error:
             logger.debug("with %s: %s", sizes, error.reason)
             as_written = reading == _WHOLE and segments == _SHORT  # histories as the user's code has them
@@ -365,7 +376,7 @@ def prove_analysis(analysis: Analysis, layers: str | None = None, watch: Watch |
     raise first or CaptureError("no probe ran")
 
 
-def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, watch: Watch | None) -> Proven:
+def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Proven:
     plan, seconds = analysis.capture.plan, analysis.seconds
     runs = [analysis.run(each) for each in sizes[:2]]
     with timed(seconds, "reroll"):
@@ -375,7 +386,6 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, watch: 
             analysis.capture.lists,
             plan.segment_length,
             layers,
-            watch,
         )
     fixed = {}
     if len({each.batch for each in sizes}) == 1:
@@ -383,7 +393,7 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, watch: 
     if len({each.tail for each in sizes}) == 1:
         fixed["tail"] = sizes[0].tail
     with timed(seconds, "prove"):
-        proven = prove_loop(replace(loop, fixed=fixed), family, plan.sizes.segments, watch)
+        proven = prove_loop(replace(loop, fixed=fixed), family, plan.sizes.segments)
     third = analysis.run(sizes[2])
     _refuse_drift([*runs, third], plan.segment_length)
     with timed(seconds, "check"):
@@ -391,11 +401,10 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, watch: 
         proven.checked_at = third.sizes
     analysis.traced.add(third.sizes)
     analysis.probes = [runs[0], third]
-    if watch is not None:
-        watch("check", f"{proven.checked}\n")
-        retime_loop(proven, watch)
+    if watched():
+        retime_loop(proven)
         if proven.schedule is not None:
-            rewrite(proven, watch)
+            rewrite(proven)
     return proven
 
 

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 import rmtc.show  # noqa: F401 - how an explanation prints
-from rmtc.analysis import Analysis, analyze
+from rmtc.analysis import Analysis, analyze, passes
 from rmtc.capture.own_modes import own_modes
 from rmtc.codegen.triton.targets import TARGETS, Target
 from rmtc.errors import CaptureError, RefusedError, RmtcError, raised_by_signal
 from rmtc.ir.cells import Dependence
 from rmtc.ir.explanation import Explanation
 from rmtc.kernels import kernels_on
-from rmtc.passes.pipeline import passes, retime_loop
+from rmtc.passes.pipeline import retime_loop
+from rmtc.passes.registry import watching
 from rmtc.passes.schedule.operations_view import operations_view
 from rmtc.passes.schedule.prove import remedy
 from rmtc.passes.schedule.strip_mine import strips
@@ -111,9 +112,8 @@ def dump(
         ValueError: if there is no such pass.
         RefusedError, CaptureError: if the call does not get past the pass.
     """
-    names = [each.name for each in passes()]
-    if after not in names:
-        raise ValueError(f"there is no pass {after!r}; the passes are {', '.join(names)}")
+    if after not in passes():
+        raise ValueError(f"there is no pass {after!r}; the passes are {', '.join(passes())}")
     texts: list[str] = []
 
     def watch(name: str, text: str) -> None:
@@ -121,8 +121,8 @@ def dump(
             texts.append(text)
 
     try:
-        with own_modes(function):
-            analysis = analyze(function, args, kwargs, layers=layers, segment_length=segment_length, watch=watch)
+        with own_modes(function), watching(watch):
+            analysis = analyze(function, args, kwargs, layers=layers, segment_length=segment_length)
         if not texts and analysis.proven is not None:  # no schedule to rewrite anything by
             proof = analysis.proven.proof
             if analysis.proven.schedule is None:

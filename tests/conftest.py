@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ import rmtc
 from rmtc.runtime import estimate, variant
 from rmtc.runtime.compiled import Compiled
 from rmtc.runtime.executor import Executor, Run
+
+os.environ["RMTC_DEBUG"] = "1"  # each pass leaves a verified form behind
 
 # A test that plants something in a file of rmtc's is to find all files loaded: they take what they name for good.
 assert all(hasattr(rmtc, name) for name in rmtc.__all__)

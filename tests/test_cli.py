@@ -65,11 +65,6 @@ number = 3
 """
 
 
-class Info(NamedTuple):
-    name: str
-    summary: str
-
-
 @dataclass
 class Api:
     """Stands for `rmtc.api`: answers what it is given, or raises it, and keeps what it was called with."""
@@ -119,9 +114,9 @@ def api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Api]:
     module = types.ModuleType("rmtc.api")
     module.__dict__.update(explain=stand_in.explain, dump=stand_in.dump)
     monkeypatch.setitem(sys.modules, "rmtc.api", module)
-    pipeline = types.ModuleType("rmtc.passes.pipeline")
-    pipeline.__dict__["passes"] = lambda: [Info("capture", "trace a few segments"), Info("fold", "find the cells")]
-    monkeypatch.setitem(sys.modules, "rmtc.passes.pipeline", pipeline)
+    analysis = types.ModuleType("rmtc.analysis")
+    analysis.__dict__["passes"] = lambda: {"capture": "trace a few segments", "fold": "find the cells"}
+    monkeypatch.setitem(sys.modules, "rmtc.analysis", analysis)
     (tmp_path / "user_models.py").write_text(FACTORY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))

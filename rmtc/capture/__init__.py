@@ -18,10 +18,12 @@ from rmtc.capture.session import Session
 from rmtc.capture.state import imported
 from rmtc.capture.tracer import RawTrace, trace
 from rmtc.errors import RefusedError
-from rmtc.ir.program import Program, from_graph
+from rmtc.ir.program import Program
 from rmtc.passes.graph.canonicalize import Canonicalize
 from rmtc.passes.graph.remake_constants import RemakeConstants, constants
 from rmtc.passes.graph.remove_regions import Autocast, RemoveRegions
+from rmtc.passes.graph.to_program import from_graph
+from rmtc.passes.registry import ran
 from rmtc.quiet import uncollected
 from rmtc.restoring import outermost
 
@@ -75,7 +77,6 @@ class Capture:
     Attributes:
         session: the call.
         plan: what grows, and how long a segment is.
-        watch: called after each graph pass with its name and the graph.
         seconds: time spent, by stage.
         reorder_random: whether operations may draw random numbers, in any order.
         reading: how slices are read.
@@ -85,7 +86,6 @@ class Capture:
 
     session: Session
     plan: Plan
-    watch: Callable[[str, str], None] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     reorder_random: bool = False
     reading: Reading = _PLAIN
@@ -123,21 +123,21 @@ class Capture:
 
     def _passes(self, raw: RawTrace, sizes: Sizes) -> Program:
         graph: fx.Graph = raw.module.graph
-        self._show("capture", sizes, graph)
+        self._ran("capture", sizes, graph)
         gradients = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
         RemoveRegions(Autocast.ambient(), gradients, self.reorder_random).apply(graph)
-        self._show(RemoveRegions.name, sizes, graph)
+        self._ran("remove-regions", sizes, graph)
         self.has_constants |= bool(constants(graph))
         if self.reading.constants:
             RemakeConstants().apply(graph)
-            self._show(RemakeConstants.name, sizes, graph)
+            self._ran("remake-constants", sizes, graph)
         canonicalize = Canonicalize(
             self.plan.segment_length if self.reading.windows else None,
             self._fixed(raw) if self.reading.tables else frozenset(),
             self.reading.histories,
         )
         self.by_parts |= canonicalize.apply(graph)
-        self._show(Canonicalize.name, sizes, graph)
+        self._ran("canonicalize", sizes, graph)
         names = {node.name: node.meta["name"] for node in graph.nodes if "name" in node.meta}
         return from_graph(raw.module, raw.outputs, names)
 
@@ -147,9 +147,8 @@ class Capture:
         sources = (node.meta["names"] for node in raw.module.graph.nodes if node.op == "placeholder")
         return frozenset(names[0] for names in sources if not written & set(names)) - self.growing
 
-    def _show(self, name: str, sizes: Sizes, graph: fx.Graph) -> None:
-        if self.watch is not None:
-            self.watch(name, f"# {sizes.segments} segments, batch {sizes.batch}, last {sizes.tail}\n{graph}\n")
+    def _ran(self, name: str, sizes: Sizes, graph: fx.Graph) -> None:
+        ran(name, graph, lambda _: f"# {sizes.segments} segments, batch {sizes.batch}, last {sizes.tail}\n{graph}\n")
 
 
 @outermost
@@ -160,7 +159,6 @@ def open_capture(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     segment_length: int | None = None,
-    watch: Callable[[str, str], None] | None = None,
     own_hooks: bool = True,
 ) -> Capture:
     """Find what grows in a call.
@@ -169,7 +167,6 @@ def open_capture(
         function: a module or function.
         args, kwargs: the call's arguments.
         segment_length: the user's hint.
-        watch: see :class:`Capture`.
         own_hooks: see :class:`rmtc.capture.session.Session`.
 
     Raises:
@@ -186,7 +183,7 @@ def open_capture(
         plan = probe(session, segment_length)
     _refuse_known(session, plan)
     session.refuse_unseen(*plan.arguments(session, plan.sizes))
-    return Capture(session, plan, watch, {"probe": time.perf_counter() - start})
+    return Capture(session, plan, {"probe": time.perf_counter() - start})
 
 
 def _refuse_known(session: Session, plan: Plan) -> None:

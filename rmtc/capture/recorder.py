@@ -16,7 +16,8 @@ from rmtc.capture.frames import current_location
 from rmtc.capture.objects import leaves_of
 from rmtc.capture.state import is_plain
 from rmtc.errors import CaptureError, Location
-from rmtc.ir.program import SPLITS, VIEWS, constant_name
+from rmtc.ir.program import SPLITS, VIEWS
+from rmtc.passes.graph.to_program import constant_name
 
 __all__ = ["Recorder"]
 

@@ -46,6 +46,7 @@ from rmtc.capture.state import is_plain
 from rmtc.capture.untold import refuse_flags
 from rmtc.errors import CaptureError, RefusedError, raised_by_signal
 from rmtc.passes.graph.remove_regions import writes
+from rmtc.passes.registry import enter
 
 __all__ = ["RawTrace", "trace"]
 
@@ -330,6 +331,7 @@ class _Maker(_MakefxTracer):
             self._restore_modes(*before)
 
 
+@enter("capture", "the segment loop unrolled over a few segments, as a functional pre-dispatch FX graph")
 def trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RawTrace:
     """Trace one run.
 

@@ -469,12 +469,11 @@ def dump(
     with reporting(debug):
         check_output(output)
         with progress(f"rmtc: {model} up to {after}"):
+            from rmtc.analysis import passes as all_passes
             from rmtc.api import dump as dump_call
-            from rmtc.passes.pipeline import passes as all_passes
 
-            names = [item.name for item in all_passes()]
-            if after not in names:
-                raise UsageError(f"there is no pass {after!r}", remedy=f"the passes are {', '.join(names)}")
+            if after not in all_passes():
+                raise UsageError(f"there is no pass {after!r}", remedy=f"the passes are {', '.join(all_passes())}")
             target = _loaded(model, settings)
             text = dump_call(
                 target.call,
@@ -497,16 +496,16 @@ def passes(json: Json = False, output: Output = None, debug: Debug = False) -> N
     """List the passes in the order in which they run."""
     with reporting(debug):
         check_output(output)
-        from rmtc.passes.pipeline import passes as all_passes
+        from rmtc.analysis import passes as all_passes
 
         found = all_passes()
         if json:
             from rmtc.show import to_json
 
-            text = to_json([{"name": item.name, "summary": item.summary} for item in found])
+            text = to_json([{"name": name, "summary": summary} for name, summary in found.items()])
         else:
-            width = max((len(item.name) for item in found), default=0)
-            text = "\n".join(f"{item.name:<{width}}  {item.summary}" for item in found)
+            width = max(map(len, found), default=0)
+            text = "\n".join(f"{name:<{width}}  {summary}" for name, summary in found.items())
         emit(text, output)
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
+import ast
 import operator
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
-from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
-from rmtc.errors import CaptureError, Location
+from rmtc.errors import Location, VerifyError
 
 __all__ = [
     "SPLITS",
     "VIEWS",
     "Form",
+    "NegativeZero",
     "Op",
     "Origin",
     "Program",
@@ -26,7 +25,6 @@ __all__ = [
     "Src",
     "Val",
     "call_arguments",
-    "constant_name",
     "leaves",
     "map_leaves",
     "parts",
@@ -172,6 +170,52 @@ class Program:
     sources: dict[str, Source]
     outputs: dict[str, Any]
 
+    @classmethod
+    def parse(cls, text: str) -> Program:
+        """Read what :meth:`__str__` wrote; the values of constants, and what modules ran operations, are not in it.
+
+            parameter w: float32[8, 8]
+            input x: float32[2, 4, 8]
+            %0: float32[2, 4, 8] = linear(x, w)  # model.py:12 in forward
+            return output = %0
+
+        Raises:
+            ValueError: with the line that is none of a program.
+        """
+        program = cls([], {}, {})
+        for line in filter(None, map(str.strip, text.splitlines())):
+            if (source := _SOURCE.fullmatch(line)) is not None:
+                shape, dtype = _read_form(source["form"])
+                program.sources[source["name"]] = Source(source["kind"], (source["name"],), shape, dtype)
+            elif (result := _RESULT.fullmatch(line)) is not None:
+                (program.outputs[result["name"]],) = _Reader(result["value"], program.sources).items("")
+            elif (op := _OPERATION.fullmatch(line)) is not None and int(op["number"]) == len(program.ops):
+                args = _Reader(op["args"], program.sources).items("")
+                form = _read_form(op["form"]) if op["form"] else None
+                where = op["file"] and Location(op["file"], int(op["line"]), op["function"])
+                program.ops.append(Op(_read_target(op["target"]), args, Origin(where or None), form))
+            else:
+                raise ValueError(f"{line!r} is no line of a program")
+        return program
+
+    def verify(self) -> None:
+        """Check that each operand is a source, or the result of an earlier operation.
+
+        Raises:
+            VerifyError: if one is not: an error of the pass that made the program.
+        """
+        for index, op in enumerate(self.ops):
+            self._verify_operands(f"%{index}", op.args, index)
+        for name, value in self.outputs.items():
+            self._verify_operands(name, (value,), len(self.ops))
+
+    def _verify_operands(self, reader: str, args: tuple[Any, ...], made: int) -> None:
+        for leaf in leaves(args):
+            if (isinstance(leaf, Val) and not 0 <= leaf.number < made) or (
+                isinstance(leaf, Src) and leaf.name not in self.sources
+            ):
+                raise VerifyError(f"{reader} reads {leaf}, which is not there yet")
+
     def __str__(self) -> str:
         lines = [
             f"{source.kind} {name}: {_dtype(source.dtype)}{list(source.shape)}" for name, source in self.sources.items()
@@ -238,23 +282,11 @@ def call_arguments(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, An
     return args[:count], dict(args[count:])
 
 
-def constant_name(constant: torch.Tensor) -> str:
-    """A name that tells a constant tensor by its content: every run numbers its constants anew."""
-    if isinstance(constant, FakeTensor):
-        raise CaptureError(
-            "a tensor made from Python numbers has no value under stand-in tensors",
-            remedy="register it as a buffer of the module",
-        )
-    content = bytes(constant.detach().cpu().contiguous().clone().untyped_storage())
-    digest = hashlib.sha256(content).hexdigest()[:12]
-    return f"constant_{str(constant.dtype).removeprefix('torch.')}{list(constant.shape)}_{digest}"
-
-
-class _NegativeZero(float):
+class NegativeZero(float):
     """-0.0, which Python takes for 0.0: 1 / -0.0 is another number."""
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is _NegativeZero
+        return type(other) is NegativeZero
 
     def __ne__(self, other: object) -> bool:  # else that of float, for which they are equal
         return not self == other
@@ -262,59 +294,81 @@ class _NegativeZero(float):
     __hash__ = float.__hash__
 
 
-def from_graph(module: fx.GraphModule, outputs: tuple[str, ...], names: dict[str, str]) -> Program:
-    """A canonical FX graph as a flat program.
+_FORM = r"[a-z0-9_]+\[[0-9, ]*\]"
+_SOURCE = re.compile(rf"(?P<kind>parameter|buffer|state|input|constant) (?P<name>.+): (?P<form>{_FORM})")
+_RESULT = re.compile(r"return (?P<name>.+?) = (?P<value>.+)")
+_OPERATION = re.compile(
+    rf"%(?P<number>[0-9]+)(?:: (?P<form>{_FORM}))? = (?P<target>[\w.:]+)\((?P<args>.*)\)"
+    r"(?:  # (?:None|(?P<file>.+):(?P<line>[0-9]+) in (?P<function>.+)))?"
+)
+_ATOM = re.compile(r"%(?P<value>[0-9]+)|(?P<keyword>[a-z_]\w*)=|(?P<word>(?:torch\.)?[a-z_]\w*(?::[0-9]+)?)")
+_LITERAL = re.compile(
+    r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None|True|False|\([^()]+\)"""
+    r"|-?(?:[0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?|inf|nan)j?"
+)
 
-    Args:
-        module: the graph; placeholders carry ``meta["source"]``.
-        outputs: the names of the graph's outputs.
-        names: user-level names of values by node name.
-    """
-    values: dict[fx.Node, Any] = {}
-    sources: dict[str, Source] = {}
-    ops: list[Op] = []
-    results: dict[str, Any] = {}
 
-    def convert(arg: Any) -> Any:
-        if isinstance(arg, fx.Node):
-            return values[arg]
-        if isinstance(arg, (list, tuple)):
-            return tuple(convert(item) for item in arg)
-        if isinstance(arg, slice):
-            raise CaptureError("a Python slice reached the graph")
-        return _NegativeZero(arg) if type(arg) is float and not arg and math.copysign(1, arg) < 0 else arg
+class _Reader:
+    """Reads printed arguments from left to right."""
 
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            kind, name = node.meta["source"]
-            val = node.meta["val"]
-            values[node] = Src(name)
-            sources[name] = Source(kind, node.meta.get("names", (name,)), tuple(val.shape), val.dtype)
-        elif node.op == "get_attr":
-            constant = getattr(module, node.target)
-            name = constant_name(constant)
-            values[node] = Src(name)
-            sources[name] = Source("constant", (name,), tuple(constant.shape), constant.dtype, constant)
-        elif node.op == "call_function":
-            val = node.meta.get("val")
-            args = tuple(convert(arg) for arg in node.args)
-            if node.kwargs:
-                args += tuple((key, convert(node.kwargs[key])) for key in sorted(node.kwargs))
-            values[node] = Val(len(ops))
-            ops.append(
-                Op(
-                    node.target,
-                    args,
-                    Origin(
-                        node.meta.get("location"),
-                        node.meta.get("module", ""),
-                        names.get(node.name, ""),
-                        node.meta.get("variable", ""),
-                    ),
-                    (tuple(val.shape), val.dtype) if isinstance(val, torch.Tensor) else None,
-                )
-            )
-        elif node.op == "output":
-            for name, value in zip(outputs, node.args[0], strict=True):
-                results[name] = convert(value)
-    return Program(ops, sources, results)
+    def __init__(self, text: str, sources: Mapping[str, Source]) -> None:
+        self.text, self.at = text, 0
+        self.names = sorted(sources, key=len, reverse=True)
+
+    def items(self, end: str) -> tuple[Any, ...]:
+        """The arguments up to the end of the text, or of a list."""
+        found: list[Any] = []
+        while self.at < len(self.text) and not (end and self.text.startswith(end, self.at)):
+            found.append(self.item())
+            if self.text.startswith(", ", self.at):
+                self.at += 2
+        self.at += len(end)
+        return tuple(found)
+
+    def item(self) -> Any:
+        name = next((name for name in self.names if self.text.startswith(name, self.at)), None)
+        if name is not None and not self.text[self.at + len(name) :].startswith("="):
+            self.at += len(name)
+            return Src(name)
+        if self.text.startswith("[", self.at):
+            self.at += 1
+            return self.items("]")
+        literal = _LITERAL.match(self.text, self.at)
+        if literal is not None:
+            self.at = literal.end()
+            return _read_literal(literal[0])
+        atom = _ATOM.match(self.text, self.at)
+        if atom is None:
+            raise ValueError(f"{self.text[self.at :]!r} is no argument")
+        self.at = atom.end()
+        if atom["value"]:
+            return Val(int(atom["value"]))
+        if atom["keyword"]:
+            return atom["keyword"], self.item()
+        found = getattr(torch, atom["word"].removeprefix("torch."), None)
+        return found if isinstance(found, _NAMED) else torch.device(atom["word"])
+
+
+_NAMED = (torch.dtype, torch.layout, torch.memory_format)
+
+
+def _read_literal(text: str) -> Any:
+    if text.strip("-") in ("inf", "nan"):
+        return float(text)
+    value = ast.literal_eval(text)
+    return NegativeZero(value) if type(value) is float and text.startswith("-") and not value else value
+
+
+def _read_form(text: str) -> Form:
+    dtype, _, sizes = text.partition("[")
+    return tuple(map(int, filter(None, sizes.removesuffix("]").split(", ")))), getattr(torch, dtype)
+
+
+def _read_target(text: str) -> Callable[..., Any]:
+    """The operator that a name of :func:`target_name` is of."""
+    if text == "getitem":
+        return operator.getitem
+    space, _, name = text.rpartition("::")
+    name, _, overload = name.partition(".")
+    found = getattr(getattr(getattr(torch.ops, space or "aten"), name), overload or "default")
+    return cast("Callable[..., Any]", found)

@@ -340,6 +340,50 @@ class SegmentLoop:
         inside = [(number, key) for number, key in enumerate(keys) if 0 <= key.segment < segments]
         return [(each, frozenset(number for number, key in inside if each.makes(*key))) for each in self.dependences]
 
+    def verify(self) -> None:
+        """Check that each operand is made before it is read, and that the layouts divide each row.
+
+        Raises:
+            VerifyError: otherwise: an error of the pass that made the loop.
+        """
+        kinds = (*self.rows, self.steady)
+
+        def check(reader: str, leaf: Any, row: int, made: int) -> None:
+            """Check an operand of the operation after ``made`` others of a row; -1 is before the loop, -2 after it."""
+            match leaf:
+                case Row(0, number):
+                    good = row >= 0 and 0 <= number < made
+                case Row(back, number):
+                    # the steady row's segments before it are the last explicit ones, or steady
+                    before = range(row - back, row - back + 1) if row < len(self.rows) else range(row - back, row + 1)
+                    good = row >= 0 and back > 0 and all(at >= 0 and number < len(kinds[at]) for at in before)
+                case Outer("before", number):
+                    good = 0 <= number < (made if row == -1 else len(self.before))
+                case Outer(_, number):
+                    good = row == -2 and 0 <= number < made
+                case Where(_, numbers) | Every(numbers):
+                    good = row == -2 and len(numbers) <= len(kinds)
+                    good = good and all(number < len(kind) for number, kind in zip(numbers, kinds, strict=False))
+                case Src(name):
+                    good = name in self.sources
+                case _:
+                    return
+            if not good:
+                raise VerifyError(f"{reader} reads {leaf}, which is not there yet")
+
+        parts = [(-1, "before", self.before), *((at, f"segment {at}", kind) for at, kind in enumerate(kinds))]
+        for row, part, body in [*parts, (-2, "after", self.after)]:
+            for number, op in enumerate(body):
+                for leaf in leaves(op.args):
+                    check(f"{part} %{number}", leaf, row, number)
+        for name, operand in self.outputs.items():
+            check(str(name), operand, -2, len(self.after))
+        for layout, kind in zip(self.layouts, kinds, strict=bool(self.layouts)):
+            ranges = [layout.prologue, *layout.layers, layout.epilogue]
+            ends = [0, *(end for _, end in ranges)]
+            if [begin for begin, _ in ranges] != ends[:-1] or ends[-1] != len(kind):
+                raise VerifyError(f"{ranges} do not divide {len(kind)} operations")
+
     def __str__(self) -> str:
         lines: list[str] = []
 

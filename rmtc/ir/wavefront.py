@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from rmtc.errors import VerifyError
 from rmtc.ir.program import Op, Src, leaves, map_leaves
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Fit, Item, Outer, Row, SegmentLoop
@@ -188,6 +189,33 @@ class WavefrontProgram:
         if 0 <= layer < loop.layers:
             return self.bodies.get(loop.classes[row][layer])
         return self.bodies.get(_stage_name(loop, "prologue" if layer < 0 else "epilogue", row))
+
+    def verify(self) -> None:
+        """Check that each operand of a body is there, and that each member of its class has one.
+
+        Raises:
+            VerifyError: otherwise: an error of the pass that made the body.
+        """
+        for body in (*self.bodies.values(), *self.merged.values()):
+            sizes: dict[type, int] = {Input: len(body.inputs), Weight: len(body.weights), Number: len(body.numbers)}
+            sizes[Shared] = len(self.shared)
+            made: set[int] = set()
+            for number, op in body.ops.items():
+                for leaf in leaves(op.args):
+                    if isinstance(leaf, Local):
+                        there = leaf.number in made
+                    else:
+                        there = type(leaf) not in sizes or leaf.number < sizes[type(leaf)]
+                    if not there:
+                        raise VerifyError(f"{body.name} %{number} reads {leaf}, which is not there yet")
+                made.add(number)
+            if not made.issuperset(body.results):
+                raise VerifyError(f"{body.name} gives {body.results}, and makes {sorted(made)}")
+            members = set(body.members)
+            # of merged bodies an input may be read by the cells of one class alone
+            given = [] if body.name not in self.bodies else [set(each) for each in body.inputs]
+            if any(each != members for each in (*given, *map(set, body.numbers), set(body.positions))):
+                raise VerifyError(f"{body.name} has not for each of its cells what differs between them")
 
     def reads(self) -> frozenset[str]:
         """The names of the tensors that a run reads or writes to and that exist before it."""

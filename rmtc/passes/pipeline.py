@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.ir.folded import FoldedGraph
@@ -15,7 +14,7 @@ from rmtc.ir.formula import L
 from rmtc.ir.program import Program
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Key, SegmentLoop
-from rmtc.ir.wavefront import Body, WavefrontProgram
+from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.bodies.batch_stages import batch_stages
 from rmtc.passes.bodies.fuse_accumulate import fuse_accumulate
 from rmtc.passes.bodies.fuse_norms import fuse_norms
@@ -32,6 +31,7 @@ from rmtc.passes.fold.layers import fold_layers
 from rmtc.passes.fold.run import Run
 from rmtc.passes.fold.segments import find_segments
 from rmtc.passes.fold.streams import Family, Uses, find_anchors, find_family, uses
+from rmtc.passes.registry import register, watched
 from rmtc.passes.schedule.check import Checked, check
 from rmtc.passes.schedule.check_moments import check_moments
 from rmtc.passes.schedule.fold_operations import fold_operations
@@ -41,44 +41,9 @@ from rmtc.passes.schedule.prove import Proof, prove
 from rmtc.passes.schedule.retime import Retimed, retime
 from rmtc.passes.schedule.split import division, split_layers
 
-__all__ = ["LONG", "PassInfo", "Proven", "check_against", "passes", "prove_loop", "reroll", "retime_loop"]
+__all__ = ["LONG", "Proven", "check_against", "prove_loop", "reroll", "retime_loop"]
 
 logger = logging.getLogger(__name__)
-
-
-class PassInfo(NamedTuple):
-    """A pass, for people."""
-
-    name: str
-    summary: str
-
-
-def passes() -> list[PassInfo]:
-    """The passes in the order they run."""
-    return [
-        PassInfo("capture", "the segment loop unrolled over a few segments, as a functional pre-dispatch FX graph"),
-        PassInfo("remove-regions", "autocast becomes explicit casts, grad mode goes"),
-        PassInfo("remake-constants", "constants of a loop made where they are read, if none is found without that"),
-        PassInfo("canonicalize", "one spelling for parts of tensors; reads see through writes"),
-        PassInfo("find-segments", "each operation filed in a segment, before the loop or after it"),
-        PassInfo("fold-segments", "two lengths folded into one loop, for every number of segments"),
-        PassInfo("fold-layers", "each segment divided into prologue, layers, epilogue; cells into classes"),
-        PassInfo("generalize-rows", "sizes in the first segments as functions of batch and length"),
-        PassInfo("find-dependences", "what crosses from cell to cell, with distance vectors"),
-        PassInfo("prove", "a legal schedule with its certificate, or the cycle that forbids one"),
-        PassInfo("check", "schedule and loop held against a run of a third length"),
-        PassInfo("fold-operations", "the operations of all cells as one graph, a vertex for each operation of a class"),
-        PassInfo("retime", "what is legal operation by operation, checked"),
-        PassInfo("group", "the body of a cell as that of a group of cells: local, shared, by layer, from another cell"),
-        PassInfo("if-convert", "cells of the first segment in one group with the others"),
-        PassInfo("batch-stages", "which prologues and epilogues run for several segments at once"),
-        PassInfo("merge-equal", "what a body computes twice is computed once; views of views are one"),
-        PassInfo("fuse-norms", "root mean square norms that are spelled out as single operations"),
-        PassInfo("fuse-rotary", "rotary position embeddings that are spelled out as single operations"),
-        PassInfo("fuse-rolls", "pointwise operations after concatenations; products of a tensor with itself, rolled"),
-        PassInfo("fuse-accumulate", "products, quotients and matrix products added while they are made"),
-        PassInfo("join-products", "linear maps of one input as one product, of parameters that may be moved together"),
-    ]
 
 
 @dataclass
@@ -121,16 +86,12 @@ class Proven:
         return Schedule(L, 1, loop.layers, self.segments, loop.classes, dict(loop.stage_classes))
 
 
-Watch = Callable[[str, str], None]
-
-
 def reroll(
     runs: Sequence[tuple[Program, int, int, int]],
     growing: frozenset[str],
     lists: frozenset[str],
     segment_length: int,
     hint: str | None = None,
-    watch: Watch | None = None,
 ) -> tuple[SegmentLoop, Family | None]:
     """Two runs as a loop with cells, classes and dependences.
 
@@ -140,7 +101,6 @@ def reroll(
         lists: those of the inputs that are lists with one item a segment.
         segment_length: positions of a segment.
         hint: the user's name for the list of layers.
-        watch: called after each pass with its name and the IR's text.
 
     Raises:
         CaptureError: if no segments or layers can be told apart.
@@ -163,12 +123,12 @@ def reroll(
             remedy="is this a loop over segments? pass layers=... to name the list of layers",
         )
     try:
-        return _rerolled(runs, found, anchors, family, growing, lists, segment_length, watch)
+        return _rerolled(runs, found, anchors, family, growing, lists, segment_length)
     except (CaptureError, RefusedError):
         if family is None or family.listed or hint is not None:
             raise
         # Names that end in a number are perhaps those of one layer's parts.
-        return _rerolled(runs, found, anchors, None, growing, lists, segment_length, watch)
+        return _rerolled(runs, found, anchors, None, growing, lists, segment_length)
 
 
 def _rerolled(
@@ -179,29 +139,16 @@ def _rerolled(
     growing: frozenset[str],
     lists: frozenset[str],
     segment_length: int,
-    watch: Watch | None,
 ) -> tuple[SegmentLoop, Family | None]:
     """The loop, with layers of a family or without; the rest as in :func:`reroll`."""
     divided: list[Run] = []
     for (program, segments, batch, tail), use, anchor in zip(runs, found, anchors, strict=True):
         layers = {i: family.layer(use.names[i]) for i in anchor} if family is not None else {}
         inner = {i: layer for i, layer in layers.items() if layer is not None}
-        segmented = find_segments(program, use, anchor, inner, segments)
-        divided.append(Run(segmented, batch, tail, segment_length, lists))
-        if watch is not None:
-            text = f"# {segments} segments start at {segmented.starts}\n{segmented.program}\n"
-            watch("find-segments", text)
+        divided.append(Run(find_segments(program, use, anchor, inner, segments), batch, tail, segment_length, lists))
     loop = fold_segments(divided[0], divided[1], runs[0][0].sources, _steady_from(runs[0][1]), growing)
-    loop = replace(loop, growing=growing)
-    _show(watch, "fold-segments", loop)
-    loop = fold_layers(loop, family)
-    _show(watch, "fold-layers", loop)
-    loop = generalize_rows(loop)
-    _show(watch, "generalize-rows", loop)
-    loop = find_dependences(loop, family)
-    if watch is not None:
-        watch("find-dependences", "\n".join(str(each) for each in loop.dependences) + "\n")
-    return loop, family
+    loop = generalize_rows(fold_layers(replace(loop, growing=growing), family))
+    return find_dependences(loop, family), family
 
 
 def _steady_from(segments: int) -> int:
@@ -212,18 +159,16 @@ def _steady_from(segments: int) -> int:
     return min(segments - 1, max(2, 2 * (segments // 3)))
 
 
-def prove_loop(loop: SegmentLoop, family: Family | None, segments: int, watch: Watch | None = None) -> Proven:
+def prove_loop(loop: SegmentLoop, family: Family | None, segments: int) -> Proven:
     """Prove a schedule for a loop.
 
     Args:
         loop: a loop with dependences.
         family: the layers' parameters.
         segments: number of segments of the user's call.
-        watch: as in :func:`reroll`.
     """
     proof = prove(loop.dependences, loop.layers)
     schedule = proof.schedule(loop.layers, segments, loop.classes, loop.stage_classes)
-    _show(watch, "prove", f"{proof.certificate}\n" if schedule else f"refused: {proof.reason}\n")
     return Proven(loop, family, proof, schedule, segments)
 
 
@@ -293,12 +238,11 @@ def unstripped(proven: Proven) -> Proven:
     return replace(proven, schedule=whole)
 
 
-def rewrite(proven: Proven, watch: Watch | None = None, schedule: str = "shortest") -> WavefrontProgram:
+def rewrite(proven: Proven, schedule: str = "shortest") -> WavefrontProgram:
     """A proven loop as a program for groups of cells.
 
     Args:
         proven: a loop with a schedule.
-        watch: as in :func:`reroll`.
         schedule: the kind of the one to run, see :func:`run_schedule`.
 
     Raises:
@@ -306,44 +250,26 @@ def rewrite(proven: Proven, watch: Watch | None = None, schedule: str = "shortes
     """
     if proven.schedule is None:
         raise RefusedError(proven.proof.reason or "no schedule was found", cycle=proven.proof.cycle)
-    program = group(proven.loop, run_schedule(proven.schedule, schedule))
-    _show(watch, "group", program)
-    program = if_convert(program)
-    _show(watch, "if-convert", program)
-    program = batch_stages(program)
-    _show(watch, "batch-stages", f"at once for several segments: {', '.join(sorted(program.batched)) or 'none'}\n")
-    for name, each in _FUSIONS.items():
-        program = program.map(each)
-        _show(watch, name, program)
-    if watch is not None:  # a capture knows which parameters may be moved
-        parameters = {name for name, source in proven.loop.sources.items() if source.kind == "parameter"}
-        _show(watch, "join-products", join_products(program, parameters))
+    program = batch_stages(if_convert(group(proven.loop, run_schedule(proven.schedule, schedule))))
+    for each in (merge_equal, fuse_norms, fuse_rotary, fuse_rolls, fuse_accumulate):
+        program = each(program)
+    if watched():  # a capture knows which parameters may be moved
+        join_products(program, {name for name, source in proven.loop.sources.items() if source.kind == "parameter"})
     return program
 
 
-_FUSIONS: dict[str, Callable[[Body, SegmentLoop], Body]] = {
-    "merge-equal": merge_equal,
-    "fuse-norms": fuse_norms,
-    "fuse-rotary": fuse_rotary,
-    "fuse-rolls": fuse_rolls,
-    "fuse-accumulate": fuse_accumulate,
-}
-
-
-def retime_loop(proven: Proven, watch: Watch | None = None) -> tuple[FoldedGraph, Retimed]:
+@register("retime", "what is legal operation by operation, checked", lambda found: f"{found[1].text(found[0])}\n")
+def retime_loop(proven: Proven) -> tuple[FoldedGraph, Retimed]:
     """What is legal for a loop operation by operation, checked on the loop that was checked against a run.
 
     Args:
         proven: a loop that was checked.
-        watch: as in :func:`reroll`.
 
     Raises:
         VerifyError: if an operation would read what is not there yet.
     """
     graph = proven.folded()
-    _show(watch, "fold-operations", f"{graph}\n")
     retimed = retime(graph)
-    _show(watch, "retime", f"{retimed.text(graph)}\n")
     if retimed.times is not None and proven.checked_at is not None:
         segments, batch, tail = proven.checked_at
         program, keys = proven.loop.unroll(segments, batch, tail)
@@ -351,6 +277,7 @@ def retime_loop(proven: Proven, watch: Watch | None = None) -> tuple[FoldedGraph
     return graph, retimed
 
 
+@register("check", "schedule and loop held against a run of a third length", lambda checked: f"{checked}\n")
 def check_against(proven: Proven, program: Program, segments: int, batch: int, tail: int) -> Checked:
     """Hold a proven loop against a run that folding has not seen.
 
@@ -378,8 +305,3 @@ def check_against(proven: Proven, program: Program, segments: int, batch: int, t
                 remedy="keep a memory of fixed size",
             )
     return checked
-
-
-def _show(watch: Watch | None, name: str, result: object) -> None:
-    if watch is not None:
-        watch(name, str(result))

@@ -7,10 +7,16 @@ from dataclasses import replace
 
 from rmtc.ir.segment_loop import Row
 from rmtc.ir.wavefront import Body, WavefrontProgram
+from rmtc.passes.registry import register
 
 __all__ = ["batch_stages"]
 
 
+@register(
+    "batch-stages",
+    "which prologues and epilogues run for several segments at once",
+    lambda program: f"at once for several segments: {', '.join(sorted(program.batched)) or 'none'}\n",
+)
 def batch_stages(program: WavefrontProgram) -> WavefrontProgram:
     """Say which prologues and epilogues need not run one segment after another.
 

@@ -11,11 +11,27 @@ import torch
 
 from rmtc.ir.program import Form, Op, Src, call_arguments, leaves, map_leaves
 from rmtc.ir.segment_loop import Outer, Row, SegmentLoop
-from rmtc.ir.wavefront import Body, Input, Local, Shared, Weight
+from rmtc.ir.wavefront import Body, Input, Local, Shared, WavefrontProgram, Weight
+from rmtc.passes.registry import Pass, register
 
-__all__ = ["BodyGraph", "is_constant", "is_tensor", "key_of"]
+__all__ = ["BodyGraph", "is_constant", "is_tensor", "key_of", "on_bodies"]
 
 _FLOATS = (torch.float32, torch.float64)
+
+
+def on_bodies(
+    name: str, summary: str
+) -> Callable[[Callable[[Body, SegmentLoop], Body]], Pass[[WavefrontProgram], WavefrontProgram]]:
+    """Make the function below, which rewrites one body, a pass over all bodies of a program."""
+
+    def registered(rewrite: Callable[[Body, SegmentLoop], Body]) -> Pass[[WavefrontProgram], WavefrontProgram]:
+        def apply(program: WavefrontProgram) -> WavefrontProgram:
+            return program.map(rewrite)
+
+        apply.__module__, apply.__doc__ = rewrite.__module__, rewrite.__doc__
+        return register(name, summary)(apply)
+
+    return registered
 
 
 def key_of(args: tuple[Any, ...]) -> tuple[Any, ...]:

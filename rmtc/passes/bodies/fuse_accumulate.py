@@ -9,7 +9,7 @@ import torch
 from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.ir.wavefront import Body, Input, Local, Weight
 from rmtc.ops.fused import add_linear, add_matmul
-from rmtc.passes.bodies.body_graph import BodyGraph
+from rmtc.passes.bodies.body_graph import BodyGraph, on_bodies
 
 __all__ = ["fuse_accumulate"]
 
@@ -18,6 +18,7 @@ _SIGNS: dict[Any, int] = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
 _MADE: dict[Any, Any] = {aten.mul.Tensor: aten.addcmul.default, aten.div.Tensor: aten.addcdiv.default}
 
 
+@on_bodies("fuse-accumulate", "products, quotients and matrix products added while they are made")
 def fuse_accumulate(body: Body, loop: SegmentLoop) -> Body:
     """Fuse additions with what they add.
 

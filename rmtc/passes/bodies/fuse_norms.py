@@ -7,13 +7,14 @@ import torch
 from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.ir.wavefront import Body, Operand
 from rmtc.ops.fused import rms_normalize
-from rmtc.passes.bodies.body_graph import BodyGraph
+from rmtc.passes.bodies.body_graph import BodyGraph, on_bodies
 
 __all__ = ["fuse_norms"]
 
 aten = torch.ops.aten
 
 
+@on_bodies("fuse-norms", "root mean square norms that are spelled out as single operations")
 def fuse_norms(body: Body, loop: SegmentLoop) -> Body:
     """Put one operation in the place of a norm.
 

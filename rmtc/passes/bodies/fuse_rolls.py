@@ -11,13 +11,14 @@ from rmtc.ir.program import Form, leaves
 from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.ir.wavefront import Body, Local
 from rmtc.ops.fused import roll_products
-from rmtc.passes.bodies.body_graph import BodyGraph, is_constant, key_of
+from rmtc.passes.bodies.body_graph import BodyGraph, is_constant, key_of, on_bodies
 
 __all__ = ["fuse_rolls"]
 
 aten = torch.ops.aten
 
 
+@on_bodies("fuse-rolls", "pointwise operations after concatenations; products of a tensor with itself, rolled")
 def fuse_rolls(body: Body, loop: SegmentLoop) -> Body:
     """Join before a pointwise operation that all parts go through, and roll once.
 

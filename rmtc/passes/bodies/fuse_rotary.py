@@ -9,13 +9,14 @@ import torch
 from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.ir.wavefront import Body, Operand
 from rmtc.ops.fused import rotary
-from rmtc.passes.bodies.body_graph import BodyGraph, is_tensor
+from rmtc.passes.bodies.body_graph import BodyGraph, is_tensor, on_bodies
 
 __all__ = ["fuse_rotary"]
 
 aten = torch.ops.aten
 
 
+@on_bodies("fuse-rotary", "rotary position embeddings that are spelled out as single operations")
 def fuse_rotary(body: Body, loop: SegmentLoop) -> Body:
     """Put one operation in the place of a rotation of halves.
 

@@ -13,6 +13,7 @@ from rmtc.ir.program import Op, Src, leaves, map_leaves
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Every, Fit, Item, Outer, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, Shared, WavefrontProgram, Weight
+from rmtc.passes.registry import register
 
 __all__ = ["group", "run_schedule"]
 
@@ -44,6 +45,7 @@ def run_schedule(schedule: Schedule, kind: str = "shortest") -> Schedule:
     return replace(schedule, a=max(a, 1) if kind == "diagonal" or not b else a, b=b)
 
 
+@register("group", "the body of a cell as that of a group of cells: local, shared, by layer, from another cell")
 def group(loop: SegmentLoop, schedule: Schedule) -> WavefrontProgram:
     """Rewrite the cells of a loop as bodies for groups of cells.
 

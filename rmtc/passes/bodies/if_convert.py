@@ -11,12 +11,14 @@ from typing import Any
 from rmtc.ir.program import Op, map_leaves
 from rmtc.ir.segment_loop import Fit, Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, WavefrontProgram, Weight, choose
+from rmtc.passes.registry import register
 
 __all__ = ["if_convert"]
 
 _ALIKE = 0.5  # bodies are merged if they share at least this part of the larger one's operations
 
 
+@register("if-convert", "cells of the first segment in one group with the others")
 def if_convert(program: WavefrontProgram) -> WavefrontProgram:
     """Merge bodies of different classes that run in the same steps.
 

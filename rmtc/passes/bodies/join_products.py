@@ -11,12 +11,14 @@ import torch
 from rmtc.ir.program import Op, call_arguments, leaves, map_leaves
 from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.ir.wavefront import Body, Local, WavefrontProgram, Weight
+from rmtc.passes.registry import register
 
 __all__ = ["join_products"]
 
 aten = torch.ops.aten
 
 
+@register("join-products", "linear maps of one input as one product, of parameters that may be moved together")
 def join_products(program: WavefrontProgram, movable: Collection[str]) -> WavefrontProgram:
     """Join the weights of linear maps that read one value.
 

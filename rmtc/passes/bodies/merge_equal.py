@@ -8,7 +8,7 @@ import torch
 
 from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.ir.wavefront import Body, Local
-from rmtc.passes.bodies.body_graph import BodyGraph, key_of
+from rmtc.passes.bodies.body_graph import BodyGraph, key_of, on_bodies
 
 __all__ = ["merge_equal"]
 
@@ -17,6 +17,7 @@ _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _NOTHING = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 
 
+@on_bodies("merge-equal", "what a body computes twice is computed once; views of views are one")
 def merge_equal(body: Body, loop: SegmentLoop) -> Body:
     """Merge equal operations, and views of views.
 

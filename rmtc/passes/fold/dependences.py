@@ -14,6 +14,7 @@ from rmtc.ir.formula import Extent, L, layer_symbol
 from rmtc.ir.program import Op, Val, leaves
 from rmtc.ir.segment_loop import Key, Row, SegmentLoop
 from rmtc.passes.fold.streams import Family, template
+from rmtc.passes.registry import register
 
 __all__ = ["cell_graph", "find_dependences", "maker_name", "operation_graph", "tensor_name"]
 
@@ -40,6 +41,11 @@ class _Edge(NamedTuple):
     producer: int
 
 
+@register(
+    "find-dependences",
+    "what crosses from cell to cell, with distance vectors",
+    lambda loop: "".join(f"{each}\n" for each in loop.dependences),
+)
 def find_dependences(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
     """Add to a loop the dependences between its cells.
 

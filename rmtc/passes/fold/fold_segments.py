@@ -18,10 +18,12 @@ from rmtc.passes.fold.cuts import common_subsequence
 from rmtc.passes.fold.fit import Misfit, fit
 from rmtc.passes.fold.outside import fold_outside, fold_results
 from rmtc.passes.fold.run import Run, describe, structure
+from rmtc.passes.registry import register
 
 __all__ = ["fold_segments"]
 
 
+@register("fold-segments", "two lengths folded into one loop, for every number of segments")
 def fold_segments(
     short: Run, long: Run, sources: dict[str, Source], steady_from: int, growing: frozenset[str] = frozenset()
 ) -> SegmentLoop:
@@ -50,7 +52,7 @@ def fold_segments(
         carried = carry(short, long)
         if carried is not None:
             with contextlib.suppress(RefusedError):  # of what the user's code does not say
-                return fold_segments(*carried, sources, steady_from, growing)
+                return fold_segments.function(*carried, sources, steady_from, growing)
         raise
 
 

@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from rmtc.ir.segment_loop import Environment, Fit, SegmentLoop
+from rmtc.passes.registry import register
 
 __all__ = ["generalize_rows"]
 
 
+@register("generalize-rows", "sizes in the first segments as functions of batch and length")
 def generalize_rows(loop: SegmentLoop) -> SegmentLoop:
     """Give the explicit rows the functions that the steady row has in place of numbers.
 

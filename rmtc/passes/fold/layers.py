@@ -19,10 +19,12 @@ from rmtc.passes.fold.align import aligned
 from rmtc.passes.fold.classes import Namer
 from rmtc.passes.fold.cuts import common_subsequence, common_suffix, divide, prefix_within, rising_subsequence
 from rmtc.passes.fold.streams import Family, template
+from rmtc.passes.registry import register
 
 __all__ = ["classified", "fold_layers", "reordered"]
 
 
+@register("fold-layers", "each segment divided into prologue, layers, epilogue; cells into classes")
 def fold_layers(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
     """Divide the segments of a loop into cells and the cells into classes.
 

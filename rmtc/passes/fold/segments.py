@@ -8,10 +8,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rmtc.errors import CaptureError
+from rmtc.errors import CaptureError, VerifyError
 from rmtc.ir.program import VIEWS, Op, Program, Src, Val, leaves, map_leaves, parts
 from rmtc.passes.fold.cuts import common_subsequence, divide
 from rmtc.passes.fold.streams import Uses
+from rmtc.passes.registry import register
 
 __all__ = ["Segmented", "find_segments", "reorder"]
 
@@ -28,6 +29,19 @@ class Segmented:
     program: Program
     starts: list[int]
 
+    def verify(self) -> None:
+        """Check the program, and that each segment starts where the one before ends, or later.
+
+        Raises:
+            VerifyError: otherwise: an error of rmtc's.
+        """
+        self.program.verify()
+        if self.starts != sorted(self.starts) or self.starts[-1] > len(self.program.ops):
+            raise VerifyError(f"segments of {len(self.program.ops)} operations start at {self.starts}")
+
+    def __str__(self) -> str:
+        return f"# {len(self.starts) - 1} segments start at {self.starts}\n{self.program}\n"
+
     def segment(self, index: int) -> int:
         """The segment of an operation: -1 before the loop, S after it."""
         segments = len(self.starts) - 1
@@ -43,6 +57,7 @@ def _key(value: Op) -> tuple[object, ...]:
     return (value.target, *(len(arg) if type(arg) is tuple else 0 for arg in value.args))
 
 
+@register("find-segments", "each operation filed in a segment, before the loop or after it")
 def find_segments(
     program: Program, use: Uses, anchors: dict[int, int], inner: dict[int, int], segments: int
 ) -> Segmented:

@@ -15,6 +15,7 @@ from torch import fx
 from rmtc.errors import RefusedError
 from rmtc.ir.program import SPLITS, VIEWS
 from rmtc.passes.graph.remove_regions import draws
+from rmtc.passes.registry import enter
 
 __all__ = ["Canonicalize"]
 
@@ -35,6 +36,7 @@ _NEW = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, at
 _END = torch.iinfo(torch.int64).max
 
 
+@enter("canonicalize", "one spelling for parts of tensors; reads see through writes")
 @dataclass(frozen=True)
 class Canonicalize:
     """Drop what computes nothing, and name parts of tensors directly.
@@ -72,7 +74,6 @@ class Canonicalize:
     windows: int | None = None
     fixed: frozenset[str] = frozenset()
     histories: bool = True
-    name = "canonicalize"
 
     def apply(self, graph: fx.Graph) -> bool:
         """Change a graph; returns whether it has a history that is read part by part."""

@@ -11,18 +11,17 @@ uses. What is put together of earlier ones, as the mask of what a window holds, 
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import fx
+
+from rmtc.passes.registry import enter
 
 __all__ = ["RemakeConstants", "constants"]
 
 
+@enter("remake-constants", "constants of a loop made where they are read, if none is found without that")
 class RemakeConstants:
     """The pass."""
-
-    name: ClassVar[str] = "remake-constants"
 
     def apply(self, graph: fx.Graph) -> None:
         """Remake constants for their readers.

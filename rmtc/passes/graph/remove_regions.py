@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rmtc.errors import CaptureError, RefusedError, raised_by_signal
+from rmtc.passes.registry import enter
 from rmtc.quiet import quiet_fakes
 
 __all__ = ["Autocast", "RemoveRegions", "draws", "writes"]
@@ -45,6 +46,7 @@ class Autocast:
         )
 
 
+@enter("remove-regions", "autocast becomes explicit casts, grad mode goes")
 @dataclass(frozen=True)
 class RemoveRegions:
     """Make the graph independent of the modes it runs under.
@@ -68,7 +70,6 @@ class RemoveRegions:
     ambient: tuple[Autocast, ...] = ()
     gradients: bool = False
     reorder_random: bool = False
-    name = "remove-regions"
 
     def apply(self, graph: fx.Graph) -> None:
         for node in graph.nodes:

@@ -14,6 +14,7 @@ from rmtc.ir.program import leaves
 from rmtc.ir.segment_loop import Layout, Row, SegmentLoop
 from rmtc.passes.fold.dependences import maker_name, tensor_name
 from rmtc.passes.fold.streams import Family
+from rmtc.passes.registry import register
 
 __all__ = ["fold_operations"]
 
@@ -27,6 +28,11 @@ class _At(NamedTuple):
     number: int
 
 
+@register(
+    "fold-operations",
+    "the operations of all cells as one graph, a vertex for each operation of a class",
+    lambda graph: f"{graph}\n",
+)
 def fold_operations(loop: SegmentLoop, family: Family | None) -> FoldedGraph:
     """The folded graph of a loop.
 

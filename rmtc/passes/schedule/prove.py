@@ -51,6 +51,7 @@ from rmtc.ir.cells import Dependence
 from rmtc.ir.explanation import Certificate, Inequality
 from rmtc.ir.formula import Extent, L, S, evaluated
 from rmtc.ir.schedule import Schedule
+from rmtc.passes.registry import register
 from rmtc.passes.schedule.critical_path import Rounds, Straight, chains
 from rmtc.passes.schedule.distances import ONE, Affine, Vector, text_of, value_of, vectors_of
 from rmtc.passes.schedule.phases import Strips, in_strips
@@ -98,6 +99,9 @@ class Proof:
     path: Rounds | Straight | None
     strips: Strips | None = None
 
+    def __str__(self) -> str:
+        return f"{self.certificate}\n" if self.reason is None else f"refused: {self.reason}\n"
+
     def schedule(
         self,
         layers: int,
@@ -115,6 +119,7 @@ class Proof:
         return Schedule(self.a, self.b, layers, segments, classes, stages)
 
 
+@register("prove", "a legal schedule with its certificate, or the cycle that forbids one")
 def prove(dependences: Sequence[Dependence], layers: int) -> Proof:
     """Find the best legal schedule ``a*s + b*l``, or the cycle that leaves only the sequential order.
 
