@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture.own_modes import own_modes
-from rmtc.codegen.torch.emit import Kernel
+from rmtc.codegen.torch.emit import Emitted
 from rmtc.codegen.triton.configs import bucket_of, configs_text
 from rmtc.codegen.triton.emit import TritonBody
-from rmtc.codegen.triton.launch import Launch
+from rmtc.codegen.triton.launch import KernelLaunch
 from rmtc.codegen.triton.offline import Binary, OfflineError, compile_for
 from rmtc.codegen.triton.targets import TARGETS, Target
 from rmtc.errors import RefusedError
@@ -49,7 +49,7 @@ class BodyKernels:
     target: Target
 
     @property
-    def launches(self) -> tuple[Launch, ...]:
+    def launches(self) -> tuple[KernelLaunch, ...]:
         """The kernels in their order; what is left to torch is not among them."""
         return tuple(self.body.launches.values())
 
@@ -258,7 +258,7 @@ class _Seen(Triton):
         """That which was asked for: nothing is launched."""
         return self.given
 
-    def emit(self, of: Emission) -> tuple[Kernel, tuple[Any, ...]]:
+    def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
         """Emit a launch's body, and keep it."""
         kernel, results = super().emit(of)
         body = getattr(kernel.function, "__self__", None)

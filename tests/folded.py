@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rmtc.ir.cells import Dependence
 from rmtc.ir.folded import Edge, FoldedGraph, Times, Vertex
 from rmtc.ir.program import Op, Program, Val
-from rmtc.passes.schedule.check_moments import Slot
+from rmtc.passes.schedule.check_moments import TimeSlot
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -53,12 +53,12 @@ class Spelled:
                 found[s, target, read].append((s - ds, source, made))
         return found
 
-    def written_out(self, segments: int, times: Times) -> tuple[Program, list[Slot]]:
+    def written_out(self, segments: int, times: Times) -> tuple[Program, list[TimeSlot]]:
         cells, before = self.cells(segments), self.before(segments)
         number = {cell: n for n, cell in enumerate(cells)}
         ops = [Op(kind(cell[2]), tuple(Val(number[each]) for each in before[cell])) for cell in cells]
         slots = [
-            Slot(1, times.a * (s // times.block) + times.b * layer + times.shifts[v], times.order[v])
+            TimeSlot(1, times.a * (s // times.block) + times.b * layer + times.shifts[v], times.order[v])
             for s, layer, v in number
         ]
         return Program(ops, {}, {}), slots

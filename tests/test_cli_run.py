@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from rmtc.benchmark import Benchmark
 from rmtc.cli import app
-from rmtc.cli.target import Target
+from rmtc.cli.target import LoadedCall
 from rmtc.runtime.stats import LastRun
 from rmtc.runtime.weights import Weights
 from rmtc.turns import Timing, Turns
@@ -117,7 +117,7 @@ def demo_of(monkeypatch: pytest.MonkeyPatch, turns: Turns, *arguments: str) -> R
             *(eager, compiled, floor, Timing.of([3e-4]), *ratios, turns.noise(), 8.0, run, verification, 7, 2, analysis)
         )
 
-    target = Target(torch.nn.Linear(2, 2), (torch.zeros(1, 20 * 16),))
+    target = LoadedCall(torch.nn.Linear(2, 2), (torch.zeros(1, 20 * 16),))
     monkeypatch.setattr("rmtc.benchmark.bench", bench)
     monkeypatch.setattr("rmtc.cli.demo._fitting", lambda segments: target)
     return run("demo", *arguments)

@@ -14,14 +14,14 @@ from rmtc import analysis
 from rmtc.ir.program import Op, Program, Src, Val
 from rmtc.passes.fold import fold_segments as fold
 from rmtc.passes.fold.complete import complete_segments
-from rmtc.passes.fold.run import Run
+from rmtc.passes.fold.run import DividedRun
 from rmtc.passes.fold.segments import Segmented
 
 aten = torch.ops.aten
 W, TEXT = Src("w"), Src("text")
 
 
-def run(segments: int, only: Callable[[int], bool] = lambda s: False) -> Run:
+def run(segments: int, only: Callable[[int], bool] = lambda s: False) -> DividedRun:
     """Segment s: x = sin(text * w + y of segment s - 2), y = cos(x) where a later segment reads it.
 
     Args:
@@ -42,10 +42,10 @@ def run(segments: int, only: Callable[[int], bool] = lambda s: False) -> Run:
         written.append(add(aten.cos.default, x) if s + 2 < segments else x)
         outputs[f"result.{s}"] = add(aten.neg.default, x) if only(s) else x
         starts.append(len(ops))
-    return Run(Segmented(Program(ops, {}, outputs), starts), batch=1, tail=1, segment_length=1)
+    return DividedRun(Segmented(Program(ops, {}, outputs), starts), batch=1, tail=1, segment_length=1)
 
 
-def results(of: Run, text: torch.Tensor, w: torch.Tensor) -> dict[str, torch.Tensor]:
+def results(of: DividedRun, text: torch.Tensor, w: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a run returns."""
     sources, values = {"text": text, "w": w}, list[torch.Tensor]()
 

@@ -22,9 +22,9 @@ from calls import BOOL, F32, F64, I64, Call, X, call, calls, pointwise, promotio
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from rmtc.codegen.torch import Kernel, emit
+from rmtc.codegen.torch import Emitted, emit
 from rmtc.codegen.torch.emit import select_run
-from rmtc.codegen.torch.rules import Arguments, function_name, rules
+from rmtc.codegen.torch.rules import NamedArguments, function_name, rules
 from rmtc.errors import Location
 from rmtc.ir.program import Op, Origin, call_arguments, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import Environment, Fit
@@ -83,7 +83,7 @@ class Operands:
         cells = [pytree.tree_leaves(self.alone(cell)) for cell in range(self.count)]
         return [torch.stack(parts) for parts in zip(*cells, strict=True)]
 
-    def emit(self) -> tuple[Kernel, list[Tensor]]:
+    def emit(self) -> tuple[Emitted, list[Tensor]]:
         """The grouped operation: emitted, and the parts of what it gave."""
         alone = self.alone(0)
         ops = {0: Op(self.each.target, self.args)}
@@ -94,7 +94,7 @@ class Operands:
         kernel, found = emit("body", ops, results, HERE, size=self.count, inputs=self.inputs, shared=self.value)
         return kernel, list(found)
 
-    def run(self, kernel: Kernel) -> list[Tensor]:
+    def run(self, kernel: Emitted) -> list[Tensor]:
         """What an emitted operation gives for these operands."""
         shared = tuple(map(self.value, kernel.shared))
         found = list(kernel.function(self.count, self.inputs, (), (), shared))
@@ -104,7 +104,7 @@ class Operands:
 
 
 def bound(
-    kernel: Kernel, count: int, inputs: Sequence[Tensor], weights: Sequence[Tensor], numbers: Any, shared: Any
+    kernel: Emitted, count: int, inputs: Sequence[Tensor], weights: Sequence[Tensor], numbers: Any, shared: Any
 ) -> tuple[Any, ...]:
     """What a kernel gives in memory that stays, when it runs there for the second time."""
     assert kernel.bound is not None
@@ -124,7 +124,7 @@ def bound(
     return found
 
 
-def hold(each: Call, choice: Sequence[bool]) -> Kernel:
+def hold(each: Call, choice: Sequence[bool]) -> Emitted:
     """A call emitted for some cells; and emitted for one and run for others, which are slices of more."""
     some, one, others = (
         Operands(each, choice, GROUP),
@@ -348,29 +348,29 @@ def test_a_wrong_rule_for_vmap_is_found_by_its_values(x: X) -> None:
 # Rules that are wrong.
 
 
-def broadcast(arguments: Arguments) -> str:
+def broadcast(arguments: NamedArguments) -> str:
     """Takes the cells of an operand of lower rank for its own rows."""
     return arguments.call()
 
 
-def flat(arguments: Arguments) -> str:
+def flat(arguments: NamedArguments) -> str:
     return f"{arguments.call()}.flatten(0, 1)"
 
 
-def narrow(arguments: Arguments) -> str:
+def narrow(arguments: NamedArguments) -> str:
     return f"{arguments.call()}.float()"
 
 
-def shared_by_all(arguments: Arguments) -> str:
+def shared_by_all(arguments: NamedArguments) -> str:
     """Gives all cells the first one's."""
     return f"{arguments.call()}[:1]"
 
 
-def failing(arguments: Arguments) -> str:
+def failing(arguments: NamedArguments) -> str:
     return f"{arguments.call()}.view(G, 7, 7)"
 
 
-def several(arguments: Arguments) -> str:
+def several(arguments: NamedArguments) -> str:
     return f"[{arguments.call()}, {arguments.call()}]"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import rmtc
 from rmtc.capture.state import Snapshot
-from rmtc.runtime.standing import Body
+from rmtc.runtime.standing import ArenaBody
 
 
 @pytest.mark.slow
@@ -44,7 +44,7 @@ def test_a_body_that_was_being_bound_is_bound_anew(stage: str, function: str) ->
     if of.moved:
         subject.both(of.segments)  # in memory that stays
         subject.move()
-    with mock.patch.object(Body, function, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(ArenaBody, function, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         subject.call(of.segments)
     runs = rmtc.stats(subject.model).runs
     for _ in range(3):

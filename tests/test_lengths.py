@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import rmtc
 from rmtc.capture import Capture
-from rmtc.capture.events import Beyond, Event, Made, Named, Viewed
+from rmtc.capture.events import Beyond, Event, EventOutput, Named, Viewed
 from rmtc.capture.other_sizes import follows, predict, tell
 from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer
@@ -160,8 +160,8 @@ def events(tail: int, number: Callable[[int], int] = lambda tail: 2 * tail, toke
     short = Event("mul", (number(tail),), (Beyond(piece),), None, None, ((1, tail),), ((1, tail),))
     return [
         Event("cat", (), ((piece, Named("memory")),), None, None, ((1, tail + 4),)),
-        Event("call", (), (Made(0, 0),), [whole], None),
-        Event(token, (tail,), (Made(1, 0),), [short], None),
+        Event("call", (), (EventOutput(0, 0),), [whole], None),
+        Event(token, (tail,), (EventOutput(1, 0),), [short], None),
         Event(("return", ("length",)), (3,), ((),), None, None),
     ]
 

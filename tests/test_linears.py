@@ -23,7 +23,7 @@ from torch._inductor.codecache import CppCodeCache
 
 import rmtc
 from rmtc.benchmark import _Products
-from rmtc.codegen.torch.emit import Kernel
+from rmtc.codegen.torch.emit import Emitted
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama
 from rmtc.ops import linears
@@ -328,7 +328,7 @@ def test_an_armt_runs_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_maps(kernels_of(fast))
 
 
-def kernels_of(fast: Any) -> list[Kernel]:
+def kernels_of(fast: Any) -> list[Emitted]:
     compiled = compiled_of(fast)
     assert compiled is not None
     runner = compiled.variants[0].runner
@@ -336,7 +336,7 @@ def kernels_of(fast: Any) -> list[Kernel]:
     return list(runner.kernels.values())
 
 
-def assert_maps(kernels: list[Kernel]) -> None:
+def assert_maps(kernels: list[Emitted]) -> None:
     """Linear maps run by the kernel, in memory that stays and without."""
     assert any("linear_maps(" in each.source for each in kernels)
     assert any("linear_maps(" in each.bound.source for each in kernels if each.bound is not None)

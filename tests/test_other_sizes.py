@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import rmtc
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture import Capture, Captured
-from rmtc.capture.events import Event, Made, Named, Viewed
+from rmtc.capture.events import Event, EventOutput, Named, Viewed
 from rmtc.capture.other_sizes import Told, follows, tell
 from rmtc.capture.probe import Sizes
 from rmtc.compiler import compiled_of
@@ -30,7 +30,10 @@ def events(sizes: Sizes, number: Callable[[int, int], int] = product, token: str
     _, batch, tail = sizes
     piece = Viewed("slice", (0, tail), Named("ids"))
     inner = [Event("mul", (number(batch, tail),), (Named("operand 0"),), None, None, ((batch, tail),))]
-    return [Event(token, (2 * batch + tail + 1,), (piece,), None, None), Event("call", (), (Made(0, 0),), inner, None)]
+    return [
+        Event(token, (2 * batch + tail + 1,), (piece,), None, None),
+        Event("call", (), (EventOutput(0, 0),), inner, None),
+    ]
 
 
 def told(sizes: Sizes, number: Callable[[int, int], int] = product, token: str = "view") -> Told:

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import rmtc
 from rmtc.cli import app
 from rmtc.cli.app import Kind
-from rmtc.codegen.torch.emit import Kernel
+from rmtc.codegen.torch.emit import Emitted
 from rmtc.compiler import compiled_of
 from rmtc.ir.cells import Cell, Dependence, Phase
 from rmtc.ir.formula import L, S
@@ -362,7 +362,7 @@ def test_strips_of_three_with_recurrences_around_the_layers(max_group: int | Non
     assert not any("repeat_interleave" in line for line in products)
 
 
-def kernels(twins: Twins) -> list[Kernel]:
+def kernels(twins: Twins) -> list[Emitted]:
     compiled = compiled_of(twins.fast)
     assert compiled is not None
     runner = compiled.variants[0].runner

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmtc.capture.events import Event, Made, Named, Viewed
+from rmtc.capture.events import Event, EventOutput, Named, Viewed
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.recorder import Recorder
 
@@ -84,12 +84,12 @@ def test_the_events_of_a_call_refer_to_what_was_before_them() -> None:
     events, references = recorded(lambda x, i: (x * 2)[1:] + x.sum())
     assert [event.operands for event in events[:2]] == [(Named("x"),), (Named("x"),)]
     viewed, total = events[2].operands
-    assert isinstance(viewed, Viewed) and viewed.base == Made(0, 0)
-    assert total == Made(1, 0) and references == [Made(2, 0)]
+    assert isinstance(viewed, Viewed) and viewed.base == EventOutput(0, 0)
+    assert total == EventOutput(1, 0) and references == [EventOutput(2, 0)]
     assert [event.shapes for event in events] == [((6, 4),), ((),), ((5, 4),)]
 
 
 def test_a_write_makes_another_tensor() -> None:
     events, references = recorded(lambda x, i: (x.add_(1), x * 2))
-    assert references == [Made(0, -1), Made(1, 0)]
-    assert events[1].operands == (Made(0, -1),)
+    assert references == [EventOutput(0, -1), EventOutput(1, 0)]
+    assert events[1].operands == (EventOutput(0, -1),)

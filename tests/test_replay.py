@@ -12,7 +12,7 @@ from torch import nn
 
 import rmtc
 from rmtc.analysis import Analysis, analyze
-from rmtc.capture.events import Event, Made, Named, Pattern, extend, hold
+from rmtc.capture.events import Event, EventOutput, Named, Pattern, extend, hold
 from rmtc.capture.probe import Sizes
 
 SEGMENT = 4
@@ -409,8 +409,8 @@ def events(segments: int) -> list[Event]:
     """in; f(previous, s) for each s; out([all])"""
     found = [event("in", 0, Named("x"))]
     for s in range(segments):
-        found.append(event("f", 3 * s, Made(len(found) - 1, 0)))
-    return [*found, event("out", segments, tuple(Made(1 + s, 0) for s in range(segments)))]
+        found.append(event("f", 3 * s, EventOutput(len(found) - 1, 0)))
+    return [*found, event("out", segments, tuple(EventOutput(1 + s, 0) for s in range(segments)))]
 
 
 def test_hold_compares_every_event() -> None:
@@ -433,9 +433,9 @@ def test_hold_compares_every_event() -> None:
 
 
 def test_extend_continues_lists() -> None:
-    four, five, nine = (tuple(Made(10 + 3 * s, 0) for s in range(n)) for n in (4, 5, 9))
+    four, five, nine = (tuple(EventOutput(10 + 3 * s, 0) for s in range(n)) for n in (4, 5, 9))
     assert extend(four, five, 5) == nine
-    assert extend(Made(7, 1), Made(10, 1), 4) == Made(19, 1)
+    assert extend(EventOutput(7, 1), EventOutput(10, 1), 4) == EventOutput(19, 1)
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from rmtc.runtime import standing
 from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.plan import Part, Plan
-from rmtc.runtime.standing import Standing, Step
+from rmtc.runtime.standing import ArenaStep, Standing
 
 pytestmark = pytest.mark.usefixtures("runs_again")
 
@@ -66,7 +66,7 @@ def runner_of(model: Any) -> Executor:
     return runner
 
 
-def tape(model: Any, *key: int) -> tuple[Plan, list[Step | None]]:
+def tape(model: Any, *key: int) -> tuple[Plan, list[ArenaStep | None]]:
     """The plan of calls of some sizes, and its steps."""
     runner = runner_of(model)
     assert runner._standing is not None
@@ -304,7 +304,7 @@ def test_steps_are_held_against_what_lies_where() -> None:
     plan, steps = tape(twins.fast, 9, 2, SEGMENT)
     check_steps(plan, steps)
 
-    def with_fault(number: int, **changed: Any) -> list[Step | None]:
+    def with_fault(number: int, **changed: Any) -> list[ArenaStep | None]:
         step = steps[number]
         assert step is not None
         return [*steps[:number], dataclasses.replace(step, **changed), *steps[number + 1 :]]
@@ -313,7 +313,7 @@ def test_steps_are_held_against_what_lies_where() -> None:
     for number, step in enumerate(steps):
         if step is None:
             continue
-        wrong: list[list[Step | None]] = []
+        wrong: list[list[ArenaStep | None]] = []
         if step.copies:
             (to, _), *rest = step.copies
             wrong += [with_fault(number, copies=rest), with_fault(number, copies=[(to, to), *rest])]
@@ -335,7 +335,7 @@ def test_steps_are_held_against_what_lies_where() -> None:
 def test_steps_that_are_wrong_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     follower = standing._Follower._step
 
-    def careless(self: Any, number: int, *args: Any) -> Step:
+    def careless(self: Any, number: int, *args: Any) -> ArenaStep:
         step = follower(self, number, *args)
         return dataclasses.replace(step, copies=step.copies[1:]) if number > 6 else step
 

@@ -15,7 +15,7 @@ from rmtc.ir.cells import Cell
 from rmtc.ir.explanation import Strip
 from rmtc.ir.folded import FoldedGraph, Times, distinct
 from rmtc.ir.program import Op, Program, Val
-from rmtc.passes.schedule.check_moments import Slot, check_moments
+from rmtc.passes.schedule.check_moments import TimeSlot, check_moments
 from rmtc.passes.schedule.retime import broken, capped, retime
 from rmtc.passes.schedule.strip_mine import retime_strip, strip_mine, strips
 
@@ -52,8 +52,8 @@ def check(spelled: Spelled, period: int, segments: int) -> None:
     check_moments(Program(ops, {}, {}), [slot(times, period, *cell) for cell in cells])
 
 
-def slot(times: Times, period: int, segment: int, layer: int, vertex: int) -> Slot:
-    return Slot(1, *times.moment(vertex * period + segment % period, Cell(segment // period, layer)))
+def slot(times: Times, period: int, segment: int, layer: int, vertex: int) -> TimeSlot:
+    return TimeSlot(1, *times.moment(vertex * period + segment % period, Cell(segment // period, layer)))
 
 
 @settings(max_examples=100, deadline=None)

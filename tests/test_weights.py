@@ -25,7 +25,7 @@ from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama
 from rmtc.examples import transformer_xl as xl
 from rmtc.runtime.executor import Executor
-from rmtc.runtime.standing import Body
+from rmtc.runtime.standing import ArenaBody
 from rmtc.runtime.weights import Weights
 
 LAYERS, WIDTH, SEGMENTS, TOKENS = 3, 8, 4, 11
@@ -868,13 +868,13 @@ def test_weights_of_layers_that_run_alone_are_bound_once_and_again_where_they_mo
         parameter.data = normal(*parameter.shape)
     rmtc.compile(model, schedule="shortest", strict=True)
     bound = []
-    bind = Body.bind
+    bind = ArenaBody.bind
 
-    def counted(body: Body, *args: Any) -> None:
+    def counted(body: ArenaBody, *args: Any) -> None:
         bound.append(body)
         bind(body, *args)
 
-    monkeypatch.setattr(Body, "bind", counted)
+    monkeypatch.setattr(ArenaBody, "bind", counted)
 
     def bodies_bound_in_a_call() -> int:
         bound.clear()

@@ -13,7 +13,7 @@ from torch import fx
 from rmtc.capture.ambient import undisturbed
 from rmtc.capture.arguments import show
 from rmtc.capture.effects import Effect
-from rmtc.capture.probe import Plan, Sizes, probe
+from rmtc.capture.probe import Probed, Sizes, probe
 from rmtc.capture.session import Session
 from rmtc.capture.state import imported
 from rmtc.capture.tracer import RawTrace, trace
@@ -85,7 +85,7 @@ class Capture:
     """
 
     session: Session
-    plan: Plan
+    plan: Probed
     seconds: dict[str, float] = field(default_factory=dict)
     reorder_random: bool = False
     reading: Reading = _PLAIN
@@ -186,7 +186,7 @@ def open_capture(
     return Capture(session, plan, {"probe": time.perf_counter() - start})
 
 
-def _refuse_known(session: Session, plan: Plan) -> None:
+def _refuse_known(session: Session, plan: Probed) -> None:
     """An argument of another size than now cannot be a tensor that the state holds."""
     growth = plan.growth
     for path, tensor in session.arguments.tensors().items():

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 from rmtc.errors import Location, RefusedError
 
-__all__ = ["Beyond", "Event", "Made", "Named", "Pattern", "Viewed", "extend", "hold", "same_event"]
+__all__ = ["Beyond", "Event", "EventOutput", "Named", "Pattern", "Viewed", "extend", "hold", "same_event"]
 
 
-class Made(NamedTuple):
+class EventOutput(NamedTuple):
     """A tensor made by an event."""
 
     event: int
@@ -234,7 +234,7 @@ def _moved(before: Any, after: Any, earlier: Any, by: int, beyond: int) -> bool:
         return False
     if type(earlier) is not type(before):
         earlier = None
-    if isinstance(before, Made):
+    if isinstance(before, EventOutput):
         step = after.event - before.event
         even = earlier is None or earlier.output != before.output or before.event - earlier.event == step
         return bool(before.output == after.output and step in (by, 0) and even)
@@ -276,8 +276,8 @@ def _continued(a: Event, b: Event, c: Event, more: int) -> str:
 
 def extend(a: Any, b: Any, more: int) -> Any:
     """The references to which those of two lengths, one apart, lead."""
-    if isinstance(a, Made) and isinstance(b, Made):
-        return Made(a.event + more * (b.event - a.event), b.output)
+    if isinstance(a, EventOutput) and isinstance(b, EventOutput):
+        return EventOutput(a.event + more * (b.event - a.event), b.output)
     if isinstance(a, Viewed) and isinstance(b, Viewed) and len(a.numbers) == len(b.numbers):
         numbers = tuple(x + more * (y - x) for x, y in zip(a.numbers, b.numbers, strict=True))
         return Viewed(b.function, numbers, extend(a.base, b.base, more))

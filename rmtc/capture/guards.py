@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rmtc.capture.arguments import Arguments, Path, show
-from rmtc.capture.probe import Plan, Sizes
+from rmtc.capture.probe import Probed, Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.state import is_plain, told
 
@@ -41,7 +41,7 @@ class ArgumentGuard:
         plan: its sizes.
     """
 
-    def __init__(self, session: Session, plan: Plan) -> None:
+    def __init__(self, session: Session, plan: Probed) -> None:
         self._plan, self._strides, arguments = plan, session.asks_for_strides, session.arguments
         self._dims: dict[Path, tuple[int, ...]] = {}
         for path, dim in plan.growth.dims:

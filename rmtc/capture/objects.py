@@ -21,7 +21,7 @@ __all__ = [
     "Built",
     "Describer",
     "Kept",
-    "Place",
+    "ExistingContainer",
     "Plain",
     "Ref",
     "attributes",
@@ -52,7 +52,7 @@ class Kept:
         return id(self.value)
 
 
-class Place(NamedTuple):
+class ExistingContainer(NamedTuple):
     """Stands for a container that was there before the call: what is in that place when a call begins.
 
     Attributes:
@@ -117,7 +117,7 @@ class Describer:
         places: where the containers among them are, by id.
     """
 
-    def __init__(self, known: Set[int], places: Mapping[int, Place]) -> None:
+    def __init__(self, known: Set[int], places: Mapping[int, ExistingContainer]) -> None:
         self._known, self._places = known, places
         self._labels: dict[int, Label] = {}
         self._open: set[Label] = set()  # what is there only when all that is in it is
@@ -276,7 +276,7 @@ def build(description: Any, values: Mapping[Any, Any], made: dict[Label, Any]) -
     """
     if isinstance(description, Ref):
         return values[description.name]
-    if isinstance(description, Place):
+    if isinstance(description, ExistingContainer):
         return values[description]
     if isinstance(description, (Kept, Plain)):
         return description.value

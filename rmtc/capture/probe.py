@@ -19,7 +19,7 @@ from rmtc.capture.results import describe_result, describer_of
 from rmtc.capture.session import Session
 from rmtc.errors import CaptureError, Location
 
-__all__ = ["Plan", "Sizes", "probe"]
+__all__ = ["Probed", "Sizes", "probe"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Probed:
     """What probing found.
 
     Attributes:
@@ -406,7 +406,7 @@ def _joined(
     return made
 
 
-def probe(session: Session, segment_length: int | None = None) -> Plan:
+def probe(session: Session, segment_length: int | None = None) -> Probed:
     """Find what grows and how long a segment is.
 
     Args:
@@ -512,7 +512,7 @@ def probe(session: Session, segment_length: int | None = None) -> Plan:
     if segment > 1 and not free_tail:
         free_tail = same(growth, ragged, batch)
     drops = segment > 1 and not free_tail and not growth.lists and same(growth, ragged + segment, batch)
-    plan = Plan(growth, segment, Sizes(0, batch, segment), free_batch, free_tail, drops)
+    plan = Probed(growth, segment, Sizes(0, batch, segment), free_batch, free_tail, drops)
     segments, tail, rest = plan.cut(length)
     if not segments:
         raise CaptureError(

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from rmtc.capture.events import Beyond, Event, Made, Named, Viewed
+from rmtc.capture.events import Beyond, Event, EventOutput, Named, Viewed
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import current_location
 from rmtc.capture.objects import leaves_of
@@ -80,7 +80,7 @@ class Recorder:
         self.events.append(Event("call", (), references, inner.events, location))
         tensors = [leaf for _, leaf in leaves_of(result) if isinstance(leaf, torch.Tensor)]
         for number, tensor in enumerate(tensors):
-            self.name(tensor, Made(event, number))
+            self.name(tensor, EventOutput(event, number))
 
     def note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """Write down an operation; it is told by all but the integers and tensors it is given."""
@@ -111,10 +111,10 @@ class Recorder:
             for argument, value in zip(func._schema.arguments, args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self.written.add(id(value))
-                    self.name(value, Made(event, -1))
+                    self.name(value, EventOutput(event, -1))
         for number, tensor in enumerate(results):
             if not (func._schema.is_mutable and id(tensor) in self.written):
-                self.name(tensor, Made(event, number))
+                self.name(tensor, EventOutput(event, number))
 
     def _note_pieces(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], pieces: Sequence[torch.Tensor], base: Any

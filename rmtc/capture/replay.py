@@ -29,12 +29,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from rmtc.capture.arguments import Arguments, Path, show
-from rmtc.capture.events import Beyond, Event, Made, Named, Pattern, Viewed, hold, same_event
+from rmtc.capture.events import Beyond, Event, EventOutput, Named, Pattern, Viewed, hold, same_event
 from rmtc.capture.frames import current_location
 from rmtc.capture.objects import Describer, Plain, Ref, attributes, build
 from rmtc.capture.other_sizes import Told, predict, tell
 from rmtc.capture.own_modes import modes
-from rmtc.capture.probe import Plan, Sizes
+from rmtc.capture.probe import Probed, Sizes
 from rmtc.capture.recorder import Recorder
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
@@ -108,7 +108,7 @@ class Replayer:
     def __init__(
         self,
         session: Session,
-        plan: Plan,
+        plan: Probed,
         contains_layers: Callable[[str], bool],
         probe: int,
         guard: Guard,
@@ -370,9 +370,9 @@ class Replayer:
             state.apply(known, makes, operands)
         event = len(recorder.events)
         for number, tensor in enumerate(makes):
-            recorder.name(tensor, Made(event, number))
+            recorder.name(tensor, EventOutput(event, number))
         for number in known.written:
-            recorder.name(operands[number], Made(event, len(makes) + number))
+            recorder.name(operands[number], EventOutput(event, len(makes) + number))
         recorder.events.append(Event(token, numbers, references, known.events, location))
         return result
 

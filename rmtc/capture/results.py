@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rmtc.capture.arguments import Arguments
-from rmtc.capture.objects import Describer, Place, Plain, Ref
+from rmtc.capture.objects import Describer, ExistingContainer, Plain, Ref
 from rmtc.capture.session import Session
 from rmtc.capture.state import MISSING, is_plain, told
 from rmtc.capture.untold import UntoldError
@@ -23,12 +23,12 @@ def describer_of(session: Session, arguments: Arguments) -> Describer:
         session: the call.
         arguments: those that the run is given.
     """
-    places: dict[int, Place] = {}
+    places: dict[int, ExistingContainer] = {}
     for slot in session.snapshot.slots:
         if isinstance(slot.value, (list, deque, dict)):
-            places.setdefault(id(slot.value), Place(slot.name))
+            places.setdefault(id(slot.value), ExistingContainer(slot.name))
     for path, container in arguments.containers().items():
-        places.setdefault(id(container), Place(path))
+        places.setdefault(id(container), ExistingContainer(path))
     return Describer(session.known, places)
 
 

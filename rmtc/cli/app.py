@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from rmtc.cli.output import FAILED, check_output, emit, note, one_line, progress, reporting
-from rmtc.cli.target import Target, load, parse_settings
+from rmtc.cli.target import LoadedCall, load, parse_settings
 from rmtc.errors import RefusedError, RmtcError
 from rmtc.stages import stage
 
@@ -509,7 +509,7 @@ def passes(json: Json = False, output: Output = None, debug: Debug = False) -> N
         emit(text, output)
 
 
-def _loaded(model: str, settings: list[str] | None) -> Target:
+def _loaded(model: str, settings: list[str] | None) -> LoadedCall:
     """Make what is asked about."""
     with stage("load"):
         return load(model, parse_settings(settings or ()))

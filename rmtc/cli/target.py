@@ -16,7 +16,7 @@ from types import ModuleType
 
 from rmtc.errors import Location, RmtcError
 
-__all__ = ["Target", "TargetError", "load", "parse_settings"]
+__all__ = ["LoadedCall", "TargetError", "load", "parse_settings"]
 
 _EXTRAS = {
     "transformers": "examples",
@@ -36,7 +36,7 @@ class TargetError(RmtcError):
 
 
 @dataclass(frozen=True)
-class Target:
+class LoadedCall:
     """A call to explain: ``call(*args, **kwargs)``."""
 
     call: Callable[..., object]
@@ -63,7 +63,7 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, object]:
     return settings
 
 
-def load(model: str, settings: Mapping[str, object]) -> Target:
+def load(model: str, settings: Mapping[str, object]) -> LoadedCall:
     """Import the factory that ``model`` names, call it with the settings as keyword arguments, check what it returns.
 
     Raises:
@@ -145,7 +145,7 @@ def _check_settings(factory: Callable[..., object], name: str, settings: Mapping
         raise TargetError(f"{name} {error}", remedy=f"its signature is {name}{signature}") from None
 
 
-def _target(made: object, name: str) -> Target:
+def _target(made: object, name: str) -> LoadedCall:
     if not isinstance(made, tuple) or len(made) not in (2, 3):
         kind = f"a tuple of {len(made)}" if isinstance(made, tuple) else f"something of type {type(made).__name__}"
         raise TargetError(f"{name} returned {kind}", remedy=_RETURNS)
@@ -160,7 +160,7 @@ def _target(made: object, name: str) -> Target:
         raise TargetError(
             f"{name} returned something of type {type(kwargs).__name__} as its kwargs, not a dict", remedy=_RETURNS
         )
-    return Target(call, tuple(args), dict(kwargs))
+    return LoadedCall(call, tuple(args), dict(kwargs))
 
 
 def _missing(error: ModuleNotFoundError, module_name: str) -> TargetError:

@@ -16,7 +16,7 @@ __all__ = [
     "Call",
     "IllegalError",
     "Load",
-    "Pick",
+    "Piecewise",
     "Statistic",
     "Term",
     "Terms",
@@ -55,7 +55,7 @@ class Call:
 
 
 @dataclass(frozen=True, eq=False)
-class Pick:
+class Piecewise:
     """One term where ``index < bound``, else the other."""
 
     index: Index
@@ -100,7 +100,7 @@ class Accumulated:
     right: Term
 
 
-Term: TypeAlias = Load | Call | Pick | Statistic | Accumulated
+Term: TypeAlias = Load | Call | Piecewise | Statistic | Accumulated
 
 
 def within(roots: Iterable[Term]) -> Iterator[Term]:
@@ -120,7 +120,7 @@ def parts(term: Term) -> list[Term]:
     """The terms that a term is made of."""
     if isinstance(term, Call):
         return [each for each in term.args if not isinstance(each, (int, float))]
-    if isinstance(term, Pick):
+    if isinstance(term, Piecewise):
         return [term.one, term.other]
     if isinstance(term, Statistic):
         return [term.term]
@@ -198,7 +198,7 @@ class Terms:
             # What lies before a part has a negative index in it.
             own = own if first else (*own, (begin - 1 - place, Index()))
             term = self.of(part, within, own)
-            found = term if found is None or last else Pick(place, end, term, found, array.dtype)
+            found = term if found is None or last else Piecewise(place, end, term, found, array.dtype)
         if found is None:
             raise IllegalError(f"{array.name} is read outside of its parts")
         return found
@@ -252,7 +252,7 @@ def free_variables() -> Callable[[Term], frozenset[Variable]]:
             if isinstance(term, Load):
                 for each in (*term.index, *(end for pair in term.guards for end in pair)):
                     own |= each.variables
-            if isinstance(term, Pick):
+            if isinstance(term, Piecewise):
                 own |= term.index.variables | term.bound.variables
             for part in parts(term):
                 own |= free(part)

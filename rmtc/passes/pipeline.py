@@ -28,7 +28,7 @@ from rmtc.passes.fold.dependences import find_dependences
 from rmtc.passes.fold.fold_segments import fold_segments
 from rmtc.passes.fold.generalize import generalize_rows
 from rmtc.passes.fold.layers import fold_layers
-from rmtc.passes.fold.run import Run
+from rmtc.passes.fold.run import DividedRun
 from rmtc.passes.fold.segments import find_segments
 from rmtc.passes.fold.streams import Family, Uses, find_anchors, find_family, uses
 from rmtc.passes.registry import register, watched
@@ -141,11 +141,13 @@ def _rerolled(
     segment_length: int,
 ) -> tuple[SegmentLoop, Family | None]:
     """The loop, with layers of a family or without; the rest as in :func:`reroll`."""
-    divided: list[Run] = []
+    divided: list[DividedRun] = []
     for (program, segments, batch, tail), use, anchor in zip(runs, found, anchors, strict=True):
         layers = {i: family.layer(use.names[i]) for i in anchor} if family is not None else {}
         inner = {i: layer for i, layer in layers.items() if layer is not None}
-        divided.append(Run(find_segments(program, use, anchor, inner, segments), batch, tail, segment_length, lists))
+        divided.append(
+            DividedRun(find_segments(program, use, anchor, inner, segments), batch, tail, segment_length, lists)
+        )
     loop = fold_segments(divided[0], divided[1], runs[0][0].sources, _steady_from(runs[0][1]), growing)
     loop = generalize_rows(fold_layers(replace(loop, growing=growing), family))
     return find_dependences(loop, family), family

@@ -13,7 +13,7 @@ import torch
 
 from rmtc.errors import VerifyError
 from rmtc.runtime.plan import Part, Piece, Plan
-from rmtc.runtime.standing import Body, Step
+from rmtc.runtime.standing import ArenaBody, ArenaStep
 
 __all__ = ["check_steps"]
 
@@ -42,7 +42,7 @@ class _Looks:
     def __init__(self) -> None:
         self._wholes: dict[int, tuple[torch.Tensor, _Seen]] = {}
         self._rows: dict[int, tuple[torch.Tensor, list[_Seen]]] = {}
-        self._views: dict[int, tuple[Body, list[torch.Tensor], list[torch.Tensor]]] = {}
+        self._views: dict[int, tuple[ArenaBody, list[torch.Tensor], list[torch.Tensor]]] = {}
 
     def whole(self, tensor: torch.Tensor) -> _Seen:
         if id(tensor) not in self._wholes:
@@ -54,7 +54,7 @@ class _Looks:
             self._rows[id(tensor)] = tensor, [_Seen.of(tensor[n]) for n in range(len(tensor))]
         return self._rows[id(tensor)][1]
 
-    def views(self, body: Body) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def views(self, body: ArenaBody) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Where a body reads its inputs, and what a run of it writes to."""
         if id(body) not in self._views:
             self._views[id(body)] = body, [rows.view for rows in body.homes], [rows.view for rows in body.written]
@@ -86,7 +86,7 @@ class _Memory:
         del self.addresses[low:high]
 
 
-def check_steps(plan: Plan, steps: Sequence[Step | None]) -> None:
+def check_steps(plan: Plan, steps: Sequence[ArenaStep | None]) -> None:
     """See that each launch of a plan finds in memory that stays what it is to read.
 
     Args:
@@ -136,7 +136,7 @@ def check_steps(plan: Plan, steps: Sequence[Step | None]) -> None:
                     memory.write(row, {(number, result, n)})
 
 
-def _check_made(memory: _Memory, looks: _Looks, steps: Sequence[Step | None], piece: Part, number: int) -> None:
+def _check_made(memory: _Memory, looks: _Looks, steps: Sequence[ArenaStep | None], piece: Part, number: int) -> None:
     """What is read where a launch made it is there still."""
     step = steps[piece.launch]
     made = None if step is None or piece.result in step.apart else step.body.made[piece.result]

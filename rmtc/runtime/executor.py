@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from rmtc.codegen.torch.emit import Kernel, emit
+from rmtc.codegen.torch.emit import Emitted, emit
 from rmtc.errors import BackendError, RefusedError, raised_by_signal
 from rmtc.ir.program import Op, Src, call_arguments, leaves, map_leaves
 from rmtc.ir.segment_loop import Environment, Every, Fit, Key, Numbered, Outer, Where
@@ -24,7 +24,7 @@ from rmtc.quiet import uncollected
 from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.concatenation import Concatenation, concatenations
 from rmtc.runtime.plan import Copied, Launch, Part, Piece, Plan, Whole, plan_run
-from rmtc.runtime.standing import Moved, Standing, Step
+from rmtc.runtime.standing import ArenaStep, Moved, Standing
 from rmtc.runtime.weights import Weights
 
 __all__ = ["Emission", "Executor", "Run"]
@@ -108,7 +108,7 @@ class Executor:
 
     program: WavefrontProgram
     weights: Weights
-    kernels: dict[tuple[Any, ...], Kernel] = field(default_factory=dict)
+    kernels: dict[tuple[Any, ...], Emitted] = field(default_factory=dict)
     _plans: OrderedDict[tuple[int, int, int], Plan] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _constant: dict[int, bool] = field(default_factory=dict)
@@ -129,7 +129,7 @@ class Executor:
             self._plans.move_to_end(key)
         return plan
 
-    def keep(self, key: tuple[Any, ...], kernel: Kernel) -> None:
+    def keep(self, key: tuple[Any, ...], kernel: Emitted) -> None:
         """Keep a kernel for later runs, and forget the oldest if there are many."""
         with self._lock:
             self.kernels[key] = kernel
@@ -139,13 +139,13 @@ class Executor:
                     if each is not None:
                         linecache.cache.pop(each.file, None)
 
-    def emit(self, of: Emission) -> tuple[Kernel, tuple[Any, ...]]:
+    def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
         """Emit a launch's body, and run it once; see :func:`rmtc.codegen.torch.emit`."""
         return emit(**of.arguments, constant=self.constant, bind=of.bind, compiled=of.compiled)
 
     def call(
         self,
-        kernel: Kernel,
+        kernel: Emitted,
         size: int | None,
         inputs: Sequence[Any],
         weights: Sequence[torch.Tensor],
@@ -278,8 +278,8 @@ class _Walk:
         self.stacked: dict[tuple[tuple[str, ...], ...], torch.Tensor] = {}
         self.lasting: dict[Any, bool] = {}
         self.passed: dict[Any, tuple[Any, ...]] = {}
-        self.steps: list[Step | None] | None = None
-        self.known: dict[Any, tuple[tuple[Any, ...], Kernel, Environment] | None] = {}
+        self.steps: list[ArenaStep | None] | None = None
+        self.known: dict[Any, tuple[tuple[Any, ...], Emitted, Environment] | None] = {}
         self.kept: dict[Key, Any] = {}
         self.copied: dict[Copied | tuple[int, int, int], torch.Tensor] = {}
         self.device = next((each.device for each in values.values()), torch.device("cpu"))
@@ -374,7 +374,7 @@ class _Walk:
             passed = self.passed[key] = tuple(self._operand(each, (), environment) for each in kernel.shared)
         return self.executor.call(kernel, size, inputs, weights, numbers, passed)
 
-    def _step(self, step: Step, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
+    def _step(self, step: ArenaStep, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
         """A launch in memory that stays."""
         for to, source in step.copies:
             to.copy_(source)
@@ -389,7 +389,7 @@ class _Walk:
             results = tuple([each.clone() if n in step.apart else each for n, each in enumerate(results)])
         return results
 
-    def kernel_of(self, launch: Launch) -> tuple[tuple[Any, ...], Kernel, Environment] | None:
+    def kernel_of(self, launch: Launch) -> tuple[tuple[Any, ...], Emitted, Environment] | None:
         """The one kernel that a launch can be of, with its key and sizes."""
         body, at = launch.body, self.middle
         wanted = body.name, at.T, at.B, launch.grouped, launch.one_layer, launch.repeat

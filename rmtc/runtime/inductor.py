@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rmtc.codegen.torch.emit import Bound, Kernel
+from rmtc.codegen.torch.emit import BoundBody, Emitted
 from rmtc.errors import RefusedError, raised_by_signal
 from rmtc.ir.program import leaves
 from rmtc.ir.segment_loop import Row, SegmentLoop
@@ -34,7 +34,7 @@ class _Compiled:
         seen: the kinds of operands that it was compiled for.
     """
 
-    kernel: Kernel
+    kernel: Emitted
     count: int
     homes: Mapping[int, int]
     run: Callable[..., tuple[Any, ...]]
@@ -78,7 +78,7 @@ class _Compiled:
     def bind(
         self, size: int, inputs: Sequence[Any], weights: Sequence[Any], shared: Sequence[Any], *memory: Any
     ) -> tuple[Callable[[Sequence[Any]], tuple[Any, ...]], tuple[torch.Tensor | None, ...]]:
-        """As a :class:`Bound` does it; Inductor has memory of its own."""
+        """As a :class:`BoundBody` does it; Inductor has memory of its own."""
         operands = tuple(shared)
         return lambda numbers: self(inputs, weights, numbers, operands), self._at_home(inputs, [None] * self.count)
 
@@ -95,7 +95,7 @@ class Inductor(Executor):
 
     compiled: dict[str, _Compiled] = field(default_factory=dict)
 
-    def emit(self, of: Emission) -> tuple[Kernel, tuple[Any, ...]]:
+    def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
         """Emit a launch's body, and run it once as it is."""
         kernel, results = super().emit(replace(of, bind=False, compiled=True))
         body, inputs = of.launch.body, of.inputs
@@ -108,12 +108,12 @@ class Inductor(Executor):
         compiled = _Compiled(kernel, len(results), homes, run)
         self.compiled[kernel.file] = compiled
         if of.bind:
-            kernel = replace(kernel, bound=Bound("", compiled.bind, (), (), frozenset(homes.values()), kernel.file))
+            kernel = replace(kernel, bound=BoundBody("", compiled.bind, (), (), frozenset(homes.values()), kernel.file))
         return kernel, results
 
     def call(
         self,
-        kernel: Kernel,
+        kernel: Emitted,
         size: int | None,
         inputs: Sequence[Any],
         weights: Sequence[torch.Tensor],
@@ -132,7 +132,7 @@ class Inductor(Executor):
         given = [each.clone() if number in overwritten else each for number, each in enumerate(inputs)]
         return compiled(given, weights, numbers, shared)
 
-    def keep(self, key: tuple[Any, ...], kernel: Kernel) -> None:
+    def keep(self, key: tuple[Any, ...], kernel: Emitted) -> None:
         """Keep a kernel for later runs; what was compiled of those that are forgotten goes with them."""
         super().keep(key, kernel)
         files = {each.file for each in list(self.kernels.values())}
@@ -195,7 +195,7 @@ def _homes(
 
 
 def _views(
-    kernel: Kernel, inputs: Sequence[Any], weights: Sequence[Any], numbers: Sequence[Any], shared: Sequence[Any]
+    kernel: Emitted, inputs: Sequence[Any], weights: Sequence[Any], numbers: Sequence[Any], shared: Sequence[Any]
 ) -> bool:
     """Whether a result may be a view of an input that lies as at home: it would change when that is overwritten."""
     given = [torch.empty(each.shape, dtype=each.dtype, device="meta") for each in inputs]
@@ -215,7 +215,7 @@ def _meta(value: Any) -> Any:
     return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
-def _of_tensors(kernel: Kernel, homes: Mapping[int, int]) -> Callable[..., tuple[Any, ...]]:
+def _of_tensors(kernel: Emitted, homes: Mapping[int, int]) -> Callable[..., tuple[Any, ...]]:
     """A kernel as a function of tensors, which tell the number of cells, that writes to the homes of results."""
     function, pairs = kernel.function, tuple(homes.items())
 

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from rmtc.codegen.torch.buffers import NoViewError
-from rmtc.codegen.torch.emit import Kernel, kind_of
+from rmtc.codegen.torch.emit import Emitted, kind_of
 from rmtc.ir.segment_loop import Environment
 from rmtc.ir.wavefront import Operand
 from rmtc.runtime.plan import Launch, Part, Piece, Plan
 from rmtc.runtime.weights import Weights
 
-__all__ = ["Body", "Moved", "Standing", "Step"]
+__all__ = ["ArenaBody", "Moved", "Standing", "ArenaStep"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Rows(NamedTuple):
 
 
 @dataclass(eq=False)
-class Body:
+class ArenaBody:
     """A kernel bound to memory, for some layers.
 
     Attributes:
@@ -75,7 +75,7 @@ class Body:
         kept: all memory that it has.
     """
 
-    kernel: Kernel
+    kernel: Emitted
     launch: Launch
     at: Environment
     homes: list[Rows]
@@ -126,7 +126,7 @@ class Body:
 
 
 @dataclass
-class Step:
+class ArenaStep:
     """A launch in memory that stays.
 
     Attributes:
@@ -136,18 +136,18 @@ class Step:
         apart: results that are copied, for their memory holds others by the time that they are read.
     """
 
-    body: Body
+    body: ArenaBody
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     fills: list[tuple[torch.Tensor, Piece]] = field(default_factory=list)
     apart: tuple[int, ...] = ()
 
 
-class Source(Protocol):
+class ArenaOwner(Protocol):
     """A run, as memory that stays wants to know it."""
 
     device: torch.device
 
-    def kernel_of(self, launch: Launch) -> tuple[tuple[Any, ...], Kernel, Environment] | None:
+    def kernel_of(self, launch: Launch) -> tuple[tuple[Any, ...], Emitted, Environment] | None:
         """The one kernel that a launch can be of, with its key and sizes."""
 
     def rows_of(self, launch: Launch) -> tuple[Sequence[torch.Tensor], bool]:
@@ -157,7 +157,7 @@ class Source(Protocol):
         """An operand that all cells share, and whether it lies where it lies for good, as parameters do."""
 
 
-Check = Callable[[Plan, Sequence[Step | None]], None]
+Check = Callable[[Plan, Sequence[ArenaStep | None]], None]
 
 
 class Standing:
@@ -166,23 +166,23 @@ class Standing:
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.lies = weights.lies()
-        self.tapes: OrderedDict[Any, tuple[list[Step | None], list[Body]]] = OrderedDict()
+        self.tapes: OrderedDict[Any, tuple[list[ArenaStep | None], list[ArenaBody]]] = OrderedDict()
         self._memory: dict[Any, torch.Tensor] = {}
-        self._bodies: dict[Any, Body] = {}
+        self._bodies: dict[Any, ArenaBody] = {}
         self._shared: dict[tuple[Operand, int], Any] = {}
 
     def usable(self) -> bool:
         """Whether the weights lie where they lay."""
         return all(map(operator.is_, self.weights.lies(), self.lies))
 
-    def steps(self, key: Any, plan: Plan, source: Source, check: Check) -> list[Step | None] | None:
+    def steps(self, key: Any, plan: Plan, source: ArenaOwner, check: Check) -> list[ArenaStep | None] | None:
         """The steps of a plan: None for launches that run as they do without; or no steps, if not all is known yet.
 
         Steps that are new are kept once they have passed the check.
         """
         found = self.tapes.get(key)
         if found is None:
-            bodies: list[Body | None] = []
+            bodies: list[ArenaBody | None] = []
             for launch in plan.launches:
                 if launch.body.stage != "layer" or not launch.grouped or launch.short:
                     bodies.append(None)
@@ -218,7 +218,9 @@ class Standing:
         shared = {(operand, body.at.T) for body in bodies for operand in body.kernel.shared}
         self._shared = {key: value for key, value in self._shared.items() if key in shared}
 
-    def _body(self, launch: Launch, known: tuple[tuple[Any, ...], Kernel, Environment], source: Source) -> Body:
+    def _body(
+        self, launch: Launch, known: tuple[tuple[Any, ...], Emitted, Environment], source: ArenaOwner
+    ) -> ArenaBody:
         key, kernel, at = known
         number = key, launch.layers, len(launch.cells)
         if number in self._bodies:
@@ -252,7 +254,7 @@ class Standing:
             elements = math.prod(shape)
             return memory(("work", turn), (-(-elements * count // size),), dtype)[:elements].view(*shape)
 
-        body = self._bodies[number] = Body(kernel, launch, at, homes, results, scratch, work, kept=kept)
+        body = self._bodies[number] = ArenaBody(kernel, launch, at, homes, results, scratch, work, kept=kept)
         return body
 
     def _kept(self, key: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -263,7 +265,7 @@ class Standing:
                 found = self._memory[key, shape, dtype] = torch.zeros(shape, dtype=dtype, device=device)
         return found
 
-    def _renew(self, bodies: Sequence[Body], source: Source) -> None:
+    def _renew(self, bodies: Sequence[ArenaBody], source: ArenaOwner) -> None:
         """Bring shared operands up to date, and bind what is bound to operands that lie elsewhere by now."""
         keys = {(operand, body.at.T): body.at for body in bodies for operand in body.kernel.shared}
         for (operand, _), at in keys.items():
@@ -283,7 +285,7 @@ class Standing:
                     raise Moved(str(error)) from error
                 body.version, body.lasts = version, lasts
 
-    def _share(self, operand: Operand, at: Environment, source: Source) -> None:
+    def _share(self, operand: Operand, at: Environment, source: ArenaOwner) -> None:
         """Give memory that stays the value of a shared operand, or take the operand as it lies."""
         value, fixed = source.shared_of(operand, at)
         held = self._shared.get((operand, at.T))
@@ -331,7 +333,7 @@ def _distinct(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _follow(plan: Plan, bodies: Sequence[Body | None]) -> list[Step | None]:
+def _follow(plan: Plan, bodies: Sequence[ArenaBody | None]) -> list[ArenaStep | None]:
     """The steps of a plan.
 
     Needs: for each launch the body that it runs as in memory that stays, if it does.
@@ -351,14 +353,14 @@ def _follow(plan: Plan, bodies: Sequence[Body | None]) -> list[Step | None]:
 class _Follower:
     """Follows what lies in each row through a plan, with some results (launch, position) kept apart."""
 
-    def __init__(self, plan: Plan, bodies: Sequence[Body | None], apart: set[tuple[int, int]]) -> None:
+    def __init__(self, plan: Plan, bodies: Sequence[ArenaBody | None], apart: set[tuple[int, int]]) -> None:
         self.plan, self.bodies, self.apart = plan, bodies, apart
         self.writer: dict[tuple[int, int], int] = {}  # the launch that wrote a row; -1 for a copy
         self.lost: set[tuple[int, int]] = set()
         self.views: dict[Any, torch.Tensor] = {}
 
-    def steps(self) -> list[Step | None]:
-        found: list[Step | None] = []
+    def steps(self) -> list[ArenaStep | None]:
+        found: list[ArenaStep | None] = []
         for number, (launch, body) in enumerate(zip(self.plan.launches, self.bodies, strict=True)):
             if body is None:
                 for piece in (piece for pieces in launch.inputs for piece in pieces):
@@ -370,8 +372,8 @@ class _Follower:
                 self.writer.update(dict.fromkeys(map(rows.row, range(rows.cells)), number))
         return found
 
-    def _step(self, number: int, launch: Launch, body: Body) -> Step:
-        step = Step(body, apart=tuple(sorted(result for made, result in self.apart if made == number)))
+    def _step(self, number: int, launch: Launch, body: ArenaBody) -> ArenaStep:
+        step = ArenaStep(body, apart=tuple(sorted(result for made, result in self.apart if made == number)))
         written: set[tuple[int, int]] = set()
         read: dict[tuple[int, int], tuple[int, int]] = {}
         for home, pieces in zip(body.homes, launch.inputs, strict=True):

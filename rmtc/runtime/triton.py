@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rmtc.codegen.torch.emit import Kernel
+from rmtc.codegen.torch.emit import Emitted
 from rmtc.codegen.triton.emit import emit
 from rmtc.codegen.triton.targets import TARGETS, Target, target_of
 from rmtc.errors import BackendError, RefusedError, raised_by_signal
@@ -58,7 +58,7 @@ class Triton(Executor):
 
     lenient: bool = False
     by_torch: set[str] = field(default_factory=set)
-    unseen: dict[str, tuple[str, Kernel]] = field(default_factory=dict)
+    unseen: dict[str, tuple[str, Emitted]] = field(default_factory=dict)
 
     def run(
         self, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
@@ -82,7 +82,7 @@ class Triton(Executor):
             self.kernels.pop(key, None)
         self.forget()
 
-    def emit(self, of: Emission) -> tuple[Kernel, tuple[Any, ...]]:
+    def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
         """Emit a launch's body, and run it once.
 
         Raises:
@@ -101,7 +101,7 @@ class Triton(Executor):
             self._leave(body.name, error)
             return super().emit(of)
 
-    def _emit(self, of: Emission, target: Target | None) -> tuple[Kernel, tuple[Any, ...]]:
+    def _emit(self, of: Emission, target: Target | None) -> tuple[Emitted, tuple[Any, ...]]:
         kernel, results = emit(**of.arguments, bind=of.bind, target=target)
         if not any(isinstance(each, FakeTensor) for each in results) and not _draws(of.launch.body):
             plain, wanted = super().emit(replace(of, bind=False))
@@ -112,7 +112,7 @@ class Triton(Executor):
 
     def call(
         self,
-        kernel: Kernel,
+        kernel: Emitted,
         size: int | None,
         inputs: Sequence[Any],
         weights: Sequence[torch.Tensor],

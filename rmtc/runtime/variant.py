@@ -20,7 +20,7 @@ from rmtc.capture import Capture, Captured
 from rmtc.capture.arguments import Arguments, show
 from rmtc.capture.effects import Effect
 from rmtc.capture.guards import ArgumentGuard
-from rmtc.capture.objects import Kept, Label, Place, Ref, attributes, build, can_be_made
+from rmtc.capture.objects import ExistingContainer, Kept, Label, Ref, attributes, build, can_be_made
 from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
@@ -149,7 +149,7 @@ class Variant:
     _varying: dict[int, frozenset[int]] = field(default_factory=dict)
     _known: frozenset[int] = frozenset()
     _containers: dict[str, Slot] = field(default_factory=dict)  # where the state has containers, by name
-    _left: tuple[Place, ...] = ()  # those of them that the call leaves in places
+    _left: tuple[ExistingContainer, ...] = ()  # those of them that the call leaves in places
     refused: dict[tuple[Sizes, int, tuple[Any, ...]], str] = field(default_factory=dict)
     used: dict[tuple[Sizes, int], str] = field(default_factory=dict)
     counter: str | None = None
@@ -312,7 +312,9 @@ class Variant:
         variant._containers = {
             slot.name: slot for slot in session.snapshot.slots if isinstance(slot.value, (list, deque, dict))
         }
-        variant._left = tuple(each for effect in first.effects for each in effect.parts() if isinstance(each, Place))
+        variant._left = tuple(
+            each for effect in first.effects for each in effect.parts() if isinstance(each, ExistingContainer)
+        )
         variant.entries.add(variant.entry(analysis.capture.plan.sizes.batch))
         return variant
 
@@ -700,8 +702,8 @@ class Variant:
         own = {name: written[source] for name, source in self._own.items()}
         outputs = {name: value for name, value in outputs.items() if name not in own}
 
-        def other(asked: str | Place) -> Any:
-            if isinstance(asked, Place):
+        def other(asked: str | ExistingContainer) -> Any:
+            if isinstance(asked, ExistingContainer):
                 return self._container(asked, ready.arguments)
             return self._plain(asked, ready.sizes.segments)
 
@@ -713,7 +715,7 @@ class Variant:
         self._leave(results, made, written)
         return result, run
 
-    def _container(self, place: Place, arguments: Arguments) -> Any:
+    def _container(self, place: ExistingContainer, arguments: Arguments) -> Any:
         """What is in the place of a container that was there before the call."""
         if not isinstance(place.path, str):
             return arguments.containers()[place.path]
@@ -884,7 +886,10 @@ _REFUSALS = 16  # by a variant, for what its calls find
 
 def _kept(run: Captured) -> dict[Any, tuple[Any, ...]]:
     """What was there before a run and it leaves in places."""
-    return {each.path: tuple(part for part in each.parts() if isinstance(part, (Kept, Place))) for each in run.effects}
+    return {
+        each.path: tuple(part for part in each.parts() if isinstance(part, (Kept, ExistingContainer)))
+        for each in run.effects
+    }
 
 
 def _shape_of(run: Captured, name: str) -> tuple[int, ...]:

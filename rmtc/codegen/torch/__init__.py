@@ -1,5 +1,5 @@
 """Grouped bodies as straight-line Python over torch."""
 
-from rmtc.codegen.torch.emit import Kernel, emit
+from rmtc.codegen.torch.emit import Emitted, emit
 
-__all__ = ["Kernel", "emit"]
+__all__ = ["Emitted", "emit"]

@@ -23,7 +23,7 @@ from rmtc.codegen.torch.attention import attend, bind_attend
 from rmtc.codegen.torch.buffers import Line, bound_lines, fresh, out, plain, plan_buffers, seen
 from rmtc.codegen.torch.rules import (
     UNGROUPED,
-    Arguments,
+    NamedArguments,
     Raw,
     Value,
     Varying,
@@ -41,7 +41,7 @@ from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, cho
 from rmtc.ops import linears
 from rmtc.ops.fused import BOUND
 
-__all__ = ["Kernel", "emit", "kind_of", "select_run"]
+__all__ = ["Emitted", "emit", "kind_of", "select_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ _BATCHING = ("FuncTorchBatched", "FuncTorchBatchedDecomposition")
 
 
 @dataclass(frozen=True)
-class Bound:
+class BoundBody:
     """A body that runs in memory that stays: all operands, and what it computes, lie where they lay before.
 
     Attributes:
@@ -73,7 +73,7 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class Emitted:
     """Emitted source.
 
     Attributes:
@@ -93,7 +93,7 @@ class Kernel:
     shared: tuple[Operand, ...]
     kinds: tuple[Any, ...]
     function: Callable[..., tuple[Any, ...]]
-    bound: Bound | None
+    bound: BoundBody | None
     fallbacks: tuple[str, ...]
     file: str
 
@@ -165,7 +165,7 @@ class _Emitter:
             self._assign(name, args[0].text, op)
             return self.bind(name, self.space[name], args[0].grouped)
         positional, named = call_arguments(args)
-        arguments = Arguments(op.target, positional, named)
+        arguments = NamedArguments(op.target, positional, named)
         if torch.Tag.nondeterministic_seeded in op.target.tags and arguments.values.get("dropout_p") != 0:
             self.pure = False
         varying = any(isinstance(leaf, Varying) for leaf in leaves(args))
@@ -204,7 +204,7 @@ class _Emitter:
             self.lines.pop()
         raise NotImplementedError(f"no way to run {op} for a group of cells")
 
-    def _candidates(self, op: Op, arguments: Arguments, varying: bool) -> Iterator[tuple[str, str]]:
+    def _candidates(self, op: Op, arguments: NamedArguments, varying: bool) -> Iterator[tuple[str, str]]:
         """Texts to try, each with its way: all cells at once by a "rule" or by "vmap", or one of the "cells" a time."""
         if varying:
             if op.target is torch.ops.aten.select.int and isinstance(arguments["index"], Varying):
@@ -225,7 +225,7 @@ class _Emitter:
                 yield self._vmap(arguments), "vmap"
         yield self._loop(arguments), "cells"
 
-    def _vmap(self, arguments: Arguments) -> str:
+    def _vmap(self, arguments: NamedArguments) -> str:
         """The single operation under `vmap`."""
         tensors = list(dict.fromkeys(arguments.tensors()))
         names = {value: f"x{number}" for number, value in enumerate(tensors)}
@@ -240,10 +240,10 @@ class _Emitter:
         given = ", ".join(value.text for value in tensors)
         return f"vmap(lambda {', '.join(names.values())}: {call}, in_dims=({dims}))({given})"
 
-    def _loop(self, arguments: Arguments) -> str:
+    def _loop(self, arguments: NamedArguments) -> str:
         return f"stacked([{self._cell(arguments, 'i')} for i in range(G)])"
 
-    def _cell(self, arguments: Arguments, index: str) -> str:
+    def _cell(self, arguments: NamedArguments, index: str) -> str:
         """The operation on one cell of the group."""
 
         def pick(value: Any) -> Any:
@@ -253,11 +253,11 @@ class _Emitter:
 
         return arguments.call(**{name: pick(value) for name, value in arguments.values.items() if _holds(value)})
 
-    def _as_expected(self, name: str, arguments: Arguments) -> bool:
+    def _as_expected(self, name: str, arguments: NamedArguments) -> bool:
         """Whether the grouped result looks like the operation's own on the first cell."""
         return _alike(self.space[name], self._value(self._cell(arguments, "0"), arguments), self.size)
 
-    def _for_any_number(self, text: str, name: str, arguments: Arguments) -> bool:
+    def _for_any_number(self, text: str, name: str, arguments: NamedArguments) -> bool:
         """Whether a text for all cells at once, by a rule of ours or of `vmap`, holds for other numbers of them too.
 
         A single cell broadcasts with everything, and a number that is a batch size, too, hides one axis behind another:
@@ -288,7 +288,7 @@ class _Emitter:
         first = pytree.tree_map_only(torch.Tensor, operator.itemgetter(0), self.space[name])
         return _alike(found, first, count)
 
-    def _of_two_cells(self, text: str, arguments: Arguments) -> bool:
+    def _of_two_cells(self, text: str, arguments: NamedArguments) -> bool:
         """Whether a text gives the values of the operation on each of some cells that differ.
 
         torch's rules for `vmap` are not all right: that of `index_fill` takes the first cell's value for all.
@@ -296,7 +296,9 @@ class _Emitter:
         found = [self._of_cells(text, arguments, change) for change in (_next, _rolled)]
         return False not in found and True in found
 
-    def _of_cells(self, text: str, arguments: Arguments, change: Callable[[torch.Tensor], torch.Tensor]) -> bool | None:
+    def _of_cells(
+        self, text: str, arguments: NamedArguments, change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> bool | None:
         """Whether a text gives the values of the operation on cells of two kinds in turn; None if one has no value."""
         count = 2 * max(value.repeat for value in arguments.tensors())
         space = {**self.space, "G": count}
@@ -326,12 +328,14 @@ class _Emitter:
         expected = [torch.stack(parts) for parts in zip(*map(pytree.tree_leaves, cells), strict=True)]
         return all(_near(one, other) for one, other in zip(found, expected, strict=True))
 
-    def _value(self, text: str, arguments: Arguments | None) -> Any:
+    def _value(self, text: str, arguments: NamedArguments | None) -> Any:
         if arguments is not None:
             self.space.update(arguments.functions)
         return eval(plain(text), self.space)
 
-    def _assign(self, name: str, text: str, op: Op, arguments: Arguments | None = None, fresh: bool = False) -> None:
+    def _assign(
+        self, name: str, text: str, op: Op, arguments: NamedArguments | None = None, fresh: bool = False
+    ) -> None:
         value = self.space[name] = self._value(text, arguments)
         # A file may have any name: none ends the comment.
         place = f"  # {repr(op.location.file)[1:-1]}:{op.location.line}" if op.location is not None else ""
@@ -456,7 +460,7 @@ def emit(
     constant: Callable[[Operand], bool] = lambda operand: False,
     bind: bool = True,
     compiled: bool = False,
-) -> tuple[Kernel, tuple[Any, ...]]:
+) -> tuple[Emitted, tuple[Any, ...]]:
     """Emit a body and run it once.
 
     Args:
@@ -570,8 +574,8 @@ def _vary(tensor: torch.Tensor) -> None:
 
 
 def _same_as(
-    kernel: Kernel,
-    bound: Bound,
+    kernel: Emitted,
+    bound: BoundBody,
     inputs: Sequence[torch.Tensor],
     changing: Sequence[Any],
     size: int,
@@ -659,7 +663,7 @@ class _Body:
     one_layer: bool
     repeat: int
 
-    def kernel(self) -> Kernel:
+    def kernel(self) -> Emitted:
         """What overwrites nothing."""
         unpacked = {"inputs": ("in", self.inputs), "weights": ("w", self.weights), "numbers": ("n", self.numbers)}
         body = _header(self.name, "G, inputs, weights, numbers, shared", **unpacked, shared=("u", len(self.passed)))
@@ -671,9 +675,9 @@ class _Body:
         function, file = _function(self.name, self.name, source, self.emitter)
         kinds = tuple(kind_of(self.emitter.space[name]) for name in self.passed.values())
         fallbacks = tuple(self.emitter.fallbacks)
-        return Kernel(self.name, source, tuple(self.passed), kinds, function, None, fallbacks, file)
+        return Emitted(self.name, source, tuple(self.passed), kinds, function, None, fallbacks, file)
 
-    def bound(self, shared: Sequence[Any]) -> Bound:
+    def bound(self, shared: Sequence[Any]) -> BoundBody:
         """The same in memory that stays."""
         space, lines = self.emitter.space, self.emitter.lines
         known = {name: space[name] for name in (*_named("in", self.inputs), *_named("w", self.weights))}
@@ -709,7 +713,7 @@ class _Body:
         bind, file = _function("bind", f"{self.name} in memory that stays", "\n".join(source), self.emitter)
         results = tuple((each.elements, each.dtype) for each in planned.buffers if each.slot is None)
         overwritten = frozenset(int(name.removeprefix("in")) for name in planned.overwritten)
-        return Bound("\n".join(source), bind, tuple(planned.slots), results, overwritten, file)
+        return BoundBody("\n".join(source), bind, tuple(planned.slots), results, overwritten, file)
 
 
 def _returned(values: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ from rmtc.ops.linears import are_faster
 
 __all__ = [
     "UNGROUPED",
-    "Arguments",
+    "NamedArguments",
     "Value",
     "function_name",
     "grouped",
@@ -72,7 +72,7 @@ class Value:
         return len(self.shape)
 
 
-class Arguments:
+class NamedArguments:
     """The arguments of an operation, by the names of its schema, with defaults filled in.
 
     Attributes:
@@ -149,7 +149,7 @@ def _in_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
     return getattr(packet, target._overloadname, None)
 
 
-def overwriting(arguments: Arguments) -> tuple[Instead, ...]:
+def overwriting(arguments: NamedArguments) -> tuple[Instead, ...]:
     """The operands that the result of an operation may overwrite, each with the expression that does so."""
     target, found = arguments.target, list(arguments.instead)
     instead = _in_place(target)
@@ -163,7 +163,7 @@ def overwriting(arguments: Arguments) -> tuple[Instead, ...]:
         values = {**arguments.values, **order}
         self = values[first]
         if isinstance(self, Value) and self.grouped and _NAMED.fullmatch(self.text):
-            swapped = Arguments(target, (), {})
+            swapped = NamedArguments(target, (), {})
             swapped.values, swapped.given, swapped.functions = values, arguments.given, arguments.functions
             text = pointwise(swapped)
             if text is not None:
@@ -235,7 +235,7 @@ _CALLED = frozenset(
 )
 """Operations that are no pointwise ones, with functions of torch that take the same arguments."""
 
-Rule: TypeAlias = Callable[[Arguments], "str | None"]
+Rule: TypeAlias = Callable[[NamedArguments], "str | None"]
 
 
 _NAMES: dict[str, Callable[..., Any]] = {}
@@ -320,7 +320,7 @@ def shifted(dim: int, rank: int) -> int:
     return dim if dim < 0 and rank else max(dim, 0) + 1
 
 
-def pointwise(arguments: Arguments) -> str | None:
+def pointwise(arguments: NamedArguments) -> str | None:
     tensors = list(arguments.tensors())
     rank = max(value.rank for value in tensors)
     # A cell's scalar does not take part in type promotion, a group of them would.
@@ -334,7 +334,7 @@ def pointwise(arguments: Arguments) -> str | None:
     return arguments.call(**changed)
 
 
-def as_is(arguments: Arguments) -> str | None:
+def as_is(arguments: NamedArguments) -> str | None:
     """For operations that treat leading dimensions as a batch."""
     return arguments.call()
 
@@ -342,7 +342,7 @@ def as_is(arguments: Arguments) -> str | None:
 def by_dims(*names: str) -> Rule:
     """For operations on one tensor that name the dimensions they work along."""
 
-    def rule(arguments: Arguments) -> str | None:
+    def rule(arguments: NamedArguments) -> str | None:
         value = next(iter(arguments.tensors()))
         changed: dict[str, Any] = {}
         for name in names:
@@ -365,7 +365,7 @@ def by_dims(*names: str) -> Rule:
 def over_all(target: torch._ops.OpOverload) -> Rule:
     """For reductions over all dimensions, by their form with dimensions."""
 
-    def rule(arguments: Arguments) -> str | None:
+    def rule(arguments: NamedArguments) -> str | None:
         value = arguments["self"]
         if not value.rank:
             return None
@@ -376,29 +376,29 @@ def over_all(target: torch._ops.OpOverload) -> Rule:
     return rule
 
 
-def reshape(arguments: Arguments) -> str | None:
+def reshape(arguments: NamedArguments) -> str | None:
     value = arguments["self"]
     size = arguments["size"] if "size" in arguments.values else arguments["shape"]
     return f"{value.text}.reshape(G, {_sizes(tuple(size))})" if size else f"{value.text}.reshape(G)"
 
 
-def expand(arguments: Arguments) -> str | None:
+def expand(arguments: NamedArguments) -> str | None:
     value, size = arguments["self"], arguments["size"]
     return f"{ranked(value, len(size))}.expand(G, {_sizes(tuple(size))})"
 
 
-def repeat(arguments: Arguments) -> str | None:
+def repeat(arguments: NamedArguments) -> str | None:
     value, repeats = arguments["self"], arguments["repeats"]
     return f"{ranked(value, len(repeats))}.repeat(1, {_sizes(tuple(repeats))})"
 
 
-def transpose(arguments: Arguments) -> str | None:
+def transpose(arguments: NamedArguments) -> str | None:
     value = arguments["self"]
     dims = [shifted(arguments[name], value.rank) for name in ("dim0", "dim1")]
     return f"{value.text}.transpose({dims[0]}, {dims[1]})" if value.rank else None
 
 
-def part(arguments: Arguments) -> str | None:
+def part(arguments: NamedArguments) -> str | None:
     """A slice, spelled as Python does."""
     value, dim, step = arguments["self"], arguments["dim"], arguments["step"]
     start, end = arguments["start"], arguments["end"]
@@ -411,22 +411,22 @@ def part(arguments: Arguments) -> str | None:
     return f"{value.text}[{before}{start}:{end}]"
 
 
-def transpose_matrix(arguments: Arguments) -> str | None:
+def transpose_matrix(arguments: NamedArguments) -> str | None:
     value = arguments["self"]
     return f"{value.text}.transpose(1, 2)" if value.rank == 2 else value.text
 
 
-def permute(arguments: Arguments) -> str | None:
+def permute(arguments: NamedArguments) -> str | None:
     value = arguments["self"]
     return f"{value.text}.permute(0, {_sizes(tuple(dim % value.rank + 1 for dim in arguments['dims']))})"
 
 
-def unsqueeze(arguments: Arguments) -> str | None:
+def unsqueeze(arguments: NamedArguments) -> str | None:
     dim = arguments["dim"]
     return f"{arguments['self'].text}.unsqueeze({dim if dim < 0 else dim + 1})"
 
 
-def cat(arguments: Arguments) -> str | None:
+def cat(arguments: NamedArguments) -> str | None:
     tensors = arguments["tensors"]
     if len({value.rank for value in tensors}) > 1 or not tensors[0].rank:
         return None
@@ -434,12 +434,12 @@ def cat(arguments: Arguments) -> str | None:
     return f"{arguments.function()}([{', '.join(map(grouped, tensors))}], {dim}{out()})"
 
 
-def stack(arguments: Arguments) -> str | None:
+def stack(arguments: NamedArguments) -> str | None:
     tensors, dim = arguments["tensors"], arguments["dim"]
     return f"stack([{', '.join(map(grouped, tensors))}], {dim if dim < 0 else dim + 1})"
 
 
-def linear(arguments: Arguments) -> str | None:
+def linear(arguments: NamedArguments) -> str | None:
     value, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
     if not weight.grouped and (bias is None or not bias.grouped):
         if weight.rank != 2 or not value.rank or (bias is not None and bias.rank != 1):
@@ -480,7 +480,7 @@ def _by_kernel(rows: int, value: Value, weight: Value) -> bool:
     return are_faster(rows, value.shape[-1], weight.shape[0], value.dtype, weight.device)
 
 
-def added_linear(arguments: Arguments) -> str | None:
+def added_linear(arguments: NamedArguments) -> str | None:
     residual, value, weight = arguments["residual"], arguments["x"], arguments["weight"]
     shape = (*value.shape[:-1], weight.shape[0])
     if weight.rank != 2 or not weight.grouped or residual.shape != shape:
@@ -515,7 +515,7 @@ def added_linear(arguments: Arguments) -> str | None:
     return f"baddbmm({flat[0]}, {product}{into}){seen}"
 
 
-def added_matmul(arguments: Arguments) -> str | None:
+def added_matmul(arguments: NamedArguments) -> str | None:
     operands = [arguments[name] for name in ("residual", "left", "right")]
     batch = {each.shape[:-2] for each in operands}
     shape = (operands[1].shape[-2], operands[2].shape[-1])
@@ -543,7 +543,7 @@ def _product_of_rows(value: Value, weight: Value, matrix: str, bias: Value | Non
     return f"baddbmm({bias.rows}.unsqueeze(1), {flat}, {matrix})" if bias else f"bmm({flat}, {matrix})"
 
 
-def matmul(arguments: Arguments) -> str | None:
+def matmul(arguments: NamedArguments) -> str | None:
     left, right = (value for value in arguments.values.values() if isinstance(value, Value))
     if not left.rank or not right.rank:
         return None
@@ -578,7 +578,7 @@ def _batched(text: str, value: Value, have: int, rank: int, shape: tuple[int, ..
     return f"{text}.reshape(G, {_sizes((1,) * (rank - have) + tuple(shape))})"
 
 
-def addmm(arguments: Arguments) -> str | None:
+def addmm(arguments: NamedArguments) -> str | None:
     bias, left, right = arguments["self"], arguments["mat1"], arguments["mat2"]
     if arguments["beta"] != 1 or arguments["alpha"] != 1 or bias.rank > 2:
         return None
@@ -589,7 +589,7 @@ def addmm(arguments: Arguments) -> str | None:
     return f"baddbmm({bias_text}, {grouped(left)}, {grouped(right)}{into})"
 
 
-def einsum(arguments: Arguments) -> str | None:
+def einsum(arguments: NamedArguments) -> str | None:
     equation, tensors = arguments["equation"].replace(" ", ""), arguments["tensors"]
     if "->" not in equation or not isinstance(tensors, (list, tuple)):
         return None
@@ -603,7 +603,7 @@ def einsum(arguments: Arguments) -> str | None:
     return f"einsum({(','.join(spelled) + '->' + letter + result)!r}, {literal(tensors)})"
 
 
-def attention(arguments: Arguments) -> str | None:
+def attention(arguments: NamedArguments) -> str | None:
     """The group goes into the batch: with five dimensions the fast kernels are not used."""
     query, key, value, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
     if len({query.rank, key.rank, value.rank}) > 1 or query.rank not in (3, 4):
@@ -659,7 +659,7 @@ def _mask(mask: Value, rank: int, batch: int) -> str | None:
     return f"{text}.reshape(G * {batch}, {_sizes(shape[1:])})"
 
 
-def layer_norm(arguments: Arguments) -> str | None:
+def layer_norm(arguments: NamedArguments) -> str | None:
     value, weight, bias = arguments["input"], arguments["weight"], arguments.values.get("bias")
     if not value.grouped or arguments.values.get("cudnn_enable") is False:
         return None
@@ -675,16 +675,16 @@ def layer_norm(arguments: Arguments) -> str | None:
     return text if bias is None else f"{text}.add_({ranked(bias, value.rank)})"
 
 
-def embedding(arguments: Arguments) -> str | None:
+def embedding(arguments: NamedArguments) -> str | None:
     return None if arguments["weight"].grouped else arguments.call()
 
 
-def index_select(arguments: Arguments) -> str | None:
+def index_select(arguments: NamedArguments) -> str | None:
     value, index = arguments["self"], arguments["index"]
     return None if index.grouped else arguments.call(dim=shifted(arguments["dim"], value.rank))
 
 
-def along(arguments: Arguments) -> str | None:
+def along(arguments: NamedArguments) -> str | None:
     """gather, scatter and the like: operands of one rank, all of them grouped."""
     values = {name: value for name, value in arguments.values.items() if isinstance(value, Value)}
     if len({value.rank for value in values.values()}) > 1 or not arguments["self"].rank:
@@ -693,13 +693,13 @@ def along(arguments: Arguments) -> str | None:
     return arguments.call(dim=shifted(arguments["dim"], arguments["self"].rank), **changed)
 
 
-def expanded_scatter(arguments: Arguments) -> str | None:
+def expanded_scatter(arguments: NamedArguments) -> str | None:
     """slice_scatter, select_scatter: a part of a tensor replaced."""
     changed: dict[str, Any] = {name: Raw(grouped(arguments[name])) for name in ("self", "src")}
     return arguments.call(dim=shifted(arguments["dim"], arguments["self"].rank), **changed)
 
 
-def diff(arguments: Arguments) -> str | None:
+def diff(arguments: NamedArguments) -> str | None:
     value = arguments["self"]
     ends = {name: arguments[name] for name in ("prepend", "append") if isinstance(arguments[name], Value)}
     if any(each.rank != value.rank for each in ends.values()):

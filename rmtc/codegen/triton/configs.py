@@ -14,7 +14,7 @@ from rmtc.codegen.triton.targets import TARGETS, Target
 from rmtc.errors import BackendError
 from rmtc.ir.kernel import Attend, Kernel
 from rmtc.ir.limits import loads
-from rmtc.ir.terms import Call, Pick, within
+from rmtc.ir.terms import Call, Piecewise, within
 from rmtc.passes.bodies.fusion_groups import ROW
 
 __all__ = ["FILE", "Bucket", "Config", "ConfigError", "bucket_of", "config_of", "configs_text", "is_big"]
@@ -191,7 +191,7 @@ def _by_rule(kernel: Kernel | Attend, target: Target | None, big: bool) -> Confi
 def _weight(kernel: Kernel) -> int:
     """How many operations a factor of a product takes."""
     factors = [each for stage in kernel.stages for term in stage.accumulators for each in (term.left, term.right)]
-    return max((sum(isinstance(each, (Call, Pick)) for each in within([factor])) for factor in factors), default=0)
+    return max((sum(isinstance(each, (Call, Piecewise)) for each in within([factor])) for factor in factors), default=0)
 
 
 def _power(size: int, least: int, most: int) -> int:

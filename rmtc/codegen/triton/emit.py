@@ -11,10 +11,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rmtc.codegen.torch.buffers import NoViewError
-from rmtc.codegen.torch.emit import Bound, Kernel, kind_of
+from rmtc.codegen.torch.emit import BoundBody, Emitted, kind_of
 from rmtc.codegen.torch.emit import emit as emit_torch
 from rmtc.codegen.triton.build import copied
-from rmtc.codegen.triton.launch import Launch, prepare
+from rmtc.codegen.triton.launch import KernelLaunch, prepare
 from rmtc.codegen.triton.lower import Given, lower
 from rmtc.codegen.triton.source import cells_of
 from rmtc.codegen.triton.targets import Target
@@ -154,7 +154,7 @@ def emit(
     bind: bool = True,
     target: Target | None = None,
     **operands: Any,
-) -> tuple[Kernel, tuple[Any, ...]]:
+) -> tuple[Emitted, tuple[Any, ...]]:
     """Emit a body, and run it once; as :func:`rmtc.codegen.torch.emit` does.
 
     Args:
@@ -180,7 +180,7 @@ class TritonBody:
     """
 
     def __init__(
-        self, groups: Groups, launches: Sequence[Launch], operands: Mapping[Array, Any], grouped: bool
+        self, groups: Groups, launches: Sequence[KernelLaunch], operands: Mapping[Array, Any], grouped: bool
     ) -> None:
         self.nest: Nest = groups.nest
         self.grouped = grouped
@@ -190,10 +190,10 @@ class TritonBody:
         self.passed = [leaf for leaf in self.nest.operands if not isinstance(leaf, (Input, Weight, Number))]
         self.values = {self.leaves[array]: value for array, value in operands.items()}
         self.kinds = tuple(kind_of(self.values[leaf]) for leaf in self.passed)
-        self.outside: dict[Outside, Kernel] = {}
+        self.outside: dict[Outside, Emitted] = {}
         self.launched: dict[Any, Mapping[Array, torch.Tensor]] = {}
 
-    def kernel(self, name: str, bind: bool) -> Kernel:
+    def kernel(self, name: str, bind: bool) -> Emitted:
         """As the executor knows it."""
         texts = [launch.source.text for launch in self.launches.values()]
         texts += [f"# torch.bmm: {', '.join(map(str, each.array.ops))}" for each in self.multiplied]
@@ -206,8 +206,8 @@ class TritonBody:
             own = [each for each in self.nest.results if base_of(each) not in written]
             kinds = tuple((math.prod(base_of(each).shape), each.dtype) for each in dict.fromkeys(map(base_of, own)))
             homes = frozenset(leaf.number for leaf in written.values())
-            bound = Bound(source, self.bind, (), kinds, homes, file) if self._all_made(own) else None
-        return Kernel(name, source, tuple(self.passed), self.kinds, self.run, bound, fallbacks, file)
+            bound = BoundBody(source, self.bind, (), kinds, homes, file) if self._all_made(own) else None
+        return Emitted(name, source, tuple(self.passed), self.kinds, self.run, bound, fallbacks, file)
 
     @property
     def multiplied(self) -> list[Multiply]:
@@ -275,7 +275,7 @@ class TritonBody:
         results: Sequence[torch.Tensor],
         work: Callable[[Sequence[int], torch.dtype], torch.Tensor],
     ) -> tuple[Callable[[Sequence[Any]], tuple[Any, ...]], tuple[torch.Tensor | None, ...]]:
-        """As a :class:`Bound` does it: what is launched is put together once."""
+        """As a :class:`BoundBody` does it: what is launched is put together once."""
         flags = [each for each in self.leaves if isinstance(self.leaves[each], Number)]
         count = max((leaf.number + 1 for leaf in self.leaves.values() if isinstance(leaf, Number)), default=0)
         numbers = [[0] * size] * count

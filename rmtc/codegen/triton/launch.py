@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from rmtc.codegen.triton.configs import Config, config_of, is_big
-from rmtc.codegen.triton.source import WIDE, Source, Style, is_wide, source_of
+from rmtc.codegen.triton.source import WIDE, KernelSource, Style, is_wide, source_of
 from rmtc.codegen.triton.targets import Target
 from rmtc.errors import RefusedError
 from rmtc.ir.array import Array
 from rmtc.ir.kernel import Attend, Kernel
 
-__all__ = ["Launch", "Printed", "jitted", "prepare"]
+__all__ = ["KernelLaunch", "Printed", "jitted", "prepare"]
 
 _files = itertools.count()
 
@@ -42,7 +42,7 @@ def jitted(name: str, text: str) -> Any:
 class Printed:
     """One way to print a kernel, and how it is launched."""
 
-    source: Source
+    source: KernelSource
     config: Config
 
     def arguments(self, tensors: Mapping[Array, torch.Tensor], cells: int) -> list[tuple[str, torch.Tensor | int]]:
@@ -115,7 +115,7 @@ def _operator(qualified: str, name: str, text: str, options: tuple[tuple[str, in
 
 
 @dataclass(frozen=True)
-class Launch:
+class KernelLaunch:
     """A kernel that can be launched.
 
     Attributes:
@@ -131,7 +131,7 @@ class Launch:
     target: Target | None
 
     @property
-    def source(self) -> Source:
+    def source(self) -> KernelSource:
         """Its text."""
         return (self.big or self.plain).source
 
@@ -192,7 +192,7 @@ def prepare(
     name: str,
     strides: Callable[[Array], Sequence[int]],
     target: Target | None = None,
-) -> list[Launch]:
+) -> list[KernelLaunch]:
     """Kernels as what can be launched.
 
     Args:
@@ -210,5 +210,5 @@ def prepare(
         if target is not None and is_big(kernel):
             style = Style(persistent=True, strides=strides if target.descriptors else None)
             big = Printed(source_of(kernel, f"{name}_{number}", style), config_of(kernel, target, big=True))
-        found.append(Launch(kernel, plain, big, target))
+        found.append(KernelLaunch(kernel, plain, big, target))
     return found

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rmtc.codegen.torch.rules import Arguments
+from rmtc.codegen.torch.rules import NamedArguments
 from rmtc.codegen.triton.build import Arrays, Size, Unlowered, copied
 from rmtc.codegen.triton.operations import RULES
 from rmtc.errors import VerifyError
@@ -79,7 +79,7 @@ class _Lowering(Arrays):
         if not isinstance(op.target, torch._ops.OpOverload):  # a shared value as a result
             return args[0]
         positional, named = call_arguments(args)
-        arguments = Arguments(op.target, positional, named)
+        arguments = NamedArguments(op.target, positional, named)
         rule = RULES.get(op.target)
         first = positional[0] if positional else None
         if isinstance(first, Array) and not first.sizes and any(name.startswith("dim") for name in arguments.values):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rmtc.codegen.triton.configs import FILE
-from rmtc.codegen.triton.launch import Launch, Printed, jitted
+from rmtc.codegen.triton.launch import KernelLaunch, Printed, jitted
 from rmtc.codegen.triton.targets import Target
 from rmtc.errors import RmtcError, raised_by_signal
 from rmtc.ir.array import Array
@@ -59,7 +59,7 @@ class Binary:
         cells: of how many cells.
     """
 
-    launch: Launch
+    launch: KernelLaunch
     printed: Printed
     target: Target
     assembly: str
@@ -96,7 +96,7 @@ class Binary:
         return self.target.machine.least(self.moved, self.operations, self.launch.kernel.written[0].dtype)
 
 
-def compile_for(launch: Launch, tensors: Mapping[Array, torch.Tensor], target: Target, cells: int) -> Binary:
+def compile_for(launch: KernelLaunch, tensors: Mapping[Array, torch.Tensor], target: Target, cells: int) -> Binary:
     """Compile a kernel for tensors that lie as those given do.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rmtc.codegen.torch.rules import Arguments
+from rmtc.codegen.torch.rules import NamedArguments
 from rmtc.codegen.triton.build import Arrays, inner_dtype
 from rmtc.codegen.triton.views import VIEWS, Rule, same
 from rmtc.ir.array import Array, Attention, Indices, Joined
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 def _of(function: str, *names: str) -> Rule:
-    def rule(arrays: Arrays, arguments: Arguments) -> Array | None:
+    def rule(arrays: Arrays, arguments: NamedArguments) -> Array | None:
         args = [arguments[name] for name in names]
         return arrays.pointwise(function, *args)
 
@@ -31,7 +31,7 @@ def _of(function: str, *names: str) -> Rule:
 def _float(function: str, *names: str) -> Rule:
     """Of functions whose results are no integers."""
 
-    def rule(arrays: Arrays, arguments: Arguments) -> Array | None:
+    def rule(arrays: Arrays, arguments: NamedArguments) -> Array | None:
         args = [arguments[name] for name in names]
         if not all(each.dtype.is_floating_point for each in args if isinstance(each, Array)):
             return None
@@ -41,7 +41,7 @@ def _float(function: str, *names: str) -> Rule:
 
 
 def _added(function: str) -> Rule:
-    def rule(arrays: Arrays, arguments: Arguments) -> Array | None:
+    def rule(arrays: Arrays, arguments: NamedArguments) -> Array | None:
         one, other, alpha = arguments["self"], arguments["other"], arguments.values.get("alpha", 1)
         if alpha == 1:
             return arrays.pointwise(function, one, other)
@@ -55,7 +55,7 @@ def _compared(function: str) -> Rule:
 
 
 def _logical(function: str) -> Rule:
-    def rule(arrays: Arrays, arguments: Arguments) -> Array | None:
+    def rule(arrays: Arrays, arguments: NamedArguments) -> Array | None:
         args = [arguments["self"], arguments["other"]]
         boolean = all(isinstance(each, Array) and each.dtype == torch.bool for each in args)
         return arrays.pointwise(function, *args) if boolean else None
@@ -63,20 +63,20 @@ def _logical(function: str) -> Rule:
     return rule
 
 
-def _divided(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _divided(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     one, other = arguments["self"], arguments["other"]
     if not all(each.dtype.is_floating_point for each in (one, other) if isinstance(each, Array)):
         return None
     return arrays.pointwise("div", one, other)
 
 
-def _reversed_sub(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _reversed_sub(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     if arguments["alpha"] != 1:
         return None
     return arrays.pointwise("sub", arguments["other"], arguments["self"])
 
 
-def _power(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _power(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     base, exponent = arguments["self"], arguments["exponent"]
     if not base.dtype.is_floating_point:
         return None
@@ -88,35 +88,35 @@ def _power(arrays: Arrays, arguments: Arguments) -> Array | None:
     return arrays.pointwise(named[exponent], base) if exponent in named else None
 
 
-def _square(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _square(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     return arrays.pointwise("mul", arguments["self"], arguments["self"])
 
 
-def _clamped(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _clamped(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     value, low, high = arguments["self"], arguments.values.get("min"), arguments.values.get("max")
     if low is not None:
         value = arrays.pointwise("maximum", value, low)
     return value if high is None else arrays.pointwise("minimum", value, high)
 
 
-def _gelu(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _gelu(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     return arrays.pointwise("gelu" if arguments["approximate"] == "none" else "gelu_tanh", arguments["self"])
 
 
-def _elu(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _elu(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     if arguments["scale"] != 1 or arguments["input_scale"] != 1:
         return None
     return arrays.pointwise("elu", arguments["self"], arguments["alpha"])
 
 
-def _filled(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _filled(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     one, mask, value = arguments["self"], arguments["mask"], arguments["value"]
     if isinstance(value, Array) and value.sizes:
         return None
     return arrays.pointwise("where", mask, value, one)
 
 
-def _where(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _where(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     condition = arguments["condition"]
     if condition.dtype != torch.bool:
         return None
@@ -124,14 +124,14 @@ def _where(arrays: Arrays, arguments: Arguments) -> Array | None:
 
 
 def _scaled(function: str) -> Rule:
-    def rule(arrays: Arrays, arguments: Arguments) -> Array | None:
+    def rule(arrays: Arrays, arguments: NamedArguments) -> Array | None:
         names = ("self", "tensor1", "tensor2", "value")
         return arrays.pointwise(function, *(arguments[name] for name in names))
 
     return rule
 
 
-def _converted(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _converted(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     value, dtype = arguments["self"], arguments.values.get("dtype")
     other = arguments.values.get("other")
     if isinstance(other, Array):
@@ -147,7 +147,7 @@ def _converted(arrays: Arrays, arguments: Arguments) -> Array | None:
     return arrays.cast(value, dtype) if dtype is not None else same(arrays, arguments)
 
 
-def _rms(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _rms(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x = arguments["x"]
     if x.dtype not in (torch.float32, torch.float64):
         return None
@@ -155,7 +155,7 @@ def _rms(arrays: Arrays, arguments: Arguments) -> Array | None:
     return arrays.pointwise("mul", x, arrays.pointwise("rsqrt", arrays.pointwise("add", mean, arguments["eps"])))
 
 
-def _layer_norm(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _layer_norm(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
     affine = [each for each in (weight, bias) if each is not None]
     if any(each.dtype != x.dtype for each in affine):
@@ -173,7 +173,7 @@ def _layer_norm(arrays: Arrays, arguments: Arguments) -> Array | None:
     return arrays.cast(found, x.dtype)
 
 
-def _rms_norm(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _rms_norm(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x, weight, eps = arguments["input"], arguments["weight"], arguments["eps"]
     if weight is not None and weight.dtype != x.dtype:
         return None
@@ -187,7 +187,7 @@ def _rms_norm(arrays: Arrays, arguments: Arguments) -> Array | None:
     return arrays.cast(found, x.dtype)
 
 
-def _softmax(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _softmax(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x, dim, dtype = arguments["self"], arguments["dim"], arguments.values.get("dtype")
     if not x.sizes or arguments.values.get("half_to_float"):
         return None
@@ -198,7 +198,7 @@ def _softmax(arrays: Arrays, arguments: Arguments) -> Array | None:
     return arrays.cast(found, dtype or x.dtype)
 
 
-def _dims(arguments: Arguments) -> list[int]:
+def _dims(arguments: NamedArguments) -> list[int]:
     dims = arguments.values.get("dim")
     rank = len(arguments["self"].sizes)
     if dims is None or dims == ():
@@ -207,7 +207,7 @@ def _dims(arguments: Arguments) -> list[int]:
 
 
 def _summed(kind: str) -> Rule:
-    def rule(arrays: Arrays, arguments: Arguments) -> Array | None:
+    def rule(arrays: Arrays, arguments: NamedArguments) -> Array | None:
         x, keep = arguments["self"], bool(arguments.values.get("keepdim", False))
         dtype = arguments.values.get("dtype") or x.dtype
         if not x.dtype.is_floating_point or not x.sizes:
@@ -220,7 +220,7 @@ def _summed(kind: str) -> Rule:
     return rule
 
 
-def _vector_norm(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _vector_norm(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x, order, dtype = arguments["self"], arguments["ord"], arguments.values.get("dtype")
     if order not in (1, 2) or not x.dtype.is_floating_point or not x.sizes:
         return None
@@ -231,7 +231,7 @@ def _vector_norm(arrays: Arrays, arguments: Arguments) -> Array | None:
     return arrays.cast(total if order == 1 else arrays.pointwise("sqrt", total), x.dtype)
 
 
-def _rotary(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _rotary(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x, cos, sin, half, end = (arguments[name] for name in ("x", "cos", "sin", "half", "end"))
     size = x.shape[-1]
     if end not in (None, size) or 2 * half != size or not x.dtype == cos.dtype == sin.dtype:
@@ -252,7 +252,7 @@ def _rotary(arrays: Arrays, arguments: Arguments) -> Array | None:
     return arrays.pointwise("rotated", x, turned, cos, sin)
 
 
-def _roll_products(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _roll_products(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     """``x[c % size] * x[(c % size - shift) % size]``: rolled by reading elsewhere."""
     x, shifts = arguments["x"], list(arguments["shifts"])
     size = x.shape[-1]
@@ -270,7 +270,7 @@ def _roll_products(arrays: Arrays, arguments: Arguments) -> Array | None:
     return arrays.pointwise("mul", plain, arrays.view(x, sizes, rolled))
 
 
-def _linear(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _linear(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x, weight, bias = arguments["input"], arguments["weight"], arguments.values.get("bias")
     if len(weight.sizes) != 2 or len(x.sizes) < 2 or x.dtype != weight.dtype:
         return None
@@ -278,7 +278,7 @@ def _linear(arrays: Arrays, arguments: Arguments) -> Array | None:
     return found if bias is None else arrays.pointwise("add", found, bias)
 
 
-def _matmul(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _matmul(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     names = [each.name for each in arguments.schema]
     left, right = arguments[names[0]], arguments[names[1]]
     if min(len(left.sizes), len(right.sizes)) < 2 or left.dtype != right.dtype:
@@ -286,7 +286,7 @@ def _matmul(arrays: Arrays, arguments: Arguments) -> Array | None:
     return arrays.product(left, right)
 
 
-def _addmm(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _addmm(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     names = [each.name for each in arguments.schema]
     added, left, right = (arguments[name] for name in names[:3])
     if arguments["beta"] != 1 or arguments["alpha"] != 1 or left.dtype != right.dtype:
@@ -294,14 +294,14 @@ def _addmm(arrays: Arrays, arguments: Arguments) -> Array | None:
     return arrays.pointwise("add", added, arrays.product(left, right))
 
 
-def _add_linear(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _add_linear(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     residual, x, weight = (arguments[name] for name in ("residual", "x", "weight"))
     if len(weight.sizes) != 2 or len(x.sizes) < 2 or x.dtype != weight.dtype:
         return None
     return arrays.pointwise("add", residual, arrays.product(x, arrays.swap(weight, 0, 1)))
 
 
-def _add_matmul(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _add_matmul(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     residual, left, right, alpha = (arguments[name] for name in ("residual", "left", "right", "alpha"))
     if min(len(left.sizes), len(right.sizes)) < 2 or left.dtype != right.dtype:
         return None
@@ -311,7 +311,7 @@ def _add_matmul(arrays: Arrays, arguments: Arguments) -> Array | None:
     return arrays.pointwise("add_scaled", residual, found, alpha)
 
 
-def _attention(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _attention(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     query, key, value, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
     if arguments["dropout_p"] != 0 or len({len(each.sizes) for each in (query, key, value)}) > 1:
         return None
@@ -339,7 +339,7 @@ def _attention(arrays: Arrays, arguments: Arguments) -> Array | None:
     return arrays.add(Attention(*of, query, key, value, mask, causal, scale))
 
 
-def _einsum(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _einsum(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     """Of two operands without repeated letters: a batched product."""
     equation, tensors = arguments["equation"].replace(" ", ""), arguments["tensors"]
     if "->" not in equation or len(tensors) != 2 or tensors[0].dtype != tensors[1].dtype:

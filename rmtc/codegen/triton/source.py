@@ -13,9 +13,9 @@ from rmtc.codegen.triton.functions import FUNCTIONS
 from rmtc.ir.array import Array, Pointwise, Product, Reduction, Stored, base_of
 from rmtc.ir.index import Atom, Index, Quotient, Symbol, Variable
 from rmtc.ir.kernel import Attend, Kernel
-from rmtc.ir.terms import Accumulated, Call, Load, Pick, Statistic, Term, free_variables
+from rmtc.ir.terms import Accumulated, Call, Load, Piecewise, Statistic, Term, free_variables
 
-__all__ = ["WIDE", "Source", "Style", "cells_of", "dtype_text", "is_wide", "source_of"]
+__all__ = ["WIDE", "KernelSource", "Style", "cells_of", "dtype_text", "is_wide", "source_of"]
 
 WIDE = 2**31
 """From so many elements on, places are 64 bits wide."""
@@ -43,7 +43,7 @@ _ONCE = "m < tl.where(n_tile == 0, m_size, 0)"  # what has no columns is written
 
 
 @dataclass(frozen=True)
-class Source:
+class KernelSource:
     """A kernel as text.
 
     Attributes:
@@ -90,7 +90,7 @@ def dtype_text(dtype: torch.dtype) -> str:
     return "tl.int1" if dtype == torch.bool else f"tl.{str(dtype).removeprefix('torch.')}"
 
 
-def source_of(kernel: Kernel | Attend, prefix: str, style: Style) -> Source:
+def source_of(kernel: Kernel | Attend, prefix: str, style: Style) -> KernelSource:
     """Print a kernel.
 
     Args:
@@ -206,7 +206,7 @@ class _Printer:
                 return scope.known[key]
         if isinstance(term, Load):
             return self.assign(key, "x", self.load(term, forms), variables)
-        if isinstance(term, Pick):
+        if isinstance(term, Piecewise):
             one, other = self.value(term.one, forms), self.value(term.other, forms)
             condition = f"{self.index(term.index, forms)} < {self.index(term.bound, forms)}"
             return self.assign(key, "t", f"tl.where({condition}, {one}, {other})", variables)
@@ -483,7 +483,7 @@ class _Printer:
         self.say(f"tl.store({place}, found, mask=m_ok & d_ok)")
         return self.scopes[0].lines
 
-    def source(self, name: str, lines: Sequence[str]) -> Source:
+    def source(self, name: str, lines: Sequence[str]) -> KernelSource:
         written = self.kernel.written
         for each in written:
             self.pointer(each)
@@ -502,7 +502,7 @@ class _Printer:
         head += ["):", *(f"    # {line}" for line in _covered(self.kernel))]
         text = "\n".join([*head, *lines, ""])
         names = tuple(each for several in params for each in several)
-        return Source(
+        return KernelSource(
             *(name, text, pointers, tuple(self.sizes), names, tuple(self.blocks), len(written)),
             *(self.persistent, tuple(self.described)),
         )
@@ -530,7 +530,7 @@ def _key(variables: Iterable[Variable], forms: _Forms) -> tuple[str, ...]:
 def _dtype(term: Term) -> torch.dtype:
     if isinstance(term, Load):
         return term.array.dtype
-    return term.dtype if isinstance(term, (Call, Pick)) else term.array.dtype
+    return term.dtype if isinstance(term, (Call, Piecewise)) else term.array.dtype
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -7,23 +7,23 @@ from typing import TypeAlias
 
 import torch
 
-from rmtc.codegen.torch.rules import Arguments
+from rmtc.codegen.torch.rules import NamedArguments
 from rmtc.codegen.triton.build import Arrays, Size
 from rmtc.ir.array import Array, Indices, Joined
 from rmtc.ir.index import Index, Symbol
 
 __all__ = ["VIEWS", "Rule", "same"]
 
-Rule: TypeAlias = Callable[[Arrays, Arguments], Array | None]
+Rule: TypeAlias = Callable[[Arrays, NamedArguments], Array | None]
 """Gives the array of an operation's result; None if no kernel computes it."""
 
 
-def same(arrays: Arrays, arguments: Arguments) -> Array | None:
+def same(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     value = arguments["self"]
     return arrays.view(value, value.sizes, lambda index: index, lambda tensor: tensor)
 
 
-def _sliced(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _sliced(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x, dim, step = arguments["self"], arguments["dim"], arguments["step"]
     start, end = arguments["start"], arguments["end"]
     if any(isinstance(each, Array) for each in (start, end, step)):
@@ -48,27 +48,27 @@ def _clipped(place: int, size: Index) -> Index:
     return Index.of(Symbol(int(place))) if isinstance(place, Size) and place > 0 else Index.of(int(place))
 
 
-def _selected(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _selected(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x, dim, index = arguments["self"], arguments["dim"], arguments["index"]
     if isinstance(index, Array):
         return None
     return arrays.select(x, dim, _clipped(index, x.sizes[dim]))
 
 
-def _viewed(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _viewed(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x = arguments["self"]
     shape = arguments.values.get("size") or arguments.values.get("shape") or ()
     return None if 0 in x.shape else arrays.reshape(x, shape)
 
 
-def _flattened(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _flattened(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x = arguments["self"]
     rank = max(1, len(x.sizes))
     start, end = arguments["start_dim"] % rank, arguments["end_dim"] % rank
     return None if 0 in x.shape else arrays.reshape(x, [*x.shape[:start], -1, *x.shape[end + 1 :]])
 
 
-def _unflattened(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _unflattened(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x = arguments["self"]
     dim = arguments["dim"] % len(x.sizes)
     if 0 in x.shape:
@@ -79,29 +79,29 @@ def _unflattened(arrays: Arrays, arguments: Arguments) -> Array | None:
     return arrays.reshape(x, [*x.shape[:dim], *(rest if s == -1 else s for s in sizes), *x.shape[dim + 1 :]])
 
 
-def _squeezed(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _squeezed(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x, dim = arguments["self"], arguments["dim"]
     return arrays.select(x, dim, Index()) if x.shape[dim] == 1 else same(arrays, arguments)
 
 
-def _permuted(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _permuted(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x = arguments["self"]
     return arrays.transpose(x, *(dim % len(x.sizes) for dim in arguments["dims"]))
 
 
-def _transposed(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _transposed(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x = arguments["self"]
     if "dim0" in arguments.values:
         return arrays.swap(x, arguments["dim0"] % len(x.sizes), arguments["dim1"] % len(x.sizes))
     return arrays.swap(x, 0, 1) if len(x.sizes) == 2 else None
 
 
-def _cat(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _cat(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     parts = [each for each in arguments["tensors"] if each.shape != (0,)]
     return _joined(arrays, parts, arguments["dim"])
 
 
-def _stack(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _stack(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     parts = [arrays.unsqueeze(each, arguments["dim"]) for each in arguments["tensors"]]
     return _joined(arrays, parts, arguments["dim"])
 
@@ -122,7 +122,7 @@ def _joined(arrays: Arrays, parts: list[Array], dim: int) -> Array | None:
     return arrays.add(Joined(arrays.label, sizes, dtype, grouped, arrays.ops, tuple(parts), place))
 
 
-def _repeated(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _repeated(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x, repeats = arguments["self"], [int(each) for each in arguments["repeats"]]
     new = len(repeats) - len(x.sizes)
     sizes = tuple(Index.of(n) * (x.sizes[dim - new] if dim >= new else 1) for dim, n in enumerate(repeats))
@@ -134,7 +134,7 @@ def _repeated(arrays: Arrays, arguments: Arguments) -> Array | None:
     return None if 0 in x.shape or 0 in repeats else arrays.view(x, sizes, at)
 
 
-def _rolled(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _rolled(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x, shifts, dims = arguments["self"], arguments["shifts"], arguments["dims"]
     if len(shifts) != 1 or len(dims) != 1 or not x.shape[dims[0]]:
         return None
@@ -148,7 +148,7 @@ def _rolled(arrays: Arrays, arguments: Arguments) -> Array | None:
     return arrays.view(x, x.sizes, at)
 
 
-def _expanded_as(arrays: Arrays, arguments: Arguments) -> Array | None:
+def _expanded_as(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     return arrays.expand(arguments["self"], arguments["other"].shape, arguments["other"])
 
 

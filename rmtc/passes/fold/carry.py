@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rmtc.ir.program import Op, Program, Val, leaves, map_leaves
-from rmtc.passes.fold.run import Run
+from rmtc.passes.fold.run import DividedRun
 from rmtc.passes.fold.segments import Segmented
 
 __all__ = ["carry"]
@@ -19,7 +19,7 @@ Place = tuple[int, int]
 """A segment, and the number of an operation in it."""
 
 
-def carry(short: Run, long: Run) -> tuple[Run, Run] | None:
+def carry(short: DividedRun, long: DividedRun) -> tuple[DividedRun, DividedRun] | None:
     """Hand on what a segment makes and all later ones read.
 
     Needs: two runs of n and n + 1 segments.
@@ -35,7 +35,7 @@ def carry(short: Run, long: Run) -> tuple[Run, Run] | None:
     return (_carried(short, places), _carried(long, places)) if places else None
 
 
-def _read_by_all(run: Run) -> set[Place]:
+def _read_by_all(run: DividedRun) -> set[Place]:
     """What all later segments read, of which there are two at least."""
     readers: dict[Place, set[int]] = {}
     for s in range(run.segments):
@@ -50,7 +50,7 @@ def _read_by_all(run: Run) -> set[Place]:
     }
 
 
-def _carried(run: Run, places: set[Place]) -> Run:
+def _carried(run: DividedRun, places: set[Place]) -> DividedRun:
     """A run that hands on some values."""
     ops: list[Op] = []
     moved: dict[int, int] = {}  # where the operations of the run are now
@@ -79,4 +79,4 @@ def _carried(run: Run, places: set[Place]) -> Run:
     given = run.segmented.program
     outputs = {name: Val(moved[value.number]) if type(value) is Val else value for name, value in given.outputs.items()}
     program = Program(ops, given.sources, outputs)
-    return Run(Segmented(program, starts), run.batch, run.tail, run.segment_length, run.lists)
+    return DividedRun(Segmented(program, starts), run.batch, run.tail, run.segment_length, run.lists)

@@ -11,7 +11,7 @@ import torch
 
 from rmtc.errors import CaptureError
 from rmtc.ir.program import Op, Program, Src, Val, leaves, map_leaves
-from rmtc.passes.fold.run import Run, structure
+from rmtc.passes.fold.run import DividedRun, structure
 from rmtc.passes.fold.segments import Segmented, reorder
 
 __all__ = ["complete_segments"]
@@ -23,7 +23,9 @@ Place = tuple[Hashable, int]
 """An operation of a segment by its expression, and which one of those with the same expression it is."""
 
 
-def complete_segments(short: Run, long: Run, steady_from: int, growing: frozenset[str]) -> tuple[Run, Run]:
+def complete_segments(
+    short: DividedRun, long: DividedRun, steady_from: int, growing: frozenset[str]
+) -> tuple[DividedRun, DividedRun]:
     """Let the last segments run what the others run.
 
     Needs: two runs of n and n + 1 segments.
@@ -58,7 +60,7 @@ class _Completion:
         rows: for each segment of each run, its operations by number in ``ops``.
     """
 
-    def __init__(self, runs: tuple[Run, Run], steady_from: int, growing: frozenset[str]) -> None:
+    def __init__(self, runs: tuple[DividedRun, DividedRun], steady_from: int, growing: frozenset[str]) -> None:
         self._steady_from = steady_from
         self._runs, self._growing = runs, growing
         self._ops: list[list[Op]] = [list(run.ops) for run in runs]
@@ -72,7 +74,7 @@ class _Completion:
         self._constant = self._constant_integers()
         self._kinds = {(n, s): Counter(self._kind(n, i) for i in row) for (n, s), row in self.rows.items()}
 
-    def run(self, number: int) -> Run:
+    def run(self, number: int) -> DividedRun:
         """A run as it is now."""
         run = self._runs[number]
         rows = [self.rows[number, s] for s in range(run.segments)]
@@ -81,7 +83,9 @@ class _Completion:
         starts = [run.starts[0]]
         for row in rows:
             starts.append(starts[-1] + len(row))
-        return Run(Segmented(reorder(program, order), starts), run.batch, run.tail, run.segment_length, run.lists)
+        return DividedRun(
+            Segmented(reorder(program, order), starts), run.batch, run.tail, run.segment_length, run.lists
+        )
 
     def complete(self, reference: tuple[int, int], members: list[tuple[int, int]]) -> None:
         """Let segments run what one of them runs, but for what only results need and some of them lack."""

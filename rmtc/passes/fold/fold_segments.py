@@ -17,7 +17,7 @@ from rmtc.passes.fold.complete import complete_segments
 from rmtc.passes.fold.cuts import common_subsequence
 from rmtc.passes.fold.fit import Misfit, fit
 from rmtc.passes.fold.outside import fold_outside, fold_results
-from rmtc.passes.fold.run import Run, describe, structure
+from rmtc.passes.fold.run import DividedRun, describe, structure
 from rmtc.passes.registry import register
 
 __all__ = ["fold_segments"]
@@ -25,7 +25,11 @@ __all__ = ["fold_segments"]
 
 @register("fold-segments", "two lengths folded into one loop, for every number of segments")
 def fold_segments(
-    short: Run, long: Run, sources: dict[str, Source], steady_from: int, growing: frozenset[str] = frozenset()
+    short: DividedRun,
+    long: DividedRun,
+    sources: dict[str, Source],
+    steady_from: int,
+    growing: frozenset[str] = frozenset(),
 ) -> SegmentLoop:
     """Fold two runs into a loop.
 
@@ -56,7 +60,7 @@ def fold_segments(
         raise
 
 
-def _fold(short: Run, long: Run, sources: dict[str, Source], steady_from: int) -> SegmentLoop:
+def _fold(short: DividedRun, long: DividedRun, sources: dict[str, Source], steady_from: int) -> SegmentLoop:
     """The loop of two runs as they are."""
     short, long = _drop_unused(short, long)
     reference = long.tokens(steady_from)
@@ -197,7 +201,7 @@ def _without_last_row(loop: SegmentLoop) -> SegmentLoop:
     return replace(loop, rows=loop.rows[:-1], after=after, outputs=outputs)
 
 
-def _drop_unused(short: Run, long: Run) -> tuple[Run, Run]:
+def _drop_unused(short: DividedRun, long: DividedRun) -> tuple[DividedRun, DividedRun]:
     """Drop what no segment but perhaps the last needs: views that were made anew after a write and never read.
 
     What the last segment does not need, but the others do, stays, and so does what it is made of, and all results of an
@@ -260,7 +264,7 @@ _NUMBERS = (
 )
 
 
-def _same_operations(run: Run, segment: int, other: Run, reference: int) -> None:
+def _same_operations(run: DividedRun, segment: int, other: DividedRun, reference: int) -> None:
     """Segment ``segment`` of a run must run what segment ``reference`` of another run does."""
     if run.tokens(segment) == other.tokens(reference):
         return
@@ -291,7 +295,7 @@ def _same_operations(run: Run, segment: int, other: Run, reference: int) -> None
     )
 
 
-Sample = tuple[Run, list[Op], int]
+Sample = tuple[DividedRun, list[Op], int]
 
 
 def _fold_row(samples: list[Sample], more: list[Sample]) -> tuple[Op, ...]:
@@ -315,7 +319,7 @@ def _fold_row(samples: list[Sample], more: list[Sample]) -> tuple[Op, ...]:
     return tuple(body)
 
 
-def _fold_args(samples: list[tuple[Run, Any, int]], more: list[tuple[Run, Any, int]]) -> tuple[Any, ...]:
+def _fold_args(samples: list[tuple[DividedRun, Any, int]], more: list[tuple[DividedRun, Any, int]]) -> tuple[Any, ...]:
     out: list[Any] = []
     for position in range(len(samples[0][1])):
         values = [(run, args[position], s) for run, args, s in samples]
@@ -343,10 +347,10 @@ def _fold_args(samples: list[tuple[Run, Any, int]], more: list[tuple[Run, Any, i
     return tuple(out)
 
 
-def _fold_items(values: list[tuple[Run, Any, int]], extra: list[tuple[Run, Any, int]]) -> Item:
+def _fold_items(values: list[tuple[DividedRun, Any, int]], extra: list[tuple[DividedRun, Any, int]]) -> Item:
     """One item of a list for each segment."""
 
-    def points(samples: list[tuple[Run, Any, int]]) -> list[tuple[int, Environment]]:
+    def points(samples: list[tuple[DividedRun, Any, int]]) -> list[tuple[int, Environment]]:
         found: list[tuple[int, Environment]] = []
         for run, value, s in samples:
             item = _row_operand(run, value, s)
@@ -362,7 +366,7 @@ def _fold_items(values: list[tuple[Run, Any, int]], extra: list[tuple[Run, Any, 
 _ITEM = re.compile(r"(.*)\[(\d+)\](.*)")
 
 
-def _row_operand(run: Run, value: Any, segment: int) -> Any:
+def _row_operand(run: DividedRun, value: Any, segment: int) -> Any:
     if type(value) is Src:
         for name in run.lists:
             match = _ITEM.fullmatch(value.name) if value.name.startswith(f"{name}[") else None

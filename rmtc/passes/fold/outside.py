@@ -12,13 +12,13 @@ from rmtc.errors import Location, RefusedError
 from rmtc.ir.program import Op, Val, show, target_name
 from rmtc.ir.segment_loop import Every, Fit, Numbered, Outer, Where
 from rmtc.passes.fold.fit import Misfit, fit
-from rmtc.passes.fold.run import Run, describe
+from rmtc.passes.fold.run import DividedRun, describe
 
 __all__ = ["fold_outside", "fold_results"]
 
 
 def fold_outside(
-    short: Run, long: Run, first: list[Op], second: list[Op], lengths: list[int], part: str
+    short: DividedRun, long: DividedRun, first: list[Op], second: list[Op], lengths: list[int], part: str
 ) -> tuple[Op, ...]:
     """The part before or after the loop, from both runs."""
     body: list[Op] = []
@@ -46,7 +46,7 @@ def fold_outside(
     return tuple(body)
 
 
-def _left_open(short: Run, long: Run, first: Op, second: Op) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _left_open(short: DividedRun, long: DividedRun, first: Op, second: Op) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The arguments of two operations; of a shape, the one size that is no plain multiple of the call's is -1.
 
     view(x, [94]), view(x, [275])   ->   view(x, [-1]), view(x, [-1])
@@ -68,14 +68,19 @@ def _left_open(short: Run, long: Run, first: Op, second: Op) -> tuple[tuple[Any,
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default)
 
 
-def _is_multiple(short: Run, long: Run, a: int, b: int) -> bool:
+def _is_multiple(short: DividedRun, long: DividedRun, a: int, b: int) -> bool:
     """Whether a number is a multiple of one of the sizes of a call."""
     sizes = zip(short.environment(short.segments), long.environment(long.segments), strict=True)
     return any(a * second == b * first for first, second in sizes)
 
 
 def _outer_args(
-    short: Run, long: Run, first: tuple[Any, ...], second: tuple[Any, ...], explicit: int, location: Location | None
+    short: DividedRun,
+    long: DividedRun,
+    first: tuple[Any, ...],
+    second: tuple[Any, ...],
+    explicit: int,
+    location: Location | None,
 ) -> tuple[Any, ...]:
     if len(second) == len(first) + 1:
         return _every(short, long, first, second, explicit)
@@ -92,7 +97,9 @@ def _outer_args(
     return tuple(out)
 
 
-def _outer_operand(short: Run, long: Run, first: Any, second: Any, explicit: int, location: Location | None) -> Any:
+def _outer_operand(
+    short: DividedRun, long: DividedRun, first: Any, second: Any, explicit: int, location: Location | None
+) -> Any:
     if type(first) is Val and type(second) is Val:
         (s, i), (t, j) = short.place(first), long.place(second)
         if s < 0 and t < 0 and i == j:
@@ -115,16 +122,18 @@ def _outer_operand(short: Run, long: Run, first: Any, second: Any, explicit: int
     raise Misfit(f"{show(first)} and {show(second)}")
 
 
-def _indices(run: Run, number: int, explicit: int) -> tuple[int, ...]:
+def _indices(run: DividedRun, number: int, explicit: int) -> tuple[int, ...]:
     """The same operation in every row kind; -1 in the first segments that run other operations."""
     steady = run.tokens(run.segments - 1)
     return (*(number if run.tokens(s) == steady else -1 for s in range(explicit)), number)
 
 
-def _every(short: Run, long: Run, first: tuple[Any, ...], second: tuple[Any, ...], explicit: int) -> tuple[Any, ...]:
+def _every(
+    short: DividedRun, long: DividedRun, first: tuple[Any, ...], second: tuple[Any, ...], explicit: int
+) -> tuple[Any, ...]:
     """A list with one item a segment, and perhaps other items at its ends."""
 
-    def spans(run: Run, items: Iterable[Any]) -> list[tuple[int, int]]:
+    def spans(run: DividedRun, items: Iterable[Any]) -> list[tuple[int, int]]:
         return [run.place(item) if type(item) is Val else (-2, 0) for item in items]
 
     a, b = spans(short, first), spans(long, second)
@@ -146,7 +155,7 @@ def _every(short: Run, long: Run, first: tuple[Any, ...], second: tuple[Any, ...
 _NUMBER = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")
 
 
-def fold_results(short: Run, long: Run, explicit: int) -> dict[str | Numbered, Any]:
+def fold_results(short: DividedRun, long: DividedRun, explicit: int) -> dict[str | Numbered, Any]:
     """The results of both runs, those that are a list with one item a segment as one.
 
         output[0] = s0.%9, output[1] = s1.%9, ...   ->   output[s] = every s: s.%9
@@ -178,7 +187,9 @@ def fold_results(short: Run, long: Run, explicit: int) -> dict[str | Numbered, A
     return results
 
 
-def _fold_list(short: Run, long: Run, name: str, explicit: int) -> tuple[set[str], dict[str | Numbered, Any]]:
+def _fold_list(
+    short: DividedRun, long: DividedRun, name: str, explicit: int
+) -> tuple[set[str], dict[str | Numbered, Any]]:
     """The list that a result of the longer run belongs to: the names of its items, and the results it stands for."""
     if not name.startswith("output"):
         raise RefusedError(
@@ -200,7 +211,7 @@ def _fold_list(short: Run, long: Run, name: str, explicit: int) -> tuple[set[str
     raise _no_list(name, why)
 
 
-def _items(run: Run, before: str, after: str) -> dict[int, Any]:
+def _items(run: DividedRun, before: str, after: str) -> dict[int, Any]:
     """The results whose names differ in one number alone, by that number, in order."""
     found: dict[int, Any] = {}
     for name, value in run.segmented.program.outputs.items():
@@ -211,7 +222,7 @@ def _items(run: Run, before: str, after: str) -> dict[int, Any]:
 
 
 def _item_names(
-    short: Run, before: str, after: str, one: list[int], two: list[int], operands: tuple[Any, ...]
+    short: DividedRun, before: str, after: str, one: list[int], two: list[int], operands: tuple[Any, ...]
 ) -> Iterator[str | Numbered]:
     """The name of each operand of a list, whose items have these numbers in the shorter run and those in the longer."""
     for operand in operands:

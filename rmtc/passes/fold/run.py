@@ -8,10 +8,10 @@ from rmtc.ir.program import Op, Src, Val, show, target_name
 from rmtc.ir.segment_loop import Environment
 from rmtc.passes.fold.segments import Segmented, reorder
 
-__all__ = ["Run", "describe", "structure"]
+__all__ = ["DividedRun", "describe", "structure"]
 
 
-class Run:
+class DividedRun:
     """A run divided into segments, and the sizes it had.
 
     Args:
@@ -42,13 +42,13 @@ class Run:
         """The operations that make the results."""
         return [value.number for value in self.segmented.program.outputs.values() if type(value) is Val]
 
-    def without(self, dropped: set[int]) -> Run:
+    def without(self, dropped: set[int]) -> DividedRun:
         """The run without some operations that nothing else uses."""
         kept = [i for i in range(len(self.ops)) if i not in dropped]
         counts = [sum(1 for i in dropped if i < start) for start in self.starts]
         starts = [start - count for start, count in zip(self.starts, counts, strict=True)]
         program = reorder(self.segmented.program, kept)
-        return Run(Segmented(program, starts), self.batch, self.tail, self.segment_length, self.lists)
+        return DividedRun(Segmented(program, starts), self.batch, self.tail, self.segment_length, self.lists)
 
     def environment(self, segment: int) -> Environment:
         """The sizes seen by a segment; segment S stands for the parts outside the loop."""

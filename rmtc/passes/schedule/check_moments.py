@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from rmtc.errors import VerifyError
 from rmtc.ir.program import Op, Program, Val
 
-__all__ = ["Slot", "check_moments"]
+__all__ = ["TimeSlot", "check_moments"]
 
 
-class Slot(NamedTuple):
+class TimeSlot(NamedTuple):
     """When an operation runs.
 
     ``phase`` is 0 before the loop, 1 in it, 2 after it; operations of one slot of the loop run at once.
@@ -22,7 +22,7 @@ class Slot(NamedTuple):
     position: int
 
 
-def check_moments(program: Program, slots: Sequence[Slot]) -> int:
+def check_moments(program: Program, slots: Sequence[TimeSlot]) -> int:
     """Check the slots of the operations of an unrolled loop, which it goes over one by one.
 
     It knows neither cells nor distances, and shares no code with what found the times.
@@ -34,7 +34,7 @@ def check_moments(program: Program, slots: Sequence[Slot]) -> int:
         VerifyError: at the first operation that reads a result that is not there yet, or that is to run at once with
             an operation of another kind.
     """
-    kinds: dict[Slot, Op] = {}
+    kinds: dict[TimeSlot, Op] = {}
     reads = 0
     for number, (op, slot) in enumerate(zip(program.ops, slots, strict=True)):
         if slot.phase == 1 and kinds.setdefault(slot, op).target is not op.target:

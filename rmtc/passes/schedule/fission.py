@@ -11,11 +11,11 @@ import networkx as nx
 from rmtc.ir.folded import Edge, FoldedGraph
 from rmtc.ir.program import VIEWS, target_name
 
-__all__ = ["Fission", "Part", "fission"]
+__all__ = ["Fission", "RecurrentPart", "fission"]
 
 
 @dataclass(frozen=True)
-class Part:
+class RecurrentPart:
     """A recurrence: operations each of which waits, by way of the others, for itself in an earlier segment.
 
     Attributes:
@@ -40,7 +40,7 @@ class Fission:
         order: the parts in an order that serves all reads; a part is a set of (vertex, layer).
     """
 
-    recurrences: tuple[Part, ...]
+    recurrences: tuple[RecurrentPart, ...]
     free: frozenset[tuple[int, int]]
     order: tuple[frozenset[tuple[int, int]], ...]
 
@@ -89,7 +89,7 @@ def fission(graph: FoldedGraph) -> Fission:
             base = min(layer for _, layer in component)
             copies.setdefault(frozenset((v, layer - base) for v, layer in component), []).append(component)
     parts = [
-        Part(tuple(sorted(same, key=lambda each: min(layer for _, layer in each))), *_inside(graph, same[0]))
+        RecurrentPart(tuple(sorted(same, key=lambda each: min(layer for _, layer in each))), *_inside(graph, same[0]))
         for same in copies.values()
     ]
     parts.sort(key=lambda part: -sum(map(len, part.copies)))

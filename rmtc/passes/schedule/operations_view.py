@@ -5,7 +5,7 @@ from __future__ import annotations
 from rmtc.ir.explanation import OperationsView, Recurrence
 from rmtc.ir.folded import FoldedGraph
 from rmtc.ir.formula import at
-from rmtc.passes.schedule.fission import Part, fission
+from rmtc.passes.schedule.fission import RecurrentPart, fission
 from rmtc.passes.schedule.longest_chain import lasting_chain, longest_chain
 from rmtc.passes.schedule.retime import Retimed
 
@@ -56,7 +56,7 @@ def operations_view(graph: FoldedGraph, found: Retimed, segments: int) -> Operat
     )
 
 
-def _recurrence(part: Part) -> Recurrence:
+def _recurrence(part: RecurrentPart) -> Recurrence:
     layers = [sorted({layer for _, layer in copy}) for copy in part.copies]
     return Recurrence(
         len(part.copies[0]),

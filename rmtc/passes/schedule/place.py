@@ -7,7 +7,7 @@ from rmtc.ir.folded import FoldedGraph, Times
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Key, SegmentLoop
 from rmtc.passes.schedule.check import Place
-from rmtc.passes.schedule.check_moments import Slot
+from rmtc.passes.schedule.check_moments import TimeSlot
 
 __all__ = ["places", "slots"]
 
@@ -39,7 +39,7 @@ def places(loop: SegmentLoop, keys: list[Key], segments: int, schedule: Schedule
     return found
 
 
-def slots(loop: SegmentLoop, keys: list[Key], segments: int, graph: FoldedGraph, times: Times) -> list[Slot]:
+def slots(loop: SegmentLoop, keys: list[Key], segments: int, graph: FoldedGraph, times: Times) -> list[TimeSlot]:
     """The slot of each operation, by times of the loop's folded graph.
 
     Args:
@@ -47,12 +47,12 @@ def slots(loop: SegmentLoop, keys: list[Key], segments: int, graph: FoldedGraph,
         graph: the folded graph of the loop.
         times: when its vertices run.
     """
-    found: list[Slot] = []
+    found: list[TimeSlot] = []
     for key in keys:
         cell = loop.cell(key, segments)
         if cell is None:
-            found.append(Slot(0 if key.segment < 0 else 2, 0, 0))
+            found.append(TimeSlot(0 if key.segment < 0 else 2, 0, 0))
         else:
             vertex = graph.operations[min(key.segment, len(loop.rows)), key.number]
-            found.append(Slot(1, *times.moment(vertex, cell)))
+            found.append(TimeSlot(1, *times.moment(vertex, cell)))
     return found
