@@ -16,7 +16,7 @@ from rmtc.capture.objects import Plain, parts_of
 from rmtc.capture.other_sizes import follows
 from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer, shows
-from rmtc.capture.state import told
+from rmtc.capture.state import fingerprint
 from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.untold import UntoldError
 from rmtc.errors import CaptureError, RefusedError, VerifyError
@@ -437,7 +437,7 @@ def _refuse_drift(runs: list[Captured], segment_length: int) -> None:
 
 def _even(values: list[Any], counts: list[int]) -> bool:
     """Whether values are the same, or numbers that advance evenly with a count."""
-    if all(told(value) == told(values[0]) for value in values):
+    if all(fingerprint(value) == fingerprint(values[0]) for value in values):
         return True
     if {*map(type, values)} not in ({int}, {float}):
         return False

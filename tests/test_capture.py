@@ -197,7 +197,7 @@ def test_a_picture_sees_what_changes() -> None:
 
 STAGES = {
     "walking the state": ("rmtc.capture.session", "walk"),
-    "making stand-ins": ("rmtc.capture.session", "Session.stand_in"),
+    "making stand-ins": ("rmtc.capture.session", "Session.fake_tensor"),
     "probing": ("rmtc.capture.probe", "_Prober.run"),
     "counting operations": ("rmtc.capture.probe", "_Count.note"),
     "calling": ("rmtc.capture.session", "Session.call"),

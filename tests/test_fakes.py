@@ -237,10 +237,10 @@ def test_graphs_are_those_that_torch_writes(name: str, monkeypatch: pytest.Monke
 def test_an_index_has_an_operation_for_every_slice_that_ends(index: Any) -> None:
     tensor = torch.randn(4, 5)
     with Fakes() as fakes:
-        stand_in = fakes.from_tensor(tensor)
+        fake_tensor = fakes.from_tensor(tensor)
         seen: list[Any] = []
         with fakes.watched(lambda func, args, kwargs, out: seen.append(func)):
-            found = stand_in[index]
+            found = fake_tensor[index]
     assert (found.shape, found.stride(), found.storage_offset()) == (
         tensor[index].shape,
         tensor[index].stride(),

@@ -192,7 +192,7 @@ def _refuse_known(session: Session, plan: Probed) -> None:
     for path, tensor in session.arguments.tensors().items():
         grows = any(path == each for each, _ in growth.dims)
         grows = grows or any(path[: len(each)] == each for each in (*growth.lists, *growth.batch))
-        if grows and session.lifted_stand_in(tensor) is not None and session.tells_identity:
+        if grows and session.lifted_fake(tensor) is not None and session.tells_identity:
             raise RefusedError(
                 f"{show(path)} is a tensor that an attribute, global or closure holds, and the code asks what is what",
                 remedy="pass a copy of it (clone), or compare values in place of objects",

@@ -16,7 +16,7 @@ from torch import nn
 
 from rmtc.capture.objects import Describer, Label, Ref, build, parts_of
 from rmtc.capture.session import Session
-from rmtc.capture.state import MISSING, Slot, is_plain, paths_of, refill, told
+from rmtc.capture.state import MISSING, Slot, fingerprint, is_plain, paths_of, refill
 from rmtc.errors import CaptureError
 
 __all__ = ["Effect", "find_effects"]
@@ -258,4 +258,4 @@ def _same(one: Any, other: Any) -> bool:
         return False
     if type(one) is tuple and type(other) is tuple and len(one) == len(other):
         return all(map(_same, one, other))
-    return type(one) is type(other) and is_plain(one) and told(one) == told(other)
+    return type(one) is type(other) and is_plain(one) and fingerprint(one) == fingerprint(other)

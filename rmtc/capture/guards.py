@@ -10,7 +10,7 @@ import torch
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.probe import Probed, Sizes
 from rmtc.capture.session import Session
-from rmtc.capture.state import is_plain, told
+from rmtc.capture.state import fingerprint, is_plain
 
 __all__ = ["ArgumentGuard", "alike"]
 
@@ -156,8 +156,8 @@ class ArgumentGuard:
             return leaf
         free = {*self._dims.get(path, ()), *((0,) if path in self._batched else ())}
         shape = tuple(-1 if dim in free else size for dim, size in enumerate(leaf.shape))
-        told = self._strides and leaf.layout is torch.strided and not leaf.is_contiguous()
-        strides = _kind_of_strides(leaf) if told else None
+        strided = self._strides and leaf.layout is torch.strided and not leaf.is_contiguous()
+        strides = _kind_of_strides(leaf) if strided else None
         return _Given(type(leaf), leaf.dtype, leaf.device, leaf.layout, shape, strides, leaf.requires_grad)
 
 
@@ -177,4 +177,4 @@ def _kind_of_strides(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def alike(one: Any, other: Any) -> bool:
     """Whether two values are the same data: -0.0 is not 0.0, nor True 1."""
-    return type(one) is type(other) and is_plain(one) and is_plain(other) and told(one) == told(other)
+    return type(one) is type(other) and is_plain(one) and is_plain(other) and fingerprint(one) == fingerprint(other)

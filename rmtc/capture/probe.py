@@ -183,7 +183,7 @@ def _arguments(session: Session, growth: Growth, length: int, batch: int) -> tup
 
     made: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
 
-    def stand_in(path: Path, tensor: torch.Tensor) -> torch.Tensor:
+    def fake_tensor(path: Path, tensor: torch.Tensor) -> torch.Tensor:
         shape = list(tensor.shape)
         free = any(path[: len(each)] == each for each in growth.batch)
         if free:
@@ -193,14 +193,14 @@ def _arguments(session: Session, growth: Growth, length: int, batch: int) -> tup
         for dim, size in growth.item_sizes(path, items, last).items():
             shape[dim] = size
         if any(path[: len(each)] == each for each in growth.lists):
-            return session.stand_in(tensor, shape)  # its items may be one repeated
-        known = None if free or path in dims else session.lifted_stand_in(tensor)
+            return session.fake_tensor(tensor, shape)  # its items may be one repeated
+        known = None if free or path in dims else session.lifted_fake(tensor)
         key = id(tensor), tuple(shape)
         if key not in made:
-            made[key] = session.stand_in(tensor, shape) if known is None else known
+            made[key] = session.fake_tensor(tensor, shape) if known is None else known
         return made[key]
 
-    return session.arguments.map(stand_in, dict.fromkeys(growth.lists, items))
+    return session.arguments.map(fake_tensor, dict.fromkeys(growth.lists, items))
 
 
 class _Prober:
@@ -227,9 +227,9 @@ class _Prober:
 
         handed = Arguments(args, kwargs, self.session.arguments.names)
         handed.map(note)
-        count = _Count([*self.session.stand_ins, *fixed], length, short)
+        count = _Count([*self.session.fake_tensors, *fixed], length, short)
         fakes = self.session.fake_mode
-        with self.session.installed(self.session.stand_ins), fakes, fakes.watched(count.note):
+        with self.session.installed(self.session.fake_tensors), fakes, fakes.watched(count.note):
             try:
                 result = self.session.call(args, kwargs)
                 describe_result(result, describer_of(self.session, handed))  # before anything is traced
@@ -253,7 +253,7 @@ class _Prober:
         run = self.attempt(growth, length, batch)
         if run is None:
             return None
-        return {number: count for number, count in run.roots.items() if number < len(self.session.stand_ins)}
+        return {number: count for number, count in run.roots.items() if number < len(self.session.fake_tensors)}
 
     def is_segment(self, growth: Growth, length: int, batch: int) -> bool:
         """Whether a text of this length is a segment, or several whole ones, and twice the length uses the layers more.

@@ -38,7 +38,7 @@ from rmtc.capture.probe import Probed, Sizes
 from rmtc.capture.recorder import Recorder
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
-from rmtc.capture.state import Slot, is_opaque, is_plain, is_record, told, walk
+from rmtc.capture.state import Slot, fingerprint, is_opaque, is_plain, is_record, walk
 from rmtc.capture.untold import refuse_flags
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.quiet import uncollected
@@ -249,14 +249,14 @@ class Replayer:
         Raises:
             RefusedError: if it does.
         """
-        without, told = self._run(sizes, _Modules()), self.results[sizes]
+        without, whole = self._run(sizes, _Modules()), self.results[sizes]
         found, other = self._run(sizes, _Modules(), rest), self.results[sizes]
-        self.results[sizes] = told
+        self.results[sizes] = whole
         texts = {show(path) for path, _ in self._plan.growth.dims}
         pairs = zip(without.events, found.events, strict=False)
         differing = (b for a, b in pairs if not same_event(a, b) or _counts_back(b.operands, texts))
         place = next(differing, None)
-        alike = (len(without.events), without.shapes, told) == (len(found.events), found.shapes, other)
+        alike = (len(without.events), without.shapes, whole) == (len(found.events), found.shapes, other)
         if place is not None or not alike:
             raise RefusedError(
                 f"the code does something with the last {rest} positions of the text, which make no segment",
@@ -270,8 +270,8 @@ class Replayer:
         session = self._session
         args, kwargs = self._plan.arguments(session, sizes, rest)
         recorder = Recorder()
-        for lifted, stand_in in zip(session.lifted, session.stand_ins, strict=True):
-            recorder.name(stand_in, Named(lifted.names[0]))
+        for lifted, fake_tensor in zip(session.lifted, session.fake_tensors, strict=True):
+            recorder.name(fake_tensor, Named(lifted.names[0]))
 
         lists = self._plan.growth.lists
 
@@ -288,11 +288,11 @@ class Replayer:
         handed.map(note)
         given = {show(path): (tensor, tensor.requires_grad) for path, tensor in handed.tensors().items()}
         fakes = session.fake_mode
-        with session.installed(session.stand_ins), fakes, fakes.watched(recorder.note), self._patched(recorder):
+        with session.installed(session.fake_tensors), fakes, fakes.watched(recorder.note), self._patched(recorder):
             result = session.call(args, kwargs)
-            held, describer = session.held(session.stand_ins), describer_of(session, handed)
+            held, describer = session.held(session.fake_tensors), describer_of(session, handed)
             found, plain, self.results[sizes] = left_behind(session, result, held, describer)
-            refuse_flags(found, [*session.stand_ins, *(value for value, _ in given.values())], given)
+            refuse_flags(found, [*session.fake_tensors, *(value for value, _ in given.values())], given)
             final = tuple((_result(name), recorder.reference(tensor)) for name, tensor in found.items())
         numbers = tuple(value for value in plain.values() if type(value) is int)
         others = tuple((name, int if type(value) is int else _told(value)) for name, value in plain.items())
@@ -352,10 +352,10 @@ class Replayer:
                     result = original(module, *args, **kwargs)
             finally:
                 self._inside = False
-            told = reads == self._session.fake_mode.known.reads  # else it is told by more than metadata
+            by_metadata = reads == self._session.fake_mode.known.reads  # else it is told by more than metadata
             # What it was given is as it was, and what it returns is in no other place that could change with it.
             apart = _containers(result).isdisjoint(_containers((args, kwargs)) | state.containers)
-            if told and apart and _as_given(args, kwargs, structure, leaves) and self._guard.differs() is None:
+            if by_metadata and apart and _as_given(args, kwargs, structure, leaves) and self._guard.differs() is None:
                 known = self._remember(inner, state, result, operands)
             if known is None:  # what it did cannot be done again from memory
                 recorder.splice(inner, references, location, result)
@@ -486,7 +486,7 @@ def _told(value: Any) -> Any:
     kind = type(value)
     if isinstance(value, (tuple, frozenset)):  # the order of which may count
         return (kind, *map(_told, value))
-    return (kind, value) if kind in _EQUAL else told(value)
+    return (kind, value) if kind in _EQUAL else fingerprint(value)
 
 
 def _reads_beyond(operands: tuple[Any, ...]) -> bool:

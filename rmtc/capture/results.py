@@ -10,7 +10,7 @@ import torch
 from rmtc.capture.arguments import Arguments
 from rmtc.capture.objects import Describer, ExistingContainer, Plain, Ref
 from rmtc.capture.session import Session
-from rmtc.capture.state import MISSING, is_plain, told
+from rmtc.capture.state import MISSING, fingerprint, is_plain
 from rmtc.capture.untold import UntoldError
 
 __all__ = ["describe_result", "describer_of", "left_behind"]
@@ -84,7 +84,7 @@ def left_behind(
                 tensors[f"state:{slot.name}"] = slot.value
         elif is_plain(slot.value):
             before = session.snapshot.plain.get(slot.name, MISSING)
-            if before is MISSING or told(before) != told(slot.value):
+            if before is MISSING or fingerprint(before) != fingerprint(slot.value):
                 plain[f"state:{slot.name}"] = slot.value
     return tensors, plain, description
 

@@ -182,13 +182,13 @@ class Session:
         return any(tells_identity(function.__code__) for function in self.code.functions)
 
     @property
-    def stand_ins(self) -> list[torch.Tensor]:
+    def fake_tensors(self) -> list[torch.Tensor]:
         """Fake tensors for :attr:`lifted`, made once."""
         if self._stand_ins is None:
-            self._stand_ins = [self.stand_in(lifted.tensor) for lifted in self.lifted]
+            self._stand_ins = [self.fake_tensor(lifted.tensor) for lifted in self.lifted]
         return self._stand_ins
 
-    def stand_in(self, tensor: torch.Tensor, shape: Sequence[int] | None = None) -> torch.Tensor:
+    def fake_tensor(self, tensor: torch.Tensor, shape: Sequence[int] | None = None) -> torch.Tensor:
         """A fake tensor of a tensor's dtype and device, of its own shape and strides or laid out alike in another."""
         device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
         shape = tuple(tensor.shape if shape is None else shape)
@@ -201,18 +201,18 @@ class Session:
                 made = torch.empty_strided(shape, _strides(tensor, shape), dtype=tensor.dtype, device=device)
         return self._alike(made, tensor)
 
-    def _alike(self, stand_in: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    def _alike(self, fake_tensor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         """A stand-in that says of itself what the tensor would."""
         if isinstance(tensor, nn.Parameter):
-            stand_in._is_param = True
+            fake_tensor._is_param = True
         if tensor.requires_grad and self.asks_for_gradients and not torch.is_grad_enabled():
-            stand_in.requires_grad_(True)
-        return stands_in(stand_in)
+            fake_tensor.requires_grad_(True)
+        return stands_in(fake_tensor)
 
-    def lifted_stand_in(self, tensor: torch.Tensor) -> torch.Tensor | None:
+    def lifted_fake(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """What stands in for a tensor that is in an attribute, global or closure; None for any other."""
         number = self._index.get(id(tensor))
-        return None if number is None else self.stand_ins[number]
+        return None if number is None else self.fake_tensors[number]
 
     @contextlib.contextmanager
     def installed(self, values: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -290,7 +290,7 @@ class Session:
         if not self._asked.isdisjoint(_UNWATCHED):
             raise _refused_unseen(hidden)
         self.ran = set()
-        with self.installed(self.stand_ins), self.fake_mode:
+        with self.installed(self.fake_tensors), self.fake_mode:
             self.call(args, kwargs)
 
     def _unseen(self) -> str | None:

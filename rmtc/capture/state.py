@@ -50,7 +50,7 @@ __all__ = [
     "slot_names",
     "state_functions",
     "tells_identity",
-    "told",
+    "fingerprint",
     "uncached",
     "unmoved",
     "unseen",
@@ -129,7 +129,7 @@ class Slot(NamedTuple):
 
 
 def is_plain(value: object) -> bool:
-    """Whether a value is data and no more: what :func:`told` gives says all of it, and it holds no tensor."""
+    """Whether a value is data and no more: what :func:`fingerprint` gives says all of it, and it holds no tensor."""
     kind = type(value)
     if kind in _PLAIN:
         return True
@@ -156,12 +156,12 @@ def _is_named(kind: type) -> bool:
     return hasattr(kind, "_fields") and not kind.__dictoffset__
 
 
-def told(value: Any) -> Hashable:
+def fingerprint(value: Any) -> Hashable:
     """What tells a plain value from others: -0.0 is not 0.0, nor True 1."""
     if isinstance(value, Enum):
         return type(value), id(value)
     if isinstance(value, (tuple, frozenset)) and type(value) is not torch.Size:
-        items = map(told, value)
+        items = map(fingerprint, value)
         return type(value), frozenset(items) if isinstance(value, frozenset) else tuple(items)
     return type(value), repr(value)
 

@@ -360,10 +360,10 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
     arguments.map(lambda path, tensor: inputs.setdefault(path, tensor))
     count = len(session.lifted)
     # A tensor that is given twice, or is state too, is one for the code, and has a placeholder in each place.
-    first = {id(tensor): number for number, tensor in enumerate(session.stand_ins)}
+    first = {id(tensor): number for number, tensor in enumerate(session.fake_tensors)}
     order = [first.setdefault(id(tensor), count + number) for number, tensor in enumerate(inputs.values())]
     distinct = [
-        tensor if place == count + number else session.stand_in(tensor)
+        tensor if place == count + number else session.fake_tensor(tensor)
         for number, (tensor, place) in enumerate(zip(inputs.values(), order, strict=True))
     ]
     raw = RawTrace(fx.GraphModule(nn.Module(), fx.Graph()), ())
@@ -413,7 +413,7 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
     if functionalize:
         traced = dispatch_functionalize(program, _Functional(session.fake_mode))
     with session.fake_mode, _quiet(), _use_lazy_graph_module(True):
-        raw.module = maker.trace(traced, *session.stand_ins, *distinct)
+        raw.module = maker.trace(traced, *session.fake_tensors, *distinct)
     sources = [(lifted.kind, lifted.names, lifted.tensor.requires_grad) for lifted in session.lifted]
     sources += [("input", (show(path),), tensor.requires_grad) for path, tensor in inputs.items()]
     placeholders = [node for node in raw.module.graph.nodes if node.op == "placeholder"]

@@ -24,7 +24,7 @@ from rmtc.capture.objects import ExistingContainer, Kept, Label, Ref, attributes
 from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
-from rmtc.capture.state import MISSING, Slot, Snapshot, is_plain, told
+from rmtc.capture.state import MISSING, Slot, Snapshot, fingerprint, is_plain
 from rmtc.capture.state_guard import StateGuard
 from rmtc.errors import RefusedError, VerifyError, brief, raised_by_signal
 from rmtc.ir.cost import CostModel
@@ -681,7 +681,7 @@ class Variant:
                     self.counter = f"{longer.path[0]} grows with each call, and what a call does may depend on it"
                 raise RefusedError(_OTHER)
             expected = self._plain(name, few.segments)
-            if told(value) != told(expected):
+            if fingerprint(value) != fingerprint(expected):
                 place = name.removeprefix("state:")
                 starts = [(each.slot.value, each.slot.get()) for each in self.effects if each.content == Ref(name)]
                 if any(_advances(*each, expected, value) for each in starts):
@@ -746,7 +746,7 @@ class Variant:
         """A value that a call leaves in Python: the same always, or advancing evenly with the segments."""
         first, third = self.analysis.probes
         low, high = first.plain[name], third.plain[name]
-        if type(low) not in (int, float) or told(low) == told(high):
+        if type(low) not in (int, float) or fingerprint(low) == fingerprint(high):
             return low
         steps, more = third.sizes.segments - first.sizes.segments, segments - first.sizes.segments
         if type(low) is float:
@@ -916,7 +916,7 @@ def _describe(value: Any, batch: int, known: frozenset[int], varying: frozenset[
         pairs = *value.items(), *attributes(value).items()
         return type(value), tuple((key, _describe(item, batch, known)) for key, item in pairs)
     if is_plain(value):
-        return told(value)
+        return fingerprint(value)
     if id(value) not in known and can_be_made(value):
         known |= {id(value)}  # what holds itself ends there
         return type(value), tuple((key, _describe(item, batch, known)) for key, item in attributes(value).items())
