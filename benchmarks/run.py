@@ -28,7 +28,7 @@ from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
 from rmtc.runtime.choice import AS_WRITTEN, SETTLED
 from rmtc.turns import NOTHING, take_turns
 
-TESTS = Path(__file__).parent.parent / "tests"
+TESTS = Path(__file__).parent.parent / "tests" / "support"
 LEAST = 0.95
 """The slowest that the best schedule may be, eager's time divided by its time."""
 

@@ -74,6 +74,8 @@ class Fit:
         text = " + ".join("*".join(([str(c)] if c != 1 else []) + list(names)) for names, c in self.terms)
         return f"{text} + {self.constant}".replace("+ -", "- ") if self.constant else text
 
+    __repr__ = __str__
+
 
 class Row(NamedTuple):
     """Operand: the value of operation ``number`` of the segment ``back`` before this one."""

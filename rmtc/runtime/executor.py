@@ -6,6 +6,7 @@ import contextlib
 import functools
 import linecache
 import logging
+import operator
 import threading
 import weakref
 from collections import OrderedDict
@@ -17,8 +18,8 @@ import torch
 
 from rmtc.codegen.torch.emit import Emitted, emit
 from rmtc.errors import BackendError, RefusedError, raised_by_signal
-from rmtc.ir.program import Op, Src, call_arguments, leaves, map_leaves
-from rmtc.ir.segment_loop import Environment, Every, Fit, Key, Numbered, Outer, Where
+from rmtc.ir.program import SPLITS, VIEWS, Op, Src, call_arguments, leaves, map_leaves
+from rmtc.ir.segment_loop import Environment, Every, Fit, Key, Numbered, Outer, Row, Where
 from rmtc.ir.wavefront import Body, Operand, Shared, WavefrontProgram
 from rmtc.quiet import uncollected
 from rmtc.runtime.check_steps import check_steps
@@ -304,6 +305,9 @@ class _Walk:
                 if key in self.pieces:
                     self.pieces[key].put(key.segment, value if index < 0 else value[index])
                     continue
+                if self._is_view(key):
+                    self.kept[key] = self._view(key)
+                    continue
                 # A view keeps the group alive: of a block of prologues or epilogues all cells are kept.
                 whole = index < 0 or (launch.body.stage != "layer" and value.stride(0) != 0)
                 self.kept[key] = value if index < 0 else value[index] if whole else value[index].clone()
@@ -329,13 +333,35 @@ class _Walk:
                 if isinstance(value, torch.Tensor) and (
                     given.setdefault(id(value), each) != each
                     # a part of what was computed for several segments: whoever keeps it would keep all of that
-                    or (isinstance(each, Key) and value.untyped_storage().nbytes() > value.nbytes)
+                    or (
+                        isinstance(each, Key)
+                        and value.untyped_storage().nbytes() > value.nbytes
+                        and not self._is_view(each)
+                    )
                 ):
                     if each not in copies:
                         copies[each] = value.clone()
                     value = copies[each]
                 found[known] = value
         return found
+
+    def _is_view(self, key: Key) -> bool:
+        """Return whether an operation sees a part of an argument that the call does not write to."""
+        op = self.loop.row(key.segment)[key.number]
+        whole = op.args[0] if op.target in VIEWS or op.target in SPLITS or op.target is operator.getitem else None
+        if isinstance(whole, Src):
+            return self.loop.sources[whole.name].kind == "input" and f"write:{whole.name}" not in self.loop.outputs
+        return isinstance(whole, Row) and whole.back == 0 and self._is_view(Key(key.segment, whole.number))
+
+    def _view(self, key: Key) -> Any:
+        """Take a part of an argument anew: whoever gets it shares the caller's memory, and is asked for gradients if
+        the argument is, as without rmtc."""
+        at = (self.ends if key.segment >= self.ends.S - 1 else self.middle)._replace(s=key.segment)
+
+        def operand(leaf: Any) -> Any:
+            return self._view(Key(key.segment, leaf.number)) if isinstance(leaf, Row) else self._operand(leaf, (), at)
+
+        return self._call(self.loop.row(key.segment)[key.number], operand)
 
     def _launch(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
         program = self.executor.program

@@ -474,7 +474,7 @@ def _said(error: BaseException | None) -> str:
 
 def main(path: str) -> None:
     """Examine a file, and say what came of it."""
-    os.environ.setdefault("RMTC_COST_MODEL", str(Path(__file__).resolve().parents[1] / "costs" / "steps.json"))
+    os.environ.setdefault("RMTC_COST_MODEL", str(Path(__file__).resolve().parents[1] / "support/costs/steps.json"))
     torch.set_num_threads(1)
     verdict = examine(Path(path))
     sys.stdout.write(f"{verdict.kind}, call {verdict.call}; {verdict.ran} calls ran by a schedule\n")

@@ -94,14 +94,16 @@ _LEAST = 2
 def _refuse_missing(loop: SegmentLoop) -> None:
     """What later segments read of earlier ones, each of those makes.
 
-    In short runs nothing reads the memory of any but the first segments, which may be all that make it then.
+    In short runs nothing reads the memory of any but the first segments, which may be all that make it then: later ones
+    lack it, or have something else of another form in its place.
     """
     rows = [*loop.rows, loop.steady]
     for op in loop.steady:
         for leaf in leaves(op.args):
             if isinstance(leaf, Row) and leaf.back:
-                least = min(map(len, rows[max(0, len(loop.rows) - leaf.back) :]))
-                if leaf.number >= least:
+                read = [row[leaf.number : leaf.number + 1] for row in rows[max(0, len(loop.rows) - leaf.back) :]]
+                forms = {made.form for (made,) in read if made.form is not None} if all(read) else set()
+                if not all(read) or len(forms) > 1:
                     raise RefusedError(
                         f"{target_name(op.target)} reads what segment s-{leaf.back} makes, and later segments do not",
                         location=op.location,

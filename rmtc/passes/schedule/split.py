@@ -170,7 +170,8 @@ def _row_parts(loop: SegmentLoop, row: int, steady: dict[int, int]) -> dict[int,
 
     A segment that runs what the steady ones run is divided as they are: they read it by the same numbers.
     """
-    if [op.target for op in loop.rows[row]] == [op.target for op in loop.steady]:
+    alike = [op.target for op in loop.rows[row]] == [op.target for op in loop.steady]
+    if alike and loop.layouts[row] == loop.layouts[-1]:
         return dict(steady)
     part: dict[int, int] = {}
     for (begin, end), (start, stop) in zip(loop.layouts[row].layers, loop.layouts[-1].layers, strict=True):
