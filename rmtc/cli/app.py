@@ -186,10 +186,7 @@ def schedule(
         answer = _explain(model, settings, layers, segment_length, debug, replayed, kind)
         found = None if isinstance(answer, RefusedError) else answer.schedule
         if isinstance(answer, RefusedError) or found is None:
-            if form in (Format.text, Format.json):
-                emit(_refused(answer, form), output)
-            else:  # these have no place for it
-                note(_refused(answer, Format.text) + (f"\n{output} was not written" if output else ""))
+            _emit_refused(answer, segments, form, output)
             raise typer.Exit(FAILED if strict else 0)
         seen = max(answer.segments, _REPLAYED)
         if segments is not None and segments > seen:
@@ -342,7 +339,7 @@ def study(
 
             emit(explanation_json(answer), output)
         elif answer.schedule is None:
-            note(_refused(answer, Format.text) + (f"\n{output} was not written" if output else ""))
+            _emit_refused(answer, segments, form, output)
         else:
             emit(_written(answer.name, answer.schedule, answer.dependences, segments, form), output)
         if strict and answer.schedule is None:
@@ -583,7 +580,31 @@ def _of_kind(answer: Explanation, proven: Schedule, kind: Kind) -> tuple[Schedul
     return run_schedule(proven, "sequential" if written else kind), answer.dependences
 
 
-def _written(name: str, schedule: Schedule, dependences: Sequence[Dependence], segments: int, form: Format) -> str:
+def _emit_refused(answer: Explanation | RefusedError, segments: int | None, form: Format, output: Path | None) -> None:
+    """Write a refusal. A drawing shows the sequential order; the other forms have no place for it."""
+    if form in (Format.text, Format.json):
+        emit(_refused(answer, form), output)
+        return
+    certificate = None if isinstance(answer, RefusedError) else answer.certificate
+    if (
+        isinstance(answer, RefusedError)
+        or form not in (Format.svg, Format.html)
+        or not (certificate and certificate.bound)
+    ):
+        note(_refused(answer, Format.text) + (f"\n{output} was not written" if output else ""))
+        return
+    from rmtc.ir.formula import L
+    from rmtc.ir.schedule import Schedule
+
+    note(_refused(answer, Format.text))
+    count = segments or answer.segments
+    order = Schedule(L, 1, answer.layers, count)
+    emit(_written(answer.name, order, answer.dependences, count, form, f"refused: {answer.reason}"), output)
+
+
+def _written(
+    name: str, schedule: Schedule, dependences: Sequence[Dependence], segments: int, form: Format, reason: str = ""
+) -> str:
     from rmtc import show
     from rmtc.show.text import schedule_text
 
@@ -593,8 +614,8 @@ def _written(name: str, schedule: Schedule, dependences: Sequence[Dependence], s
         Format.csv: lambda: show.schedule_csv(schedule, segments),
         Format.dot: lambda: show.schedule_dot(schedule, segments, dependences),
         Format.mermaid: lambda: show.schedule_mermaid(schedule, segments, dependences),
-        Format.svg: lambda: show.schedule_svg(schedule, segments, dependences),
-        Format.html: lambda: show.schedule_html(schedule, segments, dependences, name),
+        Format.svg: lambda: show.schedule_svg(schedule, segments, dependences, reason),
+        Format.html: lambda: show.schedule_html(schedule, segments, dependences, name, reason),
         Format.trace: lambda: show.schedule_trace(schedule, segments),
         Format.notation: lambda: replace(schedule, segments=segments).notation,
     }

@@ -1,129 +1,259 @@
-"""A schedule drawn: segments down, layers across, coloured by step, an arrow for each dependence between cells."""
+"""A schedule drawn: steps to the right, layers upwards, a box for each cell in the colour of its segment.
+
+Below it, to the same scale, the number of cells in each step, and the same cells one after another: a run that goes on
+from line to line, each line as long as the schedule. Beside it, the inset.
+"""
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from html import escape
+from typing import NamedTuple
 
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.formula import L, S, at, formula
-from rmtc.ir.notation import step_text
+from rmtc.ir.limits import CELLS, refused_by, within
+from rmtc.ir.notation import NotationError, step_text
 from rmtc.ir.schedule import Schedule
-from rmtc.show.graph import cells_by_step, edges, vector_text
+from rmtc.show.graph import cells_by_step
+from rmtc.show.inset import INSET, inset
+from rmtc.show.marks import box, colour, number, on_dark, style, text, wrapped
+from rmtc.show.page import count
 
-__all__ = ["schedule_svg"]
+__all__ = ["CHART", "LEFT", "Chart", "chart", "headline", "schedule_svg", "subtitle"]
 
-_ACROSS, _DOWN = 64, 48  # from cell to cell
-_WIDTH, _HEIGHT = 44, 28  # of a cell
-_LEFT, _TOP = 56, 64
-_COLOURS = ("#1f4e9e", "#b3261e", "#1b7a3d", "#7b3fa0", "#b35c00", "#5d4037")
-_STYLE = (
-    "text{font:13px ui-monospace,monospace;text-anchor:middle;dominant-baseline:central;fill:#111}"
-    ".head{font-weight:bold}.legend,.title{text-anchor:start}.cell rect{stroke:#333}"
-    ".edge{fill:none;stroke-width:1.3;opacity:.75}"
-)
+CHART, LEFT = 760, 64
+"""Width of a chart, and where step 0 begins in it."""
+
+_PLOT, _STEP, _ROWS, _ROW = 688, 86, 360, 30
+"""Most width of all steps and of one, most height of all rows and of one."""
+
+_STRIP, _RUN, _LINE = 36, 120, 12
+"""Height of the strip, most height of the sequential run and of a line of it."""
+
+_NAMED = 500
+"""Most cells that have a number and a tooltip each. Of more, all cells of a colour are one path."""
 
 
-def schedule_svg(schedule: Schedule, segments: int, dependences: Sequence[Dependence] = ()) -> str:
-    """An SVG document; a cell shows its step, and as a tooltip its name and class.
+class Chart(NamedTuple):
+    """A drawing without title and inset.
 
-    Prologues, which run in the step of layer 0, and epilogues, in that of the last layer, are columns of their own.
+    Attributes:
+        lines: elements of SVG, :data:`CHART` wide.
+        height: of all of them.
+        unit: width of a step.
+        bands: top and height of each area in which x is the step, and then of the further lines of the sequential run.
+        widths: number of cells in each step.
     """
-    first = -1 if schedule.stage_classes.get("prologue") else 0
-    last = schedule.columns if schedule.stage_classes.get("epilogue") else schedule.columns - 1
-    drawn = list(cells_by_step(schedule, segments, len(dependences)))
-    vectors = list(edges(schedule, segments, dependences))
-    steps = at(schedule.makespan, segments, schedule.layers)
-    title = (
-        f"{step_text(schedule)}: {formula(schedule.makespan)} = {steps} steps, "
-        f"one after another {formula(S * L)} = {segments * schedule.layers}"
-    )
-    legend = [_named(distance, schedule, dependences) for distance, _ in vectors]
-    text = max(len(title), *(len(each) + 6 for each in legend), 0) * 8 + 16
-    width = max(_LEFT + (last - first + 1) * _ACROSS + 16, text)
-    height = _TOP + segments * _DOWN + 24 * len(legend) + 16
+
+    lines: list[str]
+    height: float
+    unit: float
+    bands: list[tuple[float, float]]
+    widths: list[int]
+
+
+class _Box(NamedTuple):
+    """The place of a cell in steps and rows, from above. Cells of one layer and step share a row."""
+
+    cell: Cell
+    kind: str
+    step: int
+    y: float
+    height: float
+
+
+class _Scale(NamedTuple):
+    """Where steps and rows lie in the drawing, and their size."""
+
+    top: float
+    unit: float
+    row: float
+
+    def __str__(self) -> str:
+        return f'transform="translate({LEFT} {number(self.top)}) scale({number(self.unit)} {number(self.row)})"'
+
+
+def schedule_svg(schedule: Schedule, segments: int, dependences: Sequence[Dependence] = (), note: str = "") -> str:
+    """Draw a schedule as an SVG document.
+
+    Up to 500 cells have the number of their segment and a tooltip each. Prologues and epilogues are rows of their own,
+    below and above those of the layers.
+
+    Args:
+        schedule: what is drawn.
+        segments: number of segments.
+        dependences: drawn in the inset, each distance vector once.
+        note: what else is said below the title, such as the reason of a refusal.
+
+    Raises:
+        NotationError: as :func:`chart`.
+    """
+    drawn, (beside, height) = chart(schedule, segments), inset(schedule, segments, dependences)
+    title = headline(schedule, segments, sum(drawn.widths))
+    heads = wrapped("title", 16, 30, title, 90, 24)
+    notes = wrapped("note soft", 16, 30 + 24 * len(heads), subtitle(schedule, segments, note), 140, 18)
+    top = 24 * len(heads) + 18 * len(notes) + 30
+    across, down = CHART + INSET + 56, round(top + max(drawn.height, height) + 12)
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" width="{across}" height="{down}" '
+        f'viewBox="0 0 {across} {down}" style="max-width:100%;height:auto">',
         f"<title>{escape(title)}</title>",
-        f"<style>{_STYLE}</style>",
-        '<rect width="100%" height="100%" fill="#fff"/>',
-        *_markers(len(vectors)),
-        f'<text class="title" x="8" y="14">{escape(title)}</text>',
+        f"<style>{style(segments)}</style>",
+        '<rect class="ground" width="100%" height="100%"/>',
+        *heads,
+        *notes,
+        f'<g transform="translate(16 {top})">',
+        *drawn.lines,
+        f'</g><g transform="translate({CHART + 40} {top})">',
+        *beside,
+        "</g></svg>",
     ]
-    for column in range(first, last + 1):
-        head = schedule.head(column) if 0 <= column < schedule.columns else "pro" if column < 0 else "epi"
-        lines.append(f'<text class="head" x="{_x(column, first)}" y="{_TOP - 20}">{head}</text>')
+    return "\n".join([*lines, ""])
+
+
+def headline(schedule: Schedule, segments: int, cells: int) -> str:
+    """Say how many steps there are, and how many the ``cells`` take one after another."""
+    steps = at(schedule.makespan, segments, schedule.layers)
+    whole = not schedule.parts and cells == segments * schedule.layers
+    total = f"{formula(S * L)} = {cells}" if whole else str(cells)
+    if steps == cells:
+        return f"{total} {'step' if steps == 1 else 'steps'}, one {_unit(schedule)} after another"
+    parts = " of parts" if schedule.parts else ""
+    return f"{formula(schedule.makespan)} = {count(steps, 'step')}{parts} instead of {total}"
+
+
+def _unit(schedule: Schedule) -> str:
+    return "part" if schedule.parts else "cell"
+
+
+def subtitle(schedule: Schedule, segments: int, note: str = "") -> str:
+    """Say the numbers of layers and segments and in which step a cell runs, after the note."""
+    words = f"L = {schedule.layers} layers, S = {segments} segments, {step_text(schedule)}"
+    return f"{note}. {words}" if note else words
+
+
+@refused_by(NotationError)
+def chart(schedule: Schedule, segments: int) -> Chart:
+    """Draw the cells, the widths of the steps and the sequential run, from above to below.
+
+    Raises:
+        NotationError: as :func:`rmtc.ir.notation.listed`; or if there are more steps than that many cells.
+    """
+    steps = at(schedule.makespan, segments, schedule.layers)
+    within(steps, CELLS, "steps to write", "take fewer segments, or smaller factors of s and l")
+    stages = schedule.stage_classes
+    columns = range(-1 if stages.get("prologue") else 0, schedule.columns + bool(stages.get("epilogue")))
+    boxes = list(_boxes(schedule, segments, columns[-1]))
+    inner = [each for each in boxes if 0 <= each.cell.layer < schedule.columns]
+    cells, found = len(inner), Counter(each.step for each in inner)
+    widths = [found[step] for step in range(steps)]
+    together = 1 / min((each.height for each in boxes), default=1)
+    grid = _Scale(24, min(_PLOT / steps, _STEP), min(_ROWS / len(columns), _ROW * min(together, 4)))
+    height = grid.row * len(columns)
+    lines = [
+        text("axis soft end", LEFT - 6, 14, "part" if schedule.parts else "layer"),
+        text("head", LEFT, 14, f"Layers upwards, steps to the right{'; stripes run at once' * (together > 1)}"),
+        f'<path class="panel" d="{box(LEFT, grid.top, steps * grid.unit, height)}"/>',
+        *_cells(schedule, segments, boxes, grid),
+        *_axes(schedule, columns, steps, grid),
+    ]
+    strip = _Scale(grid.top + height + 54 + _STRIP, grid.unit, -_STRIP / max(*widths, 1))
+    average = f"at most, {round(cells / steps, 1):g} on average" if min(widths) < max(widths) else "in each step"
+    words = f"{_unit(schedule).capitalize()}s at once: {max(widths)} {average}"
+    lines += [text("head", LEFT, strip.top - _STRIP - 8, words), *_strip(widths, strip, cells <= _NAMED)]
+    rounds = max(-(-cells // steps), 1)
+    run = _Scale(strip.top + 46, grid.unit, min(_RUN / rounds, _LINE))
+    longer = f" = {round(cells / steps, 1):g} lines of the same length" if rounds > 1 else ""
+    words = f"One {_unit(schedule)} after another: {count(cells, 'step')}{longer}"
+    lines += [text("head", LEFT, run.top - 8, words), *_sequential(inner, segments, steps, run)]
+    bands = [
+        (grid.top, height),
+        (strip.top - _STRIP, _STRIP),
+        (run.top, run.row),
+        (run.top + run.row, run.row * (rounds - 1)),
+    ]
+    return Chart(lines, run.top + rounds * run.row, grid.unit, bands, widths)
+
+
+def _boxes(schedule: Schedule, segments: int, highest: int) -> Iterator[_Box]:
+    """Give the cells by step; those of one layer and step lie below each other, by segment."""
+    for time, cells in cells_by_step(schedule, segments):
+        of, before = Counter(cell.layer for cell, _ in cells), Counter[int]()
+        for cell, kind in sorted(cells):
+            height = 1 / of[cell.layer]
+            yield _Box(cell, kind, time, highest - cell.layer + before[cell.layer] * height, height)
+            before[cell.layer] += 1
+
+
+def _cells(schedule: Schedule, segments: int, boxes: Sequence[_Box], grid: _Scale) -> Iterator[str]:
+    """Draw each cell with its tooltip and number; of many, all of a colour as one path. Stages are paler."""
+    few, layers = len(boxes) <= _NAMED, range(schedule.columns)
+    marks: dict[tuple[str, Cell | None], list[_Box]] = {}
+    for each in sorted(boxes):
+        kind = colour(each.cell.segment, segments) + (" stage" if each.cell.layer not in layers else "")
+        marks.setdefault((kind, each.cell if few else None), []).append(each)
+    yield f'<g class="cells" {grid}>'
+    for (kind, _), same in marks.items():
+        first, last = same[0], same[-1]
+        told = f"segment {' to '.join(map(str, dict.fromkeys((first.cell.segment, last.cell.segment))))}"
+        if few:
+            told = f"{schedule.name(first.cell)}: step {first.step}, class {first.kind}"
+        path = "".join(box(each.step, each.y, _shrunk(1, grid.unit), _shrunk(each.height, grid.row)) for each in same)
+        yield f'<path class="{kind}" d="{path}"><title>{escape(told)}</title></path>'
+    yield "</g>"
+    for each in boxes if few and grid.unit >= 11 else ():
+        if each.height * grid.row >= 10 and each.cell.layer in layers:
+            x, y = LEFT + (each.step + 0.46) * grid.unit, grid.top + (each.y + each.height * 0.46) * grid.row + 3.5
+            kind = "number mid white" if on_dark(each.cell.segment, segments) else "number mid"
+            yield text(kind, x, y, str(each.cell.segment))
+
+
+def _axes(schedule: Schedule, columns: range, steps: int, grid: _Scale) -> Iterator[str]:
+    """Name the rows, and number the steps below them, as many as have room."""
+    for index in range(0, len(columns), _every(18 / grid.row)):
+        column, y = columns[index], grid.top + (len(columns) - index - 0.5) * grid.row + 4
+        whole = 0 <= column < schedule.columns and not schedule.parts
+        yield text("axis soft end", LEFT - 6, y, str(column) if whole else schedule.head(column))
+    bottom = grid.top + len(columns) * grid.row + 15
+    yield text("axis soft end", LEFT - 6, bottom, "step")
+    for step in range(0, steps, _every((9 + 8 * len(str(steps))) / grid.unit)):
+        yield text("axis soft mid", LEFT + (step + 0.5) * grid.unit, bottom, str(step))
+
+
+def _strip(widths: Sequence[int], strip: _Scale, few: bool) -> Iterator[str]:
+    """Draw the number of cells in each step as one outline, with the numbers where they have room."""
+    outline = "".join(f"V{width}H{step + 1}" for step, width in enumerate(widths))
+    yield f'<path class="bars" {strip} d="M0 0{outline}V0z"/>'
+    if few and strip.unit >= 8 * len(str(max(widths))):
+        for step, width in enumerate(widths):
+            yield text("width soft mid", LEFT + (step + 0.5) * strip.unit, strip.top + 13, str(width))
+
+
+def _sequential(boxes: Sequence[_Box], segments: int, steps: int, run: _Scale) -> Iterator[str]:
+    """Draw one segment after another, each as long as it has cells, in lines of as many steps as the schedule."""
+    lengths, paths, start = Counter(each.cell.segment for each in boxes), dict[str, list[str]](), 0
     for segment in range(segments):
-        lines.append(f'<text class="head" x="24" y="{_y(segment)}">s{segment}</text>')
-    for time, cells in drawn:
-        lines += [_cell(cell, schedule.name(cell), time, kind, first) for cell, kind in cells]
-    for number, (distance, pairs) in enumerate(vectors):
-        for source, cell in pairs:
-            told = f"{schedule.name(cell)} waits for {schedule.name(source)}: {distance}"
-            lines.append(_arrow(source, cell, number, told, first))
-    lines += _legend(legend, _TOP + segments * _DOWN)
-    return "\n".join([*lines, "</svg>", ""])
+        end = start + lengths[segment]
+        while start < end:
+            line, step = divmod(start, steps)
+            length = min(end - start, steps - step)
+            piece = box(step, line, _shrunk(length, run.unit), 0.85)
+            paths.setdefault(colour(segment, segments), []).append(piece)
+            start += length
+    yield f'<g class="run" {run}>'
+    for name, pieces in paths.items():
+        yield f'<path class="{name}" d="{"".join(pieces)}"/>'
+    yield "</g>"
 
 
-def _x(layer: int, first: int) -> int:
-    return _LEFT + (layer - first) * _ACROSS + _WIDTH // 2
+def _shrunk(size: float, unit: float) -> float:
+    """Leave a gap after a box that is large enough to have one."""
+    return size - min(0.08 * size, 1.5 / unit) if size * unit > 3 else size
 
 
-def _y(segment: int) -> int:
-    return _TOP + segment * _DOWN + _HEIGHT // 2 - 8
-
-
-def _cell(cell: Cell, name: str, step: int, kind: str, first: int) -> str:
-    x, y = _x(cell.layer, first), _y(cell.segment)
-    return (
-        f'<g class="cell" data-step="{step}"><title>{name}: step {step}, class {escape(kind)}</title>'
-        f'<rect x="{x - _WIDTH // 2}" y="{y - _HEIGHT // 2}" width="{_WIDTH}" height="{_HEIGHT}" rx="4" '
-        f'fill="hsl({step * 137 % 360} 70% 80%)"/><text x="{x}" y="{y}">{step}</text></g>'
-    )
-
-
-def _arrow(source: Cell, target: Cell, number: int, told: str, first: int) -> str:
-    """A curve from the border of one cell to that of another, the more bent the longer it is."""
-    x1, y1, x2, y2 = _x(source.layer, first), _y(source.segment), _x(target.layer, first), _y(target.segment)
-    across, down = x2 - x1, y2 - y1
-    length = math.hypot(across, down)
-    reach = min(
-        (_WIDTH / 2 + 1) / abs(across) if across else math.inf, (_HEIGHT / 2 + 1) / abs(down) if down else math.inf
-    )
-    neighbours = abs(across) <= _ACROSS and abs(down) <= _DOWN
-    bend = 0 if neighbours else 14 + length / 20
-    middle = (x1 + x2) / 2 - bend * down / length, (y1 + y2) / 2 + bend * across / length
-    begin, end = (x1 + across * reach, y1 + down * reach), (x2 - across * reach, y2 - down * reach)
-    points = " ".join(f"{value:.1f}" for value in (*begin, *middle, *end)).split()
-    return (
-        f'<path class="edge" d="M{points[0]} {points[1]}Q{points[2]} {points[3]} {points[4]} {points[5]}" '
-        f'stroke="{_colour(number)}" marker-end="url(#arrow{number})">'
-        f"<title>{escape(told)}</title></path>"
-    )
-
-
-def _markers(count: int) -> Iterator[str]:
-    for number in range(count):
-        yield (
-            f'<marker id="arrow{number}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" markerHeight="6" '
-            f'orient="auto"><path d="M0 0L8 4L0 8z" fill="{_colour(number)}"/></marker>'
-        )
-
-
-def _legend(texts: Sequence[str], top: int) -> Iterator[str]:
-    for number, text in enumerate(texts):
-        y = top + 24 * number + 8
-        yield f'<path class="edge" d="M16 {y}H44" stroke="{_colour(number)}" marker-end="url(#arrow{number})"/>'
-        yield f'<text class="legend" x="{_LEFT}" y="{y}">{escape(text)}</text>'
-
-
-def _named(distance: str, schedule: Schedule, dependences: Sequence[Dependence]) -> str:
-    """A distance and the tensors that have it."""
-    same = (each for each in dependences if vector_text(schedule, each) == distance)
-    names = ", ".join(dict.fromkeys(each.tensor for each in same if each.tensor))
-    return f"{distance}  {names}".rstrip()
-
-
-def _colour(number: int) -> str:
-    return _COLOURS[number % len(_COLOURS)]
+def _every(least: float) -> int:
+    """Round a number of rows or steps up to 1, 2 or 5 with zeros."""
+    powers: Iterator[int] = (digit * 10**zeros for zeros in range(10) for digit in (1, 2, 5))
+    return next(each for each in powers if each >= least)

@@ -10,7 +10,7 @@ from rmtc.ir.formula import distance_text
 from rmtc.ir.notation import listed
 from rmtc.ir.schedule import Schedule
 
-__all__ = ["cells_by_step", "edges", "stage_edges", "vector_text"]
+__all__ = ["by_vector", "cells_by_step", "edges", "stage_edges", "vector_text"]
 
 
 def cells_by_step(schedule: Schedule, segments: int, arrows: int = 0) -> Iterator[tuple[int, list[tuple[Cell, str]]]]:
@@ -47,6 +47,14 @@ def vector_text(schedule: Schedule, dependence: Dependence) -> str:
     return re.sub(r"\bl\b", "p", text) if schedule.parts else text
 
 
+def by_vector(schedule: Schedule, dependences: Sequence[Dependence]) -> dict[str, list[Dependence]]:
+    """Sort dependences by their distance vector, as text."""
+    found: dict[str, list[Dependence]] = {}
+    for dependence in dependences:
+        found.setdefault(vector_text(schedule, dependence), []).append(dependence)
+    return found
+
+
 def edges(
     schedule: Schedule, segments: int, dependences: Sequence[Dependence]
 ) -> Iterator[tuple[str, list[tuple[Cell, Cell]]]]:
@@ -54,15 +62,7 @@ def edges(
 
     Where layers are divided, p stands for l in it.
     """
-    columns = schedule.columns
-    found: dict[str, dict[tuple[Cell, Cell], None]] = {}
-    for dependence in dependences:
-        same = found.setdefault(vector_text(schedule, dependence), {})
-        for segment in range(segments):
-            for column in range(columns):
-                cell = Cell(segment, column)
-                producer = dependence.producers(cell, columns)
-                if producer is not None:
-                    same[producer, cell] = None
-    for distance, pairs in found.items():
-        yield distance, list(pairs)
+    cells = [Cell(segment, column) for segment in range(segments) for column in range(schedule.columns)]
+    for distance, same in by_vector(schedule, dependences).items():
+        pairs = ((each.producers(cell, schedule.columns), cell) for each in same for cell in cells)
+        yield distance, list(dict.fromkeys((producer, cell) for producer, cell in pairs if producer is not None))
