@@ -1,4 +1,4 @@
-"""From a user's call to flat functional programs of any length."""
+"""Capture of a user's call as flat functional programs of any length."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ __all__ = ["Capture", "Captured", "Reading", "open_capture"]
 
 @dataclass(frozen=True)
 class Captured:
-    """One run at some sizes.
+    """One traced run at given sizes.
 
     Attributes:
         sizes: its sizes.
         program: the canonical flat program.
-        plain: what is no tensor and was left in places, by name.
-        result: how what it returned is put together.
+        plain: values that are no tensors and that the run left in places, by name.
+        result: the description of the returned value, see :mod:`rmtc.capture.objects`.
         effects: what it left in Python objects.
-        same: for results that are tensors of its arguments or its state themselves, the names of these.
+        same: for each result that is itself a tensor of the arguments or the state, the name of that tensor.
     """
 
     sizes: Sizes
@@ -52,11 +52,11 @@ class Captured:
 
 
 class Reading(NamedTuple):
-    """How slices and constants are read, see :class:`Canonicalize`.
+    """Options for how slices and constants are read, see :class:`Canonicalize`.
 
     Attributes:
-        tables: whether a slice of all of a table is one.
-        windows: whether a window of a segment's length is read as what it is cut from.
+        tables: whether a slice that takes all of a table stays a slice.
+        windows: whether a window of a segment's length is read as a slice of the tensor that it is cut from.
         histories: whether histories of few parts are read part by part.
         constants: whether constants of the loop are made for each layer that reads them, see :class:`RemakeConstants`.
     """
@@ -76,10 +76,10 @@ class Capture:
 
     Attributes:
         session: the call.
-        plan: what grows, and how long a segment is.
-        seconds: time spent, by stage.
+        plan: the arguments that grow, and the length of a segment.
+        seconds: time spent, in seconds, by stage.
         reorder_random: whether operations may draw random numbers, in any order.
-        reading: how slices are read.
+        reading: how slices and constants are read.
         by_parts: whether a run has a history that is read part by part.
         has_constants: whether a run makes constants in the loop.
     """
@@ -103,17 +103,17 @@ class Capture:
 
     @property
     def lists(self) -> frozenset[str]:
-        """The names of the inputs that are lists with one item a segment."""
+        """The names of the inputs that are lists with one item per segment."""
         return frozenset(show(path) for path in self.plan.growth.lists)
 
     @outermost
     @undisturbed()
     @uncollected()
     def run(self, sizes: Sizes) -> Captured:
-        """Trace one run.
+        """Trace one run and make its graph canonical.
 
         Raises:
-            RefusedError, CaptureError: as :func:`rmtc.capture.tracer.trace`.
+            RefusedError, CaptureError: as :func:`rmtc.capture.tracer.trace`, or as the passes over the graph.
         """
         start = time.perf_counter()
         raw = trace(self.session, *self.plan.arguments(self.session, sizes))
@@ -142,7 +142,7 @@ class Capture:
         return from_graph(raw.module, raw.outputs, names)
 
     def _fixed(self, raw: RawTrace) -> frozenset[str]:
-        """The names of the sources that neither grow nor are written."""
+        """Return the names of the sources that neither grow nor are written."""
         written = {name.partition(":")[2] for name in raw.outputs}
         sources = (node.meta["names"] for node in raw.module.graph.nodes if node.op == "placeholder")
         return frozenset(names[0] for names in sources if not written & set(names)) - self.growing
@@ -161,23 +161,25 @@ def open_capture(
     segment_length: int | None = None,
     own_hooks: bool = True,
 ) -> Capture:
-    """Find what grows in a call.
+    """Find what grows in a call, and make the call ready to be traced.
 
     Args:
         function: a module or function.
         args, kwargs: the call's arguments.
-        segment_length: the user's hint.
+        segment_length: the user's hint, in positions.
         own_hooks: see :class:`rmtc.capture.session.Session`.
 
     Raises:
         CaptureError: if no loop over segments is found.
-        RefusedError: if an argument that grows is state too, and the code can tell.
+        RefusedError: if an argument that grows or has a batch is state too, and the code compares objects by identity.
+            Also if the code reads what no guard can see.
     """
     start = time.perf_counter()
     session = Session(function, args, kwargs, own_hooks)
     before = imported(session.code.functions)
     plan = probe(session, segment_length)
-    while imported(session.code.functions) != before:  # by the code, when it ran: now what they hold is seen
+    # The code imported modules when it ran: probe again, now that what they hold can be seen.
+    while imported(session.code.functions) != before:
         session = Session(function, args, kwargs, own_hooks)
         before = imported(session.code.functions)
         plan = probe(session, segment_length)
@@ -187,7 +189,13 @@ def open_capture(
 
 
 def _refuse_known(session: Session, plan: Probed) -> None:
-    """An argument of another size than now cannot be a tensor that the state holds."""
+    """Refuse an argument of varying size that is also a tensor of the state, if the code compares objects by identity.
+
+    An argument of another size than now cannot be a tensor that the state holds.
+
+    Raises:
+        RefusedError: with the argument.
+    """
     growth = plan.growth
     for path, tensor in session.arguments.tensors().items():
         grows = any(path == each for each, _ in growth.dims)

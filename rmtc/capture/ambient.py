@@ -1,4 +1,4 @@
-"""What torch keeps for a thread, or for the process, besides tensors: read, compared, put back."""
+"""Modes and settings that torch keeps per thread or per process, read, compared and put back."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["Ambient", "undisturbed"]
 
 
 class _Part(NamedTuple):
-    """One setting.
+    """A mode or setting of torch.
 
     Attributes:
-        name: what it is, for messages.
+        name: its name in messages.
         read: returns its value.
         write: sets it to a value that ``read`` returned.
         same: whether two values are equal.
@@ -32,20 +32,20 @@ class _Part(NamedTuple):
 
 
 class Ambient:
-    """The modes and settings of torch as they are now.
+    """A record of the modes and settings of torch as they are when it is made.
 
-    A forward that raises under tracing, or is interrupted, may leave some of them behind; eager would not.
+    A forward that raises under tracing, or is interrupted, may leave some of them changed. Eager execution would not.
     """
 
     def __init__(self) -> None:
         self._found = [(part, part.read()) for part in _PARTS]
 
     def changed(self) -> str | None:
-        """The name of a setting that is another one now; None if there is none."""
+        """Return the name of a setting that now has another value than recorded; None if there is none."""
         return next((part.name for part, value in self._found if not part.same(part.read(), value)), None)
 
     def put_back(self) -> None:
-        """Set everything as it was."""
+        """Set every mode and setting as it was."""
         for part, value in self._found:
             if not part.same(part.read(), value):
                 part.write(value)
@@ -63,7 +63,7 @@ def _function_modes() -> list[Any]:
 
 
 def _set_function_modes(before: list[Any]) -> None:
-    while torch._C._len_torch_function_stack():  # that of the default device is put below the others
+    while torch._C._len_torch_function_stack():  # all: torch puts the mode of the default device below the others
         torch._C._pop_torch_function_stack()
     for mode in before:
         torch._C._push_on_torch_function_stack(mode)
@@ -78,7 +78,7 @@ def _dispatch_modes() -> list[Any]:
 
 
 def _leave_dispatch_modes(before: list[Any]) -> None:
-    while len(now := _dispatch_modes()) > len(before):  # each keeps what was there before it
+    while len(now := _dispatch_modes()) > len(before):  # each mode restores what was there before it
         now[-1].__exit__(None, None, None)
 
 
@@ -89,13 +89,21 @@ def _leave_forward_levels(before: int) -> None:
 
 
 def _names(keys: Any) -> set[str]:
-    """The names of the dispatch keys in a set; what a key of each device has in common is one of its own."""
+    """Return the names of the dispatch keys in a set.
+
+    The part that the keys of all devices have in common, such as ``Dense``, counts as a key of its own.
+    """
     shown = set(filter(None, str(keys).removeprefix("DispatchKeySet(").removesuffix(")").split(", ")))
     return shown | {name for name in _OF_ALL_DEVICES if keys.has(torch._C._dispatch_key_parse(name))}
 
 
 def _writes_keys(read: Callable[[], Any], write: Callable[[Any, bool], None]) -> Callable[[Any], None]:
-    """A function that makes a set of dispatch keys what it was."""
+    """Return a function that makes a set of dispatch keys what it was.
+
+    Args:
+        read: returns the set.
+        write: puts a key into the set, or takes it out.
+    """
 
     def put_back(before: Any) -> None:
         wanted, found = _names(before), _names(read())

@@ -1,4 +1,4 @@
-"""The arguments of a call, as stand-ins of any length and batch size."""
+"""The arguments of a call, which can be made again as fake tensors of any length and batch size."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Path = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Growth:
-    """What grows with the number of segments.
+    """The dimensions and lists in a call's arguments that grow with the number of segments.
 
     Attributes:
-        dims: ``(path, dim)`` of tensors whose dimension is the length, in positions.
-        lists: paths of lists with one item a segment.
-        batch: paths of tensors, and of lists of such, whose first dimension is the batch.
-        item_dims: ``(path of the list and path in the item, dim)`` of the tensors in an item of a list whose dimension
-            is the item's length.
-        item_length: positions of an item but for the last, which may have fewer; 1 if all are of one shape.
+        dims: ``(path, dim)`` of each tensor dimension that is the length of the text, in positions.
+        lists: paths of lists with one item per segment.
+        batch: paths of tensors, and of lists of tensors, whose first dimension is the batch.
+        item_dims: ``(path of the list and path in the item, dim)`` of each tensor dimension that is the length of a
+            list's item, in positions.
+        item_length: positions of each item but the last, which may have fewer; 1 if all are of one shape.
     """
 
     dims: frozenset[tuple[Path, int]] = frozenset()
@@ -35,11 +35,17 @@ class Growth:
     item_length: int = 1
 
     def list_of(self, path: Path) -> Path | None:
-        """The list with one item a segment that a path leads into."""
+        """Return the list with one item per segment that a path leads into; None if there is none."""
         return next((each for each in self.lists if path[: len(each)] == each and len(path) > len(each)), None)
 
     def item_sizes(self, path: Path, items: int, last: int) -> dict[int, int]:
-        """The sizes of a tensor in a list of so many items that depend on the length of the last."""
+        """Return the sizes of a tensor in a list that are the length of its item, by dimension.
+
+        Args:
+            path: path of the tensor.
+            items: number of items in the list.
+            last: positions of the last item.
+        """
         of = self.list_of(path)
         if of is None:
             return {}
@@ -61,16 +67,20 @@ class Arguments:
     names: tuple[str, ...] = field(default=())
 
     def tensors(self) -> dict[Path, torch.Tensor]:
-        """Tensors by path, in order."""
+        """Return the tensors by path, in order."""
         found: dict[Path, torch.Tensor] = {}
         named = self.named()
-        if all(value is None or isinstance(value, torch.Tensor) for _, value in named):  # asked in each call
+        if all(value is None or isinstance(value, torch.Tensor) for _, value in named):  # asked for in each call
             return {(name,): value for name, value in named if value is not None}
         self.map(lambda path, tensor: found.setdefault(path, tensor))
         return found
 
     def leaves(self) -> dict[Path, Any]:
-        """What is given, by path, in order; at the path of a container its type, and its keys."""
+        """Return the leaves of the arguments by path, in order, and at the path of each container its kind.
+
+        The kind of a list or tuple is its type, that of a dictionary its type and its keys. The kind of another pytree
+        node is its structure, as text. An attribute of a container has a path that ends in ``.name``.
+        """
         found: dict[Path, Any] = {}
 
         def visit_attributes(path: Path, value: Any) -> None:
@@ -104,7 +114,7 @@ class Arguments:
         return found
 
     def containers(self) -> dict[Path, Any]:
-        """The containers that :meth:`map` makes anew, by path."""
+        """Return the containers that :meth:`map` makes anew, by path."""
         found: dict[Path, Any] = {}
 
         def visit(path: Path, value: Any) -> None:
@@ -124,7 +134,7 @@ class Arguments:
         return found
 
     def lists(self) -> dict[Path, int]:
-        """Lengths of the lists and tuples whose items all hold tensors of one structure."""
+        """Return the lengths of the lists and tuples whose items all hold tensors of one structure, by path."""
         found: dict[Path, int] = {}
 
         def visit(path: Path, value: Any) -> None:
@@ -151,9 +161,13 @@ class Arguments:
         function: Callable[[Path, torch.Tensor], Any],
         lengths: dict[Path, int] | None = None,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with each tensor replaced, and the lists at the given paths cut or continued.
+        """Return the arguments with each tensor replaced, and the lists at the given paths cut or continued.
 
         A list is continued by repeating its last item.
+
+        Args:
+            function: gives what replaces a tensor, from its path and itself.
+            lengths: the new lengths of lists, by path.
         """
         lengths = lengths or {}
         args = tuple(
@@ -163,7 +177,7 @@ class Arguments:
 
 
 def _rebuild(path: Path, value: Any, function: Callable[[Path, torch.Tensor], Any], lengths: dict[Path, int]) -> Any:
-    """What is at a path, see :meth:`Arguments.map`."""
+    """Rebuild the value at a path, see :meth:`Arguments.map`."""
     if isinstance(value, torch.Tensor):
         return function(path, value)
     if isinstance(value, (list, tuple)):
@@ -186,7 +200,10 @@ def _rebuild(path: Path, value: Any, function: Callable[[Path, torch.Tensor], An
 
 
 def container_attributes(value: Any) -> dict[str, Any]:
-    """The attributes of a list, tuple or dictionary of a class of its own, but for those that show its items."""
+    """Return the attributes of a list, tuple or dictionary whose class is a subclass of these.
+
+    Attributes of a dictionary that show its items are left out.
+    """
     held = getattr(value, "__dict__", None)
     if not held:
         return {}
@@ -194,7 +211,7 @@ def container_attributes(value: Any) -> dict[str, Any]:
 
 
 def argument_names(function: Callable[..., Any], count: int) -> tuple[str, ...]:
-    """The names of the first ``count`` positional parameters, ``arg0`` ... where they have none."""
+    """Return the names of the first ``count`` positional parameters, ``arg0`` ... where they have none."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # a builtin has no signature
@@ -207,6 +224,6 @@ def argument_names(function: Callable[..., Any], count: int) -> tuple[str, ...]:
 
 
 def show(path: Path) -> str:
-    """A path as the user would write it: ``memories[0].kv``."""
+    """Return a path as text, much as the user would write it: ``memories[0]['kv']``."""
     head, *rest = path
     return str(head) + "".join(f"[{key!r}]" for key in rest)

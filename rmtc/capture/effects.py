@@ -1,4 +1,4 @@
-"""What a run leaves in the Python objects that were there before it, so that it can be left there again."""
+"""Effects of a run on the Python objects that existed before it, described so that they can be applied again."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = ["Effect", "find_effects"]
 
 
 class _Gone:
-    """Stands for the value of a key that is no longer there."""
+    """A marker in place of the value of a key that is no longer there."""
 
 
 class _Stays:
-    """Stands for the value that is there already."""
+    """A marker in place of the value that is there already."""
 
 
 GONE, STAYS = _Gone(), _Stays()
@@ -35,13 +35,14 @@ GONE, STAYS = _Gone(), _Stays()
 
 @dataclass(frozen=True)
 class Effect:
-    """A place and what a run leaves there.
+    """A place and the value that a run leaves there.
 
     Attributes:
-        slot: the place, with what it held before the run.
-        content: how the value is put together of what the run makes; of the items, where the place is a whole list.
-        whole: whether it is all of a list.
-        last: whether the key, of a dictionary, becomes the last one.
+        slot: the place, with its value before the run.
+        content: the description of the value, see :mod:`rmtc.capture.objects`; for a whole list, those of its items.
+            ``GONE`` stands for a key that was removed, ``STAYS`` for the value that is there.
+        whole: whether the effect replaces all items of a list.
+        last: whether the key of a dictionary becomes the last one.
     """
 
     slot: Slot
@@ -51,23 +52,24 @@ class Effect:
 
     @property
     def place(self) -> tuple[int, Any]:
-        """What tells the place from others."""
+        """The key that identifies the place: the id of its owner, and its own key unless it is a whole list."""
         return id(self.slot.owner), None if self.whole else self.slot.key
 
     @property
     def path(self) -> tuple[str, bool]:
-        """The name of the place, or of the list, where it is a whole one."""
+        """The name of the place, or of the list if it is a whole one, and whether it is."""
         return self.slot.name.rpartition("[")[0] if self.whole else self.slot.name, self.whole
 
     def here(self) -> Effect:
-        """The same in the container or object that is in that place now."""
+        """Return the same effect on the container or object that is in that place now."""
         return replace(self, slot=self.slot._replace(owner=self.slot.home(), parent=None))
 
     def apply(self, values: Mapping[Any, Any], made: dict[Label, Any]) -> None:
         """Leave the value in the place.
 
         Args:
-            values: the results by name, and what is in places that were there before.
+            values: the results by name, and the containers that existed before by
+                :class:`~rmtc.capture.objects.ExistingContainer`.
             made: the containers and objects that were made already, by label.
         """
         owner, key = self.slot.owner, self.slot.key
@@ -82,12 +84,12 @@ class Effect:
             self.slot.put(value)
 
     def parts(self) -> Iterator[Any]:
-        """What the content is made of, see :func:`rmtc.capture.objects.parts_of`."""
+        """Yield the parts of the content, see :func:`rmtc.capture.objects.parts_of`."""
         for each in self.content if self.whole else [self.content]:
             yield from parts_of(each)
 
     def saved(self) -> Callable[[], None]:
-        """What puts the place back as it is now."""
+        """Return a function that puts the place back as it is now."""
         owner, key = self.slot.owner, self.slot.key
         if self.whole or (isinstance(owner, dict) and (self.last or self.content is GONE or key not in owner)):
             return _container_saved(owner)
@@ -121,20 +123,25 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def find_effects(
     session: Session, before: list[Slot], results: Mapping[str, Any], describer: Describer
 ) -> tuple[Effect, ...]:
-    """Compare the places before and after a run; to be called while stand-ins are installed.
+    """Find what a run leaves in Python objects, by comparing the places before and after it.
+
+    It is to be called while fake tensors are installed. A changed set or numpy array is no effect: it is noted in
+    ``session.lost``.
 
     Args:
         session: the call.
         before: the slots as the run found them.
-        results: the names of what the run gives, ``state:layers.3.A``.
-        describer: for what it leaves.
+        results: the run's results by name, such as ``state:layers.3.A``; only the names are used.
+        describer: describes the values that the run leaves.
 
     Raises:
-        CaptureError: if it leaves something that cannot be made again: a new object, a hook.
+        CaptureError: if it leaves something that cannot be made again, such as a new object or a hook. Also if it
+            deletes an attribute, or takes a container away and changes how many items it has.
     """
+    # The places before and after, and the owners that existed before the run.
     after = session.state()
     persistent = {id(slot.owner) for slot in before} | {id(owner) for owner in session.snapshot.owners()}
-    persistent |= {id(each.value) for each in session.snapshot.objects}  # of which some have no attribute yet
+    persistent |= {id(each.value) for each in session.snapshot.objects}  # some have no attribute yet
     persistent -= {id(slot.owner) for slot in before if isinstance(slot.owner, tuple)}
     names = {(id(slot.owner), slot.key): slot.name for slot in after}
     old = {(id(slot.owner), slot.key): slot for slot in before}
@@ -153,11 +160,13 @@ def find_effects(
         label = (slot.name, "before") if name is None else (name,)
         return describer.describe(slot.value, name or slot.name, leaf, _refused, place, label)
 
+    # Changes that no effect describes.
     if any(owner != held for owner, held in session.snapshot.sets()):
         session.lost = "the call changes a set"
     if any((array != held).any() for array, held in session.snapshot.arrays):
         session.lost = "the call writes to a numpy array"
     _refuse_taken(before, after)
+    # Places that are new or hold another value.
     moved = _moved(before, after)
     found: dict[tuple[int, Any], Effect] = {}
     for slot in after:
@@ -177,11 +186,12 @@ def find_effects(
             parent, table = paths.get(id(slot.owner), (None, ""))
             previous = slot._replace(parent=parent, table=table)
         _add(found, previous, slot, content, place_of in moved)
+    # Places that are no longer found.
     there = {(id(slot.owner), slot.key) for slot in after}
     for slot in before:
         if id(slot.owner) in persistent and (id(slot.owner), slot.key) not in there:
             if _same(slot._replace(parent=None).get(), slot.value):
-                continue  # another container took its place, and it is the caller's from now on
+                continue  # another container took its owner's place; the owner is the caller's from now on
             if isinstance(slot.owner, (list, deque)):
                 _add(found, slot, slot, content)
             elif isinstance(slot.owner, dict) and slot.key in slot.owner:
@@ -199,7 +209,7 @@ def _add(
 ) -> None:
     if not isinstance(slot.owner, (list, deque)):
         effect = Effect(place, content(slot), last=last)
-    elif (id(slot.owner), None) in found:  # by another of its items
+    elif (id(slot.owner), None) in found:  # another of its items was found to differ
         return
     else:
         name = slot.name.rpartition("[")[0]
@@ -209,7 +219,10 @@ def _add(
 
 
 def _moved(before: list[Slot], after: list[Slot]) -> set[tuple[int, Any]]:
-    """The keys of dictionaries, but for a file's names, that come after others which they came before."""
+    """Find the dictionary keys that now come after a key which they preceded, or after a new or moved one.
+
+    The globals of files are left out.
+    """
     order = {(id(slot.owner), slot.key): at for at, slot in enumerate(before) if isinstance(slot.owner, dict)}
     latest: dict[int, float] = {}
     moved: set[tuple[int, Any]] = set()
@@ -225,7 +238,13 @@ def _moved(before: list[Slot], after: list[Slot]) -> set[tuple[int, Any]]:
 
 
 def _refuse_taken(before: list[Slot], after: list[Slot]) -> None:
-    """What was in reach and no longer is stays as it was, or its items tell what it has become."""
+    """Refuse a container that the run took out of reach with more or fewer items than before.
+
+    A container out of reach must stay as it was, or its items must show what it has become.
+
+    Raises:
+        CaptureError: with the container.
+    """
     reached = {id(each) for slot in after for each in (slot.owner, slot.value)}
     held = collections.Counter(id(slot.owner) for slot in before)
     for slot in before:

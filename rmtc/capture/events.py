@@ -1,4 +1,4 @@
-"""Events of a replay, and the pattern that those of a longer one must follow."""
+"""Events of a replay, and the pattern that the events of a longer replay must follow."""
 
 from __future__ import annotations
 
@@ -13,20 +13,29 @@ __all__ = ["Beyond", "Event", "EventOutput", "Named", "Pattern", "Viewed", "exte
 
 
 class EventOutput(NamedTuple):
-    """A tensor made by an event."""
+    """A tensor made by an event, or written by it.
+
+    Attributes:
+        event: the number of the event.
+        output: the number of the result. An operand that an operation writes to has -1. The operands that a call
+            writes to come after its results.
+    """
 
     event: int
     output: int
 
 
 class Named(NamedTuple):
-    """A tensor that was there before."""
+    """A tensor that existed before the events, by name."""
 
     name: str
 
 
 class Viewed(NamedTuple):
-    """A view of another tensor; views are no events, since they may be taken anywhere."""
+    """A view of another tensor.
+
+    Views are no events, since they may be taken anywhere.
+    """
 
     function: Any
     numbers: tuple[int, ...]
@@ -34,7 +43,11 @@ class Viewed(NamedTuple):
 
 
 class Beyond(NamedTuple):
-    """A tensor that a call reads though it is neither an argument nor an attribute: its reference outside."""
+    """A tensor that a layer's call reads from outside, although it is neither an argument nor an attribute.
+
+    Attributes:
+        reference: the reference to it outside of the call.
+    """
 
     reference: Any
 
@@ -44,13 +57,13 @@ class Event:
     """An operation, or the call of a layer.
 
     Attributes:
-        token: what must be the same in every segment.
-        numbers: integers, which may advance evenly.
+        token: all that must be the same in every segment, such as the operation.
+        numbers: integers, which may advance evenly from segment to segment.
         operands: references to tensors; nested tuples for lists of them.
-        inner: the events of a layer's call.
+        inner: the events inside a layer's call; None for an operation.
         location: the place in the user's code.
-        shapes: those of its results.
-        given: those of its operands. Both may grow evenly from segment to segment.
+        shapes: the shapes of its results, which may grow evenly from segment to segment.
+        given: the shapes of its operands, which may grow in the same way.
     """
 
     token: Any
@@ -63,12 +76,19 @@ class Event:
 
 
 class Pattern(NamedTuple):
-    """Two short replays."""
+    """Two short replays, one segment apart, that a longer one is held against.
+
+    Attributes:
+        short: the events of the shorter one.
+        long: the events of the longer one.
+        segments: number of segments of the shorter one.
+        shared: number of segments that the two run alike from the start.
+    """
 
     short: list[Event]
     long: list[Event]
     segments: int
-    shared: int  # segments that the two run alike from the start
+    shared: int
 
 
 def _differs(what: str, event: Event | None, segment: int | None = None) -> RefusedError:
@@ -82,11 +102,21 @@ def _differs(what: str, event: Event | None, segment: int | None = None) -> Refu
 
 
 def hold(events: list[Event], pattern: Pattern, segments: int) -> None:
-    """Hold the events of a replay against the two of the pattern.
+    """Hold the events of a replay against the two short replays of a pattern.
 
-    With p the number of events of a segment and c the events that the two share from the start: the first c must be
-    the same again, from there on each event must be the one p before it moved on by a segment, and what is left must be
-    what is left in the pattern.
+    Let p be the number of events of a segment, and c the number of events that the two share from the start.
+
+    1. The first c events must be the same again.
+    2. From there on, each event must be the one p before it, moved on by a segment.
+    3. The events after the loop must be those of the pattern, extended to this number of segments.
+
+    Args:
+        events: the events of the replay.
+        pattern: the two short replays.
+        segments: number of segments of the replay.
+
+    Raises:
+        RefusedError: with a segment and a place that do not follow the pattern.
     """
     short, long = pattern.short, pattern.long
     period = len(long) - len(short)
@@ -98,7 +128,7 @@ def hold(events: list[Event], pattern: Pattern, segments: int) -> None:
         common += 1
     if common < period:
         raise _differs("runs of two lengths differ from the start", events[0] if events else None)
-    begin = common - (pattern.shared - 1) * period  # of the second segment
+    begin = common - (pattern.shared - 1) * period  # where the second segment begins
     expected = len(short) + more * period
 
     def segment_of(number: int) -> int:
@@ -138,21 +168,22 @@ def _alike(first: Event, second: Event) -> bool:
 
 
 def same_event(first: Event, second: Event) -> bool:
-    """Whether two events are the same, sizes included."""
+    """Return whether two events are the same, sizes included."""
     return _alike(first, second) and _same_sizes(first, second)
 
 
 def _same_segment(short: list[Event], long: list[Event], number: int, period: int) -> bool:
-    """Whether an event of two replays that are alike is of a segment that both run whole.
+    """Tell whether an event that two replays share is of a segment that both run whole.
 
-    A slice that reaches past its tensor's end gives less by the same numbers. So in a last segment that is shorter the
-    sizes differ from those a segment before, in the same replay. Sizes of the whole text differ in all segments alike.
+    A slice that reaches past its tensor's end gives fewer elements for the same numbers. A shorter last segment
+    therefore has other sizes than the segment before, in the same replay. Sizes of the whole text differ in all
+    segments alike.
     """
     first, second = short[number], long[number]
     if number < period or _same_sizes(first, second):
         return True
     before = short[number - period], long[number - period]
-    if not _alike(*before) or before[0].token != first.token:  # of the code before the loop
+    if not _alike(*before) or before[0].token != first.token:  # it is of the code before the loop
         return True
     sizes = [[*_sizes_of(each)] for each in (first, before[0], second, before[1])]
     return len({*map(len, sizes)}) == 1 and all(a - b == c - d for a, b, c, d in zip(*sizes, strict=True))
@@ -167,7 +198,7 @@ def _same_sizes(first: Event, second: Event) -> bool:
 
 
 def _sizes_of(event: Event) -> Iterator[int]:
-    """The sizes of all that an event works on and gives, and of what it calls."""
+    """Yield the sizes of an event's operands and results, and those of the events inside it."""
     yield from itertools.chain(*event.given, *event.shapes)
     for each in event.inner or ():
         yield from _sizes_of(each)
@@ -182,9 +213,14 @@ def _same_inner(first: list[Event] | None, second: list[Event] | None) -> bool:
 
 
 def _advanced(before: Event, event: Event, earlier: Event | None, by: int, beyond: int) -> str:
-    """Why an event is not the one a segment before moved on by a segment; empty if it is.
+    """Return why an event is not the one a segment before, moved on by a segment; an empty text if it is.
 
-    References move on by ``by`` events, inside a call those to what is outside by ``beyond``.
+    Args:
+        before: the event one segment before.
+        event: the event.
+        earlier: the event two segments before; None if there is none.
+        by: number of events that references move on by.
+        beyond: the same for references from inside a call to what is outside.
     """
     if event.token != before.token or len(event.numbers) != len(before.numbers):
         return f"{_name(event)} in place of {_name(before)}"
@@ -214,7 +250,10 @@ _Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 
 
 def _even(earlier: _Shapes, before: _Shapes, after: _Shapes) -> bool:
-    """Whether shapes go on as they did: those of a slice that reaches past its tensor's end do not."""
+    """Return whether the shapes of three segments grow evenly.
+
+    Those of a slice that reaches past its tensor's end do not.
+    """
     if earlier == before == after:
         return True
     ranks = [[*map(len, each)] for each in (earlier, before, after)]
@@ -229,7 +268,14 @@ def _sizes(shapes: _Shapes) -> str:
 
 
 def _moved(before: Any, after: Any, earlier: Any, by: int, beyond: int) -> bool:
-    """Whether references name the same tensors, or those a segment later; ``earlier`` is from two segments before."""
+    """Return whether references name the same tensors as one segment before, or those a segment later.
+
+    Args:
+        before: references one segment before.
+        after: references of the segment.
+        earlier: references two segments before; None if there are none.
+        by, beyond: see :func:`_advanced`.
+    """
     if type(before) is not type(after):
         return False
     if type(earlier) is not type(before):
@@ -257,7 +303,13 @@ def _moved(before: Any, after: Any, earlier: Any, by: int, beyond: int) -> bool:
 
 
 def _continued(a: Event, b: Event, c: Event, more: int) -> str:
-    """Why an event after the loop is not what two shorter runs lead to; empty if it is."""
+    """Return why an event after the loop is not what two shorter replays lead to; an empty text if it is.
+
+    Args:
+        a, b: the event in two replays that are one segment apart.
+        c: the event in a longer replay.
+        more: number of segments that the longer replay has more than that of ``a``.
+    """
     if not a.token == b.token == c.token or not len(a.numbers) == len(b.numbers) == len(c.numbers):
         return f"{_name(c)} in place of {_name(a)}"
     for x, y, z in zip(a.numbers, b.numbers, c.numbers, strict=True):
@@ -275,7 +327,14 @@ def _continued(a: Event, b: Event, c: Event, more: int) -> str:
 
 
 def extend(a: Any, b: Any, more: int) -> Any:
-    """The references to which those of two lengths, one apart, lead."""
+    """Extend the references of two replays, one segment apart, to those of a longer replay.
+
+    A list that has more items in ``b`` than in ``a`` gets as many more for each further segment.
+
+    Args:
+        a, b: references of the shorter and the longer of the two.
+        more: number of segments that the new replay has more than that of ``a``.
+    """
     if isinstance(a, EventOutput) and isinstance(b, EventOutput):
         return EventOutput(a.event + more * (b.event - a.event), b.output)
     if isinstance(a, Viewed) and isinstance(b, Viewed) and len(a.numbers) == len(b.numbers):

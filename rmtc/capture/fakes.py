@@ -1,8 +1,8 @@
-"""Stand-in tensors whose operations are remembered: most of what a run does, some layer has done before.
+"""Fake tensors whose operations are remembered, because layers repeat most operations of a run.
 
-`FakeTensorMode` keeps results in a cache too, but to make a key takes most of an operation's time there, and a linear
-of three dimensions ends in an operation that it does not keep. Here a key is made of the metadata that plain strided
-tensors have, for operations whose result is told by it.
+`FakeTensorMode` keeps results in a cache too. Making a key takes most of an operation's time there, and a linear of
+three dimensions ends in an operation that it does not keep. Here a key is made of the metadata of plain strided
+tensors, for operations whose result depends on that alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Fakes", "Watcher"]
 _DEVICE = torch.ops.prim.device.default
 _INDEX = torch.ops.aten.index.Tensor
 _SLICE = torch.ops.aten.slice.Tensor
-_BITS = {torch.bool, torch.uint8, torch.int8}  # indices that select as many elements as are true
+_BITS = {torch.bool, torch.uint8, torch.int8}  # an index of these selects as many elements as are true
 _UNTOLD = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 _ATOMS = {
     *(int, float, complex, bool, str, type(None)),
@@ -33,7 +33,13 @@ _ATOMS = {
 
 
 class _Result(NamedTuple):
-    """A tensor that an operation gives; ``source`` is the argument whose memory it shares, None if it has its own."""
+    """The metadata of a tensor that an operation returns.
+
+    Attributes:
+        shape, stride, dtype, device: of the tensor.
+        offset: its offset in its memory, in elements.
+        source: number of the argument whose memory it shares; None if it has its own.
+    """
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -44,7 +50,12 @@ class _Result(NamedTuple):
 
 
 class _Results(NamedTuple):
-    """What an operation gives: one tensor, or several as a tuple or list; a number stands for the argument itself."""
+    """The results of an operation.
+
+    Attributes:
+        kind: ``tuple`` or ``list`` of several results; None for one tensor.
+        tensors: the results; a number stands for the argument itself.
+    """
 
     kind: type | None
     tensors: list[_Result | int]
@@ -57,8 +68,8 @@ class Fakes(FakeTensorMode):
     """The mode under which tensors have metadata and no content.
 
     Attributes:
-        thread: the one whose run has stand-ins in the model; None while there are none.
-        known: what depends on sizes alone.
+        thread: the thread whose run has fake tensors in the model; None while there are none.
+        known: the tensors that depend on sizes alone.
     """
 
     def __init__(self) -> None:
@@ -74,7 +85,7 @@ class Fakes(FakeTensorMode):
         self.known = self._indexing.known
 
     def __enter__(self) -> Fakes:
-        if self.thread not in (None, threading.get_ident()):  # torch keeps what it entered in one list for all
+        if self.thread not in (None, threading.get_ident()):  # torch keeps one list of entered modes for all
             raise CaptureError(
                 "another thread captures a compiled model that has these weights: they are stand-ins for so long",
                 remedy="while the first call of a kind captures, run neither the plain model nor its layers elsewhere",
@@ -95,10 +106,10 @@ class Fakes(FakeTensorMode):
 
     @contextlib.contextmanager
     def watched(self, watcher: Watcher) -> Iterator[None]:
-        """Show every operation to a watcher: the operation, its arguments by place and by name, and what it gave.
+        """Show every operation to a watcher, with its positional arguments, keyword arguments and result.
 
-        A watcher set inside takes the place of that outside. Operations that torch makes of one to tell its result are
-        not shown.
+        A watcher set inside takes the place of the one outside. If torch runs other operations to find the result of
+        one, these are not shown.
         """
         before, self._watcher = self._watcher, watcher
         try:
@@ -107,7 +118,7 @@ class Fakes(FakeTensorMode):
             self._watcher = before
 
     @classmethod
-    def _should_skip_dynamo(cls) -> bool:  # a wrapper around each operation, which nothing here compiles
+    def _should_skip_dynamo(cls) -> bool:  # torch would wrap each operation, and nothing here compiles them
         return False
 
     def __torch_dispatch__(
@@ -144,14 +155,14 @@ class Fakes(FakeTensorMode):
         return out
 
     def key(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
-        """What tells an operation's result; None if something else may."""
+        """Return the key that determines an operation's result; None if the result may depend on more."""
         told = self._told.get(id(func))
         if told is None:
             told = self._told[id(func)] = self.cache_enabled and _is_told(func)
         return self._key(func, args, kwargs) if told else None
 
     def recall(self, key: tuple[Any, ...] | None, args: Sequence[Any]) -> Any:
-        """What an operation gives that was seen before; None if it was not."""
+        """Make the result of an operation that was seen before; return None if it was not."""
         known = self._known.get(key) if key is not None else None
         if known is None:
             return None
@@ -160,13 +171,13 @@ class Fakes(FakeTensorMode):
         return made[0] if known.kind is None else known.kind(made)
 
     def learn(self, key: tuple[Any, ...] | None, args: Sequence[Any], out: Any) -> bool:
-        """Remember what an operation gives; False if that cannot be told."""
+        """Remember the result of an operation; return False if it cannot be made again."""
         if key is not None and key not in self._known:
             self._known[key] = _describe(out, args)
         return key is not None and self._known[key] is not None
 
     def fresh(self, bare: torch.Tensor, device: torch.device) -> FakeTensor:
-        """A stand-in on a device with the metadata of a tensor on the meta device, as `FakeTensor` makes it."""
+        """Make a fake tensor on a device with the metadata of a tensor on the meta device, as `FakeTensor` makes it."""
         attributes = self._fresh.get(device)
         if attributes is None:
             attributes = self._fresh[device] = dict(vars(FakeTensor(self, bare, device)))
@@ -177,7 +188,7 @@ class Fakes(FakeTensorMode):
             torch._C._set_warn_deprecated_on_mutable_data_ptr(made)
         else:
             torch._C._set_throw_on_mutable_data_ptr(made)
-        made.__dict__ = attributes.copy()  # in a third of the time that it takes to fill what is there
+        made.__dict__ = attributes.copy()  # takes a third of the time of filling the one that is there
         return made
 
     def _key(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
@@ -210,7 +221,10 @@ class Fakes(FakeTensorMode):
         return True
 
     def _slice(self, tensor: Any, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> Any:
-        """A slice, as no other segment takes it; None where torch has to tell."""
+        """Make the slice of a tensor; return None where torch has to make it.
+
+        It is not remembered, as no other segment takes the same slice.
+        """
         ends = tuple(each for each in (dim, start, end, step) if each is not None)
         if not self._is_own(tensor) or any(type(each) is not int for each in ends) or dim is None or not step:
             return None
@@ -225,7 +239,7 @@ class Fakes(FakeTensorMode):
             return self._make(result, (tensor,))
 
     def _is_own(self, value: Any) -> bool:
-        """Whether a value is a stand-in that its metadata tells all of."""
+        """Return whether a value is a fake tensor of this mode that its metadata describes completely."""
         return type(value) is FakeTensor and value.fake_mode is self and value.constant is None and _is_plain(value)
 
     def _make(self, result: _Result, args: Sequence[Any]) -> FakeTensor:
@@ -237,7 +251,7 @@ class Fakes(FakeTensorMode):
 
 
 def _is_told(func: Any) -> bool:
-    """Whether what an operation gives depends on its arguments' metadata alone."""
+    """Return whether the result of an operation depends on its arguments' metadata alone."""
     return (
         isinstance(func, torch._ops.OpOverload)
         and func.namespace == "aten"
@@ -260,7 +274,12 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 
 def _describe(out: Any, args: Sequence[Any]) -> _Results | None:
-    """What to make the next time; None if it is more than new tensors and views of the only tensor given."""
+    """Describe the result of an operation so that it can be made again.
+
+    Returns:
+        The description; None if the result is more than new tensors, views of the only tensor given, and arguments
+        themselves.
+    """
     kind = type(out) if type(out) in (tuple, list) else None
     given = list(_tensors(args))
     memory = [tensor.untyped_storage()._cdata for tensor in given]
@@ -279,7 +298,7 @@ def _describe(out: Any, args: Sequence[Any]) -> _Results | None:
             source = next((index for index, arg in enumerate(args) if arg is given[0]), None)
             if source is None or len(given) > 1:
                 return None
-        elif each.storage_offset():  # of memory that nothing else has: torch itself tells it differently the next time
+        elif each.storage_offset():  # in memory of its own: torch itself describes it differently the next time
             return None
         offset = int(each.storage_offset())
         results.append(_Result(each.shape, each.stride(), each.dtype, each.device, offset, source))

@@ -34,15 +34,22 @@ def _kind(filename: str) -> int:
 
 
 def is_of_models(frame: FrameType) -> bool:
-    """Whether a frame is of the user's code, a library's, or a module of torch's, and not of what traces them."""
+    """Return whether a frame runs code of a model, and not the code that traces it.
+
+    Code of a model is the user's, a library's, or that of torch's modules and optimizers.
+    """
     filename = frame.f_code.co_filename
-    if filename.startswith("<"):  # of exec, or typed in; and not Python's own or emitted
+    if filename.startswith("<"):  # from exec or typed in, but not Python's own or emitted
         return not filename.startswith(("<frozen", "<rmtc"))
     return _kind(filename) != _INTERNAL or filename.startswith((f"{_TORCH}nn{os.sep}", f"{_TORCH}optim{os.sep}"))
 
 
 def _short(filename: str) -> str:
-    """The path relative to the working directory, or to site-packages, where that is shorter."""
+    """Return a path in short.
+
+    It is relative to the first of these that contains it: the working directory, rmtc's parent directory,
+    site-packages.
+    """
     for base in (os.getcwd() + os.sep, _EXAMPLES[: -len("rmtc/examples/")]):
         if filename.startswith(base):
             return filename[len(base) :]
@@ -51,7 +58,11 @@ def _short(filename: str) -> str:
 
 
 def _choose(frames: list[tuple[str, int, str]]) -> Location | None:
-    """The innermost frame of the user's own code, else of a library that is not torch. Frames: innermost first."""
+    """Choose the innermost frame of the user's own code, or else of a library that is not torch.
+
+    Args:
+        frames: file name, line and function of each frame, innermost first.
+    """
     for wanted in (_USER, _LIBRARY):
         for filename, line, function in frames:
             if _kind(filename) == wanted:
@@ -60,11 +71,18 @@ def _choose(frames: list[tuple[str, int, str]]) -> Location | None:
 
 
 def current_location(depth: int = 1) -> tuple[Location | None, str]:
-    """Where the user's code is now, seen from inside a capture, and the name it gives to what it computes.
+    """Return where the user's code is now, seen from inside a capture, and the name it gives to what it computes.
 
-    The place is the innermost frame of the user's own code; of a library's code where the user's is only the outermost
-    call, a loop around a library's model. The name is what the source line assigns to, or the function it returns from;
-    what a module's forward returns is called what the line that calls the module assigns it to.
+    The place is the innermost frame of the user's own code. If the user's code is only the outermost call, such as a
+    loop around a library's model, the place is one of the library's code. The name is what the source line assigns to,
+    or the function that it returns from. The value that a module's forward returns is named after what the line that
+    calls the module assigns it to.
+
+    Args:
+        depth: number of frames to go up before the search begins; 1 is the caller's frame.
+
+    Returns:
+        The place, None if no frame is the user's or a library's, and the name, empty if there is none.
     """
     frame: FrameType | None = sys._getframe(depth)
     user: FrameType | None = None
@@ -121,12 +139,18 @@ def _variable(filename: str, line: int, function: str) -> str:
 
 
 def _is_marker(code: CodeType) -> bool:
-    """The frame through which a capture calls the user: frames above it are the caller's, not the model's."""
+    """Tell whether code is that of the function through which a capture calls the user's code.
+
+    The frames above it are the caller's, not the model's.
+    """
     return code.co_name == "_call_user" and code.co_filename.startswith(_RMTC)
 
 
 def traceback_location(traceback: TracebackType | None) -> Location | None:
-    """The innermost place in the user's code that an exception went through."""
+    """Return the innermost place in the user's code that an exception went through.
+
+    It is None if the exception did not come through a capture's call, or went through no such place.
+    """
     frames: list[tuple[str, int, str]] = []
     inside = False
     while traceback is not None:

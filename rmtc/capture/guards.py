@@ -1,4 +1,4 @@
-"""Guards of a call itself: its arguments, and the modes of torch that it is made under."""
+"""The guard on a call's arguments, which also finds the sizes of a call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["ArgumentGuard", "alike"]
 
 
 class _Given(NamedTuple):
-    """A tensor that is an argument; a size that is free is -1."""
+    """The metadata of an argument that is a tensor, in which a free size is -1."""
 
     kind: type
     dtype: torch.dtype
@@ -34,11 +34,11 @@ class _Given(NamedTuple):
 
 
 class ArgumentGuard:
-    """The structure of a call's arguments, and the sizes of a later call with it.
+    """The structure of a call's arguments, which later calls are compared with and measured by.
 
     Args:
         session: the call.
-        plan: its sizes.
+        plan: what grows in the call, and its sizes.
     """
 
     def __init__(self, session: Session, plan: Probed) -> None:
@@ -52,7 +52,7 @@ class ArgumentGuard:
         self._pattern = _pattern(given)
 
     def sizes(self, arguments: Arguments) -> Sizes | str:
-        """The sizes of a call; or in what it differs.
+        """Return the sizes of a call, or a message that says in what its arguments differ.
 
         Args:
             arguments: those of the call.
@@ -63,7 +63,7 @@ class ArgumentGuard:
             return f"other arguments are given: {', '.join(other)}"
         for path, leaf in given.items():
             expected, found = self._leaves[path], self._describe(path, leaf)
-            tensors = type(expected) is type(found) is _Given  # an array of numpy has an == of its own
+            tensors = type(expected) is type(found) is _Given  # numpy arrays have an == of their own
             if not (expected == found if tensors else expected is found or alike(expected, found)):
                 return f"argument {show(path)} is another: {expected} before, {found}"
         if _pattern(given) != self._pattern:
@@ -98,7 +98,7 @@ class ArgumentGuard:
         return Sizes(segments, batch, tail) if segments else "the text is shorter than a segment"
 
     def rest(self, arguments: Arguments) -> int:
-        """The positions of a call's text that make no segment, and are left out.
+        """Return how many positions of a call's text make no segment and are left out.
 
         Args:
             arguments: those of a call that has sizes.
@@ -109,7 +109,12 @@ class ArgumentGuard:
         return self._plan.cut(arguments.tensors()[path].shape[dims[0]])[2]
 
     def whole(self, arguments: Arguments, sizes: Sizes) -> dict[str, torch.Tensor]:
-        """The tensors of a call by name, without a rest of its text that makes no segment."""
+        """Return the tensors of a call by name, without the rest of its text that makes no segment.
+
+        Args:
+            arguments: those of the call.
+            sizes: the sizes of the call.
+        """
         found = arguments.tensors()
         for path, dims in self._dims.items() if self._plan.drops else ():
             for dim in dims:
@@ -118,11 +123,21 @@ class ArgumentGuard:
 
     @property
     def segment_length(self) -> int:
-        """Positions of a segment."""
+        """The number of positions of a segment."""
         return self._plan.segment_length
 
     def _list_length(self, arguments: Arguments, path: Path, items: int) -> int | str | None:
-        """The positions of a list with one item a segment, None if it does not tell; or how an item differs."""
+        """Return how many positions a list with one item per segment has, or in what an item differs.
+
+        Args:
+            arguments: those of the call.
+            path: path of the list.
+            items: number of its items.
+
+        Returns:
+            The number of positions, None if the list's tensors do not tell it, or a message if an item differs from
+            the first.
+        """
         growth, tensors = self._plan.growth, dict[tuple[int, Path], torch.Tensor]()
         for each, tensor in arguments.tensors().items():
             if growth.list_of(each) == path:
@@ -141,7 +156,7 @@ class ArgumentGuard:
         return (items - 1) * growth.item_length + ends.pop() if ends else None
 
     def _given(self, arguments: Arguments) -> dict[Path, Any]:
-        """The leaves by path; of a list with one item a segment, the first item's."""
+        """Return the leaves by path; of a list with one item per segment only those of the first item."""
         growing = self._plan.growth.lists
         if not growing:
             return arguments.leaves()
@@ -162,13 +177,13 @@ class ArgumentGuard:
 
 
 def _pattern(given: Mapping[Path, Any]) -> list[int]:
-    """For each tensor, the first place where the same one is given."""
+    """Return a number for each tensor, the same for the same tensor, counted in order of first appearance."""
     first: dict[int, int] = {}
     return [first.setdefault(id(leaf), len(first)) for leaf in given.values() if isinstance(leaf, torch.Tensor)]
 
 
 def _kind_of_strides(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """In which order the dimensions of a tensor lie, and whether they are repeated or have gaps."""
+    """Return the order in which a tensor's dimensions lie in memory, and whether they have gaps or are repeated."""
     strides = tensor.stride()
     order = sorted(range(tensor.ndim), key=lambda dim: (strides[dim], -dim))
     dense = torch._prims_common.is_non_overlapping_and_dense_or_false(tensor)
@@ -176,5 +191,8 @@ def _kind_of_strides(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether two values are the same data: -0.0 is not 0.0, nor True 1."""
+    """Return whether two values are the same plain data.
+
+    -0.0 is not the same as 0.0, and True is not the same as 1.
+    """
     return type(one) is type(other) and is_plain(one) and is_plain(other) and fingerprint(one) == fingerprint(other)

@@ -1,4 +1,4 @@
-"""Which places hold one and the same tensor or container: a guard for code that asks what is what."""
+"""A check of which places hold the same tensor or container, for code that compares objects by identity."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CONTAINERS = (list, tuple, dict, deque)
 
 
 class Identities:
-    """Tells places that hold one object.
+    """A finder of places that hold the same object.
 
     Args:
         effects: the places that the call writes.
@@ -41,11 +41,11 @@ class Identities:
         self._found: dict[str, str] = {}
 
     def pattern(self, held: Sequence[_Named], arguments: Arguments) -> dict[str, str]:
-        """The places, and arguments, that hold an object that an earlier one holds, with that one.
+        """Map each place or argument that holds the object of an earlier one to that earlier one, by name.
 
         Args:
-            held: the tensors and containers in other places, with the names of the places: new lists where they are
-                others.
+            held: the tensors and containers in other places, with the names of the places. A list that differs from the
+                one before must be a new object.
             arguments: those of the call.
         """
         if len(held) != len(self._held) or not all(map(operator.is_, held, self._held)):
@@ -61,19 +61,24 @@ class Identities:
         return {**self._found, **_repeated(chain(*inside, named), dict(self._first))}
 
     def _left(self) -> list[Any]:
-        """What is in the places that the call writes."""
+        """Return the values in the places that the call writes."""
         if self._items is not None:
             return [*map(dict.get, *self._items)]
         return [effect.slot.home() if effect.whole else effect.slot.get() for effect in self._effects]
 
 
 def _repeated(places: Iterable[tuple[str, Any]], first: dict[int, str]) -> dict[str, str]:
-    """The places that hold what an earlier one holds; takes up in ``first`` where each is met first."""
+    """Map each place that holds the object of an earlier one to that earlier one.
+
+    Args:
+        places: names of places and their objects.
+        first: takes up the name of the place where each object is met first, by the object's id.
+    """
     return {name: one for name, each in places if (one := first.setdefault(id(each), name)) != name}
 
 
 def _tensors_in(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in a value and in containers in it, with their paths."""
+    """Yield the tensors in a value, and those in containers in it, with their paths."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, _CONTAINERS):

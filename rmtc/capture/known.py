@@ -1,8 +1,8 @@
-"""Values that are read into Python and depend on sizes alone: computed, where a stand-in has none.
+"""Values that are read into Python and depend on sizes alone, computed where a fake tensor has none.
 
-A mask made of ``new_ones``, or an ``arange``, is the same for every text of these sizes. What is made of such tensors
-alone, by functions that are known to do nothing else, is computed when the code reads it (``mask.any().item()``,
-``int(positions.max())``). Another length computes it anew, in its own replay.
+A mask made of ``new_ones``, or an ``arange``, is the same for every text of these sizes. Functions that are known to do
+nothing else may make further tensors of such tensors alone. Their values are computed when the code reads them
+(``mask.any().item()``, ``int(positions.max())``). Another length computes them anew, in its own replay.
 """
 
 from __future__ import annotations
@@ -50,23 +50,31 @@ _PURE = """
 
 
 class _Made(NamedTuple):
-    """How a tensor is made."""
+    """The call that makes a tensor.
 
-    tensor: torch.Tensor  # whose id stays its own
+    Attributes:
+        tensor: the tensor, which is kept so that its id stays unique.
+        function, args, kwargs: the call.
+        part: the number of the tensor among several results; None for a single one.
+        settings: the settings of torch that the call ran under.
+        version: how often the tensor was written to.
+    """
+
+    tensor: torch.Tensor
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    part: int | None  # of several results
+    part: int | None
     settings: tuple[Any, ...]
     version: int
 
 
 class _OtherError(Exception):
-    """A value depends on more than sizes, or its computation failed."""
+    """The error that a value depends on more than sizes."""
 
 
 class _Like(NamedTuple):
-    """Stands for a tensor of which only the metadata counts."""
+    """A substitute for a tensor of which only dtype and shape count."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -76,7 +84,7 @@ class Known:
     """The tensors of a run that are made of sizes and constants alone.
 
     Attributes:
-        reads: how many values were read.
+        reads: number of values that were read.
     """
 
     def __init__(self) -> None:
@@ -84,15 +92,17 @@ class Known:
         self.reads = 0
 
     def forget(self) -> None:
-        """Forget all, at the end of a run."""
+        """Forget all tensors, at the end of a run."""
         self._made.clear()
 
     def note(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-        """Note what a function of torch's gave.
+        """Note the result of a call of one of torch's functions.
+
+        Unless the function is known to write to nothing, the tensors it was given and gave are forgotten.
 
         Args:
             function, args, kwargs: the call.
-            out: what it gave.
+            out: its result.
         """
         if function not in _KNOWN or kwargs.get("out") is not None:
             if function not in _READS and not _asks(function, out):
@@ -104,7 +114,7 @@ class Known:
         like = function in _OF_SIZES and bool(args) and isinstance(args[0], torch.Tensor)
         if not all(map(self._is_known, args[like:])) or not all(map(self._is_known, kwargs.values())):
             return
-        # Lists are copied: the code may change its own.
+        # Copy the lists, since the code may change its own.
         given = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor, (tuple(args[like:]), dict(kwargs)))
         first = [_Like(args[0].dtype, tuple(args[0].shape))] if like else []
         for number, each in enumerate(made):
@@ -114,7 +124,7 @@ class Known:
             )
 
     def read(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Give what a function reads of tensors into Python; :data:`UNKNOWN` if that depends on more than sizes.
+        """Return the value that a function reads into Python; :data:`UNKNOWN` if it depends on more than sizes.
 
         Args:
             function, args, kwargs: the call.
@@ -133,12 +143,15 @@ class Known:
         return found
 
     def written(self, operation: Any, args: Any, kwargs: Any) -> None:
-        """Forget what an operation writes to: also one that a function runs inside, past all modes for functions."""
+        """Forget the tensors that an operation writes to.
+
+        The operation may be one that a function runs inside, where no mode for torch's functions sees it.
+        """
         if self._made and isinstance(operation, torch._ops.OpOverload) and operation._schema.is_mutable:
             self._let_go((args, kwargs))
 
     def _let_go(self, values: Any) -> None:
-        """Forget tensors that a function may have written to, and what lies in their memory."""
+        """Forget tensors that a function may have written to, and all others in their memory."""
         memory = {_memory(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)}
         if self._made and memory:
             gone = [key for key, made in self._made.items() if _memory(made.tensor) in memory]
@@ -157,7 +170,12 @@ class Known:
     def _call(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], values: dict[int, Any]
     ) -> Any:
-        """Call a function on values in place of the tensors of a run."""
+        """Call a function on values in place of the tensors of a run.
+
+        Args:
+            function, args, kwargs: the call.
+            values: takes up the values of tensors that were computed, by the tensor's id.
+        """
 
         def value(leaf: Any) -> Any:
             if isinstance(leaf, _Like):
@@ -176,7 +194,7 @@ class Known:
 
 
 class _Watch(TorchDispatchMode):
-    """Refuses operations that give another value each time."""
+    """A mode that refuses operations that give another value each time, or that are not torch's own."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -195,9 +213,9 @@ _KNOWN = _functions(_PURE.split()) | _OF_SIZES
 
 
 def _asks(function: Callable[..., Any], out: Any) -> bool:
-    """Whether a call writes to nothing and gives no tensor, so that nobody can write to one through it.
+    """Tell whether a call writes to nothing and gives no tensor through which somebody could write.
 
-    It reads an attribute (a shape, a dtype, a flag), or is an operation whose schemas say so.
+    Such a call reads an attribute (a shape, a dtype, a flag), or is an operation whose schemas say so.
     """
     if isinstance(out, torch.Tensor):
         return False
@@ -208,7 +226,10 @@ def _asks(function: Callable[..., Any], out: Any) -> bool:
 
 
 def _memory(tensor: torch.Tensor) -> int | None:
-    """Where a tensor lies; None if it has no memory of one piece, as a sparse one has."""
+    """Return the id of the memory that a tensor lies in.
+
+    It is None for a tensor whose memory is not of one piece, such as a sparse one.
+    """
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
@@ -216,7 +237,7 @@ def _memory(tensor: torch.Tensor) -> int | None:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to; -1 of one that does not count, in inference mode."""
+    """Return how often a tensor was written to; -1 for one made in inference mode, which does not count."""
     return -1 if tensor.is_inference() else int(tensor._version)
 
 

@@ -1,4 +1,4 @@
-"""What a call makes of tensors: containers and objects of the user's, described so that they can be made again."""
+"""Descriptions of the containers and objects that a call makes, from which they can be made again."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ __all__ = [
 
 
 class Ref(NamedTuple):
-    """Stands for the value of a result, by its name."""
+    """A reference to a result, by its name."""
 
     name: str
 
 
 class Kept:
-    """Stands for an object that was there before the call, or a class: itself."""
+    """A reference to an object that existed before the call, or to a class."""
 
     def __init__(self, value: object) -> None:
         self.value = value
@@ -53,7 +53,7 @@ class Kept:
 
 
 class ExistingContainer(NamedTuple):
-    """Stands for a container that was there before the call: what is in that place when a call begins.
+    """A reference to the container that is in a place when a call begins.
 
     Attributes:
         path: the name of a place of the state, or the path of an argument.
@@ -63,7 +63,10 @@ class ExistingContainer(NamedTuple):
 
 
 class Plain:
-    """Stands for a value that is no tensor: itself, told from others by its type and how it is written."""
+    """A value that is no tensor, with the name of its place.
+
+    Two of them are equal if their values have the same type and the same ``repr``.
+    """
 
     def __init__(self, value: object, name: str) -> None:
         self.value, self.name = value, name
@@ -82,22 +85,22 @@ Label = tuple[Any, ...]
 
 
 class Again(NamedTuple):
-    """Stands for what is described in another place already, by its label."""
+    """A reference to a value that is described in another place already, by its label."""
 
     label: Label
 
 
 @dataclass(frozen=True)
 class Built:
-    """A container or an object that the call makes.
+    """The description of a container or an object that the call makes.
 
     Attributes:
-        label: where it is met first: a place that the call leaves it in, none for what it returns, and the way from
-            there, by numbers of parts.
-        kind: the class of an object, sequence or mapping, or how pytree puts a container together.
+        label: where the value is met first: the label of the place that the call leaves it in, followed by the numbers
+            of the parts on the way from there. The label of what the call returns is empty.
+        kind: the class of an object, sequence or mapping; pytree's structure of a container that pytree puts together.
         keys: the names of attributes; None for a container that pytree puts together.
-        parts: what is in it, its items before its attributes.
-        bound: of a deque, how many items it keeps.
+        parts: the descriptions of its items, and then of its attributes.
+        bound: the most items that a deque keeps; None if there is no limit.
         items: the keys of a mapping's items.
     """
 
@@ -110,18 +113,18 @@ class Built:
 
 
 class Describer:
-    """Describes what a call makes; what is met in two places is one.
+    """A maker of descriptions of what a call makes, in which a value that is met in two places is one.
 
     Args:
-        known: the ids of what was there before the call.
-        places: where the containers among them are, by id.
+        known: the ids of the objects that existed before the call.
+        places: the places of the containers among them, by id.
     """
 
     def __init__(self, known: Set[int], places: Mapping[int, ExistingContainer]) -> None:
         self._known, self._places = known, places
         self._labels: dict[int, Label] = {}
-        self._open: set[Label] = set()  # what is there only when all that is in it is
-        self._alive: list[Any] = []  # an id is one thing's as long as that is there
+        self._open: set[Label] = set()  # labels of values that exist only when all of their parts do
+        self._alive: list[Any] = []  # ids stay unique while the values live
 
     def describe(
         self,
@@ -132,14 +135,17 @@ class Describer:
         place: Callable[[Any, Any, str], str] = lambda owner, key, name: name,
         label: Label = (),
     ) -> Any:
-        """The description of a value.
+        """Describe a value so that it can be made again.
 
         Args:
             value, name: the value and the name of its place.
-            leaf: gives what stands for a tensor or a plain value in a place.
+            leaf: gives the description of a tensor or a plain value, from the value and the name of its place.
             refuse: makes the error for an object that cannot be made again.
-            place: gives the name of a place from what holds it, its key there and its path.
-            label: of the place, see :class:`Built`.
+            place: gives the name of a place, from its owner, its key there and its path.
+            label: the label of the place, see :class:`Built`.
+
+        Raises:
+            Exception: what ``refuse`` makes.
         """
         if isinstance(value, torch.Tensor) or is_plain(value):
             return leaf(value, name)
@@ -176,14 +182,14 @@ class Describer:
 
 
 def can_be_made(value: object) -> bool:
-    """Whether an object is no more than its attributes."""
+    """Return whether an object is no more than its attributes."""
     makers = (object.__new__, types.SimpleNamespace.__new__)
     named = all(type(key) is str for key in getattr(value, "__dict__", ()))
     return named and is_record(value) and not isinstance(value, nn.Module) and type(value).__new__ in makers
 
 
 def attributes(value: object) -> dict[str, Any]:
-    """The attributes of an object, in ``__dict__`` and in ``__slots__``."""
+    """Return the attributes of an object, in ``__dict__`` and in ``__slots__``."""
     return {**getattr(value, "__dict__", {}), **{key: getattr(value, key) for key in slot_names(value)}}
 
 
@@ -191,7 +197,12 @@ _Parts = list[tuple[Any, str, Any]]
 
 
 def _taken_apart(value: Any) -> tuple[Any, tuple[str, ...] | None, _Parts] | None:
-    """How a value is put together, and what of: key, what the key adds to a path, part. None if that is not known."""
+    """Take a value apart, or return None if it is not known how.
+
+    Returns:
+        The kind and the names of attributes, see :class:`Built`, and the parts. A part has its key, what the key adds
+        to a path, and the value.
+    """
     if can_be_made(value):
         held = attributes(value)
         return type(value), tuple(held), [(key, f".{key}", part) for key, part in held.items()]
@@ -210,15 +221,18 @@ def _taken_apart(value: Any) -> tuple[Any, tuple[str, ...] | None, _Parts] | Non
 
 
 def _is_of_pytree(value: dict[Any, Any]) -> bool:
-    """Whether pytree knows all of a dictionary: a class of its own may keep other keys than those it was made with."""
+    """Return whether pytree knows all of a dictionary.
+
+    A subclass may keep other keys than those it was made with.
+    """
     return type(value) in (dict, OrderedDict) or isinstance(value, defaultdict)
 
 
 def _children(value: Any) -> tuple[Any, _Parts] | None:
-    """Return how a pytree's node is put together, and its parts; None for a leaf.
+    """Return how pytree puts a node together, and the node's parts; None for a leaf.
 
-    Parts of a class that was registered without keys, as some of transformers' results are, are named as a
-    dictionary's or a list's.
+    Some classes, such as those of some of transformers' results, are registered without keys. Their parts are named
+    like those of a dictionary or a list.
     """
 
     first = iter((False,))
@@ -227,7 +241,7 @@ def _children(value: Any) -> tuple[Any, _Parts] | None:
         return None
     keys: Any = list(value) if isinstance(value, dict) and len(value) == len(parts) else range(len(parts))
     texts = [f"[{key!r}]" for key in keys]
-    if not any(part is value for part in parts):  # what holds itself has no end
+    if not any(part is value for part in parts):  # a value that holds itself has no end
         with contextlib.suppress(ValueError):
             found = pytree.tree_flatten_with_path(value, lambda each: each is not value)[0]
             texts = [pytree.keystr(at) for at, _ in found]
@@ -245,13 +259,16 @@ def named_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_registered(kind: type) -> bool:
-    """Whether pytree was told of a class itself, or it alone can make one: what torch's operations return."""
+    """Return whether only pytree can make values of a class.
+
+    These are classes that are registered with pytree, and those of the tuples that torch's operations return.
+    """
     told = kind in pytree.SUPPORTED_NODES and kind not in (list, tuple, deque)
     return told or (issubclass(kind, tuple) and hasattr(kind, "n_sequence_fields"))
 
 
 def _is_made_again(value: Any, spec: Any, parts: Sequence[Any]) -> bool:
-    """Whether what pytree puts together of the parts is what it took apart, attributes included."""
+    """Return whether pytree makes the same value from the parts it took apart, attributes included."""
     try:
         new = pytree.tree_unflatten(parts, spec)
     except Exception as error:
@@ -267,12 +284,12 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def build(description: Any, values: Mapping[Any, Any], made: dict[Label, Any]) -> Any:
-    """A structure with the results in their places; new containers and objects each time.
+    """Build a value from its description, with new containers and objects each time.
 
     Args:
-        description: what a :class:`Describer` gave.
-        values: the results by name, and what is in places that were there before.
-        made: what was made already, by label.
+        description: what :meth:`Describer.describe` returned.
+        values: the results by name, and the containers that existed before by :class:`ExistingContainer`.
+        made: the containers and objects that were made already, by label.
     """
     if isinstance(description, Ref):
         return values[description.name]
@@ -315,7 +332,7 @@ def build(description: Any, values: Mapping[Any, Any], made: dict[Label, Any]) -
 
 
 def parts_of(description: Any) -> Iterator[Any]:
-    """What a description is made of, containers and objects apart."""
+    """Yield the descriptions in a description that are not of a container or object made by the call."""
     if isinstance(description, Built):
         for part in description.parts:
             yield from parts_of(part)
@@ -324,7 +341,7 @@ def parts_of(description: Any) -> Iterator[Any]:
 
 
 def leaves_of(value: Any, name: str = "", seen: Set[int] = frozenset()) -> Iterator[tuple[str, Any]]:
-    """What containers and objects hold that is none itself, with its path."""
+    """Yield the values in nested containers and objects that are none themselves, with their paths."""
     taken = None if isinstance(value, torch.Tensor) or is_plain(value) else _taken_apart(value)
     if taken is None:
         yield name, value

@@ -1,11 +1,11 @@
-"""Short replays at several batch sizes and last lengths, and what they say of another one.
+"""Short replays at several batch sizes and last lengths, and predictions from them for other sizes.
 
-Every integer of a loop is ``a + b*B + c*T + d*B*T`` in a segment of a given number, B the batch size and T the
-positions of the last segment. Where (1, B, T, B*T) of new sizes is a combination of those of sizes at which the loop
-was held against whole traces, the loop's integers are that combination of the ones there. So must be the integers in
-what the user's Python does with the new sizes, and everything else the same. A short replay at the new sizes is
-compared with that (:func:`follows`), or what it would do is predicted (:func:`predict`), and a longer replay at the new
-sizes is held against the prediction.
+In a segment of a given number, every integer of a loop is ``a + b*B + c*T + d*B*T``. B is the batch size, and T the
+number of positions of the last segment. The loop was held against whole traces at some sizes. Where (1, B, T, B*T) of
+new sizes is a combination of those, the loop's integers are the same combination of the ones there. So must be the
+integers in what the user's Python does with the new sizes, and everything else must be the same. A short replay at the
+new sizes is compared with that (:func:`follows`). Or its events are predicted (:func:`predict`), and a longer replay at
+the new sizes is held against the prediction.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ __all__ = ["Told", "follows", "predict", "tell"]
 
 
 class Told(NamedTuple):
-    """What a replay did: its integers, and all the rest."""
+    """A replay, taken apart into its integers and all the rest."""
 
     numbers: list[int]
     rest: list[Any]
 
 
 def follows(sizes: Sizes, told: Told, known: Mapping[Sizes, Told]) -> bool:
-    """Whether a replay does what others lead to: the same operations on the same tensors, with integers that follow.
+    """Tell whether a replay follows from replays at other sizes.
+
+    It must run the same operations on the same tensors, with integers that are the combination of those at the known
+    sizes.
 
     Args:
         sizes: those of the replay.
-        told: what it did.
+        told: the replay.
         known: replays of as many segments at other sizes, for which the loop is known to hold.
     """
     alike = [at for at, each in known.items() if each.rest == told.rest]
@@ -47,7 +50,7 @@ def follows(sizes: Sizes, told: Told, known: Mapping[Sizes, Told]) -> bool:
 
 
 def predict(sizes: Sizes, known: Mapping[Sizes, Sequence[Sequence[Event]]]) -> list[list[Event]] | None:
-    """Predict the events of replays at new sizes: the only ones that :func:`follows` would accept.
+    """Predict the events of replays at new sizes, the only ones that :func:`follows` would accept.
 
     Every integer is the combination of those at the known sizes, and everything else is the same there and here::
 
@@ -74,11 +77,11 @@ def predict(sizes: Sizes, known: Mapping[Sizes, Sequence[Sequence[Event]]]) -> l
 
 
 class _DifferError(Exception):
-    """The known replays differ in more than integers, or lead to no integer."""
+    """The error that the known replays differ in more than integers, or that their combination is no integer."""
 
 
 class _Mix:
-    """Combines replays that differ only in integers, by weights whose sum is 1."""
+    """A combination of replays that differ only in integers, by weights whose sum is 1."""
 
     def __init__(self, weights: Sequence[Fraction]) -> None:
         self._weights = weights
@@ -97,7 +100,7 @@ class _Mix:
             raise _DifferError
         returned = type(first.token) is tuple and first.token[0] == "return"
         if returned and any(each.numbers != first.numbers for each in events):
-            raise _DifferError  # what stays in Python depends on no size
+            raise _DifferError  # an integer that stays in Python depends on no size
         return replace(
             first,
             numbers=self._numbers([each.numbers for each in events]),
@@ -164,7 +167,11 @@ class _Mix:
 
 
 def _combination(sizes: Sizes, known: Sequence[Sizes]) -> list[Any] | None:
-    """Weights for which (1, B, T, B*T) of some sizes is the weighted sum of those of others; None if there are none."""
+    """Find weights that make (1, B, T, B*T) of some sizes the weighted sum of those of others.
+
+    Returns:
+        The weights; None if there are none.
+    """
     if not known:
         return None
     rows = [[1, at.batch, at.tail, at.batch * at.tail] for at in (*known, sizes)]
@@ -177,7 +184,7 @@ def _combination(sizes: Sizes, known: Sequence[Sizes]) -> list[Any] | None:
 
 
 def tell(events: Sequence[Event]) -> Told:
-    """What the events of a replay say, integers apart."""
+    """Take the events of a replay apart into integers and all the rest."""
     rest: list[Any] = []
     numbers: list[int] = []
 

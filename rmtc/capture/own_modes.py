@@ -15,31 +15,32 @@ from rmtc.capture.indexing import EverySlice
 __all__ = ["modes", "own_modes"]
 
 _CPU = torch.device("cpu")
-_DECORATED = torch.no_grad()(lambda: None).__code__  # what a decorator of torch makes of any function
+_DECORATED = torch.no_grad()(lambda: None).__code__  # of the wrapper that a decorator of torch puts around any function
 
 
 def modes() -> tuple[Any, ...]:
-    """The modes of torch that a call's result depends on."""
+    """Return the modes of torch that a call's result depends on."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
         torch.get_default_dtype(),
-        torch.get_default_device() if _has_modes() else _CPU,  # a mode sets another one
+        torch.get_default_device() if _has_modes() else _CPU,  # only a mode sets another one
         torch.are_deterministic_algorithms_enabled(),
     )
 
 
 def _has_modes() -> bool:
-    """Whether there is a mode for torch's functions but that of a capture."""
+    """Return whether a mode for torch's functions is on, other than that of a capture."""
     count = torch._C._len_torch_function_stack()
     return count > 1 or (count == 1 and type(torch._C._get_function_stack_at(0)) is not EverySlice)
 
 
 def own_modes(function: Callable[..., Any]) -> AbstractContextManager[object]:
-    """What a function that `torch.no_grad` or `torch.inference_mode` decorates enters first, to be entered before it.
+    """Return the context that a function decorated with `torch.no_grad` or `torch.inference_mode` enters first.
 
-    So no call of it is one that asks for gradients.
+    It is to be entered before the function is called, so that no call of it counts as one that asks for gradients. For
+    any other function the context does nothing.
     """
     call = function.forward if isinstance(function, nn.Module) else function
     call = call.__func__ if isinstance(call, MethodType) else call

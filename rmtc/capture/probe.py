@@ -1,6 +1,7 @@
-"""Which sizes grow with the number of segments, and how long a segment is: found by running under fake tensors.
+"""A probe for the sizes that grow with the number of segments, and for the length of a segment.
 
-A run counts how often each parameter (or other tensor the code reaches) is used. A segment more is a use more.
+The code runs under fake tensors of several sizes. A run counts how often each parameter, or other tensor that the code
+reaches, is used. One more segment is one more use.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ __all__ = ["Probed", "Sizes", "probe"]
 
 logger = logging.getLogger(__name__)
 
-_ENOUGH_USES = 3  # a first run is cut short when every tensor used so far was used this often: that is some segments
-_ENOUGH_OPERATIONS = 40_000  # and any run after this many operations
+_ENOUGH_USES = 3  # a short run ends when every tensor used so far was used this often, after some segments
+_ENOUGH_OPERATIONS = 40_000  # any run ends after this many operations
 _FACTORS = (2, 8, 64, 1024)  # a call of less than two segments is probed at these multiples of its length
 
 aten = torch.ops.aten
@@ -33,7 +34,13 @@ _NEW = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, at
 
 
 class Sizes(NamedTuple):
-    """What varies between calls: number of segments, batch size, length of the last segment."""
+    """The sizes that vary between calls.
+
+    Attributes:
+        segments: number of segments.
+        batch: batch size.
+        tail: length of the last segment, in positions.
+    """
 
     segments: int
     batch: int
@@ -42,16 +49,16 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Probed:
-    """What probing found.
+    """The result of probing a call.
 
     Attributes:
         growth: the arguments that grow, and those with a batch.
         segment_length: positions of a segment; 1 for lists whose items are of one shape.
         sizes: those of the user's call.
-        free_batch: whether another batch size runs.
-        free_tail: whether a shorter last segment runs.
+        free_batch: whether the code runs at another batch size.
+        free_tail: whether the code runs with a shorter last segment.
         drops: whether the rest of a text that makes no whole segment is left out.
-        rest: positions of the user's call that are.
+        rest: positions of the user's call that are left out.
     """
 
     growth: Growth
@@ -63,7 +70,11 @@ class Probed:
     rest: int = 0
 
     def cut(self, length: int) -> tuple[int, int, int]:
-        """Return the segments of a text, the length of the last one, and how many positions are left out."""
+        """Return the number of segments of a text, the length of the last one, and how many positions are left out.
+
+        Args:
+            length: positions of the text.
+        """
         if self.drops:
             segments, rest = divmod(length, self.segment_length)
             return segments, self.segment_length, rest
@@ -71,15 +82,21 @@ class Probed:
         return segments, length - (segments - 1) * self.segment_length, 0
 
     def length(self, sizes: Sizes) -> int:
-        """Positions in the growing dimensions."""
+        """Return how many positions the growing dimensions have at some sizes."""
         return (sizes.segments - 1) * self.segment_length + sizes.tail
 
     def arguments(self, session: Session, sizes: Sizes, rest: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Stand-in arguments of the given sizes, with a rest that makes no segment."""
+        """Make fake arguments of the given sizes.
+
+        Args:
+            session: the call.
+            sizes: the sizes.
+            rest: positions to add that make no segment.
+        """
         return _arguments(session, self.growth, self.length(sizes) + rest, sizes.batch)
 
     def growing(self, session: Session) -> tuple[str, ...]:
-        """The growing arguments, in words."""
+        """Describe the growing arguments in words."""
         tensors = session.arguments.tensors()
         lines = [
             f"{show(path)} {tuple(tensors[path].shape)}: dimension {dim}"
@@ -89,7 +106,10 @@ class Probed:
 
 
 class _Enough(BaseException):
-    """Ends a probing run; no handler in the user's code catches it."""
+    """The signal that ends a probing run.
+
+    It is a `BaseException`, so that no ``except Exception`` in the user's code catches it.
+    """
 
 
 @dataclass
@@ -106,9 +126,14 @@ class _Run:
 
 
 class _Count:
-    """Counts the uses of lifted tensors and notes the sizes to which a dimension of a given size is cut.
+    """A counter of the uses of lifted tensors, and of the sizes to which a dimension of a given size is cut.
 
-    :meth:`note` watches the stand-ins of a run.
+    :meth:`note` is the watcher of a run.
+
+    Args:
+        lifted: the tensors whose uses are counted.
+        size: the size of the dimension.
+        short: whether to end the run when each tensor used so far was used often enough.
     """
 
     def __init__(self, lifted: Iterable[torch.Tensor], size: int, short: bool) -> None:
@@ -156,7 +181,7 @@ class _Count:
             elif result.ndim == tensor.ndim - 1:
                 self.run.cuts.append(1)
             elif result.ndim == tensor.ndim + 1:
-                for inner in {dim + 1, tensor.ndim}:  # of a view, of unfold
+                for inner in {dim + 1, tensor.ndim}:  # where a view, and unfold, put the length of a piece
                     if result.shape[dim] * result.shape[inner] == size:
                         self._cut(result.shape[inner], result.shape[dim])
 
@@ -211,10 +236,11 @@ class _Prober:
         self._taken |= {size for tensor in session.arguments.tensors().values() for size in tensor.shape}
 
     def run(self, growth: Growth, length: int, batch: int, short: bool = False) -> _Run:
-        """One run; a short one ends after a few segments.
+        """Run the code once at some sizes; a short run ends after a few segments.
 
         Raises:
             UntoldError: if what it returns cannot be returned again, whatever the sizes.
+            RmtcError: if the user's code raises an error.
         """
         args, kwargs = _arguments(self.session, growth, length, batch)
         varying = {path for path, _ in growth.dims}
@@ -238,7 +264,10 @@ class _Prober:
         return count.run
 
     def attempt(self, growth: Growth, length: int, batch: int, short: bool = False) -> _Run | None:
-        """As :meth:`run`, remembered; None if the user's code does not take these sizes."""
+        """Run the code as :meth:`run`, or return the run that was made before with the same arguments.
+
+        It is None if the user's code does not take these sizes.
+        """
         key = (growth, length, batch, short)
         if key not in self._runs:
             try:
@@ -249,17 +278,20 @@ class _Prober:
         return self._runs[key]
 
     def of_model(self, growth: Growth, length: int, batch: int) -> dict[int, int] | None:
-        """How often a run uses each tensor that is no argument; None if there is none of these sizes."""
+        """Return how often a run uses each tensor that is no argument.
+
+        It is None if the user's code does not take these sizes.
+        """
         run = self.attempt(growth, length, batch)
         if run is None:
             return None
         return {number: count for number, count in run.roots.items() if number < len(self.session.fake_tensors)}
 
     def is_segment(self, growth: Growth, length: int, batch: int) -> bool:
-        """Whether a text of this length is a segment, or several whole ones, and twice the length uses the layers more.
+        """Tell whether a text of this length is a segment, or several whole ones.
 
-        One position more must begin another segment; or it is dropped, and one position less is no segment; or it does
-        not run.
+        Twice the length must use the layers more often. One more position must begin another segment, or must not run,
+        or must be dropped. Where it is dropped, one position less must make no segment.
         """
         one = self.attempt(growth, length, batch)
         if one is None or not one.ended or not one.total:
@@ -274,9 +306,10 @@ class _Prober:
         return True
 
     def segment_length(self, growth: Growth, length: int, batch: int) -> int | None:
-        """The least length of a segment that a cut of this length suggests and two runs confirm.
+        """Find the least length of a segment that a cut of this length suggests and further runs confirm.
 
-        The least one with which all of a segment's tensors are used again, if there is one.
+        A length with which all of a segment's tensors are used again is preferred to smaller ones. It is None if no
+        length is confirmed.
         """
         run = self.attempt(growth, length, batch, short=True)
         if run is None and not growth.lists:
@@ -291,9 +324,9 @@ class _Prober:
         return least
 
     def _all_again(self, growth: Growth, length: int, batch: int, text: _Run) -> bool:
-        """Whether twice a segment uses all tensors of a segment more that a text does.
+        """Tell whether a second segment uses again every tensor that a longer text uses again.
 
-        A layer such as `nn.GRU` uses some of its weights at each position, and others once a segment.
+        A layer such as `nn.GRU` uses some of its weights at each position, and others once per segment.
         """
         one, two = (self.attempt(growth, times * length, batch) for times in (1, 2))
         if one is None or two is None:
@@ -301,14 +334,14 @@ class _Prober:
         return all(two.roots[key] > often for key, often in one.roots.items() if text.roots[key] > often)
 
     def distinct(self, length: int) -> int:
-        """A length not below the given one that no other dimension in sight has."""
+        """Return the least length, not below the given one, that no other dimension in sight has."""
         while length in self._taken:
             length += 1
         return length
 
 
 def _candidates(session: Session) -> list[tuple[Growth, int]]:
-    """Sets of arguments that may grow together, likeliest first, with their present length."""
+    """Return the sets of arguments that may grow together, likeliest first, with their present length."""
     tensors = session.arguments.tensors()
     by_size: dict[int, list[tuple[Path, int]]] = {}
     for path, tensor in tensors.items():
@@ -335,7 +368,11 @@ def _candidates(session: Session) -> list[tuple[Growth, int]]:
 
 
 def _with_batch(session: Session, growth: Growth) -> tuple[Growth, int]:
-    """The growth with the arguments whose first dimension is the batch; 1 where there is none."""
+    """Add to a growth the arguments whose first dimension is the batch.
+
+    Returns:
+        The growth and the batch size, which is 1 if there is no batch.
+    """
     tensors = session.arguments.tensors()
     texts = [path for path, dim in sorted(growth.dims, key=str) if dim != 0]
     texts += [path for path in tensors if any(path[: len(each)] == each for each in growth.lists)]
@@ -352,9 +389,13 @@ def _with_batch(session: Session, growth: Growth) -> tuple[Growth, int]:
 
 
 def _items(session: Session, growth: Growth, length: int) -> tuple[Growth, int, int]:
-    """The growth with the length of an item, the length of the text and that of a segment.
+    """Add to a growth of lists the length of an item.
 
-    The last item of a list may be shorter than the others, in one dimension of each of its tensors, or of some.
+    The last item of a list may be shorter than the others, in each of its tensors or in some. All dimensions that
+    differ must then have the same two sizes.
+
+    Returns:
+        The growth, the length of the text and the length of a segment.
 
     Raises:
         CaptureError: if the items differ in another way.
@@ -388,7 +429,16 @@ def _items(session: Session, growth: Growth, length: int) -> tuple[Growth, int, 
 def _joined(
     session: Session, prober: _Prober, found: list[tuple[Growth, int, int, int]]
 ) -> list[tuple[Growth, int, int, int]]:
-    """Lists that grow together as one: all of one length, if one or two items of each run what those of one do."""
+    """Join lists that grow together into one growth.
+
+    They must all have one length. Runs with one and with two items of each must use the model's tensors like runs with
+    as many items of one list alone. One more item of one list alone must begin no other segment.
+
+    Args:
+        session: the user's call.
+        prober: runs it.
+        found: the growths that were found, each with its length, batch size and segment length.
+    """
     made: list[tuple[Growth, int, int, int]] = []
     for each in found:
         growth, length, batch, segment = each
@@ -407,27 +457,31 @@ def _joined(
 
 
 def probe(session: Session, segment_length: int | None = None) -> Probed:
-    """Find what grows and how long a segment is.
+    """Find what grows in a call and how long a segment is.
 
     Args:
         session: the user's call.
-        segment_length: the user's hint; taken as true, and only what grows is looked for.
+        segment_length: the user's hint, in positions. It is checked, and no other length is tried in its place.
 
     Raises:
-        CaptureError: if nothing grows, or more than one dimension could be the length.
+        CaptureError: if nothing grows, or more than one dimension could be the length. Also if the hint does not fit,
+            or the text makes no segment.
+        RefusedError: if the user's code does what no capture can hold.
     """
     if segment_length is not None and segment_length < 1:
         raise CaptureError(
             f"segment_length={segment_length} was given: a segment has at least one position",
             remedy="pass the number of positions from one segment to the next, or leave segment_length out",
         )
+    # Try the sizes of the call itself.
     prober = _Prober(session)
     candidates = [(*_with_batch(session, growth), length) for growth, length in _candidates(session)]
     sizes = [length for _, _, length in candidates]
     found: list[tuple[Growth, int, int, int]] = []
     for growth, batch, length in candidates:
         if segment_length is not None:
-            told = 0 < length <= segment_length and not growth.lists  # before a text of the length given is made
+            # A text shorter than the hint may have shorter segments: look before a text of the hint's length is made.
+            told = 0 < length <= segment_length and not growth.lists
             least = prober.segment_length(growth, length, batch) if told else None
             if least is not None:
                 raise CaptureError(
@@ -442,7 +496,8 @@ def probe(session: Session, segment_length: int | None = None) -> Probed:
             found.append((growth, length, batch, segment))
             if sizes.count(length) == 1:
                 break
-    for factor in () if found or segment_length is not None else _FACTORS:  # shorter than two segments
+    # The text may be shorter than two segments: try longer ones.
+    for factor in () if found or segment_length is not None else _FACTORS:
         for growth, batch, length in candidates:
             segment = prober.segment_length(growth, prober.distinct(max(length, 1) * factor), batch)
             if segment is not None:
@@ -450,6 +505,7 @@ def probe(session: Session, segment_length: int | None = None) -> Probed:
                 break
         if found:
             break
+    # Join lists that grow together, and refuse all but one growth.
     found = _joined(session, prober, found)
     if not found:
         # The user's own sizes must run at all: if not, this raises the reason.
@@ -486,6 +542,7 @@ def probe(session: Session, segment_length: int | None = None) -> Probed:
             f"the length of the text could be {names}",
             remedy="call it with a batch size that differs from the length, or pass segment_length=...",
         )
+    # Find the lengths of the text and of a segment.
     growth, length, batch, segment = found[0]
     if growth.lists:
         growth, length, segment = _items(session, growth, length)
@@ -493,6 +550,7 @@ def probe(session: Session, segment_length: int | None = None) -> Probed:
         raise CaptureError(
             "the text is empty: there is no segment to run", remedy="pass a text of one position or more"
         )
+    # See which other batch sizes and lengths use the same tensors as often.
     free_batch, free_tail = False, False
     two = prober.attempt(growth, 2 * segment, batch)
     ragged = segment + max(1, segment // 2)
@@ -512,6 +570,7 @@ def probe(session: Session, segment_length: int | None = None) -> Probed:
     if segment > 1 and not free_tail:
         free_tail = same(growth, ragged, batch)
     drops = segment > 1 and not free_tail and not growth.lists and same(growth, ragged + segment, batch)
+    # Cut the user's text.
     plan = Probed(growth, segment, Sizes(0, batch, segment), free_batch, free_tail, drops)
     segments, tail, rest = plan.cut(length)
     if not segments:

@@ -1,4 +1,4 @@
-"""Operations under stand-ins, written down as events."""
+"""A recorder of operations under fake tensors, as events."""
 
 from __future__ import annotations
 
@@ -28,10 +28,17 @@ _unknown = itertools.count()
 
 
 class Recorder:
-    """Writes down operations as events: :meth:`note` watches the stand-ins of a run.
+    """A recorder of operations as events.
+
+    :meth:`note` is the watcher of a run.
 
     Args:
-        outer: for the operations inside of a layer's call, what writes down those around it.
+        outer: the recorder of the operations around a layer's call, for one of those inside of it.
+
+    Attributes:
+        events: the events so far.
+        named: the references to tensors, by the tensor's id.
+        written: the ids of the tensors that operations wrote to.
     """
 
     def __init__(self, outer: Recorder | None = None) -> None:
@@ -60,7 +67,11 @@ class Recorder:
         return found if None not in found else (*map(self.reference, tensors),)
 
     def make(self, like: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Fresh fake tensors with the metadata of others."""
+        """Make new fake tensors with the metadata of others.
+
+        Raises:
+            CaptureError: if one of the others is no fake tensor of a capture.
+        """
         fresh: list[torch.Tensor] = []
         for tensor in like:
             mode = getattr(tensor, "fake_mode", None)
@@ -75,7 +86,14 @@ class Recorder:
         return fresh
 
     def splice(self, inner: Recorder, references: tuple[Any, ...], location: Location | None, result: Any) -> None:
-        """One event for a call that cannot be remembered, whose results are new tensors."""
+        """Record a call that cannot be remembered as one event, whose results are new tensors.
+
+        Args:
+            inner: the recorder of the operations inside of the call.
+            references: the references to its operands.
+            location: the place in the user's code.
+            result: what the call returned.
+        """
         event = len(self.events)
         self.events.append(Event("call", (), references, inner.events, location))
         tensors = [leaf for _, leaf in leaves_of(result) if isinstance(leaf, torch.Tensor)]
@@ -83,8 +101,12 @@ class Recorder:
             self.name(tensor, EventOutput(event, number))
 
     def note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-        """Write down an operation; it is told by all but the integers and tensors it is given."""
-        if func.namespace == "prim":  # asks for metadata
+        """Record an operation, unless it takes a view or divides a tensor.
+
+        The token of the event has all of the operation's arguments except integers and tensors. Views and pieces become
+        references to the tensor that they are of.
+        """
+        if func.namespace == "prim":  # it only asks for metadata
             return
         rest: list[Any] = []
         numbers: list[int] = []
@@ -119,7 +141,7 @@ class Recorder:
     def _note_pieces(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], pieces: Sequence[torch.Tensor], base: Any
     ) -> None:
-        """A piece is told by where it lies, not by how the whole was divided."""
+        """Name the pieces of a tensor by where they lie, not by how the whole was divided."""
         at = 1 if func is aten.unbind.int else 2
         dim = (args[at] if len(args) > at else kwargs.get("dim", 0)) % args[0].ndim
         start = 0
@@ -149,7 +171,7 @@ class Recorder:
                 operands.append(self._operand(value))
                 given.append(value.shape)
             elif isinstance(value, (list, tuple)):
-                if any(isinstance(item, torch.Tensor) for item in value):  # it may have a tensor of each segment
+                if any(isinstance(item, torch.Tensor) for item in value):  # it may have one tensor per segment
                     rest.append(list)
                     operands.append(tuple(map(self._operand, value)))
                 else:
@@ -163,7 +185,7 @@ class Recorder:
     def _operand(self, value: Any) -> Any:
         if type(value) is FakeTensor:
             return self.reference(value)
-        if isinstance(value, torch.Tensor):  # made from Python numbers: told by its content
+        if isinstance(value, torch.Tensor):  # made from Python numbers: named by its content
             with _disable_current_modes():
                 return Named(constant_name(value))
         return value

@@ -1,10 +1,10 @@
-"""The loop's Python run again for a given number of segments, to see that every segment does what the pattern says.
+"""Replays of the loop's Python for a given number of segments, which show whether every segment follows the pattern.
 
-Probes see a few segments; what Python does at the seventh, or at the middle one, they cannot see. A replay runs the
-user's code under fake tensors for the number of segments of the call. Calls of layers are remembered: a call with the
-same arguments up to the values in tensors, and the same attributes, is answered from the first one, so that a segment
+Probes see a few segments. They cannot see what Python does at the seventh, or at the middle one. A replay runs the
+user's code under fake tensors for the number of segments of the call. Calls of layers are remembered. A call with the
+same attributes and the same arguments, up to the values in tensors, is answered from the first one. A segment therefore
 costs what its loop costs and not what its layers cost. The events of the replay are then held against those of two
-short ones: what the loop does must repeat with a period, and integers and references must advance evenly.
+short ones. The operations of the loop must repeat with a period, and integers and references must advance evenly.
 """
 
 from __future__ import annotations
@@ -48,12 +48,21 @@ __all__ = ["Replayer"]
 
 logger = logging.getLogger(__name__)
 
-_MANY = 4  # replays that are so many times as long as a short one are worth two short ones more
+_MANY = 4  # a replay this many times as long as a short one is worth two more short ones
 
 
 @dataclass
 class _Remembered:
-    """What a call of a module did: with how its result is put together of what it made and of its operands."""
+    """The record of a module's call, from which later calls are answered.
+
+    Attributes:
+        events: the operations inside of it.
+        result: the description of its result, in terms of what it made and of its operands.
+        tensors: the attributes in which it left tensors. Each has ``("made", number)`` or ``("operand", number)``.
+        plain: the attributes in which it left plain values, with these.
+        written: the numbers of the operands that it wrote to.
+        makes: the tensors that it made.
+    """
 
     events: list[Event]
     result: Any
@@ -64,13 +73,14 @@ class _Remembered:
 
 
 class _Replay(NamedTuple):
-    """What a replay did.
+    """The record of a replay.
 
     Attributes:
         events: what it did.
-        calls: how often it called each module whose calls are not remembered.
-        unknown: how many calls of the others it had to run.
-        shapes: those of what modules were called with whose calls are remembered, and of what it returned and left.
+        calls: how often it called each module whose calls are not remembered, by the module's id.
+        unknown: how many calls of the other modules it had to run.
+        shapes: the shapes of the operands of calls that may be remembered, and of the tensors that the replay returned
+            and left.
     """
 
     events: list[Event]
@@ -83,26 +93,32 @@ _Modules = frozenset[int]  # by their ids
 
 
 class Guard(Protocol):
-    """Sees whether anything in Python is not as it was at the capture, but for places that :func:`shows` tells."""
+    """A check that everything in Python is as it was at the capture.
+
+    It leaves out the places whose values :func:`shows` covers.
+    """
 
     def differs(self) -> str | None:
-        """The first such place; None if there is none."""
+        """Return the first place that is not as it was, in words; None if there is none."""
 
 
 def shows(value: object) -> bool:
-    """Whether a value shows in what is known of a call: a tensor by its metadata, and what is plain."""
+    """Return whether a value is visible in the key of a remembered call: a tensor by its metadata, or a plain value."""
     return isinstance(value, torch.Tensor) or is_plain(value)
 
 
 class Replayer:
-    """Replays a call for any number of segments.
+    """A replayer of a call for any number of segments.
 
     Args:
         session: the call.
-        plan: its sizes.
-        contains_layers: whether the module at a path contains layers, and the loop perhaps.
-        probe: number of segments of the shorter pattern.
+        plan: what grows in it, and its sizes.
+        contains_layers: tells whether the module at a path contains layers, and the loop perhaps.
+        probe: number of segments of the shorter replay of a pattern.
         guard: sees whether a call may be answered from memory.
+
+    Attributes:
+        results: the descriptions of what the call returns, by sizes.
     """
 
     def __init__(
@@ -120,13 +136,13 @@ class Replayer:
         self._hooks = [table for table in hooks if type(table) not in (dict, OrderedDict) or table]
         self._hooked = [*map(len, self._hooks)]
         self._session, self._plan, self._probe = session, plan, probe
-        self.results: dict[Sizes, Any] = {}  # how a call's result is put together
+        self.results: dict[Sizes, Any] = {}  # the descriptions of what the call returns
         self._memory: dict[Any, _Remembered] = {}
         self._plains: _Plains = {}
         self._remembered = _Modules()  # the modules whose calls are remembered
         self._calls: Counter[int] = Counter()
         self._unknown = 0
-        self._inside = False  # a call whose operations are written down to be remembered
+        self._inside = False  # whether a call is being recorded to be remembered
         self._states: dict[int, _State] = {}
         self._patterns: dict[tuple[int, int, _Modules], Pattern] = {}
         self._short: dict[tuple[Sizes, _Modules], _Replay] = {}
@@ -163,16 +179,18 @@ class Replayer:
 
     @property
     def shortest(self) -> int:
-        """Number of segments of the shorter replay of a pattern."""
+        """The number of segments of the shorter replay of a pattern."""
         return self._probe
 
     @uncollected()
     def continues(self, sizes: Sizes, known: Sequence[Sizes]) -> bool:
-        """Whether every segment of a call does what short replays at other sizes lead to; only this call is replayed.
+        """Tell whether every segment of a call does what short replays at other sizes lead to.
+
+        At the sizes of the call, only the call itself is replayed.
 
         Args:
             sizes: those of the call, of more than :attr:`shortest` segments.
-            known: sizes of so many segments for which the loop holds.
+            known: sizes of :attr:`shortest` segments for which the loop holds.
         """
         if not known:
             return False
@@ -190,7 +208,12 @@ class Replayer:
         return True
 
     def _hold(self, sizes: Sizes, around: _Modules) -> None:
-        """Hold every segment of a call against the pattern, with calls of modules around layers remembered, too."""
+        """Hold every segment of a call against the pattern.
+
+        Args:
+            sizes: those of the call.
+            around: modules around layers whose calls are remembered, too.
+        """
         key = sizes.batch, sizes.tail, around
         if key not in self._patterns:
             self._patterns[key] = self._pattern(
@@ -205,34 +228,38 @@ class Replayer:
         return Pattern(short, long, self._probe, self._probe if whole else self._probe - 1)
 
     def _once(self, sizes: Sizes, around: _Modules) -> _Replay:
-        """A replay, or the last one if it was the same."""
+        """Return the last replay if it has these sizes and modules, and otherwise run one."""
         if self._last is None or self._last[:2] != (sizes, around):
             self._last = None
             self._last = sizes, around, self._run(sizes, around)
         return self._last[2]
 
     def _lengths(self, sizes: Sizes) -> list[Sizes]:
-        """The sizes of the two short replays."""
+        """Return the sizes of the two short replays."""
         return [sizes._replace(segments=self._probe + more) for more in (0, 1)]
 
     def _around(self, sizes: Sizes) -> _Modules:
-        """Modules around layers that each segment calls, if one more segment makes no call that is not known."""
+        """Find the modules around layers whose calls are worth remembering, too.
+
+        These are the ones that each segment calls. There are none if the call is short, or if one more segment makes a
+        call that is not known.
+        """
         if sizes.segments < _MANY * self._probe:
             return _Modules()
         short, long = (self._few(each, _Modules()).calls for each in self._lengths(sizes))
-        around = _Modules((long - short).keys() & self._session.modules.keys())  # none that a segment makes
+        around = _Modules((long - short).keys() & self._session.modules.keys())  # no module that a segment makes
         replays = [self._few(each, around) for each in self._lengths(sizes)] if around else []
         return around if replays and not replays[-1].unknown else _Modules()
 
     def told(self, sizes: Sizes) -> Told:
-        """What a replay of a few segments does, integers apart."""
+        """Return a replay of a few segments, taken apart into integers and all the rest."""
         if sizes not in self._told:
             self._told[sizes] = tell(self._few(sizes, _Modules()).events)
         return self._told[sizes]
 
     @uncollected()
     def _few(self, sizes: Sizes, around: _Modules) -> _Replay:
-        """A replay of a few segments, run once."""
+        """Return a replay of a few segments, which is run once."""
         key = sizes, around
         if key not in self._short:
             self._short[key] = self._run(*key)
@@ -240,7 +267,7 @@ class Replayer:
 
     @uncollected()
     def leave_out(self, sizes: Sizes, rest: int) -> None:
-        """See that a call does nothing with a rest of its text that makes no segment.
+        """Check that a call does nothing with a rest of its text that makes no segment.
 
         Args:
             sizes: those of the call without the rest.
@@ -279,7 +306,7 @@ class Replayer:
             grown = next((each for each in lists if path[: len(each)] == each), None)
             if grown is None:
                 recorder.name(tensor, Named(show(path)))
-            else:  # an item for each segment, as if it were cut from one tensor
+            else:  # one item per segment, as if it were cut from one tensor
                 rest = path[len(grown) + 1 :]
                 recorder.name(tensor, Viewed("item", (path[len(grown)],), Named(show((*grown, "s", *rest)))))
             return tensor
@@ -352,12 +379,12 @@ class Replayer:
                     result = original(module, *args, **kwargs)
             finally:
                 self._inside = False
-            by_metadata = reads == self._session.fake_mode.known.reads  # else it is told by more than metadata
-            # What it was given is as it was, and what it returns is in no other place that could change with it.
+            by_metadata = reads == self._session.fake_mode.known.reads  # else it depends on more than metadata
+            # Its arguments must be as they were, and no container of its result may be in another place.
             apart = _containers(result).isdisjoint(_containers((args, kwargs)) | state.containers)
             if by_metadata and apart and _as_given(args, kwargs, structure, leaves) and self._guard.differs() is None:
                 known = self._remember(inner, state, result, operands)
-            if known is None:  # what it did cannot be done again from memory
+            if known is None:  # it cannot be answered from memory
                 recorder.splice(inner, references, location, result)
                 return result
             self._memory[key] = known
@@ -377,7 +404,7 @@ class Replayer:
         return result
 
     def _differ_hooks(self) -> bool:
-        """Whether hooks came or went."""
+        """Return whether hooks came or went."""
         return any(self._unhooked) or [*map(len, self._hooks)] != self._hooked
 
     def _remember(
@@ -429,11 +456,20 @@ def _refused(value: Any, name: str) -> RefusedError:
 
 _UNKNOWN = object()
 _ATTRIBUTES = vars(FakeTensor(FakeTensorMode(), torch.empty(0, device="meta"), torch.device("cpu"))).keys()
-_EQUAL = (int, str, bool, type(None))  # which are the same if they are equal and of one type
+_EQUAL = (int, str, bool, type(None))  # values of these are the same if they are equal and of one type
 
 
 def _flatten(value: Any, leaves: list[Any], seen: dict[int, int] | None = None) -> Any:
-    """The structure of what a module is called with, its tensors and plain values put into a list."""
+    """Take a module's arguments apart into their structure and a list of their tensors and plain values.
+
+    Args:
+        value: the arguments, or a part of them.
+        leaves: takes up the tensors and plain values.
+        seen: the containers met so far, numbered, by their ids.
+
+    Returns:
+        The structure; ``_UNKNOWN`` if a part of it is not known.
+    """
     seen = {} if seen is None else seen
     if isinstance(value, torch.Tensor):
         leaves.append(value)
@@ -464,13 +500,13 @@ def _flatten(value: Any, leaves: list[Any], seen: dict[int, int] | None = None) 
 
 
 def _as_given(args: Any, kwargs: Any, structure: Any, leaves: list[Any]) -> bool:
-    """Whether what a module was called with holds what it held when it was flattened."""
+    """Return whether a module's arguments hold the same as when they were flattened."""
     now: list[Any] = []
     return _flatten((args, kwargs), now) == structure and all(map(operator.is_, now, leaves))
 
 
 def _containers(value: Any) -> set[int]:
-    """The ids of all that can change in what a module is called with or returns, but for tensors."""
+    """Return the ids of all objects in a module's arguments or result that can change, except tensors."""
     if isinstance(value, torch.Tensor) or is_plain(value):
         return set()
     own = set[int]() if type(value) is tuple else {id(value)}
@@ -482,9 +518,12 @@ def _containers(value: Any) -> set[int]:
 
 
 def _told(value: Any) -> Any:
-    """A plain value such that only the same are equal: 1, 1.0 and True are not, nor 0.0 and -0.0."""
+    """Return a key for a plain value that only the same value has.
+
+    The keys of 1, 1.0 and True differ, and so do those of 0.0 and -0.0.
+    """
     kind = type(value)
-    if isinstance(value, (tuple, frozenset)):  # the order of which may count
+    if isinstance(value, (tuple, frozenset)):  # whose order may count
         return (kind, *map(_told, value))
     return (kind, value) if kind in _EQUAL else fingerprint(value)
 
@@ -499,7 +538,7 @@ def _reads_beyond(operands: tuple[Any, ...]) -> bool:
 
 
 def _counts_back(operands: tuple[Any, ...], texts: Set[str]) -> bool:
-    """Whether operands are parts of a text that are counted from its end."""
+    """Return whether an operand is a part of a text that is counted from its end."""
     for operand in operands:
         counted = False
         while isinstance(operand, (Viewed, Beyond)):
@@ -513,14 +552,14 @@ def _counts_back(operands: tuple[Any, ...], texts: Set[str]) -> bool:
 
 
 def _result(name: str) -> Viewed:
-    """The name of a result; its numbers may go on from segment to segment."""
+    """Return a reference to a result by its name, in which the numbers may advance from segment to segment."""
     parts = re.split(r"(?<!\d)(0|[1-9]\d*)(?!\d)", name)
     return Viewed("result", tuple(map(int, parts[1::2])), Named("#".join(parts[::2])))
 
 
 def _metadata(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-    """The metadata of tensors, which may change in place."""
-    with torch._C.DisableTorchFunction():  # asked for more often than anything is computed
+    """Return the metadata of tensors, which may change in place."""
+    with torch._C.DisableTorchFunction():  # read more often than anything is computed
         # What `FakeTensor.device` gives outside of operations, in half the time.
         return tuple(
             [(t.shape, t.dtype, t.fake_device if type(t) is FakeTensor else t.device, t.stride()) for t in tensors]
@@ -528,7 +567,7 @@ def _metadata(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
 
 
 def _repeats(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """For each tensor, the last place where the same one stands; empty if all are different."""
+    """Return the last place of each tensor among the tensors; an empty tuple if all are different."""
     ids = [*map(id, tensors)]
     if len(set(ids)) == len(ids):
         return ()
@@ -537,7 +576,14 @@ def _repeats(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
 
 
 class _Read(NamedTuple):
-    """Keys of one container or object, whose values stand next to each other in a list from ``start`` on."""
+    """The keys of one container or object, whose values are neighbours in a list.
+
+    Attributes:
+        owner: the container or object.
+        get: reads the value of a key.
+        keys: the keys.
+        start: where in the list their values begin.
+    """
 
     owner: Any
     get: Callable[[Any], Any]
@@ -555,11 +601,11 @@ class _Read(NamedTuple):
         return _Read(owner, functools.partial(getattr, owner), [], start)
 
 
-_Plains = dict[tuple[Any, ...], tuple[int, list[Any]]]  # their number, and what the ids in them are of, which stays
+_Plains = dict[tuple[Any, ...], tuple[int, list[Any]]]  # a number, and the objects whose ids are in the key, kept alive
 
 
 class _State:
-    """The attributes of a module and all below it, and the globals and closures the user's code names."""
+    """The attributes of a module and of all below it, and the globals and closures that the user's code names."""
 
     def __init__(self, module: nn.Module, everything: Iterable[Slot], plains: _Plains) -> None:
         shared = [
@@ -573,10 +619,10 @@ class _State:
             slot
             for slot in [*found, *shared]
             if not isinstance(slot.value, nn.Module)
-            and type(slot.value) is not nn.Parameter  # but what stands in for one
+            and type(slot.value) is not nn.Parameter  # a fake tensor for one stays
             and slot.key != "_non_persistent_buffers_set"  # a module's own record of its buffers' names
         ]
-        # Slots of one container are read together, and those of a dictionary only where it was written to since.
+        # Slots of one container are read together, and those of a dictionary only if it was written to since.
         self._slots.sort(key=lambda slot: id(slot.owner))
         self._reads: list[_Read] = []
         for start, slot in enumerate(self._slots):
@@ -597,14 +643,14 @@ class _State:
         self._sets = {id(value): (value, tuple(map(_told, value))) for value in sets}
         self._plains = plains
         self._plain = 0
-        self._said: list[Any] = []  # what tells each value but tensors
-        self._doubtful: set[int] = set()  # places whose values have to be looked at for changes that do not show
+        self._said: list[Any] = []  # the key of each value, None for tensors
+        self._doubtful: set[int] = set()  # places whose values are looked at each time: changes may not show
         self._hidden: set[int] = set()  # places of values whose changes do not show
         self._tensors: list[int] = []
         self.transparent = True  # whether changes of all that it holds show, see `_transparent`
 
     def whole(self) -> bool:
-        """Whether no attribute came or went, nor an element of a set."""
+        """Return whether no attribute came or went, nor an element of a set."""
         return self._sizes == [*map(len, self._owners)] and all(
             tuple(map(_told, value)) == items for value, items in self._sets.values()
         )
@@ -613,7 +659,10 @@ class _State:
         return [value for read in self._reads for value in map(read.get, read.keys)]
 
     def values(self) -> tuple[int, list[torch.Tensor]]:
-        """A number for the plain values and the identities of what is neither plain nor a tensor; and the tensors."""
+        """Read all places, and return a number for the values that are no tensors, and the tensors.
+
+        The number is the same if plain values are equal and all other objects are the same ones.
+        """
         now = self._before or [None] * len(self._slots)
         versions = [*map(dict_version, self._tables)]
         written = compress(self._versioned, map(operator.ne, versions, self._versions))
@@ -627,7 +676,7 @@ class _State:
         )
         for number, new in changed:
             now[number] = new
-        self._before, self._versions = now, versions  # as of before the places were read
+        self._before, self._versions = now, versions  # from before the places were read
         if not known:
             numbers = [number for number, _ in changed] if self._said else range(len(now))
             self._said = self._said or [None] * len(now)
@@ -641,7 +690,7 @@ class _State:
                 self._plains[key] = len(self._plains), objects
             self._plain, _ = self._plains[key]
             self._tensors = [i for i, value in enumerate(now) if isinstance(value, torch.Tensor)]
-            # Of an object that was not there before neither the content is known, nor that its id stays its own.
+            # The content of an object that was not there before is not known, and its id may be used again.
             for number in {*numbers, *self._doubtful}:
                 value = now[number]
                 shows = is_plain(value) or isinstance(value, torch.Tensor)
@@ -661,7 +710,7 @@ class _State:
         return id(value) in self._sets or _transparent(value)
 
     def changes(self) -> list[Slot]:
-        """The slots that hold something else since :meth:`values`."""
+        """Return the slots that hold another value since :meth:`values`."""
         after = self._current()
         return [
             slot._replace(value=new)
@@ -670,7 +719,7 @@ class _State:
         ]
 
     def apply(self, known: _Remembered, makes: list[torch.Tensor], operands: list[torch.Tensor]) -> None:
-        """Leave in the attributes what a remembered call left there."""
+        """Put into the attributes what a remembered call left there."""
         for slot, (kind, number) in known.tensors:
             slot.put(makes[number] if kind == "made" else operands[number])
         for slot in known.plain:
@@ -684,6 +733,6 @@ _SEEN = (
 
 
 def _transparent(value: object) -> bool:
-    """Whether a change of a value shows in its identity, in the slots of what it holds, or to the guard."""
+    """Return whether a change of a value is visible in its identity, in the slots of what it holds, or to the guard."""
     bare = type(value).__mro__[1:] == (object,) and hasattr(value, "__dict__") and not vars(value)
     return (isinstance(value, _SEEN) or is_record(value) or bare) and not is_opaque(value)

@@ -1,4 +1,4 @@
-"""What a run of the user's code left behind: results, attributes, and values in Python."""
+"""Results, attributes and values in Python that a run of the user's code left behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["describe_result", "describer_of", "left_behind"]
 
 
 def describer_of(session: Session, arguments: Arguments) -> Describer:
-    """What describes the things that a run makes.
+    """Return a describer of the values that a run makes.
 
     Args:
         session: the call.
@@ -33,14 +33,14 @@ def describer_of(session: Session, arguments: Arguments) -> Describer:
 
 
 def describe_result(result: Any, describer: Describer) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Describe what a run returned.
+    """Describe the value that a run returned.
 
     Args:
         result: what the user's code returned.
-        describer: for it.
+        describer: describes it.
 
     Returns:
-        How it is put together, and the tensors in it by name.
+        Its description, and the tensors in it by name.
 
     Raises:
         UntoldError: if it holds an object whose tensors cannot be told.
@@ -51,7 +51,7 @@ def describe_result(result: Any, describer: Describer) -> tuple[Any, dict[str, t
     def leaf(value: Any, name: str) -> Any:
         if not isinstance(value, torch.Tensor):
             return Plain(value, name)
-        count = names[name] = names.get(name, 0) + 1  # keys that are written alike
+        count = names[name] = names.get(name, 0) + 1  # different keys may be written alike
         name = name if count == 1 else f"{name}#{count}"
         tensors[name] = value
         return Ref(name)
@@ -62,16 +62,18 @@ def describe_result(result: Any, describer: Describer) -> tuple[Any, dict[str, t
 def left_behind(
     session: Session, result: Any, held: dict[str, torch.Tensor], describer: Describer
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], Any]:
-    """What a run leaves; to be called while stand-ins are installed.
+    """Collect what a run leaves behind.
+
+    It is to be called while fake tensors are installed.
 
     Args:
         session: the call.
         result: what the user's code returned.
-        held: the stand-in that each slot was given, by name.
-        describer: for what it returned.
+        held: the fake tensor that each slot was given, by name.
+        describer: describes what it returned.
 
     Returns:
-        The tensors by name, the plain values that it left in places, and how what it returned is put together.
+        The tensors by name, the plain values that it left in places, and the description of what it returned.
 
     Raises:
         UntoldError: if it returned an object whose tensors cannot be told.

@@ -1,4 +1,7 @@
-"""One capture of one call: stand-ins for every tensor in reach, the user's code run on them, everything put back."""
+"""A session for one capture of one call, which runs the user's code on fake tensors and puts everything back.
+
+Every tensor in reach gets a fake tensor in its place.
+"""
 
 from __future__ import annotations
 
@@ -52,10 +55,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Lifted:
-    """A tensor the user's code reaches other than through an argument.
+    """A tensor that the user's code reaches other than through an argument.
 
     Attributes:
-        names: every name it goes by, ``layers.3.A``; the first is the one shown.
+        names: every name it goes by, such as ``layers.3.A``; the first is the one shown.
         kind: ``"parameter"``, ``"buffer"`` or ``"state"``.
         tensor: the user's tensor.
     """
@@ -114,10 +117,10 @@ class Session:
         self.lifted = self._lift(self.snapshot.slots)
         self._index = {id(lifted.tensor): i for i, lifted in enumerate(self.lifted)}
         self._stand_ins: list[torch.Tensor] | None = None
-        self._requiring: list[tuple[torch.Tensor, bool]] = []  # what is installed, and what it required then
-        self.lost: str | None = None  # what the code was seen to do that no program does
-        self.drawn = False  # whether it drew random numbers in Python
-        self.ran: set[CodeType] | None = None  # the code that calls ran, where what it reads has to be known
+        self._requiring: list[tuple[torch.Tensor, bool]] = []  # installed tensors, and whether they required gradients
+        self.lost: str | None = None  # what the code was seen to do and no program does
+        self.drawn = False  # whether the code drew random numbers in Python
+        self.ran: set[CodeType] | None = None  # the code that calls ran, if it has to be known
         self.writes = False  # whether the code was seen to write to a tensor
 
     def _lift(self, slots: list[Slot]) -> list[Lifted]:
@@ -144,7 +147,7 @@ class Session:
             tables.add(id(self.function._modules))
         for slot in slots:
             first = self.modules.get(id(slot.value))
-            # A module that is registered twice has two names; one that a list holds too has the first it is met under.
+            # A module that is registered twice has two names. One that a list holds too has only its first name.
             if first is not None and first is not slot and {id(first.owner), id(slot.owner)} <= tables:
                 for named in (slot.value.named_parameters, slot.value.named_buffers):
                     for name, tensor in named(prefix=slot.name, remove_duplicate=False):
@@ -158,7 +161,7 @@ class Session:
 
     @functools.cached_property
     def known(self) -> frozenset[int]:
-        """The ids of what was there before the call."""
+        """The ids of the objects that existed before the call, except tensors and plain values."""
         values = (*self.roots.values(), *(slot.value for slot in self.snapshot.slots), *self.snapshot.owners())
         return frozenset(id(value) for value in values if not is_plain(value) and not isinstance(value, torch.Tensor))
 
@@ -168,28 +171,35 @@ class Session:
 
     @property
     def asks_for_gradients(self) -> bool:
-        """Whether the user's code asks tensors whether they require gradients, or says so."""
+        """Tell whether the user's code asks whether tensors require gradients, or sets it."""
         return not self._asked.isdisjoint(("requires_grad", "requires_grad_"))
 
     @property
     def asks_for_strides(self) -> bool:
-        """Whether the user's code asks how tensors lie in memory."""
+        """Tell whether the user's code asks how tensors lie in memory."""
         return not self._asked.isdisjoint(("is_contiguous", "stride", "storage_offset"))
 
     @property
     def tells_identity(self) -> bool:
-        """Whether the user's code asks whether two things are the same one."""
+        """Tell whether the user's code compares objects by identity."""
         return any(tells_identity(function.__code__) for function in self.code.functions)
 
     @property
     def fake_tensors(self) -> list[torch.Tensor]:
-        """Fake tensors for :attr:`lifted`, made once."""
+        """The fake tensors for :attr:`lifted`, made once."""
         if self._stand_ins is None:
             self._stand_ins = [self.fake_tensor(lifted.tensor) for lifted in self.lifted]
         return self._stand_ins
 
     def fake_tensor(self, tensor: torch.Tensor, shape: Sequence[int] | None = None) -> torch.Tensor:
-        """A fake tensor of a tensor's dtype and device, of its own shape and strides or laid out alike in another."""
+        """Make a fake tensor with a tensor's dtype, device and layout, in its shape or another one.
+
+        In place of the meta device it is on the CPU.
+
+        Args:
+            tensor: the tensor.
+            shape: the shape; the tensor's own, with the same strides, if it is None.
+        """
         device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
         shape = tuple(tensor.shape if shape is None else shape)
         with self.fake_mode:
@@ -202,7 +212,7 @@ class Session:
         return self._alike(made, tensor)
 
     def _alike(self, fake_tensor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-        """A stand-in that says of itself what the tensor would."""
+        """Make a fake tensor answer the user's code as the tensor would."""
         if isinstance(tensor, nn.Parameter):
             fake_tensor._is_param = True
         if tensor.requires_grad and self.asks_for_gradients and not torch.is_grad_enabled():
@@ -210,13 +220,17 @@ class Session:
         return stands_in(fake_tensor)
 
     def lifted_fake(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """What stands in for a tensor that is in an attribute, global or closure; None for any other."""
+        """Return the fake tensor for a tensor in an attribute, global or closure; None for any other tensor."""
         number = self._index.get(id(tensor))
         return None if number is None else self.fake_tensors[number]
 
     @contextlib.contextmanager
     def installed(self, values: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Replace every lifted tensor by another one, and on exit put everything back."""
+        """Replace every lifted tensor by another one, and on exit put everything back.
+
+        Args:
+            values: the other tensors, in the order of :attr:`lifted`.
+        """
         pairs = zip(self.lifted, values, strict=True)
         environment = dict(os.environ)
         mapping = {id(lifted.tensor): self._alike(value, lifted.tensor) for lifted, value in pairs}
@@ -253,19 +267,22 @@ class Session:
             yield
 
     def state(self) -> list[Slot]:
-        """Every slot as it is now: to be read while stand-ins are installed, after the user's code ran."""
+        """Return every slot as it is now.
+
+        It is to be read while fake tensors are installed.
+        """
         return walk(self.roots, self.without)
 
     def all_modules(self) -> list[nn.Module]:
-        """Every module in reach, the function itself included."""
+        """Return every module in reach, the function itself included."""
         found = [slot.value for slot in self.modules.values()]
         return [self.function, *found] if isinstance(self.function, nn.Module) else found
 
     def held(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What each place that holds a tensor holds before the user's code runs, by name.
+        """Return the tensor that each place holds before the user's code runs, by name, for places of tensors.
 
         Args:
-            values: what is installed.
+            values: the tensors that are installed.
         """
         return {
             slot.name: values[self._index[id(slot.value)]]
@@ -274,12 +291,13 @@ class Session:
         }
 
     def refuse_unseen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse what code reads and no guard can see; to be called once, before anything is traced.
+        """Refuse code that reads what no guard can see.
 
-        Where code names such a thing, a call tells whether it runs. Later calls are watched then, too.
+        It is to be called once, before anything is traced. If the code names such a thing, a call shows whether that
+        code runs. Later calls are watched then, too.
 
         Args:
-            args, kwargs: arguments with stand-ins for tensors.
+            args, kwargs: arguments with fake tensors.
 
         Raises:
             UntoldError: with what it is.
@@ -294,7 +312,10 @@ class Session:
             self.call(args, kwargs)
 
     def _unseen(self) -> str | None:
-        """What the code can read and no guard can see, of what has run if that is known."""
+        """Describe something that the code can read and no guard can see; return None if there is nothing.
+
+        If the code that has run is known, only that counts.
+        """
         slots, functions = self.snapshot.slots, self.code.functions
         if self.ran is not None:
             slots = walk(self.roots, self.without, self.ran)
@@ -303,7 +324,11 @@ class Session:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """Note the code that runs, and refuse it if it reads what no guard can see."""
+        """Note the code that runs, and refuse it if it reads what no guard can see.
+
+        Raises:
+            UntoldError: with what it reads.
+        """
         if self.ran is None:
             yield
             return
@@ -320,7 +345,7 @@ class Session:
             raise _refused_unseen(hidden)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the user's code under stand-ins.
+        """Run the user's code under fake tensors.
 
         Raises:
             RmtcError: whatever the user's code raised, with the place and the reason.
@@ -329,7 +354,7 @@ class Session:
             args, kwargs = pytree.tree_map_only(Iterator, unmoved, (args, kwargs))
         flags = _compiler_flags() if self._asked.isdisjoint(_OF_COMPILERS) else contextlib.nullcontext()
         try:
-            with flags, quiet_fakes():  # an error is raised: it need not be logged
+            with flags, quiet_fakes():  # an error is raised, so torch need not log it
                 drawn, environment, ambient = self.snapshot.random_state(), dict(os.environ), Ambient()
                 with self._watched():
                     result = self._call_user(args, kwargs)
@@ -344,14 +369,17 @@ class Session:
                 return result
         except RmtcError:
             raise
-        except (Exception, SystemExit) as error:  # a longer text may be one for which the code ends the process
+        except (Exception, SystemExit) as error:  # the code may end the process for a longer text
             if raised_by_signal(error):
                 raise
             _clear(error)
             raise translate(error) from error
 
     def _note_drawn(self, before: list[bytes]) -> None:
-        """A number that Python draws is another one in each call, and would stay the same in a captured one."""
+        """Note whether the code drew a random number in Python.
+
+        It is another number in each call, and would stay the same in a captured one.
+        """
         if self.snapshot.random_state() != before:
             self.drawn = True
 
@@ -400,7 +428,7 @@ def _refuse_unknown(name: str, tensor: torch.Tensor) -> None:
 
 
 def _strides(tensor: torch.Tensor, shape: Sequence[int]) -> list[int]:
-    """Strides for another shape: in the same order, with gaps and repeats where the tensor has them."""
+    """Return strides for another shape, with the order of a tensor's dimensions, and its gaps and repeats."""
     made = [0] * tensor.ndim
     step = dense = 1
     for dim in sorted(range(tensor.ndim), key=lambda dim: (tensor.stride(dim), -dim)):
@@ -418,7 +446,7 @@ _OF_COMPILERS = ("is_compiling", "is_dynamo_compiling", "is_exporting")
 
 @contextlib.contextmanager
 def _compiler_flags() -> Iterator[None]:
-    """What `torch.export` sets while it runs a forward, so that libraries take their traceable paths."""
+    """Set the flags that `torch.export` sets while it runs a forward, so that libraries take their traceable paths."""
     compiler: Any = torch.compiler
     before = compiler._is_compiling_flag, compiler._is_exporting_flag
 
@@ -433,7 +461,7 @@ def _compiler_flags() -> Iterator[None]:
 def _clear(error: Exception | SystemExit) -> None:
     """Clear the frames that an error of a transform of torch.func has come through.
 
-    What it keeps in them sets torch's state once more when it goes, whenever that is.
+    Objects in these frames set torch's state once more when they are freed, whenever that is.
     """
     at = error.__traceback__
     while at is not None:
@@ -444,7 +472,7 @@ def _clear(error: Exception | SystemExit) -> None:
 
 
 def translate(error: Exception | SystemExit) -> RmtcError:
-    """An exception of the user's code under stand-ins as one of ours."""
+    """Translate an exception that the user's code raised under fake tensors into an error of rmtc's."""
     location = traceback_location(error.__traceback__)
     text = brief(error)
     if isinstance(error, DataDependentOutputException):
@@ -479,7 +507,7 @@ def translate(error: Exception | SystemExit) -> RmtcError:
 
 
 def backward_refusal(location: Location | None) -> RefusedError:
-    """For a forward that asks for gradients."""
+    """Return the refusal of a forward that computes gradients."""
     return RefusedError(
         "the forward calls backward or grad: its gradients are part of the result, which rmtc does not reschedule",
         location=location,

@@ -1,7 +1,7 @@
-"""The Python state a call can see or change: found, snapshotted, restored by identity and content.
+"""The Python state that a call can see or change, which is found, saved, and restored by identity and content.
 
-Tensors live in parameters, buffers, plain attributes, containers, closures and globals. A capture replaces all of
-them by stand-ins, lets the user's forward run, reads what it left behind, and puts everything back.
+Tensors live in parameters, buffers, plain attributes, containers, closures and globals. A capture replaces all of them
+by fake tensors, lets the user's forward run, reads what it left behind, and puts everything back.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ __all__ = [
 _LIBRARIES = ("torch", "transformers", "numpy", "einops", "einx", "rmtc.")  # and Python's own
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 _MODULE_TABLES = ("_parameters", "_buffers", "_modules")
-_HEAP = 1 << 9  # of a type's flags: it was made by Python, so that its objects may be more than data, or change class
+_HEAP = 1 << 9  # flag of a class that Python code made: its objects may be more than data, or change class
 _Cached = functools._lru_cache_wrapper
 
 
-MISSING: Any = object()  # stands for what a place holds that is no longer there
+MISSING: Any = object()  # in place of the value of a place that is no longer there
 
 
 class Slot(NamedTuple):
@@ -77,7 +77,8 @@ class Slot(NamedTuple):
         name: its path.
         owner, key, value: as they were when it was found.
         parent: the place through which its owner was reached; None if the owner is there for good.
-        table: the attribute of what is in the parent, ``__dict__``, that is the owner; empty if that itself is.
+        table: the attribute of the parent's value that is the owner, such as ``__dict__``; empty if the value itself
+            is.
     """
 
     name: str
@@ -88,14 +89,17 @@ class Slot(NamedTuple):
     table: str = ""
 
     def home(self) -> Any:
-        """The container or object in which this place is now: a tuple or list may have been replaced by another."""
+        """Return the container or object that this place is in now.
+
+        Another tuple or list may have replaced the one that it was found in.
+        """
         if self.parent is None:
             return self.owner
         held = self.parent.get()
         return getattr(held, self.table, MISSING) if self.table else held
 
     def get(self) -> Any:
-        """What is here now; :data:`MISSING` if nothing is."""
+        """Return the value that is here now; :data:`MISSING` if there is none."""
         home = self.home()
         if isinstance(home, (dict, types.MappingProxyType)):
             return home.get(self.key, MISSING)
@@ -109,7 +113,7 @@ class Slot(NamedTuple):
             return MISSING
 
     def path(self) -> Iterator[Slot]:
-        """The places through which this one is reached, the nearest first."""
+        """Yield the places through which this one is reached, the nearest first."""
         slot = self.parent
         while slot is not None:
             yield slot
@@ -129,7 +133,10 @@ class Slot(NamedTuple):
 
 
 def is_plain(value: object) -> bool:
-    """Whether a value is data and no more: what :func:`fingerprint` gives says all of it, and it holds no tensor."""
+    """Return whether a value is data and no more.
+
+    Its :func:`fingerprint` then says all of it, and it holds no tensor.
+    """
     kind = type(value)
     if kind in _PLAIN:
         return True
@@ -139,25 +146,31 @@ def is_plain(value: object) -> bool:
 
 
 def is_closed(value: object) -> bool:
-    """Whether a value is plain and nothing in it can change: what a member of an Enum holds may be set from outside."""
+    """Return whether a value is plain and nothing in it can change.
+
+    A member of an Enum is not closed, since what it holds may be set from outside.
+    """
     if isinstance(value, Enum) or not is_plain(value):
         return False
     return not isinstance(value, (tuple, frozenset)) or all(map(is_closed, value))
 
 
 def _numpy_scalars() -> tuple[type, ...]:
-    """numpy's numbers; its other scalars may hold memory that is written to."""
+    """Return the classes of numpy's numbers; its other scalars may hold memory that is written to."""
     numpy = sys.modules.get("numpy")
     return () if numpy is None else (numpy.number, numpy.bool_)
 
 
 def _is_named(kind: type) -> bool:
-    """Whether a class of tuples is one of named tuples, without attributes of its own."""
+    """Return whether a class of tuples is a named tuple without attributes of its own."""
     return hasattr(kind, "_fields") and not kind.__dictoffset__
 
 
 def fingerprint(value: Any) -> Hashable:
-    """What tells a plain value from others: -0.0 is not 0.0, nor True 1."""
+    """Return a key that tells a plain value from all others.
+
+    The keys of 0.0 and -0.0 differ, and so do those of 1 and True.
+    """
     if isinstance(value, Enum):
         return type(value), id(value)
     if isinstance(value, (tuple, frozenset)) and type(value) is not torch.Size:
@@ -175,7 +188,7 @@ def _from_library(module: str | None) -> bool:
 
 @functools.cache
 def _knows_torch(package: str) -> bool:
-    """Whether a package may hold tensors: the user's own files, and installed packages that import torch."""
+    """Return whether a package may hold tensors: one of the user's own, or an installed one that imports torch."""
     loaded = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == package]
     return not _is_installed(package) or any("torch" in getattr(module, "__dict__", {}) for module in loaded)
 
@@ -187,23 +200,26 @@ def _is_installed(package: str) -> bool:
 
 
 def _file_of(function: types.FunctionType) -> str | None:
-    """The module in which a function's names are looked up: a decorator copies ``__module__`` to what it returns."""
+    """Return the name of the module in which a function's names are looked up.
+
+    Its ``__module__`` may be another one, which a decorator copied from the function that it wraps.
+    """
     name = function.__globals__.get("__name__")
     return name if isinstance(name, str) else function.__module__
 
 
 def _is_walked(kind: type) -> bool:
-    """Whether a class that a function names is looked into: one of the user's own, not of an installed package."""
+    """Return whether to look into a class that a function names: one of the user's own, not of an installed package."""
     return _is_users(kind.__module__)
 
 
 def _is_users(module: str) -> bool:
-    """Whether a file is one of the user's own."""
+    """Return whether a module is one of the user's own, neither a library's nor of an installed package."""
     return not _from_library(module) and not _is_installed(module.partition(".")[0])
 
 
 def _makes_items(table: dict[Any, Any]) -> bool:
-    """Whether a dictionary makes what it is asked for, as transformers' table of activations does."""
+    """Return whether a dictionary makes the items it is asked for, as transformers' table of activations does."""
     if type(table).__getitem__ is dict.__getitem__ or not table:
         return False
     key = next(iter(dict.keys(table)))
@@ -211,7 +227,7 @@ def _makes_items(table: dict[Any, Any]) -> bool:
 
 
 def _unwrap(function: Any) -> Any:
-    """What runs behind a method, property, partial or cached function."""
+    """Return the function that runs behind a method, property, partial or cached function."""
     while True:
         if isinstance(function, (types.MethodType, staticmethod, classmethod)):
             function = function.__func__
@@ -226,7 +242,11 @@ def _unwrap(function: Any) -> Any:
 
 
 def state_functions(function: Any, seen: set[int] | None = None) -> Iterator[types.FunctionType]:
-    """The user's functions that a function can reach by name: itself, those in its closure, those in its globals."""
+    """Yield the user's functions that a function can reach by name.
+
+    These are the function itself, and those in its closure and its globals. It also looks through the functions of
+    libraries that it names, for functions in their closures.
+    """
     seen = set() if seen is None else seen
     if isinstance(function, property):
         for each in (function.fget, function.fset, function.fdel):
@@ -246,7 +266,7 @@ def state_functions(function: Any, seen: set[int] | None = None) -> Iterator[typ
 
 @functools.cache
 def _names(code: types.CodeType) -> tuple[str, ...]:
-    """The globals and attributes that code names, also in strings, as ``getattr`` takes them."""
+    """Return the names of globals and attributes in code, also those in strings, as ``getattr`` takes them."""
     names = list(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -258,7 +278,10 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 
 @functools.cache
 def _loaded(code: types.CodeType) -> tuple[str, ...]:
-    """The globals that code names: attributes of the same name are none."""
+    """Return the names of globals in code, without attributes of the same name.
+
+    The modules that code itself imports are among them.
+    """
     steps = dis.get_instructions(code)
     names = [step.argval for step in steps if step.opname.partition("_")[2] in ("GLOBAL", "NAME")]
     for constant in code.co_consts:
@@ -269,7 +292,7 @@ def _loaded(code: types.CodeType) -> tuple[str, ...]:
 
 @functools.cache
 def _imports(code: types.CodeType) -> tuple[tuple[str, int], ...]:
-    """The modules that code itself imports: name and level."""
+    """Return the modules that code itself imports, each as name and level."""
     found: list[tuple[str, int]] = []
     before: list[Any] = []
     for step in dis.get_instructions(code):
@@ -285,7 +308,7 @@ def _imports(code: types.CodeType) -> tuple[tuple[str, int], ...]:
 
 @functools.cache
 def tells_identity(code: types.CodeType) -> bool:
-    """Whether code asks whether two things are the same one, but for constants."""
+    """Return whether code compares objects by identity, other than with constants."""
     before = ""
     for step in dis.get_instructions(code):
         if step.opname == "IS_OP" and before != "LOAD_CONST":
@@ -297,12 +320,12 @@ def tells_identity(code: types.CodeType) -> bool:
 
 
 def imported(functions: Sequence[types.FunctionType]) -> set[int]:
-    """The ids of the modules that functions import when they run, as far as they are there."""
+    """Return the ids of the modules that functions import when they run, as far as they are loaded."""
     return {id(module) for function in functions for _, module in _imported(function)}
 
 
 def _imported(function: types.FunctionType) -> Iterator[tuple[str, types.ModuleType]]:
-    """The modules that a function imports when it runs, as far as they are there, and the packages they are in."""
+    """Yield the modules that a function imports when it runs, and their packages, as far as they are loaded."""
     for name, level in _imports(function.__code__):
         if level:
             package = str(function.__globals__.get("__package__") or "").split(".")
@@ -315,7 +338,10 @@ def _imported(function: types.FunctionType) -> Iterator[tuple[str, types.ModuleT
 
 
 def _spaces(function: types.FunctionType) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Where the names of a function are looked up, its own file first: names and values, and whether a library's."""
+    """Yield the namespaces in which a function's names are looked up, that of its own file first.
+
+    Each has its names and values, and whether it is a library's.
+    """
     names = _names(function.__code__)
     held = [_contents(cell) for cell in function.__closure__ or ()]
     modules: list[types.ModuleType | None] = [None, *(module for _, module in _imported(function))]
@@ -330,7 +356,10 @@ def _spaces(function: types.FunctionType) -> Iterator[tuple[dict[str, Any], bool
 
 
 def _globals(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], Any]]:
-    """The globals a function names, of its own file and of the user's modules: name, where it is, value."""
+    """Yield the globals that a function names, of its own file and of the user's modules, without modules.
+
+    Each is a name, the namespace it is in, and a value.
+    """
     return _named_in(function, _spaces(function))
 
 
@@ -345,7 +374,10 @@ def _named_in(
 
 
 def _modules(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], types.ModuleType]]:
-    """The modules in which a function looks names up, but for those in its closure: name, where it is, module."""
+    """Yield the modules in which a function looks names up, except those in its closure.
+
+    Each is a name, the namespace it is in, and the module.
+    """
     for name, module in _imported(function):
         yield name, sys.modules, module
     for space, _ in _spaces(function):
@@ -355,13 +387,16 @@ def _modules(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any]
 
 
 def _builtins(function: Any) -> dict[str, Any]:
-    """Where a function finds the names that are in no file."""
+    """Return the namespace where a function finds the names that are in no file."""
     space: dict[str, Any] = function.__builtins__
     return space
 
 
 def _absent(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The names that a function looks up, in its own file and in the user's modules, where there is none yet."""
+    """Yield the names that a function looks up, in its own file and in the user's modules, where there is none yet.
+
+    Each is a name and the namespace that lacks it.
+    """
     builtin = _builtins(function)
     for space, library in _spaces(function):
         own = space is function.__globals__
@@ -373,7 +408,10 @@ def _absent(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def _of_libraries(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], Any]]:
-    """The functions, classes and constants of libraries' modules that a function names: name, where it is, value."""
+    """Yield the functions, classes and constants of libraries' modules that a function names.
+
+    Each is a name, the namespace it is in, and a value.
+    """
     for space, library in _spaces(function):
         for name in _names(function.__code__) if library else ():
             if name in space and (callable(space[name]) or is_plain(space[name])):
@@ -381,13 +419,13 @@ def _of_libraries(function: types.FunctionType) -> Iterator[tuple[str, dict[str,
 
 
 class Code(NamedTuple):
-    """What the user's code is made of, as far as a call may use it.
+    """The parts of the user's code that a call may use.
 
     Attributes:
         functions: every function of the user's.
-        named: the functions, classes and modules that they name as globals, of libraries constants too, and what they
-            name of Python's own: name, where it is, value.
-        absent: the names that they look up where there is none yet: name, and where it would be.
+        named: the functions, classes and modules that they name as globals, the constants of libraries, and the
+            builtins. Each is a name, the namespace it is in, and a value.
+        absent: the names that they look up where there is none yet. Each is a name and the namespace that lacks it.
         classes: the user's classes that they name, and those whose objects are in reach.
     """
 
@@ -398,10 +436,11 @@ class Code(NamedTuple):
 
 
 def user_code(roots: dict[str, Any], slots: Sequence[Slot]) -> Code:
-    """The user's code that a call may run.
+    """Find the user's code that a call may run.
 
     Args:
-        roots, slots: what was given to :func:`walk`, and what it found.
+        roots: what was given to :func:`walk`.
+        slots: what it found.
     """
     seen: set[int] = set()
     values = [*roots.values(), *(slot.value for slot in slots)]
@@ -438,13 +477,13 @@ def user_code(roots: dict[str, Any], slots: Sequence[Slot]) -> Code:
 
 
 def _bases(kind: type) -> tuple[type, ...]:
-    """The classes in which a class looks up its attributes: its own, and those of its metaclass."""
+    """Return the classes in which a class looks up its attributes: its own, and those of its metaclass."""
     of_class: type = type(kind)
     return (*kind.__mro__, *of_class.__mro__)
 
 
 def names_of(function: types.FunctionType) -> tuple[str, ...]:
-    """The globals and attributes that a function's code names."""
+    """Return the names of globals and attributes in a function's code."""
     return _names(function.__code__)
 
 
@@ -456,27 +495,28 @@ _OPAQUE = (
 _ITERATORS = ("itertools", "builtins")
 _VIEWS: tuple[type, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
 _RECORDS = (types.SimpleNamespace, argparse.Namespace, functools.partial)
-_FOREIGN = ("array", "ctypes", "_ctypes", "multiprocessing.sharedctypes")  # memory that has no slots
+_FOREIGN = ("array", "ctypes", "_ctypes", "multiprocessing.sharedctypes")  # of classes whose memory has no slots
 
 
 def is_opaque(value: object) -> bool:
-    """Whether a value changes without a trace in what :func:`walk` finds."""
+    """Return whether a value can change without a trace in what :func:`walk` finds."""
     kind = type(value)
     if issubclass(kind, _OPAQUE) or (hasattr(kind, "__next__") and kind.__module__ in _ITERATORS):
         return True
     if isinstance(value, dict) and _makes_items(value) and not _from_library(kind.__module__):
         return True
-    if isinstance(value, (list, dict, deque, set)) and _members(value):  # an item or an attribute?
+    if isinstance(value, (list, dict, deque, set)) and _members(value):  # a slot would not tell items from attributes
         return True
     return any(base.__module__ in _FOREIGN for base in kind.__mro__) and not isinstance(value, type)
 
 
 def unseen(roots: dict[str, Any], slots: Sequence[Slot], functions: Sequence[types.FunctionType]) -> str | None:
-    """What the user's code can read and no guard can see; None if there is nothing.
+    """Describe something that the user's code can read and no guard can see; return None if there is nothing.
 
     Args:
-        roots, slots: what was given to :func:`walk`, and what it found.
-        functions: those of the user's that a call may run.
+        roots: what was given to :func:`walk`.
+        slots: what it found.
+        functions: the user's functions that a call may run.
     """
     for name, value in (*roots.items(), *((slot.name, slot.value) for slot in slots)):
         for each in _held_by(value):
@@ -494,7 +534,7 @@ def unseen(roots: dict[str, Any], slots: Sequence[Slot], functions: Sequence[typ
 
 
 def _held_by(value: object, seen: Set[int] = frozenset()) -> Iterator[object]:
-    """A value, and what is behind it, also through partial functions and static methods."""
+    """Yield a value, and the objects behind it, also through partial functions and static methods."""
     if id(value) in seen:
         return
     yield value
@@ -508,7 +548,7 @@ def _held_by(value: object, seen: Set[int] = frozenset()) -> Iterator[object]:
 
 
 def _behind(value: object) -> Iterator[object]:
-    """What a builtin method is bound to, what a weak reference refers to, what a read-only view shows."""
+    """Yield the object that a builtin method is bound to, a weak reference refers to, or a read-only view shows."""
     if isinstance(value, (types.BuiltinMethodType, types.MethodWrapperType)):
         if not isinstance(value.__self__, (types.ModuleType, type(None), type)) and not is_plain(value.__self__):
             yield value.__self__
@@ -525,11 +565,14 @@ def _contents(cell: types.CellType) -> Any:
         return None
 
 
-_OF_ENUMS = frozenset({"_value2member_map_", "_inverted_"})  # where Flag keeps what it has made of its members
+_OF_ENUMS = frozenset({"_value2member_map_", "_inverted_"})  # where Flag keeps values made of its members
 
 
 class _Walk:
-    """What a walk has found so far: no closures, which would hold each other, and all of it, until a collection."""
+    """The state of a walk, with all that it has found so far.
+
+    It is a class because closures would hold each other, and all that was found, until a garbage collection.
+    """
 
     def __init__(self, without: Set[int], ran: Set[types.CodeType] | None) -> None:
         self.ran = ran
@@ -538,7 +581,7 @@ class _Walk:
         self.seen: set[int] = set(without)
         self.functions: set[int] = set()
         self.classes: list[type] = []
-        self.spaces: dict[int, tuple[dict[str, Any], set[str]]] = {}  # where functions look names up, and which
+        self.spaces: dict[int, tuple[dict[str, Any], set[str]]] = {}  # namespaces, and the names looked up there
         self.places: set[tuple[int, Any]] = set()
         self.names: dict[str, int] = {}
         self.queue: deque[tuple[str, Any, Slot | None]] = deque()
@@ -583,13 +626,15 @@ class _Walk:
                 for function in state_functions(attribute, self.functions):
                     self.add_function(function)
                 bound = hasattr(type(attribute), "__get__") and not isinstance(attribute, _Cached)
-                bound = bound and not is_record(attribute)  # a descriptor of the user's keeps what it likes
+                bound = bound and not is_record(attribute)  # a descriptor of the user's may keep anything
                 if not (key.startswith("__") or key in _OF_ENUMS or isinstance(attribute, type) or bound):
                     self.add(f"{base.__qualname__}.{key}", base, key, attribute)
 
 
 def walk(roots: dict[str, Any], without: Set[int] = frozenset(), ran: Set[types.CodeType] | None = None) -> list[Slot]:
-    """Every slot reachable from the roots, each place once, in a stable order; no two have the same name.
+    """Return every slot that is reachable from the roots, each place once.
+
+    The order is stable, and no two slots have the same name.
 
     Args:
         roots: values by name: modules, functions, containers, objects. The name ``""`` gives module paths as
@@ -643,7 +688,7 @@ def _walked(roots: dict[str, Any], without: Set[int], ran: Set[types.CodeType] |
             queue.extend((f"{dot}{key}", getattr(value, key), None) for key in ("func", "args", "keywords"))
         elif behind := [*_behind(value)]:
             queue.extend((name, each, None) for each in behind)
-        if is_record(value) and not isinstance(value, nn.Module):  # a list of a class of its own, too
+        if is_record(value) and not isinstance(value, nn.Module):  # also a list of a subclass
             for key, item in list(getattr(value, "__dict__", {}).items()):
                 table = "__dict__" if type(value.__dict__) is dict else ""
                 if key not in _OF_ENUMS:
@@ -655,7 +700,7 @@ def _walked(roots: dict[str, Any], without: Set[int], ran: Set[types.CodeType] |
 
 
 def _lacks_tables(module: nn.Module) -> bool:
-    """Whether a module has no dictionaries of its own for what it holds, as those of TorchScript have none."""
+    """Return whether a module has no dictionaries of its own for what it holds, like the modules of TorchScript."""
     return not all(isinstance(module.__dict__.get(table), dict) for table in _MODULE_TABLES)
 
 
@@ -681,13 +726,13 @@ def _members_of(kind: Any) -> list[tuple[str, types.MemberDescriptorType]]:
 
 
 def _members(value: object) -> list[tuple[str, types.MemberDescriptorType]]:
-    """The attributes that an object may have in ``__slots__``."""
+    """Return the attributes that an object may have in ``__slots__``, each as its name and descriptor."""
     kind: Any = type(value)
     return _members_of(kind)
 
 
 def is_set(value: object, member: types.MemberDescriptorType) -> bool:
-    """Whether an object has the attribute of a place in ``__slots__``."""
+    """Return whether an object has the attribute of a descriptor in ``__slots__``."""
     try:
         member.__get__(value)
     except AttributeError:
@@ -696,29 +741,32 @@ def is_set(value: object, member: types.MemberDescriptorType) -> bool:
 
 
 def slot_names(value: object) -> list[str]:
-    """The attributes of an object that are in ``__slots__``, not in ``__dict__``."""
+    """Return the names of an object's attributes that are in ``__slots__``, not in ``__dict__``."""
     return [key for key, member in _members(value) if is_set(value, member)]
 
 
 def unset_slots(value: object) -> list[tuple[str, types.MemberDescriptorType]]:
-    """The attributes that an object may have in ``__slots__`` and has not."""
+    """Return the attributes that an object may have in ``__slots__`` and does not have."""
     return [(key, member) for key, member in _members(value) if not is_set(value, member)]
 
 
 def is_record(value: Any) -> bool:
-    """Whether an object's attributes are state: a config, a cache, a dataclass, a member of an Enum of the user's."""
+    """Return whether an object's attributes are state.
+
+    That is so for a config, a cache, a dataclass, or a member of an Enum of the user's.
+    """
     if isinstance(value, torch.Tensor) or not (hasattr(value, "__dict__") or _members(value)):
         return False
     if isinstance(value, _RECORDS) or type(value).__module__ in ("collections", "configparser"):
-        return type(value) is not OrderedDict  # of which every module has ten
+        return type(value) is not OrderedDict  # every module has ten of them
     if type(value).__module__.startswith("rmtc.") and not type(value).__module__.startswith("rmtc.examples"):
-        return False  # what stands in for a compiled function's call
-    if type(value).__module__.startswith("torch._"):  # torch's own: what it keeps of a custom operator, of a compiler
+        return False  # rmtc's own, in place of a compiled function's call
+    if type(value).__module__.startswith("torch._"):  # torch's own, of a custom operator or a compiler
         return False
     return type(value).__module__.partition(".")[0] not in sys.stdlib_module_names
 
 
-_EMPTY = object()  # stands for what a cell or attribute that is not bound holds
+_EMPTY = object()  # in place of the content of a cell that is not bound
 
 
 class Held(NamedTuple):
@@ -730,7 +778,7 @@ class Held(NamedTuple):
 
     @staticmethod
     def of(value: Any) -> Held | None:
-        """None for what can have no other class or dictionary."""
+        """Return a value with its class and dictionary; None if it can get no other class or dictionary."""
         if isinstance(value, torch.Tensor) or is_plain(value):
             return None
         table = next((each for each in _tables(value) if type(each) is dict and each is vars(value)), None)
@@ -744,11 +792,11 @@ class _Saved:
 
 
 def _content(owner: Any) -> Any:
-    """What is in a container; None if its content is put back place by place."""
+    """Return the content of a container; None if its content is put back place by place."""
     if isinstance(owner, types.CellType):
         return owner.cell_contents if _is_bound(owner) else _EMPTY
     if isinstance(owner, dict):
-        return None if "__builtins__" in owner or _makes_items(owner) else dict(owner)  # not a file's globals
+        return None if "__builtins__" in owner or _makes_items(owner) else dict(owner)  # a file's globals one by one
     if isinstance(owner, (list, deque)):
         return list(owner)
     return set(owner) if isinstance(owner, set) else None
@@ -762,7 +810,7 @@ def _is_bound(cell: types.CellType) -> bool:
 
 
 class Snapshot:
-    """Attributes and containers as they were, to be restored by identity and content.
+    """A copy of attributes and containers as they were, from which they are restored by identity and content.
 
     Args:
         roots, without: see :func:`walk`.
@@ -773,8 +821,8 @@ class Snapshot:
     Attributes:
         slots: every place.
         plain: the plain values by name.
-        arrays: numpy arrays in reach, with what they held.
-        objects: all that may change its class or the dictionary of its attributes.
+        arrays: numpy arrays in reach, with copies of what they held.
+        objects: the objects whose class or dictionary of attributes may change.
     """
 
     def __init__(self, roots: dict[str, Any], without: Set[int] = frozenset()) -> None:
@@ -818,20 +866,23 @@ class Snapshot:
         self._classes = [(kind, frozenset(vars(kind))) for kind in found.classes]
 
     def _grew(self) -> bool:
-        """Whether a name that code in reach looks up is in another file than it was, or a class has other names."""
+        """Return whether a namespace gained or lost a name that code in reach looks up.
+
+        A class in reach that gained or lost any attribute counts, too.
+        """
         return any(
             dict_version(space) != version and names & space.keys() != found
             for space, version, names, found in self._spaces
         ) or any(vars(kind).keys() != names for kind, names in self._classes)
 
     def present(self) -> Callable[[], None] | None:
-        """What puts back what :meth:`restore` is about to change.
+        """Return a function that puts back what :meth:`restore` is about to change.
 
-        Only what was in reach of the snapshot is looked at, which is all that :meth:`restore` changes and all that code
+        Only what was in reach of the snapshot is looked at. That is all that :meth:`restore` changes, and all that code
         that begins from there can reach.
 
         Returns:
-            None if more was changed since than this can tell.
+            The function; None if more was changed since than this can tell.
         """
         if self._grew() or any(is_set(value, member) for value, member in self._unset):
             return None
@@ -850,22 +901,22 @@ class Snapshot:
         return now.restore
 
     def owners(self) -> list[Any]:
-        """The containers and objects that hold state."""
+        """Return the containers and objects that hold state."""
         return [*(saved.owner for saved in self._saved), *(slot.owner for slot in self._places)]
 
     def random_state(self) -> list[bytes]:
-        """Where random numbers are: Python's, numpy's, those of generators in reach; of torch's the seed."""
+        """Return the states of random generators: Python's, numpy's and those in reach; of torch only the seed."""
         numpy = sys.modules.get("numpy")
         common = [pickle.dumps(random.getstate()), pickle.dumps(torch.random.initial_seed())]
         common += [pickle.dumps(numpy.random.get_state())] if numpy is not None else []
         return [*common, *map(_generator_state, self._generators)]
 
     def sets(self) -> Iterator[tuple[set[Any], set[Any]]]:
-        """Sets in reach, with what they held."""
+        """Return the sets in reach, each with what it held."""
         return ((saved.owner, saved.content) for saved in self._saved if isinstance(saved.owner, set))
 
     def lost(self) -> str | None:
-        """What was changed since that no place shows; None if nothing was."""
+        """Describe a change since the snapshot that no place shows; return None if there is none."""
         for value, kind, table in self.objects:
             if type(value) is not kind:
                 return f"the call changes the class of an object ({kind.__qualname__})"
@@ -896,11 +947,11 @@ class Snapshot:
                     del owner.cell_contents
             elif isinstance(owner, dict):
                 same = len(owner) == len(content) and all(
-                    mine == key and now is value  # not looked up: the hash of a key may be another one now
+                    mine == key and now is value  # not looked up: a key may have another hash now
                     for (mine, now), (key, value) in zip(owner.items(), content.items(), strict=True)
                 )
                 if not same:
-                    table = OrderedDict if isinstance(owner, OrderedDict) else dict  # a class of its own may forbid it
+                    table = OrderedDict if isinstance(owner, OrderedDict) else dict  # a subclass may forbid it
                     table.clear(owner)
                     table.update(owner, content)
             elif isinstance(owner, set):
@@ -926,7 +977,7 @@ class Snapshot:
 
 
 def refill(owner: list[Any] | deque[Any], items: Iterable[Any]) -> None:
-    """Put other items into a list, past what a class of its own does when items come in."""
+    """Replace the items of a list or deque, past what a subclass does when items come in."""
     kind: Any = deque if isinstance(owner, deque) else list
     kind.clear(owner)
     kind.extend(owner, items)
@@ -953,12 +1004,12 @@ def _set_generator_state(generator: Any, state: bytes) -> None:
 
 
 def _bits(generator: Any) -> Any:
-    """The bit generator of one of numpy's generators, old or new."""
+    """Return the bit generator of one of numpy's generators, old or new."""
     return generator._bit_generator if hasattr(generator, "_bit_generator") else generator.bit_generator
 
 
 def _tables(value: Any) -> tuple[Any, ...]:
-    """The dictionaries in which an object's attributes are, also those that hold none yet."""
+    """Return the dictionaries that an object's attributes are in, also those that hold none yet."""
     if isinstance(value, nn.Module):
         return (value.__dict__, *(value.__dict__[table] for table in _MODULE_TABLES))
     if isinstance(value, types.FunctionType) or is_record(value):
@@ -967,7 +1018,10 @@ def _tables(value: Any) -> tuple[Any, ...]:
 
 
 def paths_of(slots: Sequence[Slot]) -> dict[int, tuple[Slot, str]]:
-    """How each container and object in some places is reached, by its id: the first place, and the table in there."""
+    """Return the first place that leads to each container and object in some places, by its id.
+
+    With the place comes the table of its value that is the container, see :class:`Slot`.
+    """
     paths: dict[int, tuple[Slot, str]] = {}
     for slot in slots:
         if isinstance(slot.value, nn.Module):
@@ -981,14 +1035,20 @@ def paths_of(slots: Sequence[Slot]) -> dict[int, tuple[Slot, str]]:
 
 
 def uncached(value: Any) -> Any:
-    """A function without its cache: `functools` would keep what it makes from stand-ins."""
+    """Return a function without its cache.
+
+    `functools` would keep what the function makes from fake tensors.
+    """
     while isinstance(value, _Cached):
         value = value.__wrapped__
     return value
 
 
 class Unmoved:
-    """Stands in for an iterator: what is taken from it cannot be given back."""
+    """A substitute for an iterator, which refuses to give an item.
+
+    An item that is taken from an iterator cannot be given back.
+    """
 
     def __iter__(self) -> Unmoved:
         return self
@@ -1002,15 +1062,19 @@ class Unmoved:
 
 
 def unmoved(value: Any) -> Any:
-    """A value itself; :class:`Unmoved` if it is a generator, or an iterator of Python's own."""
+    """Return a value itself, or :class:`Unmoved` if it is a generator or an iterator of Python's own."""
     own = type(value).__module__ in ("builtins", "itertools", "collections")
     return Unmoved() if own and isinstance(value, Iterator) and not isinstance(value, torch.Tensor) else value
 
 
 def replace_tensors(value: Any, mapping: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A tuple (or named tuple) with its tensors and iterators replaced; the same object if it holds none.
+    """Replace the tensors and iterators in a tuple or named tuple; return the same object if it holds none.
 
     A weak reference to a tensor becomes one to what replaces it.
+
+    Args:
+        value: the tuple; also a tensor, an iterator or a weak reference itself.
+        mapping: gives what replaces a tensor.
     """
     if isinstance(value, torch.Tensor):
         return mapping(value)

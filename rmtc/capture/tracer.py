@@ -1,8 +1,8 @@
-"""One run of the user's code as a functional pre-dispatch FX graph.
+"""A tracer of one run of the user's code, as a functional pre-dispatch FX graph.
 
-The only file that uses torch's private tracing API. The route: stand-ins for all tensors, `make_fx` before
-dispatch so that linear, attention and einsum stay whole, and under it, for code that writes to tensors,
-`FunctionalTensorMode` to turn writes into values. Nothing is executed: every tensor is fake.
+This is the only file that uses torch's private tracing API. All tensors are replaced by fake ones, so that nothing is
+executed. `make_fx` traces before dispatch, so that linear, attention and einsum stay whole. For code that writes to
+tensors, `FunctionalTensorMode` under it turns writes into values.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ aten = torch.ops.aten
 
 @dataclass
 class RawTrace:
-    """What one run of the user's code did.
+    """The trace of one run of the user's code.
 
     Attributes:
-        module: the graph; a placeholder's ``meta["source"]`` is ``(kind, name)`` with kind ``parameter``, ``buffer``,
-            ``state`` or ``input``; an operation's ``meta["location"]`` is a :class:`Location` and
-            ``meta["module"]`` the path of the innermost submodule, and ``meta["name"]``, where there is one, the user's
-            name for what it gives, ``layers.3.A``.
-        outputs: the names of the graph's outputs, ``output.logits``, ``state:layers.3.A``, ``write:cache``.
+        module: the graph. A placeholder's ``meta["source"]`` is ``(kind, name)`` with kind ``parameter``, ``buffer``,
+            ``state`` or ``input``. An operation's ``meta["location"]`` is a :class:`Location`, and its
+            ``meta["module"]`` is the path of the innermost submodule. Its ``meta["name"]``, if there is one, is the
+            user's name for its result, such as ``layers.3.A``.
+        outputs: the names of the graph's outputs, such as ``output.logits``, ``state:layers.3.A``, ``write:cache``.
         plain: values that are no tensors and that the run left in places, by name.
-        result: how what it returned is put together.
+        result: the description of the returned value, see :mod:`rmtc.capture.objects`.
         effects: what it left in Python objects.
-        same: for results that are tensors of its arguments or its state themselves, the names of these.
+        same: for each result that is itself a tensor of the arguments or the state, the name of that tensor.
     """
 
     module: fx.GraphModule
@@ -78,7 +78,7 @@ class RawTrace:
 
 
 class _Tracer(PythonKeyTracer):
-    """Notes for every operation where the user's code is, and for every attribute tensor its name."""
+    """A tracer that notes the place in the user's code of each operation, and the name of each attribute tensor."""
 
     def __init__(self, paths: dict[int, str]) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class _Tracer(PythonKeyTracer):
         node.meta["module"] = self._stack[-1] if self._stack else ""
 
     def node_of(self, arg: Any) -> Any:
-        """An argument with nodes for tensors.
+        """Return an argument with nodes in place of its tensors.
 
         Raises:
             KeyError: if a tensor is not of this trace, or its value is known.
@@ -118,7 +118,7 @@ class _Tracer(PythonKeyTracer):
         return arg
 
     def value_of(self, out: Any) -> Any:
-        """What the nodes of an operation's results hold as their value."""
+        """Return the values, ``meta["val"]``, of the nodes of an operation's results."""
         if isinstance(out, torch.Tensor):
             return self.tensor_tracker[out].proxy.node.meta["val"]
         return [self.value_of(each) for each in out]
@@ -126,12 +126,12 @@ class _Tracer(PythonKeyTracer):
     def write(
         self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, out: Any
     ) -> None:
-        """Write an operation into the graph without asking what it gives.
+        """Write an operation into the graph without running it.
 
         Args:
             target, args, kwargs: the operation on nodes.
-            value: what it gives, for the passes.
-            out: what it gives, for the user's code.
+            value: its result, for the passes.
+            out: its result, for the user's code.
         """
         _refuse_backward()
         name = self.graph._target_to_str(getattr(target, "overloadpacket", target).__name__)
@@ -161,8 +161,10 @@ class _Tracer(PythonKeyTracer):
 
 
 class _Mode(ProxyTorchDispatchMode):
-    """Answers from the memory of the stand-ins what was asked before: `ProxyTorchDispatchMode` takes most of a trace's
-    time for what tensors of fixed sizes do not need."""
+    """A mode that takes the results of known operations from the memory of fake tensors.
+
+    `ProxyTorchDispatchMode` takes most of a trace's time for what tensors of fixed sizes do not need.
+    """
 
     def __init__(self, fakes: Fakes, tracer: _Tracer, *args: Any, **kwargs: Any) -> None:
         super().__init__(tracer, *args, **kwargs)
@@ -170,14 +172,14 @@ class _Mode(ProxyTorchDispatchMode):
         self._values: dict[tuple[Any, ...], Any] = {}
 
     @classmethod
-    def _should_skip_dynamo(cls) -> bool:  # a wrapper around each call
+    def _should_skip_dynamo(cls) -> bool:  # torch would wrap each call
         return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # Without a tensor it makes one, which torch copies where anything else holds it.
+        # An operation without tensors makes one, which torch copies if anything else holds it.
         modes = _modes() if types and func not in _CHOOSING else None
         key = self._fakes.key(func, args, kwargs) if modes is not None else None
         if key is None:
@@ -198,12 +200,16 @@ class _Mode(ProxyTorchDispatchMode):
         return out
 
 
-_CHOOSING = {aten.scaled_dot_product_attention.default}  # a kernel, by flags; their results have other strides
+_CHOOSING = {aten.scaled_dot_product_attention.default}  # flags choose its kernel, and so its strides
 _AUTOCASTS = ("cpu", "cuda")
 
 
 def _modes() -> tuple[Any, ...] | None:
-    """The modes that tell what an operation before dispatch gives, besides its arguments; None if there are others."""
+    """Return the modes that determine an operation's result before dispatch, besides its arguments.
+
+    Returns:
+        The modes; None if there are other ones, whose effect is not known.
+    """
     if torch._C._len_torch_dispatch_stack() != 1 or torch._C._functorch.peek_interpreter_stack() is not None:
         return None
     if not torch._C._is_any_autocast_enabled():
@@ -213,10 +219,10 @@ def _modes() -> tuple[Any, ...] | None:
 
 
 class _Functional(FunctionalTensorMode):
-    """Takes operations apart that give memory of an operand while their schema says that they do not.
+    """A mode that takes operations apart that return an operand's memory while their schema says that they do not.
 
-    A write to what `type_as`, `einsum` of one operand, `broadcast_tensors` or dropout in eval mode give is one to the
-    operand. `FunctionalTensorMode` goes by the schema, and would write to the result alone::
+    Such operations are `type_as`, `einsum` of one operand, `broadcast_tensors`, and dropout in eval mode. A write to
+    the result is one to the operand. `FunctionalTensorMode` goes by the schema, and would write to the result alone::
 
         x.type_as(y).mul_(2)   ->   x.to(y.dtype).mul_(2), which is a view of x
     """
@@ -227,7 +233,7 @@ class _Functional(FunctionalTensorMode):
         self._known: dict[tuple[Any, ...], bool] = {}
 
     @classmethod
-    def _should_skip_dynamo(cls) -> bool:  # a wrapper around each call
+    def _should_skip_dynamo(cls) -> bool:  # torch would wrap each call
         return False
 
     def __torch_dispatch__(
@@ -253,12 +259,12 @@ class _Functional(FunctionalTensorMode):
         key = self._fakes.key(func, args, kwargs)
         found = self._known.get(key) if key is not None else None
         if found is None:
-            # What Python registers takes some apart in its own way: of dropout in eval mode it makes a copy.
+            # Decompositions in Python differ for some operations: that of dropout in eval mode makes a copy.
             bare = pytree.tree_map_only(torch.Tensor, _bare, (args, kwargs))
             with _disable_current_modes(), no_python_dispatcher():
                 try:
                     out = func(*bare[0], **bare[1])
-                except RuntimeError as error:  # it has no kernel for sizes alone
+                except RuntimeError as error:  # it has no kernel for the meta device
                     if raised_by_signal(error):
                         raise
                     bare, out = (args, kwargs), func(*args, **kwargs)
@@ -269,7 +275,7 @@ class _Functional(FunctionalTensorMode):
 
 
 def _bare(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor without content, laid out alike."""
+    """Return a tensor without content that has the same layout."""
     with torch._C._DisableTorchDispatch():
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
@@ -285,7 +291,7 @@ _OF_VIEWS = {
 
 @functools.cache
 def _says_nothing_of_memory(func: Any) -> bool:
-    """Whether an operation of torch's has a schema by which it gives new memory."""
+    """Return whether the schema of one of torch's operations says that the result has new memory."""
     if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten" or func in FunctionalTensor.metadata_fns:
         return False
     return not any(argument.alias_info for argument in func._schema.arguments) and not _draws(func)
@@ -296,13 +302,13 @@ def _draws(func: torch._ops.OpOverload) -> bool:
 
 
 def _memory_of(values: Any) -> set[int]:
-    """The storages of tensors."""
+    """Return the ids of the memory that tensors lie in."""
     tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
     return {tensor.untyped_storage()._cdata for tensor in tensors if tensor.layout is torch.strided}
 
 
 class _Maker(_MakefxTracer):
-    """`make_fx` with our tracer and our mode."""
+    """A `make_fx` with rmtc's tracer and rmtc's mode."""
 
     def __init__(self, fakes: Fakes, paths: dict[int, str]) -> None:
         options: dict[str, Any] = {
@@ -335,12 +341,12 @@ class _Maker(_MakefxTracer):
 def trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RawTrace:
     """Trace one run.
 
-    Code that writes to no tensor is traced as it is, which takes three quarters of the time; the first write found
-    sends this and later runs through functionalization.
+    Code that writes to no tensor is traced as it is, which takes three quarters of the time. The first write that is
+    found sends this run and later ones through functionalization.
 
     Args:
         session: the user's callable.
-        args, kwargs: arguments with stand-ins for tensors, of the wanted sizes.
+        args, kwargs: arguments with fake tensors of the wanted sizes.
 
     Raises:
         RefusedError: for what no graph can hold: values read into Python, shapes that depend on data, backward.
@@ -359,7 +365,7 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
     arguments = Arguments(args, kwargs, session.arguments.names)
     arguments.map(lambda path, tensor: inputs.setdefault(path, tensor))
     count = len(session.lifted)
-    # A tensor that is given twice, or is state too, is one for the code, and has a placeholder in each place.
+    # A tensor that is given twice, or is state too, is one tensor for the code, with a placeholder in each place.
     first = {id(tensor): number for number, tensor in enumerate(session.fake_tensors)}
     order = [first.setdefault(id(tensor), count + number) for number, tensor in enumerate(inputs.values())]
     distinct = [
@@ -372,6 +378,7 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
     maker = _Maker(session.fake_mode, paths)
 
     def program(*flat: torch.Tensor) -> list[torch.Tensor]:
+        # Put the traced tensors in place of the fake ones, and run the user's code.
         lifted, given = flat[:count], dict(zip(inputs, (flat[place] for place in order), strict=True))
         for tensor, value in zip(inputs.values(), given.values(), strict=True):
             if tensor.requires_grad:
@@ -389,6 +396,7 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
             found, plain, raw.result = left_behind(session, result, session.held(lifted), describer)
             raw.effects = find_effects(session, slots, {**found, **plain}, describer)
         raw.plain.update(plain)
+        # Name the results and the tensors that were written, and refuse what a schedule would not do.
         names = [*(lifted.names[0] for lifted in session.lifted), *(show(path) for path in inputs)]
         sources = {id(tensor): name for tensor, name in zip(flat, names, strict=True)}
         raw.same = {name: sources[id(tensor)] for name, tensor in found.items() if id(tensor) in sources}
@@ -401,6 +409,7 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
         found.update((f"write:{name}", tensor) for name, tensor in written.items())
         raw.outputs = tuple(found)
         _refuse_aliases(session, arguments, raw.outputs)
+        # Note the user's names at the nodes.
         tracer = maker.fx_tracer
         if isinstance(tracer, _Tracer):
             for name, tensor in [*tracer.attributes, *found.items()]:
@@ -414,6 +423,7 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
         traced = dispatch_functionalize(program, _Functional(session.fake_mode))
     with session.fake_mode, _quiet(), _use_lazy_graph_module(True):
         raw.module = maker.trace(traced, *session.fake_tensors, *distinct)
+    # Note at each placeholder where its tensor comes from.
     sources = [(lifted.kind, lifted.names, lifted.tensor.requires_grad) for lifted in session.lifted]
     sources += [("input", (show(path),), tensor.requires_grad) for path, tensor in inputs.items()]
     placeholders = [node for node in raw.module.graph.nodes if node.op == "placeholder"]
@@ -429,17 +439,23 @@ def _refuse_backward() -> None:
 
 
 def _inner(tensor: torch.Tensor) -> torch.Tensor:
-    """The current value behind a functional wrapper."""
+    """Return the current value behind a functional wrapper, or a tensor itself that has none."""
     elem = getattr(tensor, "elem", None)
     if elem is None:
         return tensor
-    with disable_functional_mode():  # a view of what was written since is made anew, of values
+    with disable_functional_mode():  # a view of what was written since is computed anew
         torch._functionalize_sync(elem)
     return torch._from_functional_tensor(elem)
 
 
 def _refuse_aliases(session: Session, arguments: Arguments, outputs: tuple[str, ...]) -> None:
-    """A tensor that is written must share its memory with no other: stand-ins do not."""
+    """Refuse a write to a tensor that shares its memory with another one.
+
+    Their fake tensors share no memory, so that the trace would not show the write in the other one.
+
+    Raises:
+        RefusedError: with the two tensors.
+    """
     own = {f"write:{lifted.names[0]}": lifted.tensor for lifted in session.lifted}
     given = {f"write:{show(path)}": tensor for path, tensor in session.arguments.tensors().items()}
     tensors = [*own.items(), *given.items()]
@@ -456,7 +472,11 @@ def _refuse_aliases(session: Session, arguments: Arguments, outputs: tuple[str, 
 
 
 def _refuse_views(written: dict[str, torch.Tensor], results: dict[str, torch.Tensor]) -> None:
-    """A result that shares the memory of a tensor that the call writes to would change with it."""
+    """Refuse a result that shares the memory of a tensor that the call writes to, since it would change with it.
+
+    Raises:
+        RefusedError: with the result and the tensor.
+    """
     storages = {tensor.untyped_storage()._cdata: name for name, tensor in written.items()}
     for name, tensor in results.items() if storages else ():
         source = storages.get(tensor.untyped_storage()._cdata)
@@ -468,7 +488,11 @@ def _refuse_views(written: dict[str, torch.Tensor], results: dict[str, torch.Ten
 
 
 def _refuse_parameters(found: dict[str, torch.Tensor]) -> None:
-    """A run by the schedule makes plain tensors."""
+    """Refuse a call that makes a parameter, since a run with the schedule makes plain tensors.
+
+    Raises:
+        CaptureError: with the parameter.
+    """
     for name, tensor in found.items():
         if isinstance(tensor, nn.Parameter):
             raise CaptureError(
@@ -478,7 +502,11 @@ def _refuse_parameters(found: dict[str, torch.Tensor]) -> None:
 
 
 def _refuse_changed_containers(before: dict[Path, Any], after: dict[Path, Any]) -> None:
-    """The caller's lists and dicts must hold the same after the call."""
+    """Refuse a call that changes a list or dict that was passed to it.
+
+    Raises:
+        RefusedError: if one holds something else after the call.
+    """
 
     def same(one: Any, other: Any) -> bool:
         return one is other or (is_plain(one) and is_plain(other) and repr(one) == repr(other))
@@ -492,7 +520,7 @@ def _refuse_changed_containers(before: dict[Path, Any], after: dict[Path, Any]) 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Tracing warns about its own conversions, which mean nothing to the user."""
+    """Silence the warnings of torch about conversions in its tracing, which mean nothing to the user."""
     import warnings
 
     with warnings.catch_warnings():

@@ -1,7 +1,7 @@
-"""What a stand-in cannot tell, for its tensor may say otherwise, and what a run does not set: both are refused.
+"""Refusals of code that asks what a fake tensor cannot answer, or sets what a run does not set.
 
-A stand-in has no gradient and no history, and its memory is its own. A run by the schedule makes tensors that require
-no gradients.
+A fake tensor has no gradient and no history, and its memory is its own. The tensor that it replaces may answer
+otherwise. A run with the schedule makes tensors that require no gradients.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ _OF_PARAMETERS = {_Tensor.grad_fn.__get__, _Tensor.is_leaf.__get__}
 
 
 class UntoldError(RefusedError):
-    """The code asks for, or sets, what no capture can see: no other run of the code answers that either."""
+    """The refusal of code that reads or sets what no capture can see.
+
+    No other run of the code answers that either.
+    """
 
 
 def stands_in(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,7 +63,10 @@ def stands_in(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def refuse_untold(function: Callable[..., Any], args: Sequence[Any]) -> None:
-    """Refuse a function of torch's that the code calls and a stand-in cannot answer.
+    """Refuse a call of one of torch's functions that a fake tensor cannot answer.
+
+    Args:
+        function, args: the call.
 
     Raises:
         UntoldError: with what is asked for, and the line.
@@ -83,8 +89,8 @@ def refuse_flags(
     """Refuse a call that makes results, state or arguments require gradients.
 
     Args:
-        found: what it returns and leaves, by name.
-        there: what was there before, which may require them.
+        found: the tensors that it returns and leaves, by name.
+        there: the tensors that existed before, which may require gradients.
         given: the arguments, with whether they required gradients before.
 
     Raises:
@@ -108,7 +114,7 @@ _PASSING_ON = tuple(f"torch{os.sep}{name}" for name in ("_tensor.py", "overrides
 
 
 def _asking() -> FrameType:
-    """The frame that asks: not those of modes for torch's functions, the user's own among them."""
+    """Return the frame that asks, past the frames of modes for torch's functions, also of the user's own modes."""
     frame = sys._getframe(2)
     while frame.f_back is not None and (
         frame.f_code.co_name == "__torch_function__" or frame.f_code.co_filename.endswith(_PASSING_ON)
