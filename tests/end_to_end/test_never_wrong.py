@@ -837,3 +837,41 @@ def test_later_segments_leave_what_is_read_in_the_form_in_which_it_is_read() -> 
         twins.call(text(segments, batch, tail))
     stats = rmtc.stats(twins.fast)
     assert stats.runs == 2 and not stats.fallbacks
+
+
+class Asks(Stack):
+    """The code asks whether the argument is the tensor that an attribute holds."""
+
+    def __init__(self, same: Callable[[Any, Any], bool]) -> None:
+        super().__init__()
+        self.same, self.known = same, torch.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, memories = 2.0 if self.same(x, self.known) else 1.0, zeros(len(x))
+        return torch.cat([scale * self.segment(piece, memories) for piece in x.split(SEGMENT, dim=1)], dim=1)
+
+
+def by_operator(one: Any, other: Any) -> bool:
+    return operator.is_(one, other)
+
+
+def by_id(one: Any, other: Any) -> bool:
+    return id(one) == id(other)
+
+
+def by_keyword(one: Any, other: Any) -> bool:
+    return one is other
+
+
+@pytest.mark.parametrize("same", [by_operator, by_id, by_keyword], ids=lambda each: each.__name__)
+@torch.no_grad()
+def test_code_that_asks_what_is_what_is_answered_anew(same: Callable[[Any, Any], bool]) -> None:
+    model = Asks(same).double()
+    twin = copy.deepcopy(model)
+    rmtc.compile(model, schedule="shortest")
+    x = text(4, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rmtc.FallbackWarning)
+        for known in (x.clone(), x, x.clone()):
+            model.known = twin.known = known
+            torch.testing.assert_close(model(x), twin(x))
