@@ -45,7 +45,9 @@ class LoadedCall:
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, object]:
-    """``name=value`` pairs as keyword arguments; a value that is no Python literal, true, false or null is a string.
+    """Parse ``name=value`` pairs as keyword arguments.
+
+    A value that is no Python literal, and none of true, false and null, is a string.
 
     Raises:
         TargetError: if a pair has no name or no ``=``.
@@ -110,7 +112,7 @@ def _import(name: str) -> ModuleType:
 
 
 def _find_in(folder: Path) -> None:
-    """As ``python file.py`` and ``python -m`` do: what lies beside the target can be imported."""
+    """Make the modules beside the target importable, as ``python file.py`` and ``python -m`` do."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
