@@ -17,7 +17,7 @@ __all__ = ["LOCK", "SharedLock"]
 class SharedLock:
     """A lock that many threads hold to run, or one thread to capture.
 
-    A thread that holds it may take it again, and may ask to be alone: it waits for the others only.
+    A thread that holds it may take it again. It may also ask to be alone, and then waits for the others only.
     """
 
     def __init__(self) -> None:

@@ -92,7 +92,7 @@ class Turns:
     def noise(self, *ways: str) -> str:
         """Say why times of ways, or of all, mean nothing. Return nothing if they mean something.
 
-        The spread is that of each way by itself: in the sum of a turn the slow ways hide that of the fast ones.
+        The spread is that of each way by itself. In the sum of a turn the slow ways would hide that of the fast ones.
         """
         found = {way: self.seconds[way] for way in ways or self.seconds}
         turns = min(map(len, found.values()))

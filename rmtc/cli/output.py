@@ -31,7 +31,7 @@ NO_ANSWER = 2
 
 
 class OutputError(RmtcError):
-    """The result could not be written."""
+    """A result that could not be written."""
 
     title = "cannot write the result"
 
@@ -83,7 +83,7 @@ class Stages:
         self._since = time.perf_counter()
 
     def __call__(self, name: str | None) -> None:
-        """Note that a stage begins, or with None that the one that began last ends."""
+        """Note that a stage begins, or for None that the one that began last ends."""
         now = time.perf_counter()
         if self._open:
             self.seconds[self._open[-1]] += now - self._since

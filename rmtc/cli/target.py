@@ -30,7 +30,7 @@ _RETURNS = "a factory returns (callable, args) or (callable, args, kwargs)"
 
 
 class TargetError(RmtcError):
-    """MODEL or one of its settings cannot be used."""
+    """A MODEL, or a setting of it, that cannot be used."""
 
     title = "cannot use MODEL"
 
@@ -66,10 +66,10 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, object]:
 
 
 def load(model: str, settings: Mapping[str, object]) -> LoadedCall:
-    """Import the factory that ``model`` names, call it with the settings as keyword arguments, check what it returns.
+    """Import the factory that ``model`` names, call it with the settings as keyword arguments, and check its result.
 
     Raises:
-        TargetError: at the first thing that fails, with its place where there is one.
+        TargetError: at the first failure, with its place where there is one.
     """
     module_name, colon, attribute = model.rpartition(":")
     if not colon or not module_name or not attribute:

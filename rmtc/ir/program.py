@@ -204,7 +204,7 @@ class Program:
         """Check that each operand is a source, or the result of an earlier operation.
 
         Raises:
-            VerifyError: if one is not: an error of the pass that made the program.
+            VerifyError: if one is not, which is an error of the pass that made the program.
         """
         for index, op in enumerate(self.ops):
             self._verify_operands(f"%{index}", op.args, index)

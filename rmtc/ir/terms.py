@@ -28,7 +28,7 @@ __all__ = [
 
 
 class IllegalError(Exception):
-    """Arrays that no one kernel computes."""
+    """Arrays that no single kernel computes."""
 
 
 @dataclass(frozen=True, eq=False)
