@@ -1,4 +1,4 @@
-"""One call analysed: captured, folded, proven and checked."""
+"""The analysis of one call: captured, folded, proven and checked."""
 
 from __future__ import annotations
 
@@ -50,25 +50,25 @@ _ORDER = (
 
 
 def passes() -> dict[str, str]:
-    """The summary of each registered pass by its name, in the order in which they run."""
+    """Return the summary of each registered pass by its name, in the order in which they run."""
     return {name: PASSES[name][0] for name in sorted(PASSES, key=_ORDER.index)}
 
 
 @dataclass
 class Analysis:
-    """A call and what was found out about it, as far as the analysis came.
+    """A call and its analysis, as far as that came.
 
     Attributes:
         capture: the call, ready to be traced at any sizes.
         proven: the loop with its schedule or the proof that there is none; None until folding succeeds.
-        runs: the runs that were captured, by sizes.
-        replayer: what replays calls; made when it is first needed.
-        admitted: the sizes that were replayed and found to follow the loop.
+        runs: the captured runs by sizes.
+        replayer: the replayer of calls; made when it is first needed.
+        admitted: sizes that were replayed and found to follow the loop.
         traced: sizes at which the loop was held against a whole trace.
+        told: sizes of few segments at which the loop holds because their replays follow from those at traced sizes.
         left_out: sizes with positions that make no segment, with which a call was seen to do nothing.
-        told: sizes of few segments for which it holds because they follow those that were traced.
         shorter: for sizes in ``traced``, whether the loop holds for a few segments, too, because these repeat.
-        probes: two of the runs that the loop was folded from.
+        probes: the first run that the loop was folded from, and the run that it was checked against.
         seconds: time spent, by stage.
     """
 
@@ -88,10 +88,10 @@ class Analysis:
     @undisturbed()
     @uncollected()
     def admit(self, sizes: Sizes) -> None:
-        """See that a call of some sizes does in every segment what the loop says, by replaying its Python.
+        """Check that a call of some sizes follows the loop in every segment, by replaying its Python.
 
         Args:
-            sizes: those of the call.
+            sizes: the sizes of the call.
 
         Raises:
             RefusedError: with the first place where a segment does something else, or if the loop needs other sizes.
@@ -125,10 +125,10 @@ class Analysis:
     @LOCK.capturing()
     @undisturbed()
     def leave_out(self, sizes: Sizes, rest: int) -> None:
-        """See that a call does nothing with a rest of its text that makes no segment.
+        """Check that a call does nothing with a rest of its text that makes no segment.
 
         Args:
-            sizes: those of a call that was admitted.
+            sizes: the sizes of a call that was admitted.
             rest: positions of the rest, at least one.
 
         Raises:
@@ -142,11 +142,11 @@ class Analysis:
             self.left_out.add((sizes, rest))
 
     def _admit(self, sizes: Sizes, replayer: Replayer) -> None:
-        # A replay compares segments with each other: that they are the loop's is seen at a few of them.
+        # A replay compares segments with each other only. A few of them are held against the loop here.
         few = self._few(sizes)
         if few not in self.traced | self.told:
             self._hold_folded()
-            # Two last lengths tell the others: then the call's own replay is the only one at its sizes.
+            # Two known last lengths predict the others. Then the call's own replay is the only one at its sizes.
             if few.segments == replayer.shortest < sizes.segments and replayer.continues(
                 sizes, self._traced_at(few.segments, replayer)
             ):
@@ -163,8 +163,8 @@ class Analysis:
         except UntoldError:
             raise
         except RefusedError as refusal:
-            # A loop after the loop, or layers outside of segments, repeats in more places than one: a whole trace
-            # tells, if it is small.
+            # A loop after the loop, or layers outside of segments, repeats in more places than one. A whole trace
+            # can tell, if it is small.
             if self.proven is None or sizes.segments * len(self.proven.loop.steady) > _WHOLE_TRACE:
                 raise
             try:
@@ -173,7 +173,11 @@ class Analysis:
                 raise refusal from error
 
     def _hold_whole(self, sizes: Sizes) -> None:
-        """Hold the loop against a whole trace of some sizes."""
+        """Hold the loop against a whole trace of some sizes.
+
+        Raises:
+            RefusedError: if they differ.
+        """
         if self.proven is None:
             return
         run = self.run(sizes)
@@ -192,7 +196,7 @@ class Analysis:
         self.traced.add(sizes)
 
     def _hold_folded(self) -> None:
-        """Hold the loop against the runs that it was folded from: what other sizes do is told from them, too."""
+        """Hold the loop against all captured runs, since other sizes are compared with them, too."""
         for at in sorted(self.runs.keys() - self.traced):
             try:
                 self._hold_whole(at)
@@ -200,16 +204,16 @@ class Analysis:
                 logger.debug("the loop does not hold at %s: %s", at, error.reason)
 
     def _few(self, sizes: Sizes) -> Sizes:
-        """The sizes of a call with no more segments than it takes to see all kinds of them."""
+        """Return the sizes of a call with no more segments than it takes to see all kinds of them."""
         if self.proven is None:
             return sizes._replace(segments=min(sizes.segments, 2))
         loop = self.proven.loop
         return sizes._replace(segments=min(sizes.segments, max(len(loop.rows) + 2, loop.furthest_result)))
 
     def _traced_at(self, segments: int, replayer: Replayer) -> list[Sizes]:
-        """The sizes of calls of so many segments for which a whole trace tells that the loop holds.
+        """Return the sizes of calls of ``segments`` segments for which a whole trace shows that the loop holds.
 
-        Where it holds for more segments, and the Python repeats from these to those, it holds for these, too.
+        If it holds for more segments, and the Python repeats from these to those, it holds for these, too.
         """
         found = {at for at in self.traced if at.segments == segments}
         for at in sorted(self.traced):
@@ -221,7 +225,7 @@ class Analysis:
         return sorted(found)
 
     def _repeats(self, sizes: Sizes, replayer: Replayer) -> bool:
-        """Whether the Python repeats from a few segments to all of a call."""
+        """Return whether the Python repeats from a few segments to all of a call."""
         try:
             replayer.check(sizes)
         except RefusedError as error:
@@ -230,13 +234,13 @@ class Analysis:
         return True
 
     def result(self, sizes: Sizes) -> Any:
-        """How the result of a call of some sizes is put together.
+        """Return the structure from which the result of a call of some sizes is put together.
 
         Args:
-            sizes: those of a call that was admitted.
+            sizes: the sizes of a call that was admitted.
 
         Raises:
-            RefusedError: if no run of these sizes has shown it, and not all are put together in one way.
+            RefusedError: if no run of these sizes has shown it, and not all results are put together in one way.
         """
         if sizes in self.runs:
             return self.runs[sizes].result
@@ -253,14 +257,14 @@ class Analysis:
 
     @property
     def kind(self) -> tuple[torch.device, torch.dtype]:
-        """Where the call runs, and in what most of its numbers are, parameters first."""
+        """The device and the dtype of most of the call's floating-point tensors, in a tie those of parameters."""
         session = self.capture.session
         tensors = [*(lifted.tensor for lifted in session.lifted), *session.arguments.tensors().values()]
         kinds = Counter((each.device, each.dtype) for each in tensors if each.is_floating_point())
         return kinds.most_common(1)[0][0] if kinds else (torch.device("cpu"), torch.float32)
 
     def run(self, sizes: Sizes) -> Captured:
-        """A run, captured once."""
+        """Return the run of some sizes, captured once."""
         if sizes not in self.runs:
             with stage("capture"):
                 self.runs[sizes] = self.capture.run(sizes)
@@ -283,11 +287,11 @@ def analyze(
     Args:
         function, args, kwargs: the call.
         layers, segment_length: hints, see :func:`rmtc.explain`.
-        on_open: called as soon as it is known what grows.
+        on_open: called with the analysis as soon as it is known what grows.
 
     Raises:
         CaptureError: if the call is no loop over segments or cannot be traced.
-        RefusedError: if its segments do not repeat, or its code does what no graph can hold.
+        RefusedError: if its segments do not repeat, or no graph can hold what its code does.
     """
     with stage("probe"):
         analysis = Analysis(open_capture(function, args, kwargs, segment_length))
@@ -314,6 +318,7 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
     Raises:
         CaptureError, RefusedError: as :func:`analyze`.
     """
+    # The sizes of the probes: numbers of segments, batch sizes and last lengths.
     plan = analysis.capture.plan
     segment = plan.segment_length
     full, own = (segment,) * 3, (plan.sizes.batch,) * 3
@@ -323,22 +328,24 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
     first: RefusedError | VerifyError | CaptureError | None = None
     ages = [3 * age + 2 for age in _AGES]
 
+    # The attempts: from the most general sizes and the plainest reading to the narrowest.
     def attempts() -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...], Reading]]:
         yield _SHORT, batches, tails, _PLAIN
-        if plan.free_tail:  # as in the first, but for a table that a segment may take a part of
+        if plan.free_tail:  # a segment may take a part of a table
             yield _SHORT, batches, tails, _TABLES
-        if plan.free_tail and plan.sizes.tail != segment:  # or for a window that a segment may not fill
+        if plan.free_tail and plan.sizes.tail != segment:  # or not fill a window
             yield _SHORT, batches, tails, _WINDOWS
-        if analysis.capture.by_parts:  # it takes some segments to fill a history, or its parts differ at the end
+        if analysis.capture.by_parts:  # a history takes some segments to fill, or its parts differ at the end
             yield from ((segments, batches, tails, _PLAIN) for segments in ages)
             yield from ((segments, batches, tails, _WHOLE) for segments in (_SHORT, *ages))
         yield _SHORT, batches, full, _PLAIN
         yield _SHORT, own, tails, _PLAIN
         yield _SHORT, own, full, _PLAIN
-        if analysis.capture.has_constants:  # which may belong to any segment
+        if analysis.capture.has_constants:  # a constant may belong to any segment
             yield _SHORT, batches, tails, _CONSTANTS
         yield from ((segments, batches, tails, _PLAIN) for segments in ages)
 
+    # The first attempt whose loop passes its checks is taken.
     tried = set()
     for attempt in attempts():
         if attempt in tried:
@@ -367,6 +374,7 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
             if plan.sizes.segments > 1:  # one segment needs no schedule
                 analysis.admit(plan.sizes)
             return
+    # No attempt passed: the error of the first one says most.
     if isinstance(first, VerifyError):
         raise RefusedError(
             f"what holds for a few segments does not hold for more: {first.reason}",
@@ -409,12 +417,13 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Prov
 
 
 def _refuse_drift(runs: list[Captured], segment_length: int) -> None:
-    """What a call leaves in Python must be the same for every length, or advance evenly with it.
+    """Refuse runs that leave Python values which are neither the same for every length nor advance evenly with it.
 
-    A number that it returns may also count positions, texts of a batch, or both: each call has its own told by a run.
+    A number that a call returns may also count positions, texts of a batch, or both, since each call has a run that
+    shows its own.
 
     Raises:
-        RefusedError: otherwise.
+        RefusedError: if a value follows no such pattern.
     """
     runs = sorted(runs, key=lambda run: run.sizes.segments)
     steps = [run.sizes.segments for run in runs]
@@ -436,13 +445,13 @@ def _refuse_drift(runs: list[Captured], segment_length: int) -> None:
 
 
 def _even(values: list[Any], counts: list[int]) -> bool:
-    """Whether values are the same, or numbers that advance evenly with a count."""
+    """Return whether values are the same, or numbers that advance evenly with a count."""
     if all(fingerprint(value) == fingerprint(values[0]) for value in values):
         return True
     if {*map(type, values)} not in ({int}, {float}):
         return False
     first, second = counts[0], next((at for at, count in enumerate(counts) if count != counts[0]), 0)
-    return values[second] != values[0] and all(  # 0.0 and -0.0 are on no line
+    return values[second] != values[0] and all(  # 0.0 and -0.0 are equal, and on no line
         (values[second] - values[0]) * (count - first) == (value - values[0]) * (counts[second] - first)
         for value, count in zip(values, counts, strict=True)
     )

@@ -41,22 +41,21 @@ def explain(
     schedule: str | None = None,
     target: str | None = None,
 ) -> Callable[..., Explanation]:
-    """Find the segment loop of a model or function, its dependences, and prove a schedule.
+    """Find the segment loop of a model or function and its dependences, and prove a schedule.
 
-    Nothing of the model is computed, and it is not changed; it may live on the meta device. The first answer on a
-    machine measures that for some hundredths of a second, see :func:`rmtc.compile`.
+    Nothing of the model is computed, and it is not changed. It may live on the meta device. The first answer on a
+    machine measures the machine for some hundredths of a second, see :func:`rmtc.compile`.
 
     Args:
         function: an ``nn.Module``, or a function that loops over segments and calls modules.
-        layers: the name of the list of layers as ``named_parameters`` spells it, ``"model.layers"``, where it is not
-            found.
+        layers: name of the list of layers as ``named_parameters`` spells it, ``"model.layers"``, where it is not found.
         segment_length: positions of a segment, where it is not found.
-        segments: another number of segments than the call's, for which the answer is to hold too: the loop's Python is
-            run for so many, some 15 ms each.
-        schedule: a kind as in :func:`rmtc.compile` that is to be among the candidates: ``"fission"`` is left out
-            otherwise where more operations are in sequence with it.
-        target: a GPU, one of ``rmtc kernels --target``, for which the answer is to have the kernels that
-            ``backend="triton"`` would run, and what they are predicted to take.
+        segments: another number of segments than the call's, for which the answer is to hold too. The loop's Python is
+            run for as many, at some 15 ms each.
+        schedule: a kind as in :func:`rmtc.compile` that is to be among the candidates. Otherwise ``"fission"`` is left
+            out where more operations are in sequence with it.
+        target: a GPU, one of ``rmtc kernels --target``. The answer then has the kernels that ``backend="triton"`` would
+            run on it, and their predicted times.
 
     Returns:
         A callable that takes the arguments of one call of ``function`` and returns an :class:`Explanation`. A
@@ -100,13 +99,15 @@ def dump(
     segment_length: int | None = None,
     on_failure: Callable[[RmtcError], None] | None = None,
 ) -> str:
-    """The IR after a pass, as text; where several attempts were needed, after each of them.
+    """Return the IR after a pass as text.
+
+    If the analysis takes several attempts, that is the IR after each of them.
 
     Args:
         function, args, kwargs: a call.
-        after: the name of a pass.
+        after: name of a pass.
         layers, segment_length: as in :func:`explain`.
-        on_failure: told why the call is refused or cannot be captured, if it still got past the pass.
+        on_failure: called with the reason if the call is refused or cannot be captured, but got past the pass.
 
     Raises:
         ValueError: if there is no such pass.
@@ -123,7 +124,7 @@ def dump(
     try:
         with own_modes(function), watching(watch):
             analysis = analyze(function, args, kwargs, layers=layers, segment_length=segment_length)
-        if not texts and analysis.proven is not None:  # no schedule to rewrite anything by
+        if not texts and analysis.proven is not None:  # the pass did not run
             proof = analysis.proven.proof
             if analysis.proven.schedule is None:
                 raise RefusedError(proof.reason or "no schedule was found", cycle=proof.cycle)
@@ -140,7 +141,7 @@ def dump(
 
 
 def explanation_of(function: Callable[..., Any], analysis: Analysis) -> Explanation:
-    """What an analysis found out, for people."""
+    """Return what an analysis found out, for people."""
     return _answer(_blank(function, analysis), analysis)
 
 
@@ -179,14 +180,14 @@ def _explanation(
 
 
 def _fused(answer: Explanation, analysis: Analysis, target: Target) -> Explanation:
-    """The answer with the kernels of its bodies."""
+    """Return the answer with the kernels of its bodies."""
     answer = replace(answer, target=f"{target.name} ({target.card})")
     scheduled = [each.name for each in answer.candidates if each.schedule is not None]
     chosen = answer.chosen.name if answer.chosen is not None else ""
     kind = chosen if chosen in scheduled else next(iter(scheduled), "shortest")
     try:
         bodies = kernels_on(target, analysis, kind)
-    except Exception as error:  # what torch or a model raises on tensors without values: the rest of the answer holds
+    except Exception as error:  # torch or a model may fail on fake tensors; the rest of the answer holds
         if raised_by_signal(error):
             raise
         logger.debug("no kernels", exc_info=True)

@@ -35,22 +35,22 @@ _FLOOR = "matrix products alone"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A call measured.
+    """The measured times of a call.
 
     Attributes:
         eager: the call as written.
         compiled: the call with its schedule.
         floor: the matrix products of the scheduled call alone, one after another.
         guards: the part of the compiled call until it was clear that it may run.
-        ratio: how many times as fast as eager the compiled call is, turn by turn.
+        ratio: the compiled call's speed in multiples of eager's, turn by turn.
         floor_ratio: the same of the floor.
-        noise: why the times mean nothing; empty if they mean something.
+        noise: reason why the times mean nothing; empty if they mean something.
         first_call: seconds that the first call took to capture, prove and check.
-        run: what a compiled call did.
-        verification: the compiled call held against the call as written.
-        turns: how often each was run.
+        run: account of a compiled call.
+        verification: the compiled call compared with the call as written.
+        turns: number of turns, in each of which each ran once.
         threads: number of threads of torch.
-        analysis: what was captured and proven.
+        analysis: the capture and the proof.
     """
 
     eager: Timing
@@ -110,7 +110,7 @@ class Benchmark:
 
 
 class _Products(TorchDispatchMode):
-    """Notes the matrix products that run."""
+    """A mode that notes the matrix products that run."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -140,21 +140,23 @@ def bench(
 
     Args:
         function, args, kwargs: the call; a copy of it is compiled and measured.
-        repeats: how often each is run.
+        repeats: number of turns, in each of which each is run once.
         seconds: take fewer turns if all that runs would take longer than this, captures not counted.
         layers, segment_length, schedule, backend: as in :func:`rmtc.compile`.
 
     Raises:
         RefusedError, CaptureError: if there is no schedule to run, or the call is run as written.
-        VerifyError: if the compiled call is not equal to the call as written: then no time is given.
+        VerifyError: if the results of the compiled call differ from those of the call as written. Then no time is
+            given.
     """
+    # Verify first: no time is given for wrong results.
     begun = time.perf_counter()
     rehearsal = rehearse(
         function, args, kwargs, layers=layers, segment_length=segment_length, schedule=schedule, backend=backend
     )
     verification = rehearsal.verification
     if not verification:
-        error = VerifyError if verification.sequential_steps else RefusedError  # nothing ran that could be wrong
+        error = VerifyError if verification.sequential_steps else RefusedError  # nothing ran, so nothing is wrong
         raise error(
             verification.reason,
             remedy="a time is shown only where a call ran with its schedule, with the results of the code as written",
@@ -175,14 +177,16 @@ def bench(
         with disabled(fast):
             fast(*args, **kwargs)
 
+    # Measure: the call as written, with its schedule, and its products alone, in turns.
     with torch.no_grad(), stage("measure"):
-        for _ in range(SETTLED if schedule == "best" else 0):  # other ways are tried in the first calls
+        for _ in range(SETTLED if schedule == "best" else 0):  # the first calls try other ways
             fast(*args, **kwargs)
         before = compiled.stats.runs
         with compiled.frozen():
             calls = {"eager": as_written, "rmtc": scheduled, _FLOOR: _products(lambda: compiled.run_once(args, kwargs))}
             left = None if seconds is None else seconds - (time.perf_counter() - begun - first_call)
             turns = take_turns({name: _finished(call, device) for name, call in calls.items()}, repeats, left)
+    # A call that fell back or ran as written in between has no times.
     run = compiled.stats.last_run
     if run is None or compiled.stats.runs == before or compiled.stats.fallbacks:
         why = [*compiled.stats.fallbacks, *compiled.stats.as_written]

@@ -1,4 +1,4 @@
-"""`rmtc.compile` and what belongs to it."""
+"""`rmtc.compile`, and the functions that undo, disable and account for it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OF_TORCH = {
 
 
 class _UnknownKeyword(TypeError, ValueError):
-    """As Python has it, and as for other names that there are not."""
+    """An unknown keyword: a TypeError as in Python, and a ValueError as for other unknown names."""
 
 
 @overload
@@ -78,49 +78,61 @@ def compile(
     options: dict[str, Any] | None = None,
     **unknown: Any,
 ) -> T | Callable[[T], T]:
-    """Run a model's or function's loop over segments by its proven schedule.
+    """Run the loop over segments of a model or function with its proven schedule.
 
     A module is compiled in place, as `nn.Module.compile` does, and returned: ``rmtc.compile(model) is model``. Its
-    class, its parameters and their names stay; calling it runs the schedule, ``model.forward`` is what it was. A
-    function is wrapped. The first call captures the loop, which takes seconds; later calls of any number of segments
-    are checked to be the same loop and run. What cannot be captured or proven, or asks for gradients, runs as it did
-    before, with one :class:`FallbackWarning` a reason.
+    class, its parameters and their names stay. Calling it runs the schedule, and ``model.forward`` is the original. A
+    function is wrapped.
+
+    The first call captures the loop, which takes seconds. Later calls of any number of segments are checked to be the
+    same loop and run. A call that cannot be captured or proven, or asks for gradients, runs as before, with one
+    :class:`FallbackWarning` per reason.
 
     Args:
         model: an ``nn.Module``, a function that loops over segments, or an ``nn.Module`` class, each instance of which
             is then compiled on its first call. Without it, a decorator.
-        backend: one of :func:`list_backends`: ``"torch"``, which keeps the memory of a group of cells for later
-            calls; ``"inductor"``, which compiles bodies when a call first runs them, in seconds, kept on disk; or
-            ``"triton"``, kernels of several operations each for layers on a GPU; none has run on one yet, so that what
-            each body gives for one cell, and the first time for several, is held against what torch's operations give,
-            and another result is an error. ``"auto"`` takes ``"triton"`` on a GPU that it compiles for (compute
-            capability 8.0, 9.0 or 10.0, or gfx942), and torch for bodies that cannot run by kernels; else that of the
-            first two which is estimated to be clearly faster for long calls, with ``schedule="best"``, and else
-            ``"torch"``: ``rmtc.stats(model).last_run.backend`` names it. Or a callable that takes a
-            :class:`rmtc.ir.wavefront.WavefrontProgram` and its weights and returns a runner.
+        backend: one of :func:`list_backends`, ``"auto"`` or a callable.
+
+            - ``"torch"`` keeps the memory of a group of cells for later calls.
+            - ``"inductor"`` compiles bodies when a call first runs them. That takes seconds, and is kept on disk.
+            - ``"triton"`` runs kernels of several operations each for layers on a GPU. None has run on one yet.
+              Therefore the results of each body in its first launch, and in its first one of several cells, are
+              compared with those of torch's operations. A difference is an error.
+            - ``"auto"`` takes ``"triton"`` on a GPU that it compiles for (compute capability 8.0, 9.0 or 10.0, or
+              gfx942), and torch for bodies that cannot run by kernels. Elsewhere, with ``schedule="best"``, it takes
+              ``"inductor"`` if that is estimated to be clearly faster for long calls, and else ``"torch"``.
+              ``rmtc.stats(model).last_run.backend`` names it.
+            - A callable takes a :class:`rmtc.ir.wavefront.WavefrontProgram` and its weights, and returns a runner.
         strict: raise :class:`RefusedError` or :class:`CaptureError` in place of running as before. Any other exception
             of a capture or a scheduled run comes as an :class:`RmtcError` with its cause chained.
         disable: return ``model`` as it is.
-        recompile_limit: how many captures may be made anew because a call differs from those before in what a capture
-            depends on, and how many because weights were replaced or cast; further ones run as before.
-        layers: the name of the list of layers as ``named_parameters`` spells it, where it is not found.
+        recompile_limit: limit on the captures that are made anew because a call differs from those before in what a
+            capture depends on. Captures made anew because weights were replaced or cast have the same limit, and a
+            count of their own. A call that would need more runs as before.
+        layers: name of the list of layers as ``named_parameters`` spells it, where it is not found.
         segment_length: positions of a segment, where it is not found.
-        schedule: ``"best"`` for what is fastest: at first by estimates (``rmtc.explain`` prints them, and where their
-            constants come from), then by what calls took. For short calls that may be the model as written. The file
-            that ``RMTC_COST_MODEL`` names holds constants that no measurement overrules, nor are calls measured under
-            deterministic algorithms. ``"shortest"`` for
-            the proven one with the fewest steps; ``"fission"`` for one that runs what waits for itself in an earlier
-            segment apart from the rest, which runs for all segments at once; ``"diagonal"`` for one with at most one
-            cell of each layer in a step; ``"sequential"`` for one cell after another. All but the first are run
-            whatever they cost.
-        options: ``{"max_group": 8}`` lets at most so many cells run at once. Where all segments of a layer could, they
-            run in blocks of so many, whose memory does not grow with the text; by default as many as keep the
-            machine busy. ``{"reorder_random": True}`` allows dropout in training mode, whose random numbers are then
-            drawn in another order, and code that draws random numbers in Python, which are then not drawn: only if
-            what is computed does not depend on them. ``{"repack_weights": True}`` has products read transposed copies
-            of weights, which each call makes anew: on a CPU without a C++ compiler faster for long texts (from some
-            dozens of segments on) of layers that are too large for its cache. The copies stay, and take as much memory
-            again as the layers' matrices.
+        schedule: the kind of schedule. All but ``"best"`` are run whatever they cost.
+
+            - ``"best"`` is the fastest, at first by estimates, then by the times that calls took. ``rmtc.explain``
+              prints the estimates and the origin of their constants. For short calls it may be the model as written.
+              The file that ``RMTC_COST_MODEL`` names holds constants that no measurement overrules, nor are calls
+              measured under deterministic algorithms.
+            - ``"shortest"`` is the proven schedule with the fewest steps.
+            - ``"fission"`` runs recurrences apart from the non-recurrent operations, which run for all segments at
+              once.
+            - ``"diagonal"`` runs at most one cell of each layer in a step.
+            - ``"sequential"`` runs one cell after another.
+        options: a dict of these.
+
+            - ``{"max_group": 8}`` lets at most so many cells run at once. Where all segments of a layer could, they run
+              in blocks of so many, whose memory does not grow with the text. By default a block has as many as keep the
+              machine busy.
+            - ``{"reorder_random": True}`` allows dropout in training mode, whose random numbers are then drawn in
+              another order. It also allows code that draws random numbers in Python, which are then not drawn: only if
+              the results do not depend on them.
+            - ``{"repack_weights": True}`` has products read transposed copies of weights, which each call makes anew.
+              On a CPU without a C++ compiler that is faster for long texts (from some dozens of segments on) of layers
+              that are too large for its cache. The copies stay, and take as much memory again as the layers' matrices.
 
     Returns:
         ``model`` itself if it is a module or class, a wrapped function, or a decorator.
@@ -135,6 +147,7 @@ def compile(
         >>> with torch.no_grad():
         ...     fast(input_ids)
     """
+    # Check the arguments.
     for name in unknown:
         hint = f": {_OF_TORCH[name]}" if name in _OF_TORCH else nearest(name, _KEYWORDS)
         if name in _OPTIONS:
@@ -160,6 +173,7 @@ def compile(
             raise ValueError(f"option {name!r} is True or False, not {value!r}")
     if callable(backend) and (options or {}).get("repack_weights"):
         raise ValueError("option 'repack_weights' is one of rmtc's own backends: copies are made anew when these run")
+    # Compile, or make a decorator that does.
     made = Options(
         strict=strict,
         recompile_limit=recompile_limit,
@@ -220,7 +234,7 @@ def _compile(target: T, options: Options) -> T:
 
 
 class _OfInstance:
-    """Compiles an instance of a decorated class when it is first called."""
+    """A descriptor that compiles an instance of a decorated class when it is first called."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -238,14 +252,14 @@ class _OfInstance:
         return compiled
 
     def made(self) -> list[Compiled]:
-        """What stands in for the calls of the instances."""
+        """Return the compiled calls of the instances."""
         found = [vars(instance).get(_KEY) for instance in self.instances]
         return [compiled for compiled in found if isinstance(compiled, Compiled)]
 
 
 def compiled_of(target: Any) -> Compiled | None:
-    """What stands in for a compiled module's or function's call; None if it is not compiled."""
-    target = getattr(target, "_orig_mod", target)  # of torch.compile
+    """Return the compiled call of a module or function, or None if it is not compiled."""
+    target = getattr(target, "_orig_mod", target)  # the wrapper of torch.compile
     if isinstance(target, nn.Module):
         found = getattr(target, _KEY, None)
     else:
@@ -257,10 +271,10 @@ def restore(target: T) -> T:
     """Undo :func:`compile`.
 
     Args:
-        target: what it returned; or an instance of a decorated class, which its class then leaves alone.
+        target: a result of :func:`compile`; or an instance of a decorated class, which its class then leaves alone.
 
     Returns:
-        The module or class itself, or the function that was wrapped. What is not compiled comes back as it is.
+        The module or class itself, or the function that was wrapped. A target that is not compiled comes back as it is.
     """
     finish()
     if isinstance(target, type):
@@ -282,10 +296,10 @@ def restore(target: T) -> T:
 
 @contextlib.contextmanager
 def disabled(target: Callable[..., Any]) -> Iterator[None]:
-    """Within the block a compiled model or function runs as it did before.
+    """Run a compiled model or function as before, within the block.
 
     Args:
-        target: what :func:`compile` returned.
+        target: a result of :func:`compile`.
     """
     finish()
     of_instance = _of_class(target)
@@ -302,17 +316,17 @@ def disabled(target: Callable[..., Any]) -> Iterator[None]:
 
 
 def _of_class(target: Any) -> _OfInstance | None:
-    """What compiles the instances of a decorated class."""
+    """Return the descriptor that compiles the instances of a decorated class."""
     kinds = target.__mro__ if isinstance(target, type) else ()
     found = next((vars(kind)[_KEY] for kind in kinds if _KEY in vars(kind)), None)
     return found if isinstance(found, _OfInstance) else None
 
 
 def stats(target: Callable[..., Any]) -> Stats:
-    """What a compiled model or function has done so far.
+    """Return what a compiled model or function has done so far.
 
     Args:
-        target: what :func:`compile` returned.
+        target: a result of :func:`compile`.
 
     Raises:
         ValueError: if it is not compiled.

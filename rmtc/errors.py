@@ -1,4 +1,4 @@
-"""What rmtc raises: each message has a title, the place in the user's code, the reason and the remedy."""
+"""The errors of rmtc, each with a title, the place in the user's code, the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Location(NamedTuple):
 
 
 class RmtcError(RuntimeError):
-    """Base of everything rmtc raises on purpose.
+    """The base of all errors that rmtc raises on purpose.
 
     Args:
-        reason: why, in one or two sentences.
-        location: where in the user's code, when it is known.
+        reason: reason in one or two sentences.
+        location: place in the user's code, when it is known.
         remedy: what the user can do about it.
     """
 
@@ -72,13 +72,13 @@ def _again(kind: type[RmtcError], args: tuple[Any, ...], state: dict[str, Any]) 
 
 
 class CaptureError(RmtcError):
-    """The call could not be captured as a loop over segments."""
+    """A call that could not be captured as a loop over segments."""
 
     title = "rmtc could not capture a segment loop"
 
 
 class RefusedError(RmtcError):
-    """The loop is understood, and no schedule other than the sequential one is legal or provable.
+    """A loop that is understood, but for which no schedule other than the sequential one is legal or provable.
 
     Attributes:
         cycle: the dependences that force the sequential order, in order round the cycle; empty when the
@@ -106,21 +106,21 @@ class RefusedError(RmtcError):
 
 
 class VerifyError(RmtcError):
-    """A check of rmtc's own result failed: the result is not used."""
+    """A failed check of rmtc's own result, which is not used."""
 
     title = "rmtc's check of its own result failed"
 
 
 class BackendError(RefusedError):
-    """A backend cannot run a body as it is to be run; no other way to put its cells together changes that."""
+    """A body that a backend cannot run as it is to be run, however its cells are put together."""
 
 
 class FallbackWarning(UserWarning):
-    """A compiled model or function runs as it did before, for the reason given; said once a reason."""
+    """A warning, given once per reason, that a compiled model or function runs as before."""
 
 
 def brief(error: BaseException) -> str:
-    """Tell an exception in a line: its class and the first line of what it says."""
+    """Describe an exception in one line: its class and the first line of its message."""
     try:
         what = error.reason if isinstance(error, RmtcError) else str(error)
     except Exception:  # noqa: BLE001 (an exception of the user's that cannot be printed)
@@ -129,7 +129,10 @@ def brief(error: BaseException) -> str:
 
 
 def raised_by_signal(error: BaseException) -> bool:
-    """Whether a handler of a signal raised an exception, which then says nothing of the code that it interrupted."""
+    """Return whether a handler of a signal raised an exception.
+
+    Such an exception says nothing of the code that it interrupted.
+    """
     handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
     at = error.__traceback__
     while at is not None and handlers:
@@ -140,7 +143,7 @@ def raised_by_signal(error: BaseException) -> bool:
 
 
 def _code(handler: Any) -> CodeType | None:
-    """The code that runs when a handler is called; None if it is none of Python's."""
+    """Return the code that runs when a handler is called, or None if it is none of Python's."""
     while isinstance(handler, functools.partial):
         handler = handler.func
     if not inspect.isroutine(handler):
@@ -149,7 +152,7 @@ def _code(handler: Any) -> CodeType | None:
 
 
 def user_level() -> int:
-    """The number of frames up to the code that called the model."""
+    """Return the ``stacklevel`` for a warning that points to the code that called the model."""
     level, frame = 1, sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("rmtc", "torch"):
         if frame.f_globals.get("__name__", "").startswith("rmtc.examples"):

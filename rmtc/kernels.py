@@ -1,4 +1,4 @@
-"""A model's layers as kernels, without a GPU: their source, what they are compiled to, and what they may take."""
+"""The layers of a model as kernels, without a GPU: their sources, their compiled code, and their predicted times."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class BodyKernels:
     """The kernels of a class of cells.
 
     Attributes:
-        name: of the class.
-        body: what runs them.
-        cells: how many cells the widest group of the call has.
-        target: what they are made for.
+        name: name of the class.
+        body: the body that runs them.
+        cells: number of cells in the widest group of the call.
+        target: the GPU they are made for.
     """
 
     name: str
@@ -50,7 +50,7 @@ class BodyKernels:
 
     @property
     def launches(self) -> tuple[KernelLaunch, ...]:
-        """The kernels in their order; what is left to torch is not among them."""
+        """The kernels in their order, without operations that are left to torch or to a library."""
         return tuple(self.body.launches.values())
 
     @property
@@ -65,7 +65,7 @@ class BodyKernels:
         return "\n".join([*lines, "", *(launch.source.text for launch in self.launches)])
 
     def predicted(self, cells: int | None = None) -> FusedStep:
-        """What a step of so many cells takes by the target's roofline; of its widest group, if it is not said."""
+        """Predict the times of a step of ``cells`` cells, by default of its widest group, by the target's roofline."""
         cells, machine = cells or self.cells, self.target.machine
         found, dtypes = list[FusedKernel](), dict[torch.dtype, float]()
         for group in self.body.groups:
@@ -86,8 +86,8 @@ class BodyKernels:
         """Return the launches of one step on random operands, for measuring: those of :meth:`predicted`, in order.
 
         Args:
-            device: where the operands are made, and the kernels launched.
-            cells: how many cells the step has; those of its widest group, if it is not said.
+            device: device on which the operands are made, and the kernels launched.
+            cells: number of cells in the step; those of its widest group by default.
 
         Raises:
             RefusedError: if an operation of the body is left to torch.
@@ -101,7 +101,7 @@ class BodyKernels:
         return self.body.calls(tensors, cells, lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device))
 
     def compile(self) -> list[Binary]:
-        """The kernels as the target has them.
+        """Compile the kernels for the target.
 
         Raises:
             OfflineError: if one does not compile.
@@ -117,8 +117,8 @@ class BodyKernels:
 
 
 def _random(like: Any, array: Array, cells: int, device: torch.device) -> torch.Tensor:
-    """Return a random operand that lies in memory as another does, but for the number of its cells."""
-    if not isinstance(like, torch.Tensor):  # a number of each cell
+    """Return a random operand with the memory layout of another one, except for the number of its cells."""
+    if not isinstance(like, torch.Tensor):  # a number that differs from cell to cell
         return torch.zeros(cells if array.grouped else (), dtype=array.dtype, device=device)
     shape, strides = list(like.shape), like.stride()
     if array.grouped:
@@ -141,7 +141,7 @@ def kernels_of(
     layers: str | None = None,
     segment_length: int | None = None,
 ) -> dict[str, tuple[BodyKernels, ...]]:
-    """The kernels that the layers of a call would run as on GPUs, by target. Nothing is computed.
+    """Return the kernels that the layers of a call would run as on GPUs, by target, without computing anything.
 
     Args:
         function, args, kwargs: the call.
@@ -159,20 +159,20 @@ def kernels_of(
 
 
 def kernels_on(target: Target, analysis: Analysis, schedule: str) -> tuple[BodyKernels, ...]:
-    """The kernels of an analysed call on one target.
+    """Return the kernels of an analysed call on one target.
 
     Raises:
         RefusedError, CaptureError: if the call has no such schedule.
     """
 
     def backend(program: WavefrontProgram, weights: Weights) -> _Seen:
-        return _Seen(program, Weights(), given=target)  # the model's own stay where they are
+        return _Seen(program, Weights(), given=target)  # without stacks: the model's own stay in place
 
     variant = Variant.make(analysis, backend, kind=schedule)
     runner = variant.runner
     assert isinstance(runner, _Seen)
     run = analysis.probes[-1]
-    sources = {**variant.program.loop.sources, **run.program.sources}  # those of the run have its sizes
+    sources = {**variant.program.loop.sources, **run.program.sources}  # sources of the run have its sizes
     read = variant.program.reads() & sources.keys()
     plan = runner.plan(*run.sizes)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -185,7 +185,7 @@ def kernels_on(target: Target, analysis: Analysis, schedule: str) -> tuple[BodyK
 
 
 def resource_table(binaries: Sequence[Binary]) -> str:
-    """What kernels need of their targets, a line each."""
+    """Print the resources that kernels need of their targets, one line per kernel."""
     head = (
         *("target", "kernel", "registers", "spilled", "shared", "occupancy", "matrix instructions"),
         *("MB moved", "GFLOP", "roofline"),
@@ -216,7 +216,11 @@ def resource_table(binaries: Sequence[Binary]) -> str:
 
 
 def written(bodies: Sequence[BodyKernels], binaries: Sequence[Binary], folder: Path) -> int:
-    """Write sources, configurations, and what they were compiled to; how many files."""
+    """Write sources, configurations and compiled code into a folder, and return the number of files.
+
+    Raises:
+        OfflineError: if the folder cannot be written.
+    """
     files: dict[Path, str | bytes] = {}
     for body in bodies:
         for launch in body.launches:
@@ -247,15 +251,15 @@ def written(bodies: Sequence[BodyKernels], binaries: Sequence[Binary], folder: P
 
 @dataclass
 class _Seen(Triton):
-    """Runs a program on tensors without values, and keeps what it would launch."""
+    """A runner that runs a program on fake tensors, and keeps the kernels it would launch."""
 
-    binds: ClassVar[bool] = False  # there is no memory
+    binds: ClassVar[bool] = False  # fake tensors have no memory to bind
 
     bodies: dict[str, TritonBody] = field(default_factory=dict)
     given: Target | None = None
 
     def target(self, device: torch.device) -> Target | None:
-        """That which was asked for: nothing is launched."""
+        """Return the target that was asked for, since nothing is launched."""
         return self.given
 
     def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""Runs may overlap; a capture, which puts stand-ins into the model, must be alone."""
+"""The lock of runs and captures: runs may overlap, but a capture puts fake tensors into the model and must be alone."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ __all__ = ["LOCK", "SharedLock"]
 class SharedLock:
     """A lock that many threads hold to run, or one thread to capture.
 
-    A thread that holds it may take it again, and may ask to be alone: it waits for the others only.
+    A thread that holds it may take it again. It may also ask to be alone, and then waits for the others only.
     """
 
     def __init__(self) -> None:
-        self._held: dict[int, int] = {}  # by thread: how often
+        self._held: dict[int, int] = {}  # by thread: how many times
         self._owner: int | None = None
         self._renew()
 
     def _renew(self) -> None:
-        """Leave it to this thread alone: after a fork those that held it are not there, nor what they waited on."""
+        """Make the parts of the lock anew, and keep only the hold of this thread, as a fork needs it.
+
+        The other threads that held the lock do not exist in the child, nor does what they waited on.
+        """
         me = threading.get_ident()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -35,17 +38,17 @@ class SharedLock:
 
     @property
     def free(self) -> bool:
-        """Whether no thread is alone."""
+        """Return whether no thread holds the lock alone, or waits to."""
         return self._owner is None
 
     @property
     def elsewhere(self) -> bool:
-        """Whether another thread is alone, or waits to be."""
+        """Return whether another thread holds the lock alone, or waits to."""
         return self._owner is not None and self._owner != threading.get_ident()
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """Hold it together with others."""
+        """Hold the lock together with others."""
         me = threading.get_ident()
         with restored(self._back(me)):
             with self._lock:
@@ -56,9 +59,10 @@ class SharedLock:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
-        """Hold it alone; False, at once, where that would never be.
+        """Hold the lock alone, or yield False at once where that would never be.
 
-        That is where this thread holds it already and another one waits to be alone: each would wait for the other.
+        That is where this thread holds it already and another one waits to be alone, since each would wait for the
+        other.
         """
         me = threading.get_ident()
         with restored(self._back(me)):
@@ -75,7 +79,7 @@ class SharedLock:
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
-        """Hold it alone, to capture.
+        """Hold the lock alone, to capture.
 
         Raises:
             CaptureError: if this thread is in a call that another one waits for to capture.
@@ -92,7 +96,7 @@ class SharedLock:
         return functools.partial(self._set, me, self._held.get(me, 0), self._owner == me)
 
     def _set(self, me: int, times: int, owns: bool) -> None:
-        """Let a thread hold it so many times, alone or not, as before."""
+        """Restore a thread's earlier hold: how many times it holds the lock, and whether alone."""
         with self._lock:
             if times:
                 self._held[me] = times

@@ -1,4 +1,4 @@
-"""Silence for what is tried on purpose, and peace from the garbage collector."""
+"""Blocks that silence expected reports of torch, and that keep the garbage collector away."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["quiet_fakes", "uncollected"]
 
 @contextlib.contextmanager
 def quiet_fakes() -> Iterator[None]:
-    """Sizes and dtypes that do not go together are tried on purpose: torch need not report each."""
+    """Silence torch's reports about fake tensors, since sizes and dtypes that do not fit are tried on purpose."""
     fake_logger = logging.getLogger("torch._subclasses.fake_tensor")
     before = fake_logger.disabled
     with restored(functools.partial(setattr, fake_logger, "disabled", before)):
@@ -25,8 +25,10 @@ def quiet_fakes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Keep the garbage collector away: what an analysis makes stays until its end, and to go over it again and again
-    takes as long as to fold it."""
+    """Keep the garbage collector away during an analysis.
+
+    The objects that it makes stay until its end. To go over them again and again takes as long as to fold them.
+    """
     with restored(gc.enable if gc.isenabled() else gc.disable):
         gc.disable()
         yield

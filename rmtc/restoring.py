@@ -1,8 +1,8 @@
-"""What is changed for a while is put back, wherever an interrupt arrives.
+"""Temporary changes that are put back, wherever an interrupt arrives.
 
-What puts a change back is written down before the change is made, and crossed out once everything is back. An interrupt
-in between leaves it on the list, which the outermost of rmtc's functions finishes at its end, or the next one, at its
-beginning.
+A function that puts a change back is listed before the change is made, and taken off the list once everything is back.
+An interrupt in between leaves it on the list. The outermost of rmtc's functions then finishes it at its end, or the
+next one at its beginning.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ _thread = _Thread()
 
 @contextmanager
 def restored(put_back: Callable[[], None]) -> Iterator[None]:
-    """Put something back at the end of a block. Blocks of a thread end in the reverse of the order they begin in.
+    """Put something back at the end of a block.
+
+    Blocks of a thread end in the reverse of the order in which they begin.
 
     Args:
-        put_back: may be called again after it was interrupted, and then does the rest.
+        put_back: a function that may be called again after it was interrupted, and then does the rest.
     """
     mine = _lists.setdefault(threading.get_ident(), [])
     count = len(mine)
@@ -46,14 +48,14 @@ def restored(put_back: Callable[[], None]) -> Iterator[None]:
 
 
 def _put_back(changes: list[Callable[[], None]], count: int) -> None:
-    """Put back what was changed after the first so many changes, the latest first."""
+    """Put back all changes after the first ``count``, the latest first."""
     while len(changes) > count:
         changes[-1]()
         changes.pop()
 
 
 def outermost(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a function one that leaves nothing changed, and finishes what an interrupt of an earlier one has left."""
+    """Make a function leave nothing changed, and finish first what an interrupt of an earlier one has left."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -79,7 +81,10 @@ def finish() -> None:
 
 
 def _forget_others() -> None:
-    """Forget what other threads had changed: after a fork they are not there, and settings of theirs are not ours."""
+    """Forget the changes of other threads after a fork.
+
+    These threads do not exist in the child, and settings of theirs are not those of this thread.
+    """
     for thread in _lists.keys() - {threading.get_ident()}:
         del _lists[thread]
 

@@ -1,4 +1,4 @@
-"""Tell those who wait for an answer which stage of it runs."""
+"""The stages of an answer, and listeners that learn which one runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _listeners: list[Listener] = []
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Tell listeners that a stage begins, and that it has ended. Stages may lie inside of one another."""
+    """Tell listeners that a stage begins, and that it has ended. Stages may be nested."""
     for told in _listeners:
         told(name)
     try:
@@ -27,7 +27,7 @@ def stage(name: str) -> Iterator[None]:
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Tell listeners of a stage, and add its time to those of that name."""
+    """Tell listeners of a stage, and add its time to the seconds of that name."""
     start = time.perf_counter()
     try:
         with stage(name):

@@ -1,4 +1,4 @@
-"""What schedules a set of dependences allows, without a model: for those who design one."""
+"""The schedules that a set of dependences allows, without a model, for those who design one."""
 
 from __future__ import annotations
 
@@ -33,26 +33,27 @@ def study(
     """Find the best schedule for given dependences, or the cycle that forbids one.
 
     Args:
-        distances: distance vectors (ds, dl): layer l on segment s reads what layer l - dl made on segment s - ds, where
-            there is such a layer; layer L, where ``(1, l - L)`` or ``(1, -L)`` names it, is what comes after the last.
-            Entries are whole numbers, or formulas in ``L`` and ``l`` as in ``"(0, 1), (1, -(L-1)) memory"``. Between
-            named operations of a layer, ``"x -> x (0, 1), x -> m (0, 0), m -> x (1, 0)"``, the answer also says what is
-            legal operation by operation.
+        distances: distance vectors (ds, dl). With one of them, layer l on segment s reads what layer l - dl made on
+            segment s - ds, where there is such a layer. Layer L stands for the operations after the last layer, where
+            ``(1, l - L)`` or ``(1, -L)`` names it. Entries are whole numbers, or formulas in ``L`` and ``l`` as in
+            ``"(0, 1), (1, -(L-1)) memory"``. Between named operations of a layer, ``"x -> x (0, 1), x -> m (0, 0), m ->
+            x (1, 0)"``, the answer also has the schedule operation by operation.
         layers: number of layers L.
         segments: number of segments S.
 
     Returns:
-        An explanation as that of :func:`rmtc.explain`; ``str()`` of it is what ``rmtc study`` prints.
+        An explanation like that of :func:`rmtc.explain`; ``rmtc study`` prints its ``str()``.
 
     Raises:
         ValueError: (a :class:`SpellingError`) if a distance cannot be read, with the part that is none; if there are no
-            layers or segments; or if something is larger than docs/formats.md says.
+            layers or segments; or if something is larger than docs/formats.md allows.
         TypeError: if a number is no integer.
 
     Example:
         >>> rmtc.study("(0, 1), (1, -2)", layers=16, segments=64).schedule.makespan
         L + 3*S - 3
     """
+    # Read the distances, within the limits.
     layers, segments = operator.index(layers), operator.index(segments)
     within(layers, LAYERS, "layers", "study fewer layers: what depends on what seldom changes with their number")
     within(segments, SEGMENTS, "segments", "study fewer segments: the answer is a formula of their number")
@@ -65,6 +66,7 @@ def study(
     named = bool(spelled and spelled[0].producer)
     work = "comparisons of operations"
     within(_work(graph, segments, named), WORK, work, "study fewer layers, or distances over fewer segments")
+    # Prove a schedule of cells, and find times of single operations.
     crossing = tuple(dict.fromkeys(each.dependence for each in spelled if not _within(each)))
     proof = prove(crossing, layers)
     retimed = retime(graph)
@@ -72,7 +74,7 @@ def study(
         proof = _deadlock(proof, graph, retimed.cycle)
         crossing = tuple(dict.fromkeys((*crossing, *proof.cycle)))
     schedule = proof.schedule(layers, segments)
-    ordered = all(edge.ds >= 0 for edge in graph.edges)  # else no loop over segments runs it
+    ordered = all(edge.ds >= 0 for edge in graph.edges)  # no loop over segments runs a negative ds
     return Explanation(
         " ".join(dict.fromkeys(distance_text(each.distance) for each in crossing)) or "no dependences",
         segments,
@@ -91,7 +93,11 @@ def study(
 
 
 def _given(distances: Iterable[Dependence | tuple[Extent | str, Extent | str]]) -> Iterator[Spelled]:
-    """Dependences that are given as data: their formulas are read as those of a text are."""
+    """Yield dependences that are given as data, with their formulas read as those of a text are.
+
+    Raises:
+        SpellingError: if one is neither a dependence nor a pair.
+    """
     for number, each in enumerate(distances):
         if isinstance(each, Dependence):
             layers = None if each.layers is None else _pair(each.layers)
@@ -108,12 +114,12 @@ def _pair(extents: tuple[Extent | str, Extent | str]) -> tuple[Extent, Extent]:
 
 
 def _within(each: Spelled) -> bool:
-    """Whether it leads from one operation to another of the same cell."""
+    """Return whether a dependence leads from one operation to another of the same cell."""
     return each.dependence.distance == (0, 0) and each.producer != each.consumer
 
 
 def _deadlock(proof: Proof, graph: FoldedGraph, cycle: Sequence[Edge]) -> Proof:
-    """The refusal of cells that could run in that order, were it not for operations that wait for one another."""
+    """Return the refusal of cells that could run in that order, if their operations did not wait for one another."""
     names = [graph.vertices[edge.producer].name for edge in cycle]
     reads = " -> ".join([*names, names[0]])
     reason = f"no order of its operations is legal: round {reads} each waits for the one before it in its own segment"
@@ -122,7 +128,7 @@ def _deadlock(proof: Proof, graph: FoldedGraph, cycle: Sequence[Edge]) -> Proof:
 
 
 def _vectors(distance: tuple[Extent, Extent], layers: int) -> list[tuple[int, int]]:
-    """The distance at each layer."""
+    """Return the distance at each layer."""
     ds, dl = (_values(extent, layers) for extent in distance)
     return list(zip(ds, dl, strict=True))
 
@@ -143,7 +149,7 @@ def _values(extent: Extent, layers: int) -> list[int]:
 
 
 def _work(graph: FoldedGraph, segments: int, named: bool) -> int:
-    """Count what :func:`strips` compares at most, and of named operations :func:`lasting_chain`."""
+    """Count the comparisons of :func:`strips` at most, and with named operations those of :func:`lasting_chain`."""
     reads, vertices = sum(len(edge.pairs) for edge in graph.edges), len(graph.vertices)
     periods = {edge.ds for edge in graph.edges if 1 < edge.ds <= segments}
     mined = sum(period * (period * vertices * len(graph.edges) + reads) for period in periods)
@@ -154,9 +160,10 @@ def _work(graph: FoldedGraph, segments: int, named: bool) -> int:
 def _graph(
     spelled: Sequence[Spelled], vectors: Mapping[tuple[Extent, Extent], Sequence[tuple[int, int]]], layers: int
 ) -> FoldedGraph:
-    """One vertex for each name, in every layer; a prologue counts as the first layer's, an epilogue as the last's.
+    """Build the graph with one vertex for each name, in every layer.
 
-    As in :func:`prove`, a distance that varies and becomes (0, 0) at a layer does not make that cell read itself.
+    A prologue counts as the first layer's, an epilogue as the last's. As in :func:`prove`, a distance that varies and
+    becomes (0, 0) at a layer does not make that cell read itself.
     """
     names = dict.fromkeys(name for each in spelled for name in (each.producer, each.consumer))
     numbers = {name: number for number, name in enumerate(names)}

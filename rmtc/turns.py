@@ -1,6 +1,6 @@
 """Times of several ways to run a call, measured in turns, and whether they mean anything.
 
-Times are of the wall clock: a user waits for it, and the CPU time of a process hides what other processes take.
+Times are of the wall clock. A user waits for it, and the CPU time of a process hides what other processes take.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast one way is as another, turn by turn.
+    """The speed of one way in multiples of another's, turn by turn.
 
     Attributes:
         median, lower, upper: the median and the quartiles of the ratios of turns.
@@ -74,7 +74,7 @@ class Turns:
     """Seconds of ways to run a call. Each turn runs every way once, one next to the other.
 
     Attributes:
-        seconds: those of each turn, by way.
+        seconds: seconds of each turn, by way.
     """
 
     seconds: Mapping[str, Sequence[float]]
@@ -92,7 +92,7 @@ class Turns:
     def noise(self, *ways: str) -> str:
         """Say why times of ways, or of all, mean nothing. Return nothing if they mean something.
 
-        The spread is that of each way by itself: in the sum of a turn the slow ways hide that of the fast ones.
+        The spread is that of each way by itself. In the sum of a turn the slow ways would hide that of the fast ones.
         """
         found = {way: self.seconds[way] for way in ways or self.seconds}
         turns = min(map(len, found.values()))
@@ -111,7 +111,7 @@ class Turns:
         Args:
             floor: the way that runs no more than the products of the other.
             way: the other.
-            gain: how many times as fast as the floor's products those of the way are known to be.
+            gain: known speed of the way's products, in multiples of that of the floor's.
         """
         times = self.ratio(floor, way).median
         if not times > gain * NOISE:
@@ -127,12 +127,12 @@ def timed(call: Callable[[], T]) -> tuple[float, T]:
 
 
 def take_turns(calls: Mapping[str, Callable[[], object]], repeats: int, seconds: float | None = None) -> Turns:
-    """Time calls in turns, each once a turn, after one turn that warms up.
+    """Time calls in turns, each once per turn, after one turn that warms up.
 
-    The order within a turn is shuffled: code that runs after itself finds its data in caches.
+    The order within a turn is shuffled, since code that runs after itself finds its data in caches.
 
     Args:
-        calls: what is timed, by way.
+        calls: the calls to time, by way.
         repeats: number of turns, at least 1.
         seconds: begin no turn that may end later than this, but take one.
     """

@@ -1,4 +1,4 @@
-"""`rmtc.verify`: a compiled call against the call as it was, numbers and memory."""
+"""`rmtc.verify`, which compares a compiled call with the call as it was, in numbers and memory."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, tor
 
 @dataclass(frozen=True)
 class Verification:
-    """A compiled call held against the call as it was.
+    """The comparison of a compiled call with the call as it was.
 
     Attributes:
         max_relative_error: of all results and all state left in attributes and buffers, the largest
             ``max|compiled - eager| / max|eager|`` of a tensor; infinite if one is missing or no number where the
             other is one, or if the model is refused.
-        worst_output: the name of that tensor, ``output['logits']`` or ``state:layers.3.A``.
+        worst_output: name of that tensor, ``output['logits']`` or ``state:layers.3.A``.
         steps: number of steps the compiled call ran in, of parts where layers run in parts; 0 if it fell back.
-        sequential_steps: number of cells, the steps that it takes one after another.
+        sequential_steps: number of cells, the steps that it takes one after another; 0 if it fell back.
         ok: whether the error is within the tolerance and the call ran several cells at once.
-        tolerance: what the error was held against.
-        reason: why it is not ok; empty if it is.
+        tolerance: the error that is allowed.
+        reason: reason why it is not ok; empty if it is.
     """
 
     max_relative_error: float
@@ -78,8 +78,8 @@ def verify(
 ) -> Callable[..., Verification]:
     """Run a call twice as it is and compiled, and compare everything that both calls return and leave behind.
 
-    The second call goes on from what the first has left; where it is refused, and so would run as it is, the first
-    alone is compared.
+    The second call goes on from what the first has left. If it is refused, and so would run as it is, only the first is
+    compared.
 
     A module and its arguments are copied for both runs, and stay as they are. Of a plain function the Python state is
     put back after each run.
@@ -88,7 +88,7 @@ def verify(
         function: a module or function, compiled or not.
         tolerance: the largest relative error that is ok; by default 1e-9 in float64, 1e-3 in float32, 3e-2 in float16
             and 6e-2 in bfloat16, by the narrowest dtype that comes out.
-        allow_refused: give a verification that is not ok, in place of an error, if the model is refused.
+        allow_refused: return a verification that is not ok, in place of an error, if the model is refused.
         layers, segment_length, schedule, backend: as in :func:`rmtc.compile`; the schedule by default the shortest.
 
     Returns:
@@ -115,10 +115,10 @@ def verify(
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A verification with what was verified.
+    """A verification, with the compiled copy that was verified.
 
     Attributes:
-        verification: what came out.
+        verification: the result.
         call: the compiled copy.
         args, kwargs: its arguments.
     """
@@ -139,7 +139,7 @@ def rehearse(
     schedule: str = "shortest",
     backend: str | Backend = "auto",
 ) -> Rehearsal:
-    """Verify a call, and keep the compiled copy for more.
+    """Verify a call, and keep the compiled copy for more calls.
 
     Raises:
         RefusedError, CaptureError: if there is no schedule to run.
@@ -156,7 +156,7 @@ def rehearse(
             wanted, *_ = _rehearse(target, args, kwargs, None)
         with stage("run with the schedule"):
             found, run, called, own_args, own_kwargs = _rehearse(target, args, kwargs, compiled_copy)
-    if not any(name.endswith(_AGAIN) for name in found):  # a second call cannot be made, or runs as it is
+    if not any(name.endswith(_AGAIN) for name in found):  # the second call was refused
         wanted = {name: value for name, value in wanted.items() if not name.endswith(_AGAIN)}
     error, worst = _compare(wanted, found)
     allowed = _tolerance(wanted) if tolerance is None else tolerance
@@ -177,7 +177,7 @@ def rehearse(
 
 
 def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What was compiled, left compiled."""
+    """Return the function from which a compiled call was made, which itself stays compiled."""
     compiled = compiled_of(function)
     return function if compiled is None else compiled.function
 
@@ -188,7 +188,11 @@ def _rehearse(
     kwargs: dict[str, Any],
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
 ) -> tuple[dict[str, Any], LastRun | None, Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """Two calls of a copy: what they return and leave behind by name, the first run, what was called with what."""
+    """Call a copy twice.
+
+    Returns:
+        What both calls return and leave behind, by name; the first run; the copy; and its arguments.
+    """
     subject = function
     if isinstance(function, nn.Module):
         subject, args, kwargs = copy.deepcopy((function, args, kwargs))
@@ -204,7 +208,7 @@ def _rehearse(
         found = _found(called(*args, **kwargs), roots)
         compiled = compiled_of(called)
         run = compiled.stats.last_run if compiled is not None else None
-        with contextlib.suppress(RefusedError, CaptureError):  # the next call reads what this one has left
+        with contextlib.suppress(RefusedError, CaptureError):  # the second call reads what the first has left
             again = _found(called(*args, **kwargs), roots)
             found |= {name + _AGAIN: value for name, value in again.items()}
     finally:
@@ -216,14 +220,14 @@ def _rehearse(
 
 
 def _found(result: Any, roots: dict[str, Any]) -> dict[str, Any]:
-    """Copies of what a call has returned and left behind, by name."""
+    """Return copies of what a call has returned and left behind, by name."""
     found = dict(leaves_of(result, "output"))
     found |= {f"state:{slot.name}": slot.value for slot in _tensors(walk(roots))}
     return {name: value.detach().clone() if isinstance(value, torch.Tensor) else value for name, value in found.items()}
 
 
 def _tensors(slots: list[Slot]) -> Iterator[Slot]:
-    """The slots of buffers and state."""
+    """Return the slots of buffers and state."""
     return (slot for slot in slots if isinstance(slot.value, torch.Tensor) and not isinstance(slot.value, nn.Parameter))
 
 
@@ -233,7 +237,7 @@ def _tolerance(values: dict[str, Any]) -> float:
 
 
 def _compare(wanted: dict[str, Any], found: dict[str, Any]) -> tuple[float, str]:
-    """The largest relative error, and where."""
+    """Return the largest relative error, and the name of its tensor."""
     worst, where = -1.0, ""
     for name in dict.fromkeys((*wanted, *found)):
         error = _error(wanted[name], found[name]) if name in wanted and name in found else float("inf")

@@ -1,4 +1,4 @@
-"""The command line: ``rmtc schedule``, ``rmtc explain``, ``rmtc dump``, ``rmtc passes``."""
+"""The command line ``rmtc``: ``schedule``, ``explain``, ``study``, ``verify``, ``bench`` and other commands."""
 
 from rmtc.cli.app import app, main
 

@@ -1,4 +1,4 @@
-"""``python -m rmtc.cli`` is ``rmtc``."""
+"""The entry point of ``python -m rmtc.cli``, which is ``rmtc``."""
 
 from rmtc.cli.app import main
 

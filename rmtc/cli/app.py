@@ -1,6 +1,6 @@
 """The commands of ``rmtc``.
 
-Whatever imports torch is imported inside a command, so that ``rmtc --help`` answers at once.
+Modules that import torch are imported inside the commands, so that ``rmtc --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ app = typer.Typer(
 
 
 class Format(StrEnum):
-    """Forms in which a schedule is written."""
+    """The forms in which a schedule is written."""
 
     text = "text"
     json = "json"
@@ -56,7 +56,7 @@ class Format(StrEnum):
 
 
 class Kind(StrEnum):
-    """What ``schedule=`` of :func:`rmtc.compile` may be."""
+    """The kinds of schedule, as ``schedule=`` of :func:`rmtc.compile` takes them."""
 
     shortest = "shortest"
     best = "best"
@@ -507,13 +507,17 @@ def passes(json: Json = False, output: Output = None, debug: Debug = False) -> N
 
 
 def _loaded(model: str, settings: list[str] | None) -> LoadedCall:
-    """Make what is asked about."""
+    """Load the call that a command asks about."""
     with stage("load"):
         return load(model, parse_settings(settings or ()))
 
 
 def _backend(name: str) -> str:
-    """A backend's name, if there is one."""
+    """Return a backend's name.
+
+    Raises:
+        UsageError: if there is no such backend.
+    """
     from rmtc.runtime.backends import backend_named
 
     try:
@@ -524,7 +528,11 @@ def _backend(name: str) -> str:
 
 
 def _form(form: Format | None, json: bool) -> Format:
-    """The form that ``--format`` and ``--json`` ask for."""
+    """Return the form that ``--format`` and ``--json`` ask for.
+
+    Raises:
+        UsageError: if they ask for different ones.
+    """
     if json and form not in (None, Format.json):
         raise UsageError(f"--json and --format {form} ask for different forms")
     return Format.json if json else form or Format.text
@@ -566,12 +574,12 @@ def _explain(
 
 
 def _of_kind(answer: Explanation, proven: Schedule, kind: Kind) -> tuple[Schedule, Sequence[Dependence]]:
-    """The schedule of a kind with the dependences between its cells."""
+    """Return the schedule of a kind, with the dependences between its cells."""
     from rmtc.passes.bodies.group import run_schedule
 
     way = answer.chosen if kind is Kind.best else answer.way(kind)
     if answer.whole is None and kind is not Kind.best:
-        way = answer.way(Kind.fission)  # it is what there is
+        way = answer.way(Kind.fission)  # parts have the only schedule there is
     if way is not None and way.schedule is not None:
         return way.schedule, way.dependences
     written = way is not None
@@ -634,7 +642,7 @@ def _why(answer: Explanation, cell: Cell, json: bool) -> str:
 
 
 def _refused(answer: Explanation | RefusedError, form: Format) -> str:
-    """The refusal as text or JSON."""
+    """Print the refusal as text or JSON."""
     from rmtc.show import refusal_json
     from rmtc.show.text import refusal_text
 
@@ -650,5 +658,5 @@ def _as_json(answer: Verification | Benchmark) -> str:
 
 
 def main() -> None:
-    """Entry point of the ``rmtc`` script."""
+    """Run the ``rmtc`` script."""
     app(prog_name="rmtc")

@@ -32,11 +32,11 @@ def run_demo(segments: int, certificate: bool = False) -> str:
     """Verify and measure the example, with its stages shown on stderr.
 
     Args:
-        segments: of text; fewer are read where these would take too long.
+        segments: number of segments of text. Fewer are read where these would take too long.
         certificate: whether to show the schedule and its proof, too.
 
     Returns:
-        What there is to see, the result first.
+        The text to print, with the result first.
     """
     with progress("rmtc: demo"), stage("load"):
         target = _fitting(segments)
@@ -75,14 +75,14 @@ def fitting(segments: int, takes: float) -> int:
     """Return how many segments can be read within the limit, two at least.
 
     Args:
-        segments: as many as are asked for.
-        takes: seconds that one takes as written.
+        segments: number of segments that are asked for.
+        takes: seconds that one segment takes as written.
     """
     return max(2, min(segments, int(_SECONDS / (_RUNS * takes))))
 
 
 def _certificate(function: Any, analysis: Any, segments: int) -> list[str]:
-    """The first steps of the schedule and the proof, as lines."""
+    """Print the first steps of the schedule and the proof, as lines."""
     import torch
 
     from rmtc.api import explanation_of

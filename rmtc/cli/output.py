@@ -1,4 +1,4 @@
-"""Where a command's words go: results to stdout or a file, progress and errors to stderr, and the exit codes."""
+"""The output of commands: results to stdout or a file, progress and errors to stderr, and the exit codes."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ NO_ANSWER = 2
 
 
 class OutputError(RmtcError):
-    """The result could not be written."""
+    """A result that could not be written."""
 
     title = "cannot write the result"
 
 
 @contextlib.contextmanager
 def reporting(debug: bool) -> Iterator[None]:
-    """Turn what goes wrong inside into one line on stderr and an exit code; with ``debug`` after the traceback."""
+    """Turn an exception inside the block into one line on stderr and an exit code.
+
+    With ``debug`` the line comes after the traceback.
+    """
     if debug:
         logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
         logging.getLogger("rmtc").setLevel(logging.DEBUG)
@@ -62,7 +65,7 @@ def _report(line: str, debug: bool) -> None:
 
 
 def one_line(error: RmtcError) -> str:
-    """What went wrong, where, why and what to do, in one line."""
+    """Print an error in one line: the failure, the place, the reason and the remedy."""
     where = f", at {error.location}" if error.location else ""
     remedy = f"; {error.remedy}" if error.remedy else ""
     return " ".join(f"{error.title}{where}: {error.reason}{remedy}".split())
@@ -71,7 +74,7 @@ def one_line(error: RmtcError) -> str:
 class Stages:
     """The stages of an answer: the seconds of those that are done, and the one that runs.
 
-    A stage that runs inside of another one stops the other's clock. A stage that comes again adds to its seconds.
+    A stage that runs inside another one stops the other's clock. A stage that comes again adds to its seconds.
     """
 
     def __init__(self, message: str) -> None:
@@ -80,7 +83,7 @@ class Stages:
         self._since = time.perf_counter()
 
     def __call__(self, name: str | None) -> None:
-        """Note that a stage begins, or with None that the one that began last ends."""
+        """Note that a stage begins, or for None that the one that began last ends."""
         now = time.perf_counter()
         if self._open:
             self.seconds[self._open[-1]] += now - self._since
@@ -100,7 +103,7 @@ class Stages:
 def progress(message: str) -> Iterator[None]:
     """Show a spinner with the stages and their seconds on stderr, if that is a terminal.
 
-    What the code inside prints goes to stderr, not among the results.
+    Text that the code inside prints goes to stderr, not among the results.
     """
     console = Console(stderr=True)
     with contextlib.redirect_stdout(sys.stderr):
@@ -119,15 +122,15 @@ def progress(message: str) -> Iterator[None]:
 
 
 def note(message: str) -> None:
-    """A remark on stderr."""
+    """Print a remark on stderr."""
     typer.echo(message, err=True)
 
 
 def check_output(path: Path | None) -> None:
-    """Find out before the work that a file cannot be written.
+    """Check, before the work, that its result can be written to a file.
 
     Raises:
-        OutputError: if its folder does not exist or it is a folder itself.
+        OutputError: if the folder of the file does not exist, or the file is a folder itself.
     """
     if path is None:
         return
@@ -157,6 +160,9 @@ def emit(text: str, path: Path | None) -> None:
 
 
 def _silence_stdout() -> None:
-    """Python flushes stdout once more at its exit and would complain again about what is left in the buffer."""
+    """Redirect stdout to the null device.
+
+    Python flushes stdout once more at its exit, and would complain again about the rest of the buffer.
+    """
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

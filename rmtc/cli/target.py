@@ -30,7 +30,7 @@ _RETURNS = "a factory returns (callable, args) or (callable, args, kwargs)"
 
 
 class TargetError(RmtcError):
-    """MODEL or one of its settings cannot be used."""
+    """A MODEL, or a setting of it, that cannot be used."""
 
     title = "cannot use MODEL"
 
@@ -45,7 +45,9 @@ class LoadedCall:
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, object]:
-    """``name=value`` pairs as keyword arguments; a value that is no Python literal, true, false or null is a string.
+    """Parse ``name=value`` pairs as keyword arguments.
+
+    A value that is no Python literal, and none of true, false and null, is a string.
 
     Raises:
         TargetError: if a pair has no name or no ``=``.
@@ -64,10 +66,10 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, object]:
 
 
 def load(model: str, settings: Mapping[str, object]) -> LoadedCall:
-    """Import the factory that ``model`` names, call it with the settings as keyword arguments, check what it returns.
+    """Import the factory that ``model`` names, call it with the settings as keyword arguments, and check its result.
 
     Raises:
-        TargetError: at the first thing that fails, with its place where there is one.
+        TargetError: at the first failure, with its place where there is one.
     """
     module_name, colon, attribute = model.rpartition(":")
     if not colon or not module_name or not attribute:
@@ -110,7 +112,7 @@ def _import(name: str) -> ModuleType:
 
 
 def _find_in(folder: Path) -> None:
-    """As ``python file.py`` and ``python -m`` do: what lies beside the target can be imported."""
+    """Make the modules beside the target importable, as ``python file.py`` and ``python -m`` do."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 

@@ -1,7 +1,8 @@
-"""A body as arrays that are functions of their indices: what kernels of several operations are made of.
+"""A body as arrays that are functions of their indices, from which kernels of several operations are built.
 
-An :class:`Array` is a tensor of one cell; those of a group have one each. What an array is at an index follows from
-what others are at theirs, so an operation whose result is nowhere written can take place wherever it is read.
+An :class:`Array` is a tensor of one cell. A grouped array exists once per cell of a group. The value of an array at an
+index follows from the values of other arrays at theirs. So an operation whose result is not stored can be computed
+wherever the result is read.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ class Array:
     """A tensor of a cell.
 
     Attributes:
-        name: by which source calls it.
-        sizes: of its dimensions.
-        dtype: of its elements.
-        grouped: whether each cell of a group has one of its own.
-        ops: the operations that it stands for.
+        name: name of the array in generated source.
+        sizes: sizes of its dimensions.
+        dtype: dtype of its elements.
+        grouped: whether each cell of a group has an array of its own.
+        ops: operations that it stands for.
     """
 
     name: str
@@ -53,21 +54,21 @@ class Array:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The sizes, in this call."""
+        """The sizes in this call, as numbers."""
         return tuple(size.value for size in self.sizes)
 
     @property
     def reads(self) -> tuple[Array, ...]:
-        """The arrays that it is made of."""
+        """The arrays that this array is computed from."""
         return ()
 
 
 @dataclass(frozen=True, eq=False)
 class Stored(Array):
-    """An operand of the body: it lies in memory.
+    """An operand of the body, stored in memory.
 
     Attributes:
-        cells: how many neighbouring cells have each row of it, 1 if each has its own.
+        cells: number of neighbouring cells that share each row of it, 1 if each cell has its own.
     """
 
     cells: int = 1
@@ -75,12 +76,12 @@ class Stored(Array):
 
 @dataclass(frozen=True, eq=False)
 class Pointwise(Array):
-    """``function(*args)``, element by element; arguments are broadcast.
+    """An array computed element by element as ``function(*args)``, with arguments broadcast.
 
     Attributes:
         function: a key of :data:`rmtc.codegen.triton.functions.FUNCTIONS`.
-        args: arrays, and numbers.
-        inner: the dtype in which it is computed.
+        args: arrays and numbers.
+        inner: dtype of the computation.
     """
 
     function: str
@@ -94,12 +95,12 @@ class Pointwise(Array):
 
 @dataclass(frozen=True, eq=False)
 class View(Array):
-    """``self[index] = source[at(index)]``.
+    """An array that reads another one at mapped indices: ``self[index] = source[at(index)]``.
 
     Attributes:
-        source: the other array.
-        at: gives the index.
-        view: makes it of the tensor of a group of cells, if it is a view.
+        source: the array that is read.
+        at: function from an index of this array to an index of the source.
+        view: function from the source's tensor of a group of cells to a view of it; None if the result is no view.
     """
 
     source: Array
@@ -113,7 +114,7 @@ class View(Array):
 
 @dataclass(frozen=True, eq=False)
 class Joined(Array):
-    """The parts one after another along ``dim``."""
+    """The concatenation of ``parts`` along ``dim``."""
 
     parts: tuple[Array, ...]
     dim: int
@@ -125,14 +126,14 @@ class Joined(Array):
 
 @dataclass(frozen=True, eq=False)
 class Reduction(Array):
-    """The sum or the greatest of what a source has along some dimensions.
+    """The sum or the maximum of an array over some of its dimensions.
 
     Attributes:
         kind: ``"sum"`` or ``"max"``.
-        source: what is reduced.
-        dims: its dimensions, ascending.
-        keep: whether these stay, with a size of 1.
-        inner: the dtype in which it is computed.
+        source: the array that is reduced.
+        dims: dimensions that are reduced, ascending.
+        keep: whether these dimensions stay, with a size of 1.
+        inner: dtype of the computation.
     """
 
     kind: str
@@ -148,14 +149,17 @@ class Reduction(Array):
 
 @dataclass(frozen=True, eq=False)
 class Product(Array):
-    """``self[..., m, n] = sum(left[..., m, k] * right[..., k, n] for k)``; leading dimensions are broadcast."""
+    """A matrix product, ``self[..., m, n] = sum(left[..., m, k] * right[..., k, n] for k)``.
+
+    Leading dimensions are broadcast.
+    """
 
     left: Array
     right: Array
 
     @property
     def depth(self) -> Index:
-        """The size that is summed over."""
+        """The size of the summed dimension, as a fixed number if that of either factor is one."""
         left, right = self.left.sizes[-1], self.right.sizes[-2]
         return left if left.fixed else right
 
@@ -166,13 +170,14 @@ class Product(Array):
 
 @dataclass(frozen=True, eq=False)
 class Attention(Array):
-    """``softmax(query @ key.mT * scale + mask) @ value`` of arrays (B, H, T, E).
+    """Attention over arrays (B, H, T, E): ``softmax(query @ key.mT * scale + mask) @ value``.
 
     Attributes:
-        query, key, value: the operands; each has as many heads as the result, or one for several neighbouring ones.
-        mask: what is added, or is False where nothing is seen; None for none. Broadcast.
-        causal: whether position t sees those up to t only.
-        scale: the factor.
+        query, key, value: the operands. Each has as many heads as the result, or one head per several neighbouring
+            heads.
+        mask: an additive mask, or a boolean one that is False where nothing is seen; None for no mask. Broadcast.
+        causal: whether position t sees only the positions up to t.
+        scale: factor of the scores.
     """
 
     query: Array
@@ -190,11 +195,11 @@ class Attention(Array):
 
 @dataclass(frozen=True, eq=False)
 class Outside(Array):
-    """What is left to torch: a result of an operation on tensors.
+    """A result of an operation on tensors that is left to torch.
 
     Attributes:
         op: the operation, with arrays as operands.
-        result: which of its results.
+        result: number of this result if the operation has several; None if it has one.
     """
 
     op: Op
@@ -218,10 +223,10 @@ class Nest:
     """A body as arrays.
 
     Attributes:
-        name: of the body.
-        arrays: all of them, each after those that it reads.
-        operands: those that are stored, by the operand of the body.
-        results: what the body returns.
+        name: name of the body.
+        arrays: all arrays, each after those that it reads.
+        operands: the stored arrays, by operand of the body.
+        results: the arrays that the body returns.
     """
 
     name: str
@@ -230,7 +235,7 @@ class Nest:
     results: tuple[Array, ...]
 
     def readers(self) -> Mapping[Array, Sequence[Array]]:
-        """Who reads each array."""
+        """Return the arrays that read each array."""
         found: dict[Array, list[Array]] = {each: [] for each in self.arrays}
         for reader in self.arrays:
             for read in dict.fromkeys(reader.reads):
@@ -239,7 +244,7 @@ class Nest:
 
 
 def base_of(array: Array) -> Array:
-    """What a view in memory is a view of."""
+    """Return the array at the bottom of a chain of views."""
     while isinstance(array, View):
         array = array.source
     return array

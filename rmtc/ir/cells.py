@@ -1,4 +1,4 @@
-"""Cells and what one needs of another: the data that schedules are about."""
+"""Cells and the dependences between them, the data that schedules are made from."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Dependence:
-    """Cell (s, l) needs a tensor that cell (s - ds, l - dl) makes.
+    """A dependence: cell (s, l) reads a tensor that cell (s - ds, l - dl) makes.
 
     Attributes:
         distance: ``(ds, dl)``; an entry is an ``int``, or a sympy expression in ``L`` (the number of layers)
             and ``l`` (the consumer's layer) where the distance is not uniform.
-        tensor: the tensor under the name its owner knows it by, such as ``layers.{l}.A``.
-        producer: what makes it, in words a user recognises.
-        consumer: what reads it.
-        location: where it is made, in the user's code.
-        consumer_location: where it is read.
-        layers: the consumer's layers ``(first, last)``, both inclusive, entries as in ``distance``; ``None``
-            means wherever the producer exists.
+        tensor: name under which the tensor's owner knows it, such as ``layers.{l}.A``.
+        producer: the operation that makes it, in words a user recognises.
+        consumer: the operation that reads it, in such words.
+        location: the place in the user's code where it is made.
+        consumer_location: the place where it is read.
+        layers: the consumer's first and last layer, both inclusive, entries as in ``distance``; ``None``
+            means every layer whose producer exists.
         makers: the operations that make the tensor, by their numbers in each of the loop's rows, the steady one last;
             empty if the dependence was found in no loop.
     """
@@ -52,7 +52,15 @@ class Dependence:
     makers: tuple[frozenset[int], ...] = field(default=(), compare=False, repr=False)
 
     def producers(self, cell: Cell, layers: int) -> Cell | None:
-        """The cell that ``cell`` waits for through this dependence, or None at the edge of the grid."""
+        """Return the cell that ``cell`` waits for through this dependence.
+
+        Args:
+            cell: the consumer.
+            layers: number of layers L.
+
+        Returns:
+            The producer. None if it is outside the grid, or if the consumer is in none of :attr:`layers`.
+        """
         values = {L: layers, layer_symbol: cell.layer}
         ds, dl = (_at(extent, values) for extent in self.distance)
         if self.layers is not None:
@@ -63,7 +71,7 @@ class Dependence:
         return source if source.segment >= 0 and 0 <= source.layer < layers else None
 
     def makes(self, segment: int, number: int) -> bool:
-        """Whether operation ``number`` of a segment makes the tensor."""
+        """Return whether operation ``number`` of a segment makes the tensor."""
         return bool(self.makers) and number in self.makers[min(segment, len(self.makers) - 1)]
 
     def __str__(self) -> str:
@@ -75,8 +83,8 @@ class Dependence:
 class Group(NamedTuple):
     """Cells of one class that run together in a step.
 
-    ``stage`` is ``"prologue"``, ``"layer"`` or ``"epilogue"``; the cells of a prologue have layer -1, those of an
-    epilogue layer L. Where layers are divided, ``part`` is the one that runs of each of the cells, counted from 0.
+    ``stage`` is ``"prologue"``, ``"layer"`` or ``"epilogue"``. The cells of a prologue have layer -1, those of an
+    epilogue layer L. Where layers are divided, ``part`` is the part of each cell that runs, counted from 0.
     """
 
     stage: str
@@ -86,14 +94,17 @@ class Group(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One time of a schedule and what runs in it, groups in order."""
+    """The groups that run at one time of a schedule, in order."""
 
     time: int
     groups: tuple[Group, ...]
 
 
 class Phase(NamedTuple):
-    """Neighbouring columns, from ``first`` on, that run at ``a*s + b*(l - first)`` when those before them have run."""
+    """Neighbouring columns, from ``first`` on, that run in each block after all columns before them.
+
+    Within the phase cell (s, l) runs at ``a*s + b*(l - first)``.
+    """
 
     first: int
     a: int
@@ -101,7 +112,7 @@ class Phase(NamedTuple):
 
 
 def distances(dependences: Sequence[Dependence]) -> set[tuple[Extent, Extent]]:
-    """The set of distance vectors."""
+    """Return the set of distance vectors of some dependences."""
     return {dependence.distance for dependence in dependences}
 
 

@@ -1,4 +1,4 @@
-"""What operations cost on a machine, and what ways to run a call are estimated to take: data."""
+"""Costs of operations on a machine, and estimates of the ways to run a call, as data."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ _LARGEST = sys.float_info.max
 
 @dataclass(frozen=True)
 class CostModel:
-    """What an operation takes on a machine: at least a time, and the longer, the more it computes or moves.
+    """The cost of an operation on a machine: a fixed time, and a time for what it computes and moves.
 
-    ``max(flops * product, bytes * byte)`` seconds besides ``launch`` or ``written``: the roofline model (Williams,
-    Waterman and Patterson, "Roofline: an insightful visual performance model", 2009).
+    The latter is ``max(flops * product, bytes * byte)`` seconds, besides ``launch`` or ``written``. This is the
+    roofline model (Williams, Waterman and Patterson, "Roofline: an insightful visual performance model", 2009).
 
     Attributes:
-        launch: seconds that an operation of a scheduled body takes at least.
-        operand: seconds that each tensor that a group of cells reads takes to be gathered.
-        outside: seconds that an operation takes before or after the segments, or for all of them once.
-        written: seconds that an operation of the model's own code takes at least, with the modules around it.
-        call: seconds that a scheduled call takes besides its groups: guards, and results put together.
-        product: seconds that a floating-point operation of a matrix product takes.
-        byte: seconds that a byte takes that is read or written.
-        spread: how many times as long all this takes for several cells with weights of their own.
+        launch: fixed seconds of an operation of a scheduled body.
+        operand: seconds to gather each tensor that a group of cells reads.
+        outside: seconds of an operation before or after the segments, or of one that runs once for all of them.
+        written: fixed seconds of an operation of the model's own code, with the modules around it.
+        call: seconds of a scheduled call besides its groups: guards, and putting results together.
+        product: seconds of a floating-point operation of a matrix product.
+        byte: seconds of a byte that is read or written.
+        spread: factor on the time to compute and move for several cells with weights of their own.
         scatter: how far the fastest tries of three parts of the measurement lie apart, as a factor; the largest of all
             constants.
-        date: the day of the measurement, as in ISO 8601; empty if it is not known.
-        source: where the numbers come from, in words.
+        date: day of the measurement, as in ISO 8601; empty if it is not known.
+        source: origin of the numbers, in words.
     """
 
     launch: float
@@ -58,12 +58,12 @@ class CostModel:
                 raise ValueError(f"{each.name} is a number that is not negative, not {value!r}")
 
     def operation(self, work: Work, cells: int, least: float, one_layer: bool = False) -> float:
-        """Seconds of one operation for several cells at once.
+        """Return the seconds that one operation takes for several cells at once.
 
         Args:
-            work: of one cell.
-            cells: their number.
-            least: what an operation takes at least, ``launch`` or ``written``.
+            work: work for one cell.
+            cells: number of cells.
+            least: fixed seconds of the operation, ``launch`` or ``written``.
             one_layer: whether the cells share the weights of one layer.
         """
         alone = cells == 1 or one_layer
@@ -71,15 +71,15 @@ class CostModel:
         return least + (1 if alone else self.spread) * max(cells * work.flops * self.product, moved * self.byte)
 
     def to_json(self) -> str:
-        """As an object of JSON, its constants by name."""
+        """Return the constants by name, as a JSON object."""
         return json.dumps(asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> CostModel:
-        """The cost model that :meth:`to_json` wrote.
+        """Read a cost model that :meth:`to_json` wrote.
 
         Raises:
-            ValueError: if it is none.
+            ValueError: if the text is not a cost model.
         """
         data = loads(text)
         names = {each.name for each in fields(cls)}
@@ -91,12 +91,12 @@ class CostModel:
 
 @dataclass(frozen=True)
 class Work:
-    """What one operation does for one cell.
+    """The work of one operation for one cell.
 
     Attributes:
-        flops: floating-point operations of a matrix product; 0 if it is none.
-        activations: bytes that it reads and writes, ...
-        weights: ... and those of parameters.
+        flops: floating-point operations of its matrix products, 0 if it has none.
+        activations: bytes that it reads and writes, except parameters.
+        weights: bytes of parameters that it reads.
     """
 
     flops: float = 0.0
@@ -104,7 +104,7 @@ class Work:
     weights: float = 0.0
 
     def at(self, batch: float) -> Work:
-        """Of another batch size, so many times that which it was seen at."""
+        """Return the work at another batch size, ``batch`` times the one at which this work was counted."""
         return Work(self.flops * batch, self.activations * batch, self.weights)
 
 
@@ -113,14 +113,14 @@ class Candidate:
     """A way to run a call.
 
     Attributes:
-        name: ``"as written"``, or what ``schedule=`` is to force it.
-        time: the step of cell (s, l), a formula, of part p where layers are divided; empty as written.
-        steps: number of steps of this call; of cells, as written.
+        name: ``"as written"``, or the value of ``schedule=`` that forces it.
+        time: step of cell (s, l) as a formula, or of part p where layers are divided; empty as written.
+        steps: number of steps of this call; as written, number of cells.
         launches: operations in sequence, where the cells of one operation in one group count as one.
-        seconds: what it is estimated to take.
+        seconds: estimated time.
         chosen: whether ``schedule="best"`` runs it.
-        schedule: by which it runs this call; None as written.
-        dependences: those between the cells of that schedule, or between their parts.
+        schedule: its schedule for this call; None as written.
+        dependences: dependences between the cells of that schedule, or between their parts.
     """
 
     name: str

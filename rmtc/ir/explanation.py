@@ -1,4 +1,4 @@
-"""What `rmtc.explain` answers: the loop that was found, its dependences, and the schedule or the refusal."""
+"""The answer of `rmtc.explain`: the loop that was found, its dependences, and the schedule or the refusal."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class CellClass:
         name: ``C0``, ``C1``, ... for cells; ``P0``, ... for prologues and ``E0``, ... for epilogues.
         stage: ``"prologue"``, ``"layer"`` or ``"epilogue"``.
         operations: number of operations in the body.
-        members: which cells, in words: ``s >= 1, all l``.
-        differs: how it differs from the class before it, in words, with the first operation that differs.
+        members: the cells of the class, in words: ``s >= 1, all l``.
+        differs: difference from the class before it, in words, with the first operation that differs.
     """
 
     name: str
@@ -40,7 +40,7 @@ class CellClass:
 
 @dataclass(frozen=True)
 class Inequality:
-    """``a*ds + b*dl >= 1`` for one dependence: what makes a schedule legal.
+    """The condition ``a*ds + b*dl >= 1`` for one dependence, which a legal schedule meets.
 
     ``slack`` is the left side at its least over the dependence's domain, as text: ``1*1 + 1*0 = 1``.
     """
@@ -51,15 +51,15 @@ class Inequality:
 
 @dataclass(frozen=True)
 class Certificate:
-    """Why the schedule is legal and how far it is from the best, for a person to check.
+    """The proof that a schedule is legal, and its distance from the best one, for a person to check.
 
     Attributes:
         inequalities: one for each dependence.
         critical_path: a chain of cells, each waiting for the one before, as text.
-        bound: the length of that chain, an expression in S and L, as text.
+        bound: length of that chain, an expression in S and L, as text.
         optimal: whether the makespan meets the bound.
-        assumptions: what the certificate takes for granted.
-        checked: what the independent checker went over, as text; empty if it has not run.
+        assumptions: conditions that the certificate takes for granted.
+        checked: account of what the independent checker compared, as text; empty if it has not run.
     """
 
     inequalities: tuple[Inequality, ...] = ()
@@ -75,12 +75,13 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Strip:
-    """What several segments taken as one body take.
+    """The cost of running several segments as one body.
 
     Attributes:
-        period: how many segments.
+        period: number of segments in one body.
         steps: number of steps of this call.
-        launches: operations in sequence (of a study that names none: cells), those of several cells at once as one.
+        launches: operations in sequence, where one operation on several cells at once counts as one. In a study without
+            named operations these are cells.
     """
 
     period: int
@@ -90,13 +91,14 @@ class Strip:
 
 @dataclass(frozen=True)
 class Recurrence:
-    """Operations that wait, by way of one another, for themselves in an earlier segment.
+    """Operations that wait, through one another, for themselves in an earlier segment.
 
     Attributes:
-        operations: how many they are in one copy.
-        layers: the layers of each copy, first and last; -1 is the prologue, L the epilogue.
-        dependences: what leads from a segment to a later one.
-        affine: whether they are affine functions of their values in earlier segments: an associative scan would do.
+        operations: number of operations in one copy.
+        layers: first and last layer of each copy; -1 is the prologue, L the epilogue.
+        dependences: dependences that lead from a segment to a later one.
+        affine: whether the operations are affine functions of their values in earlier segments, so that an associative
+            scan could run them.
     """
 
     operations: int
@@ -107,24 +109,25 @@ class Recurrence:
 
 @dataclass(frozen=True)
 class OperationsView:
-    """What is legal where a step runs operations one after another, each at once for all its cells, not whole cells.
+    """The schedule that is legal where a step need not run whole cells.
 
-    Operation v of cell (s, l) runs in step ``a*s + b*l + c_v``.
+    A step then runs operations one after another, each of them at once for all its cells. Operation v of cell (s, l)
+    runs in step ``a*s + b*l + c_v``.
 
     Attributes:
         a, b: coefficients.
         shifts: the least and the largest c_v, with l = 0 in a prologue and l = L - 1 in an epilogue.
         steps: number of steps of this call.
-        bound: no schedule that runs the operations of a step in the same order has fewer.
+        bound: lower bound on the steps of any schedule that runs the operations of a step in the same order.
         length: number of steps of calls of S segments.
         least: the bound of such calls; None if it is known for this call only.
         launches: operations in sequence, where the cells of one operation in one step count as one.
         operations: operations of all cells of this call.
-        cycle: the dependences round the cycle that forces ``a``; empty if a = 0.
-        recurrences: what has to run one segment after another, whatever else does.
-        free: operations of a segment in no recurrence: they could run for all segments at once, ...
-        of: ... of so many.
-        apart: launches if they do, and recurrences run by themselves, a segment at a time.
+        cycle: dependences round the cycle that forces ``a``; empty if a = 0.
+        recurrences: operations that have to run one segment after another under any schedule.
+        free: number of non-recurrent operations of a segment, which could run for all segments at once.
+        of: number of all operations of a segment.
+        apart: launches if the non-recurrent operations run so, and recurrences by themselves, a segment at a time.
     """
 
     a: int
@@ -144,28 +147,28 @@ class OperationsView:
 
     @property
     def optimal_since(self) -> int | None:
-        """The S from which on no schedule with this order in a step has fewer steps; None if that is not known."""
+        """The S from which on no schedule with this order in a step has fewer steps, or None if that is not known."""
         if self.least is None or sympy.expand(self.least.steps - self.length.steps) != 0:
             return None
         return max(self.least.since, self.length.since)
 
     @property
     def sequential(self) -> bool:
-        """Whether no two cells ever run at once."""
+        """Return whether no two cells run the same operation in one step."""
         return self.launches == self.operations
 
 
 @dataclass(frozen=True)
 class FusedKernel:
-    """One launch of a class's body as kernels.
+    """One launch among those that run a class's body as kernels.
 
     Attributes:
-        name: the kernel's; empty for a call of torch.
-        kind: ``"product"``, ``"attention"``, ``"rows"`` (what multiplies nothing), ``"library"`` (a product alone, by
+        name: name of the kernel; empty for a call of torch.
+        kind: ``"product"``, ``"attention"``, ``"rows"`` (no product at all), ``"library"`` (a product alone, by
             torch.bmm) or ``"torch"``.
-        operations: what it computes, in order, by PyTorch's names.
-        moved, products: bytes, and floating-point operations of products, of all its cells; 0 of ``"torch"``.
-        seconds: what it is predicted to take; 0 of ``"torch"``.
+        operations: names that PyTorch gives to the operations it computes, in order.
+        moved, products: bytes, and floating-point operations of products, for all of its cells; 0 for ``"torch"``.
+        seconds: predicted time; 0 for ``"torch"``.
     """
 
     name: str
@@ -178,14 +181,14 @@ class FusedKernel:
 
 @dataclass(frozen=True)
 class FusedStep:
-    """A class's body as kernels, for the widest group of the call: a prediction, which nothing was measured for.
+    """The kernels of a class's body for a group of cells, with predicted times. Nothing was measured.
 
     Attributes:
-        name: of the class.
-        cells: how many cells.
-        dtype: of what its products are, ``"bfloat16"``.
-        launches: in order.
-        peak: floating-point operations a second of the card's data sheet in products of this dtype.
+        name: name of the class.
+        cells: number of cells in the group.
+        dtype: dtype of most of its products by operations, such as ``"bfloat16"``.
+        launches: the launches in order.
+        peak: floating-point operations per second in products of this dtype, from the card's data sheet.
     """
 
     name: str
@@ -196,43 +199,44 @@ class FusedStep:
 
     @property
     def seconds(self) -> float:
-        """Of its kernels, one after another."""
+        """The predicted seconds of all its kernels, one after another."""
         return sum(each.seconds for each in self.launches)
 
     @property
     def share(self) -> float:
-        """Of the card's peak rate that its products reach then."""
+        """The share of the card's peak rate that its products are predicted to reach."""
         return sum(each.products for each in self.launches) / self.seconds / self.peak if self.seconds else 0.0
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The answer of :func:`rmtc.explain` and :func:`rmtc.study`; ``str()`` of it is what the commands print.
+    """The answer of :func:`rmtc.explain` and :func:`rmtc.study`, which the commands print by ``str()``.
 
     Attributes:
-        name: the model or function.
+        name: name of the model or function.
         segments: number of segments of this call.
         layers: number of layers.
         segment_length: length of a segment in positions of the growing dimension.
-        growing: which dimensions and lists grow with the number of segments, a line each.
-        free: which sizes need no capture of their own, a line each (batch, length of the last segment).
+        growing: dimensions and lists that grow with the number of segments, one line each.
+        free: sizes for which the answer holds without another capture, one line each: number of segments, batch, length
+            of the last segment.
         dependences: dependences between cells.
         classes: classes of bodies.
-        schedule: the proven schedule, or None when refused; of parts where whole cells only run in sequence.
-        certificate: why it is legal, of whole cells; None when refused before anything could be proven.
-        reason: why it was refused, as whole cells at least; None otherwise.
-        cycle: the dependences that force the sequential order, in order round the cycle.
-        location: the place in the user's code that the refusal is about.
-        remedy: what could be done about it.
+        schedule: the proven schedule, or None when refused; a schedule of parts where whole cells only run in sequence.
+        certificate: proof for whole cells; None when refused before anything could be proven.
+        reason: reason for the refusal, of whole cells at least; None otherwise.
+        cycle: dependences that force the sequential order, in order round the cycle.
+        location: place in the user's code that the refusal is about.
+        remedy: action that could help.
         seconds: time spent in each stage.
-        operations: what is legal operation by operation; None if that was not asked.
-        strips: what several segments in one body gain, where dependences reach over more than one.
+        operations: the schedule operation by operation; None if it was not looked for, or there is none.
+        strips: the gains of running several segments as one body, where dependences reach over more than one segment.
         studied: whether the dependences were given, and not found in a model.
-        candidates: the ways to run this call, and what they are estimated to take; as written first.
-        costs: where the constants of the estimates come from.
+        candidates: the ways to run this call with their estimated times, as written first.
+        costs: origin of the constants of the estimates.
         target: the GPU that ``kernels`` are for, and its card; empty if none was asked for.
-        kernels: the bodies of layers as kernels; empty if ``unfused`` says why there are none.
-        unfused: why there are no kernels.
+        kernels: bodies of layers as kernels; empty if ``unfused`` says why there are none.
+        unfused: reason why there are no kernels.
     """
 
     name: str
@@ -261,16 +265,19 @@ class Explanation:
 
     @property
     def whole(self) -> Schedule | None:
-        """The schedule if it is one of whole cells; None when those are refused."""
+        """The schedule if it is one of whole cells, or None when those are refused."""
         return self.schedule if self.reason is None else None
 
     def way(self, name: str) -> Candidate | None:
-        """One of the candidates, by its name; None if it is not among them."""
+        """Return the candidate of this name, or None if there is none."""
         return next((each for each in self.candidates if each.name == name), None)
 
     @property
     def chosen(self) -> Candidate | None:
-        """The candidate that ``schedule="best"`` runs; None if there are none, as of a refusal or a single segment."""
+        """The candidate that ``schedule="best"`` runs.
+
+        None without candidates, as after a refusal or for a single segment.
+        """
         return next((each for each in self.candidates if each.chosen), None)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The folded graph of operations: a vertex for an operation of a class, an edge with its distance for a read."""
+"""The folded graph of operations: one vertex per operation of a class, one edge with its distance per read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Edge", "FoldedGraph", "Instance", "Lasting", "Moment", "Times", "Ver
 
 
 class Lasting(NamedTuple):
-    """A number of steps, an expression in ``S``, for every number of segments from ``since`` on."""
+    """A number of steps as an expression in ``S``, valid for every number of segments from ``since`` on."""
 
     steps: sympy.Expr
     since: int
@@ -30,7 +30,7 @@ class Instance(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """When an instance runs: its step, and its place in the order in which every step runs the vertices."""
+    """The time of an instance: its step, and its place in the order in which every step runs the vertices."""
 
     step: int
     position: int
@@ -41,11 +41,11 @@ class Vertex:
     """One operation of the body of a class, in every cell of that class.
 
     Attributes:
-        name: such as ``C1.%9``, operation 9 of the bodies of class C1.
+        name: name such as ``C1.%9``, operation 9 of the bodies of class C1.
         cell_class: the class.
-        members: the cells of the class as (row, layer): the first segments have rows of their own, the last row stands
-            for all later ones; layer -1 is a prologue, L an epilogue.
-        label: what it computes, such as ``linear``.
+        members: the cells of the class as (row, layer). The first segments have rows of their own, and the last row
+            stands for all later ones. Layer -1 is a prologue, L an epilogue.
+        label: the operation's label, such as ``linear``.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Vertex:
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        """Its layers, in order."""
+        """The layers of its cells, in order."""
         return tuple(sorted({layer for _, layer in self.members}))
 
     def __str__(self) -> str:
@@ -63,14 +63,16 @@ class Vertex:
 
 
 class Edge(NamedTuple):
-    """Vertex ``consumer`` at (s, l) reads what vertex ``producer`` made ``ds`` segments before.
+    """A read: vertex ``consumer`` at (s, l) reads the value that vertex ``producer`` made ``ds`` segments before.
 
     Attributes:
         producer, consumer: numbers of vertices.
         ds: segments from the producer's to the consumer's.
-        pairs: the layers it leads from and to; where ds = 0 and they are the same it stays within a cell.
+        pairs: pairs of the producer's and the consumer's layer. Where ds = 0 and the two are the same, the edge stays
+            within a cell.
         dependence: the same for people: the distance, constant or in l and L, the tensor, places in the user's code.
-        operands: which of the consumer's arguments it is, counted through nested ones; empty if that is not known.
+        operands: positions of the value among the consumer's arguments, counted through nested ones; empty if they are
+            not known.
     """
 
     producer: int
@@ -87,7 +89,7 @@ class Edge(NamedTuple):
 
     @property
     def within(self) -> bool:
-        """Whether producer and consumer are of one cell."""
+        """Return whether producer and consumer are in one cell."""
         return self.ds == 0 and all(producer == consumer for producer, consumer in self.pairs)
 
 
@@ -96,10 +98,10 @@ class FoldedGraph:
     """The operations of all cells, folded by class.
 
     Attributes:
-        layers: L.
-        rows: how many first segments have rows of their own.
-        vertices: in the order of the bodies.
-        edges: what reads what.
+        layers: number of layers L.
+        rows: number of first segments that have rows of their own.
+        vertices: vertices in the order of the bodies.
+        edges: reads between vertices.
         operations: the vertex of each (row, number) of the loop that was folded.
     """
 
@@ -110,22 +112,22 @@ class FoldedGraph:
     operations: Mapping[tuple[int, int], int] = field(default_factory=dict, compare=False, repr=False)
 
     def spans(self, vertex: int, segments: int) -> Iterator[tuple[range, int]]:
-        """The cells of a vertex in a call of so many segments, as segments and their layer."""
+        """Yield the cells of a vertex in a call of ``segments`` segments, as ranges of segments and their layer."""
         for row, layer in self.vertices[vertex].members:
             if row < segments:
                 yield range(row, segments if row == self.rows else row + 1), layer
 
     def cells(self, vertex: int, segments: int) -> Iterator[Cell]:
-        """The cells of a vertex in a call of so many segments."""
+        """Yield the cells of a vertex in a call of ``segments`` segments."""
         for of, layer in self.spans(vertex, segments):
             yield from (Cell(s, layer) for s in of)
 
     def operations_in(self, segments: int) -> int:
-        """The operations of all cells of a call."""
+        """Count the operations of all cells of a call of ``segments`` segments."""
         return sum(len(of) for vertex in range(len(self.vertices)) for of, _ in self.spans(vertex, segments))
 
     def instances(self, edge: Edge, segments: int) -> Iterator[tuple[Cell, Cell]]:
-        """The producer's and the consumer's cell of each instance of an edge."""
+        """Yield the producer's and the consumer's cell of each instance of an edge."""
         made, read = self.vertices[edge.producer].members, self.vertices[edge.consumer].members
         for producer, consumer in edge.pairs:
             for s in range(max(edge.ds, 0), segments + min(edge.ds, 0)):
@@ -153,13 +155,15 @@ def _layers(vertex: Vertex) -> str:
 
 @dataclass(frozen=True)
 class Times:
-    """Vertex v of cell (s, l) runs in step ``a*floor(s/block) + b*l + c_v``, in each step in one order.
+    """The times of all vertices: vertex v of cell (s, l) runs in step ``a*floor(s/block) + b*l + c_v``.
+
+    Every step runs its vertices in the same order.
 
     Attributes:
         a, b: coefficients, not negative.
         shifts: c_v for each vertex.
-        order: the place of each vertex within a step; copies of a vertex with one place run at once.
-        block: how many segments count as one.
+        order: place of each vertex within a step; copies of a vertex with one place run at once.
+        block: number of segments that count as one.
     """
 
     a: int
@@ -169,21 +173,21 @@ class Times:
     block: int = 1
 
     def moment(self, vertex: int, cell: Cell) -> Moment:
-        """When an instance runs."""
+        """Return the moment at which an instance runs."""
         step = self.a * (cell.segment // self.block) + self.b * cell.layer + self.shifts[vertex]
         return Moment(step, self.order[vertex])
 
     def steps(self, vertex: int, segments: range, layer: int) -> range:
-        """The steps in which a vertex of a layer runs for these segments, one after another."""
+        """Return the steps in which a vertex of one layer runs for consecutive segments."""
         first, last = (self.moment(vertex, Cell(s, layer)).step for s in (segments[0], segments[-1]))
         return range(first, last + 1, self.a or 1)
 
     def gain(self, edge: Edge) -> int:
-        """Steps from the producer's cell to the consumer's, at the least."""
+        """Return the least number of steps from the producer's cell to the consumer's, without their shifts."""
         return self.a * (edge.ds // self.block) + self.b * edge.dl
 
     def makespan(self, graph: FoldedGraph, segments: int) -> int:
-        """Number of steps from the first to the last, both included."""
+        """Count the steps from the first to the last, both included."""
         steps = [
             self.moment(vertex, Cell(s, layer)).step
             for vertex in range(len(self.shifts))
@@ -193,7 +197,7 @@ class Times:
         return max(steps) - min(steps) + 1 if steps else 0
 
     def length(self, graph: FoldedGraph) -> Lasting:
-        """Number of steps of calls of S segments; of times without blocks."""
+        """Return the number of steps of calls of S segments, for times without blocks."""
         since = graph.rows + 1
         ends = [
             {row == graph.rows: self.moment(number, Cell(row, layer)).step}
@@ -201,7 +205,7 @@ class Times:
             for row, layer in vertex.members
         ]
         first, steady = (max((each[kind] for each in ends if kind in each), default=None) for kind in (False, True))
-        if first is not None and steady is not None and self.a:  # what a first segment runs may be over later
+        if first is not None and steady is not None and self.a:  # operations of a first segment may end later
             since += max(0, -((steady - first) // self.a))
         rate = self.a if steady is not None else 0
         steps = sympy.expand(rate * (S - since) + self.makespan(graph, since))
@@ -210,9 +214,10 @@ class Times:
         return Lasting(steps, since)
 
     def launches(self, graph: FoldedGraph, segments: int) -> int:
-        """How many operations run one after another, those of a vertex in one step counting as one.
+        """Count the operations that run one after another, where those of a vertex in one step count as one.
 
-        Steps are no cost: of two schedules the one with fewer launches is the better, however a step divides them.
+        Steps are no cost. Of two schedules the one with fewer launches is the better, however they are divided into
+        steps.
         """
         count: dict[frozenset[tuple[int, int]], int] = {}
         for number, vertex in enumerate(graph.vertices):
@@ -226,7 +231,7 @@ class Times:
 
 
 def distinct(runs: Iterable[range]) -> int:
-    """Count the numbers that are in at least one of the ranges, which all have one step."""
+    """Count the numbers that are in at least one of the ranges, which all have the same step."""
     count, reached = 0, dict[int, int]()  # by remainder: the number after the last one counted
     for run in sorted(runs, key=lambda each: each.start):
         rest = run.start % run.step

@@ -55,12 +55,15 @@ _MANY = 1000
 
 
 def parse(text: str) -> sympy.Expr | None:
-    """The formula in S, L, s and l that ``text`` says, or None if it is anything else.
+    """Parse a formula in S, L, s and l.
 
-    Each operation is held against the limits before sympy carries it out.
+    Each operation is checked against the limits before sympy carries it out.
+
+    Returns:
+        The formula, or None if the text is anything else.
 
     Raises:
-        TooLarge: if it is larger than :mod:`rmtc.ir.limits` says.
+        TooLarge: if it is larger than :mod:`rmtc.ir.limits` allows.
     """
     remedy = "write a smaller formula; docs/formats.md has the limits"
     within(len(text), FORMULA, "characters in a formula", remedy)
@@ -82,8 +85,8 @@ class _Part(NamedTuple):
 
     Attributes:
         value: the formula.
-        terms, degree: of the formula multiplied out, at most.
-        number: the sum of its numbers then, numerators times denominators, at most.
+        terms, degree: upper bounds on the terms and the degree of the formula once it is multiplied out.
+        number: upper bound on the sum of its numbers then, each as its numerator times its denominator.
     """
 
     value: sympy.Expr
@@ -93,11 +96,11 @@ class _Part(NamedTuple):
 
 
 def _part(node: ast.AST) -> _Part:
-    """The formula of a syntax tree.
+    """Convert a syntax tree to a part of a formula.
 
     Raises:
-        SyntaxError: if it is none.
-        TooLarge: if it goes beyond a limit.
+        SyntaxError: if the tree is no formula.
+        TooLarge: if it exceeds a limit.
     """
     match node:
         case ast.Constant(value=int(number)):
@@ -131,7 +134,7 @@ def _called(name: str, arguments: Sequence[sympy.Expr]) -> sympy.Expr:
 
 
 def _joined(operator: ast.operator, left: _Part, right: _Part) -> _Part:
-    """A sum, a difference, a product or a quotient."""
+    """Return the sum, difference, product or quotient of two parts."""
     if isinstance(operator, (ast.Add, ast.Sub)):
         size = _bounded(left.terms + right.terms, max(left.degree, right.degree), left.number + right.number)
         return _Part(left.value + right.value if isinstance(operator, ast.Add) else left.value - right.value, *size)
@@ -158,7 +161,11 @@ def _power(base: _Part, exponent: _Part) -> _Part:
 
 
 def _bounded(terms: int, degree: int, number: int) -> tuple[int, int, int]:
-    """The three, if they are within their limits."""
+    """Return the three bounds if each is within its limit.
+
+    Raises:
+        TooLarge: if one is not.
+    """
     within(terms, TERMS, "terms in a formula that is multiplied out", "write a shorter formula")
     within(degree, DEGREE, "as the degree of a formula", "write a formula of a lower degree")
     within(number, NUMBER, "as the size of a formula's numbers", "write smaller numbers")
@@ -168,8 +175,8 @@ def _bounded(terms: int, degree: int, number: int) -> tuple[int, int, int]:
 def evaluated(extent: Extent, values: Mapping[sympy.Symbol, int]) -> int | Fraction:
     """Evaluate a formula exactly.
 
-    sympy's own substitution compares the arguments of Min and Max as formulas first, which takes it a tenth of a
-    second for eight.
+    sympy's own substitution first compares the arguments of Min and Max as formulas. For eight arguments that takes a
+    tenth of a second.
 
     Raises:
         ZeroDivisionError: if it divides by 0.
@@ -200,12 +207,12 @@ _RULES: Mapping[object, Callable[[list[int | Fraction]], int | Fraction]] = {
 
 
 def at(expression: int | sympy.Expr, segments: int, layers: int) -> int:
-    """The value for so many segments and layers."""
+    """Evaluate an expression in S and L for a number of segments and of layers."""
     return int(evaluated(expression, {S: segments, L: layers}))
 
 
 def formula(expression: int | sympy.Expr) -> str:
-    """The expression with products first and S before L: sympy's ``L + S - 1`` becomes ``S + L - 1``."""
+    """Print an expression with products first and S before L: sympy's ``L + S - 1`` becomes ``S + L - 1``."""
     terms = sorted(sympy.Add.make_args(sympy.expand(sympy.sympify(expression))), key=_rank)
     first = next((term for term in terms if not term.could_extract_minus_sign()), terms[0])
     terms.remove(first)
@@ -221,7 +228,7 @@ def formula(expression: int | sympy.Expr) -> str:
 
 
 def _factor(factor: sympy.Expr) -> str:
-    """A factor, a ``floor`` with one fraction in it."""
+    """Print a factor, where the argument of a ``floor`` becomes one fraction."""
     return f"floor({sympy.together(factor.args[0])})" if isinstance(factor, sympy.floor) else str(factor)
 
 
@@ -237,13 +244,13 @@ def _position(name: str) -> int:
 def time_formula(
     a: int | sympy.Expr, b: int | sympy.Expr, column: str = "l", first: int = 0, segment: str = "s"
 ) -> str:
-    """``a*s + b*(l - first)`` without the ones and zeros: ``s + l``, ``L*s + l``, ``l - 3``.
+    """Print ``a*s + b*(l - first)`` without ones and zeros: ``s + l``, ``L*s + l``, ``l - 3``.
 
     Args:
         a, b: coefficients.
-        column: the letter for l.
-        first: what is taken from it.
-        segment: what stands for s.
+        column: letter for l.
+        first: number that is subtracted from l.
+        segment: text for s.
     """
     terms = []
     for coefficient, name in ((sympy.sympify(a), segment), (sympy.sympify(b), column)):
@@ -257,7 +264,7 @@ def time_formula(
 
 
 def distance_text(distance: tuple[int | sympy.Expr, int | sympy.Expr]) -> str:
-    """A distance vector: ``(1, -(L-1))``."""
+    """Print a distance vector, such as ``(1, -(L-1))``."""
     return f"({_extent(distance[0])}, {_extent(distance[1])})"
 
 
@@ -269,7 +276,7 @@ def _extent(extent: int | sympy.Expr) -> str:
 
 
 def whence(distance: tuple[int | sympy.Expr, int | sympy.Expr]) -> str:
-    """Where the producer lies, seen from the consumer, in words."""
+    """Describe in words the layer and the segment of the producer, as seen from the consumer."""
     ds, dl = (sympy.sympify(extent) for extent in distance)
     if ds == 0:
         segment = "same segment"
@@ -305,13 +312,13 @@ def _layers_away(dl: int) -> str:
 
 
 def layers_text(layers: tuple[int | sympy.Expr, int | sympy.Expr]) -> str:
-    """A range of layers, both ends included: ``layer 0``, ``layers 1 to L - 1``."""
+    """Print a range of layers, both ends included: ``layer 0``, ``layers 1 to L - 1``."""
     first, last = (formula(extent) for extent in layers)
     return f"layer {first}" if first == last else f"layers {first} to {last}"
 
 
 def place(location: Location) -> str:
-    """The location with its path as short as it stays clear: from the working directory, or inside the package."""
+    """Print a location with a short path, relative to the working directory or inside the installed package."""
     path = Path(location.file)
     if "site-packages" in path.parts:
         path = Path(*path.parts[path.parts.index("site-packages") + 1 :])

@@ -1,7 +1,7 @@
-"""Integers of a kernel: sizes and indices, as polynomials with whole divisions and remainders.
+"""Integers of a kernel, sizes and indices, as polynomials with whole divisions and remainders.
 
-A size that other calls may have another of is a :class:`Symbol`: source that is printed of it holds for those too.
-Simplifications may use what the symbols are now, since source is printed anew for other sizes.
+A size that may differ in other calls is a :class:`Symbol`. Source printed with the symbol holds for those calls, too.
+Simplifications may use the current values of symbols, since source is printed anew for other sizes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ __all__ = ["Atom", "Index", "Quotient", "Remainder", "Symbol", "Variable", "prod
 
 @dataclass(frozen=True)
 class Symbol:
-    """A size that is given with each launch.
+    """A size that is passed with each launch.
 
     Attributes:
-        value: what it is in this call.
+        value: the size in this call.
     """
 
     value: int
@@ -30,7 +30,7 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Variable:
-    """What counts from 0 to below ``size``."""
+    """A variable that counts from 0 to below ``size``."""
 
     name: str
     size: Index
@@ -41,7 +41,7 @@ class Variable:
 
 @dataclass(frozen=True)
 class Quotient:
-    """``of // by``, of what is not negative."""
+    """The whole quotient ``of // by`` of an index that is not negative."""
 
     of: Index
     by: Index
@@ -52,7 +52,7 @@ class Quotient:
 
 @dataclass(frozen=True)
 class Remainder:
-    """``of % by``, of what is not negative."""
+    """The remainder ``of % by`` of an index that is not negative."""
 
     of: Index
     by: Index
@@ -80,7 +80,7 @@ class Index:
 
     @staticmethod
     def of(value: Index | Atom | int) -> Index:
-        """As an index."""
+        """Convert a number or an atom to an index."""
         if isinstance(value, Index):
             return value
         if isinstance(value, int):
@@ -105,7 +105,10 @@ class Index:
         return self._divided(Index.of(by))[1]
 
     def _divided(self, by: Index) -> tuple[Index, Index]:
-        """The quotient by what is positive, and the remainder: ``(a*T + t) // T`` is a, if t is below T."""
+        """Divide by a positive index, and return the quotient and the remainder.
+
+        ``(a*T + t) // T`` is a, and ``(a*T + t) % T`` is t, if t is between 0 and T - 1.
+        """
         if by == Index.of(1):
             return self, Index()
         whole, rest = [], []
@@ -118,7 +121,7 @@ class Index:
         left = _sum(rest)
         if left.least >= 0 and left.most < by.least:
             return _sum(whole), left
-        if left.least < 0:  # only what is not negative is divided
+        if left.least < 0:  # quotients and remainders are of nonnegative indices only
             left, whole = self, []
         return _sum(whole) + Index.of(Quotient(left, by)), Index.of(Remainder(left, by))
 
@@ -129,36 +132,40 @@ class Index:
             least = most = 1
             for atom in atoms:
                 one, other = _range_of(atom)
-                least, most = least * one, most * other  # none is negative
+                least, most = least * one, most * other  # no atom is negative
             ends = factor * least, factor * most
             low, high = low + min(ends), high + max(ends)
         return low, high
 
     @property
     def least(self) -> int:
-        """No value is smaller."""
+        """A lower bound on the values."""
         return self._range[0]
 
     @property
     def most(self) -> int:
-        """No value is larger."""
+        """An upper bound on the values."""
         return self._range[1]
 
     @property
     def value(self) -> int:
-        """Of a size."""
+        """The value of a size in this call.
+
+        Raises:
+            ValueError: if the index has more than one value.
+        """
         if self.least != self.most:
             raise ValueError(f"{self} is no size")
         return self.least
 
     @property
     def fixed(self) -> bool:
-        """Whether a size is the same for all calls."""
+        """Return whether a size is the same for all calls."""
         return not any(isinstance(atom, Symbol) for atoms, _ in self.terms for atom in atoms)
 
     @functools.cached_property
     def variables(self) -> frozenset[Variable]:
-        """All that it depends on."""
+        """The variables that the index depends on."""
         found: set[Variable] = set()
         for atoms, _ in self.terms:
             for atom in atoms:
@@ -169,7 +176,7 @@ class Index:
         return frozenset(found)
 
     def at(self, values: Mapping[Variable, Index]) -> Index:
-        """With other indices in place of variables."""
+        """Replace variables by other indices."""
         if not self.variables & values.keys():
             return self
         found = Index()
@@ -196,7 +203,7 @@ class Index:
 
 
 def product_of(sizes: Iterable[Index]) -> Index:
-    """The product of sizes."""
+    """Return the product of sizes."""
     found = Index.of(1)
     for size in sizes:
         found = found * size
@@ -216,7 +223,7 @@ def _order(term: tuple[_Term, int]) -> tuple[bool, str]:
 
 
 def _over(term: tuple[_Term, int], by: Index) -> tuple[_Term, int] | None:
-    """A term over a size of one term; None if that does not divide it."""
+    """Divide a term by a size of one term, or return None if that leaves a remainder."""
     if len(by.terms) != 1:
         return None
     (atoms, factor), left = by.terms[0], list(term[0])

@@ -1,4 +1,4 @@
-"""What a kernel computes: terms over a tile of rows and columns, and sums over a third variable before them.
+"""Kernels: terms over a tile of rows and columns, and sums over a third variable before them.
 
 for each cell g, each z, each tile of rows m and columns n:
     stages, one after another; in each, over k: statistics[m] += ...; accumulators[m, n] += left[m, k] * right[k, n]
@@ -33,7 +33,7 @@ Free: TypeAlias = Callable[[Term], frozenset[Variable]]
 
 @dataclass(frozen=True)
 class Output:
-    """An array that a kernel writes: its index, and what is written there."""
+    """An array that a kernel writes, with the index and the term that it writes there."""
 
     array: Array
     index: Indices
@@ -42,7 +42,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Stage:
-    """A loop over a variable."""
+    """A loop over one variable, with the statistics and the accumulators that it sums up."""
 
     over: Variable
     statistics: tuple[Statistic, ...]
@@ -51,13 +51,13 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A kernel.
+    """A kernel over tiles of rows and columns.
 
     Attributes:
-        z, m, n: the variables of what is the same for a tile, of its rows, and of its columns.
-        stages: its loops.
-        outputs: what it writes; of those that have no columns, the first tile of columns does.
-        arrays: the arrays that it computes on the way, in their order.
+        z, m, n: variables of the dimensions that are fixed in a tile, of its rows, and of its columns.
+        stages: loops that run before the outputs.
+        outputs: arrays that it writes. The first tile of columns writes those that have no columns.
+        arrays: arrays that it computes, outputs among them, in the order in which they were first read.
     """
 
     z: Variable
@@ -69,25 +69,25 @@ class Kernel:
 
     @property
     def written(self) -> tuple[Array, ...]:
-        """What it writes."""
+        """The arrays that it writes."""
         return tuple(output.array for output in self.outputs)
 
     def terms(self) -> Iterator[Term]:
-        """All terms, each once."""
+        """Yield all terms, each once."""
         return within(output.term for output in self.outputs)
 
 
 @dataclass(frozen=True, eq=False)
 class Attend:
-    """A kernel of attention: rows m of queries, in turn all columns n of keys.
+    """A kernel of attention that goes over all columns n of keys for its rows m of queries.
 
     Attributes:
-        array: what it writes.
+        array: the array that it writes.
         z, m, n: batch and head; position of the query; position of the key.
         e, d: feature of query and key, and of the value.
         query, key, value, mask: the terms of these at (m, e), (n, e), (n, d) and (m, n).
-        index: of what is written, at (m, d).
-        arrays: the arrays that it computes on the way, in their order.
+        index: index at which it writes, for (m, d).
+        arrays: arrays that it computes, the written one last.
     """
 
     array: Attention
@@ -105,21 +105,21 @@ class Attend:
 
     @property
     def written(self) -> tuple[Array, ...]:
-        """What it writes."""
+        """The array that it writes."""
         return (self.array,)
 
     def terms(self) -> Iterator[Term]:
-        """All terms, each once."""
+        """Yield all terms, each once."""
         return within(each for each in (self.query, self.key, self.value, self.mask) if each is not None)
 
 
 @dataclass(frozen=True, eq=False)
 class Multiply:
-    """A product of what lies in memory, by a library.
+    """A product of stored arrays, computed by a library.
 
     Attributes:
-        array: the product, of matrices, or of as many on both sides.
-        kernel: what computes the same.
+        array: the product. Its right factor is one matrix, or both factors have as many matrices.
+        kernel: a kernel that computes the same.
     """
 
     array: Product
@@ -127,7 +127,7 @@ class Multiply:
 
     @property
     def written(self) -> tuple[Array, ...]:
-        """What it writes."""
+        """The array that it writes."""
         return (self.array,)
 
     @property
@@ -137,11 +137,14 @@ class Multiply:
 
 
 def multiplied(kernel: Kernel, stored: Callable[[Array], bool]) -> Multiply | None:
-    """A kernel as a product by a library; None if it is more than that, or its operands are not in memory.
+    """Return a kernel as a product by a library, or None if a library cannot run it.
+
+    That needs a kernel that is one product and no more, of stored factors of one floating-point dtype. No row of a
+    factor may be shared by several cells.
 
     Args:
         kernel: the kernel.
-        stored: whether an array is in memory.
+        stored: tells whether an array is in memory.
     """
     product = kernel.written[0]
     if not isinstance(product, Product) or len(kernel.written) > 1:
@@ -149,7 +152,7 @@ def multiplied(kernel: Kernel, stored: Callable[[Array], bool]) -> Multiply | No
     left, right = product.left, product.right
     bases = [base_of(each) for each in (left, right)]
     alike = not right.sizes[:-2] or left.shape[:-2] == right.shape[:-2] == product.shape[:-2]
-    shared = any(isinstance(each, Stored) and each.cells > 1 for each in bases)  # a row of it is for several cells
+    shared = any(isinstance(each, Stored) and each.cells > 1 for each in bases)  # several cells share a row of it
     real = left.dtype == right.dtype == product.dtype and product.dtype.is_floating_point
     if not (alike and real and not shared and stored(left) and stored(right)):
         return None
@@ -157,22 +160,22 @@ def multiplied(kernel: Kernel, stored: Callable[[Array], bool]) -> Multiply | No
 
 
 def loads(kernel: Kernel | Attend | Multiply) -> list[Load]:
-    """What a kernel reads from memory."""
+    """Return the loads of a kernel from memory, each once."""
     if isinstance(kernel, Multiply):
         kernel = kernel.kernel
     return list(dict.fromkeys(term for term in kernel.terms() if isinstance(term, Load)))
 
 
 def build(outputs: Sequence[Array], stored: Callable[[Array], bool]) -> Kernel:
-    """The kernel that computes arrays.
+    """Build the kernel that computes some arrays.
 
     Args:
-        outputs: the arrays. The first one, whose dimensions are told apart, has rows and columns; the others have the
-            same dimensions, or the rows alone.
-        stored: whether an array, of those that it is made of, is in memory.
+        outputs: the arrays. The dimensions of the first one are divided into fixed ones, rows and columns. Each of the
+            others has the same dimensions, or all but the columns.
+        stored: tells whether an array that they are made of is in memory.
 
     Raises:
-        IllegalError: if no kernel does.
+        IllegalError: if no single kernel computes them.
     """
     first = outputs[0]
     dims = tuple(Variable(f"d{place}", size) for place, size in enumerate(first.sizes))
@@ -213,7 +216,7 @@ def build(outputs: Sequence[Array], stored: Callable[[Array], bool]) -> Kernel:
 
 
 def build_attention(array: Attention, stored: Callable[[Array], bool]) -> Attend:
-    """The kernel of an attention.
+    """Build the kernel of an attention.
 
     Raises:
         IllegalError: if its operands cannot be computed on the way.
@@ -243,7 +246,13 @@ def build_attention(array: Attention, stored: Callable[[Array], bool]) -> Attend
 
 
 def _aligned(other: Array, whole: Sequence[tuple[Index, Index]], rows: Sequence[tuple[Index, Index]]) -> Indices:
-    """Where another output is written: its dimensions are all of the first one's, or its rows."""
+    """Return the index at which another output is written.
+
+    Its dimensions are all of those of the first output, or all but the columns.
+
+    Raises:
+        IllegalError: if they are neither.
+    """
     sizes = [size.value for size in other.sizes if size.value != 1]
     for known in (whole, rows):
         if [size.value for size, _ in known] == sizes:
@@ -253,7 +262,7 @@ def _aligned(other: Array, whole: Sequence[tuple[Index, Index]], rows: Sequence[
 
 
 def _below(root: Term) -> list[Statistic | Accumulated]:
-    """The sums that are on the way to a term, but for those within others."""
+    """Find the sums on the way to a term, except those within other sums."""
     found: dict[Statistic | Accumulated, None] = {}
     seen: set[int] = set()
     todo = [root]
@@ -272,7 +281,11 @@ def _below(root: Term) -> list[Statistic | Accumulated]:
 def _roles(
     sums: Iterable[Statistic | Accumulated], dims: Sequence[Variable]
 ) -> tuple[list[Variable], list[Variable], list[Variable]]:
-    """Which dimensions are the same for a tile, which are its rows, and which its columns."""
+    """Divide dimensions into those that are fixed in a tile, its rows, and its columns.
+
+    Raises:
+        IllegalError: if a dimension would be one of rows and of columns.
+    """
     fixed: set[Variable] = set()
     rows: set[Variable] = set()
     columns: set[Variable] = set()
@@ -305,10 +318,13 @@ def _variables(index: Iterable[Index]) -> set[Variable]:
 
 
 def _stages(roots: Sequence[Term], free: Free, outer: tuple[Variable, Variable], n: Variable) -> tuple[Stage, ...]:
-    """Loops, each after those whose sums it reads.
+    """Build the loops, each after those whose sums it reads.
 
-    Checks: a statistic depends on rows alone; the left factor of a product on rows and its own variable, the right one
-    on columns and that.
+    Checks: a statistic depends on rows alone. The left factor of a product depends on rows and its own variable, the
+    right one on columns and that variable.
+
+    Raises:
+        IllegalError: if a check fails.
     """
     level: dict[int, int] = {}
     sums: list[tuple[int, Statistic | Accumulated]] = []

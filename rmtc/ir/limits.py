@@ -1,4 +1,4 @@
-"""Limits of what is read from outside, so that any text soon ends in an answer or an error.
+"""Limits on input from outside, so that any text soon leads to an answer or an error.
 
 A notation, distances and the numbers of a study may come from anyone. Sizes are held against these limits before
 anything of that size is made. docs/formats.md lists them. Nothing limits what rmtc finds in a model.
@@ -72,10 +72,10 @@ JSON = 10_000_000
 
 
 class TooLarge(ValueError):
-    """What is read, or asked for, goes beyond a limit.
+    """An input or a request that exceeds a limit.
 
     Attributes:
-        reason: what, by how much.
+        reason: what exceeds which limit.
         remedy: what to do.
     """
 
@@ -85,7 +85,7 @@ class TooLarge(ValueError):
 
 
 def within(size: int, most: int, what: str, remedy: str) -> None:
-    """Hold a size against a limit.
+    """Check a size against a limit.
 
     Raises:
         TooLarge: if it is larger.
@@ -95,10 +95,10 @@ def within(size: int, most: int, what: str, remedy: str) -> None:
 
 
 def number(digits: str, most: int, what: str) -> int:
-    """The number that decimal digits say.
+    """Convert decimal digits to a number.
 
     Raises:
-        TooLarge: if it is above ``most``; so are numbers that Python does not convert.
+        TooLarge: if it is above ``most``, as are numbers that Python does not convert.
     """
     significant = digits.lstrip("0") or "0"
     if len(significant) > len(str(most)) or int(significant) > most:
@@ -107,7 +107,7 @@ def number(digits: str, most: int, what: str) -> int:
 
 
 def quoted(text: str) -> str:
-    """A text in quotes, of a long one the beginning."""
+    """Quote a text, or the beginning of a long one."""
     return repr(text if len(text) <= 120 else f"{text[:100]}...")
 
 
@@ -115,7 +115,7 @@ def loads(text: str) -> Any:
     """Read JSON.
 
     Raises:
-        ValueError: if it is none, or too long or too deep.
+        ValueError: if the text is not JSON, is too long or is nested too deeply.
     """
     within(len(text), JSON, "characters of JSON", "take a smaller file")
     try:
@@ -126,7 +126,7 @@ def loads(text: str) -> Any:
 
 @contextlib.contextmanager
 def refused_by(error: type[RmtcError]) -> Iterator[None]:
-    """Raise an error of this class for what goes beyond a limit inside."""
+    """Turn :class:`TooLarge` inside the block into an error of this class."""
     try:
         yield
     except TooLarge as large:

@@ -1,4 +1,4 @@
-"""A schedule in a few lines of mathematics that are read back.
+"""Schedules as a few lines of mathematics that can be read back.
 
 step of cell (s, l) = s + l, S = 4, L = 3
 s = 0: prologue P0, l0..l2 C1, epilogue E0
@@ -45,18 +45,18 @@ _STAGE = re.compile(r"(?P<stage>prologue|epilogue) (?P<name>\S+)")
 
 
 class NotationError(RmtcError, ValueError):
-    """A text that is no schedule, or a schedule that no text says."""
+    """A text that is no schedule, or a schedule that has no text."""
 
     title = "cannot read or write the schedule"
 
 
 @refused_by(NotationError)
 def write_schedule(schedule: Schedule) -> str:
-    """The schedule as text: the step of a cell, and which class each cell is of.
+    """Write a schedule as text: the step of a cell, and the class of each cell.
 
     Raises:
-        NotationError: if it could not be read back: the name of a class is no word, a row has not L layers, or it is
-            larger than :mod:`rmtc.ir.limits` says.
+        NotationError: if the text could not be read back. Then the name of a class has spaces, a row has not L layers,
+            or the schedule is larger than :mod:`rmtc.ir.limits` allows.
     """
     _check_names(schedule)
     _check_sizes(schedule.segments, schedule.columns, len(schedule.classes), len(schedule.later))
@@ -77,15 +77,15 @@ def write_schedule(schedule: Schedule) -> str:
 
 @refused_by(NotationError)
 def listed(schedule: Schedule, segments: int, arrows: int = 0) -> list[Step]:
-    """The steps with all their cells, for a form that writes each of them.
+    """Return the steps with all their cells, for a form that writes each of them.
 
     Args:
-        schedule: what is written.
+        schedule: the schedule to write.
         segments: number of segments.
-        arrows: how many arrows lead to a cell.
+        arrows: number of arrows that may lead to a cell.
 
     Raises:
-        NotationError: if these are more cells, or arrows, than :mod:`rmtc.ir.limits` says.
+        NotationError: if there are more cells, or arrows, than :mod:`rmtc.ir.limits` allows.
     """
     cells, fewer = segments * schedule.columns, "take fewer segments; the notation and a study's text list no cells"
     within(cells, CELLS, "cells to write", fewer)
@@ -94,14 +94,14 @@ def listed(schedule: Schedule, segments: int, arrows: int = 0) -> list[Step]:
 
 
 def step_text(schedule: Schedule) -> str:
-    """Which step a cell, or a part, runs in: ``step of cell (s, l) = s + l``, and so in which blocks."""
+    """Print the step of a cell or a part, ``step of cell (s, l) = s + l``, and the size of blocks."""
     of = "part (s, p)" if schedule.parts else "cell (s, l)"
     blocks = f" in blocks of {schedule.block} segments" if schedule.block is not None else ""
     return f"step of {of} = {time_text(schedule)}{blocks}"
 
 
 def time_text(schedule: Schedule) -> str:
-    """The step of a cell, or of a part: a formula, one for each phase."""
+    """Print the step of a cell or a part as a formula, one per phase."""
     letter = "p" if schedule.parts else "l"
     strip = f"floor(s/{schedule.strip})" if schedule.strip > 1 else "s"
     phases = [time_formula(schedule.a, schedule.b, letter, segment=strip)]
@@ -111,7 +111,7 @@ def time_text(schedule: Schedule) -> str:
 
 
 def _shares(parts: tuple[int, ...]) -> str:
-    """The number of parts of each layer: ``2 + 3*4 + 2`` are 2, 4, 4, 4, 2."""
+    """Print the number of parts of each layer: ``2 + 3*4 + 2`` are 2, 4, 4, 4, 2."""
     runs = ((number, len(list(same))) for number, same in itertools.groupby(parts))
     return " + ".join(f"{count}*{number}" if count > 1 else str(number) for number, count in runs)
 
@@ -143,11 +143,16 @@ def _runs(names: tuple[str, ...], letter: str) -> Iterator[str]:
 
 @refused_by(NotationError)
 def read_schedule(text: str) -> dict[str, Any]:
-    """The fields of the schedule that :func:`write_schedule` wrote, by name.
+    """Read the schedule that :func:`write_schedule` wrote.
+
+    Returns:
+        The fields of the schedule by name.
 
     Raises:
-        NotationError: with the line that is no part of one; or if it is larger than :mod:`rmtc.ir.limits` says.
+        NotationError: with the line that is no part of a schedule; or if the text is larger than :mod:`rmtc.ir.limits`
+            allows.
     """
+    # The first line: the step, S and L.
     within(len(text), NOTATION, "characters in a notation", "write fewer rows, or cells of one class as l0..l9")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     first = _FIRST.fullmatch(lines[0]) if lines else None
@@ -159,6 +164,7 @@ def read_schedule(text: str) -> dict[str, Any]:
     segments, layers = number(first["S"], SEGMENTS, "S ="), number(first["L"], LAYERS, "L =")
     if segments < 1 or layers < 1:
         raise NotationError(f"a schedule has at least one segment and one layer, not S = {segments}, L = {layers}")
+    # Cells or parts: the letter of the formula and the number of parts go together.
     other = "l" if first["parts"] else "p"
     if bool(first["parts"]) == bool(first["letter"]) or other in _WORD.sub("", first["time"]):
         raise NotationError(
@@ -167,12 +173,14 @@ def read_schedule(text: str) -> dict[str, Any]:
         )
     parts = _read_shares(first["parts"], layers) if first["parts"] else ()
     columns = sum(parts) or layers
+    # The formula: coefficients, strips and phases.
     time, *rest = first["time"].split(", then ")
     _check_sizes(segments, columns, len(lines) - 1, len(rest))
     strips = _STRIP.findall(time)
     if len(strips) > 1 or (strips and (rest or first["block"])):
         raise NotationError(f"{quoted(first['time'])} has strips of segments in blocks, phases or other strips")
     (a, b), later = _coefficients(_STRIP.sub("s", time), layers), tuple(_phases(rest, layers, columns))
+    # The lines of classes, one per row.
     classes: list[tuple[str, ...]] = []
     stages: dict[str, list[str]] = {}
     for at, line in enumerate(lines[1:]):
@@ -230,7 +238,7 @@ def _read_shares(text: str, layers: int) -> tuple[int, ...]:
 
 
 def _phases(texts: list[str], layers: int, columns: int) -> Iterator[Phase]:
-    """The phases after the first."""
+    """Read the phases after the first."""
     before = 0
     for text in texts:
         phase = _PHASE.fullmatch(text)
@@ -246,7 +254,7 @@ def _phases(texts: list[str], layers: int, columns: int) -> Iterator[Phase]:
 
 
 def _parts(text: str, columns: int) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The classes of a row's layers, and those of its prologue and epilogue."""
+    """Read the classes of a row's layers, and those of its prologue and epilogue."""
     names: list[str] = []
     ends: dict[str, str] = {}
     for part in text.split(", "):
@@ -270,7 +278,7 @@ def _last(run: re.Match[str]) -> int:
 
 
 def _coefficients(text: str, layers: int, first: int = 0) -> tuple[Extent, Extent]:
-    """a and b of ``a*s + b*(l - first)``, where p may stand for l."""
+    """Read a and b of ``a*s + b*(l - first)``, where p may stand for l."""
     expression = parse(text.replace("p", "l"))
     if expression is not None:
         time = sympy.expand(expression)
@@ -285,7 +293,7 @@ def _coefficients(text: str, layers: int, first: int = 0) -> tuple[Extent, Exten
 
 
 def _counts_steps(coefficient: sympy.Expr, layers: int) -> bool:
-    """Whether it is whole for every L, and not negative for this one."""
+    """Return whether a coefficient is whole for every L, and not negative for this one."""
     known = not coefficient.free_symbols - {L} and bool(coefficient.is_integer)
     return known and evaluated(coefficient, {L: layers}) >= 0
 

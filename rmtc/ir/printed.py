@@ -1,4 +1,4 @@
-"""How data prints in full: `rmtc.show` registers its printers here, and data imports none of them."""
+"""The registry of printers, in which `rmtc.show` registers so that data imports no printer."""
 
 from __future__ import annotations
 

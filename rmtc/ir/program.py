@@ -81,9 +81,9 @@ class Source:
 
     Attributes:
         kind: ``parameter``, ``buffer``, ``state``, ``input`` or ``constant``.
-        names: every name it goes by.
+        names: all names of the tensor.
         shape, dtype: of the tensor.
-        value: a constant's value.
+        value: value of a constant.
     """
 
     kind: str
@@ -98,13 +98,13 @@ Form: TypeAlias = tuple[tuple[int, ...], torch.dtype]
 
 
 class Origin(NamedTuple):
-    """Where in the user's code an operation comes from.
+    """The place in the user's code that an operation comes from.
 
     Attributes:
         location: the file, line and function.
         module: path of the submodule that ran it.
-        name: the attribute or result the value ends up in, such as ``layers.3.A``; empty if none.
-        variable: the variable the user's code calls it; empty if none.
+        name: attribute or result that the value ends up in, such as ``layers.3.A``; empty if none.
+        variable: variable that holds the value in the user's code; empty if none.
     """
 
     location: Location | None = None
@@ -118,17 +118,17 @@ _UNKNOWN = Origin()
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One operation, of a flat program, of a loop or of a body: they differ in their operands.
+    """One operation of a flat program, of a loop or of a body, which differ in their operands.
 
     Attributes:
         target: the ATen overload or `operator.getitem`.
         args: positional arguments and then ``(name, value)`` pairs of keyword arguments, nested tuples. Tensors are
             :class:`Val` and :class:`Src` in a program, the operands of :mod:`rmtc.ir.segment_loop` in a loop, those of
             :mod:`rmtc.ir.wavefront` in a body.
-        origin: where it comes from.
-        form: shape and dtype of the result; None where it is no tensor, or they are not known. In a loop those of the
-            shorter of the two runs, which ends with a full segment.
-        covers: the numbers of the operations of the same cell that it does the work of, besides its own.
+        origin: the place it comes from.
+        form: shape and dtype of the result; None if it is no tensor, or they are not known. In a loop they are those of
+            the shorter of the two runs, which ends with a full segment.
+        covers: numbers of the other operations of the same cell whose work it does, besides its own.
     """
 
     target: Callable[..., Any]
@@ -144,17 +144,17 @@ class Op:
 
     @property
     def name(self) -> str:
-        """The attribute or result the value ends up in."""
+        """The attribute or result that the value ends up in."""
         return self.origin.name
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """The shape of the result; None where it is no tensor, or not known."""
+        """The shape of the result, or None if it is no tensor or not known."""
         return None if self.form is None else self.form[0]
 
     @property
     def label(self) -> str:
-        """``mul.Tensor``, ``getitem``."""
+        """The name of the target, such as ``mul.Tensor`` or ``getitem``."""
         return target_name(self.target)
 
     def __str__(self) -> str:
@@ -172,7 +172,9 @@ class Program:
 
     @classmethod
     def parse(cls, text: str) -> Program:
-        """Read what :meth:`__str__` wrote; the values of constants, and what modules ran operations, are not in it.
+        """Read a program that :meth:`__str__` wrote.
+
+        The text has neither the values of constants nor the modules that ran operations.
 
             parameter w: float32[8, 8]
             input x: float32[2, 4, 8]
@@ -202,7 +204,7 @@ class Program:
         """Check that each operand is a source, or the result of an earlier operation.
 
         Raises:
-            VerifyError: if one is not: an error of the pass that made the program.
+            VerifyError: if one is not, which is an error of the pass that made the program.
         """
         for index, op in enumerate(self.ops):
             self._verify_operands(f"%{index}", op.args, index)
@@ -240,7 +242,7 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def show(value: Any) -> str:
-    """An argument as text."""
+    """Print an argument."""
     if isinstance(value, tuple) and type(value) is not tuple:  # an operand: each prints itself
         return str(value)
     if isinstance(value, tuple):
@@ -253,7 +255,7 @@ def show(value: Any) -> str:
 
 
 def leaves(args: tuple[Any, ...]) -> Iterator[Any]:
-    """The leaves of nested arguments, in order."""
+    """Yield the leaves of nested arguments, in order."""
     for arg in args:
         if type(arg) is tuple:
             yield from leaves(arg)
@@ -262,7 +264,7 @@ def leaves(args: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def parts(ops: Sequence[Op]) -> dict[int, list[int]]:
-    """By the number of an operation with several results, those that take one of them each."""
+    """Return, by the number of each operation with several results, the operations that take one of them each."""
     found: dict[int, list[int]] = {}
     for i, op in enumerate(ops):
         if op.target is operator.getitem:
@@ -271,24 +273,30 @@ def parts(ops: Sequence[Op]) -> dict[int, list[int]]:
 
 
 def map_leaves(args: tuple[Any, ...], function: Callable[[Any], Any]) -> tuple[Any, ...]:
-    """Nested arguments with each leaf replaced."""
+    """Replace each leaf of nested arguments."""
     return tuple(map_leaves(arg, function) if type(arg) is tuple else function(arg) for arg in args)
 
 
 def call_arguments(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of an :class:`Op` as positional and keyword arguments: the latter are the pairs at the end."""
+    """Split the arguments of an :class:`Op` into positional and keyword arguments.
+
+    The keyword arguments are the pairs at the end.
+    """
     pairs = [type(arg) is tuple and len(arg) == 2 and type(arg[0]) is str for arg in args]
     count = pairs.index(True) if True in pairs else len(args)
     return args[:count], dict(args[count:])
 
 
 class NegativeZero(float):
-    """-0.0, which Python takes for 0.0: 1 / -0.0 is another number."""
+    """The number -0.0, which compares unequal to 0.0.
+
+    Python takes the two for equal, and 1 / -0.0 is another number than 1 / 0.0.
+    """
 
     def __eq__(self, other: object) -> bool:
         return type(other) is NegativeZero
 
-    def __ne__(self, other: object) -> bool:  # else that of float, for which they are equal
+    def __ne__(self, other: object) -> bool:  # that of float would call them equal
         return not self == other
 
     __hash__ = float.__hash__
@@ -309,14 +317,14 @@ _LITERAL = re.compile(
 
 
 class _Reader:
-    """Reads printed arguments from left to right."""
+    """A reader of printed arguments, from left to right."""
 
     def __init__(self, text: str, sources: Mapping[str, Source]) -> None:
         self.text, self.at = text, 0
         self.names = sorted(sources, key=len, reverse=True)
 
     def items(self, end: str) -> tuple[Any, ...]:
-        """The arguments up to the end of the text, or of a list."""
+        """Read the arguments up to the end of the text, or of a list."""
         found: list[Any] = []
         while self.at < len(self.text) and not (end and self.text.startswith(end, self.at)):
             found.append(self.item())
@@ -365,7 +373,7 @@ def _read_form(text: str) -> Form:
 
 
 def _read_target(text: str) -> Callable[..., Any]:
-    """The operator that a name of :func:`target_name` is of."""
+    """Return the operator that :func:`target_name` printed as ``text``."""
     if text == "getitem":
         return operator.getitem
     space, _, name = text.rpartition("::")

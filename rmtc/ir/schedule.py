@@ -22,29 +22,29 @@ _Row = TypeVar("_Row")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Cell (s, l) runs at time ``a*s + b*l``, or so in blocks of segments, one block after another.
+    """A schedule in which cell (s, l) runs at time ``a*s + b*l``, or so in blocks of segments, one block after another.
 
-    A dependence leads from a segment to the same or a later one. So blocks are legal if ``a*s + b*l`` is. Where all
-    that makes a cell wait for its own layer lies two segments back or more, **strips** of so many segments may run at
-    once: then floor(s/strip) stands for s.
+    A dependence leads from a segment to the same or a later one. So blocks are legal if ``a*s + b*l`` is. If cells wait
+    for their own layer only over two segments or more, **strips** of so many segments may run at once. Then
+    floor(s/strip) stands for s.
 
-    Layers may be divided into parts that run apart from one another. Then parts take the place of layers: they are the
-    **columns**, counted through from the first part of layer 0 to the last one of the last layer, and l stands for them
-    in times. Columns may run in phases: in each block those of the first phase for all its segments, then those of the
-    next.
+    Layers may be divided into parts that run apart from one another. Then parts take the place of layers, and l stands
+    for them in times. They are the **columns**, counted from the first part of layer 0 to the last one of the last
+    layer. Columns may run in phases. Each block then runs the columns of the first phase for all its segments, then
+    those of the next.
 
     Attributes:
-        a, b: coefficients; ``a`` may be an expression in ``L``. Those of the first phase.
-        layers: the number of layers of the captured model.
-        segments: the number of segments of the call that was explained: the default of :meth:`steps`.
-        classes: ``classes[row][column]`` names the class of a column in segment ``row``, with no name where it has
-            no operations; the last row stands for every later segment.
-        stage_classes: the same for ``"prologue"`` and ``"epilogue"``, one name a row; a stage that has no
-            operations is absent. Of layers and stages, those with fewer rows repeat their last one.
+        a, b: coefficients of the first phase; ``a`` may be an expression in ``L``.
+        layers: number of layers of the captured model.
+        segments: number of segments of the call that was explained: the default of :meth:`steps`.
+        classes: ``classes[row][column]`` names the class of a column in segment ``row``. The name is empty where the
+            column has no operations. The last row stands for every later segment.
+        stage_classes: the same for ``"prologue"`` and ``"epilogue"``, one name per row. A stage without operations is
+            absent. Of layers and stages, those with fewer rows repeat their last one.
         block: number of segments of a block; None for all of them.
-        parts: in how many parts each layer is divided; empty if all run as a whole.
+        parts: number of parts of each layer; empty if all layers run as a whole.
         later: the phases after the first.
-        strip: number of segments of a strip; only without blocks and phases.
+        strip: number of segments of a strip, above 1 only without blocks and phases.
     """
 
     a: Extent
@@ -75,31 +75,37 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
-        """The schedule that :attr:`notation` wrote.
+        """Read the schedule that :attr:`notation` wrote.
 
         Raises:
-            ValueError: with the line that is no part of one.
+            ValueError: with the line that is no part of a schedule.
         """
         return cls(**read_schedule(text))
 
     @property
     def notation(self) -> str:
-        """The schedule in a few lines, which :meth:`parse` reads back."""
+        """The schedule as a few lines of text, which :meth:`parse` reads back."""
         return write_schedule(self)
 
     @property
     def columns(self) -> int:
-        """The number of columns: of layers, or of their parts."""
+        """The number of columns, which are layers or their parts."""
         return sum(self.parts) or self.layers
 
     def column(self, layer: int, part: int | None = None) -> int:
-        """The column of a layer, or of a part of it; -1 for a prologue, that after the last one for an epilogue."""
+        """Return the column of a layer, or of a part of it.
+
+        A prologue has column -1, an epilogue the one after the last.
+        """
         if not self.parts or layer < 0:
             return layer
         return sum(self.parts[:layer]) + (part or 0)
 
     def place(self, column: int) -> tuple[int, int | None]:
-        """The layer and the part of a column; the part is None where layers run whole, and of prologue and epilogue."""
+        """Return the layer and the part of a column.
+
+        The part is None where layers run whole, and for a prologue or an epilogue.
+        """
         if not self.parts or column < 0:
             return column, None
         return self._places[column] if column < self.columns else (self.layers, None)
@@ -110,18 +116,18 @@ class Schedule:
         return [(layer, part) for layer, parts in enumerate(self.parts) for part in range(parts)]
 
     def head(self, column: int) -> str:
-        """What a column is called: ``l1``, a part ``l1.0``, ``prologue``, ``epilogue``."""
+        """Return the name of a column: ``l1``, a part ``l1.0``, ``prologue``, ``epilogue``."""
         layer, part = self.place(column)
         if not 0 <= layer < self.layers:
             return "prologue" if layer < 0 else "epilogue"
         return f"l{layer}" if part is None else f"l{layer}.{part}"
 
     def name(self, cell: Cell) -> str:
-        """What a cell of a column is called: ``s2.l1``, ``s2.l1.0``, ``s2.prologue``."""
+        """Return the name of a cell whose ``layer`` is a column: ``s2.l1``, ``s2.l1.0``, ``s2.prologue``."""
         return f"s{cell.segment}.{self.head(cell.layer)}"
 
     def phases(self, layers: int | None = None) -> list[tuple[range, int, int]]:
-        """The columns of each phase, with their a and b as numbers for so many layers."""
+        """Return the columns of each phase, with a and b as numbers for ``layers`` layers."""
         values: dict[sympy.Symbol, int] = {L: self.layers if layers is None else layers}
         starts = [Phase(0, _at(self.a, values), _at(self.b, values)), *self.later]
         ends = [each.first for each in self.later] + [self.columns if layers is None else layers]
@@ -129,17 +135,20 @@ class Schedule:
 
     @property
     def alone(self) -> frozenset[int]:
-        """The columns that never run beside another one: segments of theirs run at once, or one after another."""
+        """The columns that never share a step with another one.
+
+        Their segments run at once, or one after another.
+        """
         return frozenset(column for of, a, _ in self.phases() if a == 0 or len(of) == 1 for column in of)
 
     @property
     def formula(self) -> str:
-        """The step of a cell, ``s + l``; of a part p where layers are divided; the phases one after another."""
+        """The step of a cell, such as ``s + l``, or of a part p where layers are divided, phase after phase."""
         return time_text(self)
 
     @property
     def makespan(self) -> sympy.Expr:
-        """Number of steps, an expression in ``S`` and ``L``."""
+        """The number of steps, an expression in ``S`` and ``L``."""
 
         def steps(segments: sympy.Expr | int) -> sympy.Expr:
             if not self.later:
@@ -154,18 +163,18 @@ class Schedule:
         return sympy.expand(steps(self.block) * blocks) + sympy.expand(steps(S - self.block * blocks))
 
     def time(self, cell: Cell, layers: int | None = None, segments: int | None = None) -> int:
-        """The step of a cell, 0 for the first.
+        """Return the step of a cell, 0 for the first.
 
         Args:
-            cell: its ``layer`` is a column.
+            cell: a cell whose ``layer`` is a column.
             layers: number of layers, the captured model's by default.
-            segments: number of segments of the call, the schedule's own by default: the last block may be shorter, and
-                then its phases are.
+            segments: number of segments of the call, the schedule's own by default. The last block may be shorter, and
+                so may its phases.
         """
         return self.clock(segments, layers)(cell)
 
     def clock(self, segments: int | None = None, layers: int | None = None) -> Callable[[Cell], int]:
-        """Gives the step of each cell of a call, as :meth:`time` does."""
+        """Return a function that gives the step of each cell of a call, as :meth:`time` does."""
         phases = self.phases(layers)
         segments = max(1, self.segments if segments is None else segments)
         _, a, b = phases[0]
@@ -174,7 +183,7 @@ class Schedule:
         block = segments if self.block is None else self.block
 
         def lengths(size: int) -> list[int]:
-            """The steps until each phase begins, and until the last one ends, for so many segments."""
+            """Return the steps until each phase begins, and until the last one ends, for ``size`` segments."""
             each = (a * (size - 1) + b * (len(of) - 1) + 1 for of, a, b in phases)
             return list(itertools.accumulate(each, initial=0))
 
@@ -192,7 +201,7 @@ class Schedule:
         return time
 
     def class_of(self, cell: Cell) -> str:
-        """The class of a cell's body; its ``layer`` is a column."""
+        """Return the class of the body of a cell whose ``layer`` is a column."""
         if not self.classes:
             return "A"
         row = self.classes[min(cell.segment, len(self.classes) - 1)]
@@ -201,12 +210,12 @@ class Schedule:
     def steps(
         self, segments: int | None = None, layers: int | None = None, *, only: Iterable[int] | None = None
     ) -> list[Step]:
-        """The groups of every step.
+        """Return the groups of every step.
 
         Args:
             segments: number of segments, at least 1; that of the schedule's call by default.
-            layers: number of layers, the captured model's by default; another number is for reading the
-                schedule only, the captured program has its own.
+            layers: number of layers, the captured model's by default. Another number is only for reading the schedule,
+                since the captured program has its own.
             only: the segments whose cells are listed, all by default.
 
         Raises:
@@ -247,7 +256,7 @@ class Schedule:
         ]
 
     def of(self, segments: int) -> Schedule:
-        """The same for a call of so many segments, without blocks if one holds them all."""
+        """Return the schedule for a call of ``segments`` segments, without blocks if one block holds them all."""
         block = self.block if self.block is not None and self.block < segments else None
         return replace(self, segments=segments, block=block)
 

@@ -1,4 +1,4 @@
-"""The loop over segments as an IR: what one segment runs, what it reads from earlier ones, which cell each part is."""
+"""The loop over segments as an IR: the operations of a segment, its reads from earlier ones, and its cells."""
 
 from __future__ import annotations
 
@@ -26,9 +26,14 @@ __all__ = [
 
 
 class Environment(NamedTuple):
-    """The sizes a constant may depend on.
+    """The sizes that a constant may depend on.
 
-    s: the segment; S: number of segments; B: batch; T: positions of this segment; N: positions of all.
+    Attributes:
+        s: the segment.
+        S: number of segments.
+        B: batch size.
+        T: positions of this segment.
+        N: positions of all segments.
     """
 
     s: int
@@ -46,7 +51,7 @@ class Fit:
     terms: tuple[tuple[tuple[str, ...], int], ...]
 
     def at(self, environment: Environment) -> int:
-        """The value for given sizes."""
+        """Return the value for given sizes."""
         total = self.constant
         for names, coefficient in self.terms:
             product = coefficient
@@ -56,7 +61,7 @@ class Fit:
         return total
 
     def where(self, s: int, T: int) -> int | Fit:
-        """The function for one segment of a given length."""
+        """Return the function for one segment of a given length, as a number if it depends on no other size."""
         constant = self.constant
         terms: dict[tuple[str, ...], int] = {}
         for names, coefficient in self.terms:
@@ -88,7 +93,7 @@ class Row(NamedTuple):
 
 
 class Item(NamedTuple):
-    """Operand: an item of an input that is a list with one item a segment, ``list[number]rest``."""
+    """Operand: an item of an input that is a list with one item per segment, ``list[number]rest``."""
 
     list: str
     number: int | Fit
@@ -131,14 +136,14 @@ class Every(NamedTuple):
 
 
 class Numbered(NamedTuple):
-    """The name of a result with a number in it that depends on the segment or on how many there are."""
+    """The name of a result with a number in it that depends on the segment or on the number of segments."""
 
     before: str
     number: Fit
     after: str
 
     def at(self, environment: Environment) -> str:
-        """The name for given sizes."""
+        """Return the name for given sizes."""
         return f"{self.before}{self.number.at(environment)}{self.after}"
 
     def __str__(self) -> str:
@@ -146,14 +151,14 @@ class Numbered(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Which operations of a segment are its prologue, its layers and its epilogue, as half-open ranges."""
+    """The prologue, the layers and the epilogue of a segment, as half-open ranges of its operations."""
 
     prologue: tuple[int, int]
     layers: tuple[tuple[int, int], ...]
     epilogue: tuple[int, int]
 
     def layer_of(self, index: int) -> int:
-        """The layer of an operation; -1 for the prologue, L for the epilogue."""
+        """Return the layer of an operation: -1 for the prologue, L for the epilogue."""
         if index < self.prologue[1]:
             return -1
         for layer, (start, end) in enumerate(self.layers):
@@ -163,7 +168,7 @@ class Layout(NamedTuple):
 
 
 class Key(NamedTuple):
-    """An operation of an unrolled loop: segment -1 is before the loop, segment S after it."""
+    """An operation of an unrolled loop. Segment -1 is before the loop, segment S after it."""
 
     segment: int
     number: int
@@ -177,17 +182,17 @@ class SegmentLoop:
         before, after: operations outside the loop.
         rows: the first segments, which differ from the later ones or read values from before the loop.
         steady: every later segment.
-        outputs: the results by name, as operands of the part after the loop; an :class:`Every` under a
-            :class:`Numbered` name is one result a segment.
+        outputs: the results by name, as operands of the part after the loop. An :class:`Every` under a
+            :class:`Numbered` name is one result per segment.
         sources: the tensors that exist before the call.
-        layouts: where the layers are, one for each of ``rows`` and then for ``steady``.
+        layouts: position of the layers, one for each of ``rows`` and then for ``steady``.
         segment_length: positions of a segment.
-        growing: the names of the inputs that grow with the number of segments.
-        dependences: between cells.
+        growing: names of the inputs that grow with the number of segments.
+        dependences: dependences between cells.
         classes: ``classes[row][layer]``, rows as in ``layouts``; names of equivalence classes of bodies.
         stage_classes: the same for prologue and epilogue.
-        class_notes: for each class, how it differs from the one it resembles.
-        fixed: sizes the loop was captured for that another value needs a capture of its own, ``batch`` or ``tail``.
+        class_notes: for each class, its difference from the one it resembles.
+        fixed: sizes for which the loop was captured, ``batch`` or ``tail``. Another value needs a capture of its own.
     """
 
     before: tuple[Op, ...]
@@ -207,33 +212,34 @@ class SegmentLoop:
 
     @property
     def layers(self) -> int:
-        """Number of layers."""
+        """The number of layers, 1 without layouts."""
         return len(self.layouts[-1].layers) if self.layouts else 1
 
     def row(self, segment: int) -> tuple[Op, ...]:
-        """The operations of a segment."""
+        """Return the operations of a segment."""
         return self.rows[segment] if segment < len(self.rows) else self.steady
 
     def layout(self, segment: int) -> Layout:
-        """The layout of a segment."""
+        """Return the layout of a segment."""
         return self.layouts[min(segment, len(self.layouts) - 1)]
 
     def cell(self, key: Key, segments: int) -> Cell | None:
-        """The cell an operation of the unrolled loop is in; None outside the loop."""
+        """Return the cell of an operation of the unrolled loop, or None outside the loop."""
         if not 0 <= key.segment < segments:
             return None
         return Cell(key.segment, self.layout(key.segment).layer_of(key.number))
 
     @property
     def furthest_result(self) -> int:
-        """How many segments before the last one, and it, results are made of."""
+        """The furthest segment that a result reads, counted from the end: 1 is the last, 0 stands for none."""
         given = [*self.outputs.values(), *(leaf for op in self.after for leaf in leaves(op.args))]
         return max((-each.segment for each in given if isinstance(each, Where)), default=0)
 
     def after_of(self, segments: int) -> list[Op | None]:
-        """The operations after the loop for a number of segments; None for what is made of segments that are not there.
+        """Return the operations after the loop for a number of segments.
 
-        A list is without what such segments would make:
+        None stands for an operation that reads segments that do not exist. A list loses the items that such segments
+        would make:
 
             cat([s[-3].%4, s[-2].%4, s[-1].%4], 1)   ->   cat([s[-2].%4, s[-1].%4], 1), for two segments
         """
@@ -254,7 +260,7 @@ class SegmentLoop:
         return found
 
     def unroll(self, segments: int, batch: int, tail: int) -> tuple[Program, list[Key]]:
-        """The flat program for given sizes, in the order the segments run.
+        """Unroll the loop into the flat program for given sizes, in the order the segments run.
 
         Args:
             segments: number of segments, at least 1.
@@ -262,8 +268,12 @@ class SegmentLoop:
             tail: positions of the last segment, 1 .. segment_length.
 
         Returns:
-            The program, and for each of its operations what it is.
+            The program, and the key of each of its operations.
+
+        Raises:
+            VerifyError: if the results of so few segments are not known, or two results have one name.
         """
+        # State of the unrolling: the program so far, and where in it each operation of the loop is.
         total = (segments - 1) * self.segment_length + tail
         index: dict[Key, int] = {}
         sources = dict(self.sources)
@@ -274,6 +284,7 @@ class SegmentLoop:
             length = tail if segment >= segments - 1 else self.segment_length
             return Environment(segment, segments, batch, length, total)
 
+        # Operands: from the loop's spelling to values and sources of the flat program.
         def value(operand: Where | Every, at: int) -> Val:
             number = operand.number[min(at, len(operand.number) - 1)] if 0 <= at < segments else -1
             if number < 0:
@@ -311,6 +322,7 @@ class SegmentLoop:
                     out.append(resolve(segment, arg))
             return tuple(out)
 
+        # Operations: before the loop, segment by segment, and after it.
         def run(segment: int, body: Sequence[Op | None]) -> None:
             for number, op in enumerate(body):
                 if op is None:
@@ -323,6 +335,7 @@ class SegmentLoop:
         for segment in range(segments):
             run(segment, self.row(segment))
         run(segments, self.after_of(segments))
+        # Results: one per name, or one per segment for a numbered name.
         outputs: dict[str, Any] = {}
         for name, operand in self.outputs.items():
             for at in range(segments) if isinstance(operand, Every) else (segments,):
@@ -333,7 +346,7 @@ class SegmentLoop:
         return Program(ops, sources, outputs), keys
 
     def carried(self, keys: Sequence[Key], segments: int) -> list[tuple[Dependence, frozenset[int]]]:
-        """Each dependence, with the operations of the unrolled program that make its tensor.
+        """Return each dependence with the operations of the unrolled program that make its tensor.
 
         Args:
             keys: the operations, as :meth:`unroll` gives them.
@@ -346,12 +359,15 @@ class SegmentLoop:
         """Check that each operand is made before it is read, and that the layouts divide each row.
 
         Raises:
-            VerifyError: otherwise: an error of the pass that made the loop.
+            VerifyError: if one is not, which is an error of the pass that made the loop.
         """
         kinds = (*self.rows, self.steady)
 
         def check(reader: str, leaf: Any, row: int, made: int) -> None:
-            """Check an operand of the operation after ``made`` others of a row; -1 is before the loop, -2 after it."""
+            """Check an operand of the operation after ``made`` others of a row.
+
+            Row -1 is before the loop, -2 after it.
+            """
             match leaf:
                 case Row(0, number):
                     good = row >= 0 and 0 <= number < made

@@ -32,7 +32,7 @@ class SpellingError(RmtcError, ValueError):
 
 
 class Spelled(NamedTuple):
-    """A dependence and the names of the operations it leads from and to; both empty where cells are meant."""
+    """A dependence, and the names of the operations it leads from and to, both empty between cells."""
 
     producer: str
     consumer: str
@@ -41,10 +41,10 @@ class Spelled(NamedTuple):
 
 @refused_by(SpellingError)
 def read_dependences(text: str) -> list[Spelled]:
-    """The dependences that a text spells, separated by commas.
+    """Read the dependences that a text spells, separated by commas or semicolons.
 
     Raises:
-        SpellingError: with the part that is none; or if it is larger than :mod:`rmtc.ir.limits` says.
+        SpellingError: with the part that is no dependence; or if the text is larger than :mod:`rmtc.ir.limits` allows.
     """
     within(len(text), DISTANCES, "characters in distances", "write fewer distances")
     found = counted(_items(text))
@@ -57,7 +57,7 @@ def read_dependences(text: str) -> list[Spelled]:
 
 
 def counted(spelled: Iterable[Spelled]) -> list[Spelled]:
-    """List dependences, and no more of them than :mod:`rmtc.ir.limits` says.
+    """List dependences, and no more of them than :mod:`rmtc.ir.limits` allows.
 
     Raises:
         TooLarge: at the first one above a limit.
@@ -95,7 +95,11 @@ def _items(text: str) -> Iterator[Spelled]:
 
 
 def _close(text: str, start: int) -> tuple[int, list[int]]:
-    """Where the parenthesis before ``start`` closes, and the commas at its own level."""
+    """Find where the parenthesis before ``start`` closes, and the commas at its own level.
+
+    Raises:
+        SpellingError: if it does not close.
+    """
     depth, commas = 1, list[int]()
     for at in range(start, len(text)):
         depth += (text[at] == "(") - (text[at] == ")")
@@ -108,10 +112,10 @@ def _close(text: str, start: int) -> tuple[int, list[int]]:
 
 @refused_by(SpellingError)
 def read_extent(given: Extent | str) -> Extent:
-    """An entry of a distance vector: a whole number, or a formula in L and the consumer's layer l.
+    """Read an entry of a distance vector: a whole number, or a formula in L and the consumer's layer l.
 
     Raises:
-        SpellingError: if it is neither, or larger than :mod:`rmtc.ir.limits` says.
+        SpellingError: if it is neither, or larger than :mod:`rmtc.ir.limits` allows.
     """
     if isinstance(given, int):
         within(abs(given), NUMBER, "as a distance", "give a smaller number")
@@ -128,7 +132,11 @@ def read_extent(given: Extent | str) -> Extent:
 
 
 def _written(given: object) -> str:
-    """A formula as text, if that has no more nodes, nor larger numbers, than a text that is read."""
+    """Return a formula as text, if its nodes and numbers are within the limits of a text that is read.
+
+    Raises:
+        TooLarge: if they are not.
+    """
     if isinstance(given, sympy.Basic):
         nodes = list(itertools.islice(sympy.preorder_traversal(given), 4 * OPERATIONS + 1))
         within(len(nodes), 4 * OPERATIONS, "or more nodes in a formula", "give a smaller formula")

@@ -1,4 +1,4 @@
-"""Terms: what arrays are at an index, of what lies in memory and of sums over other indices."""
+"""Terms: the value of an array at an index, from loads of stored arrays and sums over other indices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class IllegalError(Exception):
-    """Arrays that no one kernel computes."""
+    """Arrays that no single kernel computes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Load:
     """An element of an array in memory, 0 where a guard does not hold.
 
     Attributes:
-        guards: pairs (i, j): i < j; the first may be negative, which fails, too.
+        guards: pairs (i, j) of indices, each of which holds where i < j. The first may be negative.
     """
 
     array: Array
@@ -56,7 +56,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Piecewise:
-    """One term where ``index < bound``, else the other."""
+    """The term ``one`` where ``index < bound``, and ``other`` elsewhere."""
 
     index: Index
     bound: Index
@@ -67,13 +67,13 @@ class Piecewise:
 
 @dataclass(frozen=True, eq=False)
 class Statistic:
-    """What a reduction is for the rows of a tile.
+    """The value of a reduction for the rows of a tile.
 
     Attributes:
         array: the reduction.
-        index: where it is read.
-        over: the variable that it runs over.
-        term: what is reduced.
+        index: index at which it is read.
+        over: variable that it runs over.
+        term: term that is reduced.
     """
 
     array: Reduction
@@ -84,13 +84,13 @@ class Statistic:
 
 @dataclass(frozen=True, eq=False)
 class Accumulated:
-    """What a product is for the rows and columns of a tile.
+    """The value of a product for the rows and columns of a tile.
 
     Attributes:
         array: the product.
-        index: where it is read.
-        over: the variable that is summed over.
-        left, right: its factors.
+        index: index at which it is read.
+        over: variable that is summed over.
+        left, right: terms of its factors.
     """
 
     array: Product
@@ -104,7 +104,7 @@ Term: TypeAlias = Load | Call | Piecewise | Statistic | Accumulated
 
 
 def within(roots: Iterable[Term]) -> Iterator[Term]:
-    """Terms and all that they are made of, each once."""
+    """Yield terms and all terms that they are made of, each once."""
     seen: set[int] = set()
     todo = list(roots)
     while todo:
@@ -117,7 +117,7 @@ def within(roots: Iterable[Term]) -> Iterator[Term]:
 
 
 def parts(term: Term) -> list[Term]:
-    """The terms that a term is made of."""
+    """Return the terms that a term is made of."""
     if isinstance(term, Call):
         return [each for each in term.args if not isinstance(each, (int, float))]
     if isinstance(term, Piecewise):
@@ -129,11 +129,12 @@ def parts(term: Term) -> list[Term]:
 
 @dataclass
 class Terms:
-    """Makes terms of arrays: those in memory are read, others computed where they are read.
+    """A builder of terms: arrays in memory are loaded, others are computed where they are read.
 
     Attributes:
-        stored: gives an array in memory for one that need not be computed.
-        limit: of how many terms there may be.
+        stored: tells whether an array is in memory.
+        limit: limit on the number of terms.
+        arrays: the arrays that are computed, in the order in which they were first read.
     """
 
     stored: Callable[[Array], bool]
@@ -145,10 +146,10 @@ class Terms:
     _statistics: dict[tuple[Array, Indices], Statistic] = field(default_factory=dict)
 
     def of(self, array: Array, index: Indices, guards: tuple[tuple[Index, Index], ...] = ()) -> Term:
-        """The term of an array at an index.
+        """Return the term of an array at an index.
 
         Raises:
-            IllegalError: if there is none.
+            IllegalError: if there is none, or it takes too many terms.
         """
         key = array, index, guards
         found = self._known.get(key)
@@ -195,7 +196,7 @@ class Terms:
             within = (*index[: array.dim], place - begin, *index[array.dim + 1 :])
             last, first = place.most < end.least, place.least >= begin.most
             own = guards if last else (*guards, (place, end))
-            # What lies before a part has a negative index in it.
+            # An element before a part has a negative index in it.
             own = own if first else (*own, (begin - 1 - place, Index()))
             term = self.of(part, within, own)
             found = term if found is None or last else Piecewise(place, end, term, found, array.dtype)
@@ -242,7 +243,7 @@ class Terms:
 
 
 def free_variables() -> Callable[[Term], frozenset[Variable]]:
-    """Gives the variables that a term depends on; what it has found, it remembers."""
+    """Return a function that finds the variables a term depends on, and remembers them."""
     known: dict[int, frozenset[Variable]] = {}
 
     def free(term: Term) -> frozenset[Variable]:
@@ -265,6 +266,6 @@ def free_variables() -> Callable[[Term], frozenset[Variable]]:
 
 
 def broadcast(array: Array, index: Indices) -> Indices:
-    """The index of an operand, of what is broadcast from it."""
+    """Return the index of an operand, given the index of an array that it is broadcast to."""
     own = index[len(index) - len(array.sizes) :]
     return tuple(Index() if size.value == 1 else each for size, each in zip(array.sizes, own, strict=True))

@@ -1,4 +1,4 @@
-"""The rewritten loop as an IR: the body of one cell of a class, told apart by where each operand comes from."""
+"""The rewritten loop as an IR: the body of one cell per class, with operands of different origin kept apart."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["Body", "Input", "Local", "Member", "Number", "Operand", "Shared", "W
 
 
 def choose(flags: Sequence[int] | torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """For a group: the cells of ``one`` where the flag is set, those of ``other`` elsewhere.
+    """Return a group with the cells of ``one`` where the flag is set, and those of ``other`` elsewhere.
 
     Raises:
-        ValueError: if the cells are no tensors of one kind.
+        ValueError: if the two differ in shape or dtype.
     """
     if one.shape != other.shape or one.dtype != other.dtype:
         raise ValueError(f"cells of {tuple(one.shape[1:])} {one.dtype} and of {tuple(other.shape[1:])} {other.dtype}")
@@ -47,7 +47,7 @@ class Local:
 
 @dataclass(frozen=True, repr=False)
 class Input:
-    """Operand: a value that another cell makes; the cells of a group read different ones."""
+    """Operand: a value that another cell makes. The cells of a group read different ones."""
 
     number: int
 
@@ -67,7 +67,7 @@ class Weight:
 
 @dataclass(frozen=True, repr=False)
 class Shared:
-    """Operand: a value that is the same for all segments of one length, computed once a call."""
+    """Operand: a value that is the same for all segments of one length, computed once per call and length."""
 
     number: int
 
@@ -87,21 +87,21 @@ class Number:
 
 @dataclass(frozen=True)
 class Body:
-    """What one cell of a class runs.
+    """The operations that one cell of a class runs.
 
     Attributes:
-        name: of the class.
+        name: name of the class.
         stage: ``"prologue"``, ``"layer"`` or ``"epilogue"``.
         members: the cells of the class, by row kind and layer.
-        ops: operations by their number in the cell, those only that a result needs. Operands are :class:`Local`,
+        ops: operations by their number in the cell, only those that a result needs. Operands are :class:`Local`,
             :class:`Input`, :class:`Weight`, :class:`Shared`, :class:`Number`, a source or ``before`` value that all
             cells share, a function of batch and length (:class:`Fit`), or a constant.
-        inputs: for each :class:`Input`, what it is in each member.
-        weights: for each :class:`Weight`, the tensor's name in each layer; of several that are joined along their first
-            dimension, all of them.
-        numbers: for each :class:`Number`, what it is in each member.
-        results: the numbers of the operations that others read.
-        positions: for each member, where among the results the value of an operation of its cell is.
+        inputs: for each :class:`Input`, its operand in each member.
+        weights: for each :class:`Weight`, the tensor's name in each layer. Several that are joined along their first
+            dimension are all named.
+        numbers: for each :class:`Number`, its value in each member.
+        results: numbers of the operations that others read.
+        positions: for each member, the place among the results of the value of an operation of its cell.
     """
 
     name: str
@@ -115,10 +115,10 @@ class Body:
     positions: Mapping[Member, Mapping[int, int]]
 
     def without(self, unread: Iterable[int]) -> tuple[Body, list[int]]:
-        """The body without the operations and inputs that only some of its results need.
+        """Return the body without the operations and inputs that only some of its results need.
 
         Args:
-            unread: the places of these results; others stand there.
+            unread: places of these results. Another result stands there.
 
         Returns:
             The body, and for each of its inputs its place among those of this one.
@@ -160,12 +160,13 @@ class WavefrontProgram:
     """A segment loop rewritten for groups of cells.
 
     Attributes:
-        loop: the loop it was made from; what runs before and after the segments is still there.
-        schedule: by which it is to run.
+        loop: the loop it was made from, which still holds the operations before and after the segments.
+        schedule: the schedule that it is to run with.
         shared: operations whose values are the same for all segments of one length.
-        bodies: by the name of the class.
-        merged: bodies that run the cells of two classes at once, by their names, that of the first segments first.
-        batched: the names of prologues and epilogues that may run for several segments at once.
+        bodies: bodies by the name of the class.
+        merged: bodies that run the cells of two classes at once, by the names of both, that of the first segments
+            first.
+        batched: names of prologues and epilogues that may run for several segments at once.
         max_group: the most cells that run at once; None for a number that suits their sizes.
     """
 
@@ -178,13 +179,13 @@ class WavefrontProgram:
     max_group: int | None = None
 
     def map(self, rewrite: Callable[[Body, SegmentLoop], Body]) -> WavefrontProgram:
-        """The program with each of its bodies rewritten."""
+        """Return the program with each of its bodies rewritten."""
         bodies = {name: rewrite(body, self.loop) for name, body in self.bodies.items()}
         merged = {pair: rewrite(body, self.loop) for pair, body in self.merged.items()}
         return replace(self, bodies=bodies, merged=merged)
 
     def body(self, row: int, layer: int) -> Body | None:
-        """The body of a cell, None where it has no operations."""
+        """Return the body of a cell, or None if it has no operations."""
         loop = self.loop
         if 0 <= layer < loop.layers:
             return self.bodies.get(loop.classes[row][layer])
@@ -194,7 +195,7 @@ class WavefrontProgram:
         """Check that each operand of a body is there, and that each member of its class has one.
 
         Raises:
-            VerifyError: otherwise: an error of the pass that made the body.
+            VerifyError: if one is missing, which is an error of the pass that made the body.
         """
         for body in (*self.bodies.values(), *self.merged.values()):
             sizes: dict[type, int] = {Input: len(body.inputs), Weight: len(body.weights), Number: len(body.numbers)}
@@ -212,13 +213,13 @@ class WavefrontProgram:
             if not made.issuperset(body.results):
                 raise VerifyError(f"{body.name} gives {body.results}, and makes {sorted(made)}")
             members = set(body.members)
-            # of merged bodies an input may be read by the cells of one class alone
+            # In a merged body an input may be read by the cells of one class alone.
             given = [] if body.name not in self.bodies else [set(each) for each in body.inputs]
             if any(each != members for each in (*given, *map(set, body.numbers), set(body.positions))):
                 raise VerifyError(f"{body.name} has not for each of its cells what differs between them")
 
     def reads(self) -> frozenset[str]:
-        """The names of the tensors that a run reads or writes to and that exist before it."""
+        """Return the names of the tensors that exist before a run and that it reads or writes to."""
         bodies = (*self.bodies.values(), *self.merged.values())
         ops = [*self.shared, *self.loop.before, *self.loop.after, *(op for body in bodies for op in body.ops.values())]
         operands = [leaf for op in ops for leaf in leaves(op.args)]

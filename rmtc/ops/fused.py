@@ -1,7 +1,7 @@
-"""Operations that stand for several of a body's: what passes put in place of chains that they recognise.
+"""Fused operators, which passes put in place of chains of operations that they recognise in a body.
 
-Each is an operator of the library ``rmtc``, so that a body holds nothing but operators with schemas; what runs is the
-Python function itself. All of them take any number of leading dimensions, so that a group of cells runs as one cell.
+Each is an operator of the library ``rmtc``, so that a body consists of operators with schemas only. Bodies run its
+Python function directly. All of them take any number of leading dimensions, so that a group of cells runs as one cell.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ time that it is called; views are made once, and memory that it asks for with ``
 
 
 def _operator(schema: str) -> Callable[[Callable[..., Tensor]], torch._ops.OpOverload]:
-    """Make a function an operator of the library."""
+    """Make the function below an operator of the library."""
 
     def register(function: Callable[..., Tensor]) -> torch._ops.OpOverload:
         _library.define(f"{function.__name__}{schema} -> Tensor")
@@ -41,7 +41,7 @@ def _operator(schema: str) -> Callable[[Callable[..., Tensor]], torch._ops.OpOve
 
 
 def _bound(of: Any) -> Callable[[Callable[..., Callable[[], object]]], None]:
-    """Make a function what binds an operator to tensors that stay."""
+    """Register the function below as the one that binds an operator to tensors of an arena, see :data:`BOUND`."""
 
     def register(function: Callable[..., Callable[[], object]]) -> None:
         BOUND[of] = function
@@ -51,7 +51,7 @@ def _bound(of: Any) -> Callable[[Callable[..., Callable[[], object]]], None]:
 
 @_operator("(Tensor x, float eps)")
 def rms_normalize(x: Tensor, eps: float) -> Tensor:
-    """``x * rsqrt(mean(x**2) + eps)`` along the last dimension, rounded as that is, in float32 or float64."""
+    """Return ``x * rsqrt(mean(x**2) + eps)`` along the last dimension, rounded as that is, in float32 or float64."""
     squares = torch.mul(x, x)
     scale = squares.mean(-1, True).add_(eps).rsqrt_()
     return torch.mul(x, scale, out=squares)
@@ -73,7 +73,7 @@ def bind_rms_normalize(x: Tensor, eps: float, *, out: Tensor, work: Work) -> Cal
 
 @_operator("(Tensor x, Tensor cos, Tensor sin, int half, int? end)")
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None) -> Tensor:
-    """``x * cos + cat(-x[half:end], x[:half]) * sin`` along the last dimension, usually of its halves."""
+    """Return ``x * cos + cat(-x[half:end], x[:half]) * sin`` along the last dimension, usually of its halves."""
     if not _of_halves(x, cos, sin, half, end):
         return x * cos + torch.cat((-x[..., half:end], x[..., :half]), -1) * sin
     turned = torch.mul(x, cos)
@@ -103,7 +103,7 @@ def _of_halves(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None) 
 
 
 def _turn(x: Tensor, sin: Tensor, turned: Tensor) -> Callable[[], None]:
-    """Add the sine's part of a rotation of halves."""
+    """Return a call that adds the sine's part of a rotation of halves to ``turned``."""
     one, other = x.chunk(2, -1)
     left, right = sin.chunk(2, -1)
     first, second = turned.chunk(2, -1)
@@ -117,7 +117,7 @@ def _turn(x: Tensor, sin: Tensor, turned: Tensor) -> Callable[[], None]:
 
 @_operator("(Tensor x, int[] shifts)")
 def roll_products(x: Tensor, shifts: list[int]) -> Tensor:
-    """The concatenation of ``x * roll(x, j)`` for each shift j >= 0, along the last dimension."""
+    """Return the concatenation of ``x * roll(x, j)`` for each shift j >= 0, along the last dimension."""
     size, most = x.shape[-1], max(shifts)
     if most >= size:
         return torch.cat([x * x.roll(shift, -1) for shift in shifts], -1)
@@ -145,11 +145,11 @@ def bind_roll_products(x: Tensor, shifts: list[int], *, out: Tensor, work: Work)
 
 @_operator("(Tensor residual, Tensor x, Tensor weight)")
 def add_linear(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """``residual + linear(x, weight)``."""
+    """Return ``residual + linear(x, weight)``."""
     return residual + F.linear(x, weight)
 
 
 @_operator("(Tensor residual, Tensor left, Tensor right, float alpha)")
 def add_matmul(residual: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
-    """``residual + alpha * left @ right``."""
+    """Return ``residual + alpha * left @ right``."""
     return torch.add(residual, left @ right, alpha=alpha)

@@ -1,8 +1,8 @@
-// Linear maps of a group of cells, out = x @ weight^T (+ residual), of a few rows each, by weights as modules hold them.
+// Linear maps of a group of cells of a few rows each, out = x @ weight^T (+ residual), by weights as modules hold them.
 //
-// Each weight is read from memory once, as one number for vectors of rows: x is turned for that, which is little to turn.
-// A tile of columns goes over all of a cell's rows while its weights are in the cache, and asks for those of the next
-// tile, for they lie in as many places as it has columns, and no hardware sees soon enough that each is read on.
+// Each weight is read from memory once, as a scalar that multiplies vectors of rows. x is transposed for that, which
+// costs little. A tile of columns goes over all rows of a cell while its weights are in the cache. It prefetches the
+// weights of the next tile: they are one stream per column, and the hardware notices too late that each goes on.
 
 #include <algorithm>
 #include <cstdint>
@@ -21,11 +21,11 @@ constexpr int BYTES = 16, COLUMNS = 8, VECTORS = 3;
 #else
 constexpr int BYTES = 16, COLUMNS = 4, VECTORS = 3;
 #endif
-constexpr int64_t BLOCK = 64;  // columns of a unit of work; linears.py counts on it
-constexpr int64_t RUN = 256;   // products that are added one after another, before sums of so many are
+constexpr int64_t BLOCK = 64;  // columns of a unit of work, the same number as in linears.py
+constexpr int64_t RUN = 256;   // products that are summed before their sum is added to that of the runs before
 constexpr int LINE = 64;       // bytes of a cache line
 
-// Elements: of cells, and of their rows, which lie so far apart; those of a row lie next to one another.
+// A tensor of cells and rows, with the elements between the starts of neighbouring ones. A row is contiguous.
 template <typename T>
 struct Rows {
     T* data;
@@ -46,7 +46,7 @@ struct Map {
 
     static int64_t padded(int64_t rows) { return (rows + LANES - 1) / LANES * LANES; }
 
-    // Strips of rows, one after another: element k of each row of a strip, padded with zeros to whole vectors.
+    // Transpose x strip by strip: element k of each row of a strip, padded with zeros to whole vectors.
     void turn(int64_t g, T* turned) const {
         for (int64_t first = 0; first < rows; first += STRIP) {
             const int64_t count = std::min<int64_t>(rows - first, STRIP), width = padded(count);
@@ -61,7 +61,7 @@ struct Map {
         }
     }
 
-    // So many columns from one on, of a strip of so many vectors of rows.
+    // Compute a tile: `columns` columns from `column` on, of a strip of `vectors` vectors of rows.
     template <int columns, int vectors>
     void tile(int64_t g, int64_t column, int64_t first, int64_t count, const T* turned) const {
         const T* matrix = weight.at(g, column);
@@ -131,8 +131,8 @@ struct Map {
 
 }  // namespace
 
-// Of each tensor: where it begins, and how far its cells and rows lie apart, in elements. The residual may be absent, or
-// be where the result is. Scratch: for each thread as much as x of a cell, with rows up to a multiple of the lanes.
+// Each tensor is given by its address and its strides over cells and rows, in elements. The residual may be absent, or
+// be where the result is. Each thread needs scratch memory for x of a cell, with rows up to a multiple of the lanes.
 #define LINEAR_MAPS(name, T)                                                                                       \
     extern "C" void name(const T* x, int64_t x_cell, int64_t x_row, const T* weight, int64_t weight_cell,          \
                          int64_t weight_row, const T* residual, int64_t residual_cell, int64_t residual_row,       \

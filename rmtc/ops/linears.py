@@ -1,4 +1,4 @@
-"""Linear maps of a group by a kernel in C++ (`linears.cpp`), where that is faster than torch's batched product."""
+"""Linear maps of a group by a C++ kernel (`linears.cpp`), where it is faster than torch's batched product."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ _library = torch.library.Library("rmtc", "FRAGMENT")
 
 
 def linear_maps(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """``x @ weight.transpose(1, 2)``, plus a residual. Nothing is recorded for gradients.
+    """Compute ``x @ weight.transpose(1, 2)``, plus a residual, with nothing recorded for gradients.
 
     Args:
-        x: (G, T, D), float32 or float64 on the CPU; on the meta device there are only shapes.
-        weight: (G, E, D), as all tensors that follow of the dtype and device of ``x``.
+        x: (G, T, D), float32 or float64 on the CPU. On the meta device there are only shapes.
+        weight: (G, E, D), of the dtype and device of ``x``, as are all tensors below.
         residual: (G, T, E).
-        out: (G, T, E), where the result is written, rows without gaps; it may be the residual, and is no other operand.
+        out: (G, T, E), takes the result. Its rows have no gaps. It may be the residual, but no other operand.
 
     Returns:
-        (G, T, E).
+        The result, (G, T, E).
 
     Raises:
-        ValueError: if a tensor has not such a shape, dtype or device.
+        ValueError: if a tensor has another shape, dtype or device.
         RuntimeError: if nothing here compiles the kernel.
     """
-    if torch._C._len_torch_dispatch_stack():  # which sees operators
+    if torch._C._len_torch_dispatch_stack():  # a dispatch mode, which sees operators alone
         found = operator(x, weight) if residual is None else operator(x, weight) + residual
         return found if out is None else out.copy_(found)
     out = x.new_empty(*x.shape[:2], weight.shape[1]) if out is None else out
@@ -66,14 +66,14 @@ def linear_maps(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, ou
 def bind_linear_maps(
     x: Tensor, weight: Tensor, residual: Tensor | None = None, *, out: Tensor, work: object = None
 ) -> Callable[[], object]:
-    """What computes :func:`linear_maps` anew each time that it is called, with tensors that stay.
+    """Return a function that computes :func:`linear_maps` anew at each call, with tensors whose memory stays in place.
 
     It needs no memory from ``work``.
     """
     if x.is_meta or not all(each is None or _is_solid(each) for each in (x, weight, residual)):
         return functools.partial(linear_maps, x, weight, residual, out=out)
     _check(x, weight, residual, out)
-    x, weight, out = x.detach(), weight.detach(), out.detach()  # lest their memory is freed
+    x, weight, out = x.detach(), weight.detach(), out.detach()  # keeps their memory alive
     residual = None if residual is None else residual.detach()
     return functools.partial(_run_bound, _numbers(x, weight, residual, out), x, weight, residual, out)
 
@@ -89,7 +89,7 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor) -> N
 
 
 def _is_solid(tensor: Tensor) -> bool:
-    """Whether elements of a row lie next to one another, as they are."""
+    """Return whether the elements of each row lie next to one another, without a pending negation."""
     return (tensor.stride(-1) == 1 or tensor.shape[-1] < 2) and not tensor.is_neg()
 
 
@@ -98,7 +98,7 @@ def _solid(tensor: Tensor) -> Tensor:
 
 
 def _numbers(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor) -> list[int]:
-    """What the kernel takes, but for threads and scratch memory."""
+    """Return the arguments of the kernel, except threads and scratch memory."""
     places = [0, 0, 0] if residual is None else _place(residual)
     return [*_place(x), *_place(weight), *places, *_place(out), *x.shape, weight.shape[1]]
 
@@ -128,15 +128,18 @@ def _run_bound(numbers: Sequence[int], x: Tensor, weight: Tensor, residual: Tens
 
 @functools.cache
 def _kernel(dtype: torch.dtype) -> Callable[..., None] | None:
-    """The compiled kernel, which Inductor's cache keeps on disk; None if there is no compiler, or no such Inductor."""
+    """Return the compiled kernel, which Inductor's cache keeps on disk.
+
+    None if there is no compiler, or Inductor has no such interface.
+    """
     try:
-        from torch._inductor.codecache import CppCodeCache  # takes long to import
+        from torch._inductor.codecache import CppCodeCache  # slow to import
 
         source = Path(__file__).with_suffix(".cpp").read_text()
-        # To learn which of torch's vectors there are takes a second in each process, and the source has its own.
+        # The search for torch's vector instructions takes a second in each process, and the source has its own.
         known = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
         own = {"needs_vec_isa": False} if known else {}
-        library = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",), **own)  # a product and sum are one
+        library = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",), **own)  # fused multiply-add
         kernel: Any = getattr(library, _KERNELS[dtype])
     except (RuntimeError, OSError, ImportError, AttributeError, TypeError) as error:
         if raised_by_signal(error):
@@ -160,7 +163,7 @@ operator: torch._ops.OpOverload = torch.ops.rmtc.linear_maps.default
 
 
 def are_faster(rows: int, size: int, results: int, dtype: torch.dtype, device: torch.device | None) -> bool:
-    """Whether :func:`linear_maps` take less time than batched products, as measured on this machine.
+    """Return whether :func:`linear_maps` take less time than batched products, as measured on this machine.
 
     Args:
         rows, size, results: a cell's product is (rows, size) by (size, results).
@@ -194,7 +197,10 @@ def _measured(rows: int, size: int, results: int, dtype: torch.dtype, threads: i
 
 
 def seconds(*calls: Callable[[], object]) -> list[float]:
-    """For each call the fastest of a few runs, in turns: a slow moment is nobody's own."""
+    """Time calls in turns, and return the fastest of a few runs of each.
+
+    The turns spread a slow moment of the machine over all calls.
+    """
     for call in calls:
         call()
     found = [math.inf] * len(calls)

@@ -1,4 +1,4 @@
-"""A schedule as CSV: a row for each cell, in the order in which they run."""
+"""A schedule as CSV: one row per cell, in the order in which they run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["schedule_csv"]
 
 
 def schedule_csv(schedule: Schedule, segments: int) -> str:
-    """Step, stage, class, segment, layer and part of each cell; a prologue has layer -1, an epilogue layer L.
+    """Write step, stage, class, segment, layer and part of each cell.
 
-    The part is empty where layers run as a whole.
+    A prologue has layer -1, an epilogue layer L. The part is empty where layers run as a whole.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

@@ -14,7 +14,10 @@ _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 
 
 def schedule_dot(schedule: Schedule, segments: int, dependences: Sequence[Dependence] = ()) -> str:
-    """Text for ``dot -Tsvg``; the edges of one distance vector have one colour, those of a stage are dashed."""
+    """Write text for ``dot -Tsvg``.
+
+    The edges of one distance vector have one colour, and those of a stage are dashed.
+    """
     lines = ["digraph schedule {", "  rankdir=LR;", '  node [shape=box, fontname="monospace"];']
     name = schedule.name
     for time, cells in cells_by_step(schedule, segments, len(dependences)):

@@ -1,4 +1,4 @@
-"""Schedules and explanations as JSON: an expression is text in S, L and l, a place is file, line and function."""
+"""Schedules and explanations as JSON, with expressions as text in S, L and l, and places as file, line and function."""
 
 from __future__ import annotations
 
@@ -33,12 +33,15 @@ _PAIR = re.compile(r"\[\n\s*(-?\d+),\n\s*(-?\d+)\n\s*\]")
 
 
 def to_json(data: Data | Sequence[Data]) -> str:
-    """The data as indented JSON, keys in the order given, a pair of numbers on one line."""
+    """Write data as indented JSON, with keys in the order given and a pair of numbers on one line."""
     return _PAIR.sub(r"[\1, \2]", json.dumps(data, indent=2, ensure_ascii=False))
 
 
 def measured_json(answer: Verification | Benchmark) -> str:
-    """A verification, or a benchmark with the verification in it; times in seconds. What is infinite is null."""
+    """Write a verification, or a benchmark with the verification in it, with times in seconds.
+
+    A number that is not finite becomes null.
+    """
     data: dict[str, object] = {}
     for each in fields(answer):
         value = getattr(answer, each.name)
@@ -56,7 +59,7 @@ def _finite(value: object) -> object:
 
 
 def schedule_json(schedule: Schedule, segments: int) -> str:
-    """The schedule of so many segments, with the cells of every group of every step as ``[segment, layer]``.
+    """Write the schedule of ``segments`` segments, with the cells of each group in each step as ``[segment, layer]``.
 
     A prologue has layer -1, an epilogue layer L.
     """
@@ -79,7 +82,7 @@ def schedule_json(schedule: Schedule, segments: int) -> str:
 
 
 def explanation_json(explanation: Explanation) -> str:
-    """All that an explanation holds; ``schedule`` is null when refused."""
+    """Write an explanation, where ``schedule`` is null when refused."""
     schedule = explanation.schedule
     return to_json(
         {
@@ -120,7 +123,7 @@ def explanation_json(explanation: Explanation) -> str:
 
 
 def why_json(answer: Why) -> str:
-    """The chain that leads to a cell; each of its cells as ``[segment, layer]``."""
+    """Write the chain that leads to a cell, with each of its cells as ``[segment, layer]``."""
     return to_json(
         {
             "cell": [answer.cell.segment, answer.cell.layer],
@@ -140,7 +143,7 @@ def why_json(answer: Why) -> str:
 
 
 def refusal_json(refusal: Explanation | RefusedError) -> str:
-    """A refusal where a schedule was asked for."""
+    """Write a refusal in place of a schedule."""
     return to_json(
         {
             "refused": True,

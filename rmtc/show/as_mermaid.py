@@ -12,7 +12,7 @@ __all__ = ["schedule_mermaid"]
 
 
 def schedule_mermaid(schedule: Schedule, segments: int, dependences: Sequence[Dependence] = ()) -> str:
-    """Text for a ``mermaid`` block of a Markdown file; viewers draw a few hundred arrows at most."""
+    """Write text for a ``mermaid`` block of a Markdown file, whose viewers draw a few hundred arrows at most."""
     name = schedule.name
 
     def node(cell: Cell) -> str:

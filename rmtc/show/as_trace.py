@@ -1,4 +1,4 @@
-"""A schedule as a Chrome trace, for chrome://tracing and Perfetto: a track for each layer, a millisecond a step."""
+"""A schedule as a Chrome trace, for chrome://tracing and Perfetto: one track per layer, one millisecond per step."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _STEP = 1000
 
 
 def schedule_trace(schedule: Schedule, segments: int) -> str:
-    """JSON text of the Trace Event Format; what a step runs of one layer is one event, with its cells in ``args``.
+    """Write JSON text of the Trace Event Format.
 
-    The track of a prologue comes before those of the layers, that of an epilogue after them.
+    The cells that a step runs of one layer, one class and one part are one event, and stand in its ``args``. The track
+    of a prologue comes before those of the layers, that of an epilogue after them.
     """
     layers = schedule.layers
     tracks: set[int] = set()

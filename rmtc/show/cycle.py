@@ -16,9 +16,12 @@ __all__ = ["Round", "Turn", "follow"]
 
 @dataclass(frozen=True)
 class Turn:
-    """One dependence of a cycle, taken ``times`` times in a row; ``cells`` are the cells it passes, both ends included.
+    """One dependence of a cycle, taken several times in a row.
 
-    ``times`` is a number, or an expression in L such as ``L - 1``.
+    Attributes:
+        dependence: the dependence.
+        times: number of times it is taken, a number or an expression in L such as ``L - 1``.
+        cells: the cells that it passes, both ends included.
     """
 
     dependence: Dependence
@@ -28,9 +31,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Round:
-    """Once round a cycle: from a cell of segment 0 to the same layer of segment ``advance``.
+    """One round of a cycle, from a cell of segment 0 to the same layer of segment ``advance``.
 
-    ``length`` is the number of dependences taken, and so of steps: each cell waits for the one before.
+    ``length`` is the number of dependences taken, and so of steps, since each cell waits for the one before.
     """
 
     turns: tuple[Turn, ...]
@@ -39,10 +42,13 @@ class Round:
 
 
 def follow(cycle: Sequence[Dependence], layers: int) -> Round | None:
-    """The cells a cycle passes; None if its distances depend on the layer or do not close.
+    """Follow a cycle through the cells that it passes.
 
-    The one dependence between neighbouring layers of a cycle may be named once or as often as it is taken:
+    A cycle may name its one dependence between neighbouring layers once, or as often as it is taken.
     ``(0, 1), (1, -(L-1))`` takes it L - 1 times.
+
+    Returns:
+        One round of the cycle. None if its distances depend on the layer, or do not close within the layers.
     """
     runs = [(dependence, len(list(same))) for dependence, same in itertools.groupby(cycle)]
     distances = [[sympy.sympify(extent) for extent in dependence.distance] for dependence, _ in runs]
@@ -65,7 +71,10 @@ def follow(cycle: Sequence[Dependence], layers: int) -> Round | None:
 
 
 def _times(distances: Sequence[Sequence[sympy.Expr]], named: Sequence[int], layers: int) -> Sequence[int | sympy.Expr]:
-    """How often each is taken: as it is named, but for a single one between neighbours, which closes the cycle."""
+    """Return the number of times that each dependence is taken.
+
+    Each is taken as often as it is named, except a single one between neighbours, which closes the cycle.
+    """
     unit = [index for index, (ds, dl) in enumerate(distances) if ds == 0 and dl in (1, -1)]
     if len(unit) != 1:
         return named

@@ -25,12 +25,12 @@ _STAGES = {
 
 
 def grid(schedule: Schedule, segments: int, *, limit: int = 40, head: int = 20, tail: int = 10) -> list[str]:
-    """The step of each cell, segments down and layers across.
+    """Draw the step of each cell, segments down and layers across.
 
     Args:
-        schedule: what is drawn.
+        schedule: the schedule to draw.
         segments: number of rows.
-        limit: rows up to which all are drawn; of more, the first ``head`` and the last ``tail``.
+        limit: number of rows up to which all are drawn. Of more rows, the first ``head`` and the last ``tail`` are.
         head: see ``limit``.
         tail: see ``limit``.
     """
@@ -59,14 +59,14 @@ def grid(schedule: Schedule, segments: int, *, limit: int = 40, head: int = 20, 
 
 @prints(Schedule)
 def schedule_text(schedule: Schedule, segments: int | None = None) -> str:
-    """The grid of a schedule, then the groups of every step.
+    """Print the grid of a schedule, then the groups of every step.
 
     Args:
-        schedule: what is printed.
+        schedule: the schedule to print.
         segments: number of segments; the schedule's own by default.
 
     Raises:
-        ValueError: if ``segments`` is below 1, or there are more cells than :mod:`rmtc.ir.limits` says.
+        ValueError: if ``segments`` is below 1, or there are more cells than :mod:`rmtc.ir.limits` allows.
     """
     segments = schedule.segments if segments is None else segments
     total = at(schedule.makespan, segments, schedule.layers)
@@ -113,9 +113,9 @@ def schedule_text(schedule: Schedule, segments: int | None = None) -> str:
 
 
 def _steps_shown(schedule: Schedule, segments: int, total: int) -> tuple[list[Step], list[Step], list[Step]]:
-    """The first steps and the last ones, where not all are shown, and all of them, where they are few enough to list.
+    """Return the first steps to show, the last ones if not all are shown, and all steps if they are few enough to list.
 
-    Of a long text only the cells of its first and last segments are listed, which are all that the steps shown have.
+    Of a long text only the cells of its first and last segments are listed. These are all that the steps shown have.
     """
     reach = schedule.strip * (_SHOWN // max(1, schedule.phases()[0][1]) + 2)
     plain = schedule.block is None and not schedule.later and schedule.phases()[0][1] == 1  # no step is idle
@@ -133,7 +133,7 @@ def _steps_shown(schedule: Schedule, segments: int, total: int) -> tuple[list[St
 
 
 def stages_text(stages: Collection[str]) -> str:
-    """What the stages other than ``"layer"`` are, a sentence for those that occur."""
+    """Explain the stages other than ``"layer"`` that occur, each by name."""
     said = [text for stage, text in _STAGES.items() if stage in stages]
     more = " Where a step has several of them, they run one after another." if said else ""
     return f"A segment's {' and its '.join(said)}.{more}" if said else ""
@@ -163,7 +163,7 @@ def _label(group: Group) -> str:
 
 
 def _runs(group: Group) -> list[str]:
-    """The cells, four or more on a line of the grid as ``first .. last``."""
+    """Print the cells, four or more on a line of the grid as ``first .. last``."""
     cells, texts, start = group.cells, [], 0
     while start < len(cells):
         end = start + 1

@@ -1,4 +1,4 @@
-"""What is legal operation by operation, as a section of an explanation."""
+"""The section of an explanation on schedules operation by operation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def operations_text(page: Page, explanation: Explanation) -> None:
 
 
 def _run(explanation: Explanation) -> str:
-    """Which operations rmtc.compile can run apart from their cells."""
+    """Say which operations rmtc.compile can run apart from their cells."""
     shortest, fission = explanation.way("shortest"), explanation.way("fission")
     if fission is not None:
         return 'rmtc.compile can run them so: that is schedule="fission".'
@@ -95,7 +95,7 @@ def _parts(page: Page, view: OperationsView, layers: int) -> None:
 
 
 def _where(copies: Sequence[tuple[int, int]], layers: int) -> str:
-    """Where the copies of a recurrence are, as in ``in each of layers 0 to 3``."""
+    """Say where the copies of a recurrence are, as in ``in each of layers 0 to 3``."""
     firsts = [first for first, _ in copies]
     if len(copies) > 1 and all(first == last for first, last in copies):
         if firsts == list(range(firsts[0], firsts[-1] + 1)):
@@ -110,7 +110,7 @@ def _span(first: int, last: int, layers: int) -> str:
 
 
 def _crossing(dependences: Sequence[Dependence]) -> list[list[str]]:
-    """Distance, tensor and place of each, once."""
+    """Return the distance, the tensor and the place of each dependence, without repetition."""
     rows = dict.fromkeys(
         (
             distance_text(item.distance),
@@ -143,5 +143,5 @@ def _best(view: OperationsView) -> str:
 
 
 def _in_s(length: Lasting) -> str:
-    """The formula, and from which S on it holds."""
+    """Print the formula, and the S from which on it holds."""
     return formula(length.steps) + (f" from S = {length.since} on" if length.since > 2 else "")

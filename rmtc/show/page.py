@@ -12,23 +12,23 @@ WIDTH = 110
 
 
 class Page:
-    """Lines of text, filled from top to bottom; nothing is wider than :data:`WIDTH`."""
+    """Lines of text that are filled from top to bottom and wrapped at :data:`WIDTH` columns."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
 
     def heading(self, text: str) -> None:
-        """A heading, an empty line above it unless it is the first."""
+        """Add a heading, with an empty line above it unless it is the first line."""
         if self._lines:
             self.blank()
         self._lines.append(text)
 
     def blank(self) -> None:
-        """An empty line."""
+        """Add an empty line."""
         self._lines.append("")
 
     def text(self, text: str, indent: int = 2, hang: int = 0) -> None:
-        """A paragraph; its later lines go in by ``hang`` more columns."""
+        """Add a paragraph, whose later lines are indented by ``hang`` more columns."""
         self._lines += textwrap.wrap(
             text,
             WIDTH,
@@ -38,13 +38,13 @@ class Page:
         )
 
     def raw(self, lines: Sequence[str], indent: int = 0) -> None:
-        """Lines that are laid out already."""
+        """Add lines that are laid out already, without wrapping them."""
         self._lines += [(" " * indent + line).rstrip() for line in lines]
 
     def table(self, rows: Sequence[Sequence[str]], indent: int = 4) -> None:
-        """Rows in aligned columns, two spaces between them; the last column wraps.
+        """Add rows in aligned columns, two spaces between them, with the last column wrapped.
 
-        Where the other columns leave no room for it, the last one gets lines of its own.
+        The last column gets lines of its own where the other columns leave no room for it.
         """
         columns = max((len(row) for row in rows), default=0)
         widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(columns)]
@@ -64,15 +64,15 @@ class Page:
 
 
 def count(number: int, what: str) -> str:
-    """``1 cell``, ``2 cells``."""
+    """Print a number with its noun: ``1 cell``, ``2 cells``."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def elide(count: int, limit: int, head: int, tail: int) -> tuple[list[int], list[int]]:
-    """The numbers below ``count`` that are shown: all of them up to ``limit``, else the first and the last few.
+    """Return the numbers below ``count`` to show: all of them up to ``limit``, else the first and the last few.
 
     Returns:
-        The numbers before the gap and those after it; without a gap the second list is empty.
+        The numbers before the gap and those after it. Without a gap the second list is empty.
     """
     if count <= limit:
         return list(range(count)), []

@@ -1,6 +1,7 @@
-"""What ``rmtc explain`` and ``rmtc schedule`` print: plain text for a reader who knows neither rmtc nor compilers.
+"""The text that ``rmtc explain`` and ``rmtc schedule`` print, for a reader who knows neither rmtc nor compilers.
 
-Every term (cell, class, distance vector, step, makespan, critical path) is said in half a line where it comes first.
+Every term (cell, class, distance vector, step, makespan, critical path) is explained in half a line where it comes
+first.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _SHOWN = 4
 
 @prints(Certificate)
 def certificate_text(certificate: Certificate) -> str:
-    """The certificate by itself, with formulas in S (segments) and L (layers) in place of a call's numbers."""
+    """Print a certificate by itself, with formulas in S (segments) and L (layers) in place of a call's numbers."""
     page = Page()
     page.heading("Certificate")
     page.text("Cell (s, l) is layer l applied to segment s, of S segments and L layers, both counted from 0.")
@@ -44,10 +45,10 @@ def certificate_text(certificate: Certificate) -> str:
 
 @prints(Explanation)
 def explanation_text(explanation: Explanation) -> str:
-    """The whole answer: the loop, its classes and dependences, the schedule and its proof, or the refusal."""
+    """Print the whole answer: the loop, its classes and dependences, the schedule and its proof, or the refusal."""
     page = Page()
     page.heading(_title(explanation))
-    if explanation.layers:  # else it was refused before anything was known of the loop
+    if explanation.layers:  # without layers, the call was refused before anything was known of the loop
         if explanation.studied:
             _grid_of(page, explanation)
         else:
@@ -73,7 +74,7 @@ def explanation_text(explanation: Explanation) -> str:
 
 
 def refusal_text(explanation: Explanation) -> str:
-    """The refusal by itself: what ``rmtc schedule`` prints where there is no schedule."""
+    """Print a refusal by itself, as ``rmtc schedule`` does where there is no schedule."""
     page = Page()
     page.heading(_title(explanation))
     _refusal(page, explanation)
@@ -112,7 +113,7 @@ def _optimal(explanation: Explanation) -> bool:
 
 
 def _sequential(once: Round, layers: int) -> bool:
-    """Whether a round takes as many steps as there are cells in the segments it passes."""
+    """Return whether a round takes as many steps as there are cells in the segments that it passes."""
     return at(once.length, 1, layers) >= layers * once.advance
 
 
@@ -227,7 +228,7 @@ def _dependence(page: Page, item: Dependence) -> None:
 
 
 def _from_reader(item: Dependence) -> str:
-    """What makes a tensor, its layer seen from the one that reads it."""
+    """Say what makes a tensor, with its layer as seen from the one that reads it."""
     dl = sympy.sympify(item.distance[1])
     away = f"l{-int(dl):+}" if dl.is_Integer and dl else "L-1" if sympy.expand(dl + L - 1) == 0 else "l"
     from_one = f"{away}+1" if away in ("l", "L-1") else f"l{1 - int(dl):+}" if dl != 1 else "l"
@@ -264,7 +265,7 @@ def _schedule(page: Page, explanation: Explanation) -> None:
 
 
 def _parts(page: Page, explanation: Explanation, schedule: Schedule) -> None:
-    """Why whole cells run in sequence, and how parts of them do not."""
+    """Explain why whole cells run in sequence, and print the schedule of their parts."""
     segments, layers = explanation.segments, explanation.layers
     page.heading("Why whole cells run one after another")
     _cause(page, explanation)
@@ -290,7 +291,7 @@ BLOCKS = "in blocks of as many segments as it takes to keep the machine busy"
 
 
 def _run(explanation: Explanation, schedule: Schedule) -> str:
-    """What is run, if not the model as written or the diagonal where there is something shorter."""
+    """Say what rmtc.compile runs, if that is neither the model as written nor the diagonal."""
     chosen = explanation.chosen
     run = schedule if chosen is None else chosen.schedule
     if run is None or (chosen is not None and chosen.name == "diagonal"):
@@ -312,7 +313,7 @@ def _run(explanation: Explanation, schedule: Schedule) -> str:
 
 
 def _kernels(page: Page, explanation: Explanation) -> None:
-    """The bodies of layers as kernels, and what they are predicted to take."""
+    """Print the bodies of layers as kernels, with their predicted times."""
     if not explanation.target:
         return
     page.heading(f"As kernels on {explanation.target}")
@@ -345,13 +346,13 @@ def _kernels(page: Page, explanation: Explanation) -> None:
 
 
 def _named(operations: Sequence[str]) -> str:
-    """Operations in order, those that follow themselves once."""
+    """Print operations in order, a run of the same one as a number and its name."""
     runs = ((name, sum(1 for _ in same)) for name, same in itertools.groupby(operations))
     return ", ".join(name if number == 1 else f"{number} {name}" for name, number in runs)
 
 
 def _estimates(page: Page, explanation: Explanation) -> None:
-    """What the ways to run the call may take, and which one is chosen."""
+    """Print the estimated times of the ways to run the call, and which one is chosen."""
     if not explanation.candidates:
         return
     page.heading("What it may take")
@@ -384,13 +385,13 @@ def _estimates(page: Page, explanation: Explanation) -> None:
 
 
 def _phases(time: str) -> str:
-    """The step of a cell, of many phases the first ones."""
+    """Print the step of a cell, with only the first of many phases."""
     phases = time.split(", then ")
     return time if len(phases) <= 3 else f"{', then '.join(phases[:2])}, ... ({len(phases)} phases)"
 
 
 def _stages(schedule: Schedule) -> str:
-    """When prologues and epilogues run, of those there are."""
+    """Say when prologues and epilogues run, where there are any."""
     said = {
         "prologue": "a prologue runs in the step of its segment's layer 0, before it",
         "epilogue": "an epilogue runs in the step of its segment's last layer, after it",
@@ -400,15 +401,15 @@ def _stages(schedule: Schedule) -> str:
 
 
 def _apart(schedule: Schedule) -> tuple[int, int]:
-    """Neighbouring cells of one step lie so many segments and so many layers apart."""
+    """Return how many segments and how many layers apart neighbouring cells of one step are."""
     a, b = at(schedule.a, 1, schedule.layers), at(schedule.b, 1, schedule.layers)
     divisor = math.gcd(a, b) or 1
     return schedule.strip * b // divisor, a // divisor
 
 
 def _example(schedule: Schedule, segments: int) -> str:
-    """A step in the middle with its groups: by then the first segments' classes are past."""
-    shown = len(schedule.classes) + 5  # of more segments, the first ones and the last tell what is printed
+    """Describe a step in the middle with its groups, since by then the first segments' classes are past."""
+    shown = len(schedule.classes) + 5  # more cells of a layer print as the first ones and the last
     steps: dict[int, dict[str, list[Cell]]] = {}
     for time, of, layer in _middle(schedule, segments):
         for cell in (Cell(s, layer) for s in dict.fromkeys((*of[:shown], of[-1]))):
@@ -422,7 +423,10 @@ def _example(schedule: Schedule, segments: int) -> str:
 
 
 def _middle(schedule: Schedule, segments: int) -> Iterator[tuple[int, range, int]]:
-    """Steps around the middle, one with cells at least, with the segments of each layer; no other steps are listed."""
+    """Yield steps around the middle, at least one of them with cells, with the segments of each layer.
+
+    No other steps are listed.
+    """
     a, b, strip = at(schedule.a, 1, schedule.layers), at(schedule.b, 1, schedule.layers), schedule.strip
     first = at(schedule.makespan, segments, schedule.layers) // 2
     last = first + max(a, b)
@@ -468,7 +472,7 @@ def _legal(page: Page, certificate: Certificate, explanation: Explanation | None
 
 
 def _growth(schedule: Schedule | None) -> str:
-    """By how much the step grows along a dependence."""
+    """Say by how much the step grows along a dependence."""
     if schedule is not None and schedule.strip > 1:
         q = schedule.strip
         return (
@@ -516,7 +520,7 @@ def _meets(bound: str, explanation: Explanation) -> bool:
 def _bound(text: str) -> sympy.Expr | None:
     try:
         return parse(text)
-    except TooLarge:  # of distances with numbers near the limit
+    except TooLarge:  # from distances with numbers near the limit
         return None
 
 
@@ -558,7 +562,7 @@ def _refusal(page: Page, explanation: Explanation) -> None:
 
 
 def _cause(page: Page, explanation: Explanation) -> None:
-    """What forbids to run whole cells in another order than the code's."""
+    """Explain what forbids to run whole cells in another order than the code's."""
     if explanation.cycle:
         _cycle(page, explanation)
     rows = [("why", explanation.reason or "no schedule could be proven")]
@@ -609,7 +613,7 @@ def _cycle(page: Page, explanation: Explanation) -> None:
 
 
 def _equals(expression: sympy.Expr, segments: int, layers: int) -> str:
-    """``S + L - 1 = 11``, and of a number the number alone."""
+    """Print an expression with its value, ``S + L - 1 = 11``, or a number alone."""
     text, number = formula(expression), str(at(expression, segments, layers))
     return text if text == number else f"{text} = {number}"
 

@@ -1,4 +1,4 @@
-"""Why a cell runs at its step: the longest chain of cells that leads to it, each waiting for the one before."""
+"""The reason why a cell runs at its step: a longest chain of waiting cells that leads to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Link", "Why", "read_cell", "why"]
 
 @dataclass(frozen=True)
 class Link:
-    """A cell of a chain, with the dependence through which it waits for the one before; None for the first."""
+    """A cell of a chain, with the dependence through which it waits for the one before, None for the first."""
 
     cell: Cell
     step: int
@@ -30,9 +30,9 @@ class Why:
 
     Attributes:
         cell: the cell.
-        step: when it runs.
-        schedule: by which.
-        refused: whether that is the order in which the model runs, since no better one was proven.
+        step: the step in which it runs.
+        schedule: the schedule it runs with.
+        refused: whether the schedule is the order in which the model runs, since no better one was proven.
         chain: the cells, the last of them ``cell``.
     """
 
@@ -44,7 +44,10 @@ class Why:
 
     @property
     def forced(self) -> bool:
-        """Whether no schedule of whole cells can run it earlier: its chain has a cell for each step."""
+        """Return whether no schedule of whole cells can run it earlier.
+
+        Its chain then has one cell for each step.
+        """
         return len(self.chain) == self.step + 1
 
     def __str__(self) -> str:
@@ -83,11 +86,11 @@ def _row(link: Link, width: int) -> list[str]:
 
 
 def why(explanation: Explanation, cell: Cell) -> Why:
-    """The longest chain that leads to a cell.
+    """Find a longest chain that leads to a cell.
 
     Args:
-        explanation: of a loop with layers.
-        cell: one of its call.
+        explanation: an explanation of a loop with layers.
+        cell: a cell of its call.
 
     Raises:
         ValueError: if the call has no such cell.
@@ -130,6 +133,6 @@ def _longest(dependences: Sequence[Dependence], cell: Cell, schedule: Schedule) 
 
 
 def read_cell(text: str) -> Cell | None:
-    """The cell that ``s3.l2`` names, with numbers of up to nine digits; None if that is not its form."""
+    """Read the cell that ``s3.l2`` names, with numbers of up to nine digits, or return None for any other text."""
     found = re.fullmatch(r"\s*s([0-9]{1,9})\.l([0-9]{1,9})\s*", text)
     return Cell(int(found[1]), int(found[2])) if found else None
