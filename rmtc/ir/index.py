@@ -161,7 +161,11 @@ class Index:
     @property
     def fixed(self) -> bool:
         """Return whether a size is the same for all calls."""
-        return not any(isinstance(atom, Symbol) for atoms, _ in self.terms for atom in atoms)
+        return all(
+            atom.of.fixed and atom.by.fixed if isinstance(atom, (Quotient, Remainder)) else isinstance(atom, Variable)
+            for atoms, _ in self.terms
+            for atom in atoms
+        )
 
     @functools.cached_property
     def variables(self) -> frozenset[Variable]:

@@ -63,3 +63,9 @@ def test_what_is_put_together_comes_apart() -> None:
     assert (flat * 4 + 3) // 4 == flat and (flat * 4 + 3) % 4 == Index.of(3)
     assert flat.at({b: Index.of(2)}) == T * 2 + Index.of(t)
     assert Index.of(t) - 3 + 3 == Index.of(t) and (Index.of(t) - 3).least == -3
+
+
+def test_a_size_that_depends_on_a_symbol_by_a_quotient_is_not_fixed() -> None:
+    size = Index.of(Symbol(5))
+    assert not size.fixed and not (size // 2).fixed and not (size % 3).fixed and not (2 * (size // 2) + 1).fixed
+    assert Index.of(7).fixed
