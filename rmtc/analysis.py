@@ -12,11 +12,11 @@ import torch
 
 from rmtc.capture import Capture, Captured, Reading, open_capture
 from rmtc.capture.ambient import undisturbed
+from rmtc.capture.kinds import fingerprint
 from rmtc.capture.objects import Plain, parts_of
 from rmtc.capture.other_sizes import follows
 from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer, shows
-from rmtc.capture.state import fingerprint
 from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.untold import UntoldError
 from rmtc.errors import CaptureError, RefusedError, VerifyError

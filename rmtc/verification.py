@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from rmtc.capture.guards import alike
+from rmtc.capture.kinds import is_plain
 from rmtc.capture.objects import leaves_of
 from rmtc.capture.session import Session
-from rmtc.capture.state import Slot, Snapshot, is_plain, walk
+from rmtc.capture.snapshot import Snapshot
+from rmtc.capture.state import Slot, walk
 from rmtc.compiler import compile, compiled_of, restore
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.runtime.backends import Backend

@@ -15,8 +15,8 @@ from rmtc.capture.arguments import show
 from rmtc.capture.effects import Effect
 from rmtc.capture.probe import Probed, Sizes, probe
 from rmtc.capture.session import Session
-from rmtc.capture.state import imported
 from rmtc.capture.tracer import RawTrace, trace
+from rmtc.capture.user_code import imported
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Program
 from rmtc.passes.graph.canonicalize import Canonicalize

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from rmtc.capture.kinds import MISSING, fingerprint, is_plain
 from rmtc.capture.objects import Describer, Label, Ref, build, parts_of
 from rmtc.capture.session import Session
-from rmtc.capture.state import MISSING, Slot, fingerprint, is_plain, paths_of, refill
+from rmtc.capture.snapshot import refill
+from rmtc.capture.state import Slot, paths_of
 from rmtc.errors import CaptureError
 
 __all__ = ["Effect", "find_effects"]

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from rmtc.capture.arguments import Arguments, Path, show
+from rmtc.capture.kinds import fingerprint, is_plain
 from rmtc.capture.probe import Probed, Sizes
 from rmtc.capture.session import Session
-from rmtc.capture.state import fingerprint, is_plain
 
 __all__ = ["ArgumentGuard", "alike"]
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from rmtc.capture.state import is_plain
+from rmtc.capture.kinds import is_plain
 from rmtc.errors import raised_by_signal
 
 __all__ = ["UNKNOWN", "Known"]

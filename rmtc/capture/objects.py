@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from rmtc.capture.state import is_plain, is_record, slot_names
+from rmtc.capture.kinds import is_plain, is_record, slot_names
 from rmtc.errors import raised_by_signal
 
 __all__ = [

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from rmtc.capture.events import Beyond, Event, EventOutput, Named, Viewed
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import current_location
+from rmtc.capture.kinds import is_plain
 from rmtc.capture.objects import leaves_of
-from rmtc.capture.state import is_plain
 from rmtc.errors import CaptureError, Location
 from rmtc.ir.program import SPLITS, VIEWS
 from rmtc.passes.graph.to_program import constant_name

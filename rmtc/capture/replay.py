@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.events import Beyond, Event, EventOutput, Named, Pattern, Viewed, hold, same_event
 from rmtc.capture.frames import current_location
+from rmtc.capture.kinds import fingerprint, is_opaque, is_plain, is_record
 from rmtc.capture.objects import Describer, Plain, Ref, attributes, build
 from rmtc.capture.other_sizes import Told, predict, tell
 from rmtc.capture.own_modes import modes
@@ -38,7 +39,7 @@ from rmtc.capture.probe import Probed, Sizes
 from rmtc.capture.recorder import Recorder
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
-from rmtc.capture.state import Slot, fingerprint, is_opaque, is_plain, is_record, walk
+from rmtc.capture.state import Slot, walk
 from rmtc.capture.untold import refuse_flags
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.quiet import uncollected

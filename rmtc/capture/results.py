@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from rmtc.capture.arguments import Arguments
+from rmtc.capture.kinds import MISSING, fingerprint, is_plain
 from rmtc.capture.objects import Describer, ExistingContainer, Plain, Ref
 from rmtc.capture.session import Session
-from rmtc.capture.state import MISSING, fingerprint, is_plain
 from rmtc.capture.untold import UntoldError
 
 __all__ = ["describe_result", "describer_of", "left_behind"]

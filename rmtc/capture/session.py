@@ -27,23 +27,12 @@ from rmtc.capture.ambient import Ambient
 from rmtc.capture.arguments import Arguments, argument_names, container_attributes, show
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import traceback_location
+from rmtc.capture.kinds import is_closed, is_plain
 from rmtc.capture.objects import named_leaves
-from rmtc.capture.state import (
-    Code,
-    Slot,
-    Snapshot,
-    is_closed,
-    is_plain,
-    names_of,
-    replace_tensors,
-    tells_identity,
-    uncached,
-    unmoved,
-    unseen,
-    user_code,
-    walk,
-)
+from rmtc.capture.snapshot import Snapshot
+from rmtc.capture.state import Code, Slot, replace_tensors, uncached, unmoved, unseen, user_code, walk
 from rmtc.capture.untold import UntoldError, stands_in
+from rmtc.capture.user_code import names_of, tells_identity
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError, brief, raised_by_signal
 from rmtc.quiet import quiet_fakes
 from rmtc.restoring import restored

@@ -20,8 +20,10 @@ from rmtc.capture.arguments import Arguments, Path
 from rmtc.capture.effects import GONE, Effect
 from rmtc.capture.guards import alike
 from rmtc.capture.identities import Identities
+from rmtc.capture.kinds import MISSING, is_plain, is_record, is_set, unset_slots
 from rmtc.capture.session import Session
-from rmtc.capture.state import MISSING, Slot, is_plain, is_record, is_set, names_of, unset_slots
+from rmtc.capture.state import Slot
+from rmtc.capture.user_code import names_of
 
 __all__ = ["StateGuard"]
 

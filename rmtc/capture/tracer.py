@@ -40,9 +40,9 @@ from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.effects import Effect, find_effects
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import current_location
+from rmtc.capture.kinds import is_plain
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session, backward_refusal
-from rmtc.capture.state import is_plain
 from rmtc.capture.untold import refuse_flags
 from rmtc.errors import CaptureError, RefusedError, raised_by_signal
 from rmtc.passes.graph.remove_regions import writes

@@ -20,11 +20,13 @@ from rmtc.capture import Capture, Captured
 from rmtc.capture.arguments import Arguments, show
 from rmtc.capture.effects import Effect
 from rmtc.capture.guards import ArgumentGuard
+from rmtc.capture.kinds import MISSING, fingerprint, is_plain
 from rmtc.capture.objects import ExistingContainer, Kept, Label, Ref, attributes, build, can_be_made
 from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
-from rmtc.capture.state import MISSING, Slot, Snapshot, fingerprint, is_plain
+from rmtc.capture.snapshot import Snapshot
+from rmtc.capture.state import Slot
 from rmtc.capture.state_guard import StateGuard
 from rmtc.errors import RefusedError, VerifyError, brief, raised_by_signal
 from rmtc.ir.cost import CostModel

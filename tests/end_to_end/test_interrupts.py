@@ -8,7 +8,7 @@ import interrupts
 import pytest
 
 import rmtc
-from rmtc.capture.state import Snapshot
+from rmtc.capture.snapshot import Snapshot
 from rmtc.runtime.standing import ArenaBody
 
 

@@ -18,7 +18,7 @@ from rmtc.capture.events import Beyond, Event, EventOutput, Named, Viewed
 from rmtc.capture.other_sizes import follows, predict, tell
 from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer
-from rmtc.capture.state import Snapshot
+from rmtc.capture.snapshot import Snapshot
 from rmtc.compiler import compiled_of
 
 SEGMENT, WIDTH = 32, 8

@@ -1,0 +1,263 @@
+"""Put all Python state back that a call may have changed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+import sys
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Set
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch._C._dynamo.guards import dict_version
+
+from rmtc.capture.kinds import HEAP, MISSING, generator_tables, is_plain, is_record, is_set, makes_items, unset_slots
+from rmtc.capture.state import Slot, refuse_closed, walk, walked
+
+__all__ = ["Snapshot", "refill"]
+
+
+_EMPTY = object()  # in place of the content of a cell that is not bound
+
+
+class Held(NamedTuple):
+    """An object with its class, and the dictionary of its attributes if it has one."""
+
+    value: Any
+    kind: type
+    table: dict[str, Any] | None
+
+    @staticmethod
+    def of(value: Any) -> Held | None:
+        """Return a value with its class and dictionary; None if it can get no other class or dictionary."""
+        if isinstance(value, torch.Tensor) or is_plain(value):
+            return None
+        table = next((each for each in generator_tables(value) if type(each) is dict and each is vars(value)), None)
+        return Held(value, type(value), table) if table is not None or type(value).__flags__ & HEAP else None
+
+
+@dataclass
+class _Saved:
+    owner: Any
+    content: Any
+
+
+def _content(owner: Any) -> Any:
+    """Return the content of a container; None if its content is put back place by place."""
+    if isinstance(owner, types.CellType):
+        return owner.cell_contents if _is_bound(owner) else _EMPTY
+    if isinstance(owner, dict):
+        return None if "__builtins__" in owner or makes_items(owner) else dict(owner)  # a file's globals one by one
+    if isinstance(owner, (list, deque)):
+        return list(owner)
+    return set(owner) if isinstance(owner, set) else None
+
+
+def _is_bound(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not _EMPTY
+    except ValueError:
+        return False
+
+
+class Snapshot:
+    """A copy of attributes and containers as they were, from which they are restored by identity and content.
+
+    Args:
+        roots, without: see :func:`walk`.
+
+    Raises:
+        CaptureError: if a module in reach holds its parameters elsewhere than in its own dictionaries.
+
+    Attributes:
+        slots: every place.
+        plain: the plain values by name.
+        arrays: numpy arrays in reach, with copies of what they held.
+        objects: the objects whose class or dictionary of attributes may change.
+    """
+
+    def __init__(self, roots: dict[str, Any], without: Set[int] = frozenset()) -> None:
+        self._roots, self._without = roots, without
+        found = walked(roots, without)
+        refuse_closed(found.closed)
+        self.slots = slots = found.slots
+        self.plain = {slot.name: slot.value for slot in slots if is_plain(slot.value)}
+        self._saved: list[_Saved] = []
+        self._places: list[Slot] = []
+        whole: set[int] = set()
+        seen: set[int] = set()
+        for slot in slots:
+            for owner in (slot.owner, slot.value, *generator_tables(slot.value)):
+                if id(owner) not in seen:
+                    seen.add(id(owner))
+                    content = _content(owner)
+                    if content is not None:
+                        whole.add(id(owner))
+                        self._saved.append(_Saved(owner, content))
+            if id(slot.owner) not in whole and not isinstance(slot.owner, tuple):
+                self._places.append(slot)
+        for root in roots.values():
+            for owner in (root, *generator_tables(root)):
+                content = _content(owner)
+                if id(owner) not in seen and content is not None:
+                    seen.add(id(owner))
+                    self._saved.append(_Saved(owner, content))
+        self._loaded = frozenset(sys.modules)
+        self._known = {(id(slot.owner), slot.key) for slot in self._places}
+        values = {id(value): value for value in (*roots.values(), *(slot.value for slot in slots))}.values()
+        self._unset = [(value, member) for value in values if is_record(value) for _, member in unset_slots(value)]
+        self.objects = [each for each in map(Held.of, values) if each is not None]
+        arrays = [value for value in values if type(value).__name__ == "ndarray"]
+        self.arrays = [(array, array.copy()) for array in arrays]
+        self._generators = [slot.value for slot in slots if _is_generator(slot.value)]
+        self._drawn = [*map(_generator_state, self._generators)]
+        self._spaces = [
+            (space, dict_version(space), names, names & space.keys()) for space, names in found.spaces.values()
+        ]
+        self._classes = [(kind, frozenset(vars(kind))) for kind in found.classes]
+
+    def _grew(self) -> bool:
+        """Return whether a namespace gained or lost a name that code in reach looks up.
+
+        A class in reach that gained or lost any attribute counts, too.
+        """
+        return any(
+            dict_version(space) != version and names & space.keys() != found
+            for space, version, names, found in self._spaces
+        ) or any(vars(kind).keys() != names for kind, names in self._classes)
+
+    def present(self) -> Callable[[], None] | None:
+        """Return a function that puts back what :meth:`restore` is about to change.
+
+        Only what was in reach of the snapshot is looked at. That is all that :meth:`restore` changes, and all that code
+        that begins from there can reach.
+
+        Returns:
+            The function; None if more was changed since than this can tell.
+        """
+        if self._grew() or any(is_set(value, member) for value, member in self._unset):
+            return None
+        now = copy.copy(self)
+        now._saved = [_Saved(saved.owner, _content(saved.owner)) for saved in self._saved]
+        if any(saved.content is None for saved in now._saved):
+            return None
+        now._places = [slot._replace(value=slot._replace(parent=None).get()) for slot in self._places]
+        if any(slot.value is MISSING for slot in now._places):
+            return None
+        now.objects = [
+            Held(value, type(value), None if table is None else vars(value)) for value, _, table in self.objects
+        ]
+        now.arrays = [(array, array.copy()) for array, _ in self.arrays]
+        now._drawn = [*map(_generator_state, self._generators)]
+        return now.restore
+
+    def owners(self) -> list[Any]:
+        """Return the containers and objects that hold state."""
+        return [*(saved.owner for saved in self._saved), *(slot.owner for slot in self._places)]
+
+    def random_state(self) -> list[bytes]:
+        """Return the states of random generators: Python's, numpy's and those in reach; of torch only the seed."""
+        numpy = sys.modules.get("numpy")
+        common = [pickle.dumps(random.getstate()), pickle.dumps(torch.random.initial_seed())]
+        common += [pickle.dumps(numpy.random.get_state())] if numpy is not None else []
+        return [*common, *map(_generator_state, self._generators)]
+
+    def sets(self) -> Iterator[tuple[set[Any], set[Any]]]:
+        """Return the sets in reach, each with what it held."""
+        return ((saved.owner, saved.content) for saved in self._saved if isinstance(saved.owner, set))
+
+    def lost(self) -> str | None:
+        """Describe a change since the snapshot that no place shows; return None if there is none."""
+        for value, kind, table in self.objects:
+            if type(value) is not kind:
+                return f"the call changes the class of an object ({kind.__qualname__})"
+            if table is not None and vars(value) is not table:
+                return f"the call replaces the __dict__ of an object ({kind.__qualname__})"
+        return None
+
+    def restore(self) -> None:
+        """Put every container and attribute back as it was."""
+        for value, kind, attributes in self.objects:
+            if type(value) is not kind:
+                (type if isinstance(value, type) else object).__setattr__(value, "__class__", kind)
+            if attributes is not None and vars(value) is not attributes:
+                object.__setattr__(value, "__dict__", attributes)
+        for value, member in self._unset:
+            if is_set(value, member):
+                member.__delete__(value)
+        for array, content in self.arrays:
+            array[...] = content
+        for generator, state in zip(self._generators, self._drawn, strict=True):
+            _set_generator_state(generator, state)
+        for saved in self._saved:
+            owner, content = saved.owner, saved.content
+            if isinstance(owner, types.CellType):
+                if content is not _EMPTY:
+                    owner.cell_contents = content
+                elif _is_bound(owner):
+                    del owner.cell_contents
+            elif isinstance(owner, dict):
+                same = len(owner) == len(content) and all(
+                    mine == key and now is value  # not looked up: a key may have another hash now
+                    for (mine, now), (key, value) in zip(owner.items(), content.items(), strict=True)
+                )
+                if not same:
+                    table = OrderedDict if isinstance(owner, OrderedDict) else dict  # a subclass may forbid it
+                    table.clear(owner)
+                    table.update(owner, content)
+            elif isinstance(owner, set):
+                set.clear(owner)
+                set.update(owner, content)
+            elif len(owner) != len(content) or any(a is not b for a, b in zip(owner, content, strict=True)):
+                refill(owner, content)
+        for slot in self._places:
+            if slot._replace(parent=None).get() is not slot.value:
+                slot.put(slot.value)
+        if not self._grew():
+            return
+        new = sys.modules.keys() - self._loaded
+        spaces = {id(getattr(sys.modules[name], "__dict__", None)) for name in new}
+        for slot in walk(self._roots, self._without):  # globals and class attributes that were not there before
+            if id(slot.owner) in spaces or getattr(slot.owner, "__module__", None) in new:
+                continue
+            if isinstance(slot.owner, (type, dict)) and (id(slot.owner), slot.key) not in self._known:
+                if isinstance(slot.owner, type):
+                    delattr(slot.owner, slot.key)
+                elif "__builtins__" in slot.owner:
+                    del slot.owner[slot.key]
+
+
+def refill(owner: list[Any] | deque[Any], items: Iterable[Any]) -> None:
+    """Replace the items of a list or deque, past what a subclass does when items come in."""
+    kind: Any = deque if isinstance(owner, deque) else list
+    kind.clear(owner)
+    kind.extend(owner, items)
+
+
+def _is_generator(value: object) -> bool:
+    if isinstance(value, random.Random):
+        return not isinstance(value, random.SystemRandom)
+    kind = type(value)
+    return kind.__name__ in ("Generator", "RandomState") and kind.__module__.partition(".")[0] == "numpy"
+
+
+def _generator_state(generator: Any) -> bytes:
+    if isinstance(generator, random.Random):
+        return pickle.dumps(generator.getstate())
+    return pickle.dumps(_bits(generator).state)
+
+
+def _set_generator_state(generator: Any, state: bytes) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(pickle.loads(state))
+    else:
+        _bits(generator).state = pickle.loads(state)
+
+
+def _bits(generator: Any) -> Any:
+    """Return the bit generator of one of numpy's generators, old or new."""
+    return generator._bit_generator if hasattr(generator, "_bit_generator") else generator.bit_generator

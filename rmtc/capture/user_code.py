@@ -1,0 +1,244 @@
+"""Find the user's code that a call may run, and what it names: globals, modules, builtins."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from rmtc.capture.kinds import Cached, from_library, is_plain
+
+__all__ = [
+    "absent_names",
+    "builtins_of",
+    "cell_contents",
+    "imported",
+    "loaded_in_code",
+    "named_globals",
+    "named_in",
+    "named_in_code",
+    "named_modules",
+    "names_of",
+    "namespaces",
+    "of_libraries",
+    "state_functions",
+    "tells_identity",
+]
+
+
+def _file_of(function: types.FunctionType) -> str | None:
+    """Return the name of the module in which a function's names are looked up.
+
+    Its ``__module__`` may be another one, which a decorator copied from the function that it wraps.
+    """
+    name = function.__globals__.get("__name__")
+    return name if isinstance(name, str) else function.__module__
+
+
+def _unwrap(function: Any) -> Any:
+    """Return the function that runs behind a method, property, partial or cached function."""
+    while True:
+        if isinstance(function, (types.MethodType, staticmethod, classmethod)):
+            function = function.__func__
+        elif isinstance(function, property):
+            function = function.fget
+        elif isinstance(function, (functools.partial, functools.cached_property)):
+            function = function.func
+        elif isinstance(function, Cached):
+            function = function.__wrapped__
+        else:
+            return function
+
+
+def state_functions(function: Any, seen: set[int] | None = None) -> Iterator[types.FunctionType]:
+    """Yield the user's functions that a function can reach by name.
+
+    These are the function itself, and those in its closure and its globals. It also looks through the functions of
+    libraries that it names, for functions in their closures.
+    """
+    seen = set() if seen is None else seen
+    if isinstance(function, property):
+        for each in (function.fget, function.fset, function.fdel):
+            yield from state_functions(each, seen)
+        return
+    function = _unwrap(function)
+    if not isinstance(function, types.FunctionType) or id(function) in seen:
+        return
+    seen.add(id(function))
+    if not from_library(_file_of(function)):
+        yield function
+        for _, _, value in (*named_globals(function), *of_libraries(function)):
+            yield from state_functions(value, seen)
+    for cell in function.__closure__ or ():
+        yield from state_functions(cell_contents(cell), seen)
+
+
+@functools.cache
+def named_in_code(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names of globals and attributes in code, also those in strings, as ``getattr`` takes them."""
+    names = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names += named_in_code(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            names.append(constant)
+    return tuple(dict.fromkeys(names))
+
+
+@functools.cache
+def loaded_in_code(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names of globals in code, without attributes of the same name.
+
+    The modules that code itself imports are among them.
+    """
+    steps = dis.get_instructions(code)
+    names = [step.argval for step in steps if step.opname.partition("_")[2] in ("GLOBAL", "NAME")]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names += loaded_in_code(constant)
+    return tuple(dict.fromkeys(names))
+
+
+@functools.cache
+def _imports(code: types.CodeType) -> tuple[tuple[str, int], ...]:
+    """Return the modules that code itself imports, each as name and level."""
+    found: list[tuple[str, int]] = []
+    before: list[Any] = []
+    for step in dis.get_instructions(code):
+        if step.opname == "IMPORT_NAME":
+            level = before[-2].argval if len(before) > 1 else 0
+            found.append((step.argval, level if isinstance(level, int) else 0))
+        before.append(step)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found += _imports(constant)
+    return tuple(dict.fromkeys(found))
+
+
+@functools.cache
+def tells_identity(code: types.CodeType) -> bool:
+    """Return whether code compares objects by identity, other than with constants."""
+    before = ""
+    for step in dis.get_instructions(code):
+        if step.opname == "IS_OP" and before != "LOAD_CONST":
+            return True
+        if step.opname.startswith("LOAD_") and step.argval in ("id", "is_", "is_not"):  # also operator.is_
+            return True
+        before = step.opname
+    return any(isinstance(constant, types.CodeType) and tells_identity(constant) for constant in code.co_consts)
+
+
+def imported(functions: Sequence[types.FunctionType]) -> set[int]:
+    """Return the ids of the modules that functions import when they run, as far as they are loaded."""
+    return {id(module) for function in functions for _, module in _imported(function)}
+
+
+def _imported(function: types.FunctionType) -> Iterator[tuple[str, types.ModuleType]]:
+    """Yield the modules that a function imports when it runs, and their packages, as far as they are loaded."""
+    for name, level in _imports(function.__code__):
+        if level:
+            package = str(function.__globals__.get("__package__") or "").split(".")
+            name = ".".join([*package[: len(package) - level + 1], *filter(None, [name])])
+        parts = name.split(".")
+        for count in range(1, len(parts) + 1):
+            module = sys.modules.get(whole := ".".join(parts[:count]))
+            if isinstance(module, types.ModuleType):
+                yield whole, module
+
+
+def namespaces(function: types.FunctionType) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Yield the namespaces in which a function's names are looked up, that of its own file first.
+
+    Each has its names and values, and whether it is a library's.
+    """
+    names = named_in_code(function.__code__)
+    held = [cell_contents(cell) for cell in function.__closure__ or ()]
+    modules: list[types.ModuleType | None] = [None, *(module for _, module in _imported(function))]
+    modules += [each for each in held if isinstance(each, types.ModuleType)]
+    seen: set[int] = set()
+    for module in modules:
+        space = function.__globals__ if module is None else vars(module)
+        if id(space) not in seen:
+            seen.add(id(space))
+            yield space, module is not None and from_library(module.__name__)
+            modules += [value for value in map(space.get, names) if isinstance(value, types.ModuleType)]
+
+
+def named_globals(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """Yield the globals that a function names, of its own file and of the user's modules, without modules.
+
+    Each is a name, the namespace it is in, and a value.
+    """
+    return named_in(function, namespaces(function))
+
+
+def named_in(
+    function: types.FunctionType, spaces: Iterable[tuple[dict[str, Any], bool]]
+) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    for space, library in spaces:
+        own = space is function.__globals__
+        for name in () if library else loaded_in_code(function.__code__) if own else named_in_code(function.__code__):
+            if name in space and not isinstance(space[name], types.ModuleType):
+                yield name, space, space[name]
+
+
+def named_modules(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], types.ModuleType]]:
+    """Yield the modules in which a function looks names up, except those in its closure.
+
+    Each is a name, the namespace it is in, and the module.
+    """
+    for name, module in _imported(function):
+        yield name, sys.modules, module
+    for space, _ in namespaces(function):
+        for name in (
+            loaded_in_code(function.__code__) if space is function.__globals__ else named_in_code(function.__code__)
+        ):
+            if isinstance(value := space.get(name), types.ModuleType):
+                yield name, space, value
+
+
+def builtins_of(function: Any) -> dict[str, Any]:
+    """Return the namespace where a function finds the names that are in no file."""
+    space: dict[str, Any] = function.__builtins__
+    return space
+
+
+def absent_names(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the names that a function looks up, in its own file and in the user's modules, where there is none yet.
+
+    Each is a name and the namespace that lacks it.
+    """
+    builtin = builtins_of(function)
+    for space, library in namespaces(function):
+        own = space is function.__globals__
+        for name in () if library else loaded_in_code(function.__code__) if own else named_in_code(function.__code__):
+            if name not in space:
+                yield name, space
+                if own and name not in builtin:
+                    yield name, builtin
+
+
+def of_libraries(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """Yield the functions, classes and constants of libraries' modules that a function names.
+
+    Each is a name, the namespace it is in, and a value.
+    """
+    for space, library in namespaces(function):
+        for name in named_in_code(function.__code__) if library else ():
+            if name in space and (callable(space[name]) or is_plain(space[name])):
+                yield name, space, space[name]
+
+
+def names_of(function: types.FunctionType) -> tuple[str, ...]:
+    """Return the names of globals and attributes in a function's code."""
+    return named_in_code(function.__code__)
+
+
+def cell_contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty cell: a name that is not bound yet
+        return None
