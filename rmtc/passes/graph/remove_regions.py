@@ -272,10 +272,10 @@ class _Watch(TorchDispatchMode):
 
 
 def _ask(node: fx.Node, inputs: list[fx.Node], region: Autocast) -> tuple[torch.dtype | None, ...]:
-    """Find the casts of inputs that autocast makes, by running the operation with it, without it, and with another
-    dtype.
+    """Find the casts of inputs that autocast makes.
 
-    A cast without autocast is the operation's own. A cast to autocast's dtype follows that dtype when it is another.
+    The operation runs with autocast, without it, and with autocast to another dtype. A cast without autocast is the
+    operation's own. A cast to autocast's dtype follows that dtype when it is another.
 
     Returns:
         The dtype to which each input is to be cast, or None for those that stay.

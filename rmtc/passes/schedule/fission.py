@@ -1,6 +1,4 @@
-"""Pass fission: the folded graph of operations, by layer -> its recurrences over segments, and non-recurrent
-operations.
-"""
+"""Pass fission: the folded graph of operations, by layer -> recurrences over segments, and non-recurrent operations."""
 
 from __future__ import annotations
 

@@ -142,10 +142,9 @@ def split_layers(loop: SegmentLoop, family: Family | None, divided: Division) ->
 
 
 def _steady_parts(loop: SegmentLoop, free: set[int]) -> dict[int, int] | None:
-    """Return the least part of each operation of a steady segment's layers, even for non-recurrent operations and else
-    odd.
+    """Return the least part of each operation of a steady segment's layers, or None if the parts are too many.
 
-    Returns None if the parts are too many.
+    Parts of non-recurrent operations are even, those of recurrences odd.
     """
     layout = loop.layouts[-1]
     inside = range(layout.prologue[1], layout.epilogue[0])
