@@ -69,14 +69,14 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 
 def cost_model(device: torch.device, dtype: torch.dtype) -> CostModel:
-    """Read the cost model that ``RMTC_COST_MODEL`` names; else measure that of this machine, and keep it.
+    """Read the cost model that ``RMTC_COST_MODEL`` names, or else measure that of this machine and keep it.
 
     It is kept in ``RMTC_CACHE_DIR``, by default ``~/.cache/rmtc``, one file for a device, dtype, number of threads and
     version of torch. Each process holds it against a short measurement. It is measured anew where the two differ by
     more than a factor of 1.5, or where the measurements of one constant were scattered.
 
     Args:
-        device: what the model runs on; the meta device stands for the CPU.
+        device: the device that the model runs on. The meta device stands for the CPU.
         dtype: of its matrix products.
 
     Raises:
@@ -180,9 +180,9 @@ def measure(device: torch.device, dtype: torch.dtype, tries: int = _TRIES) -> Co
     """Measure the constants, which takes some hundredths of a second, whatever modes the caller is in.
 
     Args:
-        device: where.
+        device: the device to measure.
         dtype: of the matrix products.
-        tries: how often each constant is measured; the fastest counts.
+        tries: number of measurements of each constant. The fastest counts.
     """
     with torch.no_grad(), _autocast_off(device.type):
         return _measure(device, dtype, tries)

@@ -21,7 +21,7 @@ A = TypeVar("A", bound=Array)
 
 
 class Unlowered(Exception):
-    """An operation that no kernel computes."""
+    """A signal that no kernel computes an operation."""
 
 
 class Size(int):

@@ -68,7 +68,7 @@ class Bucket(NamedTuple):
 
 
 class ConfigError(BackendError):
-    """A file of configurations that cannot be read, or has some that no kernel can have."""
+    """An error of a file of configurations that cannot be read, or has some that no kernel can have."""
 
     title = "no configurations"
 

@@ -38,7 +38,7 @@ _TYPES = {
 
 
 class OfflineError(RmtcError):
-    """A kernel that cannot be compiled here."""
+    """An error of a kernel that cannot be compiled here."""
 
     title = "not compiled"
 
