@@ -23,16 +23,16 @@ __all__ = ["execute"]
 def execute(program: Program, order: Sequence[int], values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Run the operations of a program in a given order.
 
-    Runs without gradients and with autocast off: the casts that autocast made are operations of the program. Shapes
-    are whatever ``values`` give; dtypes and devices are those the program was captured with, and no operation here
-    adds a cast. A value is let go after its last use. Nothing in ``values`` is written to; a result may share memory
-    with them, as the result of a view does.
+    Runs without gradients and with autocast off: the casts that autocast made are operations of the program. Shapes are
+    whatever ``values`` give. Dtypes and devices are those the program was captured with, and no operation here adds a
+    cast. A value is let go after its last use. Nothing in ``values`` is written to. A result may share memory with
+    them, as the result of a view does.
 
     Args:
-        program: the program, such as an unrolled loop; its constants bring their own values.
+        program: the program, such as an unrolled loop. Its constants bring their own values.
         order: indices into ``program.ops``, each at most once. Operations that no result needs may be left out.
-        values: the parameters, buffers, state and inputs that the operations read, by the names of
-            ``program.sources``; more are ignored.
+        values: the parameters, buffers, state and inputs that the operations read, by the names of ``program.sources``.
+            More are ignored.
 
     Returns:
         The results, by the names of ``program.outputs``.

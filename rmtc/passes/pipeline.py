@@ -48,16 +48,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Proven:
-    """What the passes made.
+    """A loop with the proof, the schedule and the check of it.
 
     Attributes:
         loop: the loop.
-        family: the layers' parameters.
-        proof: what was proven.
-        schedule: the schedule, None when refused.
+        family: the parameters of the layers.
+        proof: the result of :func:`prove`.
+        schedule: the schedule, or None when refused.
         segments: number of segments of the user's call.
-        checked: what the checker went over.
-        checked_at: number of segments, batch size and length of the last segment of the run it was held against.
+        checked: the extent of the check against a run.
+        checked_at: number of segments, batch size and length of the last segment of that run.
         seconds: time spent, by stage.
     """
 
@@ -72,14 +72,14 @@ class Proven:
     _folded: FoldedGraph | None = field(default=None, repr=False)
 
     def folded(self) -> FoldedGraph:
-        """The folded graph of the loop's operations, made once."""
+        """Return the folded graph of the loop's operations, made once."""
         if self._folded is None:
             self._folded = fold_operations(self.loop, self.family)
         return self._folded
 
     @property
     def legal(self) -> Schedule | None:
-        """The schedule; when refused the sequential order, if the program's own order breaks no dependence."""
+        """The schedule. When refused, the sequential order, or None if the program's own order breaks a dependence."""
         if self.schedule is not None or self.proof.path is None:
             return self.schedule
         loop = self.loop
@@ -93,12 +93,12 @@ def reroll(
     segment_length: int,
     hint: str | None = None,
 ) -> tuple[SegmentLoop, Family | None]:
-    """Two runs as a loop with cells, classes and dependences.
+    """Reroll two runs into a loop with cells, classes and dependences.
 
     Args:
         runs: two programs with their segments n and n + 1, batch sizes and lengths of the last segment.
         growing: the names of the inputs that grow.
-        lists: those of the inputs that are lists with one item a segment.
+        lists: the names of the inputs that are lists with one item per segment.
         segment_length: positions of a segment.
         hint: the user's name for the list of layers.
 
@@ -127,7 +127,7 @@ def reroll(
     except (CaptureError, RefusedError):
         if family is None or family.listed or hint is not None:
             raise
-        # Names that end in a number are perhaps those of one layer's parts.
+        # Names that end in a number may be those of one layer's parts.
         return _rerolled(runs, found, anchors, None, growing, lists, segment_length)
 
 
@@ -140,7 +140,10 @@ def _rerolled(
     lists: frozenset[str],
     segment_length: int,
 ) -> tuple[SegmentLoop, Family | None]:
-    """The loop, with layers of a family or without; the rest as in :func:`reroll`."""
+    """Reroll two runs, with the layers of a family or without layers.
+
+    The other arguments and the result are those of :func:`reroll`.
+    """
     divided: list[DividedRun] = []
     for (program, segments, batch, tail), use, anchor in zip(runs, found, anchors, strict=True):
         layers = {i: family.layer(use.names[i]) for i in anchor} if family is not None else {}
@@ -154,9 +157,10 @@ def _rerolled(
 
 
 def _steady_from(segments: int) -> int:
-    """The first segment that later ones are to be like: it reads none that have no full memory yet.
+    """Return the first segment that later ones are to be like.
 
-    A memory of k segments is full after k of them, and what the last k write for later ones nothing reads.
+    It reads no segment whose memory is not full yet. A memory of k segments is full after k of them. Nothing reads what
+    the last k segments write for later ones.
     """
     return min(segments - 1, max(2, 2 * (segments // 3)))
 
@@ -166,7 +170,7 @@ def prove_loop(loop: SegmentLoop, family: Family | None, segments: int) -> Prove
 
     Args:
         loop: a loop with dependences.
-        family: the layers' parameters.
+        family: the parameters of the layers.
         segments: number of segments of the user's call.
     """
     proof = prove(loop.dependences, loop.layers)
@@ -175,15 +179,15 @@ def prove_loop(loop: SegmentLoop, family: Family | None, segments: int) -> Prove
 
 
 def apart(proven: Proven, always: bool = False) -> Proven | None:
-    """A proven loop with what is in no recurrence over segments apart from what is.
+    """Let non-recurrent operations of a proven loop run apart from its recurrences over segments.
 
     Args:
         proven: a loop with a schedule of whole cells, or without one.
-        always: also where more operations are in sequence then, or hardly fewer.
+        always: whether to do so also where then more operations are in sequence, or hardly fewer.
 
     Returns:
-        The loop, its layers divided where parts of them run apart, with its schedule; None if that changes nothing, or
-        for the worse.
+        The loop with its schedule, and with layers divided where parts of them run apart. None if that changes nothing,
+        or for the worse.
     """
     whole = proven.legal
     if whole is None or whole.phases()[0][1] == 0:
@@ -218,11 +222,16 @@ _PART = 0.75
 
 
 def _fewer(columns: Sequence[tuple[int, int]], proven: Proven) -> bool:
-    """Whether fewer operations are in sequence if columns, each with its a and its operations, run apart."""
+    """Tell whether fewer operations are in sequence if columns run apart.
+
+    Args:
+        columns: a and number of operations of each column.
+        proven: the loop to compare with.
+    """
     apart = 0
     for a, same in itertools.groupby(columns, key=lambda each: each[0]):
         sizes = [size for _, size in same]
-        # Of a segment a recurrence takes a steps, or all of its columns one after another.
+        # Per segment a recurrence takes a steps, or all of its columns one after another.
         apart += min(a * max(sizes), sum(sizes)) * (LONG - 1) + sum(sizes) if a else sum(sizes) * _BLOCKS
     layers = [end - begin for begin, end in proven.loop.layouts[-1].layers]
     if proven.schedule is None:
@@ -232,7 +241,7 @@ def _fewer(columns: Sequence[tuple[int, int]], proven: Proven) -> bool:
 
 
 def unstripped(proven: Proven) -> Proven:
-    """A proven loop with the schedule that has at most one segment of a layer in a step."""
+    """Return a proven loop with its schedule for whole cells without strips."""
     loop, schedule = proven.loop, proven.schedule
     if schedule is None or schedule.strip == 1:
         return proven
@@ -241,11 +250,11 @@ def unstripped(proven: Proven) -> Proven:
 
 
 def rewrite(proven: Proven, schedule: str = "shortest") -> WavefrontProgram:
-    """A proven loop as a program for groups of cells.
+    """Rewrite a proven loop as a program for groups of cells.
 
     Args:
         proven: a loop with a schedule.
-        schedule: the kind of the one to run, see :func:`run_schedule`.
+        schedule: the kind of schedule to run, see :func:`run_schedule`.
 
     Raises:
         RefusedError: if there is no schedule.
@@ -255,20 +264,20 @@ def rewrite(proven: Proven, schedule: str = "shortest") -> WavefrontProgram:
     program = batch_stages(if_convert(group(proven.loop, run_schedule(proven.schedule, schedule))))
     for each in (merge_equal, fuse_norms, fuse_rotary, fuse_rolls, fuse_accumulate):
         program = each(program)
-    if watched():  # a capture knows which parameters may be moved
+    if watched():  # to show it: a capture joins those that may be moved
         join_products(program, {name for name, source in proven.loop.sources.items() if source.kind == "parameter"})
     return program
 
 
 @register("retime", "what is legal operation by operation, checked", lambda found: f"{found[1].text(found[0])}\n")
 def retime_loop(proven: Proven) -> tuple[FoldedGraph, Retimed]:
-    """What is legal for a loop operation by operation, checked on the loop that was checked against a run.
+    """Find the best legal times operation by operation, and check them on the loop that was checked against a run.
 
     Args:
         proven: a loop that was checked.
 
     Raises:
-        VerifyError: if an operation would read what is not there yet.
+        VerifyError: if an operation would read a result that is not there yet.
     """
     graph = proven.folded()
     retimed = retime(graph)
@@ -282,6 +291,11 @@ def retime_loop(proven: Proven) -> tuple[FoldedGraph, Retimed]:
 @register("check", "schedule and loop held against a run of a third length", lambda checked: f"{checked}\n")
 def check_against(proven: Proven, program: Program, segments: int, batch: int, tail: int) -> Checked:
     """Hold a proven loop against a run that folding has not seen.
+
+    Args:
+        proven: the loop.
+        program: the run.
+        segments, batch, tail: number of segments, batch size and length of the last segment of the run.
 
     Raises:
         VerifyError: if the loop does not compute what the run does, or the schedule breaks one of its edges.

@@ -32,10 +32,10 @@ class _Verifiable(Protocol):
 
 @dataclass(frozen=True)
 class Pass(Generic[_P, _R]):
-    """A function from one form of a model to the next, by a name.
+    """A named function from one form of a model to the next.
 
     Attributes:
-        name: as ``rmtc passes`` and ``rmtc dump --after`` have it.
+        name: the name in ``rmtc passes`` and ``rmtc dump --after``.
         function: what the pass does. Calling the pass calls it, verifies the result if ``RMTC_DEBUG=1``, and shows it
             to a watcher.
         text: prints the result.
@@ -52,7 +52,10 @@ class Pass(Generic[_P, _R]):
 
 
 def enter(name: str, summary: str) -> Callable[[_T], _T]:
-    """Enter the class or function below in the registry as it is: who calls it tells of its result by :func:`ran`."""
+    """Enter the decorated class or function in the registry as it is.
+
+    Its caller reports the result by :func:`ran`.
+    """
 
     def entered(what: _T) -> _T:
         PASSES[name] = summary, what.__module__
@@ -62,10 +65,10 @@ def enter(name: str, summary: str) -> Callable[[_T], _T]:
 
 
 def register(name: str, summary: str, text: Callable[[Any], str] = str) -> Callable[[Callable[_P, _R]], Pass[_P, _R]]:
-    """Make the function below a pass.
+    """Make the decorated function a pass.
 
     Args:
-        name: of the pass.
+        name: the pass's name.
         summary: what it does, in one line.
         text: prints its result.
     """
@@ -79,10 +82,10 @@ def register(name: str, summary: str, text: Callable[[Any], str] = str) -> Calla
 
 
 def ran(name: str, result: _R, text: Callable[[_R], str] = str) -> None:
-    """Verify the result of a pass if ``RMTC_DEBUG=1``, and show it to who watches.
+    """Verify the result of a pass if ``RMTC_DEBUG=1``, and show it to a watcher.
 
     Raises:
-        VerifyError: if the result breaks a rule of its class: an error of rmtc's.
+        VerifyError: if the result breaks a rule of its class, which is an error of rmtc's.
     """
     if os.environ.get("RMTC_DEBUG") == "1" and isinstance(result, _Verifiable):
         result.verify()
@@ -102,5 +105,5 @@ def watching(watch: Watch | None) -> Iterator[None]:
 
 
 def watched() -> bool:
-    """Whether someone is shown the results of passes."""
+    """Tell whether a watcher is shown the results of passes."""
     return _watch.get() is not None

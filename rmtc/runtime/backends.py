@@ -1,4 +1,4 @@
-"""Backends: what makes a runner of a rewritten loop."""
+"""Backends, which make runners of rewritten loops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Backend", "Runner", "auto", "backend_named", "kernels_or_torch", "li
 
 
 class Runner(Protocol):
-    """Runs a program for calls of any sizes; calls may overlap."""
+    """A runner of a program, for calls of any sizes. Calls may overlap."""
 
     def run(
         self, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
@@ -43,22 +43,28 @@ _BACKENDS: dict[str, Backend] = {"inductor": Inductor, "torch": Executor, "trito
 
 
 def auto(program: WavefrontProgram, weights: Weights) -> Runner:
-    """Stands for what is chosen when a call is captured: kernels on a GPU, else what is estimated to be fastest."""
+    """Stand for the backend that is chosen when a call is captured.
+
+    That is kernels on a GPU, and elsewhere the backend that is estimated to be fastest.
+    """
     return Executor(program, weights)
 
 
 def kernels_or_torch(program: WavefrontProgram, weights: Weights) -> Runner:
-    """Kernels in Triton; torch for bodies that cannot run by them, with a warning in the log."""
+    """Make a runner by kernels in Triton.
+
+    Bodies that cannot run by them run by torch, with a warning in the log.
+    """
     return Triton(program, weights, lenient=True)
 
 
 def list_backends() -> list[str]:
-    """The names that ``rmtc.compile(backend=...)`` takes, besides ``"auto"``."""
+    """List the names that ``rmtc.compile(backend=...)`` takes, besides ``"auto"``."""
     return sorted(_BACKENDS)
 
 
 def backend_named(backend: str | Backend) -> Backend:
-    """A backend by name, or the callable that was given.
+    """Return a backend by name, or the callable that was given.
 
     Raises:
         ValueError: if there is none of this name.
@@ -73,13 +79,13 @@ def backend_named(backend: str | Backend) -> Backend:
 
 
 def name_of(backend: Backend) -> str:
-    """The name of a backend, or that of a callable that was given."""
+    """Return the name of a backend, or that of a callable that was given."""
     names = (name for name, each in (*_BACKENDS.items(), ("triton", kernels_or_torch)) if each is backend)
     return next(names, getattr(backend, "__name__", type(backend).__name__))
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """``; did you mean ...?``, and what there is."""
+    """Return ``; did you mean ...?``, and the names that there are."""
     close = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{hint} (there are {', '.join(map(repr, names))})"

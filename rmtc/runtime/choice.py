@@ -1,4 +1,4 @@
-"""Choose among ways to run the calls of one size class: by estimates at first, by measurements as soon as there are."""
+"""The choice among ways to run the calls of one size class, by estimates at first and by measurements later."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Arm:
     """One way to run a call.
 
     Attributes:
-        schedule: what ``schedule=`` is to force it, or ``"as written"``.
-        backend: what ``backend=`` is to ask for it; empty as written.
+        schedule: the value of ``schedule=`` that forces it, or ``"as written"``.
+        backend: the value of ``backend=`` that asks for it, or empty as written.
         estimate: gives the seconds that a call of some sizes is estimated to take, or nan.
-        warm: how many calls of one size run before one whose time counts. The first by a schedule emits kernels, the
-            second sets up memory that stays.
+        warm: number of calls of one size that run before one whose time counts. The first call with a schedule emits
+            kernels, the second makes the arena.
         start: seconds that a compiler takes before the first call.
     """
 
@@ -53,7 +53,7 @@ class Arm:
 
     @property
     def written(self) -> bool:
-        """Whether calls run as the user's code has them."""
+        """True if calls run as the user's code has them."""
         return self.schedule == AS_WRITTEN
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class Arm:
 
 
 class New(enum.Enum):
-    """What is new of a size that is not admitted."""
+    """The novelty of a size that is not admitted."""
 
     FIRST_TAIL = "the first batch size or length of the last segment but that of the capture"
     TAIL = "a length of the last segment, or a batch size"
@@ -70,15 +70,15 @@ class New(enum.Enum):
 
 @dataclass
 class Ledger:
-    """What is known of the ways of one capture, whatever the size of a call.
+    """The account of the ways of one capture, for calls of any size.
 
     Attributes:
         budget: seconds that all tries may cost: those of the capture.
         spent: seconds that calls took.
-        lost: seconds that tries took beyond what was run at the time.
-        ratios: what calls took last, over their estimates.
-        failures: how often a way failed.
-        admissions: seconds that it took to admit a size, by what was new of it.
+        lost: seconds that tries took beyond what the chosen way would have taken at the time.
+        ratios: for each way, the time that calls took last over their estimate.
+        failures: number of times that a way failed.
+        admissions: seconds that it took to admit a size, by its novelty.
         missed: seconds that calls of sizes that are not admitted would have saved, by what an admission would serve.
     """
 
@@ -91,10 +91,10 @@ class Ledger:
     missed: dict[Any, float] = field(default_factory=dict)
 
     def pays(self, new: New, serves: Any, saves: float) -> bool:
-        """Tell whether a size is worth its admission: calls have missed what it takes by now.
+        """Tell whether a size is worth its admission, for calls have missed by now as much as that takes.
 
         Args:
-            new: what is new of the size.
+            new: the novelty of the size.
             serves: what an admission would serve.
             saves: seconds that a call saves by it.
         """
@@ -105,7 +105,7 @@ class Ledger:
         return missed >= self.admissions.get(new, unknown)
 
     def admitted(self, new: New, seconds: float) -> None:
-        """Take into account what it took to admit a size."""
+        """Take into account the seconds that it took to admit a size."""
         before = self.admissions.get(new)
         self.admissions[new] = seconds if before is None else (before + seconds) / 2
 
@@ -120,20 +120,20 @@ def size_class(sizes: Sizes) -> tuple[int, int, int]:
 
 
 class Choice:
-    """Choose what runs the calls of one size class.
+    """A choice of what runs the calls of one size class.
 
-    The first two calls run what is estimated to be fastest. What calls of other classes took corrects the estimates.
-    Another way is tried in later calls if it is expected to take at most twice the time of what is run. It is tried as
-    well if that is expected to cost no more than a tenth of the time of all calls so far, less what tries have cost; a
-    first try may cost what the capture did besides. So a wrong estimate is found out, and the search costs little. The
-    faster way stays. The next try is after four times as many calls.
+    The first two calls run the way that is estimated to be fastest. The times of calls of other classes correct the
+    estimates. Another way is tried in later calls if it is expected to take at most twice the time of the chosen one.
+    It is tried as well if that is expected to cost no more than a tenth of the time of all calls so far, less what
+    tries have cost. A first try may besides cost what the capture did. So a wrong estimate is found out, and the search
+    costs little. The faster way stays. The next try is after four times as many calls.
 
     Attributes:
-        best: what measurements chose; None as long as none did.
+        best: the way that measurements chose, or None as long as none did.
 
     Args:
-        arms: the ways: as written, the one by a schedule that is estimated to be fastest, and others.
-        ledger: that of the capture.
+        arms: the ways: as written, the schedule that is estimated to be fastest, and others.
+        ledger: the capture's ledger.
     """
 
     def __init__(self, arms: Sequence[Arm], ledger: Ledger) -> None:
@@ -143,21 +143,24 @@ class Choice:
         self.best: Arm | None = None
         self._trial: Arm | None = None
         self._asked = self._idle = 0
-        self._left = 0  # calls of the trial
-        self._least = 0.0  # that its calls took so far, over their estimates
+        self._left = 0  # calls left of the trial
+        self._least = 0.0  # the least time of its calls so far, over their estimates
         self._taken: dict[Arm, deque[float]] = {}  # seconds over estimates
-        self._tried: dict[Arm, int] = {}  # after how many calls
-        self._next = 2  # after so many calls of the class another way may be tried
+        self._tried: dict[Arm, int] = {}  # number of calls at the last try
+        self._next = 2  # number of calls of the class after which another way may be tried
         self._seen: Counter[tuple[Arm, Sizes | None]] = Counter()
         self._lock = threading.Lock()
 
     def estimated(self, sizes: Sizes) -> Arm:
-        """Return what is estimated to be fastest, whatever was measured; the schedule where there is no estimate."""
+        """Return the way that is estimated to be fastest, whatever was measured.
+
+        It is the schedule where there is no estimate.
+        """
         waits = self._scheduled.estimate(sizes) > MARGIN * self._written.estimate(sizes)
         return self._written if waits else self._scheduled
 
     def now(self, sizes: Sizes) -> Arm:
-        """Return what is to run the next call."""
+        """Return the way that is to run the next call."""
         if self._trial is not None:
             self._idle += 1
             if self._idle <= _IDLE:
@@ -166,7 +169,7 @@ class Choice:
         return self.settled(sizes)
 
     def settled(self, sizes: Sizes) -> Arm:
-        """Return what runs calls outside of tries."""
+        """Return the way that runs calls outside of tries."""
         known = self.ledger.ratios.keys() & {self._written, self._scheduled}
         if self.best is None and len(known) == 2:
             return min((self._scheduled, self._written), key=lambda each: self.expected(each, sizes))
@@ -177,7 +180,7 @@ class Choice:
         return arm is not None and arm is self._trial
 
     def looks(self) -> bool:
-        """Tell whether the next call is worth waiting for its end."""
+        """Tell whether to wait for the end of the next call, so that its time is known."""
         self._asked += 1
         return self._trial is not None or self._asked <= _FIRST or self._asked % _EVERY == 0
 
@@ -196,15 +199,15 @@ class Choice:
         return arm.estimate(sizes) * (min(taken) if taken else self.ledger.ratios.get(arm, 1.0))
 
     def note(self, arm: Arm, sizes: Sizes, seconds: float) -> Decision | None:
-        """Take into account what a call took.
+        """Take into account the time of a call.
 
         Args:
-            arm: what ran it.
-            sizes: those of the call.
-            seconds: what it took.
+            arm: the way that ran it.
+            sizes: the sizes of the call.
+            seconds: the time it took.
 
         Returns:
-            What was decided, if that was the first call of the class or the last one of a trial.
+            The decision, if that was the first call of the class or the last one of a trial, else None.
         """
         with self._lock:
             return self._note(arm, sizes, seconds)
@@ -246,7 +249,7 @@ class Choice:
         hopeless = not cold and seconds > _HOPELESS * now
         if self._left > 0 and not hopeless:
             return None
-        if arm not in self._taken:  # no size came often enough, or it is hopeless: it takes at most that
+        if arm not in self._taken:  # no size came often enough, or it is hopeless: the least is a bound
             self._taken[arm] = deque([self._least], maxlen=_RECENT)
         before = self.settled(sizes)
         self._trial, self._next = None, _AGAIN * self.calls
@@ -257,7 +260,7 @@ class Choice:
         return self._decision(sizes)
 
     def _due(self, best: Arm, sizes: Sizes) -> Arm | None:
-        """Return the way that is to be tried next, if any: those that never were come first."""
+        """Return the way that is to be tried next, if any. Ways that never were come first."""
         now, ratio = self.expected(best, sizes), min(1.0, min(self._taken[best]))
 
         def there(arm: Arm) -> float:

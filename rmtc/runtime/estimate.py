@@ -1,4 +1,4 @@
-"""What ways to run a call are estimated to take, from shapes seen in a run and the constants of a machine."""
+"""Estimates of the time that ways to run a call take, from shapes seen in a run and the constants of a machine."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Works:
     Args:
         loop: the loop.
         run: a run of it.
-        checked: the loop held against that run.
+        checked: the result of the check of the loop against that run.
     """
 
     def __init__(self, loop: SegmentLoop, run: Captured, checked: Checked) -> None:
@@ -85,16 +85,16 @@ class Works:
 
     @property
     def _steady(self) -> int:
-        """A full segment that is like those after it."""
+        """The number of a full segment of the run that is like those after it."""
         return min(len(self.loop.rows), max(0, self._segments - 2))
 
     def segment(self, segment: int) -> list[Work]:
-        """Those of a segment, cell after cell."""
+        """Return the works of a segment's operations, cell after cell."""
         at = min(segment, self._steady)
         return [_work(self._program, op) for key, op in self._ops.items() if key.segment == at]
 
     def of(self, body: Body) -> list[Work]:
-        """Those of a body, for one cell."""
+        """Return the works of a body's operations, for one cell."""
         row, layer = body.members[-1]
         segment = min(row, self._steady)
         layout = self.loop.layout(segment)
@@ -113,11 +113,11 @@ class Works:
         return Work() if seen is None else _work(self._program, seen)
 
     def inputs(self, body: Body) -> list[int]:
-        """The bytes of each input of a body, for one cell."""
+        """Return the bytes of each input of a body, for one cell."""
         return [max((self._bytes_of(*each) for each in choice.items()), default=0) for choice in body.inputs]
 
     def _bytes_of(self, member: Member, operand: Operand) -> int:
-        """Those of what a member reads, if another cell makes it."""
+        """Return the bytes of a member's operand, or 0 if no cell makes it."""
         if not isinstance(operand, Row):
             return 0
         made = self._ops.get(Key(min(member[0], self._steady) - operand.back, operand.number))
@@ -125,7 +125,7 @@ class Works:
 
 
 def _work(program: Program, op: Op) -> Work:
-    """The work of an operation of a run."""
+    """Return the work of an operation of a run."""
     if op.target in VIEWS or op.form is None:
         return Work()
     operands = [_form(program, leaf) for leaf in leaves(op.args) if isinstance(leaf, (Val, Src))]
@@ -152,7 +152,10 @@ def _bytes(form: tuple[tuple[int, ...], torch.dtype] | None) -> int:
 
 
 def _flops(op: Op, operands: list[tuple[tuple[int, ...], torch.dtype] | None]) -> float:
-    """Floating-point operations of the matrix products in an operation; a multiplication and an addition are two."""
+    """Return the floating-point operations of the matrix products in an operation.
+
+    A multiplication and an addition are two.
+    """
     shapes = [form[0] for form in operands if form is not None]
     result = math.prod(op.shape or ())
     if op.target in _PRODUCTS:
@@ -168,7 +171,10 @@ def _flops(op: Op, operands: list[tuple[tuple[int, ...], torch.dtype] | None]) -
 
 
 def _einsum_flops(args: tuple[Any, ...], shapes: list[tuple[int, ...]]) -> float:
-    """Of a sum over all letters at once; an ellipsis counts as the dimensions that it stands for."""
+    """Return the floating-point operations of an einsum as a sum over all letters at once.
+
+    An ellipsis counts as the dimensions that it stands for.
+    """
     terms = str(args[0]).replace(" ", "").split("->")[0].split(",")
     sizes: dict[str, int] = {}
     for term, shape in zip(terms, shapes, strict=False):
@@ -182,13 +188,13 @@ def _einsum_flops(args: tuple[Any, ...], shapes: list[tuple[int, ...]]) -> float
 
 @dataclass(frozen=True)
 class Way:
-    """A way to run a loop by a schedule.
+    """A way to run a loop with a schedule.
 
     Attributes:
-        name: what ``schedule=`` is to force it.
-        proven: the loop, with its layers divided where that is so.
+        name: the value of ``schedule=`` that forces it.
+        proven: the loop, with its layers divided where the way runs their parts apart.
         program: its program, with the schedule.
-        works: of the loop's operations.
+        works: the works of the loop's operations.
     """
 
     name: str
@@ -197,7 +203,7 @@ class Way:
     works: Works
 
     def estimate(self, sizes: Sizes, model: CostModel) -> Candidate:
-        """What a call of some sizes takes by it."""
+        """Estimate a call of some sizes."""
         return scheduled(self.program, self.works, sizes, model, self.name)
 
 
@@ -208,7 +214,7 @@ _KINDS = ["best", *WAYS, "sequential"]
 
 
 def kind_named(kind: str) -> str:
-    """A kind of schedule by its name.
+    """Return a kind of schedule by its name.
 
     Raises:
         ValueError: if there is none of this name.
@@ -219,7 +225,7 @@ def kind_named(kind: str) -> str:
 
 
 def nothing_apart() -> RefusedError:
-    """Why fission is not run."""
+    """Return the refusal of fission for a loop in which every layer waits for itself."""
     return RefusedError(
         "every layer waits for itself in an earlier segment: nothing can run apart from what waits",
         remedy='ask for another schedule: "shortest"',
@@ -229,20 +235,19 @@ def nothing_apart() -> RefusedError:
 def ways(
     analysis: Analysis, max_group: int | None = None, names: Sequence[str] = WAYS, always: bool = False
 ) -> list[Way]:
-    """The ways to run a loop, the one with the fewest steps first: each proven, held against a run, and replayed.
+    """Return the ways to run a loop, in the order of ``names``: each proven, held against a run, and replayed.
 
     Args:
         analysis: one with a loop.
         max_group: the most cells that run at once.
-        names: which ones.
+        names: the names of the ways.
         always: whether fission is one also where it leaves more operations in sequence.
 
     Returns:
-        The ways; none if the loop is refused, as whole cells and in parts.
+        The ways, or none if the loop is refused, as whole cells and in parts.
 
     Raises:
-        VerifyError: if the schedules fail their checks.
-        RefusedError: if none of these ways is there.
+        RefusedError: if none of these ways is there, or all of them fail their checks.
     """
     whole, third = analysis.proven, analysis.probes[1]
     if whole is None:
@@ -274,7 +279,7 @@ def ways(
 
 
 def _loops(whole: Proven, divided: Proven | None, name: str) -> Iterator[Proven]:
-    """The loop as a way may run it, the best first."""
+    """Yield the loop as a way may run it, the best first."""
     phased = divided is not None and divided.schedule is not None and bool(divided.schedule.later)
     if divided is not None and (name == "fission" or (name == "shortest" and not phased)):
         yield divided
@@ -285,7 +290,14 @@ def _loops(whole: Proven, divided: Proven | None, name: str) -> Iterator[Proven]
 
 
 def _way(name: str, proven: Proven, schedule: Schedule, run: Captured, max_group: int | None) -> Way:
-    """A way that is held against a run, as a whole and in blocks, and plans of it replayed, of few segments too."""
+    """Return a way that is held against a run, as a whole and in blocks, with its plans replayed.
+
+    Plans of few segments are replayed too.
+
+    Raises:
+        VerifyError: if the schedule or a plan fails its check.
+        RefusedError: if the tensors of a segment grow from segment to segment.
+    """
     at_once = any(a == 0 for _, a, _ in schedule.phases())
     for block in (None, 2) if at_once else (None,):
         checked = check_against(replace(proven, schedule=replace(schedule, block=block)), run.program, *run.sizes)
@@ -299,7 +311,11 @@ def _way(name: str, proven: Proven, schedule: Schedule, run: Captured, max_group
 
 
 def candidates(found: Sequence[Way], analysis: Analysis) -> tuple[tuple[Candidate, ...], str]:
-    """The ways to run the analysed call with their estimates, as written first, and where their constants come from."""
+    """Return the ways to run the analysed call with their estimates, as written first.
+
+    Returns:
+        The ways, and the source of the constants of the estimates.
+    """
     sizes = analysis.capture.plan.sizes
     if not found or sizes.segments < 2:
         return (), ""
@@ -312,15 +328,18 @@ def candidates(found: Sequence[Way], analysis: Analysis) -> tuple[tuple[Candidat
 
 
 def best_of(found: Sequence[Way], sizes: Sizes, model: CostModel) -> Way:
-    """The way that is fastest for a long call, which is where time goes; the ratio of longer ones is the same."""
+    """Return the way that is estimated to be fastest for a long call.
+
+    Time goes into long calls, and the ratio of longer ones is the same.
+    """
     long = sizes._replace(segments=LONG)
     return min(found, key=lambda each: each.estimate(long, model).seconds)
 
 
 def backend_of(way: Way, sizes: Sizes, model: CostModel) -> str:
-    """The backend that is estimated to be fastest for a long call: ``torch`` or ``inductor``.
+    """Return the backend that is estimated to be fastest for a long call: ``torch`` or ``inductor``.
 
-    Inductor runs a body's products as they are, and of all else no more than moves what goes in and comes out.
+    Inductor runs a body's products as they are. Of all other operations it only moves what goes in and comes out.
     """
     long = sizes._replace(segments=LONG)
     torch_takes, inductor_takes = way.estimate(long, model).seconds, compiled_seconds(way, long, model)
@@ -333,13 +352,13 @@ def backend_of(way: Way, sizes: Sizes, model: CostModel) -> str:
 
 
 def compiled_seconds(way: Way, sizes: Sizes, model: CostModel) -> float:
-    """What a call takes whose bodies Inductor has compiled."""
+    """Estimate the seconds of a call whose bodies Inductor has compiled."""
     plan = plan_run(way.program, *sizes)
     batch = sizes.batch / max(1, way.works.batch)
     seconds = way.estimate(sizes, model).seconds
     for launch in plan.launches:
         if launch.body.stage != "layer" or len(launch.cells) < 2:
-            continue  # which both run alike
+            continue  # Inductor and torch run these alike
         works = [work.at(batch) for work in way.works.of(_steady(way.program, launch.body))]
         fused = [work for work in works if not work.flops]
         took = sum(model.operation(work, len(launch.cells), model.launch, launch.one_layer) for work in fused)
@@ -349,7 +368,7 @@ def compiled_seconds(way: Way, sizes: Sizes, model: CostModel) -> float:
 
 
 def compiles() -> bool:
-    """Whether there is a compiler that Inductor can use."""
+    """Tell whether there is a compiler that Inductor can use."""
     from torch._inductor import cpp_builder, exc  # takes long to import
 
     try:
@@ -362,19 +381,19 @@ def compiles() -> bool:
 
 
 def pays(scheduled: Candidate, written: Candidate) -> bool:
-    """Whether a schedule is to be run, of which the estimate is the less certain one."""
+    """Tell whether a schedule is to be run. Its estimate is less certain than that of the code as written."""
     return scheduled.seconds <= MARGIN * written.seconds
 
 
 def scheduled(program: WavefrontProgram, works: Works, sizes: Sizes, model: CostModel, name: str) -> Candidate:
-    """A call by a schedule.
+    """Estimate a call with a schedule.
 
     Args:
         program: the program with the schedule.
-        works: of its loop.
-        sizes: those of the call.
-        model: of the machine.
-        name: of the candidate.
+        works: the works of its loop.
+        sizes: the sizes of the call.
+        model: the cost model of the machine.
+        name: the candidate's name.
     """
     plan = plan_run(program, *sizes)
     batch = sizes.batch / max(1, works.batch)
@@ -396,7 +415,7 @@ def scheduled(program: WavefrontProgram, works: Works, sizes: Sizes, model: Cost
 
 
 def _steady(program: WavefrontProgram, body: Body) -> Body:
-    """A body of the loop that is about what a body runs: of one for two classes, that of the later segments."""
+    """Return a body of the loop that is about what a body runs. For a merged body it is that of the later segments."""
     if body.name in program.bodies:
         return body
     pair = next((pair for pair, merged in program.merged.items() if merged.name == body.name), None)
@@ -404,7 +423,7 @@ def _steady(program: WavefrontProgram, body: Body) -> Body:
 
 
 def as_written(way: Way, sizes: Sizes, model: CostModel) -> Candidate:
-    """A call as it is, one cell after another, by the works of a way to run it."""
+    """Estimate a call as written, one cell after another, by the works of a way to run it."""
     works = way.works
     batch = sizes.batch / max(1, works.batch)
     rows = len(works.loop.rows)

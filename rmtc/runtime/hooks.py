@@ -1,4 +1,8 @@
-"""Hooks: a compiled module's own fire around its call; with others, which it would not call, it runs as before."""
+"""Hooks of compiled modules.
+
+A module's own hooks fire around its call. With other hooks, which a scheduled run would not call, the call runs as
+written.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ _CAPTURING = "transformers.utils.output_capturing"  # hooks that do nothing unle
 
 
 def hooked(modules: Sequence[nn.Module], tables: Sequence[Mapping[int, Any]]) -> str | None:
-    """Why a call must run as it is because someone watches it; None if nobody does.
+    """Return the reason why a call must run as written because something watches or transforms it, or None.
 
     Args:
         modules: the submodules, for the message.
@@ -36,7 +40,7 @@ def hooked(modules: Sequence[nn.Module], tables: Sequence[Mapping[int, Any]]) ->
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode gradients are asked for (torch.autograd.forward_ad)"
     transform = torch._C._functorch.peek_interpreter_stack()
-    if transform is not None:  # its tensors are of a level that what a run keeps is not
+    if transform is not None:  # its tensors are of another level than those that a run keeps
         return f"a transform of torch.func is active ({transform.key().name.lower()})"
     if any(tables):
         for number, table in enumerate(tables):
@@ -48,7 +52,7 @@ def hooked(modules: Sequence[nn.Module], tables: Sequence[Mapping[int, Any]]) ->
 
 
 def global_hooks() -> str | None:
-    """Why a call must run as it is because hooks watch every module; None if none does."""
+    """Return the reason why a call must run as written because hooks watch every module, or None if none does."""
     general = torch.nn.modules.module
     if general._global_forward_hooks or general._global_forward_pre_hooks:
         return "there are global forward hooks (torch.nn.modules.module)"
@@ -56,7 +60,7 @@ def global_hooks() -> str | None:
 
 
 def hook_tables(modules: Sequence[nn.Module]) -> list[Mapping[int, Any]]:
-    """The tables of hooks of some modules, in the order :func:`hooked` expects."""
+    """Return the tables of hooks of some modules, in the order :func:`hooked` expects."""
     return [getattr(module, name) for module in modules for name in _HOOKS]
 
 
@@ -64,8 +68,8 @@ def call_with_hooks(module: nn.Module, call: Callable[..., Any], args: tuple[Any
     """Fire a module's forward hooks around a call, as `nn.Module` does.
 
     Args:
-        module: whose hooks they are.
-        call: what stands in for its forward.
+        module: the owner of the hooks.
+        call: the function that stands in for its forward.
         args, kwargs: the call's.
     """
     called: set[int] = set()

@@ -28,10 +28,10 @@ class _Compiled:
 
     Attributes:
         kernel: the kernel.
-        count: of its results.
-        homes: those that lie where an input lay, and that input.
+        count: number of its results.
+        homes: for each result that lies where an input lay, the number of that input.
         run: ``(inputs, weights, flags, shared) -> results``.
-        seen: the kinds of operands that it was compiled for.
+        seen: the kinds of operands that it was compiled for, by which of them begin where their memory does.
     """
 
     kernel: Emitted
@@ -43,7 +43,7 @@ class _Compiled:
     def __call__(
         self, inputs: Sequence[Any], weights: Sequence[Any], numbers: Sequence[Any], shared: tuple[Any, ...]
     ) -> tuple[Any, ...]:
-        """Run it; inputs whose place a result takes are overwritten.
+        """Run the kernel. Inputs whose place a result takes are overwritten.
 
         Raises:
             RefusedError: if Inductor cannot compile it.
@@ -55,8 +55,7 @@ class _Compiled:
                 inputs[number].copy_(found[result])
             return self._at_home(inputs, found)
         flags = [torch.tensor(each, dtype=torch.bool, device=inputs[0].device) for each in numbers]
-        # Inductor asks of a tensor whether it begins where its memory does: a graph serves those that do, or those that
-        # do not.
+        # Inductor specializes on whether a tensor begins where its memory does.
         kind = tuple(each.storage_offset() == 0 for each in (*inputs, *weights))
         if kind not in self.seen:
             for each in (*inputs, *weights, *flags):
@@ -78,19 +77,20 @@ class _Compiled:
     def bind(
         self, size: int, inputs: Sequence[Any], weights: Sequence[Any], shared: Sequence[Any], *memory: Any
     ) -> tuple[Callable[[Sequence[Any]], tuple[Any, ...]], tuple[torch.Tensor | None, ...]]:
-        """As a :class:`BoundBody` does it; Inductor has memory of its own."""
+        """Bind the kernel as a :class:`BoundBody` does. Inductor has memory of its own."""
         operands = tuple(shared)
         return lambda numbers: self(inputs, weights, numbers, operands), self._at_home(inputs, [None] * self.count)
 
 
 @dataclass
 class Inductor(Executor):
-    """Runs bodies compiled by Inductor; as ``torch`` does those for one cell, and those whose cells differ in numbers
-    that are no flags.
+    """A runner of bodies that Inductor compiles.
 
-    The number of cells is dynamic: a body is compiled when it first runs for several, not once a width. What the same
-    layer reads of the segment before is written where that lay. Inductor keeps what it compiles on disk, where the next
-    process finds it.
+    Bodies for one cell run as with ``torch``, and so do bodies whose cells differ in numbers that are no flags.
+
+    The number of cells is dynamic: a body is compiled when it first runs for several, not once a width. A value that
+    the same layer reads in the next segment is written where that of the segment before lay. Inductor keeps what it
+    compiles on disk, where the next process finds it.
     """
 
     compiled: dict[str, _Compiled] = field(default_factory=dict)
@@ -133,7 +133,10 @@ class Inductor(Executor):
         return compiled(given, weights, numbers, shared)
 
     def keep(self, key: tuple[Any, ...], kernel: Emitted) -> None:
-        """Keep a kernel for later runs; what was compiled of those that are forgotten goes with them."""
+        """Keep a kernel for later runs.
+
+        What was compiled for kernels that are forgotten goes with them.
+        """
         super().keep(key, kernel)
         files = {each.file for each in list(self.kernels.values())}
         for file in self.compiled.keys() - files:
@@ -154,16 +157,16 @@ _NAMED = frozenset(
 
 
 def _of_operands(guards: Sequence[Any]) -> list[bool]:
-    """Which guards are asked in each step: all but those of functions, classes and modules that emitted source names.
+    """Select the guards to ask in each step: all but those of functions, classes and modules that emitted source names.
 
-    Those were taken when it was emitted, as by a run without a compiler; one that is replaced later is not seen. They
-    are most of what a step of a small model spends in Python.
+    Those were taken when it was emitted, as by a run without a compiler. One that is replaced later is not seen. Their
+    guards are most of what a step of a small model spends in Python.
     """
     return [each.guard_type not in _NAMED for each in guards]
 
 
 def _flags_alone(body: Body) -> bool:
-    """Whether all numbers that differ among cells are flags, which may be tensors."""
+    """Tell whether all numbers that differ among cells are flags, which may be tensors."""
     for op in body.ops.values():
         read = [leaf for leaf in leaves(op.args) if isinstance(leaf, Number)]
         if read and not (op.target is choose and read == [op.args[0]]):
@@ -174,7 +177,7 @@ def _flags_alone(body: Body) -> bool:
 def _homes(
     body: Body, loop: SegmentLoop, inputs: Sequence[torch.Tensor], results: Sequence[torch.Tensor]
 ) -> dict[int, int]:
-    """The results that the same layer reads in a later segment, and as which input.
+    """Return the results that the same layer reads in a later segment, each with the input that it is read as.
 
     Checks: a result takes the place of an input of its shape and dtype, one of each.
     """
@@ -197,7 +200,10 @@ def _homes(
 def _views(
     kernel: Emitted, inputs: Sequence[Any], weights: Sequence[Any], numbers: Sequence[Any], shared: Sequence[Any]
 ) -> bool:
-    """Whether a result may be a view of an input that lies as at home: it would change when that is overwritten."""
+    """Tell whether a result may be a view of an input at its home.
+
+    It would change when that input is overwritten. A kernel that does not run without values may give one.
+    """
     given = [torch.empty(each.shape, dtype=each.dtype, device="meta") for each in inputs]
     others = [[_meta(each) for each in operands] for operands in (weights, shared)]
     try:
@@ -216,7 +222,10 @@ def _meta(value: Any) -> Any:
 
 
 def _of_tensors(kernel: Emitted, homes: Mapping[int, int]) -> Callable[..., tuple[Any, ...]]:
-    """A kernel as a function of tensors, which tell the number of cells, that writes to the homes of results."""
+    """Return a kernel as a function of tensors that writes to the homes of results.
+
+    The tensors tell the number of cells.
+    """
     function, pairs = kernel.function, tuple(homes.items())
 
     def body(
@@ -227,6 +236,6 @@ def _of_tensors(kernel: Emitted, homes: Mapping[int, int]) -> Callable[..., tupl
             inputs[number].copy_(found[result])
         return tuple([None if n in homes else each for n, each in enumerate(found)])
 
-    # Dynamo counts recompilations by code: with one for all, a few kernels would be all that a process may have.
+    # Dynamo limits recompilations per code object. With one for all, a process could have only a few kernels.
     code = body.__code__.replace(co_name=f"{kernel.name}_of_tensors")
     return types.FunctionType(code, body.__globals__, code.co_name, None, body.__closure__)

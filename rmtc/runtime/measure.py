@@ -48,7 +48,7 @@ _OFF = 1.5
 
 
 def pinned() -> bool:
-    """Tell whether the user has named a cost model: then nothing that is measured overrules it."""
+    """Tell whether the user has named a cost model, which no measurement overrules."""
     return bool(os.environ.get("RMTC_COST_MODEL"))
 
 
@@ -69,14 +69,14 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 
 def cost_model(device: torch.device, dtype: torch.dtype) -> CostModel:
-    """Read the cost model that ``RMTC_COST_MODEL`` names; else measure that of this machine, and keep it.
+    """Read the cost model that ``RMTC_COST_MODEL`` names, or else measure that of this machine and keep it.
 
     It is kept in ``RMTC_CACHE_DIR``, by default ``~/.cache/rmtc``, one file for a device, dtype, number of threads and
     version of torch. Each process holds it against a short measurement. It is measured anew where the two differ by
     more than a factor of 1.5, or where the measurements of one constant were scattered.
 
     Args:
-        device: what the model runs on; the meta device stands for the CPU.
+        device: the device that the model runs on. The meta device stands for the CPU.
         dtype: of its matrix products.
 
     Raises:
@@ -180,9 +180,9 @@ def measure(device: torch.device, dtype: torch.dtype, tries: int = _TRIES) -> Co
     """Measure the constants, which takes some hundredths of a second, whatever modes the caller is in.
 
     Args:
-        device: where.
+        device: the device to measure.
         dtype: of the matrix products.
-        tries: how often each constant is measured; the fastest counts.
+        tries: number of measurements of each constant. The fastest counts.
     """
     with torch.no_grad(), _autocast_off(device.type):
         return _measure(device, dtype, tries)
@@ -197,7 +197,7 @@ def _measure(device: torch.device, dtype: torch.dtype, tries: int) -> CostModel:
     made: dict[str, Any] = {"device": device, "dtype": dtype}
     group, wide = torch.ones(2, 4, 4, **made), torch.ones(8, 64, 256, **made) / 256
     stack, large = torch.ones(8, 256, 256, **made) / 256, torch.ones(128, 512, **made)
-    linears = [nn.utils.skip_init(nn.Linear, 4, 4, **made) for _ in range(2)]  # no random numbers of the caller's
+    linears = [nn.utils.skip_init(nn.Linear, 4, 4, **made) for _ in range(2)]  # draws no random numbers
     modules = nn.Sequential(nn.LayerNorm(4, **made), linears[0], nn.GELU(), linears[1])
     for parameter in modules.parameters():
         parameter.fill_(0.5)
@@ -220,7 +220,7 @@ def _measure(device: torch.device, dtype: torch.dtype, tries: int) -> CostModel:
             torch.mm(wide[row], stack[row].t())
 
     def bytes_moved() -> None:
-        torch.softmax(torch.add(large, large) * large, -1)  # reads or writes so many eight times
+        torch.softmax(torch.add(large, large) * large, -1)  # eight reads or writes of a tensor
 
     runs = (launches, written, products, bytes_moved)
     taken: list[list[float]] = [[] for _ in runs]

@@ -1,4 +1,4 @@
-"""What a compiled model or function has done."""
+"""Counts and decisions of a compiled model or function."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _NAMES = 12  # columns of names in a table
 
 @dataclass(frozen=True)
 class LastRun:
-    """The last call that ran by its schedule.
+    """The last call that ran with its schedule.
 
     Attributes:
-        segments, layers, batch, tail: its sizes; ``tail`` is the length of the last segment in positions.
-        steps: number of steps it took; of a layer's parts with all segments at once, one.
-        schedule: the kind that ran: what ``schedule=`` is to force it.
-        backend: what ran it: what ``backend=`` is to ask for it.
-        parts: in how many parts a layer ran, one after another; the most of any layer.
+        segments, layers, batch, tail: its sizes. ``tail`` is the length of the last segment in positions.
+        steps: number of steps it took. A layer's part that runs all segments at once takes one.
+        schedule: the kind that ran, as the value of ``schedule=`` that forces it.
+        backend: the backend that ran it, as the value of ``backend=`` that asks for it.
+        parts: number of parts in which a layer ran, one after another, the most of any layer.
         sequential_steps: number of cells, which is the number of steps without a schedule.
         makespan: number of steps of the schedule that was proven. More are run where it puts more segments of one layer
             into a step than run at once, fewer where a part has nothing to do in the first segments.
         groups: number of groups of layers that ran.
-        widths: for each number of cells, how many groups had it.
+        widths: for each number of cells, the number of groups that had it.
         guard_seconds: time until it was clear that the call may run.
     """
 
@@ -58,14 +58,15 @@ class LastRun:
 
 @dataclass(frozen=True)
 class Decision:
-    """What runs the calls of one size class, and what it was chosen by.
+    """The way that runs the calls of one size class, and the times that it was chosen by.
 
     Attributes:
         batch: the smallest and the largest batch size of the class.
         segments: the fewest and the most segments of it.
         chosen: the schedule and the backend, as ``schedule=`` and ``backend=`` ask for them, or ``"as written"``.
-        seconds: what a call takes by each way, estimated or the fastest of the last calls, of the size that was called
-            when it was decided; CPU time where one thread does the work. A way has to be faster by 5 % to be chosen.
+        seconds: for each way, the time of a call of the size that was called when it was decided. It is estimated, or
+            the fastest of the last calls. It is CPU time where one thread does the work. A way has to be faster by 5 %
+            to be chosen.
         measured: the ways that were measured.
         failed: the ways that failed when they were tried.
     """
@@ -84,7 +85,7 @@ class Decision:
 
     @property
     def reason(self) -> str:
-        """What was chosen, and the times that it was chosen by."""
+        """The chosen way and the times that it was chosen by, in words."""
 
         def time(name: str) -> str:
             how = " failed" if name in self.failed else "" if name in self.measured else " by estimate"
@@ -101,15 +102,15 @@ class Stats:
     """Counts since the model was compiled.
 
     Attributes:
-        captures: how often the loop was captured.
+        captures: number of captures of the loop.
         recompiles: captures but for the first.
-        runs: calls that ran by their schedule.
+        runs: calls that ran with their schedule.
         eager: calls that ran as written, as they should: of one segment, with a cache, from inside ``generate``, or of
             a size for which the model as written takes less time.
         as_written: these calls by reason.
-        fallbacks: calls that ran as they are though they were meant to be scheduled, by reason.
-        last_run: what the last scheduled call did; None if there was none.
-        decisions: what was chosen between the model as written and its schedules, by capture and size class.
+        fallbacks: calls that ran as written though they were meant to be scheduled, by reason.
+        last_run: the last scheduled call, or None if there was none.
+        decisions: the choices between the model as written and its schedules, by capture and size class.
     """
 
     captures: int = 0
@@ -122,7 +123,7 @@ class Stats:
     decisions: dict[str, Decision] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Return a table: the counts, then what the last run did, then what is counted by reason."""
+        """Return a table: the counts, then the last run, then the counts by reason."""
         counts, runs, reasons = list[str](), list[str](), list[str]()
         for name, value in ((each.name.replace("_", " "), getattr(self, each.name)) for each in fields(self)):
             if isinstance(value, dict):

@@ -33,7 +33,7 @@ _KNOWN = {(8, 0), (9, 0), (10, 0)}
 
 
 def launches_on(device: torch.device) -> bool:
-    """Whether kernels are made for a device: a GPU that is one of the targets."""
+    """Tell whether kernels are made for a device: a GPU that is one of the targets."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
     if torch.version.hip is not None:
@@ -44,16 +44,16 @@ def launches_on(device: torch.device) -> bool:
 
 @dataclass
 class Triton(Executor):
-    """Runs layers' bodies by kernels in Triton; prologues and epilogues as ``torch`` does.
+    """A runner of layers' bodies by kernels in Triton, and of prologues and epilogues by torch.
 
-    On a GPU, or on the CPU in a process with ``TRITON_INTERPRET=1``, where Triton is imported only then. What a body
-    gives in the first launch, and in the first one of several cells, is held against what torch's operations give for
-    the same operands, unless it draws random numbers.
+    It runs on a GPU, or on the CPU in a process with ``TRITON_INTERPRET=1``, where Triton is imported only then. The
+    results of a body's first launch, and of its first launch of several cells, are held against those of torch's
+    operations on the same operands, unless the body draws random numbers.
 
     Attributes:
         lenient: whether a body that cannot run by kernels runs by torch, in place of an error.
-        by_torch: the names of these.
-        unseen: names of bodies whose kernels have not yet run for several cells, and these by torch, by file.
+        by_torch: the names of such bodies.
+        unseen: for bodies whose kernels have not yet run for several cells, by file, the name and the kernel by torch.
     """
 
     lenient: bool = False
@@ -75,7 +75,7 @@ class Triton(Executor):
                     self._leave(error.body, error)
 
     def _leave(self, body: str, error: Exception) -> None:
-        """Run a body by torch from now on."""
+        """Leave a body to torch from now on."""
         logger.warning("%s runs by torch, since it cannot by kernels: %s", body, error)
         self.by_torch.add(body)
         for key in [key for key in list(self.kernels) if key[0] == body]:
@@ -133,7 +133,11 @@ class Triton(Executor):
         return results
 
     def target(self, device: torch.device) -> Target | None:
-        """What kernels are made for, once it is clear that they can be launched there."""
+        """Return the target that kernels are made for, or None for the interpreter.
+
+        Raises:
+            RefusedError: if kernels cannot be launched on the device.
+        """
         if importlib.util.find_spec("triton") is None:
             raise RefusedError("Triton is not installed", remedy='pip install triton, or use backend="torch"')
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -146,7 +150,7 @@ class Triton(Executor):
 
 
 class _WrongError(BackendError):
-    """Kernels give other results than torch."""
+    """An error of kernels that give other results than torch."""
 
     def __init__(self, body: str, result: int) -> None:
         super().__init__(
@@ -161,10 +165,10 @@ def _draws(body: Body) -> bool:
 
 
 def _hold_against(body: str, results: Sequence[Any], wanted: Sequence[Any]) -> None:
-    """See that results are others' but for rounding.
+    """Hold results against those of torch, up to rounding.
 
     Raises:
-        BackendError: if they are not.
+        BackendError: if they differ.
     """
     for number, (one, other) in enumerate(zip(results, wanted, strict=True)):
         if not _alike(one, other):

@@ -1,4 +1,4 @@
-"""Parameters of layers stacked, once, without a second copy: the parameters become views of the stack."""
+"""Stacks of the parameters of layers, made once and without a second copy: the parameters become views of them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 class _Part(NamedTuple):
-    """Rows ``first``, ``first + step``, ... ``last`` of a stack; of each ``size`` rows of its own from ``start`` on.
+    """Rows ``first``, ``first + step``, ... ``last`` of a stack, or a part of each of them.
 
-    ``size`` is None for all of them.
+    The part is ``size`` rows of the row's own from ``start`` on. ``size`` is None for all of them.
     """
 
     first: int
@@ -41,14 +41,14 @@ class _Part(NamedTuple):
 
 @dataclass(eq=False)
 class _Memory:
-    """The memory in which parameters lie behind each other.
+    """The memory in which parameters lie one behind another.
 
     Attributes:
-        tensor: ``(rows, *shape)``; None once a parameter was moved elsewhere, so that nothing keeps it alive.
-        rows: the row at each address, and where in its first dimension the parameter begins.
+        tensor: ``(rows, *shape)``, or None once a parameter was moved elsewhere, so that nothing keeps it alive.
+        rows: for each address, the row, and the place in its first dimension where the parameter begins.
         views: parts that each call asks for again.
-        copies: transposed copies that some users hold, by which part of what rows are joined of.
-        users: what else holds parts of it.
+        copies: transposed copies that some users hold, by start and size of the part of each row.
+        users: the weights that hold parts of it.
     """
 
     tensor: torch.Tensor | None
@@ -60,7 +60,7 @@ class _Memory:
     users: weakref.WeakSet[Weights] = field(default_factory=weakref.WeakSet)
 
     def part(self, part: _Part) -> torch.Tensor | None:
-        """A view of some rows; None if the parameters lie elsewhere by now."""
+        """Return a view of some rows, or None if the parameters lie elsewhere by now."""
         view = self.views.get(part)
         tensor = self.tensor
         if view is None and tensor is not None:
@@ -72,7 +72,7 @@ class _Memory:
         return view
 
     def copy(self, start: int, size: int | None) -> _Copy | None:
-        """A transposed copy of what of each row is a matrix; None if that is none, or lies elsewhere by now."""
+        """Return a transposed copy of a part of each row, or None if rows are no matrices, or lie elsewhere by now."""
         with _moving, torch.inference_mode(False), torch.no_grad():
             tensor = self.tensor
             if tensor is None or tensor.dim() != 3:
@@ -86,7 +86,7 @@ class _Memory:
         return found
 
     def let_go(self) -> None:
-        """Keep nothing alive."""
+        """Let go of the memory, so that nothing here keeps it alive."""
         self.tensor = None
         self.views.clear()
         for weights in list(self.users):
@@ -95,7 +95,13 @@ class _Memory:
 
 @dataclass(eq=False)
 class _Copy:
-    """A part of what lies in a memory, and a copy of it that is transposed in memory."""
+    """A part of a memory, and a copy of it that is transposed in memory.
+
+    Attributes:
+        whole: the tensor of the memory.
+        of: the part.
+        copy: the copy.
+    """
 
     whole: torch.Tensor
     of: torch.Tensor
@@ -103,7 +109,7 @@ class _Copy:
 
 
 def _joined(tensor: torch.Tensor, start: int, size: int | None) -> torch.Tensor:
-    """Of each row of a memory, a part."""
+    """Return a part of each row of a memory."""
     return tensor if size is None else tensor.narrow(1, start, size)
 
 
@@ -113,14 +119,14 @@ _moving = threading.Lock()
 
 @dataclass
 class _Stack:
-    """Parameters of one shape, row by row; or in each row several, joined along their first dimension.
+    """Parameters of one shape, row by row, or in each row several that are joined along their first dimension.
 
     Attributes:
-        names: of the parameters, by row.
-        sizes: of the first dimension of those that are joined.
-        memory: where they lie; None until they were moved.
+        names: the names of the parameters, by row.
+        sizes: the sizes of the first dimension of those that are joined.
+        memory: the memory in which they lie, or None until they were moved.
         at: the part of the memory that is the stack.
-        repacked: parts of transposed copies, by whose memory they are of, which each keeps alive, and which part.
+        repacked: parts of transposed copies, by the memory's tensor, which each keeps alive, and the part.
     """
 
     names: tuple[tuple[str, ...], ...]
@@ -130,7 +136,7 @@ class _Stack:
     repacked: dict[tuple[int, _Part], tuple[_Copy, torch.Tensor]] = field(default_factory=dict)
 
     def part(self, part: _Part, repacked: bool = False) -> torch.Tensor | None:
-        """A view of some rows, or of their transposed copy; None if the parameters lie elsewhere by now."""
+        """Return a view of some rows, or of their transposed copy, or None if the parameters lie elsewhere by now."""
         memory = self.memory
         tensor = None if memory is None else memory.tensor
         if memory is None or tensor is None:
@@ -150,14 +156,14 @@ class _Stack:
         return memory.part(whole)
 
     def copies(self) -> list[_Copy]:
-        """The copies of what lies in the present memory, each once."""
+        """Return the copies of parts of the present memory, each once."""
         tensor = self.memory.tensor if self.memory is not None else None
         found = {id(copy): copy for copy, _ in list(self.repacked.values())}
         return [copy for copy in found.values() if copy.whole is tensor]
 
 
 class _Place(NamedTuple):
-    """Where a parameter lies: the number of its stack, its row, and its number among those joined there."""
+    """The place of a parameter: the number of its stack, its row, and its number among those joined there."""
 
     stack: int
     row: int
@@ -168,16 +174,16 @@ class _Place(NamedTuple):
 class Weights:
     """The tensors that layers own, as the bodies of groups want them.
 
-    A parameter lies in at most one stack, ``(L, out, in)`` row by row as the layers have it; those of products of one
-    input are joined along ``out``. It keeps a storage of its own over the same memory, so that writes on either side
-    are seen by the other, and saving one layer saves one layer. What cannot be moved (buffers and state, parameters
-    that share their memory) is stacked anew in each call.
+    A parameter lies in at most one stack, ``(L, out, in)`` row by row as the layers have it. Parameters of products of
+    one input are joined along ``out``. Each keeps a storage of its own over the same memory. So writes on either side
+    are seen by the other, and saving one layer saves one layer. Tensors that cannot be moved (buffers and state,
+    parameters that share their memory) are stacked anew in each call.
 
-    All captures, of one model or of several that share modules, use the same stacks: a parameter is moved once, and no
+    All captures, of one model or of several that share modules, use the same stacks. A parameter is moved once, and no
     capture holds on to memory that another one has moved it out of.
 
     Attributes:
-        single: addresses of parameters that are in no stack; one by itself is read where it lies.
+        single: addresses of parameters that are in no stack. Such a parameter is read where it lies if it is by itself.
         version: another number after each move.
         repack: whether products read transposed copies, which are as large again, and made again in each run.
         forget: called when memory is let go, parts of which others may hold.
@@ -196,7 +202,7 @@ class Weights:
 
     @staticmethod
     def plan(program: WavefrontProgram, movable: set[str], repack: bool = False) -> Weights:
-        """Decide what is stacked with what.
+        """Decide which parameters are stacked together.
 
         Args:
             program: the program.
@@ -204,7 +210,7 @@ class Weights:
             repack: whether products are to read transposed copies.
         """
         weights = Weights(repack=repack)
-        alone = program.schedule.alone  # cells of one layer share its weights as they are, but for joined ones
+        alone = program.schedule.alone  # their cells share a layer's weights as they are, unless joined
         wanted, single = list[tuple[tuple[str, ...], ...]](), set[str]()
         for body in (*program.bodies.values(), *program.merged.values()):
             for number in range(len(body.weights)):
@@ -212,7 +218,7 @@ class Weights:
                 if len(rows[0]) > 1 or not alone.issuperset(layer for _, layer in body.members):
                     wanted.append(rows)
                 single |= {row[0] for row in rows if len(row) == 1}
-        # Joined ones first: a single one is a part of them.
+        # Joined parameters come first, for a single one is a part of them.
         for rows in sorted(dict.fromkeys(wanted), key=lambda rows: (-len(rows[0]), -len(rows))):
             names = [name for row in rows for name in row]
             free = all(name in movable and name not in weights.places for name in names)
@@ -228,7 +234,10 @@ class Weights:
         return weights
 
     def in_place(self, values: Mapping[str, torch.Tensor]) -> bool:
-        """Whether every parameter still lies where it lay, in its stack or not, as it did: sizes, strides and dtype."""
+        """Tell whether every parameter still lies where it lay, in its stack or not.
+
+        Its sizes, strides and dtype must be those that it had.
+        """
         tensors = [values[name] for name in self.names]
         return self._layout is not None and all(
             all(map(operator.eq, map(get, tensors), held)) for get, held in zip(_LAYOUT, self._layout, strict=True)
@@ -240,7 +249,7 @@ class Weights:
         Args:
             values: the parameters by name, all of a stack of one shape, dtype and device.
         """
-        # Inference mode must not leave its mark on what is trained later.
+        # Tensors made in inference mode could not be trained later.
         with _moving, torch.inference_mode(False), torch.no_grad():
             for stack in self.stacks:
                 rows = [[values[name] for name in row] for row in stack.names]
@@ -248,7 +257,7 @@ class Weights:
                 stack.memory, stack.at = found if found is not None else (_together(rows), _Part(0, len(rows) - 1))
                 stack.memory.users.add(self)
         self.single = {name: values[name].data_ptr() for name in self.single}
-        self._views = {}  # another one: a run in another thread may still add to that which was
+        self._views = {}  # a new dict, for a run in another thread may still add to the old one
         self.version += 1
         one: dict[Any, Any] = {}  # equal strides are one object: fewer to read in each call
         layout = [[get(values[name]) for name in self.names] for get in _LAYOUT]
@@ -256,24 +265,24 @@ class Weights:
         logger.info("stacked %d parameters in %d stacks", len(self.places), len(self.stacks))
 
     def refresh(self) -> None:
-        """Copy again what was copied: nothing tells whether parameters were written to."""
+        """Update the transposed copies, for nothing tells whether parameters were written to."""
         for stack in self.stacks if self.repack else ():
             for copy in stack.copies():
                 copy.copy.copy_(copy.of)
 
     def let_go(self, memory: _Memory) -> None:
-        """Forget what lay in a memory: its parameters were moved out of it."""
+        """Forget the copies of a memory, whose parameters were moved out of it."""
         for stack in self.stacks:
             if stack.memory is memory:
                 stack.repacked.clear()
         self.forget()
 
     def lies(self) -> list[torch.Tensor | None]:
-        """The memory of each stack: other objects, once parameters were moved."""
+        """Return the memory of each stack. They are other objects once parameters were moved."""
         return [None if stack.memory is None else stack.memory.tensor for stack in self.stacks]
 
     def lasting(self, body: Body, number: int, layers: tuple[int, ...], rows: torch.Tensor) -> bool:
-        """Whether :meth:`rows` will give the same tensor again, until parameters are moved."""
+        """Tell whether :meth:`rows` will give the same tensor again, until parameters are moved."""
         key = body.name, number, layers
         known = self._parts.get(key)
         return self._views.get(key) is rows or (known is not None and known[0].part(*known[1:]) is rows)
@@ -286,13 +295,15 @@ class Weights:
         values: Mapping[str, torch.Tensor],
         stacked: dict[tuple[tuple[str, ...], ...], torch.Tensor],
     ) -> torch.Tensor:
-        """The tensors of some layers behind a group axis: a view of the stack, of its transposed copy, or of a copy.
+        """Return the tensors of some layers behind a group axis.
+
+        The result is a view of the stack, of its transposed copy, or of a copy.
 
         Args:
-            body, number: which weight.
+            body, number: the body, and the number of the weight in it.
             layers: evenly spaced among the body's.
             values: all tensors by name.
-            stacked: the copies of a run, by the names in them: what lies in no stack is stacked there once.
+            stacked: the copies of a run, by the names in them. A weight that lies in no stack is stacked there once.
         """
         key, views = (body.name, number, layers), self._views
         if (view := views.get(key)) is not None:
@@ -316,7 +327,7 @@ class Weights:
         return _copied(body, number, layers, values, stacked)
 
     def _lies(self, names: Sequence[tuple[str, ...]]) -> tuple[_Stack, _Part] | None:
-        """The stack and the part of it in which parameters lie, if that is one."""
+        """Return the stack, and its part, in which parameters lie, or None if that is no single part."""
         if not all(name in self.places for row in names for name in row):
             return None
         places = [[self.places[name] for name in row] for row in names]
@@ -336,7 +347,7 @@ class Weights:
 
     @staticmethod
     def movable(values: Mapping[str, torch.Tensor]) -> set[str]:
-        """The names of the parameters that own their memory, all of it, in order."""
+        """Return the names of the parameters that own their memory, all of it, in order."""
         storages = {name: tensor.untyped_storage() for name, tensor in values.items()}
         count = Counter(storage._cdata for storage in storages.values())
         return {
@@ -354,7 +365,7 @@ class Weights:
 
 
 def refuse_elsewhere(session: Session) -> None:
-    """See that a model's weights are where its forward finds them, and are what it computes with.
+    """Check that a model's weights are where its forward finds them, and are what it computes with.
 
     Args:
         session: the call.
@@ -386,7 +397,7 @@ def refuse_elsewhere(session: Session) -> None:
 
 
 def _lying(parameters: Sequence[Sequence[torch.Tensor]]) -> tuple[_Memory, _Part] | None:
-    """The memory in which parameters lie, row by row evenly spaced, and which part of it; None if there is none."""
+    """Return the memory, and its part, in which parameters lie row by row evenly spaced, or None if there is none."""
     pointers = [[parameter.data_ptr() for parameter in row] for row in parameters]
     for memory in list(_memories):
         tensor = memory.tensor
@@ -436,11 +447,14 @@ def _together(parameters: Sequence[Sequence[torch.Tensor]]) -> _Memory:
 
 
 def _sizes(parameters: Sequence[torch.Tensor]) -> list[int]:
-    """Those of the first dimensions of parameters that are joined; of a single one, which may have none, 0."""
+    """Return the sizes of the first dimension of parameters that are joined.
+
+    Of a single one, which may have no dimension, it is 0.
+    """
     return [parameter.shape[0] for parameter in parameters] if len(parameters) > 1 else [0]
 
 
-# What tells where a tensor lies, and how: strides and number of elements give the sizes of what is contiguous.
+# The address and layout of a tensor. Strides and number of elements give the sizes of a contiguous one.
 _LAYOUT: tuple[Callable[[torch.Tensor], Any], ...] = (
     torch.Tensor.data_ptr,
     torch.Tensor.stride,
@@ -456,7 +470,7 @@ def _kind(program: WavefrontProgram, name: str) -> tuple[Any, ...]:
 
 
 def _multiplies(body: Body, number: int) -> bool:
-    """Whether a weight, as (out, in), is multiplied with, and nothing else."""
+    """Tell whether a weight, as (out, in), is only multiplied with."""
     weight = Weight(number)
     readers = [op for op in body.ops.values() if weight in leaves(op.args)]
     products = {torch.ops.aten.linear.default: 1, add_linear: 2}
@@ -475,7 +489,10 @@ def _copied(
     values: Mapping[str, torch.Tensor],
     stacked: dict[tuple[tuple[str, ...], ...], torch.Tensor],
 ) -> torch.Tensor:
-    """What lies in no stack, of some layers: of a copy of all layers', which a run makes once."""
+    """Return the weights of some layers that lie in no stack, as part of a copy of all layers'.
+
+    A run makes such a copy once.
+    """
     rows, order = _names(body, number), sorted(body.weights[number])
     if rows not in stacked:
         tensors = [[values[name].detach() for name in row] for row in rows]

@@ -24,12 +24,13 @@ _GAIN = 0.87
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, causal: bool) -> Tensor:
-    """``softmax(scale * query @ key^T + mask) @ value``.
+    """Compute ``softmax(scale * query @ key^T + mask) @ value``.
 
     Args:
         query: (N, H, T, E).
         key, value: (N, H, S, E) and (N, H, S, F).
-        mask: (..., T, S), added; or of bools, those that are attended to. Each position attends to some.
+        mask: (..., T, S), added to the scores. A mask of bools is true where a position is attended to. Each position
+            must attend to some.
         scale: of the scores.
         causal: whether position t attends to those up to t.
 
@@ -53,11 +54,17 @@ def bind_attend(
     out: Tensor,
     work: Callable[[Sequence[int], torch.dtype], Tensor],
 ) -> Callable[[], None]:
-    """What computes :func:`attend` anew each time that it is called, with tensors that stay; the mask as it is now.
+    """Bind :func:`attend` to tensors that keep their addresses.
 
-    ``work(shape, dtype)`` gives memory for it.
+    Scores are (N * H, S, T): softmax over an axis other than the last runs along vectors.
 
-    Scores are (N * H, S, T): softmax over another axis than the last runs along vectors.
+    Args:
+        query, key, value, mask, scale, causal: as in :func:`attend`. The mask is to keep its contents.
+        out: the tensor that the result is written to.
+        work: ``work(shape, dtype)`` gives memory for intermediate results.
+
+    Returns:
+        A function that computes the result anew each time that it is called.
     """
     copies: list[tuple[Tensor, Tensor]] = []
 
@@ -82,7 +89,7 @@ def bind_attend(
 
 
 def _added(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """What a mask adds to scores (S, T)."""
+    """Return what a mask adds to scores, (S, T)."""
     added = query.new_zeros(key.shape[-2], query.shape[-2])
     if causal:
         return torch.full_like(added, -torch.inf).tril(-1)
@@ -93,19 +100,22 @@ def _added(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Ten
 
 
 def is_causal(mask: Tensor, queries: int, keys: int) -> bool:
-    """Whether a mask lets each of as many queries as keys attend to those up to itself."""
+    """Tell whether a mask has as many queries as keys, and lets each query attend to the keys up to its own place."""
     square = queries == keys and mask.shape[-2:] == (queries, keys)
     return square and mask.dtype == torch.bool and bool((mask == mask.new_ones(queries, keys).tril()).all())
 
 
 def can_attend(mask: Tensor) -> bool:
-    """Whether :func:`attend` takes a mask."""
+    """Tell whether :func:`attend` takes a mask.
+
+    It takes one mask for all cells and heads, in which each query attends to some key.
+    """
     seen = mask if mask.dtype == torch.bool else mask > -torch.inf
     return mask.dim() >= 2 and mask.shape[-2:].numel() == mask.numel() and bool(seen.any(-1).all())
 
 
 def is_faster(batch: int, heads: int, sizes: tuple[int, int, int, int], mask: str, dtype: torch.dtype) -> bool:
-    """Whether products are faster than torch's attention, as measured on this machine.
+    """Tell whether products are faster than torch's attention, as measured on this machine.
 
     Args:
         batch, heads: of a cell.
@@ -124,7 +134,7 @@ def _measured(
 ) -> bool:
     queries, keys, size, values = sizes
 
-    def ones(length: int, width: int) -> Tensor:  # as heads are after a product
+    def ones(length: int, width: int) -> Tensor:  # laid out as heads after a product
         return torch.ones(_CELLS * batch, length, heads, width, dtype=dtype, device="cpu").transpose(1, 2)
 
     q, k, v = ones(queries, size).contiguous(), ones(keys, size).contiguous(), ones(keys, values)

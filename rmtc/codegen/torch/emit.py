@@ -1,4 +1,4 @@
-"""A body as straight-line Python source: for one cell, or by the grouping rules for a group of them.
+"""A body as straight-line Python source, for one cell or, by the grouping rules, for a group of them.
 
 Source is emitted while the body runs for the first time, so every shape is known that the text depends on.
 """
@@ -50,18 +50,18 @@ _BATCHING = ("FuncTorchBatched", "FuncTorchBatchedDecomposition")
 
 @dataclass(frozen=True)
 class BoundBody:
-    """A body that runs in memory that stays: all operands, and what it computes, lie where they lay before.
+    """A body bound to an arena: its operands and results have the same addresses in every run.
 
     Attributes:
         source: its text.
-        bind: ``(G, inputs, weights, shared, scratch, results, work) -> (run, made)``, with ``run(numbers) -> results``
-            of the body, and those of them that lie in the same memory each time (an operand's, if one is a view of an
-            operand), else None: all others are of memory of their own. ``work(shape, dtype)`` gives more memory, of the
-            size of so many cells.
-        scratch: the elements of a cell, and the dtype, of memory that a run may use as it likes.
-        results: the same of memory that results are left in, until the next run.
-        overwritten: the inputs that are; results may lie there.
-        file: where `linecache` has the source, for tracebacks.
+        bind: ``(G, inputs, weights, shared, scratch, results, work) -> (run, made)``. ``run(numbers) -> results`` runs
+            the body. ``made`` holds the results that have the same address in every run, such as views of operands, and
+            None for the others. Those are in memory of their own. ``work(shape, dtype)`` gives more memory, for G
+            cells.
+        scratch: (elements per cell, dtype) of each piece of memory that a run may use as it likes.
+        results: (elements per cell, dtype) of each piece of memory in which results stay until the next run.
+        overwritten: the numbers of the inputs that are overwritten. Results may lie there.
+        file: the name under which `linecache` has the source, for tracebacks.
     """
 
     source: str
@@ -74,18 +74,18 @@ class BoundBody:
 
 @dataclass(frozen=True)
 class Emitted:
-    """Emitted source.
+    """A body as emitted source, with the function compiled from it.
 
     Attributes:
         name: the function's name.
         source: its text.
         shared: the operands that all cells share, in the order in which the function takes them.
-        kinds: what each of them was, see :func:`kind_of`.
-        function: ``(G, inputs, weights, numbers, shared) -> results``, which writes to none of them; ``G`` is the
-            number of cells, None for a body that runs for one cell at a time.
-        bound: the same in memory that stays, if it may run so.
+        kinds: for each of them, what the source assumes of it, see :func:`kind_of`.
+        function: ``(G, inputs, weights, numbers, shared) -> results``, which writes to none of them. ``G`` is the
+            number of cells, or None for a body that runs for one cell at a time.
+        bound: the body bound to an arena, or None if it may not run so.
         fallbacks: the operations without a grouping rule, by name.
-        file: where `linecache` has the source, for tracebacks.
+        file: the name under which `linecache` has the source, for tracebacks.
     """
 
     name: str
@@ -109,8 +109,8 @@ class _Emitter:
         self.size, self.environment, self.choose, self.compiled = size, environment, choose, compiled
         self.lines: list[Line] = []
         self.regions: dict[str, str] = {}
-        self.pinned: set[str] = set()  # values that others, whose operands are several, may lie in
-        self.pure = True  # whether it gives the same each time
+        self.pinned: set[str] = set()  # regions in which values of several operands may lie
+        self.pure = True  # whether it draws no random numbers
         self.space: dict[str, Any] = {
             "__builtins__": _BUILTINS,
             "torch": torch,
@@ -129,14 +129,17 @@ class _Emitter:
         self.fallbacks: dict[str, None] = {}
 
     def bind(self, text: str, value: Any, is_grouped: bool) -> Any:
-        """What later operations know of a value: tensors as :class:`Value`, the parts of a tuple each by itself."""
+        """Name a value, and return what later operations know of it.
+
+        A tensor is known as a :class:`Value`, and so is each part of a tuple by itself.
+        """
         self.space[text] = value
         return self._describe(text, value, is_grouped)
 
     def _describe(self, text: str, value: Any, is_grouped: bool) -> Any:
         if isinstance(value, torch.Tensor):
             shape = tuple(value.shape[1:] if is_grouped else value.shape)
-            # Else it is not here that products are chosen, or they are as fast as they can be.
+            # Without a device, products are not chosen here, or are as fast as they can be.
             device = value.device if self.choose and (value.dim() < 2 or value.stride(-2) >= value.stride(-1)) else None
             return Value(text, shape, value.dtype, is_grouped, device, compiled=self.compiled)
         if isinstance(value, (tuple, list)):
@@ -144,7 +147,7 @@ class _Emitter:
         return Raw(text)
 
     def repeated(self, text: str, count: int) -> Value:
-        """A weight with a row for so many cells."""
+        """Return a weight as a value with one row per cell, each of its rows for ``count`` neighbouring cells."""
         rows: torch.Tensor = self.space[text]
         every = f"{text}.repeat_interleave({count}, 0)"
         device = rows.device if self.choose else None
@@ -176,7 +179,7 @@ class _Emitter:
             first = arguments["self"]
             self._assign(name, arguments.call(self=Raw(f"{first.text}[0]")), op, arguments)
             return self.bind(name, self.space[name], False)
-        # What a rule does not know about some shapes, the next way does.
+        # Where one way fails for some shapes, the next one is tried.
         for text, way in self._candidates(op, arguments, varying):
             by_rule = way == "rule"
             text, fresh = (text, is_fresh(op.target)) if by_rule else (plain(text), False)
@@ -205,7 +208,10 @@ class _Emitter:
         raise NotImplementedError(f"no way to run {op} for a group of cells")
 
     def _candidates(self, op: Op, arguments: NamedArguments, varying: bool) -> Iterator[tuple[str, str]]:
-        """Texts to try, each with its way: all cells at once by a "rule" or by "vmap", or one of the "cells" a time."""
+        """Yield texts to try, each with its way.
+
+        A text by a "rule" or by "vmap" runs all cells at once. One by "cells" runs a cell at a time.
+        """
         if varying:
             if op.target is torch.ops.aten.select.int and isinstance(arguments["index"], Varying):
                 source, dim = arguments["self"], arguments["dim"]
@@ -226,7 +232,7 @@ class _Emitter:
         yield self._loop(arguments), "cells"
 
     def _vmap(self, arguments: NamedArguments) -> str:
-        """The single operation under `vmap`."""
+        """Return the text of the single operation under `vmap`."""
         tensors = list(dict.fromkeys(arguments.tensors()))
         names = {value: f"x{number}" for number, value in enumerate(tensors)}
 
@@ -244,7 +250,7 @@ class _Emitter:
         return f"stacked([{self._cell(arguments, 'i')} for i in range(G)])"
 
     def _cell(self, arguments: NamedArguments, index: str) -> str:
-        """The operation on one cell of the group."""
+        """Return the text of the operation on one cell of the group."""
 
         def pick(value: Any) -> Any:
             if isinstance(value, Varying) or (isinstance(value, Value) and value.grouped):
@@ -254,14 +260,14 @@ class _Emitter:
         return arguments.call(**{name: pick(value) for name, value in arguments.values.items() if _holds(value)})
 
     def _as_expected(self, name: str, arguments: NamedArguments) -> bool:
-        """Whether the grouped result looks like the operation's own on the first cell."""
+        """Tell whether the grouped result looks like the operation's own on the first cell."""
         return _alike(self.space[name], self._value(self._cell(arguments, "0"), arguments), self.size)
 
     def _for_any_number(self, text: str, name: str, arguments: NamedArguments) -> bool:
-        """Whether a text for all cells at once, by a rule of ours or of `vmap`, holds for other numbers of them too.
+        """Tell whether a text for all cells at once, by a rule or by `vmap`, holds for other numbers of cells too.
 
-        A single cell broadcasts with everything, and a number that is a batch size, too, hides one axis behind another:
-        it is tried with a number that is no size of an operand.
+        A single cell broadcasts with everything, and a number of cells that is also a batch size hides one axis behind
+        another. So the text is tried with a number that is no size of an operand.
         """
         sizes = {size for value in arguments.tensors() for size in value.shape}
         repeat = max((value.repeat for value in arguments.tensors()), default=1)
@@ -289,9 +295,9 @@ class _Emitter:
         return _alike(found, first, count)
 
     def _of_two_cells(self, text: str, arguments: NamedArguments) -> bool:
-        """Whether a text gives the values of the operation on each of some cells that differ.
+        """Tell whether a text gives the values of the operation on each of several cells that differ.
 
-        torch's rules for `vmap` are not all right: that of `index_fill` takes the first cell's value for all.
+        Not all of torch's rules for `vmap` are right: that of `index_fill` takes the first cell's value for all.
         """
         found = [self._of_cells(text, arguments, change) for change in (_next, _rolled)]
         return False not in found and True in found
@@ -299,7 +305,14 @@ class _Emitter:
     def _of_cells(
         self, text: str, arguments: NamedArguments, change: Callable[[torch.Tensor], torch.Tensor]
     ) -> bool | None:
-        """Whether a text gives the values of the operation on cells of two kinds in turn; None if one has no value."""
+        """Tell whether a text gives the values of the operation on cells of two kinds in turn.
+
+        Args:
+            change: makes cells of the second kind.
+
+        Returns:
+            The answer, or None if the operation has no value on one of the cells.
+        """
         count = 2 * max(value.repeat for value in arguments.tensors())
         space = {**self.space, "G": count}
 
@@ -308,7 +321,7 @@ class _Emitter:
 
         for value in arguments.tensors():
             if value.grouped:
-                name = value.rows or plain(value.text).partition("[")[0]  # of several results, all
+                name = value.rows or plain(value.text).partition("[")[0]  # of one of several results, their tuple
                 if any(isinstance(each, FakeTensor) or each.is_meta for each in pytree.tree_leaves(self.space[name])):
                     return True
                 several = functools.partial(differing, count=count // value.repeat)
@@ -337,7 +350,7 @@ class _Emitter:
         self, name: str, text: str, op: Op, arguments: NamedArguments | None = None, fresh: bool = False
     ) -> None:
         value = self.space[name] = self._value(text, arguments)
-        # A file may have any name: none ends the comment.
+        # A file may have any name. Escaped, none can end the comment.
         place = f"  # {repr(op.location.file)[1:-1]}:{op.location.line}" if op.location is not None else ""
         line = Line(name, text, place, name, None)
         if isinstance(value, torch.Tensor):
@@ -350,9 +363,10 @@ class _Emitter:
         self.lines.append(line)
 
     def _region(self, line: Line) -> str:
-        """Where a value may lie: in memory of the operands, of which none then is overwritten if they are several.
+        """Return the region in which a value may lie: that of its operands, or any if they have several.
 
-        That a copy was made for these operands says nothing of others: ``reshape`` and ``contiguous`` make one or not.
+        Several regions are pinned, so that none of them is overwritten. A copy made for these operands says nothing of
+        others, for ``reshape`` and ``contiguous`` make one or not.
         """
         regions = {self.regions.setdefault(read, read) for read in line.reads}
         if len(regions) == 1:
@@ -362,7 +376,7 @@ class _Emitter:
 
 
 def _alike(found: Any, cell: Any, count: int | None) -> bool:
-    """Whether a result looks like that of ``count`` cells, each with a result like ``cell``."""
+    """Tell whether a result looks like that of ``count`` cells, each with a result like ``cell``."""
     if isinstance(cell, torch.Tensor):
         shape = (count, *cell.shape)
         return isinstance(found, torch.Tensor) and tuple(found.shape) == shape and found.dtype == cell.dtype
@@ -374,7 +388,7 @@ def _alike(found: Any, cell: Any, count: int | None) -> bool:
 
 
 def _next(tensor: torch.Tensor) -> torch.Tensor:
-    """Another tensor of the kind: what is symmetric, definite or positive stays so."""
+    """Return another tensor of the kind. A symmetric, definite or positive one stays so."""
     if tensor.dtype is torch.bool:
         return ~tensor
     if tensor.is_floating_point() or tensor.is_complex():
@@ -383,14 +397,14 @@ def _next(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _rolled(tensor: torch.Tensor) -> torch.Tensor:
-    """Another tensor of the kind, of the same indices where there are several."""
+    """Return another tensor of the kind, of the same indices where there are several."""
     if tensor.is_floating_point() or tensor.is_complex() or tensor.numel() == 1:
         return _next(tensor)
     return tensor.flatten().roll(1).view_as(tensor)
 
 
 def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are the same up to rounding."""
+    """Tell whether two tensors are the same up to rounding."""
     if not (one.is_floating_point() or one.is_complex()):
         return torch.equal(one, other)
     error = torch.finfo(one.dtype).eps ** 0.5
@@ -398,10 +412,13 @@ def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _has_batching(target: Any) -> bool:
-    """Whether `vmap` does more for an operation than to run it for one cell after another, which it warns of."""
+    """Tell whether `vmap` has a batching rule for an operation that gives right values.
+
+    Without one, `vmap` runs the operation for one cell after another, and warns of that.
+    """
     if not isinstance(target, torch._ops.OpOverload):
         return True
-    if target is torch.ops.aten.index_fill.int_Tensor:  # torch's own gives all cells the first one's value
+    if target is torch.ops.aten.index_fill.int_Tensor:  # torch's rule gives all cells the first one's value
         return False
     name = target.name()
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in _BATCHING)
@@ -414,14 +431,17 @@ def _holds(value: Any) -> bool:
 
 
 def stacked(cells: Sequence[Any]) -> Any:
-    """The results of an operation on each cell behind a group axis, part by part where it has several."""
+    """Stack the results of an operation on each cell along a group axis, part by part where it has several."""
     if isinstance(cells[0], torch.Tensor):
         return torch.stack(list(cells))
     return [torch.stack(parts) for parts in zip(*cells, strict=True)]
 
 
 def select_run(source: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.Tensor:
-    """The selections of a tensor at several indices, behind a group axis; a view if the indices advance evenly."""
+    """Select from a tensor at several indices, behind a group axis.
+
+    The result is a view if the indices advance evenly.
+    """
     first, step = indices[0], indices[1] - indices[0] if len(indices) > 1 else 1
     moved = source.movedim(dim, 0)
     if first >= 0 and step > 0 and all(index == first + n * step for n, index in enumerate(indices)):
@@ -430,7 +450,10 @@ def select_run(source: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.
 
 
 def slice_run(source: torch.Tensor, dim: int, starts: Sequence[int], ends: Sequence[int]) -> torch.Tensor:
-    """Slices of a tensor behind a group axis; a view if they have one length and advance evenly."""
+    """Slice a tensor at several places, behind a group axis.
+
+    The result is a view if the slices have one length and advance evenly.
+    """
     length = ends[0] - starts[0]
     step = starts[1] - starts[0] if len(starts) > 1 else max(1, length)
     even = all(
@@ -468,15 +491,17 @@ def emit(
         ops: operations by number, in order.
         results: the numbers of those whose values are returned.
         environment: the sizes for the functions of batch and length in the operations.
-        size: number of cells; None runs the body for one cell, and no operand has a group axis.
+        size: number of cells. None runs the body for one cell, and no operand has a group axis.
         inputs, weights: operands with a group axis (with ``size``).
         one_layer: whether the cells are of one layer, and ``weights`` have no group axis.
-        repeat: how many neighbouring cells have each row of ``weights``.
-        numbers: for each number that differs, the list of what it is in each cell; the number itself without ``size``.
+        repeat: number of neighbouring cells that share each row of ``weights``.
+        numbers: for each number that differs, the list of its values by cell. Without ``size`` it is the number itself.
         shared: gives the tensor for an operand that all cells share.
-        constant: whether its contents are the same in all calls with these sizes of batch and segment.
-        bind: whether it is to run in memory that stays, and products as is fast here.
-        compiled: whether a compiler gets it, which makes code of all but the products; those run as is fast here.
+        constant: tells whether the contents of an operand are the same in all calls with these sizes of batch and
+            segment.
+        bind: whether to bind the body to an arena, and to choose for each product what is fast here.
+        compiled: whether a compiler gets the source. It makes code of all but the products, and those run as is fast
+            here.
 
     Returns:
         The kernel, and what it returned.
@@ -513,11 +538,13 @@ def emit(
             return replace(value, known=emitter.space[text]) if known else value
         return leaf
 
+    # Find the last reader of each value, after which its name is dropped.
     last = {leaf.number: number for number, op in ops.items() for leaf in leaves(op.args) if isinstance(leaf, Local)}
     dying: dict[int, list[int]] = {}
     for value, reader in last.items():
         if value not in results:
             dying.setdefault(reader, []).append(value)
+    # Emit and run the operations in order.
     for number, op in ops.items():
         values[number] = emitter.run(f"v{number}", op, map_leaves(op.args, operand))
         dead = tuple(f"v{value}" for value in dying.get(number, ()))
@@ -525,20 +552,22 @@ def emit(
             emitter.lines[-1].dead = dead
             for each in dead:
                 emitter.space.pop(each, None)
+    # Give each result its group axis.
     if group:
         for number in results:
             _spread(emitter, values, number)
     outputs = tuple(emitter.space[f"v{number}"] for number in results)
+    # Put the source together, and bind it to an arena if it gives the same there.
     counts = len(inputs), len(weights), len(numbers)
     body = _Body(name, emitter, [f"v{number}" for number in results], *counts, passed, one_layer, repeat)
     kernel = body.kernel()
     if group and bind and emitter.pure:
         bound = body.bound([*map(shared, passed)])
-        # Several cells show what one hides, and random values what first segments do, where they are often zero.
+        # Compare several cells, for one hides errors, and random values, for those of first segments are often zero.
         twice = [torch.cat((each, each)) for each in inputs]
         rows = weights if one_layer else [torch.cat((each, each)) for each in weights]
         others = [_copy(each) for each in (*rows, *map(shared, passed))]
-        changing = [*others[: len(rows)]]  # what is known of a mask is not asked again
+        changing = [*others[: len(rows)]]  # known contents, such as a mask's, must stay
         changing += [each for each, of in zip(others[len(rows) :], passed, strict=True) if not constant(of)]
         rest = 2 * (size or 1), others[: len(rows)], [[*each, *each] for each in numbers], others[len(rows) :]
         if _same_as(kernel, bound, twice, changing, *rest):
@@ -547,7 +576,7 @@ def emit(
 
 
 def _copy(value: Any) -> Any:
-    """A tensor that lies as another one does, in memory of its own."""
+    """Return a tensor with the values and strides of another one, in memory of its own."""
     if not isinstance(value, torch.Tensor):
         return value
     made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
@@ -559,11 +588,14 @@ def _copy(value: Any) -> Any:
 
 
 def _vary(tensor: torch.Tensor) -> None:
-    """Write other numbers into a tensor: random ones, which off the CPU might be no indices and break the device."""
+    """Overwrite a floating-point tensor with other numbers: random ones on the CPU, half of its own elsewhere.
+
+    Random numbers might be no indices, and that breaks other devices.
+    """
     if not tensor.is_floating_point():
         return
     if tensor.device.type == "cpu":
-        made = torch.empty_like(tensor)  # which repeats nothing
+        made = torch.empty_like(tensor)  # without repeated elements
         made.normal_(generator=torch.Generator().manual_seed(tensor.numel()))
     else:
         made = tensor * 0.5
@@ -583,16 +615,16 @@ def _same_as(
     numbers: Sequence[Any],
     shared: Sequence[Any],
 ) -> bool:
-    """Whether a body gives in memory that stays what it does without, and leaves its other operands as they are.
+    """Tell whether a body gives the same results in an arena as without, and leaves its other operands as they are.
 
-    It runs twice, the second time on other inputs, with other numbers in the operands that may change. Results are
-    looked at after what was scratch memory is filled with NaN: none may lie there.
+    It runs twice, the second time on other inputs, with other numbers in the operands that may change. Scratch memory
+    is filled with NaN before results are compared, for none may lie there.
 
     Args:
-        kernel, bound: the body.
+        kernel, bound: the body, and the same bound to an arena.
         inputs: of some cells.
-        changing: of the other operands those that may change.
-        size, weights, numbers, shared: the other operands; tensors of which are written to.
+        changing: those of the other operands that may change.
+        size, weights, numbers, shared: the other operands. Their tensors are written to.
     """
     homes = [torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in inputs]
     device = homes[0].device if homes else None
@@ -651,7 +683,7 @@ def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 @dataclass
 class _Body:
-    """What was emitted, to be put together."""
+    """The emitted lines of a body, to be put together as source."""
 
     name: str
     emitter: _Emitter
@@ -664,7 +696,7 @@ class _Body:
     repeat: int
 
     def kernel(self) -> Emitted:
-        """What overwrites nothing."""
+        """Return the kernel that overwrites nothing."""
         unpacked = {"inputs": ("in", self.inputs), "weights": ("w", self.weights), "numbers": ("n", self.numbers)}
         body = _header(self.name, "G, inputs, weights, numbers, shared", **unpacked, shared=("u", len(self.passed)))
         for line in self.emitter.lines:
@@ -678,7 +710,7 @@ class _Body:
         return Emitted(self.name, source, tuple(self.passed), kinds, function, None, fallbacks, file)
 
     def bound(self, shared: Sequence[Any]) -> BoundBody:
-        """The same in memory that stays."""
+        """Return the body bound to an arena."""
         space, lines = self.emitter.space, self.emitter.lines
         known = {name: space[name] for name in (*_named("in", self.inputs), *_named("w", self.weights))}
         known |= zip(_named("u", len(self.passed)), shared, strict=True)
@@ -694,7 +726,7 @@ class _Body:
                 del known[name]
                 continue
             shape, strides = list(tensor.shape), tensor.stride()
-            if name in names:  # a home, contiguous
+            if name in names:  # an input is copied to a contiguous home
                 known[name] = torch.empty(cells, *shape[1:], dtype=tensor.dtype, device="meta")
                 continue
             if name.startswith("w") and not self.one_layer:  # any rows of a stack, such as every second one
@@ -721,7 +753,7 @@ def _returned(values: Iterable[str]) -> str:
 
 
 def kind_of(value: Any) -> Any:
-    """What emitted source takes for granted of a shared operand."""
+    """Return what emitted source assumes of a shared operand: shape and dtype of a tensor, else the value."""
     return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
 
 
@@ -738,7 +770,7 @@ def _header(name: str, arguments: str, **unpacked: tuple[str, int]) -> list[str]
 
 
 def _spread(emitter: _Emitter, values: dict[int, Any], number: int) -> None:
-    """A result that came out the same for all cells gets its group axis."""
+    """Give a result that came out the same for all cells its group axis."""
     value = values[number]
     if isinstance(value, Value) and not value.grouped:
         sizes = ", ".join(map(str, value.shape))
@@ -748,7 +780,7 @@ def _spread(emitter: _Emitter, values: dict[int, Any], number: int) -> None:
 
 
 def _function(name: str, title: str, source: str, emitter: _Emitter) -> tuple[Callable[..., Any], str]:
-    """The function of a source, and the file that it seems to be in."""
+    """Compile a source, and return its function and the name of the file that it seems to be in."""
     constants = {
         key: value
         for key, value in emitter.space.items()

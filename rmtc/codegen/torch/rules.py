@@ -1,8 +1,8 @@
 """Grouping rules: one operation on one cell -> one expression for a group of cells.
 
 A grouped value has the cell's shape behind a leading group axis of size ``G``. A value that all cells share has no such
-axis. A rule gets the operation's arguments with :class:`Value` for tensors, at least one of them grouped, and gives the
-text of an expression whose value is grouped; or None, if it does not know the case: then the operation runs under
+axis. A rule gets the operation's arguments with :class:`Value` for tensors, at least one of them grouped. It gives the
+text of an expression whose value is grouped, or None if it does not know the case. Then the operation runs under
 `torch.vmap`, by itself.
 """
 
@@ -43,16 +43,16 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor operand.
+    """A tensor operand of a rule.
 
     Attributes:
         text: the expression that gives it.
-        shape: of one cell.
-        dtype, device: of its elements; no device where it is not to be asked what is fast there, or for a tensor that
-            is transposed in memory.
-        compiled: whether a compiler makes code of what is not a product.
+        shape: its shape in one cell.
+        dtype, device: of its elements. The device is None where a rule is not to ask what is fast there, and for a
+            tensor that is transposed in memory.
+        compiled: whether a compiler makes code of all but the products.
         grouped: whether it has a group axis.
-        repeat: how many neighbouring cells each row of ``rows`` is for; ``text`` repeats it.
+        repeat: number of neighbouring cells that each row of ``rows`` is for. ``text`` repeats it.
         rows: the expression of the tensor with one row for so many cells.
         known: its contents, if they are the same in all calls of these sizes.
     """
@@ -79,8 +79,8 @@ class NamedArguments:
         target: the operation.
         values: its arguments.
         given: the names of those that are no defaults.
-        functions: the operations that texts made from it name.
-        instead: other spellings of what a rule made of it, that overwrite an operand.
+        functions: the callables that texts made from it name.
+        instead: other texts for the rule's result, which overwrite an operand.
     """
 
     def __init__(self, target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -109,14 +109,14 @@ class NamedArguments:
                 yield from (item for item in value if isinstance(item, Value))
 
     def function(self, target: torch._ops.OpOverload | None = None) -> str:
-        """The name of an operation, by default of this one, in source text."""
+        """Return the name of an operation, by default of this one, in source text."""
         target = target or self.target
         name = function_name(target)
         self.functions[name] = _fast(target)
         return name
 
     def call(self, /, **changed: Any) -> str:
-        """The call with some arguments changed."""
+        """Return the text of the call, with some arguments changed."""
         parts: list[str] = []
         positional = True
         for argument in self.schema:
@@ -132,7 +132,10 @@ class NamedArguments:
 
 @functools.cache
 def _fast(target: torch._ops.OpOverload) -> Callable[..., Any]:
-    """What to call for an operation: torch's own function, where it is the same one, takes less time to call."""
+    """Return the callable for an operation: torch's own function where it does the same.
+
+    Such a function takes less time to call.
+    """
     if target in FUNCTIONS:
         return FUNCTIONS[target]
     name = target._schema.name.removeprefix("aten::")
@@ -143,14 +146,14 @@ def _fast(target: torch._ops.OpOverload) -> Callable[..., Any]:
 
 @functools.cache
 def _in_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
-    """The operation that writes what a pointwise one gives over its first operand."""
+    """Return the operation that writes the result of a pointwise one over its first operand, or None."""
     namespace, name = target._schema.name.split("::")
     packet = getattr(aten, f"{name}_", None) if namespace == "aten" else None
     return getattr(packet, target._overloadname, None)
 
 
 def overwriting(arguments: NamedArguments) -> tuple[Instead, ...]:
-    """The operands that the result of an operation may overwrite, each with the expression that does so."""
+    """Return the operands that the result of an operation may overwrite, each with the expression that does so."""
     target, found = arguments.target, list(arguments.instead)
     instead = _in_place(target)
     if instead is None or rule_for(target) is not pointwise:
@@ -175,18 +178,18 @@ def overwriting(arguments: NamedArguments) -> tuple[Instead, ...]:
 
 
 def is_fresh(target: Any) -> bool:
-    """Whether the result of an operation surely lies in memory of its own, whatever its operands are."""
+    """Tell whether the result of an operation surely lies in memory of its own, whatever its operands are."""
     if not isinstance(target, torch._ops.OpOverload):
         return False
     if target in _FRESH or target in FUNCTIONS:
         return True
     pure = all(each.alias_info is None for each in (*target._schema.arguments, *target._schema.returns))
-    pure = pure and target is not aten.conj_physical.default  # which gives what is real back as it is
+    pure = pure and target is not aten.conj_physical.default  # which returns a real operand itself
     return torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags and pure
 
 
 def is_view(target: Any) -> bool:
-    """Whether the result of an operation is its operand, seen in another way or copied, each element once at most."""
+    """Tell whether the result of an operation is a view or a copy of its operand, with each element at most once."""
     return target in _SEEN
 
 
@@ -212,14 +215,14 @@ _COMMUTE = frozenset({aten.mul.Tensor, aten.add.Tensor, aten.maximum.default, at
 
 @functools.cache
 def _with_out(target: torch._ops.OpOverload) -> bool:
-    """Whether what is called for an operation can write its result into a tensor that is given."""
+    """Tell whether the callable of an operation can write its result into a given tensor."""
     if target in FUNCTIONS:
         return target in BOUND
     if not isinstance(_fast(target), types.BuiltinFunctionType):
         return False
     names, packet = [each.name for each in target._schema.arguments], target.overloadpacket
     overloads = (getattr(packet, name) for name in packet.overloads())
-    written = (each for each in overloads if torch.Tag.generated not in each.tags)  # Python has no others
+    written = (each for each in overloads if torch.Tag.generated not in each.tags)  # only these in Python
     return any([each.name for each in overload._schema.arguments] == [*names, "out"] for overload in written)
 
 
@@ -248,7 +251,7 @@ _TAKEN = re.compile(
 
 @functools.cache
 def function_name(target: Callable[..., Any]) -> str:
-    """The name that an operation, and no other one, has in emitted source."""
+    """Return the name that an operation, and no other one, has in emitted source."""
     if isinstance(target, torch._ops.OpOverload):
         namespace, _, name = target._schema.name.partition("::")
         parts = (namespace if namespace != "aten" else "", name, target._overloadname)
@@ -262,7 +265,13 @@ def function_name(target: Callable[..., Any]) -> str:
 
 
 def literal(value: Any) -> str:
-    """An argument as source text. Strings are quoted: what a model holds never becomes code."""
+    """Return an argument as source text.
+
+    Strings are quoted, so that what a model holds never becomes code.
+
+    Raises:
+        TypeError: if it is no constant of a program.
+    """
     if isinstance(value, Value):
         return value.text
     if isinstance(value, (Raw, Varying)):
@@ -291,13 +300,16 @@ class Raw:
 
 @dataclass(frozen=True)
 class Varying:
-    """A number that differs from cell to cell: the list of what it is in each."""
+    """A number that differs from cell to cell, as the text of the list of its values."""
 
     text: str
 
 
 def ranked(value: Value, rank: int) -> str:
-    """A grouped value with its cell's shape padded with ones in front, so that cells broadcast with cells."""
+    """Return the text of a grouped value with its cell's shape padded with ones in front.
+
+    So cells broadcast with cells.
+    """
     missing = rank - value.rank
     if not value.grouped or missing <= 0:
         return value.text
@@ -307,7 +319,7 @@ def ranked(value: Value, rank: int) -> str:
 
 
 def grouped(value: Value) -> str:
-    """A value with a group axis, made by expansion where it has none."""
+    """Return the text of a value with a group axis, made by expansion where it has none."""
     return value.text if value.grouped else f"{value.text}.expand(G, {_sizes(value.shape)})"
 
 
@@ -316,14 +328,14 @@ def _sizes(shape: tuple[int, ...]) -> str:
 
 
 def shifted(dim: int, rank: int) -> int:
-    """A dimension of a cell as one of the group."""
+    """Return a dimension of a cell as one of the group."""
     return dim if dim < 0 and rank else max(dim, 0) + 1
 
 
 def pointwise(arguments: NamedArguments) -> str | None:
     tensors = list(arguments.tensors())
     rank = max(value.rank for value in tensors)
-    # A cell's scalar does not take part in type promotion, a group of them would.
+    # A cell's 0-d tensor does not take part in type promotion, but a group of them would.
     if any(value.grouped and not value.rank for value in tensors) and len({value.dtype for value in tensors}) > 1:
         return None
     changed = {
@@ -335,12 +347,12 @@ def pointwise(arguments: NamedArguments) -> str | None:
 
 
 def as_is(arguments: NamedArguments) -> str | None:
-    """For operations that treat leading dimensions as a batch."""
+    """Group an operation that treats leading dimensions as a batch, by the call as it is."""
     return arguments.call()
 
 
 def by_dims(*names: str) -> Rule:
-    """For operations on one tensor that name the dimensions they work along."""
+    """Make a rule for operations on one tensor that name the dimensions they work along."""
 
     def rule(arguments: NamedArguments) -> str | None:
         value = next(iter(arguments.tensors()))
@@ -363,7 +375,7 @@ def by_dims(*names: str) -> Rule:
 
 
 def over_all(target: torch._ops.OpOverload) -> Rule:
-    """For reductions over all dimensions, by their form with dimensions."""
+    """Make a rule for reductions over all dimensions, by their form with dimensions."""
 
     def rule(arguments: NamedArguments) -> str | None:
         value = arguments["self"]
@@ -399,7 +411,7 @@ def transpose(arguments: NamedArguments) -> str | None:
 
 
 def part(arguments: NamedArguments) -> str | None:
-    """A slice, spelled as Python does."""
+    """Group a slice, spelled as Python does where it can be."""
     value, dim, step = arguments["self"], arguments["dim"], arguments["step"]
     start, end = arguments["start"], arguments["end"]
     if not value.rank or step != 1 or not all(each is None or isinstance(each, int) for each in (start, end)):
@@ -475,7 +487,7 @@ def linear(arguments: NamedArguments) -> str | None:
 
 
 def _by_kernel(rows: int, value: Value, weight: Value) -> bool:
-    if weight.rows:  # it has to be copied for its cells
+    if weight.rows:  # it would be copied for its cells
         return False
     return are_faster(rows, value.shape[-1], weight.shape[0], value.dtype, weight.device)
 
@@ -503,7 +515,7 @@ def added_linear(arguments: NamedArguments) -> str | None:
     into = out("G", rows, shape[-1])
     by_kernel, seen = _by_kernel(rows, value, weight), f".view(G, {_sizes(shape)})"
     product = f"{flat[1]}, {weight.text}" if by_kernel else f"{flat[1]}, {weight.text}.transpose(1, 2)"
-    if weight.compiled:  # baddbmm begins with a copy of the residual: a compiler adds it where the sum is read
+    if weight.compiled:  # baddbmm first copies the residual, while a compiler adds it where the sum is read
         return f"({flat[0]} + {'linear_maps' if by_kernel else 'bmm'}({product})){seen}"
     if by_kernel:
         product = f"linear_maps({product}, {flat[0]}"
@@ -537,7 +549,7 @@ def added_matmul(arguments: NamedArguments) -> str | None:
 
 
 def _product_of_rows(value: Value, weight: Value, matrix: str, bias: Value | None = None) -> str:
-    """The cells of each row of the weights as one matrix with more rows."""
+    """Return the text of a product that takes the cells of each row of the weights as one matrix with more rows."""
     many = weight.repeat * math.prod(value.shape[:-1])
     flat = f"{grouped(value)}.reshape(G // {weight.repeat}, {many}, {value.shape[-1]})"
     return f"baddbmm({bias.rows}.unsqueeze(1), {flat}, {matrix})" if bias else f"bmm({flat}, {matrix})"
@@ -604,7 +616,7 @@ def einsum(arguments: NamedArguments) -> str | None:
 
 
 def attention(arguments: NamedArguments) -> str | None:
-    """The group goes into the batch: with five dimensions the fast kernels are not used."""
+    """Group attention with the group in the batch, for with five dimensions the fast kernels are not used."""
     query, key, value, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
     if len({query.rank, key.rank, value.rank}) > 1 or query.rank not in (3, 4):
         return None
@@ -685,7 +697,7 @@ def index_select(arguments: NamedArguments) -> str | None:
 
 
 def along(arguments: NamedArguments) -> str | None:
-    """gather, scatter and the like: operands of one rank, all of them grouped."""
+    """Group gather, scatter and the like, with operands of one rank, all of them grouped."""
     values = {name: value for name, value in arguments.values.items() if isinstance(value, Value)}
     if len({value.rank for value in values.values()}) > 1 or not arguments["self"].rank:
         return None
@@ -694,7 +706,7 @@ def along(arguments: NamedArguments) -> str | None:
 
 
 def expanded_scatter(arguments: NamedArguments) -> str | None:
-    """slice_scatter, select_scatter: a part of a tensor replaced."""
+    """Group slice_scatter and select_scatter, which replace a part of a tensor."""
     changed: dict[str, Any] = {name: Raw(grouped(arguments[name])) for name in ("self", "src")}
     return arguments.call(dim=shifted(arguments["dim"], arguments["self"].rank), **changed)
 
@@ -781,7 +793,7 @@ _TABLE = _table()
 
 
 def rule_for(target: Callable[..., Any]) -> Rule | None:
-    """The grouping rule of an operation, None if it has none."""
+    """Return the grouping rule of an operation, or None if it has none."""
     rule = _TABLE.get(target)
     if rule is None and isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         return pointwise
@@ -789,5 +801,5 @@ def rule_for(target: Callable[..., Any]) -> Rule | None:
 
 
 def rules() -> dict[Any, Rule]:
-    """The operations with a rule of their own; beside them, all pointwise ones have one."""
+    """Return the operations with a rule of their own, and the rules. Beside them, all pointwise operations have one."""
     return dict(_TABLE)

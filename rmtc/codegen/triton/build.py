@@ -1,4 +1,4 @@
-"""Arrays made of arrays: what operations are lowered to."""
+"""A builder of arrays made of arrays, to which operations are lowered."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ A = TypeVar("A", bound=Array)
 
 
 class Unlowered(Exception):
-    """An operation that no kernel computes."""
+    """A signal that no kernel computes an operation."""
 
 
 class Size(int):
-    """An integer that other calls may have another of."""
+    """An integer that may have another value in other calls."""
 
 
 def copied(array: Array) -> Array:
-    """The same in memory of its own."""
+    """Return a copy of an array in memory of its own."""
     return Pointwise(array.name, array.sizes, array.dtype, array.grouped, array.ops, "cast", (array,), array.dtype)
 
 
 class Arrays:
-    """Makes arrays, each after those that it reads.
+    """A builder of arrays, each after those that it reads.
 
     Attributes:
         arrays: all of them.
-        ops: the operations that the next ones stand for.
-        label: by which source calls these.
+        ops: the operations that the next arrays stand for.
+        label: the name of the next arrays in source.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Arrays:
         return array
 
     def sizes(self, shape: Iterable[int], *sources: Array) -> Indices:
-        """Sizes as indices: those of the sources where they are equal, fixed ones first."""
+        """Return sizes as indices: those of the sources where they are equal, fixed ones first."""
         known = [size for source in sources for size in source.sizes]
         fixed = {size.value for size in known if size.fixed}
         found = []
@@ -67,7 +67,11 @@ class Arrays:
         return array if array.dtype == dtype else self._pointwise("cast", (array,), dtype, dtype)
 
     def pointwise(self, function: str, *args: Array | Scalar) -> Array:
-        """A function of arrays in the dtype that torch gives to it."""
+        """Add a function of arrays, in the dtype that torch gives to it.
+
+        Raises:
+            Unlowered: if the function computes on bools, and is neither a logical one nor a choice.
+        """
         found: torch.dtype = _promoted(args[1:] if function == "where" else args)
         if found == torch.bool and function not in ("and", "or", "xor", "where", "not"):
             raise Unlowered
@@ -101,7 +105,7 @@ class Arrays:
         return self.add(View(self.label, sizes, source.dtype, source.grouped, self.ops, source, at, view))
 
     def reduce(self, kind: str, source: Array, dims: Iterable[int], keep: bool) -> Array:
-        """A reduction in the dtype of the source, or wider within."""
+        """Add a reduction in the dtype of the source, computed in a wider one where that is of half precision."""
         reduced = tuple(sorted(dim % len(source.sizes) for dim in dims))
         one = Index.of(1)
         sizes = tuple(
@@ -120,7 +124,7 @@ class Arrays:
         return self.pointwise("div", self.reduce("sum", wide, dims, keep), float(count))
 
     def reshape(self, source: Array, shape: Sequence[int]) -> Array:
-        """Another shape with the elements in the same order."""
+        """Add a view with another shape and the elements in the same order."""
         total = 1
         for size in source.shape:
             total *= size
@@ -137,7 +141,7 @@ class Arrays:
         return self.view(source, sizes, partial(_reshaped, source.sizes, sizes), view)
 
     def transpose(self, source: Array, *order: int) -> Array:
-        """Dimension n is what was ``order[n]``."""
+        """Add a view whose dimension n is dimension ``order[n]`` of the source."""
         lead = int(source.grouped)
         back = sorted(range(len(order)), key=order.__getitem__)
         return self.view(
@@ -187,7 +191,13 @@ class Arrays:
         )
 
     def expand(self, source: Array, sizes: Sequence[int], *like: Array) -> Array:
-        """Rows of size 1 repeated; ``like`` are arrays that have such sizes."""
+        """Add a view that repeats rows of size 1.
+
+        Args:
+            source: the array.
+            sizes: the sizes of the view, -1 for one that stays.
+            like: arrays that have such sizes.
+        """
         new = len(sizes) - len(source.sizes)
         lead = int(source.grouped)
         full = [source.shape[dim - new] if dim >= new and size == -1 else size for dim, size in enumerate(sizes)]
@@ -203,7 +213,13 @@ class Arrays:
         return self.view(source, self.sizes(full, source, *like), at, view)
 
     def product(self, left: Array, right: Array) -> Array:
-        """``left @ right`` of matrices; of a single row or column, a sum."""
+        """Add ``left @ right`` of matrices.
+
+        With a single row or column it is a sum, and with a depth of one a pointwise product.
+
+        Raises:
+            Unlowered: if it would be a product of integers.
+        """
         if left.shape[-1] == 1 or 1 in (left.shape[-2], right.shape[-1]):
             inner = inner_dtype(left.dtype)
             column = right.shape[-1] == 1 and left.shape[-1] > 1
@@ -222,7 +238,10 @@ class Arrays:
 
 
 def _promoted(args: Iterable[Array | Scalar]) -> torch.dtype:
-    """The dtype that torch gives to a pointwise operation; a number by cell counts as a Python number."""
+    """Return the dtype that torch gives to a pointwise operation.
+
+    An array without dimensions counts as a 0-d tensor.
+    """
     values = [
         torch.empty(each.shape if not _scalar(each) else (), dtype=each.dtype, device="meta")
         if isinstance(each, Array)
@@ -243,12 +262,12 @@ def _scalar(array: Array) -> bool:
 
 
 def inner_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which torch computes what is of a dtype."""
+    """Return the dtype in which torch computes on a dtype: float32 for half precision, else the dtype itself."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def _reshaped(old: Indices, new: Indices, index: Indices) -> Indices:
-    """The index of an element in its old shape: in runs of dimensions with as many elements."""
+    """Return the index of an element in its old shape, by runs of dimensions with as many elements in both shapes."""
     found: list[Index] = []
     i = j = 0
     while i < len(old):
@@ -262,7 +281,7 @@ def _reshaped(old: Indices, new: Indices, index: Indices) -> Indices:
             else:
                 want *= new[j].value
                 j += 1
-        # Sizes of 1 at the end belong to this run, or there is nothing left to hold them.
+        # Trailing sizes of 1 belong to this run, for there may be no later one to hold them.
         while i < len(old) and old[i].value == 1:
             i += 1
         while j < len(new) and new[j].value == 1:

@@ -1,4 +1,4 @@
-"""The sizes of tiles, warps and stages of kernels: by rules, or from a file of measured ones."""
+"""The sizes of tiles, warps and stages of kernels, by rules or from a file of measured ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _HEAVY = 8
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is launched.
+    """The launch configuration of a kernel.
 
     Attributes:
         blocks: the sizes of its tiles by name.
@@ -45,15 +45,17 @@ class Config:
 
 
 class Bucket(NamedTuple):
-    """Kernels that have one configuration, whatever the number of segments and of cells is.
+    """Kernels that share a configuration, whatever the number of segments and of cells is.
 
     Attributes:
-        target: its name; ``"interpreter"`` on the CPU.
+        target: the target's name, or ``"interpreter"`` on the CPU.
         kind: ``"product"``, ``"heavy product"`` (whose factors are computed on the way), ``"persistent product"``,
             ``"attention"`` or ``"rows"``.
-        dtype: the widest that it writes.
-        m, n, k: rows, columns and depth, of attention queries, keys and what is multiplied, as the next power of two.
-        products: that share a loop; of attention the size of a value, as the next power of two.
+        dtype: the widest dtype that is written.
+        m, n, k: rows, columns and depth, as the next power of two. For attention these are queries, keys, and the size
+            of a query's head.
+        products: number of products that share a loop. For attention it is the size of a value, as the next power of
+            two.
     """
 
     target: str
@@ -66,13 +68,13 @@ class Bucket(NamedTuple):
 
 
 class ConfigError(BackendError):
-    """A file of configurations that cannot be read, or has some that no kernel can have."""
+    """An error of a file of configurations that cannot be read, or has some that no kernel can have."""
 
     title = "no configurations"
 
 
 def is_big(kernel: Kernel | Attend) -> bool:
-    """Whether a kernel is a product of so many tiles that a program has several of them, and little else."""
+    """Tell whether a kernel is a product of so many tiles that a program has several of them, and little else."""
     if isinstance(kernel, Attend) or kernel.written[0].dtype.itemsize > 4:
         return False
     accumulators = [each for stage in kernel.stages for each in stage.accumulators]
@@ -81,7 +83,7 @@ def is_big(kernel: Kernel | Attend) -> bool:
 
 
 def bucket_of(kernel: Kernel | Attend, target: Target | None = None, big: bool = False) -> Bucket:
-    """Which configurations a kernel may have."""
+    """Return the bucket of a kernel, which tells the configurations that it may have."""
     widest = max((each.dtype for each in kernel.written), key=lambda dtype: dtype.itemsize)
     if isinstance(kernel, Attend):
         kind, depth, products = "attention", kernel.e.size.value, _power(kernel.d.size.value, 16, 1 << 62)
@@ -96,7 +98,9 @@ def bucket_of(kernel: Kernel | Attend, target: Target | None = None, big: bool =
 
 
 def config_of(kernel: Kernel | Attend, target: Target | None = None, big: bool = False) -> Config:
-    """A kernel's configuration on a target: that of its bucket in the file ``RMTC_KERNEL_CONFIGS`` names, or by rules.
+    """Return the configuration of a kernel on a target.
+
+    It is that of the kernel's bucket in the file that ``RMTC_KERNEL_CONFIGS`` names, or else one by rules.
 
     Raises:
         ConfigError: if the file cannot be read, or has one that the kernel cannot have.
@@ -108,7 +112,7 @@ def config_of(kernel: Kernel | Attend, target: Target | None = None, big: bool =
     found = _configs(Path(file)).get(bucket)
     if found is None:
         return own
-    whole = ("BLOCK_E", "BLOCK_D")  # one tile has all of them
+    whole = ("BLOCK_E", "BLOCK_D")  # one tile holds them whole
     lowest = 1 if bucket.kind == "rows" else 16
     least = {name: size if name in whole else lowest for name, size in own.blocks.items()}
     if found.blocks.keys() != least.keys() or any(found.blocks[name] < size for name, size in least.items()):
@@ -120,7 +124,7 @@ def config_of(kernel: Kernel | Attend, target: Target | None = None, big: bool =
 
 
 def configs_text(configs: Iterable[tuple[Bucket, Config]]) -> str:
-    """Configurations as a file has them: JSON, a line each."""
+    """Return configurations as a file has them, in JSON with one per line."""
     rows = [json.dumps({**bucket._asdict(), **asdict(config)}) for bucket, config in dict(configs).items()]
     return "[\n" + ",\n".join(f" {row}" for row in rows) + "\n]\n"
 
@@ -162,7 +166,10 @@ def _read(text: str) -> Mapping[Bucket, Config]:
 
 
 def _by_rule(kernel: Kernel | Attend, target: Target | None, big: bool) -> Config:
-    """Sizes are powers of two: shapes that are not much larger have the same ones."""
+    """Choose a configuration by rules.
+
+    Sizes are powers of two, so that shapes that are not much larger have the same ones.
+    """
     m, n = kernel.m.size.value, kernel.n.size.value
     wide = max(each.dtype.itemsize for each in kernel.written)
     amd = target is not None and target.backend == "hip"
@@ -181,7 +188,7 @@ def _by_rule(kernel: Kernel | Attend, target: Target | None, big: bool) -> Confi
         depth = 64 if wide <= 2 and not heavy else 32
         sizes = _power(m, 16, 32 if heavy else 64), _power(n, 16, columns), _power(deepest, 16, depth)
         return Config(dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), sizes, strict=True)))
-    # What is summed up for a row is summed up once: a tile has whole rows.
+    # A row is summed up once, so a tile has whole rows.
     columns = _power(n, 1, ROW if kernel.stages else 256)
     depth = _power(deepest, 1, ROW)
     rows = _power(m, 1, max(1, 2048 // max(columns, depth)))
@@ -189,11 +196,11 @@ def _by_rule(kernel: Kernel | Attend, target: Target | None, big: bool) -> Confi
 
 
 def _weight(kernel: Kernel) -> int:
-    """How many operations a factor of a product takes."""
+    """Return the number of operations in that factor of a kernel's products that takes most."""
     factors = [each for stage in kernel.stages for term in stage.accumulators for each in (term.left, term.right)]
     return max((sum(isinstance(each, (Call, Piecewise)) for each in within([factor])) for factor in factors), default=0)
 
 
 def _power(size: int, least: int, most: int) -> int:
-    """The least power of two that is not smaller, within bounds."""
+    """Return the least power of two that is not below ``size``, within bounds."""
     return max(least, min(most, 1 << max(0, size - 1).bit_length()))

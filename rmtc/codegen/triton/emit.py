@@ -1,4 +1,4 @@
-"""A body as kernels in Triton, and calls of torch for what is left."""
+"""A body as kernels in Triton, with calls of torch for operations that have none."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ _Tensors = dict[Array, torch.Tensor]
 
 
 class Layouts:
-    """How arrays lie in memory: operands as they are given, what kernels write row by row."""
+    """The layouts of arrays in memory: operands as they are given, results of kernels row by row."""
 
     def __init__(self, given: Mapping[Array, torch.Tensor]) -> None:
         self.known: dict[Array, torch.Tensor | None] = {**given}
 
     def of(self, array: Array) -> torch.Tensor | None:
-        """A tensor for two cells, without memory, that lies as an array does; None for a view that is none."""
+        """Return a tensor for two cells, without memory, that lies as an array does.
+
+        The result is None for a view that is no view of memory.
+        """
         if array not in self.known:
             if isinstance(array, View):
                 self.known[array] = self._view(array)
@@ -49,7 +52,7 @@ class Layouts:
         return self.known[array]
 
     def strides(self, array: Array) -> Sequence[int]:
-        """The strides of what lies in memory, by dimension of a cell."""
+        """Return the strides of an array in memory, by dimension of a cell."""
         tensor = self.of(array)
         assert tensor is not None
         return tensor.stride()[int(array.grouped) :]
@@ -60,14 +63,17 @@ class Layouts:
             return None
         try:
             return array.view(source)
-        except (RuntimeError, ValueError) as error:  # torch says so of a shape that these strides do not give
+        except (RuntimeError, ValueError) as error:  # a shape that these strides cannot give
             if raised_by_signal(error):
                 raise
             return None
 
 
 def made_for(array: Array, cells: int, device: torch.device) -> torch.Tensor:
-    """Memory for what a kernel writes. Heads of attention lie next to each other at a position, as they are read."""
+    """Allocate memory for what a kernel writes.
+
+    Heads of attention lie next to each other at a position, as they are read.
+    """
     lead = (cells,) if array.grouped else ()
     if isinstance(array, Attention):
         batch, heads, rows, size = array.shape
@@ -90,7 +96,10 @@ def grouped_body(
     shared: Callable[[Operand], torch.Tensor],
     target: Target | None = None,
 ) -> TritonBody:
-    """A body cut into kernels for a target; the other arguments are those of :func:`rmtc.codegen.torch.emit`."""
+    """Cut a body into kernels for a target.
+
+    The other arguments are those of :func:`rmtc.codegen.torch.emit`.
+    """
     group = size is not None
     tensors: dict[Operand | Input | Weight | Number, Any] = {}
 
@@ -127,7 +136,10 @@ def grouped_body(
 
 
 def _with_results(nest: Nest, layouts: Layouts) -> Nest:
-    """A body whose results are in memory, a row for each cell: those that are no views of what is are copied."""
+    """Return a body whose results are in memory, with one row per cell.
+
+    Results that are no views of memory are copied, and so are those whose rows several cells share.
+    """
     arrays, results = list(nest.arrays), list[Array]()
     for each in nest.results:
         if (isinstance(each, View) and layouts.of(each) is None) or cells_of(each) > 1:
@@ -138,7 +150,7 @@ def _with_results(nest: Nest, layouts: Layouts) -> Nest:
 
 
 def _layout(array: Array, value: torch.Tensor) -> torch.Tensor:
-    """An operand for two cells, without memory."""
+    """Return an operand as a tensor for two cells, without memory."""
     shape, strides = list(value.shape), value.stride()
     if array.grouped:
         shape[0] = 2
@@ -155,12 +167,12 @@ def emit(
     target: Target | None = None,
     **operands: Any,
 ) -> tuple[Emitted, tuple[Any, ...]]:
-    """Emit a body, and run it once; as :func:`rmtc.codegen.torch.emit` does.
+    """Emit a body and run it once, as :func:`rmtc.codegen.torch.emit` does.
 
     Args:
         name, ops, results, environment, operands: as there.
-        bind: whether it is to run in memory that stays.
-        target: what it is emitted for; None for the interpreter.
+        bind: whether to bind the body to an arena.
+        target: the target to emit it for, or None for the interpreter.
     """
     body = grouped_body(name, ops, results, environment, target=target, **operands)
     given = {"size": None, "inputs": (), "weights": (), "numbers": ()} | operands
@@ -170,13 +182,13 @@ def emit(
 
 
 class TritonBody:
-    """What runs a body's kernels.
+    """A body cut into kernels, with what runs them.
 
     Attributes:
         nest, groups: the body, and its kernels.
-        launches: these as what can be launched.
+        launches: the launch of each kernel.
         values: the operands that it was cut for.
-        launched: the tensors that they were launched with, if these had no values.
+        launched: for each kernel, the fake tensors that it would have been launched with.
     """
 
     def __init__(
@@ -194,7 +206,7 @@ class TritonBody:
         self.launched: dict[Any, Mapping[Array, torch.Tensor]] = {}
 
     def kernel(self, name: str, bind: bool) -> Emitted:
-        """As the executor knows it."""
+        """Return the body as the executor knows it."""
         texts = [launch.source.text for launch in self.launches.values()]
         texts += [f"# torch.bmm: {', '.join(map(str, each.array.ops))}" for each in self.multiplied]
         texts += [kernel.source for kernel in self.outside.values()]
@@ -215,15 +227,15 @@ class TritonBody:
         return [each for each in self.groups if isinstance(each, Multiply)]
 
     def _all_made(self, results: Sequence[Array]) -> bool:
-        """Whether kernels write these, for each cell."""
+        """Tell whether kernels write these results, for each cell."""
         made = {array for group in self.groups if not isinstance(group, Outside) for array in group.written}
         return all(base_of(each) in made and each.grouped for each in results)
 
     def written_home(self) -> dict[Array, Input]:
-        """Results that may be written where an input lies, and that input.
+        """Return the results that may be written where an input lies, each with that input.
 
-        Checks: only the kernel that writes such a result, and ones before it, read the input; that one reads an element
-        where it writes it alone, for nothing else.
+        Checks: only the kernel that writes such a result, and kernels before it, read the input. That kernel reads an
+        element only where it writes it, and for nothing else.
         """
         found: dict[Array, Input] = {}
         kept = {base_of(each) for each in self.nest.results}
@@ -245,7 +257,7 @@ class TritonBody:
     def run(
         self, size: int | None, inputs: Sequence[Any], weights: Sequence[Any], numbers: Sequence[Any], shared: Any
     ) -> tuple[Any, ...]:
-        """The results of the body for some cells, in new memory."""
+        """Run the body for some cells and return its results, in new memory."""
         tensors = self._operands(inputs, weights, numbers, shared)
         cells = size or 1
         for group in self.groups:
@@ -259,7 +271,7 @@ class TritonBody:
                 continue
             launch = self.launches[group]
             pointers = {array: self._tensor(array, tensors) for array in launch.source.pointers}
-            if any(isinstance(each, FakeTensor) for each in pointers.values()):  # only to see what would be launched
+            if any(isinstance(each, FakeTensor) for each in pointers.values()):  # only to record what would be launched
                 self.launched[group] = pointers
             else:
                 launch.call(pointers, cells)
@@ -275,7 +287,7 @@ class TritonBody:
         results: Sequence[torch.Tensor],
         work: Callable[[Sequence[int], torch.dtype], torch.Tensor],
     ) -> tuple[Callable[[Sequence[Any]], tuple[Any, ...]], tuple[torch.Tensor | None, ...]]:
-        """As a :class:`BoundBody` does it: what is launched is put together once."""
+        """Bind the body to an arena as a :class:`BoundBody` does, with its launches put together once."""
         flags = [each for each in self.leaves if isinstance(self.leaves[each], Number)]
         count = max((leaf.number + 1 for leaf in self.leaves.values() if isinstance(leaf, Number)), default=0)
         numbers = [[0] * size] * count
@@ -304,9 +316,10 @@ class TritonBody:
         """Return the launches of a step, in order, as calls without arguments.
 
         Args:
-            tensors: memory of the operands, and of the results that have memory; what else is written is added.
-            size: how many cells.
-            work: gives memory for what later launches alone read, which takes the place of what is no longer read.
+            tensors: memory of the operands, and of the results that have memory. Memory of other arrays that are
+                written is added.
+            size: number of cells.
+            work: gives memory for arrays that only later launches read. Memory that is no longer read is used again.
         """
         memory: dict[Array, torch.Tensor] = {}
         free: list[torch.Tensor] = []
@@ -361,10 +374,12 @@ class TritonBody:
         )
 
     def _tensor(self, array: Array, tensors: _Tensors, stays: bool = False) -> torch.Tensor:
-        """An array in memory, or a view of it; of what lies otherwise than when source was emitted, a copy.
+        """Return an array in memory, or a view of it.
+
+        Where the memory lies otherwise than when source was emitted, the view may be one of a copy.
 
         Raises:
-            NoViewError: in place of a copy, if the memory stays: that of a copy would not change with it.
+            NoViewError: in place of a copy, if the memory stays, for a copy would not change with it.
         """
         if array not in tensors:
             assert isinstance(array, View) and array.view is not None
@@ -380,7 +395,7 @@ class TritonBody:
         return tensors[array]
 
     def _multiply(self, group: Multiply, tensors: _Tensors, cells: int, stays: bool = False) -> Callable[[], Any]:
-        """What has a library write a product."""
+        """Return a function that has a library write a product."""
         product = group.array
         lead = cells if product.grouped else 1
         left, right, into = (
@@ -388,7 +403,7 @@ class TritonBody:
             for array in (product.left, product.right, product)
             for value in [self._tensor(array, tensors, stays)]
         )
-        # Rows of several matrices by one are rows of one; else they are multiplied in pairs.
+        # Several matrices times one are one matrix with all their rows. Else they are multiplied in pairs.
         rows = lead if right.dim() == 3 else -1
 
         def matrices(tensor: torch.Tensor) -> torch.Tensor:
@@ -444,7 +459,7 @@ def _number(leaf: Operand) -> int:
 
 
 def _shaped(array: Array, rows: torch.Tensor) -> torch.Tensor:
-    """Memory, a row for each cell, as that of what a kernel writes; see :func:`made_for`."""
+    """Return memory, a row per cell, in the shape of what a kernel writes, see :func:`made_for`."""
     if isinstance(array, Attention):
         batch, heads, positions, size = array.shape
         found = rows.view(-1, batch, positions, heads, size).transpose(-2, -3)
@@ -454,7 +469,10 @@ def _shaped(array: Array, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _in_place(kernel: Fused, output: Output, array: Array) -> bool:
-    """Whether a kernel may write an output where it reads an array: all loads come before all stores of a tile."""
+    """Tell whether a kernel may write an output where it reads an array.
+
+    All loads come before all stores of a tile.
+    """
     sums: list[Term] = []
     for stage in kernel.stages:
         sums += [*stage.statistics, *stage.accumulators]

@@ -1,4 +1,4 @@
-"""What kernels compute element by element, as Triton spells it."""
+"""The functions that kernels compute element by element, in Triton's spelling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Source of kernels as what is launched."""
+"""Kernels as launches, made of their source."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _files = itertools.count()
 
 @functools.lru_cache(maxsize=4096)
 def jitted(name: str, text: str) -> Any:
-    """The function of a source, as Triton compiles it, or interprets it."""
+    """Return the function of a source, as Triton compiles or interprets it."""
     import triton
     import triton.language
 
@@ -40,13 +40,13 @@ def jitted(name: str, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Printed:
-    """One way to print a kernel, and how it is launched."""
+    """A printed kernel, with its launch configuration."""
 
     source: KernelSource
     config: Config
 
     def arguments(self, tensors: Mapping[Array, torch.Tensor], cells: int) -> list[tuple[str, torch.Tensor | int]]:
-        """What it is launched with but for the sizes of tiles, by name.
+        """Return the arguments of a launch by name, but for the sizes of tiles.
 
         Raises:
             RefusedError: if elements of a cell lie further apart than its source counts.
@@ -66,7 +66,11 @@ class Printed:
         return list(zip(self.source.parameters, values, strict=True))
 
     def takes(self, tensors: Mapping[Array, torch.Tensor]) -> bool:
-        """Whether tensors lie as its descriptors need them: contiguous along a dimension, else at whole 16 bytes."""
+        """Tell whether tensors lie as its descriptors need them.
+
+        They must be contiguous along one dimension. Their first element and all other strides must be at whole 16
+        bytes.
+        """
         for array, along in self.source.described:
             tensor = tensors[array]
             dim = along + array.grouped
@@ -79,7 +83,7 @@ class Printed:
 
     @property
     def options(self) -> dict[str, int]:
-        """What Triton is told by name."""
+        """The sizes of tiles and the options of a launch, by Triton's names."""
         blocks = {name: self.config.blocks[name] for name in self.source.blocks}
         return {**blocks, "num_warps": self.config.warps, "num_stages": self.config.stages}
 
@@ -93,7 +97,10 @@ class Printed:
 
 @functools.cache
 def _operator(qualified: str, name: str, text: str, options: tuple[tuple[str, int], ...]) -> Any:
-    """One that torch looks into when it traces; where Triton interprets there is no kernel to look at."""
+    """Make a kernel an operator of torch, into which torch looks when it traces.
+
+    Where Triton interprets, there is no kernel to look into.
+    """
     import triton
 
     function = jitted(name, text)
@@ -120,9 +127,10 @@ class KernelLaunch:
 
     Attributes:
         kernel: what it computes.
-        plain: as it runs on tensors however they lie.
-        big: as its product runs fastest on the target, if tensors lie as that needs them.
-        target: what it was chosen for.
+        plain: the kernel printed for tensors however they lie.
+        big: the kernel printed so that its product runs fastest on the target, if tensors lie as that needs them. None
+            if it is no such product.
+        target: the target that these were chosen for.
     """
 
     kernel: Kernel | Attend
@@ -132,19 +140,19 @@ class KernelLaunch:
 
     @property
     def source(self) -> KernelSource:
-        """Its text."""
+        """The source of ``big`` if there is one, else that of ``plain``."""
         return (self.big or self.plain).source
 
     def printed(self, tensors: Mapping[Array, torch.Tensor]) -> Printed:
-        """How it is launched for tensors."""
+        """Return the printed kernel to launch for tensors."""
         return self.big if self.big is not None and self.big.takes(tensors) else self.plain
 
     def bind(self, tensors: Mapping[Array, torch.Tensor], cells: int) -> Callable[[], Any]:
-        """What launches it for tensors that lie where they lie.
+        """Return a function that launches the kernel for tensors that keep their addresses.
 
         Args:
             tensors: for each of the source's pointers, the tensor, of a group of cells if it is grouped.
-            cells: how many cells.
+            cells: number of cells.
         """
         printed = self.printed(tensors)
         function = jitted(printed.source.name, printed.source.text)
@@ -153,7 +161,7 @@ class KernelLaunch:
         return functools.partial(_allocating, launch) if printed.source.described else launch
 
     def call(self, tensors: Mapping[Array, torch.Tensor], cells: int) -> None:
-        """Launch it as an operator of torch."""
+        """Launch the kernel as an operator of torch."""
         printed = self.printed(tensors)
         pointers = printed.source.pointers
         count = len(pointers) - printed.source.written
@@ -167,7 +175,10 @@ class KernelLaunch:
             launch()
 
     def grid(self, printed: Printed, cells: int) -> tuple[int, int, int]:
-        """Tiles of rows and columns, cells, and what is the same for a tile; or the programs that go through them."""
+        """Return the grid: tiles of rows and columns, cells, and z.
+
+        For a persistent kernel it is the number of programs that go through all of these.
+        """
         kernel, blocks = self.kernel, printed.config.blocks
         tiles = math.ceil(kernel.m.size.value / blocks["BLOCK_M"])
         if isinstance(kernel, Kernel):
@@ -180,7 +191,7 @@ class KernelLaunch:
 
 
 def _allocating(launch: Callable[[], Any]) -> None:
-    """Launch what has descriptors, for which Triton asks this thread for memory."""
+    """Launch a kernel that has descriptors, for which Triton asks this thread for memory."""
     import triton
 
     triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
@@ -193,13 +204,13 @@ def prepare(
     strides: Callable[[Array], Sequence[int]],
     target: Target | None = None,
 ) -> list[KernelLaunch]:
-    """Kernels as what can be launched.
+    """Prepare kernels for launching.
 
     Args:
         kernels: the kernels.
         name: what their names begin with.
-        strides: those of arrays in memory, by dimension of a cell.
-        target: what they run on; None for the interpreter.
+        strides: gives the strides of an array in memory, by dimension of a cell.
+        target: the target that they run on, or None for the interpreter.
     """
     found = []
     for number, kernel in enumerate(kernels):

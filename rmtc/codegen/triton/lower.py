@@ -1,4 +1,4 @@
-"""A body's operations as arrays that are functions of their indices."""
+"""Lowering of a body's operations to arrays that are functions of their indices."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Given(NamedTuple):
     """An operand of a body.
 
     Attributes:
-        meta: the tensor of a cell, on ``meta``; of a number that differs from cell to cell, such a number.
+        meta: the tensor of a cell, on ``meta``. Of a number that differs from cell to cell, one of its values.
         grouped: whether each cell has one of its own.
-        cells: how many neighbouring cells have each.
+        cells: number of neighbouring cells that share each.
     """
 
     meta: Any
@@ -44,14 +44,14 @@ def lower(
     environment: Environment,
     given: Callable[[Any], Given],
 ) -> Nest:
-    """A body as arrays.
+    """Lower a body to arrays.
 
     Args:
         name: of the body.
         ops: operations by number, in order.
         results: the numbers of those whose values are returned.
         environment: the sizes for the functions of batch and length in the operations.
-        given: for an operand that is no other operation of the body, what it is.
+        given: describes an operand that is no other operation of the body.
     """
     return _Lowering(name, environment, given).nest(ops, results)
 
@@ -83,7 +83,7 @@ class _Lowering(Arrays):
         rule = RULES.get(op.target)
         first = positional[0] if positional else None
         if isinstance(first, Array) and not first.sizes and any(name.startswith("dim") for name in arguments.values):
-            rule = None  # a dimension of what has none
+            rule = None  # a dimension of an array without any
         metas = map_leaves(op.args, lambda leaf: self._meta(self._operand(leaf)))
         positional, named = call_arguments(metas)
         wanted = op.target(*positional, **named)
@@ -101,7 +101,7 @@ class _Lowering(Arrays):
         return made
 
     def _outside(self, op: Op, args: tuple[Any, ...], wanted: Any) -> Any:
-        """What torch runs, on what is in memory, a row for each cell."""
+        """Leave an operation to torch, with operands that are in memory, one row per cell."""
 
         def there(leaf: Any) -> Any:
             spread = isinstance(leaf, Stored) and leaf.cells > 1
@@ -129,7 +129,7 @@ class _Lowering(Arrays):
         return tuple(found) if several else found[0]
 
     def _operand(self, leaf: Any) -> Any:
-        """A leaf of an operation's arguments: an array, or a constant."""
+        """Return a leaf of an operation's arguments as an array or a constant."""
         if isinstance(leaf, Local):
             return self.values[leaf.number]
         if isinstance(leaf, Fit):

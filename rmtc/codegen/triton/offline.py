@@ -38,25 +38,25 @@ _TYPES = {
 
 
 class OfflineError(RmtcError):
-    """A kernel that cannot be compiled here."""
+    """An error of a kernel that cannot be compiled here."""
 
     title = "not compiled"
 
 
 @dataclass(frozen=True)
 class Binary:
-    """A kernel as a target has it.
+    """A kernel compiled for a target.
 
     Attributes:
-        launch, printed, target: what was compiled for what.
+        launch, printed, target: the kernel, as it was printed, and the target.
         assembly: PTX or AMDGCN.
         code: what the card loads.
-        registers: of a thread; None where no tool tells.
-        spilled: bytes of a thread that are kept in memory for lack of registers; None where no tool tells.
+        registers: registers of a thread, or None where no tool tells.
+        spilled: bytes of a thread that are kept in memory for lack of registers, or None where no tool tells.
         shared: bytes of shared memory of a block.
-        instructions: how many matrix instructions of each kind its assembly has.
+        instructions: number of matrix instructions of each kind in its assembly.
         moved, operations: bytes, and floating-point operations of products, of a launch.
-        cells: of how many cells.
+        cells: number of cells of that launch.
     """
 
     launch: KernelLaunch
@@ -74,7 +74,7 @@ class Binary:
 
     @property
     def fits(self) -> bool:
-        """Whether the target has that much shared memory, and nothing was spilled."""
+        """True if the target has that much shared memory, and nothing was spilled."""
         return self.shared <= self.target.shared and not self.spilled
 
     @property
@@ -92,7 +92,7 @@ class Binary:
 
     @property
     def seconds(self) -> float:
-        """What a launch takes at least by the target's roofline: a prediction."""
+        """The least seconds of a launch, predicted by the target's roofline."""
         return self.target.machine.least(self.moved, self.operations, self.launch.kernel.written[0].dtype)
 
 
@@ -102,8 +102,8 @@ def compile_for(launch: KernelLaunch, tensors: Mapping[Array, torch.Tensor], tar
     Args:
         launch: the kernel.
         tensors: for each of its pointers a tensor, which may be on ``meta``.
-        target: what for.
-        cells: how many cells a launch is of, for what it moves and computes.
+        target: the target to compile for.
+        cells: number of cells of a launch, for what it moves and computes.
 
     Raises:
         OfflineError: if that cannot be done in this process, or the compiler fails.
@@ -158,7 +158,7 @@ def compile_for(launch: KernelLaunch, tensors: Mapping[Array, torch.Tensor], tar
 
 
 def _of_cubin(code: bytes) -> tuple[int | None, int | None]:
-    """Registers, and bytes spilled, of a thread."""
+    """Return the registers and the spilled bytes of a thread, or None where no tool tells."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -1,4 +1,4 @@
-"""Operations that compute: element by element, sums, norms, products, attention."""
+"""Lowering rules of operations that compute: element by element, sums, norms, products, attention."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _of(function: str, *names: str) -> Rule:
 
 
 def _float(function: str, *names: str) -> Rule:
-    """Of functions whose results are no integers."""
+    """Make a rule for a function that is not lowered for integers."""
 
     def rule(arrays: Arrays, arguments: NamedArguments) -> Array | None:
         args = [arguments[name] for name in names]
@@ -143,7 +143,7 @@ def _converted(arrays: Arrays, arguments: NamedArguments) -> Array | None:
         and dtype != value.dtype
         and (dtype == torch.bool or (value.dtype.is_floating_point and not dtype.is_floating_point))
     ):
-        return None  # what is out of range is rounded in ways of its own
+        return None  # values out of range are converted in ways of their own
     return arrays.cast(value, dtype) if dtype is not None else same(arrays, arguments)
 
 
@@ -253,7 +253,7 @@ def _rotary(arrays: Arrays, arguments: NamedArguments) -> Array | None:
 
 
 def _roll_products(arrays: Arrays, arguments: NamedArguments) -> Array | None:
-    """``x[c % size] * x[(c % size - shift) % size]``: rolled by reading elsewhere."""
+    """Lower ``x[c % size] * x[(c % size - shift) % size]``, which rolls by reading elsewhere."""
     x, shifts = arguments["x"], list(arguments["shifts"])
     size = x.shape[-1]
     first, step = shifts[0], shifts[1] - shifts[0] if len(shifts) > 1 else 0
@@ -340,7 +340,7 @@ def _attention(arrays: Arrays, arguments: NamedArguments) -> Array | None:
 
 
 def _einsum(arrays: Arrays, arguments: NamedArguments) -> Array | None:
-    """Of two operands without repeated letters: a batched product."""
+    """Lower an einsum of two operands without repeated letters, which is a batched product."""
     equation, tensors = arguments["equation"].replace(" ", ""), arguments["tensors"]
     if "->" not in equation or len(tensors) != 2 or tensors[0].dtype != tensors[1].dtype:
         return None

@@ -1,4 +1,4 @@
-"""What arrays are, by plain torch on one cell: what kernels are held against. It knows nothing of terms or tiles."""
+"""The values of arrays, by plain torch on one cell: the reference for kernels. It knows nothing of terms or tiles."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ _FUNCTIONS: dict[str, Callable[..., _Tensor]] = {
 
 
 def evaluate(nest: Nest, operands: Mapping[Array, Any]) -> dict[Array, Any]:
-    """All arrays of a body, for one cell.
+    """Evaluate all arrays of a body, for one cell.
 
     Args:
         nest: the body.
-        operands: the tensors of one cell that are stored; numbers as they are.
+        operands: the tensors of one cell that are stored. Numbers are given as they are.
     """
     found: dict[Array, Any] = {}
     for array in nest.arrays:
@@ -127,7 +127,7 @@ def _inner(value: Any, array: Pointwise) -> _Tensor:
 
 
 def _gathered(array: View, source: _Tensor) -> _Tensor:
-    """Each element from where it is said to be."""
+    """Gather each element of a view from its index in the source."""
     variables = tuple(Variable(f"d{dim}", size) for dim, size in enumerate(array.sizes))
     ranges = (torch.arange(size) for size in array.shape)
     grids = dict(zip(variables, torch.meshgrid(*ranges, indexing="ij") if variables else (), strict=True))

@@ -1,4 +1,4 @@
-"""The source of a kernel."""
+"""The printer of kernels as Triton source."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ class KernelSource:
     """A kernel as text.
 
     Attributes:
-        name: of the function.
+        name: the function's name.
         text: its definition.
         pointers: the arrays that it takes, each followed by its strides, that of the group first if it has one.
         sizes: the sizes that it takes after these.
         parameters: the names of all of these.
         blocks: the names of the sizes of tiles that it takes last.
-        written: how many of the pointers, at the end, are written to.
-        persistent: whether a program goes on with other tiles; then it takes the number of cells after the sizes.
-        described: pointers that are read by tensor descriptors, and the dimension along which they are contiguous.
+        written: number of the pointers, at the end, that are written to.
+        persistent: whether a program goes on with other tiles. Then it takes the number of cells after the sizes.
+        described: the pointers that are read by tensor descriptors, and the dimension along which they are contiguous.
     """
 
     name: str
@@ -71,11 +71,11 @@ class KernelSource:
 
 @dataclass(frozen=True)
 class Style:
-    """How products are printed.
+    """A style in which products are printed.
 
     Attributes:
         persistent: whether a program computes several tiles, neighbouring ones at a time.
-        strides: the strides of arrays in memory, by dimension of a cell, if tiles of them are to be read by tensor
+        strides: gives the strides of arrays in memory, by dimension of a cell. With it, tiles are read by tensor
             descriptors where that is possible.
         interpreted: whether it is for the interpreter, which takes the bits of bfloat16 for numbers.
     """
@@ -86,7 +86,7 @@ class Style:
 
 
 def dtype_text(dtype: torch.dtype) -> str:
-    """A dtype as Triton spells it."""
+    """Return a dtype as Triton spells it."""
     return "tl.int1" if dtype == torch.bool else f"tl.{str(dtype).removeprefix('torch.')}"
 
 
@@ -96,7 +96,7 @@ def source_of(kernel: Kernel | Attend, prefix: str, style: Style) -> KernelSourc
     Args:
         kernel: the kernel.
         prefix: what its name begins with.
-        style: how.
+        style: the style of its products.
     """
     printer = _Printer(kernel, style)
     lines = printer.attention(kernel) if isinstance(kernel, Attend) else printer.product(kernel)
@@ -108,8 +108,8 @@ class _Scope:
     """A block of statements.
 
     Attributes:
-        indent: before each of them.
-        own: the variables that are not there outside of it.
+        indent: the white space before each statement.
+        own: the variables that exist only inside of it.
     """
 
     indent: str
@@ -142,7 +142,7 @@ class _Printer:
         self.scopes[-1].lines.append(f"{self.scopes[-1].indent}{line}")
 
     def scope_for(self, variables: Iterable[Variable]) -> _Scope:
-        """The outermost block that has all variables."""
+        """Return the outermost block that has all variables."""
         needed = set(variables)
         for scope in reversed(self.scopes):
             if needed & scope.own:
@@ -150,7 +150,7 @@ class _Printer:
         return self.scopes[0]
 
     def assign(self, key: object, prefix: str, text: str, variables: Iterable[Variable]) -> str:
-        """A name for a value, computed once where all that it depends on is there."""
+        """Return a name for a value that is computed once, in the outermost block that has all it depends on."""
         scope = self.scope_for(variables)
         for each in self.scopes:
             if key in each.known:
@@ -167,7 +167,7 @@ class _Printer:
         return self.sizes.setdefault(symbol, f"size{len(self.sizes)}")
 
     def index(self, index: Index, forms: _Forms) -> str:
-        """An index as an expression."""
+        """Return an index as an expression."""
         parts = []
         for atoms, factor in index.terms:
             factors = [self.atom(atom, forms) for atom in atoms]
@@ -188,7 +188,7 @@ class _Printer:
         return self.assign((atom, _key(variables, forms)), "i", text, variables)
 
     def whole(self, index: Index, forms: _Forms) -> str:
-        """An index as an operand."""
+        """Return an index as an operand, in parentheses where it needs them."""
         text = self.index(index, forms)
         single = len(index.terms) == 1 and len(index.terms[0][0]) + (index.terms[0][1] != 1) <= 1
         return text if single and not text.startswith("-") else f"({text})"
@@ -196,7 +196,7 @@ class _Printer:
     # Terms.
 
     def value(self, term: Term, forms: _Forms) -> str:
-        """A name, or a number, for a term's value in its own dtype."""
+        """Return a name, or a number, for a term's value in its own dtype."""
         if isinstance(term, (Statistic, Accumulated)):
             return self.sums[id(term)]
         variables = self.free(term)
@@ -242,7 +242,7 @@ class _Printer:
         return [f"{text}_ok" for text in texts if text != "z"]
 
     def place(self, array: Array, index: Sequence[Index], forms: _Forms, spread: Iterable[Variable] = ()) -> str:
-        """Where an element lies; as a tile of all of ``spread``, too."""
+        """Return the address of an element as text, as a tile over all of ``spread``, too."""
         name = self.pointer(array)
         terms = [f"{text} * 0" for text in sorted(forms[variable] for variable in spread) if text != "z"]
         wide = is_wide(array)
@@ -273,7 +273,7 @@ class _Printer:
         return name
 
     def counting(self, name: str, form: str, start: str, block: str, size: str) -> None:
-        """Numbers from ``start`` on, as a column or a row, and which are below the size."""
+        """Print numbers from ``start`` on, as a column or a row, and which of them are below the size."""
         shape = "[:, None]" if form == "column" else "[None, :]"
         counted = f"tl.arange(0, {self.block(block)}){shape}"
         self.say(f"{name} = {start} + {counted}" if start else f"{name} = {counted}")
@@ -294,7 +294,7 @@ class _Printer:
         self.counting("n", "row", "n_tile * BLOCK_N", "BLOCK_N", "n_size")
         for stage in kernel.stages:
             self.stage(stage.over, stage.statistics, stage.accumulators, forms)
-        # What is overwritten is read before.
+        # All values are read before the first store, which may overwrite an operand.
         values = [self.value(output.term, forms) for output in kernel.outputs]
         for output, value in zip(kernel.outputs, values, strict=True):
             array = output.array
@@ -346,7 +346,7 @@ class _Printer:
             )
             self.say(f"{name} = {self.dot(left, right, name, dtype)}")
         self.scopes.pop()
-        # What the loop does not change was put before it.
+        # Values that are invariant in the loop were printed before it.
         self.say(f"for k_from in range(0, {size}, BLOCK_K):")
         self.scopes[-1].lines += body.lines
         for term, name in names:
@@ -359,20 +359,20 @@ class _Printer:
             self.sums[id(term)] = name
 
     def tile(self, term: Term, forms: _Forms, shape: str, dtype: torch.dtype, whole: set[Variable]) -> str:
-        """A term as a whole tile."""
+        """Return a term as a whole tile."""
         text = self.value(term, forms)
         if _dtype(term) != dtype:
             text = f"{text}.to({dtype_text(dtype)})"
         return text if self.free(term) >= whole else f"tl.broadcast_to({text}, {shape})"
 
     def factor(self, term: Term, forms: _Forms, shape: str, dtype: torch.dtype, whole: set[Variable], mask: str) -> str:
-        """A factor of a product: nothing where its variable has no value."""
+        """Return a factor of a product, which is 0 where its variable has no value."""
         text = self.tile(term, forms, shape, dtype, whole)
         loaded = isinstance(term, Load) and {v for each in term.index for v in each.variables} >= whole
         return text if loaded else f"tl.where({mask}, {text}, 0)"
 
     def dot(self, left: str, right: str, added: str | None, dtype: torch.dtype) -> str:
-        """A product of tiles, plus what is there."""
+        """Return a product of tiles, plus ``added`` if it is given."""
         if dtype == torch.bfloat16 and self.style.interpreted:
             left, right = (f"{each}.to(tl.float32)" for each in (left, right))
         precise = ', input_precision="ieee"' if dtype == torch.float32 else ""
@@ -380,11 +380,15 @@ class _Printer:
         return f"tl.dot({left}, {right}{f', {added}' if added else ''}{precise}{wide})"
 
     def tiled(self, term: Term, line: Variable, over: Variable) -> str | None:
-        """A factor that is read by a descriptor: one of which a tile is a box; None if this is none.
+        """Print the read of a factor by a descriptor, and return its name.
 
         Args:
+            term: the factor.
             line: the variable of the product's rows, or columns.
-            over: that which is summed over.
+            over: the variable that is summed over.
+
+        Returns:
+            The name, or None if a tile of the factor is no box that a descriptor reads.
         """
         if self.style.strides is None or not isinstance(term, Load) or term.guards or self.kernel.z in _of(term.index):
             return None
@@ -397,7 +401,7 @@ class _Printer:
         place, depth = places[0], depths[0]
         start = term.index[place] - Index.of(line)
         if start.variables or term.index[depth] != Index.of(over) or array.sizes[depth].value != over.size.value:
-            return None  # beyond the array there is nothing, beyond a part of it something
+            return None  # a box reads zeros past the array's end, but not past a part's
         along = depth if strides[depth] == 1 else place
         across = place if along == depth else depth
         size = array.dtype.itemsize
@@ -509,12 +513,12 @@ class _Printer:
 
 
 def is_wide(array: Array) -> bool:
-    """Whether places in what lies in memory are 64 bits wide."""
+    """Tell whether offsets in an array's memory are 64 bits wide."""
     return math.prod(base_of(array).shape) >= WIDE
 
 
 def cells_of(array: Array) -> int:
-    """How many neighbouring cells have each row of what lies in memory."""
+    """Return the number of neighbouring cells that share each row of an array's memory."""
     base = base_of(array)
     return base.cells if isinstance(base, Stored) else 1
 
@@ -534,12 +538,12 @@ def _dtype(term: Term) -> torch.dtype:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """In which products of a dtype are summed up."""
+    """Return the dtype in which products of a dtype are summed up."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _number(value: float, dtype: torch.dtype) -> str:
-    """A constant of the model."""
+    """Return a constant of the model as text."""
     if dtype.is_floating_point:
         value = float(value)
         return repr(value) if math.isfinite(value) else f"float('{value}')"
@@ -547,7 +551,7 @@ def _number(value: float, dtype: torch.dtype) -> str:
 
 
 def _covered(kernel: Kernel | Attend) -> Iterator[str]:
-    """The operations that a kernel covers, and where they are in the user's code."""
+    """Yield the operations that a kernel covers, with their places in the user's code."""
     ops = dict.fromkeys(op for array in kernel.arrays for op in array.ops)
     for op in sorted(ops, key=str):
         place = f"  {op.location.file}:{op.location.line}" if op.location is not None else ""
@@ -555,7 +559,7 @@ def _covered(kernel: Kernel | Attend) -> Iterator[str]:
 
 
 def _name(kernel: Kernel | Attend, prefix: str) -> str:
-    """What a kernel does, in its order: ``c0_linear_silu_mul``."""
+    """Name a kernel by what it does, in its order, such as ``c0_0_product_silu_mul``."""
     words: list[str] = []
     for array in kernel.arrays:
         word = array.function if isinstance(array, Pointwise) else ""

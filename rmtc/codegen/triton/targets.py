@@ -1,4 +1,4 @@
-"""GPUs that kernels are compiled for without one."""
+"""GPUs that kernels are compiled for, without one of them at hand."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ __all__ = ["TARGETS", "Target", "target_of"]
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A GPU.
+    """A GPU that kernels are compiled for.
 
     Attributes:
-        name: as in ``--target``.
-        backend, arch, warp: as Triton's ``GPUTarget`` has them; lanes of a warp.
-        card: the card whose data sheet the figures are of.
+        name: the name in ``--target``.
+        backend, arch, warp: the arguments of Triton's ``GPUTarget``. ``warp`` is the number of lanes of a warp.
+        card: the card whose data sheet has the figures.
         shared: bytes of shared memory that a block may have.
-        multiprocessors: how many there are.
-        registers: of 4 bytes of each of them; of a multiprocessor's lanes for AMD.
+        multiprocessors: their number.
+        registers: number of registers of 4 bytes of a multiprocessor. For AMD, those of its lanes.
         lanes: threads that a multiprocessor holds at most.
         machine: its roofline.
-        instructions: the matrix instructions of its assembly, as a regular expression.
+        instructions: a regular expression of the matrix instructions of its assembly.
         descriptors: whether it reads tiles by tensor descriptors.
     """
 
@@ -118,7 +118,7 @@ TARGETS: Mapping[str, Target] = {
 
 
 def target_of(device: torch.device) -> Target | None:
-    """The target that a device is most like; None for the CPU, where kernels are interpreted."""
+    """Return the target that a device is most like, or None for the CPU, where kernels are interpreted."""
     if device.type != "cuda":
         return None
     if torch.version.hip is not None:

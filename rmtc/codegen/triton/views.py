@@ -1,4 +1,4 @@
-"""Operations that are other indices: views, and what puts arrays together."""
+"""Lowering rules of operations that only change indices: views, and operations that put arrays together."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _sliced(arrays: Arrays, arguments: NamedArguments) -> Array | None:
 
 
 def _clipped(place: int, size: Index) -> Index:
-    """Where a slice starts or ends."""
+    """Return the place where a slice starts or ends, within the dimension."""
     if place < 0:
         return size - -place if -place < size.value else Index()
     if place >= size.value:

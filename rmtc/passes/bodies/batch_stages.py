@@ -18,12 +18,12 @@ __all__ = ["batch_stages"]
     lambda program: f"at once for several segments: {', '.join(sorted(program.batched)) or 'none'}\n",
 )
 def batch_stages(program: WavefrontProgram) -> WavefrontProgram:
-    """Say which prologues and epilogues need not run one segment after another.
+    """Mark the prologues and epilogues that need not run one segment after another.
 
     Needs: a program with a body for each class.
-    Gives: the program with the names of the prologues that read nothing a segment makes: those of a block of segments
-    may run before the first of them; and of the epilogues of which no segment reads a value: those of a block may run
-    after the last of them.
+    Gives: the program with the names of two kinds of bodies. Prologues that read nothing a segment makes may run for a
+    block of segments before the first of them. Epilogues from which no segment reads may run for a block after the
+    last.
     Checks: what each body reads.
 
         P0: ids -> embedding    E0: hidden -> logits, which are read after the loop    ->    both
@@ -40,7 +40,7 @@ def batch_stages(program: WavefrontProgram) -> WavefrontProgram:
 
 
 def _rows(body: Body) -> Iterator[tuple[int, Row]]:
-    """What a body reads of what segments make, with the row kind that reads it."""
+    """Yield the values made in segments that a body reads, each with the row kind that reads it."""
     for choice in body.inputs:
         yield from ((row, operand) for (row, _), operand in choice.items() if isinstance(operand, Row))
 

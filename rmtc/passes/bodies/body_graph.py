@@ -1,4 +1,4 @@
-"""A body being rewritten: its operations with what reads them, for passes that put one in the place of several."""
+"""A body under rewriting, with the readers of each operation, for passes that replace several operations by one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ _FLOATS = (torch.float32, torch.float64)
 def on_bodies(
     name: str, summary: str
 ) -> Callable[[Callable[[Body, SegmentLoop], Body]], Pass[[WavefrontProgram], WavefrontProgram]]:
-    """Make the function below, which rewrites one body, a pass over all bodies of a program."""
+    """Make the decorated function, which rewrites one body, a pass over all bodies of a program.
+
+    Args:
+        name: the pass's name.
+        summary: what it does, in one line.
+    """
 
     def registered(rewrite: Callable[[Body, SegmentLoop], Body]) -> Pass[[WavefrontProgram], WavefrontProgram]:
         def apply(program: WavefrontProgram) -> WavefrontProgram:
@@ -35,26 +40,26 @@ def on_bodies(
 
 
 def key_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments as a key under which 1, 1.0 and True differ, and 0.0 and -0.0."""
+    """Return arguments as a key under which 1, 1.0 and True differ, and so do 0.0 and -0.0."""
     return map_leaves(args, lambda leaf: (type(leaf), repr(leaf)) if is_constant(leaf) else leaf)
 
 
 def is_constant(leaf: Any) -> bool:
-    """Whether an operand is the same in every cell and call, and no tensor."""
+    """Tell whether an operand is the same in every cell and call, and no tensor."""
     return leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype, torch.device))
 
 
 def is_tensor(leaf: Any) -> bool:
-    """Whether an operand is a tensor."""
+    """Tell whether an operand is a tensor."""
     return isinstance(leaf, (Local, Input, Weight, Shared, Src, Outer))
 
 
 class BodyGraph:
-    """The operations of a body, and how often each is read.
+    """The operations of a body, with the number of readers of each.
 
     Args:
         body: the body.
-        loop: the loop it is of, which knows the forms of what other cells make.
+        loop: the body's loop, which knows the forms of what other cells make.
     """
 
     def __init__(self, body: Body, loop: SegmentLoop) -> None:
@@ -68,7 +73,7 @@ class BodyGraph:
         self.readers.update(self.body.results)
 
     def replace(self, number: int, target: Callable[..., Any], *args: Any) -> None:
-        """Put another operation, with a result of the same form, in the place of one and of what only it reads."""
+        """Replace an operation, and those that only it reads, by one with a result of the same form."""
         old = self.ops[number]
         self.ops[number] = replace(old, target=target, args=args)
         self._count()
@@ -83,7 +88,7 @@ class BodyGraph:
         self.ops[number] = replace(self.ops[number], covers=tuple(sorted(covers)))
 
     def drop(self, number: int, instead: Any) -> None:
-        """Let all that read an operation read another operand in its place, unless it is a result itself."""
+        """Remove an operation and let its readers read another operand, unless it is a result itself."""
         if number in self.body.results:
             return
         for reader, op in self.ops.items():
@@ -94,11 +99,15 @@ class BodyGraph:
         self._count()
 
     def numbers(self) -> Iterator[int]:
-        """The operations, in order; those that go meanwhile are left out."""
+        """Yield the numbers of the operations, in order, without those that are removed meanwhile."""
         yield from (number for number in list(self.ops) if number in self.ops)
 
     def args(self, leaf: Any, *targets: Callable[..., Any]) -> tuple[Any, ...] | None:
-        """The positional arguments of what makes an operand, if it is one of some operations without other readers."""
+        """Return the positional arguments of the operation that makes an operand.
+
+        Returns:
+            The arguments. None if the operation is none of ``targets``, has other readers, or has named arguments.
+        """
         op = self.op(leaf)
         if op is None or op.target not in targets or self.readers[leaf.number] > 1:
             return None
@@ -106,15 +115,15 @@ class BodyGraph:
         return None if named else positional
 
     def linears(self, leaf: Any) -> int:
-        """How many linear maps read an operand."""
+        """Return the number of linear maps that read an operand."""
         return sum(op.target is torch.ops.aten.linear.default and op.args[0] == leaf for op in self.ops.values())
 
     def op(self, leaf: Any) -> Op | None:
-        """What makes an operand, if that is an operation of the same cell."""
+        """Return the operation that makes an operand, or None if none of the same cell does."""
         return self.ops.get(leaf.number) if isinstance(leaf, Local) else None
 
     def form(self, leaf: Any) -> Form | None:
-        """Shape and dtype of an operand in the run that the loop was folded from; None if that is not known."""
+        """Return shape and dtype of an operand in the run that the loop was folded from, or None if unknown."""
         if isinstance(leaf, Local):
             return self.ops[leaf.number].form
         if isinstance(leaf, Input):
@@ -136,12 +145,12 @@ class BodyGraph:
         return row[operand.number].form if operand.number < len(row) else None
 
     def floats(self, *operands: Any) -> bool:
-        """Whether operands are known to be of one floating-point dtype that sums are computed in."""
+        """Tell whether operands are known to have one dtype, float32 or float64, in which sums are computed."""
         forms = [self.form(leaf) for leaf in operands]
         return all(form is not None and form[1] in _FLOATS for form in forms) and len({f[1] for f in forms if f}) == 1
 
     def done(self) -> Body:
-        """The body with what is left of the operations that its results need."""
+        """Return the body with those of the remaining operations that its results need."""
         live, ops = set(self.body.results), dict[int, Op]()
         for number, op in reversed(self.ops.items()):
             if number in live:

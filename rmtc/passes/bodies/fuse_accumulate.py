@@ -1,4 +1,4 @@
-"""Pass fuse-accumulate: a product, quotient or matrix product that is added to something is added while it is made."""
+"""Pass fuse-accumulate: additions fused with the product, quotient or matrix product that they add."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _MADE: dict[Any, Any] = {aten.mul.Tensor: aten.addcmul.default, aten.div.Tensor:
 
 @on_bodies("fuse-accumulate", "products, quotients and matrix products added while they are made")
 def fuse_accumulate(body: Body, loop: SegmentLoop) -> Body:
-    """Fuse additions with what they add.
+    """Fuse additions with the products, quotients and matrix products that they add.
 
     Needs: forms of operations.
     Gives: the body with ``addcmul``, ``addcdiv``, ``add_linear`` and ``add_matmul``.
-    Checks: nothing else reads what is added; all operands are of one dtype, float32 or float64, of linear maps any
-    floating-point one.
+    Checks: nothing else reads what is added. All operands are of one dtype, float32 or float64. Operands of linear maps
+    may be of any floating-point dtype.
 
         %1 = div(%0, in1)      %2 = sub(in0, %1)     ->    %2 = addcdiv(in0, %0, in1, value=-1)
         %4 = linear(%3, w0)    %5 = add(in0, %4)     ->    %5 = add_linear(in0, %3, w0)
@@ -56,7 +56,7 @@ def _fused(graph: BodyGraph, rest: Any, part: Any, sign: int) -> tuple[Any, ...]
             return None
         return _MADE[made.target], rest, *args, *((("value", sign),) if sign != 1 else ())
     if made.target is aten.linear.default and sign == 1:
-        alone = (len(args) == 2 or args[2] is None) and graph.linears(args[0]) == 1  # several of one input are joined
+        alone = (len(args) == 2 or args[2] is None) and graph.linears(args[0]) == 1  # join-products takes several
         floats = made.form is not None and made.form[1].is_floating_point
         return (add_linear, rest, *args[:2]) if alone and floats and graph.form(rest) == made.form else None
     if made.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):

@@ -16,12 +16,13 @@ aten = torch.ops.aten
 
 @on_bodies("fuse-norms", "root mean square norms that are spelled out as single operations")
 def fuse_norms(body: Body, loop: SegmentLoop) -> Body:
-    """Put one operation in the place of a norm.
+    """Replace the operations of a spelled-out norm by one.
 
     Needs: forms of operations.
-    Gives: the body with ``rms_normalize(x, eps)`` where x is multiplied by the root of its mean square, in the dtype in
-    which that was computed; casts before and after stay, and so does the product with a weight.
-    Checks: nothing else reads a part of it; the mean is along the last dimension, which it keeps; x and its squares are
+    Gives: the body with ``rms_normalize(x, eps)`` where x is multiplied by the inverse root of its mean square. The
+    operation has the dtype in which that was computed. Casts before and after stay, and so does the product with a
+    weight.
+    Checks: nothing else reads a part of it. The mean is along the last dimension, which it keeps. x and its squares are
     of one dtype, float32 or float64.
 
         %1 = pow(%0, 2)   %2 = mean(%1, [-1], True)   %3 = add(%2, 1e-6)
@@ -41,7 +42,7 @@ def fuse_norms(body: Body, loop: SegmentLoop) -> Body:
 
 
 def _eps(graph: BodyGraph, x: Operand, scale: Operand) -> float | None:
-    """What is added to the mean square of x whose root an operand is; None if it is something else."""
+    """Return the eps of a norm's scale, ``rsqrt(mean(x**2) + eps)``, or None if an operand is something else."""
     root = graph.args(scale, aten.rsqrt.default)
     shifted = graph.args(root[0], aten.add.Tensor) if root else None
     if shifted is None or len(shifted) != 2 or not isinstance(shifted[1], (int, float)):

@@ -1,4 +1,4 @@
-"""Pass fuse-rolls: products of a tensor with itself, rolled, and what is done to parts before they are joined."""
+"""Pass fuse-rolls: products of a tensor with itself, rolled, and pointwise operations on parts that are joined."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ aten = torch.ops.aten
 
 @on_bodies("fuse-rolls", "pointwise operations after concatenations; products of a tensor with itself, rolled")
 def fuse_rolls(body: Body, loop: SegmentLoop) -> Body:
-    """Join before a pointwise operation that all parts go through, and roll once.
+    """Concatenate before a pointwise operation that all parts go through, and roll once.
 
     Needs: forms of operations.
     Gives: the body with ``f(cat([x, y]))`` for ``cat([f(x), f(y)])``, and ``roll_products(x, shifts)`` for the
     concatenation of ``x * roll(x, j)``.
-    Checks: nothing else reads the parts; the operation's further arguments are the same constants for all, and its
-    result has the form of its operand.
+    Checks: nothing else reads the parts. The further arguments of the operation are the same constants for all parts,
+    and its result has the form of its operand.
 
         %1 = relu(%0)  %2 = neg(%0)  %3 = relu(%2)  %4 = cat([%1, %3])  ->  %3 = cat([%0, %2])  %4 = relu(%3)
         %6 = mul(%4, roll(%4, 1))  %8 = mul(%4, roll(%4, 2))  %9 = cat([%6, %8])  ->  %9 = roll_products(%4, [1, 2])
@@ -49,7 +49,7 @@ def fuse_rolls(body: Body, loop: SegmentLoop) -> Body:
 
 
 def _rolled(graph: BodyGraph, part: Any, form: Form) -> tuple[Any, int] | None:
-    """x and j if an operand is x * roll(x, j) along the last dimension, j > 0."""
+    """Return x and j if an operand is x * roll(x, j) along the last dimension with j > 0, else None."""
     product = graph.args(part, aten.mul.Tensor)
     for x, other in (product, product[::-1]) if product else ():
         roll = graph.args(other, aten.roll.default)
@@ -62,7 +62,7 @@ def _rolled(graph: BodyGraph, part: Any, form: Form) -> tuple[Any, int] | None:
 
 
 def _join_first(graph: BodyGraph, number: int, parts: tuple[Any, ...], dim: int) -> None:
-    """Let a pointwise operation run once, after the concatenation of what it runs on."""
+    """Run a pointwise operation once, after the concatenation of its operands."""
     ops = [graph.op(part) for part in parts]
     first = ops[0]
     if first is None or not isinstance(first.target, torch._ops.OpOverload) or len(set(parts)) < len(parts):

@@ -18,12 +18,12 @@ aten = torch.ops.aten
 
 @on_bodies("fuse-rotary", "rotary position embeddings that are spelled out as single operations")
 def fuse_rotary(body: Body, loop: SegmentLoop) -> Body:
-    """Put one operation in the place of a rotation of halves.
+    """Replace the operations of a spelled-out rotation of halves by one.
 
     Needs: forms of operations.
     Gives: the body with ``rotary(x, cos, sin, half, end)`` where x times cos is added to its parts exchanged times sin.
-    Checks: nothing else reads a part of it; the parts are of the last dimension, the second one begins where the first
-    one ends, and its end is a number or that of x. What sizes these are is the operator's to see.
+    Checks: nothing else reads a part of it. The parts are of the last dimension, and the second one begins where the
+    first one ends. Its end is a number or that of x. The operator itself sees what sizes these are.
 
         %1 = slice(%0, 3, 8, end)   %2 = neg(%1)   %3 = slice(%0, 3, 0, 8)   %4 = cat([%2, %3], -1)
         %5 = mul(%0, cos)   %6 = mul(%4, sin)   %7 = add(%5, %6)            ->    %7 = rotary(%0, cos, sin, 8, None)
@@ -46,7 +46,11 @@ def fuse_rotary(body: Body, loop: SegmentLoop) -> Body:
 
 
 def _turns(graph: BodyGraph, x: Operand, turned: Operand) -> tuple[int, int | None] | None:
-    """Where x is divided, and its end, if an operand is the second part of x negated and then the first one."""
+    """Return the place where x is divided, and its end, if an operand exchanges its parts.
+
+    Returns:
+        The two places if the operand is the second part of x, negated, followed by the first one. Else None.
+    """
     joined, form = graph.args(turned, aten.cat.default), graph.form(turned)
     if joined is None or form is None or len(joined[0]) != 2:
         return None
@@ -66,7 +70,10 @@ def _turns(graph: BodyGraph, x: Operand, turned: Operand) -> tuple[int, int | No
 
 
 def _span(part: tuple[object, ...]) -> tuple[object, object]:
-    """First position and end of a slice, None for the end of what it is of; of one that leaves positions out, Nones."""
+    """Return the first position and the end of a slice, with None for the end of its source.
+
+    Both are None for a slice that leaves positions out.
+    """
     start, end, step = (*part[2:], *(None, None, 1)[len(part) - 2 :])[:3]
     if step != 1:
         return None, None

@@ -1,15 +1,16 @@
 """fusion-groups: cut a body into kernels.
 
-Each array of a body lies in memory, or is computed in the kernels that read it. At first all lie in memory, each made
-by a kernel of its own; one after another they are taken out of it, the last first, where all their readers can compute
-them on the way and all of that is estimated to take no longer; then what is made of an array may be kept in its place,
-and kernels over the same rows become one.
+Each array of a body either lies in memory or is computed in the kernels that read it. At first all arrays lie in
+memory, and a kernel of its own makes each. Then arrays are taken out of memory one after another, the last first. That
+is done where all readers can compute the array on the way, and where all of that is estimated to take no longer. Then
+an array made of another may be kept in the place of that one, and kernels over the same rows become one.
 
     a = linear(x, w); b = silu(a); c = b * y      ->      [a b c]  c = silu(linear(x, w)) * y
 
-What it takes is a roofline: a launch takes a time of its own, and the longer of moving what it reads and writes, and of
-computing. An array that is computed by several tiles or kernels counts once for each. A product of what lies in memory
-is left to a library where that takes less: its products may be faster, but nothing is computed on their way.
+The estimate is a roofline. A launch takes a time of its own, plus the longer of two times: for moving what it reads and
+writes, and for computing. An array that several tiles or kernels compute counts once for each. A product of arrays in
+memory is left to a library where that takes less time. A library's products may be faster, but nothing is computed on
+their way.
 """
 
 from __future__ import annotations
@@ -49,16 +50,16 @@ Group: TypeAlias = Computed | Outside
 
 @dataclass(frozen=True)
 class Machine:
-    """What a roofline is made of.
+    """The constants of a machine's roofline.
 
     Attributes:
         launch: seconds that a launch takes at least.
         turn: seconds that a turn of a tile's loop takes at least.
-        bandwidth: bytes a second of memory.
-        cached: how many times as fast what was read before is read again.
-        products: floating-point operations a second in products, by dtype; of others, that of float32.
-        own: the part of that which products in kernels reach, of what a library's do; 1 where nothing is known.
-        pointwise: other operations a second.
+        bandwidth: bytes per second of memory.
+        cached: factor by which it is faster to read again what was read before.
+        products: floating-point operations per second in products, by dtype. Other dtypes have the rate of float32.
+        own: rate of products in kernels as a share of a library's, by dtype, 1 where it is not known.
+        pointwise: other operations per second.
         tile: rows and columns of a tile.
     """
 
@@ -74,21 +75,21 @@ class Machine:
     own: Mapping[torch.dtype, float] = field(default_factory=dict)
 
     def rate(self, dtype: torch.dtype) -> float:
-        """Floating-point operations a second in products."""
+        """Return the floating-point operations per second in products of a dtype."""
         return self.products.get(dtype, self.products[torch.float32])
 
     def least(self, moved: float, products: float, dtype: torch.dtype) -> float:
-        """Seconds that a launch takes at least: for itself, for moving bytes, or for operations of products."""
+        """Return the least seconds of a launch: for itself, for moving bytes, or for operations of products."""
         return max(self.launch, moved / self.bandwidth, products / self.rate(dtype))
 
 
 @dataclass(frozen=True)
 class Groups:
-    """A body as kernels.
+    """A body cut into launches.
 
     Attributes:
         nest: the body.
-        groups: the kernels, and what is left to torch, each after those that it reads.
+        groups: the kernels, and the operations that are left to torch, each after those that it reads.
     """
 
     nest: Nest
@@ -112,9 +113,9 @@ def fusion_groups(nest: Nest, viewed: Callable[[View], bool], machine: Machine =
 
     Args:
         nest: the body.
-        viewed: whether a view of what lies in memory is one there, too.
-        machine: what is estimated.
-        cells: of how many cells.
+        viewed: tells whether a view of an array in memory is a view there, too.
+        machine: the machine that the estimates are for.
+        cells: number of cells that the estimates are for.
     """
     return _Cut(nest, viewed, machine, cells).groups()
 
@@ -130,7 +131,7 @@ class _Cut:
         self.kernels: dict[Array, Computed] = {}
 
     def _kept(self, array: Array) -> Array:
-        """What has to lie in memory for an array to."""
+        """Return the array that has to lie in memory for the given one to: itself, or what it is a view of."""
         while isinstance(array, View) and self.viewed(array):
             array = array.source
         return array
@@ -153,7 +154,7 @@ class _Cut:
         made = [each for each in self.nest.arrays if each in self.stored and not isinstance(each, (Stored, Outside))]
         for each in made:
             self.kernels[each] = self.build([each])
-        for each in reversed(made):  # what only one kernel reads becomes a part of that first
+        for each in reversed(made):  # fuse arrays into all of their readers, the last first
             if each not in self.kept and not isinstance(each, Attention):
                 self._change({each}, set())
         for each in made:
@@ -162,7 +163,7 @@ class _Cut:
         return Groups(self.nest, tuple(self._ordered(self._merged())))
 
     def _move(self, array: Array) -> None:
-        """Keep what is made of an array in place of it, as long as that takes less."""
+        """Keep an array made of another in memory in place of that one, as long as that takes less time."""
         made_of = {array}
         for each in self.nest.arrays:
             if each in self.stored or isinstance(each, Stored) or made_of.isdisjoint(each.reads):
@@ -172,7 +173,13 @@ class _Cut:
                 array, made_of = each, {each}
 
     def _change(self, less: set[Array], more: set[Array]) -> bool:
-        """Keep less, or something else, in memory, if that takes less time."""
+        """Take arrays out of memory, or exchange them for others, unless that takes longer.
+
+        An exchange has to save time.
+
+        Returns:
+            Whether the change was made.
+        """
         changed = less | more
         old = [
             each
@@ -198,7 +205,7 @@ class _Cut:
         return estimate(kernel, self.machine, self.cells)
 
     def _merged(self) -> list[Computed]:
-        """Kernels over the same rows as one, where that takes less."""
+        """Return the kernels, with those over the same rows merged where that takes less time."""
         place = {array: number for number, array in enumerate(self.nest.arrays)}
         found = [self.kernels[each] for each in sorted(self.kernels, key=place.__getitem__)]
         changed = True
@@ -228,7 +235,7 @@ class _Cut:
         return both if self.time(both) < self.time(one) + self.time(other) else None
 
     def _between(self, one: Group, other: Group, found: Sequence[Group]) -> bool:
-        """Whether one reads, through a third, what the other writes."""
+        """Tell whether one of two groups reads, through a third, what the other writes."""
         outside = [each for each in self.nest.arrays if isinstance(each, Outside)]
         everything: list[Group] = [*found, *outside]
         writer = {array: group for group in everything for array in _written(group)}
@@ -256,20 +263,23 @@ class _Cut:
             left.remove(group)
             found.append(group)
             done |= {*_written(group)}
-            if isinstance(group, Outside):  # its other results
+            if isinstance(group, Outside):  # one run gives all of its results
                 done |= {each for each in self.nest.arrays if isinstance(each, Outside) and each.op is group.op}
         return found
 
 
 def kind_of(group: Group) -> str:
-    """What a launch is, in a word; ``rows`` is what multiplies nothing."""
+    """Name the kind of a launch in a word. ``rows`` is a kernel that multiplies nothing."""
     if isinstance(group, (Multiply, Outside)):
         return "library" if isinstance(group, Multiply) else "torch"
     return "attention" if isinstance(group, Attend) else "product" if _products(group) else "rows"
 
 
 def operations_of(group: Group, nest: Nest) -> tuple[Op, ...]:
-    """The operations that a launch does, in the order of its body; of one that several launches do, each has it."""
+    """Return the operations that a launch does, in the order of its body.
+
+    An operation that several launches do is in each of them.
+    """
     ops = group.ops if isinstance(group, Outside) else [op for array in group.arrays for op in array.ops]
     order = {id(op): number for number, op in enumerate(op for array in nest.arrays for op in array.ops)}
     return tuple(sorted({id(op): op for op in ops}.values(), key=lambda op: order[id(op)]))
@@ -280,14 +290,14 @@ def _written(group: Group) -> tuple[Array, ...]:
 
 
 def read_by(group: Group) -> set[Array]:
-    """The arrays in memory that a group reads; for views, what they are views of."""
+    """Return the arrays in memory that a group reads. For views these are the arrays that they are views of."""
     if isinstance(group, Outside):
         return {base_of(each) for each in group.reads}
     return {base_of(each.array) for each in loads(group)} - set(group.written)
 
 
 def _alike(one: Array, other: Array) -> bool:
-    """Whether two arrays may have the same rows."""
+    """Tell whether two arrays may have the same rows."""
     a, b = ([size for size in each.shape if size != 1] for each in (one, other))
     return a == b or (len(b) < len(a) and all(size in a for size in b)) or not b
 
@@ -297,7 +307,7 @@ def _products(kernel: Kernel) -> list[Accumulated]:
 
 
 def estimate(kernel: Computed, machine: Machine, cells: int) -> float:
-    """Seconds that a launch takes for so many cells."""
+    """Estimate the seconds that a launch takes for ``cells`` cells."""
     moved, products, others = work(kernel, machine)
     rate, dtype = 1.0, kernel.written[0].dtype
     if isinstance(kernel, Multiply):
@@ -312,7 +322,7 @@ def estimate(kernel: Computed, machine: Machine, cells: int) -> float:
 
 
 def work(kernel: Computed, machine: Machine) -> tuple[float, float, float]:
-    """Bytes that are moved, operations of products, and others, of a cell."""
+    """Return the bytes that a cell moves, its operations of products, and its other operations."""
     if isinstance(kernel, Multiply):
         return work(kernel.kernel, machine)
     m, n = kernel.m.size.value, kernel.n.size.value
@@ -325,7 +335,7 @@ def work(kernel: Computed, machine: Machine) -> tuple[float, float, float]:
         return math.prod(each.size.value for each in own)
 
     def again(own: frozenset[Variable]) -> float:
-        """By how many tiles the same is computed."""
+        """Return the number of tiles that compute the same value."""
         return math.prod(count for variable, count in tiles.items() if variable in outer and variable not in own)
 
     moved = float(sum(math.prod(each.shape) * each.dtype.itemsize for each in kernel.written))

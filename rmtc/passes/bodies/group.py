@@ -22,13 +22,15 @@ _RANDOM = torch.Tag.nondeterministic_seeded
 
 
 def run_schedule(schedule: Schedule, kind: str = "shortest") -> Schedule:
-    """The schedule that is run for a proven one.
+    """Return the schedule to run for a proven one.
+
+    A larger ``a`` is as legal, for no dependence leads to an earlier segment. So is s in place of floor(s/q). A
+    schedule with a = b = 0, of a loop without dependences, runs with a = 1.
 
     Args:
         schedule: the proven one.
-        kind: ``"shortest"`` or ``"fission"`` for that itself, ``"diagonal"`` for one with at most one cell of each
-            layer in a step, ``"sequential"`` for one cell after another. A larger ``a`` is as legal, for no dependence
-            leads to an earlier segment; and so is s in place of floor(s/q).
+        kind: ``"shortest"`` or ``"fission"`` for the proven schedule itself, ``"diagonal"`` for one with at most one
+            cell of each layer in a step, ``"sequential"`` for one cell after another.
 
     Raises:
         ValueError: if the diagonal is asked for of parts that run in phases.
@@ -51,9 +53,9 @@ def group(loop: SegmentLoop, schedule: Schedule) -> WavefrontProgram:
 
     Needs: a loop with layouts and classes, and a schedule whose steps hold at most one cell of each layer, or cells of
     one layer.
-    Gives: for each class one body. An operand is local to the cell, or the same for all members of the class, or a
-    tensor by layer (a weight), or read from another cell (an input), or a number that differs. Operations whose value
-    is the same in every segment of one length leave the bodies; those that no result needs go.
+    Gives: one body for each class. An operand is local to the cell, the same for all members of the class, a tensor by
+    layer (a weight), read from another cell (an input), or a number that differs. Operations whose value is the same in
+    every segment of one length leave the bodies. Operations that no result needs go.
 
         l0 %9 = linear(%3, layers.0.w)             C1: %4 = linear(in0, w0)    in0 = %3 in l0, s.%12 of l-1 in others
         l1 %15 = linear(%9, layers.1.w)     ->         w0 = layers.{l}.w
@@ -90,7 +92,7 @@ def _row(loop: SegmentLoop, row: int) -> tuple[Op, ...]:
 
 
 class _Shared:
-    """Values that are the same for all segments of one length, numbered by what they are made of."""
+    """Values that are invariant over all segments of one length, numbered by operator and operands."""
 
     def __init__(self, loop: SegmentLoop, members: Mapping[str, Sequence[Member]]) -> None:
         self.ops: list[Op] = []
@@ -104,7 +106,7 @@ class _Shared:
                     self.of[row, number] = self._numbers.setdefault(key, len(self._numbers))
                     if len(self._numbers) > len(self.ops):
                         self.ops.append(Op(op.target, key[1], op.origin))
-        # A layer keeps what is made from its own parameters: grouped, it is one operation for all layers.
+        # Values made from a layer's own parameters stay in the layer: grouped, they are one operation for all layers.
         kept = {self.of[at] for each in members.values() for at in self._unlike(each)}
         while True:
             more = {n for n, op in enumerate(self.ops) if any(leaf in kept for leaf in _shared(op.args))} - kept
@@ -114,7 +116,7 @@ class _Shared:
         self.of = {at: number for at, number in self.of.items() if number not in kept}
 
     def _key(self, row: int, op: Op) -> tuple[Any, tuple[Any, ...]] | None:
-        """Target and arguments with shared values for operands; None if it may differ from segment to segment."""
+        """Return target and arguments with shared values for operands, or None if the value may vary by segment."""
         fixed = not (isinstance(op.target, torch._ops.OpOverload) and _RANDOM in op.target.tags)
 
         def part(arg: Any) -> Any:
@@ -133,7 +135,7 @@ class _Shared:
         return (op.target, args) if fixed else None
 
     def _unlike(self, members: Sequence[Member]) -> list[tuple[int, int]]:
-        """The operations of a class that are shared and not the same in all its members."""
+        """Return the operations of a class that are shared and not the same in all its members."""
         starts = [(row, _range(self._loop, (row, layer))) for row, layer in members]
         found: list[tuple[int, int]] = []
         for offset in range(starts[0][1][1] - starts[0][1][0]):
@@ -149,7 +151,7 @@ def _shared(args: tuple[Any, ...]) -> list[int]:
 
 
 def _needed(loop: SegmentLoop, shared: _Shared) -> dict[Member, set[int]]:
-    """For each cell by row kind, the operations that other cells, or what follows the loop, may read."""
+    """Return for each cell, by row kind, the operations that other cells or the code after the loop may read."""
     found: dict[Member, set[int]] = {}
 
     def note(row: int, number: int) -> None:
@@ -173,11 +175,12 @@ def _needed(loop: SegmentLoop, shared: _Shared) -> dict[Member, set[int]]:
 
 
 def _producers(row: int, back: int, steady: int) -> list[int]:
-    """The row kinds of the segment ``back`` before one of a row kind."""
+    """Return the row kinds of the segment ``back`` before a segment of the given row kind."""
     return [row - back] if row < steady else [max(0, at) for at in range(steady - back, steady + 1)]
 
 
 def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, needed: dict[Member, set[int]]) -> Body:
+    # Results are what any member's readers need, by position in the cell.
     starts = [_range(loop, member)[0] for member in members]
     end = _range(loop, members[0])
     size = end[1] - end[0]
@@ -189,7 +192,7 @@ def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, 
     numbers: dict[tuple[Any, ...], Number] = {}
 
     def operand(choices: tuple[Any, ...]) -> Any:
-        """One operand for what the members have in its place."""
+        """Return one operand for what the members have in its place."""
         choices = tuple(
             Shared(shared.of[row, leaf.number])
             if isinstance(leaf, Row) and leaf.back == 0 and (row, leaf.number) in shared.of
@@ -217,6 +220,7 @@ def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, 
                 return weights.setdefault(choices, Weight(len(weights)))
         return inputs.setdefault(choices, Input(len(inputs)))
 
+    # Walk the operations backwards, so that only those that a result needs are kept.
     rows = [_row(loop, row)[start : start + size] for (row, _), start in zip(members, starts, strict=True)]
     live, ops = set(results), dict[int, Op]()
     for offset in reversed(range(size)):
@@ -244,7 +248,7 @@ def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, 
 
 
 def _same(value: Any) -> Any:
-    """The operation that gives its operand: a result that is a shared value."""
+    """Return the operand. This is the operation of a result that is a shared value."""
     return value
 
 

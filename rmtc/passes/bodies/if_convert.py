@@ -1,4 +1,4 @@
-"""Pass if-convert: cells of the first segment run in one group with the others, though they differ a little."""
+"""Pass if-convert: peeled iterations in one group with the steady segments, from which they differ little."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _ALIKE = 0.5  # bodies are merged if they share at least this part of the larger
 
 @register("if-convert", "cells of the first segment in one group with the others")
 def if_convert(program: WavefrontProgram) -> WavefrontProgram:
-    """Merge bodies of different classes that run in the same steps.
+    """Merge peeled and steady bodies that run in the same steps.
 
     Needs: a program with a body for each class.
     Gives: the program with a merged body for each pair of an explicit row's class and the steady one of its layers. It
-    runs what both share once for all cells, what only one has for all cells too, and chooses by cell where the two meet
-    again. An operation never mixes cells, so what a cell computes in vain does not matter, and what it keeps is exactly
-    what its own body gives.
-    Checks: both bodies share most of their operations and all of their layers.
+    runs for all cells what both bodies share, once, and also what only one of them has. Where the two meet again, it
+    chooses by cell. An operation never mixes cells, so unused values of a cell do not matter, and its results are
+    exactly those of its own body.
+    Checks: both bodies have the same layers and share at least half of the larger one's operations.
 
         C1: %4 = f(in0)                         C1+C0: %0 = f(in0)
             results %4                    ->           %1 = g(%0, in1)    in1 is any other cell's where a cell has none
@@ -72,7 +72,7 @@ def _merge(program: WavefrontProgram, first: Body, steady: Body) -> Body | None:
 
 
 def _key(body: Body, op: Op, length: int) -> Any:
-    """What two operations must have in common to be run as one; operands from the cell may differ."""
+    """Return what two operations must have in common to run as one. Operands from the cell may differ."""
 
     def part(leaf: Any) -> Any:
         if isinstance(leaf, (Local, Input)):
@@ -82,14 +82,17 @@ def _key(body: Body, op: Op, length: int) -> Any:
         if isinstance(leaf, Number):
             return "number"
         if isinstance(leaf, Fit):
-            leaf = leaf.where(0, length)  # merged groups are of full segments
+            leaf = leaf.where(0, length)  # merged groups hold full segments only
         return (type(leaf), leaf) if not isinstance(leaf, Fit) else leaf
 
     return op.target, map_leaves(op.args, part), op.form
 
 
 class _Merger:
-    """Builds a merged body operation by operation; side 0 is the first segments' body, side 1 the steady one."""
+    """A builder of a merged body, operation by operation.
+
+    Side 0 is the peeled body, of the first segments, and side 1 the steady body.
+    """
 
     def __init__(self, first: Body, steady: Body) -> None:
         self.sides = (first, steady)
@@ -102,10 +105,10 @@ class _Merger:
         self.chosen: dict[tuple[Any, Any], Local] = {}
 
     def add_both(self, mine: int, other: int) -> None:
-        """One operation for both sides."""
+        """Add one operation for both sides."""
         op, steady = self.sides[0].ops[mine], self.sides[1].ops[other]
         if op.target is operator.getitem and self._one(0, op.args[0]) != self._one(1, steady.args[0]):
-            self.add(0, mine)  # there is no choosing between operations with several results, only between the results
+            self.add(0, mine)  # a choice is between single results, never between tuples of them
             self.add(1, other)
             return
         args = _zip(op.args, steady.args, self._both)
@@ -113,13 +116,13 @@ class _Merger:
         self.known[0][mine] = self.known[1][other] = number
 
     def add(self, side: int, number: int) -> None:
-        """An operation that only one side has."""
+        """Add an operation that only one side has."""
         op = self.sides[side].ops[number]
         args = map_leaves(op.args, lambda leaf: self._one(side, leaf))
         self.known[side][number] = self._append(replace(op, args=args))
 
     def choice(self, mine: Any, other: Any) -> Local:
-        """The value of one side in its cells, that of the other in the others'."""
+        """Return the operand that is ``mine`` in the cells of side 0 and ``other`` in those of side 1."""
         key = mine, other
         if key not in self.chosen:
             made = next((leaf for leaf in key if isinstance(leaf, Local)), None)
@@ -164,10 +167,10 @@ class _Merger:
         return self.inputs.setdefault(key, (Input(len(self.inputs)), choices))[0]
 
     def body(self, partners: Mapping[int, int]) -> Body:
-        """The merged body.
+        """Return the merged body.
 
         Args:
-            partners: for results of the first segments' body, those of the steady one that the same readers read.
+            partners: for results of the peeled body, those of the steady one that the same readers read.
         """
         first, steady = self.sides
         results: list[int] = []
@@ -213,7 +216,7 @@ def _zip(args: tuple[Any, ...], others: tuple[Any, ...], function: Any) -> tuple
 
 
 def _partners(program: WavefrontProgram, first: Body, steady: Body, merger: _Merger) -> dict[int, int]:
-    """The results of both bodies that one input reads, now from a cell of one and now from one of the other."""
+    """Return pairs of results, one of each body, that one input reads in different cells."""
     loop = program.loop
     found: dict[int, int] = {}
     inputs = [choices for body in program.bodies.values() for choices in body.inputs]
@@ -231,7 +234,7 @@ def _partners(program: WavefrontProgram, first: Body, steady: Body, merger: _Mer
 
 
 def _makers(loop: SegmentLoop, row: int, operand: Row) -> Sequence[tuple[Member, int]]:
-    """The cells that make an operand of a row kind, with the operation's number in the cell."""
+    """Return the cells that make an operand of a row kind, each with the operation's number in the cell."""
     steady = len(loop.rows)
     rows = [row - operand.back] if row < steady else range(steady - operand.back, steady + 1)
     made: list[tuple[Member, int]] = []

@@ -22,9 +22,9 @@ aten = torch.ops.aten
 def join_products(program: WavefrontProgram, movable: Collection[str]) -> WavefrontProgram:
     """Join the weights of linear maps that read one value.
 
-    Needs: the names of the parameters that may be moved to lie behind each other.
-    Gives: the program with one product in place of several, whose weight is theirs joined along ``out``; parts of its
-    result take the places of their results. A bias is added afterwards.
+    Needs: the names of the parameters that may be moved to lie one behind another.
+    Gives: the program with one product in place of several. Its weight is theirs joined along ``out``, and slices of
+    its result take the places of their results. A bias is added afterwards.
     Checks: the weights are of one dtype and input size in all layers.
 
         %3 = linear(%0, w0)   %4 = linear(%0, w1)   ->   %9 = linear(%0, w0 & w1)
@@ -89,7 +89,7 @@ def _rows(loop: SegmentLoop, names: Mapping[int, tuple[str, ...]]) -> int:
 
 
 def _without_unread(body: Body) -> Body:
-    """The body without weights that no operation reads any more."""
+    """Return the body without weights that no operation reads any more."""
     read = sorted({leaf.number for op in body.ops.values() for leaf in leaves(op.args) if isinstance(leaf, Weight)})
     if len(read) == len(body.weights):
         return body

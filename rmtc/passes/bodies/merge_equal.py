@@ -1,4 +1,4 @@
-"""Pass merge-equal: what is computed twice is computed once, and what computes nothing goes."""
+"""Pass merge-equal: common subexpression elimination in a body, without operations that compute nothing."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def merge_equal(body: Body, loop: SegmentLoop) -> Body:
     """Merge equal operations, and views of views.
 
     Needs: a body. It runs without gradients, and nothing writes to its values.
-    Gives: the body with one operation for those of the same operator and operands, without ``detach``, and with one
-    view for a view of a view.
+    Gives: the body with one operation for those of the same operator and operands, and with one view for a view of a
+    view that nothing else reads. ``detach`` and the like of a value of the cell go, unless they are results.
 
         %1 = unsqueeze(in1, -1)  %2 = unsqueeze(in1, -1)  %3 = f(%1, %2)  ->  %1 = unsqueeze(in1, -1)  %3 = f(%1, %1)
     """

@@ -1,9 +1,11 @@
-"""Pass remake-constants: what a segment makes of nothing, such as a mask of `ones`, is made where it is read.
+"""Pass remake-constants: constants that a segment makes of nothing, such as a mask of `ones`, made where they are read.
 
 Needs: a graph of operations that change nothing.
-Gives: the same, in which a constant of the loop is made for each layer that reads it. Nothing else says to which
-segment it belongs. A constant is of the loop if it is made after the first use of a parameter, at once: between two
-uses. What is put together of earlier ones, as the mask of what a window holds, is a memory.
+Gives: the same, in which a constant of the loop is made anew for each layer that reads it. A constant is of the loop if
+it is made after the first use of a parameter, and between two uses. A constant that is put together of earlier ones, as
+the mask of what a window holds, is a memory.
+
+Nothing but its readers tells to which segment such a constant belongs.
 
     m = tril(ones(4, 4)); a = linear(x, w0) * m; b = linear(a, w1) * m
         ->   m = tril(ones(4, 4)); a = linear(x, w0) * m; m' = tril(ones(4, 4)); b = linear(a, w1) * m'
@@ -21,16 +23,18 @@ __all__ = ["RemakeConstants", "constants"]
 
 @enter("remake-constants", "constants of a loop made where they are read, if none is found without that")
 class RemakeConstants:
-    """The pass."""
+    """The pass remake-constants, whose contract the module states."""
 
     def apply(self, graph: fx.Graph) -> None:
-        """Remake constants for their readers.
+        """Make constants of the loop anew for their readers.
+
+        Readers between two uses of parameters share one copy.
 
         Args:
-            graph: it is changed.
+            graph: the graph, which is changed.
         """
         made = constants(graph)
-        copies: dict[fx.Node, fx.Node] = {}  # for what is read until a parameter is used
+        copies: dict[fx.Node, fx.Node] = {}  # for readers up to the next use of a parameter
         for node in list(graph.nodes):
             if node in made or node.op != "call_function":
                 continue
@@ -46,8 +50,8 @@ class RemakeConstants:
 
 
 def constants(graph: fx.Graph) -> set[fx.Node]:
-    """The constants of the loop, and those that the first segment makes like later ones."""
-    when: dict[fx.Node, int] = {}  # in uses of parameters
+    """Return the constants of the loop, and those like them that the first segment makes."""
+    when: dict[fx.Node, int] = {}  # number of uses of parameters before each constant
     kinds = set[object]()
     begun = 0
     for node in graph.nodes:

@@ -1,4 +1,4 @@
-"""Pass remove-regions: each node is known, autocast becomes explicit casts, grad mode goes."""
+"""Pass remove-regions: a graph of known nodes only, with autocast as explicit casts and without grad mode."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _GRADIENTS = torch._C._set_grad_enabled
 
 @dataclass(frozen=True)
 class Autocast:
-    """State of autocast for one device type."""
+    """The state of autocast for one device type."""
 
     device: str
     dtype: torch.dtype | None
@@ -38,7 +38,7 @@ class Autocast:
 
     @staticmethod
     def ambient() -> tuple[Autocast, ...]:
-        """The caller's autocast, for every device type where it is on."""
+        """Return the caller's autocast, for every device type where it is on."""
         return tuple(
             Autocast(device, torch.get_autocast_dtype(device), True)
             for device in ("cpu", "cuda")
@@ -52,10 +52,10 @@ class RemoveRegions:
     """Make the graph independent of the modes it runs under.
 
     Needs: a functional pre-dispatch graph, with `_enter_autocast`, `_exit_autocast` and `_set_grad_enabled` nodes.
-    Gives: the same graph without them; inside a region where autocast is on, the casts that autocast would make are
+    Gives: the same graph without them. Inside a region where autocast is on, the casts that autocast would make are
     operations. The program is to run with autocast off.
-    Checks: every other node is a function of its operands; every region that is entered is left; with the casts, an
-    operation runs inside what it runs under autocast; no result requires gradients because a region turns them on.
+    Checks: every other node is a function of its operands. Every region that is entered is left. With the casts, an
+    operation runs inside what it runs under autocast. No result requires gradients because a region turns them on.
 
         %r = _enter_autocast(cpu, bfloat16)     %c = _to_copy(%x, dtype=bfloat16)
         %y = linear(%x, %w)               ->    %d = _to_copy(%w, dtype=bfloat16)
@@ -101,7 +101,7 @@ class RemoveRegions:
 
 
 def _refuse_unknown(node: fx.Node, reorder_random: bool) -> None:
-    """See that a node is a function of its operands, or begins or ends a region that is removed.
+    """Refuse a node unless it is a function of its operands, or begins or ends a region that is removed.
 
     Raises:
         RefusedError: if that is not known.
@@ -140,7 +140,10 @@ def _refuse_unknown(node: fx.Node, reorder_random: bool) -> None:
 
 
 def writes(node: fx.Node) -> bool:
-    """Whether an operation writes to an argument, as its schema says, or as those with running statistics do untold."""
+    """Tell whether an operation writes to an argument.
+
+    Its schema says so, except where an operation in training mode updates running statistics.
+    """
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
@@ -152,7 +155,7 @@ def writes(node: fx.Node) -> bool:
 
 
 def _given(node: fx.Node) -> dict[str, Any]:
-    """What an operation is given, by the names in its schema."""
+    """Return the arguments of an operation by the names in its schema, defaults included."""
     given = dict[str, Any](node.kwargs)
     for number, each in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         given.setdefault(each.name, node.args[number] if number < len(node.args) else each.default_value)
@@ -160,7 +163,10 @@ def _given(node: fx.Node) -> dict[str, Any]:
 
 
 def draws(node: fx.Node) -> bool:
-    """Whether an operation that may draw random numbers does: not if it drops nothing, nor out of training."""
+    """Tell whether an operation that may draw random numbers does so.
+
+    It does not if it drops nothing, nor out of training.
+    """
     given = _given(node)
     training = given.get("train", given.get("training"))
     chances = [given.get(name) for name in ("dropout", "dropout_p", *(("p",) if "train" in given else ()))]
@@ -168,10 +174,12 @@ def draws(node: fx.Node) -> bool:
 
 
 def _refuse_gradients(graph: fx.Graph) -> None:
-    """See that no result requires gradients: a caller who has them off would get them from the code as it is.
+    """Refuse a graph with a result that requires gradients because a region turns them on.
+
+    A caller who has gradients off would get them from the code as written.
 
     Raises:
-        RefusedError: if one does, with the place that turns gradients on.
+        RefusedError: if a result requires gradients, with the place that turns them on.
     """
     on: fx.Node | None = None
     carried: dict[fx.Node, fx.Node | None] = {}
@@ -194,14 +202,14 @@ def _refuse_gradients(graph: fx.Graph) -> None:
             if node.args[0] in carried and _differentiable(node):
                 carried[node] = carried[node.args[0]]
         elif node.target is not aten.detach.default and _differentiable(node):
-            # Past the region's end it may be the same tensor still, written to or cast to what it is.
+            # After the region it may still be the same tensor, written to or cast to its own dtype.
             places = [carried[each] or on for each in node.all_input_nodes if each in carried]
             if place := next(filter(None, places), None):
                 carried[node] = place
 
 
 def _differentiable(node: fx.Node) -> bool:
-    """Whether what a node gives may require gradients."""
+    """Tell whether the value of a node may require gradients."""
     if getattr(node.target, "__name__", "").endswith("_like.default"):
         return False
     values = tree_leaves(node.meta.get("val"))
@@ -238,7 +246,7 @@ def _make_explicit(
 
 
 class _Watch(TorchDispatchMode):
-    """Notes to which dtype each of some tensors, or a view of it, is cast first, and which operations run."""
+    """A mode that notes the dtype to which each tensor, or a view of it, is cast first, and which operations run."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -264,10 +272,16 @@ class _Watch(TorchDispatchMode):
 
 
 def _ask(node: fx.Node, inputs: list[fx.Node], region: Autocast) -> tuple[torch.dtype | None, ...]:
-    """Find the casts.
+    """Find the casts of inputs that autocast makes.
 
-    An operation may cast for itself, autocast or not. Autocast's casts to its own dtype follow that dtype when it is
-    another; casts that are there without autocast are the operation's.
+    The operation runs with autocast, without it, and with autocast to another dtype. A cast without autocast is the
+    operation's own. A cast to autocast's dtype follows that dtype when it is another.
+
+    Returns:
+        The dtype to which each input is to be cast, or None for those that stay.
+
+    Raises:
+        CaptureError: if the operation does not run under autocast, or runs other operations inside with explicit casts.
     """
     mode: FakeTensorMode = inputs[0].meta["val"].fake_mode
     other = torch.float16 if region.dtype is torch.bfloat16 else torch.bfloat16

@@ -1,4 +1,4 @@
-"""From a canonical FX graph to a flat program."""
+"""Conversion of a canonical FX graph to a flat program."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ __all__ = ["constant_name", "from_graph"]
 
 
 def from_graph(module: fx.GraphModule, outputs: tuple[str, ...], names: dict[str, str]) -> Program:
-    """A canonical FX graph as a flat program.
+    """Convert a canonical FX graph to a flat program.
 
     Args:
-        module: the graph; placeholders carry ``meta["source"]``.
+        module: the graph. Its placeholders carry ``meta["source"]``.
         outputs: the names of the graph's outputs.
         names: user-level names of values by node name.
+
+    Raises:
+        CaptureError: if the graph holds a Python slice, or a constant that has no value.
     """
     values: dict[fx.Node, Any] = {}
     sources: dict[str, Source] = {}
@@ -75,7 +78,11 @@ def from_graph(module: fx.GraphModule, outputs: tuple[str, ...], names: dict[str
 
 
 def constant_name(constant: torch.Tensor) -> str:
-    """A name that tells a constant tensor by its content: every run numbers its constants anew."""
+    """Return a name that tells a constant tensor by its content, for every run numbers its constants anew.
+
+    Raises:
+        CaptureError: if it is a fake tensor, which has no value.
+    """
     if isinstance(constant, FakeTensor):
         raise CaptureError(
             "a tensor made from Python numbers has no value under stand-in tensors",

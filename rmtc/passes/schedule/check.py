@@ -1,10 +1,12 @@
-"""The independent checker: a flat trace against an unrolled loop and the places a schedule gives it.
+"""The independent checker: it holds an unrolled loop and the places of its operations against a flat trace.
 
-It shares no code with folding and proving. It knows only flat programs, and asks two things. Does the unrolled loop
-compute what the trace computes? Every node of the trace that a result needs must have a counterpart with the same
-operation, the same constants and, as operands, the counterparts of its operands; then values are equal by
-congruence. And is every edge of the trace respected: by a claimed dependence of its tensor, and by the order of the
-places?
+It shares no code with folding and proving. It knows only flat programs, and checks two things.
+
+The unrolled loop computes what the trace computes. Every node of the trace that a result needs must have a counterpart
+with the same operation, the same constants and, as operands, the counterparts of its operands. Values are then equal by
+congruence.
+
+Every edge of the trace is respected, by a claimed dependence of its tensor and by the order of the places.
 """
 
 from __future__ import annotations
@@ -25,10 +27,14 @@ __all__ = ["Checked", "Place", "check"]
 
 
 class Place(NamedTuple):
-    """When an operation of the unrolled loop runs.
+    """The place of an operation of the unrolled loop in a schedule.
 
-    ``phase`` is 0 before the loop, 1 in it, 2 after it; ``stage`` 0, 1, 2 in a step: prologues, layers, epilogues;
-    ``cell`` is None outside the loop, has layer -1 in a prologue and L in an epilogue; ``position`` counts within.
+    Attributes:
+        phase: 0 before the loop, 1 in it, 2 after it.
+        step: the step of the schedule.
+        stage: the order within a step: 0 for prologues, 1 for layers, 2 for epilogues.
+        cell: the operation's cell, or None outside the loop. Its layer is -1 in a prologue and L in an epilogue.
+        position: the order within the cell, or outside the loop.
     """
 
     phase: int
@@ -40,9 +46,13 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Checked:
-    """What was checked: nodes and edges of the trace, and how many edges run between cells.
+    """The extent of a check that succeeded.
 
-    ``counterpart`` gives, for each operation of the trace that a result needs, that of the unrolled loop.
+    Attributes:
+        nodes: number of operations of the trace that a result needs.
+        edges: number of reads among them.
+        crossing: number of these edges that run between cells.
+        counterpart: for each of these operations, its counterpart in the unrolled loop.
     """
 
     nodes: int
@@ -69,21 +79,21 @@ def check(
     Args:
         trace: what the user's code did.
         claimed: the unrolled loop.
-        places: for each operation of ``claimed``, when it runs.
-        carried: the dependences that the schedule was proven for, each with the operations of ``claimed`` that make
-            its tensor.
+        places: the place of each operation of ``claimed``.
+        carried: the dependences that the schedule was proven for, each with the operations of ``claimed`` that make its
+            tensor.
         layers: number of layers.
 
     Raises:
-        VerifyError: at the first node without a counterpart, the first edge that runs backwards in time, the first
-            edge between cells that no dependence covers: none between these cells is of the tensor that the edge is.
-            Also where a tuple, which no cell can be handed, leads out of its cell.
+        VerifyError: at the first node without a counterpart, or the first edge that runs backwards in time. Also at the
+            first edge between cells that is not covered, for no dependence between these cells is of the edge's tensor.
+            Also where a tuple leaves its cell, for cells can only pass tensors.
     """
     counterpart = _correspond(trace, claimed)
     dependent = _dependent_prologues(claimed, places)
     covered: dict[tuple[Cell, Cell], set[int]] = {}
     crossing: Counter[int] = Counter()
-    # Every edge of the trace is one of these, at the same operand of its node's counterpart.
+    # Every edge of the trace has its image among these edges, at the same operand of its reader's counterpart.
     for consumer in _needed(claimed):
         for producer in _values_of(claimed, consumer):
             earlier, later, location = places[producer], places[consumer], claimed.ops[consumer].location
@@ -116,7 +126,7 @@ def check(
 
 
 def _needed(program: Program) -> list[int]:
-    """The operations that a result needs."""
+    """Return the operations that a result needs, in order."""
     found: set[int] = set()
     work = [value.number for value in program.outputs.values() if type(value) is Val]
     while work:
@@ -140,12 +150,16 @@ def _precedes(earlier: Place, later: Place) -> bool:
         return earlier.position < later.position
     if earlier.stage != later.stage:
         return earlier.stage < later.stage
-    # Prologues of a step run segment by segment, and so do epilogues; cells of a step run at once.
+    # Prologues and epilogues of a step run segment by segment. Cells of a step run at once.
     return earlier.stage != 1 and earlier.cell is not None and later.cell is not None and earlier.cell < later.cell
 
 
 def _cells(earlier: Place, later: Place, dependent: bool, layers: int) -> tuple[Cell, Cell] | None:
-    """The cells an edge runs between, None if it is none between cells."""
+    """Return the cells that an edge runs between, or None if it does not run between cells.
+
+    A prologue that needs a cell counts as layer 0 of its segment, an epilogue that is read as the last layer. What an
+    epilogue reads is left to the order of the places.
+    """
     source, target = earlier.cell, later.cell
     if source is None or target is None or source == target or later.stage == 2:
         return None
@@ -161,7 +175,7 @@ def _cells(earlier: Place, later: Place, dependent: bool, layers: int) -> tuple[
 
 
 def _dependent_prologues(claimed: Program, places: Sequence[Place]) -> set[int]:
-    """The operations of prologues that need a cell."""
+    """Return the operations of prologues that need a cell, directly or through other operations of prologues."""
     found: set[int] = set()
     for number, place in enumerate(places):
         if place.stage == 0 and place.cell is not None:
@@ -173,7 +187,11 @@ def _dependent_prologues(claimed: Program, places: Sequence[Place]) -> set[int]:
 
 
 def _correspond(trace: Program, claimed: Program) -> dict[int, int]:
-    """For every operation of the trace that a result needs, its counterpart."""
+    """Return the counterpart of every operation of the trace that a result needs.
+
+    Raises:
+        VerifyError: at the first node without a counterpart, or with two that differ.
+    """
     if set(trace.outputs) != set(claimed.outputs):
         raise VerifyError(f"other results: {sorted(set(trace.outputs) ^ set(claimed.outputs))}")
     counterpart: dict[int, int] = {}
@@ -203,7 +221,10 @@ def _correspond(trace: Program, claimed: Program) -> dict[int, int]:
 
 
 def _same_constant(value: Any, trace: Program, claimed: Program) -> bool:
-    """Whether a name means the same tensor in both programs: all but constants are the caller's, by name."""
+    """Tell whether a source is the same tensor in both programs.
+
+    Constants are compared by dtype and value. All other sources are the caller's, and their names identify them.
+    """
     if type(value) is not Src:
         return True
     one, two = trace.sources[value.name], claimed.sources[value.name]
@@ -215,7 +236,7 @@ def _same_constant(value: Any, trace: Program, claimed: Program) -> bool:
 def _pairs(node: Op, other: Op, trace: Program, number: int) -> list[tuple[Any, Any]]:
     pairs: list[tuple[Any, Any]] = []
     shape = other.args[1] if other.target in _RESHAPES and len(other.args) > 1 else ()
-    is_open = shape.count(-1) == 1  # one size is what is left, whatever it is in the run
+    is_open = shape.count(-1) == 1  # one size is inferred, whatever it is in the run
 
     def compare(a: Any, b: Any) -> None:
         if is_open and b is shape and type(a) is tuple and len(a) == len(b):
@@ -239,7 +260,10 @@ _COPIES = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default, torc
 
 
 def _through(value: Any, image: Any, trace: Program, claimed: Program) -> Any:
-    """Skip operations of the loop that change no value here: for a batch of one they need not be run."""
+    """Skip copies and expansions of the loop that change no value here.
+
+    With a batch size of one the run need not have them.
+    """
     expand = torch.ops.aten.expand.default
     while type(image) is Val and claimed.ops[image.number].target in (expand, *_COPIES):
         target, args = claimed.ops[image.number].target, claimed.ops[image.number].args
@@ -257,7 +281,7 @@ def _through(value: Any, image: Any, trace: Program, claimed: Program) -> Any:
 
 
 def _same(claimed: Program, first: int, second: int) -> bool:
-    """Whether two operations of the loop compute the same value, by their whole derivation."""
+    """Tell whether two operations of the loop compute the same value, by comparing their whole derivations."""
     seen: set[tuple[int, int]] = set()
     work = [(first, second)]
     while work:

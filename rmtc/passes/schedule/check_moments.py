@@ -1,4 +1,4 @@
-"""The independent checker of times: every operation of a flat program runs after those whose results it reads."""
+"""The independent checker of times: every operation of a flat program must run after those whose results it reads."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ __all__ = ["TimeSlot", "check_moments"]
 
 
 class TimeSlot(NamedTuple):
-    """When an operation runs.
+    """The time at which an operation runs.
 
-    ``phase`` is 0 before the loop, 1 in it, 2 after it; operations of one slot of the loop run at once.
+    Operations of one slot of the loop run at once.
+
+    Attributes:
+        phase: 0 before the loop, 1 in it, 2 after it.
+        step: the step of the schedule.
+        position: the place within the step.
     """
 
     phase: int
@@ -23,16 +28,20 @@ class TimeSlot(NamedTuple):
 
 
 def check_moments(program: Program, slots: Sequence[TimeSlot]) -> int:
-    """Check the slots of the operations of an unrolled loop, which it goes over one by one.
+    """Check one by one that the operations of an unrolled loop run after those whose results they read.
 
-    It knows neither cells nor distances, and shares no code with what found the times.
+    The check knows neither cells nor distances, and shares no code with what found the times.
+
+    Args:
+        program: the unrolled loop.
+        slots: the time of each of its operations.
 
     Returns:
-        The number of reads it went over.
+        The number of reads that were checked.
 
     Raises:
-        VerifyError: at the first operation that reads a result that is not there yet, or that is to run at once with
-            an operation of another kind.
+        VerifyError: at the first operation that reads a result before it is there, or that is to run at once with an
+            operation of another kind.
     """
     kinds: dict[TimeSlot, Op] = {}
     reads = 0

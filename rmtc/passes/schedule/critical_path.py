@@ -1,4 +1,4 @@
-"""Chains of cells, each waiting for the one before: lower bounds of any schedule."""
+"""Chains of cells, each waiting for the one before, which bound the steps of any schedule from below."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["Rounds", "Straight", "chains"]
 
 @dataclass(frozen=True)
 class Rounds:
-    """A chain that goes round in the layers: turn where that leads to ``start`` or above, else climb.
+    """A chain that goes round in the layers: it turns where that leads to ``start`` or above, and else climbs.
 
     Attributes:
-        climb: ``(ds, dl)``, dl >= 1, of the climbing dependence; None for a chain that stays on a layer.
-        turn: ``(ds, k)`` of a dependence (ds, -k), ds >= 1; None for a chain that only climbs.
+        climb: ``(ds, dl)``, dl >= 1, of the climbing dependence, or None for a chain that stays on a layer.
+        turn: ``(ds, k)`` of a dependence (ds, -k), ds >= 1, or None for a chain that only climbs.
         start: the lowest layer of a round.
         edges, segments: a round of ``edges`` dependences advances ``segments`` segments.
-        rise: whether a climb to the top follows at last.
+        rise: whether a climb from layer 0 to ``start`` comes before the rounds, and one to the top after them.
         least: the least L with such a chain.
         only: whether it is known for that L alone.
     """
@@ -41,17 +41,19 @@ class Rounds:
 
     @property
     def length(self) -> sympy.Expr:
-        """Number of cells, in ``S`` and ``L``."""
+        """The number of cells, as an expression in ``S`` and ``L``."""
         top = sympy.floor((L - 1) / self.climb[1]) if self.rise and self.climb else 0
         return sympy.expand(self.edges.ceiling() * sympy.floor((S - 1) / self.segments) + top + 1)
 
     def count(self, segments: int, layers: int) -> int:
-        """Number of cells on a grid of this size."""
+        """Return the number of cells on a grid of this size."""
         top = (layers - 1) // self.climb[1] if self.rise and self.climb else 0
         return int(self.edges.at(layers)) * ((segments - 1) // self.segments) + top + 1
 
     def cells(self, segments: int, layers: int) -> list[Cell]:
-        """The cells, each waiting for the one before (through the epilogue, where the distance names layer L).
+        """Return the cells, each waiting for the one before.
+
+        Where the distance names layer L, the wait is through the epilogue.
 
         Raises:
             ValueError: if the model has fewer layers than the chain needs.
@@ -119,7 +121,7 @@ class Straight:
 
     @property
     def length(self) -> sympy.Expr:
-        """Number of cells, in ``S`` and ``L``."""
+        """The number of cells, as an expression in ``S`` and ``L``."""
         ds, dl = self.distance
         cells: list[Extent] = [2 if self.once else sympy.floor((L - 1) / abs(dl.integer or 1)) + 1]
         if ds:
@@ -127,13 +129,13 @@ class Straight:
         return sympy.Min(*cells)
 
     def count(self, segments: int, layers: int) -> int:
-        """Number of cells on a grid of this size."""
+        """Return the number of cells on a grid of this size."""
         ds, dl = self.distance
         hops = 1 if self.once else (layers - 1) // abs(dl.integer or 1)
         return (min(hops, (segments - 1) // ds) if ds else hops) + 1
 
     def cells(self, segments: int, layers: int) -> list[Cell]:
-        """The cells, each waiting for the one before.
+        """Return the cells, each waiting for the one before.
 
         Raises:
             ValueError: if the model has fewer layers than the chain needs.
@@ -149,7 +151,10 @@ class Straight:
 
 
 def chains(vectors: Sequence[Vector], layers: int) -> Iterator[Rounds | Straight]:
-    """Chains that exist on the grid for this L and every larger one (or for this L only, where they say so)."""
+    """Return the chains that exist on the grid for this L and every larger one.
+
+    A chain whose ``only`` is set exists for this L alone.
+    """
     found: list[Rounds | Straight] = [Rounds()]
     uniform = [vector for vector in vectors if vector.layer is None and vector.ds >= 0]
     climbs = {(v.ds, v.dl.integer): 1 for v in uniform if v.dl.integer is not None and v.dl.integer > 0}
@@ -205,7 +210,7 @@ def _straight(vector: Vector) -> Iterator[Straight]:
 
 
 def _ladder(vectors: Sequence[Vector]) -> int | None:
-    """The least L from which on the dependences (0, 1) lead through all layers, or None."""
+    """Return the least L from which on the dependences (0, 1) lead through all layers, or None."""
     pieces = []
     for vector in vectors:
         if vector.uniform and vector.ds == 0 and vector.dl == ONE:

@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Affine:
-    """``const + slope * L``."""
+    """An affine function of the number of layers: ``const + slope * L``."""
 
     const: Fraction = Fraction(0)
     slope: Fraction = Fraction(0)
@@ -46,18 +46,18 @@ class Affine:
         return Affine(self.const * factor, self.slope * factor)
 
     def nonnegative_from(self) -> int | None:
-        """The least L >= 1 from which on this is never below 0, or None."""
+        """Return the least L >= 1 from which on this is never below 0, or None."""
         if self.slope < 0 or (self.slope == 0 and self.const < 0):
             return None
         return 1 if self.slope == 0 else max(1, math.ceil(-self.const / self.slope))
 
     @property
     def integer(self) -> int | None:
-        """The value, if it is one integer for every L."""
+        """The value, if it is one integer for every L, else None."""
         return int(self.const) if self.slope == 0 and self.const.denominator == 1 else None
 
     def ceiling(self) -> Extent:
-        """The least integer not below it, an ``int`` where that does not depend on L."""
+        """Return the least integer not below it, as an ``int`` where it does not depend on L."""
         if self.slope == 0:
             return math.ceil(self.const)
         expression = sympy.Rational(*self.const.as_integer_ratio()) + sympy.Rational(*self.slope.as_integer_ratio()) * L
@@ -73,7 +73,7 @@ TOP = Affine(Fraction(-1), Fraction(1))
 
 @dataclass(frozen=True)
 class Distance:
-    """``rest + layer * l``."""
+    """An affine function of the consumer's layer: ``rest + layer * l``, where ``rest`` is affine in L."""
 
     rest: Affine
     layer: Fraction
@@ -84,11 +84,15 @@ class Distance:
 
 @dataclass(frozen=True)
 class Vector:
-    """A distance of a dependence at one end of its domain; those between the ends lie between.
+    """A distance of a dependence at one end of its domain. Those between the ends lie between.
 
-    ``layer`` is a consumer's layer that it is known for, None for every layer whose producer exists; ``least`` the
-    least L that has an instance; ``uniform`` says that all of the domain has this distance, ``listed`` that it is known
-    for the L of the model only.
+    Attributes:
+        dependence: the dependence.
+        ds, dl: the distance in segments and in layers.
+        layer: a consumer's layer that it is known for, or None for every layer whose producer exists.
+        least: the least L that has an instance.
+        uniform: whether all of the domain has this distance.
+        listed: whether it is known for the L of the model only.
     """
 
     dependence: Dependence
@@ -101,9 +105,17 @@ class Vector:
 
 
 def vectors_of(dependence: Dependence, layers: int) -> list[Vector]:
-    """The distances at the ends of the domain; all of them, for this L only, where that is not affine.
+    """Return the distances of a dependence at the ends of its domain.
 
-    None if no layer of the model has a producer. A domain that only a part of has one is listed, too.
+    Where the ends do not tell, all distances are listed, for this L only. So it is if the distance is not affine or not
+    whole at an end, or if it varies and only a part of its domain has a producer. A distance within a segment that
+    falls as L grows is listed too.
+
+    Returns:
+        The distances, or an empty list if no layer of the model has a producer.
+
+    Raises:
+        ValueError: if a distance has symbols other than ``L`` and ``l``, or is not whole at a layer where it is listed.
     """
     domain = dependence.layers or (0, L - 1)
     ds, dl, first, last = (parse(extent) for extent in (*dependence.distance, *domain))
@@ -122,9 +134,10 @@ def vectors_of(dependence: Dependence, layers: int) -> list[Vector]:
 
 
 def names_a_stage(dependence: Dependence) -> bool:
-    """Whether what is meant is made in a prologue or an epilogue, and no layer that happens not to exist.
+    """Tell whether a distance names a prologue or an epilogue, and not a layer that happens not to exist.
 
-    So it is where the distance leads to layer -1 or L from all of its domain, as (1, l - L) does; or is (1, -L).
+    It does where it leads to layer -1 or L from all of its domain, as (1, l - L) does. So does a uniform distance that
+    leads to layer L from the first layer of its domain, as (1, -L) does.
     """
     dl, *ends = (parse(extent) for extent in (dependence.distance[1], *(dependence.layers or (0, L - 1))))
     if dl is None:
@@ -137,12 +150,16 @@ def names_a_stage(dependence: Dependence) -> bool:
 def _uniform(
     dependence: Dependence, ds: int | None, dl: Affine, ends: tuple[Affine, Affine], named: bool, layers: int
 ) -> list[Vector] | None:
-    """The vector of a distance that is the same at every layer, if it has an instance; None where ds varies."""
+    """Return the vector of a distance that is the same at every layer.
+
+    Returns:
+        A list of that vector. It is empty if there is no instance. None if ds is no integer constant.
+    """
     if ds is None:
         return None
     first, last, climb = (each.at(layers) for each in (*ends, dl))
     top, varies = Fraction(layers - 1), dl.integer is None
-    free = layers == 1 and ds == 0 and not varies and climb > 0  # asks for b >= 1, which costs one layer nothing
+    free = layers == 1 and ds == 0 and not varies and climb > 0  # it needs b >= 1, which is free with one layer
     if not (named or free) and max(first, climb, Fraction(0)) > min(last, top, top + climb):
         return []
     if ds == 0 and climb == 0 and varies:
@@ -159,7 +176,13 @@ def _uniform(
 def _at_ends(
     dependence: Dependence, ds: Distance, dl: Distance, ends: tuple[Affine, Affine], layers: int
 ) -> list[Vector] | None:
-    """The vectors at both ends; None where they are not whole for every L, or the domain is empty for this one."""
+    """Return the vectors at both ends of a domain.
+
+    An end at which the distance is (0, 0) moves inwards by a layer.
+
+    Returns:
+        The two vectors. None if ds is no integer constant at an end, or the domain is empty for this L.
+    """
     moved = []
     for end, inwards in zip(ends, (ONE, ONE.times(-1)), strict=True):
         itself = ds.at(end) == dl.at(end) == Affine()
@@ -194,7 +217,7 @@ def _list(dependence: Dependence, layers: int) -> list[Vector]:
 
 
 def parse(extent: Extent) -> Distance | None:
-    """An extent as ``const + slope*L + layer*l``, or None if it is not affine.
+    """Parse an extent as ``const + slope*L + layer*l``, or return None if it is not affine.
 
     Raises:
         ValueError: if it has other symbols.
@@ -219,7 +242,7 @@ def value_of(extent: Extent, layers: int) -> int:
 
 
 def text_of(extent: Extent) -> str:
-    """The formula as text, a ``floor`` with one fraction in it."""
+    """Return a formula as text, in which each ``floor`` has one fraction in it."""
 
     def floor(part: sympy.Expr) -> sympy.Symbol:
         return sympy.Symbol(f"floor({sympy.together(part)})")

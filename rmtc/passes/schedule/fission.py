@@ -1,4 +1,4 @@
-"""Pass fission: the folded graph of operations, by layer -> its recurrences over segments, and what is in none."""
+"""Pass fission: the folded graph of operations, by layer -> recurrences over segments, and non-recurrent operations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Fission", "RecurrentPart", "fission"]
 
 @dataclass(frozen=True)
 class RecurrentPart:
-    """A recurrence: operations each of which waits, by way of the others, for itself in an earlier segment.
+    """A recurrence: operations that each wait, by way of the others, for themselves in an earlier segment.
 
     Attributes:
-        copies: the (vertex, layer) of each operation, for every copy of it on other layers.
-        edges: what leads from a segment to a later one inside of it.
-        affine: whether each of its values is an affine function of the values of the segment before: an associative
+        copies: the (vertex, layer) of each operation, for every copy of the recurrence on other layers.
+        edges: the edges inside the first copy that lead to a later segment.
+        affine: whether each value is an affine function of the values of the segment before, so that an associative
             scan would do.
     """
 
@@ -32,12 +32,12 @@ class RecurrentPart:
 
 @dataclass(frozen=True)
 class Fission:
-    """A loop in parts.
+    """A loop divided into recurrences and non-recurrent operations.
 
     Attributes:
-        recurrences: copies on different layers together, the largest first.
-        free: the (vertex, layer) of the operations in none: each can run for all segments at once.
-        order: the parts in an order that serves all reads; a part is a set of (vertex, layer).
+        recurrences: the recurrences, with the copies on different layers together, the largest first.
+        free: the (vertex, layer) of the non-recurrent operations. Each can run for all segments at once.
+        order: the parts in an order that serves all reads. A part is a set of (vertex, layer).
     """
 
     recurrences: tuple[RecurrentPart, ...]
@@ -45,7 +45,10 @@ class Fission:
     order: tuple[frozenset[tuple[int, int]], ...]
 
     def launches(self, graph: FoldedGraph, segments: int) -> int:
-        """Operations in sequence, if a free one runs once for all its segments and the others a segment at a time."""
+        """Return the number of operations in sequence.
+
+        A non-recurrent operation runs once for all its segments, the others run a segment at a time.
+        """
         spans = {(vertex, layer): 0 for vertex, each in enumerate(graph.vertices) for layer in each.layers}
         for vertex in range(len(graph.vertices)):
             for of, layer in graph.spans(vertex, segments):
@@ -54,19 +57,20 @@ class Fission:
 
 
 def fission(graph: FoldedGraph) -> Fission:
-    """Divide a loop into its recurrences over segments and the rest.
+    """Divide a loop into its recurrences over segments and its non-recurrent operations.
 
     Needs: a folded graph without a cycle within a segment.
     Gives: the strongly connected components of the graph with one vertex for each operation of each layer, edges
-    leading from segment to segment or staying within one. A component without an edge to a later segment is free. An
-    operation with several results is in one component with what takes them: a tuple stays in its cell.
+    leading from segment to segment or staying within one. A component without an edge to a later segment is free. A
+    tuple stays in its cell, so an operation with several results is in one component with the operations that take one
+    of them.
 
         a -> b (0, 0), b -> b (1, 0), b -> c (0, 0), c -> a (0, 1)    ->    a and c free, b a recurrence on each layer
     """
     written: nx.DiGraph = nx.DiGraph()
     for number, vertex in enumerate(graph.vertices):
         written.add_nodes_from((number, layer) for layer in vertex.layers)
-    onward: list[tuple[tuple[int, int], tuple[int, int]]] = []  # to a later segment
+    onward: list[tuple[tuple[int, int], tuple[int, int]]] = []  # edges to a later segment
     for edge in graph.edges:
         takes = graph.vertices[edge.consumer].label == _PART
         for source, target in edge.pairs:
@@ -114,7 +118,7 @@ _IN_THE_FIRST = frozenset({"linear", "div.Tensor"})
 
 
 def _inside(graph: FoldedGraph, component: Iterable[tuple[int, int]]) -> tuple[tuple[Edge, ...], bool]:
-    """The edges from a segment to a later one inside a component, and whether it is affine in its state."""
+    """Return the edges inside a component that lead to a later segment, and whether it is affine in its state."""
     inside = set(component)
 
     def stays(edge: Edge) -> bool:
@@ -130,7 +134,7 @@ def _inside(graph: FoldedGraph, component: Iterable[tuple[int, int]]) -> tuple[t
 
 
 def _affine(label: str, operands: set[int]) -> bool:
-    """Whether an operation is affine in some of its operands."""
+    """Tell whether an operation is affine in the given operands together."""
     if label in _IN_EACH:
         return len(operands) == 1
     return label in _LINEAR or (label in _IN_THE_FIRST and operands == {0})

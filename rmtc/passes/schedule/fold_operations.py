@@ -34,12 +34,12 @@ class _At(NamedTuple):
     lambda graph: f"{graph}\n",
 )
 def fold_operations(loop: SegmentLoop, family: Family | None) -> FoldedGraph:
-    """The folded graph of a loop.
+    """Fold the operations of a loop into one graph.
 
     Needs: a loop with layouts and classes.
     Gives: one vertex for each operation of each class, prologues (layer -1) and epilogues (layer L) included, and an
-    edge for each operand that a segment makes. An operand that a class has from several others (in the first segments
-    or the lowest layer, say) is an edge from each.
+    edge for each operand that a segment makes. An operand that comes from several vertices, say in the first segments
+    or at the lowest layer, has an edge from each.
 
         s.l0 %4 = matmul(%3, s-1.%9)    ->    C0.%9 add.Tensor -> C0.%2 matmul: (1, 0) layers.{l}.memory
         s.l1 %13 = matmul(%12, s-1.%18)
@@ -81,9 +81,10 @@ def fold_operations(loop: SegmentLoop, family: Family | None) -> FoldedGraph:
 def distances(
     ds: int, pairs: Sequence[tuple[int, int]], layers: int
 ) -> Iterator[tuple[tuple[Extent, Extent], tuple[Extent, Extent] | None, list[tuple[int, int]]]]:
-    """The distances of (producer's layer, consumer's layer) pairs as formulas, with consumers' layers and pairs.
+    """Yield the distances of (producer's layer, consumer's layer) pairs as formulas.
 
-    The consumers' layers are None where all pairs have one distance. Layer -1 is the prologue, L the epilogue.
+    With each distance come the first and the last consumer's layer, and its pairs. The consumers' layers are None where
+    all pairs have one distance. Layer -1 is the prologue, L the epilogue.
     """
     offsets: dict[int, list[tuple[int, int]]] = {}
     for producer, consumer in pairs:
@@ -104,12 +105,12 @@ def distances(
 
 
 def _named(layer: int, layers: int) -> Extent:
-    """The epilogue is layer L, the last layer L - 1, whatever L is."""
+    """Return a layer as a formula for any L: the epilogue is L, the last layer L - 1."""
     return layer if layer < layers - 1 or layers == 1 == layer + 1 else L - (layers - layer)
 
 
 def _vertices(loop: SegmentLoop) -> tuple[dict[tuple[int, int], int], tuple[Vertex, ...]]:
-    """The vertices, and which of them each operation of each row is."""
+    """Return the number of the vertex that each operation of each row is, and the vertices."""
     members: dict[tuple[int, str, int], list[tuple[int, int]]] = {}
     places: dict[_At, tuple[int, str, int]] = {}
     labels: dict[tuple[int, str, int], str] = {}
@@ -130,7 +131,7 @@ def _vertices(loop: SegmentLoop) -> tuple[dict[tuple[int, int], int], tuple[Vert
 
 
 def _layers(layout: Layout, operations: int) -> list[int]:
-    """The layer of each operation."""
+    """Return the layer of each operation of a row."""
     layers = [len(layout.layers)] * operations
     for layer, (start, end) in ((-1, layout.prologue), *enumerate(layout.layers)):
         layers[start:end] = [layer] * (end - start)
@@ -138,11 +139,11 @@ def _layers(layout: Layout, operations: int) -> list[int]:
 
 
 def _operations(loop: SegmentLoop) -> Iterator[_At]:
-    """The operations of every row, the steady one first."""
+    """Yield the operations of every row, those of the steady row first."""
     for row in reversed(range(len(loop.layouts))):
         yield from (_At(row, number) for number in range(len(loop.row(row))))
 
 
 def _rows_before(row: int, back: int, steady: int) -> list[int]:
-    """The rows that the segment ``back`` before one of a row may have."""
+    """Return the rows that the segment ``back`` before a segment of the given row may have."""
     return [row - back] if row < steady else list(range(max(0, steady - back), steady + 1))

@@ -1,4 +1,4 @@
-"""Pass longest-chain: what no schedule of a folded graph's operations can beat."""
+"""Pass longest-chain: a lower bound on the steps of any schedule of a folded graph's operations."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _Reads: TypeAlias = dict[_Place, list[tuple[_Place, int, int]]]
 
 @dataclass(frozen=True)
 class Bound:
-    """A least number of steps.
+    """A lower bound on the number of steps.
 
     Attributes:
-        steps: the number.
-        chain: instances that each read the one before; empty if the width of a step is what binds.
+        steps: the bound.
+        chain: instances that each read the one before, or empty if the width of a step gives the bound.
     """
 
     steps: int
@@ -36,12 +36,13 @@ class Bound:
 
 
 def longest_chain(graph: FoldedGraph, order: Sequence[int], segments: int, width: int | None = None) -> Bound:
-    """The least number of steps of any schedule whose steps run the vertices in a given order.
+    """Bound from below the steps of any schedule whose steps run the vertices in a given order.
 
     Needs: a graph without a cycle within a segment, and no read from a later segment.
-    Gives: the longest chain of instances, each reading the one before, where a read costs nothing if its vertex comes
-    later in the order, and else a step; plus 1. With a width, at least ceil(cells of a vertex / width) too. The longest
-    path through the graph of cells is no such bound: within a step a layer may read what the layer below just made.
+    Gives: the longest chain of instances, each reading the one before. A read costs nothing if the reader comes later
+    in the order, and else a step. The bound is the cost of the chain plus 1. With a width, it is at least ceil(cells of
+    a vertex / width) too. The longest path through the graph of cells is no such bound, for within a step a layer may
+    read what the layer below just made.
 
         a -> b (0, 0), b -> a (1, 0), order a, b     ->     S steps: s0.a, s0.b, s1.a, s1.b, ...
 
@@ -49,7 +50,7 @@ def longest_chain(graph: FoldedGraph, order: Sequence[int], segments: int, width
         graph: the operations.
         order: the place of each vertex within a step, such as :attr:`Times.order`.
         segments: number of segments.
-        width: how many cells of a vertex a step may hold.
+        width: the most cells of a vertex that a step may hold.
 
     Raises:
         ValueError: if there is a cycle within a segment, or a read from a later one.
@@ -63,17 +64,17 @@ def longest_chain(graph: FoldedGraph, order: Sequence[int], segments: int, width
 
 
 def lasting_chain(graph: FoldedGraph, order: Sequence[int]) -> Lasting | None:
-    """The bound of :func:`longest_chain` as a function of S; None if no chain shows one.
+    """Return the bound of :func:`longest_chain` as a function of S, or None if the graph has no operations.
 
-    Gives: a chain that visits a vertex of a layer twice, D segments apart, with C steps between: all rows there are the
-    steady one, so the way between the visits can be gone again and again. For S + D segments there is a chain that is
-    C longer than that for S.
+    Gives: a chain that visits a vertex of a layer twice, D segments apart, with C steps between. All rows there are the
+    steady one, so the way between the visits can be repeated any number of times. For S + D segments there is then a
+    chain that is C longer than that for S.
 
     Args:
         graph, order: as in :func:`longest_chain`.
 
     Raises:
-        ValueError: as that does.
+        ValueError: as :func:`longest_chain` does.
     """
     most = graph.rows + 8 + 2 * max((edge.ds for edge in graph.edges), default=0)
     reads, length = _lengths(graph, order, most)
@@ -85,7 +86,7 @@ def lasting_chain(graph: FoldedGraph, order: Sequence[int]) -> Lasting | None:
     rounds = _rounds(graph, next(chains), length, range(1, most))
     rate, back = max((Fraction(more, n), -n) for more, n in rounds)
     apart = -back
-    # For D > 1, chains of other lengths say where between two rounds the bound grows.
+    # For D > 1, the chains for fewer segments show where between two rounds the bound grows.
     divisors = [n for n in range(1, apart + 1) if apart % n == 0]
     known = all(
         any(more == rate * n for more, n in _rounds(graph, chain, length, divisors))
@@ -99,7 +100,7 @@ def lasting_chain(graph: FoldedGraph, order: Sequence[int]) -> Lasting | None:
         apart, grows = 1, {1: grows[1]}
 
     def least(segments: sympy.Expr | int) -> sympy.Expr | int:
-        """The steps for ``most`` segments, and those at every place of a round after them, or before."""
+        """Return the steps for ``most`` segments, with those at every place of a round after or before them."""
         steps = longest[most]
         for r, more in grows.items():
             rounds_before, place = divmod(most - apart + r, apart)
@@ -115,9 +116,9 @@ def lasting_chain(graph: FoldedGraph, order: Sequence[int]) -> Lasting | None:
 def _rounds(
     graph: FoldedGraph, chain: Sequence[Instance], length: Mapping[_Place, Sequence[int]], apart: Collection[int]
 ) -> set[tuple[int, int]]:
-    """The ways in a chain from a place to itself, as steps and segments, of those so many segments apart.
+    """Return the ways in a chain from a place to itself, as steps and segments, that are ``apart`` segments long.
 
-    There is always that of no step: a longer text has no shorter chain.
+    The way of no step is always among them, for a longer text has no shorter chain.
     """
     visits: dict[_Place, set[int]] = {}
     for vertex, cell in chain:
@@ -128,13 +129,13 @@ def _rounds(
 
 
 def _longest(length: Mapping[_Place, Sequence[int]], segments: int) -> list[tuple[int, _Place, int]]:
-    """The length of the longest chain, and the place and segment where it ends, for 0 to so many segments."""
+    """Return the longest chains for 0 to ``segments`` segments: length, place and segment of the end."""
     ends = (max(((of[s], place, s) for place, of in length.items()), default=_NOWHERE) for s in range(segments))
     return list(itertools.accumulate(ends, max, initial=_NOWHERE))
 
 
 def _lengths(graph: FoldedGraph, order: Sequence[int], segments: int) -> tuple[_Reads, dict[_Place, list[int]]]:
-    """What each place reads, with segments and cost, and the length of the longest chain to it, segment by segment."""
+    """Return the reads of each place with distance and cost, and the longest chain to it, segment by segment."""
     reads: _Reads = {}
     within: nx.DiGraph = nx.DiGraph()
     for number, vertex in enumerate(graph.vertices):
@@ -149,7 +150,7 @@ def _lengths(graph: FoldedGraph, order: Sequence[int], segments: int) -> tuple[_
                     within.add_edge(made, read)
     if any(edge.ds < 0 for edge in graph.edges) or not nx.is_directed_acyclic_graph(within):
         raise ValueError("an operation waits for itself or for a later segment: no loop over segments runs this graph")
-    length: dict[_Place, list[int]] = {place: [] for place in within}  # by segment; 0 where there is no such instance
+    length: dict[_Place, list[int]] = {place: [] for place in within}  # per segment, 0 without such an instance
     places = list(nx.topological_sort(within))
     for segment in range(segments):
         row = min(segment, graph.rows)
@@ -171,7 +172,7 @@ def _back(
     reads: Mapping[_Place, Sequence[tuple[_Place, int, int]]],
     length: Mapping[_Place, Sequence[int]],
 ) -> list[Instance]:
-    """The longest chain to an instance."""
+    """Return the longest chain to an instance, traced back from there."""
     chain = [Instance(place[0], Cell(segment, place[1]))]
     while True:
         for made, ds, cost in reads.get(place, ()):
@@ -185,6 +186,6 @@ def _back(
 
 
 def _by_vertex(length: Mapping[_Place, Sequence[int]]) -> Iterator[list[int]]:
-    """What is known of all cells of a vertex, a list for each."""
+    """Yield the lengths at all cells of a vertex, one list per vertex."""
     for _, of in itertools.groupby(sorted(length), key=lambda place: place[0]):
         yield [each for place in of for each in length[place]]

@@ -1,4 +1,4 @@
-"""Pass operations-view: what a folded graph allows a call of so many segments, for people."""
+"""Pass operations-view: a summary for people of what a folded graph allows a call to do."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ _COUNTED = 2_000_000
 
 
 def operations_view(graph: FoldedGraph, found: Retimed, segments: int) -> OperationsView | None:
-    """The least times of a folded graph with what they take and what they cannot beat; None if there are none.
+    """Summarize the least times of a folded graph: what they take, and the bound that none can beat.
 
     Args:
         graph: the operations.
-        found: what :func:`retime` found for it.
+        found: the result of :func:`retime` for it.
         segments: number of segments of the call.
+
+    Returns:
+        The summary, or None if there are no legal times.
     """
     if found.times is None or not graph.vertices:
         return None
@@ -36,7 +39,7 @@ def operations_view(graph: FoldedGraph, found: Retimed, segments: int) -> Operat
     steps, operations = times.makespan(graph, segments), graph.operations_in(segments)
     lasting = lasting_chain(graph, times.order)
     bound = at(lasting.steps, segments, graph.layers) if lasting and segments >= lasting.since else 0
-    if bound < steps and operations <= _COUNTED:  # a chain is never longer than the steps are many
+    if bound < steps and operations <= _COUNTED:  # no chain is longer than the number of steps
         bound = longest_chain(graph, times.order, segments).steps
     return OperationsView(
         times.a,

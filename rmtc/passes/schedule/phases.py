@@ -1,4 +1,4 @@
-"""Pass phases: columns that wait for themselves in an earlier segment, and columns that do not, apart in time."""
+"""Pass phases: columns in recurrences over segments, and columns in none, in phases that run one after another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FAR = 1 << 30
 
 
 class _Read(NamedTuple):
-    """A column reads what another one made some segments before."""
+    """A read of a column of what a column made ``ds`` segments before."""
 
     ds: int
     producer: int
@@ -26,13 +26,13 @@ class _Read(NamedTuple):
 
 
 def in_phases(schedule: Schedule, dependences: Sequence[Dependence]) -> Schedule:
-    """A schedule with neighbouring columns in phases: those in no recurrence run all segments of a column at once.
+    """Put neighbouring columns in phases, so that those in no recurrence run all segments of a column at once.
 
-    Needs: the dependences between columns. Of one segment none leads to a lower column.
+    Needs: the dependences between columns. Within a segment none leads to a lower column.
     Gives: times that are legal for any number of segments, in blocks or not. A read with ds >= 1 from column p to
-    c <= p makes all columns from c to p wait for themselves, so they are in one phase, whose ``a`` is the least with
-    ``a*ds + (c - p) >= 1`` for the reads in it. Of the columns in no such range a = 0: what they read comes from lower
-    ones. A read between phases leads to a later one, or else from an earlier block.
+    c <= p makes all columns from c to p wait for themselves, so they are in one phase. Its ``a`` is the least with
+    ``a*ds + (c - p) >= 1`` for the reads in it. Columns in no such range have a = 0, for what they read comes from
+    lower ones. A read between phases leads to a later phase, or else comes from an earlier block.
 
         (0, 1), (1, 0) at l = 1 only, L = 4    ->    l; then s from l1; then l - 2 from l2
     """
@@ -53,18 +53,19 @@ def in_phases(schedule: Schedule, dependences: Sequence[Dependence]) -> Schedule
 
 
 class Strips(NamedTuple):
-    """Times ``a*floor(s/size) + l``."""
+    """The times ``a*floor(s/size) + l``, for strips of ``size`` segments."""
 
     a: int
     size: int
 
 
 def in_strips(dependences: Sequence[Dependence], columns: int, whole: int) -> Strips | None:
-    """The strips of segments with the fewest steps for a segment; None if none has fewer than ``whole``.
+    """Find the strips of segments with the fewest steps per segment.
 
     Needs: as :func:`in_phases`.
-    Gives: the times ``a*floor(s/q) + l``. A read over ds segments is one over floor(ds/q) strips or one more, so they
-    are legal iff ``a*floor(ds/q) + dl >= 1`` for all reads; a is the least such one. A strip later is a steps later.
+    Gives: the times ``a*floor(s/q) + l``, or None if none takes fewer steps per segment than ``whole``. A read over ds
+    segments is a read over floor(ds/q) strips or one more. So the times are legal iff ``a*floor(ds/q) + dl >= 1`` for
+    all reads, and a is the least such one. A strip later is a steps later.
 
         (0, 1), (2, 0)    ->    floor(s/2) + l
     """

@@ -1,4 +1,4 @@
-"""Where a schedule puts every operation of an unrolled loop."""
+"""The places and time slots that a schedule gives to the operations of an unrolled loop."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["places", "slots"]
 
 
 def places(loop: SegmentLoop, keys: list[Key], segments: int, schedule: Schedule) -> list[Place]:
-    """The place of each operation.
+    """Return the place of each operation in a schedule.
 
-    A prologue runs in the step of its segment's first layer, before it; an epilogue in that of the last, after it.
+    A prologue runs in the step of its segment's first layer, before it. An epilogue runs in that of the last, after it.
 
     Args:
         loop: the loop.
@@ -40,12 +40,12 @@ def places(loop: SegmentLoop, keys: list[Key], segments: int, schedule: Schedule
 
 
 def slots(loop: SegmentLoop, keys: list[Key], segments: int, graph: FoldedGraph, times: Times) -> list[TimeSlot]:
-    """The slot of each operation, by times of the loop's folded graph.
+    """Return the time slot of each operation, by times of the loop's folded graph.
 
     Args:
         loop, keys, segments: as in :func:`places`.
         graph: the folded graph of the loop.
-        times: when its vertices run.
+        times: the times of its vertices.
     """
     found: list[TimeSlot] = []
     for key in keys:

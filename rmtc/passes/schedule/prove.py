@@ -1,9 +1,9 @@
 """Pass ``prove``: dependences between cells -> a schedule ``a*s + b*l`` with a certificate, or a refusal with a cycle.
 
-Needs: the dependences of a segment loop, every one of them between cells (s, l), 0 <= s < S, 0 <= l < L, with
-distances that are constants or affine in ``L`` and the consumer's layer ``l``; the number of layers of the model.
+Needs: the number of layers of the model, and the dependences of a segment loop, each between cells (s, l), 0 <= s < S,
+0 <= l < L. Their distances are constants, or affine in ``L`` and the consumer's layer ``l``.
 
-Gives: integers a, b >= 0 (``a`` may be an expression in ``L``), or a reason; and a :class:`Certificate`.
+Gives: integers a, b >= 0 (``a`` may be an expression in ``L``), or a reason, and a :class:`Certificate`.
 
 Legality. Write D for the set of instances of the dependences: (d, l) with l in the domain of d. The schedule
 ``t(s, l) = a*s + b*l`` is legal iff it runs every producer in an earlier step than its consumer::
@@ -11,25 +11,26 @@ Legality. Write D for the set of instances of the dependences: (d, l) with l in 
     for all S, L and all (d, l) in D:    a * ds(l) + b * dl(l) >= 1.                                            (1)
 
 The left side is affine in l, so it is least at an end of d's domain: (1) holds iff it holds there. That is decided with
-``L`` left symbolic, for the model's own L and every larger one (and every smaller one from 2 on at which the distances
-still lead from an existing layer to one that the program ran before). Where only some layers of the domain have a
-producer, those of the model's L are listed, and what is decided holds for that L only; a dependence with no instance
-there asks for nothing. The program itself runs the cells segment after segment, so a dependence with ds < 0, or with
-ds = 0 and dl <= 0, cannot have come from it and is refused.
+``L`` left symbolic, for the model's own L and every larger one. The decision also holds for every smaller L from 2 on
+at which the distances still lead from an existing layer to one that the program ran before. Where only some layers of
+the domain have a producer, those of the model's L are listed, and the decision holds for that L only. A dependence with
+no instance there asks for nothing. The program itself runs the cells segment after segment, so a dependence with
+ds < 0, or with ds = 0 and dl <= 0, cannot have come from it and is refused.
 
-Makespan. ``a*(S-1) + b*(L-1) + 1`` steps. Of the distances that pass, those with ds = 0 ask for b >= 1 and no more, and
-a larger b relaxes none of the others below the a that b = 1 leaves: b is 0 or 1, a the least integer that (1) then
-leaves. Where a and b trade, as for (1, 1) alone, the least a is taken: S grows, L is the model's.
+Makespan. The schedule takes ``a*(S-1) + b*(L-1) + 1`` steps. Of the distances that pass, those with ds = 0 ask for
+b >= 1 and no more. A larger b relaxes none of the others below the a that b = 1 leaves. So b is 0 or 1, and a is the
+least integer that (1) then leaves. Where a and b trade, as for (1, 1) alone, the least a is taken: S grows, L is the
+model's.
 
 Lower bound. Let a chain of cells, each waiting for the one before, use n_d instances of each d. It stays inside the
-grid, so sum n_d*ds <= S-1 and sum n_d*dl <= L-1: it is a feasible point of the dual of the linear program
+grid, so sum n_d*ds <= S-1 and sum n_d*dl <= L-1. It is a feasible point of the dual of the linear program
 ``min a*(S-1) + b*(L-1)`` under (1), and its ``sum n_d + 1`` cells need as many steps under *any* schedule. Where it is
 as long as the makespan for every S and L (from the least L that has such a chain on), both are optimal. It need not be
 the longest where the makespan does not meet it.
 
-Strips. Where all that makes a layer wait for itself lies two segments back or more, an integer a loses: as many
-segments as one body may then have times ``a*floor(s/q) + l`` with a/q below it. They are legal iff
-``a*floor(ds/q) + dl >= 1``; they are sought where all distances are numbers, and so legal for every L.
+Strips. Where every dependence that makes a layer wait for itself reaches back two segments or more, no integer a is
+tight. Several segments run as one body may then have times ``a*floor(s/q) + l`` with a/q below it. They are legal iff
+``a*floor(ds/q) + dl >= 1``. They are sought where all distances are numbers, and are then legal for every L.
 
     (0, 1) x, (1, 0) A          ->  t = s + l,  S + L - 1 steps, optimal: s0.l0 -> s1.l0 -> ... -> s(S-1).l(L-1)
     (0, 1) x, (2, 0) A          ->  t = floor(s/2) + l,  floor((S-1)/2) + L steps, optimal
@@ -72,22 +73,22 @@ _ALONE_REMEDY = (
 
 
 def remedy(layers: int) -> str:
-    """What could be done about a loop that only the sequential order runs."""
+    """Return the remedy for a loop that only the sequential order runs."""
     return _ALONE_REMEDY if layers == 1 else _SEQUENTIAL_REMEDY
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What :func:`prove` found.
+    """The result of :func:`prove`.
 
     Attributes:
-        a, b: the schedule ``a*s + b*l``; None when refused.
-        certificate: why it is legal, or, when refused, what the least ``a`` is and the chain that forces it.
-        reason: why it was refused, None otherwise.
-        cycle: the dependences that force the sequential order, in order round the cycle; empty when not refused.
-        makespan: number of steps in ``S`` and ``L``; that of the sequential order, ``S*L``, when refused.
-        path: the critical path of the certificate, as cells; None if the program's own order breaks a dependence.
-        strips: times for strips of segments that take fewer steps; None if there are none.
+        a, b: the schedule ``a*s + b*l``, or None when refused.
+        certificate: the reason why it is legal. When refused, the least ``a`` and the chain that forces it.
+        reason: the reason of a refusal, or None.
+        cycle: the dependences that force the sequential order, in order round the cycle, or empty when not refused.
+        makespan: number of steps in ``S`` and ``L``. When refused it is that of the sequential order, ``S*L``.
+        path: the critical path of the certificate, as cells, or None if the program's own order breaks a dependence.
+        strips: times for strips of segments that take fewer steps, or None if there are none.
     """
 
     a: Extent | None
@@ -110,7 +111,14 @@ class Proof:
         stage_classes: Mapping[str, tuple[str, ...]] | None = None,
         whole: bool = False,
     ) -> Schedule | None:
-        """The schedule with the fewest steps, or ``whole`` the one without strips; None when refused."""
+        """Return the schedule with the fewest steps, or None when refused.
+
+        Args:
+            layers: number of layers of the model.
+            segments: number of segments of the call.
+            classes, stage_classes: the classes of cells and of stages, as in :class:`Schedule`.
+            whole: whether to return the schedule without strips.
+        """
         if self.a is None or self.b is None:
             return None
         stages = dict(stage_classes or {})
@@ -125,13 +133,13 @@ def prove(dependences: Sequence[Dependence], layers: int) -> Proof:
 
     Args:
         dependences: every dependence between cells. A producer at layer -1 or ``L`` is the prologue or the epilogue of
-            its segment where the distance names it (:func:`names_a_stage`); else a layer without a producer reads
-            nothing. A distance that varies may become (0, 0) at a layer, which is then not counted: inside a cell the
-            body's own order holds.
+            its segment where the distance names it (:func:`names_a_stage`). Elsewhere a layer without a producer reads
+            nothing. A distance that varies may become (0, 0) at a layer. That layer is then not counted, for inside a
+            cell the body's own order holds.
         layers: number of layers of the captured model. A schedule is accepted if it beats the sequential order there.
 
     Returns:
-        The schedule with its certificate; or, with ``reason`` set, the refusal.
+        The schedule with its certificate. With ``reason`` set, it is a refusal.
 
     Raises:
         ValueError: if ``layers`` is below 1, or a distance has symbols other than ``L`` and ``l`` or is no integer.
@@ -140,16 +148,19 @@ def prove(dependences: Sequence[Dependence], layers: int) -> Proof:
         raise ValueError(f"a model has at least one layer, got {layers}")
     own = [vectors_of(dependence, layers) for dependence in dependences]
     vectors = list(itertools.chain.from_iterable(own))
+    # The program itself ran the cells: refuse dependences that cannot have come from it.
     for vector in vectors:
         if not _executable(vector, layers):
             return _refuse_order(vector, vectors, layers)
+    # Solve (1) for whole cells, and for strips of segments where those may take fewer steps.
     a, b, forcing = _solve(vectors, layers)
     uniform = all(isinstance(extent, int) for dependence in dependences for extent in dependence.distance)
     strips = in_strips(dependences, layers, value_of(a, layers)) if uniform else None
     makespan = sympy.expand(a * (S - 1) + b * (L - 1) + 1)
     if strips is not None:
         makespan = strips.a * sympy.floor((S - 1) / sympy.Integer(strips.size)) + L
-    # 2520 segments are whole rounds of up to 10; one segment and more layers tell equal chains apart.
+    # Take the chain that is longest on long calls: 2520 segments are whole rounds of up to 10.
+    # One segment and more layers tell equal chains apart.
     sizes = [(2521, layers), (1, layers), (2, layers), (1, layers + 6)]
     path = max(chains(vectors, layers), key=lambda chain: [chain.count(*size) for size in sizes])
     certificate = Certificate(
@@ -162,6 +173,7 @@ def prove(dependences: Sequence[Dependence], layers: int) -> Proof:
     if forcing is None or rate < layers:
         return Proof(a, b, certificate, None, (), makespan, path, strips)
 
+    # A segment takes at least as many steps as the sequential order: refuse, and say what forces that.
     forced = sympy.expand(path.length.subs(L, layers)) == layers * S
     certificate = Certificate(certificate.inequalities, certificate.critical_path, certificate.bound, optimal=forced)
     if layers == 1:
@@ -183,7 +195,7 @@ def prove(dependences: Sequence[Dependence], layers: int) -> Proof:
 
 
 def _executable(vector: Vector, layers: int) -> bool:
-    """Whether the program's own order, segment after segment, runs the producer before the consumer."""
+    """Tell whether the program's own order, segment after segment, runs the producer before the consumer."""
     if vector.ds != 0:
         return vector.ds > 0
     if vector.dl.slope > 0:
@@ -192,10 +204,10 @@ def _executable(vector: Vector, layers: int) -> bool:
 
 
 def _solve(vectors: Sequence[Vector], layers: int) -> tuple[Extent, int, Vector | None]:
-    """The least (a, b) under (1), and the vector that makes ``a`` what it is where it is not 0.
+    """Find the least (a, b) under (1), and the vector that forces ``a`` where it is not 0.
 
-    b = 1 leaves ``a >= (1 - dl) / ds`` for every vector with ds >= 1. Of these bounds one is dropped if another is
-    never below it from its least L on; from L = 2 on where the model has more layers than one.
+    b = 1 leaves ``a >= (1 - dl) / ds`` for every vector with ds >= 1. A bound is dropped if another one is never below
+    it from its least L on. L = 1 does not count where the model has more layers.
     """
     if not vectors:
         return 0, 0, None
@@ -226,7 +238,7 @@ def _covers(high: Affine, low: Affine, least: int) -> bool:
 
 
 def _cycle(forcing: Vector, vectors: Sequence[Vector], layers: int) -> tuple[Dependence, ...]:
-    """The chain that leads from the consumer of ``forcing`` up to its producer, then ``forcing``."""
+    """Return the chain from the consumer of ``forcing`` up to its producer, followed by ``forcing``."""
     start = int(forcing.layer.at(layers)) if forcing.layer else 0
     top = min(start - math.floor(forcing.dl.at(layers)), layers - 1)
     within = [vector for vector in vectors if vector.ds == 0 and vector.dependence != forcing.dependence]
@@ -246,7 +258,7 @@ def _cycle(forcing: Vector, vectors: Sequence[Vector], layers: int) -> tuple[Dep
 
 
 def _readers(dependence: Dependence, layers: int) -> tuple[int | Fraction, int | Fraction]:
-    """The first and the last layer that reads."""
+    """Return the first and the last layer that read through a dependence."""
     first, last = (evaluated(extent, {L: layers}) for extent in dependence.layers or (0, L - 1))
     return first, last
 

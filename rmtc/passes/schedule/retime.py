@@ -10,16 +10,19 @@ with distance (ds, dl) is respected iff its slack::
     a*ds + b*dl + c_v - c_u >= 0,    and where it is 0, u comes before v in the order.                             (1)
 
 A distance that depends on the layer counts with its least dl, for b is not negative. For given a, b there are such c_v
-and such an order iff every cycle of the graph has a*sum(ds) + b*sum(dl) >= 1: slacks on a cycle add up to that, and
-where all are 0 no order fits. With weights ``1 - (V + 1)*(a*ds + b*dl)`` on the edges of V vertices that is: no cycle
-has a positive weight, since one of k <= V edges has ``k - (V + 1)*X``, above 0 for X <= 0 and below for X >= 1. Where
-there is none, the longest paths q_v give both: c_v = floor(q_v / (V + 1)), and q_v mod (V + 1) grows along edges of
-slack 0. Bellman-Ford finds one or the other, in integers. (That of networkx may say that there is a cycle and not find
-it; and sweeps in the order of the bodies, in which few edges lead backward, are over sooner.)
+and such an order iff every cycle of the graph has a*sum(ds) + b*sum(dl) >= 1. The reason is that slacks on a cycle add
+up to that, and where all are 0 no order fits.
 
-The least a for a given b: a violated cycle asks for ``a >= (1 - b*sum(dl)) / sum(ds)``; a grows to the integer above
-until none is violated, and the last one is what forces it. A b above 1 helps no cycle: where sum(ds) = 0 the body's own
-order has sum(dl) >= 1, and where sum(dl) >= 1 b = 1 does.
+With weights ``1 - (V + 1)*(a*ds + b*dl)`` on the edges of V vertices, that condition is: no cycle has a positive
+weight. A cycle of k <= V edges has ``k - (V + 1)*X``, above 0 for X <= 0 and below for X >= 1. Where there is none, the
+longest paths q_v give both: c_v = floor(q_v / (V + 1)), and q_v mod (V + 1) grows along edges of slack 0.
+
+Bellman-Ford finds the paths or a cycle, in integers. networkx has it too, but may report a cycle and not find it.
+Sweeps in the order of the bodies, in which few edges lead backward, also end sooner.
+
+The least a for a given b: a violated cycle asks for ``a >= (1 - b*sum(dl)) / sum(ds)``. Then a grows to the integer
+above until no cycle is violated, and the last one is what forces it. A b above 1 helps no cycle. Where sum(ds) = 0, the
+body's own order has sum(dl) >= 1, and where sum(dl) >= 1, b = 1 does.
 
 Longest paths start as early as the first cell of each vertex may run, so no times with these a and b have fewer steps.
 
@@ -41,18 +44,18 @@ __all__ = ["Retimed", "broken", "capped", "retime", "retime_with"]
 
 @dataclass(frozen=True)
 class Retimed:
-    """What :func:`retime` found.
+    """The result of :func:`retime`.
 
     Attributes:
-        times: the times; None if no a and b are legal, since the loop waits for itself.
-        cycle: the edges of the cycle that forces a, in order; empty if a = 0.
+        times: the times, or None if no a and b are legal because the loop waits for itself.
+        cycle: the edges of the cycle that forces a, in order, or empty if a = 0.
     """
 
     times: Times | None
     cycle: tuple[Edge, ...] = ()
 
     def text(self, graph: FoldedGraph) -> str:
-        """The times, for each class the vertices that run earlier or later than at a*s + b*l, and the cycle."""
+        """Return as text the times, the vertices of each class that run before or after a*s + b*l, and the cycle."""
         if self.times is None:
             return f"no times: {self._round(graph)}"
         moved: dict[tuple[str, int], list[str]] = {}
@@ -66,7 +69,7 @@ class Retimed:
         return "\n".join([*lines, f"forced by {self._round(graph)}"] if self.cycle else lines)
 
     def _round(self, graph: FoldedGraph) -> str:
-        """What is read from cell to cell round the cycle; of one within a cell, all of it."""
+        """Return as text the reads between cells round the cycle, or all of a cycle within one cell."""
         shown = [edge for edge in self.cycle if not edge.within] or list(self.cycle)
         return ", ".join(
             f"{graph.vertices[edge.producer]} -> {graph.vertices[edge.consumer]} {edge.dependence}" for edge in shown
@@ -74,7 +77,7 @@ class Retimed:
 
 
 def retime(graph: FoldedGraph) -> Retimed:
-    """The least a, then the least b, for which there are legal times.
+    """Find the legal times with the least a, and of these the least b.
 
     Where a is above 0 and no cycle stays within a segment, b = 0 runs a whole segment in a step.
     """
@@ -88,7 +91,7 @@ def retime(graph: FoldedGraph) -> Retimed:
 
 
 def retime_with(graph: FoldedGraph, b: int) -> Retimed:
-    """The least a that is legal with a given b, with its times."""
+    """Find the least a that is legal with a given b, with its times."""
     a, forcing = 0, tuple[Edge, ...]()
     edges = sorted(((edge, edge.dl) for edge in graph.edges), key=lambda each: (each[0].consumer, each[0].producer))
     while True:
@@ -102,7 +105,7 @@ def retime_with(graph: FoldedGraph, b: int) -> Retimed:
 
 
 def broken(graph: FoldedGraph, times: Times) -> Edge | None:
-    """An edge that breaks (1), or None if the times are legal for every number of segments."""
+    """Return an edge that breaks (1), or None if the times are legal for every number of segments."""
     for edge in graph.edges:
         slack = times.gain(edge) + times.shifts[edge.consumer] - times.shifts[edge.producer]
         if slack < 0 or (slack == 0 and times.order[edge.producer] >= times.order[edge.consumer]):
@@ -111,10 +114,10 @@ def broken(graph: FoldedGraph, times: Times) -> Edge | None:
 
 
 def capped(graph: FoldedGraph, times: Times, width: int) -> Times:
-    """Times by which no step runs a vertex in more than ``width`` cells of a layer; with a = 0 it would be all.
+    """Limit the cells of a layer for which a step runs a vertex to ``width``. With a = 0 a step would run them all.
 
-    Blocks of ``width`` segments run one after another, each as the times say: a block later is no earlier, so what was
-    legal is. Where a >= 1, no step has two cells of a layer.
+    Blocks of ``width`` segments run one after another, each as the times say. The block of a producer is never later
+    than that of its consumer, so legal times stay legal. Where a >= 1, no step has two cells of a layer.
 
         l    ->    L*floor(s/width) + l,    L*ceil(S/width) steps
     """
@@ -127,7 +130,7 @@ def capped(graph: FoldedGraph, times: Times, width: int) -> Times:
 def _longest(
     graph: FoldedGraph, edges: Sequence[tuple[Edge, int]], a: int, b: int
 ) -> tuple[list[int], tuple[Edge, ...]]:
-    """The longest paths q_v, or a cycle of positive weight; the edges come in order, with their dl."""
+    """Find the longest paths q_v, or a cycle of positive weight. The edges come in order, each with its dl."""
     unit = len(graph.vertices) + 1
     arcs = [(edge.consumer, edge.producer, 1 - unit * (a * edge.ds + b * dl), edge) for edge, dl in edges]
     levels = [
@@ -148,7 +151,10 @@ def _longest(
 
 
 def _round(reached: dict[int, Edge]) -> tuple[Edge, ...]:
-    """A cycle among the edges by which vertices were reached last, in order; such a cycle has a positive weight."""
+    """Return a cycle among the edges by which vertices were reached last, in order, or nothing.
+
+    Such a cycle has a positive weight.
+    """
     seen: dict[int, int] = {}
     for start in reached:
         at = start
@@ -173,6 +179,6 @@ def _times(graph: FoldedGraph, a: int, b: int, levels: Sequence[int]) -> Times:
         if a * edge.ds + b * edge.dl + shifts[edge.consumer] == shifts[edge.producer]
     )
     order = [0] * len(levels)
-    for position, vertex in enumerate(nx.lexicographical_topological_sort(tight)):  # the body's own, where that fits
+    for position, vertex in enumerate(nx.lexicographical_topological_sort(tight)):  # the body's order if it fits
         order[vertex] = position
     return Times(a, b, shifts, tuple(order))

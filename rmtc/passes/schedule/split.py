@@ -1,4 +1,4 @@
-"""Pass split: layers divided into parts, so that what is in no recurrence does not wait for what is."""
+"""Pass split: layers divided into parts, so that non-recurrent operations do not wait for recurrences."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _MOST = 8
 
 @dataclass(frozen=True)
 class _Parts(Family):
-    """The parameters of layers that are divided.
+    """The parameters of layers that are divided into parts.
 
     Attributes:
-        starts: the first part of each layer, also of those that the loop does not tell from others.
+        starts: the first part of each layer, also of layers of the family that the loop does not have as layers.
     """
 
     starts: tuple[int, ...] = ()
@@ -40,12 +40,12 @@ class _Parts(Family):
 
 
 class Division(NamedTuple):
-    """What each layer is divided into.
+    """A division of each layer into parts.
 
     Attributes:
-        part: for each row the number of the part that each operation of a layer is in: odd in a recurrence, else even.
-        present: for each layer the numbers that occur.
-        sizes: for each layer the steady operations of each of these parts.
+        part: for each row, the part number of each operation of a layer, odd in a recurrence and else even.
+        present: for each layer, the part numbers that occur.
+        sizes: for each layer, the number of steady operations in each of these parts.
         spans: the first and the last part of each recurrence, counted through all layers.
     """
 
@@ -61,7 +61,7 @@ class Division(NamedTuple):
 
     @property
     def columns(self) -> list[tuple[int, int]]:
-        """Of each part whether a recurrence passes through it, and its operations."""
+        """The parts in order, each as 1 if a recurrence passes through it, else 0, and its number of operations."""
         sizes = [size for each in self.sizes for size in each]
         return [
             (int(any(first <= column <= last for first, last in self.spans)), size) for column, size in enumerate(sizes)
@@ -69,14 +69,14 @@ class Division(NamedTuple):
 
 
 def division(loop: SegmentLoop, graph: FoldedGraph) -> Division | None:
-    """The fewest parts of each layer for each to be a recurrence, or to wait for no segment before.
+    """Divide each layer into the fewest parts, each of which is a recurrence or waits for no earlier segment.
 
     Args:
         loop: a loop with layouts and classes.
         graph: its folded graph.
 
     Returns:
-        None if no layer is divided, or one into too many.
+        The division, or None if no layer is divided, or one into too many parts.
     """
     layout, last = loop.layouts[-1], len(loop.rows)
     found = fission(graph)
@@ -109,17 +109,17 @@ def division(loop: SegmentLoop, graph: FoldedGraph) -> Division | None:
 
 
 def split_layers(loop: SegmentLoop, family: Family | None, divided: Division) -> tuple[SegmentLoop, Family | None]:
-    """Divide the layers.
+    """Divide the layers of a loop into parts.
 
-    Needs: a loop with layouts, classes and dependences, and what to divide its layers into.
+    Needs: a loop with layouts, classes and dependences, and the division of its layers.
     Gives: the loop with parts for layers, and their family.
-    Checks: nothing; the loop is proven and held against a run as any other.
+    Checks: nothing. The loop is proven and held against a run as any other.
 
         l: k = lin(x), y = attend(x, k, s-1.k)    ->   2l: k = lin(x) | 2l+1: y = attend(x, k, s-1.k)
         l: u = lin(x), m = s-1.m + u, y = f(x, m) ->   3l: u = lin(x) | 3l+1: m = s-1.m + u | 3l+2: y = f(x, m)
 
-    Cells wait for cells: keys of the segment before make them wait along (1, 0), whatever the keys are made of. A part
-    that makes the keys is a cell of its own, and the dependence becomes (1, 1).
+    A cell waits for whole cells. In the first example keys of the segment before make it wait along (1, 0), whatever
+    the keys are made of. A part that makes the keys is a cell of its own, and the dependence becomes (1, 1).
     """
     orders: list[list[int]] = []
     layouts: list[Layout] = []
@@ -134,7 +134,7 @@ def split_layers(loop: SegmentLoop, family: Family | None, divided: Division) ->
         orders.append(order)
         layouts.append(Layout(layout.prologue, tuple(itertools.pairwise(bounds)), layout.epilogue))
     if family is not None:
-        beyond = [1] * (family.layers - loop.layers)  # whose weights are tied to others', in the epilogue
+        beyond = [1] * (family.layers - loop.layers)  # layers with tied weights, in the epilogue
         starts = tuple(itertools.accumulate([*divided.parts, *beyond], initial=0))
         family = _Parts(family.prefixes, family.layers, family.first, family.listed, starts)
     loop = classified(replace(reordered(loop, orders), layouts=tuple(layouts)), family)
@@ -142,7 +142,10 @@ def split_layers(loop: SegmentLoop, family: Family | None, divided: Division) ->
 
 
 def _steady_parts(loop: SegmentLoop, free: set[int]) -> dict[int, int] | None:
-    """The least part of each operation of the layers of a steady segment: even of free ones, odd of the others."""
+    """Return the least part of each operation of a steady segment's layers, or None if the parts are too many.
+
+    Parts of non-recurrent operations are even, those of recurrences odd.
+    """
     layout = loop.layouts[-1]
     inside = range(layout.prologue[1], layout.epilogue[0])
     layer = {i: layout.layer_of(i) for i in inside}
@@ -166,9 +169,10 @@ def _steady_parts(loop: SegmentLoop, free: set[int]) -> dict[int, int] | None:
 
 
 def _row_parts(loop: SegmentLoop, row: int, steady: dict[int, int]) -> dict[int, int]:
-    """The parts of a first segment's operations: those of the steady one's that they are.
+    """Return the parts of a first segment's operations: those of the steady operations that they match.
 
-    A segment that runs what the steady ones run is divided as they are: they read it by the same numbers.
+    A first segment that runs the operations of the steady ones is divided as they are, for they read it by the same
+    numbers.
     """
     alike = [op.target for op in loop.rows[row]] == [op.target for op in loop.steady]
     if alike and loop.layouts[row] == loop.layouts[-1]:
@@ -184,7 +188,7 @@ def _row_parts(loop: SegmentLoop, row: int, steady: dict[int, int]) -> dict[int,
             op = loop.rows[row][i]
             read = (leaf.number for leaf in leaves(op.args) if isinstance(leaf, Row) and not leaf.back)
             before = [part[j] for j in read if begin <= j < end]
-            # What takes its part of several results stays with what makes them.
+            # An operation that takes one of several results stays with the one that makes them.
             part[i] = before[0] if op.target is operator.getitem else max([known.get(i, 0), *before])
     return part
 

@@ -16,12 +16,12 @@ __all__ = ["retime_strip", "strip_mine", "strips"]
 
 
 def strip_mine(graph: FoldedGraph, period: int) -> FoldedGraph:
-    """Take so many segments as one.
+    """Take ``period`` segments as one.
 
     Needs: any folded graph.
     Gives: vertex v of segment ``period*S + i`` as vertex ``(v, i)`` of segment S. Where a distance in segments is above
-    1, an integer a loses: (2, 0) alone asks for a >= 1/2, so a = 1. With two segments in one body it is (1, 0) from
-    even to even and from odd to odd, and a = 1 then advances two segments.
+    1, no integer a is tight: (2, 0) alone asks for a >= 1/2, so a = 1. With two segments in one body the distance is
+    (1, 0) from even to even and from odd to odd, and a = 1 then advances two segments.
 
         x -> x (2, 0)    ->    x/0 -> x/0 (1, 0), x/1 -> x/1 (1, 0)
         x -> x (1, 0)    ->    x/0 -> x/1 (0, 0), x/1 -> x/0 (1, 0)
@@ -42,7 +42,7 @@ def strip_mine(graph: FoldedGraph, period: int) -> FoldedGraph:
         for vertex in graph.vertices
         for i in range(period)
     )
-    # A class that only some of the first segments have has copies that stand for nothing.
+    # A class that only some first segments have leaves copies without members.
     edges = (
         each
         for edge in graph.edges
@@ -59,9 +59,9 @@ def _edges(edge: Edge, period: int) -> Iterator[Edge]:
 
 
 def strips(graph: FoldedGraph, segments: int) -> tuple[Strip, ...]:
-    """For each distance in segments above 1: what as many segments in one body take, where that is less.
+    """Find the periods, among the distances in segments above 1, with which fewer operations run in sequence.
 
-    Steps would be fewer for any graph, with the more operations in each: operations in sequence are what is compared.
+    Operations in sequence are compared, not steps. Any graph would have fewer steps, with more operations in each.
     """
     plain = retime(graph).times
     found: list[Strip] = []
@@ -84,7 +84,10 @@ def strips(graph: FoldedGraph, segments: int) -> tuple[Strip, ...]:
 
 
 def retime_strip(graph: FoldedGraph, period: int) -> Times | None:
-    """The least times of the strip-mined graph; copies of a vertex have one place, and run at once, where they may."""
+    """Find the least times of the strip-mined graph, or None if there are none.
+
+    Copies of a vertex have one place in the order, and run at once, where that is legal.
+    """
     mined = strip_mine(graph, period)
     times = retime(mined).times
     if times is None:

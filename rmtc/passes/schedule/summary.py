@@ -9,7 +9,7 @@ __all__ = ["class_summaries"]
 
 
 def class_summaries(loop: SegmentLoop) -> tuple[CellClass, ...]:
-    """Each class with its number of operations and its members, in the order layers, prologues, epilogues."""
+    """Describe each class by its number of operations and its members, in the order layers, prologues, epilogues."""
     members: dict[tuple[str, str], dict[int, list[int]]] = {}
     sizes: dict[tuple[str, str], int] = {}
 
@@ -40,7 +40,7 @@ def class_summaries(loop: SegmentLoop) -> tuple[CellClass, ...]:
 
 
 def _members(rows: dict[int, list[int]], last: int, layers: int | None) -> str:
-    """``s >= 1, all l``."""
+    """Return the members of a class in words, such as ``s >= 1, all l``."""
     parts: list[str] = []
     by_layers: dict[tuple[int, ...], list[int]] = {}
     for row, found in rows.items():
