@@ -272,9 +272,7 @@ def literal(value: Any) -> str:
     Raises:
         TypeError: if it is no constant of a program.
     """
-    if isinstance(value, Value):
-        return value.text
-    if isinstance(value, (Raw, Varying)):
+    if isinstance(value, (Value, Raw, Varying)):
         return value.text
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(literal(item) for item in value)}]"
@@ -563,7 +561,6 @@ def matmul(arguments: NamedArguments) -> str | None:
         return f"{_product_of_rows(left, right, right.rows)}.view(G, {_sizes((*left.shape[:-1], right.shape[1]))})"
     a, b = left.text, right.text
     vector, row = right.rank == 1, left.rank == 1
-    rank = max(left.rank, right.rank, 2)
     if vector:
         b = f"{b}.unsqueeze(-1)"
     if row:

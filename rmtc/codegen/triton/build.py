@@ -243,17 +243,14 @@ def _promoted(args: Iterable[Array | Scalar]) -> torch.dtype:
     An array without dimensions counts as a 0-d tensor.
     """
     values = [
-        torch.empty(each.shape if not _scalar(each) else (), dtype=each.dtype, device="meta")
-        if isinstance(each, Array)
-        else each
-        for each in args
+        torch.empty(each.shape, dtype=each.dtype, device="meta") if isinstance(each, Array) else each for each in args
     ]
     found = values[0]
     if len(values) == 1:
         return found.dtype if isinstance(found, torch.Tensor) else torch.get_default_dtype()
     dtype = torch.result_type(values[0], values[1])
     for each in values[2:]:
-        dtype = torch.result_type(torch.empty((1,) if len(values) else (), dtype=dtype, device="meta"), each)
+        dtype = torch.result_type(torch.empty((1,), dtype=dtype, device="meta"), each)
     return dtype
 
 

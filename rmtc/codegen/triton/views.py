@@ -30,7 +30,7 @@ def _sliced(arrays: Arrays, arguments: NamedArguments) -> Array | None:
         return None
     size = x.sizes[dim]
     first = _clipped(0 if start is None else start, size)
-    last = _clipped(size.value if end is None else end, size) if end is not None else size
+    last = size if end is None else _clipped(end, size)
     length = last - first
     if length.value <= 0:
         return None

@@ -87,10 +87,6 @@ def _range(loop: SegmentLoop, member: Member) -> tuple[int, int]:
     return layout.prologue if layer < 0 else layout.epilogue if layer >= loop.layers else layout.layers[layer]
 
 
-def _row(loop: SegmentLoop, row: int) -> tuple[Op, ...]:
-    return loop.rows[row] if row < len(loop.rows) else loop.steady
-
-
 class _Shared:
     """Values that are invariant over all segments of one length, numbered by operator and operands."""
 
@@ -100,7 +96,7 @@ class _Shared:
         self._numbers: dict[Any, int] = {}
         self.of: dict[tuple[int, int], int] = {}  # (row kind, number of the operation) -> number of the shared value
         for row in range(len(loop.layouts)):
-            for number, op in enumerate(_row(loop, row)):
+            for number, op in enumerate(loop.row(row)):
                 key = self._key(row, op)
                 if key is not None:
                     self.of[row, number] = self._numbers.setdefault(key, len(self._numbers))
@@ -159,7 +155,7 @@ def _needed(loop: SegmentLoop, shared: _Shared) -> dict[Member, set[int]]:
 
     steady = len(loop.rows)
     for row in range(len(loop.layouts)):
-        for number, op in enumerate(_row(loop, row)):
+        for number, op in enumerate(loop.row(row)):
             layer = loop.layouts[row].layer_of(number)
             for leaf in leaves(op.args):
                 if isinstance(leaf, Row) and (leaf.back or (row, leaf.number) not in shared.of):
@@ -221,7 +217,7 @@ def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, 
         return inputs.setdefault(choices, Input(len(inputs)))
 
     # Walk the operations backwards, so that only those that a result needs are kept.
-    rows = [_row(loop, row)[start : start + size] for (row, _), start in zip(members, starts, strict=True)]
+    rows = [loop.row(row)[start : start + size] for (row, _), start in zip(members, starts, strict=True)]
     live, ops = set(results), dict[int, Op]()
     for offset in reversed(range(size)):
         hoisted = (members[0][0], starts[0] + offset) in shared.of
