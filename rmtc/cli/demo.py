@@ -86,7 +86,8 @@ def _certificate(function: Any, analysis: Any, segments: int) -> list[str]:
     import torch
 
     from rmtc.api import explanation_of
-    from rmtc.show.text import certificate_text, schedule_text
+    from rmtc.show.certificate_text import certificate_text
+    from rmtc.show.grid import schedule_text
 
     with torch.no_grad():
         explanation = explanation_of(function, analysis)

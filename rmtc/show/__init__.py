@@ -7,7 +7,10 @@ from rmtc.show.as_json import explanation_json, measured_json, refusal_json, sch
 from rmtc.show.as_mermaid import schedule_mermaid
 from rmtc.show.as_svg import schedule_svg
 from rmtc.show.as_trace import schedule_trace
-from rmtc.show.text import certificate_text, explanation_text, refusal_text, schedule_text
+from rmtc.show.certificate_text import certificate_text
+from rmtc.show.grid import schedule_text
+from rmtc.show.refusal_text import refusal_text
+from rmtc.show.text import explanation_text
 
 __all__ = [
     "certificate_text",

@@ -14,40 +14,30 @@ from collections.abc import Iterator, Sequence
 import sympy
 
 from rmtc.ir.cells import Cell, Dependence
-from rmtc.ir.explanation import CellClass, Certificate, Explanation
-from rmtc.ir.formula import L, S, at, distance_text, formula, layers_text, parse, place, whence
-from rmtc.ir.limits import TooLarge
+from rmtc.ir.explanation import CellClass, Explanation
+from rmtc.ir.formula import L, S, at, distance_text, formula, layers_text, place, whence
 from rmtc.ir.notation import step_text
 from rmtc.ir.printed import prints
 from rmtc.ir.schedule import Schedule
-from rmtc.show.cycle import Round, Turn, follow
-from rmtc.show.grid import grid, schedule_text, stages_text
+from rmtc.show.certificate_text import assumptions, best, legality
+from rmtc.show.grid import grid, stages_text
+from rmtc.show.heading import equals, title
 from rmtc.show.operations_text import operations_text
 from rmtc.show.page import Page, count
+from rmtc.show.refusal_text import cause, refusal
 
-__all__ = ["certificate_text", "explanation_text", "refusal_text", "schedule_text"]
+__all__ = ["explanation_text"]
+
 
 _SHOWN = 4
 """Tensors of one distance that are shown with their places; of the others only the names."""
-
-
-@prints(Certificate)
-def certificate_text(certificate: Certificate) -> str:
-    """Print a certificate by itself, with formulas in S (segments) and L (layers) in place of a call's numbers."""
-    page = Page()
-    page.heading("Certificate")
-    page.text("Cell (s, l) is layer l applied to segment s, of S segments and L layers, both counted from 0.")
-    _legal(page, certificate, None)
-    _best(page, certificate, None)
-    _assumptions(page, certificate.assumptions)
-    return str(page)
 
 
 @prints(Explanation)
 def explanation_text(explanation: Explanation) -> str:
     """Print the whole answer: the loop, its classes and dependences, the schedule and its proof, or the refusal."""
     page = Page()
-    page.heading(_title(explanation))
+    page.heading(title(explanation))
     if explanation.layers:  # without layers, the call was refused before anything was known of the loop
         if explanation.studied:
             _grid_of(page, explanation)
@@ -56,7 +46,7 @@ def explanation_text(explanation: Explanation) -> str:
         _classes(page, explanation)
         _dependences(page, explanation.dependences, any(item.stage != "layer" for item in explanation.classes))
     if explanation.schedule is None:
-        _refusal(page, explanation)
+        refusal(page, explanation)
     elif explanation.whole is None:
         _parts(page, explanation, explanation.schedule)
         _estimates(page, explanation)
@@ -64,57 +54,13 @@ def explanation_text(explanation: Explanation) -> str:
         _schedule(page, explanation)
         _estimates(page, explanation)
         if explanation.certificate is not None:
-            _legal(page, explanation.certificate, explanation)
-            _best(page, explanation.certificate, explanation)
+            legality(page, explanation.certificate, explanation)
+            best(page, explanation.certificate, explanation)
     operations_text(page, explanation)
     _kernels(page, explanation)
     if explanation.certificate is not None:
-        _assumptions(page, explanation.certificate.assumptions)
+        assumptions(page, explanation.certificate.assumptions)
     return str(page)
-
-
-def refusal_text(explanation: Explanation) -> str:
-    """Print a refusal by itself, as ``rmtc schedule`` does where there is no schedule."""
-    page = Page()
-    page.heading(_title(explanation))
-    _refusal(page, explanation)
-    return str(page)
-
-
-def _title(explanation: Explanation) -> str:
-    number = explanation.segments * explanation.layers
-    runs = count(number, "layer run")
-    if explanation.schedule is None and not explanation.layers:
-        return f"{explanation.name}: refused"
-    if explanation.schedule is None and explanation.certificate is not None and not explanation.certificate.bound:
-        return f"{explanation.name}: refused, no loop over segments and their layers runs it"
-    if explanation.schedule is None:
-        once = follow(explanation.cycle, explanation.layers)
-        if (once and _sequential(once, explanation.layers)) or _optimal(explanation):
-            return f"{explanation.name}: refused, its {runs} can only run one after another, as whole cells"
-        return f"{explanation.name}: refused, nothing shorter than its {runs} in sequence could be proven"
-    steps = at(explanation.schedule.makespan, explanation.segments, explanation.layers)
-    if explanation.whole is None:
-        return f"{explanation.name}: {count(steps, 'step')} of parts; its {runs} only run one after another as a whole"
-    proven = "legal and best possible" if _optimal(explanation) else "legal"
-    shortest = explanation.way("shortest")
-    parts = ""
-    if shortest is not None and shortest.schedule is not None and shortest.schedule.parts:
-        parts = f" for whole cells; in {max(shortest.schedule.parts)} parts, {explanation.layers}"
-    if explanation.segments == 1:
-        of_more = formula(explanation.schedule.makespan)
-        of_more += " step for S of them" if of_more == "1" else " steps for S of them"
-        return f"{explanation.name}: a single segment gains nothing; {of_more}, proven {proven}{parts}"
-    return f"{explanation.name}: {count(steps, 'step')} instead of {number}, proven {proven}{parts}"
-
-
-def _optimal(explanation: Explanation) -> bool:
-    return explanation.certificate is not None and explanation.certificate.optimal
-
-
-def _sequential(once: Round, layers: int) -> bool:
-    """Return whether a round takes as many steps as there are cells in the segments that it passes."""
-    return at(once.length, 1, layers) >= layers * once.advance
 
 
 def _grid_of(page: Page, explanation: Explanation) -> None:
@@ -252,7 +198,7 @@ def _schedule(page: Page, explanation: Explanation) -> None:
     page.raw(grid(schedule, segments, limit=5, head=3, tail=1), 4)
     page.blank()
     page.text(
-        f"The number of steps, the makespan, is {_equals(schedule.makespan, segments, schedule.layers)}; one cell "
+        f"The number of steps, the makespan, is {equals(schedule.makespan, segments, schedule.layers)}; one cell "
         f"after another takes {formula(S * L)} = {cells}.{_width(schedule, segments)}"
         + (
             f" Steps are no seconds: there are {cells / steps:.1f} times fewer, and the gain in time is the smaller "
@@ -268,7 +214,7 @@ def _parts(page: Page, explanation: Explanation, schedule: Schedule) -> None:
     """Explain why whole cells run in sequence, and print the schedule of their parts."""
     segments, layers = explanation.segments, explanation.layers
     page.heading("Why whole cells run one after another")
-    _cause(page, explanation)
+    cause(page, explanation)
     page.heading("The schedule")
     most = max(schedule.parts, default=1)
     page.text(
@@ -281,7 +227,7 @@ def _parts(page: Page, explanation: Explanation, schedule: Schedule) -> None:
     page.raw(grid(schedule, segments, limit=5, head=3, tail=1), 4)
     page.blank()
     page.text(
-        f"{step_text(schedule)}. The number of steps is {_equals(schedule.makespan, segments, layers)}; they are of "
+        f"{step_text(schedule)}. The number of steps is {equals(schedule.makespan, segments, layers)}; they are of "
         "parts, which are less than a layer. No part reads what runs in the same step or later: that was held against "
         "a trace, segment by segment, as the bodies were."
     )
@@ -451,179 +397,3 @@ def _width(schedule: Schedule, segments: int) -> str:
     ]
     most = schedule.strip * min(sides) if sides else 1
     return f" No step holds more than {most} cells." if most > 1 else ""
-
-
-def _legal(page: Page, certificate: Certificate, explanation: Explanation | None) -> None:
-    if certificate.inequalities:
-        page.heading("Why it is legal")
-        schedule = explanation.schedule if explanation else None
-        values = f", here with a = {formula(schedule.a)} and b = {formula(schedule.b)}" if schedule else ""
-        page.text(
-            "Each cell must run at a later step than the cells it reads from: then it reads what it reads today, and "
-            f"all results are the same, up to the rounding of batched operations. {_growth(schedule)}{values}. That is "
-            "at least 1 for each dependence:"
-        )
-        rows: dict[tuple[str, str], list[str]] = {}
-        for item in certificate.inequalities:
-            key = distance_text(item.dependence.distance), item.slack
-            rows.setdefault(key, []).append(item.dependence.tensor)
-        page.table([(distance, slack, ", ".join(filter(None, names))) for (distance, slack), names in rows.items()])
-    _checked(page, certificate)
-
-
-def _growth(schedule: Schedule | None) -> str:
-    """Say by how much the step grows along a dependence."""
-    if schedule is not None and schedule.strip > 1:
-        q = schedule.strip
-        return (
-            f"Cell (s, l) runs at step a*floor(s/{q}) + b*l, so from a cell to one that reads it along (ds, dl) the "
-            f"step grows by a*floor(ds/{q}) + b*dl or more"
-        )
-    return (
-        "Cell (s, l) runs at step a*s + b*l, so from a cell to one that reads it along (ds, dl) the step grows by "
-        "a*ds + b*dl"
-    )
-
-
-def _checked(page: Page, certificate: Certificate) -> None:
-    if certificate.checked:
-        page.text(
-            f"Checked by a second program, which shares no code with what found this: the bodies, what depends on what "
-            f"and the order of all of it, against {certificate.checked}",
-            2,
-            hang=2,
-        )
-
-
-def _best(page: Page, certificate: Certificate, explanation: Explanation | None) -> None:
-    if not certificate.bound:
-        return
-    page.heading("Why nothing is shorter" if certificate.optimal else "How far it is from the best")
-    _chain(page, certificate, explanation)
-    if certificate.optimal:
-        page.text(
-            "The schedule has exactly as many. So the chain is a longest one, the critical path, and the schedule is "
-            "optimal among those that run whole cells and compute what the model computes now, operation by operation."
-        )
-    elif explanation is not None and _meets(certificate.bound, explanation):
-        page.text("For this call the schedule has exactly as many; for another number of segments it may have more.")
-    else:
-        page.text("The schedule has more. Whether there is one in between is not known.")
-
-
-def _meets(bound: str, explanation: Explanation) -> bool:
-    size = explanation.segments, explanation.layers
-    least, schedule = _bound(bound), explanation.schedule
-    return least is not None and schedule is not None and at(least, *size) == at(schedule.makespan, *size)
-
-
-def _bound(text: str) -> sympy.Expr | None:
-    try:
-        return parse(text)
-    except TooLarge:  # from distances with numbers near the limit
-        return None
-
-
-def _length(bound: str, explanation: Explanation | None) -> str:
-    expression = _bound(bound)
-    if expression is None:
-        return bound
-    if explanation is None:
-        return formula(expression)
-    return _equals(expression, explanation.segments, explanation.layers)
-
-
-def _chain(page: Page, certificate: Certificate, explanation: Explanation | None) -> None:
-    length = _length(certificate.bound, explanation)
-    few = length == "1"
-    if certificate.critical_path:
-        page.text("In this chain each cell waits for the one before it, so no two of its cells can share a step:")
-        page.text(certificate.critical_path, 4, hang=2)
-        page.text(f"It has {length} {'cell' if few else 'cells'}, so no schedule of whole cells has fewer steps.")
-    else:
-        page.text(f"No schedule of whole cells has fewer than {length} {'step' if few else 'steps'}.")
-
-
-def _assumptions(page: Page, assumptions: Sequence[str]) -> None:
-    if assumptions:
-        page.heading("What this takes for granted")
-        for assumption in assumptions:
-            page.text(f"- {assumption}", 2, hang=2)
-
-
-def _refusal(page: Page, explanation: Explanation) -> None:
-    page.heading("Why it is refused")
-    if not explanation.studied:
-        page.text("A refusal changes nothing: the model runs as it always did.")
-    _cause(page, explanation)
-    if explanation.certificate is not None and explanation.certificate.checked:
-        page.blank()
-        _checked(page, explanation.certificate)
-
-
-def _cause(page: Page, explanation: Explanation) -> None:
-    """Explain what forbids to run whole cells in another order than the code's."""
-    if explanation.cycle:
-        _cycle(page, explanation)
-    rows = [("why", explanation.reason or "no schedule could be proven")]
-    if explanation.cycle and explanation.cycle[-1].consumer_location is not None and explanation.location is not None:
-        reads = place(explanation.cycle[-1].consumer_location)
-        rows.append(
-            (
-                "where",
-                f"{explanation.cycle[-1].tensor or 'made'}: made at {place(explanation.location)}, read at {reads}",
-            )
-        )
-    elif explanation.location is not None:
-        rows.append(("where", place(explanation.location)))
-    if explanation.remedy:
-        rows.append(("what to do", explanation.remedy))
-    page.table(rows, 2)
-
-
-def _cycle(page: Page, explanation: Explanation) -> None:
-    once = follow(explanation.cycle, explanation.layers)
-    if once is None:
-        page.text("These dependences are why:")
-        page.blank()
-        page.table([_edge(item) for item in dict.fromkeys(explanation.cycle)])
-        page.blank()
-        if explanation.certificate is not None and explanation.certificate.optimal:
-            _chain(page, explanation.certificate, explanation)
-            page.blank()
-        return
-    segments, layers = explanation.segments, explanation.layers
-    further = "one segment" if once.advance == 1 else f"{once.advance} segments"
-    page.text(
-        "Each of these cells waits for the one before it, and the last is the same layer as the first, "
-        f"{further} later: a cycle among the layers, which every segment goes through."
-    )
-    page.blank()
-    page.table([(_passed(turn), *_edge(turn.dependence)) for turn in once.turns])
-    page.blank()
-    conclusion = ""
-    if _sequential(once, layers):
-        conclusion = (
-            f" So S segments take {formula(S * L)} = {segments * layers} steps, as many as one cell after another: no "
-            "schedule of whole cells has fewer."
-        )
-    steps = f"{_equals(once.length, 1, layers)} {'step' if once.length == 1 else 'steps'}"
-    page.text(f"Once through it takes {steps} and gets {further} further." + conclusion)
-    page.blank()
-
-
-def _equals(expression: sympy.Expr, segments: int, layers: int) -> str:
-    """Print an expression with its value, ``S + L - 1 = 11``, or a number alone."""
-    text, number = formula(expression), str(at(expression, segments, layers))
-    return text if text == number else f"{text} = {number}"
-
-
-def _passed(turn: Turn) -> str:
-    first, *between, last = (str(cell) for cell in turn.cells)
-    shown = [first, *between, last] if len(between) < 2 else [first, between[0], "...", last]
-    return " -> ".join(shown)
-
-
-def _edge(item: Dependence) -> list[str]:
-    made = f"made at {place(item.location._replace(function=''))}" if item.location else ""
-    return [text for text in (distance_text(item.distance), item.tensor, made) if text]

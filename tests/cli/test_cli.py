@@ -19,7 +19,8 @@ from rmtc.cli import app
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError, VerifyError
 from rmtc.ir.cells import Cell
 from rmtc.ir.explanation import Explanation
-from rmtc.show.text import refusal_text, schedule_text
+from rmtc.show.grid import schedule_text
+from rmtc.show.refusal_text import refusal_text
 from rmtc.show.why import why
 
 FACTORY = """

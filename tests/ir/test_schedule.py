@@ -27,7 +27,7 @@ from rmtc.ir.formula import (
 )
 from rmtc.ir.limits import TooLarge
 from rmtc.ir.schedule import Schedule
-from rmtc.show.text import schedule_text
+from rmtc.show.grid import schedule_text
 
 REJECTED = ["1/0", "0**-1", "L/(L - L)", "Mod(L, 0)", "floor()", "floor(1, 2)", "2**L", "Ll", "2L", "L(2)", "Max(*L)"]
 COEFFICIENTS = [(1, 1), (0, 1), (1, 0), (4, 1), (L, 1), (L - 1, 1), (sympy.ceiling(L / 2), 1)]

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import rmtc
 from rmtc.cli import app
-from rmtc.cli.app import Kind
+from rmtc.cli.options import Kind
 from rmtc.codegen.torch.emit import Emitted
 from rmtc.compiler import compiled_of
 from rmtc.ir.cells import Cell, Dependence, Phase

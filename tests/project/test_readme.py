@@ -16,7 +16,7 @@ from zoo import NO_LOOP, ZOO, rows
 
 import rmtc
 from rmtc.cli import app
-from rmtc.cli.app import Kind
+from rmtc.cli.options import Kind
 from rmtc.compiler import _OPTIONS
 from rmtc.ir.formula import distance_text
 from rmtc.runtime.estimate import _KINDS

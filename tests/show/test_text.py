@@ -16,7 +16,7 @@ from rmtc.ir.explanation import CellClass, Certificate, Explanation
 from rmtc.ir.formula import L, layer_symbol, place
 from rmtc.ir.schedule import Schedule
 from rmtc.show.cycle import follow
-from rmtc.show.text import refusal_text
+from rmtc.show.refusal_text import refusal_text
 
 GOLDEN = Path(__file__).parents[1] / "support" / "golden"
 
