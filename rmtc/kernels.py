@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture.own_modes import own_modes
-from rmtc.codegen.torch.emit import Emitted
+from rmtc.codegen.torch.source import Emitted
 from rmtc.codegen.triton.configs import bucket_of, configs_text
 from rmtc.codegen.triton.emit import TritonBody
 from rmtc.codegen.triton.launch import KernelLaunch

@@ -7,30 +7,27 @@ reaches, is used. One more segment is one more use.
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from rmtc.capture.arguments import Arguments, Growth, Path, show
-from rmtc.capture.frames import current_location
 from rmtc.capture.results import describe_result, describer_of
 from rmtc.capture.session import Session
-from rmtc.errors import CaptureError, Location
+from rmtc.capture.uses import EnoughError, ProbeRun, UseCount
+from rmtc.errors import CaptureError
 
-__all__ = ["Probed", "Sizes", "probe"]
+__all__ = ["Probed", "Sizes", "aten", "probe"]
+
 
 logger = logging.getLogger(__name__)
 
-_ENOUGH_USES = 3  # a short run ends when every tensor used so far was used this often, after some segments
-_ENOUGH_OPERATIONS = 40_000  # any run ends after this many operations
+
 _FACTORS = (2, 8, 64, 1024)  # a call of less than two segments is probed at these multiples of its length
 
+
 aten = torch.ops.aten
-_NEW = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default}
-"""What makes a tensor of a text's dtype cuts nothing off the text."""
 
 
 class Sizes(NamedTuple):
@@ -105,100 +102,6 @@ class Probed:
         return (*lines, *(f"{show(path)}: a list, one item a segment" for path in sorted(self.growth.lists, key=str)))
 
 
-class _Enough(BaseException):
-    """The signal that ends a probing run.
-
-    It is a `BaseException`, so that no ``except Exception`` in the user's code catches it.
-    """
-
-
-@dataclass
-class _Run:
-    uses: Counter[int] = field(default_factory=Counter)
-    roots: Counter[int] = field(default_factory=Counter)  # uses of a tensor or of any part of it: parts vary with sizes
-    cuts: list[int] = field(default_factory=list)
-    first_cut: Location | None = None
-    ended: bool = True
-
-    @property
-    def total(self) -> int:
-        return sum(self.uses.values())
-
-
-class _Count:
-    """A counter of the uses of lifted tensors, and of the sizes to which a dimension of a given size is cut.
-
-    :meth:`note` is the watcher of a run.
-
-    Args:
-        lifted: the tensors whose uses are counted.
-        size: the size of the dimension.
-        short: whether to end the run when each tensor used so far was used often enough.
-    """
-
-    def __init__(self, lifted: Iterable[torch.Tensor], size: int, short: bool) -> None:
-        self.run = _Run()
-        self._source = {id(tensor): index for index, tensor in enumerate(lifted)}
-        self._parts: dict[tuple[Any, ...], int] = {}
-        self._roots = {index: frozenset((index,)) for index in self._source.values()}
-        self._size, self._short, self._operations = size, short, 0
-        self._kept: list[torch.Tensor] = []  # ids stay unique while the tensors live
-
-    def note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-        self._operations += 1
-        if self._operations > _ENOUGH_OPERATIONS:
-            raise _Enough
-        tensors = list(_tensors(args))
-        sources = [self._source.get(id(tensor)) for tensor in tensors]
-        if tensors and all(source is not None for source in sources):
-            # A transposed weight is a weight, and so is one layer's part of a stack.
-            part = (func, *sources, *(arg for arg in args if isinstance(arg, int)))
-            index = self._parts.setdefault(part, -1 - len(self._parts))
-            self._roots[index] = frozenset().union(*(self._roots[each] for each in sources if each is not None))
-            for result in _tensors((out,)):
-                self._source[id(result)] = index
-                self._kept.append(result)
-        elif tensors:
-            for source in sources:
-                if source is not None:
-                    self.run.uses[source] += 1
-                    self.run.roots.update(self._roots[source])
-            if func not in _NEW:
-                self._note_cut(tensors[0], out)
-            if self._short and self.run.uses and min(self.run.uses.values()) >= _ENOUGH_USES:
-                raise _Enough
-
-    def _note_cut(self, tensor: torch.Tensor, out: Any) -> None:
-        result = next(iter(_tensors((out,))), None)
-        if result is None or self._size not in tensor.shape:
-            return
-        for dim, size in enumerate(tensor.shape):
-            if size != self._size:
-                continue
-            if result.ndim == tensor.ndim:
-                if result.shape[dim] < size:
-                    self._cut(result.shape[dim])
-            elif result.ndim == tensor.ndim - 1:
-                self.run.cuts.append(1)
-            elif result.ndim == tensor.ndim + 1:
-                for inner in {dim + 1, tensor.ndim}:  # where a view, and unfold, put the length of a piece
-                    if result.shape[dim] * result.shape[inner] == size:
-                        self._cut(result.shape[inner], result.shape[dim])
-
-    def _cut(self, *sizes: int) -> None:
-        self.run.cuts += sizes
-        if self.run.first_cut is None:
-            self.run.first_cut, _ = current_location()
-
-
-def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-
-
 def _arguments(session: Session, growth: Growth, length: int, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     dims: dict[Path, list[int]] = {}
     for path, dim in growth.dims:
@@ -231,11 +134,11 @@ def _arguments(session: Session, growth: Growth, length: int, batch: int) -> tup
 class _Prober:
     def __init__(self, session: Session) -> None:
         self.session = session
-        self._runs: dict[tuple[Growth, int, int, bool], _Run | None] = {}
+        self._runs: dict[tuple[Growth, int, int, bool], ProbeRun | None] = {}
         self._taken = {size for lifted in session.lifted for size in lifted.tensor.shape}
         self._taken |= {size for tensor in session.arguments.tensors().values() for size in tensor.shape}
 
-    def run(self, growth: Growth, length: int, batch: int, short: bool = False) -> _Run:
+    def run(self, growth: Growth, length: int, batch: int, short: bool = False) -> ProbeRun:
         """Run the code once at some sizes; a short run ends after a few segments.
 
         Raises:
@@ -253,17 +156,17 @@ class _Prober:
 
         handed = Arguments(args, kwargs, self.session.arguments.names)
         handed.map(note)
-        count = _Count([*self.session.fake_tensors, *fixed], length, short)
+        count = UseCount([*self.session.fake_tensors, *fixed], length, short)
         fakes = self.session.fake_mode
         with self.session.installed(self.session.fake_tensors), fakes, fakes.watched(count.note):
             try:
                 result = self.session.call(args, kwargs)
                 describe_result(result, describer_of(self.session, handed))  # before anything is traced
-            except _Enough:
+            except EnoughError:
                 count.run.ended = False
         return count.run
 
-    def attempt(self, growth: Growth, length: int, batch: int, short: bool = False) -> _Run | None:
+    def attempt(self, growth: Growth, length: int, batch: int, short: bool = False) -> ProbeRun | None:
         """Run the code as :meth:`run`, or return the run that was made before with the same arguments.
 
         It is None if the user's code does not take these sizes.
@@ -323,7 +226,7 @@ class _Prober:
                 least = least or size
         return least
 
-    def _all_again(self, growth: Growth, length: int, batch: int, text: _Run) -> bool:
+    def _all_again(self, growth: Growth, length: int, batch: int, text: ProbeRun) -> bool:
         """Tell whether a second segment uses again every tensor that a longer text uses again.
 
         A layer such as `nn.GRU` uses some of its weights at each position, and others once per segment.

@@ -15,62 +15,39 @@ import logging
 import operator
 import re
 import threading
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
-from itertools import chain, compress
-from types import BuiltinFunctionType, CellType, FunctionType, MappingProxyType, MethodType, ModuleType
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
-from torch._C._dynamo.guards import dict_version
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.events import Beyond, Event, EventOutput, Named, Pattern, Viewed, hold, same_event
 from rmtc.capture.frames import current_location
-from rmtc.capture.kinds import fingerprint, is_opaque, is_plain, is_record
+from rmtc.capture.kinds import is_plain
 from rmtc.capture.objects import Describer, Plain, Ref, attributes, build
 from rmtc.capture.other_sizes import Told, predict, tell
 from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Probed, Sizes
 from rmtc.capture.recorder import Recorder
+from rmtc.capture.replay_state import ATTRIBUTES, UNKNOWN, Plains, Remembered, ReplayState, told_value
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
-from rmtc.capture.state import Slot, walk
 from rmtc.capture.untold import refuse_flags
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.quiet import uncollected
 from rmtc.restoring import restored
 
-__all__ = ["Replayer"]
+__all__ = ["Replayer", "shows"]
+
 
 logger = logging.getLogger(__name__)
 
+
 _MANY = 4  # a replay this many times as long as a short one is worth two more short ones
-
-
-@dataclass
-class _Remembered:
-    """The record of a module's call, from which later calls are answered.
-
-    Attributes:
-        events: the operations inside of it.
-        result: the description of its result, in terms of what it made and of its operands.
-        tensors: the attributes in which it left tensors. Each has ``("made", number)`` or ``("operand", number)``.
-        plain: the attributes in which it left plain values, with these.
-        written: the numbers of the operands that it wrote to.
-        makes: the tensors that it made.
-    """
-
-    events: list[Event]
-    result: Any
-    tensors: list[tuple[Slot, Any]]
-    plain: list[Slot]
-    written: list[int]
-    makes: list[torch.Tensor] = field(default_factory=list)
 
 
 class _Replay(NamedTuple):
@@ -138,13 +115,13 @@ class Replayer:
         self._hooked = [*map(len, self._hooks)]
         self._session, self._plan, self._probe = session, plan, probe
         self.results: dict[Sizes, Any] = {}  # the descriptions of what the call returns
-        self._memory: dict[Any, _Remembered] = {}
-        self._plains: _Plains = {}
+        self._memory: dict[Any, Remembered] = {}
+        self._plains: Plains = {}
         self._remembered = _Modules()  # the modules whose calls are remembered
         self._calls: Counter[int] = Counter()
         self._unknown = 0
         self._inside = False  # whether a call is being recorded to be remembered
-        self._states: dict[int, _State] = {}
+        self._states: dict[int, ReplayState] = {}
         self._patterns: dict[tuple[int, int, _Modules], Pattern] = {}
         self._short: dict[tuple[Sizes, _Modules], _Replay] = {}
         self._told: dict[Sizes, Told] = {}
@@ -323,7 +300,7 @@ class Replayer:
             refuse_flags(found, [*session.fake_tensors, *(value for value, _ in given.values())], given)
             final = tuple((_result(name), recorder.reference(tensor)) for name, tensor in found.items())
         numbers = tuple(value for value in plain.values() if type(value) is int)
-        others = tuple((name, int if type(value) is int else _told(value)) for name, value in plain.items())
+        others = tuple((name, int if type(value) is int else told_value(value)) for name, value in plain.items())
         recorder.events.append(Event(("return", others), numbers, (final,), None, None))
         self._shapes += [tuple(tensor.shape) for tensor in found.values()]
         return _Replay(recorder.events, self._calls, self._unknown, self._shapes)
@@ -348,18 +325,18 @@ class Replayer:
     def _call(self, recorder: Recorder, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         leaves: list[Any] = []
         structure = _flatten((args, kwargs), leaves)
-        if structure is _UNKNOWN or self._guard.differs() is not None or self._differ_hooks():
+        if structure is UNKNOWN or self._guard.differs() is not None or self._differ_hooks():
             return original(module, *args, **kwargs)
         state = self._states.get(id(module))
         if state is None or not state.whole():
-            state = self._states[id(module)] = _State(module, self._session.snapshot.slots, self._plains)
+            state = self._states[id(module)] = ReplayState(module, self._session.snapshot.slots, self._plains)
         plain, held = state.values()
         if not state.transparent:
             return original(module, *args, **kwargs)
         operands = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)] + held
         numbers = tuple(leaf for leaf in leaves if type(leaf) is int)
         rest = tuple(
-            int if type(leaf) is int else torch.Tensor if isinstance(leaf, torch.Tensor) else _told(leaf)
+            int if type(leaf) is int else torch.Tensor if isinstance(leaf, torch.Tensor) else told_value(leaf)
             for leaf in leaves
         )
         token, metadata = (id(module), structure, rest), _metadata(operands)
@@ -411,10 +388,10 @@ class Replayer:
     def _remember(
         self,
         inner: Recorder,
-        state: _State,
+        state: ReplayState,
         result: Any,
         operands: list[torch.Tensor],
-    ) -> _Remembered | None:
+    ) -> Remembered | None:
         if not state.whole():
             return None
         index = {id(tensor): number for number, tensor in enumerate(operands)}
@@ -448,16 +425,11 @@ class Replayer:
         written = [number for number, tensor in enumerate(operands) if id(tensor) in inner.written]
         for number, tensor in enumerate(makes):
             inner.events.append(Event(("output", number), (), (inner.reference(tensor),), None, None))
-        return _Remembered(inner.events, returned, tensors, values, written, makes)
+        return Remembered(inner.events, returned, tensors, values, written, makes)
 
 
 def _refused(value: Any, name: str) -> RefusedError:
     return RefusedError(f"a module returns a {type(value).__name__}, whose tensors cannot be told")
-
-
-_UNKNOWN = object()
-_ATTRIBUTES = vars(FakeTensor(FakeTensorMode(), torch.empty(0, device="meta"), torch.device("cpu"))).keys()
-_EQUAL = (int, str, bool, type(None))  # values of these are the same if they are equal and of one type
 
 
 def _flatten(value: Any, leaves: list[Any], seen: dict[int, int] | None = None) -> Any:
@@ -469,12 +441,12 @@ def _flatten(value: Any, leaves: list[Any], seen: dict[int, int] | None = None) 
         seen: the containers met so far, numbered, by their ids.
 
     Returns:
-        The structure; ``_UNKNOWN`` if a part of it is not known.
+        The structure; ``UNKNOWN`` if a part of it is not known.
     """
     seen = {} if seen is None else seen
     if isinstance(value, torch.Tensor):
         leaves.append(value)
-        return None if vars(value).keys() <= _ATTRIBUTES else _UNKNOWN
+        return None if vars(value).keys() <= ATTRIBUTES else UNKNOWN
     if is_plain(value):
         leaves.append(value)
         return None
@@ -487,17 +459,17 @@ def _flatten(value: Any, leaves: list[Any], seen: dict[int, int] | None = None) 
         parts = [_flatten(item, leaves, seen) for item in value]
     elif isinstance(value, dict):
         if not all(map(is_plain, value)) or isinstance(value, defaultdict):
-            return _UNKNOWN
+            return UNKNOWN
         held = attributes(value) if kind is not dict else {}
         other = {key: item for key, item in held.items() if dict.get(value, key) is not item}
         items = [*value.values(), *other.values()]
-        parts = [((*map(_told, value),), (*held,), (*other,)), *(_flatten(item, leaves, seen) for item in items)]
+        parts = [((*map(told_value, value),), (*held,), (*other,)), *(_flatten(item, leaves, seen) for item in items)]
     else:
         items, kind = pytree.tree_flatten(value)
         if len(items) == 1 and items[0] is value:
-            return _UNKNOWN
+            return UNKNOWN
         parts = [_flatten(item, leaves, seen) for item in items]
-    return _UNKNOWN if _UNKNOWN in parts else (kind, *parts)
+    return UNKNOWN if UNKNOWN in parts else (kind, *parts)
 
 
 def _as_given(args: Any, kwargs: Any, structure: Any, leaves: list[Any]) -> bool:
@@ -516,17 +488,6 @@ def _containers(value: Any) -> set[int]:
     held = (*value.values(), *attributes(value).values()) if isinstance(value, dict) else ()
     items = held or pytree.tree_leaves(value)
     return own.union(*(_containers(item) for item in items if item is not value))
-
-
-def _told(value: Any) -> Any:
-    """Return a key for a plain value that only the same value has.
-
-    The keys of 1, 1.0 and True differ, and so do those of 0.0 and -0.0.
-    """
-    kind = type(value)
-    if isinstance(value, (tuple, frozenset)):  # whose order may count
-        return (kind, *map(_told, value))
-    return (kind, value) if kind in _EQUAL else fingerprint(value)
 
 
 def _reads_beyond(operands: tuple[Any, ...]) -> bool:
@@ -574,166 +535,3 @@ def _repeats(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
         return ()
     places = dict(zip(ids, range(len(ids)), strict=True))
     return (*map(places.__getitem__, ids),)
-
-
-class _Read(NamedTuple):
-    """The keys of one container or object, whose values are neighbours in a list.
-
-    Attributes:
-        owner: the container or object.
-        get: reads the value of a key.
-        keys: the keys.
-        start: where in the list their values begin.
-    """
-
-    owner: Any
-    get: Callable[[Any], Any]
-    keys: list[Any]
-    start: int
-
-    @staticmethod
-    def of(owner: Any, start: int) -> _Read:
-        if type(owner) in (dict, list, deque):
-            return _Read(owner, owner.__getitem__, [], start)
-        if isinstance(owner, (dict, list, deque)):  # the class of which may change
-            return _Read(owner, functools.partial(operator.getitem, owner), [], start)
-        if isinstance(owner, type):
-            return _Read(owner, owner.__dict__.__getitem__, [], start)
-        return _Read(owner, functools.partial(getattr, owner), [], start)
-
-
-_Plains = dict[tuple[Any, ...], tuple[int, list[Any]]]  # a number, and the objects whose ids are in the key, kept alive
-
-
-class _State:
-    """The attributes of a module and of all below it, and the globals and closures that the user's code names."""
-
-    def __init__(self, module: nn.Module, everything: Iterable[Slot], plains: _Plains) -> None:
-        shared = [
-            slot
-            for slot in everything
-            if isinstance(slot.owner, (type, CellType))
-            or (isinstance(slot.owner, dict) and "__builtins__" in slot.owner)
-        ]
-        found = [slot for slot in walk({"": module}) if not isinstance(slot.owner, tuple)]
-        self._slots = [
-            slot
-            for slot in [*found, *shared]
-            if not isinstance(slot.value, nn.Module)
-            and type(slot.value) is not nn.Parameter  # a fake tensor for one stays
-            and slot.key != "_non_persistent_buffers_set"  # a module's own record of its buffers' names
-        ]
-        # Slots of one container are read together, and those of a dictionary only if it was written to since.
-        self._slots.sort(key=lambda slot: id(slot.owner))
-        self._reads: list[_Read] = []
-        for start, slot in enumerate(self._slots):
-            if not self._reads or self._reads[-1].owner is not slot.owner:
-                self._reads.append(_Read.of(slot.owner, start))
-            container = isinstance(slot.owner, (dict, list, deque, type))
-            self._reads[-1].keys.append(slot.key if container else str(slot.key))
-        self._versioned = [read for read in self._reads if type(read.owner) is dict]
-        self._others = [read for read in self._reads if type(read.owner) is not dict]
-        self._tables = [read.owner for read in self._versioned]
-        self._versions = [-1] * len(self._tables)
-        self.containers = {id(slot.owner) for slot in self._slots} | {id(slot.value) for slot in self._slots}
-        self._owners = [read.owner for read in self._reads if isinstance(read.owner, (dict, list, deque))]
-        self._sizes = [*map(len, self._owners)]
-        self._before: list[Any] = []
-        self._seen = {id(slot.value): slot.value for slot in self._slots}
-        sets = [value for value in self._seen.values() if type(value) is set and all(map(is_plain, value))]
-        self._sets = {id(value): (value, tuple(map(_told, value))) for value in sets}
-        self._plains = plains
-        self._plain = 0
-        self._said: list[Any] = []  # the key of each value, None for tensors
-        self._doubtful: set[int] = set()  # places whose values are looked at each time: changes may not show
-        self._hidden: set[int] = set()  # places of values whose changes do not show
-        self._tensors: list[int] = []
-        self.transparent = True  # whether changes of all that it holds show, see `_transparent`
-
-    def whole(self) -> bool:
-        """Return whether no attribute came or went, nor an element of a set."""
-        return self._sizes == [*map(len, self._owners)] and all(
-            tuple(map(_told, value)) == items for value, items in self._sets.values()
-        )
-
-    def _current(self) -> list[Any]:
-        return [value for read in self._reads for value in map(read.get, read.keys)]
-
-    def values(self) -> tuple[int, list[torch.Tensor]]:
-        """Read all places, and return a number for the values that are no tensors, and the tensors.
-
-        The number is the same if plain values are equal and all other objects are the same ones.
-        """
-        now = self._before or [None] * len(self._slots)
-        versions = [*map(dict_version, self._tables)]
-        written = compress(self._versioned, map(operator.ne, versions, self._versions))
-        changed: list[tuple[int, Any]] = []
-        for _, get, keys, start in chain(written, self._others):
-            values = [*map(get, keys)]
-            if not all(map(operator.is_, values, now[start : start + len(keys)])):
-                changed += [each for each in enumerate(values, start) if each[1] is not now[each[0]]]
-        known = bool(self._before) and all(
-            isinstance(new, torch.Tensor) and isinstance(now[number], torch.Tensor) for number, new in changed
-        )
-        for number, new in changed:
-            now[number] = new
-        self._before, self._versions = now, versions  # from before the places were read
-        if not known:
-            numbers = [number for number, _ in changed] if self._said else range(len(now))
-            self._said = self._said or [None] * len(now)
-            for number in numbers:
-                self._said[number] = self._told(now[number])
-                plain = is_plain(now[number]) or isinstance(now[number], (torch.Tensor, *_SEEN))
-                (self._doubtful.discard if plain and id(now[number]) in self._seen else self._doubtful.add)(number)
-            key = (*self._said,)
-            if key not in self._plains:
-                objects = [value for value in now if not isinstance(value, torch.Tensor)]
-                self._plains[key] = len(self._plains), objects
-            self._plain, _ = self._plains[key]
-            self._tensors = [i for i, value in enumerate(now) if isinstance(value, torch.Tensor)]
-            # The content of an object that was not there before is not known, and its id may be used again.
-            for number in {*numbers, *self._doubtful}:
-                value = now[number]
-                shows = is_plain(value) or isinstance(value, torch.Tensor)
-                shows = shows or (id(value) in self._seen and self._shows(value))
-                (self._hidden.discard if shows else self._hidden.add)(number)
-            self.transparent = not self._hidden
-        return self._plain, [*map(now.__getitem__, self._tensors)]
-
-    def _told(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return None
-        if id(value) in self._sets:
-            return set, self._sets[id(value)][1]
-        return _told(value) if is_plain(value) else id(value)
-
-    def _shows(self, value: Any) -> bool:
-        return id(value) in self._sets or _transparent(value)
-
-    def changes(self) -> list[Slot]:
-        """Return the slots that hold another value since :meth:`values`."""
-        after = self._current()
-        return [
-            slot._replace(value=new)
-            for slot, old, new in zip(self._slots, self._before, after, strict=True)
-            if new is not old
-        ]
-
-    def apply(self, known: _Remembered, makes: list[torch.Tensor], operands: list[torch.Tensor]) -> None:
-        """Put into the attributes what a remembered call left there."""
-        for slot, (kind, number) in known.tensors:
-            slot.put(makes[number] if kind == "made" else operands[number])
-        for slot in known.plain:
-            slot.put(slot.value)
-
-
-_SEEN = (
-    *(nn.Module, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, functools.partial),
-    *(dict, list, tuple, deque, MappingProxyType, logging.Logger),
-)
-
-
-def _transparent(value: object) -> bool:
-    """Return whether a change of a value is visible in its identity, in the slots of what it holds, or to the guard."""
-    bare = type(value).__mro__[1:] == (object,) and hasattr(value, "__dict__") and not vars(value)
-    return (isinstance(value, _SEEN) or is_record(value) or bare) and not is_opaque(value)

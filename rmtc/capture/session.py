@@ -20,24 +20,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
 from rmtc.capture.ambient import Ambient
 from rmtc.capture.arguments import Arguments, argument_names, container_attributes, show
 from rmtc.capture.fakes import Fakes
-from rmtc.capture.frames import traceback_location
 from rmtc.capture.kinds import is_closed, is_plain
 from rmtc.capture.objects import named_leaves
 from rmtc.capture.snapshot import Snapshot
 from rmtc.capture.state import Code, Slot, replace_tensors, uncached, unmoved, unseen, user_code, walk
-from rmtc.capture.untold import UntoldError, stands_in
+from rmtc.capture.translation import UNWATCHED, refuse_unknown, refused_unseen, strides_refused, translate
+from rmtc.capture.untold import stands_in
 from rmtc.capture.user_code import names_of, tells_identity
-from rmtc.errors import CaptureError, Location, RefusedError, RmtcError, brief, raised_by_signal
+from rmtc.errors import CaptureError, RmtcError, raised_by_signal
 from rmtc.quiet import quiet_fakes
 from rmtc.restoring import restored
 
 __all__ = ["Lifted", "Session"]
+
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Session:
             else getattr(function, "__qualname__", type(function).__name__)
         )
         for path, tensor in self.arguments.tensors().items():
-            _refuse_unknown(show(path), tensor)
+            refuse_unknown(show(path), tensor)
         for path, container in self.arguments.containers().items():
             for key, value in container_attributes(container).items():
                 if not is_plain(value):
@@ -122,7 +122,7 @@ class Session:
         tensors: dict[int, torch.Tensor] = {}
 
         def note(tensor: torch.Tensor, slot: Slot) -> None:
-            _refuse_unknown(slot.name, tensor)
+            refuse_unknown(slot.name, tensor)
             kind = "parameter" if isinstance(tensor, nn.Parameter) else "state"
             kinds.setdefault(id(tensor), "buffer" if id(slot.owner) in buffers else kind)
             names.setdefault(id(tensor), []).append(f"self.{slot.name}" if slot.name in given else slot.name)
@@ -197,7 +197,7 @@ class Session:
             elif tensor.is_contiguous():
                 made = torch.empty(shape, dtype=tensor.dtype, device=device)
             else:
-                made = torch.empty_strided(shape, _strides(tensor, shape), dtype=tensor.dtype, device=device)
+                made = torch.empty_strided(shape, strides_refused(tensor, shape), dtype=tensor.dtype, device=device)
         return self._alike(made, tensor)
 
     def _alike(self, fake_tensor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
@@ -294,8 +294,8 @@ class Session:
         hidden = self._unseen()
         if hidden is None:
             return
-        if not self._asked.isdisjoint(_UNWATCHED):
-            raise _refused_unseen(hidden)
+        if not self._asked.isdisjoint(UNWATCHED):
+            raise refused_unseen(hidden)
         self.ran = set()
         with self.installed(self.fake_tensors), self.fake_mode:
             self.call(args, kwargs)
@@ -331,7 +331,7 @@ class Session:
             sys.setprofile(note)
             yield
         if len(ran) > known and (hidden := self._unseen()) is not None:
-            raise _refused_unseen(hidden)
+            raise refused_unseen(hidden)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the user's code under fake tensors.
@@ -376,60 +376,6 @@ class Session:
         return self.function(*args, **kwargs)
 
 
-_UNWATCHED = (
-    "threading",
-    "_thread",
-    "concurrent",
-    "multiprocessing",
-    "asyncio",
-    "submit",
-    "setprofile",
-    "eval",
-    "exec",
-)
-"""Where code names one of these, not all that it runs may be seen to run."""
-
-
-def _refused_unseen(hidden: str) -> UntoldError:
-    return UntoldError(
-        f"the code can read what rmtc cannot see: {hidden}",
-        remedy="hand it over as an argument, or keep it in an attribute, global or closure",
-    )
-
-
-def _refuse_unknown(name: str, tensor: torch.Tensor) -> None:
-    """Refuse a tensor that is more than dtype, shape and strides.
-
-    Raises:
-        CaptureError: with the tensor's name and what it is.
-    """
-    what = type(tensor).__name__
-    if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer):
-        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        if tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested and not wrapped:
-            return
-        what = "nested tensor" if tensor.is_nested else f"tensor of dtype {tensor.dtype} and layout {tensor.layout}"
-        what = "tensor of a transform of torch.func" if wrapped else what
-    raise CaptureError(
-        f"{name} is a {what}; only plain strided tensors are known",
-        remedy="run the model without quantised, sharded, offloaded, nested or sparse tensors",
-    )
-
-
-def _strides(tensor: torch.Tensor, shape: Sequence[int]) -> list[int]:
-    """Return strides for another shape, with the order of a tensor's dimensions, and its gaps and repeats."""
-    made = [0] * tensor.ndim
-    step = dense = 1
-    for dim in sorted(range(tensor.ndim), key=lambda dim: (tensor.stride(dim), -dim)):
-        stride, size = tensor.stride(dim), tensor.shape[dim]
-        if size > 1 and not stride:
-            continue
-        made[dim] = step + (max(0, stride - dense) if size > 1 else 0)
-        step = made[dim] * shape[dim]
-        dense = stride * size if size > 1 else dense
-    return made
-
-
 _OF_COMPILERS = ("is_compiling", "is_dynamo_compiling", "is_exporting")
 
 
@@ -458,47 +404,3 @@ def _clear(error: Exception | SystemExit) -> None:
             traceback.clear_frames(error.__traceback__)
             return
         at = at.tb_next
-
-
-def translate(error: Exception | SystemExit) -> RmtcError:
-    """Translate an exception that the user's code raised under fake tensors into an error of rmtc's."""
-    location = traceback_location(error.__traceback__)
-    text = brief(error)
-    if isinstance(error, DataDependentOutputException):
-        return RefusedError(
-            f"the forward reads a tensor's value into Python ({error.func}): what it does next depends on data, so no "
-            "schedule holds for every input",
-            location=location,
-            remedy="keep the value in a tensor (torch.where instead of if), or take .item() and the branch out of the "
-            "forward: before the call",
-        )
-    if isinstance(error, DynamicOutputShapeException):
-        return RefusedError(
-            f"the shape of a result depends on the data ({error.func}), as with boolean indexing or nonzero",
-            location=location,
-            remedy="use a mask of fixed shape (torch.where, masked_fill) instead of selecting elements",
-        )
-    message = text.partition(": ")[2]
-    if "does not require grad" in message or "backward through the graph" in message:
-        return backward_refusal(location)
-    if "Please convert all Tensors to FakeTensors" in message or "non-Fake" in message:
-        return CaptureError(
-            "the forward uses a tensor that is in no parameter, buffer, attribute, container, closure or global that "
-            f"could be found: {message}",
-            location=location,
-            remedy="register it as a buffer of the module, or pass it as an argument",
-        )
-    return CaptureError(
-        f"the forward raised {text} under stand-in tensors",
-        location=location,
-        remedy="call the model as it is first: if that works, this operation cannot be traced",
-    )
-
-
-def backward_refusal(location: Location | None) -> RefusedError:
-    """Return the refusal of a forward that computes gradients."""
-    return RefusedError(
-        "the forward calls backward or grad: its gradients are part of the result, which rmtc does not reschedule",
-        location=location,
-        remedy="take the call out of the forward, write the gradient as a formula, or run this model without rmtc",
-    )

@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import (
     FunctionalTensor,
     FunctionalTensorMode,
-    disable_functional_mode,
     dispatch_functionalize,
 )
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
@@ -40,15 +39,23 @@ from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.effects import Effect, find_effects
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import current_location
-from rmtc.capture.kinds import is_plain
+from rmtc.capture.refused_results import (
+    inner_tensor,
+    refuse_aliases,
+    refuse_backward,
+    refuse_changed_containers,
+    refuse_parameters,
+    refuse_views,
+)
 from rmtc.capture.results import describer_of, left_behind
-from rmtc.capture.session import Session, backward_refusal
+from rmtc.capture.session import Session
 from rmtc.capture.untold import refuse_flags
-from rmtc.errors import CaptureError, RefusedError, raised_by_signal
+from rmtc.errors import CaptureError, raised_by_signal
 from rmtc.passes.graph.remove_regions import writes
 from rmtc.passes.registry import enter
 
 __all__ = ["RawTrace", "trace"]
+
 
 aten = torch.ops.aten
 
@@ -88,7 +95,7 @@ class _Tracer(PythonKeyTracer):
         self.attributes: list[tuple[str, torch.Tensor]] = []
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        _refuse_backward()
+        refuse_backward()
         node = super().create_node(*args, **kwargs)
         if node.op == "call_function":
             self._place(node)
@@ -133,7 +140,7 @@ class _Tracer(PythonKeyTracer):
             value: its result, for the passes.
             out: its result, for the user's code.
         """
-        _refuse_backward()
+        refuse_backward()
         name = self.graph._target_to_str(getattr(target, "overloadpacket", target).__name__)
         node = self.graph.create_node("call_function", target, args, kwargs, name)
         self._place(node)
@@ -157,7 +164,7 @@ class _Tracer(PythonKeyTracer):
             self._stack.pop()
             for key, value in (*m.__dict__.items(), *m._buffers.items()):
                 if isinstance(value, torch.Tensor):
-                    self.attributes.append((f"{path}.{key}" if path else key, _inner(value)))
+                    self.attributes.append((f"{path}.{key}" if path else key, inner_tensor(value)))
 
 
 class _Mode(ProxyTorchDispatchMode):
@@ -201,6 +208,8 @@ class _Mode(ProxyTorchDispatchMode):
 
 
 _CHOOSING = {aten.scaled_dot_product_attention.default}  # flags choose its kernel, and so its strides
+
+
 _AUTOCASTS = ("cpu", "cuda")
 
 
@@ -255,7 +264,7 @@ class _Functional(FunctionalTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _gives_memory_of_operand(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        args, kwargs = pytree.tree_map_only(torch.Tensor, _inner, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(torch.Tensor, inner_tensor, (args, kwargs))
         key = self._fakes.key(func, args, kwargs)
         found = self._known.get(key) if key is not None else None
         if found is None:
@@ -281,6 +290,8 @@ def _bare(tensor: torch.Tensor) -> torch.Tensor:
 
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
 _OF_VIEWS = {
     aten.unsafe_split.Tensor: aten.split.Tensor,
     aten.unsafe_split_with_sizes.default: aten.split_with_sizes.default,
@@ -384,14 +395,14 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
             if tensor.requires_grad:
                 value.requires_grad_(True)
         required = {path: value.requires_grad for path, value in given.items()}
-        before = [_inner(tensor) for tensor in flat]
+        before = [inner_tensor(tensor) for tensor in flat]
         new_args, new_kwargs = arguments.map(lambda path, _: given[path])
         handed = Arguments(new_args, new_kwargs, arguments.names)
         leaves = handed.leaves()
         with session.installed(lifted):
             slots = session.state()
             result = session.call(new_args, new_kwargs)
-            _refuse_changed_containers(leaves, handed.leaves())
+            refuse_changed_containers(leaves, handed.leaves())
             describer = describer_of(session, handed)
             found, plain, raw.result = left_behind(session, result, session.held(lifted), describer)
             raw.effects = find_effects(session, slots, {**found, **plain}, describer)
@@ -400,20 +411,22 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
         names = [*(lifted.names[0] for lifted in session.lifted), *(show(path) for path in inputs)]
         sources = {id(tensor): name for tensor, name in zip(flat, names, strict=True)}
         raw.same = {name: sources[id(tensor)] for name, tensor in found.items() if id(tensor) in sources}
-        _refuse_parameters({name: tensor for name, tensor in found.items() if name not in raw.same})
+        refuse_parameters({name: tensor for name, tensor in found.items() if name not in raw.same})
         refuse_flags(found, flat, {show(path): (value, required[path]) for path, value in given.items()})
         written = {
-            name: tensor for tensor, inner, name in zip(flat, before, names, strict=True) if _inner(tensor) is not inner
+            name: tensor
+            for tensor, inner, name in zip(flat, before, names, strict=True)
+            if inner_tensor(tensor) is not inner
         }
-        _refuse_views(written, {name: tensor for name, tensor in found.items() if id(tensor) not in sources})
+        refuse_views(written, {name: tensor for name, tensor in found.items() if id(tensor) not in sources})
         found.update((f"write:{name}", tensor) for name, tensor in written.items())
         raw.outputs = tuple(found)
-        _refuse_aliases(session, arguments, raw.outputs)
+        refuse_aliases(session, arguments, raw.outputs)
         # Note the user's names at the nodes.
         tracer = maker.fx_tracer
         if isinstance(tracer, _Tracer):
             for name, tensor in [*tracer.attributes, *found.items()]:
-                entry = tracer.tensor_tracker.get(_inner(tensor))
+                entry = tracer.tensor_tracker.get(inner_tensor(tensor))
                 if entry is not None:
                     entry.proxy.node.meta.setdefault("name", name.removeprefix("state:"))
         return list(found.values())
@@ -431,91 +444,6 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
         node.meta["source"], node.meta["names"] = (kind, source_names[0]), source_names
         node.meta["requires_grad"] = required
     return raw
-
-
-def _refuse_backward() -> None:
-    if torch._C._current_autograd_node() is not None:
-        raise backward_refusal(current_location(3)[0])
-
-
-def _inner(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the current value behind a functional wrapper, or a tensor itself that has none."""
-    elem = getattr(tensor, "elem", None)
-    if elem is None:
-        return tensor
-    with disable_functional_mode():  # a view of what was written since is computed anew
-        torch._functionalize_sync(elem)
-    return torch._from_functional_tensor(elem)
-
-
-def _refuse_aliases(session: Session, arguments: Arguments, outputs: tuple[str, ...]) -> None:
-    """Refuse a write to a tensor that shares its memory with another one.
-
-    Their fake tensors share no memory, so that the trace would not show the write in the other one.
-
-    Raises:
-        RefusedError: with the two tensors.
-    """
-    own = {f"write:{lifted.names[0]}": lifted.tensor for lifted in session.lifted}
-    given = {f"write:{show(path)}": tensor for path, tensor in session.arguments.tensors().items()}
-    tensors = [*own.items(), *given.items()]
-    for name, tensor in tensors:
-        if name in outputs:
-            storage = tensor.untyped_storage()._cdata
-            for other, another in tensors:
-                if other != name and another.untyped_storage()._cdata == storage:
-                    raise RefusedError(
-                        f"the call writes to {name.removeprefix('write:')}, which shares its memory with "
-                        f"{other.removeprefix('write:')}",
-                        remedy="give each a tensor of its own (clone), or return the new value instead of writing it",
-                    )
-
-
-def _refuse_views(written: dict[str, torch.Tensor], results: dict[str, torch.Tensor]) -> None:
-    """Refuse a result that shares the memory of a tensor that the call writes to, since it would change with it.
-
-    Raises:
-        RefusedError: with the result and the tensor.
-    """
-    storages = {tensor.untyped_storage()._cdata: name for name, tensor in written.items()}
-    for name, tensor in results.items() if storages else ():
-        source = storages.get(tensor.untyped_storage()._cdata)
-        if source is not None:
-            raise RefusedError(
-                f"{name.removeprefix('state:')} is a view of {source}, which the call writes to",
-                remedy="return or keep a copy of it (clone), or the whole tensor",
-            )
-
-
-def _refuse_parameters(found: dict[str, torch.Tensor]) -> None:
-    """Refuse a call that makes a parameter, since a run with the schedule makes plain tensors.
-
-    Raises:
-        CaptureError: with the parameter.
-    """
-    for name, tensor in found.items():
-        if isinstance(tensor, nn.Parameter):
-            raise CaptureError(
-                f"the call makes a parameter, which it leaves or returns in {name.removeprefix('state:')}",
-                remedy="make parameters before the call, or keep a plain tensor (detach)",
-            )
-
-
-def _refuse_changed_containers(before: dict[Path, Any], after: dict[Path, Any]) -> None:
-    """Refuse a call that changes a list or dict that was passed to it.
-
-    Raises:
-        RefusedError: if one holds something else after the call.
-    """
-
-    def same(one: Any, other: Any) -> bool:
-        return one is other or (is_plain(one) and is_plain(other) and repr(one) == repr(other))
-
-    if list(before) != list(after) or not all(same(before[path], after[path]) for path in before):
-        raise RefusedError(
-            "the call changes a list or dict that was passed as an argument",
-            remedy="return the new list instead of changing the caller's",
-        )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from rmtc.codegen.torch.emit import Emitted, emit
+from rmtc.codegen.torch.emit import emit
+from rmtc.codegen.torch.source import Emitted
 from rmtc.errors import BackendError, RefusedError, raised_by_signal
 from rmtc.ir.program import SPLITS, VIEWS, Op, Src, call_arguments, leaves, map_leaves
 from rmtc.ir.segment_loop import Environment, Every, Fit, Key, Numbered, Outer, Row, Where

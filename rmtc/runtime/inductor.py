@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rmtc.codegen.torch.emit import BoundBody, Emitted
+from rmtc.codegen.torch.source import BoundBody, Emitted
 from rmtc.errors import RefusedError, raised_by_signal
 from rmtc.ir.program import leaves
 from rmtc.ir.segment_loop import Row, SegmentLoop

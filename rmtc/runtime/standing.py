@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from rmtc.codegen.torch.buffers import NoViewError
-from rmtc.codegen.torch.emit import Emitted, kind_of
+from rmtc.codegen.torch.source import Emitted, kind_of
 from rmtc.ir.segment_loop import Environment
 from rmtc.ir.wavefront import Operand
 from rmtc.runtime.plan import Launch, Part, Piece, Plan

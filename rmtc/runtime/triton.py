@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rmtc.codegen.torch.emit import Emitted
+from rmtc.codegen.torch.source import Emitted
 from rmtc.codegen.triton.emit import emit
 from rmtc.codegen.triton.targets import TARGETS, Target, target_of
 from rmtc.errors import BackendError, RefusedError, raised_by_signal

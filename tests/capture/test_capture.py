@@ -199,7 +199,7 @@ STAGES = {
     "walking the state": ("rmtc.capture.session", "walk"),
     "making stand-ins": ("rmtc.capture.session", "Session.fake_tensor"),
     "probing": ("rmtc.capture.probe", "_Prober.run"),
-    "counting operations": ("rmtc.capture.probe", "_Count.note"),
+    "counting operations": ("rmtc.capture.uses", "UseCount.note"),
     "calling": ("rmtc.capture.session", "Session.call"),
     "tracing": ("rmtc.capture.tracer", "_Maker.trace"),
     "placing an operation": ("rmtc.capture.tracer", "current_location"),

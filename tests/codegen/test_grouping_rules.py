@@ -24,7 +24,8 @@ from torch.utils import _pytree as pytree
 
 from rmtc.codegen.torch import Emitted, emit
 from rmtc.codegen.torch.emit import select_run
-from rmtc.codegen.torch.rules import NamedArguments, function_name, rules
+from rmtc.codegen.torch.rules import rules
+from rmtc.codegen.torch.values import NamedArguments, function_name
 from rmtc.errors import Location
 from rmtc.ir.program import Op, Origin, call_arguments, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import Environment, Fit

@@ -23,7 +23,7 @@ from torch._inductor.codecache import CppCodeCache
 
 import rmtc
 from rmtc.benchmark import _Products
-from rmtc.codegen.torch.emit import Emitted
+from rmtc.codegen.torch.source import Emitted
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama
 from rmtc.ops import linears

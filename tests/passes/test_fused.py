@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rmtc.codegen.torch import buffers
-from rmtc.codegen.torch.rules import is_fresh
+from rmtc.codegen.torch.places import is_fresh
 from rmtc.compiler import compiled_of
 from rmtc.ops import fused
 from rmtc.runtime.executor import Executor

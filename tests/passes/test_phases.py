@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import rmtc
 from rmtc.cli import app
 from rmtc.cli.options import Kind
-from rmtc.codegen.torch.emit import Emitted
+from rmtc.codegen.torch.source import Emitted
 from rmtc.compiler import compiled_of
 from rmtc.ir.cells import Cell, Dependence, Phase
 from rmtc.ir.formula import L, S

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-import linecache
 import logging
-import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,20 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from rmtc.codegen.torch.attention import attend, bind_attend
-from rmtc.codegen.torch.buffers import Line, bound_lines, fresh, out, plain, plan_buffers, seen
-from rmtc.codegen.torch.rules import (
-    UNGROUPED,
-    NamedArguments,
-    Raw,
-    Value,
-    Varying,
-    function_name,
-    grouped,
-    is_fresh,
-    is_view,
-    overwriting,
-    rule_for,
-)
+from rmtc.codegen.torch.buffers import Line, fresh, out, plain, seen
+from rmtc.codegen.torch.places import is_fresh, is_view, overwriting
+from rmtc.codegen.torch.rules import UNGROUPED, rule_for
+from rmtc.codegen.torch.same import alike, copied, holds, near, next_of, rolled, same_as
+from rmtc.codegen.torch.source import BodySource, Emitted, spread
+from rmtc.codegen.torch.values import NamedArguments, Raw, Value, Varying, function_name, grouped
 from rmtc.errors import raised_by_signal
 from rmtc.ir.program import Op, Src, call_arguments, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import Environment, Fit, Outer
@@ -41,70 +31,23 @@ from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, cho
 from rmtc.ops import linears
 from rmtc.ops.fused import BOUND
 
-__all__ = ["Emitted", "emit", "kind_of", "select_run"]
+__all__ = ["Emitter", "emit", "logger", "select_run"]
+
 
 logger = logging.getLogger(__name__)
+
 
 _BATCHING = ("FuncTorchBatched", "FuncTorchBatchedDecomposition")
 
 
-@dataclass(frozen=True)
-class BoundBody:
-    """A body bound to an arena: its operands and results have the same addresses in every run.
-
-    Attributes:
-        source: its text.
-        bind: ``(G, inputs, weights, shared, scratch, results, work) -> (run, made)``. ``run(numbers) -> results`` runs
-            the body. ``made`` holds the results that have the same address in every run, such as views of operands, and
-            None for the others. Those are in memory of their own. ``work(shape, dtype)`` gives more memory, for G
-            cells.
-        scratch: (elements per cell, dtype) of each piece of memory that a run may use as it likes.
-        results: (elements per cell, dtype) of each piece of memory in which results stay until the next run.
-        overwritten: the numbers of the inputs that are overwritten. Results may lie there.
-        file: the name under which `linecache` has the source, for tracebacks.
-    """
-
-    source: str
-    bind: Callable[..., tuple[Callable[[Sequence[Any]], tuple[Any, ...]], tuple[torch.Tensor | None, ...]]]
-    scratch: tuple[tuple[int, torch.dtype], ...]
-    results: tuple[tuple[int, torch.dtype], ...]
-    overwritten: frozenset[int]
-    file: str
-
-
-@dataclass(frozen=True)
-class Emitted:
-    """A body as emitted source, with the function compiled from it.
-
-    Attributes:
-        name: the function's name.
-        source: its text.
-        shared: the operands that all cells share, in the order in which the function takes them.
-        kinds: for each of them, what the source assumes of it, see :func:`kind_of`.
-        function: ``(G, inputs, weights, numbers, shared) -> results``, which writes to none of them. ``G`` is the
-            number of cells, or None for a body that runs for one cell at a time.
-        bound: the body bound to an arena, or None if it may not run so.
-        fallbacks: the operations without a grouping rule, by name.
-        file: the name under which `linecache` has the source, for tracebacks.
-    """
-
-    name: str
-    source: str
-    shared: tuple[Operand, ...]
-    kinds: tuple[Any, ...]
-    function: Callable[..., tuple[Any, ...]]
-    bound: BoundBody | None
-    fallbacks: tuple[str, ...]
-    file: str
-
-
 _ANYWHERE = "anywhere"
-_numbers = itertools.count()
+
+
 _BUILTINS = {each.__name__: each for each in (range, float, complex, __import__)}
 """All of Python's that emitted source names, or that torch asks its caller for; a missing name is no other thing."""
 
 
-class _Emitter:
+class Emitter:
     def __init__(self, size: int | None, environment: Environment, choose: bool, compiled: bool) -> None:
         self.size, self.environment, self.choose, self.compiled = size, environment, choose, compiled
         self.lines: list[Line] = []
@@ -241,7 +184,7 @@ class _Emitter:
                 return Raw(names[value])
             return [rename(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-        call = arguments.call(**{name: rename(value) for name, value in arguments.values.items() if _holds(value)})
+        call = arguments.call(**{name: rename(value) for name, value in arguments.values.items() if holds(value)})
         dims = "".join("0, " if value.grouped else "None, " for value in tensors)
         given = ", ".join(value.text for value in tensors)
         return f"vmap(lambda {', '.join(names.values())}: {call}, in_dims=({dims}))({given})"
@@ -257,11 +200,11 @@ class _Emitter:
                 return Raw(f"{value.text}[{index}]")
             return [pick(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-        return arguments.call(**{name: pick(value) for name, value in arguments.values.items() if _holds(value)})
+        return arguments.call(**{name: pick(value) for name, value in arguments.values.items() if holds(value)})
 
     def _as_expected(self, name: str, arguments: NamedArguments) -> bool:
         """Tell whether the grouped result looks like the operation's own on the first cell."""
-        return _alike(self.space[name], self._value(self._cell(arguments, "0"), arguments), self.size)
+        return alike(self.space[name], self._value(self._cell(arguments, "0"), arguments), self.size)
 
     def _for_any_number(self, text: str, name: str, arguments: NamedArguments) -> bool:
         """Tell whether a text for all cells at once, by a rule or by `vmap`, holds for other numbers of cells too.
@@ -292,14 +235,14 @@ class _Emitter:
                 raise
             return False
         first = pytree.tree_map_only(torch.Tensor, operator.itemgetter(0), self.space[name])
-        return _alike(found, first, count)
+        return alike(found, first, count)
 
     def _of_two_cells(self, text: str, arguments: NamedArguments) -> bool:
         """Tell whether a text gives the values of the operation on each of several cells that differ.
 
         Not all of torch's rules for `vmap` are right: that of `index_fill` takes the first cell's value for all.
         """
-        found = [self._of_cells(text, arguments, change) for change in (_next, _rolled)]
+        found = [self._of_cells(text, arguments, change) for change in (next_of, rolled)]
         return False not in found and True in found
 
     def _of_cells(
@@ -339,7 +282,7 @@ class _Emitter:
                 raise
             return False
         expected = [torch.stack(parts) for parts in zip(*map(pytree.tree_leaves, cells), strict=True)]
-        return all(_near(one, other) for one, other in zip(found, expected, strict=True))
+        return all(near(one, other) for one, other in zip(found, expected, strict=True))
 
     def _value(self, text: str, arguments: NamedArguments | None) -> Any:
         if arguments is not None:
@@ -375,42 +318,6 @@ class _Emitter:
         return _ANYWHERE
 
 
-def _alike(found: Any, cell: Any, count: int | None) -> bool:
-    """Tell whether a result looks like that of ``count`` cells, each with a result like ``cell``."""
-    if isinstance(cell, torch.Tensor):
-        shape = (count, *cell.shape)
-        return isinstance(found, torch.Tensor) and tuple(found.shape) == shape and found.dtype == cell.dtype
-    return (
-        isinstance(found, (list, tuple))
-        and len(found) == len(cell)
-        and all(_alike(one, other, count) for one, other in zip(found, cell, strict=True))
-    )
-
-
-def _next(tensor: torch.Tensor) -> torch.Tensor:
-    """Return another tensor of the kind. A symmetric, definite or positive one stays so."""
-    if tensor.dtype is torch.bool:
-        return ~tensor
-    if tensor.is_floating_point() or tensor.is_complex():
-        return tensor * 1.1387 + 0.2193
-    return tensor + 1
-
-
-def _rolled(tensor: torch.Tensor) -> torch.Tensor:
-    """Return another tensor of the kind, of the same indices where there are several."""
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.numel() == 1:
-        return _next(tensor)
-    return tensor.flatten().roll(1).view_as(tensor)
-
-
-def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Tell whether two tensors are the same up to rounding."""
-    if not (one.is_floating_point() or one.is_complex()):
-        return torch.equal(one, other)
-    error = torch.finfo(one.dtype).eps ** 0.5
-    return torch.allclose(one, other, rtol=error, atol=error, equal_nan=True)
-
-
 def _has_batching(target: Any) -> bool:
     """Tell whether `vmap` has a batching rule for an operation that gives right values.
 
@@ -422,12 +329,6 @@ def _has_batching(target: Any) -> bool:
         return False
     name = target.name()
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in _BATCHING)
-
-
-def _holds(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(_holds(item) for item in value)
-    return isinstance(value, (Value, Varying))
 
 
 def stacked(cells: Sequence[Any]) -> Any:
@@ -510,7 +411,7 @@ def emit(
         NotImplementedError: if an operation cannot be run for a group.
     """
     group = size is not None
-    emitter = _Emitter(size, environment, bind or compiled, compiled)
+    emitter = Emitter(size, environment, bind or compiled, compiled)
     values: dict[int, Any] = {}
     passed: dict[Operand, str] = {}
     for prefix, tensors in (("in", inputs), ("w", weights)):
@@ -555,238 +456,21 @@ def emit(
     # Give each result its group axis.
     if group:
         for number in results:
-            _spread(emitter, values, number)
+            spread(emitter, values, number)
     outputs = tuple(emitter.space[f"v{number}"] for number in results)
     # Put the source together, and bind it to an arena if it gives the same there.
     counts = len(inputs), len(weights), len(numbers)
-    body = _Body(name, emitter, [f"v{number}" for number in results], *counts, passed, one_layer, repeat)
+    body = BodySource(name, emitter, [f"v{number}" for number in results], *counts, passed, one_layer, repeat)
     kernel = body.kernel()
     if group and bind and emitter.pure:
         bound = body.bound([*map(shared, passed)])
         # Compare several cells, for one hides errors, and random values, for those of first segments are often zero.
         twice = [torch.cat((each, each)) for each in inputs]
         rows = weights if one_layer else [torch.cat((each, each)) for each in weights]
-        others = [_copy(each) for each in (*rows, *map(shared, passed))]
+        others = [copied(each) for each in (*rows, *map(shared, passed))]
         changing = [*others[: len(rows)]]  # known contents, such as a mask's, must stay
         changing += [each for each, of in zip(others[len(rows) :], passed, strict=True) if not constant(of)]
         rest = 2 * (size or 1), others[: len(rows)], [[*each, *each] for each in numbers], others[len(rows) :]
-        if _same_as(kernel, bound, twice, changing, *rest):
+        if same_as(kernel, bound, twice, changing, *rest):
             kernel = replace(kernel, bound=bound)
     return kernel, outputs
-
-
-def _copy(value: Any) -> Any:
-    """Return a tensor with the values and strides of another one, in memory of its own."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    distinct = made
-    for dim, (size, stride) in enumerate(zip(made.shape, made.stride(), strict=True)):
-        distinct, value = (each.narrow(dim, 0, 1) if size and not stride else each for each in (distinct, value))
-    distinct.copy_(value)
-    return made
-
-
-def _vary(tensor: torch.Tensor) -> None:
-    """Overwrite a floating-point tensor with other numbers: random ones on the CPU, half of its own elsewhere.
-
-    Random numbers might be no indices, and that breaks other devices.
-    """
-    if not tensor.is_floating_point():
-        return
-    if tensor.device.type == "cpu":
-        made = torch.empty_like(tensor)  # without repeated elements
-        made.normal_(generator=torch.Generator().manual_seed(tensor.numel()))
-    else:
-        made = tensor * 0.5
-    for dim, stride in enumerate(tensor.stride()):
-        if not stride and tensor.shape[dim]:
-            tensor, made = tensor.narrow(dim, 0, 1), made.narrow(dim, 0, 1)
-    tensor.copy_(made)
-
-
-def _same_as(
-    kernel: Emitted,
-    bound: BoundBody,
-    inputs: Sequence[torch.Tensor],
-    changing: Sequence[Any],
-    size: int,
-    weights: Sequence[torch.Tensor],
-    numbers: Sequence[Any],
-    shared: Sequence[Any],
-) -> bool:
-    """Tell whether a body gives the same results in an arena as without, and leaves its other operands as they are.
-
-    It runs twice, the second time on other inputs, with other numbers in the operands that may change. Scratch memory
-    is filled with NaN before results are compared, for none may lie there.
-
-    Args:
-        kernel, bound: the body, and the same bound to an arena.
-        inputs: of some cells.
-        changing: those of the other operands that may change.
-        size, weights, numbers, shared: the other operands. Their tensors are written to.
-    """
-    homes = [torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in inputs]
-    device = homes[0].device if homes else None
-
-    def memory(kinds: Sequence[tuple[int, torch.dtype]]) -> list[torch.Tensor]:
-        return [torch.full((count * size,), math.nan, dtype=dtype, device=device) for count, dtype in kinds]
-
-    scratch, given = memory(bound.scratch), [each.clone() for each in inputs]
-    others = [each for each in (*weights, *shared) if isinstance(each, torch.Tensor)]
-    try:
-        work = functools.partial(_memory, device=device)
-        run, _ = bound.bind(size, homes, weights, shared, scratch, memory(bound.results), work)
-        for turn in range(2):
-            for each in (*given, *changing) if turn else ():
-                if isinstance(each, torch.Tensor):
-                    _vary(each)
-            before = [each.clone() for each in others]
-            wanted = kernel.function(size, given, weights, numbers, shared)
-            for home, each in zip(homes, given, strict=True):
-                home.copy_(each)
-            found = run(numbers)
-            for each in scratch:
-                each.fill_(math.nan)
-            changed = [n for n, (a, b) in enumerate(zip(homes, given, strict=True)) if not _equal(a, b)]
-            if not bound.overwritten.issuperset(changed) or not all(map(_close, found, wanted)):
-                logger.warning("%s gives something else in memory that stays", kernel.name)
-                return False
-            if not all(map(_equal, others, before)):
-                logger.warning("%s changes its operands in memory that stays", kernel.name)
-                return False
-    except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
-        if raised_by_signal(error):
-            raise
-        logger.info("%s does not run in memory that stays: %s", kernel.name, error)
-        return False
-    return True
-
-
-def _memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.nan_to_num(), other.nan_to_num())
-
-
-def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    tolerance = 8 * torch.finfo(one.dtype).eps
-    scale = float(other[other.isfinite()].abs().max()) if other.isfinite().any() else 1.0
-    return torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
-
-
-@dataclass
-class _Body:
-    """The emitted lines of a body, to be put together as source."""
-
-    name: str
-    emitter: _Emitter
-    results: list[str]
-    inputs: int
-    weights: int
-    numbers: int
-    passed: Mapping[Operand, str]
-    one_layer: bool
-    repeat: int
-
-    def kernel(self) -> Emitted:
-        """Return the kernel that overwrites nothing."""
-        unpacked = {"inputs": ("in", self.inputs), "weights": ("w", self.weights), "numbers": ("n", self.numbers)}
-        body = _header(self.name, "G, inputs, weights, numbers, shared", **unpacked, shared=("u", len(self.passed)))
-        for line in self.emitter.lines:
-            body.append(f"    {line}")
-            if line.dead:
-                body.append(f"    del {', '.join(line.dead)}")
-        source = "\n".join([*body, _returned(self.results)[4:], ""])
-        function, file = _function(self.name, self.name, source, self.emitter)
-        kinds = tuple(kind_of(self.emitter.space[name]) for name in self.passed.values())
-        fallbacks = tuple(self.emitter.fallbacks)
-        return Emitted(self.name, source, tuple(self.passed), kinds, function, None, fallbacks, file)
-
-    def bound(self, shared: Sequence[Any]) -> BoundBody:
-        """Return the body bound to an arena."""
-        space, lines = self.emitter.space, self.emitter.lines
-        known = {name: space[name] for name in (*_named("in", self.inputs), *_named("w", self.weights))}
-        known |= zip(_named("u", len(self.passed)), shared, strict=True)
-        inputs = [
-            Line(name, name, "", name, (tuple(space[name].shape), space[name].dtype), solid=True)
-            for name in _named("in", self.inputs)
-        ]
-        planned = plan_buffers(lines, self.emitter.regions, self.results, self.emitter.pinned, inputs)
-        names = {line.name for line in inputs}
-        cells = 2 * self.repeat
-        for name, tensor in list(known.items()):
-            if not isinstance(tensor, torch.Tensor):
-                del known[name]
-                continue
-            shape, strides = list(tensor.shape), tensor.stride()
-            if name in names:  # an input is copied to a contiguous home
-                known[name] = torch.empty(cells, *shape[1:], dtype=tensor.dtype, device="meta")
-                continue
-            if name.startswith("w") and not self.one_layer:  # any rows of a stack, such as every second one
-                shape[0], strides = 2, (2 * max(1, tensor[:1].numel()), *strides[1:])
-            known[name] = torch.empty_strided(shape, strides, dtype=tensor.dtype, device="meta")
-        once, each, lasting = bound_lines(planned, known, {**space, "G": cells})
-        memory = {"scratch": ("s", len(planned.slots)), "results": ("r", sum(b.slot is None for b in planned.buffers))}
-        unpacked = {"inputs": ("in", self.inputs), "weights": ("w", self.weights), "shared": ("u", len(self.passed))}
-        source = _header("bind", "G, inputs, weights, shared, scratch, results, work", **unpacked, **memory)
-        source += [f"    {line}" for line in once]
-        source += [f"    {line}" for line in _header(self.name, "numbers", numbers=("n", self.numbers))]
-        own = {name: name if name in lasting or name in planned.alone else f"{name}.clone()" for name in self.results}
-        source += [*(f"        {line}" for line in each), _returned(own[name] for name in self.results)]
-        made = "".join(f"{name if name in lasting else None}, " for name in self.results)
-        source += [f"    return {self.name}, ({made})", ""]
-        bind, file = _function("bind", f"{self.name} in memory that stays", "\n".join(source), self.emitter)
-        results = tuple((each.elements, each.dtype) for each in planned.buffers if each.slot is None)
-        overwritten = frozenset(int(name.removeprefix("in")) for name in planned.overwritten)
-        return BoundBody("\n".join(source), bind, tuple(planned.slots), results, overwritten, file)
-
-
-def _returned(values: Iterable[str]) -> str:
-    return f"        return ({''.join(f'{each}, ' for each in values)})"
-
-
-def kind_of(value: Any) -> Any:
-    """Return what emitted source assumes of a shared operand: shape and dtype of a tensor, else the value."""
-    return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
-
-
-def _named(prefix: str, count: int) -> list[str]:
-    return [f"{prefix}{number}" for number in range(count)]
-
-
-def _header(name: str, arguments: str, **unpacked: tuple[str, int]) -> list[str]:
-    lines = [f"def {name}({arguments}):"]
-    for argument, (prefix, count) in unpacked.items():
-        if count:
-            lines.append(f"    {', '.join(_named(prefix, count))}, = {argument}")
-    return lines
-
-
-def _spread(emitter: _Emitter, values: dict[int, Any], number: int) -> None:
-    """Give a result that came out the same for all cells its group axis."""
-    value = values[number]
-    if isinstance(value, Value) and not value.grouped:
-        sizes = ", ".join(map(str, value.shape))
-        text = f"{value.text}.expand(G, {sizes})"
-        emitter.space[value.text] = eval(text, emitter.space)
-        emitter.lines.append(Line(value.text, text, "", emitter.regions[value.text], None))
-
-
-def _function(name: str, title: str, source: str, emitter: _Emitter) -> tuple[Callable[..., Any], str]:
-    """Compile a source, and return its function and the name of the file that it seems to be in."""
-    constants = {
-        key: value
-        for key, value in emitter.space.items()
-        if (callable(value) and not isinstance(value, torch.Tensor)) or key in ("torch", "__builtins__")
-    }
-    file = f"<rmtc {title} {next(_numbers)}>"
-    exec(compile(source, file, "exec"), constants)
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
-    return constants[name], file

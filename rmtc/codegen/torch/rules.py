@@ -8,326 +8,25 @@ text of an expression whose value is grouped, or None if it does not know the ca
 
 from __future__ import annotations
 
-import functools
-import keyword
 import math
-import re
-import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 
 from rmtc.codegen.torch import attention as products
 from rmtc.codegen.torch.buffers import Instead, out
-from rmtc.ops.fused import BOUND, FUNCTIONS, add_linear, add_matmul, rms_normalize, roll_products, rotary
+from rmtc.codegen.torch.values import NAMED, NamedArguments, Raw, Value, grouped, literal, ranked, shifted, sizes_text
+from rmtc.ops.fused import add_linear, add_matmul, rms_normalize, roll_products, rotary
 from rmtc.ops.linears import are_faster
 
-__all__ = [
-    "UNGROUPED",
-    "NamedArguments",
-    "Value",
-    "function_name",
-    "grouped",
-    "is_fresh",
-    "is_view",
-    "literal",
-    "overwriting",
-    "rule_for",
-    "rules",
-]
+__all__ = ["UNGROUPED", "aten", "part", "pointwise", "repeat", "rule_for", "rules"]
+
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Value:
-    """A tensor operand of a rule.
-
-    Attributes:
-        text: the expression that gives it.
-        shape: its shape in one cell.
-        dtype, device: of its elements. The device is None where a rule is not to ask what is fast there, and for a
-            tensor that is transposed in memory.
-        compiled: whether a compiler makes code of all but the products.
-        grouped: whether it has a group axis.
-        repeat: number of neighbouring cells that each row of ``rows`` is for. ``text`` repeats it.
-        rows: the expression of the tensor with one row for so many cells.
-        known: its contents, if they are the same in all calls of these sizes.
-    """
-
-    text: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    grouped: bool
-    device: torch.device | None = None
-    repeat: int = 1
-    rows: str = ""
-    compiled: bool = False
-    known: torch.Tensor | None = field(default=None, compare=False)
-
-    @property
-    def rank(self) -> int:
-        return len(self.shape)
-
-
-class NamedArguments:
-    """The arguments of an operation, by the names of its schema, with defaults filled in.
-
-    Attributes:
-        target: the operation.
-        values: its arguments.
-        given: the names of those that are no defaults.
-        functions: the callables that texts made from it name.
-        instead: other texts for the rule's result, which overwrite an operand.
-    """
-
-    def __init__(self, target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.target = target
-        self.schema = target._schema.arguments
-        self.values: dict[str, Any] = {}
-        for number, argument in enumerate(self.schema):
-            if number < len(args):
-                self.values[argument.name] = args[number]
-            elif argument.name in kwargs:
-                self.values[argument.name] = kwargs[argument.name]
-            elif argument.has_default_value():
-                self.values[argument.name] = argument.default_value
-        self.given = {argument.name for argument in self.schema[: len(args)]} | set(kwargs)
-        self.functions: dict[str, Callable[..., Any]] = {}
-        self.instead: tuple[Instead, ...] = ()
-
-    def __getitem__(self, name: str) -> Any:
-        return self.values[name]
-
-    def tensors(self) -> Iterator[Value]:
-        for value in self.values.values():
-            if isinstance(value, Value):
-                yield value
-            elif isinstance(value, tuple):
-                yield from (item for item in value if isinstance(item, Value))
-
-    def function(self, target: torch._ops.OpOverload | None = None) -> str:
-        """Return the name of an operation, by default of this one, in source text."""
-        target = target or self.target
-        name = function_name(target)
-        self.functions[name] = _fast(target)
-        return name
-
-    def call(self, /, **changed: Any) -> str:
-        """Return the text of the call, with some arguments changed."""
-        parts: list[str] = []
-        positional = True
-        for argument in self.schema:
-            name = argument.name
-            if name not in self.given and name not in changed:
-                positional = False
-                continue
-            value = changed.get(name, self.values.get(name))
-            named = argument.kwarg_only or not positional
-            parts.append(f"{name}={literal(value)}" if named else literal(value))
-        return f"{self.function()}({', '.join(parts)}{out() if _with_out(self.target) else ''})"
-
-
-@functools.cache
-def _fast(target: torch._ops.OpOverload) -> Callable[..., Any]:
-    """Return the callable for an operation: torch's own function where it does the same.
-
-    Such a function takes less time to call.
-    """
-    if target in FUNCTIONS:
-        return FUNCTIONS[target]
-    name = target._schema.name.removeprefix("aten::")
-    function = getattr(torch, name, None) or getattr(torch._C._nn, name, None)
-    same = torch.Tag.pointwise in target.tags or target in _CALLED
-    return function if same and isinstance(function, types.BuiltinFunctionType) else target
-
-
-@functools.cache
-def _in_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
-    """Return the operation that writes the result of a pointwise one over its first operand, or None."""
-    namespace, name = target._schema.name.split("::")
-    packet = getattr(aten, f"{name}_", None) if namespace == "aten" else None
-    return getattr(packet, target._overloadname, None)
-
-
-def overwriting(arguments: NamedArguments) -> tuple[Instead, ...]:
-    """Return the operands that the result of an operation may overwrite, each with the expression that does so."""
-    target, found = arguments.target, list(arguments.instead)
-    instead = _in_place(target)
-    if instead is None or rule_for(target) is not pointwise:
-        return tuple(found)
-    first, other = arguments.schema[0].name, arguments.schema[1].name if len(arguments.schema) > 1 else ""
-    orders: list[dict[str, Any]] = [{}]
-    if target in _COMMUTE and isinstance(arguments.values.get(other), Value) and arguments.values.get("alpha", 1) == 1:
-        orders.append({first: arguments[other], other: arguments[first]})
-    for order in orders:
-        values = {**arguments.values, **order}
-        self = values[first]
-        if isinstance(self, Value) and self.grouped and _NAMED.fullmatch(self.text):
-            swapped = NamedArguments(target, (), {})
-            swapped.values, swapped.given, swapped.functions = values, arguments.given, arguments.functions
-            text = pointwise(swapped)
-            if text is not None:
-                name = function_name(instead)
-                method = getattr(torch.Tensor, instead._schema.name.removeprefix("aten::"), None)
-                arguments.functions[name] = method if isinstance(method, types.MethodDescriptorType) else _fast(instead)
-                found.append(Instead(self.text, f"{name}({text.partition('(')[2]}", self.text))
-    return tuple(found)
-
-
-def is_fresh(target: Any) -> bool:
-    """Tell whether the result of an operation surely lies in memory of its own, whatever its operands are."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    if target in _FRESH or target in FUNCTIONS:
-        return True
-    pure = all(each.alias_info is None for each in (*target._schema.arguments, *target._schema.returns))
-    pure = pure and target is not aten.conj_physical.default  # which returns a real operand itself
-    return torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags and pure
-
-
-def is_view(target: Any) -> bool:
-    """Tell whether the result of an operation is a view or a copy of its operand, with each element at most once."""
-    return target in _SEEN
-
-
-_FRESH = frozenset(
-    {
-        *(aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default),
-        *(aten.mean.dim, aten.sum.dim_IntList, aten.softmax.int, aten.cat.default, aten.layer_norm.default),
-        aten.scaled_dot_product_attention.default,
-    }
-)
-_SEEN = frozenset(
-    {
-        *(aten.slice.Tensor, aten.select.int, aten.transpose.int, aten.permute.default, aten.t.default),
-        *(aten.unsqueeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default, aten._unsafe_view.default),
-        *(aten.flatten.using_ints, aten.unflatten.int, aten.contiguous.default, aten.movedim.int),
-        *(aten.detach.default, aten.alias.default, aten.squeeze.dims),
-    }
-)
-
-_NAMED = re.compile(r"(?:v|in)\d+")
-_COMMUTE = frozenset({aten.mul.Tensor, aten.add.Tensor, aten.maximum.default, aten.minimum.default})
-
-
-@functools.cache
-def _with_out(target: torch._ops.OpOverload) -> bool:
-    """Tell whether the callable of an operation can write its result into a given tensor."""
-    if target in FUNCTIONS:
-        return target in BOUND
-    if not isinstance(_fast(target), types.BuiltinFunctionType):
-        return False
-    names, packet = [each.name for each in target._schema.arguments], target.overloadpacket
-    overloads = (getattr(packet, name) for name in packet.overloads())
-    written = (each for each in overloads if torch.Tag.generated not in each.tags)  # only these in Python
-    return any([each.name for each in overload._schema.arguments] == [*names, "out"] for overload in written)
-
-
-_CALLED = frozenset(
-    {
-        aten.cat.default,
-        aten.mean.dim,
-        aten.sum.dim_IntList,
-        aten.softmax.int,
-        aten.roll.default,
-        aten.layer_norm.default,
-    }
-)
-"""Operations that are no pointwise ones, with functions of torch that take the same arguments."""
-
 Rule: TypeAlias = Callable[[NamedArguments], "str | None"]
-
-
-_NAMES: dict[str, Callable[..., Any]] = {}
-_TAKEN = re.compile(
-    r"(v|in|w|n|u|x|p|b|s|r|k|f)\d+|[Gi]|range|float|complex|torch|vmap|select_run|slice_run|stacked|choose|"
-    r"stack|mm|addmm|bmm|baddbmm|matmul|einsum|inputs|weights|numbers|shared|scratch|results|bind\w*|seen|fresh|work|attend|"
-    r"linear_maps"
-)
-
-
-@functools.cache
-def function_name(target: Callable[..., Any]) -> str:
-    """Return the name that an operation, and no other one, has in emitted source."""
-    if isinstance(target, torch._ops.OpOverload):
-        namespace, _, name = target._schema.name.partition("::")
-        parts = (namespace if namespace != "aten" else "", name, target._overloadname)
-        name = "_".join(part for part in parts if part and part != "default")
-    else:
-        name = str(getattr(target, "__name__", "function"))
-    name = re.sub(r"\W", "_", name, flags=re.ASCII)
-    while keyword.iskeyword(name) or _TAKEN.fullmatch(name) or _NAMES.setdefault(name, target) is not target:
-        name += "_"
-    return name
-
-
-def literal(value: Any) -> str:
-    """Return an argument as source text.
-
-    Strings are quoted, so that what a model holds never becomes code.
-
-    Raises:
-        TypeError: if it is no constant of a program.
-    """
-    if isinstance(value, (Value, Raw, Varying)):
-        return value.text
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(literal(item) for item in value)}]"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f'float("{value}")'
-    if isinstance(value, complex):
-        return f"complex({literal(value.real)}, {literal(value.imag)})"
-    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
-        return str(value)
-    if isinstance(value, torch.device):
-        return f"torch.device({str(value)!r})"
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return repr(value)
-    raise TypeError(f"{type(value).__name__} is no constant of a program")
-
-
-@dataclass(frozen=True)
-class Raw:
-    """Source text in place of an argument."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Varying:
-    """A number that differs from cell to cell, as the text of the list of its values."""
-
-    text: str
-
-
-def ranked(value: Value, rank: int) -> str:
-    """Return the text of a grouped value with its cell's shape padded with ones in front.
-
-    So cells broadcast with cells.
-    """
-    missing = rank - value.rank
-    if not value.grouped or missing <= 0:
-        return value.text
-    if missing == 1:
-        return f"{value.text}.unsqueeze(1)"
-    return f"{value.text}.reshape(G, {', '.join(map(str, (1,) * missing + value.shape))})"
-
-
-def grouped(value: Value) -> str:
-    """Return the text of a value with a group axis, made by expansion where it has none."""
-    return value.text if value.grouped else f"{value.text}.expand(G, {_sizes(value.shape)})"
-
-
-def _sizes(shape: tuple[int, ...]) -> str:
-    return ", ".join(map(str, shape)) if shape else ""
-
-
-def shifted(dim: int, rank: int) -> int:
-    """Return a dimension of a cell as one of the group."""
-    return dim if dim < 0 and rank else max(dim, 0) + 1
 
 
 def pointwise(arguments: NamedArguments) -> str | None:
@@ -389,17 +88,17 @@ def over_all(target: torch._ops.OpOverload) -> Rule:
 def reshape(arguments: NamedArguments) -> str | None:
     value = arguments["self"]
     size = arguments["size"] if "size" in arguments.values else arguments["shape"]
-    return f"{value.text}.reshape(G, {_sizes(tuple(size))})" if size else f"{value.text}.reshape(G)"
+    return f"{value.text}.reshape(G, {sizes_text(tuple(size))})" if size else f"{value.text}.reshape(G)"
 
 
 def expand(arguments: NamedArguments) -> str | None:
     value, size = arguments["self"], arguments["size"]
-    return f"{ranked(value, len(size))}.expand(G, {_sizes(tuple(size))})"
+    return f"{ranked(value, len(size))}.expand(G, {sizes_text(tuple(size))})"
 
 
 def repeat(arguments: NamedArguments) -> str | None:
     value, repeats = arguments["self"], arguments["repeats"]
-    return f"{ranked(value, len(repeats))}.repeat(1, {_sizes(tuple(repeats))})"
+    return f"{ranked(value, len(repeats))}.repeat(1, {sizes_text(tuple(repeats))})"
 
 
 def transpose(arguments: NamedArguments) -> str | None:
@@ -428,7 +127,7 @@ def transpose_matrix(arguments: NamedArguments) -> str | None:
 
 def permute(arguments: NamedArguments) -> str | None:
     value = arguments["self"]
-    return f"{value.text}.permute(0, {_sizes(tuple(dim % value.rank + 1 for dim in arguments['dims']))})"
+    return f"{value.text}.permute(0, {sizes_text(tuple(dim % value.rank + 1 for dim in arguments['dims']))})"
 
 
 def unsqueeze(arguments: NamedArguments) -> str | None:
@@ -460,13 +159,13 @@ def linear(arguments: NamedArguments) -> str | None:
         product = f"mm({flat}, {weight.text}.t(){into})"
         if bias is not None:
             product = f"addmm({bias.text}, {flat}, {weight.text}.t(){into})"
-        return f"{product}.view(G, {_sizes(shape)})"
+        return f"{product}.view(G, {sizes_text(shape)})"
     if weight.rank != 2 or not weight.grouped or not value.rank:
         return None
     rows = math.prod(value.shape[:-1])
     if weight.rows and (bias is None or bias.rows):
         product = _product_of_rows(value, weight, f"{weight.rows}.transpose(1, 2)", bias)
-        return f"{product}.view(G, {_sizes((*value.shape[:-1], weight.shape[0]))})"
+        return f"{product}.view(G, {sizes_text((*value.shape[:-1], weight.shape[0]))})"
     flat = f"{grouped(value)}.reshape(G, {rows}, {value.shape[-1]})" if value.rank != 2 else grouped(value)
     matrix = f"{weight.text}.transpose(1, 2)"
     into = out("G", rows, weight.shape[0])
@@ -481,7 +180,7 @@ def linear(arguments: NamedArguments) -> str | None:
     else:
         product = f"baddbmm({row}, {flat}, {matrix}{into})"
     shape = (*value.shape[:-1], weight.shape[0])
-    return product if value.rank == 2 else f"{product}.view(G, {_sizes(shape)})"
+    return product if value.rank == 2 else f"{product}.view(G, {sizes_text(shape)})"
 
 
 def _by_kernel(rows: int, value: Value, weight: Value) -> bool:
@@ -501,26 +200,26 @@ def added_linear(arguments: NamedArguments) -> str | None:
             return arguments.call()
         rows = f"G * {math.prod(shape[:-1])}"
         flat = [f"{each.text}.reshape({rows}, {each.shape[-1]})" for each in (residual, value)]
-        product, seen = f"{flat[1]}, {weight.text}.t()", f".view(G, {_sizes(shape)})"
-        if _NAMED.fullmatch(residual.text):
+        product, seen = f"{flat[1]}, {weight.text}.t()", f".view(G, {sizes_text(shape)})"
+        if NAMED.fullmatch(residual.text):
             arguments.instead = (Instead(residual.text, f"{flat[0]}.addmm_({product})", f"{flat[0]}{seen}", seen),)
         return f"addmm({flat[0]}, {product}{out(rows, shape[-1])}){seen}"
     if weight.rows:
         product = _product_of_rows(value, weight, f"{weight.rows}.transpose(1, 2)")
-        return f"{product}.view(G, {_sizes(shape)}).add_({residual.text})"
+        return f"{product}.view(G, {sizes_text(shape)}).add_({residual.text})"
     rows = math.prod(shape[:-1])
     flat = [f"{grouped(each)}.reshape(G, {rows}, {each.shape[-1]})" for each in (residual, value)]
     into = out("G", rows, shape[-1])
-    by_kernel, seen = _by_kernel(rows, value, weight), f".view(G, {_sizes(shape)})"
+    by_kernel, seen = _by_kernel(rows, value, weight), f".view(G, {sizes_text(shape)})"
     product = f"{flat[1]}, {weight.text}" if by_kernel else f"{flat[1]}, {weight.text}.transpose(1, 2)"
     if weight.compiled:  # baddbmm first copies the residual, while a compiler adds it where the sum is read
         return f"({flat[0]} + {'linear_maps' if by_kernel else 'bmm'}({product})){seen}"
     if by_kernel:
         product = f"linear_maps({product}, {flat[0]}"
-        if _NAMED.fullmatch(residual.text):
+        if NAMED.fullmatch(residual.text):
             arguments.instead = (Instead(residual.text, f"{product}, out={flat[0]})", f"{flat[0]}{seen}", seen),)
         return f"{product}{into}){seen}"
-    if _NAMED.fullmatch(residual.text):
+    if NAMED.fullmatch(residual.text):
         arguments.instead = (Instead(residual.text, f"{flat[0]}.baddbmm_({product})", f"{flat[0]}{seen}", seen),)
     return f"baddbmm({flat[0]}, {product}{into}){seen}"
 
@@ -533,14 +232,14 @@ def added_matmul(arguments: NamedArguments) -> str | None:
         return None
     count = math.prod(batch.pop())
     flat = [
-        grouped(each) if each.rank == 2 else f"{grouped(each)}.reshape(G * {count}, {_sizes(each.shape[-2:])})"
+        grouped(each) if each.rank == 2 else f"{grouped(each)}.reshape(G * {count}, {sizes_text(each.shape[-2:])})"
         for each in operands
     ]
     alpha = "" if arguments["alpha"] == 1 else f", alpha={literal(arguments['alpha'])}"
-    product, seen = f"{flat[1]}, {flat[2]}{alpha}", f".view(G, {_sizes(operands[0].shape)})"
+    product, seen = f"{flat[1]}, {flat[2]}{alpha}", f".view(G, {sizes_text(operands[0].shape)})"
     if operands[0].compiled and not alpha:  # as in `added_linear`
         return f"({flat[0]} + bmm({product})){seen}"
-    if operands[0].grouped and _NAMED.fullmatch(operands[0].text):
+    if operands[0].grouped and NAMED.fullmatch(operands[0].text):
         text, place = f"{flat[0]}.baddbmm_({product})", f"{flat[0]}{seen}"
         arguments.instead = (Instead(operands[0].text, text, place, seen),)
     return f"baddbmm({flat[0]}, {product}{out(f'G * {count}', *operands[0].shape[-2:])}){seen}"
@@ -558,7 +257,7 @@ def matmul(arguments: NamedArguments) -> str | None:
     if not left.rank or not right.rank:
         return None
     if right.rows and right.rank == 2 and left.grouped and not left.rows:
-        return f"{_product_of_rows(left, right, right.rows)}.view(G, {_sizes((*left.shape[:-1], right.shape[1]))})"
+        return f"{_product_of_rows(left, right, right.rows)}.view(G, {sizes_text((*left.shape[:-1], right.shape[1]))})"
     a, b = left.text, right.text
     vector, row = right.rank == 1, left.rank == 1
     if vector:
@@ -569,8 +268,8 @@ def matmul(arguments: NamedArguments) -> str | None:
     rank = max(a_rank, b_rank)
     if left.grouped and right.grouped and rank > 2 and left.shape[:-2] == right.shape[:-2]:
         count, sizes = math.prod(left.shape[:-2]), (left.shape[-2], right.shape[-1])
-        flat = [f"{each.text}.reshape(G * {count}, {_sizes(each.shape[-2:])})" for each in (left, right)]
-        return f"bmm({', '.join(flat)}{out(f'G * {count}', *sizes)}).view(G, {_sizes((*left.shape[:-2], *sizes))})"
+        flat = [f"{each.text}.reshape(G * {count}, {sizes_text(each.shape[-2:])})" for each in (left, right)]
+        return f"bmm({', '.join(flat)}{out(f'G * {count}', *sizes)}).view(G, {sizes_text((*left.shape[:-2], *sizes))})"
     a = _batched(a, left, a_rank, rank, (1, *left.shape) if row else left.shape)
     b = _batched(b, right, b_rank, rank, (*right.shape, 1) if vector else right.shape)
     text = f"matmul({a}, {b})"
@@ -584,7 +283,7 @@ def matmul(arguments: NamedArguments) -> str | None:
 def _batched(text: str, value: Value, have: int, rank: int, shape: tuple[int, ...]) -> str:
     if not value.grouped or have == rank:
         return text
-    return f"{text}.reshape(G, {_sizes((1,) * (rank - have) + tuple(shape))})"
+    return f"{text}.reshape(G, {sizes_text((1,) * (rank - have) + tuple(shape))})"
 
 
 def addmm(arguments: NamedArguments) -> str | None:
@@ -622,7 +321,7 @@ def attention(arguments: NamedArguments) -> str | None:
     batch = query.shape[0]
 
     def folded(each: Value) -> str:
-        return f"{grouped(each)}.reshape(G * {batch}, {_sizes(each.shape[1:])})"
+        return f"{grouped(each)}.reshape(G * {batch}, {sizes_text(each.shape[1:])})"
 
     shape = (batch, *query.shape[1:-1], value.shape[-1])
     if (
@@ -644,7 +343,7 @@ def attention(arguments: NamedArguments) -> str | None:
             scale = arguments["scale"] if arguments["scale"] is not None else query.shape[-1] ** -0.5
             given = ", ".join([*(folded(arguments[name]) for name in ("query", "key", "value")), literal(mask)])
             into = out(f"G * {batch}", *shape[1:])
-            return f"attend({given}, scale={literal(scale)}, causal={causal}{into}).view(G, {_sizes(shape)})"
+            return f"attend({given}, scale={literal(scale)}, causal={causal}{into}).view(G, {sizes_text(shape)})"
     changed: dict[str, Any] = {name: Raw(folded(arguments[name])) for name in ("query", "key", "value")}
     if causal and isinstance(arguments["attn_mask"], Value):
         changed |= {"attn_mask": None, "is_causal": True}
@@ -653,7 +352,7 @@ def attention(arguments: NamedArguments) -> str | None:
         if text is None:
             return None
         changed["attn_mask"] = Raw(text)
-    return f"{arguments.call(**changed)}.view(G, {_sizes(shape)})"
+    return f"{arguments.call(**changed)}.view(G, {sizes_text(shape)})"
 
 
 def _mask(mask: Value, rank: int, batch: int) -> str | None:
@@ -662,10 +361,10 @@ def _mask(mask: Value, rank: int, batch: int) -> str | None:
     if not mask.grouped and (mask.rank < rank or mask.shape[0] == 1):
         return mask.text
     shape = (1,) * (rank - mask.rank) + mask.shape
-    text = f"{mask.text}.reshape(G, {_sizes(shape)})" if mask.grouped and mask.rank < rank else grouped(mask)
+    text = f"{mask.text}.reshape(G, {sizes_text(shape)})" if mask.grouped and mask.rank < rank else grouped(mask)
     if shape[0] != batch:
-        text = f"{text}.expand(G, {_sizes((batch, *shape[1:]))})"
-    return f"{text}.reshape(G * {batch}, {_sizes(shape[1:])})"
+        text = f"{text}.expand(G, {sizes_text((batch, *shape[1:]))})"
+    return f"{text}.reshape(G * {batch}, {sizes_text(shape[1:])})"
 
 
 def layer_norm(arguments: NamedArguments) -> str | None:
@@ -725,7 +424,11 @@ _DIM = (
     "linalg_vector_norm.default split.Tensor split_with_sizes.default chunk.default _softmax.default "
     "_log_softmax.default nansum.default repeat_interleave.self_int"
 )
+
+
 _DIMS = "flip.default roll.default"
+
+
 _LIKE_POINTWISE = (
     "to.dtype to.device to.dtype_layout to.other _to_copy.default detach.default contiguous.default alias.default "
     "type_as.default __and__.Tensor __or__.Tensor __xor__.Tensor __and__.Scalar __or__.Scalar log_sigmoid.default "
@@ -734,8 +437,13 @@ _LIKE_POINTWISE = (
     "greater.Scalar less.Tensor less.Scalar zeros_like.default ones_like.default full_like.default "
     "empty_like.default logical_not.default where.Scalar where.ScalarOther where.ScalarSelf"
 )
+
+
 _AS_IS = "tril.default triu.default constant_pad_nd.default dropout.default"
+
+
 _MATMUL = "matmul.default mm.default bmm.default mv.default dot.default linalg_matmul.default"
+
 
 UNGROUPED = frozenset(
     target for name in ("new_zeros", "new_ones", "new_full", "new_empty") for target in (getattr(aten, name).default,)

@@ -11,12 +11,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rmtc.codegen.torch.buffers import NoViewError
-from rmtc.codegen.torch.emit import BoundBody, Emitted, kind_of
 from rmtc.codegen.torch.emit import emit as emit_torch
+from rmtc.codegen.torch.source import BoundBody, Emitted, kind_of
 from rmtc.codegen.triton.build import copied
 from rmtc.codegen.triton.launch import KernelLaunch, prepare
 from rmtc.codegen.triton.lower import Given, lower
-from rmtc.codegen.triton.source import cells_of
+from rmtc.codegen.triton.spelling import cells_of
 from rmtc.codegen.triton.targets import Target
 from rmtc.errors import raised_by_signal
 from rmtc.ir.array import Array, Attention, Nest, Outside, View, base_of

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from rmtc.codegen.triton.configs import Config, config_of, is_big
-from rmtc.codegen.triton.source import WIDE, KernelSource, Style, is_wide, source_of
+from rmtc.codegen.triton.source import KernelSource, Style, source_of
+from rmtc.codegen.triton.spelling import WIDE, is_wide
 from rmtc.codegen.triton.targets import Target
 from rmtc.errors import RefusedError
 from rmtc.ir.array import Array

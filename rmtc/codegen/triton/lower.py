@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rmtc.codegen.torch.rules import NamedArguments
+from rmtc.codegen.torch.values import NamedArguments
 from rmtc.codegen.triton.build import Arrays, Size, Unlowered, copied
 from rmtc.codegen.triton.operations import RULES
 from rmtc.errors import VerifyError

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rmtc.codegen.torch.rules import NamedArguments
+from rmtc.codegen.torch.values import NamedArguments
 from rmtc.codegen.triton.build import Arrays, inner_dtype
 from rmtc.codegen.triton.views import VIEWS, Rule, same
 from rmtc.ir.array import Array, Attention, Indices, Joined

@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from rmtc.codegen.triton.functions import FUNCTIONS
-from rmtc.ir.array import Array, Pointwise, Product, Reduction, Stored, base_of
+from rmtc.codegen.triton.spelling import (
+    Forms,
+    cells_of,
+    covered,
+    dtype_of,
+    dtype_text,
+    is_wide,
+    key_of,
+    name_of,
+    number_text,
+    operand_of,
+    widened,
+)
+from rmtc.ir.array import Array, base_of
 from rmtc.ir.index import Atom, Index, Quotient, Symbol, Variable
 from rmtc.ir.kernel import Attend, Kernel
 from rmtc.ir.terms import Accumulated, Call, Load, Piecewise, Statistic, Term, free_variables
 
-__all__ = ["WIDE", "KernelSource", "Style", "cells_of", "dtype_text", "is_wide", "source_of"]
-
-WIDE = 2**31
-"""From so many elements on, places are 64 bits wide."""
+__all__ = ["KernelSource", "Style", "source_of"]
 
 
 _ONE_TILE = (
     "n_tiles = tl.cdiv(n_size, BLOCK_N)",
     "m_tile, n_tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles",
 )
+
+
 _TILES = (
     "m_tiles, n_tiles = tl.cdiv(m_size, BLOCK_M), tl.cdiv(n_size, BLOCK_N)",
     "band = 8 * n_tiles  # tiles of so many rows share what they read of the columns",
 )
+
+
 _EACH_TILE = "for tile in range(tl.program_id(0), m_tiles * n_tiles * z_size * cells, tl.num_programs(0)):"
+
+
 _TILE = (
     "g = (tile // (m_tiles * n_tiles * z_size)).to(tl.int64)",
     "z = tile // (m_tiles * n_tiles) % z_size",
@@ -38,7 +52,11 @@ _TILE = (
     "m_tile = place // band * 8 + place % band % height",
     "n_tile = place % band // height",
 )
+
+
 _DESCRIBED = (torch.float32, torch.bfloat16, torch.float16)
+
+
 _ONCE = "m < tl.where(n_tile == 0, m_size, 0)"  # what has no columns is written by the first tile of them
 
 
@@ -85,11 +103,6 @@ class Style:
     interpreted: bool = False
 
 
-def dtype_text(dtype: torch.dtype) -> str:
-    """Return a dtype as Triton spells it."""
-    return "tl.int1" if dtype == torch.bool else f"tl.{str(dtype).removeprefix('torch.')}"
-
-
 def source_of(kernel: Kernel | Attend, prefix: str, style: Style) -> KernelSource:
     """Print a kernel.
 
@@ -100,7 +113,7 @@ def source_of(kernel: Kernel | Attend, prefix: str, style: Style) -> KernelSourc
     """
     printer = _Printer(kernel, style)
     lines = printer.attention(kernel) if isinstance(kernel, Attend) else printer.product(kernel)
-    return printer.source(_name(kernel, prefix), lines)
+    return printer.source(name_of(kernel, prefix), lines)
 
 
 @dataclass
@@ -116,10 +129,6 @@ class _Scope:
     own: frozenset[Variable]
     lines: list[str] = field(default_factory=list)
     known: dict[object, str] = field(default_factory=dict)
-
-
-_Forms = Mapping[Variable, str]
-"""The text of each variable: a column or a row of numbers."""
 
 
 class _Printer:
@@ -166,7 +175,7 @@ class _Printer:
     def size(self, symbol: Symbol) -> str:
         return self.sizes.setdefault(symbol, f"size{len(self.sizes)}")
 
-    def index(self, index: Index, forms: _Forms) -> str:
+    def index(self, index: Index, forms: Forms) -> str:
         """Return an index as an expression."""
         parts = []
         for atoms, factor in index.terms:
@@ -176,7 +185,7 @@ class _Printer:
             parts.append(" * ".join(factors))
         return " + ".join(parts) or "0"
 
-    def atom(self, atom: Atom, forms: _Forms) -> str:
+    def atom(self, atom: Atom, forms: Forms) -> str:
         if isinstance(atom, Symbol):
             return self.size(atom)
         if isinstance(atom, Variable):
@@ -185,9 +194,9 @@ class _Printer:
         sign = "//" if isinstance(atom, Quotient) else "%"
         of, by = (self.whole(each, forms) for each in (atom.of, atom.by))
         text = f"{of} {sign} {by}"
-        return self.assign((atom, _key(variables, forms)), "i", text, variables)
+        return self.assign((atom, key_of(variables, forms)), "i", text, variables)
 
-    def whole(self, index: Index, forms: _Forms) -> str:
+    def whole(self, index: Index, forms: Forms) -> str:
         """Return an index as an operand, in parentheses where it needs them."""
         text = self.index(index, forms)
         single = len(index.terms) == 1 and len(index.terms[0][0]) + (index.terms[0][1] != 1) <= 1
@@ -195,12 +204,12 @@ class _Printer:
 
     # Terms.
 
-    def value(self, term: Term, forms: _Forms) -> str:
+    def value(self, term: Term, forms: Forms) -> str:
         """Return a name, or a number, for a term's value in its own dtype."""
         if isinstance(term, (Statistic, Accumulated)):
             return self.sums[id(term)]
         variables = self.free(term)
-        key = id(term), _key(variables, forms)
+        key = id(term), key_of(variables, forms)
         for scope in self.scopes:
             if key in scope.known:
                 return scope.known[key]
@@ -212,14 +221,14 @@ class _Printer:
             return self.assign(key, "t", f"tl.where({condition}, {one}, {other})", variables)
         return self.assign(key, "t", self.call(term, forms), variables)
 
-    def call(self, term: Call, forms: _Forms) -> str:
+    def call(self, term: Call, forms: Forms) -> str:
         args = []
         for place, each in enumerate(term.args):
             if isinstance(each, (int, float)):
-                args.append(_number(each, term.inner))
+                args.append(number_text(each, term.inner))
                 continue
             text = self.value(each, forms)
-            dtype = _dtype(each)
+            dtype = dtype_of(each)
             mask = term.function == "where" and place == 0
             args.append(text if dtype == term.inner or mask else f"{text}.to({dtype_text(term.inner)})")
         text = FUNCTIONS[term.function].format(*args)
@@ -227,7 +236,7 @@ class _Printer:
             return text
         return f"({text}).to({dtype_text(term.dtype)})"
 
-    def load(self, term: Load, forms: _Forms) -> str:
+    def load(self, term: Load, forms: Forms) -> str:
         variables = {variable for each in term.index for variable in each.variables}
         masks = self.masks(variables, forms)
         guarding: set[Variable] = set()
@@ -237,11 +246,11 @@ class _Printer:
         place = self.place(term.array, term.index, forms, guarding - variables)
         return f"tl.load({place}, mask={' & '.join(masks)}, other=0)" if masks else f"tl.load({place})"
 
-    def masks(self, variables: Iterable[Variable], forms: _Forms) -> list[str]:
+    def masks(self, variables: Iterable[Variable], forms: Forms) -> list[str]:
         texts = sorted(forms[variable] for variable in variables)
         return [f"{text}_ok" for text in texts if text != "z"]
 
-    def place(self, array: Array, index: Sequence[Index], forms: _Forms, spread: Iterable[Variable] = ()) -> str:
+    def place(self, array: Array, index: Sequence[Index], forms: Forms, spread: Iterable[Variable] = ()) -> str:
         """Return the address of an element as text, as a tile over all of ``spread``, too."""
         name = self.pointer(array)
         terms = [f"{text} * 0" for text in sorted(forms[variable] for variable in spread) if text != "z"]
@@ -309,7 +318,7 @@ class _Printer:
         return [*self.head, *self.scopes[0].lines]
 
     def stage(
-        self, over: Variable, statistics: Sequence[Statistic], accumulators: Sequence[Accumulated], forms: _Forms
+        self, over: Variable, statistics: Sequence[Statistic], accumulators: Sequence[Accumulated], forms: Forms
     ) -> None:
         names: list[tuple[Statistic | Accumulated, str]] = []
         for each in statistics:
@@ -320,7 +329,7 @@ class _Printer:
         for product in accumulators:
             self.count += 1
             names.append((product, f"acc{self.count}"))
-            self.say(f"{names[-1][1]} = tl.zeros((BLOCK_M, BLOCK_N), {dtype_text(_wide(product.array.dtype))})")
+            self.say(f"{names[-1][1]} = tl.zeros((BLOCK_M, BLOCK_N), {dtype_text(widened(product.array.dtype))})")
         rows, columns = {**forms, over: "k"}, {**forms, over: "kt"}
         body = _Scope(f"{self.scopes[-1].indent}    ", frozenset({over}))
         self.scopes.append(body)
@@ -351,21 +360,21 @@ class _Printer:
         self.scopes[-1].lines += body.lines
         for term, name in names:
             dtype = term.array.dtype
-            inner = term.array.inner if isinstance(term, Statistic) else _wide(dtype)
+            inner = term.array.inner if isinstance(term, Statistic) else widened(dtype)
             if inner != dtype:
                 self.count += 1
                 self.say(f"t{self.count} = {name}.to({dtype_text(dtype)})")
                 name = f"t{self.count}"
             self.sums[id(term)] = name
 
-    def tile(self, term: Term, forms: _Forms, shape: str, dtype: torch.dtype, whole: set[Variable]) -> str:
+    def tile(self, term: Term, forms: Forms, shape: str, dtype: torch.dtype, whole: set[Variable]) -> str:
         """Return a term as a whole tile."""
         text = self.value(term, forms)
-        if _dtype(term) != dtype:
+        if dtype_of(term) != dtype:
             text = f"{text}.to({dtype_text(dtype)})"
         return text if self.free(term) >= whole else f"tl.broadcast_to({text}, {shape})"
 
-    def factor(self, term: Term, forms: _Forms, shape: str, dtype: torch.dtype, whole: set[Variable], mask: str) -> str:
+    def factor(self, term: Term, forms: Forms, shape: str, dtype: torch.dtype, whole: set[Variable], mask: str) -> str:
         """Return a factor of a product, which is 0 where its variable has no value."""
         text = self.tile(term, forms, shape, dtype, whole)
         loaded = isinstance(term, Load) and {v for each in term.index for v in each.variables} >= whole
@@ -376,7 +385,7 @@ class _Printer:
         if dtype == torch.bfloat16 and self.style.interpreted:
             left, right = (f"{each}.to(tl.float32)" for each in (left, right))
         precise = ', input_precision="ieee"' if dtype == torch.float32 else ""
-        wide = f", out_dtype={dtype_text(_wide(dtype))}"
+        wide = f", out_dtype={dtype_text(widened(dtype))}"
         return f"tl.dot({left}, {right}{f', {added}' if added else ''}{precise}{wide})"
 
     def tiled(self, term: Term, line: Variable, over: Variable) -> str | None:
@@ -390,7 +399,12 @@ class _Printer:
         Returns:
             The name, or None if a tile of the factor is no box that a descriptor reads.
         """
-        if self.style.strides is None or not isinstance(term, Load) or term.guards or self.kernel.z in _of(term.index):
+        if (
+            self.style.strides is None
+            or not isinstance(term, Load)
+            or term.guards
+            or self.kernel.z in operand_of(term.index)
+        ):
             return None
         array, strides = term.array, self.style.strides(term.array)
         places = [dim for dim, each in enumerate(term.index) if line in each.variables]
@@ -436,7 +450,7 @@ class _Printer:
         return tile
 
     def attention(self, kernel: Attend) -> list[str]:
-        dtype, wide = kernel.array.dtype, _wide(kernel.array.dtype)
+        dtype, wide = kernel.array.dtype, widened(kernel.array.dtype)
         self.say("g = tl.program_id(1).to(tl.int64)")
         self.say("z = tl.program_id(2)")
         self.say(f"m_size = {self.index(kernel.m.size, {})}")
@@ -460,11 +474,11 @@ class _Printer:
         self.counting("nt", "column", "n_from", "BLOCK_N", "n_size")
         forms = {**base, kernel.e: "et", kernel.n: "n"}
         key = self.factor(kernel.key, forms, "(BLOCK_E, BLOCK_N)", dtype, {kernel.e, kernel.n}, "et_ok & n_ok")
-        self.say(f"score = {self.dot('query', key, None, dtype)} * {_number(kernel.array.scale, wide)}")
+        self.say(f"score = {self.dot('query', key, None, dtype)} * {number_text(kernel.array.scale, wide)}")
         seen = "n_ok & (n <= m)" if kernel.array.causal else "n_ok"
         if kernel.mask is not None:
             mask = self.value(kernel.mask, {**base, kernel.n: "n"})
-            if _dtype(kernel.mask) == torch.bool:
+            if dtype_of(kernel.mask) == torch.bool:
                 seen = f"{seen} & {mask}"
             else:
                 self.say(f"score += {mask}.to({dtype_text(wide)})")
@@ -503,72 +517,10 @@ class _Printer:
         head = [f"def {name}("]
         head += [f"    {', '.join(each)}," for each in params]
         head += [f"    {block}: tl.constexpr," for block in self.blocks]
-        head += ["):", *(f"    # {line}" for line in _covered(self.kernel))]
+        head += ["):", *(f"    # {line}" for line in covered(self.kernel))]
         text = "\n".join([*head, *lines, ""])
         names = tuple(each for several in params for each in several)
         return KernelSource(
             *(name, text, pointers, tuple(self.sizes), names, tuple(self.blocks), len(written)),
             *(self.persistent, tuple(self.described)),
         )
-
-
-def is_wide(array: Array) -> bool:
-    """Tell whether offsets in an array's memory are 64 bits wide."""
-    return math.prod(base_of(array).shape) >= WIDE
-
-
-def cells_of(array: Array) -> int:
-    """Return the number of neighbouring cells that share each row of an array's memory."""
-    base = base_of(array)
-    return base.cells if isinstance(base, Stored) else 1
-
-
-def _of(index: Iterable[Index]) -> set[Variable]:
-    return {variable for each in index for variable in each.variables}
-
-
-def _key(variables: Iterable[Variable], forms: _Forms) -> tuple[str, ...]:
-    return tuple(sorted(forms[variable] for variable in variables))
-
-
-def _dtype(term: Term) -> torch.dtype:
-    if isinstance(term, Load):
-        return term.array.dtype
-    return term.dtype if isinstance(term, (Call, Piecewise)) else term.array.dtype
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which products of a dtype are summed up."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _number(value: float, dtype: torch.dtype) -> str:
-    """Return a constant of the model as text."""
-    if dtype.is_floating_point:
-        value = float(value)
-        return repr(value) if math.isfinite(value) else f"float('{value}')"
-    return repr(bool(value) if dtype == torch.bool else int(value))
-
-
-def _covered(kernel: Kernel | Attend) -> Iterator[str]:
-    """Yield the operations that a kernel covers, with their places in the user's code."""
-    ops = dict.fromkeys(op for array in kernel.arrays for op in array.ops)
-    for op in sorted(ops, key=str):
-        place = f"  {op.location.file}:{op.location.line}" if op.location is not None else ""
-        yield f"{op}{place}".encode("unicode_escape").decode()
-
-
-def _name(kernel: Kernel | Attend, prefix: str) -> str:
-    """Name a kernel by what it does, in its order, such as ``c0_0_product_silu_mul``."""
-    words: list[str] = []
-    for array in kernel.arrays:
-        word = array.function if isinstance(array, Pointwise) else ""
-        if isinstance(array, Product):
-            word = "product"
-        if isinstance(array, Reduction):
-            word = array.kind
-        if word and word != "cast" and word not in words:
-            words.append(word)
-    if isinstance(kernel, Attend):
-        words = ["attention", *words]
-    return re.sub(r"\W", "_", "_".join([prefix, *words]))[:80]

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import torch
 
-from rmtc.codegen.torch.rules import NamedArguments
+from rmtc.codegen.torch.values import NamedArguments
 from rmtc.codegen.triton.build import Arrays, Size
 from rmtc.ir.array import Array, Indices, Joined
 from rmtc.ir.index import Index, Symbol

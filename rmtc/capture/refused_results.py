@@ -1,0 +1,112 @@
+"""Refuse results, state and arguments of a trace that a schedule could not give as eager does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.functional_tensor import (
+    disable_functional_mode,
+)
+
+from rmtc.capture.arguments import Arguments, Path, show
+from rmtc.capture.frames import current_location
+from rmtc.capture.kinds import is_plain
+from rmtc.capture.session import Session
+from rmtc.capture.translation import backward_refusal
+from rmtc.errors import CaptureError, RefusedError
+
+__all__ = [
+    "inner_tensor",
+    "refuse_aliases",
+    "refuse_backward",
+    "refuse_changed_containers",
+    "refuse_parameters",
+    "refuse_views",
+]
+
+
+def refuse_backward() -> None:
+    if torch._C._current_autograd_node() is not None:
+        raise backward_refusal(current_location(3)[0])
+
+
+def inner_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the current value behind a functional wrapper, or a tensor itself that has none."""
+    elem = getattr(tensor, "elem", None)
+    if elem is None:
+        return tensor
+    with disable_functional_mode():  # a view of what was written since is computed anew
+        torch._functionalize_sync(elem)
+    return torch._from_functional_tensor(elem)
+
+
+def refuse_aliases(session: Session, arguments: Arguments, outputs: tuple[str, ...]) -> None:
+    """Refuse a write to a tensor that shares its memory with another one.
+
+    Their fake tensors share no memory, so that the trace would not show the write in the other one.
+
+    Raises:
+        RefusedError: with the two tensors.
+    """
+    own = {f"write:{lifted.names[0]}": lifted.tensor for lifted in session.lifted}
+    given = {f"write:{show(path)}": tensor for path, tensor in session.arguments.tensors().items()}
+    tensors = [*own.items(), *given.items()]
+    for name, tensor in tensors:
+        if name in outputs:
+            storage = tensor.untyped_storage()._cdata
+            for other, another in tensors:
+                if other != name and another.untyped_storage()._cdata == storage:
+                    raise RefusedError(
+                        f"the call writes to {name.removeprefix('write:')}, which shares its memory with "
+                        f"{other.removeprefix('write:')}",
+                        remedy="give each a tensor of its own (clone), or return the new value instead of writing it",
+                    )
+
+
+def refuse_views(written: dict[str, torch.Tensor], results: dict[str, torch.Tensor]) -> None:
+    """Refuse a result that shares the memory of a tensor that the call writes to, since it would change with it.
+
+    Raises:
+        RefusedError: with the result and the tensor.
+    """
+    storages = {tensor.untyped_storage()._cdata: name for name, tensor in written.items()}
+    for name, tensor in results.items() if storages else ():
+        source = storages.get(tensor.untyped_storage()._cdata)
+        if source is not None:
+            raise RefusedError(
+                f"{name.removeprefix('state:')} is a view of {source}, which the call writes to",
+                remedy="return or keep a copy of it (clone), or the whole tensor",
+            )
+
+
+def refuse_parameters(found: dict[str, torch.Tensor]) -> None:
+    """Refuse a call that makes a parameter, since a run with the schedule makes plain tensors.
+
+    Raises:
+        CaptureError: with the parameter.
+    """
+    for name, tensor in found.items():
+        if isinstance(tensor, nn.Parameter):
+            raise CaptureError(
+                f"the call makes a parameter, which it leaves or returns in {name.removeprefix('state:')}",
+                remedy="make parameters before the call, or keep a plain tensor (detach)",
+            )
+
+
+def refuse_changed_containers(before: dict[Path, Any], after: dict[Path, Any]) -> None:
+    """Refuse a call that changes a list or dict that was passed to it.
+
+    Raises:
+        RefusedError: if one holds something else after the call.
+    """
+
+    def same(one: Any, other: Any) -> bool:
+        return one is other or (is_plain(one) and is_plain(other) and repr(one) == repr(other))
+
+    if list(before) != list(after) or not all(same(before[path], after[path]) for path in before):
+        raise RefusedError(
+            "the call changes a list or dict that was passed as an argument",
+            remedy="return the new list instead of changing the caller's",
+        )

@@ -1,0 +1,228 @@
+"""Hold the state of a replay: what its modules' calls read, and what of it they found."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import chain, compress
+from types import BuiltinFunctionType, CellType, FunctionType, MappingProxyType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._C._dynamo.guards import dict_version
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from rmtc.capture.events import Event
+from rmtc.capture.kinds import fingerprint, is_opaque, is_plain, is_record
+from rmtc.capture.state import Slot, walk
+
+__all__ = ["Remembered", "ATTRIBUTES", "Plains", "ReplayState", "UNKNOWN", "told_value"]
+
+
+@dataclass
+class Remembered:
+    """The record of a module's call, from which later calls are answered.
+
+    Attributes:
+        events: the operations inside of it.
+        result: the description of its result, in terms of what it made and of its operands.
+        tensors: the attributes in which it left tensors. Each has ``("made", number)`` or ``("operand", number)``.
+        plain: the attributes in which it left plain values, with these.
+        written: the numbers of the operands that it wrote to.
+        makes: the tensors that it made.
+    """
+
+    events: list[Event]
+    result: Any
+    tensors: list[tuple[Slot, Any]]
+    plain: list[Slot]
+    written: list[int]
+    makes: list[torch.Tensor] = field(default_factory=list)
+
+
+UNKNOWN = object()
+
+
+ATTRIBUTES = vars(FakeTensor(FakeTensorMode(), torch.empty(0, device="meta"), torch.device("cpu"))).keys()
+
+
+_EQUAL = (int, str, bool, type(None))  # values of these are the same if they are equal and of one type
+
+
+def told_value(value: Any) -> Any:
+    """Return a key for a plain value that only the same value has.
+
+    The keys of 1, 1.0 and True differ, and so do those of 0.0 and -0.0.
+    """
+    kind = type(value)
+    if isinstance(value, (tuple, frozenset)):  # whose order may count
+        return (kind, *map(told_value, value))
+    return (kind, value) if kind in _EQUAL else fingerprint(value)
+
+
+class _Read(NamedTuple):
+    """The keys of one container or object, whose values are neighbours in a list.
+
+    Attributes:
+        owner: the container or object.
+        get: reads the value of a key.
+        keys: the keys.
+        start: where in the list their values begin.
+    """
+
+    owner: Any
+    get: Callable[[Any], Any]
+    keys: list[Any]
+    start: int
+
+    @staticmethod
+    def of(owner: Any, start: int) -> _Read:
+        if type(owner) in (dict, list, deque):
+            return _Read(owner, owner.__getitem__, [], start)
+        if isinstance(owner, (dict, list, deque)):  # the class of which may change
+            return _Read(owner, functools.partial(operator.getitem, owner), [], start)
+        if isinstance(owner, type):
+            return _Read(owner, owner.__dict__.__getitem__, [], start)
+        return _Read(owner, functools.partial(getattr, owner), [], start)
+
+
+Plains = dict[tuple[Any, ...], tuple[int, list[Any]]]  # a number, and the objects whose ids are in the key, kept alive
+
+
+class ReplayState:
+    """The attributes of a module and of all below it, and the globals and closures that the user's code names."""
+
+    def __init__(self, module: nn.Module, everything: Iterable[Slot], plains: Plains) -> None:
+        shared = [
+            slot
+            for slot in everything
+            if isinstance(slot.owner, (type, CellType))
+            or (isinstance(slot.owner, dict) and "__builtins__" in slot.owner)
+        ]
+        found = [slot for slot in walk({"": module}) if not isinstance(slot.owner, tuple)]
+        self._slots = [
+            slot
+            for slot in [*found, *shared]
+            if not isinstance(slot.value, nn.Module)
+            and type(slot.value) is not nn.Parameter  # a fake tensor for one stays
+            and slot.key != "_non_persistent_buffers_set"  # a module's own record of its buffers' names
+        ]
+        # Slots of one container are read together, and those of a dictionary only if it was written to since.
+        self._slots.sort(key=lambda slot: id(slot.owner))
+        self._reads: list[_Read] = []
+        for start, slot in enumerate(self._slots):
+            if not self._reads or self._reads[-1].owner is not slot.owner:
+                self._reads.append(_Read.of(slot.owner, start))
+            container = isinstance(slot.owner, (dict, list, deque, type))
+            self._reads[-1].keys.append(slot.key if container else str(slot.key))
+        self._versioned = [read for read in self._reads if type(read.owner) is dict]
+        self._others = [read for read in self._reads if type(read.owner) is not dict]
+        self._tables = [read.owner for read in self._versioned]
+        self._versions = [-1] * len(self._tables)
+        self.containers = {id(slot.owner) for slot in self._slots} | {id(slot.value) for slot in self._slots}
+        self._owners = [read.owner for read in self._reads if isinstance(read.owner, (dict, list, deque))]
+        self._sizes = [*map(len, self._owners)]
+        self._before: list[Any] = []
+        self._seen = {id(slot.value): slot.value for slot in self._slots}
+        sets = [value for value in self._seen.values() if type(value) is set and all(map(is_plain, value))]
+        self._sets = {id(value): (value, tuple(map(told_value, value))) for value in sets}
+        self._plains = plains
+        self._plain = 0
+        self._said: list[Any] = []  # the key of each value, None for tensors
+        self._doubtful: set[int] = set()  # places whose values are looked at each time: changes may not show
+        self._hidden: set[int] = set()  # places of values whose changes do not show
+        self._tensors: list[int] = []
+        self.transparent = True  # whether changes of all that it holds show, see `_transparent`
+
+    def whole(self) -> bool:
+        """Return whether no attribute came or went, nor an element of a set."""
+        return self._sizes == [*map(len, self._owners)] and all(
+            tuple(map(told_value, value)) == items for value, items in self._sets.values()
+        )
+
+    def _current(self) -> list[Any]:
+        return [value for read in self._reads for value in map(read.get, read.keys)]
+
+    def values(self) -> tuple[int, list[torch.Tensor]]:
+        """Read all places, and return a number for the values that are no tensors, and the tensors.
+
+        The number is the same if plain values are equal and all other objects are the same ones.
+        """
+        now = self._before or [None] * len(self._slots)
+        versions = [*map(dict_version, self._tables)]
+        written = compress(self._versioned, map(operator.ne, versions, self._versions))
+        changed: list[tuple[int, Any]] = []
+        for _, get, keys, start in chain(written, self._others):
+            values = [*map(get, keys)]
+            if not all(map(operator.is_, values, now[start : start + len(keys)])):
+                changed += [each for each in enumerate(values, start) if each[1] is not now[each[0]]]
+        known = bool(self._before) and all(
+            isinstance(new, torch.Tensor) and isinstance(now[number], torch.Tensor) for number, new in changed
+        )
+        for number, new in changed:
+            now[number] = new
+        self._before, self._versions = now, versions  # from before the places were read
+        if not known:
+            numbers = [number for number, _ in changed] if self._said else range(len(now))
+            self._said = self._said or [None] * len(now)
+            for number in numbers:
+                self._said[number] = self._told(now[number])
+                plain = is_plain(now[number]) or isinstance(now[number], (torch.Tensor, *_SEEN))
+                (self._doubtful.discard if plain and id(now[number]) in self._seen else self._doubtful.add)(number)
+            key = (*self._said,)
+            if key not in self._plains:
+                objects = [value for value in now if not isinstance(value, torch.Tensor)]
+                self._plains[key] = len(self._plains), objects
+            self._plain, _ = self._plains[key]
+            self._tensors = [i for i, value in enumerate(now) if isinstance(value, torch.Tensor)]
+            # The content of an object that was not there before is not known, and its id may be used again.
+            for number in {*numbers, *self._doubtful}:
+                value = now[number]
+                shows = is_plain(value) or isinstance(value, torch.Tensor)
+                shows = shows or (id(value) in self._seen and self._shows(value))
+                (self._hidden.discard if shows else self._hidden.add)(number)
+            self.transparent = not self._hidden
+        return self._plain, [*map(now.__getitem__, self._tensors)]
+
+    def _told(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return None
+        if id(value) in self._sets:
+            return set, self._sets[id(value)][1]
+        return told_value(value) if is_plain(value) else id(value)
+
+    def _shows(self, value: Any) -> bool:
+        return id(value) in self._sets or _transparent(value)
+
+    def changes(self) -> list[Slot]:
+        """Return the slots that hold another value since :meth:`values`."""
+        after = self._current()
+        return [
+            slot._replace(value=new)
+            for slot, old, new in zip(self._slots, self._before, after, strict=True)
+            if new is not old
+        ]
+
+    def apply(self, known: Remembered, makes: list[torch.Tensor], operands: list[torch.Tensor]) -> None:
+        """Put into the attributes what a remembered call left there."""
+        for slot, (kind, number) in known.tensors:
+            slot.put(makes[number] if kind == "made" else operands[number])
+        for slot in known.plain:
+            slot.put(slot.value)
+
+
+_SEEN = (
+    *(nn.Module, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, functools.partial),
+    *(dict, list, tuple, deque, MappingProxyType, logging.Logger),
+)
+
+
+def _transparent(value: object) -> bool:
+    """Return whether a change of a value is visible in its identity, in the slots of what it holds, or to the guard."""
+    bare = type(value).__mro__[1:] == (object,) and hasattr(value, "__dict__") and not vars(value)
+    return (isinstance(value, _SEEN) or is_record(value) or bare) and not is_opaque(value)

@@ -1,0 +1,121 @@
+"""Count how often a run uses each parameter, and end it once that is known."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rmtc.capture.frames import current_location
+from rmtc.errors import Location
+
+__all__ = ["EnoughError", "ProbeRun", "UseCount"]
+
+
+_ENOUGH_USES = 3  # a short run ends when every tensor used so far was used this often, after some segments
+
+
+_ENOUGH_OPERATIONS = 40_000  # any run ends after this many operations
+
+
+aten = torch.ops.aten
+
+_NEW = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default}
+"""What makes a tensor of a text's dtype cuts nothing off the text."""
+
+
+class EnoughError(BaseException):
+    """The signal that ends a probing run.
+
+    It is a `BaseException`, so that no ``except Exception`` in the user's code catches it.
+    """
+
+
+@dataclass
+class ProbeRun:
+    uses: Counter[int] = field(default_factory=Counter)
+    roots: Counter[int] = field(default_factory=Counter)  # uses of a tensor or of any part of it: parts vary with sizes
+    cuts: list[int] = field(default_factory=list)
+    first_cut: Location | None = None
+    ended: bool = True
+
+    @property
+    def total(self) -> int:
+        return sum(self.uses.values())
+
+
+class UseCount:
+    """A counter of the uses of lifted tensors, and of the sizes to which a dimension of a given size is cut.
+
+    :meth:`note` is the watcher of a run.
+
+    Args:
+        lifted: the tensors whose uses are counted.
+        size: the size of the dimension.
+        short: whether to end the run when each tensor used so far was used often enough.
+    """
+
+    def __init__(self, lifted: Iterable[torch.Tensor], size: int, short: bool) -> None:
+        self.run = ProbeRun()
+        self._source = {id(tensor): index for index, tensor in enumerate(lifted)}
+        self._parts: dict[tuple[Any, ...], int] = {}
+        self._roots = {index: frozenset((index,)) for index in self._source.values()}
+        self._size, self._short, self._operations = size, short, 0
+        self._kept: list[torch.Tensor] = []  # ids stay unique while the tensors live
+
+    def note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        self._operations += 1
+        if self._operations > _ENOUGH_OPERATIONS:
+            raise EnoughError
+        tensors = list(_tensors(args))
+        sources = [self._source.get(id(tensor)) for tensor in tensors]
+        if tensors and all(source is not None for source in sources):
+            # A transposed weight is a weight, and so is one layer's part of a stack.
+            part = (func, *sources, *(arg for arg in args if isinstance(arg, int)))
+            index = self._parts.setdefault(part, -1 - len(self._parts))
+            self._roots[index] = frozenset().union(*(self._roots[each] for each in sources if each is not None))
+            for result in _tensors((out,)):
+                self._source[id(result)] = index
+                self._kept.append(result)
+        elif tensors:
+            for source in sources:
+                if source is not None:
+                    self.run.uses[source] += 1
+                    self.run.roots.update(self._roots[source])
+            if func not in _NEW:
+                self._note_cut(tensors[0], out)
+            if self._short and self.run.uses and min(self.run.uses.values()) >= _ENOUGH_USES:
+                raise EnoughError
+
+    def _note_cut(self, tensor: torch.Tensor, out: Any) -> None:
+        result = next(iter(_tensors((out,))), None)
+        if result is None or self._size not in tensor.shape:
+            return
+        for dim, size in enumerate(tensor.shape):
+            if size != self._size:
+                continue
+            if result.ndim == tensor.ndim:
+                if result.shape[dim] < size:
+                    self._cut(result.shape[dim])
+            elif result.ndim == tensor.ndim - 1:
+                self.run.cuts.append(1)
+            elif result.ndim == tensor.ndim + 1:
+                for inner in {dim + 1, tensor.ndim}:  # where a view, and unfold, put the length of a piece
+                    if result.shape[dim] * result.shape[inner] == size:
+                        self._cut(result.shape[inner], result.shape[dim])
+
+    def _cut(self, *sizes: int) -> None:
+        self.run.cuts += sizes
+        if self.run.first_cut is None:
+            self.run.first_cut, _ = current_location()
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)

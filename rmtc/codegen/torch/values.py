@@ -1,0 +1,257 @@
+"""Arguments of an operation on a group of cells, as source text."""
+
+from __future__ import annotations
+
+import functools
+import keyword
+import math
+import re
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rmtc.codegen.torch.buffers import Instead, out
+from rmtc.ops.fused import BOUND, FUNCTIONS
+
+aten = torch.ops.aten
+
+__all__ = [
+    "NAMED",
+    "fast",
+    "with_out",
+    "NamedArguments",
+    "Raw",
+    "Value",
+    "function_name",
+    "grouped",
+    "literal",
+    "ranked",
+    "shifted",
+    "sizes_text",
+]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor operand of a rule.
+
+    Attributes:
+        text: the expression that gives it.
+        shape: its shape in one cell.
+        dtype, device: of its elements. The device is None where a rule is not to ask what is fast there, and for a
+            tensor that is transposed in memory.
+        compiled: whether a compiler makes code of all but the products.
+        grouped: whether it has a group axis.
+        repeat: number of neighbouring cells that each row of ``rows`` is for. ``text`` repeats it.
+        rows: the expression of the tensor with one row for so many cells.
+        known: its contents, if they are the same in all calls of these sizes.
+    """
+
+    text: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    grouped: bool
+    device: torch.device | None = None
+    repeat: int = 1
+    rows: str = ""
+    compiled: bool = False
+    known: torch.Tensor | None = field(default=None, compare=False)
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+
+class NamedArguments:
+    """The arguments of an operation, by the names of its schema, with defaults filled in.
+
+    Attributes:
+        target: the operation.
+        values: its arguments.
+        given: the names of those that are no defaults.
+        functions: the callables that texts made from it name.
+        instead: other texts for the rule's result, which overwrite an operand.
+    """
+
+    def __init__(self, target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.target = target
+        self.schema = target._schema.arguments
+        self.values: dict[str, Any] = {}
+        for number, argument in enumerate(self.schema):
+            if number < len(args):
+                self.values[argument.name] = args[number]
+            elif argument.name in kwargs:
+                self.values[argument.name] = kwargs[argument.name]
+            elif argument.has_default_value():
+                self.values[argument.name] = argument.default_value
+        self.given = {argument.name for argument in self.schema[: len(args)]} | set(kwargs)
+        self.functions: dict[str, Callable[..., Any]] = {}
+        self.instead: tuple[Instead, ...] = ()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def tensors(self) -> Iterator[Value]:
+        for value in self.values.values():
+            if isinstance(value, Value):
+                yield value
+            elif isinstance(value, tuple):
+                yield from (item for item in value if isinstance(item, Value))
+
+    def function(self, target: torch._ops.OpOverload | None = None) -> str:
+        """Return the name of an operation, by default of this one, in source text."""
+        target = target or self.target
+        name = function_name(target)
+        self.functions[name] = fast(target)
+        return name
+
+    def call(self, /, **changed: Any) -> str:
+        """Return the text of the call, with some arguments changed."""
+        parts: list[str] = []
+        positional = True
+        for argument in self.schema:
+            name = argument.name
+            if name not in self.given and name not in changed:
+                positional = False
+                continue
+            value = changed.get(name, self.values.get(name))
+            named = argument.kwarg_only or not positional
+            parts.append(f"{name}={literal(value)}" if named else literal(value))
+        return f"{self.function()}({', '.join(parts)}{out() if with_out(self.target) else ''})"
+
+
+_NAMES: dict[str, Callable[..., Any]] = {}
+
+
+_TAKEN = re.compile(
+    r"(v|in|w|n|u|x|p|b|s|r|k|f)\d+|[Gi]|range|float|complex|torch|vmap|select_run|slice_run|stacked|choose|"
+    r"stack|mm|addmm|bmm|baddbmm|matmul|einsum|inputs|weights|numbers|shared|scratch|results|bind\w*|seen|fresh|work|attend|"
+    r"linear_maps"
+)
+
+
+@functools.cache
+def function_name(target: Callable[..., Any]) -> str:
+    """Return the name that an operation, and no other one, has in emitted source."""
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, _, name = target._schema.name.partition("::")
+        parts = (namespace if namespace != "aten" else "", name, target._overloadname)
+        name = "_".join(part for part in parts if part and part != "default")
+    else:
+        name = str(getattr(target, "__name__", "function"))
+    name = re.sub(r"\W", "_", name, flags=re.ASCII)
+    while keyword.iskeyword(name) or _TAKEN.fullmatch(name) or _NAMES.setdefault(name, target) is not target:
+        name += "_"
+    return name
+
+
+def literal(value: Any) -> str:
+    """Return an argument as source text.
+
+    Strings are quoted, so that what a model holds never becomes code.
+
+    Raises:
+        TypeError: if it is no constant of a program.
+    """
+    if isinstance(value, (Value, Raw, Varying)):
+        return value.text
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(literal(item) for item in value)}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    if isinstance(value, complex):
+        return f"complex({literal(value.real)}, {literal(value.imag)})"
+    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+        return str(value)
+    if isinstance(value, torch.device):
+        return f"torch.device({str(value)!r})"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    raise TypeError(f"{type(value).__name__} is no constant of a program")
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Source text in place of an argument."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Varying:
+    """A number that differs from cell to cell, as the text of the list of its values."""
+
+    text: str
+
+
+def ranked(value: Value, rank: int) -> str:
+    """Return the text of a grouped value with its cell's shape padded with ones in front.
+
+    So cells broadcast with cells.
+    """
+    missing = rank - value.rank
+    if not value.grouped or missing <= 0:
+        return value.text
+    if missing == 1:
+        return f"{value.text}.unsqueeze(1)"
+    return f"{value.text}.reshape(G, {', '.join(map(str, (1,) * missing + value.shape))})"
+
+
+def grouped(value: Value) -> str:
+    """Return the text of a value with a group axis, made by expansion where it has none."""
+    return value.text if value.grouped else f"{value.text}.expand(G, {sizes_text(value.shape)})"
+
+
+def sizes_text(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape)) if shape else ""
+
+
+def shifted(dim: int, rank: int) -> int:
+    """Return a dimension of a cell as one of the group."""
+    return dim if dim < 0 and rank else max(dim, 0) + 1
+
+
+NAMED = re.compile(r"(?:v|in)\d+")
+
+
+@functools.cache
+def fast(target: torch._ops.OpOverload) -> Callable[..., Any]:
+    """Return the callable for an operation: torch's own function where it does the same.
+
+    Such a function takes less time to call.
+    """
+    if target in FUNCTIONS:
+        return FUNCTIONS[target]
+    name = target._schema.name.removeprefix("aten::")
+    function = getattr(torch, name, None) or getattr(torch._C._nn, name, None)
+    same = torch.Tag.pointwise in target.tags or target in _CALLED
+    return function if same and isinstance(function, types.BuiltinFunctionType) else target
+
+
+@functools.cache
+def with_out(target: torch._ops.OpOverload) -> bool:
+    """Tell whether the callable of an operation can write its result into a given tensor."""
+    if target in FUNCTIONS:
+        return target in BOUND
+    if not isinstance(fast(target), types.BuiltinFunctionType):
+        return False
+    names, packet = [each.name for each in target._schema.arguments], target.overloadpacket
+    overloads = (getattr(packet, name) for name in packet.overloads())
+    written = (each for each in overloads if torch.Tag.generated not in each.tags)  # only these in Python
+    return any([each.name for each in overload._schema.arguments] == [*names, "out"] for overload in written)
+
+
+_CALLED = frozenset(
+    {
+        aten.cat.default,
+        aten.mean.dim,
+        aten.sum.dim_IntList,
+        aten.softmax.int,
+        aten.roll.default,
+        aten.layer_norm.default,
+    }
+)
+"""Operations that are no pointwise ones, with functions of torch that take the same arguments."""
