@@ -12,28 +12,35 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import operator
-import re
 import threading
-from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from rmtc.capture.arguments import Arguments, Path, show
-from rmtc.capture.events import Beyond, Event, EventOutput, Named, Pattern, Viewed, hold, same_event
+from rmtc.capture.events import Event, EventOutput, Named, Pattern, Viewed, hold, same_event
 from rmtc.capture.frames import current_location
 from rmtc.capture.kinds import is_plain
-from rmtc.capture.objects import Describer, Plain, Ref, attributes, build
+from rmtc.capture.metadata import (
+    as_given,
+    containers_in,
+    counts_back,
+    flattened,
+    metadata_of,
+    reads_beyond,
+    repeats_of,
+    result_view,
+)
+from rmtc.capture.objects import Describer, Plain, Ref, build
 from rmtc.capture.other_sizes import Told, predict, tell
 from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Probed, Sizes
 from rmtc.capture.recorder import Recorder
-from rmtc.capture.replay_state import ATTRIBUTES, UNKNOWN, Plains, Remembered, ReplayState, told_value
+from rmtc.capture.replay_state import UNKNOWN, Plains, Remembered, ReplayState, told_value
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
 from rmtc.capture.untold import refuse_flags
@@ -259,7 +266,7 @@ class Replayer:
         self.results[sizes] = whole
         texts = {show(path) for path, _ in self._plan.growth.dims}
         pairs = zip(without.events, found.events, strict=False)
-        differing = (b for a, b in pairs if not same_event(a, b) or _counts_back(b.operands, texts))
+        differing = (b for a, b in pairs if not same_event(a, b) or counts_back(b.operands, texts))
         place = next(differing, None)
         alike = (len(without.events), without.shapes, whole) == (len(found.events), found.shapes, other)
         if place is not None or not alike:
@@ -298,7 +305,7 @@ class Replayer:
             held, describer = session.held(session.fake_tensors), describer_of(session, handed)
             found, plain, self.results[sizes] = left_behind(session, result, held, describer)
             refuse_flags(found, [*session.fake_tensors, *(value for value, _ in given.values())], given)
-            final = tuple((_result(name), recorder.reference(tensor)) for name, tensor in found.items())
+            final = tuple((result_view(name), recorder.reference(tensor)) for name, tensor in found.items())
         numbers = tuple(value for value in plain.values() if type(value) is int)
         others = tuple((name, int if type(value) is int else told_value(value)) for name, value in plain.items())
         recorder.events.append(Event(("return", others), numbers, (final,), None, None))
@@ -324,7 +331,7 @@ class Replayer:
 
     def _call(self, recorder: Recorder, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         leaves: list[Any] = []
-        structure = _flatten((args, kwargs), leaves)
+        structure = flattened((args, kwargs), leaves)
         if structure is UNKNOWN or self._guard.differs() is not None or self._differ_hooks():
             return original(module, *args, **kwargs)
         state = self._states.get(id(module))
@@ -339,8 +346,8 @@ class Replayer:
             int if type(leaf) is int else torch.Tensor if isinstance(leaf, torch.Tensor) else told_value(leaf)
             for leaf in leaves
         )
-        token, metadata = (id(module), structure, rest), _metadata(operands)
-        key = token, numbers, metadata, _repeats(operands), plain, *modes()
+        token, metadata = (id(module), structure, rest), metadata_of(operands)
+        key = token, numbers, metadata, repeats_of(operands), plain, *modes()
         known = self._memory.get(key)
         self._shapes += [shape for shape, *_ in metadata]
         references = recorder.references(operands)
@@ -359,8 +366,8 @@ class Replayer:
                 self._inside = False
             by_metadata = reads == self._session.fake_mode.known.reads  # else it depends on more than metadata
             # Its arguments must be as they were, and no container of its result may be in another place.
-            apart = _containers(result).isdisjoint(_containers((args, kwargs)) | state.containers)
-            if by_metadata and apart and _as_given(args, kwargs, structure, leaves) and self._guard.differs() is None:
+            apart = containers_in(result).isdisjoint(containers_in((args, kwargs)) | state.containers)
+            if by_metadata and apart and as_given(args, kwargs, structure, leaves) and self._guard.differs() is None:
                 known = self._remember(inner, state, result, operands)
             if known is None:  # it cannot be answered from memory
                 recorder.splice(inner, references, location, result)
@@ -419,7 +426,7 @@ class Replayer:
         tensors = [(slot, describe(slot.value)) for slot in changed if isinstance(slot.value, torch.Tensor)]
         if any(not isinstance(slot.value, torch.Tensor) and not is_plain(slot.value) for slot in changed):
             return None
-        if any(_reads_beyond(event.operands) for event in inner.events):
+        if any(reads_beyond(event.operands) for event in inner.events):
             return None
         values = [slot for slot in changed if is_plain(slot.value)]
         written = [number for number, tensor in enumerate(operands) if id(tensor) in inner.written]
@@ -430,108 +437,3 @@ class Replayer:
 
 def _refused(value: Any, name: str) -> RefusedError:
     return RefusedError(f"a module returns a {type(value).__name__}, whose tensors cannot be told")
-
-
-def _flatten(value: Any, leaves: list[Any], seen: dict[int, int] | None = None) -> Any:
-    """Take a module's arguments apart into their structure and a list of their tensors and plain values.
-
-    Args:
-        value: the arguments, or a part of them.
-        leaves: takes up the tensors and plain values.
-        seen: the containers met so far, numbered, by their ids.
-
-    Returns:
-        The structure; ``UNKNOWN`` if a part of it is not known.
-    """
-    seen = {} if seen is None else seen
-    if isinstance(value, torch.Tensor):
-        leaves.append(value)
-        return None if vars(value).keys() <= ATTRIBUTES else UNKNOWN
-    if is_plain(value):
-        leaves.append(value)
-        return None
-    kind: Any = type(value)
-    if kind is not tuple:
-        if id(value) in seen:
-            return "again", seen[id(value)]
-        seen[id(value)] = len(seen)
-    if kind is tuple or kind is list:
-        parts = [_flatten(item, leaves, seen) for item in value]
-    elif isinstance(value, dict):
-        if not all(map(is_plain, value)) or isinstance(value, defaultdict):
-            return UNKNOWN
-        held = attributes(value) if kind is not dict else {}
-        other = {key: item for key, item in held.items() if dict.get(value, key) is not item}
-        items = [*value.values(), *other.values()]
-        parts = [((*map(told_value, value),), (*held,), (*other,)), *(_flatten(item, leaves, seen) for item in items)]
-    else:
-        items, kind = pytree.tree_flatten(value)
-        if len(items) == 1 and items[0] is value:
-            return UNKNOWN
-        parts = [_flatten(item, leaves, seen) for item in items]
-    return UNKNOWN if UNKNOWN in parts else (kind, *parts)
-
-
-def _as_given(args: Any, kwargs: Any, structure: Any, leaves: list[Any]) -> bool:
-    """Return whether a module's arguments hold the same as when they were flattened."""
-    now: list[Any] = []
-    return _flatten((args, kwargs), now) == structure and all(map(operator.is_, now, leaves))
-
-
-def _containers(value: Any) -> set[int]:
-    """Return the ids of all objects in a module's arguments or result that can change, except tensors."""
-    if isinstance(value, torch.Tensor) or is_plain(value):
-        return set()
-    own = set[int]() if type(value) is tuple else {id(value)}
-    if isinstance(value, (tuple, list)):
-        return own.union(*map(_containers, value))
-    held = (*value.values(), *attributes(value).values()) if isinstance(value, dict) else ()
-    items = held or pytree.tree_leaves(value)
-    return own.union(*(_containers(item) for item in items if item is not value))
-
-
-def _reads_beyond(operands: tuple[Any, ...]) -> bool:
-    for operand in operands:
-        while isinstance(operand, Viewed):
-            operand = operand.base
-        if isinstance(operand, Beyond) or (type(operand) is tuple and _reads_beyond(operand)):
-            return True
-    return False
-
-
-def _counts_back(operands: tuple[Any, ...], texts: Set[str]) -> bool:
-    """Return whether an operand is a part of a text that is counted from its end."""
-    for operand in operands:
-        counted = False
-        while isinstance(operand, (Viewed, Beyond)):
-            counted |= isinstance(operand, Viewed) and min(operand.numbers, default=0) < 0
-            operand = operand.base if isinstance(operand, Viewed) else operand.reference
-        if counted and isinstance(operand, Named) and operand.name in texts:
-            return True
-        if type(operand) is tuple and _counts_back(operand, texts):
-            return True
-    return False
-
-
-def _result(name: str) -> Viewed:
-    """Return a reference to a result by its name, in which the numbers may advance from segment to segment."""
-    parts = re.split(r"(?<!\d)(0|[1-9]\d*)(?!\d)", name)
-    return Viewed("result", tuple(map(int, parts[1::2])), Named("#".join(parts[::2])))
-
-
-def _metadata(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-    """Return the metadata of tensors, which may change in place."""
-    with torch._C.DisableTorchFunction():  # read more often than anything is computed
-        # What `FakeTensor.device` gives outside of operations, in half the time.
-        return tuple(
-            [(t.shape, t.dtype, t.fake_device if type(t) is FakeTensor else t.device, t.stride()) for t in tensors]
-        )
-
-
-def _repeats(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """Return the last place of each tensor among the tensors; an empty tuple if all are different."""
-    ids = [*map(id, tensors)]
-    if len(set(ids)) == len(ids):
-        return ()
-    places = dict(zip(ids, range(len(ids)), strict=True))
-    return (*map(places.__getitem__, ids),)

@@ -33,6 +33,7 @@ from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight
 
 aten = torch.ops.aten
 emit_module = importlib.import_module("rmtc.codegen.torch.emit")
+same_module = importlib.import_module("rmtc.codegen.torch.same")
 
 HERE = Environment(s=0, S=2, B=1, T=4, N=8)
 GROUP, MORE = 3, 4  # cells at emission, and of a later call
@@ -112,7 +113,7 @@ def bound(
     homes = [torch.full_like(each, 1, memory_format=torch.contiguous_format) for each in inputs]
     kinds = kernel.bound.scratch, kernel.bound.results
     memory = [[torch.full((size * count,), torch.nan, dtype=dtype) for size, dtype in kind] for kind in kinds]
-    work = functools.partial(emit_module._memory, device=None)
+    work = functools.partial(same_module._memory, device=None)
     run, made = kernel.bound.bind(count, homes, weights, shared, *memory, work)
     for _ in range(2):
         for home, each in zip(homes, inputs, strict=True):

@@ -32,7 +32,7 @@ from rmtc.runtime.inductor import Inductor
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 8, "memory": 2, "segments": 6}
-rules: Any = importlib.import_module("rmtc.codegen.torch.rules")
+rules: Any = importlib.import_module("rmtc.codegen.torch.products")
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -447,7 +447,7 @@ def test_a_wrong_plan_is_not_run(fault: str, monkeypatch: pytest.MonkeyPatch, ca
         monkeypatch.setattr(buffers._Plan, "last_read", lambda *args: -1)
     else:
         plan = buffers.plan_buffers
-        module = importlib.import_module("rmtc.codegen.torch.emit")
+        module = importlib.import_module("rmtc.codegen.torch.source")
         monkeypatch.setattr(
             module,
             "plan_buffers",

@@ -12,7 +12,8 @@ from held import one_in
 from test_triton import emissions
 
 from rmtc.codegen.triton.emit import grouped_body
-from rmtc.codegen.triton.source import Style, source_of
+from rmtc.codegen.triton.source import source_of
+from rmtc.codegen.triton.style import Style
 from rmtc.examples import armt_gpt2, armt_llama
 from rmtc.ir.array import Array, Nest, Outside, Pointwise, Product, Reduction, Stored, View, base_of
 from rmtc.ir.index import Index

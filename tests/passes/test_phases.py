@@ -277,7 +277,7 @@ class SharedBias(Interleaved):
 
 def test_weights_that_are_copied_for_the_cells_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are copied in each run, for they may change."""
-    monkeypatch.setattr(importlib.import_module("rmtc.codegen.torch.rules"), "are_faster", lambda *args: True)
+    monkeypatch.setattr(importlib.import_module("rmtc.codegen.torch.products"), "are_faster", lambda *args: True)
     twins = Twins(SharedBias, schedule="shortest")
     for _ in range(3):
         twins.call(text(12, 2, SEGMENT))

@@ -66,7 +66,7 @@ def test_an_armt_runs_in_inductor() -> None:
 
 @pytest.mark.full
 def test_linear_maps_by_the_kernel_and_attention_as_products_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = importlib.import_module("rmtc.codegen.torch.rules")
+    rules = importlib.import_module("rmtc.codegen.torch.products")
     monkeypatch.setattr(rules, "are_faster", lambda *args: True)
     monkeypatch.setattr(attention, "is_faster", lambda *args: True)
     fast = armt()

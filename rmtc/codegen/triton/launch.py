@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from rmtc.codegen.triton.configs import Config, config_of, is_big
-from rmtc.codegen.triton.source import KernelSource, Style, source_of
+from rmtc.codegen.triton.source import source_of
 from rmtc.codegen.triton.spelling import WIDE, is_wide
+from rmtc.codegen.triton.style import KernelSource, Style
 from rmtc.codegen.triton.targets import Target
 from rmtc.errors import RefusedError
 from rmtc.ir.array import Array

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,86 +21,13 @@ from rmtc.codegen.triton.spelling import (
     operand_of,
     widened,
 )
+from rmtc.codegen.triton.style import DESCRIBED, EACH_TILE, ONCE, ONE_TILE, TILE, TILES, KernelSource, Style
 from rmtc.ir.array import Array, base_of
 from rmtc.ir.index import Atom, Index, Quotient, Symbol, Variable
 from rmtc.ir.kernel import Attend, Kernel
 from rmtc.ir.terms import Accumulated, Call, Load, Piecewise, Statistic, Term, free_variables
 
-__all__ = ["KernelSource", "Style", "source_of"]
-
-
-_ONE_TILE = (
-    "n_tiles = tl.cdiv(n_size, BLOCK_N)",
-    "m_tile, n_tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles",
-)
-
-
-_TILES = (
-    "m_tiles, n_tiles = tl.cdiv(m_size, BLOCK_M), tl.cdiv(n_size, BLOCK_N)",
-    "band = 8 * n_tiles  # tiles of so many rows share what they read of the columns",
-)
-
-
-_EACH_TILE = "for tile in range(tl.program_id(0), m_tiles * n_tiles * z_size * cells, tl.num_programs(0)):"
-
-
-_TILE = (
-    "g = (tile // (m_tiles * n_tiles * z_size)).to(tl.int64)",
-    "z = tile // (m_tiles * n_tiles) % z_size",
-    "place = tile % (m_tiles * n_tiles)",
-    "height = tl.minimum(m_tiles - place // band * 8, 8)",
-    "m_tile = place // band * 8 + place % band % height",
-    "n_tile = place % band // height",
-)
-
-
-_DESCRIBED = (torch.float32, torch.bfloat16, torch.float16)
-
-
-_ONCE = "m < tl.where(n_tile == 0, m_size, 0)"  # what has no columns is written by the first tile of them
-
-
-@dataclass(frozen=True)
-class KernelSource:
-    """A kernel as text.
-
-    Attributes:
-        name: the function's name.
-        text: its definition.
-        pointers: the arrays that it takes, each followed by its strides, that of the group first if it has one.
-        sizes: the sizes that it takes after these.
-        parameters: the names of all of these.
-        blocks: the names of the sizes of tiles that it takes last.
-        written: number of the pointers, at the end, that are written to.
-        persistent: whether a program goes on with other tiles. Then it takes the number of cells after the sizes.
-        described: the pointers that are read by tensor descriptors, and the dimension along which they are contiguous.
-    """
-
-    name: str
-    text: str
-    pointers: tuple[Array, ...]
-    sizes: tuple[Symbol, ...]
-    parameters: tuple[str, ...]
-    blocks: tuple[str, ...]
-    written: int
-    persistent: bool = False
-    described: tuple[tuple[Array, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class Style:
-    """A style in which products are printed.
-
-    Attributes:
-        persistent: whether a program computes several tiles, neighbouring ones at a time.
-        strides: gives the strides of arrays in memory, by dimension of a cell. With it, tiles are read by tensor
-            descriptors where that is possible.
-        interpreted: whether it is for the interpreter, which takes the bits of bfloat16 for numbers.
-    """
-
-    persistent: bool = False
-    strides: Callable[[Array], Sequence[int]] | None = None
-    interpreted: bool = False
+__all__ = ["source_of"]
 
 
 def source_of(kernel: Kernel | Attend, prefix: str, style: Style) -> KernelSource:
@@ -292,12 +219,12 @@ class _Printer:
         forms = {kernel.z: "z", kernel.m: "m", kernel.n: "n"}
         sizes = [f"{each}_size = {self.index(getattr(kernel, each).size, {})}" for each in "mn"]
         if self.persistent:
-            sizes += [f"z_size = {self.index(kernel.z.size, {})}", *_TILES]
+            sizes += [f"z_size = {self.index(kernel.z.size, {})}", *TILES]
             self.head += [f"    {line}" for line in sizes]
-            for line in _TILE:
+            for line in TILE:
                 self.say(line)
         else:
-            for line in ("g = tl.program_id(1).to(tl.int64)", "z = tl.program_id(2)", *sizes, *_ONE_TILE):
+            for line in ("g = tl.program_id(1).to(tl.int64)", "z = tl.program_id(2)", *sizes, *ONE_TILE):
                 self.say(line)
         self.counting("m", "column", "m_tile * BLOCK_M", "BLOCK_M", "m_size")
         self.counting("n", "row", "n_tile * BLOCK_N", "BLOCK_N", "n_size")
@@ -310,11 +237,11 @@ class _Printer:
             variables = {variable for each in output.index for variable in each.variables}
             whole = kernel.n in variables
             spread = {kernel.m} - variables
-            masks = ["m_ok", "n_ok"] if whole else [self.assign("once", "once", _ONCE, ())]
+            masks = ["m_ok", "n_ok"] if whole else [self.assign("once", "once", ONCE, ())]
             place = self.place(array, output.index, forms, spread)
             self.say(f"tl.store({place}, {value}, mask={' & '.join(masks)})")
         if self.persistent:
-            self.head.append(f"    {_EACH_TILE}")
+            self.head.append(f"    {EACH_TILE}")
         return [*self.head, *self.scopes[0].lines]
 
     def stage(
@@ -419,7 +346,7 @@ class _Printer:
         along = depth if strides[depth] == 1 else place
         across = place if along == depth else depth
         size = array.dtype.itemsize
-        if strides[along] != 1 or strides[across] * size % 16 or array.dtype not in _DESCRIBED:
+        if strides[along] != 1 or strides[across] * size % 16 or array.dtype not in DESCRIBED:
             return None
         block = f"BLOCK_{line.name.upper()}"
         name = self.described.get((array, along))

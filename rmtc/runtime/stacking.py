@@ -1,0 +1,282 @@
+"""Lay the weights of several layers behind each other in one piece of memory, without a second copy."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from rmtc.ir.program import leaves
+from rmtc.ir.wavefront import Body, Weight
+from rmtc.ops.fused import add_linear
+
+if TYPE_CHECKING:
+    from rmtc.runtime.weights import Weights
+
+logger = logging.getLogger(__name__)
+
+__all__ = [
+    "memories",
+    "moving",
+    "DLPACK",
+    "LAYOUT",
+    "LayerStack",
+    "StackMemory",
+    "StackPart",
+    "copied_layout",
+    "lying",
+    "multiplies",
+    "names_in",
+    "together",
+]
+
+
+class StackPart(NamedTuple):
+    """Rows ``first``, ``first + step``, ... ``last`` of a stack, or a part of each of them.
+
+    The part is ``size`` rows of the row's own from ``start`` on. ``size`` is None for all of them.
+    """
+
+    first: int
+    last: int
+    step: int = 1
+    start: int = 0
+    size: int | None = None
+
+
+memories: weakref.WeakSet[StackMemory] = weakref.WeakSet()
+
+moving = threading.Lock()
+
+
+@dataclass(eq=False)
+class StackMemory:
+    """The memory in which parameters lie one behind another.
+
+    Attributes:
+        tensor: ``(rows, *shape)``, or None once a parameter was moved elsewhere, so that nothing keeps it alive.
+        rows: for each address, the row, and the place in its first dimension where the parameter begins.
+        views: parts that each call asks for again.
+        copies: transposed copies that some users hold, by start and size of the part of each row.
+        users: the weights that hold parts of it.
+    """
+
+    tensor: torch.Tensor | None
+    rows: dict[int, tuple[int, int]]
+    views: dict[StackPart, torch.Tensor] = field(default_factory=dict)
+    copies: weakref.WeakValueDictionary[tuple[int, int | None], _Copy] = field(
+        default_factory=weakref.WeakValueDictionary
+    )
+    users: weakref.WeakSet[Weights] = field(default_factory=weakref.WeakSet)
+
+    def part(self, part: StackPart) -> torch.Tensor | None:
+        """Return a view of some rows, or None if the parameters lie elsewhere by now."""
+        view = self.views.get(part)
+        tensor = self.tensor
+        if view is None and tensor is not None:
+            with torch.inference_mode(False):
+                view = _joined(tensor, *part[3:])[part.first : part.last + 1 : part.step]
+                self.views[part] = view
+            if self.tensor is None:  # another thread has moved a parameter
+                self.views.clear()
+        return view
+
+    def copy(self, start: int, size: int | None) -> _Copy | None:
+        """Return a transposed copy of a part of each row, or None if rows are no matrices, or lie elsewhere by now."""
+        with moving, torch.inference_mode(False), torch.no_grad():
+            tensor = self.tensor
+            if tensor is None or tensor.dim() != 3:
+                return None
+            found = self.copies.get((start, size))
+            if found is None:
+                part = _joined(tensor, start, size)
+                copy = part.transpose(1, 2).contiguous().transpose(1, 2)
+                found = self.copies[start, size] = _Copy(tensor, part, copy)
+                logger.info("repacked %s: %.1f MB", "x".join(map(str, part.shape)), found.copy.nbytes * 1e-6)
+        return found
+
+    def let_go(self) -> None:
+        """Let go of the memory, so that nothing here keeps it alive."""
+        self.tensor = None
+        self.views.clear()
+        for weights in list(self.users):
+            weights.let_go(self)
+
+
+@dataclass(eq=False)
+class _Copy:
+    """A part of a memory, and a copy of it that is transposed in memory.
+
+    Attributes:
+        whole: the tensor of the memory.
+        of: the part.
+        copy: the copy.
+    """
+
+    whole: torch.Tensor
+    of: torch.Tensor
+    copy: torch.Tensor
+
+
+def _joined(tensor: torch.Tensor, start: int, size: int | None) -> torch.Tensor:
+    """Return a part of each row of a memory."""
+    return tensor if size is None else tensor.narrow(1, start, size)
+
+
+@dataclass
+class LayerStack:
+    """Parameters of one shape, row by row, or in each row several that are joined along their first dimension.
+
+    Attributes:
+        names: the names of the parameters, by row.
+        sizes: the sizes of the first dimension of those that are joined.
+        memory: the memory in which they lie, or None until they were moved.
+        at: the part of the memory that is the stack.
+        repacked: parts of transposed copies, by the memory's tensor, which each keeps alive, and the part.
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    sizes: tuple[int, ...] = ()
+    memory: StackMemory | None = None
+    at: StackPart = field(default_factory=lambda: StackPart(0, 0))
+    repacked: dict[tuple[int, StackPart], tuple[_Copy, torch.Tensor]] = field(default_factory=dict)
+
+    def part(self, part: StackPart, repacked: bool = False) -> torch.Tensor | None:
+        """Return a view of some rows, or of their transposed copy, or None if the parameters lie elsewhere by now."""
+        memory = self.memory
+        tensor = None if memory is None else memory.tensor
+        if memory is None or tensor is None:
+            return None
+        first, last = (self.at.first + self.at.step * row for row in part[:2])
+        size = self.at.size if part.size is None else part.size
+        whole = StackPart(first, last, self.at.step * part.step, self.at.start + part.start, size)
+        if repacked:
+            known = self.repacked.get((id(tensor), whole))
+            if known is not None:
+                return known[1]
+            copy = memory.copy(*whole[3:])
+            if copy is not None:
+                view = copy.copy[first : last + 1 : whole.step]
+                self.repacked[id(copy.whole), whole] = copy, view
+                return view
+        return memory.part(whole)
+
+    def copies(self) -> list[_Copy]:
+        """Return the copies of parts of the present memory, each once."""
+        tensor = self.memory.tensor if self.memory is not None else None
+        found = {id(copy): copy for copy, _ in list(self.repacked.values())}
+        return [copy for copy in found.values() if copy.whole is tensor]
+
+
+def lying(parameters: Sequence[Sequence[torch.Tensor]]) -> tuple[StackMemory, StackPart] | None:
+    """Return the memory, and its part, in which parameters lie row by row evenly spaced, or None if there is none."""
+    pointers = [[parameter.data_ptr() for parameter in row] for row in parameters]
+    for memory in list(memories):
+        tensor = memory.tensor
+        if tensor is None or not all(pointer in memory.rows for row in pointers for pointer in row):
+            continue
+        places = [[memory.rows[pointer] for pointer in row] for row in pointers]
+        rows, begin = [row[0][0] for row in places], places[0][0][1]
+        step = rows[1] - rows[0] if len(rows) > 1 else 1
+        sizes = [parameter.shape[0] if parameter.dim() else 0 for parameter in parameters[0]]
+        starts = [begin + sum(sizes[:number]) for number in range(len(sizes))]
+        even = step > 0 and all(
+            row == [(rows[0] + step * n, start) for start in starts] for n, row in enumerate(places)
+        )
+        if even and all(
+            (each.shape[1:], each.stride(), each.dtype) == (tensor.shape[2:], tensor.stride()[1:], tensor.dtype)
+            and each.shape[:1] == first.shape[:1]
+            for row in parameters
+            for each, first in zip(row, parameters[0], strict=True)
+        ):
+            whole = not sizes[0] or sum(sizes) == tensor.shape[1]
+            return memory, StackPart(rows[0], rows[-1], step, begin, None if whole else sum(sizes))
+    return None
+
+
+def together(parameters: Sequence[Sequence[torch.Tensor]]) -> StackMemory:
+    """Move parameters into memory of their own."""
+    first = parameters[0][0]
+    sizes = _sizes(parameters[0])
+    shape = (sum(sizes), *first.shape[1:]) if len(sizes) > 1 else first.shape
+    tensor = torch.empty((len(parameters), *shape), dtype=first.dtype, device=first.device)
+    homes = [list(tensor[row].split(sizes)) if len(sizes) > 1 else [tensor[row]] for row in range(len(parameters))]
+    pairs = [pair for row, home in zip(parameters, homes, strict=True) for pair in zip(row, home, strict=True)]
+    for parameter, home in pairs:
+        home.copy_(parameter.detach())
+    left = {parameter.data_ptr() for parameter, _ in pairs}
+    for memory in list(memories):
+        if memory.tensor is not None and not left.isdisjoint(memory.rows):
+            memory.let_go()
+    for parameter, home in pairs:
+        parameter.data = from_dlpack(home)
+    made = StackMemory(tensor, {})
+    for row, joined in enumerate(parameters):
+        for number, parameter in enumerate(joined):
+            made.rows[parameter.data_ptr()] = row, sum(sizes[:number])
+    memories.add(made)
+    return made
+
+
+def _sizes(parameters: Sequence[torch.Tensor]) -> list[int]:
+    """Return the sizes of the first dimension of parameters that are joined.
+
+    Of a single one, which may have no dimension, it is 0.
+    """
+    return [parameter.shape[0] for parameter in parameters] if len(parameters) > 1 else [0]
+
+
+# The address and layout of a tensor. Strides and number of elements give the sizes of a contiguous one.
+LAYOUT: tuple[Callable[[torch.Tensor], Any], ...] = (
+    torch.Tensor.data_ptr,
+    torch.Tensor.stride,
+    torch.Tensor.numel,
+    operator.attrgetter("dtype"),
+)
+
+
+DLPACK = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def multiplies(body: Body, number: int) -> bool:
+    """Tell whether a weight, as (out, in), is only multiplied with."""
+    weight = Weight(number)
+    readers = [op for op in body.ops.values() if weight in leaves(op.args)]
+    products = {torch.ops.aten.linear.default: 1, add_linear: 2}
+    return bool(readers) and all(
+        op.target in products
+        and op.args[products[op.target]] == weight
+        and sum(leaf == weight for leaf in leaves(op.args)) == 1
+        for op in readers
+    )
+
+
+def copied_layout(
+    body: Body,
+    number: int,
+    layers: tuple[int, ...],
+    values: Mapping[str, torch.Tensor],
+    stacked: dict[tuple[tuple[str, ...], ...], torch.Tensor],
+) -> torch.Tensor:
+    """Return the weights of some layers that lie in no stack, as part of a copy of all layers'.
+
+    A run makes such a copy once.
+    """
+    rows, order = names_in(body, number), sorted(body.weights[number])
+    if rows not in stacked:
+        tensors = [[values[name].detach() for name in row] for row in rows]
+        stacked[rows] = torch.stack([row[0] if len(row) == 1 else torch.cat(row) for row in tensors])
+    at = [order.index(layer) for layer in layers]
+    return stacked[rows][at[0] : at[-1] + 1 : at[1] - at[0] if len(at) > 1 else 1]
+
+
+def names_in(body: Body, number: int) -> tuple[tuple[str, ...], ...]:
+    choice = body.weights[number]
+    return tuple(choice[layer] for layer in sorted(choice))
