@@ -65,7 +65,7 @@ class _Box(NamedTuple):
 
 
 class _Scale(NamedTuple):
-    """Where steps and rows lie in the drawing, and their size."""
+    """The places of steps and rows in the drawing, and their size."""
 
     top: float
     unit: float

@@ -1,4 +1,4 @@
-"""What the drawn forms of a schedule share: its cells by step, and the edges between them."""
+"""The parts that drawn forms of a schedule share: its cells by step, and the edges between them."""
 
 from __future__ import annotations
 
