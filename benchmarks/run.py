@@ -23,9 +23,10 @@ from typing import Any
 import torch
 
 import rmtc
+from rmtc import heuristics
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
-from rmtc.runtime.choice import AS_WRITTEN, SETTLED
+from rmtc.runtime.choice import AS_WRITTEN
 from rmtc.turns import NOTHING, take_turns
 
 TESTS = Path(__file__).parent.parent / "tests" / "support"
@@ -85,7 +86,7 @@ def measure(build: Callable[[], tuple[Any, tuple[Any, ...]]], repeats: int) -> d
     for kind, call in calls.items():
         if kind != "eager" and not close(call(), expected):
             raise SystemExit(f"{kind}: the result differs from eager's; no time is shown for it")
-    for _ in range(SETTLED):  # other ways are tried in the first calls
+    for _ in range(heuristics.CHOICE_SETTLED):  # other ways are tried in the first calls
         calls["best"]()
     before = rmtc.stats(fast["best"]).runs
     with compiled_of(fast["best"]).frozen():

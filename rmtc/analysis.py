@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rmtc import heuristics
 from rmtc.capture import Capture, Captured, Reading, open_capture
 from rmtc.capture.ambient import undisturbed
 from rmtc.capture.kinds import fingerprint
@@ -31,13 +32,9 @@ __all__ = ["Analysis", "analyze", "prove_analysis"]
 
 logger = logging.getLogger(__name__)
 
-_SHORT = 3  # segments of the shorter probe
-_AGES = (2, 3)  # in segments, of values that are read: longer probes are run where the shorter ones do not repeat
 _PLAIN, _TABLES, _WINDOWS, _WHOLE = Reading(), Reading(tables=True), Reading(windows=True), Reading(histories=False)
 _CONSTANTS = Reading(constants=True)
-_BATCHES = (2, 5)  # in no ratio to the numbers of segments that an integer could mimic; code may treat one apart
 
-_WHOLE_TRACE = 20_000  # operations of a call that is traced whole when a replay cannot tell
 
 _ORDER = (
     *("capture", "remove-regions", "remake-constants", "canonicalize"),
@@ -165,7 +162,7 @@ class Analysis:
         except RefusedError as refusal:
             # A loop after the loop, or layers outside of segments, repeats in more places than one. A whole trace
             # can tell, if it is small.
-            if self.proven is None or sizes.segments * len(self.proven.loop.steady) > _WHOLE_TRACE:
+            if self.proven is None or sizes.segments * len(self.proven.loop.steady) > heuristics.WHOLE_TRACE:
                 raise
             try:
                 self._hold_whole(sizes)
@@ -324,25 +321,25 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
     full, own = (segment,) * 3, (plan.sizes.batch,) * 3
     # The third run has the sizes of the user's call.
     tails = (segment, max(1, segment // 2), plan.sizes.tail) if plan.free_tail else full
-    batches = (*_BATCHES, plan.sizes.batch) if plan.free_batch else own
+    batches = (*heuristics.PROBE_BATCHES, plan.sizes.batch) if plan.free_batch else own
     first: RefusedError | VerifyError | CaptureError | None = None
-    ages = [3 * age + 2 for age in _AGES]
+    ages = [3 * age + 2 for age in heuristics.MEMORY_AGES]
 
     # The attempts: from the most general sizes and the plainest reading to the narrowest.
     def attempts() -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...], Reading]]:
-        yield _SHORT, batches, tails, _PLAIN
+        yield heuristics.SHORT_RUN, batches, tails, _PLAIN
         if plan.free_tail:  # a segment may take a part of a table
-            yield _SHORT, batches, tails, _TABLES
+            yield heuristics.SHORT_RUN, batches, tails, _TABLES
         if plan.free_tail and plan.sizes.tail != segment:  # or not fill a window
-            yield _SHORT, batches, tails, _WINDOWS
+            yield heuristics.SHORT_RUN, batches, tails, _WINDOWS
         if analysis.capture.by_parts:  # a history takes some segments to fill, or its parts differ at the end
             yield from ((segments, batches, tails, _PLAIN) for segments in ages)
-            yield from ((segments, batches, tails, _WHOLE) for segments in (_SHORT, *ages))
-        yield _SHORT, batches, full, _PLAIN
-        yield _SHORT, own, tails, _PLAIN
-        yield _SHORT, own, full, _PLAIN
+            yield from ((segments, batches, tails, _WHOLE) for segments in (heuristics.SHORT_RUN, *ages))
+        yield heuristics.SHORT_RUN, batches, full, _PLAIN
+        yield heuristics.SHORT_RUN, own, tails, _PLAIN
+        yield heuristics.SHORT_RUN, own, full, _PLAIN
         if analysis.capture.has_constants:  # a constant may belong to any segment
-            yield _SHORT, batches, tails, _CONSTANTS
+            yield heuristics.SHORT_RUN, batches, tails, _CONSTANTS
         yield from ((segments, batches, tails, _PLAIN) for segments in ages)
 
     # The first attempt whose loop passes its checks is taken.
@@ -360,7 +357,7 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
             analysis.proven = _attempt(analysis, sizes, layers)
         except (RefusedError, VerifyError, CaptureError) as error:
             logger.debug("with %s: %s", sizes, error.reason)
-            as_written = reading == _WHOLE and segments == _SHORT  # histories as the user's code has them
+            as_written = reading == _WHOLE and segments == heuristics.SHORT_RUN  # histories as the user's code has them
             first = error if first is None or as_written else first
         else:
             if first is not None and analysis.proven.loop.fixed.get("tail", plan.sizes.tail) != plan.sizes.tail:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rmtc import heuristics
 from rmtc.analysis import Analysis
 from rmtc.compiler import compiled_of, disabled
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.ops import linears
 from rmtc.runtime.backends import Backend
-from rmtc.runtime.choice import SETTLED
 from rmtc.runtime.stats import LastRun
 from rmtc.stages import stage
 from rmtc.turns import NOTHING, Ratio, Timing, take_turns
@@ -179,7 +179,7 @@ def bench(
 
     # Measure: the call as written, with its schedule, and its products alone, in turns.
     with torch.no_grad(), stage("measure"):
-        for _ in range(SETTLED if schedule == "best" else 0):  # the first calls try other ways
+        for _ in range(heuristics.CHOICE_SETTLED if schedule == "best" else 0):  # the first calls try other ways
             fast(*args, **kwargs)
         before = compiled.stats.runs
         with compiled.frozen():

@@ -12,27 +12,14 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TypeVar
 
+from rmtc import heuristics
+
 __all__ = ["NOTHING", "Ratio", "Timing", "Turns", "take_turns", "timed"]
 
 T = TypeVar("T")
 
 NOTHING = "these times mean nothing"
 """What is said in place of a result."""
-
-MOST_SPREAD = 1.5
-"""Limit on the time of a way's slowest turn, in times of its fastest.
-
-Turns differ by a quarter on a machine that does little else. A second process on the same cores doubles some of them.
-"""
-
-FEWEST = 3
-"""Fewer turns show no spread."""
-
-NOISE = 1.05
-"""Limit on how many times as fast as its floor a way may seem that cannot be faster.
-
-Operands that a run has just computed lie in a cache. Those of the same products alone may not.
-"""
 
 
 @dataclass(frozen=True)
@@ -96,13 +83,13 @@ class Turns:
         """
         found = {way: self.seconds[way] for way in ways or self.seconds}
         turns = min(map(len, found.values()))
-        if turns < FEWEST:
-            return f"{FEWEST} turns show a spread, there were {turns}"
+        if turns < heuristics.TURNS_FEWEST:
+            return f"{heuristics.TURNS_FEWEST} turns show a spread, there were {turns}"
         spreads = {way: max(each) / min(each) for way, each in found.items()}
         worst = max(spreads, key=spreads.__getitem__)
-        if not spreads[worst] > MOST_SPREAD:
+        if not spreads[worst] > heuristics.TURNS_MOST_SPREAD:
             return ""
-        times = f"{spreads[worst]:.2f} times as long as its fastest ({MOST_SPREAD} at most)"
+        times = f"{spreads[worst]:.2f} times as long as its fastest ({heuristics.TURNS_MOST_SPREAD} at most)"
         return f"the slowest turn of {worst} took {times}"
 
     def beaten(self, floor: str, way: str, gain: float = 1.0) -> str:
@@ -114,9 +101,9 @@ class Turns:
             gain: known speed of the way's products, in multiples of that of the floor's.
         """
         times = self.ratio(floor, way).median
-        if not times > gain * NOISE:
+        if not times > gain * heuristics.TURNS_NOISE:
             return ""
-        return f"{way} seems to be {times:.2f} times as fast as {floor} ({gain * NOISE:.2f} at most)"
+        return f"{way} seems to be {times:.2f} times as fast as {floor} ({gain * heuristics.TURNS_NOISE:.2f} at most)"
 
 
 def timed(call: Callable[[], T]) -> tuple[float, T]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rmtc import heuristics
 from rmtc.capture.arguments import Arguments, Growth, Path, show
 from rmtc.capture.results import describe_result, describer_of
 from rmtc.capture.session import Session
@@ -22,9 +23,6 @@ __all__ = ["Probed", "Sizes", "aten", "probe"]
 
 
 logger = logging.getLogger(__name__)
-
-
-_FACTORS = (2, 8, 64, 1024)  # a call of less than two segments is probed at these multiples of its length
 
 
 aten = torch.ops.aten
@@ -400,7 +398,7 @@ def probe(session: Session, segment_length: int | None = None) -> Probed:
             if sizes.count(length) == 1:
                 break
     # The text may be shorter than two segments: try longer ones.
-    for factor in () if found or segment_length is not None else _FACTORS:
+    for factor in () if found or segment_length is not None else heuristics.PROBE_FACTORS:
         for growth, batch, length in candidates:
             segment = prober.segment_length(growth, prober.distinct(max(length, 1) * factor), batch)
             if segment is not None:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from rmtc import heuristics
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.events import Event, EventOutput, Named, Pattern, Viewed, hold, same_event
 from rmtc.capture.frames import current_location
@@ -52,9 +53,6 @@ __all__ = ["Replayer", "shows"]
 
 
 logger = logging.getLogger(__name__)
-
-
-_MANY = 4  # a replay this many times as long as a short one is worth two more short ones
 
 
 class _Replay(NamedTuple):
@@ -229,7 +227,7 @@ class Replayer:
         These are the ones that each segment calls. There are none if the call is short, or if one more segment makes a
         call that is not known.
         """
-        if sizes.segments < _MANY * self._probe:
+        if sizes.segments < heuristics.REPLAY_MANY * self._probe:
             return _Modules()
         short, long = (self._few(each, _Modules()).calls for each in self._lengths(sizes))
         around = _Modules((long - short).keys() & self._session.modules.keys())  # no module that a segment makes

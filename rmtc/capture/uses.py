@@ -9,16 +9,11 @@ from typing import Any
 
 import torch
 
+from rmtc import heuristics
 from rmtc.capture.frames import current_location
 from rmtc.errors import Location
 
 __all__ = ["EnoughError", "ProbeRun", "UseCount"]
-
-
-_ENOUGH_USES = 3  # a short run ends when every tensor used so far was used this often, after some segments
-
-
-_ENOUGH_OPERATIONS = 40_000  # any run ends after this many operations
 
 
 aten = torch.ops.aten
@@ -68,7 +63,7 @@ class UseCount:
 
     def note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         self._operations += 1
-        if self._operations > _ENOUGH_OPERATIONS:
+        if self._operations > heuristics.PROBE_OPERATIONS:
             raise EnoughError
         tensors = list(_tensors(args))
         sources = [self._source.get(id(tensor)) for tensor in tensors]
@@ -87,7 +82,7 @@ class UseCount:
                     self.run.roots.update(self._roots[source])
             if func not in _NEW:
                 self._note_cut(tensors[0], out)
-            if self._short and self.run.uses and min(self.run.uses.values()) >= _ENOUGH_USES:
+            if self._short and self.run.uses and min(self.run.uses.values()) >= heuristics.PROBE_USES:
                 raise EnoughError
 
     def _note_cut(self, tensor: torch.Tensor, out: Any) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from rmtc import heuristics
 from rmtc.cli.output import note, progress
 from rmtc.cli.target import load
 from rmtc.errors import VerifyError
 from rmtc.stages import stage
-from rmtc.turns import FEWEST, timed
+from rmtc.turns import timed
 
 __all__ = ["run_demo"]
 
@@ -23,7 +24,7 @@ _SECONDS = 30.0
 """Limit on all that runs but for the capture."""
 _FIRST = 8
 """Segments of the run that tells how long a segment takes."""
-_RUNS = 2 * (2 + 1 + FEWEST)
+_RUNS = 2 * (2 + 1 + heuristics.TURNS_FEWEST)
 """Runs of the text within the limit, if a scheduled run takes as long as one as written: both verify by two calls, warm
 up, and take the fewest turns."""
 

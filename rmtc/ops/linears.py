@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmtc import heuristics
 from rmtc.errors import raised_by_signal
 
 __all__ = ["are_faster", "bind_linear_maps", "linear_maps", "operator", "seconds"]
@@ -25,12 +26,8 @@ _KERNELS = {torch.float32: "linear_maps_float32", torch.float64: "linear_maps_fl
 _LANES = 8  # at most, of the kernel's vectors; it asserts that
 _BLOCK = 64  # columns of the kernel's units of work
 _TENSOR = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-_LEAST = 1 << 18  # multiplications of a cell from which on the kernel is compiled and measured
-_CACHED = 1 << 20  # bytes of x of a cell up to which on: all of it is read for each tile of columns
 _CELLS, _MOST, _WEIGHTS, _PRODUCTS = 4, 16, 1 << 23, 1 << 30
 """Cells that are measured, at least and at most, with at most so many weights and multiplications in all."""
-_GAIN = 0.95
-"""The part of the batched product's time that the kernel's has to be under."""
 
 _library = torch.library.Library("rmtc", "FRAGMENT")
 
@@ -171,7 +168,7 @@ def are_faster(rows: int, size: int, results: int, dtype: torch.dtype, device: t
     """
     if dtype not in _KERNELS or device is None or device.type != "cpu":
         return False
-    if rows * size * results < _LEAST or rows * size * dtype.itemsize > _CACHED:
+    if rows * size * results < heuristics.LINEARS_LEAST or rows * size * dtype.itemsize > heuristics.LINEARS_CACHED:
         return False
     return _measured(rows, size, results, dtype, torch.get_num_threads())
 
@@ -189,7 +186,7 @@ def _measured(rows: int, size: int, results: int, dtype: torch.dtype, threads: i
         usual, other = seconds(
             lambda: torch.bmm(x, weight.transpose(1, 2), out=out), bind_linear_maps(x, weight, out=out)
         )
-    faster = other < _GAIN * usual
+    faster = other < heuristics.LINEARS_MARGIN * usual
     product = f"{cells} products of ({rows}, {size}) and ({size}, {columns}), {dtype}, {threads} threads"
     times = f"batched {1e6 * usual:.0f} us, by the kernel {1e6 * other:.0f} us"
     logger.info("%s: %s, %s from now on", product, times, "by the kernel" if faster else "batched")

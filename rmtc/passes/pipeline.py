@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from rmtc import heuristics
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.ir.folded import FoldedGraph
 from rmtc.ir.formula import L
@@ -41,7 +42,7 @@ from rmtc.passes.schedule.prove import Proof, prove
 from rmtc.passes.schedule.retime import Retimed, retime
 from rmtc.passes.schedule.split import division, split_layers
 
-__all__ = ["LONG", "Proven", "check_against", "prove_loop", "reroll", "retime_loop"]
+__all__ = ["Proven", "check_against", "prove_loop", "reroll", "retime_loop"]
 
 logger = logging.getLogger(__name__)
 
@@ -210,17 +211,6 @@ def apart(proven: Proven, always: bool = False) -> Proven | None:
     return replace(found, schedule=schedule) if always or _fewer(columns, proven) else None
 
 
-LONG = 64
-"""By a call of so many segments, if not of more, it is decided which schedule runs; of more the ratios are the same."""
-
-_BLOCKS = 8
-"""Of so many blocks it is taken to be before shapes are known."""
-
-
-_PART = 0.75
-"""A loop whose whole cells only run in sequence runs in parts if they leave less than so much of it in sequence."""
-
-
 def _fewer(columns: Sequence[tuple[int, int]], proven: Proven) -> bool:
     """Tell whether fewer operations are in sequence if columns run apart.
 
@@ -232,12 +222,16 @@ def _fewer(columns: Sequence[tuple[int, int]], proven: Proven) -> bool:
     for a, same in itertools.groupby(columns, key=lambda each: each[0]):
         sizes = [size for _, size in same]
         # Per segment a recurrence takes a steps, or all of its columns one after another.
-        apart += min(a * max(sizes), sum(sizes)) * (LONG - 1) + sum(sizes) if a else sum(sizes) * _BLOCKS
+        apart += (
+            min(a * max(sizes), sum(sizes)) * (heuristics.LONG_CALL - 1) + sum(sizes)
+            if a
+            else sum(sizes) * heuristics.BLOCKS_ASSUMED
+        )
     layers = [end - begin for begin, end in proven.loop.layouts[-1].layers]
     if proven.schedule is None:
-        return apart < _PART * sum(layers) * LONG
+        return apart < heuristics.FISSION_SHARE * sum(layers) * heuristics.LONG_CALL
     ((_, a, _),) = proven.schedule.phases()
-    return apart < max(layers) * (a * (LONG - 1) // proven.schedule.strip + proven.loop.layers)
+    return apart < max(layers) * (a * (heuristics.LONG_CALL - 1) // proven.schedule.strip + proven.loop.layers)
 
 
 def unstripped(proven: Proven) -> Proven:

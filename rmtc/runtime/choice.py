@@ -11,25 +11,14 @@ from typing import Any
 
 import torch
 
+from rmtc import heuristics
 from rmtc.capture.probe import Sizes
-from rmtc.runtime.estimate import MARGIN
 from rmtc.runtime.stats import Decision
 
-__all__ = ["AS_WRITTEN", "SETTLED", "Arm", "Choice", "Ledger", "New", "size_class"]
+__all__ = ["AS_WRITTEN", "Arm", "Choice", "Ledger", "New", "size_class"]
 
 AS_WRITTEN = "as written"
-SETTLED = 6  # calls of one size, after which the first other way has been tried
-_NEAR = 2.0  # a way is tried that is expected to take at most so many times what is run
-_SHARE = 0.1  # tries may cost this share of all time that calls have taken, besides the budget
-_CLEARLY = 0.95  # what is run changes if another way takes less than so much of its time
-_HOPELESS = 3.0  # a try ends early if a call takes more than so many times what is run
-_AGAIN = 4  # the next try of another way is after so many times as many calls as the last
-_RECENT = 3  # the fastest of so many calls is what a way takes
-_FAILURES = 3  # a way that failed so often is tried no more
-_IDLE = 24  # a try none of whose calls was timed for so many questions is put off
 _FIRST, _EVERY = 8, 64  # on a GPU the first calls are waited for, and then one in so many
-_OF_CAPTURE = 4  # to trace a first other length takes about a fourth of what the capture took
-_KEPT = 1024  # sizes of a class whose calls are counted
 
 
 @dataclass(eq=False)
@@ -98,10 +87,10 @@ class Ledger:
             serves: what an admission would serve.
             saves: seconds that a call saves by it.
         """
-        if len(self.missed) > _KEPT:
+        if len(self.missed) > heuristics.CHOICE_SIZES_KEPT:
             self.missed.clear()
         missed = self.missed[serves] = self.missed.get(serves, 0.0) + saves
-        unknown = self.budget / _OF_CAPTURE if new is New.FIRST_TAIL else 0.0
+        unknown = self.budget / heuristics.CHOICE_OF_CAPTURE if new is New.FIRST_TAIL else 0.0
         return missed >= self.admissions.get(new, unknown)
 
     def admitted(self, new: New, seconds: float) -> None:
@@ -111,7 +100,7 @@ class Ledger:
 
     def left(self, new: bool) -> float:
         """Return the seconds that a try may cost now, the first of a way or a later one."""
-        return (self.budget if new else 0.0) + _SHARE * self.spent - self.lost
+        return (self.budget if new else 0.0) + heuristics.CHOICE_SHARE * self.spent - self.lost
 
 
 def size_class(sizes: Sizes) -> tuple[int, int, int]:
@@ -156,14 +145,14 @@ class Choice:
 
         It is the schedule where there is no estimate.
         """
-        waits = self._scheduled.estimate(sizes) > MARGIN * self._written.estimate(sizes)
+        waits = self._scheduled.estimate(sizes) > heuristics.SCHEDULE_MARGIN * self._written.estimate(sizes)
         return self._written if waits else self._scheduled
 
     def now(self, sizes: Sizes) -> Arm:
         """Return the way that is to run the next call."""
         if self._trial is not None:
             self._idle += 1
-            if self._idle <= _IDLE:
+            if self._idle <= heuristics.CHOICE_IDLE:
                 return self._trial
             self.put_off(self._trial)
         return self.settled(sizes)
@@ -188,7 +177,7 @@ class Choice:
         """End the try of a way, or its use, with nothing learned."""
         with self._lock:
             if arm is self._trial:
-                self._trial, self._next = None, max(self._next, _AGAIN * self.calls)
+                self._trial, self._next = None, max(self._next, heuristics.CHOICE_AGAIN * self.calls)
             if arm is self.best:
                 self.best = None
                 self.ledger.ratios.pop(arm, None)
@@ -219,13 +208,13 @@ class Choice:
         self.calls += 1
         self.ledger.spent += seconds
         ratio = seconds / estimate
-        if len(self._seen) > _KEPT:
+        if len(self._seen) > heuristics.CHOICE_SIZES_KEPT:
             self._seen.clear()
         which = arm, None if arm.written else sizes
         steady = self._seen[which] >= arm.warm
         self._seen[which] += 1
         if steady:
-            self._taken.setdefault(arm, deque(maxlen=_RECENT)).append(ratio)
+            self._taken.setdefault(arm, deque(maxlen=heuristics.CHOICE_RECENT)).append(ratio)
             self._tried.setdefault(arm, self.calls)
         if arm is self._trial:
             return self._tell(arm, sizes, seconds, ratio)
@@ -246,16 +235,16 @@ class Choice:
         now = self.expected(self.settled(sizes), sizes)
         self.ledger.lost += max(0.0, seconds - now)
         cold = arm.warm > 1 and self._left == arm.warm
-        hopeless = not cold and seconds > _HOPELESS * now
+        hopeless = not cold and seconds > heuristics.CHOICE_HOPELESS * now
         if self._left > 0 and not hopeless:
             return None
         if arm not in self._taken:  # no size came often enough, or it is hopeless: the least is a bound
-            self._taken[arm] = deque([self._least], maxlen=_RECENT)
+            self._taken[arm] = deque([self._least], maxlen=heuristics.CHOICE_RECENT)
         before = self.settled(sizes)
-        self._trial, self._next = None, _AGAIN * self.calls
+        self._trial, self._next = None, heuristics.CHOICE_AGAIN * self.calls
         self._tried[arm] = self.calls
         times = {each: self.expected(each, sizes) for each in (arm, before)}
-        self.best = arm if times[arm] < _CLEARLY * times[before] else before
+        self.best = arm if times[arm] < heuristics.CHOICE_CLEARLY * times[before] else before
         self.ledger.ratios.update((each, min(taken)) for each, taken in self._taken.items())
         return self._decision(sizes)
 
@@ -269,12 +258,14 @@ class Choice:
             return self.expected(arm, sizes) * (1.0 if known else ratio)
 
         for arm in sorted(self.arms, key=lambda each: (self._tried.get(each, 0), there(each))):
-            if arm is best or self.ledger.failures[arm] >= _FAILURES:
+            if arm is best or self.ledger.failures[arm] >= heuristics.CHOICE_FAILURES:
                 continue
             start = arm.start if arm not in self.ledger.ratios else 0.0
-            if start > _SHARE * self.ledger.spent:
+            if start > heuristics.CHOICE_SHARE * self.ledger.spent:
                 continue  # a compiler is worth its time only where calls have taken much more
-            if there(arm) <= _NEAR * now or there(arm) - now <= self.ledger.left(arm not in self._tried):
+            if there(arm) <= heuristics.CHOICE_NEAR * now or there(arm) - now <= self.ledger.left(
+                arm not in self._tried
+            ):
                 return arm
         return None
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
+from rmtc import heuristics
 from rmtc.analysis import Analysis, prove_analysis
 from rmtc.capture import open_capture
 from rmtc.capture.arguments import Arguments, argument_names
@@ -40,12 +41,6 @@ from rmtc.runtime.weights import refuse_elsewhere
 __all__ = ["Compiled", "Options"]
 
 logger = logging.getLogger(__name__)
-
-_RUNS = 3  # a run that failed for some sizes is tried that often in all
-_CAPTURES = 2  # and a capture that an error inside rmtc ended
-_LOOKS = 8  # in one of so many short calls it is seen whether the model has changed
-_ROUNDS = 8  # other threads may change the model between what is decided and what is done
-_PROBES = 32  # calls of other structures that turned out to be of one segment
 
 
 class _Thread(threading.local):
@@ -339,7 +334,7 @@ class Compiled:
                         return self._after_failure(decision, error, before, args, kwargs)
                 if inside and not isinstance(decision, _Eager):
                     decision = _Eager(quiet=_INSIDE)
-                elif isinstance(decision, _Admit) and rounds > _ROUNDS:
+                elif isinstance(decision, _Admit) and rounds > heuristics.DECISION_ROUNDS:
                     decision = _Eager(quiet=_CHANGED)
                 if isinstance(decision, _Eager):
                     return self._run_eager(decision, before, args, kwargs)
@@ -473,7 +468,7 @@ class Compiled:
             if pick is not None and pick.arm.written:
                 return _Eager(quiet=_as_written(pick), chosen=(variant, pick, sizes))
             failed = variant.failed.get(sizes)
-            if failed is not None and failed.times >= _RUNS:
+            if failed is not None and failed.times >= heuristics.FAILED_RUNS:
                 if variant.put_off(pick):
                     return self._decide(arguments)
                 return _Eager(failed.reason, detail=failed.detail)
@@ -502,7 +497,7 @@ class Compiled:
         known = self._known.get(self._key(arguments))
         if known is not None and known.kinds != self._kinds():
             known = None
-        if known is not None and known.broken is not None and known.errors >= _CAPTURES:
+        if known is not None and known.broken is not None and known.errors >= heuristics.FAILED_CAPTURES:
             return known.broken
         tired = known is not None and known.tries > self.options.recompile_limit
         if known is not None and (known.state is None or tired or known.holds(arguments)):
@@ -515,8 +510,11 @@ class Compiled:
         limited = self._limited(differences)
         if limited is not None:
             return limited
-        if self._probes > _PROBES:
-            return _Eager(f"{_PROBES} calls of as many structures were of one segment", detail="no more are looked at")
+        if self._probes > heuristics.SINGLE_SEGMENT_PROBES:
+            return _Eager(
+                f"{heuristics.SINGLE_SEGMENT_PROBES} calls of as many structures were of one segment",
+                detail="no more are looked at",
+            )
         return _Capture(tuple(differences))
 
     def _short(self, arguments: Arguments) -> _Eager | None:
@@ -537,7 +535,7 @@ class Compiled:
                 short = _Eager(quiet=_ONE if pick is None else _as_written(pick), chosen=chosen)
         if short is not None:
             self._shorts += 1
-            return None if self._shorts % _LOOKS == 1 else short
+            return None if self._shorts % heuristics.SHORT_CALLS_PER_LOOK == 1 else short
         known = self._known.get(self._key(arguments))
         if known is None or known.short is None:
             return None
@@ -545,7 +543,7 @@ class Compiled:
         if isinstance(sizes, str) or sizes.segments > 1:
             return None
         known.calls += 1
-        return None if known.calls % _LOOKS == 1 else _Eager(known=known)
+        return None if known.calls % heuristics.SHORT_CALLS_PER_LOOK == 1 else _Eager(known=known)
 
     def _limited(self, differences: Sequence[str]) -> _Eager | None:
         """What becomes of a call that would be one capture too many; None if it would not."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rmtc import heuristics
 from rmtc.analysis import Analysis
 from rmtc.capture import Captured
 from rmtc.capture.probe import Sizes
@@ -20,7 +21,7 @@ from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Key, Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 from rmtc.passes.bodies.group import run_schedule
-from rmtc.passes.pipeline import LONG, Proven, apart, check_against, rewrite, unstripped
+from rmtc.passes.pipeline import Proven, apart, check_against, rewrite, unstripped
 from rmtc.passes.schedule.check import Checked
 from rmtc.runtime.backends import nearest
 from rmtc.runtime.check_plan import check_plan
@@ -28,7 +29,6 @@ from rmtc.runtime.measure import cost_model
 from rmtc.runtime.plan import plan_run
 
 __all__ = [
-    "MARGIN",
     "WAYS",
     "Way",
     "Works",
@@ -47,13 +47,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
-MARGIN = 0.9
-"""A schedule is run if it is estimated to take less than so much of the time that the code as written does."""
 
-_GAIN = 0.75
-"""Inductor is taken if it is estimated to take less than so much of the time that torch does: it compiles first."""
-_COMPILED = 40
-"""What a body that Inductor has compiled takes to be called, in operations of a body that it has not."""
 
 _FIRST = {aten.addmm.default: 1, aten.baddbmm.default: 1, aten.addbmm.default: 1, aten.addmv.default: 1}
 _PRODUCTS = frozenset(
@@ -332,7 +326,7 @@ def best_of(found: Sequence[Way], sizes: Sizes, model: CostModel) -> Way:
 
     Time goes into long calls, and the ratio of longer ones is the same.
     """
-    long = sizes._replace(segments=LONG)
+    long = sizes._replace(segments=heuristics.LONG_CALL)
     return min(found, key=lambda each: each.estimate(long, model).seconds)
 
 
@@ -341,9 +335,9 @@ def backend_of(way: Way, sizes: Sizes, model: CostModel) -> str:
 
     Inductor runs a body's products as they are. Of all other operations it only moves what goes in and comes out.
     """
-    long = sizes._replace(segments=LONG)
+    long = sizes._replace(segments=heuristics.LONG_CALL)
     torch_takes, inductor_takes = way.estimate(long, model).seconds, compiled_seconds(way, long, model)
-    chosen = "inductor" if inductor_takes < _GAIN * torch_takes and compiles() else "torch"
+    chosen = "inductor" if inductor_takes < heuristics.INDUCTOR_MARGIN * torch_takes and compiles() else "torch"
     logger.info(
         "backend %s: %.2f ms by torch, %.2f ms by Inductor, which has to compile first, for %d segments",
         *(chosen, 1e3 * torch_takes, 1e3 * inductor_takes, long.segments),
@@ -363,7 +357,7 @@ def compiled_seconds(way: Way, sizes: Sizes, model: CostModel) -> float:
         fused = [work for work in works if not work.flops]
         took = sum(model.operation(work, len(launch.cells), model.launch, launch.one_layer) for work in fused)
         moved = 2 * sum(way.works.inputs(launch.body)) * batch * len(launch.cells) * model.byte
-        seconds += _COMPILED * model.launch + moved - took
+        seconds += heuristics.INDUCTOR_CALLS * model.launch + moved - took
     return seconds
 
 
@@ -382,7 +376,7 @@ def compiles() -> bool:
 
 def pays(scheduled: Candidate, written: Candidate) -> bool:
     """Tell whether a schedule is to be run. Its estimate is less certain than that of the code as written."""
-    return scheduled.seconds <= MARGIN * written.seconds
+    return scheduled.seconds <= heuristics.SCHEDULE_MARGIN * written.seconds
 
 
 def scheduled(program: WavefrontProgram, works: Works, sizes: Sizes, model: CostModel, name: str) -> Candidate:

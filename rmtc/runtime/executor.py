@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from rmtc import heuristics
 from rmtc.codegen.torch.emit import emit
 from rmtc.codegen.torch.source import Emitted
 from rmtc.errors import BackendError, RefusedError, raised_by_signal
@@ -32,9 +33,6 @@ from rmtc.runtime.weights import Weights
 __all__ = ["Emission", "Executor", "Run"]
 
 logger = logging.getLogger(__name__)
-
-_PLANS = 64  # plans are kept for this many different calls
-_KERNELS = 512  # and this many kernels, for bodies at different sizes
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ class Executor:
             plan = self._plans.get(key)
             if plan is None:
                 plan = self._plans[key] = plan_run(self.program, *key)
-                if len(self._plans) > _PLANS:
+                if len(self._plans) > heuristics.PLANS_KEPT:
                     self._plans.popitem(last=False)
             self._plans.move_to_end(key)
         return plan
@@ -135,7 +133,7 @@ class Executor:
         """Keep a kernel for later runs, and forget the oldest if there are many."""
         with self._lock:
             self.kernels[key] = kernel
-            if len(self.kernels) > _KERNELS:
+            if len(self.kernels) > heuristics.KERNELS_KEPT:
                 old = self.kernels.pop(next(iter(self.kernels)))
                 for each in (old, old.bound):
                     if each is not None:
@@ -210,7 +208,7 @@ class Executor:
             except Moved as error:
                 logger.info("calls of %s are not of one kind: %s", key, error)
                 self._standing = None
-                self._unfit = {*list(self._unfit)[-_PLANS:], key}
+                self._unfit = {*list(self._unfit)[-heuristics.PLANS_KEPT :], key}
             finally:
                 self._stands.release()
         return _Walk(self, values, segments, batch, tail).outputs(plan)

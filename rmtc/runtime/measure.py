@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rmtc import heuristics
 from rmtc.errors import RmtcError, raised_by_signal
 from rmtc.ir.cost import CostModel
 
@@ -39,12 +40,6 @@ _METHOD = 4
 
 _TRIES, _FEW = 24, 4
 """How often each constant is measured, and how often to see whether those that were kept still hold."""
-
-_SCATTERED = 1.25
-"""The largest scatter of a measurement that is trusted. On an idle machine it is below 1.1."""
-
-_OFF = 1.5
-"""Kept constants are measured anew if a short measurement differs from one of them by this factor."""
 
 
 def pinned() -> bool:
@@ -104,7 +99,11 @@ def _kept(device: torch.device, dtype: torch.dtype, threads: int) -> CostModel:
             raise
         logger.debug("no cost model in %s: %s", file or name, error)
     try:
-        if kept is not None and kept.scatter <= _SCATTERED and _apart(kept, measure(device, dtype, _FEW)) <= _OFF:
+        if (
+            kept is not None
+            and kept.scatter <= heuristics.COST_SCATTERED
+            and _apart(kept, measure(device, dtype, _FEW)) <= heuristics.COST_OFF
+        ):
             return kept
         model = _better(kept, measure(device, dtype))
     except (RuntimeError, TypeError, AssertionError) as error:  # no products of this dtype, perhaps, or no such device
@@ -136,9 +135,9 @@ def _apart(one: CostModel, other: CostModel) -> float:
 
 def _better(kept: CostModel | None, new: CostModel) -> CostModel:
     """Choose between the constants that were kept and new ones: noise makes constants larger, never smaller."""
-    if kept is None or new.scatter <= _SCATTERED:
+    if kept is None or new.scatter <= heuristics.COST_SCATTERED:
         return new
-    if kept.scatter <= _SCATTERED:
+    if kept.scatter <= heuristics.COST_SCATTERED:
         return kept
     least = {name: min(getattr(kept, name), getattr(new, name)) for name in (*_MEASURED, "scatter")}
     return replace(new, **least)
@@ -151,7 +150,6 @@ def _home() -> Path:
 
 
 _MEASURED = ("launch", "operand", "outside", "written", "call", "product", "byte")
-_WARM = 3  # runs before those that are measured
 _FIXED = CostModel(
     launch=3.4e-6,
     operand=3.8e-6,
@@ -225,11 +223,11 @@ def _measure(device: torch.device, dtype: torch.dtype, tries: int) -> CostModel:
     runs = (launches, written, products, bytes_moved)
     taken: list[list[float]] = [[] for _ in runs]
     now = clock(device)
-    for number in range(_WARM + tries):  # in turns: a disturbance that lasts meets all of them
+    for number in range(heuristics.COST_WARM_RUNS + tries):  # in turns: a disturbance that lasts meets all of them
         for run, seconds in zip(runs, taken, strict=True):
             start = now()
             run()
-            seconds += [now() - start] if number >= _WARM else []
+            seconds += [now() - start] if number >= heuristics.COST_WARM_RUNS else []
     call, own, product, byte = map(min, taken)
     call /= 20 * 11
     today = datetime.date.today().isoformat()

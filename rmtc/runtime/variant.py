@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
+from rmtc import heuristics
 from rmtc.analysis import Analysis
 from rmtc.capture import Capture, Captured
 from rmtc.capture.arguments import Arguments, show
@@ -35,7 +36,7 @@ from rmtc.ir.program import Val
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.bodies.group import run_schedule
 from rmtc.passes.bodies.join_products import join_products
-from rmtc.passes.pipeline import LONG, Proven, apart, check_against, rewrite
+from rmtc.passes.pipeline import Proven, apart, check_against, rewrite
 from rmtc.passes.schedule.prove import remedy
 from rmtc.restoring import restored
 from rmtc.runtime.backends import Backend, Runner, auto, backend_named, kernels_or_torch, name_of
@@ -346,7 +347,7 @@ class Variant:
 
         def arm(way: Way, backend: str) -> Arm:
             of = compiled_seconds if backend == "inductor" else _scheduled_seconds
-            start = _COMPILES if backend == "inductor" else 0.0
+            start = heuristics.INDUCTOR_SECONDS if backend == "inductor" else 0.0
             made = Arm(way.name, backend, seconds(functools.partial(of, way, model=model)), start=start)
             self._make[made] = functools.partial(make, way.name, way.program, backend)
             return made
@@ -405,7 +406,7 @@ class Variant:
         found = self._choices.get(key)
         if found is None:
             found = self._choices[key] = Choice(self.arms, self._ledger)
-            if len(self._choices) > _CLASSES:
+            if len(self._choices) > heuristics.SIZE_CLASSES_KEPT:
                 self._choices.pop(next(iter(self._choices)), None)
         return found
 
@@ -592,7 +593,7 @@ class Variant:
             self._made[arm] = self._make[arm]()
         made = self.main if arm is None else self._made[arm]
         entry = self.entry(sizes.batch)
-        if len(self.refused) > _REFUSALS:
+        if len(self.refused) > heuristics.REFUSALS_KEPT:
             raise RefusedError("what calls find in the places that they write is another thing each time")
         if entry not in self.entries:
             self._hold_entry(sizes, fresh())
@@ -604,7 +605,7 @@ class Variant:
                     if rest:
                         self.analysis.leave_out(sizes, rest)
                 except RefusedError as error:
-                    if len(self.used) < _REFUSALS:
+                    if len(self.used) < heuristics.REFUSALS_KEPT:
                         self.used[sizes, rest] = error.reason
                     raise
             _refuse_lost(self.analysis.capture)
@@ -844,9 +845,9 @@ def _long_seconds(estimate: Callable[[Sizes], float], length: int, sizes: Sizes)
     """
     if sizes.segments < _MANY:
         return estimate(sizes)
-    low = 1 << (min(sizes.segments, LONG).bit_length() - 1)
+    low = 1 << (min(sizes.segments, heuristics.LONG_CALL).bit_length() - 1)
     first = estimate(sizes._replace(segments=low, tail=length))
-    if low == LONG:
+    if low == heuristics.LONG_CALL:
         return first * sizes.segments / low
     last = estimate(sizes._replace(segments=2 * low, tail=length))
     return first + (last - first) * (sizes.segments - low) / low
@@ -878,12 +879,9 @@ def _unshared(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> bool
     return all(owners.count(storages[name]) == 1 for name in names if name in storages)
 
 
-_CLASSES = 64  # size classes of calls whose times are kept
 _MANY, _ESTIMATES = 8, 256  # of so many segments the length of the last one hardly counts; so many are kept
-_COMPILES = 20.0  # seconds that Inductor takes to compile the bodies of a loop, or about so many
 _OTHER = "the call returns or leaves something else than the first one did"
 _KIND = operator.attrgetter("__class__", "shape", "dtype", "device")
-_REFUSALS = 16  # by a variant, for what its calls find
 
 
 def _kept(run: Captured) -> dict[Any, tuple[Any, ...]]:

@@ -20,7 +20,7 @@ from picture import Picture
 from torch import Tensor, nn
 
 import rmtc
-from rmtc.runtime.compiled import _RUNS
+from rmtc import heuristics
 
 FIRST = {
     "probing": ("rmtc.runtime.compiled", "open_capture", 0),
@@ -280,7 +280,7 @@ def test_a_fault_that_stays_is_not_captured_for_ever(monkeypatch: pytest.MonkeyP
     ):
         for _ in range(6):
             same(fast(text()), model(text()))
-    assert raised[0] == _RUNS and rmtc.stats(fast).captures == 1 and len(caught) == 1
+    assert raised[0] == heuristics.FAILED_RUNS and rmtc.stats(fast).captures == 1 and len(caught) == 1
     fast = rmtc.compile(copy.deepcopy(model))
     with (
         fault(FIRST["rewrite"], Injected("injected"), monkeypatch) as raised,

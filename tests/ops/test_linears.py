@@ -22,6 +22,7 @@ from torch._inductor import codecache, cpp_builder
 from torch._inductor.codecache import CppCodeCache
 
 import rmtc
+from rmtc import heuristics
 from rmtc.benchmark import _Products
 from rmtc.codegen.torch.source import Emitted
 from rmtc.compiler import compiled_of
@@ -283,7 +284,7 @@ def test_with_a_compiler_that_fails_a_model_runs_by_its_schedule(
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exec g++ --version\necho it is broken >&2\nexit 1\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(linears, "_LEAST", 0)
+    monkeypatch.setattr(heuristics, "LINEARS_LEAST", 0)
     twins = Twins(lambda: Layered(residuals), schedule="shortest")
     with torch._inductor.config.patch({"cpp.cxx": str(compiler)}), caplog.at_level(logging.INFO, linears.__name__):
         for _ in range(2):

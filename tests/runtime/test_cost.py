@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rmtc
+from rmtc import heuristics
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture.probe import Sizes
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
 from rmtc.ir.cost import CostModel, Work
-from rmtc.passes.pipeline import LONG
 from rmtc.runtime import estimate, measure, variant
 from rmtc.runtime.estimate import as_written, backend_of, best_of, pays, ways
 from rmtc.runtime.executor import Executor
@@ -233,7 +233,7 @@ def test_what_is_fastest_is_told_from_as_many_segments_for_calls_of_any_length()
     with mock.patch("rmtc.runtime.estimate.plan_run", wraps=plan_run) as planned:
         way = best_of(found, Sizes(1000, 1, 8), MEASURED)
         backend_of(way, Sizes(1000, 1, 8), MEASURED)
-    assert {call.args[1] for call in planned.call_args_list} == {LONG}
+    assert {call.args[1] for call in planned.call_args_list} == {heuristics.LONG_CALL}
 
 
 @pytest.mark.slow

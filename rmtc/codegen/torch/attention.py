@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from rmtc import heuristics
 from rmtc.codegen.torch.buffers import fresh
 from rmtc.ops.linears import seconds
 
@@ -19,8 +20,6 @@ logger = logging.getLogger(__name__)
 
 _CELLS, _MOST = 8, 1 << 14
 """Cells that are measured; scores of a head up to which on: they are held in memory."""
-_GAIN = 0.87
-"""The part of the usual way's time that this one's has to be under."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, causal: bool) -> Tensor:
@@ -150,4 +149,4 @@ def _measured(
         "attention of %d heads, %d by %d, %d threads: as products %.0f us, as one operation %.0f us",
         *(_CELLS * batch * heads, queries, keys, threads, 1e6 * products, 1e6 * whole),
     )
-    return products < _GAIN * whole
+    return products < heuristics.ATTENTION_MARGIN * whole

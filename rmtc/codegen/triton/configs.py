@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from rmtc import heuristics
 from rmtc.codegen.triton.targets import TARGETS, Target
 from rmtc.errors import BackendError
 from rmtc.ir.kernel import Attend, Kernel
 from rmtc.ir.limits import loads
 from rmtc.ir.terms import Call, Piecewise, within
-from rmtc.passes.bodies.fusion_groups import ROW
 
 __all__ = ["FILE", "Bucket", "Config", "ConfigError", "bucket_of", "config_of", "configs_text", "is_big"]
 
@@ -25,9 +25,6 @@ FILE = "RMTC_KERNEL_CONFIGS"
 _TARGETS = ("interpreter", *TARGETS)
 _KINDS = ("product", "heavy product", "persistent product", "attention", "rows")
 _DTYPES = ("bfloat16", "bool", "float16", "float32", "float64", "int32", "int64")
-_MOST = 8192
-_HEAVY = 8
-"""A factor of so many operations needs registers of its own."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def is_big(kernel: Kernel | Attend) -> bool:
         return False
     accumulators = [each for stage in kernel.stages for each in stage.accumulators]
     m, n, depth = kernel.m.size.value, kernel.n.size.value, max((s.over.size.value for s in kernel.stages), default=0)
-    return bool(accumulators) and m >= 128 and n >= 256 and depth >= 128 and _weight(kernel) < _HEAVY
+    return bool(accumulators) and m >= 128 and n >= 256 and depth >= 128 and _weight(kernel) < heuristics.HEAVY_PRODUCT
 
 
 def bucket_of(kernel: Kernel | Attend, target: Target | None = None, big: bool = False) -> Bucket:
@@ -90,7 +87,7 @@ def bucket_of(kernel: Kernel | Attend, target: Target | None = None, big: bool =
     else:
         depth = max((stage.over.size.value for stage in kernel.stages), default=1)
         products = max((len(stage.accumulators) for stage in kernel.stages), default=0)
-        heavy = products and _weight(kernel) >= _HEAVY
+        heavy = products and _weight(kernel) >= heuristics.HEAVY_PRODUCT
         kind = "rows" if not products else "persistent product" if big else "heavy product" if heavy else "product"
     m, n, k = (_power(size, 1, 1 << 62) for size in (kernel.m.size.value, kernel.n.size.value, depth))
     name = target.name if target is not None else "interpreter"
@@ -157,8 +154,14 @@ def _read(text: str) -> Mapping[Bucket, Config]:
         if not all(type(size) is int and size > 0 and size & (size - 1) == 0 for size in sizes.values()):
             raise ValueError(f"row {number}: m, n, k, sizes of tiles and warps are powers of two")
         counts = {type(row["stages"]), type(bucket.products)} == {int} and bucket.products >= 0
-        if max(blocks, default=0) > _MOST or row["warps"] > 32 or not counts or not 1 <= row["stages"] <= 16:
-            raise ValueError(f"row {number}: tiles have up to {_MOST}, there are up to 32 warps and 1 to 16 stages")
+        if (
+            max(blocks, default=0) > heuristics.TILE_ELEMENTS
+            or row["warps"] > 32
+            or not counts
+            or not 1 <= row["stages"] <= 16
+        ):
+            most = heuristics.TILE_ELEMENTS
+            raise ValueError(f"row {number}: tiles have up to {most}, there are up to 32 warps and 1 to 16 stages")
         if bucket in found:
             raise ValueError(f"row {number} is of the same kernels as a row before it")
         found[bucket] = Config(row["blocks"], row["warps"], row["stages"])
@@ -183,14 +186,14 @@ def _by_rule(kernel: Kernel | Attend, target: Target | None, big: bool) -> Confi
         blocks = {"BLOCK_M": 128, "BLOCK_N": 64 if several > 1 or wide > 2 else 128, "BLOCK_K": 64 if wide <= 2 else 32}
         return Config(blocks, warps=8, stages=2 if amd else 3)
     if several:
-        heavy = _weight(kernel) >= _HEAVY
+        heavy = _weight(kernel) >= heuristics.HEAVY_PRODUCT
         columns = 128 if wide <= 2 and several < 2 and not heavy else 64
         depth = 64 if wide <= 2 and not heavy else 32
         sizes = _power(m, 16, 32 if heavy else 64), _power(n, 16, columns), _power(deepest, 16, depth)
         return Config(dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), sizes, strict=True)))
     # A row is summed up once, so a tile has whole rows.
-    columns = _power(n, 1, ROW if kernel.stages else 256)
-    depth = _power(deepest, 1, ROW)
+    columns = _power(n, 1, heuristics.KERNEL_ROW if kernel.stages else 256)
+    depth = _power(deepest, 1, heuristics.KERNEL_ROW)
     rows = _power(m, 1, max(1, 2048 // max(columns, depth)))
     return Config({"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth}, warps=8 if columns * rows >= 4096 else 4)
 

@@ -22,6 +22,7 @@ from typing import TypeAlias
 
 import torch
 
+from rmtc import heuristics
 from rmtc.ir.array import Array, Attention, Nest, Outside, Pointwise, Stored, View, base_of
 from rmtc.ir.index import Variable
 from rmtc.ir.kernel import Attend, Kernel, Multiply, build, build_attention, loads, multiplied
@@ -29,7 +30,6 @@ from rmtc.ir.program import Op
 from rmtc.ir.terms import Accumulated, Call, IllegalError, Load, Statistic, free_variables
 
 __all__ = [
-    "ROW",
     "Computed",
     "Groups",
     "Machine",
@@ -41,8 +41,6 @@ __all__ = [
     "work",
 ]
 
-ROW = 8192
-"""Columns of a tile of what sums up rows, and multiplies nothing."""
 
 Computed: TypeAlias = Kernel | Attend | Multiply
 Group: TypeAlias = Computed | Outside
@@ -326,7 +324,9 @@ def work(kernel: Computed, machine: Machine) -> tuple[float, float, float]:
     if isinstance(kernel, Multiply):
         return work(kernel.kernel, machine)
     m, n = kernel.m.size.value, kernel.n.size.value
-    columns = machine.tile if isinstance(kernel, Attend) or _products(kernel) or not kernel.stages else ROW
+    columns = (
+        machine.tile if isinstance(kernel, Attend) or _products(kernel) or not kernel.stages else heuristics.KERNEL_ROW
+    )
     tiles = {kernel.m: math.ceil(m / machine.tile), kernel.n: math.ceil(n / columns)}
     outer = {kernel.z, kernel.m} if isinstance(kernel, Attend) else {kernel.z, kernel.m, kernel.n}
     variables = free_variables()

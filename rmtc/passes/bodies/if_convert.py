@@ -8,14 +8,13 @@ from dataclasses import replace
 from difflib import SequenceMatcher
 from typing import Any
 
+from rmtc import heuristics
 from rmtc.ir.program import Op, map_leaves
 from rmtc.ir.segment_loop import Fit, Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, WavefrontProgram, Weight, choose
 from rmtc.passes.registry import register
 
 __all__ = ["if_convert"]
-
-_ALIKE = 0.5  # bodies are merged if they share at least this part of the larger one's operations
 
 
 @register("if-convert", "cells of the first segment in one group with the others")
@@ -56,7 +55,7 @@ def _merge(program: WavefrontProgram, first: Body, steady: Body) -> Body | None:
     keys = [[_key(body, body.ops[number], length) for number in body.ops] for body in (first, steady)]
     matcher: SequenceMatcher[Any] = SequenceMatcher(None, keys[0], keys[1], autojunk=False)
     shared = sum(block.size for block in matcher.get_matching_blocks())
-    if shared < _ALIKE * max(map(len, keys)):
+    if shared < heuristics.BODIES_ALIKE * max(map(len, keys)):
         return None
     merger = _Merger(first, steady)
     for tag, i1, i2, j1, j2 in matcher.get_opcodes():

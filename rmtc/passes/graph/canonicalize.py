@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from rmtc import heuristics
 from rmtc.errors import RefusedError
 from rmtc.ir.program import SPLITS, VIEWS
 from rmtc.passes.graph.remove_regions import draws
@@ -285,7 +286,7 @@ def _split_overlaps(graph: fx.Graph) -> None:
         cuts = sorted({bound for part in parts for bound in part})
         pieces = {part: bisect_left(cuts, part[1]) - bisect_left(cuts, part[0]) for part in parts}
         turns = sum(1 for _ in itertools.groupby(interval for _, interval in written))  # x[a:b] += y writes twice
-        if _shared(parts) and max(pieces.values()) <= _FEW and turns >= 2 * len(parts):
+        if _shared(parts) and max(pieces.values()) <= heuristics.HISTORY_PARTS and turns >= 2 * len(parts):
             bounds[key] = cuts
     for node in list(graph.nodes) if bounds else ():
         if node.target is aten.slice.Tensor:
@@ -708,10 +709,6 @@ def _stack(graph: fx.Graph, node: fx.Node) -> None:
         node.replace_all_uses_with(whole)
 
 
-_FEW = 4
-"""Of a history that keeps so many parts, each reader reads the parts: it waits for those alone."""
-
-
 def _joined_with(graph: fx.Graph, length: int) -> set[Any]:
     """The lines of the user's code that put a part of some length to what is no longer."""
     found: set[Any] = set()
@@ -741,7 +738,7 @@ def _short_histories(graph: fx.Graph) -> set[Any]:
             part[place] = max(part.get(place, 0), min(sizes, default=0))
             if any(_source(piece).meta.get("location") == place for piece in pieces):
                 again.add(place)
-    return {place for place in again if whole[place] <= _FEW * part[place]}
+    return {place for place in again if whole[place] <= heuristics.HISTORY_PARTS * part[place]}
 
 
 def _source(node: fx.Node) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rmtc import heuristics
 from rmtc.ir.explanation import OperationsView, Recurrence
 from rmtc.ir.folded import FoldedGraph
 from rmtc.ir.formula import at
@@ -10,9 +11,6 @@ from rmtc.passes.schedule.longest_chain import lasting_chain, longest_chain
 from rmtc.passes.schedule.retime import Retimed
 
 __all__ = ["operations_view"]
-
-_COUNTED = 2_000_000
-"""Up to so many operations of a call, about two seconds of work, its longest chain is looked for."""
 
 
 def operations_view(graph: FoldedGraph, found: Retimed, segments: int) -> OperationsView | None:
@@ -39,7 +37,7 @@ def operations_view(graph: FoldedGraph, found: Retimed, segments: int) -> Operat
     steps, operations = times.makespan(graph, segments), graph.operations_in(segments)
     lasting = lasting_chain(graph, times.order)
     bound = at(lasting.steps, segments, graph.layers) if lasting and segments >= lasting.since else 0
-    if bound < steps and operations <= _COUNTED:  # no chain is longer than the number of steps
+    if bound < steps and operations <= heuristics.OPERATIONS_COUNTED:  # no chain is longer than the number of steps
         bound = longest_chain(graph, times.order, segments).steps
     return OperationsView(
         times.a,

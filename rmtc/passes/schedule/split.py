@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from rmtc import heuristics
 from rmtc.ir.folded import FoldedGraph
 from rmtc.ir.program import Op, leaves
 from rmtc.ir.segment_loop import Layout, Row, SegmentLoop
@@ -19,9 +20,6 @@ from rmtc.passes.fold.streams import Family
 from rmtc.passes.schedule.fission import fission
 
 __all__ = ["Division", "division", "split_layers"]
-
-_MOST = 8
-"""Of more parts than these a step runs so little that the diagonal of whole cells is better."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def division(loop: SegmentLoop, graph: FoldedGraph) -> Division | None:
         spans = [each.layers[layer] for each in loop.layouts]
         here = {of[i] for of, (begin, end) in zip(part, spans, strict=True) for i in range(begin, end)}
         present.append(tuple(sorted(here)) or (0,))
-    if not 1 < max(map(len, present)) <= _MOST:
+    if not 1 < max(map(len, present)) <= heuristics.LAYER_PARTS:
         return None
     counts = [Counter(steady[i] for i in range(*span)) for span in layout.layers]
     sizes = tuple(tuple(count[n] for n in each) for count, each in zip(counts, present, strict=True))
@@ -161,7 +159,7 @@ def _steady_parts(loop: SegmentLoop, free: set[int]) -> dict[int, int] | None:
                         least += 1
                     elif leaf.back and i in free:
                         least += 2
-                    if least >= 2 * _MOST:
+                    if least >= 2 * heuristics.LAYER_PARTS:
                         return None
                     if least > part[i]:
                         part[i], changed = least, True

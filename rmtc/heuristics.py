@@ -1,0 +1,181 @@
+"""The heuristic limits of rmtc in one place, each with the measurement or the reason behind it.
+
+Nothing here decides what a call computes: limits decide what is tried, what is kept, and which of several right ways
+runs. Limits of texts that are read from outside are in :mod:`rmtc.ir.limits`.
+"""
+
+from __future__ import annotations
+
+# Which way to run a call is chosen (runtime/choice.py)
+
+CHOICE_SETTLED = 6
+"""Number of calls of one size after which the first other way has been tried."""
+
+CHOICE_NEAR = 2.0
+"""A way is tried if it is expected to take at most this factor of the time of the way that runs."""
+
+CHOICE_SHARE = 0.1
+"""Share of the time of all calls that tries may cost, beside the budget of a capture."""
+
+CHOICE_CLEARLY = 0.95
+"""Another way replaces the one that runs if it takes less than this share of its time."""
+
+CHOICE_HOPELESS = 3.0
+"""A try ends early if one call takes more than this factor of the time of the way that runs."""
+
+CHOICE_AGAIN = 4
+"""The number of calls before the next try of another way grows by this factor from try to try."""
+
+CHOICE_RECENT = 3
+"""The time of a way is the fastest of its last calls, this many."""
+
+CHOICE_FAILURES = 3
+"""A way that failed this many times is not tried again."""
+
+CHOICE_IDLE = 24
+"""A try is put off if none of this many calls could be timed, as where threads overlap."""
+
+CHOICE_OF_CAPTURE = 4
+"""A trace of a first other length takes about one part in this many of the time of the capture."""
+
+CHOICE_SIZES_KEPT = 1024
+"""Number of sizes per size class whose calls are counted."""
+
+SCHEDULE_MARGIN = 0.9
+"""A schedule runs if its estimate is below this share of the estimate of the code as written."""
+
+INDUCTOR_MARGIN = 0.75
+"""Inductor runs if its estimate is below this share of the estimate of torch, for it compiles first."""
+
+INDUCTOR_CALLS = 40
+"""Cost of a call of a body that Inductor compiled, in operations of a body that it did not compile."""
+
+SIZE_CLASSES_KEPT = 64
+"""Number of size classes of calls whose times are kept."""
+
+INDUCTOR_SECONDS = 20.0
+"""Seconds that Inductor takes to compile the bodies of a loop, roughly."""
+
+REFUSALS_KEPT = 16
+"""Number of refused calls per specialization whose reasons are kept."""
+
+# Constants of the cost model are measured (runtime/measure.py, turns.py)
+
+COST_SCATTERED = 1.25
+"""The largest scatter of a measurement that is trusted. On an idle machine it is below 1.1."""
+
+COST_OFF = 1.5
+"""Kept constants are measured anew if a short measurement differs from one of them by this factor."""
+
+COST_WARM_RUNS = 3
+"""Number of runs before those that are measured."""
+
+TURNS_MOST_SPREAD = 1.5
+"""Limit on the time of a way's slowest turn, in times of its fastest.
+
+Turns differ by a quarter on a machine that does little else. A second process on the same cores doubles some of them.
+"""
+
+TURNS_FEWEST = 3
+"""Least number of turns that show a spread."""
+
+TURNS_NOISE = 1.05
+"""Limit on how many times as fast as its floor a way may seem that cannot be faster.
+
+Operands that a run has just computed lie in a cache. Those of the same products alone may not.
+"""
+
+# A call is tried again, or looked at again (runtime/compiled.py)
+
+FAILED_RUNS = 3
+"""A run that failed for some sizes is tried this many times in all."""
+
+FAILED_CAPTURES = 2
+"""A capture that an error inside rmtc ended is tried this many times in all."""
+
+SHORT_CALLS_PER_LOOK = 8
+"""One of this many short calls that run as written looks whether the model has changed."""
+
+DECISION_ROUNDS = 8
+"""Number of times that a decision is made anew because another thread changed the model meanwhile."""
+
+SINGLE_SEGMENT_PROBES = 32
+"""Number of argument structures that may turn out to be of one segment before no more are probed."""
+
+PLANS_KEPT = 64
+"""Number of different calls whose plans are kept."""
+
+KERNELS_KEPT = 512
+"""Number of emitted bodies that are kept, each for one size."""
+
+# A call is captured (capture/, analysis.py)
+
+PROBE_USES = 3
+"""A short probing run ends when each tensor used so far was used this many times: some segments have passed."""
+
+PROBE_OPERATIONS = 40_000
+"""Every probing run ends after this many operations."""
+
+PROBE_FACTORS = (2, 8, 64, 1024)
+"""A call of less than two segments is probed at these multiples of its length."""
+
+REPLAY_MANY = 4
+"""A replay this many times as long as a short one is worth two more short ones."""
+
+SHORT_RUN = 3
+"""Number of segments of the shorter run that is folded."""
+
+MEMORY_AGES = (2, 3)
+"""Ages in segments of the values that longer runs are for. They are traced where shorter ones do not repeat."""
+
+PROBE_BATCHES = (2, 5)
+"""Batch sizes of the two folded runs, in no ratio to the numbers of segments. Code may treat a batch of 1 apart."""
+
+WHOLE_TRACE = 20_000
+"""Most operations of a call that is traced whole because a replay cannot decide."""
+
+# A loop is found and divided (passes/)
+
+HISTORY_PARTS = 4
+"""Most parts of a history that is read part by part, so that a reader waits for its own parts alone."""
+
+LAYER_PARTS = 8
+"""Most parts of a layer. With more, a step runs so little that the diagonal of whole cells is faster."""
+
+OPERATIONS_COUNTED = 2_000_000
+"""Most operations of a call whose longest chain is searched, about two seconds of work."""
+
+LONG_CALL = 64
+"""Number of segments at which schedules are compared, if a call has more: the ratios stay the same."""
+
+BLOCKS_ASSUMED = 8
+"""Number of blocks assumed before shapes are known."""
+
+FISSION_SHARE = 0.75
+"""A loop whose whole cells run in sequence is divided if less than this share of operations stays in sequence."""
+
+# Bodies and kernels are made (passes/bodies/, ops/, codegen/)
+
+BODIES_ALIKE = 0.5
+"""Two bodies are merged if they share at least this share of the operations of the larger one."""
+
+KERNEL_ROW = 8192
+"""Columns per tile of a kernel that sums over rows and multiplies nothing."""
+
+LINEARS_LEAST = 1 << 18
+"""Least number of multiplications per cell for which the kernel is compiled and measured."""
+
+LINEARS_CACHED = 1 << 20
+"""Most bytes of x per cell: all of it is read for each tile of columns."""
+
+LINEARS_MARGIN = 0.95
+"""The kernel runs if it takes less than this share of the time of the batched product."""
+
+ATTENTION_MARGIN = 0.87
+"""Attention as two products runs if it takes less than this share of the time of torch's kernel."""
+
+TILE_ELEMENTS = 8192
+"""Most elements per side of a tile that a file of configurations may ask for."""
+
+HEAVY_PRODUCT = 8
+"""Least number of operations of a factor that needs registers of its own."""
