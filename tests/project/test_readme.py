@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from zoo import NO_LOOP, ZOO, rows
 
 import rmtc
+from rmtc.analysis import passes
 from rmtc.cli import app
 from rmtc.cli.options import Kind
 from rmtc.compiler import _OPTIONS
@@ -169,3 +170,22 @@ def test_commands_are_all_described() -> None:
 if __name__ == "__main__":
     before, start, after = MODELS.read_text().partition(START)
     MODELS.write_text(before + start + table() + "\n" + after.partition("\n\n")[2])
+
+
+def test_the_worked_example_prints_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text().split("## One model through all stages")[1].split("\n## ")[0]
+    code, *_ = re.findall(r"```python\n(.*?)```", page, re.S)
+    (tmp_path / "toy.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RMTC_COST_MODEL", str(ROOT / "tests/support/costs/measured.json"))
+    named = [name for name in re.findall(r"`([a-z-]+)`", page) if name in passes()]
+    commands = [["dump", "toy.py:build", "--after", name] for name in dict.fromkeys(named)] + [
+        ["schedule", "toy.py:build"]
+    ]
+    printed = "\n".join(CliRunner().invoke(app, command).stdout for command in commands)
+    lines = {" ".join(line.split()) for line in printed.splitlines()}
+    said = [line for block in re.findall(r"```text\n(.*?)```", page, re.S) for line in block.splitlines() if line]
+    assert len(said) > 30 and len(named) >= 6
+    for line in said:
+        words = re.escape(" ".join(line.split())).replace(r"\.\.\.", ".*")
+        assert any(re.fullmatch(words, each) for each in lines), f"no command prints: {line}"
