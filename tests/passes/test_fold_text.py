@@ -1,0 +1,94 @@
+"""Programs as text in, loops and dependences as text out: folding alone, without a model or a trace."""
+
+from __future__ import annotations
+
+from textwrap import dedent
+
+import pytest
+
+from rmtc.errors import CaptureError, RefusedError
+from rmtc.ir.program import Program
+from rmtc.ir.segment_loop import SegmentLoop
+from rmtc.passes.pipeline import reroll
+
+SOURCES = """\
+parameter layers.0.w: float64[4, 4]
+parameter layers.1.w: float64[4, 4]
+input text: float64[{batch}, {length}, 4]
+"""
+SEGMENT = """\
+%{0} = slice.Tensor(text, 1, {start}, {end})
+%{1} = linear({x}, layers.0.w)
+%{2} = add.Tensor(%{1}, {first})
+%{3} = linear(%{2}, layers.1.w)
+%{4} = add.Tensor(%{3}, {second})
+"""
+
+
+def run(segments: int, batch: int, tail: int, *, top_down: bool = False, odd: int | None = None) -> Program:
+    """Segments of two layers: each adds what it gave for the segment before.
+
+    Args:
+        segments, batch, tail: the sizes.
+        top_down: whether layer 0 reads what the last layer gave.
+        odd: a segment in which layer 1 adds nothing.
+    """
+    length = 4 * (segments - 1) + tail
+    text = SOURCES.format(batch=batch, length=length) + "%0 = new_zeros(text, [4])\n"
+    for s in range(segments):
+        numbers = [5 * s + i for i in range(1, 6)]
+        first, second = (f"%{5 * s - 2}", f"%{5 * s}") if s else ("%0", "%0")
+        text += SEGMENT.format(
+            *numbers,
+            start=4 * s,
+            end=min(4 * s + 4, length),
+            x=f"%{numbers[0]}",
+            first=second if top_down else first,
+            second="%0" if s == odd else second,
+        )
+    return Program.parse(f"{text}return output = %{5 * segments}\n")
+
+
+def folded(**kind: bool | int) -> SegmentLoop:
+    runs = [(run(3, 2, 4, **kind), 3, 2, 4), (run(4, 5, 2, **kind), 4, 5, 2)]  # type: ignore[arg-type]
+    return reroll(runs, frozenset({"text"}), frozenset(), 4)[0]
+
+
+def test_runs_of_three_and_four_segments_are_one_loop() -> None:
+    loop = folded()
+    assert str(loop) == dedent("""\
+        before the loop:
+               %0 = new_zeros(text, [4])
+        segment 0:
+           pro %0 = slice.Tensor(text, 1, 4*s, 4*s + T)
+            l0 %1 = linear(%0, layers.0.w)
+            l0 %2 = add.Tensor(%1, before.%0)
+            l1 %3 = linear(%2, layers.1.w)
+            l1 %4 = add.Tensor(%3, before.%0)
+        segment 1:
+           pro %0 = slice.Tensor(text, 1, 4*s, 4*s + T)
+            l0 %1 = linear(%0, layers.0.w)
+            l0 %2 = add.Tensor(%1, s-1.%2)
+            l1 %3 = linear(%2, layers.1.w)
+            l1 %4 = add.Tensor(%3, s-1.%4)
+        segment s >= 2:
+           pro %0 = slice.Tensor(text, 1, 4*s, 4*s + T)
+            l0 %1 = linear(%0, layers.0.w)
+            l0 %2 = add.Tensor(%1, s-1.%2)
+            l1 %3 = linear(%2, layers.1.w)
+            l1 %4 = add.Tensor(%3, s-1.%4)
+        after the loop:
+        return output = s[-1].%4""")
+    assert {each.distance for each in loop.dependences} == {(0, 1), (1, 0)}
+
+
+def test_a_memory_that_goes_back_down_is_read_where_it_is_added() -> None:
+    """Layer 0 needs the text alone: the sum with what the last layer left is filed in layer 1."""
+    loop = folded(top_down=True)
+    assert [str(each) for each in loop.dependences] == ["(0, 1) linear", "(1, 0) add.Tensor"]
+    assert "    l1 %2 = add.Tensor(%1, s-1.%4)" in str(loop).splitlines()
+
+
+def test_a_segment_that_runs_something_else_is_refused() -> None:
+    with pytest.raises((CaptureError, RefusedError), match=r"add.Tensor does not follow a pattern"):
+        folded(odd=2)
