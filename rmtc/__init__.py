@@ -62,8 +62,6 @@ def __getattr__(name: str) -> Any:
             value = "0+unknown"
     elif name in _HOMES:
         value = getattr(import_module(f"rmtc.{_HOMES[name]}"), name)
-        if _HOMES[name].startswith("ir."):
-            import_module("rmtc.show")  # registers how data prints
     else:
         raise AttributeError(f"module 'rmtc' has no attribute {name!r}")
     globals()[name] = value

@@ -180,7 +180,7 @@ class Analysis:
         run = self.run(sizes)
         try:
             _refuse_drift([*self.probes, run], self.capture.plan.segment_length)
-            check_against(self.proven, run.program, *sizes)
+            check_against.function(self.proven, run.program, *sizes)
         except VerifyError as error:
             raise RefusedError(
                 f"a call of {sizes.segments} segments, batch {sizes.batch}, the last of {sizes.tail} positions, does "

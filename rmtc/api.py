@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-import rmtc.show  # noqa: F401 - how an explanation prints
 from rmtc.analysis import Analysis, analyze, passes
 from rmtc.capture.own_modes import own_modes
 from rmtc.codegen.triton.targets import TARGETS, Target

@@ -6,7 +6,6 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import rmtc.show  # noqa: F401 - how an explanation prints
 from rmtc.ir.cells import Dependence
 from rmtc.ir.explanation import Certificate, Explanation
 from rmtc.ir.folded import Edge, FoldedGraph, Vertex

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import operator
 import os
 import random
 import sys
@@ -20,18 +21,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from rmtc.capture.ambient import Ambient
 from rmtc.capture.arguments import Arguments, argument_names, container_attributes, show
 from rmtc.capture.fakes import Fakes
+from rmtc.capture.frames import is_of_models
 from rmtc.capture.kinds import is_closed, is_plain
 from rmtc.capture.objects import named_leaves
 from rmtc.capture.snapshot import Snapshot
 from rmtc.capture.state import Code, Slot, replace_tensors, uncached, unmoved, unseen, user_code, walk
 from rmtc.capture.translation import UNWATCHED, refuse_unknown, refused_unseen, strides_refused, translate
 from rmtc.capture.untold import stands_in
-from rmtc.capture.user_code import names_of, tells_identity
+from rmtc.capture.user_code import named_globals, names_of, tells_identity
 from rmtc.errors import CaptureError, RmtcError, raised_by_signal
 from rmtc.quiet import quiet_fakes
 from rmtc.restoring import restored
@@ -40,6 +43,8 @@ __all__ = ["Lifted", "Session"]
 
 
 logger = logging.getLogger(__name__)
+
+_IDENTITY = (id, hash, operator.is_, operator.is_not)
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ class Session:
         self._stand_ins: list[torch.Tensor] | None = None
         self._requiring: list[tuple[torch.Tensor, bool]] = []  # installed tensors, and whether they required gradients
         self.lost: str | None = None  # what the code was seen to do and no program does
+        self.hashed = False  # whether the code was seen to hash a tensor, as a key of a dict or in a set
         self.drawn = False  # whether the code drew random numbers in Python
         self.ran: set[CodeType] | None = None  # the code that calls ran, if it has to be known
         self.writes = False  # whether the code was seen to write to a tensor
@@ -170,8 +176,13 @@ class Session:
 
     @property
     def tells_identity(self) -> bool:
-        """Tell whether the user's code compares objects by identity."""
-        return any(tells_identity(function.__code__) for function in self.code.functions)
+        """Tell whether the user's code compares objects by identity, or has hashed a fake tensor."""
+        functions = self.code.functions
+        if self.hashed or any(tells_identity(function.__code__) for function in functions):
+            return True
+        held = [slot.value for slot in self.snapshot.slots]  # by another name, too
+        held += [value for function in functions for _, _, value in named_globals(function)]
+        return any(value is each for value in held for each in _IDENTITY)
 
     @property
     def fake_tensors(self) -> list[torch.Tensor]:
@@ -333,6 +344,22 @@ class Session:
         if len(ran) > known and (hidden := self._unseen()) is not None:
             raise refused_unseen(hidden)
 
+    @contextlib.contextmanager
+    def _hashes_noted(self) -> Iterator[None]:
+        """Note whether a model's code hashes a fake tensor, which is by identity."""
+
+        def hashed(tensor: FakeTensor) -> int:
+            self.hashed |= is_of_models(sys._getframe(1))
+            return id(tensor)
+
+        def put_back() -> None:
+            if "__hash__" in vars(FakeTensor):
+                del FakeTensor.__hash__
+
+        with restored(put_back):
+            FakeTensor.__hash__ = hashed  # type: ignore[method-assign, assignment]
+            yield
+
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the user's code under fake tensors.
 
@@ -345,7 +372,7 @@ class Session:
         try:
             with flags, quiet_fakes():  # an error is raised, so torch need not log it
                 drawn, environment, ambient = self.snapshot.random_state(), dict(os.environ), Ambient()
-                with self._watched():
+                with self._watched(), self._hashes_noted():
                     result = self._call_user(args, kwargs)
                 self._note_drawn(drawn)
                 self.lost = self.snapshot.lost() or self.lost

@@ -125,7 +125,7 @@ def tells_identity(code: types.CodeType) -> bool:
     for step in dis.get_instructions(code):
         if step.opname == "IS_OP" and before != "LOAD_CONST":
             return True
-        if step.opname.startswith("LOAD_") and step.argval in ("id", "is_", "is_not"):  # also operator.is_
+        if step.opname.startswith("LOAD_") and step.argval in ("id", "hash", "is_", "is_not"):  # also operator.is_
             return True
         before = step.opname
     return any(isinstance(constant, types.CodeType) and tells_identity(constant) for constant in code.co_consts)

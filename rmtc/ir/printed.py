@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,5 +24,14 @@ def prints(kind: type) -> Callable[[_Printer], _Printer]:
 
 
 def printed(value: object) -> str:
-    """Print a value with the printer of its class, or as its fields if :mod:`rmtc.show` was never imported."""
-    return _PRINTERS.get(type(value), repr)(value)
+    """Print a value with the printer of its class, or of the nearest class that it derives from.
+
+    The printers are loaded by name if there is none yet, for a value may come from a pickle.
+    """
+    for load in (False, True):
+        if load:
+            importlib.import_module("rmtc.show")
+        printer = next((_PRINTERS[kind] for kind in type(value).__mro__ if kind in _PRINTERS), None)
+        if printer is not None:
+            return printer(value)
+    return repr(value)

@@ -334,10 +334,11 @@ class _Reader:
         return tuple(found)
 
     def item(self) -> Any:
-        name = next((name for name in self.names if self.text.startswith(name, self.at)), None)
-        if name is not None and not self.text[self.at + len(name) :].startswith("="):
-            self.at += len(name)
-            return Src(name)
+        for name in self.names:
+            end = self.at + len(name)
+            if self.text.startswith(name, self.at) and self.text[end : end + 1] in ("", ",", "]"):
+                self.at = end
+                return Src(name)
         if self.text.startswith("[", self.at):
             self.at += 1
             return self.items("]")
@@ -354,7 +355,12 @@ class _Reader:
         if atom["keyword"]:
             return atom["keyword"], self.item()
         found = getattr(torch, atom["word"].removeprefix("torch."), None)
-        return found if isinstance(found, _NAMED) else torch.device(atom["word"])
+        if isinstance(found, _NAMED):
+            return found
+        try:
+            return torch.device(atom["word"])
+        except RuntimeError as error:
+            raise ValueError(f"{atom['word']!r} is no argument") from error
 
 
 _NAMED = (torch.dtype, torch.layout, torch.memory_format)

@@ -396,7 +396,9 @@ class SegmentLoop:
                     check(f"{part} %{number}", leaf, row, number)
         for name, operand in self.outputs.items():
             check(str(name), operand, -2, len(self.after))
-        for layout, kind in zip(self.layouts, kinds, strict=bool(self.layouts)):
+        if self.layouts and len(self.layouts) != len(kinds):
+            raise VerifyError(f"{len(self.layouts)} layouts of {len(kinds)} rows")
+        for layout, kind in zip(self.layouts, kinds, strict=False):
             ranges = [layout.prologue, *layout.layers, layout.epilogue]
             ends = [0, *(end for _, end in ranges)]
             if [begin for begin, _ in ranges] != ends[:-1] or ends[-1] != len(kind):

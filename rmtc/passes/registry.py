@@ -9,6 +9,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, runtime_checkable
 
+from rmtc.errors import VerifyError
+
 __all__ = ["PASSES", "Pass", "Watch", "enter", "ran", "register", "watched", "watching"]
 
 _P = ParamSpec("_P")
@@ -85,10 +87,13 @@ def ran(name: str, result: _R, text: Callable[[_R], str] = str) -> None:
     """Verify the result of a pass if ``RMTC_DEBUG=1``, and show it to a watcher.
 
     Raises:
-        VerifyError: if the result breaks a rule of its class, which is an error of rmtc's.
+        AssertionError: if the result breaks a rule of its class. No stage takes that for a refusal of the model.
     """
     if os.environ.get("RMTC_DEBUG") == "1" and isinstance(result, _Verifiable):
-        result.verify()
+        try:
+            result.verify()
+        except VerifyError as error:
+            raise AssertionError(f"after the pass {name}: {error.reason}") from error
     watch = _watch.get()
     if watch is not None:
         watch(name, text(result))

@@ -181,17 +181,18 @@ class Executor:
         devices = {tensor.device.type for tensor in values.values()}
         while True:
             plan = self.plan(segments, batch, tail)
+            gradients = torch.is_grad_enabled()
             try:
                 with torch.no_grad(), _autocast_off(devices):
                     self.weights.refresh()
-                    outputs = self._walked(plan, values, segments, batch, tail)
+                    outputs = self._walked(plan, values, segments, batch, tail, gradients)
                 break
             except _Unmergeable as error:
                 self._separate(error.body)
         return outputs, Run(plan.steps, sum(plan.widths.values()), dict(plan.widths))
 
     def _walked(
-        self, plan: Plan, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
+        self, plan: Plan, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int, gradients: bool
     ) -> dict[str, Any]:
         """The results of a plan, in memory that stays if it is free, and all is known that is run."""
         key = segments, batch, tail
@@ -202,7 +203,7 @@ class Executor:
                     standing = self._standing = Standing(self.weights)
                     forget = weakref.WeakMethod(self.forget)
                     self.weights.forget = lambda: (known := forget()) and known()
-                walk = _Walk(self, values, segments, batch, tail)
+                walk = _Walk(self, values, segments, batch, tail, gradients)
                 walk.steps = standing.steps(key, plan, walk, check_steps)
                 return walk.outputs(plan)
             except Moved as error:
@@ -211,7 +212,7 @@ class Executor:
                 self._unfit = {*list(self._unfit)[-heuristics.PLANS_KEPT :], key}
             finally:
                 self._stands.release()
-        return _Walk(self, values, segments, batch, tail).outputs(plan)
+        return _Walk(self, values, segments, batch, tail, gradients).outputs(plan)
 
     @functools.cached_property
     def _draws(self) -> bool:
@@ -266,9 +267,18 @@ class _Walk:
     """One run."""
 
     def __init__(
-        self, executor: Executor, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
+        self,
+        executor: Executor,
+        values: Mapping[str, torch.Tensor],
+        segments: int,
+        batch: int,
+        tail: int,
+        gradients: bool = False,
     ) -> None:
         self.executor, self.values = executor, values
+        self.gradients = (
+            gradients  # whether the caller has them on: its views are made so, or it could not write to them
+        )
         self.loop = executor.program.loop
         total = (segments - 1) * self.loop.segment_length + tail
         self.ends = Environment(segments, segments, batch, tail, total)
@@ -305,7 +315,8 @@ class _Walk:
                     self.pieces[key].put(key.segment, value if index < 0 else value[index])
                     continue
                 if self._is_view(key):
-                    self.kept[key] = self._view(key)
+                    with torch.set_grad_enabled(self.gradients):
+                        self.kept[key] = self._view(key)
                     continue
                 # A view keeps the group alive: of a block of prologues or epilogues all cells are kept.
                 whole = index < 0 or (launch.body.stage != "layer" and value.stride(0) != 0)
@@ -317,7 +328,8 @@ class _Walk:
                 del self.copied[copied]
             for done in launch.done:
                 del made[done]
-        after = self._outside(self.loop.after_of(self.ends.S), "after")
+        with torch.set_grad_enabled(self.gradients):
+            after = self._outside(self.loop.after_of(self.ends.S), "after")
         found: dict[str, Any] = {}
         given: dict[int, Any] = {}  # as what each tensor is given: one that is computed once may be several results
         copies: dict[Any, torch.Tensor] = {}  # by what is given: one result under two names is one tensor

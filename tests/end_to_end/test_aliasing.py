@@ -312,9 +312,9 @@ class Given(Stack):
         self.part = part
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        memories, outputs = [torch.zeros(2, SEGMENT, compare.WIDTH).double() for _ in self.layers], []
-        for piece in x.split(SEGMENT, 1):
-            first = piece
+        memories, outputs = [torch.zeros(2, compare.SEGMENT, compare.WIDTH).double() for _ in self.layers], []
+        for start in range(0, x.shape[1], compare.SEGMENT):
+            first = piece = x[:, start : start + compare.SEGMENT]
             for number, layer in enumerate(self.layers):
                 given = piece
                 piece = torch.tanh(layer(piece) + memories[number].mean(1, keepdim=True))
@@ -329,9 +329,22 @@ class Given(Stack):
 def test_a_part_of_an_argument_is_the_callers_memory_and_asked_for_gradients(part: bool, asked: bool) -> None:
     """As in eager: a view that is made without gradients requires them if its base does."""
     twins = compare.Twins(lambda: Given(part), schedule="shortest")
-    x = compare.text(5, 2, SEGMENT).requires_grad_(asked)
+    x = compare.text(5, 2, compare.SEGMENT).requires_grad_(asked)
     (_, found), (_, wanted) = twins.fast(x), twins.eager(x)
     assert torch.equal(found, wanted) and found.requires_grad is wanted.requires_grad is asked
     places = {each.untyped_storage().data_ptr() for each in (found, wanted, x)}
     assert len(places) == 1
+    assert rmtc.stats(twins.fast).runs == 1 and not rmtc.stats(twins.fast).fallbacks
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["all of it", "a part"])
+def test_a_part_of_an_argument_may_be_written_to_with_gradients_on(part: bool) -> None:
+    twins = compare.Twins(lambda: Given(part).requires_grad_(False), schedule="shortest")
+    factor = torch.full((1,), 2.0, dtype=torch.float64, requires_grad=True)
+    for call in (twins.fast, twins.eager):
+        x = compare.text(5, 2, compare.SEGMENT)
+        expected, (_, found) = x.clone(), call(x)
+        found.mul_(factor)
+        assert found.requires_grad and torch.equal(x[:, : 4 * compare.SEGMENT], expected[:, : 4 * compare.SEGMENT])
+        assert torch.equal(x[:, -1].detach(), 2 * expected[:, -1])
     assert rmtc.stats(twins.fast).runs == 1 and not rmtc.stats(twins.fast).fallbacks

@@ -863,7 +863,29 @@ def by_keyword(one: Any, other: Any) -> bool:
     return one is other
 
 
-@pytest.mark.parametrize("same", [by_operator, by_id, by_keyword], ids=lambda each: each.__name__)
+def by_hash(one: Any, other: Any) -> bool:
+    return hash(one) == hash(other)
+
+
+def by_set(one: Any, other: Any) -> bool:
+    return one in {other}
+
+
+def by_dict(one: Any, other: Any) -> bool:
+    return {other: True}.get(one, False)
+
+
+alike = operator.is_
+
+
+def by_another_name(one: Any, other: Any) -> bool:
+    return alike(one, other)
+
+
+SAME = (by_operator, by_id, by_keyword, by_hash, by_set, by_dict, by_another_name, operator.is_)
+
+
+@pytest.mark.parametrize("same", SAME, ids=lambda each: each.__name__)
 @torch.no_grad()
 def test_code_that_asks_what_is_what_is_answered_anew(same: Callable[[Any, Any], bool]) -> None:
     model = Asks(same).double()
@@ -875,3 +897,33 @@ def test_code_that_asks_what_is_what_is_answered_anew(same: Callable[[Any, Any],
         for known in (x.clone(), x, x.clone()):
             model.known = twin.known = known
             torch.testing.assert_close(model(x), twin(x))
+
+
+class Later(Stack):
+    """The first segment's memory is of another size than the later ones', and is read by the second segment after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.later = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.Parameter(torch.randn(1, 2, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen, pieces = [x.new_zeros(len(x), 1, WIDTH)] * 2, []
+        for number, piece in enumerate(x.split(SEGMENT, dim=1)):
+            for at, layer in enumerate(self.layers):
+                if at == 0:
+                    made = layer(piece)
+                    piece = made + seen[-2].mean(1, keepdim=True)
+                    before = self.first if number == 0 else self.later
+                    seen.append(torch.cat([before.expand(len(x), -1, -1), made], 1))
+                else:
+                    piece = torch.tanh(layer(piece))
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def test_a_first_segment_may_leave_a_memory_of_another_size() -> None:
+    twins = Twins(Later, schedule="shortest")
+    for segments, batch, tail in ((7, 2, SEGMENT), (9, 3, SEGMENT)):
+        twins.call(text(segments, batch, tail))
+    stats = rmtc.stats(twins.fast)
+    assert stats.runs == 2 and not stats.fallbacks

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -159,7 +161,7 @@ def test_a_pass_is_verified_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = Program([Op(aten.neg.default, (Val(0),))], {}, {})
     monkeypatch.setattr("rmtc.passes.registry.PASSES", {})
     make = register("make", "makes a program", lambda program: f"{len(program.ops)} operations")(lambda: broken)
-    with pytest.raises(VerifyError):
+    with pytest.raises(AssertionError, match="after the pass make: %0 reads %0"):
         make()
     monkeypatch.setenv("RMTC_DEBUG", "0")
     seen: list[tuple[str, str]] = []
@@ -168,3 +170,21 @@ def test_a_pass_is_verified_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
         ran("other", 1)
     make()
     assert seen == [("make", "1 operations"), ("other", "1")]
+
+
+def test_a_name_that_begins_another_word_is_read_as_itself() -> None:
+    for name in ("d", "f", "T", "no", "t"):
+        text = f"input {name}: float32[2]\n%0: float32[2] = sum.dim_IntList({name}, [0], True, dtype=float32)  # None\n"
+        assert str(Program.parse(f"{text}return output = %0")) == f"{text}return output = %0"
+    with pytest.raises(ValueError, match="no argument"):
+        Program.parse("input x: float32[2]\n%0 = neg(nothing)\n")
+
+
+def test_data_prints_in_full_wherever_it_comes_from() -> None:
+    code = (
+        "from rmtc.ir.schedule import Schedule\n"
+        "class Own(Schedule): pass\n"
+        "for kind in (Schedule, Own): print(kind(1, 1, 2, 3))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("Schedule of 3 segments (S) through 2 layers (L)") == 2

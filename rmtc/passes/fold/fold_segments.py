@@ -83,7 +83,10 @@ def _fold(short: DividedRun, long: DividedRun, sources: dict[str, Source], stead
     outputs = fold_results(short, long, len(rows))
     loop = _with_known_results(SegmentLoop(before, tuple(rows), steady, after, outputs, sources, short.segment_length))
     while len(loop.rows) > _LEAST and _alike(loop.rows[-1], steady):
-        loop = _without_last_row(loop)
+        shorter = _without_last_row(loop)
+        if _missing(shorter) is not None and _missing(loop) is None:
+            break
+        loop = shorter
     _refuse_missing(loop)
     return loop
 
@@ -91,24 +94,33 @@ def _fold(short: DividedRun, long: DividedRun, sources: dict[str, Source], stead
 _LEAST = 2
 
 
-def _refuse_missing(loop: SegmentLoop) -> None:
-    """What later segments read of earlier ones, each of those makes.
+def _missing(loop: SegmentLoop) -> tuple[Op, Row] | None:
+    """What later segments read of earlier ones and not each of those makes, with its reader.
 
     In short runs nothing reads the memory of any but the first segments, which may be all that make it then: later ones
-    lack it, or have something else of another form in its place.
+    lack it, or have something of another form in its place. A first segment's memory may be of another size, too: what
+    reads it is no later segment then.
     """
     rows = [*loop.rows, loop.steady]
     for op in loop.steady:
         for leaf in leaves(op.args):
             if isinstance(leaf, Row) and leaf.back:
                 read = [row[leaf.number : leaf.number + 1] for row in rows[max(0, len(loop.rows) - leaf.back) :]]
-                forms = {made.form for (made,) in read if made.form is not None} if all(read) else set()
-                if not all(read) or len(forms) > 1:
-                    raise RefusedError(
-                        f"{target_name(op.target)} reads what segment s-{leaf.back} makes, and later segments do not",
-                        location=op.location,
-                        remedy="every segment after the first must leave what later ones read",
-                    )
+                if not all(read) or len({made.form for (made,) in read} - {None}) > 1:
+                    return op, leaf
+    return None
+
+
+def _refuse_missing(loop: SegmentLoop) -> None:
+    """What later segments read of earlier ones, each of those makes, in one form."""
+    missing = _missing(loop)
+    if missing is not None:
+        op, leaf = missing
+        raise RefusedError(
+            f"{target_name(op.target)} reads what segment s-{leaf.back} makes, and later segments do not",
+            location=op.location,
+            remedy="every segment after the first must leave what later ones read",
+        )
 
 
 def _with_known_results(loop: SegmentLoop) -> SegmentLoop:
