@@ -48,7 +48,11 @@ _ORDER = (
 
 def passes() -> dict[str, str]:
     """Return the summary of each registered pass by its name, in the order in which they run."""
-    return {name: PASSES[name][0] for name in sorted(PASSES, key=_ORDER.index)}
+    if unplaced := sorted(PASSES.keys() ^ set(_ORDER)):
+        raise LookupError(
+            f"{', '.join(unplaced)}: registered and imported, or in _ORDER of rmtc/analysis.py, but not both"
+        )
+    return {name: PASSES[name][0] for name in _ORDER}
 
 
 @dataclass

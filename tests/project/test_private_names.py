@@ -38,7 +38,7 @@ BREAKS: dict[str, tuple[str, ...]] = {
         "torch._C._get_default_device",
         "torch._C._set_throw_on_mutable_data_ptr",
         "torch._C._set_warn_deprecated_on_mutable_data_ptr",
-        "torch._subclasses.fake_tensor.FakeTensor",
+        "torch._subclasses.fake_tensor.FakeTensor.__hash__",
         "torch._subclasses.fake_tensor.FakeTensorMode.lift_fns",
         "torch.utils._python_dispatch._disable_current_modes",
     ),
