@@ -445,6 +445,7 @@ class Compiled:
         return self._name_cache[count]
 
     def _decide(self, arguments: Arguments) -> _Decision:
+        """Decide whether a call runs with a schedule, or as written and why: the first reason that holds."""
         given = dict(arguments.named())
         if given.get("past_key_values") is not None or _generating(self.function):
             return _Eager(quiet=_CACHE)

@@ -152,11 +152,15 @@ def chart(schedule: Schedule, segments: int) -> Chart:
     together = 1 / min((each.height for each in boxes), default=1)
     grid = _Scale(24, min(_PLOT / steps, _STEP), min(_ROWS / len(columns), _ROW * min(together, 4)))
     height = grid.row * len(columns)
+    drawn = list(_cells(schedule, segments, boxes, grid))
+    words = "Layers upwards, steps to the right"
+    words += ", each number a segment" * any('class="number' in line for line in drawn)
+    words += "; stripes run at once" * (together > 1)
     lines = [
         text("axis soft end", LEFT - 6, 14, "part" if schedule.parts else "layer"),
-        text("head", LEFT, 14, f"Layers upwards, steps to the right{'; stripes run at once' * (together > 1)}"),
+        text("head", LEFT, 14, words),
         f'<path class="panel" d="{box(LEFT, grid.top, steps * grid.unit, height)}"/>',
-        *_cells(schedule, segments, boxes, grid),
+        *drawn,
         *_axes(schedule, columns, steps, grid),
     ]
     strip = _Scale(grid.top + height + 54 + _STRIP, grid.unit, -_STRIP / max(*widths, 1))

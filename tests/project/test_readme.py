@@ -50,7 +50,9 @@ def table() -> str:
 
 def test_the_table_has_the_rows_of_the_zoo() -> None:
     assert len(own_rows()) == 10
-    assert START + table() + "\n" in MODELS.read_text(), "run python tests/project/test_readme.py"
+    assert START + table() + "\n" in MODELS.read_text(), (
+        "run PYTHONPATH=tests/support python tests/project/test_readme.py"
+    )
 
 
 @pytest.mark.slow
