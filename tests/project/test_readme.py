@@ -191,3 +191,13 @@ def test_the_worked_example_prints_what_the_page_says(tmp_path: Path, monkeypatc
     for line in said:
         words = re.escape(" ".join(line.split())).replace(r"\.\.\.", ".*")
         assert any(re.fullmatch(words, each) for each in lines), f"no command prints: {line}"
+
+
+@pytest.mark.parametrize("page", ["architecture.md", "decisions.md", "glossary.md", "performance.md"])
+def test_files_and_names_that_a_page_gives_are_there(page: str) -> None:
+    text = (DOCS / page).read_text()
+    files = {file.name for folder in ("rmtc", "tests", "benchmarks") for file in (ROOT / folder).rglob("*.*")}
+    code = "\n".join(file.read_text() for file in (ROOT / "rmtc").rglob("*.py"))
+    assert {name for name in re.findall(r"`(?:\w+/)*(\w+\.(?:py|cpp))`", text) if name != "toy.py"} <= files
+    names = re.findall(r"`(_[a-z]\w+|_?[A-Z][A-Z_]{3,})`", text)
+    assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
