@@ -200,6 +200,17 @@ class Program:
                 raise ValueError(f"{line!r} is no line of a program")
         return program
 
+    def needed(self) -> set[int]:
+        """Return the numbers of the operations that a result needs."""
+        found: set[int] = set()
+        work = [leaf.number for leaf in leaves(tuple(self.outputs.values())) if isinstance(leaf, Val)]
+        while work:
+            number = work.pop()
+            if number not in found:
+                found.add(number)
+                work += [leaf.number for leaf in leaves(self.ops[number].args) if isinstance(leaf, Val)]
+        return found
+
     def verify(self) -> None:
         """Check that each operand is a source, or the result of an earlier operation.
 

@@ -123,6 +123,8 @@ def reroll(
             "no parameter is used once a segment, so the segments cannot be told apart",
             remedy="is this a loop over segments? pass layers=... to name the list of layers",
         )
+    if not anchors[0].keys() & runs[0][0].needed():
+        raise _unneeded()
     try:
         return _rerolled(runs, found, anchors, family, growing, lists, segment_length)
     except (CaptureError, RefusedError):
@@ -155,6 +157,13 @@ def _rerolled(
     loop = fold_segments(divided[0], divided[1], runs[0][0].sources, _steady_from(runs[0][1]), growing)
     loop = generalize_rows(fold_layers(replace(loop, growing=growing), family))
     return find_dependences(loop, family), family
+
+
+def _unneeded() -> RefusedError:
+    return RefusedError(
+        "no result of the call needs what its segments compute",
+        remedy="return something that they compute, or leave it in the model",
+    )
 
 
 def _steady_from(segments: int) -> int:
@@ -301,6 +310,8 @@ def check_against(proven: Proven, program: Program, segments: int, batch: int, t
     at, carried = places(loop, keys, segments, schedule), loop.carried(keys, segments)
     checked = check(program, claimed, at, carried, loop.layers)
     shapes = {keys[image]: program.ops[node] for node, image in checked.counterpart.items()}
+    if not any(0 <= key.segment < segments for key in shapes):  # then nothing of the loop was checked
+        raise _unneeded()
     full = segments if tail == loop.segment_length else segments - 1
     for key, op in shapes.items():
         later = shapes.get(Key(key.segment + 1, key.number))

@@ -215,11 +215,13 @@ class Silent(Stack):
             self.segment(piece, memories)
 
 
-def test_a_call_none_of_whose_values_is_read() -> None:
+def test_a_call_none_of_whose_values_is_read_is_refused() -> None:
+    """Nothing of such a loop is checked, so nothing of it may run."""
     twins = Twins(Silent, schedule="shortest")
     for segments, batch, tail in ((4, 2, 2), (7, 1, SEGMENT)):
-        twins.call(text(segments, batch, tail))
-    assert rmtc.stats(twins.fast).runs == 2
+        with pytest.raises(rmtc.RefusedError, match="no result of the call needs what its segments compute"):
+            twins.fast(text(segments, batch, tail))
+    assert rmtc.stats(twins.fast).runs == 0
 
 
 TEXT = text(4, 2)
@@ -808,37 +810,6 @@ def test_a_first_segment_whose_layers_end_elsewhere_is_divided_by_itself() -> No
     assert stats.runs == 2 and not stats.fallbacks
 
 
-class Unread(nn.Module):
-    """A call that returns and leaves nothing: what later segments leave for the second one after them is not needed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
-        self.outer = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
-
-    def forward(self, x: Tensor) -> None:
-        states = [(x.new_zeros(len(x), 2, WIDTH), x.new_zeros(len(x), 2, WIDTH)) for _ in self.inner]
-        for piece in x.split(SEGMENT, dim=1):
-            for number, (inner, outer) in enumerate(zip(self.inner, self.outer, strict=True)):
-                before = states[number][1]
-                piece = piece + before.mean(1, keepdim=True)
-                piece = piece + 1.0 * outer(torch.tanh(inner(piece)))
-                piece = nn.functional.layer_norm(piece, (WIDTH,))
-                made = torch.cat([torch.tanh(piece.mean(1, keepdim=True)), before.roll(1, 1)[:, 1:]], 1)
-                states[number] = made, states[number][0]
-                if number == 0:
-                    seen = torch.ones(piece.shape[1], piece.shape[1], dtype=piece.dtype).tril()
-                piece = piece + 0.1 * seen @ piece
-
-
-def test_later_segments_leave_what_is_read_in_the_form_in_which_it_is_read() -> None:
-    twins = Twins(Unread, schedule="shortest")
-    for segments, batch, tail in ((5, 3, SEGMENT), (6, 2, SEGMENT)):
-        twins.call(text(segments, batch, tail))
-    stats = rmtc.stats(twins.fast)
-    assert stats.runs == 2 and not stats.fallbacks
-
-
 class Asks(Stack):
     """The code asks whether the argument is the tensor that an attribute holds."""
 
@@ -927,3 +898,21 @@ def test_a_first_segment_may_leave_a_memory_of_another_size() -> None:
         twins.call(text(segments, batch, tail))
     stats = rmtc.stats(twins.fast)
     assert stats.runs == 2 and not stats.fallbacks
+
+
+class OfItsBatch(Stack):
+    """A batch of one runs other operations than the batches that are folded, and no result tells."""
+
+    def forward(self, x: Tensor) -> None:
+        memories = zeros(len(x))
+        for piece in x.split(SEGMENT, dim=1):
+            piece = piece[:, None].expand(-1, 2, -1, -1).mean(1).squeeze(0) if len(piece) > 1 else piece
+            piece = piece + 0.1 * (piece @ piece.transpose(1, 2)) @ piece
+            self.segment(piece, memories)
+
+
+def test_a_loop_of_which_nothing_is_checked_is_not_run() -> None:
+    fast = rmtc.compile(OfItsBatch().double(), schedule="shortest")
+    with torch.no_grad(), pytest.warns(rmtc.FallbackWarning, match="no result of the call needs"):
+        fast(text(5, 1, SEGMENT))
+    assert rmtc.stats(fast).runs == 0

@@ -177,6 +177,14 @@ def special_last_segment(layers: Layers, text: Tensor) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
+def nothing_returned(layers: Layers, text: Tensor) -> None:
+    memories = [text.new_zeros(len(text), 4) for _ in layers]
+    for piece in text.split(5, dim=1):
+        for number, layer in enumerate(layers):
+            piece = torch.tanh(layer(piece) + memories[number][:, None])
+            memories[number] = piece.mean(1)
+
+
 def results_without_pattern(layers: Layers, text: Tensor) -> dict[str, Tensor]:
     memories, found = [text.new_zeros(len(text), 4) for _ in layers], {}
     for s, piece in enumerate(text.split(5, dim=1)):
@@ -330,6 +338,14 @@ REFUSALS = (
         "torch.cat(pieces",
         "by one value of each segment",
         "Do it after the loop: take what the last segment made, and normalise that.",
+    ),
+    Refusal(
+        "Segments that nothing needs",
+        nothing_returned,
+        "",
+        "no result of the call needs what its segments compute",
+        "Return what the last segment made, or leave it in an attribute of the model. Of a loop that no result needs "
+        "nothing can be checked.",
     ),
     Refusal(
         "Results whose number or names follow no pattern",

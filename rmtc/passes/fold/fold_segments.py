@@ -114,13 +114,23 @@ def _missing(loop: SegmentLoop) -> tuple[Op, Row] | None:
 def _refuse_missing(loop: SegmentLoop) -> None:
     """What later segments read of earlier ones, each of those makes, in one form."""
     missing = _missing(loop)
-    if missing is not None:
-        op, leaf = missing
+    if missing is None:
+        return
+    op, leaf = missing
+    made = [row[leaf.number] for row in (*loop.rows[-leaf.back :], loop.steady) if leaf.number < len(row)]
+    if len(made) > 1 and made[-2].target is made[-1].target and made[-2].form != made[-1].form:
+        before, last = made[-2:]
         raise RefusedError(
-            f"{target_name(op.target)} reads what segment s-{leaf.back} makes, and later segments do not",
-            location=op.location,
-            remedy="every segment after the first must leave what later ones read",
+            f"{last.label} gives {before.shape} in segment {len(loop.rows) - 1} and {last.shape} in the next: what a "
+            "segment works on grows",
+            location=last.location,
+            remedy="keep a memory of fixed size",
         )
+    raise RefusedError(
+        f"{target_name(op.target)} reads what segment s-{leaf.back} makes, and later segments do not",
+        location=op.location,
+        remedy="every segment after the first must leave what later ones read",
+    )
 
 
 def _with_known_results(loop: SegmentLoop) -> SegmentLoop:
