@@ -52,7 +52,7 @@ def passes() -> dict[str, str]:
         raise LookupError(
             f"{', '.join(unplaced)}: registered and imported, or in _ORDER of rmtc/analysis.py, but not both"
         )
-    return {name: PASSES[name][0] for name in _ORDER}
+    return {name: PASSES[name] for name in _ORDER}
 
 
 @dataclass

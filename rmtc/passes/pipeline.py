@@ -160,6 +160,7 @@ def _rerolled(
 
 
 def _unneeded() -> RefusedError:
+    """Make the refusal of a loop that no result needs."""
     return RefusedError(
         "no result of the call needs what its segments compute",
         remedy="return something that they compute, or leave it in the model",
@@ -231,11 +232,10 @@ def _fewer(columns: Sequence[tuple[int, int]], proven: Proven) -> bool:
     for a, same in itertools.groupby(columns, key=lambda each: each[0]):
         sizes = [size for _, size in same]
         # Per segment a recurrence takes a steps, or all of its columns one after another.
-        apart += (
-            min(a * max(sizes), sum(sizes)) * (heuristics.LONG_CALL - 1) + sum(sizes)
-            if a
-            else sum(sizes) * heuristics.BLOCKS_ASSUMED
-        )
+        if a:
+            apart += min(a * max(sizes), sum(sizes)) * (heuristics.LONG_CALL - 1) + sum(sizes)
+        else:
+            apart += sum(sizes) * heuristics.BLOCKS_ASSUMED
     layers = [end - begin for begin, end in proven.loop.layouts[-1].layers]
     if proven.schedule is None:
         return apart < heuristics.FISSION_SHARE * sum(layers) * heuristics.LONG_CALL
@@ -302,7 +302,8 @@ def check_against(proven: Proven, program: Program, segments: int, batch: int, t
 
     Raises:
         VerifyError: if the loop does not compute what the run does, or the schedule breaks one of its edges.
-        RefusedError: if the tensors of a segment grow from segment to segment.
+        RefusedError: if the tensors of a segment grow from segment to segment, or no result needs any segment: then
+            nothing of the loop is checked.
     """
     loop = proven.loop
     schedule = proven.schedule or Schedule(L, 1, loop.layers, segments)  # refused: the sequential order

@@ -20,8 +20,8 @@ _T = TypeVar("_T", bound=Callable[..., Any])
 Watch: TypeAlias = Callable[[str, str], None]
 """Called after each pass with its name and the printed result."""
 
-PASSES: dict[str, tuple[str, str]] = {}
-"""Of each pass its summary and the module that defines it, by its name."""
+PASSES: dict[str, str] = {}
+"""The summary of each pass, by its name."""
 
 _watch: ContextVar[Watch | None] = ContextVar("rmtc_watch", default=None)
 
@@ -60,7 +60,7 @@ def enter(name: str, summary: str) -> Callable[[_T], _T]:
     """
 
     def entered(what: _T) -> _T:
-        PASSES[name] = summary, what.__module__
+        PASSES[name] = summary
         return what
 
     return entered

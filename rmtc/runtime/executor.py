@@ -276,9 +276,7 @@ class _Walk:
         gradients: bool = False,
     ) -> None:
         self.executor, self.values = executor, values
-        self.gradients = (
-            gradients  # whether the caller has them on: its views are made so, or it could not write to them
-        )
+        self.gradients = gradients  # whether the caller has them on: it may write only to views that are made so
         self.loop = executor.program.loop
         total = (segments - 1) * self.loop.segment_length + tail
         self.ends = Environment(segments, segments, batch, tail, total)
@@ -365,8 +363,10 @@ class _Walk:
         return isinstance(whole, Row) and whole.back == 0 and self._is_view(Key(key.segment, whole.number))
 
     def _view(self, key: Key) -> Any:
-        """Take a part of an argument anew: whoever gets it shares the caller's memory, and is asked for gradients if
-        the argument is, as without rmtc."""
+        """Take a part of an argument anew.
+
+        As without rmtc, the result shares the caller's memory, and requires gradients if the argument does.
+        """
         at = (self.ends if key.segment >= self.ends.S - 1 else self.middle)._replace(s=key.segment)
 
         def operand(leaf: Any) -> Any:

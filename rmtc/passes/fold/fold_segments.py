@@ -95,11 +95,13 @@ _LEAST = 2
 
 
 def _missing(loop: SegmentLoop) -> tuple[Op, Row] | None:
-    """What later segments read of earlier ones and not each of those makes, with its reader.
+    """Find an operand of the steady row that some earlier segment does not make, or makes in another form.
 
-    In short runs nothing reads the memory of any but the first segments, which may be all that make it then: later ones
-    lack it, or have something of another form in its place. A first segment's memory may be of another size, too: what
-    reads it is no later segment then.
+    In short runs only the memory of the first segments is read, and perhaps only these make it. Later ones then lack
+    it, or have another value in its place. The memory of a first segment may also be of another size.
+
+    Returns:
+        The operation that reads it, and the operand; None if there is none.
     """
     rows = [*loop.rows, loop.steady]
     for op in loop.steady:
@@ -112,7 +114,11 @@ def _missing(loop: SegmentLoop) -> tuple[Op, Row] | None:
 
 
 def _refuse_missing(loop: SegmentLoop) -> None:
-    """What later segments read of earlier ones, each of those makes, in one form."""
+    """Refuse a loop whose steady row reads what not every earlier segment makes, in one form.
+
+    Raises:
+        RefusedError: with the operation.
+    """
     missing = _missing(loop)
     if missing is None:
         return
