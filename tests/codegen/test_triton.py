@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import rmtc
+from rmtc.affine import Affine
 from rmtc.codegen.torch.emit import emit as emit_torch
 from rmtc.codegen.triton.configs import ConfigError, bucket_of, configs_text
 from rmtc.codegen.triton.emit import TritonBody, grouped_body, made_for
@@ -37,7 +38,6 @@ from rmtc.compiler import compiled_of
 from rmtc.errors import BackendError
 from rmtc.examples import armt_gpt2, armt_llama
 from rmtc.ir.array import Array, Outside, Pointwise, Product, Stored, View
-from rmtc.ir.index import Index
 from rmtc.ir.kernel import build
 from rmtc.kernels import kernels_of
 from rmtc.passes.bodies.fusion_groups import Machine
@@ -542,7 +542,7 @@ def test_a_big_product_goes_through_its_tiles(cells: int, descriptors: bool) -> 
     """By programs that each compute several, as on a GPU with two multiprocessors; in boxes of memory, or by masks."""
     rows, depth, columns = 133, 144, 272
     x, w, y = (
-        Stored(name, tuple(map(Index.of, shape)), torch.float32, True, ())
+        Stored(name, tuple(map(Affine.of, shape)), torch.float32, True, ())
         for name, shape in (("x", (rows, depth)), ("w", (columns, depth)), ("y", (rows, columns)))
     )
     turned = View("turned", w.sizes[::-1], w.dtype, True, (), w, lambda at: at[::-1], lambda tensor: tensor.mT)

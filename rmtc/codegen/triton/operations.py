@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from rmtc.affine import Affine
 from rmtc.codegen.torch.values import NamedArguments
 from rmtc.codegen.triton.build import Arrays, inner_dtype
 from rmtc.codegen.triton.views import VIEWS, Rule, same
 from rmtc.ir.array import Array, Attention, Indices, Joined
-from rmtc.ir.index import Index
 from rmtc.ops.fused import add_linear, add_matmul, rms_normalize, roll_products, rotary
 
 __all__ = ["RULES"]
@@ -236,8 +236,8 @@ def _rotary(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     size = x.shape[-1]
     if end not in (None, size) or 2 * half != size or not x.dtype == cos.dtype == sin.dtype:
         return None
-    low = arrays.slice(x, -1, Index.of(0), Index.of(half))
-    high = arrays.slice(x, -1, Index.of(half), Index.of(half))
+    low = arrays.slice(x, -1, Affine.of(0), Affine.of(half))
+    high = arrays.slice(x, -1, Affine.of(half), Affine.of(half))
     turned = arrays.add(
         Joined(
             arrays.label,
@@ -260,7 +260,7 @@ def _roll_products(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     even = all(shift == first + n * step for n, shift in enumerate(shifts))
     if not even or step < 0 or max(shifts) > size:
         return None
-    sizes = (*x.sizes[:-1], Index.of(size * len(shifts)))
+    sizes = (*x.sizes[:-1], Affine.of(size * len(shifts)))
 
     def rolled(index: Indices) -> Indices:
         which, place = index[-1] // size, index[-1] % size
@@ -320,7 +320,7 @@ def _attention(arrays: Arrays, arguments: NamedArguments) -> Array | None:
         if mask is not None and len(mask.sizes) == 3:
             arguments.values["attn_mask"] = arrays.unsqueeze(mask, 1)
         found = _attention(arrays, arguments)
-        return found if found is None else arrays.select(found, 1, Index())
+        return found if found is None else arrays.select(found, 1, Affine())
     if len(query.sizes) != 4:
         return None
     if len({each.dtype for each in (query, key, value)}) > 1 or key.shape[1] != value.shape[1]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rmtc.affine import Affine, Atom, Quotient, Symbol, Variable
 from rmtc.codegen.triton.functions import FUNCTIONS
 from rmtc.codegen.triton.spelling import (
     Forms,
@@ -23,7 +24,6 @@ from rmtc.codegen.triton.spelling import (
 )
 from rmtc.codegen.triton.style import DESCRIBED, EACH_TILE, ONCE, ONE_TILE, TILE, TILES, KernelSource, Style
 from rmtc.ir.array import Array, base_of
-from rmtc.ir.index import Atom, Index, Quotient, Symbol, Variable
 from rmtc.ir.kernel import Attend, Kernel
 from rmtc.ir.terms import Accumulated, Call, Load, Piecewise, Statistic, Term, free_variables
 
@@ -102,7 +102,7 @@ class _Printer:
     def size(self, symbol: Symbol) -> str:
         return self.sizes.setdefault(symbol, f"size{len(self.sizes)}")
 
-    def index(self, index: Index, forms: Forms) -> str:
+    def index(self, index: Affine, forms: Forms) -> str:
         """Return an index as an expression."""
         parts = []
         for atoms, factor in index.terms:
@@ -117,13 +117,14 @@ class _Printer:
             return self.size(atom)
         if isinstance(atom, Variable):
             return forms[atom]
-        variables = Index.of(atom).variables
+        assert not isinstance(atom, str)  # sizes by name are in no kernel
+        variables = Affine.of(atom).variables
         sign = "//" if isinstance(atom, Quotient) else "%"
         of, by = (self.whole(each, forms) for each in (atom.of, atom.by))
         text = f"{of} {sign} {by}"
         return self.assign((atom, key_of(variables, forms)), "i", text, variables)
 
-    def whole(self, index: Index, forms: Forms) -> str:
+    def whole(self, index: Affine, forms: Forms) -> str:
         """Return an index as an operand, in parentheses where it needs them."""
         text = self.index(index, forms)
         single = len(index.terms) == 1 and len(index.terms[0][0]) + (index.terms[0][1] != 1) <= 1
@@ -177,7 +178,7 @@ class _Printer:
         texts = sorted(forms[variable] for variable in variables)
         return [f"{text}_ok" for text in texts if text != "z"]
 
-    def place(self, array: Array, index: Sequence[Index], forms: Forms, spread: Iterable[Variable] = ()) -> str:
+    def place(self, array: Array, index: Sequence[Affine], forms: Forms, spread: Iterable[Variable] = ()) -> str:
         """Return the address of an element as text, as a tile over all of ``spread``, too."""
         name = self.pointer(array)
         terms = [f"{text} * 0" for text in sorted(forms[variable] for variable in spread) if text != "z"]
@@ -340,8 +341,8 @@ class _Printer:
         if len(places) != 1 or len(depths) != 1 or places == depths or any(each.terms for each in others):
             return None
         place, depth = places[0], depths[0]
-        start = term.index[place] - Index.of(line)
-        if start.variables or term.index[depth] != Index.of(over) or array.sizes[depth].value != over.size.value:
+        start = term.index[place] - Affine.of(line)
+        if start.variables or term.index[depth] != Affine.of(over) or array.sizes[depth].value != over.size.value:
             return None  # a box reads zeros past the array's end, but not past a part's
         along = depth if strides[depth] == 1 else place
         across = place if along == depth else depth

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
+from rmtc.affine import Affine, Variable
 from rmtc.ir.array import Array, Pointwise, Product, Reduction, Stored, base_of
-from rmtc.ir.index import Index, Variable
 from rmtc.ir.kernel import Attend, Kernel
 from rmtc.ir.terms import Call, Load, Piecewise, Term
 
@@ -52,7 +52,7 @@ def cells_of(array: Array) -> int:
     return base.cells if isinstance(base, Stored) else 1
 
 
-def operand_of(index: Iterable[Index]) -> set[Variable]:
+def operand_of(index: Iterable[Affine]) -> set[Variable]:
     return {variable for each in index for variable in each.variables}
 
 

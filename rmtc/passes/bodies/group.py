@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from rmtc.affine import Affine
 from rmtc.ir.formula import L
 from rmtc.ir.program import Op, Src, leaves, map_leaves
 from rmtc.ir.schedule import Schedule
-from rmtc.ir.segment_loop import Every, Fit, Item, Outer, Row, SegmentLoop, Where
+from rmtc.ir.segment_loop import Every, Item, Outer, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, Shared, WavefrontProgram, Weight
 from rmtc.passes.registry import register
 
@@ -123,8 +124,8 @@ class _Shared:
                 return Shared(-1 if number is None else number)
             if isinstance(arg, Item) or (type(arg) is Src and arg.name in self._loop.growing):
                 fixed = False
-            if isinstance(arg, Fit):
-                fixed = fixed and {name for names, _ in arg.terms for name in names} <= {"B", "T"}
+            if isinstance(arg, Affine):
+                fixed = fixed and arg.atoms <= {"B", "T"}
             return arg
 
         args = map_leaves(op.args, part)
@@ -200,11 +201,11 @@ def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, 
             offsets = {leaf.number - start for leaf, start in zip(choices, starts, strict=True)}
             if len(offsets) == 1 and 0 <= min(offsets) < size:
                 return Local(offsets.pop())
-        if not isinstance(first, (Row, Outer, Src, Item, Shared, int, float, Fit)) or isinstance(first, bool):
+        if not isinstance(first, (Row, Outer, Src, Item, Shared, int, float, Affine)) or isinstance(first, bool):
             return first
         same = all(type(leaf) is type(first) and leaf == first for leaf in choices)
-        if isinstance(first, (int, float, Fit)):
-            fixed = not isinstance(first, Fit) or {n for names, _ in first.terms for n in names} <= {"B", "T"}
+        if isinstance(first, (int, float, Affine)):
+            fixed = not isinstance(first, Affine) or first.atoms <= {"B", "T"}
             return first if same and fixed else numbers.setdefault(choices, Number(len(numbers)))
         if same and isinstance(first, (Src, Outer, Shared)):
             return first

@@ -9,8 +9,9 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from rmtc import heuristics
+from rmtc.affine import Affine
 from rmtc.ir.program import Op, map_leaves
-from rmtc.ir.segment_loop import Fit, Row, SegmentLoop
+from rmtc.ir.segment_loop import Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, WavefrontProgram, Weight, choose
 from rmtc.passes.registry import register
 
@@ -80,9 +81,9 @@ def _key(body: Body, op: Op, length: int) -> Any:
             return tuple(sorted(body.weights[leaf.number].items()))
         if isinstance(leaf, Number):
             return "number"
-        if isinstance(leaf, Fit):
-            leaf = leaf.where(0, length)  # merged groups hold full segments only
-        return (type(leaf), leaf) if not isinstance(leaf, Fit) else leaf
+        if isinstance(leaf, Affine):
+            leaf = leaf.fix(s=0, T=length)  # merged groups hold full segments only
+        return (type(leaf), leaf)
 
     return op.target, map_leaves(op.args, part), op.form
 

@@ -1,16 +1,17 @@
-"""Indices: what is simplified is what it was, for all values of its variables."""
+"""Integers in symbols: what is simplified is what it was, for all values of its symbols."""
 
 from __future__ import annotations
 
 import itertools
 import random
+from fractions import Fraction
 
 import pytest
 
-from rmtc.ir.index import Index, Quotient, Remainder, Symbol, Variable
+from rmtc.affine import Affine, Quotient, Remainder, Symbol, Variable, fitted
 
 
-def value(index: Index, at: dict[Variable, int]) -> int:
+def value(index: Affine, at: dict[Variable, int]) -> int:
     """By Python's integers."""
 
     def atom(each: object) -> int:
@@ -24,9 +25,10 @@ def value(index: Index, at: dict[Variable, int]) -> int:
 
     total = 0
     for atoms, factor in index.terms:
+        product = int(factor)
         for each in atoms:
-            factor *= atom(each)
-        total += factor
+            product *= atom(each)
+        total += product
     return total
 
 
@@ -34,10 +36,10 @@ def value(index: Index, at: dict[Variable, int]) -> int:
 def test_arithmetic_is_that_of_integers(seed: int) -> None:
     draw = random.Random(seed)
     sizes = [draw.randint(1, 5) for _ in range(3)]
-    lengths = [Index.of(Symbol(size) if draw.random() < 0.5 else size) for size in sizes]
+    lengths = [Affine.of(Symbol(size) if draw.random() < 0.5 else size) for size in sizes]
     variables = [Variable(f"v{n}", length) for n, length in enumerate(lengths)]
     points = [dict(zip(variables, each, strict=True)) for each in itertools.product(*map(range, sizes))]
-    known = [(Index.of(each), [point[each] for point in points]) for each in variables]
+    known = [(Affine.of(each), [point[each] for point in points]) for each in variables]
     known += [(length, [size] * len(points)) for length, size in zip(lengths, sizes, strict=True)]
     for _ in range(12):
         (one, a), (other, b) = draw.choice(known), draw.choice(known)
@@ -57,15 +59,34 @@ def test_arithmetic_is_that_of_integers(seed: int) -> None:
 
 
 def test_what_is_put_together_comes_apart() -> None:
-    T, b, t = Index.of(Symbol(7)), Variable("b", Index.of(3)), Variable("t", Index.of(Symbol(7)))
-    flat = Index.of(b) * T + Index.of(t)
-    assert (flat // T, flat % T) == (Index.of(b), Index.of(t))
-    assert (flat * 4 + 3) // 4 == flat and (flat * 4 + 3) % 4 == Index.of(3)
-    assert flat.at({b: Index.of(2)}) == T * 2 + Index.of(t)
-    assert Index.of(t) - 3 + 3 == Index.of(t) and (Index.of(t) - 3).least == -3
+    T, b, t = Affine.of(Symbol(7)), Variable("b", Affine.of(3)), Variable("t", Affine.of(Symbol(7)))
+    flat = Affine.of(b) * T + Affine.of(t)
+    assert (flat // T, flat % T) == (Affine.of(b), Affine.of(t))
+    assert (flat * 4 + 3) // 4 == flat and (flat * 4 + 3) % 4 == Affine.of(3)
+    assert flat.at({b: Affine.of(2)}) == T * 2 + Affine.of(t)
+    assert Affine.of(t) - 3 + 3 == Affine.of(t) and (Affine.of(t) - 3).least == -3
 
 
 def test_a_size_that_depends_on_a_symbol_by_a_quotient_is_not_fixed() -> None:
-    size = Index.of(Symbol(5))
+    size = Affine.of(Symbol(5))
     assert not size.fixed and not (size // 2).fixed and not (size % 3).fixed and not (2 * (size // 2) + 1).fixed
-    assert Index.of(7).fixed
+    assert Affine.of(7).fixed
+
+
+def test_sizes_by_name_print_and_are_given_later() -> None:
+    s, T, B = (Affine.of(name) for name in "sTB")
+    assert str(s * 4 + T - 1) == "4*s + T - 1" and str(B * T + B) == "B*T + B" and str(Affine()) == "0"
+    assert (s * 4 + T - 1).number(s=2, T=3) == 10
+    assert (s * 4 + B * T).fix(s=2, T=3) == B * 3 + 8 and (s * 4 + T).fix(s=2, T=3) == 11
+    assert (s * Fraction(1, 2) + 1).factor("s") == Fraction(1, 2) and (s + 3).factor() == 3
+    assert (s - s + 2).integer == 2 and s.integer is None and Affine.of(Fraction(1, 2)).integer is None
+    with pytest.raises(ValueError, match="s has no range"):
+        _ = s // 2
+
+
+def test_a_fit_is_the_only_sum_with_whole_factors() -> None:
+    T = Affine.of("T")
+    assert fitted([("T",), ()], [(2, 1), (5, 1), (7, 1)], [5, 11, 15]) == T * 2 + 1
+    assert fitted([("T",), ()], [(2, 1), (2, 1)], [5, 5]) is None  # more than one goes through the samples
+    assert fitted([("T",)], [(2,), (4,)], [1, 2]) is None  # half of T
+    assert fitted([("T",)], [(2,), (4,)], [2, 5]) is None
