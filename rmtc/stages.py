@@ -1,28 +1,41 @@
-"""The stages of an answer, and listeners that learn which one runs."""
+"""The stages of an answer and their substages, and listeners that learn which one runs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-__all__ = ["listening", "stage", "timed"]
+__all__ = ["listening", "stage", "substage", "timed"]
 
 Listener = Callable[[str | None], None]
 
-_listeners: list[Listener] = []
+_listeners: list[tuple[Listener, bool]] = []
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Tell listeners that a stage begins, and that it has ended. Stages may be nested."""
-    for told in _listeners:
-        told(name)
+    yield from _told(name, [listener for listener, _ in _listeners])
+
+
+@contextmanager
+def substage(name: str) -> Iterator[None]:
+    """Tell listeners to substages that a part of a stage begins, and that it has ended.
+
+    Some run several times in each call of a compiled model.
+    """
+    yield from _told(name, [listener for listener, substages in _listeners if substages])
+
+
+def _told(name: str, listeners: Sequence[Listener]) -> Iterator[None]:
+    for listener in listeners:
+        listener(name)
     try:
         yield
     finally:
-        for told in _listeners:
-            told(None)
+        for listener in listeners:
+            listener(None)
 
 
 @contextmanager
@@ -37,10 +50,16 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Tell a listener the name of each stage that begins, and None where the one that began last ends."""
-    _listeners.append(listener)
+def listening(listener: Listener, substages: bool = False) -> Iterator[None]:
+    """Tell a listener the name of each stage that begins, and None where the one that began last ends.
+
+    Args:
+        listener: the listener. An error that it raises comes from the stage.
+        substages: whether it is told of substages, too.
+    """
+    told = listener, substages
+    _listeners.append(told)
     try:
         yield
     finally:
-        _listeners.remove(listener)
+        _listeners.remove(told)

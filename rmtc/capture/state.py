@@ -49,6 +49,7 @@ from rmtc.capture.user_code import (
     state_functions,
 )
 from rmtc.errors import CaptureError, RefusedError
+from rmtc.stages import substage
 
 __all__ = [
     "Code",
@@ -144,6 +145,7 @@ class Code(NamedTuple):
     classes: list[type]
 
 
+@substage("user code")
 def user_code(roots: dict[str, Any], slots: Sequence[Slot]) -> Code:
     """Find the user's code that a call may run.
 
@@ -302,6 +304,7 @@ class _Walk:
                     self.add(f"{base.__qualname__}.{key}", base, key, attribute)
 
 
+@substage("walk state")
 def walk(roots: dict[str, Any], without: Set[int] = frozenset(), ran: Set[types.CodeType] | None = None) -> list[Slot]:
     """Return every slot that is reachable from the roots, each place once.
 

@@ -30,6 +30,7 @@ from rmtc.runtime.concatenation import Concatenation, concatenations
 from rmtc.runtime.plan import Copied, Launch, Part, Piece, Plan, Whole, plan_run
 from rmtc.runtime.standing import ArenaStep, Moved, Standing
 from rmtc.runtime.weights import Weights
+from rmtc.stages import substage
 
 __all__ = ["Emission", "Executor", "Run"]
 
@@ -375,6 +376,7 @@ class _Walk:
 
         return self._call(self.loop.row(key.segment)[key.number], operand)
 
+    @substage("launch")
     def _launch(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
         program = self.executor.program
         if launch.body.name not in program.batched and (launch.short or launch.body.name in program.bodies):

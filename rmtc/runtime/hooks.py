@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._device import DeviceContext
 
 from rmtc.errors import user_level
+from rmtc.stages import substage
 
 __all__ = ["call_with_hooks", "global_hooks", "hook_tables", "hooked"]
 
@@ -22,6 +23,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _CAPTURING = "transformers.utils.output_capturing"  # hooks that do nothing unless the model's own code asks
 
 
+@substage("hooks")
 def hooked(modules: Sequence[nn.Module], tables: Sequence[Mapping[int, Any]]) -> str | None:
     """Return the reason why a call must run as written because something watches or transforms it, or None.
 

@@ -15,6 +15,7 @@ from rmtc.ir.program import Op, Src, leaves
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Environment, Every, Item, Key, Row, Where
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
+from rmtc.stages import substage
 
 __all__ = ["Copied", "Launch", "Part", "Plan", "Whole", "plan_run"]
 
@@ -133,6 +134,7 @@ def _of_segment(op: Op) -> bool:
     return False
 
 
+@substage("plan")
 def plan_run(program: WavefrontProgram, segments: int, batch: int, tail: int) -> Plan:
     """Lay out a run.
 

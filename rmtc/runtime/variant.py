@@ -47,6 +47,7 @@ from rmtc.runtime.measure import clock, cost_model, pinned
 from rmtc.runtime.stats import Decision
 from rmtc.runtime.triton import launches_on
 from rmtc.runtime.weights import Weights
+from rmtc.stages import substage
 
 __all__ = ["ConflictError", "Pick", "Ready", "Variant"]
 
@@ -182,6 +183,7 @@ class Variant:
         """What runs it."""
         return self.main.runner
 
+    @substage("makespan")
     def makespan(self, segments: int, made: Made) -> int:
         """Number of steps of the proven schedule; of a layer's parts with all segments at once, one.
 
@@ -492,6 +494,7 @@ class Variant:
                 return f"it was captured for {name} = {fixed[name]}, and this call has {value}"
         return self.state.differs(arguments) or sizes
 
+    @substage("contents of places")
     def entry(self, batch: int) -> tuple[Any, ...]:
         """What the places that a call writes hold now, as far as its Python can see without reading numbers.
 
@@ -771,6 +774,7 @@ class _Results(dict[Any, Any]):
         return self._other(name)
 
 
+@substage("results")
 def _apart(outputs: Mapping[str, Any], written: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
     """The results, none of which changes when a tensor is written to."""
     storages = {tensor.untyped_storage()._cdata for tensor in written.values()}

@@ -30,6 +30,7 @@ from rmtc.ir.segment_loop import Environment, Outer
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, choose
 from rmtc.ops import linears
 from rmtc.ops.fused import BOUND
+from rmtc.stages import substage
 
 __all__ = ["Emitter", "emit", "logger", "select_run"]
 
@@ -368,6 +369,7 @@ def slice_run(source: torch.Tensor, dim: int, starts: Sequence[int], ends: Seque
     return torch.stack([torch.ops.aten.slice.Tensor(source, dim, start, end) for start, end in pairs])
 
 
+@substage("emit")
 def emit(
     name: str,
     ops: Mapping[int, Op],
