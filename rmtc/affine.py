@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeAlias
 
-__all__ = ["Affine", "Atom", "Quotient", "Remainder", "Symbol", "Variable", "fitted", "product_of"]
-
 
 @dataclass(frozen=True)
 class Symbol:

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-__all__ = ["listening", "stage", "substage", "timed"]
-
 Listener = Callable[[str | None], None]
 
 _listeners: list[tuple[Listener, bool]] = []

@@ -13,8 +13,6 @@ from torch.autograd import forward_ad
 from rmtc.restoring import restored
 from rmtc.stages import substage
 
-__all__ = ["Ambient", "undisturbed"]
-
 
 class _Part(NamedTuple):
     """A mode or setting of torch.

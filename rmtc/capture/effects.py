@@ -22,8 +22,6 @@ from rmtc.capture.state import Slot, paths_of
 from rmtc.errors import CaptureError
 from rmtc.stages import substage
 
-__all__ = ["Effect", "find_effects"]
-
 
 class _Gone:
     """A marker in place of the value of a key that is no longer there."""

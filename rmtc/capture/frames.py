@@ -14,8 +14,6 @@ import torch
 from rmtc.errors import Location
 from rmtc.stages import substage
 
-__all__ = ["current_location", "is_of_models", "traceback_location"]
-
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _RMTC = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _EXAMPLES = _RMTC + "examples" + os.sep

@@ -13,8 +13,6 @@ from rmtc.capture.probe import Probed, Sizes
 from rmtc.capture.session import Session
 from rmtc.stages import substage
 
-__all__ = ["ArgumentGuard", "alike"]
-
 
 class _Given(NamedTuple):
     """The metadata of an argument that is a tensor, in which a free size is -1."""

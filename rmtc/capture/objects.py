@@ -17,22 +17,6 @@ from rmtc.capture.kinds import is_plain, is_record, slot_names
 from rmtc.errors import raised_by_signal
 from rmtc.stages import substage
 
-__all__ = [
-    "Again",
-    "Built",
-    "Describer",
-    "Kept",
-    "ExistingContainer",
-    "Plain",
-    "Ref",
-    "attributes",
-    "build",
-    "can_be_made",
-    "leaves_of",
-    "named_leaves",
-    "parts_of",
-]
-
 
 class Ref(NamedTuple):
     """A reference to a result, by its name."""

@@ -20,8 +20,6 @@ import sympy
 from rmtc.capture.events import Beyond, Event, Viewed
 from rmtc.capture.probe import Sizes
 
-__all__ = ["Told", "follows", "predict", "tell"]
-
 
 class Told(NamedTuple):
     """A replay, taken apart into its integers and all the rest."""

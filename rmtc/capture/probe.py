@@ -20,9 +20,6 @@ from rmtc.capture.uses import EnoughError, ProbeRun, UseCount
 from rmtc.errors import CaptureError
 from rmtc.stages import substage
 
-__all__ = ["Probed", "Sizes", "aten", "probe"]
-
-
 logger = logging.getLogger(__name__)
 
 

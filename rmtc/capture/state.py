@@ -51,20 +51,6 @@ from rmtc.capture.user_code import (
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.stages import substage
 
-__all__ = [
-    "Code",
-    "Slot",
-    "paths_of",
-    "refuse_closed",
-    "replace_tensors",
-    "uncached",
-    "unmoved",
-    "unseen",
-    "user_code",
-    "walk",
-    "walked",
-]
-
 
 class Slot(NamedTuple):
     """A place that holds a value: ``owner[key]`` for containers, ``owner.key`` for objects and cells.

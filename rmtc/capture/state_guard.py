@@ -26,8 +26,6 @@ from rmtc.capture.state import Slot
 from rmtc.capture.user_code import names_of
 from rmtc.stages import substage
 
-__all__ = ["StateGuard"]
-
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _OTHER_KEYS = "an attribute or item was added or removed"

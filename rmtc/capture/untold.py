@@ -19,8 +19,6 @@ from rmtc.capture.frames import current_location, is_of_models
 from rmtc.errors import RefusedError
 from rmtc.stages import substage
 
-__all__ = ["UntoldError", "refuse_flags", "refuse_untold", "stands_in"]
-
 _Tensor: Any = torch.Tensor
 _OF_THE_USERS: dict[Any, str] = {
     _Tensor.grad.__get__: "grad",

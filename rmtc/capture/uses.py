@@ -14,9 +14,6 @@ from rmtc.capture.frames import current_location
 from rmtc.errors import Location
 from rmtc.stages import substage
 
-__all__ = ["EnoughError", "ProbeRun", "UseCount"]
-
-
 aten = torch.ops.aten
 
 _NEW = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default}

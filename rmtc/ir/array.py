@@ -16,21 +16,6 @@ import torch
 from rmtc.affine import Affine
 from rmtc.ir.program import Op
 
-__all__ = [
-    "Array",
-    "Attention",
-    "Indices",
-    "Joined",
-    "Nest",
-    "Outside",
-    "Pointwise",
-    "Product",
-    "Reduction",
-    "Stored",
-    "View",
-    "base_of",
-]
-
 Indices: TypeAlias = tuple[Affine, ...]
 
 

@@ -11,8 +11,6 @@ import sympy
 from rmtc.errors import Location
 from rmtc.ir.formula import Extent, L, evaluated, layer_symbol
 
-__all__ = ["Cell", "Dependence", "Group", "Phase", "Step", "distances"]
-
 
 class Cell(NamedTuple):
     """Layer ``layer`` applied to segment ``segment``."""

@@ -26,8 +26,6 @@ from rmtc.ir.terms import (
     within,
 )
 
-__all__ = ["Attend", "Kernel", "Multiply", "Output", "Stage", "build", "build_attention", "loads", "multiplied"]
-
 Free: TypeAlias = Callable[[Term], frozenset[Variable]]
 
 

@@ -15,8 +15,6 @@ from rmtc.ir.formula import Extent, L, S, evaluated
 from rmtc.ir.notation import read_schedule, time_text, write_schedule
 from rmtc.ir.printed import printed
 
-__all__ = ["Schedule"]
-
 _Row = TypeVar("_Row")
 
 

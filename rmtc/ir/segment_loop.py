@@ -11,19 +11,6 @@ from rmtc.errors import VerifyError
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.program import Op, Program, Source, Src, Val, leaves, show
 
-__all__ = [
-    "Environment",
-    "Every",
-    "Item",
-    "Key",
-    "Layout",
-    "Numbered",
-    "Outer",
-    "Row",
-    "SegmentLoop",
-    "Where",
-]
-
 
 class Environment(NamedTuple):
     """The sizes that a constant may depend on.

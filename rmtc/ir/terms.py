@@ -11,21 +11,6 @@ import torch
 from rmtc.affine import Affine, Variable, product_of
 from rmtc.ir.array import Array, Attention, Indices, Joined, Outside, Pointwise, Product, Reduction, Stored, View
 
-__all__ = [
-    "Accumulated",
-    "Call",
-    "IllegalError",
-    "Load",
-    "Piecewise",
-    "Statistic",
-    "Term",
-    "Terms",
-    "broadcast",
-    "free_variables",
-    "parts",
-    "within",
-]
-
 
 class IllegalError(Exception):
     """Arrays that no single kernel computes."""

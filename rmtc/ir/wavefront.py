@@ -14,8 +14,6 @@ from rmtc.ir.program import Op, Src, leaves, map_leaves
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Item, Outer, Row, SegmentLoop
 
-__all__ = ["Body", "Input", "Local", "Member", "Number", "Operand", "Shared", "WavefrontProgram", "Weight", "choose"]
-
 
 def choose(flags: Sequence[int] | torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Return a group with the cells of ``one`` where the flag is set, and those of ``other`` elsewhere.

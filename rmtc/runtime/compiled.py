@@ -39,8 +39,6 @@ from rmtc.runtime.variant import ConflictError, Pick, Ready, Variant
 from rmtc.runtime.weights import refuse_elsewhere
 from rmtc.stages import stage, substage
 
-__all__ = ["Compiled", "Options"]
-
 logger = logging.getLogger(__name__)
 
 

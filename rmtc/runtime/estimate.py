@@ -29,23 +29,6 @@ from rmtc.runtime.measure import cost_model
 from rmtc.runtime.plan import plan_run
 from rmtc.stages import substage
 
-__all__ = [
-    "WAYS",
-    "Way",
-    "Works",
-    "as_written",
-    "backend_of",
-    "best_of",
-    "candidates",
-    "compiled_seconds",
-    "compiles",
-    "kind_named",
-    "nothing_apart",
-    "pays",
-    "scheduled",
-    "ways",
-]
-
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 

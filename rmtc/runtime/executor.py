@@ -32,8 +32,6 @@ from rmtc.runtime.standing import ArenaStep, Moved, Standing
 from rmtc.runtime.weights import Weights
 from rmtc.stages import substage
 
-__all__ = ["Emission", "Executor", "Run"]
-
 logger = logging.getLogger(__name__)
 
 

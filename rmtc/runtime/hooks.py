@@ -17,8 +17,6 @@ from torch.utils._device import DeviceContext
 from rmtc.errors import user_level
 from rmtc.stages import substage
 
-__all__ = ["call_with_hooks", "global_hooks", "hook_tables", "hooked"]
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CAPTURING = "transformers.utils.output_capturing"  # hooks that do nothing unless the model's own code asks
 

@@ -17,8 +17,6 @@ from rmtc.ir.segment_loop import Environment, Every, Item, Key, Row, Where
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 from rmtc.stages import substage
 
-__all__ = ["Copied", "Launch", "Part", "Plan", "Whole", "plan_run"]
-
 _ROWS, _LEAST = 512, 2
 """Cells of one layer run at once until they have so many positions, but so many cells at least: by then their products
 are as fast as larger ones."""

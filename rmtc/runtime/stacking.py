@@ -23,21 +23,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = [
-    "memories",
-    "moving",
-    "DLPACK",
-    "LAYOUT",
-    "LayerStack",
-    "StackMemory",
-    "StackPart",
-    "copied_layout",
-    "lying",
-    "multiplies",
-    "names_in",
-    "together",
-]
-
 
 class StackPart(NamedTuple):
     """Rows ``first``, ``first + step``, ... ``last`` of a stack, or a part of each of them.

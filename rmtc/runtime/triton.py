@@ -20,8 +20,6 @@ from rmtc.errors import BackendError, RefusedError, raised_by_signal
 from rmtc.ir.wavefront import Body
 from rmtc.runtime.executor import Emission, Executor, Run
 
-__all__ = ["Triton", "launches_on"]
-
 logger = logging.getLogger(__name__)
 
 _ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -49,8 +49,6 @@ from rmtc.runtime.triton import launches_on
 from rmtc.runtime.weights import Weights
 from rmtc.stages import substage
 
-__all__ = ["ConflictError", "Pick", "Ready", "Variant"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -30,9 +30,6 @@ from rmtc.runtime.stacking import (
 )
 from rmtc.stages import substage
 
-__all__ = ["Weights", "refuse_elsewhere"]
-
-
 logger = logging.getLogger(__name__)
 
 

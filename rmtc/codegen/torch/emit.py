@@ -32,9 +32,6 @@ from rmtc.ops import linears
 from rmtc.ops.fused import BOUND
 from rmtc.stages import substage
 
-__all__ = ["Emitter", "emit", "logger", "select_run"]
-
-
 logger = logging.getLogger(__name__)
 
 

@@ -18,9 +18,6 @@ from rmtc.codegen.torch.products import added_linear, added_matmul, addmm, atten
 from rmtc.codegen.torch.values import NamedArguments, Raw, Value, grouped, literal, ranked, shifted, sizes_text
 from rmtc.ops.fused import add_linear, add_matmul, rms_normalize, roll_products, rotary
 
-__all__ = ["UNGROUPED", "aten", "part", "pointwise", "repeat", "rule_for", "rules"]
-
-
 aten = torch.ops.aten
 
 

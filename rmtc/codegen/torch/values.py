@@ -18,21 +18,6 @@ from rmtc.ops.fused import BOUND, FUNCTIONS
 
 aten = torch.ops.aten
 
-__all__ = [
-    "NAMED",
-    "fast",
-    "with_out",
-    "NamedArguments",
-    "Raw",
-    "Value",
-    "function_name",
-    "grouped",
-    "literal",
-    "ranked",
-    "shifted",
-    "sizes_text",
-]
-
 
 @dataclass(frozen=True)
 class Value:

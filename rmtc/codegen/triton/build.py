@@ -12,8 +12,6 @@ from rmtc.affine import Affine, Symbol, product_of
 from rmtc.ir.array import Array, Indices, Pointwise, Product, Reduction, View
 from rmtc.ir.program import Op
 
-__all__ = ["Arrays", "Scalar", "Size", "Unlowered", "copied", "inner_dtype"]
-
 aten = torch.ops.aten
 
 Scalar: TypeAlias = int | float | bool

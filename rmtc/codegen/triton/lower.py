@@ -20,8 +20,6 @@ from rmtc.ir.program import Op, call_arguments, leaves, map_leaves
 from rmtc.ir.segment_loop import Environment
 from rmtc.ir.wavefront import Input, Local, Number, Weight, choose
 
-__all__ = ["Given", "lower"]
-
 
 class Given(NamedTuple):
     """An operand of a body.

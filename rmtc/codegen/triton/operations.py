@@ -15,8 +15,6 @@ from rmtc.codegen.triton.views import VIEWS, Rule, same
 from rmtc.ir.array import Array, Attention, Indices, Joined
 from rmtc.ops.fused import add_linear, add_matmul, rms_normalize, roll_products, rotary
 
-__all__ = ["RULES"]
-
 aten = torch.ops.aten
 
 

@@ -23,8 +23,6 @@ from rmtc.ir.array import (
 )
 from rmtc.ir.program import call_arguments, map_leaves
 
-__all__ = ["evaluate"]
-
 _Tensor = torch.Tensor
 
 _FUNCTIONS: dict[str, Callable[..., _Tensor]] = {

@@ -27,8 +27,6 @@ from rmtc.ir.array import Array, base_of
 from rmtc.ir.kernel import Attend, Kernel
 from rmtc.ir.terms import Accumulated, Call, Load, Piecewise, Statistic, Term, free_variables
 
-__all__ = ["source_of"]
-
 
 def source_of(kernel: Kernel | Attend, prefix: str, style: Style) -> KernelSource:
     """Print a kernel.

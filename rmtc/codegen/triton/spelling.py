@@ -13,21 +13,6 @@ from rmtc.ir.array import Array, Pointwise, Product, Reduction, Stored, base_of
 from rmtc.ir.kernel import Attend, Kernel
 from rmtc.ir.terms import Call, Load, Piecewise, Term
 
-__all__ = [
-    "Forms",
-    "WIDE",
-    "cells_of",
-    "covered",
-    "dtype_of",
-    "dtype_text",
-    "is_wide",
-    "key_of",
-    "name_of",
-    "number_text",
-    "operand_of",
-    "widened",
-]
-
 Forms = Mapping[Variable, str]
 """The text of each variable: a column or a row of numbers."""
 

@@ -10,9 +10,6 @@ import torch
 from rmtc.affine import Symbol
 from rmtc.ir.array import Array
 
-__all__ = ["DESCRIBED", "EACH_TILE", "KernelSource", "ONCE", "ONE_TILE", "Style", "TILE", "TILES"]
-
-
 ONE_TILE = (
     "n_tiles = tl.cdiv(n_size, BLOCK_N)",
     "m_tile, n_tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles",

@@ -12,8 +12,6 @@ from rmtc.codegen.torch.values import NamedArguments
 from rmtc.codegen.triton.build import Arrays, Size
 from rmtc.ir.array import Array, Indices, Joined
 
-__all__ = ["VIEWS", "Rule", "same"]
-
 Rule: TypeAlias = Callable[[Arrays, NamedArguments], Array | None]
 """Gives the array of an operation's result; None if no kernel computes it."""
 

@@ -29,19 +29,6 @@ from rmtc.ir.kernel import Attend, Kernel, Multiply, build, build_attention, loa
 from rmtc.ir.program import Op
 from rmtc.ir.terms import Accumulated, Call, IllegalError, Load, Statistic, free_variables
 
-__all__ = [
-    "Computed",
-    "Groups",
-    "Machine",
-    "estimate",
-    "fusion_groups",
-    "kind_of",
-    "operations_of",
-    "read_by",
-    "work",
-]
-
-
 Computed: TypeAlias = Kernel | Attend | Multiply
 Group: TypeAlias = Computed | Outside
 

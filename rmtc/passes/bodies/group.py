@@ -16,9 +16,6 @@ from rmtc.ir.segment_loop import Every, Item, Outer, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, Shared, WavefrontProgram, Weight
 from rmtc.passes.registry import register
 
-__all__ = ["group", "run_schedule"]
-
-
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 

@@ -15,8 +15,6 @@ from rmtc.ir.segment_loop import Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, WavefrontProgram, Weight, choose
 from rmtc.passes.registry import register
 
-__all__ = ["if_convert"]
-
 
 @register("if-convert", "cells of the first segment in one group with the others")
 def if_convert(program: WavefrontProgram) -> WavefrontProgram:

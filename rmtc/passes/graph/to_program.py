@@ -14,8 +14,6 @@ from rmtc.errors import CaptureError
 from rmtc.ir.program import NegativeZero, Op, Origin, Program, Source, Src, Val
 from rmtc.stages import substage
 
-__all__ = ["constant_name", "from_graph"]
-
 
 @substage("flatten")
 def from_graph(module: fx.GraphModule, outputs: tuple[str, ...], names: dict[str, str]) -> Program:

@@ -23,8 +23,6 @@ from rmtc.errors import VerifyError
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.program import Op, Program, Src, Val, show
 
-__all__ = ["Checked", "Place", "check"]
-
 
 class Place(NamedTuple):
     """The place of an operation of the unrolled loop in a schedule.

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 from rmtc.errors import VerifyError
 from rmtc.ir.program import Op, Program, Val
 
-__all__ = ["TimeSlot", "check_moments"]
-
 
 class TimeSlot(NamedTuple):
     """The time at which an operation runs.

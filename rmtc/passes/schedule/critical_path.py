@@ -13,8 +13,6 @@ from rmtc.ir.cells import Cell
 from rmtc.ir.formula import Extent, L, S
 from rmtc.passes.schedule.distances import ONE, TOP, Vector, ceiling, nonnegative_from, parse, short
 
-__all__ = ["Rounds", "Straight", "chains"]
-
 
 @dataclass(frozen=True)
 class Rounds:

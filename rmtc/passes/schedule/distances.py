@@ -12,21 +12,6 @@ from rmtc.affine import Affine
 from rmtc.ir.cells import Dependence
 from rmtc.ir.formula import Extent, L, evaluated, layer_symbol
 
-__all__ = [
-    "ONE",
-    "TOP",
-    "Vector",
-    "ceiling",
-    "names_a_stage",
-    "nonnegative_from",
-    "parse",
-    "short",
-    "text_of",
-    "value_of",
-    "vectors_of",
-]
-
-
 ONE = Affine.of(1)
 
 

@@ -16,8 +16,6 @@ from rmtc.passes.fold.dependences import maker_name, tensor_name
 from rmtc.passes.fold.streams import Family
 from rmtc.passes.registry import register
 
-__all__ = ["fold_operations"]
-
 _WITHIN = Dependence((0, 0))
 
 

@@ -58,8 +58,6 @@ from rmtc.passes.schedule.critical_path import Rounds, Straight, chains
 from rmtc.passes.schedule.distances import ONE, Vector, ceiling, nonnegative_from, text_of, value_of, vectors_of
 from rmtc.passes.schedule.phases import Strips, in_strips
 
-__all__ = ["Proof", "prove", "remedy"]
-
 _SEQUENTIAL_REMEDY = (
     "give each layer a memory of its own, which only that layer reads in the next segment, as associative recurrent "
     "memory transformers (ARMT) do: that is another model, to be trained anew. This one, whose memory goes from the "
