@@ -228,6 +228,11 @@ def product_of(sizes: Iterable[Affine]) -> Affine:
     return math.prod(sizes, start=Affine.of(1))
 
 
+def variables_of(index: Iterable[Affine]) -> set[Variable]:
+    """Return the variables of several integers."""
+    return {variable for each in index for variable in each.variables}
+
+
 def fitted(products: Sequence[_Product], samples: Sequence[Sequence[int]], values: Sequence[int]) -> Affine | None:
     """Return the sum of multiples of products that has given values.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from rmtc.affine import Affine, Variable, product_of
+from rmtc.affine import Affine, Variable, product_of, variables_of
 from rmtc.ir.array import Array, Attention, Indices, Product, Stored, base_of
 from rmtc.ir.terms import (
     Accumulated,
@@ -290,7 +290,7 @@ def _roles(
     products = False
     for each in sums:
         if isinstance(each, Statistic):
-            rows |= _variables(each.index)
+            rows |= variables_of(each.index)
             continue
         products = True
         *batch, m, n = each.index
@@ -309,10 +309,6 @@ def _roles(
         columns = set(dims) - rows - fixed
     rows |= set(dims) - columns - fixed
     return [d for d in dims if d in fixed], [d for d in dims if d in rows], [d for d in dims if d in columns]
-
-
-def _variables(index: Iterable[Affine]) -> set[Variable]:
-    return {variable for each in index for variable in each.variables}
 
 
 def _stages(roots: Sequence[Term], free: Free, outer: tuple[Variable, Variable], n: Variable) -> tuple[Stage, ...]:

@@ -175,6 +175,11 @@ class SegmentLoop:
         """Return the layout of a segment."""
         return self.layouts[min(segment, len(self.layouts) - 1)]
 
+    def rows_before(self, row: int, back: int) -> range:
+        """Return the rows that the segment ``back`` before a segment of a row may have."""
+        steady = len(self.rows)
+        return range(row - back, row - back + 1) if row < steady else range(max(0, steady - back), steady + 1)
+
     def cell(self, key: Key, segments: int) -> Cell | None:
         """Return the cell of an operation of the unrolled loop, or None outside the loop."""
         if not 0 <= key.segment < segments:

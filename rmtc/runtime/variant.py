@@ -922,22 +922,9 @@ def _describe(value: Any, batch: int, known: frozenset[int], varying: frozenset[
     if id(value) not in known and can_be_made(value):
         known |= {id(value)}  # what holds itself ends there
         return type(value), tuple((key, _describe(item, batch, known)) for key, item in attributes(value).items())
-    return _Same(value)
+    return Kept(value)
 
 
 def _order(table: dict[Any, Any]) -> tuple[Any, ...]:
     """The keys of a dictionary in their order: 1 is not True."""
     return tuple(map(type, table)), tuple(table)
-
-
-class _Same:
-    """Equal to what stands for the very same object."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rmtc.affine import Affine, Atom, Quotient, Symbol, Variable
+from rmtc.affine import Affine, Atom, Quotient, Symbol, Variable, variables_of
 from rmtc.codegen.triton.functions import FUNCTIONS
 from rmtc.codegen.triton.spelling import (
     Forms,
@@ -19,7 +19,6 @@ from rmtc.codegen.triton.spelling import (
     key_of,
     name_of,
     number_text,
-    operand_of,
     widened,
 )
 from rmtc.codegen.triton.style import DESCRIBED, EACH_TILE, ONCE, ONE_TILE, TILE, TILES, KernelSource, Style
@@ -163,7 +162,7 @@ class _Printer:
         return f"({text}).to({dtype_text(term.dtype)})"
 
     def load(self, term: Load, forms: Forms) -> str:
-        variables = {variable for each in term.index for variable in each.variables}
+        variables = variables_of(term.index)
         masks = self.masks(variables, forms)
         guarding: set[Variable] = set()
         for low, high in term.guards:
@@ -233,7 +232,7 @@ class _Printer:
         values = [self.value(output.term, forms) for output in kernel.outputs]
         for output, value in zip(kernel.outputs, values, strict=True):
             array = output.array
-            variables = {variable for each in output.index for variable in each.variables}
+            variables = variables_of(output.index)
             whole = kernel.n in variables
             spread = {kernel.m} - variables
             masks = ["m_ok", "n_ok"] if whole else [self.assign("once", "once", ONCE, ())]
@@ -303,7 +302,7 @@ class _Printer:
     def factor(self, term: Term, forms: Forms, shape: str, dtype: torch.dtype, whole: set[Variable], mask: str) -> str:
         """Return a factor of a product, which is 0 where its variable has no value."""
         text = self.tile(term, forms, shape, dtype, whole)
-        loaded = isinstance(term, Load) and {v for each in term.index for v in each.variables} >= whole
+        loaded = isinstance(term, Load) and variables_of(term.index) >= whole
         return text if loaded else f"tl.where({mask}, {text}, 0)"
 
     def dot(self, left: str, right: str, added: str | None, dtype: torch.dtype) -> str:
@@ -329,7 +328,7 @@ class _Printer:
             self.style.strides is None
             or not isinstance(term, Load)
             or term.guards
-            or self.kernel.z in operand_of(term.index)
+            or self.kernel.z in variables_of(term.index)
         ):
             return None
         array, strides = term.array, self.style.strides(term.array)

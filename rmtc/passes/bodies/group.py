@@ -151,14 +151,13 @@ def _needed(loop: SegmentLoop, shared: _Shared) -> dict[Member, set[int]]:
     def note(row: int, number: int) -> None:
         found.setdefault((row, loop.layouts[row].layer_of(number)), set()).add(number)
 
-    steady = len(loop.rows)
     for row in range(len(loop.layouts)):
         for number, op in enumerate(loop.row(row)):
             layer = loop.layouts[row].layer_of(number)
             for leaf in leaves(op.args):
                 if isinstance(leaf, Row) and (leaf.back or (row, leaf.number) not in shared.of):
                     if leaf.back or loop.layouts[row].layer_of(leaf.number) != layer:
-                        for made in _producers(row, leaf.back, steady):
+                        for made in loop.rows_before(row, leaf.back):
                             note(made, leaf.number)
     for leaf in (*(leaf for op in loop.after for leaf in leaves(op.args)), *leaves(tuple(loop.outputs.values()))):
         if isinstance(leaf, (Where, Every)):
@@ -166,11 +165,6 @@ def _needed(loop: SegmentLoop, shared: _Shared) -> dict[Member, set[int]]:
                 if number >= 0:
                     note(row, number)
     return found
-
-
-def _producers(row: int, back: int, steady: int) -> list[int]:
-    """Return the row kinds of the segment ``back`` before a segment of the given row kind."""
-    return [row - back] if row < steady else [max(0, at) for at in range(steady - back, steady + 1)]
 
 
 def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, needed: dict[Member, set[int]]) -> Body:

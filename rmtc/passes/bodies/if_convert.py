@@ -233,12 +233,10 @@ def _partners(program: WavefrontProgram, first: Body, steady: Body, merger: _Mer
 
 def _makers(loop: SegmentLoop, row: int, operand: Row) -> Sequence[tuple[Member, int]]:
     """Return the cells that make an operand of a row kind, each with the operation's number in the cell."""
-    steady = len(loop.rows)
-    rows = [row - operand.back] if row < steady else range(steady - operand.back, steady + 1)
     made: list[tuple[Member, int]] = []
-    for each in rows:
-        layout = loop.layouts[max(0, each)]
+    for each in loop.rows_before(row, operand.back):
+        layout = loop.layouts[each]
         layer = layout.layer_of(operand.number)
         if 0 <= layer < loop.layers:
-            made.append(((max(0, each), layer), operand.number - layout.layers[layer][0]))
+            made.append(((each, layer), operand.number - layout.layers[layer][0]))
     return made
