@@ -244,20 +244,37 @@ def fitted(products: Sequence[_Product], samples: Sequence[Sequence[int]], value
     Returns:
         The sum, or None if there is none with whole factors, or more than one.
     """
-    rows = [[Fraction(number) for number in (*row, value)] for row, value in zip(samples, values, strict=True)]
-    for rank in range(len(products)):
-        pivot = next((i for i in range(rank, len(rows)) if rows[i][rank]), None)
-        if pivot is None:
-            return None
-        rows[rank], rows[pivot] = rows[pivot], rows[rank]
-        lead = rows[rank] = [value / rows[rank][rank] for value in rows[rank]]
-        for i, row in enumerate(rows):
-            if i != rank and row[rank]:
-                rows[i] = [one - row[rank] * other for one, other in zip(row, lead, strict=True)]
-    factors = [row[-1] for row in rows]
-    if any(factors[len(products) :]) or any(factor.denominator != 1 for factor in factors):
+    factors = solved([(*row, value) for row, value in zip(samples, values, strict=True)])
+    if factors is None or any(factor is None or factor.denominator != 1 for factor in factors):
         return None
-    return _sum((product, int(factor)) for product, factor in zip(products, factors, strict=False))
+    return _sum((product, int(factor)) for product, factor in zip(products, factors, strict=True) if factor)
+
+
+def solved(equations: Sequence[Sequence[int]]) -> list[Fraction | None] | None:
+    """Solve linear equations, each of which says that the sum of multiples of the unknowns is its last number.
+
+    Returns:
+        The unknowns, where those that may be any number are 0, and stand as None. None if there is no solution.
+    """
+    rows = [[*map(Fraction, equation)] for equation in equations]
+    found: list[Fraction | None] = [None] * (len(rows[0]) - 1)
+    pivots: list[int] = []
+    for column in range(len(found)):
+        rank = len(pivots)
+        pivot = next((i for i in range(rank, len(rows)) if rows[i][column]), None)
+        if pivot is None:
+            continue
+        rows[rank], rows[pivot] = rows[pivot], rows[rank]
+        lead = rows[rank] = [value / rows[rank][column] for value in rows[rank]]
+        for i, row in enumerate(rows):
+            if i != rank and row[column]:
+                rows[i] = [one - row[column] * other for one, other in zip(row, lead, strict=True)]
+        pivots.append(column)
+    if any(row[-1] for row in rows[len(pivots) :]):
+        return None
+    for column, row in zip(pivots, rows, strict=False):
+        found[column] = row[-1]
+    return found
 
 
 def _sum(terms: Iterable[tuple[_Product, _Factor]]) -> Affine:

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from rmtc.affine import Affine, Quotient, Remainder, Symbol, Variable, fitted
+from rmtc.affine import Affine, Quotient, Remainder, Symbol, Variable, fitted, solved
 
 
 def value(index: Affine, at: dict[Variable, int]) -> int:
@@ -90,3 +90,9 @@ def test_a_fit_is_the_only_sum_with_whole_factors() -> None:
     assert fitted([("T",), ()], [(2, 1), (2, 1)], [5, 5]) is None  # more than one goes through the samples
     assert fitted([("T",)], [(2,), (4,)], [1, 2]) is None  # half of T
     assert fitted([("T",)], [(2,), (4,)], [2, 5]) is None
+
+
+def test_equations_have_one_solution_many_or_none() -> None:
+    assert solved([(1, 1, 3), (1, -1, 2)]) == [Fraction(5, 2), Fraction(1, 2)]
+    assert solved([(1, 2, 1, 4), (0, 0, 2, 2)]) == [3, None, 1]
+    assert solved([(1, 1, 3), (2, 2, 5)]) is None

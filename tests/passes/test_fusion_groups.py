@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from emissions import emissions
 from held import one_in
-from test_triton import emissions
 
 from rmtc.affine import Affine
 from rmtc.codegen.triton.emit import grouped_body
