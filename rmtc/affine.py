@@ -69,7 +69,7 @@ _Product: TypeAlias = tuple[Atom, ...]
 
 @dataclass(frozen=True)
 class Affine:
-    """A sum of multiples of products: ``((a, b), 2), ((), 1)`` is ``2*a*b + 1``. Each symbol is an integer.
+    """A sum of multiples of products of symbols: ``((a, b), 2), ((), 1)`` is ``2*a*b + 1``. Symbols are integers.
 
     Factors are whole, except in distances between layers.
     """
@@ -254,7 +254,7 @@ def solved(equations: Sequence[Sequence[int]]) -> list[Fraction | None] | None:
     """Solve linear equations, each of which says that the sum of multiples of the unknowns is its last number.
 
     Returns:
-        The unknowns, where those that may be any number are 0, and stand as None. None if there is no solution.
+        The unknowns, None for each that is free; the others hold if free ones are 0. None if there is no solution.
     """
     rows = [[*map(Fraction, equation)] for equation in equations]
     found: list[Fraction | None] = [None] * (len(rows[0]) - 1)

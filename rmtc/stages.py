@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 Listener = Callable[[str | None], None]
 
-_listeners: list[tuple[Listener, bool]] = []
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_listeners: list[Listener] = []
+_of_substages: list[Listener] = []
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Tell listeners that a stage begins, and that it has ended. Stages may be nested."""
-    yield from _told(name, [listener for listener, _ in _listeners])
+    with _told(name, [*_listeners]):
+        yield
 
 
-@contextmanager
-def substage(name: str) -> Iterator[None]:
-    """Tell listeners to substages that a part of a stage begins, and that it has ended.
+def substage(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Make the decorated function a part of a stage. Listeners to substages are told when it begins and has ended.
 
     Some run several times in each call of a compiled model.
     """
-    yield from _told(name, [listener for listener, substages in _listeners if substages])
+
+    def decorated(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if not _of_substages:
+                return function(*args, **kwargs)
+            with _told(name, [*_of_substages]):
+                return function(*args, **kwargs)
+
+        return called
+
+    return decorated
 
 
+@contextmanager
 def _told(name: str, listeners: Sequence[Listener]) -> Iterator[None]:
     for listener in listeners:
         listener(name)
@@ -55,9 +73,11 @@ def listening(listener: Listener, substages: bool = False) -> Iterator[None]:
         listener: the listener. An error that it raises comes from the stage.
         substages: whether it is told of substages, too.
     """
-    told = listener, substages
-    _listeners.append(told)
+    lists = [_listeners, _of_substages] if substages else [_listeners]
+    for each in lists:
+        each.append(listener)
     try:
         yield
     finally:
-        _listeners.remove(told)
+        for each in lists:
+            each.remove(listener)

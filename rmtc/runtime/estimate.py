@@ -277,11 +277,10 @@ def _way(name: str, proven: Proven, schedule: Schedule, run: Captured, max_group
         RefusedError: if the tensors of a segment grow from segment to segment.
     """
     at_once = any(a == 0 for _, a, _ in schedule.phases())
-    with substage("check a way"):
-        for block in (None, 2) if at_once else (None,):
-            checked = check_against(replace(proven, schedule=replace(schedule, block=block)), run.program, *run.sizes)
-    with substage("rewrite"):
-        program = rewrite(proven, schedule=name)
+    check = substage("check a way")(check_against)
+    for block in (None, 2) if at_once else (None,):
+        checked = check(replace(proven, schedule=replace(schedule, block=block)), run.program, *run.sizes)
+    program = substage("rewrite")(rewrite)(proven, schedule=name)
     rows, (segments, batch, tail) = len(proven.loop.rows), run.sizes
     for width in {max_group, 2} if at_once or schedule.strip > 1 else {max_group}:
         capped = replace(program, max_group=width)

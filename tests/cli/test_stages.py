@@ -55,9 +55,10 @@ def test_listeners_are_told_also_of_stages_that_fail() -> None:
 @pytest.mark.parametrize(("substages", "wanted"), [(False, ["prove", None]), (True, ["prove", "plan", None, None])])
 def test_substages_are_told_to_who_asks(substages: bool, wanted: list[str | None]) -> None:
     heard: list[str | None] = []
-    with listening(heard.append, substages), stage("prove"), substage("plan"):
-        pass
-    assert heard == wanted
+    plan = substage("plan")(lambda: 7)
+    with listening(heard.append, substages), stage("prove"):
+        assert plan() == 7
+    assert plan() == 7 and heard == wanted
 
 
 @pytest.mark.slow
