@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from rmtc.affine import Affine
-from rmtc.codegen.torch.values import NamedArguments
+from rmtc.codegen.torch.values import NamedArguments, targets
 from rmtc.codegen.triton.build import Arrays, inner_dtype
 from rmtc.codegen.triton.views import VIEWS, Rule, same
 from rmtc.ir.array import Array, Attention, Indices, Joined
@@ -391,19 +391,11 @@ _FLOAT = {
 }  # fmt: skip
 
 
-def _targets(*names: str) -> Iterator[torch._ops.OpOverload]:
-    for name in names:
-        packet, _, overload = name.partition(".")
-        target = getattr(getattr(aten, packet, None), overload or "default", None)
-        if target is not None:
-            yield target
-
-
 def _table() -> dict[Any, Rule]:
     table: dict[Any, Rule] = {}
 
     def put(rule: Rule, *names: str) -> None:
-        table.update((target, rule) for target in _targets(*names))
+        table.update((target, rule) for target in targets(*names))
 
     for name, function in _SIMPLE.items():
         put(_of(function, "self"), name)
