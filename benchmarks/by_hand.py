@@ -1,4 +1,4 @@
-"""Grouped steps written by hand for the example models: what a schedule's compiled steps are measured against.
+"""Grouped steps written by hand for the example models, as a reference for a schedule's compiled steps.
 
 ``by_hand(model)`` gives a call with the logits of ``model(input_ids)`` at inference, for texts of whole segments;
 ``floor(model, segments, batch)`` gives the matrix products of that call alone. ``by_hand(model, compile=True)`` has one
@@ -48,7 +48,7 @@ __all__ = ["BY_HAND", "COMPILED", "by_hand", "floor"]
 
 @dataclass
 class Tape:
-    """Calls on buffers that stay, in order.
+    """Calls in order, on buffers that stay from run to run.
 
     Attributes:
         inputs: the buffer that a run's embeddings are written to.
@@ -86,7 +86,7 @@ class ByHand(ABC):
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """Logits (B, N, V) of ``input_ids`` (B, N), N a multiple of the segment's length."""
+        """Return logits (B, N, V) of ``input_ids`` (B, N), N a multiple of the segment's length."""
         batch, tokens = input_ids.shape
         if tokens == 0 or tokens % self.segment:
             raise ValueError(f"{tokens} tokens are no whole number of segments of {self.segment}")
@@ -107,12 +107,12 @@ class ByHand(ABC):
 
 
 def stacked(layers: list[Any], of: Callable[[Any], Tensor]) -> Tensor:
-    """A tensor of every layer, the last layer's first."""
+    """Stack a tensor of every layer, the last layer's first."""
     return torch.stack([of(layer).detach() for layer in reversed(layers)])
 
 
 class Armt(ByHand):
-    """ARMT but for the layer inside of the memory.
+    """ARMT without the layer inside of the memory.
 
     The stacks are (L, in, out), the last layer first: at step t, segment s meets row L - 1 - t + s.
     """
@@ -137,12 +137,12 @@ class Armt(ByHand):
         self.strength_bias = stacked(layers, lambda layer: layer.strength.bias)[:, :, None]
 
     def extended(self, weight: Tensor) -> Tensor:
-        """Columns whose relu is the features' r with its last ones before it, (D, orders + 2 key_size)."""
+        """Return columns whose relu is the features' r with its last ones before it, (D, orders + 2 key_size)."""
         both = torch.cat([weight, -weight])
         return both[torch.arange(-self.orders, len(both)) % len(both)].mT
 
     def windows(self, r: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of the features for the relu of a product with :meth:`extended`, (..., orders, 2 key_size)."""
+        """Return factors of the features for the relu of a product with :meth:`extended`, (..., orders, 2 key_size)."""
         rotated = r.unfold(-1, 2 * self.key_size, 1)[..., : self.orders, :]
         return rotated, r[..., None, self.orders :]
 
@@ -219,7 +219,7 @@ class Armt(ByHand):
 
     @abstractmethod
     def buffers(self, G: int, B: int) -> tuple[Heads, list[Tensor]]:
-        """Buffers of :meth:`layer`, for groups of up to G cells along their first axis."""
+        """Make the buffers of :meth:`layer`, for groups of up to G cells along their first axis."""
 
     @abstractmethod
     def layer(self, tape: Tape, h: Tensor, at: slice, heads: Heads, buffers: list[Tensor]) -> None:
@@ -227,7 +227,7 @@ class Armt(ByHand):
 
 
 class Heads:
-    """Buffers of an attention: what it reads, with the heads before the cells, and what it gives.
+    """Buffers of an attention: its operands, with the heads before the cells, and its result.
 
     Scores are (H * G * B, keys, queries): softmax over another axis than the last runs along vectors. Weights of the
     queries are scaled before.
@@ -241,7 +241,7 @@ class Heads:
         self.mask = torch.full((tokens, tokens), -torch.inf, dtype=dtype).tril(-1)
 
     def by_head(self, cells: int) -> Tensor:
-        """Where a step's queries, keys and values go, a view (G * B, T, 3, H, E)."""
+        """Return the view (G * B, T, 3, H, E) that a step's queries, keys and values are written to."""
         heads, _, tokens, size = self.shape
         return (
             self.qkv.flatten()[: 3 * heads * cells * tokens * size]
@@ -262,21 +262,21 @@ class Heads:
 
 
 def record_norm(tape: Tape, h: Tensor, norm: Tensor, least: Tensor, out: Tensor) -> None:
-    """``h / sqrt(|h|^2 + least^2)`` by rows: RMSNorm but for a factor sqrt(D), with D epsilon for least^2."""
+    """Record ``h / sqrt(|h|^2 + least^2)`` by rows: RMSNorm without a factor sqrt(D), with D epsilon for least^2."""
     tape.op(torch.linalg.vector_norm, h, 2, -1, True, out=norm)
     tape.op(torch.hypot, norm, least, out=norm)
     tape.op(torch.div, h, norm, out=out)
 
 
 def record_layer_norm(tape: Tape, h: Tensor, norm: Tensor, least: Tensor, out: Tensor) -> None:
-    """The same about the mean: LayerNorm but for a factor sqrt(D)."""
+    """Record the same about the mean: LayerNorm without a factor sqrt(D)."""
     tape.op(torch.mean, h, -1, True, out=norm)
     tape.op(torch.sub, h, norm, out=out)
     record_norm(tape, out, norm, least, out)
 
 
 def with_one(*shape: int, dtype: torch.dtype) -> Tensor:
-    """A buffer with a further column of ones, which brings the last row of a weight as a bias."""
+    """Make a buffer with a further column of ones, so that the last row of a weight is a bias."""
     buffer = torch.zeros(*shape[:-1], shape[-1] + 1, dtype=dtype)
     buffer[..., -1] = 1
     return buffer
@@ -381,12 +381,12 @@ class CompiledArmtLlama(ArmtLlama):
 
 
 def away(x: Tensor) -> Tensor:
-    """A copy that does not begin where its storage does: slices at offsets 0 and 1 would be compiled apart."""
+    """Return a copy at an offset in its storage: slices at offsets 0 and 1 would be compiled apart."""
     return torch.cat([x.new_zeros(2, *x.shape[1:]), x])[2:]
 
 
 def features(r: Tensor, orders: int) -> Tensor:
-    """Features (..., K) of the relu of a product with :meth:`Armt.extended`."""
+    """Return features (..., K) of the relu of a product with :meth:`Armt.extended`."""
     size = r.shape[-1] - orders
     return torch.cat([r[..., j : j + size] * r[..., orders:] for j in range(orders)], dim=-1)
 
@@ -410,7 +410,7 @@ def llama_step(
     orders: int,
     norm_epsilon: float,
 ) -> None:
-    """A step's cells, as a function of tensors, of which it changes the first, second and fourth.
+    """Run a step's cells on tensors, and change the first, second and fourth in place.
 
     Args:
         hidden, queries: the layers' inputs and their features, ``(G, B, T, D)`` and ``(G, B, T, K)``.
@@ -522,12 +522,12 @@ class ArmtGPT2(Armt):
 
 
 def with_bias(product: Any) -> Tensor:
-    """Weight (in + 1, out) of a product with its bias as the last row."""
+    """Return the weight (in + 1, out) of a product with its bias as the last row."""
     return torch.cat([product.weight, product.bias[None]])
 
 
 def after_layer_norm(norm: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A product's weight (in, out) with the norm's before it and its factor sqrt(D), and the bias as a last row."""
+    """Return weight (in, out) of a product times that of the norm before it and sqrt(D), with the bias as last row."""
     last = norm.bias @ weight if bias is None else norm.bias @ weight + bias
     return torch.cat([norm.weight[:, None] * weight * len(weight) ** 0.5, last[None]])
 
@@ -592,7 +592,7 @@ class XL(ByHand):
         row = 3 * D * B
 
         def heads(column: int, skipped: int, length: int) -> Tensor:
-            """Windows of the text, (B, S, H, length, E)."""
+            """Return windows of the text, (B, S, H, length, E)."""
             strides = (3 * D, T * row, E, row, 1)
             return all_rows.as_strided((B, S, H, length, E), strides, skipped * row + column * D)
 
@@ -627,7 +627,7 @@ class XL(ByHand):
 
 @dataclass
 class XLWeights:
-    """Of a layer: weights (in, out), with the norm before them folded in and their biases as last rows.
+    """Weights (in, out) of a layer, with the norm before them folded in and their biases as last rows.
 
     Attributes:
         qkv: queries with ``content_bias``, keys, values.
@@ -646,7 +646,7 @@ class XLWeights:
 
 
 def shifted(scores: Tensor, T: int, M: int) -> Tensor:
-    """Scores (..., T, K) of falling distances as those of keys: query i's key j is in column T - 1 - i + j."""
+    """Turn scores (..., T, K) by distance into scores by key: key j of query i is in column T - 1 - i + j."""
     *_, row, column = scores.stride()
     return scores.as_strided(scores.shape, (*scores.stride()[:-2], row - column, column), (T - 1) * column)
 
@@ -671,7 +671,7 @@ COMPILED: dict[type[nn.Module], Callable[[Any], ByHand]] = {ArmtLlamaForCausalLM
 
 @torch.no_grad()
 def by_hand(model: nn.Module, *, compile: bool = False) -> ByHand:
-    """The logits of ``model(input_ids)``, (B, N, V), as a function of ``input_ids`` (B, N) alone.
+    """Return a function from ``input_ids`` (B, N) to the logits of ``model(input_ids)``, (B, N, V).
 
     The model's weights are copied. N must be a whole number of segments.
 
@@ -687,7 +687,7 @@ def by_hand(model: nn.Module, *, compile: bool = False) -> ByHand:
 
 @torch.no_grad()
 def floor(model: nn.Module, segments: int, batch: int = 1) -> Callable[[], None]:
-    """The matrix products of the call by hand alone, joined as there, one after another: a lower bound of its time."""
+    """Return a call of the matrix products alone, joined as by hand, one after another: a lower bound of its time."""
     products = by_hand(model).tape(segments, batch).products
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Measure ARMTs with the shapes of Llamas on one GPU: what runs, how fast each kernel and each call is, what bounds it.
+"""Measure ARMTs with the shapes of Llamas on one GPU: correctness, times of kernels and calls, and their bounds.
 
 python benchmarks/gpu.py --minutes 8                    # on the first CUDA card; ends within 8 minutes
 TRITON_INTERPRET=1 python benchmarks/gpu.py --toy       # the same on the CPU, at sizes that mean nothing
@@ -135,7 +135,7 @@ FIRST = Case("1B", 1024, 131_072)
 
 
 def items(toy: bool, repeats: int) -> list[Item]:
-    """All items, in the order of their worth."""
+    """Return all items, in the order of their worth."""
     if toy:
         case, dtype = Case("toy", 8, 32, memory=2, key_size=4), "float32"
         correct = [Item("correct", case, backend, dtype) for backend in BACKENDS]
@@ -157,7 +157,7 @@ def items(toy: bool, repeats: int) -> list[Item]:
 
 
 class RefusedError(Exception):
-    """Nothing can be measured here."""
+    """An error that says why nothing can be measured here."""
 
 
 class Worker:
@@ -172,7 +172,7 @@ class Worker:
         self.ready = False
 
     def ask(self, item: Item, seconds: float) -> dict[str, Any]:
-        """Measure an item, and return its result or its error: that it took too long, or that the process died.
+        """Measure an item, and return its result or its error, such as a timeout or the end of the process.
 
         Raises:
             RefusedError: if the process says that nothing can be measured.
@@ -259,7 +259,7 @@ def say(line: str) -> None:
 
 
 def told(item: Item, found: dict[str, Any]) -> str:
-    """A line on an item."""
+    """Return a line on an item."""
     if "error" in found:
         lines = found["error"]["message"].strip().splitlines() or [""]
         return f"{item}: {found['error']['type']}: {lines[0][:200]}"
@@ -267,7 +267,7 @@ def told(item: Item, found: dict[str, Any]) -> str:
 
 
 def tables(record: Record) -> list[str]:
-    """Seconds of calls, a row for each case. Calls of a backend that gave other results than eager have none."""
+    """Return seconds of calls, one row per case. Calls of a backend that gave other results than eager have none."""
     rows: dict[str, dict[str, Any]] = {}
     for each in record.found:
         if each["kind"] == "time":
@@ -288,7 +288,7 @@ def tables(record: Record) -> list[str]:
 
 
 def work(link: Connection, toy: bool) -> None:
-    """Measure what is asked for: what a worker's process runs."""
+    """Measure the items that are asked for. This is the main function of a worker's process."""
     try:
         import gpu_items
     except Exception as error:

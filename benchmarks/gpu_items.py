@@ -50,7 +50,7 @@ ATTENTIONS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend
 
 
 class NoCard(Exception):
-    """There is nothing to measure on."""
+    """An error that says that there is no card."""
 
 
 class Card:
@@ -69,7 +69,7 @@ class Card:
         return "CPU, interpreted" if self.toy else torch.cuda.get_device_name(self.device)
 
     def synchronize(self) -> None:
-        """Wait until all that was launched has run; raises what became of it."""
+        """Wait until all launches have run, and raise their error if there is one."""
         if not self.toy:
             torch.cuda.synchronize(self.device)
 
@@ -127,7 +127,7 @@ class Card:
         return found
 
     def release(self) -> None:
-        """Give back what the last item held."""
+        """Release the memory that the last item held."""
         torch._dynamo.reset()
         gc.collect()
         if not self.toy:
@@ -136,7 +136,7 @@ class Card:
 
 
 def built(case: Case, card: Card, dtype: str, full: bool = False) -> tuple[Any, Tensor]:
-    """The model with random weights, or one of its shape without memory, and a text."""
+    """Build the model with random weights, or one of its shape without memory, and a text."""
     vocabulary = 256 if card.toy else 4096
     with torch.device("meta") if full else card.device:
         model, (ids,) = armt_llama.build(**case.sizes, vocabulary=vocabulary, dtype=dtype)
@@ -148,7 +148,7 @@ def built(case: Case, card: Card, dtype: str, full: bool = False) -> tuple[Any, 
 
 
 def machine(item: Item, card: Card) -> Found:
-    """Versions, the card, and what it reaches: a product of random matrices, and a copy."""
+    """Return versions, the card, and the rates that it reaches in a product of random matrices and in a copy."""
     found: Found = {
         "card": card.name,
         "python": platform.python_version(),
@@ -208,7 +208,7 @@ def correct(item: Item, card: Card) -> Found:
 
 
 def kernels(item: Item, card: Card) -> Found:
-    """Each launch of one step of as many cells as the model has layers, beside what a roofline says of it."""
+    """Measure each launch of one step of as many cells as the model has layers, beside its estimate by a roofline."""
     assert item.case is not None
     cells = item.case.sizes["layers"]
     target = target_of(card.device) or TARGETS["sm_90"]
@@ -246,7 +246,7 @@ def steady_bodies(case: Case, targets: Sequence[str], dtype: str) -> dict[str, B
 
 
 def timed(item: Item, card: Card) -> Found:
-    """A call of the whole text: the first one, and the median of later ones."""
+    """Time calls of the whole text: the first one, and the median of later ones."""
     assert item.case is not None
     tried: list[tuple[float, float, str, Callable[[], Any]]] = []
     start = begun = time.perf_counter()
@@ -297,7 +297,7 @@ def called(item: Item, card: Card) -> Iterator[tuple[str, Callable[[], Any]]]:
             layer.compile(mode=mode)
 
         def begin(module: Any, args: Any, kwargs: Any) -> None:
-            """A segment begins: what the layers keep is taken out of the graphs' memory, which is used again."""
+            """Begin a segment: copy what the layers keep out of the graphs' memory, which is used again."""
             for layer in model.model.layers:
                 if layer.A is not None:
                     layer.A, layer.z = layer.A.clone(), layer.z.clone()
@@ -318,7 +318,7 @@ def called(item: Item, card: Card) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def ceiling(case: Case, card: Card, dtype: str) -> Callable[[], None]:
-    """The products of layers, memories and attention, each of as many cells as there are layers, for each segment."""
+    """Time the products of layers, memories and attention, each of as many cells as layers, once per segment."""
     sizes = case.sizes
     layers, width, heads = sizes["layers"], sizes["width"], sizes["heads"]
     rows, features = case.segment + case.memory, 6 * case.key_size
@@ -359,7 +359,7 @@ MEASURES: dict[str, Callable[[Item, Card], Found]] = {
 
 
 def measured(item: Item, card: Card) -> Found:
-    """Run an item's measure, and return what it finds or the error that it ends with, and the state of the card.
+    """Run an item's measure, and return its findings or its error, and the state of the card.
 
     With ``broken``, the process must be replaced: an earlier launch failed, and so would all that follows, or the error
     may have come in the middle of the capture of a graph.

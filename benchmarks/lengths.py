@@ -1,4 +1,4 @@
-"""CPU time of texts of many lengths, each read once and then again, beside that of the model as it is.
+"""Measure the CPU time of texts of many lengths, each read twice, beside that of the model as written.
 
 Each length is a number of segments with a last length of its own. The first pass sees every length for the first time:
 its Python is replayed, and kernels are emitted for the last segment. Times are CPU times of one thread.
@@ -25,14 +25,14 @@ PASSES = 4
 
 
 def seconds(call: Callable[[Tensor], object], text: Tensor) -> float:
-    """CPU time of a call."""
+    """Return the CPU time of a call."""
     start = time.process_time()
     call(text)
     return time.process_time() - start
 
 
 def texts_of(count: int, segment: int, vocabulary: int = 256) -> list[Tensor]:
-    """Texts of 2 to 32 segments, with a last length of its own each as long as there are so many."""
+    """Draw texts of 2 to 32 segments, each with another last length while there are enough of them."""
     drawn, generator = random.Random(0), torch.Generator().manual_seed(0)
     tails = [1 + number % segment for number in drawn.sample(range(max(count, segment)), count)]
     lengths = [(drawn.randint(2, 32) - 1) * segment + tail for tail in tails]

@@ -1,4 +1,4 @@
-"""The example models against what is written by hand for them, in turns in one process, at 1 and 2 threads.
+"""Compare the example models with executors written by hand, in turns in one process, at 1 and 2 threads.
 
 python benchmarks/matrix.py --check --inductor --memory --lengths --dtype float32 bfloat16
 
@@ -75,7 +75,7 @@ class Row:
         return f"{self.model} {self.sizes}, {self.dtype}, {self.threads} threads"
 
     def build(self, kind: str) -> tuple[Any, tuple[Tensor, ...]]:
-        """The model with random weights, for full attention its base model, and a text."""
+        """Build the model with random weights, for full attention its base model, and a text."""
         (build, base), names = MODELS[self.model], ("layers", "width", "segment", "memory", "segments")
         model, args = build(**dict(zip(names, self.sizes, strict=True)), dtype=self.dtype)
         if kind == "full attention":
@@ -177,7 +177,7 @@ def doubt(turns: Turns, kind: str) -> str:
 
 @torch.no_grad()
 def compare(row: Row, kinds: Sequence[str], repeats: int, made: dict[str, Callable[..., Any]]) -> Found:
-    """Seconds of kinds in turns and of first calls; errors of those that differ. What is not yet made is, too."""
+    """Return seconds of kinds in turns and of first calls, and errors of those that differ. Make kinds if needed."""
     eager, args = row.build("eager")
     wanted, allowed, first, differs = logits(eager(*args)).double(), TOLERANCE[row.dtype], {}, {}
     if row.dtype != "float32":
@@ -212,7 +212,7 @@ def compare(row: Row, kinds: Sequence[str], repeats: int, made: dict[str, Callab
 
 @torch.no_grad()
 def measure_alone(kind: str, row: Row) -> dict[str, float]:
-    """Seconds of the first call and of later ones, and MB that are resident in those at most; Linux only.
+    """Return seconds of the first call and of later ones, and the peak resident MB of the later ones; Linux only.
 
     The time to compile is the first call's, less that of the first with a segment less: what another number of segments
     takes that was not seen before, its run too. MB are less the logits, and what is resident before later calls, or
@@ -249,13 +249,13 @@ def measure_alone(kind: str, row: Row) -> dict[str, float]:
 
 
 def alone(kind: str, row: Row) -> dict[str, float]:
-    """The same in a process of its own."""
+    """Measure the same in a process of its own."""
     command = [sys.executable, __file__, "--alone", json.dumps([kind, *astuple(row)])]
     return cast(dict[str, float], json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
 
 
 class Page(list[str]):
-    """Lines, printed as they come."""
+    """Lines that are printed as they come."""
 
     def say(self, *lines: str) -> None:
         print(*lines, sep="\n", flush=True)
@@ -269,7 +269,7 @@ class Page(list[str]):
 
 
 def time_of(found: Found, kind: str) -> str:
-    """A median with its spread in milliseconds, or why there is none."""
+    """Print a median with its spread in milliseconds, or the reason why there is none."""
     if kind not in found["seconds"]:
         return f"differs: {found['differs'][kind]:.0e}" if kind in found["differs"] else "-"
     median, low, high = (1e3 * each for each in (found["seconds"][kind], *found["spread"][kind]))
@@ -277,7 +277,7 @@ def time_of(found: Found, kind: str) -> str:
 
 
 def ratio_of(found: Found, name: str) -> str:
-    """A median ratio with its quartiles, or that it means nothing."""
+    """Print a median ratio with its quartiles, or say that it means nothing."""
     ratio = found["ratios"].get(name)
     noisy = {*name.split(" / ")} & {*found["noise"]}
     return "means nothing" if noisy else "-" if ratio is None else str(Ratio(**ratio))
@@ -291,7 +291,7 @@ def measure(
     repeats: int,
     once: dict[str, Callable[..., Any]] | None = None,
 ) -> list[Found]:
-    """Figures of rows, printed; of ``own`` kinds in processes of their own, too. Kinds are made by row, or ``once``."""
+    """Measure rows, print figures, for ``own`` kinds in processes of their own, too. Make kinds by row or ``once``."""
     ratios = [name for name in RATIOS if {*name.split(" / ")} <= {*kinds}]
     found = []
     page.head("Milliseconds", *kinds, *ratios)
@@ -317,7 +317,7 @@ def measure(
 
 
 def shortfalls(row: Row, found: Found) -> Iterator[str]:
-    """What ``--check`` does not take of a row."""
+    """Return the reasons for which ``--check`` fails on a row."""
     torch, inductor = "by hand / rmtc torch", "by hand compiled / rmtc inductor"
     of_torch, of_inductor = LEAST[row.model], LEAST["rmtc inductor"]
     least = {torch: of_torch, inductor: of_inductor}
@@ -335,7 +335,7 @@ def shortfalls(row: Row, found: Found) -> Iterator[str]:
 
 
 def line(times: dict[int, float]) -> Found:
-    """a and b of ``a + b * S`` with the least squares of relative residuals, and these."""
+    """Fit ``a + b * S`` by least squares of relative residuals, and return a, b and the residuals."""
     S, y = (torch.tensor(list(each), dtype=torch.float64) for each in (times.keys(), times.values()))
     columns = torch.stack([1 / y, S / y], dim=1)
     a, b = torch.linalg.lstsq(columns, torch.ones_like(y)[:, None]).solution.flatten().tolist()
@@ -344,7 +344,7 @@ def line(times: dict[int, float]) -> Found:
 
 @torch.no_grad()
 def over_lengths(page: Page, row: Row, lengths: Sequence[int], repeats: int) -> Found:
-    """The figures of a row with so many segments and lines through their times, printed.
+    """Print the figures of a row at several numbers of segments, and lines through their times.
 
     For the lines all lengths are timed once more, in turns, and so are processes of rmtc's own: what else the machine
     does does not meet one of them alone.
@@ -382,7 +382,7 @@ def over_lengths(page: Page, row: Row, lengths: Sequence[int], repeats: int) -> 
 
 
 def growth(found: Found) -> Iterator[str]:
-    """What ``--check`` does not take of rmtc over lengths."""
+    """Return the reasons for which ``--check`` fails on rmtc over lengths."""
     yield from (f"{kind} differs" for each in found["points"] for kind in each["differs"])
     points, lengths = found["points"], found["lengths"]
     fit = found["fits"].get("rmtc torch", {"residuals": [0.0], "noise": ""})

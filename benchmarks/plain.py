@@ -1,4 +1,4 @@
-"""Grouped steps in plain PyTorch, as one would write them for one model: the yardstick of a schedule's compiled steps.
+"""Grouped steps in plain PyTorch, as one would write them for one model, to compare a schedule's compiled steps with.
 
 ``plain(model)`` gives a call with the logits of ``model(input_ids)`` at inference, for texts of whole segments. Weights
 are stacked as transposed copies, those of products of one input joined; residuals are added in the product; attention
@@ -31,17 +31,17 @@ __all__ = ["PLAIN", "plain"]
 
 
 def stacked(layers: list[Any], *of: Callable[[Any], nn.Linear]) -> Tensor:
-    """Weights (L, in, out) of linear maps of one input, side by side."""
+    """Return weights (L, in, out) of linear maps of one input, side by side."""
     return torch.stack([torch.cat([each(layer).weight for each in of]).mT for layer in layers]).detach().contiguous()
 
 
 def rows(layers: list[Any], of: Callable[[Any], Tensor]) -> Tensor:
-    """A vector of each layer, (L, 1, size)."""
+    """Stack a vector of each layer, (L, 1, size)."""
     return torch.stack([of(layer) for layer in layers])[:, None].detach()
 
 
 class Armt(ABC):
-    """Cells (segment s, layer l) with s + l = t at once, by layer."""
+    """ARMT: cells (segment s, layer l) with s + l = t run at once, by layer."""
 
     def __init__(self, model: Any, layers: list[Any], embedding: Tensor, compile: bool) -> None:
         first = layers[0]
@@ -57,24 +57,24 @@ class Armt(ABC):
 
     @abstractmethod
     def inner(self, layers: list[Any]) -> dict[str, Tensor]:
-        """The weights of the layers inside of the memories."""
+        """Return the weights of the layers inside of the memories."""
 
     @abstractmethod
     def layer(self, h: Tensor, w: dict[str, Tensor], batch: int) -> Tensor:
-        """The layers inside of the memories on (G, B * T, D)."""
+        """Run the layers inside of the memories on (G, B * T, D)."""
 
     def embedded(self, ids: Tensor) -> Tensor:
-        """Segments with memory tokens, (S, B, T, D)."""
+        """Return segments with memory tokens, (S, B, T, D)."""
         found = F.embedding(ids.unflatten(1, (-1, self.segment)).transpose(0, 1), self.embedding)
         return torch.cat([found, self.memory.expand(*found.shape[:2], -1, -1)], dim=2)
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of hidden states (B, N, D)."""
+        """Return the logits of hidden states (B, N, D)."""
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
-        """Logits (B, N, V) of ``ids`` (B, N), N a multiple of the segment's length."""
+        """Return logits (B, N, V) of ``ids`` (B, N), N a multiple of the segment's length."""
         inputs = self.embedded(ids)
         (S, B, _, D), L = inputs.shape, self.layers
         A = inputs.new_zeros(L, B, 2 * self.orders * self.key_size, D)
@@ -91,7 +91,7 @@ class Armt(ABC):
         return self.logits(torch.cat(done, dim=1))
 
     def cells(self, h: Tensor, A: Tensor, z: Tensor, first: Tensor, w: dict[str, Tensor]) -> Tensor:
-        """A step's cells: (G, B, T, D) to (G, B, T, D); the rows of the memories change."""
+        """Run a step's cells, (G, B, T, D) to (G, B, T, D), and change the rows of the memories."""
         (G, B, T, D), M = h.shape, len(self.memory)
 
         def recall(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +193,7 @@ class ArmtGPT2(Armt):
 
 
 class XL:
-    """Segments whose caches are full are a batch of the layer's module; those before run one by one."""
+    """Transformer-XL: segments with full caches are a batch of the layer's module, those before run one by one."""
 
     def __init__(self, model: TransformerXL, compile: bool = False) -> None:
         self.model, self.segment, self.cached = model, model.segment, model.memory
@@ -201,7 +201,7 @@ class XL:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
-        """Logits (B, N, V) of ``ids`` (B, N), N a multiple of the segment's length."""
+        """Return logits (B, N, V) of ``ids`` (B, N), N a multiple of the segment's length."""
         T, M, model = self.segment, self.cached, self.model
         hidden = model.embedding(ids)
         B, N, _ = hidden.shape
@@ -231,7 +231,7 @@ PLAIN: dict[type[nn.Module], Callable[..., Any]] = {
 
 
 def plain(model: nn.Module, *, compile: bool = False) -> Callable[[Tensor], Tensor]:
-    """The logits of ``model(input_ids)``, (B, N, V), as a function of ``input_ids`` (B, N) alone.
+    """Return a function from ``input_ids`` (B, N) to the logits of ``model(input_ids)``, (B, N, V).
 
     Args:
         model: one whose class is in :data:`PLAIN`. N must be a whole number of its segments.

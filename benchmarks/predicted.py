@@ -1,4 +1,4 @@
-"""Predict by a roofline what the kernels of the published shapes take on GPUs that are not here.
+"""Predict by a roofline the times of the published shapes' kernels on GPUs that are not here.
 
 python benchmarks/predicted.py
 

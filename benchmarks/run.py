@@ -35,7 +35,7 @@ LEAST = 0.95
 
 
 def models() -> Iterator[tuple[str, Callable[[], tuple[Any, tuple[Any, ...]]]]]:
-    """The rows: a name, and what builds the call anew with the same weights."""
+    """Return the rows: a name, and a function that builds the call anew with the same weights."""
     sizes = {"layers": 8, "width": 64, "segment": 16, "memory": 4, "segments": 32}
     yield "ARMT over Llama", lambda: armt_llama.build(**sizes)
     yield "ARMT over Llama, 2 segments", lambda: armt_llama.build(**sizes | {"segments": 2})
@@ -59,7 +59,7 @@ def models() -> Iterator[tuple[str, Callable[[], tuple[Any, tuple[Any, ...]]]]]:
 
 
 def close(one: Any, other: Any) -> bool:
-    """Whether two results are the same but for rounding."""
+    """Return whether two results are the same up to rounding."""
     pairs = zip(*(torch.utils._pytree.tree_leaves(each) for each in (one, other)), strict=True)
     return all(
         torch.allclose(a, b, rtol=1e-3, atol=1e-4) if isinstance(a, torch.Tensor) and a.is_floating_point() else True
@@ -69,7 +69,7 @@ def close(one: Any, other: Any) -> bool:
 
 @torch.no_grad()
 def measure(build: Callable[[], tuple[Any, tuple[Any, ...]]], repeats: int) -> dict[str, Any]:
-    """Medians in seconds of eager and of each schedule that there is, and what ran."""
+    """Return median seconds of eager and of each schedule that there is, and the schedule that ran."""
     eager, args = build()
     calls: dict[str, Callable[[], Any]] = {"eager": lambda: eager(*args)}
     fast = {}
@@ -110,7 +110,7 @@ def measure(build: Callable[[], tuple[Any, tuple[Any, ...]]], repeats: int) -> d
 
 
 def shortfalls(row: dict[str, Any]) -> Iterator[str]:
-    """What ``--check`` does not take of a row."""
+    """Return the reasons for which ``--check`` fails on a row."""
     if row["noise"]:
         yield f"{NOTHING}: {row['noise']}"
     elif row["ratio"] < LEAST:

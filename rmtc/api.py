@@ -26,8 +26,6 @@ from rmtc.runtime.backends import nearest
 from rmtc.runtime.estimate import candidates, kind_named, ways
 from rmtc.stages import stage
 
-__all__ = ["dump", "explain", "explanation_of"]
-
 logger = logging.getLogger(__name__)
 
 

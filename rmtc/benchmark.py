@@ -22,8 +22,6 @@ from rmtc.stages import stage
 from rmtc.turns import NOTHING, Ratio, Timing, take_turns
 from rmtc.verification import Verification, rehearse
 
-__all__ = ["Benchmark", "bench"]
-
 aten = torch.ops.aten
 _PRODUCTS = frozenset(
     {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_, linears.operator.overloadpacket}

@@ -17,8 +17,6 @@ from rmtc.runtime.compiled import Compiled, Options
 from rmtc.runtime.estimate import kind_named
 from rmtc.runtime.stats import Stats
 
-__all__ = ["compile", "disabled", "restore", "stats"]
-
 T = TypeVar("T", bound=Callable[..., Any])
 
 _KEY = "_compiled_call_impl"  # where `nn.Module.compile` keeps its call, too: copies and pickles go without it

@@ -10,19 +10,6 @@ from collections.abc import Sequence
 from types import CodeType
 from typing import Any, NamedTuple
 
-__all__ = [
-    "BackendError",
-    "CaptureError",
-    "FallbackWarning",
-    "Location",
-    "RefusedError",
-    "RmtcError",
-    "VerifyError",
-    "brief",
-    "raised_by_signal",
-    "user_level",
-]
-
 
 class Location(NamedTuple):
     """A place in the user's source."""

@@ -29,8 +29,6 @@ from rmtc.runtime.triton import Triton
 from rmtc.runtime.variant import Variant
 from rmtc.runtime.weights import Weights
 
-__all__ = ["BodyKernels", "kernels_of", "kernels_on", "resource_table", "written"]
-
 
 @dataclass(frozen=True)
 class BodyKernels:

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from rmtc.errors import CaptureError
 from rmtc.restoring import restored
 
-__all__ = ["LOCK", "SharedLock"]
-
 
 class SharedLock:
     """A lock that many threads hold to run, or one thread to capture.

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 
 from rmtc.restoring import restored
 
-__all__ = ["quiet_fakes", "uncollected"]
-
 
 @contextlib.contextmanager
 def quiet_fakes() -> Iterator[None]:

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
-__all__ = ["finish", "outermost", "restored"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -1,28 +1,57 @@
-"""The stages of an answer, and listeners that learn which one runs."""
+"""The stages of an answer and their substages, and listeners that learn which one runs."""
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-
-__all__ = ["listening", "stage", "timed"]
+from typing import ParamSpec, TypeVar
 
 Listener = Callable[[str | None], None]
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 _listeners: list[Listener] = []
+_of_substages: list[Listener] = []
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Tell listeners that a stage begins, and that it has ended. Stages may be nested."""
-    for told in _listeners:
-        told(name)
+    with _told(name, [*_listeners]):
+        yield
+
+
+def substage(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Make the decorated function a part of a stage. Listeners to substages are told when it begins and has ended.
+
+    Some run several times in each call of a compiled model.
+    """
+
+    def decorated(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if not _of_substages:
+                return function(*args, **kwargs)
+            with _told(name, [*_of_substages]):
+                return function(*args, **kwargs)
+
+        return called
+
+    return decorated
+
+
+@contextmanager
+def _told(name: str, listeners: Sequence[Listener]) -> Iterator[None]:
+    for listener in listeners:
+        listener(name)
     try:
         yield
     finally:
-        for told in _listeners:
-            told(None)
+        for listener in listeners:
+            listener(None)
 
 
 @contextmanager
@@ -37,10 +66,18 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Tell a listener the name of each stage that begins, and None where the one that began last ends."""
-    _listeners.append(listener)
+def listening(listener: Listener, substages: bool = False) -> Iterator[None]:
+    """Tell a listener the name of each stage that begins, and None where the one that began last ends.
+
+    Args:
+        listener: the listener. An error that it raises comes from the stage.
+        substages: whether it is told of substages, too.
+    """
+    lists = [_listeners, _of_substages] if substages else [_listeners]
+    for each in lists:
+        each.append(listener)
     try:
         yield
     finally:
-        _listeners.remove(listener)
+        for each in lists:
+            each.remove(listener)

@@ -18,8 +18,6 @@ from rmtc.passes.schedule.prove import Proof, prove, remedy
 from rmtc.passes.schedule.retime import retime
 from rmtc.passes.schedule.strip_mine import strips
 
-__all__ = ["study"]
-
 _ORDER_REMEDY = (
     "read what an earlier segment made, as (1, 0) does, or a lower layer of the same segment, as (0, 1) does"
 )

@@ -14,8 +14,6 @@ from typing import TypeVar
 
 from rmtc import heuristics
 
-__all__ = ["NOTHING", "Ratio", "Timing", "Turns", "take_turns", "timed"]
-
 T = TypeVar("T")
 
 NOTHING = "these times mean nothing"

@@ -23,8 +23,6 @@ from rmtc.runtime.backends import Backend
 from rmtc.runtime.stats import LastRun
 from rmtc.stages import stage
 
-__all__ = ["Rehearsal", "Verification", "rehearse", "verify"]
-
 _AGAIN = " (second call)"
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
 

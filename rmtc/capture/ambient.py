@@ -11,8 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 from rmtc.restoring import restored
-
-__all__ = ["Ambient", "undisturbed"]
+from rmtc.stages import substage
 
 
 class _Part(NamedTuple):
@@ -40,6 +39,7 @@ class Ambient:
     def __init__(self) -> None:
         self._found = [(part, part.read()) for part in _PARTS]
 
+    @substage("compare settings")
     def changed(self) -> str | None:
         """Return the name of a setting that now has another value than recorded; None if there is none."""
         return next((part.name for part, value in self._found if not part.same(part.read(), value)), None)

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["Arguments", "Growth", "argument_names", "container_attributes", "show"]
-
 Path = tuple[Any, ...]
 
 

@@ -20,8 +20,7 @@ from rmtc.capture.session import Session
 from rmtc.capture.snapshot import refill
 from rmtc.capture.state import Slot, paths_of
 from rmtc.errors import CaptureError
-
-__all__ = ["Effect", "find_effects"]
+from rmtc.stages import substage
 
 
 class _Gone:
@@ -66,6 +65,7 @@ class Effect:
         """Return the same effect on the container or object that is in that place now."""
         return replace(self, slot=self.slot._replace(owner=self.slot.home(), parent=None))
 
+    @substage("effect")
     def apply(self, values: Mapping[Any, Any], made: dict[Label, Any]) -> None:
         """Leave the value in the place.
 
@@ -122,6 +122,7 @@ def _container_saved(owner: Any) -> Callable[[], None]:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+@substage("find effects")
 def find_effects(
     session: Session, before: list[Slot], results: Mapping[str, Any], describer: Describer
 ) -> tuple[Effect, ...]:

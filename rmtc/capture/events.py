@@ -9,8 +9,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 from rmtc.errors import Location, RefusedError
 
-__all__ = ["Beyond", "Event", "EventOutput", "Named", "Pattern", "Viewed", "extend", "hold", "same_event"]
-
 
 class EventOutput(NamedTuple):
     """A tensor made by an event, or written by it.

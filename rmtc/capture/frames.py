@@ -12,8 +12,7 @@ from types import CodeType, FrameType, TracebackType
 import torch
 
 from rmtc.errors import Location
-
-__all__ = ["current_location", "is_of_models", "traceback_location"]
+from rmtc.stages import substage
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _RMTC = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -114,6 +113,7 @@ def current_location(depth: int = 1) -> tuple[Location | None, str]:
     return Location(_short(chosen.f_code.co_filename), chosen.f_lineno, chosen.f_code.co_name), variable
 
 
+@substage("name a value")
 @functools.cache
 def _variable(filename: str, line: int, function: str) -> str:
     text = linecache.getline(filename, line).strip()

@@ -11,8 +11,7 @@ from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.kinds import fingerprint, is_plain
 from rmtc.capture.probe import Probed, Sizes
 from rmtc.capture.session import Session
-
-__all__ = ["ArgumentGuard", "alike"]
+from rmtc.stages import substage
 
 
 class _Given(NamedTuple):
@@ -41,6 +40,7 @@ class ArgumentGuard:
         plan: what grows in the call, and its sizes.
     """
 
+    @substage("make argument guard")
     def __init__(self, session: Session, plan: Probed) -> None:
         self._plan, self._strides, arguments = plan, session.asks_for_strides, session.arguments
         self._dims: dict[Path, tuple[int, ...]] = {}
@@ -51,6 +51,7 @@ class ArgumentGuard:
         self._leaves = {path: self._describe(path, leaf) for path, leaf in given.items()}
         self._pattern = _pattern(given)
 
+    @substage("argument guard")
     def sizes(self, arguments: Arguments) -> Sizes | str:
         """Return the sizes of a call, or a message that says in what its arguments differ.
 

@@ -13,8 +13,6 @@ import torch
 from rmtc.capture.arguments import Arguments, show
 from rmtc.capture.effects import Effect
 
-__all__ = ["Identities"]
-
 _Named: TypeAlias = list[tuple[str, Any]]
 _CONTAINERS = (list, tuple, dict, deque)
 

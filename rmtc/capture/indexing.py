@@ -12,8 +12,6 @@ from torch.overrides import TorchFunctionMode
 from rmtc.capture.known import UNKNOWN, Known
 from rmtc.capture.untold import refuse_untold
 
-__all__ = ["EverySlice"]
-
 _getitem = torch.Tensor.__getitem__
 _slice = torch.ops.aten.slice.Tensor
 _END = torch.iinfo(torch.int64).max

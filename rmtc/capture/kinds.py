@@ -18,29 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = [
-    "Cached",
-    "HEAP",
-    "MISSING",
-    "MODULE_TABLES",
-    "OF_ENUMS",
-    "VIEWS",
-    "fingerprint",
-    "from_library",
-    "generator_tables",
-    "is_closed",
-    "is_opaque",
-    "is_plain",
-    "is_record",
-    "is_set",
-    "is_users",
-    "is_walked",
-    "makes_items",
-    "slot_names",
-    "unset_slots",
-]
-
-
 # Packages whose own globals and classes hold no state of the user's: einops and einx keep registries and caches.
 _LIBRARIES = ("torch", "transformers", "numpy", "einops", "einx", "rmtc.")  # and Python's own
 

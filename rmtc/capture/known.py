@@ -18,8 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from rmtc.capture.kinds import is_plain
 from rmtc.errors import raised_by_signal
 
-__all__ = ["UNKNOWN", "Known"]
-
 logger = logging.getLogger(__name__)
 
 UNKNOWN: Any = object()

@@ -17,17 +17,6 @@ from rmtc.capture.kinds import is_plain
 from rmtc.capture.objects import attributes
 from rmtc.capture.replay_state import ATTRIBUTES, UNKNOWN, told_value
 
-__all__ = [
-    "as_given",
-    "containers_in",
-    "counts_back",
-    "flattened",
-    "metadata_of",
-    "reads_beyond",
-    "repeats_of",
-    "result_view",
-]
-
 
 def flattened(value: Any, leaves: list[Any], seen: dict[int, int] | None = None) -> Any:
     """Take a module's arguments apart into their structure and a list of their tensors and plain values.

@@ -15,22 +15,7 @@ from torch.utils import _pytree as pytree
 
 from rmtc.capture.kinds import is_plain, is_record, slot_names
 from rmtc.errors import raised_by_signal
-
-__all__ = [
-    "Again",
-    "Built",
-    "Describer",
-    "Kept",
-    "ExistingContainer",
-    "Plain",
-    "Ref",
-    "attributes",
-    "build",
-    "can_be_made",
-    "leaves_of",
-    "named_leaves",
-    "parts_of",
-]
+from rmtc.stages import substage
 
 
 class Ref(NamedTuple):
@@ -126,6 +111,7 @@ class Describer:
         self._open: set[Label] = set()  # labels of values that exist only when all of their parts do
         self._alive: list[Any] = []  # ids stay unique while the values live
 
+    @substage("describe results")
     def describe(
         self,
         value: Any,

@@ -15,12 +15,9 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-import sympy
-
+from rmtc.affine import solved
 from rmtc.capture.events import Beyond, Event, Viewed
 from rmtc.capture.probe import Sizes
-
-__all__ = ["Told", "follows", "predict", "tell"]
 
 
 class Told(NamedTuple):
@@ -67,8 +64,7 @@ def predict(sizes: Sizes, known: Mapping[Sizes, Sequence[Sequence[Event]]]) -> l
     weights = _combination(sizes, [*known])
     if weights is None:
         return None
-    fractions = [Fraction(int(each.p), int(each.q)) for each in weights]
-    used = [(weight, events) for weight, events in zip(fractions, known.values(), strict=True) if weight]
+    used = [(weight, events) for weight, events in zip(weights, known.values(), strict=True) if weight]
     mix = _Mix([weight for weight, _ in used])
     try:
         return [mix.events(each) for each in zip(*(events for _, events in used), strict=True)]
@@ -166,7 +162,7 @@ class _Mix:
         return first
 
 
-def _combination(sizes: Sizes, known: Sequence[Sizes]) -> list[Any] | None:
+def _combination(sizes: Sizes, known: Sequence[Sizes]) -> list[Fraction] | None:
     """Find weights that make (1, B, T, B*T) of some sizes the weighted sum of those of others.
 
     Returns:
@@ -175,12 +171,8 @@ def _combination(sizes: Sizes, known: Sequence[Sizes]) -> list[Any] | None:
     if not known:
         return None
     rows = [[1, at.batch, at.tail, at.batch * at.tail] for at in (*known, sizes)]
-    matrix = sympy.Matrix(rows[:-1]).T
-    try:
-        solution, free = matrix.gauss_jordan_solve(sympy.Matrix(rows[-1]))
-    except ValueError:  # no solution
-        return None
-    return list(solution.subs(dict.fromkeys(free, 0)))
+    weights = solved([*zip(*rows, strict=True)])
+    return None if weights is None else [weight or Fraction() for weight in weights]
 
 
 def tell(events: Sequence[Event]) -> Told:

@@ -12,8 +12,6 @@ from torch import nn
 
 from rmtc.capture.indexing import EverySlice
 
-__all__ = ["modes", "own_modes"]
-
 _CPU = torch.device("cpu")
 _DECORATED = torch.no_grad()(lambda: None).__code__  # of the wrapper that a decorator of torch puts around any function
 

@@ -18,9 +18,7 @@ from rmtc.capture.results import describe_result, describer_of
 from rmtc.capture.session import Session
 from rmtc.capture.uses import EnoughError, ProbeRun, UseCount
 from rmtc.errors import CaptureError
-
-__all__ = ["Probed", "Sizes", "aten", "probe"]
-
+from rmtc.stages import substage
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +134,7 @@ class _Prober:
         self._taken = {size for lifted in session.lifted for size in lifted.tensor.shape}
         self._taken |= {size for tensor in session.arguments.tensors().values() for size in tensor.shape}
 
+    @substage("run a probe")
     def run(self, growth: Growth, length: int, batch: int, short: bool = False) -> ProbeRun:
         """Run the code once at some sizes; a short run ends after a few segments.
 

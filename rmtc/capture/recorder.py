@@ -19,8 +19,6 @@ from rmtc.errors import CaptureError, Location
 from rmtc.ir.program import SPLITS, VIEWS
 from rmtc.passes.graph.to_program import constant_name
 
-__all__ = ["Recorder"]
-
 aten = torch.ops.aten
 
 _NUMBERS = (float, complex, bool)

@@ -17,15 +17,6 @@ from rmtc.capture.session import Session
 from rmtc.capture.translation import backward_refusal
 from rmtc.errors import CaptureError, RefusedError
 
-__all__ = [
-    "inner_tensor",
-    "refuse_aliases",
-    "refuse_backward",
-    "refuse_changed_containers",
-    "refuse_parameters",
-    "refuse_views",
-]
-
 
 def refuse_backward() -> None:
     if torch._C._current_autograd_node() is not None:

@@ -13,8 +13,6 @@ from rmtc.capture.objects import Describer, ExistingContainer, Plain, Ref
 from rmtc.capture.session import Session
 from rmtc.capture.untold import UntoldError
 
-__all__ = ["describe_result", "describer_of", "left_behind"]
-
 
 def describer_of(session: Session, arguments: Arguments) -> Describer:
     """Return a describer of the values that a run makes.

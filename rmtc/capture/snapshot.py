@@ -18,9 +18,6 @@ from torch._C._dynamo.guards import dict_version
 from rmtc.capture.kinds import HEAP, MISSING, generator_tables, is_plain, is_record, is_set, makes_items, unset_slots
 from rmtc.capture.state import Slot, refuse_closed, walk, walked
 
-__all__ = ["Snapshot", "refill"]
-
-
 _EMPTY = object()  # in place of the content of a cell that is not bound
 
 

@@ -49,20 +49,7 @@ from rmtc.capture.user_code import (
     state_functions,
 )
 from rmtc.errors import CaptureError, RefusedError
-
-__all__ = [
-    "Code",
-    "Slot",
-    "paths_of",
-    "refuse_closed",
-    "replace_tensors",
-    "uncached",
-    "unmoved",
-    "unseen",
-    "user_code",
-    "walk",
-    "walked",
-]
+from rmtc.stages import substage
 
 
 class Slot(NamedTuple):
@@ -144,6 +131,7 @@ class Code(NamedTuple):
     classes: list[type]
 
 
+@substage("user code")
 def user_code(roots: dict[str, Any], slots: Sequence[Slot]) -> Code:
     """Find the user's code that a call may run.
 
@@ -302,6 +290,7 @@ class _Walk:
                     self.add(f"{base.__qualname__}.{key}", base, key, attribute)
 
 
+@substage("walk state")
 def walk(roots: dict[str, Any], without: Set[int] = frozenset(), ran: Set[types.CodeType] | None = None) -> list[Slot]:
     """Return every slot that is reachable from the roots, each place once.
 

@@ -24,8 +24,7 @@ from rmtc.capture.kinds import MISSING, is_plain, is_record, is_set, unset_slots
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot
 from rmtc.capture.user_code import names_of
-
-__all__ = ["StateGuard"]
+from rmtc.stages import substage
 
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
@@ -201,6 +200,7 @@ class StateGuard:
         version: the latest of the dictionaries' versions, as of when they were read.
     """
 
+    @substage("make state guard")
     def __init__(
         self, session: Session, effects: Sequence[Effect], without: Set[tuple[int, Any]] = frozenset()
     ) -> None:
@@ -370,6 +370,7 @@ class StateGuard:
         self._tells = False
         self._index()
 
+    @substage("state guard")
     def differs(self, arguments: Arguments | None = None) -> str | None:
         """The first place that holds something else than at the capture; None if there is none.
 

@@ -12,9 +12,6 @@ from rmtc.capture.frames import traceback_location
 from rmtc.capture.untold import UntoldError
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError, brief
 
-__all__ = ["UNWATCHED", "refuse_unknown", "refused_unseen", "strides_refused", "translate"]
-
-
 UNWATCHED = (
     "threading",
     "_thread",

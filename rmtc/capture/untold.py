@@ -17,8 +17,7 @@ from torch import nn
 
 from rmtc.capture.frames import current_location, is_of_models
 from rmtc.errors import RefusedError
-
-__all__ = ["UntoldError", "refuse_flags", "refuse_untold", "stands_in"]
+from rmtc.stages import substage
 
 _Tensor: Any = torch.Tensor
 _OF_THE_USERS: dict[Any, str] = {
@@ -56,6 +55,7 @@ class UntoldError(RefusedError):
     """
 
 
+@substage("make fake tensor")
 def stands_in(tensor: torch.Tensor) -> torch.Tensor:
     """Mark a tensor as one that stands in for another."""
     tensor._rmtc_stands_in = True  # type: ignore[attr-defined]

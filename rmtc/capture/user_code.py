@@ -11,23 +11,6 @@ from typing import Any
 
 from rmtc.capture.kinds import Cached, from_library, is_plain
 
-__all__ = [
-    "absent_names",
-    "builtins_of",
-    "cell_contents",
-    "imported",
-    "loaded_in_code",
-    "named_globals",
-    "named_in",
-    "named_in_code",
-    "named_modules",
-    "names_of",
-    "namespaces",
-    "of_libraries",
-    "state_functions",
-    "tells_identity",
-]
-
 
 def _file_of(function: types.FunctionType) -> str | None:
     """Return the name of the module in which a function's names are looked up.

@@ -12,9 +12,7 @@ import torch
 from rmtc import heuristics
 from rmtc.capture.frames import current_location
 from rmtc.errors import Location
-
-__all__ = ["EnoughError", "ProbeRun", "UseCount"]
-
+from rmtc.stages import substage
 
 aten = torch.ops.aten
 
@@ -61,6 +59,7 @@ class UseCount:
         self._size, self._short, self._operations = size, short, 0
         self._kept: list[torch.Tensor] = []  # ids stay unique while the tensors live
 
+    @substage("count uses")
     def note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         self._operations += 1
         if self._operations > heuristics.PROBE_OPERATIONS:

@@ -20,20 +20,6 @@ if TYPE_CHECKING:
     from rmtc.verification import Verification
 from rmtc.cli.options import Format, Kind, UsageError
 
-__all__ = [
-    "as_json",
-    "backend_named",
-    "check_targets",
-    "emit_refused",
-    "explanation_for",
-    "form_of",
-    "load_target",
-    "of_kind",
-    "reason_for",
-    "refusal_in",
-    "written",
-]
-
 
 def load_target(model: str, settings: list[str] | None) -> LoadedCall:
     """Load the call that a command asks about."""

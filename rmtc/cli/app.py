@@ -46,9 +46,6 @@ from rmtc.cli.options import (
     one_of,
 )
 
-__all__ = ["app", "main", "schedule"]
-
-
 _REPLAYED = 512
 """Up to so many segments ``schedule --segments`` runs the loop's Python, to see that they do what the call's do."""
 

@@ -11,8 +11,6 @@ from rmtc.errors import VerifyError
 from rmtc.stages import stage
 from rmtc.turns import timed
 
-__all__ = ["run_demo"]
-
 _MODEL = "rmtc.examples.armt_llama:build"
 _SIZES = {"layers": 8, "width": 64, "segment": 16, "memory": 4}
 _SHOWN = 6  # segments of the grid

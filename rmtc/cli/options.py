@@ -14,23 +14,6 @@ from rmtc.errors import RmtcError
 if TYPE_CHECKING:
     pass
 
-__all__ = [
-    "BackendName",
-    "Debug",
-    "Format",
-    "Json",
-    "Kind",
-    "LayersHint",
-    "LengthHint",
-    "Model",
-    "Output",
-    "ScheduleKind",
-    "Settings",
-    "Strict",
-    "UsageError",
-    "one_of",
-]
-
 
 class Format(StrEnum):
     """The forms in which a schedule is written."""

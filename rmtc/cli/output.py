@@ -18,11 +18,6 @@ from rich.markup import escape
 from rmtc.errors import RmtcError, VerifyError
 from rmtc.stages import listening
 
-__all__ = ["ANSWERED", "FAILED", "NO_ANSWER", "check_output", "emit", "note", "one_line", "progress", "reporting"]
-
-ANSWERED = 0
-"""There is an answer; a refusal is one."""
-
 FAILED = 1
 """Refused under ``--strict``, or a check of rmtc's own result failed."""
 

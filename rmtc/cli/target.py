@@ -16,8 +16,6 @@ from types import ModuleType
 
 from rmtc.errors import Location, RmtcError
 
-__all__ = ["LoadedCall", "TargetError", "load", "parse_settings"]
-
 _EXTRAS = {
     "transformers": "examples",
     "infini_transformer_pytorch": "zoo",

@@ -17,8 +17,6 @@ import torch
 from rmtc.errors import VerifyError
 from rmtc.ir.program import Op, Program, Src, Val, call_arguments, leaves, map_leaves, show
 
-__all__ = ["execute"]
-
 
 def execute(program: Program, order: Sequence[int], values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Run the operations of a program in a given order.

@@ -13,25 +13,10 @@ from typing import Any, TypeAlias
 
 import torch
 
-from rmtc.ir.index import Index
+from rmtc.affine import Affine
 from rmtc.ir.program import Op
 
-__all__ = [
-    "Array",
-    "Attention",
-    "Indices",
-    "Joined",
-    "Nest",
-    "Outside",
-    "Pointwise",
-    "Product",
-    "Reduction",
-    "Stored",
-    "View",
-    "base_of",
-]
-
-Indices: TypeAlias = tuple[Index, ...]
+Indices: TypeAlias = tuple[Affine, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +143,7 @@ class Product(Array):
     right: Array
 
     @property
-    def depth(self) -> Index:
+    def depth(self) -> Affine:
         """The size of the summed dimension, as a fixed number if that of either factor is one."""
         left, right = self.left.sizes[-1], self.right.sizes[-2]
         return left if left.fixed else right

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,8 +10,6 @@ import sympy
 
 from rmtc.errors import Location
 from rmtc.ir.formula import Extent, L, evaluated, layer_symbol
-
-__all__ = ["Cell", "Dependence", "Group", "Phase", "Step", "distances"]
 
 
 class Cell(NamedTuple):
@@ -62,9 +60,9 @@ class Dependence:
             The producer. None if it is outside the grid, or if the consumer is in none of :attr:`layers`.
         """
         values = {L: layers, layer_symbol: cell.layer}
-        ds, dl = (_at(extent, values) for extent in self.distance)
+        ds, dl = (int(evaluated(extent, values)) for extent in self.distance)
         if self.layers is not None:
-            first, last = (_at(extent, values) for extent in self.layers)
+            first, last = (int(evaluated(extent, values)) for extent in self.layers)
             if not first <= cell.layer <= last:
                 return None
         source = Cell(cell.segment - ds, cell.layer - dl)
@@ -114,10 +112,6 @@ class Phase(NamedTuple):
 def distances(dependences: Sequence[Dependence]) -> set[tuple[Extent, Extent]]:
     """Return the set of distance vectors of some dependences."""
     return {dependence.distance for dependence in dependences}
-
-
-def _at(extent: Extent, values: Mapping[sympy.Symbol, int]) -> int:
-    return extent if isinstance(extent, int) else int(evaluated(extent, values))
 
 
 def _show(extent: Extent) -> str:

@@ -10,8 +10,6 @@ from rmtc.ir.cells import Dependence
 from rmtc.ir.limits import loads
 from rmtc.ir.schedule import Schedule
 
-__all__ = ["Candidate", "CostModel", "Work"]
-
 _LARGEST = sys.float_info.max
 
 

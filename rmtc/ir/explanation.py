@@ -13,11 +13,6 @@ from rmtc.ir.folded import Lasting
 from rmtc.ir.printed import printed
 from rmtc.ir.schedule import Schedule
 
-__all__ = [
-    *("CellClass", "Certificate", "Explanation", "FusedKernel", "FusedStep", "Inequality", "OperationsView"),
-    *("Recurrence", "Strip"),
-]
-
 
 @dataclass(frozen=True)
 class CellClass:

@@ -12,8 +12,6 @@ import sympy
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.formula import S, at, distance_text, time_formula
 
-__all__ = ["Edge", "FoldedGraph", "Instance", "Lasting", "Moment", "Times", "Vertex", "distinct"]
-
 
 class Lasting(NamedTuple):
     """A number of steps as an expression in ``S``, valid for every number of segments from ``since`` on."""

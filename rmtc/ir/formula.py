@@ -15,23 +15,6 @@ import sympy
 from rmtc.errors import Location
 from rmtc.ir.limits import CALLS, DEGREE, FORMULA, NUMBER, OPERATIONS, TERMS, quoted, within
 
-__all__ = [
-    "Extent",
-    "L",
-    "S",
-    "at",
-    "distance_text",
-    "evaluated",
-    "formula",
-    "layer_symbol",
-    "layers_text",
-    "parse",
-    "place",
-    "segment_symbol",
-    "time_formula",
-    "whence",
-]
-
 S = sympy.Symbol("S", integer=True, positive=True)
 """Number of segments."""
 

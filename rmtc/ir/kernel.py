@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from rmtc.affine import Affine, Variable, product_of, variables_of
 from rmtc.ir.array import Array, Attention, Indices, Product, Stored, base_of
-from rmtc.ir.index import Index, Variable, product_of
 from rmtc.ir.terms import (
     Accumulated,
     IllegalError,
@@ -25,8 +25,6 @@ from rmtc.ir.terms import (
     parts,
     within,
 )
-
-__all__ = ["Attend", "Kernel", "Multiply", "Output", "Stage", "build", "build_attention", "loads", "multiplied"]
 
 Free: TypeAlias = Callable[[Term], frozenset[Variable]]
 
@@ -179,7 +177,7 @@ def build(outputs: Sequence[Array], stored: Callable[[Array], bool]) -> Kernel:
     """
     first = outputs[0]
     dims = tuple(Variable(f"d{place}", size) for place, size in enumerate(first.sizes))
-    index = tuple(Index.of(dim) if dim.size.value != 1 else Index() for dim in dims)
+    index = tuple(Affine.of(dim) if dim.size.value != 1 else Affine() for dim in dims)
     own = [dim for dim in dims if dim.size.value != 1]
 
     def computed(array: Array) -> bool:
@@ -192,9 +190,9 @@ def build(outputs: Sequence[Array], stored: Callable[[Array], bool]) -> Kernel:
         Variable(name, product_of(dim.size for dim in each))
         for name, each in (("z", fixed), ("m", rows), ("n", columns))
     )
-    values: dict[Variable, Index] = {}
+    values: dict[Variable, Affine] = {}
     for variable, group in ((z, fixed), (m, rows), (n, columns)):
-        left = Index.of(variable)
+        left = Affine.of(variable)
         for place, dim in enumerate(reversed(group)):
             last = place == len(group) - 1
             values[dim] = left if last else left % dim.size
@@ -225,27 +223,27 @@ def build_attention(array: Attention, stored: Callable[[Array], bool]) -> Attend
     query, key, value, mask = array.query, array.key, array.value, array.mask
     z, m, n = (Variable(*each) for each in (("z", batch * heads), ("m", rows), ("n", key.sizes[2])))
     e, d = Variable("e", query.sizes[3]), Variable("d", value.sizes[3])
-    b, h = Index.of(z) // heads, Index.of(z) % heads
+    b, h = Affine.of(z) // heads, Affine.of(z) % heads
     terms = Terms(lambda each: base_of(each) is not array and stored(each))
 
-    def of(operand: Array, *index: Index) -> Term:
+    def of(operand: Array, *index: Affine) -> Term:
         return terms.of(operand, broadcast(operand, index))
 
     shared = array.shape[1] // key.shape[1]
     head = h // shared if shared > 1 else h
     found = (
-        of(query, b, h, Index.of(m), Index.of(e)),
-        of(key, b, head, Index.of(n), Index.of(e)),
-        of(value, b, head, Index.of(n), Index.of(d)),
-        None if mask is None else of(mask, b, h, Index.of(m), Index.of(n)),
+        of(query, b, h, Affine.of(m), Affine.of(e)),
+        of(key, b, head, Affine.of(n), Affine.of(e)),
+        of(value, b, head, Affine.of(n), Affine.of(d)),
+        None if mask is None else of(mask, b, h, Affine.of(m), Affine.of(n)),
     )
     if any(isinstance(each, (Statistic, Accumulated)) for term in found if term is not None for each in within([term])):
         raise IllegalError(f"an operand of {array.name} holds sums")
-    index = broadcast(array, (b, h, Index.of(m), Index.of(d)))
+    index = broadcast(array, (b, h, Affine.of(m), Affine.of(d)))
     return Attend(array, z, m, n, e, d, *found, index, (*terms.arrays, array))
 
 
-def _aligned(other: Array, whole: Sequence[tuple[Index, Index]], rows: Sequence[tuple[Index, Index]]) -> Indices:
+def _aligned(other: Array, whole: Sequence[tuple[Affine, Affine]], rows: Sequence[tuple[Affine, Affine]]) -> Indices:
     """Return the index at which another output is written.
 
     Its dimensions are all of those of the first output, or all but the columns.
@@ -257,7 +255,7 @@ def _aligned(other: Array, whole: Sequence[tuple[Index, Index]], rows: Sequence[
     for known in (whole, rows):
         if [size.value for size, _ in known] == sizes:
             left = iter(value for _, value in known)
-            return tuple(next(left) if size.value != 1 else Index() for size in other.sizes)
+            return tuple(next(left) if size.value != 1 else Affine() for size in other.sizes)
     raise IllegalError(f"{other.name} has other dimensions")
 
 
@@ -292,7 +290,7 @@ def _roles(
     products = False
     for each in sums:
         if isinstance(each, Statistic):
-            rows |= _variables(each.index)
+            rows |= variables_of(each.index)
             continue
         products = True
         *batch, m, n = each.index
@@ -311,10 +309,6 @@ def _roles(
         columns = set(dims) - rows - fixed
     rows |= set(dims) - columns - fixed
     return [d for d in dims if d in fixed], [d for d in dims if d in rows], [d for d in dims if d in columns]
-
-
-def _variables(index: Iterable[Index]) -> set[Variable]:
-    return {variable for each in index for variable in each.variables}
 
 
 def _stages(roots: Sequence[Term], free: Free, outer: tuple[Variable, Variable], n: Variable) -> tuple[Stage, ...]:

@@ -13,12 +13,6 @@ from typing import Any
 
 from rmtc.errors import RmtcError
 
-__all__ = [
-    *("CALLS", "CELLS", "DEGREE", "DEPENDENCES", "DISTANCES", "FORMULA", "FORMULAS", "JSON", "LAYERS", "NOTATION"),
-    *("NUMBER", "OPERATIONS", "PHASES", "READS", "SEGMENTS", "TERMS", "WORK"),
-    *("TooLarge", "loads", "number", "quoted", "refused_by", "within"),
-]
-
 NOTATION = 1_000_000
 """Characters of a notation."""
 

@@ -25,8 +25,6 @@ from rmtc.ir.limits import CELLS, LAYERS, NOTATION, PHASES, SEGMENTS, number, qu
 if TYPE_CHECKING:
     from rmtc.ir.schedule import Schedule
 
-__all__ = ["NotationError", "listed", "read_schedule", "step_text", "time_text", "write_schedule"]
-
 _FIRST = re.compile(
     r"step of (?:cell \(s, (?P<letter>l)\)|part \(s, p\)) = (?P<time>.+?)"
     r"(?: in blocks of (?P<block>[1-9][0-9]*) segments)?"

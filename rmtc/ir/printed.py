@@ -6,8 +6,6 @@ import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["printed", "prints"]
-
 _Printer = TypeVar("_Printer", bound=Callable[[Any], str])
 
 _PRINTERS: dict[type, Callable[[Any], str]] = {}

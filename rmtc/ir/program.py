@@ -13,24 +13,6 @@ import torch
 
 from rmtc.errors import Location, VerifyError
 
-__all__ = [
-    "SPLITS",
-    "VIEWS",
-    "Form",
-    "NegativeZero",
-    "Op",
-    "Origin",
-    "Program",
-    "Source",
-    "Src",
-    "Val",
-    "call_arguments",
-    "leaves",
-    "map_leaves",
-    "parts",
-]
-
-
 aten = torch.ops.aten
 
 VIEWS = frozenset(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
@@ -14,8 +14,6 @@ from rmtc.ir.cells import Cell, Group, Phase, Step
 from rmtc.ir.formula import Extent, L, S, evaluated
 from rmtc.ir.notation import read_schedule, time_text, write_schedule
 from rmtc.ir.printed import printed
-
-__all__ = ["Schedule"]
 
 _Row = TypeVar("_Row")
 
@@ -129,7 +127,7 @@ class Schedule:
     def phases(self, layers: int | None = None) -> list[tuple[range, int, int]]:
         """Return the columns of each phase, with a and b as numbers for ``layers`` layers."""
         values: dict[sympy.Symbol, int] = {L: self.layers if layers is None else layers}
-        starts = [Phase(0, _at(self.a, values), _at(self.b, values)), *self.later]
+        starts = [Phase(0, int(evaluated(self.a, values)), int(evaluated(self.b, values))), *self.later]
         ends = [each.first for each in self.later] + [self.columns if layers is None else layers]
         return [(range(each.first, end), each.a, each.b) for each, end in zip(starts, ends, strict=True)]
 
@@ -266,7 +264,3 @@ class Schedule:
 
 def _repeat_last(rows: tuple[_Row, ...], number: int) -> tuple[_Row, ...]:
     return rows + rows[-1:] * (number - len(rows))
-
-
-def _at(extent: Extent, values: Mapping[sympy.Symbol, int]) -> int:
-    return extent if isinstance(extent, int) else int(evaluated(extent, values))

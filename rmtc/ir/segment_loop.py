@@ -6,23 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from rmtc.affine import Affine
 from rmtc.errors import VerifyError
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.program import Op, Program, Source, Src, Val, leaves, show
-
-__all__ = [
-    "Environment",
-    "Every",
-    "Fit",
-    "Item",
-    "Key",
-    "Layout",
-    "Numbered",
-    "Outer",
-    "Row",
-    "SegmentLoop",
-    "Where",
-]
 
 
 class Environment(NamedTuple):
@@ -42,44 +29,9 @@ class Environment(NamedTuple):
     T: int
     N: int
 
-
-@dataclass(frozen=True)
-class Fit:
-    """An integer constant as a function of the sizes: ``constant + sum(coefficient * product of sizes)``."""
-
-    constant: int
-    terms: tuple[tuple[tuple[str, ...], int], ...]
-
-    def at(self, environment: Environment) -> int:
-        """Return the value for given sizes."""
-        total = self.constant
-        for names, coefficient in self.terms:
-            product = coefficient
-            for name in names:
-                product *= getattr(environment, name)
-            total += product
-        return total
-
-    def where(self, s: int, T: int) -> int | Fit:
-        """Return the function for one segment of a given length, as a number if it depends on no other size."""
-        constant = self.constant
-        terms: dict[tuple[str, ...], int] = {}
-        for names, coefficient in self.terms:
-            for name in names:
-                coefficient *= s if name == "s" else T if name == "T" else 1
-            rest = tuple(name for name in names if name not in ("s", "T"))
-            if rest:
-                terms[rest] = terms.get(rest, 0) + coefficient
-            else:
-                constant += coefficient
-        left = tuple(sorted((names, c) for names, c in terms.items() if c))
-        return Fit(constant, left) if left else constant
-
-    def __str__(self) -> str:
-        text = " + ".join("*".join(([str(c)] if c != 1 else []) + list(names)) for names, c in self.terms)
-        return f"{text} + {self.constant}".replace("+ -", "- ") if self.constant else text
-
-    __repr__ = __str__
+    def of(self, number: Any) -> Any:
+        """Return the value of an integer constant; anything else is returned as it is."""
+        return int(number.number(**self._asdict())) if isinstance(number, Affine) else number
 
 
 class Row(NamedTuple):
@@ -96,7 +48,7 @@ class Item(NamedTuple):
     """Operand: an item of an input that is a list with one item per segment, ``list[number]rest``."""
 
     list: str
-    number: int | Fit
+    number: int | Affine
     rest: str
 
     def __str__(self) -> str:
@@ -139,12 +91,12 @@ class Numbered(NamedTuple):
     """The name of a result with a number in it that depends on the segment or on the number of segments."""
 
     before: str
-    number: Fit
+    number: Affine
     after: str
 
     def at(self, environment: Environment) -> str:
         """Return the name for given sizes."""
-        return f"{self.before}{self.number.at(environment)}{self.after}"
+        return f"{self.before}{environment.of(self.number)}{self.after}"
 
     def __str__(self) -> str:
         return f"{self.before}{self.number}{self.after}"
@@ -222,6 +174,11 @@ class SegmentLoop:
     def layout(self, segment: int) -> Layout:
         """Return the layout of a segment."""
         return self.layouts[min(segment, len(self.layouts) - 1)]
+
+    def rows_before(self, row: int, back: int) -> range:
+        """Return the rows that the segment ``back`` before a segment of a row may have."""
+        steady = len(self.rows)
+        return range(row - back, row - back + 1) if row < steady else range(max(0, steady - back), steady + 1)
 
     def cell(self, key: Key, segments: int) -> Cell | None:
         """Return the cell of an operation of the unrolled loop, or None outside the loop."""
@@ -302,14 +259,11 @@ class SegmentLoop:
             if isinstance(arg, Where):
                 return value(arg, arg.segment if arg.segment >= 0 else segments + arg.segment)
             if isinstance(arg, Item):
-                at = arg.number.at(environment(segment)) if isinstance(arg.number, Fit) else arg.number
-                name = str(arg._replace(number=at))
+                name = str(arg._replace(number=environment(segment).of(arg.number)))
                 if name not in sources:  # the runs that were folded had fewer items
                     sources[name] = replace(sources[str(arg._replace(number=0))], names=(name,))
                 return Src(name)
-            if isinstance(arg, Fit):
-                return arg.at(environment(segments if segment < 0 else segment))
-            return arg
+            return environment(segments if segment < 0 else segment).of(arg)
 
         def expand(segment: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
             out: list[Any] = []

@@ -14,8 +14,6 @@ from rmtc.ir.cells import Dependence
 from rmtc.ir.formula import Extent, L, layer_symbol, parse
 from rmtc.ir.limits import DEPENDENCES, DISTANCES, FORMULAS, NUMBER, OPERATIONS, quoted, refused_by, within
 
-__all__ = ["Spelled", "SpellingError", "counted", "read_dependences", "read_extent"]
-
 _FORM = (
     'write vectors as "(0, 1), (1, -(L-1)) memory": segments back, layers down, and a name if you like; between '
     'operations "x -> x (0, 1), x -> m (0, 0), m -> x (1, 0)"'

@@ -8,23 +8,8 @@ from typing import TypeAlias
 
 import torch
 
+from rmtc.affine import Affine, Variable, product_of
 from rmtc.ir.array import Array, Attention, Indices, Joined, Outside, Pointwise, Product, Reduction, Stored, View
-from rmtc.ir.index import Index, Variable, product_of
-
-__all__ = [
-    "Accumulated",
-    "Call",
-    "IllegalError",
-    "Load",
-    "Piecewise",
-    "Statistic",
-    "Term",
-    "Terms",
-    "broadcast",
-    "free_variables",
-    "parts",
-    "within",
-]
 
 
 class IllegalError(Exception):
@@ -41,7 +26,7 @@ class Load:
 
     array: Array
     index: Indices
-    guards: tuple[tuple[Index, Index], ...]
+    guards: tuple[tuple[Affine, Affine], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +43,8 @@ class Call:
 class Piecewise:
     """The term ``one`` where ``index < bound``, and ``other`` elsewhere."""
 
-    index: Index
-    bound: Index
+    index: Affine
+    bound: Affine
     one: Term
     other: Term
     dtype: torch.dtype
@@ -140,12 +125,12 @@ class Terms:
     stored: Callable[[Array], bool]
     limit: int = 2000
     arrays: dict[Array, None] = field(default_factory=dict)
-    _known: dict[tuple[Array, Indices, tuple[tuple[Index, Index], ...]], Term] = field(default_factory=dict)
-    _over: dict[Index, Variable] = field(default_factory=dict)
-    _loads: dict[tuple[Array, Indices, tuple[tuple[Index, Index], ...]], Load] = field(default_factory=dict)
+    _known: dict[tuple[Array, Indices, tuple[tuple[Affine, Affine], ...]], Term] = field(default_factory=dict)
+    _over: dict[Affine, Variable] = field(default_factory=dict)
+    _loads: dict[tuple[Array, Indices, tuple[tuple[Affine, Affine], ...]], Load] = field(default_factory=dict)
     _statistics: dict[tuple[Array, Indices], Statistic] = field(default_factory=dict)
 
-    def of(self, array: Array, index: Indices, guards: tuple[tuple[Index, Index], ...] = ()) -> Term:
+    def of(self, array: Array, index: Indices, guards: tuple[tuple[Affine, Affine], ...] = ()) -> Term:
         """Return the term of an array at an index.
 
         Raises:
@@ -159,7 +144,7 @@ class Terms:
             found = self._known[key] = self._of(array, index, guards)
         return found
 
-    def _of(self, array: Array, index: Indices, guards: tuple[tuple[Index, Index], ...]) -> Term:
+    def _of(self, array: Array, index: Indices, guards: tuple[tuple[Affine, Affine], ...]) -> Term:
         if self.stored(array):
             return Load(array, index, guards)
         if isinstance(array, (Stored, Outside, Attention)):
@@ -182,9 +167,9 @@ class Terms:
         assert isinstance(array, Product)
         return self._product(array, index)
 
-    def _joined(self, array: Joined, index: Indices, guards: tuple[tuple[Index, Index], ...]) -> Term:
-        place, start = index[array.dim], Index()
-        ends: list[tuple[Index, Index, Array]] = []
+    def _joined(self, array: Joined, index: Indices, guards: tuple[tuple[Affine, Affine], ...]) -> Term:
+        place, start = index[array.dim], Affine()
+        ends: list[tuple[Affine, Affine, Array]] = []
         for part in array.parts:
             end = start + part.sizes[array.dim]
             ends.append((start, end, part))
@@ -197,7 +182,7 @@ class Terms:
             last, first = place.most < end.least, place.least >= begin.most
             own = guards if last else (*guards, (place, end))
             # An element before a part has a negative index in it.
-            own = own if first else (*own, (begin - 1 - place, Index()))
+            own = own if first else (*own, (begin - 1 - place, Affine()))
             term = self.of(part, within, own)
             found = term if found is None or last else Piecewise(place, end, term, found, array.dtype)
         if found is None:
@@ -207,8 +192,8 @@ class Terms:
     def _reduced(self, array: Reduction, index: Indices) -> Term:
         sizes = array.source.sizes
         over = self._variable(product_of(sizes[dim] for dim in array.dims))
-        rest = Index.of(over)
-        inner: dict[int, Index] = {}
+        rest = Affine.of(over)
+        inner: dict[int, Affine] = {}
         for dim in reversed(array.dims):
             inner[dim], rest = (rest % sizes[dim], rest // sizes[dim]) if dim != array.dims[0] else (rest, rest)
         own = iter(index)
@@ -233,12 +218,12 @@ class Terms:
         over = self._variable(array.depth)
         if any(over in each.variables for each in index):
             raise IllegalError(f"{array.name} is read within a sum")
-        k, (*batch, m, n) = Index.of(over), index
+        k, (*batch, m, n) = Affine.of(over), index
         left = broadcast(array.left, (*batch, m, k))
         right = broadcast(array.right, (*batch, k, n))
         return Accumulated(array, index, over, self.of(array.left, left), self.of(array.right, right))
 
-    def _variable(self, size: Index) -> Variable:
+    def _variable(self, size: Affine) -> Variable:
         return self._over.setdefault(size, Variable(f"k{len(self._over) or ''}", size))
 
 
@@ -268,4 +253,4 @@ def free_variables() -> Callable[[Term], frozenset[Variable]]:
 def broadcast(array: Array, index: Indices) -> Indices:
     """Return the index of an operand, given the index of an array that it is broadcast to."""
     own = index[len(index) - len(array.sizes) :]
-    return tuple(Index() if size.value == 1 else each for size, each in zip(array.sizes, own, strict=True))
+    return tuple(Affine() if size.value == 1 else each for size, each in zip(array.sizes, own, strict=True))

@@ -8,12 +8,11 @@ from typing import Any, TypeAlias
 
 import torch
 
+from rmtc.affine import Affine
 from rmtc.errors import VerifyError
 from rmtc.ir.program import Op, Src, leaves, map_leaves
 from rmtc.ir.schedule import Schedule
-from rmtc.ir.segment_loop import Fit, Item, Outer, Row, SegmentLoop
-
-__all__ = ["Body", "Input", "Local", "Member", "Number", "Operand", "Shared", "WavefrontProgram", "Weight", "choose"]
+from rmtc.ir.segment_loop import Item, Outer, Row, SegmentLoop
 
 
 def choose(flags: Sequence[int] | torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -95,7 +94,7 @@ class Body:
         members: the cells of the class, by row kind and layer.
         ops: operations by their number in the cell, only those that a result needs. Operands are :class:`Local`,
             :class:`Input`, :class:`Weight`, :class:`Shared`, :class:`Number`, a source or ``before`` value that all
-            cells share, a function of batch and length (:class:`Fit`), or a constant.
+            cells share, a function of batch and length (:class:`Affine`), or a constant.
         inputs: for each :class:`Input`, its operand in each member.
         weights: for each :class:`Weight`, the tensor's name in each layer. Several that are joined along their first
             dimension are all named.
@@ -110,7 +109,7 @@ class Body:
     ops: Mapping[int, Op]
     inputs: tuple[Mapping[Member, Operand], ...]
     weights: tuple[Mapping[int, tuple[str, ...]], ...]
-    numbers: tuple[Mapping[Member, int | float | Fit], ...]
+    numbers: tuple[Mapping[Member, int | float | Affine], ...]
     results: tuple[int, ...]
     positions: Mapping[Member, Mapping[int, int]]
 

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["BOUND", "FUNCTIONS", "add_linear", "add_matmul", "rms_normalize", "roll_products", "rotary"]
-
 Work: TypeAlias = Callable[[Sequence[int], torch.dtype], Tensor]
 
 _library = torch.library.Library("rmtc", "DEF")

@@ -18,8 +18,6 @@ from torch import Tensor
 from rmtc import heuristics
 from rmtc.errors import raised_by_signal
 
-__all__ = ["are_faster", "bind_linear_maps", "linear_maps", "operator", "seconds"]
-
 logger = logging.getLogger(__name__)
 
 _KERNELS = {torch.float32: "linear_maps_float32", torch.float64: "linear_maps_float64"}

@@ -11,8 +11,6 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, runtim
 
 from rmtc.errors import VerifyError
 
-__all__ = ["PASSES", "Pass", "Watch", "enter", "ran", "register", "watched", "watching"]
-
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _T = TypeVar("_T", bound=Callable[..., Any])

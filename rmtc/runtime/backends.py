@@ -14,8 +14,6 @@ from rmtc.runtime.inductor import Inductor
 from rmtc.runtime.triton import Triton
 from rmtc.runtime.weights import Weights
 
-__all__ = ["Backend", "Runner", "auto", "backend_named", "kernels_or_torch", "list_backends", "name_of", "nearest"]
-
 
 class Runner(Protocol):
     """A runner of a program, for calls of any sizes. Calls may overlap."""

@@ -9,8 +9,6 @@ from rmtc.ir.segment_loop import Every, Key, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Member, WavefrontProgram
 from rmtc.runtime.plan import Copied, Launch, Part, Plan
 
-__all__ = ["check_plan"]
-
 Tags = list[list[Key | None]]
 """For each result of a launch and each of its cells, the operation whose value it is; None for what nobody may read."""
 

@@ -15,8 +15,6 @@ from rmtc.errors import VerifyError
 from rmtc.runtime.plan import Part, Piece, Plan
 from rmtc.runtime.standing import ArenaBody, ArenaStep
 
-__all__ = ["check_steps"]
-
 
 class _Seen(NamedTuple):
     """A tensor as it lies in memory: ``size`` bytes, the last before ``end``."""

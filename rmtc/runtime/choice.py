@@ -15,8 +15,6 @@ from rmtc import heuristics
 from rmtc.capture.probe import Sizes
 from rmtc.runtime.stats import Decision
 
-__all__ = ["AS_WRITTEN", "Arm", "Choice", "Ledger", "New", "size_class"]
-
 AS_WRITTEN = "as written"
 _FIRST, _EVERY = 8, 64  # on a GPU the first calls are waited for, and then one in so many
 

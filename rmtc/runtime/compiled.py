@@ -37,8 +37,7 @@ from rmtc.runtime.hooks import call_with_hooks, global_hooks, hook_tables, hooke
 from rmtc.runtime.stats import LastRun, Stats
 from rmtc.runtime.variant import ConflictError, Pick, Ready, Variant
 from rmtc.runtime.weights import refuse_elsewhere
-
-__all__ = ["Compiled", "Options"]
+from rmtc.stages import stage, substage
 
 logger = logging.getLogger(__name__)
 
@@ -423,6 +422,7 @@ class Compiled:
         finally:
             _thread.active = active
 
+    @substage("arguments")
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The arguments by name, without those that only repeat a default."""
         if self._given or self._named:
@@ -554,6 +554,7 @@ class Compiled:
         why = differences[-1] if differences else "a call of another structure"
         return _Eager(f"recompile_limit = {limit} is reached", detail=why)
 
+    @substage("key of a call")
     def _key(self, arguments: Arguments) -> Any:
         """What calls of one structure share."""
         leaves = tuple(
@@ -788,7 +789,8 @@ class Compiled:
         session = self._session(arguments)
         refuse_elsewhere(session)
         given = self._inner, arguments.args, arguments.kwargs
-        analysis = Analysis(open_capture(*given, self.options.segment_length, own_hooks=False))
+        with stage("probe"):
+            analysis = Analysis(open_capture(*given, self.options.segment_length, own_hooks=False))
         analysis.capture.reorder_random = self.options.reorder_random
         plan, session = analysis.capture.plan, analysis.capture.session
         self._watch(session.all_modules())

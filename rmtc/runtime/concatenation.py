@@ -10,8 +10,6 @@ import torch
 from rmtc.ir.program import call_arguments, leaves
 from rmtc.ir.segment_loop import Every, SegmentLoop, Where
 
-__all__ = ["Concatenation", "concatenations"]
-
 
 @dataclass
 class Concatenation:

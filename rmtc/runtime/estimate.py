@@ -27,23 +27,7 @@ from rmtc.runtime.backends import nearest
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.measure import cost_model
 from rmtc.runtime.plan import plan_run
-
-__all__ = [
-    "WAYS",
-    "Way",
-    "Works",
-    "as_written",
-    "backend_of",
-    "best_of",
-    "candidates",
-    "compiled_seconds",
-    "compiles",
-    "kind_named",
-    "nothing_apart",
-    "pays",
-    "scheduled",
-    "ways",
-]
+from rmtc.stages import substage
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -293,9 +277,10 @@ def _way(name: str, proven: Proven, schedule: Schedule, run: Captured, max_group
         RefusedError: if the tensors of a segment grow from segment to segment.
     """
     at_once = any(a == 0 for _, a, _ in schedule.phases())
+    check = substage("check a way")(check_against)
     for block in (None, 2) if at_once else (None,):
-        checked = check_against(replace(proven, schedule=replace(schedule, block=block)), run.program, *run.sizes)
-    program = rewrite(proven, schedule=name)
+        checked = check(replace(proven, schedule=replace(schedule, block=block)), run.program, *run.sizes)
+    program = substage("rewrite")(rewrite)(proven, schedule=name)
     rows, (segments, batch, tail) = len(proven.loop.rows), run.sizes
     for width in {max_group, 2} if at_once or schedule.strip > 1 else {max_group}:
         capped = replace(program, max_group=width)

@@ -17,11 +17,12 @@ from typing import Any, ClassVar
 import torch
 
 from rmtc import heuristics
+from rmtc.affine import Affine
 from rmtc.codegen.torch.emit import emit
 from rmtc.codegen.torch.source import Emitted
 from rmtc.errors import BackendError, RefusedError, raised_by_signal
 from rmtc.ir.program import SPLITS, VIEWS, Op, Src, call_arguments, leaves, map_leaves
-from rmtc.ir.segment_loop import Environment, Every, Fit, Key, Numbered, Outer, Row, Where
+from rmtc.ir.segment_loop import Environment, Every, Key, Numbered, Outer, Row, Where
 from rmtc.ir.wavefront import Body, Operand, Shared, WavefrontProgram
 from rmtc.quiet import uncollected
 from rmtc.runtime.check_steps import check_steps
@@ -29,8 +30,7 @@ from rmtc.runtime.concatenation import Concatenation, concatenations
 from rmtc.runtime.plan import Copied, Launch, Part, Piece, Plan, Whole, plan_run
 from rmtc.runtime.standing import ArenaStep, Moved, Standing
 from rmtc.runtime.weights import Weights
-
-__all__ = ["Emission", "Executor", "Run"]
+from rmtc.stages import substage
 
 logger = logging.getLogger(__name__)
 
@@ -246,8 +246,8 @@ class Executor:
         if isinstance(operand, Src):
             source = self.program.loop.sources.get(operand.name)
             return source is not None and source.kind == "constant"
-        if isinstance(operand, Fit):
-            return all(name in ("B", "T") for names, _ in operand.terms for name in names)
+        if isinstance(operand, Affine):
+            return operand.atoms <= {"B", "T"}
         return not isinstance(operand, (Outer, Where))
 
     def forget(self) -> None:
@@ -374,6 +374,7 @@ class _Walk:
 
         return self._call(self.loop.row(key.segment)[key.number], operand)
 
+    @substage("launch")
     def _launch(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
         program = self.executor.program
         if launch.body.name not in program.batched and (launch.short or launch.body.name in program.bodies):
@@ -512,9 +513,7 @@ class _Walk:
             return self.before[operand.number] if operand.part == "before" else after[operand.number]
         if isinstance(operand, Where):
             return self.kept[self._key(operand)]
-        if isinstance(operand, Fit):
-            return operand.at(at or self.ends)
-        return operand
+        return (at or self.ends).of(operand)
 
     def _key(self, operand: Where) -> Key:
         """The operation whose value an operand of the part after the loop is."""

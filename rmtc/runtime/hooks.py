@@ -15,13 +15,13 @@ from torch import nn
 from torch.utils._device import DeviceContext
 
 from rmtc.errors import user_level
-
-__all__ = ["call_with_hooks", "global_hooks", "hook_tables", "hooked"]
+from rmtc.stages import substage
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CAPTURING = "transformers.utils.output_capturing"  # hooks that do nothing unless the model's own code asks
 
 
+@substage("hooks")
 def hooked(modules: Sequence[nn.Module], tables: Sequence[Mapping[int, Any]]) -> str | None:
     """Return the reason why a call must run as written because something watches or transforms it, or None.
 

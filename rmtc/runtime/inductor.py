@@ -17,8 +17,6 @@ from rmtc.ir.segment_loop import Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Number, choose
 from rmtc.runtime.executor import Emission, Executor
 
-__all__ = ["Inductor"]
-
 logger = logging.getLogger(__name__)
 
 

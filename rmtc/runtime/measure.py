@@ -24,8 +24,6 @@ from rmtc import heuristics
 from rmtc.errors import RmtcError, raised_by_signal
 from rmtc.ir.cost import CostModel
 
-__all__ = ["clock", "cost_model", "measure", "pinned"]
-
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import torch
 
+from rmtc.affine import Affine
 from rmtc.ir.cells import Cell, Group
 from rmtc.ir.program import Op, Src, leaves
 from rmtc.ir.schedule import Schedule
-from rmtc.ir.segment_loop import Environment, Every, Fit, Item, Key, Row, Where
+from rmtc.ir.segment_loop import Environment, Every, Item, Key, Row, Where
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
-
-__all__ = ["Copied", "Launch", "Part", "Plan", "Whole", "plan_run"]
+from rmtc.stages import substage
 
 _ROWS, _LEAST = 512, 2
 """Cells of one layer run at once until they have so many positions, but so many cells at least: by then their products
@@ -127,11 +127,12 @@ def _of_segment(op: Op) -> bool:
             continue  # a factor may be any
         for leaf in leaves((arg,)):
             value = leaf.number if isinstance(leaf, Item) else leaf
-            if isinstance(value, Fit) and any("s" in names for names, _ in value.terms):
+            if isinstance(value, Affine) and "s" in value.atoms:
                 return True
     return False
 
 
+@substage("plan")
 def plan_run(program: WavefrontProgram, segments: int, batch: int, tail: int) -> Plan:
     """Lay out a run.
 
@@ -362,7 +363,7 @@ class _Planner:
             for choice in body.inputs
         )
         numbers = tuple(
-            tuple(self._number(choice[m], cell) for m, cell in zip(members, cells, strict=True))
+            tuple(self._environment(cell.segment).of(choice[m]) for m, cell in zip(members, cells, strict=True))
             for choice in body.numbers
         )
         grouped = body.stage == "layer" or body.name in self.program.batched
@@ -388,9 +389,6 @@ class _Planner:
             found = self.results[id(body), member] = [each for each in results if each[0] in wanted]
         return found
 
-    def _number(self, number: int | float | Fit, cell: Cell) -> int | float:
-        return number.at(self._environment(cell.segment)) if isinstance(number, Fit) else number
-
     def _source(self, operand: Operand | None, cell: Cell) -> Part | Whole | None:
         """Where one cell's input comes from; None if the cell has none."""
         if operand is None:
@@ -407,9 +405,7 @@ class _Planner:
             result = self.launches[place.launch].body.positions[row, layer][offset]
             return Part(place.launch, result, place.cell, 1, 1)
         if isinstance(operand, Item):
-            at = operand.number
-            at = at.at(self._environment(cell.segment)) if isinstance(at, Fit) else at
-            return Whole(Src(str(operand._replace(number=at))))
+            return Whole(Src(str(operand._replace(number=self._environment(cell.segment).of(operand.number)))))
         return Whole(operand)
 
     def _pieces(self, sources: list[Part | Whole | None], reader: int, aside: bool) -> tuple[Piece, ...]:

@@ -16,26 +16,12 @@ from torch.utils.dlpack import from_dlpack
 from rmtc.ir.program import leaves
 from rmtc.ir.wavefront import Body, Weight
 from rmtc.ops.fused import add_linear
+from rmtc.stages import substage
 
 if TYPE_CHECKING:
     from rmtc.runtime.weights import Weights
 
 logger = logging.getLogger(__name__)
-
-__all__ = [
-    "memories",
-    "moving",
-    "DLPACK",
-    "LAYOUT",
-    "LayerStack",
-    "StackMemory",
-    "StackPart",
-    "copied_layout",
-    "lying",
-    "multiplies",
-    "names_in",
-    "together",
-]
 
 
 class StackPart(NamedTuple):
@@ -216,13 +202,18 @@ def together(parameters: Sequence[Sequence[torch.Tensor]]) -> StackMemory:
         if memory.tensor is not None and not left.isdisjoint(memory.rows):
             memory.let_go()
     for parameter, home in pairs:
-        parameter.data = from_dlpack(home)
+        _move(parameter, home)
     made = StackMemory(tensor, {})
     for row, joined in enumerate(parameters):
         for number, parameter in enumerate(joined):
             made.rows[parameter.data_ptr()] = row, sum(sizes[:number])
     memories.add(made)
     return made
+
+
+@substage("move a parameter")
+def _move(parameter: torch.Tensor, home: torch.Tensor) -> None:
+    parameter.data = from_dlpack(home)
 
 
 def _sizes(parameters: Sequence[torch.Tensor]) -> list[int]:
@@ -277,6 +268,7 @@ def copied_layout(
     return stacked[rows][at[0] : at[-1] + 1 : at[1] - at[0] if len(at) > 1 else 1]
 
 
+@substage("plan weights")
 def names_in(body: Body, number: int) -> tuple[tuple[str, ...], ...]:
     choice = body.weights[number]
     return tuple(choice[layer] for layer in sorted(choice))

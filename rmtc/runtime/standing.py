@@ -27,8 +27,6 @@ from rmtc.ir.wavefront import Operand
 from rmtc.runtime.plan import Launch, Part, Piece, Plan
 from rmtc.runtime.weights import Weights
 
-__all__ = ["ArenaBody", "Moved", "Standing", "ArenaStep"]
-
 logger = logging.getLogger(__name__)
 
 _TAPES, _BATCHES = 64, 2  # the steps of so many plans are kept, of so many batch sizes; plans of a batch share memory

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-__all__ = ["Decision", "LastRun", "Stats"]
-
 _NAMES = 12  # columns of names in a table
 
 

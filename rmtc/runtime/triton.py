@@ -15,12 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rmtc.codegen.torch.source import Emitted
 from rmtc.codegen.triton.emit import emit
+from rmtc.codegen.triton.spelling import widened
 from rmtc.codegen.triton.targets import TARGETS, Target, target_of
 from rmtc.errors import BackendError, RefusedError, raised_by_signal
 from rmtc.ir.wavefront import Body
 from rmtc.runtime.executor import Emission, Executor, Run
-
-__all__ = ["Triton", "launches_on"]
 
 logger = logging.getLogger(__name__)
 
@@ -189,11 +188,7 @@ def _alike(one: Any, other: Any) -> bool:
     apart = torch.where(finite, one - other, 0)
     allowed = _ALLOWED.get(other.dtype, 1e-1)
     for order, factor in ((2, 1.0), (float("inf"), _PEAK)):
-        norms = [float(torch.linalg.vector_norm(each, order, dtype=_wide(each.dtype))) for each in (apart, wanted)]
+        norms = [float(torch.linalg.vector_norm(each, order, dtype=widened(each.dtype))) for each in (apart, wanted)]
         if norms[0] > factor * allowed * norms[1] + torch.finfo(other.dtype).tiny:
             return False
     return True
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -47,8 +47,7 @@ from rmtc.runtime.measure import clock, cost_model, pinned
 from rmtc.runtime.stats import Decision
 from rmtc.runtime.triton import launches_on
 from rmtc.runtime.weights import Weights
-
-__all__ = ["ConflictError", "Pick", "Ready", "Variant"]
+from rmtc.stages import substage
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +181,7 @@ class Variant:
         """What runs it."""
         return self.main.runner
 
+    @substage("makespan")
     def makespan(self, segments: int, made: Made) -> int:
         """Number of steps of the proven schedule; of a layer's parts with all segments at once, one.
 
@@ -492,6 +492,7 @@ class Variant:
                 return f"it was captured for {name} = {fixed[name]}, and this call has {value}"
         return self.state.differs(arguments) or sizes
 
+    @substage("contents of places")
     def entry(self, batch: int) -> tuple[Any, ...]:
         """What the places that a call writes hold now, as far as its Python can see without reading numbers.
 
@@ -771,6 +772,7 @@ class _Results(dict[Any, Any]):
         return self._other(name)
 
 
+@substage("results")
 def _apart(outputs: Mapping[str, Any], written: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
     """The results, none of which changes when a tensor is written to."""
     storages = {tensor.untyped_storage()._cdata for tensor in written.values()}
@@ -920,22 +922,9 @@ def _describe(value: Any, batch: int, known: frozenset[int], varying: frozenset[
     if id(value) not in known and can_be_made(value):
         known |= {id(value)}  # what holds itself ends there
         return type(value), tuple((key, _describe(item, batch, known)) for key, item in attributes(value).items())
-    return _Same(value)
+    return Kept(value)
 
 
 def _order(table: dict[Any, Any]) -> tuple[Any, ...]:
     """The keys of a dictionary in their order: 1 is not True."""
     return tuple(map(type, table)), tuple(table)
-
-
-class _Same:
-    """Equal to what stands for the very same object."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)

@@ -28,9 +28,7 @@ from rmtc.runtime.stacking import (
     names_in,
     together,
 )
-
-__all__ = ["Weights", "refuse_elsewhere"]
-
+from rmtc.stages import substage
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +114,7 @@ class Weights:
             all(map(operator.eq, map(get, tensors), held)) for get, held in zip(LAYOUT, self._layout, strict=True)
         )
 
+    @substage("move weights")
     def move(self, values: Mapping[str, torch.Tensor]) -> None:
         """Move the parameters into their stacks, one stack after another, so that little memory is held twice.
 

@@ -8,8 +8,6 @@ import io
 from rmtc.ir.notation import listed
 from rmtc.ir.schedule import Schedule
 
-__all__ = ["schedule_csv"]
-
 
 def schedule_csv(schedule: Schedule, segments: int) -> str:
     """Write step, stage, class, segment, layer and part of each cell.

@@ -8,8 +8,6 @@ from rmtc.ir.cells import Dependence
 from rmtc.ir.schedule import Schedule
 from rmtc.show.graph import cells_by_step, edges, stage_edges
 
-__all__ = ["schedule_dot"]
-
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 
 

@@ -12,8 +12,6 @@ from rmtc.show.as_svg import CHART, LEFT, chart, headline, subtitle
 from rmtc.show.inset import INSET, inset
 from rmtc.show.marks import number, style
 
-__all__ = ["schedule_html"]
-
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from rmtc.benchmark import Benchmark
     from rmtc.verification import Verification
 
-__all__ = ["explanation_json", "measured_json", "refusal_json", "schedule_json", "to_json", "why_json"]
-
 Data = Mapping[str, object]
 
 _PAIR = re.compile(r"\[\n\s*(-?\d+),\n\s*(-?\d+)\n\s*\]")

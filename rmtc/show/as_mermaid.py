@@ -8,8 +8,6 @@ from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.schedule import Schedule
 from rmtc.show.graph import cells_by_step, edges, stage_edges
 
-__all__ = ["schedule_mermaid"]
-
 
 def schedule_mermaid(schedule: Schedule, segments: int, dependences: Sequence[Dependence] = ()) -> str:
     """Write text for a ``mermaid`` block of a Markdown file, whose viewers draw a few hundred arrows at most."""

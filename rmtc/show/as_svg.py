@@ -21,8 +21,6 @@ from rmtc.show.inset import INSET, inset
 from rmtc.show.marks import box, colour, number, on_dark, style, text, wrapped
 from rmtc.show.page import count
 
-__all__ = ["CHART", "LEFT", "Chart", "chart", "headline", "schedule_svg", "subtitle"]
-
 CHART, LEFT = 760, 64
 """Width of a chart, and where step 0 begins in it."""
 

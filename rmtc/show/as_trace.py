@@ -8,8 +8,6 @@ from rmtc.ir.cells import Cell
 from rmtc.ir.notation import listed
 from rmtc.ir.schedule import Schedule
 
-__all__ = ["schedule_trace"]
-
 _STEP = 1000
 """Microseconds drawn for a step."""
 

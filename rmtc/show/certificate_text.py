@@ -14,8 +14,6 @@ from rmtc.ir.schedule import Schedule
 from rmtc.show.heading import equals
 from rmtc.show.page import Page
 
-__all__ = ["assumptions", "best", "certificate_text", "chain", "checked", "legality"]
-
 
 @prints(Certificate)
 def certificate_text(certificate: Certificate) -> str:

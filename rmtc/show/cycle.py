@@ -11,8 +11,6 @@ import sympy
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.formula import at, layer_symbol
 
-__all__ = ["Round", "Turn", "follow"]
-
 
 @dataclass(frozen=True)
 class Turn:

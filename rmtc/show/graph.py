@@ -10,8 +10,6 @@ from rmtc.ir.formula import distance_text
 from rmtc.ir.notation import listed
 from rmtc.ir.schedule import Schedule
 
-__all__ = ["by_vector", "cells_by_step", "edges", "stage_edges", "vector_text"]
-
 
 def cells_by_step(schedule: Schedule, segments: int, arrows: int = 0) -> Iterator[tuple[int, list[tuple[Cell, str]]]]:
     """Each step with its cells, by column, and their classes, prologues first and epilogues last.

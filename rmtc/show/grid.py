@@ -12,9 +12,6 @@ from rmtc.ir.printed import prints
 from rmtc.ir.schedule import Schedule
 from rmtc.show.page import WIDTH, Page, count, elide
 
-__all__ = ["grid", "schedule_text", "stages_text"]
-
-
 _SHOWN = 24
 """Steps at either end of a schedule too long to show."""
 

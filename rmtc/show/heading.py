@@ -9,8 +9,6 @@ from rmtc.ir.formula import at, formula
 from rmtc.show.cycle import Round, follow
 from rmtc.show.page import count
 
-__all__ = ["equals", "sequential", "title"]
-
 
 def title(explanation: Explanation) -> str:
     number = explanation.segments * explanation.layers

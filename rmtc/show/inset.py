@@ -13,8 +13,6 @@ from rmtc.ir.schedule import Schedule
 from rmtc.show.graph import by_vector
 from rmtc.show.marks import ARROWS, box, colour, text, wrapped
 
-__all__ = ["INSET", "inset"]
-
 INSET = 232
 """Its width."""
 

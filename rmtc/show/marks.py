@@ -5,8 +5,6 @@ from __future__ import annotations
 import textwrap
 from html import escape
 
-__all__ = ["ARROWS", "box", "colour", "number", "on_dark", "style", "text", "wrapped"]
-
 _SHADES = 128
 """Most colours of a drawing: more cannot be told apart. Of more segments, neighbours share one."""
 

@@ -10,8 +10,6 @@ from rmtc.ir.folded import Lasting
 from rmtc.ir.formula import distance_text, formula, place, time_formula
 from rmtc.show.page import Page, count
 
-__all__ = ["operations_text"]
-
 
 def operations_text(page: Page, explanation: Explanation) -> None:
     """Write the section, if there is anything to write."""

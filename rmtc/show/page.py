@@ -5,8 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-__all__ = ["WIDTH", "Page", "count", "elide"]
-
 WIDTH = 110
 """Columns of every line rmtc prints."""
 

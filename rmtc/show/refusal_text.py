@@ -10,8 +10,6 @@ from rmtc.show.cycle import Turn, follow
 from rmtc.show.heading import equals, sequential, title
 from rmtc.show.page import Page
 
-__all__ = ["cause", "refusal", "refusal_text"]
-
 
 def refusal_text(explanation: Explanation) -> str:
     """Print a refusal by itself, as ``rmtc schedule`` does where there is no schedule."""

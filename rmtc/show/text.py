@@ -26,9 +26,6 @@ from rmtc.show.operations_text import operations_text
 from rmtc.show.page import Page, count
 from rmtc.show.refusal_text import cause, refusal
 
-__all__ = ["explanation_text"]
-
-
 _SHOWN = 4
 """Tensors of one distance that are shown with their places; of the others only the names."""
 

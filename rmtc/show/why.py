@@ -12,8 +12,6 @@ from rmtc.ir.formula import L, distance_text, place
 from rmtc.ir.schedule import Schedule
 from rmtc.show.page import Page, count
 
-__all__ = ["Link", "Why", "read_cell", "why"]
-
 
 @dataclass(frozen=True)
 class Link:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from casts import Float32CastsAsFloat64
 from held import one_in
-from test_examples import Float32CastsAsFloat64
 from torch import Tensor
 
 from rmtc.examples import armt_gpt2, armt_llama, rmt_llama, transformer_xl

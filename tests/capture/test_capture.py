@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 import gc
-import importlib
 import itertools
 import random
 import re
@@ -23,6 +22,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
+from faults import Injected, fault, fault_after_pass
 from held import one_in
 from models import BATCH, LAYERS, LOOPS, OTHERS, SEGMENT, SEGMENTS, WIDTH, line_of, text
 from picture import Picture
@@ -195,54 +195,27 @@ def test_a_picture_sees_what_changes() -> None:
 
 # Faults at every stage.
 
-STAGES = {
-    "walking the state": ("rmtc.capture.session", "walk"),
-    "making stand-ins": ("rmtc.capture.session", "Session.fake_tensor"),
-    "probing": ("rmtc.capture.probe", "_Prober.run"),
-    "counting operations": ("rmtc.capture.uses", "UseCount.note"),
-    "calling": ("rmtc.capture.session", "Session.call"),
-    "tracing": ("rmtc.capture.tracer", "_Maker.trace"),
-    "placing an operation": ("rmtc.capture.tracer", "current_location"),
-    "reading the results": ("rmtc.capture.objects", "Describer.describe"),
-    "reading the state": ("rmtc.capture.session", "Session.state"),
-    "remove-regions": ("rmtc.passes.graph.remove_regions", "RemoveRegions.apply"),
-    "canonicalize": ("rmtc.passes.graph.canonicalize", "Canonicalize.apply"),
-    "flattening": ("rmtc.capture", "from_graph"),
-    "find-segments": ("rmtc.passes.pipeline", "find_segments"),
-    "fold-segments": ("rmtc.passes.pipeline", "fold_segments"),
-    "fold-layers": ("rmtc.passes.pipeline", "fold_layers"),
-    "find-dependences": ("rmtc.passes.pipeline", "find_dependences"),
-    "prove": ("rmtc.passes.pipeline", "prove"),
-    "check": ("rmtc.passes.pipeline", "check"),
-    "replay": ("rmtc.capture.replay", "Replayer.check"),
-    "calling a layer in a replay": ("rmtc.capture.replay", "Replayer._call"),
+STAGES = (
+    *("make fake tensor", "run a probe", "count uses", "compare settings", "name a value", "describe results"),
+    *("find effects", "flatten", "replay"),
+)
+TRACING = ("capture", "remove-regions", "canonicalize", "find-segments", "fold-segments", "fold-layers")
+FAULTS = {
+    "walk state": functools.partial(fault, "walk state", times=1),  # putting the state back walks it again
+    "state guard": functools.partial(fault, "state guard", at=1),  # in a replay, once a layer was called
+    **{name: functools.partial(fault, name) for name in STAGES},
+    **{name: functools.partial(fault_after_pass, name) for name in (*TRACING, "find-dependences", "prove", "check")},
 }
 
 
-class Injected(Exception):
-    """No error that rmtc knows."""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_fault_in_any_stage_changes_nothing(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stage", FAULTS)
+def test_a_fault_in_any_stage_changes_nothing(stage: str) -> None:
     """After its work, when most is there to put back."""
-    file, path = STAGES[stage]
-    owner: Any = importlib.import_module(file)
-    *outer, name = path.split(".")
-    for part in outer:
-        owner = getattr(owner, part)
-    original = getattr(owner, name)
-
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        original(*args, **kwargs)
-        raise Injected(stage)
-
     model = models.Hoarder()
     expected = copy.deepcopy(model)(text())
     before, process_before = Picture(*roots_of(model, ())), process()
-    with monkeypatch.context() as patch, pytest.raises((Injected, rmtc.CaptureError)) as raised:
-        patch.setattr(owner, name, failing)
+    with FAULTS[stage](error=Injected(stage)), pytest.raises((Injected, rmtc.CaptureError)) as raised:
         rmtc.explain(model)(text(6 * SEGMENT))  # long enough for a replay
     assert stage in str(raised.value)
     assert not before.differs(Picture(*roots_of(model, ())))

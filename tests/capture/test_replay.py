@@ -8,33 +8,13 @@ from typing import Any
 import pytest
 import torch
 from held import one_in
+from replayed import BATCH, SEGMENT, Layer, analyzed, ids
 from torch import nn
 
 import rmtc
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture.events import Event, EventOutput, Named, Pattern, extend, hold
 from rmtc.capture.probe import Sizes
-
-SEGMENT = 4
-BATCH = 1
-
-
-class Layer(nn.Module):
-    """A layer with a memory of its own; the tricks are those of a user who counts segments inside it."""
-
-    def __init__(self, width: int, trick: str) -> None:
-        super().__init__()
-        self.inner, self.write = nn.Linear(width, width), nn.Linear(width, width)
-        self.memory: torch.Tensor | None = None
-        self.trick, self.calls = trick, 0
-
-    def forward(self, hidden: torch.Tensor, segment: int = 0) -> torch.Tensor:
-        self.calls += 1
-        if (self.trick == "counter in the layer" and self.calls == 8) or (self.trick == "argument" and segment == 7):
-            hidden = hidden * 2
-        update = torch.tanh(self.inner(hidden) + (0 if self.memory is None else self.memory[:, None]))
-        self.memory = self.write(update).mean(1)
-        return hidden + update
 
 
 class Model(nn.Module):
@@ -89,14 +69,6 @@ class Model(nn.Module):
                 hidden = layer(hidden, s) if self.trick == "argument" else layer(hidden)
             outputs.append(hidden)
         return torch.cat(outputs, dim=1)
-
-
-def ids(segments: int, batch: int = BATCH, tail: int = SEGMENT) -> torch.Tensor:
-    return torch.randint(0, 32, (batch, (segments - 1) * SEGMENT + tail))
-
-
-def analyzed(model: nn.Module, segments: int = 4) -> Analysis:
-    return analyze(model.eval(), (ids(segments),), {})
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from rich.console import Console
 import rmtc
 from rmtc.cli.output import Stages, progress
 from rmtc.examples import armt_llama
-from rmtc.stages import listening, stage
+from rmtc.stages import listening, stage, substage
 
 
 @pytest.fixture
@@ -50,6 +50,15 @@ def test_listeners_are_told_also_of_stages_that_fail() -> None:
     with stage("check"):
         pass
     assert heard == ["prove", None]
+
+
+@pytest.mark.parametrize(("substages", "wanted"), [(False, ["prove", None]), (True, ["prove", "plan", None, None])])
+def test_substages_are_told_to_who_asks(substages: bool, wanted: list[str | None]) -> None:
+    heard: list[str | None] = []
+    plan = substage("plan")(lambda: 7)
+    with listening(heard.append, substages), stage("prove"):
+        assert plan() == 7
+    assert plan() == 7 and heard == wanted
 
 
 @pytest.mark.slow

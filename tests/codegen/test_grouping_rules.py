@@ -22,13 +22,14 @@ from calls import BOOL, F32, F64, I64, Call, X, call, calls, pointwise, promotio
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from rmtc.affine import Affine
 from rmtc.codegen.torch import Emitted, emit
 from rmtc.codegen.torch.emit import select_run
 from rmtc.codegen.torch.rules import rules
 from rmtc.codegen.torch.values import NamedArguments, function_name
 from rmtc.errors import Location
 from rmtc.ir.program import Op, Origin, call_arguments, leaves, map_leaves, target_name
-from rmtc.ir.segment_loop import Environment, Fit
+from rmtc.ir.segment_loop import Environment
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight
 
 aten = torch.ops.aten
@@ -518,7 +519,7 @@ def test_cells_of_different_shapes_are_no_group() -> None:
 
 
 def test_a_body_is_its_operations_in_turn_and_forgets_what_it_has_read() -> None:
-    rows = Fit(0, ((("B", "T"), 1),))
+    rows = Affine.of("B") * Affine.of("T")
     ops = {
         2: Op(aten.linear.default, (Input(0), Weight(0), Weight(1))),
         3: Op(aten.split.Tensor, (Local(2), 2, -1)),
@@ -558,7 +559,7 @@ def test_a_body_is_its_operations_in_turn_and_forgets_what_it_has_read() -> None
 def test_a_body_of_one_cell_has_no_group_axis() -> None:
     ops = {
         0: Op(aten.mul.Tensor, (Input(0), Number(0))),
-        1: Op(aten.slice.Tensor, (Local(0), 0, 0, Fit(-1, ((("T",), 1),)))),
+        1: Op(aten.slice.Tensor, (Local(0), 0, 0, Affine.of("T") - 1)),
         2: Op(aten.linear.default, (Local(1), Weight(0), None)),
     }
     hidden, weight = normal(4, 3), normal(2, 3)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_triton import SMALL
+from emissions import SMALL
 
 import rmtc
 from rmtc.codegen.triton.offline import OfflineError

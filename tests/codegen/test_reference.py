@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_examples import Float32CastsAsFloat64
+from casts import Float32CastsAsFloat64
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 

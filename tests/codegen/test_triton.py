@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,17 +14,19 @@ import models
 import pytest
 import torch
 import zoo
+from casts import Float32CastsAsFloat64
 from compare import SEGMENT, Twins
+from emissions import SMALL, Emission, emissions
 from held import one_in, some
+from layered import Layered, of_features, of_rms, of_rotary, relus, rms, rolls, text, three, turned
 from models import Associative, Attending, Buffered, Feedback, OneTensor
-from test_examples import Float32CastsAsFloat64
-from test_fused import Layered, of_features, of_rms, of_rotary, relus, rms, rolls, text, three, turned
-from test_zoo import assert_close, built, state
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from zoo_runs import assert_close, built, state
 
 import rmtc
+from rmtc.affine import Affine
 from rmtc.codegen.torch.emit import emit as emit_torch
 from rmtc.codegen.triton.configs import ConfigError, bucket_of, configs_text
 from rmtc.codegen.triton.emit import TritonBody, grouped_body, made_for
@@ -37,33 +38,12 @@ from rmtc.compiler import compiled_of
 from rmtc.errors import BackendError
 from rmtc.examples import armt_gpt2, armt_llama
 from rmtc.ir.array import Array, Outside, Pointwise, Product, Stored, View
-from rmtc.ir.index import Index
 from rmtc.ir.kernel import build
-from rmtc.kernels import kernels_of
 from rmtc.passes.bodies.fusion_groups import Machine
 from rmtc.runtime.executor import _Walk
 from rmtc.runtime.triton import Triton, launches_on
 
-SMALL: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 7, "memory": 2, "segments": 4}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
-
-Emission = dict[str, Any]
-
-
-@functools.cache
-def emissions(build: Callable[..., Any], dtype: str = "float32") -> list[Emission]:
-    """The arguments of every emission of a layer's body; its operands have no values."""
-    found: list[Emission] = []
-
-    def emit(**options: Any) -> Any:
-        found.append(options)
-        return emit_triton(**options)
-
-    model, args = build(**{**SMALL, "layers": 2, "dtype": dtype})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rmtc.runtime.triton.emit", emit)
-        kernels_of(model, args)
-    return found
 
 
 def bodies(runner: Any) -> Iterator[TritonBody]:
@@ -542,7 +522,7 @@ def test_a_big_product_goes_through_its_tiles(cells: int, descriptors: bool) -> 
     """By programs that each compute several, as on a GPU with two multiprocessors; in boxes of memory, or by masks."""
     rows, depth, columns = 133, 144, 272
     x, w, y = (
-        Stored(name, tuple(map(Index.of, shape)), torch.float32, True, ())
+        Stored(name, tuple(map(Affine.of, shape)), torch.float32, True, ())
         for name, shape in (("x", (rows, depth)), ("w", (columns, depth)), ("y", (rows, columns)))
     )
     turned = View("turned", w.sizes[::-1], w.dtype, True, (), w, lambda at: at[::-1], lambda tensor: tensor.mT)

@@ -6,7 +6,7 @@ import ast
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -15,51 +15,20 @@ from typing import Any
 
 import pytest
 import torch
+from casts import Float32CastsAsFloat64
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import rmtc.examples
 from rmtc.examples import armt_gpt2, armt_llama, rmt_llama, transformer_xl
 from rmtc.examples.associative import AssociativeLayer
 from rmtc.examples.text import token_ids
-from rmtc.runtime.executor import Executor
 
 EXAMPLES = [
     pytest.param(module, id=module.__name__.rpartition(".")[2]) for module in (armt_llama, armt_gpt2, rmt_llama)
 ]
 SMALL: dict[str, Any] = {"layers": 2, "width": 16, "heads": 2, "segment": 5, "memory": 2, "segments": 4}
-
-
-class Float32CastsAsFloat64(TorchFunctionMode):
-    """Llama's norms, rotary tables and eager softmax round to float32 even in a float64 model: not in here.
-
-    Memory that stays is of the dtypes that were captured: in here nothing runs there.
-    """
-
-    def __enter__(self) -> Float32CastsAsFloat64:
-        self.bound, Executor.binds = Executor.binds, False
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        Executor.binds = self.bound
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is Tensor.float:
-            func = Tensor.double
-        wide = {torch.float32: torch.float64}
-        args = tuple(wide.get(arg, arg) if isinstance(arg, torch.dtype) else arg for arg in args)
-        named = {k: wide.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
-        return func(*args, **named)
 
 
 def logits_of(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from faults import fault
 from models import (
     LAYERS,
     SEGMENT,
@@ -429,23 +430,18 @@ def test_a_mistake_in_a_call_is_no_fallback() -> None:
 
 
 @pytest.mark.parametrize("when", ["capture", "run"])
-def test_an_interrupt_leaves_the_model_usable(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_the_model_usable(when: str) -> None:
     model, fast = compiled(Picky(2, WIDTH))
     if when == "run":
         same(fast(text()), model(text()))
-        monkeypatch.setattr("rmtc.runtime.executor._Walk._launch", interrupted)
     else:
         fast.fail = KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
+    interrupted = fault("launch", KeyboardInterrupt()) if when == "run" else contextlib.nullcontext()
+    with interrupted, pytest.raises(KeyboardInterrupt):
         fast(text())
-    monkeypatch.undo()
     fast.fail = None
     same(fast(text()), model(text()))
     assert not rmtc.stats(fast).fallbacks and rmtc.stats(fast).runs == 1 + (when == "run")
-
-
-def interrupted(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 # What is read anew, and what is refused

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
-import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import Injected, fault
 from held import one_in
 from models import SEGMENT, SEGMENTS, WIDTH, Associative, Buffered
 from models import text as text_of_floats
@@ -23,43 +22,44 @@ import rmtc
 from rmtc import heuristics
 
 FIRST = {
-    "probing": ("rmtc.runtime.compiled", "open_capture", 0),
-    "capturing": ("rmtc.capture", "Capture.run", 1),
-    "reroll": ("rmtc.analysis", "reroll", 0),
-    "prove": ("rmtc.analysis", "prove_loop", 0),
-    "check": ("rmtc.runtime.estimate", "check_against", 0),
-    "rewrite": ("rmtc.runtime.estimate", "rewrite", 0),
-    "planning weights": ("rmtc.runtime.weights", "names_in", 1),
-    "guards of arguments": ("rmtc.runtime.variant", "ArgumentGuard", 0),
-    "guards of state": ("rmtc.runtime.variant", "StateGuard", 0),
-    "keys of calls": ("rmtc.runtime.compiled", "Compiled._key", 1),
-    "finding the user's code": ("rmtc.capture.session", "user_code", 0),
-    "moving weights": ("rmtc.runtime.stacking", "from_dlpack", 2),
-    "moved weights": ("rmtc.runtime.weights", "Weights.move", 0),
-    "emitting": ("rmtc.runtime.executor", "emit", 1),
+    "probe": 0,
+    "capture": 1,
+    "reroll": 0,
+    "prove": 0,
+    "check": 0,
+    "check a way": 0,
+    "rewrite": 0,
+    "plan weights": 1,
+    "make argument guard": 0,
+    "make state guard": 0,
+    "key of a call": 1,
+    "user code": 0,
+    "move a parameter": 2,
+    "move weights": 0,
+    "emit": 1,
 }
-"""Stages of a first call, and at which call of a stage the fault comes."""
+"""Stages of a first call, and the end of a stage from which on faults come."""
 
 LATER = {
-    "argument guard": ("rmtc.capture.guards", "ArgumentGuard.sizes", 0),
-    "state guard": ("rmtc.capture.state_guard", "StateGuard.differs", 0),
-    "arguments": ("rmtc.runtime.compiled", "Compiled._arguments", 0),
-    "hooks": ("rmtc.runtime.compiled", "hooked", 0),
-    "what places held": ("rmtc.runtime.variant", "Variant.entry", 0),
-    "replay": ("rmtc.analysis", "Analysis.admit", 0),
-    "planning": ("rmtc.runtime.executor", "plan_run", 0),
-    "the first launch": ("rmtc.runtime.executor", "_Walk._launch", 0),
-    "a later launch": ("rmtc.runtime.executor", "_Walk._launch", 1),
-    "the makespan": ("rmtc.runtime.variant", "Variant.makespan", 0),
-    "results": ("rmtc.analysis", "Analysis.result", 0),
-    "the first effect": ("rmtc.capture.effects", "Effect.apply", 0),
-    "a later effect": ("rmtc.capture.effects", "Effect.apply", 1),
+    "argument guard": 0,
+    "state guard": 0,
+    "arguments": 0,
+    "hooks": 0,
+    "contents of places": 0,
+    "replay": 0,
+    "plan": 0,
+    "launch": 0,
+    "a later launch": 1,
+    "makespan": 0,
+    "results": 0,
+    "effect": 0,
+    "a later effect": 1,
 }
 """Stages of a later call with another number of segments."""
 
 
-class Injected(Exception):
-    """No error that rmtc knows."""
+def injected(stage: str, error: BaseException) -> contextlib.AbstractContextManager[list[int]]:
+    return fault(stage.removeprefix("a later "), error, {**FIRST, **LATER}[stage])
 
 
 class Written(Associative):
@@ -104,29 +104,6 @@ def changed(before: Picture, after: Picture) -> list[str]:
     return [path for path in {**one, **other} if one.get(path) != other.get(path)]
 
 
-@contextlib.contextmanager
-def fault(stage: tuple[str, str, int], error: Exception, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """After its work, from its n-th call on, a stage raises; gives what counts the raises."""
-    file, path, at = stage
-    owner: Any = importlib.import_module(file)
-    *outer, name = path.split(".")
-    for part in outer:
-        owner = getattr(owner, part)
-    original = getattr(owner, name)
-    calls, raised = itertools.count(), [0]
-
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        if next(calls) >= at:
-            raised[0] += 1
-            raise error
-        return result
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, failing)
-        yield raised
-
-
 @pytest.fixture(autouse=True)
 def no_grad() -> Iterator[None]:
     """As it is for those who compile."""
@@ -159,10 +136,10 @@ KINDS: dict[str, Callable[[], Exception]] = {
 }
 
 
-KNOWN = ("capturing", "rewrite", "moved weights", "replay", "the first launch")
+KNOWN = ("capture", "rewrite", "move weights", "replay", "launch")
 EVERY = {
-    *("capturing", "check", "planning weights", "guards of state", "moved weights", "emitting"),
-    *("argument guard", "replay", "a later launch", "the first effect", "a later effect"),
+    *("capture", "check a way", "plan weights", "make state guard", "move weights", "emit"),
+    *("argument guard", "replay", "a later launch", "effect", "a later effect"),
 }
 """Stages that are tried for every change."""
 CASES = [
@@ -175,7 +152,7 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "kind"), CASES)
-def test_a_fault_at_any_stage(stage: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_at_any_stage(stage: str, kind: str) -> None:
     torch.manual_seed(0)
     model = Written().double()
     fast, strict = (copy.deepcopy(model) for _ in range(2))
@@ -191,7 +168,7 @@ def test_a_fault_at_any_stage(stage: str, kind: str, monkeypatch: pytest.MonkeyP
     given = hidden.clone()
 
     before, weights = seen(strict), [each.clone() for each in strict.parameters()]
-    broken = fault({**FIRST, **LATER}[stage], KINDS[kind](), monkeypatch)
+    broken = injected(stage, KINDS[kind]())
     with broken as raised, pytest.raises(rmtc.RmtcError, match="injected") as caught:
         strict(hidden)
     assert raised[0]
@@ -201,7 +178,7 @@ def test_a_fault_at_any_stage(stage: str, kind: str, monkeypatch: pytest.MonkeyP
     assert not changed(before, seen(strict))
     assert all(map(torch.equal, strict.parameters(), weights))
 
-    with fault({**FIRST, **LATER}[stage], KINDS[kind](), monkeypatch) as raised:
+    with injected(stage, KINDS[kind]()) as raised:
         with pytest.warns(rmtc.FallbackWarning, match="injected"):
             result = fast(hidden)
         assert raised[0]
@@ -232,14 +209,11 @@ class Unprintable(Exception):
 
 
 CLASSES = (KeyError, RuntimeError, RecursionError, MemoryError, AssertionError, Unprintable)
-STAGES = {
-    **{stage: FIRST[stage] for stage in ("capturing", "keys of calls")},
-    **{stage: LATER[stage] for stage in LATER if stage != "the first launch"},
-}
+STAGES = ("capture", "key of a call", *(stage for stage in LATER if stage != "launch"))
 
 
 @pytest.mark.parametrize("stage", one_in(4, STAGES))
-def test_strict_raises_nothing_but_rmtcs_errors(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strict_raises_nothing_but_rmtcs_errors(stage: str) -> None:
     torch.manual_seed(0)
     model = Written().double()
     strict = rmtc.compile(copy.deepcopy(model), strict=True)
@@ -247,7 +221,7 @@ def test_strict_raises_nothing_but_rmtcs_errors(stage: str, monkeypatch: pytest.
         if stage in LATER:
             same(strict(text(4)), model(text(4)))
         error = kind("injected")
-        with fault(STAGES[stage], error, monkeypatch) as raised, pytest.raises(rmtc.RmtcError) as caught:
+        with injected(stage, error) as raised, pytest.raises(rmtc.RmtcError) as caught:
             strict(text(segments))
         assert raised[0] and caught.value.__cause__ is error and kind.__name__ in caught.value.reason
     same(strict(text(4)), model(text(4)))
@@ -270,12 +244,12 @@ def test_strict_raises_what_the_users_code_raises_as_one_of_ours() -> None:
 
 
 @pytest.mark.slow
-def test_a_fault_that_stays_is_not_captured_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_that_stays_is_not_captured_for_ever() -> None:
     torch.manual_seed(0)
     model = Buffered().double()
     fast = rmtc.compile(copy.deepcopy(model))
     with (
-        fault(FIRST["emitting"], Injected("injected"), monkeypatch) as raised,
+        injected("emit", Injected("injected")) as raised,
         pytest.warns(rmtc.FallbackWarning) as caught,
     ):
         for _ in range(6):
@@ -283,7 +257,7 @@ def test_a_fault_that_stays_is_not_captured_for_ever(monkeypatch: pytest.MonkeyP
     assert raised[0] == heuristics.FAILED_RUNS and rmtc.stats(fast).captures == 1 and len(caught) == 1
     fast = rmtc.compile(copy.deepcopy(model))
     with (
-        fault(FIRST["rewrite"], Injected("injected"), monkeypatch) as raised,
+        injected("rewrite", Injected("injected")) as raised,
         pytest.warns(rmtc.FallbackWarning) as caught,
     ):
         for _ in range(6):
@@ -291,9 +265,9 @@ def test_a_fault_that_stays_is_not_captured_for_ever(monkeypatch: pytest.MonkeyP
     assert rmtc.stats(fast).captures == 2 and len(caught) == 1
 
 
-def test_the_traceback_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_traceback_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     fast = rmtc.compile(Associative(2, WIDTH).double())
     caplog.set_level("DEBUG", "rmtc")
-    with fault(FIRST["rewrite"], Injected("injected"), monkeypatch), pytest.warns(match="report it"):
+    with injected("rewrite", Injected("injected")), pytest.warns(match="report it"):
         fast(text())
     assert "Injected: injected" in caplog.text and "Traceback" in caplog.text

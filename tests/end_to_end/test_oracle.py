@@ -10,8 +10,8 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
+from casts import Float32CastsAsFloat64
 from drawn import Cell, Choices, Probe, build, edges, probing, text_of
-from test_examples import Float32CastsAsFloat64
 from torch import Tensor, nn
 
 from rmtc.analysis import analyze

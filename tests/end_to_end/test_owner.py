@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from held import one_in
-from test_compile_exact import KINDS, Pair, captured_once, left_in, relative
+from pairs import KINDS, Pair, captured_once, left_in, relative
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from held import one_in
-from test_replay import SEGMENT, Layer, analyzed
+from replayed import SEGMENT, Layer, analyzed
 from torch import Tensor, nn
 
 import rmtc

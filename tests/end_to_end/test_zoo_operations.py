@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from held import some
-from test_zoo import KEPT, found
 from zoo import ZOO
+from zoo_runs import KEPT, found
 
 # a and b; for each recurrence its layers by copy, and whether it is affine; layer -1 is a prologue, L an epilogue
 EACH_LAYER, ALL = ((0, 0), (1, 1), (2, 2)), ((-1, 3),)

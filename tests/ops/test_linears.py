@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from compare import SEGMENT, Twins
-from test_fused import Layered, memory, text
+from layered import Layered, memory, text
 from torch import Tensor
 from torch._inductor import codecache, cpp_builder
 from torch._inductor.codecache import CppCodeCache

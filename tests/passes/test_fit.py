@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from rmtc.ir.segment_loop import Environment, Fit
+from rmtc.affine import Affine
+from rmtc.ir.segment_loop import Environment
 from rmtc.passes.fold.fit import Misfit, fit
 
 
@@ -46,7 +47,7 @@ UNSEEN = [Environment(4, 9, 7, 16, 131), Environment(8, 9, 7, 3, 131), Environme
 def test_what_is_fitted_holds_for_unseen_sizes(function: object) -> None:
     found = fit(samples(function, POINTS), [])
     for value, point in samples(function, UNSEEN):
-        assert (found.at(point) if isinstance(found, Fit) else found) == value
+        assert point.of(found) == value
 
 
 def test_what_follows_no_pattern_is_refused() -> None:
@@ -57,9 +58,9 @@ def test_what_follows_no_pattern_is_refused() -> None:
 
 def test_more_samples_are_used_only_where_they_fit() -> None:
     first = Environment(0, 3, 2, 16, 48)
-    assert fit(samples(lambda e: 16 * e.s, POINTS), [(0, first)]) == Fit(0, ((("s",), 16),))
+    assert fit(samples(lambda e: 16 * e.s, POINTS), [(0, first)]) == Affine.of("s") * 16
     # The first segment is another: its number does not count.
-    assert fit(samples(lambda e: 16 * e.s, POINTS), [(99, first)]) == Fit(0, ((("s",), 16),))
+    assert fit(samples(lambda e: 16 * e.s, POINTS), [(99, first)]) == Affine.of("s") * 16
 
 
 def test_where_fixes_segment_and_length() -> None:
@@ -68,9 +69,8 @@ def test_where_fixes_segment_and_length() -> None:
         terms = {
             tuple(generator.choices("sTBN", k=generator.randint(1, 3))): generator.randint(-3, 3) for _ in range(3)
         }
-        function = Fit(generator.randint(-5, 5), tuple((names, c) for names, c in terms.items()))
+        function = Affine((*terms.items(), ((), generator.randint(-5, 5))))
         point = Environment(2, 6, 3, 5, 85)
-        reduced = function.where(point.s, point.T)
+        reduced = function.fix(s=point.s, T=point.T)
         other = Environment(4, 6, 3, 11, 85)  # neither s nor T matters any more
-        value = reduced.at(other) if isinstance(reduced, Fit) else reduced
-        assert value == function.at(point)
+        assert other.of(reduced) == point.of(function)

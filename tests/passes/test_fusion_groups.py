@@ -8,22 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from emissions import emissions
 from held import one_in
-from test_triton import emissions
 
+from rmtc.affine import Affine
 from rmtc.codegen.triton.emit import grouped_body
 from rmtc.codegen.triton.source import source_of
 from rmtc.codegen.triton.style import Style
 from rmtc.examples import armt_gpt2, armt_llama
 from rmtc.ir.array import Array, Nest, Outside, Pointwise, Product, Reduction, Stored, View, base_of
-from rmtc.ir.index import Index
 from rmtc.ir.kernel import Attend, Kernel, build, loads
 from rmtc.ir.terms import IllegalError
 from rmtc.passes.bodies.fusion_groups import Groups, Machine, fusion_groups, kind_of, read_by
 
 
 def stored(name: str, *shape: int) -> Stored:
-    return Stored(name, tuple(map(Index.of, shape)), torch.float32, True, ())
+    return Stored(name, tuple(map(Affine.of, shape)), torch.float32, True, ())
 
 
 def pointwise(name: str, function: str, *args: Any) -> Pointwise:
@@ -71,7 +71,7 @@ def test_what_surrounds_a_product_is_a_part_of_its_kernel() -> None:
     x, w, y = stored("x", 64, 32), stored("w", 32, 48), stored("y", 64, 48)
     square = pointwise("square", "mul", x, x)
     scale = pointwise("scale", "rsqrt", total("sum", square, 1))
-    column = View("column", (*scale.sizes, Index.of(1)), scale.dtype, True, (), scale, lambda index: index[:-1], None)
+    column = View("column", (*scale.sizes, Affine.of(1)), scale.dtype, True, (), scale, lambda index: index[:-1], None)
     left = pointwise("left", "mul", x, column)
     found = product("found", left, w)
     gated = pointwise("gated", "mul", pointwise("silu", "silu", found), y)
@@ -99,7 +99,7 @@ def test_a_product_of_a_product_is_two_launches() -> None:
 def test_a_sum_over_rows_of_what_is_summed_up_for_each_is_two_launches() -> None:
     x = stored("x", 64, 32)
     rows = total("rows", pointwise("square", "mul", x, x), 1)
-    weight = View("weight", (*rows.sizes, Index.of(1)), rows.dtype, True, (), rows, lambda index: index[:-1], None)
+    weight = View("weight", (*rows.sizes, Affine.of(1)), rows.dtype, True, (), rows, lambda index: index[:-1], None)
     scaled = pointwise("scaled", "mul", x, weight)
     columns = total("columns", scaled, 0)
     found = cut([x, rows.source, rows, weight, scaled, columns], columns)

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from blocks import Cached, KeysCached, Summed
 from compare import text
 from models import LOOPS
+from phased import Interleaved, OneRecurrent
 from shared import analysed
-from test_blocks import Cached, KeysCached, Summed
-from test_phases import Interleaved, OneRecurrent
 
 from rmtc.analysis import analyze
 from rmtc.errors import VerifyError

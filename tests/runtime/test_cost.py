@@ -13,9 +13,9 @@ from unittest import mock
 
 import pytest
 import torch
+from blocks import KeysCached
 from compare import LAYERS, SEGMENT, WIDTH, text
 from held import one_in
-from test_blocks import KeysCached
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from compare import SEGMENT, Twins
 from held import one_in
-from test_fused import Layered, Staged, text, three
+from layered import Layered, Staged, text, three
 
 import rmtc
 from rmtc.codegen.torch import attention

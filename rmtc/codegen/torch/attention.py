@@ -14,8 +14,6 @@ from rmtc import heuristics
 from rmtc.codegen.torch.buffers import fresh
 from rmtc.ops.linears import seconds
 
-__all__ = ["attend", "bind_attend", "can_attend", "is_causal", "is_faster"]
-
 logger = logging.getLogger(__name__)
 
 _CELLS, _MOST = 8, 1 << 14

@@ -17,20 +17,6 @@ import torch
 
 from rmtc.errors import raised_by_signal
 
-__all__ = [
-    "Buffer",
-    "Instead",
-    "Line",
-    "NoViewError",
-    "Planned",
-    "bound_lines",
-    "fresh",
-    "out",
-    "plain",
-    "plan_buffers",
-    "seen",
-]
-
 _OUT = re.compile("\x01([^\x02]*)\x02")  # no text of a constant holds such characters: repr writes them otherwise
 _NAME = re.compile(r"\b(?:v|in|u|w)\d+\b")
 _MEMORY = re.compile(r"\b(?:v|in|u|w|b|r|k|p)\d+\b")

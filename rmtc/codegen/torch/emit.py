@@ -26,13 +26,11 @@ from rmtc.codegen.torch.source import BodySource, Emitted, spread
 from rmtc.codegen.torch.values import NamedArguments, Raw, Value, Varying, function_name, grouped
 from rmtc.errors import raised_by_signal
 from rmtc.ir.program import Op, Src, call_arguments, leaves, map_leaves, target_name
-from rmtc.ir.segment_loop import Environment, Fit, Outer
+from rmtc.ir.segment_loop import Environment, Outer
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, choose
 from rmtc.ops import linears
 from rmtc.ops.fused import BOUND
-
-__all__ = ["Emitter", "emit", "logger", "select_run"]
-
+from rmtc.stages import substage
 
 logger = logging.getLogger(__name__)
 
@@ -368,6 +366,7 @@ def slice_run(source: torch.Tensor, dim: int, starts: Sequence[int], ends: Seque
     return torch.stack([torch.ops.aten.slice.Tensor(source, dim, start, end) for start, end in pairs])
 
 
+@substage("emit")
 def emit(
     name: str,
     ops: Mapping[int, Op],
@@ -430,14 +429,12 @@ def emit(
             return emitter.bind(str(leaf), emitter.space[str(leaf)], is_grouped)
         if isinstance(leaf, Number):
             return Varying(str(leaf)) if group else Raw(str(leaf))
-        if isinstance(leaf, Fit):
-            return leaf.at(environment)
         if isinstance(leaf, (Src, Outer, Shared)):
             text = passed.setdefault(leaf, f"u{len(passed)}")
             value = emitter.bind(text, shared(leaf), False)
             known = isinstance(value, Value) and constant(leaf)
             return replace(value, known=emitter.space[text]) if known else value
-        return leaf
+        return environment.of(leaf)
 
     # Find the last reader of each value, after which its name is dropped.
     last = {leaf.number: number for number, op in ops.items() for leaf in leaves(op.args) if isinstance(leaf, Local)}

@@ -13,8 +13,6 @@ from rmtc.codegen.torch.rules import aten, pointwise, rule_for
 from rmtc.codegen.torch.values import NAMED, NamedArguments, Value, fast, function_name
 from rmtc.ops.fused import FUNCTIONS
 
-__all__ = ["is_fresh", "is_view", "overwriting"]
-
 
 @functools.cache
 def _in_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:

@@ -10,8 +10,6 @@ from rmtc.codegen.torch.buffers import Instead, out
 from rmtc.codegen.torch.values import NAMED, NamedArguments, Raw, Value, grouped, literal, ranked, sizes_text
 from rmtc.ops.linears import are_faster
 
-__all__ = ["added_linear", "added_matmul", "addmm", "attention", "einsum", "linear", "matmul"]
-
 
 def linear(arguments: NamedArguments) -> str | None:
     value, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]

@@ -8,18 +8,15 @@ text of an expression whose value is grouped, or None if it does not know the ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 
 from rmtc.codegen.torch.buffers import out
 from rmtc.codegen.torch.products import added_linear, added_matmul, addmm, attention, einsum, linear, matmul
-from rmtc.codegen.torch.values import NamedArguments, Raw, Value, grouped, literal, ranked, shifted, sizes_text
+from rmtc.codegen.torch.values import NamedArguments, Raw, Value, grouped, literal, ranked, shifted, sizes_text, targets
 from rmtc.ops.fused import add_linear, add_matmul, rms_normalize, roll_products, rotary
-
-__all__ = ["UNGROUPED", "aten", "part", "pointwise", "repeat", "rule_for", "rules"]
-
 
 aten = torch.ops.aten
 
@@ -230,44 +227,39 @@ UNGROUPED = frozenset(
 """Operations that take from their operand only its dtype and device: their value is the same for all cells."""
 
 
-def _targets(names: str) -> Iterator[torch._ops.OpOverload]:
-    for name in names.split():
-        packet, _, overload = name.partition(".")
-        target = getattr(getattr(aten, packet, None), overload, None)
-        if target is not None:
-            yield target
-
-
 def _table() -> dict[Any, Rule]:
     table: dict[Any, Rule] = {}
+
+    def put(rule: Rule, names: str) -> None:
+        table.update((target, rule) for target in targets(*names.split()))
+
     for names, rule in ((_LIKE_POINTWISE, pointwise), (_AS_IS, as_is), (_MATMUL, matmul), (_DIM, by_dims("dim"))):
-        table.update((target, rule) for target in _targets(names))
-    table.update((target, by_dims("dims")) for target in _targets(_DIMS))
-    table.update((target, by_dims("start_dim", "end_dim")) for target in _targets("flatten.using_ints"))
-    table.update((target, transpose) for target in _targets("transpose.int"))
-    table[aten.slice.Tensor] = part
-    table.update((target, by_dims("source", "destination")) for target in _targets("movedim.int movedim.intlist"))
-    table.update((target, reshape) for target in _targets("view.default reshape.default _unsafe_view.default"))
-    table.update((target, along) for target in _targets("gather.default scatter.src scatter.value scatter_add.default"))
-    table.update((target, expanded_scatter) for target in _targets("slice_scatter.default select_scatter.default"))
+        put(rule, names)
+    put(by_dims("dims"), _DIMS)
+    put(by_dims("start_dim", "end_dim"), "flatten.using_ints")
+    put(transpose, "transpose.int")
+    put(part, "slice.Tensor")
+    put(by_dims("source", "destination"), "movedim.int movedim.intlist")
+    put(reshape, "view.default reshape.default _unsafe_view.default")
+    put(along, "gather.default scatter.src scatter.value scatter_add.default")
+    put(expanded_scatter, "slice_scatter.default select_scatter.default")
     table[aten.sum.default] = over_all(aten.sum.dim_IntList)
     table[aten.mean.default] = over_all(aten.mean.dim)
-    table[aten.expand.default] = expand
-    table[aten.repeat.default] = repeat
-    table[aten.t.default] = transpose_matrix
-    table[aten.permute.default] = permute
-    table[aten.unsqueeze.default] = unsqueeze
-    table[aten.cat.default] = cat
-    table[aten.stack.default] = stack
-    table[aten.linear.default] = linear
-    table[aten.addmm.default] = addmm
-    table[aten.einsum.default] = einsum
-    table[aten.scaled_dot_product_attention.default] = attention
-    table[aten.layer_norm.default] = layer_norm
-    table[aten.rms_norm.default] = layer_norm
-    table[aten.embedding.default] = embedding
-    table[aten.index_select.default] = index_select
-    table[aten.diff.default] = diff
+    put(expand, "expand")
+    put(repeat, "repeat")
+    put(transpose_matrix, "t")
+    put(permute, "permute")
+    put(unsqueeze, "unsqueeze")
+    put(cat, "cat")
+    put(stack, "stack")
+    put(linear, "linear")
+    put(addmm, "addmm")
+    put(einsum, "einsum")
+    put(attention, "scaled_dot_product_attention")
+    put(layer_norm, "layer_norm rms_norm")
+    put(embedding, "embedding")
+    put(index_select, "index_select")
+    put(diff, "diff")
     table.update(((rms_normalize, as_is), (roll_products, as_is), (rotary, pointwise)))
     table.update(((add_linear, added_linear), (add_matmul, added_matmul)))
     return table

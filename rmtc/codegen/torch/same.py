@@ -14,8 +14,6 @@ from rmtc.codegen.torch.source import BoundBody, Emitted
 from rmtc.codegen.torch.values import Value, Varying
 from rmtc.errors import raised_by_signal
 
-__all__ = ["alike", "copied", "holds", "near", "next_of", "rolled", "same_as"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -17,8 +17,6 @@ from rmtc.ir.wavefront import Operand
 if TYPE_CHECKING:
     from rmtc.codegen.torch.emit import Emitter
 
-__all__ = ["BodySource", "BoundBody", "Emitted", "kind_of", "spread"]
-
 _NUMBERS = itertools.count()
 
 

@@ -18,21 +18,6 @@ from rmtc.ops.fused import BOUND, FUNCTIONS
 
 aten = torch.ops.aten
 
-__all__ = [
-    "NAMED",
-    "fast",
-    "with_out",
-    "NamedArguments",
-    "Raw",
-    "Value",
-    "function_name",
-    "grouped",
-    "literal",
-    "ranked",
-    "shifted",
-    "sizes_text",
-]
-
 
 @dataclass(frozen=True)
 class Value:
@@ -255,3 +240,12 @@ _CALLED = frozenset(
     }
 )
 """Operations that are no pointwise ones, with functions of torch that take the same arguments."""
+
+
+def targets(*names: str) -> Iterator[torch._ops.OpOverload]:
+    """Yield the operators of aten by name that this version of torch has, by default their default overloads."""
+    for name in names:
+        packet, _, overload = name.partition(".")
+        target = getattr(getattr(aten, packet, None), overload or "default", None)
+        if target is not None:
+            yield target

@@ -8,11 +8,9 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
+from rmtc.affine import Affine, Symbol, product_of
 from rmtc.ir.array import Array, Indices, Pointwise, Product, Reduction, View
-from rmtc.ir.index import Index, Symbol, product_of
 from rmtc.ir.program import Op
-
-__all__ = ["Arrays", "Scalar", "Size", "Unlowered", "copied", "inner_dtype"]
 
 aten = torch.ops.aten
 
@@ -59,7 +57,7 @@ class Arrays:
         for value in shape:
             alike = next((size for size in known if size.value == value and not size.fixed), None)
             if alike is None or (value in fixed and not isinstance(value, Size)):
-                alike = Index.of(Symbol(int(value))) if isinstance(value, Size) and value > 1 else Index.of(int(value))
+                alike = Affine.of(Symbol(int(value)) if isinstance(value, Size) and value > 1 else int(value))
             found.append(alike)
         return tuple(found)
 
@@ -107,7 +105,7 @@ class Arrays:
     def reduce(self, kind: str, source: Array, dims: Iterable[int], keep: bool) -> Array:
         """Add a reduction in the dtype of the source, computed in a wider one where that is of half precision."""
         reduced = tuple(sorted(dim % len(source.sizes) for dim in dims))
-        one = Index.of(1)
+        one = Affine.of(1)
         sizes = tuple(
             one if dim in reduced else size for dim, size in enumerate(source.sizes) if keep or dim not in reduced
         )
@@ -161,12 +159,12 @@ class Arrays:
         lead = int(source.grouped)
         return self.view(
             source,
-            (*source.sizes[:place], Index.of(1), *source.sizes[place:]),
+            (*source.sizes[:place], Affine.of(1), *source.sizes[place:]),
             lambda index: (*index[:place], *index[place + 1 :]),
             lambda tensor: tensor.unsqueeze(place + lead),
         )
 
-    def select(self, source: Array, dim: int, index: Index) -> Array:
+    def select(self, source: Array, dim: int, index: Affine) -> Array:
         place, lead = dim % len(source.sizes), int(source.grouped)
         return self.view(
             source,
@@ -175,7 +173,7 @@ class Arrays:
             lambda tensor: tensor.select(place + lead, index.value),
         )
 
-    def slice(self, source: Array, dim: int, start: Index, length: Index, step: int = 1) -> Array:
+    def slice(self, source: Array, dim: int, start: Affine, length: Affine, step: int = 1) -> Array:
         place, lead = dim % len(source.sizes), int(source.grouped)
 
         def view(tensor: torch.Tensor) -> torch.Tensor:
@@ -204,7 +202,7 @@ class Arrays:
         repeated = [dim for dim, size in enumerate(source.shape) if size == 1]
 
         def at(index: Indices) -> Indices:
-            return tuple(Index() if dim in repeated else each for dim, each in enumerate(index[new:]))
+            return tuple(Affine() if dim in repeated else each for dim, each in enumerate(index[new:]))
 
         def view(tensor: torch.Tensor) -> torch.Tensor:
             shaped = tensor.view(*tensor.shape[:lead], *(1,) * new, *tensor.shape[lead:]) if new else tensor
@@ -265,7 +263,7 @@ def inner_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _reshaped(old: Indices, new: Indices, index: Indices) -> Indices:
     """Return the index of an element in its old shape, by runs of dimensions with as many elements in both shapes."""
-    found: list[Index] = []
+    found: list[Affine] = []
     i = j = 0
     while i < len(old):
         first, start = i, j
@@ -287,12 +285,12 @@ def _reshaped(old: Indices, new: Indices, index: Indices) -> Indices:
     return tuple(found)
 
 
-def _within(old: Indices, new: Indices, index: Indices) -> Iterator[Index]:
-    flat = Index()
+def _within(old: Indices, new: Indices, index: Indices) -> Iterator[Affine]:
+    flat = Affine()
     for each, size in zip(index, new, strict=True):
         flat = flat * size + each
     if len([size for size in old if size.value > 1]) < 2:
-        yield from (flat if size.value > 1 else Index() for size in old)
+        yield from (flat if size.value > 1 else Affine() for size in old)
         return
     for place, _ in enumerate(old):
         yield flat // product_of(old[place + 1 :]) % old[place] if place else flat // product_of(old[1:])

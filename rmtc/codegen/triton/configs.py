@@ -17,8 +17,6 @@ from rmtc.ir.kernel import Attend, Kernel
 from rmtc.ir.limits import loads
 from rmtc.ir.terms import Call, Piecewise, within
 
-__all__ = ["FILE", "Bucket", "Config", "ConfigError", "bucket_of", "config_of", "configs_text", "is_big"]
-
 FILE = "RMTC_KERNEL_CONFIGS"
 """The environment variable that names a file of configurations."""
 

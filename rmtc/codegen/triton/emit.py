@@ -28,8 +28,6 @@ from rmtc.ir.terms import Term, parts, within
 from rmtc.ir.wavefront import Input, Number, Operand, Shared, Weight
 from rmtc.passes.bodies.fusion_groups import Groups, Machine, fusion_groups, read_by
 
-__all__ = ["Layouts", "TritonBody", "emit", "grouped_body"]
-
 _Tensors = dict[Array, torch.Tensor]
 
 

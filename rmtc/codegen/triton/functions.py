@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["FUNCTIONS"]
-
 FUNCTIONS: dict[str, str] = {
     "abs": "tl.abs({0})",
     "add": "{0} + {1}",

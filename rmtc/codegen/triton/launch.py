@@ -22,8 +22,6 @@ from rmtc.errors import RefusedError
 from rmtc.ir.array import Array
 from rmtc.ir.kernel import Attend, Kernel
 
-__all__ = ["KernelLaunch", "Printed", "jitted", "prepare"]
-
 _files = itertools.count()
 
 

@@ -10,17 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rmtc.affine import Affine, Symbol
 from rmtc.codegen.torch.values import NamedArguments
 from rmtc.codegen.triton.build import Arrays, Size, Unlowered, copied
 from rmtc.codegen.triton.operations import RULES
 from rmtc.errors import VerifyError
 from rmtc.ir.array import Array, Nest, Outside, Stored, View
-from rmtc.ir.index import Index, Symbol
 from rmtc.ir.program import Op, call_arguments, leaves, map_leaves
-from rmtc.ir.segment_loop import Environment, Fit
+from rmtc.ir.segment_loop import Environment
 from rmtc.ir.wavefront import Input, Local, Number, Weight, choose
-
-__all__ = ["Given", "lower"]
 
 
 class Given(NamedTuple):
@@ -132,8 +130,8 @@ class _Lowering(Arrays):
         """Return a leaf of an operation's arguments as an array or a constant."""
         if isinstance(leaf, Local):
             return self.values[leaf.number]
-        if isinstance(leaf, Fit):
-            return Size(leaf.at(self.environment))
+        if isinstance(leaf, Affine):
+            return Size(self.environment.of(leaf))
         if not isinstance(leaf, tuple) and not _is_operand(leaf):
             return leaf
         if leaf not in self.operands:
@@ -147,7 +145,7 @@ class _Lowering(Arrays):
             wide = torch.float64 if isinstance(meta, float) else None
             tensor = meta if isinstance(meta, torch.Tensor) else torch.tensor(meta, dtype=wide, device="meta")
             fixed = isinstance(leaf, Weight)
-            sizes = tuple(Index.of(size if fixed or size == 1 else Symbol(size)) for size in tensor.shape)
+            sizes = tuple(Affine.of(size if fixed or size == 1 else Symbol(size)) for size in tensor.shape)
             found = self.operands[leaf] = self.add(Stored(name, sizes, tensor.dtype, grouped, (), cells))
             if isinstance(leaf, Number):
                 self.numbers[found] = meta

@@ -21,8 +21,6 @@ from rmtc.errors import RmtcError, raised_by_signal
 from rmtc.ir.array import Array
 from rmtc.passes.bodies.fusion_groups import work
 
-__all__ = ["Binary", "OfflineError", "compile_for"]
-
 _TYPES = {
     torch.bool: "i1",
     torch.uint8: "u8",

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from rmtc.codegen.torch.values import NamedArguments
+from rmtc.affine import Affine
+from rmtc.codegen.torch.values import NamedArguments, targets
 from rmtc.codegen.triton.build import Arrays, inner_dtype
 from rmtc.codegen.triton.views import VIEWS, Rule, same
 from rmtc.ir.array import Array, Attention, Indices, Joined
-from rmtc.ir.index import Index
 from rmtc.ops.fused import add_linear, add_matmul, rms_normalize, roll_products, rotary
-
-__all__ = ["RULES"]
 
 aten = torch.ops.aten
 
@@ -236,8 +234,8 @@ def _rotary(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     size = x.shape[-1]
     if end not in (None, size) or 2 * half != size or not x.dtype == cos.dtype == sin.dtype:
         return None
-    low = arrays.slice(x, -1, Index.of(0), Index.of(half))
-    high = arrays.slice(x, -1, Index.of(half), Index.of(half))
+    low = arrays.slice(x, -1, Affine.of(0), Affine.of(half))
+    high = arrays.slice(x, -1, Affine.of(half), Affine.of(half))
     turned = arrays.add(
         Joined(
             arrays.label,
@@ -260,7 +258,7 @@ def _roll_products(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     even = all(shift == first + n * step for n, shift in enumerate(shifts))
     if not even or step < 0 or max(shifts) > size:
         return None
-    sizes = (*x.sizes[:-1], Index.of(size * len(shifts)))
+    sizes = (*x.sizes[:-1], Affine.of(size * len(shifts)))
 
     def rolled(index: Indices) -> Indices:
         which, place = index[-1] // size, index[-1] % size
@@ -320,7 +318,7 @@ def _attention(arrays: Arrays, arguments: NamedArguments) -> Array | None:
         if mask is not None and len(mask.sizes) == 3:
             arguments.values["attn_mask"] = arrays.unsqueeze(mask, 1)
         found = _attention(arrays, arguments)
-        return found if found is None else arrays.select(found, 1, Index())
+        return found if found is None else arrays.select(found, 1, Affine())
     if len(query.sizes) != 4:
         return None
     if len({each.dtype for each in (query, key, value)}) > 1 or key.shape[1] != value.shape[1]:
@@ -393,19 +391,11 @@ _FLOAT = {
 }  # fmt: skip
 
 
-def _targets(*names: str) -> Iterator[torch._ops.OpOverload]:
-    for name in names:
-        packet, _, overload = name.partition(".")
-        target = getattr(getattr(aten, packet, None), overload or "default", None)
-        if target is not None:
-            yield target
-
-
 def _table() -> dict[Any, Rule]:
     table: dict[Any, Rule] = {}
 
     def put(rule: Rule, *names: str) -> None:
-        table.update((target, rule) for target in _targets(*names))
+        table.update((target, rule) for target in targets(*names))
 
     for name, function in _SIMPLE.items():
         put(_of(function, "self"), name)

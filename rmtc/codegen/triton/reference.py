@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from rmtc.affine import Affine, Variable
 from rmtc.ir.array import (
     Array,
     Attention,
@@ -20,10 +21,7 @@ from rmtc.ir.array import (
     Stored,
     View,
 )
-from rmtc.ir.index import Atom, Index, Quotient, Symbol, Variable
 from rmtc.ir.program import call_arguments, map_leaves
-
-__all__ = ["evaluate"]
 
 _Tensor = torch.Tensor
 
@@ -131,25 +129,6 @@ def _gathered(array: View, source: _Tensor) -> _Tensor:
     variables = tuple(Variable(f"d{dim}", size) for dim, size in enumerate(array.sizes))
     ranges = (torch.arange(size) for size in array.shape)
     grids = dict(zip(variables, torch.meshgrid(*ranges, indexing="ij") if variables else (), strict=True))
-    index = array.at(tuple(Index.of(each) for each in variables))
-    places = tuple(torch.as_tensor(_number(each, grids)).expand(array.shape) for each in index)
+    index = array.at(tuple(Affine.of(each) for each in variables))
+    places = tuple(torch.as_tensor(each.evaluate(grids)).expand(array.shape) for each in index)
     return source[places] if places else source.expand(array.shape)
-
-
-def _number(index: Index, grids: Mapping[Variable, _Tensor]) -> Any:
-    total: Any = 0
-    for atoms, factor in index.terms:
-        product: Any = factor
-        for atom in atoms:
-            product = product * _atom(atom, grids)
-        total = total + product
-    return total
-
-
-def _atom(atom: Atom, grids: Mapping[Variable, _Tensor]) -> Any:
-    if isinstance(atom, Symbol):
-        return atom.value
-    if isinstance(atom, Variable):
-        return grids[atom]
-    of, by = _number(atom.of, grids), _number(atom.by, grids)
-    return of // by if isinstance(atom, Quotient) else of % by

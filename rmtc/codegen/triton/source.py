@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rmtc.affine import Affine, Atom, Quotient, Symbol, Variable, variables_of
 from rmtc.codegen.triton.functions import FUNCTIONS
 from rmtc.codegen.triton.spelling import (
     Forms,
@@ -18,16 +19,12 @@ from rmtc.codegen.triton.spelling import (
     key_of,
     name_of,
     number_text,
-    operand_of,
     widened,
 )
 from rmtc.codegen.triton.style import DESCRIBED, EACH_TILE, ONCE, ONE_TILE, TILE, TILES, KernelSource, Style
 from rmtc.ir.array import Array, base_of
-from rmtc.ir.index import Atom, Index, Quotient, Symbol, Variable
 from rmtc.ir.kernel import Attend, Kernel
 from rmtc.ir.terms import Accumulated, Call, Load, Piecewise, Statistic, Term, free_variables
-
-__all__ = ["source_of"]
 
 
 def source_of(kernel: Kernel | Attend, prefix: str, style: Style) -> KernelSource:
@@ -102,7 +99,7 @@ class _Printer:
     def size(self, symbol: Symbol) -> str:
         return self.sizes.setdefault(symbol, f"size{len(self.sizes)}")
 
-    def index(self, index: Index, forms: Forms) -> str:
+    def index(self, index: Affine, forms: Forms) -> str:
         """Return an index as an expression."""
         parts = []
         for atoms, factor in index.terms:
@@ -117,13 +114,14 @@ class _Printer:
             return self.size(atom)
         if isinstance(atom, Variable):
             return forms[atom]
-        variables = Index.of(atom).variables
+        assert not isinstance(atom, str)  # sizes by name are in no kernel
+        variables = Affine.of(atom).variables
         sign = "//" if isinstance(atom, Quotient) else "%"
         of, by = (self.whole(each, forms) for each in (atom.of, atom.by))
         text = f"{of} {sign} {by}"
         return self.assign((atom, key_of(variables, forms)), "i", text, variables)
 
-    def whole(self, index: Index, forms: Forms) -> str:
+    def whole(self, index: Affine, forms: Forms) -> str:
         """Return an index as an operand, in parentheses where it needs them."""
         text = self.index(index, forms)
         single = len(index.terms) == 1 and len(index.terms[0][0]) + (index.terms[0][1] != 1) <= 1
@@ -164,7 +162,7 @@ class _Printer:
         return f"({text}).to({dtype_text(term.dtype)})"
 
     def load(self, term: Load, forms: Forms) -> str:
-        variables = {variable for each in term.index for variable in each.variables}
+        variables = variables_of(term.index)
         masks = self.masks(variables, forms)
         guarding: set[Variable] = set()
         for low, high in term.guards:
@@ -177,7 +175,7 @@ class _Printer:
         texts = sorted(forms[variable] for variable in variables)
         return [f"{text}_ok" for text in texts if text != "z"]
 
-    def place(self, array: Array, index: Sequence[Index], forms: Forms, spread: Iterable[Variable] = ()) -> str:
+    def place(self, array: Array, index: Sequence[Affine], forms: Forms, spread: Iterable[Variable] = ()) -> str:
         """Return the address of an element as text, as a tile over all of ``spread``, too."""
         name = self.pointer(array)
         terms = [f"{text} * 0" for text in sorted(forms[variable] for variable in spread) if text != "z"]
@@ -234,7 +232,7 @@ class _Printer:
         values = [self.value(output.term, forms) for output in kernel.outputs]
         for output, value in zip(kernel.outputs, values, strict=True):
             array = output.array
-            variables = {variable for each in output.index for variable in each.variables}
+            variables = variables_of(output.index)
             whole = kernel.n in variables
             spread = {kernel.m} - variables
             masks = ["m_ok", "n_ok"] if whole else [self.assign("once", "once", ONCE, ())]
@@ -304,7 +302,7 @@ class _Printer:
     def factor(self, term: Term, forms: Forms, shape: str, dtype: torch.dtype, whole: set[Variable], mask: str) -> str:
         """Return a factor of a product, which is 0 where its variable has no value."""
         text = self.tile(term, forms, shape, dtype, whole)
-        loaded = isinstance(term, Load) and {v for each in term.index for v in each.variables} >= whole
+        loaded = isinstance(term, Load) and variables_of(term.index) >= whole
         return text if loaded else f"tl.where({mask}, {text}, 0)"
 
     def dot(self, left: str, right: str, added: str | None, dtype: torch.dtype) -> str:
@@ -330,7 +328,7 @@ class _Printer:
             self.style.strides is None
             or not isinstance(term, Load)
             or term.guards
-            or self.kernel.z in operand_of(term.index)
+            or self.kernel.z in variables_of(term.index)
         ):
             return None
         array, strides = term.array, self.style.strides(term.array)
@@ -340,8 +338,8 @@ class _Printer:
         if len(places) != 1 or len(depths) != 1 or places == depths or any(each.terms for each in others):
             return None
         place, depth = places[0], depths[0]
-        start = term.index[place] - Index.of(line)
-        if start.variables or term.index[depth] != Index.of(over) or array.sizes[depth].value != over.size.value:
+        start = term.index[place] - Affine.of(line)
+        if start.variables or term.index[depth] != Affine.of(over) or array.sizes[depth].value != over.size.value:
             return None  # a box reads zeros past the array's end, but not past a part's
         along = depth if strides[depth] == 1 else place
         across = place if along == depth else depth

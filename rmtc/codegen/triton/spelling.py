@@ -8,25 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
+from rmtc.affine import Variable
 from rmtc.ir.array import Array, Pointwise, Product, Reduction, Stored, base_of
-from rmtc.ir.index import Index, Variable
 from rmtc.ir.kernel import Attend, Kernel
 from rmtc.ir.terms import Call, Load, Piecewise, Term
-
-__all__ = [
-    "Forms",
-    "WIDE",
-    "cells_of",
-    "covered",
-    "dtype_of",
-    "dtype_text",
-    "is_wide",
-    "key_of",
-    "name_of",
-    "number_text",
-    "operand_of",
-    "widened",
-]
 
 Forms = Mapping[Variable, str]
 """The text of each variable: a column or a row of numbers."""
@@ -50,10 +35,6 @@ def cells_of(array: Array) -> int:
     """Return the number of neighbouring cells that share each row of an array's memory."""
     base = base_of(array)
     return base.cells if isinstance(base, Stored) else 1
-
-
-def operand_of(index: Iterable[Index]) -> set[Variable]:
-    return {variable for each in index for variable in each.variables}
 
 
 def key_of(variables: Iterable[Variable], forms: Forms) -> tuple[str, ...]:

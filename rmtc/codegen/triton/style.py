@@ -7,11 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rmtc.affine import Symbol
 from rmtc.ir.array import Array
-from rmtc.ir.index import Symbol
-
-__all__ = ["DESCRIBED", "EACH_TILE", "KernelSource", "ONCE", "ONE_TILE", "Style", "TILE", "TILES"]
-
 
 ONE_TILE = (
     "n_tiles = tl.cdiv(n_size, BLOCK_N)",

@@ -9,8 +9,6 @@ import torch
 
 from rmtc.passes.bodies.fusion_groups import Machine
 
-__all__ = ["TARGETS", "Target", "target_of"]
-
 
 @dataclass(frozen=True, eq=False)
 class Target:

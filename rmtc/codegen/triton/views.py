@@ -7,12 +7,10 @@ from typing import TypeAlias
 
 import torch
 
+from rmtc.affine import Affine, Symbol
 from rmtc.codegen.torch.values import NamedArguments
 from rmtc.codegen.triton.build import Arrays, Size
 from rmtc.ir.array import Array, Indices, Joined
-from rmtc.ir.index import Index, Symbol
-
-__all__ = ["VIEWS", "Rule", "same"]
 
 Rule: TypeAlias = Callable[[Arrays, NamedArguments], Array | None]
 """Gives the array of an operation's result; None if no kernel computes it."""
@@ -35,17 +33,17 @@ def _sliced(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     if length.value <= 0:
         return None
     if step != 1:
-        length = Index.of(-(-length.value // step))
+        length = Affine.of(-(-length.value // step))
     return arrays.slice(x, dim, first, length, step)
 
 
-def _clipped(place: int, size: Index) -> Index:
+def _clipped(place: int, size: Affine) -> Affine:
     """Return the place where a slice starts or ends, within the dimension."""
     if place < 0:
-        return size - -place if -place < size.value else Index()
+        return size - -place if -place < size.value else Affine()
     if place >= size.value:
         return size
-    return Index.of(Symbol(int(place))) if isinstance(place, Size) and place > 0 else Index.of(int(place))
+    return Affine.of(Symbol(int(place)) if isinstance(place, Size) and place > 0 else int(place))
 
 
 def _selected(arrays: Arrays, arguments: NamedArguments) -> Array | None:
@@ -81,7 +79,7 @@ def _unflattened(arrays: Arrays, arguments: NamedArguments) -> Array | None:
 
 def _squeezed(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x, dim = arguments["self"], arguments["dim"]
-    return arrays.select(x, dim, Index()) if x.shape[dim] == 1 else same(arrays, arguments)
+    return arrays.select(x, dim, Affine()) if x.shape[dim] == 1 else same(arrays, arguments)
 
 
 def _permuted(arrays: Arrays, arguments: NamedArguments) -> Array | None:
@@ -114,7 +112,7 @@ def _joined(arrays: Arrays, parts: list[Array], dim: int) -> Array | None:
     if not parts:
         return None
     place = dim % len(parts[0].sizes)
-    total = Index()
+    total = Affine()
     for each in parts:
         total = total + each.sizes[place]
     sizes = (*parts[0].sizes[:place], total, *parts[0].sizes[place + 1 :])
@@ -125,7 +123,7 @@ def _joined(arrays: Arrays, parts: list[Array], dim: int) -> Array | None:
 def _repeated(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x, repeats = arguments["self"], [int(each) for each in arguments["repeats"]]
     new = len(repeats) - len(x.sizes)
-    sizes = tuple(Index.of(n) * (x.sizes[dim - new] if dim >= new else 1) for dim, n in enumerate(repeats))
+    sizes = tuple(Affine.of(n) * (x.sizes[dim - new] if dim >= new else 1) for dim, n in enumerate(repeats))
     own = x.sizes
 
     def at(index: Indices) -> Indices:

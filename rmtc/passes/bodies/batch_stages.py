@@ -9,8 +9,6 @@ from rmtc.ir.segment_loop import Row
 from rmtc.ir.wavefront import Body, WavefrontProgram
 from rmtc.passes.registry import register
 
-__all__ = ["batch_stages"]
-
 
 @register(
     "batch-stages",

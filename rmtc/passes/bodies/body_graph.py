@@ -14,8 +14,6 @@ from rmtc.ir.segment_loop import Outer, Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Input, Local, Shared, WavefrontProgram, Weight
 from rmtc.passes.registry import Pass, register
 
-__all__ = ["BodyGraph", "is_constant", "is_tensor", "key_of", "on_bodies"]
-
 _FLOATS = (torch.float32, torch.float64)
 
 

@@ -11,8 +11,6 @@ from rmtc.ir.wavefront import Body, Input, Local, Weight
 from rmtc.ops.fused import add_linear, add_matmul
 from rmtc.passes.bodies.body_graph import BodyGraph, on_bodies
 
-__all__ = ["fuse_accumulate"]
-
 aten = torch.ops.aten
 _SIGNS: dict[Any, int] = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
 _MADE: dict[Any, Any] = {aten.mul.Tensor: aten.addcmul.default, aten.div.Tensor: aten.addcdiv.default}

@@ -9,8 +9,6 @@ from rmtc.ir.wavefront import Body, Operand
 from rmtc.ops.fused import rms_normalize
 from rmtc.passes.bodies.body_graph import BodyGraph, on_bodies
 
-__all__ = ["fuse_norms"]
-
 aten = torch.ops.aten
 
 

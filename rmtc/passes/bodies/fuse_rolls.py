@@ -13,8 +13,6 @@ from rmtc.ir.wavefront import Body, Local
 from rmtc.ops.fused import roll_products
 from rmtc.passes.bodies.body_graph import BodyGraph, is_constant, key_of, on_bodies
 
-__all__ = ["fuse_rolls"]
-
 aten = torch.ops.aten
 
 

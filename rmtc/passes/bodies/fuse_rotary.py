@@ -11,8 +11,6 @@ from rmtc.ir.wavefront import Body, Operand
 from rmtc.ops.fused import rotary
 from rmtc.passes.bodies.body_graph import BodyGraph, is_tensor, on_bodies
 
-__all__ = ["fuse_rotary"]
-
 aten = torch.ops.aten
 
 

@@ -23,24 +23,11 @@ from typing import TypeAlias
 import torch
 
 from rmtc import heuristics
+from rmtc.affine import Variable
 from rmtc.ir.array import Array, Attention, Nest, Outside, Pointwise, Stored, View, base_of
-from rmtc.ir.index import Variable
 from rmtc.ir.kernel import Attend, Kernel, Multiply, build, build_attention, loads, multiplied
 from rmtc.ir.program import Op
 from rmtc.ir.terms import Accumulated, Call, IllegalError, Load, Statistic, free_variables
-
-__all__ = [
-    "Computed",
-    "Groups",
-    "Machine",
-    "estimate",
-    "fusion_groups",
-    "kind_of",
-    "operations_of",
-    "read_by",
-    "work",
-]
-
 
 Computed: TypeAlias = Kernel | Attend | Multiply
 Group: TypeAlias = Computed | Outside

@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 
+from rmtc.affine import Affine
 from rmtc.ir.formula import L
 from rmtc.ir.program import Op, Src, leaves, map_leaves
 from rmtc.ir.schedule import Schedule
-from rmtc.ir.segment_loop import Every, Fit, Item, Outer, Row, SegmentLoop, Where
+from rmtc.ir.segment_loop import Every, Item, Outer, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, Shared, WavefrontProgram, Weight
 from rmtc.passes.registry import register
-
-__all__ = ["group", "run_schedule"]
-
 
 _RANDOM = torch.Tag.nondeterministic_seeded
 
@@ -123,8 +121,8 @@ class _Shared:
                 return Shared(-1 if number is None else number)
             if isinstance(arg, Item) or (type(arg) is Src and arg.name in self._loop.growing):
                 fixed = False
-            if isinstance(arg, Fit):
-                fixed = fixed and {name for names, _ in arg.terms for name in names} <= {"B", "T"}
+            if isinstance(arg, Affine):
+                fixed = fixed and arg.atoms <= {"B", "T"}
             return arg
 
         args = map_leaves(op.args, part)
@@ -153,14 +151,13 @@ def _needed(loop: SegmentLoop, shared: _Shared) -> dict[Member, set[int]]:
     def note(row: int, number: int) -> None:
         found.setdefault((row, loop.layouts[row].layer_of(number)), set()).add(number)
 
-    steady = len(loop.rows)
     for row in range(len(loop.layouts)):
         for number, op in enumerate(loop.row(row)):
             layer = loop.layouts[row].layer_of(number)
             for leaf in leaves(op.args):
                 if isinstance(leaf, Row) and (leaf.back or (row, leaf.number) not in shared.of):
                     if leaf.back or loop.layouts[row].layer_of(leaf.number) != layer:
-                        for made in _producers(row, leaf.back, steady):
+                        for made in loop.rows_before(row, leaf.back):
                             note(made, leaf.number)
     for leaf in (*(leaf for op in loop.after for leaf in leaves(op.args)), *leaves(tuple(loop.outputs.values()))):
         if isinstance(leaf, (Where, Every)):
@@ -168,11 +165,6 @@ def _needed(loop: SegmentLoop, shared: _Shared) -> dict[Member, set[int]]:
                 if number >= 0:
                     note(row, number)
     return found
-
-
-def _producers(row: int, back: int, steady: int) -> list[int]:
-    """Return the row kinds of the segment ``back`` before a segment of the given row kind."""
-    return [row - back] if row < steady else [max(0, at) for at in range(steady - back, steady + 1)]
 
 
 def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, needed: dict[Member, set[int]]) -> Body:
@@ -200,11 +192,11 @@ def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, 
             offsets = {leaf.number - start for leaf, start in zip(choices, starts, strict=True)}
             if len(offsets) == 1 and 0 <= min(offsets) < size:
                 return Local(offsets.pop())
-        if not isinstance(first, (Row, Outer, Src, Item, Shared, int, float, Fit)) or isinstance(first, bool):
+        if not isinstance(first, (Row, Outer, Src, Item, Shared, int, float, Affine)) or isinstance(first, bool):
             return first
         same = all(type(leaf) is type(first) and leaf == first for leaf in choices)
-        if isinstance(first, (int, float, Fit)):
-            fixed = not isinstance(first, Fit) or {n for names, _ in first.terms for n in names} <= {"B", "T"}
+        if isinstance(first, (int, float, Affine)):
+            fixed = not isinstance(first, Affine) or first.atoms <= {"B", "T"}
             return first if same and fixed else numbers.setdefault(choices, Number(len(numbers)))
         if same and isinstance(first, (Src, Outer, Shared)):
             return first

@@ -9,12 +9,11 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from rmtc import heuristics
+from rmtc.affine import Affine
 from rmtc.ir.program import Op, map_leaves
-from rmtc.ir.segment_loop import Fit, Row, SegmentLoop
+from rmtc.ir.segment_loop import Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, WavefrontProgram, Weight, choose
 from rmtc.passes.registry import register
-
-__all__ = ["if_convert"]
 
 
 @register("if-convert", "cells of the first segment in one group with the others")
@@ -80,9 +79,9 @@ def _key(body: Body, op: Op, length: int) -> Any:
             return tuple(sorted(body.weights[leaf.number].items()))
         if isinstance(leaf, Number):
             return "number"
-        if isinstance(leaf, Fit):
-            leaf = leaf.where(0, length)  # merged groups hold full segments only
-        return (type(leaf), leaf) if not isinstance(leaf, Fit) else leaf
+        if isinstance(leaf, Affine):
+            leaf = leaf.fix(s=0, T=length)  # merged groups hold full segments only
+        return (type(leaf), leaf)
 
     return op.target, map_leaves(op.args, part), op.form
 
@@ -234,12 +233,10 @@ def _partners(program: WavefrontProgram, first: Body, steady: Body, merger: _Mer
 
 def _makers(loop: SegmentLoop, row: int, operand: Row) -> Sequence[tuple[Member, int]]:
     """Return the cells that make an operand of a row kind, each with the operation's number in the cell."""
-    steady = len(loop.rows)
-    rows = [row - operand.back] if row < steady else range(steady - operand.back, steady + 1)
     made: list[tuple[Member, int]] = []
-    for each in rows:
-        layout = loop.layouts[max(0, each)]
+    for each in loop.rows_before(row, operand.back):
+        layout = loop.layouts[each]
         layer = layout.layer_of(operand.number)
         if 0 <= layer < loop.layers:
-            made.append(((max(0, each), layer), operand.number - layout.layers[layer][0]))
+            made.append(((each, layer), operand.number - layout.layers[layer][0]))
     return made

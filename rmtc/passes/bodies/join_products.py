@@ -13,8 +13,6 @@ from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.ir.wavefront import Body, Local, WavefrontProgram, Weight
 from rmtc.passes.registry import register
 
-__all__ = ["join_products"]
-
 aten = torch.ops.aten
 
 

@@ -10,8 +10,6 @@ from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.ir.wavefront import Body, Local
 from rmtc.passes.bodies.body_graph import BodyGraph, key_of, on_bodies
 
-__all__ = ["merge_equal"]
-
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _NOTHING = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)

@@ -7,8 +7,9 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+from rmtc.affine import Affine
 from rmtc.ir.program import Op, leaves, map_leaves
-from rmtc.ir.segment_loop import Fit, Layout, Row
+from rmtc.ir.segment_loop import Layout, Row
 from rmtc.passes.fold.accumulators import Laid
 
 __all__ = ["aligned"]
@@ -109,6 +110,6 @@ class _Counterparts:
             elif isinstance(one, Row):
                 if not isinstance(other, Row) or one.back != other.back:
                     return False
-            elif type(one) is not type(other) or (isinstance(one, (int, float, Fit)) and one != other):
+            elif type(one) is not type(other) or (isinstance(one, (int, float, Affine)) and one != other):
                 return False
         return True

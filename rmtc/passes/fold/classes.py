@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rmtc.affine import Affine
 from rmtc.ir.program import Form, Op, Source, Src, leaves, map_leaves, target_name
-from rmtc.ir.segment_loop import Fit, Item, Outer, Row, SegmentLoop
+from rmtc.ir.segment_loop import Item, Outer, Row, SegmentLoop
 from rmtc.passes.fold.streams import Family
 
 __all__ = ["Namer"]
@@ -73,7 +74,7 @@ class Namer:
             elif isinstance(leaf, Outer) and leaf.part == "before":
                 made = frozenset(self._outer(leaf.number, at) for at in (None, layer))
                 out.append(_Given(made, "before", self._loop.before[leaf.number].form))
-            elif type(leaf) in (int, float) or isinstance(leaf, Fit):
+            elif type(leaf) in (int, float) or isinstance(leaf, Affine):
                 out.append(_Number({(row, layer): leaf}, self._loop.segment_length, len(self._loop.rows)))
             else:
                 out.append(leaf)
@@ -162,7 +163,7 @@ class _Number:
     advance evenly, as the slices of a tensor that holds all layers do.
     """
 
-    values: dict[tuple[int, int], int | float | Fit]
+    values: dict[tuple[int, int], int | float | Affine]
     segment_length: int
     steady: int
 
@@ -174,7 +175,7 @@ class _Number:
             function = functions.get(layer, value)
             if row != self.steady:  # a steady segment's function must give this segment's number
                 function, value = (
-                    each.where(row, self.segment_length) if isinstance(each, Fit) else each
+                    each.fix(s=row, T=self.segment_length) if isinstance(each, Affine) else each
                     for each in (function, value)
                 )
                 if function != value:

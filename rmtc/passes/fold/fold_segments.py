@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from rmtc.affine import Affine
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Op, Source, Src, Val, leaves, map_leaves, parts, show, target_name
-from rmtc.ir.segment_loop import Environment, Every, Fit, Item, Outer, Row, SegmentLoop, Where
+from rmtc.ir.segment_loop import Environment, Every, Item, Outer, Row, SegmentLoop, Where
 from rmtc.passes.fold.carry import carry
 from rmtc.passes.fold.complete import complete_segments
 from rmtc.passes.fold.cuts import common_subsequence
@@ -209,7 +210,7 @@ def _with_known_results(loop: SegmentLoop) -> SegmentLoop:
 
 
 def _varies(op: Op) -> bool:
-    return any(isinstance(leaf, (Fit, Item)) for leaf in leaves(op.args))
+    return any(isinstance(leaf, (Affine, Item)) for leaf in leaves(op.args))
 
 
 def _alike(row: Sequence[Op], steady: Sequence[Op]) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from rmtc.ir.segment_loop import Environment, Fit, SegmentLoop
+from rmtc.affine import Affine
+from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.passes.registry import register
 
 __all__ = ["generalize_rows"]
@@ -59,12 +60,9 @@ def _merged(args: tuple[Any, ...], steady: tuple[Any, ...], length: int | None =
     def merge(arg: Any, other: Any) -> Any:
         if type(arg) is tuple and type(other) is tuple:
             return _merged(arg, other, length)
-        if type(arg) not in (int, Fit) or not isinstance(other, Fit):
+        if type(arg) not in (int, Affine) or not isinstance(other, Affine):
             return arg
-        known = length is None or (
-            {name for names, _ in other.terms for name in names} == {"T"}
-            and other.at(Environment(0, 0, 0, length, 0)) == arg
-        )
+        known = length is None or (other.atoms == {"T"} and other.number(T=length) == arg)
         return other if known else arg
 
     return tuple(merge(arg, other) for arg, other in zip(args, steady, strict=len(args) == len(steady)))

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from rmtc.affine import Affine
 from rmtc.errors import Location, RefusedError
 from rmtc.ir.program import Op, Val, show, target_name
-from rmtc.ir.segment_loop import Every, Fit, Numbered, Outer, Where
+from rmtc.ir.segment_loop import Every, Numbered, Outer, Where
 from rmtc.passes.fold.fit import Misfit, fit
 from rmtc.passes.fold.run import DividedRun, describe
 
@@ -232,9 +233,8 @@ def _item_names(
         step, shift = second[-1] - second[-2] if len(second) > 1 else 0, second[0] - first[0]
         if any(number != numbers[0] + step * s for numbers in (first, second) for s, number in enumerate(numbers)):
             raise Misfit("the numbers of its items do not advance evenly")
-        terms = tuple(((name,), by) for name, by in (("s", step), ("S", shift)) if by)
-        constant = first[0] - shift * short.segments
-        yield Numbered(before, Fit(constant, terms), after) if terms else f"{before}{constant}{after}"
+        number = Affine.of("s") * step + Affine.of("S") * shift + (first[0] - shift * short.segments)
+        yield Numbered(before, number, after) if number.atoms else f"{before}{number}{after}"
 
 
 def _no_list(name: str, why: str) -> RefusedError:

@@ -18,8 +18,6 @@ from torch import fx
 
 from rmtc.passes.registry import enter
 
-__all__ = ["RemakeConstants", "constants"]
-
 
 @enter("remake-constants", "constants of a loop made where they are read, if none is found without that")
 class RemakeConstants:

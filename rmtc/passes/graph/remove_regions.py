@@ -19,8 +19,6 @@ from rmtc.errors import CaptureError, RefusedError, raised_by_signal
 from rmtc.passes.registry import enter
 from rmtc.quiet import quiet_fakes
 
-__all__ = ["Autocast", "RemoveRegions", "draws", "writes"]
-
 logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten

@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rmtc.errors import CaptureError
 from rmtc.ir.program import NegativeZero, Op, Origin, Program, Source, Src, Val
+from rmtc.stages import substage
 
-__all__ = ["constant_name", "from_graph"]
 
-
+@substage("flatten")
 def from_graph(module: fx.GraphModule, outputs: tuple[str, ...], names: dict[str, str]) -> Program:
     """Convert a canonical FX graph to a flat program.
 

@@ -23,8 +23,6 @@ from rmtc.errors import VerifyError
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.program import Op, Program, Src, Val, show
 
-__all__ = ["Checked", "Place", "check"]
-
 
 class Place(NamedTuple):
     """The place of an operation of the unrolled loop in a schedule.
@@ -138,7 +136,7 @@ def _needed(program: Program) -> list[int]:
 
 
 def _values_of(program: Program, number: int) -> list[int]:
-    return _values(program.ops[number].args)
+    return values_in(program.ops[number].args)
 
 
 def _precedes(earlier: Place, later: Place) -> bool:
@@ -292,7 +290,7 @@ def _same(claimed: Program, first: int, second: int) -> bool:
         one, two = claimed.ops[a], claimed.ops[b]
         if one.target is not two.target or _nameless(one.args) != _nameless(two.args):
             return False
-        work += zip(_values(one.args), _values(two.args), strict=True)
+        work += zip(values_in(one.args), values_in(two.args), strict=True)
     return True
 
 
@@ -302,11 +300,12 @@ def _nameless(args: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def _values(args: tuple[Any, ...]) -> list[int]:
+def values_in(args: tuple[Any, ...]) -> list[int]:
+    """Return the numbers of the operations whose results are among arguments."""
     found: list[int] = []
     for arg in args:
         if type(arg) is tuple:
-            found += _values(arg)
+            found += values_in(arg)
         elif type(arg) is Val:
             found.append(arg.number)
     return found

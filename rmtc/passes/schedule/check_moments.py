@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rmtc.errors import VerifyError
-from rmtc.ir.program import Op, Program, Val
-
-__all__ = ["TimeSlot", "check_moments"]
+from rmtc.ir.program import Op, Program
+from rmtc.passes.schedule.check import values_in
 
 
 class TimeSlot(NamedTuple):
@@ -51,7 +50,7 @@ def check_moments(program: Program, slots: Sequence[TimeSlot]) -> int:
                 f"%{number} = {op.label} is to run at once with a {kinds[slot].label}, in step {slot.step}",
                 location=op.location,
             )
-        for made in _values(op.args):
+        for made in values_in(op.args):
             reads += 1
             if slots[made] >= slot and (slot.phase == 1 or slots[made].phase != slot.phase):
                 raise VerifyError(
@@ -60,13 +59,3 @@ def check_moments(program: Program, slots: Sequence[TimeSlot]) -> int:
                     location=op.location,
                 )
     return reads
-
-
-def _values(args: tuple[Any, ...]) -> list[int]:
-    found: list[int] = []
-    for arg in args:
-        if type(arg) is tuple:
-            found += _values(arg)
-        elif type(arg) is Val:
-            found.append(arg.number)
-    return found

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 import sympy
 
+from rmtc.affine import Affine
 from rmtc.ir.cells import Cell
 from rmtc.ir.formula import Extent, L, S
-from rmtc.passes.schedule.distances import ONE, TOP, Affine, Vector, parse, short
-
-__all__ = ["Rounds", "Straight", "chains"]
+from rmtc.passes.schedule.distances import ONE, TOP, Vector, ceiling, nonnegative_from, parse, short
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,12 @@ class Rounds:
     def length(self) -> sympy.Expr:
         """The number of cells, as an expression in ``S`` and ``L``."""
         top = sympy.floor((L - 1) / self.climb[1]) if self.rise and self.climb else 0
-        return sympy.expand(self.edges.ceiling() * sympy.floor((S - 1) / self.segments) + top + 1)
+        return sympy.expand(ceiling(self.edges) * sympy.floor((S - 1) / self.segments) + top + 1)
 
     def count(self, segments: int, layers: int) -> int:
         """Return the number of cells on a grid of this size."""
         top = (layers - 1) // self.climb[1] if self.rise and self.climb else 0
-        return int(self.edges.at(layers)) * ((segments - 1) // self.segments) + top + 1
+        return int(self.edges.number(L=layers)) * ((segments - 1) // self.segments) + top + 1
 
     def cells(self, segments: int, layers: int) -> list[Cell]:
         """Return the cells, each waiting for the one before.
@@ -59,18 +57,18 @@ class Rounds:
             ValueError: if the model has fewer layers than the chain needs.
         """
         _check_layers(self, layers)
-        start = int(self.start.at(layers))
+        start = int(self.start.number(L=layers))
         below = range(start) if self.rise else range(0)
         chain = [*(Cell(0, layer) for layer in below), Cell(0, start)]
-        chain.extend(self._walk(int(self.edges.at(layers)) * ((segments - 1) // self.segments), layers))
+        chain.extend(self._walk(int(self.edges.number(L=layers)) * ((segments - 1) // self.segments), layers))
         while self.rise and self.climb and chain[-1].layer + self.climb[1] < layers:
             chain.append(Cell(chain[-1].segment, chain[-1].layer + self.climb[1]))
         return chain
 
     def _walk(self, edges: int, layers: int) -> Iterator[Cell]:
-        start = int(self.start.at(layers))
+        start = int(self.start.number(L=layers))
         segment, layer = 0, start
-        turn_ds, fall = (self.turn[0], int(self.turn[1].at(layers))) if self.turn else (0, layers)
+        turn_ds, fall = (self.turn[0], int(self.turn[1].number(L=layers))) if self.turn else (0, layers)
         climb_ds, climb_dl = self.climb or (0, 0)
         for _ in range(edges):
             if layer - fall >= start:
@@ -83,7 +81,7 @@ class Rounds:
         step = self.climb[1] if self.climb else 0
         top = "L-1" if step == 1 else f"{step}*floor((L-1)/{step})"
         last = "S-1" if self.segments == 1 else f"{self.segments}*floor((S-1)/{self.segments})"
-        start = short(self.start.ceiling())
+        start = short(ceiling(self.start))
         parts = [_cell("0", "0"), "..."] if self.rise and start != "0" else []
         parts.append(_cell("0", start))
         if self.turn is None:
@@ -94,7 +92,7 @@ class Rounds:
             period = (fall.integer + step) // math.gcd(fall.integer, step) if step and fall.integer else 1
             parts += [_cell(str(s), str(layer)) for s, layer in self._walk(period, 0)]
         else:
-            parts += ["...", _cell("0", short((self.start + fall).ceiling())), _cell(str(self.turn[0]), start)]
+            parts += ["...", _cell("0", short(ceiling(self.start + fall))), _cell(str(self.turn[0]), start)]
         if self.climb and self.climb[0] and self.edges == ONE:
             return _scoped(" -> ".join([*parts, "..."]) + f" up to segment {last}", self)
         parts += ["...", _cell(last, start)]
@@ -141,12 +139,12 @@ class Straight:
             ValueError: if the model has fewer layers than the chain needs.
         """
         _check_layers(self, layers)
-        (ds, dl), start = self.distance, int(self.start.at(layers))
-        return [Cell(n * ds, start + n * int(dl.at(layers))) for n in range(self.count(segments, layers))]
+        (ds, dl), start = self.distance, int(self.start.number(L=layers))
+        return [Cell(n * ds, start + n * int(dl.number(L=layers))) for n in range(self.count(segments, layers))]
 
     def __str__(self) -> str:
         ds, dl = self.distance
-        text = f"{_cell('0', short(self.start.ceiling()))} -> {_cell(str(ds), short((self.start + dl).ceiling()))}"
+        text = f"{_cell('0', short(ceiling(self.start)))} -> {_cell(str(ds), short(ceiling(self.start + dl)))}"
         return _scoped(text if self.once else f"{text} -> ... to the edge of the grid", self)
 
 
@@ -169,10 +167,10 @@ def chains(vectors: Sequence[Vector], layers: int) -> Iterator[Rounds | Straight
 
 
 def _rounds(vector: Vector, climbs: dict[tuple[int, int], int]) -> Iterator[Rounds]:
-    start, fall = vector.layer or Affine(), vector.dl.times(-1)
+    start, fall = vector.layer or Affine(), vector.dl * -1
     if start + fall == TOP + ONE:
         fall -= ONE  # through the epilogue of the top layer
-    room = [part.nonnegative_from() for part in (start, fall, TOP - start - fall)]
+    room = [nonnegative_from(part) for part in (start, fall, TOP - start - fall)]
     if vector.ds < 1 or None in room:
         return
     least = max(vector.least, *(bound for bound in room if bound))
@@ -189,7 +187,7 @@ def _rounds(vector: Vector, climbs: dict[tuple[int, int], int]) -> Iterator[Roun
             if ds == vector.ds:
                 edges, segments = 1, ds
             grown = max(least, fall.integer + dl - common + 1)
-            yield Rounds(climb, turn, start, Affine(Fraction(edges)), segments, ds == 0, grown)
+            yield Rounds(climb, turn, start, Affine.of(edges), segments, ds == 0, grown)
 
 
 def _straight(vector: Vector) -> Iterator[Straight]:
@@ -198,11 +196,11 @@ def _straight(vector: Vector) -> Iterator[Straight]:
     once = vector.layer is not None or vector.dl.integer is None
     if vector.layer is not None:
         start = vector.layer - vector.dl
-    elif vector.dl.nonnegative_from() is not None:
+    elif nonnegative_from(vector.dl) is not None:
         start = Affine()
     else:
-        start = vector.dl.times(-1) if once else TOP
-    room = [part.nonnegative_from() for part in (start, TOP - start, start + vector.dl, TOP - start - vector.dl)]
+        start = vector.dl * -1 if once else TOP
+    room = [nonnegative_from(part) for part in (start, TOP - start, start + vector.dl, TOP - start - vector.dl)]
     if once and None in room:
         return
     least = max(vector.least, *(bound for bound in room if bound)) if once else vector.least
@@ -215,13 +213,13 @@ def _ladder(vectors: Sequence[Vector]) -> int | None:
     for vector in vectors:
         if vector.uniform and vector.ds == 0 and vector.dl == ONE:
             first, last = (parse(extent) for extent in vector.dependence.layers or (1, L - 1))
-            if first and last:
-                pieces.append((first.rest, last.rest))
+            if first is not None and last is not None:
+                pieces.append((first, last))
     reach, least = Affine(), 1
-    while (since := (reach - TOP).nonnegative_from()) is None:
+    while (since := nonnegative_from(reach - TOP)) is None:
         for first_layer, last_layer in pieces:
-            joins = (reach + ONE - first_layer).nonnegative_from()
-            extends = (last_layer - reach - ONE).nonnegative_from()
+            joins = nonnegative_from(reach + ONE - first_layer)
+            extends = nonnegative_from(last_layer - reach - ONE)
             if joins is not None and extends is not None:
                 reach, least = last_layer, max(least, joins, extends if reach != Affine() else 1)
                 break

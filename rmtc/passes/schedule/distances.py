@@ -8,78 +8,32 @@ from fractions import Fraction
 
 import sympy
 
+from rmtc.affine import Affine
 from rmtc.ir.cells import Dependence
 from rmtc.ir.formula import Extent, L, evaluated, layer_symbol
 
-__all__ = [
-    "Affine",
-    "Distance",
-    "ONE",
-    "TOP",
-    "Vector",
-    "names_a_stage",
-    "parse",
-    "short",
-    "text_of",
-    "value_of",
-    "vectors_of",
-]
+ONE = Affine.of(1)
 
 
-@dataclass(frozen=True)
-class Affine:
-    """An affine function of the number of layers: ``const + slope * L``."""
-
-    const: Fraction = Fraction(0)
-    slope: Fraction = Fraction(0)
-
-    def at(self, layers: int) -> Fraction:
-        return self.const + self.slope * layers
-
-    def __add__(self, other: Affine) -> Affine:
-        return Affine(self.const + other.const, self.slope + other.slope)
-
-    def __sub__(self, other: Affine) -> Affine:
-        return self + other.times(-1)
-
-    def times(self, factor: Fraction | int) -> Affine:
-        return Affine(self.const * factor, self.slope * factor)
-
-    def nonnegative_from(self) -> int | None:
-        """Return the least L >= 1 from which on this is never below 0, or None."""
-        if self.slope < 0 or (self.slope == 0 and self.const < 0):
-            return None
-        return 1 if self.slope == 0 else max(1, math.ceil(-self.const / self.slope))
-
-    @property
-    def integer(self) -> int | None:
-        """The value, if it is one integer for every L, else None."""
-        return int(self.const) if self.slope == 0 and self.const.denominator == 1 else None
-
-    def ceiling(self) -> Extent:
-        """Return the least integer not below it, as an ``int`` where it does not depend on L."""
-        if self.slope == 0:
-            return math.ceil(self.const)
-        expression = sympy.Rational(*self.const.as_integer_ratio()) + sympy.Rational(*self.slope.as_integer_ratio()) * L
-        whole = self.const.denominator == self.slope.denominator == 1
-        return expression if whole else sympy.ceiling(expression)
+TOP = Affine.of("L") - 1
 
 
-ONE = Affine(Fraction(1))
+def nonnegative_from(extent: Affine) -> int | None:
+    """Return the least L >= 1 from which on ``const + slope*L`` is never below 0, or None."""
+    const, slope = extent.factor(), extent.factor("L")
+    if slope < 0 or (slope == 0 and const < 0):
+        return None
+    return 1 if slope == 0 else max(1, math.ceil(Fraction(-const) / slope))
 
 
-TOP = Affine(Fraction(-1), Fraction(1))
-
-
-@dataclass(frozen=True)
-class Distance:
-    """An affine function of the consumer's layer: ``rest + layer * l``, where ``rest`` is affine in L."""
-
-    rest: Affine
-    layer: Fraction
-
-    def at(self, layer: Affine) -> Affine:
-        return self.rest + layer.times(self.layer)
+def ceiling(extent: Affine) -> Extent:
+    """Return the least integer not below ``const + slope*L``, as an ``int`` where it does not depend on L."""
+    const, slope = extent.factor(), extent.factor("L")
+    if slope == 0:
+        return math.ceil(const)
+    expression = sympy.Rational(*const.as_integer_ratio()) + sympy.Rational(*slope.as_integer_ratio()) * L
+    whole = const.denominator == slope.denominator == 1
+    return expression if whole else sympy.ceiling(expression)
 
 
 @dataclass(frozen=True)
@@ -119,16 +73,16 @@ def vectors_of(dependence: Dependence, layers: int) -> list[Vector]:
     """
     domain = dependence.layers or (0, L - 1)
     ds, dl, first, last = (parse(extent) for extent in (*dependence.distance, *domain))
-    if ds is None or dl is None or first is None or last is None or first.layer or last.layer:
+    if ds is None or dl is None or first is None or last is None or "l" in first.atoms | last.atoms:
         return _list(dependence, layers)
-    ends, named = (first.rest, last.rest), names_a_stage(dependence)
-    if not ds.layer and not dl.layer:
-        vectors = _uniform(dependence, ds.rest.integer, dl.rest, ends, named, layers)
+    ends, named = (first, last), names_a_stage(dependence)
+    if "l" not in ds.atoms | dl.atoms:
+        vectors = _uniform(dependence, ds.integer, dl, ends, named, layers)
     else:
-        ranged = ends if named else (*ends, *(end - dl.at(end) for end in ends))
-        inside = all(0 <= layer.at(layers) < layers for layer in ranged)
+        ranged = ends if named else (*ends, *(end - dl.at({"l": end}) for end in ends))
+        inside = all(0 <= layer.number(L=layers) < layers for layer in ranged)
         vectors = _at_ends(dependence, ds, dl, ends, layers) if inside else None
-    if vectors is None or any(vector.ds == 0 and vector.dl.slope < 0 for vector in vectors):
+    if vectors is None or any(vector.ds == 0 and vector.dl.factor("L") < 0 for vector in vectors):
         return _list(dependence, layers)
     return vectors
 
@@ -142,9 +96,9 @@ def names_a_stage(dependence: Dependence) -> bool:
     dl, *ends = (parse(extent) for extent in (dependence.distance[1], *(dependence.layers or (0, L - 1))))
     if dl is None:
         return False
-    at = [end.rest if end is not None else Affine() for end in ends]
-    first, last = (end - dl.at(end) for end in at)
-    return (first == last and first in (ONE.times(-1), TOP + ONE)) or (not dl.layer and first == TOP + ONE)
+    at = [end.at({"l": 0}) if end is not None else Affine() for end in ends]
+    first, last = (end - dl.at({"l": end}) for end in at)
+    return (first == last and first in (ONE * -1, TOP + 1)) or ("l" not in dl.atoms and first == TOP + 1)
 
 
 def _uniform(
@@ -157,24 +111,24 @@ def _uniform(
     """
     if ds is None:
         return None
-    first, last, climb = (each.at(layers) for each in (*ends, dl))
-    top, varies = Fraction(layers - 1), dl.integer is None
+    first, last, climb = (each.number(L=layers) for each in (*ends, dl))
+    top, varies = layers - 1, dl.integer is None
     free = layers == 1 and ds == 0 and not varies and climb > 0  # it needs b >= 1, which is free with one layer
-    if not (named or free) and max(first, climb, Fraction(0)) > min(last, top, top + climb):
+    if not (named or free) and max(first, climb, 0) > min(last, top, top + climb):
         return []
     if ds == 0 and climb == 0 and varies:
         return []  # the cell itself
-    holds = [(TOP + (ONE if named else Affine()) - (dl if climb >= 0 else dl.times(-1))).nonnegative_from()]
+    holds = [nonnegative_from(TOP + int(named) - dl * (1 if climb >= 0 else -1))]
     if dependence.layers:
-        holds.append((ends[1] - ends[0]).nonnegative_from())
+        holds.append(nonnegative_from(ends[1] - ends[0]))
     if ds == 0 and varies:
-        holds.append((dl - ONE).nonnegative_from())
+        holds.append(nonnegative_from(dl - 1))
     least = max(since or layers for since in holds)
     return [Vector(dependence, ds, dl, ends[0] if dependence.layers else None, least, uniform=True)]
 
 
 def _at_ends(
-    dependence: Dependence, ds: Distance, dl: Distance, ends: tuple[Affine, Affine], layers: int
+    dependence: Dependence, ds: Affine, dl: Affine, ends: tuple[Affine, Affine], layers: int
 ) -> list[Vector] | None:
     """Return the vectors at both ends of a domain.
 
@@ -184,18 +138,18 @@ def _at_ends(
         The two vectors. None if ds is no integer constant at an end, or the domain is empty for this L.
     """
     moved = []
-    for end, inwards in zip(ends, (ONE, ONE.times(-1)), strict=True):
-        itself = ds.at(end) == dl.at(end) == Affine()
+    for end, inwards in zip(ends, (1, -1), strict=True):
+        itself = ds.at({"l": end}) == dl.at({"l": end}) == Affine()
         moved.append(end + inwards if itself else end)
-    least = (moved[1] - moved[0]).nonnegative_from()
+    least = nonnegative_from(moved[1] - moved[0])
     if least is None or least > layers:
         return None
     vectors = []
     for end in moved:
-        whole = ds.at(end).integer
+        whole = ds.at({"l": end}).integer
         if whole is None:
             return None
-        vectors.append(Vector(dependence, whole, dl.at(end), end, least))
+        vectors.append(Vector(dependence, whole, dl.at({"l": end}), end, least))
     return vectors
 
 
@@ -211,19 +165,19 @@ def _list(dependence: Dependence, layers: int) -> list[Vector]:
         if not first <= layer <= last or not -outside <= layer - dl < layers + outside:
             continue
         if (ds, dl) != (0, 0) and (ds, dl) not in vectors:
-            at, fall = Affine(Fraction(layer)), Affine(Fraction(dl))
+            fall, at = Affine.of(int(dl)), Affine.of(layer)
             vectors[int(ds), int(dl)] = Vector(dependence, int(ds), fall, at, layers, listed=True)
     return list(vectors.values())
 
 
-def parse(extent: Extent) -> Distance | None:
+def parse(extent: Extent) -> Affine | None:
     """Parse an extent as ``const + slope*L + layer*l``, or return None if it is not affine.
 
     Raises:
         ValueError: if it has other symbols.
     """
     if isinstance(extent, int):
-        return Distance(Affine(Fraction(extent)), Fraction(0))
+        return Affine.of(extent)
     expression = sympy.expand(extent)
     foreign = expression.free_symbols - {L, layer_symbol}
     if foreign:
@@ -234,7 +188,7 @@ def parse(extent: Extent) -> Distance | None:
     if any(terms.values()) or not all(part.is_Rational for part in parts):
         return None
     const, slope, layer = (Fraction(int(part.p), int(part.q)) for part in parts)
-    return Distance(Affine(const, slope), layer)
+    return Affine.of("L") * slope + Affine.of("l") * layer + const
 
 
 def value_of(extent: Extent, layers: int) -> int:

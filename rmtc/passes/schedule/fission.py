@@ -11,8 +11,6 @@ import networkx as nx
 from rmtc.ir.folded import Edge, FoldedGraph
 from rmtc.ir.program import VIEWS, target_name
 
-__all__ = ["Fission", "RecurrentPart", "fission"]
-
 
 @dataclass(frozen=True)
 class RecurrentPart:

@@ -16,8 +16,6 @@ from rmtc.passes.fold.dependences import maker_name, tensor_name
 from rmtc.passes.fold.streams import Family
 from rmtc.passes.registry import register
 
-__all__ = ["fold_operations"]
-
 _WITHIN = Dependence((0, 0))
 
 
@@ -51,7 +49,7 @@ def fold_operations(loop: SegmentLoop, family: Family | None) -> FoldedGraph:
     for row, at in _operations(loop):
         for position, leaf in enumerate(leaves(loop.row(row)[at].args)):
             if isinstance(leaf, Row):
-                for made in _rows_before(row, leaf.back, len(loop.rows)):
+                for made in loop.rows_before(row, leaf.back):
                     key = number[_At(made, leaf.number)], number[_At(row, at)], leaf.back
                     pair = layers_of[made][leaf.number], layers_of[row][at]
                     reads.setdefault(key, {}).setdefault(pair, (_At(made, leaf.number), _At(row, at)))
@@ -142,8 +140,3 @@ def _operations(loop: SegmentLoop) -> Iterator[_At]:
     """Yield the operations of every row, those of the steady row first."""
     for row in reversed(range(len(loop.layouts))):
         yield from (_At(row, number) for number in range(len(loop.row(row))))
-
-
-def _rows_before(row: int, back: int, steady: int) -> list[int]:
-    """Return the rows that the segment ``back`` before a segment of the given row may have."""
-    return [row - back] if row < steady else list(range(max(0, steady - back), steady + 1))

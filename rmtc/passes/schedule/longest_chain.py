@@ -15,8 +15,6 @@ from rmtc.ir.cells import Cell
 from rmtc.ir.folded import FoldedGraph, Instance, Lasting
 from rmtc.ir.formula import S
 
-__all__ = ["Bound", "lasting_chain", "longest_chain"]
-
 _Place: TypeAlias = tuple[int, int]  # a vertex and a layer
 _NOWHERE: tuple[int, _Place, int] = 0, (0, 0), 0
 _Reads: TypeAlias = dict[_Place, list[tuple[_Place, int, int]]]

@@ -10,8 +10,6 @@ from rmtc.passes.schedule.fission import RecurrentPart, fission
 from rmtc.passes.schedule.longest_chain import lasting_chain, longest_chain
 from rmtc.passes.schedule.retime import Retimed
 
-__all__ = ["operations_view"]
-
 
 def operations_view(graph: FoldedGraph, found: Retimed, segments: int) -> OperationsView | None:
     """Summarize the least times of a folded graph: what they take, and the bound that none can beat.

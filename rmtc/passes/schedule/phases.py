@@ -10,9 +10,6 @@ from typing import NamedTuple
 from rmtc.ir.cells import Cell, Dependence, Phase
 from rmtc.ir.schedule import Schedule
 
-__all__ = ["Strips", "in_phases", "in_strips"]
-
-
 _FAR = 1 << 30
 """A segment that all reads of which are of segments that there are."""
 

@@ -9,8 +9,6 @@ from rmtc.ir.segment_loop import Key, SegmentLoop
 from rmtc.passes.schedule.check import Place
 from rmtc.passes.schedule.check_moments import TimeSlot
 
-__all__ = ["places", "slots"]
-
 
 def places(loop: SegmentLoop, keys: list[Key], segments: int, schedule: Schedule) -> list[Place]:
     """Return the place of each operation in a schedule.

@@ -48,16 +48,15 @@ from fractions import Fraction
 
 import sympy
 
+from rmtc.affine import Affine
 from rmtc.ir.cells import Dependence
 from rmtc.ir.explanation import Certificate, Inequality
 from rmtc.ir.formula import Extent, L, S, evaluated
 from rmtc.ir.schedule import Schedule
 from rmtc.passes.registry import register
 from rmtc.passes.schedule.critical_path import Rounds, Straight, chains
-from rmtc.passes.schedule.distances import ONE, Affine, Vector, text_of, value_of, vectors_of
+from rmtc.passes.schedule.distances import ONE, Vector, ceiling, nonnegative_from, text_of, value_of, vectors_of
 from rmtc.passes.schedule.phases import Strips, in_strips
-
-__all__ = ["Proof", "prove", "remedy"]
 
 _SEQUENTIAL_REMEDY = (
     "give each layer a memory of its own, which only that layer reads in the next segment, as associative recurrent "
@@ -198,9 +197,9 @@ def _executable(vector: Vector, layers: int) -> bool:
     """Tell whether the program's own order, segment after segment, runs the producer before the consumer."""
     if vector.ds != 0:
         return vector.ds > 0
-    if vector.dl.slope > 0:
-        return vector.dl.at(layers) >= 0
-    return vector.dl.slope == 0 and vector.dl.const >= 1
+    if vector.dl.factor("L") > 0:
+        return vector.dl.number(L=layers) >= 0
+    return vector.dl.factor("L") == 0 and vector.dl.factor() >= 1
 
 
 def _solve(vectors: Sequence[Vector], layers: int) -> tuple[Extent, int, Vector | None]:
@@ -215,32 +214,32 @@ def _solve(vectors: Sequence[Vector], layers: int) -> tuple[Extent, int, Vector 
     lowest = min(layers, 2)
     bounds = [(Affine(), lowest)]
     for vector in crossing:
-        bound = (ONE - vector.dl).times(Fraction(1, vector.ds))
-        if not bound.slope:
-            bound = Affine(Fraction(math.ceil(bound.const)))
+        bound = (ONE - vector.dl) * Fraction(1, vector.ds)
+        if not bound.atoms:
+            bound = Affine.of(math.ceil(bound.factor()))
         bounds.append((bound, max(lowest, vector.least)))
     kept: list[tuple[Affine, int]] = []
-    for bound, least in sorted(bounds, key=lambda item: -item[0].at(layers)):
+    for bound, least in sorted(bounds, key=lambda item: -item[0].number(L=layers)):
         if not any(_covers(other, bound, least) for other, _ in kept):
             kept = [(other, since) for other, since in kept if not _covers(bound, other, since)]
             kept.append((bound, least))
-    exact = [bound.ceiling() for bound, _ in kept]
+    exact = [ceiling(bound) for bound, _ in kept]
     a = exact[0] if len(exact) == 1 else sympy.Max(*exact)
     if value_of(a, layers) == 0:
         return a, 1, None
-    forcing = max(crossing, key=lambda vector: (1 - vector.dl.at(layers)) / vector.ds)
+    forcing = max(crossing, key=lambda vector: Fraction(1 - vector.dl.number(L=layers)) / vector.ds)
     return (1, 0, forcing) if len(crossing) == len(vectors) else (a, 1, forcing)
 
 
 def _covers(high: Affine, low: Affine, least: int) -> bool:
-    since = (high - low).nonnegative_from()
+    since = nonnegative_from(high - low)
     return since is not None and since <= least
 
 
 def _cycle(forcing: Vector, vectors: Sequence[Vector], layers: int) -> tuple[Dependence, ...]:
     """Return the chain from the consumer of ``forcing`` up to its producer, followed by ``forcing``."""
-    start = int(forcing.layer.at(layers)) if forcing.layer else 0
-    top = min(start - math.floor(forcing.dl.at(layers)), layers - 1)
+    start = int(forcing.layer.number(L=layers)) if forcing.layer else 0
+    top = min(start - math.floor(forcing.dl.number(L=layers)), layers - 1)
     within = [vector for vector in vectors if vector.ds == 0 and vector.dependence != forcing.dependence]
     ladder = [
         (vector.dependence, *_readers(vector.dependence, layers))
@@ -271,7 +270,7 @@ def _refuse_order(vector: Vector, vectors: Sequence[Vector], layers: int) -> Pro
         why = "a cell wait for itself"
     else:
         why = "a layer wait for a higher one of the same segment"
-    slack = f"a*{_factor(ds)} + b*{_factor(dl.ceiling())}: the program runs the producer no earlier than the consumer"
+    slack = f"a*{_factor(ds)} + b*{_factor(ceiling(dl))}: the program runs the producer no earlier than the consumer"
     reason = f"not executable in the program's own order, segment after segment: {vector.dependence} makes {why}"
     cycle = _cycle(vector, vectors, layers) if ds == 0 else (vector.dependence,)
     return Proof(None, None, Certificate((Inequality(vector.dependence, slack),)), reason, cycle, S * L, None)
@@ -291,15 +290,16 @@ def _inequalities(
             continue
         size = 1 if strips is None else strips.size
         factor, shift = (a, b) if strips is None else (strips.a, 1)
-        worst = min(own, key=lambda each: value_of(factor, layers) * (each.ds // size) + shift * each.dl.at(layers))
-        dl = worst.dl.ceiling()
+        rate = value_of(factor, layers)
+        worst = min(own, key=lambda each: rate * (each.ds // size) + shift * each.dl.number(L=layers))
+        dl = ceiling(worst.dl)
         least = sympy.expand(factor * (worst.ds // size) + shift * dl)
         ds = f"floor({worst.ds}/{size})" if size > 1 and worst.ds else _factor(worst.ds)
         text = f"{_factor(factor)}*{ds} + {shift}*{_factor(dl)} = {text_of(least)}"
         if not least.is_Integer:
             text += " >= 1"
         if worst.layer is not None and len(own) > 1:
-            text += f" at l = {text_of(worst.layer.ceiling())}"
+            text += f" at l = {text_of(ceiling(worst.layer))}"
         rows.append(Inequality(dependence, f"{text} for L = {layers}" if worst.listed else text))
     return tuple(rows)
 

@@ -39,8 +39,6 @@ import networkx as nx
 
 from rmtc.ir.folded import Edge, FoldedGraph, Times
 
-__all__ = ["Retimed", "broken", "capped", "retime", "retime_with"]
-
 
 @dataclass(frozen=True)
 class Retimed:

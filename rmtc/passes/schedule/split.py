@@ -19,8 +19,6 @@ from rmtc.passes.fold.layers import classified, reordered
 from rmtc.passes.fold.streams import Family
 from rmtc.passes.schedule.fission import fission
 
-__all__ = ["Division", "division", "split_layers"]
-
 
 @dataclass(frozen=True)
 class _Parts(Family):

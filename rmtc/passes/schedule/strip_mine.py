@@ -12,8 +12,6 @@ from rmtc.ir.explanation import Strip
 from rmtc.ir.folded import Edge, FoldedGraph, Times, distinct
 from rmtc.passes.schedule.retime import retime
 
-__all__ = ["retime_strip", "strip_mine", "strips"]
-
 
 def strip_mine(graph: FoldedGraph, period: int) -> FoldedGraph:
     """Take ``period`` segments as one.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from rmtc.ir.explanation import CellClass
 from rmtc.ir.segment_loop import SegmentLoop
 
-__all__ = ["class_summaries"]
-
 
 def class_summaries(loop: SegmentLoop) -> tuple[CellClass, ...]:
     """Describe each class by its number of operations and its members, in the order layers, prologues, epilogues."""
