@@ -404,6 +404,9 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Prov
     with timed(seconds, "prove"):
         proven = prove_loop(replace(loop, fixed=fixed), family, plan.sizes.segments)
     third = analysis.run(sizes[2])
+    if any(not analysis.capture.alike.distrusted.isdisjoint(run.copied) for run in runs):
+        analysis.runs.clear()  # a call differs from what was copied in the runs before
+        return _attempt(analysis, sizes, layers)
     _refuse_drift([*runs, third], plan.segment_length)
     with timed(seconds, "check"):
         proven.checked = check_against(proven, third.program, *third.sizes)

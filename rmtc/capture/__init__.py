@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from rmtc.capture.alike import Alike
 from rmtc.capture.ambient import undisturbed
 from rmtc.capture.arguments import show
 from rmtc.capture.effects import Effect
@@ -41,6 +44,8 @@ class Captured:
         result: the description of the returned value, see :mod:`rmtc.capture.objects`.
         effects: what it left in Python objects.
         same: for each result that is itself a tensor of the arguments or the state, the name of that tensor.
+        copied: number of calls of modules that were copied from others and not traced, by families of modules that are
+            alike.
     """
 
     sizes: Sizes
@@ -49,6 +54,7 @@ class Captured:
     result: Any = None
     effects: tuple[Effect, ...] = ()
     same: dict[str, str] = field(default_factory=dict)
+    copied: Counter[int] = field(default_factory=Counter)
 
 
 class Reading(NamedTuple):
@@ -92,6 +98,11 @@ class Capture:
     by_parts: bool = False
     has_constants: bool = False
 
+    @functools.cached_property
+    def alike(self) -> Alike:
+        """The modules that are alike, of which one's call tells those of the others."""
+        return Alike(self.session)
+
     @property
     def growing(self) -> frozenset[str]:
         """The names of the inputs that grow."""
@@ -112,14 +123,18 @@ class Capture:
     def run(self, sizes: Sizes) -> Captured:
         """Trace one run and make its graph canonical.
 
+        If a call turns out to differ from its copy, the run is traced anew without copies of such calls.
+
         Raises:
             RefusedError, CaptureError: as :func:`rmtc.capture.tracer.trace`, or as the passes over the graph.
         """
         start = time.perf_counter()
-        raw = trace(self.session, *self.plan.arguments(self.session, sizes))
+        raw = trace(self.session, *self.plan.arguments(self.session, sizes), self.alike)
+        while not self.alike.distrusted.isdisjoint(raw.copied):
+            raw = trace(self.session, *self.plan.arguments(self.session, sizes), self.alike)
         program = self._passes(raw, sizes)
         self.seconds["capture"] = self.seconds.get("capture", 0.0) + time.perf_counter() - start
-        return Captured(sizes, program, raw.plain, raw.result, raw.effects, raw.same)
+        return Captured(sizes, program, raw.plain, raw.result, raw.effects, raw.same, raw.copied)
 
     def _passes(self, raw: RawTrace, sizes: Sizes) -> Program:
         graph: fx.Graph = raw.module.graph

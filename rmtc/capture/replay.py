@@ -19,9 +19,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from rmtc import heuristics
+from rmtc.capture.answers import Answer
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.events import Event, EventOutput, Named, Pattern, Viewed, hold, same_event
 from rmtc.capture.frames import current_location
@@ -36,12 +36,11 @@ from rmtc.capture.metadata import (
     repeats_of,
     result_view,
 )
-from rmtc.capture.objects import Describer, Plain, Ref, build
 from rmtc.capture.other_sizes import Told, predict, tell
 from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Probed, Sizes
 from rmtc.capture.recorder import Recorder
-from rmtc.capture.replay_state import UNKNOWN, Plains, Remembered, ReplayState, told_value
+from rmtc.capture.replay_state import UNKNOWN, Plains, ReplayState, told_value
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
 from rmtc.capture.untold import refuse_flags
@@ -70,6 +69,20 @@ class _Replay(NamedTuple):
     calls: Counter[int]
     unknown: int
     shapes: list[tuple[int, ...]]
+
+
+class _Remembered(NamedTuple):
+    """The record of a module's call, from which later calls are answered.
+
+    Attributes:
+        events: the operations inside of it.
+        answer: what it returned and left behind.
+        written: the numbers of the operands that it wrote to.
+    """
+
+    events: list[Event]
+    answer: Answer
+    written: list[int]
 
 
 _Modules = frozenset[int]  # by their ids
@@ -120,7 +133,7 @@ class Replayer:
         self._hooked = [*map(len, self._hooks)]
         self._session, self._plan, self._probe = session, plan, probe
         self.results: dict[Sizes, Any] = {}  # the descriptions of what the call returns
-        self._memory: dict[Any, Remembered] = {}
+        self._memory: dict[Any, _Remembered] = {}
         self._plains: Plains = {}
         self._remembered = _Modules()  # the modules whose calls are remembered
         self._calls: Counter[int] = Counter()
@@ -371,13 +384,10 @@ class Replayer:
                 recorder.splice(inner, references, location, result)
                 return result
             self._memory[key] = known
-            makes = known.makes
+            makes = known.answer.makes
         else:
-            makes = recorder.make(known.makes)
-            values = {f"made {n}": each for n, each in enumerate(makes)}
-            values.update((f"operand {n}", each) for n, each in enumerate(operands))
-            result = build(known.result, values, {})
-            state.apply(known, makes, operands)
+            makes = recorder.make(known.answer.makes)
+            result = known.answer.give(state, makes, operands)
         event = len(recorder.events)
         for number, tensor in enumerate(makes):
             recorder.name(tensor, EventOutput(event, number))
@@ -391,47 +401,12 @@ class Replayer:
         return any(self._unhooked) or [*map(len, self._hooks)] != self._hooked
 
     def _remember(
-        self,
-        inner: Recorder,
-        state: ReplayState,
-        result: Any,
-        operands: list[torch.Tensor],
-    ) -> Remembered | None:
-        if not state.whole():
+        self, inner: Recorder, state: ReplayState, result: Any, operands: list[torch.Tensor]
+    ) -> _Remembered | None:
+        answer = Answer.of(self._session, state, result, operands)
+        if answer is None or any(reads_beyond(event.operands) for event in inner.events):
             return None
-        index = {id(tensor): number for number, tensor in enumerate(operands)}
-        makes: list[torch.Tensor] = []
-        made: dict[int, int] = {}
-
-        def describe(tensor: torch.Tensor) -> tuple[str, int]:
-            if id(tensor) in index:
-                return "operand", index[id(tensor)]
-            if id(tensor) not in made:
-                made[id(tensor)] = len(makes)
-                makes.append(tensor)
-            return "made", made[id(tensor)]
-
-        def leaf(value: Any, name: str) -> Any:
-            return Ref("{} {}".format(*describe(value))) if isinstance(value, torch.Tensor) else Plain(value, name)
-
-        if any(not isinstance(each, torch.Tensor) and not is_plain(each) for each in pytree.tree_leaves(result)):
-            return None
-        try:
-            returned = Describer(self._session.known, {}).describe(result, "output", leaf, _refused)
-        except RefusedError:
-            return None
-        changed = state.changes()
-        tensors = [(slot, describe(slot.value)) for slot in changed if isinstance(slot.value, torch.Tensor)]
-        if any(not isinstance(slot.value, torch.Tensor) and not is_plain(slot.value) for slot in changed):
-            return None
-        if any(reads_beyond(event.operands) for event in inner.events):
-            return None
-        values = [slot for slot in changed if is_plain(slot.value)]
         written = [number for number, tensor in enumerate(operands) if id(tensor) in inner.written]
-        for number, tensor in enumerate(makes):
+        for number, tensor in enumerate(answer.makes):
             inner.events.append(Event(("output", number), (), (inner.reference(tensor),), None, None))
-        return Remembered(inner.events, returned, tensors, values, written, makes)
-
-
-def _refused(value: Any, name: str) -> RefusedError:
-    return RefusedError(f"a module returns a {type(value).__name__}, whose tensors cannot be told")
+        return _Remembered(inner.events, answer, written)

@@ -19,13 +19,15 @@ from rmtc.errors import CaptureError, RefusedError, raised_by_signal
 from rmtc.passes.registry import enter
 from rmtc.quiet import quiet_fakes
 
-__all__ = ["Autocast", "RemoveRegions", "draws", "writes"]
+__all__ = ["REGIONS", "Autocast", "RemoveRegions", "draws", "writes"]
 
 logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 _ENTER, _LEAVE = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 _GRADIENTS = torch._C._set_grad_enabled
+REGIONS: tuple[Any, ...] = (_ENTER, _LEAVE, _GRADIENTS)
+"""The functions in a graph that begin and end regions."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _refuse_unknown(node: fx.Node, reorder_random: bool) -> None:
         RefusedError: if that is not known.
     """
     target: Any = node.target
-    if node.op in ("placeholder", "output") or target in (_ENTER, _LEAVE, _GRADIENTS, operator.getitem):
+    if node.op in ("placeholder", "output") or target in (*REGIONS, operator.getitem):
         return
     if node.op == "get_attr":
         owner = node.graph.owning_module
