@@ -16,7 +16,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -132,6 +132,12 @@ class Alike:
                 member.varying = {number: attributes[number][:2] for number in varying if number in attributes}
                 member.state.leave_out(member.varying.keys())
 
+    @staticmethod
+    def can_watch() -> bool:
+        """Return whether calls can be watched: no profiler is on that only C code can turn on again."""
+        before = sys.getprofile()
+        return before is None or isinstance(before, (FunctionType, MethodType))
+
     @contextmanager
     def watched(self, member: Member) -> Iterator[Reads]:
         """Watch a call of a member, and note at its end what it has read."""
@@ -149,7 +155,7 @@ class Alike:
                 ran[id(frame.f_code)] = frame.f_code
             elif event == "return" and not inside:
                 inside = _looks_inside(frame)
-            if callable(before):
+            if before is not None:
                 before(frame, event, argument)
 
         def put_back() -> None:

@@ -1,4 +1,4 @@
-"""The answer of a module's call: what it returned and left in attributes, which another call can be given."""
+"""Answers of modules' calls, that is results and effects on attributes, that other calls can be given."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Answer"]
 
 @dataclass
 class Answer:
-    """What a module's call returned and left behind, in terms of the tensors that it made and of its operands.
+    """The result and the effects of a module's call, in terms of the tensors that it made and of its operands.
 
     Attributes:
         result: the description of what it returned.

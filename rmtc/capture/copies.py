@@ -79,7 +79,7 @@ class _Call(NamedTuple):
 
 
 class _Before(NamedTuple):
-    """What is seen before a call is traced.
+    """The state of a trace before a call, with what the call must leave as it is.
 
     Attributes:
         unchanged: what the call must leave as it is.
@@ -198,7 +198,12 @@ class Copies:
         """Return what is known of a call before it runs; None if it may read more than that."""
         leaves: list[Any] = []
         structure = flattened((args, kwargs), leaves)
-        if structure is UNKNOWN or self._alike.guard.differs() is not None or self._has_other_modes():
+        if (
+            structure is UNKNOWN
+            or not self._alike.can_watch()
+            or self._alike.guard.differs() is not None
+            or self._has_other_modes()
+        ):
             return None
         member = self._alike.member(module)
         if member is None or member.family in self._alike.distrusted or not member.state.whole():
