@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -12,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from rmtc.capture.alike import Alike
+from rmtc.capture.alike import Alike, shows
 from rmtc.capture.ambient import undisturbed
 from rmtc.capture.arguments import show
 from rmtc.capture.effects import Effect
 from rmtc.capture.probe import Probed, Sizes, probe
 from rmtc.capture.session import Session
+from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.tracer import RawTrace, trace
 from rmtc.capture.user_code import imported
 from rmtc.errors import RefusedError
@@ -83,6 +83,7 @@ class Capture:
     Attributes:
         session: the call.
         plan: the arguments that grow, and the length of a segment.
+        alike: the modules of which one's call tells those of the others.
         seconds: time spent, in seconds, by stage.
         reorder_random: whether operations may draw random numbers, in any order.
         reading: how slices and constants are read.
@@ -92,16 +93,12 @@ class Capture:
 
     session: Session
     plan: Probed
+    alike: Alike
     seconds: dict[str, float] = field(default_factory=dict)
     reorder_random: bool = False
     reading: Reading = _PLAIN
     by_parts: bool = False
     has_constants: bool = False
-
-    @functools.cached_property
-    def alike(self) -> Alike:
-        """The modules that are alike, of which one's call tells those of the others."""
-        return Alike(self.session)
 
     @property
     def growing(self) -> frozenset[str]:
@@ -192,15 +189,23 @@ def open_capture(
     start = time.perf_counter()
     session = Session(function, args, kwargs, own_hooks)
     before = imported(session.code.functions)
-    plan = probe(session, segment_length)
+    alike = _alike(session)
+    plan = probe(session, alike, segment_length)
     # The code imported modules when it ran: probe again, now that what they hold can be seen.
     while imported(session.code.functions) != before:
         session = Session(function, args, kwargs, own_hooks)
         before = imported(session.code.functions)
-        plan = probe(session, segment_length)
+        alike = _alike(session)
+        plan = probe(session, alike, segment_length)
     _refuse_known(session, plan)
     session.refuse_unseen(*plan.arguments(session, plan.sizes))
-    return Capture(session, plan, {"probe": time.perf_counter() - start})
+    return Capture(session, plan, alike, {"probe": time.perf_counter() - start})
+
+
+def _alike(session: Session) -> Alike:
+    """Return the modules of a call that are alike, before anything of it runs."""
+    shown = {(id(slot.owner), slot.key) for slot in session.snapshot.slots if shows(slot.value)}
+    return Alike(session, StateGuard(session, (), shown))
 
 
 def _refuse_known(session: Session, plan: Probed) -> None:

@@ -17,21 +17,38 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CodeType, FrameType, FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
+from rmtc.capture.ambient import attention_kernels
 from rmtc.capture.frames import is_of_python, is_of_torch, is_of_user
 from rmtc.capture.kinds import is_plain, is_record
-from rmtc.capture.replay_state import Plains, ReplayState, told_value
+from rmtc.capture.metadata import as_given, containers_in, described, flattened, repeats_of
+from rmtc.capture.own_modes import modes
+from rmtc.capture.replay_state import UNKNOWN, Plains, ReplayState, told_value
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, walk
-from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.user_code import named_in_code, tells_identity
 from rmtc.restoring import restored
 
-__all__ = ["Alike", "Member", "Reads"]
+__all__ = ["Alike", "Guard", "LikeCall", "Member", "Reads", "shows"]
+
+
+class Guard(Protocol):
+    """A check that everything in Python is as it was at the capture.
+
+    It leaves out the places whose values :func:`shows` covers.
+    """
+
+    def differs(self) -> str | None:
+        """Return the first place that is not as it was, in words; None if there is none."""
+
+
+def shows(value: object) -> bool:
+    """Return whether a value is visible in the key of a remembered call: a tensor by its metadata, or a plain value."""
+    return isinstance(value, torch.Tensor) or is_plain(value)
 
 
 @dataclass
@@ -54,6 +71,25 @@ class Member:
     varying: dict[int, tuple[nn.Module, str]] = field(default_factory=dict)
 
 
+class LikeCall(NamedTuple):
+    """A call of a member that may be answered from a call of another one.
+
+    Attributes:
+        member: the module.
+        key: all that the call can read, but for what differs within the family of the module.
+        structure, leaves: the arguments, flattened.
+        operands: all tensors that it can read.
+        metadata: theirs.
+    """
+
+    member: Member
+    key: Any
+    structure: Any
+    leaves: list[Any]
+    operands: list[torch.Tensor]
+    metadata: list[Any]
+
+
 @dataclass
 class Reads:
     """The record of what a watched call has read.
@@ -66,9 +102,10 @@ class Reads:
     values: tuple[tuple[int, Any], ...] = ()
     own: bool = False
 
-    def hold(self, member: Member) -> bool:
-        """Return whether a member has the same values in the attributes that were read."""
-        return all(member.state.told(number) == value for number, value in self.values)
+    def hold(self, member: Member, of: Member) -> bool:
+        """Return whether a member has the same values in the attributes that a call of another one has read."""
+        alike = member is of or not self.own
+        return alike and all(member.state.told(number) == value for number, value in self.values)
 
 
 class Alike:
@@ -76,16 +113,14 @@ class Alike:
 
     Args:
         session: the call. No fake tensors are installed yet.
+        guard: sees whether all that no key shows is as it was.
 
     Attributes:
-        guard: sees whether all that no key shows is as it was.
         distrusted: the families of which a call did something else than another one's led to.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        shown = {(id(slot.owner), slot.key) for slot in session.snapshot.slots if _shows(slot.value)}
-        self.guard = StateGuard(session, (), shown)
+    def __init__(self, session: Session, guard: Guard) -> None:
+        self._session, self._guard = session, guard
         self.distrusted: set[int] = set()
         self.plains: Plains = {}
         self._members: dict[int, Member | None] = {}
@@ -108,6 +143,35 @@ class Alike:
         if id(module) not in self._members:
             self._find(type(module))
         return self._members[id(module)]
+
+    def prepared(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LikeCall | None:
+        """Return all that a call can read; None if it is no candidate's, or may read more."""
+        if not self.candidate(module) or not self.can_watch():
+            return None
+        leaves: list[Any] = []
+        structure = flattened((args, kwargs), leaves)
+        if structure is UNKNOWN or self._guard.differs() is not None:
+            return None
+        member = self.member(module)
+        if member is None or member.family in self.distrusted or not member.state.whole():
+            return None
+        plain, held = member.state.values()
+        if not member.state.transparent or not containers_in((args, kwargs)).isdisjoint(member.state.containers):
+            return None
+        operands = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)] + held
+        metadata = [*map(described, operands)]
+        rest = (*(torch.Tensor if isinstance(leaf, torch.Tensor) else told_value(leaf) for leaf in leaves),)
+        # The pieces of a text lie at other offsets in it for each segment.
+        offsets = (*(each.storage_offset() for each in operands),) if self._session.asks_for_strides else ()
+        key = (member.family, structure, rest, plain, repeats_of(operands), (*metadata,), offsets)
+        return LikeCall(member, (*key, *modes(), *attention_kernels()), structure, leaves, operands, metadata)
+
+    def is_kept(self, call: LikeCall, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+        """Return whether a call that has run left its arguments as they were, and all that no key shows."""
+        apart = containers_in(result).isdisjoint(containers_in((args, kwargs)) | call.member.state.containers)
+        if not apart or not as_given(args, kwargs, call.structure, call.leaves):
+            return False
+        return self._guard.differs() is None and [*map(described, call.operands)] == call.metadata
 
     def _find(self, kind: type[nn.Module]) -> None:
         """Divide all candidates of a class into families."""
@@ -251,10 +315,6 @@ def _asks_who(code: CodeType) -> bool:
     return tells_identity(code) if is_of_user(name) else not {"id", "hash"}.isdisjoint(code.co_names)
 
 
-def _shows(value: object) -> bool:
-    return isinstance(value, torch.Tensor) or is_plain(value)
-
-
 def _is_numbered(value: object) -> bool:
     """Return whether an object stands in the same relation to others as its place does, whichever object it is."""
     if isinstance(value, nn.Module) or type(value) in (dict, OrderedDict, list, deque):
@@ -273,7 +333,7 @@ def _skeleton(module: nn.Module) -> tuple[Any, dict[int, int], list[nn.Module]]:
     told: list[Any] = [type(module)]
 
     def tell(value: object) -> Any:
-        if _shows(value):
+        if shows(value):
             return None
         if not _is_numbered(value):
             if type(value) is set and all(map(is_plain, value)):

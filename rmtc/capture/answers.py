@@ -10,8 +10,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from rmtc.capture.kinds import is_plain
+from rmtc.capture.metadata import described
 from rmtc.capture.objects import Describer, Kept, Plain, Ref, build, parts_of
-from rmtc.capture.replay_state import ReplayState
+from rmtc.capture.replay_state import ReplayState, told_value
 from rmtc.capture.session import Session
 from rmtc.errors import RefusedError
 
@@ -80,6 +81,13 @@ class Answer:
         tensors = [(number, describe(value)) for number, value in changed if isinstance(value, torch.Tensor)]
         plain = [(number, value) for number, value in changed if is_plain(value)]
         return Answer(returned, tensors, plain, makes)
+
+    def same(self, other: Answer) -> bool:
+        """Return whether another call returned and left the same."""
+        made = [[*map(described, answer.makes)] for answer in (self, other)]
+        plain = [[(number, told_value(value)) for number, value in answer.plain] for answer in (self, other)]
+        left = self.result == other.result and self.tensors == other.tensors
+        return left and made[0] == made[1] and plain[0] == plain[1]
 
     def give(self, state: ReplayState, makes: Sequence[torch.Tensor], operands: Sequence[torch.Tensor]) -> Any:
         """Return what the call returned and leave what it left, for another call.

@@ -26,13 +26,11 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from rmtc.capture.alike import Alike, Member, Reads
-from rmtc.capture.ambient import attention_kernels
+from rmtc.capture.alike import Alike, LikeCall, Member, Reads
 from rmtc.capture.answers import Answer
 from rmtc.capture.frames import call_site
-from rmtc.capture.metadata import as_given, containers_in, flattened, repeats_of
-from rmtc.capture.own_modes import modes
-from rmtc.capture.replay_state import ATTRIBUTES, UNKNOWN, told_value
+from rmtc.capture.metadata import described
+from rmtc.capture.replay_state import ATTRIBUTES, told_value
 from rmtc.capture.session import Session
 from rmtc.passes.graph.remove_regions import REGIONS, draws, writes
 
@@ -61,21 +59,22 @@ class _Call(NamedTuple):
     """A call that may be copied.
 
     Attributes:
-        member: the module.
-        key: all that the call can read, but for what differs within the family of the module.
-        structure, leaves: the arguments, flattened.
-        operands: all tensors that it can read.
-        metadata: theirs.
-        nodes: their nodes.
+        like: the call.
+        key: all that it and its copy in the graph depend on.
+        nodes: the nodes of its operands.
     """
 
-    member: Member
+    like: LikeCall
     key: Any
-    structure: Any
-    leaves: list[Any]
-    operands: list[torch.Tensor]
-    metadata: list[Any]
     nodes: list[fx.Node]
+
+    @property
+    def member(self) -> Member:
+        return self.like.member
+
+    @property
+    def operands(self) -> list[torch.Tensor]:
+        return self.like.operands
 
 
 class _Before(NamedTuple):
@@ -99,11 +98,13 @@ class _Made(NamedTuple):
         tensor: the tensor.
         node: its node.
         memory: the number of the operand whose memory it shares; None if it has its own.
+        offset: where it begins in that memory, after the operand.
     """
 
     tensor: torch.Tensor
     node: fx.Node
     memory: int | None
+    offset: int
 
 
 @dataclass
@@ -188,39 +189,19 @@ class Copies:
 
     def _found(self, call: _Call) -> _Traced | None:
         """Return a traced call that a call is like; None if there is none."""
-        return next((each for each in self._memory.get(call.key, ()) if self._fits(each, call)), None)
-
-    def _fits(self, traced: _Traced, call: _Call) -> bool:
-        """Return whether a traced call is one of a module that has the same values in all that it has read."""
-        return (not traced.reads.own or traced.call.member is call.member) and traced.reads.hold(call.member)
+        traced = self._memory.get(call.key, ())
+        return next((each for each in traced if each.reads.hold(call.member, each.call.member)), None)
 
     def _prepared(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
-        """Return what is known of a call before it runs; None if it may read more than that."""
-        leaves: list[Any] = []
-        structure = flattened((args, kwargs), leaves)
-        if (
-            structure is UNKNOWN
-            or not self._alike.can_watch()
-            or self._alike.guard.differs() is not None
-            or self._has_other_modes()
-        ):
+        """Return what is known of a call before it runs; None if it may depend on more than that."""
+        like = self._alike.prepared(module, args, kwargs) if not self._has_other_modes() else None
+        if like is None:
             return None
-        member = self._alike.member(module)
-        if member is None or member.family in self._alike.distrusted or not member.state.whole():
+        nodes = [node for tensor in like.operands if (node := self._tracer.node(tensor)) is not None]
+        if len(nodes) < len(like.operands) or not all(map(self._is_own, like.operands)):
             return None
-        plain, held = member.state.values()
-        if not member.state.transparent or not containers_in((args, kwargs)).isdisjoint(member.state.containers):
-            return None
-        operands = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)] + held
-        nodes = [node for tensor in operands if (node := self._tracer.node(tensor)) is not None]
-        if len(nodes) < len(operands) or not all(map(self._is_own, operands)):
-            return None
-        rest = (*(torch.Tensor if isinstance(leaf, torch.Tensor) else told_value(leaf) for leaf in leaves),)
         known = self._session.fake_mode.known
-        metadata = [*map(_metadata, operands)]
-        key = (member.family, structure, rest, plain, self._site(4), repeats_of(operands), _repeats(nodes))
-        key = (*key, (*metadata, *map(known.holds, operands)), *modes(), *attention_kernels())
-        return _Call(member, key, structure, leaves, operands, metadata, nodes)
+        return _Call(like, (like.key, self._site(4), _repeats(nodes), *map(known.holds, like.operands)), nodes)
 
     def _has_other_modes(self) -> bool:
         """Return whether modes are on whose effect on an operation no key shows."""
@@ -252,20 +233,16 @@ class Copies:
         self, call: _Call, reads: Reads, before: _Before, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> _Traced | None:
         """Return the record of a call that was traced; None if it must not be copied."""
-        state = call.member.state
-        apart = containers_in(result).isdisjoint(containers_in((args, kwargs)) | state.containers)
-        if not apart or not as_given(args, kwargs, call.structure, call.leaves):
+        if not self._alike.is_kept(call.like, args, kwargs, result):
             return None
-        if self._alike.guard.differs() is not None or self._seen(call).unchanged != before.unchanged:
-            return None
-        if [*map(_metadata, call.operands)] != call.metadata:
+        if self._seen(call).unchanged != before.unchanged:
             return None
         nodes: list[fx.Node] = []
         node = before.last.next
         while node.op != "root":
             nodes.append(node)
             node = node.next
-        answer = Answer.of(self._session, state, result, call.operands)
+        answer = Answer.of(self._session, call.member.state, result, call.operands)
         made = None if answer is None else self._made(answer, call, nodes)
         attributes = self._named(call.member, before.names, {*nodes, *call.nodes})
         if answer is None or made is None or attributes is None or not self._are_copied(nodes, call):
@@ -309,7 +286,9 @@ class Copies:
             if place not in memory and (place in own or tensor.storage_offset()):
                 return None
             own.add(place)
-            made.append(_Made(tensor, node, memory.get(place)))
+            of = memory.get(place)
+            offset = 0 if of is None else int(tensor.storage_offset() - call.operands[of].storage_offset())
+            made.append(_Made(tensor, node, of, offset))
         return made
 
     def _named(self, member: Member, since: int, there: set[fx.Node]) -> list[tuple[int, str, fx.Node]] | None:
@@ -350,7 +329,7 @@ class Copies:
             for node in traced.nodes
         ]
         answer, reads = traced.answer, traced.reads
-        made = [(places[each.node], each.memory, _metadata(each.tensor)) for each in traced.made]
+        made = [(places[each.node], each.memory, each.offset, described(each.tensor)) for each in traced.made]
         left = answer.result, answer.tensors, [(number, told_value(value)) for number, value in answer.plain]
         names = [(module, name, places[node]) for module, name, node in traced.attributes]
         moved = [(number, places[node]) for number, node in traced.moved]
@@ -381,8 +360,9 @@ class Copies:
             bare = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
             if made.memory is not None:
                 with torch._C._DisableTorchDispatch():
-                    memory = operands[made.memory].untyped_storage()
-                    bare.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+                    operand = operands[made.memory]
+                    offset = operand.storage_offset() + made.offset
+                    bare.set_(operand.untyped_storage(), offset, tensor.shape, tensor.stride())
         return fakes.fresh(bare, tensor.device)
 
 
@@ -393,15 +373,9 @@ def _modes() -> tuple[int, int]:
     return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
 
 
-def _metadata(tensor: torch.Tensor) -> Any:
-    layout = tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
-    device = tensor.fake_device if type(tensor) is FakeTensor else tensor.device
-    return (*layout, device, tensor.requires_grad, tensor.is_inference(), isinstance(tensor, nn.Parameter))
-
-
 def _results(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return _metadata(value)
+        return described(value)
     return (*map(_results, value),) if isinstance(value, (tuple, list)) else (type(value), repr(value))
 
 
