@@ -16,7 +16,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import CodeType, FrameType, FunctionType, MethodType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -198,9 +198,8 @@ class Alike:
 
     @staticmethod
     def can_watch() -> bool:
-        """Return whether calls can be watched: no profiler is on that only C code can turn on again."""
-        before = sys.getprofile()
-        return before is None or isinstance(before, (FunctionType, MethodType))
+        """Return whether calls can be watched: no debugger watches them."""
+        return sys.gettrace() is None
 
     @contextmanager
     def watched(self, member: Member) -> Iterator[Reads]:
@@ -211,28 +210,33 @@ class Alike:
         touched: set[tuple[int, str]] = set()
         names = [(module, name) for module, name in member.varying.values() if _can_be_watched(type(module), name)]
         places = {(type(module), name) for module, name in names}
-        before: Any = sys.getprofile()
 
-        def note(frame: FrameType, event: Any, argument: object) -> None:
+        def enter(frame: FrameType, event: str, argument: object) -> Any:
+            code = frame.f_code
+            if id(code) not in ran:
+                ran[id(code)] = code
+            if not _may_look_inside(code):
+                return None
+            frame.f_trace_lines = False
+            return leave
+
+        def leave(frame: FrameType, event: str, argument: object) -> Any:
             nonlocal inside
-            if event == "call":
-                ran[id(frame.f_code)] = frame.f_code
-            elif event == "return" and not inside:
-                inside = _looks_inside(frame)
-            if before is not None:
-                before(frame, event, argument)
+            inside = inside or (event == "return" and _has_module(frame))
+            return leave
 
         def put_back() -> None:
-            sys.setprofile(before)
+            fakes.trace_outside(None)
             for kind, name in places:
                 if isinstance(vars(kind).get(name), _Watched):
                     delattr(kind, name)
 
+        fakes = self._session.fake_mode
         started = {number: member.state.told(number) for number in member.varying}
         with restored(put_back):
             for kind, name in places:
                 setattr(kind, name, _Watched(name, touched))
-            sys.setprofile(note)
+            fakes.trace_outside(enter)
             yield reads
         reads.own = any(map(_asks_who, ran.values()))
         watched = {(id(module), name) for module, name in names}
@@ -293,15 +297,15 @@ _INSIDE = {
 }
 
 
-def _looks_inside(frame: FrameType) -> bool:
-    """Return whether a frame's code may have read an attribute of a module past the class's property.
+def _may_look_inside(code: CodeType) -> bool:
+    """Return whether code may read an attribute of a module past the class's property."""
+    return not is_of_torch(code.co_filename) and not _INSIDE.isdisjoint(named_in_code(code))
 
-    A library's code does so only with a module at hand.
-    """
-    name = frame.f_code.co_filename
-    if is_of_torch(name) or _INSIDE.isdisjoint(named_in_code(frame.f_code)):
-        return False
-    return is_of_user(name) or any(isinstance(value, nn.Module) for value in frame.f_locals.values())
+
+def _has_module(frame: FrameType) -> bool:
+    """Return whether code has a module at hand, without which a library's code reads no attribute of one."""
+    user = is_of_user(frame.f_code.co_filename)
+    return user or any(isinstance(value, nn.Module) for value in frame.f_locals.values())
 
 
 def _asks_who(code: CodeType) -> bool:

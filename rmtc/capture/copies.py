@@ -388,4 +388,6 @@ def _is_copied(node: fx.Node) -> bool:
     """Return whether a node's operation writes to nothing, draws no random numbers and calls no functions."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.target in REGIONS or node.target is operator.getitem
+    if node.target.namespace != "aten":  # the user's own may run code of the user's
+        return False
     return not writes(node) and not (torch.Tag.nondeterministic_seeded in node.target.tags and draws(node))

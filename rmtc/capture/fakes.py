@@ -8,6 +8,7 @@ tensors, for operations whose result depends on that alone.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -103,6 +104,11 @@ class Fakes(FakeTensorMode):
             self._indexing.__exit__(*error)  # type: ignore[no-untyped-call]
             self.known.forget()
         super().__exit__(*error)
+
+    def trace_outside(self, watch: Callable[..., Any] | None) -> None:
+        """Set a trace function of Python, or none, that is off inside of torch's functions."""
+        self._indexing.watch = watch
+        sys.settrace(watch)
 
     @contextlib.contextmanager
     def watched(self, watcher: Watcher) -> Iterator[None]:

@@ -459,8 +459,14 @@ class Replayer:
         written = [number for number, tensor in enumerate(operands) if id(tensor) in inner.written]
         for number, tensor in enumerate(answer.makes):
             inner.events.append(Event(("output", number), (), (inner.reference(tensor),), None, None))
-        reads.own |= any(reads_by_name(event.operands) for event in inner.events)
+        reads.own |= any(reads_by_name(event.operands) or _runs_code(event) for event in inner.events)
         return _Remembered(inner.events, answer, written, member, reads)
+
+
+def _runs_code(event: Event) -> bool:
+    """Return whether an operation may run code of the user's, which is not watched."""
+    operation = event.token[0] if isinstance(event.token, tuple) else None
+    return isinstance(operation, torch._ops.OpOverload) and operation.namespace != "aten"
 
 
 def _fits(known: _Remembered, member: Member | None) -> bool:

@@ -25,6 +25,9 @@ from rmtc.restoring import restored
 __all__ = ["LayerUses"]
 
 
+_TORCHS = ("aten", "prim")  # the namespaces of operations that run no code of the user's
+
+
 @dataclass
 class _Counted:
     """A call that was run.
@@ -113,7 +116,8 @@ class LayerUses:
     def _note(self, call: LikeCall, found: _Counted | None, reads: Reads, uses: list[Use], result: Any) -> None:
         """Note a call that was run, or hold it against one that it could have been answered from."""
         answer = Answer.of(self._session, call.member.state, result, call.operands)
-        if answer is None or any(use.operation._schema.is_mutable for use in uses):
+        operations = {use.operation for use in uses}
+        if answer is None or any(each._schema.is_mutable or each.namespace not in _TORCHS for each in operations):
             return
         if any(map(self._session.fake_mode.known.holds, answer.makes)):  # what depends on sizes alone may be read
             return
