@@ -12,12 +12,13 @@ import torch
 
 from rmtc import heuristics
 from rmtc.capture import Capture, Captured, Reading, open_capture
+from rmtc.capture.alike import shows
 from rmtc.capture.ambient import undisturbed
 from rmtc.capture.kinds import fingerprint
 from rmtc.capture.objects import Plain, parts_of
 from rmtc.capture.other_sizes import follows
 from rmtc.capture.probe import Sizes
-from rmtc.capture.replay import Replayer, shows
+from rmtc.capture.replay import Replayer
 from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.untold import UntoldError
 from rmtc.errors import CaptureError, RefusedError, VerifyError
@@ -117,7 +118,8 @@ class Analysis:
             session = self.capture.session
             seen = {(id(slot.owner), slot.key) for slot in session.snapshot.slots if shows(slot.value)}
             guard = StateGuard(session, (), seen)
-            self.replayer = Replayer(session, self.capture.plan, contains_layers, len(loop.rows) + 2, guard)
+            alike = self.capture.alike
+            self.replayer = Replayer(session, self.capture.plan, contains_layers, len(loop.rows) + 2, guard, alike)
         with timed(self.seconds, "replay"):
             self._admit(sizes, self.replayer)
         self.admitted.add(sizes)
@@ -404,6 +406,9 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Prov
     with timed(seconds, "prove"):
         proven = prove_loop(replace(loop, fixed=fixed), family, plan.sizes.segments)
     third = analysis.run(sizes[2])
+    if any(not analysis.capture.alike.distrusted.isdisjoint(run.copied) for run in runs):
+        analysis.runs.clear()  # a call differs from what was copied in the runs before
+        return _attempt(analysis, sizes, layers)
     _refuse_drift([*runs, third], plan.segment_length)
     with timed(seconds, "check"):
         proven.checked = check_against(proven, third.program, *third.sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -10,11 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from rmtc.capture.alike import Alike, shows
 from rmtc.capture.ambient import undisturbed
 from rmtc.capture.arguments import show
 from rmtc.capture.effects import Effect
 from rmtc.capture.probe import Probed, Sizes, probe
 from rmtc.capture.session import Session
+from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.tracer import RawTrace, trace
 from rmtc.capture.user_code import imported
 from rmtc.errors import RefusedError
@@ -41,6 +44,8 @@ class Captured:
         result: the description of the returned value, see :mod:`rmtc.capture.objects`.
         effects: what it left in Python objects.
         same: for each result that is itself a tensor of the arguments or the state, the name of that tensor.
+        copied: number of calls of modules that were copied from others and not traced, by families of modules that are
+            alike.
     """
 
     sizes: Sizes
@@ -49,6 +54,7 @@ class Captured:
     result: Any = None
     effects: tuple[Effect, ...] = ()
     same: dict[str, str] = field(default_factory=dict)
+    copied: Counter[int] = field(default_factory=Counter)
 
 
 class Reading(NamedTuple):
@@ -77,6 +83,7 @@ class Capture:
     Attributes:
         session: the call.
         plan: the arguments that grow, and the length of a segment.
+        alike: the modules of which one's call tells those of the others.
         seconds: time spent, in seconds, by stage.
         reorder_random: whether operations may draw random numbers, in any order.
         reading: how slices and constants are read.
@@ -86,6 +93,7 @@ class Capture:
 
     session: Session
     plan: Probed
+    alike: Alike
     seconds: dict[str, float] = field(default_factory=dict)
     reorder_random: bool = False
     reading: Reading = _PLAIN
@@ -112,14 +120,18 @@ class Capture:
     def run(self, sizes: Sizes) -> Captured:
         """Trace one run and make its graph canonical.
 
+        If a call turns out to differ from its copy, the run is traced anew without copies of such calls.
+
         Raises:
             RefusedError, CaptureError: as :func:`rmtc.capture.tracer.trace`, or as the passes over the graph.
         """
         start = time.perf_counter()
-        raw = trace(self.session, *self.plan.arguments(self.session, sizes))
+        raw = trace(self.session, *self.plan.arguments(self.session, sizes), self.alike)
+        while not self.alike.distrusted.isdisjoint(raw.copied):
+            raw = trace(self.session, *self.plan.arguments(self.session, sizes), self.alike)
         program = self._passes(raw, sizes)
         self.seconds["capture"] = self.seconds.get("capture", 0.0) + time.perf_counter() - start
-        return Captured(sizes, program, raw.plain, raw.result, raw.effects, raw.same)
+        return Captured(sizes, program, raw.plain, raw.result, raw.effects, raw.same, raw.copied)
 
     def _passes(self, raw: RawTrace, sizes: Sizes) -> Program:
         graph: fx.Graph = raw.module.graph
@@ -177,15 +189,23 @@ def open_capture(
     start = time.perf_counter()
     session = Session(function, args, kwargs, own_hooks)
     before = imported(session.code.functions)
-    plan = probe(session, segment_length)
+    alike = _alike(session)
+    plan = probe(session, alike, segment_length)
     # The code imported modules when it ran: probe again, now that what they hold can be seen.
     while imported(session.code.functions) != before:
         session = Session(function, args, kwargs, own_hooks)
         before = imported(session.code.functions)
-        plan = probe(session, segment_length)
+        alike = _alike(session)
+        plan = probe(session, alike, segment_length)
     _refuse_known(session, plan)
     session.refuse_unseen(*plan.arguments(session, plan.sizes))
-    return Capture(session, plan, {"probe": time.perf_counter() - start})
+    return Capture(session, plan, alike, {"probe": time.perf_counter() - start})
+
+
+def _alike(session: Session) -> Alike:
+    """Return the modules of a call that are alike, before anything of it runs."""
+    shown = {(id(slot.owner), slot.key) for slot in session.snapshot.slots if shows(slot.value)}
+    return Alike(session, StateGuard(session, (), shown))
 
 
 def _refuse_known(session: Session, plan: Probed) -> None:

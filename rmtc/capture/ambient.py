@@ -129,6 +129,11 @@ _INCLUDED, _SET_INCLUDED = torch._C._dispatch_tls_local_include_set, torch._C._d
 _EXCLUDED, _SET_EXCLUDED = torch._C._dispatch_tls_local_exclude_set, torch._C._dispatch_tls_set_dispatch_key_excluded
 
 
+def attention_kernels() -> tuple[bool, ...]:
+    """Return which kernels of attention may run, on which the layout of its result depends."""
+    return (*(read() for read, _ in _ATTENTION),)
+
+
 def _set_attention(on: list[bool]) -> None:
     for (_, write), each in zip(_ATTENTION, on, strict=True):
         write(each)
@@ -171,7 +176,7 @@ _PARTS = [
     ),
     _Part(
         "the kernels of attention",
-        lambda: [read() for read, _ in _ATTENTION],
+        lambda: [*attention_kernels()],
         _set_attention,
     ),
     _Part("the default dtype", torch.get_default_dtype, torch.set_default_dtype),

@@ -8,6 +8,7 @@ tensors, for operations whose result depends on that alone.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,8 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from rmtc.capture.frames import current_location
 from rmtc.capture.indexing import EverySlice
 from rmtc.errors import CaptureError, RefusedError
-
-__all__ = ["Fakes", "Watcher"]
 
 _DEVICE = torch.ops.prim.device.default
 _INDEX = torch.ops.aten.index.Tensor
@@ -103,6 +102,11 @@ class Fakes(FakeTensorMode):
             self._indexing.__exit__(*error)  # type: ignore[no-untyped-call]
             self.known.forget()
         super().__exit__(*error)
+
+    def trace_outside(self, watch: Callable[..., Any] | None) -> None:
+        """Set a trace function of Python, or none, that is off inside of torch's functions."""
+        self._indexing.watch = watch
+        sys.settrace(watch)
 
     @contextlib.contextmanager
     def watched(self, watcher: Watcher) -> Iterator[None]:

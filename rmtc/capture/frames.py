@@ -43,6 +43,24 @@ def is_of_models(frame: FrameType) -> bool:
     return _kind(filename) != _INTERNAL or filename.startswith((f"{_TORCH}nn{os.sep}", f"{_TORCH}optim{os.sep}"))
 
 
+@functools.cache
+def is_of_torch(filename: str) -> bool:
+    """Return whether a file is torch's or one of rmtc's own, or code that these or Python make."""
+    own = filename.startswith(_RMTC) and not filename.startswith(_EXAMPLES)
+    return own or filename.startswith((_TORCH, "<frozen", "<rmtc"))
+
+
+@functools.cache
+def is_of_python(filename: str) -> bool:
+    """Return whether a file is of Python's own library."""
+    return filename.startswith(os.path.dirname(os.__file__)) and f"{os.sep}site-packages{os.sep}" not in filename
+
+
+def is_of_user(filename: str) -> bool:
+    """Return whether a file is the user's own, or code that is in no file."""
+    return _kind(filename) == _USER or (filename.startswith("<") and not is_of_torch(filename))
+
+
 def _short(filename: str) -> str:
     """Return a path in short.
 
@@ -111,6 +129,22 @@ def current_location(depth: int = 1) -> tuple[Location | None, str]:
     if chosen is None:
         return None, variable
     return Location(_short(chosen.f_code.co_filename), chosen.f_lineno, chosen.f_code.co_name), variable
+
+
+def call_site(depth: int = 1) -> tuple[tuple[CodeType, int], ...]:
+    """Return the code and the line of each frame between a call of a module and the call that is captured.
+
+    With equal ones, :func:`current_location` gives the same inside of two calls.
+
+    Args:
+        depth: number of frames to go up before the first one; 1 is the caller's frame.
+    """
+    frame: FrameType | None = sys._getframe(depth)
+    found: list[tuple[CodeType, int]] = []
+    while frame is not None and not _is_marker(frame.f_code):
+        found.append((frame.f_code, frame.f_lineno))
+        frame = frame.f_back
+    return tuple(found)
 
 
 @substage("name a value")

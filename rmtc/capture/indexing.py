@@ -3,6 +3,7 @@ the slices out. A shorter segment of the same code has them."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ class EverySlice(TorchFunctionMode):
 
     Attributes:
         known: what depends on sizes alone.
+        watch: a trace function of Python that is on, and is to be off inside of torch's functions; None if none is.
 
     mask[:6, :6], of 6 by 6: alias(mask)   ->   slice(slice(mask, 0, 0, 6), 1, 0, 6)
     """
@@ -32,6 +34,7 @@ class EverySlice(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.known = Known()
+        self.watch: Callable[..., Any] | None = None
 
     def __torch_function__(
         self,
@@ -40,6 +43,17 @@ class EverySlice(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if self.watch is None:
+            return self._run(func, args, kwargs)
+        watch, self.watch = self.watch, None
+        sys.settrace(None)
+        try:
+            return self._run(func, args, kwargs)
+        finally:
+            self.watch = watch
+            sys.settrace(watch)
+
+    def _run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
         if func is _getitem and type(args[1]) is tuple and _takes_all(args[0], args[1]):
             out = _one_by_one(args[0], args[1])
             self.known.note(func, args, {}, out)

@@ -93,6 +93,10 @@ class Known:
         """Forget all tensors, at the end of a run."""
         self._made.clear()
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor is known to depend on sizes alone."""
+        return id(tensor) in self._made
+
     def note(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """Note the result of a call of one of torch's functions.
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
@@ -85,6 +86,18 @@ def reads_beyond(operands: tuple[Any, ...]) -> bool:
     return False
 
 
+def reads_by_name(operands: tuple[Any, ...]) -> bool:
+    """Return whether an operation in a call reads a tensor that is no operand of the call."""
+    for operand in operands:
+        while isinstance(operand, Viewed):
+            operand = operand.base
+        if isinstance(operand, Named) and not operand.name.startswith(("operand ", "constant_")):
+            return True
+        if type(operand) is tuple and reads_by_name(operand):
+            return True
+    return False
+
+
 def counts_back(operands: tuple[Any, ...], texts: Set[str]) -> bool:
     """Return whether an operand is a part of a text that is counted from its end."""
     for operand in operands:
@@ -112,6 +125,14 @@ def metadata_of(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         return tuple(
             [(t.shape, t.dtype, t.fake_device if type(t) is FakeTensor else t.device, t.stride()) for t in tensors]
         )
+
+
+def described(tensor: torch.Tensor) -> Any:
+    """Return all of a tensor's metadata that code can ask for, but for its offset in its memory."""
+    with torch._C.DisableTorchFunction():
+        layout = tensor.shape, tensor.stride(), tensor.dtype
+        device = tensor.fake_device if type(tensor) is FakeTensor else tensor.device
+        return (*layout, device, tensor.requires_grad, tensor.is_inference(), isinstance(tensor, nn.Parameter))
 
 
 def repeats_of(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 
 from rmtc import heuristics
+from rmtc.capture.alike import Alike
 from rmtc.capture.arguments import Arguments, Growth, Path, show
 from rmtc.capture.results import describe_result, describer_of
 from rmtc.capture.session import Session
 from rmtc.capture.uses import EnoughError, ProbeRun, UseCount
+from rmtc.capture.uses_of_layers import LayerUses
 from rmtc.errors import CaptureError
 from rmtc.stages import substage
 
@@ -128,8 +130,8 @@ def _arguments(session: Session, growth: Growth, length: int, batch: int) -> tup
 
 
 class _Prober:
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, session: Session, alike: Alike) -> None:
+        self.session, self._layers = session, LayerUses(session, alike)
         self._runs: dict[tuple[Growth, int, int, bool], ProbeRun | None] = {}
         self._taken = {size for lifted in session.lifted for size in lifted.tensor.shape}
         self._taken |= {size for tensor in session.arguments.tensors().values() for size in tensor.shape}
@@ -155,7 +157,12 @@ class _Prober:
         handed.map(note)
         count = UseCount([*self.session.fake_tensors, *fixed], length, short)
         fakes = self.session.fake_mode
-        with self.session.installed(self.session.fake_tensors), fakes, fakes.watched(count.note):
+        with (
+            self.session.installed(self.session.fake_tensors),
+            fakes,
+            fakes.watched(count.note),
+            self._layers.answered(count),
+        ):
             try:
                 result = self.session.call(args, kwargs)
                 describe_result(result, describer_of(self.session, handed))  # before anything is traced
@@ -356,11 +363,12 @@ def _joined(
     return made
 
 
-def probe(session: Session, segment_length: int | None = None) -> Probed:
+def probe(session: Session, alike: Alike, segment_length: int | None = None) -> Probed:
     """Find what grows in a call and how long a segment is.
 
     Args:
         session: the user's call.
+        alike: its modules that are alike.
         segment_length: the user's hint, in positions. It is checked, and no other length is tried in its place.
 
     Raises:
@@ -374,7 +382,7 @@ def probe(session: Session, segment_length: int | None = None) -> Probed:
             remedy="pass the number of positions from one segment to the next, or leave segment_length out",
         )
     # Try the sizes of the call itself.
-    prober = _Prober(session)
+    prober = _Prober(session, alike)
     candidates = [(*_with_batch(session, growth), length) for growth, length in _candidates(session)]
     sizes = [length for _, _, length in candidates]
     found: list[tuple[Growth, int, int, int]] = []

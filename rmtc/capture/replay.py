@@ -10,47 +10,45 @@ short ones. The operations of the loop must repeat with a period, and integers a
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from rmtc import heuristics
+from rmtc.capture.alike import Alike, Guard, Member, Reads
+from rmtc.capture.answers import Answer
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.events import Event, EventOutput, Named, Pattern, Viewed, hold, same_event
 from rmtc.capture.frames import current_location
-from rmtc.capture.kinds import is_plain
 from rmtc.capture.metadata import (
     as_given,
     containers_in,
     counts_back,
+    described,
     flattened,
     metadata_of,
     reads_beyond,
+    reads_by_name,
     repeats_of,
     result_view,
 )
-from rmtc.capture.objects import Describer, Plain, Ref, build
 from rmtc.capture.other_sizes import Told, predict, tell
 from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Probed, Sizes
 from rmtc.capture.recorder import Recorder
-from rmtc.capture.replay_state import UNKNOWN, Plains, Remembered, ReplayState, told_value
+from rmtc.capture.replay_state import UNKNOWN, Plains, ReplayState, told_value
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
 from rmtc.capture.untold import refuse_flags
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.quiet import uncollected
 from rmtc.restoring import restored
-
-__all__ = ["Replayer", "shows"]
-
 
 logger = logging.getLogger(__name__)
 
@@ -72,22 +70,34 @@ class _Replay(NamedTuple):
     shapes: list[tuple[int, ...]]
 
 
-_Modules = frozenset[int]  # by their ids
+@dataclass
+class _Remembered:
+    """The record of a module's call, from which later calls are answered.
 
-
-class Guard(Protocol):
-    """A check that everything in Python is as it was at the capture.
-
-    It leaves out the places whose values :func:`shows` covers.
+    Attributes:
+        events: the operations inside of it.
+        answer: what it returned and left behind.
+        written: the numbers of the operands that it wrote to.
+        member: the module, if it is alike to others.
+        reads: the attributes that it read of those that differ among modules that are alike.
+        held: whether the call of another module was run and found to be the same.
     """
 
-    def differs(self) -> str | None:
-        """Return the first place that is not as it was, in words; None if there is none."""
+    events: list[Event]
+    answer: Answer
+    written: list[int]
+    member: Member | None
+    reads: Reads
+    held: bool = False
+
+    def same(self, other: _Remembered) -> bool:
+        """Return whether another module's call did the same."""
+        pairs = zip(self.events, other.events, strict=False)
+        same = len(self.events) == len(other.events) and all(same_event(*pair) for pair in pairs)
+        return same and self.written == other.written and self.answer.same(other.answer)
 
 
-def shows(value: object) -> bool:
-    """Return whether a value is visible in the key of a remembered call: a tensor by its metadata, or a plain value."""
-    return isinstance(value, torch.Tensor) or is_plain(value)
+_Modules = frozenset[int]  # by their ids
 
 
 class Replayer:
@@ -99,6 +109,7 @@ class Replayer:
         contains_layers: tells whether the module at a path contains layers, and the loop perhaps.
         probe: number of segments of the shorter replay of a pattern.
         guard: sees whether a call may be answered from memory.
+        alike: the modules of which one's call may be answered from another one's.
 
     Attributes:
         results: the descriptions of what the call returns, by sizes.
@@ -111,8 +122,9 @@ class Replayer:
         contains_layers: Callable[[str], bool],
         probe: int,
         guard: Guard,
+        alike: Alike,
     ) -> None:
-        self._guard = guard
+        self._guard, self._alike = guard, alike
         modules = session.all_modules()
         hooks = [vars(module)[key] for module in modules for key in vars(module) if key.endswith("_hooks")]
         self._unhooked = [table for table in hooks if type(table) in (dict, OrderedDict) and not table]
@@ -120,12 +132,14 @@ class Replayer:
         self._hooked = [*map(len, self._hooks)]
         self._session, self._plan, self._probe = session, plan, probe
         self.results: dict[Sizes, Any] = {}  # the descriptions of what the call returns
-        self._memory: dict[Any, Remembered] = {}
+        self._memory: dict[Any, list[_Remembered]] = {}
         self._plains: Plains = {}
         self._remembered = _Modules()  # the modules whose calls are remembered
         self._calls: Counter[int] = Counter()
         self._unknown = 0
-        self._inside = False  # whether a call is being recorded to be remembered
+        self._inside = False  # whether a call is being recorded inside of which none is answered from memory
+        self._around_layers = _Modules()  # the modules around layers whose calls are remembered
+        self._recorder = Recorder()  # that of the innermost call that is being recorded
         self._states: dict[int, ReplayState] = {}
         self._patterns: dict[tuple[int, int, _Modules], Pattern] = {}
         self._short: dict[tuple[Sizes, _Modules], _Replay] = {}
@@ -212,6 +226,8 @@ class Replayer:
 
     def _once(self, sizes: Sizes, around: _Modules) -> _Replay:
         """Return the last replay if it has these sizes and modules, and otherwise run one."""
+        if (sizes, around) in self._short:
+            return self._short[sizes, around]
         if self._last is None or self._last[:2] != (sizes, around):
             self._last = None
             self._last = sizes, around, self._run(sizes, around)
@@ -245,7 +261,8 @@ class Replayer:
         """Return a replay of a few segments, which is run once."""
         key = sizes, around
         if key not in self._short:
-            self._short[key] = self._run(*key)
+            again = self._last is not None and self._last[:2] == key
+            self._short[key] = self._last[2] if again and self._last is not None else self._run(*key)
         return self._short[key]
 
     @uncollected()
@@ -276,6 +293,7 @@ class Replayer:
 
     def _run(self, sizes: Sizes, around: _Modules, rest: int = 0) -> _Replay:
         self._remembered, self._calls, self._unknown = self._layers | around, Counter(), 0
+        self._around_layers = around
         self._shapes: list[tuple[int, ...]] = []
         session = self._session
         args, kwargs = self._plan.arguments(session, sizes, rest)
@@ -315,15 +333,21 @@ class Replayer:
         original = nn.Module.__call__
         remembered, thread = self._remembered, threading.get_ident()
 
+        self._recorder = recorder
+
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if self._inside or threading.get_ident() != thread:
                 return original(module, *args, **kwargs)
             if id(module) not in remembered:
                 self._calls[id(module)] += 1
                 return original(module, *args, **kwargs)
-            return self._call(recorder, original, module, args, kwargs)
+            return self._call(self._recorder, original, module, args, kwargs)
 
-        with restored(functools.partial(setattr, nn.Module, "__call__", original)):
+        def put_back() -> None:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+            self._recorder = Recorder()  # lets go of the events
+
+        with restored(put_back):
             nn.Module.__call__ = call  # type: ignore[method-assign]
             yield
 
@@ -332,9 +356,11 @@ class Replayer:
         structure = flattened((args, kwargs), leaves)
         if structure is UNKNOWN or self._guard.differs() is not None or self._differ_hooks():
             return original(module, *args, **kwargs)
-        state = self._states.get(id(module))
-        if state is None or not state.whole():
-            state = self._states[id(module)] = ReplayState(module, self._session.snapshot.slots, self._plains)
+        around = id(module) in self._around_layers  # what is answered inside of it is not watched
+        member = self._alike.member(module) if self._alike.can_watch() and not around else None
+        if member is not None and (member.family in self._alike.distrusted or not member.state.whole()):
+            member = None
+        state = self._state(module) if member is None else member.state
         plain, held = state.values()
         if not state.transparent:
             return original(module, *args, **kwargs)
@@ -345,46 +371,69 @@ class Replayer:
             for leaf in leaves
         )
         token, metadata = (id(module), structure, rest), metadata_of(operands)
-        key = token, numbers, metadata, repeats_of(operands), plain, *modes()
-        known = self._memory.get(key)
+        which: Any = (id(module),) if member is None else ("family", member.family, *map(described, operands))
+        key = which, structure, rest, numbers, metadata, repeats_of(operands), plain, *modes()
+        found = next((each for each in self._memory.get(key, ()) if _fits(each, member)), None)
         self._shapes += [shape for shape, *_ in metadata]
         references = recorder.references(operands)
         location, _ = current_location(2)
+        # A call of another module is answered from memory once a second module was seen to do the same.
+        known = found if found is not None and (found.held or found.member is member) else None
         if known is None:
             self._unknown += 1
             inner = Recorder(recorder)
             for number, tensor in enumerate(operands):
                 inner.name(tensor, Named(f"operand {number}"))
-            self._inside = True
+            self._inside, self._recorder = id(module) not in self._around_layers, inner
             reads = self._session.fake_mode.known.reads
+            watched = contextlib.nullcontext(Reads(own=True)) if member is None else self._alike.watched(member)
             try:
-                with self._session.fake_mode.watched(inner.note):
+                with self._session.fake_mode.watched(inner.note), watched as attributes:
                     result = original(module, *args, **kwargs)
             finally:
-                self._inside = False
+                self._inside, self._recorder = False, recorder
             by_metadata = reads == self._session.fake_mode.known.reads  # else it depends on more than metadata
             # Its arguments must be as they were, and no container of its result may be in another place.
             apart = containers_in(result).isdisjoint(containers_in((args, kwargs)) | state.containers)
             if by_metadata and apart and as_given(args, kwargs, structure, leaves) and self._guard.differs() is None:
-                known = self._remember(inner, state, result, operands)
+                known = self._remember(inner, state, result, operands, member, attributes)
             if known is None:  # it cannot be answered from memory
                 recorder.splice(inner, references, location, result)
                 return result
-            self._memory[key] = known
-            makes = known.makes
+            makes = known.answer.makes
+            if found is None:
+                self._memory.setdefault(key, []).append(known)
+            elif member is not None:
+                known = self._hold_alike(found, known, member)
         else:
-            makes = recorder.make(known.makes)
-            values = {f"made {n}": each for n, each in enumerate(makes)}
-            values.update((f"operand {n}", each) for n, each in enumerate(operands))
-            result = build(known.result, values, {})
-            state.apply(known, makes, operands)
+            makes = recorder.make(known.answer.makes)
+            result = known.answer.give(state, makes, operands)
         event = len(recorder.events)
         for number, tensor in enumerate(makes):
             recorder.name(tensor, EventOutput(event, number))
         for number in known.written:
             recorder.name(operands[number], EventOutput(event, len(makes) + number))
+            recorder.written.add(id(operands[number]))
         recorder.events.append(Event(token, numbers, references, known.events, location))
         return result
+
+    def _state(self, module: nn.Module) -> ReplayState:
+        state = self._states.get(id(module))
+        if state is None or not state.whole():
+            state = self._states[id(module)] = ReplayState(module, self._session.snapshot.slots, self._plains)
+        return state
+
+    def _hold_alike(self, found: _Remembered, known: _Remembered, member: Member) -> _Remembered:
+        """Hold the call of a module against that of another one, from which it could be answered.
+
+        Raises:
+            RefusedError: if they differ.
+        """
+        if not found.same(known):
+            self._alike.distrusted.add(member.family)
+            raise RefusedError("calls of two layers that look alike do different things")
+        found.held = True
+        return found
 
     def _differ_hooks(self) -> bool:
         """Return whether hooks came or went."""
@@ -396,42 +445,27 @@ class Replayer:
         state: ReplayState,
         result: Any,
         operands: list[torch.Tensor],
-    ) -> Remembered | None:
-        if not state.whole():
+        member: Member | None,
+        reads: Reads,
+    ) -> _Remembered | None:
+        answer = Answer.of(self._session, state, result, operands)
+        if answer is None or any(reads_beyond(event.operands) for event in inner.events):
             return None
-        index = {id(tensor): number for number, tensor in enumerate(operands)}
-        makes: list[torch.Tensor] = []
-        made: dict[int, int] = {}
-
-        def describe(tensor: torch.Tensor) -> tuple[str, int]:
-            if id(tensor) in index:
-                return "operand", index[id(tensor)]
-            if id(tensor) not in made:
-                made[id(tensor)] = len(makes)
-                makes.append(tensor)
-            return "made", made[id(tensor)]
-
-        def leaf(value: Any, name: str) -> Any:
-            return Ref("{} {}".format(*describe(value))) if isinstance(value, torch.Tensor) else Plain(value, name)
-
-        if any(not isinstance(each, torch.Tensor) and not is_plain(each) for each in pytree.tree_leaves(result)):
+        if any(event.token == "call" for event in inner.events):  # a call inside of it that cannot be remembered
             return None
-        try:
-            returned = Describer(self._session.known, {}).describe(result, "output", leaf, _refused)
-        except RefusedError:
-            return None
-        changed = state.changes()
-        tensors = [(slot, describe(slot.value)) for slot in changed if isinstance(slot.value, torch.Tensor)]
-        if any(not isinstance(slot.value, torch.Tensor) and not is_plain(slot.value) for slot in changed):
-            return None
-        if any(reads_beyond(event.operands) for event in inner.events):
-            return None
-        values = [slot for slot in changed if is_plain(slot.value)]
         written = [number for number, tensor in enumerate(operands) if id(tensor) in inner.written]
-        for number, tensor in enumerate(makes):
+        for number, tensor in enumerate(answer.makes):
             inner.events.append(Event(("output", number), (), (inner.reference(tensor),), None, None))
-        return Remembered(inner.events, returned, tensors, values, written, makes)
+        reads.own |= any(reads_by_name(event.operands) or _runs_code(event) for event in inner.events)
+        return _Remembered(inner.events, answer, written, member, reads)
 
 
-def _refused(value: Any, name: str) -> RefusedError:
-    return RefusedError(f"a module returns a {type(value).__name__}, whose tensors cannot be told")
+def _runs_code(event: Event) -> bool:
+    """Return whether an operation may run code of the user's, which is not watched."""
+    operation = event.token[0] if isinstance(event.token, tuple) else None
+    return isinstance(operation, torch._ops.OpOverload) and operation.namespace != "aten"
+
+
+def _fits(known: _Remembered, member: Member | None) -> bool:
+    """Return whether a call may be answered from a remembered one with the same key."""
+    return member is None or (known.member is not None and known.reads.hold(member, known.member))

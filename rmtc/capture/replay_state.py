@@ -6,8 +6,7 @@ import functools
 import logging
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Set
 from itertools import chain, compress
 from types import BuiltinFunctionType, CellType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -17,33 +16,8 @@ from torch import nn
 from torch._C._dynamo.guards import dict_version
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from rmtc.capture.events import Event
 from rmtc.capture.kinds import fingerprint, is_opaque, is_plain, is_record
 from rmtc.capture.state import Slot, walk
-
-__all__ = ["Remembered", "ATTRIBUTES", "Plains", "ReplayState", "UNKNOWN", "told_value"]
-
-
-@dataclass
-class Remembered:
-    """The record of a module's call, from which later calls are answered.
-
-    Attributes:
-        events: the operations inside of it.
-        result: the description of its result, in terms of what it made and of its operands.
-        tensors: the attributes in which it left tensors. Each has ``("made", number)`` or ``("operand", number)``.
-        plain: the attributes in which it left plain values, with these.
-        written: the numbers of the operands that it wrote to.
-        makes: the tensors that it made.
-    """
-
-    events: list[Event]
-    result: Any
-    tensors: list[tuple[Slot, Any]]
-    plain: list[Slot]
-    written: list[int]
-    makes: list[torch.Tensor] = field(default_factory=list)
-
 
 UNKNOWN = object()
 
@@ -95,9 +69,19 @@ Plains = dict[tuple[Any, ...], tuple[int, list[Any]]]  # a number, and the objec
 
 
 class ReplayState:
-    """The attributes of a module and of all below it, and the globals and closures that the user's code names."""
+    """The attributes of a module and of all below it, and the globals and closures that the user's code names.
 
-    def __init__(self, module: nn.Module, everything: Iterable[Slot], plains: Plains) -> None:
+    Args:
+        module: the module.
+        everything: all places that the call can reach.
+        plains: takes up the numbers of the values, see :meth:`values`.
+        numbers: stand in for the ids of objects, so that modules that hold alike objects have the same keys.
+    """
+
+    def __init__(
+        self, module: nn.Module, everything: Iterable[Slot], plains: Plains, numbers: Mapping[int, int] | None = None
+    ) -> None:
+        self._numbers = numbers or {}
         shared = [
             slot
             for slot in everything
@@ -105,6 +89,8 @@ class ReplayState:
             or (isinstance(slot.owner, dict) and "__builtins__" in slot.owner)
         ]
         found = [slot for slot in walk({"": module}) if not isinstance(slot.owner, tuple)]
+        below = (slot.value for slot in found if isinstance(slot.value, nn.Module))
+        self._modules = [*{id(each): each for each in (module, *below)}.values()]
         self._slots = [
             slot
             for slot in [*found, *shared]
@@ -112,8 +98,13 @@ class ReplayState:
             and type(slot.value) is not nn.Parameter  # a fake tensor for one stays
             and slot.key != "_non_persistent_buffers_set"  # a module's own record of its buffers' names
         ]
-        # Slots of one container are read together, and those of a dictionary only if it was written to since.
-        self._slots.sort(key=lambda slot: id(slot.owner))
+        # Slots of one container are read together, and those of a dictionary only if it was written to since. The order
+        # is that in which the containers are met, which is the same for modules that are alike.
+        met: dict[int, int] = {}
+        for slot in self._slots:
+            met.setdefault(id(slot.owner), len(met))
+        self._slots.sort(key=lambda slot: met[id(slot.owner)])
+        self._varying: frozenset[int] = frozenset()
         self._reads: list[_Read] = []
         for start, slot in enumerate(self._slots):
             if not self._reads or self._reads[-1].owner is not slot.owner:
@@ -171,7 +162,7 @@ class ReplayState:
             numbers = [number for number, _ in changed] if self._said else range(len(now))
             self._said = self._said or [None] * len(now)
             for number in numbers:
-                self._said[number] = self._told(now[number])
+                self._said[number] = None if number in self._varying else self._told(now[number])
                 plain = is_plain(now[number]) or isinstance(now[number], (torch.Tensor, *_SEEN))
                 (self._doubtful.discard if plain and id(now[number]) in self._seen else self._doubtful.add)(number)
             key = (*self._said,)
@@ -194,26 +185,40 @@ class ReplayState:
             return None
         if id(value) in self._sets:
             return set, self._sets[id(value)][1]
-        return told_value(value) if is_plain(value) else id(value)
+        if is_plain(value):
+            return told_value(value)
+        number = self._numbers.get(id(value))
+        return id(value) if number is None else ("own", number)
+
+    def attributes(self) -> dict[int, tuple[nn.Module, str, Any]]:
+        """Return the plain attributes of modules: by the number of the place, the module, the name and the value."""
+        modules = {id(vars(value)): value for value in self._modules}
+        return {
+            number: (modules[id(slot.owner)], slot.key, slot.owner[slot.key])
+            for number, slot in enumerate(self._slots)
+            if id(slot.owner) in modules and type(slot.key) is str and is_plain(slot.owner[slot.key])
+        }
+
+    def leave_out(self, varying: Set[int]) -> None:
+        """Leave places out of what tells the values, before they are first read."""
+        self._varying = frozenset(varying)
+
+    def told(self, number: int) -> Any:
+        """Return a key for the plain value in a place now; None if there is no plain value."""
+        value = self._slots[number].owner[self._slots[number].key]
+        return told_value(value) if is_plain(value) else None
 
     def _shows(self, value: Any) -> bool:
         return id(value) in self._sets or _transparent(value)
 
-    def changes(self) -> list[Slot]:
-        """Return the slots that hold another value since :meth:`values`."""
-        after = self._current()
-        return [
-            slot._replace(value=new)
-            for slot, old, new in zip(self._slots, self._before, after, strict=True)
-            if new is not old
-        ]
+    def changes(self) -> list[tuple[int, Any]]:
+        """Return the places that hold another value since :meth:`values`, by number, with that value."""
+        pairs = zip(self._before, self._current(), strict=True)
+        return [(number, new) for number, (old, new) in enumerate(pairs) if new is not old]
 
-    def apply(self, known: Remembered, makes: list[torch.Tensor], operands: list[torch.Tensor]) -> None:
-        """Put into the attributes what a remembered call left there."""
-        for slot, (kind, number) in known.tensors:
-            slot.put(makes[number] if kind == "made" else operands[number])
-        for slot in known.plain:
-            slot.put(slot.value)
+    def put(self, number: int, value: object) -> None:
+        """Put a value into a place."""
+        self._slots[number].put(value)
 
 
 _SEEN = (

@@ -39,9 +39,6 @@ from rmtc.errors import CaptureError, RmtcError, raised_by_signal
 from rmtc.quiet import quiet_fakes
 from rmtc.restoring import restored
 
-__all__ = ["Lifted", "Session"]
-
-
 logger = logging.getLogger(__name__)
 
 _IDENTITY = (id, hash, operator.is_, operator.is_not)

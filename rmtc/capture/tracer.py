@@ -12,6 +12,7 @@ import functools
 import inspect
 import operator
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,9 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from rmtc.capture.alike import Alike
 from rmtc.capture.arguments import Arguments, Path, show
+from rmtc.capture.copies import Copies
 from rmtc.capture.effects import Effect, find_effects
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import current_location
@@ -54,9 +57,6 @@ from rmtc.errors import CaptureError, raised_by_signal
 from rmtc.passes.graph.remove_regions import writes
 from rmtc.passes.registry import enter
 
-__all__ = ["RawTrace", "trace"]
-
-
 aten = torch.ops.aten
 
 
@@ -74,6 +74,7 @@ class RawTrace:
         result: the description of the returned value, see :mod:`rmtc.capture.objects`.
         effects: what it left in Python objects.
         same: for each result that is itself a tensor of the arguments or the state, the name of that tensor.
+        copied: number of calls of modules that were copied from others, by families of modules that are alike.
     """
 
     module: fx.GraphModule
@@ -82,6 +83,7 @@ class RawTrace:
     result: Any = None
     effects: tuple[Effect, ...] = ()
     same: dict[str, str] = field(default_factory=dict)
+    copied: Counter[int] = field(default_factory=Counter)
 
 
 class _Tracer(PythonKeyTracer):
@@ -92,7 +94,8 @@ class _Tracer(PythonKeyTracer):
         self._paths = paths
         self._stack: list[str] = []
         self._thread = threading.get_ident()
-        self.attributes: list[tuple[str, torch.Tensor]] = []
+        self.attributes: list[tuple[str, torch.Tensor | fx.Node]] = []
+        self.copies: Copies | None = None
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         refuse_backward()
@@ -108,6 +111,15 @@ class _Tracer(PythonKeyTracer):
             variable = dict(enumerate(variable.split(", "))).get(number, variable)
         node.meta["variable"] = variable
         node.meta["module"] = self._stack[-1] if self._stack else ""
+
+    def node(self, tensor: torch.Tensor) -> fx.Node | None:
+        """Return the node of a tensor; None if it has none, or if its value is known."""
+        tracked = self.tensor_tracker.get(tensor)
+        return None if tracked is None or tracked.constant is not None else tracked.proxy.node
+
+    def enter(self, tensor: torch.Tensor, node: fx.Node) -> None:
+        """Let a node stand for a tensor from now on."""
+        self.tensor_tracker[tensor] = _ProxyTensor(fx.Proxy(node, self), None)
 
     def node_of(self, arg: Any) -> Any:
         """Return an argument with nodes in place of its tensors.
@@ -146,7 +158,7 @@ class _Tracer(PythonKeyTracer):
         self._place(node)
         node.meta["val"] = value
         if isinstance(out, torch.Tensor):
-            self.tensor_tracker[out] = _ProxyTensor(fx.Proxy(node, self), None)
+            self.enter(out, node)
         else:
             for number, (each, its) in enumerate(zip(out, value, strict=True)):
                 self.write(operator.getitem, (node, number), {}, its, each)
@@ -159,6 +171,8 @@ class _Tracer(PythonKeyTracer):
             return forward(*args, **kwargs)
         self._stack.append(path)
         try:
+            if self.copies is not None:
+                return self.copies.call(m, forward, args, kwargs)
             return forward(*args, **kwargs)
         finally:
             self._stack.pop()
@@ -349,7 +363,7 @@ class _Maker(_MakefxTracer):
 
 
 @enter("capture", "the segment loop unrolled over a few segments, as a functional pre-dispatch FX graph")
-def trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RawTrace:
+def trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], alike: Alike | None = None) -> RawTrace:
     """Trace one run.
 
     Code that writes to no tensor is traced as it is, which takes three quarters of the time. The first write that is
@@ -358,20 +372,24 @@ def trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ra
     Args:
         session: the user's callable.
         args, kwargs: arguments with fake tensors of the wanted sizes.
+        alike: the modules of which one's call is copied for another one; None to trace all calls.
 
     Raises:
         RefusedError: for what no graph can hold: values read into Python, shapes that depend on data, backward.
         CaptureError: for anything else the user's code raised.
     """
     if not session.writes:
-        raw = _trace(session, args, kwargs, functionalize=False)
+        raw = _trace(session, args, kwargs, alike, functionalize=False)
         if not any(map(writes, raw.module.graph.nodes)):
             return raw
         session.writes = True
-    return _trace(session, args, kwargs, functionalize=True)
+    # A write is one to all that share a tensor's memory: each call of a module has to be seen.
+    return _trace(session, args, kwargs, None, functionalize=True)
 
 
-def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], functionalize: bool) -> RawTrace:
+def _trace(
+    session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], alike: Alike | None, functionalize: bool
+) -> RawTrace:
     inputs: dict[Path, torch.Tensor] = {}
     arguments = Arguments(args, kwargs, session.arguments.names)
     arguments.map(lambda path, tensor: inputs.setdefault(path, tensor))
@@ -399,6 +417,9 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
         new_args, new_kwargs = arguments.map(lambda path, _: given[path])
         handed = Arguments(new_args, new_kwargs, arguments.names)
         leaves = handed.leaves()
+        tracer = maker.fx_tracer
+        if isinstance(tracer, _Tracer) and alike is not None:
+            tracer.copies = Copies(session, alike, tracer, paths)
         with session.installed(lifted):
             slots = session.state()
             result = session.call(new_args, new_kwargs)
@@ -423,12 +444,14 @@ def _trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], func
         raw.outputs = tuple(found)
         refuse_aliases(session, arguments, raw.outputs)
         # Note the user's names at the nodes.
-        tracer = maker.fx_tracer
         if isinstance(tracer, _Tracer):
-            for name, tensor in [*tracer.attributes, *found.items()]:
-                entry = tracer.tensor_tracker.get(inner_tensor(tensor))
-                if entry is not None:
-                    entry.proxy.node.meta.setdefault("name", name.removeprefix("state:"))
+            raw.copied.update({} if tracer.copies is None else tracer.copies.copied)
+            named: list[tuple[str, torch.Tensor | fx.Node]] = [*tracer.attributes, *found.items()]
+            for name, place in named:
+                entry = tracer.tensor_tracker.get(inner_tensor(place)) if isinstance(place, torch.Tensor) else None
+                node = place if isinstance(place, fx.Node) else entry.proxy.node if entry is not None else None
+                if node is not None:
+                    node.meta.setdefault("name", name.removeprefix("state:"))
         return list(found.values())
 
     traced: Callable[..., Any] = program

@@ -115,7 +115,7 @@ _PASSING_ON = tuple(f"torch{os.sep}{name}" for name in ("_tensor.py", "overrides
 
 def _asking() -> FrameType:
     """Return the frame that asks, past the frames of modes for torch's functions, also of the user's own modes."""
-    frame = sys._getframe(2)
+    frame = sys._getframe(3)
     while frame.f_back is not None and (
         frame.f_code.co_name == "__torch_function__" or frame.f_code.co_filename.endswith(_PASSING_ON)
     ):

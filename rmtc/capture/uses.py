@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,6 +40,42 @@ class ProbeRun:
         return sum(self.uses.values())
 
 
+class Use(NamedTuple):
+    """An operation, as far as it counts.
+
+    Attributes:
+        operation: the operation.
+        tensors: those among its positional arguments.
+        numbers: the integers among its positional arguments.
+        results: the tensors that it gives.
+    """
+
+    operation: Any
+    tensors: tuple[torch.Tensor, ...]
+    numbers: tuple[int, ...]
+    results: tuple[torch.Tensor, ...]
+
+    @staticmethod
+    def of(operation: Any, args: Sequence[Any], out: Any) -> Use:
+        numbers = tuple(arg for arg in args if isinstance(arg, int))
+        return Use(operation, (*_tensors(args),), numbers, (*_tensors((out,)),))
+
+    def on(self, others: Mapping[int, torch.Tensor]) -> Use:
+        """Return the same operation on other tensors, which stand in for those of the given ids."""
+        tensors, results = (tuple(others.get(id(each), each) for each in part) for part in (self.tensors, self.results))
+        return self._replace(tensors=tensors, results=results)
+
+    def told(self, places: dict[int, int]) -> Any:
+        """Return a description that is equal for the same operation on other tensors.
+
+        Args:
+            places: numbers the tensors that were met so far, by id.
+        """
+        tensors = [places.setdefault(id(each), len(places)) for each in (*self.tensors, *self.results)]
+        shapes = [(each.shape, each.dtype) for each in self.results]
+        return self.operation, self.numbers, len(self.tensors), tensors, shapes
+
+
 class UseCount:
     """A counter of the uses of lifted tensors, and of the sizes to which a dimension of a given size is cut.
 
@@ -61,17 +97,20 @@ class UseCount:
 
     @substage("count uses")
     def note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        self.count(Use.of(func, args, out))
+
+    def count(self, use: Use) -> None:
+        func, tensors, numbers, results = use
         self._operations += 1
         if self._operations > heuristics.PROBE_OPERATIONS:
             raise EnoughError
-        tensors = list(_tensors(args))
         sources = [self._source.get(id(tensor)) for tensor in tensors]
         if tensors and all(source is not None for source in sources):
             # A transposed weight is a weight, and so is one layer's part of a stack.
-            part = (func, *sources, *(arg for arg in args if isinstance(arg, int)))
+            part = (func, *sources, *numbers)
             index = self._parts.setdefault(part, -1 - len(self._parts))
             self._roots[index] = frozenset().union(*(self._roots[each] for each in sources if each is not None))
-            for result in _tensors((out,)):
+            for result in results:
                 self._source[id(result)] = index
                 self._kept.append(result)
         elif tensors:
@@ -80,14 +119,14 @@ class UseCount:
                     self.run.uses[source] += 1
                     self.run.roots.update(self._roots[source])
             if func not in _NEW:
-                self._note_cut(tensors[0], out)
+                self._note_cut(tensors[0], results)
             if self._short and self.run.uses and min(self.run.uses.values()) >= heuristics.PROBE_USES:
                 raise EnoughError
 
-    def _note_cut(self, tensor: torch.Tensor, out: Any) -> None:
-        result = next(iter(_tensors((out,))), None)
-        if result is None or self._size not in tensor.shape:
+    def _note_cut(self, tensor: torch.Tensor, results: Sequence[torch.Tensor]) -> None:
+        if not results or self._size not in tensor.shape:
             return
+        result = results[0]
         for dim, size in enumerate(tensor.shape):
             if size != self._size:
                 continue

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 _ENTER, _LEAVE = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 _GRADIENTS = torch._C._set_grad_enabled
+REGIONS: tuple[Any, ...] = (_ENTER, _LEAVE, _GRADIENTS)
+"""The functions in a graph that begin and end regions."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def _refuse_unknown(node: fx.Node, reorder_random: bool) -> None:
         RefusedError: if that is not known.
     """
     target: Any = node.target
-    if node.op in ("placeholder", "output") or target in (_ENTER, _LEAVE, _GRADIENTS, operator.getitem):
+    if node.op in ("placeholder", "output") or target in (*REGIONS, operator.getitem):
         return
     if node.op == "get_attr":
         owner = node.graph.owning_module

@@ -1,0 +1,354 @@
+"""Modules that are alike, such as the layers of a model, so that a call of one of them tells those of the others.
+
+Two modules are alike if a walk from each finds the same places in the same order: same classes, same keys, the same
+objects in the same relation to each other. What may differ is what shows in a call's key, that is plain values and the
+metadata of tensors, and the identity of what they hold. A call with equal keys then does the same, with one exception:
+code that compares objects by identity. Plain attributes that differ from the start, such as a layer's number, are no
+part of the key. Instead a call is watched, and counts for a module only if that module has the same values in all
+attributes that the call has read.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import CodeType, FrameType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from rmtc.capture.ambient import attention_kernels
+from rmtc.capture.frames import is_of_python, is_of_torch, is_of_user
+from rmtc.capture.kinds import is_plain, is_record
+from rmtc.capture.metadata import as_given, containers_in, described, flattened, repeats_of
+from rmtc.capture.own_modes import modes
+from rmtc.capture.replay_state import UNKNOWN, Plains, ReplayState, told_value
+from rmtc.capture.session import Session
+from rmtc.capture.state import Slot, walk
+from rmtc.capture.user_code import named_in_code, tells_identity
+from rmtc.restoring import restored
+
+
+class Guard(Protocol):
+    """A check that everything in Python is as it was at the capture.
+
+    It leaves out the places whose values :func:`shows` covers.
+    """
+
+    def differs(self) -> str | None:
+        """Return the first place that is not as it was, in words; None if there is none."""
+
+
+def shows(value: object) -> bool:
+    """Return whether a value is visible in the key of a remembered call: a tensor by its metadata, or a plain value."""
+    return isinstance(value, torch.Tensor) or is_plain(value)
+
+
+@dataclass
+class Member:
+    """A module that is alike to others.
+
+    Attributes:
+        module: the module.
+        family: the number that it shares with those.
+        state: its attributes and all that its code reads.
+        modules: it and the modules below it, in the order in which they are met.
+        varying: the plain attributes that differ within the family: by the number of the place in the state, the module
+            and the name.
+    """
+
+    module: nn.Module
+    family: int
+    state: ReplayState
+    modules: list[nn.Module]
+    varying: dict[int, tuple[nn.Module, str]] = field(default_factory=dict)
+
+
+class LikeCall(NamedTuple):
+    """A call of a member that may be answered from a call of another one.
+
+    Attributes:
+        member: the module.
+        key: all that the call can read, but for what differs within the family of the module.
+        structure, leaves: the arguments, flattened.
+        operands: all tensors that it can read.
+        metadata: theirs.
+    """
+
+    member: Member
+    key: Any
+    structure: Any
+    leaves: list[Any]
+    operands: list[torch.Tensor]
+    metadata: list[Any]
+
+
+@dataclass
+class Reads:
+    """The record of what a watched call has read.
+
+    Attributes:
+        values: for attributes that differ within the family, the keys of the values of those that were read.
+        own: whether the call counts for its own module only.
+    """
+
+    values: tuple[tuple[int, Any], ...] = ()
+    own: bool = False
+
+    def hold(self, member: Member, of: Member) -> bool:
+        """Return whether a member has the same values in the attributes that a call of another one has read."""
+        alike = member is of or not self.own
+        return alike and all(member.state.told(number) == value for number, value in self.values)
+
+
+class Alike:
+    """The modules of a call that are alike.
+
+    Args:
+        session: the call. No fake tensors are installed yet.
+        guard: sees whether all that no key shows is as it was.
+
+    Attributes:
+        distrusted: the families of which a call did something else than another one's led to.
+    """
+
+    def __init__(self, session: Session, guard: Guard) -> None:
+        self._session, self._guard = session, guard
+        self.distrusted: set[int] = set()
+        self.plains: Plains = {}
+        self._members: dict[int, Member | None] = {}
+        self._families: dict[Any, int] = {}
+        modules = [slot.value for slot in session.modules.values() if slot.value._modules]
+        counts = Counter(map(type, modules))
+        self._candidates = {id(each): each for each in modules if counts[type(each)] > 1}
+
+    def candidate(self, module: nn.Module) -> bool:
+        """Return whether a module may be alike to others, and has modules of its own."""
+        return id(module) in self._candidates
+
+    def member(self, module: nn.Module) -> Member | None:
+        """Return a module with its family; None if it is no candidate.
+
+        It is to be called while fake tensors are installed.
+        """
+        if id(module) not in self._candidates:
+            return None
+        if id(module) not in self._members:
+            self._find(type(module))
+        return self._members[id(module)]
+
+    def prepared(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LikeCall | None:
+        """Return all that a call can read; None if it is no candidate's, or may read more."""
+        if not self.candidate(module) or not self.can_watch():
+            return None
+        leaves: list[Any] = []
+        structure = flattened((args, kwargs), leaves)
+        if structure is UNKNOWN or self._guard.differs() is not None:
+            return None
+        member = self.member(module)
+        if member is None or member.family in self.distrusted or not member.state.whole():
+            return None
+        plain, held = member.state.values()
+        if not member.state.transparent or not containers_in((args, kwargs)).isdisjoint(member.state.containers):
+            return None
+        operands = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)] + held
+        metadata = [*map(described, operands)]
+        rest = (*(torch.Tensor if isinstance(leaf, torch.Tensor) else told_value(leaf) for leaf in leaves),)
+        # The pieces of a text lie at other offsets in it for each segment.
+        offsets = (*(each.storage_offset() for each in operands),) if self._session.asks_for_strides else ()
+        key = (member.family, structure, rest, plain, repeats_of(operands), (*metadata,), offsets)
+        return LikeCall(member, (*key, *modes(), *attention_kernels()), structure, leaves, operands, metadata)
+
+    def is_kept(self, call: LikeCall, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+        """Return whether a call that has run left its arguments as they were, and all that no key shows."""
+        apart = containers_in(result).isdisjoint(containers_in((args, kwargs)) | call.member.state.containers)
+        if not apart or not as_given(args, kwargs, call.structure, call.leaves):
+            return False
+        return self._guard.differs() is None and [*map(described, call.operands)] == call.metadata
+
+    def _find(self, kind: type[nn.Module]) -> None:
+        """Divide all candidates of a class into families."""
+        families: dict[int, list[Member]] = {}
+        for module in self._candidates.values():
+            if type(module) is kind:
+                skeleton, numbers, modules = _skeleton(module)
+                family = self._families.setdefault(skeleton, len(self._families))
+                state = ReplayState(module, self._session.snapshot.slots, self.plains, numbers)
+                member = self._members[id(module)] = Member(module, family, state, modules)
+                families.setdefault(family, []).append(member)
+        for members in families.values():
+            found = [member.state.attributes() for member in members]
+            first = found[0]
+            varying = {
+                number
+                for number, (_, _, value) in first.items()
+                if any(told_value(each[number][2]) != told_value(value) for each in found[1:] if number in each)
+                or any(number not in each for each in found)
+            }
+            for member, attributes in zip(members, found, strict=True):
+                member.varying = {number: attributes[number][:2] for number in varying if number in attributes}
+                member.state.leave_out(member.varying.keys())
+
+    @staticmethod
+    def can_watch() -> bool:
+        """Return whether calls can be watched: no debugger watches them."""
+        return sys.gettrace() is None
+
+    @contextmanager
+    def watched(self, member: Member) -> Iterator[Reads]:
+        """Watch a call of a member, and note at its end what it has read."""
+        reads = Reads()
+        ran: dict[int, CodeType] = {}
+        inside = False
+        touched: set[tuple[int, str]] = set()
+        names = [(module, name) for module, name in member.varying.values() if _can_be_watched(type(module), name)]
+        places = {(type(module), name) for module, name in names}
+
+        def enter(frame: FrameType, event: str, argument: object) -> Any:
+            code = frame.f_code
+            if id(code) not in ran:
+                ran[id(code)] = code
+            if not _may_look_inside(code):
+                return None
+            frame.f_trace_lines = False
+            return leave
+
+        def leave(frame: FrameType, event: str, argument: object) -> Any:
+            nonlocal inside
+            inside = inside or (event == "return" and _has_module(frame))
+            return leave
+
+        def put_back() -> None:
+            fakes.trace_outside(None)
+            for kind, name in places:
+                if isinstance(vars(kind).get(name), _Watched):
+                    delattr(kind, name)
+
+        fakes = self._session.fake_mode
+        started = {number: member.state.told(number) for number in member.varying}
+        with restored(put_back):
+            for kind, name in places:
+                setattr(kind, name, _Watched(name, touched))
+            fakes.trace_outside(enter)
+            yield reads
+        reads.own = any(map(_asks_who, ran.values()))
+        watched = {(id(module), name) for module, name in names}
+        reads.values = tuple(
+            (number, started[number])
+            for number, (module, name) in member.varying.items()
+            if reads.own or inside or (id(module), name) in touched or (id(module), name) not in watched
+        )
+
+
+class _Watched:
+    """A property in a class that notes which objects' attribute is read or written, while it stays where it is.
+
+    A write counts, too: one of the value that is there shows in nothing else.
+    """
+
+    def __init__(self, name: str, touched: set[tuple[int, str]]) -> None:
+        self._name, self._touched = name, touched
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            raise AttributeError(self._name)
+        self._touched.add((id(instance), self._name))
+        try:
+            return vars(instance)[self._name]
+        except KeyError:
+            raise AttributeError(self._name) from None
+
+    def __set__(self, instance: Any, value: object) -> None:
+        self._touched.add((id(instance), self._name))
+        vars(instance)[self._name] = value
+
+    def __delete__(self, instance: Any) -> None:
+        self._touched.add((id(instance), self._name))
+        try:
+            del vars(instance)[self._name]
+        except KeyError:
+            raise AttributeError(self._name) from None
+
+
+def _can_be_watched(kind: type, name: str) -> bool:
+    """Return whether a property in a class would see all reads of an attribute but those of its dictionary."""
+    reads: Any = kind.__getattribute__
+    own = reads is object.__getattribute__ and type(kind) is type
+    return own and not any(name in vars(base) for base in kind.__mro__)
+
+
+_INSIDE = {
+    "__dict__",
+    "vars",
+    "dir",
+    "__getstate__",
+    "__reduce_ex__",
+    "copy",
+    "deepcopy",
+    "getattr_static",
+    "getmembers",
+}
+
+
+def _may_look_inside(code: CodeType) -> bool:
+    """Return whether code may read an attribute of a module past the class's property."""
+    return not is_of_torch(code.co_filename) and not _INSIDE.isdisjoint(named_in_code(code))
+
+
+def _has_module(frame: FrameType) -> bool:
+    """Return whether code has a module at hand, without which a library's code reads no attribute of one."""
+    user = is_of_user(frame.f_code.co_filename)
+    return user or any(isinstance(value, nn.Module) for value in frame.f_locals.values())
+
+
+def _asks_who(code: CodeType) -> bool:
+    """Return whether code tells modules that are alike from each other by identity.
+
+    What a library's code compares is at the same places of both, unless it keeps a table by identity.
+    """
+    name = code.co_filename
+    if is_of_torch(name) or is_of_python(name):
+        return False
+    return tells_identity(code) if is_of_user(name) else not {"id", "hash"}.isdisjoint(code.co_names)
+
+
+def _is_numbered(value: object) -> bool:
+    """Return whether an object stands in the same relation to others as its place does, whichever object it is."""
+    if isinstance(value, nn.Module) or type(value) in (dict, OrderedDict, list, deque):
+        return not (isinstance(value, dict) and "__builtins__" in value)
+    return is_record(value) and not isinstance(value, functools.partial) and not callable(value)
+
+
+def _skeleton(module: nn.Module) -> tuple[Any, dict[int, int], list[nn.Module]]:
+    """Describe all that can be reached from a module, but for plain values and tensors.
+
+    Returns:
+        The description, which is equal for modules that are alike; the numbers of objects by their ids; the modules.
+    """
+    numbers: dict[int, int] = {id(module): 0}
+    modules: list[nn.Module] = [module]
+    told: list[Any] = [type(module)]
+
+    def tell(value: object) -> Any:
+        if shows(value):
+            return None
+        if not _is_numbered(value):
+            if type(value) is set and all(map(is_plain, value)):
+                return set, tuple(map(told_value, value))
+            return id(value)
+        if id(value) not in numbers:
+            numbers[id(value)] = len(numbers)
+            if isinstance(value, nn.Module):
+                modules.append(value)
+        return type(value), numbers[id(value)]
+
+    slots: Sequence[Slot] = walk({"": module})
+    for slot in slots:
+        key = told_value(slot.key) if is_plain(slot.key) else tell(slot.key)
+        told.append((tell(slot.owner), key, slot.table, tell(slot.value)))
+    return tuple(told), numbers, modules
