@@ -126,6 +126,12 @@ class Alike:
         modules = [slot.value for slot in session.modules.values() if slot.value._modules]
         counts = Counter(map(type, modules))
         self._candidates = {id(each): each for each in modules if counts[type(each)] > 1}
+        # Hooks are looked for in each call: one that is added while the call runs would not be called.
+        every = session.all_modules()
+        hooks = [vars(module)[key] for module in every for key in vars(module) if key.endswith("_hooks")]
+        self._unhooked = [table for table in hooks if type(table) in (dict, OrderedDict) and not table]
+        self._hooks = [table for table in hooks if type(table) not in (dict, OrderedDict) or table]
+        self._hooked = [*map(len, self._hooks)]
 
     def candidate(self, module: nn.Module) -> bool:
         """Return whether a module may be alike to others, and has modules of its own."""
@@ -142,13 +148,17 @@ class Alike:
             self._find(type(module))
         return self._members[id(module)]
 
+    def differ_hooks(self) -> bool:
+        """Return whether hooks came or went."""
+        return any(self._unhooked) or [*map(len, self._hooks)] != self._hooked
+
     def prepared(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LikeCall | None:
         """Return all that a call can read; None if it is no candidate's, or may read more."""
         if not self.candidate(module) or not self.can_watch():
             return None
         leaves: list[Any] = []
         structure = flattened((args, kwargs), leaves)
-        if structure is UNKNOWN or self._guard.differs() is not None:
+        if structure is UNKNOWN or self._guard.differs() is not None or self.differ_hooks():
             return None
         member = self.member(module)
         if member is None or member.family in self.distrusted or not member.state.whole():
@@ -169,7 +179,8 @@ class Alike:
         apart = containers_in(result).isdisjoint(containers_in((args, kwargs)) | call.member.state.containers)
         if not apart or not as_given(args, kwargs, call.structure, call.leaves):
             return False
-        return self._guard.differs() is None and [*map(described, call.operands)] == call.metadata
+        unchanged = self._guard.differs() is None and not self.differ_hooks()
+        return unchanged and [*map(described, call.operands)] == call.metadata
 
     def _find(self, kind: type[nn.Module]) -> None:
         """Divide all candidates of a class into families."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -125,11 +125,6 @@ class Replayer:
         alike: Alike,
     ) -> None:
         self._guard, self._alike = guard, alike
-        modules = session.all_modules()
-        hooks = [vars(module)[key] for module in modules for key in vars(module) if key.endswith("_hooks")]
-        self._unhooked = [table for table in hooks if type(table) in (dict, OrderedDict) and not table]
-        self._hooks = [table for table in hooks if type(table) not in (dict, OrderedDict) or table]
-        self._hooked = [*map(len, self._hooks)]
         self._session, self._plan, self._probe = session, plan, probe
         self.results: dict[Sizes, Any] = {}  # the descriptions of what the call returns
         self._memory: dict[Any, list[_Remembered]] = {}
@@ -354,7 +349,7 @@ class Replayer:
     def _call(self, recorder: Recorder, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         leaves: list[Any] = []
         structure = flattened((args, kwargs), leaves)
-        if structure is UNKNOWN or self._guard.differs() is not None or self._differ_hooks():
+        if structure is UNKNOWN or self._guard.differs() is not None or self._alike.differ_hooks():
             return original(module, *args, **kwargs)
         around = id(module) in self._around_layers  # what is answered inside of it is not watched
         member = self._alike.member(module) if self._alike.can_watch() and not around else None
@@ -434,10 +429,6 @@ class Replayer:
             raise RefusedError("calls of two layers that look alike do different things")
         found.held = True
         return found
-
-    def _differ_hooks(self) -> bool:
-        """Return whether hooks came or went."""
-        return any(self._unhooked) or [*map(len, self._hooks)] != self._hooked
 
     def _remember(
         self,

@@ -199,7 +199,7 @@ class Snapshot:
                     del owner.cell_contents
             elif isinstance(owner, dict):
                 same = len(owner) == len(content) and all(
-                    mine == key and now is value  # not looked up: a key may have another hash now
+                    _is_same_key(mine, key) and now is value  # not looked up: a key may have another hash now
                     for (mine, now), (key, value) in zip(owner.items(), content.items(), strict=True)
                 )
                 if not same:
@@ -258,3 +258,8 @@ def _set_generator_state(generator: Any, state: bytes) -> None:
 def _bits(generator: Any) -> Any:
     """Return the bit generator of one of numpy's generators, old or new."""
     return generator._bit_generator if hasattr(generator, "_bit_generator") else generator.bit_generator
+
+
+def _is_same_key(one: object, other: object) -> bool:
+    """Tell whether two keys of dictionaries are the same; tensors compare element by element, and are so if one is."""
+    return one is other or (not isinstance(one, torch.Tensor) and not isinstance(other, torch.Tensor) and one == other)

@@ -199,6 +199,10 @@ def unseen(roots: dict[str, Any], slots: Sequence[Slot], functions: Sequence[typ
         for name in ("globals", "eval", "exec"):
             if name in loaded_in_code(function.__code__) and name not in function.__globals__:
                 return f"{function.__qualname__} looks names up in {name}()"
+        named = named_in_code(function.__code__)
+        for name in ("_getframe", "currentframe", "getouterframes", "getrefcount"):
+            if name in named:
+                return f"{function.__qualname__} asks for frames or references by {name}()"
     return None
 
 

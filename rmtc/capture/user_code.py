@@ -101,14 +101,20 @@ def _imports(code: types.CodeType) -> tuple[tuple[str, int], ...]:
     return tuple(dict.fromkeys(found))
 
 
+_IDENTITY = frozenset({"id", "hash", "__hash__", "is_", "is_not"})
+"""Names by which code asks which object one is, those of :mod:`operator` among them."""
+
+
 @functools.cache
 def tells_identity(code: types.CodeType) -> bool:
     """Return whether code compares objects by identity, other than with constants."""
+    if {"object", "__repr__"}.issubset(code.co_names):  # which prints an address
+        return True
     before = ""
     for step in dis.get_instructions(code):
         if step.opname == "IS_OP" and before != "LOAD_CONST":
             return True
-        if step.opname.startswith("LOAD_") and step.argval in ("id", "hash", "is_", "is_not"):  # also operator.is_
+        if step.opname.startswith("LOAD_") and step.argval in _IDENTITY:
             return True
         before = step.opname
     return any(isinstance(constant, types.CodeType) and tells_identity(constant) for constant in code.co_consts)

@@ -864,6 +864,52 @@ def test_explain_refuses_for_the_reason_that_compile_does(kind: type[Model]) -> 
     assert "what rmtc cannot see" in caught.value.reason
 
 
+class FrameLayer(Layer):
+    """Reads a variable of the function that calls it."""
+
+    def act(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(hidden) * float(sys._getframe(2).f_locals.get("scale", 1.0))
+
+
+class ReferenceLayer(Layer):
+    """Reads how many references there are to it."""
+
+    def act(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(hidden) * sys.getrefcount(self)
+
+
+@pytest.mark.parametrize("layer", [FrameLayer, ReferenceLayer])
+def test_frames_and_references_are_not_seen(layer: type[Layer]) -> None:
+    with (
+        torch.no_grad(),
+        pytest.raises(rmtc.RefusedError, match=r"asks for frames or references by (_getframe|getref)"),
+    ):
+        rmtc.compile(type("Own", (Model,), {"kind": layer})().eval(), strict=True)(text())
+
+
+DECAY: dict[Tensor, float] = {}
+
+
+class KeyedLayer(Layer):
+    """Looks its own weight up in a table whose keys are parameters."""
+
+    def act(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(hidden) * DECAY[self.weight]
+
+
+def test_a_table_by_parameters_is_put_back() -> None:
+    model = type("Own", (Model,), {"kind": KeyedLayer})().eval()
+    DECAY.update((layer.weight, 0.5) for layer in model.layers)
+    with torch.no_grad():
+        expected = model(text())
+        with pytest.raises(rmtc.CaptureError, match="KeyError"):
+            rmtc.compile(model, strict=True)(text())
+        rmtc.restore(model)
+        assert all(key is layer.weight for key, layer in zip(DECAY, model.layers, strict=True))
+        assert torch.equal(model(text()), expected)
+    DECAY.clear()
+
+
 @torch.library.custom_op("rmtc_unseen::halved", mutates_args=())
 def halved(x: Tensor) -> Tensor:
     return x * 0.5
