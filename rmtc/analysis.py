@@ -348,23 +348,29 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
             yield heuristics.SHORT_RUN, batches, tails, _CONSTANTS
         yield from ((segments, batches, tails, _PLAIN) for segments in ages)
 
+    tried: dict[tuple[int, tuple[int, ...], tuple[int, ...], Reading], None] = {}
+
+    def ways() -> Iterator[tuple[tuple[int, tuple[int, ...], tuple[int, ...], Reading], bool]]:
+        """Yield each attempt once with True, by the order of operations; then the plain ones by what is computed."""
+        for attempt in attempts():
+            if attempt not in tried:
+                tried[attempt] = None
+                yield attempt, True
+        yield from ((each, False) for each in tried if each[0] == heuristics.SHORT_RUN and each[3] == _PLAIN)
+
     # The first attempt whose loop passes its checks is taken.
-    tried = set()
-    for attempt in attempts():
-        if attempt in tried:
-            continue
-        tried.add(attempt)
+    for attempt, ordered in ways():
         segments, batch, tail, reading = attempt
         if reading != analysis.capture.reading:
             analysis.capture.reading = reading
             analysis.runs.clear()
         sizes = [Sizes(segments + i, batch[i], tail[i]) for i in range(3)]
         try:
-            analysis.proven = _attempt(analysis, sizes, layers)
+            analysis.proven = _attempt(analysis, sizes, layers, ordered)
         except (RefusedError, VerifyError, CaptureError) as error:
-            logger.debug("with %s: %s", sizes, error.reason)
+            logger.debug("with %s, by %s: %s", sizes, "order" if ordered else "values", error.reason)
             as_written = reading == _WHOLE and segments == heuristics.SHORT_RUN  # histories as the user's code has them
-            first = error if first is None or as_written else first
+            first = error if first is None or (as_written and ordered) else first
         else:
             if first is not None and analysis.proven.loop.fixed.get("tail", plan.sizes.tail) != plan.sizes.tail:
                 raise RefusedError(
@@ -376,6 +382,7 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
                 ) from first
             if plan.sizes.segments > 1:  # one segment needs no schedule
                 analysis.admit(plan.sizes)
+            recognised["order" if ordered else "values"] += 1
             return
     # No attempt passed: the error of the first one says most.
     if isinstance(first, VerifyError):
@@ -387,7 +394,11 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
     raise first or CaptureError("no probe ran")
 
 
-def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Proven:
+recognised: Counter[str] = Counter()
+"""How often loops were found in this process: by ``values``, what operations compute, or by their ``order``."""
+
+
+def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, by_order: bool) -> Proven:
     plan, seconds = analysis.capture.plan, analysis.seconds
     runs = [analysis.run(each) for each in sizes[:2]]
     with timed(seconds, "reroll"):
@@ -397,6 +408,7 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Prov
             analysis.capture.lists,
             plan.segment_length,
             layers,
+            by_order,
         )
     fixed = {}
     if len({each.batch for each in sizes}) == 1:
@@ -408,7 +420,7 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Prov
     third = analysis.run(sizes[2])
     if any(not analysis.capture.alike.distrusted.isdisjoint(run.copied) for run in runs):
         analysis.runs.clear()  # a call differs from what was copied in the runs before
-        return _attempt(analysis, sizes, layers)
+        return _attempt(analysis, sizes, layers, by_order)
     _refuse_drift([*runs, third], plan.segment_length)
     with timed(seconds, "check"):
         proven.checked = check_against(proven, third.program, *third.sizes)

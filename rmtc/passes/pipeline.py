@@ -32,6 +32,7 @@ from rmtc.passes.fold.layers import fold_layers
 from rmtc.passes.fold.run import DividedRun
 from rmtc.passes.fold.segments import find_segments
 from rmtc.passes.fold.streams import Family, Uses, find_anchors, find_family, uses
+from rmtc.passes.fold.unify import unify
 from rmtc.passes.registry import register, watched
 from rmtc.passes.schedule.check import Checked, check
 from rmtc.passes.schedule.check_moments import check_moments
@@ -93,6 +94,7 @@ def reroll(
     lists: frozenset[str],
     segment_length: int,
     hint: str | None = None,
+    by_order: bool = False,
 ) -> tuple[SegmentLoop, Family | None]:
     """Reroll two runs into a loop with cells, classes and dependences.
 
@@ -102,6 +104,7 @@ def reroll(
         lists: the names of the inputs that are lists with one item per segment.
         segment_length: positions of a segment.
         hint: the user's name for the list of layers.
+        by_order: whether segments are found by the order in which operations ran, not by what they compute.
 
     Raises:
         CaptureError: if no segments or layers can be told apart.
@@ -125,13 +128,29 @@ def reroll(
         )
     if not anchors[0].keys() & runs[0][0].needed():
         raise _unneeded()
+    if by_order:
+
+        def rerolled(family: Family | None) -> tuple[SegmentLoop, Family | None]:
+            return _rerolled(runs, found, anchors, family, growing, lists, segment_length)
+    else:
+        steady_from, all_layers = _steady_from(runs[0][1]), family
+        divided = unify(
+            *(runs[0], runs[1], growing, lists, segment_length, steady_from),
+            lambda name: all_layers is not None and all_layers.layer_of(name) is not None,
+        )
+        loop = fold_segments(*divided, runs[0][0].sources, steady_from, growing, complete=True)
+
+        def rerolled(family: Family | None) -> tuple[SegmentLoop, Family | None]:
+            laid = generalize_rows(fold_layers(replace(loop, growing=growing), family))
+            return find_dependences(laid, family), family
+
     try:
-        return _rerolled(runs, found, anchors, family, growing, lists, segment_length)
+        return rerolled(family)
     except (CaptureError, RefusedError):
         if family is None or family.listed or hint is not None:
             raise
         # Names that end in a number may be those of one layer's parts.
-        return _rerolled(runs, found, anchors, None, growing, lists, segment_length)
+        return rerolled(None)
 
 
 def _rerolled(

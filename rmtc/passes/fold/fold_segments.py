@@ -31,6 +31,7 @@ def fold_segments(
     sources: dict[str, Source],
     steady_from: int,
     growing: frozenset[str] = frozenset(),
+    complete: bool = False,
 ) -> SegmentLoop:
     """Fold two runs into a loop.
 
@@ -44,11 +45,20 @@ def fold_segments(
 
         s1: f(s0.%4, [8:16])   s2: f(s1.%4, [16:24])   ->   s: f(s-1.%4, [8*s : 8*s + 8])
 
+    Args:
+        short, long: the runs.
+        sources: the tensors that exist before the call.
+        steady_from: the first segment that all later ones are like.
+        growing: the names of the inputs that grow.
+        complete: whether all later segments run the same already.
+
     Raises:
         RefusedError: with the first operation that does not fit.
     """
     if short.segments <= steady_from or long.segments != short.segments + 1:
         raise ValueError("fold_segments needs runs of n and n + 1 segments with a steady one in each")
+    if complete:
+        return _fold(short, long, sources, steady_from)
     with contextlib.suppress(RefusedError):
         return _fold(*complete_segments(short, long, steady_from, growing), sources, steady_from)
     try:

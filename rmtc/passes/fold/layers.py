@@ -42,6 +42,7 @@ def fold_layers(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
 
     Raises:
         CaptureError: if the layers interleave.
+        VerifyError: if later segments read what first ones do not make.
     """
     loop, layouts = _file(loop, family)
     counts = {len(layout.layers) for layout in layouts}
@@ -50,7 +51,9 @@ def fold_layers(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
             f"the segments run different numbers of layers: {sorted(counts)}",
             remedy="name the list of layers with layers=...",
         )
-    return classified(replace(loop, layouts=layouts), family)
+    loop = replace(loop, layouts=layouts)
+    loop.verify()  # first segments may have other operations where later ones read
+    return classified(loop, family)
 
 
 def classified(loop: SegmentLoop, family: Family | None) -> SegmentLoop:

@@ -1,0 +1,154 @@
+"""The map from values of a run of n segments to those of a run of n + 1, one segment later."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+
+from rmtc.ir.program import Src, Val, leaves
+from rmtc.passes.fold.run import structure
+from rmtc.passes.fold.values import Unit, ValuedRun
+
+
+def find_later(short: ValuedRun, long: ValuedRun) -> dict[Unit, Unit]:
+    """Return, for values of the shorter run, those that stand there one segment later in the longer run.
+
+    The walk starts at pairs of results and goes on to their operands. Lists with one item more are paired from their
+    end. The walk stops at a seam: where the operations differ, or where the value of one depends on the text and that
+    of the other does not, as an initial memory does not.
+    """
+    found: dict[Unit, Unit] = {}
+    other_code = _walk(short, long, _paired_results(short.program.outputs, long.program.outputs), found)
+    other_code += _walk(short, long, _paired_uses(short, long, found), found)
+    _walk(short, long, other_code, found, any_code=True)
+    return _forward(short, long, found)
+
+
+def _walk(
+    short: ValuedRun, long: ValuedRun, pairs: Iterable[tuple[Any, Any]], found: dict[Unit, Unit], any_code: bool = False
+) -> list[tuple[Any, Any]]:
+    """Add the values that walks from pairs of operands arrive at together.
+
+    Args:
+        short, long: the runs.
+        pairs: the operands.
+        found: the values that stand for each other.
+        any_code: whether values that different lines of the user's code make can do so.
+
+    Returns:
+        The pairs at which a walk stopped because different lines make them.
+    """
+    images = set(found.values())
+    stopped: list[tuple[Any, Any]] = []
+    work = deque(pairs)
+    while work:
+        first, second = work.popleft()
+        if type(first) is not Val or type(second) is not Val:
+            continue
+        i, j = first.number, second.number
+        if short.unit[i] in found or short.varies[i] != long.varies[j] or long.unit[j] in images:
+            continue
+        one, other = short.ops[i], long.ops[j]
+        operands = _paired(one.args, other.args) if one.target is other.target else None
+        if operands is None:
+            continue
+        if any_code or (one.location, one.origin.module) == (other.location, other.origin.module):
+            found[short.unit[i]] = long.unit[j]
+            images.add(long.unit[j])
+            work.extend(operands)
+        else:
+            stopped.append((first, second))
+    return stopped
+
+
+def _paired_uses(short: ValuedRun, long: ValuedRun, found: Mapping[Unit, Unit]) -> list[tuple[Val, Val]]:
+    """Return pairs of operations that use the same tensors from before the call, of those that no walk arrived at.
+
+    A walk from the results stops at the first write of a memory, if that is another operation than later ones. What it
+    is made of may be alike again: the k-th use of a parameter then stands for the next use in the longer run.
+    """
+    images = set(found.values())
+    uses: dict[Hashable, tuple[list[int], list[int]]] = {}
+    for at, run in enumerate((short, long)):
+        for unit, i in sorted(run.stands.items(), key=lambda each: each[1]):
+            op = run.ops[i]
+            names = tuple(leaf.name for leaf in leaves(op.args) if type(leaf) is Src and leaf.name not in run.growing)
+            if names and run.dependent[i] and unit not in (found, images)[at]:
+                uses.setdefault((op.target, structure(op.args), names), ([], []))[at].append(i)
+    return [
+        (Val(i), Val(j)) for first, second in uses.values() for i, j in zip(first[::-1], second[::-1], strict=False)
+    ]
+
+
+def _forward(short: ValuedRun, long: ValuedRun, later: dict[Unit, Unit]) -> dict[Unit, Unit]:
+    """Add values that are computed alike from values which stand for each other.
+
+    A walk from the results does not reach what only an initial memory is made of: the first write of a memory may be
+    another operation than the later ones, but projects its operands as they do.
+    """
+
+    def key(run: ValuedRun, i: int, known: Mapping[Unit, Unit] | None) -> Hashable:
+        op, read = run.ops[i], list[Any]()
+        for leaf in leaves(op.args):
+            if type(leaf) is Src:
+                read.append(leaf.name)
+            elif type(leaf) is Val:
+                unit = run.unit[leaf.number]
+                if known is not None and run.dependent[leaf.number]:
+                    if unit not in known:
+                        return None
+                    unit = known[unit]
+                read.append(unit if run.dependent[leaf.number] else None)
+        return op.target, structure(op.args), tuple(read)
+
+    images = set(later.values())
+    by_key: dict[Hashable, list[Unit]] = {}
+    for unit, j in long.stands.items():
+        if long.dependent[j] and unit not in images:
+            by_key.setdefault(key(long, j, None), []).append(unit)
+    found = dict(later)
+    for i in sorted(short.needed):
+        unit, op = short.unit[i], short.ops[i]
+        if unit in found or not short.dependent[i] or not any(type(leaf) is Val for leaf in leaves(op.args)):
+            continue
+        candidates = by_key.get(key(short, i, found))
+        if candidates:
+            found[unit] = candidates.pop(0)
+    return found
+
+
+def _paired(first: tuple[Any, ...], second: tuple[Any, ...]) -> list[tuple[Any, Any]] | None:
+    """Return the pairs of operands of two operations, None if these differ in more than operands and integers."""
+    if len(second) == len(first) + 1:
+        second = second[1:]
+    if len(first) != len(second):
+        return None
+    found: list[tuple[Any, Any]] = []
+    for one, other in zip(first, second, strict=True):
+        if type(one) is tuple and type(other) is tuple:
+            inside = _paired(one, other)
+            if inside is None:
+                return None
+            found += inside
+        elif type(one) in (Val, Src) and type(other) in (Val, Src):
+            found.append((one, other))
+        elif not (type(one) is int and type(other) is int) and (type(one) is not type(other) or one != other):
+            return None
+    return found
+
+
+def _paired_results(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """Return the pairs of results of the same name; numbered ones, of which there is one more, from their end."""
+    alike: dict[Hashable, tuple[list[Any], list[Any]]] = {}
+    for at, results in enumerate((first, second)):
+        for name, value in results.items():
+            kind = tuple("" if part.isdigit() else part for part in _parts(name))
+            alike.setdefault(kind, ([], []))[at].append(value)
+    return [pair for one, other in alike.values() for pair in zip(reversed(one), reversed(other), strict=False)]
+
+
+def _parts(name: str) -> list[str]:
+    """Divide a name into numbers and what lies between."""
+    return ["".join(group) for _, group in itertools.groupby(name, str.isdigit)]

@@ -1,0 +1,230 @@
+"""Orbits: the values that stand for each other in one segment after another, and the segments that they are in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import NamedTuple
+
+from rmtc.ir.program import Src, leaves
+from rmtc.passes.fold.later import find_later
+from rmtc.passes.fold.run import structure
+from rmtc.passes.fold.values import Unit, ValuedRun, integers_of
+
+
+class Home(NamedTuple):
+    """The place where a value is made: its segment, and its kind and number there, see :class:`Name` of unify.py."""
+
+    segment: int
+    kind: str
+    number: int
+
+
+class Orbits:
+    """The orbits of two runs.
+
+    Args:
+        short, long: the runs, whose values are numbered.
+        is_layered: whether a name is that of a parameter of one layer.
+
+    Attributes:
+        last: the last segment of the longer run.
+        later: for values of the shorter run those one segment later in the longer run.
+        earlier: the other way round.
+        carried: values that go from segment to segment without a part in the text, as a counter does.
+        orbits: the orbits, each as its values in the longer run.
+        homes: where each dependent value of the longer run is made.
+    """
+
+    def __init__(self, short: ValuedRun, long: ValuedRun, is_layered: Callable[[str], bool]) -> None:
+        self.short, self.long, self._is_layered = short, long, is_layered
+        self.last = long.size.segments - 1
+        self.later = find_later(short, long)
+        self.earlier = {other: unit for unit, other in reversed(self.later.items())}
+        self.carried = self._find_carried()
+        self.orbits = self._find_orbits()
+        self._of = {unit: (number, k) for number, orbit in enumerate(self.orbits) for k, unit in enumerate(orbit)}
+        self.homes = self._find_homes()
+
+    def _find_carried(self) -> set[Unit]:
+        """Find what goes from segment to segment without a part in the text, as a counter does.
+
+        From here on both runs take it, and what is made of it, for dependent.
+        """
+        long, found = self.long, set[Unit]()
+        for unit, other in self.later.items():
+            if unit == other or unit not in long.stands or long.dependent[long.stands[other]]:
+                continue
+            work, seen = [long.stands[other]], set[int]()
+            while work and other not in found:
+                for i in long.operands(work.pop()):
+                    if i not in seen:
+                        seen.add(i)
+                        work.append(i)
+                        if long.unit[i] == unit:
+                            found |= {unit, other}
+        for run in (self.short, self.long) if found else ():
+            for i in range(len(run.ops)):
+                run.dependent[i] |= run.unit[i] in found or any(run.dependent[j] for j in run.operands(i))
+        return found
+
+    def _find_orbits(self) -> list[list[Unit]]:
+        """Follow the values of the longer run from segment to segment."""
+        long = self.long
+        follows = {
+            unit: other
+            for unit, other in self.later.items()
+            if unit in long.stands
+            and all(long.dependent[long.stands[each]] for each in (unit, other))
+            and self.earlier[other] == unit != other
+        }
+        orbits: list[list[Unit]] = []
+        for start in follows.keys() - set(follows.values()):
+            orbit = [start]
+            while orbit[-1] in follows:
+                orbit.append(follows[orbit[-1]])
+            if orbit[-1] not in self.short.stands:  # else it ends where the first segments do
+                orbits.append(orbit)
+        return sorted(orbits, key=lambda orbit: long.stands[orbit[-1]])
+
+    def _find_homes(self) -> dict[Unit, Home]:
+        """Find where each dependent value of the longer run is made."""
+        late = self._late(self._earliest({}))
+        # Each orbit has one distance from the places in it to segments: that of its last values, or what others need.
+        more = True
+        while more:
+            latest = self._earliest(late)
+            first: dict[int, int] = {}
+            more = False
+            for number, orbit in enumerate(self.orbits):
+                firsts = [latest[unit] - k for k, unit in enumerate(orbit)]
+                first[number] = max(firsts[-2:])
+                if first[number] < max(firsts) <= self.last + 1 - len(orbit):
+                    late[number], more = max(firsts), True
+        found: dict[Unit, Home] = {}
+        for unit, segment in latest.items():
+            number, k = self._of.get(unit, (-1, 0))
+            if number >= 0 and k + first[number] >= max(segment, 0):
+                found[unit] = Home(k + first[number], "orbit", number)
+            elif segment < 0:
+                found[unit] = Home(-1, "before", unit)
+            elif unit in self.short.stands:
+                found[unit] = Home(segment, "first", unit)
+            else:
+                found[unit] = Home(self.last + 1, "after", self.earlier.get(unit, unit))
+        self._draw_in(found)
+        return found
+
+    def _earliest(self, late: Mapping[int, int]) -> dict[Unit, int]:
+        """Return the latest segment whose text has a part in each dependent value; -1 for none.
+
+        Args:
+            late: the segment of the first value of orbits that come later than they could.
+        """
+        long, found = self.long, dict[Unit, int]()
+        for i in sorted(long.needed):
+            unit = long.unit[i]
+            if not long.dependent[i] or unit in found:
+                continue
+            number, k = self._of.get(unit, (-1, 0))
+            found[unit] = max((found[long.unit[j]] for j in long.operands(i) if long.dependent[j]), default=-1)
+            # A part of the text that a first segment alone reads is in no orbit.
+            alone = long.varies[i] and unit in self.short.stands and self.later.get(unit) != unit
+            if unit in self.carried or (found[unit] < 0 and (number >= 0 or alone)):
+                found[unit] = max(found[unit], self._entry(unit))
+            if number in late:
+                found[unit] = max(found[unit], late[number] + k)
+        return found
+
+    def _entry(self, unit: Unit) -> int:
+        """Return the segment of a value that is read of a growing input, as a part of the text.
+
+        A value in no orbit is where one would be that continues an orbit of the same operation evenly to the front.
+        """
+        if unit in self._of:
+            number, k = self._of[unit]
+            return max(0, self.last - (len(self.orbits[number]) - 1 - k))
+        long = self.long
+        op = long.ops[long.stands[unit]]
+        for orbit in self.orbits:
+            one, other = (long.ops[long.stands[each]] for each in orbit[:2])
+            if one.target is op.target and structure(one.args) == structure(op.args):
+                integers = zip(*(integers_of(each.args) for each in (op, one, other)), strict=True)
+                steps = {(b - a) / (c - b) for a, b, c in integers if b != c}
+                if len(steps) == 1 and (step := steps.pop()) == int(step) >= 0:
+                    return max(0, self.last - (len(orbit) - 1) - int(step))
+        return 0
+
+    def _late(self, earliest: Mapping[Unit, int]) -> dict[int, int]:
+        """Return the orbits that the user's code runs with what reads them, in a later segment than they could be.
+
+        Such are views of a memory that are taken when it is read. An operation is in the segment of those run before
+        and after it that can be in one segment alone. Where these are in different ones, it is where others of the same
+        line of the user's code are, such as those of other layers.
+
+        Returns:
+            The segment of the first value of each.
+        """
+        long, slack = self.long, self._slack(earliest)
+        order = [i for i in sorted(long.needed) if long.unit[i] in self._of]
+        sure = [i for i in order if slack[self._of[long.unit[i]][0]] <= 0]
+        lags: dict[Hashable, list[int]] = {}
+        at = 0
+        for i in order:
+            while at < len(sure) and sure[at] < i:
+                at += 1
+            unit, op = long.unit[i], long.ops[i]
+            number, first = self._of[unit][0], earliest[unit]
+            end = first + slack[number]
+            before = earliest[long.unit[sure[at - 1]]] if at else -1
+            behind = earliest[long.unit[sure[at]]] if at < len(sure) else self.last + 1
+            if first < end and (before in (end, behind) or behind == first):
+                lag = 0 if behind == first else min(max(before, first), end) - first
+                for key in (number, (op.target, op.location)):
+                    lags.setdefault(key, []).append(lag)
+        found: dict[int, int] = {}
+        for number, orbit in enumerate(self.orbits):
+            op = long.ops[long.stands[orbit[-1]]]
+            known = lags.get(number) or lags.get((op.target, op.location))
+            if known and slack[number] > 0:
+                lag = min(max(set(known), key=known.count), slack[number])
+                found[number] = earliest[orbit[-1]] - len(orbit) + 1 + lag
+        return found
+
+    def _slack(self, earliest: Mapping[Unit, int]) -> dict[int, int]:
+        """Return how many segments later each orbit can be: in the last one at most, and not behind what reads it."""
+        long = self.long
+        slack = {number: self.last - earliest[orbit[-1]] for number, orbit in enumerate(self.orbits)}
+        edges: dict[tuple[int, int], int] = {}
+        for i in sorted(long.needed):
+            unit = long.unit[i]
+            for read in (long.unit[j] for j in long.operands(i) if unit in self._of):
+                if read in self._of:
+                    edge = (self._of[read][0], self._of[unit][0])
+                    edges[edge] = min(edges.get(edge, self.last), earliest[unit] - earliest[read])
+        changed = True
+        while changed:
+            changed = False
+            for (read, reader), between in edges.items():
+                if slack[read] > slack[reader] + between:
+                    slack[read], changed = slack[reader] + between, True
+        return slack
+
+    def _draw_in(self, homes: dict[Unit, Home]) -> None:
+        """File in the last segment what runs behind it with parameters of a layer, and all it is made of.
+
+        If only the last segment's result is asked for, nothing needs the upper layers of the segments before.
+        """
+        long, wanted = self.long, set[Unit]()
+        behind = [
+            (i, unit)
+            for i in sorted(long.needed)
+            if (unit := long.unit[i]) in homes and homes[unit].kind == "after" and long.stands[unit] == i
+        ]
+        for i, unit in reversed(behind):
+            own = any(type(leaf) is Src and self._is_layered(leaf.name) for leaf in leaves(long.ops[i].args))
+            if own or unit in wanted:
+                wanted |= {unit, *(long.unit[j] for j in long.operands(i))}
+        for _, unit in behind:
+            if unit in wanted and unit in self.earlier:
+                homes[unit] = Home(self.last, "orbit", len(self.orbits))
+                self.orbits.append([unit])

@@ -1,0 +1,131 @@
+"""The values of two runs: which operations compute the same."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+from rmtc.ir.program import Op, Program, Src, Val, leaves
+from rmtc.passes.fold.run import structure
+
+Unit = int
+"""A value, by a number that is the same for equal values of both runs."""
+
+
+class RunSizes(NamedTuple):
+    """The sizes of a run: number of segments, batch size, length of the last segment, and of all."""
+
+    segments: int
+    batch: int
+    tail: int
+    positions: int
+
+
+class ValuedRun:
+    """A run, with what is known of its operations.
+
+    Attributes:
+        dependent: whether an operation has a part in which a growing input is named.
+        varies: whether its value depends on that of a growing input.
+        unit: its value.
+        stands: an operation that makes each value.
+    """
+
+    def __init__(
+        self, program: Program, segments: int, batch: int, tail: int, segment_length: int, growing: frozenset[str]
+    ) -> None:
+        self.program, self.ops = program, program.ops
+        self.size = RunSizes(segments, batch, tail, (segments - 1) * segment_length + tail)
+        self.growing = growing
+        self.dependent: list[bool] = []
+        self.varies: list[bool] = []
+        self.depth: list[int] = []
+        for op in self.ops:
+            grown = [type(leaf) is Src and leaf.name in growing for leaf in leaves(op.args)]
+            read = [leaf.number for leaf in leaves(op.args) if type(leaf) is Val]
+            self.dependent.append(any(grown) or any(self.dependent[i] for i in read))
+            self.varies.append(not _creates(op) and (any(grown) or any(self.varies[i] for i in read)))
+            self.depth.append(1 + max((self.depth[i] for i in read), default=0))
+        self.needed = program.needed()
+        self.unit: list[Unit] = []
+        self.stands: dict[Unit, int] = {}
+
+    def operands(self, i: int) -> list[int]:
+        """Return the operations whose results an operation reads."""
+        return [leaf.number for leaf in leaves(self.ops[i].args) if type(leaf) is Val]
+
+
+def _creates(op: Op) -> bool:
+    """Tell whether an operation makes a tensor that has no more of its operand than its form."""
+    return op.label.partition(".")[0].endswith("_like") or op.label.startswith("new_")
+
+
+def integers_of(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """Return the integers in nested arguments, in order."""
+    return tuple(leaf for leaf in leaves(args) if type(leaf) is int)
+
+
+def number_values(short: ValuedRun, long: ValuedRun) -> None:
+    """Number the values of two runs: equal numbers for equal values, also across the runs.
+
+    Operations on equal values with equal integers make equal values. Integers of the two runs are also equal if they
+    are the same multiple of a size.
+    """
+    classes: list[list[int]] = [[0] * len(run.ops) for run in (short, long)]
+    fresh = itertools.count()
+    levels: dict[int, list[tuple[int, int]]] = {}
+    for at, run in enumerate((short, long)):
+        for i in sorted(run.needed):
+            levels.setdefault(run.depth[i], []).append((at, i))
+    for depth in sorted(levels):
+        level: dict[Hashable, tuple[dict[Any, list[int]], dict[Any, list[int]]]] = {}
+        for at, i in levels[depth]:
+            op = (short, long)[at].ops[i]
+            read = tuple(
+                classes[at][leaf.number] if type(leaf) is Val else leaf.name
+                for leaf in leaves(op.args)
+                if type(leaf) in (Val, Src)
+            )
+            groups = level.setdefault((op.target, structure(op.args), read), ({}, {}))
+            groups[at].setdefault(integers_of(op.args), []).append(i)
+        for first, second in level.values():
+            pairs = {integers: integers for integers in first if integers in second}
+            taken = set(pairs.values())
+            for integers in first:
+                if integers not in pairs:
+                    for other in second:
+                        if other not in taken and _same_sizes(integers, other, short.size, long.size):
+                            pairs[integers] = other
+                            taken.add(other)
+                            break
+            for integers, members in first.items():
+                number = next(fresh)
+                for i in members:
+                    classes[0][i] = number
+                for i in second.get(pairs.get(integers, ()), ()) if integers in pairs else ():
+                    classes[1][i] = number
+            for integers, members in second.items():
+                if integers not in taken:
+                    number = next(fresh)
+                    for i in members:
+                        classes[1][i] = number
+    for at, run in enumerate((short, long)):
+        run.unit = classes[at]
+        for i in sorted(run.needed):
+            run.stands.setdefault(run.unit[i], i)
+
+
+def _same_sizes(first: tuple[int, ...], second: tuple[int, ...], one: RunSizes, other: RunSizes) -> bool:
+    """Tell whether the integers of two operations are the same multiples, or as far from the same size."""
+    scales = [
+        (one.batch, other.batch),
+        (one.positions, other.positions),
+        (one.segments, other.segments),
+        (one.batch * one.positions, other.batch * other.positions),
+        (one.batch * one.segments, other.batch * other.segments),
+    ]
+    return all(
+        a == b or any(a * y == b * x for x, y in scales) or any(b - a == y - x for x, y in scales[1:3])
+        for a, b in zip(first, second, strict=True)
+    )

@@ -1,0 +1,222 @@
+"""What a loop computes decides how it is recognised, not how it is written: one model in many spellings."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import SEGMENT, WIDTH, Twins, text
+from held import some
+from torch import Tensor, nn
+
+from rmtc.analysis import recognised
+from rmtc.compiler import compiled_of
+from rmtc.ir.formula import L, S
+
+LAYERS, TOKENS, KEY = 3, 2, 4
+LOWER, OWN = (0, 1), (1, 0)
+
+
+class Spelling(NamedTuple):
+    """How the model is written.
+
+    Attributes:
+        product: ``einsum`` or ``matmul``.
+        result: ``tensor`` or ``tuple``: what a layer returns.
+        cut: ``slice`` or ``split``: how the text is cut.
+        write: ``rebound`` or ``in place``: how a memory is written.
+        outside: the outer loop, over ``segments`` or ``layers``.
+        memory: where memories are: an ``attribute``, a ``buffer``, a ``list`` or a ``dict``.
+    """
+
+    product: str = "matmul"
+    result: str = "tensor"
+    cut: str = "slice"
+    write: str = "rebound"
+    outside: str = "segments"
+    memory: str = "attribute"
+
+
+SPELLINGS = [
+    Spelling(),
+    Spelling(product="einsum", memory="list"),
+    Spelling(result="tuple", memory="dict"),
+    Spelling(cut="split", memory="buffer"),
+    Spelling(write="in place"),
+    Spelling(outside="layers"),
+    Spelling("einsum", "tuple", "split", "in place", "segments", "buffer"),
+    Spelling("einsum", "tuple", "split", "rebound", "layers", "list"),
+]
+
+
+class Layer(nn.Module):
+    """A layer with an associative memory: matrix A (B, K, D) and normaliser z (B, K), by the delta rule."""
+
+    def __init__(self, spelling: Spelling) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.query, self.key = (nn.Linear(WIDTH, KEY, bias=False) for _ in range(2))
+        self.value, self.inner, self.outer = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.gate = nn.Linear(WIDTH, 1)
+        self.states: Any = {} if spelling.memory == "dict" else [None, None]
+        if spelling.memory == "buffer":
+            self.register_buffer("A", torch.zeros(1, 2 * KEY, WIDTH))
+            self.register_buffer("z", torch.zeros(1, 2 * KEY))
+
+    def phi(self, x: Tensor) -> Tensor:
+        both = torch.cat([x.relu(), (-x).relu()], -1)
+        return both * both.roll(1, -1)
+
+    def recall(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        A, z = self.memory
+        if self.spelling.product == "einsum":
+            return torch.einsum("btk,bkd->btd", keys, A), torch.einsum("btk,bk->bt", keys, z)[..., None] + 1e-5
+        return keys @ A, keys @ z[..., None] + 1e-5
+
+    @property
+    def memory(self) -> tuple[Tensor, Tensor]:
+        if self.spelling.memory in ("attribute", "buffer"):
+            return self.A, self.z
+        return self.states["A" if self.spelling.memory == "dict" else 0], self.states[
+            "z" if self.spelling.memory == "dict" else 1
+        ]
+
+    def leave(self, A: Tensor, z: Tensor) -> None:
+        """Keep what a segment adds to the memory, or begins it with."""
+        if not self.first:
+            old, sums = self.memory
+            if self.spelling.write == "in place":
+                old.add_(A)
+                sums.add_(z)
+                return
+            A, z = old + A, sums + z
+        if self.spelling.memory in ("attribute", "buffer"):
+            self.A, self.z = A, z
+        elif self.spelling.memory == "dict":
+            self.states.update(A=A, z=z)
+        else:
+            self.states[:] = [A, z]
+
+    def forward(self, hidden: Tensor, first: bool) -> Any:
+        self.first = first
+        if not first:
+            above, below = self.recall(self.phi(self.query(hidden)))
+            hidden = hidden + above / below
+        hidden = hidden + self.outer(torch.tanh(self.inner(hidden)))
+        tokens = hidden[:, -TOKENS:]
+        keys, values, factor = self.phi(self.key(tokens)), self.value(tokens), 1.0
+        if not first:
+            above, below = self.recall(keys)
+            values = values - above / below
+            factor = (1 - below / (keys.square().sum(-1, keepdim=True) + 1e-5)).clip(0, 1).detach()  # type: ignore[assignment]
+        values = torch.sigmoid(self.gate(tokens)) * values
+        added = (
+            torch.einsum("btk,btd->bkd", keys, values)
+            if self.spelling.product == "einsum"
+            else keys.transpose(1, 2) @ values
+        )
+        self.leave(added, (factor * keys).sum(1))
+        return (hidden,) if self.spelling.result == "tuple" else hidden
+
+
+class Model(nn.Module):
+    """Segments with memory tokens at their end; its memories are forgotten when a text begins."""
+
+    def __init__(self, spelling: Spelling) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.tokens = nn.Parameter(torch.randn(TOKENS, WIDTH))
+        self.layers = nn.ModuleList(Layer(spelling) for _ in range(LAYERS))
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def apply_layer(self, layer: nn.Module, hidden: Tensor, first: bool) -> Tensor:
+        found = layer(hidden, first)
+        return found[0] if self.spelling.result == "tuple" else found  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        cut = x.split(SEGMENT, 1)
+        if self.spelling.cut == "slice":
+            cut = [x[:, at : at + SEGMENT] for at in range(0, x.shape[1], SEGMENT)]
+        pieces = [torch.cat([piece, self.tokens.expand(x.shape[0], -1, -1)], 1) for piece in cut]
+        if self.spelling.outside == "segments":
+            for number, piece in enumerate(pieces):
+                for layer in self.layers:
+                    piece = self.apply_layer(layer, piece, number == 0)
+                pieces[number] = piece
+        else:
+            for layer in self.layers:
+                pieces = [self.apply_layer(layer, piece, number == 0) for number, piece in enumerate(pieces)]
+        return torch.cat([self.head(piece[:, :-TOKENS]) for piece in pieces], 1)
+
+
+@pytest.mark.parametrize("spelling", some(SPELLINGS, {SPELLINGS[0], SPELLINGS[5]}), ids=lambda each: " ".join(each))
+def test_a_layer_in_many_spellings_has_one_schedule(spelling: Spelling) -> None:
+    """The classes of cells, the distances and the makespan are the same, and so are the results."""
+    twins = Twins(lambda: Model(spelling), schedule="shortest")
+    for segments, batch, tail in (6, 2, SEGMENT), (9, 1, SEGMENT):
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments, layers=LAYERS)
+    assert twins.distances == {LOWER, OWN}
+    compiled = compiled_of(twins.fast)
+    assert compiled is not None and (proven := compiled.variants[0].analysis.proven) is not None
+    assert proven.schedule is not None and proven.schedule.makespan == S + L - 1
+    assert proven.schedule.classes == (("C1",) * LAYERS, *[("C0",) * LAYERS] * 2)
+
+
+class Inside(nn.Module):
+    """A layer that reads a whole text, segment by segment: memory tokens, positions and mask are each segment's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.associative = Layer(Spelling())
+        self.query, self.keys, self.values = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+
+    def attend(self, x: Tensor, mask: Tensor, place: Tensor) -> Tensor:
+        query, keys = self.query(x) + place, self.keys(x) + place
+        return x + F.scaled_dot_product_attention(query[:, None], keys[:, None], self.values(x)[:, None], mask)[:, 0]
+
+    def forward(self, hidden: Tensor, seen: Tensor, positions: Tensor, table: Tensor, tokens: Tensor) -> Tensor:
+        outputs = []
+        for begin in range(0, hidden.shape[1], SEGMENT):
+            piece = hidden[:, begin : begin + SEGMENT]
+            length = piece.shape[1]
+            total = length + TOKENS
+            place = positions[:, begin : begin + SEGMENT]
+            place = torch.cat([place, place[:, -1:] + torch.arange(1, TOKENS + 1)[None]], 1)
+            causal = torch.ones(total, length, dtype=hidden.dtype).tril()
+            mask = torch.ones(hidden.shape[0], 1, total, total, dtype=hidden.dtype)
+            mask[:, :, :, :length] = seen[:, begin : begin + SEGMENT].to(hidden.dtype)[:, None, None] * causal
+            mask[:, :, :length, length:] = 0
+            mask = (1 - mask) * torch.finfo(hidden.dtype).min
+            piece = torch.cat([piece, tokens.expand(hidden.shape[0], -1, -1)], 1)
+            piece = self.associative(self.attend(piece, mask, F.embedding(place, table)), begin == 0)
+            outputs.append(piece[:, :length])
+        return torch.cat(outputs, 1)
+
+
+class InnerLoop(nn.Module):
+    """Whole texts from layer to layer, as in the inner-loop form of published associative models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Inside() for _ in range(LAYERS))
+        self.tokens = nn.Parameter(torch.randn(TOKENS, WIDTH))
+        self.register_buffer("table", torch.randn(200, WIDTH))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen, positions = torch.ones(x.shape[:2]), torch.arange(x.shape[1])[None]
+        for layer in self.layers:
+            x = layer(x, seen, positions, self.table, self.tokens)
+        return self.head(self.norm(x))  # type: ignore[no-any-return]
+
+
+def test_all_segments_inside_each_layer() -> None:
+    before = recognised["order"]
+    twins = Twins(InnerLoop, schedule="shortest")
+    for segments, batch, tail in (6, 2, SEGMENT), (9, 1, 2):
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments, layers=LAYERS)
+    assert twins.distances == {LOWER, OWN} and recognised["order"] == before

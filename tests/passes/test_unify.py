@@ -1,0 +1,163 @@
+"""Segments by what their operations compute: programs as text in, loops as text out."""
+
+from __future__ import annotations
+
+from textwrap import dedent
+
+import pytest
+
+from rmtc.errors import RefusedError
+from rmtc.ir.program import Program
+from rmtc.passes.pipeline import reroll
+
+SOURCES = """\
+parameter layers.0.w: float64[4, 4]
+parameter layers.1.w: float64[4, 4]
+parameter head: float64[4, 4]
+input text: float64[{batch}, {length}, 4]
+"""
+
+
+class Text:
+    """A program that is written line by line."""
+
+    def __init__(self, segments: int, batch: int, tail: int) -> None:
+        self.length = 4 * (segments - 1) + tail
+        self.lines = [SOURCES.format(batch=batch, length=self.length)]
+        self.count = 0
+
+    def add(self, call: str) -> str:
+        """Add an operation, and return its value."""
+        self.lines.append(f"%{self.count} = {call}\n")
+        self.count += 1
+        return f"%{self.count - 1}"
+
+    def piece(self, segment: int) -> str:
+        return self.add(f"slice.Tensor(text, 1, {4 * segment}, {min(4 * segment + 4, self.length)})")
+
+    def program(self, **results: str) -> Program:
+        return Program.parse("".join([*self.lines, *(f"return {name} = {value}\n" for name, value in results.items())]))
+
+
+def folded(write: object) -> str:
+    """The body of the loop that two runs of 3 and 4 segments are folded into."""
+    runs = [(write(Text(*sizes), sizes[0]), *sizes) for sizes in ((3, 2, 4), (4, 5, 2))]  # type: ignore[operator]
+    loop, _ = reroll(runs, frozenset({"text"}), frozenset(), 4)
+    loop.verify()
+    text = str(loop)
+    return text[: text.index("segment 0:")] + text[text.index("segment s >=") :]
+
+
+def recurrent(text: Text, segments: int, inside: bool) -> Program:
+    """Each layer adds what it gave for the segment before; one layer after another, or one segment after another."""
+    zeros = text.add("new_zeros(text, [4])")
+    memories, pieces = [zeros, zeros], [text.piece(s) for s in range(segments)]
+    cells = [(s, layer) for s in range(segments) for layer in (0, 1)]
+    for s, layer in sorted(cells, key=lambda cell: cell[::-1]) if inside else cells:
+        hidden = text.add(f"linear({pieces[s]}, layers.{layer}.w)")
+        memories[layer] = pieces[s] = text.add(f"add.Tensor({hidden}, {memories[layer]})")
+    return text.program(output=text.add(f"cat([{', '.join(pieces)}], 1)"))
+
+
+def test_the_order_of_segments_and_layers_does_not_matter() -> None:
+    by_segment = folded(lambda text, segments: recurrent(text, segments, False))
+    assert by_segment == dedent("""\
+        before the loop:
+               %0 = new_zeros(text, [4])
+        segment s >= 2:
+           pro %0 = slice.Tensor(text, 1, 4*s, 4*s + T)
+            l0 %1 = linear(%0, layers.0.w)
+            l0 %2 = add.Tensor(%1, s-1.%2)
+            l1 %3 = linear(%2, layers.1.w)
+            l1 %4 = add.Tensor(%3, s-1.%4)
+        after the loop:
+               %0 = cat([every s: s.%4], 1)
+        return output = after.%0""")
+    assert folded(lambda text, segments: recurrent(text, segments, True)) == by_segment
+
+
+def test_memories_that_are_equal_in_the_first_segment_are_told_apart() -> None:
+    """Both begin as the projected text. Then one adds to itself, and the other takes the sine of what both were."""
+
+    def write(text: Text, segments: int) -> Program:
+        one = other = outputs = ""
+        for s in range(segments):
+            hidden = text.add(f"linear({text.piece(s)}, layers.0.w)")
+            if s:
+                one, other = (
+                    text.add(f"add.Tensor({hidden}, {one})"),
+                    text.add(f"sin({text.add(f'mul.Tensor({one}, {other})')})"),
+                )
+                hidden = text.add(f"add.Tensor({one}, {other})")
+            else:
+                one, other = text.add(f"tanh({hidden})"), text.add(f"tanh({hidden})")
+            outputs += f"{', ' if s else ''}{text.add(f'linear({hidden}, layers.1.w)')}"
+        return text.program(output=text.add(f"cat([{outputs}], 1)"))
+
+    body = folded(write)
+    assert "add.Tensor(%1, s-1." in body and "mul.Tensor(s-1." in body
+
+
+def test_a_counter_goes_from_segment_to_segment() -> None:
+    """It has no part in the text: each segment adds one to it, and it is a result."""
+
+    def write(text: Text, segments: int) -> Program:
+        count = text.add("zeros([1], dtype=float64)")
+        memory = text.add("new_zeros(text, [4])")
+        for s in range(segments):
+            hidden = text.add(f"linear({text.piece(s)}, layers.0.w)")
+            memory = text.add(f"add.Tensor({hidden}, {memory})")
+            memory = text.add(f"mul.Tensor({text.add(f'linear({memory}, layers.1.w)')}, {text.add(f'cos({count})')})")
+            count = text.add(f"add.Tensor({count}, 1)")
+        return text.program(output=memory, steps=count)
+
+    body = folded(write)
+    assert "= add.Tensor(s-1.%" in body and "return steps = s[-1].%" in body
+
+
+def test_what_all_segments_make_alike_is_made_once() -> None:
+    """A mask of the width is the same in each segment, positions are its own."""
+
+    def write(text: Text, segments: int) -> Program:
+        memory = text.add("new_zeros(text, [4])")
+        for s in range(segments):
+            piece = text.piece(s)
+            mask = text.add("arange(4, dtype=float64)")
+            place = text.add(f"arange.start({4 * s + 1}, {4 * s + 5}, dtype=float64)")
+            hidden = text.add(f"linear({text.add(f'mul.Tensor({piece}, {mask})')}, layers.0.w)")
+            hidden = text.add(f"add.Tensor({hidden}, {place})")
+            memory = text.add(f"add.Tensor({text.add(f'linear({hidden}, layers.1.w)')}, {memory})")
+        return text.program(output=memory)
+
+    before, _, body = folded(write).partition("segment s >=")
+    assert "arange(4" in before and "arange(4" not in body
+    assert "arange.start(4*s + 1, 4*s + 5" in body
+
+
+def test_what_has_no_counterpart_in_the_longer_run_is_named() -> None:
+    def write(text: Text, segments: int) -> Program:
+        memory = text.add("new_zeros(text, [4])")
+        for s in range(segments):
+            hidden = text.add(f"linear({text.piece(s)}, layers.0.w)")
+            memory = text.add(f"{'mul' if segments == 3 and s == 2 else 'add'}.Tensor({hidden}, {memory})")
+            memory = text.add(f"linear({memory}, layers.1.w)")
+        return text.program(output=memory)
+
+    with pytest.raises(RefusedError, match=r"mul.Tensor.* is in no segment that repeats"):
+        folded(write)
+
+
+def test_results_that_are_equal_are_tensors_of_their_own() -> None:
+    """Before the loop, and after it: a caller may write to one of them."""
+
+    def write(text: Text, segments: int) -> Program:
+        marks = [text.add("new_zeros(text, [4])") for _ in range(3)]
+        memory = marks[0]
+        for s in range(segments):
+            hidden = text.add(f"linear({text.piece(s)}, layers.0.w)")
+            memory = text.add(f"linear({text.add(f'add.Tensor({hidden}, {memory})')}, layers.1.w)")
+        sums = [text.add(f"sum({memory})") for _ in range(2)]
+        return text.program(output=memory, one=marks[1], other=marks[2], total=sums[0], again=sums[1])
+
+    returned = [line.split(" = ")[1] for line in folded(write).splitlines() if line.startswith("return ")]
+    assert len(returned) == len(set(returned)) == 5
