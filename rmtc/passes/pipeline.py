@@ -94,7 +94,7 @@ def reroll(
     lists: frozenset[str],
     segment_length: int,
     hint: str | None = None,
-    by_order: bool = False,
+    by_order: bool = True,
 ) -> tuple[SegmentLoop, Family | None]:
     """Reroll two runs into a loop with cells, classes and dependences.
 
@@ -109,6 +109,7 @@ def reroll(
     Raises:
         CaptureError: if no segments or layers can be told apart.
         RefusedError: if the segments do not repeat.
+        VerifyError: if later segments read what first ones do not make.
     """
     found = [uses(program, growing) for program, *_ in runs]
     anchors = find_anchors(found[0], found[1], (runs[0][1], runs[1][1]))

@@ -489,16 +489,19 @@ def test_a_program_with_one_thing_changed_is_rejected(case: Case, seed: int) -> 
     assert rejected > 75 and equal < 25
 
 
-def reading_late_copies(program: Program, at: Sequence[Place]) -> Iterator[tuple[Mutant, list[Place]]]:
-    """Every fifth program with one operand replaced by a copy of it that is made last of all, and its places."""
-    twin = Val(len(program.ops))
-    places_of = [(n, k, leaf) for n in sorted(needed(program)) for k, leaf in enumerate(leaves(program.ops[n].args))]
-    for number, position, leaf in [each for each in places_of if type(each[2]) is Val][::5]:
+def redirected(program: Program) -> Iterator[Mutant]:
+    """Every program with one operand replaced by another operation's equal result."""
+    (numbers,) = term_numbers([program])
+    twins: dict[int, list[int]] = {}
+    for number, term in enumerate(numbers):
+        twins.setdefault(term, []).append(number)
+    for number in sorted(needed(program)):
         op = program.ops[number]
-        changed = dataclasses.replace(op, args=with_leaf(op.args, position, twin))
-        ops = [*with_op(program, number, changed).ops, program.ops[leaf.number]]
-        mutant = dataclasses.replace(program, ops=ops)
-        yield Mutant(mutant, f"%{number} reads {twin}, not {leaf}"), [*at, max(at)]
+        for at, leaf in enumerate(leaves(op.args)):
+            for twin in twins[numbers[leaf.number]] if type(leaf) is Val else ():
+                if twin != leaf.number:
+                    changed = dataclasses.replace(op, args=with_leaf(op.args, at, Val(twin)))
+                    yield Mutant(with_op(program, number, changed), f"%{number} reads %{twin}, not {leaf}")
 
 
 @pytest.mark.parametrize("name", LAYER_KINDS)
@@ -506,9 +509,9 @@ def test_an_equal_value_that_is_made_too_late_is_rejected(name: str) -> None:
     case = case_of(name)
     trace = case.trace(4)
     claimed, at = case.claim(4)
-    late = [each for each in reading_late_copies(claimed, at) if not runs_in_order(each[0].program, each[1])]
-    assert late and all(same_results(trace, mutant.program) for mutant, _ in late)
-    assert [mutant.what for mutant, own in late if accepts(case, trace, mutant.program, own)] == []
+    late = [mutant for mutant in redirected(claimed) if not runs_in_order(mutant.program, at)]
+    assert late and all(same_results(trace, mutant.program) for mutant in late)
+    assert [mutant.what for mutant in late if accepts(case, trace, mutant.program, at)] == []
 
 
 @pytest.mark.parametrize(
