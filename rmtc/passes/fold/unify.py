@@ -1,4 +1,4 @@
-"""Pass unify: the segments of two runs, found by what their operations compute."""
+"""Pass find-segments, where the order of operations shows no loop: segments by what operations compute."""
 
 from __future__ import annotations
 

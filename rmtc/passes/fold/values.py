@@ -92,18 +92,17 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
         for first, second in level.values():
             pairs = {integers: integers for integers in first if integers in second}
             taken = set(pairs.values())
-            for integers in first:
-                if integers not in pairs:
-                    for other in second:
-                        if other not in taken and _same_sizes(integers, other, short.size, long.size):
-                            pairs[integers] = other
-                            taken.add(other)
-                            break
+            for integers in [each for each in first if each not in pairs]:
+                others = (each for each in second if each not in taken)
+                other = next((each for each in others if _same_sizes(integers, each, short.size, long.size)), None)
+                if other is not None:
+                    pairs[integers] = other
+                    taken.add(other)
             for integers, members in first.items():
                 number = next(fresh)
                 for i in members:
                     classes[0][i] = number
-                for i in second.get(pairs.get(integers, ()), ()) if integers in pairs else ():
+                for i in second[pairs[integers]] if integers in pairs else ():
                     classes[1][i] = number
             for integers, members in second.items():
                 if integers not in taken:
