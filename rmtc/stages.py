@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +54,57 @@ def _told(name: str, listeners: Sequence[Listener]) -> Iterator[None]:
     finally:
         for listener in listeners:
             listener(None)
+
+
+class Times:
+    """The stages of an answer: the seconds of those that are done, and those that run.
+
+    A stage that runs inside another one stops the other's clock. A stage that comes again adds to its seconds.
+
+    Attributes:
+        seconds: by stage, in the order in which they began.
+        running: the stages that run, the innermost last.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self.running = dict[str, float](), list[str]()
+        self._since = time.perf_counter()
+
+    def __call__(self, name: str | None) -> None:
+        """Note that a stage begins, or for None that the one that began last ends."""
+        now = time.perf_counter()
+        if self.running:
+            self.seconds[self.running[-1]] += now - self._since
+        self._since = now
+        if name is None:
+            self.running.pop()
+        else:
+            self.running.append(name)
+            self.seconds.setdefault(name, 0.0)
+
+
+@contextmanager
+def reported(title: str, logger: logging.Logger) -> Iterator[None]:
+    """Log one line where a first call begins and one where it ends, both at INFO, and its stages at DEBUG.
+
+    Args:
+        title: what is called.
+        logger: takes the lines.
+    """
+    times, start, mine = Times(), time.perf_counter(), threading.get_ident()
+
+    def note(name: str | None) -> None:
+        if threading.get_ident() == mine:
+            times(name)
+
+    logger.info("%s: the first call of its kind begins; calls like it run at once later", title)
+    try:
+        with listening(note):
+            yield
+    finally:
+        parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.seconds.items())
+        logger.debug("%s: stages of the first call of its kind: %s", title, parts or "none")
+        logger.info("%s: the first call of its kind took %.1f s", title, time.perf_counter() - start)
 
 
 @contextmanager

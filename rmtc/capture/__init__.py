@@ -30,7 +30,7 @@ from rmtc.passes.registry import ran
 from rmtc.quiet import uncollected
 from rmtc.restoring import outermost
 
-__all__ = ["Capture", "Captured", "Reading", "open_capture"]
+__all__ = ["Capture", "Captured", "Reading", "capture_of", "open_capture"]
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,6 @@ class Capture:
         ran(name, graph, lambda _: f"# {sizes.segments} segments, batch {sizes.batch}, last {sizes.tail}\n{graph}\n")
 
 
-@outermost
-@undisturbed()
-@uncollected()
 def open_capture(
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -178,8 +175,23 @@ def open_capture(
     Args:
         function: a module or function.
         args, kwargs: the call's arguments.
+        segment_length, own_hooks: see :func:`capture_of` and :class:`rmtc.capture.session.Session`.
+
+    Raises:
+        CaptureError, RefusedError: as :func:`capture_of`.
+    """
+    return capture_of(Session(function, args, kwargs, own_hooks), segment_length)
+
+
+@outermost
+@undisturbed()
+@uncollected()
+def capture_of(session: Session, segment_length: int | None = None) -> Capture:
+    """Find what grows in a session's call, and make it ready to be traced.
+
+    Args:
+        session: the call. Nothing of it has run.
         segment_length: the user's hint, in positions.
-        own_hooks: see :class:`rmtc.capture.session.Session`.
 
     Raises:
         CaptureError: if no loop over segments is found.
@@ -187,13 +199,12 @@ def open_capture(
             Also if the code reads what no guard can see.
     """
     start = time.perf_counter()
-    session = Session(function, args, kwargs, own_hooks)
     before = imported(session.code.functions)
     alike = _alike(session)
     plan = probe(session, alike, segment_length)
     # The code imported modules when it ran: probe again, now that what they hold can be seen.
     while imported(session.code.functions) != before:
-        session = Session(function, args, kwargs, own_hooks)
+        session = session.again()
         before = imported(session.code.functions)
         alike = _alike(session)
         plan = probe(session, alike, segment_length)

@@ -73,7 +73,7 @@ class Session:
     ) -> None:
         while isinstance(function, functools.partial):
             args, kwargs, function = (*function.args, *args), {**function.keywords, **kwargs}, function.func
-        self.function = function
+        self.function, self._own_hooks = function, own_hooks
         call = function.forward if isinstance(function, nn.Module) else function
         self.arguments = Arguments(tuple(args), dict(kwargs), argument_names(call, len(args)))
         self.name = (
@@ -114,6 +114,10 @@ class Session:
         self.drawn = False  # whether the code drew random numbers in Python
         self.ran: set[CodeType] | None = None  # the code that calls ran, if it has to be known
         self.writes = False  # whether the code was seen to write to a tensor
+
+    def again(self) -> Session:
+        """Open the same call anew, as everything is now."""
+        return Session(self.function, self.arguments.args, self.arguments.kwargs, self._own_hooks)
 
     def _lift(self, slots: list[Slot]) -> list[Lifted]:
         buffers = {id(slot.value._buffers) for slot in slots if isinstance(slot.value, nn.Module)}

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from rmtc.errors import RmtcError, VerifyError
-from rmtc.stages import listening
+from rmtc.stages import Times, listening
 
 FAILED = 1
 """Refused under ``--strict``, or a check of rmtc's own result failed."""
@@ -66,32 +65,16 @@ def one_line(error: RmtcError) -> str:
     return " ".join(f"{error.title}{where}: {error.reason}{remedy}".split())
 
 
-class Stages:
-    """The stages of an answer: the seconds of those that are done, and the one that runs.
-
-    A stage that runs inside another one stops the other's clock. A stage that comes again adds to its seconds.
-    """
+class Stages(Times):
+    """The stages of an answer in words: seconds of those that are done, and the one that runs."""
 
     def __init__(self, message: str) -> None:
-        self.message, self.seconds = message, dict[str, float]()
-        self._open: list[str] = []
-        self._since = time.perf_counter()
-
-    def __call__(self, name: str | None) -> None:
-        """Note that a stage begins, or for None that the one that began last ends."""
-        now = time.perf_counter()
-        if self._open:
-            self.seconds[self._open[-1]] += now - self._since
-        self._since = now
-        if name is None:
-            self._open.pop()
-        else:
-            self._open.append(name)
-            self.seconds.setdefault(name, 0.0)
+        super().__init__()
+        self.message = message
 
     def __str__(self) -> str:
-        done = [f"{name} {spent:.1f} s" for name, spent in self.seconds.items() if name not in self._open]
-        return ", ".join([self.message, *done, *(f"{name} ..." for name in self._open[-1:])])
+        done = [f"{name} {spent:.1f} s" for name, spent in self.seconds.items() if name not in self.running]
+        return ", ".join([self.message, *done, *(f"{name} ..." for name in self.running[-1:])])
 
 
 @contextlib.contextmanager

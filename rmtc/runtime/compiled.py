@@ -22,7 +22,7 @@ from torch import nn
 
 from rmtc import heuristics
 from rmtc.analysis import Analysis, prove_analysis
-from rmtc.capture import open_capture
+from rmtc.capture import capture_of
 from rmtc.capture.arguments import Arguments, argument_names
 from rmtc.capture.guards import ArgumentGuard, alike
 from rmtc.capture.own_modes import modes, own_modes
@@ -31,13 +31,14 @@ from rmtc.capture.session import Session
 from rmtc.capture.state_guard import StateGuard
 from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError, brief, raised_by_signal, user_level
 from rmtc.lock import LOCK
+from rmtc.quiet import uncollected
 from rmtc.restoring import outermost, restored
 from rmtc.runtime.backends import Backend, auto
 from rmtc.runtime.hooks import call_with_hooks, global_hooks, hook_tables, hooked
 from rmtc.runtime.stats import LastRun, Stats
 from rmtc.runtime.variant import ConflictError, Pick, Ready, Variant
 from rmtc.runtime.weights import refuse_elsewhere
-from rmtc.stages import stage, substage
+from rmtc.stages import reported, stage, substage
 
 logger = logging.getLogger(__name__)
 
@@ -293,13 +294,19 @@ class Compiled:
         with self._counts:
             self._starts += 1
         try:
-            with own_modes(self._inner):
-                return self._decided(args, kwargs, before)
+            with own_modes(self._inner), contextlib.ExitStack() as first:
+                return self._decided(args, kwargs, before, first)
         finally:
             with self._counts:
                 self._ends += 1
 
-    def _decided(self, args: tuple[Any, ...], kwargs: dict[str, Any], before: Callable[..., Any]) -> Any:
+    def _decided(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        before: Callable[..., Any],
+        first: contextlib.ExitStack,
+    ) -> Any:
         inside = id(self) in _thread.active  # a call inside a call: the one around it holds the model
         captured, rounds = False, 0
         broken: _Eager | None = None
@@ -308,7 +315,8 @@ class Compiled:
                 start = time.perf_counter()  # what a capture takes is no guard's time
                 try:
                     arguments = self._arguments(args, kwargs)
-                    decision = broken or self._decide(arguments)
+                    with uncollected() if captured else contextlib.nullcontext():
+                        decision = broken or self._decide(arguments)
                 except Exception as error:
                     if raised_by_signal(error):
                         raise
@@ -318,6 +326,9 @@ class Compiled:
                     decision = _Eager("a capture of this very call is not its own", detail=why)
                 if isinstance(decision, _Run):
                     try:
+                        if captured:
+                            with uncollected(), stage("first run"):
+                                return self._run(decision, time.perf_counter() - start)
                         return self._run(decision, time.perf_counter() - start)
                     except BaseException as error:
                         if not isinstance(error, Exception) or raised_by_signal(error):
@@ -337,7 +348,9 @@ class Compiled:
                     decision = _Eager(quiet=_CHANGED)
                 if isinstance(decision, _Eager):
                     return self._run_eager(decision, before, args, kwargs)
-            captured = captured or isinstance(decision, _Capture)
+            if isinstance(decision, _Capture):
+                captured = True
+                first.enter_context(reported(self._title, logger))
             rounds += 1
             with LOCK.alone() as alone:
                 if not alone:
@@ -710,6 +723,7 @@ class Compiled:
         kind = type(self.function).__name__
         return kind if isinstance(self.function, nn.Module) else getattr(self.function, "__qualname__", kind)
 
+    @uncollected()
     def _work(self, decision: _Admit | _Capture, arguments: Arguments) -> _Eager | None:
         """Capture or admit a call, or remember why not.
 
@@ -760,9 +774,9 @@ class Compiled:
         counts = known.tries, self._captures, self.stats.captures, self.stats.recompiles
         known.tries += 1
         try:
-            with contextlib.suppress(RmtcError):  # a session that cannot be opened: so it will be
-                known.state = StateGuard(self._session(arguments), ())
-            variant = self._captured(decision, arguments, known)
+            session = self._session(arguments)
+            known.state = StateGuard(session, ())
+            variant = self._captured(decision, arguments, known, session)
         except RmtcError as error:
             known.refusal = _lean(error)
             logger.info("not scheduled: %s", error.reason)
@@ -781,16 +795,14 @@ class Compiled:
             self._watch()
         return None
 
-    def _captured(self, decision: _Capture, arguments: Arguments, known: _Known) -> Variant | None:
+    def _captured(self, decision: _Capture, arguments: Arguments, known: _Known, session: Session) -> Variant | None:
         """A capture of a call; None if it is of one segment, or watched.
 
         It may be that of whole segments: why it is not the call's is kept in ``known`` then.
         """
-        session = self._session(arguments)
         refuse_elsewhere(session)
-        given = self._inner, arguments.args, arguments.kwargs
         with stage("probe"):
-            analysis = Analysis(open_capture(*given, self.options.segment_length, own_hooks=False))
+            analysis = Analysis(capture_of(session, self.options.segment_length))
         analysis.capture.reorder_random = self.options.reorder_random
         plan, session = analysis.capture.plan, analysis.capture.session
         self._watch(session.all_modules())
@@ -825,11 +837,13 @@ class Compiled:
     def _variant(self, analysis: Analysis) -> Variant:
         """What runs an analysed call, its weights in their stacks."""
         options = self.options
-        variant = Variant.make(analysis, options.backend, options.schedule, options.max_group, options.repack_weights)
-        variant.number = self.stats.captures
-        values = {name: slot.value for name, slot in variant._slots.items()}
-        if not variant.weights.in_place(values):
-            variant.weights.move(values)
+        given = options.backend, options.schedule, options.max_group, options.repack_weights
+        with stage("make"):
+            variant = Variant.make(analysis, *given)
+            variant.number = self.stats.captures
+            values = {name: slot.value for name, slot in variant._slots.items()}
+            if not variant.weights.in_place(values):
+                variant.weights.move(values)
         return variant
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from typing import Any
 
@@ -19,7 +20,7 @@ from rmtc.stages import listening, stage, substage
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [10.0]
-    monkeypatch.setattr("rmtc.cli.output.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("rmtc.stages.time.perf_counter", lambda: now[0])
     return now
 
 
@@ -97,3 +98,19 @@ def test_stages_are_shown_on_a_terminal_only(
     text = written.getvalue()
     assert ("rmtc: explain [model], capture 0.0 s, prove" in text) == terminal
     assert "later" not in text and (terminal or not text)
+
+
+def test_a_first_call_is_said_at_its_begin_and_end_and_its_stages_at_debug(caplog: pytest.LogCaptureFixture) -> None:
+    model, args = armt_llama.build(layers=2, width=16, heads=2, segment=4, memory=2, segments=4)
+    fast = rmtc.compile(model, schedule="shortest", strict=True)
+    with caplog.at_level(logging.DEBUG, "rmtc"), torch.no_grad():
+        fast(*args)
+        said = [(each.levelno, each.message) for each in caplog.records if "first call of its kind" in each.message]
+        caplog.clear()
+        fast(*args)
+        assert not any("first call" in each.message for each in caplog.records)
+    assert rmtc.stats(fast).runs == 2
+    assert [level for level, _ in said] == [logging.INFO, logging.DEBUG, logging.INFO]
+    (_, begins), (_, stages), (_, ends) = said
+    assert begins.startswith(f"{type(model).__name__}: ") and "begins" in begins and " took " in ends
+    assert all(f"{name} " in stages for name in ("probe", "capture", "reroll", "check", "replay", "make", "first run"))
