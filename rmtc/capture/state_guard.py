@@ -32,7 +32,8 @@ _OTHER_KEYS = "an attribute or item was added or removed"
 _OTHER_ORDER = "attributes or items are in another order"
 _KeysView: Any = type({}.keys())
 _TABLE_OF = operator.attrgetter("__dict__")
-_OF_CLASSES = frozenset(vars(type("", (), {}))) | {"__abstractmethods__", "_abc_impl"}
+_PICKLED = "__slotnames__"  # where Python keeps in a class what it found when it copied or pickled an object
+_OF_CLASSES = frozenset(vars(type("", (), {}))) | {"__abstractmethods__", "_abc_impl", _PICKLED}
 
 
 def _getter(slot: Slot) -> tuple[Callable[[Any, Any], Any], Any, Any]:
@@ -61,6 +62,16 @@ def _held(slot: Slot) -> Any:
 
 
 _Absent: TypeAlias = tuple[dict[str, Any], Set[str]]  # a namespace, and names that are not in it
+
+
+class _ClassNames(Sized):
+    """The names in a class, without the one that Python adds when it copies or pickles an object."""
+
+    def __init__(self, kind: type) -> None:
+        self.table = vars(kind)
+
+    def __len__(self) -> int:
+        return len(self.table) - (_PICKLED in self.table)
 
 
 class _Sized(NamedTuple):
@@ -153,6 +164,22 @@ class _Places:
             return False
         return same and table.keys().isdisjoint(self._absent_by.get(id(table), ()))
 
+    def _other_keys(self) -> str:
+        """Name the first attribute or item that was added or removed, as far as it has a name."""
+        other = next((each for each in self._sized_by.values() if len(each.owner) != each.size), None)
+        if other is None or other.keys is None:
+            return _OTHER_KEYS
+        known = next((slot for slot in self.slots if slot.owner is other.owner), None)
+        around = "" if known is None else known.name.removesuffix(str(known.key)).rstrip(".")
+        names = (
+            [key for key in other.owner if key not in other.keys],
+            [key for key in other.keys if key not in other.owner],
+        )
+        for keys, what in zip(names, ("added", "removed"), strict=True):
+            if keys:
+                return f"{around + '.' if around else 'attribute or item '}{keys[0]} was {what}"
+        return _OTHER_KEYS
+
     def differs(self, copies: dict[int, Any]) -> str | None:
         """The first place that holds something else than before; None if there is none.
 
@@ -169,7 +196,7 @@ class _Places:
             gone = next((slot.name for slot in self.slots if _held(slot) is MISSING), "an attribute")
             return f"{gone} is gone"
         if list(map(len, self._sized)) != self._sizes:
-            return _OTHER_KEYS
+            return self._other_keys()
         if not all(map(operator.is_, chain.from_iterable(self._ordered), self._keys)):
             keys = [*chain.from_iterable(self._ordered)]
             if not _same_keys(self._keys, keys):
@@ -274,7 +301,7 @@ class StateGuard:
             for owner in {id(owner): owner for owner in session.snapshot.owners()}.values()
             if isinstance(owner, (dict, list, deque)) and id(owner) not in changing and "__builtins__" not in owner
         ]
-        sized += [vars(kind) for kind in code.classes if id(kind) not in changing]
+        sized += [_ClassNames(kind) for kind in code.classes if id(kind) not in changing]
         sized += [vars(each) for each in code.functions if id(vars(each)) not in changing]
         self._sized = [*map(_Sized.of, sized)]
         self._keyed = [
