@@ -26,7 +26,7 @@ from rmtc.passes.schedule.check import Checked
 from rmtc.runtime.backends import nearest
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.measure import cost_model
-from rmtc.runtime.plan import plan_run
+from rmtc.runtime.plan import Plan, plan_run
 from rmtc.stages import substage
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,10 @@ class Works:
         self.loop, self.batch, self._segments, self._program = loop, run.sizes.batch, run.sizes.segments, run.program
         _, keys = loop.unroll(*run.sizes)
         self._ops = {keys[image]: run.program.ops[number] for number, image in checked.counterpart.items()}
+        self._segments_known: dict[int, list[Work]] = {}
+        # By the id of a body or program, which is kept for that.
+        self._bodies_known: dict[int, tuple[Body, list[Work], list[int]]] = {}
+        self._plans: dict[tuple[int, Sizes], tuple[WavefrontProgram, Plan]] = {}
 
     @property
     def _steady(self) -> int:
@@ -69,10 +73,34 @@ class Works:
     def segment(self, segment: int) -> list[Work]:
         """Return the works of a segment's operations, cell after cell."""
         at = min(segment, self._steady)
-        return [_work(self._program, op) for key, op in self._ops.items() if key.segment == at]
+        if at not in self._segments_known:
+            found = [_work(self._program, op) for key, op in self._ops.items() if key.segment == at]
+            self._segments_known[at] = found
+        return self._segments_known[at]
 
     def of(self, body: Body) -> list[Work]:
         """Return the works of a body's operations, for one cell."""
+        return self._known(body)[1]
+
+    def inputs(self, body: Body) -> list[int]:
+        """Return the bytes of each input of a body, for one cell."""
+        return self._known(body)[2]
+
+    def plan(self, program: WavefrontProgram, sizes: Sizes) -> Plan:
+        """Return the plan of a call; that of the last sizes is kept, which several estimates need."""
+        known = self._plans.get((id(program), sizes))
+        if known is None:
+            known = program, plan_run(program, *sizes)
+            self._plans = {(id(program), sizes): known}
+        return known[1]
+
+    def _known(self, body: Body) -> tuple[Body, list[Work], list[int]]:
+        if id(body) not in self._bodies_known:
+            inputs = [max((self._bytes_of(*each) for each in choice.items()), default=0) for choice in body.inputs]
+            self._bodies_known[id(body)] = body, self._of(body), inputs
+        return self._bodies_known[id(body)]
+
+    def _of(self, body: Body) -> list[Work]:
         row, layer = body.members[-1]
         segment = min(row, self._steady)
         layout = self.loop.layout(segment)
@@ -89,10 +117,6 @@ class Works:
     def _work(self, key: Key) -> Work:
         seen = self._ops.get(key)
         return Work() if seen is None else _work(self._program, seen)
-
-    def inputs(self, body: Body) -> list[int]:
-        """Return the bytes of each input of a body, for one cell."""
-        return [max((self._bytes_of(*each) for each in choice.items()), default=0) for choice in body.inputs]
 
     def _bytes_of(self, member: Member, operand: Operand) -> int:
         """Return the bytes of a member's operand, or 0 if no cell makes it."""
@@ -332,7 +356,7 @@ def backend_of(way: Way, sizes: Sizes, model: CostModel) -> str:
 
 def compiled_seconds(way: Way, sizes: Sizes, model: CostModel) -> float:
     """Estimate the seconds of a call whose bodies Inductor has compiled."""
-    plan = plan_run(way.program, *sizes)
+    plan = way.works.plan(way.program, sizes)
     batch = sizes.batch / max(1, way.works.batch)
     seconds = way.estimate(sizes, model).seconds
     for launch in plan.launches:
@@ -374,7 +398,7 @@ def scheduled(program: WavefrontProgram, works: Works, sizes: Sizes, model: Cost
         model: the cost model of the machine.
         name: the candidate's name.
     """
-    plan = plan_run(program, *sizes)
+    plan = works.plan(program, sizes)
     batch = sizes.batch / max(1, works.batch)
     known: dict[tuple[str, int, bool], tuple[int, float, list[int]]] = {}
     outside = len(program.shared) + len(program.loop.before) + len(program.loop.after)
