@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rmtc.affine import Affine
 from rmtc.errors import VerifyError
 from rmtc.ir.cells import Cell, Dependence
-from rmtc.ir.program import Op, Program, Source, Src, Val, leaves, show
+from rmtc.ir.program import Op, Program, Source, Src, Val, leaves, map_leaves, show
 
 
 class Environment(NamedTuple):
@@ -310,7 +310,9 @@ class SegmentLoop:
         return [(each, frozenset(number for number, key in inside if each.makes(*key))) for each in self.dependences]
 
     def verify(self) -> None:
-        """Check that each operand is made before it is read, and that the layouts divide each row.
+        """Check that operands are made before they are read, that layouts divide rows, and that classes hold.
+
+        Cells of one class run the same operations, with the same constants but for numbers.
 
         Raises:
             VerifyError: if one is not, which is an error of the pass that made the loop.
@@ -357,6 +359,23 @@ class SegmentLoop:
             ends = [0, *(end for _, end in ranges)]
             if [begin for begin, _ in ranges] != ends[:-1] or ends[-1] != len(kind):
                 raise VerifyError(f"{ranges} do not divide {len(kind)} operations")
+        self._verify_classes(kinds)
+
+    def _verify_classes(self, kinds: Sequence[Sequence[Op]]) -> None:
+        """Hold each cell against the first one of its class."""
+        first: dict[str, list[Any]] = {}
+        tables = (*((self.classes,) if self.classes else ()), *self.stage_classes.values())
+        if any(len(each) != len(kinds) for each in tables):
+            raise VerifyError(f"there are not classes for each of {len(kinds)} rows")
+        for row, (layout, kind) in enumerate(zip(self.layouts, kinds, strict=False)):
+            cells = [*zip(self.classes[row] if self.classes else (), layout.layers, strict=False)]
+            cells += [(of[row], getattr(layout, stage)) for stage, of in self.stage_classes.items()]
+            if self.classes and len(self.classes[row]) != len(layout.layers):
+                raise VerifyError(f"row {row} has classes for {len(self.classes[row])} layers")
+            for name, (begin, end) in cells:
+                form = [(op.target, _alike(op.args)) for op in kind[begin:end]]
+                if name and first.setdefault(name, form) != form:
+                    raise VerifyError(f"cells of class {name} run different operations")
 
     def __str__(self) -> str:
         lines: list[str] = []
@@ -377,3 +396,14 @@ class SegmentLoop:
         part("after the loop:", self.after)
         lines += [f"return {name} = {show(value)}" for name, value in self.outputs.items()]
         return "\n".join(lines)
+
+
+def _alike(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what the arguments of operations of one class have in common: numbers and tensors may differ by cell."""
+
+    def common(leaf: Any) -> Any:
+        if isinstance(leaf, (Row, Outer, Src, Item)):
+            return "tensor"
+        return "number" if type(leaf) in (int, float) or isinstance(leaf, Affine) else (type(leaf), leaf)
+
+    return map_leaves(args, common)
