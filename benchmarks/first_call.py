@@ -1,8 +1,10 @@
 """CPU seconds of the first call of a compiled model, each in a process of its own, on one thread.
 
-The model's own first call is made before, so that imports and first uses of torch do not count.
+Each call is made twice: by a process with an empty cache, and by one that finds the cache of the first. The model's own
+first call is made before, so that imports and first uses of torch do not count. Imports that rmtc has put off count,
+and so do processes that it starts.
 
-python benchmarks/first_call.py [--layers 8 16 32] [--width 64] [--segment 16] [--segments 32]
+python benchmarks/first_call.py [--layers 8 16 32] [--width 64] [--segment 16] [--segments 32] [--turns 3]
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import statistics
 import subprocess
 import sys
+import tempfile
 
 import torch
 
@@ -46,28 +50,47 @@ def measure(layers: int, width: int, segment: int, segments: int) -> None:
     with listening(note):
         fast(text)
         note(None)
-    if rmtc.stats(fast).captures != 1:
-        raise RuntimeError(f"the call was not captured:\n{rmtc.stats(fast)}")
+    stats = rmtc.stats(fast)
+    if stats.captures != 1:
+        raise RuntimeError(f"the call was not captured:\n{stats}")
     parts = ", ".join(f"{name} {each:.2f}" for name, each in seconds.items())
-    print(f"{layers:3} layers: {sum(seconds.values()):6.2f} s  ({parts})", flush=True)
+    print(f"{sum(seconds.values()):.2f} {'cached' if stats.recalled else 'fresh'} ({parts})", flush=True)
 
 
 def main() -> None:
-    """Measure each number of layers in a process of its own."""
+    """Measure each number of layers in processes of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--segment", type=int, default=16)
     parser.add_argument("--segments", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--once", action="store_true", help="make one call in this process, and print what it took")
     options = parser.parse_args()
-    if len(options.layers) == 1:
+    if options.once:
         measure(options.layers[0], options.width, options.segment, options.segments)
         return
     own = {"width": options.width, "segment": options.segment, "segments": options.segments}
     flags = [part for name, value in own.items() for part in (f"--{name}", str(value))]
+    medians: dict[tuple[int, str], float] = {}
     for layers in options.layers:
-        command = [sys.executable, __file__, "--layers", str(layers), *flags]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        taken: dict[str, list[float]] = {"fresh": [], "cached": []}
+        for _ in range(options.turns):
+            with tempfile.TemporaryDirectory() as folder:
+                environment = {**os.environ, "OMP_NUM_THREADS": "1", "RMTC_CACHE": "1", "RMTC_CACHE_DIR": folder}
+                for kind, seconds in taken.items():
+                    command = [sys.executable, __file__, "--once", "--layers", str(layers), *flags]
+                    done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
+                    total, found, parts = done.stdout.strip().split(" ", 2)
+                    if found != kind:
+                        raise RuntimeError(f"the call was {found} and should have been {kind}")
+                    seconds.append(float(total))
+                    print(f"{layers:3} layers, {kind:6}: {float(total):6.2f} s  {parts}", flush=True)
+        for kind, seconds in taken.items():
+            medians[layers, kind] = statistics.median(seconds)
+    print("medians: " + ", ".join(f"{layers} layers {kind} {each:.2f} s" for (layers, kind), each in medians.items()))
+    for less, more in zip(options.layers, options.layers[1:], strict=False):
+        print(f"{more} layers in times of {less}: {medians[more, 'fresh'] / medians[less, 'fresh']:.2f}")
 
 
 if __name__ == "__main__":

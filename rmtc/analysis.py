@@ -185,7 +185,7 @@ class Analysis:
             return
         run = self.run(sizes)
         try:
-            _refuse_drift([*self.probes, run], self.capture.plan.segment_length)
+            refuse_drift([*self.probes, run], self.capture.plan.segment_length)
             check_against.function(self.proven, run.program, *sizes)
         except VerifyError as error:
             raise RefusedError(
@@ -421,7 +421,7 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, by_orde
     if any(not analysis.capture.alike.distrusted.isdisjoint(run.copied) for run in runs):
         analysis.runs.clear()  # a call differs from what was copied in the runs before
         return _attempt(analysis, sizes, layers, by_order)
-    _refuse_drift([*runs, third], plan.segment_length)
+    refuse_drift([*runs, third], plan.segment_length)
     with timed(seconds, "check"):
         proven.checked = check_against(proven, third.program, *third.sizes)
         proven.checked_at = third.sizes
@@ -434,7 +434,7 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, by_orde
     return proven
 
 
-def _refuse_drift(runs: list[Captured], segment_length: int) -> None:
+def refuse_drift(runs: list[Captured], segment_length: int) -> None:
     """Refuse runs that leave Python values which are neither the same for every length nor advance evenly with it.
 
     A number that a call returns may also count positions, texts of a batch, or both, since each call has a run that

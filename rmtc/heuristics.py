@@ -134,6 +134,12 @@ PROBE_BATCHES = (2, 5)
 WHOLE_TRACE = 20_000
 """Most operations of a call that is traced whole because a replay cannot decide."""
 
+CACHE_ENTRY = 32 << 20
+"""Most bytes of an entry of the cache that is read. Of 32 layers it takes less than half a million."""
+
+CACHE_BYTES, CACHE_ENTRIES = 64 << 20, 256
+"""Most bytes and most entries of the cache."""
+
 # A loop is found and divided (passes/)
 
 HISTORY_PARTS = 4

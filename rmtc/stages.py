@@ -56,7 +56,7 @@ def _told(name: str, listeners: Sequence[Listener]) -> Iterator[None]:
             listener(None)
 
 
-class Times:
+class StageTimes:
     """The stages of an answer: the seconds of those that are done, and those that run.
 
     A stage that runs inside another one stops the other's clock. A stage that comes again adds to its seconds.
@@ -91,7 +91,7 @@ def reported(title: str, logger: logging.Logger) -> Iterator[None]:
         title: what is called.
         logger: takes the lines.
     """
-    times, start, mine = Times(), time.perf_counter(), threading.get_ident()
+    times, start, mine = StageTimes(), time.perf_counter(), threading.get_ident()
 
     def note(name: str | None) -> None:
         if threading.get_ident() == mine:

@@ -30,7 +30,7 @@ from rmtc.passes.registry import ran
 from rmtc.quiet import uncollected
 from rmtc.restoring import outermost
 
-__all__ = ["Capture", "Captured", "Reading", "capture_of", "open_capture"]
+__all__ = ["Capture", "Captured", "Reading", "alike_of", "capture_of", "open_capture", "refuse_known"]
 
 
 @dataclass(frozen=True)
@@ -200,26 +200,26 @@ def capture_of(session: Session, segment_length: int | None = None) -> Capture:
     """
     start = time.perf_counter()
     before = imported(session.code.functions)
-    alike = _alike(session)
+    alike = alike_of(session)
     plan = probe(session, alike, segment_length)
     # The code imported modules when it ran: probe again, now that what they hold can be seen.
     while imported(session.code.functions) != before:
         session = session.again()
         before = imported(session.code.functions)
-        alike = _alike(session)
+        alike = alike_of(session)
         plan = probe(session, alike, segment_length)
-    _refuse_known(session, plan)
+    refuse_known(session, plan)
     session.refuse_unseen(*plan.arguments(session, plan.sizes))
     return Capture(session, plan, alike, {"probe": time.perf_counter() - start})
 
 
-def _alike(session: Session) -> Alike:
+def alike_of(session: Session) -> Alike:
     """Return the modules of a call that are alike, before anything of it runs."""
     shown = {(id(slot.owner), slot.key) for slot in session.snapshot.slots if shows(slot.value)}
     return Alike(session, StateGuard(session, (), shown))
 
 
-def _refuse_known(session: Session, plan: Probed) -> None:
+def refuse_known(session: Session, plan: Probed) -> None:
     """Refuse an argument of varying size that is also a tensor of the state, if the code compares objects by identity.
 
     An argument of another size than now cannot be a tensor that the state holds.

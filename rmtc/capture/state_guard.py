@@ -278,7 +278,7 @@ class StateGuard:
             if name not in space and (id(space), name) not in self._places:
                 absent.setdefault(id(space), (space, set()))[1].add(name)
         self._absent = list(absent.values())
-        self._environment = _environment() if any(map(_reads_environment, code.functions)) else None
+        self._environment = environment() if any(map(reads_environment, code.functions)) else None
         # Tables of hooks have a check of their own.
         bookkeeping = {id(vars(module)[key]) for module in modules for key in _BOOKKEEPING}
         sets = [each for each in session.snapshot.owners() if isinstance(each, set) and id(each) not in bookkeeping]
@@ -440,16 +440,18 @@ class StateGuard:
             return "a set holds something else"
         if any(array.tobytes() != content for array, content in self._arrays):
             return "an array of numbers holds something else"
-        if self._environment is not None and self._environment != _environment():
+        if self._environment is not None and self._environment != environment():
             return "an environment variable was changed, and the code reads some"
         return None
 
 
-def _environment() -> dict[Any, Any]:
+def environment() -> dict[Any, Any]:
+    """Return the environment variables of this process."""
     return dict(getattr(os.environ, "_data", os.environ))
 
 
-def _reads_environment(function: FunctionType) -> bool:
+def reads_environment(function: FunctionType) -> bool:
+    """Return whether a function may read environment variables."""
     return not {"environ", "getenv"}.isdisjoint(names_of(function))
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from rmtc.errors import RmtcError, VerifyError
-from rmtc.stages import Times, listening
+from rmtc.stages import StageTimes, listening
 
 FAILED = 1
 """Refused under ``--strict``, or a check of rmtc's own result failed."""
@@ -65,7 +65,7 @@ def one_line(error: RmtcError) -> str:
     return " ".join(f"{error.title}{where}: {error.reason}{remedy}".split())
 
 
-class Stages(Times):
+class Stages(StageTimes):
     """The stages of an answer in words: seconds of those that are done, and the one that runs."""
 
     def __init__(self, message: str) -> None:

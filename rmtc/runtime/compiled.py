@@ -32,6 +32,7 @@ from rmtc.capture.state_guard import StateGuard
 from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError, brief, raised_by_signal, user_level
 from rmtc.lock import LOCK
 from rmtc.quiet import uncollected
+from rmtc.recall import entry_of, recalled, remember
 from rmtc.restoring import outermost, restored
 from rmtc.runtime.backends import Backend, auto
 from rmtc.runtime.hooks import call_with_hooks, global_hooks, hook_tables, hooked
@@ -801,9 +802,15 @@ class Compiled:
         It may be that of whole segments: why it is not the call's is kept in ``known`` then.
         """
         refuse_elsewhere(session)
-        with stage("probe"):
-            analysis = Analysis(capture_of(session, self.options.segment_length))
-        analysis.capture.reorder_random = self.options.reorder_random
+        options = self.options
+        key = entry_of(session, layers=options.layers, segment_length=options.segment_length)
+        found = None if key is None else recalled(session, key, options.reorder_random)
+        if found is None:
+            with stage("probe"):
+                analysis = Analysis(capture_of(session, options.segment_length))
+            analysis.capture.reorder_random = options.reorder_random
+        else:
+            analysis = found
         plan, session = analysis.capture.plan, analysis.capture.session
         self._watch(session.all_modules())
         if self._watched() is not None:
@@ -817,8 +824,13 @@ class Compiled:
         if self.stats.captures > 1:
             self.stats.recompiles += 1
             logger.info("recompiling: %s", "; ".join(decision.differences) or "another structure of arguments")
+        if found is not None:
+            self.stats.recalled += 1
+            return self._variant(analysis)
         try:
-            prove_analysis(analysis, self.options.layers)
+            prove_analysis(analysis, options.layers)
+            if key is not None:
+                remember(analysis, key)
         except RefusedError as refusal:
             proven = analysis.proven
             if proven is None:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from rmtc import heuristics
+from rmtc.cache import cache_home
 from rmtc.errors import RmtcError, raised_by_signal
 from rmtc.ir.cost import CostModel
 
@@ -90,7 +91,7 @@ def _kept(device: torch.device, dtype: torch.dtype, threads: int) -> CostModel:
     file: Path | None = None
     kept: CostModel | None = None
     try:
-        file = _home() / name
+        file = cache_home() / name
         kept = CostModel.from_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError) as error:  # no file, no cost model, no home
         if raised_by_signal(error):
@@ -139,12 +140,6 @@ def _better(kept: CostModel | None, new: CostModel) -> CostModel:
         return kept
     least = {name: min(getattr(kept, name), getattr(new, name)) for name in (*_MEASURED, "scatter")}
     return replace(new, **least)
-
-
-def _home() -> Path:
-    if given := os.environ.get("RMTC_CACHE_DIR"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rmtc"
 
 
 _MEASURED = ("launch", "operand", "outside", "written", "call", "product", "byte")

@@ -102,6 +102,7 @@ class Stats:
     Attributes:
         captures: number of captures of the loop.
         recompiles: captures but for the first.
+        recalled: captures that took up what an earlier process had recognised.
         runs: calls that ran with their schedule.
         eager: calls that ran as written, as they should: of one segment, with a cache, from inside ``generate``, or of
             a size for which the model as written takes less time.
@@ -113,6 +114,7 @@ class Stats:
 
     captures: int = 0
     recompiles: int = 0
+    recalled: int = 0
     runs: int = 0
     eager: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)

@@ -12,12 +12,15 @@ RUN = LastRun(32, 8, 1, 16, 39, 256, 39, 41, {1: 2, 8: 39}, 3e-4, schedule="shor
 def test_counts_then_the_last_run_then_fallbacks_with_their_reasons() -> None:
     seconds = {"as written": 0.3, "shortest, torch": 0.07}
     decision = Decision((1, 1), (32, 63), "shortest, torch", seconds, measured=frozenset({"shortest, torch"}))
-    stats = Stats(captures=2, recompiles=1, runs=5, eager=3, fallbacks={"hooks on\nsubmodules": 4}, last_run=RUN)
+    stats = Stats(
+        captures=2, recompiles=1, recalled=1, runs=5, eager=3, fallbacks={"hooks on\nsubmodules": 4}, last_run=RUN
+    )
     stats.as_written["a call of one segment"] = 3
     stats.decisions[f"capture 1, {decision.sizes}"] = decision
     assert str(stats).splitlines() == [
         "captures    2",
         "recompiles  1",
+        "recalled    1",
         "runs        5",
         "eager       3",
         "last run",
@@ -53,4 +56,4 @@ def test_a_field_more_is_a_line_more() -> None:
         odd: dict[str, int] = field(default_factory=lambda: {"short": 2})
 
     lines = str(More()).splitlines()
-    assert lines[4:6] == ["last run    none", "declined    7"] and lines[-2:] == ["odd", "  2: short"]
+    assert lines[5:7] == ["last run    none", "declined    7"] and lines[-2:] == ["odd", "  2: short"]

@@ -10,6 +10,8 @@ SET = {
     "OMP_NUM_THREADS": "1",
     # Kernels in Triton are interpreted, which Triton is told when it is imported; they are compiled in other processes.
     "TRITON_INTERPRET": "1",
+    # No test is to find what another one has left; tests of the cache turn it on, in folders of their own.
+    "RMTC_CACHE": "0",
     # Where operations as written are said to take a millisecond, a schedule is always worth it, as tests want it.
     "RMTC_COST_MODEL": str(Path(__file__).parent / "costs" / "steps.json"),
 }

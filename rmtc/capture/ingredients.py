@@ -1,0 +1,157 @@
+"""The fingerprint of a call: all that its guards hold, in words that are the same in another process.
+
+It finds what an earlier process has learned of such a call. Nobody trusts it: what is found is held against the call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from pathlib import Path
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from rmtc.capture.arguments import show
+from rmtc.capture.kinds import is_plain
+from rmtc.capture.own_modes import modes
+from rmtc.capture.session import Session
+from rmtc.capture.state_guard import environment, reads_environment
+from rmtc.ir.program import Program
+
+
+def fingerprint_of(parts: Mapping[str, str]) -> str:
+    """Make one fingerprint of the ingredients of a call."""
+    return _hash(json.dumps(dict(parts), sort_keys=True))
+
+
+def ingredients(session: Session, options: Mapping[str, object]) -> dict[str, str]:
+    """Return a hash for each kind of thing that a call depends on.
+
+    Args:
+        session: the call. Nothing of it has run.
+        options: the user's hints.
+    """
+    code, slots = session.code, session.snapshot.slots
+    told: dict[CodeType, str] = {}
+
+    def tell(value: object) -> Any:
+        return _tell(value, told)
+
+    leaves = session.arguments.leaves()
+    order: dict[int, int] = {}
+    same = [order.setdefault(id(leaf), len(order)) for leaf in leaves.values() if isinstance(leaf, torch.Tensor)]
+    functions = [(tell(each), tell(each.__defaults__), tell(each.__kwdefaults__)) for each in code.functions]
+    found: dict[str, Any] = {
+        "arguments": [[(show(path), _tell_argument(leaf, tell)) for path, leaf in leaves.items()], same],
+        "state": [(slot.name, tell(slot.key), tell(slot.value)) for slot in slots],
+        "arrays": [(array.shape, str(array.dtype), array.tobytes().hex()) for array, _ in session.snapshot.arrays],
+        "gradients": [each.tensor.requires_grad for each in session.lifted] if session.asks_for_gradients else [],
+        "code": functions,
+        "globals": [(name, tell(value)) for name, _, value in code.named],
+        "absent": [name for name, _ in code.absent],
+        "classes": [(tell(kind), [(key, tell(value)) for key, value in _held(kind)]) for kind in code.classes],
+        "modules": [tell(type(module)) for module in session.all_modules()],
+        "modes": list(map(str, modes())),
+        "environment": sorted(map(str, environment().items())) if any(map(reads_environment, code.functions)) else [],
+        "options": sorted((name, repr(value)) for name, value in options.items()),
+        "versions": _versions([*(slot.value for slot in slots), *(each[2] for each in code.named), *code.functions]),
+    }
+    return {name: _hash(json.dumps(value, default=list)) for name, value in found.items()}
+
+
+def digest_of(program: Program) -> str:
+    """Return a hash of all that a program says: operations, constants, and the places that they come from."""
+    made = hashlib.sha256(str(program).encode())
+    for op in program.ops:
+        made.update(repr((op.origin.module, op.origin.name, op.origin.variable)).encode())
+    for name, source in program.sources.items():
+        made.update(repr((name, source.names)).encode())
+        if source.value is not None:
+            value = source.value.detach().cpu().contiguous().flatten()
+            made.update(bytes(value.view(torch.uint8).tolist()))
+    return made.hexdigest()
+
+
+def _tell_argument(leaf: object, tell: Callable[[object], Any]) -> Any:
+    """Describe an argument, a tensor without its sizes, which vary from call to call."""
+    if not isinstance(leaf, torch.Tensor):
+        return tell(leaf)
+    return [_name(type(leaf)), *map(str, (leaf.dtype, leaf.device, leaf.layout, leaf.ndim, leaf.requires_grad))]
+
+
+def _tell(value: Any, told: dict[CodeType, str]) -> Any:
+    """Describe a value in words that hold no address."""
+    kind = _name(type(value))
+    if isinstance(value, Enum):
+        return [kind, value.name]
+    if isinstance(value, (tuple, frozenset)) and type(value) is not torch.Size:
+        items = [_tell(item, told) for item in value]
+        return [kind, sorted(items, key=repr) if isinstance(value, frozenset) else items]
+    if is_plain(value):
+        return [kind, repr(value)]
+    if isinstance(value, torch.Tensor):
+        kept = isinstance(value, nn.Parameter), value.is_contiguous() if value.layout is torch.strided else None
+        return [kind, list(value.shape), *map(str, (value.dtype, value.device, value.layout, *kept))]
+    if isinstance(value, (FunctionType, MethodType)):
+        return [kind, value.__qualname__, _tell_code(value.__code__, told)]
+    if isinstance(value, (staticmethod, classmethod)):
+        return [kind, _tell(value.__func__, told)]
+    if isinstance(value, (type, ModuleType)):
+        return [kind, _name(value) if isinstance(value, type) else value.__name__]
+    if isinstance(value, set):
+        return [kind, sorted((_tell(item, told) for item in value), key=repr)]
+    return [kind, len(value)] if isinstance(value, (list, dict, deque)) else [kind]
+
+
+def _tell_code(code: CodeType, told: dict[CodeType, str]) -> str:
+    """Return a hash of a function's code, and of the lines that it stands in."""
+    if code not in told:
+        constants = [
+            _tell_code(each, told) if isinstance(each, CodeType) else _tell(each, told) for each in code.co_consts
+        ]
+        names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_qualname
+        counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
+        place = code.co_filename, code.co_firstlineno, code.co_linetable.hex(), code.co_exceptiontable.hex()
+        told[code] = _hash(json.dumps([code.co_code.hex(), constants, names, counts, place], default=list))
+    return told[code]
+
+
+def _held(kind: type) -> Iterable[tuple[str, Any]]:
+    """Return what a class of the user's holds, and its bases."""
+    names = (
+        key for key in vars(kind) if key not in ("__dict__", "__weakref__", "__slotnames__", "__static_attributes__")
+    )
+    return [("mro", tuple(_name(base) for base in kind.__mro__)), *((key, vars(kind)[key]) for key in names)]
+
+
+def _versions(values: Iterable[object]) -> Any:
+    """Return the versions of the packages that values come from, of Python, of torch and of rmtc's own files."""
+    kinds = {
+        getattr(value if isinstance(value, (type, FunctionType)) else type(value), "__module__", None)
+        for value in values
+    }
+    packages = {str(module).partition(".")[0] for module in kinds} | {"torch", "rmtc"}
+    named = {name: str(getattr(sys.modules.get(name), "__version__", "")) for name in sorted(packages)}
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return (
+        named,
+        platform.python_version(),
+        sys.platform,
+        [(each.name, each.stat().st_size, each.stat().st_mtime_ns) for each in files],
+    )
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

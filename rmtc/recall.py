@@ -1,0 +1,285 @@
+"""Recognitions of calls, taken up for other such calls without probing, folding or tracing long runs.
+
+A recognition says what grows, how long a segment is, and what the loop is. It may come from an entry of the cache that
+another process has written (:mod:`rmtc.cache`). It is a guess, whoever made it, and held against the call:
+
+- the shortest run is traced, and its canonical program must be the one that the loop was found in, by its hash;
+- the loop must pass its own ``verify()``, and the checker on that run and on a whole trace of the call's own sizes;
+- the schedule is proven anew;
+- the call is admitted as any call of new sizes is, by a replay of its Python for all segments.
+
+So nothing of an entry runs or is believed. A guess that fails one of these is a miss.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rmtc.analysis import Analysis, refuse_drift
+from rmtc.cache import cached, read_entry, write_entry
+from rmtc.capture import Capture, Reading, alike_of, refuse_known
+from rmtc.capture.arguments import Growth
+from rmtc.capture.guards import ArgumentGuard
+from rmtc.capture.ingredients import digest_of, fingerprint_of, ingredients
+from rmtc.capture.probe import Probed, Sizes
+from rmtc.capture.session import Session
+from rmtc.capture.user_code import imported
+from rmtc.errors import CaptureError, RefusedError, RmtcError, VerifyError
+from rmtc.ir.program import Program
+from rmtc.ir.segment_loop import SegmentLoop
+from rmtc.ir.stored import Json, StoredError, read_loop, write_loop
+from rmtc.passes.fold.streams import Family
+from rmtc.passes.pipeline import check_against, prove_loop
+from rmtc.passes.registry import watched
+from rmtc.quiet import uncollected
+from rmtc.stages import stage, timed
+
+__all__ = ["Recognition", "entry_of", "recalled", "remember"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """The result of recognising a call.
+
+    Attributes:
+        plan: what grows, and the length of a segment. The sizes are those of the call that it was found in.
+        reading: how slices and constants were read.
+        family: the parameters of the layers.
+        sizes: those of the shortest run.
+        digest: the hash of that run's program.
+        loop: reads the loop, given that run's program and the names of inputs that grow.
+    """
+
+    plan: Probed
+    reading: Reading
+    family: Family | None
+    sizes: Sizes
+    digest: str
+    loop: Callable[[Program, frozenset[str]], SegmentLoop]
+
+    @staticmethod
+    def read(data: Json) -> Recognition:
+        """Read what :func:`remember` wrote.
+
+        Raises:
+            StoredError: if the data are no recognition.
+        """
+        try:
+            growth, family = data["growth"], data["family"]
+            plan = Probed(
+                Growth(
+                    dims=frozenset((_path(path), _size(dim, 0)) for path, dim in growth["dims"]),
+                    lists=frozenset(map(_path, growth["lists"])),
+                    batch=frozenset(map(_path, growth["batch"])),
+                    item_dims=frozenset((_path(path), _size(dim, 0)) for path, dim in growth["item_dims"]),
+                    item_length=_size(growth["item_length"], 1),
+                ),
+                _size(data["segment_length"], 1),
+                Sizes(0, _size(data["batch"], 0), 1),
+                *(_flag(data[name]) for name in ("free_batch", "free_tail", "drops")),
+            )
+            segments, batch, tail = data["sizes"]
+            length, loop = plan.segment_length, data["loop"]
+            return Recognition(
+                plan,
+                Reading(*map(_flag, data["reading"])),
+                family if family is None else _family(*family),
+                Sizes(_size(segments, 2), _size(batch, 0), _size(tail, 1)),
+                str(data["digest"]),
+                lambda program, grows: read_loop(loop, _targets(program), program.sources, grows, length),
+            )
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise StoredError(f"no recognition: {type(error).__name__}: {error}") from error
+
+
+def _family(prefixes: Json, layers: Json, first: Json, listed: Json) -> Family:
+    return Family(tuple(map(str, prefixes)), _size(layers, 1), _size(first, 0), _flag(listed))
+
+
+def _path(data: Json) -> tuple[Any, ...]:
+    if not data or any(type(each) not in (str, int) for each in data):
+        raise StoredError(f"{data} is no path")
+    return tuple(data)
+
+
+def _size(data: Json, least: int) -> int:
+    if type(data) is not int or data < least:
+        raise StoredError(f"{data} is no size")
+    return data
+
+
+def _flag(data: Json) -> bool:
+    if type(data) is not bool:
+        raise StoredError(f"{data} is neither true nor false")
+    return data
+
+
+def _targets(program: Program) -> dict[str, Callable[..., Any]]:
+    """Return the operations of a program by label: the only ones that a loop which was found in it may run.
+
+    Raises:
+        StoredError: if two operations have one label.
+    """
+    found: dict[str, Callable[..., Any]] = {}
+    for op in program.ops:
+        if found.setdefault(op.label, op.target) is not op.target:
+            raise StoredError(f"two operations are labelled {op.label}")
+    return found
+
+
+def entry_of(session: Session, **options: object) -> str | None:
+    """Return the fingerprint of a call, by which an entry of the cache is found; None where there is no cache.
+
+    Args:
+        session: the call. Nothing of it has run.
+        options: the user's hints.
+    """
+    if not cached() or watched():
+        return None
+    with stage("fingerprint"):
+        return fingerprint_of(ingredients(session, options))
+
+
+def recalled(session: Session, key: str, reorder_random: bool = False) -> Analysis | None:
+    """Return the analysis of a call by what an entry of the cache says of it; None on a miss.
+
+    Args:
+        session: the call. Nothing of it has run.
+        key: its fingerprint.
+        reorder_random: whether operations may draw random numbers, in any order.
+    """
+    data = read_entry(key)
+    if data is None:
+        return None
+    try:
+        return confirmed(session, Recognition.read(data), reorder_random)
+    except (StoredError, VerifyError, RefusedError, CaptureError) as error:
+        logger.info("the cache has another call, or one that does not hold: %s", error.reason)
+        return None
+
+
+@uncollected()
+def confirmed(session: Session, guess: Recognition, reorder_random: bool = False) -> Analysis:
+    """Hold a recognition against a call.
+
+    Args:
+        session: the call. Nothing of it has run.
+        guess: what was recognised in another such call.
+        reorder_random: whether operations may draw random numbers, in any order.
+
+    Returns:
+        The analysis of the call, with its sizes admitted.
+
+    Raises:
+        RmtcError: with what does not hold.
+    """
+    analysis, short = _opened(session, guess, reorder_random)
+    plan, session = analysis.capture.plan, analysis.capture.session
+    if digest_of(short.program) != guess.digest:
+        raise VerifyError("its shortest run is another program")
+    loop = guess.loop(short.program, analysis.capture.growing)
+    try:
+        loop.verify()
+    except (AttributeError, IndexError, TypeError) as error:
+        raise VerifyError(f"its loop is none: {error}") from error
+    with timed(analysis.seconds, "prove"):
+        proven = prove_loop(loop, guess.family, plan.sizes.segments)
+    # A second run has another number of segments, and the batch size and last length of the call.
+    few = max(len(loop.rows) + 2, loop.furthest_result, short.sizes.segments + 1)
+    other = analysis.run(plan.sizes._replace(segments=few))
+    refuse_drift([short, other], plan.segment_length)
+    with timed(analysis.seconds, "check"):
+        for run in (short, other):
+            proven.checked = check_against(proven, run.program, *run.sizes)
+            proven.checked_at = run.sizes
+            analysis.traced.add(run.sizes)
+    analysis.proven, analysis.probes = proven, [short, other]
+    analysis.admit(plan.sizes)
+    return analysis
+
+
+def _opened(session: Session, guess: Recognition, reorder_random: bool) -> tuple[Analysis, Any]:
+    """Open a call by what is said to grow in it, and trace its shortest run.
+
+    Raises:
+        RmtcError: if the call has other arguments, is of one segment, or cannot be traced.
+    """
+    while True:
+        before = imported(session.code.functions)
+        plan = _plan(session, guess.plan)
+        refuse_known(session, plan)
+        session.refuse_unseen(*plan.arguments(session, plan.sizes))
+        capture = Capture(session, plan, alike_of(session), reorder_random=reorder_random, reading=guess.reading)
+        analysis = Analysis(capture)
+        short = analysis.run(guess.sizes)
+        if imported(session.code.functions) == before:
+            return analysis, short
+        session = session.again()  # the code imported modules when it ran
+
+
+def _plan(session: Session, plan: Probed) -> Probed:
+    """Return a plan with the sizes of a call."""
+    tensors, lists = session.arguments.tensors(), session.arguments.lists()
+    known = all(path in tensors and dim < tensors[path].ndim for path, dim in plan.growth.dims)
+    known = known and plan.growth.lists <= lists.keys() and bool(plan.growth.dims or plan.growth.lists)
+    if not known or any(path not in tensors and path not in lists for path in plan.growth.batch):
+        raise VerifyError("its arguments are others")
+    guard = ArgumentGuard(session, plan)
+    sizes = guard.sizes(session.arguments)
+    if isinstance(sizes, str):
+        raise VerifyError(sizes)
+    if sizes.segments < 2:
+        raise VerifyError("the call is of one segment")
+    return replace(plan, sizes=sizes, rest=guard.rest(session.arguments))
+
+
+def remember(analysis: Analysis, key: str) -> None:
+    """Write what was recognised in a call into the cache, for later processes.
+
+    Args:
+        analysis: a call that was proven, checked and admitted.
+        key: the fingerprint of the call, as of before anything of it ran.
+    """
+    try:
+        content = _written(analysis)
+    except RmtcError as error:
+        logger.info("what was recognised is not kept for other processes: %s", error.reason)
+        return
+    write_entry(key, content)
+
+
+def _written(analysis: Analysis) -> Json:
+    proven, plan, run = analysis.proven, analysis.capture.plan, analysis.probes[0]
+    if proven is None:
+        raise StoredError("nothing was recognised")
+    loop, growth, targets = proven.loop, plan.growth, _targets(run.program)
+    ops = [op for part in (loop.before, *loop.rows, loop.steady, loop.after) for op in part]
+    if any(targets.get(op.label) is not op.target for op in ops):
+        raise StoredError("the shortest run has not all operations of the loop")
+    if any(run.program.sources.get(name) != source for name, source in loop.sources.items()):
+        raise StoredError("the shortest run reads other tensors than the loop")
+    family = proven.family
+    return {
+        "growth": {
+            "dims": sorted(([[*path], dim] for path, dim in growth.dims), key=repr),
+            "lists": sorted(([*path] for path in growth.lists), key=repr),
+            "batch": sorted(([*path] for path in growth.batch), key=repr),
+            "item_dims": sorted(([[*path], dim] for path, dim in growth.item_dims), key=repr),
+            "item_length": growth.item_length,
+        },
+        "segment_length": plan.segment_length,
+        "batch": plan.sizes.batch,
+        "free_batch": plan.free_batch,
+        "free_tail": plan.free_tail,
+        "drops": plan.drops,
+        "reading": [*analysis.capture.reading],
+        "family": family if family is None else [family.prefixes, family.layers, family.first, family.listed],
+        "sizes": [*run.sizes],
+        "digest": digest_of(run.program),
+        "loop": write_loop(loop),
+    }
