@@ -100,6 +100,26 @@ def _others(owner: dict[Any, Any], written: Set[Any]) -> list[Any]:
     return [key for key in owner if key not in written]
 
 
+def _other_key(owner: Any, before: Sequence[Any], now: Sequence[Any], slots: Sequence[Slot]) -> str:
+    """Name the first attribute or item of a dictionary that was added or removed, as far as it has a name.
+
+    Args:
+        owner: the dictionary.
+        before, now: its keys.
+        slots: places, of which some are in it.
+    """
+    known = next((slot for slot in slots if slot.owner is owner), None)
+    for keys, others, what in ((now, before, "added"), (before, now, "removed")):
+        key = next((key for key in keys if key not in others), MISSING)
+        if key is MISSING:
+            continue
+        if known is not None and known.name.endswith(item := f"[{known.key!r}]"):
+            return f"{known.name.removesuffix(item)}[{key!r}] was {what}"
+        around = "" if known is None else known.name.removesuffix(str(known.key))
+        return f"{around or 'attribute or item '}{key} was {what}"
+    return _OTHER_KEYS
+
+
 class _Places:
     """Places that are read together: many keys of a container at once, single items, attributes.
 
@@ -169,16 +189,7 @@ class _Places:
         other = next((each for each in self._sized_by.values() if len(each.owner) != each.size), None)
         if other is None or other.keys is None:
             return _OTHER_KEYS
-        known = next((slot for slot in self.slots if slot.owner is other.owner), None)
-        around = "" if known is None else known.name.removesuffix(str(known.key)).rstrip(".")
-        names = (
-            [key for key in other.owner if key not in other.keys],
-            [key for key in other.keys if key not in other.owner],
-        )
-        for keys, what in zip(names, ("added", "removed"), strict=True):
-            if keys:
-                return f"{around + '.' if around else 'attribute or item '}{keys[0]} was {what}"
-        return _OTHER_KEYS
+        return _other_key(other.owner, other.keys, [*other.owner], self.slots)
 
     def differs(self, copies: dict[int, Any]) -> str | None:
         """The first place that holds something else than before; None if there is none.
@@ -419,8 +430,9 @@ class StateGuard:
             return "the __dict__ of an object was replaced"
         if not self._containers.isdisjoint(copies):
             return "a container that the call writes to was replaced"
-        if any(not _same_keys(keys, _others(owner, written)) for owner, written, keys in self._keyed):
-            return _OTHER_KEYS
+        for owner, written, keys in self._keyed:
+            if not _same_keys(keys, now := _others(owner, written)):
+                return _other_key(owner, keys, now, self._slots)
         if copies:
             self._follow(copies)  # to other tables, each of which is looked at the next time
         else:

@@ -724,7 +724,7 @@ class Compiled:
         kind = type(self.function).__name__
         return kind if isinstance(self.function, nn.Module) else getattr(self.function, "__qualname__", kind)
 
-    @uncollected()
+    @uncollected(aged=True)
     def _work(self, decision: _Admit | _Capture, arguments: Arguments) -> _Eager | None:
         """Capture or admit a call, or remember why not.
 

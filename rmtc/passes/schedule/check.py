@@ -193,19 +193,25 @@ def _correspond(trace: Program, claimed: Program) -> dict[int, int]:
     if set(trace.outputs) != set(claimed.outputs):
         raise VerifyError(f"other results: {sorted(set(trace.outputs) ^ set(claimed.outputs))}")
     counterpart: dict[int, int] = {}
+    # Each entry has its reader: the name of a result, or the number of an operation of the trace.
+    work: list[tuple[Any, Any, str | int]]
     work = [(trace.outputs[name], claimed.outputs[name], f"result {name}") for name in trace.outputs]
+
+    def said(reader: str | int) -> str:
+        return reader if isinstance(reader, str) else _node(trace, reader)
+
     while work:
         value, image, reader = work.pop()
         image = _through(value, image, trace, claimed)
         if type(value) is not Val or type(image) is not Val:
             if type(value) is not type(image) or value != image or not _same_constant(value, trace, claimed):
-                raise VerifyError(f"{reader} reads {show(value)} in the run and {show(image)} in the loop")
+                raise VerifyError(f"{said(reader)} reads {show(value)} in the run and {show(image)} in the loop")
             continue
         if value.number in counterpart:
             if counterpart[value.number] != image.number:
                 first, second = counterpart[value.number], image.number
                 if not _same(claimed, first, second):
-                    raise VerifyError(f"{reader} reads {_node(trace, value.number)}, which has two counterparts")
+                    raise VerifyError(f"{said(reader)} reads {_node(trace, value.number)}, which has two counterparts")
             continue
         node, other = trace.ops[value.number], claimed.ops[image.number]
         if node.target is not other.target:
@@ -214,7 +220,7 @@ def _correspond(trace: Program, claimed: Program) -> dict[int, int]:
                 location=node.location,
             )
         counterpart[value.number] = image.number
-        work += [(a, b, _node(trace, value.number)) for a, b in _pairs(node, other, trace, value.number)]
+        work += [(a, b, value.number) for a, b in _pairs(node, other, trace, value.number)]
     return counterpart
 
 
