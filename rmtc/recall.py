@@ -27,7 +27,7 @@ from rmtc.capture.ingredients import digest_of, fingerprint_of, ingredients
 from rmtc.capture.probe import Probed, Sizes
 from rmtc.capture.session import Session
 from rmtc.capture.user_code import imported
-from rmtc.errors import CaptureError, RefusedError, RmtcError, VerifyError
+from rmtc.errors import VerifyError, brief, raised_by_signal
 from rmtc.ir.program import Program
 from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.ir.stored import Json, StoredError, read_loop, write_loop
@@ -141,8 +141,14 @@ def entry_of(session: Session, **options: object) -> str | None:
     """
     if not cached() or watched():
         return None
-    with stage("fingerprint"):
-        return fingerprint_of(ingredients(session, options))
+    try:
+        with stage("fingerprint"):
+            return fingerprint_of(ingredients(session, options))
+    except Exception as error:  # an object of the user's that cannot be described
+        if raised_by_signal(error):
+            raise
+        logger.info("the call has no fingerprint, and is not looked for in the cache: %s", brief(error))
+        return None
 
 
 def recalled(session: Session, key: str, reorder_random: bool = False) -> Analysis | None:
@@ -157,9 +163,13 @@ def recalled(session: Session, key: str, reorder_random: bool = False) -> Analys
     if data is None:
         return None
     try:
-        return confirmed(session, Recognition.read(data), reorder_random)
-    except (StoredError, VerifyError, RefusedError, CaptureError) as error:
-        logger.info("the cache has another call, or one that does not hold: %s", error.reason)
+        # In a session of its own, which notes what runs of a wrong guess do.
+        return confirmed(session.again(), Recognition.read(data), reorder_random)
+    except Exception as error:  # whatever a wrong guess leads to
+        if raised_by_signal(error):
+            raise
+        logger.debug("a guess of the cache does not hold", exc_info=error)
+        logger.info("the cache has another call, or one that does not hold: %s", brief(error))
         return None
 
 
@@ -183,10 +193,7 @@ def confirmed(session: Session, guess: Recognition, reorder_random: bool = False
     if digest_of(short.program) != guess.digest:
         raise VerifyError("its shortest run is another program")
     loop = guess.loop(short.program, analysis.capture.growing)
-    try:
-        loop.verify()
-    except (AttributeError, IndexError, TypeError) as error:
-        raise VerifyError(f"its loop is none: {error}") from error
+    loop.verify()
     with timed(analysis.seconds, "prove"):
         proven = prove_loop(loop, guess.family, plan.sizes.segments)
     # A second run has another number of segments, and the batch size and last length of the call.
@@ -247,8 +254,10 @@ def remember(analysis: Analysis, key: str) -> None:
     """
     try:
         content = _written(analysis)
-    except RmtcError as error:
-        logger.info("what was recognised is not kept for other processes: %s", error.reason)
+    except Exception as error:  # a constant or an operand that has no stored form
+        if raised_by_signal(error):
+            raise
+        logger.info("what was recognised is not kept for other processes: %s", brief(error))
         return
     write_entry(key, content)
 

@@ -52,7 +52,9 @@ def ingredients(session: Session, options: Mapping[str, object]) -> dict[str, st
     found: dict[str, Any] = {
         "arguments": [[(show(path), _tell_argument(leaf, tell)) for path, leaf in leaves.items()], same],
         "state": [(slot.name, tell(slot.key), tell(slot.value)) for slot in slots],
-        "arrays": [(array.shape, str(array.dtype), array.tobytes().hex()) for array, _ in session.snapshot.arrays],
+        "arrays": [
+            (array.shape, str(array.dtype), _hash(array.tobytes().hex())) for array, _ in session.snapshot.arrays
+        ],
         "gradients": [each.tensor.requires_grad for each in session.lifted] if session.asks_for_gradients else [],
         "code": functions,
         "globals": [(name, tell(value)) for name, _, value in code.named],

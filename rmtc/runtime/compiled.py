@@ -803,7 +803,8 @@ class Compiled:
         """
         refuse_elsewhere(session)
         options = self.options
-        key = entry_of(session, layers=options.layers, segment_length=options.segment_length)
+        hints = {"layers": options.layers, "segment_length": options.segment_length}
+        key = entry_of(session, **hints, reorder_random=options.reorder_random)
         found = None if key is None else recalled(session, key, options.reorder_random)
         if found is None:
             with stage("probe"):

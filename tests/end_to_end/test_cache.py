@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from cached import SEGMENT, WIDTH, Layer, Model, Other, first_call, only, rewrit
 from torch import nn
 
 import rmtc
-from rmtc import cache, heuristics
+from rmtc import cache, heuristics, recall
 from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
 from rmtc.runtime.executor import Executor
 from rmtc.stages import listening
@@ -264,6 +265,28 @@ def test_writers_and_readers_at_once_see_whole_entries(folder: Path) -> None:
     found = [each for each in seen if each is not None]
     assert found and all(len(each) == 20000 and len({*each}) == 1 for each in found)
     assert len([*folder.iterdir()]) == 1
+
+
+def test_a_wrong_guess_leaves_no_mark_on_the_capture_after_it(folder: Path) -> None:
+    """A run of a text of another length than any that the code is called with draws a number."""
+
+    class Odd(Model):
+        def forward(self, text: torch.Tensor, shift: float = 0.25) -> torch.Tensor:
+            if text.shape[0] == 7:
+                random.random()
+            return super().forward(text, shift)
+
+    first_call(Odd(), text())
+    rewrite(only(folder), lambda content: content["sizes"].__setitem__(1, 7))
+    first_call(Odd(), text())
+
+
+def test_a_call_that_cannot_be_described_is_captured(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.MonkeyPatch.context() as patch, said(caplog) as lines:
+        patch.setattr(recall, "ingredients", lambda session, options: {}["none"])
+        first_call(Model(), text())
+    assert len(lines) == 1 and "no fingerprint" in lines[0]
+    assert not folder.exists()
 
 
 def test_a_refused_call_leaves_nothing(folder: Path) -> None:
