@@ -57,10 +57,10 @@ class Works:
     """
 
     def __init__(self, loop: SegmentLoop, run: Captured, checked: Checked) -> None:
-        self.loop, self.batch, self._segments, self._program = loop, run.sizes.batch, run.sizes.segments, run.program
+        self.loop, self.batch, self._segments = loop, run.sizes.batch, run.sizes.segments
         _, keys = loop.unroll(*run.sizes)
         self._ops = {keys[image]: run.program.ops[number] for number, image in checked.counterpart.items()}
-        self._segments_known: dict[int, list[Work]] = {}
+        self._works = {key: _work(run.program, op) for key, op in self._ops.items()}
         # By the id of a body or program, which is kept for that.
         self._bodies_known: dict[int, tuple[Body, list[Work], list[int]]] = {}
         self._plans: dict[tuple[int, Sizes], tuple[WavefrontProgram, Plan]] = {}
@@ -73,10 +73,7 @@ class Works:
     def segment(self, segment: int) -> list[Work]:
         """Return the works of a segment's operations, cell after cell."""
         at = min(segment, self._steady)
-        if at not in self._segments_known:
-            found = [_work(self._program, op) for key, op in self._ops.items() if key.segment == at]
-            self._segments_known[at] = found
-        return self._segments_known[at]
+        return [work for key, work in self._works.items() if key.segment == at]
 
     def of(self, body: Body) -> list[Work]:
         """Return the works of a body's operations, for one cell."""
@@ -109,14 +106,10 @@ class Works:
             start = layout.epilogue[0] if layer >= self.loop.layers else layout.layers[layer][0]
         found: list[Work] = []
         for offset, op in body.ops.items():
-            own, *covered = (self._work(Key(segment, start + each)) for each in (offset, *op.covers))
+            own, *covered = (self._works.get(Key(segment, start + each), Work()) for each in (offset, *op.covers))
             flops, weights = (sum(getattr(each, name) for each in covered) for name in ("flops", "weights"))
             found.append(Work(own.flops + flops, own.activations, own.weights + weights))
         return found
-
-    def _work(self, key: Key) -> Work:
-        seen = self._ops.get(key)
-        return Work() if seen is None else _work(self._program, seen)
 
     def _bytes_of(self, member: Member, operand: Operand) -> int:
         """Return the bytes of a member's operand, or 0 if no cell makes it."""

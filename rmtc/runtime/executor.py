@@ -401,7 +401,7 @@ class _Walk:
         kernel = self.executor.kernels.get(key)
         if kernel is None:
             shared = functools.partial(self._operand, after=(), at=environment)
-            bind = self.executor.binds and body.stage == "layer"
+            bind = self.executor.binds and body.stage == "layer" and grouped
             of = Emission(launch, environment, inputs, weights, numbers, shared, bind)
             kernel, results = self.executor.emit(of)
             self.executor.keep(key, kernel)

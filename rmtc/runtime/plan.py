@@ -366,7 +366,10 @@ class _Planner:
             tuple(self._environment(cell.segment).of(choice[m]) for m, cell in zip(members, cells, strict=True))
             for choice in body.numbers
         )
-        grouped = body.stage == "layer" or body.name in self.program.batched
+        short = self._short(cells[0])
+        # A cell of another length runs alone: without a group axis its kernel is emitted in a fraction of the time.
+        alone = short and len(cells) == 1
+        grouped = not alone and (body.stage == "layer" or body.name in self.program.batched)
         kept: list[tuple[Key, int, int]] = []
         for index, (cell, member) in enumerate(zip(cells, members, strict=True)):
             at = index if grouped else -1
@@ -377,7 +380,6 @@ class _Planner:
                     kept.append((key, position, at))
         of_one = body.stage != "layer" or cells[0].layer in self.alone
         repeat = 1 if of_one else sum(cell.layer == cells[0].layer for cell in cells)
-        short = self._short(cells[0])
         self.launches.append(Launch(body, step, cells, short, inputs, numbers, tuple(kept), grouped, of_one, repeat))
 
     def _results(self, body: Body, member: Member, cell: Cell) -> list[tuple[int, int]]:

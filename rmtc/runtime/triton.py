@@ -89,7 +89,7 @@ class Triton(Executor):
             BackendError: if a body cannot be made of kernels, or they give other results than torch.
         """
         body = of.launch.body
-        if body.stage != "layer" or body.name in self.by_torch:
+        if body.stage != "layer" or not of.launch.grouped or body.name in self.by_torch:
             return super().emit(of)
         target = self.target(next((each.device for each in (*of.inputs, *of.weights)), torch.device("cpu")))
         try:

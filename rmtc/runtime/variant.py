@@ -838,20 +838,23 @@ def _scheduled_seconds(way: Way, sizes: Sizes, model: CostModel) -> float:
 
 
 def _long_seconds(estimate: Callable[[Sizes], float], length: int, sizes: Sizes) -> float:
-    """Estimate a call of many segments by calls of 8, 16, 32 and 64 whole ones: to plan each number takes long.
+    """Estimate a call by calls of whole segments, if it has many, of 8, 16, 32 and 64: to plan each size takes long.
+
+    No estimate of an operation depends on the length of the last segment.
 
     Args:
         estimate: of a call.
         length: of a whole segment.
         sizes: those of the call.
     """
+    sizes = sizes._replace(tail=length)
     if sizes.segments < _MANY:
         return estimate(sizes)
     low = 1 << (min(sizes.segments, heuristics.LONG_CALL).bit_length() - 1)
-    first = estimate(sizes._replace(segments=low, tail=length))
+    first = estimate(sizes._replace(segments=low))
     if low == heuristics.LONG_CALL:
         return first * sizes.segments / low
-    last = estimate(sizes._replace(segments=2 * low, tail=length))
+    last = estimate(sizes._replace(segments=2 * low))
     return first + (last - first) * (sizes.segments - low) / low
 
 
@@ -881,7 +884,7 @@ def _unshared(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> bool
     return all(owners.count(storages[name]) == 1 for name in names if name in storages)
 
 
-_MANY, _ESTIMATES = 8, 256  # of so many segments the length of the last one hardly counts; so many are kept
+_MANY, _ESTIMATES = 8, 256  # segments from which on numbers between powers of two are estimated; estimates kept
 _OTHER = "the call returns or leaves something else than the first one did"
 _KIND = operator.attrgetter("__class__", "shape", "dtype", "device")
 
