@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from rmtc.capture.alike import shows
 from rmtc.capture.ambient import undisturbed
 from rmtc.capture.kinds import fingerprint
 from rmtc.capture.objects import Plain, parts_of
-from rmtc.capture.other_sizes import follows
+from rmtc.capture.other_sizes import combination, follows
 from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer
 from rmtc.capture.state_guard import StateGuard
@@ -146,7 +146,7 @@ class Analysis:
 
     def _admit(self, sizes: Sizes, replayer: Replayer) -> None:
         # A replay compares segments with each other only. A few of them are held against the loop here.
-        few = self._few(sizes)
+        few = self.few(sizes)
         if few not in self.traced | self.told:
             self._hold_folded()
             # Two known last lengths predict the others. Then the call's own replay is the only one at its sizes.
@@ -155,7 +155,7 @@ class Analysis:
             ):
                 return
             known = self._traced_at(few.segments, replayer)
-            if few in known or follows(few, replayer.told(few), {at: replayer.told(at) for at in known}):
+            if few in known or self._follows(few, known, replayer):
                 self.told.add(few)
             else:
                 self._hold_whole(few)
@@ -174,6 +174,13 @@ class Analysis:
                 self._hold_whole(sizes)
             except RefusedError as error:
                 raise refusal from error
+
+    def _follows(self, few: Sizes, known: Sequence[Sizes], replayer: Replayer) -> bool:
+        """Tell whether a short replay follows from those at known sizes, first of all from the fewest that tell it."""
+        weights = combination(few, known)
+        return weights is not None and any(
+            follows(few, replayer.told(few), {at: replayer.told(at) for at in among}) for among in (weights, known)
+        )
 
     def _hold_whole(self, sizes: Sizes) -> None:
         """Hold the loop against a whole trace of some sizes.
@@ -206,12 +213,19 @@ class Analysis:
             except RefusedError as error:  # a run of another attempt to fold
                 logger.debug("the loop does not hold at %s: %s", at, error.reason)
 
-    def _few(self, sizes: Sizes) -> Sizes:
+    def few(self, sizes: Sizes) -> Sizes:
         """Return the sizes of a call with no more segments than it takes to see all kinds of them."""
         if self.proven is None:
             return sizes._replace(segments=min(sizes.segments, 2))
         loop = self.proven.loop
         return sizes._replace(segments=min(sizes.segments, max(len(loop.rows) + 2, loop.furthest_result)))
+
+    def tells(self, sizes: Sizes) -> bool:
+        """Tell whether known sizes determine the integers of a call, so that its admission takes no trace, if all is well."""
+        few = self.few(sizes)
+        at_few = [self.few(at) for at in self.traced if at.segments >= few.segments]
+        known = sorted({at for at in at_few if at.segments == few.segments})
+        return few in self.told or combination(few, known) is not None
 
     def _traced_at(self, segments: int, replayer: Replayer) -> list[Sizes]:
         """Return the sizes of calls of ``segments`` segments for which a whole trace shows that the loop holds.
@@ -220,11 +234,11 @@ class Analysis:
         """
         found = {at for at in self.traced if at.segments == segments}
         for at in sorted(self.traced):
-            if at.segments > segments == self._few(at).segments and self._few(at) not in found:
+            if at.segments > segments == self.few(at).segments and self.few(at) not in found:
                 if at not in self.shorter:
                     self.shorter[at] = self._repeats(at, replayer)
                 if self.shorter[at]:
-                    found.add(self._few(at))
+                    found.add(self.few(at))
         return sorted(found)
 
     def _repeats(self, sizes: Sizes, replayer: Replayer) -> bool:

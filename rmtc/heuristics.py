@@ -36,7 +36,7 @@ CHOICE_IDLE = 24
 """A try is put off if none of this many calls could be timed, as where threads overlap."""
 
 CHOICE_OF_CAPTURE = 4
-"""A trace of a first other length takes about one part in this many of the time of the capture."""
+"""A trace of another length takes about one part in this many of the time of the capture, with its replays."""
 
 CHOICE_SIZES_KEPT = 1024
 """Number of sizes per size class whose calls are counted."""

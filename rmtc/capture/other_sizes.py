@@ -38,11 +38,10 @@ def follows(sizes: Sizes, told: Told, known: Mapping[Sizes, Told]) -> bool:
         told: the replay.
         known: replays of as many segments at other sizes, for which the loop is known to hold.
     """
-    alike = [at for at, each in known.items() if each.rest == told.rest]
-    weights = _combination(sizes, alike)
+    weights = combination(sizes, [at for at, each in known.items() if each.rest == told.rest])
     return weights is not None and all(
-        sum(weight * value for weight, value in zip(weights, values, strict=True)) == number
-        for number, *values in set(zip(told.numbers, *(known[at].numbers for at in alike), strict=True))
+        sum(weight * value for weight, value in zip(weights.values(), values, strict=True)) == number
+        for number, *values in set(zip(told.numbers, *(known[at].numbers for at in weights), strict=True))
     )
 
 
@@ -61,13 +60,12 @@ def predict(sizes: Sizes, known: Mapping[Sizes, Sequence[Sequence[Event]]]) -> l
     Returns:
         The events of each replay; None if the known sizes do not determine them.
     """
-    weights = _combination(sizes, [*known])
+    weights = combination(sizes, [*known])
     if weights is None:
         return None
-    used = [(weight, events) for weight, events in zip(weights, known.values(), strict=True) if weight]
-    mix = _Mix([weight for weight, _ in used])
+    mix = _Mix([*weights.values()])
     try:
-        return [mix.events(each) for each in zip(*(events for _, events in used), strict=True)]
+        return [mix.events(each) for each in zip(*map(known.__getitem__, weights), strict=True)]
     except _DifferError:
         return None
 
@@ -162,17 +160,17 @@ class _Mix:
         return first
 
 
-def _combination(sizes: Sizes, known: Sequence[Sizes]) -> list[Fraction] | None:
+def combination(sizes: Sizes, known: Sequence[Sizes]) -> dict[Sizes, Fraction] | None:
     """Find weights that make (1, B, T, B*T) of some sizes the weighted sum of those of others.
 
     Returns:
-        The weights; None if there are none.
+        The weights but those of 0, by their sizes; None if there are none.
     """
     if not known:
         return None
     rows = [[1, at.batch, at.tail, at.batch * at.tail] for at in (*known, sizes)]
     weights = solved([*zip(*rows, strict=True)])
-    return None if weights is None else [weight or Fraction() for weight in weights]
+    return None if weights is None else {at: weight for at, weight in zip(known, weights, strict=True) if weight}
 
 
 def tell(events: Sequence[Event]) -> Told:

@@ -38,7 +38,7 @@ from rmtc.capture.metadata import (
     repeats_of,
     result_view,
 )
-from rmtc.capture.other_sizes import Told, predict, tell
+from rmtc.capture.other_sizes import Told, combination, predict, tell
 from rmtc.capture.own_modes import modes
 from rmtc.capture.probe import Probed, Sizes
 from rmtc.capture.recorder import Recorder
@@ -133,6 +133,7 @@ class Replayer:
         self._calls: Counter[int] = Counter()
         self._unknown = 0
         self._inside = False  # whether a call is being recorded inside of which none is answered from memory
+        self._worth: _Modules | None = None  # the modules around layers whose calls are worth remembering
         self._around_layers = _Modules()  # the modules around layers whose calls are remembered
         self._recorder = Recorder()  # that of the innermost call that is being recorded
         self._states: dict[int, ReplayState] = {}
@@ -155,7 +156,7 @@ class Replayer:
             RefusedError: with the first place where a segment does something else.
         """
         try:
-            around = self._around(sizes)
+            around = self._around(sizes.segments)
             if around:
                 return self._hold(sizes, around)
         except (RefusedError, CaptureError) as error:
@@ -184,11 +185,12 @@ class Replayer:
             sizes: those of the call, of more than :attr:`shortest` segments.
             known: sizes of :attr:`shortest` segments for which the loop holds.
         """
-        if not known:
+        weights = combination(sizes, known)
+        if weights is None:
             return False
         try:
-            around = self._around(known[0]._replace(segments=sizes.segments))
-            replays = {at: [self._few(each, around).events for each in self._lengths(at)] for at in known}
+            around = self._around(sizes.segments)
+            replays = {at: [self._few(each, around).events for each in self._lengths(at)] for at in weights}
             predicted = predict(sizes, replays)
             if predicted is None:
                 return False
@@ -232,18 +234,21 @@ class Replayer:
         """Return the sizes of the two short replays."""
         return [sizes._replace(segments=self._probe + more) for more in (0, 1)]
 
-    def _around(self, sizes: Sizes) -> _Modules:
-        """Find the modules around layers whose calls are worth remembering, too.
+    def _around(self, segments: int) -> _Modules:
+        """Find the modules around layers whose calls are worth remembering, too, in a call of some segments.
 
-        These are the ones that each segment calls. There are none if the call is short, or if one more segment makes a
-        call that is not known.
+        These are the ones that each segment calls. There are none if one more segment makes a call that is not known.
+        They are looked for once, at the sizes of the capture, when a call is long.
         """
-        if sizes.segments < heuristics.REPLAY_MANY * self._probe:
-            return _Modules()
-        short, long = (self._few(each, _Modules()).calls for each in self._lengths(sizes))
-        around = _Modules((long - short).keys() & self._session.modules.keys())  # no module that a segment makes
-        replays = [self._few(each, around) for each in self._lengths(sizes)] if around else []
-        return around if replays and not replays[-1].unknown else _Modules()
+        if self._worth is None:
+            if segments < heuristics.REPLAY_MANY * self._probe:
+                return _Modules()
+            lengths = self._lengths(self._plan.sizes)
+            short, long = (self._few(each, _Modules()).calls for each in lengths)
+            around = _Modules((long - short).keys() & self._session.modules.keys())  # no module that a segment makes
+            replays = [self._few(each, around) for each in lengths] if around else []
+            self._worth = around if replays and not replays[-1].unknown else _Modules()
+        return self._worth
 
     def told(self, sizes: Sizes) -> Told:
         """Return a replay of a few segments, taken apart into integers and all the rest."""

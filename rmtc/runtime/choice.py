@@ -50,7 +50,7 @@ class Arm:
 class New(enum.Enum):
     """The novelty of a size that is not admitted."""
 
-    FIRST_TAIL = "the first batch size or length of the last segment but that of the capture"
+    TRACE = "a batch size or length of the last segment that those known do not tell: it takes a whole trace"
     TAIL = "a length of the last segment, or a batch size"
     SEGMENTS = "a number of segments"
 
@@ -88,7 +88,7 @@ class Ledger:
         if len(self.missed) > heuristics.CHOICE_SIZES_KEPT:
             self.missed.clear()
         missed = self.missed[serves] = self.missed.get(serves, 0.0) + saves
-        unknown = self.budget / heuristics.CHOICE_OF_CAPTURE if new is New.FIRST_TAIL else 0.0
+        unknown = self.budget / heuristics.CHOICE_OF_CAPTURE if new is New.TRACE else 0.0
         return missed >= self.admissions.get(new, unknown)
 
     def admitted(self, new: New, seconds: float) -> None:

@@ -493,14 +493,14 @@ class _Walk:
         grouped = grouped and not one_layer
         layers = layers[:1] if one_layer else layers
         key = body.name, layers
-        rows = self.rows.get(key)
+        rows = self.rows.get((*key, grouped))
         if rows is None:
             get = self.executor.weights.rows
             rows = [get(body, number, layers, self.values, self.stacked) for number in range(len(body.weights))]
             lasting = self.executor.weights.lasting
             self.lasting[key] = all(lasting(body, number, layers, each) for number, each in enumerate(rows))
-            self.rows[key] = rows if grouped else [each[0] for each in rows]
-        return self.rows[key]
+            self.rows[*key, grouped] = rows if grouped else [each[0] for each in rows]
+        return self.rows[*key, grouped]
 
     def _operand(self, operand: Any, after: Sequence[Any], at: Environment | None = None) -> Any:
         """What an operand that is no cell's stands for."""

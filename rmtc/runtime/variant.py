@@ -386,15 +386,16 @@ class Variant:
         if pick is None or pick.choice is None or self.is_other(pick) or sizes in self.analysis.admitted:
             return True
         new = self._new(sizes)
-        serves = {New.FIRST_TAIL: None, New.TAIL: (sizes.batch, sizes.tail), New.SEGMENTS: sizes}[new]
+        few = self.analysis.few(sizes).segments
+        serves = {New.TRACE: few, New.TAIL: (sizes.batch, sizes.tail), New.SEGMENTS: sizes}[new]
         written, scheduled = (pick.choice.expected(each, sizes) for each in (self.arms[0], pick.arm))
         return self._ledger.pays(new, serves, written - scheduled)
 
     def _new(self, sizes: Sizes) -> New:
+        if not self.analysis.tells(sizes):
+            return New.TRACE
         known = {(each.batch, each.tail) for each in self.analysis.admitted}
-        if (sizes.batch, sizes.tail) in known:
-            return New.SEGMENTS
-        return New.TAIL if len(known) > 1 else New.FIRST_TAIL
+        return New.SEGMENTS if (sizes.batch, sizes.tail) in known else New.TAIL
 
     def as_written(self, pick: Pick | None) -> Pick | None:
         """Return what runs a call as written in place of another way."""

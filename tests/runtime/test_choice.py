@@ -222,7 +222,7 @@ def test_a_size_is_admitted_when_its_calls_have_missed_what_that_takes() -> None
     assert [ledger.pays(New.SEGMENTS, "b", 0.1) for _ in range(5)] == [False, False, False, True, True]
     ledger.admitted(New.SEGMENTS, 0.05)  # 0.2 in the mean
     assert [ledger.pays(New.SEGMENTS, "c", 0.1) for _ in range(2)] == [False, True]
-    assert [ledger.pays(New.FIRST_TAIL, None, 0.9) for _ in range(3)] == [False, False, True]  # a fourth of the capture
+    assert [ledger.pays(New.TRACE, 4, 0.9) for _ in range(3)] == [False, False, True]  # a fourth of the capture
     assert not ledger.pays(New.SEGMENTS, "d", -1.0)
 
 
