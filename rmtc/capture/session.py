@@ -31,7 +31,7 @@ from rmtc.capture.frames import is_of_models
 from rmtc.capture.kinds import is_closed, is_plain
 from rmtc.capture.objects import named_leaves
 from rmtc.capture.snapshot import Snapshot
-from rmtc.capture.state import Code, Slot, replace_tensors, uncached, unmoved, unseen, user_code, walk
+from rmtc.capture.state import REPLACED, Code, Slot, replace_tensors, uncached, unmoved, unseen, user_code, walk
 from rmtc.capture.translation import UNWATCHED, refuse_unknown, refused_unseen, strides_refused, translate
 from rmtc.capture.untold import stands_in
 from rmtc.capture.user_code import named_globals, names_of, tells_identity
@@ -100,6 +100,9 @@ class Session:
             hidden = function._forward_hooks, function._forward_pre_hooks
         self.without = frozenset(map(id, hidden))
         self.snapshot = Snapshot(self.roots, self.without)
+        self._replaceable = [
+            slot for slot in self.snapshot.slots if isinstance(slot.value, REPLACED) and not isinstance(slot.owner, tuple)
+        ]
         self.modules: dict[int, Slot] = {}
         for slot in self.snapshot.slots:
             if isinstance(slot.value, nn.Module):
@@ -259,11 +262,10 @@ class Session:
 
         with restored(put_back):
             self.fake_mode.thread = threading.get_ident()
-            for slot in self.snapshot.slots:
-                if not is_plain(slot.value) and not isinstance(slot.owner, tuple):
-                    value = uncached(replace_tensors(slot.value, lambda tensor: mapping.get(id(tensor), tensor)))
-                    if value is not slot.value:
-                        slot.put(value)
+            for slot in self._replaceable:
+                value = uncached(replace_tensors(slot.value, lambda tensor: mapping.get(id(tensor), tensor)))
+                if value is not slot.value:
+                    slot.put(value)
             self._requiring = [(value, value.requires_grad) for value in values]
             yield
 

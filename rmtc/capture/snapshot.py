@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 import random
 import sys
@@ -198,9 +199,10 @@ class Snapshot:
                 elif _is_bound(owner):
                     del owner.cell_contents
             elif isinstance(owner, dict):
-                same = len(owner) == len(content) and all(
-                    _is_same_key(mine, key) and now is value  # not looked up: a key may have another hash now
-                    for (mine, now), (key, value) in zip(owner.items(), content.items(), strict=True)
+                same = (  # no key is looked up, for it may have another hash now
+                    len(owner) == len(content)
+                    and all(map(operator.is_, owner.values(), content.values()))
+                    and (all(map(operator.is_, owner, content)) or all(map(_is_same_key, owner, content)))
                 )
                 if not same:
                     table = OrderedDict if isinstance(owner, OrderedDict) else dict  # a subclass may forbid it

@@ -428,6 +428,10 @@ def unmoved(value: Any) -> Any:
     return Unmoved() if own and isinstance(value, Iterator) and not isinstance(value, torch.Tensor) else value
 
 
+REPLACED = torch.Tensor, tuple, weakref.ref, Iterator, Cached
+"""The kinds of values that :func:`replace_tensors` or :func:`uncached` may replace."""
+
+
 def replace_tensors(value: Any, mapping: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Replace the tensors and iterators in a tuple or named tuple; return the same object if it holds none.
 
