@@ -221,7 +221,7 @@ class Analysis:
         return sizes._replace(segments=min(sizes.segments, max(len(loop.rows) + 2, loop.furthest_result)))
 
     def tells(self, sizes: Sizes) -> bool:
-        """Tell whether known sizes determine the integers of a call, so that its admission takes no trace, if all is well."""
+        """Tell whether known sizes determine a call's integers, so that its admission takes no trace if all is well."""
         few = self.few(sizes)
         at_few = [self.few(at) for at in self.traced if at.segments >= few.segments]
         known = sorted({at for at in at_few if at.segments == few.segments})

@@ -16,11 +16,12 @@ from rmtc.analysis import Analysis
 from rmtc.compiler import compiled_of, disabled
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.ops import linears
-from rmtc.runtime.backends import Backend
+from rmtc.runtime.backends import Backend, auto
+from rmtc.runtime.choice import Arm
 from rmtc.runtime.stats import LastRun
 from rmtc.stages import stage
 from rmtc.turns import NOTHING, Ratio, Timing, take_turns
-from rmtc.verification import Verification, rehearse
+from rmtc.verification import Rehearsal, Verification, rehearse
 
 aten = torch.ops.aten
 _PRODUCTS = frozenset(
@@ -49,6 +50,8 @@ class Benchmark:
         turns: number of turns, in each of which each ran once.
         threads: number of threads of torch.
         analysis: the capture and the proof.
+        best: the way that ``schedule="best"`` chose, with the times that it was chosen by; empty if another schedule
+            was asked for. If it is as written, the shortest schedule was measured all the same.
     """
 
     eager: Timing
@@ -64,6 +67,7 @@ class Benchmark:
     turns: int
     threads: int
     analysis: Analysis = field(repr=False)
+    best: str = ""
 
     @property
     def speedup(self) -> float | None:
@@ -95,6 +99,7 @@ class Benchmark:
                 f"the same results: largest relative error {check.max_relative_error:.1e} in {check.worst_output}",
                 f"schedule {run.schedule}, backend {run.backend}: {run.steps} steps in place of "
                 f"{run.sequential_steps}, for {run.segments} segments, {run.layers} layers, batch {run.batch}",
+                *([f'schedule="best" chose {self.best}'] if self.best else []),
                 "",
                 f"  {'':<22}{'median':>9}      {'fastest .. slowest':<20}times as fast as eager",
                 row("eager", self.eager, None),
@@ -142,6 +147,9 @@ def bench(
         seconds: take fewer turns if all that runs would take longer than this, captures not counted.
         layers, segment_length, schedule, backend: as in :func:`rmtc.compile`.
 
+    With ``schedule="best"``, the call is measured as that runs it after its tries. Where it stays as written, the
+    shortest schedule is measured, so that the answer shows what the choice is worth.
+
     Raises:
         RefusedError, CaptureError: if there is no schedule to run, or the call is run as written.
         VerifyError: if the results of the compiled call differ from those of the call as written. Then no time is
@@ -149,9 +157,15 @@ def bench(
     """
     # Verify first: no time is given for wrong results.
     begun = time.perf_counter()
-    rehearsal = rehearse(
-        function, args, kwargs, layers=layers, segment_length=segment_length, schedule=schedule, backend=backend
-    )
+    hints: dict[str, Any] = {"layers": layers, "segment_length": segment_length}
+    rehearsal = rehearse(function, args, kwargs, schedule=schedule, backend=backend, **hints)
+    best = ""
+    if schedule == "best" and (settled := _settled(rehearsal)) is not None:
+        arm, first, best = settled
+        if arm is not first or not rehearsal.verification:  # what was verified is not what is to be measured
+            forced = "shortest" if arm.written else arm.schedule
+            backend = arm.backend if arm.backend and backend in ("auto", auto) else backend
+            rehearsal = rehearse(function, args, kwargs, schedule=forced, backend=backend, **hints)
     verification = rehearsal.verification
     if not verification:
         error = VerifyError if verification.sequential_steps else RefusedError  # nothing ran, so nothing is wrong
@@ -177,8 +191,6 @@ def bench(
 
     # Measure: the call as written, with its schedule, and its products alone, in turns.
     with torch.no_grad(), stage("measure"):
-        for _ in range(heuristics.CHOICE_SETTLED if schedule == "best" else 0):  # the first calls try other ways
-            fast(*args, **kwargs)
         before = compiled.stats.runs
         with compiled.frozen():
             calls = {"eager": as_written, "rmtc": scheduled, _FLOOR: _products(lambda: compiled.run_once(args, kwargs))}
@@ -206,7 +218,30 @@ def bench(
         len(turns.seconds["eager"]),
         torch.get_num_threads(),
         analysis,
+        best,
     )
+
+
+@torch.no_grad()
+def _settled(rehearsal: Rehearsal) -> tuple[Arm, Arm, str] | None:
+    """Call a compiled copy until its tries are over.
+
+    Returns:
+        The way that runs the call then, the schedule that ran it at first if one did, and the choice in words; None if
+        there is no choice.
+    """
+    compiled = compiled_of(rehearsal.call)
+    if compiled is None or not compiled.variants:
+        return None
+    for _ in range(heuristics.CHOICE_SETTLED):
+        rehearsal.call(*rehearsal.args, **rehearsal.kwargs)
+    variant = compiled.variants[0]
+    with compiled.frozen():
+        pick = variant.pick(variant.analysis.capture.plan.sizes)
+    if pick is None:
+        return None
+    decided = [decision.reason for decision in compiled.stats.decisions.values()]
+    return pick.arm, variant.arms[1], decided[-1] if decided else str(pick.arm)
 
 
 def _finished(call: Callable[[], None], device: torch.device) -> Callable[[], None]:

@@ -101,7 +101,9 @@ class Session:
         self.without = frozenset(map(id, hidden))
         self.snapshot = Snapshot(self.roots, self.without)
         self._replaceable = [
-            slot for slot in self.snapshot.slots if isinstance(slot.value, REPLACED) and not isinstance(slot.owner, tuple)
+            slot
+            for slot in self.snapshot.slots
+            if isinstance(slot.value, REPLACED) and not isinstance(slot.owner, tuple)
         ]
         self.modules: dict[int, Slot] = {}
         for slot in self.snapshot.slots:

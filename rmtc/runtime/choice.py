@@ -65,7 +65,8 @@ class Ledger:
         lost: seconds that tries took beyond what the chosen way would have taken at the time.
         ratios: for each way, the time that calls took last over their estimate.
         failures: number of times that a way failed.
-        admissions: seconds that it took to admit a size, by its novelty.
+        admissions: the seconds that it took to admit sizes, by their novelty. The fewest count, once there are two: a
+            garbage collection takes longer than most admissions, and may fall into one.
         missed: seconds that calls of sizes that are not admitted would have saved, by what an admission would serve.
     """
 
@@ -74,7 +75,7 @@ class Ledger:
     lost: float = 0.0
     ratios: dict[Arm, float] = field(default_factory=dict)
     failures: Counter[Arm] = field(default_factory=Counter)
-    admissions: dict[New, float] = field(default_factory=dict)
+    admissions: dict[New, deque[float]] = field(default_factory=dict)
     missed: dict[Any, float] = field(default_factory=dict)
 
     def pays(self, new: New, serves: Any, saves: float) -> bool:
@@ -89,12 +90,12 @@ class Ledger:
             self.missed.clear()
         missed = self.missed[serves] = self.missed.get(serves, 0.0) + saves
         unknown = self.budget / heuristics.CHOICE_OF_CAPTURE if new is New.TRACE else 0.0
-        return missed >= self.admissions.get(new, unknown)
+        taken = self.admissions.get(new, ())
+        return missed >= (min(taken) if len(taken) > 1 else unknown)
 
     def admitted(self, new: New, seconds: float) -> None:
         """Take into account the seconds that it took to admit a size."""
-        before = self.admissions.get(new)
-        self.admissions[new] = seconds if before is None else (before + seconds) / 2
+        self.admissions.setdefault(new, deque(maxlen=heuristics.CHOICE_RECENT)).append(seconds)
 
     def left(self, new: bool) -> float:
         """Return the seconds that a try may cost now, the first of a way or a later one."""

@@ -38,6 +38,7 @@ from rmtc.passes.bodies.group import run_schedule
 from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.pipeline import Proven, apart, check_against, rewrite
 from rmtc.passes.schedule.prove import remedy
+from rmtc.quiet import uncollected
 from rmtc.restoring import restored
 from rmtc.runtime.backends import Backend, Runner, auto, backend_named, kernels_or_torch, name_of
 from rmtc.runtime.choice import AS_WRITTEN, Arm, Choice, Ledger, New, size_class
@@ -575,6 +576,7 @@ class Variant:
             if isinstance(tensor, torch.Tensor) and first.setdefault(id(tensor), name) == name
         }
 
+    @uncollected()  # a collection takes longer than most admissions, and is no part of what one costs
     def admit(self, sizes: Sizes, fresh: Callable[[], Session], arm: Arm | None = None, rest: int = 0) -> None:
         """See that a call of some sizes, in the model's present state, is the program's; and move the weights.
 

@@ -133,6 +133,19 @@ def test_most_sizes_need_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert traced == []
 
 
+def test_it_is_known_which_sizes_take_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    analysis = analyzed(Model())
+    traced = counted(monkeypatch)
+    for segments in (9, 2):
+        told = []
+        for tail in (4, 2, 5, 3):
+            told.append(analysis.tells(Sizes(segments, 2, tail)))
+            traced.clear()
+            analysis.admit(Sizes(segments, 2, tail))
+            assert not (told[-1] and traced), "a size that others tell takes no trace"
+        assert told[0] is False and told[-1] is True
+
+
 @pytest.mark.parametrize(
     ("trick", "sizes"), [("batch", Sizes(9, 7, 4)), ("length", Sizes(9, 4, 2)), ("integer", Sizes(9, 4, 2))]
 )

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from typer.testing import CliRunner, Result
 from rmtc.benchmark import Benchmark
 from rmtc.cli import app
 from rmtc.cli.target import LoadedCall
+from rmtc.ir.cost import CostModel
 from rmtc.runtime.stats import LastRun
 from rmtc.runtime.weights import Weights
 from rmtc.turns import Timing, Turns
@@ -83,6 +85,23 @@ def test_bench_shows_both_the_floor_and_what_ran() -> None:
     assert (answer["noise"], answer["speedup"]) == ("3 turns show a spread, there were 2", None)
     assert (answer["run"]["steps"], answer["threads"], answer["turns"]) == (7, 1, 2)
     assert (answer["run"]["schedule"], answer["run"]["backend"]) == ("diagonal", "torch")
+    assert answer["verification"]["ok"] is True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launch", "chosen"), [(1e-2, "as written"), (1e-9, "shortest, torch")])
+def test_bench_of_the_best_schedule_says_what_was_chosen_and_measures_a_schedule(
+    launch: float, chosen: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = CostModel.from_json(Path(os.environ["RMTC_COST_MODEL"]).read_text(encoding="utf-8"))
+    (tmp_path / "model.json").write_text(replace(model, launch=launch).to_json(), encoding="utf-8")
+    monkeypatch.setenv("RMTC_COST_MODEL", str(tmp_path / "model.json"))
+    sizes = ("--set", "segments=8", "--set", "layers=2")
+    result = run("bench", *ARMT, *sizes, "--repeats", "1", "--threads", "1", "--schedule", "best", "--json")
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["best"] == chosen
+    assert answer["run"]["schedule"] == "shortest" and answer["run"]["steps"] == 9
     assert answer["verification"]["ok"] is True
 
 

@@ -20,6 +20,7 @@ from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer
 from rmtc.capture.snapshot import Snapshot
 from rmtc.compiler import compiled_of
+from rmtc.runtime.executor import Executor
 
 SEGMENT, WIDTH = 32, 8
 
@@ -120,6 +121,35 @@ def test_each_of_thirty_lengths_takes_one_replay(monkeypatch: pytest.MonkeyPatch
     for size in sizes:
         fast(text(*size))
     assert len(replays) == len(sizes) and rmtc.stats(fast).runs == 3 + 2 * len(sizes)
+
+
+@torch.no_grad()
+def test_a_first_other_length_is_replayed_only_where_that_tells_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model().double().eval()
+    fast = compiled(model)
+    fast(text(8, SEGMENT))
+    traces, replays = counting(monkeypatch, Capture, "run"), counting(monkeypatch, Replayer, "_run")
+    ids = text(20, 9)
+    torch.testing.assert_close(fast(ids), model(ids), rtol=1e-10, atol=1e-10)
+    assert Sizes(4, 1, 9) in traces and rmtc.stats(fast).runs == 2
+    assert {(each.batch, each.tail) for each in replays} <= {(1, SEGMENT), (1, 9)}
+
+
+@torch.no_grad()
+def test_the_cells_of_another_last_length_run_without_a_group_axis() -> None:
+    """Layers of full segments and of the last one share their weights, with and without that axis."""
+    model = Model().double().eval()
+    fast = compiled(model)
+    for segments in (8, 3, 8):
+        ids = text(segments, 5)
+        torch.testing.assert_close(fast(ids), model(ids), rtol=1e-10, atol=1e-10)
+    found = compiled_of(fast)
+    assert found is not None and rmtc.stats(fast).runs == 3
+    runner = found.variants[0].runner
+    assert isinstance(runner, Executor)
+    launches = [each for each in runner.plan(8, 1, 5).launches if each.body.stage == "layer"]
+    assert {each.grouped for each in launches if each.short} == {False}
+    assert {each.grouped for each in launches if not each.short} == {True}
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from rmtc.runtime.estimate import as_written, backend_of, best_of, pays, ways
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.inductor import Inductor
 from rmtc.runtime.plan import plan_run
+from rmtc.runtime.variant import _long_seconds
 
 COSTS = Path(__file__).parents[1] / "support" / "costs"
 MEASURED = CostModel.from_json((COSTS / "measured.json").read_text(encoding="utf-8"))
@@ -355,3 +356,14 @@ def test_what_cannot_be_measured_has_constants_all_the_same(tmp_path: Path, monk
     assert "could not be measured" in measure.cost_model(torch.device("cpu"), torch.float8_e4m3fn).source
     monkeypatch.undo()
     measure._kept.cache_clear()
+
+
+def test_estimates_are_of_whole_segments_at_numbers_between_which_they_grow_evenly() -> None:
+    seen: list[Sizes] = []
+
+    def estimate(sizes: Sizes) -> float:
+        seen.append(sizes)
+        return float(sizes.segments)
+
+    assert [_long_seconds(estimate, 8, Sizes(segments, 1, 5)) for segments in (3, 11, 200)] == [3.0, 11.0, 200.0]
+    assert seen == [Sizes(segments, 1, 8) for segments in (3, 8, 16, 64)]
