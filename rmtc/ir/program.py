@@ -139,6 +139,11 @@ class Op:
         """The name of the target, such as ``mul.Tensor`` or ``getitem``."""
         return target_name(self.target)
 
+    @property
+    def random(self) -> bool:
+        """True if the operation may draw random numbers: two of them with equal operands differ."""
+        return torch.Tag.nondeterministic_seeded in getattr(self.target, "tags", ())
+
     def __str__(self) -> str:
         name = f"  # {self.name}" if self.name else ""
         return f"{self.label}({', '.join(show(arg) for arg in self.args)}){name}"

@@ -221,10 +221,7 @@ class Executor:
         parts = [program.loop.before, program.loop.after, program.shared]
         ops = (op for part in parts for op in (part.values() if isinstance(part, dict) else part) if op is not None)
         staged = (op for body in program.bodies.values() if body.stage != "layer" for op in body.ops.values())
-        return any(
-            isinstance(op.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.target.tags
-            for op in (*ops, *staged)
-        )
+        return any(op.random for op in (*ops, *staged))
 
     @functools.cached_property
     def concatenations(self) -> list[tuple[int, int, Every]]:
@@ -237,10 +234,7 @@ class Executor:
             known = self._constant.get(operand.number)
             if known is None:
                 op = self.program.shared[operand.number]
-                random = isinstance(op.target, torch._ops.OpOverload) and (
-                    torch.Tag.nondeterministic_seeded in op.target.tags
-                )
-                known = not random and all(map(self.constant, leaves(op.args)))
+                known = not op.random and all(map(self.constant, leaves(op.args)))
                 self._constant[operand.number] = known
             return known
         if isinstance(operand, Src):

@@ -504,11 +504,19 @@ def redirected(program: Program) -> Iterator[Mutant]:
                     yield Mutant(with_op(program, number, changed), f"%{number} reads %{twin}, not {leaf}")
 
 
+def with_copies(program: Program, at: list[Place]) -> tuple[Program, list[Place]]:
+    """A program and its places with all that counts done once more at the end, for nothing to read."""
+    copies = [program.ops[number] for number in sorted(needed(program))]
+    last = max(at, key=lambda place: (place[:3], place.position))
+    ends = [last._replace(position=last.position + k + 1) for k in range(len(copies))]
+    return Program([*program.ops, *copies], program.sources, program.outputs), [*at, *ends]
+
+
 @pytest.mark.parametrize("name", LAYER_KINDS)
 def test_an_equal_value_that_is_made_too_late_is_rejected(name: str) -> None:
     case = case_of(name)
     trace = case.trace(4)
-    claimed, at = case.claim(4)
+    claimed, at = with_copies(*case.claim(4))
     late = [mutant for mutant in redirected(claimed) if not runs_in_order(mutant.program, at)]
     assert late and all(same_results(trace, mutant.program) for mutant in late)
     assert [mutant.what for mutant in late if accepts(case, trace, mutant.program, at)] == []
@@ -544,6 +552,22 @@ def test_a_size_that_is_left_open_is_the_one_there_is(
     else:
         with pytest.raises(VerifyError):
             check(trace, claimed, at, (), 1)
+
+
+def test_two_draws_are_not_one() -> None:
+    """Equal operations that draw numbers give different ones."""
+
+    def program(*draws: int) -> Program:
+        ops = [Op(aten.rand.default, ((2, 3),)) for _ in range(max(draws) + 1)]
+        ops.append(Op(aten.sub.Tensor, tuple(map(Val, draws))))
+        return Program(ops, {}, {"output": Val(len(ops) - 1)})
+
+    two, one = program(0, 1), program(0, 0)
+    at = [Place(0, 0, 0, None, number) for number in range(3)]
+    assert check(two, two, at, (), 1).nodes == 3 and check(one, one, at[:2], (), 1).nodes == 2
+    for trace, claimed in ((two, one), (one, two)):
+        with pytest.raises(VerifyError):
+            check(trace, claimed, at[: len(claimed.ops)], (), 1)
 
 
 def test_a_constant_tensor_of_another_value_is_rejected() -> None:

@@ -110,10 +110,13 @@ class Emitter:
             return self.bind(name, self.space[name], args[0].grouped)
         positional, named = call_arguments(args)
         arguments = NamedArguments(op.target, positional, named)
-        if torch.Tag.nondeterministic_seeded in op.target.tags and arguments.values.get("dropout_p") != 0:
-            self.pure = False
+        draws = op.random and arguments.values.get("dropout_p") != 0
+        self.pure &= not draws
         varying = any(isinstance(leaf, Varying) for leaf in leaves(args))
         if not varying and not any(each.grouped for each in arguments.tensors()):
+            if draws:  # each cell has numbers of its own
+                self._assign(name, plain(self._loop(arguments)), op, arguments)
+                return self.bind(name, self.space[name], True)
             self._assign(name, plain(arguments.call()), op, arguments)
             return self.bind(name, self.space[name], False)
         if op.target in UNGROUPED and not varying:

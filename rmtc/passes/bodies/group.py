@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from rmtc.affine import Affine
 from rmtc.ir.formula import L
 from rmtc.ir.program import Op, Src, leaves, map_leaves
@@ -15,8 +13,6 @@ from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Every, Item, Outer, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, Shared, WavefrontProgram, Weight
 from rmtc.passes.registry import register
-
-_RANDOM = torch.Tag.nondeterministic_seeded
 
 
 def run_schedule(schedule: Schedule, kind: str = "shortest") -> Schedule:
@@ -111,7 +107,7 @@ class _Shared:
 
     def _key(self, row: int, op: Op) -> tuple[Any, tuple[Any, ...]] | None:
         """Return target and arguments with shared values for operands, or None if the value may vary by segment."""
-        fixed = not (isinstance(op.target, torch._ops.OpOverload) and _RANDOM in op.target.tags)
+        fixed = not op.random
 
         def part(arg: Any) -> Any:
             nonlocal fixed

@@ -36,9 +36,8 @@ def merge_equal(body: Body, loop: SegmentLoop) -> Body:
         if inner is not None:
             graph.replace(number, aten.reshape.default, inner[0], *op.args[1:])
             op = graph.ops[number]
-        random = isinstance(op.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.target.tags
         key = op.target, key_of(op.args)
-        if not random and known.get(key) in graph.ops:
+        if not op.random and known.get(key) in graph.ops:
             graph.drop(number, Local(known[key]))
         else:
             known[key] = number

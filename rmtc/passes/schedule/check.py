@@ -193,6 +193,7 @@ def _correspond(trace: Program, claimed: Program) -> dict[int, int]:
     if set(trace.outputs) != set(claimed.outputs):
         raise VerifyError(f"other results: {sorted(set(trace.outputs) ^ set(claimed.outputs))}")
     counterpart: dict[int, int] = {}
+    drawn: dict[int, int] = {}  # what draws random numbers in the loop, for one operation of the trace each
     # Each entry has its reader: the name of a result, or the number of an operation of the trace.
     work: list[tuple[Any, Any, str | int]]
     work = [(trace.outputs[name], claimed.outputs[name], f"result {name}") for name in trace.outputs]
@@ -219,6 +220,9 @@ def _correspond(trace: Program, claimed: Program) -> dict[int, int]:
                 f"{_node(trace, value.number)} in the run is {_node(claimed, image.number)} in the loop",
                 location=node.location,
             )
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            if drawn.setdefault(image.number, value.number) != value.number:
+                raise VerifyError(f"{_node(trace, value.number)} draws numbers of its own", location=node.location)
         counterpart[value.number] = image.number
         work += [(a, b, value.number) for a, b in _pairs(node, other, trace, value.number)]
     return counterpart
@@ -294,6 +298,8 @@ def _same(claimed: Program, first: int, second: int) -> bool:
             continue
         seen.add((a, b))
         one, two = claimed.ops[a], claimed.ops[b]
+        if torch.Tag.nondeterministic_seeded in getattr(one.target, "tags", ()):
+            return False
         if one.target is not two.target or _nameless(one.args) != _nameless(two.args):
             return False
         work += zip(values_in(one.args), values_in(two.args), strict=True)
