@@ -362,29 +362,23 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
             yield heuristics.SHORT_RUN, batches, tails, _CONSTANTS
         yield from ((segments, batches, tails, _PLAIN) for segments in ages)
 
-    tried: dict[tuple[int, tuple[int, ...], tuple[int, ...], Reading], None] = {}
-
-    def ways() -> Iterator[tuple[tuple[int, tuple[int, ...], tuple[int, ...], Reading], bool]]:
-        """Yield each attempt once with True, by the order of operations; then the plain ones by what is computed."""
-        for attempt in attempts():
-            if attempt not in tried:
-                tried[attempt] = None
-                yield attempt, True
-        yield from ((each, False) for each in tried if each[0] == heuristics.SHORT_RUN and each[3] == _PLAIN)
-
     # The first attempt whose loop passes its checks is taken.
-    for attempt, ordered in ways():
+    tried = set[tuple[int, tuple[int, ...], tuple[int, ...], Reading]]()
+    for attempt in attempts():
+        if attempt in tried:
+            continue
+        tried.add(attempt)
         segments, batch, tail, reading = attempt
         if reading != analysis.capture.reading:
             analysis.capture.reading = reading
             analysis.runs.clear()
         sizes = [Sizes(segments + i, batch[i], tail[i]) for i in range(3)]
         try:
-            analysis.proven = _attempt(analysis, sizes, layers, ordered)
+            analysis.proven = _attempt(analysis, sizes, layers)
         except (RefusedError, VerifyError, CaptureError) as error:
-            logger.debug("with %s, by %s: %s", sizes, "order" if ordered else "values", error.reason)
+            logger.debug("with %s: %s", sizes, error.reason)
             as_written = reading == _WHOLE and segments == heuristics.SHORT_RUN  # histories as the user's code has them
-            first = error if first is None or (as_written and ordered) else first
+            first = error if first is None or as_written else first
         else:
             if first is not None and analysis.proven.loop.fixed.get("tail", plan.sizes.tail) != plan.sizes.tail:
                 raise RefusedError(
@@ -396,7 +390,6 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
                 ) from first
             if plan.sizes.segments > 1:  # one segment needs no schedule
                 analysis.admit(plan.sizes)
-            recognised["order" if ordered else "values"] += 1
             return
     # No attempt passed: the error of the first one says most.
     if isinstance(first, VerifyError):
@@ -408,11 +401,7 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
     raise first or CaptureError("no probe ran")
 
 
-recognised: Counter[str] = Counter()
-"""How often loops were found in this process: by ``values``, what operations compute, or by their ``order``."""
-
-
-def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, by_order: bool) -> Proven:
+def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Proven:
     plan, seconds = analysis.capture.plan, analysis.seconds
     runs = [analysis.run(each) for each in sizes[:2]]
     with timed(seconds, "reroll"):
@@ -422,7 +411,6 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, by_orde
             analysis.capture.lists,
             plan.segment_length,
             layers,
-            by_order,
         )
     fixed = {}
     if len({each.batch for each in sizes}) == 1:
@@ -434,7 +422,7 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None, by_orde
     third = analysis.run(sizes[2])
     if any(not analysis.capture.alike.distrusted.isdisjoint(run.copied) for run in runs):
         analysis.runs.clear()  # a call differs from what was copied in the runs before
-        return _attempt(analysis, sizes, layers, by_order)
+        return _attempt(analysis, sizes, layers)
     refuse_drift([*runs, third], plan.segment_length)
     with timed(seconds, "check"):
         proven.checked = check_against(proven, third.program, *third.sizes)

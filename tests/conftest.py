@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 import rmtc
-from rmtc.analysis import recognised
 from rmtc.runtime import estimate, variant
 from rmtc.runtime.compiled import Compiled
 from rmtc.runtime.executor import Executor, Run
@@ -46,22 +45,6 @@ AGAIN = {"test_fused", "test_state", "test_compile"}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run what is marked full, too: see .ci/full")
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hand the counts of how loops were found to the process that sums up."""
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["recognised"] = dict(recognised)
-
-
-def pytest_testnodedown(node: Any) -> None:
-    """Add up the counts of a process that ran tests."""
-    recognised.update(getattr(node, "workeroutput", {}).get("recognised", {}))
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say how many loops were found by what they compute, and how many by the order of operations alone."""
-    terminalreporter.write_line(f"loops found by values: {recognised['values']}, by order: {recognised['order']}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

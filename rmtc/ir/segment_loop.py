@@ -72,7 +72,7 @@ class Where(NamedTuple):
     number: tuple[int, ...]  # in each row kind; -1 where that row does not make it
 
     def __str__(self) -> str:
-        return f"s[{self.segment}].%{self.number[-1]}"
+        return f"s[{self.segment}].%{self.number[min(self.segment, len(self.number) - 1)]}"
 
 
 class Every(NamedTuple):

@@ -29,9 +29,7 @@ from rmtc.passes.fold.dependences import find_dependences
 from rmtc.passes.fold.fold_segments import fold_segments
 from rmtc.passes.fold.generalize import generalize_rows
 from rmtc.passes.fold.layers import fold_layers
-from rmtc.passes.fold.run import DividedRun
-from rmtc.passes.fold.segments import find_segments
-from rmtc.passes.fold.streams import Family, Uses, find_anchors, find_family, uses
+from rmtc.passes.fold.streams import Family, Uses, find_family, uses
 from rmtc.passes.fold.unify import unify
 from rmtc.passes.registry import register, watched
 from rmtc.passes.schedule.check import Checked, check
@@ -94,7 +92,6 @@ def reroll(
     lists: frozenset[str],
     segment_length: int,
     hint: str | None = None,
-    by_order: bool = True,
 ) -> tuple[SegmentLoop, Family | None]:
     """Reroll two runs into a loop with cells, classes and dependences.
 
@@ -104,15 +101,15 @@ def reroll(
         lists: the names of the inputs that are lists with one item per segment.
         segment_length: positions of a segment.
         hint: the user's name for the list of layers.
-        by_order: whether segments are found by the order in which operations ran, not by what they compute.
 
     Raises:
         CaptureError: if no segments or layers can be told apart.
         RefusedError: if the segments do not repeat.
         VerifyError: if later segments read what first ones do not make.
     """
-    found = [uses(program, growing) for program, *_ in runs]
-    anchors = find_anchors(found[0], found[1], (runs[0][1], runs[1][1]))
+    starts = tuple(f"{name}[" for name in lists)
+    texts = growing | {name for program, *_ in runs for name in program.sources if name.startswith(starts)}
+    found = [uses(program, texts) for program, *_ in runs]
     counts = Counter(name for names in found[0].names for name in names)
     sources = runs[0][0].sources.values()
     parameters = {name for source in sources if source.kind == "parameter" for name in source.names}
@@ -122,28 +119,26 @@ def reroll(
             f"no parameters are named {hint}.0, {hint}.1, ...",
             remedy="name the list of layers as named_parameters does",
         )
-    if not anchors[0]:
+    used = {i for i, names in enumerate(found[0].names) if names and not found[0].invariant[i]}
+    if not used:
         raise CaptureError(
-            "no parameter is used once a segment, so the segments cannot be told apart",
+            "no segment uses a parameter, so the segments cannot be told apart",
             remedy="is this a loop over segments? pass layers=... to name the list of layers",
         )
-    if not anchors[0].keys() & runs[0][0].needed():
+    if not used & runs[0][0].needed():
         raise _unneeded()
-    if by_order:
+    steady_from, layers = _steady_from(runs[0][1]), _layers(runs[1][0], found[1], family)
+    shorter, longer, difference = unify(runs[0], runs[1], texts, lists, segment_length, steady_from, layers)
+    try:
+        loop = fold_segments(shorter, longer, runs[0][0].sources, steady_from)
+    except RefusedError as error:
+        if difference is None:
+            raise
+        raise difference from error
 
-        def rerolled(family: Family | None) -> tuple[SegmentLoop, Family | None]:
-            return _rerolled(runs, found, anchors, family, growing, lists, segment_length)
-    else:
-        steady_from, all_layers = _steady_from(runs[0][1]), family
-        divided = unify(
-            *(runs[0], runs[1], growing, lists, segment_length, steady_from),
-            lambda name: all_layers is not None and all_layers.layer_of(name) is not None,
-        )
-        loop = fold_segments(*divided, runs[0][0].sources, steady_from, growing, complete=True)
-
-        def rerolled(family: Family | None) -> tuple[SegmentLoop, Family | None]:
-            laid = generalize_rows(fold_layers(replace(loop, growing=growing), family))
-            return find_dependences(laid, family), family
+    def rerolled(family: Family | None) -> tuple[SegmentLoop, Family | None]:
+        laid = generalize_rows(fold_layers(replace(loop, growing=growing), family))
+        return find_dependences(laid, family), family
 
     try:
         return rerolled(family)
@@ -154,29 +149,15 @@ def reroll(
         return rerolled(None)
 
 
-def _rerolled(
-    runs: Sequence[tuple[Program, int, int, int]],
-    found: Sequence[Uses],
-    anchors: Sequence[dict[int, int]],
-    family: Family | None,
-    growing: frozenset[str],
-    lists: frozenset[str],
-    segment_length: int,
-) -> tuple[SegmentLoop, Family | None]:
-    """Reroll two runs, with the layers of a family or without layers.
+def _layers(run: Program, use: Uses, family: Family | None) -> dict[int, int | None]:
+    """Return the operations that use parameters, with the layer that these belong to.
 
-    The other arguments and the result are those of :func:`reroll`.
+    What other tensors, such as a mask of the caller's, are used for may be for any layer.
     """
-    divided: list[DividedRun] = []
-    for (program, segments, batch, tail), use, anchor in zip(runs, found, anchors, strict=True):
-        layers = {i: family.layer(use.names[i]) for i in anchor} if family is not None else {}
-        inner = {i: layer for i, layer in layers.items() if layer is not None}
-        divided.append(
-            DividedRun(find_segments(program, use, anchor, inner, segments), batch, tail, segment_length, lists)
-        )
-    loop = fold_segments(divided[0], divided[1], runs[0][0].sources, _steady_from(runs[0][1]), growing)
-    loop = generalize_rows(fold_layers(replace(loop, growing=growing), family))
-    return find_dependences(loop, family), family
+    kinds = {name: source.kind for source in run.sources.values() for name in source.names}
+    layers = {i: family.layer(names) if family else None for i, names in enumerate(use.names) if names}
+    of_layers = {kinds.get(name) for i, layer in layers.items() if layer is not None for name in use.names[i]}
+    return {i: each for i, each in layers.items() if not of_layers or of_layers & {kinds.get(n) for n in use.names[i]}}
 
 
 def _unneeded() -> RefusedError:

@@ -18,7 +18,7 @@ from rmtc.errors import VerifyError
 from rmtc.ir.program import NegativeZero, Op, Program, Source, Src, Val
 from rmtc.ir.segment_loop import Outer, Row
 from rmtc.ir.wavefront import Input, Local
-from rmtc.passes.fold.segments import Segmented
+from rmtc.passes.fold.run import Segmented
 from rmtc.passes.pipeline import rewrite
 from rmtc.passes.registry import PASSES, ran, register, watching
 

@@ -18,14 +18,8 @@ KEPT = {
     # The recognition of loops, which is to be replaced as a whole: its files keep their form until then.
     "capture/indexing.py",
     "passes/graph/canonicalize.py",
-    *(
-        f"passes/fold/{name}.py"
-        for name in ("accumulators", "align", "carry", "classes", "complete", "cuts", "dependences")
-    ),
-    *(
-        f"passes/fold/{name}.py"
-        for name in ("fit", "fold_segments", "generalize", "layers", "outside", "run", "segments")
-    ),
+    *(f"passes/fold/{name}.py" for name in ("accumulators", "align", "carry", "classes", "cuts", "dependences")),
+    *(f"passes/fold/{name}.py" for name in ("fit", "fold_segments", "generalize", "layers", "outside", "run")),
     "passes/fold/streams.py",
     # The run of a call, likewise.
     *(f"runtime/{name}.py" for name in ("check_plan", "check_steps", "compiled", "concatenation", "executor", "plan")),

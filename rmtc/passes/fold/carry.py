@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from rmtc.ir.program import Op, Program, Val, leaves, map_leaves
-from rmtc.passes.fold.run import DividedRun
-from rmtc.passes.fold.segments import Segmented
+from rmtc.passes.fold.run import DividedRun, Segmented
 
 __all__ = ["carry"]
 

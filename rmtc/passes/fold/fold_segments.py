@@ -11,28 +11,20 @@ from typing import Any
 
 from rmtc.affine import Affine
 from rmtc.errors import RefusedError
-from rmtc.ir.program import Op, Source, Src, Val, leaves, map_leaves, parts, show, target_name
+from rmtc.ir.program import Op, Source, Src, Val, leaves, map_leaves, show, target_name
 from rmtc.ir.segment_loop import Environment, Every, Item, Outer, Row, SegmentLoop, Where
 from rmtc.passes.fold.carry import carry
-from rmtc.passes.fold.complete import complete_segments
 from rmtc.passes.fold.cuts import common_subsequence
 from rmtc.passes.fold.fit import Misfit, fit
 from rmtc.passes.fold.outside import fold_outside, fold_results
-from rmtc.passes.fold.run import DividedRun, describe, structure
+from rmtc.passes.fold.run import SAME_OPERATIONS, DividedRun, describe, other_operation, structure
 from rmtc.passes.registry import register
 
 __all__ = ["fold_segments"]
 
 
 @register("fold-segments", "two lengths folded into one loop, for every number of segments")
-def fold_segments(
-    short: DividedRun,
-    long: DividedRun,
-    sources: dict[str, Source],
-    steady_from: int,
-    growing: frozenset[str] = frozenset(),
-    complete: bool = False,
-) -> SegmentLoop:
+def fold_segments(short: DividedRun, long: DividedRun, sources: dict[str, Source], steady_from: int) -> SegmentLoop:
     """Fold two runs into a loop.
 
     Needs: two runs of n and n + 1 segments.
@@ -49,31 +41,24 @@ def fold_segments(
         short, long: the runs.
         sources: the tensors that exist before the call.
         steady_from: the first segment that all later ones are like.
-        growing: the names of the inputs that grow.
-        complete: whether all later segments run the same already.
 
     Raises:
         RefusedError: with the first operation that does not fit.
     """
     if short.segments <= steady_from or long.segments != short.segments + 1:
         raise ValueError("fold_segments needs runs of n and n + 1 segments with a steady one in each")
-    if complete:
-        return _fold(short, long, sources, steady_from)
-    with contextlib.suppress(RefusedError):
-        return _fold(*complete_segments(short, long, steady_from, growing), sources, steady_from)
     try:
         return _fold(short, long, sources, steady_from)
     except RefusedError:
         carried = carry(short, long)
         if carried is not None:
             with contextlib.suppress(RefusedError):  # of what the user's code does not say
-                return fold_segments.function(*carried, sources, steady_from, growing)
+                return fold_segments.function(*carried, sources, steady_from)
         raise
 
 
 def _fold(short: DividedRun, long: DividedRun, sources: dict[str, Source], steady_from: int) -> SegmentLoop:
     """The loop of two runs as they are."""
-    short, long = _drop_unused(short, long)
     reference = long.tokens(steady_from)
     for run in (short, long):
         for s in range(steady_from, run.segments):
@@ -242,78 +227,11 @@ def _without_last_row(loop: SegmentLoop) -> SegmentLoop:
     return replace(loop, rows=loop.rows[:-1], after=after, outputs=outputs)
 
 
-def _drop_unused(short: DividedRun, long: DividedRun) -> tuple[DividedRun, DividedRun]:
-    """Drop what no segment but perhaps the last needs: views that were made anew after a write and never read.
-
-    What the last segment does not need, but the others do, stays, and so does what it is made of, and all results of an
-    operation with several. Segments of which no result needs anything stay as they are.
-    """
-    runs = (short, long)
-    taken = [parts(run.ops) for run in runs]
-    groups: dict[int, list[tuple[int, int]]] = {}  # rows that run the same operations, by the first of them
-    firsts: list[list[Any]] = []
-    for number, run in enumerate(runs):
-        for s in range(run.segments):
-            tokens = run.tokens(s)
-            found = next((i for i, first in enumerate(firsts) if first == tokens), len(firsts))
-            if found == len(firsts):
-                firsts.append(tokens)
-            groups.setdefault(found, []).append((number, s))
-    alike = {member: members for members in groups.values() for member in members}
-    needed: tuple[set[int], set[int]] = (set(), set())
-
-    def need(work: list[tuple[int, int]]) -> None:
-        while work:
-            number, i = work.pop()
-            if i in needed[number]:
-                continue
-            needed[number].add(i)
-            run = runs[number]
-            work += [(number, leaf.number) for leaf in leaves(run.ops[i].args) if type(leaf) is Val]
-            work += [(number, part) for part in taken[number].get(i, ())]
-            s, k = run.place(Val(i))
-            work += [(other, runs[other].starts[t] + k) for other, t in alike.get((number, s), ())]
-
-    need([(number, i) for number, run in enumerate(runs) for i in run.results()])
-    for members in groups.values():
-        if not any(i in needed[number] for number, s in members for i in runs[number].numbers(s)):
-            need([(number, i) for number, s in members for i in runs[number].numbers(s)])
-    # Nor is what another segment needs of the same parameters dropped: a run of few segments may return it.
-    kinds = {_kind(runs[number].ops[i]) for number in (0, 1) for i in needed[number]} - {None}
-    need([(number, i) for number, run in enumerate(runs) for i, op in enumerate(run.ops) if _kind(op) in kinds])
-    dropped = [set(range(len(run.ops))) - needed[number] for number, run in enumerate(runs)]
-    for members in groups.values():
-        if all(s == runs[number].segments - 1 for number, s in members):
-            for number, s in members:
-                dropped[number].difference_update(runs[number].numbers(s))
-    for number, run in enumerate(runs):
-        for i, op in enumerate(run.ops):  # and what only they led to
-            if any(type(leaf) is Val and leaf.number in dropped[number] for leaf in leaves(op.args)):
-                dropped[number].add(i)
-    return short.without(dropped[0]), long.without(dropped[1])
-
-
-def _kind(op: Op) -> Any:
-    """What an operation does with which tensors from before the call; None if with none."""
-    names = tuple(leaf.name for leaf in leaves(op.args) if type(leaf) is Src)
-    return (op.target, op.location, names) if names else None
-
-
-_NUMBERS = (
-    "a Python number that differs from segment to segment (a random one, an item of a list) must be part of a tensor "
-    "that is made before the loop; whole numbers may advance evenly"
-)
-
-
 def _same_operations(run: DividedRun, segment: int, other: DividedRun, reference: int) -> None:
     """Segment ``segment`` of a run must run what segment ``reference`` of another run does."""
     if run.tokens(segment) == other.tokens(reference):
         return
     what, than = f"segment {segment} of {run.segments}", f"segment {reference} of {other.segments}"
-    remedy = (
-        "every segment after the first must run the same operations: a branch on the segment's number must go, or be "
-        "a torch.where"
-    )
     ops, expected_ops = run.row(segment), other.row(reference)
     only = Counter((op.target, op.location) for op in ops)
     only.subtract((op.target, op.location) for op in expected_ops)
@@ -322,17 +240,13 @@ def _same_operations(run: DividedRun, segment: int, other: DividedRun, reference
     )  # tells more than its order
     for op, expected in zip(ops, expected_ops, strict=False):
         if op.target is not expected.target or structure(op.args) != structure(expected.args):
-            raise RefusedError(
-                f"{what} does not run what {than} runs: {describe(op)} in place of {describe(expected)}",
-                location=(alone or op).location or expected.location,
-                remedy=remedy if op.target is not expected.target else _NUMBERS,
-            )
+            raise other_operation(what, op, than, expected, (alone or op).location)
     longer = ops if len(ops) > len(expected_ops) else expected_ops
     extra = longer[min(len(ops), len(expected_ops))]
     raise RefusedError(
         f"{what} runs {len(ops)} operations and {than} {len(expected_ops)}: one goes on with {describe(extra)}",
         location=extra.location,
-        remedy=remedy,
+        remedy=SAME_OPERATIONS,
     )
 
 
@@ -346,7 +260,7 @@ def _fold_row(samples: list[Sample], more: list[Sample]) -> tuple[Op, ...]:
         try:
             args = _fold_args(
                 [(run, run_ops[number].args, s) for run, run_ops, s in samples],
-                [(run, run_ops[number].args, s) for run, run_ops, s in more],
+                [(run, run_ops[number].args, s) for run, run_ops, s in more] or _others(samples, number),
             )
         except Misfit as misfit:
             raise RefusedError(
@@ -358,6 +272,20 @@ def _fold_row(samples: list[Sample], more: list[Sample]) -> tuple[Op, ...]:
         name = sorted(names)[0] if names else ""
         body.append(Op(op.target, args, op.origin._replace(name=name), op.form))
     return tuple(body)
+
+
+def _others(samples: list[Sample], number: int) -> list[tuple[DividedRun, Any, int]]:
+    """Return what stands for an operation of a row in segments that run other operations, too."""
+    run, (op, *_), segment = samples[0][0], samples[0][1][number:], samples[0][2]
+    if not run.segmented.names:
+        return []
+    name, rows = run.segmented.names[run.starts[segment] + number], {(each[0], each[2]) for each in samples}
+    return [
+        (run, other.args, s)
+        for run in dict.fromkeys(each[0] for each in samples)
+        for s, other in run.called(name)
+        if (run, s) not in rows and other.target is op.target and structure(other.args) == structure(op.args)
+    ]
 
 
 def _fold_args(samples: list[tuple[DividedRun, Any, int]], more: list[tuple[DividedRun, Any, int]]) -> tuple[Any, ...]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
-from rmtc.ir.program import Src, leaves
 from rmtc.passes.fold.later import find_later
 from rmtc.passes.fold.run import structure
 from rmtc.passes.fold.values import Unit, ValuedRun, integers_of
 
 
 class Home(NamedTuple):
-    """The place where a value is made: its segment, and its kind and number there, see :class:`Name` of unify.py."""
+    """The place where a value is made: its segment, and its kind and number there, see :class:`Name` of filing.py."""
 
     segment: int
     kind: str
@@ -24,21 +23,23 @@ class Orbits:
 
     Args:
         short, long: the runs, whose values are numbered.
-        is_layered: whether a name is that of a parameter of one layer.
+        layers: the operations of the longer run that use parameters, with the layer that these belong to.
 
     Attributes:
         last: the last segment of the longer run.
         later: for values of the shorter run those one segment later in the longer run.
         earlier: the other way round.
         carried: values that go from segment to segment without a part in the text, as a counter does.
+        seams: operations of the two runs that differ where the same are expected.
         orbits: the orbits, each as its values in the longer run.
+        earliest: the latest segment whose text has a part in each dependent value of the longer run; -1 for none.
         homes: where each dependent value of the longer run is made.
     """
 
-    def __init__(self, short: ValuedRun, long: ValuedRun, is_layered: Callable[[str], bool]) -> None:
-        self.short, self.long, self._is_layered = short, long, is_layered
+    def __init__(self, short: ValuedRun, long: ValuedRun, layers: Mapping[int, int | None]) -> None:
+        self.short, self.long, self._layers = short, long, layers
         self.last = long.size.segments - 1
-        self.later = find_later(short, long)
+        self.later, self.seams = find_later(short, long)
         self.earlier = {other: unit for unit, other in reversed(self.later.items())}
         self.carried = self._find_carried()
         self.orbits = self._find_orbits()
@@ -88,7 +89,8 @@ class Orbits:
 
     def _find_homes(self) -> dict[Unit, Home]:
         """Find where each dependent value of the longer run is made."""
-        late = self._late(self._earliest({}))
+        self.earliest = self._earliest({})
+        late = self._late(self.earliest)
         # Each orbit has one distance from the places in it to segments: that of its last values, or what others need.
         more = True
         while more:
@@ -121,7 +123,7 @@ class Orbits:
             late: the segment of the first value of orbits that come later than they could.
         """
         long, found = self.long, dict[Unit, int]()
-        for i in sorted(long.needed):
+        for i in range(len(long.ops)):
             unit = long.unit[i]
             if not long.dependent[i] or unit in found:
                 continue
@@ -165,9 +167,10 @@ class Orbits:
             The segment of the first value of each.
         """
         long, slack = self.long, self._slack(earliest)
-        order = [i for i in sorted(long.needed) if long.unit[i] in self._of]
+        order = [i for i in range(len(long.ops)) if long.unit[i] in self._of]
         sure = [i for i in order if slack[self._of[long.unit[i]][0]] <= 0]
         lags: dict[Hashable, list[int]] = {}
+        between = set[int]()
         at = 0
         for i in order:
             while at < len(sure) and sure[at] < i:
@@ -177,7 +180,9 @@ class Orbits:
             end = first + slack[number]
             before = earliest[long.unit[sure[at - 1]]] if at else -1
             behind = earliest[long.unit[sure[at]]] if at < len(sure) else self.last + 1
-            if first < end and (before in (end, behind) or behind == first):
+            if first < end and before == first and behind == end:
+                between.add(number)
+            elif first < end and (before in (end, behind) or behind == first):
                 lag = 0 if behind == first else min(max(before, first), end) - first
                 for key in (number, (op.target, op.location)):
                     lags.setdefault(key, []).append(lag)
@@ -185,8 +190,9 @@ class Orbits:
         for number, orbit in enumerate(self.orbits):
             op = long.ops[long.stands[orbit[-1]]]
             known = lags.get(number) or lags.get((op.target, op.location))
-            if known and slack[number] > 0:
-                lag = min(max(set(known), key=known.count), slack[number])
+            if slack[number] > 0 and (known or number in between):
+                # What runs between two segments is of the later one: the last segment has it then, too.
+                lag = min(max(set(known), key=known.count), slack[number]) if known else slack[number]
                 found[number] = earliest[orbit[-1]] - len(orbit) + 1 + lag
         return found
 
@@ -195,7 +201,7 @@ class Orbits:
         long = self.long
         slack = {number: self.last - earliest[orbit[-1]] for number, orbit in enumerate(self.orbits)}
         edges: dict[tuple[int, int], int] = {}
-        for i in sorted(long.needed):
+        for i in range(len(long.ops)):
             unit = long.unit[i]
             for read in (long.unit[j] for j in long.operands(i) if unit in self._of):
                 if read in self._of:
@@ -217,12 +223,11 @@ class Orbits:
         long, wanted = self.long, set[Unit]()
         behind = [
             (i, unit)
-            for i in sorted(long.needed)
+            for i in range(len(long.ops))
             if (unit := long.unit[i]) in homes and homes[unit].kind == "after" and long.stands[unit] == i
         ]
         for i, unit in reversed(behind):
-            own = any(type(leaf) is Src and self._is_layered(leaf.name) for leaf in leaves(long.ops[i].args))
-            if own or unit in wanted:
+            if self._layers.get(i) is not None or unit in wanted:
                 wanted |= {unit, *(long.unit[j] for j in long.operands(i))}
         for _, unit in behind:
             if unit in wanted and unit in self.earlier:

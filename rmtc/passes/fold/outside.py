@@ -111,7 +111,8 @@ def _outer_operand(
             if short.segments - s == long.segments - t:
                 return Where(s - short.segments, _indices(short, i, explicit))
             if s == t and s < explicit:
-                return Where(s, (i,) * (explicit + 1))
+                rows = [*(len(long.row(k)) for k in range(explicit)), len(long.row(long.segments - 1))]
+                return Where(s, tuple(i if i < length else -1 for length in rows))
         raise RefusedError(
             f"a result after the loop comes from segment {s} of {short.segments} and from segment {t} of "
             f"{long.segments}",

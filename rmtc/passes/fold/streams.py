@@ -1,8 +1,4 @@
-"""Which operations use which parameters, how often, and which parameters belong to which layer.
-
-The k-th use of a parameter that every segment uses once is segment k's: such operations are the anchors by which the
-others are told apart.
-"""
+"""Which operations use which parameters, and which parameters belong to which layer."""
 
 from __future__ import annotations
 
@@ -15,13 +11,11 @@ import torch
 
 from rmtc.ir.program import Program, Src, Val, leaves
 
-__all__ = ["Family", "Uses", "find_anchors", "find_family", "template", "uses"]
+__all__ = ["Family", "Uses", "find_family", "template", "uses"]
 
 _INTEGER = re.compile(r"(?:(?<=^)|(?<=[.\[]))\d+(?=[.\]]|$)")
 _ENDING = re.compile(r"(?<=[A-Za-z_])\d+(?=[.\]'\"]|$)")  # layer_0, layer1, not in a list
 _select = torch.ops.aten.select.int
-
-UseKey = tuple[tuple[str, ...], str, int]
 
 
 @dataclass
@@ -31,12 +25,10 @@ class Uses:
     Attributes:
         invariant: for each operation, whether it depends on no growing input.
         names: for each operation, the names of the sources its invariant operands are made of.
-        streams: for each ``(names of the operand, operation, operand's position)`` the operations, in order.
     """
 
     invariant: list[bool]
     names: list[tuple[str, ...]]
-    streams: dict[UseKey, list[int]]
 
 
 def uses(program: Program, growing: frozenset[str]) -> Uses:
@@ -49,13 +41,12 @@ def uses(program: Program, growing: frozenset[str]) -> Uses:
     invariant: list[bool] = []
     made_of: list[tuple[str, ...]] = []  # of an invariant value: the names it stands for
     names: list[tuple[str, ...]] = []
-    streams: dict[UseKey, list[int]] = {}
-    for number, op in enumerate(program.ops):
+    for op in program.ops:
         fixed = True
         operands: list[str] = []
         # Taking one layer's part of a stack is no use of it: what then uses the part is.
         part = op.target is _select and len(op.args) == 3 and op.args[1] == 0 and type(op.args[0]) is Src
-        for position, leaf in enumerate(leaves(op.args)):
+        for leaf in leaves(op.args):
             if type(leaf) is Src:
                 if leaf.name in growing:
                     fixed = False
@@ -69,17 +60,14 @@ def uses(program: Program, growing: frozenset[str]) -> Uses:
                 stands_for = made_of[leaf.number]
             else:
                 continue
-            if stands_for:
-                operands += stands_for
-            if stands_for and not part:
-                streams.setdefault((stands_for, op.label, position), []).append(number)
+            operands += stands_for
         invariant.append(fixed)
         unique = tuple(dict.fromkeys(operands))
         names.append(unique)
         if fixed and part:
             unique = tuple(f"{name}[{op.args[2]}]" for name in unique)
         made_of.append(unique if fixed else ())
-    return Uses(invariant, names, streams)
+    return Uses(invariant, names)
 
 
 @dataclass(frozen=True)
@@ -190,30 +178,3 @@ def find_family(counts: Counter[str], hint: str | None = None, parameters: Set[s
 def _first(prefix: str, found: dict[int, int], lists: set[str]) -> int:
     """The integer that the first layer has: people count attributes from 0 or from 1."""
     return 1 if prefix not in lists and min(found) == 1 else 0
-
-
-def find_anchors(first: Uses, second: Uses, segments: tuple[int, int]) -> tuple[dict[int, int], dict[int, int]]:
-    """The operations whose segment is known: a use that occurs m times a segment in both runs.
-
-    Args:
-        first, second: the uses of two runs.
-        segments: the number of segments of each.
-
-    Returns:
-        For each run, segment by operation.
-    """
-    anchors: tuple[dict[int, int], dict[int, int]] = ({}, {})
-    doubtful: tuple[set[int], set[int]] = (set(), set())
-    for key, ops in first.streams.items():
-        others = second.streams.get(key, [])
-        often, rest = divmod(len(ops), segments[0])
-        if rest or not often or len(others) != often * segments[1]:
-            continue
-        for run, numbers in enumerate((ops, others)):
-            for k, number in enumerate(numbers):
-                if anchors[run].setdefault(number, k // often) != k // often:
-                    doubtful[run].add(number)
-    for run in (0, 1):
-        for number in doubtful[run]:
-            del anchors[run][number]
-    return anchors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ class ValuedRun:
     Attributes:
         dependent: whether an operation has a part in which a growing input is named.
         varies: whether its value depends on that of a growing input.
+        constant: whether it depends on sizes alone.
         unit: its value.
         stands: an operation that makes each value.
     """
@@ -40,12 +42,15 @@ class ValuedRun:
         self.growing = growing
         self.dependent: list[bool] = []
         self.varies: list[bool] = []
+        self.constant: list[bool] = []
         self.depth: list[int] = []
         for op in self.ops:
             grown = [type(leaf) is Src and leaf.name in growing for leaf in leaves(op.args)]
             read = [leaf.number for leaf in leaves(op.args) if type(leaf) is Val]
             self.dependent.append(any(grown) or any(self.dependent[i] for i in read))
             self.varies.append(not _creates(op) and (any(grown) or any(self.varies[i] for i in read)))
+            sources = any(type(leaf) is Src for leaf in leaves(op.args))
+            self.constant.append(not sources and not op.random and all(self.constant[i] for i in read))
             self.depth.append(1 + max((self.depth[i] for i in read), default=0))
         self.needed = program.needed()
         self.unit: list[Unit] = []
@@ -70,16 +75,18 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
     """Number the values of two runs: equal numbers for equal values, also across the runs.
 
     Operations on equal values with equal integers make equal values. Integers of the two runs are also equal if they
-    are the same multiple of a size.
+    are the same multiple of a size. Of operations that draw random numbers the first ones of both runs are equal, the
+    second ones, and so on.
     """
     classes: list[list[int]] = [[0] * len(run.ops) for run in (short, long)]
     fresh = itertools.count()
     levels: dict[int, list[tuple[int, int]]] = {}
     for at, run in enumerate((short, long)):
-        for i in sorted(run.needed):
+        for i in range(len(run.ops)):
             levels.setdefault(run.depth[i], []).append((at, i))
     for depth in sorted(levels):
         level: dict[Hashable, tuple[dict[Any, list[int]], dict[Any, list[int]]]] = {}
+        drawn: Counter[Hashable] = Counter()
         for at, i in levels[depth]:
             op = (short, long)[at].ops[i]
             read = tuple(
@@ -87,7 +94,11 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
                 for leaf in leaves(op.args)
                 if type(leaf) in (Val, Src)
             )
-            groups = level.setdefault((op.target, structure(op.args), read), ({}, {}))
+            key: Hashable = (op.target, structure(op.args), read)
+            if op.random:
+                drawn[at, key] += 1
+                key = (key, drawn[at, key])
+            groups = level.setdefault(key, ({}, {}))
             groups[at].setdefault(integers_of(op.args), []).append(i)
         for first, second in level.values():
             pairs = {integers: integers for integers in first if integers in second}
@@ -111,7 +122,7 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
                         classes[1][i] = number
     for at, run in enumerate((short, long)):
         run.unit = classes[at]
-        for i in sorted(run.needed):
+        for i in range(len(run.ops)):
             run.stands.setdefault(run.unit[i], i)
 
 

@@ -1,0 +1,94 @@
+"""The order of the operations of a segment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any, TypeVar
+
+import networkx as nx
+
+from rmtc.errors import RefusedError
+
+T = TypeVar("T")
+
+
+def by_use(row: list[int], read: Sequence[Iterable[int]], anchors: Set[int], inner: Mapping[int, int]) -> list[int]:
+    """Return the operations of a segment in an order in which what belongs together is side by side.
+
+    What no later anchor has a part in comes as soon as what it is made of is there. A memory that is written after all
+    layers have run is then next to the layer that it belongs to. What is run before the first layer, but only later
+    ones have a use for, waits for them.
+
+        l0, l1, write m0, write m1   ->   l0, write m0, l1, write m1
+
+    Args:
+        row: the operations, in an order in which they can run.
+        read: what each operation reads.
+        anchors: the operations that use parameters.
+        inner: the layers of those that use the parameters of one layer.
+    """
+    inside = set(row)
+    inputs = {i: [j for j in dict.fromkeys(read[i]) if j in inside] for i in row}
+    users: dict[int, list[int]] = {}
+    rank: dict[int, int] = {}  # the latest anchor that it is made of
+    for i in row:
+        rank[i] = i if i in anchors else max((rank[j] for j in inputs[i]), default=-1)
+        for j in inputs[i]:
+            users.setdefault(j, []).append(i)
+    latest = dict(rank)  # that something is made of which it has a part in
+    for i in reversed(row):
+        for j in inputs[i]:
+            latest[j] = max(latest[j], latest[i])
+    needed = {i for i in row if i in anchors or latest[i] > rank[i]}
+    loose = {i for i in row if latest[i] < 0}
+    waiting = {i: sum(j not in loose for j in inputs[i]) for i in row}
+    done: dict[int, None] = {}
+
+    def emit(goal: int) -> None:
+        work = [goal]
+        while work:
+            i = work[-1]
+            missing = [j for j in inputs[i] if j not in done]
+            if i in done or missing:
+                work.pop() if i in done else work.extend(reversed(missing))
+                continue
+            done[work.pop()] = None
+            ready = []
+            for user in users.get(i, ()) if i not in loose else ():
+                waiting[user] -= 1
+                if not waiting[user] and user not in needed:
+                    ready.append(user)
+            work.extend(reversed(ready))
+
+    start = min((i for i in row if i in anchors), default=0)
+    turns = [i for i in row if i in inner]
+    begun = next((k for k, i in enumerate(turns) if inner[i] != inner[turns[0]]), len(turns)) + 1
+    early = _part_in(row, inputs, {start, *turns[:begun]})  # of which the first layer may be the reader
+    late = {i for i in row if i < start and i in needed and i not in early}
+    for i in (*(i for i in row if (i in needed and i not in late) or i in loose), *row):
+        emit(i)
+    return list(done)
+
+
+def _part_in(row: list[int], inputs: Mapping[int, list[int]], some: set[int]) -> set[int]:
+    """Return the operations of a segment that have a part in some of them."""
+    found = set(some)
+    for i in reversed(row):
+        if i in found:
+            found.update(inputs[i])
+    return found
+
+
+def in_order(nodes: Iterable[T], read: Callable[[T], Iterable[T]], rank: Callable[[T], Any]) -> list[T]:
+    """Return nodes in the order of their ranks, but each after what it reads.
+
+    Raises:
+        RefusedError: if two wait for each other.
+    """
+    graph: nx.DiGraph[T] = nx.DiGraph()
+    graph.add_nodes_from(nodes)
+    graph.add_edges_from((each, node) for node in list(graph) for each in read(node))
+    try:
+        return list(nx.lexicographical_topological_sort(graph, rank))
+    except nx.NetworkXUnfeasible:
+        raise RefusedError("operations of a segment read what later segments make") from None

@@ -1,0 +1,295 @@
+"""The segment and the name of each operation of two runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rmtc.errors import RefusedError
+from rmtc.ir.program import Op, Val, leaves, map_leaves, parts
+from rmtc.passes.fold.by_use import by_use, in_order
+from rmtc.passes.fold.orbits import Home, Orbits
+from rmtc.passes.fold.run import describe, structure
+from rmtc.passes.fold.values import Unit
+
+
+class Name(NamedTuple):
+    """An operation of one part of the loop.
+
+    Attributes:
+        kind: ``orbit`` for one of the body, ``each`` for one of the body that depends on no text, ``first`` for one of
+            a first segment alone, ``before``, ``after`` and ``result`` for those outside the loop.
+        number: the number of the orbit, or the value.
+        copy: which one of several that compute the same value.
+    """
+
+    kind: str
+    number: int
+    copy: int = 0
+
+
+class Address(NamedTuple):
+    """The place of an operation: its segment, and its name there.
+
+    Segment -1 is before the loop, and the number of segments stands for after it.
+    """
+
+    segment: int
+    name: Name
+
+
+class Filing:
+    """The places of the operations of two runs, the shorter one first.
+
+    Attributes:
+        orbits: their orbits.
+        made: the operations of each run that make each value, in order.
+        copies: how often a late segment computes each orbit's value.
+        members: the dependent operations of each run by name and segment.
+        own: for each run the places of values of one segment that depend on no text: its position, or what it drew.
+        result_each: the operations of each run that make results of a value that depends on no text, one a segment.
+        rank: the order of the operations of a segment.
+        reads: what each operand of the body is: so many segments back, and the name there. None is before the loop.
+    """
+
+    def __init__(self, orbits: Orbits, steady_from: int, layers: Mapping[int, int | None]) -> None:
+        self.runs, self.steady_from, self.layers = (orbits.short, orbits.long), steady_from, layers
+        self.orbits = orbits
+        self.last = self.orbits.last
+        self.made: list[dict[Unit, list[int]]] = [{}, {}]
+        for run, made in zip(self.runs, self.made, strict=True):
+            for i in range(len(run.ops)):
+                made.setdefault(run.unit[i], []).append(i)
+        homes = self.orbits.homes
+        self.copies = [
+            max(
+                (len(self.made[1][unit]) for unit in orbit if steady_from <= homes[unit].segment < self.last), default=1
+            )
+            for orbit in self.orbits.orbits
+        ]
+        self.members = self._find_members()
+        self.reads: dict[tuple[Name, int], tuple[int, Name] | None] = {}
+        self._find_reads()
+        self.own = [self._find_own(at) for at in (0, 1)]
+        self.result_each = self._find_result_each()
+        self.rank = self._order()
+
+    def placed(self, at: int, i: int) -> Address:
+        """Return the place of an operation of a run, which has one."""
+        place = self._find_place(at, i)
+        assert place is not None
+        return place
+
+    def _find_place(self, at: int, i: int) -> Address | None:
+        """Return the place of an operation of a run; None if none in the longer run stands for it."""
+        run, homes = self.runs[at], self.orbits.homes
+        unit = run.unit[i]
+        if not run.dependent[i]:
+            return Address(-1, Name("before", unit))
+        home = homes.get(unit)
+        if at == 0 and (home is None or home.segment > self.last):
+            later = homes.get(self.orbits.later.get(unit, -1))
+            if later is None:
+                return None
+            home = later._replace(segment=later.segment - 1) if later.segment >= 0 else Home(-1, "before", unit)
+        assert home is not None, "each value of the longer run has a place"
+        segment, kind, number = home
+        copies = self.copies[number] if kind == "orbit" else len(self.made[at][unit]) if kind == "first" else 1
+        copy = self.made[at][unit].index(i)
+        return Address(segment, Name(kind, number, copy if copy < copies else 0))
+
+    def _find_members(self) -> list[dict[Name, dict[int, int]]]:
+        """Return the dependent operations of each run by name and segment.
+
+        What no result needs is among them if it stands in its segment for what a result needs of another segment: the
+        memory that the last segment writes, for example.
+
+        Raises:
+            RefusedError: if no segment of the longer run has what stands for an operation.
+        """
+        placed: list[dict[int, Address]] = [{}, {}]
+        by_name: dict[Name, list[tuple[int, int]]] = {}
+        for at, run in enumerate(self.runs):
+            for i, op in enumerate(run.ops):
+                place = self._find_place(at, i) if all(j in placed[at] for j in run.operands(i)) else None
+                if place is not None:
+                    placed[at][i] = place
+                    by_name.setdefault(place.name, []).append((at, i))
+                elif i in run.needed:
+                    raise RefusedError(f"{describe(op)} is in no segment that repeats", location=op.location)
+        taken = [parts(run.ops) for run in self.runs]  # all results of an operation with several stay with it
+        wanted = set[tuple[int, int]]()
+        work = [(at, i) for at, run in enumerate(self.runs) for i in run.needed]
+        while work:
+            at, i = work.pop()
+            if (at, i) not in wanted:
+                wanted.add((at, i))
+                work += [(at, j) for j in self.runs[at].operands(i)]
+                work += by_name[placed[at][i].name]
+                work += [(at, j) for j in taken[at].get(i, ()) if j in placed[at]]
+        found: list[dict[Name, dict[int, int]]] = [{}, {}]
+        for at, i in sorted(wanted):
+            segment, name = placed[at][i]
+            if self.runs[at].dependent[i]:
+                found[at].setdefault(name, {}).setdefault(segment, i)
+        return found
+
+    def reference(self, name: Name) -> int:
+        """Return the operation of the longer run that shows what a late segment does."""
+        rows = self.members[1][name]
+        return rows[max((s for s in rows if s < self.last), default=max(rows))]
+
+    def _order(self) -> dict[Name, tuple[int, int]]:
+        """Rank the operations of the body by what uses them."""
+        body = {name: self.reference(name) for name in self.members[1] if name.kind in ("orbit", "each")}
+        names = {i: name for name, i in body.items()}
+        read: list[list[int]] = [[] for _ in self.runs[1].ops]
+        for (name, _), each in self.reads.items():
+            if each is not None and each[0] == 0 and each[1] in body:
+                read[body[name]].append(body[each[1]])
+        anchors = {i for i in names if i in self.layers}
+        inner = {i: layer for i in names if (layer := self.layers.get(i)) is not None}
+        row = in_order(names, read.__getitem__, lambda i: i)
+        return {names[i]: (at, 0) for at, i in enumerate(by_use(row, read, anchors, inner))}
+
+    def _find_reads(self) -> None:
+        """Find what each operand of the body is.
+
+        What depends on no text is before the loop if all late segments read the same, else each segment makes its own:
+        positions, for example. Each makes its own, too, of what depends on sizes alone, such as a mask.
+        """
+        known: dict[int, list[tuple[int, Name]]] = {}  # by operation: the segments that make it, and its name
+        count = itertools.count()
+        long = self.runs[1]
+        work = deque(name for name in self.members[1] if name.kind == "orbit")
+        while work:
+            name = work.popleft()
+            i = self.reference(name)
+            segment = next(s for s, each in self.members[1][name].items() if each == i)
+            for position, leaf in enumerate(leaves(long.ops[i].args)):
+                if type(leaf) is not Val:
+                    continue
+                read: tuple[int, Name] | None = None
+                if long.dependent[leaf.number]:
+                    place = self.placed(1, leaf.number)
+                    read = (segment - place.segment, place.name) if place.segment >= 0 else None
+                else:
+                    sequences = [self._sequence(at, name, position) for at in (0, 1)]
+                    if not long.constant[leaf.number] and not self._varies(sequences):
+                        self.reads[name, position] = None
+                        continue
+                    end = max(sequences[1])
+                    ways = ((end - at, other) for at, other in known.get(sequences[1][end], ()) if at <= end)
+                    read = next((way for way in ways if _lags(sequences[1], self.members[1][way[1]], way[0])), None)
+                    if read is None:
+                        read = (0, Name("each", next(count)))
+                        for at, made in sequences[1].items():
+                            known.setdefault(made, []).append((at, read[1]))
+                        self._add_members(read[1], sequences, long.ops[leaf.number])
+                        work.append(read[1])
+                self.reads[name, position] = read
+
+    def _find_own(self, at: int) -> dict[Unit, Address]:
+        """Find the values that depend on no text and that one segment alone makes."""
+        places: dict[Unit, list[Address]] = {}
+        for name, rows in self.members[at].items():
+            for s, i in rows.items() if name.kind == "each" else ():
+                places.setdefault(self.runs[at].unit[i], []).append(Address(s, name))
+        return {unit: some[0] for unit, some in places.items() if len(some) == 1}
+
+    def _find_result_each(self) -> dict[Unit, list[list[int]]]:
+        """Find the values that depend on no text and are results once a segment, or more often."""
+        found: dict[Unit, list[list[int]]] = {}
+        for at, run in enumerate(self.runs):
+            for i in sorted({value.number for value in run.program.outputs.values() if type(value) is Val}):
+                if not run.dependent[i]:
+                    found.setdefault(run.unit[i], [[], []])[at].append(i)
+        sizes = [run.size.segments for run in self.runs]
+        often = {unit: len(some[0]) // sizes[0] for unit, some in found.items()}
+        return {
+            unit: some
+            for unit, some in found.items()
+            if often[unit] and [len(each) for each in some] == [often[unit] * size for size in sizes]
+        }
+
+    def _varies(self, sequences: Sequence[Mapping[int, int]]) -> bool:
+        """Tell whether late segments read different values.
+
+        Args:
+            sequences: the operations that make them, by run and segment.
+        """
+        since = min(self.steady_from, *sorted(sequences[1])[-2:], self.last)
+        late = {
+            run.unit[i] for run, each in zip(self.runs, sequences, strict=True) for s, i in each.items() if s >= since
+        }
+        return len(late) > 1
+
+    def _sequence(self, at: int, name: Name, position: int) -> dict[int, int]:
+        """Return the independent operations that make an operand of an operation, by segment."""
+        run, found = self.runs[at], dict[int, int]()
+        for s, i in self.members[at].get(name, {}).items():
+            leaf = next(itertools.islice(leaves(run.ops[i].args), position, None), None)
+            if type(leaf) is Val and not run.dependent[leaf.number]:
+                found[s] = leaf.number
+        return found
+
+    def _add_members(self, name: Name, sequences: Sequence[dict[int, int]], like: Op) -> None:
+        """Add what each segment makes of parameters and integers."""
+        for at, run in enumerate(self.runs):
+            self.members[at][name] = {
+                s: i
+                for s, i in sequences[at].items()
+                if run.ops[i].target is like.target and structure(run.ops[i].args) == structure(like.args)
+            }
+
+    def operands(self, at: int, name: Name, segment: int, i: int) -> tuple[Any, ...]:
+        """Return the arguments of an operation, with places for operands."""
+        run, position = self.runs[at], itertools.count()
+
+        def place(leaf: Any) -> Any:
+            number = next(position)
+            if type(leaf) is not Val:
+                return leaf
+            found = self.seen(at, segment, leaf.number)
+            read = self.reads.get((name, number))
+            if read is None:
+                return found
+            back, other = read
+            if run.dependent[leaf.number]:  # of several that compute the same, the one that late segments read
+                same = found.segment == segment - back and found.name[:2] == other[:2]
+            else:
+                made = self.members[at].get(other, {}).get(segment - back)
+                same = made is not None and run.unit[made] == run.unit[leaf.number]
+            return Address(segment - back, other) if same else found
+
+        return map_leaves(run.ops[i].args, place)
+
+    def seen(self, at: int, segment: int, i: int) -> Address:
+        """Return the place where a segment, or the part before or after the loop, finds the result of an operation."""
+        run, own = self.runs[at], self.own[at]
+        unit = run.unit[i]
+        if not run.dependent[i] and unit in own and own[unit].segment <= segment:
+            return own[unit]
+        if not run.dependent[i] and segment == run.size.segments and self._reads_own(at, i):
+            return Address(segment, Name("after", unit))
+        return self.placed(at, i)
+
+    def _reads_own(self, at: int, i: int) -> bool:
+        """Tell whether an operation is made of what one segment alone makes."""
+        work, seen = [i], {i}
+        while work:
+            for j in self.runs[at].operands(work.pop()):
+                if self.runs[at].unit[j] in self.own[at]:
+                    return True
+                if j not in seen:
+                    seen.add(j)
+                    work.append(j)
+        return False
+
+
+def _lags(sequence: Mapping[int, int], other: Mapping[int, int], back: int) -> bool:
+    """Tell whether late segments read what an operation made so many segments back."""
+    pairs = [(unit, other[s - back]) for s, unit in sequence.items() if s - back in other]
+    return len(pairs) > 1 and all(a == b for a, b in pairs[-2:])

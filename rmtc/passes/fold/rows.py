@@ -1,0 +1,245 @@
+"""The operations of two runs, written segment by segment: all late segments have the same ones in the same order."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from rmtc.errors import RefusedError
+from rmtc.ir.program import Op, Program, Val, leaves, map_leaves
+from rmtc.passes.fold.by_use import in_order
+from rmtc.passes.fold.filing import Address, Filing, Name
+from rmtc.passes.fold.run import Segmented, describe, structure
+
+Table = dict[Address, tuple[Op, tuple[Any, ...]]]
+"""The operations of a run by place, with their arguments, in which places stand for operands."""
+
+
+class FiledRun:
+    """The operations of a run by place.
+
+    Args:
+        filing: where the operations of both runs are filed.
+        at: which run it is.
+
+    Attributes:
+        table: the operations, with their arguments, in which places stand for operands.
+        results: the results, in which places stand for values.
+        rank: the order of the operations of a segment, for both runs.
+    """
+
+    def __init__(self, filing: Filing, at: int) -> None:
+        self.filing, self.at, self.run = filing, at, filing.runs[at]
+        self.rank = filing.rank
+        self.table: Table = {
+            Address(segment, name): (self.run.ops[i], filing.operands(at, name, segment, i))
+            for name, rows in filing.members[at].items()
+            for segment, i in rows.items()
+        }
+        self._align()
+        self._complete()
+        self._rank_others()
+        self.results = self._add_results()
+        self._add_read()
+
+    def _rank_others(self) -> None:
+        """Rank operations that are not of the body behind the one of the body that they follow."""
+        numbers = {id(op): i for i, op in enumerate(self.run.ops)}
+        following: dict[int, int] = {}
+        for i, place in sorted((numbers[id(op)], place) for place, (op, _) in self.table.items() if id(op) in numbers):
+            if place.name.kind in ("orbit", "each"):
+                following[place.segment] = self.rank[place.name][0]
+            else:
+                self.rank.setdefault(place.name, (following.get(place.segment, -1), i))
+        for place in self.table:
+            self.rank.setdefault(place.name, (-1, 0))
+
+    def _add_results(self) -> dict[str, Any]:
+        """Add an operation of its own for each result that is equal to another: they are two tensors, not one.
+
+        If there are as many as segments, or a multiple, each segment makes its own.
+
+        Returns:
+            The results, in which places stand for values.
+        """
+        found: dict[str, Any] = {}
+        made: dict[Address, int] = {}
+        own: dict[int, Address] = {}
+        for name, value in self.run.program.outputs.items():
+            if type(value) is not Val:
+                found[name] = value
+                continue
+            place = own.get(value.number) or self.filing.seen(self.at, self.run.size.segments, value.number)
+            unit = self.run.unit[value.number]
+            every = self.filing.result_each.get(unit, [[], []])[self.at]
+            if every:
+                k, often = every.index(value.number), len(every) // self.run.size.segments
+                place = own[value.number] = Address(k // often, Name("result", -1 - unit, k % often))
+                self.rank[place.name] = (len(self.filing.runs[1].ops), unit)
+            elif made.setdefault(place, value.number) != value.number:
+                place = own[value.number] = Address(self.run.size.segments, Name("result", len(own)))
+                made[place] = value.number
+                self.rank[place.name] = (len(self.filing.runs[1].ops), len(own))
+            if place not in self.table:
+                self.table[place] = (
+                    self.run.ops[value.number],
+                    self.filing.operands(self.at, place.name, place.segment, value.number),
+                )
+                self.rank.setdefault(place.name, (value.number, 0))
+            found[name] = place
+        return found
+
+    def _add_read(self) -> None:
+        """Add what depends on no text and is read of the part before the loop, or after it."""
+        work = [leaf for _, args in self.table.values() for leaf in leaves(args) if type(leaf) is Address]
+        while work:
+            place = work.pop()
+            if place not in self.table:
+                i = self.run.stands[place.name.number]
+                args = self.filing.operands(self.at, place.name, place.segment, i)
+                self.table[place] = (self.run.ops[i], args)
+                self.rank.setdefault(place.name, (self.run.stands[place.name.number], 0))
+                work += [leaf for leaf in leaves(args) if type(leaf) is Address]
+
+    def _align(self) -> None:
+        """Let first segments have what stands in place of an operation of the body under the name of that.
+
+        Such are the first write of a memory, and views of an initial memory that were taken before the loop.
+        """
+        renamed: dict[Address, Address] = {}
+        added: set[Address] = set()
+        work = deque(self.table)
+        while work:
+            segment, name = work.popleft()
+            op, args = self.table[Address(segment, name)]
+            for position, leaf in enumerate(leaves(args)):
+                read = self.filing.reads.get((name, position))
+                if read is None or type(leaf) is not Address or leaf.name == read[1]:
+                    continue
+                place = Address(segment - read[0], read[1])
+                if place in self.table or place.segment < 0:
+                    continue
+                if leaf.segment == place.segment and leaf.name.kind == "first" and leaf not in renamed:
+                    renamed[leaf] = place
+                elif leaf.segment == place.segment and segment >= self.filing.steady_from:
+                    self.table[place] = self.table[leaf]
+                elif leaf.segment < 0 and read[0] == 0 and self._is_alike(leaf, read[1]):
+                    i = self.run.stands[leaf.name.number]
+                    self.table[place] = (self.run.ops[i], self.filing.operands(self.at, leaf.name, segment, i))
+                    work.append(place)
+                    added.add(place)
+        for place, (op, args) in list(self.table.items()):
+            found: list[Any] = []
+            for position, leaf in enumerate(leaves(args)):
+                read = self.filing.reads.get((place.name, position))
+                own = Address(place.segment - read[0], read[1]) if read is not None else None
+                outside = type(leaf) is Address and leaf.segment < 0
+                found.append(own if outside and own in added else renamed.get(leaf, leaf))
+            del self.table[place]
+            self.table[renamed.get(place, place)] = (op, _with_leaves(args, iter(found)))
+
+    def _is_alike(self, place: Address, name: Name) -> bool:
+        """Tell whether an operation before the loop is the one of the body, but for its operands."""
+        op, other = (
+            self.run.ops[self.run.stands[place.name.number]],
+            self.filing.runs[1].ops[self.filing.reference(name)],
+        )
+        return op.target is other.target and structure(op.args) == structure(other.args)
+
+    def _complete(self) -> None:
+        """Add to each segment what later or earlier ones run, and nothing needs of it, if all it reads is there."""
+        alive = [
+            name
+            for name, rows in self.filing.members[1].items()
+            if name.kind in ("orbit", "each") and any(self.filing.steady_from <= s <= self.filing.last for s in rows)
+        ]
+        alive.sort(key=self.rank.__getitem__)
+        segments = range(self.run.size.segments)
+        for step, some in ((1, segments), (-1, reversed(segments))):
+            for s in some:
+                for name in alive:
+                    if s >= self.filing.steady_from or s in self.filing.members[1][name]:
+                        self._add(Address(s, name), step, set())
+
+    def _add(self, place: Address, step: int, waiting: set[Address]) -> bool:
+        """Add an operation and what it reads, by the one in the segment before it or after it, where these are there.
+
+        Returns:
+            Whether it is there now.
+        """
+        segment, name = place
+        beside = Address(segment - step, name)
+        if place in self.table or beside not in self.table or segment < 0 or place in waiting:
+            return place in self.table
+        op, args = self.table[beside][0], _moved(self.table, segment, step, name)
+        read = [leaf for leaf in leaves(args) if type(leaf) is Address and leaf.segment != -1]
+        if not all(self._add(leaf, step, waiting | {place}) for leaf in read):
+            return False
+        self.table[place] = (replace(op, origin=op.origin._replace(name="")), args)
+        return True
+
+    def written(self) -> Segmented:
+        """Return the run with its operations in the order of their places.
+
+        Raises:
+            RefusedError: if a segment reads what a later one makes.
+        """
+        rows: dict[int, list[Name]] = {}
+        for segment, name in self.table:
+            rows.setdefault(segment, []).append(name)
+        number: dict[Address, int] = {}
+        ops: list[Op] = []
+        starts: list[int] = []
+        for segment in range(-1, self.run.size.segments + 1):
+            if segment >= 0:
+                starts.append(len(ops))
+            read = {name: _inside(segment, self.table[Address(segment, name)][1]) for name in rows.get(segment, [])}
+            for name in in_order(read, read.__getitem__, lambda name: (self.rank[name], name)):
+                op, args = self.table[Address(segment, name)]
+                if any(type(leaf) is Address and leaf not in number for leaf in leaves(args)):
+                    raise RefusedError(
+                        f"{describe(op)} of segment {segment} reads what a later segment makes", location=op.location
+                    )
+                number[Address(segment, name)] = len(ops)
+                args = map_leaves(args, lambda leaf: Val(number[leaf]) if type(leaf) is Address else leaf)
+                ops.append(replace(op, args=args))
+        outputs = {name: Val(number[each]) if type(each) is Address else each for name, each in self.results.items()}
+        program = Program(ops, self.run.program.sources, outputs)
+        return Segmented(program, starts, [place.name for place in number])
+
+
+def _with_leaves(args: tuple[Any, ...], found: Iterator[Any]) -> tuple[Any, ...]:
+    """Return nested arguments with other leaves, in order."""
+    return map_leaves(args, lambda _: next(found))
+
+
+def _moved(table: Table, segment: int, step: int, name: Name) -> tuple[Any, ...]:
+    """Return the arguments of an operation in a segment by those in the one before or after it.
+
+    Integers that advance evenly over three segments go on so, others stay.
+    """
+    args = table[Address(segment - step, name)][1]
+    beside = [table.get(Address(segment - k * step, name)) for k in (1, 2, 3)]
+    known = [tuple(leaves(each[1])) for each in beside if each is not None]
+    even = len(known) == 3 and len({len(each) for each in known}) == 1
+    position = itertools.count()
+
+    def move(leaf: Any) -> Any:
+        number = next(position)
+        if type(leaf) is Address and leaf.segment >= 0:
+            return Address(leaf.segment + step if leaf.segment + step >= 0 else -2, leaf.name)
+        if type(leaf) is int and even:
+            one, two, three = (each[number] for each in known)
+            if type(two) is type(three) is int and one - two == two - three:
+                return 2 * one - two
+        return leaf
+
+    return map_leaves(args, move)
+
+
+def _inside(segment: int, args: tuple[Any, ...]) -> list[Name]:
+    """Return the names that arguments have of a segment's own operations."""
+    return [leaf.name for leaf in leaves(args) if type(leaf) is Address and leaf.segment == segment]
