@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rmtc.errors import RefusedError
-from rmtc.ir.program import Op, Val, leaves, map_leaves, parts
+from rmtc.ir.program import Op, Val, map_leaves, parts
 from rmtc.passes.fold.by_use import by_use, in_order
 from rmtc.passes.fold.orbits import Home, Orbits
 from rmtc.passes.fold.run import describe, structure
@@ -113,7 +113,7 @@ class Filing:
         by_name: dict[Name, list[tuple[int, int]]] = {}
         for at, run in enumerate(self.runs):
             for i, op in enumerate(run.ops):
-                place = self._find_place(at, i) if all(j in placed[at] for j in run.operands(i)) else None
+                place = self._find_place(at, i) if all(j in placed[at] for j in run.read[i]) else None
                 if place is not None:
                     placed[at][i] = place
                     by_name.setdefault(place.name, []).append((at, i))
@@ -126,7 +126,7 @@ class Filing:
             at, i = work.pop()
             if (at, i) not in wanted:
                 wanted.add((at, i))
-                work += [(at, j) for j in self.runs[at].operands(i)]
+                work += [(at, j) for j in self.runs[at].read[i]]
                 work += by_name[placed[at][i].name]
                 work += [(at, j) for j in taken[at].get(i, ()) if j in placed[at]]
         found: list[dict[Name, dict[int, int]]] = [{}, {}]
@@ -168,7 +168,7 @@ class Filing:
             name = work.popleft()
             i = self.reference(name)
             segment = next(s for s, each in self.members[1][name].items() if each == i)
-            for position, leaf in enumerate(leaves(long.ops[i].args)):
+            for position, leaf in enumerate(long.leaves[i]):
                 if type(leaf) is not Val:
                     continue
                 read: tuple[int, Name] | None = None
@@ -230,7 +230,7 @@ class Filing:
         """Return the independent operations that make an operand of an operation, by segment."""
         run, found = self.runs[at], dict[int, int]()
         for s, i in self.members[at].get(name, {}).items():
-            leaf = next(itertools.islice(leaves(run.ops[i].args), position, None), None)
+            leaf = run.leaves[i][position] if position < len(run.leaves[i]) else None
             if type(leaf) is Val and not run.dependent[leaf.number]:
                 found[s] = leaf.number
         return found
@@ -280,7 +280,7 @@ class Filing:
         """Tell whether an operation is made of what one segment alone makes."""
         work, seen = [i], {i}
         while work:
-            for j in self.runs[at].operands(work.pop()):
+            for j in self.runs[at].read[work.pop()]:
                 if self.runs[at].unit[j] in self.own[at]:
                     return True
                 if j not in seen:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
-from rmtc.ir.program import Src, Val, leaves
+from rmtc.ir.program import Src, Val
 from rmtc.passes.fold.run import structure
 from rmtc.passes.fold.values import Unit, ValuedRun
 
@@ -98,7 +98,7 @@ def _paired_unread(short: ValuedRun, long: ValuedRun) -> list[tuple[Val, Val]]:
     """
     unread: dict[Hashable, tuple[list[Val], list[Val]]] = {}
     for at, run in enumerate((short, long)):
-        read = {j for i in range(len(run.ops)) for j in run.operands(i)}
+        read = {j for i in range(len(run.ops)) for j in run.read[i]}
         for i in sorted(set(range(len(run.ops))) - read - run.needed):
             op = run.ops[i]
             if run.varies[i]:
@@ -118,7 +118,7 @@ def _paired_uses(short: ValuedRun, long: ValuedRun, found: Mapping[Unit, Unit]) 
     for at, run in enumerate((short, long)):
         for unit, i in sorted(run.stands.items(), key=lambda each: each[1]):
             op = run.ops[i]
-            names = tuple(leaf.name for leaf in leaves(op.args) if type(leaf) is Src and leaf.name not in run.growing)
+            names = tuple(leaf.name for leaf in run.leaves[i] if type(leaf) is Src and leaf.name not in run.growing)
             if names and run.dependent[i] and unit not in (found, images)[at]:
                 uses.setdefault((op.target, structure(op.args), names), ([], []))[at].append(i)
     return [
@@ -135,7 +135,7 @@ def _forward(short: ValuedRun, long: ValuedRun, found: dict[Unit, Unit], any_cod
 
     def key(run: ValuedRun, i: int, known: Mapping[Unit, Unit] | None) -> Hashable:
         op, read = run.ops[i], list[Any]()
-        for leaf in leaves(op.args):
+        for leaf in run.leaves[i]:
             if type(leaf) is Src:
                 read.append(leaf.name)
             elif type(leaf) is Val:
@@ -153,8 +153,8 @@ def _forward(short: ValuedRun, long: ValuedRun, found: dict[Unit, Unit], any_cod
         if long.dependent[j] and unit not in images:
             by_key.setdefault(key(long, j, None), []).append(unit)
     for i in range(len(short.ops)):
-        unit, op = short.unit[i], short.ops[i]
-        if unit in found or not short.dependent[i] or not any(type(leaf) is Val for leaf in leaves(op.args)):
+        unit = short.unit[i]
+        if unit in found or not short.dependent[i] or not short.read[i]:
             continue
         candidates = by_key.get(key(short, i, found))
         if candidates:

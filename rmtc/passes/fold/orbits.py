@@ -57,7 +57,7 @@ class Orbits:
                 continue
             work, seen = [long.stands[other]], set[int]()
             while work and other not in found:
-                for i in long.operands(work.pop()):
+                for i in long.read[work.pop()]:
                     if i not in seen:
                         seen.add(i)
                         work.append(i)
@@ -65,7 +65,7 @@ class Orbits:
                             found |= {unit, other}
         for run in (self.short, self.long) if found else ():
             for i in range(len(run.ops)):
-                run.dependent[i] |= run.unit[i] in found or any(run.dependent[j] for j in run.operands(i))
+                run.dependent[i] |= run.unit[i] in found or any(run.dependent[j] for j in run.read[i])
         return found
 
     def _find_orbits(self) -> list[list[Unit]]:
@@ -128,7 +128,7 @@ class Orbits:
             if not long.dependent[i] or unit in found:
                 continue
             number, k = self._of.get(unit, (-1, 0))
-            found[unit] = max((found[long.unit[j]] for j in long.operands(i) if long.dependent[j]), default=-1)
+            found[unit] = max((found[long.unit[j]] for j in long.read[i] if long.dependent[j]), default=-1)
             # A part of the text that a first segment alone reads is in no orbit.
             alone = long.varies[i] and unit in self.short.stands and self.later.get(unit) != unit
             if unit in self.carried or (found[unit] < 0 and (number >= 0 or alone)):
@@ -203,7 +203,7 @@ class Orbits:
         edges: dict[tuple[int, int], int] = {}
         for i in range(len(long.ops)):
             unit = long.unit[i]
-            for read in (long.unit[j] for j in long.operands(i) if unit in self._of):
+            for read in (long.unit[j] for j in long.read[i] if unit in self._of):
                 if read in self._of:
                     edge = (self._of[read][0], self._of[unit][0])
                     edges[edge] = min(edges.get(edge, self.last), earliest[unit] - earliest[read])
@@ -228,7 +228,7 @@ class Orbits:
         ]
         for i, unit in reversed(behind):
             if self._layers.get(i) is not None or unit in wanted:
-                wanted |= {unit, *(long.unit[j] for j in long.operands(i))}
+                wanted |= {unit, *(long.unit[j] for j in long.read[i])}
         for _, unit in behind:
             if unit in wanted and unit in self.earlier:
                 homes[unit] = Home(self.last, "orbit", len(self.orbits))

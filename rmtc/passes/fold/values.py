@@ -27,6 +27,8 @@ class ValuedRun:
     """A run, with what is known of its operations.
 
     Attributes:
+        leaves: the arguments of each operation, one after another.
+        read: the operations whose results it reads.
         dependent: whether an operation has a part in which a growing input is named.
         varies: whether its value depends on that of a growing input.
         constant: whether it depends on sizes alone.
@@ -40,25 +42,26 @@ class ValuedRun:
         self.program, self.ops = program, program.ops
         self.size = RunSizes(segments, batch, tail, (segments - 1) * segment_length + tail)
         self.growing = growing
+        self.leaves: list[tuple[Any, ...]] = []
+        self.read: list[list[int]] = []
         self.dependent: list[bool] = []
         self.varies: list[bool] = []
         self.constant: list[bool] = []
         self.depth: list[int] = []
         for op in self.ops:
-            grown = [type(leaf) is Src and leaf.name in growing for leaf in leaves(op.args)]
-            read = [leaf.number for leaf in leaves(op.args) if type(leaf) is Val]
-            self.dependent.append(any(grown) or any(self.dependent[i] for i in read))
-            self.varies.append(not _creates(op) and (any(grown) or any(self.varies[i] for i in read)))
-            sources = any(type(leaf) is Src for leaf in leaves(op.args))
+            each = tuple(leaves(op.args))
+            read = [leaf.number for leaf in each if type(leaf) is Val]
+            sources = [leaf.name for leaf in each if type(leaf) is Src]
+            grown = not growing.isdisjoint(sources)
+            self.leaves.append(each)
+            self.read.append(read)
+            self.dependent.append(grown or any(self.dependent[i] for i in read))
+            self.varies.append(not _creates(op) and (grown or any(self.varies[i] for i in read)))
             self.constant.append(not sources and not op.random and all(self.constant[i] for i in read))
             self.depth.append(1 + max((self.depth[i] for i in read), default=0))
         self.needed = program.needed()
         self.unit: list[Unit] = []
         self.stands: dict[Unit, int] = {}
-
-    def operands(self, i: int) -> list[int]:
-        """Return the operations whose results an operation reads."""
-        return [leaf.number for leaf in leaves(self.ops[i].args) if type(leaf) is Val]
 
 
 def _creates(op: Op) -> bool:
@@ -88,10 +91,11 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
         level: dict[Hashable, tuple[dict[Any, list[int]], dict[Any, list[int]]]] = {}
         drawn: Counter[Hashable] = Counter()
         for at, i in levels[depth]:
-            op = (short, long)[at].ops[i]
+            run = (short, long)[at]
+            op, each = run.ops[i], run.leaves[i]
             read = tuple(
                 classes[at][leaf.number] if type(leaf) is Val else leaf.name
-                for leaf in leaves(op.args)
+                for leaf in each
                 if type(leaf) in (Val, Src)
             )
             key: Hashable = (op.target, structure(op.args), read)
