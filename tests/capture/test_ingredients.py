@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
+import platform
 import types
 from collections.abc import Callable
 from typing import Any
@@ -208,7 +209,7 @@ def test_versions(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if what == "torch":
             patch.setattr(torch, "__version__", "0.0")
         elif what == "python":
-            patch.setattr(own.platform, "python_version", lambda: "2.7")
+            patch.setattr(platform, "python_version", lambda: "2.7")
         else:
             patch.setattr(own, "__file__", os.path.join(os.path.dirname(own.__file__), "other", "other.py"))
         found = told()

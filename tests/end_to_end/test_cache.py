@@ -283,7 +283,7 @@ def test_a_wrong_guess_leaves_no_mark_on_the_capture_after_it(folder: Path) -> N
 
 def test_a_call_that_cannot_be_described_is_captured(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.MonkeyPatch.context() as patch, said(caplog) as lines:
-        patch.setattr(recall, "ingredients", lambda session, options: {}["none"])
+        patch.setattr(recall, "ingredients", lambda session, options: dict[str, str]()["none"])
         first_call(Model(), text())
     assert len(lines) == 1 and "no fingerprint" in lines[0]
     assert not folder.exists()

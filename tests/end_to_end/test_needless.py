@@ -83,8 +83,8 @@ NAMED: dict[str, tuple[Callable[[Any], Any], str]] = {
 def test_a_capture_that_is_made_names_the_attribute_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
     model = Model()
     for layer in model.layers:
-        layer.note = "a"
-    model.table = {"one": 1}
+        vars(layer)["note"] = "a"
+    vars(model)["table"] = {"one": 1}
     fast = rmtc.compile(model, schedule="shortest", strict=True)
     called(fast, text())
     change, wanted = NAMED[name]

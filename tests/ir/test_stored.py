@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -81,7 +82,7 @@ def _number(data: Any) -> None:
     data["steady"][0][2] = 1.5
 
 
-WRONG = {
+WRONG: dict[str, Callable[[Any], Any]] = {
     "an operation of another list": lambda data: data["steady"][0].__setitem__(0, "system"),
     "an unknown source": lambda data: data["sources"].append("passwords"),
     "a number that is none": _number,

@@ -25,6 +25,7 @@ class Layer(nn.Module):
     """A gated layer with a memory."""
 
     scale = 1.5
+    memory: torch.Tensor
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
