@@ -67,7 +67,7 @@ class Fakes(FakeTensorMode):
     """The mode under which tensors have metadata and no content.
 
     Attributes:
-        thread: the thread whose run has fake tensors in the model, or had the last ones.
+        thread: the thread whose run has fake tensors in the model; None while there are none.
         known: the tensors that depend on sizes alone.
     """
 
@@ -78,7 +78,7 @@ class Fakes(FakeTensorMode):
         self._told: dict[int, bool] = {}
         self._known: dict[tuple[Any, ...], _Results | None] = {}
         self._fresh: dict[torch.device, dict[str, Any]] = {}
-        self.thread = threading.get_ident()
+        self.thread: int | None = None
         self._watcher: Watcher | None = None
         self._depth = 0
         self._dtype = torch.get_default_dtype()
@@ -86,8 +86,7 @@ class Fakes(FakeTensorMode):
         self.known = self._indexing.known
 
     def __enter__(self) -> Fakes:
-        # Torch keeps one list of entered modes for all threads, and another one may hold a tensor of an earlier run.
-        if self.thread != threading.get_ident():
+        if self.thread not in (None, threading.get_ident()):  # torch keeps one list of entered modes for all
             raise CaptureError(
                 "another thread captures a compiled model that has these weights: they are stand-ins for so long",
                 remedy="while the first call of a kind captures, run neither the plain model nor its layers elsewhere",

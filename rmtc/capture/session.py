@@ -248,6 +248,7 @@ class Session:
 
         def put_back() -> None:
             self.snapshot.restore()
+            self.fake_mode.thread = None
             for value, required in self._requiring:
                 if value.requires_grad is not required:
                     value.requires_grad_(required)

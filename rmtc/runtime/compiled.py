@@ -775,9 +775,9 @@ class Compiled:
         counts = known.tries, self._captures, self.stats.captures, self.stats.recompiles
         known.tries += 1
         try:
-            session = self._session(arguments)
-            known.state = StateGuard(session, ())
-            variant = self._captured(decision, arguments, known, session)
+            # The guard has a session of its own: other threads ask it while the capture's stand-ins are entered.
+            known.state = StateGuard(self._session(arguments), ())
+            variant = self._captured(decision, arguments, known, self._session(arguments))
         except RmtcError as error:
             known.refusal = _lean(error)
             logger.info("not scheduled: %s", error.reason)
