@@ -44,6 +44,11 @@ class SharedLock:
         """Return whether another thread holds the lock alone, or waits to."""
         return self._owner is not None and self._owner != threading.get_ident()
 
+    @property
+    def shut(self) -> bool:
+        """Return whether another thread holds the lock alone, or waits to, and this one does not hold it at all."""
+        return self.elsewhere and threading.get_ident() not in self._held
+
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
         """Hold the lock together with others."""

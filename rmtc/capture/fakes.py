@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from rmtc.capture.frames import current_location
 from rmtc.capture.indexing import EverySlice
 from rmtc.errors import CaptureError, RefusedError
+from rmtc.lock import LOCK
 
 _DEVICE = torch.ops.prim.device.default
 _INDEX = torch.ops.aten.index.Tensor
@@ -67,7 +68,6 @@ class Fakes(FakeTensorMode):
     """The mode under which tensors have metadata and no content.
 
     Attributes:
-        thread: the thread whose run has fake tensors in the model; None while there are none.
         known: the tensors that depend on sizes alone.
     """
 
@@ -78,32 +78,36 @@ class Fakes(FakeTensorMode):
         self._told: dict[int, bool] = {}
         self._known: dict[tuple[Any, ...], _Results | None] = {}
         self._fresh: dict[torch.device, dict[str, Any]] = {}
-        self.thread: int | None = None
         self._watcher: Watcher | None = None
         self._depth = 0
+        self._inside: int | None = None  # the thread that has entered last
+        self._entering = threading.RLock()
         self._dtype = torch.get_default_dtype()
         self._indexing = EverySlice()
         self.known = self._indexing.known
 
     def __enter__(self) -> Fakes:
-        if self.thread not in (None, threading.get_ident()):  # torch keeps one list of entered modes for all
-            raise CaptureError(
-                "another thread captures a compiled model that has these weights: they are stand-ins for so long",
-                remedy="while the first call of a kind captures, run neither the plain model nor its layers elsewhere",
-            )
-        super().__enter__()
-        self._depth += 1
+        me = threading.get_ident()
+        with self._entering:  # torch keeps one list of entered modes for all threads
+            if LOCK.shut or (self._depth and self._inside != me):
+                raise CaptureError(
+                    "another thread captures a compiled model that has these weights: they are stand-ins for so long",
+                    remedy="while a first call of a kind captures, run the plain model or its layers nowhere else",
+                )
+            super().__enter__()
+            self._depth, self._inside = self._depth + 1, me
         if self._depth == 1:  # torch enters it again inside operations
             self._dtype = torch.get_default_dtype()
             self._indexing.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._depth -= 1
-        if not self._depth:
+        if self._depth == 1:
             self._indexing.__exit__(*error)  # type: ignore[no-untyped-call]
             self.known.forget()
-        super().__exit__(*error)
+        with self._entering:
+            super().__exit__(*error)
+            self._depth -= 1
 
     def trace_outside(self, watch: Callable[..., Any] | None) -> None:
         """Set a trace function of Python, or none, that is off inside of torch's functions."""

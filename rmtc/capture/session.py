@@ -12,7 +12,6 @@ import operator
 import os
 import random
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -248,7 +247,6 @@ class Session:
 
         def put_back() -> None:
             self.snapshot.restore()
-            self.fake_mode.thread = None
             for value, required in self._requiring:
                 if value.requires_grad is not required:
                     value.requires_grad_(required)
@@ -263,7 +261,6 @@ class Session:
                 numpy.random.set_state(numpy_state)
 
         with restored(put_back):
-            self.fake_mode.thread = threading.get_ident()
             for slot in self._replaceable:
                 value = uncached(replace_tensors(slot.value, lambda tensor: mapping.get(id(tensor), tensor)))
                 if value is not slot.value:

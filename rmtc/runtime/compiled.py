@@ -226,6 +226,7 @@ class Compiled:
         self._warned: set[str] = set()
         self._captures = self._replaced = self._probes = self._shorts = 0
         self._starts = self._ends = 0  # of calls
+        self._worked = 0  # captures and admissions, ended or not: what was decided before one is decided anew after it
         self._default_values = _signature(self._inner)
         self._name_cache: dict[int, tuple[str, ...]] = {}
         self._counts = threading.Lock()
@@ -313,6 +314,7 @@ class Compiled:
         broken: _Eager | None = None
         while True:  # decided, captured, admitted, run
             with LOCK.shared():
+                worked = self._worked
                 start = time.perf_counter()  # what a capture takes is no guard's time
                 try:
                     arguments = self._arguments(args, kwargs)
@@ -349,14 +351,17 @@ class Compiled:
                     decision = _Eager(quiet=_CHANGED)
                 if isinstance(decision, _Eager):
                     return self._run_eager(decision, before, args, kwargs)
-            if isinstance(decision, _Capture):
-                captured = True
-                first.enter_context(reported(self._title, logger))
-            rounds += 1
             with LOCK.alone() as alone:
                 if not alone:
                     inside = True
                     continue
+                if worked != self._worked:  # another thread has captured or admitted a call since
+                    continue
+                if isinstance(decision, _Capture):
+                    captured = True
+                    first.enter_context(reported(self._title, logger))
+                rounds += 1
+                self._worked += 1
                 try:
                     broken = self._work(decision, arguments)
                 except Exception as error:
@@ -775,9 +780,9 @@ class Compiled:
         counts = known.tries, self._captures, self.stats.captures, self.stats.recompiles
         known.tries += 1
         try:
-            # The guard has a session of its own: other threads ask it while the capture's stand-ins are entered.
-            known.state = StateGuard(self._session(arguments), ())
-            variant = self._captured(decision, arguments, known, self._session(arguments))
+            session = self._session(arguments)
+            known.state = StateGuard(session, ())
+            variant = self._captured(decision, arguments, known, session)
         except RmtcError as error:
             known.refusal = _lean(error)
             logger.info("not scheduled: %s", error.reason)

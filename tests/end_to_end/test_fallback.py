@@ -11,6 +11,7 @@ import gc
 import logging
 import pickle
 import random
+import sys
 import threading
 import time
 import warnings
@@ -731,6 +732,16 @@ def test_who_trains_is_not_told_to_do_without_gradients(training: bool) -> None:
     assert fast.layers[1].query.weight.grad is not None
 
 
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Let threads take turns after every few operations of Python."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("hasty")
 def test_first_calls_at_the_same_time() -> None:
     model, fast = compiled(Associative(2, WIDTH))
     sizes = [(4, 2), (4, 2), (3, 1), (5, 2)]
@@ -738,8 +749,7 @@ def test_first_calls_at_the_same_time() -> None:
     for _ in range(3):
         same(in_threads([functools.partial(fast, text(*each)) for each in sizes]), expected)
     stats = rmtc.stats(fast)
-    # To be mended: threads can still disturb each other's admission, which then costs a second capture, now and then.
-    assert stats.runs == 3 * len(sizes) and stats.captures <= 2 and not stats.fallbacks
+    assert stats.runs == 3 * len(sizes) and stats.captures == 1 and not stats.fallbacks
 
 
 @pytest.mark.slow
@@ -812,6 +822,7 @@ def test_a_hook_that_calls_the_model() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hasty")
 def test_a_capture_is_its_own_while_another_thread_runs_the_layers() -> None:
     """Which fails for so long, as the README has it, but never changes what is captured."""
     model, fast = compiled(Loop())
@@ -822,7 +833,7 @@ def test_a_capture_is_its_own_while_another_thread_runs_the_layers() -> None:
             while not done.is_set():
                 try:
                     fast.forward(text())
-                except (RuntimeError, AssertionError) as error:
+                except (RuntimeError, AssertionError, AttributeError) as error:  # a weight is taken out for a moment
                     errors.append(str(error))
 
     thread = threading.Thread(target=plain)
