@@ -135,6 +135,22 @@ def test_what_all_segments_make_alike_is_made_once() -> None:
     assert "arange(4" in before and "arange.start(4*s + 1, 4*s + 5" in body
 
 
+def test_what_all_segments_read_of_the_first_ones_positions_is_made_once() -> None:
+    """The first part of a table is the first segment's, and one that every segment reads beside its own."""
+
+    def write(text: Text, segments: int) -> Program:
+        memory = text.add("new_zeros(text, [4])")
+        for s in range(segments):
+            own = text.add(f"slice.Tensor(head, 0, {s}, {s + 1})")
+            hidden = text.add(f"linear({text.add(f'add.Tensor({text.piece(s)}, {own})')}, layers.0.w)")
+            hidden = text.add(f"mul.Tensor({hidden}, {text.add('slice.Tensor(head, 0, 0, 1)')})")
+            memory = text.add(f"add.Tensor({text.add(f'linear({hidden}, layers.1.w)')}, {memory})")
+        return text.program(output=memory)
+
+    before, _, body = folded(write).partition("segment s >=")
+    assert "slice.Tensor(head, 0, 0, 1)" in before and "slice.Tensor(head, 0, s, s + 1)" in body
+
+
 def test_what_has_no_counterpart_in_the_longer_run_is_named() -> None:
     def write(text: Text, segments: int) -> Program:
         memory = text.add("new_zeros(text, [4])")

@@ -55,22 +55,18 @@ class Model(nn.Module):
         for segment in text.split(SEGMENT, 1):
             for layer in self.layers:
                 segment = layer(segment)
-            found.append(segment * self.eps + shift)
+            found.append(self.result(segment, shift))
         return torch.cat(found, 1)
+
+    def result(self, segment: torch.Tensor, shift: float) -> torch.Tensor:
+        return segment * self.eps + shift
 
 
 class Other(Model):
     """A model with the names of the first, that computes something else."""
 
-    def forward(self, text: torch.Tensor, shift: float = 0.25) -> torch.Tensor:
-        for layer in self.layers:
-            layer.memory = self.start
-        found = []
-        for segment in text.split(SEGMENT, 1):
-            for layer in self.layers:
-                segment = layer(segment)
-            found.append(segment - self.eps * shift)
-        return torch.cat(found, 1)
+    def result(self, segment: torch.Tensor, shift: float) -> torch.Tensor:
+        return segment - self.eps * shift
 
 
 def text(segments: int = 6, batch: int = 2) -> torch.Tensor:

@@ -267,14 +267,17 @@ class Filing:
         return map_leaves(run.ops[i].args, place)
 
     def seen(self, at: int, segment: int, i: int) -> Address:
-        """Return the place where a segment, or the part before or after the loop, finds the result of an operation."""
-        run, own = self.runs[at], self.own[at]
-        unit = run.unit[i]
-        if not run.dependent[i] and unit in own and own[unit].segment <= segment:
-            return own[unit]
-        if not run.dependent[i] and segment == run.size.segments and self._reads_own(at, i):
-            return Address(segment, Name("after", unit))
-        return self.placed(at, i)
+        """Return the place where a segment, or the part before or after the loop, finds the result of an operation.
+
+        What depends on no text is made before the loop, but what one segment drew, or makes and a result is made of.
+        """
+        run, own = self.runs[at], self.own[at].get(self.runs[at].unit[i])
+        after = segment == run.size.segments
+        if run.dependent[i] or not (after or run.ops[i].random):
+            return self.placed(at, i)
+        if own is not None and own.segment <= segment:
+            return own
+        return Address(segment, Name("after", run.unit[i])) if after and self._reads_own(at, i) else self.placed(at, i)
 
     def _reads_own(self, at: int, i: int) -> bool:
         """Tell whether an operation is made of what one segment alone makes."""

@@ -97,7 +97,7 @@ class FiledRun:
         work = [leaf for _, args in self.table.values() for leaf in leaves(args) if type(leaf) is Address]
         while work:
             place = work.pop()
-            if place not in self.table:
+            if place.name.kind in ("before", "after") and place not in self.table:
                 i = self.run.stands[place.name.number]
                 args = self.filing.operands(self.at, place.name, place.segment, i)
                 self.table[place] = (self.run.ops[i], args)

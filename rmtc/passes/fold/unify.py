@@ -94,7 +94,7 @@ def _difference(orbits: Orbits, parameters: Iterable[int]) -> RefusedError | Non
         return other_operation(what, long.ops[j], than, short.ops[i])
     for i in sorted(short.needed):
         segment = orbits.earliest.get(orbits.later.get(short.unit[i], -1), size) - 1
-        if short.dependent[i] and short.unit[i] not in long.stands and segment < size - 1:
+        if short.dependent[i] and short.unit[i] not in long.stands and 0 <= segment < size - 1:
             return RefusedError(
                 f"segment {segment} of {size} runs {describe(short.ops[i])}, and segment {segment} of {size + 1} does "
                 "not",
