@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import SEGMENT, WIDTH, Twins, text
+from drawn import Choices, build, text_of
 from held import some
 from torch import Tensor, nn
 
 import rmtc
+from rmtc import analysis
 from rmtc.compiler import compiled_of
 from rmtc.ir.formula import L, S
 
@@ -250,3 +252,12 @@ def test_each_cell_draws_numbers_of_its_own() -> None:
         _, *drawn = fast(text(segments, 2))
         assert len(torch.cat(drawn).unique()) == (1 + LAYERS) * 2 * segments * WIDTH
     assert rmtc.stats(fast).runs == 2
+
+
+@pytest.mark.full
+@torch.no_grad()
+def test_what_the_last_segments_write_for_none_shows_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = Choices(ds=3, kept=True, state="shared", layers=2).possible()
+    model, _ = build(choices)
+    monkeypatch.setattr(analysis, "_WHOLE", analysis._PLAIN)  # nor do histories as they are
+    assert rmtc.explain(model)(text_of(choices, 7, 2, 3)).schedule is not None
