@@ -33,7 +33,7 @@ __all__ = ["Analysis", "analyze", "prove_analysis"]
 
 logger = logging.getLogger(__name__)
 
-_PLAIN, _TABLES, _WINDOWS, _WHOLE = Reading(), Reading(tables=True), Reading(windows=True), Reading(histories=False)
+_PLAIN, _WINDOWS, _WHOLE = Reading(), Reading(windows=True), Reading(histories=False)
 _CONSTANTS = Reading(constants=True)
 
 
@@ -348,9 +348,7 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
     # The attempts: from the most general sizes and the plainest reading to the narrowest.
     def attempts() -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...], Reading]]:
         yield heuristics.SHORT_RUN, batches, tails, _PLAIN
-        if plan.free_tail:  # a segment may take a part of a table
-            yield heuristics.SHORT_RUN, batches, tails, _TABLES
-        if plan.free_tail and plan.sizes.tail != segment:  # or not fill a window
+        if plan.free_tail and plan.sizes.tail != segment:  # a segment may not fill a window
             yield heuristics.SHORT_RUN, batches, tails, _WINDOWS
         if analysis.capture.by_parts:  # a history takes some segments to fill, or its parts differ at the end
             yield from ((segments, batches, tails, _PLAIN) for segments in ages)
@@ -369,8 +367,8 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
             continue
         tried.add(attempt)
         segments, batch, tail, reading = attempt
-        if reading != analysis.capture.reading:
-            analysis.capture.reading = reading
+        if reading != analysis.capture.reading._replace(cut=frozenset()):
+            analysis.capture.reading = reading._replace(cut=analysis.capture.reading.cut)
             analysis.runs.clear()
         sizes = [Sizes(segments + i, batch[i], tail[i]) for i in range(3)]
         try:
@@ -388,6 +386,7 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
                     remedy="call it with whole segments (pad the text), or let no part of a segment's code depend on "
                     "its length: tables that are cached or cut by length do",
                 ) from first
+            analysis.capture.learns = False
             if plan.sizes.segments > 1:  # one segment needs no schedule
                 analysis.admit(plan.sizes)
             return
@@ -403,7 +402,8 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
 
 def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Proven:
     plan, seconds = analysis.capture.plan, analysis.seconds
-    runs = [analysis.run(each) for each in sizes[:2]]
+    long, short = analysis.run(sizes[1]), analysis.run(sizes[0])  # that with a shorter last segment tells what is cut
+    runs, reading = [short, long], analysis.capture.reading
     with timed(seconds, "reroll"):
         loop, family = reroll(
             [(run.program, *run.sizes) for run in runs],
@@ -420,8 +420,9 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Prov
     with timed(seconds, "prove"):
         proven = prove_loop(replace(loop, fixed=fixed), family, plan.sizes.segments)
     third = analysis.run(sizes[2])
-    if any(not analysis.capture.alike.distrusted.isdisjoint(run.copied) for run in runs):
-        analysis.runs.clear()  # a call differs from what was copied in the runs before
+    distrusted = analysis.capture.alike.distrusted
+    if reading != analysis.capture.reading or any(not distrusted.isdisjoint(run.copied) for run in runs):
+        analysis.runs.clear()  # a call differs from what was copied in the runs before, or more is cut
         return _attempt(analysis, sizes, layers)
     refuse_drift([*runs, third], plan.segment_length)
     with timed(seconds, "check"):

@@ -85,9 +85,10 @@ class Recognition:
             )
             segments, batch, tail = data["sizes"]
             length, loop = plan.segment_length, data["loop"]
+            windows, histories, constants = map(_flag, data["reading"])
             return Recognition(
                 plan,
-                Reading(*map(_flag, data["reading"])),
+                Reading(windows, histories, constants, frozenset(map(str, data["cut"]))),
                 family if family is None else _family(*family),
                 Sizes(_size(segments, 2), _size(batch, 0), _size(tail, 1)),
                 str(data["digest"]),
@@ -221,7 +222,9 @@ def _opened(session: Session, guess: Recognition, reorder_random: bool) -> tuple
         plan = _plan(session, guess.plan)
         refuse_known(session, plan)
         session.refuse_unseen(*plan.arguments(session, plan.sizes))
-        capture = Capture(session, plan, alike_of(session), reorder_random=reorder_random, reading=guess.reading)
+        capture = Capture(
+            session, plan, alike_of(session), reorder_random=reorder_random, reading=guess.reading, learns=False
+        )
         analysis = Analysis(capture)
         short = analysis.run(guess.sizes)
         if imported(session.code.functions) == before:
@@ -286,7 +289,8 @@ def _written(analysis: Analysis) -> Json:
         "free_batch": plan.free_batch,
         "free_tail": plan.free_tail,
         "drops": plan.drops,
-        "reading": [*analysis.capture.reading],
+        "reading": [*analysis.capture.reading[:-1]],
+        "cut": sorted(analysis.capture.reading.cut),
         "family": family if family is None else [family.prefixes, family.layers, family.first, family.listed],
         "sizes": [*run.sizes],
         "digest": digest_of(run.program),

@@ -22,7 +22,7 @@ from rmtc.capture.tracer import RawTrace, trace
 from rmtc.capture.user_code import imported
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Program
-from rmtc.passes.graph.canonicalize import Canonicalize
+from rmtc.passes.graph.canonicalize import Canonicalize, cut_slices
 from rmtc.passes.graph.remake_constants import RemakeConstants, constants
 from rmtc.passes.graph.remove_regions import Autocast, RemoveRegions
 from rmtc.passes.graph.to_program import from_graph
@@ -61,16 +61,16 @@ class Reading(NamedTuple):
     """Options for how slices and constants are read, see :class:`Canonicalize`.
 
     Attributes:
-        tables: whether a slice that takes all of a table stays a slice.
         windows: whether a window of a segment's length is read as a slice of the tensor that it is cut from.
         histories: whether histories of few parts are read part by part.
         constants: whether constants of the loop are made for each layer that reads them, see :class:`RemakeConstants`.
+        cut: the places of slices that take less in a shorter last segment, see :func:`cut_slices`.
     """
 
-    tables: bool = False
     windows: bool = False
     histories: bool = True
     constants: bool = False
+    cut: frozenset[str] = frozenset()
 
 
 _PLAIN = Reading()
@@ -87,6 +87,7 @@ class Capture:
         seconds: time spent, in seconds, by stage.
         reorder_random: whether operations may draw random numbers, in any order.
         reading: how slices and constants are read.
+        learns: whether runs still tell which slices a shorter last segment cuts.
         by_parts: whether a run has a history that is read part by part.
         has_constants: whether a run makes constants in the loop.
     """
@@ -97,6 +98,7 @@ class Capture:
     seconds: dict[str, float] = field(default_factory=dict)
     reorder_random: bool = False
     reading: Reading = _PLAIN
+    learns: bool = True
     by_parts: bool = False
     has_constants: bool = False
 
@@ -143,21 +145,17 @@ class Capture:
         if self.reading.constants:
             RemakeConstants().apply(graph)
             self._ran("remake-constants", sizes, graph)
+        if self.learns:
+            self.reading = self.reading._replace(cut=self.reading.cut | cut_slices(graph))
         canonicalize = Canonicalize(
             self.plan.segment_length if self.reading.windows else None,
-            self._fixed(raw) if self.reading.tables else frozenset(),
+            self.reading.cut,
             self.reading.histories,
         )
         self.by_parts |= canonicalize.apply(graph)
         self._ran("canonicalize", sizes, graph)
         names = {node.name: node.meta["name"] for node in graph.nodes if "name" in node.meta}
         return from_graph(raw.module, raw.outputs, names)
-
-    def _fixed(self, raw: RawTrace) -> frozenset[str]:
-        """Return the names of the sources that neither grow nor are written."""
-        written = {name.partition(":")[2] for name in raw.outputs}
-        sources = (node.meta["names"] for node in raw.module.graph.nodes if node.op == "placeholder")
-        return frozenset(names[0] for names in sources if not written & set(names)) - self.growing
 
     def _ran(self, name: str, sizes: Sizes, graph: fx.Graph) -> None:
         ran(name, graph, lambda _: f"# {sizes.segments} segments, batch {sizes.batch}, last {sizes.tail}\n{graph}\n")

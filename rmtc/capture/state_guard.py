@@ -310,7 +310,8 @@ class StateGuard:
         sized: list[Sized] = [
             owner
             for owner in {id(owner): owner for owner in session.snapshot.owners()}.values()
-            if isinstance(owner, (dict, list, deque)) and id(owner) not in changing and "__builtins__" not in owner
+            if isinstance(owner, (list, deque)) or (isinstance(owner, dict) and "__builtins__" not in owner)
+            if id(owner) not in changing
         ]
         sized += [_ClassNames(kind) for kind in code.classes if id(kind) not in changing]
         sized += [vars(each) for each in code.functions if id(vars(each)) not in changing]

@@ -749,3 +749,38 @@ def test_tensors_are_read_anew_where_an_equal_table_takes_the_place_of_another_i
             torch.testing.assert_close(fast(x), model(x), rtol=1e-12, atol=1e-12)
     stats = rmtc.stats(fast)
     assert (stats.captures, stats.runs, stats.eager) == (1, 6, 0)
+
+
+class Touchy:
+    """It compares with nothing but its like."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __eq__(self, other: object) -> bool:
+        return self.factor == other.factor  # type: ignore[attr-defined, no-any-return]
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Listed(Tables):
+    """Reads a list of objects that are not to be compared with others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given = [Touchy(0.5)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(each.factor for each in self.given) * super().forward(x)
+
+
+def test_a_list_of_objects_that_compare_with_nothing_else() -> None:
+    model = Listed().double()
+    x = torch.randn(2, 7 * SEGMENT, WIDTH, dtype=torch.float64)
+    fast = rmtc.compile(copy.deepcopy(model), strict=True)
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-12, atol=1e-12)
+        for each in (model, fast):
+            each.given.append(Touchy(0.25))
+    assert rmtc.stats(fast).runs == 2

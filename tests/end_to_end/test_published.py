@@ -192,6 +192,67 @@ def test_xlnet_with_its_memories_returned() -> None:
         twins.ran(segments, a=0)
 
 
+class Gated(nn.Module):
+    """xLSTM: a matrix memory with exponential gates, read and written in chunks of a fixed length.
+
+    A shorter piece is padded. The states before and after a chunk are parts of buffers. The first states are float32.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        self.gates = nn.Linear(WIDTH, 2)
+
+    def forward(self, hidden: Tensor, states: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        batch, length, _ = hidden.shape
+        before = states or (torch.zeros(batch, WIDTH, WIDTH), torch.zeros(batch, 1))
+        rest = SEGMENT - length
+        query, key, value = (F.pad(each(hidden), (0, 0, 0, rest)) for each in (self.query, self.key, self.value))
+        write, forget = self.gates(hidden).unbind(-1)
+        kept = F.logsigmoid(F.pad(forget, (0, rest), value=25.0)).cumsum(1)
+        log_gate = kept[:, -1:] - kept + F.pad(write, (0, rest), value=-25.0)
+        memories = torch.zeros(batch, 2 * WIDTH, WIDTH, dtype=hidden.dtype)
+        scales = torch.zeros(batch, 2, dtype=hidden.dtype)
+        memories[:, :WIDTH], scale = before[0], before[1].squeeze(-1)
+        scales[:, 0] = scale
+        after = torch.max(kept[:, -1] + scale, log_gate.max(1).values)
+        written = key * (log_gate - after[:, None]).exp()[..., None]
+        decay = (kept[:, -1] + scale - after).exp()
+        memories[:, -WIDTH:] = decay[:, None, None] * before[0] + written.transpose(1, 2) @ value
+        scales[:, -1] = after
+        read = query * (kept + scales[:, :1] - (kept + scales[:, :1]).amax(1, keepdim=True)).exp()[..., None]
+        mask = torch.ones(SEGMENT, SEGMENT, dtype=torch.bool).tril()
+        inside = (query @ key.transpose(1, 2)).masked_fill(~mask, 0) @ value
+        out = (read @ memories[:, :-WIDTH] + inside)[:, :length, :]
+        return hidden + torch.tanh(out), (memories[:, -WIDTH:], scales[:, -1:])
+
+
+class Mixed(nn.Module):
+    """xLSTM: what the layers leave is handed on, and returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Gated() for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Any]]:
+        states: list[Any] = [None] * LAYERS
+        outputs = []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece, states[number] = layer(piece, states[number])
+            outputs.append(piece)
+        return torch.cat(outputs, dim=1), states
+
+
+@pytest.mark.slow
+def test_xlstm_as_published() -> None:
+    twins = Twins(Mixed)
+    for segments, batch, tail in SIZES:
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments)
+    assert twins.distances == {(0, 1), (1, 0)}
+
+
 class Asking(Stack):
     """Reads values into Python, in code that writes in place or not."""
 

@@ -261,3 +261,33 @@ def test_what_the_last_segments_write_for_none_shows_the_memory(monkeypatch: pyt
     model, _ = build(choices)
     monkeypatch.setattr(analysis, "_WHOLE", analysis._PLAIN)  # nor do histories as they are
     assert rmtc.explain(model)(text_of(choices, 7, 2, 3)).schedule is not None
+
+
+class Masked(nn.Module):
+    """Layers with a memory share the mask of a whole segment, made once a call, and make their own of a shorter one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = torch.ones(SEGMENT, SEGMENT, dtype=x.dtype).tril()
+        memories = list(x.new_zeros(LAYERS, x.shape[0], WIDTH))
+        outputs = []
+        for piece in x.split(SEGMENT, dim=1):
+            length = piece.shape[1]
+            for number, layer in enumerate(self.layers):
+                mask = whole if length == SEGMENT else torch.ones(length, length, dtype=x.dtype).tril()
+                piece = piece + torch.tanh(mask @ layer(piece) + memories[number][:, None])
+                memories[number] = 0.5 * memories[number] + piece.mean(1)
+            outputs.append(piece)
+        return torch.cat(outputs, 1)
+
+
+@pytest.mark.slow
+def test_a_mask_that_layers_share_but_for_a_shorter_segment() -> None:
+    twins = Twins(Masked)
+    for segments, batch, tail in ((7, 1, SEGMENT), (3, 2, SEGMENT), (5, 1, 2)):
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments)
+    assert twins.distances == {LOWER, OWN}

@@ -318,7 +318,7 @@ ZOO: dict[str, Entry] = {
         vectors(LOWER, OWN),
         1,
         apart=True,
-        whole=True,
+        whole=False,
     ),
     "block-recurrent, r < w": Entry(
         "the same, read two layers below where it writes (L = 4)",
@@ -327,7 +327,7 @@ ZOO: dict[str, Entry] = {
         3,
         layers=4,
         apart=True,
-        whole=True,
+        whole=False,
     ),
     "infini": Entry(
         "`infini-transformer-pytorch`, the caller's loop", lambda: infini(False), vectors(LOWER, OWN), 1, apart=True

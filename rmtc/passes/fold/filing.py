@@ -144,7 +144,9 @@ class Filing:
     def _order(self) -> dict[Name, tuple[int, int]]:
         """Rank the operations of the body by what uses them."""
         body = {name: self.reference(name) for name in self.members[1] if name.kind in ("orbit", "each")}
-        names = {i: name for name, i in body.items()}
+        names: dict[int, list[Name]] = {}  # what depends on no text may be one operation under several names
+        for name, i in body.items():
+            names.setdefault(i, []).append(name)
         read: list[list[int]] = [[] for _ in self.runs[1].ops]
         for (name, _), each in self.reads.items():
             if each is not None and each[0] == 0 and each[1] in body:
@@ -152,7 +154,8 @@ class Filing:
         anchors = {i for i in names if i in self.layers}
         inner = {i: layer for i in names if (layer := self.layers.get(i)) is not None}
         row = in_order(names, read.__getitem__, lambda i: i)
-        return {names[i]: (at, 0) for at, i in enumerate(by_use(row, read, anchors, inner))}
+        order = by_use(row, read, anchors, inner)
+        return {name: (at, number) for at, i in enumerate(order) for number, name in enumerate(names[i])}
 
     def _find_reads(self) -> None:
         """Find what each operand of the body is.

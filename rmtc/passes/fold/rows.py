@@ -110,7 +110,7 @@ class FiledRun:
         Such are the first write of a memory, and views of an initial memory that were taken before the loop.
         """
         renamed: dict[Address, Address] = {}
-        added: set[Address] = set()
+        added: dict[Address, Address] = {}
         work = deque(self.table)
         while work:
             segment, name = work.popleft()
@@ -130,14 +130,13 @@ class FiledRun:
                     i = self.run.stands[leaf.name.number]
                     self.table[place] = (self.run.ops[i], self.filing.operands(self.at, leaf.name, segment, i))
                     work.append(place)
-                    added.add(place)
+                    added[place] = leaf
         for place, (op, args) in list(self.table.items()):
             found: list[Any] = []
             for position, leaf in enumerate(leaves(args)):
                 read = self.filing.reads.get((place.name, position))
                 own = Address(place.segment - read[0], read[1]) if read is not None else None
-                outside = type(leaf) is Address and leaf.segment < 0
-                found.append(own if outside and own in added else renamed.get(leaf, leaf))
+                found.append(own if own in added and added[own] == leaf else renamed.get(leaf, leaf))
             del self.table[place]
             self.table[renamed.get(place, place)] = (op, _with_leaves(args, iter(found)))
 

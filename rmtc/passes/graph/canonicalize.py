@@ -18,7 +18,7 @@ from rmtc.ir.program import SPLITS, VIEWS
 from rmtc.passes.graph.remove_regions import draws
 from rmtc.passes.registry import enter
 
-__all__ = ["Canonicalize"]
+__all__ = ["Canonicalize", "cut_slices"]
 
 aten = torch.ops.aten
 _NO_RESULT = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.dropout.default, operator.getitem)
@@ -61,10 +61,9 @@ class Canonicalize:
     they have in common is a part of its own. A tensor is detached where it is read: who waits for it
     waits for what made it, not for the layer that kept it.
 
-    A slice of all there is is its source; but, given ``fixed`` sources, not of a table: what is made of them alone,
-    neither of the text nor of a memory, has one size, of which a shorter segment takes less.
+    A slice of all there is is its source, but in the places of ``cut``: there a shorter last segment takes less.
 
-        %n = slice(%positions, 0, 0, 16)        stays: the last segment may take slice(%positions, 0, 0, 5)
+        %n = slice(%positions, 0, 0, 16)        stays: the last segment takes slice(%positions, 0, 0, 5)
         %h = slice(%hidden, 1, 0, 16)     ->    %hidden
 
     Given the length of ``windows``, a read of the end of a concatenation with a part as long stays one: the window of
@@ -73,14 +72,13 @@ class Canonicalize:
     """
 
     windows: int | None = None
-    fixed: frozenset[str] = frozenset()
+    cut: frozenset[str] = frozenset()
     histories: bool = True
 
     def apply(self, graph: fx.Graph) -> bool:
         """Change a graph; returns whether it has a history that is read part by part."""
         _refuse_strides(graph)
         memory = _memories(graph)
-        tables = _tables(graph, self.fixed) if self.fixed else set()
         _drop_empty(graph)
         _name_turns(graph)
         _split_overlaps(graph)
@@ -98,7 +96,7 @@ class Canonicalize:
                 _unclone(node)
             elif node.target in (aten.select.int, aten.slice.Tensor):
                 if not _is_end(node):  # whether that is a result is not clear yet
-                    _forward(graph, node, tables, windows)
+                    _forward(graph, node, self.cut, windows)
                     by_parts |= _spread(graph, node, short)
             elif node.target in _SHAPES:
                 _unview(graph, node)
@@ -122,7 +120,7 @@ class Canonicalize:
             spread = False
             for node in list(graph.nodes):
                 if node.target in (aten.select.int, aten.slice.Tensor):
-                    _forward(graph, node, tables, windows)
+                    _forward(graph, node, self.cut, windows)
                     spread |= _spread(graph, node, short)
             _drop_dead(graph)
             for node in list(graph.nodes):
@@ -149,16 +147,26 @@ def _is_part_of_used(node: fx.Node) -> bool:
     return node.target is operator.getitem and any(part.users for part in node.all_input_nodes[0].users)
 
 
-def _tables(graph: fx.Graph, fixed: frozenset[str]) -> set[fx.Node]:
-    """What is made of fixed sources alone."""
-    found: set[fx.Node] = set()
+def cut_slices(graph: fx.Graph) -> frozenset[str]:
+    """Return the places of slices that take all of some tensors, and less of others of the same size.
+
+    Such is a table of which a shorter last segment takes less, or a result of padding that it cuts.
+    """
+    whole, less = set[tuple[str, int]](), set[tuple[str, int]]()
     for node in graph.nodes:
-        if node.op == "placeholder":
-            if node.meta.get("source", ("", ""))[1] in fixed:
-                found.add(node)
-        elif node.op == "get_attr" or (node.op == "call_function" and found.issuperset(node.all_input_nodes)):
-            found.add(node)
-    return found
+        if node.target is aten.slice.Tensor and isinstance(node.args[0], fx.Node):
+            size = _size(node.args[0], _dim(node, 1))
+            interval = _interval(node, size, 1)
+            if interval is not None:
+                (whole if interval == (0, size) else less).add((_place(node), size))
+    return frozenset(place for place, _ in whole & less)
+
+
+def _place(node: fx.Node) -> str:
+    """Return the line of the user's code and the module that a slice is of, and its dimension."""
+    place = node.meta.get("location")
+    line = "" if place is None else f"{place.file}:{place.line}"
+    return f"{line} {node.meta.get('module', '')} {_dim(node, 1)}"
 
 
 def _lay_out(graph: fx.Graph, node: fx.Node) -> None:
@@ -497,14 +505,6 @@ def _interval(node: fx.Node, size: int, dim_at: int) -> tuple[int, int] | None:
     return resolved[0], max(resolved)
 
 
-def _may_be_part(node: fx.Node, tables: set[fx.Node]) -> bool:
-    """Whether a slice of all there is may take a part in another segment: the last positions, or those of a table."""
-    if _is_end(node):
-        return True
-    end = _argument(node, 3, "end", None)
-    return node in tables and end is not None and end != _END
-
-
 def _becomes(node: fx.Node, value: Any) -> None:
     """Use a value for a node that is the same, also under the node's name."""
     node.replace_all_uses_with(value)
@@ -567,7 +567,7 @@ def _dim(node: fx.Node, index: int) -> int:
     return int(_argument(node, index, "dim", 0) % node.meta["val"].ndim)
 
 
-def _forward(graph: fx.Graph, node: fx.Node, tables: set[fx.Node], windows: set[Any]) -> None:
+def _forward(graph: fx.Graph, node: fx.Node, cut: frozenset[str], windows: set[Any]) -> None:
     """Read through what put a tensor together: a part that was put there is that part, whatever was put elsewhere."""
     while True:
         source: Any = node.args[0]
@@ -584,7 +584,7 @@ def _forward(graph: fx.Graph, node: fx.Node, tables: set[fx.Node], windows: set[
             if interval is None:
                 return
             read = interval
-            if read == (0, size) and not _may_be_part(node, tables) and not _is_rest_of_rest(source):
+            if read == (0, size) and not (_is_end(node) or _place(node) in cut) and not _is_rest_of_rest(source):
                 node.replace_all_uses_with(source)
                 return
         if source.op != "call_function" or read[0] == read[1]:
@@ -787,7 +787,7 @@ def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> bool:
         whole.meta.update(node.meta)
         node.replace_all_uses_with(whole)
         for part in cut:
-            _forward(graph, part, set(), set())
+            _forward(graph, part, frozenset(), set())
             _spread(graph, part, short)
         _flatten(graph, whole)
     return len(parts) > 1
