@@ -22,7 +22,7 @@ class Name(NamedTuple):
         kind: ``orbit`` for one of the body, ``each`` for one of the body that depends on no text, ``first`` for one of
             a first segment alone, ``before``, ``after`` and ``result`` for those outside the loop.
         number: the number of the orbit, or the value.
-        copy: which one of several that compute the same value.
+        copy: which one of several results with the same value.
     """
 
     kind: str
@@ -45,8 +45,6 @@ class Filing:
 
     Attributes:
         orbits: their orbits.
-        made: the operations of each run that make each value, in order.
-        copies: how often a late segment computes each orbit's value.
         members: the dependent operations of each run by name and segment.
         own: for each run the places of values of one segment that depend on no text: its position, or what it drew.
         result_each: the operations of each run that make results of a value that depends on no text, one a segment.
@@ -58,17 +56,6 @@ class Filing:
         self.runs, self.steady_from, self.layers = (orbits.short, orbits.long), steady_from, layers
         self.orbits = orbits
         self.last = self.orbits.last
-        self.made: list[dict[Unit, list[int]]] = [{}, {}]
-        for run, made in zip(self.runs, self.made, strict=True):
-            for i in range(len(run.ops)):
-                made.setdefault(run.unit[i], []).append(i)
-        homes = self.orbits.homes
-        self.copies = [
-            max(
-                (len(self.made[1][unit]) for unit in orbit if steady_from <= homes[unit].segment < self.last), default=1
-            )
-            for orbit in self.orbits.orbits
-        ]
         self.members = self._find_members()
         self.reads: dict[tuple[Name, int], tuple[int, Name] | None] = {}
         self._find_reads()
@@ -95,10 +82,7 @@ class Filing:
                 return None
             home = later._replace(segment=later.segment - 1) if later.segment >= 0 else Home(-1, "before", unit)
         assert home is not None, "each value of the longer run has a place"
-        segment, kind, number = home
-        copies = self.copies[number] if kind == "orbit" else len(self.made[at][unit]) if kind == "first" else 1
-        copy = self.made[at][unit].index(i)
-        return Address(segment, Name(kind, number, copy if copy < copies else 0))
+        return Address(home.segment, Name(home.kind, home.number))
 
     def _find_members(self) -> list[dict[Name, dict[int, int]]]:
         """Return the dependent operations of each run by name and segment.
@@ -257,14 +241,11 @@ class Filing:
                 return leaf
             found = self.seen(at, segment, leaf.number)
             read = self.reads.get((name, number))
-            if read is None:
+            if read is None or run.dependent[leaf.number]:
                 return found
             back, other = read
-            if run.dependent[leaf.number]:  # of several that compute the same, the one that late segments read
-                same = found.segment == segment - back and found.name[:2] == other[:2]
-            else:
-                made = self.members[at].get(other, {}).get(segment - back)
-                same = made is not None and run.unit[made] == run.unit[leaf.number]
+            made = self.members[at].get(other, {}).get(segment - back)
+            same = made is not None and run.unit[made] == run.unit[leaf.number]
             return Address(segment - back, other) if same else found
 
         return map_leaves(run.ops[i].args, place)

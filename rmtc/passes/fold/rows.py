@@ -46,14 +46,26 @@ class FiledRun:
         self._add_read()
 
     def _rank_others(self) -> None:
-        """Rank operations that are not of the body behind the one of the body that they follow."""
+        """Rank operations that are not of the body behind the one of the body that they follow.
+
+        What a first segment alone makes for later ones follows what it is made of, whenever it was run.
+        """
         numbers = {id(op): i for i, op in enumerate(self.run.ops)}
+        ran = sorted((numbers[id(op)], place) for place, (op, _) in self.table.items() if id(op) in numbers)
+        used = set[Address]()  # in its own segment
+        for _, place in reversed(ran):
+            if place.name.kind != "first" or place in used:
+                used |= {Address(place.segment, each) for each in _inside(place.segment, self.table[place][1])}
         following: dict[int, int] = {}
-        for i, place in sorted((numbers[id(op)], place) for place, (op, _) in self.table.items() if id(op) in numbers):
-            if place.name.kind in ("orbit", "each"):
-                following[place.segment] = self.rank[place.name][0]
-            else:
-                self.rank.setdefault(place.name, (following.get(place.segment, -1), i))
+        for i, (segment, name) in ran:
+            if name.kind in ("orbit", "each"):
+                following[segment] = self.rank[name][0]
+                continue
+            behind = following.get(segment, -1)
+            if name.kind == "first" and Address(segment, name) not in used:
+                read = _inside(segment, self.table[Address(segment, name)][1])
+                behind = max((self.rank[each][0] for each in read if each in self.rank), default=behind)
+            self.rank.setdefault(name, (behind, i))
         for place in self.table:
             self.rank.setdefault(place.name, (-1, 0))
 

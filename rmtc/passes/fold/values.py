@@ -89,7 +89,7 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
             levels.setdefault(run.depth[i], []).append((at, i))
     for depth in sorted(levels):
         level: dict[Hashable, tuple[dict[Any, list[int]], dict[Any, list[int]]]] = {}
-        drawn: Counter[Hashable] = Counter()
+        counts: Counter[Hashable] = Counter()
         for at, i in levels[depth]:
             run = (short, long)[at]
             op, each = run.ops[i], run.leaves[i]
@@ -99,11 +99,13 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
                 if type(leaf) in (Val, Src)
             )
             key: Hashable = (op.target, structure(op.args), read)
-            if op.random:
-                drawn[at, key] += 1
-                key = (key, drawn[at, key])
+            integers = integers_of(op.args)
+            if op.random or run.dependent[i]:
+                key = (key, op.location, op.origin.module)
+                counts[at, key, integers] += 1
+                key = (key, counts[at, key, integers])
             groups = level.setdefault(key, ({}, {}))
-            groups[at].setdefault(integers_of(op.args), []).append(i)
+            groups[at].setdefault(integers, []).append(i)
         for first, second in level.values():
             pairs = {integers: integers for integers in first if integers in second}
             taken = set(pairs.values())
