@@ -149,7 +149,7 @@ def is_opaque(value: object) -> bool:
     if isinstance(value, dict) and makes_items(value) and not from_library(kind.__module__):
         return True
     if isinstance(value, (list, dict, deque, set)) and _members(value):  # a slot would not tell items from attributes
-        return True
+        return kind.__hash__ is None or not from_library(kind.__module__)  # what has a hash does not change
     return any(base.__module__ in _FOREIGN for base in kind.__mro__) and not isinstance(value, type)
 
 

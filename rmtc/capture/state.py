@@ -357,7 +357,7 @@ def walked(roots: dict[str, Any], without: Set[int], ran: Set[types.CodeType] | 
                 table = "__dict__" if type(value.__dict__) is dict else ""
                 if key not in OF_ENUMS:
                     found.add(dot + key, value.__dict__ if table else value, key, item, at, table)
-            for key in slot_names(value):
+            for key in slot_names(value) if not isinstance(value, (list, dict, deque, set)) else ():
                 found.add(dot + key, value, key, getattr(value, key), at)
             found.add_class(type(value))
     return found

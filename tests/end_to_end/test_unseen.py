@@ -487,6 +487,40 @@ def test_what_cannot_be_seen_is_refused(kind: type[Model]) -> None:
     assert rmtc.stats(fast).runs == 0
 
 
+class FrozenTable(dict[str, float]):
+    """A table that does not change, as a library has it: its hash is kept."""
+
+    __slots__ = ("_hash",)
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        self._hash = hash(tuple(self.items()))
+        return self._hash
+
+
+FrozenTable.__module__ = "json"
+HIDDEN = Queue[int]()
+
+
+class Frozen(Model):
+    """Keeps such a table, and has a method that no call runs: it names what cannot be seen, and ``eval``."""
+
+    held: Any = FrozenTable(scale=2.0)
+
+    def restart(self) -> object:
+        self.eval()
+        return HIDDEN
+
+
+def test_what_no_call_reads_and_what_cannot_change_are_not_refused() -> None:
+    hash(Frozen.held)
+    model = Frozen().eval()
+    fast = rmtc.compile(copy.copy(model), strict=True)
+    with torch.no_grad():
+        for _ in range(2):
+            same(fast(text()), model(text()))
+    scheduled(fast)
+
+
 class Scaled(Layer):
     """Scales what it gives by what an object says that the loop makes for each segment."""
 

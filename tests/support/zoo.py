@@ -47,7 +47,6 @@ class Entry:
         tensor: what the package's code calls the tensor that closes the cycle.
         layers: L.
         apart: whether a smaller recurrence than the layers can run apart from the rest.
-        whole: whether a short last segment runs other operations than a full one.
     """
 
     title: str
@@ -59,7 +58,6 @@ class Entry:
     tensor: str = ""
     layers: int = LAYERS
     apart: bool = False
-    whole: bool = False
 
     @property
     def makespan(self) -> sympy.Expr | None:
@@ -318,7 +316,6 @@ ZOO: dict[str, Entry] = {
         vectors(LOWER, OWN),
         1,
         apart=True,
-        whole=False,
     ),
     "block-recurrent, r < w": Entry(
         "the same, read two layers below where it writes (L = 4)",
@@ -327,7 +324,6 @@ ZOO: dict[str, Entry] = {
         3,
         layers=4,
         apart=True,
-        whole=False,
     ),
     "infini": Entry(
         "`infini-transformer-pytorch`, the caller's loop", lambda: infini(False), vectors(LOWER, OWN), 1, apart=True

@@ -60,8 +60,8 @@ def by_use(row: list[int], read: Sequence[Iterable[int]], anchors: Set[int], inn
                     ready.append(user)
             work.extend(reversed(ready))
 
-    start = min((i for i in row if i in anchors), default=0)
     turns = [i for i in row if i in inner]
+    start = min(turns or (i for i in row if i in anchors), default=0)
     begun = next((k for k, i in enumerate(turns) if inner[i] != inner[turns[0]]), len(turns)) + 1
     early = _part_in(row, inputs, {start, *turns[:begun]})  # of which the first layer may be the reader
     late = {i for i in row if i < start and i in needed and i not in early}

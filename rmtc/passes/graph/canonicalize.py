@@ -132,6 +132,7 @@ class Canonicalize:
             if not spread:
                 break
         _detach_at_readers(graph)
+        _merge_parts(graph)
         _keep_apart(graph, memory)
         for node in reversed(list(graph.nodes)):
             if node.target in (aten.view.default, aten._unsafe_view.default):
@@ -858,6 +859,17 @@ def _drop_dead(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and (node.target in VIEWS or node.target in _MOVES):
             graph.erase_node(node)
+
+
+def _merge_parts(graph: fx.Graph) -> None:
+    """Take a part of a tensor once, however often it is read; but each result is a tensor of its own."""
+    taken: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target in (aten.select.int, aten.slice.Tensor) and not any(user.op == "output" for user in node.users):
+            first = taken.setdefault((node.target, node.args), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
 
 
 def _part(graph: fx.Graph, writer: fx.Node, dim: int) -> Any:
