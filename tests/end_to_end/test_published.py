@@ -192,6 +192,61 @@ def test_xlnet_with_its_memories_returned() -> None:
         twins.ran(segments, a=0)
 
 
+class Normed(nn.Module):
+    """x-transformers: a layer takes its norm of its memory and of its input, and packs both for each product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor, memory: Tensor | None) -> Tensor:
+        given = self.norm(x)
+        if memory is not None:
+            memory = self.norm(memory)
+        key, value = (
+            made(
+                given
+                if memory is None
+                else torch.cat([each.reshape(x.shape[0], -1, WIDTH) for each in (memory, given)], 1)
+            )
+            for made in (self.key, self.value)
+        )
+        return x + (self.query(given) @ key.transpose(1, 2)).softmax(-1) @ value
+
+
+class Memorising(nn.Module):
+    """x-transformers: inputs of all layers are kept after the last one has run, with the end of those before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(Normed() for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        memories: list[Tensor] = []
+        outputs = []
+        for piece in x.split(SEGMENT, dim=1):
+            hidden, inputs = self.embed(piece), []
+            for layer, memory in itertools.zip_longest(self.layers, memories):
+                inputs.append(hidden)
+                hidden = layer(hidden, memory)
+            if memories:
+                inputs = [torch.cat(pair, dim=-2) for pair in zip(memories, inputs, strict=True)]
+            memories = [each[..., -SEGMENT:, :].detach() for each in inputs]
+            outputs.append(hidden)
+        return torch.cat(outputs, dim=1), memories
+
+
+@pytest.mark.slow
+def test_x_transformers_as_published() -> None:
+    twins = Twins(Memorising)
+    for segments, batch, tail in SIZES:
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments, a=0)
+    assert twins.distances == {(0, 1), (1, 1)}
+
+
 class Gated(nn.Module):
     """xLSTM: a matrix memory with exponential gates, read and written in chunks of a fixed length.
 
