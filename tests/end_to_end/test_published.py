@@ -218,8 +218,9 @@ class Normed(nn.Module):
 class Memorising(nn.Module):
     """x-transformers: inputs of all layers are kept after the last one has run, with the end of those before."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int) -> None:
         super().__init__()
+        self.kept = kept
         self.embed = nn.Linear(WIDTH, WIDTH)
         self.layers = nn.ModuleList(Normed() for _ in range(LAYERS))
 
@@ -233,18 +234,19 @@ class Memorising(nn.Module):
                 hidden = layer(hidden, memory)
             if memories:
                 inputs = [torch.cat(pair, dim=-2) for pair in zip(memories, inputs, strict=True)]
-            memories = [each[..., -SEGMENT:, :].detach() for each in inputs]
+            memories = [each[..., -self.kept :, :].detach() for each in inputs]
             outputs.append(hidden)
         return torch.cat(outputs, dim=1), memories
 
 
 @pytest.mark.slow
-def test_x_transformers_as_published() -> None:
-    twins = Twins(Memorising)
+@pytest.mark.parametrize(("kept", "distances"), [(SEGMENT, {(0, 1), (1, 1)}), (SEGMENT + 2, {(0, 1), (1, 1), (2, 1)})])
+def test_x_transformers_as_published(kept: int, distances: set[tuple[int, int]]) -> None:
+    twins = Twins(lambda: Memorising(kept))
     for segments, batch, tail in SIZES:
         twins.call(text(segments, batch, tail))
         twins.ran(segments, a=0)
-    assert twins.distances == {(0, 1), (1, 1)}
+    assert twins.distances == distances
 
 
 class Gated(nn.Module):

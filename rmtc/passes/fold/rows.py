@@ -48,24 +48,29 @@ class FiledRun:
     def _rank_others(self) -> None:
         """Rank operations that are not of the body behind the one of the body that they follow.
 
-        What a first segment alone makes for later ones follows what it is made of, whenever it was run.
+        What reads one does not wait for that. What a first segment alone makes for later ones follows what it is made
+        of, whenever it was run.
         """
         numbers = {id(op): i for i, op in enumerate(self.run.ops)}
         ran = sorted((numbers[id(op)], place) for place, (op, _) in self.table.items() if id(op) in numbers)
+        read = {place: _inside(place.segment, self.table[place][1]) for _, place in ran}
         used = set[Address]()  # in its own segment
         for _, place in reversed(ran):
             if place.name.kind != "first" or place in used:
-                used |= {Address(place.segment, each) for each in _inside(place.segment, self.table[place][1])}
+                used |= {Address(place.segment, each) for each in read[place]}
         following: dict[int, int] = {}
-        for i, (segment, name) in ran:
-            if name.kind in ("orbit", "each"):
-                following[segment] = self.rank[name][0]
-                continue
-            behind = following.get(segment, -1)
-            if name.kind == "first" and Address(segment, name) not in used:
-                read = _inside(segment, self.table[Address(segment, name)][1])
-                behind = max((self.rank[each][0] for each in read if each in self.rank), default=behind)
-            self.rank.setdefault(name, (behind, i))
+        for i, place in ran:
+            if place.name.kind in ("orbit", "each"):
+                following[place.segment] = self.rank[place.name][0]
+            else:
+                behind = following.get(place.segment, -1)
+                if place.name.kind == "first" and place not in used:
+                    behind = max((self.rank[each][0] for each in read[place] if each in self.rank), default=behind)
+                self.rank.setdefault(place.name, (behind, i))
+        for _, place in reversed(ran):
+            for each in read[place]:
+                if each.kind == "first":
+                    self.rank[each] = min(self.rank[each], (self.rank[place.name][0], self.rank[each][1]))
         for place in self.table:
             self.rank.setdefault(place.name, (-1, 0))
 
