@@ -16,7 +16,7 @@ __all__ = ["aligned"]
 
 
 def aligned(row: Sequence[Op], laid: Laid, templates: Sequence[tuple[str, ...]], steady: bool) -> Laid:
-    """Let layers run what the middle one runs, in its order.
+    """Let layers run what the middle one runs, in its order; the first and the last one perhaps what another one runs.
 
     What the first layer lacks of that may be in the prologue, with other operations between, and what the last one
     lacks in the epilogue; what they have that it has not goes there. A layer that is not like the middle one all the
@@ -36,9 +36,13 @@ def aligned(row: Sequence[Op], laid: Laid, templates: Sequence[tuple[str, ...]],
         return laid
     middle = (len(layers) - 1) // 2
     for layer, own in enumerate(layers):
+        if layer == middle:
+            continue
         first, last = layer == 0, layer == len(layers) - 1
         pool = [*own, *(before if first else after if last else ())]
-        found = None if layer == middle else _Counterparts(row, templates, steady).of(layers[middle], pool)
+        models = [model for model in (middle, *(range(len(layers)) if first or last else ())) if model != layer]
+        tries = (_Counterparts(row, templates, steady).of(layers[model], pool) for model in models)
+        found = next((each for each in tries if each is not None), None)
         if found is None:
             continue
         rest = sorted(set(pool) - set(found), key=order.index)
