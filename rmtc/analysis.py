@@ -402,8 +402,11 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
 
 def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Proven:
     plan, seconds = analysis.capture.plan, analysis.seconds
-    long, short = analysis.run(sizes[1]), analysis.run(sizes[0])  # that with a shorter last segment tells what is cut
-    runs, reading = [short, long], analysis.capture.reading
+    long, reading = analysis.run(sizes[1]), analysis.capture.reading  # a shorter last segment tells what is cut
+    runs = [analysis.run(sizes[0]), long]
+    if reading != analysis.capture.reading:
+        analysis.runs.clear()  # more is cut than was known
+        return _attempt(analysis, sizes, layers)
     with timed(seconds, "reroll"):
         loop, family = reroll(
             [(run.program, *run.sizes) for run in runs],

@@ -85,10 +85,11 @@ class Recognition:
             )
             segments, batch, tail = data["sizes"]
             length, loop = plan.segment_length, data["loop"]
-            windows, histories, constants = map(_flag, data["reading"])
+            reading = dict(data["reading"])
+            cut = frozenset(map(str, reading.pop("cut")))
             return Recognition(
                 plan,
-                Reading(windows, histories, constants, frozenset(map(str, data["cut"]))),
+                Reading(cut=cut, **{str(name): _flag(value) for name, value in reading.items()}),
                 family if family is None else _family(*family),
                 Sizes(_size(segments, 2), _size(batch, 0), _size(tail, 1)),
                 str(data["digest"]),
@@ -289,8 +290,7 @@ def _written(analysis: Analysis) -> Json:
         "free_batch": plan.free_batch,
         "free_tail": plan.free_tail,
         "drops": plan.drops,
-        "reading": [*analysis.capture.reading[:-1]],
-        "cut": sorted(analysis.capture.reading.cut),
+        "reading": {**analysis.capture.reading._asdict(), "cut": sorted(analysis.capture.reading.cut)},
         "family": family if family is None else [family.prefixes, family.layers, family.first, family.listed],
         "sizes": [*run.sizes],
         "digest": digest_of(run.program),

@@ -58,7 +58,7 @@ class Captured:
 
 
 class Reading(NamedTuple):
-    """Options for how slices and constants are read, see :class:`Canonicalize`.
+    """How slices and constants are read, see :class:`Canonicalize`: options, and what the runs so far have told.
 
     Attributes:
         windows: whether a window of a segment's length is read as a slice of the tensor that it is cut from.

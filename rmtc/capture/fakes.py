@@ -102,14 +102,19 @@ class Fakes(FakeTensorMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        try:
-            if self._depth == 1:
-                self._indexing.__exit__(*error)  # type: ignore[no-untyped-call]
-                self.known.forget()
-        finally:  # an interrupt may arrive in any of these
-            with self._entering:
-                super().__exit__(*error)
-                self._depth -= 1
+        with self._entering:
+            try:  # an interrupt in one of these leaves the others to be done
+                if self._depth == 1:
+                    self.known.forget()
+            finally:
+                try:
+                    if self._depth == 1:
+                        self._indexing.__exit__(*error)  # type: ignore[no-untyped-call]
+                finally:
+                    try:
+                        super().__exit__(*error)
+                    finally:
+                        self._depth -= 1
 
     def trace_outside(self, watch: Callable[..., Any] | None) -> None:
         """Set a trace function of Python, or none, that is off inside of torch's functions."""

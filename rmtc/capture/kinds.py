@@ -141,6 +141,12 @@ _RECORDS = (types.SimpleNamespace, argparse.Namespace, functools.partial)
 _FOREIGN = ("array", "ctypes", "_ctypes", "multiprocessing.sharedctypes")  # of classes whose memory has no slots
 
 
+def _is_frozen(kind: type) -> bool:
+    """Return whether a class of containers, of a library, lets no item change: its hash is that of its items."""
+    own = vars(next((base for base in kind.__mro__ if "__hash__" in vars(base)), object))
+    return from_library(kind.__module__) and own["__hash__"] is not None and "__setitem__" in own
+
+
 def is_opaque(value: object) -> bool:
     """Return whether a value can change without a trace in what :func:`walk` finds."""
     kind = type(value)
@@ -149,7 +155,7 @@ def is_opaque(value: object) -> bool:
     if isinstance(value, dict) and makes_items(value) and not from_library(kind.__module__):
         return True
     if isinstance(value, (list, dict, deque, set)) and _members(value):  # a slot would not tell items from attributes
-        return kind.__hash__ is None or not from_library(kind.__module__)  # what has a hash does not change
+        return not _is_frozen(kind)
     return any(base.__module__ in _FOREIGN for base in kind.__mro__) and not isinstance(value, type)
 
 

@@ -33,14 +33,13 @@ from rmtc.capture.snapshot import Snapshot
 from rmtc.capture.state import REPLACED, Code, Slot, replace_tensors, uncached, unmoved, unseen, user_code, walk
 from rmtc.capture.translation import (
     UNWATCHED,
-    UNWATCHED_BUILTINS,
     refuse_unknown,
     refused_unseen,
     strides_refused,
     translate,
 )
 from rmtc.capture.untold import stands_in
-from rmtc.capture.user_code import loaded_in_code, named_globals, names_of, tells_identity
+from rmtc.capture.user_code import named_globals, names_of, tells_identity
 from rmtc.errors import CaptureError, RmtcError, raised_by_signal
 from rmtc.quiet import quiet_fakes
 from rmtc.restoring import restored
@@ -314,8 +313,7 @@ class Session:
         hidden = self._unseen()
         if hidden is None:
             return
-        loaded = {name for function in self.code.functions for name in loaded_in_code(function.__code__)}
-        if not self._asked.isdisjoint(UNWATCHED) or not loaded.isdisjoint(UNWATCHED_BUILTINS):
+        if not self._asked.isdisjoint(UNWATCHED):
             raise refused_unseen(hidden)
         self.ran = set()
         with self.installed(self.fake_tensors), self.fake_mode:

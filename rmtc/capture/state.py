@@ -6,6 +6,7 @@ by fake tensors, lets the user's forward run, reads what it left behind, and put
 
 from __future__ import annotations
 
+import builtins
 import functools
 import gc
 import types
@@ -179,6 +180,10 @@ def _bases(kind: type) -> tuple[type, ...]:
     return (*kind.__mro__, *of_class.__mro__)
 
 
+_LOOKS_UP: tuple[Any, ...] = (globals, eval, exec)
+"""Functions of Python's own that look names up which no code names."""
+
+
 def unseen(roots: dict[str, Any], slots: Sequence[Slot], functions: Sequence[types.FunctionType]) -> str | None:
     """Describe something that the user's code can read and no guard can see; return None if there is nothing.
 
@@ -189,6 +194,8 @@ def unseen(roots: dict[str, Any], slots: Sequence[Slot], functions: Sequence[typ
     """
     for name, value in (*roots.items(), *((slot.name, slot.value) for slot in slots)):
         for each in _held_by(value):
+            if (known := next((known for known in _LOOKS_UP if known is each), None)) is not None:
+                return f"{name or 'the function'} is {known.__name__}(), and what it looks up is not seen"
             if is_opaque(each):
                 return f"{name or 'the function'} is a {type(each).__name__}, whose changes are not seen"
     for slot in slots:
@@ -196,10 +203,14 @@ def unseen(roots: dict[str, Any], slots: Sequence[Slot], functions: Sequence[typ
         if module is not None and is_users(module.__name__) and not isinstance(slot.owner, types.CellType):
             return f"{slot.name} is a module ({module.__name__}), and what is looked up in it is not seen"
     for function in functions:
-        for name in ("globals", "eval", "exec"):
-            if name in loaded_in_code(function.__code__) and name not in function.__globals__:
-                return f"{function.__qualname__} looks names up in {name}()"
         named = named_in_code(function.__code__)
+        values = [value for *_, value in named_globals(function)]
+        whole = any(module is builtins for *_, module in named_modules(function))
+        for each in _LOOKS_UP:
+            name = each.__name__
+            own = name in loaded_in_code(function.__code__) and name not in function.__globals__
+            if own or any(value is each for value in values) or (whole and name in named):
+                return f"{function.__qualname__} looks names up in {name}()"
         for name in ("_getframe", "currentframe", "getouterframes", "getrefcount"):
             if name in named:
                 return f"{function.__qualname__} asks for frames or references by {name}()"

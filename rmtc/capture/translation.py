@@ -20,12 +20,8 @@ UNWATCHED = (
     "asyncio",
     "submit",
     "setprofile",
-    "builtins",
-    "__builtins__",
 )
 """Where code names one of these, not all that it runs may be seen to run."""
-UNWATCHED_BUILTINS = ("eval", "exec")
-"""The same of functions of Python's own. Modules have a method of the name ``eval``."""
 
 
 def refused_unseen(hidden: str) -> UntoldError:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -142,7 +143,11 @@ class Op:
     @property
     def random(self) -> bool:
         """True if the operation may draw random numbers: two of them with equal operands differ."""
-        return torch.Tag.nondeterministic_seeded in getattr(self.target, "tags", ())
+        return _draws(self.target)
+
+    def with_args(self, args: tuple[Any, ...]) -> Op:
+        """Return the operation with other arguments."""
+        return Op(self.target, args, self.origin, self.form, self.covers)
 
     def __str__(self) -> str:
         name = f"  # {self.name}" if self.name else ""
@@ -227,6 +232,12 @@ class Program:
         return "\n".join(lines)
 
 
+@functools.cache
+def _draws(target: Callable[..., Any]) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+
+
+@functools.cache
 def target_name(target: Callable[..., Any]) -> str:
     if isinstance(target, torch._ops.OpOverload):
         overload = target._overloadname
@@ -252,13 +263,17 @@ def show(value: Any) -> str:
     return repr(value)
 
 
-def leaves(args: tuple[Any, ...]) -> Iterator[Any]:
-    """Yield the leaves of nested arguments, in order."""
+def leaves(args: tuple[Any, ...]) -> Sequence[Any]:
+    """Return the leaves of nested arguments, in order."""
+    if tuple not in map(type, args):
+        return args
+    found: list[Any] = []
     for arg in args:
         if type(arg) is tuple:
-            yield from leaves(arg)
+            found += leaves(arg)
         else:
-            yield arg
+            found.append(arg)
+    return found
 
 
 def parts(ops: Sequence[Op]) -> dict[int, list[int]]:
@@ -272,7 +287,7 @@ def parts(ops: Sequence[Op]) -> dict[int, list[int]]:
 
 def map_leaves(args: tuple[Any, ...], function: Callable[[Any], Any]) -> tuple[Any, ...]:
     """Replace each leaf of nested arguments."""
-    return tuple(map_leaves(arg, function) if type(arg) is tuple else function(arg) for arg in args)
+    return tuple([map_leaves(arg, function) if type(arg) is tuple else function(arg) for arg in args])
 
 
 def call_arguments(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -213,7 +213,7 @@ class SegmentLoop:
                 not left if type(arg) is tuple and arg else not there(arg)
                 for arg, left in zip(op.args, args, strict=True)
             )
-            found.append(None if lost else replace(op, args=args))
+            found.append(None if lost else op.with_args(args))
         return found
 
     def unroll(self, segments: int, batch: int, tail: int) -> tuple[Program, list[Key]]:

@@ -135,7 +135,7 @@ class Body:
         def moved(leaf: Any) -> Any:
             return Input(places[leaf.number]) if isinstance(leaf, Input) else leaf
 
-        ops = {number: replace(op, args=map_leaves(op.args, moved)) for number, op in reversed(ops.items())}
+        ops = {number: op.with_args(map_leaves(op.args, moved)) for number, op in reversed(ops.items())}
         return replace(
             self,
             name=f"{self.name}_without_{'_'.join(map(str, sorted(dead)))}",

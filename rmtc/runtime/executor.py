@@ -534,7 +534,7 @@ class _Walk:
             if part == "after" and number in self.joined and op is not None:
                 values.append(self.joined[number].result())
                 continue
-            values.append(None if op is None else self._call(replace(op, args=self._every(op.args)), operand))
+            values.append(None if op is None else self._call(op.with_args(self._every(op.args)), operand))
         return values
 
     def _every(self, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -212,7 +212,8 @@ class Normed(nn.Module):
             )
             for made in (self.key, self.value)
         )
-        return x + (self.query(given) @ key.transpose(1, 2)).softmax(-1) @ value
+        found: Tensor = x + (self.query(given) @ key.transpose(1, 2)).softmax(-1) @ value
+        return found
 
 
 class Memorising(nn.Module):

@@ -291,3 +291,40 @@ def test_a_mask_that_layers_share_but_for_a_shorter_segment() -> None:
         twins.call(text(segments, batch, tail))
         twins.ran(segments)
     assert twins.distances == {LOWER, OWN}
+
+
+class SharedPart(nn.Module):
+    """The last layer reads what is made of the segment's text before the first one, and so does the next first one."""
+
+    def __init__(self, part: int) -> None:
+        super().__init__()
+        self.part = part
+        self.context = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories = list(x.new_zeros(LAYERS, x.shape[0], WIDTH))
+        before = x.new_zeros(x.shape[0], 1, WIDTH)
+        outputs = []
+        for piece in x.split(SEGMENT, dim=1):
+            context, hidden = torch.tanh(self.context(piece)), piece
+            for number, layer in enumerate(self.layers):
+                if number == 0:
+                    hidden = hidden + before[:, : self.part].mean(1, keepdim=True)
+                if number == LAYERS - 1:
+                    hidden = hidden + context[:, : self.part].sum(1, keepdim=True)
+                hidden = hidden + torch.tanh(layer(hidden) + memories[number][:, None])
+                memories[number] = 0.5 * memories[number] + hidden.mean(1)
+            before = context
+            outputs.append(hidden)
+        return torch.cat(outputs, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [1, SEGMENT])
+def test_what_the_next_segment_reads_waits_for_no_layer(part: int) -> None:
+    twins = Twins(lambda: SharedPart(part))
+    for segments, batch, tail in ((7, 1, SEGMENT), (3, 2, SEGMENT), (5, 1, 2)):
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments)
+    assert twins.distances == {LOWER, OWN}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import builtins
 import contextvars
 import copy
 import importlib
@@ -496,6 +497,9 @@ class FrozenTable(dict[str, float]):
         self._hash = hash(tuple(self.items()))
         return self._hash
 
+    def __setitem__(self, key: str, value: float) -> None:
+        raise TypeError("it does not change")
+
 
 FrozenTable.__module__ = "json"
 HIDDEN = Queue[int]()
@@ -509,6 +513,45 @@ class Frozen(Model):
     def restart(self) -> object:
         self.eval()
         return HIDDEN
+
+
+class HashedList(list[float]):
+    """A list of a library that has a hash, and can change all the same."""
+
+    __slots__ = ("scale",)
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+HashedList.__module__ = "json"
+
+
+class OfHashed(Model):
+    held: Any = HashedList()
+
+
+class Evaluated(Model):
+    """Evaluates text by a function that it has under another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.look: Any = eval
+
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        return piece * float(self.look("LOOKED_UP"))
+
+
+class EvaluatedByModule(Model):
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        return piece * float(builtins.eval("LOOKED_UP"))
+
+
+LOOKED_UP = 1.0
+
+
+@pytest.mark.parametrize("kind", [OfHashed, Evaluated, EvaluatedByModule])
+def test_what_can_change_by_another_name_is_refused(kind: type[Model]) -> None:
+    with torch.no_grad(), pytest.raises(rmtc.RefusedError, match="what rmtc cannot see"):
+        rmtc.compile(kind().eval(), strict=True)(text())
 
 
 def test_what_no_call_reads_and_what_cannot_change_are_not_refused() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -106,7 +105,7 @@ class _Lowering(Arrays):
             return self.add(copied(leaf)) if isinstance(leaf, View) or spread else leaf
 
         args = map_leaves(args, there)
-        call = replace(op, args=args)
+        call = op.with_args(args)
         read = [each for each in leaves(args) if isinstance(each, Array)]
         grouped = any(each.grouped for each in read)
         several = not isinstance(wanted, torch.Tensor)

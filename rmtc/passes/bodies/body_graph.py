@@ -92,7 +92,7 @@ class BodyGraph:
         for reader, op in self.ops.items():
             if any(leaf == Local(number) for leaf in leaves(op.args)):
                 args = map_leaves(op.args, lambda leaf: instead if leaf == Local(number) else leaf)
-                self.ops[reader] = replace(op, args=args)
+                self.ops[reader] = op.with_args(args)
         del self.ops[number]
         self._count()
 

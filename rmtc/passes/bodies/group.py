@@ -215,7 +215,7 @@ def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, 
             ops[offset] = Op(_same, (Shared(shared.of[members[0][0], starts[0] + offset]),))
             continue
         args = _zip_leaves([row[offset].args for row in rows], operand)
-        ops[offset] = replace(rows[0][offset], args=args)
+        ops[offset] = rows[0][offset].with_args(args)
         live |= {leaf.number for leaf in leaves(args) if isinstance(leaf, Local)}
     layers = [layer for _, layer in members]
     return Body(

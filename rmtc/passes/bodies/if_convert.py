@@ -110,14 +110,14 @@ class _Merger:
             self.add(1, other)
             return
         args = _zip(op.args, steady.args, self._both)
-        number = self._append(replace(steady, args=args))
+        number = self._append(steady.with_args(args))
         self.known[0][mine] = self.known[1][other] = number
 
     def add(self, side: int, number: int) -> None:
         """Add an operation that only one side has."""
         op = self.sides[side].ops[number]
         args = map_leaves(op.args, lambda leaf: self._one(side, leaf))
-        self.known[side][number] = self._append(replace(op, args=args))
+        self.known[side][number] = self._append(op.with_args(args))
 
     def choice(self, mine: Any, other: Any) -> Local:
         """Return the operand that is ``mine`` in the cells of side 0 and ``other`` in those of side 1."""

@@ -96,5 +96,5 @@ def _without_unread(body: Body) -> Body:
     def renumbered(leaf: Any) -> Any:
         return Weight(places[leaf.number]) if isinstance(leaf, Weight) else leaf
 
-    ops = {number: replace(op, args=map_leaves(op.args, renumbered)) for number, op in body.ops.items()}
+    ops = {number: op.with_args(map_leaves(op.args, renumbered)) for number, op in body.ops.items()}
     return replace(body, ops=ops, weights=tuple(body.weights[number] for number in read))

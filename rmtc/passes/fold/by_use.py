@@ -12,12 +12,14 @@ from rmtc.errors import RefusedError
 T = TypeVar("T")
 
 
-def by_use(row: list[int], read: Sequence[Iterable[int]], anchors: Set[int], inner: Mapping[int, int]) -> list[int]:
+def by_use(
+    row: list[int], read: Sequence[Iterable[int]], anchors: Set[int], inner: Mapping[int, int], handed: Set[int]
+) -> list[int]:
     """Return the operations of a segment in an order in which what belongs together is side by side.
 
     What no later anchor has a part in comes as soon as what it is made of is there. A memory that is written after all
     layers have run is then next to the layer that it belongs to. What is run before the first layer, but only later
-    ones have a use for, waits for them.
+    ones of the same segment have a use for, waits for them.
 
         l0, l1, write m0, write m1   ->   l0, write m0, l1, write m1
 
@@ -26,6 +28,7 @@ def by_use(row: list[int], read: Sequence[Iterable[int]], anchors: Set[int], inn
         read: what each operation reads.
         anchors: the operations that use parameters.
         inner: the layers of those that use the parameters of one layer.
+        handed: the operations that later segments read.
     """
     inside = set(row)
     inputs = {i: [j for j in dict.fromkeys(read[i]) if j in inside] for i in row}
@@ -63,7 +66,8 @@ def by_use(row: list[int], read: Sequence[Iterable[int]], anchors: Set[int], inn
     turns = [i for i in row if i in inner]
     start = min(turns or (i for i in row if i in anchors), default=0)
     begun = next((k for k, i in enumerate(turns) if inner[i] != inner[turns[0]]), len(turns)) + 1
-    early = _part_in(row, inputs, {start, *turns[:begun]})  # of which the first layer may be the reader
+    # The first layer may be the reader, also that of a later segment.
+    early = _part_in(row, inputs, {start, *turns[:begun], *(i for i in row if i < start and i in handed)})
     late = {i for i in row if i < start and i in needed and i not in early}
     for i in (*(i for i in row if (i in needed and i not in late) or i in loose), *row):
         emit(i)
@@ -85,9 +89,14 @@ def in_order(nodes: Iterable[T], read: Callable[[T], Iterable[T]], rank: Callabl
     Raises:
         RefusedError: if two wait for each other.
     """
+    ranked = sorted(nodes, key=rank)
+    reads = {node: list(read(node)) for node in ranked}
+    place = {node: at for at, node in enumerate(ranked)}
+    if all(place.get(each, len(ranked)) < at for at, node in enumerate(ranked) for each in reads[node]):
+        return ranked
     graph: nx.DiGraph[T] = nx.DiGraph()
-    graph.add_nodes_from(nodes)
-    graph.add_edges_from((each, node) for node in list(graph) for each in read(node))
+    graph.add_nodes_from(ranked)
+    graph.add_edges_from((each, node) for node in ranked for each in reads[node])
     try:
         return list(nx.lexicographical_topological_sort(graph, rank))
     except nx.NetworkXUnfeasible:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,7 +72,7 @@ def _carried(run: DividedRun, places: set[Place]) -> DividedRun:
         segment = run.place(Val(i))[0]
         args = map_leaves(op.args, move)
         moved[i] = len(ops)
-        ops.append(replace(op, args=args))
+        ops.append(op.with_args(args))
     starts += [len(ops)] * (len(run.starts) - len(starts))
     given = run.segmented.program
     outputs = {name: Val(moved[value.number]) if type(value) is Val else value for name, value in given.outputs.items()}

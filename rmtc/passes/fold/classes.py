@@ -75,7 +75,8 @@ class Namer:
                 made = frozenset(self._outer(leaf.number, at) for at in (None, layer))
                 out.append(_Given(made, "before", self._loop.before[leaf.number].form))
             elif type(leaf) in (int, float) or isinstance(leaf, Affine):
-                out.append(_Number({(row, layer): leaf}, self._loop.segment_length, len(self._loop.rows)))
+                constant = None if isinstance(leaf, Affine) else leaf
+                out.append(_Number({(row, layer): leaf}, self._loop.segment_length, len(self._loop.rows), constant))
             else:
                 out.append(leaf)
         return out
@@ -166,9 +167,16 @@ class _Number:
     values: dict[tuple[int, int], int | float | Affine]
     segment_length: int
     steady: int
+    constant: int | float | None = None  # what all members have
 
     def merge(self, other: _Number) -> _Number | None:
         values = {**self.values, **other.values}
+        if (
+            self.constant is not None
+            and self.constant == other.constant
+            and type(self.constant) is type(other.constant)
+        ):
+            return _Number(values, self.segment_length, self.steady, self.constant)
         by_layer: dict[int, set[Any]] = {}
         functions = {layer: value for (row, layer), value in values.items() if row == self.steady}
         for (row, layer), value in values.items():

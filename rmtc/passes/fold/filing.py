@@ -57,7 +57,7 @@ class Filing:
         self.orbits = orbits
         self.last = self.orbits.last
         self.members = self._find_members()
-        self.reads: dict[tuple[Name, int], tuple[int, Name] | None] = {}
+        self.reads: dict[Name, dict[int, tuple[int, Name] | None]] = {}
         self._find_reads()
         self.own = [self._find_own(at) for at in (0, 1)]
         self.result_each = self._find_result_each()
@@ -132,13 +132,16 @@ class Filing:
         for name, i in body.items():
             names.setdefault(i, []).append(name)
         read: list[list[int]] = [[] for _ in self.runs[1].ops]
-        for (name, _), each in self.reads.items():
-            if each is not None and each[0] == 0 and each[1] in body:
-                read[body[name]].append(body[each[1]])
+        handed = set[int]()
+        for name, operands in self.reads.items():
+            for each in operands.values():
+                if each is not None and each[1] in body:
+                    handed |= {body[each[1]]} if each[0] else set()
+                    read[body[name]] += [] if each[0] else [body[each[1]]]
         anchors = {i for i in names if i in self.layers}
         inner = {i: layer for i in names if (layer := self.layers.get(i)) is not None}
         row = in_order(names, read.__getitem__, lambda i: i)
-        order = by_use(row, read, anchors, inner)
+        order = by_use(row, read, anchors, inner, handed)
         return {name: (at, number) for at, i in enumerate(order) for number, name in enumerate(names[i])}
 
     def _find_reads(self) -> None:
@@ -155,6 +158,7 @@ class Filing:
             name = work.popleft()
             i = self.reference(name)
             segment = next(s for s, each in self.members[1][name].items() if each == i)
+            found = self.reads[name] = {}
             for position, leaf in enumerate(long.leaves[i]):
                 if type(leaf) is not Val:
                     continue
@@ -165,7 +169,7 @@ class Filing:
                 else:
                     sequences = [self._sequence(at, name, position) for at in (0, 1)]
                     if not long.constant[leaf.number] and not self._varies(sequences):
-                        self.reads[name, position] = None
+                        found[position] = None
                         continue
                     end = max(sequences[1])
                     ways = ((end - at, other) for at, other in known.get(sequences[1][end], ()) if at <= end)
@@ -176,7 +180,7 @@ class Filing:
                             known.setdefault(made, []).append((at, read[1]))
                         self._add_members(read[1], sequences, long.ops[leaf.number])
                         work.append(read[1])
-                self.reads[name, position] = read
+                found[position] = read
 
     def _find_own(self, at: int) -> dict[Unit, Address]:
         """Find the values that depend on no text and that one segment alone makes."""
@@ -233,14 +237,14 @@ class Filing:
 
     def operands(self, at: int, name: Name, segment: int, i: int) -> tuple[Any, ...]:
         """Return the arguments of an operation, with places for operands."""
-        run, position = self.runs[at], itertools.count()
+        run, position, reads = self.runs[at], itertools.count(), self.reads.get(name, {})
 
         def place(leaf: Any) -> Any:
             number = next(position)
             if type(leaf) is not Val:
                 return leaf
             found = self.seen(at, segment, leaf.number)
-            read = self.reads.get((name, number))
+            read = reads.get(number)
             if read is None or run.dependent[leaf.number]:
                 return found
             back, other = read

@@ -181,7 +181,7 @@ def _with_known_results(loop: SegmentLoop) -> SegmentLoop:
                 lacking.remove(number)
                 args = map_leaves(op.args, lambda leaf: read[leaf] if isinstance(leaf, Row) else leaf)
                 beyond[segment, number] = Outer("after", len(made))
-                made.append(replace(op, args=args))
+                made.append(op.with_args(args))
         return beyond.get((segment, number))
 
     def known(leaf: Where | Every) -> Where | Every | Outer:
@@ -200,7 +200,7 @@ def _with_known_results(loop: SegmentLoop) -> SegmentLoop:
             return leaf._replace(number=leaf.number + len(made))
         return found[leaf] if isinstance(leaf, (Where, Every)) else leaf
 
-    after = (*made, *(replace(op, args=map_leaves(op.args, move)) for op in loop.after))
+    after = (*made, *(op.with_args(map_leaves(op.args, move)) for op in loop.after))
     return replace(loop, after=after, outputs={name: move(value) for name, value in loop.outputs.items()})
 
 
@@ -222,7 +222,7 @@ def _without_last_row(loop: SegmentLoop) -> SegmentLoop:
     def shorter(leaf: Any) -> Any:
         return leaf._replace(number=leaf.number[:-1]) if isinstance(leaf, (Where, Every)) else leaf
 
-    after = tuple(replace(op, args=map_leaves(op.args, shorter)) for op in loop.after)
+    after = tuple(op.with_args(map_leaves(op.args, shorter)) for op in loop.after)
     outputs = {name: shorter(value) for name, value in loop.outputs.items()}
     return replace(loop, rows=loop.rows[:-1], after=after, outputs=outputs)
 

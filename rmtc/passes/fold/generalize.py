@@ -32,10 +32,10 @@ def generalize_rows(loop: SegmentLoop) -> SegmentLoop:
         for (start, end), (model, _) in _matching(loop, number):
             for offset in range(end - start):
                 op, steady = ops[start + offset], loop.steady[model + offset]
-                ops[start + offset] = replace(op, args=_merged(op.args, steady.args))
+                ops[start + offset] = op.with_args(_merged(op.args, steady.args))
         if [op.target for op in row] == [op.target for op in loop.steady]:
             ops = [
-                replace(op, args=_merged(op.args, steady.args, loop.segment_length))
+                op.with_args(_merged(op.args, steady.args, loop.segment_length))
                 for op, steady in zip(ops, loop.steady, strict=True)
             ]
         rows.append(tuple(ops))

@@ -268,7 +268,7 @@ def reordered(loop: SegmentLoop, orders: Sequence[Sequence[int]]) -> SegmentLoop
                 return Row(leaf.back, place[max(0, row - leaf.back) if row < last else last][leaf.number])
             return leaf
 
-        return tuple(replace(rows[row][i], args=map_leaves(rows[row][i].args, operand)) for i in orders[row])
+        return tuple(rows[row][i].with_args(map_leaves(rows[row][i].args, operand)) for i in orders[row])
 
     def outer(leaf: Any) -> Any:
         if isinstance(leaf, (Where, Every)):
@@ -277,7 +277,7 @@ def reordered(loop: SegmentLoop, orders: Sequence[Sequence[int]]) -> SegmentLoop
         return leaf
 
     moved = [move(row) for row in range(len(rows))]
-    after = tuple(replace(op, args=map_leaves(op.args, outer)) for op in loop.after)
+    after = tuple(op.with_args(map_leaves(op.args, outer)) for op in loop.after)
     outputs = {name: outer(value) for name, value in loop.outputs.items()}
     return replace(loop, rows=tuple(moved[:-1]), steady=moved[-1], after=after, outputs=outputs)
 

@@ -132,8 +132,9 @@ class FiledRun:
         while work:
             segment, name = work.popleft()
             op, args = self.table[Address(segment, name)]
-            for position, leaf in enumerate(leaves(args)):
-                read = self.filing.reads.get((name, position))
+            reads = self.filing.reads.get(name, {})
+            for position, leaf in enumerate(leaves(args) if reads else ()):
+                read = reads.get(position)
                 if read is None or type(leaf) is not Address or leaf.name == read[1]:
                     continue
                 place = Address(segment - read[0], read[1])
@@ -148,10 +149,11 @@ class FiledRun:
                     self.table[place] = (self.run.ops[i], self.filing.operands(self.at, leaf.name, segment, i))
                     work.append(place)
                     added[place] = leaf
-        for place, (op, args) in list(self.table.items()):
+        for place, (op, args) in list(self.table.items()) if renamed or added else ():
             found: list[Any] = []
+            reads = self.filing.reads.get(place.name, {})
             for position, leaf in enumerate(leaves(args)):
-                read = self.filing.reads.get((place.name, position))
+                read = reads.get(position)
                 own = Address(place.segment - read[0], read[1]) if read is not None else None
                 found.append(own if own in added and added[own] == leaf else renamed.get(leaf, leaf))
             del self.table[place]
@@ -221,7 +223,7 @@ class FiledRun:
                     )
                 number[Address(segment, name)] = len(ops)
                 args = map_leaves(args, lambda leaf: Val(number[leaf]) if type(leaf) is Address else leaf)
-                ops.append(replace(op, args=args))
+                ops.append(op.with_args(args))
         outputs = {name: Val(number[each]) if type(each) is Address else each for name, each in self.results.items()}
         program = Program(ops, self.run.program.sources, outputs)
         return Segmented(program, starts, [place.name for place in number])

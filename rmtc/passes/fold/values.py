@@ -11,7 +11,7 @@ from rmtc.ir.program import Op, Program, Src, Val, leaves
 from rmtc.passes.fold.run import structure
 
 Unit = int
-"""A value, by a number that is the same for equal values of both runs."""
+"""A value, by a number that is the same for values of both runs that stand for each other, see number_values."""
 
 
 class RunSizes(NamedTuple):
@@ -78,8 +78,9 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
     """Number the values of two runs: equal numbers for equal values, also across the runs.
 
     Operations on equal values with equal integers make equal values. Integers of the two runs are also equal if they
-    are the same multiple of a size. Of operations that draw random numbers the first ones of both runs are equal, the
-    second ones, and so on.
+    are the same multiple of a size. Of operations that draw random numbers, or have a part in the text, only those of
+    the same code are equal, and of these the first ones of both runs, the second ones, and so on: what a layer makes of
+    its memory is not what another operation made of the same value before.
     """
     classes: list[list[int]] = [[0] * len(run.ops) for run in (short, long)]
     fresh = itertools.count()

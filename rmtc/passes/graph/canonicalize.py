@@ -862,13 +862,14 @@ def _drop_dead(graph: fx.Graph) -> None:
 
 
 def _merge_parts(graph: fx.Graph) -> None:
-    """Take a part of a tensor once, however often it is read; but each result is a tensor of its own."""
+    """Take a part of a tensor once where the same code takes it again; but each result is a tensor of its own."""
     taken: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.target in (aten.select.int, aten.slice.Tensor) and not any(user.op == "output" for user in node.users):
-            first = taken.setdefault((node.target, node.args), node)
+            code = node.meta.get("location"), node.meta.get("module")
+            first = taken.setdefault((node.target, node.args, tuple(node.kwargs.items()), code), node)
             if first is not node:
-                node.replace_all_uses_with(first)
+                _becomes(node, first)
                 graph.erase_node(node)
 
 
