@@ -194,8 +194,8 @@ def unseen(roots: dict[str, Any], slots: Sequence[Slot], functions: Sequence[typ
     """
     for name, value in (*roots.items(), *((slot.name, slot.value) for slot in slots)):
         for each in _held_by(value):
-            if (known := next((known for known in _LOOKS_UP if known is each), None)) is not None:
-                return f"{name or 'the function'} is {known.__name__}(), and what it looks up is not seen"
+            if any(each is known for known in _LOOKS_UP):
+                return f"{name or 'the function'} is a function of Python's own that looks up names, which are not seen"
             if is_opaque(each):
                 return f"{name or 'the function'} is a {type(each).__name__}, whose changes are not seen"
     for slot in slots:
@@ -206,10 +206,10 @@ def unseen(roots: dict[str, Any], slots: Sequence[Slot], functions: Sequence[typ
         named = named_in_code(function.__code__)
         values = [value for *_, value in named_globals(function)]
         whole = any(module is builtins for *_, module in named_modules(function))
-        for each in _LOOKS_UP:
-            name = each.__name__
+        for known in _LOOKS_UP:
+            name = known.__name__
             own = name in loaded_in_code(function.__code__) and name not in function.__globals__
-            if own or any(value is each for value in values) or (whole and name in named):
+            if own or any(value is known for value in values) or (whole and name in named):
                 return f"{function.__qualname__} looks names up in {name}()"
         for name in ("_getframe", "currentframe", "getouterframes", "getrefcount"):
             if name in named:

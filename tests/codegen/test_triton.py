@@ -304,8 +304,6 @@ MODELS: dict[str, Callable[[], Any]] = {
     "rotary": partial(Layered, of_rotary(lambda x, cos, sin: x * cos + turned(x) * sin)),
     "features": partial(Layered, of_features(lambda x: rolls(relus(x), 1, 2))),
 }
-LEFT = {"slices of one tensor": "select.int"}
-"""What is left to torch: which slice it is differs from cell to cell."""
 
 
 @pytest.mark.slow
@@ -323,13 +321,7 @@ def test_models_with_other_memories(name: str) -> None:
                 twins.call(models.text(segments, batch, tail=models.SEGMENT - short).double())
         run = rmtc.stats(twins.fast).last_run
         assert run is not None and run.steps < run.sequential_steps and run.backend == "triton"
-    left = {
-        group.ops[0].label
-        for body in bodies(runner_of(twins.fast))
-        for group in body.groups
-        if isinstance(group, Outside)
-    }
-    assert left == ({LEFT[name]} if name in LEFT else set())
+    assert not any(isinstance(group, Outside) for body in bodies(runner_of(twins.fast)) for group in body.groups)
 
 
 @pytest.mark.slow

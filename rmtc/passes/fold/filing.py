@@ -148,7 +148,8 @@ class Filing:
         """Find what each operand of the body is.
 
         What depends on no text is before the loop if all late segments read the same, else each segment makes its own:
-        positions, for example. Each makes its own, too, of what depends on sizes alone, such as a mask.
+        positions, for example. Each makes its own, too, of what depends on sizes alone and is not made once for all,
+        such as a mask.
         """
         known: dict[int, list[tuple[int, Name]]] = {}  # by operation: the segments that make it, and its name
         count = itertools.count()
@@ -168,7 +169,8 @@ class Filing:
                     read = (segment - place.segment, place.name) if place.segment >= 0 else None
                 else:
                     sequences = [self._sequence(at, name, position) for at in (0, 1)]
-                    if not long.constant[leaf.number] and not self._varies(sequences):
+                    made = {i for s, i in sequences[1].items() if s >= self.steady_from}
+                    if (not long.constant[leaf.number] or len(made) == 1) and not self._varies(sequences):
                         found[position] = None
                         continue
                     end = max(sequences[1])
@@ -176,8 +178,8 @@ class Filing:
                     read = next((way for way in ways if _lags(sequences[1], self.members[1][way[1]], way[0])), None)
                     if read is None:
                         read = (0, Name("each", next(count)))
-                        for at, made in sequences[1].items():
-                            known.setdefault(made, []).append((at, read[1]))
+                        for at, maker in sequences[1].items():
+                            known.setdefault(maker, []).append((at, read[1]))
                         self._add_members(read[1], sequences, long.ops[leaf.number])
                         work.append(read[1])
                 found[position] = read
