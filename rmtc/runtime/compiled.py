@@ -477,6 +477,7 @@ class Compiled:
         if torch.is_grad_enabled() and self._wants_gradients(arguments):
             return _Eager(_TRAINING if getattr(self.function, "training", False) else _GRADIENTS)
         differences: list[str] = []
+        own: str | None = None  # why what was captured of such calls does not hold for this one
         for variant in list(self.variants):
             sizes = variant.match(arguments)
             if isinstance(sizes, str):
@@ -503,6 +504,7 @@ class Compiled:
                 if variant.put_off(pick):
                     return self._decide(arguments)
                 differences.append(ready)
+                own = ready
                 continue
             if ready is None and variant.counter is not None and variant.entry(sizes.batch) not in variant.entries:
                 if variant.put_off(pick):
@@ -522,6 +524,8 @@ class Compiled:
         tired = known is not None and known.tries > self.options.recompile_limit
         if known is not None and (known.state is None or tired or known.holds(arguments)):
             if known.refusal is not None and not _is_whole(known.ends, arguments):
+                if own is not None and own != known.refusal.reason:  # known.refusal is that of another call
+                    return _Eager(own, known=known)
                 return _Eager(known.refusal.reason, known.refusal, known=known)
             if known.short is not None:
                 sizes = known.short.sizes(arguments)
