@@ -542,3 +542,39 @@ def test_torchs_compilers_beside_ours() -> None:
     with pytest.raises(ValueError, match="is not compiled"):
         rmtc.stats(model)
     assert rmtc.restore(model) is model
+
+
+class Filling(nn.Module):
+    """Its memory fills for five segments, and segment 20 is another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories: list[Tensor | None] = [None, None]
+        outputs = []
+        for s, hidden in enumerate(x.split(SEGMENT, dim=1)):
+            if s == 20:
+                hidden = 2 * hidden
+            for number, layer in enumerate(self.layers):
+                memory = memories[number]
+                seen = hidden if memory is None else torch.cat([memory, hidden], dim=1)
+                memories[number] = seen[:, -4 * SEGMENT - 1 :]
+                hidden = torch.tanh(layer(hidden)) + (hidden @ seen.transpose(1, 2)).softmax(-1) @ seen
+            outputs.append(hidden)
+        return torch.cat(outputs, dim=1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
+def test_each_call_is_refused_for_its_own_reason() -> None:
+    model = Filling().double()
+    fast = rmtc.compile(model, schedule="shortest")
+    with torch.no_grad():
+        for segments in (3, 8, 30):
+            fast(torch.randn(1, segments * SEGMENT, WIDTH, dtype=torch.float64))
+    stats = rmtc.stats(fast)
+    assert stats.runs == 1
+    of_three, of_thirty = stats.fallbacks
+    assert "a call of 3 segments" in of_three and "a call of 3 segments" not in of_thirty
