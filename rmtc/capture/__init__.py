@@ -58,7 +58,7 @@ class Captured:
 
 
 class Reading(NamedTuple):
-    """How slices and constants are read, see :class:`Canonicalize`: options, and what the runs so far have told.
+    """Options for how slices and constants are read, with what runs have told, see :class:`Canonicalize`.
 
     Attributes:
         windows: whether a window of a segment's length is read as a slice of the tensor that it is cut from.
