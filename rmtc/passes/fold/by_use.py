@@ -13,7 +13,12 @@ T = TypeVar("T")
 
 
 def by_use(
-    row: list[int], read: Sequence[Iterable[int]], anchors: Set[int], inner: Mapping[int, int], handed: Set[int]
+    row: list[int],
+    read: Sequence[Iterable[int]],
+    anchors: Set[int],
+    inner: Mapping[int, int],
+    handed: Set[int],
+    taken: Mapping[int, Sequence[int]],
 ) -> list[int]:
     """Return the operations of a segment in an order in which what belongs together is side by side.
 
@@ -29,6 +34,7 @@ def by_use(
         anchors: the operations that use parameters.
         inner: the layers of those that use the parameters of one layer.
         handed: the operations that later segments read.
+        taken: the operations that take one of several results, by what makes these: they follow it at once.
     """
     inside = set(row)
     inputs = {i: [j for j in dict.fromkeys(read[i]) if j in inside] for i in row}
@@ -55,11 +61,12 @@ def by_use(
             if i in done or missing:
                 work.pop() if i in done else work.extend(reversed(missing))
                 continue
-            done[work.pop()] = None
+            group = [work.pop(), *(part for part in taken.get(i, ()) if part in inside)]
+            done.update(dict.fromkeys(group))
             ready = []
-            for user in users.get(i, ()) if i not in loose else ():
+            for user in (user for each in group if each not in loose for user in users.get(each, ())):
                 waiting[user] -= 1
-                if not waiting[user] and user not in needed:
+                if not waiting[user] and user not in needed and user not in done:
                     ready.append(user)
             work.extend(reversed(ready))
 

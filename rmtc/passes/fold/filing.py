@@ -141,7 +141,7 @@ class Filing:
         anchors = {i for i in names if i in self.layers}
         inner = {i: layer for i in names if (layer := self.layers.get(i)) is not None}
         row = in_order(names, read.__getitem__, lambda i: i)
-        order = by_use(row, read, anchors, inner, handed)
+        order = by_use(row, read, anchors, inner, handed, parts(self.runs[1].ops))
         return {name: (at, number) for at, i in enumerate(order) for number, name in enumerate(names[i])}
 
     def _find_reads(self) -> None:

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from rmtc.errors import CaptureError
-from rmtc.ir.program import Op, Src, leaves, map_leaves, target_name
+from rmtc.ir.program import Op, Src, leaves, map_leaves, parts, target_name
 from rmtc.ir.segment_loop import Every, Item, Layout, Outer, Row, SegmentLoop, Where
 from rmtc.passes.fold.accumulators import behind_the_layers
 from rmtc.passes.fold.align import aligned
@@ -180,6 +180,7 @@ def _layout(
             if isinstance(leaf, Row) and leaf.back == 0:
                 latest[leaf.number] = max(latest[leaf.number], latest[i])
     made = {i for i in range(len(row)) if latest[i] <= rank[i]}
+    made -= {i for several, some in parts(row).items() if several not in made for i in some}
     reads -= made
 
     def waits(starts: Sequence[int]) -> bool:

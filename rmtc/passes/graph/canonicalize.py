@@ -144,8 +144,12 @@ class Canonicalize:
 
 
 def _is_part_of_used(node: fx.Node) -> bool:
-    """Whether another of an operation's results is used: all stay then, in each segment, whichever of them it uses."""
-    return node.target is operator.getitem and any(part.users for part in node.all_input_nodes[0].users)
+    """Whether an operation's results stay: all do, in each segment, whichever of them it uses, but views of which none
+    is used."""
+    if node.target is not operator.getitem:
+        return False
+    source = node.all_input_nodes[0]
+    return source.target not in SPLITS or any(part.users for part in source.users)
 
 
 def cut_slices(graph: fx.Graph) -> frozenset[str]:
