@@ -328,3 +328,41 @@ def test_what_the_next_segment_reads_waits_for_no_layer(part: int) -> None:
         twins.call(text(segments, batch, tail))
         twins.ran(segments)
     assert twins.distances == {LOWER, OWN}
+
+
+class Several(nn.Module):
+    """Layers take one of several results of what reads their input, and of what writes their memory.
+
+    Args:
+        below: whether a layer reads the memory of the one below, so that none reads the last one's.
+    """
+
+    def __init__(self, below: bool) -> None:
+        super().__init__()
+        self.below = below
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        for layer in self.layers:
+            layer.bias = self.layers[0].bias
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        memories = list(x.new_zeros(LAYERS, x.shape[0], 1, WIDTH))
+        outputs = []
+        for hidden in x.split(SEGMENT, dim=1):
+            before = [torch.zeros_like(hidden[:, :1]), *memories[:-1]] if self.below else list(memories)
+            for number, layer in enumerate(self.layers):
+                hidden = hidden + before[number].mean(1, keepdim=True)
+                hidden = hidden + hidden.cummax(1).values
+                hidden = F.layer_norm(hidden + torch.tanh(layer(hidden)), (WIDTH,))
+                memories[number] = torch.cat([0.9 * before[number], hidden], 1).cummax(1).values[:, -1:]
+            outputs.append(hidden)
+        return torch.cat(outputs, 1), memories
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("below", "distances"), [(False, {LOWER, OWN}), (True, {LOWER, (1, 1)})])
+def test_several_results_stay_in_one_cell(below: bool, distances: set[tuple[int, int]]) -> None:
+    twins = Twins(lambda: Several(below))
+    for segments, batch, tail in ((7, 1, SEGMENT), (3, 2, SEGMENT), (5, 1, 2)):
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments, a=0 if below else 1)
+    assert twins.distances == distances

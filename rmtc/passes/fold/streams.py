@@ -87,8 +87,15 @@ class Family:
     listed: bool = True
 
     def layer(self, names: Iterable[str]) -> int | None:
-        """The one layer that names belong to, None if none or several."""
-        found = {layer for name in names if (layer := self.layer_of(name)) is not None}
+        """The one layer that names belong to, None if none or several.
+
+        Names of several layers that differ in nothing else, as those of one tensor that these share, do not count.
+        """
+        alike: dict[str, set[int]] = {}
+        for name in names:
+            if (layer := self.layer_of(name)) is not None:
+                alike.setdefault(self.template(name), set()).add(layer)
+        found = set[int]().union(*(layers for layers in alike.values() if len(layers) == 1))
         return found.pop() if len(found) == 1 else None
 
     def layer_of(self, name: str) -> int | None:
