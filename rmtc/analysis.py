@@ -367,8 +367,8 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
             continue
         tried.add(attempt)
         segments, batch, tail, reading = attempt
-        if reading != analysis.capture.reading._replace(cut=frozenset()):
-            analysis.capture.reading = reading._replace(cut=analysis.capture.reading.cut)
+        if reading != analysis.capture.reading:
+            analysis.capture.reading = reading
             analysis.runs.clear()
         sizes = [Sizes(segments + i, batch[i], tail[i]) for i in range(3)]
         try:
@@ -402,9 +402,9 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
 
 def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Proven:
     plan, seconds = analysis.capture.plan, analysis.seconds
-    long, reading = analysis.run(sizes[1]), analysis.capture.reading  # a shorter last segment tells what is cut
+    long, cut = analysis.run(sizes[1]), analysis.capture.cut  # a shorter last segment tells it
     runs = [analysis.run(sizes[0]), long]
-    if reading != analysis.capture.reading:
+    if cut != analysis.capture.cut:
         analysis.runs.clear()  # more is cut than was known
         return _attempt(analysis, sizes, layers)
     with timed(seconds, "reroll"):
@@ -424,7 +424,7 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Prov
         proven = prove_loop(replace(loop, fixed=fixed), family, plan.sizes.segments)
     third = analysis.run(sizes[2])
     distrusted = analysis.capture.alike.distrusted
-    if reading != analysis.capture.reading or any(not distrusted.isdisjoint(run.copied) for run in runs):
+    if cut != analysis.capture.cut or any(not distrusted.isdisjoint(run.copied) for run in runs):
         analysis.runs.clear()  # a call differs from what was copied in the runs before, or more is cut
         return _attempt(analysis, sizes, layers)
     refuse_drift([*runs, third], plan.segment_length)

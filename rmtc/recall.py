@@ -49,6 +49,7 @@ class Recognition:
     Attributes:
         plan: what grows, and the length of a segment. The sizes are those of the call that it was found in.
         reading: how slices and constants were read.
+        cut: the places of slices that take less in a shorter last segment.
         family: the parameters of the layers.
         sizes: those of the shortest run.
         digest: the hash of that run's program.
@@ -57,6 +58,7 @@ class Recognition:
 
     plan: Probed
     reading: Reading
+    cut: frozenset[str]
     family: Family | None
     sizes: Sizes
     digest: str
@@ -85,11 +87,10 @@ class Recognition:
             )
             segments, batch, tail = data["sizes"]
             length, loop = plan.segment_length, data["loop"]
-            reading = dict(data["reading"])
-            cut = frozenset(map(str, reading.pop("cut")))
             return Recognition(
                 plan,
-                Reading(cut=cut, **{str(name): _flag(value) for name, value in reading.items()}),
+                Reading(*map(_flag, data["reading"])),
+                frozenset(map(str, data["cut"])),
                 family if family is None else _family(*family),
                 Sizes(_size(segments, 2), _size(batch, 0), _size(tail, 1)),
                 str(data["digest"]),
@@ -224,7 +225,13 @@ def _opened(session: Session, guess: Recognition, reorder_random: bool) -> tuple
         refuse_known(session, plan)
         session.refuse_unseen(*plan.arguments(session, plan.sizes))
         capture = Capture(
-            session, plan, alike_of(session), reorder_random=reorder_random, reading=guess.reading, learns=False
+            session,
+            plan,
+            alike_of(session),
+            reorder_random=reorder_random,
+            reading=guess.reading,
+            cut=guess.cut,
+            learns=False,
         )
         analysis = Analysis(capture)
         short = analysis.run(guess.sizes)
@@ -290,7 +297,8 @@ def _written(analysis: Analysis) -> Json:
         "free_batch": plan.free_batch,
         "free_tail": plan.free_tail,
         "drops": plan.drops,
-        "reading": {**analysis.capture.reading._asdict(), "cut": sorted(analysis.capture.reading.cut)},
+        "reading": [*analysis.capture.reading],
+        "cut": sorted(analysis.capture.cut),
         "family": family if family is None else [family.prefixes, family.layers, family.first, family.listed],
         "sizes": [*run.sizes],
         "digest": digest_of(run.program),

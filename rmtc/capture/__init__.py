@@ -58,19 +58,17 @@ class Captured:
 
 
 class Reading(NamedTuple):
-    """Options for how slices and constants are read, with what runs have told, see :class:`Canonicalize`.
+    """Options for how slices and constants are read, see :class:`Canonicalize`.
 
     Attributes:
         windows: whether a window of a segment's length is read as a slice of the tensor that it is cut from.
         histories: whether histories of few parts are read part by part.
         constants: whether constants of the loop are made for each layer that reads them, see :class:`RemakeConstants`.
-        cut: the places of slices that take less in a shorter last segment, see :func:`cut_slices`.
     """
 
     windows: bool = False
     histories: bool = True
     constants: bool = False
-    cut: frozenset[str] = frozenset()
 
 
 _PLAIN = Reading()
@@ -87,7 +85,8 @@ class Capture:
         seconds: time spent, in seconds, by stage.
         reorder_random: whether operations may draw random numbers, in any order.
         reading: how slices and constants are read.
-        learns: whether runs still tell which slices a shorter last segment cuts.
+        cut: the places of slices that take less in a shorter last segment, see :func:`cut_slices`.
+        learns: whether runs still tell them.
         by_parts: whether a run has a history that is read part by part.
         has_constants: whether a run makes constants in the loop.
     """
@@ -98,6 +97,7 @@ class Capture:
     seconds: dict[str, float] = field(default_factory=dict)
     reorder_random: bool = False
     reading: Reading = _PLAIN
+    cut: frozenset[str] = frozenset()
     learns: bool = True
     by_parts: bool = False
     has_constants: bool = False
@@ -146,10 +146,10 @@ class Capture:
             RemakeConstants().apply(graph)
             self._ran("remake-constants", sizes, graph)
         if self.learns:
-            self.reading = self.reading._replace(cut=self.reading.cut | cut_slices(graph))
+            self.cut |= cut_slices(graph)
         canonicalize = Canonicalize(
             self.plan.segment_length if self.reading.windows else None,
-            self.reading.cut,
+            self.cut,
             self.reading.histories,
         )
         self.by_parts |= canonicalize.apply(graph)
