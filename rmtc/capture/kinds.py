@@ -142,7 +142,10 @@ _FOREIGN = ("array", "ctypes", "_ctypes", "multiprocessing.sharedctypes")  # of 
 
 
 def _is_frozen(kind: type) -> bool:
-    """Return whether a class of containers, of a library, lets no item change: its hash is that of its items."""
+    """Return whether a library's class of containers is taken for one that does not change.
+
+    It has a hash, and the same class has its own way to set an item, which is to refuse it.
+    """
     own = vars(next((base for base in kind.__mro__ if "__hash__" in vars(base)), object))
     return from_library(kind.__module__) and own["__hash__"] is not None and "__setitem__" in own
 

@@ -30,14 +30,19 @@ from rmtc.capture.frames import is_of_models
 from rmtc.capture.kinds import is_closed, is_plain
 from rmtc.capture.objects import named_leaves
 from rmtc.capture.snapshot import Snapshot
-from rmtc.capture.state import REPLACED, Code, Slot, replace_tensors, uncached, unmoved, unseen, user_code, walk
-from rmtc.capture.translation import (
-    UNWATCHED,
-    refuse_unknown,
-    refused_unseen,
-    strides_refused,
-    translate,
+from rmtc.capture.state import (
+    LOOKS_UP,
+    REPLACED,
+    Code,
+    Slot,
+    replace_tensors,
+    uncached,
+    unmoved,
+    unseen,
+    user_code,
+    walk,
 )
+from rmtc.capture.translation import UNWATCHED, refuse_unknown, refused_unseen, strides_refused, translate
 from rmtc.capture.untold import stands_in
 from rmtc.capture.user_code import named_globals, names_of, tells_identity
 from rmtc.errors import CaptureError, RmtcError, raised_by_signal
@@ -343,12 +348,19 @@ class Session:
         ran, before = self.ran, sys.getprofile()
         known = len(ran)
 
+        codes = {function.__code__ for function in self.code.functions}
+        looked_up = False  # by eval under whatever name
+
         def note(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal looked_up
             ran.add(frame.f_code)
+            looked_up |= event == "c_call" and frame.f_code in codes and any(argument is each for each in LOOKS_UP)
 
         with restored(functools.partial(sys.setprofile, before)):
             sys.setprofile(note)
             yield
+        if looked_up:
+            raise refused_unseen("the code looks names up by eval(), exec() or globals() under another name")
         if len(ran) > known and (hidden := self._unseen()) is not None:
             raise refused_unseen(hidden)
 

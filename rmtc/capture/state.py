@@ -180,7 +180,7 @@ def _bases(kind: type) -> tuple[type, ...]:
     return (*kind.__mro__, *of_class.__mro__)
 
 
-_LOOKS_UP: tuple[Any, ...] = (globals, eval, exec)
+LOOKS_UP: tuple[Any, ...] = (globals, eval, exec)
 """Functions of Python's own that look names up which no code names."""
 
 
@@ -194,7 +194,7 @@ def unseen(roots: dict[str, Any], slots: Sequence[Slot], functions: Sequence[typ
     """
     for name, value in (*roots.items(), *((slot.name, slot.value) for slot in slots)):
         for each in _held_by(value):
-            if any(each is known for known in _LOOKS_UP):
+            if any(each is known for known in LOOKS_UP):
                 return f"{name or 'the function'} is a function of Python's own that looks up names, which are not seen"
             if is_opaque(each):
                 return f"{name or 'the function'} is a {type(each).__name__}, whose changes are not seen"
@@ -206,7 +206,7 @@ def unseen(roots: dict[str, Any], slots: Sequence[Slot], functions: Sequence[typ
         named = named_in_code(function.__code__)
         values = [value for *_, value in named_globals(function)]
         whole = any(module is builtins for *_, module in named_modules(function))
-        for known in _LOOKS_UP:
+        for known in LOOKS_UP:
             name = known.__name__
             own = name in loaded_in_code(function.__code__) and name not in function.__globals__
             if own or any(value is known for value in values) or (whole and name in named):

@@ -502,7 +502,6 @@ class FrozenTable(dict[str, float]):
 
 
 FrozenTable.__module__ = "json"
-HIDDEN = Queue[int]()
 
 
 class Frozen(Model):
@@ -545,10 +544,23 @@ class EvaluatedByModule(Model):
         return piece * float(builtins.eval("LOOKED_UP"))
 
 
+class EvaluatedByNoName(Model):
+    """Evaluates text by a function that no name tells, and has a method that names what cannot be seen."""
+
+    look = staticmethod(eval)
+
+    def before(self, piece: Tensor, number: int) -> Tensor:
+        return piece * float(self.look("LOOKED_UP"))
+
+    def restart(self) -> object:
+        return HIDDEN
+
+
 LOOKED_UP = 1.0
+HIDDEN = Queue[int]()
 
 
-@pytest.mark.parametrize("kind", [OfHashed, Evaluated, EvaluatedByModule])
+@pytest.mark.parametrize("kind", [OfHashed, Evaluated, EvaluatedByModule, EvaluatedByNoName])
 def test_what_can_change_by_another_name_is_refused(kind: type[Model]) -> None:
     with torch.no_grad(), pytest.raises(rmtc.RefusedError, match="what rmtc cannot see"):
         rmtc.compile(kind().eval(), strict=True)(text())
