@@ -477,7 +477,7 @@ class Compiled:
         if torch.is_grad_enabled() and self._wants_gradients(arguments):
             return _Eager(_TRAINING if getattr(self.function, "training", False) else _GRADIENTS)
         differences: list[str] = []
-        own: str | None = None  # why what was captured of such calls does not hold for this one
+        own: str | None = None  # why what was captured of such calls is refused for this one
         for variant in list(self.variants):
             sizes = variant.match(arguments)
             if isinstance(sizes, str):
@@ -493,18 +493,18 @@ class Compiled:
                 if variant.put_off(pick):
                     return self._decide(arguments)
                 return _Eager(failed.reason, detail=failed.detail)
-            ready: Ready | str | None = None
+            refused: str | None = None
             if variant.counter is None and variant.refused:
                 rest = variant.arguments.rest(arguments)
                 if (used := variant.used.get((sizes, rest))) is not None:  # no capture would be another
                     return _Eager(used)
-                ready = variant.refused.get((sizes, rest, variant.entry(sizes.batch)))
-            ready = ready or variant.ready(arguments, sizes, None if pick is None else pick.arm)
+                refused = variant.refused.get((sizes, rest, variant.entry(sizes.batch)))
+            ready: Ready | str | None = refused or variant.ready(arguments, sizes, None if pick is None else pick.arm)
             if isinstance(ready, str):
                 if variant.put_off(pick):
                     return self._decide(arguments)
                 differences.append(ready)
-                own = ready
+                own = refused or own
                 continue
             if ready is None and variant.counter is not None and variant.entry(sizes.batch) not in variant.entries:
                 if variant.put_off(pick):
