@@ -131,7 +131,7 @@ class FiledRun:
         work = deque(self.table)
         while work:
             segment, name = work.popleft()
-            op, args = self.table[Address(segment, name)]
+            args = self.table[Address(segment, name)][1]
             reads = self.filing.reads.get(name, {})
             for position, leaf in enumerate(leaves(args) if reads else ()):
                 read = reads.get(position)
@@ -142,8 +142,6 @@ class FiledRun:
                     continue
                 if leaf.segment == place.segment and leaf.name.kind == "first" and leaf not in renamed:
                     renamed[leaf] = place
-                elif leaf.segment == place.segment and segment >= self.filing.steady_from:
-                    self.table[place] = self.table[leaf]
                 elif leaf.segment < 0 and read[0] == 0 and self._is_alike(leaf, read[1]):
                     i = self.run.stands[leaf.name.number]
                     self.table[place] = (self.run.ops[i], self.filing.operands(self.at, leaf.name, segment, i))
@@ -217,9 +215,12 @@ class FiledRun:
             read = {name: _inside(segment, self.table[Address(segment, name)][1]) for name in rows.get(segment, [])}
             for name in in_order(read, read.__getitem__, lambda name: (self.rank[name], name)):
                 op, args = self.table[Address(segment, name)]
-                if any(type(leaf) is Address and leaf not in number for leaf in leaves(args)):
+                late = next((leaf for leaf in leaves(args) if type(leaf) is Address and leaf not in number), None)
+                if late is not None:
+                    made = self.table[late][0] if late in self.table else op
                     raise RefusedError(
-                        f"{describe(op)} of segment {segment} reads what a later segment makes", location=op.location
+                        f"{describe(op)} of segment {segment} reads what a later segment makes: {describe(made)}",
+                        location=made.location,
                     )
                 number[Address(segment, name)] = len(ops)
                 args = map_leaves(args, lambda leaf: Val(number[leaf]) if type(leaf) is Address else leaf)
