@@ -40,8 +40,8 @@ def aligned(row: Sequence[Op], laid: Laid, templates: Sequence[tuple[str, ...]],
             continue
         first, last = layer == 0, layer == len(layers) - 1
         pool = [*own, *(before if first else after if last else ())]
-        models = [model for model in (middle, *(range(len(layers)) if first or last else ())) if model != layer]
-        tries = (_Counterparts(row, templates, steady).of(layers[model], pool) for model in models)
+        models = dict.fromkeys((middle, *(range(len(layers)) if first or last else ())))
+        tries = (_Counterparts(row, templates, steady).of(layers[each], pool) for each in models if each != layer)
         found = next((each for each in tries if each is not None), None)
         if found is None:
             continue

@@ -134,10 +134,11 @@ class Filing:
         read: list[list[int]] = [[] for _ in self.runs[1].ops]
         handed = set[int]()
         for name, operands in self.reads.items():
-            for each in operands.values():
-                if each is not None and each[1] in body:
-                    handed |= {body[each[1]]} if each[0] else set()
-                    read[body[name]] += [] if each[0] else [body[each[1]]]
+            for back, made in filter(None, operands.values()):
+                if made in body and back:
+                    handed.add(body[made])
+                elif made in body:
+                    read[body[name]].append(body[made])
         anchors = {i for i in names if i in self.layers}
         inner = {i: layer for i in names if (layer := self.layers.get(i)) is not None}
         row = in_order(names, read.__getitem__, lambda i: i)

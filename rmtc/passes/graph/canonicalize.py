@@ -138,14 +138,16 @@ class Canonicalize:
             if node.target in (aten.view.default, aten._unsafe_view.default):
                 node.target = aten.reshape.default  # of values: other strides than a stand-in has need a copy
             unused = not node.users and (node.target in (*_NO_RESULT, *SPLITS, *_CASTS) or node.op == "get_attr")
-            if unused and not _is_part_of_used(node):
+            if unused and not _stays(node):
                 graph.erase_node(node)
         return by_parts
 
 
-def _is_part_of_used(node: fx.Node) -> bool:
-    """Whether an operation's results stay: all do, in each segment, whichever of them it uses, but views of which none
-    is used."""
+def _stays(node: fx.Node) -> bool:
+    """Tell whether one of several results stays though nothing uses it.
+
+    All results of an operation stay, in each segment, whichever of them it uses. Views go if none of them is used.
+    """
     if node.target is not operator.getitem:
         return False
     source = node.all_input_nodes[0]
