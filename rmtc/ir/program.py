@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -35,9 +36,26 @@ VIEWS = frozenset(
 """Operations that compute nothing: their result is their operand, seen in another way."""
 
 SPLITS = frozenset(
-    {aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
+    {
+        aten.split.Tensor,
+        aten.split.sizes,
+        aten.split_with_sizes.default,
+        aten.tensor_split.sections,
+        aten.tensor_split.indices,
+        aten.chunk.default,
+        aten.unbind.int,
+    }
 )
 """Operations whose results are parts of their operand."""
+
+
+def piece_bounds(size: int, points: Sequence[int]) -> list[tuple[int, int]]:
+    """Return where the pieces of `tensor_split` begin and end, in a dimension of a size that is divided at points.
+
+    Points that do not rise give empty pieces, and others that overlap, as slices from one point to the next do.
+    """
+    ends = [slice(None, point).indices(size)[1] for point in points]
+    return [(start, max(start, end)) for start, end in itertools.pairwise((0, *ends, size))]
 
 
 class Val(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 from rmtc.affine import Affine, fitted
@@ -53,15 +54,28 @@ def fit(samples: list[tuple[int, Environment]], more: list[tuple[int, Environmen
 
 @functools.lru_cache(maxsize=4096)
 def _simplest(points: tuple[tuple[int, Environment], ...]) -> tuple[int, int, Affine] | None:
-    """How many points it did not need, how many terms it has, and the function."""
+    """How many points it did not need, how many terms it has, and the function.
+
+    Of functions with as many terms, one that grows with the sizes is preferred in a segment: two segments of which the
+    second is shorter have other numbers for either reason.
+    """
+    inside = all(environment.s < environment.S for _, environment in points)
     for constant_term in (False, True):
-        for shape in _SHAPES:
-            products = (*shape, ()) if constant_term else shape
-            rows = [tuple(_product(names, environment) for names in products) for _, environment in points]
-            found = fitted(products, rows, [value for value, _ in points])
-            if found is not None:
-                return len(set(rows)) - len(products), len(products), found
+        for _, shapes in itertools.groupby(_SHAPES, len):
+            candidates: list[tuple[int, int, Affine]] = []
+            for shape in shapes:
+                products = (*shape, ()) if constant_term else shape
+                rows = [tuple(_product(names, environment) for names in products) for _, environment in points]
+                found = fitted(products, rows, [value for value, _ in points])
+                if found is not None:
+                    candidates.append((len(set(rows)) - len(products), len(products), found))
+            if candidates:
+                return min(candidates, key=lambda each: inside and _falls(each[2]))
     return None
+
+
+def _falls(function: Affine) -> bool:
+    return any(factor < 0 for names, factor in function.terms if names)
 
 
 def _product(names: tuple[str, ...], environment: Environment) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from rmtc.affine import Affine
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Op, Source, Src, Val, leaves, map_leaves, show, target_name
@@ -19,6 +21,8 @@ from rmtc.passes.fold.fit import Misfit, fit
 from rmtc.passes.fold.outside import fold_outside, fold_results
 from rmtc.passes.fold.run import SAME_OPERATIONS, DividedRun, describe, other_operation, structure
 from rmtc.passes.registry import register
+
+aten = torch.ops.aten
 
 __all__ = ["fold_segments"]
 
@@ -258,10 +262,13 @@ def _fold_row(samples: list[Sample], more: list[Sample]) -> tuple[Op, ...]:
     body: list[Op] = []
     for number, op in enumerate(samples[0][1]):
         try:
-            args = _fold_args(
-                [(run, run_ops[number].args, s) for run, run_ops, s in samples],
-                [(run, run_ops[number].args, s) for run, run_ops, s in more] or _others(samples, number),
-            )
+            folded = [(run, run_ops[number].args, s) for run, run_ops, s in samples]
+            others = [(run, run_ops[number].args, s) for run, run_ops, s in more] or _others(samples, number)
+            if op.target is aten.slice.Tensor and all(map(_is_range, [*folded, *others])):
+                args = _fold_args([*map(_by_length, folded)], [*map(_by_length, others)])
+                args = (*args[:3], args[2] + args[3], *args[4:])
+            else:
+                args = _fold_args(folded, others)
         except Misfit as misfit:
             raise RefusedError(
                 f"{target_name(op.target)} does not follow a pattern from segment to segment: {misfit}",
@@ -272,6 +279,18 @@ def _fold_row(samples: list[Sample], more: list[Sample]) -> tuple[Op, ...]:
         name = sorted(names)[0] if names else ""
         body.append(Op(op.target, args, op.origin._replace(name=name), op.form))
     return tuple(body)
+
+
+def _is_range(sample: tuple[DividedRun, Any, int]) -> bool:
+    """Tell whether the arguments of a slice count its start and its end from the front."""
+    _, (_, _, *ends), _ = sample
+    return len(ends) > 1 and type(ends[0]) is type(ends[1]) is int and 0 <= ends[0] <= ends[1] < 1 << 62
+
+
+def _by_length(sample: tuple[DividedRun, Any, int]) -> tuple[DividedRun, Any, int]:
+    """Put the length of a slice in place of its end, which depends on more."""
+    run, (whole, dim, start, end, *step), segment = sample
+    return run, (whole, dim, start, end - start, *step), segment
 
 
 def _others(samples: list[Sample], number: int) -> list[tuple[DividedRun, Any, int]]:
@@ -332,15 +351,12 @@ def _fold_items(values: list[tuple[DividedRun, Any, int]], extra: list[tuple[Div
     return Item(first.list, fit(points(values), points(extra)), first.rest)
 
 
-_ITEM = re.compile(r"(.*)\[(\d+)\](.*)")
-
-
 def _row_operand(run: DividedRun, value: Any, segment: int) -> Any:
     if type(value) is Src:
         for name in run.lists:
-            match = _ITEM.fullmatch(value.name) if value.name.startswith(f"{name}[") else None
-            if match is not None and match.group(1) == name:
-                return Item(name, int(match.group(2)), match.group(3))
+            match = re.fullmatch(re.escape(name) + r"\[(\d+)\](.*)", value.name)
+            if match is not None:
+                return Item(name, int(match.group(1)), match.group(2))
         return value
     at, number = run.place(value)
     if at < 0:

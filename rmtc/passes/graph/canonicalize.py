@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import operator
 from bisect import bisect_left
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import fx
 
 from rmtc import heuristics
 from rmtc.errors import RefusedError
-from rmtc.ir.program import SPLITS, VIEWS
+from rmtc.ir.program import SPLITS, VIEWS, piece_bounds
 from rmtc.passes.graph.remove_regions import draws
 from rmtc.passes.registry import enter
 
@@ -34,6 +34,7 @@ _SHAPES = (
     aten.flatten.using_ints,
 )
 _NEW = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.zeros_like.default)
+_OF_SIZES = (*_NEW, aten.ones_like.default, aten.full_like.default, aten.empty_like.default, aten.new_empty.default)
 _END = torch.iinfo(torch.int64).max
 
 
@@ -69,16 +70,25 @@ class Canonicalize:
     Given the length of ``windows``, a read of the end of a concatenation with a part as long stays one: the window of
     the last positions is the segment itself if it fills the window, and the end of the window before with it if it
     does not, as a shorter last one.
+
+    ``texts`` gives for each text the size from which a part of it counts as the text. Where a text is padded, or
+    written to, with what is made of texts alone, its parts stay parts of the outcome: the last segment may hold some
+    of what was added.
+
+        labels = cat([text[:, 1:], ends], 1)
+        %t = slice(labels, 1, 16, 24)           stays, and so does slice(labels, 1, 0, 8)
     """
 
     windows: int | None = None
     cut: frozenset[str] = frozenset()
     histories: bool = True
+    texts: Mapping[str, int] = field(default_factory=dict)
 
     def apply(self, graph: fx.Graph) -> bool:
         """Change a graph; returns whether it has a history that is read part by part."""
         _refuse_strides(graph)
         memory = _memories(graph)
+        _mark_texts(graph, self.texts)
         _drop_empty(graph)
         _name_turns(graph)
         _split_overlaps(graph)
@@ -154,19 +164,76 @@ def _stays(node: fx.Node) -> bool:
     return source.target not in SPLITS or any(part.users for part in source.users)
 
 
-def cut_slices(graph: fx.Graph) -> frozenset[str]:
+def cut_slices(graph: fx.Graph, texts: Set[tuple[str, int]] = frozenset()) -> frozenset[str]:
     """Return the places of slices that take all of some tensors, and less of others of the same size.
 
     Such is a table of which a shorter last segment takes less, or a result of padding that it cuts.
+
+    Args:
+        graph: the graph.
+        texts: names of texts that may have a rest that makes no segment, and the dimensions that are their lengths. A
+            slice of all of such a text takes less of a text with a rest.
     """
     whole, less = set[tuple[str, int]](), set[tuple[str, int]]()
     for node in graph.nodes:
         if node.target is aten.slice.Tensor and isinstance(node.args[0], fx.Node):
-            size = _size(node.args[0], _dim(node, 1))
-            interval = _interval(node, size, 1)
+            interval = _interval(node, _size(node.args[0], _dim(node, 1)), 1)
             if interval is not None:
-                (whole if interval == (0, size) else less).add((_place(node), size))
+                start, end = _last_written(node, interval)
+                (whole if interval == (start, end) else less).add((_place(node), end - start))
+                if not texts.isdisjoint(
+                    (name, _dim(node, 1)) for name in _seen_whole(node.args[0]).meta.get("names", ())
+                ):
+                    less.add((_place(node), end - start))
     return frozenset(place for place, _ in whole & less)
+
+
+def _mark_texts(graph: fx.Graph, texts: Mapping[str, int]) -> None:
+    """Note at each node that is made of texts and constants alone from which size it counts as a text.
+
+    It is 0 for what is made of constants, and for a tensor of constants to which parts of texts are written.
+    """
+    for node in graph.nodes:
+        sizes = [source.meta.get("text", -1) for source in node.all_input_nodes] or [0]
+        if node.op == "placeholder":
+            sizes = [texts[name] for name in node.meta.get("names", ()) if name in texts] or [-1]
+        elif node.target in _OF_SIZES:
+            sizes = [0]
+        if min(sizes) < 0:
+            continue
+        whole: Any = node.args[1] if node.target is aten.slice_scatter.default else None
+        if node.target in _SCATTERS and not (isinstance(whole, fx.Node) and _is_text(whole, _dim(node, 2))):
+            sizes = sizes[:1]
+        node.meta["text"] = max(sizes)
+
+
+def _is_text(node: fx.Node, dim: int) -> bool:
+    """Tell whether a tensor is made of texts and constants alone and as long as a text, but for less than a segment."""
+    least, value = node.meta.get("text", 0), node.meta["val"]
+    return bool(least) and value.ndim > dim and value.shape[dim] >= least
+
+
+def _seen_whole(node: fx.Node) -> fx.Node:
+    """Return the tensor that a node shows all of, in the same shape."""
+    while node.target in (aten.alias.default, aten.slice.Tensor):
+        source: Any = node.args[0]
+        if source.meta["val"].shape != node.meta["val"].shape:
+            break
+        node = source
+    return node
+
+
+def _last_written(node: fx.Node, read: tuple[int, int]) -> tuple[int, int]:
+    """Return the positions that one write made last, if a slice reads no others; or those of the whole tensor."""
+    source: Any = node.args[0]
+    while source.target is aten.slice_scatter.default and _dim(source, 2) == _dim(node, 1):
+        written = _written(source)
+        if written is not None and written[0] <= read[0] < read[1] <= written[1]:
+            return written
+        if written is None or max(read[0], written[0]) < min(read[1], written[1]):
+            break
+        source = source.args[0]
+    return 0, _size(source, _dim(node, 1))
 
 
 def _place(node: fx.Node) -> str:
@@ -490,6 +557,13 @@ def _piece(graph: fx.Graph, node: fx.Node) -> None:
         dim = _argument(whole, 2, "dim", 0)
         sizes: Any = whole.args[1]
         start, end = sum(sizes[:index]), sum(sizes[: index + 1])
+    elif target is aten.tensor_split.indices:
+        dim = _argument(whole, 2, "dim", 0)
+        start, end = piece_bounds(_size(source, dim), whole.args[1])[index]  # type: ignore[arg-type]
+    elif target is aten.tensor_split.sections:
+        dim = _argument(whole, 2, "dim", 0)
+        end = sum(each.shape[dim] for each in whole.meta["val"][: index + 1])
+        start = end - whole.meta["val"][index].shape[dim]
     else:
         return
     _replace(graph, node, aten.slice.Tensor, (source, dim, start, end))
@@ -600,20 +674,21 @@ def _forward(graph: fx.Graph, node: fx.Node, cut: frozenset[str], windows: set[A
             continue
         if source.target in (aten.select_scatter.default, aten.slice_scatter.default) and _dim(source, 2) == dim:
             written = _written(source)
-            if written is None:
+            if written is None or _is_text(source.args[0], dim) or _is_text(source.args[1], dim):  # type: ignore[arg-type]
                 return
             if read[1] <= written[0] or written[1] <= read[0]:
                 node.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
                 continue
-            if read == written and whole_row == (source.target is aten.select_scatter.default):
+            selected = source.target is aten.select_scatter.default
+            if read == written and whole_row == selected and _place(node) not in cut:
                 _replaced(graph, node, source.args[1])
                 return
-            if read == written and not whole_row:
+            if read == written and selected and not whole_row:
                 with graph.inserting_before(node):
                     _replaced(graph, node, _part(graph, source, dim))
                 return
             part: Any = source.args[1]
-            if source.target is aten.select_scatter.default or not written[0] <= read[0] < read[1] <= written[1]:
+            if selected or not written[0] <= read[0] < read[1] <= written[1]:
                 return
             if part.meta["val"].dtype != node.meta["val"].dtype or part.meta["val"].ndim <= dim:
                 return
@@ -629,6 +704,8 @@ def _forward(graph: fx.Graph, node: fx.Node, cut: frozenset[str], windows: set[A
         if source.target is aten.cat.default and _dim(source, 1) == dim:
             if read[1] == size and (source.meta.get("location") in windows or (_is_end(node) and _is_given(node))):
                 return  # in a shorter last segment it is another part
+            if any(_is_text(piece, dim) for piece in source.args[0]):  # type: ignore[union-attr, arg-type]
+                return
             start = 0
             for piece in source.args[0]:  # type: ignore[union-attr]
                 end = start + (_size(piece, dim) if piece.meta["val"].ndim > dim else 0)  # type: ignore[union-attr, arg-type]
@@ -743,7 +820,9 @@ def _short_histories(graph: fx.Graph) -> set[Any]:
             sizes = [_size(piece, dim) for piece in pieces]
             whole[place] = max(whole.get(place, 0), sum(sizes))
             part[place] = max(part.get(place, 0), min(sizes, default=0))
-            if any(_source(piece).meta.get("location") == place for piece in pieces):
+            sources = [_source(piece) for piece in pieces]
+            parts = [each for each in sources if each.target in (aten.cat.default, aten.slice.Tensor)]
+            if any(each.meta.get("location") == place for each in parts):
                 again.add(place)
     return {place for place in again if whole[place] <= heuristics.HISTORY_PARTS * part[place]}
 
