@@ -92,6 +92,12 @@ def translate(error: Exception | SystemExit) -> RmtcError:
             location=location,
             remedy="register it as a buffer of the module, or pass it as an argument",
         )
+    if ".numpy() is not supported" in message:
+        return CaptureError(
+            "the forward makes a NumPy array of a tensor, and NumPy cannot compute with stand-in tensors",
+            location=location,
+            remedy="return the tensor and convert it after the call, or compute with torch",
+        )
     return CaptureError(
         f"the forward raised {text} under stand-in tensors",
         location=location,
