@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from rmtc.analysis import Analysis, analyze
-from rmtc.capture.probe import Sizes
+from rmtc.capture.sizes import Sizes
 from rmtc.codegen.triton.targets import TARGETS
 from rmtc.examples.armt_llama import build
 from rmtc.kernels import kernels_on

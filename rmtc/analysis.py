@@ -17,8 +17,8 @@ from rmtc.capture.ambient import undisturbed
 from rmtc.capture.kinds import fingerprint
 from rmtc.capture.objects import Plain, parts_of
 from rmtc.capture.other_sizes import combination, follows
-from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer
+from rmtc.capture.sizes import Sizes
 from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.untold import UntoldError
 from rmtc.errors import CaptureError, RefusedError, VerifyError
@@ -68,7 +68,6 @@ class Analysis:
         admitted: sizes that were replayed and found to follow the loop.
         traced: sizes at which the loop was held against a whole trace.
         told: sizes of few segments at which the loop holds because their replays follow from those at traced sizes.
-        left_out: sizes with positions that make no segment, with which a call was seen to do nothing.
         shorter: for sizes in ``traced``, whether the loop holds for a few segments, too, because these repeat.
         probes: the first run that the loop was folded from, and the run that it was checked against.
         seconds: time spent, by stage.
@@ -81,7 +80,6 @@ class Analysis:
     admitted: set[Sizes] = field(default_factory=set)
     traced: set[Sizes] = field(default_factory=set)
     told: set[Sizes] = field(default_factory=set)
-    left_out: set[tuple[Sizes, int]] = field(default_factory=set)
     shorter: dict[Sizes, bool] = field(default_factory=dict)
     probes: list[Captured] = field(default_factory=list)
 
@@ -101,12 +99,10 @@ class Analysis:
         if self.proven is None:
             raise RefusedError("there is no loop to hold the call against")
         loop, family = self.proven.loop, self.proven.family
-        for name, value in (("batch", sizes.batch), ("tail", sizes.tail)):
-            if loop.fixed.get(name, value) != value:
-                raise RefusedError(
-                    f"the loop was captured for {name} = {loop.fixed[name]}, and this call has {value}",
-                    remedy="other operations run then: it needs a capture of its own",
-                )
+        if (other := loop.other_size(sizes.batch, sizes.tail)) is not None:
+            raise RefusedError(
+                other, remedy="other operations run then: pad the text to whole segments, or keep the batch size"
+            )
         if sizes in self.admitted:
             return
         if self.replayer is None:
@@ -123,26 +119,6 @@ class Analysis:
         with timed(self.seconds, "replay"):
             self._admit(sizes, self.replayer)
         self.admitted.add(sizes)
-
-    @outermost
-    @LOCK.capturing()
-    @undisturbed()
-    def leave_out(self, sizes: Sizes, rest: int) -> None:
-        """Check that a call does nothing with a rest of its text that makes no segment.
-
-        Args:
-            sizes: the sizes of a call that was admitted.
-            rest: positions of the rest, at least one.
-
-        Raises:
-            RefusedError: if it does.
-        """
-        if self.replayer is None:
-            raise RefusedError("the call has not been admitted")
-        if (sizes, rest) not in self.left_out:
-            with timed(self.seconds, "replay"):
-                self.replayer.leave_out(sizes, rest)
-            self.left_out.add((sizes, rest))
 
     def _admit(self, sizes: Sizes, replayer: Replayer) -> None:
         # A replay compares segments with each other only. A few of them are held against the loop here.
@@ -340,7 +316,8 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
     segment = plan.segment_length
     full, own = (segment,) * 3, (plan.sizes.batch,) * 3
     # The third run has the sizes of the user's call.
-    tails = (segment, max(1, segment // 2), plan.sizes.tail) if plan.free_tail else full
+    other = 2 * segment - 1 if plan.drops else max(1, segment // 2)
+    tails = (segment, other, plan.sizes.tail) if plan.free_tail else full
     batches = (*heuristics.PROBE_BATCHES, plan.sizes.batch) if plan.free_batch else own
     first: RefusedError | VerifyError | CaptureError | None = None
     ages = [3 * age + 2 for age in heuristics.MEMORY_AGES]
@@ -353,6 +330,8 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
         if analysis.capture.by_parts:  # a history takes some segments to fill, or its parts differ at the end
             yield from ((segments, batches, tails, _PLAIN) for segments in ages)
             yield from ((segments, batches, tails, _WHOLE) for segments in (heuristics.SHORT_RUN, *ages))
+        if tails[-1] != segment:  # a shorter segment may be the first one, or need operations of its own
+            yield heuristics.SHORT_RUN, batches, tails[-1:] * 3, _PLAIN
         yield heuristics.SHORT_RUN, batches, full, _PLAIN
         yield heuristics.SHORT_RUN, own, tails, _PLAIN
         yield heuristics.SHORT_RUN, own, full, _PLAIN
@@ -465,7 +444,7 @@ def refuse_drift(runs: list[Captured], segment_length: int) -> None:
             counts += [positions, batches]
             counts += [[a * b for a, b in zip(each, batches, strict=True)] for each in (steps, positions)]
         if not any(_even(values, count) for count in counts):
-            raise _drift(name, values, steps)
+            raise _drift(name, values, steps, returned=True)
 
 
 def _even(values: list[Any], counts: list[int]) -> bool:
@@ -481,8 +460,11 @@ def _even(values: list[Any], counts: list[int]) -> bool:
     )
 
 
-def _drift(name: str, values: list[Any], steps: list[int]) -> RefusedError:
+def _drift(name: str, values: list[Any], steps: list[int], returned: bool = False) -> RefusedError:
     return RefusedError(
-        f"{name} is {', '.join(map(repr, values))} after {steps} segments: what a call leaves in it follows no pattern",
-        remedy="keep only tensors, constants and counters in attributes",
+        f"{name} is {', '.join(map(repr, values))} after {steps} segments: what a call "
+        f"{'returns there' if returned else 'leaves in it'} follows no pattern",
+        remedy="return only tensors, constants and numbers that count segments or positions"
+        if returned
+        else "keep only tensors, constants and counters in attributes",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,12 @@ import torch
 
 from rmtc.analysis import Analysis, analyze, passes
 from rmtc.capture.own_modes import own_modes
+from rmtc.capture.sizes import Probed
 from rmtc.codegen.triton.targets import TARGETS, Target
 from rmtc.errors import CaptureError, RefusedError, RmtcError, raised_by_signal
 from rmtc.ir.cells import Dependence
 from rmtc.ir.explanation import Explanation
+from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.kernels import kernels_on
 from rmtc.passes.pipeline import retime_loop
 from rmtc.passes.registry import watching
@@ -155,9 +157,6 @@ def _explanation(
     opened: list[Analysis] = []
     try:
         analysis = analyze(function, args, kwargs, layers=layers, segment_length=segment_length, on_open=opened.append)
-        plan = analysis.capture.plan
-        if plan.rest and plan.sizes.segments > 1 and analysis.proven is not None and analysis.proven.legal:
-            analysis.leave_out(plan.sizes, plan.rest)
         if segments is not None and segments > 1 and analysis.proven is not None and analysis.proven.legal:
             _admit(analysis, segments)
     except RefusedError as refusal:
@@ -235,7 +234,7 @@ def _answer(blank: Explanation, analysis: Analysis, always: bool = False) -> Exp
     return replace(
         blank,
         layers=loop.layers,
-        free=_free(loop.fixed, loop.segment_length),
+        free=_free(loop, analysis.capture.plan),
         dependences=loop.dependences,
         classes=class_summaries(loop),
         schedule=found[0].proven.schedule if found and proven.schedule is None else proven.schedule,
@@ -251,12 +250,15 @@ def _answer(blank: Explanation, analysis: Analysis, always: bool = False) -> Exp
     )
 
 
-def _free(fixed: dict[str, int], segment_length: int) -> tuple[str, ...]:
+def _free(loop: SegmentLoop, plan: Probed) -> tuple[str, ...]:
+    fixed = loop.fixed
     lines = ["number of segments: any from 2 on"]
     lines.append(f"batch: {fixed['batch']} only" if "batch" in fixed else "batch: any")
-    tail = fixed.get("tail")
-    if segment_length > 1:
-        lines.append(f"last segment: {f'{tail} positions only' if tail else f'1 .. {segment_length} positions'}")
+    tails = [fixed["tail"]] if "tail" in fixed else plan.tails
+    if plan.segment_length > 1 and plan.drops and not loop.reads_tail:
+        lines.append(f"rest of the text, left out: {_span([tail - plan.segment_length for tail in tails])}")
+    elif plan.segment_length > 1:
+        lines.append(f"last segment: {_span(tails)}")
     return tuple(lines)
 
 
@@ -286,3 +288,7 @@ def _assumptions(analysis: Analysis, fixed: dict[str, int]) -> tuple[str, ...]:
     if "batch" in fixed:
         lines.append(f"the batch size is {fixed['batch']}")
     return tuple(lines)
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return f"{numbers[0]} positions only" if len(numbers) == 1 else f"{numbers[0]} .. {numbers[-1]} positions"

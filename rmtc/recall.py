@@ -24,8 +24,8 @@ from rmtc.capture import Capture, Reading, alike_of, refuse_known
 from rmtc.capture.arguments import Growth
 from rmtc.capture.guards import ArgumentGuard
 from rmtc.capture.ingredients import digest_of, fingerprint_of, ingredients
-from rmtc.capture.probe import Probed, Sizes
 from rmtc.capture.session import Session
+from rmtc.capture.sizes import Probed, Sizes
 from rmtc.capture.user_code import imported
 from rmtc.errors import VerifyError, brief, raised_by_signal
 from rmtc.ir.program import Program
@@ -83,7 +83,10 @@ class Recognition:
                 ),
                 _size(data["segment_length"], 1),
                 Sizes(0, _size(data["batch"], 0), 1),
-                *(_flag(data[name]) for name in ("free_batch", "free_tail", "drops")),
+                _flag(data["free_batch"]),
+                _flag(data["free_tail"]),
+                _whole(data["extra"]),
+                _flag(data["drops"]),
             )
             segments, batch, tail = data["sizes"]
             length, loop = plan.segment_length, data["loop"]
@@ -113,6 +116,12 @@ def _path(data: Json) -> tuple[Any, ...]:
 def _size(data: Json, least: int) -> int:
     if type(data) is not int or data < least:
         raise StoredError(f"{data} is no size")
+    return data
+
+
+def _whole(data: Json) -> int:
+    if type(data) is not int:
+        raise StoredError(f"{data} is no whole number")
     return data
 
 
@@ -253,7 +262,7 @@ def _plan(session: Session, plan: Probed) -> Probed:
         raise VerifyError(sizes)
     if sizes.segments < 2:
         raise VerifyError("the call is of one segment")
-    return replace(plan, sizes=sizes, rest=guard.rest(session.arguments))
+    return replace(plan, sizes=sizes)
 
 
 def remember(analysis: Analysis, key: str) -> None:
@@ -296,6 +305,7 @@ def _written(analysis: Analysis) -> Json:
         "batch": plan.sizes.batch,
         "free_batch": plan.free_batch,
         "free_tail": plan.free_tail,
+        "extra": plan.extra,
         "drops": plan.drops,
         "reading": [*analysis.capture.reading],
         "cut": sorted(analysis.capture.cut),

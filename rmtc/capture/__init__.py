@@ -15,8 +15,9 @@ from rmtc.capture.alike import Alike, shows
 from rmtc.capture.ambient import undisturbed
 from rmtc.capture.arguments import show
 from rmtc.capture.effects import Effect
-from rmtc.capture.probe import Probed, Sizes, probe
+from rmtc.capture.probe import probe
 from rmtc.capture.session import Session
+from rmtc.capture.sizes import Probed, Sizes
 from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.tracer import RawTrace, trace
 from rmtc.capture.user_code import imported
@@ -146,11 +147,13 @@ class Capture:
             RemakeConstants().apply(graph)
             self._ran("remake-constants", sizes, graph)
         if self.learns:
-            self.cut |= cut_slices(graph)
+            texts = {(show(path), dim) for path, dim in self.plan.growth.dims} if self.plan.drops else frozenset()
+            self.cut |= cut_slices(graph, texts)
         canonicalize = Canonicalize(
             self.plan.segment_length if self.reading.windows else None,
             self.cut,
             self.reading.histories,
+            dict.fromkeys(self.growing, self.plan.length(sizes) - self.plan.segment_length + 1),
         )
         self.by_parts |= canonicalize.apply(graph)
         self._ran("canonicalize", sizes, graph)

@@ -9,8 +9,8 @@ import torch
 
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.kinds import fingerprint, is_plain
-from rmtc.capture.probe import Probed, Sizes
 from rmtc.capture.session import Session
+from rmtc.capture.sizes import Probed, Sizes
 from rmtc.stages import substage
 
 
@@ -95,32 +95,8 @@ class ArgumentGuard:
         length, batch = lengths.pop(), batches.pop() if batches else plan.sizes.batch
         if not length:
             return "the text is empty"
-        segments, tail, _ = plan.cut(length)
-        return Sizes(segments, batch, tail) if segments else "the text is shorter than a segment"
-
-    def rest(self, arguments: Arguments) -> int:
-        """Return how many positions of a call's text make no segment and are left out.
-
-        Args:
-            arguments: those of a call that has sizes.
-        """
-        if not self._plan.drops:
-            return 0
-        path, dims = next(iter(self._dims.items()))
-        return self._plan.cut(arguments.tensors()[path].shape[dims[0]])[2]
-
-    def whole(self, arguments: Arguments, sizes: Sizes) -> dict[str, torch.Tensor]:
-        """Return the tensors of a call by name, without the rest of its text that makes no segment.
-
-        Args:
-            arguments: those of the call.
-            sizes: the sizes of the call.
-        """
-        found = arguments.tensors()
-        for path, dims in self._dims.items() if self._plan.drops else ():
-            for dim in dims:
-                found[path] = found[path].narrow(dim, 0, self._plan.length(sizes))
-        return {show(path): tensor for path, tensor in found.items()}
+        segments, tail = plan.cut(length)
+        return Sizes(segments, batch, tail) if segments else f"the text of {length} positions makes no segment"
 
     @property
     def segment_length(self) -> int:

@@ -211,7 +211,7 @@ def _functions(names: Sequence[str]) -> set[Any]:
 
 
 _OF_SIZES = _functions(_LIKE)
-_KNOWN = _functions(_PURE.split()) | _OF_SIZES
+_KNOWN = _functions(_PURE.split()) | _OF_SIZES | {torch.nn.functional.pad}
 
 
 def _asks(function: Callable[..., Any], out: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,20 +94,6 @@ def reads_by_name(operands: tuple[Any, ...]) -> bool:
         if isinstance(operand, Named) and not operand.name.startswith(("operand ", "constant_")):
             return True
         if type(operand) is tuple and reads_by_name(operand):
-            return True
-    return False
-
-
-def counts_back(operands: tuple[Any, ...], texts: Set[str]) -> bool:
-    """Return whether an operand is a part of a text that is counted from its end."""
-    for operand in operands:
-        counted = False
-        while isinstance(operand, (Viewed, Beyond)):
-            counted |= isinstance(operand, Viewed) and min(operand.numbers, default=0) < 0
-            operand = operand.base if isinstance(operand, Viewed) else operand.reference
-        if counted and isinstance(operand, Named) and operand.name in texts:
-            return True
-        if type(operand) is tuple and counts_back(operand, texts):
             return True
     return False
 

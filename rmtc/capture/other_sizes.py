@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from rmtc.affine import solved
 from rmtc.capture.events import Beyond, Event, Viewed
-from rmtc.capture.probe import Sizes
+from rmtc.capture.sizes import Sizes
 
 
 class Told(NamedTuple):

@@ -7,8 +7,8 @@ reaches, is used. One more segment is one more use.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections import Counter
+from dataclasses import replace
 
 import torch
 
@@ -17,116 +17,13 @@ from rmtc.capture.alike import Alike
 from rmtc.capture.arguments import Arguments, Growth, Path, show
 from rmtc.capture.results import describe_result, describer_of
 from rmtc.capture.session import Session
+from rmtc.capture.sizes import Cut, Probed, Sizes, arguments_of
 from rmtc.capture.uses import EnoughError, ProbeRun, UseCount
 from rmtc.capture.uses_of_layers import LayerUses
 from rmtc.errors import CaptureError
 from rmtc.stages import substage
 
 logger = logging.getLogger(__name__)
-
-
-aten = torch.ops.aten
-
-
-class Sizes(NamedTuple):
-    """The sizes that vary between calls.
-
-    Attributes:
-        segments: number of segments.
-        batch: batch size.
-        tail: length of the last segment, in positions.
-    """
-
-    segments: int
-    batch: int
-    tail: int
-
-
-@dataclass(frozen=True)
-class Probed:
-    """The result of probing a call.
-
-    Attributes:
-        growth: the arguments that grow, and those with a batch.
-        segment_length: positions of a segment; 1 for lists whose items are of one shape.
-        sizes: those of the user's call.
-        free_batch: whether the code runs at another batch size.
-        free_tail: whether the code runs with a shorter last segment.
-        drops: whether the rest of a text that makes no whole segment is left out.
-        rest: positions of the user's call that are left out.
-    """
-
-    growth: Growth
-    segment_length: int
-    sizes: Sizes
-    free_batch: bool
-    free_tail: bool
-    drops: bool = False
-    rest: int = 0
-
-    def cut(self, length: int) -> tuple[int, int, int]:
-        """Return the number of segments of a text, the length of the last one, and how many positions are left out.
-
-        Args:
-            length: positions of the text.
-        """
-        if self.drops:
-            segments, rest = divmod(length, self.segment_length)
-            return segments, self.segment_length, rest
-        segments = -(-length // self.segment_length)
-        return segments, length - (segments - 1) * self.segment_length, 0
-
-    def length(self, sizes: Sizes) -> int:
-        """Return how many positions the growing dimensions have at some sizes."""
-        return (sizes.segments - 1) * self.segment_length + sizes.tail
-
-    def arguments(self, session: Session, sizes: Sizes, rest: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Make fake arguments of the given sizes.
-
-        Args:
-            session: the call.
-            sizes: the sizes.
-            rest: positions to add that make no segment.
-        """
-        return _arguments(session, self.growth, self.length(sizes) + rest, sizes.batch)
-
-    def growing(self, session: Session) -> tuple[str, ...]:
-        """Describe the growing arguments in words."""
-        tensors = session.arguments.tensors()
-        lines = [
-            f"{show(path)} {tuple(tensors[path].shape)}: dimension {dim}"
-            for path, dim in sorted(self.growth.dims, key=str)
-        ]
-        return (*lines, *(f"{show(path)}: a list, one item a segment" for path in sorted(self.growth.lists, key=str)))
-
-
-def _arguments(session: Session, growth: Growth, length: int, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    dims: dict[Path, list[int]] = {}
-    for path, dim in growth.dims:
-        dims.setdefault(path, []).append(dim)
-    items = -(-length // growth.item_length)
-    last = length - (items - 1) * growth.item_length
-
-    made: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
-
-    def fake_tensor(path: Path, tensor: torch.Tensor) -> torch.Tensor:
-        shape = list(tensor.shape)
-        free = any(path[: len(each)] == each for each in growth.batch)
-        if free:
-            shape[0] = batch
-        for dim in dims.get(path, ()):
-            shape[dim] = length
-        for dim, size in growth.item_sizes(path, items, last).items():
-            shape[dim] = size
-        if any(path[: len(each)] == each for each in growth.lists):
-            return session.fake_tensor(tensor, shape)  # its items may be one repeated
-        known = None if free or path in dims else session.lifted_fake(tensor)
-        key = id(tensor), tuple(shape)
-        if key not in made:
-            made[key] = session.fake_tensor(tensor, shape) if known is None else known
-        return made[key]
-
-    return session.arguments.map(fake_tensor, dict.fromkeys(growth.lists, items))
 
 
 class _Prober:
@@ -144,7 +41,7 @@ class _Prober:
             UntoldError: if what it returns cannot be returned again, whatever the sizes.
             RmtcError: if the user's code raises an error.
         """
-        args, kwargs = _arguments(self.session, growth, length, batch)
+        args, kwargs = arguments_of(self.session, growth, length, batch)
         varying = {path for path, _ in growth.dims}
         fixed: list[torch.Tensor] = []
 
@@ -173,9 +70,11 @@ class _Prober:
     def attempt(self, growth: Growth, length: int, batch: int, short: bool = False) -> ProbeRun | None:
         """Run the code as :meth:`run`, or return the run that was made before with the same arguments.
 
-        It is None if the user's code does not take these sizes.
+        It is None if the user's code does not take these sizes, or the length is none.
         """
         key = (growth, length, batch, short)
+        if length < 1:
+            return None
         if key not in self._runs:
             try:
                 self._runs[key] = self.run(growth, length, batch, short)
@@ -194,25 +93,61 @@ class _Prober:
             return None
         return {number: count for number, count in run.roots.items() if number < len(self.session.fake_tensors)}
 
-    def is_segment(self, growth: Growth, length: int, batch: int) -> bool:
-        """Tell whether a text of this length is a segment, or several whole ones.
+    def cut(self, growth: Growth, length: int, batch: int) -> Cut | None:
+        """Return how texts are cut into segments of a length; None if they are not.
 
-        Twice the length must use the layers more often. One more position must begin another segment, or must not run,
-        or must be dropped. Where it is dropped, one position less must make no segment.
+        A segment more must use the layers more often. If a text of one segment takes one position more, it must begin
+        another segment. Else :meth:`_staircase` looks for the position that does.
         """
         one = self.attempt(growth, length, batch)
-        if one is None or not one.ended or not one.total:
-            return False
-        two = self.attempt(growth, 2 * length, batch)
-        if two is None or one.total >= two.total:
-            return False
-        more = None if growth.lists else self.attempt(growth, length + 1, batch)
-        if more is not None and more.total == one.total:
-            less = self.attempt(growth, length - 1, batch) if length > 1 else one
-            return less is None or not less.total
-        return True
+        if one is not None and one.ended and one.total:
+            two = self.attempt(growth, 2 * length, batch)
+            if two is None:
+                return None
+            if one.total < two.total:
+                more = None if growth.lists else self.attempt(growth, length + 1, batch)
+                if more is None or more.total != one.total:
+                    return Cut(length)
+                less = self.attempt(growth, length - 1, batch) if length > 1 else one
+                if less is None or not less.total:
+                    return Cut(length)
+        return None if growth.lists or length < 2 else self._staircase(growth, length, batch)
 
-    def segment_length(self, growth: Growth, length: int, batch: int) -> int | None:
+    def _staircase(self, growth: Growth, length: int, batch: int) -> Cut | None:
+        """Return how texts are cut that have more or fewer positions than their segments.
+
+        The uses of the layers are a staircase over the length of the text. One stair is as wide as a segment. If the
+        pieces of the text and the last use of each tensor are the same all along a stair, the code leaves out the rest
+        of the text.
+
+        Args:
+            growth: the arguments that grow.
+            length: positions of a segment, at least two.
+            batch: the batch size.
+        """
+        low, high = 4 * length, 5 * length  # what comes before the first segment may be longer than one
+        before, after = (self.attempt(growth, each, batch) for each in (low, high))
+        if before is None or after is None or before.total >= after.total:
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            run = self.attempt(growth, middle, batch)
+            if run is None or run.total not in (before.total, after.total):
+                return None
+            low, high = (middle, high) if run.total == before.total else (low, middle)
+        first, second, last, above = (self.attempt(growth, high + each, batch) for each in (0, 1, length - 1, length))
+        if first is None or second is None or last is None or above is None:
+            return None
+        if last.total != after.total or above.total != 2 * after.total - before.total:
+            return None
+        # The number of segments is what most tensors tell that each segment uses.
+        each = {root: count - before.roots[root] for root, count in after.roots.items() if count > before.roots[root]}
+        segments, _ = Counter(after.roots[root] // count for root, count in each.items()).most_common(1)[0]
+        pieces = [[size for size in run.cuts if size <= length] for run in (first, second)]
+        drops = pieces[0] == pieces[1] and all(first.last_use[root] == second.last_use[root] for root in each)
+        return Cut(length, high - segments * length + (0 if drops else length - 1), drops)
+
+    def segment_length(self, growth: Growth, length: int, batch: int) -> Cut | None:
         """Find the least length of a segment that a cut of this length suggests and further runs confirm.
 
         A length with which all of a segment's tensors are used again is preferred to smaller ones. It is None if no
@@ -222,20 +157,22 @@ class _Prober:
         if run is None and not growth.lists:
             return None
         sizes = {1} if growth.lists else {size for size in run.cuts if 0 < size < length} if run else set()
-        least: int | None = None
+        least: Cut | None = None
         for size in sorted(sizes):
-            if self.is_segment(growth, size, batch):
-                if run is None or self._all_again(growth, size, batch, run):
-                    return size
-                least = least or size
+            found = self.cut(growth, size, batch)
+            if found is not None:
+                if run is None or self._all_again(growth, found, batch, run):
+                    return found
+                least = least or found
         return least
 
-    def _all_again(self, growth: Growth, length: int, batch: int, text: ProbeRun) -> bool:
+    def _all_again(self, growth: Growth, cut: Cut, batch: int, text: ProbeRun) -> bool:
         """Tell whether a second segment uses again every tensor that a longer text uses again.
 
         A layer such as `nn.GRU` uses some of its weights at each position, and others once per segment.
         """
-        one, two = (self.attempt(growth, times * length, batch) for times in (1, 2))
+        first = 2 if cut.extra else 1  # the first segment may be a short one, and nothing be left of the text
+        one, two = (self.attempt(growth, cut.extra + times * cut.length, batch) for times in (first, first + 1))
         if one is None or two is None:
             return False
         return all(two.roots[key] > often for key, often in one.roots.items() if text.roots[key] > often)
@@ -334,8 +271,8 @@ def _items(session: Session, growth: Growth, length: int) -> tuple[Growth, int, 
 
 
 def _joined(
-    session: Session, prober: _Prober, found: list[tuple[Growth, int, int, int]]
-) -> list[tuple[Growth, int, int, int]]:
+    session: Session, prober: _Prober, found: list[tuple[Growth, int, int, Cut]]
+) -> list[tuple[Growth, int, int, Cut]]:
     """Join lists that grow together into one growth.
 
     They must all have one length. Runs with one and with two items of each must use the model's tensors like runs with
@@ -344,11 +281,11 @@ def _joined(
     Args:
         session: the user's call.
         prober: runs it.
-        found: the growths that were found, each with its length, batch size and segment length.
+        found: the growths that were found, each with its length, batch size and how it is cut.
     """
-    made: list[tuple[Growth, int, int, int]] = []
+    made: list[tuple[Growth, int, int, Cut]] = []
     for each in found:
-        growth, length, batch, segment = each
+        growth, length, batch, cut = each
         lists = {path for path, count in session.arguments.lists().items() if growth.lists and count == length}
         lists = {path for path in lists if not any(path != other and path[: len(other)] == other for other in lists)}
         if len(lists) > 1:
@@ -357,7 +294,7 @@ def _joined(
             # Another item of one alone begins no other segment: the other list ends.
             ends = prober.of_model(growth, length + 1, batch) in (None, prober.of_model(growth, length, batch))
             if ends and None not in joined and alone == joined:
-                each = (together, length, both, segment)
+                each = (together, length, both, cut)
         if each not in made:
             made.append(each)
     return made
@@ -385,7 +322,7 @@ def probe(session: Session, alike: Alike, segment_length: int | None = None) -> 
     prober = _Prober(session, alike)
     candidates = [(*_with_batch(session, growth), length) for growth, length in _candidates(session)]
     sizes = [length for _, _, length in candidates]
-    found: list[tuple[Growth, int, int, int]] = []
+    found: list[tuple[Growth, int, int, Cut]] = []
     for growth, batch, length in candidates:
         if segment_length is not None:
             # A text shorter than the hint may have shorter segments: look before a text of the hint's length is made.
@@ -394,22 +331,22 @@ def probe(session: Session, alike: Alike, segment_length: int | None = None) -> 
             if least is not None:
                 raise CaptureError(
                     f"segment_length={segment_length} was given, and of the {length} positions of this call the "
-                    f"forward takes {least} at a time",
-                    remedy=f"pass segment_length={least}, or leave it out",
+                    f"forward takes {least.length} at a time",
+                    remedy=f"pass segment_length={least.length}, or leave it out",
                 )
-            segment = segment_length if prober.is_segment(growth, segment_length, batch) else None
+            found_cut = prober.cut(growth, segment_length, batch)
         else:
-            segment = prober.segment_length(growth, length, batch)
-        if segment is not None:
-            found.append((growth, length, batch, segment))
+            found_cut = prober.segment_length(growth, length, batch)
+        if found_cut is not None:
+            found.append((growth, length, batch, found_cut))
             if sizes.count(length) == 1:
                 break
     # The text may be shorter than two segments: try longer ones.
     for factor in () if found or segment_length is not None else heuristics.PROBE_FACTORS:
         for growth, batch, length in candidates:
-            segment = prober.segment_length(growth, prober.distinct(max(length, 1) * factor), batch)
-            if segment is not None:
-                found.append((growth, length, batch, segment))
+            longer = prober.segment_length(growth, prober.distinct(max(length, 1) * factor), batch)
+            if longer is not None:
+                found.append((growth, length, batch, longer))
                 break
         if found:
             break
@@ -434,7 +371,8 @@ def probe(session: Session, alike: Alike, segment_length: int | None = None) -> 
             "no argument was found whose length makes the forward run its layers once more: this is no loop over "
             f"segments, or its number of segments is fixed{pieces}",
             location=own.first_cut,
-            remedy="pass a longer input, or segment_length=... if you know it",
+            remedy="pass a longer input, or segment_length=... if you know it; pass segments that are cut already as a "
+            "list of tensors, or of dicts or tuples that hold nothing but tensors",
         )
     if len(found) > 1:
         names = " or ".join(
@@ -451,17 +389,23 @@ def probe(session: Session, alike: Alike, segment_length: int | None = None) -> 
             remedy="call it with a batch size that differs from the length, or pass segment_length=...",
         )
     # Find the lengths of the text and of a segment.
-    growth, length, batch, segment = found[0]
+    growth, length, batch, cut = found[0]
+    segment, extra, drops = cut
     if growth.lists:
         growth, length, segment = _items(session, growth, length)
     if length < 1:
         raise CaptureError(
             "the text is empty: there is no segment to run", remedy="pass a text of one position or more"
         )
+    if extra <= -segment:
+        raise CaptureError(
+            f"the code adds {-extra} positions to the text, which are as many as a segment of {segment} has, or more",
+            remedy="add them before the call, or fewer",
+        )
     # See which other batch sizes and lengths use the same tensors as often.
     free_batch, free_tail = False, False
-    two = prober.attempt(growth, 2 * segment, batch)
-    ragged = segment + max(1, segment // 2)
+    whole, ragged = extra + 2 * segment, extra + (2 if drops else 1) * segment + max(1, segment // 2)
+    two = prober.attempt(growth, whole, batch)
 
     def same(trial: Growth, length: int, batch: int) -> bool:
         run = prober.attempt(trial, length, batch)
@@ -473,17 +417,18 @@ def probe(session: Session, alike: Alike, segment_length: int | None = None) -> 
             continue
         if segment > 1 and same(trial, ragged, batch + 1):
             free_batch, free_tail, growth = True, True, trial
-        elif same(trial, 2 * segment, batch + 1):
+        elif same(trial, whole, batch + 1):
             free_batch, growth = True, trial
     if segment > 1 and not free_tail:
         free_tail = same(growth, ragged, batch)
-    drops = segment > 1 and not free_tail and not growth.lists and same(growth, ragged + segment, batch)
+    if segment > 1 and not (drops or free_tail or growth.lists):
+        drops = free_tail = same(growth, ragged + segment, batch)
     # Cut the user's text.
-    plan = Probed(growth, segment, Sizes(0, batch, segment), free_batch, free_tail, drops)
-    segments, tail, rest = plan.cut(length)
+    plan = Probed(growth, segment, Sizes(0, batch, segment), free_batch, free_tail, extra, drops)
+    segments, tail = plan.cut(length)
     if not segments:
         raise CaptureError(
-            f"the text is shorter than a segment of {segment} positions: there is none to run",
+            f"the text of {length} positions makes no segment of {segment}: there is none to run",
             remedy="pass a text of one segment or more",
         )
-    return replace(plan, sizes=Sizes(segments, batch, tail), rest=rest)
+    return replace(plan, sizes=Sizes(segments, batch, tail))

@@ -16,7 +16,7 @@ from rmtc.capture.frames import current_location
 from rmtc.capture.kinds import is_plain
 from rmtc.capture.objects import leaves_of
 from rmtc.errors import CaptureError, Location
-from rmtc.ir.program import SPLITS, VIEWS
+from rmtc.ir.program import SPLITS, VIEWS, piece_bounds
 from rmtc.passes.graph.to_program import constant_name
 
 aten = torch.ops.aten
@@ -143,11 +143,12 @@ class Recorder:
         at = 1 if func is aten.unbind.int else 2
         dim = (args[at] if len(args) > at else kwargs.get("dim", 0)) % args[0].ndim
         start = 0
+        bounds = piece_bounds(args[0].shape[dim], args[1]) if func is aten.tensor_split.indices else None
         for number, piece in enumerate(pieces):
             if func is aten.unbind.int:
                 self.name(piece, Viewed((aten.select.int, (torch.Tensor, int, int)), (dim, number), base))
             else:
-                end = start + piece.shape[dim]
+                start, end = bounds[number] if bounds is not None else (start, start + piece.shape[dim])
                 self.name(piece, Viewed(("piece", (torch.Tensor, int, int, int)), (dim, start, end), base))
                 start = end
 

@@ -29,7 +29,6 @@ from rmtc.capture.frames import current_location
 from rmtc.capture.metadata import (
     as_given,
     containers_in,
-    counts_back,
     described,
     flattened,
     metadata_of,
@@ -40,11 +39,11 @@ from rmtc.capture.metadata import (
 )
 from rmtc.capture.other_sizes import Told, combination, predict, tell
 from rmtc.capture.own_modes import modes
-from rmtc.capture.probe import Probed, Sizes
 from rmtc.capture.recorder import Recorder
 from rmtc.capture.replay_state import UNKNOWN, Plains, ReplayState, told_value
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
+from rmtc.capture.sizes import Probed, Sizes
 from rmtc.capture.untold import refuse_flags
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.quiet import uncollected
@@ -265,38 +264,12 @@ class Replayer:
             self._short[key] = self._last[2] if again and self._last is not None else self._run(*key)
         return self._short[key]
 
-    @uncollected()
-    def leave_out(self, sizes: Sizes, rest: int) -> None:
-        """Check that a call does nothing with a rest of its text that makes no segment.
-
-        Args:
-            sizes: those of the call without the rest.
-            rest: positions of the rest.
-
-        Raises:
-            RefusedError: if it does.
-        """
-        without, whole = self._run(sizes, _Modules()), self.results[sizes]
-        found, other = self._run(sizes, _Modules(), rest), self.results[sizes]
-        self.results[sizes] = whole
-        texts = {show(path) for path, _ in self._plan.growth.dims}
-        pairs = zip(without.events, found.events, strict=False)
-        differing = (b for a, b in pairs if not same_event(a, b) or counts_back(b.operands, texts))
-        place = next(differing, None)
-        alike = (len(without.events), without.shapes, whole) == (len(found.events), found.shapes, other)
-        if place is not None or not alike:
-            raise RefusedError(
-                f"the code does something with the last {rest} positions of the text, which make no segment",
-                location=place.location if place is not None else None,
-                remedy="cut the text to whole segments before the call, or first thing in the forward",
-            )
-
-    def _run(self, sizes: Sizes, around: _Modules, rest: int = 0) -> _Replay:
+    def _run(self, sizes: Sizes, around: _Modules) -> _Replay:
         self._remembered, self._calls, self._unknown = self._layers | around, Counter(), 0
         self._around_layers = around
         self._shapes: list[tuple[int, ...]] = []
         session = self._session
-        args, kwargs = self._plan.arguments(session, sizes, rest)
+        args, kwargs = self._plan.arguments(session, sizes)
         recorder = Recorder()
         for lifted, fake_tensor in zip(session.lifted, session.fake_tensors, strict=True):
             recorder.name(fake_tensor, Named(lifted.names[0]))

@@ -31,6 +31,7 @@ class EnoughError(BaseException):
 class ProbeRun:
     uses: Counter[int] = field(default_factory=Counter)
     roots: Counter[int] = field(default_factory=Counter)  # uses of a tensor or of any part of it: parts vary with sizes
+    last_use: dict[int, Any] = field(default_factory=dict)  # by root: an operation and the shapes of its results
     cuts: list[int] = field(default_factory=list)
     first_cut: Location | None = None
     ended: bool = True
@@ -92,7 +93,7 @@ class UseCount:
         self._source = {id(tensor): index for index, tensor in enumerate(lifted)}
         self._parts: dict[tuple[Any, ...], int] = {}
         self._roots = {index: frozenset((index,)) for index in self._source.values()}
-        self._size, self._short, self._operations = size, short, 0
+        self._sizes, self._short, self._operations = {size}, short, 0
         self._kept: list[torch.Tensor] = []  # ids stay unique while the tensors live
 
     @substage("count uses")
@@ -118,21 +119,27 @@ class UseCount:
                 if source is not None:
                     self.run.uses[source] += 1
                     self.run.roots.update(self._roots[source])
+                    self.run.last_use |= dict.fromkeys(self._roots[source], (func, [each.shape for each in results]))
             if func not in _NEW:
-                self._note_cut(tensors[0], results)
+                for tensor in tensors:
+                    self._note_cut(tensor, results)
             if self._short and self.run.uses and min(self.run.uses.values()) >= heuristics.PROBE_USES:
                 raise EnoughError
 
     def _note_cut(self, tensor: torch.Tensor, results: Sequence[torch.Tensor]) -> None:
-        if not results or self._size not in tensor.shape:
+        """Note the sizes of what is cut from a text, and those of a text that is shortened or lengthened first."""
+        if not results:
             return
         result = results[0]
         for dim, size in enumerate(tensor.shape):
-            if size != self._size:
+            if size not in self._sizes:
                 continue
             if result.ndim == tensor.ndim:
-                if result.shape[dim] < size:
-                    self._cut(result.shape[dim])
+                made = result.shape[dim]
+                if 2 * made > size and made != size:
+                    self._sizes.add(made)
+                if made < size:
+                    self._cut(made)
             elif result.ndim == tensor.ndim - 1:
                 self.run.cuts.append(1)
             elif result.ndim == tensor.ndim + 1:

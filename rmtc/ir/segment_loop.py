@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -175,6 +176,19 @@ class SegmentLoop:
         """Return the layout of a segment."""
         return self.layouts[min(segment, len(self.layouts) - 1)]
 
+    def other_size(self, batch: int, tail: int) -> str | None:
+        """Say which size of a call is another one than the loop was captured for; None if none is."""
+        for name, what, value in (("batch", "a batch of", batch), ("tail", "a last segment of", tail)):
+            if self.fixed.get(name, value) != value:
+                return f"the loop was captured for {what} {self.fixed[name]}, and this call has one of {value}"
+        return None
+
+    @functools.cached_property
+    def reads_tail(self) -> bool:
+        """Whether an operation of a segment reads the length of the segment."""
+        given = (leaf for row in (*self.rows, self.steady) for op in row for leaf in leaves(op.args))
+        return any(isinstance(leaf, Affine) and "T" in leaf.atoms for leaf in given)
+
     def rows_before(self, row: int, back: int) -> range:
         """Return the rows that the segment ``back`` before a segment of a row may have."""
         steady = len(self.rows)
@@ -222,7 +236,7 @@ class SegmentLoop:
         Args:
             segments: number of segments, at least 1.
             batch: batch size.
-            tail: positions of the last segment, 1 .. segment_length.
+            tail: positions of the last segment, with those that it leaves out.
 
         Returns:
             The program, and the key of each of its operations.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rmtc import heuristics
-from rmtc.capture.probe import Sizes
+from rmtc.capture.sizes import Sizes
 from rmtc.runtime.stats import Decision
 
 AS_WRITTEN = "as written"

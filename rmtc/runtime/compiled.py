@@ -26,8 +26,8 @@ from rmtc.capture import capture_of
 from rmtc.capture.arguments import Arguments, argument_names
 from rmtc.capture.guards import ArgumentGuard, alike
 from rmtc.capture.own_modes import modes, own_modes
-from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
+from rmtc.capture.sizes import Sizes
 from rmtc.capture.state_guard import StateGuard
 from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError, brief, raised_by_signal, user_level
 from rmtc.lock import LOCK
@@ -495,10 +495,7 @@ class Compiled:
                 return _Eager(failed.reason, detail=failed.detail)
             refused: str | None = None
             if variant.counter is None and variant.refused:
-                rest = variant.arguments.rest(arguments)
-                if (used := variant.used.get((sizes, rest))) is not None:  # no capture would be another
-                    return _Eager(used)
-                refused = variant.refused.get((sizes, rest, variant.entry(sizes.batch)))
+                refused = variant.refused.get((sizes, variant.entry(sizes.batch)))
             ready: Ready | str | None = refused or variant.ready(arguments, sizes, None if pick is None else pick.arm)
             if isinstance(ready, str):
                 if variant.put_off(pick):
@@ -626,7 +623,7 @@ class Compiled:
                 segments=sizes.segments,
                 layers=schedule.layers,
                 batch=sizes.batch,
-                tail=sizes.tail,
+                tail=variant.last_length(sizes),
                 steps=run.steps,
                 parts=max(schedule.parts, default=1),
                 sequential_steps=sizes.segments * schedule.layers,
@@ -744,15 +741,15 @@ class Compiled:
             if isinstance(decision, _Capture):
                 return self._capture(decision, arguments)
             variant, sizes = decision.variant, decision.sizes
-            entry, rest = variant.entry(sizes.batch), variant.arguments.rest(arguments)
+            entry = variant.entry(sizes.batch)
             try:
-                variant.admit(sizes, lambda: self._session(arguments), decision.pick and decision.pick.arm, rest)
+                variant.admit(sizes, lambda: self._session(arguments), decision.pick and decision.pick.arm)
             except RmtcError as error:
                 if variant.put_off(decision.pick, for_good=isinstance(error, ConflictError)):
                     logger.info("%s: another way to run calls is left alone: %s", self._title, error.reason)
                     return None
                 logger.info("%s does not follow the capture: %s", sizes, error.reason)
-                variant.refused[sizes, rest, entry] = error.reason
+                variant.refused[sizes, entry] = error.reason
             except Exception as error:
                 if raised_by_signal(error):
                     raise

@@ -13,7 +13,7 @@ import torch
 from rmtc import heuristics
 from rmtc.analysis import Analysis
 from rmtc.capture import Captured
-from rmtc.capture.probe import Sizes
+from rmtc.capture.sizes import Sizes
 from rmtc.errors import RefusedError, RmtcError, VerifyError, raised_by_signal
 from rmtc.ir.cost import Candidate, CostModel, Work
 from rmtc.ir.program import VIEWS, Op, Program, Src, Val, leaves

@@ -24,8 +24,8 @@ from rmtc.capture.guards import ArgumentGuard
 from rmtc.capture.kinds import MISSING, fingerprint, is_plain
 from rmtc.capture.objects import ExistingContainer, Kept, Label, Ref, attributes, build, can_be_made
 from rmtc.capture.own_modes import modes
-from rmtc.capture.probe import Sizes
 from rmtc.capture.session import Session
+from rmtc.capture.sizes import Sizes
 from rmtc.capture.snapshot import Snapshot
 from rmtc.capture.state import Slot
 from rmtc.capture.state_guard import StateGuard
@@ -121,7 +121,6 @@ class Variant:
         effects: what a call leaves in Python.
         entries: what the places that a call writes held before it, for all that is known not to matter.
         refused: sizes that do not follow the program after what a call has found in the places that it writes, and why.
-        used: sizes with a rest of the text that makes no segment, and that the code uses, and why they do not run.
         arms: the ways to run a call among which estimates and measurements choose; none if one was asked for.
         device: what the call runs on.
         frozen: whether nothing is tried for now.
@@ -153,8 +152,7 @@ class Variant:
     _known: frozenset[int] = frozenset()
     _containers: dict[str, Slot] = field(default_factory=dict)  # where the state has containers, by name
     _left: tuple[ExistingContainer, ...] = ()  # those of them that the call leaves in places
-    refused: dict[tuple[Sizes, int, tuple[Any, ...]], str] = field(default_factory=dict)
-    used: dict[tuple[Sizes, int], str] = field(default_factory=dict)
+    refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
     arms: list[Arm] = field(default_factory=list)
     _make: dict[Arm, Callable[[], Made]] = field(default_factory=dict)
@@ -481,6 +479,11 @@ class Variant:
             for slot, shape in zip(self._slots.values(), self._shapes.values(), strict=True)
         )
 
+    def last_length(self, sizes: Sizes) -> int:
+        """Positions of a call's last segment, without those that make no segment."""
+        loop = self.program.loop
+        return sizes.tail if loop.reads_tail else min(sizes.tail, loop.segment_length)
+
     def match(self, arguments: Arguments) -> Sizes | str:
         """The sizes of a call that this capture may serve; or in what the call differs."""
         if self.modes != modes():
@@ -488,11 +491,7 @@ class Variant:
         sizes = self.arguments.sizes(arguments)
         if isinstance(sizes, str):
             return sizes
-        fixed = self.program.loop.fixed
-        for name, value in (("batch", sizes.batch), ("tail", sizes.tail)):
-            if fixed.get(name, value) != value:
-                return f"it was captured for {name} = {fixed[name]}, and this call has {value}"
-        return self.state.differs(arguments) or sizes
+        return self.program.loop.other_size(sizes.batch, sizes.tail) or self.state.differs(arguments) or sizes
 
     @substage("contents of places")
     def entry(self, batch: int) -> tuple[Any, ...]:
@@ -543,16 +542,13 @@ class Variant:
         for name in made.unmoved if in_place else self._shapes:
             if _metadata(values[name]) != self._shapes[name]:
                 return f"{name} was {_show(self._shapes[name])} and is {_show(_metadata(values[name]))}"
-        inputs = self.arguments.whole(arguments, sizes)
+        inputs = {show(path): tensor for path, tensor in arguments.tensors().items()}
         if self._written and not _unshared(self._written, {**values, **inputs}):
             return "a tensor that the call writes to shares its memory with another one"
         placed = made.weights.places.keys()
         if placed and not in_place and not placed <= Weights.movable({**self._tensors(), **inputs}):
             return "parameters share memory, or lie in it in another order"
         if not in_place or sizes not in self.analysis.admitted or not self._met(sizes.batch):
-            return None
-        rest = self.arguments.rest(arguments)
-        if rest and (sizes, rest) not in self.analysis.left_out:
             return None
         values.update(inputs)
         return Ready(sizes, values, arguments, made)
@@ -577,7 +573,7 @@ class Variant:
         }
 
     @uncollected()  # a collection takes longer than most admissions, and is no part of what one costs
-    def admit(self, sizes: Sizes, fresh: Callable[[], Session], arm: Arm | None = None, rest: int = 0) -> None:
+    def admit(self, sizes: Sizes, fresh: Callable[[], Session], arm: Arm | None = None) -> None:
         """See that a call of some sizes, in the model's present state, is the program's; and move the weights.
 
         To be called by one thread alone.
@@ -586,7 +582,6 @@ class Variant:
             sizes: those of the call.
             fresh: makes a session of the call as it is now.
             arm: what is to run it; None for what is estimated to be fastest.
-            rest: positions of its text that make no segment.
 
         Raises:
             RefusedError, CaptureError: if it is not.
@@ -602,16 +597,9 @@ class Variant:
         if entry not in self.entries:
             self._hold_entry(sizes, fresh())
             self.entries.add(entry)
-        if sizes not in self.analysis.admitted or rest:
+        if sizes not in self.analysis.admitted:
             with self._as_captured():
                 self.analysis.admit(sizes)
-                try:
-                    if rest:
-                        self.analysis.leave_out(sizes, rest)
-                except RefusedError as error:
-                    if len(self.used) < heuristics.REFUSALS_KEPT:
-                        self.used[sizes, rest] = error.reason
-                    raise
             _refuse_lost(self.analysis.capture)
         values = {name: slot.get() for name, slot in self._slots.items()}
         if not made.weights.in_place(values):

@@ -15,7 +15,7 @@ import rmtc
 from rmtc.analysis import Analysis, prove_analysis
 from rmtc.capture import Capture, Captured, open_capture
 from rmtc.capture.copies import Copies
-from rmtc.capture.probe import Sizes
+from rmtc.capture.sizes import Sizes
 from rmtc.capture.tracer import trace
 
 SEGMENT, WIDTH, LAYERS = 4, 8, 5

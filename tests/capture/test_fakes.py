@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 import rmtc
 from rmtc.capture import Capture, open_capture, session, tracer
 from rmtc.capture.fakes import Fakes
-from rmtc.capture.probe import Sizes
+from rmtc.capture.sizes import Sizes
 from rmtc.capture.tracer import trace
 from rmtc.examples.armt_llama import build
 

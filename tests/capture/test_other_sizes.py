@@ -15,7 +15,7 @@ from rmtc.analysis import Analysis, analyze
 from rmtc.capture import Capture, Captured
 from rmtc.capture.events import Event, EventOutput, Named, Viewed
 from rmtc.capture.other_sizes import Told, follows, tell
-from rmtc.capture.probe import Sizes
+from rmtc.capture.sizes import Sizes
 from rmtc.compiler import compiled_of
 
 SEGMENT = 6

@@ -14,7 +14,7 @@ from torch import nn
 import rmtc
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture.events import Event, EventOutput, Named, Pattern, extend, hold
-from rmtc.capture.probe import Sizes
+from rmtc.capture.sizes import Sizes
 
 
 class Model(nn.Module):

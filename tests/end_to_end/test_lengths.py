@@ -16,8 +16,8 @@ import rmtc
 from rmtc.capture import Capture
 from rmtc.capture.events import Beyond, Event, EventOutput, Named, Viewed
 from rmtc.capture.other_sizes import follows, predict, tell
-from rmtc.capture.probe import Sizes
 from rmtc.capture.replay import Replayer
+from rmtc.capture.sizes import Sizes
 from rmtc.capture.snapshot import Snapshot
 from rmtc.compiler import compiled_of
 from rmtc.runtime.executor import Executor

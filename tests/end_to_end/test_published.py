@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -512,6 +512,242 @@ def hidden_alone(hidden: Tensor, x: Tensor) -> Tensor:
     return hidden
 
 
+class Tabled(Stack):
+    """Rotary embeddings of a package: a table that the first segment writes into a buffer, and later ones read."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(9 * SEGMENT, 1))
+        self.known = 0
+
+    def angles(self, length: int) -> Tensor:
+        if length > self.known:
+            angles = torch.arange(length, dtype=self.table.dtype)[:, None].cos()
+            self.table[:length] = angles
+            self.known = length
+            return angles
+        return self.table[:length]
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, pieces = zeros(x.shape[0]), []
+        for piece in x.split(SEGMENT, dim=1):
+            pieces.append(self.segment(piece * self.angles(piece.shape[1]), memories))
+        return torch.cat(pieces, dim=1)
+
+
+@pytest.mark.parametrize("first", [3, SEGMENT])
+def test_a_table_that_the_first_segment_writes(first: int) -> None:
+    twins = Twins(Tabled)
+    for segments, batch, tail in ((5, 1, first), *SIZES):
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments)
+
+
+class Cut(Stack):
+    """A loop over the pieces of a text that is shortened or padded before it is cut."""
+
+    def __init__(self, cut: Callable[[Tensor], Sequence[Tensor]]) -> None:
+        super().__init__()
+        self.cut = cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories = zeros(x.shape[0])
+        return torch.cat([self.segment(piece, memories) for piece in self.cut(x)], dim=1)
+
+
+def from_the_end(x: Tensor) -> list[Tensor]:
+    """Cut a text as RMT and ARMT do by default: the segment with fewer positions is the first one."""
+    cuts = [*range(x.shape[1], 0, -SEGMENT), 0][::-1]
+    return [x[:, start:end] for start, end in itertools.pairwise(cuts)]
+
+
+def filled_up(x: Tensor) -> Sequence[Tensor]:
+    missing = -x.shape[1] % SEGMENT
+    if missing:
+        x = torch.cat([x, x.new_zeros(x.shape[0], missing, WIDTH)], dim=1)
+    return [*x.split(SEGMENT, dim=1)]
+
+
+def as_batch(x: Tensor) -> Sequence[Tensor]:
+    whole = x[:, : x.shape[1] // SEGMENT * SEGMENT]
+    return [*whole.reshape(x.shape[0], -1, SEGMENT, WIDTH).unbind(1)]
+
+
+# What a text is cut into, and how many segments one of some positions has.
+CUTS: dict[str, tuple[Callable[[Tensor], Sequence[Tensor]], Callable[[int], int]]] = {
+    "whole": (lambda x: x[:, : x.shape[1] // SEGMENT * SEGMENT].split(SEGMENT, 1), lambda n: n // SEGMENT),
+    "whole, reshaped": (as_batch, lambda n: n // SEGMENT),
+    "unfolded": (lambda x: x.unfold(1, SEGMENT, SEGMENT).transpose(2, 3).unbind(1), lambda n: n // SEGMENT),
+    "whole but one": (
+        lambda x: x[:, : (x.shape[1] - 1) // SEGMENT * SEGMENT].split(SEGMENT, 1),
+        lambda n: (n - 1) // SEGMENT,
+    ),
+    "all but the last": (lambda x: x[:, :-1].split(SEGMENT, 1), lambda n: -(-(n - 1) // SEGMENT)),
+    "all but the first": (lambda x: x[:, 1:].split(SEGMENT, 1), lambda n: -(-(n - 1) // SEGMENT)),
+    "by points": (lambda x: x.tensor_split([*range(SEGMENT, x.shape[1], SEGMENT)], 1), lambda n: -(-n // SEGMENT)),
+    "a shorter first": (lambda x: [x[:, :2], *x[:, 2:].split(SEGMENT, 1)], lambda n: 1 - (2 - n) // SEGMENT),
+    "with two before": (lambda x: F.pad(x, (0, 0, 2, 0)).split(SEGMENT, 1), lambda n: -(-(n + 2) // SEGMENT)),
+    "filled up": (lambda x: F.pad(x, (0, 0, 0, -x.shape[1] % SEGMENT)).split(SEGMENT, 1), lambda n: -(-n // SEGMENT)),
+    "filled up before": (
+        lambda x: F.pad(x, (0, 0, -x.shape[1] % SEGMENT, 0)).split(SEGMENT, 1),
+        lambda n: -(-n // SEGMENT),
+    ),
+    "filled up where it needs to be": (filled_up, lambda n: -(-n // SEGMENT)),
+    "from the end": (from_the_end, lambda n: -(-n // SEGMENT)),
+}
+
+
+ANEW = "from the end", "filled up where it needs to be"  # captured anew for each length of the shorter segment
+
+
+@pytest.mark.parametrize("first", [2, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", CUTS)
+def test_a_text_is_shortened_or_padded_before_it_is_cut(name: str, first: int) -> None:
+    cut, segments = CUTS[name]
+    twins = Twins(lambda: Cut(cut))
+    for whole, batch, rest in ((4, 1, first), (7, 1, first), (5, 2, 0), (7, 1, 3), (7, 1, 3), (6, 1, 1)):
+        x = text(whole + 1, batch, rest)[:, : whole * SEGMENT + rest]
+        twins.call(x)
+        twins.ran(segments(x.shape[1]))
+    assert rmtc.stats(twins.fast).captures <= (4 if name in ANEW else 1)
+
+
+def filled(x: Tensor) -> Tensor:
+    labels = x.roll(-1, 1)
+    labels[:, -1] = -100
+    return labels
+
+
+def copied(x: Tensor) -> Tensor:
+    labels = torch.full_like(x, -100)
+    labels[:, :-1] = x[:, 1:]
+    return labels
+
+
+# The next position as the label of each, and nothing for the last one.
+LABELS: dict[str, Callable[[Tensor], Tensor]] = {
+    "concatenated": lambda x: torch.cat([x[:, 1:], x.new_full((x.shape[0], 1, WIDTH), -100)], 1),
+    "rolled and filled": filled,
+    "written": copied,
+    "padded": lambda x: F.pad(x[:, 1:], (0, 0, 0, 1), value=-100),
+}
+
+
+class Labelled(Stack):
+    """A loss for each segment, with labels that are shifted before the text is cut."""
+
+    def __init__(self, shift: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, losses = zeros(x.shape[0]), []
+        for piece, labels in zip(x.split(SEGMENT, 1), self.shift(x).split(SEGMENT, 1), strict=True):
+            losses.append(F.mse_loss(self.segment(piece, memories), labels))
+        return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_that_are_shifted_before_the_loop(name: str) -> None:
+    twins = Twins(lambda: Labelled(LABELS[name]))
+    for segments, batch, tail in SIZES:
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments)
+    assert rmtc.stats(twins.fast).captures == 1
+
+
+class Staged(Stack):
+    """A loop that writes each segment to a tensor as long as the text, and reads it from there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, pieces, staged = zeros(x.shape[0]), [], torch.zeros_like(x)
+        for start in range(0, x.shape[1], SEGMENT):
+            staged[:, start : start + SEGMENT] = x[:, start : start + SEGMENT].cos()
+            pieces.append(self.segment(staged[:, start : start + SEGMENT], memories))
+        return torch.cat(pieces, dim=1)
+
+
+def test_a_text_that_is_written_segment_by_segment() -> None:
+    twins = Twins(Staged)
+    for segments, batch, tail in SIZES:
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments)
+
+
+def to_the_end(x: Tensor) -> list[Tensor]:
+    cuts = [SEGMENT * number for number in range(x.shape[1] // SEGMENT)]
+    return [x[:, start:end] for start, end in itertools.pairwise([*cuts, x.shape[1]])]
+
+
+def test_a_last_segment_that_takes_the_rest() -> None:
+    twins = Twins(lambda: Cut(to_the_end))
+    for segments, batch, rest in ((4, 2, 0), (6, 2, 2), (4, 2, 3), (6, 1, 1), (6, 2, 2)):
+        x = text(segments + 1, batch, rest)[:, : segments * SEGMENT + rest]
+        twins.call(x)
+        twins.ran(segments)
+        last_run = rmtc.stats(twins.fast).last_run
+        assert last_run is not None and last_run.tail == SEGMENT + rest
+    assert "last segment: 4 .. 7 positions" in rmtc.explain(Cut(to_the_end).double())(text(4, 2)).free
+
+
+def test_more_positions_before_a_text_than_a_segment_has() -> None:
+    with pytest.raises(rmtc.CaptureError, match=f"adds {2 * SEGMENT + 1} positions"):
+        rmtc.explain(Cut(lambda x: F.pad(x, (0, 0, 2 * SEGMENT + 1, 0)).split(SEGMENT, 1)).double())(text(5, 2))
+
+
+class Pairs(Stack):
+    """A loop over a list of segments, each with something beside it."""
+
+    def forward(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        memories = zeros(pairs[0][0].shape[0])
+        return torch.cat([self.segment(piece, memories) * other for piece, other in pairs], dim=1)
+
+
+def test_a_list_of_pairs() -> None:
+    twins = Twins(Pairs)
+    for segments, batch, tail in SIZES:
+        pieces = text(segments, batch, tail).split(SEGMENT, 1)
+        twins.call([(piece, piece.cos()) for piece in pieces])
+        twins.ran(segments)
+
+
+class Asked(Stack):
+    """A loop that leaves out segments of padding alone, which a mask of sizes tells."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = -x.shape[1] % SEGMENT
+        mask = F.pad(x.new_ones(x.shape[:2]), (0, missing))
+        memories, pieces = zeros(x.shape[0]), []
+        padded = F.pad(x, (0, 0, 0, missing)).split(SEGMENT, 1)
+        for piece, there in zip(padded, mask.split(SEGMENT, 1), strict=True):
+            if there.any().item():
+                pieces.append(self.segment(piece, memories))
+        return torch.cat(pieces, dim=1)
+
+
+def test_a_padded_mask_of_sizes_is_known() -> None:
+    twins = Twins(Asked)
+    for segments, batch, tail in SIZES:
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments)
+
+
+@pytest.mark.parametrize("points", [[8, 4], [5, 2], [4, -100], [4, 4, 12]])
+def test_pieces_between_points_that_do_not_rise(points: list[int]) -> None:
+    """A piece of ``tensor_split`` goes from one point to the next, also where it overlaps others."""
+
+    def cut(x: Tensor) -> Sequence[Tensor]:
+        return [*x.tensor_split(points, 1)[-1].split(SEGMENT, 1)]
+
+    twins = Twins(lambda: Cut(cut))
+    for whole in (8, 10):
+        twins.call(text(whole, 2))
+        stats = rmtc.stats(twins.fast)
+        assert stats.last_run is not None and not stats.fallbacks and stats.last_run.segments > 2
+
+
 USES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "read": lambda hidden, x: hidden * x.mean(),
     "returned": lambda hidden, x: (hidden, x),
@@ -519,6 +755,9 @@ USES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "read from its end": lambda hidden, x: (hidden, x[:, -1]),
     "read from its end, with an operation": lambda hidden, x: hidden * x.transpose(0, 1)[-2].mean(),
     "read to its end": lambda hidden, x: (hidden, x[:, 3:].cos()),
+    "read as it lies": lambda hidden, x: hidden * x.reshape(-1)[7],
+    "masked": lambda hidden, x: hidden * x.new_ones(x.shape).cumsum(1)[:, : hidden.shape[1]],
+    "repeated if it is one": lambda hidden, x: (hidden, x[:, -1:].expand(-1, 5, -1)[:, 3]),
 }
 
 
@@ -532,13 +771,8 @@ def test_the_rest_of_a_text_that_makes_no_segment_is_left_out(first: int) -> Non
 
 
 @pytest.mark.parametrize("name", USES)
-def test_the_rest_of_a_text_that_is_used_is_seen(name: str) -> None:
+def test_the_rest_of_a_text_may_be_used(name: str) -> None:
     twins = Twins(lambda: Dropping(USES[name]))
-    for segments in (4, 6):
-        twins.call(text(segments, 2))
+    for segments, batch, rest in ((4, 2, 0), (6, 2, 2), (4, 2, 3), (6, 1, 1), (6, 2, 2)):
+        twins.call(text(segments + 1, batch, rest)[:, : segments * SEGMENT + rest])
         twins.ran(segments)
-    with torch.no_grad(), pytest.raises(rmtc.RefusedError, match="the last 2 positions of the text"):
-        twins.fast(text(6, 2)[:, :-2])
-    runs = rmtc.stats(twins.fast).runs
-    twins.call(text(6, 2))
-    assert rmtc.stats(twins.fast).runs == runs + 1

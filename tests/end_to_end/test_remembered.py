@@ -15,7 +15,7 @@ from replayed import SEGMENT, Layer, analyzed
 from torch import Tensor, nn
 
 import rmtc
-from rmtc.capture.probe import Sizes
+from rmtc.capture.sizes import Sizes
 
 LATE = 20
 FLAG = threading.Event()

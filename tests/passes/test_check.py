@@ -27,7 +27,7 @@ from torch import Tensor
 
 import rmtc.passes.schedule.check
 from rmtc.analysis import Analysis, analyze
-from rmtc.capture.probe import Sizes
+from rmtc.capture.sizes import Sizes
 from rmtc.errors import VerifyError
 from rmtc.examples import armt_llama
 from rmtc.ir.cells import Cell, Dependence

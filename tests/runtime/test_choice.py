@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import rmtc
-from rmtc.capture.probe import Sizes
+from rmtc.capture.sizes import Sizes
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama, transformer_xl
 from rmtc.ir.cost import CostModel

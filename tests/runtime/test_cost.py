@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import rmtc
 from rmtc import heuristics
 from rmtc.analysis import Analysis, analyze
-from rmtc.capture.probe import Sizes
+from rmtc.capture.sizes import Sizes
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
 from rmtc.ir.cost import CostModel, Work

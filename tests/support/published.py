@@ -92,7 +92,9 @@ def armt(options: Options) -> tuple[nn.Module, Call]:
     def sliding(model: Any, text: Tensor) -> Any:
         return model(text, attention_mask=torch.ones_like(text), sliding_window=True)
 
-    return AssociativeRecurrentWrapper(cell, segment_size=SEGMENT), sliding if options.sliding else call
+    alignment = "right" if options.right else "left"
+    wrapper = AssociativeRecurrentWrapper(cell, segment_size=SEGMENT, segment_alignment=alignment)
+    return wrapper, sliding if options.sliding else call
 
 
 def rmt(options: Options) -> tuple[nn.Module, Call]:
@@ -240,6 +242,7 @@ def main() -> None:
     for name, text in (
         ("sliding", "ARMT with a sliding window"),
         ("labels", "ARMT with labels, whose losses are results"),
+        ("right", "ARMT with texts that are cut from their end: a short segment is the first one"),
         ("shift", "memories of the layer above"),
         ("delta", "the delta rule of Infini-attention"),
     ):
