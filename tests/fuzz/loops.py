@@ -7,6 +7,20 @@ from .spec import Spec
 
 __all__ = ["arguments", "forward"]
 
+TRIMS = {
+    "none": "{0}",
+    "first": "{0}[:, 1:]",
+    "last": "{0}[:, :-1]",
+    "rest": "{0}[:, : {0}.shape[1] // SEGMENT * SEGMENT]",
+    "rest at the front": "{0}[:, {0}.shape[1] % SEGMENT :]",
+    "rest of what follows the first": "{0}[:, 1 :][:, : ({0}.shape[1] - 1) // SEGMENT * SEGMENT]",
+    "put before": "torch.cat([{0}[:, :2], {0}], dim=1)",
+    "put behind": "torch.cat([{0}, {0}[:, :3]], dim=1)",
+    "filled up": "torch.cat([{0}, {0}.new_zeros(({0}.shape[0], -{0}.shape[1] % SEGMENT, *{0}.shape[2:]))], dim=1)",
+    "moved": "{0}.roll(-1, 1)",
+}
+"""What is done to a text before it is cut."""
+
 
 def arguments(spec: Spec, me: str) -> str:
     found = [me] if me else []
@@ -46,9 +60,9 @@ def forward(spec: Spec, me: str) -> str:
     if spec["result"] == "preallocated":
         width = "11" if spec["head"] == "tied" else "WIDTH"
         lines.append(f"out = like.new_zeros(batch, text.shape[1], {width})")
-    split = "text.split(SEGMENT, dim=1)"
+    split, masks = (f"{TRIMS[spec['trim']].format(each)}.split(SEGMENT, dim=1)" for each in ("text", "mask"))
     if spec["mask"]:
-        split = f"list(zip({split}, mask.split(SEGMENT, dim=1)))"
+        split = f"list(zip({split}, {masks}))"
     ranged = "text[:, at : at + SEGMENT]"
     if spec["mask"]:
         ranged = f"({ranged}, mask[:, at : at + SEGMENT])"

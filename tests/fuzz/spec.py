@@ -133,6 +133,18 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "schedule": ("shortest", "best", "fission", "diagonal", "sequential"),
     "max_group": (None, 1, 2, 3),
     "compiled_when": ("at first", "under no_grad", "by decorator"),
+    "trim": (
+        "none",
+        "first",
+        "last",
+        "rest",
+        "rest at the front",
+        "rest of what follows the first",
+        "put before",
+        "put behind",
+        "filled up",
+        "moved",
+    ),
 }
 """What a model is drawn from; the first value is the plainest."""
 
@@ -153,7 +165,7 @@ def draw(seed: int, number: int) -> Spec:
     spec: Spec = {}
     daring = rng.choice((0.06, 0.15, 0.35))  # how likely each choice is another than the plainest
     for name, values in OPTIONS.items():
-        always = name in ("layers", "write", "read", "loop", "layer_loop", "home", "result", "reads")
+        always = name in ("layers", "write", "read", "loop", "layer_loop", "home", "result", "reads", "trim")
         other = rng.random() < (0.6 if always else daring)
         spec[name] = rng.choice(values[1:]) if other else values[0]
     if spec["layers"] == 1 and rng.random() < 0.8:
@@ -237,6 +249,7 @@ def possible(spec: Spec) -> Spec:
     fix(made["result"] == "preallocated" and made["loop"] not in ("for", "range"), loop="range")
     fix(made["result"] in ("preallocated", "buffer") and made["tokens"], tokens=False)
     fix(made["compiled_when"] == "by decorator" and made["unit"] != "module", compiled_when="at first")
+    fix(made["result"] == "preallocated", trim="none")
     if made["gradients"]:
         made["calls"][0]["mode"] = "no_grad"
     if made["loop"] == "view":
