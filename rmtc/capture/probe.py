@@ -160,11 +160,19 @@ class _Prober:
         least: Cut | None = None
         for size in sorted(sizes):
             found = self.cut(growth, size, batch)
-            if found is not None:
+            if found is not None and (size == max(sizes) or self._goes_on(growth, found, batch)):
                 if run is None or self._all_again(growth, found, batch, run):
                     return found
                 least = least or found
         return least
+
+    def _goes_on(self, growth: Growth, cut: Cut, batch: int) -> bool:
+        """Tell whether a third segment uses the layers more often than two.
+
+        A part that the code puts before a text may look like a segment in short texts.
+        """
+        two, three = (self.attempt(growth, cut.extra + times * cut.length, batch) for times in (2, 3))
+        return two is not None and three is not None and two.total < three.total
 
     def _all_again(self, growth: Growth, cut: Cut, batch: int, text: ProbeRun) -> bool:
         """Tell whether a second segment uses again every tensor that a longer text uses again.

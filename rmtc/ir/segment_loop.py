@@ -185,7 +185,7 @@ class SegmentLoop:
 
     @functools.cached_property
     def reads_tail(self) -> bool:
-        """Whether an operation of a segment reads the length of the segment."""
+        """True if an operation of a segment reads the length of the segment."""
         given = (leaf for row in (*self.rows, self.steady) for op in row for leaf in leaves(op.args))
         return any(isinstance(leaf, Affine) and "T" in leaf.atoms for leaf in given)
 

@@ -172,7 +172,7 @@ def cut_slices(graph: fx.Graph, texts: Set[tuple[str, int]] = frozenset()) -> fr
     Args:
         graph: the graph.
         texts: names of texts that may have a rest that makes no segment, and the dimensions that are their lengths. A
-            slice of all of such a text takes less of a text with a rest.
+            slice of all of a part of such a text takes less if there is a rest.
     """
     whole, less = set[tuple[str, int]](), set[tuple[str, int]]()
     for node in graph.nodes:
@@ -181,9 +181,7 @@ def cut_slices(graph: fx.Graph, texts: Set[tuple[str, int]] = frozenset()) -> fr
             if interval is not None:
                 start, end = _last_written(node, interval)
                 (whole if interval == (start, end) else less).add((_place(node), end - start))
-                if not texts.isdisjoint(
-                    (name, _dim(node, 1)) for name in _seen_whole(node.args[0]).meta.get("names", ())
-                ):
+                if not texts.isdisjoint((name, _dim(node, 1)) for name in _sliced(node.args[0]).meta.get("names", ())):
                     less.add((_place(node), end - start))
     return frozenset(place for place, _ in whole & less)
 
@@ -213,13 +211,10 @@ def _is_text(node: fx.Node, dim: int) -> bool:
     return bool(least) and value.ndim > dim and value.shape[dim] >= least
 
 
-def _seen_whole(node: fx.Node) -> fx.Node:
-    """Return the tensor that a node shows all of, in the same shape."""
+def _sliced(node: fx.Node) -> fx.Node:
+    """Return the tensor that a slice, or a slice of slices, is of."""
     while node.target in (aten.alias.default, aten.slice.Tensor):
-        source: Any = node.args[0]
-        if source.meta["val"].shape != node.meta["val"].shape:
-            break
-        node = source
+        node = node.all_input_nodes[0]
     return node
 
 
