@@ -189,7 +189,7 @@ class Alike:
             if type(module) is kind:
                 skeleton, numbers, modules = _skeleton(module)
                 family = self._families.setdefault(skeleton, len(self._families))
-                state = ReplayState(module, self._session.snapshot.slots, self.plains, numbers)
+                state = ReplayState(module, self._session.snapshot.shared, self.plains, numbers)
                 member = self._members[id(module)] = Member(module, family, state, modules)
                 families.setdefault(family, []).append(member)
         for members in families.values():

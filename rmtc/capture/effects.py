@@ -124,7 +124,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @substage("find effects")
 def find_effects(
-    session: Session, before: list[Slot], results: Mapping[str, Any], describer: Describer
+    session: Session, before: list[Slot], after: list[Slot], results: Mapping[str, Any], describer: Describer
 ) -> tuple[Effect, ...]:
     """Find what a run leaves in Python objects, by comparing the places before and after it.
 
@@ -133,7 +133,7 @@ def find_effects(
 
     Args:
         session: the call.
-        before: the slots as the run found them.
+        before, after: the slots as the run found them, and as it left them.
         results: the run's results by name, such as ``state:layers.3.A``; only the names are used.
         describer: describes the values that the run leaves.
 
@@ -142,7 +142,6 @@ def find_effects(
             deletes an attribute, or takes a container away and changes how many items it has.
     """
     # The places before and after, and the owners that existed before the run.
-    after = session.state()
     persistent = {id(slot.owner) for slot in before} | {id(owner) for owner in session.snapshot.owners()}
     persistent |= {id(each.value) for each in session.snapshot.objects}  # some have no attribute yet
     persistent -= {id(slot.owner) for slot in before if isinstance(slot.owner, tuple)}

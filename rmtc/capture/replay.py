@@ -292,7 +292,7 @@ class Replayer:
         with session.installed(session.fake_tensors), fakes, fakes.watched(recorder.note), self._patched(recorder):
             result = session.call(args, kwargs)
             held, describer = session.held(session.fake_tensors), describer_of(session, handed)
-            found, plain, self.results[sizes] = left_behind(session, result, held, describer)
+            found, plain, self.results[sizes] = left_behind(session, result, held, describer, session.state())
             refuse_flags(found, [*session.fake_tensors, *(value for value, _ in given.values())], given)
             final = tuple((result_view(name), recorder.reference(tensor)) for name, tensor in found.items())
         numbers = tuple(value for value in plain.values() if type(value) is int)
@@ -393,7 +393,7 @@ class Replayer:
     def _state(self, module: nn.Module) -> ReplayState:
         state = self._states.get(id(module))
         if state is None or not state.whole():
-            state = self._states[id(module)] = ReplayState(module, self._session.snapshot.slots, self._plains)
+            state = self._states[id(module)] = ReplayState(module, self._session.snapshot.shared, self._plains)
         return state
 
     def _hold_alike(self, found: _Remembered, known: _Remembered, member: Member) -> _Remembered:

@@ -6,9 +6,9 @@ import functools
 import logging
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import chain, compress
-from types import BuiltinFunctionType, CellType, FunctionType, MappingProxyType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -73,21 +73,15 @@ class ReplayState:
 
     Args:
         module: the module.
-        everything: all places that the call can reach.
+        shared: the places of classes, globals and closures that the call can reach.
         plains: takes up the numbers of the values, see :meth:`values`.
         numbers: stand in for the ids of objects, so that modules that hold alike objects have the same keys.
     """
 
     def __init__(
-        self, module: nn.Module, everything: Iterable[Slot], plains: Plains, numbers: Mapping[int, int] | None = None
+        self, module: nn.Module, shared: Sequence[Slot], plains: Plains, numbers: Mapping[int, int] | None = None
     ) -> None:
         self._numbers = numbers or {}
-        shared = [
-            slot
-            for slot in everything
-            if isinstance(slot.owner, (type, CellType))
-            or (isinstance(slot.owner, dict) and "__builtins__" in slot.owner)
-        ]
         found = [slot for slot in walk({"": module}) if not isinstance(slot.owner, tuple)]
         below = (slot.value for slot in found if isinstance(slot.value, nn.Module))
         self._modules = [*{id(each): each for each in (module, *below)}.values()]

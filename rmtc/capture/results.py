@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from rmtc.capture.arguments import Arguments
 from rmtc.capture.kinds import MISSING, fingerprint, is_plain
 from rmtc.capture.objects import Describer, ExistingContainer, Plain, Ref
 from rmtc.capture.session import Session
+from rmtc.capture.state import Slot
 from rmtc.capture.untold import UntoldError
 
 
@@ -58,7 +60,7 @@ def describe_result(result: Any, describer: Describer) -> tuple[Any, dict[str, t
 
 
 def left_behind(
-    session: Session, result: Any, held: dict[str, torch.Tensor], describer: Describer
+    session: Session, result: Any, held: dict[str, torch.Tensor], describer: Describer, after: Sequence[Slot]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], Any]:
     """Collect what a run leaves behind.
 
@@ -69,6 +71,7 @@ def left_behind(
         result: what the user's code returned.
         held: the fake tensor that each slot was given, by name.
         describer: describes what it returned.
+        after: the slots as the run left them.
 
     Returns:
         The tensors by name, the plain values that it left in places, and the description of what it returned.
@@ -78,7 +81,7 @@ def left_behind(
     """
     description, tensors = describe_result(result, describer)
     plain: dict[str, Any] = {}
-    for slot in session.state():
+    for slot in after:
         if isinstance(slot.value, torch.Tensor):
             if held.get(slot.name) is not slot.value:
                 tensors[f"state:{slot.name}"] = slot.value

@@ -62,6 +62,11 @@ def _is_bound(cell: types.CellType) -> bool:
         return False
 
 
+def _is_shared(owner: object) -> bool:
+    """Tell whether places of an owner are a class's, a closure's or globals."""
+    return isinstance(owner, (type, types.CellType)) or (isinstance(owner, dict) and "__builtins__" in owner)
+
+
 class Snapshot:
     """A copy of attributes and containers as they were, from which they are restored by identity and content.
 
@@ -73,6 +78,7 @@ class Snapshot:
 
     Attributes:
         slots: every place.
+        shared: those of classes, globals and closures.
         plain: the plain values by name.
         arrays: numpy arrays in reach, with copies of what they held.
         objects: the objects whose class or dictionary of attributes may change.
@@ -83,6 +89,7 @@ class Snapshot:
         found = walked(roots, without)
         refuse_closed(found.closed)
         self.slots = slots = found.slots
+        self.shared = [slot for slot in slots if _is_shared(slot.owner)]
         self.plain = {slot.name: slot.value for slot in slots if is_plain(slot.value)}
         self._saved: list[_Saved] = []
         self._places: list[Slot] = []

@@ -425,8 +425,9 @@ def _trace(
             result = session.call(new_args, new_kwargs)
             refuse_changed_containers(leaves, handed.leaves())
             describer = describer_of(session, handed)
-            found, plain, raw.result = left_behind(session, result, session.held(lifted), describer)
-            raw.effects = find_effects(session, slots, {**found, **plain}, describer)
+            after = session.state()
+            found, plain, raw.result = left_behind(session, result, session.held(lifted), describer, after)
+            raw.effects = find_effects(session, slots, after, {**found, **plain}, describer)
         raw.plain.update(plain)
         # Name the results and the tensors that were written, and refuse what a schedule would not do.
         names = [*(lifted.names[0] for lifted in session.lifted), *(show(path) for path in inputs)]

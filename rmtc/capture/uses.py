@@ -94,6 +94,7 @@ class UseCount:
         self._parts: dict[tuple[Any, ...], int] = {}
         self._roots = {index: frozenset((index,)) for index in self._source.values()}
         self._sizes, self._short, self._operations = {size}, short, 0
+        self._seldom = 0  # number of tensors that were used, but not often enough yet
         self._kept: list[torch.Tensor] = []  # ids stay unique while the tensors live
 
     @substage("count uses")
@@ -117,13 +118,14 @@ class UseCount:
         elif tensors:
             for source in sources:
                 if source is not None:
-                    self.run.uses[source] += 1
+                    count = self.run.uses[source] = self.run.uses[source] + 1
+                    self._seldom += (count == 1) - (count == heuristics.PROBE_USES)
                     self.run.roots.update(self._roots[source])
                     self.run.last_use |= dict.fromkeys(self._roots[source], (func, [each.shape for each in results]))
             if func not in _NEW:
                 for tensor in tensors:
                     self._note_cut(tensor, results)
-            if self._short and self.run.uses and min(self.run.uses.values()) >= heuristics.PROBE_USES:
+            if self._short and self.run.uses and not self._seldom:
                 raise EnoughError
 
     def _note_cut(self, tensor: torch.Tensor, results: Sequence[torch.Tensor]) -> None:

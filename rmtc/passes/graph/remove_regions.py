@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import operator
 from collections.abc import Iterator, Sequence
@@ -147,11 +148,18 @@ def writes(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
-    if target._schema.is_mutable or "functional" in target.name():
+    if target._schema.is_mutable or not _keeps_statistics(target):
         return bool(target._schema.is_mutable)
     given = _given(node)
     trains = any(given.get(name) for name in ("training", "train", "use_input_stats"))
     return trains and any(given.get(name) is not None for name in ("running_mean", "running_var"))
+
+
+@functools.cache
+def _keeps_statistics(target: torch._ops.OpOverload) -> bool:
+    """Tell whether an operation is given running statistics that it writes to in training mode."""
+    names = {each.name for each in target._schema.arguments}
+    return "functional" not in target.name() and not names.isdisjoint(("running_mean", "running_var"))
 
 
 def _given(node: fx.Node) -> dict[str, Any]:
