@@ -96,6 +96,14 @@ class Probed:
 
 
 def arguments_of(session: Session, growth: Growth, length: int, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Make fake arguments like those of a call.
+
+    Args:
+        session: the call.
+        growth: the dimensions and lists that grow.
+        length: positions of the text.
+        batch: the batch size.
+    """
     dims: dict[Path, list[int]] = {}
     for path, dim in growth.dims:
         dims.setdefault(path, []).append(dim)
