@@ -508,6 +508,13 @@ class Dropping(Stack):
         return self.end(torch.cat(pieces, dim=1), x)
 
 
+RESTS = (4, 2, 0), (6, 2, 2), (4, 2, 3), (6, 1, 1), (6, 2, 2)  # segments, batch size and positions that make none
+
+
+def with_rest(segments: int, batch: int, rest: int) -> Tensor:
+    return text(segments + 1, batch, rest)[:, : segments * SEGMENT + rest]
+
+
 def hidden_alone(hidden: Tensor, x: Tensor) -> Tensor:
     return hidden
 
@@ -608,7 +615,7 @@ def test_a_text_is_shortened_or_padded_before_it_is_cut(name: str, first: int) -
     cut, segments = CUTS[name]
     twins = Twins(lambda: Cut(cut))
     for whole, batch, rest in ((4, 1, first), (7, 1, first), (5, 2, 0), (7, 1, 3), (7, 1, 3), (6, 1, 1)):
-        x = text(whole + 1, batch, rest)[:, : whole * SEGMENT + rest]
+        x = with_rest(whole, batch, rest)
         twins.call(x)
         twins.ran(segments(x.shape[1]))
     assert rmtc.stats(twins.fast).captures <= (4 if name in ANEW else 1)
@@ -683,9 +690,8 @@ def to_the_end(x: Tensor) -> list[Tensor]:
 
 def test_a_last_segment_that_takes_the_rest() -> None:
     twins = Twins(lambda: Cut(to_the_end))
-    for segments, batch, rest in ((4, 2, 0), (6, 2, 2), (4, 2, 3), (6, 1, 1), (6, 2, 2)):
-        x = text(segments + 1, batch, rest)[:, : segments * SEGMENT + rest]
-        twins.call(x)
+    for segments, batch, rest in RESTS:
+        twins.call(with_rest(segments, batch, rest))
         twins.ran(segments)
         last_run = rmtc.stats(twins.fast).last_run
         assert last_run is not None and last_run.tail == SEGMENT + rest
@@ -765,7 +771,7 @@ USES: dict[str, Callable[[Tensor, Tensor], Any]] = {
 def test_the_rest_of_a_text_that_makes_no_segment_is_left_out(first: int) -> None:
     twins = Twins(lambda: Dropping(hidden_alone))
     for segments, rest in ((4, first), (7, 0), (5, 3), (7, 2), (7, 2), (4, 0)):
-        twins.call(text(segments + 1, 2, rest)[:, : segments * SEGMENT + rest])
+        twins.call(with_rest(segments, 2, rest))
         twins.ran(segments)
     assert rmtc.stats(twins.fast).captures == 1
 
@@ -773,6 +779,6 @@ def test_the_rest_of_a_text_that_makes_no_segment_is_left_out(first: int) -> Non
 @pytest.mark.parametrize("name", USES)
 def test_the_rest_of_a_text_may_be_used(name: str) -> None:
     twins = Twins(lambda: Dropping(USES[name]))
-    for segments, batch, rest in ((4, 2, 0), (6, 2, 2), (4, 2, 3), (6, 1, 1), (6, 2, 2)):
-        twins.call(text(segments + 1, batch, rest)[:, : segments * SEGMENT + rest])
+    for segments, batch, rest in RESTS:
+        twins.call(with_rest(segments, batch, rest))
         twins.ran(segments)
