@@ -40,7 +40,7 @@ def settings() -> dict[str, Any]:
     }
 
 
-OF_PROCESS = ("compiling", "module calls")
+OF_PROCESS = ("compiling", "module calls", "dispatch modes before dispatch")
 """What a capture in another thread changes for a while."""
 
 
