@@ -129,6 +129,15 @@ def raised_by_signal(error: BaseException) -> bool:
     return False
 
 
+def is_no_failure(error: Exception) -> bool:
+    """Return whether an exception says nothing of the code that it ends.
+
+    Such is one that a handler of a signal raised, and what ends a forward that a checkpoint computes again.
+    """
+    again = type(error).__module__ == "torch.utils.checkpoint" and not isinstance(error, RuntimeError)
+    return again or raised_by_signal(error)
+
+
 def _code(handler: Any) -> CodeType | None:
     """Return the code that runs when a handler is called, or None if it is none of Python's."""
     while isinstance(handler, functools.partial):

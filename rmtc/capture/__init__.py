@@ -22,6 +22,7 @@ from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.tracer import RawTrace, trace
 from rmtc.capture.user_code import imported
 from rmtc.errors import RefusedError
+from rmtc.ir.gradients import Dependences
 from rmtc.ir.program import Program
 from rmtc.passes.graph.canonicalize import Canonicalize, cut_slices
 from rmtc.passes.graph.remake_constants import RemakeConstants, constants
@@ -47,6 +48,7 @@ class Captured:
         same: for each result that is itself a tensor of the arguments or the state, the name of that tensor.
         copied: number of calls of modules that were copied from others and not traced, by families of modules that are
             alike.
+        written: what the results depend on as the code is written, if gradients are asked for.
     """
 
     sizes: Sizes
@@ -56,6 +58,7 @@ class Captured:
     effects: tuple[Effect, ...] = ()
     same: dict[str, str] = field(default_factory=dict)
     copied: Counter[int] = field(default_factory=Counter)
+    written: Dependences | None = None
 
 
 class Reading(NamedTuple):
@@ -132,16 +135,17 @@ class Capture:
         raw = trace(self.session, *self.plan.arguments(self.session, sizes), self.alike)
         while not self.alike.distrusted.isdisjoint(raw.copied):
             raw = trace(self.session, *self.plan.arguments(self.session, sizes), self.alike)
-        program = self._passes(raw, sizes)
+        program, written = self._passes(raw, sizes)
         self.seconds["capture"] = self.seconds.get("capture", 0.0) + time.perf_counter() - start
-        return Captured(sizes, program, raw.plain, raw.result, raw.effects, raw.same, raw.copied)
+        return Captured(sizes, program, raw.plain, raw.result, raw.effects, raw.same, raw.copied, written)
 
-    def _passes(self, raw: RawTrace, sizes: Sizes) -> Program:
+    def _passes(self, raw: RawTrace, sizes: Sizes) -> tuple[Program, Dependences | None]:
         graph: fx.Graph = raw.module.graph
         self._ran("capture", sizes, graph)
-        gradients = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
-        RemoveRegions(Autocast.ambient(), gradients, self.reorder_random).apply(graph)
+        gradients, trained = torch.is_grad_enabled() or torch.is_inference_mode_enabled(), self.session.trained
+        RemoveRegions(Autocast.ambient(), gradients, trained, self.reorder_random).apply(graph)
         self._ran("remove-regions", sizes, graph)
+        written = Dependences(from_graph(raw.module, raw.outputs, {})) if trained else None
         self.has_constants |= bool(constants(graph))
         if self.reading.constants:
             RemakeConstants().apply(graph)
@@ -154,11 +158,12 @@ class Capture:
             self.cut,
             self.reading.histories,
             dict.fromkeys(self.growing, self.plan.length(sizes) - self.plan.segment_length + 1),
+            trained,
         )
         self.by_parts |= canonicalize.apply(graph)
         self._ran("canonicalize", sizes, graph)
         names = {node.name: node.meta["name"] for node in graph.nodes if "name" in node.meta}
-        return from_graph(raw.module, raw.outputs, names)
+        return from_graph(raw.module, raw.outputs, names), written
 
     def _ran(self, name: str, sizes: Sizes, graph: fx.Graph) -> None:
         ran(name, graph, lambda _: f"# {sizes.segments} segments, batch {sizes.batch}, last {sizes.tail}\n{graph}\n")

@@ -83,8 +83,8 @@ class Fakes(FakeTensorMode):
         self._inside: int | None = None  # the thread that has entered last
         self._entering = threading.RLock()
         self._dtype = torch.get_default_dtype()
-        self._indexing = EverySlice()
-        self.known = self._indexing.known
+        self.indexing = EverySlice()
+        self.known = self.indexing.known
 
     def __enter__(self) -> Fakes:
         me = threading.get_ident()
@@ -98,7 +98,7 @@ class Fakes(FakeTensorMode):
             self._depth, self._inside = self._depth + 1, me
         if self._depth == 1:  # torch enters it again inside operations
             self._dtype = torch.get_default_dtype()
-            self._indexing.__enter__()  # type: ignore[no-untyped-call]
+            self.indexing.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -109,7 +109,7 @@ class Fakes(FakeTensorMode):
             finally:
                 try:
                     if self._depth == 1:
-                        self._indexing.__exit__(*error)  # type: ignore[no-untyped-call]
+                        self.indexing.__exit__(*error)  # type: ignore[no-untyped-call]
                 finally:
                     try:
                         super().__exit__(*error)
@@ -118,7 +118,7 @@ class Fakes(FakeTensorMode):
 
     def trace_outside(self, watch: Callable[..., Any] | None) -> None:
         """Set a trace function of Python, or none, that is off inside of torch's functions."""
-        self._indexing.watch = watch
+        self.indexing.watch = watch
         sys.settrace(watch)
 
     @contextlib.contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from rmtc.capture.known import UNKNOWN, Known
-from rmtc.capture.untold import refuse_untold
+from rmtc.capture.untold import asks_for_gradients, refuse_untold
 
 _getitem = torch.Tensor.__getitem__
 _slice = torch.ops.aten.slice.Tensor
@@ -27,6 +27,7 @@ class EverySlice(TorchFunctionMode):
     Attributes:
         known: what depends on sizes alone.
         watch: a trace function of Python that is on, and is to be off inside of torch's functions; None if none is.
+        gradients: whether the code was seen to ask whether a tensor requires gradients, or to set it.
 
     mask[:6, :6], of 6 by 6: alias(mask)   ->   slice(slice(mask, 0, 0, 6), 1, 0, 6)
     """
@@ -35,6 +36,7 @@ class EverySlice(TorchFunctionMode):
         super().__init__()
         self.known = Known()
         self.watch: Callable[..., Any] | None = None
+        self.gradients = False
 
     def __torch_function__(
         self,
@@ -59,6 +61,7 @@ class EverySlice(TorchFunctionMode):
             self.known.note(func, args, {}, out)
             return out
         refuse_untold(func, args)
+        self.gradients = self.gradients or asks_for_gradients(func)
         kwargs = kwargs or {}
         value = self.known.read(func, args, kwargs)
         if value is not UNKNOWN:

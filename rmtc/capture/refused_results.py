@@ -18,8 +18,13 @@ from rmtc.capture.translation import backward_refusal
 from rmtc.errors import CaptureError, RefusedError
 
 
-def refuse_backward() -> None:
-    if torch._C._current_autograd_node() is not None:
+def refuse_backward(outer: object) -> None:
+    """Refuse an operation of a backward pass that the code has begun.
+
+    Args:
+        outer: the node of autograd that called the code, as where a checkpoint computes it again.
+    """
+    if torch._C._current_autograd_node() is not outer:
         raise backward_refusal(current_location(3)[0])
 
 

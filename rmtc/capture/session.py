@@ -12,6 +12,7 @@ import operator
 import os
 import random
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -76,14 +77,23 @@ class Session:
         function: a module or a function.
         args, kwargs: the call's arguments; tensors may be on the meta device.
         own_hooks: whether the module's own hooks are part of its call.
+        trained: whether what the call gives may be differentiated, if a tensor in reach requires gradients.
+
+    Attributes:
+        trained: whether gradients are asked for.
     """
 
     def __init__(
-        self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], own_hooks: bool = True
+        self,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        own_hooks: bool = True,
+        trained: bool = False,
     ) -> None:
         while isinstance(function, functools.partial):
             args, kwargs, function = (*function.args, *args), {**function.keywords, **kwargs}, function.func
-        self.function, self._own_hooks = function, own_hooks
+        self.function, self._own_hooks, self._trained = function, own_hooks, trained
         call = function.forward if isinstance(function, nn.Module) else function
         self.arguments = Arguments(tuple(args), dict(kwargs), argument_names(call, len(args)))
         self.name = (
@@ -124,15 +134,18 @@ class Session:
         self._index = {id(lifted.tensor): i for i, lifted in enumerate(self.lifted)}
         self._stand_ins: list[torch.Tensor] | None = None
         self._requiring: list[tuple[torch.Tensor, bool]] = []  # installed tensors, and whether they required gradients
+        tensors = [*(lifted.tensor for lifted in self.lifted), *self.arguments.tensors().values()]
+        self.trained = trained and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         self.lost: str | None = None  # what the code was seen to do and no program does
         self.hashed = False  # whether the code was seen to hash a tensor, as a key of a dict or in a set
         self.drawn = False  # whether the code drew random numbers in Python
         self.ran: set[CodeType] | None = None  # the code that calls ran, if it has to be known
         self.writes = False  # whether the code was seen to write to a tensor
+        self.own_backward: str | None = None  # a torch.autograd.Function that the code was seen to call
 
     def again(self) -> Session:
         """Open the same call anew, as everything is now."""
-        return Session(self.function, self.arguments.args, self.arguments.kwargs, self._own_hooks)
+        return Session(self.function, self.arguments.args, self.arguments.kwargs, self._own_hooks, self._trained)
 
     def _lift(self, slots: list[Slot]) -> list[Lifted]:
         buffers = {id(slot.value._buffers) for slot in slots if isinstance(slot.value, nn.Module)}
@@ -380,6 +393,23 @@ class Session:
             FakeTensor.__hash__ = hashed  # type: ignore[method-assign, assignment]
             yield
 
+    @contextlib.contextmanager
+    def _functions_noted(self) -> Iterator[None]:
+        """Note whether the code calls a `torch.autograd.Function`, whose backward no trace shows."""
+        if not self.trained:
+            yield
+            return
+        own, thread = torch.autograd.Function.__dict__["apply"], threading.get_ident()
+
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                self.own_backward = cls.__qualname__
+            return own.__get__(None, cls)(*args, **kwargs)
+
+        with restored(lambda: setattr(torch.autograd.Function, "apply", own)):
+            torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+            yield
+
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the user's code under fake tensors.
 
@@ -392,7 +422,7 @@ class Session:
         try:
             with flags, quiet_fakes():  # an error is raised, so torch need not log it
                 drawn, environment, ambient = self.snapshot.random_state(), dict(os.environ), Ambient()
-                with self._watched(), self._hashes_noted():
+                with self._watched(), self._hashes_noted(), self._functions_noted():
                     result = self._call_user(args, kwargs)
                 self._note_drawn(drawn)
                 self.lost = self.snapshot.lost() or self.lost

@@ -53,7 +53,8 @@ from rmtc.capture.refused_results import (
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
 from rmtc.capture.untold import refuse_flags
-from rmtc.errors import CaptureError, raised_by_signal
+from rmtc.errors import CaptureError, RefusedError, raised_by_signal
+from rmtc.passes.graph.hidden_writes import refuse_hidden_writes
 from rmtc.passes.graph.remove_regions import writes
 from rmtc.passes.registry import enter
 
@@ -94,11 +95,15 @@ class _Tracer(PythonKeyTracer):
         self._paths = paths
         self._stack: list[str] = []
         self._thread = threading.get_ident()
+        self._outer, self._inference = torch._C._current_autograd_node(), torch.is_inference_mode_enabled()
         self.attributes: list[tuple[str, torch.Tensor | fx.Node]] = []
+        self.inference = False  # whether an operation ran in an inference mode that the call itself enters, or leaves
         self.copies: Copies | None = None
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        refuse_backward()
+        refuse_backward(self._outer)
+        if torch.is_inference_mode_enabled() is not self._inference:
+            self.inference = True
         node = super().create_node(*args, **kwargs)
         if node.op == "call_function":
             self._place(node)
@@ -152,7 +157,7 @@ class _Tracer(PythonKeyTracer):
             value: its result, for the passes.
             out: its result, for the user's code.
         """
-        refuse_backward()
+        refuse_backward(self._outer)
         name = self.graph._target_to_str(getattr(target, "overloadpacket", target).__name__)
         node = self.graph.create_node("call_function", target, args, kwargs, name)
         self._place(node)
@@ -378,8 +383,10 @@ def trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], alike
         RefusedError: for what no graph can hold: values read into Python, shapes that depend on data, backward.
         CaptureError: for anything else the user's code raised.
     """
-    if not session.writes:
-        raw = _trace(session, args, kwargs, alike, functionalize=False)
+    if not session.writes or session.trained:
+        raw = _trace(session, args, kwargs, None if session.writes else alike, functionalize=False)
+        if session.trained:
+            refuse_hidden_writes(raw.module.graph)
         if not any(map(writes, raw.module.graph.nodes)):
             return raw
         session.writes = True
@@ -429,6 +436,11 @@ def _trace(
             found, plain, raw.result = left_behind(session, result, session.held(lifted), describer, after)
             raw.effects = find_effects(session, slots, after, {**found, **plain}, describer)
         raw.plain.update(plain)
+        if session.trained and isinstance(tracer, _Tracer) and tracer.inference:
+            raise RefusedError(
+                "gradients are asked for, and the forward enters torch.inference_mode(), which no graph shows",
+                remedy="use torch.no_grad()",
+            )
         # Name the results and the tensors that were written, and refuse what a schedule would not do.
         names = [*(lifted.names[0] for lifted in session.lifted), *(show(path) for path in inputs)]
         sources = {id(tensor): name for tensor, name in zip(flat, names, strict=True)}

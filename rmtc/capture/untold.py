@@ -44,8 +44,26 @@ _OF_ANY: dict[Any, str] = {
 }
 """The same of any tensor: a view of one that was there before the call lies in its memory."""
 
+_HOOKS: dict[Any, str] = {
+    _Tensor.register_hook: "register_hook()",
+    _Tensor.retain_grad: "retain_grad()",
+    _Tensor.register_post_accumulate_grad_hook: "register_post_accumulate_grad_hook()",
+}
+
 _OF_PARAMETERS = {_Tensor.grad_fn.__get__, _Tensor.is_leaf.__get__}
 """What every parameter answers alike."""
+
+
+_OF_GRADIENTS = {
+    _Tensor.requires_grad.__get__,
+    _Tensor.requires_grad.__set__,
+    _Tensor.requires_grad_,
+    _Tensor.grad.__get__,
+    _Tensor.grad_fn.__get__,
+    _Tensor.is_leaf.__get__,
+    _Tensor.retains_grad.__get__,
+}
+"""What a fake tensor, which has no history, answers otherwise where gradients are asked for."""
 
 
 class UntoldError(RefusedError):
@@ -71,6 +89,12 @@ def refuse_untold(function: Callable[..., Any], args: Sequence[Any]) -> None:
     Raises:
         UntoldError: with what is asked for, and the line.
     """
+    if function in _HOOKS and is_of_models(_asking()):
+        raise UntoldError(
+            f"the code calls {_HOOKS[function]} of a tensor, which a run by the schedule does not",
+            location=current_location(3)[0],
+            remedy="register hooks outside of the model, on parameters or on results",
+        )
     what = _OF_ANY.get(function) or (_OF_THE_USERS.get(function) if _is_marked(args) else None)
     if what is None or (function in _OF_PARAMETERS and isinstance(args[0], nn.Parameter)):
         return
@@ -81,6 +105,11 @@ def refuse_untold(function: Callable[..., Any], args: Sequence[Any]) -> None:
             location=current_location(3)[0],
             remedy="do that outside of the model: before the call or after it",
         )
+
+
+def asks_for_gradients(function: Callable[..., Any]) -> bool:
+    """Tell whether the code asks for a tensor's history, or whether it requires gradients, or sets that."""
+    return function in _OF_GRADIENTS and is_of_models(_asking())
 
 
 def refuse_flags(

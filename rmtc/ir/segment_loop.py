@@ -313,6 +313,13 @@ class SegmentLoop:
                 outputs[known] = value(operand, at) if isinstance(operand, Every) else resolve(segments, operand)
         return Program(ops, sources, outputs), keys
 
+    def op(self, key: Key, segments: int) -> Op:
+        """Return the operation of the loop that an operation of the program unrolled to some segments is."""
+        parts = self.before if key.segment < 0 else self.after_of(segments) if key.segment >= segments else None
+        op = self.row(key.segment)[key.number] if parts is None else parts[key.number]
+        assert op is not None
+        return op
+
     def carried(self, keys: Sequence[Key], segments: int) -> list[tuple[Dependence, frozenset[int]]]:
         """Return each dependence with the operations of the unrolled program that make its tensor.
 

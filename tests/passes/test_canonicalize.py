@@ -37,6 +37,33 @@ def targets(module: fx.GraphModule) -> list[Any]:
 X = torch.arange(48.0).reshape(4, 12)
 
 
+def test_detach_stays_where_gradients_are_asked_for_and_a_result_is_reached() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.detach().sin().detach(), x.detach()]) + torch.cat([x, x])
+
+    for gradients, count in ((False, 0), (True, 2)):
+        traced = make_fx(function, tracing_mode="fake", pre_dispatch=True)(torch.randn(2, requires_grad=True))
+        Canonicalize(gradients=gradients).apply(traced.graph)
+        traced.graph.eliminate_dead_code()
+        assert targets(traced).count(aten.detach.default) == count
+
+
+def test_what_is_computed_without_gradients_is_detached() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            y = x.sin()
+            with torch.enable_grad():
+                z = x.cos()
+        return y + z
+
+    for trained, count in ((False, 0), (True, 1)):
+        traced = make_fx(function, tracing_mode="fake", pre_dispatch=True)(torch.randn(2))
+        RemoveRegions(gradients=True, trained=trained).apply(traced.graph)
+        found = targets(traced)
+        assert found.count(aten.detach.default) == count
+        assert not trained or found.index(aten.detach.default) == found.index(aten.sin.default) + 1
+
+
 def test_pieces_are_slices_of_their_source() -> None:
     def pieces(x: torch.Tensor) -> list[torch.Tensor]:
         return [*x.split(5, 1), *x.chunk(3, 1), *x.split([2, 10], 1), *x.unbind(0)]

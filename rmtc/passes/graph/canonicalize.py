@@ -77,12 +77,15 @@ class Canonicalize:
 
         labels = cat([text[:, 1:], ends], 1)
         %t = slice(labels, 1, 16, 24)           stays, and so does slice(labels, 1, 0, 8)
+
+    Where ``gradients`` are asked for, ``detach`` is an operation.
     """
 
     windows: int | None = None
     cut: frozenset[str] = frozenset()
     histories: bool = True
     texts: Mapping[str, int] = field(default_factory=dict)
+    gradients: bool = False
 
     def apply(self, graph: fx.Graph) -> bool:
         """Change a graph; returns whether it has a history that is read part by part."""
@@ -110,7 +113,7 @@ class Canonicalize:
                     by_parts |= _spread(graph, node, short)
             elif node.target in _SHAPES:
                 _unview(graph, node)
-            elif node.target in (aten.alias.default, aten.detach.default):
+            elif node.target is aten.alias.default or (node.target is aten.detach.default and not self.gradients):
                 _unalias(graph, node)
             elif node.target is aten.cat.default:
                 _flatten(graph, node)
@@ -142,6 +145,7 @@ class Canonicalize:
             if not spread:
                 break
         _detach_at_readers(graph)
+        _drop_detached(graph)
         _merge_parts(graph)
         _keep_apart(graph, memory)
         for node in reversed(list(graph.nodes)):
@@ -469,6 +473,17 @@ def _keep_apart(graph: fx.Graph, before: Sequence[Any]) -> None:
         results[number] = copies[old, result]
     several = isinstance(graph.output_node().args[0], (list, tuple))
     graph.output_node().args = (results if several else results[0],)
+
+
+def _drop_detached(graph: fx.Graph) -> None:
+    """detach(f(detach(x))) -> detach(f(x)), if f(detach(x)) reaches no result without being detached."""
+    reach = set(graph.output_node().all_input_nodes)  # nodes from which a gradient may come
+    for node in reversed(list(graph.nodes)):
+        if node.target is aten.detach.default and node not in reach:
+            _becomes(node, node.args[0])
+            graph.erase_node(node)
+        elif node.target is not aten.detach.default and node in reach:
+            reach.update(node.all_input_nodes)
 
 
 def _detach_at_readers(graph: fx.Graph) -> None:

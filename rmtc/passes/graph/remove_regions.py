@@ -54,7 +54,8 @@ class RemoveRegions:
 
     Needs: a functional pre-dispatch graph, with `_enter_autocast`, `_exit_autocast` and `_set_grad_enabled` nodes.
     Gives: the same graph without them. Inside a region where autocast is on, the casts that autocast would make are
-    operations. The program is to run with autocast off.
+    operations. The program is to run with autocast off. If gradients are asked for, what an operation gives inside a
+    region without them is detached.
     Checks: every other node is a function of its operands. Every region that is entered is left. With the casts, an
     operation runs inside what it runs under autocast. No result requires gradients because a region turns them on.
 
@@ -65,21 +66,26 @@ class RemoveRegions:
     Attributes:
         ambient: the caller's autocast.
         gradients: whether the caller has gradients on, or inference mode, in which nothing requires them.
+        trained: whether gradients are asked for.
         reorder_random: whether operations may draw random numbers, in any order.
     """
 
     ambient: tuple[Autocast, ...] = ()
     gradients: bool = False
+    trained: bool = False
     reorder_random: bool = False
 
     def apply(self, graph: fx.Graph) -> None:
         for node in graph.nodes:
             _refuse_unknown(node, self.reorder_random)
+            if self.trained and node.target is aten.embedding.default:
+                _refuse_counting(node)
         if not self.gradients:
             _refuse_gradients(graph)
         state = {each.device: each for each in self.ambient}
         stack: dict[fx.Node, Autocast | None] = {}
         memo: dict[Any, tuple[torch.dtype | None, ...]] = {}
+        off = False
         for node in list(graph.nodes):
             if node.target is _ENTER:
                 device, dtype, enabled = _region(node)
@@ -90,15 +96,33 @@ class RemoveRegions:
                 before = stack.pop(node.args[0])
                 state[device] = before or Autocast(device, None, False)
                 graph.erase_node(node)
-            elif node.target is _GRADIENTS:
+            elif is_grad_mode(node):
+                off = not node.args[0]
                 graph.erase_node(node)
             elif node.op == "call_function":
+                if off and self.trained and isinstance(node.meta.get("val"), torch.Tensor) and _differentiable(node):
+                    _detach(graph, node)
                 for region in state.values():
                     if region.enabled:
                         _make_explicit(graph, node, region, memo)
         for node in reversed(list(graph.nodes)):
             if node.target is _ENTER:
                 graph.erase_node(node)
+
+
+def is_grad_mode(node: fx.Node) -> bool:
+    """Tell whether a node turns gradients on or off."""
+    return node.target is _GRADIENTS
+
+
+def _detach(graph: fx.Graph, node: fx.Node) -> None:
+    """Let what follows an operation read its value without a gradient."""
+    if node.target is aten.detach.default:
+        return
+    with graph.inserting_after(node):
+        detached = graph.call_function(aten.detach.default, (node,))
+    detached.meta.update(node.meta)
+    node.replace_all_uses_with(detached, lambda user: user is not detached)
 
 
 def _refuse_unknown(node: fx.Node, reorder_random: bool) -> None:
@@ -138,6 +162,18 @@ def _refuse_unknown(node: fx.Node, reorder_random: bool) -> None:
     else:
         return
     raise RefusedError(reason, location=node.meta.get("location"), remedy=remedy)
+
+
+def _refuse_counting(node: fx.Node) -> None:
+    """Refuse an embedding whose gradient is sparse, or divided by how often the call has an index."""
+    given = _given(node)
+    option = next((name for name in ("scale_grad_by_freq", "sparse") if given.get(name)), None)
+    if option is not None:
+        raise RefusedError(
+            f"gradients are asked for, and an embedding with {option}=True has others for several segments at once",
+            location=node.meta.get("location"),
+            remedy=f"make the embedding without {option}",
+        )
 
 
 def writes(node: fx.Node) -> bool:
