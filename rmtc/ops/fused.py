@@ -72,10 +72,10 @@ def bind_rms_normalize(x: Tensor, eps: float, *, out: Tensor, work: Work) -> Cal
 @_operator("(Tensor x, Tensor cos, Tensor sin, int half, int? end)")
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None) -> Tensor:
     """Return ``x * cos + cat(-x[half:end], x[:half]) * sin`` along the last dimension, usually of its halves."""
-    if not _of_halves(x, cos, sin, half, end):
+    if not of_halves(x, cos, sin, half, end):
         return x * cos + torch.cat((-x[..., half:end], x[..., :half]), -1) * sin
     turned = torch.mul(x, cos)
-    _turn(x, sin, turned)()
+    turn(x, sin, turned)()
     return turned
 
 
@@ -83,24 +83,25 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None) -> T
 def bind_rotary(
     x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None, *, out: Tensor, work: Work
 ) -> Callable[[], object]:
-    if not _of_halves(x, cos, sin, half, end):
+    if not of_halves(x, cos, sin, half, end):
         return lambda: out.copy_(x * cos + torch.cat((-x[..., half:end], x[..., :half]), -1) * sin)
-    turn = _turn(x, sin, out)
+    turned = turn(x, sin, out)
 
     def run() -> None:
         torch.mul(x, cos, out=out)
-        turn()
+        turned()
 
     return run
 
 
-def _of_halves(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None) -> bool:
+def of_halves(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None) -> bool:
+    """Tell whether a rotation is of the halves of the last dimension, as :func:`turn` takes them."""
     size = x.shape[-1]
     alike = sin.shape[-1] == size and x.dtype == cos.dtype == sin.dtype and end in (None, size) and 2 * half == size
     return alike and torch.broadcast_shapes(x.shape, cos.shape, sin.shape) == x.shape
 
 
-def _turn(x: Tensor, sin: Tensor, turned: Tensor) -> Callable[[], None]:
+def turn(x: Tensor, sin: Tensor, turned: Tensor) -> Callable[[], None]:
     """Return a call that adds the sine's part of a rotation of halves to ``turned``."""
     one, other = x.chunk(2, -1)
     left, right = sin.chunk(2, -1)

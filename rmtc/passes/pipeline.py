@@ -265,12 +265,27 @@ def rewrite(proven: Proven, schedule: str = "shortest") -> WavefrontProgram:
     """
     if proven.schedule is None:
         raise RefusedError(proven.proof.reason or "no schedule was found", cycle=proven.proof.cycle)
-    program = batch_stages(if_convert(group(proven.loop, run_schedule(proven.schedule, schedule))))
-    for each in (merge_equal, fuse_norms, fuse_rotary, fuse_rolls, fuse_accumulate):
-        program = each(program)
+    program = fuse(batch_stages(if_convert(group(proven.loop, run_schedule(proven.schedule, schedule)))))
     if watched():  # to show it: a capture joins those that may be moved
         join_products(program, {name for name, source in proven.loop.sources.items() if source.kind == "parameter"})
     return program
+
+
+def fuse(program: WavefrontProgram) -> WavefrontProgram:
+    """Rewrite the bodies of a program with fewer operations that compute the same."""
+    for each in (merge_equal, fuse_norms, fuse_rotary, fuse_rolls, fuse_accumulate):
+        program = each(program)
+    return program
+
+
+def differentiable(program: WavefrontProgram) -> WavefrontProgram:
+    """Rewrite the loop of a program, with its schedule, so that autograd may differentiate the bodies.
+
+    Cells of two classes do not run at once: an operation that a cell does not take may give an infinite value, and its
+    gradient is no number.
+    """
+    grouped = fuse(batch_stages(group(program.loop, program.schedule)))
+    return replace(grouped, max_group=program.max_group)
 
 
 @register("retime", "what is legal operation by operation, checked", lambda found: f"{found[1].text(found[0])}\n")

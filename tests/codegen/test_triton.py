@@ -40,7 +40,7 @@ from rmtc.examples import armt_gpt2, armt_llama
 from rmtc.ir.array import Array, Outside, Pointwise, Product, Stored, View
 from rmtc.ir.kernel import build
 from rmtc.passes.bodies.fusion_groups import Machine
-from rmtc.runtime.executor import _Walk
+from rmtc.runtime.executor import Walk
 from rmtc.runtime.triton import Triton, launches_on
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
@@ -471,7 +471,7 @@ def test_a_step_is_twelve_launches_at_most(monkeypatch: pytest.MonkeyPatch) -> N
     """Of an ARMT over Llama with as many cells as it has layers: kernels, and what puts their inputs together."""
     model, args = armt_llama.build(**{**SMALL, "layers": 2})
     steps: list[list[str]] = []
-    once = _Walk._results
+    once = Walk._results
 
     def counted(self: Any, launch: Any, made: Any) -> Any:
         with Launches() as mode:
@@ -483,7 +483,7 @@ def test_a_step_is_twelve_launches_at_most(monkeypatch: pytest.MonkeyPatch) -> N
     with torch.no_grad():
         fast = rmtc.compile(model, backend="triton", schedule="shortest", strict=True)
         fast(*args)  # emits
-        monkeypatch.setattr(_Walk, "_results", counted)
+        monkeypatch.setattr(Walk, "_results", counted)
         monkeypatch.setattr(Triton, "binds", False)
         fast(*args)
     steady = steps[-2:]  # the first has a first segment

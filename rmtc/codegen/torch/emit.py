@@ -11,6 +11,7 @@ import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,8 +47,16 @@ _BUILTINS = {each.__name__: each for each in (range, float, complex, __import__)
 
 
 class Emitter:
-    def __init__(self, size: int | None, environment: Environment, choose: bool, compiled: bool) -> None:
+    def __init__(
+        self,
+        size: int | None,
+        environment: Environment,
+        choose: bool,
+        compiled: bool,
+        derivatives: Mapping[Callable[..., Any], Callable[..., Any]],
+    ) -> None:
         self.size, self.environment, self.choose, self.compiled = size, environment, choose, compiled
+        self.derivatives = derivatives
         self.lines: list[Line] = []
         self.regions: dict[str, str] = {}
         self.pinned: set[str] = set()  # regions in which values of several operands may lie
@@ -63,7 +72,8 @@ class Emitter:
             *(select_run, slice_run, stacked, seen, fresh, attend, bind_attend),
         ):
             self.space[helper.__name__] = helper
-        self.space["linear_maps"] = linears.operator if compiled else linears.linear_maps
+        maps = linears.operator if compiled else linears.linear_maps
+        self.space["linear_maps"] = derivatives.get(maps, maps)
         self.space["bind_linear_maps"] = linears.bind_linear_maps
         for target, binder in BOUND.items():
             self.space[f"bind_{function_name(target)}"] = binder
@@ -82,7 +92,9 @@ class Emitter:
             shape = tuple(value.shape[1:] if is_grouped else value.shape)
             # Without a device, products are not chosen here, or are as fast as they can be.
             device = value.device if self.choose and (value.dim() < 2 or value.stride(-2) >= value.stride(-1)) else None
-            return Value(text, shape, value.dtype, is_grouped, device, compiled=self.compiled)
+            return Value(
+                text, shape, value.dtype, is_grouped, device, compiled=self.compiled, trained=bool(self.derivatives)
+            )
         if isinstance(value, (tuple, list)):
             return tuple(self._describe(f"{text}[{n}]", item, is_grouped) for n, item in enumerate(value))
         return Raw(text)
@@ -92,7 +104,8 @@ class Emitter:
         rows: torch.Tensor = self.space[text]
         every = f"{text}.repeat_interleave({count}, 0)"
         device = rows.device if self.choose else None
-        return Value(every, tuple(rows.shape[1:]), rows.dtype, True, device, count, text, self.compiled)
+        trained = bool(self.derivatives)
+        return Value(every, tuple(rows.shape[1:]), rows.dtype, True, device, count, text, self.compiled, trained)
 
     def run(self, name: str, op: Op, args: tuple[Any, ...]) -> Any:
         """Emit and run one operation."""
@@ -114,7 +127,7 @@ class Emitter:
         self.pure &= not draws
         varying = any(isinstance(leaf, Varying) for leaf in leaves(args))
         if not varying and not any(each.grouped for each in arguments.tensors()):
-            if draws:  # each cell has numbers of its own
+            if draws and self.size is not None:  # each cell has numbers of its own
                 self._assign(name, plain(self._loop(arguments)), op, arguments)
                 return self.bind(name, self.space[name], True)
             self._assign(name, plain(arguments.call()), op, arguments)
@@ -142,7 +155,7 @@ class Emitter:
                 line = self.lines[-1]
                 if fresh:
                     line.solid, line.instead = True, overwriting(arguments)
-                    self.space.update(arguments.functions)
+                    self._name(arguments)
                 elif by_rule and is_view(op.target):
                     line.view = True
                     line.solid = any(each.name in line.reads and each.solid for each in self.lines[:-1])
@@ -171,7 +184,7 @@ class Emitter:
             if text is not None:
                 yield text, "rule"
             self.fallbacks[target_name(op.target)] = None
-            if _has_batching(op.target):
+            if _has_batching(op.target) and not self.derivatives:  # of embedding its derivative is not that of cells
                 yield self._vmap(arguments), "vmap"
         yield self._loop(arguments), "cells"
 
@@ -287,8 +300,12 @@ class Emitter:
 
     def _value(self, text: str, arguments: NamedArguments | None) -> Any:
         if arguments is not None:
-            self.space.update(arguments.functions)
+            self._name(arguments)
         return eval(plain(text), self.space)
+
+    def _name(self, arguments: NamedArguments) -> None:
+        """Give the callables that texts name their place in the space."""
+        self.space.update({name: self.derivatives.get(each, each) for name, each in arguments.functions.items()})
 
     def _assign(
         self, name: str, text: str, op: Op, arguments: NamedArguments | None = None, fresh: bool = False
@@ -386,6 +403,7 @@ def emit(
     constant: Callable[[Operand], bool] = lambda operand: False,
     bind: bool = True,
     compiled: bool = False,
+    derivatives: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType({}),
 ) -> tuple[Emitted, tuple[Any, ...]]:
     """Emit a body and run it once.
 
@@ -405,6 +423,8 @@ def emit(
         bind: whether to bind the body to an arena, and to choose for each product what is fast here.
         compiled: whether a compiler gets the source. It makes code of all but the products, and those run as is fast
             here.
+        derivatives: what stands for functions that autograd does not differentiate, or not well. With any, each product
+            with a weight is a call of ``linear_maps``.
 
     Returns:
         The kernel, and what it returned.
@@ -413,7 +433,7 @@ def emit(
         NotImplementedError: if an operation cannot be run for a group.
     """
     group = size is not None
-    emitter = Emitter(size, environment, bind or compiled, compiled)
+    emitter = Emitter(size, environment, bind or compiled, compiled, derivatives)
     values: dict[int, Any] = {}
     passed: dict[Operand, str] = {}
     for prefix, tensors in (("in", inputs), ("w", weights)):

@@ -26,6 +26,10 @@ def linear(arguments: NamedArguments) -> str | None:
     if weight.rank != 2 or not weight.grouped or not value.rank:
         return None
     rows = math.prod(value.shape[:-1])
+    if weight.trained and not weight.rows:  # one operation for autograd
+        return _trained(
+            value, weight, None if bias is None else ranked(bias, value.rank) if bias.grouped else bias.text
+        )
     if weight.rows and (bias is None or bias.rows):
         product = _product_of_rows(value, weight, f"{weight.rows}.transpose(1, 2)", bias)
         return f"{product}.view(G, {sizes_text((*value.shape[:-1], weight.shape[0]))})"
@@ -44,6 +48,10 @@ def linear(arguments: NamedArguments) -> str | None:
         product = f"baddbmm({row}, {flat}, {matrix}{into})"
     shape = (*value.shape[:-1], weight.shape[0])
     return product if value.rank == 2 else f"{product}.view(G, {sizes_text(shape)})"
+
+
+def _trained(value: Value, weight: Value, added: str | None) -> str:
+    return f"linear_maps({grouped(value)}, {weight.text}{'' if added is None else f', {added}'})"
 
 
 def _by_kernel(rows: int, value: Value, weight: Value) -> bool:
@@ -70,6 +78,8 @@ def added_linear(arguments: NamedArguments) -> str | None:
     if weight.rows:
         product = _product_of_rows(value, weight, f"{weight.rows}.transpose(1, 2)")
         return f"{product}.view(G, {sizes_text(shape)}).add_({residual.text})"
+    if weight.trained:
+        return _trained(value, weight, residual.text)
     rows = math.prod(shape[:-1])
     flat = [f"{grouped(each)}.reshape(G, {rows}, {each.shape[-1]})" for each in (residual, value)]
     into = out("G", rows, shape[-1])

@@ -32,6 +32,7 @@ class Value:
         grouped: whether it has a group axis.
         repeat: number of neighbouring cells that each row of ``rows`` is for. ``text`` repeats it.
         rows: the expression of the tensor with one row for so many cells.
+        trained: whether gradients are asked for.
         known: its contents, if they are the same in all calls of these sizes.
     """
 
@@ -43,6 +44,7 @@ class Value:
     repeat: int = 1
     rows: str = ""
     compiled: bool = False
+    trained: bool = False
     known: torch.Tensor | None = field(default=None, compare=False)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ aten = torch.ops.aten
 
 
 @register("join-products", "linear maps of one input as one product, of parameters that may be moved together")
-def join_products(program: WavefrontProgram, movable: Collection[str]) -> WavefrontProgram:
+def join_products(program: WavefrontProgram, movable: Collection[str], trained: bool = False) -> WavefrontProgram:
     """Join the weights of linear maps that read one value.
 
     Needs: the names of the parameters that may be moved to lie one behind another.
@@ -27,11 +28,14 @@ def join_products(program: WavefrontProgram, movable: Collection[str]) -> Wavefr
 
         %3 = linear(%0, w0)   %4 = linear(%0, w1)   ->   %9 = linear(%0, w0 & w1)
                                                          %3 = slice(%9, -1, 0, 64)   %4 = slice(%9, -1, 64, 128)
+
+    Where it is ``trained``, the slices are pieces of one `split`: their gradients are joined, where each slice would
+    have one as large as the product.
     """
-    return program.map(lambda body, loop: _joined(body, loop, movable))
+    return program.map(lambda body, loop: _joined(body, loop, movable, trained))
 
 
-def _joined(body: Body, loop: SegmentLoop, movable: Collection[str]) -> Body:
+def _joined(body: Body, loop: SegmentLoop, movable: Collection[str], trained: bool) -> Body:
     readers: dict[Any, list[int]] = {}
     for number, op in body.ops.items():
         if op.target is aten.linear.default and isinstance(op.args[1], Weight) and op.form is not None:
@@ -65,10 +69,17 @@ def _joined(body: Body, loop: SegmentLoop, movable: Collection[str]) -> Body:
         starts, start = {}, 0
         for each in several:
             starts[each], start = start, start + sizes[each]
+        pieces = Local(free)
+        if trained:
+            split = Op(aten.split_with_sizes.default, (product, tuple(sizes.values()), -1), first.origin)
+            new[numbers[0]].append((pieces.number, split))
+            free += 1
         for number in numbers:
             op = body.ops[number]
             begin, size = starts[op.args[1]], sizes[op.args[1]]
             part = replace(op, target=aten.slice.Tensor, args=(product, -1, begin, begin + size))
+            if trained:
+                part = replace(op, target=operator.getitem, args=(pieces, several.index(op.args[1])))
             bias = op.args[2] if len(op.args) > 2 else None
             if bias is None:
                 new.setdefault(number, []).append((number, part))

@@ -12,16 +12,16 @@ from rmtc.passes.bodies.body_graph import BodyGraph, key_of, on_bodies
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-_NOTHING = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)
+_NOTHING = (aten.alias.default, aten.lift_fresh.default)
 
 
 @on_bodies("merge-equal", "what a body computes twice is computed once; views of views are one")
 def merge_equal(body: Body, loop: SegmentLoop) -> Body:
     """Merge equal operations, and views of views.
 
-    Needs: a body. It runs without gradients, and nothing writes to its values.
+    Needs: a body. Nothing writes to its values.
     Gives: the body with one operation for those of the same operator and operands, and with one view for a view of a
-    view that nothing else reads. ``detach`` and the like of a value of the cell go, unless they are results.
+    view that nothing else reads. ``alias`` and the like of a value of the cell go, unless they are results.
 
         %1 = unsqueeze(in1, -1)  %2 = unsqueeze(in1, -1)  %3 = f(%1, %2)  ->  %1 = unsqueeze(in1, -1)  %3 = f(%1, %1)
     """

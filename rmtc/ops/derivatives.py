@@ -1,0 +1,92 @@
+"""Derivatives of fused operators, whose functions overwrite what they make and cannot be differentiated by autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rmtc.ops import fused
+
+
+class _RmsNormalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        scale = torch.mul(x, x).mean(-1, True).add_(eps).rsqrt_()
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        y, scale = ctx.saved_tensors
+        along = torch.mul(gradient, y).mean(-1, True)
+        return torch.addcmul(gradient, y, along, value=-1).mul_(scale), None
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        turned = torch.mul(x, cos)
+        fused.turn(x, sin, turned)()
+        return turned
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        (one, other), (left, right) = gradient.chunk(2, -1), sin.chunk(2, -1)
+        found = torch.mul(gradient, cos)
+        first, second = found.chunk(2, -1)
+        first.addcmul_(other, right)
+        second.addcmul_(one, left, value=-1)
+        return found, None, None
+
+
+class _RollProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shifts: list[int]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.shifts = shifts
+        result: Tensor = fused.FUNCTIONS[fused.roll_products](x, shifts)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        size, found = x.shape[-1], torch.zeros_like(x)
+        for shift, part in zip(ctx.shifts, gradient.split(size, -1), strict=True):
+            found.addcmul_(part, x.roll(shift, -1)).add_((part * x).roll(-shift, -1))
+        return found, None
+
+
+def rms_normalize(x: Tensor, eps: float) -> Tensor:
+    """Compute :func:`rmtc.ops.fused.rms_normalize`."""
+    found: Tensor = _RmsNormalize.apply(x, eps)  # type: ignore[no-untyped-call]
+    return found
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None) -> Tensor:
+    """Compute :func:`rmtc.ops.fused.rotary`; of another rotation than one of halves by a table, by its operations."""
+    if not fused.of_halves(x, cos, sin, half, end) or cos.requires_grad or sin.requires_grad:
+        return x * cos + torch.cat((-x[..., half:end], x[..., :half]), -1) * sin
+    found: Tensor = _Rotary.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return found
+
+
+def roll_products(x: Tensor, shifts: list[int]) -> Tensor:
+    """Compute :func:`rmtc.ops.fused.roll_products`."""
+    found: Tensor = _RollProducts.apply(x, shifts)  # type: ignore[no-untyped-call]
+    return found
+
+
+OF: dict[Callable[..., Any], Callable[..., Any]] = {
+    fused.FUNCTIONS[getattr(fused, each.__name__)]: each for each in (rms_normalize, rotary, roll_products)
+}
+"""For each of these functions, one that autograd differentiates."""
