@@ -29,7 +29,16 @@ from rmtc.capture.own_modes import modes, own_modes
 from rmtc.capture.session import Session
 from rmtc.capture.sizes import Sizes
 from rmtc.capture.state_guard import StateGuard
-from rmtc.errors import CaptureError, FallbackWarning, RefusedError, RmtcError, brief, raised_by_signal, user_level
+from rmtc.errors import (
+    CaptureError,
+    FallbackWarning,
+    RefusedError,
+    RmtcError,
+    brief,
+    is_no_failure,
+    raised_by_signal,
+    user_level,
+)
 from rmtc.lock import LOCK
 from rmtc.quiet import uncollected
 from rmtc.recall import entry_of, recalled, remember
@@ -130,14 +139,6 @@ class _Quiet(NamedTuple):
     remedy: str
 
 
-_TRAINING = (
-    "gradients are asked for, and the model is in training mode: rmtc schedules calls without gradients, so training "
-    "runs as written"
-)
-_GRADIENTS = (
-    "gradients are asked for (a parameter or argument requires them, and autograd is on): where none are needed, call "
-    "it under torch.no_grad() or torch.inference_mode()"
-)
 _ONE = _Quiet("a call of one segment", "give it a text of two segments or more in one call")
 _CACHE = _Quiet(
     "a call with a cache, or from inside generate()",
@@ -149,8 +150,8 @@ _FASTER = _Quiet(
 )
 _ESTIMATED = _Quiet(
     "the model as written is estimated to take less time for calls of such a size",
-    "later calls try the schedule, but under deterministic algorithms or where RMTC_COST_MODEL is set; rmtc.explain "
-    'prints the estimates; schedule="shortest" runs the schedule all the same',
+    "later calls try the schedule, but under deterministic algorithms, with gradients or where RMTC_COST_MODEL is set; "
+    'rmtc.explain prints the estimates; schedule="shortest" runs the schedule all the same',
 )
 _SELDOM = _Quiet(
     "a call of a size that is too new: to admit it takes longer than its calls would have saved so far",
@@ -334,7 +335,7 @@ class Compiled:
                                 return self._run(decision, time.perf_counter() - start)
                         return self._run(decision, time.perf_counter() - start)
                     except BaseException as error:
-                        if not isinstance(error, Exception) or raised_by_signal(error):
+                        if not isinstance(error, Exception) or is_no_failure(error):
                             decision.variant.put_off(decision.pick)
                             raise
                         if decision.variant.put_off(decision.pick, failed=True):
@@ -474,8 +475,6 @@ class Compiled:
         watched = self._watched()
         if watched is not None:
             return _Eager(watched)
-        if torch.is_grad_enabled() and self._wants_gradients(arguments):
-            return _Eager(_TRAINING if getattr(self.function, "training", False) else _GRADIENTS)
         differences: list[str] = []
         own: str | None = None  # why what was captured of such calls is refused for this one
         for variant in list(self.variants):
@@ -601,15 +600,6 @@ class Compiled:
         modules = [*{id(module): module for module in known if module is not self.function}.values()]
         self._hooks = modules, hook_tables(modules)
 
-    def _wants_gradients(self, arguments: Arguments) -> bool:
-        if any(tensor.requires_grad for tensor in arguments.tensors().values()):
-            return True
-        if self.variants:
-            return any(variant.requires_grad for variant in self.variants)
-        if isinstance(self.function, nn.Module):
-            return any(parameter.requires_grad for parameter in self.function.parameters())
-        return False
-
     def _run(self, decision: _Run, guard_seconds: float) -> Any:
         variant, sizes, made = decision.variant, decision.ready.sizes, decision.ready.made
         makespan = variant.makespan(sizes.segments, made)  # before anything is written: what fails later runs twice
@@ -635,6 +625,10 @@ class Compiled:
                 backend=made.backend,
             )
         return result
+
+    def _differentiated(self) -> None:
+        with self._counts:
+            self.stats.backwards += 1
 
     def _begin(self, variant: Variant, pick: Pick | None, sizes: Sizes) -> _Timing | None:
         """Begin to time a call, if what it takes counts in what runs later ones."""
@@ -761,7 +755,7 @@ class Compiled:
         return None
 
     def _session(self, arguments: Arguments) -> Session:
-        return Session(self._inner, arguments.args, arguments.kwargs, own_hooks=False)
+        return Session(self._inner, arguments.args, arguments.kwargs, own_hooks=False, trained=True)
 
     def _capture(self, decision: _Capture, arguments: Arguments) -> _Eager | None:
         key = self._key(arguments)
@@ -859,7 +853,7 @@ class Compiled:
         given = options.backend, options.schedule, options.max_group, options.repack_weights
         with stage("make"):
             variant = Variant.make(analysis, *given)
-            variant.number = self.stats.captures
+            variant.number, variant.differentiated = self.stats.captures, self._differentiated
             values = {name: slot.value for name, slot in variant._slots.items()}
             if not variant.weights.in_place(values):
                 variant.weights.move(values)

@@ -10,7 +10,7 @@ import operator
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -178,18 +178,23 @@ class Executor:
         Returns:
             The results by the names of the loop's outputs, and what was done.
         """
-        devices = {tensor.device.type for tensor in values.values()}
         while True:
             plan = self.plan(segments, batch, tail)
-            gradients = torch.is_grad_enabled()
             try:
-                with torch.no_grad(), _autocast_off(devices):
-                    self.weights.refresh()
-                    outputs = self._walked(plan, values, segments, batch, tail, gradients)
+                outputs = self.outputs(plan, values, segments, batch, tail)
                 break
             except _Unmergeable as error:
                 self._separate(error.body)
         return outputs, Run(plan.steps, sum(plan.widths.values()), dict(plan.widths))
+
+    def outputs(
+        self, plan: Plan, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
+    ) -> dict[str, Any]:
+        """Return the results of a plan, by the names of the loop's outputs."""
+        gradients = torch.is_grad_enabled()
+        with torch.no_grad(), autocast_off(values.values()):
+            self.weights.refresh()
+            return self._walked(plan, values, segments, batch, tail, gradients)
 
     def _walked(
         self, plan: Plan, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int, gradients: bool
@@ -203,7 +208,7 @@ class Executor:
                     standing = self._standing = Standing(self.weights)
                     forget = weakref.WeakMethod(self.forget)
                     self.weights.forget = lambda: (known := forget()) and known()
-                walk = _Walk(self, values, segments, batch, tail, gradients)
+                walk = Walk(self, values, segments, batch, tail, gradients)
                 walk.steps = standing.steps(key, plan, walk, check_steps)
                 return walk.outputs(plan)
             except Moved as error:
@@ -212,7 +217,7 @@ class Executor:
                 self._unfit = {*list(self._unfit)[-heuristics.PLANS_KEPT :], key}
             finally:
                 self._stands.release()
-        return _Walk(self, values, segments, batch, tail, gradients).outputs(plan)
+        return Walk(self, values, segments, batch, tail, gradients).outputs(plan)
 
     @functools.cached_property
     def _draws(self) -> bool:
@@ -257,7 +262,7 @@ class _Unmergeable(Exception):
         self.body = body
 
 
-class _Walk:
+class Walk:
     """One run."""
 
     def __init__(
@@ -489,12 +494,15 @@ class _Walk:
         key = body.name, layers
         rows = self.rows.get((*key, grouped))
         if rows is None:
-            get = self.executor.weights.rows
-            rows = [get(body, number, layers, self.values, self.stacked) for number in range(len(body.weights))]
+            rows = [self._rows_of(body, number, layers) for number in range(len(body.weights))]
             lasting = self.executor.weights.lasting
             self.lasting[key] = all(lasting(body, number, layers, each) for number, each in enumerate(rows))
             self.rows[*key, grouped] = rows if grouped else [each[0] for each in rows]
         return self.rows[*key, grouped]
+
+    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...]) -> torch.Tensor:
+        """A weight of some layers, behind a group axis."""
+        return self.executor.weights.rows(body, number, layers, self.values, self.stacked)
 
     def _operand(self, operand: Any, after: Sequence[Any], at: Environment | None = None) -> Any:
         """What an operand that is no cell's stands for."""
@@ -554,9 +562,10 @@ class _Walk:
 
 
 @contextlib.contextmanager
-def _autocast_off(devices: set[str]) -> Iterator[None]:
+def autocast_off(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Turn autocast off on the devices of some tensors: its casts are operations of the program."""
     with contextlib.ExitStack() as stack:
-        for device in sorted(devices):
+        for device in sorted({tensor.device.type for tensor in tensors}):
             if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils._device import DeviceContext
 
 from rmtc.errors import user_level
@@ -42,6 +43,8 @@ def hooked(modules: Sequence[nn.Module], tables: Sequence[Mapping[int, Any]]) ->
     transform = torch._C._functorch.peek_interpreter_stack()
     if transform is not None:  # its tensors are of another level than those that a run keeps
         return f"a transform of torch.func is active ({transform.key().name.lower()})"
+    if parametrize._cache_enabled:
+        return "parametrized tensors are cached (torch.nn.utils.parametrize.cached)"
     if any(tables):
         for number, table in enumerate(tables):
             for hook in table.values():
@@ -56,6 +59,8 @@ def global_hooks() -> str | None:
     general = torch.nn.modules.module
     if general._global_forward_hooks or general._global_forward_pre_hooks:
         return "there are global forward hooks (torch.nn.modules.module)"
+    if torch.is_grad_enabled() and (general._global_backward_hooks or general._global_backward_pre_hooks):
+        return "there are global backward hooks (torch.nn.modules.module)"
     return None
 
 

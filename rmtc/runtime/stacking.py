@@ -36,6 +36,17 @@ class StackPart(NamedTuple):
     start: int = 0
     size: int | None = None
 
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the part of a tensor that is laid out as the memory."""
+        return _joined(tensor, self.start, self.size)[self.first : self.last + 1 : self.step]
+
+    def meets(self, other: StackPart) -> bool:
+        """Return whether two parts have something in common; ``other`` is one row."""
+        rows = range(self.first, self.last + 1, self.step)
+        before = other.size is not None and other.start + other.size <= self.start
+        behind = self.size is not None and self.start + self.size <= other.start
+        return other.first in rows and not before and not behind
+
 
 memories: weakref.WeakSet[StackMemory] = weakref.WeakSet()
 
@@ -68,7 +79,7 @@ class StackMemory:
         tensor = self.tensor
         if view is None and tensor is not None:
             with torch.inference_mode(False):
-                view = _joined(tensor, *part[3:])[part.first : part.last + 1 : part.step]
+                view = part.of(tensor)
                 self.views[part] = view
             if self.tensor is None:  # another thread has moved a parameter
                 self.views.clear()
@@ -140,19 +151,23 @@ class LayerStack:
         tensor = None if memory is None else memory.tensor
         if memory is None or tensor is None:
             return None
-        first, last = (self.at.first + self.at.step * row for row in part[:2])
-        size = self.at.size if part.size is None else part.size
-        whole = StackPart(first, last, self.at.step * part.step, self.at.start + part.start, size)
+        whole = self.within(part)
         if repacked:
             known = self.repacked.get((id(tensor), whole))
             if known is not None:
                 return known[1]
             copy = memory.copy(*whole[3:])
             if copy is not None:
-                view = copy.copy[first : last + 1 : whole.step]
+                view = copy.copy[whole.first : whole.last + 1 : whole.step]
                 self.repacked[id(copy.whole), whole] = copy, view
                 return view
         return memory.part(whole)
+
+    def within(self, part: StackPart) -> StackPart:
+        """Return a part of the stack as a part of the memory."""
+        first, last = (self.at.first + self.at.step * row for row in part[:2])
+        size = self.at.size if part.size is None else part.size
+        return StackPart(first, last, self.at.step * part.step, self.at.start + part.start, size)
 
     def copies(self) -> list[_Copy]:
         """Return the copies of parts of the present memory, each once."""
@@ -262,7 +277,7 @@ def copied_layout(
     """
     rows, order = names_in(body, number), sorted(body.weights[number])
     if rows not in stacked:
-        tensors = [[values[name].detach() for name in row] for row in rows]
+        tensors = [[values[name] for name in row] for row in rows]
         stacked[rows] = torch.stack([row[0] if len(row) == 1 else torch.cat(row) for row in tensors])
     at = [order.index(layer) for layer in layers]
     return stacked[rows][at[0] : at[-1] + 1 : at[1] - at[0] if len(at) > 1 else 1]

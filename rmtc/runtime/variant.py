@@ -46,6 +46,7 @@ from rmtc.runtime.estimate import WAYS, Way, as_written, backend_of, best_of, co
 from rmtc.runtime.executor import Executor, Run
 from rmtc.runtime.measure import clock, cost_model, pinned
 from rmtc.runtime.stats import Decision
+from rmtc.runtime.training import Training
 from rmtc.runtime.triton import launches_on
 from rmtc.runtime.weights import Weights
 from rmtc.stages import substage
@@ -62,12 +63,14 @@ class Ready:
         values: every tensor that the program reads, by name.
         arguments: its arguments.
         made: what runs it.
+        gradients: whether its results are to be differentiated.
     """
 
     sizes: Sizes
     values: dict[str, torch.Tensor]
     arguments: Arguments
     made: Made
+    gradients: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,7 @@ class Made:
         program, weights: what is run.
         runner: what runs it.
         unmoved: what the program reads that is in no stack.
+        trains: what runs calls from which gradients are asked, once there is one.
     """
 
     kind: str
@@ -88,6 +92,7 @@ class Made:
     weights: Weights
     runner: Runner
     unmoved: list[str] = field(default_factory=list)
+    trains: list[Training] = field(default_factory=list)
 
 
 class Pick(NamedTuple):
@@ -127,6 +132,7 @@ class Variant:
         number: the how-many-th capture it is.
         counter: why no later call is this capture's: each finds another number in a place where calls count.
         failed: sizes whose runs failed, how often, and why.
+        differentiated: called after each backward pass.
     """
 
     analysis: Analysis
@@ -164,6 +170,7 @@ class Variant:
     frozen: bool = False
     number: int = 1
     failed: dict[Sizes, Failed] = field(default_factory=dict)
+    differentiated: Callable[[], None] = field(default=lambda: None)
 
     @property
     def program(self) -> WavefrontProgram:
@@ -369,8 +376,9 @@ class Variant:
         if not self.arms:
             return None
         choice = self.choice(sizes)
-        fixed = pinned() or torch.are_deterministic_algorithms_enabled()
-        if fixed or (torch.is_grad_enabled() and self.requires_grad):
+        if torch.is_grad_enabled() and self.requires_grad:
+            return Pick(choice.estimated(sizes, heuristics.TRAINING_MARGIN))
+        if pinned() or torch.are_deterministic_algorithms_enabled():
             return Pick(choice.estimated(sizes))
         if self.frozen:
             return Pick(choice.settled(sizes))
@@ -551,7 +559,10 @@ class Variant:
         if not in_place or sizes not in self.analysis.admitted or not self._met(sizes.batch):
             return None
         values.update(inputs)
-        return Ready(sizes, values, arguments, made)
+        gradients = torch.is_grad_enabled() and any(each.requires_grad for each in values.values())
+        if gradients and self.analysis.probes[0].written is None:
+            return "gradients are asked for, and were not when it was captured"
+        return Ready(sizes, values, arguments, made, gradients)
 
     def _values(self) -> dict[str, Any]:
         """What the program reads but for the call's arguments, by name, once :meth:`match` has seen the state."""
@@ -691,7 +702,8 @@ class Variant:
         Returns:
             What the user's code would have returned, and what was done.
         """
-        outputs, run = ready.made.runner.run(ready.values, *ready.sizes)
+        runner = self._training(ready.made) if ready.gradients else ready.made.runner
+        outputs, run = runner.run(ready.values, *ready.sizes)
         description = self.analysis.result(ready.sizes)
         written = {name: ready.values[name] for name in self._written}
         own = {name: written[source] for name, source in self._own.items()}
@@ -702,6 +714,13 @@ class Variant:
                 return self._container(asked, ready.arguments)
             return self._plain(asked, ready.sizes.segments)
 
+        kept = [name for name, each in written.items() if each.requires_grad or outputs[f"write:{name}"].requires_grad]
+        if ready.gradients and kept:
+            raise RefusedError(
+                f"gradients are asked for, and the call writes to {kept[0]} what depends on parameters",
+                remedy="write there detached values under torch.no_grad(), or keep a new tensor in place of writing to "
+                "one; of batch norm, call eval()",
+            )
         results = _Results({**_apart(outputs, written), **own}, other)
         made: dict[Label, Any] = {}
         result = build(description, results, made)
@@ -709,6 +728,14 @@ class Variant:
             results[place] = results[place]
         self._leave(results, made, written)
         return result, run
+
+    def _training(self, made: Made) -> Training:
+        """What runs calls from which gradients are asked."""
+        if not made.trains:
+            written = self.analysis.probes[0].written
+            assert written is not None  # or the call would not be ready
+            made.trains.append(Training(made.program, made.weights, written, self.differentiated))
+        return made.trains[0]
 
     def _container(self, place: ExistingContainer, arguments: Arguments) -> Any:
         """What is in the place of a container that was there before the call."""
@@ -800,6 +827,18 @@ def _refuse_lost(capture: Capture) -> None:
             f"{capture.session.lost}, which a run by the schedule would not do",
             remedy="keep what a call leaves in tensors, constants and counters, and put settings back",
         )
+    if capture.session.trained:
+        if capture.session.own_backward is not None:
+            raise RefusedError(
+                f"{capture.session.own_backward} has a backward of its own (torch.autograd.Function), which a run by "
+                "the schedule would not call",
+                remedy="write it as operations that autograd differentiates, or call the model under torch.no_grad()",
+            )
+        if capture.session.fake_mode.indexing.gradients:
+            raise RefusedError(
+                "gradients are asked for, and the code asks whether tensors require them or have a history",
+                remedy="leave requires_grad, grad_fn and is_leaf to the caller, or call it under torch.no_grad()",
+            )
     if capture.session.drawn and not capture.reorder_random:
         raise RefusedError(
             "the forward draws random numbers in Python (random or numpy.random), or seeds a generator, which a run by "

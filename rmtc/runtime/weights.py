@@ -184,7 +184,7 @@ class Weights:
         if known is not None and (view := known[0].part(*known[1:])) is not None:
             return view
         names = [body.weights[number][layer] for layer in layers]
-        lies = self._lies(names)
+        lies = self.lies_in(names)
         found = None if lies is None else (*lies, self.repack and multiplies(body, number))
         if found is not None and (view := found[0].part(*found[1:])) is not None:
             self._parts[key] = found
@@ -198,7 +198,18 @@ class Weights:
             return view
         return copied_layout(body, number, layers, values, stacked)
 
-    def _lies(self, names: Sequence[tuple[str, ...]]) -> tuple[LayerStack, StackPart] | None:
+    def place(self, name: str) -> tuple[torch.Tensor, StackPart] | None:
+        """Return the memory of a parameter's stack and its part of it, or None if it lies in none."""
+        if name not in self.places:
+            return None
+        number, row, joined = self.places[name]
+        stack = self.stacks[number]
+        memory = None if stack.memory is None else stack.memory.tensor
+        sizes = stack.sizes[joined : joined + 1]
+        part = StackPart(row, row, 1, sum(stack.sizes[:joined]), *sizes)
+        return None if memory is None else (memory, stack.within(part))
+
+    def lies_in(self, names: Sequence[tuple[str, ...]]) -> tuple[LayerStack, StackPart] | None:
         """Return the stack, and its part, in which parameters lie, or None if that is no single part."""
         if not all(name in self.places for row in names for name in row):
             return None

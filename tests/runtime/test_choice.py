@@ -287,14 +287,13 @@ def test_the_choice_stays_where_it_must_not_change(unpinned: Callable[[CostModel
                 fast(*args)
     finally:
         torch.use_deterministic_algorithms(False)
-    with pytest.warns(rmtc.FallbackWarning, match="gradients are asked for"):
-        for _ in range(10):
-            fast(*args)
+    for _ in range(10):
+        fast(*args)
     with torch.no_grad(), mock.patch.dict(os.environ, RMTC_COST_MODEL=str(tmp_path / "named.json")):
         for _ in range(10):
             fast(*args)
     stats = rmtc.stats(fast)
-    assert (stats.runs, stats.eager, *stats.fallbacks.values()) == (0, 21, 10)
+    assert (stats.runs, stats.eager, stats.fallbacks) == (0, 31, {})
     with torch.no_grad():
         for _ in range(5):
             fast(*args)

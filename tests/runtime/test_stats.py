@@ -22,6 +22,7 @@ def test_counts_then_the_last_run_then_fallbacks_with_their_reasons() -> None:
         "recompiles  1",
         "recalled    1",
         "runs        5",
+        "backwards   0",
         "eager       3",
         "last run",
         "  schedule    shortest, backend torch",
@@ -56,4 +57,4 @@ def test_a_field_more_is_a_line_more() -> None:
         odd: dict[str, int] = field(default_factory=lambda: {"short": 2})
 
     lines = str(More()).splitlines()
-    assert lines[5:7] == ["last run    none", "declined    7"] and lines[-2:] == ["odd", "  2: short"]
+    assert lines[6:8] == ["last run    none", "declined    7"] and lines[-2:] == ["odd", "  2: short"]

@@ -1,0 +1,321 @@
+"""Runs of a loop from which gradients are asked: one node of autograd around the whole wavefront.
+
+The bodies run for groups of cells as in any other run, by operations that autograd differentiates. It records them
+apart from the caller's graph, which has one node for the loop. Parameters that lie in a stack get their gradients in
+one stack too, to which each group adds in place: autograd would make a gradient as large as the stack for each group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.utils.dlpack import from_dlpack
+
+from rmtc import heuristics
+from rmtc.codegen.torch.emit import emit
+from rmtc.codegen.torch.source import Emitted
+from rmtc.ir.gradients import Dependences
+from rmtc.ir.wavefront import Body, WavefrontProgram
+from rmtc.ops import derivatives
+from rmtc.ops.linears import linear_maps
+from rmtc.passes.bodies.join_products import join_products
+from rmtc.passes.pipeline import differentiable
+from rmtc.runtime.check_plan import check_plan
+from rmtc.runtime.executor import Emission, Executor, Walk, autocast_off
+from rmtc.runtime.plan import Plan
+from rmtc.runtime.stacking import DLPACK, StackPart, copied_layout
+from rmtc.runtime.weights import Weights
+
+
+class Training(Executor):
+    """Runs a program so that its results can be differentiated.
+
+    No operand of a body is overwritten, and ``detach`` stays where the code has it.
+
+    Args:
+        program: what runs without gradients, for its loop, its schedule and the most cells that run at once.
+        weights: the stacks in which the parameters lie.
+        written: what the results depend on as the code is written. Packed into one tensor and taken out of it again, a
+            value has a gradient of zeros from what was packed with it, and not none.
+        differentiated: called after each backward pass.
+    """
+
+    binds = False
+
+    def __init__(
+        self, program: WavefrontProgram, weights: Weights, written: Dependences, differentiated: Callable[[], None]
+    ) -> None:
+        super().__init__(join_products(differentiable(program), weights.places, trained=True), weights)
+        self.written, self.differentiated = written, differentiated
+        self._unrolled: dict[tuple[int, ...], Dependences] = {}
+
+    def plan(self, segments: int, batch: int, tail: int) -> Plan:
+        """The plan of a run, checked when it is made."""
+        known = (segments, batch, tail) in self._plans
+        plan = super().plan(segments, batch, tail)
+        if not known:
+            check_plan(self.program, plan, segments)
+        return plan
+
+    def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
+        """Emit a launch's body, try it on its operands, and run it."""
+        shared = torch.enable_grad()(of.shared)
+        draws = any(op.random for op in of.launch.body.ops.values())
+        devices = {each.device for each in of.inputs if isinstance(each, torch.Tensor) and each.is_cuda}
+        with torch.no_grad(), torch.random.fork_rng([*devices], enabled=draws):  # the run after it draws the numbers
+            kernel, _ = emit(**replace(of, shared=shared).arguments, bind=False, derivatives=_DERIVATIVES)
+        size = len(of.launch.cells) if of.launch.grouped else None
+        passed = tuple(map(shared, kernel.shared))
+        return kernel, self.call(kernel, size, of.inputs, of.weights, of.numbers, passed)
+
+    def outputs(
+        self, plan: Plan, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
+    ) -> dict[str, Any]:
+        """Return the results of a plan, by the names of the loop's outputs, with the loop as their ``grad_fn``."""
+        tape = _Tape(self, values, segments, batch, tail)
+        with torch.enable_grad(), autocast_off(values.values()):
+            found = tape.outputs(plan)
+        tape.release()
+        requiring = self._dependences(tape.sizes).requiring(tape.given) | self.written.requiring(tape.given)
+        own = {id(tape.leaves[name]): each for name, each in tape.given.items()}
+        for name, each in found.items():
+            if id(each) in own:  # a parameter, say, as it is
+                found[name] = own[id(each)]
+            elif isinstance(each, torch.Tensor) and name in requiring:
+                tape.results.setdefault(id(each), (each, []))[1].append(name)
+            elif isinstance(each, torch.Tensor) and each.requires_grad:  # it was made together with others
+                found[name] = each.detach()
+        if not tape.results:
+            return found
+        made = _Loop.apply(tape, *tape.given.values())  # type: ignore[no-untyped-call]
+        outer = dict(zip(tape.results, made, strict=True))
+        return {name: outer.get(id(each), each) for name, each in found.items()}
+
+    def reached(self, sizes: tuple[int, ...], results: Sequence[str] | None = None) -> frozenset[str]:
+        """Return the names of the tensors to which autograd gives a gradient when results are differentiated.
+
+        Args:
+            sizes: number of segments, batch size and length of the last segment.
+            results: the names of those; all if None.
+        """
+        return self._dependences(sizes).reached(results) | self.written.reached(results)
+
+    def _dependences(self, sizes: tuple[int, ...]) -> Dependences:
+        found = self._unrolled.get(sizes)
+        if found is None:
+            if len(self._unrolled) > heuristics.PLANS_KEPT:
+                self._unrolled.clear()
+            loop = self.program.loop
+            program, keys = loop.unroll(*sizes)
+            found = self._unrolled[sizes] = Dependences(program, [loop.op(key, sizes[0]) for key in keys])
+        return found
+
+
+class _Tape(Walk):
+    """One run that autograd records, on leaves in place of the tensors that require gradients.
+
+    Attributes:
+        given: those tensors, by name.
+        leaves: what stands for each of them.
+        results: the results that require gradients, each with its names.
+        stacks: the gradients of parameters that lie in stacks.
+    """
+
+    executor: Training
+
+    def __init__(self, executor: Training, values: Mapping[str, torch.Tensor], *sizes: int) -> None:
+        self.sizes = sizes
+        reached = executor.reached(sizes)  # what the code detaches at once has a graph that is not this loop's
+        asking = {name: value for name, value in values.items() if value.requires_grad}
+        self.given = {name: value for name, value in asking.items() if name in reached}
+        self.leaves = {name: value.detach().requires_grad_() for name, value in self.given.items()}
+        apart = {name: value.detach() for name, value in asking.items()}
+        self.results: dict[int, tuple[torch.Tensor, list[str]]] = {}
+        self.stacks = _Stacks()
+        # The rows of a stack are other tensors than the parameters that lie there.
+        self.stacked_parameters = [value for name, value in values.items() if name in executor.weights.places]
+        self.places = {name: place for name in self.given if (place := executor.weights.place(name)) is not None}
+        self.anchor = torch.zeros((), requires_grad=True)  # rows of stacks depend on it, so that autograd visits them
+        segments, batch, tail = sizes
+        super().__init__(executor, {**values, **apart, **self.leaves}, segments, batch, tail, gradients=True)
+        self.joined, self.pieces = {}, {}  # put together in place
+
+    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...]) -> torch.Tensor:
+        names = [body.weights[number][layer] for layer in layers]
+        if (lies := self.executor.weights.lies_in(names)) is not None:
+            stack, part = lies
+            whole = None if stack.memory is None else stack.memory.tensor
+            if whole is None:  # parameters were moved by another thread
+                return copied_layout(body, number, layers, self.values, self.stacked)
+            part = stack.within(part)
+            if self.given.keys().isdisjoint(name for row in names for name in row):
+                return part.of(whole)
+            place = _Place(self.stacks, self.anchor, whole, part)
+            rows: Any = _Rows.apply(self.anchor, place)  # type: ignore[no-untyped-call]
+            rows.place = place
+            return rows  # type: ignore[no-any-return]
+        if len(set(names)) == 1 and len(names[0]) == 1:
+            own = self.values[names[0][0]]
+            return own.unsqueeze(0).expand(len(names), *own.shape)
+        return copied_layout(body, number, layers, self.values, self.stacked)
+
+    def release(self) -> None:
+        """Let go of what no backward pass reads."""
+        for table in (self.kept, self.copied, self.shared, self.passed, self.rows, self.stacked, self.known):
+            table.clear()
+        self.values = {}
+        vars(self).pop("before", None)
+
+    def backward(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Return the gradients of what was given, from those of the results."""
+        if not self.results:
+            raise RuntimeError("Trying to backward through a compiled loop a second time: specify retain_graph=True")
+        self.stacks.found.clear()
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        pairs = zip(self.results.values(), gradients, strict=True)
+        asked = [(result, names, each) for (result, names), each in pairs if each is not None]
+        made = [(result, each) for result, _, each in asked if result.requires_grad]
+        found: Sequence[torch.Tensor | None] = [None] * len(self.leaves)
+        if made:
+            _, *found = torch.autograd.grad(
+                [result for result, _ in made],
+                [self.anchor, *self.leaves.values()],
+                [each for _, each in made],
+                retain_graph=keep,
+                allow_unused=True,
+            )
+        if not keep:
+            self.results, self.leaves = {}, {}
+        self.executor.differentiated()
+        reached = self.executor.reached(self.sizes, [name for _, names, _ in asked for name in names])
+        return [
+            self._sum(name, each) if name in reached else None for name, each in zip(self.given, found, strict=True)
+        ]
+
+    def _sum(self, name: str, gradient: torch.Tensor | None) -> torch.Tensor:
+        """The gradient of a tensor, as a row of a stack and by itself."""
+        stacked = self._stacked(name)
+        if stacked is None:
+            return torch.zeros_like(self.given[name]) if gradient is None else gradient
+        return stacked if gradient is None else stacked + gradient
+
+    def _stacked(self, name: str) -> torch.Tensor | None:
+        """The gradient of a parameter from its row of a stack; None if no group that has one reads the row."""
+        place = self.places.get(name)
+        return None if place is None else self.stacks.row(*place)
+
+
+class _Stacks:
+    """The gradients of parameters that lie in stacks.
+
+    Attributes:
+        found: for each memory, by its id, the gradients of all that lies there, and the parts that some group added to.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[int, tuple[torch.Tensor, set[StackPart]]] = {}
+
+    def part(self, memory: torch.Tensor, part: StackPart) -> torch.Tensor:
+        """Return the gradient of a part of a memory, to be added to."""
+        if id(memory) not in self.found:
+            self.found[id(memory)] = torch.zeros_like(memory), set()
+        whole, parts = self.found[id(memory)]
+        parts.add(part)
+        return part.of(whole)
+
+    def row(self, memory: torch.Tensor, part: StackPart) -> torch.Tensor | None:
+        """Return the gradient of a part of one row; None if no group has added to it."""
+        whole, parts = self.found.get(id(memory), (memory, set()))
+        if not any(each.meets(part) for each in parts):
+            return None
+        row = part.of(whole)[0]
+        return from_dlpack(row) if row.dtype in DLPACK else row  # of a storage of its own, as the parameter has
+
+
+class _Place:
+    """Some rows of a stack, and where their gradients go.
+
+    The memory is that of the forward: parameters may lie elsewhere by the time of the backward.
+    """
+
+    def __init__(self, stacks: _Stacks, anchor: torch.Tensor, memory: torch.Tensor, part: StackPart) -> None:
+        self.stacks, self.anchor, self.memory, self.part = stacks, anchor, memory, part
+        self.rows = part.of(memory)
+
+    def gradient(self) -> torch.Tensor:
+        """The gradient of the rows, to be added to."""
+        return self.stacks.part(self.memory, self.part)
+
+
+class _Rows(torch.autograd.Function):
+    """Some rows of a stack, whose gradient is added to that of the stack in place."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, place: _Place) -> torch.Tensor:
+        ctx.place = place
+        return place.rows.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
+        ctx.place.gradient().add_(gradient)
+        return None, None
+
+
+class _Maps(torch.autograd.Function):
+    """The products of a group with its rows of a stack, whose gradient is added to that of the stack in place."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, x: torch.Tensor, place: _Place) -> torch.Tensor:
+        ctx.place, ctx.shape = place, x.shape
+        flat = x.reshape(len(x), -1, x.shape[-1])
+        ctx.save_for_backward(flat)
+        return torch.bmm(flat, place.rows.mT).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor | None, None]:
+        (flat,) = ctx.saved_tensors
+        gradient = gradient.reshape(*flat.shape[:2], -1)
+        ctx.place.gradient().baddbmm_(gradient.mT, flat)
+        if not ctx.needs_input_grad[1]:
+            return None, None, None
+        return None, torch.bmm(gradient, ctx.place.rows).view(ctx.shape), None
+
+
+def _maps(x: torch.Tensor, weight: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the product of each cell with its weight, (G, ..., in) by (G, out, in), and what is added to it."""
+    place = getattr(weight, "place", None)
+    product: torch.Tensor
+    if place is None:
+        product = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), weight.mT).view(*x.shape[:-1], -1)
+    else:
+        product = _Maps.apply(place.anchor, x, place)  # type: ignore[no-untyped-call]
+    return product if added is None else product + added
+
+
+_DERIVATIVES = {linear_maps: _maps, **derivatives.OF}
+"""Functions for autograd in place of those that overwrite what they make."""
+
+
+class _Loop(torch.autograd.Function):
+    """A loop that has run, as one node of the caller's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: _Tape, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.tape = tape
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tape.stacked_parameters)  # so that autograd sees whether one is written to
+        return tuple(each.detach() for each, _ in tape.results.values())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():  # the gradients are to be differentiated (create_graph)
+            reason = "a compiled loop has no second derivatives (create_graph): "
+            raise RuntimeError(f"{reason}where you need them, call the model under rmtc.disabled(model)")
+        ctx.saved_tensors  # noqa: B018 (raises if the graph was freed, or a parameter was written to)
+        return None, *ctx.tape.backward(gradients)
