@@ -411,16 +411,6 @@ def test_refused_models_run_as_before_with_one_warning_or_raise(make: Callable[[
             model(hidden())
 
 
-def test_strict_raises_where_gradients_are_asked_for() -> None:
-    model = rmtc.compile(associative(gradients=True), strict=True)
-    with pytest.raises(rmtc.RefusedError, match="gradients are asked for"):
-        model(hidden())
-    with torch.no_grad():
-        equal(model(hidden()))
-    run = rmtc.stats(model).last_run
-    assert run is not None and run.steps == SEGMENTS + LAYERS - 1
-
-
 class Casting(nn.Module):
     """Takes a text of any dtype: each needs a capture."""
 

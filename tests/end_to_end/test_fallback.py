@@ -721,17 +721,6 @@ def in_threads(calls: list[Callable[[], Any]]) -> list[Any]:
         pool.shutdown(wait=False)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_who_trains_is_not_told_to_do_without_gradients(training: bool) -> None:
-    _, fast = compiled(Associative(2, WIDTH))
-    fast.train(training)
-    fast.requires_grad_(True)
-    with torch.enable_grad(), pytest.warns(rmtc.FallbackWarning, match="gradients are asked for") as caught:
-        fast(text()).sum().backward()
-    assert ("no_grad" in str(caught[0].message)) == (not training)
-    assert fast.layers[1].query.weight.grad is not None
-
-
 @pytest.fixture
 def hasty() -> Iterator[None]:
     """Let threads take turns after every few operations of Python."""

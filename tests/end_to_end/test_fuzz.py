@@ -16,7 +16,7 @@ from fuzz.campaign import Campaign, isolated, judge, logged, reason_class, shrin
 from fuzz.check import examine
 from fuzz.render import render
 from fuzz.snippets import OPS
-from fuzz.spec import OPTIONS, Spec, draw, features, plain, size
+from fuzz.spec import OPTIONS, Spec, draw, features, plain, size, trained
 from torch import Tensor
 
 import rmtc
@@ -28,12 +28,22 @@ pytestmark = pytest.mark.slow
 MODELS = (0, 2, 5, 7, 9, 11, 13, 17)
 """Numbers of models of seed 0, of which two calls take one or two seconds."""
 
+TRAINED = (6, 7, 13, 15, 18, 19, 25, 30)
+"""The same for models of whose calls gradients are asked, which run by a schedule."""
+
 
 @pytest.mark.parametrize("number", MODELS)
 def test_a_drawn_model_is_done_justice(number: int) -> None:
     spec = draw(0, number)
     verdict = judge({**spec, "calls": spec["calls"][:2]})
     assert verdict.kind == "same", verdict
+
+
+@pytest.mark.parametrize("number", TRAINED)
+def test_a_drawn_model_is_trained_as_it_is_written(number: int) -> None:
+    spec = trained(draw(0, number))
+    verdict = judge({**spec, "calls": spec["calls"][:2]})
+    assert verdict.kind == "same" and verdict.ran, verdict
 
 
 def test_the_plainest_model_runs_by_its_schedule() -> None:

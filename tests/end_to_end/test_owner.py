@@ -127,7 +127,7 @@ def test_the_trainer_wraps_the_forward_in_autocast(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_evaluations_between_epochs(tmp_path: Path) -> None:
-    """Training runs eager and says so once; evaluations follow the weights, and saving checkpoints disturbs none."""
+    """Evaluations follow the weights, and saving checkpoints disturbs neither them nor the training."""
     model, (ids,) = armt_llama.build(**{**SIZES, "batch": 6})
     pair, losses = pair_of(model), []
     for name, each in (("eager", pair.eager), ("fast", pair.fast)):
@@ -148,13 +148,13 @@ def test_evaluations_between_epochs(tmp_path: Path) -> None:
             warnings.simplefilter("always", FallbackWarning)
             trainer.train()
         found = [warning for warning in caught if warning.category is FallbackWarning]
-        assert len(found) == (name == "fast") and all("gradients" in str(warning.message) for warning in found)
+        assert not found
         losses.append([entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry])
     assert len(losses[0]) == 3 and losses[0][0] > losses[0][1] > losses[0][2]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     stats = rmtc.stats(pair.fast)
     # The first checkpoint writes the architecture's name into the configuration; the later ones write it again.
-    assert (stats.runs, stats.captures, len(stats.fallbacks)) == (6, 2, 1)
+    assert (stats.runs - stats.backwards, stats.fallbacks) == (6, {}) and stats.backwards
 
 
 def test_a_list_may_be_replaced_by_one_that_holds_the_same() -> None:

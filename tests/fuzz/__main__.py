@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--log", type=Path, default=Path(".fuzz/log.jsonl"))
     parser.add_argument("--failures", type=Path, default=Path(".fuzz/failures"))
     parser.add_argument("--without", nargs="+", default=[], metavar="FEATURE", help="leave out: script=module, op=sort")
+    parser.add_argument("--training", action="store_true", help="ask gradients of each call")
     parser.add_argument("--summary", type=Path, nargs="+", metavar="LOG", help="sum up logs")
     given = parser.parse_args()
     from . import campaign
@@ -50,7 +51,7 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    run = campaign.Campaign(given.seed, given.log, given.failures, given.shrinking, given.without)
+    run = campaign.Campaign(given.seed, given.log, given.failures, given.shrinking, given.without, given.training)
     campaign.judge(draw(0, 0))  # what is imported late is there for every process that is forked
     gc.set_threshold(50_000, 20, 50)  # as for the tests: a fifth of the time
     gc.freeze()

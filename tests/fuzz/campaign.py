@@ -25,7 +25,7 @@ import rmtc
 
 from .check import Verdict, examine
 from .render import render
-from .spec import Spec, draw, features, has_schedule, size, smaller
+from .spec import Spec, draw, features, has_schedule, size, smaller, trained
 
 __all__ = ["Campaign", "commit", "judge", "logged", "reason_class", "shrink", "signature", "summary"]
 
@@ -160,11 +160,20 @@ class Campaign:
         failures: a folder for the files that reproduce failures.
         shrinking: seconds that a failure is made smaller for.
         without: features whose models are left out, such as ``script=module``.
+        training: whether gradients are asked of each call of each model.
     """
 
-    def __init__(self, seed: int, log: Path, failures: Path, shrinking: float, without: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        seed: int,
+        log: Path,
+        failures: Path,
+        shrinking: float,
+        without: Iterable[str] = (),
+        training: bool = False,
+    ) -> None:
         self.seed, self.log, self.failures, self.shrinking = seed, log, failures, shrinking
-        self.without = frozenset(without)
+        self.without, self.training = frozenset(without), training
         self.commit = commit()
         self.counts: collections.Counter[str] = collections.Counter()
         self.failed: collections.Counter[str] = collections.Counter()
@@ -174,7 +183,8 @@ class Campaign:
         numbers, jobs = (number for number in numbers if self._wanted(number)), dict[int, Job]()
         while True:
             while len(jobs) < workers and time.monotonic() < until and (number := next(numbers, None)) is not None:
-                jobs[number] = Job(draw(self.seed, number))
+                spec = draw(self.seed, number)
+                jobs[number] = Job(trained(spec) if self.training else spec)
             if not jobs:
                 return
             ready = wait([job.receiver for job in jobs.values()], timeout=5)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import rmtc
 
@@ -29,6 +30,7 @@ _OF_TORCH |= {"_compiled_call_impl", "__dict__"}
 _PLAIN = (int, float, complex, str, bytes, types.NoneType, torch.dtype, torch.device, torch.Size, slice, range)
 _OF_FILE = {"CALLS", "OPTIONS", "GIVEN", "WHEN", "SEED", "SPEC", "CHANGES"}
 _INSIDE = ("an error inside rmtc", "a scheduled run failed", "the run by the schedule failed")
+_OVERWRITTEN = ("modified by an inplace operation", "use_count of")
 _CLOSE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 2e-4, torch.complex64: 2e-4}
 
 
@@ -327,6 +329,8 @@ class Twin:
         with _mode(call["mode"]):
             try:
                 result = None if error else self.call(*args, **kwargs)
+                if call["mode"] == "grad":
+                    _differentiate(result)
             except Exception as raised:  # noqa: BLE001 (compared with the other's)
                 error = raised
             left = modes()
@@ -348,6 +352,17 @@ class Twin:
                 for key, item in vars(value).items():
                     if not key.startswith("_") and isinstance(item, (*_PLAIN, Tensor, list, dict)):
                         walk.add(f"globals.{name}.{key}", item)
+
+
+def _differentiate(result: Any) -> None:
+    """Ask gradients of all that a call returns, each element with another weight."""
+    generator = torch.Generator().manual_seed(11)
+    made = [each for each in pytree.tree_leaves(result) if isinstance(each, Tensor) and each.requires_grad]
+    weights = [torch.randn(each.shape, generator=generator, dtype=torch.float64) for each in made]
+    if made:  # a state goes on to the next call
+        torch.autograd.backward(
+            made, [w.to(each.dtype) for w, each in zip(weights, made, strict=True)], retain_graph=True
+        )
 
 
 def _states(result: Any) -> Any:
@@ -412,6 +427,8 @@ def examine(path: Path, compile: Callable[..., Any] = rmtc.compile) -> Verdict:
                 inside = [reason for reason in verdict.refused if any(part in reason for part in _INSIDE)]
                 if inside:
                     verdict.kind, verdict.detail = "error inside", inside + _hidden(twins[1].call)
+                elif any(each in f"{error_wanted}{error_found}" for each in _OVERWRITTEN):
+                    break  # autograd sees it only of what a backward keeps, which is not the same for both
                 elif type(error_wanted).__qualname__ != type(error_found).__qualname__:
                     verdict.kind = "exception"
                     verdict.detail = [f"exception: {_said(error_found)} in place of {_said(error_wanted)}"]

@@ -178,6 +178,12 @@ def draw(seed: int, number: int) -> Spec:
     return possible(spec)
 
 
+def trained(spec: Spec) -> Spec:
+    """The model with parameters that want gradients, which each of its calls is asked for."""
+    calls = [{**call, "mode": "grad"} for call in spec["calls"]]
+    return possible({**spec, "gradients": True, "compiled_when": "at first", "calls": calls})
+
+
 def _calls(rng: random.Random) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     batch = rng.choice((1, 2, 3))
@@ -250,8 +256,6 @@ def possible(spec: Spec) -> Spec:
     fix(made["result"] in ("preallocated", "buffer") and made["tokens"], tokens=False)
     fix(made["compiled_when"] == "by decorator" and made["unit"] != "module", compiled_when="at first")
     fix(made["result"] == "preallocated", trim="none")
-    if made["gradients"]:
-        made["calls"][0]["mode"] = "no_grad"
     if made["loop"] == "view":
         for call in made["calls"]:
             call["tail"] = 4

@@ -48,6 +48,10 @@ BREAKS: dict[str, tuple[str, ...]] = {
         "torch._subclasses.fake_tensor.DataDependentOutputException",
         "torch._subclasses.fake_tensor.DynamicOutputShapeException",
     ),
+    "capture: that parametrized tensors are cached is no longer seen": ("torch.nn.utils.parametrize._cache_enabled",),
+    "training: that a graph is kept for another backward pass is no longer seen": (
+        "torch._C._autograd._get_current_graph_task_keep_graph",
+    ),
     "capture: the modes that a call is made under are no longer seen, or kept out of the trace": (
         "torch._C._current_autograd_node",
         "torch._C._functorch.is_functorch_wrapped_tensor",

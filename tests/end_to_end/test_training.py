@@ -1,0 +1,656 @@
+"""Training by the schedule: gradients and losses are those of eager, and forward and backward ran by the wavefront."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from casts import Float32CastsAsFloat64
+from gradients import Trained, differing, reached
+from held import some
+from models import LOOPS
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from zoo import ZOO
+from zoo import text as ids_of
+from zoo_runs import KEPT, SIZES, built
+
+import rmtc
+from rmtc.compiler import compiled_of
+from rmtc.examples import armt_llama
+
+WIDTH, LAYERS, SEGMENT = 8, 3, 4
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def text(segments: int = 4, batch: int = 2, tail: int = SEGMENT) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * segments + 10 * batch + tail)
+    return torch.randn(batch, (segments - 1) * SEGMENT + tail, WIDTH, generator=generator)
+
+
+class Reader(nn.Module):
+    """Layers with a memory (B, D) each, which ``inside`` makes of a layer's output (B, T, D) and the memory before."""
+
+    def __init__(self, inside: Callable[[Tensor, Tensor], Tensor] = lambda x, memory: 0.5 * memory + x.mean(1)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.gates = nn.ParameterList(torch.randn(WIDTH) for _ in range(LAYERS))
+        self.inside = inside
+
+    def forward(self, hidden: Tensor, memories: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        memories = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS if memories is None else list(memories)
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + self.gates[number] * memories[number][:, None])
+                memories[number] = self.inside(piece, memories[number])
+            pieces.append(piece)
+        return torch.cat(pieces, 1), memories
+
+
+def pair(inside: Callable[[Tensor, Tensor], Tensor] | None = None) -> tuple[Reader, Reader]:
+    """A model that is compiled, and its twin that is not."""
+    made = [Reader() if inside is None else Reader(inside) for _ in range(2)]
+    rmtc.compile(made[0], schedule="shortest", strict=True)
+    return made[0], made[1]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: None if each.grad is None else each.grad.clone() for name, each in model.named_parameters()}
+
+
+def loss(found: tuple[Tensor, list[Tensor]]) -> Tensor:
+    """A number that each result counts in."""
+    return found[0].square().mean() + sum(each.sin().sum() for each in found[1])
+
+
+def ran(fast: Any, segments: int, steps: int, backwards: int) -> None:
+    """The last call took the steps of the certificate, and so many backward passes went through such calls."""
+    stats = rmtc.stats(fast)
+    assert not stats.fallbacks and not stats.eager and stats.last_run is not None
+    assert (stats.last_run.segments, stats.last_run.steps, stats.backwards) == (segments, steps, backwards)
+    assert stats.last_run.steps == stats.last_run.makespan
+
+
+REFUSED = {
+    "buffers": "the call writes to layers.0.memory what depends on parameters",
+    "top to bottom": "nothing beats the sequential order",
+}
+FLOAT32 = {"mixed precision", "loop over a global"}
+"""Loops with casts, or weights, in float32."""
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_gradients_of_loops_are_those_of_eager(name: str) -> None:
+    torch.set_default_dtype(torch.float32 if name in FLOAT32 else torch.float64)
+    calls = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        function, args = LOOPS[name]()
+        for _, each in reached([function, args]):
+            each.requires_grad_()
+        calls.append(Trained(function, function, args))
+    fast, eager = calls
+    fast.function = rmtc.compile(fast.function, schedule="shortest")
+    if name in REFUSED:
+        with pytest.warns(rmtc.FallbackWarning, match=REFUSED[name]):
+            found = fast.gradients()
+        assert not differing(found, eager.gradients()) and not rmtc.stats(fast.function).backwards
+        return
+    close = 1e-5 if name in FLOAT32 else 1e-10
+    assert not differing(fast.gradients(), eager.gradients(), close)
+    stats = rmtc.stats(fast.function)
+    assert (stats.runs, stats.backwards) == (1, 1) and not stats.fallbacks
+    assert stats.last_run is not None and stats.last_run.steps < stats.last_run.sequential_steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", some([n for n, entry in ZOO.items() if entry.a is not None], KEPT | {"transformer_xl"}, pytest.mark.full)
+)
+def test_gradients_of_the_zoo_are_those_of_eager(name: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    one, other = built(name), built(name)
+    made = rmtc.compile(one.function, schedule="shortest", options={"reorder_random": True}, strict=True)
+    compiled = compiled_of(made)
+    assert compiled is not None
+    fast, eager = Trained(made, one.module, ()), Trained(other.function, other.module, ())
+    for number, size in enumerate(SIZES):
+        ids = ids_of(*size)
+        for _ in range(2):  # a table that the first call fills makes the second another one
+            made(ids)
+        ran(made, size[0], rmtc.stats(made).last_run.makespan, number)  # type: ignore[union-attr]
+        fast.function = lambda ids: compiled.run_once((ids,), {})
+        with Float32CastsAsFloat64():
+            assert not differing(fast.gradients(ids), eager.gradients(ids))
+        assert rmtc.stats(made).backwards == number + 1
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, SEGMENT), (3, 1, 1), (5, 3, 2), (9, 2, SEGMENT)])
+def test_texts_of_any_size_are_trained_by_one_capture(sizes: tuple[int, int, int]) -> None:
+    fast, eager = pair()
+    for number, each in enumerate(((4, 2, SEGMENT), sizes)):
+        for model in (fast, eager):
+            model.zero_grad()
+            loss(model(text(*each))).backward()  # type: ignore[no-untyped-call]
+        assert not differing(gradients(fast), gradients(eager))
+        ran(fast, each[0], each[0] + LAYERS - 1, number + 1)
+    assert rmtc.stats(fast).captures == 1
+
+
+def test_a_text_of_one_segment_is_trained_as_written() -> None:
+    fast, eager = pair()
+    for model in (fast, eager):
+        loss(model(text(1))).backward()  # type: ignore[no-untyped-call]
+    assert not differing(gradients(fast), gradients(eager))
+    assert (rmtc.stats(fast).eager, rmtc.stats(fast).backwards) == (1, 0)
+
+
+@torch.no_grad()
+def without_gradient(x: Tensor, memory: Tensor) -> Tensor:
+    return 0.5 * memory + x.mean(1)
+
+
+def partly_without(x: Tensor, memory: Tensor) -> Tensor:
+    with torch.no_grad():
+        gate = torch.sigmoid(x.mean(1))
+        with torch.enable_grad():
+            kept = 0.3 * memory
+    return gate * kept + x.mean(1)
+
+
+def filled(x: Tensor) -> Tensor:
+    made = x.new_zeros(x.shape[0], WIDTH)
+    with torch.no_grad():
+        made.copy_(x.mean(1))
+    return made
+
+
+STOPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "detach": lambda x, memory: 0.5 * memory + x.mean(1).detach(),
+    "detach of the memory": lambda x, memory: 0.5 * memory.detach() + x.mean(1),
+    "no_grad": without_gradient,
+    "no_grad, and enable_grad inside of it": partly_without,
+    "straight through": lambda x, memory: memory + (x.mean(1).round() - x.mean(1)).detach() + x.mean(1),
+    "an index": lambda x, memory: memory + x.gather(1, x.argsort(1)).mean(1),
+    "a write to a value without gradients": lambda x, memory: filled(x) + 0.5 * memory,
+    "a write that autograd sees": lambda x, memory: (0.5 * memory + x.mean(1)).mul_(0.7),
+    "like": lambda x, memory: memory * torch.full_like(memory, 0.4) + x.mean(1),
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_where_gradients_stop_they_stop(name: str) -> None:
+    fast, eager = pair(STOPS[name])
+    for model in (fast, eager):
+        loss(model(text())).backward()  # type: ignore[no-untyped-call]
+    assert not differing(gradients(fast), gradients(eager))
+    ran(fast, 4, 4 + LAYERS - 1, 1)
+    other = Reader(lambda x, memory: 0.5 * memory + x.mean(1))
+    loss(other(text())).backward()  # type: ignore[no-untyped-call]
+    assert differing(gradients(fast), gradients(other))
+
+
+class Branching(Reader):
+    """Divides by the memory where there is one: in the first segment that would be by zero."""
+
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+        memories: list[Tensor | None] = [None] * LAYERS
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece, memory = torch.tanh(layer(piece)), memories[number]
+                if memory is not None:
+                    piece = piece / memory.norm(dim=-1)[:, None, None]
+                memories[number] = piece.mean(1) if memory is None else memory + piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
+class Detaching(Reader):
+    """Keeps its memories from call to call, and detaches them when a text begins."""
+
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+        before = getattr(self, "memories", None)
+        begun = before is None or before[0].shape[0] != hidden.shape[0]
+        start = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS if begun else [each.detach() for each in before]
+        result, self.memories = super().forward(hidden, start)
+        return result
+
+
+class Tables(Reader):
+    """Has a table (3, D) in each layer, of which one row is padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(3, WIDTH, padding_idx=1) for _ in range(LAYERS))
+
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+        memories = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number][:, None])
+                piece = piece + self.tables[number]((piece[..., 0] > 0).long() + (piece[..., 1] > 0))
+                memories[number] = 0.5 * memories[number] + piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
+def test_what_a_cell_does_not_take_gives_no_gradient() -> None:
+    fast, eager = Branching(), Branching()
+    rmtc.compile(fast, schedule="shortest", strict=True)
+    for model in (fast, eager):
+        model(text()).square().mean().backward()
+    assert not differing(gradients(fast), gradients(eager))
+    assert all(each is None or each.isfinite().all() for each in gradients(fast).values())
+    ran(fast, 4, 4 + LAYERS - 1, 1)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, functools.partial(torch.optim.SGD, momentum=0.9)])
+def test_steps_of_an_optimizer_are_those_of_eager(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+    fast, eager = pair()
+    losses = []
+    for model in (fast, eager):
+        steps = optimizer(model.parameters(), lr=0.05)
+        found = []
+        for segments in (4, 3, 6, 4, 5):
+            steps.zero_grad()
+            value = loss(model(text(segments)))
+            value.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            steps.step()
+            found.append(value.item())
+        losses.append(found)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-10, atol=1e-10)
+    ran(fast, 5, 5 + LAYERS - 1, 5)
+    assert rmtc.stats(fast).captures == 1
+    for one, other in zip(fast.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_several_forwards_and_backwards() -> None:
+    """Two calls before one backward, gradients that add up, and a graph that is kept."""
+    fast, eager = pair()
+    for model in (fast, eager):
+        first, second = loss(model(text(4))), loss(model(text(5)))
+        (first * second).backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        second.backward()  # type: ignore[no-untyped-call]
+        loss(model(text(3))).backward()  # type: ignore[no-untyped-call]
+    assert not differing(gradients(fast), gradients(eager))
+    ran(fast, 3, 3 + LAYERS - 1, 4)
+    value = loss(fast(text()))
+    value.backward()  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()  # type: ignore[no-untyped-call]
+    value = loss(fast(text()))
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(value, [fast.gates[0]], create_graph=True)
+
+
+def test_a_memory_goes_on_with_its_gradient() -> None:
+    fast, eager = pair()
+    for model in (fast, eager):
+        start = [torch.ones(2, WIDTH, requires_grad=True) for _ in range(LAYERS)]
+        _, memories = model(text(), start)
+        loss(model(text(5), memories)).backward()  # type: ignore[no-untyped-call]
+        model.start = [each.grad for each in start]
+    assert not differing(gradients(fast), gradients(eager))
+    for one, other in zip(fast.start, eager.start, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    ran(fast, 5, 5 + LAYERS - 1, 2)
+
+
+def test_a_memory_that_the_code_detaches_at_once_has_no_part_in_the_graph() -> None:
+    """The second step would go through the first one's graph, which is gone."""
+    fast, eager = Detaching(), Detaching()
+    rmtc.compile(fast, schedule="shortest", strict=True)
+    for _ in range(3):
+        for model in (fast, eager):
+            model.zero_grad()
+            model(text()).square().mean().backward()
+        assert not differing(gradients(fast), gradients(eager))
+    ran(fast, 4, 4 + LAYERS - 1, 3)
+
+
+def test_tables_of_layers_have_their_own_gradients() -> None:
+    """An index of padding has no gradient in any layer."""
+    fast, eager = Tables(), Tables()
+    rmtc.compile(fast, schedule="shortest", strict=True)
+    for model in (fast, eager):
+        model(text()).square().mean().backward()
+    assert not differing(gradients(fast), gradients(eager))
+    assert all(not table.weight.grad[1].any() and table.weight.grad.any() for table in fast.tables)
+    ran(fast, 4, 4 + LAYERS - 1, 1)
+
+
+def test_some_parameters_are_frozen() -> None:
+    fast, eager = pair()
+    for number, frozen in enumerate((["layers.1"], ["layers.1", "gates"], [])):
+        for model in (fast, eager):
+            model.zero_grad()
+            for name, each in model.named_parameters():
+                each.requires_grad_(not name.startswith(tuple(frozen) or ("nothing",)))
+            loss(model(text())).backward()  # type: ignore[no-untyped-call]
+        assert not differing(gradients(fast), gradients(eager))
+        ran(fast, 4, 4 + LAYERS - 1, number + 1)
+
+
+def test_gradients_that_are_asked_for_later_need_a_capture_of_their_own() -> None:
+    fast, eager = pair()
+    for model in (fast, eager):
+        model.requires_grad_(False)
+        model(text())
+        model.requires_grad_()
+        loss(model(text())).backward()  # type: ignore[no-untyped-call]
+    assert not differing(gradients(fast), gradients(eager))
+    ran(fast, 4, 4 + LAYERS - 1, 1)
+    assert rmtc.stats(fast).captures == 2
+
+
+def test_a_part_of_the_results_is_used() -> None:
+    """What the loss does not depend on has no gradient, also where it was computed together with what it depends on."""
+    fast, eager = pair()
+    for model in (fast, eager):
+        model(text())[1][0].sum().backward()
+    assert not differing(gradients(fast), gradients(eager))
+    assert gradients(fast)["layers.2.weight"] is None and gradients(fast)["layers.0.weight"] is not None
+    ran(fast, 4, 4 + LAYERS - 1, 1)
+
+
+def test_results_require_gradients_where_those_of_eager_do() -> None:
+    fast, eager = pair()
+    for model in (fast, eager):
+        model.requires_grad_(False)
+        model.layers[1].requires_grad_()
+    for one, other in zip(fast(text())[1], eager(text())[1], strict=True):
+        assert (one.requires_grad, one.is_leaf) == (other.requires_grad, other.is_leaf)
+    ran(fast, 4, 4 + LAYERS - 1, 0)
+
+
+def test_hooks_of_parameters_are_called() -> None:
+    fast, eager = pair()
+    for model in (fast, eager):
+        model.called = []
+        model.layers[0].weight.register_hook(lambda gradient: 2 * gradient)
+        note = model.called.append
+        model.layers[1].weight.register_post_accumulate_grad_hook(lambda each, note=note: note(each.grad.sum().item()))
+        loss(model(text())).backward()  # type: ignore[no-untyped-call]
+    assert not differing(gradients(fast), gradients(eager))
+    torch.testing.assert_close(fast.called, eager.called, rtol=1e-10, atol=1e-10)
+    assert len(fast.called) == 1
+    ran(fast, 4, 4 + LAYERS - 1, 1)
+
+
+def test_a_parameter_that_is_written_to_before_the_backward_is_an_error() -> None:
+    for model in pair():
+        value = loss(model(text()))
+        with torch.no_grad():
+            model.layers[1].weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()  # type: ignore[no-untyped-call]
+
+
+def test_a_frozen_parameter_that_is_written_to_before_the_backward_is_an_error() -> None:
+    for model in pair():
+        model.layers.requires_grad_(False)
+        value = loss(model(text()))
+        with torch.no_grad():
+            model.layers[1].weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()  # type: ignore[no-untyped-call]
+
+
+def test_frozen_parameters_may_be_written_to_between_steps() -> None:
+    fast, eager = Reader(), Reader()
+    rmtc.compile(fast, schedule="shortest", strict=True, options={"repack_weights": True})
+    for number in range(3):
+        for model in (fast, eager):
+            model.layers.requires_grad_(False)
+            model.zero_grad()
+            loss(model(text())).backward()  # type: ignore[no-untyped-call]
+            model.layers[1].weight.mul_(1.3)
+        assert not differing(gradients(fast), gradients(eager))
+        ran(fast, 4, 4 + LAYERS - 1, number + 1)
+
+
+def test_parameters_may_move_between_forward_and_backward() -> None:
+    fast, eager = pair()
+    for model in (fast, eager):
+        value = loss(model(text()))
+        for each in model.parameters():
+            each.data = each.data.clone()
+        model(text())
+        value.backward()  # type: ignore[no-untyped-call]
+    assert not differing(gradients(fast), gradients(eager))
+    assert rmtc.stats(fast).backwards == 1
+
+
+def test_a_graph_that_is_not_used_is_let_go() -> None:
+    fast, _ = pair()
+    fast(text())
+    found = fast(text())
+    node = found[0].grad_fn
+    assert type(node).__name__ == "_LoopBackward" and found[1][0].grad_fn is node
+    tape = weakref.ref(node.tape)
+    del found, node
+    assert tape() is None
+    value = loss(fast(text()))
+    tape = weakref.ref(value.grad_fn.next_functions[0][0].next_functions[0][0].next_functions[0][0].tape)
+    value.backward()  # type: ignore[no-untyped-call]
+    assert not tape().results and not tape().kept and not tape().leaves  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_around_the_model(reentrant: bool) -> None:
+    fast, eager = pair()
+    for model in (fast, eager):
+        given = text().requires_grad_()
+        found, memories = torch.utils.checkpoint.checkpoint(model, given, use_reentrant=reentrant)
+        loss((found, memories)).backward()  # type: ignore[no-untyped-call]
+        model.given = given.grad
+    assert not differing(gradients(fast), gradients(eager))
+    torch.testing.assert_close(fast.given, eager.given, rtol=1e-10, atol=1e-10)
+    assert rmtc.stats(fast).backwards >= 1 and not rmtc.stats(fast).fallbacks
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def hooked(x: Tensor, memory: Tensor) -> Tensor:
+    made = x.mean(1)
+    if made.requires_grad:
+        made.register_hook(lambda gradient: 2 * gradient)
+    return 0.5 * memory + made
+
+
+def counted(x: Tensor, memory: Tensor) -> Tensor:
+    table = x.mean((0, 1))[:, None] * x.new_ones(1, WIDTH)
+    return memory + F.embedding(x.argmax(-1), table, scale_grad_by_freq=True).mean(1)
+
+
+def written(
+    write: Callable[[Tensor], object], mode: Any = contextlib.nullcontext
+) -> Callable[[Tensor, Tensor], Tensor]:
+    def inside(x: Tensor, memory: Tensor) -> Tensor:
+        made = 0.5 * memory + x.mean(1)
+        with mode():
+            write(made)
+        return made
+
+    return inside
+
+
+ELSEWHERE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "a backward of its own": (
+        lambda x, memory: memory + Rounded.apply(x.mean(1)),  # type: ignore[no-untyped-call]
+        "Rounded has a backward of its own",
+    ),
+    "a hook": (hooked, "whether tensors require"),
+    "a hook on any tensor": (written(lambda made: made.register_hook(torch.neg)), "register_hook"),
+    "a gradient by frequency": (counted, "scale_grad_by_freq"),
+    "a question for the history": (
+        lambda x, memory: memory + (1.0 if memory.grad_fn is None else 0.5) * x.mean(1),
+        "whether tensors require",
+    ),
+    "a write without gradients": (written(lambda made: made.mul_(0.5), torch.no_grad), "writes past autograd"),
+    "a write of a part": (written(lambda made: made[:, :2].zero_(), torch.no_grad), "writes past autograd"),
+    "a write through detach": (written(lambda made: made.detach().mul_(0.5)), "writes past autograd"),
+    "inference mode": (
+        lambda x, memory: memory + torch.inference_mode()(lambda: x.mean(1).sin())() * 2 + x.mean(1),
+        "inference_mode",
+    ),
+    "a checkpoint with a backward of its own": (
+        lambda x, memory: memory + torch.utils.checkpoint.checkpoint(lambda x: x.mean(1), x, use_reentrant=True),
+        "CheckpointFunction has a backward of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_no_trace_shows_of_a_backward_is_refused(name: str) -> None:
+    inside, reason = ELSEWHERE[name]
+    fast, eager = Reader(inside), Reader(inside)
+    rmtc.compile(fast, schedule="shortest")
+    with pytest.warns(rmtc.FallbackWarning, match=reason):
+        loss(fast(text())).backward()  # type: ignore[no-untyped-call]
+    loss(eager(text())).backward()  # type: ignore[no-untyped-call]
+    assert not differing(gradients(fast), gradients(eager))
+    if name == "a hook on any tensor":  # without gradients an error
+        return
+    with torch.no_grad():  # where no gradient is asked for, it is a loop like others
+        fast(text())
+    assert rmtc.stats(fast).runs == 1 and rmtc.stats(fast).backwards == 0
+
+
+def test_backward_hooks_of_modules_are_called() -> None:
+    for path in ("", "layers.1"):
+        fast, eager = Reader(), Reader()
+        rmtc.compile(fast, schedule="shortest")
+        called: list[str] = []
+        fast.get_submodule(path).register_full_backward_hook(lambda *_, called=called: called.append("hook"))
+        with pytest.warns(rmtc.FallbackWarning, match="hook on"):
+            loss(fast(text().requires_grad_())).backward()  # type: ignore[no-untyped-call]
+        loss(eager(text())).backward()  # type: ignore[no-untyped-call]
+        assert called and not differing(gradients(fast), gradients(eager))
+
+
+def test_low_rank_adapters() -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        settings = LoraConfig(r=2, target_modules=["0", "1", "2"], init_lora_weights=False)
+        models.append(inject_adapter_in_model(settings, Reader()))
+    fast, eager = models
+    rmtc.compile(fast, schedule="shortest", strict=True)
+    for model in models:
+        loss(model(text())).backward()  # type: ignore[no-untyped-call]
+    found = gradients(fast)
+    assert not differing(found, gradients(eager))
+    assert {"lora_A" in name for name, each in found.items() if each is not None} == {True, False}
+    ran(fast, 4, 4 + LAYERS - 1, 1)
+
+
+def test_autocast_is_as_near_to_float64_as_that_of_eager() -> None:
+    exact = Reader()
+    loss(exact(text())).backward()  # type: ignore[no-untyped-call]
+    fast, eager = (Reader().float() for _ in range(2))
+    rmtc.compile(fast, schedule="shortest", strict=True)
+    for model in (fast, eager):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(text().float())
+        loss(found).backward()  # type: ignore[no-untyped-call]
+    ran(fast, 4, 4 + LAYERS - 1, 1)
+
+    def far(model: nn.Module) -> float:
+        pairs = zip(model.parameters(), exact.parameters(), strict=True)
+        return max(float((one.grad - other.grad).norm() / other.grad.norm()) for one, other in pairs)  # type: ignore
+
+    assert far(fast) <= 2 * far(eager)
+
+
+class Ids(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Texts of three segments."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        ids = torch.randint(256, (20,), generator=torch.Generator().manual_seed(number))
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.slow
+def test_the_trainer_of_transformers(tmp_path: Any) -> None:
+    torch.set_default_dtype(torch.float32)
+    eager, _ = armt_llama.build(layers=3, width=16, heads=2, segment=8, memory=2, key_size=4, dtype="float64")
+    fast = copy.deepcopy(eager)
+    rmtc.compile(fast, schedule="shortest", strict=True)
+    losses = []
+    for model in (fast, eager):
+        settings = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            learning_rate=1e-3, report_to=[], logging_steps=1, use_cpu=True, save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=settings, train_dataset=Ids())
+        trainer.train()
+        losses.append([each["loss"] for each in trainer.state.log_history if "loss" in each])
+    assert len(losses[0]) == 6
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-6)
+    ran(fast, 3, 3 + 3 - 1, 12)
+    for one, other in zip(fast.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_losses_of_the_example_models_are_differentiated_by_the_schedule() -> None:
+    eager, _ = armt_llama.build(layers=3, width=16, heads=2, segment=8, memory=2, key_size=4, dtype="float64")
+    fast = copy.deepcopy(eager)
+    rmtc.compile(fast, schedule="shortest", strict=True)
+    ids = torch.randint(256, (2, 29), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, 20:] = 0
+    given = {"attention_mask": mask, "labels": ids}
+    for _ in range(2):  # a memory is there before the second
+        fast(ids, **given)
+    compiled = compiled_of(fast)
+    assert compiled is not None
+    with Float32CastsAsFloat64():
+        compiled.run_once((ids,), given).loss.backward()
+        eager(ids, **given).loss.backward()
+    assert not differing(gradients(fast), gradients(eager))
+    ran(fast, 4, 4 + 3 - 1, 1)
+
+
+def test_gradients_at_other_sizes_are_checked_like_results() -> None:
+    """A functional loss over a text of floats: its gradient with respect to the text."""
+    fast, eager = pair()
+    found = []
+    for model in (fast, eager):
+        given = text(6, 1, 3).requires_grad_()
+        F.mse_loss(model(given)[0], torch.ones(1, 23, WIDTH)).backward()  # type: ignore[no-untyped-call]
+        found.append(given.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
+    ran(fast, 6, 6 + LAYERS - 1, 1)
