@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rmtc.capture.arguments import show
 from rmtc.capture.guards import alike
 from rmtc.capture.kinds import is_plain
 from rmtc.capture.objects import leaves_of
@@ -25,6 +26,8 @@ from rmtc.stages import stage
 
 _AGAIN = " (second call)"
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
+_OF_GRADIENTS = {torch.float64: 1e-5, torch.float32: 1e-2, torch.float16: 1e-1, torch.bfloat16: 2e-1}
+"""Sums over all positions that nearly cancel, of models that round to float32 inside, as Llama's norms do."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def verify(
     segment_length: int | None = None,
     schedule: str = "shortest",
     backend: str | Backend = "auto",
+    gradients: bool = False,
 ) -> Callable[..., Verification]:
     """Run a call twice as it is and compiled, and compare everything that both calls return and leave behind.
 
@@ -87,15 +91,17 @@ def verify(
     Args:
         function: a module or function, compiled or not.
         tolerance: the largest relative error that is ok; by default 1e-9 in float64, 1e-3 in float32, 3e-2 in float16
-            and 6e-2 in bfloat16, by the narrowest dtype that comes out.
+            and 6e-2 in bfloat16, by the narrowest dtype that comes out; with gradients 1e-5, 1e-2, 1e-1 and 2e-1.
         allow_refused: return a verification that is not ok, in place of an error, if the model is refused.
         layers, segment_length, schedule, backend: as in :func:`rmtc.compile`; the schedule by default the shortest.
+        gradients: compare the gradients of all parameters and arguments that require them, too, of one call. They are
+            those of a sum of all that the call returns and leaves, each element with a weight of its own.
 
     Returns:
         A callable that takes the arguments of one call.
 
     Raises:
-        ValueError: if ``tolerance`` is negative.
+        ValueError: if ``tolerance`` is negative; (from the call) if gradients are asked for, and nothing requires any.
         RefusedError, CaptureError: (from the call) if there is no schedule to run.
     """
     if tolerance is not None and not tolerance >= 0:
@@ -103,7 +109,8 @@ def verify(
 
     def call(*args: Any, **kwargs: Any) -> Verification:
         try:
-            return rehearse(function, args, kwargs, tolerance, layers, segment_length, schedule, backend).verification
+            hints = layers, segment_length, schedule, backend
+            return rehearse(function, args, kwargs, tolerance, *hints, gradients=gradients).verification
         except (RefusedError, CaptureError) as refusal:
             if not allow_refused:
                 raise
@@ -138,6 +145,7 @@ def rehearse(
     segment_length: int | None = None,
     schedule: str = "shortest",
     backend: str | Backend = "auto",
+    gradients: bool = False,
 ) -> Rehearsal:
     """Verify a call, and keep the compiled copy for more calls.
 
@@ -151,7 +159,7 @@ def rehearse(
         )
 
     target = _unwrapped(function)
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         with stage("run as written"):
             wanted, *_ = _rehearse(target, args, kwargs, None)
         with stage("run with the schedule"):
@@ -159,7 +167,7 @@ def rehearse(
     if not any(name.endswith(_AGAIN) for name in found):  # the second call was refused
         wanted = {name: value for name, value in wanted.items() if not name.endswith(_AGAIN)}
     error, worst = _compare(wanted, found)
-    allowed = _tolerance(wanted) if tolerance is None else tolerance
+    allowed = _tolerance(wanted, gradients) if tolerance is None else tolerance
     steps, cells = (run.steps, run.sequential_steps) if run is not None else (0, 0)
     together = run is not None and (max(run.widths, default=1) > 1 or steps < cells)
     reason = ""
@@ -168,6 +176,8 @@ def rehearse(
         why = "; ".join(compiled.stats.as_written) if compiled is not None else ""
         longer = "; pass a longer text" + (', or ask for schedule="shortest"' if schedule == "best" else "")
         reason = f"the compiled call ran as written: {why or 'it is shorter than two segments'}{longer}"
+    elif gradients and not _differentiated(called):
+        reason = "no gradient was computed by the schedule: no result depends on what requires one"
     elif not together and schedule != "sequential":
         reason = "no step ran more than one cell"
     elif not error <= allowed:
@@ -188,26 +198,33 @@ def _rehearse(
     kwargs: dict[str, Any],
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
 ) -> tuple[dict[str, Any], LastRun | None, Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """Call a copy twice.
+    """Call a copy twice; or once, if gradients are on, and differentiate the call.
 
     Returns:
-        What both calls return and leave behind, by name; the first run; the copy; and its arguments.
+        What the calls return and leave behind, by name; the first run; the copy; and its arguments.
+
+    Raises:
+        ValueError: if gradients are on, and nothing requires any.
     """
     subject = function
     if isinstance(function, nn.Module):
         subject, args, kwargs = copy.deepcopy((function, args, kwargs))
     else:
         args, kwargs = copy.deepcopy((args, kwargs))
-    roots = Session(subject, args, kwargs).roots
+    session = Session(subject, args, kwargs)
+    roots = session.roots
     snapshot = Snapshot(roots)
     contents = [(slot.value, slot.value.detach().clone()) for slot in _tensors(snapshot.slots)]
     called = subject if wrap is None else wrap(subject)
     try:
         if wrap is None and isinstance(subject, nn.Module):
             restore(subject)
-        found = _found(called(*args, **kwargs), roots)
+        result = called(*args, **kwargs)
+        found = _found(result, roots)
         compiled = compiled_of(called)
         run = compiled.stats.last_run if compiled is not None else None
+        if torch.is_grad_enabled():
+            return {**found, **_gradients(result, session)}, run, called, args, kwargs
         with contextlib.suppress(RefusedError, CaptureError):  # the second call reads what the first has left
             again = _found(called(*args, **kwargs), roots)
             found |= {name + _AGAIN: value for name, value in again.items()}
@@ -226,14 +243,41 @@ def _found(result: Any, roots: dict[str, Any]) -> dict[str, Any]:
     return {name: value.detach().clone() if isinstance(value, torch.Tensor) else value for name, value in found.items()}
 
 
+def _gradients(result: Any, session: Session) -> dict[str, Any]:
+    """Return the gradients of what a call returns and leaves, by the names of what requires them.
+
+    Raises:
+        ValueError: if nothing does.
+    """
+    given = {each.names[0]: each.tensor for each in session.lifted}
+    given |= {show(path): tensor for path, tensor in session.arguments.tensors().items()}
+    given = {name: tensor for name, tensor in given.items() if tensor.requires_grad and tensor.is_leaf}
+    if not given:
+        raise ValueError("no parameter and no argument requires gradients")
+    left = [*dict(leaves_of(result, "output")).values(), *(slot.value for slot in _tensors(walk(session.roots)))]
+    made = {id(each): each for each in left if isinstance(each, torch.Tensor) and each.requires_grad}
+    generator, loss = torch.Generator().manual_seed(0), torch.zeros(())
+    for each in made.values():
+        loss = loss + (each * torch.randn(each.shape, generator=generator).to(each)).sum()
+    found = torch.autograd.grad(loss, [*given.values()], allow_unused=True) if made else [None] * len(given)
+    return {f"gradient:{name}": each for name, each in zip(given, found, strict=True)}
+
+
+def _differentiated(called: Callable[..., Any]) -> bool:
+    """Return whether a compiled call was differentiated by its schedule."""
+    compiled = compiled_of(called)
+    return compiled is not None and compiled.stats.backwards > 0
+
+
 def _tensors(slots: list[Slot]) -> Iterator[Slot]:
     """Return the slots of buffers and state."""
     return (slot for slot in slots if isinstance(slot.value, torch.Tensor) and not isinstance(slot.value, nn.Parameter))
 
 
-def _tolerance(values: dict[str, Any]) -> float:
+def _tolerance(values: dict[str, Any], gradients: bool) -> float:
     dtypes = {value.dtype for value in values.values() if isinstance(value, torch.Tensor)}
-    return max((_TOLERANCE[dtype] for dtype in dtypes if dtype in _TOLERANCE), default=1e-9)
+    allowed = _OF_GRADIENTS if gradients else _TOLERANCE
+    return max((allowed[dtype] for dtype in dtypes if dtype in allowed), default=allowed[torch.float64])
 
 
 def _compare(wanted: dict[str, Any], found: dict[str, Any]) -> tuple[float, str]:

@@ -293,6 +293,7 @@ def verify(
     segment_length: LengthHint = None,
     schedule: ScheduleKind = Kind.shortest,
     backend: BackendName = "auto",
+    gradients: Annotated[bool, typer.Option("--gradients", help="Compare the gradients of parameters, too.")] = False,
     json: Json = False,
     output: Output = None,
     debug: Debug = False,
@@ -311,6 +312,7 @@ def verify(
                 segment_length=segment_length,
                 schedule=schedule.value,
                 backend=backend_named(backend),
+                gradients=gradients,
             )
             try:
                 answer = verified(*target.args, **target.kwargs)

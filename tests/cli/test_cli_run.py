@@ -36,13 +36,15 @@ def run(*arguments: str) -> Result:
 
 
 @pytest.mark.slow
-def test_verify_tells_error_and_steps() -> None:
-    result = run("verify", *ARMT, "--json")
+@pytest.mark.parametrize("gradients", [[], ["--gradients"]])
+def test_verify_tells_error_and_steps(gradients: list[str]) -> None:
+    result = run("verify", *ARMT, "--json", *gradients)
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
     assert answer["ok"] is True
     assert (answer["steps"], answer["sequential_steps"]) == (5 + 3 - 1, 5 * 3)
     assert 0 <= answer["max_relative_error"] < answer["tolerance"]
+    assert answer["worst_output"].startswith("gradient:") or not gradients
 
 
 @pytest.mark.slow

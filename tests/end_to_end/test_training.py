@@ -27,6 +27,7 @@ from zoo_runs import KEPT, SIZES, built
 import rmtc
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama
+from rmtc.runtime import training
 
 WIDTH, LAYERS, SEGMENT = 8, 3, 4
 
@@ -642,6 +643,21 @@ def test_losses_of_the_example_models_are_differentiated_by_the_schedule() -> No
         eager(ids, **given).loss.backward()
     assert not differing(gradients(fast), gradients(eager))
     ran(fast, 4, 4 + 3 - 1, 1)
+
+
+def test_verify_holds_gradients_against_those_of_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = rmtc.verify(Reader(), gradients=True)(text())
+    assert found.ok and found.max_relative_error < 1e-10 and found.steps == 4 + LAYERS - 1
+    with pytest.raises(ValueError, match="no parameter and no argument requires gradients"):
+        rmtc.verify(Reader().requires_grad_(False), gradients=True)(text())
+    backward = training._Tape.backward
+
+    def doubled(tape: Any, gradients: Any) -> Any:
+        return [None if each is None else 2 * each for each in backward(tape, gradients)]
+
+    monkeypatch.setattr(training._Tape, "backward", doubled)
+    found = rmtc.verify(Reader(), gradients=True)(text())
+    assert not found.ok and "gradient:" in found.reason
 
 
 def test_gradients_at_other_sizes_are_checked_like_results() -> None:
