@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from zoo import ZOO
 from zoo import text as ids_of
-from zoo_runs import KEPT, SIZES, built
+from zoo_runs import SIZES, built
 
 import rmtc
 from rmtc.compiler import compiled_of
@@ -123,7 +123,7 @@ def test_gradients_of_loops_are_those_of_eager(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", some([n for n, entry in ZOO.items() if entry.a is not None], KEPT | {"transformer_xl"}, pytest.mark.full)
+    "name", some([n for n, entry in ZOO.items() if entry.a is not None], {"infini", "transformer_xl"}, pytest.mark.full)
 )
 def test_gradients_of_the_zoo_are_those_of_eager(name: str) -> None:
     torch.set_default_dtype(torch.float32)
