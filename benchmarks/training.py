@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import time
 from collections.abc import Callable
 
@@ -56,12 +57,15 @@ def measure(layers: int, width: int, segment: int, memory: int, segments: int, t
     losses = {name: float(call()) for name, call in ways.items()}
     assert max(losses.values()) - min(losses.values()) < 1e-3, losses
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    gc.collect()
+    gc.disable()  # a collection falls into one way and not into the others
     for turn in range(turns + 2):
         for name, call in ways.items():
             start = time.process_time()
             call()
             if turn > 1:
                 seconds[name].append(time.process_time() - start)
+    gc.enable()
     found = Turns(seconds)
     stats = rmtc.stats(fast)
     assert stats.backwards == stats.runs == turns + 3, stats
