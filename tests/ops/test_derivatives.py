@@ -40,7 +40,7 @@ def test_derivatives_are_those_of_small_differences(name: str) -> None:
 
 def test_tables_of_a_rotation_may_be_trained() -> None:
     x, cos, sin = (each.requires_grad_() for each in (given(2, 3, 8), given(3, 8), given(3, 8) + 1))
-    assert torch.autograd.gradcheck(lambda *each: derivatives.rotary(*each, 4, None), (x, cos, sin))
+    assert torch.autograd.gradcheck(lambda x, cos, sin: derivatives.rotary(x, cos, sin, 4, None), (x, cos, sin))
 
 
 def test_each_function_that_overwrites_has_a_derivative() -> None:

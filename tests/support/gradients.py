@@ -54,7 +54,7 @@ class Trained:
         generator = torch.Generator().manual_seed(7)
         loss = sum((each * torch.randn(each.shape, generator=generator, dtype=each.dtype)).sum() for each in made)
         assert isinstance(loss, Tensor)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return {name: each.grad for name, each in self.leaves.items()}
 
 
