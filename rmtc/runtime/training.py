@@ -174,27 +174,29 @@ class _Tape(Walk):
         """Return the gradients of what was given, from those of the results."""
         if not self.results:
             raise RuntimeError("Trying to backward through a compiled loop a second time: specify retain_graph=True")
-        self.stacks.found.clear()
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         pairs = zip(self.results.values(), gradients, strict=True)
         asked = [(result, names, each) for (result, names), each in pairs if each is not None]
         made = [(result, each) for result, _, each in asked if result.requires_grad]
         found: Sequence[torch.Tensor | None] = [None] * len(self.leaves)
-        if made:
-            _, *found = torch.autograd.grad(
-                [result for result, _ in made],
-                [self.anchor, *self.leaves.values()],
-                [each for _, each in made],
-                retain_graph=keep,
-                allow_unused=True,
-            )
+        reached = self.executor.reached(self.sizes, [name for _, names, _ in asked for name in names])
+        try:
+            if made:
+                _, *found = torch.autograd.grad(
+                    [result for result, _ in made],
+                    [self.anchor, *self.leaves.values()],
+                    [each for _, each in made],
+                    retain_graph=keep,
+                    allow_unused=True,
+                )
+            given = zip(self.given, found, strict=True)
+            summed = [self._sum(name, each) if name in reached else None for name, each in given]
+        finally:
+            self.stacks.found.clear()  # the rows that are handed out keep what they need
         if not keep:
             self.results, self.leaves = {}, {}
         self.executor.differentiated()
-        reached = self.executor.reached(self.sizes, [name for _, names, _ in asked for name in names])
-        return [
-            self._sum(name, each) if name in reached else None for name, each in zip(self.given, found, strict=True)
-        ]
+        return summed
 
     def _sum(self, name: str, gradient: torch.Tensor | None) -> torch.Tensor:
         """The gradient of a tensor, as a row of a stack and by itself."""
