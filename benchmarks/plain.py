@@ -92,6 +92,18 @@ class Armt(ABC):
 
     def cells(self, h: Tensor, A: Tensor, z: Tensor, first: Tensor, w: dict[str, Tensor]) -> Tensor:
         """Run a step's cells, (G, B, T, D) to (G, B, T, D), and change the rows of the memories."""
+        h, k, update, more = self.computed(h, A, z, first, w)
+        A.flatten(0, 1).baddbmm_(k.flatten(0, 1).mT, update.flatten(0, 1))
+        z.add_(more)
+        return h
+
+    def computed(
+        self, h: Tensor, A: Tensor, z: Tensor, first: Tensor, w: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Run a step's cells, (G, B, T, D) to (G, B, T, D).
+
+        Returns besides: the keys and what is written at them to A, and what is added to z.
+        """
         (G, B, T, D), M = h.shape, len(self.memory)
 
         def recall(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,19 +113,16 @@ class Armt(ABC):
         def phi(x: Tensor) -> Tensor:
             return features(x, self.orders).view(G, B, -1, A.shape[2])
 
-        found, _ = recall(phi(torch.bmm(h.view(G, B * T, D), w["query"])))
+        found, _ = recall(phi(torch.bmm(h.reshape(G, B * T, D), w["query"])))
         h = torch.where(first, h, h + found)
-        h = self.layer(h.view(G, B * T, D), w, B).view(G, B, T, D)
+        h = self.layer(h.reshape(G, B * T, D), w, B).view(G, B, T, D)
         written = torch.bmm(h[:, :, T - M :].reshape(G, B * M, D), w["write"])
         key, value, strength = written.split([self.key_size, D, 1], dim=-1)
         k, beta = phi(key), (strength + w["strength"]).sigmoid().view(G, B, M, 1)
         old, overlap = recall(k)
         gamma = (1 - overlap / (k.square().sum(dim=-1, keepdim=True) + EPSILON)).clamp(0, 1)
-        gamma = torch.where(first, 1.0, gamma)
-        update = (beta * (value.view(G, B, M, D) - old)).flatten(0, 1)
-        A.flatten(0, 1).baddbmm_(k.flatten(0, 1).mT, update)
-        z.add_((gamma * k).sum(dim=2).unsqueeze(-1))
-        return h
+        gamma = torch.where(first, 1.0, gamma).detach()  # as in the model
+        return h, k, beta * (value.view(G, B, M, D) - old), (gamma * k).sum(dim=2).unsqueeze(-1)
 
 
 class ArmtLlama(Armt):

@@ -6,15 +6,12 @@ are put together anew in each step. Weights are joined and attention runs as in 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from plain import ArmtLlama
 from torch import Tensor
 
 from rmtc.examples.armt_llama import ArmtLlamaForCausalLM
-from rmtc.examples.associative import EPSILON, features
 
 __all__ = ["ByStacks"]
 
@@ -44,35 +41,12 @@ class ByStacks(ArmtLlama):
             at = slice(max(0, t - S + 1), min(L, t + 1))
             h = torch.cat([inputs[t : t + 1], h]) if t < S else h
             first = (torch.arange(at.start, at.stop) == t)[:, None, None, None]
-            h, new_A, new_z = self.group(
-                h, A[at], z[at], first, {name: each[at] for name, each in self.weights.items()}
-            )
+            weights = {name: each[at] for name, each in self.weights.items()}
+            h, k, update, more = self.computed(h, A[at], z[at], first, weights)
+            new_A, new_z = A[at] + k.mT @ update, z[at] + more
             A, z = (torch.cat([old[: at.start], new, old[at.stop :]]) for old, new in ((A, new_A), (z, new_z)))
             if at.stop == L:
                 done.append(h[-1, :, : self.segment])
                 h = h[:-1]
         logits = self.logits(torch.cat(done, dim=1))
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-    def group(self, h: Tensor, A: Tensor, z: Tensor, first: Tensor, w: dict[str, Tensor]) -> tuple[Any, Tensor, Tensor]:
-        """Run a step's cells, (G, B, T, D) to (G, B, T, D), and return the memories after it."""
-        (G, B, T, D), M = h.shape, len(self.memory)
-
-        def recall(keys: Tensor) -> tuple[Tensor, Tensor]:
-            overlap = keys @ z + EPSILON
-            return keys @ A / overlap, overlap
-
-        def phi(x: Tensor) -> Tensor:
-            return features(x, self.orders).view(G, B, -1, A.shape[2])
-
-        found, _ = recall(phi(torch.bmm(h.reshape(G, B * T, D), w["query"])))
-        h = torch.where(first, h, h + found)
-        h = self.layer(h.reshape(G, B * T, D), w, B).view(G, B, T, D)
-        written = torch.bmm(h[:, :, T - M :].reshape(G, B * M, D), w["write"])
-        key, value, strength = written.split([self.key_size, D, 1], dim=-1)
-        k, beta = phi(key), (strength + w["strength"]).sigmoid().view(G, B, M, 1)
-        old, overlap = recall(k)
-        gamma = (1 - overlap / (k.square().sum(dim=-1, keepdim=True) + EPSILON)).clamp(0, 1)
-        gamma = torch.where(first, 1.0, gamma)
-        update = beta * (value.view(G, B, M, D) - old)
-        return h, A + k.mT @ update, z + (gamma * k).sum(dim=2).unsqueeze(-1)

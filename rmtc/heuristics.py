@@ -47,7 +47,7 @@ SCHEDULE_MARGIN = 0.9
 TRAINING_MARGIN = 0.7
 """A schedule runs where gradients are asked for if its estimate without them is below this share of that as written.
 
-Forward and backward, estimates of 0.25, 0.45 and 0.89 were 2.1, 1.9 and 1.4 times as fast as written, the last of
+Forward and backward, estimates of 0.25, 0.45 and 0.89 were 2.2, 1.9 and 1.4 times as fast as written, the last of
 them slower where memory goes back to the system between steps (benchmarks/training.py, docs/training.md).
 """
 
