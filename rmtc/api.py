@@ -279,8 +279,8 @@ def _assumptions(analysis: Analysis, fixed: dict[str, int]) -> tuple[str, ...]:
         "for it answers otherwise",
         f"every later segment runs what s2 does: traces of {lengths} segments were compared operation by "
         f"operation{replayed if admitted else ''}",
-        "PyTorch's operations are functions: the same values give the same result, up to rounding, and no random "
-        "numbers (dropout) are drawn",
+        "PyTorch's operations are functions: the same values give the same result, up to rounding; random numbers "
+        "(dropout) are drawn by the place in the loop, and are not those of the code",
         f"all else is as in this call: {', '.join(floats) or 'no floats'}, {', '.join(devices)}{mode}, grad mode "
         f"{'on' if torch.is_grad_enabled() else 'off'}, autocast "
         f"{'on' if torch.is_autocast_enabled('cpu') or torch.is_autocast_enabled('cuda') else 'off'}",

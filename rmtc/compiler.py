@@ -20,7 +20,7 @@ from rmtc.runtime.stats import Stats
 T = TypeVar("T", bound=Callable[..., Any])
 
 _KEY = "_compiled_call_impl"  # where `nn.Module.compile` keeps its call, too: copies and pickles go without it
-_OPTIONS = ("reorder_random", "max_group", "repack_weights")
+_OPTIONS = ("max_group", "repack_weights", "skip_python_random")
 _KEYWORDS = ["backend", "strict", "disable", "recompile_limit", "layers", "segment_length", "schedule", "options"]
 _OF_TORCH = {
     "fullgraph": "strict=True raises where a model would run as before",
@@ -125,12 +125,11 @@ def compile(
             - ``{"max_group": 8}`` lets at most so many cells run at once. Where all segments of a layer could, they run
               in blocks of so many, whose memory does not grow with the text. By default a block has as many as keep the
               machine busy.
-            - ``{"reorder_random": True}`` allows dropout in training mode, whose random numbers are then drawn in
-              another order. It also allows code that draws random numbers in Python, which are then not drawn: only if
-              the results do not depend on them.
             - ``{"repack_weights": True}`` has products read transposed copies of weights, which each call makes anew.
               On a CPU without a C++ compiler that is faster for long texts (from some dozens of segments on) of layers
               that are too large for its cache. The copies stay, and take as much memory again as the layers' matrices.
+            - ``{"skip_python_random": True}`` allows code that draws random numbers in Python (``random``,
+              ``numpy.random``), which are then not drawn: only if the results do not depend on them.
 
     Returns:
         ``model`` itself if it is a module or class, a wrapped function, or a decorator.
@@ -178,8 +177,8 @@ def compile(
         layers=layers,
         segment_length=segment_length,
         backend=backend_made,
-        reorder_random=bool((options or {}).get("reorder_random", False)),
         repack_weights=bool((options or {}).get("repack_weights", False)),
+        skip_python_random=bool((options or {}).get("skip_python_random", False)),
         schedule=kind_named(schedule),
         max_group=(options or {}).get("max_group"),
     )

@@ -163,20 +163,19 @@ def entry_of(session: Session, **options: object) -> str | None:
         return None
 
 
-def recalled(session: Session, key: str, reorder_random: bool = False) -> Analysis | None:
+def recalled(session: Session, key: str) -> Analysis | None:
     """Return the analysis of a call by what an entry of the cache says of it; None on a miss.
 
     Args:
         session: the call. Nothing of it has run.
         key: its fingerprint.
-        reorder_random: whether operations may draw random numbers, in any order.
     """
     data = read_entry(key)
     if data is None:
         return None
     try:
         # In a session of its own, which notes what runs of a wrong guess do.
-        return confirmed(session.again(), Recognition.read(data), reorder_random)
+        return confirmed(session.again(), Recognition.read(data))
     except Exception as error:  # whatever a wrong guess leads to
         if raised_by_signal(error):
             raise
@@ -186,13 +185,12 @@ def recalled(session: Session, key: str, reorder_random: bool = False) -> Analys
 
 
 @uncollected()
-def confirmed(session: Session, guess: Recognition, reorder_random: bool = False) -> Analysis:
+def confirmed(session: Session, guess: Recognition) -> Analysis:
     """Hold a recognition against a call.
 
     Args:
         session: the call. Nothing of it has run.
         guess: what was recognised in another such call.
-        reorder_random: whether operations may draw random numbers, in any order.
 
     Returns:
         The analysis of the call, with its sizes admitted.
@@ -200,7 +198,7 @@ def confirmed(session: Session, guess: Recognition, reorder_random: bool = False
     Raises:
         RmtcError: with what does not hold.
     """
-    analysis, short = _opened(session, guess, reorder_random)
+    analysis, short = _opened(session, guess)
     plan, session = analysis.capture.plan, analysis.capture.session
     if digest_of(short.program) != guess.digest:
         raise VerifyError("its shortest run is another program")
@@ -222,7 +220,7 @@ def confirmed(session: Session, guess: Recognition, reorder_random: bool = False
     return analysis
 
 
-def _opened(session: Session, guess: Recognition, reorder_random: bool) -> tuple[Analysis, Any]:
+def _opened(session: Session, guess: Recognition) -> tuple[Analysis, Any]:
     """Open a call by what is said to grow in it, and trace its shortest run.
 
     Raises:
@@ -237,7 +235,6 @@ def _opened(session: Session, guess: Recognition, reorder_random: bool) -> tuple
             session,
             plan,
             alike_of(session),
-            reorder_random=reorder_random,
             reading=guess.reading,
             cut=guess.cut,
             learns=False,

@@ -178,12 +178,21 @@ def rehearse(
         reason = f"the compiled call ran as written: {why or 'it is shorter than two segments'}{longer}"
     elif gradients and not _differentiated(called):
         reason = "no gradient was computed by the schedule: no result depends on what requires one"
+    elif _draws(called):
+        reason = "the forward draws random numbers, and those of the model as written are others: "
+        reason += "call model.eval(), or set the dropout probabilities to 0"
     elif not together and schedule != "sequential":
         reason = "no step ran more than one cell"
     elif not error <= allowed:
         reason = f"the results differ in {worst}"
     verification = Verification(error, worst, steps, cells, not reason, allowed, reason)
     return Rehearsal(verification, called, own_args, own_kwargs)
+
+
+def _draws(function: Callable[..., Any]) -> bool:
+    """Tell whether a compiled call that has run draws random numbers."""
+    compiled = compiled_of(function)
+    return compiled is not None and any(variant.main.program.draws for variant in compiled.variants)
 
 
 def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:

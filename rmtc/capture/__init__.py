@@ -87,7 +87,7 @@ class Capture:
         plan: the arguments that grow, and the length of a segment.
         alike: the modules of which one's call tells those of the others.
         seconds: time spent, in seconds, by stage.
-        reorder_random: whether operations may draw random numbers, in any order.
+        skips_random: whether a run may leave out random numbers that the code draws in Python.
         reading: how slices and constants are read.
         cut: the places of slices that take less in a shorter last segment, see :func:`cut_slices`.
         learns: whether runs still tell them.
@@ -99,7 +99,7 @@ class Capture:
     plan: Probed
     alike: Alike
     seconds: dict[str, float] = field(default_factory=dict)
-    reorder_random: bool = False
+    skips_random: bool = False
     reading: Reading = _PLAIN
     cut: frozenset[str] = frozenset()
     learns: bool = True
@@ -143,7 +143,7 @@ class Capture:
         graph: fx.Graph = raw.module.graph
         self._ran("capture", sizes, graph)
         gradients, trained = torch.is_grad_enabled() or torch.is_inference_mode_enabled(), self.session.trained
-        RemoveRegions(Autocast.ambient(), gradients, trained, self.reorder_random).apply(graph)
+        RemoveRegions(Autocast.ambient(), gradients, trained).apply(graph)
         self._ran("remove-regions", sizes, graph)
         written = Dependences(from_graph(raw.module, raw.outputs, {})) if trained else None
         self.has_constants |= bool(constants(graph))

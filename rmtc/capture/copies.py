@@ -32,7 +32,7 @@ from rmtc.capture.frames import call_site
 from rmtc.capture.metadata import described
 from rmtc.capture.replay_state import ATTRIBUTES, told_value
 from rmtc.capture.session import Session
-from rmtc.passes.graph.remove_regions import REGIONS, draws, writes
+from rmtc.passes.graph.remove_regions import REGIONS, writes
 
 
 class Graph(Protocol):
@@ -383,9 +383,9 @@ def _repeats(nodes: list[fx.Node]) -> tuple[int, ...]:
 
 
 def _is_copied(node: fx.Node) -> bool:
-    """Return whether a node's operation writes to nothing, draws no random numbers and calls no functions."""
+    """Return whether a node's operation writes to nothing and calls no functions."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.target in REGIONS or node.target is operator.getitem
     if node.target.namespace != "aten":  # the user's own may run code of the user's
         return False
-    return not writes(node) and not (torch.Tag.nondeterministic_seeded in node.target.tags and draws(node))
+    return not writes(node)

@@ -161,7 +161,12 @@ class Op:
     @property
     def random(self) -> bool:
         """True if the operation may draw random numbers: two of them with equal operands differ."""
-        return _draws(self.target)
+        return _may_draw(self.target)
+
+    @property
+    def draws(self) -> bool:
+        """True if the operation draws random numbers."""
+        return draws(self.target, *call_arguments(self.args))
 
     def with_args(self, args: tuple[Any, ...]) -> Op:
         """Return the operation with other arguments."""
@@ -251,8 +256,29 @@ class Program:
 
 
 @functools.cache
-def _draws(target: Callable[..., Any]) -> bool:
+def _may_draw(target: Callable[..., Any]) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+
+
+def given(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an operation by the names in its schema, defaults included."""
+    found = dict[str, Any](kwargs)
+    for number, each in enumerate(target._schema.arguments):
+        found.setdefault(each.name, args[number] if number < len(args) else each.default_value)
+    return found
+
+
+def draws(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether an operation draws random numbers.
+
+    Of those that may, some do not if they drop nothing, nor out of training.
+    """
+    if not _may_draw(target) or not isinstance(target, torch._ops.OpOverload):
+        return False
+    known = given(target, args, kwargs)
+    training = known.get("train", known.get("training"))
+    chances = [known.get(name) for name in ("dropout", "dropout_p", *(("p",) if "train" in known else ()))]
+    return training is not False and 0 not in chances
 
 
 @functools.cache

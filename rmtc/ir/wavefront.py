@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -13,6 +14,7 @@ from rmtc.errors import VerifyError
 from rmtc.ir.program import Op, Src, leaves, map_leaves
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Item, Outer, Row, SegmentLoop
+from rmtc.ops.draws import Draw
 
 
 def choose(flags: Sequence[int] | torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -182,6 +184,13 @@ class WavefrontProgram:
         bodies = {name: rewrite(body, self.loop) for name, body in self.bodies.items()}
         merged = {pair: rewrite(body, self.loop) for pair, body in self.merged.items()}
         return replace(self, bodies=bodies, merged=merged)
+
+    @functools.cached_property
+    def draws(self) -> bool:
+        """True if a run draws random numbers."""
+        outside = (*self.loop.before, *self.loop.after)
+        inside = (op for body in self.bodies.values() for op in body.ops.values())
+        return any(op.draws for op in outside) or any(isinstance(op.target, Draw) for op in inside)
 
     def body(self, row: int, layer: int) -> Body | None:
         """Return the body of a cell, or None if it has no operations."""

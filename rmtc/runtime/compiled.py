@@ -80,7 +80,7 @@ class Options:
     layers: str | None = None
     segment_length: int | None = None
     backend: Backend = auto
-    reorder_random: bool = False
+    skip_python_random: bool = False
     schedule: str = "best"
     max_group: int | None = None
     repack_weights: bool = False
@@ -804,14 +804,14 @@ class Compiled:
         refuse_elsewhere(session)
         options = self.options
         hints = {"layers": options.layers, "segment_length": options.segment_length}
-        key = entry_of(session, **hints, reorder_random=options.reorder_random)
-        found = None if key is None else recalled(session, key, options.reorder_random)
+        key = entry_of(session, **hints)
+        found = None if key is None else recalled(session, key)
         if found is None:
             with stage("probe"):
                 analysis = Analysis(capture_of(session, options.segment_length))
-            analysis.capture.reorder_random = options.reorder_random
         else:
             analysis = found
+        analysis.capture.skips_random = options.skip_python_random
         plan, session = analysis.capture.plan, analysis.capture.session
         self._watch(session.all_modules())
         if self._watched() is not None:
@@ -857,6 +857,8 @@ class Compiled:
             values = {name: slot.value for name, slot in variant._slots.items()}
             if not variant.weights.in_place(values):
                 variant.weights.move(values)
+        if variant.main.program.draws:
+            logger.info("%s draws random numbers by their places in the loop, not those of the code", self._title)
         return variant
 
 

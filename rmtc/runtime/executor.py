@@ -24,6 +24,7 @@ from rmtc.errors import BackendError, RefusedError, raised_by_signal
 from rmtc.ir.program import SPLITS, VIEWS, Op, Src, call_arguments, leaves, map_leaves
 from rmtc.ir.segment_loop import Environment, Every, Key, Numbered, Outer, Row, Where
 from rmtc.ir.wavefront import Body, Operand, Shared, WavefrontProgram
+from rmtc.ops.draws import drawn, new_seed, seeded
 from rmtc.quiet import uncollected
 from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.concatenation import Concatenation, concatenations
@@ -178,13 +179,15 @@ class Executor:
         Returns:
             The results by the names of the loop's outputs, and what was done.
         """
-        while True:
-            plan = self.plan(segments, batch, tail)
-            try:
-                outputs = self.outputs(plan, values, segments, batch, tail)
-                break
-            except _Unmergeable as error:
-                self._separate(error.body)
+        device = next((each.device for each in values.values()), torch.device("cpu"))
+        with seeded(new_seed(), device) if self.program.draws else contextlib.nullcontext():
+            while True:
+                plan = self.plan(segments, batch, tail)
+                try:
+                    outputs = self.outputs(plan, values, segments, batch, tail)
+                    break
+                except _Unmergeable as error:
+                    self._separate(error.body)
         return outputs, Run(plan.steps, sum(plan.widths.values()), dict(plan.widths))
 
     def outputs(
@@ -201,7 +204,7 @@ class Executor:
     ) -> dict[str, Any]:
         """The results of a plan, in memory that stays if it is free, and all is known that is run."""
         key = segments, batch, tail
-        if self.binds and not self._draws and key not in self._unfit and self._stands.acquire(blocking=False):
+        if self.binds and key not in self._unfit and self._stands.acquire(blocking=False):
             try:
                 standing = self._standing
                 if standing is None or not standing.usable():
@@ -218,15 +221,6 @@ class Executor:
             finally:
                 self._stands.release()
         return Walk(self, values, segments, batch, tail, gradients).outputs(plan)
-
-    @functools.cached_property
-    def _draws(self) -> bool:
-        """Whether random numbers are drawn outside of layers: a run that begins again would draw others."""
-        program = self.program
-        parts = [program.loop.before, program.loop.after, program.shared]
-        ops = (op for part in parts for op in (part.values() if isinstance(part, dict) else part) if op is not None)
-        staged = (op for body in program.bodies.values() if body.stage != "layer" for op in body.ops.values())
-        return any(op.random for op in (*ops, *staged))
 
     @functools.cached_property
     def concatenations(self) -> list[tuple[int, int, Every]]:
@@ -542,7 +536,12 @@ class Walk:
             if part == "after" and number in self.joined and op is not None:
                 values.append(self.joined[number].result())
                 continue
-            values.append(None if op is None else self._call(op.with_args(self._every(op.args)), operand))
+            if op is None:
+                values.append(None)
+                continue
+            call = functools.partial(self._call, op.with_args(self._every(op.args)), operand)
+            # Places in the loop are no negative numbers.
+            values.append(drawn(~(2 * number + (part == "after")), call) if op.draws else call())
         return values
 
     def _every(self, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -64,9 +64,7 @@ class Training(Executor):
     def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
         """Emit a launch's body, try it on its operands, and run it."""
         shared = torch.enable_grad()(of.shared)
-        draws = any(op.random for op in of.launch.body.ops.values())
-        devices = {each.device for each in of.inputs if isinstance(each, torch.Tensor) and each.is_cuda}
-        with torch.no_grad(), torch.random.fork_rng([*devices], enabled=draws):  # the run after it draws the numbers
+        with torch.no_grad():
             kernel, _ = emit(**replace(of, shared=shared).arguments, bind=False, derivatives=_DERIVATIVES)
         size = len(of.launch.cells) if of.launch.grouped else None
         passed = tuple(map(shared, kernel.shared))

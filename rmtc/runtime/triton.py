@@ -18,7 +18,6 @@ from rmtc.codegen.triton.emit import emit
 from rmtc.codegen.triton.spelling import widened
 from rmtc.codegen.triton.targets import TARGETS, Target, target_of
 from rmtc.errors import BackendError, RefusedError, raised_by_signal
-from rmtc.ir.wavefront import Body
 from rmtc.runtime.executor import Emission, Executor, Run
 
 logger = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ class Triton(Executor):
 
     It runs on a GPU, or on the CPU in a process with ``TRITON_INTERPRET=1``, where Triton is imported only then. The
     results of a body's first launch, and of its first launch of several cells, are held against those of torch's
-    operations on the same operands, unless the body draws random numbers.
+    operations on the same operands.
 
     Attributes:
         lenient: whether a body that cannot run by kernels runs by torch, in place of an error.
@@ -102,7 +101,7 @@ class Triton(Executor):
 
     def _emit(self, of: Emission, target: Target | None) -> tuple[Emitted, tuple[Any, ...]]:
         kernel, results = emit(**of.arguments, bind=of.bind, target=target)
-        if not any(isinstance(each, FakeTensor) for each in results) and not _draws(of.launch.body):
+        if not any(isinstance(each, FakeTensor) for each in results):
             plain, wanted = super().emit(replace(of, bind=False))
             _hold_against(of.launch.body.name, results, wanted)
             if of.launch.grouped and len(of.launch.cells) < 2 and {*plain.shared} <= {*kernel.shared}:
@@ -157,10 +156,6 @@ class _WrongError(BackendError):
             remedy='use backend="torch", and report it, please',
         )
         self.body = body
-
-
-def _draws(body: Body) -> bool:
-    return any(op.random for op in body.ops.values())
 
 
 def _hold_against(body: str, results: Sequence[Any], wanted: Sequence[Any]) -> None:

@@ -839,12 +839,12 @@ def _refuse_lost(capture: Capture) -> None:
                 "gradients are asked for, and the code asks whether tensors require them or have a history",
                 remedy="leave requires_grad, grad_fn and is_leaf to the caller, or call it under torch.no_grad()",
             )
-    if capture.session.drawn and not capture.reorder_random:
+    if capture.session.drawn and not capture.skips_random:
         raise RefusedError(
             "the forward draws random numbers in Python (random or numpy.random), or seeds a generator, which a run by "
             "the schedule would not do",
             remedy="draw numbers before the call; if what is computed does not depend on them (checks of samples), "
-            "pass options={'reorder_random': True}",
+            "pass options={'skip_python_random': True}",
         )
 
 

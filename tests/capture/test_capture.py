@@ -634,7 +634,6 @@ def test_wrong_layers_are_an_error(name: str) -> None:
         ("item", "reads a tensor's value into Python"),
         ("boolean indexing", "depends on the data"),
         ("backward", "calls backward"),
-        ("dropout", "draws random numbers"),
     ],
 )
 def test_what_no_graph_can_hold_is_refused_with_the_users_line(
@@ -647,12 +646,6 @@ def test_what_no_graph_can_hold_is_refused_with_the_users_line(
     assert answer.location is not None and answer.remedy
     assert answer.location.file.endswith("tests/support/models.py")
     assert answer.location.line == line_of(name)
-
-
-def test_dropout_is_refused_in_training_only() -> None:
-    model = models.Dropping()
-    assert rmtc.explain(model)(text()).schedule is None
-    assert rmtc.explain(model.eval())(text()).schedule is not None
 
 
 def test_no_loop_is_an_error(explained: Callable[[str], Explained]) -> None:

@@ -421,14 +421,18 @@ class Dropping(models.AssociativeLayer):
 
 
 @torch.no_grad()
-def test_random_numbers_are_not_held_against_others() -> None:
+def test_random_numbers_are_those_of_torch() -> None:
     model = Associative().double()
     for layer in model.layers:
         layer.__class__ = Dropping
-    options = {"reorder_random": True}
-    fast = rmtc.compile(model, schedule="shortest", backend="triton", strict=True, options=options)
-    fast(models.text(4).double())
-    assert rmtc.stats(fast).runs == 1
+    found = []
+    for backend in ("triton", "torch"):
+        fast = rmtc.compile(copy.deepcopy(model), schedule="shortest", backend=backend, strict=True)
+        torch.manual_seed(0)
+        found += [fast(models.text(4).double()), fast(models.text(4).double())]
+        assert rmtc.stats(fast).runs == 2
+    torch.testing.assert_close(found[:2], found[2:], rtol=1e-12, atol=1e-12)
+    assert not torch.equal(found[0], found[1])
 
 
 def test_which_devices_are_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,10 +229,10 @@ def test_a_backend_is_a_name_or_a_callable() -> None:
         ({"backend": "tensorrt"}, "there is no backend 'tensorrt' (there are 'auto', 'inductor', 'torch', 'triton')"),
         ({"backend": ["torch"]}, "there is no backend ['torch']"),
         (
-            {"options": {"reorder_randoms": True}},
-            "there is no option 'reorder_randoms'; did you mean 'reorder_random'?",
+            {"options": {"repack_weight": True}},
+            "there is no option 'repack_weight'; did you mean 'repack_weights'?",
         ),
-        ({"options": {"reorder_random": "no"}}, "option 'reorder_random' is True or False, not 'no'"),
+        ({"options": {"skip_python_random": "no"}}, "option 'skip_python_random' is True or False, not 'no'"),
         ({"bakend": "torch"}, "rmtc.compile has no argument 'bakend'; did you mean 'backend'?"),
         ({"fullgraph": True}, "rmtc.compile has no argument 'fullgraph': strict=True raises"),
         ({"dynamic": True}, "rmtc.compile has no argument 'dynamic': one capture serves"),

@@ -247,7 +247,7 @@ class Noisy(nn.Module):
 @torch.no_grad()
 def test_each_cell_draws_numbers_of_its_own() -> None:
     model = Noisy().double()
-    fast = rmtc.compile(model, schedule="shortest", strict=True, options={"reorder_random": True})
+    fast = rmtc.compile(model, schedule="shortest", strict=True)
     for segments in (4, 6):
         _, *drawn = fast(text(segments, 2))
         assert len(torch.cat(drawn).unique()) == (1 + LAYERS) * 2 * segments * WIDTH

@@ -450,7 +450,7 @@ class Dropping(Loop):
     """Drops elements in training."""
 
     def step(self, number: int, piece: Tensor) -> Tensor:
-        return F.dropout(piece, 0.5, self.training)  # dropout
+        return F.dropout(piece, 0.5, self.training)
 
 
 class NoLoop(Stack):
@@ -623,7 +623,6 @@ OTHERS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
     "item": lambda: (Item(), (text(),)),
     "boolean indexing": lambda: (BooleanIndexing(), (text(),)),
     "backward": lambda: (BackwardInside(), (text(),)),
-    "dropout": lambda: (Dropping(), (text(),)),
     "no loop": lambda: (NoLoop(), (text(),)),
     "two ways": lambda: (TwoWays(), (text(batch=SEGMENTS * SEGMENT),)),
     "raising": lambda: (Raising(), (text(),)),

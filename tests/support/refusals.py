@@ -112,11 +112,12 @@ def flagged(layers: Layers, text: Tensor) -> Tensor:
     return torch.cat(pieces, dim=1).requires_grad_()
 
 
-def dropout(layers: Layers, text: Tensor) -> Tensor:
+def own_generator(layers: Layers, text: Tensor) -> Tensor:
     memories, pieces = [text.new_zeros(len(text), 4) for _ in layers], []
+    generator = torch.Generator()
     for piece in text.split(5, dim=1):
         for number, layer in enumerate(layers):
-            piece = F.dropout(torch.tanh(layer(piece) + memories[number][:, None]), 0.1)
+            piece = torch.tanh(layer(piece) + memories[number][:, None]) + torch.randn(4, generator=generator)
             memories[number] = piece.mean(1)
         pieces.append(piece)
     return torch.cat(pieces, dim=1)
@@ -295,12 +296,11 @@ REFUSALS = (
         "Call `requires_grad_()` on what the call returns.",
     ),
     Refusal(
-        "Random numbers of torch",
-        dropout,
-        "F.dropout",
-        "draws random numbers",
-        "Call `model.eval()`, or allow other numbers than eager would draw with "
-        '`rmtc.compile(model, options={"reorder_random": True})`.',
+        "Random numbers of a generator",
+        own_generator,
+        "",
+        "which is no tensor",
+        "Draw from torch's own generator (dropout does), or before the loop, into a tensor that is an argument.",
     ),
     Refusal(
         "Random numbers of Python",

@@ -30,6 +30,7 @@ from rmtc.ir.program import Op, Src, call_arguments, leaves, map_leaves, target_
 from rmtc.ir.segment_loop import Environment, Outer
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, choose
 from rmtc.ops import linears
+from rmtc.ops.draws import Draw, drawn, drawn_by_cell, dropped
 from rmtc.ops.fused import BOUND
 from rmtc.stages import substage
 
@@ -70,6 +71,7 @@ class Emitter:
         for helper in (
             *(torch.stack, torch.mm, torch.addmm, torch.bmm, torch.baddbmm, torch.matmul, torch.einsum),
             *(select_run, slice_run, stacked, seen, fresh, attend, bind_attend),
+            *(drawn, drawn_by_cell, dropped),
         ):
             self.space[helper.__name__] = helper
         maps = linears.operator if compiled else linears.linear_maps
@@ -118,18 +120,15 @@ class Emitter:
             self.space["choose"] = choose
             self._assign(name, f"choose({flags.text}, {grouped(one)}, {grouped(other)})", op, fresh=True)
             return self.bind(name, self.space[name], True)
+        if isinstance(op.target, Draw):
+            return self._draw(name, op, *args)
         if not isinstance(op.target, torch._ops.OpOverload):  # a shared value as a result
             self._assign(name, args[0].text, op)
             return self.bind(name, self.space[name], args[0].grouped)
         positional, named = call_arguments(args)
         arguments = NamedArguments(op.target, positional, named)
-        draws = op.random and arguments.values.get("dropout_p") != 0
-        self.pure &= not draws
         varying = any(isinstance(leaf, Varying) for leaf in leaves(args))
         if not varying and not any(each.grouped for each in arguments.tensors()):
-            if draws and self.size is not None:  # each cell has numbers of its own
-                self._assign(name, plain(self._loop(arguments)), op, arguments)
-                return self.bind(name, self.space[name], True)
             self._assign(name, plain(arguments.call()), op, arguments)
             return self.bind(name, self.space[name], False)
         if op.target in UNGROUPED and not varying:
@@ -163,6 +162,25 @@ class Emitter:
             logger.debug("%s as %s: not the shape or dtype of its cells", op, text)
             self.lines.pop()
         raise NotImplementedError(f"no way to run {op} for a group of cells")
+
+    def _draw(self, name: str, op: Op, place: Any, *args: Any) -> Any:
+        """Emit and run an operation that draws random numbers, which are each cell's own."""
+        self.pure = False
+        positional, named = call_arguments(args)
+        arguments = NamedArguments(op.target.target, positional, named)  # type: ignore[attr-defined]
+        x, p = arguments.values.get("input"), arguments.values.get("p")
+        apart = isinstance(x, Value) and x.grouped is (self.size is not None)
+        if arguments.target is torch.ops.aten.dropout.default and apart and isinstance(p, float):
+            text = f"dropped({place.text}, {x.text}, {p!r})"
+        elif self.size is None:
+            text = f"drawn({place.text}, lambda: {arguments.call()})"
+        else:
+            names = dict[Value, str]()
+            call = self._cell(arguments, "i", names)
+            function = f"lambda {', '.join(['i', *names.values()])}: {call}"
+            text = f"stacked(drawn_by_cell({', '.join([place.text, function, *(each.text for each in names)])}))"
+        self._assign(name, plain(text), op, arguments)
+        return self.bind(name, self.space[name], self.size is not None)
 
     def _candidates(self, op: Op, arguments: NamedArguments, varying: bool) -> Iterator[tuple[str, str]]:
         """Yield texts to try, each with its way.
@@ -204,12 +222,26 @@ class Emitter:
         return f"vmap(lambda {', '.join(names.values())}: {call}, in_dims=({dims}))({given})"
 
     def _loop(self, arguments: NamedArguments) -> str:
-        return f"stacked([{self._cell(arguments, 'i')} for i in range(G)])"
+        names = dict[Value, str]()
+        call = self._cell(arguments, "i", names)
+        if not self.derivatives or not names:
+            return f"stacked([{self._cell(arguments, 'i')} for i in range(G)])"
+        # The gradient of x.unbind() is one tensor, and that of each x[i] is one as large as x.
+        parts = ", ".join(f"{value.text}.unbind()" for value in names)
+        return f"stacked([{call} for i, ({', '.join(names.values())},) in enumerate(zip({parts}))])"
 
-    def _cell(self, arguments: NamedArguments, index: str) -> str:
-        """Return the text of the operation on one cell of the group."""
+    def _cell(self, arguments: NamedArguments, index: str, names: dict[Value, str] | None = None) -> str:
+        """Return the text of the operation on one cell of the group.
+
+        Args:
+            arguments: those of the group.
+            index: of the cell.
+            names: takes the names that the text has for the cell's parts of tensors; they are indexed if None.
+        """
 
         def pick(value: Any) -> Any:
+            if names is not None and isinstance(value, Value) and value.grouped:
+                return Raw(names.setdefault(value, f"x{len(names)}"))
             if isinstance(value, Varying) or (isinstance(value, Value) and value.grouped):
                 return Raw(f"{value.text}[{index}]")
             return [pick(item) for item in value] if isinstance(value, (list, tuple)) else value

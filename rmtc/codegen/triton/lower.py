@@ -18,6 +18,7 @@ from rmtc.ir.array import Array, Nest, Outside, Stored, View
 from rmtc.ir.program import Op, call_arguments, leaves, map_leaves
 from rmtc.ir.segment_loop import Environment
 from rmtc.ir.wavefront import Input, Local, Number, Weight, choose
+from rmtc.ops.draws import Draw
 
 
 class Given(NamedTuple):
@@ -73,6 +74,10 @@ class _Lowering(Arrays):
             return args[0][args[1]]
         if op.target is choose:
             return self.pointwise("where", self.compare("ne", args[0], 0), *args[1:])
+        if isinstance(op.target, Draw):
+            _, *metas = map_leaves(op.args, lambda leaf: self._meta(self._operand(leaf)))
+            positional, named = call_arguments(tuple(metas))
+            return self._outside(op, args, op.target.target(*positional, **named))
         if not isinstance(op.target, torch._ops.OpOverload):  # a shared value as a result
             return args[0]
         positional, named = call_arguments(args)

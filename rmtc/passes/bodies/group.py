@@ -12,6 +12,7 @@ from rmtc.ir.program import Op, Src, leaves, map_leaves
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Every, Item, Outer, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, Shared, WavefrontProgram, Weight
+from rmtc.ops.draws import Draw
 from rmtc.passes.registry import register
 
 
@@ -49,7 +50,8 @@ def group(loop: SegmentLoop, schedule: Schedule) -> WavefrontProgram:
     one layer.
     Gives: one body for each class. An operand is local to the cell, the same for all members of the class, a tensor by
     layer (a weight), read from another cell (an input), or a number that differs. Operations whose value is the same in
-    every segment of one length leave the bodies. Operations that no result needs go.
+    every segment of one length leave the bodies. Operations that no result needs go. One that draws random numbers gets
+    its place, a number of its own in each segment and layer.
 
         l0 %9 = linear(%3, layers.0.w)             C1: %4 = linear(in0, w0)    in0 = %3 in l0, s.%12 of l-1 in others
         l1 %15 = linear(%9, layers.1.w)     ->         w0 = layers.{l}.w
@@ -206,6 +208,7 @@ def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, 
 
     # Walk the operations backwards, so that only those that a result needs are kept.
     rows = [loop.row(row)[start : start + size] for (row, _), start in zip(members, starts, strict=True)]
+    longest = max(len(loop.row(row)) for row in range(len(loop.layouts)))
     live, ops = set(results), dict[int, Op]()
     for offset in reversed(range(size)):
         hoisted = (members[0][0], starts[0] + offset) in shared.of
@@ -215,7 +218,11 @@ def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, 
             ops[offset] = Op(_same, (Shared(shared.of[members[0][0], starts[0] + offset]),))
             continue
         args = _zip_leaves([row[offset].args for row in rows], operand)
-        ops[offset] = rows[0][offset].with_args(args)
+        op = ops[offset] = rows[0][offset].with_args(args)
+        if op.draws:
+            places = tuple(Affine.of("s") * longest + (start + offset) for start in starts)
+            place = numbers.setdefault(places, Number(len(numbers)))
+            ops[offset] = replace(op, target=Draw(op.target), args=(place, *args))
         live |= {leaf.number for leaf in leaves(args) if isinstance(leaf, Local)}
     layers = [layer for _, layer in members]
     return Body(

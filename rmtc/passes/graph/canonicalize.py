@@ -14,8 +14,7 @@ from torch import fx
 
 from rmtc import heuristics
 from rmtc.errors import RefusedError
-from rmtc.ir.program import SPLITS, VIEWS, piece_bounds
-from rmtc.passes.graph.remove_regions import draws
+from rmtc.ir.program import SPLITS, VIEWS, draws, piece_bounds
 from rmtc.passes.registry import enter
 
 __all__ = ["Canonicalize", "cut_slices"]
@@ -123,7 +122,7 @@ class Canonicalize:
                 _cast(graph, node)
             elif node.target in _BY_LAYOUT:
                 _lay_out(graph, node)
-            elif node.target is aten.dropout.default and not draws(node):
+            elif node.target is aten.dropout.default and not draws(node.target, node.args, node.kwargs):
                 _becomes(node, node.args[0])
         _drop_dead(graph)
         _assemble(graph)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rmtc.errors import CaptureError, RefusedError, raised_by_signal
+from rmtc.ir.program import given
 from rmtc.passes.registry import enter
 from rmtc.quiet import quiet_fakes
 
@@ -67,17 +68,15 @@ class RemoveRegions:
         ambient: the caller's autocast.
         gradients: whether the caller has gradients on, or inference mode, in which nothing requires them.
         trained: whether gradients are asked for.
-        reorder_random: whether operations may draw random numbers, in any order.
     """
 
     ambient: tuple[Autocast, ...] = ()
     gradients: bool = False
     trained: bool = False
-    reorder_random: bool = False
 
     def apply(self, graph: fx.Graph) -> None:
         for node in graph.nodes:
-            _refuse_unknown(node, self.reorder_random)
+            _refuse_unknown(node)
             if self.trained and node.target is aten.embedding.default:
                 _refuse_counting(node)
         if not self.gradients:
@@ -125,7 +124,7 @@ def _detach(graph: fx.Graph, node: fx.Node) -> None:
     node.replace_all_uses_with(detached, lambda user: user is not detached)
 
 
-def _refuse_unknown(node: fx.Node, reorder_random: bool) -> None:
+def _refuse_unknown(node: fx.Node) -> None:
     """Refuse a node unless it is a function of its operands, or begins or ends a region that is removed.
 
     Raises:
@@ -153,9 +152,6 @@ def _refuse_unknown(node: fx.Node, reorder_random: bool) -> None:
     elif writes(node):
         reason = f"{target} writes to its argument and could not be turned into a value"
         remedy = "use the operation that returns a new tensor"
-    elif not reorder_random and torch.Tag.nondeterministic_seeded in target.tags and draws(node):
-        reason = f"{target} draws random numbers: another order of the cells draws other numbers"
-        remedy = "call model.eval(), or set the dropout probabilities to 0"
     elif target.namespace not in ("aten", "prims", "rmtc") and not node.all_input_nodes:
         reason = f"{target} takes no tensor: whether it gives the same each time is not known"
         remedy = "give it a tensor, or call it before the forward and pass what it gives"
@@ -166,8 +162,8 @@ def _refuse_unknown(node: fx.Node, reorder_random: bool) -> None:
 
 def _refuse_counting(node: fx.Node) -> None:
     """Refuse an embedding whose gradient is sparse, or divided by how often the call has an index."""
-    given = _given(node)
-    option = next((name for name in ("scale_grad_by_freq", "sparse") if given.get(name)), None)
+    known = given(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    option = next((name for name in ("scale_grad_by_freq", "sparse") if known.get(name)), None)
     if option is not None:
         raise RefusedError(
             f"gradients are asked for, and an embedding with {option}=True has others for several segments at once",
@@ -186,9 +182,9 @@ def writes(node: fx.Node) -> bool:
         return False
     if target._schema.is_mutable or not _keeps_statistics(target):
         return bool(target._schema.is_mutable)
-    given = _given(node)
-    trains = any(given.get(name) for name in ("training", "train", "use_input_stats"))
-    return trains and any(given.get(name) is not None for name in ("running_mean", "running_var"))
+    known = given(node.target, node.args, node.kwargs)
+    trains = any(known.get(name) for name in ("training", "train", "use_input_stats"))
+    return trains and any(known.get(name) is not None for name in ("running_mean", "running_var"))
 
 
 @functools.cache
@@ -196,25 +192,6 @@ def _keeps_statistics(target: torch._ops.OpOverload) -> bool:
     """Tell whether an operation is given running statistics that it writes to in training mode."""
     names = {each.name for each in target._schema.arguments}
     return "functional" not in target.name() and not names.isdisjoint(("running_mean", "running_var"))
-
-
-def _given(node: fx.Node) -> dict[str, Any]:
-    """Return the arguments of an operation by the names in its schema, defaults included."""
-    given = dict[str, Any](node.kwargs)
-    for number, each in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        given.setdefault(each.name, node.args[number] if number < len(node.args) else each.default_value)
-    return given
-
-
-def draws(node: fx.Node) -> bool:
-    """Tell whether an operation that may draw random numbers does so.
-
-    It does not if it drops nothing, nor out of training.
-    """
-    given = _given(node)
-    training = given.get("train", given.get("training"))
-    chances = [given.get(name) for name in ("dropout", "dropout_p", *(("p",) if "train" in given else ()))]
-    return training is not False and 0 not in chances
 
 
 def _refuse_gradients(graph: fx.Graph) -> None:
@@ -330,12 +307,12 @@ def _ask(node: fx.Node, inputs: list[fx.Node], region: Autocast) -> tuple[torch.
     mode: FakeTensorMode = inputs[0].meta["val"].fake_mode
     other = torch.float16 if region.dtype is torch.bfloat16 else torch.bfloat16
 
-    def run(dtype: torch.dtype | None, given: Sequence[torch.dtype | None] = ()) -> _Watch | None:
+    def run(dtype: torch.dtype | None, dtypes: Sequence[torch.dtype | None] = ()) -> _Watch | None:
         values = [each.meta["val"] for each in inputs]
         with mode:
             tensors = {
                 each: torch.empty(value.shape, dtype=new or value.dtype, device=value.device)
-                for each, value, new in zip(inputs, values, given or [None] * len(inputs), strict=True)
+                for each, value, new in zip(inputs, values, dtypes or [None] * len(inputs), strict=True)
             }
         watch = _Watch(list(tensors.values()))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: tensors.get(each, each.meta.get("val")))
