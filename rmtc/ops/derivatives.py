@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +65,41 @@ class _RollProducts(torch.autograd.Function):
         for shift, part in zip(ctx.shifts, gradient.split(size, -1), strict=True):
             found.addcmul_(part, x.roll(shift, -1)).add_((part * x).roll(-shift, -1))
         return found, None
+
+
+class _Only(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.mask = mask
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return masked(gradient, ctx.mask), None
+
+
+@functools.lru_cache(maxsize=256)
+def _mask(flags: tuple[int, ...], side: int, device: torch.device) -> Tensor:
+    return torch.tensor([bool(flag) is (side == 0) for flag in flags], device=device)
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """Return a group with zeros in place of the cells that are not in a mask, whatever they hold."""
+    return torch.where(mask.view(-1, *(1,) * (x.dim() - 1)), x, 0)
+
+
+def only(flags: Sequence[int], side: int, x: Tensor) -> Tensor:
+    """Return a group whose gradient is zero but in cells of one side: with the flag set on side 0, without on side 1.
+
+    The result's ``mask`` tells these cells.
+    """
+    if not x.requires_grad:
+        return x
+    mask = _mask(tuple(flags), side, x.device)
+    found: Any = _Only.apply(x, mask)  # type: ignore[no-untyped-call]
+    found.mask, found.place = mask, getattr(x, "place", None)
+    return found  # type: ignore[no-any-return]
 
 
 def rms_normalize(x: Tensor, eps: float) -> Tensor:

@@ -98,7 +98,12 @@ def of_halves(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None) -
     """Tell whether a rotation is of the halves of the last dimension, as :func:`turn` takes them."""
     size = x.shape[-1]
     alike = sin.shape[-1] == size and x.dtype == cos.dtype == sin.dtype and end in (None, size) and 2 * half == size
-    return alike and torch.broadcast_shapes(x.shape, cos.shape, sin.shape) == x.shape
+    return alike and _expands(cos.shape, x.shape) and _expands(sin.shape, x.shape)
+
+
+def _expands(shape: torch.Size, to: torch.Size) -> bool:
+    """Tell whether a shape may be expanded to another one (:func:`torch.broadcast_shapes` takes far longer)."""
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
 
 
 def turn(x: Tensor, sin: Tensor, turned: Tensor) -> Callable[[], None]:

@@ -279,12 +279,8 @@ def fuse(program: WavefrontProgram) -> WavefrontProgram:
 
 
 def differentiable(program: WavefrontProgram) -> WavefrontProgram:
-    """Rewrite the loop of a program, with its schedule, so that autograd may differentiate the bodies.
-
-    Cells of two classes do not run at once: an operation that a cell does not take may give an infinite value, and its
-    gradient is no number.
-    """
-    grouped = fuse(batch_stages(group(program.loop, program.schedule)))
+    """Rewrite the loop of a program, with its schedule, so that autograd may differentiate the bodies."""
+    grouped = fuse(batch_stages(if_convert(group(program.loop, program.schedule), trained=True)))
     return replace(grouped, max_group=program.max_group)
 
 

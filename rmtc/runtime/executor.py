@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import linecache
 import logging
 import operator
@@ -179,14 +180,14 @@ class Executor:
         Returns:
             The results by the names of the loop's outputs, and what was done.
         """
-        device = next((each.device for each in values.values()), torch.device("cpu"))
-        with seeded(new_seed(), device) if self.program.draws else contextlib.nullcontext():
+        devices = {each.device for each in values.values()}
+        with seeded(new_seed(), devices) if self.program.draws else contextlib.nullcontext():
             while True:
                 plan = self.plan(segments, batch, tail)
                 try:
                     outputs = self.outputs(plan, values, segments, batch, tail)
                     break
-                except _Unmergeable as error:
+                except Unmergeable as error:
                     self._separate(error.body)
         return outputs, Run(plan.steps, sum(plan.widths.values()), dict(plan.widths))
 
@@ -248,7 +249,7 @@ class Executor:
         self._standing = None
 
 
-class _Unmergeable(Exception):
+class Unmergeable(Exception):
     """Cells differ in more than operations, such as in shapes: they cannot run at once."""
 
     def __init__(self, body: Body) -> None:
@@ -374,12 +375,12 @@ class Walk:
             return self._results(launch, made)
         try:
             return self._results(launch, made)
-        except BackendError:
+        except (BackendError, Unmergeable):
             raise
         except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
             if raised_by_signal(error):
                 raise
-            raise _Unmergeable(launch.body) from error
+            raise Unmergeable(launch.body) from error
 
     def _results(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
         body, grouped = launch.body, launch.grouped
@@ -403,7 +404,18 @@ class Walk:
         passed = self.passed.get(key)
         if passed is None:
             passed = self.passed[key] = tuple(self._operand(each, (), environment) for each in kernel.shared)
-        return self.executor.call(kernel, size, inputs, weights, numbers, passed)
+        return self._call_kernel(kernel, size, inputs, weights, numbers, passed)
+
+    def _call_kernel(
+        self,
+        kernel: Emitted,
+        size: int | None,
+        inputs: Sequence[Any],
+        weights: Sequence[torch.Tensor],
+        numbers: Sequence[Any],
+        shared: tuple[Any, ...],
+    ) -> tuple[Any, ...]:
+        return self.executor.call(kernel, size, inputs, weights, numbers, shared)
 
     def _step(self, step: ArenaStep, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
         """A launch in memory that stays."""
@@ -526,6 +538,7 @@ class Walk:
     def _outside(self, ops: Sequence[Op | None], part: str) -> list[Any]:
         """Run what is before or after the segments."""
         values: list[Any] = []
+        places = itertools.count(int(part == "after"), 2)
 
         def operand(leaf: Any) -> Any:
             if isinstance(leaf, Outer) and leaf.part == part:
@@ -540,8 +553,7 @@ class Walk:
                 values.append(None)
                 continue
             call = functools.partial(self._call, op.with_args(self._every(op.args)), operand)
-            # Places in the loop are no negative numbers.
-            values.append(drawn(~(2 * number + (part == "after")), call) if op.draws else call())
+            values.append(drawn(~next(places), call) if op.draws else call())  # in the loop no place is negative
         return values
 
     def _every(self, args: tuple[Any, ...]) -> tuple[Any, ...]:

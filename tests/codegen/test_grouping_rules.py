@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from rmtc.affine import Affine
 from rmtc.codegen.torch import Emitted, emit
-from rmtc.codegen.torch.emit import select_run
+from rmtc.codegen.torch.cells import select_run
 from rmtc.codegen.torch.rules import rules
 from rmtc.codegen.torch.values import NamedArguments, function_name
 from rmtc.errors import Location

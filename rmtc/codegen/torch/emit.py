@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from rmtc.codegen.torch.attention import attend, bind_attend
 from rmtc.codegen.torch.buffers import Line, fresh, out, plain, seen
+from rmtc.codegen.torch.cells import by_cell, select_run, slice_run, stacked
 from rmtc.codegen.torch.places import is_fresh, is_view, overwriting
 from rmtc.codegen.torch.rules import UNGROUPED, rule_for
 from rmtc.codegen.torch.same import alike, copied, holds, near, next_of, rolled, same_as
@@ -30,6 +31,7 @@ from rmtc.ir.program import Op, Src, call_arguments, leaves, map_leaves, target_
 from rmtc.ir.segment_loop import Environment, Outer
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, choose
 from rmtc.ops import linears
+from rmtc.ops.derivatives import only
 from rmtc.ops.draws import Draw, drawn, drawn_by_cell, dropped
 from rmtc.ops.fused import BOUND
 from rmtc.stages import substage
@@ -71,7 +73,7 @@ class Emitter:
         for helper in (
             *(torch.stack, torch.mm, torch.addmm, torch.bmm, torch.baddbmm, torch.matmul, torch.einsum),
             *(select_run, slice_run, stacked, seen, fresh, attend, bind_attend),
-            *(drawn, drawn_by_cell, dropped),
+            *(drawn, drawn_by_cell, dropped, by_cell),
         ):
             self.space[helper.__name__] = helper
         maps = linears.operator if compiled else linears.linear_maps
@@ -120,8 +122,14 @@ class Emitter:
             self.space["choose"] = choose
             self._assign(name, f"choose({flags.text}, {grouped(one)}, {grouped(other)})", op, fresh=True)
             return self.bind(name, self.space[name], True)
+        if op.target is only:
+            flags, side, value = args
+            self.space["only"] = only
+            each = value.text if value.grouped else f"{value.text}.expand(G, *{value.text}.shape)"
+            self._assign(name, f"only({flags.text}, {side}, {each})", op)
+            return self.bind(name, self.space[name], True)
         if isinstance(op.target, Draw):
-            return self._draw(name, op, *args)
+            return self._draw(name, op, op.target.target, *args)
         if not isinstance(op.target, torch._ops.OpOverload):  # a shared value as a result
             self._assign(name, args[0].text, op)
             return self.bind(name, self.space[name], args[0].grouped)
@@ -163,14 +171,15 @@ class Emitter:
             self.lines.pop()
         raise NotImplementedError(f"no way to run {op} for a group of cells")
 
-    def _draw(self, name: str, op: Op, place: Any, *args: Any) -> Any:
+    def _draw(self, name: str, op: Op, target: torch._ops.OpOverload, place: Any, *args: Any) -> Any:
         """Emit and run an operation that draws random numbers, which are each cell's own."""
         self.pure = False
         positional, named = call_arguments(args)
-        arguments = NamedArguments(op.target.target, positional, named)  # type: ignore[attr-defined]
+        arguments = NamedArguments(target, positional, named)
         x, p = arguments.values.get("input"), arguments.values.get("p")
-        apart = isinstance(x, Value) and x.grouped is (self.size is not None)
-        if arguments.target is torch.ops.aten.dropout.default and apart and isinstance(p, float):
+        whole = isinstance(x, Value) and x.grouped is (self.size is not None) and isinstance(p, float)
+        if target is torch.ops.aten.dropout.default and whole:
+            assert isinstance(x, Value)
             text = f"dropped({place.text}, {x.text}, {p!r})"
         elif self.size is None:
             text = f"drawn({place.text}, lambda: {arguments.call()})"
@@ -223,12 +232,11 @@ class Emitter:
 
     def _loop(self, arguments: NamedArguments) -> str:
         names = dict[Value, str]()
-        call = self._cell(arguments, "i", names)
-        if not self.derivatives or not names:
-            return f"stacked([{self._cell(arguments, 'i')} for i in range(G)])"
-        # The gradient of x.unbind() is one tensor, and that of each x[i] is one as large as x.
-        parts = ", ".join(f"{value.text}.unbind()" for value in names)
-        return f"stacked([{call} for i, ({', '.join(names.values())},) in enumerate(zip({parts}))])"
+        call = self._cell(arguments, "i", names if self.derivatives else None)
+        if not names:
+            return f"stacked([{call} for i in range(G)])"
+        given = ", ".join(value.text for value in names)
+        return f"stacked([{call} for i, {', '.join(names.values())} in by_cell({given})])"
 
     def _cell(self, arguments: NamedArguments, index: str, names: dict[Value, str] | None = None) -> str:
         """Return the text of the operation on one cell of the group.
@@ -379,43 +387,6 @@ def _has_batching(target: Any) -> bool:
         return False
     name = target.name()
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in _BATCHING)
-
-
-def stacked(cells: Sequence[Any]) -> Any:
-    """Stack the results of an operation on each cell along a group axis, part by part where it has several."""
-    if isinstance(cells[0], torch.Tensor):
-        return torch.stack(list(cells))
-    return [torch.stack(parts) for parts in zip(*cells, strict=True)]
-
-
-def select_run(source: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.Tensor:
-    """Select from a tensor at several indices, behind a group axis.
-
-    The result is a view if the indices advance evenly.
-    """
-    first, step = indices[0], indices[1] - indices[0] if len(indices) > 1 else 1
-    moved = source.movedim(dim, 0)
-    if first >= 0 and step > 0 and all(index == first + n * step for n, index in enumerate(indices)):
-        return moved[first : first + step * (len(indices) - 1) + 1 : step]
-    return torch.stack([moved[index] for index in indices])
-
-
-def slice_run(source: torch.Tensor, dim: int, starts: Sequence[int], ends: Sequence[int]) -> torch.Tensor:
-    """Slice a tensor at several places, behind a group axis.
-
-    The result is a view if the slices have one length and advance evenly.
-    """
-    length = ends[0] - starts[0]
-    step = starts[1] - starts[0] if len(starts) > 1 else max(1, length)
-    even = all(
-        (start, end) == (starts[0] + n * step, starts[0] + n * step + length)
-        for n, (start, end) in enumerate(zip(starts, ends, strict=True))
-    )
-    if even and starts[0] >= 0 and step > 0 and length > 0 and ends[-1] <= source.shape[dim]:
-        windows = source.narrow(dim, starts[0], ends[-1] - starts[0]).unfold(dim, length, step)
-        return windows.movedim((dim, -1), (0, dim + 1 if dim >= 0 else dim))
-    pairs = zip(starts, ends, strict=True)
-    return torch.stack([torch.ops.aten.slice.Tensor(source, dim, start, end) for start, end in pairs])
 
 
 @substage("emit")

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from rmtc.affine import Affine
 from rmtc.ir.formula import L
 from rmtc.ir.program import Op, Src, leaves, map_leaves
@@ -208,7 +210,8 @@ def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, 
 
     # Walk the operations backwards, so that only those that a result needs are kept.
     rows = [loop.row(row)[start : start + size] for (row, _), start in zip(members, starts, strict=True)]
-    longest = max(len(loop.row(row)) for row in range(len(loop.layouts)))
+    drawing = [[n for n, op in enumerate(loop.row(row)) if op.draws] for row in range(len(loop.layouts))]
+    most = max(map(len, drawing))
     live, ops = set(results), dict[int, Op]()
     for offset in reversed(range(size)):
         hoisted = (members[0][0], starts[0] + offset) in shared.of
@@ -219,10 +222,11 @@ def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, 
             continue
         args = _zip_leaves([row[offset].args for row in rows], operand)
         op = ops[offset] = rows[0][offset].with_args(args)
-        if op.draws:
-            places = tuple(Affine.of("s") * longest + (start + offset) for start in starts)
+        if op.draws and isinstance(op.target, torch._ops.OpOverload):
+            at = (drawing[row].index(start + offset) for (row, _), start in zip(members, starts, strict=True))
+            places = tuple(Affine.of("s") * most + number for number in at)
             place = numbers.setdefault(places, Number(len(numbers)))
-            ops[offset] = replace(op, target=Draw(op.target), args=(place, *args))
+            ops[offset] = Op(Draw(op.target), (place, *args), op.origin, op.form)  # type: ignore[arg-type]
         live |= {leaf.number for leaf in leaves(args) if isinstance(leaf, Local)}
     layers = [layer for _, layer in members]
     return Body(

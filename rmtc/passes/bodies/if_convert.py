@@ -10,22 +10,26 @@ from typing import Any
 
 from rmtc import heuristics
 from rmtc.affine import Affine
-from rmtc.ir.program import Op, map_leaves
-from rmtc.ir.segment_loop import Row, SegmentLoop
-from rmtc.ir.wavefront import Body, Input, Local, Member, Number, WavefrontProgram, Weight, choose
+from rmtc.ir.program import Op, Src, leaves, map_leaves
+from rmtc.ir.segment_loop import Item, Outer, Row, SegmentLoop
+from rmtc.ir.wavefront import Body, Input, Local, Member, Number, Shared, WavefrontProgram, Weight, choose
+from rmtc.ops.derivatives import only
 from rmtc.passes.registry import register
 
 
 @register("if-convert", "cells of the first segment in one group with the others")
-def if_convert(program: WavefrontProgram) -> WavefrontProgram:
+def if_convert(program: WavefrontProgram, trained: bool = False) -> WavefrontProgram:
     """Merge peeled and steady bodies that run in the same steps.
 
     Needs: a program with a body for each class.
     Gives: the program with a merged body for each pair of an explicit row's class and the steady one of its layers. It
     runs for all cells what both bodies share, once, and also what only one of them has. Where the two meet again, it
     chooses by cell. An operation never mixes cells, so unused values of a cell do not matter, and its results are
-    exactly those of its own body.
-    Checks: both bodies have the same layers and share at least half of the larger one's operations.
+    exactly those of its own body. Their gradients do: that of an unused value is 0, and 0 times an infinite derivative
+    is no number. So a program that is trained reads through :func:`rmtc.ops.derivatives.only` what enters the
+    operations of one body.
+    Checks: both bodies have the same layers and share at least half of the larger one's operations. In a program that
+    is trained, the operations of one body read no tensor that all cells share and that may require a gradient.
 
         C1: %4 = f(in0)                         C1+C0: %0 = f(in0)
             results %4                    ->           %1 = g(%0, in1)    in1 is any other cell's where a cell has none
@@ -39,13 +43,13 @@ def if_convert(program: WavefrontProgram) -> WavefrontProgram:
             names = loop.classes[row][layer], loop.classes[-1][layer]
             first, steady = (program.bodies.get(name) for name in names)
             if first is not None and steady is not None and first is not steady and names not in merged:
-                body = _merge(program, first, steady)
+                body = _merge(program, first, steady, trained)
                 if body is not None:
                     merged[names] = body
     return replace(program, merged=merged)
 
 
-def _merge(program: WavefrontProgram, first: Body, steady: Body) -> Body | None:
+def _merge(program: WavefrontProgram, first: Body, steady: Body, trained: bool) -> Body | None:
     layers = [{layer for _, layer in body.members} for body in (first, steady)]
     if layers[0] != layers[1] or not first.ops or not steady.ops:
         return None
@@ -56,7 +60,7 @@ def _merge(program: WavefrontProgram, first: Body, steady: Body) -> Body | None:
     shared = sum(block.size for block in matcher.get_matching_blocks())
     if shared < heuristics.BODIES_ALIKE * max(map(len, keys)):
         return None
-    merger = _Merger(first, steady)
+    merger = _Merger(first, steady, trained)
     for tag, i1, i2, j1, j2 in matcher.get_opcodes():
         if tag == "equal":
             for mine, other in zip(numbers[0][i1:i2], numbers[1][j1:j2], strict=True):
@@ -66,6 +70,8 @@ def _merge(program: WavefrontProgram, first: Body, steady: Body) -> Body | None:
                 merger.add(0, mine)
             for other in numbers[1][j1:j2]:
                 merger.add(1, other)
+    if merger.entered and not all(_is_constant(program, leaf) for leaf in merger.common):
+        return None
     return merger.body(_partners(program, first, steady, merger))
 
 
@@ -92,8 +98,11 @@ class _Merger:
     Side 0 is the peeled body, of the first segments, and side 1 the steady body.
     """
 
-    def __init__(self, first: Body, steady: Body) -> None:
-        self.sides = (first, steady)
+    def __init__(self, first: Body, steady: Body, trained: bool) -> None:
+        self.sides, self.trained = (first, steady), trained
+        self.own: dict[int, int] = {}  # the side of operations that only one side has
+        self.entered: dict[tuple[int, Any], Local] = {}  # what they read of others, by side
+        self.common: set[Any] = set()  # what they read that all cells share
         self.ops: dict[int, Op] = {}
         self.inputs: dict[tuple[Any, ...], tuple[Input, Mapping[Member, Any]]] = {}
         self.weights: dict[tuple[Any, ...], tuple[Weight, Mapping[int, tuple[str, ...]]]] = {}
@@ -117,7 +126,21 @@ class _Merger:
         """Add an operation that only one side has."""
         op = self.sides[side].ops[number]
         args = map_leaves(op.args, lambda leaf: self._one(side, leaf))
+        if self.trained and not (op.target is operator.getitem and args[0].number not in self.own):
+            args = map_leaves(args, lambda leaf: self._entering(side, leaf))
+            self.own[len(self.ops)] = side
         self.known[side][number] = self._append(op.with_args(args))
+
+    def _entering(self, side: int, leaf: Any) -> Any:
+        """Return what the operations of one side read in place of an operand."""
+        if isinstance(leaf, (Src, Outer, Shared)):
+            self.common.add(leaf)
+        if not isinstance(leaf, (Local, Input, Weight)) or (isinstance(leaf, Local) and leaf.number in self.own):
+            return leaf
+        if (side, leaf) not in self.entered:
+            form = self.ops[leaf.number].form if isinstance(leaf, Local) else None
+            self.entered[side, leaf] = Local(self._append(Op(only, (Number(0), side, leaf), form=form)))
+        return self.entered[side, leaf]
 
     def choice(self, mine: Any, other: Any) -> Local:
         """Return the operand that is ``mine`` in the cells of side 0 and ``other`` in those of side 1."""
@@ -204,6 +227,16 @@ class _Merger:
                 **dict.fromkeys(steady.members, positions[1]),
             },
         )
+
+
+def _is_constant(program: WavefrontProgram, leaf: Any) -> bool:
+    """Tell whether an operand that all cells share requires no gradient in any call."""
+    if isinstance(leaf, Src):
+        return program.loop.sources[leaf.name].kind == "constant"
+    if isinstance(leaf, (Shared, Outer)):
+        made = program.shared if isinstance(leaf, Shared) else getattr(program.loop, leaf.part)
+        return all(_is_constant(program, each) for each in leaves(made[leaf.number].args))
+    return not isinstance(leaf, (Row, Item))
 
 
 def _zip(args: tuple[Any, ...], others: tuple[Any, ...], function: Any) -> tuple[Any, ...]:

@@ -182,7 +182,7 @@ def writes(node: fx.Node) -> bool:
         return False
     if target._schema.is_mutable or not _keeps_statistics(target):
         return bool(target._schema.is_mutable)
-    known = given(node.target, node.args, node.kwargs)
+    known = given(target, node.args, node.kwargs)
     trains = any(known.get(name) for name in ("training", "train", "use_input_stats"))
     return trains and any(known.get(name) is not None for name in ("running_mean", "running_var"))
 
