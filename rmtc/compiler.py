@@ -15,13 +15,15 @@ from rmtc.restoring import finish
 from rmtc.runtime.backends import Backend, backend_named, nearest
 from rmtc.runtime.compiled import Compiled, Options
 from rmtc.runtime.estimate import kind_named
+from rmtc.runtime.recompute import RECOMPUTE
 from rmtc.runtime.stats import Stats
 
 T = TypeVar("T", bound=Callable[..., Any])
 
 _KEY = "_compiled_call_impl"  # where `nn.Module.compile` keeps its call, too: copies and pickles go without it
-_OPTIONS = ("max_group", "repack_weights", "skip_python_random")
-_KEYWORDS = ["backend", "strict", "disable", "recompile_limit", "layers", "segment_length", "schedule", "options"]
+_OPTIONS = ("max_group", "memory_budget", "repack_weights", "skip_python_random")
+_KEYWORDS = ["backend", "strict", "disable", "recompile_limit", "layers", "segment_length", "schedule"]
+_KEYWORDS += ["recompute", "options"]
 _OF_TORCH = {
     "fullgraph": "strict=True raises where a model would run as before",
     "dynamic": "one capture serves any number of segments and batch size",
@@ -44,6 +46,7 @@ def compile(
     layers: str | None = ...,
     segment_length: int | None = ...,
     schedule: str = ...,
+    recompute: str = ...,
     options: dict[str, Any] | None = ...,
 ) -> T: ...
 
@@ -59,6 +62,7 @@ def compile(
     layers: str | None = ...,
     segment_length: int | None = ...,
     schedule: str = ...,
+    recompute: str = ...,
     options: dict[str, Any] | None = ...,
 ) -> Callable[[T], T]: ...
 
@@ -73,6 +77,7 @@ def compile(
     layers: str | None = None,
     segment_length: int | None = None,
     schedule: str = "best",
+    recompute: str = "auto",
     options: dict[str, Any] | None = None,
     **unknown: Any,
 ) -> T | Callable[[T], T]:
@@ -83,8 +88,8 @@ def compile(
     function is wrapped.
 
     The first call captures the loop, which takes seconds. Later calls of any number of segments are checked to be the
-    same loop and run. A call that cannot be captured or proven, or asks for gradients, runs as before, with one
-    :class:`FallbackWarning` per reason.
+    same loop and run, with their backward pass where gradients are asked for. A call that cannot be captured or proven
+    runs as before, with one :class:`FallbackWarning` per reason. Dropout draws other numbers than the model as written.
 
     Args:
         model: an ``nn.Module``, a function that loops over segments, or an ``nn.Module`` class, each instance of which
@@ -120,11 +125,19 @@ def compile(
               once.
             - ``"diagonal"`` runs at most one cell of each layer in a step.
             - ``"sequential"`` runs one cell after another.
+        recompute: what the backward pass of a call computes again, in place of keeping it from the forward pass.
+
+            - ``"none"``: nothing. About as much is kept as of the model as written.
+            - ``"cells"``: all cells. Their operands are kept: hidden states and memories.
+            - ``"auto"``: as many cells as it takes to keep at most half, or at most the option ``memory_budget``. Where
+              little is kept, nothing is computed again.
         options: a dict of these.
 
             - ``{"max_group": 8}`` lets at most so many cells run at once. Where all segments of a layer could, they run
               in blocks of so many, whose memory does not grow with the text. By default a block has as many as keep the
               machine busy.
+            - ``{"memory_budget": 2**30}``: the bytes that ``recompute="auto"`` keeps for the backward pass of a call at
+              most. Operands of cells are kept in any case.
             - ``{"repack_weights": True}`` has products read transposed copies of weights, which each call makes anew.
               On a CPU without a C++ compiler that is faster for long texts (from some dozens of segments on) of layers
               that are too large for its cache. The copies stay, and take as much memory again as the layers' matrices.
@@ -164,10 +177,15 @@ def compile(
     for name, value in (options or {}).items():
         if name not in _OPTIONS:
             raise ValueError(f"there is no option {name!r}{nearest(str(name), list(_OPTIONS))}")
-        if name == "max_group":
-            _check_number("option 'max_group'", value, 1)
+        if name in ("max_group", "memory_budget"):
+            _check_number(f"option {name!r}", value, 1)
         elif not isinstance(value, bool):
             raise ValueError(f"option {name!r} is True or False, not {value!r}")
+    if recompute not in RECOMPUTE:
+        hint = nearest(str(recompute), [*RECOMPUTE])
+        raise ValueError(f"there is no recompute {recompute!r}{hint}")
+    if recompute != "auto" and (options or {}).get("memory_budget") is not None:
+        raise ValueError(f"option 'memory_budget' is of recompute='auto', not of {recompute!r}")
     if callable(backend) and (options or {}).get("repack_weights"):
         raise ValueError("option 'repack_weights' is one of rmtc's own backends: copies are made anew when these run")
     # Compile, or make a decorator that does.
@@ -181,6 +199,8 @@ def compile(
         skip_python_random=bool((options or {}).get("skip_python_random", False)),
         schedule=kind_named(schedule),
         max_group=(options or {}).get("max_group"),
+        recompute=recompute,
+        memory_budget=(options or {}).get("memory_budget"),
     )
 
     def apply(target: T) -> T:

@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -45,7 +45,8 @@ from rmtc.recall import entry_of, recalled, remember
 from rmtc.restoring import outermost, restored
 from rmtc.runtime.backends import Backend, auto
 from rmtc.runtime.hooks import call_with_hooks, global_hooks, hook_tables, hooked
-from rmtc.runtime.stats import LastRun, Stats
+from rmtc.runtime.recompute import Recompute
+from rmtc.runtime.stats import LastBackward, LastRun, Stats
 from rmtc.runtime.variant import ConflictError, Pick, Ready, Variant
 from rmtc.runtime.weights import refuse_elsewhere
 from rmtc.stages import reported, stage, substage
@@ -83,6 +84,8 @@ class Options:
     skip_python_random: bool = False
     schedule: str = "best"
     max_group: int | None = None
+    recompute: str = "auto"
+    memory_budget: int | None = None
     repack_weights: bool = False
 
 
@@ -626,9 +629,11 @@ class Compiled:
             )
         return result
 
-    def _differentiated(self) -> None:
+    def _differentiated(self, backward: LastBackward) -> None:
         with self._counts:
             self.stats.backwards += 1
+            if self.stats.last_run is not None:
+                self.stats.last_run = replace(self.stats.last_run, backward=backward)
 
     def _begin(self, variant: Variant, pick: Pick | None, sizes: Sizes) -> _Timing | None:
         """Begin to time a call, if what it takes counts in what runs later ones."""
@@ -854,6 +859,7 @@ class Compiled:
         with stage("make"):
             variant = Variant.make(analysis, *given)
             variant.number, variant.differentiated = self.stats.captures, self._differentiated
+            variant.recompute = Recompute(options.recompute, options.memory_budget)
             values = {name: slot.value for name, slot in variant._slots.items()}
             if not variant.weights.in_place(values):
                 variant.weights.move(values)

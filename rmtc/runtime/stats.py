@@ -9,6 +9,26 @@ _NAMES = 12  # columns of names in a table
 
 
 @dataclass(frozen=True)
+class LastBackward:
+    """The last backward pass through a scheduled call.
+
+    Attributes:
+        steps: number of steps of the call's schedule that it went through, in reverse.
+        groups: number of groups, of prologues and epilogues, too.
+        again: number of groups that ran again, as :func:`rmtc.compile` was asked by ``recompute=``.
+        kept: bytes that the call kept for it, as measured in the first groups of each class.
+    """
+
+    steps: int
+    groups: int
+    again: int
+    kept: int
+
+    def __str__(self) -> str:
+        return f"{self.steps} steps, {self.groups} groups, {self.again} run again, {self.kept / 1024:.0f} KiB kept"
+
+
+@dataclass(frozen=True)
 class LastRun:
     """The last call that ran with its schedule.
 
@@ -24,6 +44,7 @@ class LastRun:
         groups: number of groups of layers that ran.
         widths: for each number of cells, the number of groups that had it.
         guard_seconds: time until it was clear that the call may run.
+        backward: the last backward pass through such calls since then; None if there was none.
     """
 
     segments: int
@@ -39,6 +60,7 @@ class LastRun:
     schedule: str
     backend: str
     parts: int = 1
+    backward: LastBackward | None = None
 
     def __str__(self) -> str:
         """Return a table: the sizes of the call, what ran it, and in how many steps."""
@@ -50,6 +72,7 @@ class LastRun:
             "steps": f"{self.steps} in place of {self.sequential_steps}, {self.makespan} proven{parts}",
             "groups": f"{self.groups}, by cells: {widths}",
             "guards": f"{1e6 * self.guard_seconds:.0f} us",
+            **({} if self.backward is None else {"backward": str(self.backward)}),
         }
         return "\n".join(f"{name:<{_NAMES}}{value}" for name, value in lines.items())
 

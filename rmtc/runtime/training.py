@@ -7,6 +7,7 @@ one stack too, to which each group adds in place: autograd would make a gradient
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,15 +20,17 @@ from rmtc import heuristics
 from rmtc.codegen.torch.emit import emit
 from rmtc.codegen.torch.source import Emitted
 from rmtc.ir.gradients import Dependences
-from rmtc.ir.wavefront import Body, WavefrontProgram
+from rmtc.ir.wavefront import Body, WavefrontProgram, choose
 from rmtc.ops import derivatives
 from rmtc.ops.linears import linear_maps
 from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.pipeline import differentiable
 from rmtc.runtime.check_plan import check_plan
-from rmtc.runtime.executor import Emission, Executor, Walk, autocast_off
-from rmtc.runtime.plan import Plan
+from rmtc.runtime.executor import Emission, Executor, Unmergeable, Walk, autocast_off
+from rmtc.runtime.plan import Launch, Plan
+from rmtc.runtime.recompute import Recompute, Recomputed
 from rmtc.runtime.stacking import DLPACK, StackPart, copied_layout
+from rmtc.runtime.stats import LastBackward
 from rmtc.runtime.weights import Weights
 
 
@@ -41,16 +44,23 @@ class Training(Executor):
         weights: the stacks in which the parameters lie.
         written: what the results depend on as the code is written. Packed into one tensor and taken out of it again, a
             value has a gradient of zeros from what was packed with it, and not none.
-        differentiated: called after each backward pass.
+        differentiated: called after each backward pass, with what it did.
+        recompute: decides what runs again in the backward pass.
     """
 
     binds = False
 
     def __init__(
-        self, program: WavefrontProgram, weights: Weights, written: Dependences, differentiated: Callable[[], None]
+        self,
+        program: WavefrontProgram,
+        weights: Weights,
+        written: Dependences,
+        differentiated: Callable[[LastBackward], None],
+        recompute: Recompute,
     ) -> None:
         super().__init__(join_products(differentiable(program), weights.places, trained=True), weights)
-        self.written, self.differentiated = written, differentiated
+        self.written, self.differentiated, self.recompute = written, differentiated, recompute
+        self.flags: dict[tuple[str, tuple[bool, ...]], tuple[bool, ...]] = {}
         self._unrolled: dict[tuple[int, ...], Dependences] = {}
 
     def plan(self, segments: int, batch: int, tail: int) -> Plan:
@@ -68,7 +78,17 @@ class Training(Executor):
             kernel, _ = emit(**replace(of, shared=shared).arguments, bind=False, derivatives=_DERIVATIVES)
         size = len(of.launch.cells) if of.launch.grouped else None
         passed = tuple(map(shared, kernel.shared))
-        return kernel, self.call(kernel, size, of.inputs, of.weights, of.numbers, passed)
+        run = functools.partial(self.call, kernel, size, of.inputs, of.weights, of.numbers, passed)
+        results = self.recompute.run(of.launch, of.environment, of.inputs, (*of.weights, *passed), run)
+        if of.launch.body.name not in self.program.bodies and self._chosen(of.launch, results) > heuristics.CHOSEN:
+            raise Unmergeable(of.launch.body)
+        return kernel, results
+
+    def _chosen(self, launch: Launch, results: Sequence[Any]) -> int:
+        """Count the numbers that a launch for all layers chooses between those of two classes."""
+        numbered = zip(launch.body.results, results, strict=True)
+        found = sum(each.numel() for number, each in numbered if launch.body.ops[number].target is choose)
+        return int(found) // len(launch.cells) * self.program.loop.layers
 
     def outputs(
         self, plan: Plan, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
@@ -121,6 +141,9 @@ class _Tape(Walk):
         leaves: what stands for each of them.
         results: the results that require gradients, each with its names.
         stacks: the gradients of parameters that lie in stacks.
+        launches: of the run, with their sizes.
+        again: how many of them, the first ones, run again when they are differentiated.
+        visited: the places of those that the last backward pass went through.
     """
 
     executor: Training
@@ -141,6 +164,56 @@ class _Tape(Walk):
         segments, batch, tail = sizes
         super().__init__(executor, {**values, **apart, **self.leaves}, segments, batch, tail, gradients=True)
         self.joined, self.pieces = {}, {}  # put together in place
+        self.visited: set[int] = set()
+
+    def outputs(self, plan: Plan) -> dict[str, Any]:
+        self.launches = [(launch, self.ends if launch.short else self.middle) for launch in plan.launches]
+        self.again = self.executor.recompute.choose(self.launches)
+        self.numbers = {id(launch): number for number, launch in enumerate(plan.launches)}
+        return super().outputs(plan)
+
+    def _results(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
+        self.launch, number = launch, self.numbers[id(launch)]
+        results = super()._results(launch, made)
+        nodes = {each.grad_fn for each in results if isinstance(each, torch.Tensor) and each.grad_fn is not None}
+        for node in nodes:
+            node.register_prehook(functools.partial(_visit, self.visited, number))
+        return results
+
+    def _call_kernel(
+        self,
+        kernel: Emitted,
+        size: int | None,
+        inputs: Sequence[Any],
+        weights: Sequence[torch.Tensor],
+        numbers: Sequence[Any],
+        shared: tuple[Any, ...],
+    ) -> tuple[Any, ...]:
+        executor, number = self.executor, self.numbers[id(self.launch)]
+        call = functools.partial(executor.call, kernel, size, inputs, weights, numbers, shared)
+        at = self.launches[number][1]
+        if number >= self.again:
+            return executor.recompute.run(self.launch, at, inputs, (*weights, *shared), call)
+        operands = *inputs, *weights, *shared
+        asking = tuple([isinstance(each, torch.Tensor) and each.requires_grad for each in operands])
+        known = executor.flags.get((kernel.file, asking))
+        if known is None:  # the first such launch tells
+            results = executor.recompute.run(self.launch, at, inputs, (*weights, *shared), call)
+            known = tuple(isinstance(each, torch.Tensor) and each.requires_grad for each in results)
+            executor.flags[kernel.file, asking] = known
+            return results
+        # What is read of stacks stays where it is, and its gradients go there.
+        moved = [isinstance(each, torch.Tensor) and getattr(each, "place", None) is None for each in operands]
+        others = [None if moves else each for each, moves in zip(operands, moved, strict=True)]
+        first, last = len(inputs), len(inputs) + len(weights)
+
+        def run(given: Sequence[torch.Tensor]) -> tuple[Any, ...]:  # without the tape, which holds what it makes
+            left = iter(given)
+            values: list[Any] = [next(left) if moves else each for each, moves in zip(others, moved, strict=True)]
+            return executor.call(kernel, size, values[:first], values[first:last], numbers, tuple(values[last:]))
+
+        given = (each for each, moves in zip(operands, moved, strict=True) if moves)
+        return Recomputed.apply(run, known, self.anchor, *given)  # type: ignore[no-any-return, no-untyped-call]
 
     def _rows_of(self, body: Body, number: int, layers: tuple[int, ...]) -> torch.Tensor:
         names = [body.weights[number][layer] for layer in layers]
@@ -178,22 +251,27 @@ class _Tape(Walk):
         made = [(result, each) for result, _, each in asked if result.requires_grad]
         found: Sequence[torch.Tensor | None] = [None] * len(self.leaves)
         reached = self.executor.reached(self.sizes, [name for _, names, _ in asked for name in names])
+        self.visited.clear()
         try:
             if made:
-                _, *found = torch.autograd.grad(
-                    [result for result, _ in made],
-                    [self.anchor, *self.leaves.values()],
-                    [each for _, each in made],
-                    retain_graph=keep,
-                    allow_unused=True,
-                )
+                with autocast_off(result for result, _ in made):  # as what is differentiated ran
+                    _, *found = torch.autograd.grad(
+                        [result for result, _ in made],
+                        [self.anchor, *self.leaves.values()],
+                        [each for _, each in made],
+                        retain_graph=keep,
+                        allow_unused=True,
+                    )
             given = zip(self.given, found, strict=True)
             summed = [self._sum(name, each) if name in reached else None for name, each in given]
         finally:
             self.stacks.found.clear()  # the rows that are handed out keep what they need
         if not keep:
             self.results, self.leaves = {}, {}
-        self.executor.differentiated()
+        steps = {self.launches[number][0].step for number in self.visited}
+        again = sum(number < self.again for number in self.visited)
+        keeps = round(self.executor.recompute.keeps(self.launches, self.again))
+        self.executor.differentiated(LastBackward(len(steps), len(self.visited), again, keeps))
         return summed
 
     def _sum(self, name: str, gradient: torch.Tensor | None) -> torch.Tensor:
@@ -207,6 +285,11 @@ class _Tape(Walk):
         """The gradient of a parameter from its row of a stack; None if no group that has one reads the row."""
         place = self.places.get(name)
         return None if place is None else self.stacks.row(*place)
+
+
+def _visit(visited: set[int], number: int, gradients: tuple[torch.Tensor | None, ...]) -> None:
+    """Note that a launch is differentiated."""
+    visited.add(number)
 
 
 class _Stacks:
@@ -267,34 +350,41 @@ class _Rows(torch.autograd.Function):
 
 
 class _Maps(torch.autograd.Function):
-    """The products of a group with its rows of a stack, whose gradient is added to that of the stack in place."""
+    """The products of a group with its rows of a stack, whose gradient is added to that of the stack in place.
+
+    Of cells that are not in the mask, if there is one, nothing is added.
+    """
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, x: torch.Tensor, place: _Place) -> torch.Tensor:
-        ctx.place, ctx.shape = place, x.shape
+    def forward(
+        ctx: Any, anchor: torch.Tensor, x: torch.Tensor, place: _Place, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.place, ctx.shape, ctx.mask = place, x.shape, mask
         flat = x.reshape(len(x), -1, x.shape[-1])
         ctx.save_for_backward(flat)
         return torch.bmm(flat, place.rows.mT).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor | None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor | None, None, None]:
         (flat,) = ctx.saved_tensors
         gradient = gradient.reshape(*flat.shape[:2], -1)
+        if ctx.mask is not None:
+            gradient, flat = (derivatives.masked(each, ctx.mask) for each in (gradient, flat))
         ctx.place.gradient().baddbmm_(gradient.mT, flat)
         if not ctx.needs_input_grad[1]:
-            return None, None, None
-        return None, torch.bmm(gradient, ctx.place.rows).view(ctx.shape), None
+            return None, None, None, None
+        return None, torch.bmm(gradient, ctx.place.rows).view(ctx.shape), None, None
 
 
 def _maps(x: torch.Tensor, weight: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
     """Return the product of each cell with its weight, (G, ..., in) by (G, out, in), and what is added to it."""
-    place = getattr(weight, "place", None)
+    place, mask = getattr(weight, "place", None), getattr(weight, "mask", None)
     product: torch.Tensor
     if place is None:
         product = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), weight.mT).view(*x.shape[:-1], -1)
     else:
-        product = _Maps.apply(place.anchor, x, place)  # type: ignore[no-untyped-call]
+        product = _Maps.apply(place.anchor, x, place, mask)  # type: ignore[no-untyped-call]
     return product if added is None else product + added
 
 

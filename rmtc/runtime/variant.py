@@ -45,7 +45,8 @@ from rmtc.runtime.choice import AS_WRITTEN, Arm, Choice, Ledger, New, size_class
 from rmtc.runtime.estimate import WAYS, Way, as_written, backend_of, best_of, compiled_seconds, compiles, ways
 from rmtc.runtime.executor import Executor, Run
 from rmtc.runtime.measure import clock, cost_model, pinned
-from rmtc.runtime.stats import Decision
+from rmtc.runtime.recompute import Recompute
+from rmtc.runtime.stats import Decision, LastBackward
 from rmtc.runtime.training import Training
 from rmtc.runtime.triton import launches_on
 from rmtc.runtime.weights import Weights
@@ -133,6 +134,7 @@ class Variant:
         counter: why no later call is this capture's: each finds another number in a place where calls count.
         failed: sizes whose runs failed, how often, and why.
         differentiated: called after each backward pass.
+        recompute: how it is decided what runs again there.
     """
 
     analysis: Analysis
@@ -170,7 +172,8 @@ class Variant:
     frozen: bool = False
     number: int = 1
     failed: dict[Sizes, Failed] = field(default_factory=dict)
-    differentiated: Callable[[], None] = field(default=lambda: None)
+    differentiated: Callable[[LastBackward], None] = field(default=lambda _: None)
+    recompute: Recompute = field(default_factory=Recompute)
 
     @property
     def program(self) -> WavefrontProgram:
@@ -734,7 +737,8 @@ class Variant:
         if not made.trains:
             written = self.analysis.probes[0].written
             assert written is not None  # or the call would not be ready
-            made.trains.append(Training(made.program, made.weights, written, self.differentiated))
+            recompute = replace(self.recompute, sizes={})
+            made.trains.append(Training(made.program, made.weights, written, self.differentiated, recompute))
         return made.trains[0]
 
     def _container(self, place: ExistingContainer, arguments: Arguments) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import SEGMENT, WIDTH, Associative, Dropping, TopToBottom, transformer_xl, xl_weights
+from models import SEGMENT, WIDTH, Associative, Loop, TopToBottom, transformer_xl, xl_weights
 from torch import Tensor, nn
 
 import rmtc
@@ -232,6 +232,9 @@ def test_a_backend_is_a_name_or_a_callable() -> None:
             {"options": {"repack_weight": True}},
             "there is no option 'repack_weight'; did you mean 'repack_weights'?",
         ),
+        ({"recompute": "cell"}, "there is no recompute 'cell'; did you mean 'cells'?"),
+        ({"recompute": "cells", "options": {"memory_budget": 8}}, "option 'memory_budget' is of recompute='auto'"),
+        ({"options": {"memory_budget": 0}}, "option 'memory_budget' is at least 1, not 0"),
         ({"options": {"skip_python_random": "no"}}, "option 'skip_python_random' is True or False, not 'no'"),
         ({"bakend": "torch"}, "rmtc.compile has no argument 'bakend'; did you mean 'backend'?"),
         ({"fullgraph": True}, "rmtc.compile has no argument 'fullgraph': strict=True raises"),
@@ -387,11 +390,18 @@ def refused() -> nn.Module:
     return TopToBottom().double().requires_grad_(False)
 
 
-def dropping() -> nn.Module:
-    return Dropping().double().requires_grad_(False)
+class OwnGenerator(Loop):
+    """Draws from a generator of its own."""
+
+    def step(self, number: int, piece: torch.Tensor) -> torch.Tensor:
+        return piece + torch.randn(WIDTH, generator=torch.Generator().manual_seed(number)).to(piece)
 
 
-@pytest.mark.parametrize("make, reason", [(refused, r"S\*L|sequential"), (dropping, "random")])
+def of_generator() -> nn.Module:
+    return OwnGenerator().double().requires_grad_(False)
+
+
+@pytest.mark.parametrize("make, reason", [(refused, r"S\*L|sequential"), (of_generator, "no tensor")])
 def test_refused_models_run_as_before_with_one_warning_or_raise(make: Callable[[], nn.Module], reason: str) -> None:
     model = make()
     rmtc.compile(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +20,6 @@ from held import some
 from models import LOOPS
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
 from zoo import ZOO
 from zoo import text as ids_of
 from zoo_runs import SIZES, built
@@ -119,6 +119,199 @@ def test_gradients_of_loops_are_those_of_eager(name: str) -> None:
     stats = rmtc.stats(fast.function)
     assert (stats.runs, stats.backwards) == (1, 1) and not stats.fallbacks
     assert stats.last_run is not None and stats.last_run.steps < stats.last_run.sequential_steps
+    if name == "counter":  # each call is another one
+        return
+    compiled = compiled_of(fast.function)
+    assert compiled is not None
+    compiled.variants[0].main.trains[0].recompute.kind = "cells"
+    for _ in range(2):  # the first one tells which results require gradients
+        assert not differing(fast.gradients(), eager.gradients(), close)
+    assert stats.backwards == 3 and stats.last_run.backward is not None
+    assert stats.last_run.backward.again == stats.last_run.backward.groups > 0
+
+
+class Lately(nn.Module):
+    """Layers that first segments take a part of: later ones do what has no derivative at what the first ones hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
+        self.later = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        memories: list[Tensor | None] = [None] * LAYERS
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                memory = memories[number]
+                if memory is not None:
+                    piece = piece + memory[:, None] * self.later[number](piece.abs()).abs().sqrt()
+                for _ in range(6):
+                    piece = torch.tanh(layer(piece))
+                memories[number] = piece.mean(1) if memory is None else 0.5 * memory + piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
+def test_what_a_cell_does_not_take_adds_nothing_to_a_gradient() -> None:
+    fast, eager = Lately(), Lately()
+    rmtc.compile(fast, schedule="shortest", strict=True)
+    given = text(5)
+    given[:, :SEGMENT] = 0.0  # of which the square root has an infinite derivative
+    assert not differing(Trained(fast, fast, (given,)).gradients(), Trained(eager, eager, (given,)).gradients())
+    ran(fast, 5, 5 + LAYERS - 1, 1)
+    run = rmtc.stats(fast).last_run
+    assert run is not None and run.groups == run.steps  # first segments ran at once with others
+    assert all(bool(each.grad.isfinite().all()) for each in fast.parameters() if each.grad is not None)
+
+
+class Deep(Reader):
+    """Layers that keep more for a backward pass than they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        wide = 4 * WIDTH
+        parts = [nn.Linear(WIDTH, wide), nn.Tanh(), nn.Linear(wide, wide), nn.Tanh(), nn.Linear(wide, WIDTH)]
+        self.layers = nn.ModuleList(copy.deepcopy(nn.Sequential(*parts)) for _ in range(LAYERS))
+
+
+@pytest.mark.parametrize("recompute", ["none", "auto", "cells"])
+def test_what_is_kept_is_what_was_asked(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rmtc.heuristics.KEPT_FREELY", 0)
+    fast, eager = Deep(), Deep()
+    rmtc.compile(fast, schedule="shortest", strict=True, recompute=recompute)
+    given = text(9)
+    for _ in range(3):
+        loss(fast(given)).backward()
+    run = rmtc.stats(fast).last_run
+    assert run is not None and run.backward is not None
+    backward = run.backward
+    assert (backward.steps, backward.groups) == (9 + LAYERS - 1, run.groups)
+    kept = measured(fast, given)
+    assert 0.8 * kept < backward.kept < 1.25 * kept
+    if recompute == "cells":
+        assert backward.again == backward.groups
+    else:
+        assert (0 < backward.again < backward.groups) is (recompute == "auto")
+    assert kept <= {"none": 1.1, "auto": 0.6, "cells": 0.2}[recompute] * measured(eager, given)
+
+
+def measured(model: Any, given: Tensor) -> int:
+    """The bytes that autograd saves of a call, but for parameters and the text."""
+    own = {each.untyped_storage()._cdata for each in (*model.parameters(), given)}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each):
+        patch.setattr("rmtc.runtime.recompute._hooked", lambda: False)
+        found = model(given)
+    del found
+    return sum(size for of, size in saved.items() if of not in own)
+
+
+def test_a_memory_budget_is_held_for_each_batch_size() -> None:
+    fast = rmtc.compile(Deep(), schedule="shortest", strict=True, options={"memory_budget": 100_000})
+    again = []
+    for batch in (1, 1, 8, 8, 1):
+        loss(fast(text(9, batch))).backward()
+        run = rmtc.stats(fast).last_run
+        assert run is not None and run.backward is not None
+        again.append(run.backward.again)
+    assert again[1] == again[4] < again[3]
+
+
+@pytest.mark.parametrize("recompute", ["none", "cells"])
+def test_what_was_written_to_before_the_backward_is_an_error_in_each_call(recompute: str) -> None:
+    fast = rmtc.compile(Reader(), schedule="shortest", strict=True, recompute=recompute)
+    for _ in range(3):
+        memories = [torch.zeros(2, WIDTH) for _ in range(LAYERS)]
+        value = loss(fast(text(), memories))
+        memories[0].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()
+
+
+@pytest.mark.parametrize("recompute", ["none", "cells"])
+def test_a_call_without_a_backward_is_let_go(recompute: str) -> None:
+    fast = rmtc.compile(Deep(), schedule="shortest", strict=True, recompute=recompute)
+    made: list[weakref.ref[Any]] = []
+    begin = training._Tape.__init__
+
+    def noted(tape: Any, *args: Any) -> None:
+        made.append(weakref.ref(tape))
+        begin(tape, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training._Tape, "__init__", noted)
+        for _ in range(3):
+            fast(text())
+    gc.collect()
+    assert len(made) == 3 and all(each() is None for each in made)
+
+
+class Guarded(Reader):
+    """Layers that compute in their own precision, whatever the caller's autocast."""
+
+    def forward(self, hidden: Tensor, memories: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(hidden, memories)
+
+
+@pytest.mark.parametrize("recompute", ["none", "cells"])
+def test_a_backward_under_autocast_computes_as_the_forward_did(recompute: str) -> None:
+    fast, eager = Guarded(), Guarded()
+    rmtc.compile(fast, schedule="shortest", strict=True, recompute=recompute)
+    for number in range(3):
+        for model in (fast, eager):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss(model(text())).backward()
+        assert not differing(gradients(fast), gradients(eager), 1e-6)
+        ran(fast, 4, 4 + LAYERS - 1, number + 1)
+
+
+def test_a_call_that_allows_no_hooks_is_trained() -> None:
+    fast, eager = pair()
+    for model in (fast, eager):
+        with torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"):
+            loss(model(text())).backward()
+    assert not differing(gradients(fast), gradients(eager))
+    ran(fast, 4, 4 + LAYERS - 1, 1)
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_is_compared() -> None:
+    class Biased(Reader):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+        def forward(self, hidden: Tensor, memories: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+            found, pieces = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS, []
+            for piece in hidden.split(SEGMENT, dim=1):
+                for number, layer in enumerate(self.layers):
+                    keys = self.keys[number](piece)
+                    piece = torch.tanh(layer(piece) + found[number][:, None])
+                    piece = piece + F.scaled_dot_product_attention(piece, keys, piece)
+                    found[number] = piece.mean(1)
+                pieces.append(piece)
+            return torch.cat(pieces, 1), found
+
+    answer = rmtc.verify(Biased(), gradients=True)(text())
+    assert answer.ok, answer
+
+
+def test_a_memory_budget_is_held() -> None:
+    fast, eager = Deep(), Deep()
+    rmtc.compile(fast, schedule="shortest", strict=True, options={"memory_budget": 100_000})
+    for _ in range(3):
+        found = Trained(fast, fast, (text(9),)).gradients()
+    backward = rmtc.stats(fast).last_run.backward  # type: ignore[union-attr]
+    assert backward is not None and backward.kept <= 100_000 and 0 < backward.again < backward.groups
+    assert not differing(found, Trained(eager, eager, (text(9),)).gradients())
 
 
 @pytest.mark.slow
@@ -588,39 +781,6 @@ def test_autocast_is_as_near_to_float64_as_that_of_eager() -> None:
         return max(float((one.grad - other.grad).norm() / other.grad.norm()) for one, other in pairs)  # type: ignore
 
     assert far(fast) <= 2 * far(eager)
-
-
-class Ids(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Texts of three segments."""
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        ids = torch.randint(256, (20,), generator=torch.Generator().manual_seed(number))
-        return {"input_ids": ids, "labels": ids}
-
-
-@pytest.mark.slow
-def test_the_trainer_of_transformers(tmp_path: Any) -> None:
-    torch.set_default_dtype(torch.float32)
-    eager, _ = armt_llama.build(layers=3, width=16, heads=2, segment=8, memory=2, key_size=4, dtype="float64")
-    fast = copy.deepcopy(eager)
-    rmtc.compile(fast, schedule="shortest", strict=True)
-    losses = []
-    for model in (fast, eager):
-        settings = TrainingArguments(
-            output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            learning_rate=1e-3, report_to=[], logging_steps=1, use_cpu=True, save_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
-        trainer = Trainer(model=model, args=settings, train_dataset=Ids())
-        trainer.train()
-        losses.append([each["loss"] for each in trainer.state.log_history if "loss" in each])
-    assert len(losses[0]) == 6
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-6)
-    ran(fast, 3, 3 + 3 - 1, 12)
-    for one, other in zip(fast.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
 def test_losses_of_the_example_models_are_differentiated_by_the_schedule() -> None:

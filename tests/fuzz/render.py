@@ -343,6 +343,8 @@ def _changes(spec: Spec) -> str:
 def _tail(spec: Spec) -> str:
     calls = ",\n".join("    " + repr(call) for call in spec["calls"])
     options: dict[str, Any] = {"schedule": spec["schedule"], "backend": "torch"}
+    if "recompute" in spec:
+        options["recompute"] = spec["recompute"]
     if spec["max_group"]:
         options["options"] = {"max_group": spec["max_group"]}
     extra = {

@@ -179,9 +179,11 @@ def draw(seed: int, number: int) -> Spec:
 
 
 def trained(spec: Spec) -> Spec:
-    """The model with parameters that want gradients, which each of its calls is asked for."""
+    """The model with parameters that want gradients, which each of its calls is asked for; in half of them, cells run
+    again in the backward pass."""
     calls = [{**call, "mode": "grad"} for call in spec["calls"]]
-    return possible({**spec, "gradients": True, "compiled_when": "at first", "calls": calls})
+    recompute = "cells" if spec["seed"] % 2 else "auto"
+    return possible({**spec, "gradients": True, "compiled_when": "at first", "calls": calls, "recompute": recompute})
 
 
 def _calls(rng: random.Random) -> list[dict[str, Any]]:

@@ -49,6 +49,10 @@ BREAKS: dict[str, tuple[str, ...]] = {
         "torch._subclasses.fake_tensor.DynamicOutputShapeException",
     ),
     "capture: that parametrized tensors are cached is no longer seen": ("torch.nn.utils.parametrize._cache_enabled",),
+    "training: hooks of the caller for saved tensors are no longer seen": (
+        "torch._C._autograd._saved_tensors_hooks_is_enabled",
+        "torch._C._autograd._top_saved_tensors_default_hooks",
+    ),
     "training: that a graph is kept for another backward pass is no longer seen": (
         "torch._C._autograd._get_current_graph_task_keep_graph",
     ),

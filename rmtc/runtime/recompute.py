@@ -1,0 +1,182 @@
+"""Memory for the backward pass of a run: all that autograd asks for, or operands from which cells run again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from rmtc import heuristics
+from rmtc.ir.segment_loop import Environment
+from rmtc.ops.draws import again
+from rmtc.runtime.plan import Launch
+
+RECOMPUTE = ("none", "cells", "auto")
+"""What runs again in the backward pass: nothing, all cells, or so many that at most half is kept."""
+
+
+class Bytes(NamedTuple):
+    """Bytes of one cell that are kept for the backward pass.
+
+    Attributes:
+        saved: by autograd.
+        operands: if the cell runs again.
+    """
+
+    saved: float
+    operands: float
+
+
+@dataclass
+class Recompute:
+    """The decision which launches of a run keep their operands alone, and run again in the backward pass.
+
+    Attributes:
+        kind: one of ``RECOMPUTE``.
+        budget: bytes to be kept at most, in place of half; None if it was not given.
+        sizes: of the cells of each body, by batch size and positions of the segment, as they were measured.
+    """
+
+    kind: str = "auto"
+    budget: int | None = None
+    sizes: dict[tuple[str, int, int], Bytes] = field(default_factory=dict)
+
+    def run(
+        self,
+        launch: Launch,
+        at: Environment,
+        inputs: Sequence[Any],
+        others: Iterable[Any],
+        run: Callable[[], tuple[Any, ...]],
+    ) -> tuple[Any, ...]:
+        """Run a launch, and measure what autograd saves of it if that is not known.
+
+        Args:
+            launch: the launch.
+            at: its sizes.
+            inputs: what its cells read of others.
+            others: its other operands, which stay in any case.
+            run: runs it.
+        """
+        key = launch.body.name, at.B, at.T
+        if key in self.sizes or _hooked():
+            return run()
+        given = {_memory(each) for each in (*inputs, *others) if isinstance(each, torch.Tensor)}
+        operands = sum(each.nbytes for each in inputs if isinstance(each, torch.Tensor))
+        with _saved() as saved:
+            results = run()
+        made, cells = sum(size for of, size in saved.items() if of not in given), len(launch.cells)
+        self.sizes[key] = Bytes((made + operands) / cells, operands / cells)
+        return results
+
+    def choose(self, launches: Sequence[tuple[Launch, Environment]]) -> int:
+        """Return how many of a run's launches, the first ones, run again: what the last ones keep is let go of first.
+
+        Where the caller has hooks for what is saved, such as a checkpoint around the model, nothing runs again but by
+        these.
+        """
+        if self.kind == "none" or _hooked():
+            return 0
+        if self.kind == "cells" or any((each.body.name, at.B, at.T) not in self.sizes for each, at in launches):
+            return len(launches)
+        kept = self.keeps(launches, 0)
+        budget = max(kept // 2, heuristics.KEPT_FREELY) if self.budget is None else self.budget
+        for number, (launch, at) in enumerate(launches):
+            if kept <= budget:
+                return number
+            size = self.sizes[launch.body.name, at.B, at.T]
+            kept -= len(launch.cells) * (size.saved - size.operands)
+        return len(launches)
+
+    def keeps(self, launches: Sequence[tuple[Launch, Environment]], again: int) -> float:
+        """Return the bytes that are kept for the backward pass if the first launches run again."""
+        found = 0.0
+        for number, (launch, at) in enumerate(launches):
+            size = self.sizes.get((launch.body.name, at.B, at.T), Bytes(0, 0))
+            found += len(launch.cells) * (size.operands if number < again else size.saved)
+        return found
+
+
+def _hooked() -> bool:
+    """Tell whether the caller has hooks for what autograd saves, or allows none."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None or not torch._C._autograd._saved_tensors_hooks_is_enabled()
+
+
+@contextlib.contextmanager
+def _saved() -> Iterator[dict[int, int]]:
+    """Note the memory that autograd saves, and its size, by what holds it."""
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+        if tensor.layout is torch.strided:
+            found[_memory(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor, tensor._version
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, _unpacked):
+        yield found
+
+
+def _unpacked(packed: tuple[torch.Tensor, int]) -> torch.Tensor:
+    tensor, version = packed
+    if tensor._version != version:  # where there are hooks, autograd leaves that to them
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} "
+            "instead"
+        )
+    return tensor
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+class Recomputed(torch.autograd.Function):
+    """A launch of which the operands are kept, from which it runs again when it is differentiated.
+
+    Args of ``apply``:
+        run: runs it on other operands in place of ``operands``.
+        differentiable: for each result, whether it requires a gradient.
+        anchor: what all that reads rows of stacks depends on.
+        operands: its tensors, but for rows of stacks.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Callable[[Sequence[torch.Tensor]], tuple[Any, ...]],
+        differentiable: Sequence[bool],
+        anchor: torch.Tensor,
+        *operands: torch.Tensor,
+    ) -> tuple[Any, ...]:
+        ctx.run, ctx.anchor, ctx.again = run, anchor, again()
+        ctx.save_for_backward(*operands)
+        ctx.set_materialize_grads(False)
+        results = run(operands)
+        constant = [each for each, asked in zip(results, differentiable, strict=True) if not asked]
+        ctx.mark_non_differentiable(*(each for each in constant if isinstance(each, torch.Tensor)))
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        asking = ctx.needs_input_grad[3:]
+        pairs = zip(ctx.saved_tensors, asking, strict=True)
+        operands = [each.detach().requires_grad_() if asks else each for each, asks in pairs]
+        leaves = [each for each, asks in zip(operands, asking, strict=True) if asks]
+        with torch.enable_grad(), ctx.again():
+            results = ctx.run(operands)
+        made = [(each, gradient) for each, gradient in zip(results, gradients, strict=True) if gradient is not None]
+        _, *found = torch.autograd.grad(
+            [each for each, _ in made],
+            [ctx.anchor, *leaves],
+            [gradient for _, gradient in made],
+            allow_unused=True,
+        )
+        left = iter(found)
+        return None, None, None, *(next(left) if asks else None for asks in asking)
