@@ -1,4 +1,4 @@
-"""Measure a training step, forward and backward, as written, by rmtc and by hand, in turns.
+"""Measure a training step, forward and backward, as written, by rmtc with each ``recompute`` and by hand, in turns.
 
 Times are CPU times of one thread. Turns of which the slowest takes 1.5 times the fastest count for nothing.
 
@@ -9,28 +9,39 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import gc
 import time
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from plain_training import ByStacks
 from torch import Tensor, nn
 
 import rmtc
-from rmtc.examples.armt_llama import build
+from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
 from rmtc.turns import NOTHING, Turns
 
 SIZES = [(8, 64, 16, 4), (8, 128, 32, 4), (16, 256, 64, 8)]
 """Layers, width, tokens and memory tokens of a segment."""
 
+BESIDE = [(armt_llama, SIZES[0], 4), (armt_gpt2, SIZES[0], 1), (transformer_xl, (8, 64, 16, 0), 1)]
+"""Other models, and batches, for which there is no step by hand."""
+
 
 def step(model: nn.Module, ids: Tensor) -> Tensor:
     """Return the loss of a text, and leave the gradients of all parameters."""
     model.zero_grad()
-    loss: Tensor = model(ids, labels=ids).loss
+    loss = loss_of(model, ids)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the mean cross entropy of the next token."""
+    return F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def by_hand(stacks: ByStacks, ids: Tensor) -> Tensor:
@@ -42,40 +53,70 @@ def by_hand(stacks: ByStacks, ids: Tensor) -> Tensor:
     return loss.detach()
 
 
-def measure(layers: int, width: int, segment: int, memory: int, segments: int, turns: int) -> None:
-    """Print the times of a size."""
-    sizes = {"layers": layers, "width": width, "segment": segment, "memory": memory, "segments": segments}
-    eager, (ids,) = build(**sizes, heads=4)
-    eager.train()
-    fast, stacks = copy.deepcopy(eager), ByStacks(eager)
-    rmtc.compile(fast, schedule="shortest", strict=True)
-    ways: dict[str, Callable[[], Tensor]] = {
-        "eager": lambda: step(eager, ids),
-        "rmtc": lambda: step(fast, ids),
-        "by hand": lambda: by_hand(stacks, ids),
-    }
-    losses = {name: float(call()) for name, call in ways.items()}
+def measure(example: ModuleType, size: tuple[int, ...], batch: int, segments: int, turns: int) -> None:
+    """Print the times of a model, and what each way keeps for the backward pass."""
+    names = ("layers", "width", "segment", "memory") if size[3] else ("layers", "width", "segment")
+    model, (ids,) = example.build(**dict(zip(names, size, strict=False)), heads=4, segments=segments, batch=batch)
+    eager = model.requires_grad_()  # in eval mode: no dropout
+    plain = (example, batch) == (armt_llama, 1)
+    fast = {kind: copy.deepcopy(eager) for kind in ("none", "auto", "cells")}
+    for kind, each in fast.items():
+        rmtc.compile(each, schedule="shortest", strict=True, recompute=kind)
+    calls: dict[str, Callable[[], Tensor]] = {"eager": functools.partial(step, eager, ids)}
+    calls |= {f"rmtc, {kind}": functools.partial(step, each, ids) for kind, each in fast.items()}
+    if plain:
+        stacks = ByStacks(eager)
+        calls["by hand"] = functools.partial(by_hand, stacks, ids)
+    losses = {name: [float(call()) for _ in range(2)][-1] for name, call in calls.items()}
     assert max(losses.values()) - min(losses.values()) < 1e-3, losses
-    for found in (fast.memory, stacks.memory):
-        assert found.grad is not None and (found.grad - eager.memory.grad).norm() < 1e-3 * eager.memory.grad.norm()
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    wanted = {name: each.grad for name, each in eager.named_parameters() if each.grad is not None}
+    for each in fast.values():
+        found = dict(each.named_parameters())
+        assert all((found[name].grad - grad).norm() < 1e-2 * grad.norm() for name, grad in wanted.items())
+    if plain:
+        assert stacks.memory.grad is not None
+        assert (stacks.memory.grad - eager.memory.grad).norm() < 1e-3 * eager.memory.grad.norm()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     gc.collect()
     gc.disable()  # a collection falls into one way and not into the others
     for turn in range(turns + 2):
-        for name, call in ways.items():
+        for name, call in calls.items():
             start = time.process_time()
             call()
             if turn > 1:
                 seconds[name].append(time.process_time() - start)
     gc.enable()
-    found = Turns(seconds)
-    stats = rmtc.stats(fast)
-    assert stats.backwards == stats.runs == turns + 3, stats
-    print(f"({layers}, {width}, {segment} + {memory}, {segments}), median of {turns} turns, one thread of CPU time")
-    for name in ways:
-        print(f"  {name:<8} {1e3 * found.timing(name).median:8.1f} ms, eager / {name} {found.ratio('eager', name)}")
-    if noise := found.noise():
+    turned = Turns(seconds)
+    kept = {"eager": saved(eager, ids)}
+    for kind, each in fast.items():
+        stats = rmtc.stats(each)
+        assert stats.backwards == stats.runs == turns + 4, stats
+        assert stats.last_run is not None and stats.last_run.backward is not None
+        kept[f"rmtc, {kind}"] = stats.last_run.backward.kept
+    layers, width, tokens, memory = size
+    title = f"{example.__name__.rpartition('.')[2]} ({layers}, {width}, {tokens} + {memory}, {segments})"
+    print(f"{title}, batch {batch}: median of {turns} turns, one thread of CPU time")
+    for name in calls:
+        bytes_kept = f"{kept[name] / 2**20:6.1f} MiB kept" if name in kept else " " * 15
+        print(f"  {name:<12}{1e3 * turned.timing(name).median:8.1f} ms {bytes_kept}  {turned.ratio('eager', name)}")
+    if noise := turned.noise():
         print(f"  {NOTHING}: {noise}")
+
+
+def saved(model: nn.Module, ids: Tensor) -> int:
+    """Return the bytes that autograd keeps of a call, but for the parameters."""
+    own = {each.untyped_storage().data_ptr() for each in model.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(model, ids)  # which holds what it keeps
+    del loss
+    return sum(size for at, size in found.items() if at not in own)
 
 
 def main() -> None:
@@ -84,8 +125,8 @@ def main() -> None:
     parser.add_argument("--segments", type=int, default=16)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for size in SIZES:
-        measure(*size, options.segments, options.turns)
+    for example, size, batch in [*((armt_llama, size, 1) for size in SIZES), *BESIDE]:
+        measure(example, size, batch, options.segments, options.turns)
 
 
 if __name__ == "__main__":

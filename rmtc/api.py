@@ -269,6 +269,9 @@ def _assumptions(analysis: Analysis, fixed: dict[str, int]) -> tuple[str, ...]:
     devices = sorted({str(each.device) for each in tensors})
     training = getattr(session.function, "training", None)
     mode = "" if training is None else ", training mode" if training else ", eval mode"
+    drawn = any(op.draws for run in analysis.probes for op in run.program.ops)
+    random = "random numbers (dropout) may be others of the same distribution"
+    random = random if drawn else "no random numbers (dropout) are drawn"
     lengths = ", ".join(str(number) for number in sorted({sizes.segments for sizes in analysis.runs}))
     admitted = " and ".join(str(number) for number in sorted({sizes.segments for sizes in analysis.admitted}))
     replayed = f", and the Python of the loop was run for {admitted} segments, with tensors that have no values"
@@ -279,8 +282,7 @@ def _assumptions(analysis: Analysis, fixed: dict[str, int]) -> tuple[str, ...]:
         "for it answers otherwise",
         f"every later segment runs what s2 does: traces of {lengths} segments were compared operation by "
         f"operation{replayed if admitted else ''}",
-        "PyTorch's operations are functions: the same values give the same result, up to rounding; random numbers "
-        "(dropout) are drawn by the place in the loop, and are not those of the code",
+        f"PyTorch's operations are functions: the same values give the same result, up to rounding, and {random}",
         f"all else is as in this call: {', '.join(floats) or 'no floats'}, {', '.join(devices)}{mode}, grad mode "
         f"{'on' if torch.is_grad_enabled() else 'off'}, autocast "
         f"{'on' if torch.is_autocast_enabled('cpu') or torch.is_autocast_enabled('cuda') else 'off'}",

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmtc import heuristics
 from rmtc.analysis import Analysis
+from rmtc.capture.objects import leaves_of
+from rmtc.capture.session import Session
 from rmtc.compiler import compiled_of, disabled
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.ops import linears
@@ -21,7 +23,7 @@ from rmtc.runtime.choice import Arm
 from rmtc.runtime.stats import LastRun
 from rmtc.stages import stage
 from rmtc.turns import NOTHING, Ratio, Timing, take_turns
-from rmtc.verification import Rehearsal, Verification, rehearse
+from rmtc.verification import Rehearsal, Verification, draws, rehearse, requiring
 
 aten = torch.ops.aten
 _PRODUCTS = frozenset(
@@ -52,6 +54,7 @@ class Benchmark:
         analysis: the capture and the proof.
         best: the way that ``schedule="best"`` chose, with the times that it was chosen by; empty if another schedule
             was asked for. If it is as written, the shortest schedule was measured all the same.
+        training: whether a forward and a backward pass were measured.
     """
 
     eager: Timing
@@ -68,6 +71,7 @@ class Benchmark:
     threads: int
     analysis: Analysis = field(repr=False)
     best: str = ""
+    training: bool = False
 
     @property
     def speedup(self) -> float | None:
@@ -87,6 +91,7 @@ class Benchmark:
 
     def __str__(self) -> str:
         run, check = self.run, self.verification
+        what = "gradients" if self.training else "results"
 
         def row(name: str, timing: Timing, ratio: Ratio | None) -> str:
             times = "-" if self.noise or ratio is None else str(ratio)
@@ -96,7 +101,8 @@ class Benchmark:
         return "\n".join(
             [
                 self.headline,
-                f"the same results: largest relative error {check.max_relative_error:.1e} in {check.worst_output}",
+                *(["forward and backward"] if self.training else []),
+                f"the same {what}: largest relative error {check.max_relative_error:.1e} in {check.worst_output}",
                 f"schedule {run.schedule}, backend {run.backend}: {run.steps} steps in place of "
                 f"{run.sequential_steps}, for {run.segments} segments, {run.layers} layers, batch {run.batch}",
                 *([f'schedule="best" chose {self.best}'] if self.best else []),
@@ -138,6 +144,7 @@ def bench(
     segment_length: int | None = None,
     schedule: str = "shortest",
     backend: str | Backend = "auto",
+    training: bool = False,
 ) -> Benchmark:
     """Measure a call as written and compiled.
 
@@ -146,27 +153,36 @@ def bench(
         repeats: number of turns, in each of which each is run once.
         seconds: take fewer turns if all that runs would take longer than this, captures not counted.
         layers, segment_length, schedule, backend: as in :func:`rmtc.compile`.
+        training: measure the forward and backward pass: the gradients of all parameters and arguments that require
+            them, of the numbers that the call returns (its loss), or of all that it returns if it returns none.
 
     With ``schedule="best"``, the call is measured as that runs it after its tries. Where it stays as written, the
     shortest schedule is measured, so that the answer shows what the choice is worth.
 
     Raises:
         RefusedError, CaptureError: if there is no schedule to run, or the call is run as written.
-        VerifyError: if the results of the compiled call differ from those of the call as written. Then no time is
-            given.
+        ValueError: if ``training`` is asked for and nothing requires a gradient.
+        VerifyError: if the results of the compiled call, or the gradients, differ from those of the call as written.
+            Then no time is given.
     """
     # Verify first: no time is given for wrong results.
     begun = time.perf_counter()
-    hints: dict[str, Any] = {"layers": layers, "segment_length": segment_length}
+    hints: dict[str, Any] = {"layers": layers, "segment_length": segment_length, "gradients": training}
     rehearsal = rehearse(function, args, kwargs, schedule=schedule, backend=backend, **hints)
     best = ""
-    if schedule == "best" and (settled := _settled(rehearsal)) is not None:
+    if schedule == "best" and not training and (settled := _settled(rehearsal)) is not None:
         arm, first, best = settled
         if arm is not first or not rehearsal.verification:  # what was verified is not what is to be measured
             forced = "shortest" if arm.written else arm.schedule
             backend = arm.backend if arm.backend and backend in ("auto", auto) else backend
             rehearsal = rehearse(function, args, kwargs, schedule=forced, backend=backend, **hints)
     verification = rehearsal.verification
+    if training and schedule == "best" and not verification.sequential_steps:
+        best = "as written"
+        rehearsal = rehearse(function, args, kwargs, schedule="shortest", backend=backend, **hints)
+        verification = rehearsal.verification
+    if not verification and draws(rehearsal.call):
+        raise RefusedError(verification.reason, remedy="measure it without dropout: that costs little of a step")
     if not verification:
         error = VerifyError if verification.sequential_steps else RefusedError  # nothing ran, so nothing is wrong
         raise error(
@@ -181,19 +197,26 @@ def bench(
     first_call = sum(analysis.seconds.values())
     device = analysis.kind[0]
 
+    step = _step(fast, args, kwargs) if training else lambda call: call(*args, **kwargs)
+
     def scheduled() -> None:
-        fast(*args, **kwargs)
+        step(fast)
         guards.extend([compiled.stats.last_run.guard_seconds] if compiled.stats.last_run is not None else [])
 
     def as_written() -> None:
         with disabled(fast):
-            fast(*args, **kwargs)
+            step(fast)
+
+    def scheduled_once(*args: Any, **kwargs: Any) -> Any:
+        return compiled.run_once(args, kwargs)
 
     # Measure: the call as written, with its schedule, and its products alone, in turns.
-    with torch.no_grad(), stage("measure"):
+    with torch.set_grad_enabled(training), stage("measure"):
+        if training:  # a call after the first one finds what that left
+            scheduled()
         before = compiled.stats.runs
         with compiled.frozen():
-            calls = {"eager": as_written, "rmtc": scheduled, _FLOOR: _products(lambda: compiled.run_once(args, kwargs))}
+            calls = {"eager": as_written, "rmtc": scheduled, _FLOOR: _products(lambda: step(scheduled_once))}
             left = None if seconds is None else seconds - (time.perf_counter() - begun - first_call)
             turns = take_turns({name: _finished(call, device) for name, call in calls.items()}, repeats, left)
     # A call that fell back or ran as written in between has no times.
@@ -219,7 +242,24 @@ def bench(
         torch.get_num_threads(),
         analysis,
         best,
+        training,
     )
+
+
+def _step(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., None]:
+    """Return what takes a call and runs it forward and backward."""
+    leaves = [*requiring(Session(function, args, kwargs)).values()]
+
+    def step(call: Callable[..., Any]) -> None:
+        found = [each for each in dict(leaves_of(call(*args, **kwargs), "output")).values() if _is_result(each)]
+        made = [each for each in found if each.dim() == 0] or found
+        torch.autograd.grad(made, leaves, [torch.ones_like(each) for each in made], allow_unused=True)
+
+    return step
+
+
+def _is_result(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 @torch.no_grad()
@@ -261,6 +301,7 @@ def _products(run: Callable[[], Any]) -> Callable[[], None]:
     with _Products() as products:
         run()
 
+    @torch.no_grad()
     def again() -> None:
         for product in products.found:
             product()

@@ -336,6 +336,7 @@ def bench(
     segment_length: LengthHint = None,
     schedule: ScheduleKind = Kind.shortest,
     backend: BackendName = "auto",
+    training: Annotated[bool, typer.Option("--training", help="Measure forward and backward passes.")] = False,
     json: Json = False,
     output: Output = None,
     debug: Debug = False,
@@ -361,6 +362,7 @@ def bench(
                     segment_length=segment_length,
                     schedule=schedule.value,
                     backend=backend_named(backend),
+                    training=training,
                 )
             except RefusedError as refusal:
                 note(f"refused: {one_line(refusal)}")

@@ -91,6 +91,18 @@ def test_bench_shows_both_the_floor_and_what_ran() -> None:
 
 
 @pytest.mark.slow
+def test_bench_measures_training_steps() -> None:
+    result = run("bench", *ARMT, "--repeats", "2", "--threads", "1", "--training", "--json")
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["training"] is True and answer["verification"]["ok"] is True
+    assert answer["run"]["backward"]["steps"] == answer["run"]["steps"] == 7
+    assert 0 < answer["floor"]["fastest"] < answer["compiled"]["slowest"]
+    result = run("bench", *ARMT, "--repeats", "1", "--threads", "1", "--training")
+    assert "\nforward and backward\nthe same gradients: " in result.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("launch", "chosen"), [(1e-2, "as written"), (1e-9, "shortest, torch")])
 def test_bench_of_the_best_schedule_says_what_was_chosen_and_measures_a_schedule(
     launch: float, chosen: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
