@@ -1,0 +1,172 @@
+"""The usual loops around a compiled model: Trainer, accelerate, several processes. What comes out is that of eager."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_model
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+import rmtc
+from rmtc.examples import armt_llama, train_armt
+
+SUPPORT = Path(__file__).parents[1] / "support"
+LAYERS, SEGMENTS = 3, 3
+
+
+class Ids(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Texts of three segments."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        ids = torch.randint(256, (20,), generator=torch.Generator().manual_seed(number))
+        return {"input_ids": ids, "labels": ids}
+
+
+def pair(dtype: str = "float64") -> tuple[Any, Any]:
+    """A model that is compiled, and its twin that is not."""
+    eager, _ = armt_llama.build(layers=LAYERS, width=16, heads=2, segment=8, memory=2, key_size=4, dtype=dtype)
+    fast = copy.deepcopy(eager)
+    rmtc.compile(fast, schedule="shortest", strict=True)
+    return fast, eager
+
+
+def trainer(model: Any, folder: Path, steps: int, **more: Any) -> Trainer:
+    settings = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        learning_rate=1e-3, report_to=[], logging_steps=1, use_cpu=True, disable_tqdm=True, **more,
+    )  # fmt: skip
+    return Trainer(model=model, args=settings, train_dataset=Ids(), eval_dataset=Ids())
+
+
+def losses(trained: Trainer) -> list[float]:
+    return [each["loss"] for each in trained.state.log_history if "loss" in each]
+
+
+def alike(fast: Any, eager: Any, close: float = 1e-5) -> None:
+    for one, other in zip(fast.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=close, atol=1e-2 * close)
+
+
+def ran(fast: Any, backwards: int) -> None:
+    stats = rmtc.stats(fast)
+    assert stats.backwards == backwards and not stats.fallbacks and stats.last_run is not None
+    assert stats.last_run.steps == SEGMENTS + LAYERS - 1
+
+
+@pytest.mark.slow
+def test_the_trainer_of_transformers(tmp_path: Path) -> None:
+    fast, eager = pair()
+    trained = [trainer(model, tmp_path, 50, save_strategy="no") for model in (fast, eager)]
+    for each in trained:
+        each.train()
+    found = [losses(each) for each in trained]
+    assert len(found[0]) == 50
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
+    ran(fast, 100)
+    alike(fast, eager)
+    evaluated = [each.evaluate()["eval_loss"] for each in trained]
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-6)
+    assert rmtc.stats(fast).runs > 100 and not rmtc.stats(fast).fallbacks
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_eager_wrote_is_trained_on(tmp_path: Path) -> None:
+    fast, eager = pair()
+    first = trainer(eager, tmp_path, 4, save_strategy="steps", save_steps=2)
+    first.train()
+    second = trainer(fast, tmp_path, 4, save_strategy="no")
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    torch.testing.assert_close(losses(second)[-2:], losses(first)[-2:], rtol=1e-6, atol=1e-6)
+    ran(fast, 4)
+    alike(fast, eager)
+
+
+@pytest.mark.slow
+def test_the_trainer_with_bfloat16(tmp_path: Path) -> None:
+    fast, eager = pair("float32")
+    trained = [trainer(model, tmp_path, 3, save_strategy="no", bf16=True) for model in (fast, eager)]
+    for each in trained:
+        each.train()
+    torch.testing.assert_close(losses(trained[0]), losses(trained[1]), rtol=1e-2, atol=1e-2)
+    ran(fast, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["foreach", "fused"])
+def test_accelerate(how: str) -> None:
+    found = pair()
+    for model in found:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=how == "foreach", fused=how == "fused")
+        loader = torch.utils.data.DataLoader(Ids(), batch_size=2)
+        prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        for batch in loader:
+            with accelerator.accumulate(prepared):
+                accelerator.backward(prepared(**batch).loss)
+                accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+    fast, eager = found
+    ran(fast, 4)
+    alike(fast, eager, 1e-4)  # norms round to float32 inside, and AdamW divides by small gradients
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(tmp_path: Path) -> None:
+    script, meeting = SUPPORT / "data_parallel.py", tmp_path / "meeting"
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(meeting)], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+        for rank in range(2)
+    ]
+    for each in both:
+        _, said = each.communicate(timeout=240)
+        assert each.returncode == 0, said
+
+
+def test_the_example_trains_as_eager_does() -> None:
+    fast, eager = (train_armt.built(layers=2, width=16).double() for _ in range(2))
+    rmtc.compile(fast, schedule="shortest", strict=True)
+    found, expected = ([*itertools.islice(train_armt.train(model, 4), 12)] for model in (fast, eager))
+    assert [(step.segments, step.right) for step in found] == [(step.segments, step.right) for step in expected]
+    torch.testing.assert_close([each.loss for each in found], [each.loss for each in expected], rtol=1e-4, atol=1e-4)
+    assert rmtc.stats(fast).backwards == 12 and not rmtc.stats(fast).fallbacks
+
+
+def test_texts_of_the_example_ask_for_what_they_hold() -> None:
+    ids, labels = train_armt.texts(5, 3, torch.Generator().manual_seed(0))
+    for row, wanted in zip(ids.tolist(), labels.tolist(), strict=True):
+        told = {row[at]: row[at + 1] for at in range(0, 16, 2) if row[at] < train_armt.KEYS}
+        asked = [at for at, label in enumerate(wanted) if label >= 0]
+        assert len(told) == len(asked) == train_armt.PAIRS and min(asked) > 16
+        assert {row[at - 1]: wanted[at] for at in asked} == told
+
+
+@pytest.mark.full
+def test_the_example_learns_to_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, plot, weights = list[str](), tmp_path / "losses.svg", tmp_path / "weights.safetensors"
+    monkeypatch.setattr(sys, "argv", ["", "--seconds", "120", "--plot", str(plot), "--save", str(weights)])
+    train_armt.main(said.append)
+    assert all(int(line.partition(" %")[0].split()[-1]) >= 90 for line in said[:2]), said
+    assert plot.read_text().count("<polyline") == 2
+    model = train_armt.built(seed=1)
+    load_model(model, str(weights))
+    rmtc.compile(model, schedule="shortest", strict=True)
+    ids, labels = train_armt.texts(train_armt.SEGMENTS, 64, torch.Generator().manual_seed(99))
+    with torch.no_grad():
+        answers = model(ids).logits[:, :-1].argmax(-1)
+    asked = labels[:, 1:] >= 0
+    assert (answers == labels[:, 1:])[asked].double().mean() > 0.9 and rmtc.stats(model).runs == 1
