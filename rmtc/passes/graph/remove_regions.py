@@ -152,6 +152,9 @@ def _refuse_unknown(node: fx.Node) -> None:
     elif writes(node):
         reason = f"{target} writes to its argument and could not be turned into a value"
         remedy = "use the operation that returns a new tensor"
+    elif target.namespace not in ("aten", "prims", "rmtc") and torch.Tag.nondeterministic_seeded in target.tags:
+        reason = f"{target} draws random numbers, and whether from torch's generators is not known"
+        remedy = "draw with torch's own operations, or before the call"
     elif target.namespace not in ("aten", "prims", "rmtc") and not node.all_input_nodes:
         reason = f"{target} takes no tensor: whether it gives the same each time is not known"
         remedy = "give it a tensor, or call it before the forward and pass what it gives"
