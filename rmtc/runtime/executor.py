@@ -250,7 +250,7 @@ class Executor:
 
 
 class Unmergeable(Exception):
-    """Cells differ in more than operations, such as in shapes: they cannot run at once."""
+    """Cells are not to run at once: they differ in more than operations, such as in shapes, or it does not pay."""
 
     def __init__(self, body: Body) -> None:
         super().__init__(body.name)
@@ -406,16 +406,9 @@ class Walk:
             passed = self.passed[key] = tuple(self._operand(each, (), environment) for each in kernel.shared)
         return self._call_kernel(kernel, size, inputs, weights, numbers, passed)
 
-    def _call_kernel(
-        self,
-        kernel: Emitted,
-        size: int | None,
-        inputs: Sequence[Any],
-        weights: Sequence[torch.Tensor],
-        numbers: Sequence[Any],
-        shared: tuple[Any, ...],
-    ) -> tuple[Any, ...]:
-        return self.executor.call(kernel, size, inputs, weights, numbers, shared)
+    def _call_kernel(self, kernel: Emitted, *operands: Any) -> tuple[Any, ...]:
+        """Run a kernel; ``operands`` are those of :meth:`Executor.call`."""
+        return self.executor.call(kernel, *operands)
 
     def _step(self, step: ArenaStep, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
         """A launch in memory that stays."""

@@ -46,6 +46,7 @@ class Training(Executor):
             value has a gradient of zeros from what was packed with it, and not none.
         differentiated: called after each backward pass, with what it did.
         recompute: decides what runs again in the backward pass.
+        flags: which results of a kernel require gradients, by its file and which of its operands do.
     """
 
     binds = False
@@ -142,6 +143,8 @@ class _Tape(Walk):
         results: the results that require gradients, each with its names.
         stacks: the gradients of parameters that lie in stacks.
         launches: of the run, with their sizes.
+        numbers: their places, by their ids.
+        number: the place of the one that runs.
         again: how many of them, the first ones, run again when they are differentiated.
         visited: the places of those that the last backward pass went through.
     """
@@ -173,32 +176,26 @@ class _Tape(Walk):
         return super().outputs(plan)
 
     def _results(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
-        self.launch, number = launch, self.numbers[id(launch)]
+        number = self.number = self.numbers[id(launch)]
         results = super()._results(launch, made)
         nodes = {each.grad_fn for each in results if isinstance(each, torch.Tensor) and each.grad_fn is not None}
         for node in nodes:
             node.register_prehook(functools.partial(_visit, self.visited, number))
         return results
 
-    def _call_kernel(
-        self,
-        kernel: Emitted,
-        size: int | None,
-        inputs: Sequence[Any],
-        weights: Sequence[torch.Tensor],
-        numbers: Sequence[Any],
-        shared: tuple[Any, ...],
-    ) -> tuple[Any, ...]:
-        executor, number = self.executor, self.numbers[id(self.launch)]
-        call = functools.partial(executor.call, kernel, size, inputs, weights, numbers, shared)
-        at = self.launches[number][1]
-        if number >= self.again:
-            return executor.recompute.run(self.launch, at, inputs, (*weights, *shared), call)
+    def _call_kernel(self, kernel: Emitted, *operands: Any) -> tuple[Any, ...]:
+        executor, (size, inputs, weights, numbers, shared) = self.executor, operands
+        call = functools.partial(executor.call, kernel, *operands)
+        kept = functools.partial(executor.recompute.run, *self.launches[self.number], inputs, (*weights, *shared), call)
+        if self.number >= self.again:
+            return kept()
         operands = *inputs, *weights, *shared
         asking = tuple([isinstance(each, torch.Tensor) and each.requires_grad for each in operands])
         known = executor.flags.get((kernel.file, asking))
         if known is None:  # the first such launch tells
-            results = executor.recompute.run(self.launch, at, inputs, (*weights, *shared), call)
+            results = kept()
+            if len(executor.flags) > heuristics.KERNELS_KEPT:
+                executor.flags.clear()
             known = tuple(isinstance(each, torch.Tensor) and each.requires_grad for each in results)
             executor.flags[kernel.file, asking] = known
             return results

@@ -70,7 +70,7 @@ def _merge(program: WavefrontProgram, first: Body, steady: Body, trained: bool) 
                 merger.add(0, mine)
             for other in numbers[1][j1:j2]:
                 merger.add(1, other)
-    if merger.entered and not all(_is_constant(program, leaf) for leaf in merger.common):
+    if not all(_is_constant(program, leaf) for leaf in merger.common):
         return None
     return merger.body(_partners(program, first, steady, merger))
 
