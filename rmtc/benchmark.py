@@ -19,7 +19,7 @@ from rmtc.compiler import compiled_of, disabled
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.ops import linears
 from rmtc.runtime.backends import Backend, auto
-from rmtc.runtime.choice import Arm
+from rmtc.runtime.choice import AS_WRITTEN, Arm
 from rmtc.runtime.stats import LastRun
 from rmtc.stages import stage
 from rmtc.turns import NOTHING, Ratio, Timing, take_turns
@@ -168,19 +168,9 @@ def bench(
     # Verify first: no time is given for wrong results.
     begun = time.perf_counter()
     hints: dict[str, Any] = {"layers": layers, "segment_length": segment_length, "gradients": training}
-    rehearsal = rehearse(function, args, kwargs, schedule=schedule, backend=backend, **hints)
-    best = ""
-    if schedule == "best" and not training and (settled := _settled(rehearsal)) is not None:
-        arm, first, best = settled
-        if arm is not first or not rehearsal.verification:  # what was verified is not what is to be measured
-            forced = "shortest" if arm.written else arm.schedule
-            backend = arm.backend if arm.backend and backend in ("auto", auto) else backend
-            rehearsal = rehearse(function, args, kwargs, schedule=forced, backend=backend, **hints)
+    rehearsing = functools.partial(rehearse, function, args, kwargs, **hints)
+    rehearsal, best = _rehearsed(rehearsing, schedule, backend, training)
     verification = rehearsal.verification
-    if training and schedule == "best" and not verification.sequential_steps:
-        best = "as written"
-        rehearsal = rehearse(function, args, kwargs, schedule="shortest", backend=backend, **hints)
-        verification = rehearsal.verification
     if not verification and draws(rehearsal.call):
         raise RefusedError(verification.reason, remedy="measure it without dropout: that costs little of a step")
     if not verification:
@@ -260,6 +250,32 @@ def _step(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 def _is_result(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _rehearsed(
+    rehearsing: Callable[..., Rehearsal], schedule: str, backend: str | Backend, training: bool
+) -> tuple[Rehearsal, str]:
+    """Verify what is to be measured.
+
+    Returns:
+        The rehearsal, and for ``schedule="best"`` what that chose, in words.
+    """
+    rehearsal = rehearsing(schedule=schedule, backend=backend)
+    if schedule != "best":
+        return rehearsal, ""
+    if training:  # nothing is tried while gradients are asked for
+        if rehearsal.verification.sequential_steps:
+            return rehearsal, ""
+        return rehearsing(schedule="shortest", backend=backend), AS_WRITTEN
+    settled = _settled(rehearsal)
+    if settled is None:
+        return rehearsal, ""
+    arm, first, best = settled
+    if arm is not first or not rehearsal.verification:  # what was verified is not what is to be measured
+        forced = "shortest" if arm.written else arm.schedule
+        backend = arm.backend if arm.backend and backend in ("auto", auto) else backend
+        rehearsal = rehearsing(schedule=forced, backend=backend)
+    return rehearsal, best
 
 
 @torch.no_grad()

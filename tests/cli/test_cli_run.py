@@ -103,15 +103,18 @@ def test_bench_measures_training_steps() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launch", "chosen"), [(1e-2, "as written"), (1e-9, "shortest, torch")])
+@pytest.mark.parametrize(
+    ("launch", "chosen", "more"),
+    [(1e-2, "as written", []), (1e-9, "shortest, torch", []), (1e-2, "as written", ["--training"])],
+)
 def test_bench_of_the_best_schedule_says_what_was_chosen_and_measures_a_schedule(
-    launch: float, chosen: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    launch: float, chosen: str, more: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model = CostModel.from_json(Path(os.environ["RMTC_COST_MODEL"]).read_text(encoding="utf-8"))
     (tmp_path / "model.json").write_text(replace(model, launch=launch).to_json(), encoding="utf-8")
     monkeypatch.setenv("RMTC_COST_MODEL", str(tmp_path / "model.json"))
     sizes = ("--set", "segments=8", "--set", "layers=2")
-    result = run("bench", *ARMT, *sizes, "--repeats", "1", "--threads", "1", "--schedule", "best", "--json")
+    result = run("bench", *ARMT, *sizes, "--repeats", "1", "--threads", "1", "--schedule", "best", "--json", *more)
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
     assert answer["best"] == chosen
