@@ -43,6 +43,13 @@ AGAIN = {"test_fused", "test_state", "test_compile"}
 """Modules whose runs are repeated with --full: see `runs_again`."""
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run what is marked full, too: see .ci/full")
 

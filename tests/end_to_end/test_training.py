@@ -7,7 +7,7 @@ import copy
 import functools
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,11 +32,7 @@ from rmtc.runtime import training
 WIDTH, LAYERS, SEGMENT = 8, 3, 4
 
 
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def text(segments: int = 4, batch: int = 2, tail: int = SEGMENT) -> Tensor:
@@ -164,6 +160,17 @@ def test_what_a_cell_does_not_take_adds_nothing_to_a_gradient() -> None:
     run = rmtc.stats(fast).last_run
     assert run is not None and run.groups == run.steps  # first segments ran at once with others
     assert all(bool(each.grad.isfinite().all()) for each in fast.parameters() if each.grad is not None)
+
+
+def test_classes_run_apart_where_much_would_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rmtc.heuristics.CHOSEN", 0)
+    fast, eager = Lately(), Lately()
+    rmtc.compile(fast, schedule="shortest", strict=True)
+    for number in range(2):
+        assert not differing(Trained(fast, fast, (text(5),)).gradients(), Trained(eager, eager, (text(5),)).gradients())
+        ran(fast, 5, 5 + LAYERS - 1, number + 1)
+    run = rmtc.stats(fast).last_run
+    assert run is not None and run.groups > run.steps
 
 
 class Deep(Reader):

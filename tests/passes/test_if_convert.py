@@ -27,8 +27,10 @@ from rmtc.runtime.weights import Weights
 MODELS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
     name: LOOPS[name] for name in ("attributes", "feedback from 2 higher", "keys and values", "transformer-xl")
 }
-MODELS["ARMT"] = lambda: armt_llama.build(layers=3, width=16, heads=2, segment=6, memory=2, segments=5)
+MODELS["ARMT"] = lambda: armt_llama.build(layers=3, width=16, heads=2, segment=6, memory=2, segments=5, dtype="float64")
 MERGED = {"attributes", "ARMT"}
+
+pytestmark = pytest.mark.usefixtures("float64")  # in float32 one of ten draws of weights is further off than 1e-6
 
 
 @functools.cache
@@ -111,5 +113,5 @@ def test_choose() -> None:
     assert torch.equal(found[0], other[0]) and torch.equal(found[2], other[2]) and found[1].isnan().all()
     with pytest.raises(ValueError, match=r"cells of \(2, 2\) .* and of \(2,\)"):
         choose((0, 1, 0), one, other[..., 0])
-    with pytest.raises(ValueError, match="float64"):
-        choose((0, 1, 0), one, other.double())
+    with pytest.raises(ValueError, match="float64 and of .* torch.float32"):
+        choose((0, 1, 0), one, other.float())

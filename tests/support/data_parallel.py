@@ -1,6 +1,6 @@
 """One of two processes that train a compiled model by DistributedDataParallel: ``data_parallel.py RANK FILE``.
 
-The first one holds what comes out against a model as written that is given the texts of both.
+Each holds what comes out against a model as written that is given the texts of both.
 """
 
 from __future__ import annotations
