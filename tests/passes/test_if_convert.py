@@ -113,5 +113,5 @@ def test_choose() -> None:
     assert torch.equal(found[0], other[0]) and torch.equal(found[2], other[2]) and found[1].isnan().all()
     with pytest.raises(ValueError, match=r"cells of \(2, 2\) .* and of \(2,\)"):
         choose((0, 1, 0), one, other[..., 0])
-    with pytest.raises(ValueError, match="float64 and of .* torch.float32"):
+    with pytest.raises(ValueError, match=r"float64 and of .* torch\.float32"):
         choose((0, 1, 0), one, other.float())
