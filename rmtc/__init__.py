@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from rmtc.api import explain as explain
     from rmtc.compiler import compile as compile
     from rmtc.compiler import disabled as disabled
+    from rmtc.compiler import pack as pack
     from rmtc.compiler import restore as restore
     from rmtc.compiler import stats as stats
     from rmtc.errors import CaptureError as CaptureError
     from rmtc.errors import FallbackWarning as FallbackWarning
     from rmtc.errors import Location as Location
+    from rmtc.errors import PackError as PackError
     from rmtc.errors import RefusedError as RefusedError
     from rmtc.errors import RmtcError as RmtcError
     from rmtc.errors import VerifyError as VerifyError
@@ -35,8 +37,8 @@ if TYPE_CHECKING:
 
 _FILES = {
     "api": "explain",
-    "compiler": "compile disabled restore stats",
-    "errors": "CaptureError FallbackWarning Location RefusedError RmtcError VerifyError",
+    "compiler": "compile disabled pack restore stats",
+    "errors": "CaptureError FallbackWarning Location PackError RefusedError RmtcError VerifyError",
     "ir.explanation": "CellClass Certificate Explanation OperationsView",
     "ir.cells": "Cell Dependence Group Step",
     "ir.schedule": "Schedule",

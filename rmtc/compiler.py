@@ -15,6 +15,7 @@ from rmtc.restoring import finish
 from rmtc.runtime.backends import Backend, backend_named, nearest
 from rmtc.runtime.compiled import Compiled, Options
 from rmtc.runtime.estimate import kind_named
+from rmtc.runtime.pack import Pack
 from rmtc.runtime.recompute import RECOMPUTE
 from rmtc.runtime.stats import Stats
 
@@ -348,9 +349,45 @@ def stats(target: Callable[..., Any]) -> Stats:
     Raises:
         ValueError: if it is not compiled.
     """
+    return _compiled(target).stats
+
+
+def pack(target: Callable[..., Any], *, lanes: int | None = None) -> Pack:
+    """Read many texts with a compiled model, several at once.
+
+    Texts follow one another in lanes. A text begins while the one before it is still in the upper layers, so that no
+    step is left idle between them. The results are those of one call after another.
+
+    Args:
+        target: a result of :func:`compile`.
+        lanes: number of texts that are read side by side; by default that which is estimated to be fastest.
+
+    Returns:
+        A callable that takes the texts and returns a list of results, see :class:`rmtc.runtime.pack.Pack`.
+
+    Raises:
+        ValueError: if the target is not compiled, or ``lanes`` is below 1.
+        TypeError: if ``lanes`` is no whole number.
+
+    Example:
+        >>> fast = rmtc.compile(model)
+        >>> with torch.no_grad():
+        ...     outputs = rmtc.pack(fast)([short_ids, long_ids, other_ids])
+    """
+    if lanes is not None:
+        _check_number("lanes", lanes, 1)
+    return Pack(_compiled(target), lanes)
+
+
+def _compiled(target: Callable[..., Any]) -> Compiled:
+    """Return the compiled call of a target.
+
+    Raises:
+        ValueError: if it is not compiled.
+    """
     compiled = compiled_of(target)
     if compiled is None:
         name = getattr(target, "__qualname__", type(target).__name__)
         hint = ": each of its instances is, ask one" if _of_class(target) is not None else ""
         raise ValueError(f"{name} is not compiled by rmtc.compile{hint}")
-    return compiled.stats
+    return compiled

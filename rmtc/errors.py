@@ -6,7 +6,7 @@ import functools
 import inspect
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -96,6 +96,23 @@ class VerifyError(RmtcError):
     """A failed check of rmtc's own result, which is not used."""
 
     title = "rmtc's check of its own result failed"
+
+
+class PackError(RmtcError):
+    """Texts of several that were read together which failed, each with its own exception.
+
+    Attributes:
+        errors: the exceptions, by the number of the text.
+        results: the results of all other texts, by their numbers.
+    """
+
+    title = "some of the texts could not be read"
+
+    def __init__(self, errors: Mapping[int, Exception], results: Mapping[int, Any]) -> None:
+        self.errors, self.results = dict(errors), dict(results)
+        lines = [f"text {number}: {brief(error)}" for number, error in sorted(errors.items())]
+        remedy = "see .errors for the exceptions, and .results for what the other texts gave"
+        super().__init__("\n         ".join(lines), remedy=remedy)
 
 
 class BackendError(RefusedError):

@@ -192,6 +192,28 @@ class WavefrontProgram:
         inside = (op for body in self.bodies.values() for op in body.ops.values())
         return any(op.draws for op in outside) or any(isinstance(op.target, Draw) for op in inside)
 
+    def varies(self, name: str) -> bool:
+        """Tell whether what all cells of a body share, by its name, may be another thing in another call.
+
+        Then cells of several texts do not run at once.
+        """
+        body = self.bodies[name] if name in self.bodies else next(e for e in self.merged.values() if e.name == name)
+        shared = [leaf for op in body.ops.values() for leaf in leaves(op.args)]
+        shared += [Src(name) for names in body.weights for joined in names.values() for name in joined]
+        return any(map(self._varies, shared))
+
+    def _varies(self, operand: Any) -> bool:
+        """Tell whether an operand that cells share depends on what a call is given, or on its number of segments."""
+        if isinstance(operand, Src):
+            source = self.loop.sources.get(operand.name)
+            return source is None or source.kind == "input"
+        if isinstance(operand, (Shared, Outer)):
+            op = self.shared[operand.number] if isinstance(operand, Shared) else self.loop.before[operand.number]
+            return op.random or any(map(self._varies, leaves(op.args)))
+        if isinstance(operand, Affine):
+            return not operand.atoms <= {"B", "T"}
+        return isinstance(operand, Item)
+
     def body(self, row: int, layer: int) -> Body | None:
         """Return the body of a cell, or None if it has no operations."""
         loop = self.loop
@@ -227,7 +249,7 @@ class WavefrontProgram:
                 raise VerifyError(f"{body.name} has not for each of its cells what differs between them")
 
     def reads(self) -> frozenset[str]:
-        """Return the names of the tensors that exist before a run and that it reads or writes to."""
+        """Return the names of the tensors that exist before a run and that it reads."""
         bodies = (*self.bodies.values(), *self.merged.values())
         ops = [*self.shared, *self.loop.before, *self.loop.after, *(op for body in bodies for op in body.ops.values())]
         operands = [leaf for op in ops for leaf in leaves(op.args)]
@@ -235,7 +257,13 @@ class WavefrontProgram:
         operands += [operand for body in bodies for choice in body.inputs for operand in choice.values()]
         found = {operand.name for operand in operands if isinstance(operand, Src)}
         found |= {name for body in bodies for names in body.weights for joined in names.values() for name in joined}
-        return frozenset(found | {name.removeprefix("write:") for name in map(str, self.loop.outputs)})
+        return frozenset(found)
+
+    def writes(self) -> frozenset[str]:
+        """Return the names of the tensors that exist before a run and that it writes to."""
+        return frozenset(
+            str(name).removeprefix("write:") for name in self.loop.outputs if str(name).startswith("write:")
+        )
 
     def __str__(self) -> str:
         parts = ["shared by all segments of one length:"]

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
+from collections.abc import Sequence
+
+from rmtc.affine import Affine
 from rmtc.errors import VerifyError
-from rmtc.ir.cells import Cell
-from rmtc.ir.program import leaves
-from rmtc.ir.segment_loop import Every, Key, Row, SegmentLoop, Where
-from rmtc.ir.wavefront import Member, WavefrontProgram
-from rmtc.runtime.plan import Copied, Launch, Part, Plan
+from rmtc.ir.program import Src, leaves
+from rmtc.ir.segment_loop import Every, Item, Key, Outer, Row, SegmentLoop, Where
+from rmtc.ir.wavefront import Body, Member, Shared, WavefrontProgram
+from rmtc.runtime.plan import Copied, Free, Launch, Part, Plan, Whole
 
 Tags = list[list[Key | None]]
 """For each result of a launch and each of its cells, the operation whose value it is; None for what nobody may read."""
 
 
-def check_plan(program: WavefrontProgram, plan: Plan, segments: int) -> int:
+def check_plan(program: WavefrontProgram, plan: Plan, segments: int | Sequence[int]) -> int:
     """Check that a plan hands each cell the values that its body reads, before they are let go.
 
     Shares no code with the planner: operands are resolved by the segment and the number of an operation alone.
 
     Args:
         program: the program.
-        plan: of a call.
-        segments: of the call.
+        plan: of a call, or of several at once.
+        segments: of the call, or of each.
 
     Returns:
         The most launches whose results were held at once: of a long text no more than of a shorter one.
@@ -29,17 +33,19 @@ def check_plan(program: WavefrontProgram, plan: Plan, segments: int) -> int:
     Raises:
         VerifyError: at the first value that is another one, or is not there yet or any more, or is missing at the end.
     """
-    loop = program.loop
+    loop, texts = program.loop, _Texts([segments] if isinstance(segments, int) else segments)
     held: dict[int, Tags] = {}
     copied: dict[Copied, Key | None] = {}
     kept: set[Key] = set()
+    ended: set[int] = set()
     most = 0
     for number, launch in enumerate(plan.launches):
-        members: list[Member] = [(min(cell.segment, len(loop.rows)), cell.layer) for cell in launch.cells]
+        members: list[Member] = [(min(texts.own(cell.segment), len(loop.rows)), cell.layer) for cell in launch.cells]
         _check_weights(launch)
+        _check_texts(program, launch, members, texts)
         for place in range(len(launch.inputs)):
-            _check_input(launch, place, members, held, copied)
-        made = held[number] = _results(program, launch, members)
+            _check_input(launch, place, members, held, copied, texts)
+        made = held[number] = _results(program, launch, members, texts)
         for result, cell in launch.copies:
             if result >= len(made):
                 raise VerifyError(f"{launch.body.name} sets result {result} aside, which it does not make")
@@ -50,16 +56,60 @@ def check_plan(program: WavefrontProgram, plan: Plan, segments: int) -> int:
             if tag != key:
                 raise VerifyError(f"what is kept of {launch.cells[index]} is {tag} and not {key}")
             kept.add(key)
+        for text in plan.ended.get(number, ()):
+            missing = _wanted(loop, texts.sizes[text], texts.first(text)) - kept
+            if missing or text in ended:
+                raise VerifyError(f"text {text} ends, and {min(missing, default='it')} was not kept, or it had ended")
+            ended.add(text)
         for piece in launch.dropped:
             del copied[piece]
         for done in launch.done:
             del held[done]
     if copied:
         raise VerifyError(f"{next(iter(copied))} was set aside and is never let go")
-    missing = _wanted(loop, segments) - kept
-    if missing:
-        raise VerifyError(f"what follows the loop reads {min(missing)}, which was not kept")
+    if len(ended) < len(texts.sizes):
+        raise VerifyError(f"of {len(texts.sizes)} texts {sorted(ended)} end")
     return most
+
+
+_NOTHING = Key(-1, -1)  # what a cell is handed that has no such input
+
+
+class _Texts:
+    """The texts of a plan, by the numbers of their segments."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = sizes
+        self.common: set[str] = set()  # bodies that are known to share nothing that is of one text
+        self._ends = list(itertools.accumulate(sizes))
+
+    def of(self, segment: int) -> int:
+        """The text that a segment is of."""
+        return bisect.bisect_right(self._ends, segment)
+
+    def first(self, text: int) -> int:
+        """The number of the first segment of a text."""
+        return self._ends[text] - self.sizes[text]
+
+    def own(self, segment: int) -> int:
+        """The number of a segment in its text."""
+        return segment - self.first(self.of(segment))
+
+
+def _check_texts(program: WavefrontProgram, launch: Launch, members: list[Member], texts: _Texts) -> None:
+    """Cells of several texts share nothing that depends on a text, and each is handed what is of its own."""
+    of = [texts.of(cell.segment) for cell in launch.cells]
+    if launch.text is not None and {*of} != {launch.text}:
+        raise VerifyError(f"{launch.body.name} runs for cells of texts {of} with what is of text {launch.text}")
+    if launch.text is None and len(texts.sizes) > 1 and launch.body.name not in texts.common:
+        _check_common(program, launch.body)
+        texts.common.add(launch.body.name)
+    for pieces, choice in zip(launch.inputs, launch.body.inputs, strict=True):
+        place = 0
+        for piece in pieces:
+            if isinstance(piece, Whole) and piece.text != of[place] and members[place] in choice:
+                raise VerifyError(f"{launch.cells[place]} is handed {piece.operand} of text {piece.text}")
+            place += piece.cells if isinstance(piece, (Part, Free)) else 1
 
 
 def _check_weights(launch: Launch) -> None:
@@ -74,8 +124,34 @@ def _check_weights(launch: Launch) -> None:
         raise VerifyError(f"{launch.body.name} has the weights of layers {rows} for cells of {layers}")
 
 
+def _check_common(program: WavefrontProgram, body: Body) -> None:
+    """What the cells of a body share is the same for every text."""
+    todo, seen = [leaf for op in body.ops.values() for leaf in leaves(op.args)], set[object]()
+    todo += [Src(each) for names in body.weights for row in names.values() for each in row]
+    while todo:
+        operand = todo.pop()
+        if isinstance(operand, Affine):
+            bad = bool(operand.atoms & {"s", "S", "N"})
+        elif isinstance(operand, Src):
+            source = program.loop.sources.get(operand.name)
+            bad = source is None or source.kind == "input"
+        else:
+            bad = isinstance(operand, Item)
+        if bad:
+            raise VerifyError(f"{body.name} shares {operand} among texts")
+        if isinstance(operand, (Shared, Outer)) and operand not in seen:
+            seen.add(operand)
+            ops = program.shared if isinstance(operand, Shared) else program.loop.before
+            todo += leaves(ops[operand.number].args)
+
+
 def _check_input(
-    launch: Launch, place: int, members: list[Member], held: dict[int, Tags], copied: dict[Copied, Key | None]
+    launch: Launch,
+    place: int,
+    members: list[Member],
+    held: dict[int, Tags],
+    copied: dict[Copied, Key | None],
+    texts: _Texts,
 ) -> None:
     found: list[Key | None] = []
     for piece in launch.inputs[place]:
@@ -83,6 +159,9 @@ def _check_input(
             if piece not in copied:
                 raise VerifyError(f"{launch.cells[0]} reads {piece}, which was not set aside")
             found.append(copied[piece])
+            continue
+        if isinstance(piece, Free):
+            found += [_NOTHING] * piece.cells
             continue
         if not isinstance(piece, Part):
             found.append(None)
@@ -98,30 +177,33 @@ def _check_input(
     for cell, member, tag in zip(launch.cells, members, found, strict=True):
         operand = launch.body.inputs[place].get(member)  # a cell without one computes in vain
         wanted = Key(cell.segment - operand.back, operand.number) if isinstance(operand, Row) else None
+        if wanted is not None and texts.of(max(wanted.segment, 0)) != texts.of(cell.segment):
+            raise VerifyError(f"{cell} reads {wanted}, which is of another text")
         if operand is not None and tag != wanted:
             raise VerifyError(f"{cell} is handed {tag} in step {launch.step}, and reads {wanted}")
 
 
-def _results(program: WavefrontProgram, launch: Launch, members: list[Member]) -> Tags:
+def _results(program: WavefrontProgram, launch: Launch, members: list[Member], texts: _Texts) -> Tags:
     """What the results of a launch are; of a body that leaves some or all out, their places hold nothing."""
     body, merged = launch.body, launch.body.name in {each.name for each in program.merged.values()}
     tags: Tags = [[None] * len(launch.cells) for _ in body.results]
     for index, (cell, member) in enumerate(zip(launch.cells, members, strict=True)):
         for offset, position in body.positions[member].items():
             if position < len(tags) and (merged or body.results[position] == offset):
-                tags[position][index] = Key(cell.segment, _start(program.loop, cell) + offset)
+                tags[position][index] = Key(cell.segment, _start(program.loop, member) + offset)
     return tags
 
 
-def _start(loop: SegmentLoop, cell: Cell) -> int:
+def _start(loop: SegmentLoop, member: Member) -> int:
     """The number of a cell's first operation in its segment."""
-    layout = loop.layouts[min(cell.segment, len(loop.layouts) - 1)]
+    row, layer = member
+    layout = loop.layouts[min(row, len(loop.layouts) - 1)]
     parts = [layout.prologue, *layout.layers, layout.epilogue]
-    return parts[cell.layer + 1][0]
+    return parts[layer + 1][0]
 
 
-def _wanted(loop: SegmentLoop, segments: int) -> set[Key]:
-    """The operations that are read after the segments."""
+def _wanted(loop: SegmentLoop, segments: int, first: int) -> set[Key]:
+    """The operations that are read after the segments of a text, the first of which has a number."""
     found: set[Key] = set()
     after = [leaf for op in loop.after_of(segments) if op is not None for leaf in leaves(op.args)]
     for leaf in (*after, *leaves(tuple(loop.outputs.values()))):
@@ -131,5 +213,5 @@ def _wanted(loop: SegmentLoop, segments: int) -> set[Key]:
         elif isinstance(leaf, Every):
             at = range(segments)
         for segment in at:
-            found.add(Key(segment, leaf.number[min(segment, len(leaf.number) - 1)]))
+            found.add(Key(first + segment, leaf.number[min(segment, len(leaf.number) - 1)]))
     return found

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from rmtc.errors import VerifyError
-from rmtc.runtime.plan import Part, Piece, Plan
+from rmtc.runtime.plan import Free, Part, Piece, Plan
 from rmtc.runtime.standing import ArenaBody, ArenaStep
 
 
@@ -124,7 +124,7 @@ def check_steps(plan: Plan, steps: Sequence[ArenaStep | None]) -> None:
             if len(wanted) > len(rows):
                 raise VerifyError(f"launch {number} has {len(wanted)} cells and rows for {len(rows)}")
             for row, what in zip(rows, wanted, strict=False):
-                if what not in memory.read(row):
+                if not isinstance(what, Free) and what not in memory.read(row):
                     raise VerifyError(f"launch {number} reads {memory.read(row)} in place of {what}")
         for view in written:
             memory.spoil(looks.whole(view))
@@ -151,6 +151,8 @@ def _cells(piece: Piece) -> Iterable[object]:
     """What the cells of a piece are."""
     if isinstance(piece, Part) and piece.first >= 0:
         return [(piece.launch, piece.result, piece.first + n * piece.step) for n in range(piece.cells)]
+    if isinstance(piece, Free):
+        return [piece] * piece.cells
     return [piece]
 
 

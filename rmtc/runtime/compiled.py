@@ -256,6 +256,11 @@ class Compiled:
             return self._with_hooks(self.function, args, kwargs)
         return self._call(args, kwargs, self.function)
 
+    @staticmethod
+    def captures_now() -> bool:
+        """Whether this thread captures: then stand-ins are in the model."""
+        return _thread.capturing > 0
+
     def _off(self) -> bool:
         return bool(
             self.disabled

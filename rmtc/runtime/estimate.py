@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -374,6 +375,36 @@ def compiles() -> bool:
             raise
         return False
     return True
+
+
+def lanes_for(way: Way, kind: tuple[torch.device, torch.dtype], texts: Sequence[Sizes]) -> int:
+    """Return the number of lanes in which several texts are estimated to be read fastest.
+
+    Every step is counted as one in which each lane has a cell in each layer.
+
+    Args:
+        way: the way to run each.
+        kind: the device and the dtype, which the costs are measured for.
+        texts: the sizes of the texts, of one batch size.
+    """
+    if any(a == 0 for _, a, _ in way.program.schedule.phases()) or way.program.max_group is not None:
+        return 1
+    model = cost_model(*kind)
+    loop, works = way.program.loop, way.works
+    batch = texts[0].batch / max(1, works.batch)
+    layers = Counter(loop.classes[-1] if loop.classes else ())
+    bodies = [(way.program.bodies[name], count) for name, count in layers.items() if name in way.program.bodies]
+
+    def seconds(lanes: int) -> float:
+        step = sum(
+            model.operation(work.at(batch), lanes * count, model.launch)
+            for body, count in bodies
+            for work in works.of(body)
+        )
+        longest = max(-(-sum(text.segments for text in texts) // lanes), *(text.segments for text in texts), 0)
+        return step * (longest + loop.layers - 1)
+
+    return min(range(1, min(len(texts), heuristics.LANES) + 1), key=seconds)
 
 
 def pays(scheduled: Candidate, written: Candidate) -> bool:

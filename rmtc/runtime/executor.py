@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import linecache
 import logging
-import operator
 import threading
 import weakref
 from collections import OrderedDict
@@ -22,19 +20,25 @@ from rmtc.affine import Affine
 from rmtc.codegen.torch.emit import emit
 from rmtc.codegen.torch.source import Emitted
 from rmtc.errors import BackendError, RefusedError, raised_by_signal
-from rmtc.ir.program import SPLITS, VIEWS, Op, Src, call_arguments, leaves, map_leaves
-from rmtc.ir.segment_loop import Environment, Every, Key, Numbered, Outer, Row, Where
+from rmtc.ir.program import Src, leaves
+from rmtc.ir.segment_loop import Environment, Every, Outer, Where
 from rmtc.ir.wavefront import Body, Operand, Shared, WavefrontProgram
-from rmtc.ops.draws import drawn, new_seed, seeded
+from rmtc.ops.draws import new_seed, seeded
 from rmtc.quiet import uncollected
+from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.check_steps import check_steps
-from rmtc.runtime.concatenation import Concatenation, concatenations
-from rmtc.runtime.plan import Copied, Launch, Part, Piece, Plan, Whole, plan_run
+from rmtc.runtime.concatenation import concatenations
+from rmtc.runtime.plan import Copied, Free, Launch, Part, Piece, Plan, Whole, plan_texts
+from rmtc.runtime.reading import Given, Reading
 from rmtc.runtime.standing import ArenaStep, Moved, Standing
 from rmtc.runtime.weights import Weights
 from rmtc.stages import substage
 
 logger = logging.getLogger(__name__)
+
+
+Done = Callable[[int, dict[str, Any]], None]
+"""Takes the number of a text and its results."""
 
 
 @dataclass(frozen=True)
@@ -111,24 +115,35 @@ class Executor:
     program: WavefrontProgram
     weights: Weights
     kernels: dict[tuple[Any, ...], Emitted] = field(default_factory=dict)
-    _plans: OrderedDict[tuple[int, int, int], Plan] = field(default_factory=OrderedDict)
+    _plans: OrderedDict[Any, Plan] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _constant: dict[int, bool] = field(default_factory=dict)
     _standing: Standing | None = None
-    _unfit: set[tuple[int, int, int]] = field(default_factory=set)  # sizes whose calls differ in other shapes
+    _unfit: set[Any] = field(default_factory=set)  # plans whose runs differ in other shapes
     _stands: threading.Lock = field(default_factory=threading.Lock)  # held by the run that uses what stands
 
-    @uncollected()
     def plan(self, segments: int, batch: int, tail: int) -> Plan:
-        """The plan of a run, kept for the next one of these sizes."""
-        key = segments, batch, tail
+        """The plan of a run for one text, kept for the next one of these sizes."""
+        return self.plan_texts([(segments, tail)], batch)
+
+    @uncollected()
+    def plan_texts(self, texts: Sequence[tuple[int, int]], batch: int, lanes: int = 1) -> Plan:
+        """The plan of a run, kept for the next one of these sizes; see :func:`rmtc.runtime.plan.plan_texts`."""
+        key = tuple(texts), batch, lanes
         with self._lock:
             plan = self._plans.get(key)
             if plan is None:
-                plan = self._plans[key] = plan_run(self.program, *key)
+                plan = self._plans[key] = self.make_plan(*key)
                 if len(self._plans) > heuristics.PLANS_KEPT:
                     self._plans.popitem(last=False)
             self._plans.move_to_end(key)
+        return plan
+
+    def make_plan(self, texts: tuple[tuple[int, int], ...], batch: int, lanes: int) -> Plan:
+        """Make a plan; a run of several texts is replayed with tags in place of tensors."""
+        plan = plan_texts(self.program, texts, batch, lanes)
+        if len(texts) > 1:
+            check_plan(self.program, plan, [segments for segments, _ in texts])
         return plan
 
     def keep(self, key: tuple[Any, ...], kernel: Emitted) -> None:
@@ -169,7 +184,7 @@ class Executor:
     def run(
         self, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
     ) -> tuple[dict[str, Any], Run]:
-        """Run the loop.
+        """Run the loop for one text.
 
         Args:
             values: parameters, buffers, state and inputs by the names of the loop's sources.
@@ -180,48 +195,69 @@ class Executor:
         Returns:
             The results by the names of the loop's outputs, and what was done.
         """
-        devices = {each.device for each in values.values()}
+        found: list[dict[str, Any]] = []
+        run = self.read([Given(values, segments, tail)], batch, lambda _, results: found.append(results))
+        return found[-1], run
+
+    def read(self, texts: Sequence[Given], batch: int, done: Done, lanes: int = 1) -> Run:
+        """Run the loop for some texts.
+
+        Args:
+            texts: the texts.
+            batch: batch size of each.
+            done: called with the number of a text and its results by the names of the loop's outputs, when it has
+                ended. It may be called again for a text where a run has to begin anew.
+            lanes: number of texts that are read side by side.
+
+        Returns:
+            What was done.
+        """
+        devices = {each.device for text in texts for each in text.values.values()}
         with seeded(new_seed(), devices) if self.program.draws else contextlib.nullcontext():
             while True:
-                plan = self.plan(segments, batch, tail)
+                plan = self.plan_texts([(text.segments, text.tail) for text in texts], batch, lanes)
                 try:
-                    outputs = self.outputs(plan, values, segments, batch, tail)
+                    self._read(plan, texts, batch, done)
                     break
                 except Unmergeable as error:
                     self._separate(error.body)
-        return outputs, Run(plan.steps, sum(plan.widths.values()), dict(plan.widths))
+        return Run(plan.steps, sum(plan.widths.values()), dict(plan.widths))
 
-    def outputs(
-        self, plan: Plan, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
-    ) -> dict[str, Any]:
-        """Return the results of a plan, by the names of the loop's outputs."""
+    def _read(self, plan: Plan, texts: Sequence[Given], batch: int, done: Done) -> None:
+        """Run a plan."""
         gradients = torch.is_grad_enabled()
-        with torch.no_grad(), autocast_off(values.values()):
+        with torch.no_grad(), autocast_off(each for text in texts for each in text.values.values()):
             self.weights.refresh()
-            return self._walked(plan, values, segments, batch, tail, gradients)
 
-    def _walked(
-        self, plan: Plan, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int, gradients: bool
-    ) -> dict[str, Any]:
-        """The results of a plan, in memory that stays if it is free, and all is known that is run."""
-        key = segments, batch, tail
-        if self.binds and key not in self._unfit and self._stands.acquire(blocking=False):
-            try:
-                standing = self._standing
-                if standing is None or not standing.usable():
-                    standing = self._standing = Standing(self.weights)
-                    forget = weakref.WeakMethod(self.forget)
-                    self.weights.forget = lambda: (known := forget()) and known()
-                walk = Walk(self, values, segments, batch, tail, gradients)
-                walk.steps = standing.steps(key, plan, walk, check_steps)
-                return walk.outputs(plan)
-            except Moved as error:
-                logger.info("calls of %s are not of one kind: %s", key, error)
-                self._standing = None
-                self._unfit = {*list(self._unfit)[-heuristics.PLANS_KEPT :], key}
-            finally:
-                self._stands.release()
-        return Walk(self, values, segments, batch, tail, gradients).outputs(plan)
+            def walk() -> Walk:
+                readings = [Reading(self.program, text, batch, gradients, self.concatenations) for text in texts]
+                return Walk(self, plan, readings)
+
+            if not self._stood(plan, batch, walk, done):
+                walk().run(done)
+
+    def _stood(self, plan: Plan, batch: int, walk: Callable[[], Walk], done: Done) -> bool:
+        """Run a plan in memory that stays, if that is free; return whether it ran."""
+        key = plan.texts, batch
+        if not self.binds or key in self._unfit or not self._stands.acquire(blocking=False):
+            return False
+        try:
+            standing = self._standing
+            if standing is None or not standing.usable():
+                standing = self._standing = Standing(self.weights)
+                forget = weakref.WeakMethod(self.forget)
+                self.weights.forget = lambda: (known := forget()) and known()
+            made = walk()
+            made.steps = standing.steps(key, plan, made, check_steps)
+            made.run(done)
+            return True
+        except Moved as error:
+            logger.info("calls of %s are not of one kind: %s", key, error)
+            self._standing = None
+            self._unfit = {*list(self._unfit)[-heuristics.PLANS_KEPT :], key}
+            return False
+        finally:
+            self._stands.release()
 
     @functools.cached_property
     def concatenations(self) -> list[tuple[int, int, Every]]:
@@ -258,115 +294,46 @@ class Unmergeable(Exception):
 
 
 class Walk:
-    """One run."""
+    """One run of a plan.
 
-    def __init__(
-        self,
-        executor: Executor,
-        values: Mapping[str, torch.Tensor],
-        segments: int,
-        batch: int,
-        tail: int,
-        gradients: bool = False,
-    ) -> None:
-        self.executor, self.values = executor, values
-        self.gradients = gradients  # whether the caller has them on: it may write only to views that are made so
-        self.loop = executor.program.loop
-        total = (segments - 1) * self.loop.segment_length + tail
-        self.ends = Environment(segments, segments, batch, tail, total)
-        self.middle = self.ends._replace(T=self.loop.segment_length)
-        self.shared: dict[int, dict[int, Any]] = {}  # by length
+    Args:
+        executor: what runs it.
+        plan: the plan.
+        readings: its texts.
+    """
+
+    def __init__(self, executor: Executor, plan: Plan, readings: Sequence[Reading]) -> None:
+        self.executor, self.plan, self.readings = executor, plan, readings
         self.rows: dict[Any, Sequence[torch.Tensor]] = {}
-        self.stacked: dict[tuple[tuple[str, ...], ...], torch.Tensor] = {}
         self.lasting: dict[Any, bool] = {}
         self.passed: dict[Any, tuple[Any, ...]] = {}
         self.steps: list[ArenaStep | None] | None = None
-        self.known: dict[Any, tuple[tuple[Any, ...], Emitted, Environment] | None] = {}
-        self.kept: dict[Key, Any] = {}
+        self.known: dict[Any, tuple[tuple[Any, ...], Emitted] | None] = {}
         self.copied: dict[Copied | tuple[int, int, int], torch.Tensor] = {}
-        self.device = next((each.device for each in values.values()), torch.device("cpu"))
-        self.joined: dict[int, Concatenation] = {}
-        self.pieces: dict[Key, Concatenation] = {}
-        for number, dim, every in executor.concatenations:
-            each = self.joined[number] = Concatenation(dim, segments)
-            self.pieces.update((self._key(Where(segment, every.number)), each) for segment in range(segments))
+        values = readings[0].values.values()
+        self.device = next((each.device for each in values), torch.device("cpu"))
 
-    @functools.cached_property
-    def before(self) -> list[Any]:
-        """What is computed before the segments."""
-        return self._outside(self.loop.before, "before")
-
-    def outputs(self, plan: Plan) -> dict[str, Any]:
+    def run(self, done: Done) -> None:
+        """Run all launches; see :meth:`Executor.read`."""
         made: dict[int, tuple[Any, ...]] = {}
-        for number, launch in enumerate(plan.launches):
+        text_of = [number for number, text in enumerate(self.plan.texts) for _ in range(text.segments)]
+        for number, launch in enumerate(self.plan.launches):
             step = self.steps[number] if self.steps is not None else None
             results = made[number] = self._launch(launch, made) if step is None else self._step(step, launch, made)
             for key, result, index in launch.kept:
-                value = results[result]
-                if key in self.pieces:
-                    self.pieces[key].put(key.segment, value if index < 0 else value[index])
-                    continue
-                if self._is_view(key):
-                    with torch.set_grad_enabled(self.gradients):
-                        self.kept[key] = self._view(key)
-                    continue
-                # A view keeps the group alive: of a block of prologues or epilogues all cells are kept.
-                whole = index < 0 or (launch.body.stage != "layer" and value.stride(0) != 0)
-                self.kept[key] = value if index < 0 else value[index] if whole else value[index].clone()
+                text = text_of[key.segment]
+                own = key._replace(segment=key.segment - self.plan.texts[text].first)
+                self.readings[text].keep(own, results[result], index, launch.body.stage)
             for result, index in launch.copies:
                 value = results[result]
                 self.copied[number, result, index] = value if index < 0 else value[index].clone()
             for copied in launch.dropped:
                 del self.copied[copied]
-            for done in launch.done:
-                del made[done]
-        with torch.set_grad_enabled(self.gradients):
-            after = self._outside(self.loop.after_of(self.ends.S), "after")
-        found: dict[str, Any] = {}
-        given: dict[int, Any] = {}  # as what each tensor is given: one that is computed once may be several results
-        copies: dict[Any, torch.Tensor] = {}  # by what is given: one result under two names is one tensor
-        for name, operand in self.loop.outputs.items():
-            for segment in range(self.ends.S) if isinstance(operand, Every) else (self.ends.S,):
-                at = (self.ends if segment >= self.ends.S - 1 else self.middle)._replace(s=segment)
-                known = name.at(at) if isinstance(name, Numbered) else name
-                each = Where(segment, operand.number) if isinstance(operand, Every) else operand
-                value = self._operand(each, after)
-                if isinstance(each, Where):
-                    each = self._key(each)
-                if isinstance(value, torch.Tensor) and (
-                    given.setdefault(id(value), each) != each
-                    # a part of what was computed for several segments: whoever keeps it would keep all of that
-                    or (
-                        isinstance(each, Key)
-                        and value.untyped_storage().nbytes() > value.nbytes
-                        and not self._is_view(each)
-                    )
-                ):
-                    if each not in copies:
-                        copies[each] = value.clone()
-                    value = copies[each]
-                found[known] = value
-        return found
-
-    def _is_view(self, key: Key) -> bool:
-        """Return whether an operation sees a part of an argument that the call does not write to."""
-        op = self.loop.row(key.segment)[key.number]
-        whole = op.args[0] if op.target in VIEWS or op.target in SPLITS or op.target is operator.getitem else None
-        if isinstance(whole, Src):
-            return self.loop.sources[whole.name].kind == "input" and f"write:{whole.name}" not in self.loop.outputs
-        return isinstance(whole, Row) and whole.back == 0 and self._is_view(Key(key.segment, whole.number))
-
-    def _view(self, key: Key) -> Any:
-        """Take a part of an argument anew.
-
-        As without rmtc, the result shares the caller's memory, and requires gradients if the argument does.
-        """
-        at = (self.ends if key.segment >= self.ends.S - 1 else self.middle)._replace(s=key.segment)
-
-        def operand(leaf: Any) -> Any:
-            return self._view(Key(key.segment, leaf.number)) if isinstance(leaf, Row) else self._operand(leaf, (), at)
-
-        return self._call(self.loop.row(key.segment)[key.number], operand)
+            for each in launch.done:
+                del made[each]
+            for text in self.plan.ended.get(number, ()):
+                done(text, self.readings[text].results())
+                self.readings[text].release()
 
     @substage("launch")
     def _launch(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
@@ -384,9 +351,9 @@ class Walk:
 
     def _results(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
         body, grouped = launch.body, launch.grouped
-        environment = self.ends if launch.short else self.middle
-        inputs = [self._gather(pieces, made, grouped, environment) for pieces in launch.inputs]
-        weights = self._weights(body, launch.layers, grouped, launch.one_layer)
+        reading, environment = self._shared(launch)
+        inputs = [self._gather(pieces, made, grouped, launch.length) for pieces in launch.inputs]
+        weights = self._weights(launch)
         numbers: Sequence[Any] = launch.numbers if grouped else [each[0] for each in launch.numbers]
         size = len(launch.cells) if grouped else None
         shapes = tuple([each.shape[grouped:] if isinstance(each, torch.Tensor) else None for each in inputs])
@@ -394,16 +361,17 @@ class Walk:
         key = body.name, environment.T, environment.B, shapes, dtypes, grouped, launch.one_layer, launch.repeat
         kernel = self.executor.kernels.get(key)
         if kernel is None:
-            shared = functools.partial(self._operand, after=(), at=environment)
+            shared = functools.partial(reading.operand, after=(), at=environment)
             bind = self.executor.binds and body.stage == "layer" and grouped
             of = Emission(launch, environment, inputs, weights, numbers, shared, bind)
             kernel, results = self.executor.emit(of)
             self.executor.keep(key, kernel)
             logger.debug("emitted %s", kernel.source)
             return results
-        passed = self.passed.get(key)
+        passed = self.passed.get((key, launch.text))
         if passed is None:
-            passed = self.passed[key] = tuple(self._operand(each, (), environment) for each in kernel.shared)
+            passed = tuple(reading.operand(each, (), environment) for each in kernel.shared)
+            self.passed[key, launch.text] = passed
         return self._call_kernel(kernel, size, inputs, weights, numbers, passed)
 
     def _call_kernel(self, kernel: Emitted, *operands: Any) -> tuple[Any, ...]:
@@ -415,7 +383,7 @@ class Walk:
         for to, source in step.copies:
             to.copy_(source)
         for to, piece in step.fills:
-            value = self._piece(piece, made, self.middle)
+            value = self._piece(piece, made, launch.length)
             if value.shape != to.shape or value.dtype != to.dtype:
                 raise Moved(f"{value.dtype}{list(value.shape)} in place of {to.dtype}{list(to.shape)}")
             to.copy_(value)
@@ -425,41 +393,47 @@ class Walk:
             results = tuple([each.clone() if n in step.apart else each for n, each in enumerate(results)])
         return results
 
+    def _shared(self, launch: Launch) -> tuple[Reading, Environment]:
+        """The text whose operands the cells of a launch share, and the sizes that these depend on."""
+        reading = self.readings[launch.text or 0]
+        return reading, reading.at(launch.length)
+
     def kernel_of(self, launch: Launch) -> tuple[tuple[Any, ...], Emitted, Environment] | None:
         """The one kernel that a launch can be of, with its key and sizes."""
-        body, at = launch.body, self.middle
+        body, (_, at) = launch.body, self._shared(launch)
         wanted = body.name, at.T, at.B, launch.grouped, launch.one_layer, launch.repeat
         if wanted not in self.known:
             found = [key for key in self.executor.kernels if (*key[:3], *key[5:]) == wanted]
             sure = len(found) == 1 and None not in found[0][3]
-            self.known[wanted] = (found[0], self.executor.kernels[found[0]], at) if sure else None
-        return self.known[wanted]
+            self.known[wanted] = (found[0], self.executor.kernels[found[0]]) if sure else None
+        known = self.known[wanted]
+        return None if known is None else (*known, at)
 
     def rows_of(self, launch: Launch) -> tuple[Sequence[torch.Tensor], bool]:
         """A launch's weights, and whether they are the same in later runs."""
-        rows = self._weights(launch.body, launch.layers, launch.grouped, launch.one_layer)
-        return rows, self.lasting.get(
-            (launch.body.name, launch.layers[:1] if launch.one_layer else launch.layers), True
-        )
+        rows = self._weights(launch)
+        layers = launch.layers[:1] if launch.one_layer else launch.layers
+        return rows, self.lasting.get((launch.body.name, layers, launch.text), True)
 
     def shared_of(self, operand: Operand, at: Environment) -> tuple[Any, bool]:
         """An operand that all cells share, and whether it lies where it lies for good, as parameters do."""
-        value = self._operand(operand, (), at)
-        source = self.loop.sources.get(operand.name) if isinstance(operand, Src) else None
+        value = self.readings[0].operand(operand, (), at)
+        source = self.executor.program.loop.sources.get(operand.name) if isinstance(operand, Src) else None
         return value, source is not None and source.kind in ("parameter", "buffer", "constant")
 
     def _gather(
-        self, pieces: tuple[Piece, ...], made: Mapping[int, tuple[Any, ...]], grouped: bool, at: Environment
+        self, pieces: tuple[Piece, ...], made: Mapping[int, tuple[Any, ...]], grouped: bool, length: int
     ) -> Any:
         if not grouped:
-            value = self._piece(pieces[0], made, at)
+            value = self._piece(pieces[0], made, length)
             if isinstance(pieces[0], Part) and pieces[0].first >= 0:
                 value = value[0]
             return value.clone() if self._stays(pieces[0]) else value
-        tensors: list[torch.Tensor] = []
-        for piece in pieces:
-            value = self._piece(piece, made, at)
-            tensors.append(value if isinstance(piece, Part) and piece.first >= 0 else value.unsqueeze(0))
+        there = [self._cells(piece, made, length) for piece in pieces if not isinstance(piece, Free)]
+        spare, left = there[0][:1], iter(there)
+        tensors = [
+            spare.expand(piece.cells, *spare.shape[1:]) if isinstance(piece, Free) else next(left) for piece in pieces
+        ]
         if len({tensor.dtype for tensor in tensors}) > 1:
             dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
             raise RefusedError(
@@ -474,95 +448,43 @@ class Walk:
         """Whether a piece may lie in memory whose contents change, and what is made of it with it."""
         return self.steps is not None and isinstance(piece, Part) and self.steps[piece.launch] is not None
 
-    def _piece(self, piece: Piece, made: Mapping[int, tuple[Any, ...]], at: Environment) -> Any:
-        """A piece of an input; of one cell, without a group axis."""
+    def _cells(self, piece: Piece, made: Mapping[int, tuple[Any, ...]], length: int) -> torch.Tensor:
+        """A piece of an input with a group axis."""
+        value: torch.Tensor = self._piece(piece, made, length)
+        return value if isinstance(piece, Part) and piece.first >= 0 else value.unsqueeze(0)
+
+    def _piece(self, piece: Piece, made: Mapping[int, tuple[Any, ...]], length: int) -> Any:
+        """A piece of an input, for segments of some length; of one cell, without a group axis."""
         if isinstance(piece, Copied):
             return self.copied[piece]
+        assert not isinstance(piece, Free)
         if isinstance(piece, Whole):
-            return self._operand(piece.operand, (), at)
+            reading = self.readings[piece.text]
+            return reading.operand(piece.operand, (), reading.at(length))
         value = made[piece.launch][piece.result]
         if piece.first < 0 or (piece.first == 0 and piece.cells == value.shape[0]):
             return value
         return value[piece.first : piece.first + (piece.cells - 1) * piece.step + 1 : piece.step]
 
-    def _weights(self, body: Body, layers: tuple[int, ...], grouped: bool, one_layer: bool) -> Sequence[torch.Tensor]:
+    def _weights(self, launch: Launch) -> Sequence[torch.Tensor]:
+        body = launch.body
         if not body.weights:
             return ()
-        grouped = grouped and not one_layer
-        layers = layers[:1] if one_layer else layers
-        key = body.name, layers
+        grouped = launch.grouped and not launch.one_layer
+        layers = launch.layers[:1] if launch.one_layer else launch.layers
+        key = body.name, layers, launch.text
         rows = self.rows.get((*key, grouped))
         if rows is None:
-            rows = [self._rows_of(body, number, layers) for number in range(len(body.weights))]
+            reading = self.readings[launch.text or 0]
+            rows = [self._rows_of(body, number, layers, reading) for number in range(len(body.weights))]
             lasting = self.executor.weights.lasting
             self.lasting[key] = all(lasting(body, number, layers, each) for number, each in enumerate(rows))
             self.rows[*key, grouped] = rows if grouped else [each[0] for each in rows]
         return self.rows[*key, grouped]
 
-    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...]) -> torch.Tensor:
+    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: Reading) -> torch.Tensor:
         """A weight of some layers, behind a group axis."""
-        return self.executor.weights.rows(body, number, layers, self.values, self.stacked)
-
-    def _operand(self, operand: Any, after: Sequence[Any], at: Environment | None = None) -> Any:
-        """What an operand that is no cell's stands for."""
-        if isinstance(operand, Src):
-            source = self.loop.sources.get(operand.name)
-            return source.value if source is not None and source.kind == "constant" else self.values[operand.name]
-        if isinstance(operand, Shared):
-            return self._shared(operand.number, at or self.ends)
-        if isinstance(operand, Outer):
-            return self.before[operand.number] if operand.part == "before" else after[operand.number]
-        if isinstance(operand, Where):
-            return self.kept[self._key(operand)]
-        return (at or self.ends).of(operand)
-
-    def _key(self, operand: Where) -> Key:
-        """The operation whose value an operand of the part after the loop is."""
-        segment = operand.segment if operand.segment >= 0 else self.ends.S + operand.segment
-        return Key(segment, operand.number[min(segment, len(operand.number) - 1)])
-
-    def _shared(self, number: int, at: Environment) -> Any:
-        table = self.shared.setdefault(at.T, {})
-        if number not in table:
-            op = self.executor.program.shared[number]
-            table[number] = self._call(op, lambda leaf: self._operand(leaf, (), at))
-        return table[number]
-
-    def _outside(self, ops: Sequence[Op | None], part: str) -> list[Any]:
-        """Run what is before or after the segments."""
-        values: list[Any] = []
-        places = itertools.count(int(part == "after"), 2)
-
-        def operand(leaf: Any) -> Any:
-            if isinstance(leaf, Outer) and leaf.part == part:
-                return values[leaf.number]
-            return self._operand(leaf, ())
-
-        for number, op in enumerate(ops):
-            if part == "after" and number in self.joined and op is not None:
-                values.append(self.joined[number].result())
-                continue
-            if op is None:
-                values.append(None)
-                continue
-            call = functools.partial(self._call, op.with_args(self._every(op.args)), operand)
-            values.append(drawn(~next(places), call) if op.draws else call())  # in the loop no place is negative
-        return values
-
-    def _every(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Arguments with the values of each segment written out."""
-        found: list[Any] = []
-        for arg in args:
-            if isinstance(arg, Every):
-                found += [Where(segment, arg.number) for segment in range(self.ends.S)]
-            else:
-                found.append(self._every(arg) if type(arg) is tuple else arg)
-        return tuple(found)
-
-    @staticmethod
-    def _call(op: Op, operand: Callable[[Any], Any]) -> Any:
-        positional, named = call_arguments(map_leaves(op.args, operand))
-        return op.target(*positional, **named)
+        return self.executor.weights.rows(body, number, layers, reading.values, reading.stacked)
 
 
 @contextlib.contextmanager

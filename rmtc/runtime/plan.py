@@ -1,16 +1,21 @@
-"""The launches of one run: which body runs for which cells, and from which launches it reads."""
+"""The launches of one run: which body runs for which cells, and from which launches it reads.
+
+A run reads one text, or several at once. The segments of all texts are numbered one after another: those of the second
+begin after the last of the first.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
 from rmtc.affine import Affine
-from rmtc.ir.cells import Cell, Group
+from rmtc.ir.cells import Cell, Group, Step
 from rmtc.ir.program import Op, Src, leaves
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Environment, Every, Item, Key, Row, Where
@@ -44,12 +49,42 @@ class Copied(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """A tensor that is there before the segments, or shared by them."""
+    """A tensor that is there before the segments of a text, or shared by them."""
 
     operand: Operand
+    text: int = 0
 
 
-Piece = Part | Copied | Whole
+class Free(NamedTuple):
+    """Nothing, for cells without such an input: they compute in vain, whatever they are handed."""
+
+    cells: int
+
+
+Piece = Part | Copied | Whole | Free
+
+
+class Text(NamedTuple):
+    """A text of a run.
+
+    Attributes:
+        segments: number of its segments.
+        tail: length of the last one.
+        first: the number of the first one among those of all texts.
+        start: the step with which it begins.
+        lane: the lane that it is in.
+    """
+
+    segments: int
+    tail: int
+    first: int = 0
+    start: int = 0
+    lane: int = 0
+
+    @property
+    def last(self) -> int:
+        """The number of the last segment among those of all texts."""
+        return self.first + self.segments - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +96,8 @@ class Launch:
         step: the step it belongs to.
         cells: the cells, by layer.
         short: whether they are of a last segment that is shorter, or in which only what is read may run.
+        length: positions of their segments.
+        text: the text whose cells they are all, where what they share depends on that; None where it does not.
         inputs: for each input of the body, what it is put together from.
         numbers: for each number of the body, what it is in each cell.
         grouped: whether what it reads and makes has a group axis: of a body for one cell at a time, it has not.
@@ -76,6 +113,8 @@ class Launch:
     step: int
     cells: tuple[Cell, ...]
     short: bool
+    length: int
+    text: int | None
     inputs: tuple[tuple[Piece, ...], ...]
     numbers: tuple[tuple[int | float, ...], ...]
     kept: tuple[tuple[Key, int, int], ...]
@@ -100,12 +139,16 @@ class Plan:
         steps: number of steps they belong to; of a layer's parts with all segments at once, one.
         widths: for each number of cells, how many launches of layers have it.
         schedule: by which they run, with its blocks.
+        texts: the texts that they read.
+        ended: the texts that end with a launch, by its number.
     """
 
     launches: tuple[Launch, ...]
     steps: int
     widths: dict[int, int]
     schedule: Schedule
+    texts: tuple[Text, ...]
+    ended: dict[int, tuple[int, ...]]
 
 
 class _Place(NamedTuple):
@@ -132,7 +175,6 @@ def _of_segment(op: Op) -> bool:
     return False
 
 
-@substage("plan")
 def plan_run(program: WavefrontProgram, segments: int, batch: int, tail: int) -> Plan:
     """Lay out a run.
 
@@ -142,41 +184,100 @@ def plan_run(program: WavefrontProgram, segments: int, batch: int, tail: int) ->
         batch: batch size.
         tail: length of the last segment.
     """
-    return _Planner(program, segments, batch, tail).plan()
+    return plan_texts(program, [(segments, tail)], batch)
+
+
+@substage("plan")
+def plan_texts(program: WavefrontProgram, texts: Sequence[tuple[int, int]], batch: int, lanes: int = 1) -> Plan:
+    """Lay out a run that reads several texts at once.
+
+    A text begins when its lane is free: with the step after the one in which the first layer ran for the last segment
+    of the text before it. No cell of a text waits for one of another text.
+
+    Args:
+        program: the program.
+        texts: for each text its number of segments and the length of the last one.
+        batch: batch size of each.
+        lanes: number of texts that are read side by side.
+    """
+    return _Planner(program, texts, batch, lanes).plan()
 
 
 class _Planner:
-    def __init__(self, program: WavefrontProgram, segments: int, batch: int, tail: int) -> None:
-        self.program, self.segments, self.batch, self.tail = program, segments, batch, tail
+    def __init__(self, program: WavefrontProgram, texts: Sequence[tuple[int, int]], batch: int, lanes: int) -> None:
+        self.program, self.batch = program, batch
         self.loop = program.loop
         self.schedule = program.schedule
         self.width, self.alone = program.max_group, self.schedule.alone
         self.block = self.width or max(_LEAST, -(-_ROWS // max(1, batch * self.loop.segment_length)))
         if any(a == 0 for _, a, _ in self.schedule.phases()):  # then a step has segments of one layer
             self.schedule = replace(self.schedule, block=self.block)
+        self.steps_of = functools.cache(self.schedule.steps)
+        self.texts = self._lined_up(texts, lanes)
+        self.text_of = [number for number, text in enumerate(self.texts) for _ in range(text.segments)]
+        self.row_of = [min(at, len(self.loop.rows)) for text in self.texts for at in range(text.segments)]
         self.begun: set[Cell] = set()  # prologues
-        self.ended: list[tuple[Body, Cell]] = []  # epilogues to run
+        self.to_end: list[tuple[Body, Cell]] = []  # epilogues to run
         self.copies: dict[int, list[tuple[int, int]]] = {}  # of what they read, by launch
         self.last_copied: dict[Copied, int] = {}
         self.places: dict[Cell, _Place] = {}
         self.launches: list[Launch] = []
         self.last_read: dict[int, int] = {}
-        self.wanted = self._wanted()
-        self.unfit = self._unfit()
+        self.wanted = {key for text in self.texts for key in self._wanted(text)}
+        self.unfit = functools.cache(self._unfit)
+        self.varies = functools.cache(lambda name: len(self.texts) > 1 and self.program.varies(name))
         self.makers: dict[tuple[int, int], tuple[int, int]] = {}  # by row and operation: the layer, and which one of it
         self.orders: dict[int, dict[int, int]] = {}  # of the layers of each body, by its id
         self.results: dict[tuple[int, Member], list[tuple[int, int]]] = {}  # of a body: those that any segment keeps
 
+    def _lined_up(self, texts: Sequence[tuple[int, int]], lanes: int) -> tuple[Text, ...]:
+        """The texts in their lanes: each begins where a lane is free first."""
+        (_, a, _), *later = self.schedule.phases()
+        free, found, first = [0] * lanes, list[Text](), 0
+        for segments, tail in texts:
+            lane = min(range(lanes), key=free.__getitem__)
+            found.append(Text(segments, tail, first, free[lane], lane))
+            first += segments
+            if later or self.schedule.block is not None:
+                free[lane] += self.steps_of(segments)[-1].time + 1
+            else:
+                free[lane] += a * -(-segments // self.schedule.strip)
+        return tuple(found)
+
+    def _steps(self) -> Iterator[tuple[Step, list[int]]]:
+        """The steps of all texts, and the texts that end with each.
+
+        Cells of one layer come in the order of their lanes: so a memory lies where the next cell of its lane reads it.
+        """
+        by_time: dict[int, tuple[list[Group], list[int]]] = {}
+        for number, text in sorted(enumerate(self.texts), key=lambda each: each[1].lane):
+            steps = self.steps_of(text.segments)
+            for step in steps:
+                groups, ended = by_time.setdefault(text.start + step.time, ([], []))
+                for each in step.groups:
+                    cells = tuple(Cell(text.first + cell.segment, cell.layer) for cell in each.cells)
+                    groups.append(each._replace(cells=cells))
+                if step is steps[-1]:
+                    ended.append(number)
+        for time in sorted(by_time):
+            groups, ended = by_time[time]
+            yield Step(time, tuple(groups)), ended
+
     def plan(self) -> Plan:
-        steps = self.schedule.steps(self.segments)
+        steps: list[Step] = []
         widths: dict[int, int] = {}
-        for step in steps:
+        ended: dict[int, tuple[int, ...]] = {}
+        for step, ending in self._steps():
+            steps.append(step)
             for body, cells in self._runs(step.groups):
                 self._launch(body, step.time, cells)
                 if body.stage == "layer":
                     widths[len(cells)] = widths.get(len(cells), 0) + 1
-        for body, cells in self._epilogues():
-            self._launch(body, steps[-1].time, cells)
+            for text in ending:
+                for body, cells in self._epilogues(text):
+                    self._launch(body, step.time, cells)
+            if ending:
+                ended[len(self.launches) - 1] = tuple(ending)
         self._drop_unread()
         done: dict[int, list[int]] = {}
         for number in range(len(self.launches)):
@@ -197,7 +298,8 @@ class _Planner:
         if not self.schedule.later:  # the parts of a layer follow one another
             parts = ([each.part for each in step.groups if each.stage == "layer"] for step in steps)
             begun -= sum(bool(each) and all(each) for each in parts)
-        return Plan(launches, begun, widths, replace(self.schedule, segments=self.segments))
+        schedule = replace(self.schedule, segments=max(text.segments for text in self.texts))
+        return Plan(launches, begun, widths, schedule, self.texts, ended)
 
     def _drop_unread(self) -> None:
         """Let the cells that run apart in the last segment run only what is read: the rest may not be fit for it."""
@@ -218,27 +320,28 @@ class _Planner:
         self.last_copied = {each: reader for each, reader in self.last_copied.items() if each in copied}
         self.copies = {n: [each for each in some if Copied(n, *each) in copied] for n, some in self.copies.items()}
 
-    def _wanted(self) -> set[Key]:
+    def _wanted(self, text: Text) -> set[Key]:
         """The operations that are read after the loop."""
         found: set[Key] = set()
-        after = [leaf for op in self.loop.after_of(self.segments) if op is not None for leaf in leaves(op.args)]
+        after = [leaf for op in self.loop.after_of(text.segments) if op is not None for leaf in leaves(op.args)]
         for leaf in (*after, *leaves(tuple(self.loop.outputs.values()))):
+            read: Iterable[int] = ()
             if isinstance(leaf, Where):
-                at = leaf.segment if leaf.segment >= 0 else self.segments + leaf.segment
-                found.add(Key(at, leaf.number[min(at, len(leaf.number) - 1)]))
+                read = (leaf.segment if leaf.segment >= 0 else text.segments + leaf.segment,)
             elif isinstance(leaf, Every):
-                found |= {Key(at, leaf.number[min(at, len(leaf.number) - 1)]) for at in range(self.segments)}
+                read = range(text.segments)
+            for at in read:
+                found.add(Key(text.first + at, leaf.number[min(at, len(leaf.number) - 1)]))
         return found
 
-    def _unfit(self) -> set[int]:
+    def _unfit(self, segments: int) -> set[int]:
         """The layers in which the last segment must not run what nothing reads: its integers may be of no such segment.
 
         A loop reads the text of segment s + 1 at the end of segment s. The last segment has no such text to read.
         """
-        last = self.segments - 1
-        ops, layout = self.loop.row(last), self.loop.layout(last)
+        ops, layout = self.loop.row(segments - 1), self.loop.layout(segments - 1)
         own = [{leaf.number for leaf in leaves(op.args) if isinstance(leaf, Row) and leaf.back == 0} for op in ops]
-        read = {key.number for key in self.wanted if key.segment == last}
+        read = {key.number for key in self._wanted(Text(segments, 0)) if key.segment == segments - 1}
         for number in reversed(range(len(ops))):
             if number in read:
                 read |= own[number]
@@ -248,18 +351,29 @@ class _Planner:
                 unfit.add(number)
         return {layout.layer_of(number) for number in unfit}
 
-    def _row(self, segment: int) -> int:
-        return min(segment, len(self.loop.rows))
+    def _text(self, segment: int) -> Text:
+        return self.texts[self.text_of[segment]]
 
     def _start(self, cell: Cell) -> int:
-        layout = self.loop.layout(cell.segment)
+        layout = self.loop.layout(self.row_of[cell.segment])
         if cell.layer < 0:
             return layout.prologue[0]
         return layout.epilogue[0] if cell.layer >= self.loop.layers else layout.layers[cell.layer][0]
 
     def _short(self, cell: Cell) -> bool:
-        shorter = self.tail != self.loop.segment_length
-        return cell.segment == self.segments - 1 and (shorter or cell.layer in self.unfit)
+        text = self._text(cell.segment)
+        shorter = text.tail != self.loop.segment_length
+        return cell.segment == text.last and (shorter or cell.layer in self.unfit(text.segments))
+
+    def _together(self, body: Body, cells: Iterable[Cell]) -> Iterator[list[Cell]]:
+        """Cells that may run at once, as far as their texts go: of one length, and of one text where it matters."""
+        found: dict[tuple[bool, int, int], list[Cell]] = {}
+        for cell in cells:
+            short, text = self._short(cell), self.text_of[cell.segment]
+            key = short, self.texts[text].tail if short else 0, text if self.varies(body.name) else 0
+            found.setdefault(key, []).append(cell)
+        for key in sorted(found):
+            yield found[key]
 
     def _runs(self, groups: tuple[Group, ...]) -> Iterator[tuple[Body, tuple[Cell, ...]]]:
         """What runs at once in a step, in order: cells of one body and length, their layers evenly spaced."""
@@ -277,15 +391,15 @@ class _Planner:
             classes = dict(here)
             for pair, merged in self.program.merged.items():
                 if pair[0] in classes.values() and pair[1] in classes.values():
-                    full = {cell: name for cell, name in classes.items() if name in pair and not self._short(cell)}
-                    for run in self._even(merged, full):
-                        if len({classes[cell] for cell in run}) == 2:
-                            yield merged, run
-                            classes = {cell: name for cell, name in classes.items() if cell not in run}
+                    full = [cell for cell, name in classes.items() if name in pair and not self._short(cell)]
+                    for together in self._together(merged, full):
+                        for run in self._even(merged, together):
+                            if len({classes[cell] for cell in run}) == 2:
+                                yield merged, run
+                                classes = {cell: name for cell, name in classes.items() if cell not in run}
             for name in dict.fromkeys(classes.values()):
                 body = self.program.bodies[name]
-                for short in (False, True):
-                    own = [cell for cell, each in classes.items() if each == name and self._short(cell) == short]
+                for own in self._together(body, [cell for cell, each in classes.items() if each == name]):
                     yield from ((body, run) for run in self._even(body, own))
 
     def _stage(self, body: Body, cell: Cell) -> Iterator[tuple[Body, tuple[Cell, ...]]]:
@@ -293,19 +407,20 @@ class _Planner:
         if body.name not in self.program.batched:  # it may read that of the segment before
             yield body, (cell,)
         elif body.stage == "epilogue":
-            start, made = self._start(cell), body.positions[self._row(cell.segment), cell.layer]
+            start, made = self._start(cell), body.positions[self.row_of[cell.segment], cell.layer]
             if not any(Key(cell.segment, start + offset) in self.wanted for offset in made):
                 return  # such as the logits of all segments but the last
-            self.ended.append((body, cell))
+            self.to_end.append((body, cell))
             for choice in body.inputs:
-                self._set_aside(self._source(choice.get((self._row(cell.segment), cell.layer)), cell))
-            if len(self.ended) == self.block:
-                yield from self._epilogues()
+                self._set_aside(self._source(choice.get((self.row_of[cell.segment], cell.layer)), cell))
+            text = self.text_of[cell.segment]
+            if sum(self.text_of[each.segment] == text for _, each in self.to_end) == self.block:
+                yield from self._epilogues(text)
         elif cell not in self.begun:
             block = [cell]
-            for segment in range(cell.segment + 1, min(cell.segment + self.block, self.segments)):
+            for segment in range(cell.segment + 1, min(cell.segment + self.block, self._text(cell.segment).last + 1)):
                 block.append(Cell(segment, cell.layer))
-            alike = [each for each in block if self.program.body(self._row(each.segment), -1) is body]
+            alike = [each for each in block if self.program.body(self.row_of[each.segment], -1) is body]
             cells = tuple(each for each in alike if self._short(each) == self._short(cell))
             self.begun.update(cells)
             yield body, cells
@@ -315,11 +430,12 @@ class _Planner:
         if isinstance(source, Part) and (source.result, source.first) not in copies:
             copies.append((source.result, source.first))
 
-    def _epilogues(self) -> Iterator[tuple[Body, tuple[Cell, ...]]]:
-        """Those that are to run, of one body and length together."""
-        for (name, _), same in itertools.groupby(self.ended, key=lambda each: (each[0].name, self._short(each[1]))):
+    def _epilogues(self, text: int) -> Iterator[tuple[Body, tuple[Cell, ...]]]:
+        """Those of a text that are to run, of one body and length together."""
+        own = [each for each in self.to_end if self.text_of[each[1].segment] == text]
+        self.to_end = [each for each in self.to_end if each not in own]
+        for (name, _), same in itertools.groupby(own, key=lambda each: (each[0].name, self._short(each[1]))):
             yield self.program.bodies[name], tuple(cell for _, cell in same)
-        self.ended = []
 
     def _body(self, name: str) -> Body | None:
         body = self.program.bodies.get(name)
@@ -348,13 +464,14 @@ class _Planner:
             yield tuple(itertools.chain.from_iterable(run))
 
     def _environment(self, segment: int) -> Environment:
-        length = self.tail if segment == self.segments - 1 else self.loop.segment_length
-        total = (self.segments - 1) * self.loop.segment_length + self.tail
-        return Environment(segment, self.segments, self.batch, length, total)
+        text = self._text(segment)
+        length = text.tail if segment == text.last else self.loop.segment_length
+        total = (text.segments - 1) * self.loop.segment_length + text.tail
+        return Environment(segment - text.first, text.segments, self.batch, length, total)
 
     def _launch(self, body: Body, step: int, cells: tuple[Cell, ...]) -> None:
         number = len(self.launches)
-        members: list[Member] = [(self._row(cell.segment), cell.layer) for cell in cells]
+        members: list[Member] = [(self.row_of[cell.segment], cell.layer) for cell in cells]
         aside = body.stage == "epilogue" and body.name in self.program.batched
         inputs = tuple(
             self._pieces(
@@ -380,7 +497,11 @@ class _Planner:
                     kept.append((key, position, at))
         of_one = body.stage != "layer" or cells[0].layer in self.alone
         repeat = 1 if of_one else sum(cell.layer == cells[0].layer for cell in cells)
-        self.launches.append(Launch(body, step, cells, short, inputs, numbers, tuple(kept), grouped, of_one, repeat))
+        length = self._text(cells[0].segment).tail if short else self.loop.segment_length
+        text = self.text_of[cells[0].segment] if self.varies(body.name) else None
+        self.launches.append(
+            Launch(body, step, cells, short, length, text, inputs, numbers, tuple(kept), grouped, of_one, repeat)
+        )
 
     def _results(self, body: Body, member: Member, cell: Cell) -> list[tuple[int, int]]:
         """The operations of a cell that are read after the loop of some segment, and which results they are."""
@@ -397,29 +518,35 @@ class _Planner:
             return None
         if isinstance(operand, Row):
             segment = cell.segment - operand.back
-            row = self._row(segment)
+            row = self.row_of[segment]
             maker = self.makers.get((row, operand.number))
             if maker is None:
-                made = Cell(segment, self.loop.layout(segment).layer_of(operand.number))
+                made = Cell(segment, self.loop.layout(row).layer_of(operand.number))
                 maker = self.makers[row, operand.number] = made.layer, operand.number - self._start(made)
             layer, offset = maker
             place = self.places[Cell(segment, layer)]
             result = self.launches[place.launch].body.positions[row, layer][offset]
             return Part(place.launch, result, place.cell, 1, 1)
         if isinstance(operand, Item):
-            return Whole(Src(str(operand._replace(number=self._environment(cell.segment).of(operand.number)))))
-        return Whole(operand)
+            operand = Src(str(operand._replace(number=self._environment(cell.segment).of(operand.number))))
+        return Whole(operand, self.text_of[cell.segment])
 
     def _pieces(self, sources: list[Part | Whole | None], reader: int, aside: bool) -> tuple[Piece, ...]:
-        """Neighbours joined. A cell that has no such input, and computes in vain, is given another cell's.
+        """Neighbours joined. What was set aside is taken from there.
 
-        What was set aside is taken from there.
+        A cell without such an input is handed what lies between those of its neighbours, if that is how it lies.
         """
         pieces: list[Piece] = []
-        spare = next(source for source in sources if source is not None)
-        for each in sources:
-            source = spare if each is None else each
+        for source in sources:
+            between = 0
+            if pieces and isinstance(nothing := pieces[-1], Free):
+                between = nothing.cells
+                pieces.pop()
+            if source is None:
+                pieces.append(Free(between + 1))
+                continue
             if isinstance(source, Part) and aside:
+                assert not between  # epilogues of two classes do not run at once
                 copied = Copied(source.launch, source.result, source.first)
                 self.last_copied[copied] = reader
                 pieces.append(copied)
@@ -432,9 +559,12 @@ class _Planner:
                     and source.first >= 0
                     and (last.launch, last.result) == (source.launch, source.result)
                 ):
-                    step = source.first - last.first - (last.cells - 1) * last.step
-                    if step > 0 and (last.cells == 1 or step == last.step):
-                        pieces[-1] = Part(last.launch, last.result, last.first, last.cells + 1, step)
+                    gap = source.first - last.first - (last.cells - 1) * last.step
+                    step, rest = divmod(gap, between + 1)
+                    if step > 0 and not rest and (last.cells == 1 or step == last.step):
+                        pieces[-1] = Part(last.launch, last.result, last.first, last.cells + between + 1, step)
                         continue
+            if between:
+                pieces.append(Free(between))
             pieces.append(source)
         return tuple(pieces)

@@ -14,7 +14,7 @@ import logging
 import math
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -24,7 +24,7 @@ from rmtc.codegen.torch.buffers import NoViewError
 from rmtc.codegen.torch.source import Emitted, kind_of
 from rmtc.ir.segment_loop import Environment
 from rmtc.ir.wavefront import Operand
-from rmtc.runtime.plan import Launch, Part, Piece, Plan
+from rmtc.runtime.plan import Free, Launch, Part, Piece, Plan
 from rmtc.runtime.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class Standing:
         if found is None:
             bodies: list[ArenaBody | None] = []
             for launch in plan.launches:
-                if launch.body.stage != "layer" or not launch.grouped or launch.short:
+                if launch.body.stage != "layer" or not launch.grouped or launch.short or launch.text is not None:
                     bodies.append(None)
                     continue
                 known = source.kernel_of(launch)
@@ -205,7 +205,7 @@ class Standing:
 
     def _let_go(self) -> None:
         """Keep what the last plans need, and no more."""
-        batches = list(dict.fromkeys(batch for _, batch, _ in reversed(self.tapes)))[:_BATCHES]
+        batches = list(dict.fromkeys(batch for _, batch in reversed(self.tapes)))[:_BATCHES]
         keys = [key for key in reversed(self.tapes) if key[1] in batches][:_TAPES]
         for key in self.tapes.keys() - set(keys):
             del self.tapes[key]
@@ -376,10 +376,12 @@ class _Follower:
         read: dict[tuple[int, int], tuple[int, int]] = {}
         for home, pieces in zip(body.homes, launch.inputs, strict=True):
             cell = 0
-            for piece in pieces:
-                count = piece.cells if isinstance(piece, Part) and piece.first >= 0 else 1
+            for piece in self._wanted(pieces, home):
+                count = piece.cells if isinstance(piece, Free) or (isinstance(piece, Part) and piece.first >= 0) else 1
                 to = Rows(home.memory, home.first + cell, count)
                 cell += count
+                if isinstance(piece, Free):
+                    continue  # whatever is there
                 rows = self._read(piece)
                 if rows is not None and isinstance(piece, Part):
                     source = self._source(piece)
@@ -395,6 +397,23 @@ class _Follower:
         self.lost |= {made for row, made in read.items() if row in written}
         self.writer.update(dict.fromkeys(written, -1))
         return step
+
+    def _wanted(self, pieces: Sequence[Piece], home: Rows) -> Iterator[Piece]:
+        """The pieces of an input; where nothing has been written yet, what another cell is handed, in place of nothing.
+
+        So no cell computes with what is no value of any text: some operations would fail.
+        """
+        cell, spare = 0, next(each for each in pieces if not isinstance(each, Free))
+        if isinstance(spare, Part):
+            spare = spare._replace(cells=1)
+        for piece in pieces:
+            if isinstance(piece, Free):
+                for _ in range(piece.cells):
+                    yield Free(1) if home.row(cell) in self.writer else spare
+                    cell += 1
+                continue
+            yield piece
+            cell += piece.cells if isinstance(piece, Part) else 1
 
     def _read(self, piece: Piece) -> list[tuple[int, int]] | None:
         """The rows that a piece lies in; None if it is elsewhere."""

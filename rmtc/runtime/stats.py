@@ -45,6 +45,9 @@ class LastRun:
         widths: for each number of cells, the number of groups that had it.
         guard_seconds: time until it was clear that the call may run.
         backward: the last backward pass through such calls since then; None if there was none.
+        texts: number of calls that ran at once, see :func:`rmtc.pack`. Then ``segments`` are those of all, ``tail`` is
+            that of the longest, and ``makespan`` is the number of steps of the plan.
+        lanes: number of calls that ran side by side.
     """
 
     segments: int
@@ -61,6 +64,8 @@ class LastRun:
     backend: str
     parts: int = 1
     backward: LastBackward | None = None
+    texts: int = 1
+    lanes: int = 1
 
     def __str__(self) -> str:
         """Return a table: the sizes of the call, what ran it, and in how many steps."""
@@ -69,6 +74,7 @@ class LastRun:
         lines = {
             "schedule": f"{self.schedule}, backend {self.backend}",
             "call": f"{self.segments} segments, {self.layers} layers, batch {self.batch}, last segment {self.tail}",
+            **({} if self.texts == 1 else {"texts": f"{self.texts} in lanes of {self.lanes}"}),
             "steps": f"{self.steps} in place of {self.sequential_steps}, {self.makespan} proven{parts}",
             "groups": f"{self.groups}, by cells: {widths}",
             "guards": f"{1e6 * self.guard_seconds:.0f} us",

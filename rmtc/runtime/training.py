@@ -26,8 +26,9 @@ from rmtc.ops.linears import linear_maps
 from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.pipeline import differentiable
 from rmtc.runtime.check_plan import check_plan
-from rmtc.runtime.executor import Emission, Executor, Unmergeable, Walk, autocast_off
-from rmtc.runtime.plan import Launch, Plan
+from rmtc.runtime.executor import Done, Emission, Executor, Unmergeable, Walk, autocast_off
+from rmtc.runtime.plan import Launch, Plan, plan_texts
+from rmtc.runtime.reading import Given, Reading
 from rmtc.runtime.recompute import Recompute, Recomputed
 from rmtc.runtime.stacking import DLPACK, StackPart, copied_layout
 from rmtc.runtime.stats import LastBackward
@@ -64,12 +65,10 @@ class Training(Executor):
         self.flags: dict[tuple[str, tuple[bool, ...]], tuple[bool, ...]] = {}
         self._unrolled: dict[tuple[int, ...], Dependences] = {}
 
-    def plan(self, segments: int, batch: int, tail: int) -> Plan:
-        """The plan of a run, checked when it is made."""
-        known = (segments, batch, tail) in self._plans
-        plan = super().plan(segments, batch, tail)
-        if not known:
-            check_plan(self.program, plan, segments)
+    def make_plan(self, texts: tuple[tuple[int, int], ...], batch: int, lanes: int) -> Plan:
+        """Make a plan, and replay it with tags in place of tensors."""
+        plan = plan_texts(self.program, texts, batch, lanes)
+        check_plan(self.program, plan, [segments for segments, _ in texts])
         return plan
 
     def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
@@ -91,14 +90,18 @@ class Training(Executor):
         found = sum(each.numel() for number, each in numbered if launch.body.ops[number].target is choose)
         return int(found) // len(launch.cells) * self.program.loop.layers
 
-    def outputs(
-        self, plan: Plan, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
-    ) -> dict[str, Any]:
-        """Return the results of a plan, by the names of the loop's outputs, with the loop as their ``grad_fn``."""
-        tape = _Tape(self, values, segments, batch, tail)
-        with torch.enable_grad(), autocast_off(values.values()):
-            found = tape.outputs(plan)
+    def _read(self, plan: Plan, texts: Sequence[Given], batch: int, done: Done) -> None:
+        """Run a plan of one text, with the loop as the ``grad_fn`` of its results."""
+        (text,) = texts
+        made: list[dict[str, Any]] = []
+        tape = _Tape(self, plan, text, batch)
+        with torch.enable_grad(), autocast_off(text.values.values()):
+            tape.run(lambda _, results: made.append(results))
         tape.release()
+        done(0, self._outer(tape, made[0]))
+
+    def _outer(self, tape: _Tape, found: dict[str, Any]) -> dict[str, Any]:
+        """The results of a run with the loop as their ``grad_fn``."""
         requiring = self._dependences(tape.sizes).requiring(tape.given) | self.written.requiring(tape.given)
         own = {id(tape.leaves[name]): each for name, each in tape.given.items()}
         for name, each in found.items():
@@ -151,9 +154,9 @@ class _Tape(Walk):
 
     executor: Training
 
-    def __init__(self, executor: Training, values: Mapping[str, torch.Tensor], *sizes: int) -> None:
-        self.sizes = sizes
-        reached = executor.reached(sizes)  # what the code detaches at once has a graph that is not this loop's
+    def __init__(self, executor: Training, plan: Plan, text: Given, batch: int) -> None:
+        self.sizes, values = (text.segments, batch, text.tail), text.values
+        reached = executor.reached(self.sizes)  # what the code detaches at once has a graph that is not this loop's
         asking = {name: value for name, value in values.items() if value.requires_grad}
         self.given = {name: value for name, value in asking.items() if name in reached}
         self.leaves = {name: value.detach().requires_grad_() for name, value in self.given.items()}
@@ -164,16 +167,13 @@ class _Tape(Walk):
         self.stacked_parameters = [value for name, value in values.items() if name in executor.weights.places]
         self.places = {name: place for name in self.given if (place := executor.weights.place(name)) is not None}
         self.anchor = torch.zeros((), requires_grad=True)  # rows of stacks depend on it, so that autograd visits them
-        segments, batch, tail = sizes
-        super().__init__(executor, {**values, **apart, **self.leaves}, segments, batch, tail, gradients=True)
-        self.joined, self.pieces = {}, {}  # put together in place
+        given = replace(text, values={**values, **apart, **self.leaves})
+        # No concatenation is put together in place.
+        super().__init__(executor, plan, [Reading(executor.program, given, batch, gradients=True)])
         self.visited: set[int] = set()
-
-    def outputs(self, plan: Plan) -> dict[str, Any]:
-        self.launches = [(launch, self.ends if launch.short else self.middle) for launch in plan.launches]
-        self.again = self.executor.recompute.choose(self.launches)
+        self.launches = [(launch, self.readings[0].at(launch.length)) for launch in plan.launches]
+        self.again = executor.recompute.choose(self.launches)
         self.numbers = {id(launch): number for number, launch in enumerate(plan.launches)}
-        return super().outputs(plan)
 
     def _results(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
         number = self.number = self.numbers[id(launch)]
@@ -212,13 +212,13 @@ class _Tape(Walk):
         given = (each for each, moves in zip(operands, moved, strict=True) if moves)
         return Recomputed.apply(run, known, self.anchor, *given)  # type: ignore[no-any-return, no-untyped-call]
 
-    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...]) -> torch.Tensor:
+    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: Reading) -> torch.Tensor:
         names = [body.weights[number][layer] for layer in layers]
         if (lies := self.executor.weights.lies_in(names)) is not None:
             stack, part = lies
             whole = None if stack.memory is None else stack.memory.tensor
             if whole is None:  # parameters were moved by another thread
-                return copied_layout(body, number, layers, self.values, self.stacked)
+                return copied_layout(body, number, layers, reading.values, reading.stacked)
             part = stack.within(part)
             if self.given.keys().isdisjoint(name for row in names for name in row):
                 return part.of(whole)
@@ -227,16 +227,15 @@ class _Tape(Walk):
             rows.place = place
             return rows  # type: ignore[no-any-return]
         if len(set(names)) == 1 and len(names[0]) == 1:
-            own = self.values[names[0][0]]
+            own = reading.values[names[0][0]]
             return own.unsqueeze(0).expand(len(names), *own.shape)
-        return copied_layout(body, number, layers, self.values, self.stacked)
+        return copied_layout(body, number, layers, reading.values, reading.stacked)
 
     def release(self) -> None:
         """Let go of what no backward pass reads."""
-        for table in (self.kept, self.copied, self.shared, self.passed, self.rows, self.stacked, self.known):
+        self.readings = []
+        for table in (self.copied, self.passed, self.rows, self.known):
             table.clear()
-        self.values = {}
-        vars(self).pop("before", None)
 
     def backward(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Return the gradients of what was given, from those of the results."""

@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,8 @@ from rmtc.codegen.triton.emit import emit
 from rmtc.codegen.triton.spelling import widened
 from rmtc.codegen.triton.targets import TARGETS, Target, target_of
 from rmtc.errors import BackendError, RefusedError, raised_by_signal
-from rmtc.runtime.executor import Emission, Executor, Run
+from rmtc.runtime.executor import Done, Emission, Executor, Run
+from rmtc.runtime.reading import Given
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +59,14 @@ class Triton(Executor):
     by_torch: set[str] = field(default_factory=set)
     unseen: dict[str, tuple[str, Emitted]] = field(default_factory=dict)
 
-    def run(
-        self, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
-    ) -> tuple[dict[str, Any], Run]:
-        """Run the loop, as :meth:`Executor.run` does, with the model's GPU as the current one."""
-        device = next((each.device for each in values.values() if each.device.type == "cuda"), None)
+    def read(self, texts: Sequence[Given], batch: int, done: Done, lanes: int = 1) -> Run:
+        """Run the loop, as :meth:`Executor.read` does, with the model's GPU as the current one."""
+        tensors = (each for text in texts for each in text.values.values())
+        device = next((each.device for each in tensors if each.device.type == "cuda"), None)
         with torch.cuda.device(device) if device is not None else contextlib.nullcontext():
             while True:
                 try:
-                    return super().run(values, segments, batch, tail)
+                    return super().read(texts, batch, done, lanes)
                 except _WrongError as error:
                     if not self.lenient:
                         raise

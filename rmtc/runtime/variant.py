@@ -42,9 +42,20 @@ from rmtc.quiet import uncollected
 from rmtc.restoring import restored
 from rmtc.runtime.backends import Backend, Runner, auto, backend_named, kernels_or_torch, name_of
 from rmtc.runtime.choice import AS_WRITTEN, Arm, Choice, Ledger, New, size_class
-from rmtc.runtime.estimate import WAYS, Way, as_written, backend_of, best_of, compiled_seconds, compiles, ways
+from rmtc.runtime.estimate import (
+    WAYS,
+    Way,
+    as_written,
+    backend_of,
+    best_of,
+    compiled_seconds,
+    compiles,
+    lanes_for,
+    ways,
+)
 from rmtc.runtime.executor import Executor, Run
 from rmtc.runtime.measure import clock, cost_model, pinned
+from rmtc.runtime.reading import Given
 from rmtc.runtime.recompute import Recompute
 from rmtc.runtime.stats import Decision, LastBackward
 from rmtc.runtime.training import Training
@@ -132,6 +143,8 @@ class Variant:
         frozen: whether nothing is tried for now.
         number: the how-many-th capture it is.
         counter: why no later call is this capture's: each finds another number in a place where calls count.
+        settled: batch sizes of calls that leave what is known not to matter to the next one.
+        lanes_for: the number of lanes in which several calls are estimated to be fastest.
         failed: sizes whose runs failed, how often, and why.
         differentiated: called after each backward pass.
         recompute: how it is decided what runs again there.
@@ -162,6 +175,9 @@ class Variant:
     _left: tuple[ExistingContainer, ...] = ()  # those of them that the call leaves in places
     refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
+    settled: set[int] = field(default_factory=set)
+    _hands_on: dict[Made, str | None] = field(default_factory=dict)
+    lanes_for: Callable[[Sequence[Sizes]], int] = field(default=lambda _: 1)
     arms: list[Arm] = field(default_factory=list)
     _make: dict[Arm, Callable[[], Made]] = field(default_factory=dict)
     _made: dict[Arm, Made] = field(default_factory=dict)
@@ -285,7 +301,7 @@ class Variant:
             modes(),
             tuple(replace(effect, slot=state.pinned(effect.slot)) for effect in first.effects),
         )
-        read = program.reads().union(*(each.program.reads() for each in found))
+        read = program.writes().union(program.reads(), *(each.program.reads() for each in found))
         for lifted in session.lifted:
             names = [name if name in slots else name.removeprefix("self.") for name in lifted.names]
             places = [slots[name] for name in names if name in slots and slots[name].value is lifted.tensor]
@@ -302,6 +318,8 @@ class Variant:
         variant.main = make(kind if way is None else way.name, program, chosen_backend)
         if way is not None and model is not None:
             variant._choose_among(way, found, model, [chosen_backend, *other_backends], make)
+        if way is not None:
+            variant.lanes_for = functools.partial(lanes_for, way, analysis.kind)
         written = [str(name) for name in proven.loop.outputs if str(name).startswith("write:")]
         variant._written = tuple(name.removeprefix("write:") for name in written)
         variant._own = {name: source for name, source in first.same.items() if source in variant._written}
@@ -707,6 +725,77 @@ class Variant:
         """
         runner = self._training(ready.made) if ready.gradients else ready.made.runner
         outputs, run = runner.run(ready.values, *ready.sizes)
+        return self._finished(ready, outputs), run
+
+    def run_packed(self, calls: Sequence[Ready], lanes: int, done: Callable[[int, Any], None], last: bool) -> Run:
+        """Run several calls at once.
+
+        Args:
+            calls: the calls, of one batch size and to be run by one runner, for which :meth:`apart` gives no reason.
+            lanes: number of calls that run side by side.
+            done: takes the number of a call and what the user's code would have returned.
+            last: whether the last call is to leave what it leaves.
+        """
+        runner, gradients = calls[0].made.runner, torch.is_grad_enabled()
+        assert isinstance(runner, Executor)
+
+        def ended(number: int, outputs: dict[str, Any]) -> None:
+            with torch.set_grad_enabled(gradients):
+                leave = last and number == len(calls) - 1
+                done(number, self._finished(calls[number], outputs, leave))
+
+        texts = [Given(each.values, each.sizes.segments, each.sizes.tail) for each in calls]
+        return runner.read(texts, calls[0].sizes.batch, ended, lanes)
+
+    def apart(self, ready: Ready) -> str | None:
+        """Say why a call does not run together with others; None if it may.
+
+        Calls at once begin with the same state. So none may read what another one leaves.
+        """
+        if ready.gradients:
+            return "gradients are asked for"
+        if not isinstance(ready.made.runner, Executor):
+            return "its backend runs one call at a time"
+        if ready.made.program.draws:
+            return "it draws random numbers, one call after another"
+        if self.analysis.proven is not None and self.analysis.proven.loop.fixed.keys() - {"batch", "tail"}:
+            return "the loop was captured for some sizes alone"
+        if found := self._handed_on(ready.made):
+            return f"each call reads what the one before has left in {found}"
+        if ready.sizes.batch not in self.settled:
+            return "it is not known yet whether a call depends on what the one before has left"
+        return None
+
+    @property
+    def leaves(self) -> bool:
+        """Whether a call leaves something in the model."""
+        return bool(self.effects or self._written)
+
+    def scheduled(self, sizes: Sizes) -> Arm | None:
+        """Return what runs a call of some sizes by a schedule, even if the model as written takes less time for one."""
+        pick = self.pick(sizes)
+        if pick is None:
+            return None
+        return self.arms[1] if pick.arm.written else pick.arm
+
+    def _handed_on(self, made: Made) -> str | None:
+        """A place that a call reads, and leaves something else in; None if there is none."""
+        if made not in self._hands_on:
+            read = made.program.reads()
+            named = (each.names for each in self.analysis.capture.session.lifted)
+            own = {name.removeprefix("self.") for names in named if not read.isdisjoint(names) for name in names}
+            left = (*made.program.writes(), *(effect.slot.name for effect in self.effects))
+            found = (name for each in left if (name := each.removeprefix("self.")) in own)
+            self._hands_on[made] = next(found, None)
+        return self._hands_on[made]
+
+    def settle(self, batch: int) -> None:
+        """Note whether what a call has left is known not to matter to the next one."""
+        if self.entry(batch) in self.entries:
+            self.settled.add(batch)
+
+    def _finished(self, ready: Ready, outputs: dict[str, Any], leave: bool = True) -> Any:
+        """What the user's code would have returned, with all that it would have left."""
         description = self.analysis.result(ready.sizes)
         written = {name: ready.values[name] for name in self._written}
         own = {name: written[source] for name, source in self._own.items()}
@@ -727,10 +816,11 @@ class Variant:
         results = _Results({**_apart(outputs, written), **own}, other)
         made: dict[Label, Any] = {}
         result = build(description, results, made)
-        for place in self._left:  # before anything is written
-            results[place] = results[place]
-        self._leave(results, made, written)
-        return result, run
+        if leave:
+            for place in self._left:  # before anything is written
+                results[place] = results[place]
+            self._leave(results, made, written)
+        return result
 
     def _training(self, made: Made) -> Training:
         """What runs calls from which gradients are asked."""

@@ -654,7 +654,7 @@ def test_a_graph_that_is_not_used_is_let_go() -> None:
         at = at.next_functions[0][0]
     tape = weakref.ref(at.tape)
     value.backward()
-    assert not tape().results and not tape().kept and not tape().leaves  # type: ignore[union-attr]
+    assert not tape().results and not tape().readings and not tape().leaves  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

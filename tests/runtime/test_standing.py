@@ -70,7 +70,8 @@ def tape(model: Any, *key: int) -> tuple[Plan, list[ArenaStep | None]]:
     """The plan of calls of some sizes, and its steps."""
     runner = runner_of(model)
     assert runner._standing is not None
-    return runner.plan(*key), runner._standing.tapes[key][0]
+    plan = runner.plan(*key)
+    return plan, runner._standing.tapes[plan.texts, key[1]][0]
 
 
 def twins_of(make: Callable[[], nn.Module], segments: int = 9) -> Twins:
@@ -223,7 +224,7 @@ def test_memory_is_of_the_last_batch_sizes() -> None:
         kept = runner_of(twins.fast)._standing
         assert kept is not None
         held.append(sum(each.untyped_storage().nbytes() for each in kept._memory.values()))
-        assert len({size for _, size, _ in kept.tapes}) <= 2
+        assert len({size for _, size in kept.tapes}) <= 2
     assert max(held) <= 9 * held[0], "of batches of 4 and 5 at once, and no more"
 
 
