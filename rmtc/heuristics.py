@@ -83,6 +83,9 @@ LANES = 8
 """The most lanes that are chosen. Of 16 texts of 4 to 16 segments, at 8 layers of width 64 with 16 + 4 positions, 8
 lanes were as fast as 4, which were 1.2 times as fast as one."""
 
+SETTLING_CALLS = 4
+"""Number of calls after which it is looked whether what they leave is known not to matter to the next one."""
+
 PACKED = 64
 """Number of texts that are read at once, at most: their results and the plan of the run are held.
 

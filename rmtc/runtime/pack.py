@@ -53,6 +53,7 @@ class Pack:
 
     def __init__(self, compiled: Compiled, lanes: int | None = None) -> None:
         self._compiled, self.lanes = compiled, lanes
+        self._said: set[str] = set()
 
     def __call__(self, texts: Iterable[Any] | Mapping[str, Sequence[Any]], /, **kwargs: Any) -> list[Any]:
         """Read texts.
@@ -135,17 +136,11 @@ class Pack:
         compiled = self._compiled
         target: Callable[..., Any] = compiled.function if isinstance(compiled.function, nn.Module) else compiled
         try:
-            result = target(*call.args, **call.kwargs)
+            return Outcome(number, target(*call.args, **call.kwargs))
         except Exception as error:
             if is_no_failure(error):
                 raise
             return Outcome(number, None, error)
-        with LOCK.shared():
-            for variant in list(compiled.variants):
-                sizes = variant.match(compiled._arguments(*call))
-                if not isinstance(sizes, str) and sizes.batch not in variant.settled:
-                    variant.settle(sizes.batch)
-        return Outcome(number, result)
 
     @torch.compiler.disable(reason="rmtc runs these calls")  # type: ignore[untyped-decorator]
     @outermost
@@ -166,7 +161,9 @@ class Pack:
             groups: dict[Any, list[tuple[int, Variant, Ready]]] = {}
             for number, call in calls.items():
                 of = None if number in failed else _ready(compiled, call)
-                if of is not None:
+                if isinstance(of, str):
+                    self._say(of)
+                elif of is not None:
                     groups.setdefault((id(of[1].made), of[1].sizes.batch), []).append((number, *of))
             seconds = time.perf_counter() - start
             for group in groups.values():
@@ -182,11 +179,17 @@ class Pack:
                 except Exception as error:
                     if is_no_failure(error):
                         raise
-                    logger.info("%s: texts are read one by one: %s", compiled._title, brief(error))
+                    self._say(brief(error))
                     logger.debug("a run of several texts failed", exc_info=error)
                     failed.update(number for number, _, _ in group)
                     for number, _, _ in group:
                         found.pop(number, None)
+
+    def _say(self, reason: str) -> None:
+        """Say once why texts are read one by one."""
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.info("%s: texts are read one by one: %s", self._compiled._title, reason)
 
     def _run(
         self, group: Sequence[tuple[int, Variant, Ready]], leave: bool, found: dict[int, Outcome], seconds: float
@@ -232,8 +235,8 @@ def _one_by_one(compiled: Compiled) -> bool:
     return hooks or compiled.captures_now() or compiled._off() or compiled._watched() is not None
 
 
-def _ready(compiled: Compiled, call: Call) -> tuple[Variant, Ready] | None:
-    """What runs a call together with others, and the call made ready; None if it is to run alone."""
+def _ready(compiled: Compiled, call: Call) -> tuple[Variant, Ready] | str | None:
+    """What runs a call together with others, and the call made ready; None or the reason if it is to run alone."""
     arguments = compiled._arguments(*call)
     if dict(arguments.named()).get("past_key_values") is not None:
         return None
@@ -241,18 +244,13 @@ def _ready(compiled: Compiled, call: Call) -> tuple[Variant, Ready] | None:
         sizes = variant.match(arguments)
         if isinstance(sizes, str):
             continue
-        entry = variant.entry(sizes.batch)
-        if sizes.segments < 2 or variant.counter or sizes in variant.failed or (sizes, entry) in variant.refused:
+        if sizes.segments < 2 or variant.counter or sizes in variant.failed:
             return None
-        pick = variant.scheduled(sizes)
-        ready = variant.ready(arguments, sizes, pick)
-        if not isinstance(ready, Ready):
-            return None
-        reason = variant.apart(ready)
-        if reason is not None:
-            logger.info("%s: texts are read one by one: %s", compiled._title, reason)
-            return None
-        return variant, ready
+        if variant.refused and (sizes, variant.entry(sizes.batch)) in variant.refused:
+            continue
+        ready = variant.ready(arguments, sizes, variant.scheduled(sizes))
+        if isinstance(ready, Ready):
+            return variant.apart(ready) or (variant, ready)
     return None
 
 

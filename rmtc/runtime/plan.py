@@ -495,10 +495,12 @@ class _Planner:
                 key = Key(cell.segment, operation)
                 if key in self.wanted:
                     kept.append((key, position, at))
-        of_one = body.stage != "layer" or cells[0].layer in self.alone
+        of_one = body.stage != "layer" or (cells[0].layer in self.alone and len({cell.layer for cell in cells}) == 1)
         repeat = 1 if of_one else sum(cell.layer == cells[0].layer for cell in cells)
         length = self._text(cells[0].segment).tail if short else self.loop.segment_length
-        text = self.text_of[cells[0].segment] if self.varies(body.name) else None
+        # What cells of several texts share is computed once. A result may be a part of it, and is no other text's.
+        common = len(self.texts) == 1 or (body.stage == "layer" and grouped and not self.varies(body.name))
+        text = None if common else self.text_of[cells[0].segment]
         self.launches.append(
             Launch(body, step, cells, short, length, text, inputs, numbers, tuple(kept), grouped, of_one, repeat)
         )

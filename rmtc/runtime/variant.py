@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import operator
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -176,6 +176,7 @@ class Variant:
     refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
     settled: set[int] = field(default_factory=set)
+    _looked: Counter[int] = field(default_factory=Counter)  # how often that was looked at, by batch size
     _hands_on: dict[Made, str | None] = field(default_factory=dict)
     lanes_for: Callable[[Sequence[Sizes]], int] = field(default=lambda _: 1)
     arms: list[Arm] = field(default_factory=list)
@@ -725,7 +726,9 @@ class Variant:
         """
         runner = self._training(ready.made) if ready.gradients else ready.made.runner
         outputs, run = runner.run(ready.values, *ready.sizes)
-        return self._finished(ready, outputs), run
+        result = self._finished(ready, outputs)
+        self._settle(ready.sizes.batch)
+        return result, run
 
     def run_packed(self, calls: Sequence[Ready], lanes: int, done: Callable[[int, Any], None], last: bool) -> Run:
         """Run several calls at once.
@@ -760,6 +763,9 @@ class Variant:
             return "it draws random numbers, one call after another"
         if self.analysis.proven is not None and self.analysis.proven.loop.fixed.keys() - {"batch", "tail"}:
             return "the loop was captured for some sizes alone"
+        sources = ready.made.program.loop.sources
+        if given := [name for name in self._written if sources[name].kind == "input"]:
+            return f"a call writes to {given[0]}, which it is given"
         if found := self._handed_on(ready.made):
             return f"each call reads what the one before has left in {found}"
         if ready.sizes.batch not in self.settled:
@@ -789,10 +795,12 @@ class Variant:
             self._hands_on[made] = next(found, None)
         return self._hands_on[made]
 
-    def settle(self, batch: int) -> None:
+    def _settle(self, batch: int) -> None:
         """Note whether what a call has left is known not to matter to the next one."""
-        if self.entry(batch) in self.entries:
-            self.settled.add(batch)
+        if batch not in self.settled and self._looked[batch] < heuristics.SETTLING_CALLS:
+            self._looked[batch] += 1
+            if self.entry(batch) in self.entries:
+                self.settled.add(batch)
 
     def _finished(self, ready: Ready, outputs: dict[str, Any], leave: bool = True) -> Any:
         """What the user's code would have returned, with all that it would have left."""

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import rmtc
+from rmtc.compiler import compiled_of
+from rmtc.runtime.pack import Call, Pack
 
 __all__ = ["Twin", "Verdict", "examine", "load", "main"]
 
@@ -46,6 +48,7 @@ class Verdict:
         eager: calls that ran as written without a reason.
         raised: calls in which the model itself raises.
         call: the number of the call that is wrong.
+        packed: calls that ran at once, in the end.
         cpu_seconds: what all took.
     """
 
@@ -56,6 +59,7 @@ class Verdict:
     eager: int = 0
     raised: int = 0
     call: int = -1
+    packed: int = 0
     cpu_seconds: float = 0.0
 
 
@@ -341,6 +345,30 @@ class Twin:
             self.states, self.batch = _states(result), call["batch"]
         return after, left, error
 
+    def several(self, calls: list[dict[str, Any]]) -> Walk:
+        """Some calls at once, or one after another where the model is not compiled: what is there after them."""
+        given = [Call(tuple(args), kwargs) for args, kwargs in map(self.arguments, calls)]
+        before = Walk()
+        self.roots(before, [*given])
+        torch.manual_seed(7)
+        random.seed(7)
+        compiled = compiled_of(self.call)
+        found: list[Any] = [None] * len(given)
+        with torch.no_grad():
+            if compiled is not None:
+                for number, result, error in Pack(compiled)._outcomes(given):
+                    found[number] = result if error is None else type(error).__qualname__
+            else:
+                for number, (args, kwargs) in enumerate(given):
+                    try:
+                        found[number] = self.call(*args, **kwargs)
+                    except Exception as error:  # noqa: BLE001 (compared with the other's)
+                        found[number] = type(error).__qualname__
+        after = Walk(before)
+        self.roots(after, [*given])
+        after.add("results", found)
+        return after
+
     def roots(self, walk: Walk, args: list[Any]) -> None:
         """Walk the arguments, the model and the module's globals."""
         walk.add("arguments", args)
@@ -447,6 +475,16 @@ def examine(path: Path, compile: Callable[..., Any] = rmtc.compile) -> Verdict:
                     verdict.kind = "unstable"
                 if verdict.kind != "same":
                     return verdict
+            if compiled_of(twins[1].call) is not None and not twins[0].module.GIVEN["states"]:
+                calls = [{**call, "layout": "plain"} for call in twins[0].module.CALLS for _ in range(2)]
+                for _ in range(2):  # what is not ready at first is at the second time
+                    wanted, found = (twin.several(calls) for twin in twins)
+                    verdict.detail = differences(found, wanted)
+                    if verdict.detail:
+                        verdict.kind = f"packed {verdict.detail[0].partition(':')[0]}"
+                        return verdict
+                last = rmtc.stats(twins[1].call).last_run
+                verdict.packed = last.texts if last is not None else 0
     finally:
         _set(at_first)
         for name in ("fuzz_eager", "fuzz_compiled", "fuzz_noisy"):

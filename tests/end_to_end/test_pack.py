@@ -1,0 +1,440 @@
+"""Many texts at once: the results of one call after another, in fewer steps."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from compare import Twins, differences
+from models import BATCH, LAYERS, LOOPS, SEGMENT, SEGMENTS, WIDTH, Associative, Stack, text
+from torch import Tensor, nn
+
+import rmtc
+from rmtc import heuristics
+from rmtc.compiler import compiled_of
+from rmtc.errors import VerifyError
+from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
+from rmtc.runtime.check_plan import check_plan
+from rmtc.runtime.executor import Executor
+from rmtc.runtime.plan import Free, Plan, Whole, plan_texts
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+SIZES = [(4, 5), (2, 5), (6, 3), (3, 5), (4, 5), (2, 1), (5, 5), (3, 2)]
+"""Of texts: numbers of segments, and lengths of the last."""
+
+
+def like(given: Any, segments: int, tail: int, batch: int = BATCH) -> Any:
+    """An argument for a text of other sizes, if it is the text."""
+    made = text(segments, batch, tail=tail)
+    if isinstance(given, list) and all(isinstance(each, Tensor) for each in given):
+        return list(made.split(SEGMENT, dim=1))
+    return made if isinstance(given, Tensor) and given.shape == (BATCH, SEGMENTS * SEGMENT, WIDTH) else given
+
+
+def warm(twins: Twins, calls: Sequence[Any]) -> None:
+    """Let every size be known: then all are read at once."""
+    for call in calls:
+        for _ in range(2):
+            twins.call(**call) if isinstance(call, dict) else twins.call(call)
+
+
+def last_run(twins: Twins) -> Any:
+    found = rmtc.stats(twins.fast).last_run
+    assert found is not None
+    return found
+
+
+@torch.no_grad()
+def compare(twins: Twins, calls: Sequence[Any], lanes: int | None = None, packed: int | None = None) -> list[Any]:
+    """Read texts at once, and hold results and what is left against those of one call after another."""
+    wanted = [twins.eager(**call) if isinstance(call, dict) else twins.eager(call) for call in calls]
+    found = rmtc.pack(twins.fast, lanes=lanes)(calls)
+    assert differences(found, wanted) == []
+    assert differences(twins.owner, twins.twin) == []
+    run, texts = last_run(twins), len(calls) if packed is None else packed
+    assert run.texts == texts
+    if texts > 1:
+        assert run.steps < run.sequential_steps
+    return found
+
+
+LEGAL = sorted(LOOPS.keys() - {"counter", "top to bottom", "mixed precision", "loop over a global"})
+"""Those that run by a schedule, and in float64."""
+
+
+@pytest.mark.parametrize("name", LEGAL)
+@torch.no_grad()
+def test_texts_at_once_give_what_each_gives_alone(name: str) -> None:
+    function, args = LOOPS[name]()
+    eager = copy.deepcopy(function) if isinstance(function, nn.Module) else function
+    names = list(inspect.signature(getattr(eager, "forward", eager)).parameters)
+    fast = rmtc.compile(function, strict=True, schedule="shortest")
+
+    def call(segments: int, tail: int) -> dict[str, Any]:
+        return {key: like(each, segments, tail) for key, each in zip(names, args, strict=False)}
+
+    sizes = [size for size in SIZES if size[1] == SEGMENT or "segments" not in names]  # else they are of two captures
+    sizes = [size for size in sizes if size[0] > 2 or name != "first segment alone"]
+    for size in [each for each in sizes for _ in range(2)]:
+        assert differences(fast(**call(*size)), eager(**call(*size))) == []
+    for lanes in (1, 3):
+        order = random.Random(lanes).sample(sizes, len(sizes))
+        wanted = [eager(**call(*size)) for size in order]
+        found = rmtc.pack(fast, lanes=lanes)([call(*size) for size in order])
+        assert differences(found, wanted) == []
+        assert not isinstance(function, nn.Module) or differences(function, eager) == []
+        run = rmtc.stats(fast).last_run
+        assert run is not None
+        if name == "buffers":  # a call begins with what the one before has left
+            assert run.texts == 1
+            continue
+        assert (run.texts, run.lanes) == (len(order), lanes)
+        assert run.segments == sum(segments for segments, _ in order)
+        assert run.steps < run.sequential_steps == run.segments * run.layers
+
+
+EXAMPLES: dict[str, Any] = {
+    "armt_llama": armt_llama,
+    "armt_gpt2": armt_gpt2,
+    "transformer_xl": transformer_xl,
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples(name: str) -> None:
+    build = EXAMPLES[name].build
+    twins = Twins(lambda: build(layers=3, width=32, segment=8, dtype="float64")[0], schedule="shortest")
+    (ids,) = build(layers=3, width=32, segment=8, segments=6, batch=2, dtype="float64")[1]
+    lengths = [48, 16, 35, 48, 25, 35, 16]
+    if name == "transformer_xl":
+        lengths = [48, 16, 32, 48, 24, 32, 16]
+    calls = [ids[:, :length] for length in lengths]
+    warm(twins, calls)
+    for lanes in (1, 2, 7):
+        compare(twins, calls, lanes)
+    compare(twins, calls[::-1])
+    labelled = [{"input_ids": each, "labels": each} for each in calls]
+    if "labels" in inspect.signature(twins.eager.forward).parameters:
+        warm(twins, labelled)
+        compare(twins, labelled, 2)
+        masks = [torch.ones_like(each) for each in calls]
+        for each in masks:
+            each[0, :3] = 0
+        masked = [{**each, "attention_mask": mask} for each, mask in zip(labelled, masks, strict=True)]
+        warm(twins, masked)
+        compare(twins, masked, 2)
+
+
+class Shifted(Stack):
+    """What the layers share depends on the whole text: the cells of two texts do not run at once."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        shift = hidden.mean(1, keepdim=True)
+        memories = [hidden.new_zeros(hidden.shape[0], 1, WIDTH)] * LAYERS
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number] + shift)
+                memories[number] = piece.mean(1, keepdim=True)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+class Handed(Stack):
+    """Begins with the memory that the call before has left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memories: list[Tensor] = [torch.zeros(BATCH, 1, WIDTH)] * LAYERS
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + self.memories[number])
+                self.memories[number] = piece.mean(1, keepdim=True)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+class Lengthwise(Stack):
+    """Reads numbers that depend on the length of the text."""
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, int]:
+        segments = -(-hidden.shape[1] // SEGMENT)
+        memories = [hidden.new_zeros(hidden.shape[0], 1, WIDTH)] * LAYERS
+        pieces = []
+        for at in range(segments):
+            piece = hidden[:, at * SEGMENT : (at + 1) * SEGMENT]
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number] * (at + 1) / segments)
+                memories[number] = piece.mean(1, keepdim=True)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1), segments
+
+
+class Overwriting(Stack):
+    """Writes to the text that it is given."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        memories = [hidden.new_zeros(hidden.shape[0], 1, WIDTH)] * LAYERS
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number])
+                memories[number] = piece.mean(1, keepdim=True)
+            pieces.append(piece)
+        hidden.copy_(torch.cat(pieces, dim=1))
+        return memories[-1]
+
+
+def texts(sizes: Sequence[tuple[int, int]] = tuple(SIZES), batch: int = BATCH) -> list[Tensor]:
+    return [text(segments, batch, tail=tail) for segments, tail in sizes]
+
+
+def test_what_layers_share_of_a_text() -> None:
+    twins = Twins(Shifted, schedule="shortest")
+    warm(twins, texts())
+    compare(twins, texts(), 2)
+    # No group has cells of two texts.
+    assert max(last_run(twins).widths) <= LAYERS
+
+
+def test_numbers_of_each_text() -> None:
+    twins = Twins(Lengthwise, schedule="shortest")
+    warm(twins, texts())
+    compare(twins, texts(), 3)
+    assert max(last_run(twins).widths) > LAYERS
+
+
+def test_a_memory_that_goes_from_call_to_call(caplog: pytest.LogCaptureFixture) -> None:
+    twins = Twins(Handed, schedule="shortest")
+    warm(twins, texts())
+    with caplog.at_level(logging.INFO, "rmtc.runtime.pack"):
+        compare(twins, texts(), packed=1)
+    (said,) = caplog.messages
+    assert "each call reads what the one before has left in memories[" in said
+
+
+def test_calls_that_write_to_what_they_are_given() -> None:
+    twins = Twins(Overwriting, schedule="shortest")
+    for each in texts():
+        for _ in range(2):
+            twins.call(each.clone(), twin_args=(each.clone(),))
+    one, other = texts(), texts()
+    with torch.no_grad():
+        wanted = [twins.eager(each) for each in other]
+        found = rmtc.pack(twins.fast)(one)
+    assert differences(found, wanted) == [] and differences(one, other) == []
+    assert last_run(twins).texts == 1
+
+
+@pytest.mark.parametrize("schedule", ["shortest", "diagonal", "fission", "sequential"])
+def test_schedules(schedule: str) -> None:
+    twins = Twins(Associative, schedule=schedule)
+    warm(twins, texts())
+    compare(twins, texts(), 2, packed=None if schedule != "sequential" else len(SIZES))
+
+
+@pytest.mark.parametrize("max_group", [1, 3])
+def test_groups_of_few_cells(max_group: int) -> None:
+    twins = Twins(Associative, schedule="shortest", options={"max_group": max_group})
+    warm(twins, texts())
+    with torch.no_grad():
+        wanted = [twins.eager(each) for each in texts()]
+        assert differences(rmtc.pack(twins.fast, lanes=2)(texts()), wanted) == []
+    assert last_run(twins).texts == len(SIZES) and max(last_run(twins).widths) <= max_group
+
+
+def test_steps_and_lanes() -> None:
+    twins = Twins(Associative, schedule="shortest")
+    calls = texts([(6, 5)] * 4)
+    warm(twins, calls)
+    compare(twins, calls, 1)
+    assert last_run(twins).steps == 4 * 6 + LAYERS - 1  # one ramp
+    compare(twins, calls, 2)
+    assert last_run(twins).steps == 2 * 6 + LAYERS - 1 and max(last_run(twins).widths) == 2 * LAYERS
+    compare(twins, calls, 9)
+    assert last_run(twins).steps == 6 + LAYERS - 1 and last_run(twins).lanes == 4
+
+
+def test_batches_of_several_sizes() -> None:
+    twins = Twins(Associative, schedule="shortest")
+    calls = [text(segments, batch) for batch in (1, 2, 3) for segments in (3, 4, 3)]
+    warm(twins, calls)
+    random.Random(0).shuffle(calls)
+    compare(twins, calls, 2, packed=3)
+
+
+def test_what_is_not_known_yet_becomes_so() -> None:
+    """Texts of new sizes run alone, and the others at once."""
+    twins = Twins(Associative, schedule="shortest")
+    compare(twins, texts([(4, 5)] * 5), packed=3)  # the first is captured, the second finds what that has left
+    compare(twins, texts([(4, 5), (1, 3), (4, 5), (4, 5), (1, 3)]), packed=3)
+    compare(twins, [], packed=3)
+
+
+def test_windows() -> None:
+    """No more than some are held: the texts are a stream."""
+    twins = Twins(Associative, schedule="shortest")
+    warm(twins, texts([(2, 5)]))
+    given = 0
+
+    def stream() -> Iterator[Tensor]:
+        nonlocal given
+        for _ in range(heuristics.PACKED + 3):
+            given += 1
+            yield text(2)
+
+    found = {}
+    with torch.no_grad():
+        for number, result in rmtc.pack(twins.fast).as_completed(stream()):
+            assert given <= heuristics.PACKED or number >= heuristics.PACKED
+            found[number] = result
+        wanted = twins.eager(text(2))
+    assert sorted(found) == list(range(heuristics.PACKED + 3))
+    assert all(differences(each, wanted) == [] for each in found.values())
+    assert last_run(twins).texts == 3
+
+
+def test_texts_that_fail_are_named() -> None:
+    class Looking(Associative):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(7, WIDTH)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(self.embed(ids))
+
+    twins = Twins(Looking, schedule="shortest")
+    calls = [torch.arange(4 * SEGMENT)[None] % 7 for _ in range(5)]
+    warm(twins, calls)
+    bad = [*calls[:2], calls[2] + 3, calls[3].double(), calls[4]]
+    with torch.no_grad(), pytest.raises(rmtc.PackError, match=r"text 2: IndexError: .*\n +text 3: ") as caught:
+        rmtc.pack(rmtc.compile(twins.owner, schedule="shortest"))(bad)
+    assert sorted(caught.value.errors) == [2, 3] and isinstance(caught.value.errors[2], IndexError)
+    wanted = twins.eager(calls[0])
+    assert sorted(caught.value.results) == [0, 1, 4]
+    assert all(differences(each, wanted) == [] for each in caught.value.results.values())
+
+
+def test_gradients_and_hooks_are_of_one_call_each() -> None:
+    twins = Twins(Associative, schedule="shortest")
+    warm(twins, texts())
+    twins.owner.requires_grad_(True)
+    given = [each.requires_grad_() for each in texts()]
+    warm_up = [twins.fast(each) for each in given for _ in range(2)]
+    sum(each.sum() for each in rmtc.pack(twins.fast)(given)).backward()
+    assert last_run(twins).texts == 1 and all(each.grad is not None for each in given) and warm_up
+    seen = []
+    handle = twins.owner.register_forward_hook(lambda module, args, result: seen.append(result))
+    with torch.no_grad():
+        found = rmtc.pack(twins.fast)(texts())
+    handle.remove()
+    assert all(one is other for one, other in zip(found, seen, strict=True)) and last_run(twins).texts == 1
+    with torch.no_grad(), rmtc.disabled(twins.fast):
+        runs = rmtc.stats(twins.fast).runs
+        assert len(rmtc.pack(twins.fast)(texts())) == len(SIZES) and rmtc.stats(twins.fast).runs == runs
+
+
+def test_results_are_tensors_of_their_own() -> None:
+    """A result may be part of what all texts share: a table of positions."""
+
+    class Positions(Associative):
+        def forward(self, hidden: Tensor) -> Any:
+            self.table = torch.arange(float(SEGMENT))
+            found = super().forward(hidden)
+            return found, [self.table * 2 for _ in hidden.split(SEGMENT, dim=1)][-1], self.table
+
+    twins = Twins(Positions, schedule="shortest")
+    calls = texts([(4, 5)] * 3)
+    warm(twins, calls)
+    found = compare(twins, calls)
+    places = [each.untyped_storage().data_ptr() for result in found for each in result]
+    assert len(set(places)) == len(places)
+
+
+def test_one_way_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    read = Executor.read
+
+    def reading(self: Executor, given: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(len(given))
+        return read(self, given, *args, **kwargs)
+
+    monkeypatch.setattr(Executor, "read", reading)
+    twins = Twins(Associative, schedule="shortest")
+    warm(twins, texts([(4, 5)]))
+    compare(twins, texts([(4, 5)] * 3))
+    assert seen == [1, 1, 3]
+
+
+def test_what_is_no_texts() -> None:
+    model = Associative()
+    with pytest.raises(ValueError, match="not compiled"):
+        rmtc.pack(model)
+    fast = rmtc.compile(model)
+    with pytest.raises(ValueError, match="lanes is at least 1"):
+        rmtc.pack(fast, lanes=0)
+    with pytest.raises(TypeError, match="a list of texts"):
+        rmtc.pack(fast)(text())
+    with pytest.raises(TypeError, match="hidden is a list with an item for each text"):
+        rmtc.pack(fast)({"hidden": text()})
+    with pytest.raises(ValueError, match="these have"):
+        rmtc.pack(fast)({"hidden": texts(), "other": texts()[1:]})
+    with torch.no_grad():
+        found = rmtc.pack(fast)({"hidden": texts()})
+    assert [each.shape for each in found] == [each.shape for each in texts()]
+
+
+def corrupted(plan: Plan, change: str) -> Plan:
+    """A plan of several texts with one thing wrong."""
+    launches = list(plan.launches)
+    for number, launch in enumerate(launches):
+        inputs = [list(pieces) for pieces in launch.inputs]
+        for pieces in inputs:
+            for place, piece in enumerate(pieces):
+                if change == "another text's tensor" and isinstance(piece, Whole):
+                    pieces[place] = piece._replace(text=1 - piece.text)
+                    launches[number] = replace(launch, inputs=tuple(map(tuple, inputs)))
+                    return replace(plan, launches=tuple(launches))
+                if change == "nothing" and not isinstance(piece, Free) and len(launch.cells) > 1:
+                    count = getattr(piece, "cells", 1)
+                    pieces[place] = Free(count)
+                    launches[number] = replace(launch, inputs=tuple(map(tuple, inputs)))
+                    return replace(plan, launches=tuple(launches))
+        if change == "shared with another text" and launch.text is not None:
+            launches[number] = replace(launch, text=1 - launch.text)
+            return replace(plan, launches=tuple(launches))
+        if change == "shared with all texts" and launch.text is not None:
+            launches[number] = replace(launch, text=None)
+            return replace(plan, launches=tuple(launches))
+    if change == "never ends":
+        return replace(plan, ended={})
+    if change == "ends early":
+        return replace(plan, ended={0: (0,), **plan.ended})
+    raise AssertionError(f"nothing to change: {change}")
+
+
+CHANGES = ["another text's tensor", "nothing", "shared with another text", "shared with all texts", "never ends"]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "ends early"])
+def test_the_check_of_a_plan_sees(change: str) -> None:
+    twins = Twins(Shifted, schedule="shortest")
+    warm(twins, texts())
+    compiled = compiled_of(twins.fast)
+    assert compiled is not None
+    program = compiled.variants[0].program
+    plan = plan_texts(program, [(4, 5), (3, 5)], 1, 2)
+    assert check_plan(program, plan, [4, 3]) > 0
+    with pytest.raises(VerifyError):
+        check_plan(program, corrupted(plan, change), [4, 3])
