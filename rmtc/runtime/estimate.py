@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections import Counter
@@ -380,7 +381,8 @@ def compiles() -> bool:
 def lanes_for(way: Way, kind: tuple[torch.device, torch.dtype], texts: Sequence[Sizes]) -> int:
     """Return the number of lanes in which several texts are estimated to be read fastest.
 
-    Every step is counted as one in which each lane has a cell in each layer.
+    Counted are steps in which each lane that still has a text has a cell in each layer, and for the ramps at both ends
+    steps of half as many cells.
 
     Args:
         way: the way to run each.
@@ -395,14 +397,20 @@ def lanes_for(way: Way, kind: tuple[torch.device, torch.dtype], texts: Sequence[
     layers = Counter(loop.classes[-1] if loop.classes else ())
     bodies = [(way.program.bodies[name], count) for name, count in layers.items() if name in way.program.bodies]
 
-    def seconds(lanes: int) -> float:
-        step = sum(
-            model.operation(work.at(batch), lanes * count, model.launch)
+    @functools.cache
+    def step(lanes: float) -> float:
+        return sum(
+            model.operation(work.at(batch), max(1, round(lanes * count)), model.launch)
             for body, count in bodies
             for work in works.of(body)
         )
-        longest = max(-(-sum(text.segments for text in texts) // lanes), *(text.segments for text in texts), 0)
-        return step * (longest + loop.layers - 1)
+
+    def seconds(lanes: int) -> float:
+        ends = [0] * lanes
+        for segments in sorted((text.segments for text in texts), reverse=True):
+            ends[ends.index(min(ends))] += segments
+        full = sum(step(sum(end > at for end in ends)) for at in range(max(ends)))
+        return full + (loop.layers - 1) * step(lanes / 2)
 
     return min(range(1, min(len(texts), heuristics.LANES) + 1), key=seconds)
 
