@@ -4,14 +4,21 @@ Shapes: B batch, N tokens of the text, T tokens of a segment with memory, D widt
 K memory features.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
 
 from rmtc.examples.associative import AssociativeLayer, MemoryProjection
+from rmtc.examples.generation import CACHE, SegmentCache, SegmentGeneration, output
 from rmtc.examples.text import check_sizes, token_ids
 
 __all__ = ["ArmtLlamaConfig", "ArmtLlamaForCausalLM", "ArmtLlamaModel", "build"]
@@ -57,10 +64,11 @@ class ArmtLlamaModel(LlamaModel):
             super()._init_weights(module)
 
 
-class ArmtLlamaForCausalLM(LlamaPreTrainedModel):
+class ArmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMixin):
     """Reads a text of any length in segments and predicts the next token everywhere.
 
-    The segments are ``[embed(ids) ; memory tokens]``, the last one as short as what is left of the text.
+    The segments are ``[embed(ids) ; memory tokens]``, the last one as short as what is left of the text. ``generate``
+    reads a prompt so, and leaves its last segment open, without the memory tokens, for what it generates.
     """
 
     config: ArmtLlamaConfig
@@ -85,39 +93,92 @@ class ArmtLlamaForCausalLM(LlamaPreTrainedModel):
                 module.reset()
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
-    ) -> CausalLMOutput:
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: SegmentCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Read a text from its beginning. Afterwards the layers hold the memory of all of it.
 
         Args:
             input_ids: ``(B, N)``, N at least 1.
             attention_mask: ``(B, N)``, 0 where a row is padding; the memory tokens are always attended.
             labels: ``(B, N)``, usually the ``input_ids``: they are shifted here; -100 is ignored.
+            cache: what was read before: the ids are the text that follows, and the mask is that of all. It is written
+                to. Older releases of transformers call it ``past_key_values``.
+            use_cache: whether to leave the last segment open, in the cache of the output.
+            logits_to_keep: give the logits of so many last tokens only; 0 for all.
+            return_dict: False for a tuple.
+            kwargs: what else transformers hands to the layers.
 
         Returns:
-            ``logits`` (B, N, V), and with labels their mean cross entropy as ``loss``.
+            ``logits`` (B, N, V), with labels their mean cross entropy as ``loss``, and what was read as ``cache``.
         """
+        given = kwargs.pop("past_key_values", None) if cache is None else cache
+        if given is not None or use_cache:
+            read = SegmentCache(self.config, [None] * self.config.num_hidden_layers) if given is None else given
+            hidden = self.read_on(input_ids, attention_mask, read)
+            return output(return_dict, read, logits=self.lm_head(hidden[:, -logits_to_keep:]))
         self.reset_memory()
-        pieces = []
-        for start in range(0, input_ids.shape[1], self.config.segment_size):
-            segment = slice(start, start + self.config.segment_size)
+        length, size, pieces = input_ids.shape[1], self.config.segment_size, []
+        # The last positions are in so many segments, however long the last one is.
+        first = length - ((logits_to_keep + size - 2) // size + 1) * size if logits_to_keep else 0
+        for start in range(0, length, size):
+            segment = slice(start, start + size)
             mask = None if attention_mask is None else attention_mask[:, segment]
-            pieces.append(self.segment_logits(input_ids[:, segment], mask))
+            hidden = self.read_segment(input_ids[:, segment], mask)
+            if start >= first:
+                pieces.append(hidden if logits_to_keep else self.lm_head(hidden))
         logits = torch.cat(pieces, dim=1)
+        if logits_to_keep:
+            logits = self.lm_head(logits[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutput(loss=loss, logits=logits)
+        return output(return_dict, None, loss=loss, logits=logits)
 
-    def segment_logits(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Logits of one segment, ``(B, n, V)``, for its ids and mask, both ``(B, n)``."""
+    def read_segment(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Hidden states of one segment, ``(B, n, D)``, for its ids and mask, both ``(B, n)``."""
         memory = self.memory.expand(ids.shape[0], -1, -1)
         inputs = torch.cat([self.model.embed_tokens(ids), memory], dim=1)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(memory.shape[:2])], dim=1)
-        hidden = self.model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
-        logits: Tensor = self.lm_head(hidden[:, : ids.shape[1]])
-        return logits
+        hidden: Tensor = self.model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
+        return hidden[:, : ids.shape[1]]
+
+    def memories_left(self) -> list[Any]:
+        """Return the memory ``(A, z)`` of each layer after a call."""
+        return [(layer.A, layer.z) for layer in self.model.layers if isinstance(layer, AssociativeLayer)]
+
+    def extend(self, ids: Tensor, mask: Tensor | None, cache: SegmentCache) -> Tensor:
+        """Read tokens of the open segment, which do not write to the memory."""
+        return self._beside(self.model.embed_tokens(ids), mask, cache, remember=False)
+
+    def close(self, mask: Tensor | None, cache: SegmentCache) -> None:
+        """Let the memory tokens read the open segment, and write the memory."""
+        memory = self.memory.expand(len(cache.open.layers[0].keys), -1, -1)
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(memory.shape[:2])], dim=1)
+        self._beside(memory, mask, cache, remember=True)
+        cache.close(self.memories_left())
+
+    def _beside(self, inputs: Tensor, mask: Tensor | None, cache: SegmentCache, remember: bool) -> Tensor:
+        """Run the layers beside the keys and values of the open segment."""
+        for layer, memory in zip(self.model.layers, cache.memories, strict=True):
+            assert isinstance(layer, AssociativeLayer)
+            layer.A, layer.z = (None, None) if memory is None else memory
+        given = {CACHE: cache.open, "use_cache": True, "remember": remember}
+        hidden: Tensor = self.model(inputs_embeds=inputs, attention_mask=mask, **given).last_hidden_state
+        return hidden
+
+
+AutoConfig.register("armt_llama", ArmtLlamaConfig)
+AutoModelForCausalLM.register(ArmtLlamaConfig, ArmtLlamaForCausalLM)
 
 
 def build(

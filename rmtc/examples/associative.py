@@ -85,12 +85,13 @@ class AssociativeLayer(nn.Module):
         self.A = None
         self.z = None
 
-    def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def forward(self, hidden: Tensor, *args: object, remember: bool = True, **kwargs: object) -> Tensor:
         """Run the layer on one segment.
 
         Args:
             hidden: ``(B, T, D)``.
             args, kwargs: handed to the decoder layer.
+            remember: whether the last M of the tokens are memory tokens, which are written to the memory.
 
         Returns:
             ``(B, T, D)``.
@@ -99,7 +100,8 @@ class AssociativeLayer(nn.Module):
             recalled, _ = recall(features(self.query(hidden), self.orders), self.A, self.z)
             hidden = hidden + recalled
         output: Tensor = self.layer(hidden, *args, **kwargs)
-        self.write(output[:, -self.memory_tokens :])
+        if remember:
+            self.write(output[:, -self.memory_tokens :])
         return output
 
     def write(self, tokens: Tensor) -> None:

@@ -16,7 +16,7 @@ from rmtc.capture.own_modes import own_modes
 from rmtc.errors import PackError, brief, is_no_failure
 from rmtc.lock import LOCK
 from rmtc.restoring import outermost
-from rmtc.runtime.compiled import Compiled
+from rmtc.runtime.compiled import Compiled, has_cache
 from rmtc.runtime.stats import LastRun
 from rmtc.runtime.variant import Ready, Variant
 
@@ -238,7 +238,7 @@ def _one_by_one(compiled: Compiled) -> bool:
 def _ready(compiled: Compiled, call: Call) -> tuple[Variant, Ready] | str | None:
     """What runs a call together with others, and the call made ready; None or the reason if it is to run alone."""
     arguments = compiled._arguments(*call)
-    if dict(arguments.named()).get("past_key_values") is not None:
+    if has_cache(dict(arguments.named())):
         return None
     for variant in list(compiled.variants):
         sizes = variant.match(arguments)

@@ -1,0 +1,181 @@
+"""Answers from a memory: ``generate`` for models that read in segments.
+
+The prompt's segments but the last are read by the model's own call, which rmtc runs by its schedule. The last segment
+stays open: its tokens are decoded one by one beside a cache of its keys and values. Where it is full, it is closed as
+the model closes segments, which writes the memory, and the next one begins.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, LlamaModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+__all__ = ["CACHE", "SegmentCache", "SegmentGeneration"]
+
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+"""What transformers calls the argument, and the field of the output, that hold a cache."""
+
+
+class SegmentCache(Cache):
+    """What a model has read: the memories of the closed segments, and the keys and values of the open one.
+
+    Attributes:
+        memories: for each layer its memory after the last closed segment; tuples of tensors, of batch size first, or
+            None before there is one.
+        open: the keys and values of the open segment.
+        closed: tokens of the text in closed segments.
+    """
+
+    def __init__(self, config: Any, memories: list[Any], closed: int = 0) -> None:
+        super().__init__(layers=[])
+        self.config, self.memories, self.closed = config, memories, closed
+        self.open = DynamicCache(config=config)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text in the open segment."""
+        return int(self.open.get_seq_length())
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the tokens of the text that were read."""
+        return self.closed + self.length
+
+    def close(self, memories: list[Any]) -> None:
+        """Begin a new segment with some memories."""
+        self.closed += self.config.segment_size
+        self.memories, self.open = memories, DynamicCache(config=self.config)
+
+    def widen(self, batch: int) -> None:
+        """Repeat the memories of each text, as ``generate`` repeats the texts for beams."""
+        sizes = {tensor.shape[0] for memory in self.memories if memory is not None for tensor in memory}
+        if sizes and sizes != {batch}:
+            (size,) = sizes
+            self._map(lambda tensor: tensor.repeat_interleave(batch // size, 0))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let beams go on from others."""
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self.open.reorder_cache(beam_idx)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.memories = [memory if memory is None else tuple(map(change, memory)) for memory in self.memories]
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: what a memory has read it does not forget."""
+        return False
+
+    def crop(self, max_length: int) -> None:
+        """Refuse to forget tokens.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "a memory cannot be cropped: it does not forget single tokens. Generate without an assistant model, "
+            "prompt lookup or other ways to take tokens back"
+        )
+
+
+class SegmentGeneration:
+    """``generate`` for a model whose call reads a text in segments, to stand before ``GenerationMixin``.
+
+    The model has :meth:`memories_left`, :meth:`extend` and :meth:`close`, and its configuration ``segment_size``.
+    """
+
+    config: Any
+
+    def memories_left(self) -> list[Any]:
+        """Return the memories of the layers after a call, as :attr:`SegmentCache.memories` holds them."""
+        raise NotImplementedError
+
+    def extend(self, ids: Tensor, mask: Tensor | None, cache: SegmentCache) -> Tensor:
+        """Read tokens of the open segment.
+
+        Args:
+            ids: (B, n), no more than the segment has room for.
+            mask: (B, length + n) of the open segment, or None.
+            cache: what was read; takes their keys and values.
+
+        Returns:
+            Their hidden states (B, n, D).
+        """
+        raise NotImplementedError
+
+    def close(self, mask: Tensor | None, cache: SegmentCache) -> None:
+        """Write the memory at the end of the open segment, and begin a new one.
+
+        Args:
+            mask: (B, segment_size) of the open segment, or None.
+            cache: what was read.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate as transformers does. All segments of the prompt but the last are read by one call of the model.
+
+        Rows of a batch are padded on the left, and have an ``attention_mask``.
+
+        Raises:
+            ValueError: if there are no token ids, or a cache of another kind is given.
+        """
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if not isinstance(ids, Tensor) or kwargs.get("inputs_embeds") is not None:
+            raise ValueError("generate reads token ids: pass input_ids")
+        if kwargs.get(CACHE) is None:
+            mask, size = kwargs.get("attention_mask"), self.config.segment_size
+            closed = (ids.shape[1] - 1) // size * size
+            if closed:
+                read: Any = self  # the model's call
+                read(ids[:, :closed], attention_mask=None if mask is None else mask[:, :closed], logits_to_keep=1)
+            memories = self.memories_left() if closed else [None] * self.config.num_hidden_layers
+            kwargs[CACHE] = SegmentCache(self.config, memories, closed)
+        elif not isinstance(kwargs[CACHE], SegmentCache):
+            raise ValueError(f"{CACHE} is a SegmentCache, not a {type(kwargs[CACHE]).__name__}")
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Return the arguments of a call: the tokens that were not read yet."""
+        cache = kwargs.get(CACHE)
+        done = cache.get_seq_length() if cache is not None else 0
+        given = {"input_ids": input_ids[:, done:], "attention_mask": kwargs.get("attention_mask"), CACHE: cache}
+        return {**given, "logits_to_keep": 1, "use_cache": kwargs.get("use_cache")}
+
+    def read_on(self, ids: Tensor, mask: Tensor | None, cache: SegmentCache) -> Tensor:
+        """Read on from what a cache holds, token by token of its open segment.
+
+        Args:
+            ids: (B, n), n at least 1.
+            mask: (B, n more than were read), or None.
+            cache: what was read, and what is read.
+
+        Returns:
+            Hidden states (B, n, D).
+        """
+        cache.widen(ids.shape[0])
+        pieces = []
+        while ids.shape[1]:
+            if cache.length == self.config.segment_size:
+                self.close(self._open(mask, cache, 0), cache)
+            count = min(self.config.segment_size - cache.length, ids.shape[1])
+            pieces.append(self.extend(ids[:, :count], self._open(mask, cache, count), cache))
+            ids = ids[:, count:]
+        return torch.cat(pieces, dim=1)
+
+    @staticmethod
+    def _open(mask: Tensor | None, cache: SegmentCache, more: int) -> Tensor | None:
+        """The mask of the open segment with some more tokens."""
+        return None if mask is None else mask[:, cache.closed : cache.closed + cache.length + more]
+
+
+def output(return_dict: bool | None, cache: SegmentCache | None, **fields: Any) -> Any:
+    """Return what a causal language model of transformers returns: an output with a cache in it, or a tuple."""
+    found = CausalLMOutputWithPast(**fields, **{CACHE: cache})
+    return found.to_tuple() if return_dict is False else found

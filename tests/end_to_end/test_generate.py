@@ -1,0 +1,168 @@
+"""Answers from a memory: ``generate`` reads the prompt by the schedule, and gives the tokens of eager."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import rmtc
+from rmtc.examples.armt_llama import ArmtLlamaForCausalLM, build
+from rmtc.examples.generation import CACHE, SegmentCache
+from rmtc.examples.text import token_ids
+
+SEGMENT, LAYERS, NEW = 8, 3, 2 * 8 + 3
+GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+
+
+def made() -> tuple[Any, ArmtLlamaForCausalLM]:
+    """A compiled model, and the same as written, in float64."""
+    model, eager = (build(layers=LAYERS, width=32, segment=SEGMENT, memory=2, dtype="float64")[0] for _ in range(2))
+    return rmtc.compile(model, strict=True, schedule="shortest"), eager
+
+
+def read_anew(model: Any, ids: Tensor) -> Tensor:
+    """The same by another way: the whole text is read anew for each token."""
+    for _ in range(NEW):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+def test_greedy() -> None:
+    fast, eager = made()
+    for segments in (1, 2, 3, 7, 64):
+        for length in {1, segments * SEGMENT - 3, segments * SEGMENT, segments * SEGMENT + 1}:
+            ids, runs = token_ids(length, 2), rmtc.stats(fast).runs
+            found = fast.generate(ids, **GREEDY)
+            assert torch.equal(found, eager.generate(ids, **GREEDY))
+            if length < 4 * SEGMENT:
+                assert torch.equal(found, read_anew(eager, ids))
+            assert rmtc.stats(fast).runs == runs + (length > 2 * SEGMENT)
+    last = rmtc.stats(fast).last_run
+    assert last is not None and last.steps == last.segments + LAYERS - 1 and not rmtc.stats(fast).fallbacks
+
+
+def test_a_token_costs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, _ = made()
+    seen: list[int] = []
+    beside = ArmtLlamaForCausalLM._beside
+
+    def counted(self: Any, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(inputs.shape[1])
+        return beside(self, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(ArmtLlamaForCausalLM, "_beside", counted)
+    fast.generate(token_ids(5 * SEGMENT + 2), **GREEDY)
+    assert rmtc.stats(fast).runs == 1
+    assert max(seen) == 2 and seen.count(2) == 1 + 2  # the open segment, and memory tokens twice
+    assert seen.count(1) == NEW - 1
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2, "do_sample": True}])
+def test_beams(options: dict[str, Any]) -> None:
+    fast, eager = made()
+    ids = token_ids(4 * SEGMENT + 5, 2)
+    for _ in range(2):
+        found = []
+        for model in (fast, eager):
+            torch.manual_seed(0)
+            found.append(model.generate(ids, **{**GREEDY, **options}))
+        assert torch.equal(*found)
+    assert rmtc.stats(fast).runs == 2
+
+
+def test_sampling() -> None:
+    fast, eager = made()
+    ids, found = token_ids(3 * SEGMENT + 1, 2), []
+    for model in (fast, eager):
+        torch.manual_seed(0)
+        found.append(model.generate(ids, **{**GREEDY, "do_sample": True, "top_k": 9, "temperature": 1.3}))
+    assert torch.equal(*found)
+
+
+def test_padding_on_the_left() -> None:
+    fast, eager = made()
+    ids = token_ids(5 * SEGMENT + 3, 3)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((0, 3, SEGMENT + 5)):
+        mask[row, :padding] = 0
+    for options in ({}, {"num_beams": 2}):
+        given = {**GREEDY, **options, "attention_mask": mask}
+        found = fast.generate(ids, **given)
+        assert torch.equal(found, eager.generate(ids, **given))
+        other = torch.where(mask.bool(), ids, 7)
+        assert torch.equal(found[:, ids.shape[1] :], fast.generate(other, **given)[:, ids.shape[1] :])
+    assert rmtc.stats(fast).runs == 4
+
+
+def test_a_memory_serves_several_questions() -> None:
+    fast, eager = made()
+    text = token_ids(6 * SEGMENT + 2)
+    fast.generate(text, **GREEDY)
+    with torch.no_grad():
+        fast(text[:, : 6 * SEGMENT])
+    cache = SegmentCache(fast.config, fast.memories_left(), 6 * SEGMENT)
+    for seed in range(3):
+        question = torch.randint(256, (1, 5), generator=torch.Generator().manual_seed(seed))
+        asked = torch.cat([text, question], dim=1)
+        found = fast.generate(asked, **GREEDY, **{CACHE: copy.deepcopy(cache)})
+        assert torch.equal(found, eager.generate(asked, **GREEDY))
+    assert cache.get_seq_length() == 6 * SEGMENT
+
+
+def test_a_cache_continues_a_text() -> None:
+    _, eager = made()
+    ids = token_ids(4 * SEGMENT + 3)
+    with torch.no_grad():
+        whole = eager(ids).logits
+        for cuts in ([1, 2, 9, 4 * SEGMENT + 3], [SEGMENT, 2 * SEGMENT, 4 * SEGMENT + 3], [4 * SEGMENT + 3]):
+            cache, pieces, start = SegmentCache(eager.config, [None] * LAYERS), [], 0
+            for end in cuts:
+                found = eager(ids[:, start:end], use_cache=True, **{CACHE: cache})
+                assert found[CACHE] is cache
+                start = end
+                pieces.append(found.logits)
+            torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-10, atol=1e-10)
+            assert cache.get_seq_length() == ids.shape[1]
+
+
+def test_logits_to_keep_and_tuples() -> None:
+    fast, eager = made()
+    with torch.no_grad():
+        for ids, models in ((token_ids(3 * SEGMENT + 2), [eager]), (token_ids(3 * SEGMENT), [eager, fast, fast])):
+            whole = eager(ids).logits
+            for keep in (1, 2, 3, SEGMENT, 2 * SEGMENT + 3, 1000) if len(models) == 1 else (1, 2, 3, SEGMENT):
+                for model in models:
+                    found = model(ids, logits_to_keep=keep).logits
+                    torch.testing.assert_close(found, whole[:, -keep:], rtol=1e-10, atol=1e-10)
+        assert isinstance(fast(ids, return_dict=False), tuple)
+    assert rmtc.stats(fast).runs >= 6 and not rmtc.stats(fast).fallbacks
+
+
+def test_what_takes_tokens_back_is_refused() -> None:
+    fast, _ = made()
+    ids = token_ids(2 * SEGMENT + 2)
+    with pytest.raises(ValueError, match="cache that can be cropped"):
+        fast.generate(ids, **GREEDY, prompt_lookup_num_tokens=3)
+    with pytest.raises(NotImplementedError, match="a memory cannot be cropped"):
+        SegmentCache(fast.config, [None] * LAYERS).crop(-1)
+    with pytest.raises(ValueError, match="generate reads token ids"):
+        fast.generate(inputs_embeds=torch.zeros(1, 3, 32), **GREEDY)
+    with pytest.raises(ValueError, match="is a SegmentCache"):
+        fast.generate(ids, **GREEDY, **{CACHE: object()})
+
+
+def test_the_house_of_transformers(tmp_path: Any) -> None:
+    _, eager = made()
+    eager.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.segment_size == SEGMENT and config.model_type == "armt_llama"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert isinstance(loaded, ArmtLlamaForCausalLM) and loaded.can_generate()
+    fast, ids = rmtc.compile(loaded.eval(), strict=True, schedule="shortest"), token_ids(4 * SEGMENT + 1)
+    assert torch.equal(fast.generate(ids, **GREEDY), eager.generate(ids, **GREEDY))
+    assert rmtc.stats(fast).runs == 1
