@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rmtc.affine import Affine
 from rmtc.errors import VerifyError
 from rmtc.ir.program import Src, leaves
-from rmtc.ir.segment_loop import Every, Item, Key, Outer, Row, SegmentLoop, Where
+from rmtc.ir.segment_loop import Environment, Every, Item, Key, Outer, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Body, Member, Shared, WavefrontProgram
 from rmtc.runtime.plan import Copied, Free, Launch, Part, Plan, Whole
 
@@ -17,7 +17,7 @@ Tags = list[list[Key | None]]
 """For each result of a launch and each of its cells, the operation whose value it is; None for what nobody may read."""
 
 
-def check_plan(program: WavefrontProgram, plan: Plan, segments: int | Sequence[int]) -> int:
+def check_plan(program: WavefrontProgram, plan: Plan, texts: Sequence[tuple[int, int]], batch: int) -> int:
     """Check that a plan hands each cell the values that its body reads, before they are let go.
 
     Shares no code with the planner: operands are resolved by the segment and the number of an operation alone.
@@ -25,7 +25,8 @@ def check_plan(program: WavefrontProgram, plan: Plan, segments: int | Sequence[i
     Args:
         program: the program.
         plan: of a call, or of several at once.
-        segments: of the call, or of each.
+        texts: for each call its number of segments and the length of the last one.
+        batch: batch size of each.
 
     Returns:
         The most launches whose results were held at once: of a long text no more than of a shorter one.
@@ -33,19 +34,19 @@ def check_plan(program: WavefrontProgram, plan: Plan, segments: int | Sequence[i
     Raises:
         VerifyError: at the first value that is another one, or is not there yet or any more, or is missing at the end.
     """
-    loop, texts = program.loop, _Texts([segments] if isinstance(segments, int) else segments)
+    loop, of = program.loop, _Texts(program.loop, texts, batch)
     held: dict[int, Tags] = {}
     copied: dict[Copied, Key | None] = {}
     kept: set[Key] = set()
     ended: set[int] = set()
     most = 0
     for number, launch in enumerate(plan.launches):
-        members: list[Member] = [(min(texts.own(cell.segment), len(loop.rows)), cell.layer) for cell in launch.cells]
+        members: list[Member] = [(min(of.own(cell.segment), len(loop.rows)), cell.layer) for cell in launch.cells]
         _check_weights(launch)
-        _check_texts(program, launch, members, texts)
+        _check_texts(program, launch, members, of)
         for place in range(len(launch.inputs)):
-            _check_input(launch, place, members, held, copied, texts)
-        made = held[number] = _results(program, launch, members, texts)
+            _check_input(launch, place, members, held, copied, of)
+        made = held[number] = _results(program, launch, members, of)
         for result, cell in launch.copies:
             if result >= len(made):
                 raise VerifyError(f"{launch.body.name} sets result {result} aside, which it does not make")
@@ -57,7 +58,7 @@ def check_plan(program: WavefrontProgram, plan: Plan, segments: int | Sequence[i
                 raise VerifyError(f"what is kept of {launch.cells[index]} is {tag} and not {key}")
             kept.add(key)
         for text in plan.ended.get(number, ()):
-            missing = _wanted(loop, texts.sizes[text], texts.first(text)) - kept
+            missing = _wanted(loop, texts[text][0], of.first(text)) - kept
             if missing or text in ended:
                 raise VerifyError(f"text {text} ends, and {min(missing, default='it')} was not kept, or it had ended")
             ended.add(text)
@@ -67,8 +68,8 @@ def check_plan(program: WavefrontProgram, plan: Plan, segments: int | Sequence[i
             del held[done]
     if copied:
         raise VerifyError(f"{next(iter(copied))} was set aside and is never let go")
-    if len(ended) < len(texts.sizes):
-        raise VerifyError(f"of {len(texts.sizes)} texts {sorted(ended)} end")
+    if len(ended) < len(texts):
+        raise VerifyError(f"of {len(texts)} texts {sorted(ended)} end")
     return most
 
 
@@ -78,10 +79,11 @@ _NOTHING = Key(-1, -1)  # what a cell is handed that has no such input
 class _Texts:
     """The texts of a plan, by the numbers of their segments."""
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self.sizes = sizes
+    def __init__(self, loop: SegmentLoop, texts: Sequence[tuple[int, int]], batch: int) -> None:
+        self.length, self.texts, self.batch = loop.segment_length, texts, batch
+        self.sizes = [segments for segments, _ in texts]
         self.common: set[str] = set()  # bodies that are known to share nothing that is of one text
-        self._ends = list(itertools.accumulate(sizes))
+        self._ends = list(itertools.accumulate(self.sizes))
 
     def of(self, segment: int) -> int:
         """The text that a segment is of."""
@@ -95,20 +97,40 @@ class _Texts:
         """The number of a segment in its text."""
         return segment - self.first(self.of(segment))
 
+    def at(self, segment: int) -> Environment:
+        """The sizes that the numbers of a segment depend on."""
+        segments, tail = self.texts[self.of(segment)]
+        own, total = self.own(segment), (segments - 1) * self.length + tail
+        return Environment(own, segments, self.batch, tail if own == segments - 1 else self.length, total)
+
 
 def _check_texts(program: WavefrontProgram, launch: Launch, members: list[Member], texts: _Texts) -> None:
     """Cells of several texts share nothing that depends on a text, and each is handed what is of its own."""
     of = [texts.of(cell.segment) for cell in launch.cells]
     if launch.text is not None and {*of} != {launch.text}:
         raise VerifyError(f"{launch.body.name} runs for cells of texts {of} with what is of text {launch.text}")
+    lengths = {texts.at(cell.segment).T for cell in launch.cells}
+    if lengths != {launch.length}:
+        raise VerifyError(f"{launch.body.name} runs for segments of {launch.length}, and its cells have {lengths}")
+    last = {texts.at(cell.segment).s == texts.at(cell.segment).S - 1 for cell in launch.cells}
+    if (launch.short and last != {True}) or (not launch.short and launch.length != texts.length):
+        raise VerifyError(f"{launch.body.name} runs as a last segment's cells do: {launch.short}")
+    for values, numbers in zip(launch.body.numbers, launch.numbers, strict=True):
+        for cell, member, number in zip(launch.cells, members, numbers, strict=True):
+            if number != texts.at(cell.segment).of(values[member]):
+                raise VerifyError(f"{cell} is handed {number} in place of {values[member]}")
     if launch.text is None and len(texts.sizes) > 1 and launch.body.name not in texts.common:
         _check_common(program, launch.body)
         texts.common.add(launch.body.name)
     for pieces, choice in zip(launch.inputs, launch.body.inputs, strict=True):
         place = 0
         for piece in pieces:
-            if isinstance(piece, Whole) and piece.text != of[place] and members[place] in choice:
-                raise VerifyError(f"{launch.cells[place]} is handed {piece.operand} of text {piece.text}")
+            operand = choice.get(members[place]) if isinstance(piece, Whole) else None
+            if isinstance(operand, Item):
+                number = texts.at(launch.cells[place].segment).of(operand.number)
+                operand = Src(str(operand._replace(number=number)))
+            if isinstance(piece, Whole) and operand is not None and (piece.text, piece.operand) != (of[place], operand):
+                raise VerifyError(f"{launch.cells[place]} is handed {piece} in place of {operand} of text {of[place]}")
             place += piece.cells if isinstance(piece, (Part, Free)) else 1
 
 

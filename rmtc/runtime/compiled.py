@@ -302,11 +302,16 @@ class Compiled:
             args, kwargs: the call's.
             before: what was called before.
         """
+        with self.counted(), own_modes(self._inner), contextlib.ExitStack() as first:
+            return self._decided(args, kwargs, before, first)
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count a call that begins and ends: what it takes may be due to another one beside it."""
         with self._counts:
             self._starts += 1
         try:
-            with own_modes(self._inner), contextlib.ExitStack() as first:
-                return self._decided(args, kwargs, before, first)
+            yield
         finally:
             with self._counts:
                 self._ends += 1

@@ -139,11 +139,15 @@ class Executor:
             self._plans.move_to_end(key)
         return plan
 
+    def knows(self, texts: tuple[tuple[int, int], ...], batch: int, lanes: int) -> bool:
+        """Tell whether there is a plan for texts of some sizes, in some order."""
+        return any(sorted(key[0]) == sorted(texts) and key[1:] == (batch, lanes) for key in list(self._plans))
+
     def make_plan(self, texts: tuple[tuple[int, int], ...], batch: int, lanes: int) -> Plan:
         """Make a plan; a run of several texts is replayed with tags in place of tensors."""
         plan = plan_texts(self.program, texts, batch, lanes)
         if len(texts) > 1:
-            check_plan(self.program, plan, [segments for segments, _ in texts])
+            check_plan(self.program, plan, texts, batch)
         return plan
 
     def keep(self, key: tuple[Any, ...], kernel: Emitted) -> None:
@@ -334,6 +338,9 @@ class Walk:
             for text in self.plan.ended.get(number, ()):
                 done(text, self.readings[text].results())
                 self.readings[text].release()
+                for table in (self.passed, self.rows):
+                    for key in [key for key in table if key[-1] == text]:
+                        del table[key]
 
     @substage("launch")
     def _launch(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
@@ -473,14 +480,15 @@ class Walk:
         grouped = launch.grouped and not launch.one_layer
         layers = launch.layers[:1] if launch.one_layer else launch.layers
         key = body.name, layers, launch.text
-        rows = self.rows.get((*key, grouped))
+        at = body.name, layers, grouped, launch.text
+        rows = self.rows.get(at)
         if rows is None:
             reading = self.readings[launch.text or 0]
             rows = [self._rows_of(body, number, layers, reading) for number in range(len(body.weights))]
             lasting = self.executor.weights.lasting
             self.lasting[key] = all(lasting(body, number, layers, each) for number, each in enumerate(rows))
-            self.rows[*key, grouped] = rows if grouped else [each[0] for each in rows]
-        return self.rows[*key, grouped]
+            self.rows[at] = rows if grouped else [each[0] for each in rows]
+        return self.rows[at]
 
     def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: Reading) -> torch.Tensor:
         """A weight of some layers, behind a group axis."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ class Pack:
     def __init__(self, compiled: Compiled, lanes: int | None = None) -> None:
         self._compiled, self.lanes = compiled, lanes
         self._said: set[str] = set()
+        self._failed: set[Any] = set()  # the sizes of texts whose run at once failed
 
     def __call__(self, texts: Iterable[Any] | Mapping[str, Sequence[Any]], /, **kwargs: Any) -> list[Any]:
         """Read texts.
@@ -87,7 +89,8 @@ class Pack:
     ) -> Iterator[tuple[int, Any]]:
         """Read texts as they come, and yield results as they are done.
 
-        No more than 64 texts are held at a time.
+        Up to 64 texts are taken before they are read, and no more are held at a time. They must not change until their
+        results are there, nor must the model.
 
         Args:
             texts, kwargs: as in a call.
@@ -109,27 +112,35 @@ class Pack:
 
     def _outcomes(self, calls: Iterable[Call]) -> Iterator[Outcome]:
         numbered = enumerate(calls)
-        while window := list(itertools.islice(numbered, heuristics.PACKED)):
-            yield from self._window(dict(window))
+        ended: BaseException | None = None
+        while ended is None:
+            window = list[tuple[int, Call]]()
+            try:
+                for each in itertools.islice(numbered, heuristics.PACKED):
+                    window.append(each)
+            except Exception as error:  # noqa: BLE001 (of the user's iterator: raised when what it gave is read)
+                ended = error
+            if not window and ended is None:
+                return
+            yield from self._window(window)
+        raise ended
 
-    def _window(self, calls: dict[int, Call]) -> Iterator[Outcome]:
-        """Read some texts: what is ready at once, and the rest one after another."""
-        last, state = max(calls), None
-        failed: set[int] = set()
-        while calls:
-            if state != (state := self._state()):  # a call has made others ready
-                found: dict[int, Outcome] = {}
-                self._together(calls, last, found, failed)
-                yield from found.values()
-                calls = {number: call for number, call in calls.items() if number not in found}
-            if calls:
-                number = next(iter(calls))
-                yield self._alone(number, calls.pop(number))
-
-    def _state(self) -> Any:
-        """What decides which texts may be read at once."""
-        variants = list(self._compiled.variants)
-        return [(id(each), frozenset(each.settled), len(each.analysis.admitted)) for each in variants]
+    def _window(self, calls: Sequence[tuple[int, Call]]) -> Iterator[Outcome]:
+        """Read some texts, as many at once as may be."""
+        left = deque(calls)
+        alone = 0  # so many run alone in any case: together they have failed
+        while left:
+            found: list[Outcome] = []
+            group = 0 if alone else self._together(left, found)
+            if group and not found:
+                alone = group
+            if found:
+                done = {outcome.text for outcome in found}
+                left = deque(each for each in left if each[0] not in done)
+                yield from found
+            else:
+                alone = max(0, alone - 1)
+                yield self._alone(*left.popleft())
 
     def _alone(self, number: int, call: Call) -> Outcome:
         """Read one text in a call of its own."""
@@ -144,46 +155,72 @@ class Pack:
 
     @torch.compiler.disable(reason="rmtc runs these calls")  # type: ignore[untyped-decorator]
     @outermost
-    def _together(self, calls: Mapping[int, Call], last: int, found: dict[int, Outcome], failed: set[int]) -> None:
-        """Read at once all texts that are ready.
+    def _together(self, calls: Iterable[tuple[int, Call]], found: list[Outcome]) -> int:
+        """Read at once what is ready of some texts, beginning with the first one.
 
         Args:
-            calls: the calls, by the number of the text.
-            last: the number of the text that is to leave its state in the model.
-            found: takes the outcomes.
-            failed: the texts that are to run alone, where it is said what is wrong with one.
+            calls: the calls, with the numbers of the texts.
+            found: takes the outcomes; none if the run fails.
+
+        Returns:
+            The number of texts that were to be read, 0 if the first one is to run alone.
         """
         compiled = self._compiled
         if _one_by_one(compiled):
-            return
-        with own_modes(compiled._inner), LOCK.shared():
+            return 0
+        with compiled.counted(), own_modes(compiled._inner), LOCK.shared():
             start = time.perf_counter()
-            groups: dict[Any, list[tuple[int, Variant, Ready]]] = {}
-            for number, call in calls.items():
-                of = None if number in failed else _ready(compiled, call)
-                if isinstance(of, str):
-                    self._say(of)
-                elif of is not None:
-                    groups.setdefault((id(of[1].made), of[1].sizes.batch), []).append((number, *of))
+            group = self._ready_at_once(calls)
             seconds = time.perf_counter() - start
-            for group in groups.values():
-                if len(calls) > sum(map(len, groups.values())) and group[0][1].leaves:
-                    group = [each for each in group if each[0] != last]
-                if len(group) < 2:
-                    continue
-                leave = group[-1][0] == last
-                rest = group[: -1 if leave else None]
-                group = sorted(rest, key=lambda each: -each[2].sizes.segments) + group[len(rest) :]
-                try:
-                    self._run(group, leave, found, seconds)
-                except Exception as error:
-                    if is_no_failure(error):
-                        raise
-                    self._say(brief(error))
-                    logger.debug("a run of several texts failed", exc_info=error)
-                    failed.update(number for number, _, _ in group)
-                    for number, _, _ in group:
-                        found.pop(number, None)
+            if len(group) < 2 or not self._pays(group):
+                return 0
+            # The last one leaves what a loop of calls would leave. All others may come in any order.
+            group[:-1] = sorted(group[:-1], key=lambda each: -each[2].sizes.segments)
+            if not group[-1][1].leaves:
+                group.sort(key=lambda each: -each[2].sizes.segments)
+            try:
+                self._run(group, found, seconds)
+            except Exception as error:
+                if is_no_failure(error):
+                    raise
+                found.clear()
+                self._failed.add(_sizes(group))
+                self._say(brief(error))
+                logger.debug("a run of several texts failed", exc_info=error)
+            return len(group)
+
+    def _ready_at_once(self, calls: Iterable[tuple[int, Call]]) -> list[tuple[int, Variant, Ready]]:
+        """The texts that may be read together with the first one.
+
+        They follow one another: a call between them might leave what a later one reads. Where none of them leaves
+        anything, those of another kind may come between.
+        """
+        group: list[tuple[int, Variant, Ready]] = []
+        for number, call in calls:
+            of = _ready(self._compiled, call)
+            if isinstance(of, str):
+                self._say(of)
+            if of is None or isinstance(of, str):
+                break
+            variant, ready = of
+            alike = not group or (ready.made is group[0][2].made and ready.sizes.batch == group[0][2].sizes.batch)
+            if alike:
+                group.append((number, variant, ready))
+            if variant.leaves and not alike:
+                break
+            if not alike and group[0][1].leaves:
+                break
+        return group
+
+    def _pays(self, group: Sequence[tuple[int, Variant, Ready]]) -> bool:
+        """Whether texts are to be read at once: as often as not, to lay out a run takes longer than it saves."""
+        key = _sizes(group)
+        if key in self._failed:
+            return False
+        variant, ready = group[0][1:]
+        if self.lanes is not None or not variant.arms:
+            return True
+        return variant.pays_packed(ready, [each.sizes for _, _, each in group])
 
     def _say(self, reason: str) -> None:
         """Say once why texts are read one by one."""
@@ -191,19 +228,18 @@ class Pack:
             self._said.add(reason)
             logger.info("%s: texts are read one by one: %s", self._compiled._title, reason)
 
-    def _run(
-        self, group: Sequence[tuple[int, Variant, Ready]], leave: bool, found: dict[int, Outcome], seconds: float
-    ) -> None:
+    def _run(self, group: Sequence[tuple[int, Variant, Ready]], found: list[Outcome], seconds: float) -> None:
         """Read texts of one program at once."""
         compiled, variant, made = self._compiled, group[0][1], group[0][2].made
         sizes = [ready.sizes for _, _, ready in group]
-        lanes = self.lanes or variant.lanes_for(sizes)
+        lanes = self.lanes or variant.lanes_for(sizes)[0]
+        ended: dict[int, Outcome] = {}
 
         def done(place: int, result: Any) -> None:
-            number = group[place][0]
-            found[number] = Outcome(number, result)
+            ended[place] = Outcome(group[place][0], result)
 
-        run = variant.run_packed([ready for _, _, ready in group], lanes, done, leave)
+        run = variant.run_packed([ready for _, _, ready in group], lanes, done)
+        found.extend(ended.values())
         schedule, segments = made.program.schedule, sum(each.segments for each in sizes)
         with compiled._counts:
             compiled.stats.runs += len(group)
@@ -235,22 +271,32 @@ def _one_by_one(compiled: Compiled) -> bool:
     return hooks or compiled.captures_now() or compiled._off() or compiled._watched() is not None
 
 
+def _sizes(group: Sequence[tuple[int, Variant, Ready]]) -> Any:
+    """What tells one run of several texts from another."""
+    return id(group[0][2].made), tuple(ready.sizes for _, _, ready in group)
+
+
 def _ready(compiled: Compiled, call: Call) -> tuple[Variant, Ready] | str | None:
     """What runs a call together with others, and the call made ready; None or the reason if it is to run alone."""
-    arguments = compiled._arguments(*call)
-    if has_cache(dict(arguments.named())):
-        return None
-    for variant in list(compiled.variants):
-        sizes = variant.match(arguments)
-        if isinstance(sizes, str):
-            continue
-        if sizes.segments < 2 or variant.counter or sizes in variant.failed:
+    try:
+        arguments = compiled._arguments(*call)
+        if has_cache(dict(arguments.named())):
             return None
-        if variant.refused and (sizes, variant.entry(sizes.batch)) in variant.refused:
-            continue
-        ready = variant.ready(arguments, sizes, variant.scheduled(sizes))
-        if isinstance(ready, Ready):
-            return variant.apart(ready) or (variant, ready)
+        for variant in list(compiled.variants):
+            sizes = variant.match(arguments)
+            if isinstance(sizes, str):
+                continue
+            if sizes.segments < 2 or variant.counter or sizes in variant.failed:
+                return None
+            if variant.refused and (sizes, variant.entry(sizes.batch)) in variant.refused:
+                continue
+            ready = variant.ready(arguments, sizes, variant.scheduled(sizes))
+            if isinstance(ready, Ready):
+                return variant.apart(ready) or (variant, ready)
+    except Exception as error:
+        if is_no_failure(error):
+            raise
+        logger.debug("a guard failed", exc_info=error)  # the call by itself says what is wrong
     return None
 
 

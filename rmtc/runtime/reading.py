@@ -148,7 +148,7 @@ class Reading:
 
     def release(self) -> None:
         """Let go of all that was computed; what is asked for again is computed again."""
-        for table in (self.kept, self.shared, self.joined, self.pieces):
+        for table in (self.kept, self.shared, self.joined, self.pieces, self.stacked):
             table.clear()
         vars(self).pop("before", None)
 

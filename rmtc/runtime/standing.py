@@ -354,6 +354,7 @@ class _Follower:
     def __init__(self, plan: Plan, bodies: Sequence[ArenaBody | None], apart: set[tuple[int, int]]) -> None:
         self.plan, self.bodies, self.apart = plan, bodies, apart
         self.writer: dict[tuple[int, int], int] = {}  # the launch that wrote a row; -1 for a copy
+        self.read_as: dict[tuple[int, int], tuple[int, int]] = {}  # the body and the input that a row was last read as
         self.lost: set[tuple[int, int]] = set()
         self.views: dict[Any, torch.Tensor] = {}
 
@@ -367,21 +368,24 @@ class _Follower:
                 continue
             found.append(self._step(number, launch, body))
             for rows in body.written:
-                self.writer.update(dict.fromkeys(map(rows.row, range(rows.cells)), number))
+                for row in map(rows.row, range(rows.cells)):
+                    self.writer[row] = number
+                    self.read_as.pop(row, None)
         return found
 
     def _step(self, number: int, launch: Launch, body: ArenaBody) -> ArenaStep:
         step = ArenaStep(body, apart=tuple(sorted(result for made, result in self.apart if made == number)))
         written: set[tuple[int, int]] = set()
         read: dict[tuple[int, int], tuple[int, int]] = {}
-        for home, pieces in zip(body.homes, launch.inputs, strict=True):
-            cell = 0
-            for piece in self._wanted(pieces, home):
+        for place, (home, pieces) in enumerate(zip(body.homes, launch.inputs, strict=True)):
+            cell, kind = 0, (id(body.kernel), place)
+            for piece in self._wanted(pieces, home, kind):
                 count = piece.cells if isinstance(piece, Free) or (isinstance(piece, Part) and piece.first >= 0) else 1
                 to = Rows(home.memory, home.first + cell, count)
                 cell += count
                 if isinstance(piece, Free):
                     continue  # whatever is there
+                self.read_as.update(dict.fromkeys(map(to.row, range(count)), kind))
                 rows = self._read(piece)
                 if rows is not None and isinstance(piece, Part):
                     source = self._source(piece)
@@ -398,10 +402,10 @@ class _Follower:
         self.writer.update(dict.fromkeys(written, -1))
         return step
 
-    def _wanted(self, pieces: Sequence[Piece], home: Rows) -> Iterator[Piece]:
-        """The pieces of an input; where nothing has been written yet, what another cell is handed, in place of nothing.
+    def _wanted(self, pieces: Sequence[Piece], home: Rows, kind: tuple[int, int]) -> Iterator[Piece]:
+        """The pieces of an input; in place of nothing what another cell is handed, unless such an input is there.
 
-        So no cell computes with what is no value of any text: some operations would fail.
+        So a cell that computes in vain does so with what its operations are made for: with another value some fail.
         """
         cell, spare = 0, next(each for each in pieces if not isinstance(each, Free))
         if isinstance(spare, Part):
@@ -409,7 +413,7 @@ class _Follower:
         for piece in pieces:
             if isinstance(piece, Free):
                 for _ in range(piece.cells):
-                    yield Free(1) if home.row(cell) in self.writer else spare
+                    yield Free(1) if self.read_as.get(home.row(cell)) == kind else spare
                     cell += 1
                 continue
             yield piece

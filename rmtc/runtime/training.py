@@ -68,7 +68,7 @@ class Training(Executor):
     def make_plan(self, texts: tuple[tuple[int, int], ...], batch: int, lanes: int) -> Plan:
         """Make a plan, and replay it with tags in place of tensors."""
         plan = plan_texts(self.program, texts, batch, lanes)
-        check_plan(self.program, plan, [segments for segments, _ in texts])
+        check_plan(self.program, plan, texts, batch)
         return plan
 
     def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:

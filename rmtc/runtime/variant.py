@@ -143,8 +143,8 @@ class Variant:
         frozen: whether nothing is tried for now.
         number: the how-many-th capture it is.
         counter: why no later call is this capture's: each finds another number in a place where calls count.
-        settled: batch sizes of calls that leave what is known not to matter to the next one.
-        lanes_for: the number of lanes in which several calls are estimated to be fastest.
+        settled: sizes of calls that leave what is known not to matter to the next one.
+        lanes_for: the number of lanes in which several calls are estimated to be fastest, and the seconds that saves.
         failed: sizes whose runs failed, how often, and why.
         differentiated: called after each backward pass.
         recompute: how it is decided what runs again there.
@@ -175,10 +175,11 @@ class Variant:
     _left: tuple[ExistingContainer, ...] = ()  # those of them that the call leaves in places
     refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
-    settled: set[int] = field(default_factory=set)
-    _looked: Counter[int] = field(default_factory=Counter)  # how often that was looked at, by batch size
+    settled: set[Sizes] = field(default_factory=set)
+    _missed: dict[Any, float] = field(default_factory=dict)  # seconds, by the sizes of texts that were read one by one
+    _looked: Counter[Sizes] = field(default_factory=Counter)  # how often that was looked at
     _hands_on: dict[Made, str | None] = field(default_factory=dict)
-    lanes_for: Callable[[Sequence[Sizes]], int] = field(default=lambda _: 1)
+    lanes_for: Callable[[Sequence[Sizes]], tuple[int, float]] = field(default=lambda _: (1, 0.0))
     arms: list[Arm] = field(default_factory=list)
     _make: dict[Arm, Callable[[], Made]] = field(default_factory=dict)
     _made: dict[Arm, Made] = field(default_factory=dict)
@@ -727,28 +728,32 @@ class Variant:
         runner = self._training(ready.made) if ready.gradients else ready.made.runner
         outputs, run = runner.run(ready.values, *ready.sizes)
         result = self._finished(ready, outputs)
-        self._settle(ready.sizes.batch)
+        self._settle(ready.sizes)
         return result, run
 
-    def run_packed(self, calls: Sequence[Ready], lanes: int, done: Callable[[int, Any], None], last: bool) -> Run:
-        """Run several calls at once.
+    def run_packed(self, calls: Sequence[Ready], lanes: int, done: Callable[[int, Any], None]) -> Run:
+        """Run several calls at once. The last one leaves what it leaves.
 
         Args:
             calls: the calls, of one batch size and to be run by one runner, for which :meth:`apart` gives no reason.
             lanes: number of calls that run side by side.
             done: takes the number of a call and what the user's code would have returned.
-            last: whether the last call is to leave what it leaves.
         """
         runner, gradients = calls[0].made.runner, torch.is_grad_enabled()
         assert isinstance(runner, Executor)
 
         def ended(number: int, outputs: dict[str, Any]) -> None:
             with torch.set_grad_enabled(gradients):
-                leave = last and number == len(calls) - 1
-                done(number, self._finished(calls[number], outputs, leave))
+                done(number, self._finished(calls[number], outputs, leave=False))
+            if number == len(calls) - 1:
+                held.append(outputs)
 
+        held: list[dict[str, Any]] = []
         texts = [Given(each.values, each.sizes.segments, each.sizes.tail) for each in calls]
-        return runner.read(texts, calls[0].sizes.batch, ended, lanes)
+        run = runner.read(texts, calls[0].sizes.batch, ended, lanes)
+        if self.leaves:  # once nothing can fail any more
+            done(len(calls) - 1, self._finished(calls[-1], held[-1]))
+        return run
 
     def apart(self, ready: Ready) -> str | None:
         """Say why a call does not run together with others; None if it may.
@@ -768,9 +773,24 @@ class Variant:
             return f"a call writes to {given[0]}, which it is given"
         if found := self._handed_on(ready.made):
             return f"each call reads what the one before has left in {found}"
-        if ready.sizes.batch not in self.settled:
+        if ready.sizes not in self.settled:
             return "it is not known yet whether a call depends on what the one before has left"
         return None
+
+    def pays_packed(self, ready: Ready, sizes: Sequence[Sizes]) -> bool:
+        """Tell whether it pays to run calls of some sizes at once: a plan of theirs is made first, if there is none."""
+        runner = ready.made.runner
+        assert isinstance(runner, Executor)
+        lanes, saved = self.lanes_for(sizes)
+        texts = tuple((each.segments, each.tail) for each in sizes)
+        if saved <= 0 or runner.knows(texts, sizes[0].batch, lanes):
+            return saved > 0
+        cells = sum(each.segments for each in sizes) * ready.made.program.loop.layers
+        key = texts, sizes[0].batch
+        self._missed[key] = self._missed.get(key, 0.0) + saved
+        if len(self._missed) > heuristics.PLANS_KEPT:
+            del self._missed[next(iter(self._missed))]
+        return self._missed[key] >= heuristics.PLANNING * cells
 
     @property
     def leaves(self) -> bool:
@@ -787,20 +807,28 @@ class Variant:
     def _handed_on(self, made: Made) -> str | None:
         """A place that a call reads, and leaves something else in; None if there is none."""
         if made not in self._hands_on:
-            read = made.program.reads()
-            named = (each.names for each in self.analysis.capture.session.lifted)
-            own = {name.removeprefix("self.") for names in named if not read.isdisjoint(names) for name in names}
-            left = (*made.program.writes(), *(effect.slot.name for effect in self.effects))
-            found = (name for each in left if (name := each.removeprefix("self.")) in own)
-            self._hands_on[made] = next(found, None)
+            session, read = self.analysis.capture.session, made.program.reads()
+            lifted = [each for each in session.lifted if not read.isdisjoint(each.names)]
+            tensors = {id(each.tensor) for each in lifted}
+            places = {(id(slot.owner), slot.key) for slot in session.snapshot.slots if id(slot.value) in tensors}
+            owners = {owner for owner, _ in places}
+            left = [*made.program.writes()]
+            for effect in self.effects:
+                left.append(effect.path[0])
+                if effect.place in places or (effect.whole and id(effect.slot.owner) in owners):
+                    self._hands_on[made] = effect.path[0]
+                    return effect.path[0]
+            own = [name.removeprefix("self.") for each in lifted for name in each.names]
+            inside = (each for each in map(_plainly, left) if any(_within(name, each) for name in own))
+            self._hands_on[made] = next(inside, None)
         return self._hands_on[made]
 
-    def _settle(self, batch: int) -> None:
+    def _settle(self, sizes: Sizes) -> None:
         """Note whether what a call has left is known not to matter to the next one."""
-        if batch not in self.settled and self._looked[batch] < heuristics.SETTLING_CALLS:
-            self._looked[batch] += 1
-            if self.entry(batch) in self.entries:
-                self.settled.add(batch)
+        if sizes not in self.settled and self._looked[sizes] < heuristics.SETTLING_CALLS:
+            self._looked[sizes] += 1
+            if self.entry(sizes.batch) in self.entries:
+                self.settled.add(sizes)
 
     def _finished(self, ready: Ready, outputs: dict[str, Any], leave: bool = True) -> Any:
         """What the user's code would have returned, with all that it would have left."""
@@ -902,6 +930,15 @@ def _apart(outputs: Mapping[str, Any], written: Mapping[str, torch.Tensor]) -> M
         return value.clone() if shared else value
 
     return {name: apart(value) for name, value in outputs.items()} if written else outputs
+
+
+def _plainly(name: str) -> str:
+    return name.removeprefix("self.")
+
+
+def _within(name: str, place: str) -> bool:
+    """Whether a name is that of a place, or of something inside."""
+    return name == place or name.startswith((f"{place}.", f"{place}["))
 
 
 def _advances(start: Any, now: Any, left: Any, leaves: Any) -> bool:
