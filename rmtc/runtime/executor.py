@@ -29,7 +29,7 @@ from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.concatenation import concatenations
 from rmtc.runtime.plan import Copied, Free, Launch, Part, Piece, Plan, Whole, plan_texts
-from rmtc.runtime.reading import Given, Reading
+from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.standing import ArenaStep, Moved, Standing
 from rmtc.runtime.weights import Weights
 from rmtc.stages import substage
@@ -200,10 +200,10 @@ class Executor:
             The results by the names of the loop's outputs, and what was done.
         """
         found: list[dict[str, Any]] = []
-        run = self.read([Given(values, segments, tail)], batch, lambda _, results: found.append(results))
+        run = self.read([TextInput(values, segments, tail)], batch, lambda _, results: found.append(results))
         return found[-1], run
 
-    def read(self, texts: Sequence[Given], batch: int, done: Done, lanes: int = 1) -> Run:
+    def read(self, texts: Sequence[TextInput], batch: int, done: Done, lanes: int = 1) -> Run:
         """Run the loop for some texts.
 
         Args:
@@ -227,14 +227,14 @@ class Executor:
                     self._separate(error.body)
         return Run(plan.steps, sum(plan.widths.values()), dict(plan.widths))
 
-    def _read(self, plan: Plan, texts: Sequence[Given], batch: int, done: Done) -> None:
+    def _read(self, plan: Plan, texts: Sequence[TextInput], batch: int, done: Done) -> None:
         """Run a plan."""
         gradients = torch.is_grad_enabled()
         with torch.no_grad(), autocast_off(each for text in texts for each in text.values.values()):
             self.weights.refresh()
 
             def walk() -> Walk:
-                readings = [Reading(self.program, text, batch, gradients, self.concatenations) for text in texts]
+                readings = [TextRun(self.program, text, batch, gradients, self.concatenations) for text in texts]
                 return Walk(self, plan, readings)
 
             if not self._stood(plan, batch, walk, done):
@@ -306,7 +306,7 @@ class Walk:
         readings: its texts.
     """
 
-    def __init__(self, executor: Executor, plan: Plan, readings: Sequence[Reading]) -> None:
+    def __init__(self, executor: Executor, plan: Plan, readings: Sequence[TextRun]) -> None:
         self.executor, self.plan, self.readings = executor, plan, readings
         self.rows: dict[Any, Sequence[torch.Tensor]] = {}
         self.lasting: dict[Any, bool] = {}
@@ -400,7 +400,7 @@ class Walk:
             results = tuple([each.clone() if n in step.apart else each for n, each in enumerate(results)])
         return results
 
-    def _shared(self, launch: Launch) -> tuple[Reading, Environment]:
+    def _shared(self, launch: Launch) -> tuple[TextRun, Environment]:
         """The text whose operands the cells of a launch share, and the sizes that these depend on."""
         reading = self.readings[launch.text or 0]
         return reading, reading.at(launch.length)
@@ -490,7 +490,7 @@ class Walk:
             self.rows[at] = rows if grouped else [each[0] for each in rows]
         return self.rows[at]
 
-    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: Reading) -> torch.Tensor:
+    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: TextRun) -> torch.Tensor:
         """A weight of some layers, behind a group axis."""
         return self.executor.weights.rows(body, number, layers, reading.values, reading.stacked)
 

@@ -24,7 +24,7 @@ from rmtc.runtime.variant import Ready, Variant
 logger = logging.getLogger(__name__)
 
 
-class Call(NamedTuple):
+class PackedCall(NamedTuple):
     """The arguments of a call."""
 
     args: tuple[Any, ...]
@@ -32,7 +32,7 @@ class Call(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of a text: its result, or the exception that ended it."""
+    """The end of a text: its result, or the exception that ended it."""
 
     text: int
     result: Any
@@ -110,11 +110,11 @@ class Pack:
         if failed:
             raise PackError(failed, {})
 
-    def _outcomes(self, calls: Iterable[Call]) -> Iterator[Outcome]:
+    def _outcomes(self, calls: Iterable[PackedCall]) -> Iterator[Outcome]:
         numbered = enumerate(calls)
         ended: BaseException | None = None
         while ended is None:
-            window = list[tuple[int, Call]]()
+            window = list[tuple[int, PackedCall]]()
             try:
                 for each in itertools.islice(numbered, heuristics.PACKED):
                     window.append(each)
@@ -125,7 +125,7 @@ class Pack:
             yield from self._window(window)
         raise ended
 
-    def _window(self, calls: Sequence[tuple[int, Call]]) -> Iterator[Outcome]:
+    def _window(self, calls: Sequence[tuple[int, PackedCall]]) -> Iterator[Outcome]:
         """Read some texts, as many at once as may be."""
         left = deque(calls)
         alone = 0  # so many run alone in any case: together they have failed
@@ -142,7 +142,7 @@ class Pack:
                 alone = max(0, alone - 1)
                 yield self._alone(*left.popleft())
 
-    def _alone(self, number: int, call: Call) -> Outcome:
+    def _alone(self, number: int, call: PackedCall) -> Outcome:
         """Read one text in a call of its own."""
         compiled = self._compiled
         target: Callable[..., Any] = compiled.function if isinstance(compiled.function, nn.Module) else compiled
@@ -155,7 +155,7 @@ class Pack:
 
     @torch.compiler.disable(reason="rmtc runs these calls")  # type: ignore[untyped-decorator]
     @outermost
-    def _together(self, calls: Iterable[tuple[int, Call]], found: list[Outcome]) -> int:
+    def _together(self, calls: Iterable[tuple[int, PackedCall]], found: list[Outcome]) -> int:
         """Read at once what is ready of some texts, beginning with the first one.
 
         Args:
@@ -189,7 +189,7 @@ class Pack:
                 logger.debug("a run of several texts failed", exc_info=error)
             return len(group)
 
-    def _ready_at_once(self, calls: Iterable[tuple[int, Call]]) -> list[tuple[int, Variant, Ready]]:
+    def _ready_at_once(self, calls: Iterable[tuple[int, PackedCall]]) -> list[tuple[int, Variant, Ready]]:
         """The texts that may be read together with the first one.
 
         They follow one another: a call between them might leave what a later one reads. Where none of them leaves
@@ -213,7 +213,7 @@ class Pack:
         return group
 
     def _pays(self, group: Sequence[tuple[int, Variant, Ready]]) -> bool:
-        """Whether texts are to be read at once: as often as not, to lay out a run takes longer than it saves."""
+        """Tell whether to read texts at once: to lay out a run may take longer than it saves."""
         key = _sizes(group)
         if key in self._failed:
             return False
@@ -263,7 +263,7 @@ class Pack:
 
 
 def _one_by_one(compiled: Compiled) -> bool:
-    """Whether all calls are to run as the model's own calls: rmtc is off, or hooks are to see each of them."""
+    """Tell whether all calls are to run as the model's own calls: rmtc is off, or hooks are to see each of them."""
     module = compiled.function if isinstance(compiled.function, nn.Module) else None
     hooks = module is not None and any(
         (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -272,12 +272,12 @@ def _one_by_one(compiled: Compiled) -> bool:
 
 
 def _sizes(group: Sequence[tuple[int, Variant, Ready]]) -> Any:
-    """What tells one run of several texts from another."""
+    """Return what tells one run of several texts from another."""
     return id(group[0][2].made), tuple(ready.sizes for _, _, ready in group)
 
 
-def _ready(compiled: Compiled, call: Call) -> tuple[Variant, Ready] | str | None:
-    """What runs a call together with others, and the call made ready; None or the reason if it is to run alone."""
+def _ready(compiled: Compiled, call: PackedCall) -> tuple[Variant, Ready] | str | None:
+    """Return what runs a call beside others, and the call made ready; None or the reason if it is to run alone."""
     try:
         arguments = compiled._arguments(*call)
         if has_cache(dict(arguments.named())):
@@ -300,7 +300,7 @@ def _ready(compiled: Compiled, call: Call) -> tuple[Variant, Ready] | str | None
     return None
 
 
-def _calls(texts: Iterable[Any] | Mapping[str, Sequence[Any]], kwargs: dict[str, Any]) -> Iterator[Call]:
+def _calls(texts: Iterable[Any] | Mapping[str, Sequence[Any]], kwargs: dict[str, Any]) -> Iterator[PackedCall]:
     """Yield the calls of texts.
 
     Raises:
@@ -322,6 +322,6 @@ def _calls(texts: Iterable[Any] | Mapping[str, Sequence[Any]], kwargs: dict[str,
         texts = [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
     for text in texts:
         if isinstance(text, Mapping):
-            yield Call((), {**kwargs, **text})
+            yield PackedCall((), {**kwargs, **text})
         else:
-            yield Call((text,), kwargs)
+            yield PackedCall((text,), kwargs)

@@ -19,7 +19,7 @@ from rmtc.runtime.concatenation import Concatenation
 
 
 @dataclass(frozen=True)
-class Given:
+class TextInput:
     """A text that a run is given.
 
     Attributes:
@@ -33,7 +33,7 @@ class Given:
     tail: int
 
 
-class Reading:
+class TextRun:
     """A text that is read.
 
     Args:
@@ -56,7 +56,7 @@ class Reading:
     def __init__(
         self,
         program: WavefrontProgram,
-        given: Given,
+        given: TextInput,
         batch: int,
         gradients: bool = False,
         concatenations: Iterable[tuple[int, int, Every]] = (),
@@ -80,7 +80,7 @@ class Reading:
 
     @functools.cached_property
     def before(self) -> list[Any]:
-        """What is computed before the segments."""
+        """Values that are computed before the segments."""
         return self._outside(self.loop.before, "before")
 
     def keep(self, key: Key, value: torch.Tensor, index: int, stage: str) -> None:

@@ -28,7 +28,7 @@ from rmtc.passes.pipeline import differentiable
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.executor import Done, Emission, Executor, Unmergeable, Walk, autocast_off
 from rmtc.runtime.plan import Launch, Plan, plan_texts
-from rmtc.runtime.reading import Given, Reading
+from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.recompute import Recompute, Recomputed
 from rmtc.runtime.stacking import DLPACK, StackPart, copied_layout
 from rmtc.runtime.stats import LastBackward
@@ -90,7 +90,7 @@ class Training(Executor):
         found = sum(each.numel() for number, each in numbered if launch.body.ops[number].target is choose)
         return int(found) // len(launch.cells) * self.program.loop.layers
 
-    def _read(self, plan: Plan, texts: Sequence[Given], batch: int, done: Done) -> None:
+    def _read(self, plan: Plan, texts: Sequence[TextInput], batch: int, done: Done) -> None:
         """Run a plan of one text, with the loop as the ``grad_fn`` of its results."""
         (text,) = texts
         made: list[dict[str, Any]] = []
@@ -154,7 +154,7 @@ class _Tape(Walk):
 
     executor: Training
 
-    def __init__(self, executor: Training, plan: Plan, text: Given, batch: int) -> None:
+    def __init__(self, executor: Training, plan: Plan, text: TextInput, batch: int) -> None:
         self.sizes, values = (text.segments, batch, text.tail), text.values
         reached = executor.reached(self.sizes)  # what the code detaches at once has a graph that is not this loop's
         asking = {name: value for name, value in values.items() if value.requires_grad}
@@ -169,7 +169,7 @@ class _Tape(Walk):
         self.anchor = torch.zeros((), requires_grad=True)  # rows of stacks depend on it, so that autograd visits them
         given = replace(text, values={**values, **apart, **self.leaves})
         # No concatenation is put together in place.
-        super().__init__(executor, plan, [Reading(executor.program, given, batch, gradients=True)])
+        super().__init__(executor, plan, [TextRun(executor.program, given, batch, gradients=True)])
         self.visited: set[int] = set()
         self.launches = [(launch, self.readings[0].at(launch.length)) for launch in plan.launches]
         self.again = executor.recompute.choose(self.launches)
@@ -212,7 +212,7 @@ class _Tape(Walk):
         given = (each for each, moves in zip(operands, moved, strict=True) if moves)
         return Recomputed.apply(run, known, self.anchor, *given)  # type: ignore[no-any-return, no-untyped-call]
 
-    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: Reading) -> torch.Tensor:
+    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: TextRun) -> torch.Tensor:
         names = [body.weights[number][layer] for layer in layers]
         if (lies := self.executor.weights.lies_in(names)) is not None:
             stack, part = lies

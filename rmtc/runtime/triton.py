@@ -19,7 +19,7 @@ from rmtc.codegen.triton.spelling import widened
 from rmtc.codegen.triton.targets import TARGETS, Target, target_of
 from rmtc.errors import BackendError, RefusedError, raised_by_signal
 from rmtc.runtime.executor import Done, Emission, Executor, Run
-from rmtc.runtime.reading import Given
+from rmtc.runtime.reading import TextInput
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Triton(Executor):
     by_torch: set[str] = field(default_factory=set)
     unseen: dict[str, tuple[str, Emitted]] = field(default_factory=dict)
 
-    def read(self, texts: Sequence[Given], batch: int, done: Done, lanes: int = 1) -> Run:
+    def read(self, texts: Sequence[TextInput], batch: int, done: Done, lanes: int = 1) -> Run:
         """Run the loop, as :meth:`Executor.read` does, with the model's GPU as the current one."""
         tensors = (each for text in texts for each in text.values.values())
         device = next((each.device for each in tensors if each.device.type == "cuda"), None)

@@ -55,7 +55,7 @@ from rmtc.runtime.estimate import (
 )
 from rmtc.runtime.executor import Executor, Run
 from rmtc.runtime.measure import clock, cost_model, pinned
-from rmtc.runtime.reading import Given
+from rmtc.runtime.reading import TextInput
 from rmtc.runtime.recompute import Recompute
 from rmtc.runtime.stats import Decision, LastBackward
 from rmtc.runtime.training import Training
@@ -749,7 +749,7 @@ class Variant:
                 held.append(outputs)
 
         held: list[dict[str, Any]] = []
-        texts = [Given(each.values, each.sizes.segments, each.sizes.tail) for each in calls]
+        texts = [TextInput(each.values, each.sizes.segments, each.sizes.tail) for each in calls]
         run = runner.read(texts, calls[0].sizes.batch, ended, lanes)
         if self.leaves:  # once nothing can fail any more
             done(len(calls) - 1, self._finished(calls[-1], held[-1]))

@@ -11,9 +11,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmtc
+from rmtc.examples import answer
 from rmtc.examples.armt_llama import ArmtLlamaForCausalLM, build
 from rmtc.examples.generation import CACHE, SegmentCache
 from rmtc.examples.text import token_ids
+from rmtc.examples.train_armt import SEGMENTS, built
+from rmtc.examples.train_armt import texts as train_texts
 
 SEGMENT, LAYERS, NEW = 8, 3, 2 * 8 + 3
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
@@ -166,3 +169,18 @@ def test_the_house_of_transformers(tmp_path: Any) -> None:
     fast, ids = rmtc.compile(loaded.eval(), strict=True, schedule="shortest"), token_ids(4 * SEGMENT + 1)
     assert torch.equal(fast.generate(ids, **GREEDY), eager.generate(ids, **GREEDY))
     assert rmtc.stats(fast).runs == 1
+
+
+def test_the_answer_example(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, fast = built().double().eval(), built().double().eval()
+    rmtc.compile(fast, strict=True, schedule="shortest")
+    text = train_texts(SEGMENTS, 1, torch.Generator().manual_seed(0))[0]
+    memory = answer.read(fast, text)
+    for key in range(3):
+        question = torch.tensor([[key]])
+        wanted = eager.generate(torch.cat([text, question], dim=1), max_new_tokens=5, do_sample=False, pad_token_id=0)
+        assert torch.equal(answer.ask(fast, text, memory, question, 5), wanted[:, text.shape[1] + 1 :])
+    assert rmtc.stats(fast).runs == 1  # it is read once
+    monkeypatch.setattr("sys.argv", ["answer", "--texts", "2"])
+    answer.main()
+    assert capsys.readouterr().out.count("text ") == 2

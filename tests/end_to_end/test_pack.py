@@ -21,7 +21,7 @@ from rmtc import heuristics
 from rmtc.capture.sizes import Sizes
 from rmtc.compiler import compiled_of
 from rmtc.errors import VerifyError
-from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
+from rmtc.examples import armt_gpt2, armt_llama, evaluate, transformer_xl
 from rmtc.ir.program import Src
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.executor import Executor
@@ -638,3 +638,16 @@ def test_new_sizes_are_read_one_by_one_until_that_does_not_pay(monkeypatch: pyte
             rmtc.pack(twins.fast)(order)
             runs.append(last_run(twins).texts)
     assert runs == [1, 1, 3, 3, 3]
+
+
+def test_the_evaluate_example(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = armt_llama.build(layers=2, width=32, segment=32, dtype="float64")[0]
+    fast, given = rmtc.compile(model, strict=True, schedule="shortest"), evaluate.texts(32, 12, most=3)
+    alone = evaluate.perplexity(fast, given, packed=False)
+    for _ in range(2):
+        found = evaluate.perplexity(fast, given)
+    run = rmtc.stats(fast).last_run
+    assert found == pytest.approx(alone, rel=1e-10) and run is not None and run.texts == 12
+    monkeypatch.setattr("sys.argv", ["evaluate", "--texts", "4"])
+    evaluate.main()
+    assert "perplexity" in capsys.readouterr().out

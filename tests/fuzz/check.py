@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 import rmtc
 from rmtc.compiler import compiled_of
-from rmtc.runtime.pack import Call, Pack
+from rmtc.runtime.pack import Pack, PackedCall
 
 __all__ = ["Twin", "Verdict", "examine", "load", "main"]
 
@@ -347,7 +347,7 @@ class Twin:
 
     def several(self, calls: list[dict[str, Any]]) -> Walk:
         """Some calls at once, or one after another where the model is not compiled: what is there after them."""
-        given = [Call(tuple(args), kwargs) for args, kwargs in map(self.arguments, calls)]
+        given = [PackedCall(tuple(args), kwargs) for args, kwargs in map(self.arguments, calls)]
         before = Walk()
         self.roots(before, [*given])
         torch.manual_seed(7)
