@@ -121,7 +121,7 @@ class ArmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMi
         """
         given = kwargs.pop("past_key_values", None) if cache is None else cache
         if given is not None or use_cache:
-            read = SegmentCache(self.config, [None] * self.config.num_hidden_layers) if given is None else given
+            read = SegmentCache(self.config) if given is None else given
             hidden = self.read_on(input_ids, attention_mask, read)
             return output(return_dict, read, logits=self.lm_head(hidden[:, -logits_to_keep:]))
         self.reset_memory()
@@ -151,9 +151,10 @@ class ArmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMi
         hidden: Tensor = self.model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
         return hidden[:, : ids.shape[1]]
 
-    def memories_left(self) -> list[Any]:
+    def memories_left(self) -> list[tuple[Tensor, ...]]:
         """Return the memory ``(A, z)`` of each layer after a call."""
-        return [(layer.A, layer.z) for layer in self.model.layers if isinstance(layer, AssociativeLayer)]
+        layers = (layer for layer in self.model.layers if isinstance(layer, AssociativeLayer))
+        return [(layer.A, layer.z) for layer in layers if layer.A is not None and layer.z is not None]
 
     def extend(self, ids: Tensor, mask: Tensor | None, cache: SegmentCache) -> Tensor:
         """Read tokens of the open segment, which do not write to the memory."""
@@ -169,9 +170,9 @@ class ArmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMi
 
     def _beside(self, inputs: Tensor, mask: Tensor | None, cache: SegmentCache, remember: bool) -> Tensor:
         """Run the layers beside the keys and values of the open segment."""
-        for layer, memory in zip(self.model.layers, cache.memories, strict=True):
-            assert isinstance(layer, AssociativeLayer)
-            layer.A, layer.z = (None, None) if memory is None else memory
+        self.reset_memory()
+        for layer, memory in zip(self.model.layers, cache.memories, strict=False):
+            layer.A, layer.z = memory
         given = {CACHE: cache.open, "use_cache": True, "remember": remember}
         hidden: Tensor = self.model(inputs_embeds=inputs, attention_mask=mask, **given).last_hidden_state
         return hidden

@@ -8,7 +8,7 @@ the model closes segments, which writes the memory, and the next one begins.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,34 +26,34 @@ class SegmentCache(Cache):
     """What a model has read: the memories of the closed segments, and the keys and values of the open one.
 
     Attributes:
-        memories: for each layer its memory after the last closed segment; tuples of tensors, of batch size first, or
-            None before there is one.
+        memories: what the last closed segment has left, tuples of tensors (batch size, ...); empty before there is one.
         open: the keys and values of the open segment.
+        before: tokens in it that stand before those of the text.
         closed: tokens of the text in closed segments.
     """
 
-    def __init__(self, config: Any, memories: list[Any], closed: int = 0) -> None:
+    def __init__(self, config: Any, memories: Sequence[tuple[Tensor, ...]] = (), closed: int = 0) -> None:
         super().__init__(layers=[])
-        self.config, self.memories, self.closed = config, memories, closed
+        self.config, self.memories, self.closed, self.before = config, memories, closed, 0
         self.open = DynamicCache(config=config)
 
     @property
     def length(self) -> int:
         """Tokens of the text in the open segment."""
-        return int(self.open.get_seq_length())
+        return max(0, int(self.open.get_seq_length()) - self.before)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the tokens of the text that were read."""
         return self.closed + self.length
 
-    def close(self, memories: list[Any]) -> None:
+    def close(self, memories: Sequence[tuple[Tensor, ...]]) -> None:
         """Begin a new segment with some memories."""
         self.closed += self.config.segment_size
         self.memories, self.open = memories, DynamicCache(config=self.config)
 
     def widen(self, batch: int) -> None:
         """Repeat the memories of each text, as ``generate`` repeats the texts for beams."""
-        sizes = {tensor.shape[0] for memory in self.memories if memory is not None for tensor in memory}
+        sizes = {tensor.shape[0] for memory in self.memories for tensor in memory}
         if sizes and sizes != {batch}:
             (size,) = sizes
             self._map(lambda tensor: tensor.repeat_interleave(batch // size, 0))
@@ -64,7 +64,7 @@ class SegmentCache(Cache):
         self.open.reorder_cache(beam_idx)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.memories = [memory if memory is None else tuple(map(change, memory)) for memory in self.memories]
+        self.memories = [tuple(map(change, memory)) for memory in self.memories]
 
     @property
     def is_croppable(self) -> bool:
@@ -91,8 +91,8 @@ class SegmentGeneration:
 
     config: Any
 
-    def memories_left(self) -> list[Any]:
-        """Return the memories of the layers after a call, as :attr:`SegmentCache.memories` holds them."""
+    def memories_left(self) -> list[tuple[Tensor, ...]]:
+        """Return the memories after a call, as :attr:`SegmentCache.memories` holds them."""
         raise NotImplementedError
 
     def extend(self, ids: Tensor, mask: Tensor | None, cache: SegmentCache) -> Tensor:
@@ -135,8 +135,7 @@ class SegmentGeneration:
             if closed:
                 read: Any = self  # the model's call
                 read(ids[:, :closed], attention_mask=None if mask is None else mask[:, :closed], logits_to_keep=1)
-            memories = self.memories_left() if closed else [None] * self.config.num_hidden_layers
-            kwargs[CACHE] = SegmentCache(self.config, memories, closed)
+            kwargs[CACHE] = SegmentCache(self.config, self.memories_left() if closed else (), closed)
         elif not isinstance(kwargs[CACHE], SegmentCache):
             raise ValueError(f"{CACHE} is a SegmentCache, not a {type(kwargs[CACHE]).__name__}")
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]

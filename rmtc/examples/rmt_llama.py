@@ -3,13 +3,20 @@
 Shapes: B batch, N tokens of the text, T tokens of a segment with both memories, D width, M memory tokens, V vocabulary.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
 
+from rmtc.examples.generation import CACHE, SegmentCache, SegmentGeneration, output
 from rmtc.examples.text import check_sizes, token_ids
 
 __all__ = ["RmtLlamaConfig", "RmtLlamaForCausalLM", "build"]
@@ -29,11 +36,12 @@ class RmtLlamaConfig(LlamaConfig):
     memory_tokens: int = 16
 
 
-class RmtLlamaForCausalLM(LlamaPreTrainedModel):
+class RmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMixin):
     """Reads a text of any length in segments and predicts the next token everywhere.
 
     The segments are ``[m ; embed(ids) ; m]``. What Llama makes of the last M positions (its last hidden state, the
-    final norm included) is the next segment's m; the first segment's is learned.
+    final norm included) is the next segment's m; the first segment's is learned. ``generate`` reads a prompt so, and
+    leaves its last segment open, without the second m, for what it generates.
     """
 
     config: RmtLlamaConfig
@@ -44,6 +52,7 @@ class RmtLlamaForCausalLM(LlamaPreTrainedModel):
         self.model = LlamaModel(config)
         self.memory = nn.Parameter(torch.empty(config.memory_tokens, config.hidden_size))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.left: Tensor | None = None  # the memory that the last call has left
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -52,30 +61,47 @@ class RmtLlamaForCausalLM(LlamaPreTrainedModel):
             nn.init.normal_(self.memory, std=self.config.initializer_range)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
-    ) -> CausalLMOutput:
-        """Read a text from its beginning.
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: SegmentCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Read a text from its beginning. Afterwards ``left`` is the memory of all of it.
 
         Args:
             input_ids: ``(B, N)``, N at least 1.
             attention_mask: ``(B, N)``, 0 where a row is padding; the memory tokens are always attended.
             labels: ``(B, N)``, usually the ``input_ids``: they are shifted here; -100 is ignored.
+            cache, use_cache, logits_to_keep, return_dict, kwargs: as of :class:`ArmtLlamaForCausalLM`.
 
         Returns:
-            ``logits`` (B, N, V), and with labels their mean cross entropy as ``loss``.
+            ``logits`` (B, N, V), with labels their mean cross entropy as ``loss``, and what was read as ``cache``.
         """
+        given = kwargs.pop("past_key_values", None) if cache is None else cache
+        if given is not None or use_cache:
+            read = SegmentCache(self.config) if given is None else given
+            hidden = self.read_on(input_ids, attention_mask, read)
+            return output(return_dict, read, logits=self.lm_head(hidden[:, -logits_to_keep:]))
         memory = self.memory.expand(input_ids.shape[0], -1, -1)
         pieces = []
         for start in range(0, input_ids.shape[1], self.config.segment_size):
             segment = slice(start, start + self.config.segment_size)
             mask = None if attention_mask is None else attention_mask[:, segment]
             hidden, memory = self.read_segment(input_ids[:, segment], mask, memory)
-            pieces.append(self.lm_head(hidden))
+            pieces.append(hidden if logits_to_keep else self.lm_head(hidden))
+        self.left = memory
         logits = torch.cat(pieces, dim=1)
+        if logits_to_keep:
+            logits = self.lm_head(logits[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutput(loss=loss, logits=logits)
+        return output(return_dict, None, loss=loss, logits=logits)
 
     def read_segment(self, ids: Tensor, mask: Tensor | None, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Run Llama over one segment.
@@ -96,6 +122,41 @@ class RmtLlamaForCausalLM(LlamaPreTrainedModel):
         size = self.config.memory_tokens
         memory = hidden[:, -size:]
         return hidden[:, size:-size], memory
+
+    def memories_left(self) -> list[tuple[Tensor, ...]]:
+        """Return the memory after a call."""
+        return [] if self.left is None else [(self.left,)]
+
+    def extend(self, ids: Tensor, mask: Tensor | None, cache: SegmentCache) -> Tensor:
+        """Read tokens of the open segment, the first ones behind its memory."""
+        inputs = self.model.embed_tokens(ids)
+        if not cache.length:
+            cache.before = self.config.memory_tokens
+            inputs = torch.cat([self._memory(len(ids), cache), inputs], dim=1)
+        return self._beside(inputs, mask, cache)[:, -ids.shape[1] :]
+
+    def close(self, mask: Tensor | None, cache: SegmentCache) -> None:
+        """Let Llama write the memory at the end of the open segment."""
+        memory = self._memory(len(cache.open.layers[0].keys), cache)
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(memory.shape[:2])], dim=1)
+        cache.close([(self._beside(memory, mask, cache),)])
+
+    def _memory(self, batch: int, cache: SegmentCache) -> Tensor:
+        """The memory that the open segment reads, (B, M, D)."""
+        return cache.memories[0][0] if cache.memories else self.memory.expand(batch, -1, -1)
+
+    def _beside(self, inputs: Tensor, mask: Tensor | None, cache: SegmentCache) -> Tensor:
+        """Run Llama beside the keys and values of the open segment."""
+        if mask is not None:
+            mask = torch.cat([mask.new_ones(len(mask), self.config.memory_tokens), mask], dim=1)
+        given = {CACHE: cache.open, "use_cache": True}
+        hidden: Tensor = self.model(inputs_embeds=inputs, attention_mask=mask, **given).last_hidden_state
+        return hidden
+
+
+AutoConfig.register("rmt_llama", RmtLlamaConfig)
+AutoModelForCausalLM.register(RmtLlamaConfig, RmtLlamaForCausalLM)
 
 
 def build(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmtc
-from rmtc.examples import answer
+from rmtc.examples import answer, rmt_llama
 from rmtc.examples.armt_llama import ArmtLlamaForCausalLM, build
 from rmtc.examples.generation import CACHE, SegmentCache
 from rmtc.examples.text import token_ids
@@ -63,6 +63,23 @@ def test_a_token_costs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rmtc.stats(fast).runs == 1
     assert max(seen) == 2 and seen.count(2) == 1 + 2  # the open segment, and memory tokens twice
     assert seen.count(1) == NEW - 1
+
+
+def test_a_memory_from_top_to_bottom() -> None:
+    """RMT has no schedule; it generates by the same means."""
+    eager = rmt_llama.build(layers=LAYERS, width=32, segment=SEGMENT, memory=2, dtype="float64")[0]
+    for length in (1, SEGMENT, SEGMENT + 1, 3 * SEGMENT, 4 * SEGMENT + 5):
+        ids = token_ids(length, 2)
+        assert torch.equal(eager.generate(ids, **GREEDY), read_anew(eager, ids))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    other = torch.where(mask.bool(), ids, 7)
+    found = [eager.generate(each, **GREEDY, attention_mask=mask, num_beams=2)[:, length:] for each in (ids, other)]
+    assert torch.equal(*found)
+    with torch.no_grad():
+        whole = eager(ids).logits
+        for keep in (1, SEGMENT + 2):
+            torch.testing.assert_close(eager(ids, logits_to_keep=keep).logits, whole[:, -keep:], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2, "do_sample": True}])
@@ -123,7 +140,7 @@ def test_a_cache_continues_a_text() -> None:
     with torch.no_grad():
         whole = eager(ids).logits
         for cuts in ([1, 2, 9, 4 * SEGMENT + 3], [SEGMENT, 2 * SEGMENT, 4 * SEGMENT + 3], [4 * SEGMENT + 3]):
-            cache, pieces, start = SegmentCache(eager.config, [None] * LAYERS), [], 0
+            cache, pieces, start = SegmentCache(eager.config), [], 0
             for end in cuts:
                 found = eager(ids[:, start:end], use_cache=True, **{CACHE: cache})
                 assert found[CACHE] is cache
@@ -152,7 +169,7 @@ def test_what_takes_tokens_back_is_refused() -> None:
     with pytest.raises(ValueError, match="cache that can be cropped"):
         fast.generate(ids, **GREEDY, prompt_lookup_num_tokens=3)
     with pytest.raises(NotImplementedError, match="a memory cannot be cropped"):
-        SegmentCache(fast.config, [None] * LAYERS).crop(-1)
+        SegmentCache(fast.config).crop(-1)
     with pytest.raises(ValueError, match="generate reads token ids"):
         fast.generate(inputs_embeds=torch.zeros(1, 3, 32), **GREEDY)
     with pytest.raises(ValueError, match="is a SegmentCache"):
