@@ -476,7 +476,12 @@ def examine(path: Path, compile: Callable[..., Any] = rmtc.compile) -> Verdict:
                 if verdict.kind != "same":
                     return verdict
             if compiled_of(twins[1].call) is not None and not twins[0].module.GIVEN["states"]:
-                calls = [{**call, "layout": "plain"} for call in twins[0].module.CALLS for _ in range(2)]
+                calls = [
+                    {**call, "layout": call["layout"] if call["layout"] in ("keyword", "scaled") else "plain"}
+                    for call in twins[0].module.CALLS
+                    for _ in range(2)
+                ]
+                calls += calls[::-3]  # of some texts there is one alone
                 for _ in range(2):  # what is not ready at first is at the second time
                     wanted, found = (twin.several(calls) for twin in twins)
                     verdict.detail = differences(found, wanted)
