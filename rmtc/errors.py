@@ -110,8 +110,14 @@ class PackError(RmtcError):
 
     def __init__(self, errors: Mapping[int, Exception], results: Mapping[int, Any]) -> None:
         self.errors, self.results = dict(errors), dict(results)
-        lines = [f"text {number}: {brief(error)}" for number, error in sorted(errors.items())]
-        remedy = "see .errors for the exceptions, and .results for what the other texts gave"
+        alike: dict[str, list[str]] = {}
+        for number, error in sorted(errors.items()):
+            alike.setdefault(brief(error), []).append(str(number))
+        lines = [f"text{'s' if len(of) > 1 else ''} {', '.join(of)}: {what}" for what, of in alike.items()]
+        remedy = (
+            "a text is the model's first argument, or a dict of arguments by name; .errors has the exceptions, and "
+        )
+        remedy += ".results what the other texts gave"
         super().__init__("\n         ".join(lines), remedy=remedy)
 
 

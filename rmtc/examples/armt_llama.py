@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from rmtc.examples.associative import AssociativeLayer, MemoryProjection
-from rmtc.examples.generation import CACHE, SegmentCache, SegmentGeneration, output
+from rmtc.examples.generation import CACHE, SegmentCache, SegmentGeneration, check_mask, output
 from rmtc.examples.text import check_sizes, token_ids
 
 __all__ = ["ArmtLlamaConfig", "ArmtLlamaForCausalLM", "ArmtLlamaModel", "build"]
@@ -124,6 +124,7 @@ class ArmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMi
             read = SegmentCache(self.config) if given is None else given
             hidden = self.read_on(input_ids, attention_mask, read)
             return output(return_dict, read, logits=self.lm_head(hidden[:, -logits_to_keep:]))
+        check_mask(attention_mask, *input_ids.shape)
         self.reset_memory()
         length, size, pieces = input_ids.shape[1], self.config.segment_size, []
         # The last positions are in so many segments, however long the last one is.

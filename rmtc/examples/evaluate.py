@@ -43,7 +43,7 @@ def texts(segment: int, count: int, most: int = 32) -> list[Tensor]:
         segments = min(len(data) // segment, most)
         if segments > 1:
             found.append(data[None, : segments * segment])
-    return found[:count]
+    return found[: max(0, count)]
 
 
 def results(model: Any, given: Sequence[Tensor], packed: bool) -> Iterator[tuple[int, Any]]:

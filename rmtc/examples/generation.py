@@ -51,6 +51,9 @@ class SegmentCache(Cache):
         self.closed += self.config.segment_size
         self.memories, self.open = memories, DynamicCache(config=self.config)
 
+    def __repr__(self) -> str:
+        return f"SegmentCache({self.get_seq_length()} tokens, {self.length} of them in the open segment)"
+
     def widen(self, batch: int) -> None:
         """Repeat the memories of each text, as ``generate`` repeats the texts for beams."""
         sizes = {tensor.shape[0] for memory in self.memories for tensor in memory}
@@ -121,14 +124,20 @@ class SegmentGeneration:
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers does. All segments of the prompt but the last are read by one call of the model.
 
-        Rows of a batch are padded on the left, and have an ``attention_mask``.
+        Rows of a batch are padded on the left, and have an ``attention_mask``. Padding moves the borders of segments:
+        a padded row is read in other segments than the same text alone. The layers hold the memory meanwhile, so no
+        two threads generate with one model at once.
 
         Raises:
-            ValueError: if there are no token ids, or a cache of another kind is given.
+            ValueError: if there are no token ids (batch size, positions), or a cache of another kind is given.
         """
         ids = kwargs.get("input_ids") if inputs is None else inputs
-        if not isinstance(ids, Tensor) or kwargs.get("inputs_embeds") is not None:
-            raise ValueError("generate reads token ids: pass input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.shape[1] or kwargs.get("inputs_embeds") is not None:
+            what = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"generate reads a tensor of token ids (batch size, positions), not {what}")
+        for name in ("cache", "past_key_values"):
+            if (given := kwargs.pop(name, None)) is not None:
+                kwargs[CACHE] = given
         if kwargs.get(CACHE) is None:
             mask, size = kwargs.get("attention_mask"), self.config.segment_size
             closed = (ids.shape[1] - 1) // size * size
@@ -136,8 +145,9 @@ class SegmentGeneration:
                 read: Any = self  # the model's call
                 read(ids[:, :closed], attention_mask=None if mask is None else mask[:, :closed], logits_to_keep=1)
             kwargs[CACHE] = SegmentCache(self.config, self.memories_left() if closed else (), closed)
-        elif not isinstance(kwargs[CACHE], SegmentCache):
-            raise ValueError(f"{CACHE} is a SegmentCache, not a {type(kwargs[CACHE]).__name__}")
+        check_cache(kwargs[CACHE])
+        if kwargs[CACHE].get_seq_length() >= ids.shape[1]:
+            raise ValueError(f"{kwargs[CACHE]} holds all of these {ids.shape[1]} tokens: hand over the whole text")
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
@@ -158,6 +168,8 @@ class SegmentGeneration:
         Returns:
             Hidden states (B, n, D).
         """
+        check_cache(cache)
+        check_mask(mask, ids.shape[0], cache.get_seq_length() + ids.shape[1])
         cache.widen(ids.shape[0])
         pieces = []
         while ids.shape[1]:
@@ -172,6 +184,26 @@ class SegmentGeneration:
     def _open(mask: Tensor | None, cache: SegmentCache, more: int) -> Tensor | None:
         """The mask of the open segment with some more tokens."""
         return None if mask is None else mask[:, cache.closed : cache.closed + cache.length + more]
+
+
+def check_cache(cache: Any) -> None:
+    """Check that a cache is of these models.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not isinstance(cache, SegmentCache):
+        raise ValueError(f"{CACHE} is a SegmentCache, not a {type(cache).__name__}")
+
+
+def check_mask(mask: Tensor | None, batch: int, length: int) -> None:
+    """Check that a mask is of the text: attention on a CPU takes others, too.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if mask is not None and mask.shape != (batch, length):
+        raise ValueError(f"attention_mask is ({batch}, {length}), as the text is, and not {tuple(mask.shape)}")
 
 
 def output(return_dict: bool | None, cache: SegmentCache | None, **fields: Any) -> Any:

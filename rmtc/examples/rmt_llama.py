@@ -16,7 +16,7 @@ from transformers import (
     LlamaPreTrainedModel,
 )
 
-from rmtc.examples.generation import CACHE, SegmentCache, SegmentGeneration, output
+from rmtc.examples.generation import CACHE, SegmentCache, SegmentGeneration, check_mask, output
 from rmtc.examples.text import check_sizes, token_ids
 
 __all__ = ["RmtLlamaConfig", "RmtLlamaForCausalLM", "build"]
@@ -87,6 +87,7 @@ class RmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMix
             read = SegmentCache(self.config) if given is None else given
             hidden = self.read_on(input_ids, attention_mask, read)
             return output(return_dict, read, logits=self.lm_head(hidden[:, -logits_to_keep:]))
+        check_mask(attention_mask, *input_ids.shape)
         memory = self.memory.expand(input_ids.shape[0], -1, -1)
         pieces = []
         for start in range(0, input_ids.shape[1], self.config.segment_size):

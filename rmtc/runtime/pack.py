@@ -63,7 +63,7 @@ class Pack:
         Args:
             texts: the texts, each the model's first argument, such as ``input_ids`` (batch, positions), or a dict of
                 arguments by name; or one dict of lists, with an item of each for each text. The batch size may differ
-                from text to text, and so may the length.
+                from text to text, and so may the length. A generator must not change what it has given.
             kwargs: arguments that all texts have in common.
 
         Returns:
@@ -90,7 +90,8 @@ class Pack:
         """Read texts as they come, and yield results as they are done.
 
         Up to 64 texts are taken before they are read, and no more are held at a time. They must not change until their
-        results are there, nor must the model.
+        results are there, nor must the model be called or changed in between: what calls leave in it is that of texts
+        whose results are still to come.
 
         Args:
             texts, kwargs: as in a call.
@@ -243,6 +244,7 @@ class Pack:
         schedule, segments = made.program.schedule, sum(each.segments for each in sizes)
         with compiled._counts:
             compiled.stats.runs += len(group)
+            compiled.stats.packed += len(group)
             compiled.stats.last_run = LastRun(
                 segments=segments,
                 layers=schedule.layers,
@@ -322,6 +324,8 @@ def _calls(texts: Iterable[Any] | Mapping[str, Sequence[Any]], kwargs: dict[str,
         texts = [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
     for text in texts:
         if isinstance(text, Mapping):
+            if twice := sorted(kwargs.keys() & text.keys()):
+                raise ValueError(f"{twice[0]} is given for all texts and for each")
             yield PackedCall((), {**kwargs, **text})
         else:
             yield PackedCall((text,), kwargs)

@@ -133,6 +133,7 @@ class Stats:
         recompiles: captures but for the first.
         recalled: captures that took up what an earlier process had recognised.
         runs: calls that ran with their schedule.
+        packed: those of them that ran together with others, see :func:`rmtc.pack`.
         backwards: backward passes through such calls.
         eager: calls that ran as written, as they should: of one segment, with a cache, from inside ``generate``, or of
             a size for which the model as written takes less time.
@@ -146,6 +147,7 @@ class Stats:
     recompiles: int = 0
     recalled: int = 0
     runs: int = 0
+    packed: int = 0
     backwards: int = 0
     eager: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)

@@ -164,16 +164,26 @@ def test_logits_to_keep_and_tuples() -> None:
 
 
 def test_what_takes_tokens_back_is_refused() -> None:
-    fast, _ = made()
+    fast, eager = made()
     ids = token_ids(2 * SEGMENT + 2)
     with pytest.raises(ValueError, match="cache that can be cropped"):
         fast.generate(ids, **GREEDY, prompt_lookup_num_tokens=3)
     with pytest.raises(NotImplementedError, match="a memory cannot be cropped"):
         SegmentCache(fast.config).crop(-1)
-    with pytest.raises(ValueError, match="generate reads token ids"):
+    with pytest.raises(ValueError, match="generate reads a tensor of token ids"):
         fast.generate(inputs_embeds=torch.zeros(1, 3, 32), **GREEDY)
-    with pytest.raises(ValueError, match="is a SegmentCache"):
-        fast.generate(ids, **GREEDY, **{CACHE: object()})
+    for wrong in (ids[0], ids[:, :0], ids.tolist()):
+        with pytest.raises(ValueError, match="generate reads a tensor of token ids"):
+            fast.generate(wrong, **GREEDY)
+    for name in ("cache", "past_key_values"):
+        with pytest.raises(ValueError, match="is a SegmentCache"):
+            fast.generate(ids, **GREEDY, **{name: object()})
+    read = SegmentCache(fast.config, (), ids.shape[1])
+    with pytest.raises(ValueError, match="holds all of these 18 tokens"):
+        fast.generate(ids, **GREEDY, past_key_values=read)
+    for width in (1, 17, 19):
+        with torch.no_grad(), pytest.raises(ValueError, match="attention_mask is"):
+            eager(ids, attention_mask=torch.ones(1, width))
 
 
 def test_the_house_of_transformers(tmp_path: Any) -> None:

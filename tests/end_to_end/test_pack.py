@@ -377,7 +377,7 @@ def test_one_way_in(monkeypatch: pytest.MonkeyPatch) -> None:
     twins = Twins(Associative, schedule="shortest")
     warm(twins, texts([(4, 5)]))
     compare(twins, texts([(4, 5)] * 3))
-    assert seen == [1, 1, 3]
+    assert seen == [1, 1, 3] and rmtc.stats(twins.fast).packed == 3 and rmtc.stats(twins.fast).runs == 5
 
 
 def test_what_is_no_texts() -> None:
@@ -393,6 +393,8 @@ def test_what_is_no_texts() -> None:
         rmtc.pack(fast)({"hidden": text()})
     with pytest.raises(ValueError, match="these have"):
         rmtc.pack(fast)({"hidden": texts(), "other": texts()[1:]})
+    with pytest.raises(ValueError, match="hidden is given for all texts and for each"):
+        rmtc.pack(fast)({"hidden": texts()}, hidden=text())
     with torch.no_grad():
         found = rmtc.pack(fast)({"hidden": texts()})
     assert [each.shape for each in found] == [each.shape for each in texts()]

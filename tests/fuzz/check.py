@@ -356,7 +356,7 @@ class Twin:
         found: list[Any] = [None] * len(given)
         with torch.no_grad():
             if compiled is not None:
-                for number, result, error in Pack(compiled)._outcomes(given):
+                for number, result, error in Pack(compiled, 2)._outcomes(given):
                     found[number] = result if error is None else type(error).__qualname__
             else:
                 for number, (args, kwargs) in enumerate(given):

@@ -22,6 +22,7 @@ def test_counts_then_the_last_run_then_fallbacks_with_their_reasons() -> None:
         "recompiles  1",
         "recalled    1",
         "runs        5",
+        "packed      0",
         "backwards   0",
         "eager       3",
         "last run",
