@@ -480,7 +480,7 @@ class Compiled:
     def _decide(self, arguments: Arguments) -> _Decision:
         """Decide whether a call runs with a schedule, or as written and why: the first reason that holds."""
         given = dict(arguments.named())
-        if has_cache(given) or _generating(self.function):
+        if given.get("past_key_values") is not None or _generating(self.function):
             return _Eager(quiet=_CACHE)
         short = self._short(arguments)
         if short is not None:
@@ -944,15 +944,6 @@ def _signature(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _stance() -> str:
     return str(torch._dynamo.eval_frame._stance.stance) if "torch._dynamo" in sys.modules else "default"
-
-
-def has_cache(arguments: Mapping[str, Any]) -> bool:
-    """Whether a call is given a cache, by the names that transformers has for it."""
-    cache = arguments.get("past_key_values")
-    if cache is None and "transformers.cache_utils" in sys.modules:
-        given = arguments.get("cache")
-        cache = given if isinstance(given, sys.modules["transformers.cache_utils"].Cache) else None
-    return cache is not None
 
 
 def _generating(function: Callable[..., Any]) -> bool:

@@ -17,7 +17,7 @@ from rmtc.capture.own_modes import own_modes
 from rmtc.errors import PackError, brief, is_no_failure
 from rmtc.lock import LOCK
 from rmtc.restoring import outermost
-from rmtc.runtime.compiled import Compiled, has_cache
+from rmtc.runtime.compiled import Compiled
 from rmtc.runtime.stats import LastRun
 from rmtc.runtime.variant import Ready, Variant
 
@@ -282,7 +282,7 @@ def _ready(compiled: Compiled, call: PackedCall) -> tuple[Variant, Ready] | str 
     """Return what runs a call beside others, and the call made ready; None or the reason if it is to run alone."""
     try:
         arguments = compiled._arguments(*call)
-        if has_cache(dict(arguments.named())):
+        if dict(arguments.named()).get("past_key_values") is not None:
             return None
         for variant in list(compiled.variants):
             sizes = variant.match(arguments)

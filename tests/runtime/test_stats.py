@@ -58,4 +58,4 @@ def test_a_field_more_is_a_line_more() -> None:
         odd: dict[str, int] = field(default_factory=lambda: {"short": 2})
 
     lines = str(More()).splitlines()
-    assert lines[6:8] == ["last run    none", "declined    7"] and lines[-2:] == ["odd", "  2: short"]
+    assert lines[7:9] == ["last run    none", "declined    7"] and lines[-2:] == ["odd", "  2: short"]
