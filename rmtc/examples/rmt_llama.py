@@ -52,7 +52,7 @@ class RmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMix
         self.model = LlamaModel(config)
         self.memory = nn.Parameter(torch.empty(config.memory_tokens, config.hidden_size))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.left: Tensor | None = None  # the memory that the last call has left
+        self.last_memory: Tensor | None = None  # the memory that the last call has left
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -71,7 +71,7 @@ class RmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMix
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Read a text from its beginning. Afterwards ``left`` is the memory of all of it.
+        """Read a text from its beginning. Afterwards ``last_memory`` is that of all of it.
 
         Args:
             input_ids: ``(B, N)``, N at least 1.
@@ -95,7 +95,7 @@ class RmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMix
             mask = None if attention_mask is None else attention_mask[:, segment]
             hidden, memory = self.read_segment(input_ids[:, segment], mask, memory)
             pieces.append(hidden if logits_to_keep else self.lm_head(hidden))
-        self.left = memory
+        self.last_memory = memory
         logits = torch.cat(pieces, dim=1)
         if logits_to_keep:
             logits = self.lm_head(logits[:, -logits_to_keep:])
@@ -126,7 +126,7 @@ class RmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMix
 
     def memories_left(self) -> list[tuple[Tensor, ...]]:
         """Return the memory after a call."""
-        return [] if self.left is None else [(self.left,)]
+        return [] if self.last_memory is None else [(self.last_memory,)]
 
     def extend(self, ids: Tensor, mask: Tensor | None, cache: SegmentCache) -> Tensor:
         """Read tokens of the open segment, the first ones behind its memory."""

@@ -244,7 +244,7 @@ def build(name: str) -> Model:
         state = tuple(f"state:transformer.h.{number}.{part}" for number in range(LAYERS) for part in "Az")
         return example(armt_gpt2, operator.add, state, key_size=4)
     if name == "rmt_llama":
-        return example(rmt_llama, None, ("state:left",))
+        return example(rmt_llama, None, ("state:last_memory",))
     if name == "stacked":
         weights, memory = random_weights(LAYERS, WIDTH, WIDTH), random_weights(LAYERS, 1, WIDTH, WIDTH)
         return Model(

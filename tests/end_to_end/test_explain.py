@@ -378,7 +378,7 @@ def test_rmt() -> None:
         "rmt_llama.py",
         line_with(rmt_llama, "inputs = torch.cat([memory, self.model.embed_tokens(ids), memory]"),
     )
-    assert answer.cycle[-1].tensor == "memory"
+    assert answer.cycle[-1].tensor == "last_memory"
     assert answer.reason is not None and "S*L" in answer.reason
     assert answer.remedy
 
