@@ -131,6 +131,8 @@ class SegmentGeneration:
         Raises:
             ValueError: if there are no token ids (batch size, positions), or a cache of another kind is given.
         """
+        if kwargs.get("use_cache") is False:  # the whole text is read anew for each token
+            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.shape[1] or kwargs.get("inputs_embeds") is not None:
             what = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__

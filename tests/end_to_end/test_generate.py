@@ -44,6 +44,7 @@ def test_greedy() -> None:
             assert torch.equal(found, eager.generate(ids, **GREEDY))
             if length < 4 * SEGMENT:
                 assert torch.equal(found, read_anew(eager, ids))
+                assert torch.equal(found, eager.generate(ids, **GREEDY, use_cache=False))
             assert rmtc.stats(fast).runs == runs + (length > 2 * SEGMENT)
     last = rmtc.stats(fast).last_run
     assert last is not None and last.steps == last.segments + LAYERS - 1 and not rmtc.stats(fast).fallbacks
