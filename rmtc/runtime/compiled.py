@@ -44,6 +44,7 @@ from rmtc.quiet import uncollected
 from rmtc.recall import entry_of, recalled, remember
 from rmtc.restoring import outermost, restored
 from rmtc.runtime.backends import Backend, auto
+from rmtc.runtime.executor import Run
 from rmtc.runtime.hooks import call_with_hooks, global_hooks, hook_tables, hooked
 from rmtc.runtime.recompute import Recompute
 from rmtc.runtime.stats import LastBackward, LastRun, Stats
@@ -619,25 +620,50 @@ class Compiled:
         timing = self._begin(variant, decision.pick, sizes)
         result, run = variant.run(decision.ready)
         self._end(timing)
-        schedule = made.program.schedule
+        self.ran(variant, [decision.ready], run, guard_seconds, makespan)
+        return result
+
+    def ran(
+        self,
+        variant: Variant,
+        texts: Sequence[Ready],
+        run: Run,
+        guard_seconds: float,
+        makespan: int | None = None,
+        lanes: int = 1,
+    ) -> None:
+        """Count a run of one text, or of several at once.
+
+        Args:
+            variant: what ran it.
+            texts: the texts.
+            run: what was done.
+            guard_seconds: what it took to make them ready.
+            makespan: number of steps of the proven schedule; None if all steps that ran were to.
+            lanes: number of texts that were read side by side.
+        """
+        made, sizes = texts[0].made, [each.sizes for each in texts]
+        schedule, segments = made.program.schedule, sum(each.segments for each in sizes)
         with self._counts:
-            self.stats.runs += 1
+            self.stats.runs += len(texts)
+            self.stats.packed += len(texts) if len(texts) > 1 else 0
             self.stats.last_run = LastRun(
-                segments=sizes.segments,
+                segments=segments,
                 layers=schedule.layers,
-                batch=sizes.batch,
-                tail=variant.last_length(sizes),
+                batch=sizes[0].batch,
+                tail=variant.last_length(max(sizes)),
                 steps=run.steps,
                 parts=max(schedule.parts, default=1),
-                sequential_steps=sizes.segments * schedule.layers,
-                makespan=makespan,
+                sequential_steps=segments * schedule.layers,
+                makespan=run.steps if makespan is None else makespan,
                 groups=run.groups,
                 widths=run.widths,
                 guard_seconds=guard_seconds,
                 schedule=made.kind,
                 backend=made.backend,
+                texts=len(texts),
+                lanes=lanes,
             )
-        return result
 
     def _differentiated(self, backward: LastBackward) -> None:
         with self._counts:

@@ -18,7 +18,6 @@ from rmtc.errors import PackError, brief, is_no_failure
 from rmtc.lock import LOCK
 from rmtc.restoring import outermost
 from rmtc.runtime.compiled import Compiled
-from rmtc.runtime.stats import LastRun
 from rmtc.runtime.variant import Ready, Variant
 
 logger = logging.getLogger(__name__)
@@ -129,7 +128,7 @@ class Pack:
     def _window(self, calls: Sequence[tuple[int, PackedCall]]) -> Iterator[Outcome]:
         """Read some texts, as many at once as may be."""
         left = deque(calls)
-        alone = 0  # so many run alone in any case: together they have failed
+        alone = 0  # so many run alone: together they have failed, or do not pay
         while left:
             found: list[Outcome] = []
             group = 0 if alone else self._together(left, found)
@@ -161,10 +160,10 @@ class Pack:
 
         Args:
             calls: the calls, with the numbers of the texts.
-            found: takes the outcomes; none if the run fails.
+            found: takes the outcomes; none if the run fails or does not pay.
 
         Returns:
-            The number of texts that were to be read, 0 if the first one is to run alone.
+            The number of texts that were looked at, 0 if the first one is to run alone.
         """
         compiled = self._compiled
         if _one_by_one(compiled):
@@ -173,12 +172,13 @@ class Pack:
             start = time.perf_counter()
             group = self._ready_at_once(calls)
             seconds = time.perf_counter() - start
-            if len(group) < 2 or not self._pays(group):
+            if len(group) < 2:
                 return 0
             # The last one leaves what a loop of calls would leave. All others may come in any order.
-            group[:-1] = sorted(group[:-1], key=lambda each: -each[2].sizes.segments)
-            if not group[-1][1].leaves:
-                group.sort(key=lambda each: -each[2].sizes.segments)
+            last = len(group) - int(group[-1][1].leaves)
+            group[:last] = sorted(group[:last], key=lambda each: -each[2].sizes.segments)
+            if not self._pays(group):
+                return len(group)
             try:
                 self._run(group, found, seconds)
             except Exception as error:
@@ -221,7 +221,7 @@ class Pack:
         variant, ready = group[0][1:]
         if self.lanes is not None or not variant.arms:
             return True
-        return variant.pays_packed(ready, [each.sizes for _, _, each in group])
+        return variant.pays_packed(ready, tuple(each.sizes for _, _, each in group))
 
     def _say(self, reason: str) -> None:
         """Say once why texts are read one by one."""
@@ -231,37 +231,16 @@ class Pack:
 
     def _run(self, group: Sequence[tuple[int, Variant, Ready]], found: list[Outcome], seconds: float) -> None:
         """Read texts of one program at once."""
-        compiled, variant, made = self._compiled, group[0][1], group[0][2].made
-        sizes = [ready.sizes for _, _, ready in group]
-        lanes = self.lanes or variant.lanes_for(sizes)[0]
+        variant, texts = group[0][1], [ready for _, _, ready in group]
+        lanes = self.lanes or variant.lanes_for(tuple(each.sizes for each in texts))[0]
         ended: dict[int, Outcome] = {}
 
         def done(place: int, result: Any) -> None:
             ended[place] = Outcome(group[place][0], result)
 
-        run = variant.run_packed([ready for _, _, ready in group], lanes, done)
+        run = variant.run_packed(texts, lanes, done)
         found.extend(ended.values())
-        schedule, segments = made.program.schedule, sum(each.segments for each in sizes)
-        with compiled._counts:
-            compiled.stats.runs += len(group)
-            compiled.stats.packed += len(group)
-            compiled.stats.last_run = LastRun(
-                segments=segments,
-                layers=schedule.layers,
-                batch=sizes[0].batch,
-                tail=variant.last_length(max(sizes)),
-                steps=run.steps,
-                parts=max(schedule.parts, default=1),
-                sequential_steps=segments * schedule.layers,
-                makespan=run.steps,
-                groups=run.groups,
-                widths=run.widths,
-                guard_seconds=seconds,
-                schedule=made.kind,
-                backend=made.backend,
-                texts=len(group),
-                lanes=min(lanes, len(group)),
-            )
+        self._compiled.ran(variant, texts, run, seconds, lanes=min(lanes, len(texts)))
 
 
 def _one_by_one(compiled: Compiled) -> bool:

@@ -179,7 +179,7 @@ class Variant:
     _missed: dict[Any, float] = field(default_factory=dict)  # seconds, by the sizes of texts that were read one by one
     _looked: Counter[Sizes] = field(default_factory=Counter)  # how often that was looked at
     _hands_on: dict[Made, str | None] = field(default_factory=dict)
-    lanes_for: Callable[[Sequence[Sizes]], tuple[int, float]] = field(default=lambda _: (1, 0.0))
+    lanes_for: Callable[[tuple[Sizes, ...]], tuple[int, float]] = field(default=lambda _: (1, 0.0))
     arms: list[Arm] = field(default_factory=list)
     _make: dict[Arm, Callable[[], Made]] = field(default_factory=dict)
     _made: dict[Arm, Made] = field(default_factory=dict)
@@ -321,7 +321,7 @@ class Variant:
         if way is not None and model is not None:
             variant._choose_among(way, found, model, [chosen_backend, *other_backends], make)
         if way is not None:
-            variant.lanes_for = functools.partial(lanes_for, way, analysis.kind)
+            variant.lanes_for = functools.lru_cache(_ESTIMATES)(functools.partial(lanes_for, way, analysis.kind))
         written = [str(name) for name in proven.loop.outputs if str(name).startswith("write:")]
         variant._written = tuple(name.removeprefix("write:") for name in written)
         variant._own = {name: source for name, source in first.same.items() if source in variant._written}
@@ -777,7 +777,7 @@ class Variant:
             return "it is not known yet whether a call depends on what the one before has left"
         return None
 
-    def pays_packed(self, ready: Ready, sizes: Sequence[Sizes]) -> bool:
+    def pays_packed(self, ready: Ready, sizes: tuple[Sizes, ...]) -> bool:
         """Tell whether it pays to run calls of some sizes at once: a plan of theirs is made first, if there is none."""
         runner = ready.made.runner
         assert isinstance(runner, Executor)
@@ -818,17 +818,23 @@ class Variant:
                 if effect.place in places or (effect.whole and id(effect.slot.owner) in owners):
                     self._hands_on[made] = effect.path[0]
                     return effect.path[0]
-            own = [name.removeprefix("self.") for each in lifted for name in each.names]
+            own = [_plainly(name) for each in lifted for name in each.names]
             inside = (each for each in map(_plainly, left) if any(_within(name, each) for name in own))
             self._hands_on[made] = next(inside, None)
         return self._hands_on[made]
 
     def _settle(self, sizes: Sizes) -> None:
         """Note whether what a call has left is known not to matter to the next one."""
-        if sizes not in self.settled and self._looked[sizes] < heuristics.SETTLING_CALLS:
-            self._looked[sizes] += 1
+        if sizes in self.settled or self._looked[sizes] >= heuristics.SETTLING_CALLS:
+            return
+        self._looked[sizes] += 1
+        try:
             if self.entry(sizes.batch) in self.entries:
                 self.settled.add(sizes)
+        except Exception as error:  # the call is over: no error may have it run again
+            if raised_by_signal(error):
+                raise
+            logger.exception("what a call has left was not looked at")
 
     def _finished(self, ready: Ready, outputs: dict[str, Any], leave: bool = True) -> Any:
         """What the user's code would have returned, with all that it would have left."""
