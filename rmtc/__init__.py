@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from rmtc.compiler import disabled as disabled
     from rmtc.compiler import pack as pack
     from rmtc.compiler import restore as restore
+    from rmtc.compiler import resume as resume
+    from rmtc.compiler import state as state
     from rmtc.compiler import stats as stats
     from rmtc.errors import CaptureError as CaptureError
     from rmtc.errors import FallbackWarning as FallbackWarning
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from rmtc.errors import PackError as PackError
     from rmtc.errors import RefusedError as RefusedError
     from rmtc.errors import RmtcError as RmtcError
+    from rmtc.errors import StateError as StateError
     from rmtc.errors import VerifyError as VerifyError
     from rmtc.ir.cells import Cell as Cell
     from rmtc.ir.cells import Dependence as Dependence
@@ -37,8 +40,8 @@ if TYPE_CHECKING:
 
 _FILES = {
     "api": "explain",
-    "compiler": "compile disabled pack restore stats",
-    "errors": "CaptureError FallbackWarning Location PackError RefusedError RmtcError VerifyError",
+    "compiler": "compile disabled pack restore resume state stats",
+    "errors": "CaptureError FallbackWarning Location PackError RefusedError RmtcError StateError VerifyError",
     "ir.explanation": "CellClass Certificate Explanation OperationsView",
     "ir.cells": "Cell Dependence Group Step",
     "ir.schedule": "Schedule",

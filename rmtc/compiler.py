@@ -6,9 +6,10 @@ import contextlib
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast, overload
 
+import torch
 from torch import nn
 
 from rmtc.restoring import finish
@@ -377,6 +378,66 @@ def pack(target: Callable[..., Any], *, lanes: int | None = None) -> Pack:
     if lanes is not None:
         _check_number("lanes", lanes, 1)
     return Pack(_compiled(target), lanes)
+
+
+def state(target: Callable[..., Any]) -> dict[str, torch.Tensor]:
+    """Return what the last call of this thread has handed on from segment to segment, to go on from later.
+
+    These are the values that segments read from earlier ones, such as memories. A name is that of the attribute or
+    result where a value ends up (``layers.3.memory``), else that of the module and the variable. The tensors are
+    copies: they may be changed, moved, put together for a batch, or saved with ``safetensors``.
+
+    Args:
+        target: a result of :func:`compile`.
+
+    Returns:
+        Tensors by name, detached.
+
+    Raises:
+        ValueError: if the target is not compiled.
+        StateError: if the last call ran as written, asked for gradients, or has no state.
+
+    Example:
+        >>> fast(first_ids)
+        >>> state = rmtc.state(fast)
+        >>> output = rmtc.resume(fast, state)(more_ids)
+    """
+    return _compiled(target).state
+
+
+def resume(target: T, state: Mapping[str, torch.Tensor] | None) -> T:
+    """Return the model as it goes on from a state: its calls are the later segments of the text that left it.
+
+    Such a call runs by the schedule, also of one segment. Its results are of its own text alone, and it leaves in the
+    model what one call of the whole text would leave. Nothing else is kept: each call of what is returned begins with
+    the same state. The state that it leaves is ``rmtc.state(target)``.
+
+    Where a call ends in the middle of a segment, the next one begins another segment.
+
+    Args:
+        target: a result of :func:`compile`.
+        state: what :func:`state` returned, on the model's device; None to begin anew, by the schedule in any case.
+
+    Returns:
+        A function of the model's arguments.
+
+    Raises:
+        ValueError: if the target is not compiled.
+        TypeError: if the state is no dict of tensors.
+
+    The function raises :class:`StateError` if the state is not of this model, or gradients are asked for, and
+    :class:`RefusedError` if the model cannot go on: if a segment depends on its place in the text, the loop would do
+    something else.
+    """
+    compiled = _compiled(target)
+    if state is not None and not isinstance(state, Mapping):
+        raise TypeError(f"a state is a dict of tensors, as rmtc.state returns it, and not {type(state).__name__}")
+
+    @functools.wraps(target.forward if isinstance(target, nn.Module) else target)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled.hand_on(state, args, kwargs)
+
+    return cast(T, call)
 
 
 def _compiled(target: Callable[..., Any]) -> Compiled:

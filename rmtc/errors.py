@@ -121,6 +121,12 @@ class PackError(RmtcError):
         super().__init__("\n         ".join(lines), remedy=remedy)
 
 
+class StateError(RmtcError):
+    """A state that is not there, or that a call cannot go on from."""
+
+    title = "rmtc has no state to go on from"
+
+
 class BackendError(RefusedError):
     """A body that a backend cannot run as it is to be run, however its cells are put together."""
 

@@ -34,6 +34,7 @@ from rmtc.errors import (
     FallbackWarning,
     RefusedError,
     RmtcError,
+    StateError,
     brief,
     is_no_failure,
     raised_by_signal,
@@ -88,6 +89,24 @@ class Options:
     recompute: str = "auto"
     memory_budget: int | None = None
     repack_weights: bool = False
+
+
+class _State(NamedTuple):
+    """What a call has handed on: tensors by name, and how often each had been written to by then."""
+
+    values: dict[str, torch.Tensor]
+    versions: dict[str, int]
+
+    @classmethod
+    def of(cls, values: dict[str, torch.Tensor]) -> _State:
+        kept = {name: each.clone() if each.is_inference() else each for name, each in values.items()}
+        return cls(kept, {name: each._version for name, each in kept.items() if not each.is_inference()})
+
+
+class _Last(threading.local):
+    """The last call of a thread: what it has handed on, or why nothing."""
+
+    state: _State | str = "the model has not been called"
 
 
 class _Timing(NamedTuple):
@@ -190,11 +209,21 @@ class _Eager:
 
 @dataclass(frozen=True)
 class _Admit:
-    """The call may run once it is seen to follow a capture."""
+    """The call may run once it is seen to follow a capture.
+
+    Attributes:
+        variant: the capture.
+        sizes: those of the call.
+        pick: what is to run it.
+        hands_on: whether it goes on from a state, or is to leave one, however short it is.
+        resumed: whether it goes on from one.
+    """
 
     variant: Variant
     sizes: Sizes
     pick: Pick | None = None
+    hands_on: bool = False
+    resumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -235,6 +264,7 @@ class Compiled:
         self._default_values = _signature(self._inner)
         self._name_cache: dict[int, tuple[str, ...]] = {}
         self._counts = threading.Lock()
+        self._last = _Last()
         self._hooks: tuple[list[nn.Module], list[Mapping[int, Any]]] | None = None
 
     def eager(self, *args: Any, **kwargs: Any) -> Any:
@@ -400,8 +430,108 @@ class Compiled:
                 arm = pick.arm if pick is not None and not pick.arm.written else None
                 ready = variant.ready(arguments, sizes, arm)
                 if isinstance(ready, Ready):
-                    return variant.run(ready)[0]
+                    return variant.run(ready).result
         raise RefusedError("the call has not run by its schedule before")
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the last call of this thread has handed on, see :func:`rmtc.state`."""
+        found = self._last.state
+        if isinstance(found, str):
+            raise StateError(found, remedy="rmtc.resume(model, None)(text) reads a text by the schedule in any case")
+        for name, version in found.versions.items():
+            if found.values[name]._version != version:
+                raise StateError(
+                    f"{name} was written to after the call", remedy="ask for the state before anything changes it"
+                )
+        return {name: each.detach().clone() for name, each in found.values.items()}
+
+    @torch.compiler.disable(reason="rmtc runs this call")  # type: ignore[untyped-decorator]
+    @outermost
+    def hand_on(self, state: Mapping[str, torch.Tensor] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call by the schedule that goes on from a state, or begins anew and leaves one.
+
+        Args:
+            state: what an earlier call has handed on, by the user's names; None to begin anew.
+            args, kwargs: the call's.
+
+        Raises:
+            StateError, RefusedError, CaptureError: if it cannot.
+        """
+        if self.captures_now() or self._off():
+            raise StateError("rmtc is off here, and the model as written goes on from no state")
+        module = self.function
+        if not isinstance(module, nn.Module):
+            return self._handing_on(state, args, kwargs)
+        if global_hooks() or module._backward_hooks or module._backward_pre_hooks:
+            raise StateError("there are hooks that a run by the schedule would not call", remedy="remove them")
+        return call_with_hooks(module, lambda *given, **named: self._handing_on(state, given, named), args, kwargs)
+
+    def _handing_on(
+        self, state: Mapping[str, torch.Tensor] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        with self.counted(), own_modes(self._inner):
+            for _ in range(heuristics.DECISION_ROUNDS + 1):
+                with LOCK.shared():
+                    start = time.perf_counter()
+                    arguments = self._arguments(args, kwargs)
+                    decision = self._to_hand_on(arguments, state)
+                    if isinstance(decision, _Run):
+                        try:
+                            return self._run(decision, time.perf_counter() - start)
+                        except Exception as error:
+                            if is_no_failure(error) or isinstance(error, RmtcError):
+                                raise
+                            raise StateError(f"the text could not be read on: {brief(error)}") from error
+                with LOCK.alone() as alone, contextlib.ExitStack() as first:
+                    if not alone:
+                        raise StateError("the call is inside another one of the same model")
+                    if isinstance(decision, _Capture):
+                        first.enter_context(reported(self._title, logger))
+                    self._worked += 1
+                    broken = self._work(decision, arguments)
+                if broken is not None:
+                    raise broken.error or RefusedError(_sentence(broken))
+        raise StateError(_CHANGED.reason, remedy=_CHANGED.remedy)
+
+    def _to_hand_on(self, arguments: Arguments, state: Mapping[str, torch.Tensor] | None) -> _Run | _Admit | _Capture:
+        """Decide what it takes to run a call that hands something on.
+
+        Raises:
+            StateError, RefusedError, CaptureError: if it is not to run.
+        """
+        if dict(arguments.named()).get("past_key_values") is not None:
+            raise StateError("it is given a cache, which such a call cannot read")
+        if (watched := self._watched()) is not None:
+            raise StateError(watched)
+        differences: list[str] = []
+        for variant in list(self.variants):
+            sizes = variant.match(arguments)
+            if isinstance(sizes, str):
+                differences.append(sizes)
+                continue
+            told = variant.tells(sizes, state is not None)
+            if variant.refused and (why := variant.refused.get((told, variant.entry(sizes.batch)))) is not None:
+                raise RefusedError(why)
+            if told in variant.failed:
+                raise RefusedError(variant.failed[told].reason)
+            ready = variant.ready_to_hand_on(arguments, sizes, state)
+            if isinstance(ready, Ready):
+                return _Run(variant, ready)
+            if ready is None:
+                return _Admit(variant, sizes, hands_on=True, resumed=state is not None)
+            differences.append(ready)
+        known = self._known.get(self._key(arguments))
+        if known is not None and known.refusal is not None and known.holds(arguments):
+            raise copy.copy(known.refusal)
+        if known is not None and known.short is not None and not isinstance(known.short.sizes(arguments), str):
+            raise StateError(
+                "the text is one segment, and no call has shown the loop yet",
+                remedy="call the model once with a text of several segments",
+            )
+        if (limited := self._limited(differences)) is not None:
+            raise RefusedError(_sentence(limited))
+        return _Capture(tuple(differences))
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -618,10 +748,16 @@ class Compiled:
         variant, sizes, made = decision.variant, decision.ready.sizes, decision.ready.made
         makespan = variant.makespan(sizes.segments, made)  # before anything is written: what fails later runs twice
         timing = self._begin(variant, decision.pick, sizes)
-        result, run = variant.run(decision.ready)
+        ended = variant.run(decision.ready)
         self._end(timing)
-        self.ran(variant, [decision.ready], run, guard_seconds, makespan)
-        return result
+        self.ran(variant, [decision.ready], ended.run, guard_seconds, makespan)
+        if decision.ready.gradients:
+            self._last.state = "the last call asked for gradients, and kept no state"
+        elif ended.state:
+            self._last.state = _State.of(ended.state)
+        else:
+            self._last.state = "the last call handed nothing on that a later one could read"
+        return ended.result
 
     def ran(
         self,
@@ -712,6 +848,7 @@ class Compiled:
         if not theirs:
             self._count(decision)
             self._warn(decision)
+        self._last.state = f"the last call ran as written: {decision.reason or decision.quiet.reason}"
         try:
             timing = self._begin(*decision.chosen) if decision.chosen is not None else None
             result = self._entered(before, args, kwargs)
@@ -778,13 +915,17 @@ class Compiled:
             variant, sizes = decision.variant, decision.sizes
             entry = variant.entry(sizes.batch)
             try:
-                variant.admit(sizes, lambda: self._session(arguments), decision.pick and decision.pick.arm)
+                if decision.hands_on:
+                    variant.admit_to_hand_on(sizes, lambda: self._session(arguments), decision.resumed)
+                else:
+                    variant.admit(sizes, lambda: self._session(arguments), decision.pick and decision.pick.arm)
             except RmtcError as error:
                 if variant.put_off(decision.pick, for_good=isinstance(error, ConflictError)):
                     logger.info("%s: another way to run calls is left alone: %s", self._title, error.reason)
                     return None
                 logger.info("%s does not follow the capture: %s", sizes, error.reason)
-                variant.refused[sizes, entry] = error.reason
+                told = variant.tells(sizes, decision.resumed)
+                variant.refused[told, entry] = error.reason
             except Exception as error:
                 if raised_by_signal(error):
                     raise

@@ -29,13 +29,14 @@ from rmtc.capture.sizes import Sizes
 from rmtc.capture.snapshot import Snapshot
 from rmtc.capture.state import Slot
 from rmtc.capture.state_guard import StateGuard
-from rmtc.errors import RefusedError, VerifyError, brief, raised_by_signal
+from rmtc.errors import RefusedError, StateError, VerifyError, brief, raised_by_signal
 from rmtc.ir.cost import CostModel
 from rmtc.ir.formula import at
 from rmtc.ir.program import Val
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.bodies.group import run_schedule
 from rmtc.passes.bodies.join_products import join_products
+from rmtc.passes.bodies.resume import PREFIX, Carried, carried, keeping, resumed
 from rmtc.passes.pipeline import Proven, apart, check_against, rewrite
 from rmtc.passes.schedule.prove import remedy
 from rmtc.quiet import uncollected
@@ -76,6 +77,7 @@ class Ready:
         arguments: its arguments.
         made: what runs it.
         gradients: whether its results are to be differentiated.
+        state: what an earlier call has handed on, by the names of the sources; None if it begins anew.
     """
 
     sizes: Sizes
@@ -83,6 +85,7 @@ class Ready:
     arguments: Arguments
     made: Made
     gradients: bool = False
+    state: Mapping[str, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,18 +96,49 @@ class Made:
         kind: of the schedule.
         backend: the name of what runs it.
         program, weights: what is run.
-        runner: what runs it.
+        backend_of: makes what runs a program.
+        runner: what runs it, with what the last segment hands on among the results.
         unmoved: what the program reads that is in no stack.
         trains: what runs calls from which gradients are asked, once there is one.
+        resumes: what runs calls that begin with what another one has handed on, once there is one.
     """
 
     kind: str
     backend: str
     program: WavefrontProgram
     weights: Weights
+    backend_of: Backend
     runner: Runner
     unmoved: list[str] = field(default_factory=list)
     trains: list[Training] = field(default_factory=list)
+    resumes: list[Executor] = field(default_factory=list)
+
+    @functools.cached_property
+    def state(self) -> dict[str, Carried]:
+        """What a call hands on to one that goes on, by the user's names."""
+        return {each.name: each for each in carried(self.program.loop)}
+
+    def resuming(self) -> Executor:
+        """Return what runs calls that begin with what another one has handed on.
+
+        Raises:
+            RefusedError: if there is no such thing.
+        """
+        if not self.resumes:
+            if not isinstance(self.runner, Executor):
+                raise RefusedError("its backend runs no call that begins with a state")
+            made = self.backend_of(resumed(keeping(self.program)), self.weights)
+            assert isinstance(made, Executor)
+            self.resumes.append(made)
+        return self.resumes[0]
+
+
+class Ended(NamedTuple):
+    """The end of a call: what the user's code would have returned, what was done, and what the call hands on."""
+
+    result: Any
+    run: Run
+    state: dict[str, torch.Tensor]
 
 
 class Pick(NamedTuple):
@@ -179,6 +213,7 @@ class Variant:
     _missed: dict[Any, float] = field(default_factory=dict)  # seconds, by the sizes of texts that were read one by one
     _looked: Counter[Sizes] = field(default_factory=Counter)  # how often that was looked at
     _hands_on: dict[Made, str | None] = field(default_factory=dict)
+    _descriptions: dict[Sizes, Any] = field(default_factory=dict)  # of results, for sizes that are not admitted
     lanes_for: Callable[[tuple[Sizes, ...]], tuple[int, float]] = field(default=lambda _: (1, 0.0))
     arms: list[Arm] = field(default_factory=list)
     _make: dict[Arm, Callable[[], Made]] = field(default_factory=dict)
@@ -287,7 +322,8 @@ class Variant:
                 raise RefusedError("there is no compiler for Inductor")
             joined = join_products(program, movable)
             weights = Weights.plan(joined, movable, repack_weights)
-            made = Made(kind, name, joined, weights, of_backends[name](joined, weights))
+            of = of_backends[name]
+            made = Made(kind, name, joined, weights, of, of(keeping(joined), weights))
             own = set(weights.names)
             made.unmoved.extend(name for name in variant._slots if name not in own)
             return made
@@ -645,6 +681,82 @@ class Variant:
         if not known:
             self._fresh[sizes] = new, now() - start
 
+    def tells(self, sizes: Sizes, resumed: bool) -> Sizes:
+        """Return the sizes that have to be admitted for a call that hands something on.
+
+        A call that goes on has segments of the last kind alone, and one of a single segment one of the first. Those are
+        seen in a call that has some others, too.
+        """
+        loop = self.program.loop
+        least = max(len(loop.rows) + 2, loop.furthest_result)
+        return sizes._replace(segments=max(sizes.segments, least)) if resumed or sizes.segments < 2 else sizes
+
+    def ready_to_hand_on(self, arguments: Arguments, sizes: Sizes, state: Any) -> Ready | str | None:
+        """Everything a run needs that goes on from a state, or is to leave one; as :meth:`ready` has it.
+
+        Args:
+            arguments: those of the call.
+            sizes: as :meth:`match` gave them.
+            state: what an earlier call has handed on, by the user's names; None if the call begins anew.
+
+        Raises:
+            StateError: if the state is not that of such a call.
+            RefusedError: if such calls cannot go on.
+        """
+        ready = self.ready(arguments, self.tells(sizes, state is not None), self.scheduled(sizes))
+        if not isinstance(ready, Ready):
+            return ready
+        if ready.gradients:
+            raise StateError(
+                "gradients are asked for, and a call that goes on from a state has none",
+                remedy="call it under torch.no_grad(), or hand the memory to an argument of the model's own",
+            )
+        if sizes not in self._descriptions:
+            return None
+        if state is None:
+            self._refuse_short(ready.made, sizes)
+            return replace(ready, sizes=sizes)
+        if any(
+            type(low) in (int, float) and fingerprint(low) != fingerprint(self.analysis.probes[1].plain.get(name))
+            for name, low in self.analysis.probes[0].plain.items()
+        ):
+            raise RefusedError("it counts segments in Python, and a call that goes on would count them anew")
+        ready.made.resuming()
+        return replace(ready, sizes=sizes, state=self._checked(ready.made, state))
+
+    def _refuse_short(self, made: Made, sizes: Sizes) -> None:
+        for each in made.state.values():
+            at = sizes.segments - each.back
+            if at < 0 or each.rows[min(at, len(each.rows) - 1)] < 0:
+                raise StateError(
+                    f"a text of {sizes.segments} segment(s) leaves no {each.name}",
+                    remedy="begin with a longer text",
+                )
+
+    def _checked(self, made: Made, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """A state by the names of the sources, if it may be one."""
+        known = made.state
+        missing, other = sorted(known.keys() - state.keys()), sorted(state.keys() - known.keys())
+        what = [f"{title}: {', '.join(names)}" for title, names in (("missing", missing), ("unknown", other)) if names]
+        if what:
+            raise StateError("; ".join(what), remedy="give what rmtc.state gave after a call of this model")
+        for name, value in state.items():
+            form = known[name].form
+            if not isinstance(value, torch.Tensor):
+                raise StateError(f"{name} is no tensor, but {type(value).__name__}")
+            if value.device != self.device:
+                raise StateError(f"{name} is on {value.device}, and the model on {self.device}")
+            if form is not None and (value.dtype != form[1] or value.dim() != len(form[0])):
+                raise StateError(
+                    f"{name} has {value.dim()} dimensions of {value.dtype}, and the model's {len(form[0])} of {form[1]}"
+                )
+        return {PREFIX + name: value.detach() for name, value in state.items()}
+
+    def admit_to_hand_on(self, sizes: Sizes, fresh: Callable[[], Session], resumed: bool) -> None:
+        """See that a call that hands something on is the program's; see :meth:`admit`."""
+        self.admit(self.tells(sizes, resumed), fresh, self.scheduled(sizes))
+        self._descriptions[sizes] = self._result(sizes)
+
     @contextlib.contextmanager
     def _as_captured(self) -> Iterator[None]:
         """Everything in reach as the capture found it: its stand-ins go where they went then."""
@@ -719,17 +831,17 @@ class Variant:
         if run.result != self._result(few):
             raise RefusedError(_OTHER)
 
-    def run(self, ready: Ready) -> tuple[Any, Run]:
-        """Run a call.
-
-        Returns:
-            What the user's code would have returned, and what was done.
-        """
-        runner = self._training(ready.made) if ready.gradients else ready.made.runner
-        outputs, run = runner.run(ready.values, *ready.sizes)
+    def run(self, ready: Ready) -> Ended:
+        """Run a call."""
+        runner, values = self._training(ready.made) if ready.gradients else ready.made.runner, ready.values
+        if ready.state is not None:
+            runner, values = ready.made.resuming(), {**values, **ready.state}
+        outputs, run = runner.run(values, *ready.sizes)
+        state = _handed_on(outputs)
         result = self._finished(ready, outputs)
-        self._settle(ready.sizes)
-        return result, run
+        if ready.state is None:
+            self._settle(ready.sizes)
+        return Ended(result, run, state)
 
     def run_packed(self, calls: Sequence[Ready], lanes: int, done: Callable[[int, Any], None]) -> Run:
         """Run several calls at once. The last one leaves what it leaves.
@@ -743,6 +855,7 @@ class Variant:
         assert isinstance(runner, Executor)
 
         def ended(number: int, outputs: dict[str, Any]) -> None:
+            _handed_on(outputs)
             with torch.set_grad_enabled(gradients):
                 done(number, self._finished(calls[number], outputs, leave=False))
             if number == len(calls) - 1:
@@ -838,7 +951,7 @@ class Variant:
 
     def _finished(self, ready: Ready, outputs: dict[str, Any], leave: bool = True) -> Any:
         """What the user's code would have returned, with all that it would have left."""
-        description = self.analysis.result(ready.sizes)
+        description = self._descriptions.get(ready.sizes) or self.analysis.result(ready.sizes)
         written = {name: ready.values[name] for name in self._written}
         own = {name: written[source] for name, source in self._own.items()}
         outputs = {name: value for name, value in outputs.items() if name not in own}
@@ -936,6 +1049,12 @@ def _apart(outputs: Mapping[str, Any], written: Mapping[str, torch.Tensor]) -> M
         return value.clone() if shared else value
 
     return {name: apart(value) for name, value in outputs.items()} if written else outputs
+
+
+def _handed_on(outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Take what a call hands on out of its results."""
+    names = [name for name in outputs if name.startswith(PREFIX)]
+    return {name.removeprefix(PREFIX): outputs.pop(name) for name in names}
 
 
 def _plainly(name: str) -> str:

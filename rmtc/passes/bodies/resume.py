@@ -1,0 +1,340 @@
+"""Pass resume: a loop that gives what it carries from segment to segment, and one that begins with that."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from rmtc.affine import Affine
+from rmtc.errors import RefusedError, VerifyError
+from rmtc.ir.program import SPLITS, VIEWS, Form, Op, Source, Src, leaves, map_leaves
+from rmtc.ir.segment_loop import Environment, Item, Outer, Row, SegmentLoop, Where
+from rmtc.ir.wavefront import Body, Member, WavefrontProgram
+
+aten = torch.ops.aten
+
+PREFIX = "carried:"
+"""Before the names of what is carried, as results and as sources."""
+
+_CREATE = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
+_RETURN = "the result reads the first segments of a call alone"
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A value that segments read from an earlier one.
+
+    Attributes:
+        name: the user's name for it, see :func:`carried`.
+        number: the operation that makes it in a later segment.
+        back: how many segments before the next one it is made.
+        rows: the operation that makes it in each row kind; -1 if that is not known.
+        form: shape and dtype in a run of few segments.
+    """
+
+    name: str
+    number: int
+    back: int
+    rows: tuple[int, ...]
+    form: Form | None
+
+
+def carried(loop: SegmentLoop) -> list[Carried]:
+    """Return what segments read from earlier ones, by the names in the user's code.
+
+    A name is that of the attribute or result where the value ends up (``layers.3.memory``), else that of the module and
+    the variable (``layers.3.keys``), else that of the operation. Several of one name are told apart by numbers
+    (``memories[3]``). What is made two segments before the next one has ``@2`` behind its name.
+    """
+    furthest: dict[int, int] = {}
+    for leaf in _reads(loop.steady):
+        furthest[leaf.number] = max(furthest.get(leaf.number, 0), leaf.back)
+    alike: dict[str, list[int]] = {}
+    for number in sorted(furthest):
+        alike.setdefault(_name(loop.steady[number]), []).append(number)
+    found: list[Carried] = []
+    for name, numbers in alike.items():
+        for place, number in enumerate(numbers):
+            known = name if len(numbers) == 1 else f"{name}[{place}]"
+            rows, form = _rows(loop, number), loop.steady[number].form
+            for back in range(1, furthest[number] + 1):
+                found.append(Carried(known if back == 1 else f"{known}@{back}", number, back, rows, form))
+    return found
+
+
+def _name(op: Op) -> str:
+    origin = op.origin
+    variable = re.sub(r"\[[^\]]*\]$", "", origin.variable) or op.label.partition(".")[0]
+    return origin.name or ".".join(filter(None, (origin.module, variable)))
+
+
+def _reads(ops: Sequence[Op]) -> Iterator[Row]:
+    return (leaf for op in ops for leaf in leaves(op.args) if isinstance(leaf, Row) and leaf.back > 0)
+
+
+def _rows(loop: SegmentLoop, number: int) -> tuple[int, ...]:
+    """Return which operation of each row kind is read where later segments read ``number``; -1 if it is not known."""
+    steady = len(loop.rows)
+    found: list[set[int]] = [set() for _ in range(steady)]
+    for place, op in enumerate(loop.steady):
+        for at, leaf in enumerate(leaves(op.args)):
+            if not isinstance(leaf, Row) or leaf.back == 0 or leaf.number != number:
+                continue
+            for row in range(steady):
+                reader = row + leaf.back
+                if reader >= steady:
+                    found[row].add(number)
+                    continue
+                other = loop.rows[reader]
+                same = len(other) == len(loop.steady) and other[place].target is op.target
+                there = leaves(other[place].args) if same else ()
+                read = there[at] if at < len(there) else None
+                found[row].add(read.number if isinstance(read, Row) and read.back == leaf.back else -1)
+    return (*(each.pop() if len(each) == 1 else -1 for each in found), number)
+
+
+def keeping(program: WavefrontProgram) -> WavefrontProgram:
+    """Return the program with what its last segment hands on among its results.
+
+    Nothing is added if that is not known after two segments, or if the last segment would have to read what is no part
+    of the text.
+    """
+    loop = program.loop
+    found = carried(loop)
+    if any(row < 0 for each in found for row in each.rows[max(0, 2 - each.back) :]) or _looks_ahead(loop, found):
+        return program
+    outputs = dict(loop.outputs)
+    outputs.update((PREFIX + each.name, Where(-each.back, each.rows)) for each in found)
+    return replace(program, loop=replace(loop, outputs=outputs))
+
+
+def _looks_ahead(loop: SegmentLoop, found: Sequence[Carried]) -> bool:
+    """Tell whether what is carried is made of a place in the text that no result of that segment depends on.
+
+    Such is the text of the segment to come.
+    """
+    own = [{leaf.number for leaf in leaves(op.args) if isinstance(leaf, Row) and leaf.back == 0} for op in loop.steady]
+    given = [*leaves(tuple(loop.outputs.values())), *(leaf for op in loop.after for leaf in leaves(op.args))]
+
+    def needed(numbers: set[int]) -> set[int]:
+        for number in reversed(range(len(own))):
+            if number in numbers:
+                numbers |= own[number]
+        return numbers
+
+    read = needed({each.number[-1] for each in given if hasattr(each, "number") and isinstance(each.number, tuple)})
+    more = needed({each.number for each in found}) - read
+    return any(_counts(leaf) for number in more for leaf in leaves(loop.steady[number].args))
+
+
+def _counts(leaf: Any) -> bool:
+    """Tell whether a number depends on the segment, on how many there are, or on the length of the text."""
+    value = leaf.number if isinstance(leaf, Item) else leaf
+    return isinstance(value, Affine) and not value.atoms.isdisjoint({"s", "S", "N"})
+
+
+def resumed(program: WavefrontProgram) -> WavefrontProgram:
+    """Return the program that goes on where a call has ended, with what its last segment handed on.
+
+    All segments are as later ones. What the first of them read from segments that are not there are sources, named as
+    the results of :func:`keeping`. Its own text is all that it knows: segments and positions count from its beginning.
+
+    Needs: a program that :func:`keeping` has added to.
+    Checks: segments do not depend on their place in the text, but for the part of the text that they read.
+
+    Raises:
+        RefusedError: if they do, or the loop cannot go on for another reason.
+        VerifyError: if the loop is found not to go on as the whole one would.
+    """
+    loop = program.loop
+    state = {(each.number, each.back): each for each in carried(loop)}
+    if not state:
+        raise RefusedError("no segment reads anything from the one before: there is no state")
+    if not all(PREFIX + each.name in loop.outputs for each in state.values()):
+        raise RefusedError("what the last segment hands on is not known: it reads the text of the segment to come")
+    if program.draws:
+        raise RefusedError("it draws random numbers, which a later call cannot continue", remedy="call eval()")
+    _refuse_counting(loop)
+    depth, steady = max(each.back for each in state.values()), len(loop.rows)
+
+    def earlier(row: int, leaf: Any) -> Any:
+        if isinstance(leaf, Row) and leaf.back > row:
+            return Src(PREFIX + state[leaf.number, leaf.back - row].name)
+        return leaf
+
+    def later(leaf: Any) -> Any:
+        """What follows the loop reads each segment as a later one."""
+        numbers = getattr(leaf, "number", None)
+        if isinstance(leaf, Where) and leaf.segment >= 0:
+            raise RefusedError(_RETURN)
+        return leaf._replace(number=(numbers[-1],) * (depth + 1)) if isinstance(numbers, tuple) else leaf
+
+    rows = tuple(
+        tuple(op.with_args(map_leaves(op.args, functools.partial(earlier, row))) for op in loop.steady)
+        for row in range(depth)
+    )
+    outputs = dict(zip(loop.outputs, map(later, loop.outputs.values()), strict=True))
+    sources = {
+        PREFIX + each.name: Source("state", (PREFIX + each.name,), *(each.form or ((), torch.get_default_dtype())))
+        for each in state.values()
+    }
+    made = replace(
+        loop,
+        rows=rows,
+        after=tuple(op.with_args(map_leaves(op.args, later)) for op in loop.after),
+        outputs=outputs,
+        sources={**loop.sources, **sources},
+        layouts=loop.layouts[-1:] * (depth + 1),
+        classes=loop.classes[-1:] * (depth + 1),
+        stage_classes={stage: names[-1:] * (depth + 1) for stage, names in loop.stage_classes.items()},
+    )
+    made.verify()
+    check_resumed(loop, made)
+
+    def members(choice: Mapping[Member, Any]) -> dict[Member, Any]:
+        return {
+            (row, layer): earlier(row, value)
+            for row, (layer, value) in itertools.product(
+                range(depth + 1), [(layer, value) for (kind, layer), value in choice.items() if kind == steady]
+            )
+        }
+
+    def body_of(body: Body) -> Body:
+        return replace(
+            body,
+            members=tuple(members(dict.fromkeys(body.members))),
+            inputs=tuple(map(members, body.inputs)),
+            numbers=tuple(map(members, body.numbers)),
+            positions=members(body.positions),
+        )
+
+    bodies = {name: body_of(body) for name, body in program.bodies.items() if steady in dict(body.members)}
+    stages = {stage: names[-1:] for stage, names in program.schedule.stage_classes.items()}
+    schedule = replace(program.schedule, classes=program.schedule.classes[-1:], stage_classes=stages)
+    found = replace(program, loop=made, schedule=schedule, bodies=bodies, merged={})
+    found.verify()
+    return found
+
+
+def _refuse_counting(loop: SegmentLoop) -> None:
+    """Refuse segments that depend on their place in the text, but for the part of the text that they read.
+
+    Raises:
+        RefusedError: with the first operation that does.
+    """
+    before: list[str] = []  # of each value: "free" of the text, "along" it position by position, or of "all" of it
+    for op in loop.before:
+        read = {before[leaf.number] for leaf in leaves(op.args) if isinstance(leaf, Outer)}
+        read |= {"along" for leaf in leaves(op.args) if _is_text(loop, leaf)}
+        if any(map(_counts, leaves(op.args))) or "all" in read:
+            before.append("all")
+        elif "along" not in read or op.target in _CREATE:
+            before.append("free")
+        else:
+            before.append("along" if _is_by_position(op) else "all")
+    cut: set[int] = set()  # the operations that read a part of the text
+    for number, op in enumerate(loop.steady):
+        given = leaves(op.args)
+        first = given[0] if given else None
+        parts = op.target in VIEWS or op.target in SPLITS or op.target is operator.getitem
+        if parts and (
+            _is_text(loop, first)
+            or (isinstance(first, Outer) and before[first.number] == "along")
+            or (isinstance(first, Row) and first.back == 0 and first.number in cut)
+        ):
+            cut.add(number)
+            continue
+        what = None
+        if any(_counts(leaf) for leaf in given if not isinstance(leaf, Item)):
+            what = "the number of the segment, or the length of the text"
+        elif any(isinstance(leaf, Outer) and before[leaf.number] != "free" for leaf in given):
+            what = "what was computed of the whole text"
+        elif any(_is_text(loop, leaf) for leaf in given if not isinstance(leaf, Item)):
+            what = "the whole text"
+        if what is not None:
+            raise RefusedError(
+                f"a segment reads {what}, so it would do something else in another call",
+                location=op.location,
+                remedy="let what a segment computes depend on the segment and on what it is handed alone; positions "
+                "that count from the beginning of the text are to be arguments of the call",
+            )
+
+
+def _is_text(loop: SegmentLoop, leaf: Any) -> bool:
+    return isinstance(leaf, Item) or (isinstance(leaf, Src) and leaf.name in loop.growing)
+
+
+def _is_by_position(op: Op) -> bool:
+    """Tell whether a value computed of a text is, at each position, what it would be of that position alone."""
+    tensors = [leaf for leaf in leaves(op.args) if isinstance(leaf, (Src, Outer, Item))]
+    if op.target is aten.embedding.default:
+        return True
+    return torch.Tag.pointwise in getattr(op.target, "tags", ()) and len(tensors) == 1
+
+
+def check_resumed(loop: SegmentLoop, made: SegmentLoop) -> None:
+    """Hold a loop that goes on against the one it goes on with, segment by segment.
+
+    Shares no code with what made it: after some segments of the one, each operation of the next segments is compared
+    with that of the other.
+
+    Args:
+        loop: the loop.
+        made: the loop that goes on, whose sources of what is carried have the names of the results of ``loop``.
+
+    Raises:
+        VerifyError: at the first operation that is another one.
+    """
+    length = loop.segment_length
+    for before, segments, tail in itertools.product((2, len(loop.rows) + 2), (1, 2, len(made.rows) + 2), {1, length}):
+        before = max(before, len(loop.rows))
+        whole, total = (before + segments - 1) * length + tail, (segments - 1) * length + tail
+        for segment in range(segments):
+            now = tail if segment == segments - 1 else length
+            theirs = Environment(before + segment, before + segments, 2, now, whole)
+            ours = Environment(segment, segments, 2, now, total)
+            ops = zip(loop.row(before + segment), made.row(segment), strict=True)
+            for number, (one, other) in enumerate(ops):
+                pairs = list(zip(leaves(one.args), leaves(other.args), strict=True))
+                shifts = {0, before, before * length} if _reads_part(loop, one) else {0}
+                same = one.target is other.target and all(_same(loop, (theirs, ours), *pair, shifts) for pair in pairs)
+                if not same:
+                    raise VerifyError(f"%{number} of segment {segment} goes on as {other} in place of {one}")
+
+
+def _reads_part(loop: SegmentLoop, op: Op) -> bool:
+    """Tell whether an operation of a late segment sees a part of the text."""
+    while op.target in VIEWS | SPLITS or op.target is operator.getitem:
+        first = op.args[0]
+        if not isinstance(first, Row):
+            return isinstance(first, Outer) or (isinstance(first, Src) and first.name in loop.growing)
+        if first.back:
+            return False
+        op = loop.steady[first.number]
+    return False
+
+
+def _same(loop: SegmentLoop, at: tuple[Environment, Environment], a: Any, b: Any, shifts: set[int]) -> bool:
+    """Tell whether an operand of a whole loop is that of one that goes on."""
+    theirs, ours = at
+    before = theirs.s - ours.s
+    if isinstance(b, Src) and b.name.startswith(PREFIX):  # of a segment of the whole loop that it does not have
+        where = loop.outputs.get(b.name)
+        if not isinstance(a, Row) or not isinstance(where, Where):
+            return False
+        made = before + where.segment
+        return theirs.s - a.back == made and a.number == where.number[min(made, len(loop.rows))]
+    if isinstance(a, Row):
+        return isinstance(b, Row) and a == b and b.back <= ours.s
+    if isinstance(a, Item):
+        return isinstance(b, Item) and a[::2] == b[::2] and theirs.of(a.number) - ours.of(b.number) == before
+    if isinstance(a, Affine) or isinstance(b, Affine):
+        return theirs.of(a) - ours.of(b) in shifts
+    return type(a) is type(b) and bool(a == b)
