@@ -120,6 +120,10 @@ class Layout(NamedTuple):
         return len(self.layers)
 
 
+CARRIED = "carried:"
+"""Before the names of what a call hands on to one that goes on, as results and as sources."""
+
+
 class Key(NamedTuple):
     """An operation of an unrolled loop. Segment -1 is before the loop, segment S after it."""
 
@@ -229,6 +233,17 @@ class SegmentLoop:
             )
             found.append(None if lost else op.with_args(args))
         return found
+
+    def outputs_of(self, segments: int) -> dict[str | Numbered, Any]:
+        """Return the results of a number of segments: all but what so few do not hand on."""
+
+        def there(name: str | Numbered, operand: Any) -> bool:
+            if not isinstance(operand, Where) or not str(name).startswith(CARRIED):
+                return True
+            at = segments + operand.segment
+            return at >= 0 and operand.number[min(at, len(operand.number) - 1)] >= 0
+
+        return {name: operand for name, operand in self.outputs.items() if there(name, operand)}
 
     def unroll(self, segments: int, batch: int, tail: int) -> tuple[Program, list[Key]]:
         """Unroll the loop into the flat program for given sizes, in the order the segments run.

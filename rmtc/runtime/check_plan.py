@@ -228,7 +228,7 @@ def _wanted(loop: SegmentLoop, segments: int, first: int) -> set[Key]:
     """The operations that are read after the segments of a text, the first of which has a number."""
     found: set[Key] = set()
     after = [leaf for op in loop.after_of(segments) if op is not None for leaf in leaves(op.args)]
-    for leaf in (*after, *leaves(tuple(loop.outputs.values()))):
+    for leaf in (*after, *leaves(tuple(loop.outputs_of(segments).values()))):
         at: range | tuple[int, ...] = ()
         if isinstance(leaf, Where):
             at = (leaf.segment % segments,)

@@ -106,7 +106,7 @@ class _State(NamedTuple):
 class _Last(threading.local):
     """The last call of a thread: what it has handed on, or why nothing."""
 
-    state: _State | str = "the model has not been called"
+    state: _State | StateError = StateError("the model has not been called in this thread", remedy="call it first")
 
 
 class _Timing(NamedTuple):
@@ -437,8 +437,8 @@ class Compiled:
     def state(self) -> dict[str, torch.Tensor]:
         """What the last call of this thread has handed on, see :func:`rmtc.state`."""
         found = self._last.state
-        if isinstance(found, str):
-            raise StateError(found, remedy="rmtc.resume(model, None)(text) reads a text by the schedule in any case")
+        if isinstance(found, StateError):
+            raise copy.copy(found)
         for name, version in found.versions.items():
             if found.values[name]._version != version:
                 raise StateError(
@@ -522,7 +522,7 @@ class Compiled:
                 return _Admit(variant, sizes, hands_on=True, resumed=state is not None)
             differences.append(ready)
         known = self._known.get(self._key(arguments))
-        if known is not None and known.refusal is not None and known.holds(arguments):
+        if known is not None and known.refusal is not None and (known.state is None or known.holds(arguments)):
             raise copy.copy(known.refusal)
         if known is not None and known.short is not None and not isinstance(known.short.sizes(arguments), str):
             raise StateError(
@@ -751,12 +751,7 @@ class Compiled:
         ended = variant.run(decision.ready)
         self._end(timing)
         self.ran(variant, [decision.ready], ended.run, guard_seconds, makespan)
-        if decision.ready.gradients:
-            self._last.state = "the last call asked for gradients, and kept no state"
-        elif ended.state:
-            self._last.state = _State.of(ended.state)
-        else:
-            self._last.state = "the last call handed nothing on that a later one could read"
+        self._last.state = _left(decision.ready, ended.state)
         return ended.result
 
     def ran(
@@ -848,7 +843,10 @@ class Compiled:
         if not theirs:
             self._count(decision)
             self._warn(decision)
-        self._last.state = f"the last call ran as written: {decision.reason or decision.quiet.reason}"
+        self._last.state = StateError(
+            f"the last call ran as written: {decision.reason or decision.quiet.reason}",
+            remedy="rmtc.resume(model, None)(text) reads a text by the schedule, or says why it cannot",
+        )
         try:
             timing = self._begin(*decision.chosen) if decision.chosen is not None else None
             result = self._entered(before, args, kwargs)
@@ -1043,6 +1041,20 @@ class Compiled:
         if variant.main.program.draws:
             logger.info("%s draws random numbers by their places in the loop, not those of the code", self._title)
         return variant
+
+
+def _left(ready: Ready, state: dict[str, torch.Tensor]) -> _State | StateError:
+    """What a call has handed on, or why nothing."""
+    if ready.gradients:
+        return StateError("the last call asked for gradients, and kept no state", remedy="call it under no_grad")
+    if ready.state is None and ready.sizes.segments < ready.made.fewest:
+        return StateError(
+            f"the last call had {ready.sizes.segments} segments, and one can go on after {ready.made.fewest} alone",
+            remedy="begin with a longer text",
+        )
+    if not state:
+        return StateError("the last call handed nothing on that a later one could read")
+    return _State.of(state)
 
 
 def _as_written(pick: Pick) -> _Quiet:

@@ -324,7 +324,7 @@ class _Planner:
         """The operations that are read after the loop."""
         found: set[Key] = set()
         after = [leaf for op in self.loop.after_of(text.segments) if op is not None for leaf in leaves(op.args)]
-        for leaf in (*after, *leaves(tuple(self.loop.outputs.values()))):
+        for leaf in (*after, *leaves(tuple(self.loop.outputs_of(text.segments).values()))):
             read: Iterable[int] = ()
             if isinstance(leaf, Where):
                 read = (leaf.segment if leaf.segment >= 0 else text.segments + leaf.segment,)

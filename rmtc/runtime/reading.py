@@ -110,7 +110,7 @@ class TextRun:
         found: dict[str, Any] = {}
         given: dict[int, Any] = {}  # as what each tensor is given: one that is computed once may be several results
         copies: dict[Any, torch.Tensor] = {}  # by what is given: one result under two names is one tensor
-        for name, operand in self.loop.outputs.items():
+        for name, operand in self.loop.outputs_of(self.ends.S).items():
             for segment in range(self.ends.S) if isinstance(operand, Every) else (self.ends.S,):
                 at = self._of_segment(segment)
                 known = name.at(at) if isinstance(name, Numbered) else name

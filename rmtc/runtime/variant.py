@@ -33,10 +33,11 @@ from rmtc.errors import RefusedError, StateError, VerifyError, brief, raised_by_
 from rmtc.ir.cost import CostModel
 from rmtc.ir.formula import at
 from rmtc.ir.program import Val
+from rmtc.ir.segment_loop import CARRIED
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.bodies.group import run_schedule
 from rmtc.passes.bodies.join_products import join_products
-from rmtc.passes.bodies.resume import PREFIX, Carried, carried, keeping, resumed
+from rmtc.passes.bodies.resume import Carried, carried, fewest, keeping, resumed
 from rmtc.passes.pipeline import Proven, apart, check_against, rewrite
 from rmtc.passes.schedule.prove import remedy
 from rmtc.quiet import uncollected
@@ -117,6 +118,11 @@ class Made:
     def state(self) -> dict[str, Carried]:
         """What a call hands on to one that goes on, by the user's names."""
         return {each.name: each for each in carried(self.program.loop)}
+
+    @functools.cached_property
+    def fewest(self) -> int:
+        """The number of segments after which a call can go on."""
+        return fewest(self.program.loop)
 
     def resuming(self) -> Executor:
         """Return what runs calls that begin with what another one has handed on.
@@ -714,7 +720,6 @@ class Variant:
         if sizes not in self._descriptions:
             return None
         if state is None:
-            self._refuse_short(ready.made, sizes)
             return replace(ready, sizes=sizes)
         if any(
             type(low) in (int, float) and fingerprint(low) != fingerprint(self.analysis.probes[1].plain.get(name))
@@ -723,15 +728,6 @@ class Variant:
             raise RefusedError("it counts segments in Python, and a call that goes on would count them anew")
         ready.made.resuming()
         return replace(ready, sizes=sizes, state=self._checked(ready.made, state))
-
-    def _refuse_short(self, made: Made, sizes: Sizes) -> None:
-        for each in made.state.values():
-            at = sizes.segments - each.back
-            if at < 0 or each.rows[min(at, len(each.rows) - 1)] < 0:
-                raise StateError(
-                    f"a text of {sizes.segments} segment(s) leaves no {each.name}",
-                    remedy="begin with a longer text",
-                )
 
     def _checked(self, made: Made, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """A state by the names of the sources, if it may be one."""
@@ -750,7 +746,7 @@ class Variant:
                 raise StateError(
                     f"{name} has {value.dim()} dimensions of {value.dtype}, and the model's {len(form[0])} of {form[1]}"
                 )
-        return {PREFIX + name: value.detach() for name, value in state.items()}
+        return {CARRIED + name: value.detach() for name, value in state.items()}
 
     def admit_to_hand_on(self, sizes: Sizes, fresh: Callable[[], Session], resumed: bool) -> None:
         """See that a call that hands something on is the program's; see :meth:`admit`."""
@@ -838,6 +834,11 @@ class Variant:
             runner, values = ready.made.resuming(), {**values, **ready.state}
         outputs, run = runner.run(values, *ready.sizes)
         state = _handed_on(outputs)
+        if ready.state is not None:  # what was handed on two segments ago may still be
+            segments, of = ready.sizes.segments, {(each.number, each.back): each for each in ready.made.state.values()}
+            for (number, back), each in of.items():
+                if back > segments:
+                    state[each.name] = ready.state[CARRIED + of[number, back - segments].name]
         result = self._finished(ready, outputs)
         if ready.state is None:
             self._settle(ready.sizes)
@@ -1053,8 +1054,8 @@ def _apart(outputs: Mapping[str, Any], written: Mapping[str, torch.Tensor]) -> M
 
 def _handed_on(outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Take what a call hands on out of its results."""
-    names = [name for name in outputs if name.startswith(PREFIX)]
-    return {name.removeprefix(PREFIX): outputs.pop(name) for name in names}
+    names = [name for name in outputs if name.startswith(CARRIED)]
+    return {name.removeprefix(CARRIED): outputs.pop(name) for name in names}
 
 
 def _plainly(name: str) -> str:

@@ -15,13 +15,10 @@ import torch
 from rmtc.affine import Affine
 from rmtc.errors import RefusedError, VerifyError
 from rmtc.ir.program import SPLITS, VIEWS, Form, Op, Source, Src, leaves, map_leaves
-from rmtc.ir.segment_loop import Environment, Item, Outer, Row, SegmentLoop, Where
+from rmtc.ir.segment_loop import CARRIED, Environment, Item, Outer, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Body, Member, WavefrontProgram
 
 aten = torch.ops.aten
-
-PREFIX = "carried:"
-"""Before the names of what is carried, as results and as sources."""
 
 _CREATE = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
 _RETURN = "the result reads the first segments of a call alone"
@@ -100,18 +97,44 @@ def _rows(loop: SegmentLoop, number: int) -> tuple[int, ...]:
     return (*(each.pop() if len(each) == 1 else -1 for each in found), number)
 
 
+def fewest(loop: SegmentLoop) -> int:
+    """Return the number of segments after which all later ones are alike, but for what they read from those before."""
+    rows = {each.number: each.rows for each in carried(loop)}
+    steady = len(loop.rows)
+
+    def goes_on(segments: int, row: int) -> bool:
+        ops, least = loop.rows[row], row - segments
+        if [op.target for op in ops] != [op.target for op in loop.steady]:
+            return False
+        for op, later in zip(ops, loop.steady, strict=True):
+            pairs = [*zip(leaves(op.args), leaves(later.args), strict=False)]
+            if len(pairs) < max(len(leaves(op.args)), len(leaves(later.args))):
+                return False
+            for one, other in pairs:
+                if isinstance(other, Row) and other.back > least:
+                    made = row - other.back
+                    other = Row(other.back, rows[other.number][made] if made >= 0 else -1)
+                if type(one) is not type(other) or one != other:
+                    return False
+        return True
+
+    known = steady
+    while known > 1 and all(goes_on(known - 1, row) for row in range(known - 1, steady)):
+        known -= 1
+    return known
+
+
 def keeping(program: WavefrontProgram) -> WavefrontProgram:
     """Return the program with what its last segment hands on among its results.
 
-    Nothing is added if that is not known after two segments, or if the last segment would have to read what is no part
-    of the text.
+    Nothing is added if the last segment would have to read what is no part of the text.
     """
     loop = program.loop
     found = carried(loop)
-    if any(row < 0 for each in found for row in each.rows[max(0, 2 - each.back) :]) or _looks_ahead(loop, found):
+    if _looks_ahead(loop, found):
         return program
     outputs = dict(loop.outputs)
-    outputs.update((PREFIX + each.name, Where(-each.back, each.rows)) for each in found)
+    outputs.update((CARRIED + each.name, Where(-each.back, each.rows)) for each in found)
     return replace(program, loop=replace(loop, outputs=outputs))
 
 
@@ -157,7 +180,7 @@ def resumed(program: WavefrontProgram) -> WavefrontProgram:
     state = {(each.number, each.back): each for each in carried(loop)}
     if not state:
         raise RefusedError("no segment reads anything from the one before: there is no state")
-    if not all(PREFIX + each.name in loop.outputs for each in state.values()):
+    if not all(CARRIED + each.name in loop.outputs for each in state.values()):
         raise RefusedError("what the last segment hands on is not known: it reads the text of the segment to come")
     if program.draws:
         raise RefusedError("it draws random numbers, which a later call cannot continue", remedy="call eval()")
@@ -166,7 +189,7 @@ def resumed(program: WavefrontProgram) -> WavefrontProgram:
 
     def earlier(row: int, leaf: Any) -> Any:
         if isinstance(leaf, Row) and leaf.back > row:
-            return Src(PREFIX + state[leaf.number, leaf.back - row].name)
+            return Src(CARRIED + state[leaf.number, leaf.back - row].name)
         return leaf
 
     def later(leaf: Any) -> Any:
@@ -182,7 +205,7 @@ def resumed(program: WavefrontProgram) -> WavefrontProgram:
     )
     outputs = dict(zip(loop.outputs, map(later, loop.outputs.values()), strict=True))
     sources = {
-        PREFIX + each.name: Source("state", (PREFIX + each.name,), *(each.form or ((), torch.get_default_dtype())))
+        CARRIED + each.name: Source("state", (CARRIED + each.name,), *(each.form or ((), torch.get_default_dtype())))
         for each in state.values()
     }
     made = replace(
@@ -229,11 +252,15 @@ def _refuse_counting(loop: SegmentLoop) -> None:
     Raises:
         RefusedError: with the first operation that does.
     """
-    before: list[str] = []  # of each value: "free" of the text, "along" it position by position, or of "all" of it
+    # Values before the loop: "free" of the text, "along" it position by position, that in "pieces", or of "all" of it.
+    before: list[str] = []
     for op in loop.before:
-        read = {before[leaf.number] for leaf in leaves(op.args) if isinstance(leaf, Outer)}
-        read |= {"along" for leaf in leaves(op.args) if _is_text(loop, leaf)}
-        if any(map(_counts, leaves(op.args))) or "all" in read:
+        given = leaves(op.args)
+        read = {before[leaf.number] for leaf in given if isinstance(leaf, Outer)}
+        read |= {"along" for leaf in given if _is_text(loop, leaf)}
+        if read == {"along"} and _is_divided(loop, op):
+            before.append("pieces")
+        elif any(map(_counts, given)) or not read <= {"along", "free"}:
             before.append("all")
         elif "along" not in read or op.target in _CREATE:
             before.append("free")
@@ -241,22 +268,25 @@ def _refuse_counting(loop: SegmentLoop) -> None:
             before.append("along" if _is_by_position(op) else "all")
     cut: set[int] = set()  # the operations that read a part of the text
     for number, op in enumerate(loop.steady):
-        given = leaves(op.args)
+        given = [leaf for leaf in leaves(op.args) if not isinstance(leaf, Item)]
         first = given[0] if given else None
-        parts = op.target in VIEWS or op.target in SPLITS or op.target is operator.getitem
-        if parts and (
-            _is_text(loop, first)
-            or (isinstance(first, Outer) and before[first.number] == "along")
-            or (isinstance(first, Row) and first.back == 0 and first.number in cut)
-        ):
+        kind = before[first.number] if isinstance(first, Outer) else "along" if _is_text(loop, first) else ""
+        part = op.target in VIEWS or op.target in SPLITS or op.target is operator.getitem
+        if part and kind in ("along", "pieces"):
+            if not _is_own(loop, op, kind == "pieces"):
+                raise RefusedError(
+                    "a call leaves positions of its text out, or reads some twice, so two calls are not as one of both",
+                    location=op.location,
+                    remedy="cut or pad the text before the call",
+                )
             cut.add(number)
             continue
         what = None
-        if any(_counts(leaf) for leaf in given if not isinstance(leaf, Item)):
+        if any(map(_counts, given)):
             what = "the number of the segment, or the length of the text"
         elif any(isinstance(leaf, Outer) and before[leaf.number] != "free" for leaf in given):
             what = "what was computed of the whole text"
-        elif any(_is_text(loop, leaf) for leaf in given if not isinstance(leaf, Item)):
+        elif any(_is_text(loop, leaf) for leaf in given):
             what = "the whole text"
         if what is not None:
             raise RefusedError(
@@ -265,6 +295,35 @@ def _refuse_counting(loop: SegmentLoop) -> None:
                 remedy="let what a segment computes depend on the segment and on what it is handed alone; positions "
                 "that count from the beginning of the text are to be arguments of the call",
             )
+
+
+def _is_divided(loop: SegmentLoop, op: Op) -> bool:
+    """Tell whether an operation divides a text into its segments."""
+    given = leaves(op.args[1:])
+    if op.target is aten.split.Tensor:
+        return bool(given) and given[0] == loop.segment_length
+    counts = [place for place, leaf in enumerate(given) if _counts(leaf)]
+    if op.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default) or len(counts) != 1:
+        return False
+    place = counts[0]
+    return str(given[place]) == "S" and given[place + 1 : place + 2] == [loop.segment_length]
+
+
+def _is_own(loop: SegmentLoop, op: Op, divided: bool) -> bool:
+    """Tell whether a segment reads of the text, or of its pieces, just what is its own."""
+    given, length = leaves(op.args), loop.segment_length
+    for segment, tail in itertools.product(range(3), (1, length)):
+        sizes = Environment(segment, 3, 2, tail if segment == 2 else length, 2 * length + tail)
+        read = list(map(sizes.of, given))
+        if divided and (op.target is aten.select.int or op.target is operator.getitem):
+            own = read[-1] == segment
+        elif not divided and op.target is aten.slice.Tensor and len(read) == 4:
+            own = (read[2], min(read[3], sizes.N)) == (segment * length, segment * length + sizes.T)
+        else:
+            own = False
+        if not own:
+            return False
+    return True
 
 
 def _is_text(loop: SegmentLoop, leaf: Any) -> bool:
@@ -293,15 +352,16 @@ def check_resumed(loop: SegmentLoop, made: SegmentLoop) -> None:
         VerifyError: at the first operation that is another one.
     """
     length = loop.segment_length
-    for before, segments, tail in itertools.product((2, len(loop.rows) + 2), (1, 2, len(made.rows) + 2), {1, length}):
-        before = max(before, len(loop.rows))
+    begun = range(fewest(loop), len(loop.rows) + 2)
+    for before, segments, tail in itertools.product(begun, (1, 2, len(made.rows) + 2), {1, length}):
         whole, total = (before + segments - 1) * length + tail, (segments - 1) * length + tail
         for segment in range(segments):
             now = tail if segment == segments - 1 else length
             theirs = Environment(before + segment, before + segments, 2, now, whole)
             ours = Environment(segment, segments, 2, now, total)
-            ops = zip(loop.row(before + segment), made.row(segment), strict=True)
-            for number, (one, other) in enumerate(ops):
+            if len(loop.row(before + segment)) != len(made.row(segment)):
+                raise VerifyError(f"segment {segment} goes on with other operations than segment {before + segment}")
+            for number, (one, other) in enumerate(zip(loop.row(before + segment), made.row(segment), strict=True)):
                 pairs = list(zip(leaves(one.args), leaves(other.args), strict=True))
                 shifts = {0, before, before * length} if _reads_part(loop, one) else {0}
                 same = one.target is other.target and all(_same(loop, (theirs, ours), *pair, shifts) for pair in pairs)
@@ -325,7 +385,7 @@ def _same(loop: SegmentLoop, at: tuple[Environment, Environment], a: Any, b: Any
     """Tell whether an operand of a whole loop is that of one that goes on."""
     theirs, ours = at
     before = theirs.s - ours.s
-    if isinstance(b, Src) and b.name.startswith(PREFIX):  # of a segment of the whole loop that it does not have
+    if isinstance(b, Src) and b.name.startswith(CARRIED):  # of a segment of the whole loop that it does not have
         where = loop.outputs.get(b.name)
         if not isinstance(a, Row) or not isinstance(where, Where):
             return False
