@@ -353,22 +353,24 @@ def stats(target: Callable[..., Any]) -> Stats:
     return _compiled(target).stats
 
 
-def pack(target: Callable[..., Any], *, lanes: int | None = None) -> Pack:
+def pack(target: Callable[..., Any], *, lanes: int | None = None, states: bool = False) -> Pack:
     """Read many texts with a compiled model, several at once.
 
     Texts follow one another in lanes. A text begins while the one before it is still in the upper layers, so that no
     step is left idle between them. The results are those of one call after another.
 
     Args:
-        target: a result of :func:`compile`.
+        target: a result of :func:`compile`, or of :func:`resume`: then all texts go on from one state, as questions do
+            that are asked of what was read.
         lanes: number of texts that are read side by side; by default that which is estimated to be fastest.
+        states: return pairs of a text's result and its state, see :func:`state`.
 
     Returns:
         A callable that takes the texts and returns a list of results, see :class:`rmtc.runtime.pack.Pack`.
 
     Raises:
         ValueError: if the target is not compiled, or ``lanes`` is below 1.
-        TypeError: if ``lanes`` is no whole number.
+        TypeError: if ``lanes`` is no whole number, or ``states`` neither True nor False.
 
     Example:
         >>> fast = rmtc.compile(model)
@@ -377,7 +379,9 @@ def pack(target: Callable[..., Any], *, lanes: int | None = None) -> Pack:
     """
     if lanes is not None:
         _check_number("lanes", lanes, 1)
-    return Pack(_compiled(target), lanes)
+    if not isinstance(states, bool):
+        raise TypeError(f"states is True or False, not {states!r}")
+    return Pack(_compiled(target), lanes, states, getattr(target, "_rmtc_state", None))
 
 
 def state(target: Callable[..., Any]) -> dict[str, torch.Tensor]:
@@ -437,6 +441,7 @@ def resume(target: T, state: Mapping[str, torch.Tensor] | None) -> T:
     def call(*args: Any, **kwargs: Any) -> Any:
         return compiled.hand_on(state, args, kwargs)
 
+    call._rmtc, call._rmtc_state = compiled, state  # type: ignore[attr-defined]
     return cast(T, call)
 
 

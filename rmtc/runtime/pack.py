@@ -49,10 +49,18 @@ class Pack:
     Args:
         compiled: the compiled call.
         lanes: number of texts that are read side by side; None for that which is estimated to be fastest.
+        states: whether each result is a pair of the result and the state that the text leaves.
+        state: what all texts begin with, an earlier text's; None if they begin anew.
     """
 
-    def __init__(self, compiled: Compiled, lanes: int | None = None) -> None:
-        self._compiled, self.lanes = compiled, lanes
+    def __init__(
+        self,
+        compiled: Compiled,
+        lanes: int | None = None,
+        states: bool = False,
+        state: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self._compiled, self.lanes, self._states, self._state = compiled, lanes, states, state
         self._said: set[str] = set()
         self._failed: set[Any] = set()  # the sizes of texts whose run at once failed
 
@@ -66,7 +74,8 @@ class Pack:
             kwargs: arguments that all texts have in common.
 
         Returns:
-            The results in the order of the texts, each as the model returns it.
+            The results in the order of the texts, each as the model returns it; with ``states=True`` pairs of a result
+            and what :func:`rmtc.state` would return after a call of that text alone.
 
         Raises:
             PackError: if texts fail, once all others are read. It has their exceptions and the others' results.
@@ -147,7 +156,10 @@ class Pack:
         compiled = self._compiled
         target: Callable[..., Any] = compiled.function if isinstance(compiled.function, nn.Module) else compiled
         try:
-            return Outcome(number, target(*call.args, **call.kwargs))
+            if not self._states and self._state is None:
+                return Outcome(number, target(*call.args, **call.kwargs))
+            result = compiled.hand_on(self._state, *call)
+            return Outcome(number, (result, compiled.state) if self._states else result)
         except Exception as error:
             if is_no_failure(error):
                 raise
@@ -198,7 +210,7 @@ class Pack:
         """
         group: list[tuple[int, Variant, Ready]] = []
         for number, call in calls:
-            of = _ready(self._compiled, call)
+            of = self._ready(call)
             if isinstance(of, str):
                 self._say(of)
             if of is None or isinstance(of, str):
@@ -212,6 +224,35 @@ class Pack:
             if not alike and group[0][1].leaves:
                 break
         return group
+
+    def _ready(self, call: PackedCall) -> tuple[Variant, Ready] | str | None:
+        """Return what runs a call beside others, and the call made ready; None or the reason if it is to run alone."""
+        compiled, state = self._compiled, self._state
+        try:
+            arguments = compiled._arguments(*call)
+            if dict(arguments.named()).get("past_key_values") is not None:
+                return None
+            for variant in list(compiled.variants):
+                sizes = variant.match(arguments)
+                if isinstance(sizes, str):
+                    continue
+                if (sizes.segments < 2 and state is None) or variant.counter or sizes in variant.failed:
+                    return None
+                if variant.refused and (sizes, variant.entry(sizes.batch)) in variant.refused:
+                    continue
+                if state is None:
+                    ready = variant.ready(arguments, sizes, variant.scheduled(sizes))
+                else:
+                    ready = variant.ready_to_hand_on(arguments, sizes, state)
+                if isinstance(ready, Ready):
+                    if self._states and state is None and sizes.segments < ready.made.fewest:
+                        return None  # by itself it says what is wrong
+                    return variant.apart(ready) or (variant, ready)
+        except Exception as error:
+            if is_no_failure(error):
+                raise
+            logger.debug("a guard failed", exc_info=error)  # the call by itself says what is wrong
+        return None
 
     def _pays(self, group: Sequence[tuple[int, Variant, Ready]]) -> bool:
         """Tell whether to read texts at once: to lay out a run may take longer than it saves."""
@@ -235,7 +276,9 @@ class Pack:
         lanes = self.lanes or variant.lanes_for(tuple(each.sizes for each in texts))[0]
         ended: dict[int, Outcome] = {}
 
-        def done(place: int, result: Any) -> None:
+        def done(place: int, result: Any, state: dict[str, torch.Tensor]) -> None:
+            if self._states:
+                result = result, {name: each.detach().clone() for name, each in state.items()}
             ended[place] = Outcome(group[place][0], result)
 
         run = variant.run_packed(texts, lanes, done)
@@ -255,30 +298,6 @@ def _one_by_one(compiled: Compiled) -> bool:
 def _sizes(group: Sequence[tuple[int, Variant, Ready]]) -> Any:
     """Return what tells one run of several texts from another."""
     return id(group[0][2].made), tuple(ready.sizes for _, _, ready in group)
-
-
-def _ready(compiled: Compiled, call: PackedCall) -> tuple[Variant, Ready] | str | None:
-    """Return what runs a call beside others, and the call made ready; None or the reason if it is to run alone."""
-    try:
-        arguments = compiled._arguments(*call)
-        if dict(arguments.named()).get("past_key_values") is not None:
-            return None
-        for variant in list(compiled.variants):
-            sizes = variant.match(arguments)
-            if isinstance(sizes, str):
-                continue
-            if sizes.segments < 2 or variant.counter or sizes in variant.failed:
-                return None
-            if variant.refused and (sizes, variant.entry(sizes.batch)) in variant.refused:
-                continue
-            ready = variant.ready(arguments, sizes, variant.scheduled(sizes))
-            if isinstance(ready, Ready):
-                return variant.apart(ready) or (variant, ready)
-    except Exception as error:
-        if is_no_failure(error):
-            raise
-        logger.debug("a guard failed", exc_info=error)  # the call by itself says what is wrong
-    return None
 
 
 def _calls(texts: Iterable[Any] | Mapping[str, Sequence[Any]], kwargs: dict[str, Any]) -> Iterator[PackedCall]:

@@ -88,6 +88,27 @@ class Ready:
     gradients: bool = False
     state: Mapping[str, torch.Tensor] | None = None
 
+    @property
+    def runner(self) -> Runner:
+        """What runs it without gradients."""
+        return self.made.runner if self.state is None else self.made.resuming()
+
+    @property
+    def given(self) -> Mapping[str, torch.Tensor]:
+        """Every tensor that this reads, by name."""
+        return self.values if self.state is None else {**self.values, **self.state}
+
+    def handed_on(self, outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Take what the call hands on out of its results, by the user's names."""
+        known = {(each.number, each.back): each for each in self.made.state.values()}
+        found: dict[str, torch.Tensor] = {}
+        for (number, back), each in known.items():
+            if CARRIED + each.name in outputs:
+                found[each.name] = outputs.pop(CARRIED + each.name)
+            elif self.state is not None and back > self.sizes.segments:  # it is older than this call
+                found[each.name] = self.state[CARRIED + known[number, back - self.sizes.segments].name]
+        return found
+
 
 @dataclass(frozen=True, eq=False)
 class Made:
@@ -727,11 +748,11 @@ class Variant:
         ):
             raise RefusedError("it counts segments in Python, and a call that goes on would count them anew")
         ready.made.resuming()
-        return replace(ready, sizes=sizes, state=self._checked(ready.made, state))
+        return replace(ready, sizes=sizes, state=self._checked(ready.made, state, sizes.batch))
 
-    def _checked(self, made: Made, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """A state by the names of the sources, if it may be one."""
-        known = made.state
+    def _checked(self, made: Made, state: Mapping[str, Any], batch: int) -> dict[str, torch.Tensor]:
+        """A state by the names of the sources, if it may be one of so many texts."""
+        known, probed = made.state, self.analysis.probes[0].sizes.batch
         missing, other = sorted(known.keys() - state.keys()), sorted(state.keys() - known.keys())
         what = [f"{title}: {', '.join(names)}" for title, names in (("missing", missing), ("unknown", other)) if names]
         if what:
@@ -742,9 +763,18 @@ class Variant:
                 raise StateError(f"{name} is no tensor, but {type(value).__name__}")
             if value.device != self.device:
                 raise StateError(f"{name} is on {value.device}, and the model on {self.device}")
-            if form is not None and (value.dtype != form[1] or value.dim() != len(form[0])):
+            if form is None:
+                continue
+            shape, dtype = form
+            known_as = zip(value.shape, shape, strict=False)
+            like = value.dim() == len(shape) and all(n == m or n * probed == m * batch for n, m in known_as)
+            if value.dtype != dtype or not like:
+                sizes = [m * batch // probed if n == 0 and m % probed == 0 else m for n, m in enumerate(shape)]
+                wanted = _show((torch.Size(sizes), dtype, self.device))
                 raise StateError(
-                    f"{name} has {value.dim()} dimensions of {value.dtype}, and the model's {len(form[0])} of {form[1]}"
+                    f"{name} is {_show(_metadata(value))}, and for a batch of {batch} the model's is {wanted}",
+                    remedy="a state is of one batch size; of a text that ends in the middle of a segment some models' "
+                    "states are shorter, and cannot be read on",
                 )
         return {CARRIED + name: value.detach() for name, value in state.items()}
 
@@ -829,44 +859,39 @@ class Variant:
 
     def run(self, ready: Ready) -> Ended:
         """Run a call."""
-        runner, values = self._training(ready.made) if ready.gradients else ready.made.runner, ready.values
-        if ready.state is not None:
-            runner, values = ready.made.resuming(), {**values, **ready.state}
-        outputs, run = runner.run(values, *ready.sizes)
-        state = _handed_on(outputs)
-        if ready.state is not None:  # what was handed on two segments ago may still be
-            segments, of = ready.sizes.segments, {(each.number, each.back): each for each in ready.made.state.values()}
-            for (number, back), each in of.items():
-                if back > segments:
-                    state[each.name] = ready.state[CARRIED + of[number, back - segments].name]
+        runner = self._training(ready.made) if ready.gradients else ready.runner
+        outputs, run = runner.run(ready.given, *ready.sizes)
+        state = ready.handed_on(outputs)
         result = self._finished(ready, outputs)
-        if ready.state is None:
-            self._settle(ready.sizes)
+        self._settle(ready.sizes)
         return Ended(result, run, state)
 
-    def run_packed(self, calls: Sequence[Ready], lanes: int, done: Callable[[int, Any], None]) -> Run:
+    def run_packed(
+        self, calls: Sequence[Ready], lanes: int, done: Callable[[int, Any, dict[str, torch.Tensor]], None]
+    ) -> Run:
         """Run several calls at once. The last one leaves what it leaves.
 
         Args:
             calls: the calls, of one batch size and to be run by one runner, for which :meth:`apart` gives no reason.
             lanes: number of calls that run side by side.
-            done: takes the number of a call and what the user's code would have returned.
+            done: takes the number of a call, what the user's code would have returned, and what the call hands on.
         """
-        runner, gradients = calls[0].made.runner, torch.is_grad_enabled()
+        runner, gradients = calls[0].runner, torch.is_grad_enabled()
         assert isinstance(runner, Executor)
 
         def ended(number: int, outputs: dict[str, Any]) -> None:
-            _handed_on(outputs)
+            state = calls[number].handed_on(outputs)
             with torch.set_grad_enabled(gradients):
-                done(number, self._finished(calls[number], outputs, leave=False))
+                done(number, self._finished(calls[number], outputs, leave=False), state)
             if number == len(calls) - 1:
-                held.append(outputs)
+                held.append((outputs, state))
 
-        held: list[dict[str, Any]] = []
-        texts = [TextInput(each.values, each.sizes.segments, each.sizes.tail) for each in calls]
+        held: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = []
+        texts = [TextInput(each.given, each.sizes.segments, each.sizes.tail) for each in calls]
         run = runner.read(texts, calls[0].sizes.batch, ended, lanes)
         if self.leaves:  # once nothing can fail any more
-            done(len(calls) - 1, self._finished(calls[-1], held[-1]))
+            outputs, state = held[-1]
+            done(len(calls) - 1, self._finished(calls[-1], outputs), state)
         return run
 
     def apart(self, ready: Ready) -> str | None:
@@ -876,7 +901,7 @@ class Variant:
         """
         if ready.gradients:
             return "gradients are asked for"
-        if not isinstance(ready.made.runner, Executor):
+        if not isinstance(ready.runner, Executor):
             return "its backend runs one call at a time"
         if ready.made.program.draws:
             return "it draws random numbers, one call after another"
@@ -893,7 +918,7 @@ class Variant:
 
     def pays_packed(self, ready: Ready, sizes: tuple[Sizes, ...]) -> bool:
         """Tell whether it pays to run calls of some sizes at once: a plan of theirs is made first, if there is none."""
-        runner = ready.made.runner
+        runner = ready.runner
         assert isinstance(runner, Executor)
         lanes, saved = self.lanes_for(sizes)
         texts = tuple((each.segments, each.tail) for each in sizes)
@@ -1050,12 +1075,6 @@ def _apart(outputs: Mapping[str, Any], written: Mapping[str, torch.Tensor]) -> M
         return value.clone() if shared else value
 
     return {name: apart(value) for name, value in outputs.items()} if written else outputs
-
-
-def _handed_on(outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Take what a call hands on out of its results."""
-    names = [name for name in outputs if name.startswith(CARRIED)]
-    return {name.removeprefix(CARRIED): outputs.pop(name) for name in names}
 
 
 def _plainly(name: str) -> str:

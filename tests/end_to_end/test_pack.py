@@ -222,7 +222,7 @@ def test_a_memory_that_goes_from_call_to_call(caplog: pytest.LogCaptureFixture) 
     warm(twins, texts())
     with caplog.at_level(logging.INFO, "rmtc.runtime.pack"):
         compare(twins, texts(), packed=1)
-    (said,) = caplog.messages
+    (said,) = [each.getMessage() for each in caplog.records if each.name == "rmtc.runtime.pack"]
     assert "each call reads what the one before has left in memories" in said
 
 

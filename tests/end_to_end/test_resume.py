@@ -1,0 +1,364 @@
+"""A text that is read in parts: each call goes on from what the one before it has handed on."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compare import differences
+from continued import unlike
+from models import BATCH, LAYERS, LOOPS, SEGMENT, SEGMENTS, WIDTH, Associative, Stack, text
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import rmtc
+from rmtc.compiler import compiled_of
+from rmtc.errors import StateError, VerifyError
+from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
+from rmtc.ir.program import Src, map_leaves
+from rmtc.ir.segment_loop import CARRIED, Row, SegmentLoop
+from rmtc.passes.bodies.resume import carried, check_resumed, fewest, keeping, resumed
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+CUTS = ([3, 4], [2, 1, 1, 3], [1, 1, 5])
+"""Numbers of segments of the parts of a text."""
+
+
+def read(fast: Any, whole: Callable[[int, int], dict[str, Any]], cuts: list[int]) -> list[Any]:
+    """Read a text in parts; all of them run by the schedule."""
+    before, results, state, at = rmtc.stats(fast).runs, [], None, 0
+    for segments in cuts:
+        results.append(rmtc.resume(fast, state)(**whole(at, at + segments)))
+        state, at = rmtc.state(fast), at + segments
+    assert rmtc.stats(fast).runs == before + len(cuts)
+    return results
+
+
+LEGAL = sorted(LOOPS.keys() - {"counter", "top to bottom", "mixed precision", "loop over a global"})
+"""Those that run by a schedule, and in float64."""
+
+
+@pytest.mark.parametrize("name", LEGAL)
+@torch.no_grad()
+def test_a_text_in_parts_is_the_whole_text(name: str) -> None:
+    function, args = LOOPS[name]()
+    names = list(inspect.signature(getattr(function, "forward", function)).parameters)
+    fast, made = rmtc.compile(function, strict=True, schedule="shortest"), text(7)
+
+    def part(first: int, last: int) -> dict[str, Any]:
+        """The arguments of a call with some segments of the text."""
+        own = made[:, first * SEGMENT : last * SEGMENT]
+        found: dict[str, Any] = {}
+        for key, each in zip(names, args, strict=False):
+            found[key] = each
+            if isinstance(each, list) and all(isinstance(item, Tensor) for item in each):
+                found[key] = list(own.split(SEGMENT, dim=1))
+            elif isinstance(each, Tensor) and each.shape == (BATCH, SEGMENTS * SEGMENT, WIDTH):
+                found[key] = own
+        return found
+
+    if name == "first segment alone":
+        fast(**part(0, 7))
+        with pytest.raises(rmtc.RefusedError, match="the result reads the first segments of a call alone"):
+            rmtc.resume(fast, rmtc.state(fast))(**part(0, 7))
+        return
+    for cuts in CUTS:
+        if name == "list of segments" and cuts[0] == 1:
+            continue  # the first segment tells the batch size apart
+        eager = copy.deepcopy(rmtc.restore(copy.deepcopy(fast))) if isinstance(fast, nn.Module) else function
+        wanted = eager(**part(0, 7))
+        results = read(fast, part, cuts)
+        assert list(unlike(wanted, results)) == []
+        if isinstance(fast, nn.Module):
+            assert differences(fast, eager) == []
+        state = rmtc.state(fast)
+        if name == "buffers":  # the next call begins with what is in them
+            continue
+        rmtc.resume(fast, None)(**part(0, 7))
+        assert differences(state, rmtc.state(fast)) == [] and state
+
+
+EXAMPLES: dict[str, Any] = {"armt_llama": armt_llama, "armt_gpt2": armt_gpt2, "transformer_xl": transformer_xl}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@torch.no_grad()
+def test_examples(name: str) -> None:
+    model, (ids,) = EXAMPLES[name].build(layers=3, width=32, segment=8, segments=6, batch=2, dtype="float64")[:2]
+    if name == "armt_gpt2":  # its positions count from the beginning of each segment
+        assert ids.shape[1] == 48
+    wanted = copy.deepcopy(model)(ids)
+    fast = rmtc.compile(model, strict=True, schedule="shortest")
+    results = read(fast, lambda first, last: {"input_ids": ids[:, 8 * first : 8 * last]}, [2, 3, 1])
+    logits = [each if isinstance(each, Tensor) else each.logits for each in results]
+    assert list(unlike(wanted if isinstance(wanted, Tensor) else wanted.logits, logits)) == []
+    if name == "armt_llama":
+        assert list(rmtc.state(fast))[:2] == ["model.layers.0.z", "model.layers.0.A"]
+        assert rmtc.stats(fast).captures == 1
+
+
+class Rolling(Stack):
+    """Reads the outputs of the two segments before."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        older = [hidden.new_zeros(hidden.shape[0], 1, WIDTH)] * LAYERS
+        newer = list(older)
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + newer[number] - 0.5 * older[number])
+                older[number], newer[number] = newer[number], piece.mean(1, keepdim=True)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+@torch.no_grad()
+def test_what_was_handed_on_two_segments_ago() -> None:
+    model = Rolling()
+    wanted, whole = copy.deepcopy(model)(text(7)), text(7)
+    fast = rmtc.compile(model, strict=True, schedule="shortest")
+    for cuts in ([2, 1, 1, 3], [4, 1, 2], [3, 2, 2]):
+        results = read(fast, lambda a, b: {"hidden": whole[:, a * SEGMENT : b * SEGMENT]}, cuts)
+        assert list(unlike(wanted, results)) == []
+    names = list(rmtc.state(fast))
+    assert len(names) == 2 * LAYERS and sum(each.endswith("@2") for each in names) == LAYERS
+
+
+def saved(fast: Any, path: Path) -> dict[str, Tensor]:
+    save_file(rmtc.state(fast), path)
+    found: dict[str, Tensor] = load_file(path)
+    return found
+
+
+@torch.no_grad()
+def test_a_state_is_saved_and_read_in_another_process_s_model(tmp_path: Path) -> None:
+    model, whole = Associative(), text(6)
+    again = rmtc.compile(copy.deepcopy(model), strict=True, schedule="shortest")
+    fast = rmtc.compile(model, strict=True, schedule="shortest")
+    wanted = fast(whole)
+    fast(whole[:, : 2 * SEGMENT])
+    state = saved(fast, tmp_path / "state.safetensors")
+    found = rmtc.resume(again, state)(whole[:, 2 * SEGMENT :])
+    assert torch.allclose(found, wanted[:, 2 * SEGMENT :], rtol=1e-10, atol=1e-10)
+    assert rmtc.stats(again).runs == 1
+    for each in state.values():  # a copy
+        each.zero_()
+    assert torch.allclose(found, wanted[:, 2 * SEGMENT :], rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_last_part_that_is_shorter_and_batches() -> None:
+    model = Associative()
+    fast = rmtc.compile(model, strict=True, schedule="shortest")
+    for batch, tail in ((2, 1), (3, 4), (1, SEGMENT)):
+        whole = text(6, batch, tail=tail)
+        with rmtc.disabled(fast):
+            wanted = fast(whole)
+        cut = 4 * SEGMENT
+        fast(whole[:, :cut])
+        found = rmtc.resume(fast, rmtc.state(fast))(whole[:, cut:])
+        assert torch.allclose(found, wanted[:, cut:], rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_texts_at_once_leave_states_and_go_on_from_one() -> None:
+    fast, texts = rmtc.compile(Associative(), strict=True, schedule="shortest"), [text(n) for n in (2, 5, 3, 4)]
+    for each in texts * 2:
+        fast(each)
+    alone = []
+    for each in texts:
+        result = fast(each)
+        alone.append((result, rmtc.state(fast)))
+    for lanes in (1, 3):
+        assert differences(rmtc.pack(fast, lanes=lanes, states=True)(texts), alone) == []
+        run = rmtc.stats(fast).last_run
+        assert run is not None and (run.texts, run.lanes) == (4, lanes)
+    state = alone[1][1]
+    questions = [text(1, tail=2), text(1), text(2, tail=1), text(3)]
+    asked = rmtc.resume(fast, state)
+    wanted: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for _ in range(2):
+        wanted.clear()
+        for each in questions:
+            result = asked(each)
+            wanted.append((result, rmtc.state(fast)))
+    assert differences(rmtc.pack(asked, lanes=2, states=True)(questions), wanted) == []
+    run = rmtc.stats(fast).last_run
+    assert run is not None and (run.texts, run.lanes) == (4, 2)
+    assert differences(rmtc.pack(asked)(questions), [result for result, _ in wanted]) == []
+
+
+class Placed(Stack):
+    """Adds the place of the segment in the text."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        memories = [hidden.new_zeros(hidden.shape[0], 1, WIDTH)] * LAYERS
+        pieces = []
+        for place, piece in enumerate(hidden.split(SEGMENT, dim=1)):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number] * (place + 1))
+                memories[number] = piece.mean(1, keepdim=True)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+class Table(Stack):
+    """Adds positions of the whole text before it cuts it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(100, WIDTH))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.table[: hidden.shape[1]]
+        memories = [hidden.new_zeros(hidden.shape[0], 1, WIDTH)] * LAYERS
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number])
+                memories[number] = piece.mean(1, keepdim=True)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+class Centred(Table):
+    """Takes the mean of the whole text away."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden - hidden.mean(1, keepdim=True))
+
+
+class Trimmed(Stack):
+    """Leaves the first position of the text out."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        memories = [hidden.new_zeros(hidden.shape[0], 1, WIDTH)] * LAYERS
+        pieces = []
+        for piece in hidden[:, 1:].split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number])
+                memories[number] = piece.mean(1, keepdim=True)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Placed, "the number of the segment"),
+        (Table, "would do something else in another call"),
+        (Centred, "would do something else in another call"),
+        (Trimmed, "leaves positions of its text out"),
+    ],
+)
+@torch.no_grad()
+def test_a_place_in_the_text_is_not_known_to_a_later_call(make: Callable[[], nn.Module], reason: str) -> None:
+    fast = rmtc.compile(make(), strict=True, schedule="shortest")
+    given = torch.cat([text(4), text(1, tail=1)], dim=1) if make is Trimmed else text(4)
+    fast(given)
+    with pytest.raises(rmtc.RefusedError, match=reason) as error:
+        rmtc.resume(fast, rmtc.state(fast))(given)
+    assert error.value.location is not None and error.value.location.file.endswith("test_resume.py")
+    fast(given)  # as before
+    assert rmtc.stats(fast).runs == 2
+
+
+def test_what_is_wrong_is_said() -> None:
+    fast = rmtc.compile(Associative(), schedule="shortest")
+    whole = text(4)
+    with pytest.raises(StateError, match="has not been called in this thread"):
+        rmtc.state(fast)
+    with torch.no_grad():
+        with pytest.raises(StateError, match="no call has shown the loop yet"):
+            rmtc.resume(fast, None)(whole[:, :SEGMENT])
+        fast(whole)
+        state = rmtc.state(fast)
+        first = next(iter(state))
+        others: list[tuple[dict[str, Any], str]] = [
+            ({}, f"missing: {', '.join(sorted(state))}"),
+            ({**state, "more": whole}, "unknown: more"),
+            ({**state, first: 1}, f"{first} is no tensor, but int"),
+            ({**state, first: state[first].float()}, f"{first} is float32"),
+            ({**state, first: state[first][..., :-1]}, f"{first} is float64"),
+            ({**state, first: state[first].to("meta")}, f"{first} is on meta"),
+        ]
+        for other, said in others:
+            with pytest.raises(StateError, match=said.replace("[", r"\[")):
+                rmtc.resume(fast, other)(whole)
+        with pytest.raises(TypeError, match="a state is a dict of tensors"):
+            rmtc.resume(fast, whole)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="is not compiled"):
+            rmtc.resume(Associative(), state)
+        fast(whole)
+        assert isinstance(fast.layers[0].memory, Tensor)
+        fast.layers[0].memory.zero_()
+        with pytest.raises(StateError, match=f"{first} was written to after the call"):
+            rmtc.state(fast)
+        fast(whole[:, :SEGMENT])
+        with pytest.raises(StateError, match="the last call ran as written: a call of one segment"):
+            rmtc.state(fast)
+        with rmtc.disabled(fast), pytest.raises(StateError, match="rmtc is off here"):
+            rmtc.resume(fast, state)(whole)
+    with pytest.raises(StateError, match="gradients are asked for"):
+        rmtc.resume(fast, state)(whole)
+    fast(whole)
+    with pytest.raises(StateError, match="asked for gradients, and kept no state"):
+        rmtc.state(fast)
+
+
+@torch.inference_mode()
+def test_states_of_inference_mode() -> None:
+    fast, whole = rmtc.compile(Associative(), strict=True, schedule="shortest"), text(5)
+    wanted = fast(whole)
+    fast(whole[:, : 2 * SEGMENT])
+    assert isinstance(fast.layers[0].memory, Tensor)
+    fast.layers[0].memory.zero_()  # what was handed on is a copy then
+    found = rmtc.resume(fast, rmtc.state(fast))(whole[:, 2 * SEGMENT :])
+    assert torch.allclose(found, wanted[:, 2 * SEGMENT :], rtol=1e-10, atol=1e-10)
+
+
+def loops() -> tuple[SegmentLoop, SegmentLoop]:
+    """A loop with what it hands on, and the loop that goes on with it."""
+    fast = rmtc.compile(Rolling(), strict=True, schedule="shortest")
+    with torch.no_grad():
+        fast(text(6))
+    compiled = compiled_of(fast)
+    assert compiled is not None
+    program = keeping(compiled.variants[0].main.program)
+    return program.loop, resumed(program).loop
+
+
+def test_the_check_of_a_loop_that_goes_on() -> None:
+    """Each fault that is planted is found: it shares no code with what makes the loop."""
+    loop, made = loops()
+    check_resumed(loop, made)
+    names = [each.name for each in carried(loop)]
+    assert fewest(loop) <= len(loop.rows) and len(names) == 2 * LAYERS
+    other = dict(zip(names, names[1:] + names[:1], strict=True))
+
+    def swapped(leaf: Any) -> Any:
+        known = isinstance(leaf, Src) and leaf.name.startswith(CARRIED)
+        return Src(CARRIED + other[leaf.name.removeprefix(CARRIED)]) if known else leaf
+
+    def further(leaf: Any) -> Any:
+        return leaf + SEGMENT if getattr(leaf, "atoms", None) == frozenset("s") else leaf
+
+    def nearer(leaf: Any) -> Any:
+        return Row(leaf.back - 1, leaf.number) if isinstance(leaf, Row) and leaf.back == 2 else leaf
+
+    for fault in (swapped, further, nearer):
+        rows = tuple(tuple(op.with_args(map_leaves(op.args, fault)) for op in row) for row in made.rows)
+        steady = tuple(op.with_args(map_leaves(op.args, fault)) for op in made.steady)
+        faulty = replace(made, rows=rows, steady=steady)
+        assert (faulty.rows, faulty.steady) != (made.rows, made.steady)
+        with pytest.raises(VerifyError, match="goes on as"):
+            check_resumed(loop, faulty)
+    with pytest.raises(VerifyError, match="goes on with other operations"):
+        check_resumed(loop, replace(made, steady=made.steady[:-1]))
