@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rmtc.compiler import resume as resume
     from rmtc.compiler import state as state
     from rmtc.compiler import stats as stats
+    from rmtc.compiler import stream as stream
     from rmtc.errors import CaptureError as CaptureError
     from rmtc.errors import FallbackWarning as FallbackWarning
     from rmtc.errors import Location as Location
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 _FILES = {
     "api": "explain",
-    "compiler": "compile disabled pack restore resume state stats",
+    "compiler": "compile disabled pack restore resume state stats stream",
     "errors": "CaptureError FallbackWarning Location PackError RefusedError RmtcError StateError VerifyError",
     "ir.explanation": "CellClass Certificate Explanation OperationsView",
     "ir.cells": "Cell Dependence Group Step",

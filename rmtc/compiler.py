@@ -19,6 +19,7 @@ from rmtc.runtime.estimate import kind_named
 from rmtc.runtime.pack import Pack
 from rmtc.runtime.recompute import RECOMPUTE
 from rmtc.runtime.stats import Stats
+from rmtc.runtime.stream import Stream
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -443,6 +444,33 @@ def resume(target: T, state: Mapping[str, torch.Tensor] | None) -> T:
 
     call._rmtc, call._rmtc_state = compiled, state  # type: ignore[attr-defined]
     return cast(T, call)
+
+
+def stream(target: Callable[..., Any], **kwargs: Any) -> Stream:
+    """Read a text as it comes: each segment costs one step of the schedule, and none is read twice.
+
+    The model has been called with a text of several segments before. Results come as segments have passed all layers:
+    those of the last ones with ``flush``.
+
+    Args:
+        target: a result of :func:`compile`, or of :func:`resume`: then the text goes on from a state.
+        kwargs: arguments of the model that all pieces have in common.
+
+    Returns:
+        A stream, see :class:`rmtc.runtime.stream.Stream`. Several may read with one model at a time.
+
+    Raises:
+        ValueError: if the target is not compiled.
+
+    Example:
+        >>> with torch.no_grad(), rmtc.stream(fast) as stream:
+        ...     for piece in pieces:
+        ...         for output in stream.feed(piece):
+        ...             use(output)
+        ...     rest = stream.flush()
+        ...     state = stream.state
+    """
+    return Stream(_compiled(target), getattr(target, "_rmtc_state", None), kwargs)
 
 
 def _compiled(target: Callable[..., Any]) -> Compiled:

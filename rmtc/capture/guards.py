@@ -99,6 +99,12 @@ class ArgumentGuard:
         return Sizes(segments, batch, tail) if segments else f"the text of {length} positions makes no segment"
 
     @property
+    def growing(self) -> dict[str, int]:
+        """The dimension in which each argument grows with the text; empty if one is no tensor by itself."""
+        named = all(len(path) == 1 for path in self._dims) and not self._plan.growth.lists
+        return {path[0]: dims[0] for path, dims in self._dims.items() if len(dims) == 1} if named else {}
+
+    @property
     def segment_length(self) -> int:
         """The number of positions of a segment."""
         return self._plan.segment_length

@@ -234,14 +234,20 @@ class SegmentLoop:
             found.append(None if lost else op.with_args(args))
         return found
 
-    def outputs_of(self, segments: int) -> dict[str | Numbered, Any]:
-        """Return the results of a number of segments: all but what so few do not hand on."""
+    def outputs_of(self, segments: int, row: int = 0, hands_on: bool = True) -> dict[str | Numbered, Any]:
+        """Return the results of a number of segments: all but what so few do not hand on.
+
+        Args:
+            segments: number of segments.
+            row: row kind of the first one.
+            hands_on: whether anything is to be handed on.
+        """
 
         def there(name: str | Numbered, operand: Any) -> bool:
             if not isinstance(operand, Where) or not str(name).startswith(CARRIED):
                 return True
             at = segments + operand.segment
-            return at >= 0 and operand.number[min(at, len(operand.number) - 1)] >= 0
+            return hands_on and at >= 0 and operand.number[min(at + row, len(operand.number) - 1)] >= 0
 
         return {name: operand for name, operand in self.outputs.items() if there(name, operand)}
 

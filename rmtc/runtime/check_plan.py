@@ -11,13 +11,13 @@ from rmtc.errors import VerifyError
 from rmtc.ir.program import Src, leaves
 from rmtc.ir.segment_loop import Environment, Every, Item, Key, Outer, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Body, Member, Shared, WavefrontProgram
-from rmtc.runtime.plan import Copied, Free, Launch, Part, Plan, Whole
+from rmtc.runtime.plan import Copied, Free, Launch, Part, Plan, TextSize, Whole
 
 Tags = list[list[Key | None]]
 """For each result of a launch and each of its cells, the operation whose value it is; None for what nobody may read."""
 
 
-def check_plan(program: WavefrontProgram, plan: Plan, texts: Sequence[tuple[int, int]], batch: int) -> int:
+def check_plan(program: WavefrontProgram, plan: Plan, texts: Sequence[TextSize], batch: int) -> int:
     """Check that a plan hands each cell the values that its body reads, before they are let go.
 
     Shares no code with the planner: operands are resolved by the segment and the number of an operation alone.
@@ -25,7 +25,7 @@ def check_plan(program: WavefrontProgram, plan: Plan, texts: Sequence[tuple[int,
     Args:
         program: the program.
         plan: of a call, or of several at once.
-        texts: for each call its number of segments and the length of the last one.
+        texts: the sizes of the calls.
         batch: batch size of each.
 
     Returns:
@@ -41,7 +41,7 @@ def check_plan(program: WavefrontProgram, plan: Plan, texts: Sequence[tuple[int,
     ended: set[int] = set()
     most = 0
     for number, launch in enumerate(plan.launches):
-        members: list[Member] = [(min(of.own(cell.segment), len(loop.rows)), cell.layer) for cell in launch.cells]
+        members: list[Member] = [(of.row(cell.segment), cell.layer) for cell in launch.cells]
         _check_weights(launch)
         _check_texts(program, launch, members, of)
         for place in range(len(launch.inputs)):
@@ -58,7 +58,7 @@ def check_plan(program: WavefrontProgram, plan: Plan, texts: Sequence[tuple[int,
                 raise VerifyError(f"what is kept of {launch.cells[index]} is {tag} and not {key}")
             kept.add(key)
         for text in plan.ended.get(number, ()):
-            missing = _wanted(loop, texts[text][0], of.first(text)) - kept
+            missing = _wanted(loop, texts[text], of.first(text)) - kept
             if missing or text in ended:
                 raise VerifyError(f"text {text} ends, and {min(missing, default='it')} was not kept, or it had ended")
             ended.add(text)
@@ -79,9 +79,9 @@ _NOTHING = Key(-1, -1)  # what a cell is handed that has no such input
 class _Texts:
     """The texts of a plan, by the numbers of their segments."""
 
-    def __init__(self, loop: SegmentLoop, texts: Sequence[tuple[int, int]], batch: int) -> None:
-        self.length, self.texts, self.batch = loop.segment_length, texts, batch
-        self.sizes = [segments for segments, _ in texts]
+    def __init__(self, loop: SegmentLoop, texts: Sequence[TextSize], batch: int) -> None:
+        self.length, self.texts, self.batch, self.kinds = loop.segment_length, texts, batch, len(loop.rows)
+        self.sizes = [text.segments for text in texts]
         self.common: set[str] = set()  # bodies that are known to share nothing that is of one text
         self._ends = list(itertools.accumulate(self.sizes))
 
@@ -97,9 +97,20 @@ class _Texts:
         """The number of a segment in its text."""
         return segment - self.first(self.of(segment))
 
+    def row(self, segment: int) -> int:
+        """The row kind of a segment."""
+        return min(self.texts[self.of(segment)].row + self.own(segment), self.kinds)
+
+    def begins(self, segment: int) -> int:
+        """The text whose beginning is the furthest that a segment may read from."""
+        text = self.of(segment)
+        while self.texts[text].row and text:
+            text -= 1
+        return text
+
     def at(self, segment: int) -> Environment:
         """The sizes that the numbers of a segment depend on."""
-        segments, tail = self.texts[self.of(segment)]
+        segments, tail, *_ = self.texts[self.of(segment)]
         own, total = self.own(segment), (segments - 1) * self.length + tail
         return Environment(own, segments, self.batch, tail if own == segments - 1 else self.length, total)
 
@@ -199,7 +210,7 @@ def _check_input(
     for cell, member, tag in zip(launch.cells, members, found, strict=True):
         operand = launch.body.inputs[place].get(member)  # a cell without one computes in vain
         wanted = Key(cell.segment - operand.back, operand.number) if isinstance(operand, Row) else None
-        if wanted is not None and texts.of(max(wanted.segment, 0)) != texts.of(cell.segment):
+        if wanted is not None and wanted.segment < texts.first(texts.begins(cell.segment)):
             raise VerifyError(f"{cell} reads {wanted}, which is of another text")
         if operand is not None and tag != wanted:
             raise VerifyError(f"{cell} is handed {tag} in step {launch.step}, and reads {wanted}")
@@ -224,16 +235,17 @@ def _start(loop: SegmentLoop, member: Member) -> int:
     return parts[layer + 1][0]
 
 
-def _wanted(loop: SegmentLoop, segments: int, first: int) -> set[Key]:
+def _wanted(loop: SegmentLoop, text: TextSize, first: int) -> set[Key]:
     """The operations that are read after the segments of a text, the first of which has a number."""
     found: set[Key] = set()
+    segments, _, row, hands_on = text
     after = [leaf for op in loop.after_of(segments) if op is not None for leaf in leaves(op.args)]
-    for leaf in (*after, *leaves(tuple(loop.outputs_of(segments).values()))):
+    for leaf in (*after, *leaves(tuple(loop.outputs_of(segments, row, hands_on).values()))):
         at: range | tuple[int, ...] = ()
         if isinstance(leaf, Where):
             at = (leaf.segment % segments,)
         elif isinstance(leaf, Every):
             at = range(segments)
         for segment in at:
-            found.add(Key(first + segment, leaf.number[min(segment, len(leaf.number) - 1)]))
+            found.add(Key(first + segment, leaf.number[min(row + segment, len(leaf.number) - 1)]))
     return found

@@ -121,8 +121,14 @@ class _Timing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Run:
-    """The call runs by its schedule."""
+class ReadyRun:
+    """The call runs by its schedule.
+
+    Attributes:
+        variant: what runs it.
+        ready: the call.
+        pick: what chose the way to run it.
+    """
 
     variant: Variant
     ready: Ready
@@ -233,7 +239,7 @@ class _Capture:
     differences: tuple[str, ...] = ()
 
 
-_Decision: TypeAlias = _Run | _Eager | _Admit | _Capture
+_Decision: TypeAlias = ReadyRun | _Eager | _Admit | _Capture
 
 
 class Compiled:
@@ -372,7 +378,7 @@ class Compiled:
                 if isinstance(decision, _Capture) and captured:
                     why = decision.differences[0] if decision.differences else "another thread changes the model"
                     decision = _Eager("a capture of this very call is not its own", detail=why)
-                if isinstance(decision, _Run):
+                if isinstance(decision, ReadyRun):
                     try:
                         if captured:
                             with uncollected(), stage("first run"):
@@ -458,27 +464,72 @@ class Compiled:
         Raises:
             StateError, RefusedError, CaptureError: if it cannot.
         """
+        return self.with_ready(args, kwargs, state, lambda decision, seconds: self._run(decision, seconds))
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+        """The arguments of a call by name."""
+        return list(self._arguments(args, kwargs).named())
+
+    def with_model(self, run: Callable[[], Any]) -> Any:
+        """Do something that holds the model as a call does."""
+        with self.counted(), own_modes(self._inner), LOCK.shared():
+            return run()
+
+    def streamed(self, segments: int) -> None:
+        """Count segments that a stream has read."""
+        with self._counts:
+            self.stats.streamed += segments
+
+    def with_ready(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        state: Mapping[str, torch.Tensor] | None,
+        run: Callable[[ReadyRun, float], Any],
+        piece: bool = False,
+    ) -> Any:
+        """Make a call ready to go on from a state, or to leave one, and do something with it.
+
+        Args:
+            args, kwargs: the call's.
+            state: what an earlier call has handed on, by the user's names; None to begin anew.
+            run: takes the call made ready, and the seconds that took. It holds the model as a call does.
+            piece: whether it is to be ready for a single whole segment, whatever its length.
+
+        Raises:
+            StateError, RefusedError, CaptureError: if the call cannot run so.
+        """
         if self.captures_now() or self._off():
             raise StateError("rmtc is off here, and the model as written goes on from no state")
         module = self.function
         if not isinstance(module, nn.Module):
-            return self._handing_on(state, args, kwargs)
-        if global_hooks() or module._backward_hooks or module._backward_pre_hooks:
+            return self._with_ready(args, kwargs, state, run, piece)
+        hooks = module._forward_hooks or module._forward_pre_hooks
+        if global_hooks() or module._backward_hooks or module._backward_pre_hooks or (piece and hooks):
             raise StateError("there are hooks that a run by the schedule would not call", remedy="remove them")
-        return call_with_hooks(module, lambda *given, **named: self._handing_on(state, given, named), args, kwargs)
 
-    def _handing_on(
-        self, state: Mapping[str, torch.Tensor] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        def call(*given: Any, **named: Any) -> Any:
+            return self._with_ready(given, named, state, run, piece)
+
+        return call_with_hooks(module, call, args, kwargs)
+
+    def _with_ready(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        state: Mapping[str, torch.Tensor] | None,
+        run: Callable[[ReadyRun, float], Any],
+        piece: bool,
     ) -> Any:
         with self.counted(), own_modes(self._inner):
             for _ in range(heuristics.DECISION_ROUNDS + 1):
                 with LOCK.shared():
                     start = time.perf_counter()
                     arguments = self._arguments(args, kwargs)
-                    decision = self._to_hand_on(arguments, state)
-                    if isinstance(decision, _Run):
+                    decision = self._to_hand_on(arguments, state, piece)
+                    if isinstance(decision, ReadyRun):
                         try:
-                            return self._run(decision, time.perf_counter() - start)
+                            return run(decision, time.perf_counter() - start)
                         except Exception as error:
                             if is_no_failure(error) or isinstance(error, RmtcError):
                                 raise
@@ -494,7 +545,9 @@ class Compiled:
                     raise broken.error or RefusedError(_sentence(broken))
         raise StateError(_CHANGED.reason, remedy=_CHANGED.remedy)
 
-    def _to_hand_on(self, arguments: Arguments, state: Mapping[str, torch.Tensor] | None) -> _Run | _Admit | _Capture:
+    def _to_hand_on(
+        self, arguments: Arguments, state: Mapping[str, torch.Tensor] | None, piece: bool
+    ) -> ReadyRun | _Admit | _Capture:
         """Decide what it takes to run a call that hands something on.
 
         Raises:
@@ -510,6 +563,8 @@ class Compiled:
             if isinstance(sizes, str):
                 differences.append(sizes)
                 continue
+            if piece:
+                sizes = sizes._replace(segments=1, tail=variant.program.loop.segment_length)
             told = variant.tells(sizes, state is not None)
             if variant.refused and (why := variant.refused.get((told, variant.entry(sizes.batch)))) is not None:
                 raise RefusedError(why)
@@ -517,7 +572,7 @@ class Compiled:
                 raise RefusedError(variant.failed[told].reason)
             ready = variant.ready_to_hand_on(arguments, sizes, state)
             if isinstance(ready, Ready):
-                return _Run(variant, ready)
+                return ReadyRun(variant, ready)
             if ready is None:
                 return _Admit(variant, sizes, hands_on=True, resumed=state is not None)
             differences.append(ready)
@@ -563,7 +618,7 @@ class Compiled:
 
     def _after_failure(
         self,
-        decision: _Run,
+        decision: ReadyRun,
         error: Exception,
         before: Callable[..., Any],
         args: tuple[Any, ...],
@@ -651,7 +706,7 @@ class Compiled:
                     return self._decide(arguments)
                 return _Eager(variant.counter)
             if ready is not None:
-                return _Run(variant, ready, pick)
+                return ReadyRun(variant, ready, pick)
             written = variant.as_written(pick)
             if written is not None and not variant.pays(pick, sizes):
                 return _Eager(quiet=_SELDOM, chosen=(variant, written, sizes))
@@ -744,7 +799,7 @@ class Compiled:
         modules = [*{id(module): module for module in known if module is not self.function}.values()]
         self._hooks = modules, hook_tables(modules)
 
-    def _run(self, decision: _Run, guard_seconds: float) -> Any:
+    def _run(self, decision: ReadyRun, guard_seconds: float) -> Any:
         variant, sizes, made = decision.variant, decision.ready.sizes, decision.ready.made
         makespan = variant.makespan(sizes.segments, made)  # before anything is written: what fails later runs twice
         timing = self._begin(variant, decision.pick, sizes)

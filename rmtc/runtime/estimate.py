@@ -28,7 +28,7 @@ from rmtc.passes.schedule.check import Checked
 from rmtc.runtime.backends import nearest
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.measure import cost_model
-from rmtc.runtime.plan import Plan, plan_run
+from rmtc.runtime.plan import Plan, TextSize, plan_run
 from rmtc.stages import substage
 
 logger = logging.getLogger(__name__)
@@ -304,7 +304,7 @@ def _way(name: str, proven: Proven, schedule: Schedule, run: Captured, max_group
     for width in {max_group, 2} if at_once or schedule.strip > 1 else {max_group}:
         capped = replace(program, max_group=width)
         for number in {rows + 1, segments}:
-            check_plan(capped, plan_run(capped, number, batch, tail), [(number, tail)], batch)
+            check_plan(capped, plan_run(capped, number, batch, tail), [TextSize(number, tail)], batch)
     return Way(name, proven, replace(program, max_group=max_group), Works(proven.loop, run, checked))
 
 

@@ -11,7 +11,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -28,11 +28,14 @@ from rmtc.quiet import uncollected
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.concatenation import concatenations
-from rmtc.runtime.plan import Copied, Free, Launch, Part, Piece, Plan, Whole, plan_texts
+from rmtc.runtime.plan import Copied, Free, Launch, Part, Piece, Plan, TextSize, Whole, plan_texts
 from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.standing import ArenaStep, Moved, Standing
 from rmtc.runtime.weights import Weights
 from rmtc.stages import substage
+
+if TYPE_CHECKING:
+    from rmtc.runtime.chain import Chain
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +111,9 @@ class Executor:
         program: the program.
         weights: the layers' tensors.
         kernels: emitted bodies, by body, sizes and shapes.
+        steady: the plans of texts that are read as they come, by batch size: the program, the plan, and the segment
+            from which on all of them run the same launches.
+        opened: the programs, by id, and batch sizes whose cells were seen to run at once.
     """
 
     binds: ClassVar[bool] = True  # see :func:`rmtc.codegen.torch.emit`
@@ -115,6 +121,8 @@ class Executor:
     program: WavefrontProgram
     weights: Weights
     kernels: dict[tuple[Any, ...], Emitted] = field(default_factory=dict)
+    steady: dict[int, tuple[WavefrontProgram, Plan, int]] = field(default_factory=dict)
+    opened: set[tuple[int, int]] = field(default_factory=set)
     _plans: OrderedDict[Any, Plan] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _constant: dict[int, bool] = field(default_factory=dict)
@@ -124,10 +132,10 @@ class Executor:
 
     def plan(self, segments: int, batch: int, tail: int) -> Plan:
         """The plan of a run for one text, kept for the next one of these sizes."""
-        return self.plan_texts([(segments, tail)], batch)
+        return self.plan_texts([TextSize(segments, tail)], batch)
 
     @uncollected()
-    def plan_texts(self, texts: Sequence[tuple[int, int]], batch: int, lanes: int = 1) -> Plan:
+    def plan_texts(self, texts: Sequence[TextSize], batch: int, lanes: int = 1) -> Plan:
         """The plan of a run, kept for the next one of these sizes; see :func:`rmtc.runtime.plan.plan_texts`."""
         key = tuple(texts), batch, lanes
         with self._lock:
@@ -139,11 +147,11 @@ class Executor:
             self._plans.move_to_end(key)
         return plan
 
-    def knows(self, texts: tuple[tuple[int, int], ...], batch: int, lanes: int) -> bool:
+    def knows(self, texts: tuple[TextSize, ...], batch: int, lanes: int) -> bool:
         """Tell whether there is a plan for texts of some sizes."""
         return (texts, batch, lanes) in self._plans
 
-    def make_plan(self, texts: tuple[tuple[int, int], ...], batch: int, lanes: int) -> Plan:
+    def make_plan(self, texts: tuple[TextSize, ...], batch: int, lanes: int) -> Plan:
         """Make a plan; a run of several texts is replayed with tags in place of tensors."""
         plan = plan_texts(self.program, texts, batch, lanes)
         if len(texts) > 1:
@@ -203,23 +211,30 @@ class Executor:
         run = self.read([TextInput(values, segments, tail)], batch, lambda _, results: found.append(results))
         return found[-1], run
 
-    def read(self, texts: Sequence[TextInput], batch: int, done: Done, lanes: int = 1) -> Run:
+    def read(
+        self, texts: Sequence[TextInput], batch: int, done: Done, lanes: int = 1, chain: Chain | None = None
+    ) -> Run:
         """Run the loop for some texts.
 
         Args:
-            texts: the texts.
+            texts: the texts; with a chain one segment, or none to end it.
             batch: batch size of each.
             done: called with the number of a text and its results by the names of the loop's outputs, when it has
                 ended. It may be called again for a text where a run has to begin anew.
             lanes: number of texts that are read side by side.
+            chain: what is in flight of a text that goes on, and takes the segment.
 
         Returns:
             What was done.
         """
+        if chain is not None:
+            with torch.no_grad(), autocast_off(each for text in texts for each in text.values.values()):
+                self.weights.refresh()
+                return chain.go_on(texts, done)
         devices = {each.device for text in texts for each in text.values.values()}
         with seeded(new_seed(), devices) if self.program.draws else contextlib.nullcontext():
             while True:
-                plan = self.plan_texts([(text.segments, text.tail) for text in texts], batch, lanes)
+                plan = self.plan_texts([text.size for text in texts], batch, lanes)
                 try:
                     self._read(plan, texts, batch, done)
                     break
@@ -307,7 +322,10 @@ class Walk:
     """
 
     def __init__(self, executor: Executor, plan: Plan, readings: Sequence[TextRun]) -> None:
-        self.executor, self.plan, self.readings = executor, plan, readings
+        self.executor, self.plan, self.readings = executor, plan, dict(enumerate(readings))
+        self.common = readings[0]  # for what does not depend on the text
+        self.made: dict[int, tuple[Any, ...]] = {}
+        self.text_of = [number for number, text in enumerate(plan.texts) for _ in range(text.segments)]
         self.rows: dict[Any, Sequence[torch.Tensor]] = {}
         self.lasting: dict[Any, bool] = {}
         self.passed: dict[Any, tuple[Any, ...]] = {}
@@ -319,28 +337,45 @@ class Walk:
 
     def run(self, done: Done) -> None:
         """Run all launches; see :meth:`Executor.read`."""
-        made: dict[int, tuple[Any, ...]] = {}
-        text_of = [number for number, text in enumerate(self.plan.texts) for _ in range(text.segments)]
         for number, launch in enumerate(self.plan.launches):
-            step = self.steps[number] if self.steps is not None else None
-            results = made[number] = self._launch(launch, made) if step is None else self._step(step, launch, made)
-            for key, result, index in launch.kept:
-                text = text_of[key.segment]
-                own = key._replace(segment=key.segment - self.plan.texts[text].first)
-                self.readings[text].keep(own, results[result], index, launch.body.stage)
-            for result, index in launch.copies:
-                value = results[result]
-                self.copied[number, result, index] = value if index < 0 else value[index].clone()
-            for copied in launch.dropped:
-                del self.copied[copied]
-            for each in launch.done:
-                del made[each]
-            for text in self.plan.ended.get(number, ()):
-                done(text, self.readings[text].results())
-                self.readings[text].release()
-                for table in (self.passed, self.rows):
-                    for key in [key for key in table if key[-1] == text]:
-                        del table[key]
+            self.advance(number, launch, self.plan.ended.get(number, ()), done)
+
+    def advance(self, number: int, launch: Launch, ended: Sequence[int], done: Done) -> tuple[Any, ...]:
+        """Run a launch.
+
+        Args:
+            number: of the launch.
+            launch: the launch.
+            ended: the texts that end with it.
+            done: takes their results.
+
+        Returns:
+            Its results.
+        """
+        step, made = self.steps[number] if self.steps is not None else None, self.made
+        results = made[number] = self._launch(launch, made) if step is None else self._step(step, launch, made)
+        for key, result, index in launch.kept:
+            text = self.text_of[key.segment]
+            own = key._replace(segment=key.segment - self.plan.texts[text].first)
+            self.readings[text].keep(own, results[result], index, launch.body.stage)
+        for result, index in launch.copies:
+            value = results[result]
+            self.copied[number, result, index] = value if index < 0 else value[index].clone()
+        for copied in launch.dropped:
+            del self.copied[copied]
+        for each in launch.done:
+            del made[each]
+        for text in ended:
+            done(text, self.readings[text].results())
+            self.readings[text].release()
+            self.forget(text)
+        return results
+
+    def forget(self, text: int) -> None:
+        """Let go of what is kept for a text alone."""
+        for table in (self.passed, self.rows):
+            for key in [key for key in table if key[-1] == text]:
+                del table[key]
 
     @substage("launch")
     def _launch(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
@@ -402,7 +437,7 @@ class Walk:
 
     def _shared(self, launch: Launch) -> tuple[TextRun, Environment]:
         """The text whose operands the cells of a launch share, and the sizes that these depend on."""
-        reading = self.readings[launch.text or 0]
+        reading = self.common if launch.text is None else self.readings[launch.text]
         return reading, reading.at(launch.length)
 
     def kernel_of(self, launch: Launch) -> tuple[tuple[Any, ...], Emitted, Environment] | None:
@@ -424,7 +459,7 @@ class Walk:
 
     def shared_of(self, operand: Operand, at: Environment) -> tuple[Any, bool]:
         """An operand that all cells share, and whether it lies where it lies for good, as parameters do."""
-        value = self.readings[0].operand(operand, (), at)
+        value = self.common.operand(operand, (), at)
         source = self.executor.program.loop.sources.get(operand.name) if isinstance(operand, Src) else None
         return value, source is not None and source.kind in ("parameter", "buffer", "constant")
 
@@ -483,7 +518,7 @@ class Walk:
         at = body.name, layers, grouped, launch.text
         rows = self.rows.get(at)
         if rows is None:
-            reading = self.readings[launch.text or 0]
+            reading = self.common if launch.text is None else self.readings[launch.text]
             rows = [self._rows_of(body, number, layers, reading) for number in range(len(body.weights))]
             lasting = self.executor.weights.lasting
             self.lasting[key] = all(lasting(body, number, layers, each) for number, each in enumerate(rows))

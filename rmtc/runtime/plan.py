@@ -64,6 +64,22 @@ class Free(NamedTuple):
 Piece = Part | Copied | Whole | Free
 
 
+class TextSize(NamedTuple):
+    """The size of a text, and its place in a longer one.
+
+    Attributes:
+        segments: number of its segments.
+        tail: length of the last one.
+        row: number of segments before it. It reads from them, which are the texts before it then.
+        hands_on: whether what it hands on is read after it.
+    """
+
+    segments: int
+    tail: int
+    row: int = 0
+    hands_on: bool = True
+
+
 class Text(NamedTuple):
     """A text of a run.
 
@@ -73,6 +89,8 @@ class Text(NamedTuple):
         first: the number of the first one among those of all texts.
         start: the step with which it begins.
         lane: the lane that it is in.
+        row: number of segments of a longer text that come before it.
+        hands_on: whether what it hands on is read after it.
     """
 
     segments: int
@@ -80,6 +98,8 @@ class Text(NamedTuple):
     first: int = 0
     start: int = 0
     lane: int = 0
+    row: int = 0
+    hands_on: bool = True
 
     @property
     def last(self) -> int:
@@ -184,19 +204,20 @@ def plan_run(program: WavefrontProgram, segments: int, batch: int, tail: int) ->
         batch: batch size.
         tail: length of the last segment.
     """
-    return plan_texts(program, [(segments, tail)], batch)
+    return plan_texts(program, [TextSize(segments, tail)], batch)
 
 
 @substage("plan")
-def plan_texts(program: WavefrontProgram, texts: Sequence[tuple[int, int]], batch: int, lanes: int = 1) -> Plan:
+def plan_texts(program: WavefrontProgram, texts: Sequence[TextSize], batch: int, lanes: int = 1) -> Plan:
     """Lay out a run that reads several texts at once.
 
     A text begins when its lane is free: with the step after the one in which the first layer ran for the last segment
-    of the text before it. No cell of a text waits for one of another text.
+    of the text before it. No cell of a text waits for one of another text, unless that is the part before it of a
+    longer text.
 
     Args:
         program: the program.
-        texts: for each text its number of segments and the length of the last one.
+        texts: the sizes of the texts.
         batch: batch size of each.
         lanes: number of texts that are read side by side.
     """
@@ -204,7 +225,7 @@ def plan_texts(program: WavefrontProgram, texts: Sequence[tuple[int, int]], batc
 
 
 class _Planner:
-    def __init__(self, program: WavefrontProgram, texts: Sequence[tuple[int, int]], batch: int, lanes: int) -> None:
+    def __init__(self, program: WavefrontProgram, texts: Sequence[TextSize], batch: int, lanes: int) -> None:
         self.program, self.batch = program, batch
         self.loop = program.loop
         self.schedule = program.schedule
@@ -212,10 +233,11 @@ class _Planner:
         self.block = self.width or max(_LEAST, -(-_ROWS // max(1, batch * self.loop.segment_length)))
         if any(a == 0 for _, a, _ in self.schedule.phases()):  # then a step has segments of one layer
             self.schedule = replace(self.schedule, block=self.block)
-        self.steps_of = functools.cache(self.schedule.steps)
+        self.steps_of = functools.cache(self._steps_of)
         self.texts = self._lined_up(texts, lanes)
         self.text_of = [number for number, text in enumerate(self.texts) for _ in range(text.segments)]
-        self.row_of = [min(at, len(self.loop.rows)) for text in self.texts for at in range(text.segments)]
+        rows = len(self.loop.rows)
+        self.row_of = [min(text.row + at, rows) for text in self.texts for at in range(text.segments)]
         self.begun: set[Cell] = set()  # prologues
         self.to_end: list[tuple[Body, Cell]] = []  # epilogues to run
         self.copies: dict[int, list[tuple[int, int]]] = {}  # of what they read, by launch
@@ -230,13 +252,19 @@ class _Planner:
         self.orders: dict[int, dict[int, int]] = {}  # of the layers of each body, by its id
         self.results: dict[tuple[int, Member], list[tuple[int, int]]] = {}  # of a body: those that any segment keeps
 
-    def _lined_up(self, texts: Sequence[tuple[int, int]], lanes: int) -> tuple[Text, ...]:
+    def _steps_of(self, segments: int, row: int = 0) -> list[Step]:
+        """The steps of a text, and of one that so many segments come before."""
+        schedule, last = self.schedule, max(0, len(self.schedule.classes) - 1)
+        stages = {stage: names[min(row, last) :] for stage, names in schedule.stage_classes.items()}
+        return replace(schedule, classes=schedule.classes[min(row, last) :], stage_classes=stages).steps(segments)
+
+    def _lined_up(self, texts: Sequence[TextSize], lanes: int) -> tuple[Text, ...]:
         """The texts in their lanes: each begins where a lane is free first."""
         (_, a, _), *later = self.schedule.phases()
         free, found, first = [0] * lanes, list[Text](), 0
-        for segments, tail in texts:
+        for segments, tail, row, hands_on in texts:
             lane = min(range(lanes), key=free.__getitem__)
-            found.append(Text(segments, tail, first, free[lane], lane))
+            found.append(Text(segments, tail, first, free[lane], lane, row, hands_on))
             first += segments
             if later or self.schedule.block is not None:
                 free[lane] += self.steps_of(segments)[-1].time + 1
@@ -251,7 +279,7 @@ class _Planner:
         """
         by_time: dict[int, tuple[list[Group], list[int]]] = {}
         for number, text in sorted(enumerate(self.texts), key=lambda each: each[1].lane):
-            steps = self.steps_of(text.segments)
+            steps = self.steps_of(text.segments, text.row)
             for step in steps:
                 groups, ended = by_time.setdefault(text.start + step.time, ([], []))
                 for each in step.groups:
@@ -324,14 +352,15 @@ class _Planner:
         """The operations that are read after the loop."""
         found: set[Key] = set()
         after = [leaf for op in self.loop.after_of(text.segments) if op is not None for leaf in leaves(op.args)]
-        for leaf in (*after, *leaves(tuple(self.loop.outputs_of(text.segments).values()))):
+        results = self.loop.outputs_of(text.segments, text.row, text.hands_on)
+        for leaf in (*after, *leaves(tuple(results.values()))):
             read: Iterable[int] = ()
             if isinstance(leaf, Where):
                 read = (leaf.segment if leaf.segment >= 0 else text.segments + leaf.segment,)
             elif isinstance(leaf, Every):
                 read = range(text.segments)
             for at in read:
-                found.add(Key(text.first + at, leaf.number[min(at, len(leaf.number) - 1)]))
+                found.add(Key(text.first + at, leaf.number[min(text.row + at, len(leaf.number) - 1)]))
         return found
 
     def _unfit(self, segments: int) -> set[int]:

@@ -16,6 +16,7 @@ from rmtc.ir.segment_loop import Environment, Every, Key, Numbered, Outer, Row, 
 from rmtc.ir.wavefront import Shared, WavefrontProgram
 from rmtc.ops.draws import drawn
 from rmtc.runtime.concatenation import Concatenation
+from rmtc.runtime.plan import TextSize
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,20 @@ class TextInput:
         values: every tensor that the program reads, by the names of its sources. None is written to.
         segments: number of segments.
         tail: positions of the last one.
+        row: number of segments of a longer text that come before it.
+        hands_on: whether what it hands on is among its results.
     """
 
     values: Mapping[str, torch.Tensor]
     segments: int
     tail: int
+    row: int = 0
+    hands_on: bool = True
+
+    @property
+    def size(self) -> TextSize:
+        """Its size, for a plan."""
+        return TextSize(self.segments, self.tail, self.row, self.hands_on)
 
 
 class TextRun:
@@ -62,7 +72,7 @@ class TextRun:
         concatenations: Iterable[tuple[int, int, Every]] = (),
     ) -> None:
         self.program, self.loop, self.values, self.gradients = program, program.loop, given.values, gradients
-        segments, tail = given.segments, given.tail
+        segments, tail, self.row, self.hands_on = given.size
         total = (segments - 1) * self.loop.segment_length + tail
         self.ends = Environment(segments, segments, batch, tail, total)
         self.kept: dict[Key, Any] = {}
@@ -110,7 +120,7 @@ class TextRun:
         found: dict[str, Any] = {}
         given: dict[int, Any] = {}  # as what each tensor is given: one that is computed once may be several results
         copies: dict[Any, torch.Tensor] = {}  # by what is given: one result under two names is one tensor
-        for name, operand in self.loop.outputs_of(self.ends.S).items():
+        for name, operand in self.loop.outputs_of(self.ends.S, self.row, self.hands_on).items():
             for segment in range(self.ends.S) if isinstance(operand, Every) else (self.ends.S,):
                 at = self._of_segment(segment)
                 known = name.at(at) if isinstance(name, Numbered) else name
@@ -158,7 +168,7 @@ class TextRun:
 
     def _is_view(self, key: Key) -> bool:
         """Return whether an operation sees a part of an argument that the call does not write to."""
-        op = self.loop.row(key.segment)[key.number]
+        op = self.loop.row(self.row + key.segment)[key.number]
         whole = op.args[0] if op.target in VIEWS or op.target in SPLITS or op.target is operator.getitem else None
         if isinstance(whole, Src):
             return self.loop.sources[whole.name].kind == "input" and f"write:{whole.name}" not in self.loop.outputs
@@ -174,12 +184,12 @@ class TextRun:
         def operand(leaf: Any) -> Any:
             return self._view(Key(key.segment, leaf.number)) if isinstance(leaf, Row) else self.operand(leaf, (), at)
 
-        return self._call(self.loop.row(key.segment)[key.number], operand)
+        return self._call(self.loop.row(self.row + key.segment)[key.number], operand)
 
     def _key(self, operand: Where) -> Key:
         """The operation whose value an operand of the part after the loop is."""
         segment = operand.segment if operand.segment >= 0 else self.ends.S + operand.segment
-        return Key(segment, operand.number[min(segment, len(operand.number) - 1)])
+        return Key(segment, operand.number[min(self.row + segment, len(operand.number) - 1)])
 
     def _shared(self, number: int, at: Environment) -> Any:
         table = self.shared.setdefault(at.T, {})

@@ -134,6 +134,7 @@ class Stats:
         recalled: captures that took up what an earlier process had recognised.
         runs: calls that ran with their schedule.
         packed: those of them that ran together with others, see :func:`rmtc.pack`.
+        streamed: segments that streams have read, see :func:`rmtc.stream`.
         backwards: backward passes through such calls.
         eager: calls that ran as written, as they should: of one segment, with a cache, from inside ``generate``, or of
             a size for which the model as written takes less time.
@@ -148,6 +149,7 @@ class Stats:
     recalled: int = 0
     runs: int = 0
     packed: int = 0
+    streamed: int = 0
     backwards: int = 0
     eager: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)

@@ -27,7 +27,7 @@ from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.pipeline import differentiable
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.executor import Done, Emission, Executor, Unmergeable, Walk, autocast_off
-from rmtc.runtime.plan import Launch, Plan, plan_texts
+from rmtc.runtime.plan import Launch, Plan, TextSize, plan_texts
 from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.recompute import Recompute, Recomputed
 from rmtc.runtime.stacking import DLPACK, StackPart, copied_layout
@@ -65,7 +65,7 @@ class Training(Executor):
         self.flags: dict[tuple[str, tuple[bool, ...]], tuple[bool, ...]] = {}
         self._unrolled: dict[tuple[int, ...], Dependences] = {}
 
-    def make_plan(self, texts: tuple[tuple[int, int], ...], batch: int, lanes: int) -> Plan:
+    def make_plan(self, texts: tuple[TextSize, ...], batch: int, lanes: int) -> Plan:
         """Make a plan, and replay it with tags in place of tensors."""
         plan = plan_texts(self.program, texts, batch, lanes)
         check_plan(self.program, plan, texts, batch)
@@ -171,7 +171,7 @@ class _Tape(Walk):
         # No concatenation is put together in place.
         super().__init__(executor, plan, [TextRun(executor.program, given, batch, gradients=True)])
         self.visited: set[int] = set()
-        self.launches = [(launch, self.readings[0].at(launch.length)) for launch in plan.launches]
+        self.launches = [(launch, self.common.at(launch.length)) for launch in plan.launches]
         self.again = executor.recompute.choose(self.launches)
         self.numbers = {id(launch): number for number, launch in enumerate(plan.launches)}
 
@@ -233,7 +233,8 @@ class _Tape(Walk):
 
     def release(self) -> None:
         """Let go of what no backward pass reads."""
-        self.readings = []
+        self.readings = {}
+        del self.common
         for table in (self.copied, self.passed, self.rows, self.known):
             table.clear()
 

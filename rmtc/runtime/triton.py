@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -20,6 +20,9 @@ from rmtc.codegen.triton.targets import TARGETS, Target, target_of
 from rmtc.errors import BackendError, RefusedError, raised_by_signal
 from rmtc.runtime.executor import Done, Emission, Executor, Run
 from rmtc.runtime.reading import TextInput
+
+if TYPE_CHECKING:
+    from rmtc.runtime.chain import Chain
 
 logger = logging.getLogger(__name__)
 
@@ -59,16 +62,18 @@ class Triton(Executor):
     by_torch: set[str] = field(default_factory=set)
     unseen: dict[str, tuple[str, Emitted]] = field(default_factory=dict)
 
-    def read(self, texts: Sequence[TextInput], batch: int, done: Done, lanes: int = 1) -> Run:
+    def read(
+        self, texts: Sequence[TextInput], batch: int, done: Done, lanes: int = 1, chain: Chain | None = None
+    ) -> Run:
         """Run the loop, as :meth:`Executor.read` does, with the model's GPU as the current one."""
         tensors = (each for text in texts for each in text.values.values())
         device = next((each.device for each in tensors if each.device.type == "cuda"), None)
         with torch.cuda.device(device) if device is not None else contextlib.nullcontext():
             while True:
                 try:
-                    return super().read(texts, batch, done, lanes)
+                    return super().read(texts, batch, done, lanes, chain)
                 except _WrongError as error:
-                    if not self.lenient:
+                    if not self.lenient or chain is not None:  # what is in flight is lost
                         raise
                     self._leave(error.body, error)
 

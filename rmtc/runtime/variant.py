@@ -57,6 +57,7 @@ from rmtc.runtime.estimate import (
 )
 from rmtc.runtime.executor import Executor, Run
 from rmtc.runtime.measure import clock, cost_model, pinned
+from rmtc.runtime.plan import TextSize
 from rmtc.runtime.reading import TextInput
 from rmtc.runtime.recompute import Recompute
 from rmtc.runtime.stats import Decision, LastBackward
@@ -894,6 +895,10 @@ class Variant:
             done(len(calls) - 1, self._finished(calls[-1], outputs), state)
         return run
 
+    def result_of(self, ready: Ready, outputs: dict[str, Any]) -> Any:
+        """What the user's code would have returned; what it would leave in the model is not left there."""
+        return self._finished(ready, outputs, leave=False)
+
     def apart(self, ready: Ready) -> str | None:
         """Say why a call does not run together with others; None if it may.
 
@@ -921,7 +926,7 @@ class Variant:
         runner = ready.runner
         assert isinstance(runner, Executor)
         lanes, saved = self.lanes_for(sizes)
-        texts = tuple((each.segments, each.tail) for each in sizes)
+        texts = tuple(TextSize(each.segments, each.tail) for each in sizes)
         if saved <= 0 or runner.knows(texts, sizes[0].batch, lanes):
             return saved > 0
         cells = sum(each.segments for each in sizes) * ready.made.program.loop.layers

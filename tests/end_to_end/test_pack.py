@@ -25,7 +25,7 @@ from rmtc.examples import armt_gpt2, armt_llama, evaluate, transformer_xl
 from rmtc.ir.program import Src
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.executor import Executor
-from rmtc.runtime.plan import Free, Launch, Plan, Whole, plan_texts
+from rmtc.runtime.plan import Free, Launch, Plan, TextSize, Whole, plan_texts
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -457,7 +457,7 @@ def test_the_check_of_a_plan_sees(make: type[nn.Module], change: str) -> None:
     warm(twins, texts())
     compiled = compiled_of(twins.fast)
     assert compiled is not None
-    program, sizes = compiled.variants[0].program, [(4, 5), (3, 5)]
+    program, sizes = compiled.variants[0].program, [TextSize(4, 5), TextSize(3, 5)]
     plan = plan_texts(program, sizes, BATCH, 2)
     assert check_plan(program, plan, sizes, BATCH) > 0
     with pytest.raises(VerifyError):

@@ -19,7 +19,7 @@ from rmtc.analysis import analyze
 from rmtc.errors import VerifyError
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.estimate import Way, ways
-from rmtc.runtime.plan import Part, Plan, plan_run
+from rmtc.runtime.plan import Part, Plan, TextSize, plan_run
 
 MODELS: dict[str, Callable[[], tuple[object, tuple[object, ...]]]] = {
     "windows": lambda: (Cached().double(), (text(4, 2),)),
@@ -48,14 +48,17 @@ def test_each_cell_finds_what_it_reads(name: str) -> None:
             for tail in {length, 1}:
                 for width in (None, 2):
                     program = replace(way.program, max_group=width)
-                    assert check_plan(program, plan_run(program, segments, 2, tail), [(segments, tail)], 2) > 0
+                    assert check_plan(program, plan_run(program, segments, 2, tail), [TextSize(segments, tail)], 2) > 0
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_more_is_held_of_a_longer_text(name: str) -> None:
     for way in ways_of(name):
         program = replace(way.program, max_group=3)
-        held = [check_plan(program, plan_run(program, segments, 1, 1), [(segments, 1)], 1) for segments in (24, 48, 96)]
+        held = [
+            check_plan(program, plan_run(program, segments, 1, 1), [TextSize(segments, 1)], 1)
+            for segments in (24, 48, 96)
+        ]
         assert held[0] == held[1] == held[2] < 24 * way.program.loop.layers
 
 
@@ -126,6 +129,6 @@ def test_a_plan_with_a_fault_is_rejected(name: str) -> None:
                     continue
                 kinds.add(kind)
                 with pytest.raises(VerifyError):
-                    check_plan(program, wrong, [(segments, tail)], 2)
+                    check_plan(program, wrong, [TextSize(segments, tail)], 2)
     assert kinds >= {"another launch", "a cell too few", "let go too early", "not kept", "not made yet"}
     assert ("a row of weights for each cell" in kinds) == any(way.program.schedule.strip > 1 for way in ways_of(name))

@@ -1,0 +1,227 @@
+"""A text that is read as it comes: its segments stay in flight from one call to the next."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rmtc.errors import RefusedError, StateError
+from rmtc.ir.cells import Cell
+from rmtc.passes.bodies.resume import carried
+from rmtc.runtime.check_plan import check_plan
+from rmtc.runtime.executor import Done, Executor, Run, Unmergeable, Walk
+from rmtc.runtime.plan import Copied, Launch, Part, Piece, Plan, TextSize, Whole, plan_texts
+from rmtc.runtime.reading import TextInput, TextRun
+
+
+class Chain:
+    """A text of any number of segments, each of which is read when it is there.
+
+    Each segment is a text of its own for the plan, which reads from the one before. From some segment on all of them
+    run the same launches, but for the numbers of what these read: see :meth:`_steady`. So what is in flight is
+    numbered anew after each of them, as if no more segments had come than that.
+
+    Args:
+        executor: what runs it.
+        batch: batch size.
+        given: what the text goes on from, by the user's names; None if it begins anew.
+
+    Attributes:
+        executor: what runs it.
+        fed: number of segments that were read so far, or are in flight.
+        state: what the text hands on once it has ended, by the names of what is carried.
+
+    Raises:
+        RefusedError: if the schedule does not take one segment after another.
+    """
+
+    def __init__(self, executor: Executor, batch: int, given: Mapping[str, torch.Tensor] | None = None) -> None:
+        self.executor, self._program, self._batch = executor, executor.program, batch
+        self._given, self.fed, self.state = dict(given or {}), 0, dict[str, torch.Tensor]()
+        first, *later = self._program.schedule.phases()
+        if later or first[1] < 1 or self._program.schedule.block is not None or self._program.schedule.strip > 1:
+            raise RefusedError(
+                "its schedule takes several segments at once", remedy='compile the model with schedule="diagonal"'
+            )
+        self._each = first[1]  # steps that a segment takes
+        self._carried = carried(self._program.loop)
+        self._depth = max((each.back for each in self._carried), default=0)
+        self._plan, self._until = self._steady()
+        self._walk: Walk | None = None
+
+    def go_on(self, texts: Sequence[TextInput], done: Done) -> Run:
+        """Read a segment, see :meth:`rmtc.runtime.executor.Executor.read`.
+
+        Args:
+            texts: the segment, the last one if it hands something on; none to end the text.
+            done: takes the results of each segment that has ended, in their order.
+
+        Raises:
+            StateError: if a segment is of another kind than those before, so what is in flight is lost.
+        """
+        try:
+            if texts and not texts[0].hands_on:
+                return self._feed(texts[0], done)
+            return self._end(texts[0] if texts else None, done)
+        except Unmergeable as error:
+            raise StateError(f"the cells of {error.body.name} are of other shapes than before") from error
+
+    @property
+    def _at(self) -> int:
+        """The number of the next segment, as what is in flight is numbered."""
+        return min(self.fed, self._until)
+
+    def _planned(self, texts: Sequence[TextSize]) -> Plan:
+        """Make a plan of one text after another, checked as that of several is."""
+        if self.executor.program is self._program and len(texts) > 1:
+            return self.executor.plan_texts(texts, self._batch)
+        plan = plan_texts(self._program, texts, self._batch)
+        check_plan(self._program, plan, texts, self._batch)
+        return plan
+
+    def _steady(self) -> tuple[Plan, int]:
+        """Return the plan of a text, and the number of the segment from which on all of them run the same launches.
+
+        Raises:
+            RefusedError: if they do not.
+        """
+        known = self.executor.steady.get(self._batch)
+        if known is not None and known[0] is self._program:
+            return known[1:]
+        loop = self._program.loop
+        _, a, b = self._program.schedule.phases()[0]
+        ramp = -(-abs(b) * max(0, self._program.schedule.columns - 1) // a) + 2
+        until = len(loop.rows) + ramp + self._depth
+        segments = until + 2 * (ramp + self._depth) + 2
+        plan = self._planned([TextSize(1, loop.segment_length, row, hands_on=False) for row in range(segments)])
+        first = _form(plan, until, self._each)
+        for segment in range(until - self._depth - 1, until + ramp + self._depth):
+            if _form(plan, segment, self._each) != first:
+                raise RefusedError(f"segment {segment} runs other launches than segment {until}")
+        self.executor.steady[self._batch] = self._program, plan, until
+        return plan, until
+
+    def _reading(self, text: TextInput) -> Walk:
+        """The walk, with a segment to read."""
+        at = self._at
+        reading = TextRun(self._program, replace(text, row=at, hands_on=False), self._batch)
+        if self._walk is None:
+            self._walk = Walk(self.executor, self._plan, [reading])
+        self._walk.readings[at] = reading
+        return self._walk
+
+    def _feed(self, text: TextInput, done: Done) -> Run:
+        at, walk, widths = self._at, self._reading(text), dict[int, int]()
+        walk.plan = self._plan
+        for number in _launches(self._plan, at * self._each, (at + 1) * self._each):
+            self._advance(walk, number, done, widths)
+        self.fed += 1
+        if self.fed > self._until:
+            self._shift(walk)
+        return Run(self._each, sum(widths.values()), widths)
+
+    def _advance(self, walk: Walk, number: int, done: Done, widths: dict[int, int]) -> tuple[Any, ...]:
+        launch = walk.plan.launches[number]
+        if launch.body.stage == "layer":
+            widths[len(launch.cells)] = widths.get(len(launch.cells), 0) + 1
+        results = walk.advance(number, launch, walk.plan.ended.get(number, ()), done)
+        for text in walk.plan.ended.get(number, ()):
+            if text in walk.readings:
+                del walk.readings[text]
+        return results
+
+    def _shift(self, walk: Walk) -> None:
+        """Number what is in flight as if one segment less had come."""
+        count = len(_launches(self._plan, self._until * self._each, (self._until + 1) * self._each))
+        walk.made = {number - count: results for number, results in walk.made.items()}
+        walk.copied = {Copied(number - count, *which): value for (number, *which), value in walk.copied.items()}
+        for text in list(walk.readings):
+            walk.forget(text)
+        walk.readings = {text - 1: reading for text, reading in walk.readings.items()}
+
+    def _end(self, last: TextInput | None, done: Done) -> Run:
+        """Read what is in flight to its end."""
+        length, at = self._program.loop.segment_length, self._at
+        segments = at + (last is not None)
+        depth = self._depth
+        sizes = [TextSize(1, length, row, hands_on=row >= segments - depth) for row in range(segments)]
+        if last is not None:
+            sizes[-1] = sizes[-1]._replace(tail=last.tail)
+        plan = self._planned(sizes)
+        walk = self._reading(last) if last is not None else self._walk
+        assert walk is not None
+        begun = len(_launches(self._plan, 0, at * self._each))
+        for one, other in zip(plan.launches[:begun], self._plan.launches, strict=False):
+            assert (one.body.name, one.cells, one.inputs) == (other.body.name, other.cells, other.inputs)
+        found: dict[tuple[int, int], torch.Tensor] = {}  # by segment and operation
+
+        def keep(launch: Launch, results: tuple[Any, ...]) -> None:
+            for key, result, index in launch.kept:
+                if key.segment >= segments - depth:
+                    value = results[result]
+                    found[key.segment, key.number] = (value if index < 0 else value[index]).clone()
+
+        for number, launch in enumerate(plan.launches[:begun]):
+            if number in walk.made:
+                keep(launch, walk.made[number])
+        walk.plan, widths = plan, dict[int, int]()
+        walk.text_of = list(range(segments))
+        for number in range(begun, len(plan.launches)):
+            keep(plan.launches[number], self._advance(walk, number, done, widths))
+        self.fed += last is not None
+        self.state = self._handed_on(found, segments)
+        self._walk = None
+        return Run(plan.steps - at * self._each, sum(widths.values()), widths)
+
+    def _handed_on(self, found: dict[tuple[int, int], torch.Tensor], segments: int) -> dict[str, torch.Tensor]:
+        """What the text hands on: what its last segments have made, or what it was given if it has fewer."""
+        known = {(each.number, each.back): each for each in self._carried}
+        handed: dict[str, torch.Tensor] = {}
+        for (number, back), each in known.items():
+            row = segments - back
+            if row >= 0:
+                made = found.get((row, each.rows[min(row, len(each.rows) - 1)]))
+            else:
+                earlier = known[number, back - segments].name
+                made = self._given.get(earlier)
+            if made is not None:
+                handed[each.name] = made
+        return handed
+
+
+def _launches(plan: Plan, first: int, end: int) -> range:
+    """The numbers of the launches of some steps."""
+    numbers = [number for number, launch in enumerate(plan.launches) if first <= launch.step < end]
+    return range(numbers[0], numbers[-1] + 1) if numbers else range(0)
+
+
+def _form(plan: Plan, segment: int, each: int) -> list[Any]:
+    """The launches of a segment's steps, numbered from there."""
+    numbers = _launches(plan, segment * each, (segment + 1) * each)
+    start = numbers.start
+
+    def piece(of: Piece) -> Piece:
+        if isinstance(of, (Part, Copied)):
+            return of._replace(launch=of.launch - start)
+        return of._replace(text=of.text - segment) if isinstance(of, Whole) else of
+
+    def form(launch: Launch) -> tuple[Any, ...]:
+        return (
+            launch.body.name,
+            tuple(Cell(cell.segment - segment, cell.layer) for cell in launch.cells),
+            launch.short,
+            launch.text is None or launch.text - segment,
+            tuple(tuple(map(piece, pieces)) for pieces in launch.inputs),
+            launch.numbers,
+            tuple((key.segment - segment, key.number, *where) for key, *where in launch.kept),
+            launch.copies,
+            tuple(map(piece, launch.dropped)),
+            tuple(number - start for number in launch.done),
+        )
+
+    ended = [(number - start, text - segment) for number in numbers for text in plan.ended.get(number, ())]
+    return [*itertools.chain(map(form, (plan.launches[number] for number in numbers))), ended]
