@@ -240,10 +240,12 @@ class SegmentLoop:
         Args:
             segments: number of segments.
             row: row kind of the first one.
-            hands_on: whether anything is to be handed on.
+            hands_on: whether anything is to be handed on, or to be left in the model as a new value.
         """
 
         def there(name: str | Numbered, operand: Any) -> bool:
+            if not hands_on and str(name).startswith("state:"):
+                return False
             if not isinstance(operand, Where) or not str(name).startswith(CARRIED):
                 return True
             at = segments + operand.segment

@@ -11,7 +11,7 @@ import torch
 
 from rmtc.errors import RefusedError, StateError
 from rmtc.ir.cells import Cell
-from rmtc.passes.bodies.resume import carried
+from rmtc.passes.bodies.resume import Carried, carried
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.executor import Done, Executor, Run, Unmergeable, Walk
 from rmtc.runtime.plan import Copied, Launch, Part, Piece, Plan, TextSize, Whole, plan_texts
@@ -48,9 +48,8 @@ class Chain:
                 "its schedule takes several segments at once", remedy='compile the model with schedule="diagonal"'
             )
         self._each = first[1]  # steps that a segment takes
-        self._carried = carried(self._program.loop)
+        self._plan, self._until, self._carried = self._steady()
         self._depth = max((each.back for each in self._carried), default=0)
-        self._plan, self._until = self._steady()
         self._walk: Walk | None = None
 
     def go_on(self, texts: Sequence[TextInput], done: Done) -> Run:
@@ -83,8 +82,8 @@ class Chain:
         check_plan(self._program, plan, texts, self._batch)
         return plan
 
-    def _steady(self) -> tuple[Plan, int]:
-        """Return the plan of a text, and the number of the segment from which on all of them run the same launches.
+    def _steady(self) -> tuple[Plan, int, list[Carried]]:
+        """Return the plan of a text, the segment from which on all of them run the same launches, and what is carried.
 
         Raises:
             RefusedError: if they do not.
@@ -94,16 +93,18 @@ class Chain:
             return known[1:]
         loop = self._program.loop
         _, a, b = self._program.schedule.phases()[0]
+        state = carried(loop)
+        depth = max((each.back for each in state), default=0)
         ramp = -(-abs(b) * max(0, self._program.schedule.columns - 1) // a) + 2
-        until = len(loop.rows) + ramp + self._depth
-        segments = until + 2 * (ramp + self._depth) + 2
+        until = len(loop.rows) + ramp + depth
+        segments = until + 2 * (ramp + depth) + 2
         plan = self._planned([TextSize(1, loop.segment_length, row, hands_on=False) for row in range(segments)])
         first = _form(plan, until, self._each)
-        for segment in range(until - self._depth - 1, until + ramp + self._depth):
+        for segment in range(until - depth - 1, until + ramp + depth):
             if _form(plan, segment, self._each) != first:
                 raise RefusedError(f"segment {segment} runs other launches than segment {until}")
-        self.executor.steady[self._batch] = self._program, plan, until
-        return plan, until
+        self.executor.steady[self._batch] = self._program, plan, until, state
+        return plan, until, state
 
     def _reading(self, text: TextInput) -> Walk:
         """The walk, with a segment to read."""

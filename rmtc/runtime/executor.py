@@ -24,6 +24,7 @@ from rmtc.ir.program import Src, leaves
 from rmtc.ir.segment_loop import Environment, Every, Outer, Where
 from rmtc.ir.wavefront import Body, Operand, Shared, WavefrontProgram
 from rmtc.ops.draws import new_seed, seeded
+from rmtc.passes.bodies.resume import Carried
 from rmtc.quiet import uncollected
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.check_steps import check_steps
@@ -111,8 +112,8 @@ class Executor:
         program: the program.
         weights: the layers' tensors.
         kernels: emitted bodies, by body, sizes and shapes.
-        steady: the plans of texts that are read as they come, by batch size: the program, the plan, and the segment
-            from which on all of them run the same launches.
+        steady: the plans of texts that are read as they come, by batch size: the program, the plan, the segment from
+            which on all of them run the same launches, and what is carried.
         opened: the programs, by id, and batch sizes whose cells were seen to run at once.
     """
 
@@ -121,7 +122,7 @@ class Executor:
     program: WavefrontProgram
     weights: Weights
     kernels: dict[tuple[Any, ...], Emitted] = field(default_factory=dict)
-    steady: dict[int, tuple[WavefrontProgram, Plan, int]] = field(default_factory=dict)
+    steady: dict[int, tuple[WavefrontProgram, Plan, int, list[Carried]]] = field(default_factory=dict)
     opened: set[tuple[int, int]] = field(default_factory=set)
     _plans: OrderedDict[Any, Plan] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
