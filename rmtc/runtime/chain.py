@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,11 @@ from rmtc.errors import RefusedError, StateError
 from rmtc.ir.cells import Cell
 from rmtc.passes.bodies.resume import Carried, carried
 from rmtc.runtime.check_plan import check_plan
+from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.executor import Done, Executor, Run, Unmergeable, Walk
 from rmtc.runtime.plan import Copied, Launch, Part, Piece, Plan, TextSize, Whole, plan_texts
 from rmtc.runtime.reading import TextInput, TextRun
+from rmtc.runtime.standing import ArenaStep, Moved, Standing
 
 
 class Chain:
@@ -50,7 +52,24 @@ class Chain:
         self._each = first[1]  # steps that a segment takes
         self._plan, self._until, self._carried = self._steady()
         self._depth = max((each.back for each in self._carried), default=0)
+        self._runs: dict[int, range] = {}
+        self._devices: list[torch.Tensor] = []
         self._walk: Walk | None = None
+        self._standing: Standing | None = None
+        self.executor.chains.add(self)
+
+    def devices(self, texts: Sequence[TextInput]) -> Sequence[torch.Tensor]:
+        """Return a tensor of each device that a segment has tensors on; the first one tells it of all."""
+        if not self._devices and texts:
+            found = {each.device: each for each in texts[0].values.values()}
+            self._devices = [torch.empty(0, device=device) for device in found]
+        return self._devices
+
+    def forget(self) -> None:
+        """Let go of memory that is bound to weights; what is in flight stays as it is."""
+        self._standing = None
+        if self._walk is not None:
+            self._walk.steps = None
 
     def go_on(self, texts: Sequence[TextInput], done: Done) -> Run:
         """Read a segment, see :meth:`rmtc.runtime.executor.Executor.read`.
@@ -68,6 +87,13 @@ class Chain:
             return self._end(texts[0] if texts else None, done)
         except Unmergeable as error:
             raise StateError(f"the cells of {error.body.name} are of other shapes than before") from error
+
+    def _numbers(self, segment: int) -> range:
+        """The launches that run when a segment comes."""
+        found = self._runs.get(segment)
+        if found is None:
+            found = self._runs[segment] = _launches(self._plan, segment * self._each, (segment + 1) * self._each)
+        return found
 
     @property
     def _at(self) -> int:
@@ -112,13 +138,49 @@ class Chain:
         reading = TextRun(self._program, replace(text, row=at, hands_on=False), self._batch)
         if self._walk is None:
             self._walk = Walk(self.executor, self._plan, [reading])
+            self._walk.steps = self._stand(self._walk)
         self._walk.readings[at] = reading
         return self._walk
+
+    def _stand(self, walk: Walk) -> list[ArenaStep | None] | None:
+        """Give what runs memory that stays, if all of it is known; the same for each segment from some on."""
+        if not self.executor.binds:
+            return None
+        free = self.executor.free
+        standing = free.pop() if free else Standing(self.executor.weights)
+        if not standing.usable():
+            standing = Standing(self.executor.weights)
+        try:
+            steps = standing.steps((self._plan.texts, self._batch), self._plan, walk, check_steps)
+        except Moved:
+            return None
+        if steps is None or not self._repeat(steps):
+            return None
+        self._standing = standing
+        self.executor.let_go_of_weights()
+        return steps
+
+    def _repeat(self, steps: Sequence[ArenaStep | None]) -> bool:
+        """Tell whether each segment runs the same in memory that stays."""
+        forms = []
+        for segment in range(self._until - 1, self._until + 3):
+            numbers = self._numbers(segment)
+            move = _mover(numbers.start, segment)
+            form: list[Any] = []
+            for step in (steps[number] for number in numbers):
+                if step is None:
+                    form.append(None)
+                    continue
+                copies = [(id(to), id(source)) for to, source in step.copies]
+                fills = [(id(to), move(piece)) for to, piece in step.fills]
+                form.append((id(step.body), copies, fills, step.apart))
+            forms.append(form)
+        return all(form == forms[0] for form in forms)
 
     def _feed(self, text: TextInput, done: Done) -> Run:
         at, walk, widths = self._at, self._reading(text), dict[int, int]()
         walk.plan = self._plan
-        for number in _launches(self._plan, at * self._each, (at + 1) * self._each):
+        for number in self._numbers(at):
             self._advance(walk, number, done, widths)
         self.fed += 1
         if self.fed > self._until:
@@ -137,7 +199,7 @@ class Chain:
 
     def _shift(self, walk: Walk) -> None:
         """Number what is in flight as if one segment less had come."""
-        count = len(_launches(self._plan, self._until * self._each, (self._until + 1) * self._each))
+        count = len(self._numbers(self._until))
         walk.made = {number - count: results for number, results in walk.made.items()}
         walk.copied = {Copied(number - count, *which): value for (number, *which), value in walk.copied.items()}
         for text in list(walk.readings):
@@ -155,7 +217,7 @@ class Chain:
         plan = self._planned(sizes)
         walk = self._reading(last) if last is not None else self._walk
         assert walk is not None
-        begun = len(_launches(self._plan, 0, at * self._each))
+        begun = self._numbers(at).start
         for one, other in zip(plan.launches[:begun], self._plan.launches, strict=False):
             assert (one.body.name, one.cells, one.inputs) == (other.body.name, other.cells, other.inputs)
         found: dict[tuple[int, int], torch.Tensor] = {}  # by segment and operation
@@ -171,12 +233,31 @@ class Chain:
                 keep(launch, walk.made[number])
         walk.plan, widths = plan, dict[int, int]()
         walk.text_of = list(range(segments))
+        walk.steps = self._last_steps(walk, begun)
         for number in range(begun, len(plan.launches)):
             keep(plan.launches[number], self._advance(walk, number, done, widths))
         self.fed += last is not None
         self.state = self._handed_on(found, segments)
         self._walk = None
+        if self._standing is not None:
+            self.executor.free.append(self._standing)
         return Run(plan.steps - at * self._each, sum(widths.values()), widths)
+
+    def _last_steps(self, walk: Walk, begun: int) -> list[ArenaStep | None] | None:
+        """Give what runs the rest of a plan in memory that stays, if it has run so until now.
+
+        Else what is there is read where it lies, and no more is written there.
+        """
+        before = walk.steps
+        if before is None or self._standing is None:
+            return before
+        try:
+            steps = self._standing.steps((walk.plan.texts, self._batch), walk.plan, walk, check_steps)
+        except Moved:
+            steps = None
+        if steps is not None and all(map(_alike, steps[:begun], before)):
+            return steps
+        return [*before[:begun], *[None] * (len(walk.plan.launches) - begun)]
 
     def _handed_on(self, found: dict[tuple[int, int], torch.Tensor], segments: int) -> dict[str, torch.Tensor]:
         """What the text hands on: what its last segments have made, or what it was given if it has fewer."""
@@ -200,15 +281,39 @@ def _launches(plan: Plan, first: int, end: int) -> range:
     return range(numbers[0], numbers[-1] + 1) if numbers else range(0)
 
 
+def _alike(one: ArenaStep | None, other: ArenaStep | None) -> bool:
+    """Tell whether two steps do the same in the same memory."""
+    if one is None or other is None:
+        return one is other
+
+    def form(step: ArenaStep) -> tuple[Any, ...]:
+        copies = [(_lies(to), _lies(source)) for to, source in step.copies]
+        return step.body, copies, [(_lies(to), piece) for to, piece in step.fills], step.apart
+
+    return form(one) == form(other)
+
+
+def _lies(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _mover(start: int, segment: int) -> Callable[[Piece], Piece]:
+    """Return what numbers a piece of an input from a launch and a segment on."""
+
+    def move(of: Piece) -> Piece:
+        if isinstance(of, (Part, Copied)):
+            return of._replace(launch=of.launch - start)
+        return of._replace(text=of.text - segment) if isinstance(of, Whole) else of
+
+    return move
+
+
 def _form(plan: Plan, segment: int, each: int) -> list[Any]:
     """The launches of a segment's steps, numbered from there."""
     numbers = _launches(plan, segment * each, (segment + 1) * each)
     start = numbers.start
 
-    def piece(of: Piece) -> Piece:
-        if isinstance(of, (Part, Copied)):
-            return of._replace(launch=of.launch - start)
-        return of._replace(text=of.text - segment) if isinstance(of, Whole) else of
+    piece = _mover(start, segment)
 
     def form(launch: Launch) -> tuple[Any, ...]:
         return (

@@ -115,6 +115,8 @@ class Executor:
         steady: the plans of texts that are read as they come, by batch size: the program, the plan, the segment from
             which on all of them run the same launches, and what is carried.
         opened: the programs, by id, and batch sizes whose cells were seen to run at once.
+        chains: the texts that are read as they come.
+        free: memory that stays for such texts, used by none.
     """
 
     binds: ClassVar[bool] = True  # see :func:`rmtc.codegen.torch.emit`
@@ -124,6 +126,8 @@ class Executor:
     kernels: dict[tuple[Any, ...], Emitted] = field(default_factory=dict)
     steady: dict[int, tuple[WavefrontProgram, Plan, int, list[Carried]]] = field(default_factory=dict)
     opened: set[tuple[int, int]] = field(default_factory=set)
+    chains: weakref.WeakSet[Chain] = field(default_factory=weakref.WeakSet)
+    free: list[Standing] = field(default_factory=list)
     _plans: OrderedDict[Any, Plan] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _constant: dict[int, bool] = field(default_factory=dict)
@@ -229,7 +233,7 @@ class Executor:
             What was done.
         """
         if chain is not None:
-            with torch.no_grad(), autocast_off(each for text in texts for each in text.values.values()):
+            with torch.no_grad(), autocast_off(chain.devices(texts)):
                 self.weights.refresh()
                 return chain.go_on(texts, done)
         devices = {each.device for text in texts for each in text.values.values()}
@@ -265,8 +269,7 @@ class Executor:
             standing = self._standing
             if standing is None or not standing.usable():
                 standing = self._standing = Standing(self.weights)
-                forget = weakref.WeakMethod(self.forget)
-                self.weights.forget = lambda: (known := forget()) and known()
+                self.let_go_of_weights()
             made = walk()
             made.steps = standing.steps(key, plan, made, check_steps)
             made.run(done)
@@ -303,6 +306,14 @@ class Executor:
     def forget(self) -> None:
         """Let go of memory that stays."""
         self._standing = None
+        self.free.clear()
+        for chain in list(self.chains):
+            chain.forget()
+
+    def let_go_of_weights(self) -> None:
+        """Have memory that is bound to weights let go when these are moved."""
+        forget = weakref.WeakMethod(self.forget)
+        self.weights.forget = lambda: (known := forget()) and known()
 
 
 class Unmergeable(Exception):

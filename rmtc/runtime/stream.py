@@ -44,7 +44,7 @@ class Stream:
         self._others: dict[str, Any] = {}  # the other arguments of the last piece
         self._dims: dict[str, int] = {}  # in which arguments grow with the text
         self._flying: deque[Ready] = deque()
-        self._weights: dict[str, tuple[torch.Tensor, int]] = {}
+        self._weights: list[tuple[str, torch.Tensor, int]] = []
         self._ended: str | None = None
 
     @torch.compiler.disable(reason="rmtc runs these calls")  # type: ignore[untyped-decorator]
@@ -123,8 +123,8 @@ class Stream:
     def _end(self, reason: str) -> None:
         self._ended = self._ended or reason
         self._chain = self._variant = self._state = None
-        for table in (self._waiting, self._others, self._weights, self._flying):
-            table.clear()
+        for held in (self._waiting, self._others, self._weights, self._flying):
+            held.clear()
 
     def _refuse_ended(self) -> None:
         if self._ended is not None:
@@ -229,17 +229,21 @@ class Stream:
         Raises:
             StateError: with their names.
         """
-        sources, written = ready.made.program.loop.sources, ready.made.program.writes()
-        now = {
-            name: (value, -1 if value.is_inference() else value._version)
-            for name, value in ready.values.items()
-            if name not in written and name in sources and sources[name].kind in ("parameter", "buffer")
-        }
+        values = ready.values
         if self._chain is None:
-            self._weights = now
+            sources, written = ready.made.program.loop.sources, ready.made.program.writes()
+            self._weights = [
+                (name, value, _version(value))
+                for name, value in values.items()
+                if name not in written and name in sources and sources[name].kind in ("parameter", "buffer")
+            ]
             return
-        known = self._weights
-        changed = [n for n, (value, version) in now.items() if known[n][0] is not value or known[n][1] != version]
+        changed = [n for n, one, version in self._weights if values[n] is not one or _version(one) != version]
         if changed:
             self._end(f"weights were changed while segments were in flight: {', '.join(changed)}")
             self._refuse_ended()
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was written to; of one that was made in inference mode that is not known."""
+    return -1 if tensor.is_inference() else tensor._version
