@@ -576,6 +576,14 @@ class Compiled:
             if ready is None:
                 return _Admit(variant, sizes, hands_on=True, resumed=state is not None)
             differences.append(ready)
+        if piece:
+            what = f"; of those that were made, {'; '.join(differences)}" if differences else ""
+            raise StateError(
+                f"no call of such a text has shown the loop yet{what}",
+                remedy="read under torch.no_grad(), and call the model once so with a text of several segments"
+                if torch.is_grad_enabled()
+                else "call the model once with a text of several segments",
+            )
         known = self._known.get(self._key(arguments))
         if known is not None and known.refusal is not None and (known.state is None or known.holds(arguments)):
             raise copy.copy(known.refusal)

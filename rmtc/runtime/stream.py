@@ -38,6 +38,7 @@ class Stream:
         self._compiled, self._kwargs = compiled, dict(kwargs)
         self._state = dict(state) if state is not None else None
         self._chain: Chain | None = None
+        self._from: dict[str, torch.Tensor] = {}  # what it goes on from, by the names of the sources
         self._variant: Variant | None = None
         self._batch = 0
         self._waiting: dict[str, torch.Tensor] = {}  # positions that fill no segment, by argument
@@ -123,7 +124,7 @@ class Stream:
     def _end(self, reason: str) -> None:
         self._ended = self._ended or reason
         self._chain = self._variant = self._state = None
-        for held in (self._waiting, self._others, self._weights, self._flying):
+        for held in (self._waiting, self._others, self._weights, self._flying, self._from):
             held.clear()
 
     def _refuse_ended(self) -> None:
@@ -186,12 +187,12 @@ class Stream:
                 given[name] = torch.cat([given[name].narrow(dim, 0, length)] * count, dim)
             runner.read([TextInput(given, count, length)], batch, lambda *_: None)
             runner.opened.add((id(runner.program), batch))
-        self._chain = Chain(runner, batch, self._state)
+        self._chain, self._from = Chain(runner, batch, self._state), dict(ready.state or {})
 
     def _go_on(self, ready: Ready, length: int) -> list[Any]:
         """Read a segment, and return the results of those that have ended with it."""
         self._flying.append(ready)
-        return self._run([TextInput(ready.given, 1, length, hands_on=False)])
+        return self._run([TextInput({**ready.values, **self._from}, 1, length, hands_on=False)])
 
     def _finish(self, ready: Ready | None = None, length: int = 0) -> list[Any]:
         """Read all to the end, with a last segment if there is one."""
@@ -200,7 +201,8 @@ class Stream:
         if ready is not None:
             self._flying.append(ready)
         fewest = self._flying[0].made.fewest if self._state is None else 0
-        found = self._run([TextInput(ready.given, 1, length)] if ready is not None else [])
+        last = [TextInput({**ready.values, **self._from}, 1, length)] if ready is not None else []
+        found = self._run(last)
         self._state, begun = chain.state, self._state is None
         self._chain, self._waiting = None, {}
         if begun and chain.fed < fewest:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from compare import differences
-from continued import unlike
+from fuzz.parts import unlike
 from models import BATCH, LAYERS, LOOPS, SEGMENT, SEGMENTS, WIDTH, Associative, Stack, text
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

@@ -25,6 +25,8 @@ import rmtc
 from rmtc.compiler import compiled_of
 from rmtc.runtime.pack import Pack, PackedCall
 
+from .parts import unlike
+
 __all__ = ["Twin", "Verdict", "examine", "load", "main"]
 
 _OF_TORCH = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules", "training"}
@@ -49,6 +51,7 @@ class Verdict:
         raised: calls in which the model itself raises.
         call: the number of the call that is wrong.
         packed: calls that ran at once, in the end.
+        parts: parts that a text was read in, and segments that came one by one.
         cpu_seconds: what all took.
     """
 
@@ -60,6 +63,7 @@ class Verdict:
     raised: int = 0
     call: int = -1
     packed: int = 0
+    parts: int = 0
     cpu_seconds: float = 0.0
 
 
@@ -369,6 +373,42 @@ class Twin:
         after.add("results", found)
         return after
 
+    def in_parts(self, call: dict[str, Any], cuts: list[int], stream: bool) -> tuple[Walk, list[Any]] | None:
+        """A text read part by part, or as it comes: what is there after it, and what the parts give.
+
+        None if the model does not go on from a state.
+        """
+        args, kwargs = self.arguments({**call, "layout": "plain", "before": [], "segments": sum(cuts)})
+        length, compiled = self.module.SEGMENT, compiled_of(self.call)
+        assert compiled is not None
+        found: list[Any] = []
+        state: dict[str, Tensor] | None = None
+
+        def part(first: int, last: int) -> list[Any]:
+            return [each[:, first * length : last * length] if isinstance(each, Tensor) else each for each in args]
+
+        try:
+            with torch.no_grad():
+                if stream:
+                    (name,) = [name for name, _ in compiled.named((args[0],), {})]
+                    names = [name, "mask"][: len(args)]
+                    own = rmtc.stream(self.call, **kwargs)
+                    for at in range(sum(cuts)):
+                        found += own.feed(dict(zip(names, part(at, at + 1), strict=True)))
+                    found += own.flush()
+                else:
+                    for number, count in enumerate(cuts):
+                        at = sum(cuts[:number])
+                        found.append(rmtc.resume(self.call, state)(*part(at, at + count), **kwargs))
+                        state = rmtc.state(self.call)
+        except rmtc.RmtcError as error:
+            if not isinstance(error, (rmtc.StateError, rmtc.RefusedError, rmtc.CaptureError)) or "fail" in str(error):
+                raise
+            return None
+        after = Walk()
+        after.add("model", self.model)
+        return after, found
+
     def roots(self, walk: Walk, args: list[Any]) -> None:
         """Walk the arguments, the model and the module's globals."""
         walk.add("arguments", args)
@@ -490,11 +530,38 @@ def examine(path: Path, compile: Callable[..., Any] = rmtc.compile) -> Verdict:
                         return verdict
                 last = rmtc.stats(twins[1].call).last_run
                 verdict.packed = last.texts if last is not None else 0
+                verdict.detail = _in_parts(twins, verdict)
+                if verdict.detail:
+                    verdict.kind = "in parts"
     finally:
         _set(at_first)
         for name in ("fuzz_eager", "fuzz_compiled", "fuzz_noisy"):
             sys.modules.pop(name, None)
     return verdict
+
+
+def _in_parts(twins: list[Twin], verdict: Verdict) -> list[str]:
+    """In what a text in parts differs from the whole: in what it leaves, and in results that are as long as it is."""
+    eager, fast = twins
+    call = {**eager.module.CALLS[0], "tail": eager.module.SEGMENT}
+    cuts = random.Random(eager.module.SEED).choice([[2, 4], [3, 1, 2], [1, 2, 3], [4, 1, 1]])
+    for stream in (False, True):
+        parts = fast.in_parts(call, cuts, stream)
+        if parts is None:
+            return []
+        args, kwargs = eager.arguments({**call, "layout": "plain", "before": [], "segments": sum(cuts)})
+        with torch.no_grad():
+            whole = eager.call(*args, **kwargs)
+        after, found = parts
+        wanted = Walk()
+        wanted.add("model", eager.model)
+        told = list(unlike(whole, found, along=True))
+        if not stream:
+            told += [line for line in differences(after, wanted) if line.startswith("values")]
+        if told:
+            return told
+        verdict.parts += len(found)
+    return []
 
 
 def _unstable(path: Path, number: int, wanted: Walk) -> bool:

@@ -68,7 +68,8 @@ def carried(loop: SegmentLoop) -> list[Carried]:
 
 def _name(op: Op) -> str:
     origin = op.origin
-    variable = re.sub(r"\[[^\]]*\]$", "", origin.variable) or op.label.partition(".")[0]
+    variable = "" if "," in origin.variable else re.sub(r"\[[^\]]*\]$", "", origin.variable)
+    variable = variable or op.label.partition(".")[0]
     return origin.name or ".".join(filter(None, (origin.module, variable)))
 
 

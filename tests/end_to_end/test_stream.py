@@ -1,0 +1,314 @@
+"""A text that is read as it comes: what one call of the whole text gives, in pieces."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from compare import differences
+from fuzz.parts import unlike
+from models import BATCH, LAYERS, LOOPS, SEGMENT, SEGMENTS, WIDTH, Associative, Stack, text
+from test_resume import LEGAL, Rolling
+from torch import Tensor, nn
+
+import rmtc
+from rmtc.errors import StateError
+from rmtc.examples import armt_llama
+from rmtc.runtime.executor import Executor, Walk
+from rmtc.runtime.stream import Stream
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+COUNTS = (1, 2, 3, LAYERS + 2, 17)
+"""Numbers of segments: fewer than are in flight, as many, and so many that all run the same."""
+
+
+def ready(make: Callable[[], nn.Module] = Associative, **options: Any) -> Any:
+    """A model that has been called."""
+    fast = rmtc.compile(make(), strict=True, **{"schedule": "diagonal", **options})
+    with torch.no_grad():
+        fast(text(4))
+    return fast
+
+
+def feed(stream: Stream, whole: Tensor, sizes: Sequence[int]) -> list[Any]:
+    """Feed a text in pieces of some sizes, over and over."""
+    found, at, turn = [], 0, 0
+    while at < whole.shape[1]:
+        size = sizes[turn % len(sizes)]
+        found += stream.feed(whole[:, at : at + size])
+        at, turn = at + size, turn + 1
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in LEGAL if name not in ("first segment alone", "list of segments")])
+@torch.no_grad()
+def test_a_text_in_pieces_is_the_whole_text(name: str) -> None:
+    function, args = LOOPS[name]()
+    names = list(inspect.signature(getattr(function, "forward", function)).parameters)
+    others = {
+        key: each
+        for key, each in zip(names[1:], args[1:], strict=False)
+        if not (isinstance(each, Tensor) and each.shape == (BATCH, SEGMENTS * SEGMENT, WIDTH))
+    }
+    if len(others) < len(args) - 1:
+        pytest.skip("two texts")
+    fast = rmtc.compile(function, strict=True, schedule="diagonal")
+    fast(text(4), **others)
+    with rmtc.stream(fast, **others):
+        if name == "buffers":  # a call begins with what the one before has left there
+            return
+        for count in COUNTS:
+            whole = text(count)
+            with rmtc.stream(fast, **others) as own:
+                found = feed(own, whole, [SEGMENT])
+                in_flight = count - len(found)
+                assert in_flight <= LAYERS - 1
+                found += own.flush()
+                assert len(found) == count
+                rmtc.resume(fast, None)(whole, **others)
+                if count > 1:
+                    state = rmtc.state(fast)
+                    assert differences(own.state, state) == []
+                wanted = rmtc.restore(copy.deepcopy(fast)) if isinstance(fast, nn.Module) else function
+                assert list(unlike(wanted(whole, **others), found)) == []
+    assert rmtc.stats(fast).streamed == sum(COUNTS)
+
+
+@torch.no_grad()
+def test_pieces_of_any_size() -> None:
+    """Positions that fill no segment wait; the last segment is shorter; a flush ends a segment, and not the text."""
+    fast = ready()
+    whole = text(19, tail=3)
+    wanted = fast(whole)
+    state = rmtc.state(fast)
+    for sizes in ([1], [3, 7, 2], [2 * SEGMENT + 1], [whole.shape[1]]):
+        stream = rmtc.stream(fast)
+        found = feed(stream, whole, sizes) + stream.flush()
+        assert torch.allclose(torch.cat(found, 1), wanted, rtol=1e-10, atol=1e-10)
+        assert differences(stream.state, state) == []
+        assert stream.flush() == []
+    stream, found, at = rmtc.stream(fast), list[Tensor](), 0
+    for count in (2, 1, 9, 1, 3):
+        piece = whole[:, at * SEGMENT : (at + count) * SEGMENT]
+        found += [*stream.feed(piece), *stream.flush()]
+        at += count
+    assert torch.allclose(torch.cat(found, 1), wanted[:, : at * SEGMENT], rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_each_segment_is_there_when_it_has_passed_all_layers() -> None:
+    fast, whole = ready(), text(12)
+    stream = rmtc.stream(fast)
+    counts = [len(stream.feed(each)) for each in whole.split(SEGMENT, 1)]
+    assert counts == [0] * (LAYERS - 1) + [1] * (12 - LAYERS + 1)
+
+
+@torch.no_grad()
+def test_streams_and_calls_side_by_side() -> None:
+    """Each has a memory of its own, and the memory of a call is that of calls."""
+    fast = ready()
+    wholes = [text(n, batch) for n, batch in ((11, 2), (14, 2), (9, 1))]
+    wanted = [fast(each) for each in wholes]
+    left = copy.deepcopy(fast.layers[0].memory)
+    streams, found = [rmtc.stream(fast) for _ in wholes], [list[Tensor]() for _ in wholes]
+    for turn in range(14):
+        for stream, whole, results in zip(streams, wholes, found, strict=True):
+            piece = whole[:, turn * SEGMENT : (turn + 1) * SEGMENT]
+            if piece.shape[1]:
+                results += stream.feed(piece)
+        if turn in (3, 8):
+            assert differences([fast(each) for each in wholes], wanted) == []
+    for stream, results, each in zip(streams, found, wanted, strict=True):
+        results += stream.flush()
+        assert torch.allclose(torch.cat(results, 1), each, rtol=1e-10, atol=1e-10)
+    assert torch.equal(left, fast.layers[0].memory)  # a stream leaves nothing
+
+
+@torch.no_grad()
+def test_a_stream_from_a_state() -> None:
+    for make in (Associative, Rolling):
+        fast, whole = ready(make), text(15)
+        wanted = fast(whole)
+        state = rmtc.state(fast)
+        fast(whole[:, : 3 * SEGMENT])
+        stream = rmtc.stream(rmtc.resume(fast, rmtc.state(fast)))
+        found = feed(stream, whole[:, 3 * SEGMENT :], [SEGMENT]) + stream.flush()
+        assert torch.allclose(torch.cat(found, 1), wanted[:, 3 * SEGMENT :], rtol=1e-10, atol=1e-10)
+        assert differences(stream.state, state) == []
+        found = list[Tensor]()
+        stream = rmtc.stream(fast)
+        for count in (4, 1, 1, 9):  # what was handed on two segments ago, over one segment
+            at = sum(each.shape[1] for each in found)
+            found += [*stream.feed(whole[:, at : at + count * SEGMENT]), *stream.flush()]
+        assert torch.allclose(torch.cat(found, 1), wanted, rtol=1e-10, atol=1e-10)
+        assert differences(stream.state, state) == []
+
+
+@torch.no_grad()
+def test_a_language_model(caplog: pytest.LogCaptureFixture) -> None:
+    model, (ids,) = armt_llama.build(layers=3, width=32, segment=8, segments=11, batch=2, dtype="float64")[:2]
+    fast = rmtc.compile(model, strict=True, schedule="diagonal")
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    with caplog.at_level(logging.INFO, "rmtc.runtime.standing"):
+        for given in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}):
+            wanted = fast(**given).logits
+            stream, found = rmtc.stream(fast), list[Any]()
+            for at in range(0, ids.shape[1], 6):
+                found += stream.feed({name: each[:, at : at + 6] for name, each in given.items()})
+            found += stream.flush()
+            logits = torch.cat([each.logits for each in found], 1)
+            assert torch.allclose(logits, wanted, rtol=1e-9, atol=1e-9)
+    assert "run in memory that stays" in caplog.text
+
+
+@torch.no_grad()
+def test_a_piece_may_change_when_it_was_read() -> None:
+    fast, whole = ready(), text(9)
+    wanted, stream, found = fast(whole), rmtc.stream(fast), list[Tensor]()
+    for each in whole.split(7, 1):
+        piece = each.clone()
+        found += stream.feed(piece)
+        piece.zero_()
+    found += stream.flush()
+    assert torch.allclose(torch.cat(found, 1), wanted, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_stream_holds_what_is_in_flight_alone() -> None:
+    fast, whole = ready(), text(60)
+    stream, held = rmtc.stream(fast), []
+    for each in whole.split(SEGMENT, 1):
+        stream.feed(each)
+        walk = stream._chain._walk  # type: ignore[union-attr]
+        assert walk is not None
+        held.append((len(walk.made), len(walk.readings), len(walk.passed), len(walk.rows), len(stream._flying)))
+    assert len(set(held[20:])) == 1 and held[-1][1] == LAYERS - 1
+    stream.close()
+    assert stream._chain is None and not stream._flying
+    with pytest.raises(StateError, match="the stream was closed"):
+        stream.feed(whole)
+
+
+def test_all_enter_by_one_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls, texts at once, texts that go on and streams: no launch runs but in `Executor.read`."""
+    inside, entered, outside = [0], [0], [0]
+    read, advance = Executor.read, Walk.advance
+
+    def counted(self: Executor, *args: Any, **kwargs: Any) -> Any:
+        inside[0] += 1
+        entered[0] += 1
+        try:
+            return read(self, *args, **kwargs)
+        finally:
+            inside[0] -= 1
+
+    def seen(self: Walk, *args: Any, **kwargs: Any) -> Any:
+        outside[0] += not inside[0]
+        return advance(self, *args, **kwargs)
+
+    monkeypatch.setattr(Executor, "read", counted)
+    monkeypatch.setattr(Walk, "advance", seen)
+    fast, texts = ready(), [text(3), text(4)]
+    with torch.no_grad():
+        for each in texts * 2:
+            fast(each)
+        before = entered[0]
+        fast(texts[0])
+        assert entered[0] == before + 1
+        state = rmtc.state(fast)
+        rmtc.pack(fast, lanes=2)(texts)
+        assert entered[0] == before + 2
+        rmtc.resume(fast, state)(texts[0])
+        assert entered[0] == before + 3
+        stream = rmtc.stream(fast)
+        stream.feed(text(1))
+        opened = entered[0]
+        stream.feed(text(2))
+        stream.flush()
+        assert entered[0] == opened + 3
+    assert outside == [0]
+
+
+def test_what_is_wrong_is_said() -> None:
+    fast = rmtc.compile(Associative(), strict=True, schedule="diagonal")
+    with torch.no_grad():
+        with pytest.raises(StateError, match="no call of such a text has shown the loop yet"):
+            rmtc.stream(fast).feed(text(1))
+        fast(text(4))
+        stream = rmtc.stream(fast)
+        assert stream.flush() == []
+        with pytest.raises(StateError, match="nothing was read yet"):
+            _ = stream.state
+        stream.feed(text(2, tail=3))
+        with pytest.raises(StateError, match="segments are in flight"):
+            _ = stream.state
+        with pytest.raises(StateError, match="is of another batch size or dtype than before"):
+            stream.feed(text(2, 5))
+        stream.feed(text(1, tail=2))
+        with pytest.raises(StateError, match="the stream has a batch of 2, and the piece one of 5"):
+            stream.feed(text(2, 5))
+        with pytest.raises(StateError, match=r"is another: float64.*, float32"):
+            stream.feed(text(2).float())
+    with pytest.raises(StateError, match=r"do: +read under torch.no_grad\(\)"):
+        stream.feed(text(1))
+    with torch.no_grad():
+        assert len(stream.flush()) == 2  # none of these has harmed it
+        stream.feed(text(3))
+        next(fast.layers[1].parameters()).mul_(2)
+        with pytest.raises(StateError, match=r"weights were changed while .* in flight: layers.1.query.weight"):
+            stream.feed(text(1))
+        with pytest.raises(StateError, match="weights were changed"):
+            stream.flush()
+        stream = rmtc.stream(fast)
+        stream.feed(text(3))
+        with rmtc.disabled(fast), pytest.raises(StateError, match="rmtc is off here"):
+            stream.feed(text(1))
+        hook = fast.register_forward_hook(lambda *_: None)
+        with pytest.raises(StateError, match="there are hooks"):
+            stream.feed(text(1))
+        hook.remove()
+        stream.feed(text(1))
+        assert len(stream.flush()) == 3
+        short = rmtc.stream(fast)
+        with pytest.raises(rmtc.RefusedError, match='compile the model with schedule="diagonal"'):
+            rmtc.stream(ready(schedule="fission")).feed(text(1))
+        assert short.flush() == []
+
+
+class Failing(Stack):
+    """Fails on texts with a not-a-number in them, inside a product of shapes that do not fit."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        memories = [hidden.new_zeros(hidden.shape[0], 1, WIDTH)] * LAYERS
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number])
+                memories[number] = piece.mean(1, keepdim=True)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+@torch.no_grad()
+def test_a_run_that_fails_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = ready(Failing)
+    stream = rmtc.stream(fast)
+    stream.feed(text(3))
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError("no memory is left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "advance", fail)
+        with pytest.raises(StateError, match="the text could not be read on: MemoryError: no memory is left"):
+            stream.feed(text(1))
+    with pytest.raises(StateError, match="the stream has failed: MemoryError"):
+        stream.feed(text(1))
+    assert torch.allclose(fast(text(3)), rmtc.restore(fast)(text(3)), rtol=1e-10, atol=1e-10)
