@@ -260,7 +260,7 @@ class Chain:
         return [*before[:begun], *[None] * (len(walk.plan.launches) - begun)]
 
     def _handed_on(self, found: dict[tuple[int, int], torch.Tensor], segments: int) -> dict[str, torch.Tensor]:
-        """What the text hands on: what its last segments have made, or what it was given if it has fewer."""
+        """Return the state of the text: what its last segments have made, or what it was given if it has fewer."""
         known = {(each.number, each.back): each for each in self._carried}
         handed: dict[str, torch.Tensor] = {}
         for (number, back), each in known.items():

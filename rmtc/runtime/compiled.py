@@ -441,7 +441,7 @@ class Compiled:
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
-        """What the last call of this thread has handed on, see :func:`rmtc.state`."""
+        """The state that the last call of this thread has left, see :func:`rmtc.state`."""
         found = self._last.state
         if isinstance(found, StateError):
             raise copy.copy(found)

@@ -97,7 +97,7 @@ class Stream:
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
-        """What the text hands on so far, as :func:`rmtc.state` returns it; to be asked for after :meth:`flush`.
+        """The state of the text so far, as :func:`rmtc.state` returns it; to be asked for after :meth:`flush`.
 
         Raises:
             StateError: if segments are in flight, or nothing was read.

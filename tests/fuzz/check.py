@@ -390,7 +390,7 @@ class Twin:
         try:
             with torch.no_grad():
                 if stream:
-                    (name,) = [name for name, _ in compiled.named((args[0],), {})]
+                    (name,) = [name for name, value in compiled.named((args[0],), {}) if value is args[0]]
                     names = [name, "mask"][: len(args)]
                     own = rmtc.stream(self.call, **kwargs)
                     for at in range(sum(cuts)):

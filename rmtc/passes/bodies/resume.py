@@ -194,7 +194,7 @@ def resumed(program: WavefrontProgram) -> WavefrontProgram:
         return leaf
 
     def later(leaf: Any) -> Any:
-        """What follows the loop reads each segment as a later one."""
+        """Read each segment as a later one, in what follows the loop."""
         numbers = getattr(leaf, "number", None)
         if isinstance(leaf, Where) and leaf.segment >= 0:
             raise RefusedError(_RETURN)
