@@ -21,7 +21,6 @@ from rmtc.ir.wavefront import Body, Member, WavefrontProgram
 aten = torch.ops.aten
 
 _CREATE = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
-_RETURN = "the result reads the first segments of a call alone"
 
 
 @dataclass(frozen=True)
@@ -189,46 +188,22 @@ def resumed(program: WavefrontProgram) -> WavefrontProgram:
     depth, steady = max(each.back for each in state.values()), len(loop.rows)
 
     def earlier(row: int, leaf: Any) -> Any:
+        """Read what is of no segment of this text from its source."""
         if isinstance(leaf, Row) and leaf.back > row:
             return Src(CARRIED + state[leaf.number, leaf.back - row].name)
         return leaf
-
-    def later(leaf: Any) -> Any:
-        """Read each segment as a later one, in what follows the loop."""
-        numbers = getattr(leaf, "number", None)
-        if isinstance(leaf, Where) and leaf.segment >= 0:
-            raise RefusedError(_RETURN)
-        return leaf._replace(number=(numbers[-1],) * (depth + 1)) if isinstance(numbers, tuple) else leaf
 
     rows = tuple(
         tuple(op.with_args(map_leaves(op.args, functools.partial(earlier, row))) for op in loop.steady)
         for row in range(depth)
     )
-    outputs = dict(zip(loop.outputs, map(later, loop.outputs.values()), strict=True))
-    sources = {
-        CARRIED + each.name: Source("state", (CARRIED + each.name,), *(each.form or ((), torch.get_default_dtype())))
-        for each in state.values()
-    }
-    made = replace(
-        loop,
-        rows=rows,
-        after=tuple(op.with_args(map_leaves(op.args, later)) for op in loop.after),
-        outputs=outputs,
-        sources={**loop.sources, **sources},
-        layouts=loop.layouts[-1:] * (depth + 1),
-        classes=loop.classes[-1:] * (depth + 1),
-        stage_classes={stage: names[-1:] * (depth + 1) for stage, names in loop.stage_classes.items()},
-    )
-    made.verify()
+    made = _with_rows(loop, rows, list(state.values()))
     check_resumed(loop, made)
 
     def members(choice: Mapping[Member, Any]) -> dict[Member, Any]:
-        return {
-            (row, layer): earlier(row, value)
-            for row, (layer, value) in itertools.product(
-                range(depth + 1), [(layer, value) for (kind, layer), value in choice.items() if kind == steady]
-            )
-        }
+        """Give each of the rows what is of the steady one."""
+        own = [(layer, value) for (kind, layer), value in choice.items() if kind == steady]
+        return {(row, layer): earlier(row, value) for row in range(depth + 1) for layer, value in own}
 
     def body_of(body: Body) -> Body:
         return replace(
@@ -245,6 +220,40 @@ def resumed(program: WavefrontProgram) -> WavefrontProgram:
     found = replace(program, loop=made, schedule=schedule, bodies=bodies, merged={})
     found.verify()
     return found
+
+
+def _with_rows(loop: SegmentLoop, rows: tuple[tuple[Op, ...], ...], state: Sequence[Carried]) -> SegmentLoop:
+    """Return a loop with other first segments, which are as its later ones but read what is carried from sources.
+
+    Raises:
+        RefusedError: if a result reads a certain segment, counted from the first.
+    """
+    kinds = len(rows) + 1
+
+    def later(leaf: Any) -> Any:
+        """Read each segment as a later one."""
+        if isinstance(leaf, Where) and leaf.segment >= 0:
+            raise RefusedError(
+                "the result reads the first segments of a call alone",
+                remedy="return what the last segments make, or what each of them does",
+            )
+        numbers = getattr(leaf, "number", None)
+        return leaf._replace(number=numbers[-1:] * kinds) if isinstance(numbers, tuple) else leaf
+
+    default = (), torch.get_default_dtype()
+    names = [(CARRIED + each.name, each.form or default) for each in state]
+    made = replace(
+        loop,
+        rows=rows,
+        after=tuple(op.with_args(map_leaves(op.args, later)) for op in loop.after),
+        outputs={name: later(value) for name, value in loop.outputs.items()},
+        sources={**loop.sources, **{name: Source("state", (name,), *form) for name, form in names}},
+        layouts=loop.layouts[-1:] * kinds,
+        classes=loop.classes[-1:] * kinds,
+        stage_classes={stage: names[-1:] * kinds for stage, names in loop.stage_classes.items()},
+    )
+    made.verify()
+    return made
 
 
 def _refuse_counting(loop: SegmentLoop) -> None:
