@@ -212,6 +212,7 @@ class Campaign:
             "signature": signature(verdict) if kind != "same" else "",
             "seconds": round(seconds, 2),
             "packed": verdict.packed,
+            "parts": verdict.parts,
             "cpu_seconds": round(verdict.cpu_seconds, 2),
             "legal": has_schedule(spec),
             "features": sorted(features(spec)),
@@ -254,6 +255,7 @@ def summary(paths: Iterable[Path]) -> str:
     commits = collections.Counter(line["commit"] for line in lines)
     text = [f"{len(lines)} models: " + ", ".join(f"{count} {name}" for name, count in statuses.most_common())]
     text.append(f"{sum(line.get('packed', 0) > 1 for line in lines)} of them with several calls at once")
+    text.append(f"{sum(line.get('parts', 0) > 0 for line in lines)} of them in parts, and as they come")
     text.append("by commit: " + ", ".join(f"{name} {count}" for name, count in commits.items()))
     text += ["", f"{'feature':40} {'drawn':>6} {'ran':>6} {'refused':>8} {'failed':>7}"]
     by_feature: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
