@@ -435,14 +435,19 @@ def resume(target: T, state: Mapping[str, torch.Tensor] | None) -> T:
     something else.
     """
     compiled = _compiled(target)
-    if state is not None and not isinstance(state, Mapping):
+    if state is not None and not (isinstance(state, Mapping) and all(isinstance(name, str) for name in state)):
         raise TypeError(f"a state is a dict of tensors, as rmtc.state returns it, and not {type(state).__name__}")
+    held = (
+        None
+        if state is None
+        else {n: v.detach().clone() if isinstance(v, torch.Tensor) else v for n, v in state.items()}
+    )
 
     @functools.wraps(target.forward if isinstance(target, nn.Module) else target)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return compiled.hand_on(state, args, kwargs)
+        return compiled.hand_on(held, args, kwargs)
 
-    call._rmtc, call._rmtc_state = compiled, state  # type: ignore[attr-defined]
+    call._rmtc, call._rmtc_state = compiled, held  # type: ignore[attr-defined]
     return cast(T, call)
 
 

@@ -99,10 +99,9 @@ class ArgumentGuard:
         return Sizes(segments, batch, tail) if segments else f"the text of {length} positions makes no segment"
 
     @property
-    def growing(self) -> dict[str, int]:
-        """The dimension in which each argument grows with the text; empty if one is no tensor by itself."""
-        named = all(len(path) == 1 for path in self._dims) and not self._plan.growth.lists
-        return {path[0]: dims[0] for path, dims in self._dims.items() if len(dims) == 1} if named else {}
+    def growing(self) -> dict[str, tuple[int, ...]]:
+        """The dimensions in which each tensor among the arguments grows with the text, by its name."""
+        return {show(path): dims for path, dims in self._dims.items()}
 
     @property
     def segment_length(self) -> int:

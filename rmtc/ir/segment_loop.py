@@ -234,17 +234,20 @@ class SegmentLoop:
             found.append(None if lost else op.with_args(args))
         return found
 
-    def outputs_of(self, segments: int, row: int = 0, hands_on: bool = True) -> dict[str | Numbered, Any]:
+    def outputs_of(
+        self, segments: int, row: int = 0, hands_on: bool = True, leaves: bool = True
+    ) -> dict[str | Numbered, Any]:
         """Return the results of a number of segments: all but what so few do not hand on.
 
         Args:
             segments: number of segments.
             row: row kind of the first one.
-            hands_on: whether anything is to be handed on, or to be left in the model as a new value.
+            hands_on: whether anything is to be handed on.
+            leaves: whether new values are to be left in the model.
         """
 
         def there(name: str | Numbered, operand: Any) -> bool:
-            if not hands_on and str(name).startswith("state:"):
+            if not leaves and str(name).startswith("state:"):
                 return False
             if not isinstance(operand, Where) or not str(name).startswith(CARRIED):
                 return True

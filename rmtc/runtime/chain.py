@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rmtc.errors import RefusedError, StateError
+from rmtc.errors import RefusedError, StateError, VerifyError, brief
 from rmtc.ir.cells import Cell
 from rmtc.passes.bodies.resume import Carried, carried
 from rmtc.runtime.check_plan import check_plan
@@ -18,6 +18,8 @@ from rmtc.runtime.executor import Done, Executor, Run, Unmergeable, Walk
 from rmtc.runtime.plan import Copied, Launch, Part, Piece, Plan, TextSize, Whole, plan_texts
 from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.standing import ArenaStep, Moved, Standing
+
+_FREE = 2  # the memory of so many texts is kept for others
 
 
 class Chain:
@@ -65,6 +67,12 @@ class Chain:
             self._devices = [torch.empty(0, device=device) for device in found]
         return self._devices
 
+    def close(self) -> None:
+        """Let go of what is in flight; its memory may serve another text."""
+        standing, self._standing, self._walk = self._standing, None, None
+        if standing is not None and len(self.executor.free) < _FREE:
+            self.executor.free.append(standing)
+
     def forget(self) -> None:
         """Let go of memory that is bound to weights; what is in flight stays as it is."""
         self._standing = None
@@ -86,7 +94,8 @@ class Chain:
                 return self._feed(texts[0], done)
             return self._end(texts[0] if texts else None, done)
         except Unmergeable as error:
-            raise StateError(f"the cells of {error.body.name} are of other shapes than before") from error
+            what = brief(error.__cause__) if error.__cause__ is not None else f"{error.body.name} is of other shapes"
+            raise StateError(f"the text could not be read on: {what}") from error
 
     def _numbers(self, segment: int) -> range:
         """The launches that run when a segment comes."""
@@ -124,7 +133,7 @@ class Chain:
         ramp = -(-abs(b) * max(0, self._program.schedule.columns - 1) // a) + 2
         until = len(loop.rows) + ramp + depth
         segments = until + 2 * (ramp + depth) + 2
-        plan = self._planned([TextSize(1, loop.segment_length, row, hands_on=False) for row in range(segments)])
+        plan = self._planned([TextSize(1, loop.segment_length, row, leaves=False) for row in range(segments)])
         first = _form(plan, until, self._each)
         for segment in range(until - depth - 1, until + ramp + depth):
             if _form(plan, segment, self._each) != first:
@@ -135,7 +144,7 @@ class Chain:
     def _reading(self, text: TextInput) -> Walk:
         """The walk, with a segment to read."""
         at = self._at
-        reading = TextRun(self._program, replace(text, row=at, hands_on=False), self._batch)
+        reading = TextRun(self._program, replace(text, row=at, hands_on=False, leaves=False), self._batch)
         if self._walk is None:
             self._walk = Walk(self.executor, self._plan, [reading])
             self._walk.steps = self._stand(self._walk)
@@ -147,7 +156,10 @@ class Chain:
         if not self.executor.binds:
             return None
         free = self.executor.free
-        standing = free.pop() if free else Standing(self.executor.weights)
+        try:
+            standing = free.pop()
+        except IndexError:
+            standing = Standing(self.executor.weights)
         if not standing.usable():
             standing = Standing(self.executor.weights)
         try:
@@ -211,7 +223,7 @@ class Chain:
         length, at = self._program.loop.segment_length, self._at
         segments = at + (last is not None)
         depth = self._depth
-        sizes = [TextSize(1, length, row, hands_on=row >= segments - depth) for row in range(segments)]
+        sizes = [TextSize(1, length, row, row >= segments - depth, leaves=False) for row in range(segments)]
         if last is not None:
             sizes[-1] = sizes[-1]._replace(tail=last.tail)
         plan = self._planned(sizes)
@@ -219,7 +231,9 @@ class Chain:
         assert walk is not None
         begun = self._numbers(at).start
         for one, other in zip(plan.launches[:begun], self._plan.launches, strict=False):
-            assert (one.body.name, one.cells, one.inputs) == (other.body.name, other.cells, other.inputs)
+            forms = [(each.body.name, each.cells, each.inputs, each.numbers) for each in (one, other)]
+            if forms[0] != forms[1]:
+                raise VerifyError(f"the text has begun with {other.body.name} for {other.cells}, and ends otherwise")
         found: dict[tuple[int, int], torch.Tensor] = {}  # by segment and operation
 
         def keep(launch: Launch, results: tuple[Any, ...]) -> None:
@@ -239,8 +253,7 @@ class Chain:
         self.fed += last is not None
         self.state = self._handed_on(found, segments)
         self._walk = None
-        if self._standing is not None:
-            self.executor.free.append(self._standing)
+        self.close()
         return Run(plan.steps - at * self._each, sum(widths.values()), widths)
 
     def _last_steps(self, walk: Walk, begun: int) -> list[ArenaStep | None] | None:

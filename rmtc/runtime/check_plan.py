@@ -238,12 +238,14 @@ def _start(loop: SegmentLoop, member: Member) -> int:
 def _wanted(loop: SegmentLoop, text: TextSize, first: int) -> set[Key]:
     """The operations that are read after the segments of a text, the first of which has a number."""
     found: set[Key] = set()
-    segments, _, row, hands_on = text
+    segments, _, row, *wanted = text
     after = [leaf for op in loop.after_of(segments) if op is not None for leaf in leaves(op.args)]
-    for leaf in (*after, *leaves(tuple(loop.outputs_of(segments, row, hands_on).values()))):
+    for leaf in (*after, *leaves(tuple(loop.outputs_of(segments, row, *wanted).values()))):
         at: range | tuple[int, ...] = ()
         if isinstance(leaf, Where):
-            at = (leaf.segment % segments,)
+            at = (leaf.segment if leaf.segment >= 0 else segments + leaf.segment,)
+            if at[0] < 0:
+                raise VerifyError(f"{leaf} is of a segment before the text")
         elif isinstance(leaf, Every):
             at = range(segments)
         for segment in at:

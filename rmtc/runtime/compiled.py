@@ -99,8 +99,14 @@ class _State(NamedTuple):
 
     @classmethod
     def of(cls, values: dict[str, torch.Tensor]) -> _State:
-        kept = {name: each.clone() if each.is_inference() else each for name, each in values.items()}
-        return cls(kept, {name: each._version for name, each in kept.items() if not each.is_inference()})
+        return cls(values, {name: each._version for name, each in values.items() if not each.is_inference()})
+
+
+_NO_STATE = StateError(
+    "the last call failed, ran as written or was a pack",
+    remedy="rmtc.resume(model, None)(text) reads a text by the schedule, and rmtc.pack(model, states=True) returns the "
+    "states of texts",
+)
 
 
 class _Last(threading.local):
@@ -284,6 +290,7 @@ class Compiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _thread.capturing:
             return self._captured_call(args, kwargs)
+        self._last.state = _NO_STATE
         if torch.compiler.is_compiling() and (LOCK.free or not LOCK.elsewhere):
             return self.eager(*args, **kwargs)
         if self._off():
@@ -464,14 +471,28 @@ class Compiled:
         Raises:
             StateError, RefusedError, CaptureError: if it cannot.
         """
+        self._last.state = _NO_STATE
         return self.with_ready(args, kwargs, state, lambda decision, seconds: self._run(decision, seconds))
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
         """The arguments of a call by name."""
         return list(self._arguments(args, kwargs).named())
 
+    def read_several(self) -> None:
+        """Note that the last call read several texts, each of which has a state of its own."""
+        self._last.state = _NO_STATE
+
+    def _refuse_off(self) -> None:
+        if self.captures_now() or self._off():
+            raise StateError("rmtc is off here, and the model as written goes on from no state")
+
     def with_model(self, run: Callable[[], Any]) -> Any:
-        """Do something that holds the model as a call does."""
+        """Do something that holds the model as a call does.
+
+        Raises:
+            StateError: if rmtc is off.
+        """
+        self._refuse_off()
         with self.counted(), own_modes(self._inner), LOCK.shared():
             return run()
 
@@ -499,8 +520,7 @@ class Compiled:
         Raises:
             StateError, RefusedError, CaptureError: if the call cannot run so.
         """
-        if self.captures_now() or self._off():
-            raise StateError("rmtc is off here, and the model as written goes on from no state")
+        self._refuse_off()
         module = self.function
         if not isinstance(module, nn.Module):
             return self._with_ready(args, kwargs, state, run, piece)
@@ -533,7 +553,10 @@ class Compiled:
                         except Exception as error:
                             if is_no_failure(error) or isinstance(error, RmtcError):
                                 raise
-                            raise StateError(f"the text could not be read on: {brief(error)}") from error
+                            raise StateError(
+                                f"the text could not be read on: {brief(error)}",
+                                remedy="if the model as written reads it, report this, please",
+                            ) from error
                 with LOCK.alone() as alone, contextlib.ExitStack() as first:
                     if not alone:
                         raise StateError("the call is inside another one of the same model")
@@ -587,7 +610,8 @@ class Compiled:
         known = self._known.get(self._key(arguments))
         if known is not None and known.refusal is not None and (known.state is None or known.holds(arguments)):
             raise copy.copy(known.refusal)
-        if known is not None and known.short is not None and not isinstance(known.short.sizes(arguments), str):
+        short = known.short.sizes(arguments) if known is not None and known.short is not None else ""
+        if not isinstance(short, str) and short.segments < 2:
             raise StateError(
                 "the text is one segment, and no call has shown the loop yet",
                 remedy="call the model once with a text of several segments",
@@ -1114,6 +1138,11 @@ def _left(ready: Ready, state: dict[str, torch.Tensor]) -> _State | StateError:
         return StateError(
             f"the last call had {ready.sizes.segments} segments, and one can go on after {ready.made.fewest} alone",
             remedy="begin with a longer text",
+        )
+    if not ready.keeps:
+        return StateError(
+            "the last call ended in the middle of a segment, whose state takes operations that the call does not",
+            remedy="rmtc.resume(model, None)(text) runs them; or let the text end with a segment",
         )
     if not state:
         return StateError("the last call handed nothing on that a later one could read")

@@ -114,7 +114,7 @@ class Executor:
         kernels: emitted bodies, by body, sizes and shapes.
         steady: the plans of texts that are read as they come, by batch size: the program, the plan, the segment from
             which on all of them run the same launches, and what is carried.
-        opened: the programs, by id, and batch sizes whose cells were seen to run at once.
+        opened: the program whose cells were seen to run at once, by batch size.
         chains: the texts that are read as they come.
         free: memory that stays for such texts, used by none.
     """
@@ -125,7 +125,7 @@ class Executor:
     weights: Weights
     kernels: dict[tuple[Any, ...], Emitted] = field(default_factory=dict)
     steady: dict[int, tuple[WavefrontProgram, Plan, int, list[Carried]]] = field(default_factory=dict)
-    opened: set[tuple[int, int]] = field(default_factory=set)
+    opened: dict[int, WavefrontProgram] = field(default_factory=dict)
     chains: weakref.WeakSet[Chain] = field(default_factory=weakref.WeakSet)
     free: list[Standing] = field(default_factory=list)
     _plans: OrderedDict[Any, Plan] = field(default_factory=OrderedDict)
@@ -199,7 +199,7 @@ class Executor:
             self._standing = None
 
     def run(
-        self, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
+        self, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int, hands_on: bool = False
     ) -> tuple[dict[str, Any], Run]:
         """Run the loop for one text.
 
@@ -208,12 +208,14 @@ class Executor:
             segments: number of segments.
             batch: batch size.
             tail: length of the last segment.
+            hands_on: whether what the loop hands on is among the results.
 
         Returns:
             The results by the names of the loop's outputs, and what was done.
         """
         found: list[dict[str, Any]] = []
-        run = self.read([TextInput(values, segments, tail)], batch, lambda _, results: found.append(results))
+        text = TextInput(values, segments, tail, hands_on=hands_on)
+        run = self.read([text], batch, lambda _, results: found.append(results))
         return found[-1], run
 
     def read(

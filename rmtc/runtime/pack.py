@@ -7,6 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -247,7 +248,7 @@ class Pack:
                 if isinstance(ready, Ready):
                     if self._states and state is None and sizes.segments < ready.made.fewest:
                         return None  # by itself it says what is wrong
-                    return variant.apart(ready) or (variant, ready)
+                    return variant.apart(ready) or (variant, replace(ready, hands_on=self._states))
         except Exception as error:
             if is_no_failure(error):
                 raise
@@ -281,6 +282,7 @@ class Pack:
                 result = result, {name: each.detach().clone() for name, each in state.items()}
             ended[place] = Outcome(group[place][0], result)
 
+        self._compiled.read_several()
         run = variant.run_packed(texts, lanes, done)
         found.extend(ended.values())
         self._compiled.ran(variant, texts, run, seconds, lanes=min(lanes, len(texts)))

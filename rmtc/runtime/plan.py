@@ -72,12 +72,14 @@ class TextSize(NamedTuple):
         tail: length of the last one.
         row: number of segments before it. It reads from them, which are the texts before it then.
         hands_on: whether what it hands on is read after it.
+        leaves: whether what it leaves in the model is.
     """
 
     segments: int
     tail: int
     row: int = 0
-    hands_on: bool = True
+    hands_on: bool = False
+    leaves: bool = True
 
 
 class Text(NamedTuple):
@@ -90,7 +92,7 @@ class Text(NamedTuple):
         start: the step with which it begins.
         lane: the lane that it is in.
         row: number of segments of a longer text that come before it.
-        hands_on: whether what it hands on is read after it.
+        hands_on, leaves: whether what it hands on, and leaves in the model, is read after it.
     """
 
     segments: int
@@ -99,7 +101,8 @@ class Text(NamedTuple):
     start: int = 0
     lane: int = 0
     row: int = 0
-    hands_on: bool = True
+    hands_on: bool = False
+    leaves: bool = True
 
     @property
     def last(self) -> int:
@@ -262,9 +265,10 @@ class _Planner:
         """The texts in their lanes: each begins where a lane is free first."""
         (_, a, _), *later = self.schedule.phases()
         free, found, first = [0] * lanes, list[Text](), 0
-        for segments, tail, row, hands_on in texts:
-            lane = min(range(lanes), key=free.__getitem__)
-            found.append(Text(segments, tail, first, free[lane], lane, row, hands_on))
+        for size in texts:
+            lane, segments = min(range(lanes), key=free.__getitem__), size.segments
+            place = first, free[lane], lane
+            found.append(Text(segments, size.tail, *place, size.row, size.hands_on, size.leaves))
             first += segments
             if later or self.schedule.block is not None:
                 free[lane] += self.steps_of(segments)[-1].time + 1
@@ -352,7 +356,7 @@ class _Planner:
         """The operations that are read after the loop."""
         found: set[Key] = set()
         after = [leaf for op in self.loop.after_of(text.segments) if op is not None for leaf in leaves(op.args)]
-        results = self.loop.outputs_of(text.segments, text.row, text.hands_on)
+        results = self.loop.outputs_of(text.segments, text.row, text.hands_on, text.leaves)
         for leaf in (*after, *leaves(tuple(results.values()))):
             read: Iterable[int] = ()
             if isinstance(leaf, Where):

@@ -28,19 +28,20 @@ class TextInput:
         segments: number of segments.
         tail: positions of the last one.
         row: number of segments of a longer text that come before it.
-        hands_on: whether what it hands on is among its results.
+        hands_on, leaves: whether what it hands on, and leaves in the model, is among its results.
     """
 
     values: Mapping[str, torch.Tensor]
     segments: int
     tail: int
     row: int = 0
-    hands_on: bool = True
+    hands_on: bool = False
+    leaves: bool = True
 
     @property
     def size(self) -> TextSize:
         """Its size, for a plan."""
-        return TextSize(self.segments, self.tail, self.row, self.hands_on)
+        return TextSize(self.segments, self.tail, self.row, self.hands_on, self.leaves)
 
 
 class TextRun:
@@ -72,7 +73,7 @@ class TextRun:
         concatenations: Iterable[tuple[int, int, Every]] = (),
     ) -> None:
         self.program, self.loop, self.values, self.gradients = program, program.loop, given.values, gradients
-        segments, tail, self.row, self.hands_on = given.size
+        segments, tail, self.row, *self.wanted = given.size
         total = (segments - 1) * self.loop.segment_length + tail
         self.ends = Environment(segments, segments, batch, tail, total)
         self.kept: dict[Key, Any] = {}
@@ -120,7 +121,7 @@ class TextRun:
         found: dict[str, Any] = {}
         given: dict[int, Any] = {}  # as what each tensor is given: one that is computed once may be several results
         copies: dict[Any, torch.Tensor] = {}  # by what is given: one result under two names is one tensor
-        for name, operand in self.loop.outputs_of(self.ends.S, self.row, self.hands_on).items():
+        for name, operand in self.loop.outputs_of(self.ends.S, self.row, *self.wanted).items():
             for segment in range(self.ends.S) if isinstance(operand, Every) else (self.ends.S,):
                 at = self._of_segment(segment)
                 known = name.at(at) if isinstance(name, Numbered) else name

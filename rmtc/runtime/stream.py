@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from rmtc.errors import RefusedError, RmtcError, StateError
+from rmtc.capture.own_modes import modes
+from rmtc.errors import RefusedError, RmtcError, StateError, brief
 from rmtc.restoring import outermost
 from rmtc.runtime.chain import Chain
 from rmtc.runtime.compiled import Compiled, ReadyRun
@@ -35,7 +36,8 @@ class Stream:
     """
 
     def __init__(self, compiled: Compiled, state: Mapping[str, torch.Tensor] | None, kwargs: Mapping[str, Any]) -> None:
-        self._compiled, self._kwargs = compiled, dict(kwargs)
+        self._compiled = compiled
+        self._kwargs = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in kwargs.items()}
         self._state = dict(state) if state is not None else None
         self._chain: Chain | None = None
         self._from: dict[str, torch.Tensor] = {}  # what it goes on from, by the names of the sources
@@ -45,7 +47,9 @@ class Stream:
         self._others: dict[str, Any] = {}  # the other arguments of the last piece
         self._dims: dict[str, int] = {}  # in which arguments grow with the text
         self._flying: deque[Ready] = deque()
-        self._weights: list[tuple[str, torch.Tensor, int]] = []
+        self._weights: list[tuple[str, torch.Tensor, tuple[Any, ...]]] = []
+        self._watched: list[str] = []
+        self._held: dict[str, torch.Tensor] = {}  # copies of what calls may change
         self._ended: str | None = None
 
     @torch.compiler.disable(reason="rmtc runs these calls")  # type: ignore[untyped-decorator]
@@ -65,19 +69,25 @@ class Stream:
             StateError, RefusedError, CaptureError: if the piece cannot be read. The stream stays as it was, unless
                 weights have changed or the run itself failed.
         """
-        args, kwargs = ((), {**self._kwargs, **text}) if isinstance(text, Mapping) else ((text,), self._kwargs)
-        if self._waiting:
-            named = dict(self._compiled.named(args, kwargs))
-            for name, value in self._waiting.items():
-                piece = named.get(name)
-                if not isinstance(piece, torch.Tensor) or piece.dim() != value.dim():
-                    raise StateError(f"{name} of the piece is no tensor like that of the one before")
-                dim = self._dims[name]
-                if piece.dtype != value.dtype or piece.shape[:dim] != value.shape[:dim]:
-                    raise StateError(f"{name} of the piece is of another batch size or dtype than before")
-                named[name] = torch.cat([value, piece], dim)
-            args, kwargs = (), named
-        return self._read(args, kwargs, last=False)
+        self._refuse_ended()
+        named = self._named(text)
+        for name, value in self._waiting.items():
+            piece, dim = named.get(name), self._dims[name]
+            if not isinstance(piece, torch.Tensor) or piece.dim() != value.dim():
+                raise StateError(f"{name} of the piece is no tensor like that of the one before")
+            if piece.dtype != value.dtype or piece.shape[:dim] != value.shape[:dim]:
+                raise StateError(f"{name} of the piece is of another batch size or dtype than before")
+            named[name] = torch.cat([value, piece], dim)
+        dims, length = self._growth(named)
+        (total,) = {named[name].shape[dim] for name, dim in dims.items()} or {length}
+        whole = total // length * length
+        if not whole:  # nothing is read yet
+            self._wait(named, dims, 0, total)
+            return []
+        cut = {name: value.narrow(dims[name], 0, whole) if name in dims else value for name, value in named.items()}
+        found: list[Any] = self._with_ready(cut, last=False)
+        self._wait(named, dims, whole, total - whole)
+        return found
 
     @torch.compiler.disable(reason="rmtc runs these calls")  # type: ignore[untyped-decorator]
     @outermost
@@ -90,10 +100,14 @@ class Stream:
         Raises:
             StateError: if the stream has ended.
         """
-        if self._waiting:
-            return self._read((), {**self._others, **self._waiting}, last=True)
         self._refuse_ended()
-        return self._compiled.with_model(self._finish) if self._chain is not None else []
+        if self._waiting:
+            found: list[Any] = self._with_ready({**self._others, **self._waiting}, last=True)
+            return found
+        if self._chain is None:
+            return []
+        rest: list[Any] = self._compiled.with_model(self._finish)
+        return rest
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
@@ -123,52 +137,111 @@ class Stream:
 
     def _end(self, reason: str) -> None:
         self._ended = self._ended or reason
+        if self._chain is not None:
+            self._chain.close()
         self._chain = self._variant = self._state = None
-        for held in (self._waiting, self._others, self._weights, self._flying, self._from):
+        for held in (self._waiting, self._others, self._weights, self._flying, self._from, self._held):
             held.clear()
 
     def _refuse_ended(self) -> None:
         if self._ended is not None:
             raise StateError(self._ended, remedy="begin another stream")
 
-    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], last: bool) -> list[Any]:
-        """Make a piece ready, and read its whole segments; of the last one all that is there."""
-        self._refuse_ended()
-        begins = self._state if self._chain is None else None
-        found: list[Any] = self._compiled.with_ready(
-            args, kwargs, begins, lambda decision, _: self._cut(decision, last), piece=not last
+    def _named(self, text: Any) -> dict[str, Any]:
+        """The arguments of a piece by name.
+
+        Raises:
+            TypeError: if it is no piece.
+        """
+        if isinstance(text, torch.Tensor):
+            found = self._compiled.named((text,), self._kwargs)
+        elif isinstance(text, Mapping) and all(isinstance(name, str) for name in text):
+            found = [*self._compiled.named((), dict(text)), *self._compiled.named((), self._kwargs)]
+        else:
+            kind = type(text).__name__
+            raise TypeError(f"a piece of a text is a tensor, or a dict of arguments by name, and not {kind}")
+        names = [name for name, _ in found]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise TypeError(f"{twice[0]} is given for all pieces and for this one")
+        return dict(found)
+
+    def _growth(self, named: Mapping[str, Any]) -> tuple[dict[str, int], int]:
+        """The dimension in which each argument of a piece grows with the text, and the length of a segment.
+
+        Raises:
+            StateError: if no call of such arguments has shown them.
+            RefusedError: if the text is no tensor by itself.
+        """
+        tensors = {name for name, value in named.items() if isinstance(value, torch.Tensor)}
+        for variant in [self._variant] if self._variant is not None else list(self._compiled.variants):
+            growing = variant.arguments.growing
+            if growing and growing.keys() <= tensors:
+                if any(len(dims) != 1 or named[name].dim() <= dims[0] for name, dims in growing.items()):
+                    raise RefusedError("the text has several dimensions that grow, or fewer than before")
+                return {name: dims[0] for name, dims in growing.items()}, variant.program.loop.segment_length
+        raise StateError(
+            "no call of such a text has shown the loop yet",
+            remedy="call the model once, under torch.no_grad(), with a text of several segments as a tensor",
         )
-        return found
+
+    def _wait(self, named: Mapping[str, Any], dims: Mapping[str, int], start: int, count: int) -> None:
+        """Keep the positions that fill no segment."""
+        self._dims = dict(dims)
+        self._waiting = {n: named[n].narrow(dim, start, count).clone() for n, dim in dims.items()} if count else {}
+        self._others = {name: value for name, value in named.items() if name not in dims}
+
+    def _with_ready(self, named: dict[str, Any], last: bool) -> Any:
+        """Make a piece ready, and read it."""
+        begins = self._state if self._chain is None else None
+
+        def run(decision: ReadyRun, _: float) -> list[Any]:
+            return self._cut(decision, last)
+
+        return self._compiled.with_ready((), named, begins, run, piece=not last)
 
     def _cut(self, decision: ReadyRun, last: bool) -> list[Any]:
-        """Read the whole segments of a piece; of the last one all that is there."""
+        """Read the segments of a piece, which are whole but for the last one of all."""
         variant, ready = decision.variant, decision.ready
         if self._variant not in (None, variant):
-            raise StateError("the piece is another call than those before", remedy="give each the same arguments")
-        self._dims, length = variant.arguments.growing, variant.program.loop.segment_length
-        if not self._dims:
-            raise RefusedError("the text is a list, or no argument by itself", remedy="give it as one tensor")
+            what = "under other modes (grad, inference, autocast)" if variant.modes != self._variant.modes else ""
+            raise StateError(f"the piece is another call than those before {what}".strip(), remedy="feed each alike")
         if self._variant is not None and ready.sizes.batch != self._batch:
             raise StateError(f"the stream has a batch of {self._batch}, and the piece one of {ready.sizes.batch}")
-        self._refuse_changed(ready)
-        (total,) = {ready.values[name].shape[dim] for name, dim in self._dims.items()}
-        whole, rest = (0, total) if last else divmod(total, length)
-
-        def part(start: int, count: int) -> dict[str, torch.Tensor]:
-            return {name: ready.values[name].narrow(dim, start, count).clone() for name, dim in self._dims.items()}
-
-        if (whole or last) and self._chain is None:
-            self._open(ready, length if whole else 0)
+        dims = {name: sizes[0] for name, sizes in variant.arguments.growing.items()}
+        (total,) = {ready.values[name].shape[dim] for name, dim in dims.items()}
+        length = total if last else variant.program.loop.segment_length
+        parts = []
+        for start in range(0, total, length):
+            part = {name: ready.values[name].narrow(dim, start, length).clone() for name, dim in dims.items()}
+            parts.append(replace(ready, values={**self._own(ready, dims), **part}))
+        if self._chain is None:
+            self._dims = dims
+            self._open(ready, 0 if last else length)
+        else:
+            self._refuse_changed(ready.values)
         self._variant, self._batch = variant, ready.sizes.batch
         found: list[Any] = []
-        for number in range(whole):
-            found += self._go_on(replace(ready, values={**ready.values, **part(number * length, length)}), length)
-        waiting = part(whole * length, rest) if rest else {}
-        if last:
-            return found + self._finish(replace(ready, values={**ready.values, **waiting}), rest)
-        self._waiting = waiting
-        self._others = {name: value for name, value in ready.arguments.named() if name not in self._dims}
+        try:
+            for each in parts:
+                found += self._finish(each, length) if last else self._go_on(each, length)
+        except BaseException as error:  # also between two of them
+            self._end(f"the stream has failed: {error.reason if isinstance(error, RmtcError) else brief(error)}")
+            raise
         return found
+
+    def _own(self, ready: Ready, dims: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """What a segment reads besides its text: weights, and copies of what may change while it is in flight."""
+        if self._chain is None or not self._held:
+            sources, written = ready.made.program.loop.sources, ready.made.program.writes()
+            kinds = {name: sources[name].kind for name in ready.values if name in sources}
+            left = {str(name).partition(":")[2] for name in ready.made.program.loop.outputs}
+            fixed = [n for n, kind in kinds.items() if kind in ("parameter", "buffer") and n not in written]
+            others = [n for n, kind in kinds.items() if kind == "state" and n not in written and n not in left]
+            self._watched = [*fixed, *others]
+            self._held = {name: ready.values[name].clone() for name in kinds if name not in fixed and name not in dims}
+        given = {name: value for name, value in ready.values.items() if name in dict(ready.arguments.named())}
+        given = {name: value.clone() for name, value in given.items() if name not in dims}
+        return {**ready.values, **self._held, **given}
 
     def _open(self, ready: Ready, length: int) -> None:
         """Begin to read segments of a length; of no known one, if it is 0.
@@ -176,33 +249,40 @@ class Stream:
         Raises:
             RefusedError: if the model cannot go on.
         """
-        rows = len(ready.made.resuming().program.loop.rows)  # says why, if not
-        runner, batch = ready.runner, ready.sizes.batch
+        goes_on = ready.made.resuming()  # says why, if not
+        runner, batch, loop = ready.runner, ready.sizes.batch, ready.made.program.loop
         assert isinstance(runner, Executor)
-        known = id(runner.program), batch
-        if length and known not in runner.opened:
+        if loop.furthest_result > 1:
+            raise RefusedError(f"a result reads the last {loop.furthest_result} segments, and not one alone")
+        if length and runner.opened.get(batch) is not runner.program:
             # Cells that are not to run at once are found out before anything is in flight.
-            given, count = dict(ready.given), rows + len(ready.made.program.loop.rows) + 2
+            given, count = dict(ready.given), len(goes_on.program.loop.rows) + len(loop.rows) + 2
             for name, dim in self._dims.items():
                 given[name] = torch.cat([given[name].narrow(dim, 0, length)] * count, dim)
             runner.read([TextInput(given, count, length)], batch, lambda *_: None)
-            runner.opened.add((id(runner.program), batch))
-        self._chain, self._from = Chain(runner, batch, self._state), dict(ready.state or {})
+            runner.opened[batch] = runner.program
+        self._chain = Chain(runner, batch, self._state)
+        self._from = dict(ready.state or {})
+        self._weights = [(name, ready.values[name], _lies(ready.values[name])) for name in self._watched]
 
     def _go_on(self, ready: Ready, length: int) -> list[Any]:
         """Read a segment, and return the results of those that have ended with it."""
         self._flying.append(ready)
-        return self._run([TextInput({**ready.values, **self._from}, 1, length, hands_on=False)])
+        return self._run([TextInput({**ready.values, **self._from}, 1, length)])
 
     def _finish(self, ready: Ready | None = None, length: int = 0) -> list[Any]:
         """Read all to the end, with a last segment if there is one."""
         chain, variant = self._chain, self._variant
         assert chain is not None and variant is not None
-        if ready is not None:
+        if ready is None:
+            if variant.modes != modes():
+                raise StateError("the stream is under other modes than before (grad, inference, autocast)")
+            self._refuse_changed(variant.now(self._watched))
+        else:
             self._flying.append(ready)
         fewest = self._flying[0].made.fewest if self._state is None else 0
-        last = [TextInput({**ready.values, **self._from}, 1, length)] if ready is not None else []
-        found = self._run(last)
+        values = {} if ready is None else {**ready.values, **self._from}
+        found = self._run([TextInput(values, 1, length, hands_on=True)] if ready is not None else [])
         self._state, begun = chain.state, self._state is None
         self._chain, self._waiting = None, {}
         if begun and chain.fed < fewest:
@@ -219,33 +299,24 @@ class Stream:
         try:
             chain.executor.read(texts, self._batch, done, chain=chain)
         except BaseException as error:
-            what = error.reason if isinstance(error, RmtcError) else type(error).__name__
-            self._end(f"the stream has failed: {what}")
+            self._end(f"the stream has failed: {error.reason if isinstance(error, RmtcError) else brief(error)}")
             raise
         self._compiled.streamed(len(texts))
         return found
 
-    def _refuse_changed(self, ready: Ready) -> None:
-        """Refuse weights that changed while segments are in flight.
+    def _refuse_changed(self, values: Mapping[str, Any]) -> None:
+        """Refuse weights, and other tensors of the model, that changed while segments are in flight.
 
         Raises:
             StateError: with their names.
         """
-        values = ready.values
-        if self._chain is None:
-            sources, written = ready.made.program.loop.sources, ready.made.program.writes()
-            self._weights = [
-                (name, value, _version(value))
-                for name, value in values.items()
-                if name not in written and name in sources and sources[name].kind in ("parameter", "buffer")
-            ]
-            return
-        changed = [n for n, one, version in self._weights if values[n] is not one or _version(one) != version]
+        known = [(name, values.get(name), was, lay) for name, was, lay in self._weights]
+        changed = [name for name, value, was, lay in known if value is not was or _lies(value) != lay]
         if changed:
             self._end(f"weights were changed while segments were in flight: {', '.join(changed)}")
             self._refuse_ended()
 
 
-def _version(tensor: torch.Tensor) -> int:
-    """Return how often a tensor was written to; of one that was made in inference mode that is not known."""
-    return -1 if tensor.is_inference() else tensor._version
+def _lies(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return where a tensor lies, and how often it was written to; of one of inference mode that is not known."""
+    return tensor.data_ptr(), tensor.dtype, -1 if tensor.is_inference() else tensor._version

@@ -66,7 +66,7 @@ class Triton(Executor):
         self, texts: Sequence[TextInput], batch: int, done: Done, lanes: int = 1, chain: Chain | None = None
     ) -> Run:
         """Run the loop, as :meth:`Executor.read` does, with the model's GPU as the current one."""
-        tensors = (each for text in texts for each in text.values.values())
+        tensors = chain.devices(texts) if chain is not None else (e for text in texts for e in text.values.values())
         device = next((each.device for each in tensors if each.device.type == "cuda"), None)
         with torch.cuda.device(device) if device is not None else contextlib.nullcontext():
             while True:

@@ -8,7 +8,7 @@ import logging
 import math
 import operator
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -37,7 +37,7 @@ from rmtc.ir.segment_loop import CARRIED
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.bodies.group import run_schedule
 from rmtc.passes.bodies.join_products import join_products
-from rmtc.passes.bodies.resume import Carried, carried, fewest, keeping, resumed
+from rmtc.passes.bodies.resume import Carried, carried, fewest, is_free, keeping, resumed
 from rmtc.passes.pipeline import Proven, apart, check_against, rewrite
 from rmtc.passes.schedule.prove import remedy
 from rmtc.quiet import uncollected
@@ -80,6 +80,7 @@ class Ready:
         made: what runs it.
         gradients: whether its results are to be differentiated.
         state: what an earlier call has handed on, by the names of the sources; None if it begins anew.
+        hands_on: whether it has to hand something on, whatever that takes.
     """
 
     sizes: Sizes
@@ -88,6 +89,7 @@ class Ready:
     made: Made
     gradients: bool = False
     state: Mapping[str, torch.Tensor] | None = None
+    hands_on: bool = False
 
     @property
     def runner(self) -> Runner:
@@ -99,13 +101,21 @@ class Ready:
         """Every tensor that this reads, by name."""
         return self.values if self.state is None else {**self.values, **self.state}
 
+    @property
+    def keeps(self) -> bool:
+        """Whether it hands something on: if it has to, or if that takes no operation that it would not run."""
+        whole = self.sizes.tail == self.made.program.loop.segment_length
+        return self.hands_on or whole or self.made.hands_on_freely
+
     def handed_on(self, outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Take what the call hands on out of its results, by the user's names."""
         known = {(each.number, each.back): each for each in self.made.state.values()}
         found: dict[str, torch.Tensor] = {}
         for (number, back), each in known.items():
             if CARRIED + each.name in outputs:
-                found[each.name] = outputs.pop(CARRIED + each.name)
+                value = found[each.name] = outputs.pop(CARRIED + each.name)
+                if self.state is not None and _shares(value, self.state.values()):
+                    found[each.name] = value.clone()
             elif self.state is not None and back > self.sizes.segments:  # it is older than this call
                 found[each.name] = self.state[CARRIED + known[number, back - self.sizes.segments].name]
         return found
@@ -120,10 +130,12 @@ class Made:
         backend: the name of what runs it.
         program, weights: what is run.
         backend_of: makes what runs a program.
-        runner: what runs it, with what the last segment hands on among the results.
+        runner: what runs it.
+        growing: the dimensions in which each argument grows with the text.
         unmoved: what the program reads that is in no stack.
         trains: what runs calls from which gradients are asked, once there is one.
         resumes: what runs calls that begin with what another one has handed on, once there is one.
+        shapes: the shapes of what calls have handed on after whole segments, by batch size.
     """
 
     kind: str
@@ -132,14 +144,21 @@ class Made:
     weights: Weights
     backend_of: Backend
     runner: Runner
+    growing: dict[str, tuple[int, ...]] = field(default_factory=dict)
     unmoved: list[str] = field(default_factory=list)
     trains: list[Training] = field(default_factory=list)
     resumes: list[Executor] = field(default_factory=list)
+    shapes: dict[int, dict[str, torch.Size]] = field(default_factory=dict)
 
     @functools.cached_property
     def state(self) -> dict[str, Carried]:
         """What a call hands on to one that goes on, by the user's names."""
         return {each.name: each for each in carried(self.program.loop)}
+
+    @functools.cached_property
+    def hands_on_freely(self) -> bool:
+        """Whether a call hands on what it computes anyway, whatever the length of its last segment."""
+        return is_free(self.program.loop)
 
     @functools.cached_property
     def fewest(self) -> int:
@@ -155,7 +174,7 @@ class Made:
         if not self.resumes:
             if not isinstance(self.runner, Executor):
                 raise RefusedError("its backend runs no call that begins with a state")
-            made = self.backend_of(resumed(keeping(self.program)), self.weights)
+            made = self.backend_of(resumed(keeping(self.program), self.growing), self.weights)
             assert isinstance(made, Executor)
             self.resumes.append(made)
         return self.resumes[0]
@@ -351,7 +370,9 @@ class Variant:
             joined = join_products(program, movable)
             weights = Weights.plan(joined, movable, repack_weights)
             of = of_backends[name]
-            made = Made(kind, name, joined, weights, of, of(keeping(joined), weights))
+            made = Made(kind, name, joined, weights, of, of(joined, weights), variant.arguments.growing)
+            if isinstance(made.runner, Executor):
+                made.runner.program = keeping(joined)
             own = set(weights.names)
             made.unmoved.extend(name for name in variant._slots if name not in own)
             return made
@@ -742,14 +763,19 @@ class Variant:
         if sizes not in self._descriptions:
             return None
         if state is None:
-            return replace(ready, sizes=sizes)
+            return replace(ready, sizes=sizes, hands_on=True)
         if any(
             type(low) in (int, float) and fingerprint(low) != fingerprint(self.analysis.probes[1].plain.get(name))
             for name, low in self.analysis.probes[0].plain.items()
         ):
             raise RefusedError("it counts segments in Python, and a call that goes on would count them anew")
         ready.made.resuming()
-        return replace(ready, sizes=sizes, state=self._checked(ready.made, state, sizes.batch))
+        if sizes.segments < ready.made.program.loop.furthest_result:
+            raise RefusedError(
+                f"a result reads the last {ready.made.program.loop.furthest_result} segments",
+                remedy="read on with so many at once",
+            )
+        return replace(ready, sizes=sizes, state=self._checked(ready.made, state, sizes.batch), hands_on=True)
 
     def _checked(self, made: Made, state: Mapping[str, Any], batch: int) -> dict[str, torch.Tensor]:
         """A state by the names of the sources, if it may be one of so many texts."""
@@ -769,6 +795,10 @@ class Variant:
             shape, dtype = form
             known_as = zip(value.shape, shape, strict=False)
             like = value.dim() == len(shape) and all(n == m or n * probed == m * batch for n, m in known_as)
+            if batch != probed and value.shape == shape and any(m % probed == 0 for m in shape):
+                like = False  # of the batch size of a probe
+            if (exact := made.shapes.get(batch)) is not None:
+                like = exact[name] == value.shape
             if value.dtype != dtype or not like:
                 sizes = [m * batch // probed if n == 0 and m % probed == 0 else m for n, m in enumerate(shape)]
                 wanted = _show((torch.Size(sizes), dtype, self.device))
@@ -783,6 +813,8 @@ class Variant:
         """See that a call that hands something on is the program's; see :meth:`admit`."""
         self.admit(self.tells(sizes, resumed), fresh, self.scheduled(sizes))
         self._descriptions[sizes] = self._result(sizes)
+        if len(self._descriptions) > _ESTIMATES:
+            del self._descriptions[next(iter(self._descriptions))]
 
     @contextlib.contextmanager
     def _as_captured(self) -> Iterator[None]:
@@ -861,10 +893,16 @@ class Variant:
     def run(self, ready: Ready) -> Ended:
         """Run a call."""
         runner = self._training(ready.made) if ready.gradients else ready.runner
-        outputs, run = runner.run(ready.given, *ready.sizes)
+        if isinstance(runner, Executor) and not ready.gradients:
+            outputs, run = runner.run(ready.given, *ready.sizes, hands_on=ready.keeps)
+        else:
+            outputs, run = runner.run(ready.given, *ready.sizes)
         state = ready.handed_on(outputs)
         result = self._finished(ready, outputs)
         self._settle(ready.sizes)
+        made = ready.made
+        if state and ready.sizes.batch not in made.shapes and ready.sizes.tail == made.program.loop.segment_length:
+            made.shapes[ready.sizes.batch] = {name: each.shape for name, each in state.items()}
         return Ended(result, run, state)
 
     def run_packed(
@@ -888,7 +926,7 @@ class Variant:
                 held.append((outputs, state))
 
         held: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = []
-        texts = [TextInput(each.given, each.sizes.segments, each.sizes.tail) for each in calls]
+        texts = [TextInput(e.given, e.sizes.segments, e.sizes.tail, hands_on=e.hands_on) for e in calls]
         run = runner.read(texts, calls[0].sizes.batch, ended, lanes)
         if self.leaves:  # once nothing can fail any more
             outputs, state = held[-1]
@@ -936,6 +974,10 @@ class Variant:
             del self._missed[next(iter(self._missed))]
         return self._missed[key] >= heuristics.PLANNING * cells
 
+    def now(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return what the places of some tensors hold now."""
+        return {name: self._slots[name].get() for name in names if name in self._slots}
+
     @property
     def leaves(self) -> bool:
         """Whether a call leaves something in the model."""
@@ -982,10 +1024,14 @@ class Variant:
 
     def _finished(self, ready: Ready, outputs: dict[str, Any], leave: bool = True) -> Any:
         """What the user's code would have returned, with all that it would have left."""
-        description = self._descriptions.get(ready.sizes) or self.analysis.result(ready.sizes)
+        known = ready.sizes in self._descriptions
+        description = self._descriptions[ready.sizes] if known else self.analysis.result(ready.sizes)
         written = {name: ready.values[name] for name in self._written}
         own = {name: written[source] for name, source in self._own.items()}
         outputs = {name: value for name, value in outputs.items() if name not in own}
+        if ready.state is not None:  # no result is a part of what was given
+            state = ready.state.values()
+            outputs = {name: value.clone() if _shares(value, state) else value for name, value in outputs.items()}
 
         def other(asked: str | ExistingContainer) -> Any:
             if isinstance(asked, ExistingContainer):
@@ -1080,6 +1126,14 @@ def _apart(outputs: Mapping[str, Any], written: Mapping[str, torch.Tensor]) -> M
         return value.clone() if shared else value
 
     return {name: apart(value) for name, value in outputs.items()} if written else outputs
+
+
+def _shares(value: Any, others: Iterable[torch.Tensor]) -> bool:
+    """Tell whether a value lies in the memory of another one."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    place = value.untyped_storage()._cdata
+    return any(each.untyped_storage()._cdata == place for each in others)
 
 
 def _plainly(name: str) -> str:

@@ -15,11 +15,12 @@ import torch
 from rmtc.affine import Affine
 from rmtc.errors import RefusedError, VerifyError
 from rmtc.ir.program import SPLITS, VIEWS, Form, Op, Source, Src, leaves, map_leaves
-from rmtc.ir.segment_loop import CARRIED, Environment, Item, Outer, Row, SegmentLoop, Where
+from rmtc.ir.segment_loop import CARRIED, Environment, Every, Item, Outer, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Body, Member, WavefrontProgram
 
 aten = torch.ops.aten
 
+_SHAPES = frozenset({*VIEWS, *SPLITS, aten.reshape.default, aten.expand.default})
 _CREATE = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
 
 
@@ -79,22 +80,27 @@ def _reads(ops: Sequence[Op]) -> Iterator[Row]:
 def _rows(loop: SegmentLoop, number: int) -> tuple[int, ...]:
     """Return which operation of each row kind is read where later segments read ``number``; -1 if it is not known."""
     steady = len(loop.rows)
-    found: list[set[int]] = [set() for _ in range(steady)]
-    for place, op in enumerate(loop.steady):
-        for at, leaf in enumerate(leaves(op.args)):
-            if not isinstance(leaf, Row) or leaf.back == 0 or leaf.number != number:
-                continue
-            for row in range(steady):
-                reader = row + leaf.back
-                if reader >= steady:
-                    found[row].add(number)
-                    continue
-                other = loop.rows[reader]
-                same = len(other) == len(loop.steady) and other[place].target is op.target
-                there = leaves(other[place].args) if same else ()
-                read = there[at] if at < len(there) else None
-                found[row].add(read.number if isinstance(read, Row) and read.back == leaf.back else -1)
-    return (*(each.pop() if len(each) == 1 else -1 for each in found), number)
+    reads = [(place, at, leaf.back) for place, op in enumerate(loop.steady) for at, leaf in _at(op, number)]
+    found: list[int] = []
+    for row in range(steady):
+        if any(row + back >= steady for _, _, back in reads):  # a later segment reads it by this very number
+            found.append(number)
+            continue
+        made: set[int] = set()
+        for place, at, back in reads:
+            ops = loop.rows[row + back]
+            alike = len(ops) == len(loop.steady) and ops[place].target is loop.steady[place].target
+            there = leaves(ops[place].args)[at : at + 1] if alike else ()
+            made.update(leaf.number if isinstance(leaf, Row) and leaf.back == back else -1 for leaf in there)
+        found.append(made.pop() if len(made) == 1 else -1)
+    return (*found, number)
+
+
+def _at(op: Op, number: int) -> Iterator[tuple[int, Row]]:
+    """Yield the operands of an operation that are of earlier segments' ``number``, with their places."""
+    for at, leaf in enumerate(leaves(op.args)):
+        if isinstance(leaf, Row) and leaf.back > 0 and leaf.number == number:
+            yield at, leaf
 
 
 def fewest(loop: SegmentLoop) -> int:
@@ -130,21 +136,26 @@ def keeping(program: WavefrontProgram) -> WavefrontProgram:
     Nothing is added if the last segment would have to read what is no part of the text.
     """
     loop = program.loop
-    found = carried(loop)
-    if _looks_ahead(loop, found):
+    if any(map(_counts, (leaf for op in _for_state(loop) for leaf in leaves(op.args)))):
         return program
     outputs = dict(loop.outputs)
-    outputs.update((CARRIED + each.name, Where(-each.back, each.rows)) for each in found)
+    outputs.update((CARRIED + each.name, Where(-each.back, each.rows)) for each in carried(loop))
     return replace(program, loop=replace(loop, outputs=outputs))
 
 
-def _looks_ahead(loop: SegmentLoop, found: Sequence[Carried]) -> bool:
-    """Tell whether what is carried is made of a place in the text that no result of that segment depends on.
+def is_free(loop: SegmentLoop) -> bool:
+    """Tell whether what a loop hands on takes no operation of the last segment that its results do not take.
 
-    Such is the text of the segment to come.
+    Such an operation may be none for a shorter segment: without a state it does not run there.
     """
+    return not _for_state(loop)
+
+
+def _for_state(loop: SegmentLoop) -> list[Op]:
+    """Return the operations of the last segment that what is handed on takes, and no result does."""
     own = [{leaf.number for leaf in leaves(op.args) if isinstance(leaf, Row) and leaf.back == 0} for op in loop.steady]
-    given = [*leaves(tuple(loop.outputs.values())), *(leaf for op in loop.after for leaf in leaves(op.args))]
+    results = [value for name, value in loop.outputs.items() if not str(name).startswith(CARRIED)]
+    given = [*leaves(tuple(results)), *(leaf for op in loop.after for leaf in leaves(op.args))]
 
     def needed(numbers: set[int]) -> set[int]:
         for number in reversed(range(len(own))):
@@ -152,9 +163,8 @@ def _looks_ahead(loop: SegmentLoop, found: Sequence[Carried]) -> bool:
                 numbers |= own[number]
         return numbers
 
-    read = needed({each.number[-1] for each in given if hasattr(each, "number") and isinstance(each.number, tuple)})
-    more = needed({each.number for each in found}) - read
-    return any(_counts(leaf) for number in more for leaf in leaves(loop.steady[number].args))
+    read = needed({each.number[-1] for each in given if isinstance(each, (Where, Every))})
+    return [loop.steady[number] for number in sorted(needed({each.number for each in carried(loop)}) - read)]
 
 
 def _counts(leaf: Any) -> bool:
@@ -163,14 +173,15 @@ def _counts(leaf: Any) -> bool:
     return isinstance(value, Affine) and not value.atoms.isdisjoint({"s", "S", "N"})
 
 
-def resumed(program: WavefrontProgram) -> WavefrontProgram:
+def resumed(program: WavefrontProgram, growing: Mapping[str, tuple[int, ...]]) -> WavefrontProgram:
     """Return the program that goes on where a call has ended, with what its last segment handed on.
 
     All segments are as later ones. What the first of them read from segments that are not there are sources, named as
     the results of :func:`keeping`. Its own text is all that it knows: segments and positions count from its beginning.
 
-    Needs: a program that :func:`keeping` has added to.
-    Checks: segments do not depend on their place in the text, but for the part of the text that they read.
+    Needs: a program that :func:`keeping` has added to, and the dimensions in which each input grows with the text.
+    Checks: segments do not depend on their place in the text, but for the part of the text that they read, nor on what
+    a call leaves in the model otherwise.
 
     Raises:
         RefusedError: if they do, or the loop cannot go on for another reason.
@@ -184,7 +195,11 @@ def resumed(program: WavefrontProgram) -> WavefrontProgram:
         raise RefusedError("what the last segment hands on is not known: it reads the text of the segment to come")
     if program.draws:
         raise RefusedError("it draws random numbers, which a later call cannot continue", remedy="call eval()")
-    _refuse_counting(loop)
+    _Places(loop, growing).refuse()
+    _refuse_left(loop)
+    least = fewest(loop)
+    if any(row < 0 for each in state.values() for row in each.rows[max(0, least - each.back) :]):
+        raise RefusedError("what the first segments hand on is not what later ones do")
     depth, steady = max(each.back for each in state.values()), len(loop.rows)
 
     def earlier(row: int, leaf: Any) -> Any:
@@ -256,88 +271,147 @@ def _with_rows(loop: SegmentLoop, rows: tuple[tuple[Op, ...], ...], state: Seque
     return made
 
 
-def _refuse_counting(loop: SegmentLoop) -> None:
-    """Refuse segments that depend on their place in the text, but for the part of the text that they read.
+def _refuse_left(loop: SegmentLoop) -> None:
+    """Refuse a loop that reads what a call leaves in the model, but as what its first segment begins with.
 
     Raises:
         RefusedError: with the first operation that does.
     """
-    # Values before the loop: "free" of the text, "along" it position by position, that in "pieces", or of "all" of it.
-    before: list[str] = []
-    for op in loop.before:
-        given = leaves(op.args)
-        read = {before[leaf.number] for leaf in given if isinstance(leaf, Outer)}
-        read |= {"along" for leaf in given if _is_text(loop, leaf)}
-        if read == {"along"} and _is_divided(loop, op):
-            before.append("pieces")
-        elif any(map(_counts, given)) or not read <= {"along", "free"}:
-            before.append("all")
-        elif "along" not in read or op.target in _CREATE:
-            before.append("free")
-        else:
-            before.append("along" if _is_by_position(op) else "all")
-    cut: set[int] = set()  # the operations that read a part of the text
-    for number, op in enumerate(loop.steady):
-        given = [leaf for leaf in leaves(op.args) if not isinstance(leaf, Item)]
-        first = given[0] if given else None
-        kind = before[first.number] if isinstance(first, Outer) else "along" if _is_text(loop, first) else ""
-        part = op.target in VIEWS or op.target in SPLITS or op.target is operator.getitem
-        if part and kind in ("along", "pieces"):
-            if not _is_own(loop, op, kind == "pieces"):
+    left = {str(name).partition(":")[2] for name in loop.outputs if str(name).startswith(("state:", "write:"))}
+    for op in (*loop.before, *loop.steady, *loop.after):
+        for leaf in leaves(op.args):
+            names = loop.sources[leaf.name].names if isinstance(leaf, Src) and leaf.name in loop.sources else ()
+            if not left.isdisjoint([*names, *(name.removeprefix("self.") for name in names)]):
                 raise RefusedError(
-                    "a call leaves positions of its text out, or reads some twice, so two calls are not as one of both",
+                    f"each call reads what the one before has left in {names[0]}, and so would each part of a text",
                     location=op.location,
-                    remedy="cut or pad the text before the call",
+                    remedy="hand it on from segment to segment, or leave it to the caller",
                 )
-            cut.add(number)
-            continue
-        what = None
-        if any(map(_counts, given)):
-            what = "the number of the segment, or the length of the text"
-        elif any(isinstance(leaf, Outer) and before[leaf.number] != "free" for leaf in given):
-            what = "what was computed of the whole text"
-        elif any(_is_text(loop, leaf) for leaf in given):
-            what = "the whole text"
-        if what is not None:
-            raise RefusedError(
-                f"a segment reads {what}, so it would do something else in another call",
-                location=op.location,
-                remedy="let what a segment computes depend on the segment and on what it is handed alone; positions "
-                "that count from the beginning of the text are to be arguments of the call",
+
+
+class _Places:
+    """What a loop's values know of the place of a segment in the text.
+
+    A value before the loop is ``free`` of the text, ``along`` it position by position, in ``pieces`` of a segment each,
+    made of ``all`` of it, or a ``count``: of positions or segments.
+    """
+
+    def __init__(self, loop: SegmentLoop, growing: Mapping[str, tuple[int, ...]]) -> None:
+        self.loop, self.growing = loop, growing
+        self.before = list[str]()
+        for op in loop.before:
+            self.before.append(self._kind(op))
+
+    def _kind(self, op: Op) -> str:
+        given = leaves(op.args)
+        read = {self.before[leaf.number] for leaf in given if isinstance(leaf, Outer)}
+        read |= {"along" for leaf in given if self._is_text(leaf)}
+        if read == {"along"} and self._divides(op):
+            return "pieces"
+        if op.target in _CREATE and not any(map(_counts, given)):
+            return "free"
+        if not read <= {"free"}:
+            return (
+                "along" if read <= {"along", "free"} and not any(map(_counts, given)) and _is_by_position(op) else "all"
             )
+        return "count" if any(map(_counts, given)) else "free"
 
+    def refuse(self) -> None:
+        """Refuse a loop whose segments know their place otherwise than by the part of the text that they read.
 
-def _is_divided(loop: SegmentLoop, op: Op) -> bool:
-    """Tell whether an operation divides a text into its segments."""
-    given = leaves(op.args[1:])
-    if op.target is aten.split.Tensor:
-        return bool(given) and given[0] == loop.segment_length
-    counts = [place for place, leaf in enumerate(given) if _counts(leaf)]
-    if op.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default) or len(counts) != 1:
-        return False
-    place = counts[0]
-    return str(given[place]) == "S" and given[place + 1 : place + 2] == [loop.segment_length]
+        Raises:
+            RefusedError: with the first operation that does.
+        """
+        for op in self.loop.steady:
+            given = [leaf for leaf in leaves(op.args) if not isinstance(leaf, Item)]
+            first = given[0] if given else None
+            kind = self.before[first.number] if isinstance(first, Outer) else "along" if self._is_text(first) else ""
+            part = op.target in VIEWS or op.target in SPLITS or op.target is operator.getitem
+            if part and kind in ("along", "pieces"):
+                if not self._reads_own(op, first, kind == "pieces"):
+                    raise RefusedError(
+                        "a call leaves positions of its text out, or reads some twice, so two calls are not as one",
+                        location=op.location,
+                        remedy="cut or pad the text before the call",
+                    )
+                continue
+            what = None
+            if any(isinstance(leaf, Outer) and self.before[leaf.number] != "free" for leaf in given):
+                what = "what was computed before the text was cut"
+            elif any(map(_counts, given)):
+                what = "the number of the segment, or the length of the text"
+            elif any(map(self._is_text, given)):
+                what = "the whole text"
+            if what is not None:
+                raise _counting(op, f"a segment reads {what}")
+        for op in self.loop.after:
+            operands = leaves(op.args)
+            whole = isinstance(operands[0], (Where, Every, Outer, Src)) if operands else False
+            whole = whole and not self._is_count(operands[0]) and (op.target in _SHAPES or op.target in _CREATE)
+            table = isinstance(operands[0], Src) and not self._is_text(operands[0]) if operands else False
+            if any(map(self._is_count, operands)) or (any(map(_counts, operands)) and (table or not whole)):
+                raise _counting(op, "a result depends on the number of segments, or the length of the text")
 
+    def _is_count(self, leaf: Any) -> bool:
+        return isinstance(leaf, Outer) and leaf.part == "before" and self.before[leaf.number] == "count"
 
-def _is_own(loop: SegmentLoop, op: Op, divided: bool) -> bool:
-    """Tell whether a segment reads of the text, or of its pieces, just what is its own."""
-    given, length = leaves(op.args), loop.segment_length
-    for segment, tail in itertools.product(range(3), (1, length)):
-        sizes = Environment(segment, 3, 2, tail if segment == 2 else length, 2 * length + tail)
-        read = list(map(sizes.of, given))
-        if divided and (op.target is aten.select.int or op.target is operator.getitem):
-            own = read[-1] == segment
-        elif not divided and op.target is aten.slice.Tensor and len(read) == 4:
-            own = (read[2], min(read[3], sizes.N)) == (segment * length, segment * length + sizes.T)
-        else:
-            own = False
-        if not own:
+    def _is_text(self, leaf: Any) -> bool:
+        return isinstance(leaf, Src) and leaf.name in self.loop.growing
+
+    def _dim(self, leaf: Any) -> int | None:
+        """The dimension in which a text grows, if there is one."""
+        dims = self.growing.get(leaf.name, ()) if isinstance(leaf, Src) else ()
+        if isinstance(leaf, Outer):  # position by position: as that of the text that it is made of
+            (*texts,) = {self._dim(each) for each in leaves(self.loop.before[leaf.number].args) if self._of_text(each)}
+            return texts[0] if len(texts) == 1 else None
+        return dims[0] if len(dims) == 1 else None
+
+    def _of_text(self, leaf: Any) -> bool:
+        return self._is_text(leaf) or (isinstance(leaf, Outer) and self.before[leaf.number] in ("along", "pieces"))
+
+    def _divides(self, op: Op) -> bool:
+        """Tell whether an operation divides a text into its segments."""
+        given, text = leaves(op.args[1:]), op.args[0]
+        dim = self._dim(text) if self._of_text(text) else None
+        if dim is None:
             return False
-    return True
+        if op.target is aten.split.Tensor:
+            return list(given) == [self.loop.segment_length, dim]
+        counts = [place for place, leaf in enumerate(given) if _counts(leaf)]
+        return (
+            op.target in (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+            and counts == [dim]
+            and str(given[dim]) == "S"
+            and list(given[dim + 1 : dim + 2]) == [self.loop.segment_length]
+        )
+
+    def _reads_own(self, op: Op, text: Any, divided: bool) -> bool:
+        """Tell whether a segment reads of the text, or of its pieces, just what is its own."""
+        given, length, dim = leaves(op.args), self.loop.segment_length, self._dim(text)
+        if dim is None:
+            return False
+        for segment, tail in itertools.product(range(3), (1, length)):
+            sizes = Environment(segment, 3, 2, tail if segment == 2 else length, 2 * length + tail)
+            read = list(map(sizes.of, given))
+            if divided:
+                own = read[1:] == [dim, segment] if op.target is aten.select.int else read[1:] == [segment]
+                own = own and op.target in (aten.select.int, operator.getitem)
+            else:
+                ends = (segment * length, segment * length + sizes.T)
+                own = op.target is aten.slice.Tensor and len(read) == 4
+                own = own and read[1] == dim and (read[2], min(read[3], sizes.N)) == ends
+            if not own:
+                return False
+        return True
 
 
-def _is_text(loop: SegmentLoop, leaf: Any) -> bool:
-    return isinstance(leaf, Item) or (isinstance(leaf, Src) and leaf.name in loop.growing)
+def _counting(op: Op, what: str) -> RefusedError:
+    return RefusedError(
+        f"{what}, so it would be something else in another call",
+        location=op.location,
+        remedy="let what is computed depend on the segment and on what it is handed alone; positions that count from "
+        "the beginning of the text are to be arguments of the call",
+    )
 
 
 def _is_by_position(op: Op) -> bool:
@@ -373,8 +447,10 @@ def check_resumed(loop: SegmentLoop, made: SegmentLoop) -> None:
                 raise VerifyError(f"segment {segment} goes on with other operations than segment {before + segment}")
             for number, (one, other) in enumerate(zip(loop.row(before + segment), made.row(segment), strict=True)):
                 pairs = list(zip(leaves(one.args), leaves(other.args), strict=True))
-                shifts = {0, before, before * length} if _reads_part(loop, one) else {0}
-                same = one.target is other.target and all(_same(loop, (theirs, ours), *pair, shifts) for pair in pairs)
+                shifts = (0, before, before * length) if _reads_part(loop, one) else (0,)
+                same = one.target is other.target and any(
+                    all(_same(loop, (theirs, ours), *pair, shift) for pair in pairs) for shift in shifts
+                )
                 if not same:
                     raise VerifyError(f"%{number} of segment {segment} goes on as {other} in place of {one}")
 
@@ -391,7 +467,7 @@ def _reads_part(loop: SegmentLoop, op: Op) -> bool:
     return False
 
 
-def _same(loop: SegmentLoop, at: tuple[Environment, Environment], a: Any, b: Any, shifts: set[int]) -> bool:
+def _same(loop: SegmentLoop, at: tuple[Environment, Environment], a: Any, b: Any, shift: int) -> bool:
     """Tell whether an operand of a whole loop is that of one that goes on."""
     theirs, ours = at
     before = theirs.s - ours.s
@@ -406,5 +482,5 @@ def _same(loop: SegmentLoop, at: tuple[Environment, Environment], a: Any, b: Any
     if isinstance(a, Item):
         return isinstance(b, Item) and a[::2] == b[::2] and theirs.of(a.number) - ours.of(b.number) == before
     if isinstance(a, Affine) or isinstance(b, Affine):
-        return theirs.of(a) - ours.of(b) in shifts
+        return bool(theirs.of(a) - ours.of(b) == shift)
     return type(a) is type(b) and bool(a == b)
