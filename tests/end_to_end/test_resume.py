@@ -249,9 +249,71 @@ class Trimmed(Stack):
         return torch.cat(pieces, dim=1)
 
 
+class Added(Table):
+    """Adds positions of the whole text to what comes out."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return Plain.forward(self, hidden) + self.table[: hidden.shape[1]]  # type: ignore[arg-type]
+
+
+class Counted(Stack):
+    """Multiplies what comes out with its positions."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return Plain.forward(self, hidden) * torch.arange(hidden.shape[1])[:, None]  # type: ignore[arg-type]
+
+
+class Anchored(Stack):
+    """Each segment reads what the call before has left."""
+
+    anchor: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("anchor", torch.ones(BATCH, 1, WIDTH))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        found = Plain.forward(self, hidden, self.anchor)  # type: ignore[arg-type]
+        self.anchor.mul_(0.5).add_(found.mean(1, keepdim=True))
+        return found
+
+
+class Strided(Stack):
+    """Segment s is the positions s, S + s, 2 * S + s and so on."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        pieces = hidden.view(hidden.shape[0], SEGMENT, -1, WIDTH).transpose(1, 2).reshape(hidden.shape)
+        return Plain.forward(self, pieces)  # type: ignore[arg-type]
+
+
+class Before(Stack):
+    """Returns the last segment but one."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return Plain.forward(self, hidden)[:, -2 * SEGMENT : -SEGMENT]  # type: ignore[arg-type]
+
+
+class Plain(Stack):
+    """A memory per layer, local to the call."""
+
+    def forward(self, hidden: Tensor, more: Tensor | float = 0.0) -> Tensor:
+        memories = [hidden.new_zeros(hidden.shape[0], 1, WIDTH)] * LAYERS
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number] + more)
+                memories[number] = piece.mean(1, keepdim=True)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (Added, "a result depends on the number of segments, or the length of the text"),
+        (Counted, "a result depends on the number of segments, or the length of the text"),
+        (Anchored, "each call reads what the one before has left in anchor"),
+        (Strided, "something else in another call"),
         (Placed, "something else in another call"),
         (Table, "would be something else in another call"),
         (Centred, "would be something else in another call"),
@@ -268,6 +330,98 @@ def test_a_place_in_the_text_is_not_known_to_a_later_call(make: Callable[[], nn.
     assert error.value.location is not None and error.value.location.file.endswith("test_resume.py")
     fast(given)  # as before
     assert rmtc.stats(fast).runs == 2
+
+
+class Whole(Stack):
+    """A memory of whole segments, which the last one does not write."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        memories = [hidden.new_zeros(hidden.shape[0], 1, WIDTH)] * LAYERS
+        pieces, found = hidden.split(SEGMENT, dim=1), []
+        for at, piece in enumerate(pieces):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number])
+                if at + 1 < len(pieces):
+                    memories[number] = piece.reshape(hidden.shape[0], 1, SEGMENT * WIDTH)[..., :WIDTH]
+            found.append(piece)
+        return torch.cat(found, dim=1)
+
+
+@torch.no_grad()
+def test_a_call_runs_nothing_for_a_state_that_its_results_do_not_take() -> None:
+    """An operation that is none for a shorter last segment does not run there."""
+    model = Whole()
+    fast = rmtc.compile(model, strict=True, schedule="shortest")
+    for given in (text(5), text(5, tail=3)):
+        with rmtc.disabled(fast):
+            wanted = fast(given)
+        assert torch.allclose(fast(given), wanted, rtol=1e-10, atol=1e-10)
+    assert rmtc.stats(fast).runs == 2
+    with pytest.raises(StateError, match="ended in the middle of a segment"):
+        rmtc.state(fast)
+    with pytest.raises(StateError, match="the text could not be read on"):
+        rmtc.resume(fast, None)(text(5, tail=3))
+    fast(text(5))
+    wanted = fast(text(7))
+    fast(text(7)[:, : 4 * SEGMENT])
+    found = rmtc.resume(fast, rmtc.state(fast))(text(7)[:, 4 * SEGMENT :])
+    assert torch.allclose(found, wanted[:, 4 * SEGMENT :], rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_state_is_that_of_the_last_call_and_of_its_batch() -> None:
+    fast, short = rmtc.compile(Plain(), strict=True, schedule="shortest"), text(3, 1)
+    for batch in (2, 1):
+        fast(text(4, batch))
+        state = rmtc.state(fast)
+        for other in (1, 2, 3):
+            if other != batch:
+                with pytest.raises(StateError, match=f"for a batch of {other} the model's is"):
+                    rmtc.resume(fast, state)(text(1, other))
+    with rmtc.disabled(fast):
+        fast(short)
+    with pytest.raises(StateError, match="ran as written"):
+        rmtc.state(fast)
+    fast(short)
+    with pytest.raises(StateError, match="missing"):
+        rmtc.resume(fast, {})(short)
+    with pytest.raises(StateError, match="the last call failed"):
+        rmtc.state(fast)
+    rmtc.pack(fast)([short, short])
+    rmtc.pack(fast)([short, short])
+    with pytest.raises(StateError, match="was a pack"):
+        rmtc.state(fast)
+    fast(short)
+    state = rmtc.state(fast)
+    resumed = rmtc.resume(fast, state)
+    once = resumed(short)
+    for each in state.values():  # the text has begun with what it was given
+        each.zero_()
+    assert torch.equal(resumed(short), once)
+
+
+@torch.no_grad()
+def test_a_result_of_segments_before_the_text() -> None:
+    fast = rmtc.compile(Before(), strict=True, schedule="diagonal")
+    wanted = fast(text(6))
+    fast(text(6)[:, : 3 * SEGMENT])
+    resumed = rmtc.resume(fast, rmtc.state(fast))
+    assert torch.allclose(resumed(text(6)[:, 3 * SEGMENT :]), wanted, rtol=1e-10, atol=1e-10)
+    with pytest.raises(rmtc.RefusedError, match="a result reads the last 2 segments"):
+        resumed(text(1))
+    with pytest.raises(rmtc.RefusedError, match="a result reads the last 2 segments"):
+        rmtc.stream(fast).feed(text(1))
+
+
+@torch.no_grad()
+def test_a_first_part_of_one_segment_harms_no_later_one() -> None:
+    fast = rmtc.compile(Plain(), strict=True, schedule="shortest")
+    with pytest.raises(StateError, match="no call has shown the loop yet"):
+        rmtc.resume(fast, None)(text(1))
+    wanted = rmtc.resume(fast, None)(text(4))
+    first = rmtc.resume(fast, None)(text(4)[:, :SEGMENT])
+    rest = rmtc.resume(fast, rmtc.state(fast))(text(4)[:, SEGMENT:])
+    assert torch.allclose(torch.cat([first, rest], 1), wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_what_is_wrong_is_said() -> None:

@@ -282,13 +282,82 @@ def test_what_is_wrong_is_said() -> None:
         assert short.flush() == []
 
 
-class Failing(Stack):
-    """Fails on texts with a not-a-number in them, inside a product of shapes that do not fit."""
+class Given(Stack):
+    """Begins with a memory that it is given, and reads a scale of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.ones(WIDTH)
+
+    def forward(self, hidden: Tensor, memory: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
+        memories, pieces = [memory] * LAYERS, []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number]) * self.scale * gain
+                memories[number] = piece.mean(1, keepdim=True)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+@torch.no_grad()
+def test_what_a_segment_in_flight_reads_stays_as_it_was() -> None:
+    """Higher layers read what the text begins with, and what it is given, when more segments have come."""
+    fast = rmtc.compile(Given(), strict=True, schedule="diagonal")
+    others = {"memory": torch.randn(BATCH, 1, WIDTH), "gain": torch.ones(1)}
+    wanted = fast(text(8), **others)
+    stream, found = rmtc.stream(fast, **others), list[Tensor]()
+    found += stream.feed(text(8)[:, : 2 * SEGMENT])
+    for each in others.values():
+        each.zero_()
+    found += [*stream.feed(text(8)[:, 2 * SEGMENT :]), *stream.flush()]
+    assert torch.allclose(torch.cat(found, 1), wanted, rtol=1e-10, atol=1e-10)
+    stream = rmtc.stream(fast, **others)
+    stream.feed(text(3))
+    fast.scale.mul_(2)
+    with pytest.raises(StateError, match="weights were changed while segments were in flight: scale"):
+        stream.flush()
+
+
+@torch.no_grad()
+def test_a_flush_looks_at_weights_and_modes() -> None:
+    fast = ready()
+    with torch.inference_mode():
+        fast(text(4))
+    stream = rmtc.stream(fast)
+    assert stream.feed(text(1)[:, :0]) == []
+    stream.feed(text(3))
+    with torch.inference_mode(), pytest.raises(StateError, match="under other modes"):
+        stream.flush()
+    with torch.inference_mode(), pytest.raises(StateError, match="under other modes"):
+        stream.feed(text(1))
+    with rmtc.disabled(fast), pytest.raises(StateError, match="rmtc is off here"):
+        stream.flush()
+    next(fast.layers[2].parameters()).mul_(2)
+    with pytest.raises(StateError, match="weights were changed while segments were in flight"):
+        stream.flush()
+
+
+@pytest.mark.parametrize("piece", [3, None, [1.0], {1: 2}])
+def test_what_is_no_piece(piece: Any) -> None:
+    fast = ready()
+    with pytest.raises(TypeError, match="a piece of a text is a tensor, or a dict of arguments by name"):
+        rmtc.stream(fast).feed(piece)
+    with pytest.raises(TypeError, match="hidden is given for all pieces and for this one"):
+        rmtc.stream(fast, hidden=text(1)).feed(text(1))
+
+
+class Fitting(Stack):
+    """Adds a table of a whole segment: its loop holds for whole segments alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(SEGMENT, WIDTH))
 
     def forward(self, hidden: Tensor) -> Tensor:
         memories = [hidden.new_zeros(hidden.shape[0], 1, WIDTH)] * LAYERS
         pieces = []
         for piece in hidden.split(SEGMENT, dim=1):
+            piece = piece + self.table
             for number, layer in enumerate(self.layers):
                 piece = torch.tanh(layer(piece) + memories[number])
                 memories[number] = piece.mean(1, keepdim=True)
@@ -297,8 +366,17 @@ class Failing(Stack):
 
 
 @torch.no_grad()
+def test_positions_wait_for_a_whole_segment() -> None:
+    fast, whole = ready(Fitting), text(6)
+    wanted = fast(whole)
+    stream = rmtc.stream(fast)
+    found = feed(stream, whole, [7, 2, 1]) + stream.flush()
+    assert torch.allclose(torch.cat(found, 1), wanted, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
 def test_a_run_that_fails_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast = ready(Failing)
+    fast = ready()
     stream = rmtc.stream(fast)
     stream.feed(text(3))
 
@@ -311,4 +389,18 @@ def test_a_run_that_fails_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> No
             stream.feed(text(1))
     with pytest.raises(StateError, match="the stream has failed: MemoryError"):
         stream.feed(text(1))
+    stream, whole, once, turns = rmtc.stream(fast), text(9), Walk.advance, [0]
+
+    def interrupted(self: Walk, *args: Any) -> Any:
+        turns[0] += 1
+        if turns[0] == 12:
+            raise KeyboardInterrupt
+        return once(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "advance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stream.feed(whole)
+    with pytest.raises(StateError, match="the stream has failed: KeyboardInterrupt"):
+        stream.feed(whole)
     assert torch.allclose(fast(text(3)), rmtc.restore(fast)(text(3)), rtol=1e-10, atol=1e-10)

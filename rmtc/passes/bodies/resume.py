@@ -310,11 +310,12 @@ class _Places:
             return "pieces"
         if op.target in _CREATE and not any(map(_counts, given)):
             return "free"
-        if not read <= {"free"}:
-            return (
-                "along" if read <= {"along", "free"} and not any(map(_counts, given)) and _is_by_position(op) else "all"
-            )
-        return "count" if any(map(_counts, given)) else "free"
+        counts = any(map(_counts, given))
+        if read <= {"free"}:
+            return "count" if counts else "free"
+        if read <= {"free", "count"}:
+            return "count"
+        return "along" if read <= {"along", "free"} and not counts and _is_by_position(op) else "all"
 
     def refuse(self) -> None:
         """Refuse a loop whose segments know their place otherwise than by the part of the text that they read.
