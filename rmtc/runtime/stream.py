@@ -156,12 +156,12 @@ class Stream:
         if isinstance(text, torch.Tensor):
             found = self._compiled.named((text,), self._kwargs)
         elif isinstance(text, Mapping) and all(isinstance(name, str) for name in text):
-            found = [*self._compiled.named((), dict(text)), *self._compiled.named((), self._kwargs)]
+            found = self._compiled.named((), {**self._kwargs, **text})
         else:
             kind = type(text).__name__
             raise TypeError(f"a piece of a text is a tensor, or a dict of arguments by name, and not {kind}")
-        names = [name for name, _ in found]
-        if twice := [name for name in names if names.count(name) > 1]:
+        own = text if isinstance(text, Mapping) else {name for name, value in found if value is text}
+        if twice := sorted(self._kwargs.keys() & own):
             raise TypeError(f"{twice[0]} is given for all pieces and for this one")
         return dict(found)
 
@@ -230,7 +230,7 @@ class Stream:
         return found
 
     def _own(self, ready: Ready, dims: Mapping[str, int]) -> dict[str, torch.Tensor]:
-        """What a segment reads besides its text: weights, and copies of what may change while it is in flight."""
+        """Return what a segment reads besides its text: weights, and copies of what may change meanwhile."""
         if self._chain is None or not self._held:
             sources, written = ready.made.program.loop.sources, ready.made.program.writes()
             kinds = {name: sources[name].kind for name in ready.values if name in sources}

@@ -290,7 +290,7 @@ def _refuse_left(loop: SegmentLoop) -> None:
 
 
 class _Places:
-    """What a loop's values know of the place of a segment in the text.
+    """Knowledge of the place of a segment in the text, in a loop's values.
 
     A value before the loop is ``free`` of the text, ``along`` it position by position, in ``pieces`` of a segment each,
     made of ``all`` of it, or a ``count``: of positions or segments.
