@@ -82,13 +82,10 @@ def runs_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What runs runs again, then in memory that stays, and gives the same; once with other weights in their place."""
     once = Executor.run
 
-    def run(
-        self: Executor, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int
-    ) -> tuple[dict[str, Any], Run]:
+    def run(self: Executor, values: Mapping[str, torch.Tensor], *given: Any) -> tuple[dict[str, Any], Run]:
         if any(isinstance(each, FakeTensor) for each in values.values()):
-            return once(self, values, segments, batch, tail)
+            return once(self, values, *given)
         seed = torch.get_rng_state()
-        given = segments, batch, tail
         first, _ = once(self, values, *given)
         after = torch.get_rng_state()
         torch.set_rng_state(seed)

@@ -135,9 +135,9 @@ class Executor:
     _unfit: set[Any] = field(default_factory=set)  # plans whose runs differ in other shapes
     _stands: threading.Lock = field(default_factory=threading.Lock)  # held by the run that uses what stands
 
-    def plan(self, segments: int, batch: int, tail: int) -> Plan:
+    def plan(self, segments: int, batch: int, tail: int, hands_on: bool = False) -> Plan:
         """The plan of a run for one text, kept for the next one of these sizes."""
-        return self.plan_texts([TextSize(segments, tail)], batch)
+        return self.plan_texts([TextSize(segments, tail, hands_on=hands_on)], batch)
 
     @uncollected()
     def plan_texts(self, texts: Sequence[TextSize], batch: int, lanes: int = 1) -> Plan:

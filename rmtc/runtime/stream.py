@@ -42,6 +42,7 @@ class Stream:
         self._chain: Chain | None = None
         self._from: dict[str, torch.Tensor] = {}  # what it goes on from, by the names of the sources
         self._variant: Variant | None = None
+        self._since: ReadyRun | None = None  # the last piece that was made ready
         self._batch = 0
         self._waiting: dict[str, torch.Tensor] = {}  # positions that fill no segment, by argument
         self._others: dict[str, Any] = {}  # the other arguments of the last piece
@@ -139,7 +140,7 @@ class Stream:
         self._ended = self._ended or reason
         if self._chain is not None:
             self._chain.close()
-        self._chain = self._variant = self._state = None
+        self._chain = self._variant = self._since = self._state = None
         for held in (self._waiting, self._others, self._weights, self._flying, self._from, self._held):
             held.clear()
 
@@ -197,7 +198,8 @@ class Stream:
         def run(decision: ReadyRun, _: float) -> list[Any]:
             return self._cut(decision, last)
 
-        return self._compiled.with_ready((), named, begins, run, piece=not last)
+        since = self._since if self._chain is not None and not last else None
+        return self._compiled.with_ready((), named, begins, run, piece=not last, since=since)
 
     def _cut(self, decision: ReadyRun, last: bool) -> list[Any]:
         """Read the segments of a piece, which are whole but for the last one of all."""
@@ -218,8 +220,9 @@ class Stream:
             self._dims = dims
             self._open(ready, 0 if last else length)
         else:
-            self._refuse_changed(ready.values)
+            self._refuse_changed(variant.now(self._watched))
         self._variant, self._batch = variant, ready.sizes.batch
+        self._since = decision if not last else self._since
         found: list[Any] = []
         try:
             for each in parts:

@@ -894,7 +894,7 @@ class Variant:
         """Run a call."""
         runner = self._training(ready.made) if ready.gradients else ready.runner
         if isinstance(runner, Executor) and not ready.gradients:
-            outputs, run = runner.run(ready.given, *ready.sizes, hands_on=ready.keeps)
+            outputs, run = runner.run(ready.given, *ready.sizes, ready.keeps)
         else:
             outputs, run = runner.run(ready.given, *ready.sizes)
         state = ready.handed_on(outputs)

@@ -169,10 +169,8 @@ def test_a_fault_of_the_executor_is_found_and_its_file_shows_it(
 ) -> None:
     run = Executor.run
 
-    def wrong(
-        self: Executor, values: Mapping[str, Tensor], segments: int, batch: int, tail: int
-    ) -> tuple[dict[str, Any], Run]:
-        found, done = run(self, values, segments, batch, tail)
+    def wrong(self: Executor, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], Run]:
+        found, done = run(self, *args, **kwargs)
         return {name: each * 1.001 if isinstance(each, Tensor) else each for name, each in found.items()}, done
 
     path, log = tmp_path / "failures", tmp_path / "log.jsonl"

@@ -400,6 +400,54 @@ def test_a_state_is_that_of_the_last_call_and_of_its_batch() -> None:
     assert torch.equal(resumed(short), once)
 
 
+class Prepared(Stack):
+    """Computes of the whole text, position by position, before it cuts it: a mask, an embedding, a projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(7, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        hidden = self.norm(self.layers[0](self.table(ids))) * mask.unsqueeze(-1).to(self.table.weight.dtype) + 0.5
+        return Plain.forward(self, hidden)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_what_is_computed_position_by_position_before_the_text_is_cut() -> None:
+    fast = rmtc.compile(Prepared(), strict=True, schedule="diagonal")
+    ids = torch.randint(7, (BATCH, 6 * SEGMENT))
+    mask = (torch.rand(BATCH, 6 * SEGMENT) > 0.3).long()
+    wanted = fast(ids, mask)
+    results = read(
+        fast,
+        lambda a, b: {"ids": ids[:, a * SEGMENT : b * SEGMENT], "mask": mask[:, a * SEGMENT : b * SEGMENT]},
+        [2, 1, 3],
+    )
+    assert list(unlike(wanted, results)) == []
+    stream, found = rmtc.stream(fast), list[Tensor]()
+    for at in range(0, 6 * SEGMENT, 4):
+        found += stream.feed({"ids": ids[:, at : at + 4], "mask": mask[:, at : at + 4]})
+    assert list(unlike(wanted, found + stream.flush())) == []
+
+
+class Crossed(Prepared):
+    """A position of the text is made of others: the mask of a row is that of a column."""
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        hidden = self.table(ids) + (self.table.weight[: ids.shape[1]] if ids.shape[1] < 7 else 0.0)
+        hidden = hidden * mask.to(hidden.dtype).flip(1).unsqueeze(-1)
+        return Plain.forward(self, hidden)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_what_is_computed_of_other_positions_is_refused() -> None:
+    fast = rmtc.compile(Crossed(), strict=True, schedule="diagonal")
+    ids, mask = torch.randint(7, (BATCH, 6 * SEGMENT)), torch.ones(BATCH, 6 * SEGMENT)
+    fast(ids, mask)
+    with pytest.raises(rmtc.RefusedError, match="what was computed before the text was cut"):
+        rmtc.resume(fast, rmtc.state(fast))(ids, mask)
+
+
 @torch.no_grad()
 def test_a_result_of_segments_before_the_text() -> None:
     fast = rmtc.compile(Before(), strict=True, schedule="diagonal")

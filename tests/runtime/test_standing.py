@@ -70,8 +70,10 @@ def tape(model: Any, *key: int) -> tuple[Plan, list[ArenaStep | None]]:
     """The plan of calls of some sizes, and its steps."""
     runner = runner_of(model)
     assert runner._standing is not None
-    plan = runner.plan(*key)
-    return plan, runner._standing.tapes[plan.texts, key[1]][0]
+    segments, batch, tail = key
+    plans = [runner.plan(segments, batch, tail, hands_on) for hands_on in (True, False)]
+    (plan,) = (plan for plan in plans if (plan.texts, batch) in runner._standing.tapes)
+    return plan, runner._standing.tapes[plan.texts, batch][0]
 
 
 def twins_of(make: Callable[[], nn.Module], segments: int = 9) -> Twins:

@@ -23,6 +23,7 @@ def test_counts_then_the_last_run_then_fallbacks_with_their_reasons() -> None:
         "recalled    1",
         "runs        5",
         "packed      0",
+        "streamed    0",
         "backwards   0",
         "eager       3",
         "last run",
@@ -58,4 +59,4 @@ def test_a_field_more_is_a_line_more() -> None:
         odd: dict[str, int] = field(default_factory=lambda: {"short": 2})
 
     lines = str(More()).splitlines()
-    assert lines[7:9] == ["last run    none", "declined    7"] and lines[-2:] == ["odd", "  2: short"]
+    assert lines[8:10] == ["last run    none", "declined    7"] and lines[-2:] == ["odd", "  2: short"]

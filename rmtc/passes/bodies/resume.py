@@ -24,6 +24,22 @@ _SHAPES = frozenset({*VIEWS, *SPLITS, aten.reshape.default, aten.expand.default}
 _CREATE = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
 
 
+_SAME = frozenset(
+    {
+        aten.to.dtype,
+        aten.to.device,
+        aten._to_copy.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.detach.default,
+        aten.alias.default,
+    }
+)
+"""Operations whose result is their operand, elsewhere or in another dtype."""
+
+_LAST = (aten.linear.default, aten.layer_norm.default)  # of the last dimension, or the last ones
+
+
 @dataclass(frozen=True)
 class Carried:
     """A value that segments read from an earlier one.
@@ -298,9 +314,12 @@ class _Places:
 
     def __init__(self, loop: SegmentLoop, growing: Mapping[str, tuple[int, ...]]) -> None:
         self.loop, self.growing = loop, growing
-        self.before = list[str]()
+        self.before, self.dims = list[str](), list[int | None]()  # what a value knows, and in which dimension it grows
         for op in loop.before:
-            self.before.append(self._kind(op))
+            kind = self._kind(op)
+            dim = self._along(op) if kind == "along" else self._dim(op.args[0]) if kind == "pieces" else None
+            self.before.append("all" if kind == "along" and dim is None else kind)
+            self.dims.append(dim)
 
     def _kind(self, op: Op) -> str:
         given = leaves(op.args)
@@ -315,7 +334,46 @@ class _Places:
             return "count" if counts else "free"
         if read <= {"free", "count"}:
             return "count"
-        return "along" if read <= {"along", "free"} and not counts and _is_by_position(op) else "all"
+        return "along" if read <= {"along", "free"} and not counts else "all"
+
+    def _along(self, op: Op) -> int | None:
+        """The dimension in which a value of a text grows with it, if each position of it is made of that position."""
+        tensors = [leaf for leaf in leaves(op.args) if isinstance(leaf, (Src, Outer, Item))]
+        texts, others = [e for e in tensors if self._of_text(e)], [e for e in tensors if not self._of_text(e)]
+        known = [(self._rank(each), self._dim(each)) for each in texts]
+        grown = [(r, d) for r, d in known if r is not None and d is not None]
+        if op.form is None or len(grown) < len(texts):
+            return None
+        rank, dim = len(op.form[0]), grown[0][1]
+        places = {r - 1 - d for r, d in grown}  # from the last dimension: as broadcast
+        first = tensors[0] is texts[0]
+        if op.target is aten.unsqueeze.default:
+            at = int(op.args[1]) if op.args[1] >= 0 else int(op.args[1]) + rank
+            return dim + (at <= dim)
+        if op.target in _SAME or (op.target is aten.embedding.default and not first and len(texts) == 1):
+            return dim
+        if op.target in _LAST and first and len(texts) == 1:
+            last = len(op.args[1]) if op.target is aten.layer_norm.default else 1
+            return dim if dim < rank - last else None
+        if torch.Tag.pointwise not in getattr(op.target, "tags", ()) or len(places) > 1:
+            return None
+        (place,) = places
+        return rank - 1 - place if all(self._is_one(each, place) for each in others) else None
+
+    def _rank(self, leaf: Any) -> int | None:
+        shape = self._shape(leaf)
+        return None if shape is None else len(shape)
+
+    def _shape(self, leaf: Any) -> tuple[int, ...] | None:
+        if isinstance(leaf, Outer):
+            return self.loop.before[leaf.number].shape
+        source = self.loop.sources.get(leaf.name) if isinstance(leaf, Src) else None
+        return None if source is None else source.shape
+
+    def _is_one(self, leaf: Any, place: int) -> bool:
+        """Tell whether a tensor is the same for all positions, which are its dimension ``place`` from the last."""
+        shape = self._shape(leaf)
+        return shape is not None and (place >= len(shape) or shape[len(shape) - 1 - place] == 1)
 
     def refuse(self) -> None:
         """Refuse a loop whose segments know their place otherwise than by the part of the text that they read.
@@ -362,9 +420,8 @@ class _Places:
     def _dim(self, leaf: Any) -> int | None:
         """The dimension in which a text grows, if there is one."""
         dims = self.growing.get(leaf.name, ()) if isinstance(leaf, Src) else ()
-        if isinstance(leaf, Outer):  # position by position: as that of the text that it is made of
-            (*texts,) = {self._dim(each) for each in leaves(self.loop.before[leaf.number].args) if self._of_text(each)}
-            return texts[0] if len(texts) == 1 else None
+        if isinstance(leaf, Outer):
+            return self.dims[leaf.number]
         return dims[0] if len(dims) == 1 else None
 
     def _of_text(self, leaf: Any) -> bool:
@@ -413,14 +470,6 @@ def _counting(op: Op, what: str) -> RefusedError:
         remedy="let what is computed depend on the segment and on what it is handed alone; positions that count from "
         "the beginning of the text are to be arguments of the call",
     )
-
-
-def _is_by_position(op: Op) -> bool:
-    """Tell whether a value computed of a text is, at each position, what it would be of that position alone."""
-    tensors = [leaf for leaf in leaves(op.args) if isinstance(leaf, (Src, Outer, Item))]
-    if op.target is aten.embedding.default:
-        return True
-    return torch.Tag.pointwise in getattr(op.target, "tags", ()) and len(tensors) == 1
 
 
 def check_resumed(loop: SegmentLoop, made: SegmentLoop) -> None:
