@@ -23,7 +23,8 @@ from rmtc.errors import StateError, VerifyError
 from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
 from rmtc.ir.program import Src, map_leaves
 from rmtc.ir.segment_loop import CARRIED, Row, SegmentLoop
-from rmtc.passes.bodies.resume import carried, check_resumed, fewest, keeping, resumed
+from rmtc.passes.bodies.check_resumed import check_resumed
+from rmtc.passes.bodies.resume import carried, fewest, keeping, resumed
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -538,7 +539,7 @@ def loops() -> tuple[SegmentLoop, SegmentLoop]:
 def test_the_check_of_a_loop_that_goes_on() -> None:
     """Each fault that is planted is found: it shares no code with what makes the loop."""
     loop, made = loops()
-    check_resumed(loop, made)
+    check_resumed(loop, made, fewest(loop))
     names = [each.name for each in carried(loop)]
     assert fewest(loop) <= len(loop.rows) and len(names) == 2 * LAYERS
     other = dict(zip(names, names[1:] + names[:1], strict=True))
@@ -559,6 +560,6 @@ def test_the_check_of_a_loop_that_goes_on() -> None:
         faulty = replace(made, rows=rows, steady=steady)
         assert (faulty.rows, faulty.steady) != (made.rows, made.steady)
         with pytest.raises(VerifyError, match="goes on as"):
-            check_resumed(loop, faulty)
+            check_resumed(loop, faulty, fewest(loop))
     with pytest.raises(VerifyError, match="goes on with other operations"):
-        check_resumed(loop, replace(made, steady=made.steady[:-1]))
+        check_resumed(loop, replace(made, steady=made.steady[:-1]), fewest(loop))
