@@ -49,7 +49,6 @@ class Stream:
         self._dims: dict[str, int] = {}  # in which arguments grow with the text
         self._flying: deque[Ready] = deque()
         self._weights: list[tuple[str, torch.Tensor, tuple[Any, ...]]] = []
-        self._watched: list[str] = []
         self._held: dict[str, torch.Tensor] = {}  # copies of what calls may change
         self._ended: str | None = None
 
@@ -212,6 +211,8 @@ class Stream:
         dims = {name: sizes[0] for name, sizes in variant.arguments.growing.items()}
         (total,) = {ready.values[name].shape[dim] for name, dim in dims.items()}
         length = total if last else variant.program.loop.segment_length
+        if self._chain is None:
+            self._hold(ready)
         parts = []
         for start in range(0, total, length):
             part = {name: ready.values[name].narrow(dim, start, length).clone() for name, dim in dims.items()}
@@ -220,7 +221,7 @@ class Stream:
             self._dims = dims
             self._open(ready, 0 if last else length)
         else:
-            self._refuse_changed(variant.now(self._watched))
+            self._refuse_changed()
         self._variant, self._batch = variant, ready.sizes.batch
         self._since = decision if not last else self._since
         found: list[Any] = []
@@ -232,19 +233,22 @@ class Stream:
             raise
         return found
 
+    def _hold(self, ready: Ready) -> None:
+        """Tell the model's tensors that must not change from those that calls may change, which are copied."""
+        sources, outputs = ready.made.program.loop.sources, ready.made.program.loop.outputs
+        left = {str(name).partition(":")[2] for name in outputs if str(name).startswith(("state:", "write:"))}
+        own = [name for name in ready.values if name in sources and sources[name].kind != "input"]
+        changing = {
+            n for n in own if left & {n, *sources[n].names, *(e.removeprefix("self.") for e in sources[n].names)}
+        }
+        fixed = [(name, ready.values[name]) for name in own if name not in changing]
+        self._weights = [(name, value, _lies(value)) for name, value in fixed]
+        self._held = {name: ready.values[name].clone() for name in changing}
+
     def _own(self, ready: Ready, dims: Mapping[str, int]) -> dict[str, torch.Tensor]:
         """Return what a segment reads besides its text: weights, and copies of what may change meanwhile."""
-        if self._chain is None or not self._held:
-            sources, written = ready.made.program.loop.sources, ready.made.program.writes()
-            kinds = {name: sources[name].kind for name in ready.values if name in sources}
-            left = {str(name).partition(":")[2] for name in ready.made.program.loop.outputs}
-            fixed = [n for n, kind in kinds.items() if kind in ("parameter", "buffer") and n not in written]
-            others = [n for n, kind in kinds.items() if kind == "state" and n not in written and n not in left]
-            self._watched = [*fixed, *others]
-            self._held = {name: ready.values[name].clone() for name in kinds if name not in fixed and name not in dims}
-        given = {name: value for name, value in ready.values.items() if name in dict(ready.arguments.named())}
-        given = {name: value.clone() for name, value in given.items() if name not in dims}
-        return {**ready.values, **self._held, **given}
+        given = {name for name, _ in ready.arguments.named()} - dims.keys()
+        return {**ready.values, **{n: v.clone() for n, v in ready.values.items() if n in given}, **self._held}
 
     def _open(self, ready: Ready, length: int) -> None:
         """Begin to read segments of a length; of no known one, if it is 0.
@@ -266,7 +270,6 @@ class Stream:
             runner.opened[batch] = runner.program
         self._chain = Chain(runner, batch, self._state)
         self._from = dict(ready.state or {})
-        self._weights = [(name, ready.values[name], _lies(ready.values[name])) for name in self._watched]
 
     def _go_on(self, ready: Ready, length: int) -> list[Any]:
         """Read a segment, and return the results of those that have ended with it."""
@@ -280,7 +283,7 @@ class Stream:
         if ready is None:
             if variant.modes != modes():
                 raise StateError("the stream is under other modes than before (grad, inference, autocast)")
-            self._refuse_changed(variant.now(self._watched))
+            self._refuse_changed()
         else:
             self._flying.append(ready)
         fewest = self._flying[0].made.fewest if self._state is None else 0
@@ -307,14 +310,15 @@ class Stream:
         self._compiled.streamed(len(texts))
         return found
 
-    def _refuse_changed(self, values: Mapping[str, Any]) -> None:
+    def _refuse_changed(self) -> None:
         """Refuse weights, and other tensors of the model, that changed while segments are in flight.
 
         Raises:
             StateError: with their names.
         """
-        known = [(name, values.get(name), was, lay) for name, was, lay in self._weights]
-        changed = [name for name, value, was, lay in known if value is not was or _lies(value) != lay]
+        assert self._variant is not None
+        now = self._variant.now(name for name, _, _ in self._weights)
+        changed = [n for n, was, lay in self._weights if n in now and (now[n] is not was or _lies(was) != lay)]
         if changed:
             self._end(f"weights were changed while segments were in flight: {', '.join(changed)}")
             self._refuse_ended()
