@@ -400,7 +400,8 @@ def state(target: Callable[..., Any]) -> dict[str, torch.Tensor]:
 
     Raises:
         ValueError: if the target is not compiled.
-        StateError: if the last call ran as written, asked for gradients, or has no state.
+        StateError: if the last call ran as written, asked for gradients, failed, was a pack or has no state, or if a
+            tensor was written to since.
 
     Example:
         >>> fast(first_ids)
@@ -413,9 +414,9 @@ def state(target: Callable[..., Any]) -> dict[str, torch.Tensor]:
 def resume(target: T, state: Mapping[str, torch.Tensor] | None) -> T:
     """Return the model as it goes on from a state: its calls are the later segments of the text that left it.
 
-    Such a call runs by the schedule, also of one segment. Its results are of its own text alone, and it leaves in the
-    model what one call of the whole text would leave. Nothing else is kept: each call of what is returned begins with
-    the same state. The state that it leaves is ``rmtc.state(target)``.
+    Such a call runs by the schedule, also of one segment. Its results are of its own text alone. In the model it leaves
+    what it makes of this text, memories as they are after all segments so far. Each call of what is returned begins
+    with the same state; the one that it leaves is ``rmtc.state(target)``.
 
     Where a call ends in the middle of a segment, the next one begins another segment.
 

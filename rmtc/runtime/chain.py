@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -252,7 +251,6 @@ class Chain:
             keep(plan.launches[number], self._advance(walk, number, done, widths))
         self.fed += last is not None
         self.state = self._handed_on(found, segments)
-        self._walk = None
         self.close()
         return Run(plan.steps - at * self._each, sum(widths.values()), widths)
 
@@ -325,7 +323,6 @@ def _form(plan: Plan, segment: int, each: int) -> list[Any]:
     """The launches of a segment's steps, numbered from there."""
     numbers = _launches(plan, segment * each, (segment + 1) * each)
     start = numbers.start
-
     piece = _mover(start, segment)
 
     def form(launch: Launch) -> tuple[Any, ...]:
@@ -343,4 +340,4 @@ def _form(plan: Plan, segment: int, each: int) -> list[Any]:
         )
 
     ended = [(number - start, text - segment) for number in numbers for text in plan.ended.get(number, ())]
-    return [*itertools.chain(map(form, (plan.launches[number] for number in numbers))), ended]
+    return [*(form(plan.launches[number]) for number in numbers), ended]

@@ -472,7 +472,7 @@ class Compiled:
             StateError, RefusedError, CaptureError: if it cannot.
         """
         self._last.state = _NO_STATE
-        return self.with_ready(args, kwargs, state, lambda decision, seconds: self._run(decision, seconds))
+        return self.with_ready(args, kwargs, state, self._run)
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
         """The arguments of a call by name."""

@@ -75,11 +75,15 @@ class Stream:
             piece, dim = named.get(name), self._dims[name]
             if not isinstance(piece, torch.Tensor) or piece.dim() != value.dim():
                 raise StateError(f"{name} of the piece is no tensor like that of the one before")
-            if piece.dtype != value.dtype or piece.shape[:dim] != value.shape[:dim]:
-                raise StateError(f"{name} of the piece is of another batch size or dtype than before")
+            shapes = [(*each.shape[:dim], *each.shape[dim + 1 :]) for each in (piece, value)]
+            if piece.dtype != value.dtype or shapes[0] != shapes[1]:
+                raise StateError(f"{name} of the piece is of another batch size, shape or dtype than before")
             named[name] = torch.cat([value, piece], dim)
         dims, length = self._growth(named)
-        (total,) = {named[name].shape[dim] for name, dim in dims.items()} or {length}
+        lengths = {name: named[name].shape[dim] for name, dim in dims.items()}
+        if len({*lengths.values()}) > 1:
+            raise StateError(f"the arguments of the piece differ in length: {lengths}")
+        total = next(iter(lengths.values()))
         whole = total // length * length
         if not whole:  # nothing is read yet
             self._wait(named, dims, 0, total)

@@ -105,7 +105,7 @@ class Ready:
     def keeps(self) -> bool:
         """Whether it hands something on: if it has to, or if that takes no operation that it would not run."""
         whole = self.sizes.tail == self.made.program.loop.segment_length
-        return self.hands_on or whole or self.made.hands_on_freely
+        return not self.gradients and (self.hands_on or whole or self.made.hands_on_freely)
 
     def handed_on(self, outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Take what the call hands on out of its results, by the user's names."""
@@ -893,10 +893,8 @@ class Variant:
     def run(self, ready: Ready) -> Ended:
         """Run a call."""
         runner = self._training(ready.made) if ready.gradients else ready.runner
-        if isinstance(runner, Executor) and not ready.gradients:
-            outputs, run = runner.run(ready.given, *ready.sizes, ready.keeps)
-        else:
-            outputs, run = runner.run(ready.given, *ready.sizes)
+        keeps = (ready.keeps,) if isinstance(runner, Executor) else ()  # a backend of the user's hands nothing on
+        outputs, run = runner.run(ready.given, *ready.sizes, *keeps)
         state = ready.handed_on(outputs)
         result = self._finished(ready, outputs)
         self._settle(ready.sizes)
@@ -964,7 +962,7 @@ class Variant:
         runner = ready.runner
         assert isinstance(runner, Executor)
         lanes, saved = self.lanes_for(sizes)
-        texts = tuple(TextSize(each.segments, each.tail) for each in sizes)
+        texts = tuple(TextSize(each.segments, each.tail, hands_on=ready.hands_on) for each in sizes)
         if saved <= 0 or runner.knows(texts, sizes[0].batch, lanes):
             return saved > 0
         cells = sum(each.segments for each in sizes) * ready.made.program.loop.layers

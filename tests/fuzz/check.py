@@ -402,7 +402,8 @@ class Twin:
                         found.append(rmtc.resume(self.call, state)(*part(at, at + count), **kwargs))
                         state = rmtc.state(self.call)
         except rmtc.RmtcError as error:
-            if not isinstance(error, (rmtc.StateError, rmtc.RefusedError, rmtc.CaptureError)) or "fail" in str(error):
+            known = isinstance(error, (rmtc.StateError, rmtc.RefusedError, rmtc.CaptureError))
+            if not known or "failed" in str(error) or "could not be read on" in str(error):
                 raise
             return None
         after = Walk()

@@ -142,11 +142,16 @@ class Places:
                 raise _counting(op, f"a segment reads {what}")
         for op in self.loop.after:
             operands = leaves(op.args)
-            whole = isinstance(operands[0], (Where, Every, Outer, Src)) if operands else False
-            whole = whole and not self._is_count(operands[0]) and (op.target in _SHAPES or op.target in _CREATE)
-            table = isinstance(operands[0], Src) and not self._is_text(operands[0]) if operands else False
-            if any(map(self._is_count, operands)) or (any(map(counts, operands)) and (table or not whole)):
+            counted = any(map(counts, operands))
+            made = bool(operands) and self._is_made(operands[0]) and (op.target in _SHAPES or op.target in _CREATE)
+            if any(map(self._is_count, operands)) or (counted and not made):
                 raise _counting(op, "a result depends on the number of segments, or the length of the text")
+
+    def _is_made(self, leaf: Any) -> bool:
+        """Tell whether a value after the loop is of the segments, or of the text, and as long as these are."""
+        if isinstance(leaf, Outer) and leaf.part == "before":
+            return self.before[leaf.number] in ("along", "pieces", "all")
+        return isinstance(leaf, (Where, Every, Outer)) or self._is_text(leaf)
 
     def _is_count(self, leaf: Any) -> bool:
         return isinstance(leaf, Outer) and leaf.part == "before" and self.before[leaf.number] == "count"

@@ -17,8 +17,6 @@ from rmtc.ir.wavefront import Body, Member, WavefrontProgram
 from rmtc.passes.bodies.check_resumed import check_resumed
 from rmtc.passes.bodies.places import Places, counts
 
-aten = torch.ops.aten
-
 
 @dataclass(frozen=True)
 class Carried:
