@@ -524,26 +524,23 @@ class Compiled:
             StateError, RefusedError, CaptureError: if the call cannot run so.
         """
         self._refuse_off()
-        module = self.function
+        module, ready = self.function, functools.partial(self._with_ready, state, run, piece, since)
         if not isinstance(module, nn.Module):
-            return self._with_ready(args, kwargs, state, run, piece, since)
+            return ready(args, kwargs)
         hooks = module._forward_hooks or module._forward_pre_hooks
         if global_hooks() or module._backward_hooks or module._backward_pre_hooks or (piece and hooks):
             raise StateError("there are hooks that a run by the schedule would not call", remedy="remove them")
 
-        def call(*given: Any, **named: Any) -> Any:
-            return self._with_ready(given, named, state, run, piece, since)
-
-        return call_with_hooks(module, call, args, kwargs)
+        return call_with_hooks(module, lambda *given, **named: ready(given, named), args, kwargs)
 
     def _with_ready(
         self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
         state: Mapping[str, torch.Tensor] | None,
         run: Callable[[ReadyRun, float], Any],
         piece: bool,
         since: ReadyRun | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         with self.counted(), own_modes(self._inner):
             for _ in range(heuristics.DECISION_ROUNDS + 1):

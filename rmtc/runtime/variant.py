@@ -43,6 +43,7 @@ from rmtc.passes.schedule.prove import remedy
 from rmtc.quiet import uncollected
 from rmtc.restoring import restored
 from rmtc.runtime.backends import Backend, Runner, auto, backend_named, kernels_or_torch, name_of
+from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.choice import AS_WRITTEN, Arm, Choice, Ledger, New, size_class
 from rmtc.runtime.estimate import (
     WAYS,
@@ -57,7 +58,7 @@ from rmtc.runtime.estimate import (
 )
 from rmtc.runtime.executor import Executor, Run
 from rmtc.runtime.measure import clock, cost_model, pinned
-from rmtc.runtime.plan import TextSize
+from rmtc.runtime.plan import TextSize, plan_texts
 from rmtc.runtime.reading import TextInput
 from rmtc.runtime.recompute import Recompute
 from rmtc.runtime.stats import Decision, LastBackward
@@ -170,11 +171,18 @@ class Made:
 
         Raises:
             RefusedError: if there is no such thing.
+            VerifyError: if the program or a plan of it fails its check.
         """
         if not self.resumes:
             if not isinstance(self.runner, Executor):
                 raise RefusedError("its backend runs no call that begins with a state")
-            made = self.backend_of(resumed(keeping(self.program), self.growing), self.weights)
+            program = resumed(keeping(self.program), self.growing)
+            length = program.loop.segment_length
+            least = max(1, program.loop.furthest_result)
+            for segments in (least, len(program.loop.rows) + least + 1):
+                size = TextSize(segments, length, hands_on=True)
+                check_plan(program, plan_texts(program, [size], _BATCH), [size], _BATCH)
+            made = self.backend_of(program, self.weights)
             assert isinstance(made, Executor)
             self.resumes.append(made)
         return self.resumes[0]
@@ -1255,6 +1263,7 @@ def _unshared(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> bool
     return all(owners.count(storages[name]) == 1 for name in names if name in storages)
 
 
+_BATCH = 2  # of the plans that a program is checked with
 _MANY, _ESTIMATES = 8, 256  # segments from which on numbers between powers of two are estimated; estimates kept
 _OTHER = "the call returns or leaves something else than the first one did"
 _KIND = operator.attrgetter("__class__", "shape", "dtype", "device")

@@ -15,6 +15,7 @@ from compare import differences
 from fuzz.parts import unlike
 from models import BATCH, LAYERS, LOOPS, SEGMENT, SEGMENTS, WIDTH, Associative, Stack, text
 from safetensors.torch import load_file, save_file
+from test_pack import LEGAL
 from torch import Tensor, nn
 
 import rmtc
@@ -40,10 +41,6 @@ def read(fast: Any, whole: Callable[[int, int], dict[str, Any]], cuts: list[int]
         state, at = rmtc.state(fast), at + segments
     assert rmtc.stats(fast).runs == before + len(cuts)
     return results
-
-
-LEGAL = sorted(LOOPS.keys() - {"counter", "top to bottom", "mixed precision", "loop over a global"})
-"""Those that run by a schedule, and in float64."""
 
 
 @pytest.mark.parametrize("name", LEGAL)
@@ -194,6 +191,20 @@ def test_texts_at_once_leave_states_and_go_on_from_one() -> None:
     assert differences(rmtc.pack(asked)(questions), [result for result, _ in wanted]) == []
 
 
+class Plain(Stack):
+    """A memory per layer, local to the call."""
+
+    def forward(self, hidden: Tensor, more: Tensor | float = 0.0) -> Tensor:
+        memories = [hidden.new_zeros(hidden.shape[0], 1, WIDTH)] * LAYERS
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number] + more)
+                memories[number] = piece.mean(1, keepdim=True)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
 class Placed(Stack):
     """Adds the place of the segment in the text."""
 
@@ -216,15 +227,7 @@ class Table(Stack):
         self.table = nn.Parameter(torch.randn(100, WIDTH))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.table[: hidden.shape[1]]
-        memories = [hidden.new_zeros(hidden.shape[0], 1, WIDTH)] * LAYERS
-        pieces = []
-        for piece in hidden.split(SEGMENT, dim=1):
-            for number, layer in enumerate(self.layers):
-                piece = torch.tanh(layer(piece) + memories[number])
-                memories[number] = piece.mean(1, keepdim=True)
-            pieces.append(piece)
-        return torch.cat(pieces, dim=1)
+        return Plain.forward(self, hidden + self.table[: hidden.shape[1]])  # type: ignore[arg-type]
 
 
 class Centred(Table):
@@ -299,20 +302,6 @@ class Before(Stack):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return Plain.forward(self, hidden)[:, -2 * SEGMENT : -SEGMENT]  # type: ignore[arg-type]
-
-
-class Plain(Stack):
-    """A memory per layer, local to the call."""
-
-    def forward(self, hidden: Tensor, more: Tensor | float = 0.0) -> Tensor:
-        memories = [hidden.new_zeros(hidden.shape[0], 1, WIDTH)] * LAYERS
-        pieces = []
-        for piece in hidden.split(SEGMENT, dim=1):
-            for number, layer in enumerate(self.layers):
-                piece = torch.tanh(layer(piece) + memories[number] + more)
-                memories[number] = piece.mean(1, keepdim=True)
-            pieces.append(piece)
-        return torch.cat(pieces, dim=1)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import torch
 from compare import differences
 from fuzz.parts import unlike
 from models import BATCH, LAYERS, LOOPS, SEGMENT, SEGMENTS, WIDTH, Associative, Stack, text
-from test_resume import LEGAL, Rolling
+from test_pack import LEGAL
+from test_resume import Rolling
 from torch import Tensor, nn
 
 import rmtc
