@@ -297,7 +297,7 @@ class Session:
 
         It is to be read while fake tensors are installed.
         """
-        return walk(self.roots, self.without)
+        return self.snapshot.now()
 
     def all_modules(self) -> list[nn.Module]:
         """Return every module in reach, the function itself included."""

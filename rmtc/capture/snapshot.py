@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch._C._dynamo.guards import dict_version
 
-from rmtc.capture.kinds import HEAP, MISSING, generator_tables, is_plain, is_record, is_set, makes_items, unset_slots
+from rmtc.capture.kinds import (
+    HEAP,
+    MISSING,
+    generator_tables,
+    is_closed,
+    is_plain,
+    is_record,
+    is_set,
+    makes_items,
+    unset_slots,
+)
 from rmtc.capture.state import Slot, refuse_closed, walk, walked
 
 _EMPTY = object()  # in place of the content of a cell that is not bound
@@ -92,25 +102,18 @@ class Snapshot:
         self.shared = [slot for slot in slots if _is_shared(slot.owner)]
         self.plain = {slot.name: slot.value for slot in slots if is_plain(slot.value)}
         self._saved: list[_Saved] = []
-        self._places: list[Slot] = []
         whole: set[int] = set()
         seen: set[int] = set()
-        for slot in slots:
-            for owner in (slot.owner, slot.value, *generator_tables(slot.value)):
-                if id(owner) not in seen:
-                    seen.add(id(owner))
-                    content = _content(owner)
-                    if content is not None:
-                        whole.add(id(owner))
-                        self._saved.append(_Saved(owner, content))
-            if id(slot.owner) not in whole and not isinstance(slot.owner, tuple):
-                self._places.append(slot)
-        for root in roots.values():
-            for owner in (root, *generator_tables(root)):
+        owners = [*found.owners, *(owner for slot in slots for owner in (slot.owner, slot.value))]
+        for owner in owners:
+            if id(owner) not in seen:
+                seen.add(id(owner))
                 content = _content(owner)
-                if id(owner) not in seen and content is not None:
-                    seen.add(id(owner))
+                if content is not None:
+                    whole.add(id(owner))
                     self._saved.append(_Saved(owner, content))
+        self._places = [slot for slot in slots if id(slot.owner) not in whole and not isinstance(slot.owner, tuple)]
+        self._defaults = found.defaults
         self._loaded = frozenset(sys.modules)
         self._known = {(id(slot.owner), slot.key) for slot in self._places}
         values = {id(value): value for value in (*roots.values(), *(slot.value for slot in slots))}.values()
@@ -121,9 +124,11 @@ class Snapshot:
         self._generators = [slot.value for slot in slots if _is_generator(slot.value)]
         self._drawn = [*map(_generator_state, self._generators)]
         self._spaces = [
-            (space, dict_version(space), names, names & space.keys()) for space, names in found.spaces.values()
+            (space, dict_version(space), names, {name: space[name] for name in names & space.keys()})
+            for space, names in found.spaces.values()
         ]
-        self._classes = [(kind, frozenset(vars(kind))) for kind in found.classes]
+        self._classes = [(kind, dict(vars(kind))) for kind in found.classes]
+        self._numbers = {(id(slot.owner), slot.key): number for number, slot in enumerate(slots)}
 
     def _grew(self) -> bool:
         """Return whether a namespace gained or lost a name that code in reach looks up.
@@ -131,9 +136,64 @@ class Snapshot:
         A class in reach that gained or lost any attribute counts, too.
         """
         return any(
-            dict_version(space) != version and names & space.keys() != found
+            dict_version(space) != version and names & space.keys() != found.keys()
             for space, version, names, found in self._spaces
-        ) or any(vars(kind).keys() != names for kind, names in self._classes)
+        ) or any(vars(kind).keys() != before.keys() for kind, before in self._classes)
+
+    def now(self) -> list[Slot]:
+        """Return every slot as it is now.
+
+        Where no place came or went, and places that hold something else hold a tensor or a plain value and did so
+        before, as in most calls, the places are the ones that are known, and no walk looks for others.
+        """
+        slots = [*self.slots]
+        for owner, key, value, before in self._replaced():
+            number = self._numbers.get((id(owner), key))
+            if number is None or not (_is_leaf(value) and _is_leaf(before)):
+                return walk(self._roots, self._without)
+            slots[number] = slots[number]._replace(value=value)
+        return slots
+
+    def _replaced(self) -> Iterator[tuple[Any, Any, Any, Any]]:
+        """Yield the places that hold something else now: owner, key, value, and the value before.
+
+        The value is :data:`MISSING` where a place came or went, or may have.
+        """
+        if self._grew() or self.lost() is not None or any(is_set(value, member) for value, member in self._unset):
+            yield self, "", MISSING, MISSING
+            return
+        for space, version, _, found in self._spaces:  # what is no place yet, such as a function
+            if dict_version(space) != version:
+                yield from (
+                    (space, name, space[name], value) for name, value in found.items() if space[name] is not value
+                )
+        for kind, before in self._classes:
+            yield from (
+                (kind, key, value, before[key]) for key, value in vars(kind).items() if value is not before[key]
+            )
+        for owner, content in ((saved.owner, saved.content) for saved in self._saved):
+            if isinstance(owner, dict):
+                if len(owner) != len(content) or not all(map(operator.is_, owner, content)):
+                    yield owner, "", MISSING, MISSING
+                elif not all(map(operator.is_, owner.values(), content.values())):
+                    pairs = zip(owner.items(), content.values(), strict=True)
+                    yield from ((owner, key, value, before) for (key, value), before in pairs if value is not before)
+            elif isinstance(owner, (list, deque)):
+                if len(owner) != len(content):
+                    yield owner, "", MISSING, MISSING
+                both = enumerate(zip(owner, content, strict=False))
+                yield from ((owner, key, value, before) for key, (value, before) in both if value is not before)
+            elif isinstance(owner, set):
+                if {*map(id, owner)} != {*map(id, content)}:
+                    yield owner, "", MISSING, MISSING
+            elif _content(owner) is not content:
+                yield owner, "cell_contents", _content(owner), content
+        for slot in self._places:
+            if (value := slot._replace(parent=None).get()) is not slot.value:
+                yield slot.owner, slot.key, value, slot.value
+        for function, key, value in self._defaults:
+            if getattr(function, key) is not value:
+                yield function, key, getattr(function, key), value
 
     def present(self) -> Callable[[], None] | None:
         """Return a function that puts back what :meth:`restore` is about to change.
@@ -153,6 +213,7 @@ class Snapshot:
         now._places = [slot._replace(value=slot._replace(parent=None).get()) for slot in self._places]
         if any(slot.value is MISSING for slot in now._places):
             return None
+        now._defaults = [(function, key, getattr(function, key)) for function, key, _ in self._defaults]
         now.objects = [
             Held(value, type(value), None if table is None else vars(value)) for value, _, table in self.objects
         ]
@@ -162,7 +223,8 @@ class Snapshot:
 
     def owners(self) -> list[Any]:
         """Return the containers and objects that hold state."""
-        return [*(saved.owner for saved in self._saved), *(slot.owner for slot in self._places)]
+        functions = [function for function, *_ in self._defaults]
+        return [*(saved.owner for saved in self._saved), *(slot.owner for slot in self._places), *functions]
 
     def random_state(self) -> list[bytes]:
         """Return the states of random generators: Python's, numpy's and those in reach; of torch only the seed."""
@@ -223,6 +285,9 @@ class Snapshot:
         for slot in self._places:
             if slot._replace(parent=None).get() is not slot.value:
                 slot.put(slot.value)
+        for function, key, value in self._defaults:
+            if getattr(function, key) is not value:
+                setattr(function, key, value)
         if not self._grew():
             return
         new = sys.modules.keys() - self._loaded
@@ -242,6 +307,11 @@ def refill(owner: list[Any] | deque[Any], items: Iterable[Any]) -> None:
     kind: Any = deque if isinstance(owner, deque) else list
     kind.clear(owner)
     kind.extend(owner, items)
+
+
+def _is_leaf(value: object) -> bool:
+    """Tell whether a walk looks no further than at a value."""
+    return value is not MISSING and (isinstance(value, torch.Tensor) or is_closed(value))
 
 
 def _is_generator(value: object) -> bool:

@@ -256,6 +256,8 @@ class _Walk:
         self.functions: set[int] = set()
         self.classes: list[type] = []
         self.spaces: dict[int, tuple[dict[str, Any], set[str]]] = {}  # namespaces, and the names looked up there
+        self.owners: list[Any] = []  # containers, and dictionaries of attributes, that hold places or may come to
+        self.defaults: list[tuple[types.FunctionType, str, Any]] = []
         self.places: set[tuple[int, Any]] = set()
         self.names: dict[str, int] = {}
         self.queue: deque[tuple[str, Any, Slot | None]] = deque()
@@ -285,8 +287,10 @@ class _Walk:
             elif not isinstance(value, (types.FunctionType, types.BuiltinFunctionType)) or [*_behind(value)]:
                 self.add(name, space, name, value)
         for key in ("__defaults__", "__kwdefaults__"):
+            self.defaults.append((function, key, getattr(function, key)))
             if not is_plain(getattr(function, key)):
                 self.add(f"{function.__qualname__}.{key}", function, key, getattr(function, key))
+        self.owners.append(vars(function))
         for key, value in list(vars(function).items()):
             self.add(f"{function.__qualname__}.{key}", vars(function), key, value)
 
@@ -335,6 +339,9 @@ def walked(roots: dict[str, Any], without: Set[int], ran: Set[types.CodeType] | 
             found.add_class(value)
             continue
         found.seen.add(id(value))
+        if isinstance(value, (dict, list, deque, set)):
+            found.owners.append(value)
+        found.owners.extend(generator_tables(value))
         dot = name + "." if name else ""
         if isinstance(value, (types.FunctionType, types.MethodType)):
             if isinstance(value, types.MethodType):

@@ -1,0 +1,113 @@
+"""Slots as they are now: without a walk where only leaves changed, and never other ones than a walk finds."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from rmtc.capture import snapshot
+from rmtc.capture.snapshot import Snapshot
+from rmtc.capture.state import Slot, walk
+
+
+def helper(more: Any = None) -> Any:
+    return more
+
+
+switch: Any = 3
+
+
+class Box:
+    """An object without attributes, which may get some."""
+
+    def keep(self, value: Any) -> Any:
+        self.value = value
+        return self
+
+
+class Model(nn.Module):
+    shared: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.register_buffer("table", torch.zeros(2))
+        self.memory: Any = None
+        self.parts: list[Any] = [1, None]
+        self.names = {"a"}
+        self.found: dict[str, Any] = {"x": 1.5}
+        self.pair: Any = (1, 2)
+        self.bound, self.boxes, self.keys = Box().keep, {Box()}, {Box(): 1}
+        self.partial, self.push = functools.partial(abs), list[Any]().append
+        self.shown: Any = types.MappingProxyType({})
+
+    def forward(self) -> Any:
+        return helper, switch, self.shared
+
+
+def globally(name: str, value: Any) -> None:
+    globals()[name] = value
+
+
+LEAVES: dict[str, Callable[[Model], Any]] = {
+    "nothing": lambda model: None,
+    "an attribute": lambda model: setattr(model, "memory", torch.ones(1)),
+    "a buffer": lambda model: setattr(model, "table", torch.ones(2)),
+    "an item of a list": lambda model: model.parts.__setitem__(1, torch.ones(1)),
+    "an item of a dictionary": lambda model: model.found.update(x=torch.ones(1)),
+    "a global": lambda model: globally("switch", torch.ones(1)),
+    "an attribute of the class": lambda model: setattr(Model, "shared", torch.ones(1)),
+    "a plain tuple": lambda model: setattr(model, "pair", (3, 4)),
+}
+MORE: dict[str, Callable[[Model], Any]] = {
+    "a new attribute": lambda model: setattr(model, "more", torch.ones(1)),
+    "a container": lambda model: setattr(model, "memory", [torch.ones(1)]),
+    "a longer list": lambda model: model.parts.append(torch.ones(1)),
+    "a shorter list": lambda model: model.parts.pop(),
+    "a new key": lambda model: model.found.update(y=torch.ones(1)),
+    "other keys": lambda model: (model.found.pop("x"), model.found.update(y=1.5)),
+    "a set": lambda model: model.names.add("b"),
+    "a global in place of a function": lambda model: globally("helper", torch.ones(1)),
+    "an attribute of the class in place of a function": lambda model: setattr(Model, "forward", torch.ones(1)),
+    "an attribute of a function": lambda model: setattr(helper, "value", torch.ones(1)),
+    "an attribute of a method": lambda model: setattr(Model.forward, "value", torch.ones(1)),
+    "a default": lambda model: setattr(helper, "__defaults__", (torch.ones(1),)),
+    "behind a bound method": lambda model: model.bound(torch.ones(1)),
+    "in a set": lambda model: [box.keep(torch.ones(1)) for box in model.boxes],
+    "in a key": lambda model: [box.keep(torch.ones(1)) for box in model.keys],
+    "in a partial function": lambda model: model.partial.keywords.update(x=torch.ones(1)),
+    "behind a method of Python's own": lambda model: model.push(torch.ones(1)),
+    "behind a view": lambda model: gc.get_referents(model.shown)[0].update(x=torch.ones(1)),
+    "a tuple of tensors": lambda model: setattr(model, "pair", (torch.ones(1), 2)),
+}
+
+
+@pytest.mark.parametrize("what", [*LEAVES, *MORE])
+def test_slots_are_those_that_a_walk_finds(what: str) -> None:
+    model = Model()
+    before, forward = dict(globals()), Model.forward
+    taken = Snapshot({"": model})
+    try:
+        (LEAVES | MORE)[what](model)
+        with mock.patch.object(snapshot, "walk", wraps=walk) as walked:
+            found = taken.now()
+        assert walked.called == (what in MORE)
+        assert told(found) == told(walk({"": model}))
+        taken.restore()
+        if "in place of a function" not in what:  # what a namespace or a class holds is put back place by place
+            assert told(walk({"": model})) == told(taken.slots)
+    finally:
+        globals().update(helper=before["helper"], switch=before["switch"])
+        Model.forward, Model.shared = forward, None  # type: ignore[method-assign]
+
+
+def told(slots: Sequence[Slot]) -> list[tuple[Any, ...]]:
+    return [(each.name, id(each.owner), each.key, id(each.value)) for each in slots]
