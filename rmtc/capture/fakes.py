@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_impls import has_meta
+from torch._subclasses.fake_impls import op_implementations_checks as op_implementations
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 from rmtc.capture.frames import current_location
 from rmtc.capture.indexing import EverySlice
 from rmtc.errors import CaptureError, RefusedError
+from rmtc.ir.program import VIEWS
 from rmtc.lock import LOCK
 
 _DEVICE = torch.ops.prim.device.default
@@ -76,6 +79,7 @@ class Fakes(FakeTensorMode):
         # Results are remembered here. In torch's own cache of them an operation of a new shape costs a third more.
         self._remembers, self.cache_enabled = self.cache_enabled, False
         self._told: dict[int, bool] = {}
+        self._direct: dict[int, bool] = {}  # whether an operation's kernel for the meta device may run at once
         self._known: dict[tuple[Any, ...], _Results | None] = {}
         self._fresh: dict[torch.device, dict[str, Any]] = {}
         self._watcher: Watcher | None = None
@@ -156,17 +160,18 @@ class Fakes(FakeTensorMode):
                 remedy="give the operations a dtype",
             )
         self.known.written(func, args, kwargs)
-        key, out = None, self._slice(*args) if func is _SLICE and not kwargs else None
+        key = self.key(func, args, kwargs)
+        out = self.recall(key, args)
         if out is None:
-            key = self.key(func, args, kwargs)
-            out = self.recall(key, args)
-        if out is None:
-            watcher, self._watcher = self._watcher, None
-            try:
-                out = super().dispatch(func, types, args, kwargs)
-            finally:
-                self._watcher = watcher
-            self.learn(key, args, out)
+            out = self._run_on_meta(func, args, kwargs) if key is not None else None
+            if out is None:
+                watcher, self._watcher = self._watcher, None
+                try:
+                    out = super().dispatch(func, types, args, kwargs)
+                finally:
+                    self._watcher = watcher
+            if func is not _SLICE:  # no other segment takes the same slice
+                self.learn(key, args, out)
         if self._watcher is not None:
             self._watcher(func, args, kwargs, out)
         return out
@@ -177,6 +182,35 @@ class Fakes(FakeTensorMode):
         if told is None:
             told = self._told[id(func)] = self._remembers and _is_told(func)
         return self._key(func, args, kwargs) if told else None
+
+    def _run_on_meta(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operation's kernel for the meta device, without the rules and caches that `FakeTensorMode` asks first.
+
+        Args:
+            func, args, kwargs: an operation whose result its arguments' metadata determine.
+
+        Returns:
+            The result; None if `FakeTensorMode` may find another one, or there is no such kernel.
+        """
+        direct = self._direct.get(id(func))
+        if direct is None:
+            direct = self._direct[id(func)] = _runs_on_meta(func)
+        devices = {tensor.device for tensor in _tensors((*args, *kwargs.values()))} if direct else ()
+        if len(devices) != 1 or "device" in kwargs or any(type(each) is torch.device for each in args):
+            return None
+        try:
+            with in_kernel_invocation_manager(self):
+                out = func(*args, **kwargs)
+        except NotImplementedError:
+            self._direct[id(func)] = False
+            return None
+        (device,) = devices
+        with torch._C._DisableTorchDispatch():
+            made = out if type(out) is tuple else (out,)
+            if not all(type(each) is torch.Tensor and _is_plain(each) for each in made):
+                return None
+            made = tuple(self.fresh(each, device) for each in made)
+        return made if type(out) is tuple else made[0]
 
     def recall(self, key: tuple[Any, ...] | None, args: Sequence[Any]) -> Any:
         """Make the result of an operation that was seen before; return None if it was not."""
@@ -237,24 +271,6 @@ class Fakes(FakeTensorMode):
                 return False
         return True
 
-    def _slice(self, tensor: Any, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> Any:
-        """Make the slice of a tensor; return None where torch has to make it.
-
-        It is not remembered, as no other segment takes the same slice.
-        """
-        ends = tuple(each for each in (dim, start, end, step) if each is not None)
-        if not self._is_own(tensor) or any(type(each) is not int for each in ends) or dim is None or not step:
-            return None
-        shape, stride = list(tensor.shape), list(tensor.stride())
-        if step < 1 or not -len(shape) <= dim < len(shape):
-            return None
-        first, last, _ = slice(start, end).indices(shape[dim])
-        offset = tensor.storage_offset() + first * stride[dim]
-        shape[dim], stride[dim] = len(range(first, last, step)), stride[dim] * step
-        result = _Result(torch.Size(shape), tuple(stride), tensor.dtype, tensor.device, offset, 0)
-        with torch._C._DisableTorchDispatch():
-            return self._make(result, (tensor,))
-
     def _is_own(self, value: Any) -> bool:
         """Return whether a value is a fake tensor of this mode that its metadata describes completely."""
         return type(value) is FakeTensor and value.fake_mode is self and value.constant is None and _is_plain(value)
@@ -276,6 +292,17 @@ def _is_told(func: Any) -> bool:
         and (func is _INDEX or not any(tag in func.tags for tag in _UNTOLD))
         and func not in FakeTensorMode.lift_fns
     )
+
+
+def _runs_on_meta(func: Any) -> bool:
+    """Return whether all that `FakeTensorMode` does is to run an operation's kernel for the meta device."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return False  # it is divided into others, and may return its operand
+    if not has_meta(func) or torch.Tag.nondeterministic_seeded in func.tags:
+        return False
+    if not all(type(each.type) is torch.TensorType for each in func._schema.returns):
+        return False
+    return func in VIEWS or not any(asks(func) for asks, _ in op_implementations)  # rules of views: for symbolic sizes
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -140,10 +140,10 @@ class _Mix:
 
     def _operand(self, operands: Sequence[Any]) -> Any:
         first = operands[0]
-        if all(each is first for each in operands):
-            return first
         if any(type(each) is not type(first) for each in operands):
             raise _DifferError
+        if all(each is first or each == first for each in operands):
+            return first
         if isinstance(first, Viewed):
             if any(each.function != first.function for each in operands):
                 raise _DifferError
@@ -155,9 +155,7 @@ class _Mix:
             if len({*map(len, operands)}) > 1:
                 raise _DifferError
             return (*map(self._operand, zip(*operands, strict=True)),)
-        if any(each != first for each in operands):
-            raise _DifferError
-        return first
+        raise _DifferError
 
 
 def combination(sizes: Sizes, known: Sequence[Sizes]) -> dict[Sizes, Fraction] | None:

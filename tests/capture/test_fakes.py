@@ -37,6 +37,11 @@ class Asking(Fakes):
         self.made.append(made)
         return made
 
+    def _run_on_meta(self, func: Any, args: Any, kwargs: Any) -> Any:
+        found = super()._run_on_meta(func, args, kwargs)
+        self.made += [] if found is None else [found]
+        return found
+
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.made: list[FakeTensor] = []
         out: Any = super().dispatch(func, types, args, kwargs)
@@ -55,8 +60,10 @@ def described(tensor: Any, args: Any) -> Any:
     if not isinstance(tensor, FakeTensor):
         return type(tensor)
     memory = tensor.untyped_storage()._cdata
+    # A step along a dimension of size 1 is never taken; torch's stand-ins and its tensors have it differently.
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
     return (
-        *(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.storage_offset(), tensor.layout),
+        *(tensor.shape, strides, tensor.dtype, tensor.device, tensor.storage_offset(), tensor.layout),
         *(tensor.requires_grad, tensor.is_inference(), tensor.is_conj(), tensor.is_neg()),
         [arg.untyped_storage()._cdata == memory for arg in args if isinstance(arg, Tensor)],
     )
@@ -254,3 +261,32 @@ def test_a_wrong_index_is_one(index: Any) -> None:
     for tensor in (torch.randn(4, 5), Fakes().from_tensor(torch.randn(4, 5))):
         with getattr(tensor, "fake_mode", contextlib.nullcontext()), pytest.raises(IndexError):
             tensor[index]
+
+
+X = torch.randn(2, 3, 4, dtype=torch.float64)
+ASKED: dict[str, Callable[[Tensor], Any]] = {
+    "svd": lambda x: torch.linalg.svd(x.mT @ x),
+    "eigenvectors": lambda x: torch.linalg.eigh(x.mT @ x),
+    "fft": lambda x: torch.fft.rfftn(x),
+    "batch norm": lambda x: F.batch_norm(x, x.mean((0, 2)), x.var((0, 2))),
+    "no kernel": lambda x: torch.geqrf(x),
+    "views": lambda x: [x.mT.flatten(1), x[:, :1].squeeze(1).view(2, 2, 2), x.expand(5, 2, 3, 4), x.unbind(1)],
+    "products": lambda x: [x @ x.mT, F.linear(x, x[0]), torch.einsum("btd,bsd->bst", x, x)],
+    "attention": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True),
+    "reductions": lambda x: [x.sort(1), x.cummax(2), x.std(0), x.logsumexp((0, 1)), x.topk(2)],
+    "indices": lambda x: [x.gather(1, x.argsort(1)), x[x.argmax(2) % 2], x.tril().roll(1, 0)],
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", ASKED)
+def test_stand_ins_are_like_the_tensors(name: str, inference: bool) -> None:
+    with torch.inference_mode(inference), torch.no_grad():
+        x = X.clone()
+        wanted = [each for each in pytree.tree_leaves(ASKED[name](x)) if isinstance(each, Tensor)]
+        with Fakes() as mode:
+            fake_tensor = mode.from_tensor(x)
+            for _ in range(2):  # from a kernel, and from memory
+                found = [each for each in pytree.tree_leaves(ASKED[name](fake_tensor)) if isinstance(each, Tensor)]
+                for one, two in zip(found, wanted, strict=True):
+                    assert (one.shape, one.stride(), one.dtype) == (two.shape, two.stride(), two.dtype)
