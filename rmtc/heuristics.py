@@ -15,7 +15,7 @@ CHOICE_NEAR = 2.0
 """A way is tried if it is expected to take at most this factor of the time of the way that runs."""
 
 CHOICE_SHARE = 0.1
-"""Share of the time of all calls that tries may cost, beside the budget of a capture."""
+"""Share of the time of all calls that tries may cost, beside the budget of a capture; and admissions at once, too."""
 
 CHOICE_CLEARLY = 0.95
 """Another way replaces the one that runs if it takes less than this share of its time."""
@@ -37,6 +37,12 @@ CHOICE_IDLE = 24
 
 CHOICE_OF_CAPTURE = 4
 """A trace of another length takes about one part in this many of the time of the capture, with its replays."""
+
+ADMITTED_AT_ONCE = 2
+"""A size is admitted at once if this many calls make up for it, and all calls so far have saved enough.
+
+Of 30 texts of 30 lengths (8 layers, width 128, 32 + 4 positions) most make up for it in one call or two.
+"""
 
 CHOICE_SIZES_KEPT = 1024
 """Number of sizes per size class whose calls are counted."""

@@ -28,6 +28,18 @@ def modes() -> tuple[Any, ...]:
     )
 
 
+MODES = (
+    "gradients",
+    "inference mode",
+    "autocast on the CPU",
+    "autocast on CUDA",
+    "the default dtype",
+    "the default device",
+    "deterministic algorithms",
+)
+"""What :func:`modes` returns, in words."""
+
+
 def _has_modes() -> bool:
     """Return whether a mode for torch's functions is on, other than that of a capture."""
     count = torch._C._len_torch_function_stack()

@@ -17,11 +17,11 @@ def check_sizes(**sizes: int) -> None:
         sizes: by name.
 
     Raises:
-        ValueError: if one is below 1.
+        ValueError: if one is no whole number of at least 1.
     """
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
 
 
 def token_ids(length: int, batch: int = 1) -> Tensor:

@@ -68,6 +68,7 @@ class Ledger:
         admissions: the seconds that it took to admit sizes, by their novelty. The fewest count, once there are two: a
             garbage collection takes longer than most admissions, and may fall into one.
         missed: seconds that calls of sizes that are not admitted would have saved, by what an admission would serve.
+        saved: seconds that calls with a schedule took less than they would have as written, without the admissions.
     """
 
     budget: float
@@ -77,9 +78,13 @@ class Ledger:
     failures: Counter[Arm] = field(default_factory=Counter)
     admissions: dict[New, deque[float]] = field(default_factory=dict)
     missed: dict[Any, float] = field(default_factory=dict)
+    saved: float = 0.0
 
     def pays(self, new: New, serves: Any, saves: float) -> bool:
-        """Tell whether a size is worth its admission, for calls have missed by now as much as that takes.
+        """Tell whether a size is worth its admission.
+
+        It is once calls have missed as much as that takes. It is at once where two calls make up for it, as long as all
+        calls together take at most a tenth longer than they would as written.
 
         Args:
             new: the novelty of the size.
@@ -91,11 +96,14 @@ class Ledger:
         missed = self.missed[serves] = self.missed.get(serves, 0.0) + saves
         unknown = self.budget / heuristics.CHOICE_OF_CAPTURE if new is New.TRACE else 0.0
         taken = self.admissions.get(new, ())
-        return missed >= (min(taken) if len(taken) > 1 else unknown)
+        takes = min(taken) if len(taken) > 1 else unknown
+        within = takes <= self.saved + saves + heuristics.CHOICE_SHARE * self.spent
+        return missed >= takes or (within and takes <= heuristics.ADMITTED_AT_ONCE * saves)
 
-    def admitted(self, new: New, seconds: float) -> None:
-        """Take into account the seconds that it took to admit a size."""
-        self.admissions.setdefault(new, deque(maxlen=heuristics.CHOICE_RECENT)).append(seconds)
+    def admitted(self, new: New, seconds: float, more: float = 0.0) -> None:
+        """Take into account the seconds that it took to admit a size, and those that its first run took longer."""
+        self.saved -= seconds
+        self.admissions.setdefault(new, deque(maxlen=heuristics.CHOICE_RECENT)).append(seconds + more)
 
     def left(self, new: bool) -> float:
         """Return the seconds that a try may cost now, the first of a way or a later one."""
@@ -210,6 +218,7 @@ class Choice:
             return None
         self.calls += 1
         self.ledger.spent += seconds
+        self.ledger.saved += 0.0 if arm.written else self.expected(self._written, sizes) - seconds
         ratio = seconds / estimate
         if len(self._seen) > heuristics.CHOICE_SIZES_KEPT:
             self._seen.clear()

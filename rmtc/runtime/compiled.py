@@ -185,8 +185,8 @@ _FASTER = _Quiet(
 )
 _ESTIMATED = _Quiet(
     "the model as written is estimated to take less time for calls of such a size",
-    "later calls try the schedule, but under deterministic algorithms, with gradients or where RMTC_COST_MODEL is set; "
-    'rmtc.explain prints the estimates; schedule="shortest" runs the schedule all the same',
+    "later calls try the schedule, except under deterministic algorithms, with gradients or where RMTC_COST_MODEL is "
+    'set; rmtc.explain prints the estimates; schedule="shortest" runs the schedule all the same',
 )
 _SELDOM = _Quiet(
     "a call of a size that is too new: to admit it takes longer than its calls would have saved so far",

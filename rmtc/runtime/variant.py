@@ -23,13 +23,13 @@ from rmtc.capture.effects import Effect
 from rmtc.capture.guards import ArgumentGuard
 from rmtc.capture.kinds import MISSING, fingerprint, is_plain
 from rmtc.capture.objects import ExistingContainer, Kept, Label, Ref, attributes, build, can_be_made
-from rmtc.capture.own_modes import modes
+from rmtc.capture.own_modes import MODES, modes
 from rmtc.capture.session import Session
 from rmtc.capture.sizes import Sizes
 from rmtc.capture.snapshot import Snapshot
 from rmtc.capture.state import Slot
 from rmtc.capture.state_guard import StateGuard
-from rmtc.errors import RefusedError, StateError, VerifyError, brief, raised_by_signal
+from rmtc.errors import CaptureError, RefusedError, StateError, VerifyError, brief, raised_by_signal
 from rmtc.ir.cost import CostModel
 from rmtc.ir.formula import at
 from rmtc.ir.program import Val
@@ -553,7 +553,7 @@ class Variant:
             return None
         fresh = self._fresh.pop(sizes, None)
         if fresh is not None:
-            self._ledger.admitted(fresh[0], fresh[1] + max(0.0, seconds - choice.expected(pick.arm, sizes)))
+            self._ledger.admitted(*fresh, max(0.0, seconds - choice.expected(pick.arm, sizes)))
         decision = choice.note(pick.arm, sizes, seconds)
         if decision is not None:
             used = {each.best for each in [*self._choices.values()]}
@@ -610,8 +610,9 @@ class Variant:
 
     def match(self, arguments: Arguments) -> Sizes | str:
         """The sizes of a call that this capture may serve; or in what the call differs."""
-        if self.modes != modes():
-            return "it is called under other modes (grad, inference, autocast, default dtype or device)"
+        if self.modes != (now := modes()):
+            other = [name for name, one, two in zip(MODES, self.modes, now, strict=True) if one != two]
+            return f"it is called under other modes of torch ({', '.join(other)})"
         sizes = self.arguments.sizes(arguments)
         if isinstance(sizes, str):
             return sizes
@@ -725,9 +726,13 @@ class Variant:
             self._hold_entry(sizes, fresh())
             self.entries.add(entry)
         if sizes not in self.analysis.admitted:
-            with self._as_captured():
-                self.analysis.admit(sizes)
-            _refuse_lost(self.analysis.capture)
+            try:
+                with self._as_captured():
+                    self.analysis.admit(sizes)
+                _refuse_lost(self.analysis.capture)
+            except (RefusedError, CaptureError):
+                self._ledger.saved -= now() - start
+                raise
         values = {name: slot.get() for name, slot in self._slots.items()}
         if not made.weights.in_place(values):
             made.weights.move(values)

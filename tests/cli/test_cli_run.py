@@ -136,7 +136,7 @@ def test_a_call_of_one_segment_is_told_that_it_runs_as_written(command: str) -> 
 def test_an_example_refuses_a_size_of_zero(size: str) -> None:
     result = run("bench", *ARMT, "--set", f"{size}=0")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert f"{size} must be at least 1, got 0" in result.stderr
+    assert f"{size} must be a whole number of at least 1, got 0" in result.stderr
 
 
 def demo_of(monkeypatch: pytest.MonkeyPatch, turns: Turns, *arguments: str) -> Result:

@@ -469,5 +469,5 @@ def test_importing_the_package_does_not_import_transformers() -> None:
 @pytest.mark.parametrize("example", EXAMPLES)
 @pytest.mark.parametrize("size", ["layers", "segments", "width", "heads"])
 def test_a_size_of_none_is_told(example: Any, size: str) -> None:
-    with pytest.raises(ValueError, match=f"{size} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{size} must be a whole number of at least 1, got 0"):
         example.build(**{size: 0})

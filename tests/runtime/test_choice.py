@@ -227,6 +227,27 @@ def test_a_size_is_admitted_when_its_calls_have_missed_what_that_takes() -> None
     assert not ledger.pays(New.SEGMENTS, "d", -1.0)
 
 
+def test_a_size_is_admitted_at_once_where_two_calls_make_up_for_it_and_all_calls_have_saved_enough() -> None:
+    ledger = Ledger(8.0)
+    for _ in range(2):
+        ledger.admitted(New.TAIL, 0.3)
+    ledger.saved = 0.0
+    assert not ledger.pays(New.TAIL, "a", 0.2)
+    ledger.saved = 0.11
+    assert ledger.pays(New.TAIL, "b", 0.2) and not ledger.pays(New.TAIL, "c", 0.14)
+    ledger.admitted(New.TAIL, 0.3)
+    assert not ledger.pays(New.TAIL, "d", 0.2)  # what was saved is spent
+    ledger.spent = 5.0
+    assert ledger.pays(New.TAIL, "e", 0.2)  # a tenth of what calls take may be spent besides
+
+
+def test_calls_save_what_they_take_less_than_as_written() -> None:
+    ways = arms(written=1.0, shortest=0.5)
+    choice = Choice(ways, Ledger(8.0))
+    scheduled = calls(choice, real(1.0, 0.4), 10).count("s")
+    assert scheduled > 5 and choice.ledger.saved == pytest.approx(0.6 * scheduled)
+
+
 @pytest.fixture
 def unpinned(monkeypatch: pytest.MonkeyPatch) -> Callable[[CostModel], None]:
     """Give a cost model that is wrong, and a clock by which a call as written takes five times as long as it should."""
