@@ -41,6 +41,7 @@ class Stream:
         self._state = dict(state) if state is not None else None
         self._chain: Chain | None = None
         self._from: dict[str, torch.Tensor] = {}  # what it goes on from, by the names of the sources
+        self._fewest = 0  # number of segments after which it can go on
         self._variant: Variant | None = None
         self._since: ReadyRun | None = None  # the last piece that was made ready
         self._batch = 0
@@ -76,8 +77,8 @@ class Stream:
             if not isinstance(piece, torch.Tensor) or piece.dim() != value.dim():
                 raise StateError(f"{name} of the piece is no tensor like that of the one before")
             shapes = [(*each.shape[:dim], *each.shape[dim + 1 :]) for each in (piece, value)]
-            if piece.dtype != value.dtype or shapes[0] != shapes[1]:
-                raise StateError(f"{name} of the piece is of another batch size, shape or dtype than before")
+            if (piece.dtype, piece.device) != (value.dtype, value.device) or shapes[0] != shapes[1]:
+                raise StateError(f"{name} of the piece is of another batch size, shape, dtype or device than before")
             named[name] = torch.cat([value, piece], dim)
         dims, length = self._growth(named)
         lengths = {name: named[name].shape[dim] for name, dim in dims.items()}
@@ -273,7 +274,7 @@ class Stream:
             runner.read([TextInput(given, count, length)], batch, lambda *_: None)
             runner.opened[batch] = runner.program
         self._chain = Chain(runner, batch, self._state)
-        self._from = dict(ready.state or {})
+        self._from, self._fewest = dict(ready.state or {}), ready.made.fewest
 
     def _go_on(self, ready: Ready, length: int) -> list[Any]:
         """Read a segment, and return the results of those that have ended with it."""
@@ -290,7 +291,7 @@ class Stream:
             self._refuse_changed()
         else:
             self._flying.append(ready)
-        fewest = self._flying[0].made.fewest if self._state is None else 0
+        fewest = self._fewest if self._state is None else 0
         values = {} if ready is None else {**ready.values, **self._from}
         found = self._run([TextInput(values, 1, length, hands_on=True)] if ready is not None else [])
         self._state, begun = chain.state, self._state is None

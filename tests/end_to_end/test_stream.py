@@ -249,7 +249,7 @@ def test_what_is_wrong_is_said() -> None:
         stream.feed(text(2, tail=3))
         with pytest.raises(StateError, match="segments are in flight"):
             _ = stream.state
-        with pytest.raises(StateError, match="is of another batch size, shape or dtype than before"):
+        with pytest.raises(StateError, match="is of another batch size, shape, dtype or device than before"):
             stream.feed(text(2, 5))
         stream.feed(text(1, tail=2))
         with pytest.raises(StateError, match="the stream has a batch of 2, and the piece one of 5"):
@@ -404,3 +404,15 @@ def test_a_run_that_fails_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(StateError, match="the stream has failed: KeyboardInterrupt"):
         stream.feed(whole)
     assert torch.allclose(fast(text(3)), rmtc.restore(fast)(text(3)), rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_stream_is_flushed_after_all_its_results_have_come() -> None:
+    fast, whole = ready(schedule="sequential"), text(5)  # nothing is ever in flight
+    with rmtc.stream(fast) as own:
+        found = feed(own, whole, [SEGMENT])
+        assert len(found) == 5
+        assert own.flush() == []
+        state = own.state
+    assert differences(torch.cat(found, 1), rmtc.resume(fast, None)(whole)) == []
+    assert differences(state, rmtc.state(fast)) == []
