@@ -116,6 +116,8 @@ class UseCount:
                 self._source[id(result)] = index
                 self._kept.append(result)
         elif tensors:
+            for result in results:  # of a call answered from one that was given a weight in its place
+                self._source.pop(id(result), None)
             for source in sources:
                 if source is not None:
                     count = self.run.uses[source] = self.run.uses[source] + 1

@@ -48,7 +48,8 @@ def refuse_hidden_writes(graph: fx.Graph) -> None:
         read = [each for each in node.all_input_nodes if each not in past and base.get(each, each) in flows]
         seen, written = _aliased(node)
         for each in written:
-            if base.get(each, each) in flows and (not on or each in past):
+            flowing = base.get(each, each) in flows
+            if (flowing and (not on or each in past)) or (on and read and each in past):
                 raise _refusal(node)
             if on and read:
                 flows.add(base.get(each, each))
