@@ -58,11 +58,11 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
-def _function_modes() -> list[Any]:
+def function_modes() -> list[Any]:
     return [torch._C._get_function_stack_at(number) for number in range(torch._C._len_torch_function_stack())]
 
 
-def _set_function_modes(before: list[Any]) -> None:
+def set_function_modes(before: list[Any]) -> None:
     while torch._C._len_torch_function_stack():  # all: torch puts the mode of the default device below the others
         torch._C._pop_torch_function_stack()
     for mode in before:
@@ -156,7 +156,7 @@ def _of_autocast(kind: str) -> list[_Part]:
 
 _PARTS = [
     _Part("a dispatch mode", _dispatch_modes, _leave_dispatch_modes),
-    _Part("a function mode or the default device", _function_modes, _set_function_modes),
+    _Part("a function mode or the default device", function_modes, set_function_modes),
     _Part("the default device", lambda: getattr(_DEVICE, "device_context", None), _set_device, operator.is_),
     _Part(
         "a level of torch.func",

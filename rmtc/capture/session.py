@@ -43,6 +43,7 @@ from rmtc.capture.state import (
     user_code,
     walk,
 )
+from rmtc.capture.transforms import transforms_shown
 from rmtc.capture.translation import UNWATCHED, refuse_unknown, refused_unseen, strides_refused, translate
 from rmtc.capture.untold import stands_in
 from rmtc.capture.user_code import named_globals, names_of, tells_identity
@@ -422,7 +423,7 @@ class Session:
         try:
             with flags, quiet_fakes():  # an error is raised, so torch need not log it
                 drawn, environment, ambient = self.snapshot.random_state(), dict(os.environ), Ambient()
-                with self._watched(), self._hashes_noted(), self._functions_noted():
+                with self._watched(), self._hashes_noted(), self._functions_noted(), transforms_shown(self.trained):
                     result = self._call_user(args, kwargs)
                 self._note_drawn(drawn)
                 self.lost = self.snapshot.lost() or self.lost

@@ -52,6 +52,7 @@ from rmtc.capture.refused_results import (
 )
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
+from rmtc.capture.transforms import in_transform
 from rmtc.capture.untold import refuse_flags
 from rmtc.errors import CaptureError, RefusedError, raised_by_signal
 from rmtc.passes.graph.hidden_writes import refuse_hidden_writes
@@ -101,13 +102,17 @@ class _Tracer(PythonKeyTracer):
         self.copies: Copies | None = None
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        refuse_backward(self._outer)
+        self._refuse_backward()
         if torch.is_inference_mode_enabled() is not self._inference:
             self.inference = True
         node = super().create_node(*args, **kwargs)
         if node.op == "call_function":
             self._place(node)
         return node
+
+    def _refuse_backward(self) -> None:
+        if not in_transform():
+            refuse_backward(self._outer)
 
     def _place(self, node: fx.Node) -> None:
         node.meta["location"], variable = current_location(3)
@@ -157,7 +162,7 @@ class _Tracer(PythonKeyTracer):
             value: its result, for the passes.
             out: its result, for the user's code.
         """
-        refuse_backward(self._outer)
+        self._refuse_backward()
         name = self.graph._target_to_str(getattr(target, "overloadpacket", target).__name__)
         node = self.graph.create_node("call_function", target, args, kwargs, name)
         self._place(node)

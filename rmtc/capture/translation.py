@@ -110,5 +110,6 @@ def backward_refusal(location: Location | None) -> RefusedError:
     return RefusedError(
         "the forward calls backward or grad: its gradients are part of the result, which rmtc does not reschedule",
         location=location,
-        remedy="take the call out of the forward, write the gradient as a formula, or run this model without rmtc",
+        remedy="write the gradient with torch.func.grad or as a formula, which run by the schedule, or take the call "
+        "out of the forward",
     )

@@ -108,8 +108,14 @@ def refuse_untold(function: Callable[..., Any], args: Sequence[Any]) -> None:
 
 
 def asks_for_gradients(function: Callable[..., Any]) -> bool:
-    """Tell whether the code asks for a tensor's history, or whether it requires gradients, or sets that."""
-    return function in _OF_GRADIENTS and is_of_models(_asking())
+    """Tell whether the code asks for a tensor's history, or whether it requires gradients, or sets that.
+
+    So does `torch.func.stack_module_state`, which detaches what requires them.
+    """
+    if function not in _OF_GRADIENTS:
+        return False
+    asking = _asking()
+    return is_of_models(asking) or asking.f_code.co_filename.endswith("functional_call.py")
 
 
 def refuse_flags(

@@ -69,6 +69,23 @@ OPS: dict[str, Op] = {
     "softmax": Op("x = x + x.softmax(dim=-1)"),
     "log softmax over time": Op("x = x + F.log_softmax(x, dim=1)"),
     "normalize": Op("x = F.normalize(x, dim=-1)"),
+    "gradient": Op(
+        "x = x - 0.1 * torch.func.grad(lambda x: F.silu(self.slope(x)).square().mean())(x)", "self.slope = linear()"
+    ),
+    "gradient of a norm": Op(
+        "x = x + torch.func.vmap(torch.func.grad(lambda x: F.layer_norm(self.slant(x), (WIDTH,)).tanh().sum()))(x)",
+        "self.slant = linear()",
+    ),
+    "gradient of attention": Op(
+        "x = x + torch.func.grad(lambda q: F.scaled_dot_product_attention(q, x, x, is_causal=True).square().mean())(x)"
+    ),
+    "vmap": Op(
+        "x = x + torch.func.vmap(lambda row, w: torch.tanh(row @ w), (0, None))(x, self.mapped)",
+        "self.mapped = weight(WIDTH, WIDTH)",
+    ),
+    "vmap over positions": Op("x = x + torch.func.vmap(lambda at: at.softmax(-1) * at, 1, 1)(x)"),
+    "vjp": Op("x = x + 0.1 * torch.func.vjp(lambda x: torch.tanh(self.pull(x)), x)[1](x)[0]", "self.pull = linear()"),
+    "jvp": Op("x = x + torch.func.jvp(torch.tanh, (x.clone(),), (torch.ones_like(x),))[1]"),
     "sort": Op("x = x + torch.sort(x, dim=-1).values"),
     "argsort gather": Op("x = x + x.gather(-1, (x @ self.key).argsort(dim=-1))", "self.key = weight(WIDTH, WIDTH)"),
     "sort over time": Op("x = x + x.sort(dim=1, descending=True).values"),
@@ -317,6 +334,17 @@ WRITES: dict[str, Write] = {
         8,
         "key = F.normalize(self.update(x), dim=-1)\n"
         "made = memory + key.transpose(1, 2) @ (x - key @ memory) / x.shape[1]",
+    ),
+    "learned": Write(
+        8,
+        "loss = lambda m, k, v: (torch.tanh(k @ m) - v).square().mean()\n"
+        "made = memory - 0.5 * torch.func.vmap(torch.func.grad(loss))(memory, self.update(x), x)",
+    ),
+    "learned, with its loss": Write(
+        8,
+        "loss = lambda m: (F.normalize(self.update(x), dim=-1) @ m - x).square().mean()\n"
+        "found = torch.func.grad_and_value(loss)(memory)\n"
+        "made = memory - found[0] * (1 + found[1])",
     ),
     "window": Write(3, "made = torch.cat([memory, x], 1)[:, -3:]", ""),
     "cache": Write(4, "made = x.detach()", ""),

@@ -125,6 +125,9 @@ def _along_a_dimension(b: int, t: int, d: int) -> Iterator[Call]:
         yield from (call("repeat_interleave.self_int", x, 2, dim), call("index_select", x, dim, X((4,), I64, 1)))
         yield from (call("unsqueeze", x, dim), call("stack", (x, x), dim), call("cat", (x, x), dim))
     yield from (call("cumsum", x, 1, dtype=F32), call("softmax.int", x, -1, F32), call("log_softmax.int", x, 1, F32))
+    for dim in (0, -1):
+        yield from (call("_safe_softmax", x, dim), call("squeeze.dims", X((2, 1, 1)), (dim, 1)))
+        yield from (call("_softmax_backward_data", x, x, dim, F64), call("_log_softmax_backward_data", x, x, dim, F64))
     yield from (call("_softmax", x, -1, False), call("_log_softmax", x, 0, False), call("_softmax", scalar, 0, False))
     yield from (call("sort", x), call("sort", x, 0, True), call("sort.stable", x, stable=True, dim=0))
     yield from (call("topk", x, 1), call("topk", x, 1, 0), call("topk", x, 1, -2, False), call("topk", scalar, 1))
@@ -293,6 +296,8 @@ def _elementwise(b: int, t: int, d: int) -> Iterator[Call]:
         yield from (call(name, each) for each in (x, X((b,)), scalar, ids))
     yield from (call("logical_not", ids), call("log_sigmoid", x), call("log_sigmoid", scalar))
     yield from (call("zeros_like", x, dtype=I64), call("full_like", x, 2.5), call("full_like", scalar, 3, dtype=F32))
+    yield from (call("fill.Scalar", x, 2.5), call("fill.Scalar", scalar, 1))
+    yield from (call("expand_as", X((t, 1)), x), call("expand_as", X((b, 1, d)), x), call("expand_as", x, x))
     yield from (call(name, X((b, 2, t, d)), memory_format=torch.channels_last) for name in ("clone", "contiguous"))
     yield from (call("to.dtype", x, F32), call("to.dtype", scalar, I64), call("to.dtype", x, BOOL, False, True))
     yield from (call("to.device", x, torch.device("cpu"), F32), call("to.dtype_layout", x, dtype=F32))

@@ -72,8 +72,8 @@ def transform_inside(layers: Layers, text: Tensor) -> Tensor:
     memories, pieces = [text.new_zeros(len(text), 4) for _ in layers], []
     for piece in text.split(5, dim=1):
         for number, layer in enumerate(layers):
-            read = torch.func.vmap(lambda row, memory, layer=layer: torch.tanh(layer(row) + memory))
-            piece = read(piece, memories[number])
+            read = torch.func.functionalize(lambda piece, memory, layer=layer: layer(piece).add_(memory).tanh_())
+            piece = read(piece, memories[number][:, None])
             memories[number] = piece.mean(1)
         pieces.append(piece)
     return torch.cat(pieces, dim=1)
@@ -260,16 +260,17 @@ REFUSALS = (
         backward_inside,
         "torch.autograd.grad",
         "gradients",
-        "Write the gradient out, where it has a closed form (here `2 * (memory[:, None] - layer(piece)).sum(1)`): the "
-        "forward is then an ordinary one.",
+        "Write it with `torch.func.grad`, which runs by the schedule (`rmtc/examples/ttt.py`), or as a formula, here "
+        "`2 * (memory[:, None] - layer(piece)).sum(1)`.",
     ),
     Refusal(
         "A transform inside the forward",
         transform_inside,
         "read(piece",
-        "uses a transform of torch.func",
-        "Write the batch dimension out: `torch.tanh(layer(piece) + memories[number][:, None])`. A transform around the "
-        "whole call, `torch.func.vmap(model)(texts)`, runs as before, too.",
+        "uses torch.func.functionalize",
+        "Call the function itself. Other transforms inside the forward run by the schedule: `vmap`, `grad`, `vjp`, "
+        "`jvp`, `hessian`, `functional_call`. A transform around the whole call, `torch.func.vmap(model)(texts)`, runs "
+        "as before.",
     ),
     Refusal(
         "A setting of torch that stays changed",

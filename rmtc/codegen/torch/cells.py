@@ -18,10 +18,13 @@ def by_cell(*tensors: torch.Tensor) -> Iterator[tuple[Any, ...]]:
 
 
 def stacked(cells: Sequence[Any]) -> Any:
-    """Stack the results of an operation on each cell along a group axis, part by part where it has several."""
+    """Stack the results of an operation on each cell along a group axis, part by part where it has several.
+
+    A part that the operation leaves out, as derivatives of several operands may be, is None.
+    """
     if isinstance(cells[0], torch.Tensor):
         return torch.stack(list(cells))
-    return [torch.stack(parts) for parts in zip(*cells, strict=True)]
+    return [None if parts[0] is None else torch.stack(parts) for parts in zip(*cells, strict=True)]
 
 
 def select_run(source: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.Tensor:

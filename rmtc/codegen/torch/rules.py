@@ -44,11 +44,12 @@ def as_is(arguments: NamedArguments) -> str | None:
 
 
 def by_dims(*names: str) -> Rule:
-    """Make a rule for operations on one tensor that name the dimensions they work along."""
+    """Make a rule for operations on tensors of one shape that name the dimensions they work along."""
 
     def rule(arguments: NamedArguments) -> str | None:
-        value = next(iter(arguments.tensors()))
-        changed: dict[str, Any] = {}
+        value, *more = arguments.tensors()
+        tensors = {name: each for name, each in arguments.values.items() if more and isinstance(each, Value)}
+        changed: dict[str, Any] = {name: Raw(grouped(each)) for name, each in tensors.items()}
         for name in names:
             dims = arguments[name]
             if isinstance(dims, (list, tuple)) and dims:
@@ -198,7 +199,8 @@ _DIM = (
     "softmax.int sort.default sort.stable squeeze.dim std.dim std.correction sum.dim_IntList topk.default unbind.int "
     "unflatten.int var.dim var.correction argmax.default argmin.default max.dim min.dim norm.ScalarOpt_dim "
     "linalg_vector_norm.default split.Tensor split_with_sizes.default chunk.default _softmax.default "
-    "_log_softmax.default nansum.default repeat_interleave.self_int"
+    "_log_softmax.default nansum.default repeat_interleave.self_int _safe_softmax.default squeeze.dims "
+    "_softmax_backward_data.default _log_softmax_backward_data.default"
 )
 
 
@@ -211,7 +213,8 @@ _LIKE_POINTWISE = (
     "multiply.Tensor multiply.Scalar subtract.Tensor divide.Tensor floor_divide.default floor_divide.Scalar "
     "lift_fresh.default lift_fresh_copy.default clone.default softsign.default copy.default greater.Tensor "
     "greater.Scalar less.Tensor less.Scalar zeros_like.default ones_like.default full_like.default "
-    "empty_like.default logical_not.default where.Scalar where.ScalarOther where.ScalarSelf"
+    "empty_like.default expand_as.default fill.Scalar logical_not.default where.Scalar where.ScalarOther "
+    "where.ScalarSelf"
 )
 
 

@@ -22,6 +22,8 @@ def alike(found: Any, cell: Any, count: int | None) -> bool:
     if isinstance(cell, torch.Tensor):
         shape = (count, *cell.shape)
         return isinstance(found, torch.Tensor) and tuple(found.shape) == shape and found.dtype == cell.dtype
+    if cell is None:
+        return found is None
     return (
         isinstance(found, (list, tuple))
         and len(found) == len(cell)

@@ -143,12 +143,12 @@ def _refuse_unknown(node: fx.Node) -> None:
         module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", str(target))
         higher = isinstance(target, torch._ops.HigherOrderOperator)
         if module.startswith("torch._functorch"):
-            reason = "the forward uses a transform of torch.func (vmap, jvp, forward-mode gradients), which changes "
-            reason += f"what the operations inside of it do ({name})"
+            reason = "the forward transforms functions by other means than torch.func's vmap, grad, vjp and jvp, which "
+            reason += f"changes what the operations inside do ({name})"
         else:
             reason = f"{module}.{name}".lstrip(".") + f" is {'a higher-order operator' if higher else 'no operator'}: "
             reason += "what it does to the operations around it is not known"
-        remedy = "write what it does as operations on tensors (a batch dimension in place of torch.func.vmap)"
+        remedy = "write what it does as operations on tensors, or with these functions of torch.func"
     elif writes(node):
         reason = f"{target} writes to its argument and could not be turned into a value"
         remedy = "use the operation that returns a new tensor"
