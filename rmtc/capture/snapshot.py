@@ -104,8 +104,9 @@ class Snapshot:
         self._saved: list[_Saved] = []
         whole: set[int] = set()
         seen: set[int] = set()
-        owners = [*found.owners, *(owner for slot in slots for owner in (slot.owner, slot.value))]
-        for owner in owners:
+        values = {id(value): value for value in (*found.visited, *(slot.value for slot in slots))}.values()
+        tables = [table for value in values for table in generator_tables(value)]
+        for owner in (*values, *tables, *(slot.owner for slot in slots)):
             if id(owner) not in seen:
                 seen.add(id(owner))
                 content = _content(owner)
@@ -116,7 +117,6 @@ class Snapshot:
         self._defaults = found.defaults
         self._loaded = frozenset(sys.modules)
         self._known = {(id(slot.owner), slot.key) for slot in self._places}
-        values = {id(value): value for value in (*roots.values(), *(slot.value for slot in slots))}.values()
         self._unset = [(value, member) for value in values if is_record(value) for _, member in unset_slots(value)]
         self.objects = [each for each in map(Held.of, values) if each is not None]
         arrays = [value for value in values if type(value).__name__ == "ndarray"]

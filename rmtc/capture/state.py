@@ -256,7 +256,7 @@ class _Walk:
         self.functions: set[int] = set()
         self.classes: list[type] = []
         self.spaces: dict[int, tuple[dict[str, Any], set[str]]] = {}  # namespaces, and the names looked up there
-        self.owners: list[Any] = []  # containers, and dictionaries of attributes, that hold places or may come to
+        self.visited: list[Any] = []  # all that was looked into
         self.defaults: list[tuple[types.FunctionType, str, Any]] = []
         self.places: set[tuple[int, Any]] = set()
         self.names: dict[str, int] = {}
@@ -290,7 +290,7 @@ class _Walk:
             self.defaults.append((function, key, getattr(function, key)))
             if not is_plain(getattr(function, key)):
                 self.add(f"{function.__qualname__}.{key}", function, key, getattr(function, key))
-        self.owners.append(vars(function))
+        self.visited.append(function)
         for key, value in list(vars(function).items()):
             self.add(f"{function.__qualname__}.{key}", vars(function), key, value)
 
@@ -339,9 +339,7 @@ def walked(roots: dict[str, Any], without: Set[int], ran: Set[types.CodeType] | 
             found.add_class(value)
             continue
         found.seen.add(id(value))
-        if isinstance(value, (dict, list, deque, set)):
-            found.owners.append(value)
-        found.owners.extend(generator_tables(value))
+        found.visited.append(value)
         dot = name + "." if name else ""
         if isinstance(value, (types.FunctionType, types.MethodType)):
             if isinstance(value, types.MethodType):

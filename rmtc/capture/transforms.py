@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,12 +30,13 @@ from rmtc.capture.indexing import EverySlice
 from rmtc.errors import RefusedError
 from rmtc.restoring import restored
 
+_LATER = "_vjp_with_argnums"  # also returns a function, which differentiates later
 _ENTRIES: tuple[tuple[Any, str], ...] = (
     (apis, "vmap_impl"),
     (eager_transforms, "grad_impl"),
     (eager_transforms, "grad_and_value_impl"),
     (eager_transforms, "_jvp_with_argnums"),
-    (eager_transforms, "_vjp_with_argnums"),
+    (eager_transforms, _LATER),
 )
 """The functions that transforms run, which their wrappers look up in each call."""
 
@@ -98,9 +98,10 @@ class _Below(TorchDispatchMode):
                 if grad is self._grad:
                     return func(*args, **(kwargs or {}))
                 self._set_grad(grad)
-                result = func(*args, **(kwargs or {}))
-                self._set_grad(self._grad)
-                return result
+                try:
+                    return func(*args, **(kwargs or {}))
+                finally:
+                    self._set_grad(self._grad)
         finally:
             for key in _PRE_DISPATCH:
                 _unset_infra_mode(key)
@@ -164,8 +165,8 @@ def transforms_shown(trained: bool) -> Iterator[None]:
                 nn.Module.__call__ = nn.Module._wrapped_call_impl  # type: ignore[method-assign]
                 with _Below(next((mode for mode in functions if trained and isinstance(mode, _REGIONS)), None)):
                     result = entry(*args, **kwargs)
-            if type(result) is tuple:  # such as that of vjp: a function that differentiates later
-                return tuple(shown(each) if isinstance(each, types.FunctionType) else each for each in result)
+            if entry.__name__ == _LATER:
+                return (result[0], shown(result[1]), *result[2:])
             return result
 
         return call

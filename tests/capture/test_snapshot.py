@@ -33,6 +33,16 @@ class Box:
         return self
 
 
+class Narrow:
+    """An object whose attribute is in a slot that is not set yet."""
+
+    __slots__ = ("value",)
+
+    def keep(self, value: Any) -> Any:
+        self.value = value
+        return self
+
+
 class Model(nn.Module):
     shared: Any = None
 
@@ -45,7 +55,7 @@ class Model(nn.Module):
         self.names = {"a"}
         self.found: dict[str, Any] = {"x": 1.5}
         self.pair: Any = (1, 2)
-        self.bound, self.boxes, self.keys = Box().keep, {Box()}, {Box(): 1}
+        self.bound, self.boxes, self.keys, self.narrow = Box().keep, {Box()}, {Box(): 1}, {Narrow()}
         self.partial, self.push = functools.partial(abs), list[Any]().append
         self.shown: Any = types.MappingProxyType({})
 
@@ -82,6 +92,7 @@ MORE: dict[str, Callable[[Model], Any]] = {
     "a default": lambda model: setattr(helper, "__defaults__", (torch.ones(1),)),
     "behind a bound method": lambda model: model.bound(torch.ones(1)),
     "in a set": lambda model: [box.keep(torch.ones(1)) for box in model.boxes],
+    "in a slot in a set": lambda model: [each.keep(torch.ones(1)) for each in model.narrow],
     "in a key": lambda model: [box.keep(torch.ones(1)) for box in model.keys],
     "in a partial function": lambda model: model.partial.keywords.update(x=torch.ones(1)),
     "behind a method of Python's own": lambda model: model.push(torch.ones(1)),
