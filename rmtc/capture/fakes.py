@@ -201,7 +201,7 @@ class Fakes(FakeTensorMode):
         try:
             with in_kernel_invocation_manager(self):
                 out = func(*args, **kwargs)
-        except NotImplementedError:
+        except NotImplementedError:  # an operation inside of it has no such kernel; the mode knows what to do
             self._direct[id(func)] = False
             return None
         (device,) = devices
@@ -295,14 +295,17 @@ def _is_told(func: Any) -> bool:
 
 
 def _runs_on_meta(func: Any) -> bool:
-    """Return whether all that `FakeTensorMode` does is to run an operation's kernel for the meta device."""
+    """Return whether an operation's kernel for the meta device tells its result, and not a rule of `FakeTensorMode`'s.
+
+    Its rules for views are about symbolic sizes.
+    """
     if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
         return False  # it is divided into others, and may return its operand
     if not has_meta(func) or torch.Tag.nondeterministic_seeded in func.tags:
         return False
     if not all(type(each.type) is torch.TensorType for each in func._schema.returns):
         return False
-    return func in VIEWS or not any(asks(func) for asks, _ in op_implementations)  # rules of views: for symbolic sizes
+    return func in VIEWS or not any(asks(func) for asks, _ in op_implementations)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

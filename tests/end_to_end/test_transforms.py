@@ -203,6 +203,8 @@ def test_a_transform_inside_a_cell_runs_by_the_schedule(name: str) -> None:
 
 
 DIFFERENTIATED = [
+    "filled in place",
+    "gradients turned on",
     "gradients stopped",
     "vmap of grad",
     "of parameters",
@@ -266,7 +268,7 @@ def test_a_segment_in_which_the_transform_does_something_else_is_seen() -> None:
 
     model = Reader(step).double()
     text = texts()[2]
-    with torch.no_grad(), pytest.raises(rmtc.RmtcError, match=r"segment 6|does not|number"):
+    with torch.no_grad(), pytest.raises(rmtc.RmtcError, match="segment 6 does not follow"):
         rmtc.compile(model, strict=True)(text)
 
 

@@ -287,7 +287,7 @@ def main() -> None:
             parameter.add_(0.2 * torch.randn_like(parameter))
         models.append(model)
     eager, own = models
-    fast = rmtc.compile(own, schedule="shortest", strict=True)
+    fast, refused = rmtc.compile(own, schedule="shortest", strict=True), list[str]()
     with torch.no_grad():
         print(str(call(rmtc.explain(eager), torch.zeros(1, 42, dtype=torch.long))).splitlines()[0])
         for name, (batch, length) in CALLS.items():
@@ -297,13 +297,17 @@ def main() -> None:
                 try:
                     found = call(fast, tokens)
                 except rmtc.RmtcError as error:
-                    print(f"{name}: {error}")
+                    refused.append(f"{name}: {error}")
                     break
-                functions = {place for place, value in leaves(own) if callable(value)}  # each model has its own
+                functions = {
+                    place for place, value in leaves(own) if isinstance(value, types.FunctionType)
+                }  # its own ones
                 wrong = differences(found, expected)
                 wrong += [place for place in differences(own, eager) if place not in functions]
                 how = "by the schedule" if rmtc.stats(fast).runs == runs + 1 else "not by the schedule"
                 print(f"{name}: {wrong or 'as eager'}, {how}")
+    if refused:
+        sys.exit("\n".join(refused))
 
 
 if __name__ == "__main__":
