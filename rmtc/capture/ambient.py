@@ -59,10 +59,12 @@ def undisturbed() -> Iterator[None]:
 
 
 def function_modes() -> list[Any]:
+    """Return the modes for torch's functions that are on, the innermost last."""
     return [torch._C._get_function_stack_at(number) for number in range(torch._C._len_torch_function_stack())]
 
 
 def set_function_modes(before: list[Any]) -> None:
+    """Turn these modes for torch's functions on, and all others off."""
     while torch._C._len_torch_function_stack():  # all: torch puts the mode of the default device below the others
         torch._C._pop_torch_function_stack()
     for mode in before:

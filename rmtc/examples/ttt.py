@@ -26,7 +26,7 @@ __all__ = ["Learner", "LearnerOutput", "build"]
 
 
 class LearnerOutput(NamedTuple):
-    """What reading a text gives.
+    """The result of reading a text.
 
     Attributes:
         logits: ``(B, N, V)``.
