@@ -1,8 +1,9 @@
 """Measure the CPU time of texts of many lengths, each read twice, beside that of the model as written.
 
 Each length is a number of segments with a last length of its own. The first pass sees every length for the first time:
-its Python is replayed, and kernels are emitted for the last segment. Times are CPU times of one thread. Each text is
-read as written and compiled in turns, for the machine is another one some seconds later.
+a few segments of the first other last length are traced, the Python of each is replayed, and kernels are emitted for
+the last segment. Times are CPU times of one thread. Each text is read as written and compiled in turns, for the machine
+is another one some seconds later.
 
 python benchmarks/lengths.py [--layers 8] [--width 128] [--segment 32] [--texts 30]
 """
@@ -56,8 +57,6 @@ def main() -> None:
         model(text)
     fast = rmtc.compile(model)
     print(f"capture of a first text {seconds(fast, first):.2f} s, its second call {seconds(fast, first):.2f} s")
-    other = texts_of(1, options.segment)[0][:, : 9 * options.segment + options.segment // 3]
-    print(f"first text of another last length {seconds(fast, other):.2f} s")
     replays = 0
     run = Replayer._run
 

@@ -17,6 +17,10 @@ _getitem = torch.Tensor.__getitem__
 _slice = torch.ops.aten.slice.Tensor
 _END = torch.iinfo(torch.int64).max
 
+_Tensor: Any = torch.Tensor
+_METADATA = {_Tensor.shape.__get__, _Tensor.dtype.__get__, _Tensor.device.__get__, _Tensor.ndim.__get__}
+"""What code asks for more often than anything is computed, and every stand-in answers."""
+
 
 class EverySlice(TorchFunctionMode):
     """Under this mode an index of several slices is made of operations on one dimension each.
@@ -56,6 +60,8 @@ class EverySlice(TorchFunctionMode):
             sys.settrace(watch)
 
     def _run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
+        if func in _METADATA:
+            return func(*args)
         if func is _getitem and type(args[1]) is tuple and _takes_all(args[0], args[1]):
             out = _one_by_one(args[0], args[1])
             self.known.note(func, args, {}, out)

@@ -154,11 +154,12 @@ class Known:
 
     def _let_go(self, values: Any) -> None:
         """Forget tensors that a function may have written to, and all others in their memory."""
+        if not self._made:
+            return
         memory = {_memory(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)}
-        if self._made and memory:
-            gone = [key for key, made in self._made.items() if _memory(made.tensor) in memory]
-            for key in gone:
-                del self._made[key]
+        gone = [key for key, made in self._made.items() if _memory(made.tensor) in memory] if memory else []
+        for key in gone:
+            del self._made[key]
 
     def _is_known(self, value: Any) -> bool:
         if isinstance(value, torch.Tensor):

@@ -76,7 +76,7 @@ class Recorder:
             if not isinstance(mode, Fakes):
                 raise CaptureError(f"a layer returned a {type(tensor).__name__} under stand-in tensors")
             if id(tensor) not in self._bare:
-                with _disable_current_modes():
+                with _disable_current_modes(), torch._C.DisableTorchFunction():
                     bare = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
                 self._bare[id(tensor)] = bare
                 self._kept.append(tensor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +22,7 @@ def describer_of(session: Session, arguments: Arguments) -> Describer:
         session: the call.
         arguments: those that the run is given.
     """
-    places: dict[int, ExistingContainer] = {}
-    for slot in session.snapshot.slots:
-        if isinstance(slot.value, (list, deque, dict)):
-            places.setdefault(id(slot.value), ExistingContainer(slot.name))
+    places = {id(slot.value): ExistingContainer(slot.name) for slot in session.containers}
     for path, container in arguments.containers().items():
         places.setdefault(id(container), ExistingContainer(path))
     return Describer(session.known, places)
@@ -87,7 +83,7 @@ def left_behind(
                 tensors[f"state:{slot.name}"] = slot.value
         elif is_plain(slot.value):
             before = session.snapshot.plain.get(slot.name, MISSING)
-            if before is MISSING or fingerprint(before) != fingerprint(slot.value):
+            if before is not slot.value and (before is MISSING or fingerprint(before) != fingerprint(slot.value)):
                 plain[f"state:{slot.name}"] = slot.value
     return tensors, plain, description
 

@@ -14,6 +14,7 @@ import random
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType, FrameType
@@ -311,11 +312,22 @@ class Session:
         Args:
             values: the tensors that are installed.
         """
-        return {
-            slot.name: values[self._index[id(slot.value)]]
-            for slot in self.snapshot.slots
-            if isinstance(slot.value, torch.Tensor)
-        }
+        return {name: values[number] for name, number in self._held}
+
+    @functools.cached_property
+    def _held(self) -> list[tuple[str, int]]:
+        """The places of tensors by name, each with the number of its tensor in :attr:`lifted`."""
+        held = ((slot.name, slot.value) for slot in self.snapshot.slots if isinstance(slot.value, torch.Tensor))
+        return [(name, self._index[id(tensor)]) for name, tensor in held]
+
+    @functools.cached_property
+    def containers(self) -> list[Slot]:
+        """The first place of each list, deque and dictionary that existed before the call."""
+        first: dict[int, Slot] = {}
+        for slot in self.snapshot.slots:
+            if isinstance(slot.value, (list, deque, dict)):
+                first.setdefault(id(slot.value), slot)
+        return [*first.values()]
 
     def refuse_unseen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse code that reads what no guard can see.

@@ -10,7 +10,7 @@ import sys
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -50,8 +50,33 @@ class Held(NamedTuple):
 
 @dataclass
 class _Saved:
+    """A container with what it held.
+
+    Attributes:
+        owner: the container.
+        content: what it held.
+        version: that of a dictionary when it last held that; -1 if it has none.
+    """
+
     owner: Any
     content: Any
+    version: int = -1
+
+    @staticmethod
+    def of(owner: Any) -> _Saved:
+        """Return a container with what it holds, which is None if it is put back place by place."""
+        version = _version(owner)  # from before it is read
+        return _Saved(owner, _content(owner), version)
+
+    @property
+    def untouched(self) -> bool:
+        """True if the container is a dictionary to which nothing was written since."""
+        return self.version >= 0 and _version(self.owner) == self.version
+
+
+def _version(owner: Any) -> int:
+    """Return the version of a dictionary; -1 of all else, and of an ordered one, which hides a change of order."""
+    return dict_version(owner) if type(owner) is dict else -1
 
 
 def _content(owner: Any) -> Any:
@@ -109,10 +134,10 @@ class Snapshot:
         for owner in (*values, *tables, *(slot.owner for slot in slots)):
             if id(owner) not in seen:
                 seen.add(id(owner))
-                content = _content(owner)
-                if content is not None:
+                saved = _Saved.of(owner)
+                if saved.content is not None:
                     whole.add(id(owner))
-                    self._saved.append(_Saved(owner, content))
+                    self._saved.append(saved)
         self._places = [slot for slot in slots if id(slot.owner) not in whole and not isinstance(slot.owner, tuple)]
         self._defaults = found.defaults
         self._loaded = frozenset(sys.modules)
@@ -171,7 +196,7 @@ class Snapshot:
             yield from (
                 (kind, key, value, before[key]) for key, value in vars(kind).items() if value is not before[key]
             )
-        for owner, content in ((saved.owner, saved.content) for saved in self._saved):
+        for owner, content in ((saved.owner, saved.content) for saved in self._saved if not saved.untouched):
             if isinstance(owner, dict):
                 if len(owner) != len(content) or not all(map(operator.is_, owner, content)):
                     yield owner, "", MISSING, MISSING
@@ -207,7 +232,7 @@ class Snapshot:
         if self._grew() or any(is_set(value, member) for value, member in self._unset):
             return None
         now = copy.copy(self)
-        now._saved = [_Saved(saved.owner, _content(saved.owner)) for saved in self._saved]
+        now._saved = [replace(saved) if saved.untouched else _Saved.of(saved.owner) for saved in self._saved]
         if any(saved.content is None for saved in now._saved):
             return None
         now._places = [slot._replace(value=slot._replace(parent=None).get()) for slot in self._places]
@@ -261,6 +286,8 @@ class Snapshot:
         for generator, state in zip(self._generators, self._drawn, strict=True):
             _set_generator_state(generator, state)
         for saved in self._saved:
+            if saved.untouched:
+                continue
             owner, content = saved.owner, saved.content
             if isinstance(owner, types.CellType):
                 if content is not _EMPTY:
@@ -268,15 +295,18 @@ class Snapshot:
                 elif _is_bound(owner):
                     del owner.cell_contents
             elif isinstance(owner, dict):
+                keys = all(map(operator.is_, owner, content))
                 same = (  # no key is looked up, for it may have another hash now
                     len(owner) == len(content)
                     and all(map(operator.is_, owner.values(), content.values()))
-                    and (all(map(operator.is_, owner, content)) or all(map(_is_same_key, owner, content)))
+                    and (keys or all(map(_is_same_key, owner, content)))
                 )
                 if not same:
                     table = OrderedDict if isinstance(owner, OrderedDict) else dict  # a subclass may forbid it
                     table.clear(owner)
                     table.update(owner, content)
+                if keys or not same:
+                    saved.version = _version(owner)
             elif isinstance(owner, set):
                 set.clear(owner)
                 set.update(owner, content)

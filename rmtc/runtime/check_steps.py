@@ -33,6 +33,10 @@ class _Seen(NamedTuple):
         size, end = tensor.numel() * bytes_each, address + (last + 1) * bytes_each
         return _Seen(address, shape, strides, tensor.dtype, size, end)
 
+    def after(self, start: int) -> _Seen:
+        """Return a tensor that begins some bytes later."""
+        return _Seen(self.address + start, self.shape, self.strides, self.dtype, self.size, self.end + start)
+
 
 class _Looks:
     """How tensors and their rows lie: each is looked at once in a check, and kept, so that its id stays its own."""
@@ -49,7 +53,9 @@ class _Looks:
 
     def rows(self, tensor: torch.Tensor) -> list[_Seen]:
         if id(tensor) not in self._rows:
-            self._rows[id(tensor)] = tensor, [_Seen.of(tensor[n]) for n in range(len(tensor))]
+            first = [_Seen.of(tensor[0])] if len(tensor) else []
+            starts = [n * tensor.stride(0) * tensor.itemsize for n in range(len(tensor))]
+            self._rows[id(tensor)] = tensor, [each.after(start) for start in starts for each in first]
         return self._rows[id(tensor)][1]
 
     def views(self, body: ArenaBody) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

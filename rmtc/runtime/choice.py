@@ -83,8 +83,9 @@ class Ledger:
     def pays(self, new: New, serves: Any, saves: float) -> bool:
         """Tell whether a size is worth its admission.
 
-        It is once calls have missed as much as that takes. It is at once where two calls make up for it, as long as all
-        calls together take at most a tenth longer than they would as written.
+        It is once calls have missed as much as that takes. It is at once where a few calls make up for it, or more for
+        a trace, which serves other lengths, too. All calls together may then take longer than they would as written by
+        a tenth, and by the capture's time.
 
         Args:
             new: the novelty of the size.
@@ -97,8 +98,9 @@ class Ledger:
         unknown = self.budget / heuristics.CHOICE_OF_CAPTURE if new is New.TRACE else 0.0
         taken = self.admissions.get(new, ())
         takes = min(taken) if len(taken) > 1 else unknown
-        within = takes <= self.saved + saves + heuristics.CHOICE_SHARE * self.spent
-        return missed >= takes or (within and takes <= heuristics.ADMITTED_AT_ONCE * saves)
+        credit = self.budget + heuristics.CHOICE_SHARE * self.spent
+        calls = heuristics.TRACED_AT_ONCE if new is New.TRACE else heuristics.ADMITTED_AT_ONCE
+        return missed >= takes or (takes <= calls * saves and takes <= self.saved + saves + credit)
 
     def admitted(self, new: New, seconds: float, more: float = 0.0) -> None:
         """Take into account the seconds that it took to admit a size, and those that its first run took longer."""

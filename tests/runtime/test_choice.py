@@ -220,25 +220,30 @@ def test_a_size_is_admitted_when_its_calls_have_missed_what_that_takes() -> None
     for seconds in (5.0, 0.35):  # something else fell into the first
         assert ledger.pays(New.SEGMENTS, "a", 0.1)  # little is known of what it takes
         ledger.admitted(New.SEGMENTS, seconds)
+    ledger.saved = -8.0  # as much as the capture took
     assert [ledger.pays(New.SEGMENTS, "b", 0.1) for _ in range(5)] == [False, False, False, True, True]
     ledger.admitted(New.SEGMENTS, 0.15)
     assert [ledger.pays(New.SEGMENTS, "c", 0.1) for _ in range(2)] == [False, True]
-    assert [ledger.pays(New.TRACE, 4, 0.9) for _ in range(3)] == [False, False, True]  # a fourth of the capture
     assert not ledger.pays(New.SEGMENTS, "d", -1.0)
+    ledger = Ledger(8.0)
+    assert ledger.pays(New.TRACE, 3, 0.09) and not ledger.pays(New.TRACE, 4, 0.08)
+    ledger.saved = -8.0
+    assert [ledger.pays(New.TRACE, 5, 0.9) for _ in range(3)] == [False, False, True]  # a fourth of the capture
 
 
-def test_a_size_is_admitted_at_once_where_two_calls_make_up_for_it_and_all_calls_have_saved_enough() -> None:
+def test_a_size_is_admitted_at_once_where_a_few_calls_make_up_for_it_and_all_calls_have_saved_enough() -> None:
     ledger = Ledger(8.0)
     for _ in range(2):
         ledger.admitted(New.TAIL, 0.3)
-    ledger.saved = 0.0
-    assert not ledger.pays(New.TAIL, "a", 0.2)
-    ledger.saved = 0.11
-    assert ledger.pays(New.TAIL, "b", 0.2) and not ledger.pays(New.TAIL, "c", 0.14)
+    assert ledger.pays(New.TAIL, "a", 0.06) and not ledger.pays(New.TAIL, "b", 0.04)
+    ledger.saved = -8.0  # as much as the capture took
+    assert not ledger.pays(New.TAIL, "c", 0.2)
+    ledger.saved = -7.89
+    assert ledger.pays(New.TAIL, "d", 0.2)
     ledger.admitted(New.TAIL, 0.3)
-    assert not ledger.pays(New.TAIL, "d", 0.2)  # what was saved is spent
+    assert not ledger.pays(New.TAIL, "e", 0.2)  # what was saved is spent
     ledger.spent = 5.0
-    assert ledger.pays(New.TAIL, "e", 0.2)  # a tenth of what calls take may be spent besides
+    assert ledger.pays(New.TAIL, "f", 0.2)  # a tenth of what calls take may be spent besides
 
 
 def test_calls_save_what_they_take_less_than_as_written() -> None:
