@@ -26,6 +26,12 @@ from rmtc.capture.session import Session
 from rmtc.capture.state_guard import environment, reads_environment
 from rmtc.ir.program import Program
 
+_NO_SIZE = 2**40
+"""An integer beyond this is no size or number of things, but perhaps a hash or an id, which differ between processes.
+
+transformers keeps the hash of a generation config in it. If code depends on such a value, the program tells.
+"""
+
 
 def fingerprint_of(parts: Mapping[str, str]) -> str:
     """Make one fingerprint of the ingredients of a call."""
@@ -97,6 +103,8 @@ def _tell(value: Any, told: dict[CodeType, str]) -> Any:
     if isinstance(value, (tuple, frozenset)) and type(value) is not torch.Size:
         items = [_tell(item, told) for item in value]
         return [kind, sorted(items, key=repr) if isinstance(value, frozenset) else items]
+    if isinstance(value, int) and abs(value) > _NO_SIZE:
+        return [kind]
     if is_plain(value):
         return [kind, repr(value)]
     if isinstance(value, torch.Tensor):

@@ -81,9 +81,10 @@ def left_behind(
         if isinstance(slot.value, torch.Tensor):
             if held.get(slot.name) is not slot.value:
                 tensors[f"state:{slot.name}"] = slot.value
-        elif is_plain(slot.value):
-            before = session.snapshot.plain.get(slot.name, MISSING)
-            if before is not slot.value and (before is MISSING or fingerprint(before) != fingerprint(slot.value)):
+            continue
+        before = session.snapshot.plain.get(slot.name, MISSING)
+        if slot.value is not before and is_plain(slot.value):
+            if before is MISSING or fingerprint(before) != fingerprint(slot.value):
                 plain[f"state:{slot.name}"] = slot.value
     return tensors, plain, description
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,18 +44,16 @@ def carried(loop: SegmentLoop) -> list[Carried]:
     the variable (``layers.3.keys``), else that of the operation. Several of one name are told apart by numbers
     (``memories[3]``). What is made two segments before the next one has ``@2`` behind its name.
     """
-    furthest: dict[int, int] = {}
-    for leaf in _reads(loop.steady):
-        furthest[leaf.number] = max(furthest.get(leaf.number, 0), leaf.back)
+    reads = _reads(loop.steady)
     alike: dict[str, list[int]] = {}
-    for number in sorted(furthest):
+    for number in sorted(reads):
         alike.setdefault(_name(loop.steady[number]), []).append(number)
     found: list[Carried] = []
     for name, numbers in alike.items():
         for place, number in enumerate(numbers):
             known = name if len(numbers) == 1 else f"{name}[{place}]"
-            rows, form = _rows(loop, number), loop.steady[number].form
-            for back in range(1, furthest[number] + 1):
+            rows, form = _rows(loop, number, reads[number]), loop.steady[number].form
+            for back in range(1, max(each.back for each in reads[number]) + 1):
                 found.append(Carried(known if back == 1 else f"{known}@{back}", number, back, rows, form))
     return found
 
@@ -67,14 +65,27 @@ def _name(op: Op) -> str:
     return origin.name or ".".join(filter(None, (origin.module, variable)))
 
 
-def _reads(ops: Sequence[Op]) -> Iterator[Row]:
-    return (leaf for op in ops for leaf in leaves(op.args) if isinstance(leaf, Row) and leaf.back > 0)
+class _Read(NamedTuple):
+    """A read of an earlier segment: by which operation, as which of its operands, how far back."""
+
+    place: int
+    at: int
+    back: int
 
 
-def _rows(loop: SegmentLoop, number: int) -> tuple[int, ...]:
+def _reads(ops: Sequence[Op]) -> dict[int, list[_Read]]:
+    """Return the reads of earlier segments, by the number of the operation that made what is read."""
+    found: dict[int, list[_Read]] = {}
+    for place, op in enumerate(ops):
+        for at, leaf in enumerate(leaves(op.args)):
+            if isinstance(leaf, Row) and leaf.back > 0:
+                found.setdefault(leaf.number, []).append(_Read(place, at, leaf.back))
+    return found
+
+
+def _rows(loop: SegmentLoop, number: int, reads: Sequence[_Read]) -> tuple[int, ...]:
     """Return which operation of each row kind is read where later segments read ``number``; -1 if it is not known."""
     steady = len(loop.rows)
-    reads = [(place, at, leaf.back) for place, op in enumerate(loop.steady) for at, leaf in _at(op, number)]
     found: list[int] = []
     for row in range(steady):
         if any(row + back >= steady for _, _, back in reads):  # a later segment reads it by this very number
@@ -88,13 +99,6 @@ def _rows(loop: SegmentLoop, number: int) -> tuple[int, ...]:
             made.update(leaf.number if isinstance(leaf, Row) and leaf.back == back else -1 for leaf in there)
         found.append(made.pop() if len(made) == 1 else -1)
     return (*found, number)
-
-
-def _at(op: Op, number: int) -> Iterator[tuple[int, Row]]:
-    """Yield the operands of an operation that are of earlier segments' ``number``, with their places."""
-    for at, leaf in enumerate(leaves(op.args)):
-        if isinstance(leaf, Row) and leaf.back > 0 and leaf.number == number:
-            yield at, leaf
 
 
 def fewest(loop: SegmentLoop) -> int:
