@@ -1,4 +1,4 @@
-"""Measure the CPU time of texts of many lengths, each read twice, beside that of the model as written.
+"""Measure the CPU time of texts of many lengths, each read four times, beside that of the model as written.
 
 Each length is a number of segments with a last length of its own. The first pass sees every length for the first time:
 a few segments of the first other last length are traced, the Python of each is replayed, and kernels are emitted for

@@ -15,7 +15,7 @@ CHOICE_NEAR = 2.0
 """A way is tried if it is expected to take at most this factor of the time of the way that runs."""
 
 CHOICE_SHARE = 0.1
-"""Share of the time of all calls that tries may cost, beside the budget of a capture; and admissions at once, too."""
+"""Share of the time of all calls that tries may cost, beside the budget of a capture."""
 
 CHOICE_CLEARLY = 0.95
 """Another way replaces the one that runs if it takes less than this share of its time."""
@@ -39,7 +39,7 @@ CHOICE_OF_CAPTURE = 4
 """A trace of another length takes about one part in this many of the time of the capture, with its replays."""
 
 ADMITTED_AT_ONCE = 6
-"""A size is admitted at once if this many of its calls make up for it, as long as all calls together do not lose much.
+"""A size is admitted at once if this many of its calls make up for it, as long as admissions owe no more than a budget.
 
 Of 30 texts of 30 lengths (8 layers, width 128, 32 + 4 positions) those of four segments and more make up for it in one
 to five calls. Where what calls have saved had to pay for each admission, 13 were admitted in the first pass, in 1.08
@@ -49,8 +49,8 @@ times the time of the code as written, and the last in the fourth. Now 27 are, i
 TRACED_AT_ONCE = 24
 """A size that takes a whole trace is admitted at once if this many calls make up for it.
 
-The first other last length of a text of several segments does (0.8 s; 0.05 s a call). It serves all that follow. A
-trace of two segments (0.5 s) serves texts of two segments alone, which save 0.02 s a call.
+A text of 10 segments makes up for it in 16 calls, by the share of the capture that a trace is taken to be (0.05 s a
+call; 0.8 s), and the trace serves all other last lengths, too. One of two segments would in 40, and serves such alone.
 """
 
 CHOICE_SIZES_KEPT = 1024

@@ -295,7 +295,7 @@ class Snapshot:
                 elif _is_bound(owner):
                     del owner.cell_contents
             elif isinstance(owner, dict):
-                keys = all(map(operator.is_, owner, content))
+                version, keys = _version(owner), all(map(operator.is_, owner, content))
                 same = (  # no key is looked up, for it may have another hash now
                     len(owner) == len(content)
                     and all(map(operator.is_, owner.values(), content.values()))
@@ -305,8 +305,7 @@ class Snapshot:
                     table = OrderedDict if isinstance(owner, OrderedDict) else dict  # a subclass may forbid it
                     table.clear(owner)
                     table.update(owner, content)
-                if keys or not same:
-                    saved.version = _version(owner)
+                saved.version = version if same and keys else -1  # what clears a table may run code that writes to it
             elif isinstance(owner, set):
                 set.clear(owner)
                 set.update(owner, content)

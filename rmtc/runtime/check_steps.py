@@ -34,8 +34,9 @@ class _Seen(NamedTuple):
         return _Seen(address, shape, strides, tensor.dtype, size, end)
 
     def after(self, start: int) -> _Seen:
-        """Return a tensor that begins some bytes later."""
-        return _Seen(self.address + start, self.shape, self.strides, self.dtype, self.size, self.end + start)
+        """Return a tensor that begins some bytes later; the same one if it has no elements, and lies nowhere."""
+        later = self._replace(address=self.address + start, end=self.end + start)
+        return later if self.size else self
 
 
 class _Looks:
@@ -164,4 +165,4 @@ def _cells(piece: Piece) -> Iterable[object]:
 
 def _overlap(one: _Seen, other: _Seen) -> bool:
     """Whether the memory that a tensor spans holds a part of another."""
-    return one.address < other.end and other.address < one.end
+    return one.size > 0 < other.size and one.address < other.end and other.address < one.end

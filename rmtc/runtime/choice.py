@@ -60,32 +60,32 @@ class Ledger:
     """The account of the ways of one capture, for calls of any size.
 
     Attributes:
-        budget: seconds that all tries may cost: those of the capture.
+        budget: seconds that the capture took. All tries may cost as much, and all admissions as much again.
         spent: seconds that calls took.
         lost: seconds that tries took beyond what the chosen way would have taken at the time.
+        owed: seconds that admissions took beyond what calls with a schedule have saved since, as far as is expected of
+            calls as written.
         ratios: for each way, the time that calls took last over their estimate.
         failures: number of times that a way failed.
         admissions: the seconds that it took to admit sizes, by their novelty. The fewest count, once there are two: a
             garbage collection takes longer than most admissions, and may fall into one.
         missed: seconds that calls of sizes that are not admitted would have saved, by what an admission would serve.
-        saved: seconds that calls with a schedule took less than they would have as written, without the admissions.
     """
 
     budget: float
     spent: float = 0.0
     lost: float = 0.0
+    owed: float = 0.0
     ratios: dict[Arm, float] = field(default_factory=dict)
     failures: Counter[Arm] = field(default_factory=Counter)
     admissions: dict[New, deque[float]] = field(default_factory=dict)
     missed: dict[Any, float] = field(default_factory=dict)
-    saved: float = 0.0
 
     def pays(self, new: New, serves: Any, saves: float) -> bool:
         """Tell whether a size is worth its admission.
 
-        It is once calls have missed as much as that takes. It is at once where a few calls make up for it, or more for
-        a trace, which serves other lengths, too. All calls together may then take longer than they would as written by
-        a tenth, and by the capture's time.
+        It is once calls have missed as much as that takes. It is at once if a few calls would save as much, and what
+        admissions owe stays within the budget. So sizes that never come again cost the budget, and then run as written.
 
         Args:
             new: the novelty of the size.
@@ -95,17 +95,25 @@ class Ledger:
         if len(self.missed) > heuristics.CHOICE_SIZES_KEPT:
             self.missed.clear()
         missed = self.missed[serves] = self.missed.get(serves, 0.0) + saves
-        unknown = self.budget / heuristics.CHOICE_OF_CAPTURE if new is New.TRACE else 0.0
         taken = self.admissions.get(new, ())
-        takes = min(taken) if len(taken) > 1 else unknown
-        credit = self.budget + heuristics.CHOICE_SHARE * self.spent
+        if len(taken) < 2 and new is not New.TRACE:  # to be found out
+            return saves > 0 and self.owed <= self.budget
+        takes = min(taken) if len(taken) > 1 else self.budget / heuristics.CHOICE_OF_CAPTURE
         calls = heuristics.TRACED_AT_ONCE if new is New.TRACE else heuristics.ADMITTED_AT_ONCE
-        return missed >= takes or (takes <= calls * saves and takes <= self.saved + saves + credit)
+        return missed >= takes or (takes <= calls * saves and self.owed + takes <= self.budget + saves)
 
-    def admitted(self, new: New, seconds: float, more: float = 0.0) -> None:
-        """Take into account the seconds that it took to admit a size, and those that its first run took longer."""
-        self.saved -= seconds
-        self.admissions.setdefault(new, deque(maxlen=heuristics.CHOICE_RECENT)).append(seconds + more)
+    def admitted(self, new: New, seconds: float) -> None:
+        """Take into account the seconds that it took to admit a size."""
+        self.owed += seconds
+        self.admissions.setdefault(new, deque(maxlen=heuristics.CHOICE_RECENT)).append(seconds)
+
+    def ran_first(self, new: New, seconds: float) -> None:
+        """Take into account the seconds that the first run of an admitted size took longer than later ones."""
+        self.admissions[new][-1] += seconds
+
+    def saved(self, seconds: float) -> None:
+        """Take into account the seconds that a call with a schedule saved. Nothing is kept for later admissions."""
+        self.owed = max(0.0, self.owed - seconds)
 
     def left(self, new: bool) -> float:
         """Return the seconds that a try may cost now, the first of a way or a later one."""
@@ -220,7 +228,8 @@ class Choice:
             return None
         self.calls += 1
         self.ledger.spent += seconds
-        self.ledger.saved += 0.0 if arm.written else self.expected(self._written, sizes) - seconds
+        if not arm.written:
+            self.ledger.saved(self.expected(self._written, sizes) - seconds)
         ratio = seconds / estimate
         if len(self._seen) > heuristics.CHOICE_SIZES_KEPT:
             self._seen.clear()

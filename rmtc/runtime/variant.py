@@ -29,7 +29,7 @@ from rmtc.capture.sizes import Sizes
 from rmtc.capture.snapshot import Snapshot
 from rmtc.capture.state import Slot
 from rmtc.capture.state_guard import StateGuard
-from rmtc.errors import CaptureError, RefusedError, StateError, VerifyError, brief, raised_by_signal
+from rmtc.errors import RefusedError, StateError, VerifyError, brief, raised_by_signal
 from rmtc.ir.cost import CostModel
 from rmtc.ir.formula import at
 from rmtc.ir.program import Val
@@ -274,7 +274,7 @@ class Variant:
     _make: dict[Arm, Callable[[], Made]] = field(default_factory=dict)
     _made: dict[Arm, Made] = field(default_factory=dict)
     _choices: dict[tuple[int, ...], Choice] = field(default_factory=dict)
-    _fresh: dict[Sizes, tuple[New, float]] = field(default_factory=dict)  # what was admitted, and has not run yet
+    _fresh: dict[Sizes, New] = field(default_factory=dict)  # what was admitted, and has not run yet
     _ledger: Ledger = field(default_factory=lambda: Ledger(0.0))
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     frozen: bool = False
@@ -553,7 +553,7 @@ class Variant:
             return None
         fresh = self._fresh.pop(sizes, None)
         if fresh is not None:
-            self._ledger.admitted(*fresh, max(0.0, seconds - choice.expected(pick.arm, sizes)))
+            self._ledger.ran_first(fresh, max(0.0, seconds - choice.expected(pick.arm, sizes)))
         decision = choice.note(pick.arm, sizes, seconds)
         if decision is not None:
             used = {each.best for each in [*self._choices.values()]}
@@ -715,7 +715,7 @@ class Variant:
             RefusedError, CaptureError: if it is not.
         """
         new, now = self._new(sizes), clock(torch.device("cpu"))
-        start, known = now(), sizes in self.analysis.admitted
+        start = now()
         if arm is not None and arm not in self._made:
             self._made[arm] = self._make[arm]()
         made = self.main if arm is None else self._made[arm]
@@ -730,9 +730,11 @@ class Variant:
                 with self._as_captured():
                     self.analysis.admit(sizes)
                 _refuse_lost(self.analysis.capture)
-            except (RefusedError, CaptureError):
-                self._ledger.saved -= now() - start
+            except BaseException:
+                self._ledger.owed += now() - start
                 raise
+            self._ledger.admitted(new, now() - start)
+            self._fresh[sizes] = new
         values = {name: slot.get() for name, slot in self._slots.items()}
         if not made.weights.in_place(values):
             made.weights.move(values)
@@ -740,8 +742,6 @@ class Variant:
             self.main.weights.move(values)  # which finds them where they lie now, or moves them
             if not made.weights.in_place(values):  # calls in turns would move all weights
                 raise ConflictError(f"{arm} wants the weights in another order than {self.arms[1]} does")
-        if not known:
-            self._fresh[sizes] = new, now() - start
 
     def tells(self, sizes: Sizes, resumed: bool) -> Sizes:
         """Return the sizes that have to be admitted for a call that hands something on.

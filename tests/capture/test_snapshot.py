@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
@@ -122,3 +123,32 @@ def test_slots_are_those_that_a_walk_finds(what: str) -> None:
 
 def told(slots: Sequence[Slot]) -> list[tuple[Any, ...]]:
     return [(each.name, id(each.owner), each.key, id(each.value)) for each in slots]
+
+
+class Gone:
+    """An object that writes to a table when it is let go."""
+
+    def __init__(self, table: dict[str, Any]) -> None:
+        self.table = table
+
+    def __del__(self) -> None:
+        self.table["closed"] = True
+
+
+def test_what_is_written_while_a_table_is_put_back_is_seen() -> None:
+    model = Model()
+    taken = Snapshot({"": model})
+    model.found["gone"] = Gone(model.found)
+    taken.restore()
+    assert "closed" in model.found and told(taken.now()) == told(walk({"": model}))
+    taken.restore()
+    assert model.found == {"x": 1.5} and told(taken.now()) == told(taken.slots)
+
+
+def test_an_order_that_no_version_tells_is_put_back() -> None:
+    model = Model()
+    model.memory = table = OrderedDict(a=1, b=2)
+    taken = Snapshot({"": model})
+    table.move_to_end("a")
+    taken.restore()
+    assert [*table] == ["a", "b"]

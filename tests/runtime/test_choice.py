@@ -220,37 +220,58 @@ def test_a_size_is_admitted_when_its_calls_have_missed_what_that_takes() -> None
     for seconds in (5.0, 0.35):  # something else fell into the first
         assert ledger.pays(New.SEGMENTS, "a", 0.1)  # little is known of what it takes
         ledger.admitted(New.SEGMENTS, seconds)
-    ledger.saved = -8.0  # as much as the capture took
+    ledger.owed = 8.0
     assert [ledger.pays(New.SEGMENTS, "b", 0.1) for _ in range(5)] == [False, False, False, True, True]
     ledger.admitted(New.SEGMENTS, 0.15)
     assert [ledger.pays(New.SEGMENTS, "c", 0.1) for _ in range(2)] == [False, True]
-    assert not ledger.pays(New.SEGMENTS, "d", -1.0)
-    ledger = Ledger(8.0)
-    assert ledger.pays(New.TRACE, 3, 0.09) and not ledger.pays(New.TRACE, 4, 0.08)
-    ledger.saved = -8.0
     assert [ledger.pays(New.TRACE, 5, 0.9) for _ in range(3)] == [False, False, True]  # a fourth of the capture
+    assert not ledger.pays(New.SEGMENTS, "d", -1.0)
 
 
-def test_a_size_is_admitted_at_once_where_a_few_calls_make_up_for_it_and_all_calls_have_saved_enough() -> None:
+def test_a_size_is_admitted_at_once_where_a_few_calls_make_up_for_it_and_little_is_owed() -> None:
     ledger = Ledger(8.0)
     for _ in range(2):
         ledger.admitted(New.TAIL, 0.3)
     assert ledger.pays(New.TAIL, "a", 0.06) and not ledger.pays(New.TAIL, "b", 0.04)
-    ledger.saved = -8.0  # as much as the capture took
+    assert ledger.pays(New.TRACE, 4, 0.09) and not ledger.pays(New.TRACE, 5, 0.08)
+    ledger.owed = 7.95
     assert not ledger.pays(New.TAIL, "c", 0.2)
-    ledger.saved = -7.89
+    ledger.saved(0.1)
     assert ledger.pays(New.TAIL, "d", 0.2)
     ledger.admitted(New.TAIL, 0.3)
-    assert not ledger.pays(New.TAIL, "e", 0.2)  # what was saved is spent
-    ledger.spent = 5.0
-    assert ledger.pays(New.TAIL, "f", 0.2)  # a tenth of what calls take may be spent besides
+    assert not ledger.pays(New.TAIL, "e", 0.2)
+    ledger.saved(1000.0)
+    assert ledger.owed == 0.0  # nothing is kept for later
+
+
+def test_sizes_that_never_come_again_cost_no_more_than_the_capture() -> None:
+    ledger = Ledger(8.0)
+    ledger.saved(1000.0)
+    lost = 0.0
+    for number in range(2000):
+        if ledger.pays(New.TAIL, number, 0.1):
+            ledger.admitted(New.TAIL, 0.5)
+            ledger.saved(0.1)
+            lost += 0.5 - 0.1
+    assert 7.0 < lost <= 8.0
+
+
+def test_sizes_that_are_refused_cost_no_more_than_the_capture() -> None:
+    ledger = Ledger(8.0)
+    tried = 0
+    for number in range(200):
+        if ledger.pays(New.TAIL, number, 0.1):
+            ledger.owed += 0.5
+            tried += 1
+    assert tried == 17
 
 
 def test_calls_save_what_they_take_less_than_as_written() -> None:
     ways = arms(written=1.0, shortest=0.5)
     choice = Choice(ways, Ledger(8.0))
+    choice.ledger.owed = 100.0
     scheduled = calls(choice, real(1.0, 0.4), 10).count("s")
-    assert scheduled > 5 and choice.ledger.saved == pytest.approx(0.6 * scheduled)
+    assert scheduled > 5 and choice.ledger.owed == pytest.approx(100.0 - 0.6 * scheduled)
 
 
 @pytest.fixture

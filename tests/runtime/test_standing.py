@@ -54,6 +54,26 @@ class Late(nn.Module):
         return torch.cat(pieces, dim=1)
 
 
+class Empty(nn.Module):
+    """Layers that hand on a number of tokens beside the segment, which may be none."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories = [x.new_zeros(x.shape[0], 1, WIDTH)] * LAYERS
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            tokens = piece[:, : self.tokens]
+            for number, layer in enumerate(self.layers):
+                piece, tokens = torch.tanh(layer(piece) + memories[number]), torch.tanh(layer(tokens)) * 2
+                memories[number] = piece.mean(1, True) + tokens.sum(1, True)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
 def text(segments: int) -> Tensor:
     return floats(segments).double()
 
@@ -213,6 +233,14 @@ def test_operands_that_all_layers_share_are_found_where_they_lie(change: Callabl
         for model in (twins.owner, twins.twin):
             change(model)
     for segments in (5, 9, 7, 9):
+        twins.call(text(segments))
+        twins.ran(segments, layers=LAYERS)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_tensors_without_elements_go_from_layer_to_layer(tokens: int) -> None:
+    twins = twins_of(lambda: Empty(tokens))
+    for segments in (5, 12, 5):
         twins.call(text(segments))
         twins.ran(segments, layers=LAYERS)
 

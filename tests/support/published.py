@@ -299,9 +299,8 @@ def main() -> None:
                 except rmtc.RmtcError as error:
                     refused.append(f"{name}: {error}")
                     break
-                functions = {
-                    place for place, value in leaves(own) if isinstance(value, types.FunctionType)
-                }  # its own ones
+                # Each copy of a model has functions of its own.
+                functions = {place for place, value in leaves(own) if isinstance(value, types.FunctionType)}
                 wrong = differences(found, expected)
                 wrong += [place for place in differences(own, eager) if place not in functions]
                 how = "by the schedule" if rmtc.stats(fast).runs == runs + 1 else "not by the schedule"
