@@ -45,7 +45,14 @@ from rmtc.capture.state import (
     walk,
 )
 from rmtc.capture.transforms import transforms_shown
-from rmtc.capture.translation import UNWATCHED, refuse_unknown, refused_unseen, strides_refused, translate
+from rmtc.capture.translation import (
+    UNWATCHED,
+    refuse_sharded,
+    refuse_unknown,
+    refused_unseen,
+    strides_refused,
+    translate,
+)
 from rmtc.capture.untold import stands_in
 from rmtc.capture.user_code import named_globals, names_of, tells_identity
 from rmtc.errors import CaptureError, RmtcError, raised_by_signal
@@ -98,11 +105,8 @@ class Session:
         self.function, self._own_hooks, self._trained = function, own_hooks, trained
         call = function.forward if isinstance(function, nn.Module) else function
         self.arguments = Arguments(tuple(args), dict(kwargs), argument_names(call, len(args)))
-        self.name = (
-            type(function).__name__
-            if isinstance(function, nn.Module)
-            else getattr(function, "__qualname__", type(function).__name__)
-        )
+        named = None if isinstance(function, nn.Module) else getattr(function, "__qualname__", None)
+        self.name = named or type(function).__name__
         for path, tensor in self.arguments.tensors().items():
             refuse_unknown(show(path), tensor)
         for path, container in self.arguments.containers().items():
@@ -131,6 +135,7 @@ class Session:
         for slot in self.snapshot.slots:
             if isinstance(slot.value, nn.Module):
                 self.modules.setdefault(id(slot.value), slot)
+        refuse_sharded(self.all_modules())
         self.fake_mode = Fakes()
         self.lifted = self._lift(self.snapshot.slots)
         self._index = {id(lifted.tensor): i for i, lifted in enumerate(self.lifted)}
@@ -323,11 +328,8 @@ class Session:
     @functools.cached_property
     def containers(self) -> list[Slot]:
         """The first place of each list, deque and dictionary that existed before the call."""
-        first: dict[int, Slot] = {}
-        for slot in self.snapshot.slots:
-            if isinstance(slot.value, (list, deque, dict)):
-                first.setdefault(id(slot.value), slot)
-        return [*first.values()]
+        slots = [slot for slot in self.snapshot.slots if isinstance(slot.value, (list, deque, dict))]
+        return [*{id(slot.value): slot for slot in reversed(slots)}.values()]
 
     def refuse_unseen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse code that reads what no guard can see.

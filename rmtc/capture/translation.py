@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -48,6 +48,33 @@ def refuse_unknown(name: str, tensor: torch.Tensor) -> None:
         f"{name} is a {what}; only plain strided tensors are known",
         remedy="run the model without quantised, sharded, offloaded, nested or sparse tensors",
     )
+
+
+def sharding(module: nn.Module) -> str | None:
+    """Return what divides a module's weights among processes; None if nothing does."""
+    if any(each.__module__.startswith("torch.distributed.fsdp") for each in type(module).__mro__):
+        return "FSDP"
+    if any(hasattr(each, "ds_id") for each in module._parameters.values()):
+        return "ZeRO-3"
+    return None
+
+
+def refuse_sharded(modules: Iterable[nn.Module]) -> None:
+    """Refuse modules whose weights are divided among processes, which gather them at each call of a layer.
+
+    Raises:
+        CaptureError: with the first module and what divides its weights.
+    """
+    for module in modules:
+        if (kind := sharding(module)) is not None:
+            raise CaptureError(
+                f"the weights of {type(module).__name__} are divided among processes by {kind}, and gathered for each "
+                "call of it",
+                remedy=WHOLE_WEIGHTS,
+            )
+
+
+WHOLE_WEIGHTS = "keep whole weights in each process, as DDP, ZeRO-1 and ZeRO-2 do"
 
 
 def strides_refused(tensor: torch.Tensor, shape: Sequence[int]) -> list[int]:

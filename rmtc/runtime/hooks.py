@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._device import DeviceContext
 
+from rmtc.capture.translation import WHOLE_WEIGHTS, sharding
 from rmtc.errors import user_level
 from rmtc.stages import substage
 
@@ -49,8 +50,10 @@ def hooked(modules: Sequence[nn.Module], tables: Sequence[Mapping[int, Any]]) ->
         for number, table in enumerate(tables):
             for hook in table.values():
                 if getattr(hook, "__module__", None) != _CAPTURING:
-                    name = type(modules[number // len(_HOOKS)]).__name__
-                    return f"there is a hook on a submodule ({name}), which would not be called"
+                    module = modules[number // len(_HOOKS)]
+                    name, kind = type(module).__name__, sharding(module)
+                    why = f"there is a hook on a submodule ({name}), which would not be called"
+                    return f"{why}: it gathers weights for {kind}; remedy: {WHOLE_WEIGHTS}" if kind else why
     return None
 
 

@@ -41,6 +41,9 @@ from models import (
 )
 from models import text as text_of_floats
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -142,6 +145,45 @@ def test_watched_calls_run_as_before_and_the_others_by_schedule() -> None:
     with torch.device("cpu"):  # a function mode of torch's own, that changes nothing here
         same(fast(text()), expected)
     assert rmtc.stats(fast).runs == runs + 1 or rmtc.stats(fast).captures == 2
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one process."""
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _fsdp_of_layers(model: Any) -> Any:
+    for layer in model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    return model
+
+
+def _fsdp_of_old(model: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a single process
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+def _zero(model: Any) -> Any:
+    next(model.layers[1].parameters()).ds_id = 1  # as DeepSpeed marks each parameter that it divides
+    return model
+
+
+@pytest.mark.parametrize(("shard", "kind"), [(_fsdp_of_layers, "FSDP"), (_fsdp_of_old, "FSDP"), (_zero, "ZeRO-3")])
+@pytest.mark.usefixtures("alone")
+def test_divided_weights_are_refused_by_name(shard: Callable[[Any], Any], kind: str) -> None:
+    plain = Associative(2, WIDTH).double()
+    model = shard(copy.deepcopy(plain))
+    fast = rmtc.compile(model)
+    with pytest.warns(rmtc.FallbackWarning, match=f"by {kind}|for {kind}") as caught:
+        same(fast(text()), plain(text()))
+    assert "remedy: keep whole weights" in str(caught[0].message)
+    assert not rmtc.stats(fast).captures
 
 
 @pytest.mark.slow
