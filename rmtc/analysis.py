@@ -71,6 +71,7 @@ class Analysis:
         shorter: for sizes in ``traced``, whether the loop holds for a few segments, too, because these repeat.
         probes: the first run that the loop was folded from, and the run that it was checked against.
         seconds: time spent, by stage.
+        fresh: seconds that the analysis took in the process that wrote it into the cache; 0 if it is no other's.
     """
 
     capture: Capture
@@ -82,6 +83,7 @@ class Analysis:
     told: set[Sizes] = field(default_factory=set)
     shorter: dict[Sizes, bool] = field(default_factory=dict)
     probes: list[Captured] = field(default_factory=list)
+    fresh: float = 0.0
 
     @outermost
     @LOCK.capturing()

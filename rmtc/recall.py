@@ -53,6 +53,7 @@ class Recognition:
         family: the parameters of the layers.
         sizes: those of the shortest run.
         digest: the hash of that run's program.
+        seconds: what the analysis took that it was found in.
         loop: reads the loop, given that run's program and the names of inputs that grow.
     """
 
@@ -62,6 +63,7 @@ class Recognition:
     family: Family | None
     sizes: Sizes
     digest: str
+    seconds: float
     loop: Callable[[Program, frozenset[str]], SegmentLoop]
 
     @staticmethod
@@ -97,6 +99,7 @@ class Recognition:
                 family if family is None else _family(*family),
                 Sizes(_size(segments, 2), _size(batch, 0), _size(tail, 1)),
                 str(data["digest"]),
+                _size(data["milliseconds"], 0) / 1e3,
                 lambda program, grows: read_loop(loop, _targets(program), program.sources, grows, length),
             )
         except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -215,7 +218,7 @@ def confirmed(session: Session, guess: Recognition) -> Analysis:
             proven.checked = check_against(proven, run.program, *run.sizes)
             proven.checked_at = run.sizes
             analysis.traced.add(run.sizes)
-    analysis.proven, analysis.probes = proven, [short, other]
+    analysis.proven, analysis.probes, analysis.fresh = proven, [short, other], guess.seconds
     analysis.admit(plan.sizes)
     return analysis
 
@@ -309,5 +312,6 @@ def _written(analysis: Analysis) -> Json:
         "family": family if family is None else [family.prefixes, family.layers, family.first, family.listed],
         "sizes": [*run.sizes],
         "digest": digest_of(run.program),
+        "milliseconds": round(1e3 * sum(analysis.seconds.values())),
         "loop": write_loop(loop),
     }

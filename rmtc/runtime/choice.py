@@ -6,7 +6,7 @@ import enum
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Arm:
 class New(enum.Enum):
     """The novelty of a size that is not admitted."""
 
-    TRACE = "a batch size or length of the last segment that those known do not tell: it takes a whole trace"
+    TRACE = "a trace, of a batch size or last length that those known do not tell; it tells of others"
     TAIL = "a length of the last segment, or a batch size"
     SEGMENTS = "a number of segments"
 
@@ -291,6 +291,11 @@ class Choice:
             ):
                 return arm
         return None
+
+    def by_estimate(self, arm: Arm, sizes: Sizes) -> Decision:
+        """Return the decision where estimates alone count, for a way and a size."""
+        seconds = {str(each): each.estimate(sizes) for each in self.arms}
+        return replace(self._decision(sizes), chosen=str(arm), seconds=seconds, measured=frozenset())
 
     def _decision(self, sizes: Sizes) -> Decision:
         batch, bits, _ = size_class(sizes)

@@ -45,10 +45,11 @@ from rmtc.quiet import uncollected
 from rmtc.recall import entry_of, recalled, remember
 from rmtc.restoring import outermost, restored
 from rmtc.runtime.backends import Backend, auto
+from rmtc.runtime.choice import New
 from rmtc.runtime.executor import Run
 from rmtc.runtime.hooks import call_with_hooks, global_hooks, hook_tables, hooked
 from rmtc.runtime.recompute import Recompute
-from rmtc.runtime.stats import LastBackward, LastRun, Stats
+from rmtc.runtime.stats import Decision, LastBackward, LastRun, Stats
 from rmtc.runtime.variant import ConflictError, Pick, Ready, Variant
 from rmtc.runtime.weights import refuse_elsewhere
 from rmtc.stages import reported, stage, substage
@@ -187,6 +188,10 @@ _ESTIMATED = _Quiet(
     "the model as written is estimated to take less time for calls of such a size",
     "later calls try the schedule, except under deterministic algorithms, with gradients or where RMTC_COST_MODEL is "
     'set; rmtc.explain prints the estimates; schedule="shortest" runs the schedule all the same',
+)
+_TRIED = _Quiet(
+    "the model as written was tried, to measure what it takes",
+    "nothing: rmtc.stats has what was decided by that",
 )
 _SELDOM = _Quiet(
     "a call of a size that is too new: to admit it takes longer than its calls would have saved so far",
@@ -903,6 +908,8 @@ class Compiled:
 
     def _begin(self, variant: Variant, pick: Pick | None, sizes: Sizes) -> _Timing | None:
         """Begin to time a call, if what it takes counts in what runs later ones."""
+        if pick is not None and (decision := variant.estimated(pick, sizes)) is not None:
+            self._decided_by(variant, decision)
         now = variant.timer(pick) if pick is not None else None
         if pick is None or pick.choice is None or now is None:
             return None
@@ -923,11 +930,15 @@ class Compiled:
             logger.exception("the time of a call was not noted")
             return
         if decision is not None:
-            key = f"capture {variant.number}, {decision.sizes}"
-            with self._counts:
-                before, self.stats.decisions[key] = self.stats.decisions.get(key), decision
-            said = before is not None and before.chosen == decision.chosen and bool(before.measured)
-            logger.log(logging.DEBUG if said else logging.INFO, "%s: %s: %s", self._title, key, decision.reason)
+            self._decided_by(variant, decision)
+
+    def _decided_by(self, variant: Variant, decision: Decision) -> None:
+        """Keep a decision among the counts, and say it if it is another one than before."""
+        key = f"capture {variant.number}, {decision.sizes}"
+        with self._counts:
+            before, self.stats.decisions[key] = self.stats.decisions.get(key), decision
+        said = before is not None and before.chosen == decision.chosen and bool(before.measured)
+        logger.log(logging.DEBUG if said else logging.INFO, "%s: %s: %s", self._title, key, decision.reason)
 
     def _run_eager(
         self, decision: _Eager, before: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -1010,12 +1021,16 @@ class Compiled:
             if isinstance(decision, _Capture):
                 return self._capture(decision, arguments)
             variant, sizes = decision.variant, decision.sizes
-            entry = variant.entry(sizes.batch)
+            entry, start = variant.entry(sizes.batch), time.perf_counter()
+            whole = sizes not in variant.analysis.admitted and variant.novelty(sizes) is New.TRACE
             try:
                 if decision.hands_on:
                     variant.admit_to_hand_on(sizes, lambda: self._session(arguments), decision.resumed)
                 else:
                     variant.admit(sizes, lambda: self._session(arguments), decision.pick and decision.pick.arm)
+                if whole:
+                    spent = time.perf_counter() - start
+                    logger.info("%s: a call of %s took %.1f s more: %s", self._title, sizes, spent, New.TRACE.value)
             except RmtcError as error:
                 if variant.put_off(decision.pick, for_good=isinstance(error, ConflictError)):
                     logger.info("%s: another way to run calls is left alone: %s", self._title, error.reason)
@@ -1163,7 +1178,9 @@ def _left(ready: Ready, state: dict[str, torch.Tensor]) -> _State | StateError:
 
 def _as_written(pick: Pick) -> _Quiet:
     """Why a call runs as written by choice."""
-    return _FASTER if pick.choice is not None and pick.choice.best is pick.arm else _ESTIMATED
+    if pick.choice is None:
+        return _ESTIMATED
+    return _TRIED if pick.choice.is_trial(pick.arm) else _FASTER if pick.choice.best is pick.arm else _ESTIMATED
 
 
 def _failed(error: Exception) -> RmtcError:

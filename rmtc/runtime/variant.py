@@ -275,6 +275,7 @@ class Variant:
     _made: dict[Arm, Made] = field(default_factory=dict)
     _choices: dict[tuple[int, ...], Choice] = field(default_factory=dict)
     _fresh: dict[Sizes, New] = field(default_factory=dict)  # what was admitted, and has not run yet
+    _said: set[tuple[Any, Arm]] = field(default_factory=set)  # the classes of sizes of which estimates decided
     _ledger: Ledger = field(default_factory=lambda: Ledger(0.0))
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     frozen: bool = False
@@ -478,7 +479,7 @@ class Variant:
         main = arm(chosen, backends[0])
         self._made[main] = self.main
         self.arms = [Arm(AS_WRITTEN, "", written, warm=1), main]
-        self._ledger.budget = sum(self.analysis.seconds.values())
+        self._ledger.budget = max(sum(self.analysis.seconds.values()), self.analysis.fresh)
         if not pinned():
             self.arms += [arm(way, backends[0]) for way in found if way is not chosen]
             self.arms += [arm(chosen, backend) for backend in backends[1:]]
@@ -508,13 +509,14 @@ class Variant:
         """
         if pick is None or pick.choice is None or self.is_other(pick) or sizes in self.analysis.admitted:
             return True
-        new = self._new(sizes)
+        new = self.novelty(sizes)
         few = self.analysis.few(sizes).segments
         serves = {New.TRACE: few, New.TAIL: (sizes.batch, sizes.tail), New.SEGMENTS: sizes}[new]
         written, scheduled = (pick.choice.expected(each, sizes) for each in (self.arms[0], pick.arm))
         return self._ledger.pays(new, serves, written - scheduled)
 
-    def _new(self, sizes: Sizes) -> New:
+    def novelty(self, sizes: Sizes) -> New:
+        """Return the novelty of a size that is not admitted."""
         if not self.analysis.tells(sizes):
             return New.TRACE
         known = {(each.batch, each.tail) for each in self.analysis.admitted}
@@ -545,6 +547,14 @@ class Variant:
         if kind == "cuda" and (torch.cuda.is_current_stream_capturing() or not pick.choice.looks()):
             return None
         return clock(self.device)
+
+    def estimated(self, pick: Pick, sizes: Sizes) -> Decision | None:
+        """Return what estimates alone decide for calls of a size; None if it was returned before."""
+        key = size_class(sizes), pick.arm
+        if pick.choice is not None or key in self._said:
+            return None
+        self._said.add(key)
+        return self.choice(sizes).by_estimate(pick.arm, sizes)
 
     def note(self, pick: Pick, sizes: Sizes, seconds: float) -> Decision | None:
         """Take into account what a call took; return what was decided by it, if anything."""
@@ -714,7 +724,7 @@ class Variant:
         Raises:
             RefusedError, CaptureError: if it is not.
         """
-        new, now = self._new(sizes), clock(torch.device("cpu"))
+        new, now = self.novelty(sizes), clock(torch.device("cpu"))
         start = now()
         if arm is not None and arm not in self._made:
             self._made[arm] = self._make[arm]()
