@@ -38,12 +38,12 @@ CHOICE_IDLE = 24
 CHOICE_OF_CAPTURE = 4
 """A trace of another length takes about one part in this many of the time of the capture, with its replays."""
 
-ADMITTED_AT_ONCE = 6
+ADMITTED_AT_ONCE = 3
 """A size is admitted at once if this many of its calls make up for it, as long as admissions owe no more than a budget.
 
-Of 30 texts of 30 lengths (8 layers, width 128, 32 + 4 positions) those of four segments and more make up for it in one
-to five calls. Where what calls have saved had to pay for each admission, 13 were admitted in the first pass, in 1.08
-times the time of the code as written, and the last in the fourth. Now 27 are, in 1.06 times the time.
+Of 30 texts of 30 lengths (8 layers, width 128, 32 + 4 positions) those of five segments and more do. Where what calls
+had saved had to pay for each admission, 13 were admitted in the first pass, in 1.08 times the time of the code as
+written, and the last in the fourth. Now 26 are, in 0.99 times the time.
 """
 
 TRACED_AT_ONCE = 24
@@ -176,7 +176,7 @@ PROBE_OPERATIONS = 40_000
 PROBE_FACTORS = (2, 8, 64, 1024)
 """A call of less than two segments is probed at these multiples of its length."""
 
-REPLAY_MANY = 4
+REPLAY_MANY = 3
 """A replay this many times as long as a short one is worth two more short ones."""
 
 SHORT_RUN = 3

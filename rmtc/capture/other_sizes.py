@@ -10,6 +10,7 @@ the new sizes is held against the prediction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -78,7 +79,8 @@ class _Mix:
     """A combination of replays that differ only in integers, by weights whose sum is 1."""
 
     def __init__(self, weights: Sequence[Fraction]) -> None:
-        self._weights = weights
+        self._common = math.lcm(*(weight.denominator for weight in weights))
+        self._weights = [int(weight * self._common) for weight in weights]
         self._inner: dict[tuple[int, ...], list[Event]] = {}  # calls of layers are often the same ones
 
     def events(self, replays: Sequence[Sequence[Event]]) -> list[Event]:
@@ -133,10 +135,10 @@ class _Mix:
     def _number(self, values: Sequence[int]) -> int:
         if all(value == values[0] for value in values):
             return values[0]
-        mixed = sum((weight * value for weight, value in zip(self._weights, values, strict=True)), Fraction())
-        if mixed.denominator != 1:
+        mixed, rest = divmod(sum(w * value for w, value in zip(self._weights, values, strict=True)), self._common)
+        if rest:
             raise _DifferError
-        return mixed.numerator
+        return mixed
 
     def _operand(self, operands: Sequence[Any]) -> Any:
         first = operands[0]

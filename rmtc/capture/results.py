@@ -78,6 +78,8 @@ def left_behind(
     description, tensors = describe_result(result, describer)
     plain: dict[str, Any] = {}
     for slot in after:
+        if id(slot) in session.inert:
+            continue
         if isinstance(slot.value, torch.Tensor):
             if held.get(slot.name) is not slot.value:
                 tensors[f"state:{slot.name}"] = slot.value

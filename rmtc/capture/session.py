@@ -317,13 +317,13 @@ class Session:
         Args:
             values: the tensors that are installed.
         """
-        return {name: values[number] for name, number in self._held}
+        held = (slot for slot in self.snapshot.slots if isinstance(slot.value, torch.Tensor))
+        return {slot.name: values[self._index[id(slot.value)]] for slot in held}
 
     @functools.cached_property
-    def _held(self) -> list[tuple[str, int]]:
-        """The places of tensors by name, each with the number of its tensor in :attr:`lifted`."""
-        held = ((slot.name, slot.value) for slot in self.snapshot.slots if isinstance(slot.value, torch.Tensor))
-        return [(name, self._index[id(tensor)]) for name, tensor in held]
+    def inert(self) -> frozenset[int]:
+        """The ids of the slots that hold no tensor: they are what they were wherever the slot is the same."""
+        return frozenset(id(slot) for slot in self.snapshot.slots if not isinstance(slot.value, torch.Tensor))
 
     @functools.cached_property
     def containers(self) -> list[Slot]:

@@ -10,7 +10,7 @@ import sys
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Set
-from dataclasses import dataclass, replace
+from itertools import chain, compress, count
 from typing import Any, NamedTuple
 
 import torch
@@ -48,35 +48,42 @@ class Held(NamedTuple):
         return Held(value, type(value), table) if table is not None or type(value).__flags__ & HEAP else None
 
 
-@dataclass
-class _Saved:
-    """A container with what it held.
-
-    Attributes:
-        owner: the container.
-        content: what it held.
-        version: that of a dictionary when it last held that; -1 if it has none.
-    """
+class _Saved(NamedTuple):
+    """A container with what it held."""
 
     owner: Any
     content: Any
-    version: int = -1
-
-    @staticmethod
-    def of(owner: Any) -> _Saved:
-        """Return a container with what it holds, which is None if it is put back place by place."""
-        version = _version(owner)  # from before it is read
-        return _Saved(owner, _content(owner), version)
-
-    @property
-    def untouched(self) -> bool:
-        """True if the container is a dictionary to which nothing was written since."""
-        return self.version >= 0 and _version(self.owner) == self.version
 
 
-def _version(owner: Any) -> int:
-    """Return the version of a dictionary; -1 of all else, and of an ordered one, which hides a change of order."""
-    return dict_version(owner) if type(owner) is dict else -1
+class _Tables:
+    """Dictionaries with what they held, of which those that nothing was written to since are passed over.
+
+    An ordered one is none of them, for its version hides a change of order.
+    """
+
+    def __init__(self, saved: list[_Saved], versions: list[int]) -> None:
+        self._saved, self._versions = saved, versions
+        self._owners = [each.owner for each in saved]
+
+    def __iter__(self) -> Iterator[_Saved]:
+        return iter(self._saved)
+
+    def written(self) -> list[tuple[int, _Saved, int]]:
+        """Return the dictionaries that may hold something else: number, dictionary with what it held, and version."""
+        now = [*map(dict_version, self._owners)]
+        numbers = compress(count(), map(operator.ne, now, self._versions))
+        return [(number, self._saved[number], now[number]) for number in numbers]
+
+    def same(self, number: int, version: int) -> None:
+        """Note that a dictionary held the same at a version."""
+        self._versions[number] = version
+
+    def present(self) -> _Tables:
+        """Return the dictionaries with what they hold now."""
+        saved, versions = [*self._saved], [*self._versions]
+        for number, (owner, _), version in self.written():
+            saved[number], versions[number] = _Saved(owner, _content(owner)), version
+        return _Tables(saved, versions)
 
 
 def _content(owner: Any) -> Any:
@@ -126,7 +133,7 @@ class Snapshot:
         self.slots = slots = found.slots
         self.shared = [slot for slot in slots if _is_shared(slot.owner)]
         self.plain = {slot.name: slot.value for slot in slots if is_plain(slot.value)}
-        self._saved: list[_Saved] = []
+        ordinary, versions, self._saved = list[_Saved](), list[int](), list[_Saved]()  # dictionaries, and the others
         whole: set[int] = set()
         seen: set[int] = set()
         values = {id(value): value for value in (*found.visited, *(slot.value for slot in slots))}.values()
@@ -134,10 +141,14 @@ class Snapshot:
         for owner in (*values, *tables, *(slot.owner for slot in slots)):
             if id(owner) not in seen:
                 seen.add(id(owner))
-                saved = _Saved.of(owner)
-                if saved.content is not None:
-                    whole.add(id(owner))
-                    self._saved.append(saved)
+                version = dict_version(owner) if type(owner) is dict else -1  # from before it is read
+                content = _content(owner)
+                if content is None:
+                    continue
+                whole.add(id(owner))
+                (self._saved if version < 0 else ordinary).append(_Saved(owner, content))
+                versions += [version] if version >= 0 else []
+        self._tables = _Tables(ordinary, versions)
         self._places = [slot for slot in slots if id(slot.owner) not in whole and not isinstance(slot.owner, tuple)]
         self._defaults = found.defaults
         self._loaded = frozenset(sys.modules)
@@ -196,7 +207,7 @@ class Snapshot:
             yield from (
                 (kind, key, value, before[key]) for key, value in vars(kind).items() if value is not before[key]
             )
-        for owner, content in ((saved.owner, saved.content) for saved in self._saved if not saved.untouched):
+        for owner, content in chain((saved for _, saved, _ in self._tables.written()), self._saved):
             if isinstance(owner, dict):
                 if len(owner) != len(content) or not all(map(operator.is_, owner, content)):
                     yield owner, "", MISSING, MISSING
@@ -232,8 +243,9 @@ class Snapshot:
         if self._grew() or any(is_set(value, member) for value, member in self._unset):
             return None
         now = copy.copy(self)
-        now._saved = [replace(saved) if saved.untouched else _Saved.of(saved.owner) for saved in self._saved]
-        if any(saved.content is None for saved in now._saved):
+        now._tables = self._tables.present()
+        now._saved = [_Saved(saved.owner, _content(saved.owner)) for saved in self._saved]
+        if any(saved.content is None for saved in chain(now._tables, now._saved)):
             return None
         now._places = [slot._replace(value=slot._replace(parent=None).get()) for slot in self._places]
         if any(slot.value is MISSING for slot in now._places):
@@ -249,7 +261,11 @@ class Snapshot:
     def owners(self) -> list[Any]:
         """Return the containers and objects that hold state."""
         functions = [function for function, *_ in self._defaults]
-        return [*(saved.owner for saved in self._saved), *(slot.owner for slot in self._places), *functions]
+        return [
+            *(saved.owner for saved in chain(self._tables, self._saved)),
+            *(slot.owner for slot in self._places),
+            *functions,
+        ]
 
     def random_state(self) -> list[bytes]:
         """Return the states of random generators: Python's, numpy's and those in reach; of torch only the seed."""
@@ -285,27 +301,17 @@ class Snapshot:
             array[...] = content
         for generator, state in zip(self._generators, self._drawn, strict=True):
             _set_generator_state(generator, state)
-        for saved in self._saved:
-            if saved.untouched:
-                continue
-            owner, content = saved.owner, saved.content
+        for number, (owner, content), version in self._tables.written():
+            kept = _put_back(owner, content)
+            self._tables.same(number, version if kept else -1)  # what clears a table may run code that writes to it
+        for owner, content in self._saved:
             if isinstance(owner, types.CellType):
                 if content is not _EMPTY:
                     owner.cell_contents = content
                 elif _is_bound(owner):
                     del owner.cell_contents
             elif isinstance(owner, dict):
-                version, keys = _version(owner), all(map(operator.is_, owner, content))
-                same = (  # no key is looked up, for it may have another hash now
-                    len(owner) == len(content)
-                    and all(map(operator.is_, owner.values(), content.values()))
-                    and (keys or all(map(_is_same_key, owner, content)))
-                )
-                if not same:
-                    table = OrderedDict if isinstance(owner, OrderedDict) else dict  # a subclass may forbid it
-                    table.clear(owner)
-                    table.update(owner, content)
-                saved.version = version if same and keys else -1  # what clears a table may run code that writes to it
+                _put_back(owner, content)
             elif isinstance(owner, set):
                 set.clear(owner)
                 set.update(owner, content)
@@ -329,6 +335,24 @@ class Snapshot:
                     delattr(slot.owner, slot.key)
                 elif "__builtins__" in slot.owner:
                     del slot.owner[slot.key]
+
+
+def _put_back(owner: dict[Any, Any], content: dict[Any, Any]) -> bool:
+    """Replace the content of a dictionary; return whether it is the same already.
+
+    No key is looked up, for it may have another hash now.
+    """
+    keys = all(map(operator.is_, owner, content))
+    same = (
+        len(owner) == len(content)
+        and all(map(operator.is_, owner.values(), content.values()))
+        and (keys or all(map(_is_same_key, owner, content)))
+    )
+    if not same:
+        table = OrderedDict if isinstance(owner, OrderedDict) else dict  # a subclass may forbid it
+        table.clear(owner)
+        table.update(owner, content)
+    return same and keys
 
 
 def refill(owner: list[Any] | deque[Any], items: Iterable[Any]) -> None:
