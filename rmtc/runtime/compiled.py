@@ -982,8 +982,11 @@ class Compiled:
         with self._counts:
             if reason is not None:
                 self.stats.fallbacks[reason] = self.stats.fallbacks.get(reason, 0) + 1
+                if decision.error is not None and decision.error.remedy:
+                    self.stats.remedies[reason] = decision.error.remedy
                 return
             self.stats.eager += 1
+            self.stats.remedies[quiet.reason] = quiet.remedy
             before = self.stats.as_written.get(quiet.reason, 0)
             self.stats.as_written[quiet.reason] = before + 1
         if not before:

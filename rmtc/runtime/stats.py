@@ -142,6 +142,7 @@ class Stats:
         fallbacks: calls that ran as written though they were meant to be scheduled, by reason.
         last_run: the last scheduled call, or None if there was none.
         decisions: the choices between the model as written and its schedules, by capture and size class.
+        remedies: what to do so that such calls run by the schedule, by the reasons that others have.
     """
 
     captures: int = 0
@@ -156,14 +157,16 @@ class Stats:
     last_run: LastRun | None = None
     as_written: dict[str, int] = field(default_factory=dict)
     decisions: dict[str, Decision] = field(default_factory=dict)
+    remedies: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Return a table: the counts, then the last run, then the counts by reason."""
+        """Return a table: the counts, then the last run, then the counts by reason, each with what to do."""
         counts, runs, reasons = list[str](), list[str](), list[str]()
-        for name, value in ((each.name.replace("_", " "), getattr(self, each.name)) for each in fields(self)):
+        shown = [each.name for each in fields(self) if each.name != "remedies"]
+        for name, value in ((name.replace("_", " "), getattr(self, name)) for name in shown):
             if isinstance(value, dict):
                 reasons += [f"{name:<{_NAMES}}{'' if value else 'none'}".rstrip()]
-                reasons += [f"  {line}" for line in _lines(value)]
+                reasons += [f"  {line}" for line in _lines(value, self.remedies)]
             elif is_dataclass(value):
                 runs += [name, *(f"  {line}" for line in str(value).splitlines())]
             else:
@@ -175,9 +178,13 @@ def _span(ends: tuple[int, int]) -> str:
     return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
 
 
-def _lines(table: dict[str, Any]) -> list[str]:
-    """Return a line for each count of a reason, and for each decision."""
-    return [
-        f"{name}: {value.reason}" if isinstance(value, Decision) else f"{value}: {' '.join(str(name).split())}"
-        for name, value in table.items()
-    ]
+def _lines(table: dict[str, Any], remedies: dict[str, str]) -> list[str]:
+    """Return a line for each count of a reason, with what to do, and for each decision."""
+
+    def line(name: str, value: Any) -> str:
+        if isinstance(value, Decision):
+            return f"{name}: {value.reason}"
+        remedy = f"; remedy: {remedies[name]}" if name in remedies else ""
+        return f"{value}: {' '.join(str(name).split())}{remedy}"
+
+    return [line(name, value) for name, value in table.items()]
