@@ -142,7 +142,7 @@ class Stats:
         fallbacks: calls that ran as written though they were meant to be scheduled, by reason.
         last_run: the last scheduled call, or None if there was none.
         decisions: the choices between the model as written and its schedules, by capture and size class.
-        remedies: what to do so that such calls run by the schedule, by the reasons that others have.
+        remedies: what to do about calls that run as written, by reason.
     """
 
     captures: int = 0

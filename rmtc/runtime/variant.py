@@ -550,8 +550,7 @@ class Variant:
 
     def estimated(self, pick: Pick, sizes: Sizes) -> Decision | None:
         """Return what estimates alone decide for calls of a size; None if it was returned before."""
-        key = size_class(sizes), pick.arm
-        if pick.choice is not None or key in self._said:
+        if pick.choice is not None or (key := (size_class(sizes), pick.arm)) in self._said:
             return None
         self._said.add(key)
         return self.choice(sizes).by_estimate(pick.arm, sizes)
