@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
@@ -11,15 +12,17 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from rmtc.codegen.torch.attention import is_causal
 from rmtc.codegen.torch.source import Emitted
 from rmtc.codegen.triton.emit import emit
 from rmtc.codegen.triton.spelling import widened
 from rmtc.codegen.triton.targets import TARGETS, Target, target_of
 from rmtc.errors import BackendError, RefusedError, raised_by_signal
+from rmtc.ir.wavefront import Operand
 from rmtc.runtime.executor import Done, Emission, Executor, Run
-from rmtc.runtime.reading import TextInput
+from rmtc.runtime.reading import TextInput, TextRun
 
 if TYPE_CHECKING:
     from rmtc.runtime.chain import Chain
@@ -105,13 +108,24 @@ class Triton(Executor):
             return super().emit(of)
 
     def _emit(self, of: Emission, target: Target | None) -> tuple[Emitted, tuple[Any, ...]]:
-        kernel, results = emit(**of.arguments, bind=of.bind, target=target)
+        kernel, results = emit(**of.arguments, causal=functools.partial(self._causal, of), bind=of.bind, target=target)
         if not any(isinstance(each, FakeTensor) for each in results):
             plain, wanted = super().emit(replace(of, bind=False))
             _hold_against(of.launch.body.name, results, wanted)
             if of.launch.grouped and len(of.launch.cells) < 2 and {*plain.shared} <= {*kernel.shared}:
                 self.unseen[kernel.file] = of.launch.body.name, plain
         return kernel, results
+
+    def _causal(self, of: Emission, operand: Operand) -> bool:
+        """Tell whether an operand is a causal mask in all calls of these sizes."""
+        if not self.constant(operand):
+            return False
+        mask = of.shared(operand)
+        with unset_fake_temporarily():
+            if isinstance(mask, FakeTensor):  # nothing is launched, and what it holds is not known: compute it alone
+                text = TextRun(self.program, TextInput({}, 1, of.environment.T), of.environment.B)
+                mask = text.operand(operand, (), of.environment)
+            return mask.dim() > 1 and is_causal(mask, *mask.shape[-2:])
 
     def call(
         self,

@@ -109,7 +109,8 @@ def held_against_torch(given: Emission, dtype: torch.dtype, cells: int, strided:
             memory[array] = made_for(array, cells, torch.device("cpu"))
             memory[array].copy_(torch.stack([each[array] for each in own]) if array.grouped else own[0][array])
     if dtype.itemsize > 2:  # else rounding adds up
-        _, wanted = emit_torch(**options, bind=False)
+        plain = {name: value for name, value in options.items() if name != "causal"}
+        _, wanted = emit_torch(**plain, bind=False)
         for array, each in zip(body.nest.results, wanted, strict=True):
             close(torch.stack([row[array] for row in own]), each, dtype)
     for launch in body.launches.values():

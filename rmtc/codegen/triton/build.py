@@ -38,12 +38,14 @@ class Arrays:
         arrays: all of them.
         ops: the operations that the next arrays stand for.
         label: the name of the next arrays in source.
+        causal: the operands that are causal masks in all calls of these sizes.
     """
 
     def __init__(self) -> None:
         self.arrays: list[Array] = []
         self.ops: tuple[Op, ...] = ()
         self.label = ""
+        self.causal: set[Array] = set()
 
     def add(self, array: A) -> A:
         self.arrays.append(array)

@@ -176,8 +176,10 @@ def _by_rule(kernel: Kernel | Attend, target: Target | None, big: bool) -> Confi
     amd = target is not None and target.backend == "hip"
     if isinstance(kernel, Attend):
         e, d = (_power(each.size.value, 16, 1024) for each in (kernel.e, kernel.d))
-        rows = 64 if max(e, d) * wide <= 256 else 32
-        return Config({"BLOCK_M": _power(m, 16, rows), "BLOCK_N": _power(n, 16, rows), "BLOCK_E": e, "BLOCK_D": d})
+        columns = 64 if max(e, d) * wide <= 256 else 32
+        rows = _power(m, 16, 2 * columns if big else columns)
+        blocks = {"BLOCK_M": rows, "BLOCK_N": _power(n, 16, columns), "BLOCK_E": e, "BLOCK_D": d}
+        return Config(blocks, warps=8 if rows > 64 else 4, stages=3 if big else 2)
     deepest = max((stage.over.size.value for stage in kernel.stages), default=1)
     several = max((len(stage.accumulators) for stage in kernel.stages), default=0)
     if big:

@@ -92,16 +92,19 @@ def grouped_body(
     repeat: int = 1,
     numbers: Sequence[Any] = (),
     shared: Callable[[Operand], torch.Tensor],
+    causal: Callable[[Operand], bool] = lambda _: False,
     target: Target | None = None,
 ) -> TritonBody:
     """Cut a body into kernels for a target.
 
-    The other arguments are those of :func:`rmtc.codegen.torch.emit`.
+    ``causal`` tells whether a shared operand is a causal mask in all calls of these sizes. The other arguments are
+    those of :func:`rmtc.codegen.torch.emit`.
     """
     group = size is not None
     tensors: dict[Operand | Input | Weight | Number, Any] = {}
 
     def given(leaf: Any) -> Given:
+        mask = False
         if isinstance(leaf, Input):
             value, grouped, cells = inputs[leaf.number], group, 1
         elif isinstance(leaf, Weight):
@@ -114,12 +117,12 @@ def grouped_body(
             return Given(float(several[0]) if real else several[0], group)
         else:
             value, grouped, cells = shared(leaf), False, 1
+            mask = isinstance(value, torch.Tensor) and causal(leaf)
         tensors[leaf] = value
         if not isinstance(value, torch.Tensor):
             return Given(value, False)
-        return Given(
-            torch.empty(value.shape[1:] if grouped else value.shape, dtype=value.dtype, device="meta"), grouped, cells
-        )
+        shape = value.shape[1:] if grouped else value.shape
+        return Given(torch.empty(shape, dtype=value.dtype, device="meta"), grouped, cells, mask)
 
     nest = lower(name, ops, results, environment, given)
     operands = {array: tensors[leaf] for leaf, array in nest.operands.items()}

@@ -218,8 +218,9 @@ def prepare(
             source_of(kernel, f"{name}_{number}", Style(interpreted=target is None)), config_of(kernel, target)
         )
         big = None
-        if target is not None and is_big(kernel):
-            style = Style(persistent=True, strides=strides if target.descriptors else None)
+        described = target is not None and target.descriptors
+        if target is not None and (is_big(kernel) or (isinstance(kernel, Attend) and described)):
+            style = Style(persistent=isinstance(kernel, Kernel), strides=strides if described else None)
             big = Printed(source_of(kernel, f"{name}_{number}", style), config_of(kernel, target, big=True))
         found.append(KernelLaunch(kernel, plain, big, target))
     return found

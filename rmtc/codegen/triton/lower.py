@@ -28,11 +28,13 @@ class Given(NamedTuple):
         meta: the tensor of a cell, on ``meta``. Of a number that differs from cell to cell, one of its values.
         grouped: whether each cell has one of its own.
         cells: number of neighbouring cells that share each.
+        causal: whether it is a mask that lets each position attend to those up to itself, in all calls of these sizes.
     """
 
     meta: Any
     grouped: bool
     cells: int = 1
+    causal: bool = False
 
 
 def lower(
@@ -139,7 +141,7 @@ class _Lowering(Arrays):
         if not isinstance(leaf, tuple) and not _is_operand(leaf):
             return leaf
         if leaf not in self.operands:
-            meta, grouped, cells = self.given(leaf)
+            meta, grouped, cells, causal = self.given(leaf)
             named = isinstance(leaf, (Input, Weight, Number))
             name = (
                 str(leaf)
@@ -153,6 +155,8 @@ class _Lowering(Arrays):
             found = self.operands[leaf] = self.add(Stored(name, sizes, tensor.dtype, grouped, (), cells))
             if isinstance(leaf, Number):
                 self.numbers[found] = meta
+            if causal:
+                self.causal.add(found)
         return self.operands[leaf]
 
     def _meta(self, value: Any) -> Any:

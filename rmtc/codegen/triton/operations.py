@@ -311,6 +311,9 @@ def _add_matmul(arrays: Arrays, arguments: NamedArguments) -> Array | None:
 
 def _attention(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     query, key, value, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
+    if mask in arrays.causal and mask.shape[-2:] == (query.shape[-2], key.shape[-2]):
+        arguments.values |= {"attn_mask": None, "is_causal": True}
+        mask = None
     if arguments["dropout_p"] != 0 or len({len(each.sizes) for each in (query, key, value)}) > 1:
         return None
     if len(query.sizes) == 3 and (mask is None or len(mask.sizes) < 4):
