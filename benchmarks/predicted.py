@@ -1,10 +1,11 @@
-"""Predict by a roofline the times of the published shapes' kernels on GPUs that are not here.
+"""Predict by estimates the times of the published shapes' kernels on GPUs that are not here.
 
 python benchmarks/predicted.py
 
 A model of two layers is captured, since the kernels of all layers are the same ones; a step has as many cells as the
-model has layers. A launch takes the longer of moving what it reads and writes and of computing its products at the rate
-of the card's data sheet, and 4 us at least. Nothing else is counted: no launch waits, no rate is lower than its peak.
+model has layers. A launch takes 4 us, and the longest of moving what it reads and writes, of its products at 0.9 of
+the rate of the card's data sheet, and of issuing its instructions (rmtc/passes/bodies/instructions.py). Nothing was
+measured.
 """
 
 from __future__ import annotations

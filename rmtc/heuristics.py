@@ -240,5 +240,10 @@ ATTENTION_MARGIN = 0.87
 TILE_ELEMENTS = 8192
 """Most elements per side of a tile that a file of configurations may ask for."""
 
-HEAVY_PRODUCT = 8
-"""Least number of operations of a factor that needs registers of its own."""
+HEAVY_PRODUCT = 3
+"""Least number of operations of a factor for which tiles are smaller: its values need registers, too. With larger tiles
+registers of the memory's update in ARMT, 1B, were spilled."""
+
+ROWS_TILE, LONG_KERNEL = 2048, 24
+"""Elements of a tile of a kernel that multiplies nothing, and number of its loads and operations from which on it has
+half as many: registers of ARMT's feature map, which is 40 operations, were spilled on sm_80."""

@@ -23,7 +23,7 @@ from rmtc.ir.array import Array, Outside
 from rmtc.ir.explanation import FusedKernel, FusedStep
 from rmtc.ir.kernel import Multiply
 from rmtc.ir.wavefront import WavefrontProgram
-from rmtc.passes.bodies.fusion_groups import kind_of, operations_of, work
+from rmtc.passes.bodies.fusion_groups import estimate, kind_of, operations_of, work
 from rmtc.runtime.executor import Emission
 from rmtc.runtime.triton import Triton
 from rmtc.runtime.variant import Variant
@@ -63,7 +63,7 @@ class BodyKernels:
         return "\n".join([*lines, "", *(launch.source.text for launch in self.launches)])
 
     def predicted(self, cells: int | None = None) -> FusedStep:
-        """Predict the times of a step of ``cells`` cells, by default of its widest group, by the target's roofline."""
+        """Predict the times of a step of ``cells`` cells, by default of its widest group, by the target's estimate."""
         cells, machine = cells or self.cells, self.target.machine
         found, dtypes = list[FusedKernel](), dict[torch.dtype, float]()
         for group in self.body.groups:
@@ -71,11 +71,11 @@ class BodyKernels:
             if isinstance(group, Outside):
                 found.append(FusedKernel("", kind_of(group), names))
                 continue
-            moved, products, _ = (cells * each for each in work(group, machine))
+            moved, products = (cells * each for each in work(group, machine))
             dtype = group.written[0].dtype
             name = "" if isinstance(group, Multiply) else self.body.launches[group].source.name
             dtypes[dtype] = dtypes.get(dtype, 0.0) + products
-            seconds = machine.least(moved, products, dtype)
+            seconds = estimate(group, machine, cells)
             found.append(FusedKernel(name, kind_of(group), names, moved, products, seconds))
         most = max(dtypes, key=dtypes.__getitem__, default=torch.float32)
         return FusedStep(self.name, cells, str(most).removeprefix("torch."), tuple(found), machine.rate(most))

@@ -207,7 +207,8 @@ def build(outputs: Sequence[Array], stored: Callable[[Array], bool]) -> Kernel:
         found.append(Output(other, where, terms.of(other, where)))
     roots, free = [output.term for output in found], free_variables()
     for output in found:
-        if n in free(output.term) and not any(n in each.variables for each in output.index):
+        sums = any(isinstance(each, Accumulated) for each in within([output.term]))  # which are whole tiles
+        if (sums or n in free(output.term)) and not any(n in each.variables for each in output.index):
             raise IllegalError(f"{output.array.name} has no columns")
     stages = _stages(roots, free, (z, m), n)
     return Kernel(z, m, n, stages, tuple(found), tuple(terms.arrays))

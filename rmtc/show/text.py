@@ -266,9 +266,9 @@ def _kernels(page: Page, explanation: Explanation) -> None:
     page.text(
         'backend="triton" runs the operations of a body in a few kernels: products with what comes before and after '
         "them, attention, and rows, which multiply nothing. A body of two classes, C1_C0, is of cells of both at once. "
-        "Times are predictions by a roofline, nothing was measured: each launch takes the longer of moving what it "
-        "reads and writes and of its products, at the rates of the card's data sheet, and a few microseconds at "
-        "least. rmtc kernels prints the sources."
+        "Times are estimates, nothing was measured: each launch takes a few microseconds, and the longest of moving "
+        "what it reads and writes, of its products, at 0.9 of the rate of the card's data sheet, and of issuing its "
+        "instructions. rmtc kernels prints the sources."
     )
     for step in explanation.kernels:
         left, others = (sum(each.kind == kind for each in step.launches) for kind in ("torch", "library"))

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from rmtc.codegen.triton.targets import TARGETS, Target
 from rmtc.errors import BackendError
 from rmtc.ir.kernel import Attend, Kernel
 from rmtc.ir.limits import loads
-from rmtc.ir.terms import Call, Piecewise, within
+from rmtc.passes.bodies.tiles import Config, power_of_two, tiles_of, weight
 
 FILE = "RMTC_KERNEL_CONFIGS"
 """The environment variable that names a file of configurations."""
@@ -23,20 +23,6 @@ FILE = "RMTC_KERNEL_CONFIGS"
 _TARGETS = ("interpreter", *TARGETS)
 _KINDS = ("product", "heavy product", "persistent product", "attention", "rows")
 _DTYPES = ("bfloat16", "bool", "float16", "float32", "float64", "int32", "int64")
-
-
-@dataclass(frozen=True)
-class Config:
-    """The launch configuration of a kernel.
-
-    Attributes:
-        blocks: the sizes of its tiles by name.
-        warps, stages: as Triton has them.
-    """
-
-    blocks: Mapping[str, int]
-    warps: int = 4
-    stages: int = 2
 
 
 class Bucket(NamedTuple):
@@ -68,26 +54,17 @@ class ConfigError(BackendError):
     title = "no configurations"
 
 
-def is_big(kernel: Kernel | Attend) -> bool:
-    """Tell whether a kernel is a product of so many tiles that a program has several of them, and little else."""
-    if isinstance(kernel, Attend) or kernel.written[0].dtype.itemsize > 4:
-        return False
-    accumulators = [each for stage in kernel.stages for each in stage.accumulators]
-    m, n, depth = kernel.m.size.value, kernel.n.size.value, max((s.over.size.value for s in kernel.stages), default=0)
-    return bool(accumulators) and m >= 128 and n >= 256 and depth >= 128 and _weight(kernel) < heuristics.HEAVY_PRODUCT
-
-
 def bucket_of(kernel: Kernel | Attend, target: Target | None = None, big: bool = False) -> Bucket:
     """Return the bucket of a kernel, which tells the configurations that it may have."""
     widest = max((each.dtype for each in kernel.written), key=lambda dtype: dtype.itemsize)
     if isinstance(kernel, Attend):
-        kind, depth, products = "attention", kernel.e.size.value, _power(kernel.d.size.value, 16, 1 << 62)
+        kind, depth, products = "attention", kernel.e.size.value, power_of_two(kernel.d.size.value, 16, 1 << 62)
     else:
         depth = max((stage.over.size.value for stage in kernel.stages), default=1)
         products = max((len(stage.accumulators) for stage in kernel.stages), default=0)
-        heavy = products and _weight(kernel) >= heuristics.HEAVY_PRODUCT
+        heavy = products and weight(kernel) >= heuristics.HEAVY_PRODUCT
         kind = "rows" if not products else "persistent product" if big else "heavy product" if heavy else "product"
-    m, n, k = (_power(size, 1, 1 << 62) for size in (kernel.m.size.value, kernel.n.size.value, depth))
+    m, n, k = (power_of_two(size, 1, 1 << 62) for size in (kernel.m.size.value, kernel.n.size.value, depth))
     name = target.name if target is not None else "interpreter"
     return Bucket(name, kind, str(widest).removeprefix("torch."), m, n, k, products)
 
@@ -100,7 +77,9 @@ def config_of(kernel: Kernel | Attend, target: Target | None = None, big: bool =
     Raises:
         ConfigError: if the file cannot be read, or has one that the kernel cannot have.
     """
-    own = _by_rule(kernel, target, big)
+    own = tiles_of(kernel, big)
+    if big and target is not None and target.backend == "hip":
+        own = replace(own, stages=2)
     if not (file := os.environ.get(FILE)):
         return own
     bucket = bucket_of(kernel, target, big)
@@ -164,46 +143,3 @@ def _read(text: str) -> Mapping[Bucket, Config]:
             raise ValueError(f"row {number} is of the same kernels as a row before it")
         found[bucket] = Config(row["blocks"], row["warps"], row["stages"])
     return found
-
-
-def _by_rule(kernel: Kernel | Attend, target: Target | None, big: bool) -> Config:
-    """Choose a configuration by rules.
-
-    Sizes are powers of two, so that shapes that are not much larger have the same ones.
-    """
-    m, n = kernel.m.size.value, kernel.n.size.value
-    wide = max(each.dtype.itemsize for each in kernel.written)
-    amd = target is not None and target.backend == "hip"
-    if isinstance(kernel, Attend):
-        e, d = (_power(each.size.value, 16, 1024) for each in (kernel.e, kernel.d))
-        columns = 64 if max(e, d) * wide <= 256 else 32
-        rows = _power(m, 16, 2 * columns if big else columns)
-        blocks = {"BLOCK_M": rows, "BLOCK_N": _power(n, 16, columns), "BLOCK_E": e, "BLOCK_D": d}
-        return Config(blocks, warps=8 if rows > 64 else 4, stages=3 if big else 2)
-    deepest = max((stage.over.size.value for stage in kernel.stages), default=1)
-    several = max((len(stage.accumulators) for stage in kernel.stages), default=0)
-    if big:
-        blocks = {"BLOCK_M": 128, "BLOCK_N": 64 if several > 1 or wide > 2 else 128, "BLOCK_K": 64 if wide <= 2 else 32}
-        return Config(blocks, warps=8, stages=2 if amd else 3)
-    if several:
-        heavy = _weight(kernel) >= heuristics.HEAVY_PRODUCT
-        columns = 128 if wide <= 2 and several < 2 and not heavy else 64
-        depth = 64 if wide <= 2 and not heavy else 32
-        sizes = _power(m, 16, 32 if heavy else 64), _power(n, 16, columns), _power(deepest, 16, depth)
-        return Config(dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), sizes, strict=True)))
-    # A row is summed up once, so a tile has whole rows.
-    columns = _power(n, 1, heuristics.KERNEL_ROW if kernel.stages else 256)
-    depth = _power(deepest, 1, heuristics.KERNEL_ROW)
-    rows = _power(m, 1, max(1, 2048 // max(columns, depth)))
-    return Config({"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth}, warps=8 if columns * rows >= 4096 else 4)
-
-
-def _weight(kernel: Kernel) -> int:
-    """Return the number of operations in that factor of a kernel's products that takes most."""
-    factors = [each for stage in kernel.stages for term in stage.accumulators for each in (term.left, term.right)]
-    return max((sum(isinstance(each, (Call, Piecewise)) for each in within([factor])) for factor in factors), default=0)
-
-
-def _power(size: int, least: int, most: int) -> int:
-    """Return the least power of two that is not below ``size``, within bounds."""
-    return max(least, min(most, 1 << max(0, size - 1).bit_length()))

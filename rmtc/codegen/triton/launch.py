@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rmtc.codegen.triton.configs import Config, config_of, is_big
+from rmtc.codegen.triton.configs import config_of
 from rmtc.codegen.triton.source import source_of
 from rmtc.codegen.triton.spelling import WIDE, is_wide
 from rmtc.codegen.triton.style import KernelSource, Style
@@ -21,6 +21,7 @@ from rmtc.codegen.triton.targets import Target
 from rmtc.errors import RefusedError
 from rmtc.ir.array import Array
 from rmtc.ir.kernel import Attend, Kernel
+from rmtc.passes.bodies.tiles import Config, is_big
 
 _files = itertools.count()
 

@@ -148,7 +148,7 @@ def compile_for(launch: KernelLaunch, tensors: Mapping[Array, torch.Tensor], tar
     found: dict[str, int] = {}
     for each in re.findall(target.instructions, assembly):
         found[each] = found.get(each, 0) + 1
-    moved, operations, _ = work(launch.kernel, target.machine)
+    moved, operations = work(launch.kernel, target.machine)
     return Binary(
         *(launch, printed, target, assembly, code, registers, spilled),
         *(int(made.metadata.shared), found, cells * moved, cells * operations, cells),

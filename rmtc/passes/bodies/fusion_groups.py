@@ -7,8 +7,9 @@ an array made of another may be kept in the place of that one, and kernels over 
 
     a = linear(x, w); b = silu(a); c = b * y      ->      [a b c]  c = silu(linear(x, w)) * y
 
-The estimate is a roofline. A launch takes a time of its own, plus the longer of two times: for moving what it reads and
-writes, and for computing. An array that several tiles or kernels compute counts once for each. A product of arrays in
+The estimate is a roofline. A launch takes a time of its own, plus the longest of three times: for moving what it reads
+and writes, for its products, and for issuing its instructions. An array that several tiles or kernels compute counts
+once for each. A product of arrays in
 memory is left to a library where that takes less time. A library's products may be faster, but nothing is computed on
 their way.
 """
@@ -27,7 +28,9 @@ from rmtc.affine import Variable
 from rmtc.ir.array import Array, Attention, Nest, Outside, Pointwise, Stored, View, base_of
 from rmtc.ir.kernel import Attend, Kernel, Multiply, build, build_attention, loads, multiplied
 from rmtc.ir.program import Op
-from rmtc.ir.terms import Accumulated, Call, IllegalError, Load, Statistic, free_variables
+from rmtc.ir.terms import Accumulated, IllegalError, Load, free_variables
+from rmtc.passes.bodies.instructions import Issue, issued, overlaps
+from rmtc.passes.bodies.tiles import is_big, tiles_of
 
 Computed: TypeAlias = Kernel | Attend | Multiply
 Group: TypeAlias = Computed | Outside
@@ -44,8 +47,8 @@ class Machine:
         cached: factor by which it is faster to read again what was read before.
         products: floating-point operations per second in products, by dtype. Other dtypes have the rate of float32.
         own: rate of products in kernels as a share of a library's, by dtype, 1 where it is not known.
-        pointwise: other operations per second.
-        tile: rows and columns of a tile.
+        issues: instructions of warps per second.
+        issue: what a warp issues.
     """
 
     launch: float = 4e-6
@@ -55,8 +58,8 @@ class Machine:
     products: Mapping[torch.dtype, float] = field(
         default_factory=lambda: {torch.float32: 6e13, torch.bfloat16: 9.9e14, torch.float16: 9.9e14}
     )
-    pointwise: float = 3e13
-    tile: int = 128
+    issues: float = 9.3e11
+    issue: Issue = field(default_factory=Issue)
     own: Mapping[torch.dtype, float] = field(default_factory=dict)
 
     def rate(self, dtype: torch.dtype) -> float:
@@ -293,28 +296,32 @@ def _products(kernel: Kernel) -> list[Accumulated]:
 
 def estimate(kernel: Computed, machine: Machine, cells: int) -> float:
     """Estimate the seconds that a launch takes for ``cells`` cells."""
-    moved, products, others = work(kernel, machine)
-    rate, dtype = 1.0, kernel.written[0].dtype
+    moved, products = work(kernel, machine)
+    dtype = kernel.written[0].dtype
     if isinstance(kernel, Multiply):
-        kernel = kernel.kernel
+        computing, kernel = products / machine.rate(dtype), kernel.kernel
     else:
-        rate = machine.own.get(dtype, 1.0)
-    computing = products / (rate * machine.rate(dtype)) + others / machine.pointwise
-    turns = math.ceil(kernel.n.size.value / machine.tile) if isinstance(kernel, Attend) else 0
+        big = is_big(kernel) or isinstance(kernel, Attend)
+        issuing = issued(kernel, machine.issue, tiles_of(kernel, big), big) / machine.issues
+        multiplying = products / (machine.own.get(dtype, 1.0) * machine.rate(dtype))
+        computing = max(multiplying, issuing) if overlaps(kernel) else multiplying + issuing
+    turns = math.ceil(kernel.n.size.value / _TILE) if isinstance(kernel, Attend) else 0
     if isinstance(kernel, Kernel):
-        turns = sum(math.ceil(stage.over.size.value / machine.tile) for stage in kernel.stages)
+        turns = sum(math.ceil(stage.over.size.value / _TILE) for stage in kernel.stages)
     return machine.launch + turns * machine.turn + cells * max(moved / machine.bandwidth, computing)
 
 
-def work(kernel: Computed, machine: Machine) -> tuple[float, float, float]:
-    """Return the bytes that a cell moves, its operations of products, and its other operations."""
+_TILE = 128
+"""Rows and columns of a tile, for what it reads and how often it turns."""
+
+
+def work(kernel: Computed, machine: Machine) -> tuple[float, float]:
+    """Return the bytes that a cell moves, and its operations of products."""
     if isinstance(kernel, Multiply):
         return work(kernel.kernel, machine)
     m, n = kernel.m.size.value, kernel.n.size.value
-    columns = (
-        machine.tile if isinstance(kernel, Attend) or _products(kernel) or not kernel.stages else heuristics.KERNEL_ROW
-    )
-    tiles = {kernel.m: math.ceil(m / machine.tile), kernel.n: math.ceil(n / columns)}
+    columns = _TILE if isinstance(kernel, Attend) or _products(kernel) or not kernel.stages else heuristics.KERNEL_ROW
+    tiles = {kernel.m: math.ceil(m / _TILE), kernel.n: math.ceil(n / columns)}
     outer = {kernel.z, kernel.m} if isinstance(kernel, Attend) else {kernel.z, kernel.m, kernel.n}
     variables = free_variables()
 
@@ -326,7 +333,7 @@ def work(kernel: Computed, machine: Machine) -> tuple[float, float, float]:
         return math.prod(count for variable, count in tiles.items() if variable in outer and variable not in own)
 
     moved = float(sum(math.prod(each.shape) * each.dtype.itemsize for each in kernel.written))
-    products = others = 0.0
+    products = 0.0
     for term in kernel.terms():
         own = variables(term)
         if isinstance(term, Load):
@@ -334,12 +341,7 @@ def work(kernel: Computed, machine: Machine) -> tuple[float, float, float]:
             moved += size * (1 + (again(own) - 1) / machine.cached)
         elif isinstance(term, Accumulated):
             products += 2 * extent({*variables(term.left), *variables(term.right)})
-        elif isinstance(term, Statistic):
-            others += extent(variables(term.term)) * again(own)
-        elif isinstance(term, Call):
-            others += extent(own) * again(own)
     if isinstance(kernel, Attend):
         pairs = extent((kernel.z, kernel.m, kernel.n)) / (2 if kernel.array.causal else 1)
         products += 2 * pairs * (kernel.e.size.value + kernel.d.size.value)
-        others += 4 * pairs
-    return moved, products, others
+    return moved, products
