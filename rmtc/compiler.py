@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MethodType
 from typing import Any, TypeVar, cast, overload
 
 import torch
@@ -16,6 +16,8 @@ from rmtc.restoring import finish
 from rmtc.runtime.backends import Backend, backend_named, nearest
 from rmtc.runtime.compiled import Compiled, Options
 from rmtc.runtime.estimate import kind_named
+from rmtc.runtime.methods import KEY, OfInstance, compiled_method, compiled_module, install, release, replace_method
+from rmtc.runtime.methods import compiled_of as compiled_of
 from rmtc.runtime.pack import Pack
 from rmtc.runtime.recompute import RECOMPUTE
 from rmtc.runtime.stats import Stats
@@ -23,10 +25,9 @@ from rmtc.runtime.stream import Stream
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-_KEY = "_compiled_call_impl"  # where `nn.Module.compile` keeps its call, too: copies and pickles go without it
 _OPTIONS = ("max_group", "memory_budget", "repack_weights", "skip_python_random")
 _KEYWORDS = ["backend", "strict", "disable", "recompile_limit", "layers", "segment_length", "schedule"]
-_KEYWORDS += ["recompute", "options"]
+_KEYWORDS += ["recompute", "methods", "options"]
 _OF_TORCH = {
     "fullgraph": "strict=True raises where a model would run as before",
     "dynamic": "one capture serves any number of segments and batch size",
@@ -50,6 +51,7 @@ def compile(
     segment_length: int | None = ...,
     schedule: str = ...,
     recompute: str = ...,
+    methods: Sequence[str] = ...,
     options: dict[str, Any] | None = ...,
 ) -> T: ...
 
@@ -66,6 +68,7 @@ def compile(
     segment_length: int | None = ...,
     schedule: str = ...,
     recompute: str = ...,
+    methods: Sequence[str] = ...,
     options: dict[str, Any] | None = ...,
 ) -> Callable[[T], T]: ...
 
@@ -81,6 +84,7 @@ def compile(
     segment_length: int | None = None,
     schedule: str = "best",
     recompute: str = "auto",
+    methods: Sequence[str] = (),
     options: dict[str, Any] | None = None,
     **unknown: Any,
 ) -> T | Callable[[T], T]:
@@ -134,6 +138,9 @@ def compile(
             - ``"cells"``: all cells. Their operands are kept: hidden states and memories.
             - ``"auto"``: as many cells as it takes to keep at most half, or at most the option ``memory_budget``. Where
               little is kept, nothing is computed again.
+        methods: names of methods that are compiled beside the module's call, such as ``("read",)``. The options hold
+            for each of them, and ``rmtc.stats(model.read)`` has the counts of one. In copies of the model they run as
+            written.
         options: a dict of these.
 
             - ``{"max_group": 8}`` lets at most so many cells run at once. Where all segments of a layer could, they run
@@ -151,7 +158,7 @@ def compile(
         ``model`` itself if it is a module or class, a wrapped function, or a decorator.
 
     Raises:
-        ValueError: if there is no such backend, option or keyword, a number is too small, or torch has compiled
+        ValueError: if there is no such backend, option, keyword or method, a number is too small, or torch has compiled
             ``model`` already.
         TypeError: if ``model`` cannot be called, or an argument is of another type.
 
@@ -189,6 +196,12 @@ def compile(
         raise ValueError(f"there is no recompute {recompute!r}{hint}")
     if recompute != "auto" and (options or {}).get("memory_budget") is not None:
         raise ValueError(f"option 'memory_budget' is of recompute='auto', not of {recompute!r}")
+    if not isinstance(methods, (tuple, list)) or not all(isinstance(name, str) for name in methods):
+        hint = f": write methods=({methods!r},)" if isinstance(methods, str) else ""
+        raise TypeError(f"methods is a tuple of names, not {methods!r}{hint}")
+    for name in methods:
+        if list(methods).count(name) > 1:
+            raise ValueError(f"methods has {name!r} twice")
     if callable(backend) and (options or {}).get("repack_weights"):
         raise ValueError("option 'repack_weights' is one of rmtc's own backends: copies are made anew when these run")
     # Compile, or make a decorator that does.
@@ -204,6 +217,7 @@ def compile(
         max_group=(options or {}).get("max_group"),
         recompute=recompute,
         memory_budget=(options or {}).get("memory_budget"),
+        methods=tuple(methods),
     )
 
     def apply(target: T) -> T:
@@ -225,90 +239,76 @@ def _compile(target: T, options: Options) -> T:
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     optimised = dynamo is not None and isinstance(target, dynamo.OptimizedModule)
     if optimised or hasattr(target, "_torchdynamo_orig_callable"):
-        name = getattr(target, "__qualname__", type(target).__name__)
-        raise ValueError(f"{name} is compiled by torch.compile already: hand over what it was made from")
+        raise ValueError(f"{_name(target)} is compiled by torch.compile already: hand over what it was made from")
     if isinstance(target, nn.Module):
-        present = vars(target).get(_KEY)
+        present = vars(target).get(KEY)
         if present is not None and not isinstance(present, Compiled):
             raise ValueError(f"{type(target).__name__} is compiled by nn.Module.compile already")
+        functions = install(target, options.methods)
         if present is None or present.options != options:
-            vars(target)[_KEY] = Compiled(target, options)  # a module may have a __setattr__ of its own
+            if present is not None:
+                release(target, set(present.options.methods) - set(options.methods))
+            vars(target)[KEY] = compiled_module(target, options, functions)  # it may have a __setattr__ of its own
         return target
     if isinstance(target, type):
         if not issubclass(target, nn.Module):
             raise TypeError(f"{target.__name__} is no nn.Module class")
-        setattr(target, _KEY, _OfInstance(options))
+        before_it = vars(target).get(KEY)
+        functions = install(target, options.methods)
+        if isinstance(before_it, OfInstance):
+            release(target, set(before_it.options.methods) - set(options.methods))
+        setattr(target, KEY, OfInstance(options, functions))
         return target
+    if options.methods:
+        raise ValueError(f"methods={options.methods!r} are those of a module, and {_name(target)} is a function")
     before = compiled_of(target)
     if before is not None:
-        if before.options != options:
+        if before.options != options and isinstance(target, MethodType):
+            replace_method(target, before, options)
+        elif before.options != options:
             target._rmtc = Compiled(before.function, options)  # type: ignore[attr-defined]
         return target
+    if isinstance(target, MethodType):
+        return cast(T, compiled_method(target, options))
 
     @functools.wraps(target)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return call._rmtc(*args, **kwargs)  # type: ignore[attr-defined]
+        # The guards of others that call this find the code of `target` in the closure.
+        return (call._rmtc or target)(*args, **kwargs)  # type: ignore[attr-defined]
 
     call._rmtc = Compiled(target, options)  # type: ignore[attr-defined]
     return cast(T, call)
 
 
-class _OfInstance:
-    """A descriptor that compiles an instance of a decorated class when it is first called."""
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        self.disabled = 0
-        self.instances: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-    def __get__(self, instance: nn.Module | None, owner: type) -> Any:
-        if instance is None:
-            return None
-        compiled = vars(instance).get(_KEY)
-        if compiled is None:
-            compiled = vars(instance)[_KEY] = Compiled(instance, self.options)
-            compiled.disabled = self.disabled
-            self.instances.add(instance)
-        return compiled
-
-    def made(self) -> list[Compiled]:
-        """Return the compiled calls of the instances."""
-        found = [vars(instance).get(_KEY) for instance in self.instances]
-        return [compiled for compiled in found if isinstance(compiled, Compiled)]
-
-
-def compiled_of(target: Any) -> Compiled | None:
-    """Return the compiled call of a module or function, or None if it is not compiled."""
-    target = getattr(target, "_orig_mod", target)  # the wrapper of torch.compile
-    if isinstance(target, nn.Module):
-        found = getattr(target, _KEY, None)
-    else:
-        found = getattr(target, "_rmtc", None)
-    return found if isinstance(found, Compiled) else None
+def _name(target: Any) -> str:
+    return str(getattr(target, "__qualname__", type(target).__name__))
 
 
 def restore(target: T) -> T:
-    """Undo :func:`compile`.
+    """Undo :func:`compile`, of a module that of its methods, too.
 
     Args:
         target: a result of :func:`compile`; or an instance of a decorated class, which its class then leaves alone.
 
     Returns:
-        The module or class itself, or the function that was wrapped. A target that is not compiled comes back as it is.
+        The module or class itself, or the function or method that was wrapped. A target that is not compiled comes back
+        as it is.
     """
     finish()
     if isinstance(target, type):
-        of_instance = vars(target).get(_KEY)
-        if isinstance(of_instance, _OfInstance):
-            delattr(target, _KEY)
+        of_instance = vars(target).get(KEY)
+        if isinstance(of_instance, OfInstance):
+            delattr(target, KEY)
+            release(target, of_instance.options.methods)
             for instance in list(of_instance.instances):
-                vars(instance).pop(_KEY, None)
+                vars(instance).pop(KEY, None)
         return target
     if isinstance(target, nn.Module):
-        if isinstance(vars(target).get(_KEY), Compiled):
-            del vars(target)[_KEY]
+        if isinstance(compiled := vars(target).get(KEY), Compiled):
+            release(target, compiled.options.methods)
+            del vars(target)[KEY]
         if _of_class(type(target)) is not None:
-            vars(target)[_KEY] = None  # or its class would compile it again
+            vars(target)[KEY] = None  # or its class would compile it again
         return target
     compiled = compiled_of(target)
     return cast(T, compiled.function) if compiled is not None else target
@@ -316,7 +316,7 @@ def restore(target: T) -> T:
 
 @contextlib.contextmanager
 def disabled(target: Callable[..., Any]) -> Iterator[None]:
-    """Run a compiled model or function as before, within the block.
+    """Run a compiled model, with its methods, or a function as before, within the block.
 
     Args:
         target: a result of :func:`compile`.
@@ -324,7 +324,8 @@ def disabled(target: Callable[..., Any]) -> Iterator[None]:
     finish()
     of_instance = _of_class(target)
     compiled = compiled_of(target)
-    counted: list[_OfInstance | Compiled] = [each for each in (of_instance, compiled) if each is not None]
+    counted: list[OfInstance | Compiled] = [each for each in (of_instance, compiled) if each is not None]
+    counted += compiled.methods.values() if compiled is not None else []
     counted += of_instance.made() if of_instance is not None else []
     for each in counted:
         each.disabled += 1
@@ -335,11 +336,11 @@ def disabled(target: Callable[..., Any]) -> Iterator[None]:
             each.disabled -= 1
 
 
-def _of_class(target: Any) -> _OfInstance | None:
+def _of_class(target: Any) -> OfInstance | None:
     """Return the descriptor that compiles the instances of a decorated class."""
     kinds = target.__mro__ if isinstance(target, type) else ()
-    found = next((vars(kind)[_KEY] for kind in kinds if _KEY in vars(kind)), None)
-    return found if isinstance(found, _OfInstance) else None
+    found = next((vars(kind)[KEY] for kind in kinds if KEY in vars(kind)), None)
+    return found if isinstance(found, OfInstance) else None
 
 
 def stats(target: Callable[..., Any]) -> Stats:
@@ -487,7 +488,6 @@ def _compiled(target: Callable[..., Any]) -> Compiled:
     """
     compiled = compiled_of(target)
     if compiled is None:
-        name = getattr(target, "__qualname__", type(target).__name__)
         hint = ": each of its instances is, ask one" if _of_class(target) is not None else ""
-        raise ValueError(f"{name} is not compiled by rmtc.compile{hint}")
+        raise ValueError(f"{_name(target)} is not compiled by rmtc.compile{hint}")
     return compiled

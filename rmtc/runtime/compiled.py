@@ -90,6 +90,7 @@ class Options:
     recompute: str = "auto"
     memory_budget: int | None = None
     repack_weights: bool = False
+    methods: tuple[str, ...] = ()
 
 
 class _State(NamedTuple):
@@ -271,6 +272,7 @@ class Compiled:
             inner = inner.func
         self._inner: Callable[..., Any] = inner
         self.stats = Stats()
+        self.methods: dict[str, Compiled] = {}  # of a module, each compiled for itself
         self.disabled = 0
         self.variants: list[Variant] = []
         self._known: dict[Any, _Known] = {}
@@ -283,6 +285,10 @@ class Compiled:
         self._counts = threading.Lock()
         self._last = _Last()
         self._hooks: tuple[list[nn.Module], list[Mapping[int, Any]]] | None = None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Put None in the place of a copy: copies and pickles of what holds this run as written."""
+        return type(None), ()
 
     def eager(self, *args: Any, **kwargs: Any) -> Any:
         """The call as it was before."""

@@ -143,6 +143,7 @@ class Stats:
         last_run: the last scheduled call, or None if there was none.
         decisions: the choices between the model as written and its schedules, by capture and size class.
         remedies: what to do about calls that run as written, by reason.
+        methods: the counts of methods that are compiled, too, by name.
     """
 
     captures: int = 0
@@ -158,11 +159,12 @@ class Stats:
     as_written: dict[str, int] = field(default_factory=dict)
     decisions: dict[str, Decision] = field(default_factory=dict)
     remedies: dict[str, str] = field(default_factory=dict)
+    methods: dict[str, Stats] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Return a table: the counts, then the last run, then the counts by reason, each with what to do."""
+        """Return a table: the counts, the last run, the counts by reason, each with what to do, and the methods."""
         counts, runs, reasons = list[str](), list[str](), list[str]()
-        shown = [each.name for each in fields(self) if each.name != "remedies"]
+        shown = [each.name for each in fields(self) if each.name not in ("remedies", "methods")]
         for name, value in ((name.replace("_", " "), getattr(self, name)) for name in shown):
             if isinstance(value, dict):
                 reasons += [f"{name:<{_NAMES}}{'' if value else 'none'}".rstrip()]
@@ -171,6 +173,9 @@ class Stats:
                 runs += [name, *(f"  {line}" for line in str(value).splitlines())]
             else:
                 counts += [f"{name:<{_NAMES}}{'none' if value is None else value}"]
+        for name, each in self.methods.items():  # the rest is in the table of the method itself
+            fallbacks = sum(each.fallbacks.values())
+            reasons += [f"method {name}: {each.runs} runs, {each.eager} eager, {fallbacks} fallbacks"]
         return "\n".join([*counts, *runs, *reasons])
 
 
