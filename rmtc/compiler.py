@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any, TypeVar, cast, overload
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rmtc.restoring import finish
 from rmtc.runtime.backends import Backend, backend_named, nearest
+from rmtc.runtime.background import refuse_background
 from rmtc.runtime.compiled import Compiled, Options
 from rmtc.runtime.estimate import kind_named
 from rmtc.runtime.methods import KEY, OfInstance, compiled_method, compiled_module, install, release, replace_method
@@ -27,7 +27,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 _OPTIONS = ("max_group", "memory_budget", "repack_weights", "skip_python_random")
 _KEYWORDS = ["backend", "strict", "disable", "recompile_limit", "layers", "segment_length", "schedule"]
-_KEYWORDS += ["recompute", "methods", "options"]
+_KEYWORDS += ["recompute", "methods", "background", "options"]
 _OF_TORCH = {
     "fullgraph": "strict=True raises where a model would run as before",
     "dynamic": "one capture serves any number of segments and batch size",
@@ -52,6 +52,7 @@ def compile(
     schedule: str = ...,
     recompute: str = ...,
     methods: Sequence[str] = ...,
+    background: bool = ...,
     options: dict[str, Any] | None = ...,
 ) -> T: ...
 
@@ -69,6 +70,7 @@ def compile(
     schedule: str = ...,
     recompute: str = ...,
     methods: Sequence[str] = ...,
+    background: bool = ...,
     options: dict[str, Any] | None = ...,
 ) -> Callable[[T], T]: ...
 
@@ -85,6 +87,7 @@ def compile(
     schedule: str = "best",
     recompute: str = "auto",
     methods: Sequence[str] = (),
+    background: bool = False,
     options: dict[str, Any] | None = None,
     **unknown: Any,
 ) -> T | Callable[[T], T]:
@@ -141,6 +144,9 @@ def compile(
         methods: names of methods that are compiled beside the module's call, such as ``("read",)``. The options hold
             for each of them, and ``rmtc.stats(model.read)`` has the counts of one. In copies of the model they run as
             written.
+        background: fill the cache in the background in place of capturing in the first call, for models on a CPU, on
+            Linux. A forked process with one thread does, for at most five minutes. Until it has ended, calls run as
+            written; the next one takes up what it has found. ``strict=True`` and ``RMTC_CACHE=0`` do not go with it.
         options: a dict of these.
 
             - ``{"max_group": 8}`` lets at most so many cells run at once. Where all segments of a layer could, they run
@@ -158,8 +164,8 @@ def compile(
         ``model`` itself if it is a module or class, a wrapped function, or a decorator.
 
     Raises:
-        ValueError: if there is no such backend, option, keyword or method, a number is too small, or torch has compiled
-            ``model`` already.
+        ValueError: if there is no such backend, option, keyword or method, a number is too small, ``background`` cannot
+            be, or torch has compiled ``model`` already.
         TypeError: if ``model`` cannot be called, or an argument is of another type.
 
     Example:
@@ -174,7 +180,7 @@ def compile(
             hint = f"; it is an option: options={{{name!r}: ...}}"
         raise _UnknownKeyword(f"rmtc.compile has no argument {name!r}{hint}")
     backend_made = backend_named(backend)
-    for name, flag in (("strict", strict), ("disable", disable)):
+    for name, flag in (("strict", strict), ("disable", disable), ("background", background)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} is True or False, not {flag!r}")
     _check_number("recompile_limit", recompile_limit, 0)
@@ -204,6 +210,8 @@ def compile(
             raise ValueError(f"methods has {name!r} twice")
     if callable(backend) and (options or {}).get("repack_weights"):
         raise ValueError("option 'repack_weights' is one of rmtc's own backends: copies are made anew when these run")
+    if background:
+        refuse_background(strict)
     # Compile, or make a decorator that does.
     made = Options(
         strict=strict,
@@ -218,6 +226,7 @@ def compile(
         recompute=recompute,
         memory_budget=(options or {}).get("memory_budget"),
         methods=tuple(methods),
+        background=background,
     )
 
     def apply(target: T) -> T:
@@ -386,7 +395,7 @@ def pack(target: Callable[..., Any], *, lanes: int | None = None, states: bool =
     return Pack(_compiled(target), lanes, states, getattr(target, "_rmtc_state", None))
 
 
-def state(target: Callable[..., Any]) -> dict[str, torch.Tensor]:
+def state(target: Callable[..., Any]) -> dict[str, Tensor]:
     """Return what the last call of this thread has handed on from segment to segment, to go on from later.
 
     These are the values that segments read from earlier ones, such as memories. A name is that of the attribute or
@@ -412,7 +421,7 @@ def state(target: Callable[..., Any]) -> dict[str, torch.Tensor]:
     return _compiled(target).state
 
 
-def resume(target: T, state: Mapping[str, torch.Tensor] | None) -> T:
+def resume(target: T, state: Mapping[str, Tensor] | None) -> T:
     """Return the model as it goes on from a state: its calls are the later segments of the text that left it.
 
     Such a call runs by the schedule, also of one segment. Its results are of its own text alone. In the model it leaves
@@ -439,11 +448,7 @@ def resume(target: T, state: Mapping[str, torch.Tensor] | None) -> T:
     compiled = _compiled(target)
     if state is not None and not (isinstance(state, Mapping) and all(isinstance(name, str) for name in state)):
         raise TypeError(f"a state is a dict of tensors, as rmtc.state returns it, and not {type(state).__name__}")
-    held = (
-        None
-        if state is None
-        else {n: v.detach().clone() if isinstance(v, torch.Tensor) else v for n, v in state.items()}
-    )
+    held = None if state is None else {n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in state.items()}
 
     @functools.wraps(target.forward if isinstance(target, nn.Module) else target)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -197,6 +197,28 @@ CACHE_ENTRY = 32 << 20
 CACHE_BYTES, CACHE_ENTRIES = 64 << 20, 256
 """Most bytes and most entries of the cache."""
 
+# A call is captured in the background (runtime/background.py)
+
+BACKGROUND_SECONDS = 300.0
+"""Seconds that a process may capture in the background.
+
+A capture of 16 layers (width 64, 16 + 4 positions, 32 segments) takes 3.5 s of a core, and took 20 s beside calls and
+other processes that kept both cores busy. A process that waits for a lock that no thread of its own holds never ends.
+"""
+
+BACKGROUND_PROCESSES = 2
+"""Number of such processes in a row before a call is captured in the foreground.
+
+The first call leaves what it makes in the model, so that the next one may have another fingerprint. Where each call has
+its own, as where the model counts them, no process ever captures the next one.
+"""
+
+BACKGROUND_NICE = 5
+"""Increment of the niceness of that process: where cores are few, calls as written come first.
+
+With 10 that capture took 45 s beside them, and a call as written the same time.
+"""
+
 # A loop is found and divided (passes/)
 
 HISTORY_PARTS = 4

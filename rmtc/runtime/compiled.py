@@ -45,6 +45,7 @@ from rmtc.quiet import uncollected
 from rmtc.recall import entry_of, recalled, remember
 from rmtc.restoring import outermost, restored
 from rmtc.runtime.backends import Backend, auto
+from rmtc.runtime.background import Background, waits
 from rmtc.runtime.choice import New
 from rmtc.runtime.executor import Run
 from rmtc.runtime.hooks import call_with_hooks, global_hooks, hook_tables, hooked
@@ -91,6 +92,7 @@ class Options:
     memory_budget: int | None = None
     repack_weights: bool = False
     methods: tuple[str, ...] = ()
+    background: bool = False
 
 
 class _State(NamedTuple):
@@ -199,6 +201,10 @@ _SELDOM = _Quiet(
     'nothing if such sizes come seldom; schedule="shortest" admits each at once',
 )
 _FAILED = _Quiet("another way to run the call was tried, and failed", "nothing: later calls run what ran before")
+_BACKGROUND = _Quiet(
+    "a process in the background captures the call, or one of another model",
+    "nothing: the first call after it has ended takes up what it has found, and later ones run by the schedule",
+)
 _INSIDE = _Quiet("a call inside a call of the same model", "nothing: the outer call is the one that is scheduled")
 _CHANGED = _Quiet("another thread changed the model during each attempt", "let no thread change it during calls")
 
@@ -246,9 +252,15 @@ class _Admit:
 
 @dataclass(frozen=True)
 class _Capture:
-    """The call is another one than those captured: in what, for each."""
+    """The call is another one than those captured.
+
+    Attributes:
+        differences: in what, for each.
+        at_once: whether it cannot run as written while a process in the background captures it.
+    """
 
     differences: tuple[str, ...] = ()
+    at_once: bool = False
 
 
 _Decision: TypeAlias = ReadyRun | _Eager | _Admit | _Capture
@@ -285,6 +297,7 @@ class Compiled:
         self._counts = threading.Lock()
         self._last = _Last()
         self._hooks: tuple[list[nn.Module], list[Mapping[int, Any]]] | None = None
+        self._background = Background() if options.background else None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """Put None in the place of a copy: copies and pickles of what holds this run as written."""
@@ -641,7 +654,7 @@ class Compiled:
             )
         if (limited := self._limited(differences)) is not None:
             raise RefusedError(_sentence(limited))
-        return _Capture(tuple(differences))
+        return _Capture(tuple(differences), at_once=True)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -789,6 +802,8 @@ class Compiled:
                 f"{heuristics.SINGLE_SEGMENT_PROBES} calls of as many structures were of one segment",
                 detail="no more are looked at",
             )
+        if self._background is not None and waits():
+            return _Eager(quiet=_BACKGROUND)
         return _Capture(tuple(differences))
 
     def _short(self, arguments: Arguments) -> _Eager | None:
@@ -1024,7 +1039,8 @@ class Compiled:
         """Capture or admit a call, or remember why not.
 
         Returns:
-            What becomes of this call where an error inside rmtc, or the limit, ended it.
+            What becomes of this call where an error inside rmtc, or the limit, ended it, or where it is captured in the
+            background.
         """
         with _capturing(self):
             if isinstance(decision, _Capture):
@@ -1092,15 +1108,22 @@ class Compiled:
             known.errors += 1
             known.broken = self._broken("a capture", error)
             return known.broken
+        if isinstance(variant, _Eager):
+            known.tries -= 1
+            return variant
         if variant is not None:
+            if self._background is not None:
+                self._background.end(key)
             if known.refusal is None:
                 del self._known[key]  # it would hold on to weights that are replaced later
             self.variants.insert(0, variant)
             self._watch()
         return None
 
-    def _captured(self, decision: _Capture, arguments: Arguments, known: _Known, session: Session) -> Variant | None:
-        """A capture of a call; None if it is of one segment, or watched.
+    def _captured(
+        self, decision: _Capture, arguments: Arguments, known: _Known, session: Session
+    ) -> Variant | _Eager | None:
+        """A capture of a call; None if it is of one segment, or watched; what becomes of it if it is in the background.
 
         It may be that of whole segments: why it is not the call's is kept in ``known`` then.
         """
@@ -1108,7 +1131,14 @@ class Compiled:
         options = self.options
         hints = {"layers": options.layers, "segment_length": options.segment_length}
         key = entry_of(session, **hints)
+        background = None if decision.at_once else self._background
+        if background is not None:
+            background.admit(session, key)
         found = None if key is None else recalled(session, key)
+        if found is None and background is not None and key is not None:
+            given = options.layers, options.segment_length, options.skip_python_random
+            if background.began(self._key(arguments), session, key, *given):
+                return _Eager(quiet=_BACKGROUND)
         if found is None:
             with stage("probe"):
                 analysis = Analysis(capture_of(session, options.segment_length))

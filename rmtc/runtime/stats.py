@@ -136,8 +136,8 @@ class Stats:
         packed: those of them that ran together with others, see :func:`rmtc.pack`.
         streamed: segments that streams have read, see :func:`rmtc.stream`.
         backwards: backward passes through such calls.
-        eager: calls that ran as written, as they should: of one segment, with a cache, from inside ``generate``, or of
-            a size for which the model as written takes less time.
+        eager: calls that ran as written, as they should: of one segment, with a cache, from inside ``generate``, of a
+            size for which the model as written takes less time, or while a process in the background captures.
         as_written: these calls by reason.
         fallbacks: calls that ran as written though they were meant to be scheduled, by reason.
         last_run: the last scheduled call, or None if there was none.
