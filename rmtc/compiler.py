@@ -200,6 +200,7 @@ def compile(
     if recompute not in RECOMPUTE:
         hint = nearest(str(recompute), [*RECOMPUTE])
         raise ValueError(f"there is no recompute {recompute!r}{hint}")
+    # Refuse what does not go together.
     if recompute != "auto" and (options or {}).get("memory_budget") is not None:
         raise ValueError(f"option 'memory_budget' is of recompute='auto', not of {recompute!r}")
     if not isinstance(methods, (tuple, list)) or not all(isinstance(name, str) for name in methods):
