@@ -37,7 +37,7 @@ class AttentionPrinter(Printer):
         self.say(f"total = tl.zeros((BLOCK_M, 1), {dtype_text(wide)})")
         self.say(f"acc = tl.zeros((BLOCK_M, BLOCK_D), {dtype_text(wide)})")
         # Blocks of keys that all rows see need no mask. The others come last.
-        self.say(f"whole = {'m_tile * BLOCK_M' if causal else 'n_size'} // BLOCK_N * BLOCK_N")
+        self.say(f"whole = {'tl.minimum(n_size, m_tile * BLOCK_M)' if causal else 'n_size'} // BLOCK_N * BLOCK_N")
         end = "tl.minimum(n_size, (m_tile + 1) * BLOCK_M)" if causal else "n_size"
         for begin, last, whole in (("0", "whole", True), ("whole", end, False)):
             lines = self.attended(kernel, base, whole)
