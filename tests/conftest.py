@@ -50,6 +50,23 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let interpreted kernels round to bfloat16 as GPUs do, to the nearest number; Triton's interpreter truncates."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(values: Any, of: Any, to: Any, mode: Any) -> Any:
+        if (of, to) != (tl.float32, tl.bfloat16):
+            return convert(values, of, to, mode)
+        single = torch.frombuffer(bytearray(values.tobytes()), dtype=torch.float32)
+        return single.bfloat16().view(torch.uint16).numpy().reshape(values.shape)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run what is marked full, too: see .ci/full")
 

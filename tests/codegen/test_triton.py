@@ -43,7 +43,8 @@ from rmtc.passes.bodies.fusion_groups import Machine
 from rmtc.runtime.executor import Walk
 from rmtc.runtime.triton import Triton, launches_on
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+pytestmark = pytest.mark.usefixtures("rounding")
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 4e-3}
 
 
 def bodies(runner: Any) -> Iterator[TritonBody]:
@@ -166,7 +167,7 @@ def test_each_kernel_is_what_torch_computes(build: Callable[..., Any], dtype: to
     name = "float32" if dtype == torch.float64 else str(dtype).removeprefix("torch.")
     for number, each in enumerate(emissions(build, dtype=name)):
         kernels += held_against_torch(each, dtype, cells=1 + number % 2, strided=number == 0)
-    assert kernels == 27
+    assert kernels == (27 if dtype.itemsize > 2 else 19)  # half as much is moved, so that more is computed on the way
 
 
 @pytest.mark.full
