@@ -16,7 +16,7 @@ from rmtc.runtime.backends import Backend, backend_named, nearest
 from rmtc.runtime.background import refuse_background
 from rmtc.runtime.compiled import Compiled, Options
 from rmtc.runtime.estimate import kind_named
-from rmtc.runtime.methods import KEY, OfInstance, compiled_method, compiled_module, install, release, replace_method
+from rmtc.runtime.methods import KEY, OfInstance, compile_class, compile_method, compile_module, release
 from rmtc.runtime.methods import compiled_of as compiled_of
 from rmtc.runtime.pack import Pack
 from rmtc.runtime.recompute import RECOMPUTE
@@ -203,9 +203,12 @@ def compile(
     # Refuse what does not go together.
     if recompute != "auto" and (options or {}).get("memory_budget") is not None:
         raise ValueError(f"option 'memory_budget' is of recompute='auto', not of {recompute!r}")
-    if not isinstance(methods, (tuple, list)) or not all(isinstance(name, str) for name in methods):
+    if not isinstance(methods, (tuple, list)):
         hint = f": write methods=({methods!r},)" if isinstance(methods, str) else ""
         raise TypeError(f"methods is a tuple of names, not {methods!r}{hint}")
+    for wrong in (name for name in methods if not isinstance(name, str)):
+        hint = f": write {wrong.__name__!r}" if hasattr(wrong, "__name__") else ""
+        raise TypeError(f"methods is a tuple of names, and one is of type {type(wrong).__name__}{hint}")
     for name in methods:
         if list(methods).count(name) > 1:
             raise ValueError(f"methods has {name!r} twice")
@@ -251,35 +254,22 @@ def _compile(target: T, options: Options) -> T:
     if optimised or hasattr(target, "_torchdynamo_orig_callable"):
         raise ValueError(f"{_name(target)} is compiled by torch.compile already: hand over what it was made from")
     if isinstance(target, nn.Module):
-        present = vars(target).get(KEY)
-        if present is not None and not isinstance(present, Compiled):
-            raise ValueError(f"{type(target).__name__} is compiled by nn.Module.compile already")
-        functions = install(target, options.methods)
-        if present is None or present.options != options:
-            if present is not None:
-                release(target, set(present.options.methods) - set(options.methods))
-            vars(target)[KEY] = compiled_module(target, options, functions)  # it may have a __setattr__ of its own
+        compile_module(target, options)
         return target
     if isinstance(target, type):
         if not issubclass(target, nn.Module):
             raise TypeError(f"{target.__name__} is no nn.Module class")
-        before_it = vars(target).get(KEY)
-        functions = install(target, options.methods)
-        if isinstance(before_it, OfInstance):
-            release(target, set(before_it.options.methods) - set(options.methods))
-        setattr(target, KEY, OfInstance(options, functions))
+        compile_class(target, options)
         return target
     if options.methods:
         raise ValueError(f"methods={options.methods!r} are those of a module, and {_name(target)} is a function")
     before = compiled_of(target)
+    if isinstance(target, MethodType):
+        return cast(T, compile_method(target, before, options))
     if before is not None:
-        if before.options != options and isinstance(target, MethodType):
-            replace_method(target, before, options)
-        elif before.options != options:
+        if before.options != options:
             target._rmtc = Compiled(before.function, options)  # type: ignore[attr-defined]
         return target
-    if isinstance(target, MethodType):
-        return cast(T, compiled_method(target, options))
 
     @functools.wraps(target)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -310,8 +300,7 @@ def restore(target: T) -> T:
         if isinstance(of_instance, OfInstance):
             delattr(target, KEY)
             release(target, of_instance.options.methods)
-            for instance in list(of_instance.instances):
-                vars(instance).pop(KEY, None)
+            of_instance.forget()
         return target
     if isinstance(target, nn.Module):
         if isinstance(compiled := vars(target).get(KEY), Compiled):

@@ -266,6 +266,9 @@ HEAVY_PRODUCT = 3
 """Least number of operations of a factor for which tiles are smaller: its values need registers, too. With larger tiles
 registers of the memory's update in ARMT, 1B, were spilled."""
 
+ATTENTION_HEAD = 128
+"""Size of a head up to which 128 queries are a tile of attention, in 16 bits: with larger ones registers spill."""
+
 ROWS_TILE, LONG_KERNEL = 2048, 24
 """Elements of a tile of a kernel that multiplies nothing, and number of its loads and operations from which on it has
 half as many: registers of ARMT's feature map, which is 40 operations, were spilled on sm_80."""

@@ -23,7 +23,7 @@ from rmtc.capture.identities import Identities
 from rmtc.capture.kinds import MISSING, is_plain, is_record, is_set, unset_slots
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot
-from rmtc.capture.user_code import names_of
+from rmtc.capture.user_code import as_written, names_of
 from rmtc.stages import substage
 
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
@@ -473,7 +473,7 @@ def _stands_in(old: Any, new: Any) -> bool:
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
         # Its content is read anew in each call. A parameter is known by its identity.
         return not isinstance(old, nn.Parameter) and type(old) is type(new) and _like(old, new)
-    return alike(old, new)
+    return as_written(old) is as_written(new) or alike(old, new)
 
 
 def _copied(old: Any, new: Any, copies: dict[int, Any]) -> bool:

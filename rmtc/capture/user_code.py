@@ -21,6 +21,16 @@ def _file_of(function: types.FunctionType) -> str | None:
     return name if isinstance(name, str) else function.__module__
 
 
+STANDS_IN = "_rmtc_of"
+"""The attribute of a function that stands in a class for a method which some instances run by the schedule."""
+
+
+def as_written(function: Any) -> Any:
+    """Return a method as the user wrote it, if a function stands in for it: what it computes is the same."""
+    stands_in = type(function) is types.FunctionType and STANDS_IN in vars(function)
+    return vars(function)["__wrapped__"] if stands_in else function
+
+
 def _unwrap(function: Any) -> Any:
     """Return the function that runs behind a method, property, partial or cached function."""
     while True:

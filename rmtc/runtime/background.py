@@ -57,7 +57,8 @@ class _Child:
 
     def __init__(self, work: Callable[[], None], key: str, number: int) -> None:
         self.key, self.number = key, number
-        self.owner, self._lock = os.getpid(), threading.Lock()
+        self.owner = os.getpid()
+        self._lock = threading.RLock()  # a collected model may end it while this thread looks whether it runs
         self.code: int | None = None
         self._deadline = time.monotonic() + heuristics.BACKGROUND_SECONDS
         self._pid = _forked(work)
@@ -86,6 +87,8 @@ class _Child:
             return
         try:
             pid, status = os.waitpid(self._pid, os.WNOHANG)
+            if self.code is not None:  # a collected model has ended it meanwhile
+                return
             if not pid and kill:  # it is still there, so that no other process has its number
                 os.kill(self._pid, signal.SIGKILL)
                 os.waitpid(self._pid, 0)

@@ -8,22 +8,37 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import FunctionType, MethodType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from rmtc.capture.user_code import STANDS_IN
 from rmtc.runtime.backends import nearest
 from rmtc.runtime.compiled import Compiled, Options
 
 KEY = "_compiled_call_impl"  # where `nn.Module.compile` keeps its call, too: copies and pickles go without it
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _users: weakref.WeakKeyDictionary[Callable[..., Any], weakref.WeakValueDictionary[int, nn.Module | type]]
 _users = weakref.WeakKeyDictionary()  # of each function that stands in for a method in a class, by id
+_LOCK = threading.RLock()  # of these, and of the places in classes
+
+
+def _locked(function: _F) -> _F:
+    """Let a function run in one thread at a time."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with _LOCK:
+            return function(*args)
+
+    return cast(_F, call)
 
 
 class OfInstance:
@@ -49,6 +64,11 @@ class OfInstance:
                 each.disabled = self.disabled
             self.instances.add(instance)
         return compiled
+
+    def forget(self) -> None:
+        """Let go of the compiled calls of the instances."""
+        for instance in list(self.instances):
+            vars(instance).pop(KEY, None)
 
     def made(self) -> list[Compiled]:
         """Return the compiled calls of the instances and of their methods."""
@@ -83,31 +103,66 @@ def compiled_module(module: nn.Module, options: Options, functions: Mapping[str,
     return made
 
 
-def compiled_method(method: MethodType, options: Options) -> MethodType:
+def compile_module(module: nn.Module, options: Options) -> None:
+    """Compile a module in place, with its methods.
+
+    Raises:
+        ValueError: if torch has compiled it, or a name is not that of a method.
+    """
+    present = vars(module).get(KEY)
+    if present is not None and not isinstance(present, Compiled):
+        raise ValueError(f"{type(module).__name__} is compiled by nn.Module.compile already")
+    functions = install(module, options.methods)
+    if present is None or not is_current(present, options, functions):
+        if present is not None:
+            release(module, set(present.options.methods) - set(options.methods))
+        vars(module)[KEY] = compiled_module(module, options, functions)  # it may have a __setattr__ of its own
+
+
+def compile_class(kind: type[nn.Module], options: Options) -> None:
+    """Let instances of a class be compiled on their first calls, those that were before anew.
+
+    Raises:
+        ValueError: if a name is not that of a method.
+    """
+    before = vars(kind).get(KEY)
+    functions = install(kind, options.methods)
+    if isinstance(before, OfInstance):
+        release(kind, set(before.options.methods) - set(options.methods))
+        before.forget()
+    setattr(kind, KEY, OfInstance(options, functions))
+
+
+def compile_method(method: MethodType, before: Compiled | None, options: Options) -> MethodType:
     """Return a method that runs by the schedule.
 
     It is bound as the given one is. Python binds the copy that it holds in a copy of its owner to that copy, whose
     calls then run as written.
+
+    Args:
+        method: the method.
+        before: its compiled call, if it has one already.
+        options: how.
     """
+    if before is None:
 
-    def find(owner: Any) -> Compiled | None:
-        return find.compiled if owner is method.__self__ else None  # type: ignore[attr-defined]
+        def find(owner: Any) -> Compiled | None:
+            return find.compiled if owner is method.__self__ else None  # type: ignore[attr-defined]
 
-    find.compiled = Compiled(method, options)  # type: ignore[attr-defined]
-    return MethodType(_in_place_of(method.__func__, find), method.__self__)
-
-
-def replace_method(method: MethodType, before: Compiled, options: Options) -> None:
-    """Compile a method anew that is compiled with other options."""
+        find.compiled = Compiled(method, options)  # type: ignore[attr-defined]
+        return MethodType(_in_place_of(method.__func__, find), method.__self__)
+    if before.options == options:
+        return method
     made, function = Compiled(before.function, options), cast(Any, method.__func__)
     if function in _users:
         whole = vars(method.__self__)[KEY]
         name = next(name for name, each in whole.methods.items() if each is before)
         whole.methods[name], whole.stats.methods[name] = made, made.stats
-    elif hasattr(function, "_rmtc_of"):
-        function._rmtc_of.compiled = made
+    elif STANDS_IN in vars(function):
+        getattr(function, STANDS_IN).compiled = made
     else:  # a function that was compiled in the class
         function._rmtc = made
+    return method
 
 
 def _in_place_of(function: Callable[..., Any], find: Callable[[Any], Compiled | None]) -> Callable[..., Any]:
@@ -118,10 +173,24 @@ def _in_place_of(function: Callable[..., Any], find: Callable[[Any], Compiled | 
         compiled = find(self)  # the guards of other captures find the code of `function` in this closure
         return function(self, *args, **kwargs) if compiled is None else compiled(*args, **kwargs)
 
-    call._rmtc_of = find  # type: ignore[attr-defined]
+    setattr(call, STANDS_IN, find)
     return call
 
 
+def is_current(present: Compiled, options: Options, functions: Mapping[str, FunctionType]) -> bool:
+    """Tell whether a module is compiled with options, and so are its methods as they are written now."""
+    own = replace(options, methods=())
+    return (
+        present.options == options
+        and present.methods.keys() == functions.keys()
+        and all(
+            each.options == own and getattr(each.function, "__func__", None) is functions[name]
+            for name, each in present.methods.items()
+        )
+    )
+
+
+@_locked
 def install(user: nn.Module | type, names: Iterable[str]) -> dict[str, FunctionType]:
     """Let methods of a class run by the schedule for the instances that have one.
 
@@ -156,6 +225,7 @@ def install(user: nn.Module | type, names: Iterable[str]) -> dict[str, FunctionT
     return found
 
 
+@_locked
 def release(user: nn.Module | type, names: Iterable[str]) -> None:
     """Undo :func:`install`, where nobody else is left who needs it."""
     kind = user if isinstance(user, type) else type(user)

@@ -13,6 +13,7 @@ import torch
 from rmtc.capture.own_modes import modes
 from rmtc.errors import RefusedError, RmtcError, StateError, brief
 from rmtc.restoring import outermost
+from rmtc.runtime.background import waits
 from rmtc.runtime.chain import Chain
 from rmtc.runtime.compiled import Compiled, ReadyRun
 from rmtc.runtime.executor import Executor
@@ -184,6 +185,11 @@ class Stream:
                 if any(len(dims) != 1 or named[name].dim() <= dims[0] for name, dims in growing.items()):
                     raise RefusedError("the text has several dimensions that grow, or fewer than before")
                 return {name: dims[0] for name, dims in growing.items()}, variant.program.loop.segment_length
+        if self._compiled.options.background and waits():
+            raise StateError(
+                "no call of such a text has shown the loop yet, and a process in the background captures",
+                remedy="wait until a call has run by the schedule, or call rmtc.resume(model, None) with the text",
+            )
         raise StateError(
             "no call of such a text has shown the loop yet",
             remedy="call the model once, under torch.no_grad(), with a text of several segments as a tensor",

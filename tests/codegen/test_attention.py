@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from rmtc.codegen.triton import launch as launching
 from rmtc.codegen.triton.emit import TritonBody, grouped_body
+from rmtc.codegen.triton.targets import TARGETS, Target
 from rmtc.ir.program import Op
 from rmtc.ir.segment_loop import Environment
-from rmtc.ir.wavefront import Input, Shared
+from rmtc.ir.wavefront import Input, Local, Shared
 
 CELLS, SIZES = 2, Environment(0, 0, 0, 0, 0)
 SEEN = torch.rand(70, 150, generator=torch.Generator().manual_seed(0)) < 0.3
@@ -24,7 +26,9 @@ def drawn(length: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(CELLS, 1, 2, length, 20, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def body_of(inputs: list[Tensor], mask: Tensor | None, scale: float, causal: bool) -> TritonBody:
+def body_of(
+    inputs: list[Tensor], mask: Tensor | None, scale: float, causal: bool, target: Target | None = None
+) -> TritonBody:
     """A body that is one attention; a mask is one for all cells, and taken for causal if ``causal`` says so."""
     named = (("scale", scale), ("is_causal", causal and mask is None))
     operands = (*map(Input, range(3)), None if mask is None else Shared(0))
@@ -34,7 +38,8 @@ def body_of(inputs: list[Tensor], mask: Tensor | None, scale: float, causal: boo
         assert mask is not None
         return mask
 
-    return grouped_body("c0", ops, [0], SIZES, size=CELLS, inputs=inputs, shared=shared, causal=lambda _: causal)
+    given = {"size": CELLS, "inputs": inputs, "shared": shared, "causal": lambda _: causal, "target": target}
+    return grouped_body("c0", ops, [0], SIZES, **given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -45,6 +50,7 @@ def body_of(inputs: list[Tensor], mask: Tensor | None, scale: float, causal: boo
         pytest.param(150, 150, None, True, id="causal"),
         pytest.param(128, 128, None, True, id="causal, whole blocks"),
         pytest.param(5, 5, None, True, id="causal, less than a block"),
+        pytest.param(1, 150, None, False, id="one query"),
         pytest.param(200, 70, None, True, id="causal, more queries"),
         pytest.param(70, 200, None, True, id="causal, more keys"),
         pytest.param(150, 150, torch.ones(1, 1, 150, 150, dtype=torch.bool).tril(), True, id="causal mask"),
@@ -82,3 +88,46 @@ def test_blocks_that_all_rows_see_have_no_mask() -> None:
     (launch,) = body_of(inputs, None, 0.4, True).launches.values()
     whole, rest = launch.source.text.split("for n_from in range(")[1:]
     assert "n_ok" not in whole and "tl.where" not in whole and "n_ok" in rest and "(n <= m)" in rest
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_keys_and_values_by_descriptors(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "_allocating", lambda launch: launch())  # there is no GPU to allocate on
+    inputs = [torch.randn(CELLS, 1, 2, 150, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    inputs = [each.half() for each in inputs]
+    body = body_of(inputs, None, 0.2, causal, TARGETS["sm_90"])
+    (launch,) = body.launches.values()
+    assert launch.big is not None and len(launch.source.described) == 2
+    (found,) = body.run(CELLS, inputs, (), (), [])
+    q, k, v = (each.flatten(0, 1).double() for each in inputs)
+    scores = 0.2 * q @ k.mT
+    wanted = scores.masked_fill(~torch.ones(150, 150).tril().bool(), -torch.inf) if causal else scores
+    torch.testing.assert_close(found.flatten(0, 1).double(), wanted.softmax(-1) @ v, rtol=4e-3, atol=4e-3)
+
+
+def test_keys_and_values_that_are_parts_of_one_array_have_descriptors_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launching, "_allocating", lambda launch: launch())
+    generator, aten = torch.Generator().manual_seed(0), torch.ops.aten
+    q = torch.randn(CELLS, 1, 4, 40, 16, generator=generator).half()
+    both = torch.randn(CELLS, 1, 2, 2, 40, 16, generator=generator).half()
+    attend = aten.scaled_dot_product_attention.default
+    ops = {
+        0: Op(aten.unsqueeze.default, (Input(1), 3)),
+        1: Op(aten.expand.default, (Local(0), (1, 2, 2, 2, 40, 16))),
+        2: Op(aten.clone.default, (Local(1),)),
+        3: Op(aten.reshape.default, (Local(2), (1, 2, 4, 40, 16))),
+        4: Op(aten.select.int, (Local(3), 1, 0)),
+        5: Op(aten.select.int, (Local(3), 1, 1)),
+        6: Op(attend, (Input(0), Local(4), Local(5), None, 0.0, False)),
+    }
+    body = grouped_body(
+        "c0", ops, [6], SIZES, size=CELLS, inputs=[q, both], shared=lambda _: q, target=TARGETS["sm_90"]
+    )
+    (launch,) = body.launches.values()
+    assert launch.source.text.count("make_tensor_descriptor") == 2
+    (found,) = body.run(CELLS, [q, both], (), (), [])
+    k, v = (each.repeat_interleave(2, 2).double() for each in both.unbind(2))
+    wanted = (0.25 * q.double() @ k.mT).softmax(-1) @ v
+    torch.testing.assert_close(found.double(), wanted, rtol=4e-3, atol=4e-3)

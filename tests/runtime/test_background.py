@@ -576,3 +576,32 @@ def test_the_process_ends_with_the_program(folder: Path) -> None:
     )
     (number,) = done.stdout.split()
     assert not Path("/proc", number).exists() and not done.stderr
+
+
+def test_a_model_that_is_collected_while_its_process_is_looked_at_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "_fill", lambda *_: time.sleep(60))
+    _, fast = made()
+    with torch.no_grad():
+        fast(text())
+    (child,), look = children(fast).values(), os.waitpid
+
+    def collecting(pid: int, options: int) -> tuple[int, int]:
+        found = look(pid, options)
+        monkeypatch.setattr(os, "waitpid", look)
+        child.end()  # as the collector does, in whatever line it runs
+        return found
+
+    monkeypatch.setattr(os, "waitpid", collecting)
+    assert not child.runs() and child.code == -signal.SIGALRM
+
+
+def test_a_stream_says_what_to_wait_for() -> None:
+    _, fast = made()
+    with torch.no_grad():
+        fast(text())
+        with (
+            rmtc.stream(fast) as stream,
+            pytest.raises(rmtc.errors.StateError, match="a process in the background") as e,
+        ):
+            stream.feed(text())
+    assert e.value.remedy is not None and "rmtc.resume(model, None)" in e.value.remedy

@@ -405,8 +405,11 @@ def test_compiling_again_replaces() -> None:
     rmtc.compile(model.read, schedule="sequential")
     equal(model.read(hidden()), WANTED)
     assert rmtc.stats(model).methods["read"] is rmtc.stats(model.read) and rmtc.stats(model.read).runs == 1
-    rmtc.compile(model, methods=("read",))
-    assert compiled_of(model.read) is not before
+    other_way = compiled_of(model.read)
+    compiled(model, methods=("read",))
+    assert other_way is not None and other_way.options.schedule == "sequential"
+    again = compiled_of(model.read)
+    assert again is not None and again.options.schedule == "shortest"
 
     other = by_hand(reader())
     held = other.read
@@ -455,6 +458,62 @@ def test_a_class_that_is_decorated_again_is_compiled_so() -> None:
     assert vars(Twice)["read"] is written and compiled_of(model.read) is None and compiled_of(model.twice) is not None
 
 
+def test_instances_of_a_class_that_is_decorated_again_are_compiled_so() -> None:
+    class Again(Reader):
+        pass
+
+    compiled(Again)
+    model = reader(Again)
+    equal(model(hidden()), WANTED)
+    compiled(Again, methods=("read",))
+    equal(model.read(hidden()), WANTED)
+    ran(model.read)
+    rmtc.restore(Again)
+    assert compiled_of(model) is None and compiled_of(model.read) is None
+
+
+def test_a_method_that_was_replaced_in_its_class_is_compiled_when_it_is_asked_for_again() -> None:
+    class Changed(Reader):
+        def read(self, hidden: Tensor) -> Tensor:
+            return Reader.read(self, hidden)
+
+    model = compiled(reader(Changed), methods=("read",))
+    equal(model.read(hidden()), WANTED)
+
+    def read(self: Changed, hidden: Tensor) -> Tensor:
+        return 2 * Reader.read(self, hidden)
+
+    Changed.read = read  # type: ignore[method-assign]
+    compiled(model, methods=("read",))
+    equal(model.read(hidden()), 2 * WANTED)
+    ran(model.read)
+
+
+def test_captures_of_other_models_of_the_class_hold() -> None:
+    class Held(Reader):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return self.read(hidden)
+
+        def read(self, hidden: Tensor) -> Tensor:
+            return Reader.read(self, hidden)
+
+    held = rmtc.compile(reader(Held), schedule="shortest", strict=True, recompile_limit=0)
+    equal(held(hidden()), WANTED)
+    for _ in range(2):
+        other = compiled(reader(Held), methods=("read",))
+        equal(held(hidden()), WANTED)
+        rmtc.restore(other)
+        equal(held(hidden()), WANTED)
+    assert rmtc.stats(held).captures == 1 and rmtc.stats(held).runs == 5
+
+    def read(self: Held, hidden: Tensor) -> Tensor:  # but not if it is another method
+        return 2 * Reader.read(self, hidden)
+
+    Held.read = read  # type: ignore[method-assign]
+    with pytest.raises(rmtc.errors.RefusedError, match="recompile_limit = 0 is reached"):
+        held(hidden())
+
+
 def test_other_modules_are_left_alone() -> None:
     class Plain(Reader):
         def __setattr__(self, name: str, value: Any) -> None:
@@ -478,7 +537,8 @@ def test_other_modules_are_left_alone() -> None:
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "a string": ("read", TypeError, r"methods is a tuple of names, not 'read': write methods=\('read',\)"),
     "a number": (3, TypeError, "methods is a tuple of names, not 3"),
-    "numbers": ((3,), TypeError, r"methods is a tuple of names, not \(3,\)"),
+    "numbers": ((3,), TypeError, "methods is a tuple of names, and one is of type int"),
+    "functions": ((Reader.read,), TypeError, "one is of type function: write 'read'"),
     "twice": (("read", "read"), ValueError, "methods has 'read' twice"),
     "forward": (("forward",), ValueError, "'forward' is one of every nn.Module: .* is compiled in any case"),
     "call": (("__call__",), ValueError, "is compiled in any case"),

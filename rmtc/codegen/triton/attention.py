@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from rmtc.affine import Affine, Variable
+from rmtc.affine import Affine, Variable, variables_of
 from rmtc.codegen.triton.printer import Printer, Scope
 from rmtc.codegen.triton.spelling import Forms, dtype_of, dtype_text, is_wide, number_text, widened
 from rmtc.codegen.triton.style import DESCRIBED
@@ -44,7 +44,8 @@ class AttentionPrinter(Printer):
             self.say(f"for n_from in range({begin}, {last}, BLOCK_N):")
             self.scopes[-1].lines += lines
         self.say("found = acc / tl.where(total == 0, 1, total)")
-        place = self.place(kernel.array, kernel.index, {**base, kernel.d: "d"})
+        spread = {kernel.m, kernel.d} - variables_of(kernel.index)
+        place = self.place(kernel.array, kernel.index, {**base, kernel.d: "d"}, spread)
         self.say(f"tl.store({place}, found, mask=m_ok & d_ok)")
         return self.scopes[0].lines
 
@@ -125,12 +126,15 @@ class AttentionPrinter(Printer):
         same = array.sizes[place].value == rows.size.value and array.sizes[depth].value == columns.size.value
         if not (exact and same) or strides[depth] != 1 or array.dtype not in DESCRIBED:
             return None
-        if any(stride * array.dtype.itemsize % 16 for dim, stride in enumerate(strides) if dim != depth):
+        if not strides[place] or any(
+            stride * array.dtype.itemsize % 16 for dim, stride in enumerate(strides) if dim != depth
+        ):
             return None
-        name = self.described.get((array, depth))
+        others = tuple(Affine() if dim in (place, depth) else each for dim, each in enumerate(term.index))
+        key = array, depth, others  # keys and values may be parts of one array
+        name = self.described.get(key)
         if name is None:
-            name = self.described[array, depth] = f"{self.pointer(array)}_tiles"
-            others = tuple(Affine() if dim in (place, depth) else each for dim, each in enumerate(term.index))
+            name = self.described[key] = self.named(array)
             at = self.place(array, others, {self.kernel.z: "z"})
             sizes = ", ".join(self.index(array.sizes[dim], {}) for dim in (place, depth))
             blocks = ", ".join(self.block(f"BLOCK_{each.name.upper()}") for each in (rows, columns))

@@ -220,7 +220,7 @@ def prepare(
         )
         big = None
         described = target is not None and target.descriptors
-        if target is not None and (is_big(kernel) or (isinstance(kernel, Attend) and described)):
+        if target is not None and is_big(kernel) and (described or isinstance(kernel, Kernel)):
             style = Style(persistent=isinstance(kernel, Kernel), strides=strides if described else None)
             big = Printed(source_of(kernel, f"{name}_{number}", style), config_of(kernel, target, big=True))
         found.append(KernelLaunch(kernel, plain, big, target))

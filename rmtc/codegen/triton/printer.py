@@ -48,7 +48,7 @@ class Printer:
         self.kernel, self.style = kernel, style
         self.persistent = style.persistent and isinstance(kernel, Kernel)
         self.head: list[str] = []
-        self.described: dict[tuple[Array, int], str] = {}
+        self.described: dict[tuple[Array, int, object], str] = {}  # by what tells two of one array apart, too
         self.free = free_variables()
         self.pointers: dict[Array, str] = {}
         self.sizes: dict[Symbol, str] = {}
@@ -164,6 +164,11 @@ class Printer:
         texts = sorted(forms[variable] for variable in variables)
         return [f"{text}_ok" for text in texts if text != "z" and text not in self.sure]
 
+    def named(self, array: Array) -> str:
+        """Return a name for another descriptor of an array."""
+        count = sum(each is array for each, _, _ in self.described)
+        return f"{self.pointer(array)}_tiles{count or ''}"
+
     def place(self, array: Array, index: Sequence[Affine], forms: Forms, spread: Iterable[Variable] = ()) -> str:
         """Return the address of an element as text, as a tile over all of ``spread``, too."""
         name = self.pointer(array)
@@ -251,5 +256,5 @@ class Printer:
         names = tuple(each for several in params for each in several)
         return KernelSource(
             *(name, text, pointers, tuple(self.sizes), names, tuple(self.blocks), len(written)),
-            *(self.persistent, tuple(self.described)),
+            *(self.persistent, tuple(dict.fromkeys((array, along) for array, along, _ in self.described))),
         )

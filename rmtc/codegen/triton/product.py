@@ -128,9 +128,10 @@ class ProductPrinter(Printer):
         if strides[along] != 1 or strides[across] * size % 16 or array.dtype not in DESCRIBED:
             return None
         block = f"BLOCK_{line.name.upper()}"
-        name = self.described.get((array, along))
+        key = array, along, block
+        name = self.described.get(key)
         if name is None:
-            name = self.described[array, along] = f"{self.pointer(array)}_tiles"
+            name = self.described[key] = self.named(array)
             cells = cells_of(array)
             lead = [["cells" if cells == 1 else f"cells // {cells}"], [f"{self.pointer(array)}_g"], ["1"]]
             shape, pace, box = lead if array.grouped else [[], [], []]

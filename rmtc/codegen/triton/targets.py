@@ -42,9 +42,11 @@ class Target:
     descriptors: bool
 
 
-def _machine(bandwidth: float, half: float, single: float, issues: float, issue: Issue) -> Machine:
+def _machine(
+    bandwidth: float, half: float, single: float, issues: float, issue: Issue, descriptors: bool = False
+) -> Machine:
     rates: Mapping[torch.dtype, float] = {torch.bfloat16: half, torch.float16: half, torch.float32: single}
-    return Machine(bandwidth=bandwidth, products=rates, issues=issues, issue=issue, own=_OWN)
+    return Machine(bandwidth=bandwidth, products=rates, issues=issues, issue=issue, descriptors=descriptors, own=_OWN)
 
 
 _OWN = {torch.bfloat16: 0.9, torch.float16: 0.9, torch.float32: 0.93}
@@ -159,7 +161,7 @@ TARGETS: Mapping[str, Target] = {
             multiprocessors=132,
             registers=65_536,
             lanes=2048,
-            machine=_machine(3.35e12, 9.89e14, 6.7e13, 132 * 4 * 1.755e9, _SM_90),
+            machine=_machine(3.35e12, 9.89e14, 6.7e13, 132 * 4 * 1.755e9, _SM_90, descriptors=True),
             instructions=r"wgmma\.mma_async|mma\.sync",
             descriptors=True,
         ),
@@ -173,7 +175,7 @@ TARGETS: Mapping[str, Target] = {
             multiprocessors=148,
             registers=65_536,
             lanes=2048,
-            machine=_machine(8e12, 2.25e15, 8e13, 148 * 4 * 1.85e9, _SM_100),
+            machine=_machine(8e12, 2.25e15, 8e13, 148 * 4 * 1.85e9, _SM_100, descriptors=True),
             instructions=r"tcgen05\.mma|mma\.sync",
             descriptors=True,
         ),
@@ -187,7 +189,7 @@ TARGETS: Mapping[str, Target] = {
             multiprocessors=304,
             registers=131_072,
             lanes=2048,
-            machine=_machine(5.3e12, 1.307e15, 1.634e14, 304 * 4 * 2.1e9 / 2, _SM_80),
+            machine=_machine(5.3e12, 1.307e15, 1.634e14, 304 * 4 * 2.1e9 / 2, _SM_80),  # no machine code was counted
             instructions=r"v_mfma_\w+",
             descriptors=False,
         ),

@@ -49,6 +49,7 @@ class Machine:
         own: rate of products in kernels as a share of a library's, by dtype, 1 where it is not known.
         issues: instructions of warps per second.
         issue: what a warp issues.
+        descriptors: whether it reads tiles by tensor descriptors.
     """
 
     launch: float = 4e-6
@@ -60,6 +61,7 @@ class Machine:
     )
     issues: float = 9.3e11
     issue: Issue = field(default_factory=Issue)
+    descriptors: bool = False
     own: Mapping[torch.dtype, float] = field(default_factory=dict)
 
     def rate(self, dtype: torch.dtype) -> float:
@@ -301,7 +303,7 @@ def estimate(kernel: Computed, machine: Machine, cells: int) -> float:
     if isinstance(kernel, Multiply):
         computing, kernel = products / machine.rate(dtype), kernel.kernel
     else:
-        big = is_big(kernel) or isinstance(kernel, Attend)
+        big = is_big(kernel) and (machine.descriptors or isinstance(kernel, Kernel))
         issuing = issued(kernel, machine.issue, tiles_of(kernel, big), big) / machine.issues
         multiplying = products / (machine.own.get(dtype, 1.0) * machine.rate(dtype))
         computing = max(multiplying, issuing) if overlaps(kernel) else multiplying + issuing

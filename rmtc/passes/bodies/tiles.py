@@ -25,8 +25,14 @@ class Config:
 
 
 def is_big(kernel: Kernel | Attend) -> bool:
-    """Tell whether a kernel is a product of so many tiles that a program has several of them, and little else."""
-    if isinstance(kernel, Attend) or kernel.written[0].dtype.itemsize > 4:
+    """Tell whether a kernel is a product of so many tiles that a program has several of them, and little else.
+
+    One of attention is big if a tile of twice as many rows needs no more registers than there are.
+    """
+    size = kernel.written[0].dtype.itemsize
+    if isinstance(kernel, Attend):
+        return size <= 2 and max(kernel.e.size.value, kernel.d.size.value) <= heuristics.ATTENTION_HEAD
+    if size > 4:
         return False
     accumulators = [each for stage in kernel.stages for each in stage.accumulators]
     m, n, depth = kernel.m.size.value, kernel.n.size.value, max((s.over.size.value for s in kernel.stages), default=0)
@@ -46,8 +52,8 @@ def tiles_of(kernel: Kernel | Attend, big: bool = False) -> Config:
     wide = max(each.dtype.itemsize for each in kernel.written)
     if isinstance(kernel, Attend):
         e, d = (power_of_two(each.size.value, 16, 1024) for each in (kernel.e, kernel.d))
-        columns = 64 if max(e, d) * wide <= (256 if big else 128) else 32
-        rows = power_of_two(m, 16, 2 * columns if big else 64)
+        columns = 64 if max(e, d) * wide <= 256 else 32
+        rows = power_of_two(m, 16, 2 * columns if big else columns)
         blocks = {"BLOCK_M": rows, "BLOCK_N": power_of_two(n, 16, columns), "BLOCK_E": e, "BLOCK_D": d}
         return Config(blocks, warps=8 if rows > 64 else 4, stages=3 if big else 2)
     deepest = max((stage.over.size.value for stage in kernel.stages), default=1)
