@@ -217,7 +217,8 @@ def install(user: nn.Module | type, names: Iterable[str]) -> dict[str, FunctionT
     for name, home in homes.items():
         held.pop(name, None)  # the method itself, as `model.read = rmtc.compile(model.read)` has left it
         call = there[name]
-        if call not in _users:
+        # A class body may have taken what stands in for another method.
+        if call not in _users or getattr(call, STANDS_IN).args != (name, found[name]):
             call = _in_place_of(found[name], functools.partial(_own, name, found[name]))
             _users[call] = weakref.WeakValueDictionary()
             setattr(home, name, call)
@@ -272,4 +273,7 @@ def _home(kind: type, name: str) -> type:
         raise ValueError(f"{kind.__name__} has no method {name!r}{nearest(name, own)}")
     if not isinstance(found := vars(home)[name], FunctionType):
         raise ValueError(f"{kind.__name__}.{name} is a {type(found).__name__}, and no method")
+    kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+    if any(is_kind(found) for is_kind in kinds):
+        raise ValueError(f"{kind.__name__}.{name} is a coroutine or a generator, and returns before it has run")
     return home

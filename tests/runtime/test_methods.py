@@ -36,6 +36,12 @@ class Reader(Associative):
     def score(self, hidden: Tensor, weight: float = 1.0) -> Tensor:
         return cast(Tensor, self(hidden)) * weight
 
+    async def later(self, hidden: Tensor) -> Tensor:
+        return self.read(hidden)
+
+    def parts(self, hidden: Tensor) -> Any:
+        yield self.read(hidden)
+
     def twice(self, hidden: Tensor) -> Tensor:
         first = self.read(hidden)
         if float(first.abs().max()) >= 0.0:  # no trace can follow this
@@ -514,6 +520,25 @@ def test_captures_of_other_models_of_the_class_hold() -> None:
         held(hidden())
 
 
+def test_a_class_that_takes_a_method_of_a_compiled_one_has_its_own() -> None:
+    class First(Reader):
+        def read(self, hidden: Tensor) -> Tensor:
+            return Reader.read(self, hidden)
+
+    first = compiled(reader(First), methods=("read",))
+
+    class Second(First):
+        other = First.read
+
+    second: Any = compiled(reader(Second, scale=2.0), methods=("other",))
+    equal(second.other(hidden()), 2 * WANTED)
+    equal(first.read(hidden()), WANTED)
+    ran(second.other)
+    ran(first.read)
+    rmtc.restore(second)
+    equal(second.other(hidden()), 2 * WANTED)
+
+
 def test_other_modules_are_left_alone() -> None:
     class Plain(Reader):
         def __setattr__(self, name: str, value: Any) -> None:
@@ -538,6 +563,8 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "a string": ("read", TypeError, r"methods is a tuple of names, not 'read': write methods=\('read',\)"),
     "a number": (3, TypeError, "methods is a tuple of names, not 3"),
     "numbers": ((3,), TypeError, "methods is a tuple of names, and one is of type int"),
+    "a coroutine": (("later",), ValueError, "Reader.later is a coroutine or a generator"),
+    "a generator": (("parts",), ValueError, "Reader.parts is a coroutine or a generator"),
     "functions": ((Reader.read,), TypeError, "one is of type function: write 'read'"),
     "twice": (("read", "read"), ValueError, "methods has 'read' twice"),
     "forward": (("forward",), ValueError, "'forward' is one of every nn.Module: .* is compiled in any case"),
