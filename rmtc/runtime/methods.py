@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from rmtc.capture.user_code import STANDS_IN
+from rmtc.capture.user_code import STANDS_IN, as_written
 from rmtc.runtime.backends import nearest
 from rmtc.runtime.compiled import Compiled, Options
 
@@ -81,8 +81,8 @@ def compiled_of(target: Any) -> Compiled | None:
     target = getattr(target, "_orig_mod", target)  # the wrapper of torch.compile
     if isinstance(target, nn.Module):
         found = getattr(target, KEY, None)
-    elif isinstance(target, MethodType) and hasattr(target, "_rmtc_of"):
-        found = target._rmtc_of(target.__self__)
+    elif isinstance(target, MethodType) and hasattr(target, STANDS_IN):
+        found = getattr(target, STANDS_IN)(target.__self__)
     else:
         found = getattr(target, "_rmtc", None)
     return found if isinstance(found, Compiled) else None
@@ -207,7 +207,7 @@ def install(user: nn.Module | type, names: Iterable[str]) -> dict[str, FunctionT
     kind = user if isinstance(user, type) else type(user)
     homes = {name: _home(kind, name) for name in names}
     there: dict[str, Callable[..., Any]] = {name: vars(home)[name] for name, home in homes.items()}
-    found = {name: _written(each) for name, each in there.items()}
+    found = {name: as_written(each) for name, each in there.items()}
     held = {} if isinstance(user, type) else vars(user)
     for name in found.keys() & held.keys():
         own: Any = held[name]
@@ -234,12 +234,7 @@ def release(user: nn.Module | type, names: Iterable[str]) -> None:
         call = vars(home).get(name)
         users = _users.get(call) if isinstance(call, FunctionType) else None
         if users is not None and users.pop(id(user), None) is not None and not users:
-            setattr(home, name, _written(call))
-
-
-def _written(function: Any) -> Any:
-    """Return the method as written, if a function stands in for it."""
-    return function.__wrapped__ if function in _users else function
+            setattr(home, name, as_written(call))
 
 
 def _own(name: str, function: FunctionType, instance: Any) -> Compiled | None:

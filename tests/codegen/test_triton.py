@@ -531,7 +531,8 @@ def test_a_big_product_goes_through_its_tiles(cells: int, descriptors: bool) -> 
         each: random((cells, *each.shape), torch.float32, n) for n, each in enumerate((x, w, y))
     }
     tensors |= {turned: tensors[w].mT, added: torch.full((cells, rows, columns), math.nan)}
-    target = replace(TARGETS["sm_90"], multiprocessors=2, descriptors=descriptors)
+    machine = replace(TARGETS["sm_90"].machine, descriptors=descriptors)
+    target = replace(TARGETS["sm_90"], multiprocessors=2, machine=machine)
     (launch,) = prepare([kernel], "k", lambda array: tensors[array].stride()[1:], target)
     assert launch.big is not None and launch.printed(tensors) is launch.big
     assert len(launch.source.described) == 2 * descriptors and launch.grid(launch.big, cells) == (2, 1, 1)

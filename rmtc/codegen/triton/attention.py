@@ -9,9 +9,8 @@ import torch
 from rmtc.affine import Affine, Variable, variables_of
 from rmtc.codegen.triton.printer import Printer, Scope
 from rmtc.codegen.triton.spelling import Forms, dtype_of, dtype_text, is_wide, number_text, widened
-from rmtc.codegen.triton.style import DESCRIBED
 from rmtc.ir.kernel import Attend
-from rmtc.ir.terms import Load, Term
+from rmtc.ir.terms import Term
 
 
 class AttentionPrinter(Printer):
@@ -113,24 +112,18 @@ class AttentionPrinter(Printer):
         Returns:
             The read, or None if no descriptor reads them.
         """
-        if self.style.strides is None or not isinstance(term, Load) or term.guards:
+        found = self.box(term, rows, columns)
+        if found is None or self.style.strides is None or self.box(term, columns, rows) is None:
             return None
-        array, strides = term.array, self.style.strides(term.array)
-        places = [dim for dim, each in enumerate(term.index) if rows in each.variables]
-        depths = [dim for dim, each in enumerate(term.index) if columns in each.variables]
-        if len(places) != 1 or len(depths) != 1 or places == depths or is_wide(array):
-            return None
-        place, depth = places[0], depths[0]
-        exact = term.index[place] == Affine.of(rows) and term.index[depth] == Affine.of(columns)
-        # Past the end of a box are zeros, but past that of a part of an array is another one.
-        same = array.sizes[place].value == rows.size.value and array.sizes[depth].value == columns.size.value
-        if not (exact and same) or strides[depth] != 1 or array.dtype not in DESCRIBED:
+        read, place, depth = found
+        array, strides = read.array, self.style.strides(read.array)
+        if is_wide(array) or strides[depth] != 1:
             return None
         if not strides[place] or any(
             stride * array.dtype.itemsize % 16 for dim, stride in enumerate(strides) if dim != depth
         ):
             return None
-        others = tuple(Affine() if dim in (place, depth) else each for dim, each in enumerate(term.index))
+        others = tuple(Affine() if dim in (place, depth) else each for dim, each in enumerate(read.index))
         key = array, depth, others  # keys and values may be parts of one array
         name = self.described.get(key)
         if name is None:

@@ -219,9 +219,9 @@ def prepare(
             source_of(kernel, f"{name}_{number}", Style(interpreted=target is None)), config_of(kernel, target)
         )
         big = None
-        described = target is not None and target.descriptors
+        described = target is not None and target.machine.descriptors
         if target is not None and is_big(kernel) and (described or isinstance(kernel, Kernel)):
-            style = Style(persistent=isinstance(kernel, Kernel), strides=strides if described else None)
+            style = Style(persistent=True, strides=strides if described else None)
             big = Printed(source_of(kernel, f"{name}_{number}", style), config_of(kernel, target, big=True))
         found.append(KernelLaunch(kernel, plain, big, target))
     return found

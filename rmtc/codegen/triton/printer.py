@@ -20,7 +20,7 @@ from rmtc.codegen.triton.spelling import (
     number_text,
     widened,
 )
-from rmtc.codegen.triton.style import KernelSource, Style
+from rmtc.codegen.triton.style import DESCRIBED, KernelSource, Style
 from rmtc.ir.array import Array, base_of
 from rmtc.ir.kernel import Attend, Kernel
 from rmtc.ir.terms import Accumulated, Call, Load, Piecewise, Statistic, Term, free_variables
@@ -163,6 +163,26 @@ class Printer:
     def masks(self, variables: Iterable[Variable], forms: Forms) -> list[str]:
         texts = sorted(forms[variable] for variable in variables)
         return [f"{text}_ok" for text in texts if text != "z" and text not in self.sure]
+
+    def box(self, term: Term, line: Variable, over: Variable) -> tuple[Load, int, int] | None:
+        """Return the dimensions of an array that two variables alone run along, if a descriptor may read it.
+
+        Args:
+            term: a read of the array.
+            line, over: the variables. The second one has to run along the whole of its dimension.
+
+        Returns:
+            The read, and the dimensions of ``line`` and ``over``; None if a tile of them is no box.
+        """
+        if self.style.strides is None or not isinstance(term, Load) or term.guards:
+            return None
+        places, depths = ([dim for dim, each in enumerate(term.index) if v in each.variables] for v in (line, over))
+        if len(places) != 1 or len(depths) != 1 or places == depths or term.array.dtype not in DESCRIBED:
+            return None
+        # Past the end of an array are zeros, but past that of a part of one is another part.
+        (place,), (depth,) = places, depths
+        whole = term.index[depth] == Affine.of(over) and term.array.sizes[depth].value == over.size.value
+        return (term, place, depth) if whole else None
 
     def named(self, array: Array) -> str:
         """Return a name for another descriptor of an array."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rmtc.affine import Affine, Variable, variables_of
 from rmtc.codegen.triton.printer import Printer, Scope
 from rmtc.codegen.triton.spelling import Forms, cells_of, dtype_text, widened
-from rmtc.codegen.triton.style import DESCRIBED, EACH_TILE, ONCE, ONE_TILE, TILE, TILES
+from rmtc.codegen.triton.style import EACH_TILE, ONCE, ONE_TILE, TILE, TILES
 from rmtc.ir.kernel import Kernel
-from rmtc.ir.terms import Accumulated, Load, Statistic, Term
+from rmtc.ir.terms import Accumulated, Statistic, Term
 
 
 class ProductPrinter(Printer):
@@ -105,27 +105,19 @@ class ProductPrinter(Printer):
         Returns:
             The name, or None if a tile of the factor is no box that a descriptor reads.
         """
-        if (
-            self.style.strides is None
-            or not isinstance(term, Load)
-            or term.guards
-            or self.kernel.z in variables_of(term.index)
-        ):
+        found = self.box(term, line, over)
+        if found is None or self.style.strides is None or self.kernel.z in variables_of(found[0].index):
             return None
-        array, strides = term.array, self.style.strides(term.array)
-        places = [dim for dim, each in enumerate(term.index) if line in each.variables]
-        depths = [dim for dim, each in enumerate(term.index) if over in each.variables]
-        others = [each for dim, each in enumerate(term.index) if dim not in (*places, *depths)]
-        if len(places) != 1 or len(depths) != 1 or places == depths or any(each.terms for each in others):
+        read, place, depth = found
+        array, strides = read.array, self.style.strides(read.array)
+        others = [each for dim, each in enumerate(read.index) if dim not in (place, depth)]
+        start = read.index[place] - Affine.of(line)
+        if start.variables or any(each.terms for each in others):
             return None
-        place, depth = places[0], depths[0]
-        start = term.index[place] - Affine.of(line)
-        if start.variables or term.index[depth] != Affine.of(over) or array.sizes[depth].value != over.size.value:
-            return None  # a box reads zeros past the array's end, but not past a part's
         along = depth if strides[depth] == 1 else place
         across = place if along == depth else depth
         size = array.dtype.itemsize
-        if strides[along] != 1 or strides[across] * size % 16 or array.dtype not in DESCRIBED:
+        if strides[along] != 1 or strides[across] * size % 16:
             return None
         block = f"BLOCK_{line.name.upper()}"
         key = array, along, block

@@ -25,7 +25,6 @@ class Target:
         lanes: threads that a multiprocessor holds at most.
         machine: its roofline.
         instructions: a regular expression of the matrix instructions of its assembly.
-        descriptors: whether it reads tiles by tensor descriptors.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Target:
     lanes: int
     machine: Machine
     instructions: str
-    descriptors: bool
 
 
 def _machine(
@@ -149,7 +147,6 @@ TARGETS: Mapping[str, Target] = {
             lanes=2048,
             machine=_machine(2.04e12, 3.12e14, 1.95e13, 108 * 4 * 1.41e9, _SM_80),
             instructions=r"mma\.sync",
-            descriptors=False,
         ),
         Target(
             "sm_90",
@@ -163,7 +160,6 @@ TARGETS: Mapping[str, Target] = {
             lanes=2048,
             machine=_machine(3.35e12, 9.89e14, 6.7e13, 132 * 4 * 1.755e9, _SM_90, descriptors=True),
             instructions=r"wgmma\.mma_async|mma\.sync",
-            descriptors=True,
         ),
         Target(
             "sm_100",
@@ -177,7 +173,6 @@ TARGETS: Mapping[str, Target] = {
             lanes=2048,
             machine=_machine(8e12, 2.25e15, 8e13, 148 * 4 * 1.85e9, _SM_100, descriptors=True),
             instructions=r"tcgen05\.mma|mma\.sync",
-            descriptors=True,
         ),
         Target(
             "gfx942",
@@ -191,7 +186,6 @@ TARGETS: Mapping[str, Target] = {
             lanes=2048,
             machine=_machine(5.3e12, 1.307e15, 1.634e14, 304 * 4 * 2.1e9 / 2, _SM_80),  # no machine code was counted
             instructions=r"v_mfma_\w+",
-            descriptors=False,
         ),
     )
 }
