@@ -158,9 +158,9 @@ class Chain:
         try:
             standing = free.pop()
         except IndexError:
-            standing = Standing(self.executor.weights)
+            standing = Standing(self.executor.weights, walk.device)
         if not standing.usable():
-            standing = Standing(self.executor.weights)
+            standing = Standing(self.executor.weights, walk.device)
         try:
             steps = standing.steps((self._plan.texts, self._batch), self._plan, walk, check_steps)
         except Moved:

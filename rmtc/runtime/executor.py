@@ -268,11 +268,10 @@ class Executor:
         if not self.binds or key in self._unfit or not self._stands.acquire(blocking=False):
             return False
         try:
-            standing = self._standing
+            standing, made = self._standing, walk()
             if standing is None or not standing.usable():
-                standing = self._standing = Standing(self.weights)
+                standing = self._standing = Standing(self.weights, made.device)
                 self.let_go_of_weights()
-            made = walk()
             made.steps = standing.steps(key, plan, made, check_steps)
             made.run(done)
             return True

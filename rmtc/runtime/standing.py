@@ -159,19 +159,25 @@ Check = Callable[[Plan, Sequence[ArenaStep | None]], None]
 
 
 class Standing:
-    """What runs of a program leave standing; for one run at a time."""
+    """What runs of a program leave standing; for one run at a time, and for one stream of a GPU.
 
-    def __init__(self, weights: Weights) -> None:
+    Args:
+        weights: what bodies are bound to.
+        device: of the runs. On a GPU they are those of the stream that is current now.
+    """
+
+    def __init__(self, weights: Weights, device: torch.device) -> None:
         self.weights = weights
         self.lies = weights.lies()
+        self._device, self._stream = device, _stream_of(device)
         self.tapes: OrderedDict[Any, tuple[list[ArenaStep | None], list[ArenaBody]]] = OrderedDict()
         self._memory: dict[Any, torch.Tensor] = {}
         self._bodies: dict[Any, ArenaBody] = {}
         self._shared: dict[tuple[Operand, int], Any] = {}
 
     def usable(self) -> bool:
-        """Whether the weights lie where they lay."""
-        return all(map(operator.is_, self.weights.lies(), self.lies))
+        """Whether the weights lie where they lay, and what is launched waits for what was launched here before."""
+        return self._stream == _stream_of(self._device) and all(map(operator.is_, self.weights.lies(), self.lies))
 
     def steps(self, key: Any, plan: Plan, source: ArenaOwner, check: Check) -> list[ArenaStep | None] | None:
         """The steps of a plan: None for launches that run as they do without; or no steps, if not all is known yet.
@@ -301,6 +307,11 @@ class Standing:
         else:
             with torch.inference_mode(False), torch.no_grad():
                 self._shared[operand, at.T] = _distinct(value).clone().expand(value.shape)
+
+
+def _stream_of(device: torch.device) -> torch.cuda.Stream | None:
+    """Return the stream of a GPU that is current."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def _lying(value: Any) -> Any:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmtc.codegen.triton import launch as launching
 from rmtc.codegen.triton.emit import TritonBody, grouped_body
 from rmtc.codegen.triton.targets import TARGETS, Target
 from rmtc.ir.program import Op
@@ -91,8 +90,7 @@ def test_blocks_that_all_rows_see_have_no_mask() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_keys_and_values_by_descriptors(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching, "_allocating", lambda launch: launch())  # there is no GPU to allocate on
+def test_keys_and_values_by_descriptors(causal: bool) -> None:
     inputs = [torch.randn(CELLS, 1, 2, 150, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     inputs = [each.half() for each in inputs]
     body = body_of(inputs, None, 0.2, causal, TARGETS["sm_90"])
@@ -105,10 +103,7 @@ def test_keys_and_values_by_descriptors(causal: bool, monkeypatch: pytest.Monkey
     torch.testing.assert_close(found.flatten(0, 1).double(), wanted.softmax(-1) @ v, rtol=4e-3, atol=4e-3)
 
 
-def test_keys_and_values_that_are_parts_of_one_array_have_descriptors_of_their_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(launching, "_allocating", lambda launch: launch())
+def test_keys_and_values_that_are_parts_of_one_array_have_descriptors_of_their_own() -> None:
     generator, aten = torch.Generator().manual_seed(0), torch.ops.aten
     q = torch.randn(CELLS, 1, 4, 40, 16, generator=generator).half()
     both = torch.randn(CELLS, 1, 2, 2, 40, 16, generator=generator).half()

@@ -31,7 +31,7 @@ from rmtc.codegen.torch.emit import emit as emit_torch
 from rmtc.codegen.triton.configs import ConfigError, bucket_of, configs_text
 from rmtc.codegen.triton.emit import TritonBody, grouped_body, made_for
 from rmtc.codegen.triton.emit import emit as emit_triton
-from rmtc.codegen.triton.launch import prepare
+from rmtc.codegen.triton.launch import Scratch, prepare
 from rmtc.codegen.triton.reference import evaluate
 from rmtc.codegen.triton.targets import TARGETS
 from rmtc.compiler import compiled_of
@@ -118,7 +118,11 @@ def held_against_torch(given: Emission, dtype: torch.dtype, cells: int, strided:
         written = {array: torch.full_like(memory[array], math.nan) for array in launch.kernel.written}
         read = {array: viewed(array, memory) for array in launch.source.pointers if array not in written}
         before = {array: value.clone() for array, value in read.items()}
-        for call in (launch.bind({**read, **written}, cells), partial(launch.call, {**read, **written}, cells)):
+        scratch = Scratch(torch.device("cpu"))
+        for call in (
+            launch.bind({**read, **written}, cells, scratch),
+            partial(launch.call, {**read, **written}, cells),
+        ):
             call()
             for array, value in written.items():
                 close(value, memory[array], dtype)
@@ -536,11 +540,12 @@ def test_a_big_product_goes_through_its_tiles(cells: int, descriptors: bool) -> 
     (launch,) = prepare([kernel], "k", lambda array: tensors[array].stride()[1:], target)
     assert launch.big is not None and launch.printed(tensors) is launch.big
     assert len(launch.source.described) == 2 * descriptors and launch.grid(launch.big, cells) == (2, 1, 1)
-    launch.bind(tensors, cells)()
+    scratch = Scratch(torch.device("cpu"))
+    launch.bind(tensors, cells, scratch)()
     torch.testing.assert_close(tensors[added], tensors[x] @ tensors[w].mT + tensors[y], rtol=1e-5, atol=1e-5)
     apart = {**tensors, x: torch.zeros(cells, rows, depth + 1)[..., 1:].copy_(tensors[x])}
     tensors[added].fill_(math.nan)
     if descriptors:  # which cannot begin anywhere
         assert launch.printed(apart) is launch.plain
-    launch.bind(apart, cells)()
+    launch.bind(apart, cells, scratch)()
     torch.testing.assert_close(tensors[added], tensors[x] @ tensors[w].mT + tensors[y], rtol=1e-5, atol=1e-5)

@@ -5,6 +5,7 @@ Every run of every test is run again in such memory (conftest.py); these tests a
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import threading
@@ -448,3 +449,17 @@ def test_what_stays_holds_no_parameter_and_nothing_that_a_call_was_given() -> No
         weight = of.get_parameter("model.layers.0.layer.mlp.up_proj.weight")
         torch.utils.swap_tensors(weight, nn.Parameter(1.5 * weight))
     torch.testing.assert_close(fast(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_memory_is_of_one_stream_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls on another stream wait for nothing of this one, so they have memory of their own."""
+    model, x = Associative().double().eval(), text(6)
+    wanted = copy.deepcopy(model)(x)
+    fast: Any = rmtc.compile(model, schedule="diagonal", backend="torch")
+    held: list[Standing | None] = []
+    for stream in ("one", "one", "other", "other", "one"):
+        monkeypatch.setattr(standing, "_stream_of", lambda device, stream=stream: stream)
+        torch.testing.assert_close(fast(x), wanted)
+        held.append(runner_of(fast)._standing)
+    assert held[0] is held[1] and held[2] is held[3] and len({*map(id, held)}) == 3 and None not in held

@@ -51,7 +51,7 @@ class _Utils:
         """There is none."""
 
 
-class _Launcher:
+class Launcher:
     """Launches nothing, but takes the memory that a kernel asks for."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
@@ -69,7 +69,7 @@ class Driver:
     """A driver of Triton's for an H100 that is not there."""
 
     utils = _Utils()
-    launcher_cls = _Launcher
+    launcher_cls = Launcher
 
     def get_current_device(self) -> int:
         return 0
@@ -91,29 +91,29 @@ class Driver:
         return True
 
 
+def stand_in() -> None:
+    """Have Triton compile for an H100, launch nothing, and take whatever is in memory for the results."""
+    import triton
+
+    from rmtc.codegen.triton.targets import TARGETS
+    from rmtc.runtime import triton as runtime
+
+    triton.runtime.driver.set_active(Driver())
+    runtime.Triton.target = lambda self, device: TARGETS["sm_90"]  # type: ignore[method-assign]
+    runtime._hold_against = lambda *results: None
+
+
 def work(link: Connection, toy: bool) -> None:
     """Measure with the driver in place of a card's."""
     import torch
-    import triton
-
-    from rmtc.codegen.triton import launch as launches
-    from rmtc.codegen.triton.targets import TARGETS
-    from rmtc.runtime import triton as runtime
 
     gpu_items: Any = import_module("gpu_items")
 
     def init(card: Any, toy: bool) -> None:
         card.toy, card.device = toy, torch.device("cpu")
 
-    def allocating(launch: Any) -> None:
-        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8))
-        launch()
-
-    triton.runtime.driver.set_active(Driver())
+    stand_in()
     gpu_items.Card = type("Card", (gpu_items.Card,), {"__init__": init, "name": "no card"})
-    runtime.Triton.target = lambda self, device: TARGETS["sm_90"]  # type: ignore[method-assign]
-    runtime._hold_against = lambda *results: None
-    launches._allocating = allocating
     gpu_items.serve(link, toy)
 
 

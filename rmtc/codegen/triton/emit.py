@@ -14,7 +14,7 @@ from rmtc.codegen.torch.buffers import NoViewError
 from rmtc.codegen.torch.emit import emit as emit_torch
 from rmtc.codegen.torch.source import BoundBody, Emitted, kind_of
 from rmtc.codegen.triton.build import copied
-from rmtc.codegen.triton.launch import KernelLaunch, prepare
+from rmtc.codegen.triton.launch import KernelLaunch, Scratch, prepare
 from rmtc.codegen.triton.lower import Given, lower
 from rmtc.codegen.triton.spelling import cells_of
 from rmtc.codegen.triton.targets import Target
@@ -300,11 +300,18 @@ class TritonBody:
         calls = self.calls(tensors, size, work)
         made = self._results(tensors, size, stays=True)
 
+        held = dict[Array, list[Any]]()  # what the memory of each flag holds
+
         def run(numbers: Sequence[Any]) -> tuple[Any, ...]:
             for array in flags:
-                leaf = self.leaves[array]
+                leaf, memory = self.leaves[array], tensors[array]
                 assert isinstance(leaf, Number)
-                tensors[array].copy_(torch.tensor(numbers[leaf.number], dtype=array.dtype))
+                if held.get(array) != (wanted := list(numbers[leaf.number])):
+                    held.pop(array, None)
+                    # From pinned memory, the copy waits for nothing that the GPU has yet to do.
+                    given = torch.tensor(wanted, dtype=array.dtype, pin_memory=memory.device.type == "cuda")
+                    memory.copy_(given, non_blocking=True)
+                    held[array] = wanted
             for call in calls:
                 call()
             return made
@@ -324,6 +331,7 @@ class TritonBody:
         """
         memory: dict[Array, torch.Tensor] = {}
         free: list[torch.Tensor] = []
+        scratch = Scratch(self._device(tensors))
         last = {array: number for number, group in enumerate(self.groups) for array in read_by(group)}
         calls = list[Callable[[], Any]]()
         for number, group in enumerate(self.groups):
@@ -340,7 +348,7 @@ class TritonBody:
             else:
                 launch = self.launches[group]
                 pointers = {each: self._tensor(each, tensors, stays=True) for each in launch.source.pointers}
-                calls.append(launch.bind(pointers, size))
+                calls.append(launch.bind(pointers, size, scratch))
             free += [memory.pop(array) for array, when in last.items() if when == number and array in memory]
         return calls
 

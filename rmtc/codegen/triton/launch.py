@@ -148,18 +148,16 @@ class KernelLaunch:
         """Return the printed kernel to launch for tensors."""
         return self.big if self.big is not None and self.big.takes(tensors) else self.plain
 
-    def bind(self, tensors: Mapping[Array, torch.Tensor], cells: int) -> Callable[[], Any]:
-        """Return a function that launches the kernel for tensors that keep their addresses.
+    def bind(self, tensors: Mapping[Array, torch.Tensor], cells: int, scratch: Scratch) -> BoundLaunch:
+        """Return what launches the kernel for tensors that keep their addresses.
 
         Args:
             tensors: for each of the source's pointers, the tensor, of a group of cells if it is grouped.
             cells: number of cells.
+            scratch: memory that Triton asks for. Launches that run one after another may share it.
         """
         printed = self.printed(tensors)
-        function = jitted(printed.source.name, printed.source.text)
-        args = [value for _, value in printed.arguments(tensors, cells)]
-        launch = functools.partial(function[self.grid(printed, cells)], *args, **printed.options)
-        return functools.partial(_allocating, launch) if printed.source.described else launch
+        return BoundLaunch(printed, dict(printed.arguments(tensors, cells)), self.grid(printed, cells), scratch)
 
     def call(self, tensors: Mapping[Array, torch.Tensor], cells: int) -> None:
         """Launch the kernel as an operator of torch."""
@@ -169,11 +167,9 @@ class KernelLaunch:
         read, written = ([tensors[array] for array in each] for each in (pointers[:count], pointers[count:]))
         sizes = [symbol.value for symbol in printed.source.sizes]
         sizes += [cells] if printed.source.persistent else []
-        launch = functools.partial(printed.operator, read, written, sizes, list(self.grid(printed, cells)))
         if printed.source.described:
-            _allocating(launch)
-        else:
-            launch()
+            _set_allocator()(Scratch((*read, *written)[0].device))
+        printed.operator(read, written, sizes, list(self.grid(printed, cells)))
 
     def grid(self, printed: Printed, cells: int) -> tuple[int, int, int]:
         """Return the grid: tiles of rows and columns, cells, and z.
@@ -191,12 +187,68 @@ class KernelLaunch:
         return tiles, cells, kernel.z.size.value
 
 
-def _allocating(launch: Callable[[], Any]) -> None:
-    """Launch a kernel that has descriptors, for which Triton asks this thread for memory."""
+class Scratch:
+    """Memory that a kernel with descriptors asks for at each launch, made once.
+
+    Args:
+        device: where it lies.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = torch.empty(0, dtype=torch.int8, device=device)
+
+    def __call__(self, size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        """Return so many bytes, as Triton asks for them."""
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=torch.int8, device=self._memory.device)
+        return self._memory
+
+
+class BoundLaunch:
+    """A kernel with all that a launch passes, for tensors that keep their addresses.
+
+    The first launch has Triton look at each argument and compile the kernel. Later ones hand the same arguments to the
+    compiled kernel, on the stream that is current then. An interpreted kernel is launched anew each time.
+
+    Args:
+        printed: the kernel.
+        arguments: of the launch, by name, but for the sizes of tiles.
+        grid: the grid.
+        scratch: memory that Triton asks for.
+    """
+
+    def __init__(
+        self,
+        printed: Printed,
+        arguments: Mapping[str, torch.Tensor | int],
+        grid: tuple[int, int, int],
+        scratch: Scratch,
+    ) -> None:
+        self._printed, self._arguments, self._grid, self._scratch = printed, arguments, grid, scratch
+        self._launch: Callable[[], Any] | None = None
+
+    def __call__(self) -> None:
+        """Launch the kernel."""
+        if self._printed.source.described:
+            _set_allocator()(self._scratch)
+        if self._launch is not None:
+            self._launch()
+            return
+        options = self._printed.options
+        function = jitted(self._printed.source.name, self._printed.source.text)
+        compiled = function[self._grid](**self._arguments, **options)
+        if compiled is not None:
+            passed = {**self._arguments, **options}
+            self._launch = functools.partial(compiled[self._grid], *(passed[name] for name in function.arg_names))
+
+
+@functools.cache
+def _set_allocator() -> Callable[[Callable[[int, int, int | None], Any]], None]:
+    """Return what tells Triton where a kernel's own memory comes from, in this thread."""
     import triton
 
-    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
-    launch()
+    found: Callable[[Callable[[int, int, int | None], Any]], None] = triton.set_allocator
+    return found
 
 
 def prepare(
