@@ -270,8 +270,6 @@ class Stream:
         goes_on = ready.made.resuming()  # says why, if not
         runner, batch, loop = ready.runner, ready.sizes.batch, ready.made.program.loop
         assert isinstance(runner, Executor)
-        if loop.furthest_result > 1:
-            raise RefusedError(f"a result reads the last {loop.furthest_result} segments, and not one alone")
         if length and runner.opened.get(batch) is not runner.program:
             # Cells that are not to run at once are found out before anything is in flight.
             given, count = dict(ready.given), len(goes_on.program.loop.rows) + len(loop.rows) + 2

@@ -784,6 +784,11 @@ class Variant:
             )
         if sizes not in self._descriptions:
             return None
+        if sizes.segments < ready.made.program.loop.furthest_result:
+            raise RefusedError(
+                f"a result, or what the call leaves, reads the last {ready.made.program.loop.furthest_result} segments",
+                remedy="read so many at once",
+            )
         if state is None:
             return replace(ready, sizes=sizes, hands_on=True)
         if any(
@@ -792,11 +797,6 @@ class Variant:
         ):
             raise RefusedError("it counts segments in Python, and a call that goes on would count them anew")
         ready.made.resuming()
-        if sizes.segments < ready.made.program.loop.furthest_result:
-            raise RefusedError(
-                f"a result reads the last {ready.made.program.loop.furthest_result} segments",
-                remedy="read on with so many at once",
-            )
         return replace(ready, sizes=sizes, state=self._checked(ready.made, state, sizes.batch), hands_on=True)
 
     def _checked(self, made: Made, state: Mapping[str, Any], batch: int) -> dict[str, torch.Tensor]:

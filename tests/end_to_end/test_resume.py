@@ -453,10 +453,39 @@ def test_a_result_of_segments_before_the_text() -> None:
     fast(text(6)[:, : 3 * SEGMENT])
     resumed = rmtc.resume(fast, rmtc.state(fast))
     assert torch.allclose(resumed(text(6)[:, 3 * SEGMENT :]), wanted, rtol=1e-10, atol=1e-10)
-    with pytest.raises(rmtc.RefusedError, match="a result reads the last 2 segments"):
-        resumed(text(1))
-    with pytest.raises(rmtc.RefusedError, match="a result reads the last 2 segments"):
-        rmtc.stream(fast).feed(text(1))
+    for read in (resumed, rmtc.resume(fast, None), rmtc.stream(fast).feed):
+        with pytest.raises(rmtc.RefusedError, match="reads the last 2 segments"):
+            read(text(1))
+
+
+class History(Stack):
+    """Leaves what its last two segments were."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        found = Plain.forward(self, hidden)  # type: ignore[arg-type]
+        self.history: list[Tensor] = []
+        for piece in found.split(SEGMENT, dim=1):
+            self.history.append(piece)
+            if len(self.history) > 2:
+                self.history.pop(0)
+        return found
+
+
+@torch.no_grad()
+def test_what_a_call_leaves_of_segments_before_the_text() -> None:
+    """One segment alone leaves a list of one, and one that goes on would leave what is not handed on."""
+    fast = rmtc.compile(History(), strict=True, schedule="diagonal")
+    wanted = fast(text(4))
+    parts = [rmtc.resume(fast, None)(text(4)[:, : 2 * SEGMENT])]
+    state = rmtc.state(fast)
+    parts.append(rmtc.resume(fast, state)(text(4)[:, 2 * SEGMENT :]))
+    assert torch.allclose(torch.cat(parts, 1), wanted, rtol=1e-10, atol=1e-10)
+    for given in (None, state):
+        with pytest.raises(rmtc.RefusedError, match="what the call leaves, reads the last 2 segments"):
+            rmtc.resume(fast, given)(text(1))
+    with pytest.raises(rmtc.PackError, match=r"text 1: RefusedError: .* reads the last 2 segments"):
+        rmtc.pack(fast, states=True)([text(4), text(1)])
+    assert torch.allclose(rmtc.pack(fast)([text(4), text(1)])[0], wanted, rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()
