@@ -181,7 +181,7 @@ def test_demo_on_a_busy_machine_has_no_headline(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 def test_demo_shows_grid_and_certificate_in_an_empty_folder(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rmtc.cli", "demo", "--segments", "12", "--certificate"]
+    command = [sys.executable, "-m", "rmtc", "demo", "--segments", "12", "--certificate"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     result, _, proof = done.stdout.partition("When each layer reads each segment")

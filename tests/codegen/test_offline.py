@@ -74,7 +74,7 @@ def test_kernels_compile_for_every_target(args: tuple[str, ...]) -> None:
 def test_the_command_writes_sources_binaries_and_what_they_need(tmp_path: Path) -> None:
     settings = [f"--set={name}={value}" for name, value in json.loads(SIZES).items()]
     model = "rmtc.examples.armt_llama:build"
-    run = apart("-m", "rmtc.cli", "kernels", model, *settings, "--target=sm_90", f"--out={tmp_path}")
+    run = apart("-m", "rmtc", "kernels", model, *settings, "--target=sm_90", f"--out={tmp_path}")
     assert run.returncode == 0, run.stderr
     names = {end: sorted(each.stem for each in tmp_path.glob(f"sm_90/*{end}")) for end in (".py", ".ptx", ".cubin")}
     assert len(names[".py"]) == 27 and names[".py"] == names[".ptx"] == names[".cubin"]

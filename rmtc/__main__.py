@@ -1,4 +1,4 @@
-"""The entry point of ``python -m rmtc.cli``, which is ``rmtc``."""
+"""The entry point of ``python -m rmtc``, which is ``rmtc``."""
 
 from rmtc.cli.app import main
 
