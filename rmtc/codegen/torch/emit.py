@@ -206,17 +206,10 @@ class Emitter:
 
     def _vmap(self, arguments: NamedArguments) -> Tree:
         """Return the single operation under `vmap`."""
-        tensors = list(dict.fromkeys(arguments.tensors()))
-        names = {value: f"x{number}" for number, value in enumerate(tensors)}
-
-        def rename(value: Any) -> Any:
-            if isinstance(value, Value):
-                return Raw(names[value])
-            return [rename(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-        each = arguments.call(**{name: rename(value) for name, value in arguments.values.items() if holds(value)})
+        tensors = {value: f"x{number}" for number, value in enumerate(dict.fromkeys(arguments.tensors()))}
+        each = _substituted(arguments, lambda value: Raw(tensors[value]))
         dims = "".join("0, " if value.grouped else "None, " for value in tensors)
-        return call(f"vmap(lambda {', '.join(names.values())}: {each}, in_dims=({dims}))", *tensors)
+        return call(f"vmap(lambda {', '.join(tensors.values())}: {each}, in_dims=({dims}))", *tensors)
 
     def _loop(self, arguments: NamedArguments) -> Tree:
         picked = dict[Value, str]()
@@ -234,13 +227,13 @@ class Emitter:
         """
 
         def pick(value: Any) -> Any:
-            if picked is not None and isinstance(value, Value) and value.grouped:
+            if isinstance(value, Value) and not value.grouped:
+                return value
+            if picked is not None and isinstance(value, Value):
                 return Raw(picked.setdefault(value, f"x{len(picked)}"))
-            if isinstance(value, Varying) or (isinstance(value, Value) and value.grouped):
-                return value[Raw(index)]
-            return [pick(item) for item in value] if isinstance(value, (list, tuple)) else value
+            return value[Raw(index)]
 
-        return arguments.call(**{name: pick(value) for name, value in arguments.values.items() if holds(value)})
+        return _substituted(arguments, pick)
 
     def _as_expected(self, name: str, arguments: NamedArguments) -> bool:
         """Tell whether the grouped result looks like the operation's own on the first cell."""
@@ -360,6 +353,17 @@ class Emitter:
             return regions.pop()
         self.pinned |= regions
         return _ANYWHERE
+
+
+def _substituted(arguments: NamedArguments, function: Callable[[Any], Tree]) -> Tree:
+    """Return the call of an operation, with what replaces each tensor and each number that differs among cells."""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [replaced(item) for item in value]
+        return function(value) if isinstance(value, (Value, Varying)) else value
+
+    return arguments.call(**{name: replaced(value) for name, value in arguments.values.items() if holds(value)})
 
 
 def _has_batching(target: Any) -> bool:

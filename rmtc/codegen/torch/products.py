@@ -20,7 +20,7 @@ def linear(arguments: NamedArguments) -> Tree | None:
             return arguments.call()
         many = times_g(math.prod(shape[:-1]))
         operands = [*([] if bias is None else [bias]), value.reshape(many, value.shape[-1]), weight.t()]
-        product = call("mm" if bias is None else "addmm", *operands, out=(many, weight.shape[0]))
+        product: Tree = call("mm" if bias is None else "addmm", *operands, out=(many, weight.shape[0]))
         return product.view(G, *shape)
     if weight.rank != 2 or not weight.grouped or not value.rank:
         return None
@@ -36,11 +36,10 @@ def linear(arguments: NamedArguments) -> Tree | None:
         added = [] if row is None or weight.compiled else [row.expand(G, rows, weight.shape[0])]
         product = call("linear_maps", flat, weight, *added, out=into)
         if row is not None and weight.compiled:
-            product = call("+", product, row)
-    elif row is None:
-        product = call("bmm", flat, weight.transpose(1, 2), out=into)
+            product = product + row
     else:
-        product = call("baddbmm", row, flat, weight.transpose(1, 2), out=into)
+        operands = [*([] if row is None else [row]), flat, weight.transpose(1, 2)]
+        product = call("bmm" if row is None else "baddbmm", *operands, out=into)
     return product if value.rank == 2 else product.view(G, *shape)
 
 
@@ -65,7 +64,7 @@ def added_linear(arguments: NamedArguments) -> Tree | None:
         if weight.rank != 2 or residual.shape != shape or not (residual.grouped and value.grouped):
             return arguments.call()
         many = times_g(rows)
-        flat = [each.reshape(many, each.shape[-1]) for each in (residual, value)]
+        flat: list[Tree] = [each.reshape(many, each.shape[-1]) for each in (residual, value)]
         arguments.instead = (call(".addmm_", *flat, weight.t(), out=flat[0]).view(G, *shape),)
         return call("addmm", *flat, weight.t(), out=(many, shape[-1])).view(G, *shape)
     if weight.rows:
@@ -77,7 +76,7 @@ def added_linear(arguments: NamedArguments) -> Tree | None:
     by_kernel = _by_kernel(rows, value, weight)
     matrix = weight if by_kernel else weight.transpose(1, 2)
     if weight.compiled:  # baddbmm first copies the residual, while a compiler adds it where the sum is read
-        return call("+", flat[0], call("linear_maps" if by_kernel else "bmm", flat[1], matrix)).view(G, *shape)
+        return (flat[0] + call("linear_maps" if by_kernel else "bmm", flat[1], matrix)).view(G, *shape)
     if by_kernel:
         product = call("linear_maps", flat[1], matrix, flat[0], out=into)
         instead = replace(product, out=flat[0])
@@ -98,7 +97,7 @@ def added_matmul(arguments: NamedArguments) -> Tree | None:
     flat = [grouped(each) if each.rank == 2 else grouped(each).reshape(many, *each.shape[-2:]) for each in operands]
     named = {} if arguments["alpha"] == 1 else {"alpha": arguments["alpha"]}
     if operands[0].compiled and not named:  # as in `added_linear`
-        return call("+", flat[0], call("bmm", *flat[1:])).view(G, *shape)
+        return (flat[0] + call("bmm", *flat[1:])).view(G, *shape)
     if operands[0].grouped:
         arguments.instead = (call(".baddbmm_", *flat, **named, out=flat[0]).view(G, *shape),)
     return call("baddbmm", *flat, **named, out=(many, *shape[-2:])).view(G, *shape)

@@ -80,11 +80,6 @@ def over_all(target: torch._ops.OpOverload) -> Rule:
     return rule
 
 
-def reshape(arguments: NamedArguments) -> Tree:
-    value: Value = arguments["self"]
-    return value.reshape(G, *arguments.values.get("size", arguments.values.get("shape", ())))
-
-
 def expand(arguments: NamedArguments) -> Tree:
     size = arguments["size"]
     return ranked(arguments["self"], len(size)).expand(G, *size)
@@ -113,21 +108,6 @@ def part(arguments: NamedArguments) -> Tree | None:
     end = size if end is None else max(start, min(end + size if end < 0 else end, size))
     before = "..., " if dim in (-1, value.rank - 1) else ":, " * (dim % value.rank + 1)
     return value[Raw(f"{before}{start}:{end}")]
-
-
-def transpose_matrix(arguments: NamedArguments) -> Tree:
-    value: Value = arguments["self"]
-    return value.transpose(1, 2) if value.rank == 2 else value
-
-
-def permute(arguments: NamedArguments) -> Tree:
-    value: Value = arguments["self"]
-    return value.permute(0, *(dim % value.rank + 1 for dim in arguments["dims"]))
-
-
-def unsqueeze(arguments: NamedArguments) -> Tree:
-    value: Value = arguments["self"]
-    return value.unsqueeze(arguments["dim"] + (arguments["dim"] >= 0))
 
 
 def cat(arguments: NamedArguments) -> Tree | None:
@@ -240,16 +220,17 @@ def _table() -> dict[Any, Rule]:
     put(transpose, "transpose.int")
     put(part, "slice.Tensor")
     put(by_dims("source", "destination"), "movedim.int movedim.intlist")
-    put(reshape, "view.default reshape.default _unsafe_view.default")
+    put(lambda a: a["self"].reshape(G, *a["size"]), "view.default _unsafe_view.default")
+    put(lambda a: a["self"].reshape(G, *a["shape"]), "reshape.default")
     put(along, "gather.default scatter.src scatter.value scatter_add.default")
     put(expanded_scatter, "slice_scatter.default select_scatter.default")
     table[aten.sum.default] = over_all(aten.sum.dim_IntList)
     table[aten.mean.default] = over_all(aten.mean.dim)
     put(expand, "expand")
     put(repeat, "repeat")
-    put(transpose_matrix, "t")
-    put(permute, "permute")
-    put(unsqueeze, "unsqueeze")
+    put(lambda a: a["self"].transpose(1, 2) if a["self"].rank == 2 else a["self"], "t")
+    put(lambda a: a["self"].permute(0, *(dim % a["self"].rank + 1 for dim in a["dims"])), "permute")
+    put(lambda a: a["self"].unsqueeze(a["dim"] + (a["dim"] >= 0)), "unsqueeze")
     put(cat, "cat")
     put(stack, "stack")
     put(linear, "linear")

@@ -26,8 +26,11 @@ class Tree:
         """Return the same of other operands, which the function gives in the order in which they are printed."""
         return self
 
-    def __getitem__(self, index: Any) -> Apply:
-        return Apply("[]", (self, index))
+    def __getitem__(self, index: Any) -> Tree:
+        return Raw(self, "[", index, "]")
+
+    def __add__(self, other: Tree) -> Tree:
+        return Raw("(", self, " + ", other, ")")
 
 
 @dataclass(frozen=True, init=False)
@@ -55,7 +58,7 @@ class Apply(Tree):
     """A call.
 
     Attributes:
-        function: its name. That of a method begins with a dot; ``[]`` is indexing, and ``+`` a sum.
+        function: its name. That of a method begins with a dot.
         args: the operands.
         named: operands by keyword.
         out: what the result is written over. Or the sizes of memory that it may be written into; none are given if they
@@ -74,17 +77,11 @@ class Apply(Tree):
         return Apply(self.function, args, named, out)
 
     def __str__(self) -> str:
-        first, *rest = [literal(each) for each in self.args] or [""]
-        rest += [f"{name}={literal(each)}" for name, each in self.named]
+        args = [*map(literal, self.args), *(f"{name}={literal(each)}" for name, each in self.named)]
         if isinstance(self.out, Tree) and self.out != self.args[0]:
-            rest.append(f"out={self.out}")
-        if self.function == "[]":
-            return f"{first}[{', '.join(rest)}]"
-        if self.function == "+":
-            return f"({first} + {rest[0]})"
-        if self.function.startswith("."):
-            return f"{first}{self.function}({', '.join(rest)})"
-        return f"{self.function}({', '.join([first, *rest])})"
+            args.append(f"out={self.out}")
+        first = args.pop(0) if self.function.startswith(".") else ""
+        return f"{first}{self.function}({', '.join(args)})"
 
 
 def call(function: str, /, *args: Any, out: Any = None, **named: Any) -> Apply:
