@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,7 +24,7 @@ from rmtc.ir.explanation import FusedKernel, FusedStep
 from rmtc.ir.kernel import Multiply
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.bodies.fusion_groups import estimate, kind_of, operations_of, work
-from rmtc.runtime.executor import Emission
+from rmtc.runtime.executor import Emission, Executor
 from rmtc.runtime.triton import Triton
 from rmtc.runtime.variant import Variant
 from rmtc.runtime.weights import Weights
@@ -163,12 +163,12 @@ def kernels_on(target: Target, analysis: Analysis, schedule: str) -> tuple[BodyK
         RefusedError, CaptureError: if the call has no such schedule.
     """
 
-    def backend(program: WavefrontProgram, weights: Weights) -> _Seen:
-        return _Seen(program, Weights(), given=target)  # without stacks: the model's own stay in place
+    def backend(program: WavefrontProgram, weights: Weights) -> Executor:
+        return Executor(program, Weights(), _Seen(given=target))  # without stacks: the model's own stay in place
 
     variant = Variant.make(analysis, backend, kind=schedule)
     runner = variant.runner
-    assert isinstance(runner, _Seen)
+    assert isinstance(runner, Executor) and isinstance(runner.lowering, _Seen)
     run = analysis.probes[-1]
     sources = {**variant.program.loop.sources, **run.program.sources}  # sources of the run have its sizes
     read = variant.program.reads() & sources.keys()
@@ -179,7 +179,7 @@ def kernels_on(target: Target, analysis: Analysis, schedule: str) -> tuple[BodyK
     widths: dict[str, int] = {}
     for launch in plan.launches:
         widths[launch.body.name] = max(widths.get(launch.body.name, 1), len(launch.cells))
-    return tuple(BodyKernels(name, body, widths.get(name, 1), target) for name, body in runner.bodies.items())
+    return tuple(BodyKernels(name, body, widths.get(name, 1), target) for name, body in runner.lowering.bodies.items())
 
 
 def resource_table(binaries: Sequence[Binary]) -> str:
@@ -249,9 +249,7 @@ def written(bodies: Sequence[BodyKernels], binaries: Sequence[Binary], folder: P
 
 @dataclass
 class _Seen(Triton):
-    """A runner that runs a program on fake tensors, and keeps the kernels it would launch."""
-
-    binds: ClassVar[bool] = False  # fake tensors have no memory to bind
+    """Keeps the kernels that a run on fake tensors would launch."""
 
     bodies: dict[str, TritonBody] = field(default_factory=dict)
     given: Target | None = None
@@ -260,9 +258,9 @@ class _Seen(Triton):
         """Return the target that was asked for, since nothing is launched."""
         return self.given
 
-    def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
-        """Emit a launch's body, and keep it."""
-        kernel, results = super().emit(of)
+    def lower(self, executor: Executor, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
+        """Make kernels of a launch's body, and keep it. Fake tensors have no memory to bind."""
+        kernel, results = super().lower(executor, replace(of, bind=False))
         body = getattr(kernel.function, "__self__", None)
         if isinstance(body, TritonBody):
             self.bodies.setdefault(of.launch.body.name, body)

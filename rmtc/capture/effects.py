@@ -8,16 +8,15 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import CellType
 from typing import Any
 
 import torch
 from torch import nn
 
+from rmtc.capture.containers import container_of
 from rmtc.capture.kinds import MISSING, fingerprint, is_plain
 from rmtc.capture.objects import Describer, Label, Ref, build, parts_of
 from rmtc.capture.session import Session
-from rmtc.capture.snapshot import refill
 from rmtc.capture.state import Slot, paths_of
 from rmtc.errors import CaptureError
 from rmtc.stages import substage
@@ -76,9 +75,9 @@ class Effect:
         """
         owner, key = self.slot.owner, self.slot.key
         if self.whole:
-            refill(owner, [build(each, values, made) for each in self.content])
+            container_of(owner).restore(owner, [build(each, values, made) for each in self.content])
         elif self.content is GONE:
-            del owner[key]
+            container_of(owner).delete(owner, key)
         else:
             value = owner[key] if self.content is STAYS else build(self.content, values, made)
             if self.last:
@@ -90,33 +89,14 @@ class Effect:
         for each in self.content if self.whole else [self.content]:
             yield from parts_of(each)
 
-    def saved(self) -> Callable[[], None]:
+    def saved(self) -> Callable[[], object]:
         """Return a function that puts the place back as it is now."""
         owner, key = self.slot.owner, self.slot.key
+        kind = container_of(owner)
         if self.whole or (isinstance(owner, dict) and (self.last or self.content is GONE or key not in owner)):
-            return _container_saved(owner)
-        held = self.slot._replace(parent=None).get()
-        return functools.partial(self.slot.put, held) if held is not MISSING else functools.partial(_delete, self.slot)
-
-
-def _delete(slot: Slot) -> None:
-    if not isinstance(slot.owner, CellType):
-        delattr(slot.owner, slot.key)
-    elif slot._replace(parent=None).get() is not MISSING:
-        del slot.owner.cell_contents
-
-
-def _container_saved(owner: Any) -> Callable[[], None]:
-    content: Any = dict(owner) if isinstance(owner, dict) else list(owner)
-
-    def put_back() -> None:
-        if isinstance(owner, dict):
-            owner.clear()
-            owner.update(content)
-        else:
-            refill(owner, content)
-
-    return put_back
+            return functools.partial(kind.restore, owner, dict(owner) if isinstance(owner, dict) else list(owner))
+        held = kind.get(owner, key)
+        return functools.partial(kind.delete, owner, key) if held is MISSING else functools.partial(self.slot.put, held)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -16,6 +16,7 @@ from torch import nn
 from torch._C._dynamo.guards import dict_version
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from rmtc.capture.containers import container_of
 from rmtc.capture.kinds import fingerprint, is_opaque, is_plain, is_record
 from rmtc.capture.state import Slot, walk
 
@@ -56,13 +57,8 @@ class _Read(NamedTuple):
 
     @staticmethod
     def of(owner: Any, start: int) -> _Read:
-        if type(owner) in (dict, list, deque):
-            return _Read(owner, owner.__getitem__, [], start)
-        if isinstance(owner, (dict, list, deque)):  # the class of which may change
-            return _Read(owner, functools.partial(operator.getitem, owner), [], start)
-        if isinstance(owner, type):
-            return _Read(owner, owner.__dict__.__getitem__, [], start)
-        return _Read(owner, functools.partial(getattr, owner), [], start)
+        fast = type(owner) in (dict, list, deque)
+        return _Read(owner, owner.__getitem__ if fast else container_of(owner).getter(owner), [], start)
 
 
 Plains = dict[tuple[Any, ...], tuple[int, list[Any]]]  # a number, and the objects whose ids are in the key, kept alive

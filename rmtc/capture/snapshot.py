@@ -8,14 +8,14 @@ import pickle
 import random
 import sys
 import types
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from itertools import chain, compress, count
 from typing import Any, NamedTuple
 
 import torch
 from torch._C._dynamo.guards import dict_version
 
+from rmtc.capture.containers import container_of
 from rmtc.capture.kinds import (
     HEAP,
     MISSING,
@@ -24,12 +24,9 @@ from rmtc.capture.kinds import (
     is_plain,
     is_record,
     is_set,
-    makes_items,
     unset_slots,
 )
 from rmtc.capture.state import Slot, refuse_closed, walk, walked
-
-_EMPTY = object()  # in place of the content of a cell that is not bound
 
 
 class Held(NamedTuple):
@@ -82,26 +79,8 @@ class _Tables:
         """Return the dictionaries with what they hold now."""
         saved, versions = [*self._saved], [*self._versions]
         for number, (owner, _), version in self.written():
-            saved[number], versions[number] = _Saved(owner, _content(owner)), version
+            saved[number], versions[number] = _Saved(owner, container_of(owner).copy(owner)), version
         return _Tables(saved, versions)
-
-
-def _content(owner: Any) -> Any:
-    """Return the content of a container; None if its content is put back place by place."""
-    if isinstance(owner, types.CellType):
-        return owner.cell_contents if _is_bound(owner) else _EMPTY
-    if isinstance(owner, dict):
-        return None if "__builtins__" in owner or makes_items(owner) else dict(owner)  # a file's globals one by one
-    if isinstance(owner, (list, deque)):
-        return list(owner)
-    return set(owner) if isinstance(owner, set) else None
-
-
-def _is_bound(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not _EMPTY
-    except ValueError:
-        return False
 
 
 def _is_shared(owner: object) -> bool:
@@ -142,7 +121,7 @@ class Snapshot:
             if id(owner) not in seen:
                 seen.add(id(owner))
                 version = dict_version(owner) if type(owner) is dict else -1  # from before it is read
-                content = _content(owner)
+                content = container_of(owner).copy(owner)
                 if content is None:
                     continue
                 whole.add(id(owner))
@@ -208,22 +187,7 @@ class Snapshot:
                 (kind, key, value, before[key]) for key, value in vars(kind).items() if value is not before[key]
             )
         for owner, content in chain((saved for _, saved, _ in self._tables.written()), self._saved):
-            if isinstance(owner, dict):
-                if len(owner) != len(content) or not all(map(operator.is_, owner, content)):
-                    yield owner, "", MISSING, MISSING
-                elif not all(map(operator.is_, owner.values(), content.values())):
-                    pairs = zip(owner.items(), content.values(), strict=True)
-                    yield from ((owner, key, value, before) for (key, value), before in pairs if value is not before)
-            elif isinstance(owner, (list, deque)):
-                if len(owner) != len(content):
-                    yield owner, "", MISSING, MISSING
-                both = enumerate(zip(owner, content, strict=False))
-                yield from ((owner, key, value, before) for key, (value, before) in both if value is not before)
-            elif isinstance(owner, set):
-                if {*map(id, owner)} != {*map(id, content)}:
-                    yield owner, "", MISSING, MISSING
-            elif _content(owner) is not content:
-                yield owner, "cell_contents", _content(owner), content
+            yield from ((owner, *change) for change in container_of(owner).changes(owner, content))
         for slot in self._places:
             if (value := slot._replace(parent=None).get()) is not slot.value:
                 yield slot.owner, slot.key, value, slot.value
@@ -244,7 +208,7 @@ class Snapshot:
             return None
         now = copy.copy(self)
         now._tables = self._tables.present()
-        now._saved = [_Saved(saved.owner, _content(saved.owner)) for saved in self._saved]
+        now._saved = [_Saved(saved.owner, container_of(saved.owner).copy(saved.owner)) for saved in self._saved]
         if any(saved.content is None for saved in chain(now._tables, now._saved)):
             return None
         now._places = [slot._replace(value=slot._replace(parent=None).get()) for slot in self._places]
@@ -302,21 +266,10 @@ class Snapshot:
         for generator, state in zip(self._generators, self._drawn, strict=True):
             _set_generator_state(generator, state)
         for number, (owner, content), version in self._tables.written():
-            kept = _put_back(owner, content)
+            kept = container_of(owner).restore(owner, content)
             self._tables.same(number, version if kept else -1)  # what clears a table may run code that writes to it
         for owner, content in self._saved:
-            if isinstance(owner, types.CellType):
-                if content is not _EMPTY:
-                    owner.cell_contents = content
-                elif _is_bound(owner):
-                    del owner.cell_contents
-            elif isinstance(owner, dict):
-                _put_back(owner, content)
-            elif isinstance(owner, set):
-                set.clear(owner)
-                set.update(owner, content)
-            elif len(owner) != len(content) or any(a is not b for a, b in zip(owner, content, strict=True)):
-                refill(owner, content)
+            container_of(owner).restore(owner, content)
         for slot in self._places:
             if slot._replace(parent=None).get() is not slot.value:
                 slot.put(slot.value)
@@ -335,31 +288,6 @@ class Snapshot:
                     delattr(slot.owner, slot.key)
                 elif "__builtins__" in slot.owner:
                     del slot.owner[slot.key]
-
-
-def _put_back(owner: dict[Any, Any], content: dict[Any, Any]) -> bool:
-    """Replace the content of a dictionary; return whether it is the same already.
-
-    No key is looked up, for it may have another hash now.
-    """
-    keys = all(map(operator.is_, owner, content))
-    same = (
-        len(owner) == len(content)
-        and all(map(operator.is_, owner.values(), content.values()))
-        and (keys or all(map(_is_same_key, owner, content)))
-    )
-    if not same:
-        table = OrderedDict if isinstance(owner, OrderedDict) else dict  # a subclass may forbid it
-        table.clear(owner)
-        table.update(owner, content)
-    return same and keys
-
-
-def refill(owner: list[Any] | deque[Any], items: Iterable[Any]) -> None:
-    """Replace the items of a list or deque, past what a subclass does when items come in."""
-    kind: Any = deque if isinstance(owner, deque) else list
-    kind.clear(owner)
-    kind.extend(owner, items)
 
 
 def _is_leaf(value: object) -> bool:
@@ -390,8 +318,3 @@ def _set_generator_state(generator: Any, state: bytes) -> None:
 def _bits(generator: Any) -> Any:
     """Return the bit generator of one of numpy's generators, old or new."""
     return generator._bit_generator if hasattr(generator, "_bit_generator") else generator.bit_generator
-
-
-def _is_same_key(one: object, other: object) -> bool:
-    """Tell whether two keys of dictionaries are the same; tensors compare element by element, and are so if one is."""
-    return one is other or (not isinstance(one, torch.Tensor) and not isinstance(other, torch.Tensor) and one == other)

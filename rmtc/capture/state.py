@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from rmtc.capture.containers import KINDS, container_of
 from rmtc.capture.frames import current_location
 from rmtc.capture.kinds import (
     MISSING,
@@ -83,17 +84,8 @@ class Slot(NamedTuple):
 
     def get(self) -> Any:
         """Return the value that is here now; :data:`MISSING` if there is none."""
-        home = self.home()
-        if isinstance(home, (dict, types.MappingProxyType)):
-            return home.get(self.key, MISSING)
-        if isinstance(home, (list, deque, tuple)):
-            return home[self.key] if type(self.key) is int and self.key < len(home) else MISSING
-        if isinstance(home, type):
-            return vars(home).get(self.key, MISSING)
-        try:
-            return getattr(home, str(self.key), MISSING)
-        except ValueError:  # an empty cell
-            return MISSING
+        home = self.owner if self.parent is None else self.home()
+        return KINDS[type(home)].get(home, self.key)
 
     def path(self) -> Iterator[Slot]:
         """Yield the places through which this one is reached, the nearest first."""
@@ -104,15 +96,7 @@ class Slot(NamedTuple):
 
     def put(self, value: object) -> None:
         """Put another value here."""
-        owner = self.owner
-        if isinstance(owner, types.CellType):
-            owner.cell_contents = value
-        elif isinstance(owner, type):
-            setattr(owner, self.key, value)
-        elif isinstance(owner, (dict, list, deque)):
-            owner[self.key] = value
-        else:
-            object.__setattr__(owner, self.key, value)
+        container_of(self.owner).put(self.owner, self.key, value)
 
 
 class Code(NamedTuple):

@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence, Set, Sized
 from dataclasses import replace
 from itertools import chain, compress
-from types import CellType, FunctionType, MappingProxyType
+from types import FunctionType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from torch._C._dynamo.guards import dict_version
 
 from rmtc.capture.arguments import Arguments, Path
+from rmtc.capture.containers import container_of
 from rmtc.capture.effects import GONE, Effect
 from rmtc.capture.guards import alike
 from rmtc.capture.identities import Identities
@@ -37,9 +38,9 @@ _OF_CLASSES = frozenset(vars(type("", (), {}))) | {"__abstractmethods__", "_abc_
 
 
 def _getter(slot: Slot) -> tuple[Callable[[Any, Any], Any], Any, Any]:
-    if isinstance(slot.owner, (dict, list, deque, tuple, MappingProxyType)):
+    if container_of(slot.owner).indexed:
         return operator.getitem, slot.owner, slot.key
-    return getattr, slot.owner, str(slot.key) if not isinstance(slot.owner, CellType) else "cell_contents"
+    return getattr, slot.owner, str(slot.key)
 
 
 def _whole_lists(slots: Sequence[Slot], effects: Sequence[Effect]) -> set[tuple[int, Any]]:
@@ -338,7 +339,7 @@ class StateGuard:
         while at is not None:
             if (id(at.owner), at.key) in self._places or id(at.owner) in self._lists:
                 return True
-            if at.table or not isinstance(at.owner, (dict, list, deque, tuple)):
+            if at.table or not container_of(at.owner).indexed:
                 return False
             at = at.parent
         return False

@@ -37,7 +37,16 @@ class Runner(Protocol):
 Backend = Callable[[WavefrontProgram, Weights], Runner]
 """Takes the program and its stacked weights."""
 
-_BACKENDS: dict[str, Backend] = {"inductor": Inductor, "torch": Executor, "triton": Triton}
+
+def _inductor(program: WavefrontProgram, weights: Weights) -> Runner:
+    return Executor(program, weights, Inductor())
+
+
+def _triton(program: WavefrontProgram, weights: Weights) -> Runner:
+    return Executor(program, weights, Triton())
+
+
+_BACKENDS: dict[str, Backend] = {"inductor": _inductor, "torch": Executor, "triton": _triton}
 
 
 def auto(program: WavefrontProgram, weights: Weights) -> Runner:
@@ -53,7 +62,7 @@ def kernels_or_torch(program: WavefrontProgram, weights: Weights) -> Runner:
 
     Bodies that cannot run by them run by torch, with a warning in the log.
     """
-    return Triton(program, weights, lenient=True)
+    return Executor(program, weights, Triton(lenient=True))
 
 
 def list_backends() -> list[str]:

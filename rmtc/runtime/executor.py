@@ -11,7 +11,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 import torch
 
@@ -101,6 +101,25 @@ class Emission:
         }
 
 
+class Lowering(Protocol):
+    """A back end: it makes callables of bodies."""
+
+    def lower(self, executor: Executor, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
+        """Make a callable of a launch's body, and run it once."""
+
+    def around(self, tensors: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Return what is entered for a run that reads some tensors."""
+        return contextlib.nullcontext()
+
+
+class Torch(Lowering):
+    """Makes source over torch, see :func:`rmtc.codegen.torch.emit`."""
+
+    def lower(self, executor: Executor, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
+        """Emit a launch's body, and run it once."""
+        return emit(**of.arguments, constant=executor.constant, bind=of.bind, compiled=of.compiled)
+
+
 @dataclass
 class Executor:
     """Runs a program for any number of segments.
@@ -111,6 +130,7 @@ class Executor:
     Attributes:
         program: the program.
         weights: the layers' tensors.
+        lowering: makes callables of bodies.
         kernels: emitted bodies, by body, sizes and shapes.
         steady: the plans of texts that are read as they come, by batch size: the program, the plan, the segment from
             which on all of them run the same launches, and what is carried.
@@ -123,6 +143,7 @@ class Executor:
 
     program: WavefrontProgram
     weights: Weights
+    lowering: Lowering = field(default_factory=Torch)
     kernels: dict[tuple[Any, ...], Emitted] = field(default_factory=dict)
     steady: dict[int, tuple[WavefrontProgram, Plan, int, list[Carried]]] = field(default_factory=dict)
     opened: dict[int, WavefrontProgram] = field(default_factory=dict)
@@ -174,8 +195,8 @@ class Executor:
                         linecache.cache.pop(each.file, None)
 
     def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
-        """Emit a launch's body, and run it once; see :func:`rmtc.codegen.torch.emit`."""
-        return emit(**of.arguments, constant=self.constant, bind=of.bind, compiled=of.compiled)
+        """Make a callable of a launch's body, and run it once."""
+        return self.lowering.lower(self, of)
 
     def call(
         self,
@@ -235,7 +256,8 @@ class Executor:
             What was done.
         """
         if chain is not None:
-            with torch.no_grad(), autocast_off(chain.devices(texts)):
+            tensors = chain.devices(texts)
+            with self.lowering.around(tensors), torch.no_grad(), autocast_off(tensors):
                 self.weights.refresh()
                 return chain.go_on(texts, done)
         devices = {each.device for text in texts for each in text.values.values()}
@@ -243,10 +265,15 @@ class Executor:
             while True:
                 plan = self.plan_texts([text.size for text in texts], batch, lanes)
                 try:
-                    self._read(plan, texts, batch, done)
+                    with self.lowering.around(each for text in texts for each in text.values.values()):
+                        self._read(plan, texts, batch, done)
                     break
                 except Unmergeable as error:
                     self._separate(error.body)
+                except WrongError as error:
+                    if error.leave is None:
+                        raise
+                    error.leave(self, error)
         return Run(plan.steps, sum(plan.widths.values()), dict(plan.widths))
 
     def _read(self, plan: Plan, texts: Sequence[TextInput], batch: int, done: Done) -> None:
@@ -311,6 +338,12 @@ class Executor:
         for chain in list(self.chains):
             chain.forget()
 
+    def drop(self, body: str) -> None:
+        """Forget the kernels of a body, by its name."""
+        for key in [key for key in list(self.kernels) if key[0] == body]:
+            self.kernels.pop(key, None)
+        self.forget()
+
     def let_go_of_weights(self) -> None:
         """Have memory that is bound to weights let go when these are moved."""
         forget = weakref.WeakMethod(self.forget)
@@ -323,6 +356,25 @@ class Unmergeable(Exception):
     def __init__(self, body: Body) -> None:
         super().__init__(body.name)
         self.body = body
+
+
+Leave: TypeAlias = Callable[["Executor", Exception], None]
+"""Has a body run otherwise from now on, for an error."""
+
+
+class WrongError(BackendError):
+    """An error of kernels that give other results than torch.
+
+    Attributes:
+        leave: has the body run otherwise; None if it may not.
+    """
+
+    def __init__(self, body: str, result: int, leave: Leave | None) -> None:
+        super().__init__(
+            f"result {result} of the kernels of {body} is not what torch's operations give",
+            remedy='use backend="torch", and report it, please',
+        )
+        self.body, self.leave = body, leave
 
 
 class Walk:

@@ -15,13 +15,13 @@ from rmtc.errors import RefusedError, raised_by_signal
 from rmtc.ir.program import leaves
 from rmtc.ir.segment_loop import Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Number, choose
-from rmtc.runtime.executor import Emission, Executor
+from rmtc.runtime.executor import Emission, Executor, Lowering, Torch
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class _Compiled:
+class CompiledBody:
     """A kernel for two cells or more, compiled when it first runs.
 
     Attributes:
@@ -38,7 +38,16 @@ class _Compiled:
     run: Callable[..., tuple[Any, ...]]
     seen: set[tuple[bool, ...]] = field(default_factory=set)
 
-    def __call__(
+    def __call__(self, size: int, inputs: Sequence[Any], *operands: Any) -> tuple[Any, ...]:
+        """Run the kernel, as :attr:`Emitted.function` does.
+
+        Raises:
+            RefusedError: if Inductor cannot compile it.
+        """
+        overwritten = set(self.homes.values())
+        return self.overwrite([e.clone() if n in overwritten else e for n, e in enumerate(inputs)], *operands)
+
+    def overwrite(
         self, inputs: Sequence[Any], weights: Sequence[Any], numbers: Sequence[Any], shared: tuple[Any, ...]
     ) -> tuple[Any, ...]:
         """Run the kernel. Inputs whose place a result takes are overwritten.
@@ -77,12 +86,13 @@ class _Compiled:
     ) -> tuple[Callable[[Sequence[Any]], tuple[Any, ...]], tuple[torch.Tensor | None, ...]]:
         """Bind the kernel as a :class:`BoundBody` does. Inductor has memory of its own."""
         operands = tuple(shared)
-        return lambda numbers: self(inputs, weights, numbers, operands), self._at_home(inputs, [None] * self.count)
+        return lambda numbers: self.overwrite(inputs, weights, numbers, operands), self._at_home(
+            inputs, [None] * self.count
+        )
 
 
-@dataclass
-class Inductor(Executor):
-    """A runner of bodies that Inductor compiles.
+class Inductor(Lowering):
+    """Has Inductor compile bodies for groups of cells.
 
     Bodies for one cell run as with ``torch``, and so do bodies whose cells differ in numbers that are no flags.
 
@@ -91,54 +101,19 @@ class Inductor(Executor):
     compiles on disk, where the next process finds it.
     """
 
-    compiled: dict[str, _Compiled] = field(default_factory=dict)
-
-    def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
+    def lower(self, executor: Executor, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
         """Emit a launch's body, and run it once as it is."""
-        kernel, results = super().emit(replace(of, bind=False, compiled=True))
+        kernel, results = Torch().lower(executor, replace(of, bind=False, compiled=True))
         body, inputs = of.launch.body, of.inputs
         if not of.launch.grouped or not inputs or not _flags_alone(body):
             return kernel, results
         operands = of.weights, of.numbers, [of.shared(each) for each in kernel.shared]
         stays = of.bind and not _views(kernel, inputs, *operands)
-        homes = _homes(body, self.program.loop, inputs, results) if stays else {}
+        homes = _homes(body, executor.program.loop, inputs, results) if stays else {}
         run = torch.compile(_of_tensors(kernel, homes), fullgraph=True, options={"guard_filter_fn": _of_operands})
-        compiled = _Compiled(kernel, len(results), homes, run)
-        self.compiled[kernel.file] = compiled
-        if of.bind:
-            kernel = replace(kernel, bound=BoundBody("", compiled.bind, (), (), frozenset(homes.values()), kernel.file))
-        return kernel, results
-
-    def call(
-        self,
-        kernel: Emitted,
-        size: int | None,
-        inputs: Sequence[Any],
-        weights: Sequence[torch.Tensor],
-        numbers: Sequence[Any],
-        shared: tuple[Any, ...],
-    ) -> tuple[Any, ...]:
-        """Run a kernel.
-
-        Raises:
-            RefusedError: if Inductor cannot compile it.
-        """
-        compiled = self.compiled.get(kernel.file)
-        if compiled is None:
-            return super().call(kernel, size, inputs, weights, numbers, shared)
-        overwritten = set(compiled.homes.values())
-        given = [each.clone() if number in overwritten else each for number, each in enumerate(inputs)]
-        return compiled(given, weights, numbers, shared)
-
-    def keep(self, key: tuple[Any, ...], kernel: Emitted) -> None:
-        """Keep a kernel for later runs.
-
-        What was compiled for kernels that are forgotten goes with them.
-        """
-        super().keep(key, kernel)
-        files = {each.file for each in list(self.kernels.values())}
-        for file in self.compiled.keys() - files:
-            self.compiled.pop(file, None)
+        compiled = CompiledBody(kernel, len(results), homes, run)
+        bound = BoundBody("", compiled.bind, (), (), frozenset(homes.values()), kernel.file) if of.bind else None
+        return replace(kernel, function=compiled, bound=bound), results
 
 
 _NAMED = frozenset(

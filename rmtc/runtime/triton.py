@@ -7,9 +7,9 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -19,13 +19,10 @@ from rmtc.codegen.torch.source import Emitted
 from rmtc.codegen.triton.emit import emit
 from rmtc.codegen.triton.spelling import widened
 from rmtc.codegen.triton.targets import TARGETS, Target, target_of
-from rmtc.errors import BackendError, RefusedError, raised_by_signal
+from rmtc.errors import RefusedError, raised_by_signal
 from rmtc.ir.wavefront import Operand
-from rmtc.runtime.executor import Done, Emission, Executor, Run
+from rmtc.runtime.executor import Emission, Executor, Leave, Lowering, Torch, WrongError
 from rmtc.runtime.reading import TextInput, TextRun
-
-if TYPE_CHECKING:
-    from rmtc.runtime.chain import Chain
 
 logger = logging.getLogger(__name__)
 
@@ -48,48 +45,30 @@ def launches_on(device: torch.device) -> bool:
 
 
 @dataclass
-class Triton(Executor):
-    """A runner of layers' bodies by kernels in Triton, and of prologues and epilogues by torch.
+class Triton(Lowering):
+    """Makes kernels in Triton of layers' bodies, and leaves prologues and epilogues to torch.
 
-    It runs on a GPU, or on the CPU in a process with ``TRITON_INTERPRET=1``, where Triton is imported only then. The
+    They run on a GPU, or on the CPU in a process with ``TRITON_INTERPRET=1``, where Triton is imported only then. The
     results of a body's first launch, and of its first launch of several cells, are held against those of torch's
     operations on the same operands.
 
     Attributes:
         lenient: whether a body that cannot run by kernels runs by torch, in place of an error.
         by_torch: the names of such bodies.
-        unseen: for bodies whose kernels have not yet run for several cells, by file, the name and the kernel by torch.
     """
 
     lenient: bool = False
     by_torch: set[str] = field(default_factory=set)
-    unseen: dict[str, tuple[str, Emitted]] = field(default_factory=dict)
 
-    def read(
-        self, texts: Sequence[TextInput], batch: int, done: Done, lanes: int = 1, chain: Chain | None = None
-    ) -> Run:
-        """Run the loop, as :meth:`Executor.read` does, with the model's GPU as the current one."""
-        tensors = chain.devices(texts) if chain is not None else (e for text in texts for e in text.values.values())
+    @contextlib.contextmanager
+    def around(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Make the model's GPU the current one."""
         device = next((each.device for each in tensors if each.device.type == "cuda"), None)
         with torch.cuda.device(device) if device is not None else contextlib.nullcontext():
-            while True:
-                try:
-                    return super().read(texts, batch, done, lanes, chain)
-                except _WrongError as error:
-                    if not self.lenient or chain is not None:  # what is in flight is lost
-                        raise
-                    self._leave(error.body, error)
+            yield
 
-    def _leave(self, body: str, error: Exception) -> None:
-        """Leave a body to torch from now on."""
-        logger.warning("%s runs by torch, since it cannot by kernels: %s", body, error)
-        self.by_torch.add(body)
-        for key in [key for key in list(self.kernels) if key[0] == body]:
-            self.kernels.pop(key, None)
-        self.forget()
-
-    def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
-        """Emit a launch's body, and run it once.
+    def lower(self, executor: Executor, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
+        """Make kernels of a launch's body, and run it once.
 
         Raises:
             RefusedError: if Triton cannot run here.
@@ -97,57 +76,45 @@ class Triton(Executor):
         """
         body = of.launch.body
         if body.stage != "layer" or not of.launch.grouped or body.name in self.by_torch:
-            return super().emit(of)
+            return Torch().lower(executor, of)
         target = self.target(next((each.device for each in (*of.inputs, *of.weights)), torch.device("cpu")))
         try:
-            return self._emit(of, target)
+            return self._lower(executor, of, target)
         except Exception as error:
             if not self.lenient or raised_by_signal(error):
                 raise
-            self._leave(body.name, error)
-            return super().emit(of)
+            self._leave(body.name, executor, error)
+            return Torch().lower(executor, of)
 
-    def _emit(self, of: Emission, target: Target | None) -> tuple[Emitted, tuple[Any, ...]]:
-        kernel, results = emit(**of.arguments, causal=functools.partial(self._causal, of), bind=of.bind, target=target)
-        if not any(isinstance(each, FakeTensor) for each in results):
-            plain, wanted = super().emit(replace(of, bind=False))
-            _hold_against(of.launch.body.name, results, wanted)
-            if of.launch.grouped and len(of.launch.cells) < 2 and {*plain.shared} <= {*kernel.shared}:
-                self.unseen[kernel.file] = of.launch.body.name, plain
+    def _leave(self, body: str, executor: Executor, error: Exception) -> None:
+        """Leave a body to torch from now on."""
+        logger.warning("%s runs by torch, since it cannot by kernels: %s", body, error)
+        self.by_torch.add(body)
+        executor.drop(body)
+
+    def _lower(self, executor: Executor, of: Emission, target: Target | None) -> tuple[Emitted, tuple[Any, ...]]:
+        causal = functools.partial(self._causal, executor, of)
+        kernel, results = emit(**of.arguments, causal=causal, bind=of.bind, target=target)
+        if any(isinstance(each, FakeTensor) for each in results):
+            return kernel, results
+        plain, wanted = Torch().lower(executor, replace(of, bind=False))
+        body = of.launch.body.name
+        leave = functools.partial(self._leave, body) if self.lenient else None
+        _hold_against(body, results, wanted, leave)
+        if len(of.launch.cells) < 2 and {*plain.shared} <= {*kernel.shared}:
+            kernel = replace(kernel, function=HeldBody(kernel, plain, body, leave))
         return kernel, results
 
-    def _causal(self, of: Emission, operand: Operand) -> bool:
+    def _causal(self, executor: Executor, of: Emission, operand: Operand) -> bool:
         """Tell whether an operand is a causal mask in all calls of these sizes."""
-        if not self.constant(operand):
+        if not executor.constant(operand):
             return False
         mask = of.shared(operand)
         with unset_fake_temporarily():
             if isinstance(mask, FakeTensor):  # nothing is launched, and what it holds is not known: compute it alone
-                text = TextRun(self.program, TextInput({}, 1, of.environment.T), of.environment.B)
+                text = TextRun(executor.program, TextInput({}, 1, of.environment.T), of.environment.B)
                 mask = text.operand(operand, (), of.environment)
             return mask.dim() > 1 and is_causal(mask, *mask.shape[-2:])
-
-    def call(
-        self,
-        kernel: Emitted,
-        size: int | None,
-        inputs: Sequence[Any],
-        weights: Sequence[torch.Tensor],
-        numbers: Sequence[Any],
-        shared: tuple[Any, ...],
-    ) -> tuple[Any, ...]:
-        """Run a kernel.
-
-        Raises:
-            BackendError: if it gives other results than torch.
-        """
-        results = super().call(kernel, size, inputs, weights, numbers, shared)
-        if size is not None and size > 1 and (held := self.unseen.pop(kernel.file, None)) is not None:
-            body, plain = held
-            passed = dict(zip(kernel.shared, shared, strict=True))
-            of_plain = tuple(passed[each] for each in plain.shared)
-            _hold_against(body, results, super().call(plain, size, inputs, weights, numbers, of_plain))
-        return results
 
     def target(self, device: torch.device) -> Target | None:
         """Return the target that kernels are made for, or None for the interpreter.
@@ -166,18 +133,46 @@ class Triton(Executor):
         return target_of(device)
 
 
-class _WrongError(BackendError):
-    """An error of kernels that give other results than torch."""
+@dataclass
+class HeldBody:
+    """A body's kernels, which are held against torch when they first run for several cells.
 
-    def __init__(self, body: str, result: int) -> None:
-        super().__init__(
-            f"result {result} of the kernels of {body} is not what torch's operations give",
-            remedy='use backend="torch", and report it, please',
-        )
-        self.body = body
+    Attributes:
+        kernel: the kernels.
+        plain: the body by torch; None once it has been compared.
+        body: its name.
+        leave: has it run by torch from now on, if that may be.
+    """
+
+    kernel: Emitted
+    plain: Emitted | None
+    body: str
+    leave: Leave | None
+
+    def __call__(
+        self,
+        size: int | None,
+        inputs: Sequence[Any],
+        weights: Sequence[torch.Tensor],
+        numbers: Sequence[Any],
+        shared: tuple[Any, ...],
+    ) -> tuple[Any, ...]:
+        """Run the kernels, as :attr:`Emitted.function` does.
+
+        Raises:
+            BackendError: if they give other results than torch.
+        """
+        results = self.kernel.function(size, inputs, weights, numbers, shared)
+        if size is not None and size > 1 and self.plain is not None:
+            plain, self.plain = self.plain, None
+            passed = dict(zip(self.kernel.shared, shared, strict=True))
+            of_plain = tuple(passed[each] for each in plain.shared)
+            wanted = plain.function(size, inputs, weights, numbers, of_plain)
+            _hold_against(self.body, results, wanted, self.leave)
+        return results
 
 
-def _hold_against(body: str, results: Sequence[Any], wanted: Sequence[Any]) -> None:
+def _hold_against(body: str, results: Sequence[Any], wanted: Sequence[Any], leave: Leave | None) -> None:
     """Hold results against those of torch, up to rounding.
 
     Raises:
@@ -185,7 +180,7 @@ def _hold_against(body: str, results: Sequence[Any], wanted: Sequence[Any]) -> N
     """
     for number, (one, other) in enumerate(zip(results, wanted, strict=True)):
         if not _alike(one, other):
-            raise _WrongError(body, number)
+            raise WrongError(body, number, leave)
 
 
 def _alike(one: Any, other: Any) -> bool:

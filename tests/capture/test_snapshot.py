@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import types
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from rmtc.capture import snapshot
+from rmtc.capture.containers import container_of
+from rmtc.capture.kinds import MISSING
 from rmtc.capture.snapshot import Snapshot
 from rmtc.capture.state import Slot, walk
 
@@ -152,3 +154,55 @@ def test_an_order_that_no_version_tells_is_put_back() -> None:
     table.move_to_end("a")
     taken.restore()
     assert [*table] == ["a", "b"]
+
+
+HELD: dict[str, Any] = {
+    "dict": {"a": 1, "b": 2},
+    "ordered dict": OrderedDict(a=1, b=2),
+    "list": [1, 2],
+    "deque": deque([1, 2]),
+    "set": {1, 2},
+    "cell": types.CellType(1),
+    "empty cell": types.CellType(),
+}
+"""Containers that are put back as a whole."""
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_container_is_compared_and_put_back_as_a_whole(name: str) -> None:
+    owner: Any = HELD[name]
+    kind, shown = container_of(owner), str(owner)
+    before = kind.copy(owner)
+    assert not [*kind.changes(owner, before)]
+    if name == "set":
+        owner.add(3)
+    else:
+        key = "cell_contents" if "cell" in name else "a" if "dict" in name else 1
+        held = kind.get(owner, key)
+        kind.put(owner, key, 7)
+        assert [*kind.changes(owner, before)] == [(key, 7, held)]
+        kind.restore(owner, before)
+        assert kind.get(owner, key) is held
+        kind.delete(owner, key)
+    assert bool([*kind.changes(owner, before)]) is (name != "empty cell")
+    kind.restore(owner, before)
+    assert not [*kind.changes(owner, before)]
+    assert "cell" in name or str(owner) == shown
+
+
+def test_a_place_of_each_kind_of_container_is_read_and_written() -> None:
+    class Own:
+        pass
+
+    box = Box().keep(1)
+    cell = types.CellType()
+    owners: list[tuple[Any, Any]] = [(Own, "here"), (box, "value"), ({}, 3), ([0], 0), (deque([0]), 0)]
+    for owner, key in [*owners, (cell, "cell_contents")]:
+        kind = container_of(owner)
+        kind.put(owner, key, "new")
+        assert kind.get(owner, key) == "new" == kind.getter(owner)(key)
+        kind.delete(owner, key)
+        assert kind.get(owner, key) is MISSING
+    assert container_of((5,)).get((5,), 0) == 5 and container_of((5,)).get((5,), 1) is MISSING
+    assert container_of(Own).get(type("Below", (Own,), {}), "__dict__") is MISSING
+    assert container_of(vars(box)).indexed and not container_of(box).indexed

@@ -26,6 +26,8 @@ from rmtc.affine import Affine
 from rmtc.codegen.torch import Emitted, emit
 from rmtc.codegen.torch.cells import select_run
 from rmtc.codegen.torch.rules import rules
+from rmtc.codegen.torch.trees import G, Raw, Tree
+from rmtc.codegen.torch.trees import call as tree_of
 from rmtc.codegen.torch.values import NamedArguments, function_name
 from rmtc.errors import Location
 from rmtc.ir.program import Op, Origin, call_arguments, leaves, map_leaves, target_name
@@ -352,30 +354,30 @@ def test_a_wrong_rule_for_vmap_is_found_by_its_values(x: X) -> None:
 # Rules that are wrong.
 
 
-def broadcast(arguments: NamedArguments) -> str:
+def broadcast(arguments: NamedArguments) -> Tree:
     """Takes the cells of an operand of lower rank for its own rows."""
     return arguments.call()
 
 
-def flat(arguments: NamedArguments) -> str:
-    return f"{arguments.call()}.flatten(0, 1)"
+def flat(arguments: NamedArguments) -> Tree:
+    return tree_of(".flatten", arguments.call(), 0, 1)
 
 
-def narrow(arguments: NamedArguments) -> str:
-    return f"{arguments.call()}.float()"
+def narrow(arguments: NamedArguments) -> Tree:
+    return tree_of(".float", arguments.call())
 
 
-def shared_by_all(arguments: NamedArguments) -> str:
+def shared_by_all(arguments: NamedArguments) -> Tree:
     """Gives all cells the first one's."""
-    return f"{arguments.call()}[:1]"
+    return arguments.call()[Raw(":1")]
 
 
-def failing(arguments: NamedArguments) -> str:
-    return f"{arguments.call()}.view(G, 7, 7)"
+def failing(arguments: NamedArguments) -> Tree:
+    return arguments.call().view(G, 7, 7)
 
 
-def several(arguments: NamedArguments) -> str:
-    return f"[{arguments.call()}, {arguments.call()}]"
+def several(arguments: NamedArguments) -> Tree:
+    return Raw("[", arguments.call(), ", ", arguments.call(), "]")
 
 
 @pytest.mark.parametrize("wrong", [broadcast, flat, narrow, shared_by_all, failing, several])
@@ -404,8 +406,8 @@ def test_a_wrong_rule_for_an_operation_with_several_results_is_not_used(monkeypa
     each = call("max.dim", X((3, 3)), 0)
     for wrong in (
         lambda arguments: arguments.call(dim=0),
-        lambda arguments: f"{arguments.call(dim=1)}[0]",
-        lambda arguments: f"[*{arguments.call(dim=1)}, 1]",
+        lambda arguments: arguments.call(dim=1)[0],
+        lambda arguments: Raw("[*", arguments.call(dim=1), ", 1]"),
     ):
         monkeypatch.setattr(emit_module, "rule_for", lambda target, wrong=wrong: wrong)
         hold(each, (True,))
@@ -413,7 +415,7 @@ def test_a_wrong_rule_for_an_operation_with_several_results_is_not_used(monkeypa
 
 def test_a_mistake_in_a_rule_is_no_reason_to_run_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("sum(in0)", "print(in0)", "open('file')", "in0.no_such_method()"):
-        monkeypatch.setattr(emit_module, "rule_for", lambda target, text=text: lambda arguments: text)
+        monkeypatch.setattr(emit_module, "rule_for", lambda target, text=text: lambda arguments: Raw(text))
         with pytest.raises((NameError, AttributeError)):
             Operands(call("neg", X((3,))), (True,), 2).emit()
 

@@ -40,8 +40,8 @@ from rmtc.examples import armt_gpt2, armt_llama
 from rmtc.ir.array import Array, Outside, Pointwise, Product, Stored, View
 from rmtc.ir.kernel import build
 from rmtc.passes.bodies.fusion_groups import Machine
-from rmtc.runtime.executor import Walk
-from rmtc.runtime.triton import Triton, launches_on
+from rmtc.runtime.executor import Executor, Walk
+from rmtc.runtime.triton import HeldBody, Triton, launches_on
 
 pytestmark = pytest.mark.usefixtures("rounding")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 4e-3}
@@ -49,9 +49,10 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, to
 
 def bodies(runner: Any) -> Iterator[TritonBody]:
     """Those that ran."""
-    assert isinstance(runner, Triton)
+    assert isinstance(runner.lowering, Triton)
     for kernel in runner.kernels.values():
-        body = getattr(kernel.function, "__self__", None)
+        function = kernel.function.kernel.function if isinstance(kernel.function, HeldBody) else kernel.function
+        body = getattr(function, "__self__", None)
         if isinstance(body, TritonBody):
             yield body
 
@@ -402,7 +403,7 @@ def test_kernels_with_other_results_than_torch_do_not_run(name: str, monkeypatch
         torch.testing.assert_close(fast(ids), other(ids), rtol=1e-10, atol=1e-10)
     run = rmtc.stats(fast).last_run
     assert run is not None and run.backend == "triton" and run.steps < run.sequential_steps
-    assert runner_of(fast).by_torch
+    assert runner_of(fast).lowering.by_torch
 
 
 @torch.no_grad()
@@ -416,7 +417,7 @@ def test_what_cannot_be_made_of_kernels_runs_by_torch_where_auto_chose(monkeypat
     eager = copy.deepcopy(model)
     fast = rmtc.compile(model, schedule="shortest", strict=True)
     torch.testing.assert_close(fast(ids), eager(ids), rtol=1e-10, atol=1e-10)
-    assert rmtc.stats(fast).runs == 1 and {"C0", "C1"} <= runner_of(fast).by_torch
+    assert rmtc.stats(fast).runs == 1 and {"C0", "C1"} <= runner_of(fast).lowering.by_torch
 
 
 class Dropping(models.AssociativeLayer):
@@ -494,7 +495,7 @@ def test_a_step_is_twelve_launches_at_most(monkeypatch: pytest.MonkeyPatch) -> N
         fast = rmtc.compile(model, backend="triton", schedule="shortest", strict=True)
         fast(*args)  # emits
         monkeypatch.setattr(Walk, "_results", counted)
-        monkeypatch.setattr(Triton, "binds", False)
+        monkeypatch.setattr(Executor, "binds", False)
         fast(*args)
     steady = steps[-2:]  # the first has a first segment
     assert all(sum(name.startswith("rmtc_kernels::") for name in step) == 10 for step in steady), steady

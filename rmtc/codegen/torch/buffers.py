@@ -1,58 +1,24 @@
 """Memory of an emitted body: what is overwritten, what lies in memory that stays, and which views are made once.
 
-An emitted line may have other spellings: one that overwrites an operand that nothing reads any more, and one that
-writes into a buffer. Which of them is used is decided here, by what later lines read. What then always lies in the same
-memory needs no line when the body runs: views of it are made beforehand.
+The value of an emitted line may be written over an operand that nothing reads any more, or into a buffer. Which of
+these is done is decided here, by what later lines read. What then always lies in the same memory needs no line when the
+body runs: views of it are made beforehand.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
+from rmtc.codegen.torch.trees import Apply, G, TensorName, Tree, call, names, nodes, seen_as, written_by
 from rmtc.errors import raised_by_signal
 
-_OUT = re.compile("\x01([^\x02]*)\x02")  # no text of a constant holds such characters: repr writes them otherwise
-_NAME = re.compile(r"\b(?:v|in|u|w)\d+\b")
-_MEMORY = re.compile(r"\b(?:v|in|u|w|b|r|k|p)\d+\b")
-_COPIED = re.compile(r"(\w+)\.(reshape\([^()]*\)|contiguous\(\))")
-_CALL = re.compile(r"(\w+)\(")
-_COPIES = re.compile(r"\.(?:reshape|contiguous|repeat_interleave)\(")
-_VIEWS = re.compile(r"\b((?:v|in|u|w)\d+)(?:\.(?:transpose|t|unsqueeze|squeeze|reshape|view|expand)\([^()]*\))+")
-
-
-def out(*sizes: int | str) -> str:
-    """In the text of a call: where ``out=`` may stand, for a result of these sizes in terms of ``G``.
-
-    Without sizes, for a result that is the value of the line.
-    """
-    return f"\x01{', '.join(map(str, sizes))}\x02"
-
-
-def plain(text: str) -> str:
-    """A text as Python reads it, whose results are allocated as torch likes."""
-    return _OUT.sub("", text)
-
-
-class Instead(NamedTuple):
-    """Another spelling of a line.
-
-    Attributes:
-        operand: what is overwritten.
-        text: the expression that does so.
-        place: the expression for where the value lies then.
-        view: what turns the expression into the value.
-    """
-
-    operand: str
-    text: str
-    place: str
-    view: str = ""
+_VIEWS = frozenset({".transpose", ".t", ".unsqueeze", ".squeeze", ".reshape", ".view", ".expand"})
+_COPIES = frozenset({".reshape", ".contiguous", ".repeat_interleave"})
 
 
 @dataclass
@@ -61,38 +27,40 @@ class Line:
 
     Attributes:
         name: of the value.
-        text: the expression.
+        tree: the expression.
         place: a comment.
         region: in which memory the value may lie, named by the value that it was allocated for: by its own name only if
             that is sure, for operands of any strides.
         value: shape and dtype of the value with its group, if it is a tensor.
         solid: whether each of its elements surely has a place of its own.
         view: whether it is nothing but its operand seen in another way, or a copy of it.
-        instead: operands that may be overwritten with the value.
+        instead: other expressions for it, each of which overwrites an operand.
         dead: values that nothing reads after it.
-        stays: the expression for the memory that was chosen for the value, if it was.
-        seen: what turns the expression into the value then, where it was not.
     """
 
     name: str
-    text: str
+    tree: Tree
     place: str
     region: str
     value: tuple[tuple[int, ...], torch.dtype] | None
     solid: bool = False
     view: bool = False
-    instead: tuple[Instead, ...] = ()
+    instead: tuple[Tree, ...] = ()
     dead: tuple[str, ...] = ()
-    stays: str = ""
-    seen: str = ""
 
     @property
     def reads(self) -> list[str]:
-        """The names in the text."""
-        return _NAME.findall(self.text)
+        """The names in the expression."""
+        return names(self.tree)
+
+    @property
+    def stays(self) -> Tree | None:
+        """The memory that was chosen for the value, as the value sees it, if it was."""
+        written = written_by(self.tree)
+        return seen_as(self.tree, written.out) if isinstance(written.out, Tree) else None
 
     def __str__(self) -> str:
-        return f"{self.name} = {plain(self.text)}{self.place}"
+        return f"{self.name} = {self.tree}{self.place}"
 
 
 class Buffer(NamedTuple):
@@ -103,14 +71,13 @@ class Buffer(NamedTuple):
 
     name: str
     slot: int | None
-    sizes: str
+    sizes: tuple[Any, ...]
     elements: int
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        if self.slot is None:
-            return f"{self.name} = {self.name}.view({self.sizes})"
-        return f"{self.name} = s{self.slot}[:G * {self.elements}].view({self.sizes})"
+        memory = self.name if self.slot is None else f"s{self.slot}[:G * {self.elements}]"
+        return f"{self.name} = {TensorName(memory).view(*self.sizes)}"
 
 
 class Planned(NamedTuple):
@@ -177,24 +144,25 @@ def plan_buffers(
     made = {line.name: line for line in (*owned, *lines)}
     chosen: list[Line] = []
     for number, line in enumerate(lines):
-        text, stays, view = line.text, "", ""
+        tree = line.tree
         for each in line.instead:
-            if each.operand in made and _may_overwrite(plan, made[each.operand], line, number):
-                plan.alias[line.name] = plan.region(each.operand)
-                text, stays, view = each.text, each.place, each.view
+            operand = names(written_by(each).out)[0]
+            if operand in made and _may_overwrite(plan, made[operand], line, number):
+                plan.alias[line.name], tree = plan.region(operand), each
                 break
-        chosen.append(replace(line, text=text, stays=stays, seen=view, instead=()))
+        chosen.append(replace(line, tree=tree, instead=()))
     kept = {plan.region(name) for name in results} | {plan.alias.get(region, region) for region in pinned}
     slots: dict[tuple[int, torch.dtype], int] = {}
     free_after: dict[tuple[int, torch.dtype], int] = {}
     buffers: list[Buffer] = []
     for number, line in enumerate(chosen):
-        found = _OUT.search(line.text)
+        written = written_by(line.tree)
         usable = line.region == line.name and not line.stays and line.name not in pinned
-        if found is None or not usable or line.value is None or not line.value[1].is_floating_point:
-            line.text = _OUT.sub("", line.text)
+        if written.out is None or not usable or line.value is None or not line.value[1].is_floating_point:
             continue
-        count, dtype = math.prod(eval(f"({found[1]},)", {"G": 1})), line.value[1]
+        assert isinstance(written, Apply)
+        (_, *shape), dtype = line.value
+        count = math.prod(shape)
         if line.name in kept:
             name, slot = f"r{sum(each.slot is None for each in buffers)}", None
         else:
@@ -203,10 +171,8 @@ def plan_buffers(
             key = min(free, key=lambda each: abs(slots[each] - count), default=(len(slots), dtype))
             slots[key], free_after[key] = max(slots.get(key, 0), count), last
             name, slot = f"b{len(buffers)}", list(slots).index(key)
-        line.seen = line.text[found.end() + 1 :]  # the call ends there, and what follows are views
-        line.stays = f"{name}{line.seen}"
-        line.text = _OUT.sub(f", out={name}", line.text)[: found.start() + len(f", out={name}") + 1]
-        buffers.append(Buffer(name, slot, found[1], count, dtype))
+        line.tree = seen_as(line.tree, replace(written, out=TensorName(name)))
+        buffers.append(Buffer(name, slot, written.out or (G, *shape), count, dtype))
     overwritten = frozenset(map(plan.region, plan.alias)) & {line.name for line in owned}
     allocated = {line.name for line in chosen if line.region == line.name and not line.stays}
     alone = frozenset(name for name in results if plan.region(name) in allocated and plan.region(name) not in pinned)
@@ -237,21 +203,22 @@ def bound_lines(
     Checks: what is made once is a view of memory, for contents change (weights too), and not a copy of it.
     """
     values: dict[str, Any] = {**space, **known}
-    made = {*known, *(each.name for each in planned.buffers)}  # once
+    memory = {each.name for each in planned.buffers}
+    made = {*known, *memory}  # once
     for each in planned.buffers:
-        sizes = eval(f"({each.sizes},)", {"G": space["G"]})
+        sizes = [eval(str(size), {"G": space["G"]}) for size in each.sizes]
         values[each.name] = torch.empty(sizes, dtype=each.dtype, device="meta")
     once, each_time = [str(each) for each in planned.buffers], list[str]()
-    views: dict[str, str] = {}
+    views: dict[str, TensorName] = {}
 
-    def make(name: str, text: str) -> bool:
+    def make(name: str, tree: Tree) -> bool:
         """Make a value once, if that is possible."""
-        roots = _MEMORY.findall(text)
+        roots = names(tree)
         if len(roots) != 1 or roots[0] not in made:
             return False
         (root,) = roots
         try:
-            values[name] = eval(text, values)
+            values[name] = eval(str(tree), values)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             if raised_by_signal(error):
                 raise
@@ -259,50 +226,63 @@ def bound_lines(
         if values[name].untyped_storage()._cdata != values[root].untyped_storage()._cdata:
             return False  # a copy
         made.add(name)
-        text = f"seen({text}, {root})" if text != root else text
-        once.append(f"{name} = {text}")
+        once.append(f"{name} = {tree if str(tree) == root else call('seen', tree, TensorName(root))}")
         return True
 
-    def taken_out(match: re.Match[str]) -> str:
-        if match[0] not in views and make(f"p{len(views)}", match[0]):
-            views[match[0]] = f"p{len(views)}"
-        return views.get(match[0], match[0])
+    def taken_out(tree: Tree) -> Tree:
+        """Put what is made once in the place of views in an expression."""
+        if not _is_view(tree):
+            return tree.map(taken_out)
+        if str(tree) not in views and make(f"p{len(views)}", tree):
+            views[str(tree)] = TensorName(f"p{len(views)}")
+        return views.get(str(tree), tree)
 
     def copied(line: Line) -> bool:
         """Make memory for what has to be copied each time to be seen so."""
-        found = _COPIED.fullmatch(line.text)
-        if found is None or found[1] not in made:
+        tree = line.tree
+        if not (isinstance(tree, Apply) and tree.function in (".reshape", ".contiguous") and str(tree.args[0]) in made):
             return False
-        copy, source = f"k{len(each_time)}", found[1]
-        values[copy] = torch.empty(values[source].shape, dtype=values[source].dtype, device="meta")
-        made.add(copy)
+        source = str(tree.args[0])
+        copy = TensorName(f"k{len(each_time)}")
+        values[str(copy)] = torch.empty(values[source].shape, dtype=values[source].dtype, device="meta")
+        made.add(str(copy))
         once.append(f"{copy} = work({source}.shape, {source}.dtype)")
         each_time.append(f"{copy}.copy_({source}){line.place}")
-        return make(line.name, f"{copy}.{found[2]}")
+        return make(line.name, replace(tree, args=(copy, *tree.args[1:])))
 
     for line in planned.lines:
-        if line.view and not line.stays and (make(line.name, line.text) or copied(line)):
+        stays = line.stays
+        if line.view and not stays and (make(line.name, line.tree) or copied(line)):
             continue
-        text = _VIEWS.sub(taken_out, line.text)
-        call = _CALL.match(text)
-        binds = line.stays[:1] in ("b", "r") and call is not None and f"bind_{call[1]}" in space
-        # What is left of these may be copies: bound once, they would be read as they were then.
-        if binds and made.issuperset(_MEMORY.findall(text)) and not _COPIES.search(text):
-            bound = f"f{sum(each.startswith('f') for each in once)}"
-            once.append(f"{bound} = bind_{text[:-1]}, work=work)")
-            text = f"{bound}()"
-        elif binds:
-            text = f"bind_{text[:-1]}, work=fresh({line.stays.partition('.')[0]}))()"
-        if not line.stays:
-            each_time.append(f"{line.name} = {text}{line.place}")
-        elif make(line.name, line.stays):
-            each_time.append(f"{text}{line.place}")
+        written = written_by(line.tree) if stays else line.tree
+        tree = taken_out(written)
+        if isinstance(tree, Apply) and str(written.out) in memory and f"bind_{tree.function}" in space:
+            # What is left of these may be copies: bound once, they would be read as they were then.
+            copies = any(isinstance(each, Apply) and each.function in _COPIES for each in nodes(tree))
+            lasts = made.issuperset(names(tree)) and not copies
+            work = TensorName("work") if lasts else call("fresh", tree.out)
+            bound = Apply(f"bind_{tree.function}", tree.args, (*tree.named, ("out", tree.out), ("work", work)))
+            tree = call(str(bound))
+            if lasts:
+                tree = call(f"f{sum(each.startswith('f') for each in once)}")
+                once.append(f"{tree.function} = {bound}")
+        if not stays:
+            each_time.append(f"{line.name} = {tree}{line.place}")
+        elif make(line.name, stays):
+            each_time.append(f"{tree}{line.place}")
         else:  # as where an operand is overwritten that lies elsewhere each time
-            each_time.append(f"{line.name} = {text}{line.seen}{line.place}")
+            each_time.append(f"{line.name} = {seen_as(line.tree, tree)}{line.place}")
         dead = [name for name in line.dead if name not in made]
         if dead:
             each_time.append(f"del {', '.join(dead)}")
     return once, each_time, made
+
+
+def _is_view(tree: Any) -> bool:
+    """Tell whether an expression is a tensor by its name, seen in another way."""
+    if not isinstance(tree, Apply) or tree.function not in _VIEWS:
+        return False
+    return isinstance(tree.args[0], TensorName) or _is_view(tree.args[0])
 
 
 def fresh(out: torch.Tensor) -> Callable[[Sequence[int], torch.dtype], torch.Tensor]:

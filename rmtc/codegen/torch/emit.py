@@ -19,13 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from rmtc.codegen.torch.attention import attend, bind_attend
-from rmtc.codegen.torch.buffers import Line, fresh, out, plain, seen
+from rmtc.codegen.torch.buffers import Line, fresh, seen
 from rmtc.codegen.torch.cells import by_cell, select_run, slice_run, stacked
 from rmtc.codegen.torch.places import is_fresh, is_view, overwriting
 from rmtc.codegen.torch.rules import UNGROUPED, rule_for
 from rmtc.codegen.torch.same import alike, copied, holds, near, next_of, rolled, same_as
 from rmtc.codegen.torch.source import BodySource, Emitted, spread
-from rmtc.codegen.torch.values import NamedArguments, Raw, Value, Varying, function_name, grouped
+from rmtc.codegen.torch.trees import Raw, TensorName, Tree, call, names
+from rmtc.codegen.torch.values import NamedArguments, Value, Varying, bare, function_name, grouped
 from rmtc.errors import raised_by_signal
 from rmtc.ir.program import Op, Src, call_arguments, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import Environment, Outer
@@ -83,91 +84,81 @@ class Emitter:
             self.space[f"bind_{function_name(target)}"] = binder
         self.fallbacks: dict[str, None] = {}
 
-    def bind(self, text: str, value: Any, is_grouped: bool) -> Any:
+    def bind(self, name: str, value: Any, is_grouped: bool) -> Any:
         """Name a value, and return what later operations know of it.
 
         A tensor is known as a :class:`Value`, and so is each part of a tuple by itself.
         """
-        self.space[text] = value
-        return self._describe(text, value, is_grouped)
+        self.space[name] = value
+        return self._describe(TensorName(name), value, is_grouped)
 
-    def _describe(self, text: str, value: Any, is_grouped: bool) -> Any:
+    def _describe(self, tree: Tree, value: Any, is_grouped: bool) -> Any:
         if isinstance(value, torch.Tensor):
             shape = tuple(value.shape[1:] if is_grouped else value.shape)
             # Without a device, products are not chosen here, or are as fast as they can be.
             device = value.device if self.choose and (value.dim() < 2 or value.stride(-2) >= value.stride(-1)) else None
             return Value(
-                text, shape, value.dtype, is_grouped, device, compiled=self.compiled, trained=bool(self.derivatives)
+                tree, shape, value.dtype, is_grouped, device, compiled=self.compiled, trained=bool(self.derivatives)
             )
         if isinstance(value, (tuple, list)):
-            return tuple(self._describe(f"{text}[{n}]", item, is_grouped) for n, item in enumerate(value))
-        return Raw(text)
+            return tuple(self._describe(tree[n], item, is_grouped) for n, item in enumerate(value))
+        return tree
 
-    def repeated(self, text: str, count: int) -> Value:
+    def repeated(self, name: str, count: int) -> Value:
         """Return a weight as a value with one row per cell, each of its rows for ``count`` neighbouring cells."""
-        rows: torch.Tensor = self.space[text]
-        every = f"{text}.repeat_interleave({count}, 0)"
-        device = rows.device if self.choose else None
-        trained = bool(self.derivatives)
-        return Value(every, tuple(rows.shape[1:]), rows.dtype, True, device, count, text, self.compiled, trained)
+        rows = self.space[name]
+        value: Value = self._describe(call(".repeat_interleave", TensorName(name), count, 0), rows, True)
+        return replace(value, device=rows.device if self.choose else None, repeat=count, rows=TensorName(name))
 
     def run(self, name: str, op: Op, args: tuple[Any, ...]) -> Any:
         """Emit and run one operation."""
         if op.target is operator.getitem:
             value = args[0][args[1]]
-            self._assign(name, f"{value.text}", op)
-            return self.bind(name, self.space[name], value.grouped)
+            return self._assign(name, value, op, value.grouped)
         if op.target is choose:
             flags, one, other = args
             self.space["choose"] = choose
-            self._assign(name, f"choose({flags.text}, {grouped(one)}, {grouped(other)})", op, fresh=True)
-            return self.bind(name, self.space[name], True)
+            return self._assign(name, call("choose", flags, grouped(one), grouped(other)), op, True, fresh=True)
         if op.target is only:
             flags, side, value = args
             self.space["only"] = only
-            each = value.text if value.grouped else f"{value.text}.expand(G, *{value.text}.shape)"
-            self._assign(name, f"only({flags.text}, {side}, {each})", op)
-            return self.bind(name, self.space[name], True)
+            return self._assign(name, call("only", flags, side, grouped(value)), op, True)
         if isinstance(op.target, Draw):
             return self._draw(name, op, op.target.target, *args)
         if not isinstance(op.target, torch._ops.OpOverload):  # a shared value as a result
-            self._assign(name, args[0].text, op)
-            return self.bind(name, self.space[name], args[0].grouped)
+            return self._assign(name, args[0], op, args[0].grouped)
         positional, named = call_arguments(args)
         arguments = NamedArguments(op.target, positional, named)
         varying = any(isinstance(leaf, Varying) for leaf in leaves(args))
         if not varying and not any(each.grouped for each in arguments.tensors()):
-            self._assign(name, plain(arguments.call()), op, arguments)
-            return self.bind(name, self.space[name], False)
+            return self._assign(name, arguments.call(), op, False, arguments)
         if op.target in UNGROUPED and not varying:
-            first = arguments["self"]
-            self._assign(name, arguments.call(self=Raw(f"{first.text}[0]")), op, arguments)
-            return self.bind(name, self.space[name], False)
+            return self._assign(name, arguments.call(self=arguments["self"][0]), op, False, arguments)
         # Where one way fails for some shapes, the next one is tried.
-        for text, way in self._candidates(op, arguments, varying):
+        for tree, way in self._candidates(op, arguments, varying):
             by_rule = way == "rule"
-            text, fresh = (text, is_fresh(op.target)) if by_rule else (plain(text), False)
+            fresh = by_rule and is_fresh(op.target)
             try:
-                self._assign(name, text, op, arguments, fresh)
+                made = self._assign(name, tree, op, True, arguments, fresh)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 if raised_by_signal(error):
                     raise
-                logger.debug("%s as %s: %s", op, text, error)
+                logger.debug("%s as %s: %s", op, tree, error)
                 continue
             if (
                 self._as_expected(name, arguments)
-                and (way == "cells" or self._for_any_number(text, name, arguments))
-                and (way != "vmap" or self._of_two_cells(text, arguments))
+                and (way == "cells" or self._for_any_number(tree, name, arguments))
+                and (way != "vmap" or self._of_two_cells(tree, arguments))
             ):
                 line = self.lines[-1]
                 if fresh:
-                    line.solid, line.instead = True, overwriting(arguments)
+                    line.solid, line.instead = True, tuple(map(bare, overwriting(arguments)))
                     self._name(arguments)
                 elif by_rule and is_view(op.target):
                     line.view = True
                     line.solid = any(each.name in line.reads and each.solid for each in self.lines[:-1])
-                return self.bind(name, self.space[name], True)
-            logger.debug("%s as %s: not the shape or dtype of its cells", op, text)
+                return made
+            logger.debug("%s as %s: not the shape or dtype of its cells", op, tree)
             self.lines.pop()
         raise NotImplementedError(f"no way to run {op} for a group of cells")
 
@@ -179,92 +170,80 @@ class Emitter:
         x, p = arguments.values.get("input"), arguments.values.get("p")
         whole = isinstance(x, Value) and x.grouped is (self.size is not None) and isinstance(p, float)
         if target is torch.ops.aten.dropout.default and whole:
-            assert isinstance(x, Value)
-            text = f"dropped({place.text}, {x.text}, {p!r})"
+            tree = call("dropped", place, x, p)
         elif self.size is None:
-            text = f"drawn({place.text}, lambda: {arguments.call()})"
+            tree = call("drawn", place, Raw("lambda: ", arguments.call()))
         else:
-            names = dict[Value, str]()
-            call = self._cell(arguments, "i", names)
-            function = f"lambda {', '.join(['i', *names.values()])}: {call}"
-            text = f"stacked(drawn_by_cell({', '.join([place.text, function, *(each.text for each in names)])}))"
-        self._assign(name, plain(text), op, arguments)
-        return self.bind(name, self.space[name], self.size is not None)
+            picked = dict[Value, str]()
+            each = self._cell(arguments, "i", picked)
+            function = Raw(f"lambda {', '.join(['i', *picked.values()])}: ", each)
+            tree = call("stacked", call("drawn_by_cell", place, function, *picked))
+        return self._assign(name, tree, op, self.size is not None, arguments)
 
-    def _candidates(self, op: Op, arguments: NamedArguments, varying: bool) -> Iterator[tuple[str, str]]:
-        """Yield texts to try, each with its way.
+    def _candidates(self, op: Op, arguments: NamedArguments, varying: bool) -> Iterator[tuple[Tree, str]]:
+        """Yield expressions to try, each with its way.
 
-        A text by a "rule" or by "vmap" runs all cells at once. One by "cells" runs a cell at a time.
+        One by a "rule" or by "vmap" runs all cells at once. One by "cells" runs a cell at a time.
         """
         if varying:
             if op.target is torch.ops.aten.select.int and isinstance(arguments["index"], Varying):
                 source, dim = arguments["self"], arguments["dim"]
                 if not source.grouped and isinstance(dim, int):
-                    yield f"select_run({source.text}, {dim}, {arguments['index'].text})", "cells"
+                    yield call("select_run", source, dim, arguments["index"]), "cells"
             if op.target is torch.ops.aten.slice.Tensor and arguments["step"] == 1:
                 source, dim, ends = arguments["self"], arguments["dim"], [arguments["start"], arguments["end"]]
                 if not source.grouped and all(isinstance(each, Varying) for each in ends):
-                    yield f"slice_run({source.text}, {dim}, {', '.join(each.text for each in ends)})", "cells"
+                    yield call("slice_run", source, dim, *ends), "cells"
         else:
             rule = rule_for(op.target)
-            text = rule(arguments) if rule is not None else None
-            if text is not None:
-                yield text, "rule"
+            tree = rule(arguments) if rule is not None else None
+            if tree is not None:
+                yield tree, "rule"
             self.fallbacks[target_name(op.target)] = None
             if _has_batching(op.target) and not self.derivatives:  # of embedding its derivative is not that of cells
                 yield self._vmap(arguments), "vmap"
         yield self._loop(arguments), "cells"
 
-    def _vmap(self, arguments: NamedArguments) -> str:
-        """Return the text of the single operation under `vmap`."""
-        tensors = list(dict.fromkeys(arguments.tensors()))
-        names = {value: f"x{number}" for number, value in enumerate(tensors)}
-
-        def rename(value: Any) -> Any:
-            if isinstance(value, Value):
-                return Raw(names[value])
-            return [rename(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-        call = arguments.call(**{name: rename(value) for name, value in arguments.values.items() if holds(value)})
+    def _vmap(self, arguments: NamedArguments) -> Tree:
+        """Return the single operation under `vmap`."""
+        tensors = {value: f"x{number}" for number, value in enumerate(dict.fromkeys(arguments.tensors()))}
+        each = _substituted(arguments, lambda value: Raw(tensors[value]))
         dims = "".join("0, " if value.grouped else "None, " for value in tensors)
-        given = ", ".join(value.text for value in tensors)
-        return f"vmap(lambda {', '.join(names.values())}: {call}, in_dims=({dims}))({given})"
+        return call(f"vmap(lambda {', '.join(tensors.values())}: {each}, in_dims=({dims}))", *tensors)
 
-    def _loop(self, arguments: NamedArguments) -> str:
-        names = dict[Value, str]()
-        call = self._cell(arguments, "i", names if self.derivatives else None)
-        if not names:
-            return f"stacked([{call} for i in range(G)])"
-        given = ", ".join(value.text for value in names)
-        return f"stacked([{call} for i, {', '.join(names.values())} in by_cell({given})])"
+    def _loop(self, arguments: NamedArguments) -> Tree:
+        picked = dict[Value, str]()
+        each = self._cell(arguments, "i", picked if self.derivatives else None)
+        cells = Raw(", ".join(["i", *picked.values()]), " in ", call("by_cell", *picked) if picked else "range(G)")
+        return Raw("stacked([", each, " for ", cells, "])")
 
-    def _cell(self, arguments: NamedArguments, index: str, names: dict[Value, str] | None = None) -> str:
-        """Return the text of the operation on one cell of the group.
+    def _cell(self, arguments: NamedArguments, index: str, picked: dict[Value, str] | None = None) -> Tree:
+        """Return the operation on one cell of the group.
 
         Args:
             arguments: those of the group.
             index: of the cell.
-            names: takes the names that the text has for the cell's parts of tensors; they are indexed if None.
+            picked: takes the names that the cell's parts of tensors have; they are indexed if None.
         """
 
         def pick(value: Any) -> Any:
-            if names is not None and isinstance(value, Value) and value.grouped:
-                return Raw(names.setdefault(value, f"x{len(names)}"))
-            if isinstance(value, Varying) or (isinstance(value, Value) and value.grouped):
-                return Raw(f"{value.text}[{index}]")
-            return [pick(item) for item in value] if isinstance(value, (list, tuple)) else value
+            if isinstance(value, Value) and not value.grouped:
+                return value
+            if picked is not None and isinstance(value, Value):
+                return Raw(picked.setdefault(value, f"x{len(picked)}"))
+            return value[Raw(index)]
 
-        return arguments.call(**{name: pick(value) for name, value in arguments.values.items() if holds(value)})
+        return _substituted(arguments, pick)
 
     def _as_expected(self, name: str, arguments: NamedArguments) -> bool:
         """Tell whether the grouped result looks like the operation's own on the first cell."""
         return alike(self.space[name], self._value(self._cell(arguments, "0"), arguments), self.size)
 
-    def _for_any_number(self, text: str, name: str, arguments: NamedArguments) -> bool:
-        """Tell whether a text for all cells at once, by a rule or by `vmap`, holds for other numbers of cells too.
+    def _for_any_number(self, tree: Tree, name: str, arguments: NamedArguments) -> bool:
+        """Tell whether an expression for all cells at once, by a rule or by `vmap`, holds for other numbers of them.
 
         A single cell broadcasts with everything, and a number of cells that is also a batch size hides one axis behind
-        another. So the text is tried with a number that is no size of an operand.
+        another. So it is tried with a number that is no size of an operand.
         """
         sizes = {size for value in arguments.tensors() for size in value.shape}
         repeat = max((value.repeat for value in arguments.tensors()), default=1)
@@ -275,13 +254,13 @@ class Emitter:
             return tensor.to("meta")[:1].expand(count, *tensor.shape[1:])
 
         for value in arguments.tensors():
-            known = value.rows or plain(value.text).partition("[")[0]
+            (known,) = names(value)
             function = several if value.grouped else operator.methodcaller("to", "meta")
             space[known] = pytree.tree_map_only(torch.Tensor, function, self.space[known])
             if value.rows:
                 space[known] = several(self.space[known], count // repeat)
         try:
-            found = eval(plain(text), space)
+            found = eval(str(tree), space)
         except NotImplementedError:  # an operation that cannot tell its shape without running
             return True
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -291,18 +270,18 @@ class Emitter:
         first = pytree.tree_map_only(torch.Tensor, operator.itemgetter(0), self.space[name])
         return alike(found, first, count)
 
-    def _of_two_cells(self, text: str, arguments: NamedArguments) -> bool:
-        """Tell whether a text gives the values of the operation on each of several cells that differ.
+    def _of_two_cells(self, tree: Tree, arguments: NamedArguments) -> bool:
+        """Tell whether an expression gives the values of the operation on each of several cells that differ.
 
         Not all of torch's rules for `vmap` are right: that of `index_fill` takes the first cell's value for all.
         """
-        found = [self._of_cells(text, arguments, change) for change in (next_of, rolled)]
+        found = [self._of_cells(tree, arguments, change) for change in (next_of, rolled)]
         return False not in found and True in found
 
     def _of_cells(
-        self, text: str, arguments: NamedArguments, change: Callable[[torch.Tensor], torch.Tensor]
+        self, tree: Tree, arguments: NamedArguments, change: Callable[[torch.Tensor], torch.Tensor]
     ) -> bool | None:
-        """Tell whether a text gives the values of the operation on cells of two kinds in turn.
+        """Tell whether an expression gives the values of the operation on cells of two kinds in turn.
 
         Args:
             change: makes cells of the second kind.
@@ -318,19 +297,19 @@ class Emitter:
 
         for value in arguments.tensors():
             if value.grouped:
-                name = value.rows or plain(value.text).partition("[")[0]  # of one of several results, their tuple
+                (name,) = names(value)  # of one of several results, their tuple
                 if any(isinstance(each, FakeTensor) or each.is_meta for each in pytree.tree_leaves(self.space[name])):
                     return True
                 several = functools.partial(differing, count=count // value.repeat)
                 space[name] = pytree.tree_map_only(torch.Tensor, several, self.space[name])
         try:
-            cells = [eval(plain(self._cell(arguments, str(number))), space) for number in range(count)]
+            cells = [eval(str(self._cell(arguments, str(number))), space) for number in range(count)]
         except (RuntimeError, IndexError, ValueError) as error:  # an index past the end
             if raised_by_signal(error):
                 raise
             return None
         try:
-            found = pytree.tree_leaves(eval(plain(text), space))
+            found = pytree.tree_leaves(eval(str(tree), space))
         except (RuntimeError, IndexError, ValueError) as error:
             if raised_by_signal(error):
                 raise
@@ -338,30 +317,30 @@ class Emitter:
         expected = [torch.stack(parts) for parts in zip(*map(pytree.tree_leaves, cells), strict=True)]
         return all(near(one, other) for one, other in zip(found, expected, strict=True))
 
-    def _value(self, text: str, arguments: NamedArguments | None) -> Any:
+    def _value(self, tree: Tree, arguments: NamedArguments | None) -> Any:
         if arguments is not None:
             self._name(arguments)
-        return eval(plain(text), self.space)
+        return eval(str(tree), self.space)
 
     def _name(self, arguments: NamedArguments) -> None:
-        """Give the callables that texts name their place in the space."""
+        """Give the callables that expressions name their place in the space."""
         self.space.update({name: self.derivatives.get(each, each) for name, each in arguments.functions.items()})
 
     def _assign(
-        self, name: str, text: str, op: Op, arguments: NamedArguments | None = None, fresh: bool = False
-    ) -> None:
-        value = self.space[name] = self._value(text, arguments)
+        self, name: str, tree: Tree, op: Op, grouped: bool, arguments: NamedArguments | None = None, fresh: bool = False
+    ) -> Any:
+        """Emit a line, run it, and return what later operations know of its value."""
+        value = self._value(tree, arguments)
         # A file may have any name. Escaped, none can end the comment.
         place = f"  # {repr(op.location.file)[1:-1]}:{op.location.line}" if op.location is not None else ""
-        line = Line(name, text, place, name, None)
+        line = Line(name, bare(tree), place, name, None)
         if isinstance(value, torch.Tensor):
             line.value = tuple(value.shape), value.dtype
-            if self.size is not None:
-                line.text = text.replace(out(), out("G", *value.shape[1:]))
         if not fresh:
             line.region = self._region(line)
         self.regions[name] = line.region
         self.lines.append(line)
+        return self.bind(name, value, grouped)
 
     def _region(self, line: Line) -> str:
         """Return the region in which a value may lie: that of its operands, or any if they have several.
@@ -374,6 +353,17 @@ class Emitter:
             return regions.pop()
         self.pinned |= regions
         return _ANYWHERE
+
+
+def _substituted(arguments: NamedArguments, function: Callable[[Any], Tree]) -> Tree:
+    """Return the call of an operation, with what replaces each tensor and each number that differs among cells."""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [replaced(item) for item in value]
+        return function(value) if isinstance(value, (Value, Varying)) else value
+
+    return arguments.call(**{name: replaced(value) for name, value in arguments.values.items() if holds(value)})
 
 
 def _has_batching(target: Any) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from rmtc.codegen.torch.buffers import Instead
 from rmtc.codegen.torch.rules import aten, pointwise, rule_for
-from rmtc.codegen.torch.values import NAMED, NamedArguments, Value, fast, function_name
+from rmtc.codegen.torch.trees import Apply, Tree
+from rmtc.codegen.torch.values import NamedArguments, Value, fast, function_name
 from rmtc.ops.fused import FUNCTIONS
 
 
@@ -22,8 +22,8 @@ def _in_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
     return getattr(packet, target._overloadname, None)
 
 
-def overwriting(arguments: NamedArguments) -> tuple[Instead, ...]:
-    """Return the operands that the result of an operation may overwrite, each with the expression that does so."""
+def overwriting(arguments: NamedArguments) -> tuple[Tree, ...]:
+    """Return expressions for the result of an operation that overwrite an operand, if memory allows."""
     target, found = arguments.target, list(arguments.instead)
     instead = _in_place(target)
     if instead is None or rule_for(target) is not pointwise:
@@ -34,16 +34,15 @@ def overwriting(arguments: NamedArguments) -> tuple[Instead, ...]:
         orders.append({first: arguments[other], other: arguments[first]})
     for order in orders:
         values = {**arguments.values, **order}
-        self = values[first]
-        if isinstance(self, Value) and self.grouped and NAMED.fullmatch(self.text):
+        if isinstance(values[first], Value) and values[first].grouped:
             swapped = NamedArguments(target, (), {})
             swapped.values, swapped.given, swapped.functions = values, arguments.given, arguments.functions
-            text = pointwise(swapped)
-            if text is not None:
+            tree = pointwise(swapped)
+            if isinstance(tree, Apply):
                 name = function_name(instead)
                 method = getattr(torch.Tensor, instead._schema.name.removeprefix("aten::"), None)
                 arguments.functions[name] = method if isinstance(method, types.MethodDescriptorType) else fast(instead)
-                found.append(Instead(self.text, f"{name}({text.partition('(')[2]}", self.text))
+                found.append(Apply(name, tree.args, tree.named, tree.args[0]))
     return tuple(found)
 
 

@@ -3,55 +3,48 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from rmtc.codegen.torch import attention as products
-from rmtc.codegen.torch.buffers import Instead, out
-from rmtc.codegen.torch.values import NAMED, NamedArguments, Raw, Value, grouped, literal, ranked, sizes_text
+from rmtc.codegen.torch.trees import G, Raw, Tree, call, times_g
+from rmtc.codegen.torch.values import NamedArguments, Value, grouped, ranked
 from rmtc.ops.linears import are_faster
 
 
-def linear(arguments: NamedArguments) -> str | None:
+def linear(arguments: NamedArguments) -> Tree | None:
     value, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
+    shape = (*value.shape[:-1], weight.shape[0])
     if not weight.grouped and (bias is None or not bias.grouped):
         if weight.rank != 2 or not value.rank or (bias is not None and bias.rank != 1):
             return arguments.call()
-        shape = (*value.shape[:-1], weight.shape[0])
-        rows = f"G * {math.prod(shape[:-1])}"
-        flat, into = f"{value.text}.reshape({rows}, {value.shape[-1]})", out(rows, weight.shape[0])
-        product = f"mm({flat}, {weight.text}.t(){into})"
-        if bias is not None:
-            product = f"addmm({bias.text}, {flat}, {weight.text}.t(){into})"
-        return f"{product}.view(G, {sizes_text(shape)})"
+        many = times_g(math.prod(shape[:-1]))
+        operands = [*([] if bias is None else [bias]), value.reshape(many, value.shape[-1]), weight.t()]
+        product: Tree = call("mm" if bias is None else "addmm", *operands, out=(many, weight.shape[0]))
+        return product.view(G, *shape)
     if weight.rank != 2 or not weight.grouped or not value.rank:
         return None
     rows = math.prod(value.shape[:-1])
     if weight.trained and not weight.rows:  # one operation for autograd
-        return _trained(
-            value, weight, None if bias is None else ranked(bias, value.rank) if bias.grouped else bias.text
-        )
+        return _trained(value, weight, None if bias is None else ranked(bias, value.rank))
     if weight.rows and (bias is None or bias.rows):
-        product = _product_of_rows(value, weight, f"{weight.rows}.transpose(1, 2)", bias)
-        return f"{product}.view(G, {sizes_text((*value.shape[:-1], weight.shape[0]))})"
-    flat = f"{grouped(value)}.reshape(G, {rows}, {value.shape[-1]})" if value.rank != 2 else grouped(value)
-    matrix = f"{weight.text}.transpose(1, 2)"
-    into = out("G", rows, weight.shape[0])
-    row = None if bias is None else ranked(bias, 2) if bias.grouped else bias.text
+        return _product_of_rows(value, weight, weight.rows.transpose(1, 2), bias).view(G, *shape)
+    flat = grouped(value).reshape(G, rows, value.shape[-1]) if value.rank != 2 else grouped(value)
+    into = (G, rows, weight.shape[0])
+    row = None if bias is None else ranked(bias, 2)
     if _by_kernel(rows, value, weight):
-        added = "" if row is None or weight.compiled else f", {row}.expand(G, {rows}, {weight.shape[0]})"
-        product = f"linear_maps({flat}, {weight.text}{added}{into})"
+        added = [] if row is None or weight.compiled else [row.expand(G, rows, weight.shape[0])]
+        product = call("linear_maps", flat, weight, *added, out=into)
         if row is not None and weight.compiled:
-            product = f"({product} + {row})"
-    elif row is None:
-        product = f"bmm({flat}, {matrix}{into})"
+            product = product + row
     else:
-        product = f"baddbmm({row}, {flat}, {matrix}{into})"
-    shape = (*value.shape[:-1], weight.shape[0])
-    return product if value.rank == 2 else f"{product}.view(G, {sizes_text(shape)})"
+        operands = [*([] if row is None else [row]), flat, weight.transpose(1, 2)]
+        product = call("bmm" if row is None else "baddbmm", *operands, out=into)
+    return product if value.rank == 2 else product.view(G, *shape)
 
 
-def _trained(value: Value, weight: Value, added: str | None) -> str:
-    return f"linear_maps({grouped(value)}, {weight.text}{'' if added is None else f', {added}'})"
+def _trained(value: Value, weight: Value, added: Tree | None) -> Tree:
+    return call("linear_maps", grouped(value), weight, *([] if added is None else [added]))
 
 
 def _by_kernel(rows: int, value: Value, weight: Value) -> bool:
@@ -60,117 +53,104 @@ def _by_kernel(rows: int, value: Value, weight: Value) -> bool:
     return are_faster(rows, value.shape[-1], weight.shape[0], value.dtype, weight.device)
 
 
-def added_linear(arguments: NamedArguments) -> str | None:
+def added_linear(arguments: NamedArguments) -> Tree | None:
     residual, value, weight = arguments["residual"], arguments["x"], arguments["weight"]
     shape = (*value.shape[:-1], weight.shape[0])
+    rows = math.prod(shape[:-1])
     if weight.rank != 2 or not weight.grouped or residual.shape != shape:
         ranks = {each.rank for each in (residual, value)}
         if weight.grouped or len(ranks) > 1:
             return None
         if weight.rank != 2 or residual.shape != shape or not (residual.grouped and value.grouped):
             return arguments.call()
-        rows = f"G * {math.prod(shape[:-1])}"
-        flat = [f"{each.text}.reshape({rows}, {each.shape[-1]})" for each in (residual, value)]
-        product, seen = f"{flat[1]}, {weight.text}.t()", f".view(G, {sizes_text(shape)})"
-        if NAMED.fullmatch(residual.text):
-            arguments.instead = (Instead(residual.text, f"{flat[0]}.addmm_({product})", f"{flat[0]}{seen}", seen),)
-        return f"addmm({flat[0]}, {product}{out(rows, shape[-1])}){seen}"
+        many = times_g(rows)
+        flat: list[Tree] = [each.reshape(many, each.shape[-1]) for each in (residual, value)]
+        arguments.instead = (call(".addmm_", *flat, weight.t(), out=flat[0]).view(G, *shape),)
+        return call("addmm", *flat, weight.t(), out=(many, shape[-1])).view(G, *shape)
     if weight.rows:
-        product = _product_of_rows(value, weight, f"{weight.rows}.transpose(1, 2)")
-        return f"{product}.view(G, {sizes_text(shape)}).add_({residual.text})"
+        return _product_of_rows(value, weight, weight.rows.transpose(1, 2)).view(G, *shape).add_(residual)
     if weight.trained:
-        return _trained(value, weight, residual.text)
-    rows = math.prod(shape[:-1])
-    flat = [f"{grouped(each)}.reshape(G, {rows}, {each.shape[-1]})" for each in (residual, value)]
-    into = out("G", rows, shape[-1])
-    by_kernel, seen = _by_kernel(rows, value, weight), f".view(G, {sizes_text(shape)})"
-    product = f"{flat[1]}, {weight.text}" if by_kernel else f"{flat[1]}, {weight.text}.transpose(1, 2)"
+        return _trained(value, weight, residual)
+    flat = [grouped(each).reshape(G, rows, each.shape[-1]) for each in (residual, value)]
+    into = (G, rows, shape[-1])
+    by_kernel = _by_kernel(rows, value, weight)
+    matrix = weight if by_kernel else weight.transpose(1, 2)
     if weight.compiled:  # baddbmm first copies the residual, while a compiler adds it where the sum is read
-        return f"({flat[0]} + {'linear_maps' if by_kernel else 'bmm'}({product})){seen}"
+        return (flat[0] + call("linear_maps" if by_kernel else "bmm", flat[1], matrix)).view(G, *shape)
     if by_kernel:
-        product = f"linear_maps({product}, {flat[0]}"
-        if NAMED.fullmatch(residual.text):
-            arguments.instead = (Instead(residual.text, f"{product}, out={flat[0]})", f"{flat[0]}{seen}", seen),)
-        return f"{product}{into}){seen}"
-    if NAMED.fullmatch(residual.text):
-        arguments.instead = (Instead(residual.text, f"{flat[0]}.baddbmm_({product})", f"{flat[0]}{seen}", seen),)
-    return f"baddbmm({flat[0]}, {product}{into}){seen}"
+        product = call("linear_maps", flat[1], matrix, flat[0], out=into)
+        instead = replace(product, out=flat[0])
+    else:
+        product, instead = call("baddbmm", *flat, matrix, out=into), call(".baddbmm_", *flat, matrix, out=flat[0])
+    arguments.instead = (instead.view(G, *shape),)
+    return product.view(G, *shape)
 
 
-def added_matmul(arguments: NamedArguments) -> str | None:
+def added_matmul(arguments: NamedArguments) -> Tree | None:
     operands = [arguments[name] for name in ("residual", "left", "right")]
     batch = {each.shape[:-2] for each in operands}
-    shape = (operands[1].shape[-2], operands[2].shape[-1])
-    if len(batch) > 1 or operands[0].shape[-2:] != shape or any(each.rows for each in operands):
+    shape = operands[0].shape
+    fits = (operands[1].shape[-2], operands[2].shape[-1]) == shape[-2:]
+    if len(batch) > 1 or not fits or any(each.rows for each in operands):
         return None
-    count = math.prod(batch.pop())
-    flat = [
-        grouped(each) if each.rank == 2 else f"{grouped(each)}.reshape(G * {count}, {sizes_text(each.shape[-2:])})"
-        for each in operands
-    ]
-    alpha = "" if arguments["alpha"] == 1 else f", alpha={literal(arguments['alpha'])}"
-    product, seen = f"{flat[1]}, {flat[2]}{alpha}", f".view(G, {sizes_text(operands[0].shape)})"
-    if operands[0].compiled and not alpha:  # as in `added_linear`
-        return f"({flat[0]} + bmm({product})){seen}"
-    if operands[0].grouped and NAMED.fullmatch(operands[0].text):
-        text, place = f"{flat[0]}.baddbmm_({product})", f"{flat[0]}{seen}"
-        arguments.instead = (Instead(operands[0].text, text, place, seen),)
-    return f"baddbmm({flat[0]}, {product}{out(f'G * {count}', *operands[0].shape[-2:])}){seen}"
+    many = times_g(math.prod(batch.pop()))
+    flat = [grouped(each) if each.rank == 2 else grouped(each).reshape(many, *each.shape[-2:]) for each in operands]
+    named = {} if arguments["alpha"] == 1 else {"alpha": arguments["alpha"]}
+    if operands[0].compiled and not named:  # as in `added_linear`
+        return (flat[0] + call("bmm", *flat[1:])).view(G, *shape)
+    if operands[0].grouped:
+        arguments.instead = (call(".baddbmm_", *flat, **named, out=flat[0]).view(G, *shape),)
+    return call("baddbmm", *flat, **named, out=(many, *shape[-2:])).view(G, *shape)
 
 
-def _product_of_rows(value: Value, weight: Value, matrix: str, bias: Value | None = None) -> str:
-    """Return the text of a product that takes the cells of each row of the weights as one matrix with more rows."""
+def _product_of_rows(value: Value, weight: Value, matrix: Tree, bias: Value | None = None) -> Tree:
+    """Return a product that takes the cells of each row of the weights as one matrix with more rows."""
     many = weight.repeat * math.prod(value.shape[:-1])
-    flat = f"{grouped(value)}.reshape(G // {weight.repeat}, {many}, {value.shape[-1]})"
-    return f"baddbmm({bias.rows}.unsqueeze(1), {flat}, {matrix})" if bias else f"bmm({flat}, {matrix})"
+    flat = grouped(value).reshape(Raw(f"G // {weight.repeat}"), many, value.shape[-1])
+    if bias is None:
+        return call("bmm", flat, matrix)
+    assert bias.rows is not None
+    return call("baddbmm", bias.rows.unsqueeze(1), flat, matrix)
 
 
-def matmul(arguments: NamedArguments) -> str | None:
+def matmul(arguments: NamedArguments) -> Tree | None:
     left, right = (value for value in arguments.values.values() if isinstance(value, Value))
     if not left.rank or not right.rank:
         return None
     if right.rows and right.rank == 2 and left.grouped and not left.rows:
-        return f"{_product_of_rows(left, right, right.rows)}.view(G, {sizes_text((*left.shape[:-1], right.shape[1]))})"
-    a, b = left.text, right.text
+        return _product_of_rows(left, right, right.rows).view(G, *left.shape[:-1], right.shape[1])
     vector, row = right.rank == 1, left.rank == 1
-    if vector:
-        b = f"{b}.unsqueeze(-1)"
-    if row:
-        a = f"{a}.unsqueeze(-2)"
     a_rank, b_rank = max(left.rank, 2), max(right.rank, 2)
     rank = max(a_rank, b_rank)
     if left.grouped and right.grouped and rank > 2 and left.shape[:-2] == right.shape[:-2]:
-        count, sizes = math.prod(left.shape[:-2]), (left.shape[-2], right.shape[-1])
-        flat = [f"{each.text}.reshape(G * {count}, {sizes_text(each.shape[-2:])})" for each in (left, right)]
-        return f"bmm({', '.join(flat)}{out(f'G * {count}', *sizes)}).view(G, {sizes_text((*left.shape[:-2], *sizes))})"
-    a = _batched(a, left, a_rank, rank, (1, *left.shape) if row else left.shape)
-    b = _batched(b, right, b_rank, rank, (*right.shape, 1) if vector else right.shape)
-    text = f"matmul({a}, {b})"
-    if left.grouped and right.grouped and rank == 2 and not (vector or row):
-        text = f"bmm({a}, {b}{out()})"
+        many, sizes = times_g(math.prod(left.shape[:-2])), (left.shape[-2], right.shape[-1])
+        flat = [each.reshape(many, *each.shape[-2:]) for each in (left, right)]
+        return call("bmm", *flat, out=(many, *sizes)).view(G, *left.shape[:-2], *sizes)
+    a = _batched(left.unsqueeze(-2) if row else left, left, a_rank, rank, (1, *left.shape) if row else left.shape)
+    shape = (*right.shape, 1) if vector else right.shape
+    b = _batched(right.unsqueeze(-1) if vector else right, right, b_rank, rank, shape)
+    by_cell = left.grouped and right.grouped and rank == 2 and not (vector or row)
+    product = call("bmm", a, b, out=()) if by_cell else call("matmul", a, b)
     if vector:
-        text = f"{text}.squeeze(-1)"
-    return f"{text}.squeeze(-{1 if vector else 2})" if row else text
+        product = product.squeeze(-1)
+    return product.squeeze(-1 if vector else -2) if row else product
 
 
-def _batched(text: str, value: Value, have: int, rank: int, shape: tuple[int, ...]) -> str:
-    if not value.grouped or have == rank:
-        return text
-    return f"{text}.reshape(G, {sizes_text((1,) * (rank - have) + tuple(shape))})"
+def _batched(tree: Tree, value: Value, have: int, rank: int, shape: tuple[int, ...]) -> Tree:
+    return tree if not value.grouped or have == rank else tree.reshape(G, *(1,) * (rank - have), *shape)
 
 
-def addmm(arguments: NamedArguments) -> str | None:
+def addmm(arguments: NamedArguments) -> Tree | None:
     bias, left, right = arguments["self"], arguments["mat1"], arguments["mat2"]
     if arguments["beta"] != 1 or arguments["alpha"] != 1 or bias.rank > 2:
         return None
+    shape = left.shape[0], right.shape[1]
     if right.rows and bias.rows and bias.rank == 1 and not left.rows:
-        return f"{_product_of_rows(left, right, right.rows, bias)}.view(G, {left.shape[0]}, {right.shape[1]})"
-    bias_text = ranked(bias, 2) if bias.grouped else bias.text
-    into = out("G", left.shape[0], right.shape[1])
-    return f"baddbmm({bias_text}, {grouped(left)}, {grouped(right)}{into})"
+        return _product_of_rows(left, right, right.rows, bias).view(G, *shape)
+    return call("baddbmm", ranked(bias, 2), grouped(left), grouped(right), out=(G, *shape))
 
 
-def einsum(arguments: NamedArguments) -> str | None:
+def einsum(arguments: NamedArguments) -> Tree | None:
     equation, tensors = arguments["equation"].replace(" ", ""), arguments["tensors"]
     if "->" not in equation or not isinstance(tensors, (list, tuple)):
         return None
@@ -181,10 +161,10 @@ def einsum(arguments: NamedArguments) -> str | None:
     spelled = [
         f"{letter}{term}" if value.grouped else term for term, value in zip(terms.split(","), tensors, strict=True)
     ]
-    return f"einsum({(','.join(spelled) + '->' + letter + result)!r}, {literal(tensors)})"
+    return call("einsum", ",".join(spelled) + "->" + letter + result, tensors)
 
 
-def attention(arguments: NamedArguments) -> str | None:
+def attention(arguments: NamedArguments) -> Tree | None:
     """Group attention with the group in the batch, for with five dimensions the fast kernels are not used."""
     query, key, value, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
     if len({query.rank, key.rank, value.rank}) > 1 or query.rank not in (3, 4):
@@ -192,10 +172,11 @@ def attention(arguments: NamedArguments) -> str | None:
     if len({query.shape[0], key.shape[0], value.shape[0]}) > 1:
         return None
     batch = query.shape[0]
-
-    def folded(each: Value) -> str:
-        return f"{grouped(each)}.reshape(G * {batch}, {sizes_text(each.shape[1:])})"
-
+    many = times_g(batch)
+    folded: dict[str, Any] = {
+        name: grouped(each).reshape(many, *each.shape[1:])
+        for name, each in (("query", query), ("key", key), ("value", value))
+    }
     shape = (batch, *query.shape[1:-1], value.shape[-1])
     if (
         isinstance(mask, Value)
@@ -214,27 +195,26 @@ def attention(arguments: NamedArguments) -> str | None:
         kind = "causal" if causal else "none" if mask is None else "given"
         if products.is_faster(batch, query.shape[1], sizes, kind, query.dtype):
             scale = arguments["scale"] if arguments["scale"] is not None else query.shape[-1] ** -0.5
-            given = ", ".join([*(folded(arguments[name]) for name in ("query", "key", "value")), literal(mask)])
-            into = out(f"G * {batch}", *shape[1:])
-            return f"attend({given}, scale={literal(scale)}, causal={causal}{into}).view(G, {sizes_text(shape)})"
-    changed: dict[str, Any] = {name: Raw(folded(arguments[name])) for name in ("query", "key", "value")}
+            into = (many, *shape[1:])
+            return call("attend", *folded.values(), mask, scale=scale, causal=causal, out=into).view(G, *shape)
+    changed = dict(folded)
     if causal and isinstance(arguments["attn_mask"], Value):
         changed |= {"attn_mask": None, "is_causal": True}
     elif isinstance(mask, Value):
-        text = _mask(mask, query.rank, batch)
-        if text is None:
+        tree = _mask(mask, query.rank, batch)
+        if tree is None:
             return None
-        changed["attn_mask"] = Raw(text)
-    return f"{arguments.call(**changed)}.view(G, {sizes_text(shape)})"
+        changed["attn_mask"] = tree
+    return arguments.call(**changed).view(G, *shape)
 
 
-def _mask(mask: Value, rank: int, batch: int) -> str | None:
+def _mask(mask: Value, rank: int, batch: int) -> Tree | None:
     if mask.rank > rank:
         return None
     if not mask.grouped and (mask.rank < rank or mask.shape[0] == 1):
-        return mask.text
+        return mask
     shape = (1,) * (rank - mask.rank) + mask.shape
-    text = f"{mask.text}.reshape(G, {sizes_text(shape)})" if mask.grouped and mask.rank < rank else grouped(mask)
+    tree = mask.reshape(G, *shape) if mask.grouped and mask.rank < rank else grouped(mask)
     if shape[0] != batch:
-        text = f"{text}.expand(G, {sizes_text((batch, *shape[1:]))})"
-    return f"{text}.reshape(G * {batch}, {sizes_text(shape[1:])})"
+        tree = tree.expand(G, batch, *shape[1:])
+    return tree.reshape(times_g(batch), *shape[1:])

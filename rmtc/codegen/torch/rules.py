@@ -1,8 +1,8 @@
 """Grouping rules: one operation on one cell -> one expression for a group of cells.
 
 A grouped value has the cell's shape behind a leading group axis of size ``G``. A value that all cells share has no such
-axis. A rule gets the operation's arguments with :class:`Value` for tensors, at least one of them grouped. It gives the
-text of an expression whose value is grouped, or None if it does not know the case. Then the operation runs under
+axis. A rule gets the operation's arguments with :class:`Value` for tensors, at least one of them grouped. It gives an
+expression whose value is grouped, or None if it does not know the case. Then the operation runs under
 `torch.vmap`, by itself.
 """
 
@@ -13,32 +13,32 @@ from typing import Any, TypeAlias
 
 import torch
 
-from rmtc.codegen.torch.buffers import out
 from rmtc.codegen.torch.products import added_linear, added_matmul, addmm, attention, einsum, linear, matmul
-from rmtc.codegen.torch.values import NamedArguments, Raw, Value, grouped, literal, ranked, shifted, sizes_text, targets
+from rmtc.codegen.torch.trees import G, Raw, Tree, call
+from rmtc.codegen.torch.values import NamedArguments, Value, grouped, ranked, shifted, targets
 from rmtc.ops.fused import add_linear, add_matmul, rms_normalize, roll_products, rotary
 
 aten = torch.ops.aten
 
 
-Rule: TypeAlias = Callable[[NamedArguments], "str | None"]
+Rule: TypeAlias = Callable[[NamedArguments], Tree | None]
 
 
-def pointwise(arguments: NamedArguments) -> str | None:
+def pointwise(arguments: NamedArguments) -> Tree | None:
     tensors = list(arguments.tensors())
     rank = max(value.rank for value in tensors)
     # A cell's 0-d tensor does not take part in type promotion, but a group of them would.
     if any(value.grouped and not value.rank for value in tensors) and len({value.dtype for value in tensors}) > 1:
         return None
     changed = {
-        name: Raw(ranked(value, rank))
+        name: ranked(value, rank)
         for name, value in arguments.values.items()
         if isinstance(value, Value) and value.grouped and value.rank < rank
     }
     return arguments.call(**changed)
 
 
-def as_is(arguments: NamedArguments) -> str | None:
+def as_is(arguments: NamedArguments) -> Tree | None:
     """Group an operation that treats leading dimensions as a batch, by the call as it is."""
     return arguments.call()
 
@@ -46,10 +46,10 @@ def as_is(arguments: NamedArguments) -> str | None:
 def by_dims(*names: str) -> Rule:
     """Make a rule for operations on tensors of one shape that name the dimensions they work along."""
 
-    def rule(arguments: NamedArguments) -> str | None:
+    def rule(arguments: NamedArguments) -> Tree | None:
         value, *more = arguments.tensors()
         tensors = {name: each for name, each in arguments.values.items() if more and isinstance(each, Value)}
-        changed: dict[str, Any] = {name: Raw(grouped(each)) for name, each in tensors.items()}
+        changed: dict[str, Any] = {name: grouped(each) for name, each in tensors.items()}
         for name in names:
             dims = arguments[name]
             if isinstance(dims, (list, tuple)) and dims:
@@ -70,42 +70,36 @@ def by_dims(*names: str) -> Rule:
 def over_all(target: torch._ops.OpOverload) -> Rule:
     """Make a rule for reductions over all dimensions, by their form with dimensions."""
 
-    def rule(arguments: NamedArguments) -> str | None:
+    def rule(arguments: NamedArguments) -> Tree | None:
         value = arguments["self"]
         if not value.rank:
             return None
-        dtype = arguments["dtype"]
-        tail = f", dtype={literal(dtype)}" if dtype is not None else ""
-        return f"{arguments.function(target)}({value.text}, {list(range(1, value.rank + 1))}{tail})"
+        dtype = {} if arguments["dtype"] is None else {"dtype": arguments["dtype"]}
+        return call(arguments.function(target), value, list(range(1, value.rank + 1)), **dtype)
 
     return rule
 
 
-def reshape(arguments: NamedArguments) -> str | None:
-    value = arguments["self"]
-    size = arguments["size"] if "size" in arguments.values else arguments["shape"]
-    return f"{value.text}.reshape(G, {sizes_text(tuple(size))})" if size else f"{value.text}.reshape(G)"
+def expand(arguments: NamedArguments) -> Tree:
+    size = arguments["size"]
+    return ranked(arguments["self"], len(size)).expand(G, *size)
 
 
-def expand(arguments: NamedArguments) -> str | None:
-    value, size = arguments["self"], arguments["size"]
-    return f"{ranked(value, len(size))}.expand(G, {sizes_text(tuple(size))})"
+def repeat(arguments: NamedArguments) -> Tree:
+    repeats = arguments["repeats"]
+    return call(".repeat", ranked(arguments["self"], len(repeats)), 1, *repeats)
 
 
-def repeat(arguments: NamedArguments) -> str | None:
-    value, repeats = arguments["self"], arguments["repeats"]
-    return f"{ranked(value, len(repeats))}.repeat(1, {sizes_text(tuple(repeats))})"
-
-
-def transpose(arguments: NamedArguments) -> str | None:
-    value = arguments["self"]
+def transpose(arguments: NamedArguments) -> Tree | None:
+    value: Value = arguments["self"]
     dims = [shifted(arguments[name], value.rank) for name in ("dim0", "dim1")]
-    return f"{value.text}.transpose({dims[0]}, {dims[1]})" if value.rank else None
+    return value.transpose(*dims) if value.rank else None
 
 
-def part(arguments: NamedArguments) -> str | None:
+def part(arguments: NamedArguments) -> Tree | None:
     """Group a slice, spelled as Python does where it can be."""
-    value, dim, step = arguments["self"], arguments["dim"], arguments["step"]
+    value: Value = arguments["self"]
+    dim, step = arguments["dim"], arguments["step"]
     start, end = arguments["start"], arguments["end"]
     if not value.rank or step != 1 or not all(each is None or isinstance(each, int) for each in (start, end)):
         return by_dims("dim")(arguments)
@@ -113,38 +107,22 @@ def part(arguments: NamedArguments) -> str | None:
     start = 0 if start is None else max(0, min(start + size if start < 0 else start, size))
     end = size if end is None else max(start, min(end + size if end < 0 else end, size))
     before = "..., " if dim in (-1, value.rank - 1) else ":, " * (dim % value.rank + 1)
-    return f"{value.text}[{before}{start}:{end}]"
+    return value[Raw(f"{before}{start}:{end}")]
 
 
-def transpose_matrix(arguments: NamedArguments) -> str | None:
-    value = arguments["self"]
-    return f"{value.text}.transpose(1, 2)" if value.rank == 2 else value.text
-
-
-def permute(arguments: NamedArguments) -> str | None:
-    value = arguments["self"]
-    return f"{value.text}.permute(0, {sizes_text(tuple(dim % value.rank + 1 for dim in arguments['dims']))})"
-
-
-def unsqueeze(arguments: NamedArguments) -> str | None:
-    dim = arguments["dim"]
-    return f"{arguments['self'].text}.unsqueeze({dim if dim < 0 else dim + 1})"
-
-
-def cat(arguments: NamedArguments) -> str | None:
+def cat(arguments: NamedArguments) -> Tree | None:
     tensors = arguments["tensors"]
     if len({value.rank for value in tensors}) > 1 or not tensors[0].rank:
         return None
-    dim = shifted(arguments["dim"], tensors[0].rank)
-    return f"{arguments.function()}([{', '.join(map(grouped, tensors))}], {dim}{out()})"
+    return call(arguments.function(), [*map(grouped, tensors)], shifted(arguments["dim"], tensors[0].rank), out=())
 
 
-def stack(arguments: NamedArguments) -> str | None:
-    tensors, dim = arguments["tensors"], arguments["dim"]
-    return f"stack([{', '.join(map(grouped, tensors))}], {dim if dim < 0 else dim + 1})"
+def stack(arguments: NamedArguments) -> Tree:
+    dim = arguments["dim"]
+    return call("stack", [*map(grouped, arguments["tensors"])], dim if dim < 0 else dim + 1)
 
 
-def layer_norm(arguments: NamedArguments) -> str | None:
+def layer_norm(arguments: NamedArguments) -> Tree | None:
     value, weight, bias = arguments["input"], arguments["weight"], arguments.values.get("bias")
     if not value.grouped or arguments.values.get("cudnn_enable") is False:
         return None
@@ -153,43 +131,42 @@ def layer_norm(arguments: NamedArguments) -> str | None:
         return arguments.call()
     if any(each.dtype != value.dtype for each in affine):
         return None
-    text = f"{arguments.function()}({value.text}, {literal(arguments['normalized_shape'])}"
-    text += f", eps={literal(arguments['eps'])})"
+    tree = call(arguments.function(), value, arguments["normalized_shape"], eps=arguments["eps"])
     if weight is not None:
-        text = f"{text}.mul_({ranked(weight, value.rank)})"
-    return text if bias is None else f"{text}.add_({ranked(bias, value.rank)})"
+        tree = tree.mul_(ranked(weight, value.rank))
+    return tree if bias is None else tree.add_(ranked(bias, value.rank))
 
 
-def embedding(arguments: NamedArguments) -> str | None:
+def embedding(arguments: NamedArguments) -> Tree | None:
     return None if arguments["weight"].grouped else arguments.call()
 
 
-def index_select(arguments: NamedArguments) -> str | None:
+def index_select(arguments: NamedArguments) -> Tree | None:
     value, index = arguments["self"], arguments["index"]
     return None if index.grouped else arguments.call(dim=shifted(arguments["dim"], value.rank))
 
 
-def along(arguments: NamedArguments) -> str | None:
+def along(arguments: NamedArguments) -> Tree | None:
     """Group gather, scatter and the like, with operands of one rank, all of them grouped."""
     values = {name: value for name, value in arguments.values.items() if isinstance(value, Value)}
     if len({value.rank for value in values.values()}) > 1 or not arguments["self"].rank:
         return None
-    changed: dict[str, Any] = {name: Raw(grouped(value)) for name, value in values.items()}
+    changed: dict[str, Any] = {name: grouped(value) for name, value in values.items()}
     return arguments.call(dim=shifted(arguments["dim"], arguments["self"].rank), **changed)
 
 
-def expanded_scatter(arguments: NamedArguments) -> str | None:
+def expanded_scatter(arguments: NamedArguments) -> Tree | None:
     """Group slice_scatter and select_scatter, which replace a part of a tensor."""
-    changed: dict[str, Any] = {name: Raw(grouped(arguments[name])) for name in ("self", "src")}
+    changed: dict[str, Any] = {name: grouped(arguments[name]) for name in ("self", "src")}
     return arguments.call(dim=shifted(arguments["dim"], arguments["self"].rank), **changed)
 
 
-def diff(arguments: NamedArguments) -> str | None:
+def diff(arguments: NamedArguments) -> Tree | None:
     value = arguments["self"]
     ends = {name: arguments[name] for name in ("prepend", "append") if isinstance(arguments[name], Value)}
     if any(each.rank != value.rank for each in ends.values()):
         return None
-    changed: dict[str, Any] = {name: Raw(grouped(each)) for name, each in (("self", value), *ends.items())}
+    changed: dict[str, Any] = {name: grouped(each) for name, each in (("self", value), *ends.items())}
     return arguments.call(dim=shifted(arguments["dim"], value.rank), **changed)
 
 
@@ -243,16 +220,17 @@ def _table() -> dict[Any, Rule]:
     put(transpose, "transpose.int")
     put(part, "slice.Tensor")
     put(by_dims("source", "destination"), "movedim.int movedim.intlist")
-    put(reshape, "view.default reshape.default _unsafe_view.default")
+    put(lambda a: a["self"].reshape(G, *a["size"]), "view.default _unsafe_view.default")
+    put(lambda a: a["self"].reshape(G, *a["shape"]), "reshape.default")
     put(along, "gather.default scatter.src scatter.value scatter_add.default")
     put(expanded_scatter, "slice_scatter.default select_scatter.default")
     table[aten.sum.default] = over_all(aten.sum.dim_IntList)
     table[aten.mean.default] = over_all(aten.mean.dim)
     put(expand, "expand")
     put(repeat, "repeat")
-    put(transpose_matrix, "t")
-    put(permute, "permute")
-    put(unsqueeze, "unsqueeze")
+    put(lambda a: a["self"].transpose(1, 2) if a["self"].rank == 2 else a["self"], "t")
+    put(lambda a: a["self"].permute(0, *(dim % a["self"].rank + 1 for dim in a["dims"])), "permute")
+    put(lambda a: a["self"].unsqueeze(a["dim"] + (a["dim"] >= 0)), "unsqueeze")
     put(cat, "cat")
     put(stack, "stack")
     put(linear, "linear")

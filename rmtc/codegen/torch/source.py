@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rmtc.codegen.torch.buffers import Line, bound_lines, plan_buffers
-from rmtc.codegen.torch.values import Value
+from rmtc.codegen.torch.trees import TensorName
+from rmtc.codegen.torch.values import Value, bare, grouped
 from rmtc.ir.wavefront import Operand
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class BodySource:
         known = {name: space[name] for name in (*_named("in", self.inputs), *_named("w", self.weights))}
         known |= zip(_named("u", len(self.passed)), shared, strict=True)
         inputs = [
-            Line(name, name, "", name, (tuple(space[name].shape), space[name].dtype), solid=True)
+            Line(name, TensorName(name), "", name, (tuple(space[name].shape), space[name].dtype), solid=True)
             for name in _named("in", self.inputs)
         ]
         planned = plan_buffers(lines, self.emitter.regions, self.results, self.emitter.pinned, inputs)
@@ -162,10 +163,9 @@ def spread(emitter: Emitter, values: dict[int, Any], number: int) -> None:
     """Give a result that came out the same for all cells its group axis."""
     value = values[number]
     if isinstance(value, Value) and not value.grouped:
-        sizes = ", ".join(map(str, value.shape))
-        text = f"{value.text}.expand(G, {sizes})"
-        emitter.space[value.text] = eval(text, emitter.space)
-        emitter.lines.append(Line(value.text, text, "", emitter.regions[value.text], None))
+        name, tree = str(value), bare(grouped(value))
+        emitter.space[name] = eval(str(tree), emitter.space)
+        emitter.lines.append(Line(name, tree, "", emitter.regions[name], None))
 
 
 def _function(name: str, title: str, source: str, emitter: Emitter) -> tuple[Callable[..., Any], str]:

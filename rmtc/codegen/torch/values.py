@@ -1,10 +1,9 @@
-"""Arguments of an operation on a group of cells, as source text."""
+"""Arguments of an operation on a group of cells, as expressions."""
 
 from __future__ import annotations
 
 import functools
 import keyword
-import math
 import re
 import types
 from collections.abc import Callable, Iterator
@@ -13,36 +12,36 @@ from typing import Any
 
 import torch
 
-from rmtc.codegen.torch.buffers import Instead, out
+from rmtc.codegen.torch.trees import Apply, G, Raw, Tree
 from rmtc.ops.fused import BOUND, FUNCTIONS
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Value:
+class Value(Tree):
     """A tensor operand of a rule.
 
     Attributes:
-        text: the expression that gives it.
+        tree: the expression that gives it.
         shape: its shape in one cell.
         dtype, device: of its elements. The device is None where a rule is not to ask what is fast there, and for a
             tensor that is transposed in memory.
         compiled: whether a compiler makes code of all but the products.
         grouped: whether it has a group axis.
-        repeat: number of neighbouring cells that each row of ``rows`` is for. ``text`` repeats it.
-        rows: the expression of the tensor with one row for so many cells.
+        repeat: number of neighbouring cells that each row of ``rows`` is for. ``tree`` repeats it.
+        rows: the tensor with one row for so many cells, if it is repeated.
         trained: whether gradients are asked for.
         known: its contents, if they are the same in all calls of these sizes.
     """
 
-    text: str
+    tree: Tree
     shape: tuple[int, ...]
     dtype: torch.dtype
     grouped: bool
     device: torch.device | None = None
     repeat: int = 1
-    rows: str = ""
+    rows: Tree | None = None
     compiled: bool = False
     trained: bool = False
     known: torch.Tensor | None = field(default=None, compare=False)
@@ -50,6 +49,17 @@ class Value:
     @property
     def rank(self) -> int:
         return len(self.shape)
+
+    def map(self, function: Callable[[Tree], Tree]) -> Tree:
+        return function(self.tree)
+
+    def __str__(self) -> str:
+        return str(self.tree)
+
+
+def bare(tree: Tree) -> Tree:
+    """Return an expression without what is known of its operands."""
+    return tree.map(bare)
 
 
 class NamedArguments:
@@ -59,8 +69,8 @@ class NamedArguments:
         target: the operation.
         values: its arguments.
         given: the names of those that are no defaults.
-        functions: the callables that texts made from it name.
-        instead: other texts for the rule's result, which overwrite an operand.
+        functions: the callables that expressions made from it name.
+        instead: other expressions for the rule's result, which overwrite an operand.
     """
 
     def __init__(self, target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -76,7 +86,7 @@ class NamedArguments:
                 self.values[argument.name] = argument.default_value
         self.given = {argument.name for argument in self.schema[: len(args)]} | set(kwargs)
         self.functions: dict[str, Callable[..., Any]] = {}
-        self.instead: tuple[Instead, ...] = ()
+        self.instead: tuple[Tree, ...] = ()
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -95,9 +105,10 @@ class NamedArguments:
         self.functions[name] = fast(target)
         return name
 
-    def call(self, /, **changed: Any) -> str:
-        """Return the text of the call, with some arguments changed."""
-        parts: list[str] = []
+    def call(self, /, **changed: Any) -> Apply:
+        """Return the call, with some arguments changed."""
+        args: list[Any] = []
+        named: list[tuple[str, Any]] = []
         positional = True
         for argument in self.schema:
             name = argument.name
@@ -105,9 +116,11 @@ class NamedArguments:
                 positional = False
                 continue
             value = changed.get(name, self.values.get(name))
-            named = argument.kwarg_only or not positional
-            parts.append(f"{name}={literal(value)}" if named else literal(value))
-        return f"{self.function()}({', '.join(parts)}{out() if with_out(self.target) else ''})"
+            if argument.kwarg_only or not positional:
+                named.append((name, value))
+            else:
+                args.append(value)
+        return Apply(self.function(), tuple(args), tuple(named), () if with_out(self.target) else None)
 
 
 _NAMES: dict[str, Callable[..., Any]] = {}
@@ -135,73 +148,26 @@ def function_name(target: Callable[..., Any]) -> str:
     return name
 
 
-def literal(value: Any) -> str:
-    """Return an argument as source text.
-
-    Strings are quoted, so that what a model holds never becomes code.
-
-    Raises:
-        TypeError: if it is no constant of a program.
-    """
-    if isinstance(value, (Value, Raw, Varying)):
-        return value.text
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(literal(item) for item in value)}]"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f'float("{value}")'
-    if isinstance(value, complex):
-        return f"complex({literal(value.real)}, {literal(value.imag)})"
-    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
-        return str(value)
-    if isinstance(value, torch.device):
-        return f"torch.device({str(value)!r})"
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return repr(value)
-    raise TypeError(f"{type(value).__name__} is no constant of a program")
+class Varying(Raw):
+    """A number that differs from cell to cell, as the list of its values."""
 
 
-@dataclass(frozen=True)
-class Raw:
-    """Source text in place of an argument."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Varying:
-    """A number that differs from cell to cell, as the text of the list of its values."""
-
-    text: str
-
-
-def ranked(value: Value, rank: int) -> str:
-    """Return the text of a grouped value with its cell's shape padded with ones in front.
-
-    So cells broadcast with cells.
-    """
+def ranked(value: Value, rank: int) -> Tree:
+    """Return a grouped value with its cell's shape padded with ones in front, so that cells broadcast with cells."""
     missing = rank - value.rank
     if not value.grouped or missing <= 0:
-        return value.text
-    if missing == 1:
-        return f"{value.text}.unsqueeze(1)"
-    return f"{value.text}.reshape(G, {', '.join(map(str, (1,) * missing + value.shape))})"
+        return value
+    return value.unsqueeze(1) if missing == 1 else value.reshape(G, *(1,) * missing, *value.shape)
 
 
-def grouped(value: Value) -> str:
-    """Return the text of a value with a group axis, made by expansion where it has none."""
-    return value.text if value.grouped else f"{value.text}.expand(G, {sizes_text(value.shape)})"
-
-
-def sizes_text(shape: tuple[int, ...]) -> str:
-    return ", ".join(map(str, shape)) if shape else ""
+def grouped(value: Value) -> Tree:
+    """Return a value with a group axis, made by expansion where it has none."""
+    return value if value.grouped else value.expand(G, *value.shape)
 
 
 def shifted(dim: int, rank: int) -> int:
     """Return a dimension of a cell as one of the group."""
     return dim if dim < 0 and rank else max(dim, 0) + 1
-
-
-NAMED = re.compile(r"(?:v|in)\d+")
 
 
 @functools.cache
