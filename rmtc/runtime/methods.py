@@ -20,6 +20,7 @@ from torch import nn
 from rmtc.capture.user_code import STANDS_IN, as_written
 from rmtc.runtime.backends import nearest
 from rmtc.runtime.compiled import Compiled, Options
+from rmtc.runtime.own_loops import compiled_method
 
 KEY = "_compiled_call_impl"  # where `nn.Module.compile` keeps its call, too: copies and pickles go without it
 
@@ -98,7 +99,7 @@ def compiled_module(module: nn.Module, options: Options, functions: Mapping[str,
     """
     made = Compiled(module, options)
     for name, function in functions.items():
-        made.methods[name] = Compiled(MethodType(function, module), replace(options, methods=()))
+        made.methods[name] = compiled_method(MethodType(function, module), replace(options, methods=()))
         made.stats.methods[name] = made.methods[name].stats
     return made
 
@@ -149,11 +150,11 @@ def compile_method(method: MethodType, before: Compiled | None, options: Options
         def find(owner: Any) -> Compiled | None:
             return find.compiled if owner is method.__self__ else None  # type: ignore[attr-defined]
 
-        find.compiled = Compiled(method, options)  # type: ignore[attr-defined]
+        find.compiled = compiled_method(method, options)  # type: ignore[attr-defined]
         return MethodType(_in_place_of(method.__func__, find), method.__self__)
     if before.options == options:
         return method
-    made, function = Compiled(before.function, options), cast(Any, method.__func__)
+    made, function = compiled_method(cast(MethodType, before.function), options), cast(Any, method.__func__)
     if function in _users:
         whole = vars(method.__self__)[KEY]
         name = next(name for name, each in whole.methods.items() if each is before)
