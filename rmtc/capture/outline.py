@@ -58,12 +58,15 @@ class OwnLoop(NamedTuple):
         reads: local names that it may read.
         leaves: local names that it may bind, and that what follows may read.
         items: the names by which it is handed what it goes over; none if that is a range.
+        empty: names of lists and dictionaries that are empty when it begins, with the text that makes one: it makes its
+            own, and leaves that.
     """
 
     place: int
     reads: tuple[str, ...]
     leaves: tuple[str, ...]
     items: tuple[str, ...]
+    empty: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -120,12 +123,13 @@ class Outline:
         statement: Any = block[at]
         statement.iter = _given(statement.iter, iter(loop.items))
         given = [*([owner] if owner is not None else []), *bound, *loop.items]
-        lines = [f"def {node.name}({', '.join(given)}):", f" {_LEFT} = {{}}"]
+        lines = [f"def {node.name}({', '.join(given)}):", *(f" {name} = {text}" for name, text in loop.empty)]
+        lines += [f" {_LEFT} = {{}}"]
         for name in loop.leaves:
             lines += [" try:", f"  {_LEFT}[{name!r}] = {name}", " except NameError:", "  pass"]
         lines += [f" return {_LEFT}", *(f" {name} = None" for name in loop.reads)]  # an assignment keeps a name local
         made: Any = _placed(ast.parse("\n".join(lines)).body[0], statement)
-        made.body.insert(0, statement)
+        made.body.insert(len(loop.empty), statement)
         home.insert(home.index(node) + 1, made)
         return self._made(module, statement.lineno)
 
@@ -154,7 +158,7 @@ def outline_of(function: FunctionType) -> Outline | None:
         return None
     # See that the function looks at none of its variables but by name.
     own, owner = _locals_of(code), set(code.co_varnames[:1])
-    named = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+    named = _named(node)
     names = named | {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
     hidden = any(name.startswith((_PREFIX, "__")) for name in own)
     if hidden or names & _SEES_ALL or any(isinstance(each, (ast.Global, ast.Nonlocal)) for each in ast.walk(node)):
@@ -166,15 +170,19 @@ def outline_of(function: FunctionType) -> Outline | None:
         block, at = path[-1]
         loop: Any = block[at]
         stored = {each.id for each in ast.walk(loop) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
-        leaves = stored & own & _live_after(path)
+        catches = any(_catches(outer[index]) for outer, index in path[:-1])
+        empty = {name: text for name, text in _empty_before(path).items() if name in own - later and not catches}
+        leaves = (stored | empty.keys()) & own & _live_after(path)
         stays = any(isinstance(each, _STAY) or _unbinds(each) for each in ast.walk(loop))
-        if stays or stored & (later | owner) or (leaves and any(_catches(outer[at]) for outer, at in path[:-1])):
+        if stays or stored & (later | owner) or (leaves and catches):
             continue
         free = (name for count in itertools.count() if (name := f"items{'_' * count}") not in named | own)
         items = tuple(next(free) for _ in _iterables(loop.iter))
         loop.iter = _given(loop.iter, iter(items))
         reads = (_exposed(loop) & own) - owner
-        loops.append(OwnLoop(place, tuple(sorted(reads)), tuple(sorted(leaves)), items))
+        made = tuple((name, text) for name, text in sorted(empty.items()) if name in reads)
+        reads -= empty.keys()
+        loops.append(OwnLoop(place, tuple(sorted(reads)), tuple(sorted(leaves)), items, made))
     return Outline(function, text, tuple(loops)) if loops else None
 
 
@@ -299,6 +307,35 @@ def _catches(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Try)
 
 
+def _empty_before(path: _Path) -> dict[str, str]:
+    """Return the names of lists and dictionaries that are empty when a loop begins and that nothing else can hold.
+
+    Returns:
+        These, each with the text that makes one.
+    """
+    block, at = path[-1]
+    loop: Any = block[at]
+    named, found = _named(loop.iter), dict[str, str]()
+    for block, at in reversed(path):
+        inside = block[at]
+        if isinstance(inside, ast.With):
+            named = named.union(*map(_named, inside.items))
+        elif isinstance(inside, ast.If):
+            named |= _named(inside.test)
+        for each in reversed(block[:at]):
+            if isinstance(each, (ast.Assign, ast.AnnAssign)) and each.value is not None:
+                targets = each.targets if isinstance(each, ast.Assign) else [each.target]
+                text = ast.unparse(each.value)
+                if isinstance(targets[0], ast.Name) and len(targets) == 1 and text in ("[]", "{}"):
+                    found.update({name: text for name in _bound(targets) - named})
+            named |= _named(each)
+    return found
+
+
+def _named(node: ast.AST) -> set[str]:
+    return {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+
+
 def _exposed(statement: ast.stmt) -> set[str]:
     """Return the names that a statement may read before it binds them."""
     if not isinstance(statement, ast.For):
@@ -312,6 +349,8 @@ def _exposed(statement: ast.stmt) -> set[str]:
 
 def _binds(statement: ast.stmt) -> set[str]:
     """Return the names that a statement binds in any case, once it has read what it reads."""
+    if isinstance(statement, ast.AnnAssign):
+        return _bound([statement.target]) if statement.value is not None else set()
     return _bound(statement.targets) if isinstance(statement, ast.Assign) else set()
 
 

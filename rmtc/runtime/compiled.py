@@ -404,7 +404,7 @@ class Compiled:
         before: Callable[..., Any],
         first: contextlib.ExitStack,
     ) -> Any:
-        if self.loops is not None and self.loops.found is not None:
+        if self.loops is not None and (self.loops.found is not None or not self.loops.asked):
             with LOCK.shared():
                 return self._by_loops(self.loops, args, kwargs)
         inside = id(self) in _thread.active  # a call inside a call: the one around it holds the model
@@ -1030,15 +1030,17 @@ class Compiled:
             "the last call went on after its loop over segments as written", remedy="read the text by a call of its own"
         )
         result = self._entered(loops.call, args, kwargs)
+        if decision is not None and decision.known is not None:
+            decision.known.settle()
         if not loops.passed:
             self._count(_Eager(quiet=_UNREACHED))
-        if decision is None or decision.known is None or decision.error is None:
-            return result
-        decision.known.settle()
-        if loops.passed and loops.found is None and not loops.short:
-            error = decision.known.refusal = loops.refusal or decision.error
-            decision.known.looked = True
-            self._say(replace(decision, reason=error.reason, error=error))
+        elif loops.found is None and not loops.short:
+            if decision is None or decision.known is None:
+                self._count(_Eager(quiet=_UNREACHED if loops.refusal is None else _unasked(loops.refusal)))
+            else:
+                error = loops.refusal or decision.error
+                decision.known.refusal, decision.known.looked = error, True
+                self._say(replace(decision, reason=error.reason if error else decision.reason, error=error))
         return result
 
     def _say(self, decision: _Eager) -> None:
@@ -1272,6 +1274,12 @@ def _left(ready: Ready, state: dict[str, torch.Tensor]) -> _State | StateError:
     if not state:
         return StateError("the last call handed nothing on that a later one could read")
     return _State.of(state)
+
+
+def _unasked(error: RmtcError) -> _Quiet:
+    """Why a method that the user has not asked for runs as written."""
+    place = "" if error.location is None else f" ({error.location})"
+    return _Quiet(f"its loop has no schedule{place}: {error.reason}", error.remedy or "nothing")
 
 
 def _as_written(pick: Pick) -> _Quiet:

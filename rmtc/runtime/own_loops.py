@@ -28,16 +28,19 @@ class Loops:
 
     Args:
         whole: the compiled call of the method.
+        asked: whether the user has asked for the method. Else only loops over something are looked at, and a refusal is
+            no warning.
 
     Attributes:
+        asked: the same.
         found: the number of the loop over segments, if it is known.
         passed: whether the last call came to a loop that may be moved.
         short: whether it came to one that ran too few segments to tell.
         refusal: why a loop over segments does not run by a schedule.
     """
 
-    def __init__(self, whole: Compiled) -> None:
-        self._whole = whole
+    def __init__(self, whole: Compiled, asked: bool = True) -> None:
+        self._whole, self.asked = whole, asked
         self._calls: dict[tuple[int, tuple[str, ...]], tuple[FunctionType | MethodType, Compiled]] = {}
         self._looks = False  # whether the next loop is to be looked at, if none is known
         self.found: int | None = None
@@ -84,7 +87,7 @@ class Loops:
         given = [*(names[name] for name in bound), *items]
         function, compiled = self._compiled(number, bound)
         call: Callable[..., dict[str, Any]] = function
-        looks = number == self.found or (self._looks and self.found is None)
+        looks = number == self.found or (self._looks and self.found is None and (self.asked or bool(items)))
         if looks and all(isinstance(each, (list, tuple, torch.Tensor)) for each in items):
             if any(_length(each) < 2 for each in (*items, *ranges)):
                 self._looks, self.short = False, True  # what comes after the text is no loop over its segments
@@ -123,8 +126,14 @@ def _length(items: Any) -> int:
     return 0 if isinstance(items, torch.Tensor) and not items.dim() else len(items)
 
 
-def compiled_method(method: MethodType, options: Options) -> Compiled:
-    """Make the compiled call of a method, which runs its loop by the schedule where it is not captured as a whole."""
+def compiled_method(method: MethodType, options: Options, asked: bool = True) -> Compiled:
+    """Make the compiled call of a method, which runs its loop by the schedule where it is not captured as a whole.
+
+    Args:
+        method: the method.
+        options: how.
+        asked: see :class:`Loops`.
+    """
     made = Compiled(method, options)
-    made.loops = Loops(made)
+    made.loops = Loops(made, asked)
     return made

@@ -191,9 +191,41 @@ def made_later(xs: Any) -> Any:
     return total
 
 
+def gathered(xs: Any) -> Any:
+    first: list[Any] = [0]
+    kept, table, scale = list[Any](), dict[Any, Any](), 2
+    rows: list[int] = []
+    named: Any = {}
+    with torch.no_grad():
+        for x in xs:
+            rows.append(x * scale)
+            named[x] = len(rows)
+            kept.append(x)
+            table[x] = first
+    rows.append(-1)
+    return rows, named, kept, table, first
+
+
+def filled(xs: Any) -> Any:
+    rows: list[Any] = []
+    if rows is not None:
+        rows.append(len(xs))
+    for x in xs:
+        rows.append(x)
+    alias: Any
+    held = alias = []  # two names
+    for x in xs:
+        held.append(x)
+    over: Any = []
+    for x in over or xs:
+        over = [*over, x]
+    return rows, held, alias is held, over
+
+
 CASES: dict[Any, int] = {
     **dict.fromkeys((plain, unbound, local_that_hides_a_global, with_else, ranges, fails), 1),
-    **dict.fromkeys((caught_without_results, comprehended, bound_anew), 1),
+    **dict.fromkeys((caught_without_results, comprehended, bound_anew, gathered), 1),
+    filled: 3,
     **dict.fromkeys((pairs, two, inside), 2),
     **dict.fromkeys((caught, suppressed, returns, closed, looks, made_later), 0),
 }
@@ -223,6 +255,13 @@ def test_names_that_are_not_read_again_are_not_handed_on() -> None:
     for function, leaves in ((bound_anew, ()), (plain, ("total", "x")), (two, ("low",)), (fails, ("y",))):
         outline = outlined(function)
         assert outline is not None and outline.loops[0].leaves == leaves
+
+
+def test_a_list_that_is_empty_is_the_loops_own() -> None:
+    for function, empty in ((gathered, [("named", "{}"), ("rows", "[]")]), (plain, []), (filled, [])):
+        outline = outlined(function)
+        assert outline is not None
+        assert [*outline.loops[0].empty] == empty and not any(each.empty for each in outline.loops[1:])
 
 
 class Base:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,16 @@ class Reader(nn.Module):
         for segment in segments[:-1]:
             self.cell(segment)
         return self.answer(segments[-1], max_new_tokens)
+
+    @torch.no_grad()
+    def gathers(self, ids: Tensor) -> Any:
+        self.reset()
+        read: list[Tensor] = []
+        with torch.no_grad():
+            for start in range(0, ids.shape[1] - SEGMENT, SEGMENT):
+                logits = self.cell(ids[:, start : start + SEGMENT])
+                read.append(logits)
+        return self.answer(ids[:, -1:], NEW), torch.cat(read, dim=1), logits
 
     def trained(self, ids: Tensor) -> Any:
         self.reset()
@@ -195,6 +206,19 @@ def test_weights_that_change_and_hooks(models: tuple[Reader, Reader]) -> None:
     assert stats.runs == 2
 
 
+def test_what_a_loop_leaves_in_local_names() -> None:
+    fast, eager = made("gathers")
+    for segments in (4, 6):
+        for last in (SEGMENT, 2):
+            for found, wanted in zip(
+                fast.gathers(text(segments, last)), eager.gathers(text(segments, last)), strict=True
+            ):
+                torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+            equal(fast, eager)
+    stats = rmtc.stats(fast.gathers)
+    assert (stats.runs, stats.eager, stats.fallbacks) == (4, 0, {})
+
+
 def test_gradients() -> None:
     fast, eager = made("trained")
     for segments in (4, 3):
@@ -228,9 +252,55 @@ def test_a_loop_that_has_no_schedule_runs_as_written(method: str, reason: str) -
     equal(fast, eager)
     stats = rmtc.stats(call)
     assert (stats.runs, list(stats.fallbacks.values())) == (0, [3])
+    unnamed, _ = made(method)
+    compiled_call = compiled_of(getattr(unnamed, method))
+    assert compiled_call is not None and compiled_call.loops is not None
+    compiled_call.loops.asked = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            assert torch.equal(getattr(unnamed, method)(text(4)), getattr(eager, method)(text(4)))
+    said = list(compiled_call.stats.as_written)
+    assert len(said) == 1 and "its loop has no schedule (" in said[0] and f" in {method}" in said[0]
     strict, _ = made(method, strict=True)
     with pytest.raises(rmtc.errors.RmtcError, match=reason):
         getattr(strict, method)(text(4))
+
+
+def test_generate_need_not_be_named() -> None:
+    class Own(Reader):
+        @torch.no_grad()
+        def generate(self, ids: Tensor, max_new_tokens: int = NEW) -> Tensor:
+            self.reset()
+            segments = ids.split(SEGMENT, dim=1)
+            for segment in segments[:-1]:
+                self.cell(segment)
+            return self.answer(segments[-1], max_new_tokens)
+
+        def forward(self, ids: Tensor) -> Any:
+            self.reset()
+            return torch.cat([self.cell(segment) for segment in ids.split(SEGMENT, dim=1)], dim=1)
+
+    class Refused(Own):
+        @torch.no_grad()
+        def generate(self, ids: Tensor, max_new_tokens: int = NEW) -> Any:
+            for number, segment in enumerate(ids.split(SEGMENT, dim=1)):
+                logits = self.cell(segment)
+                if logits.max().item() > 1e9:
+                    return number
+            return logits
+
+    written, eager = vars(Own)["generate"], Own().double()
+    fast = rmtc.compile(copy.deepcopy(eager), schedule="shortest")
+    for segments in (3, 5):
+        assert torch.equal(fast.generate(text(segments)), eager.generate(text(segments)))
+        equal(fast, eager)
+    stats = rmtc.stats(fast.generate)
+    assert (stats.runs, stats.captures, stats.fallbacks) == (2, 1, {}) and rmtc.stats(fast).runs == 0
+    rmtc.restore(fast)
+    assert vars(Own)["generate"] is written
+    other = rmtc.compile(Refused().double())
+    assert compiled_of(other.generate) is None  # it returns from its loop
 
 
 class Published(nn.Module):
