@@ -327,7 +327,7 @@ def _empty_before(path: _Path) -> dict[str, str]:
                 targets = each.targets if isinstance(each, ast.Assign) else [each.target]
                 text = ast.unparse(each.value)
                 if isinstance(targets[0], ast.Name) and len(targets) == 1 and text in ("[]", "{}"):
-                    found.update({name: text for name in _bound(targets) - named})
+                    found.update(dict.fromkeys(_bound(targets) - named, text))
             named |= _named(each)
     return found
 

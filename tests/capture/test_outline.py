@@ -66,6 +66,15 @@ def local_that_hides_a_global(xs: Any) -> Any:
     return x, outer
 
 
+def local_that_nothing_has_bound(xs: Any) -> Any:
+    if len(xs) == 1:
+        outer = 5
+    for x in xs:
+        xs[0] += outer * x
+    outer = sum(xs) + x
+    return outer
+
+
 def with_else(xs: Any) -> Any:
     for number, x in enumerate(xs[1:], 2):
         if x == number:
@@ -224,6 +233,7 @@ def filled(xs: Any) -> Any:
 
 CASES: dict[Any, int] = {
     **dict.fromkeys((plain, unbound, local_that_hides_a_global, with_else, ranges, fails), 1),
+    local_that_nothing_has_bound: 1,
     **dict.fromkeys((caught_without_results, comprehended, bound_anew, gathered), 1),
     filled: 3,
     **dict.fromkeys((pairs, two, inside), 2),
