@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeGuard
 _PREFIX = "_rmtc_"
 _RUN, _LEFT = f"{_PREFIX}run", f"{_PREFIX}left"
 
-_SEES_ALL = frozenset({"locals", "vars", "dir", "eval", "exec", "_getframe", "currentframe", "stack"})
+_SEES_ALL = frozenset({"locals", "vars", "dir", "eval", "exec", "_getframe", "currentframe", "f_locals"})
 """Names of functions by which code sees its own variables."""
 
 _STAY = (
@@ -32,6 +32,9 @@ _STAY = (
     *(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom),
 )
 """Code for which a loop stays: it leaves the function, or binds names by other means than an assignment."""
+
+_ODD = (ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom)
+"""Code for which all loops of a function stay: it shares its variables, or returns before it has run."""
 
 _LATER = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.GeneratorExp)
 """Code that may run later, and sees then what its variables hold by then."""
@@ -127,7 +130,8 @@ class Outline:
         lines += [f" {_LEFT} = {{}}"]
         for name in loop.leaves:
             lines += [" try:", f"  {_LEFT}[{name!r}] = {name}", " except NameError:", "  pass"]
-        lines += [f" return {_LEFT}", *(f" {name} = None" for name in loop.reads)]  # an assignment keeps a name local
+        kept = dict.fromkeys((*loop.reads, *loop.leaves))  # an assignment keeps a name local
+        lines += [f" return {_LEFT}", *(f" {name} = None" for name in kept)]
         made: Any = _placed(ast.parse("\n".join(lines)).body[0], statement)
         made.body.insert(len(loop.empty), statement)
         home.insert(home.index(node) + 1, made)
@@ -160,10 +164,11 @@ def outline_of(function: FunctionType) -> Outline | None:
     own, owner = _locals_of(code), set(code.co_varnames[:1])
     named = _named(node)
     names = named | {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
-    hidden = any(name.startswith((_PREFIX, "__")) for name in own)
-    if hidden or names & _SEES_ALL or any(isinstance(each, (ast.Global, ast.Nonlocal)) for each in ast.walk(node)):
+    hidden = any(name.startswith((_PREFIX, "__")) and not name.endswith("__") for name in own | named)
+    odd = any(isinstance(each, _ODD) for each in ast.walk(node))
+    if hidden or odd or names & _SEES_ALL or owner & _rebound(node.body):
         return None
-    later = {name for each in ast.walk(node) if isinstance(each, _LATER) and each is not node for name in _loads(each)}
+    later = {name for each in node.body for name in _seen_later(each)}
     # Take the loops that may be moved.
     loops = []
     for place, path in enumerate(_loops(node.body, ())):
@@ -171,18 +176,19 @@ def outline_of(function: FunctionType) -> Outline | None:
         loop: Any = block[at]
         stored = {each.id for each in ast.walk(loop) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
         catches = any(_catches(outer[index]) for outer, index in path[:-1])
-        empty = {name: text for name, text in _empty_before(path).items() if name in own - later and not catches}
+        empty = {} if catches else _empty_before(path)
+        empty = {name: empty[name] for name in sorted((empty.keys() & own & _exposed(loop)) - later)}
         leaves = (stored | empty.keys()) & own & _live_after(path)
-        stays = any(isinstance(each, _STAY) or _unbinds(each) for each in ast.walk(loop))
-        if stays or stored & (later | owner) or (leaves and catches):
+        stays = any(isinstance(each, _STAY) or _unbinds(each) for each in ast.walk(loop)) or _disorders(loop.iter)
+        stays = stays or any(_seen_later(loop) & _rebound_after(step) for step in path)
+        if stays or stored & later or (leaves and catches):
             continue
         free = (name for count in itertools.count() if (name := f"items{'_' * count}") not in named | own)
         items = tuple(next(free) for _ in _iterables(loop.iter))
         loop.iter = _given(loop.iter, iter(items))
         reads = (_exposed(loop) & own) - owner
-        made = tuple((name, text) for name, text in sorted(empty.items()) if name in reads)
         reads -= empty.keys()
-        loops.append(OwnLoop(place, tuple(sorted(reads)), tuple(sorted(leaves)), items, made))
+        loops.append(OwnLoop(place, tuple(sorted(reads)), tuple(sorted(leaves)), items, tuple(empty.items())))
     return Outline(function, text, tuple(loops)) if loops else None
 
 
@@ -246,22 +252,34 @@ def _counts(node: ast.expr) -> bool:
     return called or isinstance(node, ast.Constant)
 
 
-def _iterables(node: ast.expr) -> list[ast.expr]:
+def _parts(node: ast.expr) -> list[ast.expr]:
     """Return the expressions for what a loop goes over, in the order in which they are evaluated."""
-    if _passes_on(node):
-        return [each for part in node.args for each in _iterables(part)]
-    return [] if _counts(node) else [node]
+    return [each for part in node.args for each in _parts(part)] if _passes_on(node) else [node]
+
+
+def _iterables(node: ast.expr) -> list[ast.expr]:
+    """Return those that are evaluated before a loop."""
+    return [each for each in _parts(node) if not _counts(each)]
 
 
 def _ranges(node: ast.expr) -> list[ast.expr]:
     """Return the ranges that a loop goes over and that may be evaluated twice."""
-    if _passes_on(node):
-        return [each for part in node.args for each in _ranges(part)]
-    if not isinstance(node, ast.Call) or not _counts(node):
-        return []
-    inside = [each for each in ast.walk(node) if isinstance(each, ast.expr) and each is not node.func]
-    plain = all(isinstance(each, _PLAIN) or each is node or _is_length(each) for each in inside)
-    return [node] if plain else []
+    return [each for each in _parts(node) if isinstance(each, ast.Call) and _counts(each) and _is_plain(*each.args)]
+
+
+def _disorders(node: ast.expr) -> bool:
+    """Tell whether it may matter that ranges are evaluated after all else that a loop goes over."""
+    parts = _parts(node)
+    ranges = (at for at, each in enumerate(parts) if isinstance(each, ast.Call) and _counts(each))
+    rest = parts[next(ranges, len(parts)) :]
+    plain = all(_is_plain(each) or each in _ranges(each) for each in rest)
+    return not plain and not all(map(_counts, rest))
+
+
+def _is_plain(*nodes: ast.expr) -> bool:
+    """Tell whether expressions change nothing."""
+    inside = [each for node in nodes for each in ast.walk(node) if isinstance(each, ast.expr)]
+    return all(isinstance(each, _PLAIN) or _is_length(each) for each in inside)
 
 
 def _is_length(node: ast.expr) -> bool:
@@ -333,7 +351,27 @@ def _empty_before(path: _Path) -> dict[str, str]:
 
 
 def _named(node: ast.AST) -> set[str]:
-    return {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+    return {each.id for each in ast.walk(node) if isinstance(each, ast.Name)} | _rebound([node])
+
+
+def _rebound(nodes: Iterable[ast.AST]) -> set[str]:
+    """Return the names that code binds or unbinds, in any way that Python has."""
+    walked = [each for node in nodes for each in ast.walk(node)]
+    texts = [getattr(each, field, None) for each in walked for field in ("name", "asname", "rest")]
+    named = {text.partition(".")[0] for text in texts if isinstance(text, str)}  # of imports, handlers and patterns
+    return named | {each.id for each in walked if isinstance(each, ast.Name) and not isinstance(each.ctx, ast.Load)}
+
+
+def _rebound_after(step: tuple[list[ast.stmt], int]) -> set[str]:
+    """Return the names that what follows a statement in its block binds or unbinds, and so do handlers around it."""
+    block, at = step
+    parts = [getattr(block[at], name, []) for name in ("handlers", "orelse", "finalbody")]
+    return _rebound([*block[at + 1 :], *(each for part in parts for each in part)])
+
+
+def _seen_later(node: ast.AST) -> set[str]:
+    """Return the names that code which may run later reads."""
+    return {name for each in ast.walk(node) if isinstance(each, _LATER) for name in _loads(each)}
 
 
 def _exposed(statement: ast.stmt) -> set[str]:
@@ -365,6 +403,8 @@ def _live_after(path: _Path) -> set[str]:
     bound: set[str] = set()
     for block, at in reversed(path):
         statement = block[at]
+        if _catches(statement):  # what follows may be reached from anywhere inside
+            bound.clear()
         if isinstance(statement, ast.Try):  # an error may lead there from anywhere
             live |= {name for each in [*statement.handlers, *statement.finalbody] for name in _loads(each)}
         for each in block[at + 1 :]:

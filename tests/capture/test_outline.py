@@ -231,7 +231,134 @@ def filled(xs: Any) -> Any:
     return rows, held, alias is held, over
 
 
+def lists_beside(xs: Any) -> Any:
+    outer: list[Any] = []
+    total = 0
+    for x in xs:
+        total += x
+    outer.append(total)
+    return outer
+
+
+def bound_in_a_comprehension(xs: Any) -> Any:
+    outer: Any = 5
+    for x in xs:
+        made = [x for outer in range(x)]
+    return outer, made
+
+
+def bound_after_a_lambda(xs: Any) -> Any:
+    told: list[Callable[[], Any]] = []
+    scale = 1
+    for x in xs:
+        told.append(lambda: scale * 2)
+        made = x
+    scale = 3
+    return [tell() for tell in told], made
+
+
+def seen_by_a_lambda(xs: Any) -> Any:
+    told: list[Callable[[], Any]] = []
+    scale = 3
+    for x in xs:
+        told.append(lambda: scale * 2)
+        made = x
+    return [tell() for tell in told], made
+
+
+def stacked(xs: Any) -> Any:
+    total = torch.zeros(1)
+    for x in xs:
+        total = torch.stack([total, total + x]).sum(0)
+    return total.tolist()
+
+
+def binds_its_first_name(xs: Any) -> Any:
+    xs = xs[1:]
+    total = 0
+    for x in [1, 2]:
+        total += x * len(xs)
+    return total
+
+
+def bound_anew_unless_it_fails(xs: Any) -> Any:
+    x = None
+    try:
+        for each in xs:
+            x = each
+        len(xs) / (len(xs) - 2)
+        x = 9
+    except ZeroDivisionError:
+        pass
+    return x
+
+
+def bound_anew_unless_suppressed(xs: Any) -> Any:
+    x = None
+    with contextlib.suppress(ZeroDivisionError):
+        for each in xs:
+            x = each
+        len(xs) / (len(xs) - 2)
+        x = 9
+    return x
+
+
+def ordered(xs: Any) -> Any:
+    it, made = iter([2, [7, 8, 9]]), []
+    for pair in zip(range(next(it)), next(it), strict=False):  # type: ignore[call-overload]
+        made.append(pair)
+    return made, xs
+
+
+def ordered_plainly(xs: Any) -> Any:
+    made = []
+    for pair in zip(range(len(xs)), xs, strict=True):
+        made.append(pair)
+    return made
+
+
+def bound_by_a_pattern(xs: Any) -> Any:
+    rows: list[Any] = []
+    match xs:
+        case [*rows]:
+            pass
+    for x in xs:
+        rows.append(x)
+    return rows
+
+
+def bound_by_a_handler(xs: Any) -> Any:
+    rows: Any = []
+    try:
+        len(xs) / 0
+    except ZeroDivisionError as rows:  # noqa: F841
+        del xs[:1]
+    for x in xs:
+        rows.append(x)  # type: ignore[misc]
+    return rows
+
+
+def bound_by_an_import(xs: Any) -> Any:
+    path: list[Any] = []
+    from sys import path  # noqa: F811
+
+    total = 0
+    for x in xs:
+        total += x + len(path)
+    return total
+
+
+def yields(xs: Any) -> Any:
+    for x in xs:
+        last = x
+    yield last
+
+
 CASES: dict[Any, int] = {
+    **dict.fromkeys((lists_beside, bound_in_a_comprehension, seen_by_a_lambda, stacked, ordered_plainly), 1),
+    **dict.fromkeys((bound_by_a_pattern, bound_by_a_handler, bound_by_an_import), 1),
+    **dict.fromkeys((bound_after_a_lambda, binds_its_first_name, ordered, yields), 0),
+    **dict.fromkeys((bound_anew_unless_it_fails, bound_anew_unless_suppressed), 0),
     **dict.fromkeys((plain, unbound, local_that_hides_a_global, with_else, ranges, fails), 1),
     local_that_nothing_has_bound: 1,
     **dict.fromkeys((caught_without_results, comprehended, bound_anew, gathered), 1),
@@ -289,13 +416,19 @@ def made(step: int) -> Any:
                 total += super().scaled(x) + self.__hidden + step
             return total
 
+        def private(self, xs: Any) -> Any:
+            __total = 0
+            for x in xs:
+                __total += x
+            return __total
+
     return Own()
 
 
 def test_cells_and_private_names() -> None:
     own = made(3)
     outline = outlined(type(own).scaled)
-    assert outline is not None
+    assert outline is not None and outlined(type(own).private) is None
     call, ran = moved(type(own).scaled, outline)
     assert call(own, 2) == own.scaled(2) == 2 * (20 + 7 + 3) and ran == [0]
 

@@ -290,6 +290,12 @@ def test_generate_need_not_be_named() -> None:
                     return number
             return logits
 
+    class Streams(Own):
+        def generate(self, ids: Tensor, max_new_tokens: int = NEW) -> Any:
+            for segment in ids.split(SEGMENT, dim=1):
+                logits = self.cell(segment)
+            yield logits
+
     written, eager = vars(Own)["generate"], Own().double()
     fast = rmtc.compile(copy.deepcopy(eager), schedule="shortest")
     for segments in (3, 5):
@@ -301,6 +307,7 @@ def test_generate_need_not_be_named() -> None:
     assert vars(Own)["generate"] is written
     other = rmtc.compile(Refused().double())
     assert compiled_of(other.generate) is None  # it returns from its loop
+    assert compiled_of(rmtc.compile(Streams().double()).generate) is None
 
 
 class Published(nn.Module):
