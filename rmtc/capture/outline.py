@@ -100,6 +100,8 @@ class Outline:
             statement: Any = block[at]
             lines = [f"{_LEFT} = {_RUN}({number}, (), ())"]
             lines += [f"if {name!r} in {_LEFT}: {name} = {_LEFT}[{name!r}]" for name in loop.leaves]
+            kept = (_rebound([statement]) & _locals_of(self.function.__code__)).difference(loop.leaves)
+            lines += [f"if False: {name} = None" for name in sorted(kept)]  # keeps it local, unbound or not
             made: list[Any] = ast.parse("\n".join(lines)).body
             made[0].value.args[1].elts = _iterables(statement.iter)
             made[0].value.args[2].elts = copy.deepcopy(_ranges(statement.iter))

@@ -348,6 +348,13 @@ def bound_by_an_import(xs: Any) -> Any:
     return total
 
 
+def read_before_it_is_bound(xs: Any) -> Any:
+    total = outer if len(xs) != 1 else 0  # type: ignore[used-before-def] # noqa: F823
+    for outer in xs:
+        total += 2 * outer
+    return total
+
+
 def yields(xs: Any) -> Any:
     for x in xs:
         last = x
@@ -356,7 +363,7 @@ def yields(xs: Any) -> Any:
 
 CASES: dict[Any, int] = {
     **dict.fromkeys((lists_beside, bound_in_a_comprehension, seen_by_a_lambda, stacked, ordered_plainly), 1),
-    **dict.fromkeys((bound_by_a_pattern, bound_by_a_handler, bound_by_an_import), 1),
+    **dict.fromkeys((bound_by_a_pattern, bound_by_a_handler, bound_by_an_import, read_before_it_is_bound), 1),
     **dict.fromkeys((bound_after_a_lambda, binds_its_first_name, ordered, yields), 0),
     **dict.fromkeys((bound_anew_unless_it_fails, bound_anew_unless_suppressed), 0),
     **dict.fromkeys((plain, unbound, local_that_hides_a_global, with_else, ranges, fails), 1),
