@@ -143,7 +143,8 @@ def compile(
               little is kept, nothing is computed again.
         methods: names of methods that are compiled beside the module's call, such as ``("read",)``. The options hold
             for each of them, and ``rmtc.stats(model.read)`` has the counts of one. In copies of the model they run as
-            written.
+            written. Of a method that goes on where no trace can follow the loop is compiled, and of a ``generate`` with
+            a loop over something, in a file of the user's, without being named.
         background: fill the cache in the background in place of capturing in the first call, for models on a CPU, on
             Linux. A forked process with one thread does, for at most five minutes. Until it has ended, calls run as
             written; the next one takes up what it has found. ``strict=True`` and ``RMTC_CACHE=0`` do not go with it.
@@ -299,12 +300,12 @@ def restore(target: T) -> T:
         of_instance = vars(target).get(KEY)
         if isinstance(of_instance, OfInstance):
             delattr(target, KEY)
-            release(target, of_instance.options.methods)
+            release(target, of_instance.functions)
             of_instance.forget()
         return target
     if isinstance(target, nn.Module):
         if isinstance(compiled := vars(target).get(KEY), Compiled):
-            release(target, compiled.options.methods)
+            release(target, compiled.methods)
             del vars(target)[KEY]
         if _of_class(type(target)) is not None:
             vars(target)[KEY] = None  # or its class would compile it again

@@ -53,11 +53,22 @@ def own_modes(function: Callable[..., Any]) -> AbstractContextManager[object]:
     any other function the context does nothing.
     """
     call = function.forward if isinstance(function, nn.Module) else function
-    call = call.__func__ if isinstance(call, MethodType) else call
-    if isinstance(call, FunctionType) and call.__code__ is _DECORATED:
-        for cell in call.__closure__ or ():
-            made = cell.cell_contents
+    made = _made_by(call.__func__ if isinstance(call, MethodType) else call)
+    context: AbstractContextManager[object] = nullcontext() if made is None else made()
+    return context
+
+
+def undecorated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function without the decorator whose context :func:`own_modes` returns, if it has one."""
+    inner: Callable[..., Any] = function if _made_by(function) is None else vars(function)["__wrapped__"]
+    return inner
+
+
+def _made_by(function: Callable[..., Any]) -> Callable[[], Any] | None:
+    """Return what makes the context that a decorator of torch has put around a function; None if there is none."""
+    if isinstance(function, FunctionType) and function.__code__ is _DECORATED:
+        for cell in function.__closure__ or ():
+            made: Callable[[], Any] = cell.cell_contents
             if isinstance(getattr(made, "__self__", None), (torch.no_grad, torch.inference_mode)):
-                context: AbstractContextManager[object] = made()
-                return context
-    return nullcontext()
+                return made
+    return None

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import CodeType
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -54,6 +54,9 @@ from rmtc.runtime.stats import Decision, LastBackward, LastRun, Stats
 from rmtc.runtime.variant import ConflictError, Pick, Ready, Variant
 from rmtc.runtime.weights import refuse_elsewhere
 from rmtc.stages import reported, stage, substage
+
+if TYPE_CHECKING:
+    from rmtc.runtime.own_loops import Loops
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +161,7 @@ class _Known:
     errors: int = 0  # inside rmtc
     broken: _Eager | None = None  # the last of them
     settled: bool = False
+    looked: bool = False  # whether none of a method's loops runs by a schedule either
     kinds: frozenset[Any] = frozenset()  # of the model's parameters: weights that were not there may be loaded later
 
     def holds(self, arguments: Arguments) -> bool:
@@ -205,6 +209,7 @@ _BACKGROUND = _Quiet(
     "a process in the background captures the call, or one of another model",
     "nothing: the first call after it has ended takes up what it has found, and later ones run by the schedule",
 )
+_UNREACHED = _Quiet("a call that runs no loop over segments", "give it a text of several segments")
 _INSIDE = _Quiet("a call inside a call of the same model", "nothing: the outer call is the one that is scheduled")
 _CHANGED = _Quiet("another thread changed the model during each attempt", "let no thread change it during calls")
 
@@ -272,6 +277,11 @@ class Compiled:
     Args:
         function: the module or function.
         options: how.
+
+    Attributes:
+        loops: of a method, its loops, one of which runs by the schedule where the method is not captured as a whole.
+        silent: whether a refusal is kept and not said, as that of a loop of which nobody knows yet what it goes over.
+        refused: the last refusal that was not said.
     """
 
     def __init__(self, function: Callable[..., Any], options: Options) -> None:
@@ -285,6 +295,9 @@ class Compiled:
         self._inner: Callable[..., Any] = inner
         self.stats = Stats()
         self.methods: dict[str, Compiled] = {}  # of a module, each compiled for itself
+        self.loops: Loops | None = None
+        self.silent = False
+        self.refused: RmtcError | None = None
         self.disabled = 0
         self.variants: list[Variant] = []
         self._known: dict[Any, _Known] = {}
@@ -391,6 +404,9 @@ class Compiled:
         before: Callable[..., Any],
         first: contextlib.ExitStack,
     ) -> Any:
+        if self.loops is not None and (self.loops.found is not None or not self.loops.asked):
+            with LOCK.shared():
+                return self._by_loops(self.loops, args, kwargs)
         inside = id(self) in _thread.active  # a call inside a call: the one around it holds the model
         captured, rounds = False, 0
         broken: _Eager | None = None
@@ -965,15 +981,19 @@ class Compiled:
         self, decision: _Eager, before: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         error, known = decision.error, decision.known
+        silent = self.silent and decision.reason is not None and not self.variants
+        if silent:
+            self.refused = error or RefusedError(_sentence(decision))
+        if known is not None and error is not None and not known.looked and self.loops is not None:
+            if self.loops.outline is not None:
+                return self._by_loops(self.loops, args, kwargs, decision)
         theirs = _is_of_call(error)  # then the call as it was says whether it is a mistake, or rmtc's limit
-        if self.options.strict and decision.reason is not None:
-            self._count(decision)
+        if self.options.strict and decision.reason is not None and not silent:
             if isinstance(error, CaptureError) and known is not None:
                 known.refusal = None  # perhaps this very call fails
-            raise copy.copy(error) if error is not None else RefusedError(_sentence(decision))
-        if not theirs:
-            self._count(decision)
-            self._warn(decision)
+            self._say(decision)
+        if not theirs and not silent:
+            self._say(decision)
         self._last.state = StateError(
             f"the last call ran as written: {decision.reason or decision.quiet.reason}",
             remedy="rmtc.resume(model, None)(text) reads a text by the schedule, or says why it cannot",
@@ -990,12 +1010,53 @@ class Compiled:
             if known is not None and known.tries <= self.options.recompile_limit:
                 known.refusal = None  # this very call fails: it says nothing of others
             raise
-        if theirs:
-            self._count(decision)
-            self._warn(decision)
+        if theirs and not silent:
+            self._say(decision)
         if known is not None:
             known.settle()
         return result
+
+    def _by_loops(
+        self, loops: Loops, args: tuple[Any, ...], kwargs: dict[str, Any], decision: _Eager | None = None
+    ) -> Any:
+        """Run a method as written, but for its loop over segments.
+
+        Args:
+            loops: those of the method.
+            args, kwargs: the call's.
+            decision: why it is not captured as a whole; None if its loop is known.
+        """
+        self._last.state = StateError(
+            "the last call went on after its loop over segments as written", remedy="read the text by a call of its own"
+        )
+        result = self._entered(loops.call, args, kwargs)
+        if decision is not None and decision.known is not None:
+            decision.known.settle()
+        if not loops.passed:
+            self._count(_Eager(quiet=_UNREACHED))
+        elif loops.found is None and not loops.short:
+            if decision is None or decision.known is None:
+                self._count(_Eager(quiet=_UNREACHED if loops.refusal is None else _unasked(loops.refusal)))
+            else:
+                error = loops.refusal or decision.error
+                decision.known.refusal, decision.known.looked = error, True
+                self._say(replace(decision, reason=error.reason if error else decision.reason, error=error))
+        return result
+
+    def _say(self, decision: _Eager) -> None:
+        """Count a call that ran as it is for a reason, and warn.
+
+        Raises:
+            RmtcError: in strict mode.
+        """
+        self._count(decision)
+        if self.options.strict and decision.reason is not None:
+            raise copy.copy(decision.error) if decision.error is not None else RefusedError(_sentence(decision))
+        self._warn(decision)
+
+    def count_short(self) -> None:
+        """Count a call of one segment."""
+        self._count(_Eager())
 
     def _count(self, decision: _Eager) -> None:
         """Count a call that runs as it is, and say once why, unless a warning does."""
@@ -1213,6 +1274,12 @@ def _left(ready: Ready, state: dict[str, torch.Tensor]) -> _State | StateError:
     if not state:
         return StateError("the last call handed nothing on that a later one could read")
     return _State.of(state)
+
+
+def _unasked(error: RmtcError) -> _Quiet:
+    """Why a method that the user has not asked for runs as written."""
+    place = "" if error.location is None else f" ({error.location})"
+    return _Quiet(f"its loop has no schedule{place}: {error.reason}", error.remedy or "nothing")
 
 
 def _as_written(pick: Pick) -> _Quiet:

@@ -10,16 +10,20 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import FunctionType, MethodType
 from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from rmtc.capture.frames import is_of_user
+from rmtc.capture.outline import outline_of
+from rmtc.capture.own_modes import undecorated
 from rmtc.capture.user_code import STANDS_IN, as_written
 from rmtc.runtime.backends import nearest
 from rmtc.runtime.compiled import Compiled, Options
+from rmtc.runtime.own_loops import compiled_method
 
 KEY = "_compiled_call_impl"  # where `nn.Module.compile` keeps its call, too: copies and pickles go without it
 
@@ -50,7 +54,7 @@ class OfInstance:
     """
 
     def __init__(self, options: Options, functions: Mapping[str, FunctionType]) -> None:
-        self.options, self._functions = options, functions
+        self.options, self.functions = options, functions
         self.disabled = 0
         self.instances: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -59,7 +63,7 @@ class OfInstance:
             return None
         compiled = vars(instance).get(KEY)
         if compiled is None:
-            compiled = vars(instance)[KEY] = compiled_module(instance, self.options, self._functions)
+            compiled = vars(instance)[KEY] = compiled_module(instance, self.options, self.functions)
             for each in (compiled, *compiled.methods.values()):
                 each.disabled = self.disabled
             self.instances.add(instance)
@@ -98,7 +102,8 @@ def compiled_module(module: nn.Module, options: Options, functions: Mapping[str,
     """
     made = Compiled(module, options)
     for name, function in functions.items():
-        made.methods[name] = Compiled(MethodType(function, module), replace(options, methods=()))
+        asked = name in options.methods
+        made.methods[name] = compiled_method(MethodType(function, module), replace(options, methods=()), asked)
         made.stats.methods[name] = made.methods[name].stats
     return made
 
@@ -112,10 +117,10 @@ def compile_module(module: nn.Module, options: Options) -> None:
     present = vars(module).get(KEY)
     if present is not None and not isinstance(present, Compiled):
         raise ValueError(f"{type(module).__name__} is compiled by nn.Module.compile already")
-    functions = install(module, options.methods)
+    functions = install(module, [*options.methods, *found_in(module, options.methods)])
     if present is None or not is_current(present, options, functions):
         if present is not None:
-            release(module, set(present.options.methods) - set(options.methods))
+            release(module, present.methods.keys() - functions.keys())
         vars(module)[KEY] = compiled_module(module, options, functions)  # it may have a __setattr__ of its own
 
 
@@ -126,9 +131,9 @@ def compile_class(kind: type[nn.Module], options: Options) -> None:
         ValueError: if a name is not that of a method.
     """
     before = vars(kind).get(KEY)
-    functions = install(kind, options.methods)
+    functions = install(kind, [*options.methods, *found_in(kind, options.methods)])
     if isinstance(before, OfInstance):
-        release(kind, set(before.options.methods) - set(options.methods))
+        release(kind, before.functions.keys() - functions.keys())
         before.forget()
     setattr(kind, KEY, OfInstance(options, functions))
 
@@ -149,11 +154,11 @@ def compile_method(method: MethodType, before: Compiled | None, options: Options
         def find(owner: Any) -> Compiled | None:
             return find.compiled if owner is method.__self__ else None  # type: ignore[attr-defined]
 
-        find.compiled = Compiled(method, options)  # type: ignore[attr-defined]
+        find.compiled = compiled_method(method, options)  # type: ignore[attr-defined]
         return MethodType(_in_place_of(method.__func__, find), method.__self__)
     if before.options == options:
         return method
-    made, function = Compiled(before.function, options), cast(Any, method.__func__)
+    made, function = compiled_method(cast(MethodType, before.function), options), cast(Any, method.__func__)
     if function in _users:
         whole = vars(method.__self__)[KEY]
         name = next(name for name, each in whole.methods.items() if each is before)
@@ -188,6 +193,24 @@ def is_current(present: Compiled, options: Options, functions: Mapping[str, Func
             for name, each in present.methods.items()
         )
     )
+
+
+def found_in(user: nn.Module | type, names: Sequence[str]) -> list[str]:
+    """Return the names of methods that are compiled without being named: a `generate` of the user's with a loop.
+
+    Args:
+        user: a module, or a class of modules.
+        names: the names that the user gives.
+    """
+    kind, name = user if isinstance(user, type) else type(user), "generate"
+    home = next((each for each in kind.__mro__ if name in vars(each)), None)
+    if home is None or name in names or (name in vars(user) and user is not kind):
+        return []
+    function = undecorated(as_written(vars(home)[name]))
+    if not isinstance(function, FunctionType) or not is_of_user(function.__code__.co_filename):
+        return []
+    outline = outline_of(function)
+    return [name] if outline is not None and any(each.items for each in outline.loops) else []
 
 
 @_locked
