@@ -114,10 +114,11 @@ def test_rows_of_a_rolled_stack_are_what_was_stacked() -> None:
     assert targets(rows) == [aten.add.Tensor, *[aten.mul.Tensor] * 3]
 
 
-def test_what_is_written_to_a_rolled_tensor_leaves_the_rest_of_it() -> None:
+@pytest.mark.parametrize(("shift", "place"), [(-4, slice(-4, None)), (4, slice(0, 4)), (-4, slice(0, 8))])
+def test_what_is_written_to_a_rolled_tensor_leaves_the_rest_of_it(shift: int, place: slice) -> None:
     def cache(x: Tensor, y: Tensor) -> Tensor:
-        kept = torch.cat([x, y], 1).roll(-4, 1)
-        kept[:, -4:] = x[:, :4] * 2
+        kept = torch.cat([x, y], 1).roll(shift, 1)
+        kept[:, place] = (torch.cat([x, y], 1) * 2)[:, place]
         return kept + 1
 
     found = targets(cache)
