@@ -339,7 +339,7 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
         yield heuristics.SHORT_RUN, own, full, _PLAIN
         if analysis.capture.has_constants:  # a constant may belong to any segment
             yield heuristics.SHORT_RUN, batches, tails, _CONSTANTS
-        yield from ((segments, batches, tails, _PLAIN) for segments in ages)
+        yield from ((segments, batch, tails, _PLAIN) for batch in (batches, own) for segments in ages)
 
     # The first attempt whose loop passes its checks is taken.
     tried = set[tuple[int, tuple[int, ...], tuple[int, ...], Reading]]()

@@ -14,6 +14,7 @@ from held import MemoryOutput, Stack, zeros
 from torch import Tensor, nn
 
 import rmtc
+from rmtc.ir.formula import L
 
 CLASSES, KEPT = 5, 2
 SIZES = (3, 1, SEGMENT), (7, 1, SEGMENT), (7, 1, SEGMENT), (6, 1, 3), (4, 2, SEGMENT)
@@ -103,6 +104,106 @@ def test_armt_as_published(labelled: bool) -> None:
         twins.ran(segments)
         assert f"logits_{segments - 1}" in found and ("ce_loss_0" in found) is labelled
     assert twins.distances == {(0, 1), (1, 0)}
+
+
+class Parallel(nn.Module):
+    """A layer of PRMT: its memory is written to both ends of its input, in place."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.layer, self.mix = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.memory = nn.Parameter(torch.randn(1, KEPT, WIDTH))
+        self.forget()
+
+    def forget(self) -> None:
+        self.before = torch.clone(self.memory)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden[:, :KEPT] = self.before
+        hidden[:, -KEPT:] = self.before
+        hidden = hidden + torch.tanh(self.layer(hidden) + self.mix(hidden).mean(1, keepdim=True))
+        kept = hidden[:, -KEPT:]  # the next layer writes there
+        self.before = {"view": kept, "copy": kept.clone(), "sum": 0.5 * self.before + kept}[self.kind]
+        return hidden
+
+
+class ParallelWrapper(nn.Module):
+    """PRMT: places for the memory are put around each segment, and all memories are reset after the loop."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Parallel(kind) for _ in range(LAYERS))
+        self.memory, self.head = nn.Parameter(torch.randn(KEPT, WIDTH)), nn.Linear(WIDTH, CLASSES)
+
+    def forget(self) -> None:
+        for layer in self.layers:
+            assert isinstance(layer, Parallel)
+            layer.forget()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forget()
+        outputs = []
+        for piece in x.split(SEGMENT, dim=1):
+            places = self.memory.repeat(x.shape[0], 1, 1)
+            hidden = torch.cat([places, piece, places], dim=1)
+            for layer in self.layers:
+                hidden = layer(hidden)
+            outputs.append(self.head(hidden)[:, KEPT:-KEPT])
+        self.forget()
+        return torch.cat(outputs, dim=1)
+
+
+OWN = {(0, 1), (1, 0)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "distances"),
+    [
+        ("view", {*OWN, (2, -1), (3, 1 - L)}),  # each memory but the last layer's is what the layer above it had read
+        ("copy", OWN),
+        ("sum", OWN),
+    ],
+)
+def test_prmt_as_published(kind: str, distances: set[tuple[Any, Any]]) -> None:
+    twins = Twins(lambda: ParallelWrapper(kind), schedule="shortest")
+    for segments, tail in ((5, SEGMENT), (7, 3)):
+        twins.call(text(segments, 1, tail))
+        twins.ran(segments)
+    assert twins.distances == distances
+
+
+class Rolling(Stack):
+    """Compressive Transformer: memories of all layers in one tensor each, rolled before a segment reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squeeze = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory, squeezed = (x.new_zeros(LAYERS, x.shape[0], length, WIDTH) for length in (SEGMENT, 1))
+        outputs = []
+        for piece in x.split(SEGMENT, dim=1):
+            memory, squeezed = torch.roll(memory, -1, 0), torch.roll(squeezed, -1, 0)
+            kept: list[list[Tensor]] = [[], []]
+            for layer, squeeze, old, older in zip(self.layers, self.squeeze, memory, squeezed, strict=True):
+                seen = torch.cat([older, old, piece], dim=1)
+                kept[0].append(torch.cat([old, piece], dim=1)[:, -SEGMENT:])
+                kept[1].append(torch.cat([older, squeeze(old.mean(1, keepdim=True))], dim=1)[:, -1:])
+                piece = piece + torch.tanh(layer((piece @ seen.transpose(1, 2)).softmax(-1) @ seen))
+            memory, squeezed = (torch.stack(each).detach() for each in kept)
+            outputs.append(piece)
+        return torch.cat(outputs, dim=1)
+
+
+@pytest.mark.slow
+def test_compressive_transformer_as_published() -> None:
+    twins = Twins(Rolling, schedule="shortest")
+    for segments, batch in ((5, 1), (7, 2)):
+        twins.call(text(segments, batch))
+        twins.ran(segments, a=2)
+    assert twins.a == 2 and {(0, 1), (1, -1)} <= twins.distances
 
 
 class Recurrent(Stack):

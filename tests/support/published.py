@@ -6,8 +6,8 @@ and what is left in the model must be eager's, and every call must run by its sc
 
 Packages are taken as they are installed (``pip install --no-deps xlstm mlstm_kernels memorizing-transformers-pytorch
 einops-exts joblib faiss-cpu x-transformers einx frozendict loguru hyper-connections torch-einops-utils
-yet-another-retnet infini-transformer-pytorch``). Repositories are cloned by hand. Those of ARMT and RMT need
-transformers 4.44 (``pip install "transformers==4.44.2" "numpy<2.3"``).
+yet-another-retnet infini-transformer-pytorch compressive-transformer-pytorch mogrifier``). Repositories are cloned by
+hand. Those of ARMT, RMT and PRMT need transformers 4.44 (``pip install "transformers==4.44.2" "numpy<2.3"``).
 
     python tests/support/published.py x-transformers
     python tests/support/published.py armt --checkout ../associative-recurrent-memory-transformer --over gpt2 --sliding
@@ -101,6 +101,26 @@ def rmt(options: Options) -> tuple[nn.Module, Call]:
     from modeling_rmt.language_modeling import MemoryCell, RecurrentWrapper
 
     return RecurrentWrapper(MemoryCell(base_model(options.over)[0], 2), segment_size=SEGMENT), masked(options)
+
+
+def prmt(options: Options) -> tuple[nn.Module, Call]:
+    from lm_parallel_mem import MemoryCell, RecurrentWrapper
+
+    base, layers = base_model(options.over)
+    cell = MemoryCell(base, 2, layers_attr=layers, wrap_pos=options.over == "gpt2")
+    return RecurrentWrapper(cell, segment_size=SEGMENT), masked(options)
+
+
+def compressive(options: Options) -> tuple[nn.Module, Call]:
+    from compressive_transformer_pytorch import CompressiveTransformer
+
+    net = CompressiveTransformer(num_tokens=WORDS, dim=16, seq_len=SEGMENT, depth=LAYERS, heads=2, cmem_ratio=3)
+
+    def step(net: Any, piece: Tensor, number: int, memories: Any) -> Any:
+        output, left, _ = net(piece, memories=memories)
+        return output, left
+
+    return Loop(net, step), plainly
 
 
 def transformer_xl(options: Options) -> tuple[nn.Module, Call]:
@@ -247,6 +267,8 @@ def infini_attention(options: Options) -> tuple[nn.Module, Call]:
 MODELS: dict[str, tuple[Callable[[Options], tuple[nn.Module, Call]], str]] = {
     "armt": (armt, ""),
     "rmt": (rmt, ""),
+    "prmt": (prmt, "modeling_rmt"),
+    "compressive-transformer": (compressive, ""),
     "transformer-xl": (transformer_xl, "pytorch"),
     "x-transformers": (x_transformers, ""),
     "xlstm": (xlstm, ""),

@@ -14,7 +14,22 @@ from torch import fx
 
 from rmtc import heuristics
 from rmtc.errors import RefusedError
-from rmtc.ir.program import SPLITS, VIEWS, draws, piece_bounds
+from rmtc.ir.program import SPLITS, VIEWS, draws
+from rmtc.passes.graph.regions import (
+    MOVES,
+    SCATTERS,
+    argument,
+    bounds_of,
+    dim_of,
+    dim_of_read,
+    interval_of,
+    is_put_together,
+    is_rest_of_rest,
+    parts_of,
+    piece_of,
+    size_of,
+    written_by,
+)
 from rmtc.passes.registry import enter
 
 __all__ = ["Canonicalize", "cut_slices"]
@@ -24,7 +39,6 @@ _NO_RESULT = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default)
 _STRIDED = (aten.as_strided.default, aten.as_strided_scatter.default, aten.as_strided_copy.default)
 _BY_LAYOUT = (aten.view_as_complex.default, aten.view.dtype)
-_SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
 _SHAPES = (
     aten.view.default,
     aten._unsafe_view.default,
@@ -34,7 +48,6 @@ _SHAPES = (
 )
 _NEW = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.zeros_like.default)
 _OF_SIZES = (*_NEW, aten.ones_like.default, aten.full_like.default, aten.empty_like.default, aten.new_empty.default)
-_END = torch.iinfo(torch.int64).max
 
 
 @enter("canonicalize", "one spelling for parts of tensors; reads see through writes")
@@ -100,12 +113,14 @@ class Canonicalize:
         for node in list(graph.nodes):
             if node.op != "call_function":
                 continue
-            if node.target is operator.getitem:
-                _piece(graph, node)
+            if (found := piece_of(node)) is not None:
+                _replace(graph, node, *found)
+                if node.target is aten.narrow.default:
+                    graph.erase_node(node)
             elif node.target is aten.slice_scatter.default and _covers(node):
                 _replaced(graph, node, node.args[1])
-            elif node.target in _SCATTERS:
-                _unclone(node)
+            elif node.target in SCATTERS:
+                _write_to_copied(node)
             elif node.target in (aten.select.int, aten.slice.Tensor):
                 if not _is_end(node):  # whether that is a result is not clear yet
                     _forward(graph, node, self.cut, windows)
@@ -180,11 +195,13 @@ def cut_slices(graph: fx.Graph, texts: Set[tuple[str, int]] = frozenset()) -> fr
     whole, less = set[tuple[str, int]](), set[tuple[str, int]]()
     for node in graph.nodes:
         if node.target is aten.slice.Tensor and isinstance(node.args[0], fx.Node):
-            interval = _interval(node, _size(node.args[0], _dim(node, 1)), 1)
+            interval = interval_of(node, size_of(node.args[0], dim_of(node, 1)), 1)
             if interval is not None:
                 start, end = _last_written(node, interval)
                 (whole if interval == (start, end) else less).add((_place(node), end - start))
-                if not texts.isdisjoint((name, _dim(node, 1)) for name in _sliced(node.args[0]).meta.get("names", ())):
+                if not texts.isdisjoint(
+                    (name, dim_of(node, 1)) for name in _sliced(node.args[0]).meta.get("names", ())
+                ):
                     less.add((_place(node), end - start))
     return frozenset(place for place, _ in whole & less)
 
@@ -203,7 +220,7 @@ def _mark_texts(graph: fx.Graph, texts: Mapping[str, int]) -> None:
         if min(sizes) < 0:
             continue
         whole: Any = node.args[1] if node.target is aten.slice_scatter.default else None
-        if node.target in _SCATTERS and not (isinstance(whole, fx.Node) and _is_text(whole, _dim(node, 2))):
+        if node.target in SCATTERS and not (isinstance(whole, fx.Node) and _is_text(whole, dim_of(node, 2))):
             sizes = sizes[:1]
         node.meta["text"] = max(sizes)
 
@@ -224,21 +241,21 @@ def _sliced(node: fx.Node) -> fx.Node:
 def _last_written(node: fx.Node, read: tuple[int, int]) -> tuple[int, int]:
     """Return the positions that one write made last, if a slice reads no others; or those of the whole tensor."""
     source: Any = node.args[0]
-    while source.target is aten.slice_scatter.default and _dim(source, 2) == _dim(node, 1):
-        written = _written(source)
+    while source.target is aten.slice_scatter.default and dim_of(source, 2) == dim_of(node, 1):
+        written = written_by(source)
         if written is not None and written[0] <= read[0] < read[1] <= written[1]:
             return written
         if written is None or max(read[0], written[0]) < min(read[1], written[1]):
             break
         source = source.args[0]
-    return 0, _size(source, _dim(node, 1))
+    return 0, size_of(source, dim_of(node, 1))
 
 
 def _place(node: fx.Node) -> str:
     """Return the line of the user's code and the module that a slice is of, and its dimension."""
     place = node.meta.get("location")
     line = "" if place is None else f"{place.file}:{place.line}"
-    return f"{line} {node.meta.get('module', '')} {_dim(node, 1)}"
+    return f"{line} {node.meta.get('module', '')} {dim_of(node, 1)}"
 
 
 def _lay_out(graph: fx.Graph, node: fx.Node) -> None:
@@ -283,7 +300,7 @@ def _drop_empty(graph: fx.Graph) -> None:
 
 def _is_empty(piece: Any, whole: fx.Node) -> bool:
     value, result = piece.meta["val"], whole.meta["val"]
-    return value.ndim == result.ndim and _is_of_dtype(piece, whole) and _size(piece, _dim(whole, 1)) == 0
+    return value.ndim == result.ndim and _is_of_dtype(piece, whole) and size_of(piece, dim_of(whole, 1)) == 0
 
 
 def _is_of_dtype(piece: Any, whole: fx.Node) -> bool:
@@ -296,7 +313,7 @@ def _name_turns(graph: fx.Graph) -> None:
     slice_scatter(%m, %a, 1, 2, end, 3)   ->   view(select_scatter(view(%m, [4, 2, 3]), %a, 2, 2), [4, 6])
     """
     steps = {
-        (_dim(node, 2), _argument(node, 5, "step", 1), _size(node, _dim(node, 2)))
+        (dim_of(node, 2), argument(node, 5, "step", 1), size_of(node, dim_of(node, 2)))
         for node in graph.nodes
         if node.target is aten.slice_scatter.default
     }
@@ -306,9 +323,9 @@ def _name_turns(graph: fx.Graph) -> None:
             continue
         at = 2 if scatter else 1
         source: Any = node.args[0]
-        dim, step, value = _dim(node, at), _argument(node, at + 3, "step", 1), source.meta["val"]
-        size, start = _size(source, dim), _argument(node, at + 1, "start", None) or 0
-        end = _argument(node, at + 2, "end", None)
+        dim, step, value = dim_of(node, at), argument(node, at + 3, "step", 1), source.meta["val"]
+        size, start = size_of(source, dim), argument(node, at + 1, "start", None) or 0
+        end = argument(node, at + 2, "end", None)
         whole = size % step == 0 and 0 <= start < step and (end is None or end >= size)
         if step == 1 or (dim, step, size) not in steps or not whole or not value.is_contiguous():
             continue
@@ -339,7 +356,7 @@ def _unview(graph: fx.Graph, node: fx.Node) -> None:
     source: Any = node.args[0]
     if isinstance(source, fx.Node) and source.target in _SHAPES:
         whole: Any = source.args[0]
-        if whole.target in _SCATTERS and whole.meta["val"].is_contiguous():
+        if whole.target in SCATTERS and whole.meta["val"].is_contiguous():
             _replaced(graph, node, whole)
 
 
@@ -351,15 +368,15 @@ def _split_overlaps(graph: fx.Graph) -> None:
     first: dict[Any, Any] = {}  # what was there before all writes
     writes: dict[Any, list[tuple[fx.Node, tuple[int, int]]]] = {}
     for node in graph.nodes:
-        if node.target not in _SCATTERS:
+        if node.target not in SCATTERS:
             continue
         base: Any = node.args[0]
         while base not in first and base.target is aten.clone.default:
             base = base.args[0]
         first[node] = first.get(base, base)
-        interval = _written(node)
+        interval = written_by(node)
         if interval is not None:
-            writes.setdefault((first[node], _dim(node, 2)), []).append((node, interval))
+            writes.setdefault((first[node], dim_of(node, 2)), []).append((node, interval))
     bounds: dict[Any, list[int]] = {}
     for key, written in writes.items():
         parts = {interval for _, interval in written}
@@ -373,8 +390,10 @@ def _split_overlaps(graph: fx.Graph) -> None:
             source: Any = node.args[0]
             while isinstance(source, fx.Node) and source not in first and source.target is aten.clone.default:
                 source = source.args[0]
-            dim = _dim(node, 1)
-            inside = _inside(bounds.get((first.get(source, source), dim), []), _interval(node, _size(source, dim), 1))
+            dim = dim_of(node, 1)
+            inside = _inside(
+                bounds.get((first.get(source, source), dim), []), interval_of(node, size_of(source, dim), 1)
+            )
             if len(inside) > 1:
                 with graph.inserting_before(node):
                     parts_read = [_slice(graph, node, node.args[0], dim, *piece) for piece in inside]
@@ -383,8 +402,8 @@ def _split_overlaps(graph: fx.Graph) -> None:
                 node.replace_all_uses_with(whole)
                 graph.erase_node(node)
         elif node.target is aten.slice_scatter.default:
-            dim = _dim(node, 2)
-            interval = _written(node)
+            dim = dim_of(node, 2)
+            interval = written_by(node)
             inside = _inside(bounds.get((first[node], dim), []), interval)
             if interval is None or len(inside) < 2:
                 continue
@@ -405,15 +424,6 @@ def _shared(parts: set[tuple[int, int]]) -> bool:
         return True
     outer = {a for a in parts for b in parts if a != b and a[0] <= b[0] and b[1] <= a[1]}
     return len({a for a in outer if not any(b[0] <= a[0] and a[1] <= b[1] for b in outer - {a})}) > 1
-
-
-def _written(node: fx.Node) -> tuple[int, int] | None:
-    """The range that a scatter writes, if it is one."""
-    size = _size(node, _dim(node, 2))
-    if node.target is aten.slice_scatter.default:
-        return _interval(node, size, 2)
-    index: Any = node.args[3]
-    return index % size, index % size + 1
 
 
 def _inside(bounds: Sequence[int], interval: tuple[int, int] | None) -> list[tuple[int, int]]:
@@ -513,7 +523,7 @@ def _detach_parts(graph: fx.Graph) -> None:
         source: Any = node.args[0] if node.target in (aten.select.int, aten.slice.Tensor) else None
         if not isinstance(source, fx.Node) or source.target is not aten.detach.default:
             continue
-        if "part" in node.meta or _put_together(source.args[0]):
+        if "part" in node.meta or is_put_together(source.args[0]):
             with graph.inserting_before(node):
                 part = graph.node_copy(node)
                 part.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
@@ -537,62 +547,11 @@ def _refuse_strides(graph: fx.Graph) -> None:
             )
 
 
-def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
-def _size(node: fx.Node, dim: int) -> int:
-    return int(node.meta["val"].shape[dim])
-
-
-def _piece(graph: fx.Graph, node: fx.Node) -> None:
-    """getitem(split(x), i) -> slice(x); getitem(unbind(x), i) -> select(x)."""
-    whole, index = node.args
-    if not isinstance(whole, fx.Node) or not isinstance(index, int) or whole.op != "call_function":
-        return
-    source: Any = whole.args[0]
-    target = whole.target
-    if target is aten.unbind.int:
-        dim = _argument(whole, 1, "dim", 0)
-        _replace(graph, node, aten.select.int, (source, dim, index))
-        return
-    if target in (aten.split.Tensor, aten.chunk.default):
-        dim = _argument(whole, 2, "dim", 0)
-        size = whole.args[1]
-        if target is aten.chunk.default:
-            size = -(-_size(source, dim) // size)  # type: ignore[operator]
-        start, end = index * size, (index + 1) * size  # type: ignore[operator]
-    elif target in (aten.split_with_sizes.default, aten.split.sizes):
-        dim = _argument(whole, 2, "dim", 0)
-        sizes: Any = whole.args[1]
-        start, end = sum(sizes[:index]), sum(sizes[: index + 1])
-    elif target is aten.tensor_split.indices:
-        dim = _argument(whole, 2, "dim", 0)
-        start, end = piece_bounds(_size(source, dim), whole.args[1])[index]  # type: ignore[arg-type]
-    elif target is aten.tensor_split.sections:
-        dim = _argument(whole, 2, "dim", 0)
-        end = sum(each.shape[dim] for each in whole.meta["val"][: index + 1])
-        start = end - whole.meta["val"][index].shape[dim]
-    else:
-        return
-    _replace(graph, node, aten.slice.Tensor, (source, dim, start, end))
-
-
 def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
     with graph.inserting_before(node):
         new = graph.call_function(target, args)
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
-
-
-def _interval(node: fx.Node, size: int, dim_at: int) -> tuple[int, int] | None:
-    """The half-open range of a slice or slice_scatter of step 1, ends resolved."""
-    start, end = _argument(node, dim_at + 1, "start", None), _argument(node, dim_at + 2, "end", None)
-    if _argument(node, dim_at + 3, "step", 1) != 1:
-        return None
-    start, end = 0 if start is None else start, _END if end is None else end
-    resolved = [min(max(value + size if value < 0 else value, 0), size) for value in (start, end)]
-    return resolved[0], max(resolved)
 
 
 def _becomes(node: fx.Node, value: Any) -> None:
@@ -641,8 +600,8 @@ def _lies_in_order(value: torch.Tensor) -> bool:
 
 def _covers(node: fx.Node) -> bool:
     """Whether a slice_scatter writes all there is."""
-    size = _size(node, _dim(node, 2))
-    return _interval(node, size, 2) == (0, size)
+    size = size_of(node, dim_of(node, 2))
+    return interval_of(node, size, 2) == (0, size)
 
 
 def _cast(graph: fx.Graph, node: fx.Node) -> None:
@@ -653,96 +612,64 @@ def _cast(graph: fx.Graph, node: fx.Node) -> None:
         _replaced(graph, node, source)
 
 
-def _dim(node: fx.Node, index: int) -> int:
-    return int(_argument(node, index, "dim", 0) % node.meta["val"].ndim)
-
-
 def _forward(graph: fx.Graph, node: fx.Node, cut: frozenset[str], windows: set[Any]) -> None:
     """Read through what put a tensor together: a part that was put there is that part, whatever was put elsewhere."""
     while True:
         source: Any = node.args[0]
         if not isinstance(source, fx.Node):
             return
-        dim = int(_argument(node, 1, "dim", 0)) % source.meta["val"].ndim
-        size = _size(source, dim)
-        whole_row = node.target is aten.select.int
-        if whole_row:
-            index: Any = node.args[2]
-            read = (index % size, index % size + 1)
+        dim, row = dim_of_read(node), node.target is aten.select.int
+        size = size_of(source, dim)
+        read = bounds_of(node)
+        if read is None:
+            return
+        stays = _is_end(node) or _place(node) in cut or is_rest_of_rest(source)
+        if not row and read == (0, size) and not stays:
+            node.replace_all_uses_with(source)
+            return
+        if read[0] == read[1] or _may_be_another(node, source, dim, read[1] == size, windows):
+            return
+        part = next((each for each in parts_of(source, dim) or () if each.start <= read[0] < read[1] <= each.end), None)
+        if part is None or part.source is source or (not row and source.target is aten.unsqueeze.default):
+            return
+        if part.offset is None:
+            with graph.inserting_before(node):
+                _replaced(graph, node, part.source if row else _row(graph, source, part.source, dim))
+            return
+        inner = (read[0] - part.start + part.offset, read[1] - part.start + part.offset)
+        views = source.target in (aten.clone.default, aten.slice.Tensor)
+        whole = not views and not row and inner == (0, size_of(part.source, dim))
+        if whole and not (source.target in SCATTERS and _place(node) in cut):
+            _replaced(graph, node, part.source)
+            return
+        if inner == read and size_of(part.source, dim) == size:
+            node.replace_input_with(source, part.source)
         else:
-            interval = _interval(node, size, 1)
-            if interval is None:
-                return
-            read = interval
-            if read == (0, size) and not (_is_end(node) or _place(node) in cut) and not _is_rest_of_rest(source):
-                node.replace_all_uses_with(source)
-                return
-        if source.op != "call_function" or read[0] == read[1]:
-            return
-        if _unclone(node):
-            continue
-        if source.target in (aten.select_scatter.default, aten.slice_scatter.default) and _dim(source, 2) == dim:
-            written = _written(source)
-            if written is None or _is_text(source.args[0], dim) or _is_text(source.args[1], dim):  # type: ignore[arg-type]
-                return
-            if read[1] <= written[0] or written[1] <= read[0]:
-                node.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
-                continue
-            selected = source.target is aten.select_scatter.default
-            if read == written and whole_row == selected and _place(node) not in cut:
-                _replaced(graph, node, source.args[1])
-                return
-            if read == written and selected and not whole_row:
-                with graph.inserting_before(node):
-                    _replaced(graph, node, _part(graph, source, dim))
-                return
-            part: Any = source.args[1]
-            if selected or not written[0] <= read[0] < read[1] <= written[1]:
-                return
-            if part.meta["val"].dtype != node.meta["val"].dtype or part.meta["val"].ndim <= dim:
-                return
-            part = _in_order(graph, node, part)
-            node.args = (part, dim, *(place - written[0] for place in (read[:1] if whole_row else read)))
-            continue
-        if source.target is aten.unsqueeze.default and _dim(source, 1) == dim and whole_row:
-            _replaced(graph, node, source.args[0])
-            return
-        if source.target is aten.stack.default and _dim(source, 1) == dim and whole_row:
-            _replaced(graph, node, source.args[0][read[0]])  # type: ignore[index]
-            return
-        if source.target is aten.cat.default and _dim(source, 1) == dim:
-            if read[1] == size and (source.meta.get("location") in windows or (_is_end(node) and _is_given(node))):
-                return  # in a shorter last segment it is another part
-            if any(_is_text(piece, dim) for piece in source.args[0]):  # type: ignore[union-attr, arg-type]
-                return
-            start = 0
-            for piece in source.args[0]:  # type: ignore[union-attr]
-                end = start + (_size(piece, dim) if piece.meta["val"].ndim > dim else 0)  # type: ignore[union-attr, arg-type]
-                if (start, end) == read and not whole_row:
-                    _replaced(graph, node, piece)
-                    return
-                if start <= read[0] and read[1] <= end and piece.meta["val"].dtype == node.meta["val"].dtype:  # type: ignore[union-attr]
-                    break
-                start = end
-            else:
-                return
-            piece = _in_order(graph, node, piece)  # type: ignore[arg-type]
-            node.args = (piece, dim, *(place - start for place in (read[:1] if whole_row else read)))
-            continue
-        if source.target is aten.slice.Tensor and _dim(source, 1) == dim and _is_cut_again(source):
-            interval = _interval(source, _size(source.args[0], dim), 1)  # type: ignore[arg-type]
-            if interval is None:
-                return
-            node.args = (source.args[0], dim, *(place + interval[0] for place in (read[:1] if whole_row else read)))
+            kept = part.source if views else _in_order(graph, node, part.source)
+            node.args = (kept, dim, *(inner[:1] if row else inner))
+        if source.target is aten.slice.Tensor:
             node.meta["rest"] = True
-            continue
-        return
+
+
+def _may_be_another(node: fx.Node, source: fx.Node, dim: int, to_the_end: bool, windows: set[Any]) -> bool:
+    """Tell whether a read may be of another part in a shorter last segment, or of what is added to a text."""
+    if source.target in SCATTERS and dim_of(source, 2) == dim:
+        return any(isinstance(each, fx.Node) and _is_text(each, dim) for each in source.args[:2])
+    if source.target is aten.cat.default and dim_of(source, 1) == dim:
+        ends = source.meta.get("location") in windows or (_is_end(node) and _is_given(node))
+        return (to_the_end and ends) or any(_is_text(piece, dim) for piece in source.args[0])  # type: ignore[union-attr, arg-type]
+    return False
+
+
+def _row(graph: fx.Graph, node: fx.Node, value: fx.Node, dim: int) -> fx.Node:
+    """Return a row with the dimension along which it is written to a node or stacked."""
+    return _made(graph, node, aten.unsqueeze.default, (value, dim), value.meta["val"].unsqueeze(dim))
 
 
 def _unalias(graph: fx.Graph, node: fx.Node) -> None:
     """alias(x) -> x, but for a result; where x is what a loop has left for its last segment, a slice of its own."""
     source: Any = node.args[0]
-    if _is_rest_of_rest(source):
+    if is_rest_of_rest(source):
         with graph.inserting_before(node):
             source = graph.node_copy(source)
         source.meta["location"] = node.meta.get("location")
@@ -772,7 +699,7 @@ def _flatten(graph: fx.Graph, node: fx.Node, short: Set[Any] = frozenset()) -> b
         inside = inner.target is aten.cat.default and (
             (alone and len(inner.users) == 1) or inner.meta.get("location") in short
         )
-        if not inside or inner.meta["val"].dtype != node.meta["val"].dtype or _dim(inner, 1) != _dim(node, 1):
+        if not inside or inner.meta["val"].dtype != node.meta["val"].dtype or dim_of(inner, 1) != dim_of(node, 1):
             pieces.append(piece)
             continue
         history |= inner.meta.get("location") in short
@@ -793,8 +720,8 @@ def _flatten(graph: fx.Graph, node: fx.Node, short: Set[Any] = frozenset()) -> b
 def _stack(graph: fx.Graph, node: fx.Node) -> None:
     """cat([unsqueeze(a, 0), unsqueeze(b, 0)], 0) -> stack([a, b], 0)."""
     given: Any = node.args[0]
-    dim, value = _dim(node, 1), node.meta["val"]
-    rows = [piece for piece in given if piece.target is aten.unsqueeze.default and _dim(piece, 1) == dim]
+    dim, value = dim_of(node, 1), node.meta["val"]
+    rows = [piece for piece in given if piece.target is aten.unsqueeze.default and dim_of(piece, 1) == dim]
     if len(rows) == len(given) and all(piece.meta["val"].dtype == value.dtype for piece in rows):
         with graph.inserting_before(node):
             whole = graph.call_function(aten.stack.default, ([piece.args[0] for piece in rows], dim))
@@ -808,11 +735,11 @@ def _joined_with(graph: fx.Graph, length: int) -> set[Any]:
     longer: set[Any] = set()
     for node in graph.nodes:
         if node.target is aten.cat.default:
-            dim = _dim(node, 1)
+            dim = dim_of(node, 1)
             pieces = [piece for piece in node.args[0] if piece.meta["val"].ndim == node.meta["val"].ndim]
-            if _size(node, dim) > 2 * length:
+            if size_of(node, dim) > 2 * length:
                 longer.add(node.meta.get("location"))
-            elif any(_size(piece, dim) == length for piece in pieces):
+            elif any(size_of(piece, dim) == length for piece in pieces):
                 found.add(node.meta.get("location"))
     return found - longer
 
@@ -824,9 +751,9 @@ def _short_histories(graph: fx.Graph) -> set[Any]:
     again: set[Any] = set()
     for node in graph.nodes:
         if node.target is aten.cat.default:
-            place, dim = node.meta.get("location"), _dim(node, 1)
+            place, dim = node.meta.get("location"), dim_of(node, 1)
             pieces = [piece for piece in node.args[0] if piece.meta["val"].ndim == node.meta["val"].ndim]
-            sizes = [_size(piece, dim) for piece in pieces]
+            sizes = [size_of(piece, dim) for piece in pieces]
             whole[place] = max(whole.get(place, 0), sum(sizes))
             part[place] = max(part.get(place, 0), min(sizes, default=0))
             sources = [_source(piece) for piece in pieces]
@@ -854,10 +781,10 @@ def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> bool:
         return False
     if source.target is not aten.cat.default or source.meta.get("location") not in short:
         return False
-    dim, value = _dim(source, 1), node.meta["val"]
-    interval = _interval(node, _size(source, dim), 1)
+    dim, value = dim_of(source, 1), node.meta["val"]
+    interval = interval_of(node, size_of(source, dim), 1)
     pieces: Any = source.args[0]
-    if interval is None or _dim(node, 1) != dim or (_is_end(node) and _is_given(node)):  # the last ones may be others
+    if interval is None or dim_of(node, 1) != dim or (_is_end(node) and _is_given(node)):  # the last ones may be others
         return False
     if any(piece.meta["val"].ndim != value.ndim or piece.meta["val"].dtype != value.dtype for piece in pieces):
         return False
@@ -865,7 +792,7 @@ def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> bool:
     cut: list[fx.Node] = []
     start = 0
     for piece in pieces:
-        size = _size(piece, dim)
+        size = size_of(piece, dim)
         first, last = max(interval[0] - start, 0), min(interval[1] - start, size)
         if (first, last) == (0, size):
             parts.append(piece)
@@ -890,68 +817,29 @@ def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> bool:
 
 def _is_end(node: fx.Node) -> bool:
     """Whether a slice takes the last positions, however many there are."""
-    start = _argument(node, 2, "start", None) if node.target is aten.slice.Tensor else None
+    start = argument(node, 2, "start", None) if node.target is aten.slice.Tensor else None
     return start is not None and start < 0
 
 
 def _is_given(node: fx.Node) -> bool:
     """Whether a value, or a view or copy of it, is a result and nothing else."""
     return all(
-        user.op == "output" or ((user.target in VIEWS or user.target in _MOVES) and _is_given(user))
+        user.op == "output" or ((user.target in VIEWS or user.target in MOVES) and _is_given(user))
         for user in node.users
     )
 
 
-def _is_cut_again(node: fx.Node) -> bool:
-    """Whether a slice is read as a part of what it is cut from: of a state, or where a loop cuts the rest of the rest.
-
-    piece, x = x[:, :4], x[:, 4:]
-    """
+def _write_to_copied(node: fx.Node) -> None:
+    """Write scatter(clone(x), v) as scatter(x, v): nothing writes to x any more."""
     source: Any = node.args[0]
-    return _put_together(source) or _is_rest_of_rest(node)
-
-
-def _is_rest_of_rest(node: fx.Node) -> bool:
-    """Whether a line that cuts a part off a tensor cuts the next one off what it leaves."""
-    place = node.meta.get("location")
-    again = any(_is_rest(user) and user.meta.get("location") == place for user in node.users)
-    return _is_rest(node) and (again or "rest" in node.meta)
-
-
-def _is_rest(node: fx.Node) -> bool:
-    """Whether a node is all of a tensor from some place on."""
-    if node.target is not aten.slice.Tensor or not isinstance(node.args[0], fx.Node):
-        return False
-    size = _size(node.args[0], _dim(node, 1))
-    interval = _interval(node, size, 1)
-    return interval is not None and interval[0] > 0 and interval[1] == size
-
-
-def _put_together(source: Any) -> bool:
-    """Whether a tensor was put together of others, or is a state that may have been at first, or a row of one."""
-    while source.target is aten.select.int:
-        source = source.args[0]
-    if source.op == "placeholder":
-        return bool(source.meta["source"][0] != "input")
-    return source.target in (aten.slice.Tensor, *_MOVES) or not source.all_input_nodes
-
-
-def _unclone(node: fx.Node) -> bool:
-    """select(clone(x)), scatter(clone(x), v) -> select(x), scatter(x, v): nothing writes to x any more."""
-    source = node.args[0]
-    if not isinstance(source, fx.Node) or source.target is not aten.clone.default or source.kwargs:
-        return False
-    node.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
-    return True
-
-
-_MOVES = (aten.clone.default, aten.copy.default, aten.stack.default, aten.cat.default, *_SCATTERS)
+    if source.target is aten.clone.default and not source.kwargs:
+        node.replace_input_with(source, source.args[0])
 
 
 def _drop_dead(graph: fx.Graph) -> None:
     """Drop views, copies and what puts tensors together where nothing uses it."""
     for node in reversed(list(graph.nodes)):
-        if not node.users and (node.target in VIEWS or node.target in _MOVES):
+        if not node.users and (node.target in VIEWS or node.target in MOVES):
             graph.erase_node(node)
 
 
@@ -967,22 +855,17 @@ def _merge_parts(graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
-def _part(graph: fx.Graph, writer: fx.Node, dim: int) -> Any:
-    """What a scatter writes, with the dimension along which it is written."""
-    value: Any = writer.args[1]
-    if writer.target is aten.slice_scatter.default:
-        return value
-    return _made(graph, writer, aten.unsqueeze.default, (value, dim), value.meta["val"].unsqueeze(dim))
-
-
 def _assemble(graph: fx.Graph) -> None:
-    """scatter(scatter(scatter(x, a, 0), b, 1), c, 0), read as a whole -> stack([c, b]), or scatters of b and c."""
+    """scatter(scatter(scatter(x, a, 0), b, 1), c, 0), read as a whole -> stack([c, b]), or scatters of b and c.
+
+    What of a roll was not written over is a part of what was rolled.
+    """
     written: dict[fx.Node, tuple[Any, int, dict[tuple[int, int], fx.Node], int]] = {}
     for node in list(graph.nodes):
-        if node.target not in _SCATTERS:
+        if node.target not in SCATTERS:
             continue
-        base, value, dim = node.args[0], node.args[1], _dim(node, 2)
-        interval = _written(node)
+        base, value, dim = node.args[0], node.args[1], dim_of(node, 2)
+        interval = written_by(node)
         if interval is None or not isinstance(value, fx.Node) or not isinstance(base, fx.Node):
             continue
         first, before, parts, count = written.get(base, (base, dim, {}, 0))
@@ -995,19 +878,20 @@ def _assemble(graph: fx.Graph) -> None:
         readers = [user for user in node.users if not (user in written and user.args[0] is node)]
         if not readers:
             continue
-        writers = [parts[interval] for interval in sorted(parts)]
-        bounds = sorted(parts)
-        covered = bounds[0][0] == 0 and bounds[-1][1] == _size(node, dim)
-        covered = covered and all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
-        kinds = {writer.target for writer in writers}
-        values: list[Any] = [writer.args[1] for writer in writers]
-        covered = covered and all(value.meta["val"].dtype == node.meta["val"].dtype for value in values)
+        edges = [0, *itertools.chain(*sorted(parts)), size_of(node, dim)]
+        gaps = [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
+        values: dict[int, Any] = {start: writer.args[1] for (start, _), writer in parts.items()}
+        whole_of_values = all(value.meta["val"].dtype == node.meta["val"].dtype for value in values.values())
+        moved = first.target is aten.roll.default and parts_of(first, dim) is not None
         with graph.inserting_before(node.next):
-            if covered:
-                target = aten.stack.default if kinds == {aten.select_scatter.default} else aten.cat.default
-                if len(kinds) > 1:
-                    values = [_part(graph, writer, dim) for writer in writers]
-                whole = graph.call_function(target, (values, dim))
+            if whole_of_values and (moved or not gaps):
+                rows = {start for (start, _), writer in parts.items() if writer.target is aten.select_scatter.default}
+                stacked = len(rows) == len(values) and not gaps
+                for start in () if stacked else rows:
+                    values[start] = _row(graph, node, values[start], dim)
+                values |= {start: _slice(graph, node, first, dim, start, end) for start, end in gaps}
+                target = aten.stack.default if stacked else aten.cat.default
+                whole = graph.call_function(target, ([values[start] for start in sorted(values)], dim))
                 whole.meta.update(node.meta)
             elif count > len(parts):
                 whole = first

@@ -1,0 +1,137 @@
+"""Where the positions of a value come from, as text; and the same values put together of these parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from rmtc.passes.graph.canonicalize import Canonicalize
+from rmtc.passes.graph.regions import parts_of, piece_of
+
+aten = torch.ops.aten
+X, Y = torch.arange(24.0).reshape(4, 6), torch.arange(24.0, 48.0).reshape(4, 6)
+
+
+def wrote(x: Tensor, y: Tensor, place: Any, value: Tensor) -> Tensor:
+    x = x.clone()
+    x[place] = value
+    return x
+
+
+REGIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int, str]] = {
+    "cat": (lambda x, y: torch.cat([x, y[:1], y]), 0, "0:4 x@0, 4:5 slice@0, 5:9 y@0"),
+    "cat of another dimension": (lambda x, y: torch.cat([x, y], 1), 0, "no region"),
+    "cat of another dtype": (lambda x, y: torch.cat([x.double(), y]), 0, "0:4 to@0, 4:8 cat@4"),
+    "stack": (lambda x, y: torch.stack([y, x]), 0, "0:1 y, 1:2 x"),
+    "unsqueeze": (lambda x, y: x.unsqueeze(1), 1, "0:1 x"),
+    "a row": (lambda x, y: wrote(x, y, 1, y[0]), 0, "0:1 clone@0, 1:2 copy, 2:4 clone@2"),
+    "the first row": (lambda x, y: wrote(x, y, 0, y[0]), 0, "0:1 copy, 1:4 clone@1"),
+    "from the end": (lambda x, y: wrote(x, y, (slice(None), slice(-2, None)), y[:, :2]), 1, "0:4 clone@0, 4:6 copy@0"),
+    "every other": (lambda x, y: wrote(x, y, slice(0, 4, 2), y[:2]), 0, "no region"),
+    "roll down": (lambda x, y: torch.stack([x, y, x]).roll(-1, 0), 0, "0:2 stack@1, 2:3 stack@0"),
+    "roll up": (lambda x, y: torch.stack([x, y, x]).roll(4, 0), 0, "0:1 stack@2, 1:3 stack@0"),
+    "roll around": (lambda x, y: torch.stack([x, y, x]).roll(3, 0), 0, "0:3 stack@0"),
+    "roll of a result": (lambda x, y: x.sin().roll(1, 0), 0, "no region"),
+    "roll of all": (lambda x, y: torch.cat([x, y]).roll(1), 0, "no region"),
+    "slice of a cat": (lambda x, y: torch.cat([x, y])[3:7], 0, "0:4 cat@3"),
+    "slice of a result": (lambda x, y: x.sin()[1:3], 0, "no region"),
+    "clone": (lambda x, y: x.clone(), 1, "0:6 x@0"),
+    "sum": (lambda x, y: x + y, 0, "no region"),
+}
+
+
+def last(function: Callable[..., Any], functional: bool = True) -> tuple[fx.GraphModule, fx.Node]:
+    """A graph, and the node that it returns."""
+    if functional:
+        traced = make_fx(functionalize(function), tracing_mode="fake")(X, Y)
+    else:
+        traced = make_fx(function, tracing_mode="fake", pre_dispatch=True)(X, Y)
+    names = iter("xy")
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            node.name, node.meta["source"] = next(names), ("input",)
+    result: Any = traced.graph.output_node().args[0]
+    return traced, result
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_parts_of_values(name: str) -> None:
+    function, dim, expected = REGIONS[name]
+    traced, node = last(function)
+    found = parts_of(node, dim)
+    text = [
+        f"{each.start}:{each.end} {each.source.name.strip('_0123456789').split('_')[0]}"
+        + ("" if each.offset is None else f"@{each.offset}")
+        for each in found or ()
+    ]
+    assert (", ".join(text) or "no region") == expected
+    if found is None:
+        return
+    values = Values(traced)
+    values.run(X, Y)
+    pieces = [
+        values.of[each.source].unsqueeze(dim)
+        if each.offset is None
+        else values.of[each.source].narrow(dim, each.offset, each.end - each.start)
+        for each in found
+    ]
+    assert torch.equal(torch.cat([piece.to(values.of[node].dtype) for piece in pieces], dim), values.of[node])
+
+
+class Values(fx.Interpreter):
+    """Values of all nodes."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.of: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.of[n] = super().run_node(n)
+        return self.of[n]
+
+
+def targets(function: Callable[..., Any]) -> list[Any]:
+    """The operations of the canonical graph, which computes what the function does."""
+    traced, _ = last(function)
+    Canonicalize().apply(traced.graph)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    torch.testing.assert_close(traced(X, Y), function(X, Y), rtol=0, atol=0)
+    return [node.target for node in traced.graph.nodes if node.op == "call_function"]
+
+
+def test_rows_of_a_rolled_stack_are_what_was_stacked() -> None:
+    def rows(x: Tensor, y: Tensor) -> list[Tensor]:
+        rolled = torch.stack([x, y, x + y]).roll(-1, 0)
+        return [rolled[0] * 2, rolled[1] * 2, rolled[2] * 2]
+
+    assert targets(rows) == [aten.add.Tensor, *[aten.mul.Tensor] * 3]
+
+
+@pytest.mark.parametrize(("shift", "place"), [(-4, slice(-4, None)), (4, slice(0, 4)), (-4, slice(0, 8))])
+def test_what_is_written_to_a_rolled_tensor_leaves_the_rest_of_it(shift: int, place: slice) -> None:
+    def cache(x: Tensor, y: Tensor) -> Tensor:
+        kept = torch.cat([x, y], 1).roll(shift, 1)
+        kept[:, place] = (torch.cat([x, y], 1) * 2)[:, place]
+        return kept + 1
+
+    found = targets(cache)
+    assert aten.roll.default not in found and aten.slice_scatter.default not in found
+
+
+def test_a_roll_that_is_read_as_a_whole_stays() -> None:
+    assert aten.roll.default in targets(lambda x, y: torch.cat([x, y], 1).roll(1, 1) * 2)
+
+
+def test_narrow_is_a_slice() -> None:
+    traced, node = last(lambda x, y: x.narrow(1, 2, 3), functional=False)
+    assert node.target is aten.narrow.default and piece_of(node) == (aten.slice.Tensor, (node.args[0], 1, 2, 5))
+    Canonicalize().apply(traced.graph)
+    found = [each.target for each in traced.graph.nodes]
+    assert aten.slice.Tensor in found and aten.narrow.default not in found
