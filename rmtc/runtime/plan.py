@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from rmtc.affine import Affine
 from rmtc.ir.cells import Cell, Group, Step
 from rmtc.ir.program import Op, Src, leaves
 from rmtc.ir.schedule import Schedule
-from rmtc.ir.segment_loop import Environment, Every, Item, Key, Row, Where
+from rmtc.ir.segment_loop import Environment, Every, Item, Key, Outer, Row, Where
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 from rmtc.stages import substage
 
@@ -172,6 +173,27 @@ class Plan:
     schedule: Schedule
     texts: tuple[Text, ...]
     ended: dict[int, tuple[int, ...]]
+
+    @functools.cached_property
+    def rows(self) -> dict[tuple[Piece, ...], tuple[tuple[Piece, ...], int]]:
+        """Inputs of which each cell has a value of its own from before the loop, such as a weight that is cast.
+
+        Those that several launches read are parts of a longest one. This gives it for each part, and the place of its
+        first cell there.
+        """
+        read: dict[tuple[Piece, ...], int] = {}
+        for launch in self.launches:
+            for pieces in launch.inputs if launch.grouped else ():
+                if all(isinstance(each, Whole) and isinstance(each.operand, Outer) for each in pieces):
+                    read[pieces] = read.get(pieces, 0) + 1
+        found: dict[tuple[Piece, ...], tuple[tuple[Piece, ...], int]] = {}
+        for pieces in sorted(read, key=len, reverse=True):
+            roots = (whole for whole, start in found.values() if not start and pieces[0] in whole)
+            places = ((whole, whole.index(pieces[0])) for whole in roots)
+            inside = (each for each in places if each[0][each[1] : each[1] + len(pieces)] == pieces)
+            found[pieces] = next(inside, (pieces, 0))
+        several = Counter(whole for pieces, (whole, _) in found.items() for _ in range(read[pieces]))
+        return {pieces: at for pieces, at in found.items() if several[at[0]] > 1 and len(at[0]) > 1}
 
 
 class _Place(NamedTuple):

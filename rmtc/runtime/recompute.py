@@ -66,7 +66,8 @@ class Recompute:
         if key in self.sizes or _hooked():
             return run()
         given = {_memory(each) for each in (*inputs, *others) if isinstance(each, torch.Tensor)}
-        operands = sum(each.nbytes for each in inputs if isinstance(each, torch.Tensor))
+        own = [each for each in inputs if isinstance(each, torch.Tensor) and getattr(each, "place", None) is None]
+        operands = sum(each.nbytes for each in own)  # what lies in a stack is not kept for one launch
         with _saved() as saved:
             results = run()
         made, cells = sum(size for of, size in saved.items() if of not in given), len(launch.cells)

@@ -27,7 +27,7 @@ from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.pipeline import differentiable
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.executor import Done, Emission, Executor, Unmergeable, Walk, autocast_off
-from rmtc.runtime.plan import Launch, Plan, TextSize, plan_texts
+from rmtc.runtime.plan import Launch, Piece, Plan, TextSize, plan_texts
 from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.recompute import Recompute, Recomputed
 from rmtc.runtime.stacking import DLPACK, StackPart, copied_layout
@@ -145,6 +145,7 @@ class _Tape(Walk):
         leaves: what stands for each of them.
         results: the results that require gradients, each with its names.
         stacks: the gradients of parameters that lie in stacks.
+        gathered: stacks of values from before the loop, with and without what autograd recorded.
         launches: of the run, with their sizes.
         numbers: their places, by their ids.
         number: the place of the one that runs.
@@ -166,6 +167,7 @@ class _Tape(Walk):
         # The rows of a stack are other tensors than the parameters that lie there.
         self.stacked_parameters = [value for name, value in values.items() if name in executor.weights.places]
         self.places = {name: place for name in self.given if (place := executor.weights.place(name)) is not None}
+        self.gathered: dict[tuple[Piece, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self.anchor = torch.zeros((), requires_grad=True)  # rows of stacks depend on it, so that autograd visits them
         given = replace(text, values={**values, **apart, **self.leaves})
         # No concatenation is put together in place.
@@ -199,8 +201,8 @@ class _Tape(Walk):
             known = tuple(isinstance(each, torch.Tensor) and each.requires_grad for each in results)
             executor.flags[kernel.file, asking] = known
             return results
-        # What is read of stacks stays where it is, and its gradients go there.
-        moved = [isinstance(each, torch.Tensor) and getattr(each, "place", None) is None for each in operands]
+        # What is read of stacks of parameters stays where it is, and its gradients go there.
+        moved = [isinstance(each, torch.Tensor) and not self._is_parameter(each) for each in operands]
         others = [None if moves else each for each, moves in zip(operands, moved, strict=True)]
         first, last = len(inputs), len(inputs) + len(weights)
 
@@ -212,6 +214,26 @@ class _Tape(Walk):
         given = (each for each, moves in zip(operands, moved, strict=True) if moves)
         return Recomputed.apply(run, known, self.anchor, *given)  # type: ignore[no-any-return, no-untyped-call]
 
+    def _is_parameter(self, each: torch.Tensor) -> bool:
+        place = getattr(each, "place", None)
+        return place is not None and place.anchor is self.anchor
+
+    def _gather(
+        self, pieces: tuple[Piece, ...], made: Mapping[int, tuple[Any, ...]], grouped: bool, length: int
+    ) -> Any:
+        """Gather an input; what several launches read of values from before the loop lies in one stack."""
+        whole, start = self.plan.rows.get(pieces, (None, 0)) if grouped else (None, 0)
+        if whole is None:
+            return super()._gather(pieces, made, grouped, length)
+        if whole not in self.gathered:
+            found = super()._gather(whole, made, grouped, length)
+            memory = found.detach()
+            stack = _Gathered.apply(found, memory, self.stacks)  # type: ignore[no-untyped-call]
+            self.gathered[whole] = stack, memory
+        stack, memory = self.gathered[whole]
+        part = StackPart(start, start + len(pieces) - 1)
+        return _Place(self.stacks, stack, memory, part).leaf() if stack.requires_grad else part.of(memory)
+
     def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: TextRun) -> torch.Tensor:
         names = [body.weights[number][layer] for layer in layers]
         if (lies := self.executor.weights.lies_in(names)) is not None:
@@ -222,10 +244,7 @@ class _Tape(Walk):
             part = stack.within(part)
             if self.given.keys().isdisjoint(name for row in names for name in row):
                 return part.of(whole)
-            place = _Place(self.stacks, self.anchor, whole, part)
-            rows: Any = _Rows.apply(self.anchor, place)  # type: ignore[no-untyped-call]
-            rows.place = place
-            return rows  # type: ignore[no-any-return]
+            return _Place(self.stacks, self.anchor, whole, part).leaf()
         if len(set(names)) == 1 and len(names[0]) == 1:
             own = reading.values[names[0][0]]
             return own.unsqueeze(0).expand(len(names), *own.shape)
@@ -235,7 +254,7 @@ class _Tape(Walk):
         """Let go of what no backward pass reads."""
         self.readings = {}
         del self.common
-        for table in (self.copied, self.passed, self.rows, self.known):
+        for table in (self.copied, self.passed, self.rows, self.known, self.gathered):
             table.clear()
 
     def backward(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -326,6 +345,12 @@ class _Place:
         self.stacks, self.anchor, self.memory, self.part = stacks, anchor, memory, part
         self.rows = part.of(memory)
 
+    def leaf(self) -> torch.Tensor:
+        """The rows, as what autograd differentiates; ``place`` is where their gradients go."""
+        rows: Any = _Rows.apply(self.anchor, self)  # type: ignore[no-untyped-call]
+        rows.place = self
+        return rows  # type: ignore[no-any-return]
+
     def gradient(self) -> torch.Tensor:
         """The gradient of the rows, to be added to."""
         return self.stacks.part(self.memory, self.part)
@@ -344,6 +369,21 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
         ctx.place.gradient().add_(gradient)
         return None, None
+
+
+class _Gathered(torch.autograd.Function):
+    """A stack of values from before the loop, whose gradient is what groups have added to that of its memory."""
+
+    @staticmethod
+    def forward(ctx: Any, stack: torch.Tensor, memory: torch.Tensor, stacks: _Stacks) -> torch.Tensor:
+        ctx.memory, ctx.stacks = memory, stacks
+        ctx.set_materialize_grads(False)
+        return memory.view_as(memory)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: None) -> tuple[torch.Tensor | None, None, None]:
+        return ctx.stacks.found.get(id(ctx.memory), (None,))[0], None, None
 
 
 class _Maps(torch.autograd.Function):

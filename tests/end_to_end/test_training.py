@@ -774,6 +774,56 @@ def test_low_rank_adapters() -> None:
     ran(fast, 4, 4 + LAYERS - 1, 1)
 
 
+class Scaled(Reader):
+    """Weights and factors of the layers are computed anew in each segment, from parameters alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList(torch.randn(WIDTH, 1) for _ in range(LAYERS))
+
+    def forward(self, hidden: Tensor, memories: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        found, pieces = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS, []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                weight, gate = self.scales[number].exp() * layer.weight, self.gates[number].sin()
+                piece = torch.tanh(F.linear(piece, weight) + gate * found[number][:, None])
+                found[number] = 0.5 * found[number] + piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1), found
+
+
+@pytest.mark.parametrize("frozen", ["", "scales.1", "scales", "layers"])
+@pytest.mark.parametrize("recompute", ["none", "cells", "auto"])
+def test_what_is_computed_of_weights_before_the_loop_is_read_from_one_stack(
+    recompute: str, frozen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered: list[int] = []
+    backward = training._Gathered.backward
+
+    def counted(ctx: Any, gradient: Any) -> Any:
+        gathered.append(len(ctx.memory))
+        return backward(ctx, gradient)
+
+    monkeypatch.setattr(training._Gathered, "backward", staticmethod(counted))
+    fast, eager = Scaled(), Scaled()
+    rmtc.compile(fast, schedule="shortest", strict=True, recompute=recompute)
+    for model in (fast, eager):
+        for name, each in model.named_parameters():
+            each.requires_grad_(not (frozen and name.startswith(frozen)))
+    done = 0
+    for segments in (5, 5, 2, 7):
+        for keeps in (True, False):
+            for model in (fast, eager):
+                found = loss(model(text(segments)))
+                found.backward(retain_graph=keeps)
+                if keeps:
+                    found.backward()
+            assert not differing(gradients(fast), gradients(eager))
+            done += 1 + keeps
+            assert len(gathered) >= done and max(gathered) == LAYERS and min(gathered) > 1
+            ran(fast, segments, segments + LAYERS - 1, done)
+
+
 def test_autocast_is_as_near_to_float64_as_that_of_eager() -> None:
     exact = Reader()
     loss(exact(text())).backward()
