@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import sys
 from collections.abc import Callable
@@ -88,7 +89,8 @@ class Loops:
         function, compiled = self._compiled(number, bound)
         call: Callable[..., dict[str, Any]] = function
         looks = number == self.found or (self._looks and self.found is None and (self.asked or bool(items)))
-        if looks and all(isinstance(each, (list, tuple, torch.Tensor)) for each in items):
+        listed = all(isinstance(each, (list, tuple, torch.Tensor)) for each in items)
+        if looks and listed and not any(_is_hidden(names[name]) for name in bound):
             if any(_length(each) < 2 for each in (*items, *ranges)):
                 self._looks, self.short = False, True  # what comes after the text is no loop over its segments
                 self._whole.count_short()
@@ -120,6 +122,14 @@ class Loops:
             compiled.stats, compiled.silent = self._whole.stats, self.found is None
             self._calls[number, bound] = function, compiled
         return self._calls[number, bound]
+
+
+def _is_hidden(value: Any) -> bool:
+    """Tell whether what changes in an object is not seen, so that a capture would write to a file or a queue again."""
+    if isinstance(value, (io.IOBase, bytearray)):
+        return True
+    known = type(value).__module__ in ("builtins", "collections", "numpy", "torch")
+    return not known and not hasattr(value, "__dict__") and not hasattr(value, "__slots__")
 
 
 def _length(items: Any) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import queue
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -265,6 +267,25 @@ def test_a_loop_that_has_no_schedule_runs_as_written(method: str, reason: str) -
     strict, _ = made(method, strict=True)
     with pytest.raises(rmtc.errors.RmtcError, match=reason):
         getattr(strict, method)(text(4))
+
+
+def test_what_a_loop_writes_to_a_file_or_a_queue_is_written_once() -> None:
+    class Writes(Reader):
+        @torch.no_grad()
+        def generate(self, ids: Tensor, max_new_tokens: int = NEW) -> Any:
+            self.reset()
+            segments = ids.split(SEGMENT, dim=1)
+            file, data, line = io.StringIO(), bytearray(), queue.SimpleQueue[int]()
+            kept: Any = (file, data, line)[max_new_tokens]
+            for segment in segments[:-1]:
+                self.cell(segment)
+                kept.write("a") if max_new_tokens == 0 else kept.append(1) if max_new_tokens == 1 else kept.put(1)
+            return file.getvalue(), data, line.qsize()
+
+    fast = rmtc.compile(Writes().double(), schedule="shortest")
+    for kind, wanted in enumerate((("aaa", b"", 0), ("", b"\1\1\1", 0), ("", b"", 3))):
+        assert fast.generate(text(4), kind) == wanted
+    assert compiled_of(fast.generate) is not None and rmtc.stats(fast.generate).captures == 0
 
 
 def test_generate_need_not_be_named() -> None:
