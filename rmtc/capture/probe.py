@@ -96,15 +96,16 @@ class _Prober:
     def cut(self, growth: Growth, length: int, batch: int) -> Cut | None:
         """Return how texts are cut into segments of a length; None if they are not.
 
-        A segment more must use the layers more often. If a text of one segment takes one position more, it must begin
-        another segment. Else :meth:`_staircase` looks for the position that does.
+        A segment more must use the layers more often, some of those again that one segment uses: one more item in a
+        list of memories runs another layer. If a text of one segment takes one position more, it must begin another
+        segment. Else :meth:`_staircase` looks for the position that does.
         """
         one = self.attempt(growth, length, batch)
         if one is not None and one.ended and one.total:
             two = self.attempt(growth, 2 * length, batch)
             if two is None:
                 return None
-            if one.total < two.total:
+            if one.total < two.total and any(two.roots[root] > often for root, often in one.roots.items() if often):
                 more = None if growth.lists else self.attempt(growth, length + 1, batch)
                 if more is None or more.total != one.total:
                     return Cut(length)

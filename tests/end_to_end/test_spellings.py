@@ -537,6 +537,31 @@ def test_a_list_of_the_same_length_need_not_grow(items: int) -> None:
     assert answer.schedule is not None and answer.growing == ("segments: a list, one item a segment",)
 
 
+class Handed(nn.Module):
+    """Takes the memories of its layers, of which fewer would run fewer layers, before the segments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(linears())
+
+    def forward(self, memories: list[Tensor], segments: list[Tensor]) -> list[Tensor]:
+        for piece in segments:
+            made = []
+            for layer, memory in zip(self.layers, memories, strict=False):
+                piece = torch.tanh(layer(piece) + memory[:, None])
+                made.append(piece.mean(1))
+            memories = made
+        return memories
+
+
+@pytest.mark.parametrize("segments", [LAYERS, LAYERS + 2])
+def test_a_list_of_memories_is_no_text(segments: int) -> None:
+    memories = [torch.randn(2, WIDTH, dtype=torch.float64) for _ in range(LAYERS)]
+    answer = rmtc.explain(Handed().double())(memories, list(text(segments, 2).split(SEGMENT, 1)))
+    assert answer.growing == ("segments: a list, one item a segment",)
+    assert answer.layers == LAYERS and answer.schedule is not None and answer.schedule.a == 1
+
+
 class Feed(nn.Module):
     """A layer with parts whose names end in numbers."""
 

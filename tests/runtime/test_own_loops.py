@@ -221,6 +221,49 @@ def test_what_a_loop_leaves_in_local_names() -> None:
     assert (stats.runs, stats.eager, stats.fallbacks) == (4, 0, {})
 
 
+class Local(nn.Module):
+    """Keeps the memories of its layers in a list of its own while it reads and decodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)), nn.Linear(WIDTH, WORDS)
+
+    def cell(self, piece: Tensor, memories: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        made = []
+        for layer, memory in zip(self.layers, memories, strict=True):
+            piece = torch.tanh(layer(piece) + memory)
+            made.append(piece.mean(1, keepdim=True))
+        return piece, made
+
+    @torch.no_grad()
+    def generate(self, hidden: Tensor) -> tuple[list[int], Tensor]:
+        memories = [hidden.new_zeros(len(hidden), 1, WIDTH)] * LAYERS
+        *segments, last = hidden.split(SEGMENT, dim=1)
+        for piece in segments:
+            piece, memories = self.cell(piece, memories)
+        words: list[int] = []
+        while len(words) < NEW and STOP not in words:
+            last, memories = self.cell(last, memories)
+            words.append(int(self.head(last[:, -1]).argmax(-1)[0]))
+        return words, last
+
+
+@pytest.mark.usefixtures("float64")
+@torch.no_grad()
+def test_memories_in_a_local_list() -> None:
+    torch.manual_seed(0)
+    eager = Local()
+    fast = rmtc.compile(copy.deepcopy(eager), schedule="shortest")
+    for segments in (LAYERS + 1, 7, 5):
+        hidden = torch.randn(2, segments * SEGMENT, WIDTH)
+        (words, last), (wanted, other) = fast.generate(hidden), eager.generate(hidden)
+        assert words == wanted
+        torch.testing.assert_close(last, other, rtol=1e-10, atol=1e-10)
+        assert rmtc.stats(fast.generate).last_run.steps == segments - 1 + LAYERS - 1
+    stats = rmtc.stats(fast.generate)
+    assert (stats.captures, stats.runs, stats.eager) == (1, 3, 0)
+
+
 def test_gradients() -> None:
     fast, eager = made("trained")
     for segments in (4, 3):
