@@ -562,6 +562,37 @@ def test_a_list_of_memories_is_no_text(segments: int) -> None:
     assert answer.layers == LAYERS and answer.schedule is not None and answer.schedule.a == 1
 
 
+class Sums(nn.Module):
+    """Adds a number to an item of a vector in each cell."""
+
+    def __init__(self, one: bool) -> None:
+        super().__init__()
+        self.layers, self.one = nn.ModuleList(linears()), one
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        memories = [x.new_zeros(len(x), 1, WIDTH)] * LAYERS
+        sums, pieces = x.new_zeros(LAYERS), []
+        for piece in x.split(SEGMENT, 1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number])
+                memories[number] = piece.mean(1, True)
+                sums[0 if self.one else number] += piece.sum()
+            pieces.append(piece)
+        return torch.cat(pieces, 1), sums
+
+
+@pytest.mark.parametrize("one", [True, False])
+@torch.no_grad()
+def test_numbers_that_are_added_to_a_vector(one: bool) -> None:
+    eager = Sums(one).double()
+    fast = rmtc.compile(copy.deepcopy(eager), schedule="shortest", strict=True)
+    for segments in (5, 7):
+        for found, wanted in zip(fast(text(segments, 2)), eager(text(segments, 2)), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    stats = rmtc.stats(fast)
+    assert stats.runs == 2 and stats.last_run is not None and stats.last_run.steps < 7 * LAYERS
+
+
 class Feed(nn.Module):
     """A layer with parts whose names end in numbers."""
 

@@ -259,7 +259,8 @@ def test_memories_in_a_local_list() -> None:
         (words, last), (wanted, other) = fast.generate(hidden), eager.generate(hidden)
         assert words == wanted
         torch.testing.assert_close(last, other, rtol=1e-10, atol=1e-10)
-        assert rmtc.stats(fast.generate).last_run.steps == segments - 1 + LAYERS - 1
+        run = rmtc.stats(fast.generate).last_run
+        assert run is not None and run.steps == segments - 1 + LAYERS - 1
     stats = rmtc.stats(fast.generate)
     assert (stats.captures, stats.runs, stats.eager) == (1, 3, 0)
 

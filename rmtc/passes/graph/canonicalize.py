@@ -252,10 +252,10 @@ def _last_written(node: fx.Node, read: tuple[int, int]) -> tuple[int, int]:
 
 
 def _place(node: fx.Node) -> str:
-    """Return the line of the user's code and the module that a slice is of, and its dimension."""
+    """Return the line of the user's code and the module that a slice or selection is of, and its dimension."""
     place = node.meta.get("location")
     line = "" if place is None else f"{place.file}:{place.line}"
-    return f"{line} {node.meta.get('module', '')} {dim_of(node, 1)}"
+    return f"{line} {node.meta.get('module', '')} {dim_of_read(node)}"
 
 
 def _lay_out(graph: fx.Graph, node: fx.Node) -> None:
