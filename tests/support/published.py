@@ -82,6 +82,8 @@ def base_model(over: str) -> tuple[nn.Module, str]:
 
 
 def armt(options: Options) -> tuple[nn.Module, Call]:
+    import accelerate  # noqa: F401  # looks for wandb
+
     sys.modules.setdefault("wandb", types.ModuleType("wandb"))  # imported, and used by nobody
     from modeling_amt.language_modeling import AssociativeMemoryCell, AssociativeRecurrentWrapper
 
@@ -92,9 +94,12 @@ def armt(options: Options) -> tuple[nn.Module, Call]:
     def sliding(model: Any, text: Tensor) -> Any:
         return model(text, attention_mask=torch.ones_like(text), sliding_window=True)
 
+    def generating(model: Any, text: Tensor) -> Any:
+        return model.generate(text, torch.ones_like(text), max_new_tokens=5, pad_token_id=0)
+
     alignment = "right" if options.right else "left"
     wrapper = AssociativeRecurrentWrapper(cell, segment_size=SEGMENT, segment_alignment=alignment)
-    return wrapper, sliding if options.sliding else call
+    return wrapper, sliding if options.sliding else generating if options.generate else call
 
 
 def rmt(options: Options) -> tuple[nn.Module, Call]:
@@ -291,6 +296,7 @@ def main() -> None:
         ("sliding", "ARMT with a sliding window"),
         ("labels", "ARMT with labels, whose losses are results"),
         ("right", "ARMT with texts that are cut from their end: a short segment is the first one"),
+        ("generate", "ARMT's generate, whose loop over all segments but the last is to run by its schedule"),
         ("shift", "memories of the layer above"),
         ("delta", "the delta rule of Infini-attention"),
     ):
@@ -309,13 +315,16 @@ def main() -> None:
             parameter.add_(0.2 * torch.randn_like(parameter))
         models.append(model)
     eager, own = models
-    fast, refused = rmtc.compile(own, schedule="shortest", strict=True), list[str]()
+    fast: Any = rmtc.compile(own, schedule="shortest", strict=True)
+    refused = list[str]()
     with torch.no_grad():
-        print(str(call(rmtc.explain(eager), torch.zeros(1, 42, dtype=torch.long))).splitlines()[0])
+        if not options.generate:
+            print(str(call(rmtc.explain(eager), torch.zeros(1, 42, dtype=torch.long))).splitlines()[0])
         for name, (batch, length) in CALLS.items():
             tokens = torch.randint(0, WORDS, (batch, length), generator=torch.Generator().manual_seed(length))
             for _ in range(2):
-                expected, runs = call(eager, tokens), rmtc.stats(fast).runs
+                stats = rmtc.stats(fast.generate if options.generate else fast)
+                expected, runs = call(eager, tokens), stats.runs
                 try:
                     found = call(fast, tokens)
                 except rmtc.RmtcError as error:
@@ -325,7 +334,7 @@ def main() -> None:
                 functions = {place for place, value in leaves(own) if isinstance(value, types.FunctionType)}
                 wrong = differences(found, expected)
                 wrong += [place for place in differences(own, eager) if place not in functions]
-                how = "by the schedule" if rmtc.stats(fast).runs == runs + 1 else "not by the schedule"
+                how = "by the schedule" if stats.runs == runs + 1 else "not by the schedule"
                 print(f"{name}: {wrong or 'as eager'}, {how}")
     if refused:
         sys.exit("\n".join(refused))
