@@ -198,18 +198,6 @@ class Executor:
         """Make a callable of a launch's body, and run it once."""
         return self.lowering.lower(self, of)
 
-    def call(
-        self,
-        kernel: Emitted,
-        size: int | None,
-        inputs: Sequence[Any],
-        weights: Sequence[torch.Tensor],
-        numbers: Sequence[Any],
-        shared: tuple[Any, ...],
-    ) -> tuple[Any, ...]:
-        """Run a kernel."""
-        return kernel.function(size, inputs, weights, numbers, shared)
-
     def _separate(self, body: Body) -> None:
         """Run the classes of a merged body by themselves from now on; or a prologue or epilogue for one segment."""
         with self._lock:
@@ -482,8 +470,8 @@ class Walk:
         return self._call_kernel(kernel, size, inputs, weights, numbers, passed)
 
     def _call_kernel(self, kernel: Emitted, *operands: Any) -> tuple[Any, ...]:
-        """Run a kernel; ``operands`` are those of :meth:`Executor.call`."""
-        return self.executor.call(kernel, *operands)
+        """Run a kernel; ``operands`` are those of :attr:`Emitted.function`."""
+        return kernel.function(*operands)
 
     def _step(self, step: ArenaStep, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
         """A launch in memory that stays."""

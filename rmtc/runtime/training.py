@@ -78,7 +78,7 @@ class Training(Executor):
             kernel, _ = emit(**replace(of, shared=shared).arguments, bind=False, derivatives=_DERIVATIVES)
         size = len(of.launch.cells) if of.launch.grouped else None
         passed = tuple(map(shared, kernel.shared))
-        run = functools.partial(self.call, kernel, size, of.inputs, of.weights, of.numbers, passed)
+        run = functools.partial(kernel.function, size, of.inputs, of.weights, of.numbers, passed)
         results = self.recompute.run(of.launch, of.environment, of.inputs, (*of.weights, *passed), run)
         if of.launch.body.name not in self.program.bodies and self._chosen(of.launch, results) > heuristics.CHOSEN:
             raise Unmergeable(of.launch.body)
@@ -187,7 +187,7 @@ class _Tape(Walk):
 
     def _call_kernel(self, kernel: Emitted, *operands: Any) -> tuple[Any, ...]:
         executor, (size, inputs, weights, numbers, shared) = self.executor, operands
-        call = functools.partial(executor.call, kernel, *operands)
+        call = functools.partial(kernel.function, *operands)
         kept = functools.partial(executor.recompute.run, *self.launches[self.number], inputs, (*weights, *shared), call)
         if self.number >= self.again:
             return kept()
@@ -209,7 +209,7 @@ class _Tape(Walk):
         def run(given: Sequence[torch.Tensor]) -> tuple[Any, ...]:  # without the tape, which holds what it makes
             left = iter(given)
             values: list[Any] = [next(left) if moves else each for each, moves in zip(others, moved, strict=True)]
-            return executor.call(kernel, size, values[:first], values[first:last], numbers, tuple(values[last:]))
+            return kernel.function(size, values[:first], values[first:last], numbers, tuple(values[last:]))
 
         given = (each for each, moves in zip(operands, moved, strict=True) if moves)
         return Recomputed.apply(run, known, self.anchor, *given)  # type: ignore[no-any-return, no-untyped-call]

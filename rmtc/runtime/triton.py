@@ -149,25 +149,18 @@ class HeldBody:
     body: str
     leave: Leave | None
 
-    def __call__(
-        self,
-        size: int | None,
-        inputs: Sequence[Any],
-        weights: Sequence[torch.Tensor],
-        numbers: Sequence[Any],
-        shared: tuple[Any, ...],
-    ) -> tuple[Any, ...]:
+    def __call__(self, size: int | None, *operands: Any) -> tuple[Any, ...]:
         """Run the kernels, as :attr:`Emitted.function` does.
 
         Raises:
             BackendError: if they give other results than torch.
         """
-        results = self.kernel.function(size, inputs, weights, numbers, shared)
+        results = self.kernel.function(size, *operands)
         if size is not None and size > 1 and self.plain is not None:
             plain, self.plain = self.plain, None
+            *own, shared = operands
             passed = dict(zip(self.kernel.shared, shared, strict=True))
-            of_plain = tuple(passed[each] for each in plain.shared)
-            wanted = plain.function(size, inputs, weights, numbers, of_plain)
+            wanted = plain.function(size, *own, tuple(passed[each] for each in plain.shared))
             _hold_against(self.body, results, wanted, self.leave)
         return results
 

@@ -168,7 +168,7 @@ class KernelLaunch:
         sizes = [symbol.value for symbol in printed.source.sizes]
         sizes += [cells] if printed.source.persistent else []
         if printed.source.described:
-            _set_allocator()(Scratch((*read, *written)[0].device))
+            Scratch((*read, *written)[0].device).give()
         printed.operator(read, written, sizes, list(self.grid(printed, cells)))
 
     def grid(self, printed: Printed, cells: int) -> tuple[int, int, int]:
@@ -196,6 +196,12 @@ class Scratch:
 
     def __init__(self, device: torch.device) -> None:
         self._memory = torch.empty(0, dtype=torch.int8, device=device)
+
+    def give(self) -> None:
+        """Have this thread's next launches ask for memory here."""
+        import triton
+
+        triton.set_allocator(self)
 
     def __call__(self, size: int, alignment: int, stream: int | None) -> torch.Tensor:
         """Return so many bytes, as Triton asks for them."""
@@ -230,7 +236,7 @@ class BoundLaunch:
     def __call__(self) -> None:
         """Launch the kernel."""
         if self._printed.source.described:
-            _set_allocator()(self._scratch)
+            self._scratch.give()
         if self._launch is not None:
             self._launch()
             return
@@ -240,15 +246,6 @@ class BoundLaunch:
         if compiled is not None:
             passed = {**self._arguments, **options}
             self._launch = functools.partial(compiled[self._grid], *(passed[name] for name in function.arg_names))
-
-
-@functools.cache
-def _set_allocator() -> Callable[[Callable[[int, int, int | None], Any]], None]:
-    """Return what tells Triton where a kernel's own memory comes from, in this thread."""
-    import triton
-
-    found: Callable[[Callable[[int, int, int | None], Any]], None] = triton.set_allocator
-    return found
 
 
 def prepare(

@@ -9,23 +9,6 @@ from torch import fx
 
 from rmtc.ir.program import piece_bounds
 
-__all__ = [
-    "Stretch",
-    "MOVES",
-    "SCATTERS",
-    "argument",
-    "bounds_of",
-    "dim_of",
-    "dim_of_read",
-    "interval_of",
-    "is_put_together",
-    "is_rest_of_rest",
-    "parts_of",
-    "piece_of",
-    "size_of",
-    "written_by",
-]
-
 aten = torch.ops.aten
 SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
 MOVES = (aten.clone.default, aten.copy.default, aten.stack.default, aten.cat.default, *SCATTERS)
