@@ -38,7 +38,7 @@ _CONSTANTS = Reading(constants=True)
 
 
 _ORDER = (
-    *("capture", "remove-regions", "remake-constants", "canonicalize"),
+    *("capture", "remove-regions", "remake-constants", "canonicalize", "split-losses"),
     *("find-segments", "fold-segments", "fold-layers", "generalize-rows", "find-dependences"),
     *("prove", "check", "fold-operations", "retime"),
     *("group", "if-convert", "batch-stages"),

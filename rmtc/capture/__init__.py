@@ -27,6 +27,7 @@ from rmtc.ir.program import Program
 from rmtc.passes.graph.canonicalize import Canonicalize, cut_slices
 from rmtc.passes.graph.remake_constants import RemakeConstants, constants
 from rmtc.passes.graph.remove_regions import Autocast, RemoveRegions
+from rmtc.passes.graph.split_losses import SplitLosses
 from rmtc.passes.graph.to_program import from_graph
 from rmtc.passes.registry import ran
 from rmtc.quiet import uncollected
@@ -162,6 +163,8 @@ class Capture:
         )
         self.by_parts |= canonicalize.apply(graph)
         self._ran("canonicalize", sizes, graph)
+        SplitLosses(trained).apply(graph)
+        self._ran("split-losses", sizes, graph)
         names = {node.name: node.meta["name"] for node in graph.nodes if "name" in node.meta}
         return from_graph(raw.module, raw.outputs, names), written
 

@@ -112,7 +112,8 @@ class ArmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMi
             cache: what was read before: the ids are the text that follows, and the mask is that of all. It is written
                 to. Older releases of transformers call it ``past_key_values``.
             use_cache: whether to leave the last segment open, in the cache of the output.
-            logits_to_keep: give the logits of so many last tokens only; 0 for all.
+            logits_to_keep: give the logits of so many last tokens only; 0 for all. The loss is that of all tokens: with
+                ``logits_to_keep=1`` no logits are kept for it.
             return_dict: False for a tuple.
             kwargs: what else transformers hands to the layers.
 
@@ -126,22 +127,19 @@ class ArmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMi
             return output(return_dict, read, logits=self.lm_head(hidden[:, -logits_to_keep:]))
         check_mask(attention_mask, *input_ids.shape)
         self.reset_memory()
-        length, size, pieces = input_ids.shape[1], self.config.segment_size, []
+        length, size = input_ids.shape[1], self.config.segment_size
+        logits, kept = [], []
         # The last positions are in so many segments, however long the last one is.
         first = length - ((logits_to_keep + size - 2) // size + 1) * size if logits_to_keep else 0
         for start in range(0, length, size):
             segment = slice(start, start + size)
             mask = None if attention_mask is None else attention_mask[:, segment]
             hidden = self.read_segment(input_ids[:, segment], mask)
-            if start >= first:
-                pieces.append(hidden if logits_to_keep else self.lm_head(hidden))
-        logits = torch.cat(pieces, dim=1)
-        if logits_to_keep:
-            logits = self.lm_head(logits[:, -logits_to_keep:])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return output(return_dict, None, loss=loss, logits=logits)
+            if logits_to_keep and start >= first:
+                kept.append(hidden)
+            if labels is not None or not logits_to_keep:
+                logits.append(self.lm_head(hidden))
+        return self.answer(logits, kept, labels, logits_to_keep, return_dict)
 
     def read_segment(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Hidden states of one segment, ``(B, n, D)``, for its ids and mask, both ``(B, n)``."""

@@ -152,6 +152,30 @@ class SegmentGeneration:
             raise ValueError(f"{kwargs[CACHE]} holds all of these {ids.shape[1]} tokens: hand over the whole text")
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
+    def answer(
+        self,
+        logits: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        labels: Tensor | None,
+        logits_to_keep: int,
+        return_dict: bool | None,
+    ) -> Any:
+        """Return the output of a call that has read a text.
+
+        Args:
+            logits: of each segment, (B, n, V); none where neither a loss nor the caller asks for them.
+            kept: hidden states (B, n, D) of the last segments, if only the logits of the last positions are asked for.
+            labels, logits_to_keep, return_dict: of the call.
+        """
+        model: Any = self
+        found = torch.cat(list(logits), dim=1) if logits else None
+        loss = None
+        if labels is not None:
+            loss = model.loss_function(logits=found, labels=labels, vocab_size=self.config.vocab_size)
+        if logits_to_keep:
+            found = model.lm_head(torch.cat(list(kept), dim=1)[:, -logits_to_keep:])
+        return output(return_dict, None, loss=loss, logits=found)
+
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Return the arguments of a call: the tokens that were not read yet."""
         cache = kwargs.get(CACHE)

@@ -89,20 +89,17 @@ class RmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMix
             return output(return_dict, read, logits=self.lm_head(hidden[:, -logits_to_keep:]))
         check_mask(attention_mask, *input_ids.shape)
         memory = self.memory.expand(input_ids.shape[0], -1, -1)
-        pieces = []
+        logits, kept = [], []
         for start in range(0, input_ids.shape[1], self.config.segment_size):
             segment = slice(start, start + self.config.segment_size)
             mask = None if attention_mask is None else attention_mask[:, segment]
             hidden, memory = self.read_segment(input_ids[:, segment], mask, memory)
-            pieces.append(hidden if logits_to_keep else self.lm_head(hidden))
+            if logits_to_keep:
+                kept.append(hidden)
+            if labels is not None or not logits_to_keep:
+                logits.append(self.lm_head(hidden))
         self.last_memory = memory
-        logits = torch.cat(pieces, dim=1)
-        if logits_to_keep:
-            logits = self.lm_head(logits[:, -logits_to_keep:])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return output(return_dict, None, loss=loss, logits=logits)
+        return self.answer(logits, kept, labels, logits_to_keep, return_dict)
 
     def read_segment(self, ids: Tensor, mask: Tensor | None, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Run Llama over one segment.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,6 +30,11 @@ class Bytes(NamedTuple):
 
     saved: float
     operands: float
+
+    @property
+    def times(self) -> int:
+        """How many times as much is saved as if the cell runs again, as a power of 2."""
+        return round(math.log2(max(1, self.saved) / max(1, self.operands)))
 
 
 @dataclass
@@ -74,31 +80,39 @@ class Recompute:
         self.sizes[key] = Bytes((made + operands) / cells, operands / cells)
         return results
 
-    def choose(self, launches: Sequence[tuple[Launch, Environment]]) -> int:
-        """Return how many of a run's launches, the first ones, run again: what the last ones keep is let go of first.
+    def choose(self, launches: Sequence[tuple[Launch, Environment]]) -> Set[int]:
+        """Return which of a run's launches run again.
+
+        First come those that keep least of what they would keep, as a loss over a large vocabulary does. Of those that
+        are about alike the first ones do: what the last ones keep is let go of first.
 
         Where the caller has hooks for what is saved, such as a checkpoint around the model, nothing runs again but by
         these.
         """
         if self.kind == "none" or _hooked():
-            return 0
-        if self.kind == "cells" or any((each.body.name, at.B, at.T) not in self.sizes for each, at in launches):
-            return len(launches)
-        kept = self.keeps(launches, 0)
+            return frozenset()
+        sizes = [self.sizes.get((launch.body.name, at.B, at.T)) for launch, at in launches]
+        known = {number: size for number, size in enumerate(sizes) if size is not None}
+        if self.kind == "cells" or len(known) < len(launches):
+            return frozenset(range(len(launches)))
+        kept = self.keeps(launches, frozenset())
         budget = max(kept // 2, heuristics.KEPT_FREELY) if self.budget is None else self.budget
-        for number, (launch, at) in enumerate(launches):
+        again = set[int]()
+        for number in sorted(known, key=lambda number: (-known[number].times, number)):
             if kept <= budget:
-                return number
-            size = self.sizes[launch.body.name, at.B, at.T]
-            kept -= len(launch.cells) * (size.saved - size.operands)
-        return len(launches)
+                break
+            size, (launch, _) = known[number], launches[number]
+            if size.saved > size.operands:
+                kept -= len(launch.cells) * (size.saved - size.operands)
+                again.add(number)
+        return again
 
-    def keeps(self, launches: Sequence[tuple[Launch, Environment]], again: int) -> float:
-        """Return the bytes that are kept for the backward pass if the first launches run again."""
+    def keeps(self, launches: Sequence[tuple[Launch, Environment]], again: Set[int]) -> float:
+        """Return the bytes that are kept for the backward pass if some launches run again."""
         found = 0.0
         for number, (launch, at) in enumerate(launches):
             size = self.sizes.get((launch.body.name, at.B, at.T), Bytes(0, 0))
-            found += len(launch.cells) * (size.operands if number < again else size.saved)
+            found += len(launch.cells) * (size.operands if number in again else size.saved)
         return found
 
 

@@ -149,7 +149,7 @@ class _Tape(Walk):
         launches: of the run, with their sizes.
         numbers: their places, by their ids.
         number: the place of the one that runs.
-        again: how many of them, the first ones, run again when they are differentiated.
+        again: the places of those that run again when they are differentiated.
         visited: the places of those that the last backward pass went through.
     """
 
@@ -189,7 +189,7 @@ class _Tape(Walk):
         executor, (size, inputs, weights, numbers, shared) = self.executor, operands
         call = functools.partial(kernel.function, *operands)
         kept = functools.partial(executor.recompute.run, *self.launches[self.number], inputs, (*weights, *shared), call)
-        if self.number >= self.again:
+        if self.number not in self.again:
             return kept()
         operands = *inputs, *weights, *shared
         asking = tuple([isinstance(each, torch.Tensor) and each.requires_grad for each in operands])
@@ -285,7 +285,7 @@ class _Tape(Walk):
         if not keep:
             self.results, self.leaves = {}, {}
         steps = {self.launches[number][0].step for number in self.visited}
-        again = sum(number < self.again for number in self.visited)
+        again = len(self.visited & self.again)
         keeps = round(self.executor.recompute.keeps(self.launches, self.again))
         self.executor.differentiated(LastBackward(len(steps), len(self.visited), again, keeps))
         return summed

@@ -497,6 +497,8 @@ def examine(path: Path, compile: Callable[..., Any] = rmtc.compile) -> Verdict:
                 if inside:
                     verdict.kind, verdict.detail = "error inside", inside + _hidden(twins[1].call)
                 elif any(each in f"{error_wanted}{error_found}" for each in _OVERWRITTEN):
+                    for twin in twins:  # what was differentiated before that is not the same
+                        twin.model.zero_grad()
                     break  # autograd sees it only of what a backward keeps, which is not the same for both
                 elif type(error_wanted).__qualname__ != type(error_found).__qualname__:
                     verdict.kind = "exception"

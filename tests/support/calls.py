@@ -243,6 +243,14 @@ def _layers(b: int, t: int, d: int) -> Iterator[Call]:
     yield call("layer_norm", X((b, t, d), F32), (d,), X((d,), F32), X((d,), F32))
     yield from (call("embedding", X((7, d)), X(shape, I64, 7)) for shape in ((b, t), (t,), ()))
     yield call("embedding", X((7, d)), X((b, t), I64, 7), 0)
+    for logits, labels in (((t, d), (t,)), ((b, d, t), (b, t)), ((d,), ())):
+        for reduction, weight in itertools.product((0, 1, 2), (None, w)):
+            given = X(logits), X(labels, I64, d), weight, reduction
+            yield from (call("cross_entropy_loss", *given, *rest) for rest in ((), (1,), (-100, 0.25)))
+    yield from (
+        call("cross_entropy_loss", X((t, d)), X((t, d)), None, 2),
+        call("cross_entropy_loss", x, X((b, d), I64, t)),
+    )
 
 
 def _fused(b: int, t: int, d: int) -> Iterator[Call]:

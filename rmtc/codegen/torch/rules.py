@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from rmtc.codegen.torch.products import added_linear, added_matmul, addmm, attention, einsum, linear, matmul
-from rmtc.codegen.torch.trees import G, Raw, Tree, call
+from rmtc.codegen.torch.trees import G, Raw, Tree, call, times_g
 from rmtc.codegen.torch.values import NamedArguments, Value, grouped, ranked, shifted, targets
 from rmtc.ops.fused import add_linear, add_matmul, rms_normalize, roll_products, rotary
 
@@ -161,6 +161,25 @@ def expanded_scatter(arguments: NamedArguments) -> Tree | None:
     return arguments.call(dim=shifted(arguments["dim"], arguments["self"].rank), **changed)
 
 
+def cross_entropy(arguments: NamedArguments) -> Tree | None:
+    """Group a cross entropy with labels, as that of all cells' positions, which are summed cell by cell."""
+    logits, labels, weight, reduction = (arguments[name] for name in ("self", "target", "weight", "reduction"))
+    if reduction == 0 or labels.dtype.is_floating_point or (weight is not None and (weight.grouped or reduction == 1)):
+        return None
+    given, wanted = grouped(logits), grouped(labels)
+    if logits.rank > 1:  # batch or positions first, then the classes
+        count = logits.shape[0]
+        given = given.reshape(times_g(count), *logits.shape[1:])
+        wanted = wanted.reshape(times_g(count), *labels.shape[1:])
+    sum_, ignored = arguments.function(aten.sum.dim_IntList), arguments["ignore_index"]
+    apart = arguments.call(self=given, target=wanted, reduction=0)
+    total = call(sum_, apart.reshape(G, -1), [1])
+    if reduction == 2:
+        return total
+    counted = call(arguments.function(aten.ne.Scalar), wanted, ignored)
+    return call(arguments.function(aten.div.Tensor), total, call(sum_, counted.reshape(G, -1), [1]))
+
+
 def diff(arguments: NamedArguments) -> Tree | None:
     value = arguments["self"]
     ends = {name: arguments[name] for name in ("prepend", "append") if isinstance(arguments[name], Value)}
@@ -240,6 +259,7 @@ def _table() -> dict[Any, Rule]:
     put(layer_norm, "layer_norm rms_norm")
     put(embedding, "embedding")
     put(index_select, "index_select")
+    put(cross_entropy, "cross_entropy_loss")
     put(diff, "diff")
     table.update(((rms_normalize, as_is), (roll_products, as_is), (rotary, pointwise)))
     table.update(((add_linear, added_linear), (add_matmul, added_matmul)))
