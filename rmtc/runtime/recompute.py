@@ -33,7 +33,7 @@ class Bytes(NamedTuple):
 
     @property
     def times(self) -> int:
-        """How many times as much is saved as if the cell runs again, as a power of 2."""
+        """The power of 2 by which more is saved than if the cell runs again."""
         return round(math.log2(max(1, self.saved) / max(1, self.operands)))
 
 

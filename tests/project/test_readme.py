@@ -126,6 +126,11 @@ def test_the_readme_is_short() -> None:
     assert [line for line in lines if len(line) > 120 and not line.startswith(("| ", "pip install"))] == []
 
 
+def test_the_architecture_is_told_in_few_words() -> None:
+    words = re.findall(r"\S*\w\S*", (DOCS / "architecture.md").read_text())
+    assert len(words) <= 3500
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target, _, heading in re.findall(r"\]\((?!https?:)([^)#]*)(#([^)]*))?\)", page.read_text()):

@@ -59,7 +59,7 @@ class SplitLosses:
 
 
 class _Positions(NamedTuple):
-    """Where a tensor has the positions of a concatenation.
+    """The place of a concatenation's positions in a tensor.
 
     Attributes:
         dim: the dimension.
