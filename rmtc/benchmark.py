@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -9,13 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmtc import heuristics
 from rmtc.analysis import Analysis
 from rmtc.capture.objects import leaves_of
 from rmtc.capture.session import Session
-from rmtc.compiler import compiled_of, disabled
+from rmtc.compiler import compiled_of, disabled, restore
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.ops import linears
 from rmtc.runtime.backends import Backend, auto
@@ -32,6 +34,7 @@ _PRODUCTS = frozenset(
 """With ``out=`` or without."""
 
 _FLOOR = "matrix products alone"
+_LAYERS = "layers, torch.compile"
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Benchmark:
         best: the way that ``schedule="best"`` chose, with the times that it was chosen by; empty if another schedule
             was asked for. If it is as written, the shortest schedule was measured all the same.
         training: whether a forward and a backward pass were measured.
+        layers: the call as written with each layer under ``torch.compile``, if that was asked for.
+        layers_ratio: the same of it as ``ratio``.
     """
 
     eager: Timing
@@ -72,6 +77,8 @@ class Benchmark:
     analysis: Analysis = field(repr=False)
     best: str = ""
     training: bool = False
+    layers: Timing | None = None
+    layers_ratio: Ratio | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -109,6 +116,7 @@ class Benchmark:
                 "",
                 f"  {'':<22}{'median':>9}      {'fastest .. slowest':<20}times as fast as eager",
                 row("eager", self.eager, None),
+                *([row(_LAYERS, self.layers, self.layers_ratio)] if self.layers is not None else []),
                 row("rmtc", self.compiled, self.ratio),
                 row(_FLOOR, self.floor, self.floor_ratio),
                 "",
@@ -145,6 +153,7 @@ def bench(
     schedule: str = "shortest",
     backend: str | Backend = "auto",
     training: bool = False,
+    compiled_layers: bool = False,
 ) -> Benchmark:
     """Measure a call as written and compiled.
 
@@ -155,6 +164,8 @@ def bench(
         layers, segment_length, schedule, backend: as in :func:`rmtc.compile`.
         training: measure the forward and backward pass: the gradients of all parameters and arguments that require
             them, of the numbers that the call returns (its loss), or of all that it returns if it returns none.
+        compiled_layers: measure the call as written with each layer under ``torch.compile``, too. That takes time to
+            compile.
 
     With ``schedule="best"``, the call is measured as that runs it after its tries. Where it stays as written, the
     shortest schedule is measured, so that the answer shows what the choice is worth.
@@ -165,6 +176,7 @@ def bench(
         VerifyError: if the results of the compiled call, or the gradients, differ from those of the call as written.
             Then no time is given.
     """
+    spare = _as_written(function, args, kwargs) if compiled_layers else None
     # Verify first: no time is given for wrong results.
     begun = time.perf_counter()
     hints: dict[str, Any] = {"layers": layers, "segment_length": segment_length, "gradients": training}
@@ -207,6 +219,8 @@ def bench(
         before = compiled.stats.runs
         with compiled.frozen():
             calls = {"eager": as_written, "rmtc": scheduled, _FLOOR: _products(lambda: step(scheduled_once))}
+            if spare is not None:
+                calls[_LAYERS] = _with_compiled_layers(*spare, analysis, training)
             left = None if seconds is None else seconds - (time.perf_counter() - begun - first_call)
             turns = take_turns({name: _finished(call, device) for name, call in calls.items()}, repeats, left)
     # A call that fell back or ran as written in between has no times.
@@ -233,7 +247,50 @@ def bench(
         analysis,
         best,
         training,
+        turns.timing(_LAYERS) if compiled_layers else None,
+        turns.ratio("eager", _LAYERS) if compiled_layers else None,
     )
+
+
+def _as_written(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Return a copy of a call of a module that is not compiled.
+
+    Raises:
+        RefusedError: if it is not of a module.
+    """
+    compiled = compiled_of(function)
+    function = function if compiled is None else compiled.function
+    if not isinstance(function, nn.Module):
+        raise RefusedError("what is called is no module: it has no layers to compile one by one")
+    model, args, kwargs = copy.deepcopy((function, args, kwargs))
+    restore(model)
+    return model, args, kwargs
+
+
+def _with_compiled_layers(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], analysis: Analysis, training: bool
+) -> Callable[[], None]:
+    """Return the call with each layer under ``torch.compile``, which has compiled what it needs.
+
+    Raises:
+        RefusedError: if the layers are no modules in a list, or do not compile.
+    """
+    family = analysis.proven.family if analysis.proven is not None else None
+    if family is None or not family.listed:
+        raise RefusedError("the layers are no modules in a list: there is nothing to compile one by one")
+    for prefix in family.prefixes:
+        for layer in model.get_submodule(prefix.removesuffix(".")).children():
+            layer.compile()
+    step = _step(model, args, kwargs) if training else lambda call: call(*args, **kwargs)
+    try:
+        with stage("compile layers"):
+            for _ in range(3):  # what the first call leaves may make the second another one
+                step(model)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise RefusedError(f"torch.compile does not compile the layers: {error}") from error
+    return functools.partial(step, model)
 
 
 def _step(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., None]:

@@ -337,6 +337,9 @@ def bench(
     schedule: ScheduleKind = Kind.shortest,
     backend: BackendName = "auto",
     training: Annotated[bool, typer.Option("--training", help="Measure forward and backward passes.")] = False,
+    compiled_layers: Annotated[
+        bool, typer.Option("--compiled-layers", help="Measure the layers under torch.compile, too.")
+    ] = False,
     json: Json = False,
     output: Output = None,
     debug: Debug = False,
@@ -363,6 +366,7 @@ def bench(
                     schedule=schedule.value,
                     backend=backend_named(backend),
                     training=training,
+                    compiled_layers=compiled_layers,
                 )
             except RefusedError as refusal:
                 note(f"refused: {one_line(refusal)}")

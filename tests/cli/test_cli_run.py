@@ -103,6 +103,26 @@ def test_bench_measures_training_steps() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--training"]], ids=["forward", "training"])
+def test_bench_measures_the_layers_under_torch_compile(more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[torch.nn.Module] = []
+
+    def compiled(layer: torch.nn.Module) -> None:
+        layer.register_forward_pre_hook(lambda layer, _: calls.append(layer))
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    result = run("bench", *ARMT, "--repeats", "1", "--threads", "1", "--compiled-layers", "--json", *more)
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["layers"]["fastest"] > 0 and answer["layers_ratio"]["median"] > 0
+    cells = answer["run"]["segments"] * answer["run"]["layers"]
+    assert len({*map(id, calls)}) == answer["run"]["layers"]
+    assert len(calls) == cells * (3 + 2)  # to compile, to warm up, and a turn
+    table = run("bench", *ARMT, "--repeats", "1", "--threads", "1", "--compiled-layers", *more).stdout
+    assert re.search(r"^  layers, torch.compile +[\d.]+ ms", table, re.MULTILINE)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launch", "chosen", "more"),
     [(1e-2, "as written", []), (1e-9, "shortest, torch", []), (1e-2, "as written", ["--training"])],
