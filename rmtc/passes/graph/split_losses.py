@@ -183,7 +183,8 @@ def _positions(node: fx.Node, known: Mapping[fx.Node, _Positions]) -> _Positions
         elif node.target in _ALONG:
             along = argument(node, 1, "dim", None) or [0]
             along = [along] if isinstance(along, int) else along
-        return at if operands == [first] and all(each % before.ndim > at.dim for each in along) else None
+        behind = all(each % before.ndim > at.dim for each in along)
+        return at if behind and operands == [first] and after.ndim <= before.ndim else None
     # One by one: operands without positions have none to be moved to.
     for each in node.all_input_nodes:
         value = each.meta["val"]
