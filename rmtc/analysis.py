@@ -34,7 +34,7 @@ __all__ = ["Analysis", "analyze", "prove_analysis"]
 logger = logging.getLogger(__name__)
 
 _PLAIN, _WINDOWS, _WHOLE = Reading(), Reading(windows=True), Reading(histories=False)
-_CONSTANTS = Reading(constants=True)
+_CONSTANTS, _JOINED = Reading(constants=True), (_PLAIN._replace(losses=False), _WHOLE._replace(losses=False))
 
 
 _ORDER = (
@@ -325,7 +325,7 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
     ages = [3 * age + 2 for age in heuristics.MEMORY_AGES]
 
     # The attempts: from the most general sizes and the plainest reading to the narrowest.
-    def attempts() -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...], Reading]]:
+    def readings() -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...], Reading]]:
         yield heuristics.SHORT_RUN, batches, tails, _PLAIN
         if plan.free_tail and plan.sizes.tail != segment:  # a segment may not fill a window
             yield heuristics.SHORT_RUN, batches, tails, _WINDOWS
@@ -340,6 +340,12 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
         if analysis.capture.has_constants:  # a constant may belong to any segment
             yield heuristics.SHORT_RUN, batches, tails, _CONSTANTS
         yield from ((segments, batch, tails, _PLAIN) for batch in (batches, own) for segments in ages)
+
+    def attempts() -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...], Reading]]:
+        for segments, batch, tail, reading in readings():
+            yield segments, batch, tail, reading
+            if analysis.capture.has_losses:  # a loss of some of the segments makes these differ from the others
+                yield segments, batch, tail, reading._replace(losses=False)
 
     # The first attempt whose loop passes its checks is taken.
     tried = set[tuple[int, tuple[int, ...], tuple[int, ...], Reading]]()
@@ -356,7 +362,8 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
             analysis.proven = _attempt(analysis, sizes, layers)
         except (RefusedError, VerifyError, CaptureError) as error:
             logger.debug("with %s: %s", sizes, error.reason)
-            as_written = reading == _WHOLE and segments == heuristics.SHORT_RUN  # histories as the user's code has them
+            # Histories and losses as the user's code has them.
+            as_written = attempt[:3] == (heuristics.SHORT_RUN, batches, tails) and reading in (_WHOLE, *_JOINED)
             first = error if first is None or as_written else first
         else:
             if first is not None and analysis.proven.loop.fixed.get("tail", plan.sizes.tail) != plan.sizes.tail:

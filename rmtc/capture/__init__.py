@@ -69,11 +69,13 @@ class Reading(NamedTuple):
         windows: whether a window of a segment's length is read as a slice of the tensor that it is cut from.
         histories: whether histories of few parts are read part by part.
         constants: whether constants of the loop are made for each layer that reads them, see :class:`RemakeConstants`.
+        losses: whether losses of all segments are split, see :class:`SplitLosses`.
     """
 
     windows: bool = False
     histories: bool = True
     constants: bool = False
+    losses: bool = True
 
 
 _PLAIN = Reading()
@@ -94,6 +96,7 @@ class Capture:
         learns: whether runs still tell them.
         by_parts: whether a run has a history that is read part by part.
         has_constants: whether a run makes constants in the loop.
+        has_losses: whether a run has losses that were split.
     """
 
     session: Session
@@ -106,6 +109,7 @@ class Capture:
     learns: bool = True
     by_parts: bool = False
     has_constants: bool = False
+    has_losses: bool = False
 
     @property
     def growing(self) -> frozenset[str]:
@@ -163,8 +167,9 @@ class Capture:
         )
         self.by_parts |= canonicalize.apply(graph)
         self._ran("canonicalize", sizes, graph)
-        SplitLosses(trained).apply(graph)
-        self._ran("split-losses", sizes, graph)
+        if self.reading.losses:
+            self.has_losses |= SplitLosses(trained).apply(graph)
+            self._ran("split-losses", sizes, graph)
         names = {node.name: node.meta["name"] for node in graph.nodes if "name" in node.meta}
         return from_graph(raw.module, raw.outputs, names), written
 

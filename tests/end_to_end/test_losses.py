@@ -70,6 +70,24 @@ def normed(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     return mean((F.layer_norm(logits, (WORDS,)) @ weight.T)[:, 1:], labels[:, :-1])
 
 
+def of_its_input(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """Labels are made of what the logits are made of."""
+    words = torch.cat([F.one_hot(each.clamp(min=0), WORDS).double() for each in labels.split(SEGMENT, 1)], 1)
+    return mean(words @ weight, words.argmax(-1)) + logits.mean()
+
+
+def of_its_first(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """A bias is made of the logits of positions before the text."""
+    first = torch.tanh(weight[:2].expand(len(labels), -1, -1))
+    return mean(torch.cat([first, logits], 1) + first.mean((0, 1)), torch.cat([labels[:, :2], labels], 1))
+
+
+def heads(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """Two heads in one product."""
+    found = logits.flatten(0, 1) @ torch.stack([weight, -weight])
+    return F.cross_entropy(found.transpose(1, 2), labels.flatten().expand(2, -1))
+
+
 SPLIT: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "the same places": lambda logits, labels, _: mean(logits, labels),
     "shifted": lambda logits, labels, _: mean(logits[:, :-1].contiguous(), labels[:, 1:].contiguous()),
@@ -93,6 +111,14 @@ WHOLE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "words that count": lambda logits, labels, weight: mean(logits, labels, weight=weight[0].detach().abs()),
     "of its own words": lambda logits, labels, _: mean(logits, logits.argmax(-1)),
     "shares": lambda logits, labels, _: mean_of_shares(logits, labels),
+    "of its input": of_its_input,
+    "of its first": of_its_first,
+    "positions before the text": lambda logits, labels, weight: mean(
+        torch.cat([weight[:2].expand(len(labels), -1, -1), logits], 1), torch.cat([labels[:, :2], labels], 1)
+    ),
+    "two heads": heads,
+    "the first positions": lambda logits, labels, _: mean(logits[:, :6], labels[:, :6]),
+    "the last positions": lambda logits, labels, _: mean(logits[:, -6:], labels[:, -6:]),
     "by text": lambda logits, labels, _: torch.stack([*map(F.cross_entropy, logits, labels)]).sum(),
 }
 """Losses that are not."""
@@ -144,6 +170,22 @@ def test_a_loss_is_eagers(kind: str) -> None:
     assert (stats.runs, stats.backwards) == (1 + len(sizes), len(sizes))
     assert stats.last_run is not None and stats.last_run.steps == stats.last_run.makespan == 2 + LAYERS - 1
     assert is_split(fast) is (kind in SPLIT)
+
+
+def test_a_loss_that_another_one_is_made_of() -> None:
+    def loss(logits: Tensor, labels: Tensor, _: Tensor) -> Tensor:
+        first = mean(logits, labels)
+        return first + mean(logits * first, labels)
+
+    eager = Reader(loss)
+    fast = copy.deepcopy(eager)
+    rmtc.compile(fast, schedule="shortest", strict=True)
+    for size in ((18, 2), (3 * SEGMENT, 1)):
+        compare(fast, eager, *given(*size))
+    (variant,) = compiled_of(fast).variants  # type: ignore[union-attr]
+    parts = variant.program.loop.steady, variant.program.loop.after
+    assert [sum(op.target is aten.cross_entropy_loss.default for op in part) for part in parts] == [1, 1]
+    assert rmtc.stats(fast).runs == 2
 
 
 def largest(run: Callable[[], Any]) -> int:

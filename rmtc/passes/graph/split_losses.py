@@ -48,14 +48,16 @@ class SplitLosses:
     def __init__(self, gradients: bool) -> None:
         self.gradients = gradients
 
-    def apply(self, graph: fx.Graph) -> None:
-        """Split the losses of a graph."""
-        losses = [node for node in graph.nodes if node.target is aten.cross_entropy_loss.default]
-        kinds = _kinds(graph) if losses else {}
-        for node in losses:
+    def apply(self, graph: fx.Graph) -> bool:
+        """Split the losses of a graph; returns whether there are any."""
+        found, kinds = False, dict[fx.Node, frozenset[str]]()
+        for node in [node for node in graph.nodes if node.target is aten.cross_entropy_loss.default]:
+            kinds = kinds or _kinds(graph)
             loss = _loss(node, kinds)
             if loss is not None and (self.gradients or loss.whole.users.keys() <= {*loss.between, node}):
                 _split(graph, loss)
+                found, kinds = True, {}  # a later loss may be made of this one
+        return found
 
 
 class _Positions(NamedTuple):
@@ -79,14 +81,14 @@ class _Loss(NamedTuple):
     Attributes:
         node: the loss.
         whole: the concatenation.
-        fixed: what is read between them that has no positions.
+        before: the labels, what is read between them that has no positions, and all that these are made of.
         between: the operations from the concatenation to the logits, in order.
         at: the positions of the logits.
     """
 
     node: fx.Node
     whole: fx.Node
-    fixed: set[fx.Node]
+    before: set[fx.Node]
     between: Mapping[fx.Node, _Positions]
     at: _Positions
 
@@ -125,6 +127,14 @@ def _loss(node: fx.Node, kinds: Mapping[fx.Node, frozenset[str]]) -> _Loss | Non
     if len(wholes) != 1 or not all(each.users.keys() <= inside | {node} for each in inside):
         return None
     (whole,) = wholes
+    before, left = set[fx.Node](), [labels, *fixed]
+    while left:
+        each = left.pop()
+        if each not in before:
+            before.add(each)
+            left += each.all_input_nodes
+    if not before.isdisjoint(whole.all_input_nodes):
+        return None
     like = whole.meta["val"]
     for piece in whole.all_input_nodes:
         value = piece.meta["val"]
@@ -140,7 +150,7 @@ def _loss(node: fx.Node, kinds: Mapping[fx.Node, frozenset[str]]) -> _Loss | Non
         known[each] = at
     at = known[logits]
     del known[whole]
-    return None if at.dim == 1 or at.start == at.end else _Loss(node, whole, fixed, known, at)  # 1: the classes
+    return None if at.dim == 1 or at.start == at.end else _Loss(node, whole, before, known, at)  # 1: the classes
 
 
 def _is_known(node: fx.Node) -> bool:
@@ -177,6 +187,8 @@ def _positions(node: fx.Node, known: Mapping[fx.Node, _Positions]) -> _Positions
             return None
         return at._replace(start=at.start + interval[0], end=at.start + interval[1])
     if node.target in (*_PRODUCTS, *_NORMS, *_ALONG):  # along dimensions behind that of the positions
+        if after.ndim > before.ndim:
+            return None
         along: Any = [-1]
         if node.target in _NORMS:
             along = range(-len(node.args[1]), 0)  # type: ignore[arg-type]
@@ -274,16 +286,11 @@ def _labels(graph: fx.Graph, loss: _Loss, write: _Writer, positions: int, ignore
     labels = given
     while labels.target in (*_MERGES, aten.contiguous.default) and labels.meta["val"].shape != shape:
         labels = labels.args[0]
-    order = {each: place for place, each in enumerate(graph.nodes)}
-    first = min(loss.whole.all_input_nodes, key=lambda each: order[each])
-    before, left = set[fx.Node](), [given, *loss.fixed]
-    while left:
-        each = left.pop()
-        if order[each] > order[first] and each not in before:
-            before.add(each)
-            left += each.all_input_nodes
-    for each in sorted(before, key=lambda each: order[each]):
-        first.prepend(each)
+    pieces, nodes = set(loss.whole.all_input_nodes), list(graph.nodes)
+    first = next(each for each in nodes if each in pieces)
+    for each in nodes[nodes.index(first) :]:
+        if each in loss.before:
+            first.prepend(each)
     with graph.inserting_before(first):
         if labels.meta["val"].shape != shape:
             labels = write(aten.reshape.default, given, list(shape))
