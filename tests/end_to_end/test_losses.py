@@ -258,3 +258,19 @@ def test_texts_that_are_packed_have_their_own_losses() -> None:
             torch.testing.assert_close(one, eager(*each), rtol=1e-10, atol=1e-10)
     stats = rmtc.stats(model)
     assert is_split(model) and stats.last_run is not None and stats.last_run.texts > 1
+
+
+@pytest.mark.parametrize("kind", ["shifted", "padded"])
+def test_a_text_in_parts_has_a_loss_of_each_part(kind: str) -> None:
+    model, whole = Reader(SPLIT[kind]), Reader(lambda logits, labels, _: logits)
+    rmtc.compile(model, schedule="shortest", strict=True)
+    ids, labels = given(10 * SEGMENT)
+    with torch.no_grad():
+        logits = whole(ids, labels)
+        model(ids, labels)
+        state = None
+        for part in (slice(0, 16), slice(16, 40)):
+            found = rmtc.resume(model, state)(ids[:, part], labels[:, part])
+            state = rmtc.state(model)
+            torch.testing.assert_close(found, SPLIT[kind](logits[:, part], labels[:, part], whole.last))
+    assert is_split(model) and rmtc.stats(model).runs == 3

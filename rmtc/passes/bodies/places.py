@@ -12,7 +12,7 @@ import torch
 from rmtc.affine import Affine
 from rmtc.errors import RefusedError
 from rmtc.ir.program import SPLITS, VIEWS, Op, Src, leaves
-from rmtc.ir.segment_loop import Environment, Every, Item, Outer, SegmentLoop, Where
+from rmtc.ir.segment_loop import Environment, Every, Item, Outer, Row, SegmentLoop, Where
 
 aten = torch.ops.aten
 
@@ -115,10 +115,15 @@ class Places:
     def refuse(self) -> None:
         """Refuse a loop whose segments know their place otherwise than by the part of the text that they read.
 
+        Labels of a loss that nothing in a segment reads may: it is the loss of the text that the call is given.
+
         Raises:
             RefusedError: with the first operation that does.
         """
-        for op in self.loop.steady:
+        labels = self._labels()
+        for number, op in enumerate(self.loop.steady):
+            if number in labels:
+                continue
             given = [leaf for leaf in leaves(op.args) if not isinstance(leaf, Item)]
             first = given[0] if given else None
             kind = self.before[first.number] if isinstance(first, Outer) else "along" if self._is_text(first) else ""
@@ -146,6 +151,26 @@ class Places:
             made = bool(operands) and self._is_made(operands[0]) and (op.target in _SHAPES or op.target in _CREATE)
             if any(map(self._is_count, operands)) or (counted and not made):
                 raise _counting(op, "a result depends on the number of segments, or the length of the text")
+
+    def _labels(self) -> frozenset[int]:
+        """Return the operations of a segment that make nothing but labels of losses, which results alone read."""
+        readers: dict[int, set[tuple[int, int]]] = {}  # by which operation, as which of its operands
+        for number, op in enumerate(self.loop.steady):
+            for at, leaf in enumerate(leaves(op.args)):
+                if isinstance(leaf, Row):
+                    readers.setdefault(leaf.number, set()).add((number if leaf.back == 0 else -1, at))
+        given = [*self.loop.outputs.values(), *(leaf for op in self.loop.after for leaf in leaves(op.args))]
+        results = {each.number[-1] for each in given if isinstance(each, (Where, Every))}
+        losses = {
+            number
+            for number, op in enumerate(self.loop.steady)
+            if op.target is aten.cross_entropy_loss.default and number not in readers
+        }
+        found = set[int]()
+        for number in sorted(readers.keys() - results, reverse=True):
+            if all(reader in found or (reader in losses and at == 1) for reader, at in readers[number]):
+                found.add(number)
+        return frozenset(found)
 
     def _is_made(self, leaf: Any) -> bool:
         """Tell whether a value after the loop is of the segments, or of the text, and as long as these are."""
