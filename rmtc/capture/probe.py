@@ -432,8 +432,9 @@ def probe(session: Session, alike: Alike, segment_length: int | None = None) -> 
         free_tail = same(growth, ragged, batch)
     if segment > 1 and not (drops or free_tail or growth.lists):
         drops = free_tail = same(growth, ragged + segment, batch)
+    own_tail = segment > 1 and not free_tail and prober.attempt(growth, ragged, batch) is not None
     # Cut the user's text.
-    plan = Probed(growth, segment, Sizes(0, batch, segment), free_batch, free_tail, extra, drops)
+    plan = Probed(growth, segment, Sizes(0, batch, segment), free_batch, free_tail, extra, drops, own_tail)
     segments, tail = plan.cut(length)
     if not segments:
         raise CaptureError(

@@ -23,6 +23,7 @@ from rmtc.passes.graph.regions import (
     dim_of,
     dim_of_read,
     interval_of,
+    is_cut_off_table,
     is_put_together,
     is_rest_of_rest,
     parts_of,
@@ -623,7 +624,8 @@ def _forward(graph: fx.Graph, node: fx.Node, cut: frozenset[str], windows: set[A
         read = bounds_of(node)
         if read is None:
             return
-        stays = _is_end(node) or _place(node) in cut or is_rest_of_rest(source)
+        last = _is_end(node) and not is_cut_off_table(source)
+        stays = last or _place(node) in cut or is_rest_of_rest(source)
         if not row and read == (0, size) and not stays:
             node.replace_all_uses_with(source)
             return

@@ -207,6 +207,12 @@ def _is_rest(node: fx.Node) -> bool:
     return interval is not None and interval[0] > 0 and interval[1] == size
 
 
+def is_cut_off_table(node: fx.Node) -> bool:
+    """Tell whether a node is a slice of a tensor that was there before the call, and is as long in each call."""
+    source: Any = node.args[0] if node.target is aten.slice.Tensor else None
+    return isinstance(source, fx.Node) and source.op == "placeholder" and is_put_together(source)
+
+
 def is_put_together(source: Any) -> bool:
     """Tell whether a tensor was put together of others, or is a state that may have been at first, or a row of one."""
     while source.target is aten.select.int:
