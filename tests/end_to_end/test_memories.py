@@ -255,7 +255,7 @@ class Windows(nn.Module):
             for layer, own in enumerate(self.layers):
                 piece = torch.tanh(own(piece) + memories[layer][:, None] + piece.mean(1, keepdim=True))
                 memories[layer] = piece.mean(1)
-            pieces.append(piece[:, self.back :][:, :SEGMENT])
+            pieces.append(piece[:, self.back :][:, : SEGMENT + (self.ahead > 1)])  # beyond a short last window
         return torch.cat(pieces, dim=1)
 
 
