@@ -319,20 +319,25 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
     full, own = (segment,) * 3, (plan.sizes.batch,) * 3
     # The third run has the sizes of the user's call.
     other = 2 * segment - 1 if plan.drops else max(1, segment // 2)
-    tails = (segment, other, plan.sizes.tail) if plan.free_tail else full
+    shorter = (max(1, segment // 2), max(1, segment - 1), plan.sizes.tail)
+    own_tail = plan.own_tail and plan.sizes.tail < segment
+    tails = (segment, other, plan.sizes.tail) if plan.free_tail else shorter if own_tail else full
+    least = heuristics.SHORT_RUN + own_tail  # all segments but the last are whole ones
     batches = (*heuristics.PROBE_BATCHES, plan.sizes.batch) if plan.free_batch else own
     first: RefusedError | VerifyError | CaptureError | None = None
     ages = [3 * age + 2 for age in heuristics.MEMORY_AGES]
 
     # The attempts: from the most general sizes and the plainest reading to the narrowest.
     def readings() -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...], Reading]]:
-        yield heuristics.SHORT_RUN, batches, tails, _PLAIN
-        if plan.free_tail and plan.sizes.tail != segment:  # a segment may not fill a window
-            yield heuristics.SHORT_RUN, batches, tails, _WINDOWS
+        yield least, batches, tails, _PLAIN
+        if tails[-1] != segment:  # a segment may not fill a window
+            yield least, batches, tails, _WINDOWS
         if analysis.capture.by_parts:  # a history takes some segments to fill, or its parts differ at the end
             yield from ((segments, batches, tails, _PLAIN) for segments in ages)
-            yield from ((segments, batches, tails, _WHOLE) for segments in (heuristics.SHORT_RUN, *ages))
-        if tails[-1] != segment:  # a shorter segment may be the first one, or need operations of its own
+            yield from ((segments, batches, tails, _WHOLE) for segments in (least, *ages))
+        if tails[-1] < segment:  # a shorter segment may leave what is before it as it was
+            yield heuristics.SHORT_RUN + 1, batches, shorter, _PLAIN
+        if tails[-1] != segment:  # it may be the first one
             yield heuristics.SHORT_RUN, batches, tails[-1:] * 3, _PLAIN
         yield heuristics.SHORT_RUN, batches, full, _PLAIN
         yield heuristics.SHORT_RUN, own, tails, _PLAIN
@@ -408,6 +413,8 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Prov
         fixed["batch"] = sizes[0].batch
     if len({each.tail for each in sizes}) == 1:
         fixed["tail"] = sizes[0].tail
+    elif max(each.tail for each in sizes) < plan.segment_length:
+        fixed["below"] = plan.segment_length
     with timed(seconds, "prove"):
         proven = prove_loop(replace(loop, fixed=fixed), family, plan.sizes.segments)
     third = analysis.run(sizes[2])

@@ -1,5 +1,5 @@
-"""Indices that keep every slice: `x[:n, :n]` takes nothing away where x has n rows and columns, and torch then leaves
-the slices out. A shorter segment of the same code has them."""
+"""Indices that keep every slice: `x[:n, :n]` takes nothing away where x has n rows and columns, or fewer, and torch
+leaves the slices out then. Another segment of the same code has them."""
 
 from __future__ import annotations
 
@@ -78,10 +78,11 @@ class EverySlice(TorchFunctionMode):
 
 
 def _takes_all(tensor: torch.Tensor, index: tuple[Any, ...]) -> bool:
-    """Whether a slice ends where its dimension does, by a number, and nothing but slices and integers is there."""
+    """Whether a slice may end where its dimension does, or beyond, and nothing but slices and integers is there."""
     if not all(each is None or each is Ellipsis or type(each) is int or _is_plain(each) for each in index):
         return False
-    return any(type(each) is slice and each.stop in tensor.shape for each in index)
+    least = min(tensor.shape, default=0)
+    return any(type(each) is slice and each.stop is not None and each.stop >= least for each in index)
 
 
 def _is_plain(each: Any) -> bool:

@@ -157,14 +157,15 @@ class _Prober:
         run = self.attempt(growth, length, batch, short=True)
         if run is None and not growth.lists:
             return None
-        sizes = {1} if growth.lists else {size for size in run.cuts if 0 < size < length} if run else set()
+        found = {*run.cuts, *run.steps} if run else set[int]()
+        sizes = {1} if growth.lists else {size for size in found if 0 < size < length}
         least: Cut | None = None
         for size in sorted(sizes):
-            found = self.cut(growth, size, batch)
-            if found is not None and (size == max(sizes) or self._goes_on(growth, found, batch)):
-                if run is None or self._all_again(growth, found, batch, run):
-                    return found
-                least = least or found
+            cut = self.cut(growth, size, batch)
+            if cut is not None and (size == max(sizes) or self._goes_on(growth, cut, batch)):
+                if run is None or self._all_again(growth, cut, batch, run):
+                    return cut
+                least = least or cut
         return least
 
     def _goes_on(self, growth: Growth, cut: Cut, batch: int) -> bool:
@@ -432,8 +433,9 @@ def probe(session: Session, alike: Alike, segment_length: int | None = None) -> 
         free_tail = same(growth, ragged, batch)
     if segment > 1 and not (drops or free_tail or growth.lists):
         drops = free_tail = same(growth, ragged + segment, batch)
+    own_tail = segment > 1 and not free_tail and prober.attempt(growth, ragged, batch) is not None
     # Cut the user's text.
-    plan = Probed(growth, segment, Sizes(0, batch, segment), free_batch, free_tail, extra, drops)
+    plan = Probed(growth, segment, Sizes(0, batch, segment), free_batch, free_tail, extra, drops, own_tail)
     segments, tail = plan.cut(length)
     if not segments:
         raise CaptureError(

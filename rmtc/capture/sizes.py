@@ -48,10 +48,11 @@ class Probed:
         segment_length: positions of a segment; 1 for lists whose items are of one shape.
         sizes: those of the user's call.
         free_batch: whether the code runs at another batch size.
-        free_tail: whether the code runs with a shorter last segment.
+        free_tail: whether the code runs with a shorter last segment, and uses what it uses with a whole one.
         extra: positions that every text has beyond those of its segments. It is negative if the code adds some.
         drops: whether the rest of a text that makes no whole segment begins no other one. It counts as part of the
             last segment, whether its cells read it or not.
+        own_tail: whether the code runs with a shorter last segment, and uses other tensors there.
     """
 
     growth: Growth
@@ -61,6 +62,7 @@ class Probed:
     free_tail: bool
     extra: int = 0
     drops: bool = False
+    own_tail: bool = False
 
     def cut(self, length: int) -> tuple[int, int]:
         """Return the number of segments of a text and the length of the last one.

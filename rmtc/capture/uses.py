@@ -33,6 +33,7 @@ class ProbeRun:
     roots: Counter[int] = field(default_factory=Counter)  # uses of a tensor or of any part of it: parts vary with sizes
     last_use: dict[int, Any] = field(default_factory=dict)  # by root: an operation and the shapes of its results
     cuts: list[int] = field(default_factory=list)
+    steps: set[int] = field(default_factory=set)  # from where one piece begins to where the next one does
     first_cut: Location | None = None
     ended: bool = True
 
@@ -95,6 +96,7 @@ class UseCount:
         self._roots = {index: frozenset((index,)) for index in self._source.values()}
         self._sizes, self._short, self._operations = {size}, short, 0
         self._seldom = 0  # number of tensors that were used, but not often enough yet
+        self._begins: dict[tuple[int, int], int] = {}  # by size and dimension of a text: where its last piece begins
         self._kept: list[torch.Tensor] = []  # ids stay unique while the tensors live
 
     @substage("count uses")
@@ -127,6 +129,7 @@ class UseCount:
             if func not in _NEW:
                 for tensor in tensors:
                     self._note_cut(tensor, results)
+                    self._note_step(func, tensor, numbers)
             if self._short and self.run.uses and not self._seldom:
                 raise EnoughError
 
@@ -150,6 +153,20 @@ class UseCount:
                 for inner in {dim + 1, tensor.ndim}:  # where a view, and unfold, put the length of a piece
                     if result.shape[dim] * result.shape[inner] == size:
                         self._cut(result.shape[inner], result.shape[dim])
+
+    def _note_step(self, func: Any, text: torch.Tensor, numbers: tuple[int, ...]) -> None:
+        """Note how far windows of a text advance, which may overlap."""
+        if func not in (aten.slice.Tensor, aten.unfold.default) or len(numbers) < 2:
+            return
+        dim, begin = numbers[0] % text.ndim, numbers[1]
+        if text.shape[dim] not in self._sizes:
+            return
+        if func is aten.unfold.default:
+            self.run.steps.add(numbers[2])
+            return
+        key = (text.shape[dim], dim)
+        self.run.steps.add(begin - self._begins.get(key, begin))
+        self._begins[key] = begin
 
     def _cut(self, *sizes: int) -> None:
         self.run.cuts += sizes

@@ -150,6 +150,7 @@ class SegmentLoop:
         stage_classes: the same for prologue and epilogue.
         class_notes: for each class, its difference from the one it resembles.
         fixed: sizes for which the loop was captured, ``batch`` or ``tail``. Another value needs a capture of its own.
+            So does a last segment of ``below`` positions or more.
     """
 
     before: tuple[Op, ...]
@@ -185,7 +186,14 @@ class SegmentLoop:
         for name, what, value in (("batch", "a batch of", batch), ("tail", "a last segment of", tail)):
             if self.fixed.get(name, value) != value:
                 return f"the loop was captured for {what} {self.fixed[name]}, and this call has one of {value}"
+        if tail >= self.fixed.get("below", tail + 1):
+            return f"the loop was captured for a last segment that is shorter than the others, and this one has {tail}"
         return None
+
+    @property
+    def ends_short(self) -> bool:
+        """True if the last segment is shorter than others, and may not leave what these do: none goes on from it."""
+        return "below" in self.fixed
 
     @functools.cached_property
     def reads_tail(self) -> bool:

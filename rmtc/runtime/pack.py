@@ -239,6 +239,8 @@ class Pack:
                     continue
                 if (sizes.segments < 2 and state is None) or variant.counter or sizes in variant.failed:
                     return None
+                if self._states and variant.program.loop.ends_short:
+                    return None  # by itself it says what is wrong
                 if variant.refused and (sizes, variant.entry(sizes.batch)) in variant.refused:
                     continue
                 if state is None:

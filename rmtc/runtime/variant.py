@@ -106,7 +106,8 @@ class Ready:
     def keeps(self) -> bool:
         """Whether it hands something on: if it has to, or if that takes no operation that it would not run."""
         whole = self.sizes.tail == self.made.program.loop.segment_length
-        return not self.gradients and (self.hands_on or whole or self.made.hands_on_freely)
+        ends = self.made.program.loop.ends_short
+        return not self.gradients and not ends and (self.hands_on or whole or self.made.hands_on_freely)
 
     def handed_on(self, outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Take what the call hands on out of its results, by the user's names."""
@@ -774,6 +775,11 @@ class Variant:
             StateError: if the state is not that of such a call.
             RefusedError: if such calls cannot go on.
         """
+        if self.program.loop.ends_short:
+            raise RefusedError(
+                "its last segment is shorter than the others, and may not leave what these do",
+                remedy="cut the text at whole segments",
+            )
         ready = self.ready(arguments, self.tells(sizes, state is not None), self.scheduled(sizes))
         if not isinstance(ready, Ready):
             return ready
@@ -968,8 +974,6 @@ class Variant:
             return "its backend runs one call at a time"
         if ready.made.program.draws:
             return "it draws random numbers, one call after another"
-        if self.analysis.proven is not None and self.analysis.proven.loop.fixed.keys() - {"batch", "tail"}:
-            return "the loop was captured for some sizes alone"
         sources = ready.made.program.loop.sources
         if given := [name for name in self._written if sources[name].kind == "input"]:
             return f"a call writes to {given[0]}, which it is given"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -229,6 +229,55 @@ class Unfolded(nn.Module):
 
 def test_segments_that_unfold_makes() -> None:
     Twins(Unfolded).compare({LOWER, OWN}, sizes=((4, 2, SEGMENT), (7, 3, SEGMENT)))
+
+
+class Windows(nn.Module):
+    """Segments are windows of a padded text that overlap: they look back, ahead, or both ways.
+
+    Args:
+        back, ahead: so many positions.
+        unfolded: whether `unfold` makes the windows.
+    """
+
+    def __init__(self, back: int, ahead: int, unfolded: bool) -> None:
+        super().__init__()
+        self.layers, self.back, self.ahead, self.unfolded = linears(), back, ahead, unfolded
+
+    def windows(self, x: Tensor) -> Sequence[Tensor]:
+        padded, window = F.pad(x, (0, 0, self.back, self.ahead)), self.back + SEGMENT + self.ahead
+        if self.unfolded:
+            return padded.unfold(1, window, SEGMENT).transpose(2, 3).unbind(1)
+        return [padded[:, start : start + window] for start in range(0, x.shape[1], SEGMENT)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, pieces = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers], []
+        for piece in self.windows(x):
+            for layer, own in enumerate(self.layers):
+                piece = torch.tanh(own(piece) + memories[layer][:, None] + piece.mean(1, keepdim=True))
+                memories[layer] = piece.mean(1)
+            pieces.append(piece[:, self.back :][:, : SEGMENT + (self.ahead > 1)])  # beyond a short last window
+        return torch.cat(pieces, dim=1)
+
+
+@pytest.mark.parametrize(("back", "ahead"), [(2, 0), (SEGMENT + 3, 0), (0, 2), (0, SEGMENT + 1), (1, 2)])
+def test_windows_of_a_padded_text_that_overlap(back: int, ahead: int) -> None:
+    sizes = ((4, 1, 1), (4, 2, SEGMENT), (7, 3, 2), (17, 1, 3), (3, 1, SEGMENT))
+    Twins(lambda: Windows(back, ahead, False)).compare({LOWER, OWN}, sizes=sizes)
+
+
+@pytest.mark.parametrize(("back", "ahead"), [(2, 0), (SEGMENT + 3, 0), (0, 2), (1, 2), (0, -1)])
+def test_windows_that_unfold_makes_and_that_overlap_or_leave_gaps(back: int, ahead: int) -> None:
+    """What makes no whole window is left out."""
+    twins = Twins(lambda: Windows(back, ahead, True))
+    for segments, batch, rest in ((4, 2, 0), (7, 3, 2), (4, 2, 0), (5, 1, SEGMENT - 1)):
+        twins.call(with_rest(segments, batch, rest))
+        twins.ran(segments)
+    assert twins.distances == {LOWER, OWN}
+
+
+def with_rest(segments: int, batch: int, rest: int) -> Tensor:
+    """A text of whole segments, and positions that make none."""
+    return text(segments + 1, batch, rest) if rest else text(segments, batch)
 
 
 class Rolled(nn.Linear):

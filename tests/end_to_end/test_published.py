@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import LAYERS, SEGMENT, WIDTH, Twins, text
+from compare import LAYERS, SEGMENT, WIDTH, Twins, differences, text
 from held import MemoryOutput, Stack, zeros
 from torch import Tensor, nn
 
 import rmtc
+from rmtc.compiler import compiled_of
 from rmtc.ir.formula import L
 
 CLASSES, KEPT = 5, 2
@@ -174,36 +175,115 @@ def test_prmt_as_published(kind: str, distances: set[tuple[Any, Any]]) -> None:
     assert twins.distances == distances
 
 
+def shifted(scores: Tensor) -> Tensor:
+    """Scores by distance, as ones by place."""
+    batch, length, seen = scores.shape
+    rows = torch.cat([scores, scores.new_zeros(batch, length, length)], dim=-1).view(batch, -1)
+    rows = torch.cat([rows, rows.new_zeros(batch, -rows.shape[1] % (length + seen - 1))], dim=-1)
+    return rows.view(batch, -1, length + seen - 1)[:, :length, length - 1 :]
+
+
 class Rolling(Stack):
-    """Compressive Transformer: memories of all layers in one tensor each, rolled before a segment reads them."""
+    """Compressive Transformer: memories of all layers in one tensor each, rolled before a segment reads them.
+
+    A segment that is shorter than others leaves no memory, and reads another part of the table of positions.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.squeeze = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.positions = nn.Parameter(torch.randn(1, 1 + 2 * SEGMENT))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         memory, squeezed = (x.new_zeros(LAYERS, x.shape[0], length, WIDTH) for length in (SEGMENT, 1))
         outputs = []
         for piece in x.split(SEGMENT, dim=1):
+            length, seen_length = piece.shape[1], squeezed.shape[2] + memory.shape[2] + piece.shape[1]
+            positions = self.positions[:, SEGMENT - length : squeezed.shape[2] + memory.shape[2] + SEGMENT]
             memory, squeezed = torch.roll(memory, -1, 0), torch.roll(squeezed, -1, 0)
             kept: list[list[Tensor]] = [[], []]
             for layer, squeeze, old, older in zip(self.layers, self.squeeze, memory, squeezed, strict=True):
                 seen = torch.cat([older, old, piece], dim=1)
-                kept[0].append(torch.cat([old, piece], dim=1)[:, -SEGMENT:])
-                kept[1].append(torch.cat([older, squeeze(old.mean(1, keepdim=True))], dim=1)[:, -1:])
-                piece = piece + torch.tanh(layer((piece @ seen.transpose(1, 2)).softmax(-1) @ seen))
+                hides = torch.ones(length, seen_length).triu(1 + seen_length - length).bool()
+                new, newer = old, older
+                if length == SEGMENT:
+                    new = torch.cat([old, piece], dim=1)[:, -SEGMENT:]
+                    newer = torch.cat([older, squeeze(old.mean(1, keepdim=True))], dim=1)[:, -1:]
+                kept[0].append(new)
+                kept[1].append(newer)
+                scores = piece @ seen.transpose(1, 2) + shifted(
+                    piece.mean(2, keepdim=True) * positions[:, -seen_length:]
+                )
+                piece = piece + torch.tanh(layer(scores.masked_fill(hides, -1e30).softmax(-1) @ seen))
             memory, squeezed = (torch.stack(each).detach() for each in kept)
             outputs.append(piece)
-        return torch.cat(outputs, dim=1)
+        return torch.cat(outputs, dim=1), memory, squeezed
 
 
 @pytest.mark.slow
-def test_compressive_transformer_as_published() -> None:
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ((5, 1, SEGMENT), (7, 2, SEGMENT)),
+        ((4, 1, 3), (7, 2, 2), (3, 1, 2), (9, 1, 3)),
+        ((4, 1, SEGMENT), (5, 2, 3), (5, 1, SEGMENT), (3, 2, 2)),
+    ],
+)
+def test_compressive_transformer_as_published(sizes: tuple[tuple[int, int, int], ...]) -> None:
     twins = Twins(Rolling, schedule="shortest")
-    for segments, batch in ((5, 1), (7, 2)):
-        twins.call(text(segments, batch))
+    for segments, batch, tail in sizes:
+        twins.call(text(segments, batch, tail))
         twins.ran(segments, a=2)
     assert twins.a == 2 and {(0, 1), (1, -1)} <= twins.distances
+    assert rmtc.stats(twins.fast).captures == len({tail < SEGMENT for *_, tail in sizes})
+
+
+class Leaving(Stack):
+    """A memory of what a whole segment was: a shorter one leaves it as it is, and the call returns it."""
+
+    def __init__(self, squeezed: bool) -> None:
+        super().__init__()
+        self.squeeze = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)) if squeezed else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        memories, outputs = [x.new_zeros(x.shape[0], SEGMENT, WIDTH) for _ in range(LAYERS)], []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                seen = torch.cat([memories[number], piece], dim=1)
+                if piece.shape[1] == SEGMENT:
+                    memories[number] = self.squeeze[number](seen)[:, -SEGMENT:] if self.squeeze else piece
+                piece = piece + torch.tanh(layer((piece @ seen.transpose(1, 2)).softmax(-1) @ seen))
+            outputs.append(piece)
+        return torch.cat(outputs, dim=1), memories
+
+
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_a_short_last_segment_leaves_the_memory_as_it_was(squeezed: bool) -> None:
+    twins = Twins(lambda: Leaving(squeezed), schedule="shortest")
+    sizes = ((4, 1, 3), (4, 2, SEGMENT), (7, 2, 1), (17, 1, 2), (2, 1, 3))
+    twins.compare({(0, 1), (1, 0) if squeezed else (1, 1)}, a=int(squeezed), sizes=sizes, captures=2)
+    compiled = compiled_of(twins.fast)
+    assert compiled is not None
+    loops = [variant.program.loop for variant in compiled.variants]
+    assert [loop.other_size(1, SEGMENT) is None for loop in loops] == [True, False]
+    forms = [[op.form for op in loop.steady] for loop in loops]
+    assert forms[0] == forms[1], "those of a whole segment"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [Rolling, lambda: Leaving(False)])
+def test_a_segment_that_leaves_the_memory_as_it_was_hands_nothing_on(make: Callable[[], nn.Module]) -> None:
+    twins = Twins(make, schedule="shortest")
+    short = text(4, 1, 3)
+    twins.call(short)
+    assert rmtc.stats(twins.fast).runs == 1
+    with pytest.raises(rmtc.StateError):
+        rmtc.state(twins.fast)
+    for read in (rmtc.resume(twins.fast, None), lambda x: rmtc.pack(twins.fast, states=True)([x, x])):
+        with pytest.raises(rmtc.RmtcError, match="shorter than the others, and may not leave what these do"):
+            read(short)
+    first, second = rmtc.pack(twins.fast)([short, short])
+    assert differences(first, second) == differences(first, twins.eager(short)) == []
 
 
 class Recurrent(Stack):

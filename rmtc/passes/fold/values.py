@@ -15,12 +15,13 @@ Unit = int
 
 
 class RunSizes(NamedTuple):
-    """The sizes of a run: number of segments, batch size, length of the last segment, and of all."""
+    """The sizes of a run: number of segments, batch size, length of the last segment, of all, and of a whole one."""
 
     segments: int
     batch: int
     tail: int
     positions: int
+    segment: int
 
 
 class ValuedRun:
@@ -40,7 +41,7 @@ class ValuedRun:
         self, program: Program, segments: int, batch: int, tail: int, segment_length: int, growing: frozenset[str]
     ) -> None:
         self.program, self.ops = program, program.ops
-        self.size = RunSizes(segments, batch, tail, (segments - 1) * segment_length + tail)
+        self.size = RunSizes(segments, batch, tail, (segments - 1) * segment_length + tail, segment_length)
         self.growing = growing
         self.leaves: list[tuple[Any, ...]] = []
         self.read: list[list[int]] = []
@@ -78,11 +79,16 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
     """Number the values of two runs: equal numbers for equal values, also across the runs.
 
     Operations on equal values with equal integers make equal values. Integers of the two runs are also equal if they
-    are the same multiple of a size. Of operations that draw random numbers, or have a part in the text, only those of
-    the same code are equal, and of these the first ones of both runs, the second ones, and so on: what a layer makes of
-    its memory is not what another operation made of the same value before.
+    are the same multiple of a size, or differ as a shorter last segment and a whole one do. Of operations that draw
+    random numbers, or have a part in the text, only those of the same code are equal, and of these the first ones of
+    both runs, the second ones, and so on: what a layer makes of its memory is not what another operation made of the
+    same value before.
+
+    Where the shorter run ends with a shorter segment, that stands for a whole one of the longer run. What it reads of
+    sizes and parameters alone, such as a mask, is of other sizes there: how it is made counts, and no integer.
     """
     classes: list[list[int]] = [[0] * len(run.ops) for run in (short, long)]
+    made = _ways(short, long) if short.size.tail < short.size.segment else ({}, {})
     fresh = itertools.count()
     levels: dict[int, list[tuple[int, int]]] = {}
     for at, run in enumerate((short, long)):
@@ -95,7 +101,9 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
             run = (short, long)[at]
             op, each = run.ops[i], run.leaves[i]
             read = tuple(
-                classes[at][leaf.number] if type(leaf) is Val else leaf.name
+                made[at].get(leaf.number if run.dependent[i] else -1, classes[at][leaf.number])
+                if type(leaf) is Val
+                else leaf.name
                 for leaf in each
                 if type(leaf) in (Val, Src)
             )
@@ -133,6 +141,19 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
             run.stands.setdefault(run.unit[i], i)
 
 
+def _ways(short: ValuedRun, long: ValuedRun) -> tuple[dict[int, str], dict[int, str]]:
+    """Name how each operation that depends on no text is made, without integers."""
+    names: dict[Hashable, str] = {}
+    found: tuple[dict[int, str], dict[int, str]] = ({}, {})
+    for run, ways in zip((short, long), found, strict=True):
+        for i, op in enumerate(run.ops):
+            if not run.dependent[i]:
+                given = (leaf for leaf in run.leaves[i] if type(leaf) in (Val, Src))
+                read = tuple(ways[leaf.number] if type(leaf) is Val else leaf.name for leaf in given)
+                ways[i] = names.setdefault((op.target, structure(op.args), read), f"way {len(names)}")
+    return found
+
+
 def _same_sizes(first: tuple[int, ...], second: tuple[int, ...], one: RunSizes, other: RunSizes) -> bool:
     """Tell whether the integers of two operations are the same multiples, or as far from the same size."""
     scales = [
@@ -142,7 +163,10 @@ def _same_sizes(first: tuple[int, ...], second: tuple[int, ...], one: RunSizes, 
         (one.batch * one.positions, other.batch * other.positions),
         (one.batch * one.segments, other.batch * other.segments),
     ]
+    steps = {y - x for x, y in scales[1:3]}
+    if (lacking := one.segment - one.tail) > 0:  # in the longer run that segment is a whole one
+        scales += [(one.tail, other.segment), (one.batch * one.tail, other.batch * other.segment)]
+        steps |= {times * lacking for times in (-2, -1, 1, 2)}
     return all(
-        a == b or any(a * y == b * x for x, y in scales) or any(b - a == y - x for x, y in scales[1:3])
-        for a, b in zip(first, second, strict=True)
+        a == b or b - a in steps or any(a * y == b * x for x, y in scales) for a, b in zip(first, second, strict=True)
     )

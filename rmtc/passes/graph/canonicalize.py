@@ -16,6 +16,7 @@ from rmtc import heuristics
 from rmtc.errors import RefusedError
 from rmtc.ir.program import SPLITS, VIEWS, draws
 from rmtc.passes.graph.regions import (
+    END,
     MOVES,
     SCATTERS,
     argument,
@@ -23,6 +24,7 @@ from rmtc.passes.graph.regions import (
     dim_of,
     dim_of_read,
     interval_of,
+    is_cut_off_table,
     is_put_together,
     is_rest_of_rest,
     parts_of,
@@ -185,25 +187,28 @@ def _stays(node: fx.Node) -> bool:
 def cut_slices(graph: fx.Graph, texts: Set[tuple[str, int]] = frozenset()) -> frozenset[str]:
     """Return the places of slices that take all of some tensors, and less of others of the same size.
 
-    Such is a table of which a shorter last segment takes less, or a result of padding that it cuts.
+    Such is a table of which a shorter last segment takes less, or a result of padding that it cuts. So is a slice up to
+    a position that a tensor does not reach, as that of a shorter last segment, and that takes less of longer ones.
 
     Args:
         graph: the graph.
         texts: names of texts that may have a rest that makes no segment, and the dimensions that are their lengths. A
             slice of all of a part of such a text takes less if there is a rest.
     """
-    whole, less = set[tuple[str, int]](), set[tuple[str, int]]()
+    whole, less, beyond = set[tuple[str, int]](), set[tuple[str, int]](), set[str]()
     for node in graph.nodes:
         if node.target is aten.slice.Tensor and isinstance(node.args[0], fx.Node):
             interval = interval_of(node, size_of(node.args[0], dim_of(node, 1)), 1)
             if interval is not None:
                 start, end = _last_written(node, interval)
                 (whole if interval == (start, end) else less).add((_place(node), end - start))
+                if interval == (start, end) and end <= (argument(node, 3, "end", None) or 0) < END:
+                    beyond.add(_place(node))
                 if not texts.isdisjoint(
                     (name, dim_of(node, 1)) for name in _sliced(node.args[0]).meta.get("names", ())
                 ):
                     less.add((_place(node), end - start))
-    return frozenset(place for place, _ in whole & less)
+    return frozenset(place for place, _ in whole & less) | (beyond & {place for place, _ in less})
 
 
 def _mark_texts(graph: fx.Graph, texts: Mapping[str, int]) -> None:
@@ -623,7 +628,8 @@ def _forward(graph: fx.Graph, node: fx.Node, cut: frozenset[str], windows: set[A
         read = bounds_of(node)
         if read is None:
             return
-        stays = _is_end(node) or _place(node) in cut or is_rest_of_rest(source)
+        last = _is_end(node) and not is_cut_off_table(source)
+        stays = last or _place(node) in cut or is_rest_of_rest(source)
         if not row and read == (0, size) and not stays:
             node.replace_all_uses_with(source)
             return

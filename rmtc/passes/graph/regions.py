@@ -14,7 +14,7 @@ SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
 MOVES = (aten.clone.default, aten.copy.default, aten.stack.default, aten.cat.default, *SCATTERS)
 """Operations that put tensors together, and compute nothing."""
 
-_END = torch.iinfo(torch.int64).max
+END = torch.iinfo(torch.int64).max
 
 
 class Stretch(NamedTuple):
@@ -155,7 +155,7 @@ def interval_of(node: fx.Node, size: int, dim_at: int) -> tuple[int, int] | None
     start, end = argument(node, dim_at + 1, "start", None), argument(node, dim_at + 2, "end", None)
     if argument(node, dim_at + 3, "step", 1) != 1:
         return None
-    start, end = 0 if start is None else start, _END if end is None else end
+    start, end = 0 if start is None else start, END if end is None else end
     resolved = [min(max(value + size if value < 0 else value, 0), size) for value in (start, end)]
     return resolved[0], max(resolved)
 
@@ -205,6 +205,12 @@ def _is_rest(node: fx.Node) -> bool:
     size = size_of(node.args[0], dim_of(node, 1))
     interval = interval_of(node, size, 1)
     return interval is not None and interval[0] > 0 and interval[1] == size
+
+
+def is_cut_off_table(node: fx.Node) -> bool:
+    """Tell whether a node is a slice of a tensor that was there before the call, and is as long in each call."""
+    source: Any = node.args[0] if node.target is aten.slice.Tensor else None
+    return isinstance(source, fx.Node) and source.op == "placeholder" and is_put_together(source)
 
 
 def is_put_together(source: Any) -> bool:
