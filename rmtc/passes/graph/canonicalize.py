@@ -202,7 +202,7 @@ def cut_slices(graph: fx.Graph, texts: Set[tuple[str, int]] = frozenset()) -> fr
             if interval is not None:
                 start, end = _last_written(node, interval)
                 (whole if interval == (start, end) else less).add((_place(node), end - start))
-                if interval == (start, end) and end <= (argument(node, 3, "end", None) or 0) < END:
+                if interval == (start, end) and end < (argument(node, 3, "end", None) or 0) < END:
                     beyond.add(_place(node))
                 if not texts.isdisjoint(
                     (name, dim_of(node, 1)) for name in _sliced(node.args[0]).meta.get("names", ())
