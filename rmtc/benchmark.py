@@ -25,7 +25,7 @@ from rmtc.runtime.choice import AS_WRITTEN, Arm
 from rmtc.runtime.stats import LastRun
 from rmtc.stages import stage
 from rmtc.turns import NOTHING, Ratio, Timing, take_turns
-from rmtc.verification import Rehearsal, Verification, draws, rehearse, requiring
+from rmtc.verification import Rehearsal, Verification, draws, rehearse, requiring, unwrapped
 
 aten = torch.ops.aten
 _PRODUCTS = frozenset(
@@ -260,8 +260,7 @@ def _as_written(
     Raises:
         RefusedError: if it is not of a module.
     """
-    compiled = compiled_of(function)
-    function = function if compiled is None else compiled.function
+    function = unwrapped(function)
     if not isinstance(function, nn.Module):
         raise RefusedError("what is called is no module: it has no layers to compile one by one")
     model, args, kwargs = copy.deepcopy((function, args, kwargs))

@@ -163,7 +163,7 @@ def rehearse(
             subject, strict=True, layers=layers, segment_length=segment_length, schedule=schedule, backend=backend
         )
 
-    target = _unwrapped(function)
+    target = unwrapped(function)
     with torch.set_grad_enabled(gradients):
         with stage("run as written"):
             wanted, *_ = _rehearse(target, args, kwargs, None)
@@ -201,7 +201,7 @@ def draws(function: Callable[..., Any]) -> bool:
     return compiled is not None and any(variant.main.program.draws for variant in compiled.variants)
 
 
-def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+def unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function from which a compiled call was made, which itself stays compiled."""
     compiled = compiled_of(function)
     return function if compiled is None else compiled.function

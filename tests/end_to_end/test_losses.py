@@ -214,8 +214,12 @@ def test_no_tensor_is_as_large_as_all_logits(asked: bool, monkeypatch: pytest.Mo
         compare(model, eager, *args)
     assert is_split(model) and rmtc.stats(model).backwards == 2
     assert largest(lambda: eager(*args)) == whole
+
+    def step() -> None:
+        tree_leaves(model(*args))[0].backward()
+
     if asked:  # they are there once, and nothing is computed of all of them
-        assert largest(lambda: compare(model, model, *args)) == whole
+        assert largest(step) == whole
         (variant,) = compiled_of(model).variants  # type: ignore[union-attr]
         of_words = [op for op in variant.program.loop.after if op.form is not None and op.form[0][-1:] == (words,)]
         assert [op.target for op in of_words] == [aten.cat.default]
@@ -224,11 +228,11 @@ def test_no_tensor_is_as_large_as_all_logits(asked: bool, monkeypatch: pytest.Mo
         found = [[op.target for op in each.program.loop.after] for each in compiled_of(model).variants]  # type: ignore[union-attr]
         assert sorted(aten.cross_entropy_loss.default in each for each in found) == [False, True]
         return
-    assert largest(lambda: compare(model, model, *args)) < whole / 4
+    assert largest(step) < whole / 4
     with torch.no_grad():
         model(*args)
         assert largest(lambda: model(*args)) < whole / 4
-    assert rmtc.stats(model).backwards == 4 and rmtc.stats(model).runs == 6
+    assert rmtc.stats(model).backwards == 3 and rmtc.stats(model).runs == 5
 
 
 def test_what_would_be_kept_most_runs_again_first() -> None:

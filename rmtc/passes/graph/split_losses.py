@@ -187,8 +187,6 @@ def _positions(node: fx.Node, known: Mapping[fx.Node, _Positions]) -> _Positions
             return None
         return at._replace(start=at.start + interval[0], end=at.start + interval[1])
     if node.target in (*_PRODUCTS, *_NORMS, *_ALONG):  # along dimensions behind that of the positions
-        if after.ndim > before.ndim:
-            return None
         along: Any = [-1]
         if node.target in _NORMS:
             along = range(-len(node.args[1]), 0)  # type: ignore[arg-type]
