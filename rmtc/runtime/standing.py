@@ -232,10 +232,10 @@ class Standing:
         assert kernel.bound is not None
         size, layers = len(launch.cells), sorted({layer for _, layer in launch.body.members})
         first, count, among = 0, size, tuple[Any, ...](("cells", size))
-        if len(launch.layers) == size:
-            place = layers.index(launch.layers[0])
-            if tuple(layers[place : place + size]) == launch.layers:  # else they are not next to each other
-                first, count, among = place, len(layers), ("layers", *layers)
+        place, each = layers.index(launch.layers[0]), launch.repeat
+        beside = tuple(layers[place : place + len(launch.layers)]) == launch.layers  # they are next to each other
+        if beside and len(launch.layers) * each == size:
+            first, count, among = place * each, len(layers) * each, ("layers", each, *layers)
 
         kept: list[torch.Tensor] = []
         device = source.device  # and not the source, which would be held with all that its call was given

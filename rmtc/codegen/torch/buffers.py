@@ -105,6 +105,7 @@ class _Plan:
     results: Sequence[str]
     pinned: Collection[str]
     owned: Collection[str]
+    made: Mapping[str, Line]
     alias: dict[str, str] = field(default_factory=dict)
 
     def region(self, name: str) -> str:
@@ -140,8 +141,8 @@ def plan_buffers(
     that is read in the same line or later, or is a result, may lie in its memory. A slot is used again only after the
     last line that reads what was in it; a result lies in none.
     """
-    plan = _Plan(lines, regions, results, pinned, {line.name for line in owned})
     made = {line.name: line for line in (*owned, *lines)}
+    plan = _Plan(lines, regions, results, pinned, {line.name for line in owned}, made)
     chosen: list[Line] = []
     for number, line in enumerate(lines):
         tree = line.tree
@@ -187,7 +188,7 @@ def _may_overwrite(plan: _Plan, operand: Line, line: Line, number: int) -> bool:
         return False
     if line.reads.count(operand.name) > 1 or plan.read_after(region, number):
         return False
-    if line.name in plan.results and operand.name != region:  # it would keep more than itself alive
+    if line.name in plan.results and plan.made[region].value != line.value:  # it would keep more than itself alive
         return False
     return not any(plan.region(name) == region for name in line.reads if name != operand.name)
 

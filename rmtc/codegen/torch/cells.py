@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,17 @@ def by_cell(*tensors: torch.Tensor) -> Iterator[tuple[Any, ...]]:
     """
     for number, parts in enumerate(zip(*(each.unbind() for each in tensors), strict=True)):
         yield number, *parts
+
+
+def choose_(other: torch.Tensor, flags: Sequence[int], one: torch.Tensor) -> torch.Tensor:
+    """Write the cells of ``one`` where the flag is set over those of ``other``, and return it."""
+    start = 0
+    for flag, run in itertools.groupby(flags):
+        end = start + len(list(run))
+        if flag:
+            other[start:end].copy_(one[start:end])
+        start = end
+    return other
 
 
 def stacked(cells: Sequence[Any]) -> Any:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from rmtc.codegen.torch.attention import attend, bind_attend
 from rmtc.codegen.torch.buffers import Line, fresh, seen
-from rmtc.codegen.torch.cells import by_cell, select_run, slice_run, stacked
+from rmtc.codegen.torch.cells import by_cell, choose_, select_run, slice_run, stacked
 from rmtc.codegen.torch.places import is_fresh, is_view, overwriting
 from rmtc.codegen.torch.rules import UNGROUPED, rule_for
 from rmtc.codegen.torch.same import alike, copied, holds, near, next_of, rolled, same_as
@@ -55,11 +55,11 @@ class Emitter:
         self,
         size: int | None,
         environment: Environment,
-        choose: bool,
+        products: bool,
         compiled: bool,
         derivatives: Mapping[Callable[..., Any], Callable[..., Any]],
     ) -> None:
-        self.size, self.environment, self.choose, self.compiled = size, environment, choose, compiled
+        self.size, self.environment, self.products, self.compiled = size, environment, products, compiled
         self.derivatives = derivatives
         self.lines: list[Line] = []
         self.regions: dict[str, str] = {}
@@ -73,7 +73,7 @@ class Emitter:
         }
         for helper in (
             *(torch.stack, torch.mm, torch.addmm, torch.bmm, torch.baddbmm, torch.matmul, torch.einsum),
-            *(select_run, slice_run, stacked, seen, fresh, attend, bind_attend),
+            *(select_run, slice_run, stacked, choose, choose_, seen, fresh, attend, bind_attend),
             *(drawn, drawn_by_cell, dropped, by_cell),
         ):
             self.space[helper.__name__] = helper
@@ -96,7 +96,8 @@ class Emitter:
         if isinstance(value, torch.Tensor):
             shape = tuple(value.shape[1:] if is_grouped else value.shape)
             # Without a device, products are not chosen here, or are as fast as they can be.
-            device = value.device if self.choose and (value.dim() < 2 or value.stride(-2) >= value.stride(-1)) else None
+            fast = self.products and (value.dim() < 2 or value.stride(-2) >= value.stride(-1))
+            device = value.device if fast else None
             return Value(
                 tree, shape, value.dtype, is_grouped, device, compiled=self.compiled, trained=bool(self.derivatives)
             )
@@ -108,7 +109,7 @@ class Emitter:
         """Return a weight as a value with one row per cell, each of its rows for ``count`` neighbouring cells."""
         rows = self.space[name]
         value: Value = self._describe(call(".repeat_interleave", TensorName(name), count, 0), rows, True)
-        return replace(value, device=rows.device if self.choose else None, repeat=count, rows=TensorName(name))
+        return replace(value, device=rows.device if self.products else None, repeat=count, rows=TensorName(name))
 
     def run(self, name: str, op: Op, args: tuple[Any, ...]) -> Any:
         """Emit and run one operation."""
@@ -117,8 +118,11 @@ class Emitter:
             return self._assign(name, value, op, value.grouped)
         if op.target is choose:
             flags, one, other = args
-            self.space["choose"] = choose
-            return self._assign(name, call("choose", flags, grouped(one), grouped(other)), op, True, fresh=True)
+            one, into = grouped(one), grouped(other)
+            made = self._assign(name, call("choose", flags, one, into), op, True, fresh=True)
+            line = self.lines[-1]
+            line.solid, line.instead = True, (bare(call("choose_", into, flags, one, out=into)),)
+            return made
         if op.target is only:
             flags, side, value = args
             self.space["only"] = only

@@ -28,7 +28,7 @@ def linear(arguments: NamedArguments) -> Tree | None:
     if weight.trained and not weight.rows:  # one operation for autograd
         return _trained(value, weight, None if bias is None else ranked(bias, value.rank))
     if weight.rows and (bias is None or bias.rows):
-        return _product_of_rows(value, weight, weight.rows.transpose(1, 2), bias).view(G, *shape)
+        return _product_of_rows(value, weight, weight.rows.transpose(1, 2), shape, bias)
     flat = grouped(value).reshape(G, rows, value.shape[-1]) if value.rank != 2 else grouped(value)
     into = (G, rows, weight.shape[0])
     row = None if bias is None else ranked(bias, 2)
@@ -67,14 +67,14 @@ def added_linear(arguments: NamedArguments) -> Tree | None:
         flat: list[Tree] = [each.reshape(many, each.shape[-1]) for each in (residual, value)]
         arguments.instead = (call(".addmm_", *flat, weight.t(), out=flat[0]).view(G, *shape),)
         return call("addmm", *flat, weight.t(), out=(many, shape[-1])).view(G, *shape)
-    if weight.rows:
-        return _product_of_rows(value, weight, weight.rows.transpose(1, 2)).view(G, *shape).add_(residual)
     if weight.trained:
+        if weight.rows:
+            return _product_of_rows(value, weight, weight.rows.transpose(1, 2), shape).add_(residual)
         return _trained(value, weight, residual)
-    flat = [grouped(each).reshape(G, rows, each.shape[-1]) for each in (residual, value)]
-    into = (G, rows, shape[-1])
+    flat = [_of_rows(each, weight) for each in (residual, value)]
+    into = (*_of_rows_sizes(value, weight), shape[-1])
     by_kernel = _by_kernel(rows, value, weight)
-    matrix = weight if by_kernel else weight.transpose(1, 2)
+    matrix = weight if by_kernel else (weight.rows or weight).transpose(1, 2)
     if weight.compiled:  # baddbmm first copies the residual, while a compiler adds it where the sum is read
         return (flat[0] + call("linear_maps" if by_kernel else "bmm", flat[1], matrix)).view(G, *shape)
     if by_kernel:
@@ -103,14 +103,28 @@ def added_matmul(arguments: NamedArguments) -> Tree | None:
     return call("baddbmm", *flat, **named, out=(many, *shape[-2:])).view(G, *shape)
 
 
-def _product_of_rows(value: Value, weight: Value, matrix: Tree, bias: Value | None = None) -> Tree:
-    """Return a product that takes the cells of each row of the weights as one matrix with more rows."""
-    many = weight.repeat * math.prod(value.shape[:-1])
-    flat = grouped(value).reshape(Raw(f"G // {weight.repeat}"), many, value.shape[-1])
-    if bias is None:
-        return call("bmm", flat, matrix)
-    assert bias.rows is not None
-    return call("baddbmm", bias.rows.unsqueeze(1), flat, matrix)
+def _of_rows_sizes(value: Value, weight: Value) -> tuple[Tree, int]:
+    """Return how many matrices the cells of a product are that share a weight each, and how many rows these have."""
+    groups = Raw(f"G // {weight.repeat}") if weight.rows else G
+    return groups, weight.repeat * math.prod(value.shape[:-1])
+
+
+def _of_rows(value: Value, weight: Value) -> Tree:
+    """Return the cells that share a weight as one matrix with more rows."""
+    return grouped(value).reshape(*_of_rows_sizes(value, weight), value.shape[-1])
+
+
+def _product_of_rows(
+    value: Value, weight: Value, matrix: Tree, shape: tuple[int, ...], bias: Value | None = None
+) -> Tree:
+    """Return a product with a weight that neighbouring cells share."""
+    added = []
+    if bias is not None:
+        assert bias.rows is not None
+        added = [bias.rows.unsqueeze(1)]
+    into = (*_of_rows_sizes(value, weight), shape[-1])
+    product = call("baddbmm" if added else "bmm", *added, _of_rows(value, weight), matrix, out=into)
+    return product.view(G, *shape)
 
 
 def matmul(arguments: NamedArguments) -> Tree | None:
@@ -118,7 +132,7 @@ def matmul(arguments: NamedArguments) -> Tree | None:
     if not left.rank or not right.rank:
         return None
     if right.rows and right.rank == 2 and left.grouped and not left.rows:
-        return _product_of_rows(left, right, right.rows).view(G, *left.shape[:-1], right.shape[1])
+        return _product_of_rows(left, right, right.rows, (*left.shape[:-1], right.shape[1]))
     vector, row = right.rank == 1, left.rank == 1
     a_rank, b_rank = max(left.rank, 2), max(right.rank, 2)
     rank = max(a_rank, b_rank)
@@ -146,7 +160,7 @@ def addmm(arguments: NamedArguments) -> Tree | None:
         return None
     shape = left.shape[0], right.shape[1]
     if right.rows and bias.rows and bias.rank == 1 and not left.rows:
-        return _product_of_rows(left, right, right.rows, bias).view(G, *shape)
+        return _product_of_rows(left, right, right.rows, shape, bias)
     return call("baddbmm", ranked(bias, 2), grouped(left), grouped(right), out=(G, *shape))
 
 

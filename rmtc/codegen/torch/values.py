@@ -127,7 +127,7 @@ _NAMES: dict[str, Callable[..., Any]] = {}
 
 
 _TAKEN = re.compile(
-    r"(v|in|w|n|u|x|p|b|s|r|k|f)\d+|[Gi]|range|float|complex|torch|vmap|select_run|slice_run|stacked|choose|"
+    r"(v|in|w|n|u|x|p|b|s|r|k|f)\d+|[Gi]|range|float|complex|torch|vmap|select_run|slice_run|stacked|choose_?|"
     r"stack|mm|addmm|bmm|baddbmm|matmul|einsum|inputs|weights|numbers|shared|scratch|results|bind\w*|seen|fresh|work|attend|"
     r"linear_maps|drawn|drawn_by_cell|dropped|by_cell|only"
 )
