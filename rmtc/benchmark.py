@@ -353,7 +353,7 @@ def _settled(rehearsal: Rehearsal) -> tuple[Arm, Arm, str] | None:
     if pick is None:
         return None
     decided = [decision.reason for decision in compiled.stats.decisions.values()]
-    return pick.arm, variant.arms[1], decided[-1] if decided else str(pick.arm)
+    return pick.arm, variant.picker.arms[1], decided[-1] if decided else str(pick.arm)
 
 
 def _finished(call: Callable[[], None], device: torch.device) -> Callable[[], None]:

@@ -55,18 +55,19 @@ class CostModel:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LARGEST:
                 raise ValueError(f"{each.name} is a number that is not negative, not {value!r}")
 
-    def operation(self, work: Work, cells: int, least: float, one_layer: bool = False) -> float:
+    def operation(self, work: Work, cells: int, least: float, sharing: int = 1) -> float:
         """Return the seconds that one operation takes for several cells at once.
 
         Args:
             work: work for one cell.
             cells: number of cells.
             least: fixed seconds of the operation, ``launch`` or ``written``.
-            one_layer: whether the cells share the weights of one layer.
+            sharing: number of cells that share the weights of a layer. The more they are, the less ``spread`` counts.
         """
-        alone = cells == 1 or one_layer
-        moved = cells * work.activations + (1 if alone else cells) * work.weights
-        return least + (1 if alone else self.spread) * max(cells * work.flops * self.product, moved * self.byte)
+        layers = max(1, cells // sharing)
+        moved = cells * work.activations + layers * work.weights
+        spread = 1 if layers == 1 else 1 + (self.spread - 1) / sharing
+        return least + spread * max(cells * work.flops * self.product, moved * self.byte)
 
     def to_json(self) -> str:
         """Return the constants by name, as a JSON object."""

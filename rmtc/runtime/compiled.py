@@ -49,9 +49,11 @@ from rmtc.runtime.background import Background, waits
 from rmtc.runtime.choice import New
 from rmtc.runtime.executor import Run
 from rmtc.runtime.hooks import call_with_hooks, global_hooks, hook_tables, hooked
+from rmtc.runtime.picker import ConflictError, Pick
+from rmtc.runtime.ready import Ready
 from rmtc.runtime.recompute import Recompute
 from rmtc.runtime.stats import Decision, LastBackward, LastRun, Stats
-from rmtc.runtime.variant import ConflictError, Pick, Ready, Variant
+from rmtc.runtime.variant import Variant
 from rmtc.runtime.weights import refuse_elsewhere
 from rmtc.stages import reported, stage, substage
 
@@ -433,9 +435,9 @@ class Compiled:
                         return self._run(decision, time.perf_counter() - start)
                     except BaseException as error:
                         if not isinstance(error, Exception) or is_no_failure(error):
-                            decision.variant.put_off(decision.pick)
+                            decision.variant.picker.put_off(decision.pick)
                             raise
-                        if decision.variant.put_off(decision.pick, failed=True):
+                        if decision.variant.picker.put_off(decision.pick, failed=True):
                             logger.info("%s: another way to run calls failed", self._title, exc_info=error)
                             return self._run_eager(_Eager(quiet=_FAILED), before, args, kwargs)
                         if self.options.strict and isinstance(error, RmtcError):
@@ -641,7 +643,7 @@ class Compiled:
             if piece:
                 sizes = sizes._replace(segments=1, tail=variant.program.loop.segment_length)
             told = variant.tells(sizes, state is not None)
-            if variant.refused and (why := variant.refused.get((told, variant.entry(sizes.batch)))) is not None:
+            if (why := variant.entries.why(told)) is not None:
                 raise RefusedError(why)
             if told in variant.failed:
                 raise RefusedError(variant.failed[told].reason)
@@ -677,12 +679,12 @@ class Compiled:
         """Try no other way to run calls for now: for those who measure them."""
         variants = list(self.variants)
         for variant in variants:
-            variant.frozen = True
+            variant.picker.frozen = True
         try:
             yield
         finally:
             for variant in variants:
-                variant.frozen = False
+                variant.picker.frozen = False
 
     def _broken(self, stage: str, error: Exception) -> _Eager:
         """An error inside rmtc breaks no call of the user's.
@@ -772,27 +774,26 @@ class Compiled:
                 return _Eager(quiet=_as_written(pick), chosen=(variant, pick, sizes))
             failed = variant.failed.get(sizes)
             if failed is not None and failed.times >= heuristics.FAILED_RUNS:
-                if variant.put_off(pick):
+                if variant.picker.put_off(pick):
                     return self._decide(arguments)
                 return _Eager(failed.reason, detail=failed.detail)
-            refused: str | None = None
-            if variant.counter is None and variant.refused:
-                refused = variant.refused.get((sizes, variant.entry(sizes.batch)))
+            entries = variant.entries
+            refused = entries.why(sizes) if entries.counter is None else None
             ready: Ready | str | None = refused or variant.ready(arguments, sizes, None if pick is None else pick.arm)
             if isinstance(ready, str):
-                if variant.put_off(pick):
+                if variant.picker.put_off(pick):
                     return self._decide(arguments)
                 differences.append(ready)
                 own = refused or own
                 continue
-            if ready is None and variant.counter is not None and variant.entry(sizes.batch) not in variant.entries:
-                if variant.put_off(pick):
+            if ready is None and entries.counter is not None and entries.found(sizes.batch) not in entries.known:
+                if variant.picker.put_off(pick):
                     return self._decide(arguments)
-                return _Eager(variant.counter)
+                return _Eager(entries.counter)
             if ready is not None:
                 return ReadyRun(variant, ready, pick)
-            written = variant.as_written(pick)
-            if written is not None and not variant.pays(pick, sizes):
+            written = variant.picker.as_written(pick)
+            if written is not None and not variant.picker.pays(pick, sizes):
                 return _Eager(quiet=_SELDOM, chosen=(variant, written, sizes))
             return _Admit(variant, sizes, pick)
         known = self._known.get(self._key(arguments))
@@ -945,9 +946,9 @@ class Compiled:
 
     def _begin(self, variant: Variant, pick: Pick | None, sizes: Sizes) -> _Timing | None:
         """Begin to time a call, if what it takes counts in what runs later ones."""
-        if pick is not None and (decision := variant.estimated(pick, sizes)) is not None:
+        if pick is not None and (decision := variant.picker.estimated(pick, sizes)) is not None:
             self._decided_by(variant, decision)
-        now = variant.timer(pick) if pick is not None else None
+        now = variant.picker.timer(pick) if pick is not None else None
         if pick is None or pick.choice is None or now is None:
             return None
         number = self._starts
@@ -960,7 +961,7 @@ class Compiled:
             return
         variant, pick, sizes, now, start, _ = timing
         try:
-            decision = variant.note(pick, sizes, now() - start)
+            decision = variant.picker.note(pick, sizes, now() - start)
         except Exception as error:
             if raised_by_signal(error):
                 raise
@@ -1004,7 +1005,7 @@ class Compiled:
             self._end(timing)
         except BaseException as error:
             if decision.chosen is not None:  # the next call runs what ran before the try
-                decision.chosen[0].put_off(decision.chosen[1])
+                decision.chosen[0].picker.put_off(decision.chosen[1])
             if not isinstance(error, Exception):
                 raise
             if known is not None and known.tries <= self.options.recompile_limit:
@@ -1107,8 +1108,8 @@ class Compiled:
             if isinstance(decision, _Capture):
                 return self._capture(decision, arguments)
             variant, sizes = decision.variant, decision.sizes
-            entry, start = variant.entry(sizes.batch), time.perf_counter()
-            whole = sizes not in variant.analysis.admitted and variant.novelty(sizes) is New.TRACE
+            entry, start = variant.entries.found(sizes.batch), time.perf_counter()
+            whole = sizes not in variant.analysis.admitted and variant.picker.novelty(sizes) is New.TRACE
             try:
                 if decision.hands_on:
                     variant.admit_to_hand_on(sizes, lambda: self._session(arguments), decision.resumed)
@@ -1118,16 +1119,16 @@ class Compiled:
                     spent = time.perf_counter() - start
                     logger.info("%s: a call of %s took %.1f s more: %s", self._title, sizes, spent, New.TRACE.value)
             except RmtcError as error:
-                if variant.put_off(decision.pick, for_good=isinstance(error, ConflictError)):
+                if variant.picker.put_off(decision.pick, for_good=isinstance(error, ConflictError)):
                     logger.info("%s: another way to run calls is left alone: %s", self._title, error.reason)
                     return None
                 logger.info("%s does not follow the capture: %s", sizes, error.reason)
                 told = variant.tells(sizes, decision.resumed)
-                variant.refused[told, entry] = error.reason
+                variant.entries.refused[told, entry] = error.reason
             except Exception as error:
                 if raised_by_signal(error):
                     raise
-                if variant.put_off(decision.pick, failed=True):
+                if variant.picker.put_off(decision.pick, failed=True):
                     logger.info("%s: another way to run calls failed", self._title, exc_info=error)
                     return None
                 variant.fail(sizes, error)
@@ -1249,7 +1250,7 @@ class Compiled:
             variant = Variant.make(analysis, *given)
             variant.number, variant.differentiated = self.stats.captures, self._differentiated
             variant.recompute = Recompute(options.recompute, options.memory_budget)
-            values = {name: slot.value for name, slot in variant._slots.items()}
+            values = variant.reads.captured()
             if not variant.weights.in_place(values):
                 variant.weights.move(values)
         if variant.main.program.draws:

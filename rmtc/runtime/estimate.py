@@ -359,7 +359,7 @@ def compiled_seconds(way: Way, sizes: Sizes, model: CostModel) -> float:
             continue  # Inductor and torch run these alike
         works = [work.at(batch) for work in way.works.of(_steady(way.program, launch.body))]
         fused = [work for work in works if not work.flops]
-        took = sum(model.operation(work, len(launch.cells), model.launch, launch.one_layer) for work in fused)
+        took = sum(model.operation(work, len(launch.cells), model.launch, launch.sharing) for work in fused)
         moved = 2 * sum(way.works.inputs(launch.body)) * batch * len(launch.cells) * model.byte
         seconds += heuristics.INDUCTOR_CALLS * model.launch + moved - took
     return seconds
@@ -400,7 +400,7 @@ def lanes_for(way: Way, kind: tuple[torch.device, torch.dtype], texts: Sequence[
     @functools.cache
     def step(lanes: float) -> float:
         return sum(
-            model.operation(work.at(batch), max(1, round(lanes * count)), model.launch)
+            model.operation(work.at(batch), max(1, round(lanes * count)), model.launch, max(1, round(lanes)))
             for body, count in bodies
             for work in works.of(body)
         )
@@ -434,15 +434,15 @@ def scheduled(program: WavefrontProgram, works: Works, sizes: Sizes, model: Cost
     """
     plan = works.plan(program, sizes)
     batch = sizes.batch / max(1, works.batch)
-    known: dict[tuple[str, int, bool], tuple[int, float, list[int]]] = {}
+    known: dict[tuple[str, int, int], tuple[int, float, list[int]]] = {}
     outside = len(program.shared) + len(program.loop.before) + len(program.loop.after)
     launches, seconds = outside, model.call + outside * model.outside
     for launch in plan.launches:
         cells = len(launch.cells)
-        key = launch.body.name, cells, launch.one_layer
+        key = launch.body.name, cells, launch.sharing
         if key not in known:
             done = [work.at(batch) for work in works.of(_steady(program, launch.body))]
-            times = [model.operation(work, cells, model.launch, launch.one_layer) for work in done]
+            times = [model.operation(work, cells, model.launch, launch.sharing) for work in done]
             known[key] = len(times), sum(times), works.inputs(launch.body)
         launches += known[key][0]
         copied = sum(size for size, pieces in zip(known[key][2], launch.inputs, strict=True) if len(pieces) > 1)

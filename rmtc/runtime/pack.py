@@ -19,7 +19,8 @@ from rmtc.errors import PackError, brief, is_no_failure
 from rmtc.lock import LOCK
 from rmtc.restoring import outermost
 from rmtc.runtime.compiled import Compiled
-from rmtc.runtime.variant import Ready, Variant
+from rmtc.runtime.ready import Ready
+from rmtc.runtime.variant import Variant
 
 logger = logging.getLogger(__name__)
 
@@ -237,11 +238,11 @@ class Pack:
                 sizes = variant.match(arguments)
                 if isinstance(sizes, str):
                     continue
-                if (sizes.segments < 2 and state is None) or variant.counter or sizes in variant.failed:
+                if (sizes.segments < 2 and state is None) or variant.entries.counter or sizes in variant.failed:
                     return None
                 if self._states and variant.program.loop.ends_short:
                     return None  # by itself it says what is wrong
-                if variant.refused and (sizes, variant.entry(sizes.batch)) in variant.refused:
+                if variant.entries.why(sizes) is not None:
                     continue
                 if state is None:
                     ready = variant.ready(arguments, sizes, variant.scheduled(sizes))
@@ -263,9 +264,9 @@ class Pack:
         if key in self._failed:
             return False
         variant, ready = group[0][1:]
-        if self.lanes is not None or not variant.arms:
+        if self.lanes is not None or not variant.picker.arms:
             return True
-        return variant.pays_packed(ready, tuple(each.sizes for _, _, each in group))
+        return variant.picker.pays_packed(ready, tuple(each.sizes for _, _, each in group))
 
     def _say(self, reason: str) -> None:
         """Say once why texts are read one by one."""
@@ -276,7 +277,7 @@ class Pack:
     def _run(self, group: Sequence[tuple[int, Variant, Ready]], found: list[Outcome], seconds: float) -> None:
         """Read texts of one program at once."""
         variant, texts = group[0][1], [ready for _, _, ready in group]
-        lanes = self.lanes or variant.lanes_for(tuple(each.sizes for each in texts))[0]
+        lanes = self.lanes or variant.picker.lanes_for(tuple(each.sizes for each in texts))[0]
         ended: dict[int, Outcome] = {}
 
         def done(place: int, result: Any, state: dict[str, torch.Tensor]) -> None:

@@ -153,6 +153,11 @@ class Launch:
     def layers(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(cell.layer for cell in self.cells))
 
+    @property
+    def sharing(self) -> int:
+        """How many cells share the weights of a layer."""
+        return len(self.cells) if self.one_layer else self.repeat
+
 
 @dataclass(frozen=True)
 class Plan:

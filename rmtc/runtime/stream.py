@@ -18,7 +18,8 @@ from rmtc.runtime.chain import Chain
 from rmtc.runtime.compiled import Compiled, ReadyRun
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.reading import TextInput
-from rmtc.runtime.variant import Ready, Variant
+from rmtc.runtime.ready import Ready
+from rmtc.runtime.variant import Variant
 
 
 class Stream:
@@ -326,7 +327,7 @@ class Stream:
             StateError: with their names.
         """
         assert self._variant is not None
-        now = self._variant.now(name for name, _, _ in self._weights)
+        now = self._variant.reads.now(name for name, _, _ in self._weights)
         changed = [n for n, was, lay in self._weights if n in now and (now[n] is not was or _lies(was) != lay)]
         if changed:
             self._end(f"weights were changed while segments were in flight: {', '.join(changed)}")

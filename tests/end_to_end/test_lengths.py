@@ -181,7 +181,7 @@ def test_the_length_at_which_something_else_runs_is_eager(trick: str, eager: lis
 def ledger_of(fast: nn.Module) -> Ledger:
     found = compiled_of(fast)
     assert found is not None
-    return found.variants[0]._ledger
+    return found.variants[0].picker.ledger
 
 
 @torch.no_grad()

@@ -632,7 +632,7 @@ def test_new_sizes_are_read_one_by_one_until_that_does_not_pay(monkeypatch: pyte
         compiled = compiled_of(twins.fast)
         assert compiled is not None
         sizes = [Sizes(len(each[0]) // SEGMENT, BATCH, SEGMENT) for each in calls]
-        _, saved = compiled.variants[0].lanes_for(tuple(sizes))
+        _, saved = compiled.variants[0].picker.lanes_for(tuple(sizes))
         assert saved > 0
         monkeypatch.setattr(heuristics, "PLANNING", 2.5 * saved / (117 * LAYERS))
         runs = []

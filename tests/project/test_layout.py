@@ -23,7 +23,7 @@ KEPT = {
     "passes/fold/streams.py",
     # The run of a call, likewise.
     *(f"runtime/{name}.py" for name in ("check_plan", "check_steps", "compiled", "concatenation", "executor", "plan")),
-    *(f"runtime/{name}.py" for name in ("standing", "variant")),
+    "runtime/standing.py",
     "capture/state_guard.py",
     "codegen/torch/buffers.py",
 }

@@ -401,7 +401,7 @@ def test_texts_of_many_lengths_that_are_read_once_run_as_written(unpinned: Calla
     (captured,) = compiled_of(fast).variants  # type: ignore[union-attr]
     texts = [torch.randint(0, 100, (1, 57 + tail)) for tail in range(6)]
     for budget in (1000.0, 0.0):  # of which a first other length is said to take a fourth
-        captured._ledger.budget = budget
+        captured.picker.ledger.budget = budget
         for text in texts:
             runs = rmtc.stats(fast).runs
             torch.testing.assert_close(fast(text).logits, model(text).logits, rtol=1e-9, atol=1e-9)
@@ -528,7 +528,7 @@ def test_calls_of_several_threads_at_once_do_not_count(unpinned: Callable[[CostM
         for each in found:
             each.result(60)
     (captured,) = compiled_of(fast).variants  # type: ignore[union-attr]
-    (choice,) = captured._choices.values()
+    (choice,) = captured.picker._choices.values()
     assert choice.calls == 1
     fast(*args)
     assert choice.calls == 2

@@ -30,8 +30,8 @@ from rmtc.runtime import estimate, measure, variant
 from rmtc.runtime.estimate import as_written, backend_of, best_of, pays, ways
 from rmtc.runtime.executor import Executor, Torch
 from rmtc.runtime.inductor import Inductor
+from rmtc.runtime.picker import _long_seconds
 from rmtc.runtime.plan import plan_run
-from rmtc.runtime.variant import _long_seconds
 
 COSTS = Path(__file__).parents[1] / "support" / "costs"
 MEASURED = CostModel.from_json((COSTS / "measured.json").read_text(encoding="utf-8"))
@@ -76,10 +76,12 @@ def test_an_operation_takes_as_long_as_the_slower_of_computing_and_moving() -> N
     assert model.operation(copy_of, 4, model.launch) == 1 + 1.5 * 4 * 16 * 0.125
     assert model.operation(product, 1, model.launch) == 1 + 80 * 0.5
     assert model.operation(product, 4, model.launch) == 1 + 1.5 * 4 * 80 * 0.5
-    assert model.operation(product, 4, model.launch, one_layer=True) == 1 + 4 * 80 * 0.5
+    assert model.operation(product, 4, model.launch, sharing=4) == 1 + 4 * 80 * 0.5
+    assert model.operation(product, 4, model.launch, sharing=2) == 1 + 1.25 * 4 * 80 * 0.5
     heavy = Work(flops=1, activations=8, weights=4000)
     assert model.operation(heavy, 4, model.launch) == 1 + 1.5 * (4 * 8 + 4 * 4000) * 0.125
-    assert model.operation(heavy, 4, model.launch, one_layer=True) == 1 + (4 * 8 + 4000) * 0.125
+    assert model.operation(heavy, 4, model.launch, sharing=4) == 1 + (4 * 8 + 4000) * 0.125
+    assert model.operation(heavy, 4, model.launch, sharing=2) == 1 + 1.25 * (4 * 8 + 2 * 4000) * 0.125
     assert product.at(2.0) == Work(160, 16, 40)
 
 
