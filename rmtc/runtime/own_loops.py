@@ -93,7 +93,7 @@ class Loops:
         if looks and listed and not any(_is_hidden(names[name]) for name in bound):
             if any(_length(each) < 2 for each in (*items, *ranges)):
                 self._looks, self.short = False, True  # what comes after the text is no loop over its segments
-                self._whole.count_short()
+                self._whole.counts.count_short()
             else:
                 call = compiled
         try:

@@ -182,7 +182,7 @@ class Pack:
         compiled = self._compiled
         if _one_by_one(compiled):
             return 0
-        with compiled.counted(), own_modes(compiled._inner), LOCK.shared():
+        with compiled.counts.counted(), own_modes(compiled._inner), LOCK.shared():
             start = time.perf_counter()
             group = self._ready_at_once(calls)
             seconds = time.perf_counter() - start
@@ -288,7 +288,7 @@ class Pack:
         self._compiled.read_several()
         run = variant.run_packed(texts, lanes, done)
         found.extend(ended.values())
-        self._compiled.ran(variant, texts, run, seconds, lanes=min(lanes, len(texts)))
+        self._compiled.counts.ran(variant, texts, run, seconds, lanes=min(lanes, len(texts)))
 
 
 def _one_by_one(compiled: Compiled) -> bool:

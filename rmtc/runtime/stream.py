@@ -15,7 +15,8 @@ from rmtc.errors import RefusedError, RmtcError, StateError, brief
 from rmtc.restoring import outermost
 from rmtc.runtime.background import waits
 from rmtc.runtime.chain import Chain
-from rmtc.runtime.compiled import Compiled, ReadyRun
+from rmtc.runtime.compiled import Compiled
+from rmtc.runtime.decisions import ReadyRun
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.reading import TextInput
 from rmtc.runtime.ready import Ready
@@ -317,7 +318,7 @@ class Stream:
         except BaseException as error:
             self._end(f"the stream has failed: {error.reason if isinstance(error, RmtcError) else brief(error)}")
             raise
-        self._compiled.streamed(len(texts))
+        self._compiled.counts.streamed(len(texts))
         return found
 
     def _refuse_changed(self) -> None:

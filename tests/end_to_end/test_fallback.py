@@ -331,7 +331,7 @@ def test_a_refusal_keeps_nothing_of_the_call() -> None:
 
 def test_calls_that_are_no_loop_are_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     model, fast = compiled(Associative(2, WIDTH))
-    caplog.set_level(logging.INFO, logger="rmtc.runtime.compiled")
+    caplog.set_level(logging.INFO, logger="rmtc.runtime")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for length in (1, SEGMENT, 3):

@@ -1,0 +1,241 @@
+"""Outcomes of the decision how a call runs, and what is known of calls that do not run by a schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+from rmtc.capture.arguments import Arguments
+from rmtc.capture.guards import ArgumentGuard
+from rmtc.capture.sizes import Sizes
+from rmtc.capture.state_guard import StateGuard
+from rmtc.errors import CaptureError, RmtcError, StateError, brief
+from rmtc.runtime.picker import Pick
+from rmtc.runtime.ready import Ready
+from rmtc.runtime.variant import Variant
+
+
+class HandedOn(NamedTuple):
+    """The state that a call has handed on: tensors by name, and how often each had been written to by then."""
+
+    values: dict[str, torch.Tensor]
+    versions: dict[str, int]
+
+    @classmethod
+    def of(cls, values: dict[str, torch.Tensor]) -> HandedOn:
+        return cls(values, {name: each._version for name, each in values.items() if not each.is_inference()})
+
+
+NO_STATE = StateError(
+    "the last call failed, ran as written or was a pack",
+    remedy="rmtc.resume(model, None)(text) reads a text by the schedule, and rmtc.pack(model, states=True) returns the "
+    "states of texts",
+)
+
+
+@dataclass(frozen=True)
+class ReadyRun:
+    """The call runs by its schedule.
+
+    Attributes:
+        variant: what runs it.
+        ready: the call.
+        pick: what chose the way to run it.
+    """
+
+    variant: Variant
+    ready: Ready
+    pick: Pick | None = None
+
+
+@dataclass
+class KnownCalls:
+    """Knowledge of calls of one structure that are not scheduled, as long as the state they can see is the same."""
+
+    short: ArgumentGuard | None = None
+    refusal: RmtcError | None = None
+    state: StateGuard | None = None
+    tries: int = 0
+    calls: int = 0  # of one segment
+    ends: ArgumentGuard | None = None  # tells the last length, where only calls with a shorter one are refused
+    errors: int = 0  # inside rmtc
+    broken: Eager | None = None  # the last of them
+    settled: bool = False
+    looked: bool = False  # whether none of a method's loops runs by a schedule either
+    kinds: frozenset[Any] = frozenset()  # of the model's parameters: weights that were not there may be loaded later
+
+    def holds(self, arguments: Arguments) -> bool:
+        """Tell whether what the refused call could see is still there."""
+        return self.state is not None and self.state.differs(arguments) is None
+
+    def settle(self) -> None:
+        """Leave out what the call itself changes: to be called when it has run for the first time."""
+        if self.state is not None and not self.settled:
+            self.state.forget()
+            self.settled = True
+
+
+class Quiet(NamedTuple):
+    """The reason why a call runs as it is where nothing is wrong with that, and what to do if it should not."""
+
+    reason: str
+    remedy: str
+
+
+ONE = Quiet("a call of one segment", "give it a text of two segments or more in one call")
+CACHE = Quiet(
+    "a call with a cache, or from inside generate()",
+    "read the text in one call of the model before generate(), and hand the memory on",
+)
+FASTER = Quiet(
+    "the model as written was measured to take less time for calls of such a size",
+    'rmtc.stats has the times; schedule="shortest" runs the schedule all the same',
+)
+ESTIMATED = Quiet(
+    "the model as written is estimated to take less time for calls of such a size",
+    "later calls try the schedule, except under deterministic algorithms, with gradients or where RMTC_COST_MODEL is "
+    'set; rmtc.explain prints the estimates; schedule="shortest" runs the schedule all the same',
+)
+TRIED = Quiet(
+    "the model as written was tried, to measure what it takes",
+    "nothing: rmtc.stats has what was decided by that",
+)
+SELDOM = Quiet(
+    "a call of a size that is too new: to admit it takes longer than its calls would have saved so far",
+    'nothing if such sizes come seldom; schedule="shortest" admits each at once',
+)
+FAILED = Quiet("another way to run the call was tried, and failed", "nothing: later calls run what ran before")
+BACKGROUND = Quiet(
+    "a process in the background captures the call, or one of another model",
+    "nothing: the first call after it has ended takes up what it has found, and later ones run by the schedule",
+)
+UNREACHED = Quiet("a call that runs no loop over segments", "give it a text of several segments")
+INSIDE = Quiet("a call inside a call of the same model", "nothing: the outer call is the one that is scheduled")
+CHANGED = Quiet("another thread changed the model during each attempt", "let no thread change it during calls")
+
+
+@dataclass(frozen=True)
+class Eager:
+    """The call runs as it is: with a warning for a reason, or counted only if that is as it should be.
+
+    Attributes:
+        reason: why; what two calls have in common is said once.
+        quiet: why, where no warning is needed.
+        error: what is raised in strict mode.
+        detail: what may be another in each call.
+        known: from an earlier call.
+        chosen: the capture that would serve the call, the way as written, and the sizes, if that is estimated or was
+            measured to be faster.
+    """
+
+    reason: str | None = None
+    error: RmtcError | None = None
+    detail: str = ""
+    known: KnownCalls | None = None
+    quiet: Quiet = ONE
+    chosen: tuple[Variant, Pick, Sizes] | None = None
+
+
+@dataclass(frozen=True)
+class Admit:
+    """The call may run once it is seen to follow a capture.
+
+    Attributes:
+        variant: the capture.
+        sizes: those of the call.
+        pick: what is to run it.
+        hands_on: whether it goes on from a state, or is to leave one, however short it is.
+        resumed: whether it goes on from one.
+    """
+
+    variant: Variant
+    sizes: Sizes
+    pick: Pick | None = None
+    hands_on: bool = False
+    resumed: bool = False
+
+
+@dataclass(frozen=True)
+class CaptureAnew:
+    """The call is another one than those captured.
+
+    Attributes:
+        differences: in what, for each.
+        at_once: whether it cannot run as written while a process in the background captures it.
+    """
+
+    differences: tuple[str, ...] = ()
+    at_once: bool = False
+
+
+Outcome: TypeAlias = ReadyRun | Eager | Admit | CaptureAnew
+
+
+def left_by(ready: Ready, state: dict[str, torch.Tensor]) -> HandedOn | StateError:
+    """Return what a call has handed on, or why nothing."""
+    if ready.gradients:
+        return StateError("the last call asked for gradients, and kept no state", remedy="call it under no_grad")
+    if ready.state is None and ready.sizes.segments < ready.made.fewest:
+        return StateError(
+            f"the last call had {ready.sizes.segments} segments, and one can go on after {ready.made.fewest} alone",
+            remedy="begin with a longer text",
+        )
+    if not ready.keeps:
+        return StateError(
+            "the last call ended in the middle of a segment, whose state takes operations that the call does not",
+            remedy="rmtc.resume(model, None)(text) runs them; or let the text end with a segment",
+        )
+    if not state:
+        return StateError("the last call handed nothing on that a later one could read")
+    return HandedOn.of(state)
+
+
+def unasked(error: RmtcError) -> Quiet:
+    """Return why a method that the user has not asked for runs as written."""
+    place = "" if error.location is None else f" ({error.location})"
+    return Quiet(f"its loop has no schedule{place}: {error.reason}", error.remedy or "nothing")
+
+
+def written_by_choice(pick: Pick) -> Quiet:
+    """Return why a call runs as written by choice."""
+    if pick.choice is None:
+        return ESTIMATED
+    return TRIED if pick.choice.is_trial(pick.arm) else FASTER if pick.choice.best is pick.arm else ESTIMATED
+
+
+def failed_run(error: Exception) -> RmtcError:
+    """Make an error of a run that ended in an exception, of rmtc's own making or for what the user's values are."""
+    return RmtcError(
+        f"the run by the schedule failed: {brief(error)}",
+        remedy="call the model under rmtc.disabled(model): if it raises there, too, the call is mistaken; else report "
+        "this, please",
+    )
+
+
+def sentence(decision: Eager) -> str:
+    return f"{decision.reason}: {decision.detail}" if decision.detail else str(decision.reason)
+
+
+def is_whole(ends: ArgumentGuard | None, arguments: Arguments) -> bool:
+    """Tell whether a call is of whole segments, and another one is refused for the length of its last."""
+    if ends is None:
+        return False
+    sizes = ends.sizes(arguments)
+    return not isinstance(sizes, str) and sizes.tail == ends.segment_length
+
+
+def is_of_call(error: RmtcError | None) -> bool:
+    """Tell whether a capture ended with an exception that the user's code raised."""
+    cause = error.__cause__ if isinstance(error, CaptureError) else None
+    return cause is not None and not isinstance(cause, RmtcError)
+
+
+def lean(error: RmtcError) -> RmtcError:
+    """Return the error without the frames that it came through, which hold the capture."""
+    each: BaseException | None = error
+    while each is not None:
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__
+    return error
