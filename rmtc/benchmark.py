@@ -210,14 +210,14 @@ def bench(
             step(fast)
 
     def scheduled_once(*args: Any, **kwargs: Any) -> Any:
-        return compiled.run_once(args, kwargs)
+        return compiled.captures.run_once(args, kwargs)
 
     # Measure: the call as written, with its schedule, and its products alone, in turns.
     with torch.set_grad_enabled(training), stage("measure"):
         if training:  # a call after the first one finds what that left
             scheduled()
         before = compiled.stats.runs
-        with compiled.frozen():
+        with compiled.captures.frozen():
             calls = {"eager": as_written, "rmtc": scheduled, _FLOOR: _products(lambda: step(scheduled_once))}
             if spare is not None:
                 calls[_LAYERS] = _with_compiled_layers(*spare, analysis, training)
@@ -348,7 +348,7 @@ def _settled(rehearsal: Rehearsal) -> tuple[Arm, Arm, str] | None:
     for _ in range(heuristics.CHOICE_SETTLED):
         rehearsal.call(*rehearsal.args, **rehearsal.kwargs)
     variant = compiled.variants[0]
-    with compiled.frozen():
+    with compiled.captures.frozen():
         pick = variant.pick(variant.analysis.capture.plan.sizes)
     if pick is None:
         return None

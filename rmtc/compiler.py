@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from rmtc.restoring import finish
 from rmtc.runtime.backends import Backend, backend_named, nearest
 from rmtc.runtime.background import refuse_background
-from rmtc.runtime.compiled import Compiled, Options
+from rmtc.runtime.compiled import Compiled
+from rmtc.runtime.decisions import Options
 from rmtc.runtime.estimate import kind_named
 from rmtc.runtime.methods import KEY, OfInstance, compile_class, compile_method, compile_module, release
 from rmtc.runtime.methods import compiled_of as compiled_of

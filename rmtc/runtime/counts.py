@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from torch import nn
+
 from rmtc.capture.sizes import Sizes
 from rmtc.errors import FallbackWarning, RefusedError, raised_by_signal, user_level
 from rmtc.runtime.decisions import Eager, sentence
@@ -197,3 +199,9 @@ class Counts:
             FallbackWarning,
             stacklevel=user_level(),
         )
+
+
+def title_of(function: Callable[..., object]) -> str:
+    """Return the name of a module's class, or of a function."""
+    kind = type(function).__name__
+    return kind if isinstance(function, nn.Module) else getattr(function, "__qualname__", kind)

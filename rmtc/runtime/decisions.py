@@ -1,8 +1,13 @@
-"""Outcomes of the decision how a call runs, and what is known of calls that do not run by a schedule."""
+"""Options of a compiled function, outcomes of the decision how a call runs, and what is known of other calls."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -12,9 +17,29 @@ from rmtc.capture.guards import ArgumentGuard
 from rmtc.capture.sizes import Sizes
 from rmtc.capture.state_guard import StateGuard
 from rmtc.errors import CaptureError, RmtcError, StateError, brief
+from rmtc.runtime.backends import Backend, auto
 from rmtc.runtime.picker import Pick
 from rmtc.runtime.ready import Ready
 from rmtc.runtime.variant import Variant
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of :func:`rmtc.compile`."""
+
+    strict: bool = False
+    recompile_limit: int = 8
+    layers: str | None = None
+    segment_length: int | None = None
+    backend: Backend = auto
+    skip_python_random: bool = False
+    schedule: str = "best"
+    max_group: int | None = None
+    recompute: str = "auto"
+    memory_budget: int | None = None
+    repack_weights: bool = False
+    methods: tuple[str, ...] = ()
+    background: bool = False
 
 
 class HandedOn(NamedTuple):
@@ -25,7 +50,21 @@ class HandedOn(NamedTuple):
 
     @classmethod
     def of(cls, values: dict[str, torch.Tensor]) -> HandedOn:
+        """Return what a call hands on now."""
         return cls(values, {name: each._version for name, each in values.items() if not each.is_inference()})
+
+    def copied(self) -> dict[str, torch.Tensor]:
+        """Return copies of the tensors.
+
+        Raises:
+            StateError: if one was written to since.
+        """
+        for name, version in self.versions.items():
+            if self.values[name]._version != version:
+                raise StateError(
+                    f"{name} was written to after the call", remedy="ask for the state before anything changes it"
+                )
+        return {name: each.detach().clone() for name, each in self.values.items()}
 
 
 NO_STATE = StateError(
@@ -239,3 +278,21 @@ def lean(error: RmtcError) -> RmtcError:
         each.__traceback__ = None
         each = each.__cause__ or each.__context__
     return error
+
+
+def in_generate(function: Callable[..., Any]) -> bool:
+    """Tell whether the call comes from inside `generate` of transformers."""
+    if "transformers.generation.utils" not in sys.modules or not hasattr(function, "generate"):
+        return False
+    code = _code(sys.modules["transformers.generation.utils"].GenerationMixin.generate)
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+@functools.cache
+def _code(function: Callable[..., Any]) -> CodeType | None:
+    return getattr(inspect.unwrap(function), "__code__", None)

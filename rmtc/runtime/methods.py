@@ -22,7 +22,8 @@ from rmtc.capture.outline import outline_of
 from rmtc.capture.own_modes import undecorated
 from rmtc.capture.user_code import STANDS_IN, as_written
 from rmtc.runtime.backends import nearest
-from rmtc.runtime.compiled import Compiled, Options
+from rmtc.runtime.compiled import Compiled
+from rmtc.runtime.decisions import Options
 from rmtc.runtime.own_loops import compiled_method
 
 KEY = "_compiled_call_impl"  # where `nn.Module.compile` keeps its call, too: copies and pickles go without it

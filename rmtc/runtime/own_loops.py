@@ -16,7 +16,8 @@ import torch
 from rmtc.capture.outline import Outline, outline_of
 from rmtc.capture.own_modes import undecorated
 from rmtc.errors import CaptureError, RmtcError
-from rmtc.runtime.compiled import Compiled, Options
+from rmtc.runtime.compiled import Compiled
+from rmtc.runtime.decisions import Options
 
 logger = logging.getLogger(__name__)
 

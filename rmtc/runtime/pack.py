@@ -182,7 +182,7 @@ class Pack:
         compiled = self._compiled
         if _one_by_one(compiled):
             return 0
-        with compiled.counts.counted(), own_modes(compiled._inner), LOCK.shared():
+        with compiled.counts.counted(), own_modes(compiled.captures.binding.inner), LOCK.shared():
             start = time.perf_counter()
             group = self._ready_at_once(calls)
             seconds = time.perf_counter() - start
@@ -231,7 +231,7 @@ class Pack:
         """Return what runs a call beside others, and the call made ready; None or the reason if it is to run alone."""
         compiled, state = self._compiled, self._state
         try:
-            arguments = compiled._arguments(*call)
+            arguments = compiled.captures.binding.bind(*call)
             if dict(arguments.named()).get("past_key_values") is not None:
                 return None
             for variant in list(compiled.variants):
@@ -272,7 +272,7 @@ class Pack:
         """Say once why texts are read one by one."""
         if reason not in self._said:
             self._said.add(reason)
-            logger.info("%s: texts are read one by one: %s", self._compiled._title, reason)
+            logger.info("%s: texts are read one by one: %s", self._compiled.counts.title, reason)
 
     def _run(self, group: Sequence[tuple[int, Variant, Ready]], found: list[Outcome], seconds: float) -> None:
         """Read texts of one program at once."""
@@ -297,7 +297,7 @@ def _one_by_one(compiled: Compiled) -> bool:
     hooks = module is not None and any(
         (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     )
-    return hooks or compiled.captures_now() or compiled._off() or compiled._watched() is not None
+    return hooks or compiled.captures_now() or compiled._off() or compiled.captures.watched() is not None
 
 
 def _sizes(group: Sequence[tuple[int, Variant, Ready]]) -> Any:

@@ -339,7 +339,7 @@ def test_gradients_of_the_zoo_are_those_of_eager(name: str) -> None:
         for _ in range(2):  # a table that the first call fills makes the second another one
             made(ids)
         ran(made, size[0], rmtc.stats(made).last_run.makespan, number)  # type: ignore[union-attr]
-        fast.function = lambda ids: compiled.run_once((ids,), {})
+        fast.function = lambda ids: compiled.captures.run_once((ids,), {})
         with Float32CastsAsFloat64():
             assert not differing(fast.gradients(ids), eager.gradients(ids))
         assert rmtc.stats(made).backwards == number + 1
@@ -855,7 +855,7 @@ def test_losses_of_the_example_models_are_differentiated_by_the_schedule() -> No
     compiled = compiled_of(fast)
     assert compiled is not None
     with Float32CastsAsFloat64():
-        compiled.run_once((ids,), given).loss.backward()
+        compiled.captures.run_once((ids,), given).loss.backward()
         eager(ids, **given).loss.backward()
     assert not differing(gradients(fast), gradients(eager))
     ran(fast, 4, 4 + 3 - 1, 1)

@@ -63,7 +63,7 @@ def test_results_and_state_are_those_of_eager(name: str) -> None:
             assert run is not None and (run.segments, run.batch, run.tail) == (segments, batch, tail)
             assert run.steps == (entry.a or 0) * (segments - 1) + entry.layers < segments * entry.layers
             with Float32CastsAsFloat64():
-                result = compiled.run_once((ids,), {})
+                result = compiled.captures.run_once((ids,), {})
                 assert_close(result, eager.function(ids))
         assert_close(state(it.call.module), state(eager.module))
     assert not rmtc.stats(it.fast).fallbacks
@@ -88,7 +88,7 @@ def test_results_under_every_way_to_run_are_those_of_eager(name: str) -> None:
             run = rmtc.stats(fast).last_run
             assert run is not None and (run.schedule, run.steps) == (candidate.name, candidate.steps)
             with Float32CastsAsFloat64():
-                assert_close(compiled.run_once((ids,), {}), eager.function(ids))
+                assert_close(compiled.captures.run_once((ids,), {}), eager.function(ids))
         assert_close(state(call.module), state(eager.module))
 
 

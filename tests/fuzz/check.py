@@ -593,7 +593,7 @@ def _hidden(call: Callable[..., Any]) -> list[str]:
     compiled = compiled_of(call)
     found = []
     if compiled is not None:
-        found += [each.broken.detail for each in compiled._known.values() if each.broken is not None]
+        found += [each.broken.detail for each in compiled.captures.known.values() if each.broken is not None]
         found += [each.detail for variant in compiled.variants for each in variant.failed.values()]
     return found
 

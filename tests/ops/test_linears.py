@@ -190,7 +190,7 @@ def test_a_benchmark_counts_the_products_of_a_run(kernel: bool, monkeypatch: pyt
     for _ in range(3):
         twins.call(given)
         with torch.no_grad(), _Products() as seen:
-            compiled.run_once((given,), {})
+            compiled.captures.run_once((given,), {})
         counts.append(len(seen.found))
     run = rmtc.stats(twins.fast).last_run
     assert run is not None

@@ -68,7 +68,7 @@ def process(fast: Any) -> int:
 
 
 def children(fast: Any) -> dict[str, Any]:
-    found = compiled(fast)._background
+    found = compiled(fast).captures.background
     assert found is not None
     return found._children
 
@@ -174,7 +174,7 @@ def test_functions_and_classes_capture_in_the_background() -> None:
 
     function(given)
     assert rmtc.stats(function).eager == 1
-    (child,) = function._rmtc._background._children.values()  # type: ignore[attr-defined]
+    (child,) = function._rmtc.captures.background._children.values()  # type: ignore[attr-defined]
     os.waitid(os.P_PID, child._pid, os.WEXITED | os.WNOWAIT)
     same(function, model, given)
     assert rmtc.stats(function).recalled == 1
@@ -542,7 +542,7 @@ def test_the_process_ends_with_its_model(how: str, held: Callable[[], object]) -
         if not forked:  # a process of the user's, whose copy of the model is not the one that began it
             signal.alarm(20)
             waits = background.waits()
-            compiled(fast)._background = None
+            compiled(fast).captures.background = None
             os._exit(waits)
     del child
     assert os.waitpid(forked, 0)[1] == 0

@@ -715,7 +715,7 @@ def peak(model: Reader, segments: int) -> int:
         model(ids)  # from what a call leaves
         watch = Live(ids, *model.parameters())
         with watch:
-            compiled_call.run_once((ids,), {})
+            compiled_call.captures.run_once((ids,), {})
     run = rmtc.stats(model).last_run
     assert run is not None and run.steps == segments + LAYERS - 1
     return watch.peak
