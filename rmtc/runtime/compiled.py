@@ -53,6 +53,7 @@ from rmtc.runtime.decisions import (
     unasked,
 )
 from rmtc.runtime.hooks import call_with_hooks, global_hooks
+from rmtc.runtime.stats import Stats
 from rmtc.runtime.variant import Variant
 from rmtc.stages import reported, stage
 
@@ -92,6 +93,7 @@ class Compiled:
     Args:
         function: the module or function.
         options: how.
+        stats: counts that its own are added to, if they are another one's.
 
     Attributes:
         loops: of a method, its loops, one of which runs by the schedule where the method is not captured as a whole.
@@ -99,9 +101,9 @@ class Compiled:
         refused: the last refusal that was not said.
     """
 
-    def __init__(self, function: Callable[..., Any], options: Options) -> None:
+    def __init__(self, function: Callable[..., Any], options: Options, stats: Stats | None = None) -> None:
         self.function, self.options = function, options
-        self.counts = Counts(title_of(function), options.strict)
+        self.counts = Counts(title_of(function), options.strict, stats)
         self.stats = self.counts.stats
         self.methods: dict[str, Compiled] = {}  # of a module, each compiled for itself
         self.loops: Loops | None = None
@@ -142,12 +144,9 @@ class Compiled:
         return _thread.capturing > 0
 
     def _off(self) -> bool:
-        return bool(
-            self.disabled
-            or os.environ.get("RMTC_DISABLE", "0") not in ("", "0")
-            or _stance() == "force_eager"
-            or torch._C._get_tracing_state()
-        )
+        stance = torch._dynamo.eval_frame._stance.stance if "torch._dynamo" in sys.modules else "default"
+        off = self.disabled or os.environ.get("RMTC_DISABLE", "0") not in ("", "0")
+        return bool(off or stance == "force_eager" or torch._C._get_tracing_state())
 
     def _captured_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call under stand-ins: as it is, but for the hooks that fire around the compiled call."""
@@ -494,7 +493,3 @@ def _capturing(root: Compiled) -> Iterator[None]:
     with restored(put_back):
         _thread.capturing, _thread.root = capturing + 1, root
         yield
-
-
-def _stance() -> str:
-    return str(torch._dynamo.eval_frame._stance.stance) if "torch._dynamo" in sys.modules else "default"

@@ -42,13 +42,14 @@ class Counts:
     Args:
         title: its name.
         strict: whether a call that does not run by a schedule for a reason is an error.
+        stats: the counts of another one, if they are counted together.
 
     Attributes:
         stats: the counts.
     """
 
-    def __init__(self, title: str, strict: bool) -> None:
-        self.title, self.strict, self.stats = title, strict, Stats()
+    def __init__(self, title: str, strict: bool, stats: Stats | None = None) -> None:
+        self.title, self.strict, self.stats = title, strict, Stats() if stats is None else stats
         self._warned: set[str] = set()
         self._starts = self._ends = 0  # of calls
         self._lock = threading.Lock()

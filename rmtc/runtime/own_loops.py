@@ -119,8 +119,9 @@ class Loops:
             assert self.outline is not None
             owner, method = undecorated(self._method.__func__).__code__.co_varnames[0], self._method
             function = MethodType(self.outline.loop(number, bound, owner), method.__self__)
-            compiled = Compiled(function, replace(self._whole.options, background=False))
-            compiled.stats, compiled.silent = self._whole.stats, self.found is None
+            options, stats = replace(self._whole.options, background=False), self._whole.stats
+            compiled = Compiled(function, options, stats)
+            compiled.silent = self.found is None
             self._calls[number, bound] = function, compiled
         return self._calls[number, bound]
 

@@ -26,7 +26,7 @@ from rmtc.capture.sizes import Sizes
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama, transformer_xl
 from rmtc.ir.cost import CostModel
-from rmtc.runtime import measure, variant
+from rmtc.runtime import measure, picker, variant
 from rmtc.runtime.choice import Arm, Choice, Ledger, New, size_class
 from rmtc.runtime.compiled import Compiled
 from rmtc.runtime.executor import Executor
@@ -461,7 +461,7 @@ def test_what_is_noted_is_what_a_call_took(monkeypatch: pytest.MonkeyPatch) -> N
         noted.append((arm.schedule, seconds))
         return note(choice, arm, sizes, seconds)
 
-    monkeypatch.setattr(variant, "clock", lambda device: lambda: now[0])
+    monkeypatch.setattr(picker, "clock", lambda device: lambda: now[0])
     monkeypatch.setattr(Executor, "run", later(1.0, run))
     monkeypatch.setattr(Compiled, "_entered", later(8.0, entered))
     monkeypatch.setattr(Choice, "note", noting)
