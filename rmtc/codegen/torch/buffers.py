@@ -188,7 +188,10 @@ def _may_overwrite(plan: _Plan, operand: Line, line: Line, number: int) -> bool:
         return False
     if line.reads.count(operand.name) > 1 or plan.read_after(region, number):
         return False
-    if line.name in plan.results and plan.made[region].value != line.value:  # it would keep more than itself alive
+    # A result lies in an input's home where it is that input's next value: changed once, or chosen after that. Others
+    # are read in other rows, and would be copied first. What is larger would be kept alive.
+    chosen = isinstance(line.tree, Apply) and line.tree.function == "choose"
+    if line.name in plan.results and operand.name != region and not (chosen and plan.made[region].value == line.value):
         return False
     return not any(plan.region(name) == region for name in line.reads if name != operand.name)
 
