@@ -118,6 +118,34 @@ def test_a_steady_step_copies_hidden_states_and_no_memory() -> None:
     assert bound is not None and ".baddbmm_(" in bound.source
 
 
+@torch.no_grad()
+def test_texts_side_by_side_are_copied_no_more_than_one() -> None:
+    """Each product writes into memory that stays, and so does what cells of first segments choose."""
+    twins = twins_of(Associative)
+    texts = [text(9) + number for number in range(6)]
+    wanted = [twins.eager(each) for each in texts]
+    read = rmtc.pack(twins.fast, lanes=3)
+    for _ in range(3):
+        found = read(texts)
+        assert not differences(found, wanted)
+    assert (run := rmtc.stats(twins.fast).last_run) is not None and run.lanes == 3
+    runner = runner_of(twins.fast)
+    assert runner._standing is not None
+    (plan,) = (plan for plan in runner._plans.values() if len(plan.texts) == 6)
+    pairs = zip(runner._standing.tapes[plan.texts, 2][0], plan.launches, strict=True)
+    full = [(step, launch) for step, launch in pairs if step and len(launch.cells) == 3 * LAYERS]
+    assert len(full) >= 12 and any(launch.body.name not in runner.program.bodies for _, launch in full)
+    for step, launch in full:
+        assert None not in step.body.made, f"{launch.body.name} allocates a result"
+        bound = step.body.kernel.bound
+        assert bound is not None and "bmm(" in bound.source and "= bmm(" not in bound.source
+    ramp = {launch.repeat * len(launch.layers) for launch in plan.launches if launch.body.stage == "layer"}
+    homes = {id(step.body.homes[0].memory) for step in runner._standing.tapes[plan.texts, 2][0] if step}
+    assert len(homes) < len(ramp), "more and fewer layers share their rows"
+    steady = [step for step, launch in full if not any(map(any, launch.numbers))]
+    assert min(len(step.copies) + len(step.fills) for step in steady) <= 1 + 3, "of the layers below, and of each text"
+
+
 @pytest.mark.parametrize("back", [1, 2, 3])
 def test_what_is_read_later_is_kept_apart(back: int) -> None:
     twins = twins_of(lambda: Late(back))
