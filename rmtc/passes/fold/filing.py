@@ -39,6 +39,9 @@ class Address(NamedTuple):
     segment: int
     name: Name
 
+    def __str__(self) -> str:
+        return f"a value of segment {self.segment}" if self.segment >= 0 else "a value from before the loop"
+
 
 class Filing:
     """The places of the operations of two runs, the shorter one first.
