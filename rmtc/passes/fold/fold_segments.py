@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,10 @@ import torch
 from rmtc.affine import Affine
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Op, Src, leaves, map_leaves, target_name
-from rmtc.ir.segment_loop import Every, Item, Outer, Row, SegmentLoop, Where
-from rmtc.passes.fold.cuts import common_subsequence
+from rmtc.ir.segment_loop import Environment, Every, Item, Outer, Row, SegmentLoop, Where
+from rmtc.passes.fold.filing import Address
 from rmtc.passes.fold.fit import Misfit, fit
-from rmtc.passes.fold.outside import Outside, Values, fold_args
+from rmtc.passes.fold.outside import Ends, Values, fold_args
 from rmtc.passes.fold.rows import Filed, FiledRun
 from rmtc.passes.fold.run import SAME_OPERATIONS, describe, other_operation, structure
 from rmtc.passes.registry import register
@@ -48,22 +48,28 @@ def fold_segments(short: FiledRun, long: FiledRun, lists: frozenset[str], steady
     """
     if short.segments <= steady_from or long.segments != short.segments + 1:
         raise ValueError("fold_segments needs runs of n and n + 1 segments with a steady one in each")
-    reference = long.tokens(steady_from)
     for run in (short, long):
         for s in range(steady_from, run.segments):
             _same_operations(run, s, long, steady_from)
-    alike = [(run, s) for run in (short, long) for s in range(run.segments) if run.tokens(s) == reference]
+    steady = _fold_row([run.rows[s] for run in (short, long) for s in range(steady_from, run.segments)], lists)
+    later = {each.name: op for each, op in zip(long.rows[steady_from], steady, strict=True)}
     rows: list[tuple[Op, ...]] = []
     for at in range(steady_from):
         _same_operations(long, at, short, at)
-        more = [run.rows[s] for run, s in alike if s != at] if long.tokens(at) == reference else []
-        rows.append(_fold_row([run.rows[at] for run in (short, long)], more, lists))
-    early, late = ([run.rows[s] for run, s in alike if (s >= steady_from) == is_late] for is_late in (False, True))
-    steady = _fold_row(late, early, lists)
-    outside = Outside(short, long, steady_from)
-    before, after, outputs = outside.fold("before", -1), outside.fold("after", 0), outside.results()
+        row = _fold_row([run.rows[at] for run in (short, long)], lists)
+        sizes = [run.environment(at) for run in (short, long)]
+        names = [each.name for each in long.rows[at]]
+        rows.append(tuple(_general(op, later.get(name), sizes) for name, op in zip(names, row, strict=True)))
+    ends = Ends(short, long, steady_from)
+    before, after, outputs = ends.fold("before", -1), ends.fold("after", 0), ends.results()
     sources, length = short.run.program.sources, short.run.size.segment
-    loop = _with_known_results(SegmentLoop(before, tuple(rows), steady, after, outputs, sources, length))
+    stands = {
+        (s, n): long.number[Address(s, each.name)]
+        for n, each in enumerate(long.rows[steady_from])
+        for s in range(steady_from)
+        if Address(s, each.name) in long.number
+    }
+    loop = _with_known_results(SegmentLoop(before, tuple(rows), steady, after, outputs, sources, length), stands)
     while len(loop.rows) > _LEAST and _alike(loop.rows[-1], steady):
         shorter = _without_last_row(loop)
         if _missing(shorter) is not None and _missing(loop) is None:
@@ -121,35 +127,20 @@ def _refuse_missing(loop: SegmentLoop) -> None:
     )
 
 
-def _with_known_results(loop: SegmentLoop) -> SegmentLoop:
+def _with_known_results(loop: SegmentLoop, stands: Mapping[tuple[int, int], int]) -> SegmentLoop:
     """The loop with the results of a first segment that runs other operations: such a segment may be the last.
 
-    It leaves what later ones read in the place of what a steady one leaves; where none reads it, what is made by the
-    same operation in the same order; where it lacks that, too, the result is made after the loop. A trace of so few
+    It leaves the operation of the same name; where it lacks that, the result is made after the loop. A trace of so few
     segments has yet to confirm it.
 
         s0: %3, s: %5 = f(s-1.%5), s1 reads s0.%3 in its place   ->   s0 leaves %3 where a later one leaves %5
         s0: %3, s: %3, %4 = view(%3), result s[-1].%4            ->   after: %0 = view(s[-1].%3), result after.%0
+
+    Args:
+        loop: the loop.
+        stands: for a row, and the number of an operation in the steady one, its number in that row.
     """
     last = len(loop.rows)
-    stands: dict[tuple[int, int], int] = {}  # (row, number in a steady segment) -> number in the row
-    back = [leaf.back for op in loop.steady for leaf in leaves(op.args) if isinstance(leaf, Row)]
-    for s in range(last + max(back, default=0)):
-        row = loop.rows[s] if s < last else loop.steady
-        if [op.target for op in row] != [op.target for op in loop.steady]:
-            continue
-        for op, steady in zip(row, loop.steady, strict=True):
-            for one, other in zip(leaves(op.args), leaves(steady.args), strict=False):
-                if isinstance(one, Row) and isinstance(other, Row) and 0 < one.back == other.back <= s:
-                    stands.setdefault((s - one.back, other.number), one.number)
-
-    kinds = [(op.target, op.location) for op in loop.steady]
-    for s in range(last):
-        row_kinds = [(op.target, op.location) for op in loop.rows[s]]
-        places = common_subsequence(kinds, row_kinds)
-        for n, k in zip(places, common_subsequence(row_kinds, [kinds[n] for n in places]), strict=True):
-            stands.setdefault((s, n), k)
-
     made: list[Op] = []
     beyond: dict[tuple[int, int], Outer] = {}
     lacking: set[int] = set()  # what cannot be made after the loop, as what waits for itself
@@ -236,8 +227,8 @@ def _same_operations(run: FiledRun, segment: int, other: FiledRun, reference: in
     )
 
 
-def _fold_row(rows: Sequence[list[Filed]], more: Sequence[list[Filed]], lists: frozenset[str]) -> tuple[Op, ...]:
-    """One body from the rows it stands for; ``more`` are rows with the same operations that help to fit constants."""
+def _fold_row(rows: Sequence[list[Filed]], lists: frozenset[str]) -> tuple[Op, ...]:
+    """Fold the rows that a body stands for. What other segments run in place of an operation helps to fit integers."""
     body: list[Op] = []
 
     def operand(values: Values, extra: Values) -> Any:
@@ -253,7 +244,7 @@ def _fold_row(rows: Sequence[list[Filed]], more: Sequence[list[Filed]], lists: f
 
     for number, samples in enumerate(zip(*rows, strict=True)):
         op = samples[0].op
-        others = [row[number] for row in more] or _others(samples)
+        others = _others(samples)
         if op.target is torch.ops.aten.slice.Tensor and all(map(_is_range, [*samples, *others])):
             samples, others = tuple(map(_by_length, samples)), list(map(_by_length, others))
         try:
@@ -269,6 +260,25 @@ def _fold_row(rows: Sequence[list[Filed]], more: Sequence[list[Filed]], lists: f
         name = min((each.op.name for each in samples if each.op.name), default="")
         body.append(Op(op.target, args, op.origin._replace(name=name), op.form))
     return tuple(body)
+
+
+def _general(op: Op, steady: Op | None, sizes: Sequence[Environment]) -> Op:
+    """Give an operation of a first segment the functions that the steady one has in place of its numbers.
+
+    The runs have their short segment last, so a first segment knows only full ones.
+
+        row 1: %15 = arange(20)   s >= 2: %15 = arange(T + 4)   ->   row 1: %15 = arange(T + 4)
+    """
+
+    def merge(arg: Any, other: Any) -> Any:
+        if type(arg) is type(other) is tuple and len(arg) == len(other):
+            return tuple(map(merge, arg, other))
+        known = type(arg) in (int, Affine) and isinstance(other, Affine)
+        return other if known and all(each.of(arg) == each.of(other) for each in sizes) else arg
+
+    if steady is None or op.target is not steady.target:
+        return op
+    return op.with_args(merge(op.args, steady.args))
 
 
 def _is_range(sample: Filed) -> bool:

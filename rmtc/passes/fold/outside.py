@@ -18,7 +18,7 @@ from rmtc.passes.fold.fit import Misfit, fit
 from rmtc.passes.fold.rows import Filed, FiledRun
 from rmtc.passes.fold.run import describe
 
-__all__ = ["Outside", "Values", "fold_args"]
+__all__ = ["Ends", "Values", "fold_args"]
 
 
 Values = Sequence[tuple[Filed, Any]]
@@ -63,7 +63,7 @@ def fold_args(
     return found
 
 
-class Outside:
+class Ends:
     """The parts of two runs before and after their segments, and their results.
 
     Args:
