@@ -15,6 +15,9 @@ __all__ = ["Laid", "behind_the_layers"]
 Laid = tuple[list[int], Layout]
 """The operations of a row in the order in which its layout has them, and the layout."""
 
+Node = tuple[int, int]
+"""A row, and an operation in it."""
+
 
 def behind_the_layers(rows: Sequence[Sequence[Op]], laid: Sequence[Laid], anchors: Sequence[set[int]]) -> list[Laid]:
     """File in the epilogue what goes from layer to layer and from segment to segment, and comes into no layer.
@@ -30,39 +33,42 @@ def behind_the_layers(rows: Sequence[Sequence[Op]], laid: Sequence[Laid], anchor
         anchors: the operations of each row that use parameters of the layers.
     """
     steady = len(rows) - 1
-    graph: nx.DiGraph[tuple[int, int]] = nx.DiGraph()
+    read: dict[Node, list[Node]] = {}
     for row, ops in enumerate(rows):
-        graph.add_nodes_from((row, i) for i in range(len(ops)))
         for i, op in enumerate(ops):
-            for leaf in leaves(op.args):
-                if isinstance(leaf, Row):
-                    made_in = (each for each in _made_in(row, leaf.back, steady) if leaf.number < len(rows[each]))
-                    graph.add_edges_from(((each, leaf.number), (row, i)) for each in made_in)
+            made = [leaf for leaf in leaves(op.args) if isinstance(leaf, Row)]
+            read[row, i] = [
+                (at, each.number)
+                for each in made
+                for at in _made_in(row, each.back, steady)
+                if each.number < len(rows[at])
+            ]
+    into_layers = {(row, i) for row, some in enumerate(anchors) for i in some}
+    work = list(into_layers)
+    while work:
+        more = [node for node in read[work.pop()] if node not in into_layers]
+        into_layers.update(more)
+        work += more
+    graph: nx.DiGraph[Node] = nx.DiGraph()
+    graph.add_nodes_from(node for node in read if node not in into_layers)
+    graph.add_edges_from((each, node) for node in graph.nodes for each in read[node] if each not in into_layers)
     layer = {
         (row, i): layout.layer_of(place) for row, (order, layout) in enumerate(laid) for place, i in enumerate(order)
     }
-    used = {(row, i) for row, some in enumerate(anchors) for i in some}
-    into_layers = _reached(nx.reverse_view(graph), used)
-    sums: set[tuple[int, int]] = set()
+    sums: set[Node] = set()
     for component in nx.strongly_connected_components(graph):
-        inside = {layer[node] for node in component}
-        if len(inside) > 1 and component.isdisjoint(into_layers):
+        if len({layer[node] for node in component}) > 1:
             sums |= component
     if not sums:
         return list(laid)
     kinds = {(rows[row][i].target, rows[row][i].location) for row, i in sums}
     moved = {
         node
-        for node in graph.nodes - into_layers
+        for node in graph
         if node in sums or (rows[node[0]][node[1]].target, rows[node[0]][node[1]].location) in kinds
     }
-    moved = _reached(graph, moved)
+    moved = set(itertools.chain.from_iterable(nx.bfs_layers(graph, moved)))
     return [_moved(each, {i for at, i in moved if at == row}) for row, each in enumerate(laid)]
-
-
-def _reached(graph: nx.DiGraph[tuple[int, int]], sources: set[tuple[int, int]]) -> set[tuple[int, int]]:
-    """The sources and all nodes that a path leads to from them."""
-    return set(itertools.chain.from_iterable(nx.bfs_layers(graph, sources)))
 
 
 def _made_in(row: int, back: int, steady: int) -> Sequence[int]:

@@ -59,6 +59,7 @@ class Filing:
         self.runs, self.steady_from, self.layers = (orbits.short, orbits.long), steady_from, layers
         self.orbits = orbits
         self.last = self.orbits.last
+        self._places: list[dict[Unit, Address | None]] = [{}, {}]
         self.members = self._find_members()
         self.reads: dict[Name, dict[int, tuple[int, Name] | None]] = {}
         self._find_reads()
@@ -74,9 +75,15 @@ class Filing:
 
     def _find_place(self, at: int, i: int) -> Address | None:
         """Return the place of an operation of a run; None if none in the longer run stands for it."""
-        run, homes = self.runs[at], self.orbits.homes
-        unit = run.unit[i]
-        if not run.dependent[i]:
+        unit = self.runs[at].unit[i]
+        if unit not in self._places[at]:
+            self._places[at][unit] = self._place_of(at, unit, self.runs[at].dependent[i])
+        return self._places[at][unit]
+
+    def _place_of(self, at: int, unit: Unit, dependent: bool) -> Address | None:
+        """Return the place of a value of a run."""
+        homes = self.orbits.homes
+        if not dependent:
             return Address(-1, Name("before", unit))
         home = homes.get(unit)
         if at == 0 and (home is None or home.segment > self.last):
@@ -114,7 +121,7 @@ class Filing:
             if (at, i) not in wanted:
                 wanted.add((at, i))
                 work += [(at, j) for j in self.runs[at].read[i]]
-                work += by_name[placed[at][i].name]
+                work += by_name.pop(placed[at][i].name, ())
                 work += [(at, j) for j in taken[at].get(i, ()) if j in placed[at]]
         found: list[dict[Name, dict[int, int]]] = [{}, {}]
         for at, i in sorted(wanted):
@@ -249,9 +256,11 @@ class Filing:
             number = next(position)
             if type(leaf) is not Val:
                 return leaf
+            if run.dependent[leaf.number]:
+                return self.placed(at, leaf.number)
             found = self.seen(at, segment, leaf.number)
             read = reads.get(number)
-            if read is None or run.dependent[leaf.number]:
+            if read is None:
                 return found
             back, other = read
             made = self.members[at].get(other, {}).get(segment - back)

@@ -244,7 +244,8 @@ def _fold_row(rows: Sequence[list[Filed]], lists: frozenset[str]) -> tuple[Op, .
 
     for number, samples in enumerate(zip(*rows, strict=True)):
         op = samples[0].op
-        others = _others(samples)
+        integers = lists or any(type(leaf) is int for leaf in leaves(samples[0].args))
+        others = _others(samples) if integers else []
         if op.target is torch.ops.aten.slice.Tensor and all(map(_is_range, [*samples, *others])):
             samples, others = tuple(map(_by_length, samples)), list(map(_by_length, others))
         try:

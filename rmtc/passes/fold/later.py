@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 from rmtc.ir.program import Src, Val
-from rmtc.passes.fold.run import structure
 from rmtc.passes.fold.values import Unit, ValuedRun
 
 Seam = tuple[int, int]
@@ -102,7 +101,7 @@ def _paired_unread(short: ValuedRun, long: ValuedRun) -> list[tuple[Val, Val]]:
         for i in sorted(set(range(len(run.ops))) - read - run.needed):
             op = run.ops[i]
             if run.varies[i]:
-                key = op.target, structure(op.args), op.location, op.origin.module
+                key = op.target, run.structure[i], op.location, op.origin.module
                 unread.setdefault(key, ([], []))[at].append(Val(i))
     return [pair for first, second in unread.values() for pair in zip(first[::-1], second[::-1], strict=False)]
 
@@ -120,7 +119,7 @@ def _paired_uses(short: ValuedRun, long: ValuedRun, found: Mapping[Unit, Unit]) 
             op = run.ops[i]
             names = tuple(leaf.name for leaf in run.leaves[i] if type(leaf) is Src and leaf.name not in run.growing)
             if names and run.dependent[i] and unit not in (found, images)[at]:
-                uses.setdefault((op.target, structure(op.args), names), ([], []))[at].append(i)
+                uses.setdefault((op.target, run.structure[i], names), ([], []))[at].append(i)
     return [
         (Val(i), Val(j)) for first, second in uses.values() for i, j in zip(first[::-1], second[::-1], strict=False)
     ]
@@ -145,7 +144,7 @@ def _forward(short: ValuedRun, long: ValuedRun, found: dict[Unit, Unit], any_cod
                         return None
                     unit = known[unit]
                 read.append(unit if run.dependent[leaf.number] else None)
-        return op.target, structure(op.args), tuple(read), None if any_code else (op.location, op.origin.module)
+        return op.target, run.structure[i], tuple(read), None if any_code else (op.location, op.origin.module)
 
     images = set(found.values())
     by_key: dict[Hashable, list[Unit]] = {}

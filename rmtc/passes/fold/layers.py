@@ -189,7 +189,7 @@ def _layout(
             bisect_right(starts, maker) > layer for maker, layer in later
         )
 
-    starts, head, _ = divide(tokens, first, last, reach, {}, made, reads, waits)
+    starts, head, _ = divide(tokens, first, last, reach, made, reads, waits)
     begin = first[0] - common_suffix(tokens[: first[0]], head)
     # The last layer ends as another does, though it may leave out what it has no part in.
     tails = [tokens[at + 1 : start] for at, start in zip(last, starts, strict=False)]

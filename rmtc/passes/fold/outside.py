@@ -52,7 +52,7 @@ def fold_args(
                 fold([(of, value[at]) for of, value in values], [(of, value[at]) for of, value in extra])
                 for at in range(len(first))
             )
-        if type(first) is int:
+        if type(first) is int and any(value != first for _, value in (*values, *extra)):
             points, others = ([(value, of.environment) for of, value in each] for each in (values, extra))
             return fit(points, others)
         if any(value != first for _, value in values):

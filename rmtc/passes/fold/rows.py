@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Iterator
@@ -141,8 +142,7 @@ class FiledRun:
             args = self.table[Address(segment, name)][1]
             reads = self.filing.reads.get(name, {})
             for position, leaf in enumerate(leaves(args) if reads else ()):
-                read = reads.get(position)
-                if read is None or type(leaf) is not Address or leaf.name == read[1]:
+                if type(leaf) is not Address or (read := reads.get(position)) is None or leaf.name == read[1]:
                     continue
                 place = Address(segment - read[0], read[1])
                 if place in self.table or place.segment < 0:
@@ -228,6 +228,7 @@ class FiledRun:
                 self.number[Address(segment, name)] = len(self.rows[segment])
                 self.rows[segment].append(Filed(self, segment, name, op, args))
 
+    @functools.cache  # noqa: B019 (a run is of one fold)
     def environment(self, segment: int) -> Environment:
         """Return the sizes that a segment sees; the number of segments stands for the parts outside the loop."""
         size = self.run.size

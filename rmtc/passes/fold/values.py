@@ -29,6 +29,7 @@ class ValuedRun:
 
     Attributes:
         leaves: the arguments of each operation, one after another.
+        structure: the arguments without operands and integers.
         read: the operations whose results it reads.
         dependent: whether an operation has a part in which a growing input is named.
         varies: whether its value depends on that of a growing input.
@@ -44,6 +45,7 @@ class ValuedRun:
         self.size = RunSizes(segments, batch, tail, (segments - 1) * segment_length + tail, segment_length)
         self.growing = growing
         self.leaves: list[tuple[Any, ...]] = []
+        self.structure: list[tuple[Any, ...]] = []
         self.read: list[list[int]] = []
         self.dependent: list[bool] = []
         self.varies: list[bool] = []
@@ -55,6 +57,7 @@ class ValuedRun:
             sources = [leaf.name for leaf in each if type(leaf) is Src]
             grown = not growing.isdisjoint(sources)
             self.leaves.append(each)
+            self.structure.append(structure(op.args))
             self.read.append(read)
             self.dependent.append(grown or any(self.dependent[i] for i in read))
             self.varies.append(not _creates(op) and (grown or any(self.varies[i] for i in read)))
@@ -107,8 +110,8 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
                 for leaf in each
                 if type(leaf) in (Val, Src)
             )
-            key: Hashable = (op.target, structure(op.args), read)
-            integers = integers_of(op.args)
+            key: Hashable = (op.target, run.structure[i], read)
+            integers = tuple(leaf for leaf in each if type(leaf) is int)
             if op.random or run.dependent[i]:
                 key = (key, op.location, op.origin.module)
                 counts[at, key, integers] += 1
