@@ -39,7 +39,7 @@ _CONSTANTS, _JOINED = Reading(constants=True), (_PLAIN._replace(losses=False), _
 
 _ORDER = (
     *("capture", "remove-regions", "remake-constants", "canonicalize", "split-losses"),
-    *("find-segments", "fold-segments", "fold-layers", "find-dependences"),
+    *("find-segments", "fold-segments", "fold-layers", "generalize-rows", "find-dependences"),
     *("prove", "check", "fold-operations", "retime"),
     *("group", "if-convert", "batch-stages"),
     *("merge-equal", "fuse-norms", "fuse-rotary", "fuse-rolls", "fuse-accumulate", "join-products"),

@@ -27,6 +27,7 @@ from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.bodies.merge_equal import merge_equal
 from rmtc.passes.fold.dependences import find_dependences
 from rmtc.passes.fold.fold_segments import fold_segments
+from rmtc.passes.fold.generalize import generalize_rows
 from rmtc.passes.fold.layers import fold_layers
 from rmtc.passes.fold.streams import Family, Uses, find_family, uses
 from rmtc.passes.fold.unify import unify
@@ -136,7 +137,7 @@ def reroll(
         raise difference from error
 
     def rerolled(family: Family | None) -> tuple[SegmentLoop, Family | None]:
-        laid = fold_layers(replace(loop, growing=growing), family)
+        laid = generalize_rows(fold_layers(replace(loop, growing=growing), family))
         return find_dependences(laid, family), family
 
     try:

@@ -19,7 +19,7 @@ KEPT = {
     "capture/indexing.py",
     "passes/graph/canonicalize.py",
     *(f"passes/fold/{name}.py" for name in ("accumulators", "align", "carry", "classes", "cuts", "dependences")),
-    *(f"passes/fold/{name}.py" for name in ("fit", "fold_segments", "layers", "outside", "run")),
+    *(f"passes/fold/{name}.py" for name in ("fit", "fold_segments", "generalize", "layers", "outside", "run")),
     "passes/fold/streams.py",
     # The run of a call, likewise.
     *(f"runtime/{name}.py" for name in ("check_plan", "check_steps", "compiled", "concatenation", "executor", "plan")),

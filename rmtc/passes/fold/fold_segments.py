@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from rmtc.affine import Affine
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Op, Src, leaves, map_leaves, target_name
-from rmtc.ir.segment_loop import Environment, Every, Item, Outer, Row, SegmentLoop, Where
-from rmtc.passes.fold.filing import Address
+from rmtc.ir.segment_loop import Every, Item, Outer, Row, SegmentLoop, Where
+from rmtc.passes.fold.filing import Name
 from rmtc.passes.fold.fit import Misfit, fit
 from rmtc.passes.fold.outside import Ends, Values, fold_args
 from rmtc.passes.fold.rows import Filed, FiledRun
@@ -51,24 +51,29 @@ def fold_segments(short: FiledRun, long: FiledRun, lists: frozenset[str], steady
     for run in (short, long):
         for s in range(steady_from, run.segments):
             _same_operations(run, s, long, steady_from)
-    steady = _fold_row([run.rows[s] for run in (short, long) for s in range(steady_from, run.segments)], lists)
-    later = {each.name: op for each, op in zip(long.rows[steady_from], steady, strict=True)}
+    # What stands for an operation of the body has its name, or its place in a row that runs the same operations.
+    names: dict[tuple[FiledRun, int], list[Name]] = {}
+    known: dict[Name, list[Filed]] = {}
+    alike = set[tuple[FiledRun, int]]()
+    for run in (short, long):
+        for s in range(run.segments):
+            if run.tokens(s) == long.tokens(steady_from):
+                alike.add((run, s))
+            names[run, s] = [each.name for each in (long.rows[steady_from] if (run, s) in alike else run.rows[s])]
+            for name, each in zip(names[run, s], run.rows[s], strict=True):
+                known.setdefault(name, []).append(each)
+    late = [(run, s) for run in (short, long) for s in range(steady_from, run.segments)]
+    steady = _fold_row([run.rows[s] for run, s in late], [known[name] for name in names[late[0]]], alike, lists)
     rows: list[tuple[Op, ...]] = []
     for at in range(steady_from):
         _same_operations(long, at, short, at)
-        row = _fold_row([run.rows[at] for run in (short, long)], lists)
-        sizes = [run.environment(at) for run in (short, long)]
-        names = [each.name for each in long.rows[at]]
-        rows.append(tuple(_general(op, later.get(name), sizes) for name, op in zip(names, row, strict=True)))
+        own = [known[name] for name in names[long, at]]
+        rows.append(_fold_row([run.rows[at] for run in (short, long)], own, alike, lists))
     ends = Ends(short, long, steady_from)
     before, after, outputs = ends.fold("before", -1), ends.fold("after", 0), ends.results()
     sources, length = short.run.program.sources, short.run.size.segment
-    stands = {
-        (s, n): long.number[Address(s, each.name)]
-        for n, each in enumerate(long.rows[steady_from])
-        for s in range(steady_from)
-        if Address(s, each.name) in long.number
-    }
+    places = [{name: k for k, name in enumerate(names[long, s])} for s in range(steady_from)]
+    stands = {(s, n): at[name] for n, name in enumerate(names[late[0]]) for s, at in enumerate(places) if name in at}
     loop = _with_known_results(SegmentLoop(before, tuple(rows), steady, after, outputs, sources, length), stands)
     while len(loop.rows) > _LEAST and _alike(loop.rows[-1], steady):
         shorter = _without_last_row(loop)
@@ -227,8 +232,20 @@ def _same_operations(run: FiledRun, segment: int, other: FiledRun, reference: in
     )
 
 
-def _fold_row(rows: Sequence[list[Filed]], lists: frozenset[str]) -> tuple[Op, ...]:
-    """Fold the rows that a body stands for. What other segments run in place of an operation helps to fit integers."""
+def _fold_row(
+    rows: Sequence[list[Filed]],
+    known: Sequence[Sequence[Filed]],
+    alike: Set[tuple[FiledRun, int]],
+    lists: frozenset[str],
+) -> tuple[Op, ...]:
+    """Fold the rows that a body stands for.
+
+    Args:
+        rows: the rows.
+        known: what stands for each operation in any row, which helps to fit integers.
+        alike: the rows that run the operations of the steady one: these help each other, and need no more help.
+        lists: the names of the inputs that are lists with one item per segment.
+    """
     body: list[Op] = []
 
     def operand(values: Values, extra: Values) -> Any:
@@ -245,7 +262,7 @@ def _fold_row(rows: Sequence[list[Filed]], lists: frozenset[str]) -> tuple[Op, .
     for number, samples in enumerate(zip(*rows, strict=True)):
         op = samples[0].op
         integers = lists or any(type(leaf) is int for leaf in leaves(samples[0].args))
-        others = _others(samples) if integers else []
+        others = _others(samples, known[number], alike) if integers else []
         if op.target is torch.ops.aten.slice.Tensor and all(map(_is_range, [*samples, *others])):
             samples, others = tuple(map(_by_length, samples)), list(map(_by_length, others))
         try:
@@ -263,25 +280,6 @@ def _fold_row(rows: Sequence[list[Filed]], lists: frozenset[str]) -> tuple[Op, .
     return tuple(body)
 
 
-def _general(op: Op, steady: Op | None, sizes: Sequence[Environment]) -> Op:
-    """Give an operation of a first segment the functions that the steady one has in place of its numbers.
-
-    The runs have their short segment last, so a first segment knows only full ones.
-
-        row 1: %15 = arange(20)   s >= 2: %15 = arange(T + 4)   ->   row 1: %15 = arange(T + 4)
-    """
-
-    def merge(arg: Any, other: Any) -> Any:
-        if type(arg) is type(other) is tuple and len(arg) == len(other):
-            return tuple(map(merge, arg, other))
-        known = type(arg) in (int, Affine) and isinstance(other, Affine)
-        return other if known and all(each.of(arg) == each.of(other) for each in sizes) else arg
-
-    if steady is None or op.target is not steady.target:
-        return op
-    return op.with_args(merge(op.args, steady.args))
-
-
 def _is_range(sample: Filed) -> bool:
     """Tell whether the arguments of a slice count its start and its end from the front."""
     _, _, *ends = sample.args
@@ -294,19 +292,13 @@ def _by_length(sample: Filed) -> Filed:
     return sample._replace(args=(whole, dim, start, end - start, *step))
 
 
-def _others(samples: Sequence[Filed]) -> list[Filed]:
-    """Return what stands for an operation of a row in segments that run other operations, too."""
-    name, op = samples[0].name, samples[0].op
-    known = {(each.run, each.segment) for each in samples}
-    return [
-        other
-        for run in dict.fromkeys(each.run for each in samples)
-        for s in range(run.segments)
-        if (run, s) not in known
-        and (other := run.find(s, name)) is not None
-        and other.op.target is op.target
-        and structure(other.args) == structure(samples[0].args)
-    ]
+def _others(samples: Sequence[Filed], known: Sequence[Filed], alike: Set[tuple[FiledRun, int]]) -> Sequence[Filed]:
+    """Return what stands for an operation of a row in other segments, if it differs in operands and integers alone."""
+    own = {(each.run, each.segment) for each in samples}
+    kind = samples[0].op.target, structure(samples[0].args)
+    found = [each for each in known if (each.run, each.segment) not in own]
+    found = [each for each in found if (each.op.target, structure(each.args)) == kind]
+    return (own <= alike and [each for each in found if (each.run, each.segment) in alike]) or found
 
 
 def _relative(sample: Filed, value: Any, lists: frozenset[str]) -> Any:

@@ -12,13 +12,13 @@ from fractions import Fraction
 from typing import Any
 
 from rmtc.errors import CaptureError
-from rmtc.ir.program import Op, Src, leaves, map_leaves, parts, target_name
-from rmtc.ir.segment_loop import Every, Item, Layout, Outer, Row, SegmentLoop, Where
+from rmtc.ir.program import Op, Src, leaves, map_leaves, parts
+from rmtc.ir.segment_loop import Every, Layout, Outer, Row, SegmentLoop, Where
 from rmtc.passes.fold.accumulators import behind_the_layers
 from rmtc.passes.fold.align import aligned
 from rmtc.passes.fold.classes import Namer
 from rmtc.passes.fold.cuts import common_subsequence, common_suffix, divide, prefix_within, rising_subsequence
-from rmtc.passes.fold.streams import Family, template
+from rmtc.passes.fold.streams import Family, Names, names_of, template, used_names
 from rmtc.passes.registry import register
 
 __all__ = ["classified", "fold_layers", "reordered"]
@@ -79,44 +79,21 @@ def classified(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
     )
 
 
-def _operand_names(loop: SegmentLoop, row: Sequence[Op]) -> list[tuple[str, ...]]:
+def _operand_names(loop: SegmentLoop, row: Sequence[Op]) -> list[Names]:
     """For each operation, the names of the parameters its operands are, or are made of."""
 
-    def made(ops: Sequence[Op], before: list[tuple[str, ...] | None]) -> tuple[list[Any], list[Any]]:
-        stands: list[tuple[str, ...] | None] = []  # None: the value depends on more than parameters
-        operands: list[tuple[str, ...]] = []
-        for op in ops:
-            found: list[str] = []
-            fixed = True
-            for leaf in leaves(op.args):
-                if type(leaf) is Src:
-                    if leaf.name in loop.growing or loop.sources[leaf.name].kind == "constant":
-                        fixed = False
-                        continue
-                    found += loop.sources[leaf.name].names
-                elif isinstance(leaf, Item):
-                    fixed = False
-                elif isinstance(leaf, (Row, Outer)):
-                    known: tuple[str, ...] | None = None
-                    if isinstance(leaf, Outer) and leaf.number < len(before):
-                        known = before[leaf.number]
-                    elif isinstance(leaf, Row) and leaf.back == 0:
-                        known = stands[leaf.number]
-                    elif isinstance(leaf, Outer):
-                        known = stands[leaf.number]
-                    if known is None:
-                        fixed = False
-                    else:
-                        found += known
-            names = tuple(dict.fromkeys(found))
-            operands.append(names)
-            if target_name(op.target) == "select.int" and len(op.args) == 3 and op.args[1] == 0:
-                names = tuple(f"{name}[{op.args[2]}]" for name in names)
-            stands.append(names if fixed and names else None)
-        return stands, operands
+    before: list[Names | None] = []
 
-    before, _ = made(loop.before, [])
-    return made(row, before)[1]
+    def known(leaf: Any, made_of: Sequence[Names | None]) -> Names | None:
+        if type(leaf) is Src:
+            source = loop.sources[leaf.name]
+            return names_of(source, loop.growing) if source.kind != "constant" else None
+        if isinstance(leaf, Outer):
+            return (before or made_of)[leaf.number] or None
+        return made_of[leaf.number] or None if isinstance(leaf, Row) and leaf.back == 0 else None
+
+    before = used_names(loop.before, known)[1]
+    return used_names(row, known)[0]
 
 
 def _templates(family: Family | None, names: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

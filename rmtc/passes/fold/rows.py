@@ -241,11 +241,6 @@ class FiledRun:
             self._tokens[segment] = [(each.op.target, structure(each.args)) for each in self.rows[segment]]
         return self._tokens[segment]
 
-    def find(self, segment: int, name: Name) -> Filed | None:
-        """Return the operation of a name in a segment."""
-        number = self.number.get(Address(segment, name))
-        return None if number is None else self.rows[segment][number]
-
     def program(self) -> Program:
         """Return the run with its operations in order."""
         value = {place: Val(i) for i, place in enumerate(self.number)}
