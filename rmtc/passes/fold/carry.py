@@ -35,15 +35,18 @@ def carry(short: FiledRun, long: FiledRun) -> None:
 
 
 def _read_by_all(run: FiledRun) -> dict[Address, list[Address]]:
-    """Return what all later segments read, of which there are two at least, with the operations that read it."""
-    readers: dict[Address, list[Address]] = {}
+    """Return what all later segments read, the last two of them as the same operand, with the operations that read it.
+
+    A memory of several segments is read by all later ones, too, if it is one of the last, but as another operand.
+    """
+    readers: dict[Address, dict[int, set[tuple[Name, int]]]] = {}
     for place, (_, args) in run.table.items():
-        for leaf in leaves(args):
+        for position, leaf in enumerate(leaves(args)):
             if type(leaf) is Address and 0 <= leaf.segment < place.segment < run.segments:
-                readers.setdefault(leaf, []).append(place)
+                readers.setdefault(leaf, {}).setdefault(place.segment, set()).add((place.name, position))
+    last = run.segments - 1
     return {
-        place: some
-        for place, some in readers.items()
-        if place.segment < run.segments - 2
-        and {each.segment for each in some} == set(range(place.segment + 1, run.segments))
+        made: [Address(s, name) for s, some in read.items() for name, _ in sorted(some)]
+        for made, read in readers.items()
+        if len(read) == last - made.segment > 1 and read[last] & read[last - 1]
     }
