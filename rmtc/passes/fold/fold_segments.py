@@ -135,8 +135,9 @@ def _refuse_missing(loop: SegmentLoop) -> None:
 def _with_known_results(loop: SegmentLoop, stands: Mapping[tuple[int, int], int]) -> SegmentLoop:
     """The loop with the results of a first segment that runs other operations: such a segment may be the last.
 
-    It leaves the operation of the same name; where it lacks that, the result is made after the loop. A trace of so few
-    segments has yet to confirm it.
+    It leaves what later ones read in the place of what a steady one leaves; where none reads it, the operation of the
+    same name; where it lacks that, too, the result is made after the loop. A trace of so few segments has yet to
+    confirm it.
 
         s0: %3, s: %5 = f(s-1.%5), s1 reads s0.%3 in its place   ->   s0 leaves %3 where a later one leaves %5
         s0: %3, s: %3, %4 = view(%3), result s[-1].%4            ->   after: %0 = view(s[-1].%3), result after.%0
@@ -146,6 +147,17 @@ def _with_known_results(loop: SegmentLoop, stands: Mapping[tuple[int, int], int]
         stands: for a row, and the number of an operation in the steady one, its number in that row.
     """
     last = len(loop.rows)
+    read: dict[tuple[int, int], int] = {}
+    back = [leaf.back for op in loop.steady for leaf in leaves(op.args) if isinstance(leaf, Row)]
+    for s in range(last + max(back, default=0)):
+        row = loop.rows[s] if s < last else loop.steady
+        if [op.target for op in row] != [op.target for op in loop.steady]:
+            continue
+        for op, steady in zip(row, loop.steady, strict=True):
+            for one, other in zip(leaves(op.args), leaves(steady.args), strict=False):
+                if isinstance(one, Row) and isinstance(other, Row) and 0 < one.back == other.back <= s:
+                    read.setdefault((s - one.back, other.number), one.number)
+    stands = {**stands, **read}
     made: list[Op] = []
     beyond: dict[tuple[int, int], Outer] = {}
     lacking: set[int] = set()  # what cannot be made after the loop, as what waits for itself
