@@ -153,7 +153,7 @@ def _ways(short: ValuedRun, long: ValuedRun) -> tuple[dict[int, str], dict[int, 
             if not run.dependent[i]:
                 given = (leaf for leaf in run.leaves[i] if type(leaf) in (Val, Src))
                 read = tuple(ways[leaf.number] if type(leaf) is Val else leaf.name for leaf in given)
-                ways[i] = names.setdefault((op.target, structure(op.args), read), f"way {len(names)}")
+                ways[i] = names.setdefault((op.target, run.structure[i], read), f"way {len(names)}")
     return found
 
 
