@@ -9,6 +9,7 @@ import networkx as nx
 
 from rmtc.ir.program import Op, leaves
 from rmtc.ir.segment_loop import Layout, Row
+from rmtc.passes.fold.run import made_of
 
 __all__ = ["Laid", "behind_the_layers"]
 
@@ -43,12 +44,7 @@ def behind_the_layers(rows: Sequence[Sequence[Op]], laid: Sequence[Laid], anchor
                 for at in _made_in(row, each.back, steady)
                 if each.number < len(rows[at])
             ]
-    into_layers = {(row, i) for row, some in enumerate(anchors) for i in some}
-    work = list(into_layers)
-    while work:
-        more = [node for node in read[work.pop()] if node not in into_layers]
-        into_layers.update(more)
-        work += more
+    into_layers = made_of(read, ((row, i) for row, some in enumerate(anchors) for i in some))
     graph: nx.DiGraph[Node] = nx.DiGraph()
     graph.add_nodes_from(node for node in read if node not in into_layers)
     graph.add_edges_from((each, node) for node in graph.nodes for each in read[node] if each not in into_layers)

@@ -11,7 +11,7 @@ from rmtc.errors import RefusedError
 from rmtc.ir.program import Op, Val, map_leaves, parts
 from rmtc.passes.fold.by_use import by_use, in_order
 from rmtc.passes.fold.orbits import Home, Orbits
-from rmtc.passes.fold.run import describe, structure
+from rmtc.passes.fold.run import describe, made_of, structure
 from rmtc.passes.fold.values import Unit
 
 
@@ -284,15 +284,8 @@ class Filing:
 
     def _reads_own(self, at: int, i: int) -> bool:
         """Tell whether an operation is made of what one segment alone makes."""
-        work, seen = [i], {i}
-        while work:
-            for j in self.runs[at].read[work.pop()]:
-                if self.runs[at].unit[j] in self.own[at]:
-                    return True
-                if j not in seen:
-                    seen.add(j)
-                    work.append(j)
-        return False
+        run = self.runs[at]
+        return any(run.unit[j] in self.own[at] for j in made_of(run.read, run.read[i]))
 
 
 def _lags(sequence: Mapping[int, int], other: Mapping[int, int], back: int) -> bool:

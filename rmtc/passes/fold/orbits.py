@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
 from rmtc.passes.fold.later import find_later
-from rmtc.passes.fold.run import structure
+from rmtc.passes.fold.run import made_of, structure
 from rmtc.passes.fold.values import Unit, ValuedRun, integers_of
 
 
@@ -55,14 +55,8 @@ class Orbits:
         for unit, other in self.later.items():
             if unit == other or unit not in long.stands or long.dependent[long.stands[other]]:
                 continue
-            work, seen = [long.stands[other]], set[int]()
-            while work and other not in found:
-                for i in long.read[work.pop()]:
-                    if i not in seen:
-                        seen.add(i)
-                        work.append(i)
-                        if long.unit[i] == unit:
-                            found |= {unit, other}
+            if any(long.unit[i] == unit for i in made_of(long.read, [long.stands[other]])):
+                found |= {unit, other}
         for run in (self.short, self.long) if found else ():
             for i in range(len(run.ops)):
                 run.dependent[i] |= run.unit[i] in found or any(run.dependent[j] for j in run.read[i])

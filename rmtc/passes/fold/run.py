@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from rmtc.errors import Location, RefusedError
 from rmtc.ir.program import Op, show, target_name
+
+T = TypeVar("T")
 
 
 def structure(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -14,6 +17,22 @@ def structure(args: tuple[Any, ...]) -> tuple[Any, ...]:
         structure(arg) if type(arg) is tuple else tuple if isinstance(arg, tuple) else int if type(arg) is int else arg
         for arg in args
     )
+
+
+def made_of(read: Any, some: Iterable[T]) -> set[T]:
+    """Return some operations and all that they are made of.
+
+    Args:
+        read: what each operation reads.
+        some: the operations.
+    """
+    found = set(some)
+    work = list(found)
+    while work:
+        more = set(read[work.pop()]) - found
+        found |= more
+        work += more
+    return found
 
 
 def describe(op: Op) -> str:

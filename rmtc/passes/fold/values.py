@@ -119,25 +119,20 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
             groups = level.setdefault(key, ({}, {}))
             groups[at].setdefault(integers, []).append(i)
         for first, second in level.values():
-            pairs = {integers: integers for integers in first if integers in second}
-            taken = set(pairs.values())
-            for integers in [each for each in first if each not in pairs]:
-                others = (each for each in second if each not in taken)
-                other = next((each for each in others if _same_sizes(integers, each, short.size, long.size)), None)
-                if other is not None:
-                    pairs[integers] = other
-                    taken.add(other)
-            for integers, members in first.items():
+            numbers: dict[tuple[int, ...], int] = {}  # of those of the longer run
+            for integers in sorted(first, key=lambda each: each not in second):
+                others = (each for each in second if each not in numbers)
+                alike = (each for each in others if _same_sizes(integers, each, short.size, long.size))
+                other = integers if integers in second else next(alike, None)
                 number = next(fresh)
-                for i in members:
+                if other is not None:
+                    numbers[other] = number
+                for i in first[integers]:
                     classes[0][i] = number
-                for i in second[pairs[integers]] if integers in pairs else ():
-                    classes[1][i] = number
             for integers, members in second.items():
-                if integers not in taken:
-                    number = next(fresh)
-                    for i in members:
-                        classes[1][i] = number
+                number = numbers[integers] if integers in numbers else next(fresh)
+                for i in members:
+                    classes[1][i] = number
     for at, run in enumerate((short, long)):
         run.unit = classes[at]
         for i in range(len(run.ops)):
