@@ -16,7 +16,7 @@ from rmtc.ir.segment_loop import Row, SegmentLoop
 from rmtc.passes.fold.streams import Family, template
 from rmtc.passes.registry import register
 
-__all__ = ["cell_graph", "find_dependences", "maker_name", "tensor_name"]
+__all__ = ["cell_graph", "find_dependences", "maker_name", "steady_numbers", "tensor_name"]
 
 
 class _Unrolled:
@@ -116,7 +116,7 @@ def _tensors(
     unrolled: _Unrolled, loop: SegmentLoop, family: Family | None
 ) -> dict[tuple[int, str], dict[tuple[int, int], list[_Edge]]]:
     """What crosses between cells, by segments and name, then by the producer's and the consumer's layer."""
-    rows, steady = len(loop.rows), _steady_numbers(loop)
+    rows, steady = len(loop.rows), steady_numbers(loop)
     crossing = []
     for source, target, producer, consumer in unrolled.crossing():
         segment, number = unrolled.keys[producer]
@@ -142,7 +142,7 @@ def _furthest_back(loop: SegmentLoop) -> int:
     return max((leaf.back for leaf in operands if type(leaf) is Row), default=0)
 
 
-def _steady_numbers(loop: SegmentLoop) -> dict[tuple[int, int], int]:
+def steady_numbers(loop: SegmentLoop) -> dict[tuple[int, int], int]:
     """For (row, number) of operations: the number of that which makes the same tensor in a steady segment.
 
     In a segment that runs what the steady ones run it is the same number; in another, that of what such a segment
@@ -200,7 +200,7 @@ def _distances(
     ]
 
 
-def tensor_name(op: Op | Op, layer: int, family: Family | None) -> str:
+def tensor_name(op: Op, layer: int, family: Family | None) -> str:
     """The name of a tensor with ``{l}`` for the layer, as in ``memories[{l}]``."""
     if op.name and not op.name.startswith(("output", "write:")):
         name = template(family, op.name)
@@ -208,7 +208,7 @@ def tensor_name(op: Op | Op, layer: int, family: Family | None) -> str:
     return op.origin.variable or op.label
 
 
-def maker_name(op: Op | Op, layer: int, layers: int, family: Family | None) -> str:
+def maker_name(op: Op, layer: int, layers: int, family: Family | None) -> str:
     """An operation in words a user recognises, as in ``linear in layers.{l}.query (prologue)``."""
     stage = " (prologue)" if layer < 0 else " (epilogue)" if layer >= layers else ""
     return (f"{op.label} in {template(family, op.origin.module)}" if op.origin.module else op.label) + stage

@@ -14,6 +14,7 @@ from rmtc.affine import Affine
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Op, Src, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import Every, Item, Outer, Row, SegmentLoop, Where
+from rmtc.passes.fold.dependences import steady_numbers
 from rmtc.passes.fold.filing import Name
 from rmtc.passes.fold.fit import Misfit, fit
 from rmtc.passes.fold.outside import Ends, Values, fold_args
@@ -147,17 +148,7 @@ def _with_known_results(loop: SegmentLoop, stands: Mapping[tuple[int, int], int]
         stands: for a row, and the number of an operation in the steady one, its number in that row.
     """
     last = len(loop.rows)
-    read: dict[tuple[int, int], int] = {}
-    back = [leaf.back for op in loop.steady for leaf in leaves(op.args) if isinstance(leaf, Row)]
-    for s in range(last + max(back, default=0)):
-        row = loop.rows[s] if s < last else loop.steady
-        if [op.target for op in row] != [op.target for op in loop.steady]:
-            continue
-        for op, steady in zip(row, loop.steady, strict=True):
-            for one, other in zip(leaves(op.args), leaves(steady.args), strict=False):
-                if isinstance(one, Row) and isinstance(other, Row) and 0 < one.back == other.back <= s:
-                    read.setdefault((s - one.back, other.number), one.number)
-    stands = {**stands, **read}
+    stands = {**stands, **{(row, same): number for (row, number), same in steady_numbers(loop).items()}}
     made: list[Op] = []
     beyond: dict[tuple[int, int], Outer] = {}
     lacking: set[int] = set()  # what cannot be made after the loop, as what waits for itself
