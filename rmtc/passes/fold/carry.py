@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rmtc.ir.program import Op, leaves, map_leaves
-from rmtc.passes.fold.filing import Address, Name
+from rmtc.passes.fold.orbits import Address, Name
 from rmtc.passes.fold.rows import FiledRun
 
 __all__ = ["carry"]

@@ -15,8 +15,8 @@ from rmtc.errors import RefusedError
 from rmtc.ir.program import Op, Src, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import Every, Item, Outer, Row, SegmentLoop, Where
 from rmtc.passes.fold.dependences import steady_numbers
-from rmtc.passes.fold.filing import Name
 from rmtc.passes.fold.fit import Misfit, fit
+from rmtc.passes.fold.orbits import Name
 from rmtc.passes.fold.outside import Ends, Values, fold_args
 from rmtc.passes.fold.rows import Filed, FiledRun
 from rmtc.passes.fold.run import SAME_OPERATIONS, describe, other_operation, structure

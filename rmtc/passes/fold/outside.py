@@ -13,8 +13,8 @@ from rmtc.affine import Affine
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Op, Src, show, target_name
 from rmtc.ir.segment_loop import Every, Numbered, Outer, Where
-from rmtc.passes.fold.filing import Address, Name
 from rmtc.passes.fold.fit import Misfit, fit
+from rmtc.passes.fold.orbits import Address, Name
 from rmtc.passes.fold.rows import Filed, FiledRun
 from rmtc.passes.fold.run import describe
 
