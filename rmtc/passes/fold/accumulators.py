@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import networkx as nx
 
-from rmtc.ir.program import Op, leaves
-from rmtc.ir.segment_loop import Layout, Row
+from rmtc.ir.program import leaves
+from rmtc.ir.segment_loop import Layout, Row, SegmentLoop
 from rmtc.passes.fold.run import made_of
 
 __all__ = ["Laid", "behind_the_layers"]
@@ -20,7 +20,7 @@ Node = tuple[int, int]
 """A row, and an operation in it."""
 
 
-def behind_the_layers(rows: Sequence[Sequence[Op]], laid: Sequence[Laid], anchors: Sequence[set[int]]) -> list[Laid]:
+def behind_the_layers(loop: SegmentLoop, laid: Sequence[Laid], anchors: Sequence[set[int]]) -> list[Laid]:
     """File in the epilogue what goes from layer to layer and from segment to segment, and comes into no layer.
 
     Each cell adds to a loss: cell after cell, in this order. Only the results need it, so the epilogues may add up what
@@ -29,11 +29,11 @@ def behind_the_layers(rows: Sequence[Sequence[Op]], laid: Sequence[Laid], anchor
     l0: c0, e0 = add(s-1.e1, c0) | l1: c1, e1 = add(e0, c1)   ->   l0: c0 | l1: c1 | epi: e0, e1
 
     Args:
-        rows: the rows of a loop, the steady one last.
+        loop: the loop.
         laid: where the layers of each row are.
         anchors: the operations of each row that use parameters of the layers.
     """
-    steady = len(rows) - 1
+    rows = [*loop.rows, loop.steady]
     read: dict[Node, list[Node]] = {}
     for row, ops in enumerate(rows):
         for i, op in enumerate(ops):
@@ -41,7 +41,7 @@ def behind_the_layers(rows: Sequence[Sequence[Op]], laid: Sequence[Laid], anchor
             read[row, i] = [
                 (at, each.number)
                 for each in made
-                for at in _made_in(row, each.back, steady)
+                for at in loop.rows_before(row, each.back)
                 if each.number < len(rows[at])
             ]
     into_layers = made_of(read, ((row, i) for row, some in enumerate(anchors) for i in some))
@@ -65,13 +65,6 @@ def behind_the_layers(rows: Sequence[Sequence[Op]], laid: Sequence[Laid], anchor
     }
     moved = set(itertools.chain.from_iterable(nx.bfs_layers(graph, moved)))
     return [_moved(each, {i for at, i in moved if at == row}) for row, each in enumerate(laid)]
-
-
-def _made_in(row: int, back: int, steady: int) -> Sequence[int]:
-    """The rows of the segment that a row reads so many segments back; one may have fewer operations."""
-    if back == 0 or row < steady:
-        return [row - back]
-    return range(max(0, steady - back), steady + 1)
 
 
 def _moved(laid: Laid, moved: set[int]) -> Laid:

@@ -15,7 +15,7 @@ from rmtc.errors import CaptureError
 from rmtc.ir.program import Op, Src, leaves, map_leaves, parts
 from rmtc.ir.segment_loop import Every, Layout, Outer, Row, SegmentLoop, Where
 from rmtc.passes.fold.accumulators import behind_the_layers
-from rmtc.passes.fold.align import aligned
+from rmtc.passes.fold.align import aligned, own_reads
 from rmtc.passes.fold.classes import Namer
 from rmtc.passes.fold.cuts import common_subsequence, common_suffix, divide, prefix_within, rising_subsequence
 from rmtc.passes.fold.streams import Family, Names, names_of, template, used_names
@@ -101,6 +101,9 @@ def _templates(family: Family | None, names: Sequence[tuple[str, ...]]) -> list[
     return [tuple(sorted({template(family, name) for name in each})) for each in names]
 
 
+_KEPT = ("buffer", "state")
+
+
 def _layout(
     loop: SegmentLoop, row: Sequence[Op], family: Family | None, later: Sequence[tuple[int, int]] = ()
 ) -> Layout:
@@ -130,32 +133,28 @@ def _layout(
     layer_at = _in_turn(own, layer_at, row)
     first = [min(i for i in layer_at if layer_at[i] == layer) for layer in range(layers)]
     last = [max(i for i in layer_at if layer_at[i] == layer) for layer in range(layers)]
+    read = own_reads(row)
     reach = list(range(len(row)))
-    for i, op in enumerate(row):
-        for leaf in leaves(op.args):
-            if isinstance(leaf, Row) and leaf.back == 0:
-                reach[leaf.number] = i
+    for i, some in enumerate(read):
+        for j in some:
+            reach[j] = i
     templates = _templates(family, names)
     tokens = [(op.target, len(op.args), templates[i]) for i, op in enumerate(row)]
     reads: set[int] = set()
     alike = [op.target for op in row] == [op.target for op in loop.steady]
     back: set[tuple[int, int]] = set()  # makers and readers; of a row of another kind the makers are not in it
-    rank = [layer_at.get(i, -1) for i in range(len(row))]  # the latest layer that it is made of
+    rank: list[int] = []  # the latest layer that it is made of
     for i, op in enumerate(row):
+        rank.append(max([layer_at.get(i, -1), *(rank[j] for j in read[i])]))
         for leaf in leaves(op.args):
-            if isinstance(leaf, Row) and leaf.back == 0:
-                rank[i] = max(rank[i], rank[leaf.number])
-            elif isinstance(leaf, Row) or (
-                isinstance(leaf, Src) and loop.sources[leaf.name].kind in ("buffer", "state")
-            ):
-                reads.add(i)
             if isinstance(leaf, Row) and leaf.back > 0 and alike:
                 back.add((leaf.number, i))
+            if leaf.back if isinstance(leaf, Row) else type(leaf) is Src and loop.sources[leaf.name].kind in _KEPT:
+                reads.add(i)
     latest = list(rank)  # that something is made of which it has a part in
     for i in reversed(range(len(row))):
-        for leaf in leaves(row[i].args):
-            if isinstance(leaf, Row) and leaf.back == 0:
-                latest[leaf.number] = max(latest[leaf.number], latest[i])
+        for j in read[i]:
+            latest[j] = max(latest[j], latest[i])
     made = {i for i in range(len(row)) if latest[i] <= rank[i]}
     made -= {i for several, some in parts(row).items() if several not in made for i in some}
     reads -= made
@@ -230,7 +229,7 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
     for at, row in enumerate(rows):
         laid[at] = aligned(row, laid[at], _templates(family, names[at]), at == len(rows) - 1)
     anchors = [{i for i, each in enumerate(some) if family and family.layer(each) is not None} for some in names]
-    laid = behind_the_layers(rows, laid, anchors)
+    laid = behind_the_layers(loop, laid, anchors)
     return reordered(loop, [order for order, _ in laid]), tuple(layout for _, layout in laid)
 
 
@@ -280,16 +279,16 @@ def _refile(loop: SegmentLoop, row: Sequence[Op], layout: Layout, family: Family
     """
     layers, start = len(layout.layers), layout.epilogue[0]
     label: dict[int, int | None] = {}
+    read = own_reads(row)
     users: dict[int, list[int]] = {}
 
     def at(index: int) -> int | None:
         return label[index] if index in label else layout.layer_of(index)
 
     for i in range(start, len(row)):
-        found = [leaf.number for leaf in leaves(row[i].args) if isinstance(leaf, Row) and leaf.back == 0]
-        known = [layer for j in found if (layer := at(j)) is not None and layer >= 0]
+        known = [layer for j in read[i] if (layer := at(j)) is not None and layer >= 0]
         label[i] = max(known, default=None)
-        for j in found:
+        for j in read[i]:
             users.setdefault(j, []).append(i)
     for i in reversed(range(start, len(row))):  # what reads only earlier segments goes with what uses it
         if label[i] is None:
@@ -298,7 +297,7 @@ def _refile(loop: SegmentLoop, row: Sequence[Op], layout: Layout, family: Family
             label[i] = min(above) if above else next((layer for layer in earlier if layer is not None), layers - 1)
     for i in range(start, len(row)):
         if row[i].target is operator.getitem:
-            label[i] = at(next(leaf.number for leaf in leaves(row[i].args) if isinstance(leaf, Row)))
+            label[i] = at(read[i][0])
     extra = [[i for i in range(start, len(row)) if label[i] == layer] for layer in range(layers)]
     if layers < 2 or not any(extra[:-1]):
         return list(range(len(row))), layout
@@ -306,22 +305,16 @@ def _refile(loop: SegmentLoop, row: Sequence[Op], layout: Layout, family: Family
 
     def token(i: int, layer: int) -> tuple[Any, ...]:
         begin, end = layout.layers[layer]
-        inside = tuple(
-            leaf.number - begin
-            for leaf in leaves(row[i].args)
-            if isinstance(leaf, Row) and leaf.back == 0 and begin <= leaf.number < end
-        )
-        return row[i].target, inside, templates[i]
+        return row[i].target, tuple(j - begin for j in read[i] if begin <= j < end), templates[i]
 
     rest = [i for i in range(start, len(row)) if (label[i] or 0) >= layers - 1]
     pattern = [token(i, layers - 2) for i in extra[-2]]
     matched = {rest[k] for k in common_subsequence([token(i, layers - 1) for i in rest], pattern)}
     outside = set(rest) - matched
     for i in sorted(matched):
-        if any(isinstance(leaf, Row) and leaf.back == 0 and leaf.number in outside for leaf in leaves(row[i].args)):
-            matched.discard(i)
+        if not outside.isdisjoint(read[i]):
             outside.add(i)
-    extra[-1] = sorted(matched)
+    extra[-1] = sorted(matched - outside)
     order = list(range(layout.prologue[1]))
     bounds: list[tuple[int, int]] = []
     for layer, (begin, end) in enumerate(layout.layers):
