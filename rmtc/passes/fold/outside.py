@@ -133,8 +133,6 @@ class Ends:
     def _every(self, values: Values) -> tuple[Any, ...]:
         """Fold a list with one item a segment, and perhaps other items at its ends."""
         (_, a), (_, b) = values
-        if len(b) != len(a) + 1:
-            raise Misfit(f"{len(a)} and {len(b)} arguments")
         at = [
             [(each.segment, of.run.number[each]) if type(each) is Address else (-2, 0) for each in items]
             for of, items in values
@@ -142,7 +140,8 @@ class Ends:
         begin = next((k for k, (s, _) in enumerate(at[1]) if s == 0), None)
         sizes = self.short.segments, self.long.segments
         inside = [[] if begin is None else each[begin : begin + n] for each, n in zip(at, sizes, strict=True)]
-        if begin is None or any([s for s, _ in each] != list(range(n)) for each, n in zip(inside, sizes, strict=True)):
+        each_once = all([s for s, _ in each] == list(range(n)) for each, n in zip(inside, sizes, strict=True))
+        if begin is None or not each_once or len(b) != len(a) + 1:
             raise Misfit("a list grows, but not by one value of each segment")
         index = [i for _, i in inside[1]]
         if [i for _, i in inside[0]] != index[: self.short.segments]:
