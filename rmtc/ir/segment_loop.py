@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -114,10 +116,7 @@ class Layout(NamedTuple):
         """Return the layer of an operation: -1 for the prologue, L for the epilogue."""
         if index < self.prologue[1]:
             return -1
-        for layer, (start, end) in enumerate(self.layers):
-            if start <= index < end:
-                return layer
-        return len(self.layers)
+        return len(self.layers) if index >= self.epilogue[0] else bisect_right(self.layers, (index, math.inf)) - 1
 
 
 CARRIED = "carried:"

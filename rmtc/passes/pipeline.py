@@ -128,9 +128,9 @@ def reroll(
     if not used & runs[0][0].needed():
         raise _unneeded()
     steady_from, layers = _steady_from(runs[0][1]), _layers(runs[1][0], found[1], family)
-    shorter, longer, difference = unify(runs[0], runs[1], texts, lists, segment_length, steady_from, layers)
+    shorter, longer, difference = unify(runs[0], runs[1], texts, segment_length, steady_from, layers)
     try:
-        loop = fold_segments(shorter, longer, runs[0][0].sources, steady_from)
+        loop = fold_segments(shorter, longer, lists, steady_from)
     except RefusedError as error:
         if difference is None:
             raise

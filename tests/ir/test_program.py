@@ -18,7 +18,6 @@ from rmtc.errors import VerifyError
 from rmtc.ir.program import NegativeZero, Op, Program, Source, Src, Val
 from rmtc.ir.segment_loop import Outer, Row
 from rmtc.ir.wavefront import Input, Local
-from rmtc.passes.fold.run import Segmented
 from rmtc.passes.pipeline import rewrite
 from rmtc.passes.registry import PASSES, ran, register, watching
 
@@ -106,14 +105,6 @@ def test_a_program_reads_what_is_there() -> None:
             Program([op], source, {}).verify()
     with pytest.raises(VerifyError, match="output reads %0"):
         Program([], source, {"output": Val(0)}).verify()
-
-
-def test_segments_start_one_after_another() -> None:
-    program = Program.parse("input x: float32[2]\n%0 = neg(x)\n%1 = neg(%0)\n")
-    Segmented(program, [0, 1, 2]).verify()
-    for starts in ([1, 0, 2], [0, 1, 3]):
-        with pytest.raises(VerifyError, match="start at"):
-            Segmented(program, starts).verify()
 
 
 def test_a_loop_reads_what_is_there(analysed: Analysis) -> None:

@@ -82,6 +82,6 @@ def test_divide_finds_the_same_cut_everywhere() -> None:
     tokens = list("begin") + list("hAt") * parts + list("end")
     first = [5 + 3 * part + 1 for part in range(parts)]
     reach = [index + 1 for index in range(len(tokens))]
-    starts, head, tail = divide(tokens, first, first, reach, {})
+    starts, head, tail = divide(tokens, first, first, reach)
     assert starts == [5 + 3 * part for part in range(1, parts)]
     assert (head, tail) == (["h"], ["t"])

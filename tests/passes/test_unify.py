@@ -39,9 +39,10 @@ class Text:
         return Program.parse("".join([*self.lines, *(f"return {name} = {value}\n" for name, value in results.items())]))
 
 
-def folded(write: object) -> str:
-    """The body of the loop that two runs of 3 and 4 segments are folded into."""
-    runs = [(write(Text(*sizes), sizes[0]), *sizes) for sizes in ((3, 2, 4), (4, 5, 2))]  # type: ignore[operator]
+def folded(write: object, segments: int = 3) -> str:
+    """The body of the loop that two runs of so many segments, and of one more, are folded into."""
+    sizes = (segments, 2, 4), (segments + 1, 5, 2)
+    runs = [(write(Text(*each), each[0]), *each) for each in sizes]  # type: ignore[operator]
     loop, _ = reroll(runs, frozenset({"text"}), frozenset(), 4)
     loop.verify()
     text = str(loop)
@@ -111,8 +112,10 @@ def test_a_counter_goes_from_segment_to_segment() -> None:
             count = text.add(f"add.Tensor({count}, 1)")
         return text.program(output=memory, steps=count)
 
-    body = folded(write)
-    assert "= add.Tensor(s-1.%" in body and "return steps = s[-1].%" in body
+    for segments in (3, 4):
+        body = folded(write, segments)
+        assert "= add.Tensor(s-1.%" in body and "return steps = s[-1].%" in body
+        assert "add.Tensor" not in body.partition("segment s >=")[0]  # the first segment adds, too
 
 
 def test_what_all_segments_make_alike_is_made_once() -> None:

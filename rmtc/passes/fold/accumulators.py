@@ -7,16 +7,20 @@ from collections.abc import Sequence
 
 import networkx as nx
 
-from rmtc.ir.program import Op, leaves
-from rmtc.ir.segment_loop import Layout, Row
+from rmtc.ir.program import leaves
+from rmtc.ir.segment_loop import Layout, Row, SegmentLoop
+from rmtc.passes.fold.run import made_of
 
 __all__ = ["Laid", "behind_the_layers"]
 
 Laid = tuple[list[int], Layout]
 """The operations of a row in the order in which its layout has them, and the layout."""
 
+Node = tuple[int, int]
+"""A row, and an operation in it."""
 
-def behind_the_layers(rows: Sequence[Sequence[Op]], laid: Sequence[Laid], anchors: Sequence[set[int]]) -> list[Laid]:
+
+def behind_the_layers(loop: SegmentLoop, laid: Sequence[Laid], anchors: Sequence[set[int]]) -> list[Laid]:
     """File in the epilogue what goes from layer to layer and from segment to segment, and comes into no layer.
 
     Each cell adds to a loss: cell after cell, in this order. Only the results need it, so the epilogues may add up what
@@ -25,51 +29,42 @@ def behind_the_layers(rows: Sequence[Sequence[Op]], laid: Sequence[Laid], anchor
     l0: c0, e0 = add(s-1.e1, c0) | l1: c1, e1 = add(e0, c1)   ->   l0: c0 | l1: c1 | epi: e0, e1
 
     Args:
-        rows: the rows of a loop, the steady one last.
+        loop: the loop.
         laid: where the layers of each row are.
         anchors: the operations of each row that use parameters of the layers.
     """
-    steady = len(rows) - 1
-    graph: nx.DiGraph[tuple[int, int]] = nx.DiGraph()
+    rows = [*loop.rows, loop.steady]
+    read: dict[Node, list[Node]] = {}
     for row, ops in enumerate(rows):
-        graph.add_nodes_from((row, i) for i in range(len(ops)))
         for i, op in enumerate(ops):
-            for leaf in leaves(op.args):
-                if isinstance(leaf, Row):
-                    made_in = (each for each in _made_in(row, leaf.back, steady) if leaf.number < len(rows[each]))
-                    graph.add_edges_from(((each, leaf.number), (row, i)) for each in made_in)
+            made = [leaf for leaf in leaves(op.args) if isinstance(leaf, Row)]
+            read[row, i] = [
+                (at, each.number)
+                for each in made
+                for at in loop.rows_before(row, each.back)
+                if each.number < len(rows[at])
+            ]
+    into_layers = made_of(read, ((row, i) for row, some in enumerate(anchors) for i in some))
+    graph: nx.DiGraph[Node] = nx.DiGraph()
+    graph.add_nodes_from(node for node in read if node not in into_layers)
+    graph.add_edges_from((each, node) for node in graph.nodes for each in read[node] if each not in into_layers)
     layer = {
         (row, i): layout.layer_of(place) for row, (order, layout) in enumerate(laid) for place, i in enumerate(order)
     }
-    used = {(row, i) for row, some in enumerate(anchors) for i in some}
-    into_layers = _reached(nx.reverse_view(graph), used)
-    sums: set[tuple[int, int]] = set()
+    sums: set[Node] = set()
     for component in nx.strongly_connected_components(graph):
-        inside = {layer[node] for node in component}
-        if len(inside) > 1 and component.isdisjoint(into_layers):
+        if len({layer[node] for node in component}) > 1:
             sums |= component
     if not sums:
         return list(laid)
     kinds = {(rows[row][i].target, rows[row][i].location) for row, i in sums}
     moved = {
         node
-        for node in graph.nodes - into_layers
+        for node in graph
         if node in sums or (rows[node[0]][node[1]].target, rows[node[0]][node[1]].location) in kinds
     }
-    moved = _reached(graph, moved)
+    moved = set(itertools.chain.from_iterable(nx.bfs_layers(graph, moved)))
     return [_moved(each, {i for at, i in moved if at == row}) for row, each in enumerate(laid)]
-
-
-def _reached(graph: nx.DiGraph[tuple[int, int]], sources: set[tuple[int, int]]) -> set[tuple[int, int]]:
-    """The sources and all nodes that a path leads to from them."""
-    return set(itertools.chain.from_iterable(nx.bfs_layers(graph, sources)))
-
-
-def _made_in(row: int, back: int, steady: int) -> Sequence[int]:
-    """The rows of the segment that a row reads so many segments back; one may have fewer operations."""
-    if back == 0 or row < steady:
-        return [row - back]
-    return range(max(0, steady - back), steady + 1)
 
 
 def _moved(laid: Laid, moved: set[int]) -> Laid:

@@ -12,7 +12,7 @@ from rmtc.ir.program import Op, leaves, map_leaves
 from rmtc.ir.segment_loop import Layout, Row
 from rmtc.passes.fold.accumulators import Laid
 
-__all__ = ["aligned"]
+__all__ = ["aligned", "own_reads"]
 
 
 def aligned(row: Sequence[Op], laid: Laid, templates: Sequence[tuple[str, ...]], steady: bool) -> Laid:
@@ -34,7 +34,7 @@ def aligned(row: Sequence[Op], laid: Laid, templates: Sequence[tuple[str, ...]],
     before, *layers, after = (order[begin:end] for begin, end in (layout.prologue, *layout.layers, layout.epilogue))
     if len(layers) < 2:
         return laid
-    middle = (len(layers) - 1) // 2
+    middle, operands = (len(layers) - 1) // 2, own_reads(row)
     for layer, own in enumerate(layers):
         if layer == middle:
             continue
@@ -47,8 +47,8 @@ def aligned(row: Sequence[Op], laid: Laid, templates: Sequence[tuple[str, ...]],
             continue
         rest = sorted(set(pool) - set(found), key=order.index)
         reading, read = (found, rest) if last else (rest, found)
-        parted = any(row[i].target is operator.getitem and not _reads(row, [i]).isdisjoint(found) for i in rest)
-        if parted or (rest and not (first or last)) or not _reads(row, reading).isdisjoint(read):
+        parted = any(row[i].target is operator.getitem and operands[i][0] in found for i in rest)
+        if parted or (rest and not (first or last)) or not {j for i in reading for j in operands[i]}.isdisjoint(read):
             continue
         layers[layer] = found
         if first:
@@ -61,9 +61,9 @@ def aligned(row: Sequence[Op], laid: Laid, templates: Sequence[tuple[str, ...]],
     return [i for part in parts for i in part], Layout(prologue, tuple(inside), epilogue)
 
 
-def _reads(row: Sequence[Op], some: Sequence[int]) -> set[int]:
-    """What some operations read of their segment."""
-    return {leaf.number for i in some for leaf in leaves(row[i].args) if isinstance(leaf, Row) and leaf.back == 0}
+def own_reads(row: Sequence[Op]) -> list[list[int]]:
+    """Return what each operation of a row reads of that row."""
+    return [[leaf.number for leaf in leaves(op.args) if isinstance(leaf, Row) and leaf.back == 0] for op in row]
 
 
 class _Counterparts:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import networkx as nx
 
 from rmtc.errors import RefusedError
+from rmtc.passes.fold.run import made_of
 
 T = TypeVar("T")
 
@@ -74,20 +75,11 @@ def by_use(
     start = min(turns or (i for i in row if i in anchors), default=0)
     begun = next((k for k, i in enumerate(turns) if inner[i] != inner[turns[0]]), len(turns)) + 1
     # The first layer may be the reader, also that of a later segment.
-    early = _part_in(row, inputs, {start, *turns[:begun], *(i for i in row if i < start and i in handed)})
+    early = made_of(inputs, inside & {start, *turns[:begun], *(i for i in row if i < start and i in handed)})
     late = {i for i in row if i < start and i in needed and i not in early}
     for i in (*(i for i in row if (i in needed and i not in late) or i in loose), *row):
         emit(i)
     return list(done)
-
-
-def _part_in(row: list[int], inputs: Mapping[int, list[int]], some: set[int]) -> set[int]:
-    """Return the operations of a segment that have a part in some of them."""
-    found = set(some)
-    for i in reversed(row):
-        if i in found:
-            found.update(inputs[i])
-    return found
 
 
 def in_order(nodes: Iterable[T], read: Callable[[T], Iterable[T]], rank: Callable[[T], Any]) -> list[T]:

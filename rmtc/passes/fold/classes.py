@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rmtc.affine import Affine
@@ -68,17 +68,17 @@ class Namer:
                 source: Source = self._loop.sources[leaf.name]
                 names = [self._name(name, at) for name in source.names for at in (None, layer)]
                 form = (tuple(source.shape), source.dtype)
-                out.append(_Given(frozenset(names), "source", form))
+                out.append(_Operand("source", frozenset(names), form))
             elif isinstance(leaf, Item):
-                out.append(_Given(frozenset([f"{leaf.list}[s]{leaf.rest}"]), "item"))
+                out.append(_Operand("item", frozenset([f"{leaf.list}[s]{leaf.rest}"])))
             elif isinstance(leaf, Outer) and leaf.part == "before":
                 made = frozenset(self._outer(leaf.number, at) for at in (None, layer))
-                out.append(_Given(made, "before", self._loop.before[leaf.number].form))
+                out.append(_Operand("before", made, self._loop.before[leaf.number].form))
             elif type(leaf) in (int, float) or isinstance(leaf, Affine):
                 constant = None if isinstance(leaf, Affine) else leaf
                 out.append(_Number({(row, layer): leaf}, self._loop.segment_length, len(self._loop.rows), constant))
             else:
-                out.append(leaf)
+                out.append((type(leaf), leaf))
         return out
 
     def _name(self, name: str, layer: int | None) -> str:
@@ -118,42 +118,50 @@ class Namer:
         maker = min(made, len(self._loop.rows))
         number, form = {(maker, at): leaf.number - base}, self._rows[maker][leaf.number].form
         if at < 0 or at >= len(layout.layers):
-            # The first layer reads from the prologue what the others read from the layer below.
-            return _Outside(at, leaf.back, number, edge=layer == 0 and at < 0, form=form)
-        return _Cells(frozenset({("relative", layer - at), ("layer", at)}), leaf.back, number, form)
+            kind = "prologue" if at < 0 else "epilogue"
+            return _Operand(kind, frozenset([kind]), form, leaf.back, number, edge=layer == 0 and at < 0)
+        return _Operand("cell", frozenset({("relative", layer - at), ("layer", at)}), form, leaf.back, number)
 
 
 @dataclass(frozen=True)
-class _Given:
-    """Operand that is there before the loop: the ways to say which, of which those stay that hold for all members."""
+class _Operand:
+    """An operand that is not made in its cell.
 
-    ways: frozenset[str | int]
-    kind: str
-    form: Form | None = None
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """Operand from another cell: the ways to say which, of which those stay that hold for all members.
-
-    ``number`` gives the operation in the producer's body, for each row and layer of a producer.
+    Attributes:
+        kind: ``source``, ``item`` or ``before`` of one that is there before the loop, else the part that makes it:
+            ``cell``, ``prologue`` or ``epilogue``.
+        ways: the ways to say which it is, of which those stay that hold for all members.
+        form: its shape and dtype.
+        back: how many segments back it is made.
+        number: the operation in its part, for each row and layer of a producer.
+        edge: whether the first layer reads from the prologue what the others may read from the layer below.
     """
 
-    ways: frozenset[tuple[str, int]]
-    back: int
-    number: dict[tuple[int, int], int]
+    kind: str
+    ways: frozenset[Any]
     form: Form | None = None
+    back: int = 0
+    number: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    edge: bool = False
+
+    def merge(self, other: _Operand) -> _Operand | None:
+        """Return this operand of a class with that of another member; None if they differ."""
+        if None not in (self.form, other.form) and self.form != other.form:
+            return None
+        if (self.kind, self.back) == (other.kind, other.back):
+            ways, number = self.ways & other.ways, {**self.number, **other.number}
+            alike = ways and all(number[made] == at for made, at in self.number.items())
+            return replace(self, ways=ways, number=number, edge=self.edge and other.edge) if alike else None
+        for mine, given in ((self, other), (other, self)):
+            if given.edge and mine.kind == "cell" and given.back == mine.back:
+                return mine if any(way == "relative" and layer > 0 for way, layer in mine.ways) else None
+            # A value from before the loop stands in for that of a segment before the first.
+            if mine.back > 0 and given.kind in _GIVEN:
+                return mine
+        return None
 
 
-@dataclass(frozen=True)
-class _Outside:
-    """Operand from the prologue or the epilogue."""
-
-    stage: int
-    back: int
-    number: dict[tuple[int, int], int]
-    edge: bool
-    form: Form | None = None
+_GIVEN = ("source", "item", "before")
 
 
 @dataclass(frozen=True)
@@ -205,12 +213,6 @@ class _Number:
         return " or ".join(dict.fromkeys(str(value) for value in self.values.values()))
 
 
-def _union(first: dict[tuple[int, int], int], second: dict[tuple[int, int], int]) -> dict[tuple[int, int], int] | None:
-    if any(second.get(producer, number) != number for producer, number in first.items()):
-        return None
-    return {**first, **second}
-
-
 def _merge(known: _Class, ops: Sequence[Op], slots: list[Any]) -> tuple[list[Any] | None, int, str]:
     """The slots of a class with another member; or how many operations fit, and why the next does not."""
     merged: list[Any] = []
@@ -225,10 +227,9 @@ def _merge(known: _Class, ops: Sequence[Op], slots: list[Any]) -> tuple[list[Any
             return None, number, f"{_at(op)} makes {_form(op.form)}, not {_form(other.form)}"
         row: list[Any] = []
         for a, b in zip(slots[number], known.slots[number], strict=True):
-            slot = _merge_slot(a, b)
-            if slot is None:
+            row.append(_merge_slot(b, a))
+            if row[-1] is None:
                 return None, number, f"{_at(op)} reads {_unlike(a, b)}"
-            row.append(slot[0])
         merged.append(row)
     if len(ops) != len(known.ops):
         return None, len(merged), f"{len(ops)} operations, not {len(known.ops)}"
@@ -244,35 +245,11 @@ def _at(op: Op) -> str:
     return target_name(op.target) + (f" at {place.file}:{place.line}" if place is not None else "")
 
 
-def _merge_slot(a: Any, b: Any) -> tuple[Any] | None:
-    if None not in (forms := _forms(a, b)) and forms[0] != forms[1]:
-        return None
-    if isinstance(a, _Number) and isinstance(b, _Number):
-        merged = b.merge(a)
-        return (merged,) if merged is not None else None
-    if isinstance(a, _Given) and isinstance(b, _Given):
-        ways = a.ways & b.ways
-        return (_Given(ways, b.kind, b.form),) if ways and a.kind == b.kind else None
-    if isinstance(a, _Cells) and isinstance(b, _Cells):
-        alike, number = a.ways & b.ways, _union(a.number, b.number)
-        return (_Cells(alike, b.back, number, b.form),) if a.back == b.back and number is not None and alike else None
-    if isinstance(a, _Outside) and isinstance(b, _Outside):
-        number = _union(a.number, b.number)
-        same = (a.stage, a.back) == (b.stage, b.back) and number is not None
-        return (_Outside(b.stage, b.back, number or {}, a.edge and b.edge, b.form),) if same else None
-    for mine, other in ((a, b), (b, a)):
-        if isinstance(mine, _Outside) and mine.edge and isinstance(other, _Cells) and mine.back == other.back:
-            return (other,) if any(way[0] == "relative" and way[1] > 0 for way in other.ways) else None
-        # A value from before the loop stands in for that of a segment before the first.
-        if isinstance(other, (_Cells, _Outside)) and other.back > 0 and isinstance(mine, _Given):
-            return (other,)
-    return (b,) if type(a) is type(b) and a == b else None
-
-
-def _forms(a: Any, b: Any) -> tuple[Form | None, Form | None]:
-    """Shape and dtype of two operands that are not made in their cells, where they are known."""
-    given = (_Given, _Cells, _Outside)
-    return (a.form, b.form) if isinstance(a, given) and isinstance(b, given) else (None, None)
+def _merge_slot(known: Any, other: Any) -> Any:
+    """Return the slot of a class with another member; None if they differ."""
+    if type(known) is type(other) and isinstance(known, (_Number, _Operand)):
+        return known.merge(other)
+    return known if known == other else None
 
 
 def _shape(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -282,33 +259,32 @@ def _shape(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def _unlike(a: Any, b: Any) -> str:
     """Two slots in words that tell them apart."""
     one, other = _say(a), _say(b)
-    if isinstance(a, _Cells) and isinstance(b, _Cells):
-        kind = max({kind for kind, _ in a.ways} & {kind for kind, _ in b.ways})
-        one, other = (f"{_producer(each, kind)}{_before(each.back)}" for each in (a, b))
-    if one == other and isinstance(a, (_Cells, _Outside)) and isinstance(b, (_Cells, _Outside)):
+    if isinstance(a, _Operand) and isinstance(b, _Operand):
+        if a.kind == b.kind == "cell":
+            kind = max({kind for kind, _ in a.ways} & {kind for kind, _ in b.ways})
+            one, other = (f"{_producer(each, kind)}{_before(each.back)}" for each in (a, b))
         made = next((made for made in a.number if b.number.get(made, a.number[made]) != a.number[made]), None)
-        if made is not None:
+        if one == other and made is not None:
             one, other = (f"value {each.number[made]} of {text}" for each, text in ((a, one), (b, other)))
-    forms = _forms(a, b)
-    if one == other and forms[0] is not None and forms[1] is not None:
-        return f"{one}, {_form(forms[0])}, not {_form(forms[1])}"
+        if one == other and a.form is not None and b.form is not None:
+            return f"{one}, {_form(a.form)}, not {_form(b.form)}"
     return f"{one}, not {other}"
 
 
 def _say(slot: Any) -> str:
-    if isinstance(slot, _Cells):
-        return f"{_producer(slot, max(slot.ways)[0])}{_before(slot.back)}"
-    if isinstance(slot, _Outside):
-        return f"the {'prologue' if slot.stage < 0 else 'epilogue'}{_before(slot.back)}"
-    if isinstance(slot, _Given):
+    if isinstance(slot, _Operand):
+        if slot.kind == "cell":
+            return f"{_producer(slot, max(slot.ways)[0])}{_before(slot.back)}"
+        if slot.kind not in _GIVEN:
+            return f"the {slot.kind}{_before(slot.back)}"
         ways = sorted(map(str, slot.ways))
         return f"{slot.kind} {', '.join([way for way in ways if '{l' in way] or ways)}"
-    if type(slot) is tuple:
-        return f"value {slot[1]} of its own"
-    return str(slot) if isinstance(slot, _Number) else repr(slot)
+    if isinstance(slot, _Number):
+        return str(slot)
+    return f"value {slot[1]} of its own" if slot[0] == "local" else repr(slot[1])
 
 
-def _producer(slot: _Cells, kind: str) -> str:
+def _producer(slot: _Operand, kind: str) -> str:
     """The cell that a slot reads, by its layer or relative to the reader's."""
     layer = next(layer for of, layer in slot.ways if of == kind)
     if kind == "layer":

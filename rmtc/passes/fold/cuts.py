@@ -106,7 +106,6 @@ def divide(
     first: Sequence[int],
     last: Sequence[int],
     reach: Sequence[int],
-    anchors: dict[int, int],
     made: Set[int] = frozenset(),
     reads: Set[int] = frozenset(),
     waits: Callable[[Sequence[int]], bool] = lambda _: False,
@@ -117,7 +116,6 @@ def divide(
         tokens: the operations.
         first, last: first and last anchor of each part.
         reach: for each operation, the last one that uses it.
-        anchors: operations whose part is known, besides those.
         made: operations that no later part needs: they belong to the part that has just ended.
         reads: operations that are better at the start of a part than at the end of the one before, where that shows
             by what it made.
@@ -130,18 +128,19 @@ def divide(
     if parts < 2:
         return [], [], []
     reference = min((parts - 1) // 2, parts - 2)
-    gaps = [_gap(last[part] + 1, first[part + 1], part, anchors, made) for part in range(parts - 1)]
+    gaps = [(end + 1, begin) for end, begin in zip(last, first[1:], strict=False)]
+    lows = [max((i - begin + 1 for i in made if begin <= i < end), default=0) for begin, end in gaps]
     early = []
-    for part, (begin, end, low, _) in enumerate(gaps):
+    for part, ((begin, end), low) in enumerate(zip(gaps, lows, strict=True)):
         ended = last[part] in made or any(begin <= i < end for i in made)
         early.append([i - begin for i in sorted(reads) if begin + low <= i < end and ended])
-    begin, end, low, high = gaps[reference]
+    begin, end = gaps[reference]
 
     def starts(cut: int) -> list[int]:
         """Where the parts start with the reference cut so, and the others alike."""
         head, tail = tokens[begin + cut : end], tokens[begin : begin + cut]
         found = []
-        for part, (first_of, end_of, least, most) in enumerate(gaps):
+        for part, ((first_of, end_of), least) in enumerate(zip(gaps, lows, strict=True)):
             at = cut
             if part != reference:
                 gap = tokens[first_of:end_of]
@@ -149,7 +148,7 @@ def divide(
                 at, start = end_of - first_of - begun, max(least, ended)
                 if any(start <= place < at for place in early[part]) or (begun < len(head) and ended == len(tail)):
                     at = start
-                at = max(least, min(most, at))
+                at = max(least, at)
             found.append(first_of + at)
         return found
 
@@ -157,22 +156,11 @@ def divide(
         sum(1 for j in range(first[reference], begin + c) if reach[j] >= begin + c) for c in range(end - begin + 1)
     ]
     before, after = tokens[: first[0]], tokens[last[-1] + 1 :]
+    low, high = lows[reference], end - begin
     cut = choose_cut(
         tokens[begin:end], before, after, crossing, low, high, early[reference], lambda at: waits(starts(at))
     )
     return starts(cut), tokens[begin + cut : end], tokens[begin : begin + cut]
-
-
-def _gap(begin: int, end: int, part: int, anchors: dict[int, int], made: Set[int]) -> tuple[int, int, int, int]:
-    """What lies between two parts, and the least and the greatest number of its operations in the first of them."""
-    low, high = 0, end - begin
-    for i in range(begin, end):
-        if anchors.get(i) == part:
-            low = max(low, i - begin + 1)
-        elif anchors.get(i) == part + 1:
-            high = min(high, i - begin)
-    low = max([low, *(i - begin + 1 for i in made if begin <= i < min(end, begin + high))])
-    return begin, end, low, max(low, high)
 
 
 def common_subsequence(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,25 +12,49 @@ import networkx as nx
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.formula import Extent, L, layer_symbol
 from rmtc.ir.program import Op, Val, leaves
-from rmtc.ir.segment_loop import Key, Row, SegmentLoop
+from rmtc.ir.segment_loop import Row, SegmentLoop
 from rmtc.passes.fold.streams import Family, template
 from rmtc.passes.registry import register
 
-__all__ = ["cell_graph", "find_dependences", "maker_name", "operation_graph", "tensor_name"]
+__all__ = ["cell_graph", "find_dependences", "maker_name", "steady_numbers", "tensor_name"]
 
 
-def operation_graph(loop: SegmentLoop, segments: int) -> nx.DiGraph:
-    """The graph of operations of the unrolled loop.
+class _Unrolled:
+    """The operations of the unrolled loop.
 
-    Nodes are numbers of operations with ``op`` and ``cell`` (None outside the loop; layer -1 is a prologue, L an
-    epilogue); an edge runs from a value to its use.
+    Args:
+        loop: the loop.
+        segments: number of segments.
+
+    Attributes:
+        ops: the operations.
+        keys: where they are in the loop.
+        cells: their cells; None outside the loop, layer -1 in a prologue, L in an epilogue.
     """
-    program, keys = loop.unroll(segments, batch=1, tail=loop.segment_length)
-    graph: nx.DiGraph = nx.DiGraph(layers=loop.layers)
-    for number, (op, key) in enumerate(zip(program.ops, keys, strict=True)):
-        graph.add_node(number, op=op, cell=loop.cell(key, segments), key=key)
-        graph.add_edges_from((leaf.number, number) for leaf in leaves(op.args) if type(leaf) is Val)
-    return graph
+
+    def __init__(self, loop: SegmentLoop, segments: int) -> None:
+        program, self.keys = loop.unroll(segments, batch=1, tail=loop.segment_length)
+        self.ops, self._layers = program.ops, loop.layers
+        self.cells = [loop.cell(key, segments) for key in self.keys]
+
+    def crossing(self) -> Iterator[tuple[Cell, Cell, int, int]]:
+        """Yield what crosses between cells: producer and consumer, and their operations."""
+        reads_cells: set[int] = set()
+        for read, (op, target) in enumerate(zip(self.ops, self.cells, strict=True)):
+            for made in dict.fromkeys(leaf.number for leaf in leaves(op.args) if type(leaf) is Val):
+                source = self.cells[made]
+                if source is None or target is None:
+                    continue
+                if target.layer == -1 and (made in reads_cells or source.layer >= 0):
+                    reads_cells.add(read)
+                if target.layer == self._layers or source == target:
+                    continue
+                if source.layer == -1 and (target.layer == -1 or made not in reads_cells):
+                    continue
+                producer = Cell(source.segment, max(0, min(source.layer, self._layers - 1)))
+                consumer = Cell(target.segment, max(0, target.layer))
+                if producer != consumer:
+                    yield producer, consumer, made, read
 
 
 class _Edge(NamedTuple):
@@ -59,26 +83,27 @@ def find_dependences(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
     """
     rows = len(loop.rows)
     segments = rows + max(_furthest_back(loop) + 1, loop.furthest_result)  # so that a steady segment is read, too
-    graph = operation_graph(loop, segments)
-    keys: dict[int, Key] = dict(graph.nodes(data="key"))
+    unrolled = _Unrolled(loop, segments)
     dependences: list[Dependence] = []
-    for (ds, name), pairs in _tensors(graph, loop, family).items():
+    for (ds, name), pairs in _tensors(unrolled, loop, family).items():
         for distance, layers, covered in _distances(ds, set(pairs), loop.layers):
             edges = [edge for pair in covered for edge in pairs[pair]]
             shown = min(edges)
-            made, read = graph.nodes[shown.producer], graph.nodes[shown.consumer]
+            made, read = unrolled.ops[shown.producer], unrolled.ops[shown.consumer]
+            keys = (unrolled.keys[each] for each in (shown.producer, shown.consumer))
+            layer_of = [loop.layout(key.segment).layer_of(key.number) for key in keys]
             makers: list[set[int]] = [set() for _ in range(rows + 1)]
             for edge in edges:
-                segment, number = keys[edge.producer]
+                segment, number = unrolled.keys[edge.producer]
                 makers[min(segment, rows)].add(number)
             dependences.append(
                 Dependence(
                     distance,
                     name,
-                    maker_name(made["op"], made["cell"].layer, loop.layers, family),
-                    maker_name(read["op"], read["cell"].layer, loop.layers, family),
-                    made["op"].location,
-                    read["op"].location,
+                    maker_name(made, layer_of[0], loop.layers, family),
+                    maker_name(read, layer_of[1], loop.layers, family),
+                    made.location,
+                    read.location,
                     layers,
                     tuple(map(frozenset, makers)),
                 )
@@ -88,19 +113,19 @@ def find_dependences(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
 
 
 def _tensors(
-    graph: nx.DiGraph, loop: SegmentLoop, family: Family | None
+    unrolled: _Unrolled, loop: SegmentLoop, family: Family | None
 ) -> dict[tuple[int, str], dict[tuple[int, int], list[_Edge]]]:
     """What crosses between cells, by segments and name, then by the producer's and the consumer's layer."""
-    rows, steady = len(loop.rows), _steady_numbers(loop)
+    rows, steady = len(loop.rows), steady_numbers(loop)
     crossing = []
-    for source, target, producer, consumer in _crossing_edges(graph, loop.layers):
-        segment, number = graph.nodes[producer]["key"]
+    for source, target, producer, consumer in unrolled.crossing():
+        segment, number = unrolled.keys[producer]
         way = target.segment - source.segment, (source.layer, target.layer)
         crossing.append((steady.get((min(segment, rows), number)), way, _Edge(segment < rows, consumer, producer)))
     tensors: dict[tuple[int, str], dict[tuple[int, int], list[_Edge]]] = {}
     names: dict[tuple[int, tuple[int, int]], set[str]] = {}
     for same, (ds, pair), edge in sorted(crossing, key=lambda each: each[0] is None):
-        op = graph.nodes[edge.producer]["op"] if same is None else loop.steady[same]
+        op = unrolled.ops[edge.producer] if same is None else loop.steady[same]
         name = tensor_name(op, pair[0], family)
         known = names.setdefault((ds, pair), set())
         if same is not None:
@@ -117,7 +142,7 @@ def _furthest_back(loop: SegmentLoop) -> int:
     return max((leaf.back for leaf in operands if type(leaf) is Row), default=0)
 
 
-def _steady_numbers(loop: SegmentLoop) -> dict[tuple[int, int], int]:
+def steady_numbers(loop: SegmentLoop) -> dict[tuple[int, int], int]:
     """For (row, number) of operations: the number of that which makes the same tensor in a steady segment.
 
     In a segment that runs what the steady ones run it is the same number; in another, that of what such a segment
@@ -139,35 +164,9 @@ def cell_graph(loop: SegmentLoop, segments: int) -> nx.DiGraph:
     """The graph of cells of the unrolled loop."""
     graph: nx.DiGraph = nx.DiGraph()
     graph.add_nodes_from(Cell(s, layer) for s in range(segments) for layer in range(loop.layers))
-    for producer, consumer, *_ in _crossing_edges(operation_graph(loop, segments), loop.layers):
+    for producer, consumer, *_ in _Unrolled(loop, segments).crossing():
         graph.add_edge(producer, consumer)
     return graph
-
-
-def _crossing_edges(graph: nx.DiGraph, layers: int) -> Iterable[tuple[Cell, Cell, int, int]]:
-    reads_cells: set[int] = set()
-    for node, data in graph.nodes(data=True):  # numbered in the order they run
-        cell = data["cell"]
-        if cell is not None and cell.layer == -1:
-            for before in graph.predecessors(node):
-                source = graph.nodes[before]["cell"]
-                if before in reads_cells or (source is not None and source.layer >= 0):
-                    reads_cells.add(node)
-
-    for made, read in graph.edges:
-        source, target = graph.nodes[made]["cell"], graph.nodes[read]["cell"]
-        if source is None or target is None or target.layer == layers or source == target:
-            continue
-        if source.layer == -1:
-            if target.layer == -1 or made not in reads_cells:
-                continue
-            source = Cell(source.segment, 0)
-        elif source.layer == layers:
-            source = Cell(source.segment, layers - 1)
-        if target.layer == -1:
-            target = Cell(target.segment, 0)
-        if source != target:
-            yield source, target, made, read
 
 
 def _distances(
@@ -201,7 +200,7 @@ def _distances(
     ]
 
 
-def tensor_name(op: Op | Op, layer: int, family: Family | None) -> str:
+def tensor_name(op: Op, layer: int, family: Family | None) -> str:
     """The name of a tensor with ``{l}`` for the layer, as in ``memories[{l}]``."""
     if op.name and not op.name.startswith(("output", "write:")):
         name = template(family, op.name)
@@ -209,7 +208,7 @@ def tensor_name(op: Op | Op, layer: int, family: Family | None) -> str:
     return op.origin.variable or op.label
 
 
-def maker_name(op: Op | Op, layer: int, layers: int, family: Family | None) -> str:
+def maker_name(op: Op, layer: int, layers: int, family: Family | None) -> str:
     """An operation in words a user recognises, as in ``linear in layers.{l}.query (prologue)``."""
     stage = " (prologue)" if layer < 0 else " (epilogue)" if layer >= layers else ""
     return (f"{op.label} in {template(family, op.origin.module)}" if op.origin.module else op.label) + stage

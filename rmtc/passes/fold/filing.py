@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Op, Val, map_leaves, parts
 from rmtc.passes.fold.by_use import by_use, in_order
-from rmtc.passes.fold.orbits import Home, Orbits
-from rmtc.passes.fold.run import describe, structure
+from rmtc.passes.fold.orbits import Address, Name, Orbits
+from rmtc.passes.fold.run import describe, made_of, structure
 from rmtc.passes.fold.values import Unit
-
-
-class Name(NamedTuple):
-    """An operation of one part of the loop.
-
-    Attributes:
-        kind: ``orbit`` for one of the body, ``each`` for one of the body that depends on no text, ``first`` for one of
-            a first segment alone, ``before``, ``after`` and ``result`` for those outside the loop.
-        number: the number of the orbit, or the value.
-        copy: which one of several results with the same value.
-    """
-
-    kind: str
-    number: int
-    copy: int = 0
-
-
-class Address(NamedTuple):
-    """The place of an operation: its segment, and its name there.
-
-    Segment -1 is before the loop, and the number of segments stands for after it.
-    """
-
-    segment: int
-    name: Name
 
 
 class Filing:
@@ -65,24 +41,22 @@ class Filing:
 
     def placed(self, at: int, i: int) -> Address:
         """Return the place of an operation of a run, which has one."""
-        place = self._find_place(at, i)
+        place = self._find_place(at, self.runs[at].unit[i], self.runs[at].dependent[i])
         assert place is not None
         return place
 
-    def _find_place(self, at: int, i: int) -> Address | None:
-        """Return the place of an operation of a run; None if none in the longer run stands for it."""
-        run, homes = self.runs[at], self.orbits.homes
-        unit = run.unit[i]
-        if not run.dependent[i]:
+    @functools.cache  # noqa: B019 (a filing is of one fold)
+    def _find_place(self, at: int, unit: Unit, dependent: bool) -> Address | None:
+        """Return the place of a value of a run; None if none in the longer run stands for it."""
+        if not dependent:
             return Address(-1, Name("before", unit))
-        home = homes.get(unit)
-        if at == 0 and (home is None or home.segment > self.last):
-            later = homes.get(self.orbits.later.get(unit, -1))
-            if later is None:
-                return None
-            home = later._replace(segment=later.segment - 1) if later.segment >= 0 else Home(-1, "before", unit)
-        assert home is not None, "each value of the longer run has a place"
-        return Address(home.segment, Name(home.kind, home.number))
+        place = self.orbits.homes.get(unit)
+        if at == 0 and (place is None or place.segment > self.last):
+            later = self.orbits.homes.get(self.orbits.later.get(unit, -1))
+            if later is not None and later.segment < 0:
+                return Address(-1, Name("before", unit))
+            return later and later._replace(segment=later.segment - 1)
+        return place
 
     def _find_members(self) -> list[dict[Name, dict[int, int]]]:
         """Return the dependent operations of each run by name and segment.
@@ -97,7 +71,8 @@ class Filing:
         by_name: dict[Name, list[tuple[int, int]]] = {}
         for at, run in enumerate(self.runs):
             for i, op in enumerate(run.ops):
-                place = self._find_place(at, i) if all(j in placed[at] for j in run.read[i]) else None
+                known = all(j in placed[at] for j in run.read[i])
+                place = self._find_place(at, run.unit[i], run.dependent[i]) if known else None
                 if place is not None:
                     placed[at][i] = place
                     by_name.setdefault(place.name, []).append((at, i))
@@ -111,7 +86,7 @@ class Filing:
             if (at, i) not in wanted:
                 wanted.add((at, i))
                 work += [(at, j) for j in self.runs[at].read[i]]
-                work += by_name[placed[at][i].name]
+                work += by_name.pop(placed[at][i].name, ())
                 work += [(at, j) for j in taken[at].get(i, ()) if j in placed[at]]
         found: list[dict[Name, dict[int, int]]] = [{}, {}]
         for at, i in sorted(wanted):
@@ -246,9 +221,11 @@ class Filing:
             number = next(position)
             if type(leaf) is not Val:
                 return leaf
+            if run.dependent[leaf.number]:
+                return self.placed(at, leaf.number)
             found = self.seen(at, segment, leaf.number)
             read = reads.get(number)
-            if read is None or run.dependent[leaf.number]:
+            if read is None:
                 return found
             back, other = read
             made = self.members[at].get(other, {}).get(segment - back)
@@ -272,15 +249,8 @@ class Filing:
 
     def _reads_own(self, at: int, i: int) -> bool:
         """Tell whether an operation is made of what one segment alone makes."""
-        work, seen = [i], {i}
-        while work:
-            for j in self.runs[at].read[work.pop()]:
-                if self.runs[at].unit[j] in self.own[at]:
-                    return True
-                if j not in seen:
-                    seen.add(j)
-                    work.append(j)
-        return False
+        run = self.runs[at]
+        return any(run.unit[j] in self.own[at] for j in made_of(run.read, run.read[i]))
 
 
 def _lags(sequence: Mapping[int, int], other: Mapping[int, int], back: int) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -13,22 +12,21 @@ import torch
 
 from rmtc.affine import Affine
 from rmtc.errors import RefusedError
-from rmtc.ir.program import Op, Source, Src, Val, leaves, map_leaves, show, target_name
-from rmtc.ir.segment_loop import Environment, Every, Item, Outer, Row, SegmentLoop, Where
-from rmtc.passes.fold.carry import carry
-from rmtc.passes.fold.cuts import common_subsequence
+from rmtc.ir.program import Op, Src, leaves, map_leaves, target_name
+from rmtc.ir.segment_loop import Every, Item, Outer, Row, SegmentLoop, Where
+from rmtc.passes.fold.dependences import steady_numbers
 from rmtc.passes.fold.fit import Misfit, fit
-from rmtc.passes.fold.outside import fold_outside, fold_results
-from rmtc.passes.fold.run import SAME_OPERATIONS, DividedRun, describe, other_operation, structure
+from rmtc.passes.fold.orbits import Name
+from rmtc.passes.fold.outside import Ends, Values, fold_args
+from rmtc.passes.fold.rows import Filed, FiledRun
+from rmtc.passes.fold.run import SAME_OPERATIONS, describe, other_operation, structure
 from rmtc.passes.registry import register
-
-aten = torch.ops.aten
 
 __all__ = ["fold_segments"]
 
 
 @register("fold-segments", "two lengths folded into one loop, for every number of segments")
-def fold_segments(short: DividedRun, long: DividedRun, sources: dict[str, Source], steady_from: int) -> SegmentLoop:
+def fold_segments(short: FiledRun, long: FiledRun, lists: frozenset[str], steady_from: int) -> SegmentLoop:
     """Fold two runs into a loop.
 
     Needs: two runs of n and n + 1 segments.
@@ -43,7 +41,7 @@ def fold_segments(short: DividedRun, long: DividedRun, sources: dict[str, Source
 
     Args:
         short, long: the runs.
-        sources: the tensors that exist before the call.
+        lists: the names of the inputs that are lists with one item per segment.
         steady_from: the first segment that all later ones are like.
 
     Raises:
@@ -51,37 +49,33 @@ def fold_segments(short: DividedRun, long: DividedRun, sources: dict[str, Source
     """
     if short.segments <= steady_from or long.segments != short.segments + 1:
         raise ValueError("fold_segments needs runs of n and n + 1 segments with a steady one in each")
-    try:
-        return _fold(short, long, sources, steady_from)
-    except RefusedError:
-        carried = carry(short, long)
-        if carried is not None:
-            with contextlib.suppress(RefusedError):  # of what the user's code does not say
-                return fold_segments.function(*carried, sources, steady_from)
-        raise
-
-
-def _fold(short: DividedRun, long: DividedRun, sources: dict[str, Source], steady_from: int) -> SegmentLoop:
-    """The loop of two runs as they are."""
-    reference = long.tokens(steady_from)
     for run in (short, long):
         for s in range(steady_from, run.segments):
             _same_operations(run, s, long, steady_from)
-    alike = [(run, run.row(s), s) for run in (short, long) for s in range(run.segments) if run.tokens(s) == reference]
+    # What stands for an operation of the body has its name, or its place in a row that runs the same operations.
+    names: dict[tuple[FiledRun, int], list[Name]] = {}
+    known: dict[Name, list[Filed]] = {}
+    alike = set[tuple[FiledRun, int]]()
+    for run in (short, long):
+        for s in range(run.segments):
+            if run.tokens(s) == long.tokens(steady_from):
+                alike.add((run, s))
+            names[run, s] = [each.name for each in (long.rows[steady_from] if (run, s) in alike else run.rows[s])]
+            for name, each in zip(names[run, s], run.rows[s], strict=True):
+                known.setdefault(name, []).append(each)
+    late = [(run, s) for run in (short, long) for s in range(steady_from, run.segments)]
+    steady = _fold_row([run.rows[s] for run, s in late], [known[name] for name in names[late[0]]], alike, lists)
     rows: list[tuple[Op, ...]] = []
-    for s in range(steady_from):
-        _same_operations(long, s, short, s)
-        more = [sample for sample in alike if sample[2] != s] if long.tokens(s) == reference else []
-        rows.append(_fold_row([(run, run.row(s), s) for run in (short, long)], more))
-    steady = _fold_row(
-        [sample for sample in alike if sample[2] >= steady_from],
-        [sample for sample in alike if sample[2] < steady_from],
-    )
-    lengths = [len(row) for row in rows] + [len(steady)]
-    before = fold_outside(short, long, short.before, long.before, lengths, "before")
-    after = fold_outside(short, long, short.after, long.after, lengths, "after")
-    outputs = fold_results(short, long, len(rows))
-    loop = _with_known_results(SegmentLoop(before, tuple(rows), steady, after, outputs, sources, short.segment_length))
+    for at in range(steady_from):
+        _same_operations(long, at, short, at)
+        own = [known[name] for name in names[long, at]]
+        rows.append(_fold_row([run.rows[at] for run in (short, long)], own, alike, lists))
+    ends = Ends(short, long, steady_from)
+    before, after, outputs = ends.fold("before", -1), ends.fold("after", 0), ends.results()
+    sources, length = short.run.program.sources, short.run.size.segment
+    places = [{name: k for k, name in enumerate(names[long, s])} for s in range(steady_from)]
+    stands = {(s, n): at[name] for n, name in enumerate(names[late[0]]) for s, at in enumerate(places) if name in at}
+    loop = _with_known_results(SegmentLoop(before, tuple(rows), steady, after, outputs, sources, length), stands)
     while len(loop.rows) > _LEAST and _alike(loop.rows[-1], steady):
         shorter = _without_last_row(loop)
         if _missing(shorter) is not None and _missing(loop) is None:
@@ -139,35 +133,22 @@ def _refuse_missing(loop: SegmentLoop) -> None:
     )
 
 
-def _with_known_results(loop: SegmentLoop) -> SegmentLoop:
+def _with_known_results(loop: SegmentLoop, stands: Mapping[tuple[int, int], int]) -> SegmentLoop:
     """The loop with the results of a first segment that runs other operations: such a segment may be the last.
 
-    It leaves what later ones read in the place of what a steady one leaves; where none reads it, what is made by the
-    same operation in the same order; where it lacks that, too, the result is made after the loop. A trace of so few
-    segments has yet to confirm it.
+    It leaves what later ones read in the place of what a steady one leaves; where none reads it, the operation of the
+    same name; where it lacks that, too, the result is made after the loop. A trace of so few segments has yet to
+    confirm it.
 
         s0: %3, s: %5 = f(s-1.%5), s1 reads s0.%3 in its place   ->   s0 leaves %3 where a later one leaves %5
         s0: %3, s: %3, %4 = view(%3), result s[-1].%4            ->   after: %0 = view(s[-1].%3), result after.%0
+
+    Args:
+        loop: the loop.
+        stands: for a row, and the number of an operation in the steady one, its number in that row.
     """
     last = len(loop.rows)
-    stands: dict[tuple[int, int], int] = {}  # (row, number in a steady segment) -> number in the row
-    back = [leaf.back for op in loop.steady for leaf in leaves(op.args) if isinstance(leaf, Row)]
-    for s in range(last + max(back, default=0)):
-        row = loop.rows[s] if s < last else loop.steady
-        if [op.target for op in row] != [op.target for op in loop.steady]:
-            continue
-        for op, steady in zip(row, loop.steady, strict=True):
-            for one, other in zip(leaves(op.args), leaves(steady.args), strict=False):
-                if isinstance(one, Row) and isinstance(other, Row) and 0 < one.back == other.back <= s:
-                    stands.setdefault((s - one.back, other.number), one.number)
-
-    kinds = [(op.target, op.location) for op in loop.steady]
-    for s in range(last):
-        row_kinds = [(op.target, op.location) for op in loop.rows[s]]
-        places = common_subsequence(kinds, row_kinds)
-        for n, k in zip(places, common_subsequence(row_kinds, [kinds[n] for n in places]), strict=True):
-            stands.setdefault((s, n), k)
-
+    stands = {**stands, **{(row, same): number for (row, number), same in steady_numbers(loop).items()}}
     made: list[Op] = []
     beyond: dict[tuple[int, int], Outer] = {}
     lacking: set[int] = set()  # what cannot be made after the loop, as what waits for itself
@@ -231,12 +212,12 @@ def _without_last_row(loop: SegmentLoop) -> SegmentLoop:
     return replace(loop, rows=loop.rows[:-1], after=after, outputs=outputs)
 
 
-def _same_operations(run: DividedRun, segment: int, other: DividedRun, reference: int) -> None:
+def _same_operations(run: FiledRun, segment: int, other: FiledRun, reference: int) -> None:
     """Segment ``segment`` of a run must run what segment ``reference`` of another run does."""
     if run.tokens(segment) == other.tokens(reference):
         return
     what, than = f"segment {segment} of {run.segments}", f"segment {reference} of {other.segments}"
-    ops, expected_ops = run.row(segment), other.row(reference)
+    ops, expected_ops = [each.op for each in run.rows[segment]], [each.op for each in other.rows[reference]]
     only = Counter((op.target, op.location) for op in ops)
     only.subtract((op.target, op.location) for op in expected_ops)
     alone = next(
@@ -254,111 +235,82 @@ def _same_operations(run: DividedRun, segment: int, other: DividedRun, reference
     )
 
 
-Sample = tuple[DividedRun, list[Op], int]
+def _fold_row(
+    rows: Sequence[list[Filed]],
+    known: Sequence[Sequence[Filed]],
+    alike: Set[tuple[FiledRun, int]],
+    lists: frozenset[str],
+) -> tuple[Op, ...]:
+    """Fold the rows that a body stands for.
 
-
-def _fold_row(samples: list[Sample], more: list[Sample]) -> tuple[Op, ...]:
-    """One body from the rows it stands for; ``more`` are rows with the same operations that help to fit constants."""
+    Args:
+        rows: the rows.
+        known: what stands for each operation in any row, which helps to fit integers.
+        alike: the rows that run the operations of the steady one: these help each other, and need no more help.
+        lists: the names of the inputs that are lists with one item per segment.
+    """
     body: list[Op] = []
-    for number, op in enumerate(samples[0][1]):
+
+    def operand(values: Values, extra: Values) -> Any:
+        found = {_relative(sample, value, lists) for sample, value in values}
+        if len(found) == 1:
+            return found.pop()
+        items = [(sample, _relative(sample, value, lists)) for sample, value in (*values, *extra)]
+        kinds = {(item.list, item.rest) if type(item) is Item else item for _, item in items}
+        if len(kinds) > 1:
+            raise Misfit(" or ".join(sorted(str(each) for each in found)[:3]))
+        numbers = [(item.number, sample.environment) for sample, item in items]
+        return items[0][1]._replace(number=fit(numbers[: len(values)], numbers[len(values) :]))
+
+    for number, samples in enumerate(zip(*rows, strict=True)):
+        op = samples[0].op
+        integers = lists or any(type(leaf) is int for leaf in leaves(samples[0].args))
+        others = _others(samples, known[number], alike) if integers else []
+        if op.target is torch.ops.aten.slice.Tensor and all(map(_is_range, [*samples, *others])):
+            samples, others = tuple(map(_by_length, samples)), list(map(_by_length, others))
         try:
-            folded = [(run, run_ops[number].args, s) for run, run_ops, s in samples]
-            others = [(run, run_ops[number].args, s) for run, run_ops, s in more] or _others(samples, number)
-            if op.target is aten.slice.Tensor and all(map(_is_range, [*folded, *others])):
-                args = _fold_args([*map(_by_length, folded)], [*map(_by_length, others)])
-                args = (*args[:3], args[2] + args[3], *args[4:])
-            else:
-                args = _fold_args(folded, others)
+            args = fold_args(samples, others, operand)
         except Misfit as misfit:
             raise RefusedError(
                 f"{target_name(op.target)} does not follow a pattern from segment to segment: {misfit}",
                 location=op.location,
                 remedy="operands and integers must be the same in every segment or advance evenly with it",
             ) from None
-        names = {ops[number].name for _, ops, _ in samples if ops[number].name}
-        name = sorted(names)[0] if names else ""
+        if samples[0].args is not rows[0][number].args:
+            args = (*args[:3], args[2] + args[3], *args[4:])
+        name = min((each.op.name for each in samples if each.op.name), default="")
         body.append(Op(op.target, args, op.origin._replace(name=name), op.form))
     return tuple(body)
 
 
-def _is_range(sample: tuple[DividedRun, Any, int]) -> bool:
+def _is_range(sample: Filed) -> bool:
     """Tell whether the arguments of a slice count its start and its end from the front."""
-    _, (_, _, *ends), _ = sample
+    _, _, *ends = sample.args
     return len(ends) > 1 and type(ends[0]) is type(ends[1]) is int and 0 <= ends[0] <= ends[1] < 1 << 62
 
 
-def _by_length(sample: tuple[DividedRun, Any, int]) -> tuple[DividedRun, Any, int]:
+def _by_length(sample: Filed) -> Filed:
     """Put the length of a slice in place of its end, which depends on more."""
-    run, (whole, dim, start, end, *step), segment = sample
-    return run, (whole, dim, start, end - start, *step), segment
+    whole, dim, start, end, *step = sample.args
+    return sample._replace(args=(whole, dim, start, end - start, *step))
 
 
-def _others(samples: list[Sample], number: int) -> list[tuple[DividedRun, Any, int]]:
-    """Return what stands for an operation of a row in segments that run other operations, too."""
-    run, (op, *_), segment = samples[0][0], samples[0][1][number:], samples[0][2]
-    if not run.segmented.names:
-        return []
-    name, rows = run.segmented.names[run.starts[segment] + number], {(each[0], each[2]) for each in samples}
-    return [
-        (run, other.args, s)
-        for run in dict.fromkeys(each[0] for each in samples)
-        for s, other in run.called(name)
-        if (run, s) not in rows and other.target is op.target and structure(other.args) == structure(op.args)
-    ]
+def _others(samples: Sequence[Filed], known: Sequence[Filed], alike: Set[tuple[FiledRun, int]]) -> Sequence[Filed]:
+    """Return what stands for an operation of a row in other segments, if it differs in operands and integers alone."""
+    own = {(each.run, each.segment) for each in samples}
+    kind = samples[0].op.target, structure(samples[0].args)
+    found = [each for each in known if (each.run, each.segment) not in own]
+    found = [each for each in found if (each.op.target, structure(each.args)) == kind]
+    return (own <= alike and [each for each in found if (each.run, each.segment) in alike]) or found
 
 
-def _fold_args(samples: list[tuple[DividedRun, Any, int]], more: list[tuple[DividedRun, Any, int]]) -> tuple[Any, ...]:
-    out: list[Any] = []
-    for position in range(len(samples[0][1])):
-        values = [(run, args[position], s) for run, args, s in samples]
-        extra = [(run, args[position], s) for run, args, s in more]
-        first = values[0][1]
-        if type(first) is tuple:
-            out.append(_fold_args(values, extra))
-        elif type(first) is Val or type(first) is Src:
-            operands = {_row_operand(run, value, s) for run, value, s in values}
-            if len(operands) > 1 and len({(*each[:1], *each[2:]) for each in operands if type(each) is Item}) == 1:
-                out.append(_fold_items(values, extra))
-                continue
-            if len(operands) > 1:
-                raise Misfit(" or ".join(sorted(str(operand) for operand in operands)[:3]))
-            out.append(operands.pop())
-        elif type(first) is int:
-            out.append(
-                fit(
-                    [(value, run.environment(s)) for run, value, s in values],
-                    [(value, run.environment(s)) for run, value, s in extra],
-                )
-            )
-        else:
-            out.append(first)
-    return tuple(out)
-
-
-def _fold_items(values: list[tuple[DividedRun, Any, int]], extra: list[tuple[DividedRun, Any, int]]) -> Item:
-    """One item of a list for each segment."""
-
-    def points(samples: list[tuple[DividedRun, Any, int]]) -> list[tuple[int, Environment]]:
-        found: list[tuple[int, Environment]] = []
-        for run, value, s in samples:
-            item = _row_operand(run, value, s)
-            if type(item) is not Item or not isinstance(item.number, int):
-                raise Misfit(f"an item of a list, or {show(value)}")
-            found.append((item.number, run.environment(s)))
-        return found
-
-    first = _row_operand(*values[0])
-    return Item(first.list, fit(points(values), points(extra)), first.rest)
-
-
-def _row_operand(run: DividedRun, value: Any, segment: int) -> Any:
+def _relative(sample: Filed, value: Any, lists: frozenset[str]) -> Any:
+    """Return an operand as a segment reads it."""
     if type(value) is Src:
-        for name in run.lists:
+        for name in lists:
             match = re.fullmatch(re.escape(name) + r"\[(\d+)\](.*)", value.name)
             if match is not None:
                 return Item(name, int(match.group(1)), match.group(2))
         return value
-    at, number = run.place(value)
-    if at < 0:
-        return Outer("before", number)
-    return Row(segment - at, number)
+    number = sample.run.number[value]
+    return Outer("before", number) if value.segment < 0 else Row(sample.segment - value.segment, number)

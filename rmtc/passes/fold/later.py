@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 from rmtc.ir.program import Src, Val
-from rmtc.passes.fold.run import structure
 from rmtc.passes.fold.values import Unit, ValuedRun
 
 Seam = tuple[int, int]
@@ -96,15 +95,13 @@ def _paired_unread(short: ValuedRun, long: ValuedRun) -> list[tuple[Val, Val]]:
 
     Such is what the last segment writes for a next one. It shows what earlier segments make, which may be results.
     """
-    unread: dict[Hashable, tuple[list[Val], list[Val]]] = {}
-    for at, run in enumerate((short, long)):
-        read = {j for i in range(len(run.ops)) for j in run.read[i]}
-        for i in sorted(set(range(len(run.ops))) - read - run.needed):
-            op = run.ops[i]
-            if run.varies[i]:
-                key = op.target, structure(op.args), op.location, op.origin.module
-                unread.setdefault(key, ([], []))[at].append(Val(i))
-    return [pair for first, second in unread.values() for pair in zip(first[::-1], second[::-1], strict=False)]
+    read = [{j for each in run.read for j in each} for run in (short, long)]
+
+    def code(at: int, run: ValuedRun, i: int) -> Hashable:
+        unread = run.varies[i] and i not in read[at] and i not in run.needed
+        return (run.ops[i].location, run.ops[i].origin.module) if unread else None
+
+    return _paired_from_end(short, long, code)
 
 
 def _paired_uses(short: ValuedRun, long: ValuedRun, found: Mapping[Unit, Unit]) -> list[tuple[Val, Val]]:
@@ -113,17 +110,26 @@ def _paired_uses(short: ValuedRun, long: ValuedRun, found: Mapping[Unit, Unit]) 
     A walk from the results stops at the first write of a memory, if that is another operation than later ones. What it
     is made of may be alike again: the k-th use of a parameter then stands for the next use in the longer run.
     """
-    images = set(found.values())
-    uses: dict[Hashable, tuple[list[int], list[int]]] = {}
+    known = found.keys(), set(found.values())
+
+    def names(at: int, run: ValuedRun, i: int) -> Hashable:
+        used = tuple(leaf.name for leaf in run.leaves[i] if type(leaf) is Src and leaf.name not in run.growing)
+        free = run.dependent[i] and run.unit[i] not in known[at] and run.stands[run.unit[i]] == i
+        return used if free and used else None
+
+    return _paired_from_end(short, long, names)
+
+
+def _paired_from_end(
+    short: ValuedRun, long: ValuedRun, key: Callable[[int, ValuedRun, int], Hashable]
+) -> list[tuple[Val, Val]]:
+    """Return pairs of operations of one kind with the same key, from their end; None is no key."""
+    alike: dict[Hashable, tuple[list[Val], list[Val]]] = {}
     for at, run in enumerate((short, long)):
-        for unit, i in sorted(run.stands.items(), key=lambda each: each[1]):
-            op = run.ops[i]
-            names = tuple(leaf.name for leaf in run.leaves[i] if type(leaf) is Src and leaf.name not in run.growing)
-            if names and run.dependent[i] and unit not in (found, images)[at]:
-                uses.setdefault((op.target, structure(op.args), names), ([], []))[at].append(i)
-    return [
-        (Val(i), Val(j)) for first, second in uses.values() for i, j in zip(first[::-1], second[::-1], strict=False)
-    ]
+        for i, op in enumerate(run.ops):
+            if (found := key(at, run, i)) is not None:
+                alike.setdefault((op.target, run.structure[i], found), ([], []))[at].append(Val(i))
+    return [pair for first, second in alike.values() for pair in zip(first[::-1], second[::-1], strict=False)]
 
 
 def _forward(short: ValuedRun, long: ValuedRun, found: dict[Unit, Unit], any_code: bool = False) -> None:
@@ -145,7 +151,7 @@ def _forward(short: ValuedRun, long: ValuedRun, found: dict[Unit, Unit], any_cod
                         return None
                     unit = known[unit]
                 read.append(unit if run.dependent[leaf.number] else None)
-        return op.target, structure(op.args), tuple(read), None if any_code else (op.location, op.origin.module)
+        return op.target, run.structure[i], tuple(read), None if any_code else (op.location, op.origin.module)
 
     images = set(found.values())
     by_key: dict[Hashable, list[Unit]] = {}

@@ -12,13 +12,13 @@ from fractions import Fraction
 from typing import Any
 
 from rmtc.errors import CaptureError
-from rmtc.ir.program import Op, Src, leaves, map_leaves, parts, target_name
-from rmtc.ir.segment_loop import Every, Item, Layout, Outer, Row, SegmentLoop, Where
+from rmtc.ir.program import Op, Src, leaves, map_leaves, parts
+from rmtc.ir.segment_loop import Every, Layout, Outer, Row, SegmentLoop, Where
 from rmtc.passes.fold.accumulators import behind_the_layers
-from rmtc.passes.fold.align import aligned
+from rmtc.passes.fold.align import aligned, own_reads
 from rmtc.passes.fold.classes import Namer
 from rmtc.passes.fold.cuts import common_subsequence, common_suffix, divide, prefix_within, rising_subsequence
-from rmtc.passes.fold.streams import Family, template
+from rmtc.passes.fold.streams import Family, Names, names_of, template, used_names
 from rmtc.passes.registry import register
 
 __all__ = ["classified", "fold_layers", "reordered"]
@@ -79,49 +79,29 @@ def classified(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
     )
 
 
-def _operand_names(loop: SegmentLoop, row: Sequence[Op]) -> list[tuple[str, ...]]:
+def _operand_names(loop: SegmentLoop, row: Sequence[Op]) -> list[Names]:
     """For each operation, the names of the parameters its operands are, or are made of."""
 
-    def made(ops: Sequence[Op], before: list[tuple[str, ...] | None]) -> tuple[list[Any], list[Any]]:
-        stands: list[tuple[str, ...] | None] = []  # None: the value depends on more than parameters
-        operands: list[tuple[str, ...]] = []
-        for op in ops:
-            found: list[str] = []
-            fixed = True
-            for leaf in leaves(op.args):
-                if type(leaf) is Src:
-                    if leaf.name in loop.growing or loop.sources[leaf.name].kind == "constant":
-                        fixed = False
-                        continue
-                    found += loop.sources[leaf.name].names
-                elif isinstance(leaf, Item):
-                    fixed = False
-                elif isinstance(leaf, (Row, Outer)):
-                    known: tuple[str, ...] | None = None
-                    if isinstance(leaf, Outer) and leaf.number < len(before):
-                        known = before[leaf.number]
-                    elif isinstance(leaf, Row) and leaf.back == 0:
-                        known = stands[leaf.number]
-                    elif isinstance(leaf, Outer):
-                        known = stands[leaf.number]
-                    if known is None:
-                        fixed = False
-                    else:
-                        found += known
-            names = tuple(dict.fromkeys(found))
-            operands.append(names)
-            if target_name(op.target) == "select.int" and len(op.args) == 3 and op.args[1] == 0:
-                names = tuple(f"{name}[{op.args[2]}]" for name in names)
-            stands.append(names if fixed and names else None)
-        return stands, operands
+    before: list[Names | None] = []
 
-    before, _ = made(loop.before, [])
-    return made(row, before)[1]
+    def known(leaf: Any, made_of: Sequence[Names | None]) -> Names | None:
+        if type(leaf) is Src:
+            source = loop.sources[leaf.name]
+            return names_of(source, loop.growing) if source.kind != "constant" else None
+        if isinstance(leaf, Outer):
+            return (before or made_of)[leaf.number] or None
+        return made_of[leaf.number] or None if isinstance(leaf, Row) and leaf.back == 0 else None
+
+    before = used_names(loop.before, known)[1]
+    return used_names(row, known)[0]
 
 
 def _templates(family: Family | None, names: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """For each operation, the names of its parameters with ``{l}`` for a layer's number."""
     return [tuple(sorted({template(family, name) for name in each})) for each in names]
+
+
+_KEPT = ("buffer", "state")
 
 
 def _layout(
@@ -153,32 +133,28 @@ def _layout(
     layer_at = _in_turn(own, layer_at, row)
     first = [min(i for i in layer_at if layer_at[i] == layer) for layer in range(layers)]
     last = [max(i for i in layer_at if layer_at[i] == layer) for layer in range(layers)]
+    read = own_reads(row)
     reach = list(range(len(row)))
-    for i, op in enumerate(row):
-        for leaf in leaves(op.args):
-            if isinstance(leaf, Row) and leaf.back == 0:
-                reach[leaf.number] = i
+    for i, some in enumerate(read):
+        for j in some:
+            reach[j] = i
     templates = _templates(family, names)
     tokens = [(op.target, len(op.args), templates[i]) for i, op in enumerate(row)]
     reads: set[int] = set()
     alike = [op.target for op in row] == [op.target for op in loop.steady]
     back: set[tuple[int, int]] = set()  # makers and readers; of a row of another kind the makers are not in it
-    rank = [layer_at.get(i, -1) for i in range(len(row))]  # the latest layer that it is made of
+    rank: list[int] = []  # the latest layer that it is made of
     for i, op in enumerate(row):
+        rank.append(max([layer_at.get(i, -1), *(rank[j] for j in read[i])]))
         for leaf in leaves(op.args):
-            if isinstance(leaf, Row) and leaf.back == 0:
-                rank[i] = max(rank[i], rank[leaf.number])
-            elif isinstance(leaf, Row) or (
-                isinstance(leaf, Src) and loop.sources[leaf.name].kind in ("buffer", "state")
-            ):
-                reads.add(i)
             if isinstance(leaf, Row) and leaf.back > 0 and alike:
                 back.add((leaf.number, i))
+            if leaf.back if isinstance(leaf, Row) else type(leaf) is Src and loop.sources[leaf.name].kind in _KEPT:
+                reads.add(i)
     latest = list(rank)  # that something is made of which it has a part in
     for i in reversed(range(len(row))):
-        for leaf in leaves(row[i].args):
-            if isinstance(leaf, Row) and leaf.back == 0:
-                latest[leaf.number] = max(latest[leaf.number], latest[i])
+        for j in read[i]:
+            latest[j] = max(latest[j], latest[i])
     made = {i for i in range(len(row)) if latest[i] <= rank[i]}
     made -= {i for several, some in parts(row).items() if several not in made for i in some}
     reads -= made
@@ -189,7 +165,7 @@ def _layout(
             bisect_right(starts, maker) > layer for maker, layer in later
         )
 
-    starts, head, _ = divide(tokens, first, last, reach, {}, made, reads, waits)
+    starts, head, _ = divide(tokens, first, last, reach, made, reads, waits)
     begin = first[0] - common_suffix(tokens[: first[0]], head)
     # The last layer ends as another does, though it may leave out what it has no part in.
     tails = [tokens[at + 1 : start] for at, start in zip(last, starts, strict=False)]
@@ -253,7 +229,7 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
     for at, row in enumerate(rows):
         laid[at] = aligned(row, laid[at], _templates(family, names[at]), at == len(rows) - 1)
     anchors = [{i for i, each in enumerate(some) if family and family.layer(each) is not None} for some in names]
-    laid = behind_the_layers(rows, laid, anchors)
+    laid = behind_the_layers(loop, laid, anchors)
     return reordered(loop, [order for order, _ in laid]), tuple(layout for _, layout in laid)
 
 
@@ -303,16 +279,16 @@ def _refile(loop: SegmentLoop, row: Sequence[Op], layout: Layout, family: Family
     """
     layers, start = len(layout.layers), layout.epilogue[0]
     label: dict[int, int | None] = {}
+    read = own_reads(row)
     users: dict[int, list[int]] = {}
 
     def at(index: int) -> int | None:
         return label[index] if index in label else layout.layer_of(index)
 
     for i in range(start, len(row)):
-        found = [leaf.number for leaf in leaves(row[i].args) if isinstance(leaf, Row) and leaf.back == 0]
-        known = [layer for j in found if (layer := at(j)) is not None and layer >= 0]
+        known = [layer for j in read[i] if (layer := at(j)) is not None and layer >= 0]
         label[i] = max(known, default=None)
-        for j in found:
+        for j in read[i]:
             users.setdefault(j, []).append(i)
     for i in reversed(range(start, len(row))):  # what reads only earlier segments goes with what uses it
         if label[i] is None:
@@ -321,7 +297,7 @@ def _refile(loop: SegmentLoop, row: Sequence[Op], layout: Layout, family: Family
             label[i] = min(above) if above else next((layer for layer in earlier if layer is not None), layers - 1)
     for i in range(start, len(row)):
         if row[i].target is operator.getitem:
-            label[i] = at(next(leaf.number for leaf in leaves(row[i].args) if isinstance(leaf, Row)))
+            label[i] = at(read[i][0])
     extra = [[i for i in range(start, len(row)) if label[i] == layer] for layer in range(layers)]
     if layers < 2 or not any(extra[:-1]):
         return list(range(len(row))), layout
@@ -329,22 +305,16 @@ def _refile(loop: SegmentLoop, row: Sequence[Op], layout: Layout, family: Family
 
     def token(i: int, layer: int) -> tuple[Any, ...]:
         begin, end = layout.layers[layer]
-        inside = tuple(
-            leaf.number - begin
-            for leaf in leaves(row[i].args)
-            if isinstance(leaf, Row) and leaf.back == 0 and begin <= leaf.number < end
-        )
-        return row[i].target, inside, templates[i]
+        return row[i].target, tuple(j - begin for j in read[i] if begin <= j < end), templates[i]
 
     rest = [i for i in range(start, len(row)) if (label[i] or 0) >= layers - 1]
     pattern = [token(i, layers - 2) for i in extra[-2]]
     matched = {rest[k] for k in common_subsequence([token(i, layers - 1) for i in rest], pattern)}
     outside = set(rest) - matched
     for i in sorted(matched):
-        if any(isinstance(leaf, Row) and leaf.back == 0 and leaf.number in outside for leaf in leaves(row[i].args)):
-            matched.discard(i)
+        if not outside.isdisjoint(read[i]):
             outside.add(i)
-    extra[-1] = sorted(matched)
+    extra[-1] = sorted(matched - outside)
     order = list(range(layout.prologue[1]))
     bounds: list[tuple[int, int]] = []
     for layer, (begin, end) in enumerate(layout.layers):

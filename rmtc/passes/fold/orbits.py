@@ -6,16 +6,36 @@ from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
 from rmtc.passes.fold.later import find_later
-from rmtc.passes.fold.run import structure
+from rmtc.passes.fold.run import made_of, structure
 from rmtc.passes.fold.values import Unit, ValuedRun, integers_of
 
 
-class Home(NamedTuple):
-    """The place where a value is made: its segment, and its kind and number there, see :class:`Name` of filing.py."""
+class Name(NamedTuple):
+    """An operation of one part of the loop.
 
-    segment: int
+    Attributes:
+        kind: ``orbit`` for one of the body, ``each`` for one of the body that depends on no text, ``first`` for one of
+            a first segment alone, ``before``, ``after`` and ``result`` for those outside the loop.
+        number: the number of the orbit, or the value.
+        copy: which one of several results with the same value.
+    """
+
     kind: str
     number: int
+    copy: int = 0
+
+
+class Address(NamedTuple):
+    """The place of an operation: its segment, and its name there.
+
+    Segment -1 is before the loop, and the number of segments stands for after it.
+    """
+
+    segment: int
+    name: Name
+
+    def __str__(self) -> str:
+        return f"a value of segment {self.segment}" if self.segment >= 0 else "a value from before the loop"
 
 
 class Orbits:
@@ -55,14 +75,8 @@ class Orbits:
         for unit, other in self.later.items():
             if unit == other or unit not in long.stands or long.dependent[long.stands[other]]:
                 continue
-            work, seen = [long.stands[other]], set[int]()
-            while work and other not in found:
-                for i in long.read[work.pop()]:
-                    if i not in seen:
-                        seen.add(i)
-                        work.append(i)
-                        if long.unit[i] == unit:
-                            found |= {unit, other}
+            if any(long.unit[i] == unit for i in made_of(long.read, [long.stands[other]])):
+                found |= {unit, other}
         for run in (self.short, self.long) if found else ():
             for i in range(len(run.ops)):
                 run.dependent[i] |= run.unit[i] in found or any(run.dependent[j] for j in run.read[i])
@@ -87,7 +101,7 @@ class Orbits:
                 orbits.append(orbit)
         return sorted(orbits, key=lambda orbit: long.stands[orbit[-1]])
 
-    def _find_homes(self) -> dict[Unit, Home]:
+    def _find_homes(self) -> dict[Unit, Address]:
         """Find where each dependent value of the longer run is made."""
         self.earliest = self._earliest({})
         late = self._late(self.earliest)
@@ -102,17 +116,17 @@ class Orbits:
                 first[number] = max(firsts[-2:])
                 if first[number] < max(firsts) <= self.last + 1 - len(orbit):
                     late[number], more = max(firsts), True
-        found: dict[Unit, Home] = {}
+        found: dict[Unit, Address] = {}
         for unit, segment in latest.items():
             number, k = self._of.get(unit, (-1, 0))
             if number >= 0 and k + first[number] >= max(segment, 0):
-                found[unit] = Home(k + first[number], "orbit", number)
+                found[unit] = Address(k + first[number], Name("orbit", number))
             elif segment < 0:
-                found[unit] = Home(-1, "before", unit)
+                found[unit] = Address(-1, Name("before", unit))
             elif unit in self.short.stands:
-                found[unit] = Home(segment, "first", unit)
+                found[unit] = Address(segment, Name("first", unit))
             else:
-                found[unit] = Home(self.last + 1, "after", self.earlier.get(unit, unit))
+                found[unit] = Address(self.last + 1, Name("after", self.earlier.get(unit, unit)))
         self._draw_in(found)
         return found
 
@@ -215,7 +229,7 @@ class Orbits:
                     slack[read], changed = slack[reader] + between, True
         return slack
 
-    def _draw_in(self, homes: dict[Unit, Home]) -> None:
+    def _draw_in(self, homes: dict[Unit, Address]) -> None:
         """File in the last segment what runs behind it with parameters of a layer, and all it is made of.
 
         If only the last segment's result is asked for, nothing needs the upper layers of the segments before.
@@ -224,12 +238,12 @@ class Orbits:
         behind = [
             (i, unit)
             for i in range(len(long.ops))
-            if (unit := long.unit[i]) in homes and homes[unit].kind == "after" and long.stands[unit] == i
+            if (unit := long.unit[i]) in homes and homes[unit].name.kind == "after" and long.stands[unit] == i
         ]
         for i, unit in reversed(behind):
             if self._layers.get(i) is not None or unit in wanted:
                 wanted |= {unit, *(long.unit[j] for j in long.read[i])}
         for _, unit in behind:
             if unit in wanted and unit in self.earlier:
-                homes[unit] = Home(self.last, "orbit", len(self.orbits))
+                homes[unit] = Address(self.last, Name("orbit", len(self.orbits)))
                 self.orbits.append([unit])

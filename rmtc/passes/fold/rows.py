@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Op, Program, Val, leaves, map_leaves
+from rmtc.ir.segment_loop import Environment
 from rmtc.passes.fold.by_use import in_order
-from rmtc.passes.fold.filing import Address, Filing, Name
-from rmtc.passes.fold.run import Segmented, describe, structure
+from rmtc.passes.fold.filing import Filing
+from rmtc.passes.fold.orbits import Address, Name
+from rmtc.passes.fold.run import describe, structure
 
 Table = dict[Address, tuple[Op, tuple[Any, ...]]]
 """The operations of a run by place, with their arguments, in which places stand for operands."""
@@ -29,11 +32,17 @@ class FiledRun:
         table: the operations, with their arguments, in which places stand for operands.
         results: the results, in which places stand for values.
         rank: the order of the operations of a segment, for both runs.
+        segments: the number of segments.
+        rows: the operations of each segment in order, of -1 before the loop, and of the number of segments after it.
+        number: the number of each operation in its segment.
     """
 
     def __init__(self, filing: Filing, at: int) -> None:
         self.filing, self.at, self.run = filing, at, filing.runs[at]
-        self.rank = filing.rank
+        self.segments, self.rank = self.run.size.segments, filing.rank
+        self.rows: dict[int, list[Filed]] = {}
+        self.number: dict[Address, int] = {}
+        self._tokens: dict[int, list[Any]] = {}
         self.table: Table = {
             Address(segment, name): (self.run.ops[i], filing.operands(at, name, segment, i))
             for name, rows in filing.members[at].items()
@@ -134,8 +143,7 @@ class FiledRun:
             args = self.table[Address(segment, name)][1]
             reads = self.filing.reads.get(name, {})
             for position, leaf in enumerate(leaves(args) if reads else ()):
-                read = reads.get(position)
-                if read is None or type(leaf) is not Address or leaf.name == read[1]:
+                if type(leaf) is not Address or (read := reads.get(position)) is None or leaf.name == read[1]:
                     continue
                 place = Address(segment - read[0], read[1])
                 if place in self.table or place.segment < 0:
@@ -197,37 +205,79 @@ class FiledRun:
         self.table[place] = (replace(op, origin=op.origin._replace(name="")), args)
         return True
 
-    def written(self) -> Segmented:
-        """Return the run with its operations in the order of their places.
+    def arrange(self) -> None:
+        """Put the operations of each segment in order.
 
         Raises:
             RefusedError: if a segment reads what a later one makes.
         """
-        rows: dict[int, list[Name]] = {}
+        names: dict[int, list[Name]] = {segment: [] for segment in range(-1, self.segments + 1)}
         for segment, name in self.table:
-            rows.setdefault(segment, []).append(name)
-        number: dict[Address, int] = {}
-        ops: list[Op] = []
-        starts: list[int] = []
-        for segment in range(-1, self.run.size.segments + 1):
-            if segment >= 0:
-                starts.append(len(ops))
-            read = {name: _inside(segment, self.table[Address(segment, name)][1]) for name in rows.get(segment, [])}
+            names[segment].append(name)
+        for segment, some in names.items():
+            read = {name: _inside(segment, self.table[Address(segment, name)][1]) for name in some}
+            self.rows[segment] = []
             for name in in_order(read, read.__getitem__, lambda name: (self.rank[name], name)):
                 op, args = self.table[Address(segment, name)]
-                late = next((leaf for leaf in leaves(args) if type(leaf) is Address and leaf not in number), None)
+                late = next((leaf for leaf in leaves(args) if type(leaf) is Address and leaf not in self.number), None)
                 if late is not None:
-                    made = self.table[late][0] if late in self.table else op
+                    maker = self.table[late][0] if late in self.table else op
                     raise RefusedError(
-                        f"{describe(op)} of segment {segment} reads what a later segment makes: {describe(made)}",
-                        location=made.location,
+                        f"{describe(op)} of segment {segment} reads what a later segment makes: {describe(maker)}",
+                        location=maker.location,
                     )
-                number[Address(segment, name)] = len(ops)
-                args = map_leaves(args, lambda leaf: Val(number[leaf]) if type(leaf) is Address else leaf)
-                ops.append(op.with_args(args))
-        outputs = {name: Val(number[each]) if type(each) is Address else each for name, each in self.results.items()}
-        program = Program(ops, self.run.program.sources, outputs)
-        return Segmented(program, starts, [place.name for place in number])
+                self.number[Address(segment, name)] = len(self.rows[segment])
+                self.rows[segment].append(Filed(self, segment, name, op, args))
+
+    @functools.cache  # noqa: B019 (a run is of one fold)
+    def environment(self, segment: int) -> Environment:
+        """Return the sizes that a segment sees; the number of segments stands for the parts outside the loop."""
+        size = self.run.size
+        length = size.tail if segment >= size.segments - 1 else size.segment
+        return Environment(segment, size.segments, size.batch, length, size.positions)
+
+    def tokens(self, segment: int) -> list[Any]:
+        """Return what two segments must share to run the same operations."""
+        if segment not in self._tokens:
+            self._tokens[segment] = [(each.op.target, structure(each.args)) for each in self.rows[segment]]
+        return self._tokens[segment]
+
+    def program(self) -> Program:
+        """Return the run with its operations in order."""
+        value = {place: Val(i) for i, place in enumerate(self.number)}
+        ops = [
+            each.op.with_args(map_leaves(each.args, lambda leaf: value[leaf] if type(leaf) is Address else leaf))
+            for each in itertools.chain(*self.rows.values())
+        ]
+        results = {name: value[each] if type(each) is Address else each for name, each in self.results.items()}
+        return Program(ops, self.run.program.sources, results)
+
+    def verify(self) -> None:
+        """Check the program.
+
+        Raises:
+            VerifyError: if it is none.
+        """
+        self.program().verify()
+
+    def __str__(self) -> str:
+        starts = itertools.accumulate(len(self.rows[s]) for s in range(-1, self.segments))
+        return f"# {self.segments} segments start at {[*starts]}\n{self.program()}\n"
+
+
+class Filed(NamedTuple):
+    """An operation of a run in its segment, under its name there, with arguments in which places stand for operands."""
+
+    run: FiledRun
+    segment: int
+    name: Name
+    op: Op
+    args: tuple[Any, ...]
+
+    @property
+    def environment(self) -> Environment:
+        """The sizes that it sees."""
+        return self.run.environment(self.segment)
 
 
 def _with_leaves(args: tuple[Any, ...], found: Iterator[Any]) -> tuple[Any, ...]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from rmtc.ir.program import Program, Src, Val, leaves
+from rmtc.ir.program import Op, Program, Source, Val, leaves
 
-__all__ = ["Family", "Uses", "find_family", "template", "uses"]
+__all__ = ["Family", "Uses", "Names", "find_family", "names_of", "template", "used_names", "uses"]
 
 _INTEGER = re.compile(r"(?:(?<=^)|(?<=[.\[]))\d+(?=[.\]]|$)")
 _ENDING = re.compile(r"(?<=[A-Za-z_])\d+(?=[.\]'\"]|$)")  # layer_0, layer1, not in a list
+Names = tuple[str, ...]
+"""The names of tensors."""
+
 _select = torch.ops.aten.select.int
 
 
@@ -38,36 +43,47 @@ def uses(program: Program, growing: frozenset[str]) -> Uses:
         program: one run.
         growing: the names of the inputs that grow.
     """
-    invariant: list[bool] = []
-    made_of: list[tuple[str, ...]] = []  # of an invariant value: the names it stands for
-    names: list[tuple[str, ...]] = []
-    for op in program.ops:
-        fixed = True
-        operands: list[str] = []
+
+    def known(leaf: Any, made_of: Sequence[Names | None]) -> Names | None:
+        if type(leaf) is Val:
+            return made_of[leaf.number]
+        return names_of(program.sources[leaf.name], growing)
+
+    names, made_of = used_names(program.ops, known)
+    return Uses([each is not None for each in made_of], names)
+
+
+def names_of(source: Source, growing: frozenset[str]) -> Names | None:
+    """Return the names that uses of a tensor count for; None if it grows."""
+    if not growing.isdisjoint(source.names):
+        return None
+    return source.names if source.kind != "constant" else ()
+
+
+def used_names(
+    ops: Sequence[Op], known: Callable[[Any, Sequence[Names | None]], Names | None]
+) -> tuple[list[Names], list[Names | None]]:
+    """Return the names of the tensors that operations use.
+
+    Args:
+        ops: the operations.
+        known: returns the names that an operand is made of, given those of earlier operations; None if it is made of
+            more.
+
+    Returns:
+        For each operation the names that its operands are made of, and those that its result is made of.
+    """
+    used: list[Names] = []
+    made_of: list[Names | None] = []
+    for op in ops:
+        found = [known(leaf, made_of) for leaf in leaves(op.args) if isinstance(leaf, tuple)]
+        names = tuple(dict.fromkeys(itertools.chain.from_iterable(filter(None, found))))
+        used.append(names)
         # Taking one layer's part of a stack is no use of it: what then uses the part is.
-        part = op.target is _select and len(op.args) == 3 and op.args[1] == 0 and type(op.args[0]) is Src
-        for leaf in leaves(op.args):
-            if type(leaf) is Src:
-                if leaf.name in growing:
-                    fixed = False
-                    continue
-                source = program.sources[leaf.name]
-                stands_for = source.names if source.kind != "constant" else ()
-            elif type(leaf) is Val:
-                if not invariant[leaf.number]:
-                    fixed = False
-                    continue
-                stands_for = made_of[leaf.number]
-            else:
-                continue
-            operands += stands_for
-        invariant.append(fixed)
-        unique = tuple(dict.fromkeys(operands))
-        names.append(unique)
-        if fixed and part:
-            unique = tuple(f"{name}[{op.args[2]}]" for name in unique)
-        made_of.append(unique if fixed else ())
-    return Uses(invariant, names)
+        if op.target is _select and len(op.args) == 3 and op.args[1] == 0:
+            names = tuple(f"{name}[{op.args[2]}]" for name in names)
+        made_of.append(None if None in found else names)
+    return used, made_of
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Program
+from rmtc.passes.fold.carry import carry
 from rmtc.passes.fold.filing import Filing
 from rmtc.passes.fold.orbits import Orbits
 from rmtc.passes.fold.rows import FiledRun
-from rmtc.passes.fold.run import SAME_OPERATIONS, DividedRun, describe, other_operation
+from rmtc.passes.fold.run import SAME_OPERATIONS, describe, other_operation
 from rmtc.passes.fold.values import ValuedRun, number_values
 from rmtc.passes.registry import enter, ran
 
@@ -19,11 +20,10 @@ def unify(
     short: tuple[Program, int, int, int],
     long: tuple[Program, int, int, int],
     growing: frozenset[str],
-    lists: frozenset[str],
     segment_length: int,
     steady_from: int,
     layers: Mapping[int, int | None],
-) -> tuple[DividedRun, DividedRun, RefusedError | None]:
+) -> tuple[FiledRun, FiledRun, RefusedError | None]:
     """Divide two runs of n and n + 1 segments into segments.
 
     Needs: two canonical programs.
@@ -43,7 +43,6 @@ def unify(
     Args:
         short, long: the runs with their number of segments, batch size and length of the last segment.
         growing: the names of the inputs that grow.
-        lists: the names of the inputs that are lists with one item per segment.
         segment_length: positions of a segment.
         steady_from: the first segment that later ones are to be like.
         layers: the operations of the longer run that use parameters, with the layer that these belong to.
@@ -60,18 +59,16 @@ def unify(
     difference = _difference(orbits, layers)
     try:
         filing = Filing(orbits, steady_from, layers)
-        written = [FiledRun(filing, at).written() for at in (0, 1)]
+        filed = FiledRun(filing, 0), FiledRun(filing, 1)
+        carry(*filed)
+        for each in filed:
+            each.arrange()
+            ran("find-segments", each)
     except RefusedError as error:
         if difference is None:
             raise
         raise difference from error
-    for each in written:
-        ran("find-segments", each)
-    first, second = (
-        DividedRun(each, run.size.batch, run.size.tail, segment_length, lists)
-        for each, run in zip(written, runs, strict=True)
-    )
-    return first, second, difference
+    return *filed, difference
 
 
 def _difference(orbits: Orbits, parameters: Iterable[int]) -> RefusedError | None:

@@ -29,6 +29,7 @@ class ValuedRun:
 
     Attributes:
         leaves: the arguments of each operation, one after another.
+        structure: the arguments without operands and integers.
         read: the operations whose results it reads.
         dependent: whether an operation has a part in which a growing input is named.
         varies: whether its value depends on that of a growing input.
@@ -44,6 +45,7 @@ class ValuedRun:
         self.size = RunSizes(segments, batch, tail, (segments - 1) * segment_length + tail, segment_length)
         self.growing = growing
         self.leaves: list[tuple[Any, ...]] = []
+        self.structure: list[tuple[Any, ...]] = []
         self.read: list[list[int]] = []
         self.dependent: list[bool] = []
         self.varies: list[bool] = []
@@ -55,6 +57,7 @@ class ValuedRun:
             sources = [leaf.name for leaf in each if type(leaf) is Src]
             grown = not growing.isdisjoint(sources)
             self.leaves.append(each)
+            self.structure.append(structure(op.args))
             self.read.append(read)
             self.dependent.append(grown or any(self.dependent[i] for i in read))
             self.varies.append(not _creates(op) and (grown or any(self.varies[i] for i in read)))
@@ -107,8 +110,8 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
                 for leaf in each
                 if type(leaf) in (Val, Src)
             )
-            key: Hashable = (op.target, structure(op.args), read)
-            integers = integers_of(op.args)
+            key: Hashable = (op.target, run.structure[i], read)
+            integers = tuple(leaf for leaf in each if type(leaf) is int)
             if op.random or run.dependent[i]:
                 key = (key, op.location, op.origin.module)
                 counts[at, key, integers] += 1
@@ -116,25 +119,20 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
             groups = level.setdefault(key, ({}, {}))
             groups[at].setdefault(integers, []).append(i)
         for first, second in level.values():
-            pairs = {integers: integers for integers in first if integers in second}
-            taken = set(pairs.values())
-            for integers in [each for each in first if each not in pairs]:
-                others = (each for each in second if each not in taken)
-                other = next((each for each in others if _same_sizes(integers, each, short.size, long.size)), None)
-                if other is not None:
-                    pairs[integers] = other
-                    taken.add(other)
-            for integers, members in first.items():
+            numbers: dict[tuple[int, ...], int] = {}  # of those of the longer run
+            for integers in sorted(first, key=lambda each: each not in second):
+                others = (each for each in second if each not in numbers)
+                alike = (each for each in others if _same_sizes(integers, each, short.size, long.size))
+                other = integers if integers in second else next(alike, None)
                 number = next(fresh)
-                for i in members:
+                if other is not None:
+                    numbers[other] = number
+                for i in first[integers]:
                     classes[0][i] = number
-                for i in second[pairs[integers]] if integers in pairs else ():
-                    classes[1][i] = number
             for integers, members in second.items():
-                if integers not in taken:
-                    number = next(fresh)
-                    for i in members:
-                        classes[1][i] = number
+                number = numbers[integers] if integers in numbers else next(fresh)
+                for i in members:
+                    classes[1][i] = number
     for at, run in enumerate((short, long)):
         run.unit = classes[at]
         for i in range(len(run.ops)):
@@ -150,7 +148,7 @@ def _ways(short: ValuedRun, long: ValuedRun) -> tuple[dict[int, str], dict[int, 
             if not run.dependent[i]:
                 given = (leaf for leaf in run.leaves[i] if type(leaf) in (Val, Src))
                 read = tuple(ways[leaf.number] if type(leaf) is Val else leaf.name for leaf in given)
-                ways[i] = names.setdefault((op.target, structure(op.args), read), f"way {len(names)}")
+                ways[i] = names.setdefault((op.target, run.structure[i], read), f"way {len(names)}")
     return found
 
 
