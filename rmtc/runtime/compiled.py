@@ -41,7 +41,7 @@ from rmtc.errors import (
     user_level,
 )
 from rmtc.lock import LOCK
-from rmtc.quiet import uncollected
+from rmtc.quiet import roomy, uncollected
 from rmtc.recall import entry_of, recalled, remember
 from rmtc.restoring import outermost, restored
 from rmtc.runtime.backends import Backend, auto
@@ -1095,6 +1095,7 @@ class Compiled:
         kind = type(self.function).__name__
         return kind if isinstance(self.function, nn.Module) else getattr(self.function, "__qualname__", kind)
 
+    @roomy
     @uncollected(aged=True)
     def _work(self, decision: _Admit | _Capture, arguments: Arguments) -> _Eager | None:
         """Capture or admit a call, or remember why not.
