@@ -299,6 +299,8 @@ class SegmentLoop:
         def resolve(segment: int, sizes: Environment, arg: Any) -> Any:
             if isinstance(arg, Row):
                 return Val(index[segment - arg.back, arg.number])
+            if not isinstance(arg, (Outer, Where, Item)):
+                return sizes.of(arg)
             if isinstance(arg, Outer):
                 made = (-1 if arg.part == "before" else segments, arg.number)
                 if made not in index:
@@ -306,12 +308,10 @@ class SegmentLoop:
                 return Val(index[made])
             if isinstance(arg, Where):
                 return value(arg, arg.segment if arg.segment >= 0 else segments + arg.segment)
-            if isinstance(arg, Item):
-                name = str(arg._replace(number=sizes.of(arg.number)))
-                if name not in sources:  # the runs that were folded had fewer items
-                    sources[name] = replace(sources[str(arg._replace(number=0))], names=(name,))
-                return Src(name)
-            return sizes.of(arg)
+            name = str(arg._replace(number=sizes.of(arg.number)))
+            if name not in sources:  # the runs that were folded had fewer items
+                sources[name] = replace(sources[str(arg._replace(number=0))], names=(name,))
+            return Src(name)
 
         def expand(segment: int, sizes: Environment, args: tuple[Any, ...]) -> tuple[Any, ...]:
             out: list[Any] = []
