@@ -25,7 +25,7 @@ from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.lock import LOCK
 from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, retime_loop, rewrite
 from rmtc.passes.registry import PASSES, watched
-from rmtc.quiet import uncollected
+from rmtc.quiet import roomy, uncollected
 from rmtc.restoring import outermost
 from rmtc.stages import stage, timed
 
@@ -267,6 +267,7 @@ class Analysis:
 
 
 @outermost
+@roomy
 @LOCK.capturing()
 def analyze(
     function: Callable[..., Any],

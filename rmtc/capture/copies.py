@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, NamedTuple, Protocol
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rmtc.capture.alike import Alike, LikeCall, Member, Reads
@@ -341,7 +342,7 @@ class Copies:
         paths = {self._paths.get(id(one)): self._paths.get(id(other), "") for one, other in pairs}
         there = dict(zip(traced.call.nodes, call.nodes, strict=True))
         for node in traced.nodes:
-            copy = there[node] = tracer.graph.node_copy(node, there.__getitem__)
+            copy = there[node] = _copied(tracer.graph, node, there)
             copy.meta["module"] = paths[node.meta["module"]]
         modules = [self._paths.get(id(module), "") for module in call.member.modules]
         tracer.attributes += [(f"{modules[at]}.{name}", there[node]) for at, name, node in traced.attributes]
@@ -365,6 +366,19 @@ class Copies:
 
 
 _ATTRIBUTES = {*ATTRIBUTES, "_is_param", "_rmtc_stands_in"}
+
+
+def _copied(graph: fx.Graph, node: fx.Node, there: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """Copy an operation to the end of a graph.
+
+    Operands come second: a node that is made with them has each of them looked at once more, for symbolic sizes.
+    """
+    copy = graph.create_node("call_function", node.target, name=node.name)
+    copy.args = map_arg(node.args, there.__getitem__)
+    if node.kwargs:
+        copy.kwargs = map_arg(node.kwargs, there.__getitem__)
+    copy.meta.update(node.meta)
+    return copy
 
 
 def _modes() -> tuple[int, int]:

@@ -12,6 +12,7 @@ import functools
 import inspect
 import operator
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -100,6 +101,12 @@ class _Tracer(PythonKeyTracer):
         self.attributes: list[tuple[str, torch.Tensor | fx.Node]] = []
         self.inference = False  # whether an operation ran in an inference mode that the call itself enters, or leaves
         self.copies: Copies | None = None
+
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        graph = super().trace(*args, **kwargs)
+        # make_fx goes over all nodes for unused reads of symbolic sizes. A trace of fixed sizes has none.
+        graph.eliminate_dead_code = lambda *_: False  # type: ignore[method-assign]
+        return graph
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         self._refuse_backward()
@@ -232,8 +239,6 @@ class _Mode(ProxyTorchDispatchMode):
 
 
 _CHOOSING = {aten.scaled_dot_product_attention.default}  # flags choose its kernel, and so its strides
-
-
 _AUTOCASTS = ("cpu", "cuda")
 
 
@@ -490,8 +495,6 @@ def _trace(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the warnings of torch about conversions in its tracing, which mean nothing to the user."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

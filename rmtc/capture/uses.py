@@ -19,6 +19,8 @@ aten = torch.ops.aten
 _NEW = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default}
 """What makes a tensor of a text's dtype cuts nothing off the text."""
 
+_STEPS = {aten.slice.Tensor, aten.unfold.default}
+
 
 class EnoughError(BaseException):
     """The signal that ends a probing run.
@@ -109,7 +111,7 @@ class UseCount:
         if self._operations > heuristics.PROBE_OPERATIONS:
             raise EnoughError
         sources = [self._source.get(id(tensor)) for tensor in tensors]
-        if tensors and all(source is not None for source in sources):
+        if tensors and None not in sources:
             # A transposed weight is a weight, and so is one layer's part of a stack.
             part = (func, *sources, *numbers)
             index = self._parts.setdefault(part, -1 - len(self._parts))
@@ -120,16 +122,20 @@ class UseCount:
         elif tensors:
             for result in results:  # of a call answered from one that was given a weight in its place
                 self._source.pop(id(result), None)
+            run = self.run
             for source in sources:
                 if source is not None:
-                    count = self.run.uses[source] = self.run.uses[source] + 1
+                    count = run.uses[source] = run.uses[source] + 1
                     self._seldom += (count == 1) - (count == heuristics.PROBE_USES)
-                    self.run.roots.update(self._roots[source])
-                    self.run.last_use |= dict.fromkeys(self._roots[source], (func, [each.shape for each in results]))
+                    last = func, [each.shape for each in results]
+                    for root in self._roots[source]:
+                        run.roots[root] += 1
+                        run.last_use[root] = last
             if func not in _NEW:
                 for tensor in tensors:
-                    self._note_cut(tensor, results)
-                    self._note_step(func, tensor, numbers)
+                    if not self._sizes.isdisjoint(tensor.shape):
+                        self._note_cut(tensor, results)
+                        self._note_step(func, tensor, numbers)
             if self._short and self.run.uses and not self._seldom:
                 raise EnoughError
 
@@ -156,7 +162,7 @@ class UseCount:
 
     def _note_step(self, func: Any, text: torch.Tensor, numbers: tuple[int, ...]) -> None:
         """Note how far windows of a text advance, which may overlap."""
-        if func not in (aten.slice.Tensor, aten.unfold.default) or len(numbers) < 2:
+        if func not in _STEPS or len(numbers) < 2:
             return
         dim, begin = numbers[0] % text.ndim, numbers[1]
         if text.shape[dim] not in self._sizes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -116,7 +116,8 @@ class Layout(NamedTuple):
         """Return the layer of an operation: -1 for the prologue, L for the epilogue."""
         if index < self.prologue[1]:
             return -1
-        return len(self.layers) if index >= self.epilogue[0] else bisect_right(self.layers, (index, math.inf)) - 1
+        layer = bisect_right(self.layers, (index, sys.maxsize)) - 1
+        return layer if layer >= 0 and index < self.layers[layer][1] else len(self.layers)
 
 
 CARRIED = "carried:"
@@ -279,7 +280,7 @@ class SegmentLoop:
         """
         # State of the unrolling: the program so far, and where in it each operation of the loop is.
         total = (segments - 1) * self.segment_length + tail
-        index: dict[Key, int] = {}
+        index: dict[tuple[int, int], int] = {}
         sources = dict(self.sources)
         ops: list[Op] = []
         keys: list[Key] = []
@@ -293,57 +294,59 @@ class SegmentLoop:
             number = operand.number[min(at, len(operand.number) - 1)] if 0 <= at < segments else -1
             if number < 0:
                 raise VerifyError(f"what {segments} segment(s) return is not known: the first segment differs")
-            return Val(index[Key(at, number)])
+            return Val(index[at, number])
 
-        def resolve(segment: int, arg: Any) -> Any:
+        def resolve(segment: int, sizes: Environment, arg: Any) -> Any:
             if isinstance(arg, Row):
-                return Val(index[Key(segment - arg.back, arg.number)])
+                return Val(index[segment - arg.back, arg.number])
+            if not isinstance(arg, (Outer, Where, Item)):
+                return sizes.of(arg)
             if isinstance(arg, Outer):
-                made = Key(-1 if arg.part == "before" else segments, arg.number)
+                made = (-1 if arg.part == "before" else segments, arg.number)
                 if made not in index:
                     raise VerifyError(f"what {segments} segment(s) return is not known: it is made of more")
                 return Val(index[made])
             if isinstance(arg, Where):
                 return value(arg, arg.segment if arg.segment >= 0 else segments + arg.segment)
-            if isinstance(arg, Item):
-                name = str(arg._replace(number=environment(segment).of(arg.number)))
-                if name not in sources:  # the runs that were folded had fewer items
-                    sources[name] = replace(sources[str(arg._replace(number=0))], names=(name,))
-                return Src(name)
-            return environment(segments if segment < 0 else segment).of(arg)
+            name = str(arg._replace(number=sizes.of(arg.number)))
+            if name not in sources:  # the runs that were folded had fewer items
+                sources[name] = replace(sources[str(arg._replace(number=0))], names=(name,))
+            return Src(name)
 
-        def expand(segment: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        def expand(segment: int, sizes: Environment, args: tuple[Any, ...]) -> tuple[Any, ...]:
             out: list[Any] = []
             for arg in args:
                 if isinstance(arg, Every):
                     out += [value(arg, at) for at in range(segments)]
                 elif type(arg) is tuple:
-                    out.append(expand(segment, arg))
+                    out.append(expand(segment, sizes, arg))
                 else:
-                    out.append(resolve(segment, arg))
+                    out.append(resolve(segment, sizes, arg))
             return tuple(out)
 
         # Operations: before the loop, segment by segment, and after it.
         def run(segment: int, body: Sequence[Op | None]) -> None:
+            sizes = environment(segments if segment < 0 else segment)
             for number, op in enumerate(body):
                 if op is None:
                     continue
-                index[Key(segment, number)] = len(ops)
-                keys.append(Key(segment, number))
-                ops.append(Op(op.target, expand(segment, op.args), op.origin))
+                key = Key(segment, number)
+                index[key] = len(ops)
+                keys.append(key)
+                ops.append(Op(op.target, expand(segment, sizes, op.args), op.origin))
 
         run(-1, self.before)
         for segment in range(segments):
             run(segment, self.row(segment))
         run(segments, self.after_of(segments))
         # Results: one per name, or one per segment for a numbered name.
-        outputs: dict[str, Any] = {}
+        outputs, last = dict[str, Any](), environment(segments)
         for name, operand in self.outputs.items():
             for at in range(segments) if isinstance(operand, Every) else (segments,):
                 known = name.at(environment(at)) if isinstance(name, Numbered) else name
                 if known in outputs:
                     raise VerifyError(f"two results of {segments} segment(s) are {known}")
-                outputs[known] = value(operand, at) if isinstance(operand, Every) else resolve(segments, operand)
+                outputs[known] = value(operand, at) if isinstance(operand, Every) else resolve(segments, last, operand)
         return Program(ops, sources, outputs), keys
 
     def op(self, key: Key, segments: int) -> Op:

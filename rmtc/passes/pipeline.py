@@ -327,11 +327,12 @@ def check_against(proven: Proven, program: Program, segments: int, batch: int, t
         raise _unneeded()
     full = segments if tail == loop.segment_length else segments - 1
     for key, op in shapes.items():
-        later = shapes.get(Key(key.segment + 1, key.number))
-        layer = loop.layout(key.segment).layer_of(key.number)
-        if layer == loop.layers:  # outputs may be gathered there
+        if not len(loop.rows) <= key.segment < full - 1:
             continue
-        if len(loop.rows) <= key.segment < full - 1 and later is not None and op.shape != later.shape:
+        later = shapes.get(Key(key.segment + 1, key.number))
+        if later is None or op.shape == later.shape:
+            continue
+        if loop.layout(key.segment).layer_of(key.number) != loop.layers:  # outputs may be gathered there
             raise RefusedError(
                 f"{op.label} gives {op.shape} in segment {key.segment} and {later.shape} in the next: what a segment "
                 "works on grows",

@@ -30,7 +30,7 @@ from rmtc.errors import (
     raised_by_signal,
 )
 from rmtc.lock import LOCK
-from rmtc.quiet import uncollected
+from rmtc.quiet import roomy, uncollected
 from rmtc.recall import entry_of, recalled, remember
 from rmtc.runtime.background import Background, waits
 from rmtc.runtime.choice import New
@@ -95,11 +95,9 @@ class Captures:
         given = dict(arguments.named())
         if given.get("past_key_values") is not None or in_generate(self.function):
             return Eager(quiet=CACHE)
-        short = self._short(arguments)
-        if short is not None:
+        if (short := self._short(arguments)) is not None:
             return short
-        watched = self.watched()
-        if watched is not None:
+        if (watched := self.watched()) is not None:
             return Eager(watched)
         # Look for a capture that serves the call.
         differences: list[str] = []
@@ -339,6 +337,7 @@ class Captures:
             raise made from error
         return Eager(f"an error inside rmtc, in {stage}; please report it", made, what)
 
+    @roomy
     @uncollected(aged=True)
     def work(self, decision: Admit | CaptureAnew, arguments: Arguments) -> Eager | None:
         """Capture or admit a call, or remember why not.

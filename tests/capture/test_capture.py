@@ -40,6 +40,7 @@ from rmtc.capture.sizes import Sizes
 from rmtc.capture.tracer import trace
 from rmtc.passes.graph.canonicalize import Canonicalize
 from rmtc.passes.graph.remove_regions import Autocast, RemoveRegions
+from rmtc.quiet import roomy
 
 aten = torch.ops.aten
 
@@ -842,3 +843,24 @@ def test_no_two_tensors_have_one_name() -> None:
         assert len(names) == len(set(names)) == 2 * LAYERS + 3
         captured = open_capture(function, arguments, {}).run(Sizes(3, BATCH, SEGMENT))
         assert len(captured.program.sources) == len(names)
+
+
+def test_no_depth_of_the_stack_costs_a_system_call_for_each_call() -> None:
+    """A piece of the interpreter's stack that a loop's calls begin is not given back after each of them."""
+    resource = pytest.importorskip("resource")
+
+    def leaf() -> None:
+        """Take one frame."""
+
+    def looped(depth: int) -> int:
+        if depth:
+            return looped(depth - 1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(1000):
+            leaf()
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+    depths = range(300)  # more than a piece of the stack holds
+    if max(map(looped, depths)) < 1000:
+        pytest.skip("this interpreter keeps the pieces of its stack")
+    assert max(map(roomy(looped), depths)) < 1000

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
-from rmtc.ir.program import Op, Program, Src, Val, leaves
+from rmtc.ir.program import Program, Src, Val, leaves, target_name
 from rmtc.passes.fold.run import structure
 
 Unit = int
@@ -60,7 +61,7 @@ class ValuedRun:
             self.structure.append(structure(op.args))
             self.read.append(read)
             self.dependent.append(grown or any(self.dependent[i] for i in read))
-            self.varies.append(not _creates(op) and (grown or any(self.varies[i] for i in read)))
+            self.varies.append(not _creates(op.target) and (grown or any(self.varies[i] for i in read)))
             self.constant.append(not sources and not op.random and all(self.constant[i] for i in read))
             self.depth.append(1 + max((self.depth[i] for i in read), default=0))
         self.needed = program.needed()
@@ -68,9 +69,11 @@ class ValuedRun:
         self.stands: dict[Unit, int] = {}
 
 
-def _creates(op: Op) -> bool:
+@functools.cache
+def _creates(target: Callable[..., Any]) -> bool:
     """Tell whether an operation makes a tensor that has no more of its operand than its form."""
-    return op.label.partition(".")[0].endswith("_like") or op.label.startswith("new_")
+    label = target_name(target)
+    return label.partition(".")[0].endswith("_like") or label.startswith("new_")
 
 
 def integers_of(args: tuple[Any, ...]) -> tuple[int, ...]:

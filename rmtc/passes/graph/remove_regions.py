@@ -225,10 +225,11 @@ def _refuse_gradients(graph: fx.Graph) -> None:
         elif node.target is operator.getitem:
             if node.args[0] in carried and _differentiable(node):
                 carried[node] = carried[node.args[0]]
-        elif node.target is not aten.detach.default and _differentiable(node):
+        elif node.target is not aten.detach.default:
             # After the region it may still be the same tensor, written to or cast to its own dtype.
             places = [carried[each] or on for each in node.all_input_nodes if each in carried]
-            if place := next(filter(None, places), None):
+            place = next(filter(None, places), None)
+            if place is not None and _differentiable(node):
                 carried[node] = place
 
 

@@ -88,12 +88,13 @@ def check(
             Also where a tuple leaves its cell, for cells can only pass tensors.
     """
     counterpart = _correspond(trace, claimed)
-    dependent = _dependent_prologues(claimed, places)
+    reads = [values_in(op.args) for op in claimed.ops]
+    dependent = _dependent_prologues(reads, places)
     covered: dict[tuple[Cell, Cell], set[int]] = {}
     crossing: Counter[int] = Counter()
     # Every edge of the trace has its image among these edges, at the same operand of its reader's counterpart.
-    for consumer in _needed(claimed):
-        for producer in _values_of(claimed, consumer):
+    for consumer in _needed(claimed, reads):
+        for producer in reads[consumer]:
             earlier, later, location = places[producer], places[consumer], claimed.ops[consumer].location
             if not _precedes(earlier, later):
                 raise VerifyError(
@@ -119,24 +120,20 @@ def check(
                     "says so",
                     location=location,
                 )
-    edges = sum(len(_values_of(trace, node)) for node in counterpart)
+    edges = sum(len(values_in(trace.ops[node].args)) for node in counterpart)
     return Checked(len(counterpart), edges, sum(crossing[image] for image in counterpart.values()), counterpart)
 
 
-def _needed(program: Program) -> list[int]:
-    """Return the operations that a result needs, in order."""
+def _needed(program: Program, reads: Sequence[list[int]]) -> list[int]:
+    """Return the operations that a result needs, in order, by what each operation reads."""
     found: set[int] = set()
     work = [value.number for value in program.outputs.values() if type(value) is Val]
     while work:
         number = work.pop()
         if number not in found:
             found.add(number)
-            work += _values_of(program, number)
+            work += reads[number]
     return sorted(found)
-
-
-def _values_of(program: Program, number: int) -> list[int]:
-    return values_in(program.ops[number].args)
 
 
 def _precedes(earlier: Place, later: Place) -> bool:
@@ -172,12 +169,12 @@ def _cells(earlier: Place, later: Place, dependent: bool, layers: int) -> tuple[
     return (source, target) if source != target else None
 
 
-def _dependent_prologues(claimed: Program, places: Sequence[Place]) -> set[int]:
+def _dependent_prologues(reads: Sequence[list[int]], places: Sequence[Place]) -> set[int]:
     """Return the operations of prologues that need a cell, directly or through other operations of prologues."""
     found: set[int] = set()
     for number, place in enumerate(places):
         if place.stage == 0 and place.cell is not None:
-            for operand in _values_of(claimed, number):
+            for operand in reads[number]:
                 source = places[operand]
                 if operand in found or (source.cell is not None and source.stage > 0):
                     found.add(number)

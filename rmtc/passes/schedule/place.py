@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from rmtc.ir.cells import Cell
 from rmtc.ir.folded import FoldedGraph, Times
 from rmtc.ir.schedule import Schedule
@@ -23,6 +25,12 @@ def places(loop: SegmentLoop, keys: list[Key], segments: int, schedule: Schedule
     """
     layers = loop.layers
     time = schedule.clock(segments)
+
+    @functools.cache
+    def of(segment: int, layer: int) -> tuple[int, int, Cell]:
+        stage = 0 if layer < 0 else 2 if layer >= layers else 1
+        return time(Cell(segment, min(max(layer, 0), layers - 1))), stage, Cell(segment, layer)
+
     found: list[Place] = []
     for key in keys:
         if key.segment < 0:
@@ -31,9 +39,7 @@ def places(loop: SegmentLoop, keys: list[Key], segments: int, schedule: Schedule
             found.append(Place(2, 0, 0, None, key.number))
         else:
             layer = loop.layout(key.segment).layer_of(key.number)
-            stage = 0 if layer < 0 else 2 if layer >= layers else 1
-            step = time(Cell(key.segment, min(max(layer, 0), layers - 1)))
-            found.append(Place(1, step, stage, Cell(key.segment, layer), key.number))
+            found.append(Place(1, *of(key.segment, layer), key.number))
     return found
 
 
