@@ -30,7 +30,6 @@ from rmtc.errors import (
     raised_by_signal,
 )
 from rmtc.lock import LOCK
-from rmtc.quiet import roomy, uncollected
 from rmtc.recall import entry_of, recalled, remember
 from rmtc.runtime.background import Background, waits
 from rmtc.runtime.choice import New
@@ -337,8 +336,6 @@ class Captures:
             raise made from error
         return Eager(f"an error inside rmtc, in {stage}; please report it", made, what)
 
-    @roomy
-    @uncollected(aged=True)
     def work(self, decision: Admit | CaptureAnew, arguments: Arguments) -> Eager | None:
         """Capture or admit a call, or remember why not.
 

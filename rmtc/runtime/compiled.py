@@ -30,7 +30,7 @@ from rmtc.errors import (
     raised_by_signal,
 )
 from rmtc.lock import LOCK
-from rmtc.quiet import uncollected
+from rmtc.quiet import roomy, uncollected
 from rmtc.restoring import outermost, restored
 from rmtc.runtime.captures import Captures
 from rmtc.runtime.counts import Counts, title_of
@@ -472,6 +472,8 @@ class Compiled:
                 self.counts.say(replace(decision, reason=error.reason if error else decision.reason, error=error))
         return result
 
+    @roomy
+    @uncollected(aged=True)
     def _work(self, decision: Admit | CaptureAnew, arguments: Arguments) -> Eager | None:
         with _capturing(self):
             return self.captures.work(decision, arguments)

@@ -123,8 +123,8 @@ class Picker:
             self._made[arm] = self._make[arm]()
         return self.main if arm is None else self._made.get(arm)
 
-    def pick(self, sizes: Sizes, trained: bool) -> Pick | None:
-        """Return what is to run a call of some sizes; None if one way was asked for.
+    def pick(self, sizes: Sizes, trained: bool) -> Pick:
+        """Return what is to run a call of some sizes, of several ways.
 
         A cost model that the user has named is the last word. Under deterministic algorithms, and while gradients are
         asked for, the choice is that of the estimates.
@@ -133,8 +133,6 @@ class Picker:
             sizes: those of the call.
             trained: whether gradients are asked for.
         """
-        if not self.arms:
-            return None
         choice = self.choice(sizes)
         if trained:
             return Pick(choice.estimated(sizes, heuristics.TRAINING_MARGIN))

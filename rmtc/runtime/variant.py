@@ -461,6 +461,8 @@ class Variant:
 
     def pick(self, sizes: Sizes) -> Pick | None:
         """Return what is to run a call of some sizes; None if one way was asked for."""
+        if not self.picker.arms:
+            return None
         return self.picker.pick(sizes, trained=torch.is_grad_enabled() and self.reads.requires_grad)
 
     def scheduled(self, sizes: Sizes) -> Arm | None:

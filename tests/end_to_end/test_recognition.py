@@ -366,3 +366,34 @@ def test_several_results_stay_in_one_cell(below: bool, distances: set[tuple[int,
         twins.call(text(segments, batch, tail))
         twins.ran(segments, a=0 if below else 1)
     assert twins.distances == distances
+
+
+class Experts(nn.Module):
+    """As many experts as layers, their matrices in one parameter that all layers share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.gates = nn.ModuleList(nn.Linear(WIDTH, LAYERS) for _ in range(LAYERS))
+        self.experts = nn.Linear(WIDTH, LAYERS * WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories = list(x.new_ones(LAYERS, x.shape[0], 1, WIDTH))
+        outputs = []
+        for hidden in x.split(SEGMENT, dim=1):
+            for number, (layer, gate) in enumerate(zip(self.layers, self.gates, strict=True)):
+                shares, made = gate(hidden).softmax(-1), layer(hidden)
+                for expert, matrix in enumerate(self.experts.weight.view(LAYERS, WIDTH, WIDTH)):
+                    made = made + shares[..., expert : expert + 1] * torch.tanh(hidden @ matrix)
+                hidden = torch.tanh(made + memories[number])
+                memories[number] = torch.tanh(memories[number] + hidden.mean(1, keepdim=True))
+            outputs.append(hidden)
+        return torch.cat(outputs, 1)
+
+
+def test_parts_of_what_layers_share_are_no_layers() -> None:
+    twins = Twins(Experts, schedule="shortest")
+    twins.call(text(7, 2))
+    twins.ran(7)
+    run = rmtc.stats(twins.fast).last_run
+    assert run is not None and max(run.widths) == LAYERS, "cells of all layers run at once"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from textwrap import dedent
 
 import pytest
@@ -9,6 +11,8 @@ import pytest
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.ir.program import Program
 from rmtc.ir.segment_loop import SegmentLoop
+from rmtc.passes.fold.filing import Filing
+from rmtc.passes.fold.rows import FiledRun
 from rmtc.passes.pipeline import reroll
 
 SOURCES = """\
@@ -80,6 +84,25 @@ def test_runs_of_three_and_four_segments_are_one_loop() -> None:
         after the loop:
         return output = s[-1].%4""")
     assert {each.distance for each in loop.dependences} == {(0, 1), (1, 0)}
+
+
+def test_a_fold_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[object]] = []
+
+    def seen(cls: type[Filing | FiledRun]) -> None:
+        init = cls.__init__
+
+        def first(self: Filing | FiledRun, *given: object) -> None:
+            made.append(weakref.ref(self))
+            init(self, *given)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(cls, "__init__", first)
+
+    seen(Filing)
+    seen(FiledRun)
+    folded()
+    gc.collect()
+    assert len(made) >= 3 and [each() for each in made] == [None] * len(made)
 
 
 def test_a_memory_that_goes_back_down_is_read_where_it_is_added() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ class Filing:
     def __init__(self, orbits: Orbits, steady_from: int, layers: Mapping[int, int | None]) -> None:
         self.runs, self.steady_from, self.layers = (orbits.short, orbits.long), steady_from, layers
         self.orbits = orbits
+        self._places: dict[tuple[int, Unit, bool], Address | None] = {}
         self.last = self.orbits.last
         self.members = self._find_members()
         self.reads: dict[Name, dict[int, tuple[int, Name] | None]] = {}
@@ -45,9 +45,14 @@ class Filing:
         assert place is not None
         return place
 
-    @functools.cache  # noqa: B019 (a filing is of one fold)
     def _find_place(self, at: int, unit: Unit, dependent: bool) -> Address | None:
         """Return the place of a value of a run; None if none in the longer run stands for it."""
+        key = at, unit, dependent
+        if key not in self._places:
+            self._places[key] = self._search(at, unit, dependent)
+        return self._places[key]
+
+    def _search(self, at: int, unit: Unit, dependent: bool) -> Address | None:
         if not dependent:
             return Address(-1, Name("before", unit))
         place = self.orbits.homes.get(unit)

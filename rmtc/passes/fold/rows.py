@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import deque
 from collections.abc import Iterator
@@ -43,6 +42,7 @@ class FiledRun:
         self.rows: dict[int, list[Filed]] = {}
         self.number: dict[Address, int] = {}
         self._tokens: dict[int, list[Any]] = {}
+        self._environments: dict[int, Environment] = {}
         self.table: Table = {
             Address(segment, name): (self.run.ops[i], filing.operands(at, name, segment, i))
             for name, rows in filing.members[at].items()
@@ -229,12 +229,13 @@ class FiledRun:
                 self.number[Address(segment, name)] = len(self.rows[segment])
                 self.rows[segment].append(Filed(self, segment, name, op, args))
 
-    @functools.cache  # noqa: B019 (a run is of one fold)
     def environment(self, segment: int) -> Environment:
         """Return the sizes that a segment sees; the number of segments stands for the parts outside the loop."""
-        size = self.run.size
-        length = size.tail if segment >= size.segments - 1 else size.segment
-        return Environment(segment, size.segments, size.batch, length, size.positions)
+        if segment not in self._environments:
+            size = self.run.size
+            length = size.tail if segment >= size.segments - 1 else size.segment
+            self._environments[segment] = Environment(segment, size.segments, size.batch, length, size.positions)
+        return self._environments[segment]
 
     def tokens(self, segment: int) -> list[Any]:
         """Return what two segments must share to run the same operations."""

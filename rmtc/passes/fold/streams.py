@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rmtc.ir.program import Op, Program, Source, Val, leaves
+from rmtc.ir.program import Op, Program, Source, Src, Val, leaves
 
 __all__ = ["Family", "Uses", "Names", "find_family", "names_of", "template", "used_names", "uses"]
 
@@ -49,7 +49,8 @@ def uses(program: Program, growing: frozenset[str]) -> Uses:
             return made_of[leaf.number]
         return names_of(program.sources[leaf.name], growing)
 
-    names, made_of = used_names(program.ops, known)
+    # Parts of what is made of a tensor are of one that all layers may share, such as the matrices of experts.
+    names, made_of = used_names(program.ops, known, stacks=Src)
     return Uses([each is not None for each in made_of], names)
 
 
@@ -61,7 +62,7 @@ def names_of(source: Source, growing: frozenset[str]) -> Names | None:
 
 
 def used_names(
-    ops: Sequence[Op], known: Callable[[Any, Sequence[Names | None]], Names | None]
+    ops: Sequence[Op], known: Callable[[Any, Sequence[Names | None]], Names | None], stacks: type = object
 ) -> tuple[list[Names], list[Names | None]]:
     """Return the names of the tensors that operations use.
 
@@ -69,6 +70,7 @@ def used_names(
         ops: the operations.
         known: returns the names that an operand is made of, given those of earlier operations; None if it is made of
             more.
+        stacks: kind of operands of which a part counts as one layer's.
 
     Returns:
         For each operation the names that its operands are made of, and those that its result is made of.
@@ -80,7 +82,7 @@ def used_names(
         names = tuple(dict.fromkeys(itertools.chain.from_iterable(filter(None, found))))
         used.append(names)
         # Taking one layer's part of a stack is no use of it: what then uses the part is.
-        if op.target is _select and len(op.args) == 3 and op.args[1] == 0:
+        if op.target is _select and len(op.args) == 3 and op.args[1] == 0 and isinstance(op.args[0], stacks):
             names = tuple(f"{name}[{op.args[2]}]" for name in names)
         made_of.append(None if None in found else names)
     return used, made_of
