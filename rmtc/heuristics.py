@@ -97,8 +97,8 @@ REFUSALS_KEPT = 16
 LANES = 8
 """The most lanes that are chosen.
 
-16 texts of 4 to 16 segments were read 1.24, 1.54, 1.74 and 1.59 times as fast as one by one in 1, 5, 8 and 16 lanes at
-8 layers of width 64 with 16 + 4 positions, and 1.34, 1.57, 1.64 and 1.43 times in 1, 4, 8 and 16 at 16 layers.
+16 texts of 4 to 16 segments were read 1.40, 1.80, 2.03 and 1.48 times as fast as one by one in 1, 4, 8 and 16 lanes at
+8 layers of width 64 with 16 + 4 positions, and 1.73, 1.90 and 2.20 times in 1, 4 and 8 at 16 layers.
 """
 
 PLANNING = 80e-6
