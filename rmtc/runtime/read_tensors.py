@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -29,7 +29,7 @@ class ReadTensors:
 
     session: Session
     state: StateGuard
-    read: Iterable[str]
+    read: InitVar[Iterable[str]]
     shapes: dict[str, Metadata | None] = field(init=False)
     _slots: dict[str, Slot] = field(default_factory=dict)
     _kept: tuple[int, dict[str, Any]] = (-1, {})  # what the state's guard holds, and the version it holds it as of
@@ -38,14 +38,14 @@ class ReadTensors:
     _same: list[tuple[Slot, Slot]] = field(default_factory=list)
     _parameters: list[nn.Parameter] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, read: Iterable[str]) -> None:
         found = (slot for slot in self.session.snapshot.slots if isinstance(slot.value, torch.Tensor))
         slots = {slot.name: self.state.pinned(slot) for slot in found}
-        read = set(self.read)
+        names_read = set(read)
         for lifted in self.session.lifted:
             names = [name if name in slots else name.removeprefix("self.") for name in lifted.names]
             places = [slots[name] for name in names if name in slots and slots[name].value is lifted.tensor]
-            if places and lifted.names[0] in read:
+            if places and lifted.names[0] in names_read:
                 self._slots[lifted.names[0]] = places[0]
                 self._same += [(place, places[0]) for place in places[1:]]
             if isinstance(lifted.tensor, nn.Parameter):
