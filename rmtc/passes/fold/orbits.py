@@ -15,7 +15,8 @@ class Name(NamedTuple):
 
     Attributes:
         kind: ``orbit`` for one of the body, ``each`` for one of the body that depends on no text, ``first`` for one of
-            a first segment alone, ``before``, ``after`` and ``result`` for those outside the loop.
+            a first segment alone, ``carried`` for what each segment hands on as it is, ``before``, ``after`` and
+            ``result`` for those outside the loop.
         number: the number of the orbit, or the value.
         copy: which one of several results with the same value.
     """
