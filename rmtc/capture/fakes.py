@@ -19,9 +19,9 @@ from torch._subclasses.fake_impls import op_implementations_checks as op_impleme
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 from rmtc.capture.frames import current_location
-from rmtc.capture.indexing import EverySlice
+from rmtc.capture.indexing import RECURRENT, EverySlice
 from rmtc.errors import CaptureError, RefusedError
-from rmtc.ir.program import VIEWS
+from rmtc.ir.program import VIEWS, draws
 from rmtc.lock import LOCK
 
 _DEVICE = torch.ops.prim.device.default
@@ -87,7 +87,7 @@ class Fakes(FakeTensorMode):
         self._inside: int | None = None  # the thread that has entered last
         self._entering = threading.RLock()
         self._dtype = torch.get_default_dtype()
-        self.indexing = EverySlice()
+        self.indexing = EverySlice(self.whole)
         self.known = self.indexing.known
 
     def __enter__(self) -> Fakes:
@@ -182,6 +182,34 @@ class Fakes(FakeTensorMode):
         if told is None:
             told = self._told[id(func)] = self._remembers and _is_told(func)
         return self._key(func, args, kwargs) if told else None
+
+    def whole(self, func: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """Find the result of a recurrent layer of torch, which runs an operation of its own for each position.
+
+        Args:
+            func: the function.
+            args: positional arguments of the operation.
+
+        Returns:
+            The result, as :meth:`dispatch` returns that of an operation. None if a tracer is to see the operation, or
+            it may draw random numbers.
+        """
+        operation = RECURRENT[func]
+        traced = torch._C._dispatch_tls_local_include_set().has(torch._C.DispatchKey.PreDispatch)
+        if traced or isinstance(args[3], (list, tuple)) or draws(operation, args, {}):  # a list: of packed sequences
+            return None
+        key = self.key(operation, args, {})
+        out = self.recall(key, args)
+        watcher, self._watcher = self._watcher, None
+        try:
+            if out is None:
+                out = func(*args)
+                self.learn(key, args, out)
+        finally:
+            self._watcher = watcher
+        if watcher is not None:
+            watcher(operation, args, {}, out)
+        return out
 
     def _run_on_meta(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run an operation's kernel for the meta device, without the rules and caches that `FakeTensorMode` asks first.

@@ -21,12 +21,23 @@ _Tensor: Any = torch.Tensor
 _METADATA = {_Tensor.shape.__get__, _Tensor.dtype.__get__, _Tensor.device.__get__, _Tensor.ndim.__get__}
 """What code asks for more often than anything is computed, and every stand-in answers."""
 
+RECURRENT = {
+    torch.gru: torch.ops.aten.gru.input,
+    torch.lstm: torch.ops.aten.lstm.input,
+    torch.rnn_tanh: torch.ops.aten.rnn_tanh.input,
+    torch.rnn_relu: torch.ops.aten.rnn_relu.input,
+}
+"""Recurrent layers, and their operations."""
+
 
 class EverySlice(TorchFunctionMode):
     """Under this mode an index of several slices is made of operations on one dimension each.
 
     It is also where questions are seen that stand-ins cannot answer (:mod:`rmtc.capture.untold`), and those that sizes
     answer (:mod:`rmtc.capture.known`).
+
+    Args:
+        whole: finds the result of a recurrent layer, or returns None.
 
     Attributes:
         known: what depends on sizes alone.
@@ -36,8 +47,9 @@ class EverySlice(TorchFunctionMode):
     mask[:6, :6], of 6 by 6: alias(mask)   ->   slice(slice(mask, 0, 0, 6), 1, 0, 6)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, whole: Callable[[Callable[..., Any], Sequence[Any]], Any]) -> None:
         super().__init__()
+        self._whole = whole
         self.known = Known()
         self.watch: Callable[..., Any] | None = None
         self.gradients = False
@@ -63,16 +75,18 @@ class EverySlice(TorchFunctionMode):
         if func in _METADATA:
             return func(*args)
         if func is _getitem and type(args[1]) is tuple and _takes_all(args[0], args[1]):
-            out = _one_by_one(args[0], args[1])
-            self.known.note(func, args, {}, out)
-            return out
+            taken = _one_by_one(args[0], args[1])
+            self.known.note(func, args, {}, taken)
+            return taken
         refuse_untold(func, args)
         self.gradients = self.gradients or asks_for_gradients(func)
         kwargs = kwargs or {}
         value = self.known.read(func, args, kwargs)
         if value is not UNKNOWN:
             return value
-        out = func(*args, **kwargs)
+        out: Any = self._whole(func, args) if func in RECURRENT and not kwargs else None
+        if out is None:
+            out = func(*args, **kwargs)
         self.known.note(func, args, kwargs, out)
         return out
 

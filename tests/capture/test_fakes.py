@@ -293,3 +293,29 @@ def test_stand_ins_are_like_the_tensors(name: str, inference: bool) -> None:
                 found = [each for each in pytree.tree_leaves(ASKED[name](fake_tensor)) if isinstance(each, Tensor)]
                 for one, two in zip(found, wanted, strict=True):
                     assert (one.shape, one.stride(), one.dtype) == (two.shape, two.stride(), two.dtype)
+
+
+@pytest.mark.parametrize(("name", "each"), [("gru", 1), ("lstm", 2), ("rnn_tanh", 1)])
+def test_a_recurrent_layer_runs_its_positions_once(name: str, each: int) -> None:
+    """Who watches is shown one operation for each call, with the metadata that torch's own stand-ins have."""
+    length, ran, shown = 12, Counter[Any](), Counter[Any]()
+
+    class Counting(Fakes):
+        def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            ran[func] += 1
+            return super().dispatch(func, types, args, kwargs)
+
+    made: list[Any] = []
+    for mode in (FakeTensorMode(), fakes := Counting()):
+        with mode, torch.no_grad():
+            layer = getattr(nn, name.split("_")[0].upper())(4, 4, batch_first=True, dtype=torch.float64)
+            x = torch.empty(2, length, 4, dtype=torch.float64)
+            for _ in range(3):
+                with fakes.watched(lambda func, *_: shown.update([func])):
+                    out = pytree.tree_leaves(layer(x))
+                made.append(out)
+    assert shown[getattr(torch.ops.aten, name).input] == 3
+    tanh = torch.ops.aten.tanh.default, torch.ops.aten.tanh_.default
+    assert sum(map(ran.__getitem__, tanh)) == each * length  # of the three calls one ran its positions
+    forms = [[described(result, ()) for result in out] for out in made]
+    assert all(form == forms[0] for form in forms)
