@@ -88,6 +88,7 @@ BREAKS: dict[str, tuple[str, ...]] = {
     ),
     "capture: what a forward leaves of torch's settings is no longer seen, or not put back": (
         "torch._C._dispatch_key_parse",
+        "torch._C.DispatchKey.PreDispatch",
         "torch._C._dispatch_tls_local_exclude_set",
         "torch._C._dispatch_tls_local_include_set",
         "torch._C._dispatch_tls_set_dispatch_key_excluded",
