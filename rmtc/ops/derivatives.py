@@ -1,4 +1,7 @@
-"""Derivatives of fused operators, whose functions overwrite what they make and cannot be differentiated by autograd."""
+"""Derivatives of fused operators, whose functions overwrite what they make and cannot be differentiated by autograd.
+
+They are differentiated once, within the node that stands for the whole loop, which has no second derivatives.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rmtc.ops import fused
 
@@ -22,7 +24,6 @@ class _RmsNormalize(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         y, scale = ctx.saved_tensors
         along = torch.mul(gradient, y).mean(-1, True)
@@ -38,7 +39,6 @@ class _Rotary(torch.autograd.Function):
         return turned
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         (one, other), (left, right) = gradient.chunk(2, -1), sin.chunk(2, -1)
@@ -58,7 +58,6 @@ class _RollProducts(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         size, found = x.shape[-1], torch.zeros_like(x)
@@ -74,7 +73,6 @@ class _Only(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return masked(gradient, ctx.mask), None
 

@@ -578,7 +578,7 @@ class Walk:
             self.rows[at] = rows if grouped else [each[0] for each in rows]
         return self.rows[at]
 
-    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: TextRun) -> torch.Tensor:
+    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: TextRun) -> Any:
         """A weight of some layers, behind a group axis."""
         return self.executor.weights.rows(body, number, layers, reading.values, reading.stacked)
 

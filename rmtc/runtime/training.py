@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.utils.dlpack import from_dlpack
 
 from rmtc import heuristics
@@ -73,6 +72,7 @@ class Training(Executor):
 
     def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
         """Emit a launch's body, try it on its operands, and run it."""
+        of = replace(of, weights=[each.leaf() if isinstance(each, _Place) else each for each in of.weights])
         shared = torch.enable_grad()(of.shared)
         with torch.no_grad():
             kernel, _ = emit(**replace(of, shared=shared).arguments, bind=False, derivatives=_DERIVATIVES)
@@ -186,8 +186,10 @@ class _Tape(Walk):
         return results
 
     def _call_kernel(self, kernel: Emitted, *operands: Any) -> tuple[Any, ...]:
-        executor, (size, inputs, weights, numbers, shared) = self.executor, operands
-        call = functools.partial(kernel.function, *operands)
+        executor, (size, inputs, placed, numbers, shared) = self.executor, operands
+        leaves = (each.leaf(n in kernel.mapped) if isinstance(each, _Place) else each for n, each in enumerate(placed))
+        weights = list(leaves)
+        call = functools.partial(kernel.function, size, inputs, weights, numbers, shared)
         kept = functools.partial(executor.recompute.run, *self.launches[self.number], inputs, (*weights, *shared), call)
         if self.number not in self.again:
             return kept()
@@ -234,7 +236,7 @@ class _Tape(Walk):
         part = StackPart(start, start + len(pieces) - 1)
         return _Place(self.stacks, stack, memory, part).leaf() if stack.requires_grad else part.of(memory)
 
-    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: TextRun) -> torch.Tensor:
+    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: TextRun) -> torch.Tensor | _Place:
         names = [body.weights[number][layer] for layer in layers]
         if (lies := self.executor.weights.lies_in(names)) is not None:
             stack, part = lies
@@ -244,7 +246,7 @@ class _Tape(Walk):
             part = stack.within(part)
             if self.given.keys().isdisjoint(name for row in names for name in row):
                 return part.of(whole)
-            return _Place(self.stacks, self.anchor, whole, part).leaf()
+            return _Place(self.stacks, self.anchor, whole, part)
         if len(set(names)) == 1 and len(names[0]) == 1:
             own = reading.values[names[0][0]]
             return own.unsqueeze(0).expand(len(names), *own.shape)
@@ -345,8 +347,25 @@ class _Place:
         self.stacks, self.anchor, self.memory, self.part = stacks, anchor, memory, part
         self.rows = part.of(memory)
 
-    def leaf(self) -> torch.Tensor:
-        """The rows, as what autograd differentiates; ``place`` is where their gradients go."""
+    def __getitem__(self, cell: int) -> torch.Tensor:
+        return self.leaf()[cell]
+
+    def leaf(self, mapped: bool = False) -> torch.Tensor:
+        """Return the rows, as what autograd differentiates; ``place`` is where their gradients go.
+
+        Args:
+            mapped: whether only :func:`_maps` reads them, which looks at ``place``. Autograd has no part in them then.
+        """
+        return self._mapped if mapped else self._leaf
+
+    @functools.cached_property
+    def _mapped(self) -> torch.Tensor:
+        rows: Any = self.rows.detach()
+        rows.place = self
+        return rows  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def _leaf(self) -> torch.Tensor:
         rows: Any = _Rows.apply(self.anchor, self)  # type: ignore[no-untyped-call]
         rows.place = self
         return rows  # type: ignore[no-any-return]
@@ -365,7 +384,6 @@ class _Rows(torch.autograd.Function):
         return place.rows.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
         ctx.place.gradient().add_(gradient)
         return None, None
@@ -381,7 +399,6 @@ class _Gathered(torch.autograd.Function):
         return memory.view_as(memory)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: None) -> tuple[torch.Tensor | None, None, None]:
         return ctx.stacks.found.get(id(ctx.memory), (None,))[0], None, None
 
@@ -402,7 +419,6 @@ class _Maps(torch.autograd.Function):
         return torch.bmm(flat, place.rows.mT).view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor | None, None, None]:
         (flat,) = ctx.saved_tensors
         gradient = gradient.reshape(*flat.shape[:2], -1)

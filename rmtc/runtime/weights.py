@@ -70,6 +70,7 @@ class Weights:
     _layout: list[list[Any]] | None = None
     _parts: dict[tuple[str, int, tuple[int, ...]], tuple[LayerStack, StackPart, bool]] = field(default_factory=dict)
     _views: dict[tuple[str, int, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
+    _lying: dict[tuple[tuple[str, ...], ...], tuple[LayerStack, StackPart] | None] = field(default_factory=dict)
 
     @staticmethod
     def plan(program: WavefrontProgram, movable: set[str], repack: bool = False) -> Weights:
@@ -211,6 +212,12 @@ class Weights:
 
     def lies_in(self, names: Sequence[tuple[str, ...]]) -> tuple[LayerStack, StackPart] | None:
         """Return the stack, and its part, in which parameters lie, or None if that is no single part."""
+        key = tuple(names)
+        if key not in self._lying:
+            self._lying[key] = self._find_part(key)
+        return self._lying[key]
+
+    def _find_part(self, names: Sequence[tuple[str, ...]]) -> tuple[LayerStack, StackPart] | None:
         if not all(name in self.places for row in names for name in row):
             return None
         places = [[self.places[name] for name in row] for row in names]

@@ -544,6 +544,32 @@ def test_tables_of_layers_have_their_own_gradients() -> None:
     ran(fast, 4, 4 + LAYERS - 1, 1)
 
 
+class Regularised(Reader):
+    """Layers whose weights are read by products, and by another operation, too."""
+
+    def forward(self, hidden: Tensor, memories: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        memories, pieces = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS, []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                weight, memory = self.get_parameter(f"layers.{number}.weight"), memories[number]
+                piece = torch.tanh(layer(layer(piece)) + (memory[:, :, None] * weight).sum(1, keepdim=True))
+                memories[number] = 0.5 * memory + piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1), memories
+
+
+@pytest.mark.parametrize("recompute", ["none", "cells"])
+def test_weights_that_products_and_other_operations_read(recompute: str) -> None:
+    fast, eager = Regularised(), Regularised()
+    rmtc.compile(fast, schedule="shortest", strict=True, recompute=recompute)
+    for number in range(3):
+        for model in (fast, eager):
+            model.zero_grad()
+            loss(model(text())).backward()
+        assert not differing(gradients(fast), gradients(eager))
+        ran(fast, 4, 4 + LAYERS - 1, number + 1)
+
+
 def test_some_parameters_are_frozen() -> None:
     fast, eager = pair()
     for number, frozen in enumerate((["layers.1"], ["layers.1", "gates"], [])):

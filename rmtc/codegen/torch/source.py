@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import linecache
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rmtc.codegen.torch.buffers import Line, bound_lines, plan_buffers
-from rmtc.codegen.torch.trees import TensorName
+from rmtc.codegen.torch.trees import Apply, TensorName, nodes
 from rmtc.codegen.torch.values import Value, bare, grouped
 from rmtc.ir.wavefront import Operand
 
@@ -59,6 +60,7 @@ class Emitted:
         bound: the body bound to an arena, or None if it may not run so.
         fallbacks: the operations without a grouping rule, by name.
         file: the name under which `linecache` has the source, for tracebacks.
+        mapped: the numbers of the weights that nothing reads but ``linear_maps``, as its second operand.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Emitted:
     bound: BoundBody | None
     fallbacks: tuple[str, ...]
     file: str
+    mapped: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -97,7 +100,14 @@ class BodySource:
         function, file = _function(self.name, self.name, source, self.emitter)
         kinds = tuple(kind_of(self.emitter.space[name]) for name in self.passed.values())
         fallbacks = tuple(self.emitter.fallbacks)
-        return Emitted(self.name, source, tuple(self.passed), kinds, function, None, fallbacks, file)
+        return Emitted(self.name, source, tuple(self.passed), kinds, function, None, fallbacks, file, self._mapped())
+
+    def _mapped(self) -> frozenset[int]:
+        parts = [part for line in self.emitter.lines for part in nodes(line.tree)]
+        maps = [str(part.args[1]) for part in parts if isinstance(part, Apply) and part.function == "linear_maps"]
+        read = Counter(str(part) for part in parts if isinstance(part, TensorName))
+        read.update(self.results)
+        return frozenset(n for n, name in enumerate(_named("w", self.weights)) if 0 < read[name] == maps.count(name))
 
     def bound(self, shared: Sequence[Any]) -> BoundBody:
         """Return the body bound to an arena."""
