@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -21,6 +22,8 @@ from rmtc.runtime.executor import Executor
 from rmtc.runtime.reading import TextInput
 from rmtc.runtime.ready import Ready
 from rmtc.runtime.variant import Variant
+
+_DTYPE = operator.attrgetter("dtype")
 
 
 class Stream:
@@ -52,7 +55,8 @@ class Stream:
         self._others: dict[str, Any] = {}  # the other arguments of the last piece
         self._dims: dict[str, int] = {}  # in which arguments grow with the text
         self._flying: deque[Ready] = deque()
-        self._weights: list[tuple[str, torch.Tensor, tuple[Any, ...]]] = []
+        self._weights: dict[str, torch.Tensor] = {}
+        self._lies: list[Any] = []
         self._held: dict[str, torch.Tensor] = {}  # copies of what calls may change
         self._ended: str | None = None
 
@@ -234,7 +238,7 @@ class Stream:
             self._dims = dims
             self._open(ready, 0 if last else length)
         else:
-            self._refuse_changed()
+            self._refuse_changed(guarded=True)
         self._variant, self._batch = variant, ready.sizes.batch
         self._since = decision if not last else self._since
         found: list[Any] = []
@@ -254,8 +258,8 @@ class Stream:
         changing = {
             n for n in own if left & {n, *sources[n].names, *(e.removeprefix("self.") for e in sources[n].names)}
         }
-        fixed = [(name, ready.values[name]) for name in own if name not in changing]
-        self._weights = [(name, value, _lies(value)) for name, value in fixed]
+        self._weights = {name: ready.values[name] for name in own if name not in changing}
+        self._lies = _lie(self._weights.values())
         self._held = {name: ready.values[name].clone() for name in changing}
 
     def _own(self, ready: Ready, dims: Mapping[str, int]) -> dict[str, torch.Tensor]:
@@ -294,7 +298,7 @@ class Stream:
         if ready is None:
             if variant.modes != modes():
                 raise StateError("the stream is under other modes than before (grad, inference, autocast)")
-            self._refuse_changed()
+            self._refuse_changed(guarded=False)
         else:
             self._flying.append(ready)
         fewest = self._fewest if self._state is None else 0
@@ -321,20 +325,28 @@ class Stream:
         self._compiled.counts.streamed(len(texts))
         return found
 
-    def _refuse_changed(self) -> None:
+    def _refuse_changed(self, guarded: bool) -> None:
         """Refuse weights, and other tensors of the model, that changed while segments are in flight.
+
+        Args:
+            guarded: whether the state's guard has just seen the state, as it does for a piece.
 
         Raises:
             StateError: with their names.
         """
         assert self._variant is not None
-        now = self._variant.reads.now(name for name, _, _ in self._weights)
-        changed = [n for n, was, lay in self._weights if n in now and (now[n] is not was or _lies(was) != lay)]
-        if changed:
-            self._end(f"weights were changed while segments were in flight: {', '.join(changed)}")
-            self._refuse_ended()
+        reads, held = self._variant.reads, self._weights
+        now = reads.values() if guarded else reads.now(held)
+        lies = _lie(held.values())
+        if lies == self._lies and all(now.get(name, value) is value for name, value in held.items()):
+            return
+        moved = map(operator.ne, lies, self._lies)
+        changed = [n for (n, was), has in zip(held.items(), moved, strict=True) if has or now.get(n, was) is not was]
+        self._end(f"weights were changed while segments were in flight: {', '.join(changed)}")
+        self._refuse_ended()
 
 
-def _lies(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return where a tensor lies, and how often it was written to; of one of inference mode that is not known."""
-    return tensor.data_ptr(), tensor.dtype, -1 if tensor.is_inference() else tensor._version
+def _lie(tensors: Collection[torch.Tensor]) -> list[Any]:
+    """Return where tensors lie, and how often each was written to; of those of inference mode that is not known."""
+    written = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+    return [*zip(map(torch.Tensor.data_ptr, tensors), map(_DTYPE, tensors), written, strict=True)]
