@@ -23,6 +23,7 @@ from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.untold import UntoldError
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.lock import LOCK
+from rmtc.passes.launches.plan_launches import plan_run
 from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, retime_loop, rewrite
 from rmtc.passes.registry import PASSES, watched
 from rmtc.quiet import roomy, uncollected
@@ -42,7 +43,7 @@ _ORDER = (
     *("find-segments", "fold-segments", "fold-layers", "generalize-rows", "find-dependences"),
     *("prove", "check", "fold-operations", "retime"),
     *("group", "if-convert", "batch-stages"),
-    *("merge-equal", "fuse-norms", "fuse-rotary", "fuse-rolls", "fuse-accumulate", "join-products"),
+    *("merge-equal", "fuse-norms", "fuse-rotary", "fuse-rolls", "fuse-accumulate", "join-products", "launches"),
 )
 """The passes in the order in which they run."""
 
@@ -432,7 +433,7 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Prov
     if watched():
         retime_loop(proven)
         if proven.schedule is not None:
-            rewrite(proven)
+            plan_run(rewrite(proven), *plan.sizes)
     return proven
 
 

@@ -10,11 +10,12 @@ import torch
 
 from rmtc.errors import RefusedError, StateError, VerifyError, brief
 from rmtc.ir.cells import Cell
+from rmtc.ir.launches import Copied, Launch, LaunchProgram, Part, Piece, TextSize, Whole
 from rmtc.passes.bodies.resume import Carried, carried
-from rmtc.runtime.check_plan import check_plan
+from rmtc.passes.launches.check_launches import check_launches
+from rmtc.passes.launches.plan_launches import plan_texts
 from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.executor import Done, Executor, Run, Unmergeable, Walk
-from rmtc.runtime.plan import Copied, Launch, Part, Piece, Plan, TextSize, Whole, plan_texts
 from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.standing import ArenaStep, Moved, Standing
 
@@ -108,15 +109,15 @@ class Chain:
         """The number of the next segment, as what is in flight is numbered."""
         return min(self.fed, self._until)
 
-    def _planned(self, texts: Sequence[TextSize]) -> Plan:
+    def _planned(self, texts: Sequence[TextSize]) -> LaunchProgram:
         """Make a plan of one text after another, checked as that of several is."""
         if self.executor.program is self._program and len(texts) > 1:
             return self.executor.plan_texts(texts, self._batch)
         plan = plan_texts(self._program, texts, self._batch)
-        check_plan(self._program, plan, texts, self._batch)
+        check_launches(self._program, plan, texts, self._batch)
         return plan
 
-    def _steady(self) -> tuple[Plan, int, list[Carried]]:
+    def _steady(self) -> tuple[LaunchProgram, int, list[Carried]]:
         """Return the plan of a text, the segment from which on all of them run the same launches, and what is carried.
 
         Raises:
@@ -286,7 +287,7 @@ class Chain:
         return handed
 
 
-def _launches(plan: Plan, first: int, end: int) -> range:
+def _launches(plan: LaunchProgram, first: int, end: int) -> range:
     """The numbers of the launches of some steps."""
     numbers = [number for number, launch in enumerate(plan.launches) if first <= launch.step < end]
     return range(numbers[0], numbers[-1] + 1) if numbers else range(0)
@@ -319,7 +320,7 @@ def _mover(start: int, segment: int) -> Callable[[Piece], Piece]:
     return move
 
 
-def _form(plan: Plan, segment: int, each: int) -> list[Any]:
+def _form(plan: LaunchProgram, segment: int, each: int) -> list[Any]:
     """The launches of a segment's steps, numbered from there."""
     numbers = _launches(plan, segment * each, (segment + 1) * each)
     start = numbers.start

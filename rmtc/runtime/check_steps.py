@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from rmtc.errors import VerifyError
-from rmtc.runtime.plan import Free, Part, Piece, Plan
+from rmtc.ir.launches import Free, LaunchProgram, Part, Piece
 from rmtc.runtime.standing import ArenaBody, ArenaStep
 
 
@@ -91,7 +91,7 @@ class _Memory:
         del self.addresses[low:high]
 
 
-def check_steps(plan: Plan, steps: Sequence[ArenaStep | None]) -> None:
+def check_steps(plan: LaunchProgram, steps: Sequence[ArenaStep | None]) -> None:
     """See that each launch of a plan finds in memory that stays what it is to read.
 
     Args:

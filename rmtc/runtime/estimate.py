@@ -18,17 +18,18 @@ from rmtc.capture import Captured
 from rmtc.capture.sizes import Sizes
 from rmtc.errors import RefusedError, RmtcError, VerifyError, raised_by_signal
 from rmtc.ir.cost import Candidate, CostModel, Work
+from rmtc.ir.launches import LaunchProgram, TextSize
 from rmtc.ir.program import VIEWS, Op, Program, Src, Val, leaves
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Key, Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 from rmtc.passes.bodies.group import run_schedule
+from rmtc.passes.launches.check_launches import check_launches
+from rmtc.passes.launches.plan_launches import plan_run
 from rmtc.passes.pipeline import Proven, apart, check_against, rewrite, unstripped
 from rmtc.passes.schedule.check import Checked
 from rmtc.runtime.backends import nearest
-from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.measure import cost_model
-from rmtc.runtime.plan import Plan, TextSize, plan_run
 from rmtc.stages import substage
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Works:
         self._works = {key: _work(run.program, op) for key, op in self._ops.items()}
         # By the id of a body or program, which is kept for that.
         self._bodies_known: dict[int, tuple[Body, list[Work], list[int]]] = {}
-        self._plans: dict[tuple[int, Sizes], tuple[WavefrontProgram, Plan]] = {}
+        self._plans: dict[tuple[int, Sizes], tuple[WavefrontProgram, LaunchProgram]] = {}
 
     @property
     def _steady(self) -> int:
@@ -85,7 +86,7 @@ class Works:
         """Return the bytes of each input of a body, for one cell."""
         return self._known(body)[2]
 
-    def plan(self, program: WavefrontProgram, sizes: Sizes) -> Plan:
+    def plan(self, program: WavefrontProgram, sizes: Sizes) -> LaunchProgram:
         """Return the plan of a call; that of the last sizes is kept, which several estimates need."""
         known = self._plans.get((id(program), sizes))
         if known is None:
@@ -304,7 +305,7 @@ def _way(name: str, proven: Proven, schedule: Schedule, run: Captured, max_group
     for width in {max_group, 2} if at_once or schedule.strip > 1 else {max_group}:
         capped = replace(program, max_group=width)
         for number in {rows + 1, segments}:
-            check_plan(capped, plan_run(capped, number, batch, tail), [TextSize(number, tail)], batch)
+            check_launches(capped, plan_run(capped, number, batch, tail), [TextSize(number, tail)], batch)
     return Way(name, proven, replace(program, max_group=max_group), Works(proven.loop, run, checked))
 
 

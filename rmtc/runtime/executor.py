@@ -20,16 +20,17 @@ from rmtc.affine import Affine
 from rmtc.codegen.torch.emit import emit
 from rmtc.codegen.torch.source import Emitted
 from rmtc.errors import BackendError, RefusedError, raised_by_signal
+from rmtc.ir.launches import Copied, Free, Launch, LaunchProgram, Part, Piece, TextSize, Whole
 from rmtc.ir.program import Src, leaves
 from rmtc.ir.segment_loop import Environment, Every, Outer, Where
 from rmtc.ir.wavefront import Body, Operand, Shared, WavefrontProgram
 from rmtc.ops.draws import new_seed, seeded
 from rmtc.passes.bodies.resume import Carried
+from rmtc.passes.launches.check_launches import check_launches
+from rmtc.passes.launches.plan_launches import plan_texts
 from rmtc.quiet import uncollected
-from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.concatenation import concatenations
-from rmtc.runtime.plan import Copied, Free, Launch, Part, Piece, Plan, TextSize, Whole, plan_texts
 from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.standing import ArenaStep, Moved, Standing
 from rmtc.runtime.weights import Weights
@@ -145,24 +146,24 @@ class Executor:
     weights: Weights
     lowering: Lowering = field(default_factory=Torch)
     kernels: dict[tuple[Any, ...], Emitted] = field(default_factory=dict)
-    steady: dict[int, tuple[WavefrontProgram, Plan, int, list[Carried]]] = field(default_factory=dict)
+    steady: dict[int, tuple[WavefrontProgram, LaunchProgram, int, list[Carried]]] = field(default_factory=dict)
     opened: dict[int, WavefrontProgram] = field(default_factory=dict)
     chains: weakref.WeakSet[Chain] = field(default_factory=weakref.WeakSet)
     free: list[Standing] = field(default_factory=list)
-    _plans: OrderedDict[Any, Plan] = field(default_factory=OrderedDict)
+    _plans: OrderedDict[Any, LaunchProgram] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _constant: dict[int, bool] = field(default_factory=dict)
     _standing: Standing | None = None
     _unfit: set[Any] = field(default_factory=set)  # plans whose runs differ in other shapes
     _stands: threading.Lock = field(default_factory=threading.Lock)  # held by the run that uses what stands
 
-    def plan(self, segments: int, batch: int, tail: int, hands_on: bool = False) -> Plan:
+    def plan(self, segments: int, batch: int, tail: int, hands_on: bool = False) -> LaunchProgram:
         """The plan of a run for one text, kept for the next one of these sizes."""
         return self.plan_texts([TextSize(segments, tail, hands_on=hands_on)], batch)
 
     @uncollected()
-    def plan_texts(self, texts: Sequence[TextSize], batch: int, lanes: int = 1) -> Plan:
-        """The plan of a run, kept for the next one of these sizes; see :func:`rmtc.runtime.plan.plan_texts`."""
+    def plan_texts(self, texts: Sequence[TextSize], batch: int, lanes: int = 1) -> LaunchProgram:
+        """The launches of a run, kept for the next one of these sizes."""
         key = tuple(texts), batch, lanes
         with self._lock:
             plan = self._plans.get(key)
@@ -177,11 +178,11 @@ class Executor:
         """Tell whether there is a plan for texts of some sizes."""
         return (texts, batch, lanes) in self._plans
 
-    def make_plan(self, texts: tuple[TextSize, ...], batch: int, lanes: int) -> Plan:
+    def make_plan(self, texts: tuple[TextSize, ...], batch: int, lanes: int) -> LaunchProgram:
         """Make a plan; a run of several texts is replayed with tags in place of tensors."""
         plan = plan_texts(self.program, texts, batch, lanes)
         if len(texts) > 1:
-            check_plan(self.program, plan, texts, batch)
+            check_launches(self.program, plan, texts, batch)
         return plan
 
     def keep(self, key: tuple[Any, ...], kernel: Emitted) -> None:
@@ -264,7 +265,7 @@ class Executor:
                     error.leave(self, error)
         return Run(plan.steps, sum(plan.widths.values()), dict(plan.widths))
 
-    def _read(self, plan: Plan, texts: Sequence[TextInput], batch: int, done: Done) -> None:
+    def _read(self, plan: LaunchProgram, texts: Sequence[TextInput], batch: int, done: Done) -> None:
         """Run a plan."""
         gradients = torch.is_grad_enabled()
         with torch.no_grad(), autocast_off(each for text in texts for each in text.values.values()):
@@ -277,7 +278,7 @@ class Executor:
             if not self._stood(plan, batch, walk, done):
                 walk().run(done)
 
-    def _stood(self, plan: Plan, batch: int, walk: Callable[[], Walk], done: Done) -> bool:
+    def _stood(self, plan: LaunchProgram, batch: int, walk: Callable[[], Walk], done: Done) -> bool:
         """Run a plan in memory that stays, if that is free; return whether it ran."""
         key = plan.texts, batch
         if not self.binds or key in self._unfit or not self._stands.acquire(blocking=False):
@@ -374,7 +375,7 @@ class Walk:
         readings: its texts.
     """
 
-    def __init__(self, executor: Executor, plan: Plan, readings: Sequence[TextRun]) -> None:
+    def __init__(self, executor: Executor, plan: LaunchProgram, readings: Sequence[TextRun]) -> None:
         self.executor, self.plan, self.readings = executor, plan, dict(enumerate(readings))
         self.common = readings[0]  # for what does not depend on the text
         self.made: dict[int, tuple[Any, ...]] = {}

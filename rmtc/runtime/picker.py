@@ -16,12 +16,12 @@ from rmtc.analysis import Analysis
 from rmtc.capture.sizes import Sizes
 from rmtc.errors import RefusedError, raised_by_signal
 from rmtc.ir.cost import CostModel
+from rmtc.ir.launches import TextSize
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.runtime.choice import AS_WRITTEN, Arm, Choice, Ledger, New, size_class
 from rmtc.runtime.estimate import Way, as_written, compiled_seconds, lanes_for
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.measure import clock, pinned
-from rmtc.runtime.plan import TextSize
 from rmtc.runtime.ready import Made, Ready
 from rmtc.runtime.stats import Decision
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from rmtc.ir.launches import TextSize
 from rmtc.ir.program import SPLITS, VIEWS, Op, Src, call_arguments, map_leaves
 from rmtc.ir.segment_loop import Environment, Every, Key, Numbered, Outer, Row, Where
 from rmtc.ir.wavefront import Shared, WavefrontProgram
 from rmtc.ops.draws import drawn
 from rmtc.runtime.concatenation import Concatenation
-from rmtc.runtime.plan import TextSize
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ import torch
 from rmtc.capture.arguments import Arguments
 from rmtc.capture.sizes import Sizes
 from rmtc.errors import RefusedError, StateError
+from rmtc.ir.launches import TextSize
 from rmtc.ir.segment_loop import CARRIED
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.bodies.resume import Carried, carried, fewest, is_free, keeping, resumed
+from rmtc.passes.launches.check_launches import check_launches
+from rmtc.passes.launches.plan_launches import plan_texts
 from rmtc.runtime.backends import Backend, Runner
-from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.executor import Executor, Run
-from rmtc.runtime.plan import TextSize, plan_texts
 from rmtc.runtime.read_tensors import metadata, shown
 from rmtc.runtime.training import Training
 from rmtc.runtime.weights import Weights
@@ -138,7 +139,7 @@ class Made:
             least = max(1, program.loop.furthest_result)
             for segments in (least, len(program.loop.rows) + least + 1):
                 size = TextSize(segments, length, hands_on=True)
-                check_plan(program, plan_texts(program, [size], _BATCH), [size], _BATCH)
+                check_launches(program, plan_texts(program, [size], _BATCH), [size], _BATCH)
             made = self.backend_of(program, self.weights)
             assert isinstance(made, Executor)
             self.resumes.append(made)

@@ -12,9 +12,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from rmtc import heuristics
+from rmtc.ir.launches import Launch
 from rmtc.ir.segment_loop import Environment
 from rmtc.ops.draws import again
-from rmtc.runtime.plan import Launch
 
 RECOMPUTE = ("none", "cells", "auto")
 """What runs again in the backward pass: nothing, all cells, or so many that at most half is kept."""

@@ -22,9 +22,9 @@ import torch
 
 from rmtc.codegen.torch.buffers import NoViewError
 from rmtc.codegen.torch.source import Emitted, kind_of
+from rmtc.ir.launches import Free, Launch, LaunchProgram, Part, Piece
 from rmtc.ir.segment_loop import Environment
 from rmtc.ir.wavefront import Operand
-from rmtc.runtime.plan import Free, Launch, Part, Piece, Plan
 from rmtc.runtime.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class ArenaOwner(Protocol):
         """An operand that all cells share, and whether it lies where it lies for good, as parameters do."""
 
 
-Check = Callable[[Plan, Sequence[ArenaStep | None]], None]
+Check = Callable[[LaunchProgram, Sequence[ArenaStep | None]], None]
 
 
 class Standing:
@@ -179,7 +179,7 @@ class Standing:
         """Whether the weights lie where they lay, and what is launched waits for what was launched here before."""
         return self._stream == _stream_of(self._device) and all(map(operator.is_, self.weights.lies(), self.lies))
 
-    def steps(self, key: Any, plan: Plan, source: ArenaOwner, check: Check) -> list[ArenaStep | None] | None:
+    def steps(self, key: Any, plan: LaunchProgram, source: ArenaOwner, check: Check) -> list[ArenaStep | None] | None:
         """The steps of a plan: None for launches that run as they do without; or no steps, if not all is known yet.
 
         Steps that are new are kept once they have passed the check.
@@ -342,7 +342,7 @@ def _distinct(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _follow(plan: Plan, bodies: Sequence[ArenaBody | None]) -> list[ArenaStep | None]:
+def _follow(plan: LaunchProgram, bodies: Sequence[ArenaBody | None]) -> list[ArenaStep | None]:
     """The steps of a plan.
 
     Needs: for each launch the body that it runs as in memory that stays, if it does.
@@ -362,7 +362,7 @@ def _follow(plan: Plan, bodies: Sequence[ArenaBody | None]) -> list[ArenaStep | 
 class _Follower:
     """Follows what lies in each row through a plan, with some results (launch, position) kept apart."""
 
-    def __init__(self, plan: Plan, bodies: Sequence[ArenaBody | None], apart: set[tuple[int, int]]) -> None:
+    def __init__(self, plan: LaunchProgram, bodies: Sequence[ArenaBody | None], apart: set[tuple[int, int]]) -> None:
         self.plan, self.bodies, self.apart = plan, bodies, apart
         self.writer: dict[tuple[int, int], int] = {}  # the launch that wrote a row; -1 for a copy
         self.read_as: dict[tuple[int, int], tuple[int, int]] = {}  # the body and the input that a row was last read as

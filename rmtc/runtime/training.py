@@ -19,14 +19,15 @@ from rmtc import heuristics
 from rmtc.codegen.torch.emit import emit
 from rmtc.codegen.torch.source import Emitted
 from rmtc.ir.gradients import Dependences
+from rmtc.ir.launches import Launch, LaunchProgram, Piece, TextSize
 from rmtc.ir.wavefront import Body, WavefrontProgram, choose
 from rmtc.ops import derivatives
 from rmtc.ops.linears import linear_maps
 from rmtc.passes.bodies.join_products import join_products
+from rmtc.passes.launches.check_launches import check_launches
+from rmtc.passes.launches.plan_launches import plan_texts
 from rmtc.passes.pipeline import differentiable
-from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.executor import Done, Emission, Executor, Unmergeable, Walk, autocast_off
-from rmtc.runtime.plan import Launch, Piece, Plan, TextSize, plan_texts
 from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.recompute import Recompute, Recomputed
 from rmtc.runtime.stacking import DLPACK, StackPart, copied_layout
@@ -64,10 +65,10 @@ class Training(Executor):
         self.flags: dict[tuple[str, tuple[bool, ...]], tuple[bool, ...]] = {}
         self._unrolled: dict[tuple[int, ...], Dependences] = {}
 
-    def make_plan(self, texts: tuple[TextSize, ...], batch: int, lanes: int) -> Plan:
+    def make_plan(self, texts: tuple[TextSize, ...], batch: int, lanes: int) -> LaunchProgram:
         """Make a plan, and replay it with tags in place of tensors."""
         plan = plan_texts(self.program, texts, batch, lanes)
-        check_plan(self.program, plan, texts, batch)
+        check_launches(self.program, plan, texts, batch)
         return plan
 
     def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
@@ -90,7 +91,7 @@ class Training(Executor):
         found = sum(each.numel() for number, each in numbered if launch.body.ops[number].target is choose)
         return int(found) // len(launch.cells) * self.program.loop.layers
 
-    def _read(self, plan: Plan, texts: Sequence[TextInput], batch: int, done: Done) -> None:
+    def _read(self, plan: LaunchProgram, texts: Sequence[TextInput], batch: int, done: Done) -> None:
         """Run a plan of one text, with the loop as the ``grad_fn`` of its results."""
         (text,) = texts
         made: list[dict[str, Any]] = []
@@ -155,7 +156,7 @@ class _Tape(Walk):
 
     executor: Training
 
-    def __init__(self, executor: Training, plan: Plan, text: TextInput, batch: int) -> None:
+    def __init__(self, executor: Training, plan: LaunchProgram, text: TextInput, batch: int) -> None:
         self.sizes, values = (text.segments, batch, text.tail), text.values
         reached = executor.reached(self.sizes)  # what the code detaches at once has a graph that is not this loop's
         asking = {name: value for name, value in values.items() if value.requires_grad}

@@ -9,6 +9,7 @@ from rmtc.show.as_svg import schedule_svg
 from rmtc.show.as_trace import schedule_trace
 from rmtc.show.certificate_text import certificate_text
 from rmtc.show.grid import schedule_text
+from rmtc.show.launches_text import launches_text
 from rmtc.show.refusal_text import refusal_text
 from rmtc.show.text import explanation_text
 
@@ -16,6 +17,7 @@ __all__ = [
     "certificate_text",
     "explanation_json",
     "explanation_text",
+    "launches_text",
     "measured_json",
     "refusal_json",
     "refusal_text",

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import rmtc
 from rmtc.compiler import compiled_of
-from rmtc.runtime import plan
+from rmtc.passes.launches import plan_launches as plan
 
 WIDTH, LAYERS, SEGMENT, WORDS = 8, 2, 4, 11
 

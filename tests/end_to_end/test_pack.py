@@ -22,10 +22,11 @@ from rmtc.capture.sizes import Sizes
 from rmtc.compiler import compiled_of
 from rmtc.errors import VerifyError
 from rmtc.examples import armt_gpt2, armt_llama, evaluate, transformer_xl
+from rmtc.ir.launches import Free, Launch, LaunchProgram, TextSize, Whole
 from rmtc.ir.program import Src
-from rmtc.runtime.check_plan import check_plan
+from rmtc.passes.launches.check_launches import check_launches
+from rmtc.passes.launches.plan_launches import plan_texts
 from rmtc.runtime.executor import Executor
-from rmtc.runtime.plan import Free, Launch, Plan, TextSize, Whole, plan_texts
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -425,7 +426,7 @@ def another(launch: Launch, change: str) -> Launch | None:
     return replace(launch, short=not launch.short) if change == "no last segment" else None
 
 
-def corrupted(plan: Plan, change: str) -> Plan:
+def corrupted(plan: LaunchProgram, change: str) -> LaunchProgram:
     """A plan of several texts with one thing wrong."""
     if change == "never ends":
         return replace(plan, ended={})
@@ -459,9 +460,9 @@ def test_the_check_of_a_plan_sees(make: type[nn.Module], change: str) -> None:
     assert compiled is not None
     program, sizes = compiled.variants[0].program, [TextSize(4, 5), TextSize(3, 5)]
     plan = plan_texts(program, sizes, BATCH, 2)
-    assert check_plan(program, plan, sizes, BATCH) > 0
+    assert check_launches(program, plan, sizes, BATCH) > 0
     with pytest.raises(VerifyError):
-        check_plan(program, corrupted(plan, change), sizes, BATCH)
+        check_launches(program, corrupted(plan, change), sizes, BATCH)
 
 
 class Carrying(Stack):

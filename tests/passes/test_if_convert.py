@@ -20,8 +20,8 @@ from rmtc.examples import armt_llama
 from rmtc.ir.wavefront import WavefrontProgram, choose
 from rmtc.passes.bodies.group import group, run_schedule
 from rmtc.passes.bodies.if_convert import if_convert
+from rmtc.passes.launches.plan_launches import plan_run
 from rmtc.runtime.executor import Executor
-from rmtc.runtime.plan import plan_run
 from rmtc.runtime.weights import Weights
 
 MODELS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {

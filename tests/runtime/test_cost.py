@@ -26,12 +26,12 @@ from rmtc.capture.sizes import Sizes
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
 from rmtc.ir.cost import CostModel, Work
+from rmtc.passes.launches.plan_launches import plan_run
 from rmtc.runtime import estimate, measure, variant
 from rmtc.runtime.estimate import as_written, backend_of, best_of, pays, ways
 from rmtc.runtime.executor import Executor, Torch
 from rmtc.runtime.inductor import Inductor
 from rmtc.runtime.picker import _long_seconds
-from rmtc.runtime.plan import plan_run
 
 COSTS = Path(__file__).parents[1] / "support" / "costs"
 MEASURED = CostModel.from_json((COSTS / "measured.json").read_text(encoding="utf-8"))

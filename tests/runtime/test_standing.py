@@ -27,10 +27,10 @@ from rmtc.codegen.torch import attention
 from rmtc.compiler import compiled_of
 from rmtc.errors import VerifyError
 from rmtc.examples import armt_llama
+from rmtc.ir.launches import LaunchProgram, Part
 from rmtc.runtime import standing
 from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.executor import Executor
-from rmtc.runtime.plan import Part, Plan
 from rmtc.runtime.standing import ArenaStep, Standing
 
 pytestmark = pytest.mark.usefixtures("runs_again")
@@ -87,7 +87,7 @@ def runner_of(model: Any) -> Executor:
     return runner
 
 
-def tape(model: Any, *key: int) -> tuple[Plan, list[ArenaStep | None]]:
+def tape(model: Any, *key: int) -> tuple[LaunchProgram, list[ArenaStep | None]]:
     """The plan of calls of some sizes, and its steps."""
     runner = runner_of(model)
     assert runner._standing is not None

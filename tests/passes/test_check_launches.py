@@ -17,9 +17,10 @@ from shared import analysed
 
 from rmtc.analysis import analyze
 from rmtc.errors import VerifyError
-from rmtc.runtime.check_plan import check_plan
+from rmtc.ir.launches import LaunchProgram, Part, TextSize
+from rmtc.passes.launches.check_launches import check_launches
+from rmtc.passes.launches.plan_launches import plan_run
 from rmtc.runtime.estimate import Way, ways
-from rmtc.runtime.plan import Part, Plan, TextSize, plan_run
 
 MODELS: dict[str, Callable[[], tuple[object, tuple[object, ...]]]] = {
     "windows": lambda: (Cached().double(), (text(4, 2),)),
@@ -47,8 +48,8 @@ def test_each_cell_finds_what_it_reads(name: str) -> None:
         for segments in range(2, 13):
             for tail in {length, 1}:
                 for width in (None, 2):
-                    program = replace(way.program, max_group=width)
-                    assert check_plan(program, plan_run(program, segments, 2, tail), [TextSize(segments, tail)], 2) > 0
+                    program, size = replace(way.program, max_group=width), TextSize(segments, tail)
+                    assert check_launches(program, plan_run(program, segments, 2, tail), [size], 2) > 0
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -56,24 +57,24 @@ def test_no_more_is_held_of_a_longer_text(name: str) -> None:
     for way in ways_of(name):
         program = replace(way.program, max_group=3)
         held = [
-            check_plan(program, plan_run(program, segments, 1, 1), [TextSize(segments, 1)], 1)
+            check_launches(program, plan_run(program, segments, 1, 1), [TextSize(segments, 1)], 1)
             for segments in (24, 48, 96)
         ]
         assert held[0] == held[1] == held[2] < 24 * way.program.loop.layers
 
 
-def faulty(plan: Plan, bodies: Container[str], choose: random.Random) -> Iterator[tuple[str, Plan]]:
+def faulty(plan: LaunchProgram, bodies: Container[str], choose: random.Random) -> Iterator[tuple[str, LaunchProgram]]:
     """The plan with one thing changed, for each kind of change.
 
     Where two classes run as one, some cells compute in vain, of whatever: these launches are left alone.
     """
 
-    def with_launch(number: int, **changes: object) -> Plan:
+    def with_launch(number: int, **changes: object) -> LaunchProgram:
         launches = list(plan.launches)
         launches[number] = replace(launches[number], **changes)  # type: ignore[arg-type]
         return replace(plan, launches=tuple(launches))
 
-    def with_piece(number: int, place: int, at: int, piece: Part) -> Plan:
+    def with_piece(number: int, place: int, at: int, piece: Part) -> LaunchProgram:
         inputs = [list(pieces) for pieces in plan.launches[number].inputs]
         inputs[place][at] = piece
         return with_launch(number, inputs=tuple(map(tuple, inputs)))
@@ -129,6 +130,6 @@ def test_a_plan_with_a_fault_is_rejected(name: str) -> None:
                     continue
                 kinds.add(kind)
                 with pytest.raises(VerifyError):
-                    check_plan(program, wrong, [TextSize(segments, tail)], 2)
+                    check_launches(program, wrong, [TextSize(segments, tail)], 2)
     assert kinds >= {"another launch", "a cell too few", "let go too early", "not kept", "not made yet"}
     assert ("a row of weights for each cell" in kinds) == any(way.program.schedule.strip > 1 for way in ways_of(name))
