@@ -19,7 +19,7 @@ from rmtc.ir.wavefront import Body, Operand
 
 
 class Part(NamedTuple):
-    """A result of some cells of a launch: number ``result``, of cells ``first``, ``first + step``, ... ``cells`` of them.
+    """A result of ``cells`` cells of a launch: number ``result``, of cells ``first``, ``first + step``, ...
 
     ``first`` is -1 if the launch ran for one cell, without a group axis.
     """

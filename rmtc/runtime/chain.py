@@ -15,9 +15,11 @@ from rmtc.passes.bodies.resume import Carried, carried
 from rmtc.passes.launches.check_launches import check_launches
 from rmtc.passes.launches.plan_launches import plan_texts
 from rmtc.runtime.check_steps import check_steps
-from rmtc.runtime.executor import Done, Executor, Run, Unmergeable, Walk
+from rmtc.runtime.executor import Done, Executor, Run
+from rmtc.runtime.lowering import Unmergeable
 from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.standing import ArenaStep, Moved, Standing
+from rmtc.runtime.walk import Walk
 
 _FREE = 2  # the memory of so many texts is kept for others
 

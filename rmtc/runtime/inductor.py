@@ -15,7 +15,8 @@ from rmtc.errors import RefusedError, raised_by_signal
 from rmtc.ir.program import leaves
 from rmtc.ir.segment_loop import Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Number, choose
-from rmtc.runtime.executor import Emission, Executor, Lowering, Torch
+from rmtc.runtime.executor import Executor
+from rmtc.runtime.lowering import Emission, Lowering, Torch
 
 logger = logging.getLogger(__name__)
 

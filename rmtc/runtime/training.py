@@ -27,11 +27,13 @@ from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.launches.check_launches import check_launches
 from rmtc.passes.launches.plan_launches import plan_texts
 from rmtc.passes.pipeline import differentiable
-from rmtc.runtime.executor import Done, Emission, Executor, Unmergeable, Walk, autocast_off
+from rmtc.runtime.executor import Done, Executor, autocast_off
+from rmtc.runtime.lowering import Emission, Unmergeable
 from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.recompute import Recompute, Recomputed
 from rmtc.runtime.stacking import DLPACK, StackPart, copied_layout
 from rmtc.runtime.stats import LastBackward
+from rmtc.runtime.walk import Walk
 from rmtc.runtime.weights import Weights
 
 

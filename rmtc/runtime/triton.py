@@ -21,7 +21,8 @@ from rmtc.codegen.triton.spelling import widened
 from rmtc.codegen.triton.targets import TARGETS, Target, target_of
 from rmtc.errors import RefusedError, raised_by_signal
 from rmtc.ir.wavefront import Operand
-from rmtc.runtime.executor import Emission, Executor, Leave, Lowering, Torch, WrongError
+from rmtc.runtime.executor import Executor
+from rmtc.runtime.lowering import Emission, Leave, Lowering, Torch, WrongError
 from rmtc.runtime.reading import TextInput, TextRun
 
 logger = logging.getLogger(__name__)

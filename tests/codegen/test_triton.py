@@ -40,8 +40,9 @@ from rmtc.examples import armt_gpt2, armt_llama
 from rmtc.ir.array import Array, Outside, Pointwise, Product, Stored, View
 from rmtc.ir.kernel import build
 from rmtc.passes.bodies.fusion_groups import Machine
-from rmtc.runtime.executor import Executor, Walk
+from rmtc.runtime.executor import Executor
 from rmtc.runtime.triton import HeldBody, Triton, launches_on
+from rmtc.runtime.walk import Walk
 
 pytestmark = pytest.mark.usefixtures("rounding")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 4e-3}

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 import rmtc
 from rmtc.errors import StateError
 from rmtc.examples import armt_llama
-from rmtc.runtime.executor import Executor, Walk
+from rmtc.runtime.executor import Executor
 from rmtc.runtime.stream import Stream
+from rmtc.runtime.walk import Walk
 
 pytestmark = pytest.mark.usefixtures("float64")
 

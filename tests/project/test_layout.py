@@ -22,7 +22,7 @@ KEPT = {
     *(f"passes/fold/{name}.py" for name in ("fit", "fold_segments", "generalize", "layers", "outside", "run")),
     "passes/fold/streams.py",
     # The run of a call, likewise.
-    *(f"runtime/{name}.py" for name in ("check_steps", "concatenation", "executor")),
+    *(f"runtime/{name}.py" for name in ("check_steps", "concatenation")),
     "runtime/standing.py",
     "capture/state_guard.py",
     "codegen/torch/buffers.py",

@@ -29,8 +29,9 @@ from rmtc.ir.cost import CostModel, Work
 from rmtc.passes.launches.plan_launches import plan_run
 from rmtc.runtime import estimate, measure, variant
 from rmtc.runtime.estimate import as_written, backend_of, best_of, pays, ways
-from rmtc.runtime.executor import Executor, Torch
+from rmtc.runtime.executor import Executor
 from rmtc.runtime.inductor import Inductor
+from rmtc.runtime.lowering import Torch
 from rmtc.runtime.picker import _long_seconds
 
 COSTS = Path(__file__).parents[1] / "support" / "costs"
